@@ -1,0 +1,51 @@
+//! The interface between a malware sandbox's machinery host and its virtualisation backends.
+//!
+//! A *machinery* drives virtual machines: it brings them to a saved running state, stops them,
+//! looks at them. The host loads each machinery as a plugin, a shared library
+//! `libmachinery_<name>.so`, and calls it across an ABI that outlives compilers.
+//!
+//! # Writing a plugin
+//!
+//! Implement [`Machinery`] in plain Rust and export it; everything about the ABI is generated:
+//!
+//! ```ignore
+//! struct Example { host: machinery::Host }
+//!
+//! impl machinery::Machinery for Example { /* … */ }
+//!
+//! machinery::export_machinery!(Example);
+//! ```
+//!
+//! with `crate-type = ["cdylib"]` and a library name of `machinery_<name>`. The `example` plugin
+//! is the commented template.
+//!
+//! # Where things are
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
+//! | `services` | the way back, from the plugin to the host: [`Host`] |
+//! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
+//! | `error`, `report`, `state` | the words both sides use |
+//! | `abi` | the stable ABI around it, generated and hidden |
+//! | [`host`] | the host's side: opening a plugin file and calling it |
+
+#![warn(missing_docs)]
+
+#[doc(hidden)]
+pub mod abi;
+pub mod config;
+mod deadline;
+mod error;
+pub mod host;
+mod plugin;
+mod report;
+mod services;
+mod state;
+
+pub use deadline::Deadline;
+pub use error::{Error, ErrorKind, Place, Result};
+pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
+pub use report::{Finding, Level, Report};
+pub use services::{Host, HostServices, LogLevel, LogRecord};
+pub use state::State;
