@@ -1,1 +1,37 @@
+//! The machinery host.
+//!
+//! The way of one action, in one direction:
+//!
+//! ```text
+//! socket ─▶ server::connection ─▶ server::protocol ─▶ actions::worker ─▶ actions::rules ─▶ plugin
+//!                   ▲                                        │
+//!                   └──────────── answer, events ◀───────────┘
+//! ```
+//!
+//! | room | what it holds |
+//! | --- | --- |
+//! | [`cwd`], [`config`] | where Cuckoo's working directory is, and what its files say |
+//! | [`loader`] | finding the plugins that are listed, opening and loading them |
+//! | [`fleet`] | the machines of all machineries, and what is known of each |
+//! | [`events`] | what subscribers hear |
+//! | [`actions`] | one worker for each machine, and the rules of an action |
+//! | [`server`] | the socket and its protocol |
+//! | [`serve`] | the life of the host: load, serve, end |
+//! | [`client`] | the other end of the socket, for the command line |
+//! | [`check`], [`import`] | commands that need no running host |
+//! | [`cli`] | the command line |
+//! | [`logging`] | where log lines go |
 
+pub mod actions;
+pub mod check;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod cwd;
+pub mod events;
+pub mod fleet;
+pub mod import;
+pub mod loader;
+pub mod logging;
+pub mod serve;
+pub mod server;

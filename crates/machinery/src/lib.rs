@@ -24,6 +24,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
+//! | `socket` | sockets under paths of any length |
 //! | `services` | the way back, from the plugin to the host: [`Host`] |
 //! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
 //! | `error`, `report`, `state` | the words both sides use |
@@ -41,6 +42,7 @@ pub mod host;
 mod plugin;
 mod report;
 mod services;
+mod socket;
 mod state;
 
 pub use deadline::Deadline;
@@ -48,4 +50,5 @@ pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
 pub use report::{Finding, Level, Report};
 pub use services::{Host, HostServices, LogLevel, LogRecord};
+pub use socket::SocketPath;
 pub use state::State;

@@ -1,0 +1,56 @@
+//! What can be done with a machine, by whom, and by which rules.
+//!
+//! Each machine has a [worker](worker) with a mailbox: one action at a time for one machine, in the
+//! order they came, machines in parallel. The worker runs an action by the [rules](rules) of
+//! Cuckoo3, and every call into a plugin goes through [`call`], which survives a plugin that does
+//! not come back.
+
+pub mod call;
+pub mod rules;
+pub mod worker;
+
+use std::path::PathBuf;
+
+use machinery::DumpFormat;
+
+/// Something to do with a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// See [`Machinery::restore_start`](machinery::Machinery::restore_start).
+    RestoreStart,
+    /// See [`Machinery::norestore_start`](machinery::Machinery::norestore_start).
+    NorestoreStart,
+    /// See [`Machinery::stop`](machinery::Machinery::stop).
+    Stop,
+    /// See [`Machinery::acpi_stop`](machinery::Machinery::acpi_stop).
+    AcpiStop,
+    /// See [`Machinery::dump_memory`](machinery::Machinery::dump_memory).
+    DumpMemory {
+        /// Where to.
+        path: PathBuf,
+        /// As what.
+        format: DumpFormat,
+    },
+    /// See [`Machinery::screenshot`](machinery::Machinery::screenshot).
+    Screenshot {
+        /// Where to.
+        path: PathBuf,
+    },
+}
+
+impl Action {
+    /// Its name in the protocol.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Action::RestoreStart => "restore_start",
+            Action::NorestoreStart => "norestore_start",
+            Action::Stop => "stop",
+            Action::AcpiStop => "acpi_stop",
+            Action::DumpMemory { .. } => "dump_memory",
+            Action::Screenshot { .. } => "screenshot",
+        }
+    }
+}
+
+/// How an action ended: well, or with the reason why not.
+pub type Outcome = Result<(), String>;

@@ -1,0 +1,251 @@
+//! The rules of an action: what it expects, how long it may take, what happens on failure.
+//!
+//! | action | expected state | on failure |
+//! | --- | --- | --- |
+//! | restore_start | running | stop, disable the machine |
+//! | norestore_start | running | stop, disable the machine |
+//! | stop | poweroff | disable the machine |
+//! | acpi_stop | poweroff | fall back to stop |
+//! | dump_memory, screenshot | unchanged | – |
+//!
+//! They are Cuckoo3's (`node/machinery.py`), because its clients rely on them, with one change for
+//! the better: a start of a machine that runs although no task holds it first stops it, instead of
+//! losing the machine. A machine in the wanted state already has been stopped with success; what a
+//! machinery does not support fails and leaves the machine enabled; a plugin that panics, answers
+//! nonsense or does not come back costs the machine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Error, ErrorKind, Result, State};
+use tokio::task::JoinHandle;
+
+use super::call::{Called, call};
+use super::{Action, Outcome};
+use crate::config::Timeouts;
+use crate::fleet::Machine;
+
+/// How long a plugin may take to tell a state.
+const STATE: Duration = Duration::from_secs(20);
+
+/// The one who acts on a machine.
+pub struct Actor {
+    machine: Arc<Machine>,
+    timeouts: Timeouts,
+    /// The call that did not come back, if one did not: until it does, nothing else may be called.
+    lost: Option<JoinHandle<()>>,
+}
+
+/// A failure, and whether it costs the machine.
+struct Failure {
+    reason: Error,
+    disable: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(reason: Error) -> Self {
+        let harmless = matches!(reason.kind(), ErrorKind::Unsupported);
+        Failure { reason, disable: !harmless }
+    }
+}
+
+impl Actor {
+    /// The actor of that machine.
+    pub fn new(machine: Arc<Machine>, timeouts: Timeouts) -> Self {
+        Actor { machine, timeouts, lost: None }
+    }
+
+    /// The machine it acts on.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Runs one action to its end.
+    pub async fn perform(&mut self, action: &Action) -> Outcome {
+        self.machine.set_busy(true);
+        let begun = std::time::Instant::now();
+        let result = self.by_the_rules(action).await;
+        self.machine.set_busy(false);
+        let (machine, action, took) = (self.machine.name(), action.name(), begun.elapsed());
+        match result {
+            Ok(()) => {
+                tracing::info!(machine, action, took_ms = took.as_secs_f64() * 1000.0, "done");
+                Ok(())
+            }
+            Err(Failure { reason, disable }) => {
+                let reason = reason.action(action).machine(machine).to_string();
+                tracing::error!(machine, action, took_ms = took.as_secs_f64() * 1000.0, reason, "failed");
+                self.machine.add_error(&reason);
+                if disable {
+                    self.machine.disable(&reason);
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    async fn by_the_rules(&mut self, action: &Action) -> Result<(), Failure> {
+        self.expect_no_lost_call()?;
+        match action {
+            Action::RestoreStart => self.start(action, self.timeouts.restore_start()).await,
+            Action::NorestoreStart => self.start(action, self.timeouts.norestore_start()).await,
+            Action::Stop => self.stop().await.map_err(Failure::from),
+            Action::AcpiStop => self.acpi_stop().await,
+            Action::DumpMemory { .. } => self.look(action, self.timeouts.dump_memory()).await,
+            Action::Screenshot { .. } => self.look(action, self.timeouts.screenshot()).await,
+        }
+    }
+
+    fn expect_no_lost_call(&mut self) -> Result<(), Failure> {
+        match self.lost.take() {
+            Some(call) if !call.is_finished() => {
+                self.lost = Some(call);
+                let reason = Error::failed("an earlier call into its plugin has not come back");
+                // The machine is disabled since that call.
+                Err(Failure {
+                    reason: reason.advice("Restart the host to get the machine back"),
+                    disable: false,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn start(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
+        let before = self.state().await?;
+        if before != State::Poweroff {
+            tracing::warn!(machine = self.machine.name(), state = %before, "runs although nobody holds it: stopped before the start");
+            self.stop().await?;
+        }
+        self.machine.set_state(State::Starting, "");
+        let started = self.run(action, limit).await;
+        let checked = match started {
+            Ok(()) => self.expect(State::Running).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = checked else { return Ok(()) };
+        if error.kind() == ErrorKind::Unsupported {
+            self.machine.set_state(State::Poweroff, "");
+        } else if self.lost.is_none() {
+            self.clear_away().await;
+        }
+        Err(error.into())
+    }
+
+    /// After a start that failed: whatever is left is stopped.
+    async fn clear_away(&mut self) {
+        if let Err(error) = self.stop().await {
+            tracing::error!(machine = self.machine.name(), %error, "cannot be stopped after its failed start");
+        }
+    }
+
+    async fn stop(&mut self) -> Result<()> {
+        self.set_stopping();
+        self.end(&Action::Stop, self.timeouts.stop()).await
+    }
+
+    fn set_stopping(&self) {
+        if self.machine.status().state != State::Poweroff {
+            self.machine.set_state(State::Stopping, "");
+        }
+    }
+
+    async fn acpi_stop(&mut self) -> Result<(), Failure> {
+        let before = self.machine.status().state;
+        self.set_stopping();
+        match self.end(&Action::AcpiStop, self.timeouts.acpi_stop()).await {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::Unsupported || self.lost.is_some() => {
+                self.machine.set_state(before, "");
+                Err(error.into())
+            }
+            Err(error) => {
+                tracing::warn!(machine = self.machine.name(), %error, "does not react to its power button: stopped");
+                self.stop().await.map_err(Failure::from)
+            }
+        }
+    }
+
+    /// Runs an action that ends a run.
+    async fn end(&mut self, action: &Action, limit: Duration) -> Result<()> {
+        match self.run(action, limit).await {
+            Err(error) if error.kind() != ErrorKind::StateReached => {
+                self.note_state().await;
+                Err(error)
+            }
+            _ => self.expect(State::Poweroff).await,
+        }
+    }
+
+    /// Runs an action that does not change the machine's state. Its failure costs the machine only
+    /// where the plugin itself is at fault.
+    async fn look(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
+        let result = self.run(action, limit).await;
+        result.map_err(|reason| {
+            let plugin_at_fault =
+                matches!(reason.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved);
+            Failure { disable: plugin_at_fault || self.lost.is_some(), reason }
+        })
+    }
+
+    /// A plugin says it is done: then the machine is where the action leads.
+    async fn expect(&mut self, wanted: State) -> Result<()> {
+        let state = self.state().await?;
+        self.machine.set_state(state, "");
+        if state == wanted {
+            return Ok(());
+        }
+        let reason = format!("the machine is in state {state} after it, and {wanted} was expected");
+        Err(Error::unexpected_state(reason).advice("Look at the plugin's lines in the log"))
+    }
+
+    /// Notes how things stand after a failure.
+    async fn note_state(&mut self) {
+        if self.lost.is_some() {
+            self.machine.set_state(State::Error, "a call into its plugin has not come back");
+            return;
+        }
+        let state = self.state().await.unwrap_or(State::Error);
+        self.machine.set_state(state, "");
+    }
+
+    async fn state(&mut self) -> Result<State> {
+        self.through(STATE, "telling the state", |machine, deadline| {
+            machine.machinery.instance.state(machine.name(), deadline)
+        })
+        .await
+    }
+
+    async fn run(&mut self, action: &Action, limit: Duration) -> Result<()> {
+        let (action, name) = (action.clone(), action.name());
+        self.through(limit, name, move |machine, deadline| invoke(machine, &action, deadline)).await
+    }
+
+    async fn through<T, F>(&mut self, limit: Duration, what: &str, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
+    {
+        match call(&self.machine, limit, work).await {
+            Called::Returned(result) => result,
+            Called::Lost(call) => {
+                self.lost = Some(call);
+                self.machine.set_state(State::Error, "a call into its plugin has not come back");
+                Err(Error::timeout(format!("{what} did not come back from the plugin within {limit:?}"))
+                    .advice("The machine is lost until it does; restart the host to get it back"))
+            }
+        }
+    }
+}
+
+fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> {
+    let (plugin, name) = (&machine.machinery.instance, machine.name());
+    match action {
+        Action::RestoreStart => plugin.restore_start(name, deadline),
+        Action::NorestoreStart => plugin.norestore_start(name, deadline),
+        Action::Stop => plugin.stop(name, deadline),
+        Action::AcpiStop => plugin.acpi_stop(name, deadline),
+        Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
+        Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
+    }
+}

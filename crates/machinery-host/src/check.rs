@@ -1,0 +1,103 @@
+//! `check`: reads everything, tries the environment, says all problems at once. Changes nothing and
+//! needs no running host.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use machinery::{Error, Report, Setup};
+use rustix::fs::{Access, access};
+
+use crate::config::Config;
+use crate::cwd::Cwd;
+use crate::fleet::Services;
+use crate::loader;
+
+/// Looks at everything in the CWD.
+pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
+    let mut report = Report::default();
+    report.good(format!("the CWD is {}", cwd.root().display()));
+    sockets(cwd, &mut report);
+    kvm(Path::new("/dev/kvm"), &mut report);
+    if let Some(config) = report.keep(Config::read(cwd)) {
+        report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
+        let folders = loader::folders(plugin_dirs, cwd);
+        for name in &config.machineries {
+            machinery(name, cwd, &config, &folders, &mut report);
+        }
+        // Conflicts show only with all plugins together; what cannot be opened was told above.
+        together(&config, &folders, &mut report);
+    }
+    report
+}
+
+fn sockets(cwd: &Cwd, report: &mut Report) {
+    let socket = cwd.manager_socket();
+    if socket.as_os_str().len() > 107 {
+        report.warning(format!(
+            "{} is longer than the 107 bytes a socket address can hold: this program finds a way around it, \
+             Cuckoo's own client does not. Move the CWD to a shorter path",
+            socket.display()
+        ));
+    }
+    // The folder may not be there yet; what counts is the nearest one that is.
+    let existing = socket.ancestors().skip(1).find(|folder| folder.exists());
+    if let Some(folder) = existing
+        && access(folder, Access::WRITE_OK).is_err()
+    {
+        report.problem(
+            &Error::environment(format!("{} is not writable for this user", folder.display()))
+                .advice("Run as the user that owns the CWD"),
+        );
+    }
+}
+
+fn kvm(device: &Path, report: &mut Report) {
+    if !device.exists() {
+        report.warning(
+            "there is no /dev/kvm: guests run in software, many times slower. Enable virtualisation in the \
+             firmware, or nested virtualisation where this is a virtual machine itself",
+        );
+    } else if access(device, Access::READ_OK | Access::WRITE_OK).is_err() {
+        report.warning(
+            "/dev/kvm is there, but this user may not use it: guests with -enable-kvm will not start. Add the \
+             user to the group `kvm`",
+        );
+    } else {
+        report.good("/dev/kvm can be opened");
+    }
+}
+
+fn machinery(name: &str, cwd: &Cwd, config: &Config, folders: &[PathBuf], report: &mut Report) {
+    let Some(plugin) = report.keep(loader::open(name, folders)) else { return };
+    report.good(format!(
+        "{name}: plugin {} of interface {} from {}",
+        plugin.version(),
+        plugin.interface(),
+        plugin.path().display()
+    ));
+    let Some(setup) = report.keep(loader::setup(name, cwd, config)) else { return };
+    let services = Arc::new(Services::new(name, Arc::new(OnceLock::new())));
+    let found = plugin.check(&setup, services);
+    if let Some(found) = report.keep(found.map_err(|error| error.action(format!("checking '{name}'")))) {
+        report.append(found);
+    }
+    unwritable(&setup, report);
+}
+
+fn unwritable(setup: &Setup, report: &mut Report) {
+    for folder in [&setup.sockets_dir, &setup.state_dir, &setup.cache_dir] {
+        if folder.exists() && access(folder.as_path(), Access::WRITE_OK).is_err() {
+            report.problem(
+                &Error::environment(format!("{} is not writable for this user", folder.display()))
+                    .advice("Run as the user that owns the CWD"),
+            );
+        }
+    }
+}
+
+fn together(config: &Config, folders: &[PathBuf], report: &mut Report) {
+    let all_open = config.machineries.iter().all(|name| loader::open(name, folders).is_ok());
+    if all_open && let Err(error) = loader::open_all(config, folders) {
+        report.problem(&error);
+    }
+}

@@ -1,0 +1,210 @@
+//! The command line. Flags are documented where they are defined; what a person sees is made in
+//! [`show`].
+//!
+//! Exit codes: 0 done, 1 the action failed, 2 usage or configuration.
+
+mod show;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use machinery::{Error, ErrorKind, Result};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::cwd::Cwd;
+use crate::{check, import, loader, logging, serve};
+
+/// Restores, starts and stops the analysis machines of a Cuckoo sandbox.
+#[derive(Parser)]
+#[command(name = "cuckoo-machinery", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Global {
+    /// Cuckoo's working directory [default: $CUCKOO_CWD, then ~/.cuckoocwd]
+    #[arg(long, global = true, value_name = "DIR")]
+    cwd: Option<PathBuf>,
+    /// A folder to look for plugins in, before all others; can be given several times
+    #[arg(long = "plugin-dir", global = true, value_name = "DIR")]
+    plugin_dirs: Vec<PathBuf>,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Say more; twice: everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// Say less; twice: only errors
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    quiet: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Load the machineries and serve Cuckoo's socket until told to end
+    Serve {
+        /// What log lines look like
+        #[arg(long, value_enum, default_value = "human")]
+        log_format: logging::Format,
+    },
+    /// Look at configuration and environment, and say all that is wrong
+    Check,
+    /// Show all machines
+    List,
+    /// Show a machine's state
+    State { machine: String },
+    /// Bring a machine to its snapshot and let it run
+    RestoreStart { machine: String },
+    /// Start a machine without its snapshot
+    NorestoreStart { machine: String },
+    /// Pull a machine's plug
+    Stop { machine: String },
+    /// Press a machine's power button
+    AcpiStop { machine: String },
+    /// Write a running machine's memory to a file
+    DumpMemory {
+        machine: String,
+        path: PathBuf,
+        /// The file's format
+        #[arg(long, default_value = "elf", value_parser = ["elf", "kdump-zlib", "win-dmp"])]
+        format: String,
+    },
+    /// Write what a running machine's screen shows to a PNG file
+    Screenshot { machine: String, path: PathBuf },
+    /// Put a disabled machine back into the pool
+    EnableMachine { machine: String },
+    /// Show the plugins that are listed, and those that are there
+    Plugins,
+    /// Take machines over from another tool
+    #[command(subcommand)]
+    Import(Import),
+}
+
+#[derive(Subcommand)]
+enum Import {
+    /// From folders that VMCloak made, into conf/machineries/qemu.yaml
+    Vmcloak {
+        /// A machine's folder, or a folder of such folders
+        #[arg(required = true)]
+        folders: Vec<PathBuf>,
+    },
+}
+
+/// Runs the command line and says how it went.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let verbosity = i16::from(cli.global.verbose) - i16::from(cli.global.quiet);
+    let (format, verbosity) = match &cli.command {
+        Command::Serve { log_format } => (*log_format, verbosity),
+        // A command speaks through its output; only what is odd is logged.
+        _ => (logging::Format::Human, verbosity - 1),
+    };
+    logging::start(format, verbosity);
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            show::error(&error, cli.global.json);
+            match error.kind() {
+                ErrorKind::Configuration => ExitCode::from(2),
+                _ => ExitCode::from(1),
+            }
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    let global = &cli.global;
+    let cwd = Cwd::find(global.cwd.as_deref())?;
+    match &cli.command {
+        Command::Serve { .. } => {
+            // Whatever keeps a host from starting is for its operator to put right.
+            serve::run(&cwd, &global.plugin_dirs).map(|()| ExitCode::SUCCESS).or_else(|error| {
+                show::error(&error, global.json);
+                Ok(ExitCode::from(2))
+            })
+        }
+        Command::Check => {
+            let report = check::check(&cwd, &global.plugin_dirs);
+            show::report(&report, global.json);
+            Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
+        }
+        Command::Plugins => plugins(&cwd, global),
+        Command::Import(Import::Vmcloak { folders }) => {
+            let imported = import::vmcloak(&cwd.machinery_yaml("qemu"), folders)?;
+            show::imported(&imported, global.json);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::List => {
+            let answer = ask(&cwd, json!({"action": "list"}))?;
+            show::machines(&answer, global.json);
+            Ok(code(&answer))
+        }
+        Command::State { machine } => {
+            let answer = ask(&cwd, json!({"action": "state", "machine": machine}))?;
+            show::state(&answer, global.json);
+            Ok(code(&answer))
+        }
+        other => act(&cwd, &request(other)?, global.json),
+    }
+}
+
+/// The request of a command that acts on a machine.
+fn request(command: &Command) -> Result<Value> {
+    let simple = |action: &str, machine: &str| json!({"action": action, "machine": machine});
+    Ok(match command {
+        Command::RestoreStart { machine } => simple("restore_start", machine),
+        Command::NorestoreStart { machine } => simple("norestore_start", machine),
+        Command::Stop { machine } => simple("stop", machine),
+        Command::AcpiStop { machine } => simple("acpi_stop", machine),
+        Command::EnableMachine { machine } => simple("enable_machine", machine),
+        Command::DumpMemory { machine, path, format } => {
+            json!({"action": "dump_memory", "machine": machine, "path": absolute(path)?, "format": format})
+        }
+        Command::Screenshot { machine, path } => {
+            json!({"action": "screenshot", "machine": machine, "path": absolute(path)?})
+        }
+        _ => return Err(Error::failed("this command does not act on a machine: a bug of the command line")),
+    })
+}
+
+fn absolute(path: &PathBuf) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Error::io("find the folder of", path, &error))
+}
+
+fn ask(cwd: &Cwd, request: Value) -> Result<Value> {
+    Client::connect(&cwd.manager_socket())?.ask(request, |_| ())
+}
+
+fn act(cwd: &Cwd, request: &Value, json: bool) -> Result<ExitCode> {
+    let mut client = Client::connect(&cwd.manager_socket())?;
+    let mut progress = show::Progress::new(request, json);
+    client.ask(json!({"action": "subscribe"}), |_| ())?;
+    let answer = client.ask(request.clone(), |event| progress.heard(event))?;
+    progress.done(&answer);
+    Ok(code(&answer))
+}
+
+fn code(answer: &Value) -> ExitCode {
+    if answer["success"] == json!(true) { ExitCode::SUCCESS } else { ExitCode::from(1) }
+}
+
+/// Listed plugins are opened and told about; others are only named, because opening runs their code.
+fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
+    let config = crate::config::Config::read(cwd)?;
+    let folders = loader::folders(&global.plugin_dirs, cwd);
+    let listed: Vec<_> =
+        config.machineries.iter().map(|name| (name.clone(), loader::open(name, &folders))).collect();
+    let others: Vec<_> = loader::available(&folders)
+        .into_iter()
+        .filter(|(name, _)| !config.machineries.contains(name))
+        .collect();
+    show::plugins(&listed, &others, global.json);
+    let all_open = listed.iter().all(|(_, plugin)| plugin.is_ok());
+    Ok(if all_open { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}

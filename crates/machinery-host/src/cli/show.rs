@@ -1,0 +1,224 @@
+//! What a person sees, and the JSON for those who are none.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use machinery::host::Plugin;
+use machinery::{Error, Level, Report, Result};
+use serde_json::{Value, json};
+
+use crate::import::Imported;
+
+/// A failure.
+pub fn error(error: &Error, json: bool) {
+    if json {
+        println!("{}", json!({"success": false, "reason": error.to_string()}));
+    } else {
+        eprintln!("error: {error}");
+    }
+}
+
+/// The findings of a check.
+pub fn report(report: &Report, json: bool) {
+    if json {
+        println!("{}", json!({"success": !report.has_problems(), "findings": report.findings()}));
+        return;
+    }
+    let count = |level| report.findings().iter().filter(|finding| finding.level == level).count();
+    for finding in report.findings() {
+        let mark = match finding.level {
+            Level::Good => "ok     ",
+            Level::Warning => "warning",
+            Level::Problem => "PROBLEM",
+        };
+        println!("{mark}  {}", finding.text.replace('\n', "\n         "));
+    }
+    println!("\n{} problems, {} warnings", count(Level::Problem), count(Level::Warning));
+}
+
+/// All machines, as a table.
+pub fn machines(answer: &Value, json: bool) {
+    if json || answer["success"] != json!(true) {
+        return plain(answer, json);
+    }
+    let mut rows = vec![["NAME", "STATE", "MACHINERY", "IP", "PLATFORM", "TAGS", "NOTE"].map(str::to_owned)];
+    for machine in answer["machines"].as_array().unwrap_or(&Vec::new()) {
+        let text = |key: &str| machine[key].as_str().unwrap_or("").to_owned();
+        let tags: Vec<&str> =
+            machine["tags"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let platform = format!("{} {} {}", text("platform"), text("os_version"), text("architecture"));
+        let note = match text("disabled_reason") {
+            reason if machine["disabled"] == json!(true) => format!("disabled: {}", first_line(&reason)),
+            _ => String::new(),
+        };
+        rows.push([
+            text("name"),
+            text("state"),
+            text("machinery_name"),
+            text("ip"),
+            platform,
+            tags.join(","),
+            note,
+        ]);
+    }
+    println!("{}", table(&rows));
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or("")
+}
+
+/// Columns as wide as their widest cell; the last is not padded.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let line = |row: &[String; N]| {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// A machine's state.
+pub fn state(answer: &Value, json: bool) {
+    match answer["state"].as_str() {
+        Some(state) if !json => println!("{state}"),
+        _ => plain(answer, json),
+    }
+}
+
+/// An answer that has nothing to show but success or its reason.
+fn plain(answer: &Value, json: bool) {
+    if json {
+        let mut answer = answer.clone();
+        if let Some(object) = answer.as_object_mut() {
+            object.remove("id");
+        }
+        println!("{answer}");
+    } else if answer["success"] != json!(true) {
+        eprintln!("error: {}", answer["reason"].as_str().unwrap_or("the host gave no reason"));
+    }
+}
+
+/// What was imported.
+pub fn imported(imported: &Imported, json: bool) {
+    if json {
+        println!("{}", json!({"success": true, "added": imported.added, "skipped": imported.skipped}));
+        return;
+    }
+    for name in &imported.added {
+        println!("added      {name}");
+    }
+    for skipped in &imported.skipped {
+        println!("skipped    {}: {}", skipped.name, skipped.reason);
+    }
+}
+
+/// The plugins that are listed, and those that are there.
+pub fn plugins(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)], json: bool) {
+    if json {
+        return plugins_as_json(listed, others);
+    }
+    let mut rows = vec![["NAME", "VERSION", "INTERFACE", "LICENCE", "FILE"].map(str::to_owned)];
+    for (name, plugin) in listed {
+        match plugin {
+            Ok(plugin) => rows.push([
+                name.clone(),
+                plugin.version().to_owned(),
+                plugin.interface(),
+                plugin.license().to_owned(),
+                plugin.path().display().to_string(),
+            ]),
+            Err(error) => eprintln!("error: {error}"),
+        }
+    }
+    for (name, path) in others {
+        let unopened = || "-".to_owned();
+        let path = format!("{} (not listed, not opened)", path.display());
+        rows.push([name.clone(), unopened(), unopened(), unopened(), path]);
+    }
+    println!("{}", table(&rows));
+}
+
+fn plugins_as_json(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)]) {
+    let listed: Vec<Value> = listed
+        .iter()
+        .map(|(name, plugin)| match plugin {
+            Ok(plugin) => json!({
+                "name": name,
+                "version": plugin.version(),
+                "interface": plugin.interface(),
+                "license": plugin.license(),
+                "path": plugin.path(),
+            }),
+            Err(error) => json!({"name": name, "error": error.to_string()}),
+        })
+        .collect();
+    let others: Vec<Value> = others.iter().map(|(name, path)| json!({"name": name, "path": path})).collect();
+    println!("{}", json!({"listed": listed, "not_listed": others}));
+}
+
+/// An action under way: a progress bar where it takes over a second on a terminal.
+pub struct Progress {
+    what: String,
+    machine: Value,
+    begun: Instant,
+    bar: Option<ProgressBar>,
+    json: bool,
+}
+
+/// From when on a bar is worth its line.
+const NOTICEABLE: Duration = Duration::from_secs(1);
+
+impl Progress {
+    /// The progress of that request.
+    pub fn new(request: &Value, json: bool) -> Self {
+        let text = |key: &str| request[key].as_str().unwrap_or("").to_owned();
+        let what = format!("{} {}", text("action"), text("machine"));
+        Progress { what, machine: request["machine"].clone(), begun: Instant::now(), bar: None, json }
+    }
+
+    /// Takes note of an event.
+    pub fn heard(&mut self, event: &Value) {
+        let shows = !self.json && std::io::stderr().is_terminal() && self.begun.elapsed() >= NOTICEABLE;
+        if event["event"] != json!("progress") || event["machine"] != self.machine || !shows {
+            return;
+        }
+        let what = &self.what;
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::new(1000).with_message(what.clone());
+            // Only a template of our own making could be wrong, and then the default one does.
+            match ProgressStyle::with_template("{msg} {bar:40} {percent}% {elapsed}") {
+                Ok(style) => bar.with_style(style),
+                Err(_) => bar,
+            }
+        });
+        let thousandths = event["fraction"].as_f64().unwrap_or(0.0).clamp(0.0, 1.0) * 1000.0;
+        bar.set_position(thousandths as u64);
+    }
+
+    /// Shows how it ended.
+    pub fn done(self, answer: &Value) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        if !self.json && answer["success"] == json!(true) {
+            println!("{}: done in {:.0?}", self.what, self.begun.elapsed());
+        }
+        plain(answer, self.json);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_lines_up() {
+        let rows = [["A", "BB"], ["ccc", "d"]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(&rows), "A    BB\nccc  d");
+    }
+}

@@ -1,0 +1,130 @@
+//! Cuckoo's working directory, the CWD: where it is, and where things are in it.
+//!
+//! It is marked by a file `.cuckoocwd`. Source: Cuckoo3's `common/storage.py`.
+
+use std::env;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use machinery::{Error, Result};
+
+/// An existing CWD.
+#[derive(Debug, Clone)]
+pub struct Cwd {
+    root: PathBuf,
+}
+
+impl Cwd {
+    /// The CWD given, or `$CUCKOO_CWD`, or `~/.cuckoocwd`.
+    ///
+    /// # Errors
+    /// There is none there.
+    pub fn find(given: Option<&Path>) -> Result<Self> {
+        let (root, source) = match (given, env::var_os("CUCKOO_CWD"), env::home_dir()) {
+            (Some(root), _, _) => (root.to_owned(), "given with --cwd"),
+            (None, Some(root), _) if !root.is_empty() => (root.into(), "given in $CUCKOO_CWD"),
+            (None, _, Some(home)) => (home.join(".cuckoocwd"), "the default"),
+            (None, _, None) => {
+                return Err(Error::configuration("there is no home directory to look for Cuckoo's CWD in")
+                    .advice("Give it with --cwd or in $CUCKOO_CWD"));
+            }
+        };
+        Cwd::open(&root).map_err(|error| error.action(format!("using the Cuckoo CWD {source}")))
+    }
+
+    fn open(root: &Path) -> Result<Self> {
+        let advice =
+            "Give the right folder with --cwd or in $CUCKOO_CWD, or create a CWD with `cuckoo createcwd`";
+        let root = root.canonicalize().map_err(|error| {
+            Error::configuration(format!("cannot open {}: {error}", root.display())).advice(advice)
+        })?;
+        if !root.join(".cuckoocwd").exists() {
+            let reason = format!("{} is not a Cuckoo CWD: it has no file .cuckoocwd", root.display());
+            return Err(Error::configuration(reason).advice(advice));
+        }
+        if root.to_str().is_none() {
+            let reason = format!("{} is not valid UTF-8", root.display());
+            return Err(Error::configuration(reason).advice("Rename the folder"));
+        }
+        Ok(Cwd { root })
+    }
+
+    /// Its folder, absolute.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Cuckoo's own configuration.
+    pub fn cuckoo_yaml(&self) -> PathBuf {
+        self.root.join("conf/cuckoo.yaml")
+    }
+
+    /// A machinery's configuration.
+    pub fn machinery_yaml(&self, machinery: &str) -> PathBuf {
+        self.root.join("conf/machineries").join(format!("{machinery}.yaml"))
+    }
+
+    /// What Cuckoo has no key for; optional.
+    pub fn host_yaml(&self) -> PathBuf {
+        self.root.join("conf/machinery-host.yaml")
+    }
+
+    /// Plugins that belong to this CWD.
+    pub fn plugins(&self) -> PathBuf {
+        self.root.join("machineries")
+    }
+
+    /// Where all of Cuckoo's sockets are.
+    pub fn sockets(&self) -> PathBuf {
+        self.root.join("operational/sockets")
+    }
+
+    /// The socket on which Cuckoo's clients expect the machinery manager.
+    pub fn manager_socket(&self) -> PathBuf {
+        self.sockets().join("machinerymanager.sock")
+    }
+
+    /// The host's own state.
+    pub fn state(&self) -> PathBuf {
+        self.root.join("operational/generated/machinery-host")
+    }
+
+    /// One machinery's state.
+    pub fn machinery_state(&self, machinery: &str) -> PathBuf {
+        self.state().join(machinery).join("state")
+    }
+
+    /// What one machinery can make again.
+    pub fn machinery_cache(&self, machinery: &str) -> PathBuf {
+        self.state().join(machinery).join("cache")
+    }
+}
+
+/// Makes a folder with all above it; what is new is the user's alone.
+///
+/// # Errors
+/// It cannot be made.
+pub fn make_folder(path: &Path) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| Error::io("make the folder", path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cwd_is_known_by_its_mark() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Cwd::find(Some(folder.path())).unwrap_err().to_string();
+        assert!(error.contains("--cwd") && error.contains(".cuckoocwd"), "{error}");
+        std::fs::write(folder.path().join(".cuckoocwd"), "").unwrap();
+        let cwd = Cwd::find(Some(folder.path())).unwrap();
+        assert!(cwd.manager_socket().ends_with("operational/sockets/machinerymanager.sock"));
+        assert!(Cwd::find(Some(Path::new("/none/such"))).unwrap_err().to_string().contains("/none/such"));
+    }
+}

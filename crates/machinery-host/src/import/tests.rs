@@ -1,0 +1,398 @@
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use serde_yaml::Value;
+
+use super::*;
+
+/// A scratch folder with a `qemu.yaml` and machine folders in it.
+struct Scratch(tempfile::TempDir);
+
+impl Scratch {
+    fn new(yaml: &str) -> Self {
+        let scratch = Scratch(tempfile::tempdir().unwrap());
+        fs::write(scratch.yaml(), yaml).unwrap();
+        scratch
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn yaml(&self) -> PathBuf {
+        self.path("qemu.yaml")
+    }
+
+    fn text(&self) -> String {
+        fs::read_to_string(self.yaml()).unwrap()
+    }
+
+    /// Makes a machine as VMCloak does; `change` is laid over its description, null removes a key.
+    fn machine(&self, folder: &str, ip: &str, change: serde_json::Value) -> PathBuf {
+        let path = self.path(folder);
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("disk.qcow2"), "disk").unwrap();
+        fs::write(path.join("memory.snapshot"), "memory").unwrap();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let mut machine = json!({
+            "name": name, "ip": ip, "agent_port": 8000, "os_name": "windows", "os_version": "10",
+            "architecture": "amd64", "bridge": "br0", "disk": "disk.qcow2", "tags": ["dotnet"],
+            "memory_snapshot": "memory.snapshot", "start_args": ["-m", "2048"],
+            "gateway": "192.168.30.1", "netmask": "255.255.255.0",
+        });
+        for (key, value) in change.as_object().unwrap() {
+            machine[key] = value.clone();
+        }
+        let keys = machine.as_object_mut().unwrap();
+        keys.retain(|_, value| !value.is_null());
+        let info = json!({"vmcloak_version": "0.9", "machinery": "qemu", "machine": machine});
+        fs::write(path.join("machineinfo.json"), info.to_string()).unwrap();
+        path
+    }
+
+    fn import(&self, folders: &[PathBuf]) -> Result<Imported> {
+        vmcloak(&self.yaml(), folders)
+    }
+
+    /// Imports `win10` and `win7` into a file; returns its text then.
+    fn imported(yaml: &str) -> String {
+        let scratch = Scratch::new(yaml);
+        let folders = [two(&scratch)];
+        assert_eq!(scratch.import(&folders).unwrap().added, ["win10", "win7"], "{yaml:?}");
+        scratch.text().replace(scratch.0.path().to_str().unwrap(), "/S")
+    }
+
+    /// Fails to import, and leaves the file alone.
+    fn fails(&self, folders: &[PathBuf]) -> String {
+        let before = self.text();
+        let error = self.import(folders).unwrap_err().to_string();
+        assert_eq!(self.text(), before);
+        error
+    }
+}
+
+/// A folder of two machines.
+fn two(scratch: &Scratch) -> PathBuf {
+    scratch.machine("vms/win10", "10.0.0.1", json!({"mac": "00:19:3C:CE:71:E2"}));
+    scratch.machine("vms/win7", "10.0.0.2", json!({"os_version": 7, "tags": []}));
+    scratch.path("vms")
+}
+
+/// What an import of [`two`] writes, with `outer` and `inner` indentation.
+fn block(outer: &str, inner: &str, newline: &str) -> String {
+    let lines = [
+        "Owin10:",
+        "Iqcow2_path: /S/vms/win10/disk.qcow2",
+        "Isnapshot_path: /S/vms/win10/memory.snapshot",
+        "Imachineinfo_path: /S/vms/win10/machineinfo.json",
+        "Iip: \"10.0.0.1\"",
+        "Iplatform: windows",
+        "Ios_version: \"10\"",
+        "Iarchitecture: amd64",
+        "Iinterface: br0",
+        "Iagent_port: 8000",
+        "Imac_address: \"00:19:3c:ce:71:e2\"",
+        "Itags: [dotnet]",
+        "Owin7:",
+        "Iqcow2_path: /S/vms/win7/disk.qcow2",
+        "Isnapshot_path: /S/vms/win7/memory.snapshot",
+        "Imachineinfo_path: /S/vms/win7/machineinfo.json",
+        "Iip: \"10.0.0.2\"",
+        "Iplatform: windows",
+        "Ios_version: \"7\"",
+        "Iarchitecture: amd64",
+        "Iinterface: br0",
+        "Iagent_port: 8000",
+        "Itags: []",
+    ];
+    let indent = |line: &str| {
+        let (first, rest) = line.split_at(1);
+        format!("{}{rest}{newline}", if first == "O" { outer } else { inner })
+    };
+    lines.iter().map(|line| indent(line)).collect()
+}
+
+fn block2() -> String {
+    block("  ", "    ", "\n")
+}
+
+#[test]
+fn the_block_goes_where_the_mapping_ends_and_nothing_else_changes() {
+    // The place is marked with «».
+    for yaml in [
+        "machines:\n«»",
+        "machines:\n«»\n# the end\n",
+        "interface: br0 # ours\n\nmachines:\n  old:\n    ip: 1.1.1.1\n    platform: linux\n    os_version: 8\n«»",
+        "machines:\n  old:\n    ip: 1.1.1.1\n    platform: linux\n    os_version: 8\n  # new: later\n«»\n\n# x\nz: 1\n",
+        "machines:\n  old: {ip: 1.1.1.1, platform: a, os_version: '8'}\n    # odd\n«»interface: br0\n",
+        "machines: # all of them\n\n# not indented\n  old:\n    ip: 1.1.1.1\n    platform: a\n    os_version: 8\n    tags:\n    - a\n«»# end",
+        "\"machines\" :\n  old:\n    ip: 1.1.1.1\n    platform: a\n    os_version: |\n      # 8\n«»\n\n",
+        "---\nmachines:\n«»...\n",
+        "a: |\n  machines:\n    b: 1\nmachines:\n«»c: 1\n",
+    ] {
+        assert_eq!(Scratch::imported(&yaml.replace("«»", "")), yaml.replace("«»", &block2()), "{yaml}");
+    }
+}
+
+#[test]
+fn an_empty_mapping_becomes_one_with_machines() {
+    for (yaml, head, tail) in [
+        ("machines: {}\n", "machines:\n", ""),
+        ("machines: { }   # none yet\ninterface: br0\n", "machines:   # none yet\n", "interface: br0\n"),
+        ("machines: null\n\nx: 1\n", "machines:\n", "\nx: 1\n"),
+        ("x: 1\nmachines: ~", "x: 1\nmachines:\n", ""),
+        ("x: 1\nmachines:", "x: 1\nmachines:\n", ""),
+        ("x: 1", "x: 1\nmachines:\n", ""),
+        ("# only this\n", "# only this\nmachines:\n", ""),
+    ] {
+        assert_eq!(Scratch::imported(yaml), format!("{head}{}{tail}", block2()), "{yaml}");
+    }
+}
+
+#[test]
+fn the_indentation_of_the_file_is_kept() {
+    let old = "machines:\n    old:\n      ip: 1.1.1.1\n      platform: a\n      os_version: 8\n";
+    assert_eq!(Scratch::imported(old), format!("{old}{}", block("    ", "      ", "\n")));
+    let old = "binaries:\n    a: b\nmachines:\n";
+    assert_eq!(Scratch::imported(old), format!("{old}{}", block("    ", "        ", "\n")));
+    let old = "machines:\n old:\n  ip: 1.1.1.1\n  platform: a\n  os_version: 8";
+    assert_eq!(Scratch::imported(old), format!("{old}\n{}", block(" ", "  ", "\n")));
+}
+
+#[test]
+fn line_ends_of_windows_are_kept() {
+    let old = "interface: br0\r\nmachines: {}\r\n";
+    let new = format!("interface: br0\r\nmachines:\r\n{}", block("  ", "    ", "\r\n"));
+    assert_eq!(Scratch::imported(old), new);
+}
+
+#[test]
+fn an_empty_or_missing_file_starts_from_the_commented_default() {
+    let new = Scratch::imported(" \n");
+    assert!(new.starts_with(&DEFAULT[..DEFAULT.find("machines: {}").unwrap()]), "{new}");
+    assert!(new.ends_with(&block2()), "{new}");
+
+    let scratch = Scratch::new("");
+    let deep = scratch.path("conf/machineries/qemu.yaml");
+    vmcloak(&deep, &[two(&scratch)]).unwrap();
+    assert_eq!(fs::read_to_string(&deep).unwrap(), scratch_text(&scratch, &new));
+    assert_eq!(fs::metadata(&deep).unwrap().mode() & 0o077, 0o044 & !umask(&scratch));
+}
+
+fn scratch_text(scratch: &Scratch, text: &str) -> String {
+    text.replace("/S", scratch.0.path().to_str().unwrap())
+}
+
+fn umask(scratch: &Scratch) -> u32 {
+    let path = scratch.path("plain");
+    fs::write(&path, "").unwrap();
+    0o666 & !fs::metadata(&path).unwrap().mode()
+}
+
+#[test]
+fn what_cannot_be_edited_is_left_alone() {
+    for yaml in [
+        "machines: {a: {ip: 1.1.1.1, platform: a, os_version: 8}}\n",
+        "machines: {\n}\n",
+        "{interface: br0}\n",
+        "interface: br0\n...\n",
+        "x: &all {a: {ip: 1.1.1.1, platform: a, os_version: 8}}\nmachines: *all\n",
+        "machines:\n  old:\n    ip: 1.1.1.1\n    platform: a\n    os_version: |+\n      8\n\n\n",
+        "machines:\r  old:\r    ip: 1.1.1.1\r    platform: a\r    os_version: 8\r",
+    ] {
+        let scratch = Scratch::new(yaml);
+        let error = scratch.fails(&[two(&scratch)]);
+        assert!(error.contains("qemu.yaml") && error.contains("The file is as it was"), "{yaml}: {error}");
+    }
+}
+
+#[test]
+fn a_file_the_machinery_could_not_read_is_told_with_its_line() {
+    let scratch = Scratch::new("machines:\n  old:\n    platform: a\n    ip:\n");
+    let error = scratch.fails(&[two(&scratch)]);
+    assert!(error.contains("qemu.yaml:4: machines.old.ip: import failed: a value is needed"), "{error}");
+    let scratch = Scratch::new("machines: [a]\n");
+    assert!(scratch.fails(&[two(&scratch)]).contains("qemu.yaml:1: machines: "));
+}
+
+#[test]
+fn a_second_import_changes_nothing() {
+    let scratch = Scratch::new("machines:\n");
+    let folder = two(&scratch);
+    scratch.import(std::slice::from_ref(&folder)).unwrap();
+    let (text, inode) = (scratch.text(), fs::metadata(scratch.yaml()).unwrap().ino());
+    let again = scratch.import(&[folder]).unwrap();
+    assert_eq!(again.added, Vec::<String>::new());
+    let skipped: Vec<_> = again.skipped.iter().map(|machine| machine.name.as_str()).collect();
+    assert_eq!(skipped, ["win10", "win7"]);
+    assert!(again.skipped[0].reason.contains("unchanged"));
+    assert_eq!((scratch.text(), fs::metadata(scratch.yaml()).unwrap().ino()), (text, inode));
+}
+
+#[test]
+fn an_entry_that_says_the_same_in_other_words_is_unchanged() {
+    let scratch = Scratch::new("");
+    let tags = json!({"tags": ["b", "a"], "mac": "AA:BB:CC:DD:EE:FF"});
+    let folder = scratch.machine("win10", "10.0.0.1", tags);
+    let yaml = "machines:\n  win10:\n    ip: 10.0.0.1\n    platform: Windows\n    os_version: 10\n    interface: br0\n    \
+                mac_address: aa:bb:cc:dd:ee:ff\n    tags:\n    - a\n    - b\n    qcow2_path: /S/./win10/disk.qcow2\n    \
+                snapshot_path: /S/win10/memory.snapshot\n    machineinfo_path: /S/win10/machineinfo.json\n";
+    fs::write(scratch.yaml(), scratch_text(&scratch, yaml)).unwrap();
+    let imported = scratch.import(&[folder]).unwrap();
+    assert_eq!((imported.added.len(), imported.skipped.len()), (0, 1));
+}
+
+#[test]
+fn an_entry_that_differs_is_an_error_and_nothing_is_written() {
+    let scratch = Scratch::new("machines:\n");
+    scratch.import(&[two(&scratch)]).unwrap();
+    scratch.machine("vms/win10", "10.0.0.9", json!({"tags": ["office"], "mac": "00:19:3C:CE:71:E2"}));
+    scratch.machine("vms/win11", "10.0.0.3", json!({}));
+    let error = scratch.fails(&[scratch.path("vms")]);
+    for expected in ["qemu.yaml:", "machine 'win10'", "another ip, tags", "Remove this entry"] {
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+}
+
+#[test]
+fn what_two_machines_would_share_is_told_with_both_names() {
+    let old = "machines:\n  old:\n    ip: 10.0.0.2\n    platform: a\n    os_version: 8\n";
+    let scratch = Scratch::new(old);
+    let error = scratch.fails(&[two(&scratch)]);
+    assert!(error.contains("win7/machineinfo.json: machine.ip: import of machine 'win7'"), "{error}");
+    assert!(error.contains("'10.0.0.2' is already the ip of machine 'old'"), "{error}");
+
+    let scratch = Scratch::new("machines:\n");
+    scratch.machine("a", "10.0.0.1", json!({"mac": "aa:bb:cc:dd:ee:ff"}));
+    scratch.machine("b", "10.0.0.1", json!({}));
+    scratch.machine("c", "10.0.0.3", json!({"mac": "AA:BB:CC:DD:EE:FF"}));
+    scratch.machine("d", "10.0.0.4", json!({"disk": "../a/disk.qcow2"}));
+    scratch.machine("e/a", "10.0.0.5", json!({}));
+    let folders = ["a", "b", "c", "d", "e"].map(|name| scratch.path(name));
+    let error = scratch.fails(&folders);
+    for expected in [
+        "4 problems",
+        "machine 'b': '10.0.0.1' is already the ip of machine 'a'",
+        "c/machineinfo.json: machine.mac: ",
+        "d/machineinfo.json: machine.disk: ",
+        "a/machineinfo.json has the same name",
+    ] {
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+}
+
+#[test]
+fn all_missing_keys_are_named_at_once_and_all_folders_are_looked_at() {
+    let scratch = Scratch::new("machines:\n");
+    let broken = scratch.machine("vms/a", "1.1.1.1", json!({"bridge": null, "start_args": null, "disk": ""}));
+    scratch.machine("vms/b", "1.1.1.2", json!({}));
+    fs::write(scratch.path("vms/b/machineinfo.json"), "{\n\"machine\": }").unwrap();
+    scratch.machine("vms/c", "1.1.1.3", json!({"memory_snapshot": "gone"}));
+    scratch.machine("vms/d", "1.1.1.4", json!({}));
+    fs::write(scratch.path("vms/d/machineinfo.json"), "{\"machine\": []}").unwrap();
+    let error = scratch.fails(&[scratch.path("vms")]);
+    for expected in [
+        "4 problems",
+        "a/machineinfo.json: machine: these keys are missing: bridge, disk, start_args",
+        "b/machineinfo.json:2: this is not JSON",
+        "c/machineinfo.json: machine.memory_snapshot: cannot read",
+        "d/machineinfo.json: machine: there is no description",
+    ] {
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    fs::remove_file(broken.join("machineinfo.json")).unwrap();
+}
+
+#[test]
+fn values_the_machinery_would_refuse_are_refused() {
+    for (change, expected) in [
+        (json!({"name": "../x"}), "machine.name: import of machine '../x' failed: '../x' cannot be"),
+        (json!({"agent_port": 70000}), "machine.agent_port: import failed: '70000' is not a TCP port"),
+        (json!({"mac": "nonsense"}), "machine.mac: import of machine 'm' failed: 'nonsense' is not a MAC"),
+        (json!({"os_version": 18.1}), "machine.os_version: import failed: 18.1 is not a text"),
+        (json!({"tags": "dotnet"}), "machine.tags: import failed: \"dotnet\" is not a list"),
+        (json!({"start_args": []}), "machine.start_args: import failed: this must be a list"),
+        (json!({"disk": "."}), "machine.disk: import failed: "),
+    ] {
+        let scratch = Scratch::new("machines:\n");
+        let error = scratch.fails(&[scratch.machine("m", "1.1.1.1", change.clone())]);
+        assert!(error.contains(expected), "{change}: {error}");
+    }
+}
+
+#[test]
+fn texts_stay_texts() {
+    let scratch = Scratch::new("machines:\n");
+    let odd = json!({"name": "10", "os_version": "18.10", "os_name": "NO", "agent_port": "8001",
+        "tags": ["on", "a, b", "- x", "0x1", "é\"\\", "# y", 7, "1:30", "~"]});
+    let folder = scratch.machine("odd: \"folder\" #1", "1.1.1.1", odd);
+    scratch.import(&[folder]).unwrap();
+    let text = scratch.text();
+    let yaml: Value = serde_yaml::from_str(&text).unwrap();
+    let machine = &yaml["machines"]["10"];
+    assert_eq!(machine["os_version"], "18.10");
+    assert_eq!(machine["platform"], "no");
+    assert_eq!(machine["agent_port"], 8001);
+    assert!(machine["qcow2_path"].as_str().unwrap().ends_with("/odd: \"folder\" #1/disk.qcow2"));
+    assert_eq!(machine["tags"][4], "é\"\\");
+    assert_eq!(machine["tags"][6], "7");
+    for quoted in ["\"10\":", "platform: \"no\"", "\"on\"", "\"1:30\"", "\"~\"", "\"0x1\""] {
+        assert!(text.contains(quoted), "{quoted}: {text}");
+    }
+}
+
+#[test]
+fn a_folder_is_a_machine_or_holds_machines() {
+    let scratch = Scratch::new("machines:\n");
+    let all = two(&scratch);
+    fs::create_dir(scratch.path("vms/half")).unwrap();
+    fs::write(scratch.path("vms/file"), "").unwrap();
+    // Named twice, in two ways.
+    let imported = scratch.import(&[all.join("win10"), all]).unwrap();
+    assert_eq!(imported.added, ["win10", "win7"]);
+    assert_eq!(imported.skipped.len(), 1);
+    assert_eq!(imported.skipped[0].name, "half");
+
+    let none = scratch.path("vms/half");
+    let error = scratch.fails(&[none, scratch.path("gone")]);
+    assert!(error.contains("there is no machineinfo.json in"), "{error}");
+    assert!(error.contains("cannot look into the folder") && error.contains("gone"), "{error}");
+}
+
+#[test]
+fn mode_and_link_of_the_file_are_kept_and_nothing_is_left_beside_it() {
+    let scratch = Scratch::new("machines:\n");
+    fs::set_permissions(scratch.yaml(), fs::Permissions::from_mode(0o640)).unwrap();
+    let link = scratch.path("link.yaml");
+    std::os::unix::fs::symlink("qemu.yaml", &link).unwrap();
+    vmcloak(&link, &[two(&scratch)]).unwrap();
+    assert!(link.is_symlink());
+    assert!(scratch.text().contains("win10"));
+    assert_eq!(fs::metadata(scratch.yaml()).unwrap().mode() & 0o777, 0o640);
+    assert_eq!(fs::read_dir(scratch.0.path()).unwrap().count(), 3);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_an_error() {
+    let scratch = Scratch::new("");
+    let error = vmcloak(Path::new("/proc/none/qemu.yaml"), &[two(&scratch)]).unwrap_err().to_string();
+    assert!(error.starts_with("import failed: cannot write /proc/none/qemu.yaml"), "{error}");
+}
+
+#[test]
+fn the_default_can_be_read_and_its_example_can_be_used() {
+    let file = |text: String| ConfigFile { path: "qemu.yaml".into(), text };
+    let known = file(DEFAULT.to_owned()).parse::<Known>().unwrap();
+    assert_eq!(known.machines.iter().count(), 0);
+    let (head, example) = DEFAULT.split_once("machines: {}").unwrap();
+    let example: Vec<&str> = example
+        .lines()
+        .skip_while(|line| !line.contains("# win10_1:"))
+        .filter_map(|line| line.get(4..))
+        .collect();
+    let known = file(format!("{head}machines:\n  {}\n", example.join("\n  "))).parse::<Known>().unwrap();
+    let machines: Vec<_> = known.machines.into_iter().collect();
+    assert_eq!((machines[0].name.as_str(), machines[0].shared.os_version.as_str()), ("win10_1", "10"));
+}

@@ -1,0 +1,153 @@
+//! The life of the host.
+//!
+//! ```text
+//! read configuration ─▶ lock the CWD ─▶ load plugins ─▶ socket ─▶ ready ─▶ serving
+//!     SIGTERM, SIGINT ─▶ no new action ─▶ running ones end ─▶ machines off ─▶ plugins let go
+//!                                                                  ─▶ socket removed ─▶ exit 0
+//! ```
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use machinery::{Deadline, Error, Result};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+
+use crate::actions::worker::Workers;
+use crate::config::Config;
+use crate::cwd::{Cwd, make_folder};
+use crate::events::Events;
+use crate::fleet::Fleet;
+use crate::loader;
+use crate::server::{self, Shared};
+
+/// How long a plugin may take to let go at the end.
+const LETTING_GO: Duration = Duration::from_secs(30);
+/// Threads beyond one for each machine: questions about states come beside the actions.
+const SPARE_THREADS: usize = 64;
+
+/// Serves until it is told to end.
+///
+/// # Errors
+/// The host cannot start: configuration, plugins, or socket.
+pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
+    let config = Config::read(cwd)?;
+    make_folder(&cwd.state())?;
+    make_folder(&cwd.sockets())?;
+    let _lock = lock(&cwd.state())?;
+    raise_file_limit();
+    let events = Events::default();
+    let fleet = loader::load_all(cwd, &config, &loader::folders(plugin_dirs, cwd), &events)?;
+    let machines = fleet.get().map_or(0, |fleet| fleet.machines().len());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(machines + SPARE_THREADS)
+        .build()
+        .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
+    let result = runtime.block_on(async {
+        let workers = fleet.get().map(|fleet| Workers::start(fleet, config.timeouts));
+        let (workers, ending) = workers
+            .ok_or_else(|| Error::failed("the machines were not loaded: this is a bug of the host"))?;
+        let shared = Arc::new(Shared { fleet, workers, events, enabled: AtomicBool::new(true) });
+        serve(cwd, shared, ending).await
+    });
+    // A plugin's call that never came back must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
+
+/// One host for one CWD; the lock goes with the process.
+fn lock(state: &Path) -> Result<File> {
+    let path = state.join("lock");
+    let file = File::create(&path).map_err(|error| Error::io("make the lock", &path, &error))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::environment(format!("another host already serves this CWD: it holds {}", path.display()))
+            .advice("Stop it first, or use it: the other commands of cuckoo-machinery talk to it")
+    })?;
+    Ok(file)
+}
+
+/// A machine costs a few descriptors, a client one; the usual soft limit of 1024 is soon used up.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+}
+
+async fn serve(cwd: &Cwd, shared: Arc<Shared>, workers: JoinSet<()>) -> Result<()> {
+    let mut end = End::new()?;
+    let socket = cwd.manager_socket();
+    let listener = server::bind(&socket, &cwd.state())?;
+    tracing::info!(socket = %socket.display(), "ready");
+    notify(NotifyState::Ready);
+    tokio::select! {
+        () = server::serve(listener, Arc::clone(&shared)) => {}
+        which = end.asked() => tracing::info!(signal = which, "asked to end: machines are stopped"),
+    }
+    notify(NotifyState::Stopping);
+    server::remove(&socket);
+    tokio::select! {
+        () = let_go(&shared, workers) => tracing::info!("ended"),
+        which = end.asked() => tracing::error!(signal = which, "asked to end once more: machines may be left"),
+    }
+    Ok(())
+}
+
+async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>) {
+    shared.workers.close();
+    while workers.join_next().await.is_some() {}
+    // The machineries in the order of their machines, each once.
+    let mut machineries = Vec::new();
+    for machine in shared.fleet.get().map_or(&[][..], Fleet::machines) {
+        if !machineries.iter().any(|known| Arc::ptr_eq(known, &machine.machinery)) {
+            machineries.push(Arc::clone(&machine.machinery));
+        }
+    }
+    for machinery in machineries {
+        let name = machinery.name.clone();
+        let call =
+            tokio::task::spawn_blocking(move || machinery.instance.shutdown(Deadline::after(LETTING_GO)));
+        match tokio::time::timeout(LETTING_GO, call).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::error!(machinery = name, %error, "did not let go cleanly"),
+            Ok(Err(error)) => tracing::error!(machinery = name, %error, "did not let go cleanly"),
+            Err(_) => tracing::error!(machinery = name, "did not let go in time"),
+        }
+    }
+}
+
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "cannot tell systemd");
+    }
+}
+
+/// The signals that ask to end.
+struct End {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl End {
+    fn new() -> Result<Self> {
+        let listen = |kind| {
+            signal(kind).map_err(|error| Error::environment(format!("cannot listen to signals: {error}")))
+        };
+        Ok(End { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn asked(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The socket: who may connect, how much one client may cost.
+//!
+//! One JSON object a line, both ways. A client that floods, never reads, or talks garbage costs
+//! itself: connections are counted per process, each has a bounded number of requests under way and
+//! a bounded backlog of answers, and a write that does not get on ends the connection.
+
+mod connection;
+mod lines;
+pub mod protocol;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use machinery::{Error, Result, SocketPath};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::actions::worker::Workers;
+use crate::events::Events;
+use crate::fleet::Fleet;
+
+/// Connections one process may hold.
+const PER_PROCESS: usize = 256;
+/// Connections all processes together may hold.
+const ALL: usize = 1024;
+
+/// What every connection works on.
+pub struct Shared {
+    /// The machines.
+    pub fleet: Arc<OnceLock<Fleet>>,
+    /// Who acts on them.
+    pub workers: Workers,
+    /// What they hear who subscribe.
+    pub events: Events,
+    /// While false, everything but `stop` is refused.
+    pub enabled: AtomicBool,
+}
+
+impl Shared {
+    /// The machines; none while the host still loads.
+    pub fn find(&self, name: &str) -> Option<&Arc<crate::fleet::Machine>> {
+        self.fleet.get()?.find(name)
+    }
+}
+
+/// Makes the manager's socket, for this user alone. It listens before its name appears.
+///
+/// # Errors
+/// It cannot be made, or another manager answers on it.
+pub fn bind(path: &Path, scratch: &Path) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io("make the socket", path, &error);
+    let socket = SocketPath::new(path).map_err(failed)?;
+    if std::os::unix::net::UnixStream::connect(socket.address()).is_ok() {
+        let reason = format!("another machinery manager answers on {}", path.display());
+        return Err(Error::environment(reason)
+            .advice("Stop it first: it may be Cuckoo's own, or another `cuckoo-machinery serve`"));
+    }
+    if path.as_os_str().len() > 107 {
+        tracing::warn!(
+            socket = %path.display(),
+            "this path is longer than a socket address can hold: this program finds a way around it, Cuckoo's own client does not"
+        );
+    }
+    // The folder `scratch` is this user's alone, so nobody can connect before the mode is set.
+    let hidden = SocketPath::new(&scratch.join("new.sock")).map_err(failed)?;
+    remove(hidden.path());
+    let listener = UnixListener::bind(hidden.address()).map_err(failed)?;
+    std::fs::set_permissions(hidden.path(), std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    std::fs::rename(hidden.path(), path).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Removes a socket; that there is none is as good.
+pub fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "cannot remove the socket");
+    }
+}
+
+/// Serves connections for as long as it is polled.
+pub async fn serve(listener: UnixListener, shared: Arc<Shared>) {
+    let counter = Arc::new(Counter::default());
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => match counter.admit(&stream) {
+                Some(place) => {
+                    let shared = Arc::clone(&shared);
+                    tokio::spawn(async move {
+                        connection::serve(stream, shared).await;
+                        drop(place);
+                    });
+                }
+                None => tracing::warn!("a connection was refused: its process holds too many"),
+            },
+            Err(error) => {
+                // Out of file descriptors, most likely: wait for some to come back.
+                tracing::error!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Counts connections by the process at the other end.
+#[derive(Default)]
+struct Counter {
+    by_process: Mutex<HashMap<i32, usize>>,
+}
+
+impl Counter {
+    fn admit(self: &Arc<Self>, stream: &UnixStream) -> Option<Place> {
+        let process = stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or(0);
+        let mut by_process = self.lock();
+        if by_process.values().sum::<usize>() >= ALL {
+            return None;
+        }
+        let count = by_process.entry(process).or_default();
+        if *count >= PER_PROCESS {
+            return None;
+        }
+        *count += 1;
+        Some(Place { counter: Arc::clone(self), process })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<i32, usize>> {
+        self.by_process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection's place; given back when dropped.
+struct Place {
+    counter: Arc<Counter>,
+    process: i32,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut by_process = self.counter.lock();
+        if let Some(count) = by_process.get_mut(&self.process) {
+            *count -= 1;
+            if *count == 0 {
+                by_process.remove(&self.process);
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The protocol: from a line to a request, and what is answered.
+//!
+//! Cuckoo3's part (`restore_start`, `norestore_start`, `stop`, `acpi_stop`) is kept to the word:
+//! its order of checks, its reasons, and after which of them the connection closes. Source:
+//! `MachineryManager.handle_message` in Cuckoo3's `node/machinery.py`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use machinery::{DumpFormat, Error};
+use serde_json::{Map, Value, json};
+
+use crate::actions::{Action, Outcome};
+use crate::fleet::Machine;
+
+/// What a client wants.
+#[derive(Clone)]
+pub enum Request {
+    /// Something done with a machine.
+    Act(Arc<Machine>, Action),
+    /// A machine's state.
+    State(Arc<Machine>),
+    /// A machine back in the pool.
+    EnableMachine(Arc<Machine>),
+    /// All machines.
+    List,
+    /// The versions of everything.
+    Version,
+    /// Events, from now on.
+    Subscribe,
+    /// All machines stopped.
+    ShutdownAll,
+    /// The manager disabled or enabled.
+    SetEnabled(bool),
+}
+
+/// Why a line is no request.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// What the client is told.
+    pub reason: String,
+    /// Whether the connection closes after it.
+    pub close: bool,
+}
+
+impl Refusal {
+    fn open(reason: impl Into<String>) -> Self {
+        Refusal { reason: reason.into(), close: false }
+    }
+
+    fn closing(reason: impl Into<String>) -> Self {
+        Refusal { reason: reason.into(), close: true }
+    }
+}
+
+/// A line as an object, if it is one.
+///
+/// # Errors
+/// It is not JSON, or not an object.
+pub fn object(line: &[u8]) -> Result<Map<String, Value>, Refusal> {
+    match serde_json::from_slice(line) {
+        Ok(Value::Object(object)) => Ok(object),
+        Ok(_) => {
+            Err(Refusal::open("the line is JSON, but not an object. Send {\"action\": …, \"machine\": …}."))
+        }
+        Err(error) => {
+            Err(Refusal::open(format!("the line is not JSON: {error}. Send one JSON object a line.")))
+        }
+    }
+}
+
+/// What an object asks for.
+///
+/// # Errors
+/// Nothing that can be done; the reasons are Cuckoo3's where it has one.
+pub fn request<'a>(
+    object: &Map<String, Value>,
+    enabled: bool,
+    find: impl Fn(&str) -> Option<&'a Arc<Machine>>,
+) -> Result<Request, Refusal> {
+    let text = |key: &str| object.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
+    let action = text("action");
+    if let Some(request) = action.and_then(of_all_machines) {
+        return Ok(request);
+    }
+    if !enabled && !matches!(action, Some("stop" | "state" | "enable_machine")) {
+        return Err(Refusal::closing("Machinery manager is disabled"));
+    }
+    let (Some(action), Some(name)) = (action, text("machine")) else {
+        return Err(Refusal::closing("Missing action or machine name"));
+    };
+    let machine = find(name).ok_or_else(|| Refusal::open(Error::no_such_machine(name).to_string()))?;
+    let machine = Arc::clone(machine);
+    let act = |action| Ok(Request::Act(Arc::clone(&machine), action));
+    match action {
+        "restore_start" => act(Action::RestoreStart),
+        "norestore_start" => act(Action::NorestoreStart),
+        "stop" => act(Action::Stop),
+        "acpi_stop" => act(Action::AcpiStop),
+        "dump_memory" => {
+            act(Action::DumpMemory { path: path(text("path"))?, format: format(text("format"))? })
+        }
+        "screenshot" => act(Action::Screenshot { path: path(text("path"))? }),
+        "state" => Ok(Request::State(machine)),
+        "enable_machine" => Ok(Request::EnableMachine(machine)),
+        _ => Err(Refusal::closing("No such action")),
+    }
+}
+
+fn of_all_machines(action: &str) -> Option<Request> {
+    Some(match action {
+        "list" => Request::List,
+        "version" => Request::Version,
+        "subscribe" => Request::Subscribe,
+        "shutdown_all" => Request::ShutdownAll,
+        "disable" => Request::SetEnabled(false),
+        "enable" => Request::SetEnabled(true),
+        _ => return None,
+    })
+}
+
+/// The host's own folder means nothing to a client, so a path has to be absolute.
+fn path(text: Option<&str>) -> Result<PathBuf, Refusal> {
+    let path = text.map(PathBuf::from).filter(|path| path.is_absolute());
+    path.ok_or_else(|| Refusal::open("Missing path: this action needs an absolute 'path' to write to"))
+}
+
+fn format(text: Option<&str>) -> Result<DumpFormat, Refusal> {
+    let Some(text) = text else { return Ok(DumpFormat::default()) };
+    serde_json::from_value(json!(text)).map_err(|_| {
+        Refusal::open(format!("'{text}' is not a format of memory dumps. Use elf, kdump-zlib or win-dmp."))
+    })
+}
+
+/// The answer to an action that has ended.
+pub fn outcome(outcome: Outcome) -> Value {
+    match outcome {
+        Ok(()) => json!({"success": true}),
+        Err(reason) => failure(&reason),
+    }
+}
+
+/// The answer to what failed.
+pub fn failure(reason: &str) -> Value {
+    json!({"success": false, "reason": reason})
+}
+
+/// A line to send, with the request's `id` if it had one.
+pub fn line(mut answer: Value, id: Option<&Value>) -> Vec<u8> {
+    if let (Some(object), Some(id)) = (answer.as_object_mut(), id) {
+        object.insert("id".to_owned(), id.clone());
+    }
+    let mut line = answer.to_string().into_bytes();
+    line.push(b'\n');
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(line: &str, enabled: bool) -> Refusal {
+        let object = object(line.as_bytes()).unwrap();
+        request(&object, enabled, |_| None).err().unwrap()
+    }
+
+    #[test]
+    fn what_is_missing_closes_the_connection() {
+        for line in [
+            "{}",
+            r#"{"action": "stop"}"#,
+            r#"{"machine": "m"}"#,
+            r#"{"action": "", "machine": "m"}"#,
+            r#"{"action": null, "machine": "m"}"#,
+            r#"{"action": "stop", "machine": 7}"#,
+        ] {
+            assert_eq!(refused(line, true), Refusal::closing("Missing action or machine name"), "{line}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_machine_is_named_and_the_connection_stays() {
+        let refusal = refused(r#"{"action": "restore_start", "machine": "nope"}"#, true);
+        assert_eq!(refusal, Refusal::open("Machine with name nope does not exist"));
+    }
+
+    #[test]
+    fn while_disabled_only_stop_and_looking_go_on() {
+        let disabled = Refusal::closing("Machinery manager is disabled");
+        assert_eq!(refused(r#"{"action": "restore_start", "machine": "m"}"#, false), disabled);
+        assert_eq!(refused("{}", false), disabled);
+        assert_ne!(refused(r#"{"action": "stop", "machine": "m"}"#, false), disabled);
+        let list = object(br#"{"action": "list"}"#).unwrap();
+        assert!(request(&list, false, |_| None).is_ok());
+    }
+
+    #[test]
+    fn garbage_is_told_and_the_connection_stays() {
+        for line in ["", "nonsense", "{\"a\":", "[1]", "7", "\u{0}"] {
+            let refusal = object(line.as_bytes()).unwrap_err();
+            assert!(!refusal.close && refusal.reason.contains("JSON"), "{line:?}: {refusal:?}");
+        }
+        assert!(object(&[0xff, 0xfe]).is_err());
+    }
+
+    #[test]
+    fn an_id_is_echoed_whatever_it_is() {
+        let line = line(outcome(Ok(())), Some(&json!({"a": [1]})));
+        assert_eq!(line, b"{\"id\":{\"a\":[1]},\"success\":true}\n");
+    }
+}

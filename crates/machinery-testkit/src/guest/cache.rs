@@ -1,0 +1,142 @@
+//! Folders that are dear to make, made once and shared by all test runs.
+//!
+//! A folder is built under another name, with a file lock held, and renamed when it is whole. So
+//! test runs side by side make it once, one waiting for the other, and a build that is killed
+//! leaves nothing that could be taken for whole: its remains are removed by the next one.
+
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::{env, io};
+
+use crate::Result;
+use crate::error::{Context, Error};
+
+/// `$CUCKOO_TESTKIT_CACHE`, else `cuckoo-machinery-testkit` in the user's cache folder.
+pub fn default() -> Result<PathBuf> {
+    let user = || {
+        let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cache")));
+        Some(cache?.join("cuckoo-machinery-testkit"))
+    };
+    let chosen = env::var_os("CUCKOO_TESTKIT_CACHE").map(PathBuf::from).or_else(user);
+    chosen.ok_or_else(|| Error::new("there is no place for test guests: set CUCKOO_TESTKIT_CACHE or HOME"))
+}
+
+/// A short name for `content`: another content has another one.
+pub fn fingerprint<T: Hash + ?Sized>(content: &T) -> String {
+    let mut hasher = DefaultHasher::new();
+    content.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+/// The folder `name` in `cache`, filled by `build` if it is not there yet.
+pub fn folder(cache: &Path, name: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let folder = cache.join(name);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let _lock = lock(cache, name)?;
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let unfinished = format!(".{name}-");
+    remove_leftovers(cache, &unfinished)?;
+    let building = tempfile::Builder::new().prefix(&unfinished).tempdir_in(cache);
+    let building = building.context(|| format!("making a folder in {}", cache.display()))?;
+    build(building.path())?;
+    publish(building, &folder)?;
+    Ok(folder)
+}
+
+/// The file `name` in `folder`, written by `write` if it is not there yet.
+pub fn file(folder: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<PathBuf> {
+    let file = folder.join(name);
+    if file.is_file() {
+        return Ok(file);
+    }
+    let _lock = lock(folder, name)?;
+    if file.is_file() {
+        return Ok(file);
+    }
+    let unfinished = format!(".{name}-");
+    remove_leftovers(folder, &unfinished)?;
+    let what = || format!("making {}", file.display());
+    let readable = fs::Permissions::from_mode(0o644);
+    let writing = tempfile::Builder::new().prefix(&unfinished).permissions(readable).tempfile_in(folder);
+    let mut writing = writing.context(what)?;
+    write(writing.as_file_mut()).context(what)?;
+    writing.persist(&file).context(what)?;
+    Ok(file)
+}
+
+fn publish(building: tempfile::TempDir, folder: &Path) -> Result<()> {
+    fs::rename(building.path(), folder).context(|| format!("publishing {}", folder.display()))?;
+    // Nothing is left under the old name, so there is nothing to remove.
+    let _ = building.keep();
+    Ok(())
+}
+
+/// Waits for the lock of `name` in `folder`. It is held until the file is dropped.
+fn lock(folder: &Path, name: &str) -> Result<File> {
+    let path = folder.join(format!(".{name}.lock"));
+    let what = || format!("locking {}", path.display());
+    fs::create_dir_all(folder).context(what)?;
+    let file = File::options().create(true).append(true).open(&path).context(what)?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).context(what)?;
+    Ok(file)
+}
+
+/// Removes what killed builds left. The lock is held, so nobody is at work there.
+fn remove_leftovers(folder: &Path, prefix: &str) -> Result<()> {
+    let what = || format!("clearing {}", folder.display());
+    for entry in fs::read_dir(folder).context(what)? {
+        let path = entry.context(what)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match name.starts_with(prefix) {
+            true if path.is_dir() => fs::remove_dir_all(&path).context(what)?,
+            true => fs::remove_file(&path).context(what)?,
+            false => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_built_once_and_never_half() {
+        let cache = tempfile::tempdir().unwrap();
+        fs::create_dir(cache.path().join(".thing-killed")).unwrap();
+        assert!(folder(cache.path(), "thing", |_| Err(Error::new("no"))).is_err());
+        assert!(!cache.path().join("thing").exists());
+        for _ in 0..2 {
+            let built = folder(cache.path(), "thing", |at| {
+                fs::write(at.join("a"), "b").context(String::new)?;
+                assert!(!cache.path().join(".thing-killed").exists());
+                Ok(())
+            });
+            assert_eq!(fs::read_to_string(built.unwrap().join("a")).unwrap(), "b");
+        }
+    }
+
+    #[test]
+    fn builders_side_by_side_build_one() {
+        let cache = tempfile::tempdir().unwrap();
+        let builds = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    folder(cache.path(), "thing", |_| {
+                        builds.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                        Ok(())
+                    })
+                });
+            }
+        });
+        assert_eq!(builds.into_inner(), 1);
+    }
+}

@@ -1,0 +1,158 @@
+//! The Linux guest: a real operating system with an agent, a disk and a network.
+//!
+//! It is Debian's cloud kernel and a static busybox in an initramfs, both taken from Debian's
+//! packages with `apt-get download` and unpacked with `dpkg-deb`; nothing is installed. Its user
+//! space is three shell scripts beside this file. On port 8000 it answers as an agent would, the
+//! power button turns it off, and a run can leave marks in its RAM and on its disk, which must be
+//! gone after the next restore.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::cpio::Archive;
+use super::{cache, command};
+use crate::Result;
+use crate::error::{Context, Error};
+
+/// Kernel modules in the order in which they need each other. One that is not there is taken to be
+/// built into the kernel.
+const MODULES: [&str; 11] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_blk",
+    "button",
+    "evdev",
+];
+
+/// What the agent's `GET /` says.
+const INDEX: &str = "{\"message\": \"Test guest agent\", \"version\": \"0.1\", \"features\": []}\n";
+const HTTPD_CONF: &str = "I:index.json\n.json:application/json\n";
+const INIT: &str = include_str!("linux/init.sh");
+const MARK: &str = include_str!("linux/mark.sh");
+const MARKS: &str = include_str!("linux/marks.sh");
+
+/// The line on the serial console with which the guest says that it is up and idle.
+pub const READY: &str = "guest ready";
+
+/// A kernel and its initramfs, in the cache: what QEMU boots directly.
+#[derive(Debug, Clone)]
+pub(super) struct Image {
+    folder: PathBuf,
+}
+
+impl Image {
+    /// The image in `cache`, made now if it is not there. Only then is a network needed.
+    pub(super) fn in_cache(cache: &Path) -> Result<Self> {
+        let content = cache::fingerprint(&[INDEX, HTTPD_CONF, INIT, MARK, MARKS, &MODULES.join(" ")]);
+        let folder = cache::folder(cache, &format!("linux-image-{content}"), build)?;
+        Ok(Self { folder })
+    }
+
+    /// The kernel, for `-kernel`.
+    pub(super) fn kernel(&self) -> PathBuf {
+        self.folder.join("vmlinuz")
+    }
+
+    /// The initramfs, for `-initrd`.
+    pub(super) fn initramfs(&self) -> PathBuf {
+        self.folder.join("initramfs")
+    }
+}
+
+fn build(folder: &Path) -> Result<()> {
+    let unpacked =
+        tempfile::tempdir_in(folder).context(|| format!("making a folder in {}", folder.display()))?;
+    for package in [kernel_package()?.as_str(), "busybox-static"] {
+        unpack(package, unpacked.path())?;
+    }
+    let kernel = find(&unpacked.path().join("boot"), |name| name.starts_with("vmlinuz-"))?;
+    let kernel = kernel.ok_or_else(|| Error::new("Debian's kernel package holds no boot/vmlinuz-*"))?;
+    copy(&kernel, &folder.join("vmlinuz"))?;
+    let archive = initramfs(unpacked.path())?;
+    let path = folder.join("initramfs");
+    fs::write(&path, archive).context(|| format!("writing {}", path.display()))
+}
+
+/// The package that holds the kernel: `linux-image-cloud-amd64` only names the newest.
+fn kernel_package() -> Result<String> {
+    let depends = command::output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
+    let mut names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    names.find(|name| name.starts_with("linux-image-")).map(str::to_owned).ok_or_else(|| {
+        Error::new(
+            "apt knows no linux-image-cloud-amd64, which the Linux guest is made of: run `apt-get update`",
+        )
+    })
+}
+
+fn unpack(package: &str, into: &Path) -> Result<()> {
+    let download = into.join("download");
+    fs::create_dir_all(&download).context(|| format!("making {}", download.display()))?;
+    command::output(Command::new("apt-get").args(["-q", "download", package]).current_dir(&download))?;
+    let deb = find(&download, |name| name.starts_with(package))?;
+    let deb = deb.ok_or_else(|| Error::new(format!("`apt-get download {package}` left no file")))?;
+    command::output(Command::new("dpkg-deb").arg("-x").args([deb.as_path(), into]))?;
+    Ok(())
+}
+
+fn initramfs(root: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for folder in ["bin", "etc", "modules", "www", "www/cgi-bin"] {
+        archive.folder(folder);
+    }
+    let busybox = ["bin/busybox", "usr/bin/busybox"]
+        .map(|path| root.join(path))
+        .into_iter()
+        .find(|path| path.is_file());
+    let busybox = busybox.ok_or_else(|| Error::new("Debian's busybox-static package holds no busybox"))?;
+    archive.program("bin/busybox", &content(&busybox)?);
+    archive.program("init", INIT.as_bytes());
+    archive.program("www/cgi-bin/mark", MARK.as_bytes());
+    archive.program("www/cgi-bin/marks", MARKS.as_bytes());
+    archive.file("www/index.json", INDEX.as_bytes());
+    archive.file("etc/httpd.conf", HTTPD_CONF.as_bytes());
+    for (order, module) in MODULES.iter().enumerate() {
+        let file = find(root, |name| is_module(name, module))?;
+        if let Some(file) = file {
+            archive.file(&format!("modules/{order:02}-{module}.ko"), &content(&file)?);
+        }
+    }
+    Ok(archive.finish())
+}
+
+fn is_module(file: &str, module: &str) -> bool {
+    let stem = file.strip_suffix(".xz").unwrap_or(file).strip_suffix(".ko");
+    stem.is_some_and(|stem| stem.replace('-', "_") == module)
+}
+
+/// The first plain file below `folder` whose name is `wanted`.
+fn find(folder: &Path, wanted: impl Fn(&str) -> bool + Copy) -> Result<Option<PathBuf>> {
+    let what = || format!("looking through {}", folder.display());
+    for entry in fs::read_dir(folder).context(what)? {
+        let entry = entry.context(what)?;
+        let kind = entry.file_type().context(what)?;
+        if kind.is_file() && entry.file_name().to_str().is_some_and(wanted) {
+            return Ok(Some(entry.path()));
+        }
+        let below = if kind.is_dir() { find(&entry.path(), wanted)? } else { None };
+        if below.is_some() {
+            return Ok(below);
+        }
+    }
+    Ok(None)
+}
+
+fn content(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).context(|| format!("reading {}", path.display()))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to).context(|| format!("copying {} to {}", from.display(), to.display()))?;
+    Ok(())
+}

@@ -1,0 +1,51 @@
+#!/bin/busybox sh
+# The whole user space of the Linux test guest. It ends up asleep, waiting for the power button.
+
+/bin/busybox mkdir -p /proc /sys /dev /tmp
+/bin/busybox --install -s /bin
+mount -t proc none /proc
+mount -t sysfs none /sys
+mount -t devtmpfs none /dev
+mount -t tmpfs -o size=100% none /tmp
+
+# Named so that they sort in the order in which they need each other.
+for module in /modules/*; do
+    insmod "$module"
+done
+
+# The host's user networking is always this.
+ip link set lo up
+ip link set eth0 up
+ip address add 10.0.2.15/24 dev eth0
+ip route add default via 10.0.2.2
+
+# `noise=MIB` on the kernel's command line: RAM that does not compress. Random bytes are dear when
+# the processor is emulated, so one block of them is repeated; it is larger than what gzip, lz4 and
+# zstd look back.
+noise=$(sed -n 's/.*\bnoise=\([0-9]*\).*/\1/p' /proc/cmdline)
+noise=${noise:-0}
+block=16
+[ "$noise" -lt "$block" ] && block=$noise
+if [ "$block" -gt 0 ]; then
+    dd if=/dev/urandom of=/tmp/noise bs=1M count="$block" 2>/dev/null
+    made=$block
+    while [ "$made" -lt "$noise" ]; do
+        made=$((made + block))
+        dd if=/tmp/noise bs=1M count="$block" 2>/dev/null
+    done > /tmp/noise.more
+fi
+
+# What a restored machine must show again.
+QUERY_STRING='ram=snapshot&disk=snapshot' /www/cgi-bin/mark > /dev/null
+
+httpd -p 8000 -h /www -c /etc/httpd.conf
+
+for event in /sys/class/input/event*; do
+    [ "$(cat "$event/device/name")" = 'Power Button' ] && button=/dev/input/${event##*/}
+done
+
+echo 'guest ready' > /dev/ttyS0
+
+# One input event is 24 bytes; reading it sleeps until the button is pressed.
+dd if="$button" of=/dev/null bs=24 count=1 2> /dev/null
+poweroff -f

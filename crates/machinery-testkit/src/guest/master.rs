@@ -1,0 +1,167 @@
+//! Masters, and the machine folders made from them.
+//!
+//! A *master* is a guest that was booted once, with one QEMU version, and saved: a disk and a
+//! memory snapshot that fit each other. It takes seconds, so it is made once and kept in a cache.
+//! A *machine folder* is what an operator has: `disk.qcow2`, `memory.snapshot` and
+//! `machineinfo.json`, as VMCloak leaves them. It has copies of its own, so a test may spoil them.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::recipe::{AGENT_PORT, Recipe};
+use super::serial::{self, Watch};
+use super::vm::Vm;
+use super::{Guest, MachineFolder, Qemu, cache, linux, micro};
+use crate::Result;
+use crate::error::{Context, Error};
+use crate::snapshot::SnapshotFormat;
+
+/// A guest may take this long to boot, on a machine that does much else.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// The micro guest's snapshot is made when it has counted this far, so that no cold boot looks like it.
+const SNAPSHOT_COUNT: u32 = 16;
+
+const DISK: &str = "disk.qcow2";
+const SNAPSHOT: &str = "memory.snapshot";
+const MACHINEINFO: &str = "machineinfo.json";
+const SERIAL: &str = "serial.log";
+const COUNT: &str = "count";
+
+/// A guest, booted once and saved.
+#[derive(Debug, Clone)]
+pub struct Master {
+    recipe: Recipe,
+    folder: PathBuf,
+}
+
+impl Master {
+    /// The master of `guest` in `cache`, made now if it is not there.
+    pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
+        let what = || format!("opening the cache {}", cache.display());
+        fs::create_dir_all(cache).context(what)?;
+        let cache = cache.canonicalize().context(what)?;
+        let recipe = Recipe::of(guest, &cache)?;
+        let folder = cache::folder(&cache, &recipe.name(qemu)?, |folder| build(qemu, &recipe, folder))?;
+        Ok(Self { recipe, folder })
+    }
+
+    /// The micro guest's count at the moment of the snapshot. The first count of a restored machine is
+    /// the next one. An error for another guest, which does not count.
+    pub fn snapshot_count(&self) -> Result<u32> {
+        let path = self.folder.join(COUNT);
+        let count = fs::read_to_string(&path)
+            .context(|| format!("reading the snapshot's count, {}", path.display()))?;
+        count.parse().context(|| format!("reading the snapshot's count, {}", path.display()))
+    }
+
+    /// The snapshot in the cache, in `format`. Not to be changed: all test runs share it.
+    pub fn snapshot(&self, format: SnapshotFormat) -> Result<PathBuf> {
+        let plain = self.folder.join(SNAPSHOT);
+        let name = format!("{SNAPSHOT}{}", format.suffix());
+        cache::file(&self.folder, &name, |file| {
+            format.write(&mut File::open(&plain)?, BufWriter::with_capacity(1 << 20, file))
+        })
+    }
+
+    /// Makes the machine `name` in the folder `dir`, with `ip` (a loopback address of its own) to reach
+    /// its agent and its snapshot stored as `format`.
+    pub fn machine(&self, dir: &Path, name: &str, ip: &str, format: SnapshotFormat) -> Result<MachineFolder> {
+        let what = || format!("making the machine {name} in {}", dir.display());
+        let ip: Ipv4Addr = ip.parse().context(|| format!("reading the machine {name}'s address {ip:?}"))?;
+        fs::create_dir_all(dir).context(what)?;
+        let dir = dir.canonicalize().context(what)?;
+        fs::copy(self.folder.join(DISK), dir.join(DISK)).context(what)?;
+        fs::copy(self.snapshot(format)?, dir.join(SNAPSHOT)).context(what)?;
+        let start_args = self.recipe.start_args(&dir.join(SERIAL), Some(ip));
+        let info = machineinfo(&self.recipe, name, ip, &start_args);
+        fs::write(dir.join(MACHINEINFO), format!("{info:#}\n")).context(what)?;
+        Ok(MachineFolder {
+            name: name.to_owned(),
+            ip: ip.to_string(),
+            disk: dir.join(DISK),
+            snapshot: dir.join(SNAPSHOT),
+            machineinfo: dir.join(MACHINEINFO),
+            serial: dir.join(SERIAL),
+            start_args,
+            dir,
+        })
+    }
+}
+
+/// Boots the guest in `folder` and saves it there. The disk is used itself, not through an overlay:
+/// what the guest has written to it belongs to the memory that is saved.
+fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
+    let (disk, serial) = (folder.join(DISK), folder.join(SERIAL));
+    recipe.make_disk(qemu, &disk)?;
+    let watch = Watch::new(&serial)?;
+    let mut vm = Vm::boot(qemu, &recipe.start_args(&serial, None), &disk)?;
+    match recipe {
+        Recipe::Micro => write_count(folder, pause_between_counts(&mut vm, &watch)?)?,
+        Recipe::Linux { .. } => {
+            vm.hear(&watch, BOOT_TIMEOUT, |said| said.contains(linux::READY).then_some(()))?;
+            vm.pause()?;
+        }
+    }
+    vm.save(&folder.join(SNAPSHOT))?;
+    vm.quit()?;
+    fs::remove_file(&serial).context(|| format!("removing {}", serial.display()))
+}
+
+/// Pauses the micro guest when it sleeps, with its last count said in full: so the first count of
+/// a restored machine is known exactly.
+fn pause_between_counts(vm: &mut Vm, watch: &Watch) -> Result<u32> {
+    let mut wanted = SNAPSHOT_COUNT;
+    loop {
+        wanted =
+            vm.hear(watch, BOOT_TIMEOUT, |said| serial::counts(said).next_back().filter(|n| *n >= wanted))?;
+        vm.pause()?;
+        let count = counter(&vm.memory(micro::MAGIC_ADDRESS, 12)?)?;
+        let said = vm.hear(watch, BOOT_TIMEOUT, |said| Some(said.to_owned()))?;
+        if said.ends_with('\n') && serial::counts(&said).next_back() == Some(count) {
+            return Ok(count);
+        }
+        vm.go_on()?;
+        wanted += 1;
+    }
+}
+
+/// The count in the micro guest's memory, from its magic on.
+fn counter(memory: &[u8]) -> Result<u32> {
+    let count = memory.strip_prefix(&micro::MAGIC).and_then(|rest| rest.first_chunk::<4>());
+    let count =
+        count.ok_or_else(|| Error::new(format!("the micro guest's counter is not in {memory:02x?}")))?;
+    Ok(u32::from_le_bytes(*count))
+}
+
+fn write_count(folder: &Path, count: u32) -> Result<()> {
+    let path = folder.join(COUNT);
+    fs::write(&path, count.to_string()).context(|| format!("writing {}", path.display()))
+}
+
+fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String]) -> serde_json::Value {
+    let [_, a, b, c] = ip.octets();
+    let (os_name, os_version) = match recipe {
+        // What sandboxes ask for most.
+        Recipe::Micro => ("windows", "10"),
+        Recipe::Linux { .. } => ("linux", "12"),
+    };
+    serde_json::json!({"machine": {
+        "name": name,
+        "ip": ip.to_string(),
+        "agent_port": AGENT_PORT,
+        "os_name": os_name,
+        "os_version": os_version,
+        "architecture": "amd64",
+        // An interface that every host has.
+        "bridge": "lo",
+        "mac": format!("52:54:00:{a:02x}:{b:02x}:{c:02x}"),
+        "disk": DISK,
+        "memory_snapshot": SNAPSHOT,
+        "tags": [],
+        "start_args": start_args,
+    }})
+}

@@ -1,0 +1,113 @@
+//! What a guest is made of: a disk, and the arguments that QEMU starts with.
+
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::Command;
+
+use super::linux::Image;
+use super::{DISK_PLACEHOLDER, Guest, Qemu, cache, command, micro};
+use crate::Result;
+use crate::error::Context;
+
+/// The port on which agents listen, as everywhere in Cuckoo.
+pub const AGENT_PORT: u16 = 8000;
+
+/// Changed when masters made by an older testkit must not be used any more.
+const GENERATION: u32 = 1;
+
+/// A guest with all that it needs at hand.
+#[derive(Debug, Clone)]
+pub enum Recipe {
+    /// See [`Guest::Micro`].
+    Micro,
+    /// See [`Guest::Linux`].
+    Linux { image: Image, ram_mib: u32, noise_mib: u32 },
+}
+
+impl Recipe {
+    /// The recipe of `guest`, with what it needs in `cache`.
+    pub fn of(guest: Guest, cache: &Path) -> Result<Self> {
+        Ok(match guest {
+            Guest::Micro => Self::Micro,
+            Guest::Linux { ram_mib, noise_mib } => {
+                Self::Linux { image: Image::in_cache(cache)?, ram_mib, noise_mib }
+            }
+        })
+    }
+
+    /// A name for what comes out of it with `qemu`: another guest, QEMU or testkit has another one.
+    pub fn name(&self, qemu: &Qemu) -> Result<String> {
+        let version = qemu.version()?;
+        let args = self.start_args(Path::new("serial.log"), None);
+        let content = cache::fingerprint(&(GENERATION, &version, args, self.first_sectors()));
+        let guest = match self {
+            Self::Micro => "micro".to_owned(),
+            Self::Linux { ram_mib, noise_mib, .. } => format!("linux-{ram_mib}-{noise_mib}"),
+        };
+        let number = version.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+        Ok(format!("{guest}-qemu-{}-{content}", number.unwrap_or("unknown")))
+    }
+
+    /// Makes the disk that the guest boots with for the first time.
+    pub fn make_disk(&self, qemu: &Qemu, disk: &Path) -> Result<()> {
+        let raw = disk.with_extension("raw");
+        let what = || format!("making {}", raw.display());
+        fs::write(&raw, self.first_sectors()).context(what)?;
+        let size =
+            File::options().write(true).open(&raw).and_then(|file| file.set_len(self.disk_mib() << 20));
+        size.context(what)?;
+        let mut convert = Command::new(&qemu.img);
+        convert.args(["convert", "-f", "raw", "-O", "qcow2"]).args([raw.as_path(), disk]);
+        command::output(&mut convert)?;
+        fs::remove_file(&raw).context(|| format!("removing {}", raw.display()))
+    }
+
+    /// The QEMU arguments. `agent` is where the agent's port appears on this host; without it (while
+    /// the snapshot is made) it appears nowhere, so that builds side by side do not collide.
+    pub fn start_args(&self, serial: &Path, agent: Option<Ipv4Addr>) -> Vec<String> {
+        let serial = format!("file:{}", serial.display());
+        let mut args =
+            strings(["-machine", "pc", "-accel", "tcg", "-nodefaults", "-display", "none", "-vga", "std"]);
+        args.extend(strings(["-serial", &serial]));
+        args.extend(match self {
+            Self::Micro => strings(["-m", "32", "-drive", &drive("ide")]),
+            Self::Linux { image, ram_mib, noise_mib } => linux_args(image, *ram_mib, *noise_mib, agent),
+        });
+        args
+    }
+
+    fn first_sectors(&self) -> Vec<u8> {
+        match self {
+            Self::Micro => micro::boot_sector().to_vec(),
+            Self::Linux { .. } => Vec::new(),
+        }
+    }
+
+    fn disk_mib(&self) -> u64 {
+        match self {
+            Self::Micro => 1,
+            Self::Linux { .. } => 64,
+        }
+    }
+}
+
+fn linux_args(image: &Image, ram_mib: u32, noise_mib: u32, agent: Option<Ipv4Addr>) -> Vec<String> {
+    let (kernel, initramfs) = (image.kernel(), image.initramfs());
+    let forward = agent.map(|ip| format!(",hostfwd=tcp:{ip}:{AGENT_PORT}-:{AGENT_PORT}"));
+    let netdev = format!("user,id=net0{}", forward.unwrap_or_default());
+    let mut args = strings(["-m", &ram_mib.to_string(), "-drive", &drive("virtio")]);
+    args.extend(strings(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]));
+    args.extend(strings(["-append", &format!("console=ttyS0 quiet panic=-1 noise={noise_mib}")]));
+    // Without its boot ROM, which nobody boots from, the card starts faster.
+    args.extend(strings(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net0,romfile="]));
+    args
+}
+
+fn drive(interface: &str) -> String {
+    format!("file={DISK_PLACEHOLDER},format=qcow2,if={interface}")
+}
+
+fn strings<const N: usize>(args: [&str; N]) -> Vec<String> {
+    args.map(str::to_owned).to_vec()
+}

@@ -1,0 +1,281 @@
+//! One QEMU process, driven by hand.
+//!
+//! It is the little that making a snapshot needs, and the yardstick for a restore: no plugin, no
+//! host, just QEMU and its monitor. The monitor is one end of a socket pair, given to QEMU as its
+//! standard input: so there is no path to choose, and its end is QEMU's end. Snapshots go through
+//! pipes, which every QEMU version takes as `fd:`.
+//!
+//! The process dies with its [`Vm`], and with the thread that started it.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Seek, SeekFrom};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use qapi::qmp;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
+
+use super::Qemu;
+use super::serial::Watch;
+use crate::error::{Context, Error};
+use crate::{Result, snapshot};
+
+/// The placeholder for the disk in start arguments.
+pub const DISK_PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
+
+/// No single answer of QEMU's takes longer, not even on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Bytes a second. Left alone, QEMU saves at 128 MiB/s, as if a network were in between.
+const BANDWIDTH: u64 = 1 << 40;
+
+/// A running QEMU.
+pub struct Vm {
+    child: Child,
+    monitor: qapi::Qmp<qapi::Stream<BufReader<UnixStream>, UnixStream>>,
+    errors: File,
+}
+
+impl Vm {
+    /// Starts QEMU with a machine's start arguments and `disk` in the place of the disposable disk.
+    pub fn boot(qemu: &Qemu, start_args: &[String], disk: &Path) -> Result<Self> {
+        Self::start(qemu, start_args, disk, &[])
+    }
+
+    /// Starts QEMU and lets the machine go on from the snapshot at `snapshot`.
+    pub fn restore(qemu: &Qemu, start_args: &[String], disk: &Path, snapshot: &Path) -> Result<Self> {
+        let mut vm = Self::start(qemu, start_args, disk, &["-incoming", "defer", "-S"])?;
+        vm.load(snapshot)?;
+        vm.go_on()?;
+        Ok(vm)
+    }
+
+    /// Halts the machine; the process stays.
+    pub fn pause(&mut self) -> Result<()> {
+        self.run(&qmp::stop {}).map(drop)
+    }
+
+    /// Lets a paused machine run.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.run(&qmp::cont {}).map(drop)
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&mut self) -> Result<()> {
+        self.run(&qmp::system_powerdown {}).map(drop)
+    }
+
+    /// Waits until QEMU has ended by itself, for `timeout` at most: then it is killed and an error.
+    pub fn wait(mut self, timeout: Duration) -> Result<()> {
+        let process = self.process()?;
+        let timeout = Timespec::try_from(timeout).context(|| "waiting for QEMU's end".to_owned())?;
+        let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
+        match ended.context(|| "waiting for QEMU's end".to_owned())? {
+            0 => Err(self.failed("waiting for QEMU's end", "it goes on")),
+            _ => self.child.wait().context(|| "waiting for QEMU's end".to_owned()).map(drop),
+        }
+    }
+
+    /// Ends QEMU, whatever the machine does.
+    pub fn quit(mut self) -> Result<()> {
+        self.run(&qmp::quit {})?;
+        self.wait(PATIENCE)
+    }
+
+    /// Waits for something on the machine's serial port, as long as QEMU lives.
+    pub(super) fn hear<T>(
+        &self,
+        serial: &Watch,
+        timeout: Duration,
+        find: impl Fn(&str) -> Option<T>,
+    ) -> Result<T> {
+        let process = self.process()?;
+        serial
+            .until(timeout, Some(process.as_fd()), find)
+            .map_err(|error| self.failed("booting the guest", &error))
+    }
+
+    /// `length` bytes of the machine's memory, from the physical address `from` on.
+    pub fn memory(&mut self, from: u64, length: u64) -> Result<Vec<u8>> {
+        let what = || "reading guest memory".to_owned();
+        let file = tempfile::NamedTempFile::new().context(what)?;
+        let filename = file.path().to_string_lossy().into_owned();
+        self.run(&qmp::pmemsave { filename, val: from, size: length })?;
+        std::fs::read(file.path()).context(what)
+    }
+
+    /// Writes the paused machine's state to the file at `path`, as a plain snapshot.
+    pub fn save(&mut self, path: &Path) -> Result<()> {
+        let what = || format!("writing the snapshot {}", path.display());
+        let (mut reader, writer) = io::pipe().context(what)?;
+        let mut file = File::create(path).context(what)?;
+        let copying = thread::spawn(move || io::copy(&mut reader, &mut file));
+        self.give("snapshot", writer.into())?;
+        self.prepare_migration()?;
+        let uri = Some("fd:snapshot".to_owned());
+        self.run(&qmp::migrate { channels: None, detach: None, resume: None, uri })?;
+        self.migrated()?;
+        ended(copying).context(what)
+    }
+
+    fn load(&mut self, path: &Path) -> Result<()> {
+        let what = || format!("reading the snapshot {}", path.display());
+        let mut stream = snapshot::read(path)?;
+        let (reader, mut writer) = io::pipe().context(what)?;
+        let copying = thread::spawn(move || io::copy(&mut stream, &mut writer));
+        self.give("snapshot", reader.into())?;
+        self.prepare_migration()?;
+        let uri = Some("fd:snapshot".to_owned());
+        self.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
+        self.migrated()?;
+        ended(copying).context(what)
+    }
+
+    fn start(qemu: &Qemu, start_args: &[String], disk: &Path, more: &[&str]) -> Result<Self> {
+        let what = || format!("starting {}", qemu.system.display());
+        let (ours, theirs) = UnixStream::pair().context(what)?;
+        let errors = tempfile::tempfile().context(what)?;
+        let mut command = Command::new(&qemu.system);
+        command.args(with_disk(start_args, disk)).args(more);
+        command.args([
+            "-chardev",
+            "socket,id=testkit-monitor,fd=0",
+            "-mon",
+            "chardev=testkit-monitor,mode=control",
+        ]);
+        command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
+        command.stderr(errors.try_clone().context(what)?);
+        die_with_this_thread(&mut command);
+        let child = command.spawn().context(what)?;
+        // The command still holds QEMU's end of the socket: nobody would see it close.
+        drop(command);
+        let mut vm = Self { child, monitor: monitor(ours).context(what)?, errors };
+        vm.greet()?;
+        Ok(vm)
+    }
+
+    fn greet(&mut self) -> Result<()> {
+        // qapi takes a greeting for granted; a QEMU that does not like its arguments gives none.
+        let silent = self.monitor.inner_mut().fill_buf().is_ok_and(<[u8]>::is_empty);
+        if silent {
+            return Err(self.failed("starting QEMU", "it ended at once"));
+        }
+        self.monitor.handshake().map(drop).map_err(|error| self.failed("greeting QEMU", &error))
+    }
+
+    fn run<C: qapi::Command>(&mut self, command: &C) -> Result<C::Ok> {
+        self.monitor.execute(command).map_err(|error| self.failed(C::NAME, &error))
+    }
+
+    /// Hands a file descriptor to QEMU, which will know it by `name`.
+    fn give(&mut self, name: &str, fd: OwnedFd) -> Result<()> {
+        let command = qmp::getfd { fdname: name.to_owned() };
+        let line = serde_json::json!({"execute": "getfd", "arguments": command}).to_string();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd.as_fd()];
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+        let socket = self.monitor.inner().get_ref_write();
+        let bytes = [IoSlice::new(line.as_bytes())];
+        sendmsg(socket, &bytes, &mut ancillary, SendFlags::empty())
+            .map_err(|error| self.failed("getfd", &error))?;
+        self.monitor.read_response::<qmp::getfd>().map(drop).map_err(|error| self.failed("getfd", &error))
+    }
+
+    /// Asks for events and for all the speed there is.
+    fn prepare_migration(&mut self) -> Result<()> {
+        let capability = qmp::MigrationCapability::events;
+        let capabilities = vec![qmp::MigrationCapabilityStatus { capability, state: true }];
+        self.run(&qmp::migrate_set_capabilities { capabilities })?;
+        let parameters = qmp::MigrateSetParameters { max_bandwidth: Some(BANDWIDTH), ..Default::default() };
+        self.run(&qmp::migrate_set_parameters(parameters)).map(drop)
+    }
+
+    /// Waits for the end of a migration, in or out.
+    fn migrated(&mut self) -> Result<()> {
+        let early: Vec<_> = self.monitor.events().filter_map(|event| migration_status(&event)).collect();
+        let mut status = early.last().copied();
+        loop {
+            match status {
+                Some(qmp::MigrationStatus::completed) => return Ok(()),
+                Some(qmp::MigrationStatus::failed) => {
+                    return Err(self.failed("migration", "QEMU says it failed"));
+                }
+                _ => status = self.event()?.as_ref().and_then(migration_status),
+            }
+        }
+    }
+
+    /// The next event, `None` when it is one that this version of `qapi` does not know.
+    fn event(&mut self) -> Result<Option<qmp::Event>> {
+        let mut line = String::new();
+        let read = self.monitor.inner_mut().read_line(&mut line);
+        match read {
+            Ok(0) => Err(self.failed("waiting for an event", "QEMU ended")),
+            Ok(_) => Ok(serde_json::from_str(&line).ok()),
+            Err(error) => Err(self.failed("waiting for an event", &error)),
+        }
+    }
+
+    fn process(&self) -> Result<OwnedFd> {
+        let pid = Pid::from_child(&self.child);
+        pidfd_open(pid, PidfdFlags::empty())
+            .context(|| format!("watching the QEMU process {}", self.child.id()))
+    }
+
+    /// An error that also tells what QEMU itself complained about.
+    fn failed(&self, doing: &str, why: &(impl std::fmt::Display + ?Sized)) -> Error {
+        let mut complaints = String::new();
+        let mut errors = &self.errors;
+        let read = errors.seek(SeekFrom::Start(0)).and_then(|_| errors.read_to_string(&mut complaints));
+        match (read, complaints.trim()) {
+            (Ok(_), "") | (Err(_), _) => Error::new(format!("{doing}: {why}")),
+            (Ok(_), complaints) => Error::new(format!("{doing}: {why}; QEMU complained: {complaints}")),
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // It may have ended already, which is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn monitor(socket: UnixStream) -> io::Result<qapi::Qmp<qapi::Stream<BufReader<UnixStream>, UnixStream>>> {
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(qapi::Qmp::new(qapi::Stream::new(BufReader::new(socket.try_clone()?), socket)))
+}
+
+fn with_disk(start_args: &[String], disk: &Path) -> Vec<String> {
+    // A comma ends an option's value unless it is doubled.
+    let disk = disk.to_string_lossy().replace(',', ",,");
+    start_args.iter().map(|arg| arg.replace(DISK_PLACEHOLDER, &disk)).collect()
+}
+
+fn die_with_this_thread(command: &mut Command) {
+    let ask = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+    // SAFETY: between fork and exec only what is async-signal-safe is allowed; this is one system
+    // call, without allocation or lock.
+    unsafe { command.pre_exec(ask) };
+}
+
+fn migration_status(event: &qmp::Event) -> Option<qmp::MigrationStatus> {
+    match event {
+        qmp::Event::MIGRATION { data, .. } => Some(data.status),
+        _ => None,
+    }
+}
+
+fn ended(copying: thread::JoinHandle<io::Result<u64>>) -> io::Result<()> {
+    copying.join().map_err(|_| io::Error::other("the copying thread panicked"))?.map(drop)
+}
