@@ -1,1 +1,38 @@
-fn main() {}
+//! `cargo xtask`: what developers and CI run, in Rust instead of scripts.
+//!
+//! Each task brings a bare machine to where it needs it: system packages first ([`packages`]), then
+//! the build, then the task itself. A task says every command that it runs, and ends with the exit
+//! code of the one that failed.
+
+mod demo;
+mod leftovers;
+mod packages;
+mod process;
+mod qemu10;
+mod run;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// The tasks of this repository
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+enum Task {
+    /// Run all checks and tests, as CI does; installs the system packages they need
+    Test(test::Options),
+    /// Show the machinery host at work with a real machine; installs and builds what it needs
+    Demo(demo::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Task::parse() {
+        Task::Test(options) => test::run(&options),
+        Task::Demo(options) => demo::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.tell(),
+    }
+}

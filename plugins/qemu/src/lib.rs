@@ -1,1 +1,138 @@
+//! The `qemu` machinery: QEMU processes, spoken to over QMP, restored by migration from a memory
+//! snapshot.
+//!
+//! A machine is three files that VMCloak makes: a disk, a memory snapshot, and the arguments QEMU
+//! is started with. A restore makes a disposable disk on top of the disk, starts QEMU paused, has
+//! it load the snapshot as an incoming migration, and lets the guest go on. No disk snapshots are
+//! involved, and no shell.
+//!
+//! | room | what it holds |
+//! | --- | --- |
+//! | `config`, `machineinfo` | the configuration and what is wrong with it |
+//! | `machine` | one machine, and its run if it has one |
+//! | `run` | one run, from the process to its end |
+//! | `process`, `qmp` | the process, and the monitor |
+//! | `snapshot`, `disk` | what a run is made of |
+//! | `views` | memory dump and screenshot |
+//! | `leftovers` | what a host that died left behind |
+//! | `check`, `version` | the environment |
 
+mod check;
+mod config;
+mod disk;
+mod leftovers;
+mod machine;
+mod machineinfo;
+mod process;
+mod qmp;
+mod run;
+mod snapshot;
+mod version;
+mod views;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use machinery::{
+    Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Report, Result, Setup, State,
+};
+
+use config::Config;
+use machine::{Machine, Shared};
+
+machinery::export_machinery!(Qemu);
+
+struct Qemu {
+    machines: Vec<Machine>,
+    shared: Arc<Shared>,
+}
+
+impl Machinery for Qemu {
+    const NAME: &'static str = "qemu";
+
+    fn load(setup: &Setup, host: Host) -> Result<Self> {
+        let config = Config::read(setup)?;
+        let shared = Arc::new(Shared {
+            binaries: config.binaries,
+            version: config.version,
+            keep_disks: config.keep_disposable_disks,
+            host,
+        });
+        let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
+        let machines: Vec<Machine> = config.machines.into_iter().map(machine).collect();
+        for machine in &machines {
+            machine.clear_leftovers().map_err(|error| error.machine(&machine.info().name))?;
+        }
+        Ok(Qemu { machines, shared })
+    }
+
+    fn check(setup: &Setup, report: &mut Report) {
+        check::check(setup, report);
+    }
+
+    fn version(&self, _: Deadline) -> Result<String> {
+        Ok(format!("QEMU {}", self.shared.version))
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            norestore_start: true,
+            acpi_stop: true,
+            dump_memory: true,
+            screenshot: true,
+            prepare: false,
+        }
+    }
+
+    fn machines(&self) -> Vec<MachineInfo> {
+        self.machines.iter().map(|machine| machine.info().clone()).collect()
+    }
+
+    fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
+        self.on(machine, |machine| machine.state(deadline))
+    }
+
+    fn restore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.restore_start(deadline))
+    }
+
+    fn norestore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.norestore_start(deadline))
+    }
+
+    fn stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.stop(deadline))
+    }
+
+    fn acpi_stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.acpi_stop(deadline))
+    }
+
+    fn dump_memory(&self, machine: &str, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.dump_memory(path, format, deadline))
+    }
+
+    fn screenshot(&self, machine: &str, path: &Path, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.screenshot(path, deadline))
+    }
+
+    fn shutdown(&self, deadline: Deadline) -> Result<()> {
+        let stopped = self.machines.iter().map(|machine| match machine.stop(deadline) {
+            Err(error) if error.kind() == machinery::ErrorKind::StateReached => Ok(()),
+            other => other.map_err(|error| error.machine(&machine.info().name)),
+        });
+        match Error::all(stopped.filter_map(Result::err).collect()) {
+            None => Ok(()),
+            Some(errors) => Err(errors),
+        }
+    }
+}
+
+impl Qemu {
+    /// Does something with the machine of that name, which is named in its errors.
+    fn on<T>(&self, name: &str, act: impl FnOnce(&Machine) -> Result<T>) -> Result<T> {
+        let machine = self.machines.iter().find(|machine| machine.info().name == name);
+        let machine = machine.ok_or_else(|| Error::no_such_machine(name))?;
+        act(machine).map_err(|error| error.machine(name))
+    }
+}

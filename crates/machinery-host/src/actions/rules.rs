@@ -66,15 +66,16 @@ impl Actor {
         let begun = std::time::Instant::now();
         let result = self.by_the_rules(action).await;
         self.machine.set_busy(false);
-        let (machine, action, took) = (self.machine.name(), action.name(), begun.elapsed());
+        let (machine, action) = (self.machine.name(), action.name());
+        let took_ms = begun.elapsed().as_micros() as f64 / 1000.0;
         match result {
             Ok(()) => {
-                tracing::info!(machine, action, took_ms = took.as_secs_f64() * 1000.0, "done");
+                tracing::info!(machine, action, took_ms, "done");
                 Ok(())
             }
             Err(Failure { reason, disable }) => {
                 let reason = reason.action(action).machine(machine).to_string();
-                tracing::error!(machine, action, took_ms = took.as_secs_f64() * 1000.0, reason, "failed");
+                tracing::error!(machine, action, took_ms, reason, "failed");
                 self.machine.add_error(&reason);
                 if disable {
                     self.machine.disable(&reason);

@@ -206,7 +206,7 @@ impl Progress {
             bar.finish_and_clear();
         }
         if !self.json && answer["success"] == json!(true) {
-            println!("{}: done in {:.0?}", self.what, self.begun.elapsed());
+            println!("{}: done in {:.1?}", self.what, self.begun.elapsed());
         }
         plain(answer, self.json);
     }

@@ -29,7 +29,7 @@ pub(crate) fn guarded_quiet<T>(default: T, call: impl FnOnce() -> T) -> T {
 /// The message of a panic.
 pub(crate) fn panic_text(panic: Box<dyn Any + Send>) -> String {
     match panic.downcast::<String>() {
-        Ok(text) => return *text,
+        Ok(text) => *text,
         Err(panic) => match panic.downcast::<&'static str>() {
             Ok(text) => (*text).to_owned(),
             Err(other) => {

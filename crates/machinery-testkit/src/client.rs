@@ -1,0 +1,130 @@
+//! A client of the host's socket that can also misbehave: it sends bytes as they are given, and
+//! every wait has an end.
+
+use std::collections::VecDeque;
+use std::io::{self, BufRead, BufReader, ErrorKind, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use machinery::SocketPath;
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::error::{Context, Error};
+
+/// What takes longer than this is taken for stuck.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// One connection.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+    /// What came while [`ask`](Client::ask) waited for something else.
+    waiting: VecDeque<Value>,
+    asked: u64,
+}
+
+impl Client {
+    /// Connects to the host behind that socket.
+    pub fn connect(socket: &Path) -> Result<Self> {
+        let what = || format!("connecting to {}", socket.display());
+        let path = SocketPath::new(socket).context(what)?;
+        let stream = UnixStream::connect(path.address()).context(what)?;
+        stream.set_read_timeout(Some(PATIENCE)).context(what)?;
+        stream.set_write_timeout(Some(PATIENCE)).context(what)?;
+        let reader = BufReader::new(stream.try_clone().context(what)?);
+        Ok(Client { stream, reader, waiting: VecDeque::new(), asked: 0 })
+    }
+
+    /// Sends a request as it is.
+    pub fn send(&mut self, request: &Value) -> Result<()> {
+        self.send_line(request.to_string().as_bytes())
+    }
+
+    /// Sends a line, whatever is in it.
+    pub fn send_line(&mut self, line: &[u8]) -> Result<()> {
+        self.send_bytes(&[line, b"\n"].concat())
+    }
+
+    /// Sends bytes, be they lines or not.
+    pub fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.stream.write_all(bytes).context(|| "sending to the host".to_owned())
+    }
+
+    /// Says that nothing more will be sent; answers still come.
+    pub fn done_sending(&mut self) -> Result<()> {
+        self.stream.shutdown(Shutdown::Write).context(|| "ending to send".to_owned())
+    }
+
+    /// The next message, be it an answer or an event.
+    pub fn next_message(&mut self) -> Result<Value> {
+        match self.waiting.pop_front() {
+            Some(message) => Ok(message),
+            None => self.receive(),
+        }
+    }
+
+    /// Sends a request with an `id` of its own and waits for its answer, which is given without the
+    /// id. Other messages are kept for [`next_message`](Client::next_message).
+    pub fn ask(&mut self, mut request: Value) -> Result<Value> {
+        self.asked += 1;
+        let id = json!(format!("asked-{}", self.asked));
+        request["id"] = id.clone();
+        self.send(&request)?;
+        loop {
+            let mut message = self.receive()?;
+            if message.get("id") == Some(&id) {
+                if let Some(object) = message.as_object_mut() {
+                    object.remove("id");
+                }
+                return Ok(message);
+            }
+            self.waiting.push_back(message);
+        }
+    }
+
+    /// Asks for an action on a machine.
+    pub fn act(&mut self, action: &str, machine: &str) -> Result<Value> {
+        self.ask(json!({"action": action, "machine": machine}))
+    }
+
+    /// What `list` says of one machine.
+    pub fn machine(&mut self, name: &str) -> Result<Value> {
+        let mut list = self.ask(json!({"action": "list"}))?;
+        let machines = list["machines"].as_array_mut().into_iter().flatten();
+        let machine = machines.map(Value::take).find(|machine| machine["name"] == name);
+        machine.ok_or_else(|| Error::new(format!("the list has no machine '{name}'")))
+    }
+
+    /// Waits until the host closes the connection: true. False if it says something instead, or
+    /// neither happens.
+    pub fn closed(&mut self) -> bool {
+        if !self.waiting.is_empty() {
+            return false;
+        }
+        match self.reader.fill_buf() {
+            Ok(bytes) => bytes.is_empty(),
+            // With bytes of ours that it had not read yet.
+            Err(error) => error.kind() == ErrorKind::ConnectionReset,
+        }
+    }
+
+    /// The next line as it came, without its end.
+    pub fn next_line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        let read = match self.reader.read_line(&mut line) {
+            Ok(0) => Err(io::Error::from(ErrorKind::UnexpectedEof)),
+            other => other,
+        };
+        read.context(|| "waiting for the host's next line".to_owned())?;
+        Ok(line.trim_end_matches('\n').to_owned())
+    }
+
+    fn receive(&mut self) -> Result<Value> {
+        let line = self.next_line()?;
+        serde_json::from_str(&line).context(|| format!("reading the host's line {line:?}"))
+    }
+}

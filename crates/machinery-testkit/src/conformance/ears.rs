@@ -1,0 +1,88 @@
+//! The host that the suite plays: it listens, and lets a test wait for what it hears.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use machinery::{HostServices, LogLevel, LogRecord, State};
+
+/// What the plugin told its host.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Heard {
+    Changed { machine: String, state: State },
+    Progress { machine: String, fraction: f64 },
+    Warned(String),
+}
+
+#[derive(Default)]
+pub struct Ears {
+    heard: Mutex<Vec<Heard>>,
+    news: Condvar,
+}
+
+impl Ears {
+    /// How much has been heard so far: a mark from which to look on.
+    pub fn mark(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// What has been heard since the mark.
+    pub fn since(&self, mark: usize) -> Vec<Heard> {
+        self.lock().get(mark..).unwrap_or_default().to_vec()
+    }
+
+    /// Waits for something that was heard since the mark.
+    pub fn wait<T>(&self, mark: usize, limit: Duration, find: impl Fn(&Heard) -> Option<T>) -> Option<T> {
+        let found = |heard: &[Heard]| heard.iter().skip(mark).find_map(&find);
+        let waited = self.news.wait_timeout_while(self.lock(), limit, |heard| found(heard).is_none());
+        let (heard, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        found(&heard)
+    }
+
+    fn hear(&self, heard: Heard) {
+        self.lock().push(heard);
+        self.news.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Heard>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl HostServices for Ears {
+    fn log(&self, record: LogRecord) {
+        if record.level <= LogLevel::Warn {
+            self.hear(Heard::Warned(format!("{}: {}", record.target, record.message)));
+        }
+    }
+
+    fn state_changed(&self, machine: &str, state: State, _: &str) {
+        self.hear(Heard::Changed { machine: machine.to_owned(), state });
+    }
+
+    fn progress(&self, machine: &str, fraction: f64) {
+        self.hear(Heard::Progress { machine: machine.to_owned(), fraction });
+    }
+
+    fn max_level(&self) -> LogLevel {
+        LogLevel::Warn
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn what_comes_later_is_waited_for_and_what_came_before_is_not_taken() {
+        let ears = Ears::default();
+        ears.progress("m", 0.5);
+        let mark = ears.mark();
+        thread::scope(|scope| {
+            scope.spawn(|| ears.state_changed("m", State::Poweroff, ""));
+            let heard = ears.wait(mark, Duration::from_secs(10), |heard| Some(heard.clone()));
+            assert_eq!(heard, Some(Heard::Changed { machine: "m".into(), state: State::Poweroff }));
+        });
+        assert_eq!(ears.wait(ears.mark(), Duration::ZERO, |_| Some(())), None);
+    }
+}

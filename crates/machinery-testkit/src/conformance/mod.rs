@@ -1,0 +1,133 @@
+//! The promises of [`Machinery`](machinery::Machinery), as checks that any plugin can be put to.
+//!
+//! A plugin is opened as a host opens it, from its file, and called as a host calls it: from any
+//! thread, several machines at a time, with deadlines. What it answers is not believed: a *probe*
+//! looks at the machine itself, and what the machines leave behind is looked for on the host.
+//!
+//! ```text
+//!   Subject: the backend's machines,       ┌─ load ─▶ one promise ─▶ stop all, shutdown ─┐
+//!   how to look at them, how to break them │         (for each of them, in order)        │─▶ Report
+//!                                          └──────────── nothing may be left ────────────┘
+//! ```
+//!
+//! Each promise has a name, and a machinery loaded for it alone: one that is not kept spoils no
+//! other. Every call runs in a thread of its own, so a call that never returns is found out too;
+//! the promises behind it are then not tried, for the plugin may be called no more.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use machinery_testkit::conformance::{self, Subject};
+//! # let setup: machinery::Setup = unimplemented!();
+//! # fn first_count(machine: &str) -> u32 { 0 }
+//! let plugin = conformance::built_plugin("xen")?;
+//! let subject = Subject::new(&["xen1", "xen2"], 1001..=1001, |_, machine| Ok(first_count(machine)));
+//! let report = conformance::run(&plugin, &setup, &subject);
+//! assert!(report.all_kept(), "{report}");
+//! # Ok(()) }
+//! ```
+//!
+//! | room | what it holds |
+//! | --- | --- |
+//! | `subject` | what an author tells of the backend |
+//! | `promises` | the promises, by theme |
+//! | `session` | a loaded machinery and what can be asked or demanded of it |
+//! | `call` | calls by name, and the bound on them |
+//! | `ears` | what the plugin tells its host |
+//! | `report` | what came of it |
+
+mod call;
+mod ears;
+mod promises;
+mod report;
+mod session;
+mod subject;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use machinery::Setup;
+use machinery::host::Plugin;
+
+pub use report::{Check, Report, Unmet};
+pub use subject::{Answer, Subject};
+
+use crate::error::Error;
+use ears::Ears;
+use promises::PROMISES;
+use report::Result;
+use session::Session;
+
+/// Puts the plugin file to every promise.
+pub fn run(plugin: &Path, setup: &Setup, subject: &Subject) -> Report {
+    run_some(plugin, setup, subject, &names())
+}
+
+/// Puts the plugin file to the promises of these names only; a name that is none fails.
+pub fn run_some(plugin: &Path, setup: &Setup, subject: &Subject, names: &[&str]) -> Report {
+    match Plugin::open(plugin) {
+        Ok(plugin) => Suite::new(plugin, setup, subject).report(names),
+        Err(error) => {
+            let why = format!("opening {}: {error}", plugin.display());
+            Report::new(vec![Check::new("open", Err(Unmet::Failed(why)))])
+        }
+    }
+}
+
+/// The names of all promises, in the order in which they are tried.
+pub fn names() -> Vec<&'static str> {
+    PROMISES.iter().map(|(name, _)| *name).collect()
+}
+
+/// The library of the plugin `name` in the build tree that this program runs from. An integration
+/// test in the plugin's own package finds it fresh: cargo builds the package's library first.
+///
+/// # Errors
+/// It is not there.
+pub fn built_plugin(name: &str) -> crate::Result<PathBuf> {
+    let program = std::env::current_exe().unwrap_or_default();
+    let file = format!("libmachinery_{name}.so");
+    let found =
+        program.ancestors().skip(1).take(2).map(|folder| folder.join(&file)).find(|path| path.is_file());
+    found.ok_or_else(|| {
+        let program = program.display();
+        Error::new(format!("there is no {file} beside or above {program}: build the package of that plugin"))
+    })
+}
+
+/// One plugin, and all that its promises are tried with.
+struct Suite<'a> {
+    plugin: Plugin,
+    setup: &'a Setup,
+    subject: &'a Subject,
+    ears: Arc<Ears>,
+    /// The call that never returned.
+    hung: OnceLock<String>,
+}
+
+impl<'a> Suite<'a> {
+    fn new(plugin: Plugin, setup: &'a Setup, subject: &'a Subject) -> Self {
+        Suite { plugin, setup, subject, ears: Arc::default(), hung: OnceLock::new() }
+    }
+
+    fn report(&self, names: &[&str]) -> Report {
+        let known = PROMISES.iter().filter(|(name, _)| names.contains(name));
+        let mut checks: Vec<_> =
+            known.map(|(name, promise)| Check::new(name, self.try_one(*promise))).collect();
+        let unknown = names.iter().filter(|name| !self::names().contains(name));
+        checks.extend(
+            unknown.map(|name| Check::new(name, Err(Unmet::Failed("there is no such promise".into())))),
+        );
+        Report::new(checks)
+    }
+
+    fn try_one(&self, promise: fn(&Session) -> Result) -> Result {
+        if let Some(call) = self.hung.get() {
+            return Err(Unmet::NotTried(format!("the plugin is still in {call}")));
+        }
+        let session = Session::load(self)?;
+        let kept = promise(&session);
+        let closed = session.close();
+        // The first thing that went wrong is the cause of the rest.
+        kept.and(closed)
+    }
+}

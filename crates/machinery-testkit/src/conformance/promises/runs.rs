@@ -1,0 +1,154 @@
+//! Starting and stopping, as every analysis does.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machinery::{ErrorKind, State};
+
+use crate::conformance::call::Call;
+use crate::conformance::report::{Result, Unmet, demand};
+use crate::conformance::session::Session;
+
+/// A start that is over sooner is too short to tell whether anything waited for it.
+const TELLING: Duration = Duration::from_millis(50);
+
+/// It returns when the machine runs from its snapshot, and leaves a running machine alone.
+pub fn restore_start(session: &Session) -> Result {
+    let machine = session.machine();
+    session.restore(machine)?;
+    session.lives(machine)?;
+    session.refuses(&Call::RestoreStart, machine, ErrorKind::UnexpectedState)?;
+    session.lives(machine)
+}
+
+/// It returns when nothing of the run is left, and says so when there was none.
+pub fn stop(session: &Session) -> Result {
+    let machine = session.machine();
+    session.refuses(&Call::Stop, machine, ErrorKind::StateReached)?;
+    session.restore(machine)?;
+    session.stop(machine)?;
+    session.nothing_is_left("after stop")?;
+    session.refuses(&Call::Stop, machine, ErrorKind::StateReached)?;
+    session.is(machine, State::Poweroff)
+}
+
+/// Every run begins at the snapshot, whatever the one before has done.
+pub fn clean_every_time(session: &Session) -> Result {
+    for _ in 0..session.subject().rounds {
+        for machine in session.machines() {
+            session.restore(machine)?;
+            session.lives(machine)?;
+            session.stop(machine)?;
+        }
+        session.nothing_is_left("after stop")?;
+    }
+    Ok(())
+}
+
+/// A cold start runs, not from the snapshot, and leaves no trace for the next restore.
+pub fn norestore_start(session: &Session) -> Result {
+    if !session.capabilities()?.norestore_start {
+        return is_missing("norestore_start");
+    }
+    let machine = session.machine();
+    session.does(&Call::NorestoreStart, machine)?;
+    session.is(machine, State::Running)?;
+    let (count, restored) = (session.count(machine)?, &session.subject().restored);
+    demand!(!restored.contains(&count), "{machine} was started cold and counts {count}, as if restored");
+    session.lives(machine)?;
+    session.refuses(&Call::NorestoreStart, machine, ErrorKind::UnexpectedState)?;
+    session.refuses(&Call::RestoreStart, machine, ErrorKind::UnexpectedState)?;
+    session.stop(machine)?;
+    session.nothing_is_left("after stop")?;
+    session.restore(machine)
+}
+
+/// The guest goes off by itself, and the call returns when it has.
+pub fn acpi_stop(session: &Session) -> Result {
+    if !session.capabilities()?.acpi_stop {
+        return is_missing("acpi_stop");
+    }
+    let machine = session.machine();
+    session.refuses(&Call::AcpiStop, machine, ErrorKind::StateReached)?;
+    session.restore(machine)?;
+    session.does(&Call::AcpiStop, machine)?;
+    session.is(machine, State::Poweroff)?;
+    session.nothing_is_left("after acpi_stop")?;
+    session.refuses(&Call::AcpiStop, machine, ErrorKind::StateReached)?;
+    session.refuses(&Call::Stop, machine, ErrorKind::StateReached)?;
+    session.restore(machine)
+}
+
+/// To the outside a prepared machine is off, and it starts like any other.
+pub fn prepare(session: &Session) -> Result {
+    if !session.capabilities()?.prepare {
+        return is_missing("prepare");
+    }
+    let machine = session.machine();
+    session.does(&Call::Prepare, machine)?;
+    session.is(machine, State::Poweroff)?;
+    session.restore(machine)?;
+    // Whatever it says about a running machine, that machine is not its to touch.
+    let _ = session.attempt(&Call::Prepare, machine, session.patience())?;
+    session.lives(machine)
+}
+
+/// Different machines know nothing of each other.
+pub fn in_parallel(session: &Session) -> Result {
+    let rounds = |machine: &str| {
+        (0..session.subject().rounds).try_for_each(|_| {
+            session.restore(machine)?;
+            session.lives(machine)?;
+            session.stop(machine)
+        })
+    };
+    let results: Vec<Result> = thread::scope(|scope| {
+        let threads: Vec<_> =
+            session.machines().map(|machine| scope.spawn(move || rounds(machine))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| is_panicked())).collect()
+    });
+    results.into_iter().collect::<Result>()?;
+    session.nothing_is_left("after stop")
+}
+
+/// `state` has an answer while the machine is being started, and does not wait for the start.
+pub fn state_at_any_time(session: &Session) -> Result {
+    let machine = session.machine();
+    let mut waits = Vec::new();
+    for _ in 0..session.subject().rounds {
+        let (start, longest_wait) = ask_during_start(session, machine)?;
+        session.stop(machine)?;
+        // Once is enough: on a busy machine anything can take long, but never everything.
+        if start < TELLING || longest_wait < start / 2 {
+            return Ok(());
+        }
+        waits.push(format!("{longest_wait:?} of {start:?}"));
+    }
+    Err(Unmet::Failed(format!("state waits while the machine is being started: {}", waits.join(", "))))
+}
+
+/// How long a start took, and the longest that `state` took meanwhile.
+fn ask_during_start(session: &Session, machine: &str) -> Result<(Duration, Duration)> {
+    thread::scope(|scope| {
+        let starting = scope.spawn(|| {
+            let began = Instant::now();
+            session.restore(machine).map(|()| began.elapsed())
+        });
+        let mut longest = Duration::ZERO;
+        while !starting.is_finished() {
+            let began = Instant::now();
+            session.does(&Call::State, machine)?;
+            longest = longest.max(began.elapsed());
+        }
+        let start = starting.join().unwrap_or_else(|_| is_panicked())?;
+        Ok((start, longest))
+    })
+}
+
+fn is_missing(what: &str) -> Result {
+    Err(Unmet::NotTried(format!("the machinery does not offer {what}")))
+}
+
+fn is_panicked<T>() -> Result<T> {
+    Err(Unmet::Failed("the suite itself panicked".to_owned()))
+}

@@ -1,0 +1,141 @@
+//! What goes wrong: starts that fail, machines that die, time that is short.
+
+use std::path::Path;
+use std::time::Duration;
+
+use machinery::host::Instance;
+use machinery::{DumpFormat, ErrorKind, State};
+
+use crate::conformance::call::Call;
+use crate::conformance::ears::Heard;
+use crate::conformance::report::{Result, Unmet, demand};
+use crate::conformance::session::{Session, failed};
+use crate::conformance::subject::Death;
+
+/// A start that fails says why and leaves nothing behind; mended, the machine is as good as ever.
+pub fn failed_start(session: &Session) -> Result {
+    let Some(breakage) = &session.subject().breakage else {
+        return Err(Unmet::NotTried("no way is known to make a start fail".to_owned()));
+    };
+    let machine = breakage.machine.as_str();
+    session.act("spoiling", machine, &breakage.spoil)?;
+    let failed = fails_cleanly(session, machine);
+    session.act("mending", machine, &breakage.mend)?;
+    failed?;
+    session.restore(machine)?;
+    session.lives(machine)
+}
+
+fn fails_cleanly(session: &Session, machine: &str) -> Result {
+    session.fails(&Call::RestoreStart, machine)?;
+    session.is(machine, State::Poweroff)?;
+    session.nothing_is_left("after a start that failed")
+}
+
+/// A machine that ends by itself is told of at once, and can be started again.
+pub fn death(session: &Session) -> Result {
+    let Some(Death { machine, kill }) = &session.subject().death else {
+        return Err(Unmet::NotTried("no way is known to end a machine from outside".to_owned()));
+    };
+    session.does(&Call::RestoreStart, machine)?;
+    session.act("ending", machine, kill)?;
+    let state = hears_the_end(session, machine)?;
+    session.is(machine, state)?;
+    session.settle(machine)?;
+    session.nothing_is_left("after a machine died and was stopped")?;
+    session.restore(machine)
+}
+
+fn hears_the_end(session: &Session, machine: &str) -> Result<State> {
+    let end = session.wait_to_hear(|heard| match heard {
+        Heard::Changed { machine: name, state: state @ (State::Poweroff | State::Error) } => {
+            (name == machine).then_some(*state)
+        }
+        _ => None,
+    });
+    end.ok_or_else(|| Unmet::Failed(format!("{machine} died, and nobody was told by state_changed")))
+}
+
+/// A start that does not make it in time says so by then and leaves nothing behind, wherever the
+/// end of its time finds it: so it is given more and more, from none at all, until it makes it.
+pub fn start_deadlines(session: &Session) -> Result {
+    let able = session.capabilities()?;
+    for call in [Call::RestoreStart, Call::NorestoreStart].iter().filter(|call| call.is_offered(able)) {
+        hurried_start(session, call)?;
+        session.stop(session.machine())?;
+        session.nothing_is_left("after stop")?;
+    }
+    session.restore(session.machine())
+}
+
+fn hurried_start(session: &Session, call: &Call) -> Result {
+    let machine = session.machine();
+    let mut limit = Duration::ZERO;
+    while !made_it(session, call, machine, limit)? {
+        session.is(machine, State::Poweroff)?;
+        session.nothing_is_left(&format!("after {} that did not make it in {limit:?}", call.name()))?;
+        limit = longer(session, limit * 3 / 2)?;
+    }
+    session.is(machine, State::Running)
+}
+
+/// Every other call comes back in time too, and the machine can be had again afterwards.
+pub fn deadlines(session: &Session) -> Result {
+    let able = session.capabilities()?;
+    let file = session.path("in-no-time");
+    let calls = [
+        Call::State,
+        Call::Screenshot(file.clone()),
+        Call::DumpMemory(file.clone(), DumpFormat::Elf),
+        Call::AcpiStop,
+        Call::Stop,
+    ];
+    version_in_no_time(session)?;
+    for call in calls.iter().filter(|call| call.is_offered(able)) {
+        hurried(session, call, &file)?;
+        // What was written in time is in the way of the next.
+        let _ = std::fs::remove_file(&file);
+    }
+    session.restore(session.machine())
+}
+
+fn hurried(session: &Session, call: &Call, file: &Path) -> Result {
+    let machine = session.machine();
+    let mut limit = Duration::ZERO;
+    loop {
+        session.restore(machine)?;
+        let made_it = made_it(session, call, machine, limit)?;
+        if !made_it {
+            session.nothing_is_at(file)?;
+        }
+        session.settle(machine)?;
+        session.nothing_is_left(&format!("after {} in {limit:?} and a stop", call.name()))?;
+        if made_it {
+            return Ok(());
+        }
+        limit = longer(session, limit * 4)?;
+    }
+}
+
+fn longer(session: &Session, limit: Duration) -> Result<Duration> {
+    demand!(limit < session.patience(), "what ought to succeed did not in {limit:?}");
+    Ok(limit + Duration::from_millis(1))
+}
+
+/// Whether the call made it in time. That it did not is the only other thing it may say.
+fn made_it(session: &Session, call: &Call, machine: &str, limit: Duration) -> Result<bool> {
+    match session.attempt(call, machine, limit)? {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::Timeout => Ok(false),
+        Err(error) => {
+            Err(failed(&format!("{} in {limit:?} ought to time out, it said", call.name()), &error))
+        }
+    }
+}
+
+fn version_in_no_time(session: &Session) -> Result {
+    match session.ask("version", Duration::ZERO, Instance::version)? {
+        Err(error) if error.kind() != ErrorKind::Timeout => Err(failed("version in no time", &error)),
+        _ => Ok(()),
+    }
+}

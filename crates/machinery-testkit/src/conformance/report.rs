@@ -1,0 +1,90 @@
+//! What came of it: every promise by name, and what was seen instead where it was not kept.
+
+use std::fmt;
+
+/// What a promise comes to.
+pub(super) type Result<T = (), E = Unmet> = std::result::Result<T, E>;
+
+/// A promise that was not kept, or not seen to be kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unmet {
+    /// It was broken: how.
+    Failed(String),
+    /// It was not tried: why not.
+    NotTried(String),
+}
+
+/// One promise, by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Check {
+    /// Its name.
+    pub name: String,
+    /// Whether it was kept.
+    pub result: std::result::Result<(), Unmet>,
+}
+
+impl Check {
+    pub(super) fn new(name: &str, result: Result) -> Self {
+        Check { name: name.to_owned(), result }
+    }
+
+    fn failed(&self) -> bool {
+        matches!(self.result, Err(Unmet::Failed(_)))
+    }
+}
+
+/// All promises that were asked for. Shown, it is a line for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    checks: Vec<Check>,
+}
+
+impl Report {
+    pub(super) fn new(checks: Vec<Check>) -> Self {
+        Report { checks }
+    }
+
+    /// The promises, in the order in which they were tried.
+    pub fn checks(&self) -> &[Check] {
+        &self.checks
+    }
+
+    /// Whether none was broken. One that was not tried does not count against the plugin.
+    pub fn all_kept(&self) -> bool {
+        !self.checks.iter().any(Check::failed)
+    }
+
+    /// The names of those that were broken.
+    pub fn broken(&self) -> Vec<&str> {
+        self.named(Check::failed)
+    }
+
+    /// The names of those that were not tried.
+    pub fn not_tried(&self) -> Vec<&str> {
+        self.named(|check| matches!(check.result, Err(Unmet::NotTried(_))))
+    }
+
+    fn named(&self, which: impl Fn(&Check) -> bool) -> Vec<&str> {
+        self.checks.iter().filter(|check| which(check)).map(|check| check.name.as_str()).collect()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.checks.iter().try_for_each(|check| match &check.result {
+            Ok(()) => writeln!(f, "kept       {}", check.name),
+            Err(Unmet::Failed(how)) => writeln!(f, "BROKEN     {}: {how}", check.name),
+            Err(Unmet::NotTried(why)) => writeln!(f, "not tried  {}: {why}", check.name),
+        })
+    }
+}
+
+/// Leaves with what was seen instead, unless the condition holds.
+macro_rules! demand {
+    ($condition:expr, $($what:tt)+) => {
+        if !$condition {
+            return Err($crate::conformance::Unmet::Failed(format!($($what)+)));
+        }
+    };
+}
+pub(super) use demand;

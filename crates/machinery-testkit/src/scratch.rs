@@ -1,0 +1,105 @@
+//! A Cuckoo working directory for one test, removed with the test.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::error::Context;
+use crate::{Result, artifacts};
+
+/// A CWD. Declare it before the hosts that serve it, so that they are gone before it goes.
+#[derive(Debug)]
+pub struct ScratchCwd {
+    _dir: TempDir,
+    root: PathBuf,
+}
+
+impl ScratchCwd {
+    /// A CWD that lists these machineries, each with the text of its configuration.
+    pub fn new(machineries: &[(&str, &str)]) -> Result<Self> {
+        Self::below(Path::new("cwd"), machineries)
+    }
+
+    /// A CWD of the example machinery, with [`example`] machines.
+    pub fn example(machines: &[(&str, &str)]) -> Result<Self> {
+        Self::new(&[("example", &example(machines))])
+    }
+
+    /// A CWD as [`new`](Self::new) makes it, in the folder `path` of the scratch folder: for long paths.
+    pub fn below(path: &Path, machineries: &[(&str, &str)]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("machinery-cwd.").tempdir();
+        let dir = dir.context(|| "making a scratch CWD".to_owned())?;
+        let cwd = ScratchCwd { root: dir.path().join(path), _dir: dir };
+        cwd.write(".cuckoocwd", "")?;
+        let names: Vec<&str> = machineries.iter().map(|(name, _)| *name).collect();
+        cwd.list(&names)?;
+        for (name, text) in machineries {
+            cwd.write(format!("conf/machineries/{name}.yaml"), text)?;
+        }
+        Ok(cwd)
+    }
+
+    /// Writes `conf/cuckoo.yaml` anew, with these machineries.
+    pub fn list(&self, machineries: &[&str]) -> Result<()> {
+        let mut text = String::from("machineries:\n");
+        for name in machineries {
+            text += &format!("- {name}\n");
+        }
+        text += "resultserver:\n  listen_ip: 127.0.0.1\n  listen_port: 2042\n";
+        text += "tcpdump:\n  enabled: false\n  path: /usr/bin/tcpdump\n";
+        self.write("conf/cuckoo.yaml", &text)
+    }
+
+    /// Writes `conf/machinery-host.yaml`.
+    pub fn host_yaml(&self, text: &str) -> Result<()> {
+        self.write("conf/machinery-host.yaml", text)
+    }
+
+    /// Puts a copy of that file into the CWD's own plugin folder, as the plugin of that machinery.
+    pub fn plugin_from(&self, file: &Path, name: &str) -> Result<PathBuf> {
+        let what = || format!("copying {} as the plugin '{name}'", file.display());
+        let content = fs::read(file).context(what)?;
+        let path = format!("machineries/libmachinery_{name}.so");
+        self.write(&path, content)?;
+        Ok(self.root.join(path))
+    }
+
+    /// Puts a copy of the plugin that was built for that machinery there.
+    pub fn plugin(&self, name: &str) -> Result<PathBuf> {
+        self.plugin_from(&artifacts::plugin(name)?, name)
+    }
+
+    /// Writes a file, with the folders above it. `path` is relative to the CWD.
+    pub fn write(&self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<()> {
+        let path = self.root.join(path);
+        let what = || format!("writing {}", path.display());
+        fs::create_dir_all(path.parent().unwrap_or(&self.root)).context(what)?;
+        fs::write(&path, content).context(what)
+    }
+
+    /// Its folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the host's socket is, once it runs.
+    pub fn socket(&self) -> PathBuf {
+        self.root.join("operational/sockets/machinerymanager.sock")
+    }
+}
+
+/// The text of `example.yaml` for these machines: names, and YAML to follow the keys that are needed
+/// (such as `faults: {stop: fail}`; may be empty).
+pub fn example(machines: &[(&str, &str)]) -> String {
+    let mut text = String::from("interface: lo\nmachines:\n");
+    for (index, (name, more)) in machines.iter().enumerate() {
+        let ip = format!("10.{}.{}.{}", index / 62_500, index / 250 % 250, index % 250 + 1);
+        let keys = format!("label: {name}-label, ip: {ip}, platform: linux, os_version: 12");
+        let more = if more.is_empty() { String::new() } else { format!(", {more}") };
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "  {name}: {{{keys}{more}}}");
+    }
+    text
+}

@@ -1,0 +1,107 @@
+//! What `check` looks at beyond the configuration: disks, space, KVM.
+
+use std::path::Path;
+use std::process::Command;
+
+use machinery::{Error, Report, Result, Setup};
+use rustix::fs::{Access, access, statvfs};
+use serde_json::Value;
+
+use crate::config::{Config, MachineFiles};
+use crate::snapshot::Snapshot;
+
+/// Less room for disposable disks than this is worth a word: a Windows guest soon writes that much.
+const LITTLE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
+
+/// Looks at everything.
+pub fn check(setup: &Setup, report: &mut Report) {
+    let mut problems = Vec::new();
+    let config = Config::read_noting(setup, &mut problems);
+    problems.iter().for_each(|problem| report.problem(problem));
+    let Some(config) = config else { return };
+    let program = config.binaries.qemu_system_x86_64.display();
+    report.good(format!(
+        "qemu: QEMU {} at {program}, {} machines are in order",
+        config.version,
+        config.machines.len()
+    ));
+    if config.machines.is_empty() && problems.is_empty() {
+        report.warning(
+            "qemu: no machine is configured. Add some, for example with `cuckoo-machinery import vmcloak`",
+        );
+    }
+    for machine in &config.machines {
+        look_at(machine, &config, report);
+    }
+    spaces(&config, report);
+}
+
+fn look_at(machine: &MachineFiles, config: &Config, report: &mut Report) {
+    let name = &machine.info.name;
+    if let Some(snapshot) = report.keep(Snapshot::open(&machine.snapshot)) {
+        report.good(format!(
+            "machine '{name}': {} snapshot {}",
+            snapshot.format(),
+            machine.snapshot.display()
+        ));
+    }
+    if let Some(info) = report.keep(disk_info(&config.binaries.qemu_img, &machine.disk)) {
+        disk_options(name, &info, report);
+    }
+    if machine.start_args.wants_kvm() && access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_err() {
+        let why = Error::environment("its start_args ask for KVM, and this user may not use /dev/kvm");
+        report.problem(
+            &why.machine(name)
+                .advice("Add the user to the group `kvm`, and enable virtualisation in the firmware"),
+        );
+    }
+}
+
+/// What `qemu-img` knows of the disk, also while a machine runs on it.
+fn disk_info(qemu_img: &Path, disk: &Path) -> Result<Value> {
+    let output = Command::new(qemu_img).args(["info", "-U", "--output=json"]).arg(disk).output();
+    let output = output.map_err(|error| Error::io("run", qemu_img, &error))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(Error::configuration(format!(
+            "qemu-img cannot read {}: {}",
+            disk.display(),
+            said.trim()
+        ))
+        .advice("Restore the disk from a backup, or make the machine anew"));
+    }
+    serde_json::from_slice(&output.stdout)
+        .map_err(|error| Error::environment(format!("qemu-img info makes no sense: {error}")))
+}
+
+fn disk_options(name: &str, info: &Value, report: &mut Report) {
+    if let Some(backing) = info["backing-filename"].as_str() {
+        report.good(format!("machine '{name}': its disk is based on {backing}"));
+    }
+    let clusters = info["cluster-size"].as_u64().unwrap_or(0);
+    let lazy = info["format-specific"]["data"]["lazy-refcounts"] == Value::Bool(true);
+    if clusters < 2 * 1024 * 1024 || !lazy {
+        report.warning(format!(
+            "machine '{name}': its disk was not made with lazy_refcounts=on,cluster_size=2M, so runs are slower. \
+             Convert it with `qemu-img convert -O qcow2 -o lazy_refcounts=on,cluster_size=2M`"
+        ));
+    }
+}
+
+fn spaces(config: &Config, report: &mut Report) {
+    let mut folders: Vec<&Path> =
+        config.machines.iter().filter_map(|machine| machine.disposable.parent()).collect();
+    folders.sort();
+    folders.dedup();
+    for folder in folders {
+        let Ok(space) = statvfs(folder) else { continue };
+        let free = space.f_bavail.saturating_mul(space.f_frsize);
+        if free < LITTLE_SPACE {
+            report.warning(format!(
+                "only {} MiB are free for disposable disks in {}. Free some, or set disposable_copy_dir",
+                free / (1024 * 1024),
+                folder.display()
+            ));
+        }
+    }
+}

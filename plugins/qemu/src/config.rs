@@ -1,0 +1,291 @@
+//! `conf/machineries/qemu.yaml`: as types, then as machines that can be started.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use machinery::config::{ConfigFile, Configured, Machines, empty_as_none};
+use machinery::{Error, MachineInfo, Result, Setup};
+use rustix::fs::{Access, access};
+use serde::Deserialize;
+
+use crate::disk;
+use crate::machineinfo::StartArgs;
+use crate::snapshot::Snapshot;
+use crate::version::Version;
+
+/// The file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QemuFile {
+    interface: String,
+    #[serde(default, deserialize_with = "empty_as_none")]
+    disposable_copy_dir: Option<String>,
+    binaries: Binaries,
+    #[serde(default)]
+    machines: Machines<OwnKeys>,
+}
+
+/// The programs.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Binaries {
+    pub qemu_img: PathBuf,
+    pub qemu_system_x86_64: PathBuf,
+}
+
+/// A machine's own keys.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OwnKeys {
+    qcow2_path: String,
+    snapshot_path: String,
+    machineinfo_path: String,
+}
+
+/// This machinery's section of `machinery-host.yaml`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Section {
+    keep_disposable_disks: bool,
+}
+
+/// Everything, checked.
+pub struct Config {
+    pub binaries: Binaries,
+    pub version: Version,
+    pub keep_disposable_disks: bool,
+    pub machines: Vec<MachineFiles>,
+}
+
+/// One machine: what it is, and where its files are.
+#[derive(Debug, Clone)]
+pub struct MachineFiles {
+    pub info: MachineInfo,
+    pub disk: PathBuf,
+    pub snapshot: PathBuf,
+    pub disposable: PathBuf,
+    pub start_args: StartArgs,
+}
+
+/// What `qcow2_path` begins with. Source: QEMU's docs/interop/qcow2.
+const QCOW2: &[u8] = b"QFI\xfb";
+
+impl Config {
+    /// Reads and checks everything.
+    ///
+    /// # Errors
+    /// All problems at once.
+    pub fn read(setup: &Setup) -> Result<Config> {
+        let mut problems = Vec::new();
+        let config = Config::read_noting(setup, &mut problems);
+        match (config, Error::all(problems)) {
+            (Some(config), None) => Ok(config),
+            (_, Some(problems)) => Err(problems),
+            (None, None) => Err(Error::configuration("the configuration cannot be read")),
+        }
+    }
+
+    /// Reads as far as possible; what is wrong goes to `problems`.
+    pub fn read_noting(setup: &Setup, problems: &mut Vec<Error>) -> Option<Config> {
+        let mut note = |error: Error| problems.push(error);
+        let section: Section = setup.section("qemu").map_err(&mut note).unwrap_or_default();
+        let file = &setup.config;
+        let qemu: QemuFile = file.parse().map_err(&mut note).ok()?;
+        let mut look = Look { file, problems };
+        look.interface(&["interface"], &qemu.interface);
+        look.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
+        let version = look.version(&qemu.binaries.qemu_system_x86_64);
+        let folder = qemu.disposable_copy_dir.as_deref().map(Path::new);
+        if let Some(folder) = folder {
+            look.writable(&["disposable_copy_dir"], folder);
+        }
+        look.duplicates(&qemu.machines);
+        let machines = qemu
+            .machines
+            .iter()
+            .filter_map(|machine| look.machine(machine, &qemu.interface, folder))
+            .collect();
+        Some(Config {
+            binaries: qemu.binaries,
+            version: version?,
+            keep_disposable_disks: section.keep_disposable_disks,
+            machines,
+        })
+    }
+}
+
+/// One look at everything, noting what is wrong.
+struct Look<'a> {
+    file: &'a ConfigFile,
+    problems: &'a mut Vec<Error>,
+}
+
+impl Look<'_> {
+    fn problem(&mut self, key: &[&str], reason: String, advice: &str) {
+        self.problems.push(self.file.error(key, reason).advice(advice));
+    }
+
+    /// An error from elsewhere, about the value of a key.
+    fn about(&mut self, key: &[&str], error: &Error) {
+        self.problems.push(self.file.error(key, error.to_string()));
+    }
+
+    fn interface(&mut self, key: &[&str], name: &str) {
+        let known =
+            !name.is_empty() && !name.contains('/') && Path::new("/sys/class/net").join(name).exists();
+        if !known {
+            let there: Vec<String> = Path::new("/sys/class/net")
+                .read_dir()
+                .map(|entries| {
+                    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+                })
+                .unwrap_or_default();
+            let reason =
+                format!("the network interface '{name}' does not exist; there are {}", there.join(", "));
+            self.problem(
+                key,
+                reason,
+                "Create it first (bridges and taps are the operator's), or name another",
+            );
+        }
+    }
+
+    fn program(&mut self, key: &[&str], path: &Path) -> bool {
+        let usable = path.is_file() && access(path, Access::EXEC_OK).is_ok();
+        if !usable {
+            let reason = format!("{} is not a program this user may run", path.display());
+            self.problem(key, reason, "Install QEMU (qemu-system-x86 and qemu-utils), or correct the path");
+        }
+        usable
+    }
+
+    fn version(&mut self, program: &Path) -> Option<Version> {
+        let key = ["binaries", "qemu_system_x86_64"];
+        if !self.program(&key, program) {
+            return None;
+        }
+        Version::of(program).map_err(|error| self.about(&key, &error)).ok()
+    }
+
+    fn writable(&mut self, key: &[&str], folder: &Path) {
+        if !folder.is_dir() {
+            let reason = format!("{} is not a folder", folder.display());
+            self.problem(key, reason, "Create it, or correct the path");
+        } else if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_err() {
+            let reason = format!("the folder {} is not writable for this user", folder.display());
+            self.problem(
+                key,
+                reason,
+                "Disposable disks are made there: change its permissions, or set disposable_copy_dir",
+            );
+        }
+    }
+
+    fn duplicates(&mut self, machines: &Machines<OwnKeys>) {
+        let doubles = machines.duplicates(self.file, |machine| {
+            vec![("ip", Some(&machine.shared.ip)), ("mac_address", machine.shared.mac_address.as_deref())]
+        });
+        self.problems.extend(doubles);
+        let mut seen: HashMap<&str, (&str, &str)> = HashMap::new();
+        for machine in machines.iter() {
+            for (key, path) in machine.own.paths() {
+                if let Some((other, other_key)) = seen.insert(path, (&machine.name, key)) {
+                    let reason = format!("{path} is already the {other_key} of machine '{other}'");
+                    self.problem(
+                        &["machines", &machine.name, key],
+                        reason,
+                        "Give each machine files of its own",
+                    );
+                }
+            }
+        }
+    }
+
+    fn machine(
+        &mut self,
+        machine: &Configured<OwnKeys>,
+        interface: &str,
+        disposables: Option<&Path>,
+    ) -> Option<MachineFiles> {
+        let before = self.problems.len();
+        let name = machine.name.as_str();
+        let own = &machine.own;
+        if let Some(interface) = &machine.shared.interface {
+            self.interface(&["machines", name, "interface"], interface);
+        }
+        let architecture = machine.shared.architecture.as_str();
+        if !["amd64", "x86"].contains(&architecture) {
+            let reason = format!("the architecture '{architecture}' is not supported");
+            self.problem(&["machines", name, "architecture"], reason, "Use amd64 or x86");
+        }
+        let key = |key: &'static str| ["machines", name, key];
+        if let Err(error) = is_qcow2(Path::new(&own.qcow2_path)) {
+            self.about(&key("qcow2_path"), &error);
+        }
+        if let Err(error) = Snapshot::open(Path::new(&own.snapshot_path)) {
+            self.about(&key("snapshot_path"), &error);
+        }
+        let start_args = StartArgs::read(Path::new(&own.machineinfo_path))
+            .map_err(|error| self.about(&key("machineinfo_path"), &error));
+        let folder = disposables.or(Path::new(&own.qcow2_path).parent())?;
+        if disposables.is_none() && folder.is_dir() {
+            self.writable(&key("qcow2_path"), folder);
+        }
+        let disposable = disk::path_for(folder, name);
+        self.usable_in_arguments(&key("qcow2_path"), &disposable);
+        let start_args = start_args.ok()?;
+        let info = MachineInfo::new(
+            name,
+            &machine.shared,
+            own.qcow2_path.clone(),
+            Some(own.snapshot_path.clone()),
+            interface,
+        );
+        let (disk, snapshot) = (own.qcow2_path.clone().into(), own.snapshot_path.clone().into());
+        (self.problems.len() == before).then_some(MachineFiles {
+            info,
+            disk,
+            snapshot,
+            disposable,
+            start_args,
+        })
+    }
+
+    /// The path goes into the middle of QEMU's arguments, where a comma ends a value and a quote or
+    /// backslash would have to be escaped in those written as JSON.
+    fn usable_in_arguments(&mut self, key: &[&str], disposable: &Path) {
+        if disposable.to_string_lossy().contains([',', '"', '\\']) || !disposable.is_absolute() {
+            let reason = format!(
+                "the disposable disk would be {}, which QEMU's arguments cannot hold",
+                disposable.display()
+            );
+            self.problem(
+                key,
+                reason,
+                "Use an absolute path without comma, quote and backslash, or set such a disposable_copy_dir",
+            );
+        }
+    }
+}
+
+impl OwnKeys {
+    fn paths(&self) -> [(&'static str, &str); 3] {
+        [
+            ("qcow2_path", &self.qcow2_path),
+            ("snapshot_path", &self.snapshot_path),
+            ("machineinfo_path", &self.machineinfo_path),
+        ]
+    }
+}
+
+fn is_qcow2(path: &Path) -> Result<()> {
+    let mut start = [0; QCOW2.len()];
+    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut start));
+    read.map_err(|error| Error::io("read the disk", path, &error))?;
+    if start == QCOW2 {
+        return Ok(());
+    }
+    Err(Error::configuration(format!("{} is not a qcow2 disk", path.display()))
+        .advice("Convert it with `qemu-img convert -O qcow2`"))
+}

@@ -1,0 +1,269 @@
+//! The arguments a machine is started with, from its `machineinfo.json`.
+//!
+//! VMCloak writes that file; by hand it is `{"machine": {"start_args": ["-m", "2048", …]}}`. The
+//! arguments are given to QEMU as they are, but for the disposable disk's place in them. Refused is
+//! what would fight over the machine with this plugin.
+
+use std::path::Path;
+
+use machinery::{Error, Result};
+use serde_json::Value;
+
+/// Where the disposable disk's path goes. Source: Cuckoo3's `machineries/modules/qemu.py`.
+const PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
+
+/// Options that cannot stand in `start_args`, and why. Cuckoo3's list, and `-daemonize`.
+const REFUSED: [(&str, &str); 8] = [
+    ("incoming", "the snapshot is loaded by this machinery"),
+    ("loadvm", "the snapshot is loaded by this machinery"),
+    ("snapshot", "the disposable disk takes the writes already"),
+    ("monitor", "the monitor is this machinery's"),
+    ("qmp", "the monitor is this machinery's"),
+    ("qmp-pretty", "the monitor is this machinery's"),
+    ("no-shutdown", "a guest that powers off has to end its QEMU"),
+    ("daemonize", "a QEMU in the background cannot be watched"),
+];
+
+/// A machine's arguments, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StartArgs(Vec<String>);
+
+impl StartArgs {
+    /// Reads and checks the file.
+    ///
+    /// # Errors
+    /// It cannot be read, is no JSON, has no `machine.start_args`, or one that cannot be used.
+    pub fn read(path: &Path) -> Result<StartArgs> {
+        let text =
+            std::fs::read_to_string(path).map_err(|error| Error::io("read the machineinfo", path, &error))?;
+        let wrong = |reason: String| Error::configuration(format!("{}: {reason}", path.display()));
+        let info: Value = serde_json::from_str(&text).map_err(|error| {
+            wrong(format!("not JSON: {error}")).advice("Have VMCloak write it anew, or correct that line")
+        })?;
+        StartArgs::of(&info).map_err(|(reason, advice)| wrong(reason).advice(advice))
+    }
+
+    fn of(info: &Value) -> Result<StartArgs, (String, String)> {
+        let example = "It has to look like {\"machine\": {\"start_args\": [\"-m\", \"2048\", …]}}";
+        let args = info
+            .get("machine")
+            .and_then(|machine| machine.get("start_args"))
+            .ok_or_else(|| ("the key machine.start_args is missing".to_owned(), example.to_owned()))?;
+        let args = args.as_array().filter(|args| !args.is_empty()).ok_or_else(|| {
+            (format!("start_args is {}, and has to be a list of arguments", shape(args)), example.to_owned())
+        })?;
+        let args = args.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
+        check(&args)?;
+        Ok(StartArgs(args))
+    }
+
+    /// The arguments, with the disposable disk in its place.
+    pub fn with_disk<'a>(&'a self, disk: &'a str) -> impl Iterator<Item = String> + 'a {
+        self.0.iter().map(move |arg| arg.replace(PLACEHOLDER, disk))
+    }
+
+    /// Whether the guest is to run under KVM.
+    pub fn wants_kvm(&self) -> bool {
+        let accelerates = |arg: &String| arg.split([',', '=']).any(|part| part == "kvm");
+        self.0.iter().any(|arg| option(arg) == Some("enable-kvm"))
+            || self.0.windows(2).any(|pair| {
+                matches!(option(&pair[0]), Some("accel" | "machine" | "M")) && accelerates(&pair[1])
+            })
+    }
+}
+
+fn shape(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Array(_) => "an empty list",
+        Value::Object(_) => "a mapping",
+        Value::String(_) => "a single text",
+        _ => "a single value",
+    }
+}
+
+fn argument(value: &Value) -> Result<String, (String, String)> {
+    match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Number(number) => Ok(number.to_string()),
+        other => Err((
+            format!("start_args holds {other}, which is no argument"),
+            "Write each argument as a text".to_owned(),
+        )),
+    }
+}
+
+fn check(args: &[String]) -> Result<(), (String, String)> {
+    if args[0].contains("qemu-system") {
+        return Err((
+            format!(
+                "start_args begins with '{}', and has to hold QEMU's arguments without the binary",
+                args[0]
+            ),
+            "Remove that entry: the binary is named in qemu.yaml".to_owned(),
+        ));
+    }
+    for (index, arg) in args.iter().enumerate() {
+        let refused = REFUSED.iter().find(|(name, _)| option(arg) == Some(name));
+        if let Some((_, why)) = refused {
+            return Err((
+                format!("start_args holds '{arg}', which is not allowed: {why}"),
+                "Remove it".to_owned(),
+            ));
+        }
+        let value = args.get(index + 1).map(String::as_str).unwrap_or("");
+        match option(arg) {
+            Some("mon") if brings_qmp(value) => return Err(qmp_elsewhere(&format!("'-mon {value}'"))),
+            Some("readconfig") => check_readconfig(Path::new(value))?,
+            _ => {}
+        }
+    }
+    if args.iter().all(|arg| !arg.contains(PLACEHOLDER)) {
+        return Err((
+            format!("start_args has no {PLACEHOLDER}: a run would write to the machine's own disk"),
+            format!("Use it where the disk is named, as in -drive file={PLACEHOLDER},format=qcow2"),
+        ));
+    }
+    Ok(())
+}
+
+/// The name of an option, without its one or two dashes and its `=value`; none if it is no option.
+fn option(arg: &str) -> Option<&str> {
+    let name = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-'))?;
+    name.split('=').next()
+}
+
+fn brings_qmp(mon: &str) -> bool {
+    mon.split(',').any(|part| part == "mode=control")
+}
+
+fn qmp_elsewhere(where_: &str) -> (String, String) {
+    (
+        format!("start_args brings in a QMP monitor by {where_}: the monitor is this machinery's"),
+        "Remove it".to_owned(),
+    )
+}
+
+/// A configuration file of QEMU's can hold a `[mon]` section just as well.
+fn check_readconfig(path: &Path) -> Result<(), (String, String)> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        (
+            format!("the file of -readconfig, {}, cannot be read: {error}", path.display()),
+            "Correct its path or permissions".to_owned(),
+        )
+    })?;
+    let mut in_monitor = false;
+    for line in text.lines().map(str::trim) {
+        if let Some(section) = line.strip_prefix('[') {
+            in_monitor = section.starts_with("mon ") || section.starts_with("mon]");
+        }
+        let setting: String = line.chars().filter(|c| !c.is_whitespace() && *c != '"').collect();
+        if in_monitor && setting == "mode=control" {
+            return Err(qmp_elsewhere(&format!("-readconfig {}", path.display())));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn of(args: Value) -> Result<StartArgs, (String, String)> {
+        StartArgs::of(&json!({"machine": {"start_args": args}}))
+    }
+
+    fn with(arg: &str) -> Result<StartArgs, (String, String)> {
+        of(json!(["-m", 512, "-hda", PLACEHOLDER, arg]))
+    }
+
+    #[test]
+    fn every_refused_option_is_in_every_spelling() {
+        for (name, _) in REFUSED {
+            for spelling in
+                [format!("-{name}"), format!("--{name}"), format!("-{name}=x"), format!("--{name}=x,y")]
+            {
+                let (reason, _) = with(&spelling).unwrap_err();
+                assert!(reason.contains(&spelling), "{spelling}: {reason}");
+            }
+        }
+    }
+
+    #[test]
+    fn near_misses_pass() {
+        for arg in [
+            "/vms/win10-snapshot/x",
+            "virtio-serial,id=a-monitor",
+            "file=/x/-incoming,format=raw",
+            "-incomingx",
+            "-snapshot-not",
+            "-no-reboot",
+            "snapshot",
+            "---qmp",
+            "-monitors",
+            "qmp",
+            "-name=monitor",
+        ] {
+            assert!(with(arg).is_ok(), "{arg}");
+        }
+    }
+
+    #[test]
+    fn qmp_cannot_come_in_by_another_door() {
+        let args = |mon: &str| of(json!(["-hda", PLACEHOLDER, "-mon", mon]));
+        assert!(args("chardev=x,mode=control").unwrap_err().0.contains("QMP"));
+        assert!(args("chardev=x,mode=readline").is_ok());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("q.cfg");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            of(json!(["-hda", PLACEHOLDER, "-readconfig", path]))
+        };
+        assert!(read("[mon \"m\"]\n  mode = \"control\"\n").unwrap_err().0.contains("QMP"));
+        assert!(read("[mon \"m\"]\n  mode = \"readline\"\n[device]\n  mode = \"control\"\n").is_ok());
+        assert!(of(json!(["-hda", PLACEHOLDER, "-readconfig", "/none"])).unwrap_err().0.contains("/none"));
+    }
+
+    #[test]
+    fn what_is_no_list_of_arguments_is_told() {
+        for (args, expected) in [
+            (json!("-m 512"), "a single text"),
+            (json!([]), "an empty list"),
+            (json!({"a": 1}), "a mapping"),
+            (json!(null), "null"),
+            (json!(["-m", ["x"]]), "which is no argument"),
+            (json!(["-m", "512"]), PLACEHOLDER),
+            (json!(["/usr/bin/qemu-system-x86_64", PLACEHOLDER]), "without the binary"),
+        ] {
+            let (reason, _) = of(args.clone()).unwrap_err();
+            assert!(reason.contains(expected), "{args}: {reason}");
+        }
+        assert!(StartArgs::of(&json!({"machin": {}})).unwrap_err().0.contains("machine.start_args"));
+    }
+
+    #[test]
+    fn the_disk_goes_into_its_place() {
+        let args = of(json!(["-m", 512, "-drive", format!("file={PLACEHOLDER},format=qcow2")])).unwrap();
+        let args: Vec<String> = args.with_disk("/d/x.qcow2").collect();
+        assert_eq!(args, ["-m", "512", "-drive", "file=/d/x.qcow2,format=qcow2"]);
+    }
+
+    #[test]
+    fn kvm_is_known_in_its_spellings() {
+        let wants = |args: Value| of(args).unwrap().wants_kvm();
+        assert!(wants(json!(["-enable-kvm", PLACEHOLDER])));
+        assert!(wants(json!(["-machine", "pc,accel=kvm", PLACEHOLDER])));
+        assert!(wants(json!(["-accel", "kvm", PLACEHOLDER])));
+        assert!(!wants(json!(["-machine", "pc,accel=tcg", "-name", "kvm", PLACEHOLDER])));
+    }
+
+    #[test]
+    fn a_broken_file_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machineinfo.json");
+        std::fs::write(&path, "{\"machine\":\n oops").unwrap();
+        let text = StartArgs::read(&path).unwrap_err().to_string();
+        assert!(text.contains("machineinfo.json") && text.contains("line 2"), "{text}");
+    }
+}

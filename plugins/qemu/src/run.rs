@@ -1,0 +1,445 @@
+//! One run of a machine: from the QEMU process to its end.
+//!
+//! ```text
+//!  start ─▶ process up, monitor connected ─▶ (load the snapshot) ─▶ cont ─▶ running
+//!                                                                     │ stop, power button,
+//!                                                                     ▼ guest, accident
+//!  gone  ◀─ reported, then told to all who wait ◀─ disk and socket removed ◀─ process ended
+//! ```
+//!
+//! QEMU connects its monitor to a socket that we listen on: so nobody has to look again and again
+//! whether the socket is there, and it works with every QEMU back to the oldest. One thread, the
+//! watcher, reads the monitor and sees the end of the run, whoever caused it; all cleaning up
+//! happens there, in one place, and before anyone hears of the end.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use machinery::{Deadline, Error, ErrorKind, Host, Result, SocketPath, State};
+use qapi::qmp;
+use rustix::net::SocketFlags;
+use serde_json::Value;
+
+use crate::disk::{self, DisposableDisk};
+use crate::process::{End, Handle, Process};
+use crate::qmp::{Event, Qmp, wait};
+use crate::snapshot::{self, Snapshot};
+use crate::version::Version;
+
+/// How long QEMU may take to end after its monitor has closed, before it is ended.
+const AFTER_MONITOR: Duration = Duration::from_secs(2);
+/// How long QEMU may take to end after `quit`, before it is ended.
+const AFTER_QUIT: Duration = Duration::from_secs(3);
+/// How long a process may take to end after SIGKILL, before that is an error.
+const AFTER_KILL: Duration = Duration::from_secs(10);
+
+/// What a run is started with.
+pub struct Start<'a> {
+    pub machine: &'a str,
+    pub program: &'a Path,
+    pub version: Version,
+    /// The machine's own arguments, with the disposable disk in its place.
+    pub args: Vec<String>,
+    pub disk: DisposableDisk,
+    pub socket: &'a Path,
+    /// Loaded before the guest runs; none is a cold boot.
+    pub snapshot: Option<Snapshot>,
+}
+
+/// A run. It exists from the moment its monitor answers.
+pub struct Run {
+    machine: String,
+    qmp: Qmp,
+    process: Arc<Handle>,
+    version: Version,
+    /// How it ended, once it has.
+    end: Mutex<Option<End>>,
+    ended: Condvar,
+    /// Whether the end was asked for.
+    stopping: AtomicBool,
+    /// Whether the guest runs by our will; before that its states are steps of the start.
+    started: AtomicBool,
+}
+
+impl Run {
+    /// Starts QEMU and brings the guest to running.
+    ///
+    /// # Errors
+    /// Whatever kept it from running. Nothing of the run is left then.
+    pub fn start(start: Start<'_>, host: &Host, deadline: Deadline) -> Result<Arc<Run>> {
+        let (process, stream) = connect(&start, deadline)?;
+        let Start { machine, version, disk, socket, snapshot, .. } = start;
+        let run = Run::watch(machine, version, process, stream, disk, socket, host)?;
+        match run.bring_up(snapshot, deadline) {
+            Ok(()) => Ok(run),
+            Err(error) => Err(run.abandon(error)),
+        }
+    }
+
+    fn watch(
+        machine: &str,
+        version: Version,
+        process: Process,
+        stream: UnixStream,
+        disk: DisposableDisk,
+        socket: &Path,
+        host: &Host,
+    ) -> Result<Arc<Run>> {
+        let run = Arc::new(Run {
+            machine: machine.to_owned(),
+            qmp: Qmp::new(stream),
+            process: Arc::clone(process.handle()),
+            version,
+            end: Mutex::new(None),
+            ended: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            started: AtomicBool::new(false),
+        });
+        let (watched, host, socket) = (Arc::clone(&run), host.clone(), socket.to_owned());
+        let handle = Arc::clone(&run.process);
+        std::thread::Builder::new()
+            .name("qemu-watcher".to_owned())
+            .spawn(move || watched.until_the_end(process, disk, &socket, &host))
+            .map_err(|error| {
+                handle.kill();
+                Error::environment(format!("cannot start a thread to watch QEMU: {error}"))
+            })?;
+        Ok(run)
+    }
+
+    /// The watcher's work.
+    fn until_the_end(&self, process: Process, disk: DisposableDisk, socket: &Path, host: &Host) {
+        self.qmp.read(|event| self.report(event, host));
+        let end = process.end(AFTER_MONITOR);
+        drop(disk);
+        if let Err(error) = disk::remove(socket) {
+            tracing::warn!(machine = self.machine, %error, "the monitor's socket stays behind");
+        }
+        let reason = match (self.stopping.load(Ordering::SeqCst), end.was_clean()) {
+            (true, _) => String::new(),
+            (false, true) => "the guest powered itself off".to_owned(),
+            (false, false) => end.describe(),
+        };
+        tracing::debug!(machine = self.machine, reason, how = end.describe(), "the run has ended");
+        host.state_changed(&self.machine, State::Poweroff, &reason);
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+        self.ended.notify_all();
+    }
+
+    /// What happens by itself while the guest runs.
+    fn report(&self, event: &Event, host: &Host) {
+        tracing::trace!(machine = self.machine, event = event.name, data = %event.data, "QEMU reports");
+        let Some((state, reason)) = state_of_event(event) else { return };
+        if self.started.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
+            host.state_changed(&self.machine, state, &reason);
+        }
+    }
+
+    fn bring_up(&self, snapshot: Option<Snapshot>, deadline: Deadline) -> Result<()> {
+        self.qmp.negotiate(deadline)?;
+        if let Some(snapshot) = snapshot {
+            self.load(snapshot, deadline)?;
+        }
+        let events = self.qmp.listen();
+        self.qmp.execute(&qmp::cont {}, deadline)?;
+        wait(&events, deadline, "the guest to run", |event| (event.name == "RESUME").then_some(()))?;
+        self.started.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Has QEMU load the snapshot; it is paused afterwards.
+    fn load(&self, snapshot: Snapshot, deadline: Deadline) -> Result<()> {
+        let events_on =
+            qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::events, state: true };
+        self.qmp.execute(&qmp::migrate_set_capabilities { capabilities: vec![events_on] }, deadline)?;
+        let events = self.qmp.listen();
+        let (path, format) = (snapshot.path().to_owned(), snapshot.format());
+        let plain = format == snapshot::Format::Plain;
+        let feeder = if plain && self.version.reads_snapshot_files() {
+            self.load_from(format!("file:{}", path.display()), deadline)?;
+            None
+        } else if plain {
+            self.load_from(self.pass(snapshot.into_file(), deadline)?, deadline)?;
+            None
+        } else {
+            let (pipe, feeder) = snapshot.decompress()?;
+            self.load_from(self.pass(pipe.into(), deadline)?, deadline)?;
+            Some(feeder)
+        };
+        let loaded = wait(&events, deadline, "the snapshot to be loaded", migration_end)
+            .and_then(|outcome| outcome.map_err(Error::failed));
+        let loaded = loaded.map_err(|error| match error.kind() {
+            ErrorKind::Timeout => error,
+            _ => snapshot::broken(&path, format, error.reason())
+                .advice("If the file is whole, it was taken with other arguments or a newer QEMU"),
+        });
+        match (loaded, feeder) {
+            (Ok(()), Some(feeder)) => feeder.finish(),
+            // What could not be decompressed is nearer to the cause than QEMU's view of it.
+            (Err(error), Some(feeder)) => {
+                self.process.kill();
+                feeder.finish().and(Err(error))
+            }
+            (loaded, None) => loaded,
+        }
+    }
+
+    fn pass(&self, file: OwnedFd, deadline: Deadline) -> Result<String> {
+        let name = self.qmp.pass(file.as_fd(), self.version.incoming_by_name(), deadline)?;
+        Ok(format!("fd:{name}"))
+    }
+
+    fn load_from(&self, uri: String, deadline: Deadline) -> Result<()> {
+        let incoming = qmp::migrate_incoming { uri: Some(uri), channels: None, exit_on_error: None };
+        self.qmp.execute(&incoming, deadline).map(|_| ())
+    }
+
+    /// Ends a run whose start failed, and puts QEMU's own words into the error.
+    fn abandon(&self, error: Error) -> Error {
+        self.stopping.store(true, Ordering::SeqCst);
+        let by_itself = self.wait_end(Duration::from_millis(200)).is_some();
+        self.process.kill();
+        match self.wait_end(AFTER_KILL) {
+            Some(end) if by_itself => with_words(&error, &end),
+            Some(_) => error,
+            None => Error::failed(format!("{error}; and QEMU (pid {}) does not end", self.process.pid())),
+        }
+    }
+
+    /// Pulls the plug.
+    ///
+    /// # Errors
+    /// The process does not end.
+    pub fn stop(&self, deadline: Deadline) -> Result<()> {
+        self.stopping.store(true, Ordering::SeqCst);
+        let quit = self.qmp.execute(&qmp::quit {}, deadline.within(AFTER_QUIT));
+        if let Err(error) = &quit {
+            tracing::debug!(machine = self.machine, %error, "quit was not answered");
+        }
+        if self.wait_end(deadline.within(AFTER_QUIT).remaining()).is_some() {
+            return Ok(());
+        }
+        tracing::warn!(machine = self.machine, pid = self.process.pid(), "QEMU does not quit: it is killed");
+        self.process.kill();
+        match self.wait_end(AFTER_KILL) {
+            Some(_) => Ok(()),
+            None => Err(Error::timeout(format!(
+                "QEMU (pid {}) does not end, not even by SIGKILL",
+                self.process.pid()
+            ))
+            .advice("It hangs in the kernel: look at its disk and at dmesg")),
+        }
+    }
+
+    /// Presses the power button, and waits for the guest to power off.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn power_button(&self, deadline: Deadline) -> Result<()> {
+        self.qmp.execute(&qmp::system_powerdown {}, deadline)?;
+        match self.wait_end(deadline.remaining()) {
+            Some(_) => Ok(()),
+            None => Err(deadline.timeout("the guest to react to its power button")),
+        }
+    }
+
+    /// Runs a command of the monitor.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn execute<C: qapi::Command>(&self, command: &C, deadline: Deadline) -> Result<Value> {
+        self.qmp.execute(command, deadline)
+    }
+
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Whether it has ended, or is about to: a closed monitor is the first sign.
+    pub fn has_ended_soon(&self, deadline: Deadline) -> bool {
+        self.qmp.is_closed() && self.wait_end(deadline.remaining()).is_some()
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.wait_end(Duration::ZERO).is_some()
+    }
+
+    fn wait_end(&self, timeout: Duration) -> Option<End> {
+        let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.ended.wait_timeout_while(end, timeout, |end| end.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+}
+
+/// Starts QEMU and waits until it has connected its monitor.
+fn connect(start: &Start<'_>, deadline: Deadline) -> Result<(Process, UnixStream)> {
+    let failed = |error: io::Error| Error::io("make the monitor's socket", start.socket, &error);
+    disk::remove(start.socket)?;
+    let socket = SocketPath::new(start.socket).map_err(failed)?;
+    let listener = UnixListener::bind(socket.address()).map_err(failed)?;
+    let connected = launch(start, &socket, listener, deadline);
+    if connected.is_err() {
+        // The error at hand is the one to tell.
+        let _ = disk::remove(start.socket);
+    }
+    connected
+}
+
+fn launch(
+    start: &Start<'_>,
+    socket: &SocketPath,
+    listener: UnixListener,
+    deadline: Deadline,
+) -> Result<(Process, UnixStream)> {
+    let args = start.args.iter().cloned().chain(our_args(socket, start.snapshot.is_some()));
+    let process = Process::start(start.program, args, start.machine)?;
+    match accept(&listener.into(), process.handle(), deadline) {
+        Ok(stream) => Ok((process, stream)),
+        Err(error) => {
+            let by_itself = error.kind() == ErrorKind::Failed;
+            let end = process.end(if by_itself { AFTER_MONITOR } else { Duration::ZERO });
+            Err(if by_itself { with_words(&error, &end) } else { error })
+        }
+    }
+}
+
+/// What is added to the machine's own arguments.
+fn our_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
+    // A comma would end the value; QEMU reads two as one.
+    let address = socket.address().display().to_string().replace(',', ",,");
+    let chardev = format!("socket,id=cuckoo-monitor,path={address}");
+    let mut args = vec!["-chardev", &chardev, "-mon", "chardev=cuckoo-monitor,mode=control"];
+    // Paused until all is ready, on a cold boot too.
+    args.extend(["-monitor", "none", "-S"]);
+    if incoming {
+        args.extend(["-incoming", "defer"]);
+    }
+    args.into_iter().map(str::to_owned).collect()
+}
+
+/// Waits for that process to connect; others who find the socket are turned away.
+fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<UnixStream> {
+    let failed = |error: io::Error| Error::environment(format!("cannot wait for QEMU's monitor: {error}"));
+    loop {
+        match process.ended_before(listener, deadline.remaining()).map_err(failed)? {
+            None => return Err(deadline.timeout("QEMU to connect its monitor")),
+            Some(true) => return Err(Error::failed("QEMU ended before its monitor was connected")),
+            Some(false) => {}
+        }
+        let stream = UnixStream::from(
+            rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(|e| failed(e.into()))?,
+        );
+        let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
+        if peer.pid.as_raw_nonzero().get().cast_unsigned() == process.pid() {
+            return Ok(stream);
+        }
+        tracing::warn!(
+            pid = peer.pid.as_raw_nonzero().get(),
+            "a stranger at the monitor's socket was turned away"
+        );
+    }
+}
+
+/// Adds how QEMU ended, with its own words, to the error of what was being done.
+fn with_words(error: &Error, end: &End) -> Error {
+    Error::new(error.kind(), format!("{}: {}", error.reason(), end.describe())).advice(
+        "Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are",
+    )
+}
+
+/// A migration that has come to its end: well, or with the reason why not.
+fn migration_end(event: &Event) -> Option<Result<(), String>> {
+    if event.name != "MIGRATION" {
+        return None;
+    }
+    match event.data["status"].as_str()? {
+        "completed" => Some(Ok(())),
+        status @ ("failed" | "cancelled") => Some(Err(format!("QEMU says the migration has {status}"))),
+        _ => None,
+    }
+}
+
+/// What an event says about the machine's state. Source: QEMU's qapi/run-state.json, block-core.json.
+fn state_of_event(event: &Event) -> Option<(State, String)> {
+    let action = || event.data["action"].as_str().unwrap_or("").to_owned();
+    Some(match event.name.as_str() {
+        "RESUME" => (State::Running, String::new()),
+        "SUSPEND" => (State::Suspended, "the guest suspended itself".to_owned()),
+        "WAKEUP" => (State::Running, "the guest woke up".to_owned()),
+        "SHUTDOWN" => (State::Stopping, String::new()),
+        "GUEST_PANICKED" => (State::Error, format!("the guest crashed (QEMU: {})", action())),
+        "MEMORY_FAILURE" => (State::Error, "the host's memory failed under the guest".to_owned()),
+        "WATCHDOG" if action() == "pause" => (State::Error, "the guest's watchdog expired".to_owned()),
+        "BLOCK_IO_ERROR" if action() == "stop" => {
+            let why = event.data["reason"].as_str().unwrap_or("no reason given");
+            (State::Error, format!("the disk failed and the guest was paused: {why}"))
+        }
+        _ => return None,
+    })
+}
+
+/// The state that `query-status` tells. Source: `RunState` in QEMU's qapi/run-state.json.
+///
+/// # Errors
+/// It is one that has no name here.
+pub fn state_of_status(status: &str) -> Result<State> {
+    Ok(match status {
+        "running" => State::Running,
+        "inmigrate" => State::Starting,
+        "paused" | "postmigrate" | "prelaunch" | "finish-migrate" | "save-vm" | "restore-vm" => State::Paused,
+        "suspended" => State::Suspended,
+        "shutdown" => State::Stopping,
+        "guest-panicked" | "internal-error" | "io-error" | "watchdog" => State::Error,
+        other => {
+            return Err(Error::unexpected_state(format!("QEMU's state '{other}' has no meaning here"))
+                .advice("Stop the machine; if it comes again, this QEMU is too new for this plugin"));
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_state_of_qemu_has_a_meaning() {
+        for status in <qapi::qmp::RunState as qapi::Enum>::NAMES {
+            // A replication and a debugger, which nothing here starts.
+            let foreign = ["colo", "debug"].contains(status);
+            assert_ne!(state_of_status(status).is_ok(), foreign, "{status}");
+        }
+        assert!(state_of_status("levitating").unwrap_err().to_string().contains("levitating"));
+    }
+
+    #[test]
+    fn accidents_are_told_with_their_reason() {
+        let event = |name: &str, data| state_of_event(&Event { name: name.into(), data });
+        let (state, why) =
+            event("BLOCK_IO_ERROR", json!({"action": "stop", "reason": "No space left on device"})).unwrap();
+        assert_eq!(state, State::Error);
+        assert!(why.contains("No space left"), "{why}");
+        assert!(event("BLOCK_IO_ERROR", json!({"action": "report"})).is_none());
+        assert!(event("NEWER_THAN_US", json!({})).is_none());
+    }
+
+    #[test]
+    fn a_migration_ends_in_either_way() {
+        let end = |status: &str| {
+            migration_end(&Event { name: "MIGRATION".into(), data: json!({"status": status}) })
+        };
+        assert_eq!(end("completed"), Some(Ok(())));
+        assert!(end("failed").unwrap().is_err());
+        assert_eq!(end("active"), None);
+        assert_eq!(end("from-the-future"), None);
+    }
+}

@@ -1,0 +1,280 @@
+//! Memory snapshots: what QEMU's migration wrote to a file, plain or compressed.
+//!
+//! The format is recognised by content. A plain one is read by QEMU itself; a compressed one is
+//! decompressed here, into a pipe that QEMU reads. No shell ever sees a path.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use machinery::{Error, Result};
+
+/// How a snapshot's file is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Plain,
+    Gzip,
+    Lz4,
+    Zstd,
+}
+
+/// The first bytes of each format. Sources: QEMU's migration/savevm.c (`QEMU_VM_FILE_MAGIC`), RFC
+/// 1952, the LZ4 frame format, RFC 8878.
+const MAGIC: [(&[u8], Format); 4] = [
+    (b"QEVM", Format::Plain),
+    (&[0x1f, 0x8b], Format::Gzip),
+    (&[0x04, 0x22, 0x4d, 0x18], Format::Lz4),
+    (&[0x28, 0xb5, 0x2f, 0xfd], Format::Zstd),
+];
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Plain => "plain",
+            Format::Gzip => "gzip",
+            Format::Lz4 => "lz4",
+            Format::Zstd => "zstd",
+        })
+    }
+}
+
+/// An opened snapshot file.
+pub struct Snapshot {
+    path: PathBuf,
+    file: File,
+    format: Format,
+}
+
+/// Bytes that are moved at once.
+const CHUNK: usize = 256 * 1024;
+/// A larger pipe lets decompression run ahead; beyond this unprivileged users may not go (pipe(7)).
+const PIPE: usize = 1024 * 1024;
+
+impl Snapshot {
+    /// Opens the file and recognises its format.
+    ///
+    /// # Errors
+    /// It cannot be read, is empty, or is no snapshot.
+    pub fn open(path: &Path) -> Result<Snapshot> {
+        let failed = |error: io::Error| Error::io("read the snapshot", path, &error);
+        let mut file = File::open(path).map_err(failed)?;
+        let mut start = [0; 4];
+        let length = read_up_to(&mut file, &mut start).map_err(failed)?;
+        io::Seek::rewind(&mut file).map_err(failed)?;
+        let start = &start[..length];
+        let known = MAGIC.into_iter().find(|(magic, _)| start.starts_with(magic));
+        let Some((_, format)) = known else {
+            let what =
+                if start.is_empty() { "is empty".to_owned() } else { format!("begins with {start:02x?}") };
+            let reason = format!("{} {what}, so it is no memory snapshot", path.display());
+            return Err(Error::configuration(reason).advice(
+                "Take the snapshot anew; QEMU's migration stream, plain or packed with gzip, lz4 (frame) or zstd, is read",
+            ));
+        };
+        Ok(Snapshot { path: path.to_owned(), file, format })
+    }
+
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The plain file, for QEMU to read.
+    pub fn into_file(self) -> OwnedFd {
+        self.file.into()
+    }
+
+    /// Starts to decompress into a pipe.
+    ///
+    /// # Errors
+    /// No pipe or thread can be had.
+    pub fn decompress(self) -> Result<(PipeReader, Feeder)> {
+        let failed = |error: io::Error| Error::environment(format!("cannot start to decompress: {error}"));
+        let (reader, writer) = io::pipe().map_err(failed)?;
+        // A small pipe works as well, only slower.
+        let _ = rustix::pipe::fcntl_setpipe_size(&writer, PIPE);
+        let path = self.path.clone();
+        let format = self.format;
+        let thread = std::thread::Builder::new()
+            .name("snapshot".to_owned())
+            .spawn(move || self.feed(writer))
+            .map_err(failed)?;
+        Ok((reader, Feeder { path, format, thread }))
+    }
+
+    fn feed(self, mut pipe: PipeWriter) -> Fed {
+        let mut source = match self.unpacked() {
+            Ok(source) => source,
+            Err(error) => return Fed::Unreadable(error),
+        };
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let length = match source.read(&mut chunk) {
+                Ok(0) => return Fed::Whole,
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Fed::Unreadable(error),
+            };
+            if pipe.write_all(&chunk[..length]).is_err() {
+                return Fed::Unwanted;
+            }
+        }
+    }
+
+    fn unpacked(self) -> io::Result<Box<dyn Read>> {
+        let file = BufReader::with_capacity(CHUNK, self.file);
+        Ok(match self.format {
+            Format::Plain => Box::new(file),
+            Format::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
+            Format::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(file)),
+            Format::Zstd => Box::new(zstd::Decoder::with_buffer(file)?),
+        })
+    }
+}
+
+fn read_up_to(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match file.read(&mut buffer[length..])? {
+            0 => break,
+            more => length += more,
+        }
+    }
+    Ok(length)
+}
+
+/// How feeding the pipe ended.
+enum Fed {
+    /// All of the snapshot is in it.
+    Whole,
+    /// QEMU closed its end: it has all it wants, or has failed, and says so itself.
+    Unwanted,
+    /// The file cannot be decompressed.
+    Unreadable(io::Error),
+}
+
+/// The decompression that goes on while QEMU reads.
+pub struct Feeder {
+    path: PathBuf,
+    format: Format,
+    thread: JoinHandle<Fed>,
+}
+
+impl Feeder {
+    /// Waits until it ends, which it does when QEMU closes its end of the pipe at the latest.
+    ///
+    /// # Errors
+    /// The file cannot be decompressed to its end.
+    pub fn finish(self) -> Result<()> {
+        match self.thread.join() {
+            Ok(Fed::Whole | Fed::Unwanted) => Ok(()),
+            Ok(Fed::Unreadable(error)) => Err(broken(&self.path, self.format, &error.to_string())),
+            Err(_) => Err(broken(&self.path, self.format, "the decompressor panicked")),
+        }
+    }
+}
+
+/// The error for a snapshot that cannot be loaded to its end.
+pub fn broken(path: &Path, format: Format, why: &str) -> Error {
+    Error::failed(format!("the {format} snapshot {} is truncated or corrupt: {why}", path.display()))
+        .advice("Restore it from a backup, or take the snapshot anew")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packed(format: Format, data: &[u8]) -> Vec<u8> {
+        match format {
+            Format::Plain => data.to_vec(),
+            Format::Gzip => {
+                let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                packer.write_all(data).unwrap();
+                packer.finish().unwrap()
+            }
+            Format::Lz4 => {
+                let mut packer = lz4_flex::frame::FrameEncoder::new(Vec::new());
+                packer.write_all(data).unwrap();
+                packer.finish().unwrap()
+            }
+            Format::Zstd => zstd::encode_all(data, 1).unwrap(),
+        }
+    }
+
+    const ALL: [Format; 4] = [Format::Plain, Format::Gzip, Format::Lz4, Format::Zstd];
+
+    fn data() -> Vec<u8> {
+        let noise = (0..3_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8);
+        b"QEVM".iter().copied().chain(noise).collect()
+    }
+
+    fn file(content: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+
+    #[test]
+    fn every_format_is_recognised_and_read() {
+        let data = data();
+        for format in ALL {
+            let file = file(&packed(format, &data));
+            let snapshot = Snapshot::open(file.path()).unwrap();
+            assert_eq!(snapshot.format(), format);
+            let (mut reader, feeder) = snapshot.decompress().unwrap();
+            let mut read = Vec::new();
+            reader.read_to_end(&mut read).unwrap();
+            assert!(read == data, "{format}");
+            feeder.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_truncated_one_says_so() {
+        for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
+            let whole = packed(format, &data());
+            let file = file(&whole[..whole.len() / 2]);
+            let (mut reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
+            let _ = io::copy(&mut reader, &mut io::sink());
+            let text = feeder.finish().unwrap_err().to_string();
+            assert!(text.contains("truncated or corrupt") && text.contains(&format.to_string()), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_says_so_where_there_is_a_checksum() {
+        let mut whole = packed(Format::Gzip, &data());
+        let middle = whole.len() / 2;
+        whole[middle] ^= 0x10;
+        let file = file(&whole);
+        let (mut reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
+        let _ = io::copy(&mut reader, &mut io::sink());
+        assert!(feeder.finish().is_err());
+    }
+
+    #[test]
+    fn a_reader_that_leaves_ends_it() {
+        let file = file(&packed(Format::Zstd, &data()));
+        let (reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
+        drop(reader);
+        feeder.finish().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_snapshot_is_told() {
+        for (content, expected) in
+            [(&b""[..], "is empty"), (b"PK\x03\x04", "begins with"), (b"Q", "begins with")]
+        {
+            let file = file(content);
+            let text = Snapshot::open(file.path()).err().unwrap().to_string();
+            assert!(text.contains(expected) && text.contains("no memory snapshot"), "{text}");
+        }
+        assert!(Snapshot::open(Path::new("/none/m")).err().unwrap().to_string().contains("/none/m"));
+    }
+}

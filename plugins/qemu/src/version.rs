@@ -1,0 +1,119 @@
+//! Which QEMU it is. Asked once, when the plugin is loaded.
+
+use std::fmt;
+use std::path::Path;
+use std::process::Command;
+
+use machinery::{Error, Result};
+
+/// A QEMU version. What depends on one is a named question here, with its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    major: u32,
+    minor: u32,
+    patch: u32,
+}
+
+impl Version {
+    const OLDEST: Version = Version::new(2, 11, 0);
+
+    pub const fn new(major: u32, minor: u32, patch: u32) -> Self {
+        Version { major, minor, patch }
+    }
+
+    /// Asks the program.
+    pub fn of(program: &Path) -> Result<Version> {
+        let asked = Command::new(program).arg("--version").output();
+        let output = asked.map_err(|error| Error::io("run", program, &error))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = Version::parse(&text).ok_or_else(|| {
+            let said =
+                if text.trim().is_empty() { String::from_utf8_lossy(&output.stderr) } else { text.clone() };
+            Error::environment(format!(
+                "{} --version does not tell a version: {}",
+                program.display(),
+                said.trim()
+            ))
+            .advice("Check that it is QEMU's own binary")
+        })?;
+        if version < Version::OLDEST {
+            let reason = format!(
+                "{} is QEMU {version}, and {} is the oldest that works",
+                program.display(),
+                Version::OLDEST
+            );
+            return Err(Error::environment(reason).advice("Install a newer QEMU, or name another binary"));
+        }
+        Ok(version)
+    }
+
+    /// From `QEMU emulator version 7.2.22 (Debian …)`.
+    fn parse(text: &str) -> Option<Version> {
+        let (_, rest) = text.split_once("version ")?;
+        let digits: String = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        let mut numbers = digits.split('.').map(str::parse);
+        let major = numbers.next()?.ok()?;
+        let minor = numbers.next()?.ok()?;
+        let patch = numbers.next().and_then(Result::ok).unwrap_or(0);
+        Some(Version::new(major, minor, patch))
+    }
+
+    /// Whether `migrate-incoming` reads plain files by `file:`; from then on `fd:` of a plain file
+    /// is deprecated. Source: QEMU's docs/about/deprecated.rst and qapi/migration.json.
+    pub fn reads_snapshot_files(self) -> bool {
+        self >= Version::new(8, 2, 0)
+    }
+
+    /// Whether `migrate-incoming` takes descriptors by the name `getfd` gave them; before, only
+    /// numbers were read. Source: QEMU's migration/fd.c.
+    pub fn incoming_by_name(self) -> bool {
+        self >= Version::new(4, 1, 0)
+    }
+
+    /// Whether `screendump` writes PNG. Source: qapi/ui.json.
+    pub fn screenshots_as_png(self) -> bool {
+        self >= Version::new(7, 1, 0)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn versions_are_read_as_distributions_write_them() {
+        for (text, version) in [
+            ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", Version::new(7, 2, 22)),
+            ("QEMU emulator version 2.11.1(Debian 1:2.11+dfsg-1ubuntu7.42)", Version::new(2, 11, 1)),
+            ("QEMU emulator version 10.1 (v10.1-rc2)", Version::new(10, 1, 0)),
+        ] {
+            assert_eq!(Version::parse(text), Some(version), "{text}");
+        }
+        assert_eq!(Version::parse("hello"), None);
+    }
+
+    fn fake(says: &str) -> (tempfile::TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qemu");
+        std::fs::write(&path, format!("#!/bin/sh\necho '{says}'\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn an_old_one_is_refused_and_a_wrong_binary_told() {
+        let (_folder, old) = fake("QEMU emulator version 2.10.2");
+        let text = Version::of(&old).unwrap_err().to_string();
+        assert!(text.contains("2.10.2") && text.contains("2.11.0"), "{text}");
+        let (_folder, other) = fake("ls (GNU coreutils) 9.1");
+        assert!(Version::of(&other).unwrap_err().to_string().contains("coreutils"));
+        assert!(Version::of(Path::new("/none/qemu")).unwrap_err().to_string().contains("/none/qemu"));
+    }
+}

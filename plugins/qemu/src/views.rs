@@ -1,0 +1,222 @@
+//! Looking at a running machine: its memory, its screen.
+//!
+//! Both are written beside their target and moved there when they are whole, so a failure leaves
+//! nothing half-done.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
+
+use machinery::{Deadline, DumpFormat, Error, Host, Result};
+use qapi::qmp;
+use serde_json::Value;
+
+use crate::run::Run;
+
+/// How often the progress of a dump is asked for; its end is an event.
+const PROGRESS: Duration = Duration::from_millis(250);
+
+/// Writes the guest's memory to `path`.
+///
+/// # Errors
+/// The format is not offered by this QEMU, the file cannot be written, the dump fails.
+pub fn dump_memory(
+    run: &Run,
+    machine: &str,
+    path: &Path,
+    format: DumpFormat,
+    host: &Host,
+    deadline: Deadline,
+) -> Result<()> {
+    let qemus = offered(run, format, deadline)?;
+    let (unfinished, file) = Unfinished::create(path)?;
+    // By descriptor: QEMU writes into our file, so owner and mode are the caller's.
+    let name = run.qmp().pass(file.as_fd(), true, deadline)?;
+    let events = run.qmp().listen();
+    let dump = qmp::dump_guest_memory {
+        paging: false,
+        protocol: format!("fd:{name}"),
+        detach: Some(true),
+        format: Some(qemus),
+        begin: None,
+        length: None,
+    };
+    run.execute(&dump, deadline)?;
+    loop {
+        match events.recv_timeout(PROGRESS.min(deadline.remaining())) {
+            Ok(event) if event.name == "DUMP_COMPLETED" => {
+                return match event.data["error"].as_str() {
+                    None => {
+                        host.progress(machine, 1.0);
+                        unfinished.finish()
+                    }
+                    Some(why) => Err(Error::failed(format!(
+                        "QEMU cannot dump the memory to {}: {why}",
+                        path.display()
+                    ))
+                    .advice("Check the space on that file system")),
+                };
+            }
+            Ok(_) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                deadline.check("QEMU to dump the memory")?;
+                let status = run.execute(&qmp::query_dump {}, deadline)?;
+                host.progress(machine, fraction(&status));
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::failed("QEMU ended during the memory dump"));
+            }
+        }
+    }
+}
+
+/// The format by QEMU's name, if this QEMU can write it for this guest.
+fn offered(run: &Run, format: DumpFormat, deadline: Deadline) -> Result<qmp::DumpGuestMemoryFormat> {
+    let known = run.execute(&qmp::query_dump_guest_memory_capability {}, deadline)?;
+    let names: Vec<&str> =
+        known["formats"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if !names.contains(&format.as_str()) {
+        return Err(Error::unsupported(&format!("the memory dump format '{}'", format.as_str()))
+            .advice(format!("This QEMU offers {} for this guest", names.join(", "))));
+    }
+    Ok(match format {
+        DumpFormat::Elf => qmp::DumpGuestMemoryFormat::elf,
+        DumpFormat::KdumpZlib => qmp::DumpGuestMemoryFormat::kdump_zlib,
+        DumpFormat::WinDmp => qmp::DumpGuestMemoryFormat::win_dmp,
+    })
+}
+
+fn fraction(status: &Value) -> f64 {
+    match (status["completed"].as_f64(), status["total"].as_f64()) {
+        (Some(completed), Some(total)) if total > 0.0 => completed / total,
+        _ => 0.0,
+    }
+}
+
+/// Writes what the guest's screen shows to `path`, as PNG.
+///
+/// # Errors
+/// The machine has no screen, the file cannot be written.
+pub fn screenshot(run: &Run, path: &Path, deadline: Deadline) -> Result<()> {
+    let png = run.version().screenshots_as_png();
+    let (unfinished, _file) = Unfinished::create(path)?;
+    let shot = qmp::screendump {
+        filename: unfinished.path.display().to_string(),
+        format: png.then_some(qmp::ImageFormat::png),
+        device: None,
+        head: None,
+    };
+    run.execute(&shot, deadline)?;
+    if !png {
+        ppm_to_png(&unfinished.path)?;
+    }
+    unfinished.finish()
+}
+
+/// A file beside its target, removed unless it is finished.
+struct Unfinished {
+    path: PathBuf,
+    target: PathBuf,
+}
+
+impl Unfinished {
+    fn create(target: &Path) -> Result<(Unfinished, File)> {
+        let failed = |error| Error::io("write to", target, &error);
+        let mut name =
+            target.file_name().ok_or_else(|| failed(std::io::ErrorKind::IsADirectory.into()))?.to_owned();
+        name.push(".part");
+        let path = target.with_file_name(name);
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
+        Ok((Unfinished { path, target: target.to_owned() }, file))
+    }
+
+    fn finish(self) -> Result<()> {
+        std::fs::rename(&self.path, &self.target).map_err(|error| Error::io("write to", &self.target, &error))
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // After `finish` there is nothing left under this name.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// For a QEMU that writes PPM only: turns the file into PNG, in place.
+fn ppm_to_png(path: &Path) -> Result<()> {
+    let mut ppm = Vec::new();
+    let failed = |error| Error::io("convert the screenshot", path, &error);
+    File::open(path).and_then(|mut file| file.read_to_end(&mut ppm)).map_err(failed)?;
+    let wrong = || Error::failed("QEMU's screenshot is not a PPM image");
+    let (width, height, pixels) = read_ppm(&ppm).ok_or_else(wrong)?;
+    let file = BufWriter::new(File::create(path).map_err(failed)?);
+    let mut encoder = png::Encoder::new(file, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let written =
+        encoder.write_header().and_then(|mut png| png.write_image_data(pixels).and_then(|()| png.finish()));
+    written.map_err(|error| Error::failed(format!("cannot write {}: {error}", path.display())))
+}
+
+/// Width, height and pixels of what QEMU writes: `P6`, no comments, 255 levels.
+fn read_ppm(ppm: &[u8]) -> Option<(u32, u32, &[u8])> {
+    let mut rest = ppm.strip_prefix(b"P6")?;
+    let mut number = || {
+        rest = rest.trim_ascii_start();
+        let length = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let (digits, after) = rest.split_at(length);
+        rest = after;
+        std::str::from_utf8(digits).ok()?.parse::<u32>().ok()
+    };
+    let (width, height, levels) = (number()?, number()?, number()?);
+    let pixels = rest.get(1..)?;
+    let length = usize::try_from(width).ok()?.checked_mul(height.try_into().ok()?)?.checked_mul(3)?;
+    (levels == 255 && pixels.len() == length).then_some((width, height, pixels))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ppm_becomes_a_png() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"P6\n2 1\n255\n\x01\x02\x03\x0a\x0b\x0c").unwrap();
+        ppm_to_png(file.path()).unwrap();
+        let decoder = png::Decoder::new(std::io::BufReader::new(File::open(file.path()).unwrap()));
+        let mut reader = decoder.read_info().unwrap();
+        let mut pixels = vec![0; 6];
+        reader.next_frame(&mut pixels).unwrap();
+        assert_eq!(pixels, [1, 2, 3, 10, 11, 12]);
+    }
+
+    #[test]
+    fn half_an_image_is_none() {
+        for bytes in
+            [&b""[..], b"P6", b"P6\n2 1\n255\n\x01", b"P5\n1 1\n255\nx", b"P6\n99999999 99999999\n255\n"]
+        {
+            assert!(read_ppm(bytes).is_none(), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_finished_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("shot.png");
+        drop(Unfinished::create(&target).unwrap());
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        Unfinished::create(&target).unwrap().0.finish().unwrap();
+        assert!(target.exists());
+        assert!(Unfinished::create(Path::new("/none/x")).err().unwrap().to_string().contains("/none/x"));
+    }
+}

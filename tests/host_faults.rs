@@ -1,0 +1,360 @@
+//! What goes wrong in a plugin costs one action and one machine, never the host.
+//!
+//! The example machinery does wrong what it is told to do wrong. In every test one more machine is
+//! fine, and has to stay so.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use machinery_testkit::client::Client;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::scratch::{ScratchCwd, example};
+use serde_json::{Value, json};
+
+/// Short, so that what waits for them is soon over.
+const LIMITS: &str = "timeouts: {restore_start: 0.3, norestore_start: 0.3, stop: 0.2, acpi_stop: 0.3, \
+                      dump_memory: 0.3, screenshot: 0.3}\n";
+
+/// A host with its CWD; dropped in this order.
+struct Served {
+    host: RunningHost,
+    cwd: ScratchCwd,
+}
+
+/// A host of these machines and one more, `fine`.
+fn served(machines: &[(&str, &str)]) -> Served {
+    serve(&example(&[machines, &[("fine", "")]].concat()))
+}
+
+fn serve(example: &str) -> Served {
+    let cwd = ScratchCwd::new(&[("example", example)]).unwrap();
+    cwd.host_yaml(LIMITS).unwrap();
+    Served { host: RunningHost::start(&cwd).unwrap(), cwd }
+}
+
+impl Served {
+    fn client(&self) -> Client {
+        self.host.client().unwrap()
+    }
+
+    /// The host is well, and so is the machine that never did anything wrong.
+    fn assert_well(mut self) {
+        let mut client = self.client();
+        for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
+            assert_eq!(client.act(action, "fine").unwrap(), good(), "{action}");
+        }
+        assert_eq!(client.machine("fine").unwrap()["disabled"], false);
+        drop(client);
+        assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
+    }
+}
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+#[track_caller]
+fn assert_fails(answer: &Value, why: &str) {
+    assert_eq!(answer["success"], false, "{answer}");
+    let reason = answer["reason"].as_str().unwrap();
+    assert!(reason.contains(why), "{why:?} is not in {reason:?}");
+}
+
+/// Out of the pool, for the reason that was answered.
+#[track_caller]
+fn assert_disabled(client: &mut Client, machine: &str, answer: &Value) {
+    let listed = client.machine(machine).unwrap();
+    assert_eq!(listed["disabled"], true, "{listed}");
+    assert_eq!(listed["disabled_reason"], answer["reason"]);
+    assert_eq!(listed["errors"].as_array().unwrap().last(), Some(&answer["reason"]));
+}
+
+#[track_caller]
+fn assert_enabled(client: &mut Client, machine: &str, state: &str) {
+    let listed = client.machine(machine).unwrap();
+    assert_eq!((&listed["disabled"], &listed["state"]), (&json!(false), &json!(state)), "{listed}");
+}
+
+/// What each fault says of itself.
+const WORDS: [(&str, &str); 5] = [
+    ("fail", "configured to fail"),
+    ("timeout", "waited 0.3 s"),
+    ("panic", "panicked: configured to panic"),
+    ("lie", "state poweroff after it, and running was expected"),
+    ("hang", "did not come back"),
+];
+
+#[test]
+fn a_start_that_goes_wrong_costs_its_machine() {
+    for start in ["restore_start", "norestore_start"] {
+        let faults = WORDS.map(|(fault, _)| (fault, format!("faults: {{{start}: {fault}}}")));
+        let machines: Vec<_> = faults.iter().map(|(fault, keys)| (*fault, keys.as_str())).collect();
+        let served = served(&machines);
+        let mut client = served.client();
+        for (fault, _) in WORDS {
+            client.send(&json!({"action": start, "machine": fault, "id": fault})).unwrap();
+        }
+        for _ in WORDS {
+            let answer = client.next_message().unwrap();
+            let (fault, words) = WORDS.into_iter().find(|(fault, _)| answer["id"] == *fault).unwrap();
+            assert_fails(&answer, words);
+            assert_fails(&answer, &format!("{start} of machine '{fault}'"));
+            assert_disabled(&mut client, fault, &answer);
+            let state = if fault == "hang" { "error" } else { "poweroff" };
+            assert_eq!(client.machine(fault).unwrap()["state"], state, "{start}: {fault}");
+        }
+        served.assert_well();
+    }
+}
+
+#[test]
+fn a_stop_that_goes_wrong_costs_its_machine() {
+    let faults = WORDS.map(|(fault, _)| (fault, format!("faults: {{stop: {fault}}}")));
+    let machines: Vec<_> = faults.iter().map(|(fault, keys)| (*fault, keys.as_str())).collect();
+    let served = served(&machines);
+    let mut client = served.client();
+    for (fault, words) in WORDS {
+        assert_eq!(client.act("restore_start", fault).unwrap(), good());
+        let answer = client.act("stop", fault).unwrap();
+        let words = match fault {
+            "timeout" => "waited 0.2 s",
+            "lie" => "state running after it, and poweroff was expected",
+            _ => words,
+        };
+        assert_fails(&answer, words);
+        assert_disabled(&mut client, fault, &answer);
+        let state = if fault == "hang" { "error" } else { "running" };
+        assert_eq!(client.machine(fault).unwrap()["state"], state, "{fault}");
+    }
+    served.assert_well();
+}
+
+#[test]
+fn a_power_button_that_does_nothing_is_followed_by_the_plug() {
+    for fault in ["fail", "timeout", "lie"] {
+        let served = served(&[("m", &format!("faults: {{acpi_stop: {fault}}}"))]);
+        let mut client = served.client();
+        client.act("restore_start", "m").unwrap();
+        assert_eq!(client.act("acpi_stop", "m").unwrap(), good(), "{fault}");
+        assert_enabled(&mut client, "m", "poweroff");
+        served.assert_well();
+    }
+}
+
+#[test]
+fn a_power_button_that_never_comes_back_costs_the_machine() {
+    let served = served(&[("m", "faults: {acpi_stop: hang}")]);
+    let mut client = served.client();
+    client.act("restore_start", "m").unwrap();
+    let answer = client.act("acpi_stop", "m").unwrap();
+    assert_fails(&answer, "did not come back");
+    assert_disabled(&mut client, "m", &answer);
+    served.assert_well();
+}
+
+#[test]
+fn a_look_that_fails_costs_the_request_only() {
+    for look in ["dump_memory", "screenshot"] {
+        for (fault, costs) in [("fail", false), ("timeout", false), ("panic", true), ("hang", true)] {
+            let served = served(&[("m", &format!("faults: {{{look}: {fault}}}"))]);
+            let mut client = served.client();
+            client.act("restore_start", "m").unwrap();
+            let path = served.cwd.root().join("file");
+            let answer = client.ask(json!({"action": look, "machine": "m", "path": path})).unwrap();
+            assert_eq!(answer["success"], false);
+            assert!(!path.exists());
+            if costs {
+                assert_disabled(&mut client, "m", &answer);
+            } else {
+                assert_enabled(&mut client, "m", "running");
+            }
+            served.assert_well();
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_cannot_tell_its_state_is_lost_to_the_pool() {
+    let served =
+        served(&[("m", "faults: {state: fail}, fault_times: 2"), ("blind", "faults: {state: fail}")]);
+    let mut client = served.client();
+    // The host has asked once when it started.
+    assert_eq!(client.machine("m").unwrap()["state"], "error");
+    assert_fails(&client.act("state", "m").unwrap(), "configured to fail");
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let answer = client.act("restore_start", "blind").unwrap();
+    assert_fails(&answer, "configured to fail");
+    assert_disabled(&mut client, "blind", &answer);
+    served.assert_well();
+}
+
+#[test]
+fn a_fault_that_is_over_is_over_once_the_machine_is_put_back() {
+    for fault in ["fail", "timeout", "panic", "lie"] {
+        let served = served(&[("m", &format!("faults: {{restore_start: {fault}}}, fault_times: 1"))]);
+        let mut client = served.client();
+        assert_eq!(client.act("restore_start", "m").unwrap()["success"], false, "{fault}");
+        client.act("enable_machine", "m").unwrap();
+        assert_eq!(client.act("restore_start", "m").unwrap(), good(), "{fault}");
+        assert_enabled(&mut client, "m", "running");
+        served.assert_well();
+    }
+}
+
+#[test]
+fn a_machine_whose_call_never_came_back_says_so_from_then_on() {
+    let served = served(&[("m", "faults: {restore_start: hang}")]);
+    let mut client = served.client();
+    assert_fails(&client.act("restore_start", "m").unwrap(), "restart the host");
+    for action in ["stop", "norestore_start", "acpi_stop", "restore_start"] {
+        assert_fails(&client.act(action, "m").unwrap(), "earlier call");
+    }
+    assert_eq!(client.machine("m").unwrap()["disabled"], true);
+    served.assert_well();
+}
+
+#[test]
+fn answers_come_in_the_order_in_which_actions_end() {
+    let served = served(&[("m", "faults: {restore_start: hang}")]);
+    let mut client = served.client();
+    // Those that wait behind the hung one all fail at once.
+    for id in 0..10 {
+        client.send(&json!({"action": "restore_start", "machine": "m", "id": id})).unwrap();
+    }
+    let answered: Vec<_> = (0..10).map(|_| client.next_message().unwrap()["id"].clone()).collect();
+    assert_eq!(answered, (0..10).map(Value::from).collect::<Vec<_>>());
+    served.assert_well();
+}
+
+#[test]
+fn a_machine_whose_call_never_came_back_cannot_be_put_back() {
+    let served = served(&[("m", "faults: {restore_start: hang}")]);
+    let mut client = served.client();
+    client.act("restore_start", "m").unwrap();
+    client.act("enable_machine", "m").unwrap();
+    let answer = client.act("restore_start", "m").unwrap();
+    assert_fails(&answer, "earlier call");
+    assert_eq!(client.machine("m").unwrap()["disabled"], true, "it is of no use in the pool");
+    served.assert_well();
+}
+
+#[test]
+fn the_end_does_not_wait_for_a_call_that_never_comes_back() {
+    let mut served = served(&[("m", "faults: {stop: hang}"), ("n", "faults: {restore_start: hang}")]);
+    let mut client = served.client();
+    client.act("restore_start", "m").unwrap();
+    client.act("restore_start", "n").unwrap();
+    // The stop of `m` hangs in the host's own end.
+    assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
+    assert!(!served.cwd.socket().exists());
+}
+
+/// The machine's counter, which tells a restore from a cold start.
+fn counter(served: &Served, client: &mut Client, machine: &str) -> u64 {
+    let path = served.cwd.root().join("counter");
+    let answer = client.ask(json!({"action": "dump_memory", "machine": machine, "path": path})).unwrap();
+    assert_eq!(answer, good());
+    std::fs::read_to_string(&path).unwrap().split_whitespace().last().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_restore_of_a_machine_that_runs_stops_it_first() {
+    let served = served(&[("m", "snapshot: 1000000")]);
+    let mut client = served.client();
+    client.act("norestore_start", "m").unwrap();
+    assert!(counter(&served, &mut client, "m") < 1_000_000);
+    client.ask(json!({"action": "subscribe"})).unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let told: Vec<_> = (0..4).map(|_| client.next_message().unwrap()["state"].clone()).collect();
+    assert_eq!(told, ["stopping", "poweroff", "starting", "running"]);
+    assert!(counter(&served, &mut client, "m") > 1_000_000);
+    assert_enabled(&mut client, "m", "running");
+    served.assert_well();
+}
+
+#[test]
+fn a_restore_of_a_machine_that_runs_and_cannot_be_stopped_costs_it() {
+    let served = served(&[("m", "faults: {stop: fail}")]);
+    let mut client = served.client();
+    client.act("restore_start", "m").unwrap();
+    let answer = client.act("restore_start", "m").unwrap();
+    assert_fails(&answer, "configured to fail");
+    assert_disabled(&mut client, "m", &answer);
+    served.assert_well();
+}
+
+#[test]
+fn what_a_machinery_cannot_do_costs_nothing() {
+    let able =
+        "capabilities: {norestore_start: false, acpi_stop: false, dump_memory: false, screenshot: false}\n";
+    let cwd = ScratchCwd::new(&[("example", &format!("{able}{}", example(&[("m", "")])))]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_fails(&client.act("norestore_start", "m").unwrap(), "does not support norestore_start");
+    assert_enabled(&mut client, "m", "poweroff");
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    for action in ["acpi_stop", "dump_memory", "screenshot", "norestore_start"] {
+        let request = json!({"action": action, "machine": "m", "path": cwd.root().join("file")});
+        let answer = client.ask(request).unwrap();
+        assert_fails(&answer, &format!("does not support {action}"));
+        assert_enabled(&mut client, "m", "running");
+    }
+}
+
+#[test]
+fn a_stop_of_a_machine_that_is_off_has_succeeded_already() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    client.ask(json!({"action": "subscribe"})).unwrap();
+    for action in ["stop", "acpi_stop"] {
+        assert_eq!(client.act(action, "m").unwrap(), good(), "{action}");
+        assert_enabled(&mut client, "m", "poweroff");
+    }
+    // The next thing that is told is the start.
+    client.act("restore_start", "m").unwrap();
+    assert_eq!(client.next_message().unwrap()["state"], "starting");
+    served.assert_well();
+}
+
+#[test]
+fn a_machine_that_dies_by_itself_is_told_at_once() {
+    let served = served(&[("m", "dies_after_ms: 100")]);
+    let mut client = served.client();
+    client.ask(json!({"action": "subscribe"})).unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let told: Vec<_> = (0..3).map(|_| client.next_message().unwrap()).collect();
+    assert_eq!([&told[0]["state"], &told[1]["state"]], ["starting", "running"]);
+    let died = json!({
+        "event": "state", "machine": "m", "state": "poweroff", "reason": "the machine powered itself off",
+    });
+    assert_eq!(told[2], died);
+    assert_enabled(&mut client, "m", "poweroff");
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    served.assert_well();
+}
+
+#[test]
+fn a_panic_of_a_plugin_is_in_the_log_with_its_place() {
+    let served = served(&[("m", "faults: {restore_start: panic}")]);
+    served.client().act("restore_start", "m").unwrap();
+    let log = served.host.log();
+    let line = log.lines().find(|line| line.contains("the plugin panicked: configured to panic"));
+    assert!(line.is_some_and(|line| line.contains("machine.rs:")), "{log}");
+    served.assert_well();
+}
+
+#[test]
+fn what_happens_to_one_machine_does_not_slow_down_another() {
+    let served = served(&[("m", "faults: {restore_start: hang}")]);
+    let mut client = served.client();
+    client.send(&json!({"action": "restore_start", "machine": "m", "id": "hung"})).unwrap();
+    for round in 0..50 {
+        for action in ["restore_start", "stop"] {
+            client.send(&json!({"action": action, "machine": "fine", "id": round})).unwrap();
+            assert_eq!(client.next_message().unwrap(), json!({"success": true, "id": round}));
+        }
+    }
+    assert_eq!(client.next_message().unwrap()["id"], "hung");
+    served.assert_well();
+}

@@ -1,0 +1,253 @@
+//! What keeps a host from starting: one clear error for each, and nothing half started.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+
+use machinery_testkit::artifacts;
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::scratch::{ScratchCwd, example};
+use serde_json::json;
+
+/// The host does not start, and says all of `words`. `check` says it too.
+#[track_caller]
+fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
+    let serve = host::run(cwd, &["serve"]).unwrap();
+    let check = host::run(cwd, &["check"]).unwrap();
+    assert_eq!(serve.code, Some(2), "{serve:?}");
+    for word in words {
+        assert!(serve.stderr.contains(word), "{word:?} is not in: {}", serve.stderr);
+        assert!(check.stdout.contains(word), "{word:?} is not in what `check` says: {}", check.stdout);
+    }
+    assert_eq!(check.code, Some(2), "{check:?}");
+    let errors = serve.stderr.lines().filter(|line| line.starts_with("error: ")).count();
+    assert_eq!(errors, 1, "{}", serve.stderr);
+    assert!(!serve.stderr.contains("panicked"), "{}", serve.stderr);
+    assert!(!cwd.socket().exists());
+    serve.stderr
+}
+
+/// A CWD that lists one machinery, with a configuration that nobody will read.
+fn listing(name: &str) -> ScratchCwd {
+    ScratchCwd::new(&[(name, "machines: {}\n")]).unwrap()
+}
+
+#[test]
+fn a_plugin_that_is_nowhere_is_told_with_where_was_looked_and_what_is_there() {
+    let cwd = listing("quantum");
+    cwd.plugin("example").unwrap();
+    let built = artifacts::folder().unwrap().display().to_string();
+    let own = cwd.root().join("machineries").display().to_string();
+    let words =
+        ["'quantum'", "libmachinery_quantum.so", &built, &own, "example", "neighbour", "--plugin-dir"];
+    assert_refused(&cwd, &words);
+}
+
+#[test]
+fn a_text_is_no_plugin() {
+    let cwd = listing("letter");
+    let path = cwd.root().join("machineries/libmachinery_letter.so");
+    cwd.write(&path, "Dear host, please run me.\n").unwrap();
+    assert_refused(&cwd, &[path.to_str().unwrap(), "cannot be loaded as a shared library"]);
+}
+
+#[test]
+fn a_plugin_that_is_cut_short_is_no_plugin() {
+    let cwd = listing("example");
+    let whole = fs::read(artifacts::plugin("example").unwrap()).unwrap();
+    cwd.write("machineries/libmachinery_cut.so", &whole[..whole.len() / 2]).unwrap();
+    cwd.list(&["cut"]).unwrap();
+    cwd.write("conf/machineries/cut.yaml", "").unwrap();
+    assert_refused(&cwd, &["libmachinery_cut.so", "cannot be loaded as a shared library"]);
+}
+
+#[test]
+fn a_library_of_something_else_is_no_plugin() {
+    let cwd = listing("stranger");
+    // A library that this very test runs with.
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let library = maps.lines().filter_map(|line| line.find('/').map(|at| &line[at..]));
+    let library = library.into_iter().find(|path| path.contains("/libgcc_s.so")).unwrap();
+    let copy = cwd.plugin_from(library.as_ref(), "stranger").unwrap();
+    assert_refused(&cwd, &[copy.to_str().unwrap(), "not a machinery plugin", "MACHINERY_INTERFACE"]);
+}
+
+#[test]
+fn a_plugin_of_another_interface_is_refused_by_its_version_alone() {
+    let cwd = listing("future");
+    cwd.plugin("future").unwrap();
+    // The library has nothing behind its header: any step beyond the version would fail otherwise.
+    let text = assert_refused(&cwd, &["libmachinery_future.so", "built for machinery interface 2.0"]);
+    assert!(text.contains("this host speaks 1."), "{text}");
+    assert!(!text.contains("MACHINERY_PLUGIN"), "{text}");
+}
+
+/// The example plugin, saying it was built for that interface.
+fn example_of(major: u32, minor: u32) -> Vec<u8> {
+    let mut plugin = fs::read(artifacts::plugin("example").unwrap()).unwrap();
+    let header = |major: u32, minor: u32| {
+        [&b"cuckoo-machinery"[..], &major.to_ne_bytes(), &minor.to_ne_bytes()].concat()
+    };
+    let ours = header(1, 0);
+    let at: Vec<_> = plugin.windows(ours.len()).enumerate().filter(|(_, part)| *part == ours).collect();
+    let at: Vec<_> = at.into_iter().map(|(at, _)| at).collect();
+    assert!(!at.is_empty(), "the example plugin has its header");
+    for at in at {
+        plugin[at..at + ours.len()].copy_from_slice(&header(major, minor));
+    }
+    plugin
+}
+
+#[test]
+fn a_plugin_of_a_newer_minor_or_an_older_major_is_refused() {
+    for (major, minor) in [(1, 1000), (0, 9)] {
+        let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+        cwd.write("machineries/libmachinery_example.so", example_of(major, minor)).unwrap();
+        // The plugins that were built come first unless they are left out.
+        fs::create_dir(cwd.root().join("first")).unwrap();
+        fs::rename(
+            cwd.root().join("machineries/libmachinery_example.so"),
+            cwd.root().join("first/libmachinery_example.so"),
+        )
+        .unwrap();
+        let mut command = std::process::Command::new(artifacts::program().unwrap());
+        command.arg("--cwd").arg(cwd.root()).arg("--plugin-dir").arg(cwd.root().join("first")).arg("serve");
+        let refused = host::run_command(command).unwrap();
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        let version = format!("built for machinery interface {major}.{minor}");
+        assert!(refused.stderr.contains(&version), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_plugin_that_refuses_its_configuration_gives_file_line_key_and_value() {
+    let good = example(&[("a", ""), ("b", "")]);
+    for (change, by, place, words) in [
+        ("ip: 10.0.0.2", "ip: 10.0.0.1", ":4: machines.b.ip: ", "'10.0.0.1'"),
+        ("label: b-label", "label: b-label, colour: red", ":4: machines.b: ", "`colour`"),
+        ("platform: linux", "agent_port: 70000, platform: linux", ":3: machines.a.agent_port: ", "70000"),
+        ("interface: lo\n", "", "example.yaml", "interface"),
+        ("machines:\n", "machines: [\n", "example.yaml:", ""),
+        ("  b:", "  a:", ":4: machines.a: ", "twice"),
+    ] {
+        let cwd = ScratchCwd::new(&[("example", &good.replace(change, by))]).unwrap();
+        let file = cwd.root().join("conf/machineries/example.yaml");
+        assert_refused(&cwd, &[file.to_str().unwrap(), place, words]);
+    }
+}
+
+#[test]
+fn a_configuration_that_is_missing_is_named() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let file = cwd.root().join("conf/machineries/example.yaml");
+    fs::remove_file(&file).unwrap();
+    assert_refused(&cwd, &[file.to_str().unwrap()]);
+}
+
+#[test]
+fn machineries_that_do_not_get_along_are_refused_together() {
+    let machines = example(&[("m", "")]);
+    for order in [["example", "example-rival"], ["example-rival", "example"]] {
+        let cwd = ScratchCwd::new(&[("example", &machines), ("example-rival", "")]).unwrap();
+        cwd.plugin("example-rival").unwrap();
+        cwd.list(&order).unwrap();
+        let words = ["'example'", "'example-rival'", "cannot share a host", "the same machines in memory"];
+        assert_refused(&cwd, &words);
+    }
+    let alone = ScratchCwd::new(&[("example-rival", "")]).unwrap();
+    alone.plugin("example-rival").unwrap();
+    RunningHost::start(&alone).unwrap();
+}
+
+#[test]
+fn machineries_that_get_along_serve_together() {
+    let other = "machines:\n  next: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
+    let cwd = ScratchCwd::new(&[("neighbour", other), ("example", &example(&[("m", "")]))]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    for (machine, machinery) in [("next", "neighbour"), ("m", "example")] {
+        assert_eq!(client.act("restore_start", machine).unwrap(), json!({"success": true}));
+        assert_eq!(client.machine(machine).unwrap()["machinery_name"], machinery);
+    }
+    let version = client.ask(json!({"action": "version"})).unwrap();
+    assert_eq!(version["machineries"]["neighbour"], "next door");
+    // What it did not implement is told as unsupported, and costs nothing.
+    assert_eq!(client.act("acpi_stop", "next").unwrap()["success"], false);
+    assert_eq!(client.machine("next").unwrap()["disabled"], false);
+}
+
+#[test]
+fn a_name_is_used_once_over_all_machineries() {
+    let other = "machines:\n  m: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
+    let cwd = ScratchCwd::new(&[("example", &example(&[("m", "")])), ("neighbour", other)]).unwrap();
+    assert_refused(&cwd, &["'m'", "'example'", "'neighbour'"]);
+}
+
+#[test]
+fn a_machinery_is_listed_in_lowercase() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    cwd.list(&["Example"]).unwrap();
+    assert_refused(&cwd, &["cuckoo.yaml:2", "'Example'", "Write 'example'"]);
+}
+
+#[test]
+fn a_file_holds_the_machinery_of_its_name() {
+    let cwd = listing("other");
+    let copy = cwd.plugin_from(&artifacts::plugin("example").unwrap(), "other").unwrap();
+    assert_refused(&cwd, &[copy.to_str().unwrap(), "holds the machinery 'example', not 'other'"]);
+}
+
+#[test]
+fn all_that_is_wrong_is_told_at_once() {
+    let cwd = ScratchCwd::new(&[("quantum", ""), ("future", ""), ("letter", "")]).unwrap();
+    cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
+    let text = assert_refused(&cwd, &["'quantum'", "interface 2.0", "libmachinery_letter.so"]);
+    assert!(text.contains("3 problems"), "{text}");
+}
+
+#[test]
+fn only_listed_plugins_are_opened() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let maps = fs::read_to_string(format!("/proc/{}/maps", host.pid())).unwrap();
+    assert!(
+        maps.contains("libmachinery_example.so") && !maps.contains("libmachinery_neighbour.so"),
+        "{maps}"
+    );
+    let plugins = host::run(&cwd, &["plugins"]).unwrap();
+    assert_eq!(plugins.code, Some(0), "{plugins:?}");
+    let letter = plugins.stdout.lines().find(|line| line.contains("letter")).unwrap();
+    assert!(letter.contains("not opened"), "{letter}");
+}
+
+#[test]
+fn the_folders_are_searched_in_their_order() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let built = artifacts::plugin("example").unwrap();
+    for folder in ["given", "named", "machineries"] {
+        cwd.write(format!("{folder}/libmachinery_example.so"), fs::read(&built).unwrap()).unwrap();
+    }
+    let opened = |given: &[&str], named: &str| {
+        let mut command = std::process::Command::new(artifacts::program().unwrap());
+        command
+            .arg("--cwd")
+            .arg(cwd.root())
+            .env("CUCKOO_MACHINERY_PLUGINS", named)
+            .args(["plugins", "--json"]);
+        for folder in given {
+            command.arg("--plugin-dir").arg(cwd.root().join(folder));
+        }
+        let ran = host::run_command(command).unwrap();
+        let plugins: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+        let path = plugins["listed"][0]["path"].as_str().unwrap().to_owned();
+        path.strip_prefix(cwd.root().to_str().unwrap()).map_or(path.clone(), str::to_owned)
+    };
+    let named = format!("/none/such::{}", cwd.root().join("named").display());
+    assert_eq!(opened(&["empty", "given"], &named), "/given/libmachinery_example.so");
+    assert_eq!(opened(&[], &named), "/named/libmachinery_example.so");
+    assert_eq!(opened(&[], ""), "/machineries/libmachinery_example.so");
+    fs::remove_dir_all(cwd.root().join("machineries")).unwrap();
+    assert_eq!(opened(&[], ""), built.display().to_string());
+}

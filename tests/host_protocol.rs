@@ -1,0 +1,547 @@
+//! The socket protocol, message by message, over the real socket of a real host.
+//!
+//! What Cuckoo's clients rely on is compared whole: an answer with one key more is a failure here.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use machinery_testkit::client::Client;
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::{Value, json};
+
+const ACTIONS: [&str; 4] = ["restore_start", "norestore_start", "stop", "acpi_stop"];
+
+/// A host of example machines with its CWD; dropped in this order.
+struct Served {
+    host: RunningHost,
+    cwd: ScratchCwd,
+}
+
+fn served(machines: &[(&str, &str)]) -> Served {
+    let cwd = ScratchCwd::example(machines).unwrap();
+    Served { host: RunningHost::start(&cwd).unwrap(), cwd }
+}
+
+impl Served {
+    fn client(&self) -> Client {
+        self.host.client().unwrap()
+    }
+}
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+fn bad(reason: &str) -> Value {
+    json!({"success": false, "reason": reason})
+}
+
+fn subscribed(served: &Served) -> Client {
+    let mut client = served.client();
+    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), good());
+    client
+}
+
+/// Waits for a machine's state to be told.
+fn hear_state(subscriber: &mut Client, machine: &str, state: &str) {
+    let told = json!({"event": "state", "machine": machine, "state": state});
+    while subscriber.next_message().unwrap() != told {}
+}
+
+/// The connection is still of use.
+fn assert_open(client: &mut Client) {
+    assert_eq!(client.ask(json!({"action": "version"})).unwrap()["success"], true);
+}
+
+#[test]
+fn the_four_actions_answer_with_success_and_nothing_else() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
+        client.send(&json!({"action": action, "machine": "m"})).unwrap();
+        assert_eq!(client.next_line().unwrap(), r#"{"success":true}"#, "{action}");
+    }
+}
+
+#[test]
+fn a_failure_has_its_reason_and_nothing_else() {
+    let served = served(&[("m", "faults: {restore_start: fail}")]);
+    let mut client = served.client();
+    client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    assert_eq!(
+        client.next_message().unwrap(),
+        bad("restore_start of machine 'm' failed: configured to fail")
+    );
+}
+
+#[test]
+fn without_an_action_or_a_machine_the_connection_closes() {
+    let served = served(&[("m", "")]);
+    for request in [
+        json!({}),
+        json!({"action": "stop"}),
+        json!({"machine": "m"}),
+        json!({"action": "", "machine": "m"}),
+        json!({"action": "stop", "machine": ""}),
+        json!({"action": null, "machine": "m"}),
+        json!({"action": "stop", "machine": 7}),
+    ] {
+        let mut client = served.client();
+        client.send(&request).unwrap();
+        assert_eq!(client.next_message().unwrap(), bad("Missing action or machine name"), "{request}");
+        assert!(client.closed(), "{request}");
+    }
+}
+
+#[test]
+fn an_action_that_does_not_exist_closes() {
+    let served = served(&[("m", "")]);
+    for action in ["explode", "Restore_Start", "restore-start", "stop "] {
+        let mut client = served.client();
+        client.send(&json!({"action": action, "machine": "m"})).unwrap();
+        assert_eq!(client.next_message().unwrap(), bad("No such action"), "{action}");
+        assert!(client.closed(), "{action}");
+    }
+}
+
+#[test]
+fn an_unknown_machine_is_named_and_the_connection_stays() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    for action in ACTIONS {
+        let answer = client.act(action, "ghost").unwrap();
+        assert_eq!(answer["success"], false);
+        assert!(answer["reason"].as_str().unwrap().contains("ghost"), "{answer}");
+    }
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+}
+
+#[test]
+fn who_sends_and_leaves_has_its_action_run() {
+    let served = served(&[("m", "delays_ms: {restore_start: 100}")]);
+    let mut subscriber = subscribed(&served);
+    let mut hasty = served.client();
+    hasty.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    drop(hasty);
+    hear_state(&mut subscriber, "m", "running");
+}
+
+#[test]
+fn who_is_done_sending_still_gets_its_answers() {
+    let served = served(&[("m", "delays_ms: {restore_start: 100}")]);
+    let mut client = served.client();
+    client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    client.done_sending().unwrap();
+    assert_eq!(client.next_message().unwrap(), good());
+    assert!(client.closed());
+}
+
+#[test]
+fn while_the_manager_is_disabled_only_stop_goes_on() {
+    let served = served(&[("m", "")]);
+    let mut operator = served.client();
+    assert_eq!(operator.act("restore_start", "m").unwrap(), good());
+    assert_eq!(operator.ask(json!({"action": "disable"})).unwrap(), good());
+    for action in ["restore_start", "norestore_start", "acpi_stop", "dump_memory", "screenshot"] {
+        let answer = served.client().act(action, "m").unwrap();
+        assert_eq!(answer, bad("Machinery manager is disabled"), "{action}");
+    }
+    assert_eq!(served.client().act("stop", "m").unwrap(), good());
+    assert_eq!(operator.ask(json!({"action": "enable"})).unwrap(), good());
+    assert_eq!(operator.act("restore_start", "m").unwrap(), good());
+}
+
+#[test]
+fn a_slow_machine_does_not_hold_up_a_fast_one() {
+    let served = served(&[("slow", "delays_ms: {restore_start: 1000}"), ("fast", "")]);
+    let mut client = served.client();
+    for machine in ["slow", "fast"] {
+        client.send(&json!({"action": "restore_start", "machine": machine, "id": machine})).unwrap();
+    }
+    let mut answered = || client.next_message().unwrap()["id"].clone();
+    assert_eq!([answered(), answered()], ["fast", "slow"]);
+}
+
+#[test]
+fn an_id_comes_back_as_it_was_sent() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    for id in [json!("a"), json!(7), json!(-1.5), json!([1, {"x": null}]), json!({"k": "v"}), json!(false)] {
+        client.send(&json!({"action": "stop", "machine": "m", "id": id})).unwrap();
+        assert_eq!(client.next_message().unwrap(), json!({"success": true, "id": id}));
+        client.send(&json!({"action": "stop", "machine": "ghost", "id": id})).unwrap();
+        assert_eq!(client.next_message().unwrap()["id"], id);
+    }
+    client.send(&json!({"action": "explode", "machine": "m", "id": "last"})).unwrap();
+    assert_eq!(
+        client.next_message().unwrap(),
+        json!({"success": false, "reason": "No such action", "id": "last"})
+    );
+}
+
+#[test]
+fn one_machines_actions_run_in_their_order() {
+    let served = served(&[("m", "delays_ms: {restore_start: 20, stop: 1}")]);
+    let mut subscriber = subscribed(&served);
+    let mut client = served.client();
+    // A start that came before its stop would find the machine running, and stop it once more.
+    for (id, action) in ["restore_start", "stop"].iter().cycle().take(20).enumerate() {
+        client.send(&json!({"action": action, "machine": "m", "id": id})).unwrap();
+    }
+    for id in 0..20 {
+        assert_eq!(client.next_message().unwrap(), json!({"success": true, "id": id}));
+    }
+    for state in ["starting", "running", "stopping", "poweroff"].iter().cycle().take(40) {
+        let told = json!({"event": "state", "machine": "m", "state": state});
+        assert_eq!(subscriber.next_message().unwrap(), told);
+    }
+}
+
+#[test]
+fn the_list_has_what_cuckoo_reads_of_a_machine() {
+    let served =
+        served(&[("full", "tags: [dotnet, 7], mac_address: AA:BB:CC:DD:EE:FF, interface: br1"), ("m", "")]);
+    let mut client = served.client();
+    let list = client.ask(json!({"action": "list"})).unwrap();
+    assert_eq!(list["success"], true);
+    let names: Vec<_> = list["machines"].as_array().unwrap().iter().map(|machine| &machine["name"]).collect();
+    assert_eq!(names, ["full", "m"]);
+    let full = json!({
+        "name": "full", "label": "full-label", "ip": "10.0.0.1", "platform": "linux", "os_version": "12",
+        "tags": ["dotnet", "7"], "snapshot": "1000", "architecture": "amd64", "interface": "br1",
+        "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "machinery_name": "example",
+        "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
+        "disabled": false, "disabled_reason": "", "errors": [],
+    });
+    assert_eq!(list["machines"][0], full);
+    let plain = &list["machines"][1];
+    assert_eq!((&plain["interface"], &plain["mac_address"]), (&json!("lo"), &json!(null)));
+}
+
+#[test]
+fn the_list_follows_what_happens() {
+    let served = served(&[("m", ""), ("bad", "faults: {restore_start: fail}")]);
+    let mut client = served.client();
+    client.act("restore_start", "m").unwrap();
+    let reason = client.act("restore_start", "bad").unwrap()["reason"].clone();
+    assert_eq!(client.machine("m").unwrap()["state"], "running");
+    let machine = client.machine("bad").unwrap();
+    assert_eq!(machine["disabled"], true);
+    assert_eq!(machine["disabled_reason"], reason);
+    assert_eq!(machine["errors"], json!([reason]));
+}
+
+#[test]
+fn a_state_can_be_asked_for_also_during_an_action() {
+    let served = served(&[("m", "delays_ms: {restore_start: 1000}")]);
+    let mut subscriber = subscribed(&served);
+    let mut client = served.client();
+    let mut state = || client.act("state", "m").unwrap();
+    assert_eq!(state(), json!({"success": true, "state": "poweroff"}));
+    let mut starter = served.client();
+    starter.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    hear_state(&mut subscriber, "m", "starting");
+    assert_eq!(state(), json!({"success": true, "state": "starting"}));
+    assert_eq!(starter.next_message().unwrap(), good());
+    assert_eq!(state(), json!({"success": true, "state": "running"}));
+    let unknown = client.act("state", "ghost").unwrap();
+    assert!(unknown["reason"].as_str().unwrap().contains("ghost"), "{unknown}");
+}
+
+#[test]
+fn subscribers_hear_states_progress_and_disabled_machines() {
+    let served = served(&[("m", ""), ("bad", "faults: {dump_memory: panic}")]);
+    let mut subscriber = subscribed(&served);
+    let mut client = served.client();
+    let mut hear = || subscriber.next_message().unwrap();
+    let state = |machine: &str, state: &str| json!({"event": "state", "machine": machine, "state": state});
+    client.act("restore_start", "m").unwrap();
+    assert_eq!([hear(), hear()], [state("m", "starting"), state("m", "running")]);
+
+    let path = served.cwd.root().join("memory");
+    client.ask(json!({"action": "dump_memory", "machine": "m", "path": path})).unwrap();
+    let progress = |fraction: f64| json!({"event": "progress", "machine": "m", "fraction": fraction});
+    assert_eq!([hear(), hear()], [progress(0.5), progress(1.0)]);
+
+    let answer = client.ask(json!({"action": "dump_memory", "machine": "bad", "path": path})).unwrap();
+    let disabled = json!({"event": "disabled", "machine": "bad", "reason": answer["reason"]});
+    assert_eq!(hear(), disabled);
+    client.act("enable_machine", "bad").unwrap();
+    assert_eq!(hear(), json!({"event": "enabled", "machine": "bad"}));
+}
+
+#[test]
+fn who_subscribes_twice_is_told_and_hears_everything_once() {
+    let served = served(&[("m", "")]);
+    let mut client = subscribed(&served);
+    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap()["success"], false);
+    client.act("restore_start", "m").unwrap();
+    client.act("stop", "m").unwrap();
+    let told: Vec<_> = (0..4).map(|_| client.next_message().unwrap()["state"].clone()).collect();
+    assert_eq!(told, ["starting", "running", "stopping", "poweroff"]);
+}
+
+#[test]
+fn subscribers_that_left_are_let_go() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    assert_open(&mut client);
+    let before = open_files(&served.host);
+    for _ in 0..50 {
+        drop(subscribed(&served));
+    }
+    // Nothing tells when the host has noticed, so it gets the time of a few thousand questions.
+    let noticed = (0..5000).any(|_| {
+        assert_open(&mut client);
+        open_files(&served.host) <= before
+    });
+    let now = open_files(&served.host);
+    assert!(noticed, "{before} files were open, and with all subscribers gone {now} are");
+}
+
+#[test]
+fn the_versions_of_everything() {
+    let served = served(&[("m", "")]);
+    let version = served.client().ask(json!({"action": "version"})).unwrap();
+    assert_eq!(version["success"], true);
+    assert!(version["version"].is_string() && version["interface"].is_string(), "{version}");
+    assert!(version["machineries"]["example"].as_str().unwrap().starts_with("memory"), "{version}");
+}
+
+#[test]
+fn all_machines_are_stopped_at_once() {
+    let served = served(&[("a", ""), ("b", ""), ("off", ""), ("c", "delays_ms: {restore_start: 300}")]);
+    let mut subscriber = subscribed(&served);
+    let mut client = served.client();
+    client.act("restore_start", "a").unwrap();
+    client.act("norestore_start", "b").unwrap();
+    // Also one that is only just starting.
+    client.send(&json!({"action": "restore_start", "machine": "c", "id": "c"})).unwrap();
+    hear_state(&mut subscriber, "c", "starting");
+    assert_eq!(client.ask(json!({"action": "shutdown_all"})).unwrap(), good());
+    for machine in ["a", "b", "off", "c"] {
+        assert_eq!(client.act("state", machine).unwrap()["state"], "poweroff", "{machine}");
+    }
+}
+
+#[test]
+fn a_machine_that_cannot_be_stopped_is_told_with_all_others_stopped() {
+    let served = served(&[("a", ""), ("stubborn", "faults: {stop: fail}")]);
+    let mut client = served.client();
+    client.act("restore_start", "a").unwrap();
+    client.act("restore_start", "stubborn").unwrap();
+    let answer = client.ask(json!({"action": "shutdown_all"})).unwrap();
+    assert_eq!(answer["success"], false);
+    assert!(answer["reason"].as_str().unwrap().contains("stubborn"), "{answer}");
+    assert_eq!(client.act("state", "a").unwrap()["state"], "poweroff");
+}
+
+#[test]
+fn a_disabled_machine_can_be_put_back() {
+    let served = served(&[("m", "faults: {restore_start: fail}, fault_times: 1")]);
+    let mut client = served.client();
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], false);
+    assert_eq!(client.machine("m").unwrap()["disabled"], true);
+    assert_eq!(client.act("enable_machine", "m").unwrap(), good());
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["disabled"], &machine["disabled_reason"]), (&json!(false), &json!("")));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert!(client.act("enable_machine", "ghost").unwrap()["reason"].as_str().unwrap().contains("ghost"));
+}
+
+fn write_to(client: &mut Client, action: &str, path: impl AsRef<Path>) -> Value {
+    client.ask(json!({"action": action, "machine": "m", "path": path.as_ref()})).unwrap()
+}
+
+#[test]
+fn memory_and_screen_are_written_where_they_are_asked_for() {
+    let served = served(&[("m", "snapshot: 5000")]);
+    let mut client = served.client();
+    let [memory, screen] = ["memory dump", "screen.png"].map(|name| served.cwd.root().join(name));
+    client.act("restore_start", "m").unwrap();
+    assert_eq!(write_to(&mut client, "dump_memory", &memory), good());
+    assert_eq!(write_to(&mut client, "screenshot", &screen), good());
+    assert!(fs::read_to_string(&memory).unwrap().starts_with("counter 50"));
+    assert!(fs::read(&screen).unwrap().starts_with(b"\x89PNG"));
+    assert_eq!(client.act("state", "m").unwrap()["state"], "running");
+}
+
+#[test]
+fn what_cannot_be_written_costs_the_request_only() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    let nowhere: PathBuf = served.cwd.root().join("no/such/folder/file");
+    let fails = |answer: Value, why: &str| {
+        assert_eq!(answer["success"], false, "{answer}");
+        assert!(answer["reason"].as_str().unwrap().contains(why), "{why}: {answer}");
+    };
+    for action in ["dump_memory", "screenshot"] {
+        fails(write_to(&mut client, action, &nowhere), "powered off");
+    }
+    client.act("restore_start", "m").unwrap();
+    for action in ["dump_memory", "screenshot"] {
+        fails(client.act(action, "m").unwrap(), "path");
+        fails(write_to(&mut client, action, "relative/file"), "path");
+        fails(write_to(&mut client, action, &nowhere), "no/such/folder");
+    }
+    let mut dump = json!({"action": "dump_memory", "machine": "m", "path": served.cwd.root().join("x")});
+    dump["format"] = json!("tarball");
+    fails(client.ask(dump.clone()).unwrap(), "tarball");
+    dump["format"] = json!("win-dmp");
+    fails(client.ask(dump).unwrap(), "win-dmp");
+    assert_eq!(client.machine("m").unwrap()["disabled"], false);
+    assert_eq!(client.act("state", "m").unwrap()["state"], "running");
+}
+
+#[test]
+fn garbage_is_told_and_costs_nobody_else() {
+    let served = served(&[("m", "")]);
+    let mut other = served.client();
+    let mut client = served.client();
+    let deep = "[".repeat(100_000);
+    let lines: [&[u8]; 9] =
+        [b"", b"nonsense", b"{\"action\":", b"[1]", b"7", b"\0", b"\xff\xfe", b"\r", deep.as_bytes()];
+    for line in lines {
+        client.send_line(line).unwrap();
+        let answer = client.next_message().unwrap();
+        assert_eq!(answer["success"], false, "{line:?}");
+        assert!(answer["reason"].as_str().unwrap().contains("JSON"), "{line:?}: {answer}");
+    }
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_open(&mut other);
+}
+
+#[test]
+fn a_line_may_have_a_mebibyte_and_no_more() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    let mut request = json!({"action": "stop", "machine": "m", "pad": ""});
+    let short = request.to_string().len();
+    request["pad"] = json!("x".repeat(1024 * 1024 - short));
+    client.send(&request).unwrap();
+    assert_eq!(client.next_message().unwrap(), good());
+
+    // The host may close before it has taken everything.
+    let _ = client.send_bytes(&vec![b' '; 2 * 1024 * 1024]);
+    let answer = client.next_message().unwrap();
+    assert_eq!(answer["success"], false);
+    assert!(answer["reason"].as_str().unwrap().contains("1048576"), "{answer}");
+    assert!(client.closed());
+    assert_open(&mut served.client());
+}
+
+#[test]
+fn half_a_line_is_no_request() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    client.send_bytes(br#"{"action": "restore_start", "machine": "m"}"#).unwrap();
+    client.done_sending().unwrap();
+    assert!(client.closed());
+    assert_eq!(served.client().act("state", "m").unwrap()["state"], "poweroff");
+}
+
+#[test]
+fn a_request_may_come_byte_by_byte_and_several_at_once() {
+    let served = served(&[("m", "")]);
+    let mut client = served.client();
+    for byte in b"{\"action\":\"restore_start\",\"machine\":\"m\"}\n" {
+        client.send_bytes(&[*byte]).unwrap();
+    }
+    assert_eq!(client.next_message().unwrap(), good());
+    let stop = "{\"action\":\"stop\",\"machine\":\"m\"}\n";
+    client.send_bytes(stop.repeat(3).as_bytes()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(client.next_message().unwrap(), good());
+    }
+}
+
+#[test]
+fn a_client_that_never_reads_costs_itself_only() {
+    let served = served(&[("m", "")]);
+    let resident = || number(&format!("/proc/{}/status", served.host.pid()), "VmRSS:");
+    let before = resident();
+    let mut deaf = UnixStream::connect(served.cwd.socket()).unwrap();
+    deaf.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    // Until the host takes no more of it.
+    let full = loop {
+        if let Err(error) = deaf.write_all(b"{\"action\": \"list\"}\n") {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    let mut client = served.client();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert!(resident() < before + 50_000, "{before} kB before, {} kB now", resident());
+}
+
+#[test]
+fn a_subscriber_that_never_reads_holds_up_nobody() {
+    let served = served(&[("m", "")]);
+    let _deaf = subscribed(&served);
+    let mut client = served.client();
+    for round in 0..2000 {
+        for action in ["restore_start", "stop"] {
+            client.send(&json!({"action": action, "machine": "m"})).unwrap();
+            assert_eq!(client.next_message().unwrap(), good(), "round {round}");
+        }
+    }
+}
+
+#[test]
+fn a_flood_of_connections_keeps_no_other_process_out() {
+    let served = served(&[("m", "")]);
+    let mut mine: Vec<_> = (0..300).map(|_| served.client()).collect();
+    // What is beyond one process's share is closed, and the rest is of use.
+    assert!(mine.last_mut().unwrap().closed());
+    assert_open(&mut mine[0]);
+    let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
+    assert_eq!(listed.code, Some(0), "{listed:?}");
+    // Who lets go gets in again; when the host notices, nothing tells.
+    drop(mine);
+    let again = (0..10_000).any(|_| served.client().ask(json!({"action": "version"})).is_ok());
+    assert!(again);
+}
+
+#[test]
+fn connections_count_until_their_answers_are_given() {
+    let served = served(&[("m", "delays_ms: {restore_start: 5000}")]);
+    let mut mine: Vec<_> = (0..400).map(|_| served.client()).collect();
+    for client in &mut mine {
+        // Those beyond the share are closed, and may be by now.
+        let _ = client.send(&json!({"action": "restore_start", "machine": "m"}));
+        let _ = client.done_sending();
+    }
+    mine.extend((0..400).map(|_| served.client()));
+    // Connections are taken in their order, so these have all been.
+    let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
+    assert_eq!(listed.code, Some(0), "{listed:?}");
+    let open = open_files(&served.host);
+    assert!(open < 300, "one process made the host open {open} files");
+}
+
+#[test]
+fn the_socket_is_its_users_alone() {
+    let served = served(&[("m", "")]);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&served.cwd.socket()), 0o600);
+    assert_eq!(mode(&served.cwd.root().join("operational/generated/machinery-host")), 0o700);
+}
+
+fn open_files(host: &RunningHost) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", host.pid())).unwrap().count()
+}
+
+/// The number behind that word in a file of `/proc`.
+fn number(path: &str, word: &str) -> u64 {
+    let text = fs::read_to_string(path).unwrap();
+    let rest = text.lines().find_map(|line| line.strip_prefix(word)).unwrap();
+    rest.split_whitespace().next().unwrap().parse().unwrap()
+}

@@ -1,0 +1,152 @@
+//! `cargo xtask demo`: the machinery host at work, on a machine that has nothing yet.
+//!
+//! A small Linux is made into an analysis machine, the host serves it from a folder of its own, and
+//! the machine goes through a few rounds of what a sandbox does all day: restore, look, stop. All
+//! goes over the command line as an operator would use it, so the times are what an operator sees.
+
+mod cuckoo;
+mod scratch;
+mod times;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use machinery_testkit::guest::{self, Guest, MachineFolder, Qemu};
+use machinery_testkit::snapshot::SnapshotFormat;
+
+use self::cuckoo::Cuckoo;
+use self::times::Times;
+use crate::leftovers::Mark;
+use crate::packages;
+use crate::run::{Context, Result, cargo, step};
+
+const GUEST: Guest = Guest::Linux { ram_mib: 512, noise_mib: 256 };
+const ROUNDS: usize = 3;
+const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The machine's name.
+const MACHINE: &str = "demo";
+
+/// What can be chosen.
+#[derive(clap::Args)]
+pub struct Options {
+    /// The machinery to show
+    #[arg(long, value_enum, default_value = "qemu")]
+    machinery: Machinery,
+}
+
+/// A machinery that can be shown.
+#[derive(Clone, Copy, ValueEnum)]
+enum Machinery {
+    /// QEMU processes; emulated, so that it works everywhere
+    Qemu,
+}
+
+/// Shows the machinery host at work.
+pub fn run(options: &Options) -> Result<()> {
+    let Machinery::Qemu = options.machinery;
+    packages::ensure()?;
+    step(&mut cargo(["build", "--workspace"]))?;
+    let qemu = Qemu::find()?;
+    say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
+    let (master, took) = timed(|| Ok(guest::master(&qemu, GUEST)?))?;
+    note(&format!("ready after {} (it is kept for the next time)", times::shown(took)));
+
+    let scratch = scratch::Scratch::new()?;
+    let folder = scratch.path().join("vms").join(MACHINE);
+    let machine = master.machine(&folder, MACHINE, &address(), SnapshotFormat::Lz4)?;
+    scratch.configure(&qemu, &machine)?;
+    let mark = Mark::new();
+    let times = show(&scratch, &machine, &mark)?;
+    mark.none_left()?;
+    say("The host has ended, and nothing it started is left: no process, no socket, no disk.");
+    println!("\n{times}");
+    note("as seen by who types the commands: each starts a program and talks to the host's socket");
+    note(&format!("screenshots: {}", pictures()?.display()));
+    Ok(())
+}
+
+fn show(scratch: &scratch::Scratch, machine: &MachineFolder, mark: &Mark) -> Result<Times> {
+    let program = program_folder()?.join("cuckoo-machinery");
+    let mut cuckoo = Cuckoo::new(&program, scratch.path(), mark);
+    say("Is all as it should be?");
+    cuckoo.run(["check"])?;
+    say("The host is started.");
+    let ((), took) = timed(|| cuckoo.serve())?;
+    note(&format!("ready after {}", times::shown(took)));
+    cuckoo.run(["list"])?;
+    let mut times = Times::new(ROUNDS);
+    for round in 1..=ROUNDS {
+        say(&format!("Round {round} of {ROUNDS}: restored, looked at, thrown away."));
+        play(&cuckoo, scratch.path(), machine, round, &mut times)?;
+    }
+    say("The host is told to end.");
+    cuckoo.end()?;
+    scratch.nothing_left(&machine.dir)?;
+    Ok(times)
+}
+
+fn play(
+    cuckoo: &Cuckoo<'_>,
+    scratch: &Path,
+    machine: &MachineFolder,
+    round: usize,
+    times: &mut Times,
+) -> Result<()> {
+    let mut take = |what: &'static str, action: &dyn Fn() -> Result<()>| -> Result<()> {
+        let ((), took) = timed(action)?;
+        note(&format!("{what}: {}", times::shown(took)));
+        times.add(what, round, took);
+        Ok(())
+    };
+    take("restore-start", &|| cuckoo.run(["restore-start", MACHINE]))?;
+    take("agent answers", &|| agent_answers(machine))?;
+    let picture = pictures()?.join(format!("round-{round}.png")).display().to_string();
+    take("screenshot", &|| cuckoo.run(["screenshot", MACHINE, &picture]))?;
+    if round == 1 {
+        let dump = scratch.join("memory.elf").display().to_string();
+        take("dump-memory", &|| cuckoo.run(["dump-memory", MACHINE, &dump]))?;
+    }
+    take("stop", &|| cuckoo.run(["stop", MACHINE]))
+}
+
+fn agent_answers(machine: &MachineFolder) -> Result<()> {
+    let (status, body) = machine.get("/", AGENT_TIMEOUT)?;
+    println!("  http://{}:{}/ says {status} {}", machine.ip, guest::AGENT_PORT, body.trim());
+    if status == 200 { Ok(()) } else { Err(format!("the agent answers {status} instead of 200").into()) }
+}
+
+fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+    let start = Instant::now();
+    let result = action()?;
+    Ok((result, start.elapsed()))
+}
+
+/// A loopback address for the agent, another one for each demo that runs.
+fn address() -> String {
+    let id = std::process::id();
+    format!("127.77.{}.{}", id >> 8 & 0xff, (id & 0xff).clamp(1, 254))
+}
+
+/// Where the workspace's program and plugins are built: beside this very program.
+fn program_folder() -> Result<PathBuf> {
+    let this = std::env::current_exe().context(|| "cannot find the build folder".to_owned())?;
+    Ok(this.parent().unwrap_or(&this).to_owned())
+}
+
+/// Where the screenshots are kept: in the build folder, so that `cargo clean` removes them.
+fn pictures() -> Result<PathBuf> {
+    let folder = program_folder()?.join("demo");
+    fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+fn say(text: &str) {
+    println!("\n{text}");
+}
+
+fn note(text: &str) {
+    println!("  {text}");
+}

@@ -1,0 +1,68 @@
+//! The table of times that ends the demo: a row for each action, a column for each round.
+
+use std::fmt;
+use std::time::Duration;
+
+/// What was measured.
+pub struct Times {
+    rounds: usize,
+    rows: Vec<(&'static str, Vec<Option<Duration>>)>,
+}
+
+impl Times {
+    /// Nothing measured yet.
+    pub fn new(rounds: usize) -> Self {
+        Self { rounds, rows: Vec::new() }
+    }
+
+    /// In `round`, counted from 1, `action` took this long.
+    pub fn add(&mut self, action: &'static str, round: usize, took: Duration) {
+        let known = self.rows.iter().position(|(name, _)| *name == action);
+        let row = known.unwrap_or_else(|| {
+            self.rows.push((action, vec![None; self.rounds]));
+            self.rows.len() - 1
+        });
+        self.rows[row].1[round - 1] = Some(took);
+    }
+}
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:14}", "")?;
+        for round in 1..=self.rounds {
+            write!(f, "{:>10}", format!("round {round}"))?;
+        }
+        for (action, times) in &self.rows {
+            write!(f, "\n{action:14}")?;
+            for time in times {
+                write!(f, "{:>10}", time.map_or("-".to_owned(), shown))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A time in three digits or so.
+pub fn shown(time: Duration) -> String {
+    match time.as_secs_f64() {
+        seconds if seconds < 1.0 => format!("{:.0} ms", seconds * 1000.0),
+        seconds => format!("{seconds:.2} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_action_has_its_row_and_every_round_its_column() {
+        let mut times = Times::new(2);
+        times.add("restore-start", 1, Duration::from_millis(2340));
+        times.add("stop", 1, Duration::from_millis(12));
+        times.add("restore-start", 2, Duration::from_millis(98));
+        let expected = "                 round 1   round 2\n\
+                        restore-start     2.34 s     98 ms\n\
+                        stop               12 ms         -";
+        assert_eq!(times.to_string(), expected);
+    }
+}

@@ -1,0 +1,89 @@
+//! Finding what a run left running.
+//!
+//! Tests start hypervisors, and a machinery that forgets one is broken. A run's processes bear a
+//! mark in their environment, which all that they start inherits. So what is left is told apart from
+//! whatever else the user has running meanwhile.
+
+use std::fs;
+use std::process::{self, Command};
+use std::time::Duration;
+
+use rustix::process::Pid;
+
+use crate::process::ends_within;
+use crate::run::{Context, Result};
+
+const NAME: &str = "CUCKOO_XTASK_RUN";
+
+/// What was told to end may need this long to be gone.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The mark of one run.
+pub struct Mark {
+    value: String,
+}
+
+impl Mark {
+    /// A mark that no other running task has.
+    pub fn new() -> Self {
+        Self { value: process::id().to_string() }
+    }
+
+    /// Marks what `command` will start.
+    pub fn put_on(&self, command: &mut Command) {
+        command.env(NAME, &self.value);
+    }
+
+    /// Fails if any process with the mark is left.
+    pub fn none_left(&self) -> Result<()> {
+        let mut left = Vec::new();
+        for pid in self.bearers()? {
+            if !ends_within(pid, GRACE)? {
+                left.push(format!("  {pid}  {}", command_line(pid)));
+            }
+        }
+        if left.is_empty() {
+            return Ok(());
+        }
+        let (left, count) = (left.join("\n"), left.len());
+        Err(format!("{count} processes were started and not ended; look at them, then `kill` them:\n{left}")
+            .into())
+    }
+
+    fn bearers(&self) -> Result<Vec<Pid>> {
+        let mark = format!("{NAME}={}", self.value);
+        let entries = fs::read_dir("/proc").context(|| "cannot list processes in /proc".to_owned())?;
+        let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        Ok(pids.filter_map(Pid::from_raw).filter(|pid| bears(*pid, &mark)).collect())
+    }
+}
+
+/// Processes of other users, and those that end just now, cannot be read. They are none of ours.
+fn bears(pid: Pid, mark: &str) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+}
+
+fn command_line(pid: Pid) -> String {
+    let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&words).replace('\0', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_named_until_it_ends() {
+        let mark = Mark { value: format!("test-{}", process::id()) };
+        assert!(mark.none_left().is_ok());
+        let mut sleep = Command::new("sleep");
+        mark.put_on(sleep.arg("300"));
+        let mut left = sleep.spawn().unwrap();
+        let crate::run::Failure::Told(message) = mark.none_left().unwrap_err() else { panic!("no message") };
+        assert!(message.contains("sleep 300") && message.contains(&left.id().to_string()), "{message}");
+        left.kill().unwrap();
+        left.wait().unwrap();
+        assert!(mark.none_left().is_ok());
+    }
+}

@@ -1,0 +1,158 @@
+//! The system packages that tests and demo need.
+//!
+//! What counts is whether a program runs, not where it comes from: a QEMU built by hand is as good
+//! as the distribution's. Only what does not run is installed, with apt-get where there is one;
+//! elsewhere it is only named. A C compiler is no matter here, because Rust cannot link without one.
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::run::{Failure, Result, output, step, succeeds};
+
+/// A program, the package it is in, and what it is for.
+struct Need {
+    program: &'static str,
+    package: &'static str,
+    why: &'static str,
+}
+
+const NEEDS: [Need; 2] = [
+    Need { program: "qemu-system-x86_64", package: "qemu-system-x86", why: "runs the test machines" },
+    Need { program: "qemu-img", package: "qemu-utils", why: "makes their disks" },
+];
+
+/// Both are built from one source, and a newer one of one breaks an older one of the other.
+const QEMU: [&str; 2] = ["qemu-system-x86", "qemu-utils"];
+
+/// The test guests' kernel. It is downloaded, not installed, but apt must know where it is.
+const KERNEL: &str = "linux-image-cloud-amd64";
+
+/// Mirrors drop superseded packages; lists older than this may name what is gone.
+const LISTS_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Sees to it that everything needed is there.
+pub fn ensure() -> Result<()> {
+    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !runs(need.program)).collect();
+    match (missing.is_empty(), runs("apt-get")) {
+        (true, true) => refresh(),
+        (true, false) => Ok(()),
+        (false, true) => install(&missing),
+        (false, false) => Err(by_other_means(&missing)),
+    }
+}
+
+fn runs(program: &str) -> bool {
+    succeeds(Command::new(program).arg("--version"))
+}
+
+/// Brings apt's lists up to date for those who download from them, where that asks for no password.
+/// Who has the guests already can do without, so a failure is only told.
+fn refresh() -> Result<()> {
+    let current = !lists_are_old() && succeeds(Command::new("apt-cache").args(["show", KERNEL]));
+    if current || !is_root() {
+        return Ok(());
+    }
+    eprintln!("The lists of packages are old: they are updated, as test guests are made from packages.");
+    if step(&mut apt_get("env", &["update"])).is_err() {
+        eprintln!("That failed. Test guests that are not made yet may not be made now.");
+    }
+    Ok(())
+}
+
+fn lists_are_old() -> bool {
+    let updated = fs::metadata("/var/lib/apt/lists/partial").and_then(|folder| folder.modified());
+    updated.ok().and_then(|updated| updated.elapsed().ok()).is_none_or(|age| age > LISTS_AGE)
+}
+
+fn install(missing: &[&Need]) -> Result<()> {
+    eprintln!("These programs are needed and do not run here, so their packages are installed:");
+    for Need { program, package, why } in missing {
+        eprintln!("  {program}, which {why}, from the package {package}");
+    }
+    let rights = rights().ok_or_else(|| by_hand(missing))?;
+    if rights == "sudo" {
+        eprintln!("Installing needs root: sudo is used, and may ask for your password.");
+    }
+    step(&mut apt_get(rights, &["update"]))?;
+    let packages = packages(missing)?;
+    let mut args = vec!["install", "-y", "--no-install-recommends", "--allow-downgrades"];
+    args.extend(packages.iter().map(String::as_str));
+    step(&mut apt_get(rights, &args))?;
+    match missing.iter().find(|need| !runs(need.program)) {
+        Some(need) => Err(format!(
+            "{} is installed, but `{} --version` still fails: run it to see why",
+            need.package, need.program
+        )
+        .into()),
+        None => Ok(()),
+    }
+}
+
+/// The packages as apt-get is to install them: those of QEMU together, and of one version.
+fn packages(missing: &[&Need]) -> Result<Vec<String>> {
+    let (qemu, others): (Vec<&str>, Vec<&str>) =
+        missing.iter().map(|need| need.package).partition(|package| QEMU.contains(package));
+    let mut packages: Vec<String> = others.into_iter().map(str::to_owned).collect();
+    if !qemu.is_empty() {
+        let version = candidate(QEMU[0])?;
+        packages.extend(QEMU.map(|package| format!("{package}={version}")));
+    }
+    Ok(packages)
+}
+
+/// The version of `package` that apt would install.
+fn candidate(package: &str) -> Result<String> {
+    let policy = output(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C"))?;
+    let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
+    version.filter(|version| *version != "(none)").map(str::to_owned).ok_or_else(|| {
+        format!("apt knows no package {package}: look at its sources in /etc/apt, or install QEMU by hand")
+            .into()
+    })
+}
+
+/// The program that runs apt-get with the rights to install, if there is one.
+fn rights() -> Option<&'static str> {
+    match is_root() {
+        true => Some("env"),
+        false => runs("sudo").then_some("sudo"),
+    }
+}
+
+/// apt-get by way of `rights`, without questions.
+fn apt_get(rights: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(rights);
+    if rights == "sudo" {
+        // sudo keeps no variables, and may refuse to be given some.
+        command.arg("env");
+    }
+    // Another apt-get at work, as on a machine that has just booted, is waited for.
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]);
+    command.args(args);
+    command
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+fn by_hand(missing: &[&Need]) -> Failure {
+    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    format!(
+        "installing needs root, and there is no sudo here; run this as root, then try again:\n  \
+         apt-get update && apt-get install --no-install-recommends {}",
+        packages.join(" ")
+    )
+    .into()
+}
+
+fn by_other_means(missing: &[&Need]) -> Failure {
+    let programs: Vec<String> =
+        missing.iter().map(|need| format!("  {}, which {}", need.program, need.why)).collect();
+    format!(
+        "these programs are needed, and do not run here:\n{}\n\
+         There is no apt-get to install them with: install QEMU with this system's own tools",
+        programs.join("\n")
+    )
+    .into()
+}

@@ -1,0 +1,68 @@
+//! `cargo xtask test`: all that must hold before a change goes in, quickest checks first.
+//!
+//! The workspace is built before its tests, because they run the program and load the plugins. The
+//! test runner comes last, so that its summary is the last thing to read.
+
+use clap::ValueEnum;
+
+use crate::leftovers::Mark;
+use crate::run::{Result, cargo, step, succeeds};
+use crate::{packages, qemu10};
+
+/// What can be chosen.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Test with another QEMU than the system's
+    #[arg(long, value_enum)]
+    qemu: Option<Qemu>,
+    /// For the test runner: `cargo nextest run` where it is installed, else `cargo test`
+    #[arg(last = true)]
+    args: Vec<String>,
+}
+
+/// A QEMU beside the system's.
+#[derive(Clone, Copy, ValueEnum)]
+enum Qemu {
+    /// 10.0 from Debian's bookworm-backports, unpacked into the user's cache folder
+    #[value(name = "10")]
+    Ten,
+}
+
+/// Runs all checks and tests.
+pub fn run(options: &Options) -> Result<()> {
+    packages::ensure()?;
+    let qemu = match options.qemu {
+        Some(Qemu::Ten) => Some(qemu10::folder()?),
+        None => None,
+    };
+    step(&mut cargo(["fmt", "--all", "--check"]))?;
+    step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    step(&mut cargo(["build", "--workspace"]))?;
+    let mark = Mark::new();
+    let tests = test_commands(&options.args).into_iter().try_for_each(|args| {
+        let mut tests = cargo(args);
+        tests.envs(qemu.iter().map(|dir| ("CUCKOO_TEST_QEMU_DIR", dir)));
+        mark.put_on(&mut tests);
+        step(&mut tests)
+    });
+    // Failed tests are told first, and more often than not why something is left.
+    let left = mark.none_left();
+    match (tests, left) {
+        (Err(failed), Err(left)) => {
+            left.tell();
+            Err(failed)
+        }
+        (tests, left) => tests.and(left),
+    }
+}
+
+fn test_commands(args: &[String]) -> [Vec<&str>; 2] {
+    let documentation = vec!["test", "--workspace", "--doc"];
+    let mut tests = if succeeds(&mut cargo(["nextest", "--version"])) {
+        vec!["nextest", "run", "--workspace"]
+    } else {
+        vec!["test", "--workspace", "--all-targets"]
+    };
+    tests.extend(args.iter().map(String::as_str));
+    [documentation, tests]
+}
