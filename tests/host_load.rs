@@ -1,1 +1,190 @@
-//! Soon.
+//! Many machines, many actions, and no work at all: what the host costs.
+//!
+//! Bounds are for a debug build on a busy machine, and generous; the numbers are printed
+//! (`--nocapture`). The tests here take turns, for they measure.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::{Value, json};
+
+const MACHINES: usize = 1000;
+const ACTIONS: usize = 10_000;
+
+/// A host with its CWD, and the right to measure; dropped in this order.
+struct Served {
+    host: RunningHost,
+    _cwd: ScratchCwd,
+    _turn: MutexGuard<'static, ()>,
+}
+
+fn served(machines: &[(&str, &str)]) -> Served {
+    static TURN: Mutex<()> = Mutex::new(());
+    // A test that failed has nothing more to measure.
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let cwd = ScratchCwd::example(machines).unwrap();
+    Served { host: RunningHost::start(&cwd).unwrap(), _cwd: cwd, _turn: turn }
+}
+
+/// Machines `m0` and on; every third one's restore fails.
+fn many() -> Served {
+    let names: Vec<String> = (0..MACHINES).map(|index| format!("m{index}")).collect();
+    let keys = |index: usize| if fails(index) { "faults: {restore_start: fail}" } else { "" };
+    let machines: Vec<_> =
+        names.iter().enumerate().map(|(index, name)| (name.as_str(), keys(index))).collect();
+    served(&machines)
+}
+
+fn fails(machine: usize) -> bool {
+    machine.is_multiple_of(3)
+}
+
+fn list_time(client: &mut Client) -> Duration {
+    let begun = Instant::now();
+    client.send(&json!({"action": "list"})).unwrap();
+    let line = client.next_line().unwrap();
+    let took = begun.elapsed();
+    let list: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(list["machines"].as_array().unwrap().len(), MACHINES);
+    took
+}
+
+fn resident_kb(host: &RunningHost) -> u64 {
+    number(&fs::read_to_string(format!("/proc/{}/status", host.pid())).unwrap(), "VmRSS:")
+}
+
+/// The number behind that word in a file of `/proc`.
+fn number(text: &str, word: &str) -> u64 {
+    let rest = text.lines().find_map(|line| line.strip_prefix(word)).unwrap();
+    rest.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// The processor time a process has used; what else the machine is doing does not change it.
+fn processor_time(host: &RunningHost) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", host.pid())).unwrap();
+    let ticks: u64 = times_of(&stat).iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+    // A tick is 10 ms, to programs, on every Linux.
+    Duration::from_millis(ticks * 10)
+}
+
+/// The 14th and 15th field of a `stat`, time in the program and in the kernel; the second field is a
+/// name in brackets that may hold anything.
+fn times_of(stat: &str) -> Vec<&str> {
+    stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2).collect()
+}
+
+#[test]
+fn a_thousand_machines_are_listed_quickly() {
+    let served = many();
+    let mut client = served.host.client().unwrap();
+    let before = processor_time(&served.host);
+    let mut times: Vec<Duration> = (0..51).map(|_| list_time(&mut client)).collect();
+    let used = (processor_time(&served.host) - before) / 51;
+    times.sort();
+    let (median, slowest) = (times[25], times[50]);
+    println!("list of {MACHINES}: median {median:?}, slowest {slowest:?}, processor time {used:?} each");
+    println!("{} kB resident", resident_kb(&served.host));
+    assert!(used < Duration::from_millis(50), "{used:?}");
+}
+
+/// The action with that number: machines in turn, on each of them restore and stop in turn.
+fn action(number: usize) -> (usize, &'static str) {
+    let name = if (number / MACHINES).is_multiple_of(2) { "restore_start" } else { "stop" };
+    (number % MACHINES, name)
+}
+
+#[test]
+fn ten_thousand_actions_on_one_connection_are_all_answered_rightly() {
+    let served = many();
+    let mut client = served.host.client().unwrap();
+    let requests: String = (0..ACTIONS)
+        .map(|number| {
+            let (machine, action) = action(number);
+            format!("{}\n", json!({"action": action, "machine": format!("m{machine}"), "id": number}))
+        })
+        .collect();
+    let before = resident_kb(&served.host);
+    let begun = Instant::now();
+    client.send_bytes(requests.as_bytes()).unwrap();
+    let mut answered = vec![false; ACTIONS];
+    for _ in 0..ACTIONS {
+        let answer = client.next_message().unwrap();
+        let id = usize::try_from(answer["id"].as_u64().unwrap()).unwrap();
+        assert!(!std::mem::replace(&mut answered[id], true), "{id} is answered twice");
+        let (machine, action) = action(id);
+        if fails(machine) && action == "restore_start" {
+            let reason = answer["reason"].as_str().unwrap();
+            assert!(reason.contains(&format!("'m{machine}'")), "{answer}");
+        } else {
+            assert_eq!(answer, json!({"success": true, "id": id}));
+        }
+    }
+    let took = begun.elapsed();
+    let rate = ACTIONS as f64 / took.as_secs_f64();
+    println!(
+        "{ACTIONS} actions in {took:?}, {rate:.0}/s; {before} kB before, {} kB after",
+        resident_kb(&served.host)
+    );
+}
+
+#[test]
+fn many_clients_at_once_get_their_own_answers() {
+    let served = many();
+    thread::scope(|scope| {
+        for client in 0..100 {
+            let mut connection = served.host.client().unwrap();
+            scope.spawn(move || {
+                for round in 0..20 {
+                    // Machines that do not fail: 1, 4, 7 and so on, each client its own.
+                    let machine = format!("m{}", client * 3 + 1);
+                    for action in ["restore_start", "stop"] {
+                        let id = format!("{client}/{round}/{action}");
+                        connection.send(&json!({"action": action, "machine": machine, "id": id})).unwrap();
+                        let answer = connection.next_message().unwrap();
+                        assert_eq!(answer, json!({"success": true, "id": id}));
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// What a process has done so far: times it slept and woke, and the time it used.
+fn doings(host: &RunningHost) -> Vec<(String, u64, String)> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", host.pid())).unwrap();
+    let mut doings: Vec<_> = tasks
+        .map(|task| {
+            let folder = task.unwrap().path();
+            let status = fs::read_to_string(folder.join("status")).unwrap();
+            let stat = fs::read_to_string(folder.join("stat")).unwrap();
+            let times = times_of(&stat);
+            (folder.display().to_string(), number(&status, "voluntary_ctxt_switches:"), times.join(" "))
+        })
+        .collect();
+    doings.sort();
+    doings
+}
+
+#[test]
+fn an_idle_host_does_nothing_at_all() {
+    let served = served(&[("m", ""), ("runs", "")]);
+    let mut client = served.host.client().unwrap();
+    let mut subscriber = served.host.client().unwrap();
+    subscriber.ask(json!({"action": "subscribe"})).unwrap();
+    client.act("restore_start", "runs").unwrap();
+    // The one place where time itself is what is waited for. The runtime keeps a thread that made
+    // a call for 10 s, to use it again.
+    thread::sleep(Duration::from_secs(11));
+    let before = doings(&served.host);
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(doings(&served.host), before);
+    println!("idle with {} threads; {} kB", before.len(), resident_kb(&served.host));
+}

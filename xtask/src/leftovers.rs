@@ -45,8 +45,8 @@ impl Mark {
         if left.is_empty() {
             return Ok(());
         }
-        let (left, count) = (left.join("\n"), left.len());
-        Err(format!("{count} processes were started and not ended; look at them, then `kill` them:\n{left}")
+        let left = left.join("\n");
+        Err(format!("these processes were started and not ended; look at them, then `kill` them:\n{left}")
             .into())
     }
 
@@ -66,23 +66,36 @@ fn bears(pid: Pid, mark: &str) -> bool {
 
 fn command_line(pid: Pid) -> String {
     let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&words).replace('\0', " ")
+    String::from_utf8_lossy(&words).replace('\0', " ").trim_end().to_owned()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Stdio};
+
     use super::*;
+    use crate::run::Failure;
+
+    /// A marked process, well under way: at its very start its environment cannot be read yet. It ends
+    /// with its standard input.
+    fn marked(mark: &Mark) -> Child {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "echo started; read line"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        mark.put_on(&mut shell);
+        let mut child = shell.spawn().unwrap();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+        child
+    }
 
     #[test]
     fn what_is_left_is_named_until_it_ends() {
         let mark = Mark { value: format!("test-{}", process::id()) };
         assert!(mark.none_left().is_ok());
-        let mut sleep = Command::new("sleep");
-        mark.put_on(sleep.arg("300"));
-        let mut left = sleep.spawn().unwrap();
-        let crate::run::Failure::Told(message) = mark.none_left().unwrap_err() else { panic!("no message") };
-        assert!(message.contains("sleep 300") && message.contains(&left.id().to_string()), "{message}");
-        left.kill().unwrap();
+        let mut left = marked(&mark);
+        let Failure::Told(message) = mark.none_left().unwrap_err() else { panic!("no message") };
+        assert!(message.contains("read line") && message.contains(&left.id().to_string()), "{message}");
+        drop(left.stdin.take());
         left.wait().unwrap();
         assert!(mark.none_left().is_ok());
     }

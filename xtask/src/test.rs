@@ -45,7 +45,7 @@ pub fn run(options: &Options) -> Result<()> {
         mark.put_on(&mut tests);
         step(&mut tests)
     });
-    // Failed tests are told first, and more often than not why something is left.
+    // Left by failed tests, it is told as well; theirs is the exit code.
     let left = mark.none_left();
     match (tests, left) {
         (Err(failed), Err(left)) => {

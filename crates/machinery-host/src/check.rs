@@ -1,11 +1,14 @@
 //! `check`: reads everything, tries the environment, says all problems at once. Changes nothing and
 //! needs no running host.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use machinery::config::ConfigFile;
 use machinery::{Error, Report, Setup};
 use rustix::fs::{Access, access};
+use serde_yaml::{Mapping, Value};
 
 use crate::config::Config;
 use crate::cwd::Cwd;
@@ -26,6 +29,7 @@ pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
         }
         // Conflicts show only with all plugins together; what cannot be opened was told above.
         together(&config, &folders, &mut report);
+        same_names(cwd, &config, &mut report);
     }
     report
 }
@@ -99,5 +103,22 @@ fn together(config: &Config, folders: &[PathBuf], report: &mut Report) {
     let all_open = config.machineries.iter().all(|name| loader::open(name, folders).is_ok());
     if all_open && let Err(error) = loader::open_all(config, folders) {
         report.problem(&error);
+    }
+}
+
+/// Each plugin knows only its own machines.
+fn same_names(cwd: &Cwd, config: &Config, report: &mut Report) {
+    let mut seen: HashMap<String, &str> = HashMap::new();
+    for machinery in &config.machineries {
+        // What cannot be read was told by its plugin.
+        let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(machinery)) else { continue };
+        let Ok(Some(machines)) = file.parse_at::<Mapping>(&["machines"]) else { continue };
+        for name in machines.keys().filter_map(Value::as_str) {
+            if let Some(other) = seen.insert(name.to_owned(), machinery) {
+                let error =
+                    file.error(&["machines", name], format!("'{other}' has a machine of this name too"));
+                report.problem(&error.advice("Give each machine its own name, over all machineries"));
+            }
+        }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use machinery::config::{ConfigFile, null_as_default};
+use machinery::config::{ConfigFile, checked, null_as_default};
 use machinery::{Error, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::cwd::Cwd;
 
@@ -19,27 +19,40 @@ pub struct Config {
     pub host_file: Option<ConfigFile>,
 }
 
-/// Limits of the actions, in seconds. The defaults are Cuckoo3's for its four actions.
+/// How long each action may take; in the file, in seconds. The defaults are Cuckoo3's for its four
+/// actions.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
-    restore_start: f64,
-    norestore_start: f64,
-    stop: f64,
-    acpi_stop: f64,
-    dump_memory: f64,
-    screenshot: f64,
+    /// For [`Machinery::restore_start`](machinery::Machinery::restore_start).
+    #[serde(deserialize_with = "seconds")]
+    pub restore_start: Duration,
+    /// For [`Machinery::norestore_start`](machinery::Machinery::norestore_start).
+    #[serde(deserialize_with = "seconds")]
+    pub norestore_start: Duration,
+    /// For [`Machinery::stop`](machinery::Machinery::stop).
+    #[serde(deserialize_with = "seconds")]
+    pub stop: Duration,
+    /// For [`Machinery::acpi_stop`](machinery::Machinery::acpi_stop).
+    #[serde(deserialize_with = "seconds")]
+    pub acpi_stop: Duration,
+    /// For [`Machinery::dump_memory`](machinery::Machinery::dump_memory).
+    #[serde(deserialize_with = "seconds")]
+    pub dump_memory: Duration,
+    /// For [`Machinery::screenshot`](machinery::Machinery::screenshot).
+    #[serde(deserialize_with = "seconds")]
+    pub screenshot: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
         Timeouts {
-            restore_start: 180.0,
-            norestore_start: 60.0,
-            stop: 60.0,
-            acpi_stop: 120.0,
-            dump_memory: 3600.0,
-            screenshot: 30.0,
+            restore_start: Duration::from_secs(180),
+            norestore_start: Duration::from_secs(60),
+            stop: Duration::from_secs(60),
+            acpi_stop: Duration::from_secs(120),
+            dump_memory: Duration::from_secs(3600),
+            screenshot: Duration::from_secs(30),
         }
     }
 }
@@ -47,47 +60,13 @@ impl Default for Timeouts {
 /// The longest limit that can be given: a day.
 const LONGEST: f64 = 86_400.0;
 
-impl Timeouts {
-    /// For [`Machinery::restore_start`](machinery::Machinery::restore_start).
-    pub fn restore_start(&self) -> Duration {
-        Duration::from_secs_f64(self.restore_start)
-    }
-
-    /// For [`Machinery::norestore_start`](machinery::Machinery::norestore_start).
-    pub fn norestore_start(&self) -> Duration {
-        Duration::from_secs_f64(self.norestore_start)
-    }
-
-    /// For [`Machinery::stop`](machinery::Machinery::stop).
-    pub fn stop(&self) -> Duration {
-        Duration::from_secs_f64(self.stop)
-    }
-
-    /// For [`Machinery::acpi_stop`](machinery::Machinery::acpi_stop).
-    pub fn acpi_stop(&self) -> Duration {
-        Duration::from_secs_f64(self.acpi_stop)
-    }
-
-    /// For [`Machinery::dump_memory`](machinery::Machinery::dump_memory).
-    pub fn dump_memory(&self) -> Duration {
-        Duration::from_secs_f64(self.dump_memory)
-    }
-
-    /// For [`Machinery::screenshot`](machinery::Machinery::screenshot).
-    pub fn screenshot(&self) -> Duration {
-        Duration::from_secs_f64(self.screenshot)
-    }
-
-    fn all(&self) -> [(&'static str, f64); 6] {
-        [
-            ("restore_start", self.restore_start),
-            ("norestore_start", self.norestore_start),
-            ("stop", self.stop),
-            ("acpi_stop", self.acpi_stop),
-            ("dump_memory", self.dump_memory),
-            ("screenshot", self.screenshot),
-        ]
-    }
+fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    checked(deserializer, |text| {
+        let seconds = text.parse().ok().filter(|seconds| *seconds > 0.0 && *seconds <= LONGEST);
+        seconds.map(Duration::from_secs_f64).ok_or_else(|| {
+            format!("{text} is not a time limit: give seconds, more than 0 and at most 86400 (a day)")
+        })
+    })
 }
 
 /// The part of `cuckoo.yaml` that is read; all other keys are Cuckoo's.
@@ -170,13 +149,6 @@ fn timeouts(file: &ConfigFile, machineries: &[String], problems: &mut Vec<Error>
             return Timeouts::default();
         }
     };
-    for (action, seconds) in host.timeouts.all() {
-        if !(seconds > 0.0 && seconds <= LONGEST) {
-            let reason = format!("{seconds} is not a time limit");
-            let error = file.error(&["timeouts", action], reason);
-            problems.push(error.advice("Give seconds, more than 0 and at most 86400 (a day)"));
-        }
-    }
     for name in host.machineries.keys().filter_map(serde_yaml::Value::as_str) {
         if !machineries.iter().any(|listed| listed == name) {
             tracing::warn!(machinery = name, file = %file.path.display(), "has a section, but is not listed in cuckoo.yaml");
@@ -211,7 +183,7 @@ mod tests {
         let (_folder, cwd) = cwd("machineries:\n- qemu\n- kvm\nremote_storage: {x: [1]}\n", None);
         let config = Config::read(&cwd).unwrap();
         assert_eq!(config.machineries, ["qemu", "kvm"]);
-        assert_eq!(config.timeouts.restore_start(), Duration::from_secs(180));
+        assert_eq!(config.timeouts.restore_start, Duration::from_secs(180));
     }
 
     #[test]

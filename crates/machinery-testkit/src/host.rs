@@ -87,7 +87,7 @@ impl RunningHost {
         change(&mut command);
         let what = || "making a notify socket".to_owned();
         // Its own folder is short; the CWD may be too long for an address.
-        let dir = tempfile::tempdir().context(what)?;
+        let dir = scratch()?;
         let address = dir.path().join("notify");
         let notify = UnixDatagram::bind(&address).context(what)?;
         command.env("NOTIFY_SOCKET", address);
@@ -166,8 +166,7 @@ struct Process {
 
 impl Process {
     fn spawn(command: Command) -> Result<Self> {
-        let dir = tempfile::tempdir().context(|| "making a folder for the output".to_owned())?;
-        Self::spawn_in(command, dir)
+        Self::spawn_in(command, scratch()?)
     }
 
     fn spawn_in(mut command: Command, dir: TempDir) -> Result<Self> {
@@ -236,6 +235,11 @@ impl Drop for Process {
         let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
         let _ = self.child.wait();
     }
+}
+
+fn scratch() -> Result<TempDir> {
+    let dir = tempfile::Builder::new().prefix("machinery-run.").tempdir();
+    dir.context(|| "making a folder for a process".to_owned())
 }
 
 fn wait_for(fds: &mut [PollFd<'_>], limit: Duration) -> Result<()> {

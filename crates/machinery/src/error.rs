@@ -146,6 +146,13 @@ impl Error {
         }
     }
 
+    /// Adds to what went wrong, such as the hypervisor's own words.
+    #[must_use]
+    pub fn detail(mut self, detail: &str) -> Self {
+        self.0.reason = format!("{}: {detail}", self.0.reason);
+        self
+    }
+
     /// Says what was being done, unless that has been said nearer to the cause.
     #[must_use]
     pub fn action(mut self, action: impl Into<String>) -> Self {

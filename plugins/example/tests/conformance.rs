@@ -10,6 +10,7 @@ use std::time::Duration;
 use machinery::config::ConfigFile;
 use machinery::host::Instance;
 use machinery::{Deadline, DumpFormat, Setup};
+use machinery_testkit::artifacts;
 use machinery_testkit::conformance::{self, Answer, Report, Subject, Unmet};
 
 const MACHINES: [&str; 4] = ["example1", "example2", "example3", "example4"];
@@ -64,7 +65,7 @@ fn dumped_counter(example: &Instance, machine: &str) -> Answer<u32> {
 /// What the promises come to when the first machine has these faults.
 fn tried(names: &[&str], keys: &str, subject: &Subject) -> Report {
     let folder = tempfile::tempdir().unwrap();
-    let plugin = conformance::built_plugin("example").unwrap();
+    let plugin = artifacts::plugin("example").unwrap();
     conformance::run_some(&plugin, &setup(folder.path(), yaml(keys)), subject, names)
 }
 
@@ -88,7 +89,7 @@ fn what_the_example_is_configured_not_to_do_it_refuses_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let text = "capabilities: {acpi_stop: false, norestore_start: false, screenshot: false}\n";
     let setup = setup(folder.path(), text.to_owned() + &yaml(""));
-    let plugin = conformance::built_plugin("example").unwrap();
+    let plugin = artifacts::plugin("example").unwrap();
     let names = ["capabilities", "unknown_machine", "acpi_stop", "norestore_start", "screenshot"];
     let report = conformance::run_some(&plugin, &setup, &subject(), &names);
     assert!(report.all_kept(), "{report}");
@@ -206,7 +207,7 @@ fn a_file_that_is_no_plugin_is_told_as_such() {
 fn a_file_with_another_name_than_the_machinery_is_found_out() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("libmachinery_other.so");
-    std::fs::copy(conformance::built_plugin("example").unwrap(), &file).unwrap();
+    std::fs::copy(artifacts::plugin("example").unwrap(), &file).unwrap();
     let report = conformance::run_some(&file, &setup(folder.path(), yaml("")), &subject(), &["identity"]);
     assert_eq!(report.broken(), ["identity"], "{report}");
 }

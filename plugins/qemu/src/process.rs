@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -27,6 +28,7 @@ pub struct Process {
 pub struct Handle {
     pid: u32,
     pidfd: OwnedFd,
+    killed: AtomicBool,
 }
 
 impl Handle {
@@ -36,6 +38,7 @@ impl Handle {
 
     /// Ends it at once.
     pub fn kill(&self) {
+        self.killed.store(true, Ordering::SeqCst);
         // It may have ended by itself.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
@@ -83,7 +86,7 @@ impl Process {
             .and_then(|pipe| Stderr::follow(pipe, machine));
         match (pidfd, stderr) {
             (Ok(pidfd), Ok(stderr)) => {
-                let handle = Arc::new(Handle { pid: child.id(), pidfd });
+                let handle = Arc::new(Handle { pid: child.id(), pidfd, killed: AtomicBool::new(false) });
                 Ok(Process { child, handle, stderr })
             }
             (Err(error), _) | (_, Err(error)) => {
@@ -104,7 +107,7 @@ impl Process {
             self.handle.kill();
         }
         let status = self.child.wait().ok();
-        End { status, stderr: self.stderr.finish() }
+        End { status, killed: self.handle.killed.load(Ordering::SeqCst), stderr: self.stderr.finish() }
     }
 }
 
@@ -112,6 +115,8 @@ impl Process {
 #[derive(Debug, Clone)]
 pub struct End {
     status: Option<ExitStatus>,
+    /// Whether it was us.
+    killed: bool,
     stderr: String,
 }
 
@@ -119,6 +124,7 @@ impl End {
     /// For people: how, and what it said.
     pub fn describe(&self) -> String {
         let how = match self.status {
+            _ if self.killed => "QEMU was killed by this machinery".to_owned(),
             Some(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => format!("QEMU exited with code {code}"),
                 (None, Some(signal)) => format!("QEMU was killed by signal {signal}"),
@@ -127,6 +133,15 @@ impl End {
             None => "QEMU ended".to_owned(),
         };
         if self.stderr.is_empty() { how } else { format!("{how}: {}", self.stderr) }
+    }
+
+    /// For people: what is worth telling after a failure, if anything.
+    pub fn last_words(&self) -> Option<String> {
+        match (self.killed, self.stderr.is_empty()) {
+            (true, true) => None,
+            (true, false) => Some(format!("QEMU says: {}", self.stderr)),
+            (false, _) => Some(self.describe()),
+        }
     }
 
     pub fn was_clean(&self) -> bool {
@@ -199,7 +214,13 @@ mod tests {
     #[test]
     fn what_does_not_end_is_ended() {
         let end = shell("exec sleep 600").end(Duration::from_millis(20));
-        assert_eq!(end.describe(), "QEMU was killed by signal 9");
+        assert_eq!(end.describe(), "QEMU was killed by this machinery");
+    }
+
+    #[test]
+    fn a_kill_by_others_is_told() {
+        let process = shell("kill -9 $$");
+        assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU was killed by signal 9");
     }
 
     #[test]

@@ -35,6 +35,8 @@ use crate::version::Version;
 const AFTER_MONITOR: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end after `quit`, before it is ended.
 const AFTER_QUIT: Duration = Duration::from_secs(3);
+/// How long a QEMU that fails may take to end by itself.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How long a process may take to end after SIGKILL, before that is an error.
 const AFTER_KILL: Duration = Duration::from_secs(10);
 
@@ -202,12 +204,13 @@ impl Run {
     /// Ends a run whose start failed, and puts QEMU's own words into the error.
     fn abandon(&self, error: Error) -> Error {
         self.stopping.store(true, Ordering::SeqCst);
-        let by_itself = self.wait_end(Duration::from_millis(200)).is_some();
-        self.process.kill();
+        // A QEMU that is just ending by itself gets the time to say why.
+        if self.wait_end(LAST_WORDS).is_none() {
+            self.process.kill();
+        }
         match self.wait_end(AFTER_KILL) {
-            Some(end) if by_itself => with_words(&error, &end),
-            Some(_) => error,
-            None => Error::failed(format!("{error}; and QEMU (pid {}) does not end", self.process.pid())),
+            Some(end) => with_words(error, &end),
+            None => error.detail(&format!("and QEMU (pid {}) does not end", self.process.pid())),
         }
     }
 
@@ -305,9 +308,9 @@ fn launch(
     match accept(&listener.into(), process.handle(), deadline) {
         Ok(stream) => Ok((process, stream)),
         Err(error) => {
-            let by_itself = error.kind() == ErrorKind::Failed;
-            let end = process.end(if by_itself { AFTER_MONITOR } else { Duration::ZERO });
-            Err(if by_itself { with_words(&error, &end) } else { error })
+            let grace = if error.kind() == ErrorKind::Failed { AFTER_MONITOR } else { Duration::ZERO };
+            let end = process.end(grace);
+            Err(with_words(error, &end))
         }
     }
 }
@@ -349,11 +352,14 @@ fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<Un
     }
 }
 
-/// Adds how QEMU ended, with its own words, to the error of what was being done.
-fn with_words(error: &Error, end: &End) -> Error {
-    Error::new(error.kind(), format!("{}: {}", error.reason(), end.describe())).advice(
-        "Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are",
-    )
+/// Adds what QEMU said at its end to the error of what was being done.
+fn with_words(error: Error, end: &End) -> Error {
+    match end.last_words() {
+        Some(words) => error
+            .detail(&words)
+            .advice("Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are"),
+        None => error,
+    }
 }
 
 /// A migration that has come to its end: well, or with the reason why not.

@@ -87,13 +87,14 @@ impl Actor {
 
     async fn by_the_rules(&mut self, action: &Action) -> Result<(), Failure> {
         self.expect_no_lost_call()?;
+        self.expect_supported(action)?;
         match action {
-            Action::RestoreStart => self.start(action, self.timeouts.restore_start()).await,
-            Action::NorestoreStart => self.start(action, self.timeouts.norestore_start()).await,
+            Action::RestoreStart => self.start(action, self.timeouts.restore_start).await,
+            Action::NorestoreStart => self.start(action, self.timeouts.norestore_start).await,
             Action::Stop => self.stop().await.map_err(Failure::from),
             Action::AcpiStop => self.acpi_stop().await,
-            Action::DumpMemory { .. } => self.look(action, self.timeouts.dump_memory()).await,
-            Action::Screenshot { .. } => self.look(action, self.timeouts.screenshot()).await,
+            Action::DumpMemory { .. } => self.look(action, self.timeouts.dump_memory).await,
+            Action::Screenshot { .. } => self.look(action, self.timeouts.screenshot).await,
         }
     }
 
@@ -110,6 +111,19 @@ impl Actor {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Told before anything is done: a start would stop a running machine first.
+    fn expect_supported(&self, action: &Action) -> Result<(), Failure> {
+        let able = self.machine.machinery.capabilities;
+        let supported = match action {
+            Action::RestoreStart | Action::Stop => true,
+            Action::NorestoreStart => able.norestore_start,
+            Action::AcpiStop => able.acpi_stop,
+            Action::DumpMemory { .. } => able.dump_memory,
+            Action::Screenshot { .. } => able.screenshot,
+        };
+        if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
     }
 
     async fn start(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
@@ -142,7 +156,7 @@ impl Actor {
 
     async fn stop(&mut self) -> Result<()> {
         self.set_stopping();
-        self.end(&Action::Stop, self.timeouts.stop()).await
+        self.end(&Action::Stop, self.timeouts.stop).await
     }
 
     fn set_stopping(&self) {
@@ -154,7 +168,7 @@ impl Actor {
     async fn acpi_stop(&mut self) -> Result<(), Failure> {
         let before = self.machine.status().state;
         self.set_stopping();
-        match self.end(&Action::AcpiStop, self.timeouts.acpi_stop()).await {
+        match self.end(&Action::AcpiStop, self.timeouts.acpi_stop).await {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == ErrorKind::Unsupported || self.lost.is_some() => {
                 self.machine.set_state(before, "");

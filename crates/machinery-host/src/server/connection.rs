@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use machinery::State;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -22,9 +23,9 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
-use super::Shared;
 use super::lines::{self, Line};
 use super::protocol::{self, Refusal, Request};
+use super::{Place, Shared};
 use crate::actions::call::{Called, call};
 use crate::actions::worker::outcome_of;
 use crate::actions::{Action, Outcome};
@@ -42,21 +43,34 @@ const STATE: Duration = Duration::from_secs(10);
 /// The lines on their way to the client. An empty one closes the connection.
 type Answers = mpsc::Sender<Vec<u8>>;
 
-/// Serves the client until it leaves or is done with. What it ordered goes on without it.
-pub async fn serve(stream: UnixStream, shared: Arc<Shared>) {
+/// Serves the client until it leaves or is done with. What it ordered goes on without it; its
+/// `place` is taken until its last answer is given.
+pub async fn serve(stream: UnixStream, shared: Arc<Shared>, place: Place) {
     let (reader, writer) = stream.into_split();
+    let mut reader = BufReader::new(reader);
     let (answers, lines) = mpsc::channel(BACKLOG);
-    tokio::spawn(write(writer, lines));
+    let writing = tokio::spawn(write(writer, lines, place));
     let gone = answers.clone();
     let mut connection =
         Connection { shared, answers, under_way: Arc::new(Semaphore::new(UNDER_WAY)), subscribed: false };
     tokio::select! {
-        () = connection.read(BufReader::new(reader)) => {}
+        () = connection.read(&mut reader) => {}
         () = gone.closed() => {}
+    }
+    if has_left(reader.get_ref()) {
+        writing.abort();
     }
 }
 
-async fn write(mut writer: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>) {
+/// Whether the client has closed the connection, and not only stopped to send: then nobody is there
+/// for answers and events.
+fn has_left(reader: &OwnedReadHalf) -> bool {
+    let mut stream = [PollFd::new(reader.as_ref(), PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut stream, Some(&now)), Ok(1)) && stream[0].revents().contains(PollFlags::HUP)
+}
+
+async fn write(mut writer: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>, _place: Place) {
     while let Some(line) = lines.recv().await {
         if line.is_empty() {
             return;
@@ -83,9 +97,9 @@ struct Connection {
 type GoOn = bool;
 
 impl Connection {
-    async fn read(&mut self, mut reader: BufReader<OwnedReadHalf>) {
+    async fn read(&mut self, reader: &mut BufReader<OwnedReadHalf>) {
         loop {
-            let go_on = match lines::next(&mut reader).await {
+            let go_on = match lines::next(reader).await {
                 Ok(Line::Whole(line)) => self.handle(&line).await,
                 Ok(Line::TooLong) => {
                     let reason = format!("a line may have {} bytes at most", lines::LONGEST);

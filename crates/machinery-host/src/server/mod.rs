@@ -90,11 +90,7 @@ pub async fn serve(listener: UnixListener, shared: Arc<Shared>) {
         match listener.accept().await {
             Ok((stream, _)) => match counter.admit(&stream) {
                 Some(place) => {
-                    let shared = Arc::clone(&shared);
-                    tokio::spawn(async move {
-                        connection::serve(stream, shared).await;
-                        drop(place);
-                    });
+                    tokio::spawn(connection::serve(stream, Arc::clone(&shared), place));
                 }
                 None => tracing::warn!("a connection was refused: its process holds too many"),
             },

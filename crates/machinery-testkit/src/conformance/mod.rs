@@ -15,11 +15,12 @@
 //! the promises behind it are then not tried, for the plugin may be called no more.
 //!
 //! ```no_run
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # fn main() -> machinery_testkit::Result<()> {
+//! use machinery_testkit::artifacts;
 //! use machinery_testkit::conformance::{self, Subject};
 //! # let setup: machinery::Setup = unimplemented!();
 //! # fn first_count(machine: &str) -> u32 { 0 }
-//! let plugin = conformance::built_plugin("xen")?;
+//! let plugin = artifacts::plugin("xen")?;
 //! let subject = Subject::new(&["xen1", "xen2"], 1001..=1001, |_, machine| Ok(first_count(machine)));
 //! let report = conformance::run(&plugin, &setup, &subject);
 //! assert!(report.all_kept(), "{report}");
@@ -42,7 +43,7 @@ mod report;
 mod session;
 mod subject;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use machinery::Setup;
@@ -51,7 +52,6 @@ use machinery::host::Plugin;
 pub use report::{Check, Report, Unmet};
 pub use subject::{Answer, Subject};
 
-use crate::error::Error;
 use ears::Ears;
 use promises::PROMISES;
 use report::Result;
@@ -76,22 +76,6 @@ pub fn run_some(plugin: &Path, setup: &Setup, subject: &Subject, names: &[&str])
 /// The names of all promises, in the order in which they are tried.
 pub fn names() -> Vec<&'static str> {
     PROMISES.iter().map(|(name, _)| *name).collect()
-}
-
-/// The library of the plugin `name` in the build tree that this program runs from. An integration
-/// test in the plugin's own package finds it fresh: cargo builds the package's library first.
-///
-/// # Errors
-/// It is not there.
-pub fn built_plugin(name: &str) -> crate::Result<PathBuf> {
-    let program = std::env::current_exe().unwrap_or_default();
-    let file = format!("libmachinery_{name}.so");
-    let found =
-        program.ancestors().skip(1).take(2).map(|folder| folder.join(&file)).find(|path| path.is_file());
-    found.ok_or_else(|| {
-        let program = program.display();
-        Error::new(format!("there is no {file} beside or above {program}: build the package of that plugin"))
-    })
 }
 
 /// One plugin, and all that its promises are tried with.

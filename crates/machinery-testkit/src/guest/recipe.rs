@@ -58,7 +58,10 @@ impl Recipe {
             File::options().write(true).open(&raw).and_then(|file| file.set_len(self.disk_mib() << 20));
         size.context(what)?;
         let mut convert = Command::new(&qemu.img);
-        convert.args(["convert", "-f", "raw", "-O", "qcow2"]).args([raw.as_path(), disk]);
+        let as_vmcloak_does = "lazy_refcounts=on,cluster_size=2M";
+        convert
+            .args(["convert", "-f", "raw", "-O", "qcow2", "-o", as_vmcloak_does])
+            .args([raw.as_path(), disk]);
         command::output(&mut convert)?;
         fs::remove_file(&raw).context(|| format!("removing {}", raw.display()))
     }

@@ -10,4 +10,4 @@ mod values;
 
 pub use file::ConfigFile;
 pub use machines::{Configured, MachineConfig, Machines};
-pub use values::{empty_as_none, lowercase, null_as_default};
+pub use values::{checked, empty_as_none, lowercase, null_as_default};

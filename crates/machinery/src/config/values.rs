@@ -35,8 +35,11 @@ where
     Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Reads a scalar, as it is written, through `check`, whose error text gets the value's line.
-pub(super) fn checked<'de, D, V>(
+/// Reads a scalar, as it is written, through `check`.
+///
+/// # Errors
+/// It is not a scalar, or `check` says what is wrong with it; the error has the value's line.
+pub fn checked<'de, D, V>(
     deserializer: D,
     check: impl FnOnce(&str) -> Result<V, String>,
 ) -> Result<V, D::Error>

@@ -1,7 +1,7 @@
 //! What goes wrong: starts that fail, machines that die, time that is short.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, State};
@@ -27,7 +27,13 @@ pub fn failed_start(session: &Session) -> Result {
 }
 
 fn fails_cleanly(session: &Session, machine: &str) -> Result {
-    session.fails(&Call::RestoreStart, machine)?;
+    let began = Instant::now();
+    let error = session.fails(&Call::RestoreStart, machine)?;
+    // What cannot succeed is not to be waited for.
+    demand!(
+        began.elapsed() < session.patience(),
+        "that {machine} cannot start took all the time there was: {error}"
+    );
     session.is(machine, State::Poweroff)?;
     session.nothing_is_left("after a start that failed")
 }
