@@ -298,6 +298,11 @@ fn subscribers_that_left_are_let_go() {
     for _ in 0..50 {
         drop(subscribed(&served));
     }
+    // Also those that have long stopped to send.
+    let mut silent: Vec<_> = (0..50).map(|_| subscribed(&served)).collect();
+    silent.iter_mut().for_each(|subscriber| subscriber.done_sending().unwrap());
+    (0..100).for_each(|_| assert_open(&mut client));
+    drop(silent);
     // Nothing tells when the host has noticed, so it gets the time of a few thousand questions.
     let noticed = (0..5000).any(|_| {
         assert_open(&mut client);

@@ -117,7 +117,9 @@ fn same_names(cwd: &Cwd, config: &Config, report: &mut Report) {
             if let Some(other) = seen.insert(name.to_owned(), machinery) {
                 let error =
                     file.error(&["machines", name], format!("'{other}' has a machine of this name too"));
-                report.problem(&error.advice("Give each machine its own name, over all machineries"));
+                report.problem(
+                    &error.machine(name).advice("Give each machine its own name, over all machineries"),
+                );
             }
         }
     }

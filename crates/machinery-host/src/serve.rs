@@ -17,6 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::actions::worker::Workers;
@@ -29,6 +30,8 @@ use crate::server::{self, Shared};
 
 /// How long a plugin may take to let go at the end.
 const LETTING_GO: Duration = Duration::from_secs(30);
+/// How long clients may take at the end to read their answers.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// Threads beyond one for each machine: questions about states come beside the actions.
 const SPARE_THREADS: usize = 64;
 
@@ -54,7 +57,13 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
         let workers = fleet.get().map(|fleet| Workers::start(fleet, config.timeouts));
         let (workers, ending) = workers
             .ok_or_else(|| Error::failed("the machines were not loaded: this is a bug of the host"))?;
-        let shared = Arc::new(Shared { fleet, workers, events, enabled: AtomicBool::new(true) });
+        let shared = Arc::new(Shared {
+            fleet,
+            workers,
+            events,
+            enabled: AtomicBool::new(true),
+            ending: watch::Sender::new(false),
+        });
         serve(cwd, shared, ending).await
     });
     // A plugin's call that never came back must not hold up the end.
@@ -88,22 +97,32 @@ async fn serve(cwd: &Cwd, shared: Arc<Shared>, workers: JoinSet<()>) -> Result<(
     let listener = server::bind(&socket, &cwd.state())?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
+    let mut connections = JoinSet::new();
     tokio::select! {
-        () = server::serve(listener, Arc::clone(&shared)) => {}
+        () = server::serve(&listener, &shared, &mut connections) => {}
         which = end.asked() => tracing::info!(signal = which, "asked to end: machines are stopped"),
     }
+    // First, so that nobody who knows that the host ends has an action accepted.
+    shared.workers.close();
     notify(NotifyState::Stopping);
     server::remove(&socket);
     tokio::select! {
-        () = let_go(&shared, workers) => tracing::info!("ended"),
-        which = end.asked() => tracing::error!(signal = which, "asked to end once more: machines may be left"),
+        () = let_go(&shared, workers, connections) => {
+            tracing::info!("ended");
+            Ok(())
+        }
+        which = end.asked() => Err(Error::failed(format!("asked to end once more by {which}: machines may be left"))
+            .advice("The next start of the host clears them away")),
     }
-    Ok(())
 }
 
-async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>) {
-    shared.workers.close();
+async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>, mut connections: JoinSet<()>) {
     while workers.join_next().await.is_some() {}
+    shared.ending.send_replace(true);
+    let last_words = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(LAST_WORDS, last_words).await.is_err() {
+        tracing::warn!("some clients do not read their last answers");
+    }
     // The machineries in the order of their machines, each once.
     let mut machineries = Vec::new();
     for machine in shared.fleet.get().map_or(&[][..], Fleet::machines) {

@@ -15,6 +15,7 @@ pub mod conformance;
 mod error;
 pub mod guest;
 pub mod host;
+pub mod lab;
 pub mod scratch;
 pub mod snapshot;
 

@@ -10,6 +10,8 @@
 //! thread.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -96,6 +98,7 @@ impl Plugin {
     /// # Errors
     /// One for each step of the [module text](self).
     pub fn open(path: &Path) -> Result<Plugin, OpenError> {
+        expect_whole(path)?;
         // SAFETY: loading a library runs its initialisers; the operator named this file to be run.
         let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
             .map_err(|error| OpenError::NotALibrary(linker_words(&error)))?;
@@ -165,6 +168,29 @@ impl Plugin {
         let object = answer((self.module.load())(setup.as_rstr(), abi_services(services)))?;
         Ok(Instance { object })
     }
+}
+
+/// The linker maps a file without looking whether it is whole, and touching what is missing kills
+/// the process. An ELF file ends with its table of sections, so that has to be there. Source: the
+/// ELF-64 header of the System V ABI.
+fn expect_whole(path: &Path) -> Result<(), OpenError> {
+    let failed = |error: std::io::Error| OpenError::NotALibrary(error.to_string());
+    let mut file = File::open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    let mut header = [0; 64];
+    let is_elf = file.read_exact(&mut header).is_ok() && header.starts_with(b"\x7fELF");
+    if !is_elf {
+        return Err(OpenError::NotALibrary("it is no ELF file".to_owned()));
+    }
+    let number = |at: usize, bytes: usize| {
+        header[at..at + bytes].iter().rev().fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
+    };
+    let end_of_sections = number(0x28, 8).saturating_add(number(0x3a, 2) * number(0x3c, 2));
+    if end_of_sections > length {
+        let reason = format!("it is cut short: it has {length} bytes of at least {end_of_sections}");
+        return Err(OpenError::NotALibrary(reason));
+    }
+    Ok(())
 }
 
 /// What the dynamic linker said; the error's own text does not have it.

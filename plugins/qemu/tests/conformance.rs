@@ -6,12 +6,14 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
-use machinery::host::Plugin;
+use machinery::host::{Instance, Plugin};
 use machinery::{Deadline, HostServices, LogLevel, LogRecord, Setup, State};
 use machinery_testkit::artifacts;
 use machinery_testkit::conformance::{self, Answer, Subject};
@@ -29,7 +31,6 @@ struct Lab {
     root: tempfile::TempDir,
     machines: HashMap<String, MachineFolder>,
     names: Vec<String>,
-    yaml: String,
     restored: u32,
 }
 
@@ -46,8 +47,8 @@ impl Lab {
             let number = format as u8 + 1;
             master.machine(&root.path().join(&name), &name, &format!("127.0.5.{number}"), format).unwrap()
         });
+        fs::write(root.path().join("qemu.yaml"), yaml(&qemu, &folders)).unwrap();
         Arc::new(Lab {
-            yaml: yaml(&qemu, &folders),
             names: folders.iter().map(|folder| folder.name.clone()).collect(),
             machines: folders.into_iter().map(|folder| (folder.name.clone(), folder)).collect(),
             restored: master.snapshot_count().unwrap() + 1,
@@ -56,10 +57,7 @@ impl Lab {
     }
 
     fn setup(&self) -> Setup {
-        let config = ConfigFile { path: self.root.path().join("qemu.yaml"), text: self.yaml.clone() };
-        let [sockets_dir, state_dir, cache_dir] =
-            ["sockets", "state", "cache"].map(|folder| self.root.path().join(folder));
-        Setup { config, host_config: None, sockets_dir, state_dir, cache_dir }
+        setup(self.root.path())
     }
 
     fn subject(self: &Arc<Lab>) -> Subject {
@@ -126,6 +124,17 @@ impl Lab {
             other => Err(format!("{} processes use {}, not one", other.len(), disk.display()).into()),
         }
     }
+}
+
+fn setup(root: &Path) -> Setup {
+    let config = ConfigFile::read(&root.join("qemu.yaml")).unwrap();
+    let [sockets_dir, state_dir, cache_dir] = ["sockets", "state", "cache"].map(|name| root.join(name));
+    Setup { config, host_config: None, sockets_dir, state_dir, cache_dir }
+}
+
+fn loaded(root: &Path) -> Instance {
+    let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
+    plugin.load(&setup(root), Arc::new(Deaf)).unwrap()
 }
 
 /// A host that does not listen.
@@ -219,13 +228,47 @@ fn a_broken_snapshot_leaves_nothing_behind() {
 #[test]
 fn a_running_machine_is_something_that_could_be_left() {
     let lab = Lab::new();
-    let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
-    let qemu = plugin.load(&lab.setup(), Arc::new(Deaf)).unwrap();
+    let qemu = loaded(lab.root.path());
     assert_eq!(lab.leftovers().unwrap(), Vec::<String>::new());
     qemu.restore_start(&lab.names[0], Deadline::after(SOON)).unwrap();
     let found = lab.leftovers().unwrap();
-    for what in ["process", "sockets/", "_disposable.qcow2"] {
+    for what in ["process", "_disposable.qcow2"] {
         assert!(found.iter().any(|left| left.contains(what)), "no {what} in {found:?}");
     }
     qemu.stop(&lab.names[0], Deadline::after(SOON)).unwrap();
+}
+
+/// Names the lab to the process that plays the host.
+const LAB: &str = "MACHINERY_QEMU_TEST_LAB";
+
+/// Not a test: the process that is killed in the one below.
+#[test]
+#[ignore = "it is started by another test"]
+fn a_host_to_be_killed() {
+    let Some(root) = std::env::var_os(LAB) else { return };
+    let qemu = loaded(Path::new(&root));
+    for machine in qemu.machines().unwrap() {
+        qemu.restore_start(&machine.name, Deadline::after(SOON)).unwrap();
+    }
+    println!("\nrunning");
+    // Until the end: nobody writes there.
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+#[test]
+fn what_a_host_that_died_has_left_is_cleared_away() {
+    let lab = Lab::new();
+    let mut host = Command::new(std::env::current_exe().unwrap());
+    host.args(["--ignored", "--exact", "a_host_to_be_killed", "--nocapture"]).env(LAB, lab.root.path());
+    let mut host = host.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let said = BufReader::new(host.stdout.take().unwrap());
+    let runs = said.lines().map_while(Result::ok).any(|line| line == "running");
+    host.kill().unwrap();
+    host.wait().unwrap();
+    assert!(runs, "the other process did not come to run its machines");
+    assert!(!lab.leftovers().unwrap().is_empty());
+    let plugin = artifacts::plugin("qemu").unwrap();
+    let report =
+        conformance::run_some(&plugin, &lab.setup(), &lab.subject(), &["off_after_load", "restore_start"]);
+    assert!(report.all_kept(), "{report}");
 }

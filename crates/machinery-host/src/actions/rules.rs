@@ -102,12 +102,10 @@ impl Actor {
         match self.lost.take() {
             Some(call) if !call.is_finished() => {
                 self.lost = Some(call);
-                let reason = Error::failed("an earlier call into its plugin has not come back");
-                // The machine is disabled since that call.
-                Err(Failure {
-                    reason: reason.advice("Restart the host to get the machine back"),
-                    disable: false,
-                })
+                let reason = Error::failed("an earlier call into its plugin has not come back")
+                    .advice("Restart the host to get the machine back");
+                // Disabled since that call, unless somebody has put it back into the pool.
+                Err(Failure { reason, disable: self.machine.status().disabled.is_none() })
             }
             _ => Ok(()),
         }
@@ -176,7 +174,8 @@ impl Actor {
             }
             Err(error) => {
                 tracing::warn!(machine = self.machine.name(), %error, "does not react to its power button: stopped");
-                self.stop().await.map_err(Failure::from)
+                self.stop().await?;
+                if plugin_at_fault(&error) { Err(error.into()) } else { Ok(()) }
             }
         }
     }
@@ -196,11 +195,7 @@ impl Actor {
     /// where the plugin itself is at fault.
     async fn look(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
         let result = self.run(action, limit).await;
-        result.map_err(|reason| {
-            let plugin_at_fault =
-                matches!(reason.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved);
-            Failure { disable: plugin_at_fault || self.lost.is_some(), reason }
-        })
+        result.map_err(|reason| Failure { disable: plugin_at_fault(&reason) || self.lost.is_some(), reason })
     }
 
     /// A plugin says it is done: then the machine is where the action leads.
@@ -251,6 +246,10 @@ impl Actor {
             }
         }
     }
+}
+
+fn plugin_at_fault(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
 }
 
 fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::rules::Actor;
@@ -14,7 +14,32 @@ use crate::fleet::{Fleet, Machine};
 
 struct Job {
     action: Action,
-    answer: oneshot::Sender<Outcome>,
+    answer: Answer,
+}
+
+/// Where an outcome goes. It is given exactly once: an order that is dropped unheard, because the
+/// host ends, is answered with that.
+pub struct Answer(Option<Box<dyn FnOnce(Outcome) + Send>>);
+
+impl Answer {
+    /// An answer to be given to `whom`, who must not wait for anything.
+    pub fn to(whom: impl FnOnce(Outcome) + Send + 'static) -> Self {
+        Answer(Some(Box::new(whom)))
+    }
+
+    fn give(mut self, outcome: Outcome) {
+        if let Some(whom) = self.0.take() {
+            whom(outcome);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(whom) = self.0.take() {
+            whom(Err(CLOSING.to_owned()));
+        }
+    }
 }
 
 /// The mailboxes of all workers.
@@ -41,15 +66,13 @@ impl Workers {
         (Workers { mailboxes: Mutex::new(mailboxes), closing }, workers)
     }
 
-    /// Puts an action into the machine's mailbox. It runs even if nobody waits for the outcome.
-    pub fn order(&self, machine: &Machine, action: Action) -> oneshot::Receiver<Outcome> {
-        let (answer, outcome) = oneshot::channel();
+    /// Puts an action into the machine's mailbox. It runs even if nobody waits for the answer.
+    pub fn order(&self, machine: &Machine, action: Action, answer: Answer) {
         let mailboxes = self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mailbox) = mailboxes.get(machine.name()) {
-            // A worker that has ended drops the job, and with it the answer.
+            // A worker that has ended gives the job back, and dropping it answers it.
             let _ = mailbox.send(Job { action, answer });
         }
-        outcome
     }
 
     /// From now on what waits in a mailbox fails. Each worker ends what it is at, powers its
@@ -67,8 +90,7 @@ async fn work(mut actor: Actor, mut jobs: mpsc::UnboundedReceiver<Job>, closing:
         } else {
             actor.perform(&action).await
         };
-        // Whoever asked may have gone.
-        let _ = answer.send(outcome);
+        answer.give(outcome);
     }
     power_off(&mut actor).await;
 }
@@ -79,9 +101,4 @@ async fn power_off(actor: &mut Actor) {
         // Its failure is in the log, and there is nobody else to tell.
         let _ = actor.perform(&Action::Stop).await;
     }
-}
-
-/// What became of an order whose worker is gone.
-pub fn outcome_of(received: Result<Outcome, oneshot::error::RecvError>) -> Outcome {
-    received.unwrap_or_else(|_| Err(CLOSING.to_owned()))
 }

@@ -112,6 +112,8 @@ pub fn main() -> ExitCode {
             show::error(&error, cli.global.json);
             match error.kind() {
                 ErrorKind::Configuration => ExitCode::from(2),
+                // Whatever keeps a host from starting is for its operator to put right.
+                ErrorKind::Environment if matches!(cli.command, Command::Serve { .. }) => ExitCode::from(2),
                 _ => ExitCode::from(1),
             }
         }
@@ -122,13 +124,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let global = &cli.global;
     let cwd = Cwd::find(global.cwd.as_deref())?;
     match &cli.command {
-        Command::Serve { .. } => {
-            // Whatever keeps a host from starting is for its operator to put right.
-            serve::run(&cwd, &global.plugin_dirs).map(|()| ExitCode::SUCCESS).or_else(|error| {
-                show::error(&error, global.json);
-                Ok(ExitCode::from(2))
-            })
-        }
+        Command::Serve { .. } => serve::run(&cwd, &global.plugin_dirs).map(|()| ExitCode::SUCCESS),
         Command::Check => {
             let report = check::check(&cwd, &global.plugin_dirs);
             show::report(&report, global.json);

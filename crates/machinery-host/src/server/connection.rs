@@ -1,77 +1,80 @@
 //! One client's connection.
 //!
 //! ```text
-//! reader ─▶ request ─▶ (action: a task that waits for the outcome) ─▶ answers ─▶ writer
-//!                 subscribe: a task that forwards events ──────────────▲
+//! reader ─▶ request ─▶ (action: answered by its worker when it has ended) ─▶ lines ─▶ writer
+//!                 subscribe: a task that forwards events ─────────────────────▲
 //! ```
 //!
-//! The reader takes no new line while too many requests are under way, and everything that answers
-//! waits while the writer is behind; so a client that never reads costs a bounded amount, and then
-//! stops being read.
+//! Every line on its way to the client has a share of a fixed budget, taken before the line is made
+//! and given back when it is written. While a client does not read, its budget runs out; then
+//! nothing more is read from it and no event is made for it. So it costs a bounded amount, and
+//! nobody else ever waits for it: whoever answers only puts a line into a queue.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use machinery::State;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::lines::{self, Line};
 use super::protocol::{self, Refusal, Request};
 use super::{Place, Shared};
 use crate::actions::call::{Called, call};
-use crate::actions::worker::outcome_of;
+use crate::actions::worker::Answer;
 use crate::actions::{Action, Outcome};
+use crate::events::Event;
 use crate::fleet::Machine;
 
-/// Requests that one client may have under way.
-const UNDER_WAY: usize = 16_384;
-/// Answers that may wait for the writer.
-const BACKLOG: usize = 64;
+/// The budget of one client: requests under way, and lines that wait to be written.
+const BUDGET: u32 = 16_384;
+/// The share of an answer about all machines.
+const LARGE: u32 = 512;
 /// A client that reads nothing for this long is gone.
 const STALLED: Duration = Duration::from_secs(60);
 /// How long a plugin may take to tell a state.
 const STATE: Duration = Duration::from_secs(10);
 
-/// The lines on their way to the client. An empty one closes the connection.
-type Answers = mpsc::Sender<Vec<u8>>;
+/// A line on its way to the client, with its share of the budget.
+struct Outgoing {
+    /// An empty one closes the connection.
+    line: Vec<u8>,
+    _share: OwnedSemaphorePermit,
+}
 
-/// Serves the client until it leaves or is done with. What it ordered goes on without it; its
-/// `place` is taken until its last answer is given.
+/// Serves the client until it leaves or is done with, or the host ends. What it ordered goes on
+/// without it; its `place` is taken until its last answer is given.
 pub async fn serve(stream: UnixStream, shared: Arc<Shared>, place: Place) {
     let (reader, writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
-    let (answers, lines) = mpsc::channel(BACKLOG);
-    let writing = tokio::spawn(write(writer, lines, place));
-    let gone = answers.clone();
+    let (lines, outgoing) = mpsc::unbounded_channel();
+    let mut writing = tokio::spawn(write(writer, outgoing, place));
+    let mut ending = shared.ending.subscribe();
     let mut connection =
-        Connection { shared, answers, under_way: Arc::new(Semaphore::new(UNDER_WAY)), subscribed: false };
+        Connection { shared, lines, budget: Arc::new(Semaphore::new(BUDGET as usize)), subscription: None };
     tokio::select! {
         () = connection.read(&mut reader) => {}
-        () = gone.closed() => {}
+        // The host ends: what has been answered is still written.
+        _ = ending.wait_for(|ending| *ending) => {}
+        _ = &mut writing => return,
     }
-    if has_left(reader.get_ref()) {
-        writing.abort();
-    }
+    // A client that is done sending is heard no more of, and may be gone: its answers are still
+    // written, events are not.
+    drop(connection);
+    // Ends early only by a panic, which is in the log.
+    let _ = writing.await;
 }
 
-/// Whether the client has closed the connection, and not only stopped to send: then nobody is there
-/// for answers and events.
-fn has_left(reader: &OwnedReadHalf) -> bool {
-    let mut stream = [PollFd::new(reader.as_ref(), PollFlags::empty())];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(poll(&mut stream, Some(&now)), Ok(1)) && stream[0].revents().contains(PollFlags::HUP)
-}
-
-async fn write(mut writer: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>, _place: Place) {
-    while let Some(line) = lines.recv().await {
+async fn write(mut writer: OwnedWriteHalf, mut outgoing: UnboundedReceiver<Outgoing>, _place: Place) {
+    while let Some(Outgoing { line, _share }) = outgoing.recv().await {
         if line.is_empty() {
             return;
         }
@@ -88,9 +91,17 @@ async fn write(mut writer: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>, _
 
 struct Connection {
     shared: Arc<Shared>,
-    answers: Answers,
-    under_way: Arc<Semaphore>,
-    subscribed: bool,
+    lines: UnboundedSender<Outgoing>,
+    budget: Arc<Semaphore>,
+    subscription: Option<JoinHandle<()>>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(subscription) = &self.subscription {
+            subscription.abort();
+        }
+    }
 }
 
 /// Whether to go on reading.
@@ -128,29 +139,35 @@ impl Connection {
     }
 
     async fn fulfil(&mut self, request: Request, id: Option<Value>) -> GoOn {
-        match request {
+        let answer = match request {
             Request::Act(machine, action) => {
-                let outcome = self.shared.workers.order(&machine, action);
-                self.later(id, async move { protocol::outcome(outcome_of(outcome.await)) }).await
+                let slot = self.slot(1).await;
+                let answer = Answer::to(move |outcome| slot.fill(protocol::outcome(outcome), id.as_ref()));
+                self.shared.workers.order(&machine, action, answer);
+                return true;
             }
-            Request::State(machine) => self.later(id, async move { state(&machine).await }).await,
+            Request::State(machine) => return self.later(id, async move { state(&machine).await }).await,
             Request::ShutdownAll => {
                 let shared = Arc::clone(&self.shared);
-                self.later(id, async move { protocol::outcome(shutdown_all(&shared).await) }).await
+                return self.later(id, async move { protocol::outcome(shutdown_all(&shared).await) }).await;
             }
-            Request::Subscribe => self.subscribe(id).await,
-            Request::List => self.say(self.list(), id).await,
-            Request::Version => self.say(self.version(), id).await,
+            Request::Subscribe => return self.subscribe(id).await,
+            Request::List => {
+                self.slot(LARGE).await.fill(self.list(), id.as_ref());
+                return true;
+            }
+            Request::Version => self.version(),
             Request::EnableMachine(machine) => {
                 machine.enable();
-                self.say(json!({"success": true}), id).await
+                json!({"success": true})
             }
             Request::SetEnabled(enabled) => {
                 self.shared.enabled.store(enabled, Ordering::SeqCst);
                 tracing::warn!(enabled, "the machinery manager was switched");
-                self.say(json!({"success": true}), id).await
+                json!({"success": true})
             }
-        }
+        };
+        self.say(answer, id).await
     }
 
     async fn refuse(&self, refusal: Refusal, id: Option<Value>) -> GoOn {
@@ -159,52 +176,37 @@ impl Connection {
     }
 
     async fn say(&self, answer: Value, id: Option<Value>) -> GoOn {
-        self.answers.send(protocol::line(answer, id.as_ref())).await.is_ok()
+        self.slot(1).await.fill(answer, id.as_ref());
+        true
     }
 
     async fn say_and_close(&self, answer: Value, id: Option<Value>) -> GoOn {
         self.say(answer, id).await;
-        // Nobody is left to tell if this fails.
-        let _ = self.answers.send(Vec::new()).await;
+        self.slot(1).await.send(Vec::new());
         false
+    }
+
+    /// A place for one line, as soon as the budget has room for it.
+    async fn slot(&self, share: u32) -> Slot {
+        let share = Arc::clone(&self.budget).acquire_many_owned(share).await;
+        Slot { lines: self.lines.clone(), share: share.ok() }
     }
 
     /// Answers when `answer` is there, without holding up the requests that follow.
     async fn later(&self, id: Option<Value>, answer: impl Future<Output = Value> + Send + 'static) -> GoOn {
-        let Ok(permit) = Arc::clone(&self.under_way).acquire_owned().await else { return false };
-        let answers = self.answers.clone();
-        tokio::spawn(async move {
-            let line = protocol::line(answer.await, id.as_ref());
-            // The client may have left; the action has run all the same.
-            let _ = answers.send(line).await;
-            drop(permit);
-        });
+        let slot = self.slot(1).await;
+        tokio::spawn(async move { slot.fill(answer.await, id.as_ref()) });
         true
     }
 
     async fn subscribe(&mut self, id: Option<Value>) -> GoOn {
-        if self.subscribed {
+        if self.subscription.is_some() {
             return self.say(protocol::failure("this connection has subscribed already"), id).await;
         }
-        self.subscribed = true;
-        let mut events = self.shared.events.subscribe();
-        let answers = self.answers.clone();
+        let events = self.shared.events.subscribe();
         let go_on = self.say(json!({"success": true}), id).await;
-        tokio::spawn(async move {
-            loop {
-                let line = tokio::select! {
-                    event = events.recv() => match event {
-                        Ok(event) => json!(event),
-                        Err(RecvError::Lagged(count)) => json!({"event": "lost", "count": count}),
-                        Err(RecvError::Closed) => return,
-                    },
-                    () = answers.closed() => return,
-                };
-                if answers.send(protocol::line(line, None)).await.is_err() {
-                    return;
-                }
-            }
-        });
+        let forward = forward(events, self.lines.clone(), Arc::clone(&self.budget));
+        self.subscription = Some(tokio::spawn(forward));
         go_on
     }
 
@@ -226,6 +228,43 @@ impl Connection {
             "interface": machinery::host::interface_version(),
             "machineries": machineries,
         })
+    }
+}
+
+/// A place for one line to the client.
+struct Slot {
+    lines: UnboundedSender<Outgoing>,
+    /// None only when the connection is being torn down.
+    share: Option<OwnedSemaphorePermit>,
+}
+
+impl Slot {
+    fn fill(self, answer: Value, id: Option<&Value>) {
+        self.send(protocol::line(answer, id));
+    }
+
+    fn send(self, line: Vec<u8>) {
+        if let Some(share) = self.share {
+            // The client may have left.
+            let _ = self.lines.send(Outgoing { line, _share: share });
+        }
+    }
+}
+
+/// Forwards events until it is aborted, with its connection.
+async fn forward(
+    mut events: broadcast::Receiver<Event>,
+    lines: UnboundedSender<Outgoing>,
+    budget: Arc<Semaphore>,
+) {
+    loop {
+        let event = match events.recv().await {
+            Ok(event) => json!(event),
+            Err(RecvError::Lagged(count)) => json!({"event": "lost", "count": count}),
+            Err(RecvError::Closed) => return,
+        };
+        let share = Arc::clone(&budget).acquire_owned().await.ok();
+        Slot { lines: lines.clone(), share }.fill(event, None);
     }
 }
 
@@ -254,12 +293,19 @@ async fn shutdown_all(shared: &Shared) -> Outcome {
         let status = machine.status();
         status.busy || status.state != State::Poweroff
     });
-    let orders: Vec<_> = on.map(|machine| shared.workers.order(machine, Action::Stop)).collect();
+    let (outcomes, mut answered) = mpsc::unbounded_channel();
+    for machine in on {
+        let outcomes = outcomes.clone();
+        let answer = Answer::to(move |outcome: Outcome| {
+            // Whoever asked for all this may have left.
+            let _ = outcomes.send(outcome);
+        });
+        shared.workers.order(machine, Action::Stop, answer);
+    }
+    drop(outcomes);
     let mut failures = Vec::new();
-    for order in orders {
-        if let Err(reason) = outcome_of(order.await) {
-            failures.push(reason);
-        }
+    while let Some(outcome) = answered.recv().await {
+        failures.extend(outcome.err());
     }
     if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
 }

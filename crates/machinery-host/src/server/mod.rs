@@ -18,6 +18,8 @@ use std::time::Duration;
 
 use machinery::{Error, Result, SocketPath};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use crate::actions::worker::Workers;
 use crate::events::Events;
@@ -38,6 +40,8 @@ pub struct Shared {
     pub events: Events,
     /// While false, everything but `stop` is refused.
     pub enabled: AtomicBool,
+    /// True once nothing more will happen: connections write what they have, and close.
+    pub ending: watch::Sender<bool>,
 }
 
 impl Shared {
@@ -83,14 +87,16 @@ pub fn remove(path: &Path) {
     }
 }
 
-/// Serves connections for as long as it is polled.
-pub async fn serve(listener: UnixListener, shared: Arc<Shared>) {
+/// Takes connections for as long as it is polled, and serves each as a task of `connections`.
+pub async fn serve(listener: &UnixListener, shared: &Arc<Shared>, connections: &mut JoinSet<()>) {
     let counter = Arc::new(Counter::default());
     loop {
+        // Those that have ended are forgotten.
+        while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => match counter.admit(&stream) {
                 Some(place) => {
-                    tokio::spawn(connection::serve(stream, Arc::clone(&shared), place));
+                    connections.spawn(connection::serve(stream, Arc::clone(shared), place));
                 }
                 None => tracing::warn!("a connection was refused: its process holds too many"),
             },

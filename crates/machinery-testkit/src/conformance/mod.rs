@@ -27,6 +27,9 @@
 //! # Ok(()) }
 //! ```
 //!
+//! One promise needs a host that dies, and so a process of its own: that `load` clears away what
+//! such a host has left. The tests of a plugin that leaves anything have to try it themselves.
+//!
 //! | room | what it holds |
 //! | --- | --- |
 //! | `subject` | what an author tells of the backend |

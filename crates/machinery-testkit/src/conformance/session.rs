@@ -78,8 +78,8 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let ended = if self.ended.load(Ordering::Relaxed) { Ok(()) } else { self.end() };
-        let suite = self.suite;
-        ended.and(self.abandon())?;
+        let (suite, instance) = (self.suite, self.instance);
+        ended.and(suite.ask("dropping the machinery", GRACE, move || drop(instance)))?;
         suite.nothing_is_left("after shutdown")
     }
 
@@ -89,12 +89,6 @@ impl<'a> Session<'a> {
         let stopped = self.stop_all();
         // Also after a machine that could not be stopped: it may be the last way to be rid of it.
         stopped.and(self.answer("shutdown", Instance::shutdown))
-    }
-
-    /// Ends the session as a host does that is killed: without a word.
-    pub fn abandon(self) -> Result {
-        let (suite, instance) = (self.suite, self.instance);
-        suite.ask("dropping the machinery", GRACE, move || drop(instance))
     }
 
     fn stop_all(&self) -> Result {
@@ -216,10 +210,15 @@ impl<'a> Session<'a> {
         self.suite.nothing_is_left(when)
     }
 
-    /// Demands that there is nothing at the path.
+    /// Demands that there is nothing at the path, which is in the session's folder, nor anything
+    /// beside it with a longer name: half a file under another name is still half a file.
     pub fn nothing_is_at(&self, path: &Path) -> Result {
-        let there = path.symlink_metadata().is_ok();
-        demand!(!there, "something was left at {}", path.display());
+        let wanted = path.file_name().unwrap_or_default().to_string_lossy();
+        let entries =
+            self.folder.path().read_dir().map_err(|error| failed("looking into a folder", &error))?;
+        let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let left: Vec<String> = names.filter(|name| name.contains(&*wanted)).collect();
+        demand!(left.is_empty(), "beside or at {} was left: {}", path.display(), left.join(", "));
         Ok(())
     }
 

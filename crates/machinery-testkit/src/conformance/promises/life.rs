@@ -18,19 +18,6 @@ pub fn off_after_load(session: &Session) -> Result {
     session.nothing_is_left("after load")
 }
 
-/// What a host that died has left is cleared away when the next one loads the machinery.
-pub fn clean_after_abandon(session: &Session) -> Result {
-    let machine = session.machine();
-    // The session that the suite itself has open holds the machinery, as no other host may.
-    session.end()?;
-    let abandoned = Session::load(session.suite())?;
-    abandoned.restore(machine)?;
-    abandoned.abandon()?;
-    let next = Session::load(session.suite())?;
-    let clean = off_after_load(&next).and_then(|()| next.restore(machine));
-    clean.and(next.close())
-}
-
 /// After shutdown nothing is left, and whoever calls all the same does no harm.
 pub fn shutdown(session: &Session) -> Result {
     let machine = session.machine();

@@ -34,7 +34,6 @@ pub const PROMISES: &[(&str, Promise)] = &[
     ("death", trouble::death),
     ("start_deadlines", trouble::start_deadlines),
     ("deadlines", trouble::deadlines),
-    ("clean_after_abandon", life::clean_after_abandon),
     ("shutdown", life::shutdown),
     ("reports", life::reports),
 ];

@@ -1,0 +1,348 @@
+//! What goes wrong with real machines: processes that die or hang, hosts that die, QEMUs that refuse,
+//! files that are spoilt, ports and space that are not there.
+//!
+//! Whatever it is, the reason tells it, nothing is left, and the machine restores again afterwards.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::{FileWatch, Happens, Lab, TinyDisk};
+use machinery_testkit::snapshot::SnapshotFormat;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+const SERIAL: &str = "serial.log";
+const MICRO: (&str, Guest, SnapshotFormat) = ("m", Guest::Micro, SnapshotFormat::Lz4);
+/// Large enough that its restore takes a while.
+const LARGE: (&str, Guest, SnapshotFormat) =
+    ("m", Guest::Linux { ram_mib: 512, noise_mib: 256 }, SnapshotFormat::Lz4);
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+fn subscribed(host: &RunningHost) -> Client {
+    let mut client = host.client().unwrap();
+    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), good());
+    client
+}
+
+/// Waits until a subscriber hears that `m` is in that state, and gives the reason it hears.
+fn hear_state(subscriber: &mut Client, state: &str) -> String {
+    loop {
+        let event = subscriber.next_message().unwrap();
+        if event["event"] == "state" && event["machine"] == "m" && event["state"] == state {
+            return event["reason"].as_str().unwrap_or_default().to_owned();
+        }
+    }
+}
+
+fn kill(process: Pid) {
+    kill_process(process, Signal::KILL).unwrap();
+}
+
+/// Its action fails, with all of these words in the reason, and nothing is left.
+#[track_caller]
+fn assert_fails(lab: &Lab, client: &mut Client, action: &str, words: &[&str]) -> String {
+    let answer = client.act(action, "m").unwrap();
+    assert_eq!(answer["success"], false, "{answer}");
+    assert_reason(&answer, &[words, &["machine 'm' failed: "]].concat());
+    lab.assert_clean();
+    let listed = client.machine("m").unwrap();
+    assert_eq!((&listed["state"], &listed["disabled_reason"]), (&json!("poweroff"), &answer["reason"]));
+    answer["reason"].as_str().unwrap().to_owned()
+}
+
+#[track_caller]
+fn assert_reason(answer: &Value, words: &[&str]) {
+    let reason = answer["reason"].as_str().unwrap();
+    for word in words {
+        assert!(reason.contains(word), "{word:?} is not in {reason:?}");
+    }
+}
+
+/// The machine is as good as new.
+#[track_caller]
+fn assert_restores(lab: &Lab, client: &mut Client) {
+    client.act("enable_machine", "m").unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    // The Linux guest says nothing after a restore.
+    if MICRO.1 == guest_of(lab) {
+        assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
+    }
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    lab.assert_clean();
+}
+
+fn guest_of(lab: &Lab) -> Guest {
+    let linux = lab.folder("m").start_args.iter().any(|arg| arg == "-kernel");
+    if linux { LARGE.1 } else { MICRO.1 }
+}
+
+/// In good order, with everything stopped.
+#[track_caller]
+fn assert_ends_well(lab: &Lab, host: &mut RunningHost) {
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+    lab.assert_clean();
+}
+
+#[test]
+fn a_machine_that_dies_is_told_at_once() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut host = lab.host().unwrap();
+    let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
+    for _ in 0..5 {
+        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        hear_state(&mut subscriber, "running");
+        let qemu = lab.qemu_of("m").unwrap();
+        let begun = Instant::now();
+        kill(qemu);
+        let reason = hear_state(&mut subscriber, "poweroff");
+        let took = begun.elapsed();
+        println!("killed, and heard {took:?} later: {reason}");
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        assert!(reason.contains("killed by signal 9"), "{reason}");
+        lab.assert_clean();
+        let state = client.act("state", "m").unwrap();
+        assert_eq!(state, json!({"success": true, "state": "poweroff"}));
+    }
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+/// Sends a restore, waits for its QEMU to come as far as `steps` tell, and kills it.
+fn killed_in_restore(lab: &Lab, client: &mut Client, steps: &[Happens<'_>]) -> Value {
+    let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
+    client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    watch.wait(steps, SOON).unwrap();
+    kill(lab.qemu_of("m").unwrap());
+    client.next_message().unwrap()
+}
+
+#[test]
+fn a_machine_that_dies_early_costs_only_its_restore() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut host = lab.host().unwrap();
+    let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
+    for _ in 0..5 {
+        let answer = killed_in_restore(&lab, &mut client, &[Happens::Opened(SERIAL)]);
+        // It may have been up already; then it dies as a running one does.
+        match answer["success"].as_bool() {
+            Some(true) => assert!(hear_state(&mut subscriber, "poweroff").contains("signal 9")),
+            _ => assert_reason(&answer, &["killed by signal 9", "restore_start of machine 'm'"]),
+        }
+        println!("{answer}");
+        lab.assert_clean();
+        assert_restores(&lab, &mut client);
+        while hear_state(&mut subscriber, "poweroff") != "" {}
+    }
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_machine_that_dies_while_it_loads_costs_only_its_restore() {
+    let lab = Lab::new(&[LARGE]).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let loading = [Happens::Opened(SERIAL), Happens::Read("memory.snapshot")];
+    let answer = killed_in_restore(&lab, &mut client, &loading);
+    println!("{answer}");
+    assert_eq!(answer["success"], false, "{answer}");
+    assert_reason(&answer, &["killed by signal 9", "restore_start of machine 'm'"]);
+    lab.assert_clean();
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn what_a_killed_host_leaves_is_cleared_by_the_next_one() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut killed = lab.host().unwrap();
+    assert_eq!(killed.client().unwrap().act("restore_start", "m").unwrap(), good());
+    killed.kill().unwrap();
+    let left = lab.leftovers().unwrap();
+    assert_eq!(left.len(), 3, "a process, its disk and its socket: {left:?}");
+    let mut host = lab.host().unwrap();
+    lab.assert_clean();
+    assert!(host.log().contains("a QEMU of a host that died is ended"), "{}", host.log());
+    let mut client = host.client().unwrap();
+    assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_machine_that_hangs_is_stopped_all_the_same() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    kill_process(lab.qemu_of("m").unwrap(), Signal::STOP).unwrap();
+    let begun = Instant::now();
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    println!("a hanging QEMU is stopped in {:?}", begun.elapsed());
+    lab.assert_clean();
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_qemu_that_refuses_its_arguments_is_quoted() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    lab.change_start_args("m", |args| args.push("-no-such-option".to_owned())).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for start in ["restore_start", "norestore_start"] {
+        let words = ["QEMU exited with code 1", "-no-such-option: invalid option", "machineinfo.json"];
+        println!("{}", assert_fails(&lab, &mut client, start, &words));
+        client.act("enable_machine", "m").unwrap();
+    }
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_port_that_is_taken_is_told_in_qemus_words() {
+    let lab = Lab::new(&[LARGE]).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let taken = TcpListener::bind((lab.folder("m").ip.as_str(), 8000)).unwrap();
+    let words = ["hostfwd=tcp", "Could not set up host forwarding rule"];
+    println!("{}", assert_fails(&lab, &mut client, "restore_start", &words));
+    drop(taken);
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+/// A program that is started as QEMU and never speaks to the monitor.
+fn assert_no_qemu(script: &str, words: &[&str]) {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml("timeouts: {restore_start: 1, norestore_start: 1}\n").unwrap();
+    lab.fake_qemu("7.2.0", script).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for start in ["restore_start", "norestore_start"] {
+        let begun = Instant::now();
+        println!("{}", assert_fails(&lab, &mut client, start, words));
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(20), "{took:?}");
+        client.act("enable_machine", "m").unwrap();
+    }
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_qemu_that_never_speaks_is_given_up() {
+    assert_no_qemu("exec tail -f \"$0\" \"$@\"", &["waited 1.0 s", "QEMU to connect its monitor"]);
+    // Its child holds on to its stderr, and ends by itself.
+    assert_no_qemu("sleep 5 & echo 'thinking' >&2; exec tail -f \"$0\"", &["waited 1.0 s", "thinking"]);
+}
+
+#[test]
+fn a_qemu_that_ends_at_once_is_told() {
+    assert_no_qemu("echo 'not today' >&2; exit 3", &["QEMU exited with code 3", "not today"]);
+    assert_no_qemu("exit 0", &["QEMU exited with code 0"]);
+    assert_no_qemu("kill -SEGV $$", &["QEMU was killed by signal 11"]);
+}
+
+#[test]
+fn a_host_that_is_told_to_end_stops_its_machines() {
+    let formats = SnapshotFormat::ALL.map(|format| (format!("{format:?}").to_lowercase(), format));
+    let machines: Vec<_> =
+        formats.iter().map(|(name, format)| (name.as_str(), Guest::Micro, *format)).collect();
+    let lab = Lab::new(&machines).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for name in lab.names() {
+        assert_eq!(client.act("restore_start", name).unwrap(), good());
+    }
+    assert_eq!(lab.leftovers().unwrap().len(), 3 * 4);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_host_that_is_told_to_end_in_a_restore_finishes_it() {
+    let lab = Lab::new(&[LARGE]).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
+    client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    watch.wait(&[Happens::Opened(SERIAL)], SOON).unwrap();
+    host.signal(Signal::TERM).unwrap();
+    assert_eq!(client.next_message().unwrap(), good());
+    assert_eq!(host.wait().unwrap().code(), Some(0), "{}", host.log());
+    lab.assert_clean();
+}
+
+#[test]
+fn a_snapshot_that_is_spoilt_is_told() {
+    for format in SnapshotFormat::ALL {
+        let lab = Lab::new(&[("m", Guest::Micro, format)]).unwrap();
+        let mut host = lab.host().unwrap();
+        let mut client = host.client().unwrap();
+        let snapshot = &lab.folder("m").snapshot;
+        let whole = fs::read(snapshot).unwrap();
+        let half = &whole[..whole.len() / 2];
+        let garbage = [&whole[..8], &vec![0x5a; half.len()]].concat();
+        let path = snapshot.display().to_string();
+        for (content, word) in [
+            (half, "truncated or corrupt"),
+            (&garbage, "truncated or corrupt"),
+            (b"PK\x03\x04", "is no memory snapshot"),
+            (b"", "is empty, so it is no memory snapshot"),
+        ] {
+            fs::write(snapshot, content).unwrap();
+            println!("{}", assert_fails(&lab, &mut client, "restore_start", &[&path, word]));
+            client.act("enable_machine", "m").unwrap();
+        }
+        fs::remove_file(snapshot).unwrap();
+        assert_fails(&lab, &mut client, "restore_start", &[&path, "No such file"]);
+        fs::write(snapshot, &whole).unwrap();
+        assert_restores(&lab, &mut client);
+        assert_ends_well(&lab, &mut host);
+    }
+}
+
+#[test]
+fn a_disk_that_is_gone_is_told() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let disk = &lab.folder("m").disk;
+    let away = disk.with_extension("away");
+    fs::rename(disk, &away).unwrap();
+    let path = disk.display().to_string();
+    for start in ["restore_start", "norestore_start"] {
+        let words = ["qemu-img", "cannot make the disposable disk", &path, "No such file or directory"];
+        println!("{}", assert_fails(&lab, &mut client, start, &words));
+        client.act("enable_machine", "m").unwrap();
+    }
+    fs::rename(&away, disk).unwrap();
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn no_space_for_the_disposable_disk_is_told() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let Some(tiny) = TinyDisk::mount(&lab, 64).unwrap() else {
+        eprintln!("NOT CHECKED: what happens without space, because this user may not mount a tmpfs");
+        return;
+    };
+    let folder = tiny.path().display().to_string();
+    lab.change_yaml("disposable_copy_dir:", &format!("disposable_copy_dir: {folder}")).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let words = ["qemu-img", "cannot make the disposable disk", &folder, "No space left", "Check the space"];
+    println!("{}", assert_fails(&lab, &mut client, "restore_start", &words));
+    assert!(Path::new(&folder).read_dir().unwrap().next().is_none());
+    assert_ends_well(&lab, &mut host);
+}

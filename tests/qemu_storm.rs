@@ -1,0 +1,104 @@
+//! Restores, many and at the same time, as a sandbox has them: none fails, each begins where it
+//! should, and the host is afterwards what it was before.
+//!
+//! Bounds for memory, threads and descriptors are generous: what is looked for is what grows with
+//! every round.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use serde_json::json;
+
+const SOON: Duration = Duration::from_secs(60);
+const ROUNDS: u32 = 50;
+
+const MACHINES: [(&str, Guest, SnapshotFormat); 4] = [
+    ("plain", Guest::Micro, SnapshotFormat::Plain),
+    ("gzip", Guest::Micro, SnapshotFormat::Gzip),
+    ("lz4", Guest::Micro, SnapshotFormat::Lz4),
+    ("zstd", Guest::Micro, SnapshotFormat::Zstd),
+];
+
+/// What a process holds.
+#[derive(Debug)]
+struct Holds {
+    files: usize,
+    threads: usize,
+    resident_kib: usize,
+    children: String,
+}
+
+impl Holds {
+    fn of(host: &RunningHost) -> Holds {
+        let proc = format!("/proc/{}", host.pid());
+        let tasks: Vec<_> = fs::read_dir(format!("{proc}/task")).unwrap().flatten().collect();
+        let status = fs::read_to_string(format!("{proc}/status")).unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        Holds {
+            files: fs::read_dir(format!("{proc}/fd")).unwrap().count(),
+            threads: tasks.len(),
+            resident_kib: resident.trim().trim_end_matches(" kB").parse().unwrap(),
+            // A thread may end meanwhile; its children are another's then.
+            children: tasks
+                .iter()
+                .map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default())
+                .collect(),
+        }
+    }
+}
+
+/// Rounds on all machines, each with a client of its own. The slowest restore is told.
+fn rounds(lab: &Lab, host: &RunningHost, rounds: u32) -> Duration {
+    let restored = lab.restored_count().unwrap();
+    thread::scope(|scope| {
+        let threads: Vec<_> = MACHINES
+            .iter()
+            .map(|(name, ..)| {
+                scope
+                    .spawn(move || (0..rounds).map(|round| one_round(lab, host, name, restored, round)).max())
+            })
+            .collect();
+        threads.into_iter().filter_map(|thread| thread.join().unwrap()).max().unwrap()
+    })
+}
+
+fn one_round(lab: &Lab, host: &RunningHost, name: &str, restored: u32, round: u32) -> Duration {
+    let mut client = host.client().unwrap();
+    let begun = Instant::now();
+    assert_eq!(client.act("restore_start", name).unwrap(), json!({"success": true}), "{name}, {round}");
+    let took = begun.elapsed();
+    assert_eq!(lab.folder(name).first_count(SOON).unwrap(), restored, "{name}, {round}");
+    assert_eq!(client.act("stop", name).unwrap(), json!({"success": true}), "{name}, {round}");
+    took
+}
+
+#[test]
+fn a_storm_of_restores_leaves_no_trace() {
+    let lab = Lab::new(&MACHINES).unwrap();
+    let mut host = lab.host().unwrap();
+    rounds(&lab, &host, 1);
+    lab.assert_clean();
+    let before = Holds::of(&host);
+    let begun = Instant::now();
+    let slowest = rounds(&lab, &host, ROUNDS - 1);
+    println!("{} restores in {:?}, slowest {slowest:?}", (ROUNDS - 1) * 4, begun.elapsed());
+    lab.assert_clean();
+    let after = Holds::of(&host);
+    println!("{before:?}\n{after:?}");
+    assert_eq!(after.children, "", "the host has children left");
+    assert!(after.files <= before.files + 8, "{before:?}, {after:?}");
+    assert!(after.threads <= before.threads + 8, "{before:?}, {after:?}");
+    assert!(after.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {after:?}");
+    assert_eq!(host.terminate().unwrap().code(), Some(0));
+    lab.assert_clean();
+    let log = host.log();
+    assert!(!log.contains("ERROR"), "{log}");
+}
