@@ -1,13 +1,10 @@
 //! `conf/machineries/example.yaml`, as types.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use machinery::config::{ConfigFile, Machines, null_as_default};
-use machinery::{Capabilities, Error, Host, MachineInfo, Result, Setup};
+use machinery::{Capabilities, Error, MachineInfo, Result, Setup};
 use serde::Deserialize;
-
-use crate::machine::Machine;
 
 /// The actions that delays and faults can be given for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -99,7 +96,7 @@ pub struct Config {
     interface: String,
     #[serde(default)]
     pub capabilities: Able,
-    machines: Machines<OwnKeys>,
+    pub machines: Machines<OwnKeys>,
 }
 
 impl Config {
@@ -133,12 +130,5 @@ impl Config {
             )
         };
         self.machines.iter().map(info).collect()
-    }
-
-    pub fn into_machines(self, host: &Host) -> Vec<Arc<Machine>> {
-        let machine = |configured: machinery::config::Configured<OwnKeys>| {
-            Arc::new(Machine::new(configured.name, configured.own, host.clone()))
-        };
-        self.machines.into_iter().map(machine).collect()
     }
 }

@@ -26,11 +26,12 @@ mod machine;
 use std::path::Path;
 use std::sync::Arc;
 
+use machinery::config::Configured;
 use machinery::{
     Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Report, Result, Setup, State,
 };
 
-use config::{Action, Config};
+use config::{Action, Config, OwnKeys};
 use machine::Machine;
 
 machinery::export_machinery!(Example);
@@ -50,7 +51,8 @@ impl Machinery for Example {
         let config = Config::read(setup)?;
         let infos = config.infos();
         let capabilities = config.capabilities.into();
-        let machines = config.into_machines(&host);
+        let machine = |keys: Configured<OwnKeys>| Arc::new(Machine::new(keys.name, keys.own, host.clone()));
+        let machines: Vec<Arc<Machine>> = config.machines.into_iter().map(machine).collect();
         tracing::info!(machines = machines.len(), "example machines are in memory");
         Ok(Example { machines, infos, capabilities })
     }

@@ -11,7 +11,8 @@
 //! | `config`, `machineinfo` | the configuration and what is wrong with it |
 //! | `machine` | one machine, and its run if it has one |
 //! | `run` | one run, from the process to its end |
-//! | `process`, `qmp` | the process, and the monitor |
+//! | `launch` | from arguments to a process whose monitor is connected |
+//! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
 //! | `snapshot`, `disk` | what a run is made of |
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
@@ -20,6 +21,7 @@
 mod check;
 mod config;
 mod disk;
+mod launch;
 mod leftovers;
 mod machine;
 mod machineinfo;
@@ -27,6 +29,7 @@ mod process;
 mod qmp;
 mod run;
 mod snapshot;
+mod states;
 mod version;
 mod views;
 

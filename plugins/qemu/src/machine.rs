@@ -8,9 +8,11 @@ use qapi::qmp;
 
 use crate::config::{Binaries, MachineFiles};
 use crate::disk::DisposableDisk;
+use crate::launch::Start;
 use crate::leftovers;
-use crate::run::{Run, Start, state_of_status};
+use crate::run::Run;
 use crate::snapshot::Snapshot;
+use crate::states::state_of_status;
 use crate::version::Version;
 use crate::views;
 

@@ -7,28 +7,26 @@
 //!  gone  ◀─ reported, then told to all who wait ◀─ disk and socket removed ◀─ process ended
 //! ```
 //!
-//! QEMU connects its monitor to a socket that we listen on: so nobody has to look again and again
-//! whether the socket is there, and it works with every QEMU back to the oldest. One thread, the
-//! watcher, reads the monitor and sees the end of the run, whoever caused it; all cleaning up
-//! happens there, in one place, and before anyone hears of the end.
+//! One thread, the watcher, reads the monitor and sees the end of the run, whoever caused it; all
+//! cleaning up happens there, in one place, and before anyone hears of the end.
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, ErrorKind, Host, Result, SocketPath, State};
+use machinery::{Deadline, Error, ErrorKind, Host, Result, State};
 use qapi::qmp;
-use rustix::net::SocketFlags;
 use serde_json::Value;
 
 use crate::disk::{self, DisposableDisk};
+use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
 use crate::qmp::{Event, Qmp, wait};
 use crate::snapshot::{self, Snapshot};
+use crate::states::state_of_event;
 use crate::version::Version;
 
 /// How long QEMU may take to end after its monitor has closed, before it is ended.
@@ -39,19 +37,6 @@ const AFTER_QUIT: Duration = Duration::from_secs(3);
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How long a process may take to end after SIGKILL, before that is an error.
 const AFTER_KILL: Duration = Duration::from_secs(10);
-
-/// What a run is started with.
-pub struct Start<'a> {
-    pub machine: &'a str,
-    pub program: &'a Path,
-    pub version: Version,
-    /// The machine's own arguments, with the disposable disk in its place.
-    pub args: Vec<String>,
-    pub disk: DisposableDisk,
-    pub socket: &'a Path,
-    /// Loaded before the guest runs; none is a cold boot.
-    pub snapshot: Option<Snapshot>,
-}
 
 /// A run. It exists from the moment its monitor answers.
 pub struct Run {
@@ -283,85 +268,6 @@ impl Run {
     }
 }
 
-/// Starts QEMU and waits until it has connected its monitor.
-fn connect(start: &Start<'_>, deadline: Deadline) -> Result<(Process, UnixStream)> {
-    let failed = |error: io::Error| Error::io("make the monitor's socket", start.socket, &error);
-    disk::remove(start.socket)?;
-    let socket = SocketPath::new(start.socket).map_err(failed)?;
-    let listener = UnixListener::bind(socket.address()).map_err(failed)?;
-    let connected = launch(start, &socket, listener, deadline);
-    if connected.is_err() {
-        // The error at hand is the one to tell.
-        let _ = disk::remove(start.socket);
-    }
-    connected
-}
-
-fn launch(
-    start: &Start<'_>,
-    socket: &SocketPath,
-    listener: UnixListener,
-    deadline: Deadline,
-) -> Result<(Process, UnixStream)> {
-    let args = start.args.iter().cloned().chain(our_args(socket, start.snapshot.is_some()));
-    let process = Process::start(start.program, args, start.machine)?;
-    match accept(&listener.into(), process.handle(), deadline) {
-        Ok(stream) => Ok((process, stream)),
-        Err(error) => {
-            let grace = if error.kind() == ErrorKind::Failed { AFTER_MONITOR } else { Duration::ZERO };
-            let end = process.end(grace);
-            Err(with_words(error, &end))
-        }
-    }
-}
-
-/// What is added to the machine's own arguments.
-fn our_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
-    // A comma would end the value; QEMU reads two as one.
-    let address = socket.address().display().to_string().replace(',', ",,");
-    let chardev = format!("socket,id=cuckoo-monitor,path={address}");
-    let mut args = vec!["-chardev", &chardev, "-mon", "chardev=cuckoo-monitor,mode=control"];
-    // Paused until all is ready, on a cold boot too.
-    args.extend(["-monitor", "none", "-S"]);
-    if incoming {
-        args.extend(["-incoming", "defer"]);
-    }
-    args.into_iter().map(str::to_owned).collect()
-}
-
-/// Waits for that process to connect; others who find the socket are turned away.
-fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<UnixStream> {
-    let failed = |error: io::Error| Error::environment(format!("cannot wait for QEMU's monitor: {error}"));
-    loop {
-        match process.ended_before(listener, deadline.remaining()).map_err(failed)? {
-            None => return Err(deadline.timeout("QEMU to connect its monitor")),
-            Some(true) => return Err(Error::failed("QEMU ended before its monitor was connected")),
-            Some(false) => {}
-        }
-        let stream = UnixStream::from(
-            rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(|e| failed(e.into()))?,
-        );
-        let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
-        if peer.pid.as_raw_nonzero().get().cast_unsigned() == process.pid() {
-            return Ok(stream);
-        }
-        tracing::warn!(
-            pid = peer.pid.as_raw_nonzero().get(),
-            "a stranger at the monitor's socket was turned away"
-        );
-    }
-}
-
-/// Adds what QEMU said at its end to the error of what was being done.
-fn with_words(error: Error, end: &End) -> Error {
-    match end.last_words() {
-        Some(words) => error
-            .detail(&words)
-            .advice("Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are"),
-        None => error,
-    }
-}
-
 /// A migration that has come to its end: well, or with the reason why not.
 fn migration_end(event: &Event) -> Option<Result<(), String>> {
     if event.name != "MIGRATION" {
@@ -374,69 +280,10 @@ fn migration_end(event: &Event) -> Option<Result<(), String>> {
     }
 }
 
-/// What an event says about the machine's state. Source: QEMU's qapi/run-state.json, block-core.json.
-fn state_of_event(event: &Event) -> Option<(State, String)> {
-    let action = || event.data["action"].as_str().unwrap_or("").to_owned();
-    Some(match event.name.as_str() {
-        "RESUME" => (State::Running, String::new()),
-        "SUSPEND" => (State::Suspended, "the guest suspended itself".to_owned()),
-        "WAKEUP" => (State::Running, "the guest woke up".to_owned()),
-        "SHUTDOWN" => (State::Stopping, String::new()),
-        "GUEST_PANICKED" => (State::Error, format!("the guest crashed (QEMU: {})", action())),
-        "MEMORY_FAILURE" => (State::Error, "the host's memory failed under the guest".to_owned()),
-        "WATCHDOG" if action() == "pause" => (State::Error, "the guest's watchdog expired".to_owned()),
-        "BLOCK_IO_ERROR" if action() == "stop" => {
-            let why = event.data["reason"].as_str().unwrap_or("no reason given");
-            (State::Error, format!("the disk failed and the guest was paused: {why}"))
-        }
-        _ => return None,
-    })
-}
-
-/// The state that `query-status` tells. Source: `RunState` in QEMU's qapi/run-state.json.
-///
-/// # Errors
-/// It is one that has no name here.
-pub fn state_of_status(status: &str) -> Result<State> {
-    Ok(match status {
-        "running" => State::Running,
-        "inmigrate" => State::Starting,
-        "paused" | "postmigrate" | "prelaunch" | "finish-migrate" | "save-vm" | "restore-vm" => State::Paused,
-        "suspended" => State::Suspended,
-        "shutdown" => State::Stopping,
-        "guest-panicked" | "internal-error" | "io-error" | "watchdog" => State::Error,
-        other => {
-            return Err(Error::unexpected_state(format!("QEMU's state '{other}' has no meaning here"))
-                .advice("Stop the machine; if it comes again, this QEMU is too new for this plugin"));
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn every_state_of_qemu_has_a_meaning() {
-        for status in <qapi::qmp::RunState as qapi::Enum>::NAMES {
-            // A replication and a debugger, which nothing here starts.
-            let foreign = ["colo", "debug"].contains(status);
-            assert_ne!(state_of_status(status).is_ok(), foreign, "{status}");
-        }
-        assert!(state_of_status("levitating").unwrap_err().to_string().contains("levitating"));
-    }
-
-    #[test]
-    fn accidents_are_told_with_their_reason() {
-        let event = |name: &str, data| state_of_event(&Event { name: name.into(), data });
-        let (state, why) =
-            event("BLOCK_IO_ERROR", json!({"action": "stop", "reason": "No space left on device"})).unwrap();
-        assert_eq!(state, State::Error);
-        assert!(why.contains("No space left"), "{why}");
-        assert!(event("BLOCK_IO_ERROR", json!({"action": "report"})).is_none());
-        assert!(event("NEWER_THAN_US", json!({})).is_none());
-    }
 
     #[test]
     fn a_migration_ends_in_either_way() {

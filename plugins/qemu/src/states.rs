@@ -1,0 +1,70 @@
+//! What QEMU's states and events mean for a machine.
+
+use machinery::{Error, Result, State};
+
+use crate::qmp::Event;
+
+/// What an event says about the machine's state. Source: QEMU's qapi/run-state.json, block-core.json.
+pub fn state_of_event(event: &Event) -> Option<(State, String)> {
+    let action = || event.data["action"].as_str().unwrap_or("").to_owned();
+    Some(match event.name.as_str() {
+        "RESUME" => (State::Running, String::new()),
+        "SUSPEND" => (State::Suspended, "the guest suspended itself".to_owned()),
+        "WAKEUP" => (State::Running, "the guest woke up".to_owned()),
+        "SHUTDOWN" => (State::Stopping, String::new()),
+        "GUEST_PANICKED" => (State::Error, format!("the guest crashed (QEMU: {})", action())),
+        "MEMORY_FAILURE" => (State::Error, "the host's memory failed under the guest".to_owned()),
+        "WATCHDOG" if action() == "pause" => (State::Error, "the guest's watchdog expired".to_owned()),
+        "BLOCK_IO_ERROR" if action() == "stop" => {
+            let why = event.data["reason"].as_str().unwrap_or("no reason given");
+            (State::Error, format!("the disk failed and the guest was paused: {why}"))
+        }
+        _ => return None,
+    })
+}
+
+/// The state that `query-status` tells. Source: `RunState` in QEMU's qapi/run-state.json.
+///
+/// # Errors
+/// It is one that has no name here.
+pub fn state_of_status(status: &str) -> Result<State> {
+    Ok(match status {
+        "running" => State::Running,
+        "inmigrate" => State::Starting,
+        "paused" | "postmigrate" | "prelaunch" | "finish-migrate" | "save-vm" | "restore-vm" => State::Paused,
+        "suspended" => State::Suspended,
+        "shutdown" => State::Stopping,
+        "guest-panicked" | "internal-error" | "io-error" | "watchdog" => State::Error,
+        other => {
+            return Err(Error::unexpected_state(format!("QEMU's state '{other}' has no meaning here"))
+                .advice("Stop the machine; if it comes again, this QEMU is too new for this plugin"));
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_state_of_qemu_has_a_meaning() {
+        for status in <qapi::qmp::RunState as qapi::Enum>::NAMES {
+            // A replication and a debugger, which nothing here starts.
+            let foreign = ["colo", "debug"].contains(status);
+            assert_ne!(state_of_status(status).is_ok(), foreign, "{status}");
+        }
+        assert!(state_of_status("levitating").unwrap_err().to_string().contains("levitating"));
+    }
+
+    #[test]
+    fn accidents_are_told_with_their_reason() {
+        let event = |name: &str, data| state_of_event(&Event { name: name.into(), data });
+        let (state, why) =
+            event("BLOCK_IO_ERROR", json!({"action": "stop", "reason": "No space left on device"})).unwrap();
+        assert_eq!(state, State::Error);
+        assert!(why.contains("No space left"), "{why}");
+        assert!(event("BLOCK_IO_ERROR", json!({"action": "report"})).is_none());
+        assert!(event("NEWER_THAN_US", json!({})).is_none());
+    }
+}
