@@ -1,3 +1,209 @@
-//! x
+//! A wrong configuration reaches the operator as an error that says where and what, by `check` and
+//! by `serve` alike, and never as a machine that fails later.
+//!
+//! What is wrong in which way is tested in the plugin; here it is the whole way, from the file to
+//! the exit code and the words on the terminal.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+
+use machinery_testkit::guest::{DISK_PLACEHOLDER, Guest};
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use serde_json::{Value, json};
+
+/// Options that cannot stand in `start_args`.
+const REFUSED: [&str; 7] =
+    ["incoming", "monitor", "qmp", "qmp-pretty", "loadvm", "no-shutdown", "snapshot"];
+
+fn lab(names: &[&str]) -> Lab {
+    let machines: Vec<_> =
+        names.iter().map(|name| (*name, Guest::Micro, SnapshotFormat::Plain)).collect();
+    Lab::new(&machines).unwrap()
+}
+
+/// `check` and `serve` tell it, all of it, and end with the exit code for a wrong configuration.
+#[track_caller]
+fn assert_told(lab: &Lab, words: &[impl AsRef<str>]) {
+    let (check, serve) = (lab.run(&["check"]).unwrap(), lab.run(&["serve"]).unwrap());
+    for (ran, said) in [(&check, &check.stdout), (&serve, &serve.stderr)] {
+        assert_eq!(ran.code, Some(2), "{ran:?}");
+        for word in words.iter().map(AsRef::as_ref) {
+            assert!(said.contains(word), "{word:?} is not in {said}");
+        }
+    }
+}
+
+/// `check` has nothing to complain of, and a host starts.
+#[track_caller]
+fn assert_fine(lab: &Lab) {
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    let mut host = lab.host().unwrap();
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+}
+
+/// The line of `qemu.yaml` (from 1) that has `text`.
+fn line_of(lab: &Lab, text: &str) -> usize {
+    lab.yaml().unwrap().lines().position(|line| line.contains(text)).unwrap() + 1
+}
+
 #[test]
-fn x() {}
+fn what_the_lab_makes_is_fine() {
+    assert_fine(&lab(&["m", "n"]));
+}
+
+#[test]
+fn every_refused_argument_is_told_in_every_spelling() {
+    // A machine for each: all are told at once.
+    let lab = lab(&REFUSED);
+    for (before, after) in [("-", ""), ("--", ""), ("-", "=x"), ("--", "=x,y=z")] {
+        let spelt = |name: &str| format!("{before}{name}{after}");
+        for name in REFUSED {
+            lab.change_start_args(name, |args| args.push(spelt(name))).unwrap();
+        }
+        let told = REFUSED.map(|name| {
+            let path = lab.folder(name).machineinfo.display();
+            format!("{path}: start_args holds '{}', which is not allowed: ", spelt(name))
+        });
+        assert_told(&lab, &told);
+    }
+}
+
+#[test]
+fn a_monitor_does_not_come_in_by_another_door() {
+    let lab = lab(&["mon", "readconfig"]);
+    let file = lab.cwd().root().join("monitor.cfg");
+    fs::write(&file, "[mon \"m\"]\n  mode = \"control\"\n  chardev = \"c\"\n").unwrap();
+    lab.change_start_args("mon", |args| args.extend(["-mon", "c,mode=control"].map(str::to_owned))).unwrap();
+    lab.change_start_args("readconfig", |args| {
+        args.extend(["-readconfig".to_owned(), file.display().to_string()]);
+    })
+    .unwrap();
+    assert_told(&lab, &["brings in a QMP monitor by '-mon c,mode=control'", &file.display().to_string()]);
+}
+
+#[test]
+fn what_only_looks_like_a_refused_argument_is_fine() {
+    let near = [
+        "/vms/win10-snapshot/x",
+        "virtio-serial,id=a-monitor",
+        "file=/x/-incoming,format=raw",
+        "-incomingx",
+        "-snapshot-not",
+        "snapshot",
+        "-name=qmp",
+        "-monitors",
+    ];
+    let lab = lab(&["m"]);
+    lab.change_start_args("m", |args| args.extend(near.map(str::to_owned))).unwrap();
+    assert_fine(&lab);
+}
+
+#[test]
+fn arguments_that_are_none_are_told() {
+    let lab = lab(&["m"]);
+    let path = &lab.folder("m").machineinfo;
+    let args = |args: Value| json!({"machine": {"start_args": args}}).to_string();
+    for (info, told) in [
+        (args(json!(["-m", "32", "-drive", "file=/own/disk.qcow2"])), DISK_PLACEHOLDER),
+        (args(json!("-m 32")), "start_args is a single text, and has to be a list"),
+        (args(json!([])), "start_args is an empty list"),
+        (args(json!({"m": 32})), "start_args is a mapping"),
+        (args(json!(["-m", ["32"]])), "start_args holds [\"32\"], which is no argument"),
+        (args(json!(["/usr/bin/qemu-system-x86_64", DISK_PLACEHOLDER])), "without the binary"),
+        (json!({"machine": {}}).to_string(), "the key machine.start_args is missing"),
+        ("{\"machine\":\n  {\"start_args\": [,]}}".to_owned(), "not JSON: expected value at line 2"),
+    ] {
+        fs::write(path, info).unwrap();
+        let line = line_of(&lab, "machineinfo_path:");
+        let place = format!("qemu.yaml:{line}: machines.m.machineinfo_path: {}: ", path.display());
+        assert_told(&lab, &[&place, told]);
+    }
+}
+
+#[test]
+fn a_wrong_yaml_is_told_with_its_line() {
+    let lab = lab(&["m", "n"]);
+    let (m, n) = (lab.folder("m"), lab.folder("n"));
+    let path = |file: &std::path::Path| file.display().to_string();
+    let whole = lab.yaml().unwrap();
+    // What stands there, what is put there, and what is told, with the line of a text before it.
+    for (old, new, line, told) in [
+        ("interface: lo", "interface: [lo", "interface", "qemu.yaml:"),
+        ("interface: lo", "interface: lo\ninterfaces: lo", "interfaces", "unknown field `interfaces`"),
+        ("    ip:", "    colour: red\n    ip:", "  m:", "machines.m: unknown field `colour`"),
+        ("interface: lo", "interface: br-none", "interface", "interface: the network interface 'br-none'"),
+        ("    ip:", "    interface: br-none\n    ip:", "    interface", "machines.m.interface: the network"),
+        ("    ip:", "    architecture: arm64\n    ip:", "architecture", "the architecture 'arm64' is not"),
+        ("    ip:", "    agent_port: 0\n    ip:", "agent_port", "0 is not a TCP port"),
+        (&path(&m.disk), "/none/disk", "/none/disk", "machines.m.qcow2_path: cannot read the disk /none/disk"),
+        (&path(&m.snapshot), "/none/snap", "/none/snap", "cannot read the snapshot /none/snap: No such file"),
+        (&path(&m.machineinfo), "/none/info", "/none/info", "cannot read the machineinfo /none/info: No"),
+        (&path(&m.disk), &path(&m.machineinfo), "qcow2_path", "machineinfo.json is not a qcow2 disk"),
+        (&path(&m.snapshot), &path(&m.machineinfo), "snapshot_path", "so it is no memory snapshot"),
+        (&path(&lab.qemu().system), "/none/qemu", "/none/qemu", "/none/qemu is not a program"),
+        (&path(&lab.qemu().img), "/none/img", "/none/img", "/none/img is not a program"),
+        ("disposable_copy_dir:", "disposable_copy_dir: /none/d", "/none/d", "/none/d is not a folder"),
+    ] {
+        lab.write_yaml(&whole).unwrap();
+        lab.change_yaml(old, new).unwrap();
+        assert_told(&lab, &[&format!("qemu.yaml:{}: ", line_of(&lab, line)), told]);
+    }
+    // What has to be the machine's own; it is told of the one that comes later.
+    for (theirs, ours, key) in [
+        (&n.ip, &m.ip, "ip"),
+        (&path(&n.disk), &path(&m.disk), "qcow2_path"),
+        (&path(&n.snapshot), &path(&m.snapshot), "snapshot_path"),
+        (&path(&n.machineinfo), &path(&m.machineinfo), "machineinfo_path"),
+    ] {
+        lab.write_yaml(&whole.replace(theirs, ours)).unwrap();
+        assert_told(&lab, &[&format!("machines.n.{key}: "), &format!("is already the {key} of machine 'm'")]);
+    }
+    let macs = ["AA:BB:CC:DD:EE:FF", "aa:bb:cc:dd:ee:ff"].map(|mac| format!("\n    mac_address: {mac}"));
+    let with_mac = |yaml: &str, ip: &str, mac: &str| yaml.replace(ip, &format!("{ip}{mac}"));
+    lab.write_yaml(&with_mac(&with_mac(&whole, &m.ip, &macs[0]), &n.ip, &macs[1])).unwrap();
+    assert_told(&lab, &["'aa:bb:cc:dd:ee:ff' is already the mac_address of machine 'm'"]);
+    lab.write_yaml(&whole.replace("  n:\n", "  m:\n")).unwrap();
+    assert_told(&lab, &["machines.m: this machine's name is given twice"]);
+    lab.write_yaml(&whole).unwrap();
+    assert_fine(&lab);
+}
+
+#[test]
+fn a_qemu_that_is_too_old_or_none_is_told() {
+    for (version, told) in [
+        ("2.10.1", "is QEMU 2.10.1, and 2.11.0 is the oldest that works"),
+        ("unknown", "does not tell a version: QEMU emulator version unknown"),
+    ] {
+        let lab = lab(&["m"]);
+        lab.fake_qemu(version, "exit 1").unwrap();
+        assert_told(&lab, &["binaries.qemu_system_x86_64: ", told]);
+    }
+}
+
+#[test]
+fn several_problems_are_told_at_once() {
+    let lab = lab(&["m", "n"]);
+    lab.change_yaml("interface: lo", "interface: br-none").unwrap();
+    lab.change_yaml(&lab.folder("m").snapshot.display().to_string(), "/none/snapshot").unwrap();
+    lab.change_yaml(&lab.folder("n").ip, &lab.folder("m").ip).unwrap();
+    lab.change_start_args("n", |args| args.push("-snapshot".to_owned())).unwrap();
+    assert_told(&lab, &["'br-none'", "/none/snapshot", "is already the ip of machine 'm'", "'-snapshot'"]);
+}
+
+#[test]
+fn values_are_read_as_they_are_meant() {
+    let lab = lab(&["m", "n"]);
+    lab.change_yaml("platform: windows", "platform: WINDOWS").unwrap();
+    lab.change_yaml("    ip:", "    architecture: X86\n    mac_address: AA:BB:CC:DD:EE:FF\n    ip:").unwrap();
+    let host = lab.host().unwrap();
+    let m = host.client().unwrap().machine("m").unwrap();
+    let read = ["platform", "os_version", "architecture", "mac_address"].map(|key| &m[key]);
+    assert_eq!(read, ["windows", "10", "x86", "aa:bb:cc:dd:ee:ff"]);
+    assert_eq!((&m["agent_port"], &m["interface"]), (&json!(8000), &json!("lo")));
+    let n = host.client().unwrap().machine("n").unwrap();
+    assert_eq!((&n["architecture"], &n["mac_address"]), (&json!("amd64"), &Value::Null));
+}

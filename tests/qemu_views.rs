@@ -1,3 +1,216 @@
-//! x
+//! Looking at real machines: memory dumps and screenshots, which belong to the caller and leave the
+//! machine as it was, running and enabled, also where they fail.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::{Guest, micro};
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::{Lab, TinyDisk};
+use machinery_testkit::snapshot::SnapshotFormat;
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+/// Large enough that its dump takes a while.
+const LARGE: Guest = Guest::Linux { ram_mib: 512, noise_mib: 256 };
+
+/// A running machine, `m`, and what looks at it; dropped in this order.
+struct Running {
+    client: Client,
+    host: RunningHost,
+    lab: Lab,
+}
+
+fn running(guest: Guest) -> Running {
+    let lab = Lab::new(&[("m", guest, SnapshotFormat::Plain)]).unwrap();
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    Running { client, host, lab }
+}
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+impl Running {
+    fn target(&self, name: &str) -> PathBuf {
+        self.lab.cwd().root().join(name)
+    }
+
+    fn dump(&mut self, path: &Path, format: &str) -> Value {
+        let request = json!({"action": "dump_memory", "machine": "m", "path": path, "format": format});
+        self.client.ask(request).unwrap()
+    }
+
+    fn screenshot(&mut self, path: &Path) -> Value {
+        self.client.ask(json!({"action": "screenshot", "machine": "m", "path": path})).unwrap()
+    }
+
+    /// It is in the pool, and the micro guest counts on.
+    #[track_caller]
+    fn assert_runs_on(&mut self) {
+        let listed = self.client.machine("m").unwrap();
+        assert_eq!((&listed["state"], &listed["disabled"]), (&json!("running"), &json!(false)), "{listed}");
+        let machine = self.lab.folder("m");
+        machine.first_count(SOON).unwrap();
+        machine.wait_for_count(machine.last_count().unwrap() + 1, SOON).unwrap();
+    }
+
+    /// Nobody else may read it, and nothing unfinished is beside it.
+    #[track_caller]
+    fn assert_is_ours(&self, path: &Path) {
+        let (file, ours) = (fs::metadata(path).unwrap(), fs::metadata(self.lab.cwd().root()).unwrap());
+        assert_eq!((file.mode() & 0o777, file.uid()), (0o600, ours.uid()), "{}", path.display());
+        let unfinished = |left: &String| left.ends_with(".part");
+        assert!(!self.lab.leftovers().unwrap().iter().any(unfinished));
+    }
+
+    fn end(mut self) {
+        assert_eq!(self.client.act("stop", "m").unwrap(), good());
+        assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
+        self.lab.assert_clean();
+    }
+}
+
+/// The micro guest's counter in a dump. Other copies of the guest have one that does not count.
+fn counter(dump: &[u8]) -> Option<u32> {
+    let after_magic = dump.windows(12).filter_map(|bytes| bytes.strip_prefix(&micro::MAGIC));
+    after_magic.filter_map(|count| Some(u32::from_le_bytes(count.try_into().ok()?))).max()
+}
+
 #[test]
-fn x() {}
+fn a_dump_holds_the_guests_memory() {
+    let mut m = running(Guest::Micro);
+    m.assert_runs_on();
+    for name in ["dump", "dump", "another dump, with a comma=and such"] {
+        let path = m.target(name);
+        assert_eq!(m.dump(&path, "elf"), good());
+        let dump = fs::read(&path).unwrap();
+        assert!(dump.starts_with(b"\x7fELF"), "{:02x?}", &dump[..4]);
+        assert!(dump.len() >= 32 << 20, "{} bytes", dump.len());
+        let count = counter(&dump);
+        assert!(count >= Some(m.lab.restored_count().unwrap()), "{count:?}");
+        m.assert_is_ours(&path);
+        m.assert_runs_on();
+    }
+    m.end();
+}
+
+#[test]
+fn a_dumps_progress_is_told() {
+    let mut m = running(LARGE);
+    let mut subscriber = m.host.client().unwrap();
+    assert_eq!(subscriber.ask(json!({"action": "subscribe"})).unwrap(), good());
+    let begun = Instant::now();
+    let path = m.target("dump");
+    assert_eq!(m.dump(&path, "elf"), good());
+    let mut told = Vec::new();
+    while told.last() != Some(&1.0) {
+        let event = subscriber.next_message().unwrap();
+        if event["event"] == "progress" {
+            assert_eq!(event["machine"], "m");
+            told.push(event["fraction"].as_f64().unwrap());
+        }
+    }
+    println!("512 MiB in {:?}: {told:?}", begun.elapsed());
+    assert!(told.is_sorted() && told.iter().all(|fraction| (0.0..=1.0).contains(fraction)), "{told:?}");
+    assert_eq!(m.lab.folder("m").get("/", SOON).unwrap().0, 200);
+    m.end();
+}
+
+#[test]
+fn a_format_that_does_not_work_leaves_the_machine_as_it_was() {
+    let mut m = running(Guest::Micro);
+    for (format, magic) in [("kdump-zlib", &b"makedumpfile"[..]), ("win-dmp", b"PAGEDU64")] {
+        let path = m.target(format);
+        let answer = m.dump(&path, format);
+        println!("{format}: {answer}");
+        if answer["success"] == true {
+            assert!(fs::read(&path).unwrap().starts_with(magic), "{format}");
+            m.assert_is_ours(&path);
+        } else {
+            let reason = answer["reason"].as_str().unwrap();
+            assert!(reason.contains("dump_memory of machine 'm' failed: "), "{reason}");
+            assert!(!path.exists() && !m.target(&format!("{format}.part")).exists());
+        }
+        m.assert_runs_on();
+    }
+    // This guest is no Windows.
+    assert!(!m.target("win-dmp").exists());
+    m.end();
+}
+
+#[test]
+fn a_path_that_cannot_be_written_is_told() {
+    let mut m = running(Guest::Micro);
+    let (missing, folder) = (m.target("no/such/folder/file"), m.target("folder"));
+    fs::create_dir(&folder).unwrap();
+    for path in [&missing, &folder] {
+        for answer in [m.dump(path, "elf"), m.screenshot(path)] {
+            let reason = answer["reason"].as_str().unwrap();
+            assert!(reason.contains(&format!("cannot write to {}: ", path.display())), "{reason}");
+            println!("{reason}");
+            m.assert_runs_on();
+        }
+    }
+    assert!(folder.read_dir().unwrap().next().is_none() && !m.target("folder.part").exists());
+    m.end();
+}
+
+#[test]
+fn no_space_for_a_dump_is_told() {
+    let mut m = running(Guest::Micro);
+    let Some(tiny) = TinyDisk::mount(&m.lab, 1024).unwrap() else {
+        eprintln!("NOT CHECKED: what happens without space, because this user may not mount a tmpfs");
+        return;
+    };
+    let answer = m.dump(&tiny.path().join("dump"), "elf");
+    let reason = answer["reason"].as_str().unwrap();
+    println!("{reason}");
+    assert!(reason.contains("cannot dump the memory to") && reason.contains("space"), "{reason}");
+    assert!(tiny.path().read_dir().unwrap().next().is_none());
+    m.assert_runs_on();
+    drop(tiny);
+    m.end();
+}
+
+#[test]
+fn a_screenshot_is_a_png_of_the_guests_screen() {
+    let mut m = running(Guest::Micro);
+    for name in ["shot", "shot", "another, with a comma=and such"] {
+        let path = m.target(name);
+        assert_eq!(m.screenshot(&path), good());
+        let mut png = png::Decoder::new(BufReader::new(File::open(&path).unwrap())).read_info().unwrap();
+        let mut pixels = vec![0; png.output_buffer_size().unwrap()];
+        let image = png.next_frame(&mut pixels).unwrap();
+        println!("{} × {}", image.width, image.height);
+        // A text screen or a VGA one.
+        assert!((320..=1280).contains(&image.width) && (200..=1024).contains(&image.height), "{image:?}");
+        m.assert_is_ours(&path);
+        m.assert_runs_on();
+    }
+    m.end();
+}
+
+#[test]
+fn a_machine_that_is_off_shows_nothing() {
+    let mut m = running(Guest::Micro);
+    assert_eq!(m.client.act("stop", "m").unwrap(), good());
+    let path = m.target("file");
+    for answer in [m.dump(&path, "elf"), m.screenshot(&path)] {
+        let reason = answer["reason"].as_str().unwrap();
+        assert!(reason.contains("powered off") && reason.contains("Start it first"), "{reason}");
+    }
+    assert!(!path.exists());
+    let listed = m.client.machine("m").unwrap();
+    assert_eq!((&listed["state"], &listed["disabled"]), (&json!("poweroff"), &json!(false)));
+    m.end();
+}

@@ -4,6 +4,7 @@
 //! the build, then the task itself. A task says every command that it runs, and ends with the exit
 //! code of the one that failed.
 
+mod bench;
 mod demo;
 mod leftovers;
 mod packages;
@@ -24,12 +25,15 @@ enum Task {
     Test(test::Options),
     /// Show the machinery host at work with a real machine; installs and builds what it needs
     Demo(demo::Options),
+    /// Measure restores beside QEMU alone, in one run
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Task::parse() {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
+        Task::Bench(options) => bench::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,7 @@
 //! Where the build has put the program and the plugins.
 //!
-//! A test runs as `<target>/<profile>/deps/<name>-<hash>`, and what it tests lies two folders above
-//! it. Cargo builds no shared libraries and no programs of other packages for a test, so that has to
+//! A program runs as `<target>/<profile>/<name>`, and what it looks for lies beside it; a test runs
+//! in the folder `deps` there. Cargo builds no shared libraries and no programs of other packages for a test, so that has to
 //! be done first, and the error says so.
 
 use std::env;
@@ -12,9 +12,13 @@ use crate::error::{Context, Error};
 
 /// The folder of everything that was built.
 pub fn folder() -> Result<PathBuf> {
-    let test = env::current_exe().context(|| "looking for the build's folder".to_owned())?;
-    let folder = test.parent().and_then(Path::parent).map(Path::to_owned);
-    folder.ok_or_else(|| Error::new(format!("{} is not in a build's folder", test.display())))
+    let own = env::current_exe().context(|| "looking for the build's folder".to_owned())?;
+    let folder = match own.parent() {
+        Some(folder) if folder.ends_with("deps") => folder.parent(),
+        folder => folder,
+    };
+    let folder = folder.map(Path::to_owned);
+    folder.ok_or_else(|| Error::new(format!("{} is not in a build's folder", own.display())))
 }
 
 /// The program `cuckoo-machinery`.

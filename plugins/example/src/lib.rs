@@ -75,8 +75,8 @@ impl Machinery for Example {
         self.infos.clone()
     }
 
-    fn state(&self, machine: &str, _: Deadline) -> Result<State> {
-        self.find(machine)?.state()
+    fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
+        self.find(machine)?.state(deadline)
     }
 
     fn restore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {

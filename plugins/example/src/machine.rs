@@ -46,7 +46,8 @@ impl Machine {
         &self.name
     }
 
-    pub fn state(&self) -> Result<State> {
+    pub fn state(&self, deadline: Deadline) -> Result<State> {
+        self.wait_out(Action::State, deadline)?;
         if self.fault(Action::State).is_some() {
             return Err(Error::failed("configured to fail").machine(&self.name));
         }
@@ -121,11 +122,15 @@ impl Machine {
         if self.lock().run.is_some() { State::Running } else { State::Poweroff }
     }
 
-    /// Waits out the configured delay, then does what is configured to go wrong.
-    fn suffer(&self, action: Action, deadline: Deadline) -> Result<Option<Fault>> {
+    fn wait_out(&self, action: Action, deadline: Deadline) -> Result<()> {
         let delay = Duration::from_millis(self.keys.delays_ms.get(&action).copied().unwrap_or(0));
         thread::sleep(delay.min(deadline.remaining()));
-        deadline.check("the configured delay").map_err(|error| error.machine(&self.name))?;
+        deadline.check("the configured delay").map_err(|error| error.machine(&self.name))
+    }
+
+    /// Waits out the configured delay, then does what is configured to go wrong.
+    fn suffer(&self, action: Action, deadline: Deadline) -> Result<Option<Fault>> {
+        self.wait_out(action, deadline)?;
         let fault = self.fault(action);
         match fault {
             None | Some(Fault::Lie) => Ok(fault),
@@ -233,7 +238,7 @@ mod tests {
         let error = machine.start(Action::RestoreStart, soon()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Failed);
         machine.start(Action::RestoreStart, soon()).unwrap();
-        assert_eq!(machine.state().unwrap(), State::Running);
+        assert_eq!(machine.state(soon()).unwrap(), State::Running);
     }
 
     #[test]

@@ -177,6 +177,17 @@ fn a_death_that_nobody_is_told_of_is_found_out() {
 }
 
 #[test]
+fn a_machine_that_ends_in_the_middle_of_its_run_is_found_out() {
+    // The sign of life is that it ends: what is told of that comes while the suite looks on.
+    let ended = |example: &Instance, machine: &str| {
+        example.stop(machine, Deadline::after(PATIENCE))?;
+        Ok(())
+    };
+    let report = tried(&["restore_start", "screenshot"], "", &subject().alive(ended));
+    assert_eq!(report.broken(), ["restore_start", "screenshot"], "{report}");
+}
+
+#[test]
 fn what_is_left_on_the_host_is_found_out() {
     let littering = subject().leftovers(|| Ok(vec!["a disk".to_owned()]));
     let names = ["off_after_load", "stop", "failed_start", "shutdown"];

@@ -113,6 +113,24 @@ impl Qmp {
         }
     }
 
+    /// Gives QEMU an open file that it can open again by the path that `use_it` gets. QEMU keeps no
+    /// hold of it afterwards.
+    pub fn with_path<T>(
+        &self,
+        file: BorrowedFd<'_>,
+        deadline: Deadline,
+        use_it: impl FnOnce(String) -> Result<T>,
+    ) -> Result<T> {
+        let answer =
+            self.execute_with(&qmp::add_fd { fdset_id: None, opaque: None }, Some(file), deadline)?;
+        let Some(fdset_id) = answer["fdset-id"].as_i64() else {
+            return Err(Error::failed(format!("QEMU took a file and did not say its set: {answer}")));
+        };
+        let used = use_it(format!("/dev/fdset/{fdset_id}"));
+        let removed = self.execute(&qmp::remove_fd { fdset_id, fd: None }, deadline);
+        used.and_then(|used| removed.map(|_| used))
+    }
+
     fn execute_with<C: Command>(
         &self,
         command: &C,
@@ -239,6 +257,18 @@ mod tests {
         Deadline::after(Duration::from_secs(5))
     }
 
+    /// Plays QEMU: answers the next command with `answer`, in which `ID` is replaced.
+    fn answers(qemu: UnixStream, answer: &'static str) -> std::thread::JoinHandle<UnixStream> {
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            BufReader::new(&qemu).read_line(&mut line).unwrap();
+            let command: Value = serde_json::from_str(&line).unwrap();
+            let answer = answer.replace("ID", &command["id"].to_string());
+            (&qemu).write_all(answer.as_bytes()).unwrap();
+            qemu
+        })
+    }
+
     #[test]
     fn a_newer_qemu_is_understood() {
         let (qmp, mut qemu, heard) = pair();
@@ -248,16 +278,11 @@ mod tests {
         )
         .unwrap();
         assert_eq!(wait(&events, soon(), "it", |event| event.data["x"].as_u64()).unwrap(), 1);
-        qemu.write_all(
-            b"{\"return\": {\"status\": \"levitating\"}, \"id\": 1}\n{\"return\": {}, \"id\": 99}\n",
-        )
-        .unwrap();
-        let answer = qmp.execute(&qmp::query_status {}, soon());
-        // The answer may have come before the question was on its way; then QEMU seems to be silent.
-        if let Ok(answer) = answer {
-            assert_eq!(answer["status"], "levitating");
-        }
-        drop(qemu);
+        let strange =
+            "{\"return\": {}, \"id\": 99}\n{\"return\": {\"status\": \"levitating\"}, \"id\": ID}\n";
+        let qemu = answers(qemu, strange);
+        assert_eq!(qmp.execute(&qmp::query_status {}, soon()).unwrap()["status"], "levitating");
+        drop(qemu.join().unwrap());
         assert_eq!(heard.join().unwrap(), ["WARP_DRIVE"]);
     }
 
@@ -273,24 +298,19 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_a_timeout_and_a_refusal_is_told() {
-        let (qmp, mut qemu, _heard) = pair();
-        let short = Deadline::after(Duration::from_millis(10));
-        let error = qmp.execute(&qmp::cont {}, short).unwrap_err();
+    fn silence_is_a_timeout() {
+        let (qmp, _qemu, _heard) = pair();
+        let error = qmp.execute(&qmp::cont {}, Deadline::after(Duration::from_millis(10))).unwrap_err();
         assert_eq!(error.kind(), machinery::ErrorKind::Timeout);
-        let answering = std::thread::spawn(move || {
-            let mut lines = BufReader::new(qemu.try_clone().unwrap()).lines();
-            lines.next();
-            let second: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-            let answer = format!(
-                "{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"no way\"}}, \"id\": {}}}\n",
-                second["id"]
-            );
-            qemu.write_all(answer.as_bytes()).unwrap();
-            qemu
-        });
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_qemus_words() {
+        let (qmp, qemu, _heard) = pair();
+        let refusal = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no way\"}, \"id\": ID}\n";
+        let qemu = answers(qemu, refusal);
         let text = qmp.execute(&qmp::cont {}, soon()).unwrap_err().to_string();
         assert!(text.contains("no way") && text.contains("cont"), "{text}");
-        drop(answering.join().unwrap());
+        drop(qemu.join().unwrap());
     }
 }

@@ -21,10 +21,13 @@ pub enum Format {
     Zstd,
 }
 
+/// What every snapshot begins with, once it is unpacked.
+const QEVM: &[u8] = b"QEVM";
+
 /// The first bytes of each format. Sources: QEMU's migration/savevm.c (`QEMU_VM_FILE_MAGIC`), RFC
 /// 1952, the LZ4 frame format, RFC 8878.
 const MAGIC: [(&[u8], Format); 4] = [
-    (b"QEVM", Format::Plain),
+    (QEVM, Format::Plain),
     (&[0x1f, 0x8b], Format::Gzip),
     (&[0x04, 0x22, 0x4d, 0x18], Format::Lz4),
     (&[0x28, 0xb5, 0x2f, 0xfd], Format::Zstd),
@@ -90,44 +93,34 @@ impl Snapshot {
         self.file.into()
     }
 
-    /// Starts to decompress into a pipe.
+    /// Starts to decompress into a pipe. By then it is known that a snapshot comes out: QEMU would
+    /// wait for the first byte of an empty pipe for good.
     ///
     /// # Errors
-    /// No pipe or thread can be had.
+    /// What comes out is no snapshot; no pipe or thread can be had.
     pub fn decompress(self) -> Result<(PipeReader, Feeder)> {
+        let (path, format) = (self.path.clone(), self.format);
+        let unreadable = |error: io::Error| broken(&path, format, &error.to_string());
+        let mut source = self.unpacked().map_err(unreadable)?;
+        let mut start = [0; QEVM.len()];
+        let length = read_up_to(&mut source, &mut start).map_err(unreadable)?;
+        if start[..length] != *QEVM {
+            let reason =
+                format!("what is packed in the {format} file {} is no memory snapshot", path.display());
+            return Err(Error::configuration(reason).advice("Take the snapshot anew"));
+        }
         let failed = |error: io::Error| Error::environment(format!("cannot start to decompress: {error}"));
         let (reader, writer) = io::pipe().map_err(failed)?;
         // A small pipe works as well, only slower.
         let _ = rustix::pipe::fcntl_setpipe_size(&writer, PIPE);
-        let path = self.path.clone();
-        let format = self.format;
         let thread = std::thread::Builder::new()
             .name("snapshot".to_owned())
-            .spawn(move || self.feed(writer))
+            .spawn(move || feed(QEVM.chain(source), writer))
             .map_err(failed)?;
         Ok((reader, Feeder { path, format, thread }))
     }
 
-    fn feed(self, mut pipe: PipeWriter) -> Fed {
-        let mut source = match self.unpacked() {
-            Ok(source) => source,
-            Err(error) => return Fed::Unreadable(error),
-        };
-        let mut chunk = vec![0; CHUNK];
-        loop {
-            let length = match source.read(&mut chunk) {
-                Ok(0) => return Fed::Whole,
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Fed::Unreadable(error),
-            };
-            if pipe.write_all(&chunk[..length]).is_err() {
-                return Fed::Unwanted;
-            }
-        }
-    }
-
-    fn unpacked(self) -> io::Result<Box<dyn Read>> {
+    fn unpacked(self) -> io::Result<Box<dyn Read + Send>> {
         let file = BufReader::with_capacity(CHUNK, self.file);
         Ok(match self.format {
             Format::Plain => Box::new(file),
@@ -138,7 +131,22 @@ impl Snapshot {
     }
 }
 
-fn read_up_to(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+fn feed(mut source: impl Read, mut pipe: PipeWriter) -> Fed {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let length = match source.read(&mut chunk) {
+            Ok(0) => return Fed::Whole,
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Fed::Unreadable(error),
+        };
+        if pipe.write_all(&chunk[..length]).is_err() {
+            return Fed::Unwanted;
+        }
+    }
+}
+
+fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut length = 0;
     while length < buffer.len() {
         match file.read(&mut buffer[length..])? {
@@ -220,18 +228,22 @@ mod tests {
         file
     }
 
+    /// All that comes out of a file, as QEMU would read it.
+    fn unpack(content: &[u8]) -> Result<Vec<u8>> {
+        let file = file(content);
+        let (mut reader, feeder) = Snapshot::open(file.path())?.decompress()?;
+        let mut read = Vec::new();
+        reader.read_to_end(&mut read).unwrap();
+        feeder.finish().map(|()| read)
+    }
+
     #[test]
     fn every_format_is_recognised_and_read() {
         let data = data();
         for format in ALL {
-            let file = file(&packed(format, &data));
-            let snapshot = Snapshot::open(file.path()).unwrap();
-            assert_eq!(snapshot.format(), format);
-            let (mut reader, feeder) = snapshot.decompress().unwrap();
-            let mut read = Vec::new();
-            reader.read_to_end(&mut read).unwrap();
-            assert!(read == data, "{format}");
-            feeder.finish().unwrap();
+            let packed = packed(format, &data);
+            assert_eq!(Snapshot::open(file(&packed).path()).unwrap().format(), format);
+            assert!(unpack(&packed).unwrap() == data, "{format}");
         }
     }
 
@@ -239,10 +251,7 @@ mod tests {
     fn a_truncated_one_says_so() {
         for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
             let whole = packed(format, &data());
-            let file = file(&whole[..whole.len() / 2]);
-            let (mut reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
-            let _ = io::copy(&mut reader, &mut io::sink());
-            let text = feeder.finish().unwrap_err().to_string();
+            let text = unpack(&whole[..whole.len() / 2]).unwrap_err().to_string();
             assert!(text.contains("truncated or corrupt") && text.contains(&format.to_string()), "{text}");
         }
     }
@@ -252,10 +261,19 @@ mod tests {
         let mut whole = packed(Format::Gzip, &data());
         let middle = whole.len() / 2;
         whole[middle] ^= 0x10;
-        let file = file(&whole);
-        let (mut reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
-        let _ = io::copy(&mut reader, &mut io::sink());
-        assert!(feeder.finish().is_err());
+        assert!(unpack(&whole).is_err());
+    }
+
+    #[test]
+    fn what_is_packed_has_to_be_a_snapshot() {
+        for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
+            for content in [&b""[..], b"QEV", b"something else"] {
+                let text = unpack(&packed(format, content)).unwrap_err().to_string();
+                assert!(text.contains("no memory snapshot") && text.contains(&format.to_string()), "{text}");
+            }
+            let garbage = [&packed(format, &data())[..7], &[0xff; 100]].concat();
+            assert!(unpack(&garbage).is_err(), "{format}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use machinery::{Deadline, DumpFormat, Error, Host, Result};
 use qapi::qmp;
 use serde_json::Value;
 
+use crate::qmp::Event;
 use crate::run::Run;
 
 /// How often the progress of a dump is asked for; its end is an event.
@@ -33,6 +34,7 @@ pub fn dump_memory(
     deadline: Deadline,
 ) -> Result<()> {
     let qemus = offered(run, format, deadline)?;
+    let status = run.execute(&qmp::query_status {}, deadline)?;
     let (unfinished, file) = Unfinished::create(path)?;
     // By descriptor: QEMU writes into our file, so owner and mode are the caller's.
     let name = run.qmp().pass(file.as_fd(), true, deadline)?;
@@ -46,22 +48,10 @@ pub fn dump_memory(
         length: None,
     };
     run.execute(&dump, deadline)?;
-    loop {
+    let mut dumping = Dumping { goes_on: status["running"] != true, ended: None };
+    let outcome = loop {
         match events.recv_timeout(PROGRESS.min(deadline.remaining())) {
-            Ok(event) if event.name == "DUMP_COMPLETED" => {
-                return match event.data["error"].as_str() {
-                    None => {
-                        host.progress(machine, 1.0);
-                        unfinished.finish()
-                    }
-                    Some(why) => Err(Error::failed(format!(
-                        "QEMU cannot dump the memory to {}: {why}",
-                        path.display()
-                    ))
-                    .advice("Check the space on that file system")),
-                };
-            }
-            Ok(_) => {}
+            Ok(event) => dumping.heard(&event),
             Err(RecvTimeoutError::Timeout) => {
                 deadline.check("QEMU to dump the memory")?;
                 let status = run.execute(&qmp::query_dump {}, deadline)?;
@@ -70,6 +60,38 @@ pub fn dump_memory(
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Error::failed("QEMU ended during the memory dump"));
             }
+        }
+        if dumping.goes_on
+            && let Some(outcome) = dumping.ended.take()
+        {
+            break outcome;
+        }
+    };
+    outcome.map_err(|why| {
+        Error::failed(format!("QEMU cannot dump the memory to {}: {why}", path.display()))
+            .advice("Check the space on that file system")
+    })?;
+    host.progress(machine, 1.0);
+    unfinished.finish()
+}
+
+/// What QEMU has told of a dump. The guest is held meanwhile, and goes on before or after QEMU says
+/// that it has finished.
+struct Dumping {
+    goes_on: bool,
+    ended: Option<Result<(), String>>,
+}
+
+impl Dumping {
+    fn heard(&mut self, event: &Event) {
+        match event.name.as_str() {
+            "RESUME" => self.goes_on = true,
+            "STOP" => self.goes_on = false,
+            "DUMP_COMPLETED" => {
+                let error = event.data["error"].as_str();
+                self.ended = Some(error.map_or(Ok(()), |why| Err(why.to_owned())));
+            }
+            _ => {}
         }
     }
 }
@@ -103,14 +125,11 @@ fn fraction(status: &Value) -> f64 {
 /// The machine has no screen, the file cannot be written.
 pub fn screenshot(run: &Run, path: &Path, deadline: Deadline) -> Result<()> {
     let png = run.version().screenshots_as_png();
-    let (unfinished, _file) = Unfinished::create(path)?;
-    let shot = qmp::screendump {
-        filename: unfinished.path.display().to_string(),
-        format: png.then_some(qmp::ImageFormat::png),
-        device: None,
-        head: None,
-    };
-    run.execute(&shot, deadline)?;
+    let (unfinished, file) = Unfinished::create(path)?;
+    run.qmp().with_path(file.as_fd(), deadline, |filename| {
+        let format = png.then_some(qmp::ImageFormat::png);
+        run.execute(&qmp::screendump { filename, format, device: None, head: None }, deadline)
+    })?;
     if !png {
         ppm_to_png(&unfinished.path)?;
     }

@@ -1,6 +1,6 @@
 //! Calls by name, and the bound on them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -43,6 +43,14 @@ impl Call {
             Call::DumpMemory(..) => able.dump_memory,
             Call::Screenshot(_) => able.screenshot,
             Call::Prepare => able.prepare,
+        }
+    }
+
+    /// What it writes.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Call::DumpMemory(file, _) | Call::Screenshot(file) => Some(file),
+            _ => None,
         }
     }
 

@@ -10,7 +10,18 @@ use machinery::{HostServices, LogLevel, LogRecord, State};
 pub enum Heard {
     Changed { machine: String, state: State },
     Progress { machine: String, fraction: f64 },
-    Warned(String),
+}
+
+impl Heard {
+    /// In which state the machine has ended, if that is what it says.
+    pub fn end_of(&self, wanted: &str) -> Option<State> {
+        match self {
+            Heard::Changed { machine, state: state @ (State::Poweroff | State::Error) } => {
+                (machine == wanted).then_some(*state)
+            }
+            _ => None,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -49,11 +60,7 @@ impl Ears {
 }
 
 impl HostServices for Ears {
-    fn log(&self, record: LogRecord) {
-        if record.level <= LogLevel::Warn {
-            self.hear(Heard::Warned(format!("{}: {}", record.target, record.message)));
-        }
-    }
+    fn log(&self, _: LogRecord) {}
 
     fn state_changed(&self, machine: &str, state: State, _: &str) {
         self.hear(Heard::Changed { machine: machine.to_owned(), state });
@@ -64,7 +71,7 @@ impl HostServices for Ears {
     }
 
     fn max_level(&self) -> LogLevel {
-        LogLevel::Warn
+        LogLevel::Error
     }
 }
 

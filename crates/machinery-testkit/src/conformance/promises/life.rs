@@ -43,7 +43,6 @@ pub fn reports(session: &Session) -> Result {
                 demand!(known(machine), "no machine has this name: {heard:?}");
                 demand!((0.0..=1.0).contains(fraction), "{heard:?} is not within 0 and 1");
             }
-            Heard::Warned(_) => {}
         }
     }
     Ok(())

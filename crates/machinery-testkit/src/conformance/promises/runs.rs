@@ -35,11 +35,7 @@ pub fn stop(session: &Session) -> Result {
 /// Every run begins at the snapshot, whatever the one before has done.
 pub fn clean_every_time(session: &Session) -> Result {
     for _ in 0..session.subject().rounds {
-        for machine in session.machines() {
-            session.restore(machine)?;
-            session.lives(machine)?;
-            session.stop(machine)?;
-        }
+        session.machines().try_for_each(|machine| one_run(session, machine))?;
         session.nothing_is_left("after stop")?;
     }
     Ok(())
@@ -95,13 +91,7 @@ pub fn prepare(session: &Session) -> Result {
 
 /// Different machines know nothing of each other.
 pub fn in_parallel(session: &Session) -> Result {
-    let rounds = |machine: &str| {
-        (0..session.subject().rounds).try_for_each(|_| {
-            session.restore(machine)?;
-            session.lives(machine)?;
-            session.stop(machine)
-        })
-    };
+    let rounds = |machine: &str| (0..session.subject().rounds).try_for_each(|_| one_run(session, machine));
     let results: Vec<Result> = thread::scope(|scope| {
         let threads: Vec<_> =
             session.machines().map(|machine| scope.spawn(move || rounds(machine))).collect();
@@ -125,6 +115,17 @@ pub fn state_at_any_time(session: &Session) -> Result {
         waits.push(format!("{longest_wait:?} of {start:?}"));
     }
     Err(Unmet::Failed(format!("state waits while the machine is being started: {}", waits.join(", "))))
+}
+
+/// A run like any other, of which nothing alarming is told: not even the end of the run before.
+fn one_run(session: &Session, machine: &str) -> Result {
+    session.restore(machine)?;
+    let before = session.heard().len();
+    session.lives(machine)?;
+    let heard = session.heard();
+    let alarm = heard.iter().skip(before).find(|heard| heard.end_of(machine).is_some());
+    demand!(alarm.is_none(), "{machine} runs, and yet this was told: {alarm:?}");
+    session.stop(machine)
 }
 
 /// How long a start took, and the longest that `state` took meanwhile.

@@ -1,0 +1,109 @@
+//! `cargo xtask bench`: how fast a restore is, beside QEMU alone.
+//!
+//! Times say little across machines, so both are measured in one run, in turns: QEMU as one would
+//! start it by hand (an overlay, `-incoming "exec:cat …"`, wait until the guest runs), and the host
+//! over its socket with the same machine.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::{Guest, MachineFolder, Qemu, Vm};
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+
+use crate::packages;
+use crate::run::{Result, cargo, step};
+
+/// What can be chosen.
+#[derive(clap::Args)]
+pub struct Options {
+    /// How often each is measured
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// The guest's RAM, in MiB
+    #[arg(long, default_value_t = 1024)]
+    ram: u32,
+    /// How much of it holds noise, in MiB
+    #[arg(long, default_value_t = 600)]
+    noise: u32,
+}
+
+/// Measures and shows.
+pub fn run(options: &Options) -> Result<()> {
+    packages::ensure()?;
+    step(&mut cargo(["build", "--workspace"]))?;
+    let guest = Guest::Linux { ram_mib: options.ram, noise_mib: options.noise };
+    let lab = Lab::new(&[("m", guest, SnapshotFormat::Plain)])?;
+    let machine = lab.folder("m");
+    let size = fs::metadata(&machine.snapshot).map_or(0, |file| file.len() >> 20);
+    println!("{}, guest of {} MiB, snapshot of {size} MiB, plain", lab.qemu().version()?, options.ram);
+    let mut host = lab.host()?;
+    let mut client = host.client()?;
+    let mut times = Times::default();
+    for _ in 0..options.rounds {
+        bare(lab.qemu(), machine, &mut times)?;
+        hosted(&mut client, &mut times)?;
+    }
+    host.terminate()?;
+    times.show();
+    Ok(())
+}
+
+fn bare(qemu: &Qemu, machine: &MachineFolder, times: &mut Times) -> Result<()> {
+    let overlay = machine.dir.join("bare.qcow2");
+    let begun = Instant::now();
+    qemu.overlay(&machine.disk, &overlay)?;
+    let vm = Vm::restore_through_cat(qemu, &machine.start_args, &overlay, &machine.snapshot)?;
+    times.bare_restore.push(begun.elapsed());
+    let begun = Instant::now();
+    vm.quit()?;
+    times.bare_stop.push(begun.elapsed());
+    remove(&overlay)
+}
+
+fn remove(overlay: &Path) -> Result<()> {
+    fs::remove_file(overlay).map_err(|error| format!("cannot remove {}: {error}", overlay.display()).into())
+}
+
+fn hosted(client: &mut Client, times: &mut Times) -> Result<()> {
+    for (action, into) in [("restore_start", &mut times.restore), ("stop", &mut times.stop)] {
+        let begun = Instant::now();
+        let answer = client.act(action, "m")?;
+        into.push(begun.elapsed());
+        if answer["success"] != true {
+            return Err(format!("{action} failed: {answer}").into());
+        }
+    }
+    Ok(())
+}
+
+#[derive(Default)]
+struct Times {
+    bare_restore: Vec<Duration>,
+    restore: Vec<Duration>,
+    bare_stop: Vec<Duration>,
+    stop: Vec<Duration>,
+}
+
+impl Times {
+    fn show(&mut self) {
+        println!("\n{:16}{:>12}{:>24}", "", "median", "fastest … slowest");
+        let rows = [
+            ("bare restore", &mut self.bare_restore),
+            ("restore_start", &mut self.restore),
+            ("bare quit", &mut self.bare_stop),
+            ("stop", &mut self.stop),
+        ];
+        let medians = rows.map(|(name, times)| {
+            times.sort();
+            let ms = |time: &Duration| time.as_secs_f64() * 1000.0;
+            let (median, spread) =
+                (ms(&times[times.len() / 2]), (ms(&times[0]), ms(&times[times.len() - 1])));
+            println!("{name:16}{median:9.1} ms{:12.1} … {:6.1} ms", spread.0, spread.1);
+            median
+        });
+        println!("\nrestore_start takes {:.2} times as long as QEMU alone", medians[1] / medians[0]);
+    }
+}
