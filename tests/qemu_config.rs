@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::path::Path;
 
 use machinery_testkit::guest::{DISK_PLACEHOLDER, Guest};
 use machinery_testkit::lab::Lab;
@@ -118,9 +119,8 @@ fn arguments_that_are_none_are_told() {
         ("{\"machine\":\n  {\"start_args\": [,]}}".to_owned(), "not JSON: expected value at line 2"),
     ] {
         fs::write(path, info).unwrap();
-        let line = line_of(&lab, "machineinfo_path:");
-        let place = format!("qemu.yaml:{line}: machines.m.machineinfo_path: {}: ", path.display());
-        assert_told(&lab, &[&place, told]);
+        let place = format!("qemu.yaml:{}: machines.m.machineinfo_path: ", line_of(&lab, "machineinfo_path:"));
+        assert_told(&lab, &[&place, &format!("{}: ", path.display()), told]);
     }
 }
 
@@ -128,29 +128,32 @@ fn arguments_that_are_none_are_told() {
 fn a_wrong_yaml_is_told_with_its_line() {
     let lab = lab(&["m", "n"]);
     let (m, n) = (lab.folder("m"), lab.folder("n"));
-    let path = |file: &std::path::Path| file.display().to_string();
+    let path = |file: &Path| file.display().to_string();
     let whole = lab.yaml().unwrap();
-    // What stands there, what is put there, and what is told, with the line of a text before it.
-    for (old, new, line, told) in [
-        ("interface: lo", "interface: [lo", "interface", "qemu.yaml:"),
-        ("interface: lo", "interface: lo\ninterfaces: lo", "interfaces", "unknown field `interfaces`"),
-        ("    ip:", "    colour: red\n    ip:", "  m:", "machines.m: unknown field `colour`"),
-        ("interface: lo", "interface: br-none", "interface", "interface: the network interface 'br-none'"),
-        ("    ip:", "    interface: br-none\n    ip:", "    interface", "machines.m.interface: the network"),
-        ("    ip:", "    architecture: arm64\n    ip:", "architecture", "the architecture 'arm64' is not"),
-        ("    ip:", "    agent_port: 0\n    ip:", "agent_port", "0 is not a TCP port"),
-        (&path(&m.disk), "/none/disk", "/none/disk", "machines.m.qcow2_path: cannot read the disk /none/disk"),
-        (&path(&m.snapshot), "/none/snap", "/none/snap", "cannot read the snapshot /none/snap: No such file"),
-        (&path(&m.machineinfo), "/none/info", "/none/info", "cannot read the machineinfo /none/info: No"),
-        (&path(&m.disk), &path(&m.machineinfo), "qcow2_path", "machineinfo.json is not a qcow2 disk"),
-        (&path(&m.snapshot), &path(&m.machineinfo), "snapshot_path", "so it is no memory snapshot"),
-        (&path(&lab.qemu().system), "/none/qemu", "/none/qemu", "/none/qemu is not a program"),
-        (&path(&lab.qemu().img), "/none/img", "/none/img", "/none/img is not a program"),
-        ("disposable_copy_dir:", "disposable_copy_dir: /none/d", "/none/d", "/none/d is not a folder"),
+    // What stands there, what is put there, the key that is told if it is known, and what is told.
+    for (old, new, key, told) in [
+        ("interface: lo", "interface: lo: lo", "", "mapping values are not allowed in this context"),
+        ("interface: lo", "interface: lo\ncolour: red", "", "unknown field `colour`"),
+        ("    ip:", "    colour: red\n    ip:", "machines.m", "unknown field `colour`"),
+        ("interface: lo", "interface: br-none", "interface", "interface 'br-none' does not exist"),
+        ("    ip:", "    interface: br-none\n    ip:", "machines.m.interface", "'br-none' does not exist"),
+        ("    ip:", "    architecture: arm64\n    ip:", "machines.m.architecture", "'arm64' is not supported"),
+        ("    ip:", "    agent_port: 0\n    ip:", "machines.m.agent_port", "0 is not a TCP port"),
+        (&path(&m.disk), "/none", "machines.m.qcow2_path", "cannot read the disk /none: No such file"),
+        (&path(&m.snapshot), "/none", "machines.m.snapshot_path", "cannot read the snapshot /none: No such"),
+        (&path(&m.machineinfo), "/none", "machines.m.machineinfo_path", "read the machineinfo /none: No such"),
+        (&path(&m.disk), "/etc/passwd", "machines.m.qcow2_path", "/etc/passwd is not a qcow2 disk"),
+        (&path(&m.snapshot), "/etc/passwd", "machines.m.snapshot_path", "so it is no memory snapshot"),
+        (&path(&lab.qemu().system), "/none", "binaries.qemu_system_x86_64", "/none is not a program"),
+        (&path(&lab.qemu().img), "/none", "binaries.qemu_img", "/none is not a program"),
+        ("disposable_copy_dir:", "disposable_copy_dir: /none", "disposable_copy_dir", "/none is not a folder"),
     ] {
         lab.write_yaml(&whole).unwrap();
         lab.change_yaml(old, new).unwrap();
-        assert_told(&lab, &[&format!("qemu.yaml:{}: ", line_of(&lab, line)), told]);
+        let changed = lab.yaml().unwrap();
+        let line = whole.lines().zip(changed.lines()).position(|(old, new)| old != new).unwrap() + 1;
+        let place = format!("qemu.yaml:{line}: {key}");
+        assert_told(&lab, &[place.trim_end(), told]);
     }
     // What has to be the machine's own; it is told of the one that comes later.
     for (theirs, ours, key) in [

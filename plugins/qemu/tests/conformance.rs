@@ -6,9 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -236,39 +234,4 @@ fn a_running_machine_is_something_that_could_be_left() {
         assert!(found.iter().any(|left| left.contains(what)), "no {what} in {found:?}");
     }
     qemu.stop(&lab.names[0], Deadline::after(SOON)).unwrap();
-}
-
-/// Names the lab to the process that plays the host.
-const LAB: &str = "MACHINERY_QEMU_TEST_LAB";
-
-/// Not a test: the process that is killed in the one below.
-#[test]
-#[ignore = "it is started by another test"]
-fn a_host_to_be_killed() {
-    let Some(root) = std::env::var_os(LAB) else { return };
-    let qemu = loaded(Path::new(&root));
-    for machine in qemu.machines().unwrap() {
-        qemu.restore_start(&machine.name, Deadline::after(SOON)).unwrap();
-    }
-    println!("\nrunning");
-    // Until the end: nobody writes there.
-    std::io::stdin().read_line(&mut String::new()).unwrap();
-}
-
-#[test]
-fn what_a_host_that_died_has_left_is_cleared_away() {
-    let lab = Lab::new();
-    let mut host = Command::new(std::env::current_exe().unwrap());
-    host.args(["--ignored", "--exact", "a_host_to_be_killed", "--nocapture"]).env(LAB, lab.root.path());
-    let mut host = host.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let said = BufReader::new(host.stdout.take().unwrap());
-    let runs = said.lines().map_while(Result::ok).any(|line| line == "running");
-    host.kill().unwrap();
-    host.wait().unwrap();
-    assert!(runs, "the other process did not come to run its machines");
-    assert!(!lab.leftovers().unwrap().is_empty());
-    let plugin = artifacts::plugin("qemu").unwrap();
-    let report =
-        conformance::run_some(&plugin, &lab.setup(), &lab.subject(), &["off_after_load", "restore_start"]);
-    assert!(report.all_kept(), "{report}");
 }
