@@ -37,6 +37,8 @@ pub fn run(options: &Options) -> Result<()> {
     };
     step(&mut cargo(["fmt", "--all", "--check"]))?;
     step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    let mut doc = cargo(["doc", "--no-deps", "-p", "machinery", "-p", "machinery-host"]);
+    step(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     step(&mut cargo(["build", "--workspace"]))?;
     let mark = Mark::new();
     let tests = test_commands(&options.args).into_iter().try_for_each(|args| {

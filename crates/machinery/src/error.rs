@@ -50,7 +50,8 @@ pub struct Place {
     pub key: Option<String>,
 }
 
-/// A failure with its context. See the [module text](self) for what a message holds.
+/// A failure with its context: what was being done, to which machine, what went wrong, and what to
+/// do about it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Error(Box<Parts>);

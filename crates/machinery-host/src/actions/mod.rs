@@ -1,7 +1,7 @@
 //! What can be done with a machine, by whom, and by which rules.
 //!
-//! Each machine has a [worker](worker) with a mailbox: one action at a time for one machine, in the
-//! order they came, machines in parallel. The worker runs an action by the [rules](rules) of
+//! Each machine has a [`worker`] with a mailbox: one action at a time for one machine, in the
+//! order they came, machines in parallel. The worker runs an action by the [`rules`] of
 //! Cuckoo3, and every call into a plugin goes through [`call`], which survives a plugin that does
 //! not come back.
 

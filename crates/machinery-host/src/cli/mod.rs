@@ -1,5 +1,5 @@
 //! The command line. Flags are documented where they are defined; what a person sees is made in
-//! [`show`].
+//! `show`.
 //!
 //! Exit codes: 0 done, 1 the action failed, 2 usage or configuration.
 

@@ -10,7 +10,7 @@
 //!   HostServices  ◀── ServicesAbi  (vtable) ──  services::HostOfPlugin ◀── machinery::Host
 //! ```
 //!
-//! Every arrow between the two columns ends in a panic guard ([`guard`]): a panic becomes an
+//! Every arrow between the two columns ends in a panic guard (`guard`): a panic becomes an
 //! [`Error`](crate::Error) and never unwinds across the border, where it would abort the process.
 
 mod guard;
