@@ -14,7 +14,7 @@ use crate::error::Context;
 pub const AGENT_PORT: u16 = 8000;
 
 /// Changed when masters made by an older testkit must not be used any more.
-const GENERATION: u32 = 1;
+const GENERATION: u32 = 2;
 
 /// A guest with all that it needs at hand.
 #[derive(Debug, Clone)]
