@@ -2,9 +2,10 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machinery::host::Plugin;
 use machinery::{Error, Level, Report, Result};
 use serde_json::{Value, json};
@@ -161,16 +162,19 @@ fn plugins_as_json(listed: &[(String, Result<Plugin>)], others: &[(String, PathB
     println!("{}", json!({"listed": listed, "not_listed": others}));
 }
 
-/// An action under way: a progress bar where it takes over a second on a terminal.
+/// An action under way. On a terminal, one that takes over a second shows that it goes on, and how
+/// far it is where the machinery tells.
 pub struct Progress {
     what: String,
     machine: Value,
     begun: Instant,
-    bar: Option<ProgressBar>,
     json: bool,
+    bar: ProgressBar,
+    /// Dropped when the action has ended.
+    ended: Option<mpsc::Sender<()>>,
 }
 
-/// From when on a bar is worth its line.
+/// From when on it is worth a line.
 const NOTICEABLE: Duration = Duration::from_secs(1);
 
 impl Progress {
@@ -178,37 +182,52 @@ impl Progress {
     pub fn new(request: &Value, json: bool) -> Self {
         let text = |key: &str| request[key].as_str().unwrap_or("").to_owned();
         let what = format!("{} {}", text("action"), text("machine"));
-        Progress { what, machine: request["machine"].clone(), begun: Instant::now(), bar: None, json }
+        let bar = ProgressBar::hidden().with_message(what.clone());
+        style(&bar, "{spinner} {msg} {elapsed}");
+        let ended = (!json && std::io::stderr().is_terminal()).then(|| show_later(bar.clone()));
+        Progress { what, machine: request["machine"].clone(), begun: Instant::now(), json, bar, ended }
     }
 
     /// Takes note of an event.
     pub fn heard(&mut self, event: &Value) {
-        let shows = !self.json && std::io::stderr().is_terminal() && self.begun.elapsed() >= NOTICEABLE;
-        if event["event"] != json!("progress") || event["machine"] != self.machine || !shows {
+        if event["event"] != json!("progress") || event["machine"] != self.machine {
             return;
         }
-        let what = &self.what;
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::new(1000).with_message(what.clone());
-            // Only a template of our own making could be wrong, and then the default one does.
-            match ProgressStyle::with_template("{msg} {bar:40} {percent}% {elapsed}") {
-                Ok(style) => bar.with_style(style),
-                Err(_) => bar,
-            }
-        });
+        if self.bar.length().is_none() {
+            self.bar.set_length(1000);
+            style(&self.bar, "{msg} {bar:40} {percent}% {elapsed}");
+        }
         let thousandths = event["fraction"].as_f64().unwrap_or(0.0).clamp(0.0, 1.0) * 1000.0;
-        bar.set_position(thousandths as u64);
+        self.bar.set_position(thousandths as u64);
     }
 
     /// Shows how it ended.
-    pub fn done(self, answer: &Value) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+    pub fn done(mut self, answer: &Value) {
+        self.ended.take();
+        self.bar.finish_and_clear();
         if !self.json && answer["success"] == json!(true) {
             println!("{}: done in {:.1?}", self.what, self.begun.elapsed());
         }
         plain(answer, self.json);
+    }
+}
+
+/// Shows the bar in a second, unless what is returned is dropped before.
+fn show_later(bar: ProgressBar) -> mpsc::Sender<()> {
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || {
+        if end.recv_timeout(NOTICEABLE) == Err(RecvTimeoutError::Timeout) {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            bar.enable_steady_tick(Duration::from_millis(100));
+        }
+    });
+    ended
+}
+
+fn style(bar: &ProgressBar, template: &str) {
+    // Only a template of our own making could be wrong, and then the one before does.
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
     }
 }
 
