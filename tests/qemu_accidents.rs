@@ -143,7 +143,7 @@ fn a_machine_that_dies_early_costs_only_its_restore() {
         println!("{answer}");
         lab.assert_clean();
         assert_restores(&lab, &mut client);
-        while hear_state(&mut subscriber, "poweroff") != "" {}
+        while !hear_state(&mut subscriber, "poweroff").is_empty() {}
     }
     assert_ends_well(&lab, &mut host);
 }
@@ -181,6 +181,21 @@ fn what_a_killed_host_leaves_is_cleared_by_the_next_one() {
     let mut client = host.client().unwrap();
     assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
     assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn what_a_host_leaves_that_is_killed_in_a_restore_is_cleared_too() {
+    let lab = Lab::new(&[LARGE]).unwrap();
+    let mut killed = lab.host().unwrap();
+    let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
+    killed.client().unwrap().send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    watch.wait(&[Happens::Opened(SERIAL), Happens::Read("memory.snapshot")], SOON).unwrap();
+    killed.kill().unwrap();
+    assert!(!lab.leftovers().unwrap().is_empty());
+    let mut host = lab.host().unwrap();
+    lab.assert_clean();
+    assert_restores(&lab, &mut host.client().unwrap());
     assert_ends_well(&lab, &mut host);
 }
 
@@ -251,6 +266,27 @@ fn a_qemu_that_never_speaks_is_given_up() {
 }
 
 #[test]
+fn a_wrapper_may_become_qemu() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    lab.fake_qemu("7.2.0", &format!("exec {} \"$@\"", lab.qemu().system.display())).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_restores(&lab, &mut client);
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_wrapper_that_stays_is_given_up_with_what_it_started() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml("timeouts: {restore_start: 2}\n").unwrap();
+    lab.fake_qemu("7.2.0", &format!("{} \"$@\"\nexit", lab.qemu().system.display())).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    println!("{}", assert_fails(&lab, &mut client, "restore_start", &["monitor"]));
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
 fn a_qemu_that_ends_at_once_is_told() {
     assert_no_qemu("echo 'not today' >&2; exit 3", &["QEMU exited with code 3", "not today"]);
     assert_no_qemu("exit 0", &["QEMU exited with code 0"]);
@@ -313,7 +349,7 @@ fn a_snapshot_that_is_spoilt_is_told() {
     }
 }
 
-/// Of some of these not a single byte can be unpacked, so QEMU never has anything to complain of.
+/// Of some of these not a single byte can be unpacked, and QEMU would wait for it for good.
 #[test]
 fn a_snapshot_that_turns_into_garbage_is_told_at_once() {
     for format in SnapshotFormat::ALL {
@@ -325,9 +361,11 @@ fn a_snapshot_that_turns_into_garbage_is_told_at_once() {
         for good_part in [format.magic().len(), 8, whole.len() / 2] {
             fs::write(snapshot, [&whole[..good_part], &[0x5a; 100_000]].concat()).unwrap();
             let begun = Instant::now();
-            let words = ["truncated or corrupt", &snapshot.display().to_string()];
-            println!("{}", assert_fails(&lab, &mut client, "restore_start", &words));
-            println!("told in {:?}", begun.elapsed());
+            let path = snapshot.display().to_string();
+            let reason = assert_fails(&lab, &mut client, "restore_start", &["snapshot", &path]);
+            println!("told in {:?}: {reason}", begun.elapsed());
+            let tells = ["is truncated or corrupt", "is no memory snapshot"];
+            assert!(tells.iter().any(|words| reason.contains(words)), "{reason}");
             client.act("enable_machine", "m").unwrap();
         }
         fs::write(snapshot, whole).unwrap();

@@ -30,7 +30,11 @@ struct Running {
 
 fn running(guest: Guest) -> Running {
     let lab = Lab::new(&[("m", guest, SnapshotFormat::Plain)]).unwrap();
-    let host = lab.host().unwrap();
+    // With what the machinery hears of QEMU's end, should it end.
+    let host = RunningHost::start_with(lab.cwd(), |command| {
+        command.arg("-v");
+    })
+    .unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
     Running { client, host, lab }
@@ -58,7 +62,8 @@ impl Running {
     #[track_caller]
     fn assert_runs_on(&mut self) {
         let listed = self.client.machine("m").unwrap();
-        assert_eq!((&listed["state"], &listed["disabled"]), (&json!("running"), &json!(false)), "{listed}");
+        let (state, disabled) = (&listed["state"], &listed["disabled"]);
+        assert_eq!((state, disabled), (&json!("running"), &json!(false)), "{}", self.host.log());
         let machine = self.lab.folder("m");
         machine.first_count(SOON).unwrap();
         machine.wait_for_count(machine.last_count().unwrap() + 1, SOON).unwrap();
