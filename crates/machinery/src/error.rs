@@ -201,14 +201,16 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Parts { kind: _, reason, action, machine, place, advice } = &*self.0;
-        if let Some(place) = place {
-            write!(f, "{place}: ")?;
-        }
         match (action, machine) {
             (Some(action), Some(machine)) => write!(f, "{action} of machine '{machine}' failed: ")?,
             (Some(action), None) => write!(f, "{action} failed: ")?,
-            (None, Some(machine)) => write!(f, "machine '{machine}': ")?,
-            (None, None) => {}
+            _ => {}
+        }
+        if let Some(place) = place {
+            write!(f, "{place}: ")?;
+        }
+        if let (None, Some(machine)) = (action, machine) {
+            write!(f, "machine '{machine}': ")?;
         }
         let reason = reason.trim_end().trim_end_matches('.');
         f.write_str(reason)?;
@@ -265,6 +267,10 @@ mod tests {
         };
         let error = Error::configuration("'br9' does not exist").place(place);
         assert_eq!(error.to_string(), "/c/conf/machineries/qemu.yaml:7: interface: 'br9' does not exist");
+        assert_eq!(
+            error.action("loading").to_string(),
+            "loading failed: /c/conf/machineries/qemu.yaml:7: interface: 'br9' does not exist"
+        );
     }
 
     #[test]

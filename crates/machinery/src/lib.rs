@@ -8,12 +8,42 @@
 //!
 //! Implement [`Machinery`] in plain Rust and export it; everything about the ABI is generated:
 //!
-//! ```ignore
-//! struct Example { host: machinery::Host }
+//! ```
+//! use machinery::{Capabilities, Deadline, Error, Host, MachineInfo, Machinery, Result, Setup, State};
 //!
-//! impl machinery::Machinery for Example { /* … */ }
+//! struct Nothing;
 //!
-//! machinery::export_machinery!(Example);
+//! impl Machinery for Nothing {
+//!     const NAME: &'static str = "nothing";
+//!
+//!     fn load(_: &Setup, _: Host) -> Result<Self> {
+//!         Ok(Nothing)
+//!     }
+//!     fn version(&self, _: Deadline) -> Result<String> {
+//!         Ok("none".to_owned())
+//!     }
+//!     fn capabilities(&self) -> Capabilities {
+//!         Capabilities::default()
+//!     }
+//!     fn machines(&self) -> Vec<MachineInfo> {
+//!         Vec::new()
+//!     }
+//!     fn state(&self, machine: &str, _: Deadline) -> Result<State> {
+//!         Err(Error::no_such_machine(machine))
+//!     }
+//!     fn restore_start(&self, machine: &str, _: Deadline) -> Result<()> {
+//!         Err(Error::no_such_machine(machine))
+//!     }
+//!     fn stop(&self, machine: &str, _: Deadline) -> Result<()> {
+//!         Err(Error::no_such_machine(machine))
+//!     }
+//!     fn shutdown(&self, _: Deadline) -> Result<()> {
+//!         Ok(())
+//!     }
+//! }
+//!
+//! machinery::export_machinery!(Nothing);
+//! # fn main() {}
 //! ```
 //!
 //! with `crate-type = ["cdylib"]` and a library name of `machinery_<name>`. The `example` plugin

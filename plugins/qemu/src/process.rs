@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,6 +72,9 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
+            // A group of its own: a signal from the host's terminal is not for it, and what it starts,
+            // should it be a wrapper around QEMU, can be ended with it.
+            .process_group(0)
             .spawn()
             .map_err(|error| Error::io("run", program, &error))?;
         let pidfd = i32::try_from(child.id())
@@ -106,8 +109,17 @@ impl Process {
         if !self.handle.wait(grace) {
             self.handle.kill();
         }
+        self.end_what_it_started();
         let status = self.child.wait().ok();
         End { status, killed: self.handle.killed.load(Ordering::SeqCst), stderr: self.stderr.finish() }
+    }
+
+    /// While it has not been waited for, its number cannot be anybody else's.
+    fn end_what_it_started(&self) {
+        if let Some(group) = i32::try_from(self.handle.pid).ok().and_then(Pid::from_raw) {
+            // Usually nothing but its own remains is in that group.
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
     }
 }
 
@@ -142,6 +154,11 @@ impl End {
             (true, false) => Some(format!("QEMU says: {}", self.stderr)),
             (false, _) => Some(self.describe()),
         }
+    }
+
+    /// Whether somebody killed it.
+    pub fn by_signal(&self) -> bool {
+        self.status.is_some_and(|status| status.signal().is_some())
     }
 
     pub fn was_clean(&self) -> bool {

@@ -25,7 +25,7 @@ use crate::disk::{self, DisposableDisk};
 use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
 use crate::qmp::{Event, Qmp, wait};
-use crate::snapshot::{self, Snapshot};
+use crate::snapshot::{self, Feeder, Format, Snapshot};
 use crate::states::state_of_event;
 use crate::version::Version;
 
@@ -146,7 +146,7 @@ impl Run {
         self.qmp.execute(&qmp::migrate_set_capabilities { capabilities: vec![events_on] }, deadline)?;
         let events = self.qmp.listen();
         let (path, format) = (snapshot.path().to_owned(), snapshot.format());
-        let plain = format == snapshot::Format::Plain;
+        let plain = format == Format::Plain;
         let feeder = if plain && self.version.reads_snapshot_files() {
             self.load_from(format!("file:{}", path.display()), deadline)?;
             None
@@ -160,20 +160,29 @@ impl Run {
         };
         let loaded = wait(&events, deadline, "the snapshot to be loaded", migration_end)
             .and_then(|outcome| outcome.map_err(Error::failed));
-        let loaded = loaded.map_err(|error| match error.kind() {
-            ErrorKind::Timeout => error,
-            _ => snapshot::broken(&path, format, error.reason())
-                .advice("If the file is whole, it was taken with other arguments or a newer QEMU"),
-        });
-        match (loaded, feeder) {
-            (Ok(()), Some(feeder)) => feeder.finish(),
-            // What could not be decompressed is nearer to the cause than QEMU's view of it.
-            (Err(error), Some(feeder)) => {
-                self.process.kill();
-                feeder.finish().and(Err(error))
-            }
-            (loaded, None) => loaded,
+        match loaded {
+            Ok(()) => feeder.map_or(Ok(()), Feeder::finish),
+            Err(error) => Err(self.why_not_loaded(error, feeder, &path, format)),
         }
+    }
+
+    /// Tells apart a file that cannot be unpacked, a QEMU that is too slow or was killed, and one
+    /// that does not like what it reads.
+    fn why_not_loaded(&self, error: Error, feeder: Option<Feeder>, path: &Path, format: Format) -> Error {
+        let too_slow = error.kind() == ErrorKind::Timeout;
+        // One that ends by itself gets the time to: how it ended is worth telling.
+        let end = if too_slow { None } else { self.wait_end(LAST_WORDS) };
+        if end.is_none() {
+            self.process.kill();
+        }
+        if let Some(Err(unreadable)) = feeder.map(Feeder::finish) {
+            return unreadable;
+        }
+        if too_slow || end.is_some_and(|end| end.by_signal()) {
+            return error;
+        }
+        snapshot::broken(path, format, error.reason())
+            .advice("If the file is whole, it was taken with other arguments or a newer QEMU")
     }
 
     fn pass(&self, file: OwnedFd, deadline: Deadline) -> Result<String> {
@@ -205,11 +214,12 @@ impl Run {
     /// The process does not end.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
         self.stopping.store(true, Ordering::SeqCst);
-        let quit = self.qmp.execute(&qmp::quit {}, deadline.within(AFTER_QUIT));
+        let grace = deadline.within(AFTER_QUIT);
+        let quit = self.qmp.execute(&qmp::quit {}, grace);
         if let Err(error) = &quit {
             tracing::debug!(machine = self.machine, %error, "quit was not answered");
         }
-        if self.wait_end(deadline.within(AFTER_QUIT).remaining()).is_some() {
+        if self.wait_end(grace.remaining()).is_some() {
             return Ok(());
         }
         tracing::warn!(machine = self.machine, pid = self.process.pid(), "QEMU does not quit: it is killed");

@@ -4,16 +4,16 @@
 //! nothing half-done.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Read};
+use std::io::{self, BufWriter, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, Host, Result};
 use qapi::qmp;
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use crate::qmp::Event;
 use crate::run::Run;
@@ -35,7 +35,7 @@ pub fn dump_memory(
 ) -> Result<()> {
     let qemus = offered(run, format, deadline)?;
     let status = run.execute(&qmp::query_status {}, deadline)?;
-    let (unfinished, file) = Unfinished::create(path)?;
+    let file = unfinished(path)?;
     // By descriptor: QEMU writes into our file, so owner and mode are the caller's.
     let name = run.qmp().pass(file.as_fd(), true, deadline)?;
     let events = run.qmp().listen();
@@ -68,11 +68,15 @@ pub fn dump_memory(
         }
     };
     outcome.map_err(|why| {
-        Error::failed(format!("QEMU cannot dump the memory to {}: {why}", path.display()))
-            .advice("Check the space on that file system")
+        let failed = Error::failed(format!("QEMU cannot dump the memory to {}: {why}", path.display()));
+        if why.contains("No space left") {
+            failed.advice("Free some space on that file system")
+        } else {
+            failed
+        }
     })?;
     host.progress(machine, 1.0);
-    unfinished.finish()
+    finish(file, path)
 }
 
 /// What QEMU has told of a dump. The guest is held meanwhile, and goes on before or after QEMU says
@@ -125,50 +129,37 @@ fn fraction(status: &Value) -> f64 {
 /// The machine has no screen, the file cannot be written.
 pub fn screenshot(run: &Run, path: &Path, deadline: Deadline) -> Result<()> {
     let png = run.version().screenshots_as_png();
-    let (unfinished, file) = Unfinished::create(path)?;
-    run.qmp().with_path(file.as_fd(), deadline, |filename| {
+    let file = unfinished(path)?;
+    // QEMU wants to open for writing only what was opened so.
+    let for_qemu = OpenOptions::new().write(true).open(file.path());
+    let for_qemu = for_qemu.map_err(|error| Error::io("write to", path, &error))?;
+    run.qmp().with_path(for_qemu.as_fd(), deadline, |filename| {
         let format = png.then_some(qmp::ImageFormat::png);
         run.execute(&qmp::screendump { filename, format, device: None, head: None }, deadline)
     })?;
     if !png {
-        ppm_to_png(&unfinished.path)?;
+        ppm_to_png(file.path())?;
     }
-    unfinished.finish()
+    finish(file, path)
 }
 
-/// A file beside its target, removed unless it is finished.
-struct Unfinished {
-    path: PathBuf,
-    target: PathBuf,
-}
-
-impl Unfinished {
-    fn create(target: &Path) -> Result<(Unfinished, File)> {
-        let failed = |error| Error::io("write to", target, &error);
-        let mut name =
-            target.file_name().ok_or_else(|| failed(std::io::ErrorKind::IsADirectory.into()))?.to_owned();
-        name.push(".part");
-        let path = target.with_file_name(name);
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
-        Ok((Unfinished { path, target: target.to_owned() }, file))
-    }
-
-    fn finish(self) -> Result<()> {
-        std::fs::rename(&self.path, &self.target).map_err(|error| Error::io("write to", &self.target, &error))
+/// A file beside its target, under a name nobody can foresee, for its owner alone. It is removed
+/// unless it is moved to its target.
+fn unfinished(target: &Path) -> Result<NamedTempFile> {
+    let failed = |error| Error::io("write to", target, &error);
+    let folder = target.parent().ok_or_else(|| failed(io::ErrorKind::IsADirectory.into()))?;
+    match std::fs::symlink_metadata(target) {
+        Ok(there) if !there.is_file() => Err(Error::environment(format!(
+            "cannot write to {}: something is there that is no file",
+            target.display()
+        ))
+        .advice("Name a file, or a path where nothing is")),
+        _ => tempfile::Builder::new().prefix(".unfinished-").tempfile_in(folder).map_err(failed),
     }
 }
 
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        // After `finish` there is nothing left under this name.
-        let _ = std::fs::remove_file(&self.path);
-    }
+fn finish(file: NamedTempFile, target: &Path) -> Result<()> {
+    file.persist(target).map(drop).map_err(|error| Error::io("write to", target, &error.error))
 }
 
 /// For a QEMU that writes PPM only: turns the file into PNG, in place.
@@ -232,10 +223,13 @@ mod tests {
     fn what_is_not_finished_is_gone() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("shot.png");
-        drop(Unfinished::create(&target).unwrap());
+        drop(unfinished(&target).unwrap());
         assert_eq!(folder.path().read_dir().unwrap().count(), 0);
-        Unfinished::create(&target).unwrap().0.finish().unwrap();
-        assert!(target.exists());
-        assert!(Unfinished::create(Path::new("/none/x")).err().unwrap().to_string().contains("/none/x"));
+        finish(unfinished(&target).unwrap(), &target).unwrap();
+        assert!(target.is_file());
+        // What is no file is not replaced by one.
+        let text = unfinished(folder.path()).unwrap_err().to_string();
+        assert!(text.contains("no file"), "{text}");
+        assert!(unfinished(Path::new("/none/x")).unwrap_err().to_string().contains("/none/x"));
     }
 }

@@ -212,7 +212,11 @@ fn what_cannot_be_edited_is_left_alone() {
 fn a_file_the_machinery_could_not_read_is_told_with_its_line() {
     let scratch = Scratch::new("machines:\n  old:\n    platform: a\n    ip:\n");
     let error = scratch.fails(&[two(&scratch)]);
-    assert!(error.contains("qemu.yaml:4: machines.old.ip: import failed: a value is needed"), "{error}");
+    assert!(
+        error.starts_with("import failed: ")
+            && error.contains("qemu.yaml:4: machines.old.ip: a value is needed"),
+        "{error}"
+    );
     let scratch = Scratch::new("machines: [a]\n");
     assert!(scratch.fails(&[two(&scratch)]).contains("qemu.yaml:1: machines: "));
 }
@@ -261,7 +265,7 @@ fn what_two_machines_would_share_is_told_with_both_names() {
     let old = "machines:\n  old:\n    ip: 10.0.0.2\n    platform: a\n    os_version: 8\n";
     let scratch = Scratch::new(old);
     let error = scratch.fails(&[two(&scratch)]);
-    assert!(error.contains("win7/machineinfo.json: machine.ip: import of machine 'win7'"), "{error}");
+    assert!(error.contains("win7/machineinfo.json: machine.ip: '10.0.0.2' is"), "{error}");
     assert!(error.contains("'10.0.0.2' is already the ip of machine 'old'"), "{error}");
 
     let scratch = Scratch::new("machines:\n");
@@ -308,13 +312,13 @@ fn all_missing_keys_are_named_at_once_and_all_folders_are_looked_at() {
 #[test]
 fn values_the_machinery_would_refuse_are_refused() {
     for (change, expected) in [
-        (json!({"name": "../x"}), "machine.name: import of machine '../x' failed: '../x' cannot be"),
-        (json!({"agent_port": 70000}), "machine.agent_port: import failed: '70000' is not a TCP port"),
-        (json!({"mac": "nonsense"}), "machine.mac: import of machine 'm' failed: 'nonsense' is not a MAC"),
-        (json!({"os_version": 18.1}), "machine.os_version: import failed: 18.1 is not a text"),
-        (json!({"tags": "dotnet"}), "machine.tags: import failed: \"dotnet\" is not a list"),
-        (json!({"start_args": []}), "machine.start_args: import failed: this must be a list"),
-        (json!({"disk": "."}), "machine.disk: import failed: "),
+        (json!({"name": "../x"}), "machine.name: '../x' cannot be"),
+        (json!({"agent_port": 70000}), "machine.agent_port: '70000' is not a TCP port"),
+        (json!({"mac": "nonsense"}), "machine.mac: 'nonsense' is not a MAC"),
+        (json!({"os_version": 18.1}), "machine.os_version: 18.1 is not a text"),
+        (json!({"tags": "dotnet"}), "machine.tags: \"dotnet\" is not a list"),
+        (json!({"start_args": []}), "machine.start_args: this must be a list"),
+        (json!({"disk": "."}), "machine.disk: "),
     ] {
         let scratch = Scratch::new("machines:\n");
         let error = scratch.fails(&[scratch.machine("m", "1.1.1.1", change.clone())]);
