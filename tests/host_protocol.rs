@@ -505,7 +505,10 @@ fn a_flood_of_connections_keeps_no_other_process_out() {
     let served = served(&[("m", "")]);
     let mut mine: Vec<_> = (0..300).map(|_| served.client()).collect();
     // What is beyond one process's share is closed, and the rest is of use.
-    assert!(mine.last_mut().unwrap().closed());
+    let refused = mine.last_mut().unwrap();
+    let told = refused.next_message().unwrap();
+    assert!(told["reason"].as_str().unwrap().contains("too many connections"), "{told}");
+    assert!(refused.closed());
     assert_open(&mut mine[0]);
     let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
     assert_eq!(listed.code, Some(0), "{listed:?}");

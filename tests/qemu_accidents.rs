@@ -8,13 +8,15 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
-use machinery_testkit::host::RunningHost;
+use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::lab::{FileWatch, Happens, Lab, TinyDisk};
+use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -182,6 +184,40 @@ fn what_a_killed_host_leaves_is_cleared_by_the_next_one() {
     assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
     assert_restores(&lab, &mut client);
     assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn machines_of_another_cwd_are_not_touched() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let copy = ScratchCwd::new(&[("qemu", &lab.yaml().unwrap())]).unwrap();
+    let refused = host::run(&copy, &["serve"]).unwrap();
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(
+        refused.stderr.contains("uses the disposable disk") && refused.stderr.contains("not of this CWD")
+    );
+    assert_eq!(client.ask(json!({"action": "state", "machine": "m"})).unwrap()["state"], "running");
+    assert!(lab.disposable("m").exists());
+    assert_ends_well(&lab, &mut host);
+}
+
+#[test]
+fn machines_of_another_manager_are_not_touched() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let mut killed = lab.host().unwrap();
+    assert_eq!(killed.client().unwrap().act("restore_start", "m").unwrap(), good());
+    killed.kill().unwrap();
+    // Somebody answers on the socket: then the machines are theirs, whoever started them.
+    fs::remove_file(lab.cwd().socket()).unwrap();
+    let other = UnixListener::bind(lab.cwd().socket()).unwrap();
+    let refused = lab.run(&["serve"]).unwrap();
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+    assert!(refused.stderr.contains("another machinery manager answers"), "{refused:?}");
+    assert_eq!(lab.leftovers().unwrap().len(), 3, "nothing of theirs is touched");
+    drop(other);
+    assert_ends_well(&lab, &mut lab.host().unwrap());
 }
 
 #[test]

@@ -151,6 +151,7 @@ fn a_wrong_yaml_is_told_with_its_line() {
             "machines.m.machineinfo_path",
             "read the machineinfo /none: No such",
         ),
+        (&path(&m.disk), "disk.qcow2", "machines.m.qcow2_path", "disk.qcow2 is not an absolute path"),
         (&path(&m.disk), "/etc/passwd", "machines.m.qcow2_path", "/etc/passwd is not a qcow2 disk"),
         (&path(&m.snapshot), "/etc/passwd", "machines.m.snapshot_path", "so it is no memory snapshot"),
         (&path(&lab.qemu().system), "/none", "binaries.qemu_system_x86_64", "/none is not a program"),
@@ -194,6 +195,19 @@ fn what_two_machines_share_is_told_of_the_later_one() {
     assert_told(&lab, &["'aa:bb:cc:dd:ee:ff' is already the mac_address of machine 'm'"]);
     lab.write_yaml(&whole.replace("  n:\n", "  m:\n")).unwrap();
     assert_told(&lab, &["machines.m: ", "this machine's name is given twice"]);
+}
+
+#[test]
+fn a_disk_where_a_disposable_disk_goes_is_told_and_kept() {
+    let lab = lab(&["m", "n"]);
+    // As when a disposable disk that was kept is made a machine of its own.
+    let kept = lab.disposable("m");
+    let disk = &lab.folder("n").disk;
+    fs::rename(disk, &kept).unwrap();
+    lab.change_yaml(&disk.display().to_string(), &kept.display().to_string()).unwrap();
+    assert_told(&lab, &["machines.n.qcow2_path: ", "is where the disposable disk of machine 'm' goes"]);
+    assert!(kept.exists());
+    fs::rename(&kept, disk).unwrap();
 }
 
 #[test]

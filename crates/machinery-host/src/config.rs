@@ -95,7 +95,8 @@ impl Config {
         let mut problems = Vec::new();
         let machineries = machineries(&ConfigFile::read(&cwd.cuckoo_yaml())?, &mut problems);
         let host_file = match cwd.host_yaml() {
-            path if path.exists() => Some(ConfigFile::read(&path)?),
+            // A link into nothing is a mistake, and no missing file.
+            path if path.symlink_metadata().is_ok() => Some(ConfigFile::read(&path)?),
             _ => None,
         };
         let timeouts = match &host_file {

@@ -5,6 +5,7 @@
 //! happened by itself, and every change goes out as an event.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use machinery::host::Instance;
@@ -33,7 +34,18 @@ pub struct Machine {
     /// Who drives it.
     pub machinery: Arc<Machinery>,
     status: Mutex<Status>,
+    /// Whether its plugin is being asked for its state.
+    asking: AtomicBool,
     events: Events,
+}
+
+/// The right to ask a machine's plugin for its state; one at a time has it.
+pub struct Asking(Arc<Machine>);
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.asking.store(false, Ordering::SeqCst);
+    }
 }
 
 /// What is known of a machine's doings.
@@ -47,6 +59,8 @@ pub struct Status {
     pub disabled: Option<String>,
     /// What went wrong lately, oldest first.
     pub errors: Vec<String>,
+    /// How often its plugin has reported a state.
+    pub reports: u64,
 }
 
 /// How many errors are remembered for one machine.
@@ -55,8 +69,8 @@ const ERRORS_KEPT: usize = 20;
 impl Machine {
     /// A machine that was just loaded.
     pub fn new(info: MachineInfo, machinery: Arc<Machinery>, state: State, events: Events) -> Self {
-        let status = Status { state, busy: false, disabled: None, errors: Vec::new() };
-        Machine { info, machinery, status: Mutex::new(status), events }
+        let status = Status { state, busy: false, disabled: None, errors: Vec::new(), reports: 0 };
+        Machine { info, machinery, status: Mutex::new(status), asking: AtomicBool::new(false), events }
     }
 
     /// Its name.
@@ -69,9 +83,34 @@ impl Machine {
         self.lock().clone()
     }
 
-    /// Notes a state; `reason` says why if nobody ordered it.
-    pub fn set_state(&self, state: State, reason: &str) {
+    /// The right to ask the plugin for the state, unless somebody asks already.
+    pub fn ask(self: &Arc<Self>) -> Option<Asking> {
+        let taken = self.asking.swap(true, Ordering::SeqCst);
+        (!taken).then(|| Asking(Arc::clone(self)))
+    }
+
+    /// Notes a state that was ordered.
+    pub fn set_state(&self, state: State) {
+        self.note(self.lock(), state, "");
+    }
+
+    /// Notes a state that the plugin answered, unless it has reported one since there were
+    /// `reports`: then the answer may be older than that.
+    pub fn set_answered(&self, state: State, reports: u64) {
+        let status = self.lock();
+        if status.reports == reports {
+            self.note(status, state, "");
+        }
+    }
+
+    /// Notes a state that the plugin reported by itself, and why.
+    pub fn set_reported(&self, state: State, reason: &str) {
         let mut status = self.lock();
+        status.reports += 1;
+        self.note(status, state, reason);
+    }
+
+    fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
         if status.state == state {
             return;
         }
@@ -210,7 +249,7 @@ impl HostServices for Services {
     fn state_changed(&self, machine: &str, state: State, reason: &str) {
         if let Some(machine) = self.machine(machine) {
             tracing::debug!(machine = machine.name(), %state, reason, "state reported");
-            machine.set_state(state, reason);
+            machine.set_reported(state, reason);
         }
     }
 

@@ -32,7 +32,7 @@ use crate::server::{self, Shared};
 const LETTING_GO: Duration = Duration::from_secs(30);
 /// How long clients may take at the end to read their answers.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-/// Threads beyond one for each machine: questions about states come beside the actions.
+/// Threads beyond two for each machine, one for its action and one for a question about its state.
 const SPARE_THREADS: usize = 64;
 
 /// Serves until it is told to end.
@@ -44,13 +44,15 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     make_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
     let _lock = lock(&cwd.state())?;
+    // Before any plugin clears away what it takes for the leftovers of a host that died.
+    server::expect_no_other(&cwd.manager_socket())?;
     raise_file_limit();
     let events = Events::default();
     let fleet = loader::load_all(cwd, &config, &loader::folders(plugin_dirs, cwd), &events)?;
     let machines = fleet.get().map_or(0, |fleet| fleet.machines().len());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .max_blocking_threads(machines + SPARE_THREADS)
+        .max_blocking_threads(2 * machines + SPARE_THREADS)
         .build()
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
@@ -94,7 +96,7 @@ fn raise_file_limit() {
 async fn serve(cwd: &Cwd, shared: Arc<Shared>, workers: JoinSet<()>) -> Result<()> {
     let mut end = End::new()?;
     let socket = cwd.manager_socket();
-    let listener = server::bind(&socket, &cwd.state())?;
+    let listener = server::bind(&socket)?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
     let mut connections = JoinSet::new();

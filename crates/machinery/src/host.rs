@@ -15,6 +15,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use abi_stable::abi_stability::StableAbi;
+use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
 use abi_stable::library::AbiHeaderRef;
 use abi_stable::std_types::{RResult, RString};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -47,8 +49,13 @@ pub enum OpenError {
         /// The host's, as `major.minor`.
         host: String,
     },
-    /// The versions agree and yet the two do not fit; the text says precisely where.
-    Layout(String),
+    /// The versions agree and yet the two do not fit.
+    Layout {
+        /// The plugin's, as `major.minor`.
+        plugin: String,
+        /// Precisely where.
+        why: String,
+    },
     /// It opened, and then could not say what it is.
     Manifest(Error),
 }
@@ -70,10 +77,10 @@ impl fmt::Display for OpenError {
                 "it was built for machinery interface {plugin}, this host speaks {host}. Use a plugin built for \
                  {host}, or a host of the plugin's version"
             ),
-            OpenError::Layout(why) => write!(
+            OpenError::Layout { plugin, why } => write!(
                 f,
-                "it says it is built for machinery interface {}, as this host is, but does not fit it. Rebuild the \
-                 plugin against the released interface crate. The mismatch: {why}",
+                "it says it is built for machinery interface {plugin}, which this host of {} understands, but it \
+                 does not fit. Rebuild the plugin against the released interface crate. The mismatch: {why}",
                 interface_version()
             ),
             OpenError::Manifest(why) => write!(f, "it opened, but cannot say what it is: {why}"),
@@ -110,7 +117,7 @@ impl Plugin {
                 host: interface_version(),
             });
         }
-        let module = module_of(&library)?;
+        let module = module_of(&library, interface)?;
         // Never unloaded: threads, thread-locals and the hook of the plugin point into it.
         std::mem::forget(library);
         let manifest = answer((module.manifest())()).and_then(|json| from_json(&json, "plugin's manifest"));
@@ -211,13 +218,21 @@ fn interface_of(library: &Library) -> Result<InterfaceVersion, OpenError> {
     if version.magic == InterfaceVersion::OURS.magic { Ok(version) } else { Err(OpenError::NotAPlugin) }
 }
 
-fn module_of(library: &Library) -> Result<ModuleRef, OpenError> {
+fn module_of(library: &Library, interface: InterfaceVersion) -> Result<ModuleRef, OpenError> {
     // SAFETY: `export_machinery!` defines this symbol as a `LibHeader`, which starts with the
     // `AbiHeader` that the reference stands for; `upgrade` checks it before looking further.
     let header = unsafe { library.get::<AbiHeaderRef>(b"MACHINERY_PLUGIN\0") };
     let header: AbiHeaderRef = *header.map_err(|_| OpenError::NotAPlugin)?;
-    let layout = |error: abi_stable::library::LibraryError| OpenError::Layout(error.to_string());
-    header.upgrade().map_err(layout)?.init_root_module::<ModuleRef>().map_err(layout)
+    let mismatch = |why: String| OpenError::Layout { plugin: version_text(interface), why };
+    let header = header.upgrade().map_err(|error| mismatch(error.to_string()))?;
+    let Some(theirs) = header.layout() else {
+        return Err(mismatch("the plugin was built without a description of its layout".to_owned()));
+    };
+    // In this direction: a plugin of an older minor has fewer methods than this host knows.
+    check_layout_compatibility(theirs, ModuleRef::LAYOUT).map_err(|error| mismatch(error.to_string()))?;
+    // SAFETY: the layout was checked just above.
+    let module = unsafe { header.init_root_module_with_unchecked_layout::<ModuleRef>() };
+    module.map_err(|error| mismatch(error.to_string()))
 }
 
 fn version_text(version: InterfaceVersion) -> String {

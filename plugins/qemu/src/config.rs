@@ -101,11 +101,9 @@ impl Config {
             look.writable(&["disposable_copy_dir"], folder);
         }
         look.duplicates(&qemu.machines);
-        let machines = qemu
-            .machines
-            .iter()
-            .filter_map(|machine| look.machine(machine, &qemu.interface, folder))
-            .collect();
+        let machine = |machine| look.machine(machine, &qemu.interface, folder);
+        let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
+        look.disposables(&qemu.machines, &machines);
         Some(Config {
             binaries: qemu.binaries,
             version: version?,
@@ -202,6 +200,22 @@ impl Look<'_> {
         }
     }
 
+    /// A disposable disk is replaced and deleted, so it must be nobody's file.
+    fn disposables(&mut self, configured: &Machines<OwnKeys>, machines: &[MachineFiles]) {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let disposables: HashMap<PathBuf, &str> =
+            machines.iter().map(|machine| (real(&machine.disposable), machine.info.name.as_str())).collect();
+        for machine in configured.iter() {
+            for (key, path) in machine.own.paths() {
+                if let Some(other) = disposables.get(&real(Path::new(path))) {
+                    let reason = format!("{path} is where the disposable disk of machine '{other}' goes");
+                    let advice = "Name the file otherwise: a disposable disk is replaced at each start";
+                    self.problem(&["machines", &machine.name, key], reason, advice);
+                }
+            }
+        }
+    }
+
     fn machine(
         &mut self,
         machine: &Configured<OwnKeys>,
@@ -220,6 +234,16 @@ impl Look<'_> {
             self.problem(&["machines", name, "architecture"], reason, "Use amd64 or x86");
         }
         let key = |key: &'static str| ["machines", name, key];
+        for (name, path) in own.paths() {
+            if !Path::new(path).is_absolute() {
+                let reason = format!("{path} is not an absolute path");
+                self.problem(
+                    &key(name),
+                    reason,
+                    "Write the path from / on: the host has no folder of its own",
+                );
+            }
+        }
         if let Err(error) = is_qcow2(Path::new(&own.qcow2_path)) {
             self.about(&key("qcow2_path"), &error);
         }

@@ -2,9 +2,10 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use machinery::{Error, Result};
+use machinery::{Deadline, Error, Result};
+
+use crate::process::Process;
 
 /// Where a machine's disposable disk goes. Source: Cuckoo3's `machineries/modules/qemu.py`.
 pub fn path_for(folder: &Path, machine: &str) -> PathBuf {
@@ -15,47 +16,39 @@ pub fn path_for(folder: &Path, machine: &str) -> PathBuf {
 #[derive(Debug)]
 pub struct DisposableDisk {
     path: PathBuf,
-    keep: bool,
+    /// Whether it stays when the value goes.
+    pub keep: bool,
 }
 
 impl DisposableDisk {
     /// Makes a fresh one on top of `disk`; one that is left from an earlier run is replaced.
     ///
     /// # Errors
-    /// `qemu-img` cannot make it; its own words are in the error.
-    pub fn create(qemu_img: &Path, disk: &Path, path: &Path, keep: bool) -> Result<DisposableDisk> {
+    /// `qemu-img` cannot make it in time; its own words are in the error.
+    pub fn create(
+        qemu_img: &Path,
+        machine: &str,
+        disk: &Path,
+        path: &Path,
+        deadline: Deadline,
+    ) -> Result<DisposableDisk> {
         remove(path)?;
         // Dropped on failure, so half a file does not stay.
-        let mut new = DisposableDisk { path: path.to_owned(), keep: false };
-        let output = Command::new(qemu_img)
-            .args([
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-F",
-                "qcow2",
-                "-o",
-                "lazy_refcounts=on,cluster_size=2M",
-                "-b",
-            ])
-            .args([disk, path])
-            .output()
-            .map_err(|error| Error::io("run", qemu_img, &error))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let reason = format!(
-                "{} cannot make the disposable disk {}: {}",
-                qemu_img.display(),
-                path.display(),
-                said.trim()
-            );
-            return Err(Error::failed(reason).advice(
-                "Check the space and permissions of its folder, and that the machine's disk is a qcow2 file",
-            ));
+        let new = DisposableDisk { path: path.to_owned(), keep: false };
+        let options =
+            ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-b"];
+        let files = [disk, path].map(|path| path.display().to_string());
+        let args = options.into_iter().map(str::to_owned).chain(files);
+        let end = Process::start(qemu_img, args, machine)?.end(deadline.remaining());
+        if end.was_clean() {
+            return Ok(new);
         }
-        new.keep = keep;
-        Ok(new)
+        deadline.check("qemu-img to make the disposable disk")?;
+        let (program, path) = (qemu_img.display(), path.display());
+        Err(Error::failed(format!("{program} cannot make the disposable disk {path}: {}", end.words()))
+            .advice(
+                "Check the space and permissions of its folder, and that the machine's disk is a qcow2 file",
+            ))
     }
 }
 

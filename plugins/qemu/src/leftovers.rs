@@ -1,60 +1,123 @@
 //! What a host that died left behind: QEMU processes, disposable disks, sockets.
 //!
-//! A machine's disposable disk has a name of its own, and every QEMU of that machine has it on its
-//! command line; so a process with that argument is a run that nobody watches any more.
+//! A QEMU of ours has its machine's monitor socket on its command line, and the host that loads this
+//! plugin is the only one of its CWD; so a process with that socket is a run that nobody watches any
+//! more. A process that merely uses the same disposable disk is somebody else's, who is told and not
+//! touched.
 
-use std::path::Path;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
-use machinery::Result;
+use machinery::{Error, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::disk;
 
-/// Ends processes that use this disposable disk, and removes the disk and the socket.
+/// Ends runs of the machine that nobody watches, and removes their disk and socket.
 ///
 /// # Errors
-/// A file stays.
-pub fn clear(disposable: &Path, socket: &Path, keep_disk: bool) -> Result<()> {
-    for pid in processes_with(disposable) {
-        tracing::warn!(pid = pid.as_raw_nonzero().get(), disk = %disposable.display(), "a QEMU of a host that died is ended");
-        end(pid);
+/// Somebody else uses the disk, a process does not end, a file stays.
+pub fn clear(disposable: &Path, socket: &Path, program: &Path, keep_disk: bool) -> Result<()> {
+    for process in processes() {
+        if process.listens_on(socket) {
+            process.end(disposable)?;
+        } else if process.runs(program) && process.uses(disposable) {
+            let reason =
+                format!("process {} uses the disposable disk {}", process.number(), disposable.display());
+            return Err(Error::environment(format!("{reason}, and is not of this CWD")).advice(
+                "If it is left from another manager, end it; if another CWD has this machine too, give each its own files",
+            ));
+        }
     }
     disk::remove(socket)?;
     if keep_disk { Ok(()) } else { disk::remove(disposable) }
 }
 
-/// The processes that have the path within an argument.
-pub fn processes_with(path: &Path) -> Vec<Pid> {
-    let path = path.as_os_str().as_encoded_bytes();
-    let Ok(processes) = Path::new("/proc").read_dir() else { return Vec::new() };
-    processes
-        .flatten()
-        .filter_map(|process| {
-            let pid = process.file_name().to_str()?.parse().ok().and_then(Pid::from_raw)?;
-            let command = std::fs::read(process.path().join("cmdline")).ok()?;
-            let mut args = command.split(|byte| *byte == 0);
-            let program = args.next()?;
-            let is_qemu = program.windows(4).any(|part| part == b"qemu");
-            (is_qemu && args.any(|arg| holds(arg, path))).then_some(pid)
-        })
-        .collect()
+/// A process, held so that its number cannot become another's.
+struct Found {
+    pid: Pid,
+    handle: OwnedFd,
+    program: Option<PathBuf>,
+    args: Vec<Vec<u8>>,
 }
 
+fn processes() -> Vec<Found> {
+    let Ok(entries) = Path::new("/proc").read_dir() else { return Vec::new() };
+    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.filter_map(|number| Found::at(Pid::from_raw(number)?)).collect()
+}
+
+impl Found {
+    fn at(pid: Pid) -> Option<Found> {
+        // Held first, looked at then.
+        let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        let folder = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+        let command = fs::read(folder.join("cmdline")).ok()?;
+        let args = command.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect();
+        Some(Found { pid, handle, program: fs::read_link(folder.join("exe")).ok(), args })
+    }
+
+    fn number(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    fn runs(&self, program: &Path) -> bool {
+        let program = fs::canonicalize(program).ok();
+        self.program.is_some() && self.program == program
+    }
+
+    fn uses(&self, path: &Path) -> bool {
+        self.args.iter().any(|arg| holds(arg, path.as_os_str().as_bytes()))
+    }
+
+    /// Whether its monitor is that socket. Under a path too long for a socket address it is named
+    /// through the host that started it, which then has to be dead.
+    fn listens_on(&self, socket: &Path) -> bool {
+        if self.uses(socket) {
+            return true;
+        }
+        let Some(name) = socket.file_name() else { return false };
+        self.args.iter().filter_map(|arg| std::str::from_utf8(arg).ok()).any(|arg| {
+            let monitor = arg.strip_prefix("socket,id=cuckoo-monitor,path=/proc/");
+            let Some((host, rest)) = monitor.and_then(|monitor| monitor.split_once('/')) else {
+                return false;
+            };
+            let same_name = rest.rsplit('/').next().is_some_and(|last| last.as_bytes() == name.as_bytes());
+            same_name && !Path::new("/proc").join(host).exists()
+        })
+    }
+
+    fn end(&self, disk: &Path) -> Result<()> {
+        tracing::warn!(pid = self.number(), disk = %disk.display(), "a QEMU of a host that died is ended");
+        let killed = pidfd_send_signal(&self.handle, Signal::KILL);
+        let mut source = [PollFd::new(&self.handle, PollFlags::IN)];
+        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
+        match killed.and_then(|()| retry_on_intr(|| poll(&mut source, Some(&limit)))) {
+            Ok(1..) => Ok(()),
+            Ok(0) => Err(self.stays("it does not end, not even by SIGKILL")),
+            Err(error) => Err(self.stays(&error.to_string())),
+        }
+    }
+
+    fn stays(&self, why: &str) -> Error {
+        Error::environment(format!("the QEMU {} of a host that died cannot be ended: {why}", self.number()))
+            .advice("End it as the user who started it")
+    }
+}
+
+/// Whether the path stands in an argument as a whole.
 fn holds(arg: &[u8], path: &[u8]) -> bool {
     arg.windows(path.len()).enumerate().any(|(at, part)| {
-        // `/a/b.qcow2` is not in `/x/a/b.qcow2`.
-        part == path && (at == 0 || arg[at - 1] == b'=' || arg[at - 1] == b':' || arg[at - 1] == b'"')
+        let before = at.checked_sub(1).map(|before| arg[before]);
+        let after = arg.get(at + path.len()).copied();
+        part == path
+            && matches!(before, None | Some(b'=' | b':' | b'"'))
+            && matches!(after, None | Some(b',' | b'"'))
     })
-}
-
-fn end(pid: Pid) {
-    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return };
-    if pidfd_send_signal(&process, Signal::KILL).is_ok() {
-        let mut source = [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)];
-        let limit = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
-        // A process that does not die of SIGKILL hangs in the kernel; nothing more can be done here.
-        let _ = rustix::event::poll(&mut source, Some(&limit));
-    }
 }
 
 #[cfg(test)]
@@ -68,5 +131,23 @@ mod tests {
         assert!(holds(b"/d/m_disposable.qcow2", path));
         assert!(!holds(b"file=/x/d/m_disposable.qcow2", path));
         assert!(!holds(b"file=/d/am_disposable.qcow2", path));
+        assert!(!holds(b"file=/d/m_disposable.qcow2.bak", path));
+    }
+
+    fn with(arg: &str) -> Found {
+        let own = rustix::process::getpid();
+        let handle = pidfd_open(own, PidfdFlags::empty()).unwrap();
+        Found { pid: own, handle, program: None, args: vec![b"qemu".to_vec(), arg.as_bytes().to_vec()] }
+    }
+
+    #[test]
+    fn a_run_is_known_by_its_socket_also_under_a_long_path() {
+        let socket = Path::new("/c/sockets/qemu_m.sock");
+        assert!(with("socket,id=cuckoo-monitor,path=/c/sockets/qemu_m.sock").listens_on(socket));
+        assert!(!with("socket,id=cuckoo-monitor,path=/other/sockets/qemu_m.sock").listens_on(socket));
+        assert!(with("socket,id=cuckoo-monitor,path=/proc/999999999/fd/9/qemu_m.sock").listens_on(socket));
+        let alive = format!("socket,id=cuckoo-monitor,path=/proc/{}/fd/9/qemu_m.sock", std::process::id());
+        assert!(!with(&alive).listens_on(socket));
+        assert!(!with("socket,id=cuckoo-monitor,path=/proc/999999999/fd/9/qemu_n.sock").listens_on(socket));
     }
 }

@@ -10,7 +10,7 @@ use crate::config::{Binaries, MachineFiles};
 use crate::disk::DisposableDisk;
 use crate::launch::Start;
 use crate::leftovers;
-use crate::run::Run;
+use crate::run::{NotStarted, Run};
 use crate::snapshot::Snapshot;
 use crate::states::state_of_status;
 use crate::version::Version;
@@ -52,7 +52,8 @@ impl Machine {
     /// # Errors
     /// A file stays.
     pub fn clear_leftovers(&self) -> Result<()> {
-        leftovers::clear(&self.files.disposable, &self.socket, self.shared.keep_disks)
+        let program = &self.shared.binaries.qemu_system_x86_64;
+        leftovers::clear(&self.files.disposable, &self.socket, program, self.shared.keep_disks)
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
@@ -64,7 +65,7 @@ impl Machine {
         match run.execute(&qmp::query_status {}, deadline) {
             Ok(status) => state_of_status(status["status"].as_str().unwrap_or("")),
             Err(error) => {
-                // A monitor that closes is the first sign of the end.
+                // A monitor that fails is the first sign of the end.
                 if run.has_ended_soon(deadline) { Ok(State::Poweroff) } else { Err(error) }
             }
         }
@@ -88,15 +89,16 @@ impl Machine {
 
     fn start(&self, snapshot: impl FnOnce() -> Result<Option<Snapshot>>, deadline: Deadline) -> Result<()> {
         self.set_starting()?;
-        let started = snapshot().and_then(|snapshot| self.run(snapshot, deadline));
+        let started = snapshot().map_err(NotStarted::from).and_then(|snapshot| self.run(snapshot, deadline));
         let mut now = self.lock();
         match started {
             Ok(run) => {
                 *now = Now::On(run);
                 Ok(())
             }
-            Err(error) => {
-                *now = Now::Off;
+            Err(NotStarted { error, left }) => {
+                // A QEMU that does not end still has the disk and the socket.
+                *now = left.map_or(Now::Off, Now::On);
                 Err(error)
             }
         }
@@ -116,18 +118,15 @@ impl Machine {
         Ok(())
     }
 
-    fn run(&self, snapshot: Option<Snapshot>, deadline: Deadline) -> Result<Arc<Run>> {
+    fn run(&self, snapshot: Option<Snapshot>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         let shared = &self.shared;
         let disposable = &self.files.disposable;
-        let disk = DisposableDisk::create(
-            &shared.binaries.qemu_img,
-            &self.files.disk,
-            disposable,
-            shared.keep_disks,
-        )?;
-        deadline.check("the disposable disk")?;
+        let name = &self.files.info.name;
+        let base = &self.files.disk;
+        let mut disk = DisposableDisk::create(&shared.binaries.qemu_img, name, base, disposable, deadline)?;
+        disk.keep = shared.keep_disks;
         let start = Start {
-            machine: &self.files.info.name,
+            machine: name,
             program: &shared.binaries.qemu_system_x86_64,
             version: shared.version,
             args: self.files.start_args.with_disk(&disposable.to_string_lossy()).collect(),

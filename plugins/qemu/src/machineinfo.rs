@@ -104,6 +104,12 @@ fn check(args: &[String]) -> Result<(), (String, String)> {
         ));
     }
     for (index, arg) in args.iter().enumerate() {
+        if arg.contains('\0') {
+            return Err((
+                format!("start_args holds {arg:?}, and no argument can hold a NUL"),
+                "Remove it".to_owned(),
+            ));
+        }
         let refused = REFUSED.iter().find(|(name, _)| option(arg) == Some(name));
         if let Some((_, why)) = refused {
             return Err((
@@ -113,6 +119,11 @@ fn check(args: &[String]) -> Result<(), (String, String)> {
         }
         let value = args.get(index + 1).map(String::as_str).unwrap_or("");
         match option(arg) {
+            Some("action") if value.split(',').any(|part| part == "shutdown=pause") => {
+                let reason =
+                    "start_args holds '-action shutdown=pause': a guest that powers off has to end its QEMU";
+                return Err((reason.to_owned(), "Remove it".to_owned()));
+            }
             Some("mon") if brings_qmp(value) => return Err(qmp_elsewhere(&format!("'-mon {value}'"))),
             Some("readconfig") => check_readconfig(Path::new(value))?,
             _ => {}
@@ -155,6 +166,7 @@ fn check_readconfig(path: &Path) -> Result<(), (String, String)> {
     let mut in_monitor = false;
     for line in text.lines().map(str::trim) {
         if let Some(section) = line.strip_prefix('[') {
+            let section = section.trim_start();
             in_monitor = section.starts_with("mon ") || section.starts_with("mon]");
         }
         let setting: String = line.chars().filter(|c| !c.is_whitespace() && *c != '"').collect();

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use machinery::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// How much of its stderr is kept: the end, where the reason stands.
@@ -46,14 +47,14 @@ impl Handle {
     /// Waits until it has ended or `other` can be read; true if it has ended.
     pub fn ended_before(&self, other: &OwnedFd, timeout: Duration) -> io::Result<Option<bool>> {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN), PollFd::new(other, PollFlags::IN)];
-        let ready = poll(&mut sources, Some(&timespec(timeout)))?;
+        let ready = retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout))))?;
         Ok((ready > 0).then(|| sources[1].revents().is_empty()))
     }
 
     /// Waits until it has ended; false if it has not within the time.
     fn wait(&self, timeout: Duration) -> bool {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        matches!(poll(&mut sources, Some(&timespec(timeout))), Ok(ready) if ready > 0)
+        matches!(retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout)))), Ok(1..))
     }
 }
 
@@ -145,6 +146,11 @@ impl End {
             None => "QEMU ended".to_owned(),
         };
         if self.stderr.is_empty() { how } else { format!("{how}: {}", self.stderr) }
+    }
+
+    /// What it said, in its own words.
+    pub fn words(&self) -> &str {
+        if self.stderr.is_empty() { "it says nothing" } else { &self.stderr }
     }
 
     /// For people: what is worth telling after a failure, if anything.

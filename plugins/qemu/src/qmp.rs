@@ -17,12 +17,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
 use qapi::qmp;
 use qapi::{Command, Execute};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
+
+/// How long QEMU may take to read a command.
+const SENDING: Duration = Duration::from_secs(5);
 
 /// An event of QEMU's.
 #[derive(Debug, Clone)]
@@ -49,6 +53,10 @@ struct State {
 impl Qmp {
     /// A monitor behind that stream. Somebody has to [`read`](Qmp::read) it.
     pub fn new(stream: UnixStream) -> Self {
+        // A QEMU that is stopped reads nothing, and its socket fills up in the end.
+        if let Err(error) = stream.set_write_timeout(Some(SENDING)) {
+            tracing::debug!(%error, "sending to QEMU has no time limit");
+        }
         Qmp { stream, next_id: AtomicU64::new(1), state: Mutex::default() }
     }
 
@@ -238,7 +246,6 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::sync::Arc;
-    use std::time::Duration;
 
     /// A monitor whose other end is played by the test.
     fn pair() -> (Arc<Qmp>, UnixStream, std::thread::JoinHandle<Vec<String>>) {

@@ -26,7 +26,7 @@ use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
 use crate::qmp::{Event, Qmp, wait};
 use crate::snapshot::{self, Feeder, Format, Snapshot};
-use crate::states::state_of_event;
+use crate::states::{reason_of_shutdown, state_of_event};
 use crate::version::Version;
 
 /// How long QEMU may take to end after its monitor has closed, before it is ended.
@@ -49,8 +49,23 @@ pub struct Run {
     ended: Condvar,
     /// Whether the end was asked for.
     stopping: AtomicBool,
+    /// Why QEMU says that the machine shuts down.
+    shutdown: Mutex<Option<String>>,
     /// Whether the guest runs by our will; before that its states are steps of the start.
     started: AtomicBool,
+}
+
+/// A start that failed.
+pub struct NotStarted {
+    pub error: Error,
+    /// The run, in the rare case that its QEMU does not end.
+    pub left: Option<Arc<Run>>,
+}
+
+impl From<Error> for NotStarted {
+    fn from(error: Error) -> Self {
+        NotStarted { error, left: None }
+    }
 }
 
 impl Run {
@@ -58,13 +73,16 @@ impl Run {
     ///
     /// # Errors
     /// Whatever kept it from running. Nothing of the run is left then.
-    pub fn start(start: Start<'_>, host: &Host, deadline: Deadline) -> Result<Arc<Run>> {
+    pub fn start(start: Start<'_>, host: &Host, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         let (process, stream) = connect(&start, deadline)?;
         let Start { machine, version, disk, socket, snapshot, .. } = start;
         let run = Run::watch(machine, version, process, stream, disk, socket, host)?;
         match run.bring_up(snapshot, deadline) {
             Ok(()) => Ok(run),
-            Err(error) => Err(run.abandon(error)),
+            Err(error) => {
+                let error = run.abandon(error);
+                Err(NotStarted { error, left: (!run.has_ended()).then_some(run) })
+            }
         }
     }
 
@@ -85,6 +103,7 @@ impl Run {
             end: Mutex::new(None),
             ended: Condvar::new(),
             stopping: AtomicBool::new(false),
+            shutdown: Mutex::new(None),
             started: AtomicBool::new(false),
         });
         let (watched, host, socket) = (Arc::clone(&run), host.clone(), socket.to_owned());
@@ -107,10 +126,11 @@ impl Run {
         if let Err(error) = disk::remove(socket) {
             tracing::warn!(machine = self.machine, %error, "the monitor's socket stays behind");
         }
-        let reason = match (self.stopping.load(Ordering::SeqCst), end.was_clean()) {
+        let told = self.shutdown.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reason = match (self.stopping.load(Ordering::SeqCst), told) {
             (true, _) => String::new(),
-            (false, true) => "the guest powered itself off".to_owned(),
-            (false, false) => end.describe(),
+            (false, Some(told)) if end.was_clean() => told,
+            (false, _) => end.describe(),
         };
         tracing::debug!(machine = self.machine, reason, how = end.describe(), "the run has ended");
         host.state_changed(&self.machine, State::Poweroff, &reason);
@@ -121,6 +141,9 @@ impl Run {
     /// What happens by itself while the guest runs.
     fn report(&self, event: &Event, host: &Host) {
         tracing::trace!(machine = self.machine, event = event.name, data = %event.data, "QEMU reports");
+        if let Some(why) = reason_of_shutdown(event) {
+            *self.shutdown.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+        }
         let Some((state, reason)) = state_of_event(event) else { return };
         if self.started.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
             host.state_changed(&self.machine, state, &reason);
@@ -262,9 +285,10 @@ impl Run {
         self.version
     }
 
-    /// Whether it has ended, or is about to: a closed monitor is the first sign.
+    /// Whether it has ended, or does so now that its monitor fails.
     pub fn has_ended_soon(&self, deadline: Deadline) -> bool {
-        self.qmp.is_closed() && self.wait_end(deadline.remaining()).is_some()
+        let patience = if self.qmp.is_closed() { AFTER_KILL } else { LAST_WORDS };
+        self.wait_end(deadline.within(patience).remaining()).is_some()
     }
 
     pub fn has_ended(&self) -> bool {

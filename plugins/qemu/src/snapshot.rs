@@ -126,7 +126,12 @@ impl Snapshot {
             Format::Plain => Box::new(file),
             Format::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
             Format::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(file)),
-            Format::Zstd => Box::new(zstd::Decoder::with_buffer(file)?),
+            Format::Zstd => {
+                let mut decoder = zstd::Decoder::with_buffer(file)?;
+                // What `zstd --long=31` makes needs the largest window there is.
+                decoder.window_log_max(31)?;
+                Box::new(decoder)
+            }
         })
     }
 }

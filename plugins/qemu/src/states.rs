@@ -23,6 +23,23 @@ pub fn state_of_event(event: &Event) -> Option<(State, String)> {
     })
 }
 
+/// Why the machine shuts down, if the event says that it does. Source: `ShutdownCause` in QEMU's
+/// qapi/run-state.json; before 4.0 there was only `guest`.
+pub fn reason_of_shutdown(event: &Event) -> Option<String> {
+    if event.name != "SHUTDOWN" {
+        return None;
+    }
+    let cause = event.data["reason"].as_str().unwrap_or("");
+    Some(match (event.data["guest"].as_bool(), cause) {
+        (_, "guest-reset") => "the guest restarted, and its QEMU ends then (-no-reboot)".to_owned(),
+        (_, "host-signal") => "QEMU was asked to end by a signal".to_owned(),
+        (Some(true), _) => "the guest powered itself off".to_owned(),
+        (_, cause) => {
+            format!("QEMU ended the run: {}", if cause.is_empty() { "no reason given" } else { cause })
+        }
+    })
+}
+
 /// The state that `query-status` tells. Source: `RunState` in QEMU's qapi/run-state.json.
 ///
 /// # Errors
@@ -55,6 +72,16 @@ mod tests {
             assert_ne!(state_of_status(status).is_ok(), foreign, "{status}");
         }
         assert!(state_of_status("levitating").unwrap_err().to_string().contains("levitating"));
+    }
+
+    #[test]
+    fn a_shutdown_is_told_by_its_cause() {
+        let told = |data| reason_of_shutdown(&Event { name: "SHUTDOWN".into(), data }).unwrap();
+        assert!(told(json!({"guest": true, "reason": "guest-shutdown"})).contains("powered itself off"));
+        assert!(told(json!({"guest": true})).contains("powered itself off"));
+        assert!(told(json!({"guest": true, "reason": "guest-reset"})).contains("restarted"));
+        assert!(told(json!({"guest": false, "reason": "host-signal"})).contains("signal"));
+        assert!(reason_of_shutdown(&Event { name: "STOP".into(), data: json!({}) }).is_none());
     }
 
     #[test]

@@ -28,7 +28,12 @@ where
     F: FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
 {
     let machine = Arc::clone(machine);
-    let mut running = tokio::task::spawn_blocking(move || work(&machine, Deadline::after(limit)));
+    // From now on, so that a call that is given up before a thread was free for it never begins.
+    let deadline = Deadline::after(limit);
+    let mut running = tokio::task::spawn_blocking(move || {
+        deadline.check("a free thread")?;
+        work(&machine, deadline)
+    });
     match timeout(limit + GRACE, &mut running).await {
         Ok(Ok(result)) => Called::Returned(result),
         Ok(Err(error)) => Called::Returned(Err(failed(error))),

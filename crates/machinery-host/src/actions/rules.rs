@@ -130,7 +130,7 @@ impl Actor {
             tracing::warn!(machine = self.machine.name(), state = %before, "runs although nobody holds it: stopped before the start");
             self.stop().await?;
         }
-        self.machine.set_state(State::Starting, "");
+        self.machine.set_state(State::Starting);
         let started = self.run(action, limit).await;
         let checked = match started {
             Ok(()) => self.expect(State::Running).await,
@@ -138,7 +138,7 @@ impl Actor {
         };
         let Err(error) = checked else { return Ok(()) };
         if error.kind() == ErrorKind::Unsupported {
-            self.machine.set_state(State::Poweroff, "");
+            self.machine.set_state(State::Poweroff);
         } else if self.lost.is_none() {
             self.clear_away().await;
         }
@@ -159,7 +159,7 @@ impl Actor {
 
     fn set_stopping(&self) {
         if self.machine.status().state != State::Poweroff {
-            self.machine.set_state(State::Stopping, "");
+            self.machine.set_state(State::Stopping);
         }
     }
 
@@ -168,8 +168,9 @@ impl Actor {
         self.set_stopping();
         match self.end(&Action::AcpiStop, self.timeouts.acpi_stop).await {
             Ok(()) => Ok(()),
-            Err(error) if error.kind() == ErrorKind::Unsupported || self.lost.is_some() => {
-                self.machine.set_state(before, "");
+            Err(error) if self.lost.is_some() => Err(error.into()),
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.machine.set_state(before);
                 Err(error.into())
             }
             Err(error) => {
@@ -184,7 +185,10 @@ impl Actor {
     async fn end(&mut self, action: &Action, limit: Duration) -> Result<()> {
         match self.run(action, limit).await {
             Err(error) if error.kind() != ErrorKind::StateReached => {
-                self.note_state().await;
+                if self.lost.is_none() {
+                    // The error at hand is the one to tell.
+                    let _ = self.note_state().await;
+                }
                 Err(error)
             }
             _ => self.expect(State::Poweroff).await,
@@ -192,16 +196,17 @@ impl Actor {
     }
 
     /// Runs an action that does not change the machine's state. Its failure costs the machine only
-    /// where the plugin itself is at fault.
+    /// where the plugin itself is at fault, or where the machine is not as before.
     async fn look(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
-        let result = self.run(action, limit).await;
-        result.map_err(|reason| Failure { disable: plugin_at_fault(&reason) || self.lost.is_some(), reason })
+        let before = self.machine.status().state;
+        let Err(reason) = self.run(action, limit).await else { return Ok(()) };
+        let changed = self.lost.is_some() || self.note_state().await.is_ok_and(|state| state != before);
+        Err(Failure { disable: changed || plugin_at_fault(&reason), reason })
     }
 
     /// A plugin says it is done: then the machine is where the action leads.
     async fn expect(&mut self, wanted: State) -> Result<()> {
-        let state = self.state().await?;
-        self.machine.set_state(state, "");
+        let state = self.note_state().await?;
         if state == wanted {
             return Ok(());
         }
@@ -209,14 +214,14 @@ impl Actor {
         Err(Error::unexpected_state(reason).advice("Look at the plugin's lines in the log"))
     }
 
-    /// Notes how things stand after a failure.
-    async fn note_state(&mut self) {
-        if self.lost.is_some() {
-            self.machine.set_state(State::Error, "a call into its plugin has not come back");
-            return;
+    /// Asks how things stand, and notes it.
+    async fn note_state(&mut self) -> Result<State> {
+        let reports = self.machine.status().reports;
+        let state = self.state().await;
+        if self.lost.is_none() {
+            self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
         }
-        let state = self.state().await.unwrap_or(State::Error);
-        self.machine.set_state(state, "");
+        state
     }
 
     async fn state(&mut self) -> Result<State> {
@@ -240,7 +245,7 @@ impl Actor {
             Called::Returned(result) => result,
             Called::Lost(call) => {
                 self.lost = Some(call);
-                self.machine.set_state(State::Error, "a call into its plugin has not come back");
+                self.machine.set_state(State::Error);
                 Err(Error::timeout(format!("{what} did not come back from the plugin within {limit:?}"))
                     .advice("The machine is lost until it does; restart the host to get it back"))
             }

@@ -5,7 +5,7 @@
 
 mod show;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
@@ -169,8 +169,14 @@ fn request(command: &Command) -> Result<Value> {
     })
 }
 
-fn absolute(path: &PathBuf) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|error| Error::io("find the folder of", path, &error))
+/// The host has another folder, and takes only text.
+fn absolute(path: &Path) -> Result<String> {
+    let absolute =
+        std::path::absolute(path).map_err(|error| Error::io("find the folder of", path, &error))?;
+    absolute.into_os_string().into_string().map_err(|path| {
+        Error::configuration(format!("the path {} is not valid UTF-8", path.display()))
+            .advice("Name another file")
+    })
 }
 
 fn ask(cwd: &Cwd, request: Value) -> Result<Value> {

@@ -153,12 +153,13 @@ fn plugins_as_json(listed: &[(String, Result<Plugin>)], others: &[(String, PathB
                 "version": plugin.version(),
                 "interface": plugin.interface(),
                 "license": plugin.license(),
-                "path": plugin.path(),
+                "path": plugin.path().display().to_string(),
             }),
             Err(error) => json!({"name": name, "error": error.to_string()}),
         })
         .collect();
-    let others: Vec<Value> = others.iter().map(|(name, path)| json!({"name": name, "path": path})).collect();
+    let others: Vec<Value> =
+        others.iter().map(|(name, path)| json!({"name": name, "path": path.display().to_string()})).collect();
     println!("{}", json!({"listed": listed, "not_listed": others}));
 }
 

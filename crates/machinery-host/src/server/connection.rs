@@ -129,7 +129,10 @@ impl Connection {
             Ok(object) => object,
             Err(refusal) => return self.refuse(refusal, None).await,
         };
-        let id = object.get("id").cloned();
+        let id = match protocol::id(&object) {
+            Ok(id) => id,
+            Err(refusal) => return self.refuse(refusal, None).await,
+        };
         let enabled = self.shared.enabled.load(Ordering::SeqCst);
         let request = protocol::request(&object, enabled, |name| self.shared.find(name));
         match request {
@@ -268,14 +271,19 @@ async fn forward(
     }
 }
 
-/// During an action the state is what the worker and the plugin say; else the hypervisor is asked.
+/// During an action the state is what the worker and the plugin say; else the hypervisor is asked,
+/// by one at a time.
 async fn state(machine: &Arc<Machine>) -> Value {
     let known = machine.status();
-    if known.busy {
+    let asking = if known.busy { None } else { machine.ask() };
+    let Some(asking) = asking else {
         return json!({"success": true, "state": known.state});
-    }
-    let asked =
-        call(machine, STATE, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline));
+    };
+    let asked = call(machine, STATE, move |machine, deadline| {
+        // Held until the plugin comes back, however late that is.
+        let _asking = asking;
+        machine.machinery.instance.state(machine.name(), deadline)
+    });
     match asked.await {
         Called::Returned(Ok(state)) => json!({"success": true, "state": state}),
         Called::Returned(Err(error)) => {

@@ -30,6 +30,10 @@ const PER_PROCESS: usize = 256;
 /// Connections all processes together may hold.
 const ALL: usize = 1024;
 
+/// What a connection too many is told.
+const TOO_MANY: &[u8] =
+    b"{\"success\":false,\"reason\":\"too many connections: close some, or share one\"}\n";
+
 /// What every connection works on.
 pub struct Shared {
     /// The machines.
@@ -51,27 +55,36 @@ impl Shared {
     }
 }
 
-/// Makes the manager's socket, for this user alone. It listens before its name appears.
+/// Sees that nobody else manages the machines of this CWD.
 ///
 /// # Errors
-/// It cannot be made, or another manager answers on it.
-pub fn bind(path: &Path, scratch: &Path) -> Result<UnixListener> {
-    let failed = |error: io::Error| Error::io("make the socket", path, &error);
-    let socket = SocketPath::new(path).map_err(failed)?;
+/// Another manager answers on the socket.
+pub fn expect_no_other(path: &Path) -> Result<()> {
+    let socket = SocketPath::new(path).map_err(|error| Error::io("find the socket", path, &error))?;
     if std::os::unix::net::UnixStream::connect(socket.address()).is_ok() {
         let reason = format!("another machinery manager answers on {}", path.display());
         return Err(Error::environment(reason)
             .advice("Stop it first: it may be Cuckoo's own, or another `cuckoo-machinery serve`"));
     }
+    Ok(())
+}
+
+/// Makes the manager's socket, for this user alone. It listens before its name appears.
+///
+/// # Errors
+/// It cannot be made.
+pub fn bind(path: &Path) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io("make the socket", path, &error);
     if path.as_os_str().len() > 107 {
         tracing::warn!(
             socket = %path.display(),
             "this path is longer than a socket address can hold: this program finds a way around it, Cuckoo's own client does not"
         );
     }
-    // The folder `scratch` is this user's alone, so nobody can connect before the mode is set.
-    let hidden = SocketPath::new(&scratch.join("new.sock")).map_err(failed)?;
-    remove(hidden.path());
+    // A new folder is this user's alone, so nobody can connect before the mode is set.
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let hiding = tempfile::Builder::new().prefix(".new-").tempdir_in(folder).map_err(failed)?;
+    let hidden = SocketPath::new(&hiding.path().join("sock")).map_err(failed)?;
     let listener = UnixListener::bind(hidden.address()).map_err(failed)?;
     std::fs::set_permissions(hidden.path(), std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     std::fs::rename(hidden.path(), path).map_err(failed)?;
@@ -98,7 +111,11 @@ pub async fn serve(listener: &UnixListener, shared: &Arc<Shared>, connections: &
                 Some(place) => {
                     connections.spawn(connection::serve(stream, Arc::clone(shared), place));
                 }
-                None => tracing::warn!("a connection was refused: its process holds too many"),
+                None => {
+                    tracing::warn!("a connection was refused: its process holds too many");
+                    // If it cannot be written at once, the closing says as much.
+                    let _ = stream.try_write(TOO_MANY);
+                }
             },
             Err(error) => {
                 // Out of file descriptors, most likely: wait for some to come back.

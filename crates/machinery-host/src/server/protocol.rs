@@ -69,6 +69,23 @@ pub fn object(line: &[u8]) -> Result<Map<String, Value>, Refusal> {
     }
 }
 
+/// The longest `id`, as JSON, and the longest machine's name that is repeated: what a client sends
+/// it gets back, and must not cost more than its share.
+const ECHOED: usize = 256;
+
+/// A request's `id`, if it has one.
+///
+/// # Errors
+/// It is too long.
+pub fn id(object: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
+    match object.get("id") {
+        Some(id) if id.to_string().len() > ECHOED => {
+            Err(Refusal::open(format!("the id is longer than {ECHOED} bytes of JSON")))
+        }
+        id => Ok(id.cloned()),
+    }
+}
+
 /// What an object asks for.
 ///
 /// # Errors
@@ -89,7 +106,8 @@ pub fn request<'a>(
     let (Some(action), Some(name)) = (action, text("machine")) else {
         return Err(Refusal::closing("Missing action or machine name"));
     };
-    let machine = find(name).ok_or_else(|| Refusal::open(Error::no_such_machine(name).to_string()))?;
+    let machine =
+        find(name).ok_or_else(|| Refusal::open(Error::no_such_machine(&shortened(name)).to_string()))?;
     let machine = Arc::clone(machine);
     let act = |action| Ok(Request::Act(Arc::clone(&machine), action));
     match action {
@@ -105,6 +123,10 @@ pub fn request<'a>(
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         _ => Err(Refusal::closing("No such action")),
     }
+}
+
+fn shortened(name: &str) -> String {
+    name.chars().take(ECHOED).collect()
 }
 
 fn of_all_machines(action: &str) -> Option<Request> {
@@ -201,6 +223,15 @@ mod tests {
             assert!(!refusal.close && refusal.reason.contains("JSON"), "{line:?}: {refusal:?}");
         }
         assert!(object(&[0xff, 0xfe]).is_err());
+    }
+
+    #[test]
+    fn what_is_echoed_has_a_limit() {
+        let long = "x".repeat(100_000);
+        let refusal = refused(&format!("{{\"action\": \"stop\", \"machine\": \"{long}\"}}"), true);
+        assert!(refusal.reason.len() < 400 && !refusal.close);
+        let with_id = object(format!("{{\"id\": \"{long}\"}}").as_bytes()).unwrap();
+        assert!(id(&with_id).unwrap_err().reason.contains("256"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The plugin's side of the border: from the vtable into a plain [`Machinery`].
 
+use std::mem::ManuallyDrop;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RStr, RString};
 
-use super::guard::guarded;
+use super::guard::{guarded, guarded_quiet};
 use super::records::{from_json, to_json};
 use super::services::host_of;
 use super::{
@@ -72,7 +73,7 @@ extern "C" fn load<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> R
         let host = enter(services);
         let setup: Setup = from_json(&setup, "setup")?;
         let machinery = M::load(&setup, host)?;
-        Ok(MachineryAbi_TO::from_value(Exported(machinery), TD_Opaque))
+        Ok(MachineryAbi_TO::from_value(Exported(ManuallyDrop::new(machinery)), TD_Opaque))
     })
 }
 
@@ -82,7 +83,15 @@ fn enter(services: ServicesObject) -> Host {
     host
 }
 
-struct Exported<M>(M);
+struct Exported<M>(ManuallyDrop<M>);
+
+impl<M> Drop for Exported<M> {
+    fn drop(&mut self) {
+        // A panic must not cross the border here either.
+        // SAFETY: this is the only place that drops it, and it runs once.
+        guarded_quiet((), || unsafe { ManuallyDrop::drop(&mut self.0) });
+    }
+}
 
 impl<M: Machinery> MachineryAbi for Exported<M> {
     fn version(&self, deadline: u64) -> Reply<RString> {
