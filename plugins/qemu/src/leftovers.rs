@@ -65,9 +65,11 @@ impl Found {
         self.pid.as_raw_nonzero().get()
     }
 
+    /// Whether it is a QEMU: the one that is configured, or one behind a wrapper that is.
     fn runs(&self, program: &Path) -> bool {
-        let program = fs::canonicalize(program).ok();
-        self.program.is_some() && self.program == program
+        let Some(own) = &self.program else { return false };
+        let name = own.file_name().map(|name| name.as_bytes().starts_with(b"qemu-system"));
+        name == Some(true) || fs::canonicalize(program).is_ok_and(|program| program == *own)
     }
 
     fn uses(&self, path: &Path) -> bool {

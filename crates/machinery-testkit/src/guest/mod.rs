@@ -53,7 +53,7 @@ impl Qemu {
     /// The QEMU to test with: that in `$CUCKOO_TEST_QEMU_DIR` (its `bin`, else its `usr/bin`), else
     /// the one in `$PATH`.
     pub fn find() -> Result<Self> {
-        match env::var_os("CUCKOO_TEST_QEMU_DIR") {
+        match env::var_os("CUCKOO_TEST_QEMU_DIR").filter(|folder| !folder.is_empty()) {
             Some(dir) => Self::in_folders(&["bin", "usr/bin"].map(|bin| Path::new(&dir).join(bin))),
             None => Self::in_folders(
                 &env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect::<Vec<_>>(),
