@@ -244,7 +244,7 @@ fn collect_remains(folder: &Path, left: &mut Vec<String>) -> Result<()> {
             collect_remains(&entry.path(), left)?;
         } else if name.ends_with("_disposable.qcow2")
             || name.starts_with("qemu_") && name.ends_with(".sock")
-            || name.ends_with(".part")
+            || name.starts_with(".unfinished-")
         {
             left.push(entry.path().display().to_string());
         }

@@ -170,7 +170,9 @@ impl Run {
         let events = self.qmp.listen();
         let (path, format) = (snapshot.path().to_owned(), snapshot.format());
         let plain = format == Format::Plain;
-        let feeder = if plain && self.version.reads_snapshot_files() {
+        // In the name QEMU takes this for an option of its own; such a file goes as a descriptor.
+        let nameable = !path.to_string_lossy().contains(",offset=");
+        let feeder = if plain && nameable && self.version.reads_snapshot_files() {
             self.load_from(format!("file:{}", path.display()), deadline)?;
             None
         } else if plain {

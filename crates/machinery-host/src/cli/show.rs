@@ -36,7 +36,9 @@ pub fn report(report: &Report, json: bool) {
         };
         println!("{mark}  {}", finding.text.replace('\n', "\n         "));
     }
-    println!("\n{} problems, {} warnings", count(Level::Problem), count(Level::Warning));
+    let counted = |count, what| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
+    println!("\n{}, {}", counted(problems, "problem"), counted(warnings, "warning"));
 }
 
 /// All machines, as a table.
