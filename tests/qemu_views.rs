@@ -74,8 +74,13 @@ impl Running {
     fn assert_is_ours(&self, path: &Path) {
         let (file, ours) = (fs::metadata(path).unwrap(), fs::metadata(self.lab.cwd().root()).unwrap());
         assert_eq!((file.mode() & 0o777, file.uid()), (0o600, ours.uid()), "{}", path.display());
-        let unfinished = |left: &String| left.ends_with(".part");
-        assert!(!self.lab.leftovers().unwrap().iter().any(unfinished));
+        self.assert_nothing_unfinished();
+    }
+
+    #[track_caller]
+    fn assert_nothing_unfinished(&self) {
+        let left = self.lab.leftovers().unwrap();
+        assert!(!left.iter().any(|left| left.contains("/.unfinished-")), "{left:?}");
     }
 
     fn end(mut self) {
@@ -144,7 +149,8 @@ fn a_format_that_does_not_work_leaves_the_machine_as_it_was() {
         } else {
             let reason = answer["reason"].as_str().unwrap();
             assert!(reason.contains("dump_memory of machine 'm' failed: "), "{reason}");
-            assert!(!path.exists() && !m.target(&format!("{format}.part")).exists());
+            assert!(!path.exists());
+            m.assert_nothing_unfinished();
         }
         m.assert_runs_on();
     }
@@ -166,7 +172,8 @@ fn a_path_that_cannot_be_written_is_told() {
             m.assert_runs_on();
         }
     }
-    assert!(folder.read_dir().unwrap().next().is_none() && !m.target("folder.part").exists());
+    assert!(folder.read_dir().unwrap().next().is_none());
+    m.assert_nothing_unfinished();
     m.end();
 }
 
