@@ -1,4 +1,5 @@
-//! What keeps a host from starting: one clear error for each, and nothing half started.
+//! What keeps a host from starting: one clear error for each, and nothing half started. And what does
+//! not: a plugin whose library is missing, beside others.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -63,6 +64,84 @@ fn a_plugin_that_is_cut_short_is_told_and_not_run() {
     assert_refused(&cwd, &["libmachinery_cut.so"]);
 }
 
+/// The example plugin with all of these bytes replaced by others of the same length.
+fn example_with(old: &[u8], new: &[u8]) -> Vec<u8> {
+    let mut plugin = fs::read(artifacts::plugin("example").unwrap()).unwrap();
+    let at: Vec<_> = (0..plugin.len() - old.len()).filter(|at| plugin[*at..].starts_with(old)).collect();
+    assert!(!at.is_empty(), "the example plugin has no {}", old.escape_ascii());
+    for at in at {
+        plugin[at..at + old.len()].copy_from_slice(new);
+    }
+    plugin
+}
+
+/// Puts a plugin `lacking` into the CWD: a whole one, but it needs a library that nobody has.
+fn put_lacking(cwd: &ScratchCwd) {
+    // The table of needed libraries and that of their versions share this text.
+    let plugin = example_with(b"libgcc_s.so.1\0", b"libgcc_x.so.1\0");
+    cwd.write("machineries/libmachinery_lacking.so", plugin).unwrap();
+}
+
+/// What is said of it.
+const LACKING: [&str; 4] =
+    ["libmachinery_lacking.so", "the shared library libgcc_x.so.1", "not installed", "Install the package"];
+
+#[test]
+fn a_plugin_whose_library_is_missing_costs_only_itself() {
+    let cwd = ScratchCwd::new(&[("lacking", &example(&[("lost", "")])), ("example", &example(&[("m", "")]))]);
+    let cwd = cwd.unwrap();
+    put_lacking(&cwd);
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let log = host.log();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
+    assert_eq!(told.len(), 1, "{log}");
+    for word in LACKING.iter().chain(&["machinery=\"lacking\"", "left out", "start the host anew"]) {
+        assert!(told[0].contains(word), "{word:?} is not in: {}", told[0]);
+    }
+
+    let list = host::run(&cwd, &["list"]).unwrap();
+    assert_eq!(list.code, Some(0), "{list:?}");
+    let names: Vec<_> = list.stdout.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(names, ["NAME", "m"], "{}", list.stdout);
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
+    let lost = client.act("restore_start", "lost").unwrap();
+    assert_eq!(lost, json!({"success": false, "reason": "Machine with name lost does not exist"}));
+    assert!(host.terminate().unwrap().success());
+}
+
+#[test]
+fn a_plugin_whose_library_is_missing_is_a_problem_to_those_who_look_for_problems() {
+    let cwd = ScratchCwd::new(&[("lacking", ""), ("example", &example(&[("m", "")]))]).unwrap();
+    put_lacking(&cwd);
+    let check = host::run(&cwd, &["check"]).unwrap();
+    let plugins = host::run(&cwd, &["plugins"]).unwrap();
+    assert_eq!((check.code, plugins.code), (Some(2), Some(2)), "{check:?} {plugins:?}");
+    for word in LACKING {
+        assert!(check.stdout.contains(word), "{word:?} is not in what `check` says: {}", check.stdout);
+        assert!(plugins.stderr.contains(word), "{word:?} is not in what `plugins` says: {}", plugins.stderr);
+    }
+    assert!(check.stdout.contains("1 problem,"), "{}", check.stdout);
+    assert!(plugins.stdout.contains("example  "), "{}", plugins.stdout);
+}
+
+#[test]
+fn a_host_whose_only_plugin_lacks_its_library_does_not_start() {
+    let cwd = listing("lacking");
+    put_lacking(&cwd);
+    assert_refused(&cwd, &LACKING);
+}
+
+#[test]
+fn what_is_wrong_beside_a_plugin_whose_library_is_missing_is_told_with_it() {
+    let machines = example(&[("m", "")]);
+    let cwd = ScratchCwd::new(&[("lacking", ""), ("example", &machines), ("example-rival", "")]).unwrap();
+    put_lacking(&cwd);
+    cwd.plugin("example-rival").unwrap();
+    let text = assert_refused(&cwd, &[&LACKING[..], &["cannot share a host"]].concat());
+    assert!(text.contains("2 problems"), "{text}");
+}
+
 #[test]
 fn a_library_of_something_else_is_no_plugin() {
     let cwd = listing("stranger");
@@ -86,17 +165,10 @@ fn a_plugin_of_another_interface_is_refused_by_its_version_alone() {
 
 /// The example plugin, saying it was built for that interface.
 fn example_of(major: u32, minor: u32) -> Vec<u8> {
-    let mut plugin = fs::read(artifacts::plugin("example").unwrap()).unwrap();
     let header = |major: u32, minor: u32| {
         [&b"cuckoo-machinery"[..], &major.to_ne_bytes(), &minor.to_ne_bytes()].concat()
     };
-    let ours = header(1, 0);
-    let at: Vec<_> = (0..plugin.len() - ours.len()).filter(|at| plugin[*at..].starts_with(&ours)).collect();
-    assert!(!at.is_empty(), "the example plugin has its header");
-    for at in at {
-        plugin[at..at + ours.len()].copy_from_slice(&header(major, minor));
-    }
-    plugin
+    example_with(&header(1, 0), &header(major, minor))
 }
 
 #[test]

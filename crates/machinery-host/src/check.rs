@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use machinery::config::ConfigFile;
+use machinery::host::Plugin;
 use machinery::{Error, Report, Setup};
 use rustix::fs::{Access, access};
 use serde_yaml::{Mapping, Value};
@@ -24,11 +25,16 @@ pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
     if let Some(config) = report.keep(Config::read(cwd)) {
         report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
         let folders = loader::folders(plugin_dirs, cwd);
+        let mut plugins = Vec::new();
         for name in &config.machineries {
-            machinery(name, cwd, &config, &folders, &mut report);
+            if let Some(plugin) = report.keep(loader::open(name, &folders).map_err(Error::from)) {
+                machinery(&plugin, cwd, &config, &mut report);
+                plugins.push(plugin);
+            }
         }
-        // Conflicts show only with all plugins together; what cannot be opened was told above.
-        together(&config, &folders, &mut report);
+        for conflict in loader::conflicts(&plugins) {
+            report.problem(&conflict);
+        }
         same_names(cwd, &config, &mut report);
     }
     report
@@ -71,8 +77,8 @@ fn kvm(device: &Path, report: &mut Report) {
     }
 }
 
-fn machinery(name: &str, cwd: &Cwd, config: &Config, folders: &[PathBuf], report: &mut Report) {
-    let Some(plugin) = report.keep(loader::open(name, folders)) else { return };
+fn machinery(plugin: &Plugin, cwd: &Cwd, config: &Config, report: &mut Report) {
+    let name = plugin.name();
     report.good(format!(
         "{name}: plugin {} of interface {} from {}",
         plugin.version(),
@@ -96,13 +102,6 @@ fn unwritable(setup: &Setup, report: &mut Report) {
                     .advice("Run as the user that owns the CWD"),
             );
         }
-    }
-}
-
-fn together(config: &Config, folders: &[PathBuf], report: &mut Report) {
-    let all_open = config.machineries.iter().all(|name| loader::open(name, folders).is_ok());
-    if all_open && let Err(error) = loader::open_all(config, folders) {
-        report.problem(&error);
     }
 }
 

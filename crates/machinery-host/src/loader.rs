@@ -5,6 +5,9 @@
 //! ```
 //!
 //! Only listed names are opened: loading a library runs its code.
+//!
+//! What is wrong anywhere on this way keeps the host from starting, with one exception: a plugin that
+//! needs a library which is not installed on this host is left out, and the others serve without it.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -12,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
-use machinery::host::Plugin;
+use machinery::host::{OpenError, Plugin};
 use machinery::{Deadline, Error, HostServices, MachineInfo, Result, Setup, State};
 
 use crate::config::Config;
@@ -59,29 +62,56 @@ fn named(path: &Path) -> Option<(String, PathBuf)> {
     Some((name.to_owned(), path.to_owned()))
 }
 
+/// Why a listed machinery has no open plugin, by what that costs.
+#[derive(Debug)]
+pub enum NotOpened {
+    /// Its plugin needs a library that is not installed on this host. That costs this machinery alone.
+    LibraryMissing(Error),
+    /// There is no such plugin, or it is not what it should be. The host does not start.
+    Wrong(Error),
+}
+
+impl NotOpened {
+    fn of(path: &Path, error: &OpenError) -> Self {
+        let reason = format!("cannot use {} as a plugin: {error}", path.display());
+        match error {
+            OpenError::LibraryMissing { .. } => NotOpened::LibraryMissing(Error::environment(reason)),
+            _ => NotOpened::Wrong(Error::configuration(reason)),
+        }
+    }
+}
+
+/// For those who only tell it.
+impl From<NotOpened> for Error {
+    fn from(why: NotOpened) -> Error {
+        match why {
+            NotOpened::LibraryMissing(error) | NotOpened::Wrong(error) => error,
+        }
+    }
+}
+
 /// Finds and opens the plugin of that name.
 ///
 /// # Errors
 /// It is in none of the folders, or cannot be opened; the error says which and why.
-pub fn open(name: &str, folders: &[PathBuf]) -> Result<Plugin> {
+pub fn open(name: &str, folders: &[PathBuf]) -> Result<Plugin, NotOpened> {
     let path = folders
         .iter()
         .map(|folder| folder.join(format!("libmachinery_{name}.so")))
         .find(|path| path.exists())
-        .ok_or_else(|| not_found(name, folders))?;
-    let plugin = Plugin::open(&path).map_err(|error| {
-        Error::configuration(format!("cannot use {} as a plugin: {error}", path.display()))
-    })?;
+        .ok_or_else(|| NotOpened::Wrong(not_found(name, folders)))?;
+    let plugin = Plugin::open(&path).map_err(|error| NotOpened::of(&path, &error))?;
     if plugin.name() != name {
-        let reason = format!("{} holds the machinery '{}', not '{name}'", path.display(), plugin.name());
-        return Err(Error::configuration(reason).advice(format!(
-            "Name the file libmachinery_{}.so and list '{}'",
-            plugin.name(),
-            plugin.name()
-        )));
+        return Err(NotOpened::Wrong(misnamed(&plugin, name)));
     }
     tracing::debug!(machinery = name, path = %path.display(), version = plugin.version(), "plugin opened");
     Ok(plugin)
+}
+
+fn misnamed(plugin: &Plugin, name: &str) -> Error {
+    let (path, real) = (plugin.path().display(), plugin.name());
+    Error::configuration(format!("{path} holds the machinery '{real}', not '{name}'"))
+        .advice(format!("Name the file libmachinery_{real}.so and list '{real}'"))
 }
 
 fn not_found(name: &str, folders: &[PathBuf]) -> Error {
@@ -95,27 +125,38 @@ fn not_found(name: &str, folders: &[PathBuf]) -> Error {
     .advice("Correct the name in cuckoo.yaml, put the plugin into one of these folders, or give its folder with --plugin-dir")
 }
 
-/// Opens all listed plugins and sees that they can live together.
-///
-/// # Errors
-/// Everything that is wrong, at once.
-pub fn open_all(config: &Config, folders: &[PathBuf]) -> Result<Vec<Plugin>> {
+/// Opens the listed plugins and sees that they can live together. Those whose libraries are missing
+/// are left out, as long as others are left.
+fn open_all(config: &Config, folders: &[PathBuf]) -> Result<Vec<Plugin>> {
     let mut plugins = Vec::new();
+    let mut left_out = Vec::new();
     let mut problems = Vec::new();
     for name in &config.machineries {
         match open(name, folders) {
             Ok(plugin) => plugins.push(plugin),
-            Err(error) => problems.push(error),
+            Err(NotOpened::LibraryMissing(error)) => left_out.push((name, error)),
+            Err(NotOpened::Wrong(error)) => problems.push(error),
         }
     }
     problems.extend(conflicts(&plugins));
-    match Error::all(problems) {
-        None => Ok(plugins),
-        Some(problems) => Err(problems),
+    if plugins.is_empty() || !problems.is_empty() {
+        problems.extend(left_out.drain(..).map(|(_, error)| error));
     }
+    if let Some(problems) = Error::all(problems) {
+        return Err(problems);
+    }
+    for (machinery, error) in left_out {
+        tracing::error!(
+            machinery,
+            %error,
+            "left out with all its machines: install what is missing and start the host anew"
+        );
+    }
+    Ok(plugins)
 }
 
-fn conflicts(plugins: &[Plugin]) -> Vec<Error> {
+/// Those of the plugins that cannot share a host, as errors.
+pub fn conflicts(plugins: &[Plugin]) -> Vec<Error> {
     let mut found = Vec::new();
     for (index, one) in plugins.iter().enumerate() {
         for other in &plugins[index + 1..] {
@@ -147,7 +188,8 @@ pub fn setup(name: &str, cwd: &Cwd, config: &Config) -> Result<Setup> {
     })
 }
 
-/// Loads all listed machineries with their machines.
+/// Loads the listed machineries with their machines. One whose plugin needs a library that is not
+/// installed is told in the log and left out, as long as others are left.
 ///
 /// # Errors
 /// Everything that is wrong, at once. What was loaded by then is shut down again.

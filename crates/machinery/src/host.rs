@@ -1,7 +1,8 @@
 //! The host's side: opening a plugin file, step by step, and calling it.
 //!
 //! ```text
-//! open ─▶ is it a library? ─▶ is it a plugin? ─▶ same interface version? ─▶ same layout? ─▶ Plugin
+//! open ─▶ is it a library? ─▶ are those it needs there? ─▶ is it a plugin?
+//!                                ─▶ same interface version? ─▶ same layout? ─▶ Plugin
 //! Plugin::load(setup, services) ─▶ Instance, on which the methods are called
 //! ```
 //!
@@ -40,6 +41,11 @@ pub fn interface_version() -> String {
 pub enum OpenError {
     /// The dynamic linker refused it.
     NotALibrary(String),
+    /// The file is fine, but it needs another library, and that is not installed here.
+    LibraryMissing {
+        /// What the dynamic linker looked for, such as `libvirt.so.0`. There may be more.
+        library: String,
+    },
     /// It is a library, but exports no machinery.
     NotAPlugin,
     /// It was built for another interface.
@@ -66,7 +72,13 @@ impl fmt::Display for OpenError {
             OpenError::NotALibrary(why) => write!(
                 f,
                 "it cannot be loaded as a shared library ({why}). Check that the file is whole, built for this \
-                 machine, and that the libraries it needs are installed (ldd lists them)"
+                 machine, and that the libraries it needs are new enough (ldd tells)"
+            ),
+            OpenError::LibraryMissing { library } => write!(
+                f,
+                "it needs the shared library {library}, which is not installed on this host. Install the package \
+                 that has it (on Debian, `apt-file search {library}` finds it); `ldd` on this file lists all that \
+                 are missing"
             ),
             OpenError::NotAPlugin => f.write_str(
                 "it is a shared library, but not a machinery plugin: it does not export MACHINERY_INTERFACE. \
@@ -108,7 +120,7 @@ impl Plugin {
         expect_whole(path)?;
         // SAFETY: loading a library runs its initialisers; the operator named this file to be run.
         let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
-            .map_err(|error| OpenError::NotALibrary(linker_words(&error)))?;
+            .map_err(|error| refusal(path, linker_words(&error)))?;
         let interface = interface_of(&library)?;
         let ours = InterfaceVersion::OURS;
         if interface.major != ours.major || interface.minor > ours.minor {
@@ -206,6 +218,23 @@ fn linker_words(error: &libloading::Error) -> String {
         Some(source) => source.to_string(),
         None => error.to_string(),
     }
+}
+
+/// What the dynamic linker's words about a plugin file mean.
+fn refusal(plugin: &Path, words: String) -> OpenError {
+    match missing_library(&words) {
+        // The file itself can be gone since it was looked at.
+        Some(library) if Path::new(library) != plugin => {
+            OpenError::LibraryMissing { library: library.to_owned() }
+        }
+        _ => OpenError::NotALibrary(words),
+    }
+}
+
+/// The file that the dynamic linker did not find, if that is what it says. It has only words for it;
+/// these are glibc's, and stay English because nothing here sets a locale.
+fn missing_library(words: &str) -> Option<&str> {
+    words.strip_suffix(": cannot open shared object file: No such file or directory")
 }
 
 fn interface_of(library: &Library) -> Result<InterfaceVersion, OpenError> {
@@ -389,5 +418,28 @@ mod tests {
         let error = Plugin::open(&path).err().unwrap();
         assert!(matches!(error, OpenError::NotALibrary(_)), "{error}");
         assert!(matches!(Plugin::open(&folder.path().join("none")), Err(OpenError::NotALibrary(_))));
+    }
+
+    #[test]
+    fn a_library_that_is_missing_is_told_apart_from_all_else_that_the_linker_says() {
+        let plugin = Path::new("/p/libmachinery_x.so");
+        let missing = |words: &str| match refusal(plugin, words.to_owned()) {
+            OpenError::LibraryMissing { library } => Some(library),
+            OpenError::NotALibrary(why) if why == words => None,
+            other => panic!("{other}"),
+        };
+        for library in ["libvirt.so.0", "/opt/lib/liba b.so"] {
+            let words = format!("{library}: cannot open shared object file: No such file or directory");
+            assert_eq!(missing(&words).as_deref(), Some(library));
+        }
+        for words in [
+            "/p/libmachinery_x.so: cannot open shared object file: No such file or directory",
+            "libvirt.so.0: cannot open shared object file: Permission denied",
+            "libvirt.so.0: file too short",
+            "/lib/libvirt.so.0: version `LIBVIRT_9.0.0' not found (required by /p/libmachinery_x.so)",
+            "/p/libmachinery_x.so: undefined symbol: virConnectOpen",
+        ] {
+            assert_eq!(missing(words), None, "{words}");
+        }
     }
 }

@@ -200,8 +200,8 @@ fn code(answer: &Value) -> ExitCode {
 fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
     let config = crate::config::Config::read(cwd)?;
     let folders = loader::folders(&global.plugin_dirs, cwd);
-    let listed: Vec<_> =
-        config.machineries.iter().map(|name| (name.clone(), loader::open(name, &folders))).collect();
+    let opened = |name: &String| (name.clone(), loader::open(name, &folders).map_err(Error::from));
+    let listed: Vec<_> = config.machineries.iter().map(opened).collect();
     let others: Vec<_> = loader::available(&folders)
         .into_iter()
         .filter(|(name, _)| !config.machineries.contains(name))
