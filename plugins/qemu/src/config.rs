@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines, empty_as_none};
+use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface};
 use machinery::{Error, MachineInfo, Result, Setup};
 use rustix::fs::{Access, access};
 use serde::Deserialize;
@@ -130,23 +130,7 @@ impl Look<'_> {
     }
 
     fn interface(&mut self, key: &[&str], name: &str) {
-        let known =
-            !name.is_empty() && !name.contains('/') && Path::new("/sys/class/net").join(name).exists();
-        if !known {
-            let there: Vec<String> = Path::new("/sys/class/net")
-                .read_dir()
-                .map(|entries| {
-                    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
-                })
-                .unwrap_or_default();
-            let reason =
-                format!("the network interface '{name}' does not exist; there are {}", there.join(", "));
-            self.problem(
-                key,
-                reason,
-                "Create it first (bridges and taps are the operator's), or name another",
-            );
-        }
+        self.problems.extend(expect_interface(self.file, key, name).err());
     }
 
     fn program(&mut self, key: &[&str], path: &Path) -> bool {

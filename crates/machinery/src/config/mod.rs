@@ -5,9 +5,11 @@
 //! again: it walks the text to that key and lets the parser say where it is.
 
 mod file;
+mod interface;
 mod machines;
 mod values;
 
 pub use file::ConfigFile;
+pub use interface::expect_interface;
 pub use machines::{Configured, MachineConfig, Machines};
 pub use values::{checked, empty_as_none, lowercase, null_as_default};

@@ -1,0 +1,67 @@
+//! From the PPM that hypervisors write to PNG.
+
+use std::io::Write;
+
+use machinery::{Error, Result};
+
+/// Whether these are the first bytes of a PPM image.
+pub fn is_ppm(start: &[u8]) -> bool {
+    start.starts_with(b"P6")
+}
+
+/// Writes `ppm` as PNG to `file`. `ppm` is what QEMU makes: `P6`, no comments, 255 levels.
+///
+/// # Errors
+/// It is no such image; the file cannot be written.
+pub fn ppm_to_png(ppm: &[u8], file: impl Write) -> Result<()> {
+    let wrong = || Error::failed("the hypervisor's screenshot is not a PPM image");
+    let (width, height, pixels) = read_ppm(ppm).ok_or_else(wrong)?;
+    let mut encoder = png::Encoder::new(file, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let written =
+        encoder.write_header().and_then(|mut png| png.write_image_data(pixels).and_then(|()| png.finish()));
+    written.map_err(|error| Error::environment(format!("cannot write the screenshot: {error}")))
+}
+
+/// Width, height and pixels.
+fn read_ppm(ppm: &[u8]) -> Option<(u32, u32, &[u8])> {
+    let mut rest = ppm.strip_prefix(b"P6")?;
+    let mut number = || {
+        rest = rest.trim_ascii_start();
+        let length = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let (digits, after) = rest.split_at(length);
+        rest = after;
+        std::str::from_utf8(digits).ok()?.parse::<u32>().ok()
+    };
+    let (width, height, levels) = (number()?, number()?, number()?);
+    let pixels = rest.get(1..)?;
+    let length = usize::try_from(width).ok()?.checked_mul(height.try_into().ok()?)?.checked_mul(3)?;
+    (levels == 255 && pixels.len() == length).then_some((width, height, pixels))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ppm_becomes_a_png() {
+        let ppm = b"P6\n2 1\n255\n\x01\x02\x03\x0a\x0b\x0c";
+        assert!(is_ppm(ppm));
+        let mut file = Vec::new();
+        ppm_to_png(ppm, &mut file).unwrap();
+        let mut reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().unwrap();
+        let mut pixels = vec![0; 6];
+        reader.next_frame(&mut pixels).unwrap();
+        assert_eq!(pixels, [1, 2, 3, 10, 11, 12]);
+    }
+
+    #[test]
+    fn half_an_image_is_none() {
+        for bytes in
+            [&b""[..], b"P6", b"P6\n2 1\n255\n\x01", b"P5\n1 1\n255\nx", b"P6\n99999999 99999999\n255\n"]
+        {
+            assert!(ppm_to_png(bytes, Vec::new()).is_err(), "{bytes:?}");
+        }
+    }
+}
