@@ -432,7 +432,7 @@ fn a_disk_that_is_gone_is_told() {
 #[test]
 fn no_space_for_the_disposable_disk_is_told() {
     let lab = Lab::new(&[MICRO]).unwrap();
-    let Some(tiny) = TinyDisk::mount(&lab, 64).unwrap() else {
+    let Some(tiny) = TinyDisk::mount(lab.cwd(), 64).unwrap() else {
         eprintln!("NOT CHECKED: what happens without space, because this user may not mount a tmpfs");
         return;
     };

@@ -180,7 +180,7 @@ fn a_path_that_cannot_be_written_is_told() {
 #[test]
 fn no_space_for_a_dump_is_told() {
     let mut m = running(Guest::Micro);
-    let Some(tiny) = TinyDisk::mount(&m.lab, 1024).unwrap() else {
+    let Some(tiny) = TinyDisk::mount(m.lab.cwd(), 1024).unwrap() else {
         eprintln!("NOT CHECKED: what happens without space, because this user may not mount a tmpfs");
         return;
     };

@@ -4,18 +4,23 @@
 //!   quarter of a second, and a small Linux with an agent, a disk and a network. No image is kept
 //!   in the repository and nothing is installed.
 //! - [`snapshot`]: the formats in which a memory snapshot may be stored.
+//! - [`libvirt`]: a libvirtd of one's own, and such machines as its domains.
+//! - [`lab`]: all of it together, for experiments.
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client that
 //!   talks to it. Nothing of them outlives its test.
 //! - [`conformance`]: the promises of a machinery plugin, as checks that any of them is put to.
 //! - [`artifacts`]: where the build has put what they run.
 
 pub mod artifacts;
+mod cache;
 pub mod client;
+mod command;
 pub mod conformance;
 mod error;
 pub mod guest;
 pub mod host;
 pub mod lab;
+pub mod libvirt;
 pub mod scratch;
 pub mod snapshot;
 

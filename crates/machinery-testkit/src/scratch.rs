@@ -4,9 +4,11 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use machinery::Setup;
+use machinery::config::ConfigFile;
 use tempfile::TempDir;
 
-use crate::error::Context;
+use crate::error::{Context, Error};
 use crate::{Result, artifacts};
 
 /// A CWD. Declare it before the hosts that serve it, so that they are gone before it goes.
@@ -36,7 +38,7 @@ impl ScratchCwd {
         let names: Vec<&str> = machineries.iter().map(|(name, _)| *name).collect();
         cwd.list(&names)?;
         for (name, text) in machineries {
-            cwd.write(format!("conf/machineries/{name}.yaml"), text)?;
+            cwd.write_yaml(name, text)?;
         }
         Ok(cwd)
     }
@@ -50,6 +52,27 @@ impl ScratchCwd {
         text += "resultserver:\n  listen_ip: 127.0.0.1\n  listen_port: 2042\n";
         text += "tcpdump:\n  enabled: false\n  path: /usr/bin/tcpdump\n";
         self.write("conf/cuckoo.yaml", &text)
+    }
+
+    /// What the configuration of that machinery says.
+    pub fn yaml(&self, machinery: &str) -> Result<String> {
+        let path = self.root.join(yaml_of(machinery));
+        fs::read_to_string(&path).context(|| format!("reading {}", path.display()))
+    }
+
+    /// Writes the configuration of that machinery anew.
+    pub fn write_yaml(&self, machinery: &str, text: &str) -> Result<()> {
+        self.write(yaml_of(machinery), text)
+    }
+
+    /// Puts `new` in the place of the first `old` in the configuration of that machinery, where it has
+    /// to be.
+    pub fn change_yaml(&self, machinery: &str, old: &str, new: &str) -> Result<()> {
+        let yaml = self.yaml(machinery)?;
+        if !yaml.contains(old) {
+            return Err(Error::new(format!("there is no {old:?} in {machinery}.yaml:\n{yaml}")));
+        }
+        self.write_yaml(machinery, &yaml.replacen(old, new, 1))
     }
 
     /// Writes `conf/machinery-host.yaml`.
@@ -84,10 +107,31 @@ impl ScratchCwd {
         &self.root
     }
 
+    /// What a host would give the plugin of that machinery.
+    pub fn setup(&self, machinery: &str) -> Result<Setup> {
+        let folder = |name: &str| {
+            let folder = self.root.join(name);
+            fs::create_dir_all(&folder).context(|| format!("making {}", folder.display()))?;
+            Ok(folder)
+        };
+        let config = ConfigFile::read(&self.root.join(yaml_of(machinery)));
+        Ok(Setup {
+            config: config.context(|| format!("reading {machinery}.yaml"))?,
+            host_config: None,
+            sockets_dir: folder("sockets")?,
+            state_dir: folder("state")?,
+            cache_dir: folder("cache")?,
+        })
+    }
+
     /// Where the host's socket is, once it runs.
     pub fn socket(&self) -> PathBuf {
         self.root.join("operational/sockets/machinerymanager.sock")
     }
+}
+
+fn yaml_of(machinery: &str) -> String {
+    format!("conf/machineries/{machinery}.yaml")
 }
 
 /// The text of `example.yaml` for these machines: names, and YAML to follow the keys that are needed

@@ -9,12 +9,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::config::ConfigFile;
 use machinery::host::Plugin;
-use machinery::{Deadline, HostServices, LogLevel, LogRecord, Setup, State};
+use machinery::{Deadline, Setup};
 use machinery_testkit::artifacts;
-use machinery_testkit::conformance::{self, Answer, Subject};
-use machinery_testkit::guest::{Guest, MachineFolder};
+use machinery_testkit::conformance::{self, Deaf, Subject};
+use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::{Signal, kill_process};
@@ -33,14 +32,8 @@ fn lab() -> Arc<Lab> {
     Arc::new(Lab::new(&MACHINES).unwrap())
 }
 
-/// What a host would give the plugin.
 fn setup(lab: &Lab) -> Setup {
-    let root = lab.cwd().root();
-    let folders = ["sockets", "state", "cache"].map(|name| root.join(name));
-    folders.iter().for_each(|folder| fs::create_dir_all(folder).unwrap());
-    let config = ConfigFile::read(&root.join("conf/machineries/qemu.yaml")).unwrap();
-    let [sockets_dir, state_dir, cache_dir] = folders;
-    Setup { config, host_config: None, sockets_dir, state_dir, cache_dir }
+    lab.cwd().setup("qemu").unwrap()
 }
 
 fn subject(lab: &Arc<Lab>) -> Subject {
@@ -51,17 +44,11 @@ fn subject(lab: &Arc<Lab>) -> Subject {
     Subject::new(&names, restored..=restored, move |_, machine| {
         Ok(counting.folder(machine).first_count(SOON)?)
     })
-    .alive(move |_, machine| counts_on(living.folder(machine)))
+    .alive(move |_, machine| Ok(living.folder(machine).counts_on(SOON)?))
     .leftovers(move || Ok(littered.leftovers()?))
     // As a crash would end it.
     .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
     .patience(SOON)
-}
-
-fn counts_on(machine: &MachineFolder) -> Answer<()> {
-    machine.first_count(SOON)?;
-    machine.wait_for_count(machine.last_count()? + 1, SOON)?;
-    Ok(())
 }
 
 /// A snapshot, spoilt in every way there is.
@@ -84,18 +71,6 @@ fn broken_snapshots(path: &Path) -> Vec<(&'static str, Vec<u8>)> {
         broken.push(("nothing, but well packed", stored(&[])));
     }
     broken
-}
-
-/// A host that does not listen.
-struct Deaf;
-
-impl HostServices for Deaf {
-    fn log(&self, _: LogRecord) {}
-    fn state_changed(&self, _: &str, _: State, _: &str) {}
-    fn progress(&self, _: &str, _: f64) {}
-    fn max_level(&self) -> LogLevel {
-        LogLevel::Error
-    }
 }
 
 #[test]

@@ -75,6 +75,18 @@ impl HostServices for Ears {
     }
 }
 
+/// A host that does not listen, for tests that call a plugin themselves.
+pub struct Deaf;
+
+impl HostServices for Deaf {
+    fn log(&self, _: LogRecord) {}
+    fn state_changed(&self, _: &str, _: State, _: &str) {}
+    fn progress(&self, _: &str, _: f64) {}
+    fn max_level(&self) -> LogLevel {
+        LogLevel::Error
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

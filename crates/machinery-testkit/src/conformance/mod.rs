@@ -52,6 +52,7 @@ use std::sync::{Arc, OnceLock};
 use machinery::Setup;
 use machinery::host::Plugin;
 
+pub use ears::Deaf;
 pub use report::{Check, Report, Unmet};
 pub use subject::{Answer, Subject};
 

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::cpio::Archive;
-use super::{cache, command};
-use crate::Result;
+
 use crate::error::{Context, Error};
+use crate::{Result, cache, command};
 
 /// Kernel modules in the order in which they need each other. One that is not there is taken to be
 /// built into the kernel.
@@ -43,25 +43,25 @@ pub const READY: &str = "guest ready";
 
 /// A kernel and its initramfs, in the cache: what QEMU boots directly.
 #[derive(Debug, Clone)]
-pub(super) struct Image {
+pub(crate) struct Image {
     folder: PathBuf,
 }
 
 impl Image {
     /// The image in `cache`, made now if it is not there. Only then is a network needed.
-    pub(super) fn in_cache(cache: &Path) -> Result<Self> {
+    pub(crate) fn in_cache(cache: &Path) -> Result<Self> {
         let content = cache::fingerprint(&[INDEX, HTTPD_CONF, INIT, MARK, MARKS, &MODULES.join(" ")]);
         let folder = cache::folder(cache, &format!("linux-image-{content}"), build)?;
         Ok(Self { folder })
     }
 
     /// The kernel, for `-kernel`.
-    pub(super) fn kernel(&self) -> PathBuf {
+    pub(crate) fn kernel(&self) -> PathBuf {
         self.folder.join("vmlinuz")
     }
 
     /// The initramfs, for `-initrd`.
-    pub(super) fn initramfs(&self) -> PathBuf {
+    pub(crate) fn initramfs(&self) -> PathBuf {
         self.folder.join("initramfs")
     }
 }

@@ -14,8 +14,9 @@ use std::time::Duration;
 use super::recipe::{AGENT_PORT, Recipe};
 use super::serial::{self, Watch};
 use super::vm::Vm;
-use super::{Guest, MachineFolder, Qemu, cache, linux, micro};
+use super::{Contact, Guest, MachineFolder, Qemu, linux, micro};
 use crate::Result;
+use crate::cache;
 use crate::error::{Context, Error};
 use crate::snapshot::SnapshotFormat;
 
@@ -79,14 +80,13 @@ impl Master {
         let start_args = self.recipe.start_args(&dir.join(SERIAL), Some(ip));
         let info = machineinfo(&self.recipe, name, ip, &start_args);
         fs::write(dir.join(MACHINEINFO), format!("{info:#}\n")).context(what)?;
+        let contact = Contact { name: name.to_owned(), ip: ip.to_string(), serial: dir.join(SERIAL) };
         Ok(MachineFolder {
-            name: name.to_owned(),
-            ip: ip.to_string(),
             disk: dir.join(DISK),
             snapshot: dir.join(SNAPSHOT),
             machineinfo: dir.join(MACHINEINFO),
-            serial: dir.join(SERIAL),
             start_args,
+            contact,
             dir,
         })
     }

@@ -17,28 +17,28 @@
 //! saved; a [`MachineFolder`] is one machine made from a master, as an operator would have it. All
 //! of it runs emulated (TCG), without KVM and without rights.
 
-mod cache;
-mod command;
+mod contact;
 mod cpio;
 pub mod linux;
 mod machine;
 mod master;
 pub mod micro;
-mod recipe;
-mod serial;
+pub(crate) mod recipe;
+pub(crate) mod serial;
 mod vm;
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-pub use machine::{MachineFolder, Marks};
+pub use contact::{Contact, Marks};
+pub use machine::MachineFolder;
 pub use master::Master;
 pub use recipe::AGENT_PORT;
 pub use vm::{DISK_PLACEHOLDER, Vm};
 
-use crate::Result;
 use crate::error::Error;
+use crate::{Result, cache, command};
 
 /// The programs of one QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::Command;
 
 use super::linux::Image;
-use super::{DISK_PLACEHOLDER, Guest, Qemu, cache, command, micro};
-use crate::Result;
+use super::{DISK_PLACEHOLDER, Guest, Qemu, micro};
 use crate::error::Context;
+use crate::{Result, cache, command};
 
 /// The port on which agents listen, as everywhere in Cuckoo.
 pub const AGENT_PORT: u16 = 8000;

@@ -1,0 +1,167 @@
+//! A CWD with the kvm machinery, a libvirtd of its own, and domains to do experiments on.
+//!
+//! ```text
+//! <scratch>/cwd/conf/machineries/kvm.yaml     as an operator writes it
+//! <scratch>/cwd/machines/<name>/              a domain's disk, and what its guest says
+//! <scratch>/cwd/libvirt/                      all that belongs to libvirtd
+//! ```
+
+use std::fs;
+use std::ops::Deref;
+use std::path::PathBuf;
+
+use rustix::process::Pid;
+
+use super::remains::{self, collect_remains, processes};
+use crate::Result;
+use crate::error::{Context, Error};
+use crate::guest::{Contact, Guest, Qemu};
+use crate::host::{self, RunningHost};
+use crate::libvirt::{self, Libvirtd};
+use crate::scratch::ScratchCwd;
+
+/// Declare it before the hosts that serve it, so that they are gone before it looks what is left.
+#[derive(Debug)]
+pub struct KvmLab {
+    // The domains end before their folder goes.
+    libvirtd: Libvirtd,
+    cwd: ScratchCwd,
+    /// In the order of the configuration.
+    machines: Vec<KvmMachine>,
+}
+
+/// A machine that is a domain. It has its guest's [`Contact`].
+#[derive(Debug, Clone)]
+pub struct KvmMachine {
+    /// The domain's name.
+    pub label: String,
+    /// Its disk, with its snapshot inside.
+    pub disk: PathBuf,
+    /// How its guest is reached.
+    pub contact: Contact,
+}
+
+impl Deref for KvmMachine {
+    type Target = Contact;
+
+    fn deref(&self) -> &Contact {
+        &self.contact
+    }
+}
+
+impl KvmLab {
+    /// A lab with these machines.
+    pub fn new(machines: &[(&str, Guest)]) -> Result<Self> {
+        let cwd = ScratchCwd::new(&[("kvm", "")])?;
+        let libvirtd = Libvirtd::start(&cwd.root().join("libvirt"))?;
+        let mut lab = KvmLab { libvirtd, cwd, machines: Vec::new() };
+        for (name, guest) in machines {
+            let machine = lab.define(name, *guest)?;
+            lab.machines.push(machine);
+        }
+        lab.cwd.write_yaml("kvm", &lab.fresh_yaml())?;
+        Ok(lab)
+    }
+
+    fn define(&self, name: &str, guest: Guest) -> Result<KvmMachine> {
+        let dir = self.cwd.root().join("machines").join(name);
+        fs::create_dir_all(&dir).context(|| format!("making {}", dir.display()))?;
+        let contact = Contact {
+            name: name.to_owned(),
+            ip: super::address().to_string(),
+            serial: dir.join("serial.log"),
+        };
+        let label = format!("lab-{name}");
+        let disk = libvirt::master(&Qemu::find()?, guest)?.define(&self.libvirtd, &label, &contact)?;
+        Ok(KvmMachine { label, disk, contact })
+    }
+
+    /// Its CWD.
+    pub fn cwd(&self) -> &ScratchCwd {
+        &self.cwd
+    }
+
+    /// Its libvirtd.
+    pub fn libvirtd(&self) -> &Libvirtd {
+        &self.libvirtd
+    }
+
+    /// One of its machines.
+    ///
+    /// # Panics
+    /// It has no such machine.
+    #[allow(clippy::panic)]
+    pub fn machine(&self, name: &str) -> &KvmMachine {
+        let found = self.machines.iter().find(|machine| machine.name == name);
+        found.unwrap_or_else(|| panic!("the lab has no machine {name}"))
+    }
+
+    /// The first count of a micro guest that was restored.
+    pub fn restored_count(&self) -> Result<u32> {
+        libvirt::master(&Qemu::find()?, Guest::Micro)?.restored_count()
+    }
+
+    /// Starts a host for it.
+    pub fn host(&self) -> Result<RunningHost> {
+        RunningHost::start(&self.cwd)
+    }
+
+    /// Runs `cuckoo-machinery` with these arguments to its end.
+    pub fn run(&self, arguments: &[&str]) -> Result<host::Ran> {
+        host::run(&self.cwd, arguments)
+    }
+
+    /// Puts `new` in the place of the first `old` in `kvm.yaml`, where it has to be.
+    pub fn change_yaml(&self, old: &str, new: &str) -> Result<()> {
+        self.cwd.change_yaml("kvm", old, new)
+    }
+
+    /// The QEMU that runs for that machine.
+    pub fn qemu_of(&self, name: &str) -> Result<Pid> {
+        let disk = self.machine(name).disk.display().to_string();
+        let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && command.contains("-blockdev");
+        let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
+        match found.as_slice() {
+            [(qemu, _)] => Ok(*qemu),
+            other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),
+        }
+    }
+
+    /// What is there because of a run: processes (without host and libvirtd), unfinished files.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        let mut left: Vec<_> = self.processes()?.iter().map(|process| format!("{process:?}")).collect();
+        collect_remains(&self.cwd.root().join("machines"), &mut left)?;
+        Ok(left)
+    }
+
+    /// Nothing is left of any run.
+    ///
+    /// # Panics
+    /// Something is.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        assert_eq!(self.leftovers(), Ok(Vec::new()), "this is left of a run");
+    }
+
+    fn fresh_yaml(&self) -> String {
+        let mut text = format!("dsn: {}\ninterface: lo\nmachines:\n", self.libvirtd.dsn());
+        for machine in &self.machines {
+            text += &format!(
+                "  {}:\n    label: {}\n    ip: {}\n    platform: windows\n    os_version: 10\n",
+                machine.name, machine.label, machine.ip
+            );
+        }
+        text
+    }
+
+    fn processes(&self) -> Result<Vec<(Pid, String)>> {
+        remains::processes_below(self.cwd.root(), &["cuckoo-machinery", "libvirtd", "unshare"])
+    }
+}
+
+impl Drop for KvmLab {
+    fn drop(&mut self) {
+        // What runs on ends with libvirtd's namespace.
+        remains::expect_none(self.leftovers());
+    }
+}

@@ -1,0 +1,195 @@
+//! A CWD with the qemu machinery and machines to do experiments on.
+//!
+//! ```text
+//! <scratch>/cwd/conf/machineries/qemu.yaml     as an operator writes it
+//! <scratch>/cwd/machines/<name>/               a machine as VMCloak leaves it
+//! ```
+//!
+//! A run's processes have that folder on their command lines, and its disks and sockets are in it.
+//! So what a run leaves is found here, whoever started it, also when the host was killed in between.
+//! A lab that is dropped ends what is left, and is an error then: nothing may be left.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::process::Pid;
+
+use super::remains::{self, collect_remains, processes};
+use crate::Result;
+use crate::error::{Context, Error};
+use crate::guest::{self, Guest, MachineFolder, Qemu};
+use crate::host::{self, RunningHost};
+use crate::scratch::ScratchCwd;
+use crate::snapshot::SnapshotFormat;
+
+/// Declare it before the hosts that serve it, so that they are gone before it looks what is left.
+#[derive(Debug)]
+pub struct Lab {
+    cwd: ScratchCwd,
+    qemu: Qemu,
+    machines: BTreeMap<String, MachineFolder>,
+}
+
+impl Lab {
+    /// A lab with these machines.
+    pub fn new(machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Self> {
+        Self::below(Path::new("cwd"), machines)
+    }
+
+    /// A lab in the folder `path` of the scratch folder: for long paths.
+    pub fn below(path: &Path, machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Self> {
+        let (qemu, cwd) = (Qemu::find()?, ScratchCwd::below(path, &[("qemu", "")])?);
+        let folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
+            let dir = cwd.root().join("machines").join(name);
+            let machine =
+                guest::master(&qemu, *guest)?.machine(&dir, name, &super::address().to_string(), *format);
+            Ok(((*name).to_owned(), machine?))
+        };
+        let machines = machines.iter().map(folder).collect::<Result<_>>()?;
+        let lab = Lab { cwd, qemu, machines };
+        lab.write_yaml(&lab.fresh_yaml())?;
+        Ok(lab)
+    }
+
+    /// Its CWD.
+    pub fn cwd(&self) -> &ScratchCwd {
+        &self.cwd
+    }
+
+    /// The QEMU that its machines run on.
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// The folder of one of its machines.
+    ///
+    /// # Panics
+    /// It has no such machine.
+    pub fn folder(&self, name: &str) -> &MachineFolder {
+        &self.machines[name]
+    }
+
+    /// The names of its machines.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.machines.keys().map(String::as_str)
+    }
+
+    /// Where a machine's disposable disk is while it runs.
+    pub fn disposable(&self, name: &str) -> PathBuf {
+        self.folder(name).dir.join(format!("{name}_disposable.qcow2"))
+    }
+
+    /// The first count of a micro guest that was restored.
+    pub fn restored_count(&self) -> Result<u32> {
+        Ok(guest::master(&self.qemu, Guest::Micro)?.snapshot_count()? + 1)
+    }
+
+    /// Starts a host for it.
+    pub fn host(&self) -> Result<RunningHost> {
+        RunningHost::start(&self.cwd)
+    }
+
+    /// Runs `cuckoo-machinery` with these arguments to its end.
+    pub fn run(&self, arguments: &[&str]) -> Result<host::Ran> {
+        host::run(&self.cwd, arguments)
+    }
+
+    /// What `qemu.yaml` says.
+    pub fn yaml(&self) -> Result<String> {
+        self.cwd.yaml("qemu")
+    }
+
+    /// Writes `qemu.yaml` anew.
+    pub fn write_yaml(&self, text: &str) -> Result<()> {
+        self.cwd.write_yaml("qemu", text)
+    }
+
+    /// Puts `new` in the place of the first `old` in `qemu.yaml`, where it has to be.
+    pub fn change_yaml(&self, old: &str, new: &str) -> Result<()> {
+        self.cwd.change_yaml("qemu", old, new)
+    }
+
+    /// Changes a machine's start arguments.
+    pub fn change_start_args(&self, name: &str, change: impl FnOnce(&mut Vec<String>)) -> Result<()> {
+        let machine = self.folder(name);
+        let mut args = machine.start_args.clone();
+        change(&mut args);
+        let info = serde_json::json!({"machine": {"start_args": args}}).to_string();
+        fs::write(&machine.machineinfo, info).context(|| format!("changing the arguments of {name}"))
+    }
+
+    /// Puts a shell script in QEMU's place. Asked for its version, it says `version`.
+    pub fn fake_qemu(&self, version: &str, script: &str) -> Result<()> {
+        let path = self.cwd.root().join("fake-qemu");
+        let text = format!(
+            "#!/bin/sh\n[ \"$1\" = --version ] && echo 'QEMU emulator version {version}' && exit\n{script}\n"
+        );
+        self.cwd.write("fake-qemu", text)?;
+        let mode = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(&path, mode).context(|| format!("writing {}", path.display()))?;
+        self.change_yaml(&self.qemu.system.display().to_string(), &path.display().to_string())
+    }
+
+    /// The QEMU that runs for that machine.
+    pub fn qemu_of(&self, name: &str) -> Result<Pid> {
+        let disk = self.disposable(name).display().to_string();
+        let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && !command.contains("qemu-img");
+        let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
+        match found.as_slice() {
+            [(qemu, _)] => Ok(*qemu),
+            other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),
+        }
+    }
+
+    /// What is there because of a run: processes (without the host), disposable disks, monitors'
+    /// sockets, unfinished files.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        let mut left: Vec<_> = self.processes()?.iter().map(|process| format!("{process:?}")).collect();
+        collect_remains(self.cwd.root(), &mut left)?;
+        Ok(left)
+    }
+
+    /// Nothing is left of any run.
+    ///
+    /// # Panics
+    /// Something is.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        assert_eq!(self.leftovers(), Ok(Vec::new()), "this is left of a run");
+    }
+
+    fn fresh_yaml(&self) -> String {
+        let mut text = format!(
+            "interface: lo\ndisposable_copy_dir:\nbinaries:\n  qemu_img: {}\n  qemu_system_x86_64: {}\nmachines:\n",
+            self.qemu.img.display(),
+            self.qemu.system.display()
+        );
+        for machine in self.machines.values() {
+            text += &format!(
+                "  {}:\n    qcow2_path: {}\n    snapshot_path: {}\n    machineinfo_path: {}\n    ip: {}\n    \
+                 platform: windows\n    os_version: 10\n",
+                machine.name,
+                machine.disk.display(),
+                machine.snapshot.display(),
+                machine.machineinfo.display(),
+                machine.ip
+            );
+        }
+        text
+    }
+
+    /// All that has the lab on its command line, but for the hosts.
+    fn processes(&self) -> Result<Vec<(Pid, String)>> {
+        remains::processes_below(self.cwd.root(), &["cuckoo-machinery"])
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let left = self.leftovers();
+        remains::kill(&self.processes().unwrap_or_default());
+        remains::expect_none(left);
+    }
+}

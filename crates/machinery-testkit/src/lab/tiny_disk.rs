@@ -1,0 +1,44 @@
+//! A very small file system, to see what happens when it is full.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::Context;
+use crate::scratch::ScratchCwd;
+use crate::{Result, host};
+
+/// A very small file system, to see what happens when it is full.
+pub struct TinyDisk {
+    path: PathBuf,
+}
+
+impl TinyDisk {
+    /// Mounts one in the CWD; `None` where this user may not mount.
+    pub fn mount(cwd: &ScratchCwd, kib: u32) -> Result<Option<Self>> {
+        let path = cwd.root().join("tiny");
+        fs::create_dir_all(&path).context(|| format!("making {}", path.display()))?;
+        let size = format!("size={kib}k");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&path);
+        let mounted = host::run_command(mount)?;
+        Ok((mounted.code == Some(0)).then_some(TinyDisk { path }))
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for TinyDisk {
+    fn drop(&mut self) {
+        // Lazily: a process that is just ending may still have a file on it open.
+        let mut umount = Command::new("umount");
+        umount.arg("--lazy").arg(&self.path);
+        let unmounted = host::run_command(umount);
+        if !std::thread::panicking() {
+            assert_eq!(unmounted.map(|ran| ran.code), Ok(Some(0)), "{} stays", self.path.display());
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! A private libvirtd.
+//!
+//! libvirtd has its folders compiled in. So it runs in a mount namespace in which the lab's folders lie
+//! over them, and in a process namespace whose first process ends with its owner and takes all the
+//! others with it: libvirtd and every QEMU, whatever a test does. That first process also does what an
+//! init does, and forgets QEMUs that have ended; libvirtd waits for that when it stops a domain.
+//!
+//! ```text
+//! unshare ─▶ init (sleeps) ─┬─ libvirtd, started and killed at will
+//!                           └─ QEMUs, which outlive libvirtd as they always do
+//! ```
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open, set_parent_process_death_signal,
+};
+
+use crate::error::{Context, Error};
+use crate::{Result, cache, command};
+
+/// Ending a killed process takes no longer.
+const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
+
+/// What the init does, with the daemon's folder as its argument. The folders are made where a package
+/// that has not been configured has left them out; `/run` is an empty one of its own.
+const INIT: &str = r#"
+set -e
+mount -t tmpfs tmpfs /run
+for place in etc/libvirt run/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt; do
+    mkdir -p "/$place" "$1/$place"
+    mount --bind "$1/$place" "/$place"
+done
+echo ready
+exec env --ignore-signal=CHLD sleep infinity
+"#;
+
+/// QEMU runs as the user who runs the tests, without anything that needs a system around it.
+const QEMU_CONF: &str = "\
+user = \"root\"
+group = \"root\"
+dynamic_ownership = 0
+remember_owner = 0
+security_driver = \"none\"
+namespaces = []
+cgroup_controllers = []
+stdio_handler = \"file\"
+";
+
+/// A running libvirtd, or one that was killed and can be started again. Dropped, nothing of it is left.
+#[derive(Debug)]
+pub struct Libvirtd {
+    folder: PathBuf,
+    /// The one that has made the namespaces; its only child is their init.
+    unshare: Child,
+}
+
+impl Libvirtd {
+    /// Starts one with all that is its own in `folder`, which must have a short path.
+    pub fn start(folder: &Path) -> Result<Self> {
+        let daemon = Self::without_daemon(folder)?;
+        let known = learnt()?;
+        let into = daemon.folder.join(CAPABILITIES);
+        fs::create_dir_all(&into).context(|| format!("making {}", into.display()))?;
+        for file in files(&known)? {
+            let to = into.join(file.file_name().unwrap_or_default());
+            fs::copy(&file, &to).context(|| format!("copying {}", file.display()))?;
+        }
+        daemon.start_daemon()?;
+        Ok(daemon)
+    }
+
+    fn without_daemon(folder: &Path) -> Result<Self> {
+        let what = || format!("preparing a libvirtd in {}", folder.display());
+        for part in ["etc/libvirt", "sockets"] {
+            fs::create_dir_all(folder.join(part)).context(what)?;
+        }
+        let folder = folder.canonicalize().context(what)?;
+        fs::write(folder.join("etc/libvirt/qemu.conf"), QEMU_CONF).context(what)?;
+        fs::write(folder.join("libvirtd.conf"), libvirtd_conf(&folder)).context(what)?;
+        let unshare = unshare(&folder)?;
+        Ok(Libvirtd { folder, unshare })
+    }
+
+    /// Starts the daemon, after it was killed.
+    pub fn start_daemon(&self) -> Result<()> {
+        let init = self.init()?.to_string();
+        let mut enter = Command::new("nsenter");
+        enter.args(["--target", &init, "--mount", "--pid"]);
+        if !geteuid().is_root() {
+            enter.args(["--user", "--preserve-credentials"]);
+        }
+        // It goes to the background by itself, once its sockets are there.
+        enter.args(["--", "libvirtd", "--daemon", "--config"]).arg(self.conf());
+        enter.arg("--pid-file").arg(self.folder.join("libvirtd.pid")).env("PATH", path());
+        command::output(&mut enter).map(drop).map_err(|error| {
+            let log = fs::read_to_string(self.log()).unwrap_or_default();
+            Error::new(format!("{error}; its log:\n{log}"))
+        })
+    }
+
+    /// Kills the daemon, and waits until it is gone. Its domains run on.
+    pub fn kill_daemon(&self) -> Result<()> {
+        let pid = self.daemon()?;
+        let what = || format!("killing libvirtd, process {pid}");
+        let process = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
+        kill_process(pid, Signal::KILL).context(what)?;
+        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&PATIENCE)).context(what)? {
+            0 => Err(Error::new(format!("{}: it goes on", what()))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends the daemon a signal.
+    pub fn signal_daemon(&self, signal: Signal) -> Result<()> {
+        let pid = self.daemon()?;
+        kill_process(pid, signal).context(|| format!("signalling libvirtd, process {pid}"))
+    }
+
+    /// The process of the daemon.
+    pub fn daemon(&self) -> Result<Pid> {
+        let conf = self.conf().display().to_string();
+        let processes = crate::lab::processes()?;
+        let found = processes.into_iter().find(|(_, command)| {
+            command.split(' ').next().is_some_and(|program| program.ends_with("libvirtd"))
+                && command.contains(&conf)
+        });
+        found.map(|(pid, _)| pid).ok_or_else(|| Error::new(format!("no libvirtd runs with {conf}")))
+    }
+
+    /// What to connect to.
+    pub fn dsn(&self) -> String {
+        format!("qemu:///system?socket={}", self.folder.join("sockets/libvirt-sock").display())
+    }
+
+    /// Runs `virsh` with these arguments, and gives what it says.
+    pub fn virsh(&self, arguments: &[&str]) -> Result<String> {
+        command::output(Command::new("virsh").args(["--quiet", "--connect", &self.dsn()]).args(arguments))
+    }
+
+    /// Defines something by its description: `define`, or `snapshot-create NAME`.
+    pub fn virsh_with_file(&self, arguments: &[&str], text: &str, more: &[&str]) -> Result<String> {
+        let file = tempfile::NamedTempFile::new_in(&self.folder);
+        let what = || "writing a description for virsh".to_owned();
+        let file = file.context(what)?;
+        fs::write(file.path(), text).context(what)?;
+        let path = file.path().display().to_string();
+        let all: Vec<&str> =
+            arguments.iter().copied().chain([path.as_str()]).chain(more.iter().copied()).collect();
+        self.virsh(&all)
+    }
+
+    /// Where the daemon writes what it has to say.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("libvirtd.log")
+    }
+
+    fn conf(&self) -> PathBuf {
+        self.folder.join("libvirtd.conf")
+    }
+
+    /// The init of the namespaces, by its number outside of them.
+    fn init(&self) -> Result<u32> {
+        let unshare = self.unshare.id();
+        let path = format!("/proc/{unshare}/task/{unshare}/children");
+        let children = fs::read_to_string(&path).context(|| format!("reading {path}"))?;
+        let child = children.split_whitespace().next().and_then(|child| child.parse().ok());
+        child.ok_or_else(|| Error::new("the private libvirtd's namespaces have ended"))
+    }
+}
+
+impl Drop for Libvirtd {
+    fn drop(&mut self) {
+        // Its child ends with it, and with that all in its namespace. It ignores milder signals.
+        let _ = self.unshare.kill();
+        let _ = self.unshare.wait();
+    }
+}
+
+/// libvirtd starts faster with what another one has learnt about this QEMU.
+const CAPABILITIES: &str = "var/cache/libvirt/qemu/capabilities";
+
+/// The folder with what libvirtd has learnt about the QEMUs here, made now if need be. libvirtd itself
+/// sees when it is outdated.
+fn learnt() -> Result<PathBuf> {
+    let version = command::output(Command::new("libvirtd").arg("--version").env("PATH", path()))?;
+    let qemu = crate::guest::Qemu::find()?.version()?;
+    let name = format!("libvirt-{}", cache::fingerprint(&(version, qemu)));
+    let cache = cache::default()?;
+    fs::create_dir_all(&cache).context(|| format!("making {}", cache.display()))?;
+    let folder = cache::folder(&cache, &name, |folder| {
+        let work = tempfile::tempdir().context(|| "making a folder for libvirtd".to_owned())?;
+        let daemon = Libvirtd::without_daemon(work.path())?;
+        daemon.start_daemon()?;
+        daemon.virsh(&["domcapabilities", "--virttype", "qemu"])?;
+        for file in files(&daemon.folder.join(CAPABILITIES))? {
+            let to = folder.join(file.file_name().unwrap_or_default());
+            fs::copy(&file, &to).context(|| format!("copying {}", file.display()))?;
+        }
+        Ok(())
+    })?;
+    Ok(folder)
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).context(|| format!("listing {}", folder.display()))?;
+    Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect())
+}
+
+fn libvirtd_conf(folder: &Path) -> String {
+    let folder = folder.display();
+    format!(
+        "unix_sock_dir = \"{folder}/sockets\"\nunix_sock_rw_perms = \"0700\"\nauth_unix_rw = \"none\"\n\
+         auth_unix_ro = \"none\"\nlog_outputs = \"3:file:{folder}/libvirtd.log\"\n"
+    )
+}
+
+/// Starts the namespaces, and waits until all is in its place there.
+fn unshare(folder: &Path) -> Result<Child> {
+    let what = || "making namespaces for a private libvirtd".to_owned();
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+    if !geteuid().is_root() {
+        unshare.arg("--map-root-user");
+    }
+    unshare.args(["--", "sh", "-c", INIT, "libvirtd-init"]).arg(folder);
+    let errors = folder.join("init.log");
+    let log = fs::File::create(&errors).context(what)?;
+    unshare.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    let die_with_me = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+    // SAFETY: between fork and exec only a single system call is made, which takes no lock and no
+    // memory.
+    unsafe { unshare.pre_exec(die_with_me) };
+    let mut child = unshare.spawn().context(what)?;
+    let mut line = String::new();
+    if let Some(out) = child.stdout.take() {
+        BufReader::new(out).read_line(&mut line).context(what)?;
+    }
+    if line.trim() == "ready" {
+        return Ok(child);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    let said = fs::read_to_string(errors).unwrap_or_default();
+    Err(Error::new(format!(
+        "{}: {}. It needs root, or a kernel that gives unprivileged users namespaces",
+        what(),
+        said.trim()
+    )))
+}
+
+/// Where libvirtd is, also for those who have no administrator's path.
+fn path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}

@@ -1,0 +1,75 @@
+//! A test guest as a domain.
+
+use std::path::Path;
+
+use crate::guest::Qemu;
+use crate::guest::recipe::{AGENT_PORT, Recipe};
+
+/// What tells one domain of a guest from another.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Its name in libvirt.
+    pub name: String,
+    pub uuid: String,
+    /// The folder of its disk and of what it says, as text.
+    pub dir: String,
+    /// Where its agent answers, if it is to answer anywhere.
+    pub agent: Option<String>,
+}
+
+pub const DISK: &str = "disk.qcow2";
+pub const SERIAL: &str = "serial.log";
+
+/// The description of the domain, for `virsh define`. It is the same machine as the recipe's QEMU
+/// arguments make, as far as the guest can tell.
+pub fn xml(qemu: &Qemu, recipe: &Recipe, identity: &Identity) -> String {
+    let Identity { name, uuid, dir, agent } = identity;
+    let emulator = text(&qemu.system);
+    let (memory, bus, boot, network) = match recipe {
+        Recipe::Micro => (32, "target dev='hda' bus='ide'", String::new(), String::new()),
+        Recipe::Linux { image, ram_mib, noise_mib } => {
+            let boot = format!(
+                "<kernel>{}</kernel><initrd>{}</initrd><cmdline>console=ttyS0 quiet panic=-1 noise={noise_mib}</cmdline>",
+                text(&image.kernel()),
+                text(&image.initramfs())
+            );
+            (*ram_mib, "target dev='vda' bus='virtio'", boot, network(agent.as_deref()))
+        }
+    };
+    format!(
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{name}</name><uuid>{uuid}</uuid>
+  <memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type>{boot}</os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2'/><source file='{dir}/{DISK}'/><{bus}/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <serial type='file'><source path='{dir}/{SERIAL}'/><target port='0'/></serial>
+    <video><model type='vga'/></video>
+    <memballoon model='none'/>
+  </devices>
+  {network}
+</domain>
+"
+    )
+}
+
+/// libvirt forwards no ports of user networking without further programs, QEMU does.
+fn network(agent: Option<&str>) -> String {
+    let forward = agent.map(|ip| format!(",hostfwd=tcp:{ip}:{AGENT_PORT}-:{AGENT_PORT}"));
+    format!(
+        "<qemu:commandline><qemu:arg value='-netdev'/><qemu:arg value='user,id=net0{}'/>\
+         <qemu:arg value='-device'/><qemu:arg value='virtio-net-pci,netdev=net0,romfile=,addr=0x10'/>\
+         </qemu:commandline>",
+        forward.unwrap_or_default()
+    )
+}
+
+/// A path in XML.
+fn text(path: &Path) -> String {
+    path.display().to_string().replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;")
+}

@@ -1,0 +1,148 @@
+//! Masters: guests with a snapshot, made once.
+//!
+//! The snapshot is inside the disk, as libvirt makes it; its description names the domain, its folder
+//! and its number, which are put in anew for each domain that is made from it.
+
+use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::Libvirtd;
+use super::domain::{DISK, Identity, SERIAL, xml};
+use crate::error::Context;
+use crate::guest::recipe::Recipe;
+use crate::guest::serial::{Watch, counts};
+use crate::guest::{Contact, Guest, Qemu, linux};
+use crate::{Result, cache, command};
+
+/// The name of a domain's snapshot.
+pub const SNAPSHOT: &str = "clean";
+
+/// A guest may take this long to boot, on a machine that does much else.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// The micro guest's snapshot is made when it has counted this far, so that no cold boot looks like it.
+const SNAPSHOT_COUNT: u32 = 64;
+
+const DESCRIPTION: &str = "snapshot.xml";
+const COUNT: &str = "count";
+
+/// A guest with a snapshot.
+#[derive(Debug, Clone)]
+pub struct Master {
+    qemu: Qemu,
+    recipe: Recipe,
+    folder: PathBuf,
+}
+
+impl Master {
+    pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
+        let what = || format!("opening the cache {}", cache.display());
+        fs::create_dir_all(cache).context(what)?;
+        let cache = cache.canonicalize().context(what)?;
+        let recipe = Recipe::of(guest, &cache)?;
+        let virsh = command::output(std::process::Command::new("virsh").arg("--version"))?;
+        let content = cache::fingerprint(&xml(qemu, &recipe, &placeholders()));
+        let name = format!("{}-libvirt-{}-{content}", recipe.name(qemu)?, virsh.trim());
+        let folder = cache::folder(&cache, &name, |folder| build(qemu, &recipe, folder))?;
+        Ok(Master { qemu: qemu.clone(), recipe, folder })
+    }
+
+    /// The first count of the micro guest when it is restored.
+    pub fn restored_count(&self) -> Result<u32> {
+        let path = self.folder.join(COUNT);
+        let what = || format!("reading {}", path.display());
+        fs::read_to_string(&path).context(what)?.parse().context(what)
+    }
+
+    /// Defines a domain of the guest, with its snapshot as the current one. Its files are in `contact`'s
+    /// folder; its agent answers at its address.
+    pub fn define(&self, libvirtd: &Libvirtd, label: &str, contact: &Contact) -> Result<PathBuf> {
+        let dir = contact.serial.parent().unwrap_or(Path::new("/"));
+        let disk = dir.join(DISK);
+        fs::copy(self.folder.join(DISK), &disk).context(|| format!("copying {}", disk.display()))?;
+        let identity = Identity {
+            name: label.to_owned(),
+            uuid: uuid(),
+            dir: dir.display().to_string(),
+            agent: Some(contact.ip.clone()),
+        };
+        libvirtd.virsh_with_file(&["define"], &xml(&self.qemu, &self.recipe, &identity), &[])?;
+        let path = self.folder.join(DESCRIPTION);
+        let description = fs::read_to_string(&path).context(|| format!("reading {}", path.display()))?;
+        let description = replaced(&description, &placeholders(), &identity);
+        libvirtd.virsh_with_file(&["snapshot-create", label], &description, &["--redefine", "--current"])?;
+        Ok(disk)
+    }
+}
+
+/// Boots the guest in `folder`, and takes its snapshot.
+fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
+    recipe.make_disk(qemu, &folder.join(DISK))?;
+    // Sockets have short paths only, and a cache may have a long one.
+    let work = tempfile::tempdir().context(|| "making a folder for libvirtd".to_owned())?;
+    let libvirtd = Libvirtd::start(work.path())?;
+    let identity =
+        Identity { name: "master".to_owned(), uuid: uuid(), dir: folder.display().to_string(), agent: None };
+    libvirtd.virsh_with_file(&["define"], &xml(qemu, recipe, &identity), &[])?;
+    let serial = folder.join(SERIAL);
+    let watch = Watch::new(&serial)?;
+    libvirtd.virsh(&["start", &identity.name])?;
+    let ready = |said: &str| match recipe {
+        Recipe::Micro => counts(said).find(|count| *count >= SNAPSHOT_COUNT).map(drop),
+        Recipe::Linux { .. } => said.contains(linux::READY).then_some(()),
+    };
+    watch.until(BOOT_TIMEOUT, None, ready)?;
+    libvirtd.virsh(&["snapshot-create-as", &identity.name, SNAPSHOT])?;
+    libvirtd.virsh(&["destroy", &identity.name])?;
+    if let Recipe::Micro = recipe {
+        let count = first_count(&libvirtd, &identity, &serial)?;
+        write(&folder.join(COUNT), &count.to_string())?;
+    }
+    let description = libvirtd.virsh(&["snapshot-dumpxml", "--security-info", &identity.name, SNAPSHOT])?;
+    write(&folder.join(DESCRIPTION), &replaced(&description, &identity, &placeholders()))?;
+    fs::remove_file(&serial).context(|| format!("removing {}", serial.display()))
+}
+
+/// What a restored guest says first is the same each time.
+fn first_count(libvirtd: &Libvirtd, identity: &Identity, serial: &Path) -> Result<u32> {
+    let watch = Watch::new(serial)?;
+    libvirtd.virsh(&["snapshot-revert", &identity.name, SNAPSHOT])?;
+    let count = watch.until(BOOT_TIMEOUT, None, |said| counts(said).next())?;
+    libvirtd.virsh(&["destroy", &identity.name])?;
+    Ok(count)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).context(|| format!("writing {}", path.display()))
+}
+
+fn placeholders() -> Identity {
+    Identity {
+        name: "@NAME@".to_owned(),
+        uuid: "@UUID@".to_owned(),
+        dir: "@DIR@".to_owned(),
+        agent: Some("@AGENT@".to_owned()),
+    }
+}
+
+/// The description with another identity in it. The agent is not part of a snapshot's machine.
+fn replaced(description: &str, old: &Identity, new: &Identity) -> String {
+    let name = |identity: &Identity| format!("<name>{}</name>", identity.name);
+    description.replace(&name(old), &name(new)).replace(&old.uuid, &new.uuid).replace(&old.dir, &new.dir)
+}
+
+/// A number that no other domain has.
+fn uuid() -> String {
+    let random = || RandomState::new().build_hasher().finish();
+    let (a, b) = (random(), random());
+    format!(
+        "{:08x}-{:04x}-4{:03x}-8{:03x}-{:012x}",
+        a >> 32,
+        a >> 16 & 0xffff,
+        a & 0xfff,
+        b >> 48 & 0xfff,
+        b & 0xffff_ffff_ffff
+    )
+}
