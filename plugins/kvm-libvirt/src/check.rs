@@ -1,0 +1,159 @@
+//! What `check` looks at: libvirt, its QEMU, and each domain with its snapshot.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use machinery::{Deadline, Error, MachineInfo, Report, Result, Setup, State};
+use virt::connect::Connect;
+use virt::domain::Domain;
+
+use crate::access::{self, KVM, Owned};
+use crate::config::Config;
+use crate::errors::explain;
+use crate::link::Link;
+use crate::restore::{self, Snapshot, version_text};
+
+/// How long libvirt may take to answer everything.
+const LOOKING: Duration = Duration::from_secs(30);
+
+/// Where libvirt and QEMU can revert to external snapshots. Source: libvirt's NEWS.rst, v9.9.0.
+const EXTERNAL: u32 = 9_009_000;
+
+/// What was found about one machine, or about libvirt: good, or not so good.
+enum Finding {
+    Good(String),
+    Warning(String),
+    Problem(Error),
+}
+
+/// libvirt's version and that of its hypervisor, for people.
+///
+/// # Errors
+/// libvirt cannot be asked.
+pub fn versions(connect: &Connect) -> Result<String> {
+    let failed = |error| explain("tell its version", &error);
+    let libvirt = version_text(connect.lib_version().map_err(failed)?);
+    let hypervisor = version_text(connect.hyp_version().map_err(failed)?);
+    let uri = connect.uri().map_err(failed)?;
+    let driver = uri.split([':', '+']).next().unwrap_or_default();
+    Ok(format!("libvirt {libvirt}, {driver} {hypervisor}"))
+}
+
+/// Looks at everything.
+pub fn check(setup: &Setup, report: &mut Report) {
+    let Some(config) = report.keep(Config::read(setup)) else { return };
+    if config.domains.is_empty() {
+        report.warning(
+            "kvm: no machine is configured. Add some to kvm.yaml: a name, and the label of a domain",
+        );
+    }
+    let deadline = Deadline::after(LOOKING);
+    let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
+    let file = setup.config.clone();
+    let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
+        let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
+        found.extend(kvm_trap(connect, &config.dsn));
+        let domains = config.domains.iter();
+        found.extend(domains.flat_map(|info| look_at(connect, info, &file)));
+        Ok(found)
+    });
+    link.close();
+    for finding in report.keep(found).into_iter().flatten() {
+        match finding {
+            Finding::Good(text) => report.good(text),
+            Finding::Warning(text) => report.warning(text),
+            Finding::Problem(error) => report.problem(&error),
+        }
+    }
+}
+
+fn look_at(connect: &Connect, info: &MachineInfo, file: &machinery::config::ConfigFile) -> Vec<Finding> {
+    let name = &info.name;
+    let domain = match restore::domain(connect, &info.label) {
+        Ok(domain) => domain,
+        Err(error) => {
+            let key = ["machines", name, "label"];
+            return vec![Finding::Problem(file.error(&key, error.to_string()))];
+        }
+    };
+    let problem = |error: Error| Finding::Problem(error.machine(name));
+    let mut found = Vec::new();
+    match restore::find(&domain, info.snapshot.as_deref()) {
+        Ok(snapshot) => found.extend(about_snapshot(connect, name, &snapshot)),
+        Err(error) => found.push(problem(error)),
+    }
+    match restore::state(&domain) {
+        Ok((State::Poweroff, _)) => {}
+        Ok((state, why)) => found.push(Finding::Warning(format!(
+            "machine '{name}': its domain is {state} now {why}, and its next start stops it first"
+        ))),
+        Err(error) => found.push(problem(error)),
+    }
+    found.extend(about_domain(name, &domain));
+    found
+}
+
+fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
+    let kind = if snapshot.external { "external" } else { "internal" };
+    let text = format!(
+        "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
+        snapshot.name, snapshot.state
+    );
+    let mut found = vec![Finding::Good(text)];
+    let version = connect.lib_version().unwrap_or(EXTERNAL);
+    if snapshot.external && version < EXTERNAL {
+        let reason = format!(
+            "the snapshot '{}' is external, and libvirt {} cannot revert to those",
+            snapshot.name,
+            version_text(version)
+        );
+        found.push(Finding::Problem(
+            Error::environment(reason)
+                .machine(name)
+                .advice("Upgrade libvirt to 9.9 or newer, or take an internal snapshot"),
+        ));
+    }
+    if snapshot.state == "shutoff" {
+        found.push(Finding::Warning(format!(
+            "machine '{name}': its snapshot was taken while the domain was off, so each restore boots the guest. \
+             Take one of the running guest, with Cuckoo's agent waiting in it"
+        )));
+    }
+    found
+}
+
+fn about_domain(name: &str, domain: &Domain) -> Vec<Finding> {
+    let xml = domain.xml_desc(0).unwrap_or_default();
+    let mut found = Vec::new();
+    if xml.contains("<domain type='qemu'") && Path::new(KVM).exists() {
+        found.push(Finding::Warning(format!(
+            "machine '{name}': its domain is of the type qemu, which runs in software. Where /dev/kvm works, the \
+             type kvm is many times faster"
+        )));
+    }
+    if !domain.is_persistent().unwrap_or(true) {
+        let reason = "its domain has no definition, so it is gone once it is stopped";
+        found.push(Finding::Problem(
+            Error::environment(reason).machine(name).advice("Define it with `virsh define`"),
+        ));
+    }
+    found
+}
+
+/// See [`access`].
+fn kvm_trap(connect: &Connect, dsn: &str) -> Option<Finding> {
+    let device = Owned::of(Path::new(KVM)).filter(|_| dsn.starts_with("qemu:///"))?;
+    let user = access::user_of_qemu(&connect.capabilities().ok()?)?;
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let group = fs::read_to_string("/etc/group").unwrap_or_default();
+    let name = access::name_of(user.uid, &passwd).map_or_else(|| user.uid.to_string(), str::to_owned);
+    if device.is_open_to(user, &access::groups_of(&name, &group)) {
+        return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM}")));
+    }
+    Some(Finding::Warning(format!(
+        "kvm: libvirt runs QEMU as user {name}, which may not use {KVM}: domains of the type kvm do not start, \
+         and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
+         kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
+    )))
+}

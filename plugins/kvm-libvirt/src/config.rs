@@ -1,0 +1,150 @@
+//! `conf/machineries/kvm.yaml`, as types.
+
+use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface};
+use machinery::{Error, MachineInfo, Result, Setup};
+use serde::Deserialize;
+
+/// The file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KvmFile {
+    #[serde(default = "local")]
+    dsn: String,
+    interface: String,
+    #[serde(default)]
+    machines: Machines<OwnKeys>,
+}
+
+/// A machine's own keys.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OwnKeys {
+    label: String,
+    #[serde(default, deserialize_with = "empty_as_none")]
+    snapshot: Option<String>,
+}
+
+/// This machinery's section of `machinery-host.yaml`, which has no keys yet.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Section {}
+
+fn local() -> String {
+    "qemu:///system".to_owned()
+}
+
+/// Everything, checked as far as it can be without libvirt.
+pub struct Config {
+    pub dsn: String,
+    /// What the machines are; `label` is the domain, `snapshot` the one to restore.
+    pub domains: Vec<MachineInfo>,
+}
+
+impl Config {
+    /// Reads and checks everything.
+    ///
+    /// # Errors
+    /// All problems at once.
+    pub fn read(setup: &Setup) -> Result<Config> {
+        let Section {} = setup.section("kvm")?;
+        let file: KvmFile = setup.config.parse()?;
+        match Error::all(problems(&file, &setup.config)) {
+            Some(problems) => Err(problems),
+            None => Ok(Config::new(&file)),
+        }
+    }
+
+    fn new(file: &KvmFile) -> Config {
+        let info = |machine: &Configured<OwnKeys>| {
+            let OwnKeys { label, snapshot } = machine.own.clone();
+            MachineInfo::new(&machine.name, &machine.shared, label, snapshot, &file.interface)
+        };
+        Config { dsn: file.dsn.clone(), domains: file.machines.iter().map(info).collect() }
+    }
+}
+
+fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
+    let mut problems = Vec::new();
+    problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
+    for machine in kvm.machines.iter() {
+        if let Some(interface) = &machine.shared.interface {
+            let key = ["machines", &machine.name, "interface"];
+            problems.extend(expect_interface(file, &key, interface).err());
+        }
+        if machine.own.label.trim().is_empty() {
+            let key = ["machines", &machine.name, "label"];
+            problems.push(
+                file.error(&key, "the label is empty")
+                    .advice("Give the domain's name; `virsh list --all` shows them"),
+            );
+        }
+    }
+    problems.extend(kvm.machines.duplicates(file, |machine| {
+        vec![
+            ("ip", Some(&machine.shared.ip)),
+            ("label", Some(&machine.own.label)),
+            ("mac_address", machine.shared.mac_address.as_deref()),
+        ]
+    }));
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub fn setup(text: &str) -> Setup {
+        Setup {
+            config: ConfigFile { path: "/c/conf/machineries/kvm.yaml".into(), text: text.to_owned() },
+            host_config: None,
+            sockets_dir: "/none".into(),
+            state_dir: "/none".into(),
+            cache_dir: "/none".into(),
+        }
+    }
+
+    const MACHINE: &str = "ip: 10.0.0.1, platform: Windows, os_version: 10";
+
+    #[test]
+    fn a_file_as_cuckoo_writes_it_is_read() {
+        let text = format!(
+            "dsn: \"qemu:///system\"\ninterface: lo\nmachines:\n  win10:\n    label: win10x64\n    \
+             snapshot:\n    mac_address:\n    interface:\n    architecture: amd64\n    agent_port: 8000\n    \
+             ip: 10.0.0.1\n    platform: windows\n    os_version: \"10\"\n    tags:\n    \n  \
+             two: {{label: two, snapshot: clean, {}}}\n",
+            MACHINE.replace("0.1", "0.2")
+        );
+        let config = Config::read(&setup(&text)).unwrap();
+        assert_eq!(config.dsn, "qemu:///system");
+        let [one, two] = &config.domains[..] else { panic!("{} machines", config.domains.len()) };
+        assert_eq!((one.label.as_str(), &one.snapshot), ("win10x64", &None));
+        assert_eq!(one.interface.as_deref(), Some("lo"));
+        assert_eq!(two.snapshot.as_deref(), Some("clean"));
+        assert_eq!(two.platform, "windows");
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told_at_once() {
+        let text = format!(
+            "interface: none9\nmachines:\n  a: {{label: same, {MACHINE}}}\n  b: {{label: same, {MACHINE}}}\n  \
+             c: {{label: ' ', {}}}\n",
+            MACHINE.replace("0.1", "0.3")
+        );
+        let text = Config::read(&setup(&text)).err().unwrap().to_string();
+        for words in [
+            "'none9' does not exist",
+            "'same' is already the label of machine 'a'",
+            "the ip of",
+            "c.label: the label is empty",
+        ] {
+            assert!(text.contains(words), "no {words:?} in {text}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_no_good_one() {
+        let text = format!("interface: lo\nmachines:\n  a: {{lable: x, label: y, {MACHINE}}}\n");
+        let text = Config::read(&setup(&text)).err().unwrap().to_string();
+        assert!(text.contains("lable") && text.contains("kvm.yaml:3"), "{text}");
+    }
+}

@@ -1,0 +1,267 @@
+//! libvirt's event loop, and what it tells: wrapped here, once.
+//!
+//! libvirt has one event loop for a process, which it does not run itself. One thread runs it from
+//! the first connection on, for good: it sleeps until libvirt's socket has something to tell, and
+//! answers keepalive. The `virt` crate has no domain events, so their registration is done here with
+//! `virt-sys`; everything that is `unsafe` in this plugin is in this file.
+//!
+//! A callback runs in the event thread. What it calls must be quick and must not call libvirt.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use machinery::{Error, Result};
+use virt::connect::Connect;
+use virt_sys as sys;
+
+use crate::errors::explain;
+
+/// A broken event loop is tried again, but not at once: it would keep a processor busy.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// Something that happened to a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A step in a domain's life. Source: `virDomainEventType` and its details in libvirt's
+    /// libvirt-domain.h.
+    Lifecycle {
+        /// `VIR_DOMAIN_EVENT_…`
+        event: u32,
+        /// `VIR_DOMAIN_EVENT_…_…`, of that event
+        detail: u32,
+    },
+    /// A disk failed, and the guest was paused for it.
+    DiskFailed {
+        /// The disk's file, or its name in the domain.
+        disk: String,
+        /// Such as `enospc`; may be empty.
+        reason: String,
+    },
+}
+
+/// Who wants to hear of it.
+pub trait Ears: Send + Sync + 'static {
+    /// Something happened to the domain of that name.
+    fn happened(&self, label: &str, event: Event);
+    /// The connection is closed, not by us.
+    fn closed(&self, why: &str);
+}
+
+/// What all callbacks of a connection are given.
+type Opaque = Arc<dyn Ears>;
+
+/// A connection that is listened to. Dropped, nothing is told any more.
+pub struct Watched {
+    connect: Connect,
+    callbacks: Vec<c_int>,
+}
+
+impl Watched {
+    /// Listens to all domains of the connection, and to its end.
+    ///
+    /// # Errors
+    /// libvirt does not tell events.
+    pub fn new(connect: Connect, ears: Arc<dyn Ears>) -> Result<Watched> {
+        let mut watched = Watched { connect, callbacks: Vec::new() };
+        // SAFETY: a lifecycle callback has this type; libvirt casts it back by the event's number.
+        let lifecycle = unsafe { std::mem::transmute::<Lifecycle, Generic>(on_lifecycle) };
+        watched.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, &ears)?;
+        // SAFETY: as above, for a callback of I/O errors.
+        let io_error = unsafe { std::mem::transmute::<IoError, Generic>(on_io_error) };
+        watched.register(sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error, &ears)?;
+        watched.register_close(&ears)?;
+        Ok(watched)
+    }
+
+    /// The connection.
+    pub fn connect(&self) -> &Connect {
+        &self.connect
+    }
+
+    fn register(&mut self, id: sys::virDomainEventID, callback: Generic, ears: &Opaque) -> Result<()> {
+        let opaque = into_opaque(ears);
+        // SAFETY: the connection is alive, and `opaque` stays so until libvirt calls `free_opaque`.
+        let number = unsafe {
+            sys::virConnectDomainEventRegisterAny(
+                self.connect.as_ptr(),
+                std::ptr::null_mut(),
+                number(id),
+                Some(callback),
+                opaque,
+                Some(free_opaque),
+            )
+        };
+        if number < 0 {
+            let error = virt::error::Error::last_error();
+            // SAFETY: libvirt has not taken it over, and does not know it any more.
+            unsafe { free_opaque(opaque) };
+            return Err(explain("tell what happens to domains", &error));
+        }
+        self.callbacks.push(number);
+        Ok(())
+    }
+
+    fn register_close(&self, ears: &Opaque) -> Result<()> {
+        let opaque = into_opaque(ears);
+        // SAFETY: as in `register`.
+        let result = unsafe {
+            sys::virConnectRegisterCloseCallback(
+                self.connect.as_ptr(),
+                Some(on_close),
+                opaque,
+                Some(free_opaque),
+            )
+        };
+        if result < 0 {
+            let error = virt::error::Error::last_error();
+            // SAFETY: libvirt has not taken it over.
+            unsafe { free_opaque(opaque) };
+            return Err(explain("tell when its connection ends", &error));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        // On a connection that is dead libvirtd cannot be told, which fails and does not matter: here
+        // the callbacks are forgotten all the same, and with them the connection's last references.
+        for callback in &self.callbacks {
+            // SAFETY: the connection is alive, and the number is one it gave.
+            unsafe { sys::virConnectDomainEventDeregisterAny(self.connect.as_ptr(), *callback) };
+        }
+        // SAFETY: the connection is alive, and this callback was registered with it.
+        unsafe { sys::virConnectUnregisterCloseCallback(self.connect.as_ptr(), Some(on_close)) };
+    }
+}
+
+/// Starts the event loop, if it does not run yet. It has to be there before a connection is opened.
+///
+/// # Errors
+/// It cannot be started.
+pub fn start_loop() -> Result<()> {
+    static STARTED: OnceLock<Result<()>> = OnceLock::new();
+    STARTED.get_or_init(start_loop_once).clone()
+}
+
+fn start_loop_once() -> Result<()> {
+    // Errors are told by whoever meets them; by itself libvirt would write them to stderr.
+    virt::error::clear_error_callback();
+    virt::event::event_register_default_impl().map_err(|error| explain("make its event loop", &error))?;
+    std::thread::Builder::new()
+        .name("libvirt-events".to_owned())
+        .spawn(run_loop)
+        .map(drop)
+        .map_err(|error| Error::environment(format!("cannot start a thread for libvirt's events: {error}")))
+}
+
+fn run_loop() {
+    loop {
+        if let Err(error) = virt::event::event_run_default_impl() {
+            tracing::error!(%error, "libvirt's event loop failed and is tried again");
+            std::thread::sleep(AFTER_FAILURE);
+        }
+    }
+}
+
+type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
+type Lifecycle =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
+type IoError = unsafe extern "C" fn(
+    sys::virConnectPtr,
+    sys::virDomainPtr,
+    *const c_char,
+    *const c_char,
+    c_int,
+    *const c_char,
+    *mut c_void,
+);
+
+/// SAFETY: to be called by libvirt only, with what was registered: a living domain and `opaque` from
+/// [`into_opaque`].
+unsafe extern "C" fn on_lifecycle(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    event: c_int,
+    detail: c_int,
+    opaque: *mut c_void,
+) -> c_int {
+    let event = Event::Lifecycle { event: event.cast_unsigned(), detail: detail.cast_unsigned() };
+    // SAFETY: passed on as libvirt gave them.
+    unsafe { tell(domain, event, opaque) };
+    0
+}
+
+/// SAFETY: as [`on_lifecycle`]; the texts are null or end with a null byte.
+unsafe extern "C" fn on_io_error(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    path: *const c_char,
+    alias: *const c_char,
+    action: c_int,
+    reason: *const c_char,
+    opaque: *mut c_void,
+) {
+    if action.cast_unsigned() != sys::VIR_DOMAIN_EVENT_IO_ERROR_PAUSE {
+        return;
+    }
+    // SAFETY: libvirt's texts live as long as this call.
+    let [path, alias, reason] = [path, alias, reason].map(|text| unsafe { owned(text) });
+    let disk = if path.is_empty() { alias } else { path };
+    // SAFETY: passed on as libvirt gave them.
+    unsafe { tell(domain, Event::DiskFailed { disk, reason }, opaque) };
+}
+
+/// SAFETY: to be called by libvirt only, with `opaque` from [`into_opaque`].
+unsafe extern "C" fn on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {
+    let why = match reason.cast_unsigned() {
+        sys::VIR_CONNECT_CLOSE_REASON_EOF => "libvirtd has ended",
+        sys::VIR_CONNECT_CLOSE_REASON_KEEPALIVE => "libvirtd does not answer any more",
+        sys::VIR_CONNECT_CLOSE_REASON_CLIENT => return,
+        _ => "the connection broke",
+    };
+    // SAFETY: it is alive until `free_opaque`, which libvirt calls after the last callback.
+    let ears = unsafe { &*opaque.cast::<Opaque>() };
+    guarded(|| ears.closed(why));
+}
+
+/// SAFETY: `domain` is alive, `opaque` is from [`into_opaque`].
+unsafe fn tell(domain: sys::virDomainPtr, event: Event, opaque: *mut c_void) {
+    // SAFETY: the name belongs to the domain, which is alive for this call.
+    let label = unsafe { owned(sys::virDomainGetName(domain)) };
+    // SAFETY: it is alive until `free_opaque`, which libvirt calls after the last callback.
+    let ears = unsafe { &*opaque.cast::<Opaque>() };
+    guarded(|| ears.happened(&label, event));
+}
+
+/// No panic may go through libvirt's code.
+fn guarded(call: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(call)).is_err() {
+        tracing::error!("the handling of an event of libvirt has panicked: this is a bug of the plugin");
+    }
+}
+
+/// SAFETY: `text` is null or ends with a null byte.
+unsafe fn owned(text: *const c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: not null, so it ends with a null byte.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}
+
+fn into_opaque(ears: &Opaque) -> *mut c_void {
+    Box::into_raw(Box::new(Arc::clone(ears))).cast()
+}
+
+/// SAFETY: `opaque` is from [`into_opaque`] and is not used any more.
+unsafe extern "C" fn free_opaque(opaque: *mut c_void) {
+    // SAFETY: it was a box of that type.
+    drop(unsafe { Box::from_raw(opaque.cast::<Opaque>()) });
+}
+
+fn number(id: sys::virDomainEventID) -> c_int {
+    id.cast_signed()
+}

@@ -1,0 +1,197 @@
+//! The `kvm` machinery: domains of libvirt, restored from their snapshots.
+//!
+//! A machine is a domain that the operator has defined, with a snapshot of the moment in which
+//! Cuckoo's agent waits for work. A restore reverts to that snapshot; libvirt starts QEMU, loads the
+//! memory and puts the disk back, and says so.
+//!
+//! libvirt tells by events what happens to a domain, so nothing here asks again and again. Its calls
+//! block for as long as they like, so each runs in a thread of its own and is waited for until the
+//! deadline.
+//!
+//! ```text
+//!   the host's calls ─▶ machine ─▶ link ─▶ call (a thread) ─▶ libvirtd
+//!   the host ◀─ state_changed ◀─ machine ◀─ link ◀─ events (one thread) ◀─ libvirtd
+//! ```
+//!
+//! | room | what it holds |
+//! | --- | --- |
+//! | `config` | the configuration and what is wrong with it |
+//! | `machine` | one machine: what is done to it, and what happens to it |
+//! | `restore` | from a snapshot to a running domain |
+//! | `views` | memory dump and screenshot |
+//! | `link` | the connection to libvirt, which outlives libvirtd |
+//! | `call` | calls that come back in time |
+//! | `events` | libvirt's event loop: all the `unsafe` there is |
+//! | `states`, `errors` | what libvirt's states, events and errors mean |
+//! | `runs` | which domains we have started, for the next host to know |
+//! | `check`, `access` | the environment |
+
+mod access;
+mod call;
+mod check;
+mod config;
+mod errors;
+mod events;
+mod link;
+mod machine;
+mod restore;
+mod runs;
+mod states;
+mod views;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::config::ConfigFile;
+use machinery::{
+    Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Report, Result,
+    Setup, State,
+};
+use virt::connect::Connect;
+
+use config::Config;
+use events::Event;
+use link::{Link, Listener};
+use machine::Machine;
+
+/// How long libvirt may take while the machinery is loaded.
+const LOADING: Duration = Duration::from_secs(30);
+
+machinery::export_machinery!(Kvm);
+
+struct Kvm {
+    machines: Arc<Machines>,
+    link: Arc<Link>,
+}
+
+/// All machines; what libvirt tells goes to the one it is about.
+struct Machines(Vec<Arc<Machine>>);
+
+impl Machines {
+    fn of_label(&self, label: &str) -> Option<&Arc<Machine>> {
+        self.0.iter().find(|machine| machine.label() == label)
+    }
+}
+
+impl Listener for Machines {
+    fn happened(&self, label: &str, event: Event) {
+        // libvirt has domains that are none of ours.
+        if let Some(machine) = self.of_label(label) {
+            machine.happened(event);
+        }
+    }
+
+    fn lost(&self, why: &str) {
+        self.0.iter().for_each(|machine| machine.link_lost(why));
+    }
+
+    fn back(&self, connect: &Connect) {
+        self.0.iter().for_each(|machine| machine.link_back(connect));
+    }
+}
+
+impl Machinery for Kvm {
+    const NAME: &'static str = "kvm";
+
+    fn load(setup: &Setup, host: Host) -> Result<Self> {
+        let deadline = Deadline::after(LOADING);
+        let config = Config::read(setup)?;
+        let link = Link::open(&config.dsn, deadline)?;
+        let machine =
+            |domain| Arc::new(Machine::new(domain, Arc::clone(&link), &setup.state_dir, host.clone()));
+        let machines = Arc::new(Machines(config.domains.into_iter().map(machine).collect()));
+        let kvm = Kvm { machines, link };
+        match kvm.take_over(&setup.config, deadline) {
+            Ok(()) => Ok(kvm),
+            Err(error) => {
+                kvm.link.close();
+                Err(error)
+            }
+        }
+    }
+
+    fn check(setup: &Setup, report: &mut Report) {
+        check::check(setup, report);
+    }
+
+    fn version(&self, deadline: Deadline) -> Result<String> {
+        self.link.ask(deadline, "libvirt to tell its version", check::versions)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            norestore_start: true,
+            acpi_stop: true,
+            dump_memory: true,
+            screenshot: true,
+            prepare: false,
+        }
+    }
+
+    fn machines(&self) -> Vec<MachineInfo> {
+        self.machines.0.iter().map(|machine| machine.info().clone()).collect()
+    }
+
+    fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
+        self.on(machine, |machine| machine.state(deadline))
+    }
+
+    fn restore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.restore_start(deadline))
+    }
+
+    fn norestore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.norestore_start(deadline))
+    }
+
+    fn stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.stop(deadline))
+    }
+
+    fn acpi_stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.acpi_stop(deadline))
+    }
+
+    fn dump_memory(&self, machine: &str, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.dump_memory(path, format, deadline))
+    }
+
+    fn screenshot(&self, machine: &str, path: &Path, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.screenshot(path, deadline))
+    }
+
+    fn shutdown(&self, deadline: Deadline) -> Result<()> {
+        let stopped = self.machines.0.iter().filter(|machine| machine.has_run()).map(|machine| match machine
+            .stop(deadline)
+        {
+            Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
+            other => other.map_err(|error| error.machine(&machine.info().name)),
+        });
+        let problems = Error::all(stopped.filter_map(Result::err).collect());
+        self.link.close();
+        problems.map_or(Ok(()), Err)
+    }
+}
+
+impl Kvm {
+    /// Finds every domain, clears away the runs of a host that died, and listens from now on.
+    fn take_over(&self, file: &ConfigFile, deadline: Deadline) -> Result<()> {
+        let (machines, file) = (Arc::clone(&self.machines), file.clone());
+        let problems = self.link.ask(deadline, "libvirt to find the domains", move |connect| {
+            let taken = machines.0.iter().map(|machine| machine.take_over(connect, &file));
+            Ok(Error::all(taken.filter_map(Result::err).collect()))
+        })?;
+        match problems {
+            Some(problems) => Err(problems),
+            None => self.link.listen(Arc::clone(&self.machines) as Arc<dyn Listener>),
+        }
+    }
+
+    /// Does something with the machine of that name, which is named in its errors.
+    fn on<T>(&self, name: &str, act: impl FnOnce(&Arc<Machine>) -> Result<T>) -> Result<T> {
+        let machine = self.machines.0.iter().find(|machine| machine.info().name == name);
+        let machine = machine.ok_or_else(|| Error::no_such_machine(name))?;
+        act(machine).map_err(|error| error.machine(name))
+    }
+}

@@ -1,0 +1,280 @@
+//! The connection to libvirt, which outlives libvirtd.
+//!
+//! ```text
+//!            libvirtd ends, keepalive fails
+//!      open ────────────────────────────────▶ lost
+//!       ▲  │                                   │ the listener is told
+//!       │  └── close ──▶ closed ◀── close ─────┤
+//!       └──────── opened anew, the listener looks how things stand
+//! ```
+//!
+//! One connection serves all machines. The keeper, a thread, sleeps until the connection is lost; then
+//! it tries to open it anew, in growing steps, for nothing tells when libvirtd is back. Who wants
+//! something of libvirt meanwhile waits for the keeper, so that a restart of libvirtd, which takes a
+//! second, costs no analysis.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use machinery::{Deadline, Error, Result};
+use virt::connect::Connect;
+
+use crate::call;
+use crate::errors::not_connected;
+use crate::events::{self, Ears, Event, Watched};
+
+/// Seconds between two questions whether libvirtd is alive, and how many may go unanswered.
+const KEEPALIVE: (i32, u32) = (5, 4);
+/// How long an action waits for a libvirtd that is gone.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The pauses between two tries to connect grow from this …
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// … to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Who is told what happens.
+pub trait Listener: Send + Sync + 'static {
+    /// Something happened to the domain of that name.
+    fn happened(&self, label: &str, event: Event);
+    /// The connection is lost; what happens from now on is not heard.
+    fn lost(&self, why: &str);
+    /// It is there again.
+    fn back(&self, connect: &Connect);
+}
+
+/// The connection of one dsn.
+pub struct Link {
+    dsn: String,
+    now: Mutex<Now>,
+    changed: Condvar,
+    keeper: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Now {
+    connection: Connection,
+    /// Numbers the connections, so that the end of an old one is not taken for that of a new one.
+    number: u64,
+    listener: Option<Arc<dyn Listener>>,
+    /// Let go by the keeper: not in the event thread, where libvirt is about to use it.
+    dead: Option<Watched>,
+}
+
+enum Connection {
+    Open(Watched),
+    Lost(String),
+    Closed,
+}
+
+impl Link {
+    /// Connects for the first time.
+    ///
+    /// # Errors
+    /// It cannot be reached, or may not.
+    pub fn open(dsn: &str, deadline: Deadline) -> Result<Arc<Link>> {
+        let now = Now {
+            connection: Connection::Lost("it was never there".to_owned()),
+            number: 0,
+            listener: None,
+            dead: None,
+        };
+        let link = Arc::new(Link {
+            dsn: dsn.to_owned(),
+            now: Mutex::new(now),
+            changed: Condvar::new(),
+            keeper: Mutex::new(None),
+        });
+        let opening = Arc::clone(&link);
+        call::within(deadline, &format!("a connection to libvirt at {dsn}"), move || opening.connect())?;
+        Ok(link)
+    }
+
+    /// Tells `listener` from now on, and keeps the connection.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn listen(self: &Arc<Self>, listener: Arc<dyn Listener>) -> Result<()> {
+        self.lock().listener = Some(listener);
+        let link = Arc::clone(self);
+        let keeper = thread::Builder::new().name("libvirt-keeper".to_owned()).spawn(move || link.keep());
+        let keeper = keeper
+            .map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))?;
+        *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
+        Ok(())
+    }
+
+    /// Where it leads.
+    pub fn dsn(&self) -> &str {
+        &self.dsn
+    }
+
+    /// Asks something of libvirt; `waiting_for` says what is waited for.
+    ///
+    /// # Errors
+    /// There is no connection; the work's own; the deadline passes.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        waiting_for: &str,
+        work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let connect = self.connection(deadline)?;
+        call::within(deadline, waiting_for, move || work(&connect))
+    }
+
+    /// The connection, waited for if it is lost just now.
+    ///
+    /// # Errors
+    /// It does not come back in time.
+    pub fn connection(&self, deadline: Deadline) -> Result<Connect> {
+        deadline.check("the connection to libvirt")?;
+        let patience = deadline.within(PATIENCE).remaining();
+        let lost = |now: &mut Now| matches!(now.connection, Connection::Lost(_));
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, lost);
+        let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match &now.connection {
+            Connection::Open(watched) => Ok(watched.connect().clone()),
+            Connection::Closed => Err(Error::failed("the machinery has been shut down")),
+            Connection::Lost(_) if deadline.passed() => Err(deadline.timeout("the connection to libvirt")),
+            Connection::Lost(why) => {
+                let reason = format!(
+                    "the connection to libvirt at {} is lost and does not come back: {why}",
+                    self.dsn
+                );
+                Err(Error::environment(reason)
+                    .advice("Start libvirtd (systemctl start libvirtd), then start the machine anew"))
+            }
+        }
+    }
+
+    /// Closes it for good. Waits until the keeper has ended, so nobody is told anything afterwards.
+    pub fn close(&self) {
+        let closed = std::mem::replace(&mut self.lock().connection, Connection::Closed);
+        self.changed.notify_all();
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if keeper.is_some_and(|keeper| keeper.join().is_err()) {
+            tracing::error!("the thread that keeps the connection to libvirt has panicked");
+        }
+        let mut now = self.lock();
+        let dead = (now.dead.take(), now.listener.take());
+        drop(now);
+        drop((closed, dead));
+    }
+
+    /// Opens a connection, unless one is open.
+    fn connect(self: &Arc<Self>) -> Result<()> {
+        let number = self.lock().number + 1;
+        let watched = self.open_watched(number)?;
+        let connect = watched.connect().clone();
+        let mut now = self.lock();
+        if matches!(now.connection, Connection::Closed) {
+            drop(now);
+            return Err(Error::failed("the machinery has been shut down"));
+        }
+        now.number = number;
+        now.connection = Connection::Open(watched);
+        drop(now);
+        self.changed.notify_all();
+        // One that ended before it was known here was not noticed by its number.
+        if !connect.is_alive().unwrap_or(true) {
+            self.lost(number, "libvirtd ended at once");
+        }
+        Ok(())
+    }
+
+    fn open_watched(self: &Arc<Self>, number: u64) -> Result<Watched> {
+        events::start_loop()?;
+        let connect = Connect::open(Some(&self.dsn)).map_err(|error| not_connected(&self.dsn, &error))?;
+        if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
+            // Drivers inside this process have nobody to ask.
+            tracing::debug!(%error, "no keepalive");
+        }
+        Watched::new(connect, Arc::new(Ear { link: Arc::downgrade(self), number }))
+    }
+
+    /// The keeper's work.
+    fn keep(self: Arc<Self>) {
+        loop {
+            let open = |now: &mut Now| matches!(now.connection, Connection::Open(_));
+            let now = self.changed.wait_while(self.lock(), open).unwrap_or_else(PoisonError::into_inner);
+            let Connection::Lost(why) = &now.connection else { return };
+            let why = format!("the connection to libvirt at {} is lost: {why}", self.dsn);
+            let (dead, listener) = self.take_dead(now);
+            drop(dead);
+            tracing::warn!(dsn = self.dsn, why, "libvirt is away");
+            if let Some(listener) = &listener {
+                listener.lost(&why);
+            }
+            if !self.reopen() {
+                return;
+            }
+            tracing::info!(dsn = self.dsn, "libvirt is back");
+            let back = self.connection(Deadline::after(FIRST_PAUSE));
+            if let (Ok(connect), Some(listener)) = (back, &listener) {
+                listener.back(&connect);
+            }
+        }
+    }
+
+    fn take_dead(&self, mut now: MutexGuard<'_, Now>) -> (Option<Watched>, Option<Arc<dyn Listener>>) {
+        (now.dead.take(), now.listener.clone())
+    }
+
+    /// Tries until it is open; `false` if it was closed meanwhile.
+    fn reopen(self: &Arc<Self>) -> bool {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.connect() {
+                Ok(()) => return true,
+                Err(error) => tracing::debug!(%error, "libvirt is still away"),
+            }
+            let still = |now: &mut Now| !matches!(now.connection, Connection::Closed);
+            let waited = self.changed.wait_timeout_while(self.lock(), pause, still);
+            let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            if matches!(now.connection, Connection::Closed) {
+                return false;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn lost(&self, number: u64, why: &str) {
+        let mut now = self.lock();
+        if now.number != number || !matches!(now.connection, Connection::Open(_)) {
+            return;
+        }
+        let open = std::mem::replace(&mut now.connection, Connection::Lost(why.to_owned()));
+        if let Connection::Open(watched) = open {
+            now.dead = Some(watched);
+        }
+        drop(now);
+        self.changed.notify_all();
+    }
+
+    /// Each statement that holds the lock leaves it whole, so poison means nothing.
+    fn lock(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The ears of one connection.
+struct Ear {
+    link: Weak<Link>,
+    number: u64,
+}
+
+impl Ears for Ear {
+    fn happened(&self, label: &str, event: Event) {
+        let Some(link) = self.link.upgrade() else { return };
+        let listener = link.lock().listener.clone();
+        if let Some(listener) = listener {
+            listener.happened(label, event);
+        }
+    }
+
+    fn closed(&self, why: &str) {
+        if let Some(link) = self.link.upgrade() {
+            link.lost(self.number, why);
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! One machine: what is done to its domain, and what happens to it.
+//!
+//! What we do and what we hear come by different ways: an action returns when libvirt answers, and
+//! libvirt tells by events what has become of the domain. An action that ends a run waits for both, so
+//! that the end of a run is never heard in the middle of the next one. While a start is under way its
+//! events are its own steps, and nobody's news.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use machinery::config::ConfigFile;
+use machinery::{Deadline, DumpFormat, Error, Host, MachineInfo, Result, State};
+use virt::connect::Connect;
+use virt_sys as sys;
+
+use crate::call::Call;
+use crate::errors::{explain, is_no_domain, is_off};
+use crate::events::Event;
+use crate::link::Link;
+use crate::restore::{self, Start};
+use crate::runs::RunNote;
+use crate::states::{Told, is_end, state_of_event};
+use crate::views;
+
+/// How long the event of an end may take after libvirt has answered that it came.
+const HEARING: Duration = Duration::from_secs(2);
+/// A start that did not make it in time: how long libvirt may take to stop the domain …
+const PULLING_THE_PLUG: Duration = Duration::from_millis(1500);
+/// … and how long the start itself may then take to fail.
+const GIVING_UP: Duration = Duration::from_millis(2500);
+
+pub struct Machine {
+    info: MachineInfo,
+    link: Arc<Link>,
+    host: Host,
+    note: RunNote,
+    now: Mutex<Now>,
+    /// Wakes those who wait for the end of a run.
+    news: Condvar,
+}
+
+#[derive(Default)]
+struct Now {
+    doing: Doing,
+    /// Whether the domain runs because of us, as far as is known.
+    has_run: bool,
+    /// How many ends of runs were heard.
+    ends: u64,
+    /// What was heard last while a start is under way.
+    heard: Option<Told>,
+    /// A start that did not come back in time, until it does.
+    late: Option<Call<()>>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Doing {
+    #[default]
+    Nothing,
+    Starting,
+    Stopping,
+}
+
+/// An action under way, until it is dropped.
+struct Action<'a>(&'a Machine);
+
+impl Drop for Action<'_> {
+    fn drop(&mut self) {
+        self.0.lock().doing = Doing::Nothing;
+    }
+}
+
+impl Machine {
+    pub fn new(info: MachineInfo, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
+        let note = RunNote::of(&info.name, state_dir);
+        Machine { info, link, host, note, now: Mutex::default(), news: Condvar::new() }
+    }
+
+    pub fn info(&self) -> &MachineInfo {
+        &self.info
+    }
+
+    /// The name of its domain.
+    pub fn label(&self) -> &str {
+        &self.info.label
+    }
+
+    /// Whether its domain runs because of us, as far as is known.
+    pub fn has_run(&self) -> bool {
+        self.lock().has_run
+    }
+
+    /// Finds the domain when the machinery is loaded, and ends a run that a dead host has left.
+    ///
+    /// # Errors
+    /// There is no such domain, said with those that there are; the run does not end.
+    pub fn take_over(&self, connect: &Connect, file: &ConfigFile) -> Result<()> {
+        let domain = match connect.lookup_domain_by_name(self.label()) {
+            Ok(domain) => domain,
+            Err(error) if is_no_domain(&error) => return Err(self.no_domain(connect, file)),
+            Err(error) => return Err(explain("look up the domain", &error).machine(&self.info.name)),
+        };
+        if self.note.is_about(&domain) {
+            tracing::warn!(machine = self.info.name, "a run that an earlier host has left is stopped");
+            restore::destroy(&domain).map_err(|error| error.machine(&self.info.name))?;
+        } else if domain.is_active().unwrap_or(false) {
+            tracing::warn!(machine = self.info.name, "its domain runs already, started by somebody else");
+        }
+        self.note.remove();
+        Ok(())
+    }
+
+    fn no_domain(&self, connect: &Connect, file: &ConfigFile) -> Error {
+        let domains = connect.list_all_domains(0).unwrap_or_default();
+        let names: Vec<String> = domains.iter().filter_map(|domain| domain.name().ok()).collect();
+        let there = if names.is_empty() { "no domain at all".to_owned() } else { names.join(", ") };
+        let reason =
+            format!("libvirt at {} has no domain '{}'; there is {there}", self.link.dsn(), self.label());
+        file.error(&["machines", &self.info.name, "label"], reason)
+            .advice("Correct the label, or define the domain; `virsh list --all` shows what there is")
+    }
+
+    pub fn state(&self, deadline: Deadline) -> Result<State> {
+        deadline.check("libvirt to tell the domain's state")?;
+        if self.lock().doing == Doing::Starting {
+            return Ok(State::Starting);
+        }
+        let (state, why) = self.told_state(deadline)?;
+        if state == State::Error {
+            // A state has no words of its own, and this one needs some.
+            self.host.state_changed(&self.info.name, state, &why);
+        }
+        Ok(state)
+    }
+
+    fn told_state(&self, deadline: Deadline) -> Result<Told> {
+        let label = self.info.label.clone();
+        let ask = move |connect: &Connect| restore::state(&restore::domain(connect, &label)?);
+        self.link.ask(deadline, "libvirt to tell the domain's state", ask)
+    }
+
+    /// Starts from the snapshot.
+    ///
+    /// # Errors
+    /// It is not off; whatever kept it from running.
+    pub fn restore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.start(Start::Restored, deadline)
+    }
+
+    /// Starts cold.
+    ///
+    /// # Errors
+    /// As [`restore_start`](Machine::restore_start).
+    pub fn norestore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.start(Start::Cold, deadline)
+    }
+
+    fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
+        self.end_late_start(deadline)?;
+        let connect = self.link.connection(deadline)?;
+        let _starting = self.begin(Doing::Starting)?;
+        let given_up = Arc::new(AtomicBool::new(false));
+        let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
+        let call = Call::start(move || machine.bring_up(&connect, how, &too_late))?;
+        let Some(started) = call.wait(deadline.remaining()) else {
+            given_up.store(true, Ordering::SeqCst);
+            return Err(self.abandon(call, deadline));
+        };
+        started?;
+        self.expect_no_end(deadline)
+    }
+
+    fn bring_up(&self, connect: &Connect, how: Start, given_up: &AtomicBool) -> Result<()> {
+        let domain = restore::domain(connect, self.label())?;
+        restore::start(&domain, self.info.snapshot.as_deref(), how)?;
+        // Looked up anew, because a reverted domain does not know its new id.
+        self.note.write(&restore::domain(connect, self.label())?);
+        self.lock().has_run = true;
+        if given_up.load(Ordering::SeqCst) {
+            self.note.remove();
+            restore::destroy(&domain)?;
+        }
+        Ok(())
+    }
+
+    /// Ends a start that did not make it in time.
+    fn abandon(&self, call: Call<()>, deadline: Deadline) -> Error {
+        let error = deadline.timeout("the domain to run");
+        self.pull_the_plug(Deadline::after(PULLING_THE_PLUG));
+        if call.wait(GIVING_UP).is_some() {
+            return error;
+        }
+        self.lock().late = Some(call);
+        error.detail("and libvirt is still at it")
+    }
+
+    /// Waits for a start that did not come back in time, and stops what it may have started.
+    fn end_late_start(&self, deadline: Deadline) -> Result<()> {
+        let Some(call) = self.lock().late.take() else { return Ok(()) };
+        self.pull_the_plug(deadline);
+        if call.wait(deadline.remaining()).is_some() {
+            return Ok(());
+        }
+        self.lock().late = Some(call);
+        Err(deadline
+            .timeout("libvirt to come to an end with an earlier start")
+            .advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
+    }
+
+    fn pull_the_plug(&self, deadline: Deadline) {
+        if let Err(error) = self.destroy(deadline) {
+            tracing::debug!(machine = self.info.name, %error, "the plug is not pulled");
+        }
+    }
+
+    /// A domain may end while its start is still being finished; that end was taken for a step of it.
+    fn expect_no_end(&self, deadline: Deadline) -> Result<()> {
+        let heard = self.lock().heard.take();
+        let Some((State::Poweroff, why)) = heard else { return Ok(()) };
+        match self.told_state(deadline)? {
+            (State::Poweroff, _) => {
+                Err(Error::failed(format!("the domain ended right after its start: {why}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Pulls the plug.
+    ///
+    /// # Errors
+    /// It is off already; libvirt cannot end it.
+    pub fn stop(&self, deadline: Deadline) -> Result<()> {
+        self.end_late_start(deadline)?;
+        let _stopping = self.begin(Doing::Stopping)?;
+        let before = self.lock().ends;
+        if !self.destroy(deadline)? {
+            self.note_end();
+            return Err(off_already());
+        }
+        if !self.hear_end(before, deadline.within(HEARING)) {
+            tracing::debug!(machine = self.info.name, "stopped, and libvirt has sent no event");
+            self.note_end();
+            self.host.state_changed(&self.info.name, State::Poweroff, "");
+        }
+        Ok(())
+    }
+
+    fn destroy(&self, deadline: Deadline) -> Result<bool> {
+        let label = self.info.label.clone();
+        self.link.ask(deadline, "libvirt to stop the domain", move |connect| {
+            restore::destroy(&restore::domain(connect, &label)?)
+        })
+    }
+
+    /// Presses the power button, and waits for the guest to power off.
+    ///
+    /// # Errors
+    /// It is off already; it does not react in time.
+    pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
+        let _stopping = self.begin(Doing::Stopping)?;
+        let before = self.lock().ends;
+        let label = self.info.label.clone();
+        let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
+            match restore::domain(connect, &label)?.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
+                Ok(()) => Ok(true),
+                Err(error) if is_off(&error) => Ok(false),
+                Err(error) => Err(explain("press the power button", &error)),
+            }
+        })?;
+        if !pressed {
+            return Err(off_already());
+        }
+        match self.hear_end(before, deadline) {
+            true => Ok(()),
+            false => Err(deadline.timeout("the guest to react to its power button")),
+        }
+    }
+
+    /// See [`views::dump_memory`].
+    ///
+    /// # Errors
+    /// It is off; as there.
+    pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+        let progress = |fraction| self.host.progress(&self.info.name, fraction);
+        views::dump_memory(&self.link, self.label(), path, format, &progress, deadline)
+    }
+
+    /// See [`views::screenshot`].
+    ///
+    /// # Errors
+    /// It is off; as there.
+    pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
+        views::screenshot(&self.link, self.label(), path, deadline)
+    }
+
+    /// libvirt tells what happened to the domain.
+    pub fn happened(&self, event: Event) {
+        let Some(told) = state_of_event(&event) else { return };
+        let ended = is_end(&event);
+        let mut now = self.lock();
+        let doing = now.doing;
+        if doing == Doing::Starting {
+            now.heard = Some(told.clone());
+        }
+        drop(now);
+        self.report(doing, told);
+        if ended {
+            self.note_end();
+        }
+    }
+
+    /// Told before anybody who waits for it goes on.
+    fn report(&self, doing: Doing, (state, reason): Told) {
+        let name = &self.info.name;
+        match doing {
+            Doing::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
+            Doing::Stopping if state == State::Poweroff => self.host.state_changed(name, state, ""),
+            Doing::Stopping => tracing::debug!(machine = name, %state, reason, "a step of the stop"),
+            Doing::Nothing => self.host.state_changed(name, state, &reason),
+        }
+    }
+
+    /// The connection is lost, and with it the sight of the domain.
+    pub fn link_lost(&self, why: &str) {
+        if self.has_run() {
+            self.host.state_changed(&self.info.name, State::Error, why);
+        }
+    }
+
+    /// The connection is there again: looks what has become of the domain.
+    pub fn link_back(&self, connect: &Connect) {
+        let (has_run, doing) = {
+            let now = self.lock();
+            (now.has_run, now.doing)
+        };
+        if !has_run || doing == Doing::Starting {
+            return;
+        }
+        let state = restore::domain(connect, self.label()).and_then(|domain| restore::state(&domain));
+        match state {
+            Ok((State::Poweroff, _)) => {
+                self.report(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));
+                self.note_end();
+            }
+            Ok(told) => self.report(doing, told),
+            Err(error) => {
+                tracing::warn!(machine = self.info.name, %error, "libvirt is back, but does not tell the domain's state")
+            }
+        }
+    }
+
+    fn begin(&self, doing: Doing) -> Result<Action<'_>> {
+        let mut now = self.lock();
+        if now.doing != Doing::Nothing {
+            return Err(Error::unexpected_state("another action on the machine is under way"));
+        }
+        now.doing = doing;
+        now.heard = None;
+        Ok(Action(self))
+    }
+
+    /// There is no run any more.
+    fn note_end(&self) {
+        self.note.remove();
+        let mut now = self.lock();
+        now.has_run = false;
+        now.ends += 1;
+        drop(now);
+        self.news.notify_all();
+    }
+
+    /// Waits until more ends were heard than `before`.
+    fn hear_end(&self, before: u64, deadline: Deadline) -> bool {
+        let silent = |now: &mut Now| now.ends == before;
+        let waited = self.news.wait_timeout_while(self.lock(), deadline.remaining(), silent);
+        let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        now.ends != before
+    }
+
+    /// Each statement that holds the lock leaves it whole, so poison means nothing.
+    fn lock(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn off_already() -> Error {
+    Error::state_reached("the machine is powered off already")
+}

@@ -1,0 +1,236 @@
+//! From a snapshot to a running domain.
+//!
+//! A snapshot may have been taken of a running, a paused or a shut-off domain; reverted to, it leaves
+//! the domain as it was then, unless libvirt is asked to let it run. It may keep disk and memory
+//! inside the disk's qcow2 file (internal) or in files beside it (external); libvirt reverts to
+//! external ones only from 9.9 on. Source: libvirt's docs/formatsnapshot.rst and NEWS.rst.
+
+use machinery::{Error, Result, State};
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::domain_snapshot::DomainSnapshot;
+use virt_sys as sys;
+
+use crate::errors::{explain, is_no_domain, is_off, is_unsupported};
+use crate::states::state_of_domain;
+
+/// How a machine is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// From its snapshot's memory.
+    Restored,
+    /// Cold, but with the disk as it is in the snapshot.
+    Cold,
+}
+
+/// A snapshot, and what its description says of it.
+pub struct Snapshot {
+    snapshot: DomainSnapshot,
+    pub name: String,
+    /// As it is in the description, such as `running`.
+    pub state: String,
+    pub external: bool,
+}
+
+/// The domain of that name.
+///
+/// # Errors
+/// There is none; libvirt cannot be asked.
+pub fn domain(connect: &Connect, label: &str) -> Result<Domain> {
+    connect
+        .lookup_domain_by_name(label)
+        .map_err(|error| explain(&format!("look up the domain '{label}'"), &error))
+}
+
+/// What the domain does, and why where that needs telling.
+///
+/// # Errors
+/// libvirt cannot be asked; the state has no name here.
+pub fn state(domain: &Domain) -> Result<(State, String)> {
+    let (state, reason) = domain.state().map_err(|error| explain("tell the domain's state", &error))?;
+    state_of_domain(state, reason)
+}
+
+/// The snapshot that a restore goes to: the one of that name, else the current one.
+///
+/// # Errors
+/// There is none; the error lists those that there are.
+pub fn find(domain: &Domain, wanted: Option<&str>) -> Result<Snapshot> {
+    let found = match wanted {
+        Some(name) => Domain::lookup_snapshot_by_name(domain, name, 0),
+        None => domain.current_snapshot(0),
+    };
+    let snapshot = found.map_err(|error| no_snapshot(domain, wanted, &error))?;
+    describe(snapshot)
+}
+
+fn no_snapshot(domain: &Domain, wanted: Option<&str>, error: &virt::error::Error) -> Error {
+    let names: Vec<String> = match domain.list_all_snapshots(0) {
+        Ok(snapshots) => snapshots.iter().filter_map(|snapshot| snapshot.name().ok()).collect(),
+        // What kept it from being found keeps the others from being listed.
+        Err(_) => return explain("look up the snapshot", error),
+    };
+    let there = if names.is_empty() {
+        "it has none at all".to_owned()
+    } else {
+        format!("it has {}", names.join(", "))
+    };
+    let label = domain.name().unwrap_or_default();
+    match wanted {
+        Some(name) => Error::environment(format!("the domain '{label}' has no snapshot '{name}': {there}"))
+            .advice("Correct the machine's snapshot, or leave it out to use the domain's current one"),
+        None => Error::environment(format!("the domain '{label}' has no current snapshot: {there}")).advice(
+            "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as`; \
+             or name one of those it has",
+        ),
+    }
+}
+
+fn describe(snapshot: DomainSnapshot) -> Result<Snapshot> {
+    let failed = |error| explain("describe the snapshot", &error);
+    let name = snapshot.name().map_err(failed)?;
+    let xml = snapshot.xml_desc(0).map_err(failed)?;
+    let own = own_part(&xml);
+    let state = between(own, "<state>", "</state>").unwrap_or("unknown").to_owned();
+    Ok(Snapshot { snapshot, name, state, external: is_external(own) })
+}
+
+/// The description without the domain's own, which has elements of the same names.
+fn own_part(xml: &str) -> &str {
+    xml.find("<domain ").map_or(xml, |at| &xml[..at])
+}
+
+fn is_external(own: &str) -> bool {
+    own.contains("snapshot='external'") || own.contains("snapshot=\"external\"")
+}
+
+fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(before)?;
+    rest.split_once(after).map(|(inside, _)| inside)
+}
+
+/// Starts the domain, which has to be off, and returns when it runs.
+///
+/// # Errors
+/// It is not off; whatever kept it from running. The domain is off again then.
+pub fn start(domain: &Domain, wanted: Option<&str>, how: Start) -> Result<()> {
+    expect_off(domain)?;
+    let started = match how {
+        Start::Restored => restored(domain, wanted),
+        Start::Cold => cold(domain, wanted),
+    };
+    started.and_then(|()| expect_running(domain)).inspect_err(|_| {
+        // The error at hand is the one to tell.
+        let _ = destroy(domain);
+    })
+}
+
+fn restored(domain: &Domain, wanted: Option<&str>) -> Result<()> {
+    let snapshot = find(domain, wanted)?;
+    snapshot.revert(domain, sys::VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING)
+}
+
+/// What the last run has written is still on the domain's disk, so that is put back first.
+fn cold(domain: &Domain, wanted: Option<&str>) -> Result<()> {
+    match domain.num_snapshots(0) {
+        Ok(0) if wanted.is_none() => tracing::warn!(
+            label = domain.name().unwrap_or_default(),
+            "the domain has no snapshot: it starts with what its last run has left on its disk"
+        ),
+        _ => put_disk_back(domain, wanted)?,
+    }
+    domain.create().map_err(|error| explain("start the domain", &error))
+}
+
+fn put_disk_back(domain: &Domain, wanted: Option<&str>) -> Result<()> {
+    let snapshot = find(domain, wanted)?;
+    // One with memory cannot be reverted to without it; it does not get to run.
+    let paused = if snapshot.state == "shutoff" { 0 } else { sys::VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED };
+    snapshot.revert(domain, paused)?;
+    destroy(domain).map(drop)
+}
+
+impl Snapshot {
+    fn revert(&self, domain: &Domain, flags: sys::virDomainSnapshotRevertFlags) -> Result<()> {
+        self.snapshot.revert(flags).map_err(|error| {
+            let failed = explain(&format!("revert to the snapshot '{}'", self.name), &error);
+            if self.external && is_unsupported(&error) {
+                return failed.advice(format!(
+                    "It is an external snapshot, and this libvirt ({}) cannot revert to those: libvirt 9.9 and \
+                     newer can. Upgrade libvirt, or take an internal snapshot (virsh snapshot-create-as without \
+                     --diskspec and --memspec)",
+                    version_of(domain)
+                ));
+            }
+            failed.advice("Try it by hand with `virsh snapshot-revert`; libvirtd's log may say more")
+        })
+    }
+}
+
+fn version_of(domain: &Domain) -> String {
+    let connect = domain.connect();
+    let version = connect.and_then(|connect| connect.lib_version());
+    version.map_or("of unknown version".to_owned(), version_text)
+}
+
+/// libvirt's way to write versions: 9.10.2 is 9010002.
+pub fn version_text(version: u32) -> String {
+    format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000)
+}
+
+fn expect_off(domain: &Domain) -> Result<()> {
+    match state(domain)? {
+        (State::Poweroff, _) => Ok(()),
+        (state, _) => {
+            let reason = format!("the machine is not powered off: the domain is {state}");
+            Err(Error::unexpected_state(reason).advice("Stop it first"))
+        }
+    }
+}
+
+fn expect_running(domain: &Domain) -> Result<()> {
+    match state(domain)? {
+        (State::Running, _) => Ok(()),
+        (state, why) => {
+            let why = if why.is_empty() { why } else { format!(" ({why})") };
+            Err(Error::unexpected_state(format!("the domain was started, and is {state}{why}"))
+                .advice("The domain's log in /var/log/libvirt/qemu may say why"))
+        }
+    }
+}
+
+/// Pulls the plug; `false` when the domain was off already.
+///
+/// # Errors
+/// libvirt cannot end it.
+pub fn destroy(domain: &Domain) -> Result<bool> {
+    match domain.destroy() {
+        Ok(()) => Ok(true),
+        // A domain without a definition is gone once it is off.
+        Err(error) if is_off(&error) || is_no_domain(&error) => Ok(false),
+        Err(error) => Err(explain("stop the domain", &error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_description_tells_what_it_is_about() {
+        let xml = "<domainsnapshot>\n  <name>s</name>\n  <state>running</state>\n  \
+                   <memory snapshot='external' file='/d/m'/>\n  <domain type='qemu'>\n    <devices>\
+                   <state>x</state></devices></domain></domainsnapshot>";
+        assert!(is_external(own_part(xml)));
+        assert_eq!(between(own_part(xml), "<state>", "</state>"), Some("running"));
+        let internal =
+            xml.replace("external", "internal").replace("<devices>", "<devices snapshot='external'>");
+        assert!(!is_external(own_part(&internal)));
+    }
+
+    #[test]
+    fn versions_are_written_as_people_do() {
+        assert_eq!(version_text(9_000_000), "9.0.0");
+        assert_eq!(version_text(11_003_001), "11.3.1");
+    }
+}

@@ -1,0 +1,189 @@
+//! What libvirt's states and events mean for a machine.
+
+use machinery::{Error, Result, State};
+use virt::domain::{
+    DomainPausedReason, DomainState, DomainStateEnum, DomainStateReason, DomainStateReasonEnum,
+};
+use virt::enumutil::Enum;
+use virt_sys as sys;
+
+use crate::events::Event;
+
+/// A state, and why it is so where that needs telling.
+pub type Told = (State, String);
+
+/// The state that libvirt tells of a domain. Source: `virDomainState` and its reasons in libvirt's
+/// libvirt-domain.h.
+///
+/// # Errors
+/// It is one that has no name here.
+pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) -> Result<Told> {
+    let plain = |state| Ok((state, String::new()));
+    match state {
+        Enum::Known(DomainState::Running | DomainState::Blocked) => plain(State::Running),
+        Enum::Known(DomainState::Paused) => Ok(paused(reason)),
+        Enum::Known(DomainState::Shutdown) => plain(State::Stopping),
+        Enum::Known(DomainState::Shutoff) => plain(State::Poweroff),
+        Enum::Known(DomainState::Crashed) => Ok((State::Error, "the guest crashed".to_owned())),
+        Enum::Known(DomainState::PMSuspended) => plain(State::Suspended),
+        other => Err(Error::unexpected_state(format!(
+            "libvirt's domain state {} has no meaning here",
+            other.to_raw()
+        ))
+        .advice("Stop the machine; if it comes again, this libvirt is too new for this plugin")),
+    }
+}
+
+/// A guest is held in the course of things, or because something is wrong with it.
+fn paused(reason: DomainStateReasonEnum) -> Told {
+    let Enum::Known(DomainStateReason::Paused(Enum::Known(reason))) = reason else {
+        return held("for a reason that is unknown here");
+    };
+    match reason {
+        DomainPausedReason::Dump
+        | DomainPausedReason::FromSnapshot
+        | DomainPausedReason::Snapshot
+        | DomainPausedReason::StartingUp => (State::Paused, String::new()),
+        DomainPausedReason::User => held("by somebody else"),
+        DomainPausedReason::Migration => held("while it is migrated"),
+        DomainPausedReason::Save => held("while its state is saved"),
+        DomainPausedReason::IOError => held("because its disk failed. Look at the free space there"),
+        DomainPausedReason::Watchdog => held("because its watchdog expired"),
+        DomainPausedReason::ShuttingDown => held("while it shuts down"),
+        DomainPausedReason::Crashed => held("because it crashed"),
+        DomainPausedReason::PostCopy | DomainPausedReason::PostCopyFailed => held("after a migration"),
+        DomainPausedReason::APIError => held("because libvirt failed at something. Look at libvirtd's log"),
+        DomainPausedReason::Unknown => held("and libvirt does not say why"),
+    }
+}
+
+fn held(why: &str) -> Told {
+    (State::Error, format!("the guest is paused {why}"))
+}
+
+/// What an event says about the machine's state; `None` where it says nothing of interest.
+pub fn state_of_event(event: &Event) -> Option<Told> {
+    match event {
+        Event::DiskFailed { disk, reason } => {
+            let reason = if reason.is_empty() { "no reason given" } else { reason };
+            let space = if reason == "enospc" { ": no space is left" } else { "" };
+            let told = format!("the disk {disk} failed and the guest was paused ({reason}){space}");
+            Some((State::Error, told))
+        }
+        Event::Lifecycle { event, detail } => lifecycle(*event, *detail),
+    }
+}
+
+fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<Told> {
+    Some(match event {
+        sys::VIR_DOMAIN_EVENT_STARTED => (State::Running, "somebody started the domain".to_owned()),
+        sys::VIR_DOMAIN_EVENT_RESUMED => (State::Running, String::new()),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED => suspended(detail)?,
+        sys::VIR_DOMAIN_EVENT_SHUTDOWN => (State::Stopping, shutdown(detail).to_owned()),
+        sys::VIR_DOMAIN_EVENT_STOPPED => (State::Poweroff, stopped(detail).to_owned()),
+        sys::VIR_DOMAIN_EVENT_PMSUSPENDED => (State::Suspended, "the guest suspended itself".to_owned()),
+        sys::VIR_DOMAIN_EVENT_CRASHED => (State::Error, "the guest crashed".to_owned()),
+        _ => return None,
+    })
+}
+
+fn suspended(detail: u32) -> Option<Told> {
+    Some(match detail {
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR => held("because its disk failed"),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_WATCHDOG => held("because its watchdog expired"),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_API_ERROR => held("because libvirt failed at something"),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED => (State::Paused, String::new()),
+        _ => return None,
+    })
+}
+
+fn shutdown(detail: u32) -> &'static str {
+    match detail {
+        sys::VIR_DOMAIN_EVENT_SHUTDOWN_GUEST => "the guest powers itself off",
+        sys::VIR_DOMAIN_EVENT_SHUTDOWN_HOST => "QEMU was asked to end by somebody else",
+        _ => "the domain shuts down",
+    }
+}
+
+fn stopped(detail: u32) -> &'static str {
+    match detail {
+        sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => "the guest powered itself off",
+        sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED => "somebody destroyed the domain",
+        sys::VIR_DOMAIN_EVENT_STOPPED_CRASHED => "the guest crashed",
+        sys::VIR_DOMAIN_EVENT_STOPPED_MIGRATED => "the domain was migrated to another host",
+        sys::VIR_DOMAIN_EVENT_STOPPED_SAVED => "somebody saved the domain and stopped it",
+        sys::VIR_DOMAIN_EVENT_STOPPED_FAILED => {
+            "its QEMU ended. The domain's log in /var/log/libvirt/qemu may say why"
+        }
+        sys::VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT => "somebody reverted the domain to a snapshot",
+        _ => "the domain ended",
+    }
+}
+
+/// Whether the domain has ended with this.
+pub fn is_end(event: &Event) -> bool {
+    matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STOPPED, .. })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(state: u32, reason: i32) -> Result<Told> {
+        let state = DomainStateEnum::from_raw(state);
+        let reason = match state {
+            Enum::Known(DomainState::Paused) => {
+                let reason = virt::domain::DomainPausedReasonEnum::from_raw(reason.cast_unsigned());
+                Enum::Known(DomainStateReason::Paused(reason))
+            }
+            _ => Enum::Unknown(reason),
+        };
+        state_of_domain(state, reason)
+    }
+
+    #[test]
+    fn the_states_are_those_of_the_design() {
+        let wanted = [
+            (1, State::Running),
+            (2, State::Running),
+            (4, State::Stopping),
+            (5, State::Poweroff),
+            (6, State::Error),
+            (7, State::Suspended),
+        ];
+        for (raw, state) in wanted {
+            assert_eq!(of(raw, 0).unwrap().0, state, "{raw}");
+        }
+        assert!(of(0, 0).is_err());
+        assert!(of(99, 0).unwrap_err().to_string().contains("99"));
+    }
+
+    #[test]
+    fn a_pause_is_an_error_unless_it_is_in_the_course_of_things() {
+        for reason in 0..=15 {
+            let (state, why) = of(sys::VIR_DOMAIN_PAUSED, reason).unwrap();
+            let harmless = [
+                sys::VIR_DOMAIN_PAUSED_DUMP,
+                sys::VIR_DOMAIN_PAUSED_FROM_SNAPSHOT,
+                sys::VIR_DOMAIN_PAUSED_SNAPSHOT,
+                sys::VIR_DOMAIN_PAUSED_STARTING_UP,
+            ];
+            let harmless = harmless.contains(&reason.cast_unsigned());
+            assert_eq!(state, if harmless { State::Paused } else { State::Error }, "{reason}");
+            assert_eq!(why.is_empty(), harmless, "{reason}: {why}");
+        }
+    }
+
+    #[test]
+    fn accidents_are_told_with_their_reason() {
+        let told = |event, detail| state_of_event(&Event::Lifecycle { event, detail }).unwrap();
+        let (state, why) = told(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN);
+        assert_eq!((state, why.as_str()), (State::Poweroff, "the guest powered itself off"));
+        let (state, why) = told(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_FAILED);
+        assert!(state == State::Poweroff && why.contains("QEMU ended"), "{why}");
+        let full = Event::DiskFailed { disk: "/d/x.qcow2".into(), reason: "enospc".into() };
+        let (state, why) = state_of_event(&full).unwrap();
+        assert!(state == State::Error && why.contains("/d/x.qcow2") && why.contains("no space"), "{why}");
+        assert!(state_of_event(&Event::Lifecycle { event: 0, detail: 0 }).is_none());
+    }
+}

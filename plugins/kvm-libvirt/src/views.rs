@@ -1,0 +1,180 @@
+//! Looking at a running machine: its memory, its screen.
+//!
+//! Both are [`Output`]s: a failure leaves nothing half-done. The dump's file is made by us and then
+//! written by libvirtd, so it keeps our owner and mode; made by libvirtd it would be root's.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use machinery::{Deadline, DumpFormat, Error, Result};
+use machinery_views::{Output, is_ppm, ppm_to_png};
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::stream::Stream;
+use virt_sys as sys;
+
+use crate::call::{Call, within};
+use crate::errors::{explain, is_unsupported};
+use crate::link::Link;
+use crate::restore;
+
+/// How often the progress of a dump is asked for; its end is an answer.
+const PROGRESS: Duration = Duration::from_millis(250);
+/// A dump that did not make it in time may end within this, so that the machine is free again. It
+/// cannot be ended: libvirt aborts no memory-only dump. Source: its src/qemu/qemu_driver.c.
+const LAST_CHANCE: Duration = Duration::from_secs(1);
+/// No screen is larger; what is, is no screen.
+const LARGEST_PICTURE: usize = 256 << 20;
+
+const PNG: &[u8] = b"\x89PNG";
+
+/// Writes the guest's memory to `path`, and tells `progress` meanwhile.
+///
+/// # Errors
+/// The machine is off; libvirt is on another host, whose files are not ours; the dump fails.
+pub fn dump_memory(
+    link: &Link,
+    label: &str,
+    path: &Path,
+    format: DumpFormat,
+    progress: &dyn Fn(f64),
+    deadline: Deadline,
+) -> Result<()> {
+    if !is_local(link.dsn()) {
+        let what = format!("dump_memory over {}, which would write to that host's disk", link.dsn());
+        return Err(Error::unsupported(&what));
+    }
+    let connect = link.connection(deadline)?;
+    let output = Output::at(path)?;
+    let (label, to) = (label.to_owned(), output.path());
+    let domain = within(deadline, "libvirt to find the domain", move || running(&connect, &label))?;
+    let dumped = domain.clone();
+    let call = Call::start(move || dump(&dumped, &to, format))?;
+    let outcome = loop {
+        if let Some(outcome) = call.wait(PROGRESS.min(deadline.remaining())) {
+            break outcome;
+        }
+        if deadline.passed() {
+            let _ = call.wait(LAST_CHANCE);
+            break Err(deadline.timeout("libvirt to dump the memory"));
+        }
+        progress(fraction(&domain, deadline));
+    };
+    outcome.map_err(|error| error.detail(&format!("the dump was to go to {}", path.display())))?;
+    progress(1.0);
+    output.finish()
+}
+
+fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
+    let libvirts = match format {
+        DumpFormat::Elf => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_RAW,
+        DumpFormat::KdumpZlib => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_KDUMP_ZLIB,
+        DumpFormat::WinDmp => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_WIN_DMP,
+    };
+    let to = to.to_str().ok_or_else(|| {
+        Error::environment(format!("libvirt takes no path that is not UTF-8: {}", to.display()))
+    })?;
+    domain.core_dump_with_format(to, libvirts, sys::VIR_DUMP_MEMORY_ONLY).map_err(|error| {
+        if is_unsupported(&error) {
+            let what = format!("the memory dump format '{}' with this libvirt and QEMU", format.as_str());
+            return Error::unsupported(&what).detail(error.message());
+        }
+        let failed = explain("dump the memory", &error);
+        if error.message().contains("No space left") {
+            failed.advice("Free some space on that file system")
+        } else {
+            failed
+        }
+    })
+}
+
+/// How far it is, as libvirt's job statistics have it.
+fn fraction(domain: &Domain, deadline: Deadline) -> f64 {
+    let domain = domain.clone();
+    let asked = within(deadline, "libvirt to tell how far the dump is", move || {
+        domain.job_info().map_err(|error| explain("tell how far the dump is", &error))
+    });
+    let Ok(job) = asked else { return 0.0 };
+    let known = [(job.data_processed, job.data_total), (job.mem_processed, job.mem_total)];
+    let fraction = known.into_iter().find_map(|pair| match pair {
+        (Some(done), Some(total)) if total > 0 => Some(done as f64 / total as f64),
+        _ => None,
+    });
+    fraction.unwrap_or(0.0)
+}
+
+/// Writes what the guest's screen shows to `path`, as PNG.
+///
+/// # Errors
+/// The machine is off or has no screen; the file cannot be written.
+pub fn screenshot(link: &Link, label: &str, path: &Path, deadline: Deadline) -> Result<()> {
+    let output = Output::at(path)?;
+    let label = label.to_owned();
+    let picture =
+        link.ask(deadline, "libvirt to take a screenshot", move |connect| picture(connect, &label))?;
+    let mut file = output.file();
+    if is_ppm(&picture) {
+        ppm_to_png(&picture, file)?;
+    } else if picture.starts_with(PNG) {
+        file.write_all(&picture).map_err(|error| Error::io("write the screenshot to", path, &error))?;
+    } else {
+        return Err(Error::failed("libvirt's screenshot is neither a PNG nor a PPM image"));
+    }
+    output.finish()
+}
+
+fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
+    let failed = |error| explain("take a screenshot", &error);
+    let domain = running(connect, label)?;
+    let stream = Stream::new(connect, 0).map_err(failed)?;
+    domain.screenshot(&stream, 0, 0).map_err(failed)?;
+    let mut picture = Vec::new();
+    let mut piece = vec![0; 256 << 10];
+    loop {
+        let length = stream.recv(&mut piece).map_err(failed)?;
+        let Some(received) = usize::try_from(length).ok().and_then(|length| piece.get(..length)) else {
+            return Err(Error::failed(format!("libvirt's screenshot ended in the middle ({length})")));
+        };
+        if received.is_empty() {
+            stream.finish().map_err(failed)?;
+            return Ok(picture);
+        }
+        picture.extend_from_slice(received);
+        if picture.len() > LARGEST_PICTURE {
+            return Err(Error::failed("libvirt's screenshot does not come to an end"));
+        }
+    }
+}
+
+fn running(connect: &Connect, label: &str) -> Result<Domain> {
+    let domain = restore::domain(connect, label)?;
+    match domain.is_active().map_err(|error| explain("tell whether the domain runs", &error))? {
+        true => Ok(domain),
+        false => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
+    }
+}
+
+/// Whether libvirt runs on this very host, so that its files are ours. Source: libvirt's docs/uri.rst:
+/// `driver[+transport]://[user@][host][:port]/path`.
+fn is_local(dsn: &str) -> bool {
+    let Some((_, rest)) = dsn.split_once("://") else { return true };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    matches!(authority, "" | "localhost")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dsn_with_a_host_is_not_local() {
+        for dsn in ["qemu:///system", "qemu+unix:///system?socket=/a/b", "test:///default", "qemu:///session"]
+        {
+            assert!(is_local(dsn), "{dsn}");
+        }
+        for dsn in ["qemu+ssh://root@lab/system", "qemu://10.0.0.1/system", "qemu+tls://lab"] {
+            assert!(!is_local(dsn), "{dsn}");
+        }
+    }
+}

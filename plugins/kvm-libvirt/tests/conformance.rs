@@ -1,0 +1,76 @@
+//! The kvm machinery keeps every promise of a machinery, with real domains of a real libvirtd and the
+//! micro guest, whose counter tells exactly where a run began.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::host::Plugin;
+use machinery::{Deadline, Setup};
+use machinery_testkit::artifacts;
+use machinery_testkit::conformance::{self, Deaf, Subject};
+use machinery_testkit::guest::Guest;
+use machinery_testkit::lab::KvmLab;
+use rustix::process::{Signal, kill_process};
+
+const SOON: Duration = Duration::from_secs(60);
+
+const MACHINES: [&str; 3] = ["one", "two", "three"];
+
+fn lab() -> Arc<KvmLab> {
+    Arc::new(KvmLab::new(&MACHINES.map(|name| (name, Guest::Micro))).unwrap())
+}
+
+fn setup(lab: &KvmLab) -> Setup {
+    lab.cwd().setup("kvm").unwrap()
+}
+
+fn subject(lab: &Arc<KvmLab>) -> Subject {
+    let restored = lab.restored_count().unwrap();
+    let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
+    let mortal = MACHINES[0];
+    Subject::new(&MACHINES, restored..=restored, move |_, machine| {
+        Ok(counting.machine(machine).first_count(SOON)?)
+    })
+    .alive(move |_, machine| Ok(living.machine(machine).counts_on(SOON)?))
+    .leftovers(move || Ok(littered.leftovers()?))
+    // As a crash would end it.
+    .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
+    .patience(SOON)
+}
+
+#[test]
+fn kvm_keeps_every_promise() {
+    let lab = lab();
+    // Without its disk a domain does not start.
+    let disk = lab.machine("one").disk.clone();
+    let away = disk.with_extension("away");
+    let (lost, found) = ((disk.clone(), away.clone()), (away, disk));
+    let subject = subject(&lab).breakage(
+        "one",
+        move || Ok(fs::rename(&lost.0, &lost.1)?),
+        move || Ok(fs::rename(&found.0, &found.1)?),
+    );
+    let plugin = artifacts::plugin("kvm").unwrap();
+    let report = conformance::run(&plugin, &setup(&lab), &subject);
+    println!("{report}");
+    assert!(report.all_kept(), "{report}");
+}
+
+/// What the leftovers are looked for with finds them when they are there.
+#[test]
+fn a_running_machine_is_something_that_could_be_left() {
+    let lab = lab();
+    let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
+    let kvm = plugin.load(&setup(&lab), Arc::new(Deaf)).unwrap();
+    lab.assert_clean();
+    kvm.restore_start("two", Deadline::after(SOON)).unwrap();
+    let found = lab.leftovers().unwrap();
+    assert!(found.iter().any(|left| left.contains("qemu-system")), "no QEMU in {found:?}");
+    kvm.stop("two", Deadline::after(SOON)).unwrap();
+    lab.assert_clean();
+    kvm.shutdown(Deadline::after(SOON)).unwrap();
+}
