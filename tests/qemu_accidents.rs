@@ -34,18 +34,8 @@ fn good() -> Value {
 
 fn subscribed(host: &RunningHost) -> Client {
     let mut client = host.client().unwrap();
-    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), good());
+    client.subscribe().unwrap();
     client
-}
-
-/// Waits until a subscriber hears that `m` is in that state, and gives the reason it hears.
-fn hear_state(subscriber: &mut Client, state: &str) -> String {
-    loop {
-        let event = subscriber.next_message().unwrap();
-        if event["event"] == "state" && event["machine"] == "m" && event["state"] == state {
-            return event["reason"].as_str().unwrap_or_default().to_owned();
-        }
-    }
 }
 
 fn kill(process: Pid) {
@@ -104,11 +94,11 @@ fn a_machine_that_dies_is_told_at_once() {
     let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
     for _ in 0..5 {
         assert_eq!(client.act("restore_start", "m").unwrap(), good());
-        hear_state(&mut subscriber, "running");
+        subscriber.hear_state("m", "running").unwrap();
         let qemu = lab.qemu_of("m").unwrap();
         let begun = Instant::now();
         kill(qemu);
-        let reason = hear_state(&mut subscriber, "poweroff");
+        let reason = subscriber.hear_state("m", "poweroff").unwrap();
         let took = begun.elapsed();
         println!("killed, and heard {took:?} later: {reason}");
         assert!(took < Duration::from_secs(2), "{took:?}");
@@ -139,13 +129,13 @@ fn a_machine_that_dies_early_costs_only_its_restore() {
         let answer = killed_in_restore(&lab, &mut client, &[Happens::Opened(SERIAL)]);
         // It may have been up already; then it dies as a running one does.
         match answer["success"].as_bool() {
-            Some(true) => assert!(hear_state(&mut subscriber, "poweroff").contains("signal 9")),
+            Some(true) => assert!(subscriber.hear_state("m", "poweroff").unwrap().contains("signal 9")),
             _ => assert_reason(&answer, &["QEMU ", "restore_start of machine 'm' failed: "]),
         }
         println!("{answer}");
         lab.assert_clean();
         assert_restores(&lab, &mut client);
-        while !hear_state(&mut subscriber, "poweroff").is_empty() {}
+        while !subscriber.hear_state("m", "poweroff").unwrap().is_empty() {}
     }
     assert_ends_well(&lab, &mut host);
 }

@@ -7,7 +7,6 @@
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
 
-use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,34 +25,6 @@ const MACHINES: [(&str, Guest, SnapshotFormat); 4] = [
     ("lz4", Guest::Micro, SnapshotFormat::Lz4),
     ("zstd", Guest::Micro, SnapshotFormat::Zstd),
 ];
-
-/// What a process holds.
-#[derive(Debug)]
-struct Holds {
-    files: usize,
-    threads: usize,
-    resident_kib: usize,
-    children: String,
-}
-
-impl Holds {
-    fn of(host: &RunningHost) -> Holds {
-        let proc = format!("/proc/{}", host.pid());
-        let tasks: Vec<_> = fs::read_dir(format!("{proc}/task")).unwrap().flatten().collect();
-        let status = fs::read_to_string(format!("{proc}/status")).unwrap();
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        Holds {
-            files: fs::read_dir(format!("{proc}/fd")).unwrap().count(),
-            threads: tasks.len(),
-            resident_kib: resident.trim().trim_end_matches(" kB").parse().unwrap(),
-            // A thread may end meanwhile; its children are another's then.
-            children: tasks
-                .iter()
-                .map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default())
-                .collect(),
-        }
-    }
-}
 
 /// Rounds on all machines, each with a client of its own. The slowest restore is told.
 fn rounds(lab: &Lab, host: &RunningHost, rounds: u32) -> Duration {
@@ -86,12 +57,12 @@ fn a_storm_of_restores_leaves_no_trace() {
     let mut host = lab.host().unwrap();
     rounds(&lab, &host, 1);
     lab.assert_clean();
-    let before = Holds::of(&host);
+    let before = host.holds().unwrap();
     let begun = Instant::now();
     let slowest = rounds(&lab, &host, ROUNDS - 1);
     println!("{} restores in {:?}, slowest {slowest:?}", (ROUNDS - 1) * 4, begun.elapsed());
     lab.assert_clean();
-    let after = Holds::of(&host);
+    let after = host.holds().unwrap();
     println!("{before:?}\n{after:?}");
     assert_eq!(after.children, "", "the host has children left");
     assert!(after.files <= before.files + 8, "{before:?}, {after:?}");

@@ -91,6 +91,22 @@ impl Client {
         self.ask(json!({"action": action, "machine": machine}))
     }
 
+    /// Asks for the events from now on.
+    pub fn subscribe(&mut self) -> Result<()> {
+        let answer = self.ask(json!({"action": "subscribe"}))?;
+        if answer["success"] == true { Ok(()) } else { Err(Error::new(format!("no events: {answer}"))) }
+    }
+
+    /// Waits until a subscriber hears that the machine is in that state, and gives the reason it hears.
+    pub fn hear_state(&mut self, machine: &str, state: &str) -> Result<String> {
+        loop {
+            let event = self.next_message()?;
+            if event["event"] == "state" && event["machine"] == machine && event["state"] == state {
+                return Ok(event["reason"].as_str().unwrap_or_default().to_owned());
+            }
+        }
+    }
+
     /// What `list` says of one machine.
     pub fn machine(&mut self, name: &str) -> Result<Value> {
         let mut list = self.ask(json!({"action": "list"}))?;

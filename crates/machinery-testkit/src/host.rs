@@ -148,9 +148,51 @@ impl RunningHost {
         self.process.child.id()
     }
 
+    /// What its process holds now.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn holds(&self) -> Result<Holds> {
+        Holds::of(self.pid())
+    }
+
     /// What it has logged so far.
     pub fn log(&self) -> String {
         self.process.stderr()
+    }
+}
+
+/// What a process holds.
+#[derive(Debug, Clone)]
+pub struct Holds {
+    /// Open descriptors.
+    pub files: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Memory that is its own or shared, in KiB.
+    pub resident_kib: usize,
+    /// The numbers of its children, with spaces between.
+    pub children: String,
+}
+
+impl Holds {
+    fn of(pid: u32) -> Result<Holds> {
+        let proc = format!("/proc/{pid}");
+        let what = || format!("reading {proc}");
+        let list = |name: &str| fs::read_dir(format!("{proc}/{name}")).context(what);
+        let tasks: Vec<_> = list("task")?.flatten().collect();
+        let status = fs::read_to_string(format!("{proc}/status")).context(what)?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+        Ok(Holds {
+            files: list("fd")?.count(),
+            threads: tasks.len(),
+            resident_kib: resident.trim().trim_end_matches(" kB").parse().context(what)?,
+            // A thread may end meanwhile; its children are another's then.
+            children: tasks
+                .iter()
+                .map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default())
+                .collect(),
+        })
     }
 }
 

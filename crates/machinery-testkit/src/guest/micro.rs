@@ -37,6 +37,13 @@ pub fn boot_sector() -> [u8; 512] {
     unsafe { machinery_testkit_micro_guest }
 }
 
+/// The counter in a memory dump, if it is one of this guest. Other copies of the boot sector, in the
+/// firmware's buffers, have a counter that does not count.
+pub fn counter_in(dump: &[u8]) -> Option<u32> {
+    let after_magic = dump.windows(12).filter_map(|bytes| bytes.strip_prefix(&MAGIC));
+    after_magic.filter_map(|count| Some(u32::from_le_bytes(count.try_into().ok()?))).max()
+}
+
 unsafe extern "C" {
     static machinery_testkit_micro_guest: [u8; 512];
 }

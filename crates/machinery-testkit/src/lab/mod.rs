@@ -22,7 +22,7 @@ pub use tiny_disk::TinyDisk;
 pub use watch::{FileWatch, Happens};
 
 /// A loopback address that most likely nobody else uses. Those that tests write down are in 127.0.
-fn address() -> Ipv4Addr {
+pub(crate) fn address() -> Ipv4Addr {
     let [a, b, c, ..] = RandomState::new().build_hasher().finish().to_be_bytes();
     Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254))
 }

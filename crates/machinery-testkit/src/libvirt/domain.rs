@@ -13,8 +13,8 @@ pub struct Identity {
     pub uuid: String,
     /// The folder of its disk and of what it says, as text.
     pub dir: String,
-    /// Where its agent answers, if it is to answer anywhere.
-    pub agent: Option<String>,
+    /// The address at which its agent answers.
+    pub agent: String,
 }
 
 pub const DISK: &str = "disk.qcow2";
@@ -33,7 +33,7 @@ pub fn xml(qemu: &Qemu, recipe: &Recipe, identity: &Identity) -> String {
                 text(&image.kernel()),
                 text(&image.initramfs())
             );
-            (*ram_mib, "target dev='vda' bus='virtio'", boot, network(agent.as_deref()))
+            (*ram_mib, "target dev='vda' bus='virtio'", boot, network(agent))
         }
     };
     format!(
@@ -59,13 +59,12 @@ pub fn xml(qemu: &Qemu, recipe: &Recipe, identity: &Identity) -> String {
 }
 
 /// libvirt forwards no ports of user networking without further programs, QEMU does.
-fn network(agent: Option<&str>) -> String {
-    let forward = agent.map(|ip| format!(",hostfwd=tcp:{ip}:{AGENT_PORT}-:{AGENT_PORT}"));
+fn network(agent: &str) -> String {
     format!(
-        "<qemu:commandline><qemu:arg value='-netdev'/><qemu:arg value='user,id=net0{}'/>\
+        "<qemu:commandline><qemu:arg value='-netdev'/>\
+         <qemu:arg value='user,id=net0,hostfwd=tcp:{agent}:{AGENT_PORT}-:{AGENT_PORT}'/>\
          <qemu:arg value='-device'/><qemu:arg value='virtio-net-pci,netdev=net0,romfile=,addr=0x10'/>\
-         </qemu:commandline>",
-        forward.unwrap_or_default()
+         </qemu:commandline>"
     )
 }
 

@@ -25,6 +25,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// The micro guest's snapshot is made when it has counted this far, so that no cold boot looks like it.
 const SNAPSHOT_COUNT: u32 = 64;
 
+/// Changed when masters made by an older testkit must not be used any more.
+const GENERATION: u32 = 1;
+
 const DESCRIPTION: &str = "snapshot.xml";
 const COUNT: &str = "count";
 
@@ -43,7 +46,7 @@ impl Master {
         let cache = cache.canonicalize().context(what)?;
         let recipe = Recipe::of(guest, &cache)?;
         let virsh = command::output(std::process::Command::new("virsh").arg("--version"))?;
-        let content = cache::fingerprint(&xml(qemu, &recipe, &placeholders()));
+        let content = cache::fingerprint(&(GENERATION, xml(qemu, &recipe, &placeholders())));
         let name = format!("{}-libvirt-{}-{content}", recipe.name(qemu)?, virsh.trim());
         let folder = cache::folder(&cache, &name, |folder| build(qemu, &recipe, folder))?;
         Ok(Master { qemu: qemu.clone(), recipe, folder })
@@ -66,7 +69,7 @@ impl Master {
             name: label.to_owned(),
             uuid: uuid(),
             dir: dir.display().to_string(),
-            agent: Some(contact.ip.clone()),
+            agent: contact.ip.clone(),
         };
         libvirtd.virsh_with_file(&["define"], &xml(&self.qemu, &self.recipe, &identity), &[])?;
         let path = self.folder.join(DESCRIPTION);
@@ -83,8 +86,12 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     // Sockets have short paths only, and a cache may have a long one.
     let work = tempfile::tempdir().context(|| "making a folder for libvirtd".to_owned())?;
     let libvirtd = Libvirtd::start(work.path())?;
-    let identity =
-        Identity { name: "master".to_owned(), uuid: uuid(), dir: folder.display().to_string(), agent: None };
+    let identity = Identity {
+        name: "master".to_owned(),
+        uuid: uuid(),
+        dir: folder.display().to_string(),
+        agent: crate::lab::address().to_string(),
+    };
     libvirtd.virsh_with_file(&["define"], &xml(qemu, recipe, &identity), &[])?;
     let serial = folder.join(SERIAL);
     let watch = Watch::new(&serial)?;
@@ -123,14 +130,16 @@ fn placeholders() -> Identity {
         name: "@NAME@".to_owned(),
         uuid: "@UUID@".to_owned(),
         dir: "@DIR@".to_owned(),
-        agent: Some("@AGENT@".to_owned()),
+        agent: "@AGENT@".to_owned(),
     }
 }
 
-/// The description with another identity in it. The agent is not part of a snapshot's machine.
+/// The description with another identity in it.
 fn replaced(description: &str, old: &Identity, new: &Identity) -> String {
     let name = |identity: &Identity| format!("<name>{}</name>", identity.name);
-    description.replace(&name(old), &name(new)).replace(&old.uuid, &new.uuid).replace(&old.dir, &new.dir)
+    let pairs = [(&old.uuid, &new.uuid), (&old.dir, &new.dir), (&old.agent, &new.agent)];
+    let named = description.replace(&name(old), &name(new));
+    pairs.into_iter().fold(named, |text, (old, new)| text.replace(old, new))
 }
 
 /// A number that no other domain has.

@@ -1,0 +1,58 @@
+//! Restores, many and at the same time, through one connection to libvirt: none fails, and the host
+//! is afterwards what it was before.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::KvmLab;
+use serde_json::json;
+
+const SOON: Duration = Duration::from_secs(60);
+const MACHINES: [&str; 4] = ["a", "b", "c", "d"];
+/// Two actions in each round of each machine: 200 in all.
+const ROUNDS: u32 = 25;
+
+fn rounds(lab: &KvmLab, host: &RunningHost, rounds: u32) {
+    let restored = lab.restored_count().unwrap();
+    thread::scope(|scope| {
+        for name in MACHINES {
+            scope.spawn(move || {
+                let mut client = host.client().unwrap();
+                for round in 0..rounds {
+                    let started = client.act("restore_start", name).unwrap();
+                    assert_eq!(started, json!({"success": true}), "{name}, {round}");
+                    assert_eq!(lab.machine(name).first_count(SOON).unwrap(), restored, "{name}, {round}");
+                    let stopped = client.act("stop", name).unwrap();
+                    assert_eq!(stopped, json!({"success": true}), "{name}, {round}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn two_hundred_actions_leave_no_trace() {
+    let lab = KvmLab::new(&MACHINES.map(|name| (name, Guest::Micro))).unwrap();
+    let mut host = lab.host().unwrap();
+    rounds(&lab, &host, 1);
+    lab.assert_clean();
+    let before = host.holds().unwrap();
+    let begun = Instant::now();
+    rounds(&lab, &host, ROUNDS);
+    println!("{} actions in {:?}", ROUNDS * 8, begun.elapsed());
+    lab.assert_clean();
+    let after = host.holds().unwrap();
+    println!("{before:?}\n{after:?}");
+    assert_eq!(after.children, "", "the host has children left");
+    assert!(after.files <= before.files + 8, "{before:?}, {after:?}");
+    assert!(after.threads <= before.threads + 8, "{before:?}, {after:?}");
+    assert!(after.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {after:?}");
+    assert_eq!(host.terminate().unwrap().code(), Some(0));
+    let log = host.log();
+    assert!(!log.contains("ERROR"), "{log}");
+}
