@@ -83,6 +83,12 @@ impl Contact {
         self.asked_marks(&format!("/cgi-bin/mark?ram={ram}&disk={disk}"), timeout)
     }
 
+    /// Lets the Linux guest write that many MiB to its disk, which goes on after this. It takes them from
+    /// its noise, which has to be as much.
+    pub fn fill_disk(&self, mib: u32, timeout: Duration) -> Result<()> {
+        self.get(&format!("/cgi-bin/mark?fill={mib}"), timeout).map(drop)
+    }
+
     /// The marks in the Linux guest's RAM and on its disk.
     pub fn marks(&self, timeout: Duration) -> Result<Marks> {
         self.asked_marks("/cgi-bin/marks", timeout)

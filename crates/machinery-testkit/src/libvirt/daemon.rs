@@ -89,19 +89,24 @@ impl Libvirtd {
 
     /// Starts the daemon, after it was killed.
     pub fn start_daemon(&self) -> Result<()> {
+        let (conf, pid) = (self.conf(), self.folder.join("libvirtd.pid"));
+        // It goes to the background by itself, once its sockets are there.
+        let daemon = ["libvirtd", "--daemon", "--config", &text(&conf), "--pid-file", &text(&pid)];
+        self.inside(&daemon).map(drop).map_err(|error| {
+            let log = fs::read_to_string(self.log()).unwrap_or_default();
+            Error::new(format!("{error}; its log:\n{log}"))
+        })
+    }
+
+    /// Runs a program to its end where the daemon is: with its view of files and processes.
+    pub fn inside(&self, program: &[&str]) -> Result<String> {
         let init = self.init()?.to_string();
         let mut enter = Command::new("nsenter");
         enter.args(["--target", &init, "--mount", "--pid"]);
         if !geteuid().is_root() {
             enter.args(["--user", "--preserve-credentials"]);
         }
-        // It goes to the background by itself, once its sockets are there.
-        enter.args(["--", "libvirtd", "--daemon", "--config"]).arg(self.conf());
-        enter.arg("--pid-file").arg(self.folder.join("libvirtd.pid")).env("PATH", path());
-        command::output(&mut enter).map(drop).map_err(|error| {
-            let log = fs::read_to_string(self.log()).unwrap_or_default();
-            Error::new(format!("{error}; its log:\n{log}"))
-        })
+        command::output(enter.arg("--").args(program).env("PATH", path()))
     }
 
     /// Kills the daemon, and waits until it is gone. Its domains run on.
@@ -252,6 +257,10 @@ fn unshare(folder: &Path) -> Result<Child> {
         what(),
         said.trim()
     )))
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// Where libvirtd is, also for those who have no administrator's path.
