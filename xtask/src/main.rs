@@ -4,12 +4,12 @@
 //! the build, then the task itself. A task says every command that it runs, and ends with the exit
 //! code of the one that failed.
 
+mod backports;
 mod bench;
 mod demo;
 mod leftovers;
 mod packages;
 mod process;
-mod qemu10;
 mod run;
 mod test;
 

@@ -3,24 +3,75 @@
 //! What counts is whether a program runs, not where it comes from: a QEMU built by hand is as good
 //! as the distribution's. Only what does not run is installed, with apt-get where there is one;
 //! elsewhere it is only named. A C compiler is no matter here, because Rust cannot link without one.
+//! Packages that only start services are not among them: the tests start a libvirtd of their own.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::run::{Failure, Result, output, step, succeeds};
+use crate::run::{Failure, Result, is_root, output, step, succeeds};
 
-/// A program, the package it is in, and what it is for.
+/// Something needed, and what it is for.
 struct Need {
+    what: &'static str,
+    /// A program that succeeds with these arguments if it is there.
     program: &'static str,
-    package: &'static str,
+    args: &'static [&'static str],
+    /// What to install if it does not.
+    packages: &'static [&'static str],
     why: &'static str,
 }
 
-const NEEDS: [Need; 2] = [
-    Need { program: "qemu-system-x86_64", package: "qemu-system-x86", why: "runs the test machines" },
-    Need { program: "qemu-img", package: "qemu-utils", why: "makes their disks" },
+const VERSION: &[&str] = &["--version"];
+
+const NEEDS: [Need; 5] = [
+    Need {
+        what: "qemu-system-x86_64",
+        program: "qemu-system-x86_64",
+        args: VERSION,
+        packages: &["qemu-system-x86"],
+        why: "runs the test machines",
+    },
+    Need {
+        what: "qemu-img",
+        program: "qemu-img",
+        args: VERSION,
+        packages: &["qemu-utils"],
+        why: "makes their disks",
+    },
+    Need {
+        what: "libvirtd",
+        program: "libvirtd",
+        args: VERSION,
+        // Debian puts the driver of QEMU into a package of its own.
+        packages: &["libvirt-daemon", "libvirt-daemon-driver-qemu"],
+        why: "runs test machines for the kvm machinery",
+    },
+    Need {
+        what: "virsh",
+        program: "virsh",
+        args: VERSION,
+        packages: &["libvirt-clients"],
+        why: "asks libvirtd what it runs",
+    },
+    Need {
+        what: "libvirt's development files",
+        program: "pkg-config",
+        args: &["--exists", "libvirt"],
+        packages: &["pkg-config", "libvirt-dev"],
+        why: "the kvm machinery is built with",
+    },
 ];
+
+impl Need {
+    /// Whether it is there. A plain user's path lacks the folder of the system's daemons.
+    fn is_met(&self) -> bool {
+        let daemon = Path::new("/usr/sbin").join(self.program);
+        let mut places = [Path::new(self.program), &daemon].into_iter();
+        places.any(|program| succeeds(Command::new(program).args(self.args)))
+    }
+}
 
 /// Both are built from one source, and a newer one of one breaks an older one of the other.
 const QEMU: [&str; 2] = ["qemu-system-x86", "qemu-utils"];
@@ -33,7 +84,7 @@ const LISTS_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Sees to it that everything needed is there.
 pub fn ensure() -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !runs(need.program)).collect();
+    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !need.is_met()).collect();
     match (missing.is_empty(), runs("apt-get")) {
         (true, true) => refresh(),
         (true, false) => Ok(()),
@@ -66,9 +117,9 @@ fn lists_are_old() -> bool {
 }
 
 fn install(missing: &[&Need]) -> Result<()> {
-    eprintln!("These programs are needed and do not run here, so their packages are installed:");
-    for Need { program, package, why } in missing {
-        eprintln!("  {program}, which {why}, from the package {package}");
+    eprintln!("These are needed and do not work here, so their packages are installed:");
+    for Need { what, packages, why, .. } in missing {
+        eprintln!("  {what}, which {why}: {}", packages.join(", "));
     }
     let rights = rights().ok_or_else(|| by_hand(missing))?;
     if rights == "sudo" {
@@ -79,10 +130,12 @@ fn install(missing: &[&Need]) -> Result<()> {
     let mut args = vec!["install", "-y", "--no-install-recommends", "--allow-downgrades"];
     args.extend(packages.iter().map(String::as_str));
     step(&mut apt_get(rights, &args))?;
-    match missing.iter().find(|need| !runs(need.program)) {
+    match missing.iter().find(|need| !need.is_met()) {
         Some(need) => Err(format!(
-            "{} is installed, but `{} --version` still fails: run it to see why",
-            need.package, need.program
+            "installed: {}. Yet `{} {}` fails: run it to see why",
+            need.packages.join(", "),
+            need.program,
+            need.args.join(" ")
         )
         .into()),
         None => Ok(()),
@@ -92,7 +145,7 @@ fn install(missing: &[&Need]) -> Result<()> {
 /// The packages as apt-get is to install them: those of QEMU together, and of one version.
 fn packages(missing: &[&Need]) -> Result<Vec<String>> {
     let (qemu, others): (Vec<&str>, Vec<&str>) =
-        missing.iter().map(|need| need.package).partition(|package| QEMU.contains(package));
+        missing.iter().flat_map(|need| need.packages).partition(|package| QEMU.contains(package));
     let mut packages: Vec<String> = others.into_iter().map(str::to_owned).collect();
     if !qemu.is_empty() {
         let version = candidate(QEMU[0])?;
@@ -132,12 +185,8 @@ fn apt_get(rights: &str, args: &[&str]) -> Command {
     command
 }
 
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}
-
 fn by_hand(missing: &[&Need]) -> Failure {
-    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    let packages: Vec<&str> = missing.iter().flat_map(|need| need.packages).copied().collect();
     format!(
         "installing needs root, and there is no sudo here; run this as root, then try again:\n  \
          apt-get update && apt-get install --no-install-recommends {}",
@@ -147,12 +196,12 @@ fn by_hand(missing: &[&Need]) -> Failure {
 }
 
 fn by_other_means(missing: &[&Need]) -> Failure {
-    let programs: Vec<String> =
-        missing.iter().map(|need| format!("  {}, which {}", need.program, need.why)).collect();
+    let names: Vec<String> =
+        missing.iter().map(|need| format!("  {}, which {}", need.what, need.why)).collect();
     format!(
-        "these programs are needed, and do not run here:\n{}\n\
-         There is no apt-get to install them with: install QEMU with this system's own tools",
-        programs.join("\n")
+        "these are needed, and do not work here:\n{}\n\
+         There is no apt-get to install them with: install QEMU and libvirt with this system's own tools",
+        names.join("\n")
     )
     .into()
 }

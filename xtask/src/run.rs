@@ -87,6 +87,11 @@ pub fn succeeds(command: &mut Command) -> bool {
     command.output().is_ok_and(|output| output.status.success())
 }
 
+/// Whether this runs as root.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
 /// The user's cache folder for `name`.
 pub fn cache(name: &str) -> Result<PathBuf> {
     let home = || env::home_dir().map(|home| home.join(".cache"));

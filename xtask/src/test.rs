@@ -3,47 +3,42 @@
 //! The workspace is built before its tests, because they run the program and load the plugins. The
 //! test runner comes last, so that its summary is the last thing to read.
 
-use clap::ValueEnum;
-
+use crate::backports::Backports;
 use crate::leftovers::Mark;
+use crate::packages;
 use crate::run::{Result, cargo, step, succeeds};
-use crate::{packages, qemu10};
 
 /// What can be chosen.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Test with another QEMU than the system's
-    #[arg(long, value_enum)]
-    qemu: Option<Qemu>,
+    /// Test with QEMU 10.0 and libvirt 11.3 of Debian's bookworm-backports instead of the system's;
+    /// they are unpacked into the user's cache folder, not installed
+    #[arg(long)]
+    backports: bool,
     /// For the test runner: `cargo nextest run` where it is installed, else `cargo test`
     #[arg(last = true)]
     args: Vec<String>,
 }
 
-/// A QEMU beside the system's.
-#[derive(Clone, Copy, ValueEnum)]
-enum Qemu {
-    /// 10.0 from Debian's bookworm-backports, unpacked into the user's cache folder
-    #[value(name = "10")]
-    Ten,
-}
-
 /// Runs all checks and tests.
 pub fn run(options: &Options) -> Result<()> {
     packages::ensure()?;
-    let qemu = match options.qemu {
-        Some(Qemu::Ten) => Some(qemu10::folder()?),
-        None => None,
-    };
+    let backports = if options.backports { Some(Backports::new()?) } else { None };
     step(&mut cargo(["fmt", "--all", "--check"]))?;
     step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     let mut doc = cargo(["doc", "--no-deps", "-p", "machinery", "-p", "machinery-host"]);
     step(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     step(&mut cargo(["build", "--workspace"]))?;
+    if backports.is_some() {
+        // Built here, with the system's files; among the others nothing is left to build.
+        step(&mut cargo(["test", "--workspace", "--all-targets", "--no-run"]))?;
+    }
     let mark = Mark::new();
     let tests = test_commands(&options.args).into_iter().try_for_each(|args| {
         let mut tests = cargo(args);
-        tests.envs(qemu.iter().map(|dir| ("CUCKOO_TEST_QEMU_DIR", dir)));
+        if let Some(backports) = &backports {
+            tests = backports.inside(&tests);
+        }
         mark.put_on(&mut tests);
         step(&mut tests)
     });

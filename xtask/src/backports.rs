@@ -1,0 +1,299 @@
+//! A newer QEMU and a newer libvirt than the system's, to see that both work.
+//!
+//! They are QEMU 10.0 and libvirt 11.3 from Debian's bookworm-backports, unpacked into the user's cache
+//! folder together with the libraries that this system lacks. Nothing is installed, and apt's own lists
+//! and caches stay as they are.
+//!
+//! Debian compiles its paths into both: where their drivers are, their firmware, their descriptions of
+//! CPUs. So the tests run in a mount namespace of their own, in which what is unpacked lies over /usr.
+//! All that they start finds it where it would be if it were installed, and nobody else sees it.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::run::{Context, Failure, Result, cache, is_root, output};
+
+const RELEASE: &str = "bookworm-backports";
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Where packages come from: what these depend on may be in any of them.
+const SOURCES: [(&str, &str); 4] = [
+    ("debian", "bookworm"),
+    ("debian", "bookworm-updates"),
+    ("debian-security", "bookworm-security"),
+    ("debian", RELEASE),
+];
+
+/// Unpacked always, even where the system has its own: they go with each other.
+const OWN: [&str; 18] = [
+    "qemu-system-x86",
+    "qemu-system-common",
+    "qemu-system-data",
+    "qemu-utils",
+    "seabios",
+    "ipxe-qemu",
+    "libvirt0",
+    "libvirt-common",
+    "libvirt-clients",
+    "libvirt-daemon",
+    "libvirt-daemon-common",
+    "libvirt-daemon-log",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-daemon-driver-network",
+    "libvirt-daemon-driver-nodedev",
+    "libvirt-daemon-driver-nwfilter",
+    "libvirt-daemon-driver-secret",
+    "libvirt-daemon-driver-storage",
+];
+
+/// Debian 12 has these names at its root as links to folders below /usr, packages as folders.
+const MERGED: [&str; 3] = ["bin", "lib", "sbin"];
+
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/backports.sh");
+
+/// The programs, as tests look for them. A plain user's path lacks the folder of libvirtd.
+const PROGRAMS: [&str; 4] = ["qemu-system-x86_64", "qemu-img", "/usr/sbin/libvirtd", "virsh"];
+
+/// Makes QEMU load all its modules.
+const LOAD_MODULES: [&str; 7] = ["-machine", "none", "-nodefaults", "-display", "none", "-device", "help"];
+
+/// The unpacked packages.
+pub struct Backports {
+    folder: PathBuf,
+}
+
+impl Backports {
+    /// Those in the cache folder, fetched now if need be.
+    pub fn new() -> Result<Self> {
+        try_namespace()?;
+        let folder = cache("backports")?;
+        let parent = folder.parent().unwrap_or(&folder);
+        let what = || format!("cannot make {}", folder.display());
+        fs::create_dir_all(parent).context(what)?;
+        let lock = File::create(folder.with_added_extension("lock")).context(what)?;
+        lock.lock().context(what)?;
+        let backports = Self { folder };
+        // An update of the system can take away a library that was there when they were unpacked.
+        let versions = backports.versions().or_else(|_| backports.fetch())?;
+        // Told as they are found: a program of another folder in the path may come first.
+        eprintln!("The tests will run with these:\n  {}", versions.join("\n  "));
+        Ok(backports)
+    }
+
+    /// `command` in a namespace of its own, where what is unpacked lies over /usr. Program, arguments and
+    /// folder are kept; variables are for the new command to have.
+    pub fn inside(&self, command: &Command) -> Command {
+        let mut inside = namespace();
+        inside.args(["sh", SCRIPT]).arg(&self.folder).args(as_oneself());
+        inside.arg(command.get_program()).args(command.get_args());
+        if let Some(folder) = command.get_current_dir() {
+            inside.current_dir(folder);
+        }
+        // A QEMU that was chosen by hand would be tested instead of this one.
+        inside.env_remove("CUCKOO_TEST_QEMU_DIR");
+        inside
+    }
+
+    /// What the programs say of their versions, if all can be used.
+    fn versions(&self) -> Result<Vec<String>> {
+        output(&mut self.inside(Command::new(PROGRAMS[0]).args(LOAD_MODULES)))?;
+        let version = |program| {
+            let said = output(&mut self.inside(Command::new(program).arg("--version")))?;
+            Ok(format!("{program}: {}", said.lines().next().unwrap_or_default()))
+        };
+        PROGRAMS.into_iter().map(version).collect()
+    }
+
+    fn fetch(&self) -> Result<Vec<String>> {
+        let folder = &self.folder;
+        eprintln!("QEMU and libvirt are fetched from {RELEASE} into {}.", folder.display());
+        let new = tempfile::tempdir_in(folder.parent().unwrap_or(folder));
+        let new = new.context(|| format!("cannot make a folder beside {}", folder.display()))?;
+        unpack(new.path())?;
+        replace(new, folder)?;
+        self.versions()
+    }
+}
+
+/// What starts a command in a mount namespace of its own. Who is not root is root in there: only
+/// root mounts.
+fn namespace() -> Command {
+    let mut command = Command::new("unshare");
+    command.arg("--mount");
+    if !is_root() {
+        command.arg("--map-root-user");
+    }
+    command
+}
+
+/// What turns the root of a namespace back into the user who is not root outside of it. Otherwise
+/// libvirtd would take itself for the system's.
+fn as_oneself() -> Vec<String> {
+    if is_root() {
+        return Vec::new();
+    }
+    let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    vec!["unshare".to_owned(), format!("--map-user={user}"), format!("--map-group={group}")]
+}
+
+/// Fails, before anything is fetched, if nothing can be laid over /usr here.
+fn try_namespace() -> Result<()> {
+    let mount = ["mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr/bin:/usr/share", "/usr"];
+    output(namespace().args(mount)).map(drop).map_err(|failure| match failure {
+        Failure::Told(said) => Failure::Told(format!(
+            "cannot lay other files over /usr for the tests alone: {said}\n\
+             Root may do this, except in most containers. Other users may where the kernel is 5.11 or \
+             newer and lets them make user namespaces; if it is told not to, that is by one of the \
+             settings kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns and \
+             user.max_user_namespaces"
+        )),
+        failure @ Failure::Step(_) => failure,
+    })
+}
+
+fn unpack(into: &Path) -> Result<()> {
+    let apt = Apt::new()?;
+    output(&mut apt.get(&["update"]))?;
+    let mut packages: Vec<String> = OWN.map(str::to_owned).to_vec();
+    packages.extend(apt.lacking_libraries()?);
+    packages.sort_unstable();
+    packages.dedup();
+    for package in apt.download(&packages)? {
+        output(Command::new("dpkg-deb").arg("-x").args([package.as_path(), into]))?;
+    }
+    MERGED.into_iter().try_for_each(|name| merge(&into.join(name), &into.join("usr").join(name)))
+}
+
+/// Moves what is in `from`, if it is there, into `into`.
+fn merge(from: &Path, into: &Path) -> Result<()> {
+    if !from.is_dir() {
+        return Ok(());
+    }
+    let what = || format!("cannot move {} to {}", from.display(), into.display());
+    fs::create_dir_all(into).context(what)?;
+    output(Command::new("cp").arg("-a").args([from.join(".").as_path(), into]))?;
+    fs::remove_dir_all(from).context(what)
+}
+
+fn replace(new: tempfile::TempDir, folder: &Path) -> Result<()> {
+    let what = || format!("cannot replace {}", folder.display());
+    if folder.exists() {
+        fs::remove_dir_all(folder).context(what)?;
+    }
+    fs::set_permissions(new.path(), Permissions::from_mode(0o755)).context(what)?;
+    fs::rename(new.path(), folder).context(what)?;
+    // Nothing is left under the old name, so there is nothing to remove.
+    let _ = new.keep();
+    Ok(())
+}
+
+/// apt-get with sources, lists and caches of its own.
+struct Apt {
+    work: tempfile::TempDir,
+}
+
+impl Apt {
+    fn new() -> Result<Self> {
+        if !Path::new(KEYRING).is_file() {
+            return Err(format!(
+                "there is no {KEYRING} to verify Debian's packages with: install debian-archive-keyring"
+            )
+            .into());
+        }
+        let what = || "cannot prepare a folder for apt-get".to_owned();
+        let work = tempfile::tempdir().context(what)?;
+        for folder in ["lists/partial", "archives/partial", "debs"] {
+            fs::create_dir_all(work.path().join(folder)).context(what)?;
+        }
+        let sources = SOURCES.map(|(archive, release)| {
+            format!("deb [signed-by={KEYRING}] http://deb.debian.org/{archive} {release} main\n")
+        });
+        fs::write(work.path().join("sources.list"), sources.concat()).context(what)?;
+        Ok(Self { work })
+    }
+
+    fn get(&self, args: &[&str]) -> Command {
+        let at = |name: &str| self.work.path().join(name).display().to_string();
+        let mut command = Command::new("apt-get");
+        command.env("LC_ALL", "C").current_dir(self.work.path().join("debs")).arg("-qq");
+        for option in [
+            format!("Dir::Etc::sourcelist={}", at("sources.list")),
+            "Dir::Etc::sourceparts=-".to_owned(),
+            format!("Dir::State::lists={}", at("lists")),
+            format!("Dir::Cache={}", at("")),
+            format!("Dir::Cache::archives={}", at("archives")),
+            // The folder is this user's alone; apt's own user could not write to it.
+            "APT::Sandbox::User=".to_owned(),
+            "APT::Get::AllowUnauthenticated=false".to_owned(),
+        ] {
+            command.args(["-o", &option]);
+        }
+        command.args(args);
+        command
+    }
+
+    /// The libraries that an installation would bring to this system.
+    fn lacking_libraries(&self) -> Result<Vec<String>> {
+        let mut args = vec!["install", "-s", "--no-install-recommends", "-t", RELEASE];
+        args.extend(OWN);
+        Ok(libraries(&output(&mut self.get(&args))?))
+    }
+
+    /// The package files of `packages`.
+    fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
+        let mut args = vec!["download", "-t", RELEASE];
+        args.extend(packages.iter().map(String::as_str));
+        output(&mut self.get(&args))?;
+        let debs = self.work.path().join("debs");
+        let entries = fs::read_dir(&debs).context(|| format!("cannot list {}", debs.display()))?;
+        Ok(entries.flatten().map(|entry| entry.path()).collect())
+    }
+}
+
+/// The libraries in apt-get's simulation, whose lines are like `Inst name [old] (new …)`.
+///
+/// An installation would bring more, such as another systemd, for services that nobody starts here.
+/// Headers stay those that the tests were built with.
+fn libraries(simulation: &str) -> Vec<String> {
+    let names = simulation.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next());
+    names.filter(|name| name.starts_with("lib") && !name.ends_with("-dev")).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_apt_would_install_is_read() {
+        let simulation = "NOTE: This is only a simulation!\nInst liburing2 (2.3-3 Debian:12 [amd64])\n\
+                          Inst libvirt-dev [9.0.0] (11.3.0 backports [amd64]) []\n\
+                          Inst systemd [252] (254 backports [amd64]) []\n\
+                          Inst libsystemd0 [252] (254 backports [amd64]) []\nConf liburing2 (2.3-3)\n";
+        assert_eq!(libraries(simulation), ["liburing2", "libsystemd0"]);
+    }
+
+    #[test]
+    fn folders_at_the_root_are_merged_below_usr() {
+        let root = tempfile::tempdir().unwrap();
+        let (from, into) = (root.path().join("lib"), root.path().join("usr/lib"));
+        fs::create_dir_all(from.join("udev")).unwrap();
+        fs::write(from.join("udev/new"), "").unwrap();
+        merge(&from, &into).unwrap();
+        merge(&from, &into).unwrap();
+        assert!(into.join("udev/new").is_file());
+        assert!(!from.exists());
+    }
+
+    #[test]
+    fn a_command_inside_is_the_same_command() {
+        let backports = Backports { folder: PathBuf::from("/cache/back ports") };
+        let inside = backports.inside(Command::new("virsh").args(["list", "--all"]).current_dir("/tmp"));
+        let words: Vec<_> = inside.get_args().map(|word| word.to_string_lossy()).collect();
+        assert_eq!(inside.get_program(), "unshare");
+        assert_eq!(inside.get_current_dir(), Some(Path::new("/tmp")));
+        assert!(words.iter().any(|word| word == "/cache/back ports"), "{words:?}");
+        assert!(words.ends_with(&["virsh".into(), "list".into(), "--all".into()]), "{words:?}");
+    }
+}
