@@ -65,6 +65,10 @@ impl Config {
 
 fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
     let mut problems = Vec::new();
+    if !kvm.dsn.contains("://") {
+        let reason = format!("'{}' is not a URI of libvirt", kvm.dsn);
+        problems.push(file.error(&["dsn"], reason).advice("libvirt of this machine is qemu:///system"));
+    }
     problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
     for machine in kvm.machines.iter() {
         if let Some(interface) = &machine.shared.interface {
@@ -126,12 +130,13 @@ mod tests {
     #[test]
     fn all_that_is_wrong_is_told_at_once() {
         let text = format!(
-            "interface: none9\nmachines:\n  a: {{label: same, {MACHINE}}}\n  b: {{label: same, {MACHINE}}}\n  \
+            "dsn: ''\ninterface: none9\nmachines:\n  a: {{label: same, {MACHINE}}}\n  b: {{label: same, {MACHINE}}}\n  \
              c: {{label: ' ', {}}}\n",
             MACHINE.replace("0.1", "0.3")
         );
         let text = Config::read(&setup(&text)).err().unwrap().to_string();
         for words in [
+            "kvm.yaml:1: dsn: '' is not a URI",
             "'none9' does not exist",
             "'same' is already the label of machine 'a'",
             "the ip of",

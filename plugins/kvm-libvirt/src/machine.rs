@@ -13,6 +13,8 @@ use std::time::Duration;
 use machinery::config::ConfigFile;
 use machinery::{Deadline, DumpFormat, Error, Host, MachineInfo, Result, State};
 use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
 use virt_sys as sys;
 
 use crate::call::Call;
@@ -262,11 +264,7 @@ impl Machine {
         let before = self.lock().ends;
         let label = self.info.label.clone();
         let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
-            match restore::domain(connect, &label)?.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
-                Ok(()) => Ok(true),
-                Err(error) if is_off(&error) => Ok(false),
-                Err(error) => Err(explain("press the power button", &error)),
-            }
+            press_power_button(&restore::domain(connect, &label)?)
         })?;
         if !pressed {
             return Err(off_already());
@@ -381,6 +379,21 @@ impl Machine {
     /// Each statement that holds the lock leaves it whole, so poison means nothing.
     fn lock(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `false` when the domain is off.
+fn press_power_button(domain: &Domain) -> Result<bool> {
+    // Named, because otherwise libvirt may ask an agent in the guest first.
+    let pressed = match domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
+        // Some drivers have one way only, and no name for it.
+        Err(error) if error.code().is(ErrorNumber::InvalidArg) => domain.shutdown(),
+        other => other,
+    };
+    match pressed {
+        Ok(()) => Ok(true),
+        Err(error) if is_off(&error) => Ok(false),
+        Err(error) => Err(explain("press the power button", &error)),
     }
 }
 
