@@ -25,7 +25,7 @@ enum Task {
     Test(test::Options),
     /// Show the machinery host at work with a real machine; installs and builds what it needs
     Demo(demo::Options),
-    /// Measure restores beside QEMU alone, in one run
+    /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
 }
 

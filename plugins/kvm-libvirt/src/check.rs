@@ -12,13 +12,10 @@ use crate::access::{self, KVM, Owned};
 use crate::config::Config;
 use crate::errors::explain;
 use crate::link::Link;
-use crate::restore::{self, Snapshot, version_text};
+use crate::restore::{self, EXTERNAL, Snapshot, version_text};
 
 /// How long libvirt may take to answer everything.
 const LOOKING: Duration = Duration::from_secs(30);
-
-/// Where libvirt and QEMU can revert to external snapshots. Source: libvirt's NEWS.rst, v9.9.0.
-const EXTERNAL: u32 = 9_009_000;
 
 /// What was found about one machine, or about libvirt: good, or not so good.
 enum Finding {

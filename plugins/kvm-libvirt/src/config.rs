@@ -128,6 +128,17 @@ mod tests {
     }
 
     #[test]
+    fn the_commented_default_is_a_good_file_and_so_is_its_example() {
+        let default = include_str!("../../../conf/machineries/kvm.yaml").replace("virbr0", "lo");
+        assert_eq!(Config::read(&setup(&default)).unwrap().domains, []);
+        let example = default.replace("machines: {}", "machines:").replace("\n  #", "\n  ");
+        let used: String =
+            example.lines().map(|line| format!("{}\n", line.replacen("   ", "  ", 1))).collect();
+        let config = Config::read(&setup(&used)).unwrap();
+        assert_eq!(config.domains[0].snapshot.as_deref(), Some("clean"));
+    }
+
+    #[test]
     fn all_that_is_wrong_is_told_at_once() {
         let text = format!(
             "dsn: ''\ninterface: none9\nmachines:\n  a: {{label: same, {MACHINE}}}\n  b: {{label: same, {MACHINE}}}\n  \

@@ -28,6 +28,10 @@ use crate::events::{self, Ears, Event, Watched};
 const KEEPALIVE: (i32, u32) = (5, 4);
 /// How long an action waits for a libvirtd that is gone.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// A libvirtd that has just started takes over the domains that run, after its sockets are there, and
+/// nothing tells when it is done. A domain that is stopped in the middle of that can stay locked, as
+/// was seen with libvirt 11.3. So a new libvirtd is given this time first.
+const SETTLING: Duration = Duration::from_millis(500);
 /// The pauses between two tries to connect grow from this …
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// … to this.
@@ -224,18 +228,36 @@ impl Link {
     fn reopen(self: &Arc<Self>) -> bool {
         let mut pause = FIRST_PAUSE;
         loop {
-            match self.connect() {
-                Ok(()) => return true,
-                Err(error) => tracing::debug!(%error, "libvirt is still away"),
+            if self.answers() {
+                if self.closed_within(SETTLING) {
+                    return false;
+                }
+                match self.connect() {
+                    Ok(()) => return true,
+                    Err(error) => tracing::debug!(%error, "libvirt is gone again"),
+                }
             }
-            let still = |now: &mut Now| !matches!(now.connection, Connection::Closed);
-            let waited = self.changed.wait_timeout_while(self.lock(), pause, still);
-            let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
-            if matches!(now.connection, Connection::Closed) {
+            if self.closed_within(pause) {
                 return false;
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    fn answers(&self) -> bool {
+        let tried = Connect::open(Some(&self.dsn));
+        if let Err(error) = &tried {
+            tracing::debug!(%error, "libvirt is still away");
+        }
+        tried.is_ok()
+    }
+
+    /// Waits, unless it is closed for good before that.
+    fn closed_within(&self, time: Duration) -> bool {
+        let still = |now: &mut Now| !matches!(now.connection, Connection::Closed);
+        let waited = self.changed.wait_timeout_while(self.lock(), time, still);
+        let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        matches!(now.connection, Connection::Closed)
     }
 
     fn lost(&self, number: u64, why: &str) {

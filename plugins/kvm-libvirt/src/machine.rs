@@ -28,10 +28,9 @@ use crate::views;
 
 /// How long the event of an end may take after libvirt has answered that it came.
 const HEARING: Duration = Duration::from_secs(2);
-/// A start that did not make it in time: how long libvirt may take to stop the domain …
-const PULLING_THE_PLUG: Duration = Duration::from_millis(1500);
-/// … and how long the start itself may then take to fail.
-const GIVING_UP: Duration = Duration::from_millis(2500);
+/// How long a start that did not make it in time may take to be given up. A host waits two seconds
+/// beyond the deadline before it gives up the machine.
+const GIVING_UP: Duration = Duration::from_millis(1700);
 
 pub struct Machine {
     info: MachineInfo,
@@ -115,7 +114,8 @@ impl Machine {
 
     fn no_domain(&self, connect: &Connect, file: &ConfigFile) -> Error {
         let domains = connect.list_all_domains(0).unwrap_or_default();
-        let names: Vec<String> = domains.iter().filter_map(|domain| domain.name().ok()).collect();
+        let mut names: Vec<String> = domains.iter().filter_map(|domain| domain.name().ok()).collect();
+        names.sort();
         let there = if names.is_empty() { "no domain at all".to_owned() } else { names.join(", ") };
         let reason =
             format!("libvirt at {} has no domain '{}'; there is {there}", self.link.dsn(), self.label());
@@ -128,6 +128,7 @@ impl Machine {
         if self.lock().doing == Doing::Starting {
             return Ok(State::Starting);
         }
+        self.end_late_start(deadline)?;
         let (state, why) = self.told_state(deadline)?;
         if state == State::Error {
             // A state has no words of its own, and this one needs some.
@@ -189,8 +190,9 @@ impl Machine {
     /// Ends a start that did not make it in time.
     fn abandon(&self, call: Call<()>, deadline: Deadline) -> Error {
         let error = deadline.timeout("the domain to run");
-        self.pull_the_plug(Deadline::after(PULLING_THE_PLUG));
-        if call.wait(GIVING_UP).is_some() {
+        let giving_up = Deadline::after(GIVING_UP);
+        self.pull_the_plug(giving_up);
+        if call.wait(giving_up.remaining()).is_some() {
             return error;
         }
         self.lock().late = Some(call);

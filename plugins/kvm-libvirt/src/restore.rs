@@ -5,14 +5,22 @@
 //! inside the disk's qcow2 file (internal) or in files beside it (external); libvirt reverts to
 //! external ones only from 9.9 on. Source: libvirt's docs/formatsnapshot.rst and NEWS.rst.
 
+use std::time::Duration;
+
 use machinery::{Error, Result, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::domain_snapshot::DomainSnapshot;
 use virt_sys as sys;
 
-use crate::errors::{explain, is_no_domain, is_off, is_unsupported};
+use crate::errors::{explain, is_no_domain, is_off};
 use crate::states::state_of_domain;
+
+/// From here on libvirt reverts to external snapshots of QEMU's domains. Source: libvirt's NEWS.rst, v9.9.0.
+pub const EXTERNAL: u32 = 9_009_000;
+
+/// Long enough for the clock to show another second.
+const ANOTHER_SECOND: Duration = Duration::from_millis(1010);
 
 /// How a machine is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,11 +73,12 @@ pub fn find(domain: &Domain, wanted: Option<&str>) -> Result<Snapshot> {
 }
 
 fn no_snapshot(domain: &Domain, wanted: Option<&str>, error: &virt::error::Error) -> Error {
-    let names: Vec<String> = match domain.list_all_snapshots(0) {
+    let mut names: Vec<String> = match domain.list_all_snapshots(0) {
         Ok(snapshots) => snapshots.iter().filter_map(|snapshot| snapshot.name().ok()).collect(),
         // What kept it from being found keeps the others from being listed.
         Err(_) => return explain("look up the snapshot", error),
     };
+    names.sort();
     let there = if names.is_empty() {
         "it has none at all".to_owned()
     } else {
@@ -127,7 +136,7 @@ pub fn start(domain: &Domain, wanted: Option<&str>, how: Start) -> Result<()> {
 
 fn restored(domain: &Domain, wanted: Option<&str>) -> Result<()> {
     let snapshot = find(domain, wanted)?;
-    snapshot.revert(domain, sys::VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING)
+    snapshot.revert(sys::VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING)
 }
 
 /// What the last run has written is still on the domain's disk, so that is put back first.
@@ -146,31 +155,40 @@ fn put_disk_back(domain: &Domain, wanted: Option<&str>) -> Result<()> {
     let snapshot = find(domain, wanted)?;
     // One with memory cannot be reverted to without it; it does not get to run.
     let paused = if snapshot.state == "shutoff" { 0 } else { sys::VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED };
-    snapshot.revert(domain, paused)?;
+    snapshot.revert(paused)?;
     destroy(domain).map(drop)
 }
 
 impl Snapshot {
-    fn revert(&self, domain: &Domain, flags: sys::virDomainSnapshotRevertFlags) -> Result<()> {
-        self.snapshot.revert(flags).map_err(|error| {
+    fn revert(&self, flags: sys::virDomainSnapshotRevertFlags) -> Result<()> {
+        let mut reverted = self.snapshot.revert(flags);
+        if let Err(error) = &reverted
+            && self.external
+            && error.message().contains("already exists")
+        {
+            // libvirt names the overlay of a restore after the second in which it makes it, so two
+            // cannot be made in one.
+            std::thread::sleep(ANOTHER_SECOND);
+            reverted = self.snapshot.revert(flags);
+        }
+        reverted.map_err(|error| {
             let failed = explain(&format!("revert to the snapshot '{}'", self.name), &error);
-            if self.external && is_unsupported(&error) {
-                return failed.advice(format!(
-                    "It is an external snapshot, and this libvirt ({}) cannot revert to those: libvirt 9.9 and \
-                     newer can. Upgrade libvirt, or take an internal snapshot (virsh snapshot-create-as without \
-                     --diskspec and --memspec)",
-                    version_of(domain)
-                ));
-            }
-            failed.advice("Try it by hand with `virsh snapshot-revert`; libvirtd's log may say more")
+            failed.advice(match self.version() {
+                Some(version) if self.external && version < EXTERNAL => format!(
+                    "It is an external snapshot, and libvirt {} cannot revert to those: libvirt 9.9 and newer can. \
+                     Upgrade libvirt, or take an internal snapshot (virsh snapshot-create-as without --diskspec and \
+                     --memspec)",
+                    version_text(version)
+                ),
+                _ => "Try it by hand with `virsh snapshot-revert`; libvirtd's log may say more".to_owned(),
+            })
         })
     }
-}
 
-fn version_of(domain: &Domain) -> String {
-    let connect = domain.connect();
-    let version = connect.and_then(|connect| connect.lib_version());
-    version.map_or("of unknown version".to_owned(), version_text)
+    /// That of the libvirt that has it.
+    fn version(&self) -> Option<u32> {
+        self.snapshot.connect().and_then(|connect| connect.lib_version()).ok()
+    }
 }
 
 /// libvirt's way to write versions: 9.10.2 is 9010002.

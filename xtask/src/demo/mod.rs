@@ -5,6 +5,7 @@
 //! goes over the command line as an operator would use it, so the times are what an operator sees.
 
 mod cuckoo;
+mod machine;
 mod scratch;
 mod times;
 
@@ -13,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use machinery_testkit::guest::{self, Guest, MachineFolder, Qemu};
-use machinery_testkit::snapshot::SnapshotFormat;
+use machinery_testkit::guest::{self, Contact, Guest, Qemu};
 
 use self::cuckoo::Cuckoo;
+use self::machine::Machine;
 use self::times::Times;
 use crate::leftovers::Mark;
 use crate::packages;
@@ -42,24 +43,24 @@ pub struct Options {
 enum Machinery {
     /// QEMU processes; emulated, so that it works everywhere
     Qemu,
+    /// Domains of a private libvirtd; emulated too
+    Kvm,
 }
 
 /// Shows the machinery host at work.
 pub fn run(options: &Options) -> Result<()> {
-    let Machinery::Qemu = options.machinery;
     packages::ensure()?;
     step(&mut cargo(["build", "--workspace"]))?;
     let qemu = Qemu::find()?;
-    say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
-    let (master, took) = timed(|| Ok(guest::master(&qemu, GUEST)?))?;
-    note(&format!("ready after {} (it is kept for the next time)", times::shown(took)));
-
     let scratch = scratch::Scratch::new()?;
-    let folder = scratch.path().join("vms").join(MACHINE);
-    let machine = master.machine(&folder, MACHINE, &address(), SnapshotFormat::Lz4)?;
-    scratch.configure(&qemu, &machine)?;
+    say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
+    let (machine, took) = timed(|| machine::make(options.machinery, &qemu, scratch.path()))?;
+    note(&format!("ready after {} (it is kept for the next time)", times::shown(took)));
+    scratch.configure(&machine)?;
     let mark = Mark::new();
     let times = show(&scratch, &machine, &mark)?;
+    // What a private libvirtd is made of ends with the machine.
+    drop(machine);
     mark.none_left()?;
     say("The host has ended, and nothing it started is left: no process, no socket, no disk.");
     println!("\n{times}");
@@ -68,7 +69,7 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn show(scratch: &scratch::Scratch, machine: &MachineFolder, mark: &Mark) -> Result<Times> {
+fn show(scratch: &scratch::Scratch, machine: &Machine, mark: &Mark) -> Result<Times> {
     let program = program_folder()?.join("cuckoo-machinery");
     let mut cuckoo = Cuckoo::new(&program, scratch.path(), mark);
     say("Is all as it should be?");
@@ -80,18 +81,18 @@ fn show(scratch: &scratch::Scratch, machine: &MachineFolder, mark: &Mark) -> Res
     let mut times = Times::new(ROUNDS);
     for round in 1..=ROUNDS {
         say(&format!("Round {round} of {ROUNDS}: restored, looked at, thrown away."));
-        play(&cuckoo, scratch.path(), machine, round, &mut times)?;
+        play(&cuckoo, scratch.path(), &machine.contact, round, &mut times)?;
     }
     say("The host is told to end.");
     cuckoo.end()?;
-    scratch.nothing_left(&machine.dir)?;
+    scratch.nothing_left(machine)?;
     Ok(times)
 }
 
 fn play(
     cuckoo: &Cuckoo<'_>,
     scratch: &Path,
-    machine: &MachineFolder,
+    machine: &Contact,
     round: usize,
     times: &mut Times,
 ) -> Result<()> {
@@ -112,7 +113,7 @@ fn play(
     take("stop", &|| cuckoo.run(["stop", MACHINE]))
 }
 
-fn agent_answers(machine: &MachineFolder) -> Result<()> {
+fn agent_answers(machine: &Contact) -> Result<()> {
     let (status, body) = machine.get("/", AGENT_TIMEOUT)?;
     println!("  http://{}:{}/ says {status} {}", machine.ip, guest::AGENT_PORT, body.trim());
     if status == 200 { Ok(()) } else { Err(format!("the agent answers {status} instead of 200").into()) }

@@ -3,10 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use machinery_testkit::guest::{MachineFolder, Qemu};
-use serde_json::json;
-
-use super::MACHINE;
+use super::machine::Machine;
 use crate::run::{Context, Result};
 
 /// The CWD; removed when it is dropped.
@@ -29,16 +26,17 @@ impl Scratch {
     }
 
     /// Writes the configuration that an operator would write for `machine`.
-    pub fn configure(&self, qemu: &Qemu, machine: &MachineFolder) -> Result<()> {
-        self.write("conf/cuckoo.yaml", CUCKOO)?;
-        self.write("conf/machineries/qemu.yaml", &qemu_yaml(qemu, machine))
+    pub fn configure(&self, machine: &Machine) -> Result<()> {
+        let cuckoo = CUCKOO.replace("MACHINERY", machine.machinery);
+        self.write("conf/cuckoo.yaml", &cuckoo)?;
+        self.write(&format!("conf/machineries/{}.yaml", machine.machinery), &machine.yaml)
     }
 
-    /// Fails if a host that has ended left a socket, or a disk of a run in `machine`.
-    pub fn nothing_left(&self, machine: &Path) -> Result<()> {
+    /// Fails if a host that has ended left a socket, or a file of a run beside those of `machine`.
+    pub fn nothing_left(&self, machine: &Machine) -> Result<()> {
         let mut left = files(&self.path().join("operational/sockets"));
-        let known = ["disk.qcow2", "memory.snapshot", "machineinfo.json", "serial.log"];
-        left.extend(files(machine).into_iter().filter(|path| !known.iter().any(|name| path.ends_with(name))));
+        let is_known = |path: &PathBuf| machine.files.iter().any(|name| path.ends_with(name));
+        left.extend(files(&machine.folder).into_iter().filter(|path| !is_known(path)));
         if left.is_empty() { Ok(()) } else { Err(format!("the host ended and left {left:?}").into()) }
     }
 
@@ -52,7 +50,7 @@ impl Scratch {
 
 const CUCKOO: &str = "\
 machineries:
-  - qemu
+  - MACHINERY
 resultserver:
   listen_ip: 127.0.0.1
   listen_port: 2042
@@ -60,35 +58,6 @@ tcpdump:
   enabled: false
   path: /usr/bin/tcpdump
 ";
-
-fn qemu_yaml(qemu: &Qemu, machine: &MachineFolder) -> String {
-    // JSON is YAML too, and has a rule for every path.
-    let path = |path: &Path| json!(path.to_string_lossy());
-    format!(
-        "\
-interface: lo
-disposable_copy_dir:
-binaries:
-  qemu_img: {}
-  qemu_system_x86_64: {}
-machines:
-  {MACHINE}:
-    qcow2_path: {}
-    snapshot_path: {}
-    machineinfo_path: {}
-    ip: {}
-    platform: linux
-    os_version: \"12\"
-    tags: [demo]
-",
-        path(&qemu.img),
-        path(&qemu.system),
-        path(&machine.disk),
-        path(&machine.snapshot),
-        path(&machine.machineinfo),
-        machine.ip,
-    )
-}
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     fs::read_dir(folder)
