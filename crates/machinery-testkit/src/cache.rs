@@ -24,6 +24,13 @@ pub fn default() -> Result<PathBuf> {
     chosen.ok_or_else(|| Error::new("there is no place for test guests: set CUCKOO_TESTKIT_CACHE or HOME"))
 }
 
+/// Makes the folder `cache` if it is not there, and gives its real path.
+pub fn open(cache: &Path) -> Result<PathBuf> {
+    let what = || format!("opening the cache {}", cache.display());
+    fs::create_dir_all(cache).context(what)?;
+    cache.canonicalize().context(what)
+}
+
 /// A short name for `content`: another content has another one.
 pub fn fingerprint<T: Hash + ?Sized>(content: &T) -> String {
     let mut hasher = DefaultHasher::new();

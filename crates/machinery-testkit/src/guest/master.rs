@@ -42,9 +42,7 @@ pub struct Master {
 impl Master {
     /// The master of `guest` in `cache`, made now if it is not there.
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
-        let what = || format!("opening the cache {}", cache.display());
-        fs::create_dir_all(cache).context(what)?;
-        let cache = cache.canonicalize().context(what)?;
+        let cache = cache::open(cache)?;
         let recipe = Recipe::of(guest, &cache)?;
         let folder = cache::folder(&cache, &recipe.name(qemu)?, |folder| build(qemu, &recipe, folder))?;
         Ok(Self { recipe, folder })

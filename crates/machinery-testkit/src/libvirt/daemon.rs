@@ -196,8 +196,7 @@ fn learnt() -> Result<PathBuf> {
     let version = command::output(Command::new("libvirtd").arg("--version").env("PATH", path()))?;
     let qemu = crate::guest::Qemu::find()?.version()?;
     let name = format!("libvirt-{}", cache::fingerprint(&(version, qemu)));
-    let cache = cache::default()?;
-    fs::create_dir_all(&cache).context(|| format!("making {}", cache.display()))?;
+    let cache = cache::open(&cache::default()?)?;
     let folder = cache::folder(&cache, &name, |folder| {
         let work = tempfile::tempdir().context(|| "making a folder for libvirtd".to_owned())?;
         let daemon = Libvirtd::without_daemon(work.path())?;

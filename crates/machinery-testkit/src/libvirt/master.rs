@@ -41,9 +41,7 @@ pub struct Master {
 
 impl Master {
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
-        let what = || format!("opening the cache {}", cache.display());
-        fs::create_dir_all(cache).context(what)?;
-        let cache = cache.canonicalize().context(what)?;
+        let cache = cache::open(cache)?;
         let recipe = Recipe::of(guest, &cache)?;
         let virsh = command::output(std::process::Command::new("virsh").arg("--version"))?;
         let content = cache::fingerprint(&(GENERATION, xml(qemu, &recipe, &placeholders())));
