@@ -327,3 +327,23 @@ fn a_host_that_dies_leaves_a_run_that_the_next_one_ends() {
     scene.restores();
     scene.ends_well();
 }
+
+/// libvirtd carries on with a restore that nobody waits for any more.
+#[test]
+fn a_host_that_dies_in_the_middle_of_a_restore_leaves_nothing_that_the_next_one_does_not_end() {
+    let mut scene = Scene::of(KvmLab::new(&[("m", Guest::Linux { ram_mib: 256, noise_mib: 64 })]).unwrap());
+    for _ in 0..3 {
+        let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
+        scene.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+        // The guest's serial port is made by its QEMU.
+        watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+        scene.host.kill().unwrap();
+        scene = Scene::of(scene.lab);
+        assert_eq!(scene.state(), "poweroff");
+        scene.lab.assert_clean();
+    }
+    scene.does("restore_start");
+    assert_eq!(scene.lab.machine("m").marks(SOON).unwrap().ram, "snapshot");
+    scene.does("stop");
+    scene.ends_well();
+}

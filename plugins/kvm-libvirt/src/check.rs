@@ -55,7 +55,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
         found.extend(domains.flat_map(|info| look_at(connect, info, &file)));
         Ok(found)
     });
-    link.close();
+    link.close(deadline);
     for finding in report.keep(found).into_iter().flatten() {
         match finding {
             Finding::Good(text) => report.good(text),

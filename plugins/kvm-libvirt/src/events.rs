@@ -5,7 +5,8 @@
 //! answers keepalive. The `virt` crate has no domain events, so their registration is done here with
 //! `virt-sys`; everything that is `unsafe` in this plugin is in this file.
 //!
-//! A callback runs in the event thread. What it calls must be quick and must not call libvirt.
+//! A callback runs in the event thread, or, when a connection ends, in the thread that noticed it. What
+//! it calls must be quick and must not call libvirt.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -58,6 +58,9 @@ use machine::Machine;
 /// How long libvirt may take while the machinery is loaded.
 const LOADING: Duration = Duration::from_secs(30);
 
+/// How long libvirt may take to let go of a connection.
+const LETTING_GO: Duration = Duration::from_secs(8);
+
 machinery::export_machinery!(Kvm);
 
 struct Kvm {
@@ -105,7 +108,7 @@ impl Machinery for Kvm {
         match kvm.take_over(&setup.config, deadline) {
             Ok(()) => Ok(kvm),
             Err(error) => {
-                kvm.link.close();
+                kvm.link.close(Deadline::after(LETTING_GO));
                 Err(error)
             }
         }
@@ -169,7 +172,7 @@ impl Machinery for Kvm {
             other => other.map_err(|error| error.machine(&machine.info().name)),
         });
         let problems = Error::all(stopped.filter_map(Result::err).collect());
-        self.link.close();
+        self.link.close(deadline.within(LETTING_GO));
         problems.map_or(Ok(()), Err)
     }
 }

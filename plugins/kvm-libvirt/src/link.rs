@@ -8,19 +8,24 @@
 //!       └──────── opened anew, the listener looks how things stand
 //! ```
 //!
-//! One connection serves all machines. The keeper, a thread, sleeps until the connection is lost; then
+//! One connection serves all machines with its events and with what is soon answered. What takes long, a
+//! start or a dump, has a connection of its own for as long as it takes: libvirtd stops to listen to one
+//! that has five requests under way (`max_client_requests` in its libvirtd.conf), to keepalive too.
+//!
+//! The keeper, a thread, sleeps until the connection is lost; then
 //! it tries to open it anew, in growing steps, for nothing tells when libvirtd is back. Who wants
 //! something of libvirt meanwhile waits for the keeper, so that a restart of libvirtd, which takes a
 //! second, costs no analysis.
 
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
 use virt::connect::Connect;
 
-use crate::call;
+use crate::call::{self, Call};
 use crate::errors::not_connected;
 use crate::events::{self, Ears, Event, Watched};
 
@@ -28,6 +33,8 @@ use crate::events::{self, Ears, Event, Watched};
 const KEEPALIVE: (i32, u32) = (5, 4);
 /// How long an action waits for a libvirtd that is gone.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How long the keeper waits for a libvirtd that takes its connection and says nothing.
+const OPENING: Duration = Duration::from_secs(5);
 /// A libvirtd that has just started takes over the domains that run, after its sockets are there, and
 /// nothing tells when it is done. A domain that is stopped in the middle of that can stay locked, as
 /// was seen with libvirt 11.3. So a new libvirtd is given this time first.
@@ -52,7 +59,8 @@ pub struct Link {
     dsn: String,
     now: Mutex<Now>,
     changed: Condvar,
-    keeper: Mutex<Option<JoinHandle<()>>>,
+    /// Ends when the keeper does.
+    keeper: Mutex<Option<Receiver<()>>>,
 }
 
 struct Now {
@@ -100,10 +108,14 @@ impl Link {
     pub fn listen(self: &Arc<Self>, listener: Arc<dyn Listener>) -> Result<()> {
         self.lock().listener = Some(listener);
         let link = Arc::clone(self);
-        let keeper = thread::Builder::new().name("libvirt-keeper".to_owned()).spawn(move || link.keep());
-        let keeper = keeper
-            .map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))?;
-        *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
+        let (ends, keeper_ends) = channel();
+        let keep = move || {
+            link.keep();
+            drop(ends);
+        };
+        let keeper = thread::Builder::new().name("libvirt-keeper".to_owned()).spawn(keep);
+        keeper.map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))?;
+        *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper_ends);
         Ok(())
     }
 
@@ -138,7 +150,7 @@ impl Link {
         let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &now.connection {
             Connection::Open(watched) => Ok(watched.connect().clone()),
-            Connection::Closed => Err(Error::failed("the machinery has been shut down")),
+            Connection::Closed => Err(shut_down()),
             Connection::Lost(_) if deadline.passed() => Err(deadline.timeout("the connection to libvirt")),
             Connection::Lost(why) => {
                 let reason = format!(
@@ -151,21 +163,44 @@ impl Link {
         }
     }
 
-    /// Closes it for good. Waits until the keeper has ended, so nobody is told anything afterwards.
-    pub fn close(&self) {
+    /// Closes it for good. Once the keeper has ended nobody is told anything any more; a libvirtd that
+    /// hangs may hold it up, and is not waited for beyond the deadline.
+    pub fn close(&self, deadline: Deadline) {
         let closed = std::mem::replace(&mut self.lock().connection, Connection::Closed);
         self.changed.notify_all();
         let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if keeper.is_some_and(|keeper| keeper.join().is_err()) {
-            tracing::error!("the thread that keeps the connection to libvirt has panicked");
+        let ended = keeper.is_none_or(|ends| {
+            ends.recv_timeout(deadline.remaining()) == Err(RecvTimeoutError::Disconnected)
+        });
+        let (dead, listener) = {
+            let mut now = self.lock();
+            (now.dead.take(), now.listener.take())
+        };
+        let letting_go = Call::start(move || {
+            drop((closed, dead, listener));
+            Ok(())
+        });
+        let gone = letting_go.is_ok_and(|call| call.wait(deadline.remaining()).is_some());
+        if !ended || !gone {
+            tracing::warn!(dsn = self.dsn, "libvirt does not let go of the connection in time");
         }
-        let mut now = self.lock();
-        let dead = (now.dead.take(), now.listener.take());
-        drop(now);
-        drop((closed, dead));
     }
 
-    /// Opens a connection, unless one is open.
+    /// Starts something that takes long, on a connection of its own.
+    ///
+    /// # Errors
+    /// There is no connection to libvirt. That there is none for this call is the call's own error.
+    pub fn long_call<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
+    ) -> Result<Call<T>> {
+        self.connection(deadline)?;
+        let dsn = self.dsn.clone();
+        Call::start(move || work(&open(&dsn)?))
+    }
+
+    /// Opens the connection.
     fn connect(self: &Arc<Self>) -> Result<()> {
         let number = self.lock().number + 1;
         let watched = self.open_watched(number)?;
@@ -173,11 +208,12 @@ impl Link {
         let mut now = self.lock();
         if matches!(now.connection, Connection::Closed) {
             drop(now);
-            return Err(Error::failed("the machinery has been shut down"));
+            return Err(shut_down());
         }
         now.number = number;
-        now.connection = Connection::Open(watched);
+        let before = std::mem::replace(&mut now.connection, Connection::Open(watched));
         drop(now);
+        drop(before);
         self.changed.notify_all();
         // One that ended before it was known here was not noticed by its number.
         if !connect.is_alive().unwrap_or(true) {
@@ -188,12 +224,7 @@ impl Link {
 
     fn open_watched(self: &Arc<Self>, number: u64) -> Result<Watched> {
         events::start_loop()?;
-        let connect = Connect::open(Some(&self.dsn)).map_err(|error| not_connected(&self.dsn, &error))?;
-        if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
-            // Drivers inside this process have nobody to ask.
-            tracing::debug!(%error, "no keepalive");
-        }
-        Watched::new(connect, Arc::new(Ear { link: Arc::downgrade(self), number }))
+        Watched::new(open(&self.dsn)?, Arc::new(Ear { link: Arc::downgrade(self), number }))
     }
 
     /// The keeper's work.
@@ -232,7 +263,8 @@ impl Link {
                 if self.closed_within(SETTLING) {
                     return false;
                 }
-                match self.connect() {
+                let link = Arc::clone(self);
+                match call::within(Deadline::after(OPENING), "a connection", move || link.connect()) {
                     Ok(()) => return true,
                     Err(error) => tracing::debug!(%error, "libvirt is gone again"),
                 }
@@ -245,7 +277,8 @@ impl Link {
     }
 
     fn answers(&self) -> bool {
-        let tried = Connect::open(Some(&self.dsn));
+        let dsn = self.dsn.clone();
+        let tried = call::within(Deadline::after(OPENING), "a connection", move || open(&dsn).map(drop));
         if let Err(error) = &tried {
             tracing::debug!(%error, "libvirt is still away");
         }
@@ -277,6 +310,19 @@ impl Link {
     fn lock(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn open(dsn: &str) -> Result<Connect> {
+    let connect = Connect::open(Some(dsn)).map_err(|error| not_connected(dsn, &error))?;
+    if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
+        // Drivers inside this process have nobody to ask.
+        tracing::debug!(%error, "no keepalive");
+    }
+    Ok(connect)
+}
+
+fn shut_down() -> Error {
+    Error::failed("the machinery has been shut down")
 }
 
 /// The ears of one connection.

@@ -52,7 +52,7 @@ struct Now {
     /// What was heard last while a start is under way.
     heard: Option<Told>,
     /// A start that did not come back in time, until it does.
-    late: Option<Call<()>>,
+    late: Option<Arc<Mutex<Call<()>>>>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -128,7 +128,9 @@ impl Machine {
         if self.lock().doing == Doing::Starting {
             return Ok(State::Starting);
         }
-        self.end_late_start(deadline)?;
+        if !self.late_start_has_ended(deadline) {
+            return Ok(State::Starting);
+        }
         let (state, why) = self.told_state(deadline)?;
         if state == State::Error {
             // A state has no words of its own, and this one needs some.
@@ -161,11 +163,10 @@ impl Machine {
 
     fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
         self.end_late_start(deadline)?;
-        let connect = self.link.connection(deadline)?;
         let _starting = self.begin(Doing::Starting)?;
         let given_up = Arc::new(AtomicBool::new(false));
         let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
-        let call = Call::start(move || machine.bring_up(&connect, how, &too_late))?;
+        let call = self.link.long_call(deadline, move |connect| machine.bring_up(connect, how, &too_late))?;
         let Some(started) = call.wait(deadline.remaining()) else {
             given_up.store(true, Ordering::SeqCst);
             return Err(self.abandon(call, deadline));
@@ -174,17 +175,31 @@ impl Machine {
         self.expect_no_end(deadline)
     }
 
+    /// From here on the run is ours, whatever becomes of it: noted before libvirt is asked for it, and
+    /// until it is known to have ended.
     fn bring_up(&self, connect: &Connect, how: Start, given_up: &AtomicBool) -> Result<()> {
         let domain = restore::domain(connect, self.label())?;
-        restore::start(&domain, self.info.snapshot.as_deref(), how)?;
-        // Looked up anew, because a reverted domain does not know its new id.
-        self.note.write(&restore::domain(connect, self.label())?);
+        restore::expect_off(&domain)?;
+        self.note.begin(&domain);
         self.lock().has_run = true;
-        if given_up.load(Ordering::SeqCst) {
-            self.note.remove();
-            restore::destroy(&domain)?;
+        let started = restore::start(&domain, self.info.snapshot.as_deref(), how);
+        // Looked up anew, because a reverted domain does not know its new id.
+        let started = started.and_then(|()| restore::domain(connect, self.label()));
+        let started = started.map(|domain| self.note.started(&domain));
+        if started.is_err() || given_up.load(Ordering::SeqCst) {
+            self.end_failed_start(&domain);
         }
-        Ok(())
+        started
+    }
+
+    /// The error of the start is the one to tell.
+    fn end_failed_start(&self, domain: &Domain) {
+        match restore::destroy(domain) {
+            Ok(_) => self.note_end(),
+            Err(error) => {
+                tracing::warn!(machine = self.info.name, %error, "what a start has left stays for now")
+            }
+        }
     }
 
     /// Ends a start that did not make it in time.
@@ -195,21 +210,34 @@ impl Machine {
         if call.wait(giving_up.remaining()).is_some() {
             return error;
         }
-        self.lock().late = Some(call);
+        self.lock().late = Some(Arc::new(Mutex::new(call)));
         error.detail("and libvirt is still at it")
     }
 
     /// Waits for a start that did not come back in time, and stops what it may have started.
     fn end_late_start(&self, deadline: Deadline) -> Result<()> {
-        let Some(call) = self.lock().late.take() else { return Ok(()) };
-        self.pull_the_plug(deadline);
-        if call.wait(deadline.remaining()).is_some() {
+        if self.lock().late.is_none() {
             return Ok(());
         }
-        self.lock().late = Some(call);
+        self.pull_the_plug(deadline);
+        if self.late_start_has_ended(deadline) {
+            return Ok(());
+        }
         Err(deadline
             .timeout("libvirt to come to an end with an earlier start")
             .advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
+    }
+
+    /// Whether there is no start that goes on although nobody waits for it, until the deadline.
+    fn late_start_has_ended(&self, deadline: Deadline) -> bool {
+        let Some(late) = self.lock().late.clone() else { return true };
+        // Somebody else who waits for it knows better when it ends.
+        let Ok(call) = late.try_lock() else { return false };
+        let ended = call.wait(deadline.remaining()).is_some();
+        if ended {
+            self.lock().late = None;
+        }
+        ended
     }
 
     fn pull_the_plug(&self, deadline: Deadline) {
@@ -222,11 +250,16 @@ impl Machine {
     fn expect_no_end(&self, deadline: Deadline) -> Result<()> {
         let heard = self.lock().heard.take();
         let Some((State::Poweroff, why)) = heard else { return Ok(()) };
-        match self.told_state(deadline)? {
-            (State::Poweroff, _) => {
+        match self.told_state(deadline) {
+            Ok((State::Poweroff, _)) => {
+                self.note_end();
                 Err(Error::failed(format!("the domain ended right after its start: {why}")))
             }
-            _ => Ok(()),
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.pull_the_plug(Deadline::after(GIVING_UP));
+                Err(error)
+            }
         }
     }
 
@@ -262,6 +295,7 @@ impl Machine {
     /// # Errors
     /// It is off already; it does not react in time.
     pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
+        self.end_late_start(deadline)?;
         let _stopping = self.begin(Doing::Stopping)?;
         let before = self.lock().ends;
         let label = self.info.label.clone();
@@ -269,6 +303,7 @@ impl Machine {
             press_power_button(&restore::domain(connect, &label)?)
         })?;
         if !pressed {
+            self.note_end();
             return Err(off_already());
         }
         match self.hear_end(before, deadline) {
@@ -305,7 +340,8 @@ impl Machine {
         }
         drop(now);
         self.report(doing, told);
-        if ended {
+        // A start notes by itself what becomes of its run.
+        if ended && doing != Doing::Starting {
             self.note_end();
         }
     }
@@ -330,14 +366,16 @@ impl Machine {
 
     /// The connection is there again: looks what has become of the domain.
     pub fn link_back(&self, connect: &Connect) {
-        let (has_run, doing) = {
-            let now = self.lock();
-            (now.has_run, now.doing)
-        };
-        if !has_run || doing == Doing::Starting {
+        let before = self.now();
+        if !before.0 || before.1 == Doing::Starting {
             return;
         }
         let state = restore::domain(connect, self.label()).and_then(|domain| restore::state(&domain));
+        if self.now() != before {
+            // Somebody has acted meanwhile, and knows better.
+            return;
+        }
+        let doing = before.1;
         match state {
             Ok((State::Poweroff, _)) => {
                 self.report(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));
@@ -348,6 +386,12 @@ impl Machine {
                 tracing::warn!(machine = self.info.name, %error, "libvirt is back, but does not tell the domain's state")
             }
         }
+    }
+
+    /// Whether there is a run, what is done, and how many ends were heard.
+    fn now(&self) -> (bool, Doing, u64) {
+        let now = self.lock();
+        (now.has_run, now.doing, now.ends)
     }
 
     fn begin(&self, doing: Doing) -> Result<Action<'_>> {

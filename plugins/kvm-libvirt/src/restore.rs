@@ -22,6 +22,10 @@ pub const EXTERNAL: u32 = 9_009_000;
 /// Long enough for the clock to show another second.
 const ANOTHER_SECOND: Duration = Duration::from_millis(1010);
 
+/// What the `virt` crate gives for a state when libvirt has failed to tell it, in the place of the error.
+/// Source: its src/domain.rs, 0.5.0.
+const NO_ANSWER: u32 = u32::MAX;
+
 /// How a machine is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
@@ -55,7 +59,11 @@ pub fn domain(connect: &Connect, label: &str) -> Result<Domain> {
 /// # Errors
 /// libvirt cannot be asked; the state has no name here.
 pub fn state(domain: &Domain) -> Result<(State, String)> {
-    let (state, reason) = domain.state().map_err(|error| explain("tell the domain's state", &error))?;
+    let failed = |error| explain("tell the domain's state", &error);
+    let (state, reason) = domain.state().map_err(failed)?;
+    if state.to_raw() == NO_ANSWER {
+        return Err(failed(virt::error::Error::last_error()));
+    }
     state_of_domain(state, reason)
 }
 
@@ -118,20 +126,16 @@ fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
     rest.split_once(after).map(|(inside, _)| inside)
 }
 
-/// Starts the domain, which has to be off, and returns when it runs.
+/// Starts the domain, which is off, and returns when it runs.
 ///
 /// # Errors
-/// It is not off; whatever kept it from running. The domain is off again then.
+/// Whatever kept it from running. It may be in any state then.
 pub fn start(domain: &Domain, wanted: Option<&str>, how: Start) -> Result<()> {
-    expect_off(domain)?;
-    let started = match how {
-        Start::Restored => restored(domain, wanted),
-        Start::Cold => cold(domain, wanted),
-    };
-    started.and_then(|()| expect_running(domain)).inspect_err(|_| {
-        // The error at hand is the one to tell.
-        let _ = destroy(domain);
-    })
+    match how {
+        Start::Restored => restored(domain, wanted)?,
+        Start::Cold => cold(domain, wanted)?,
+    }
+    expect_running(domain)
 }
 
 fn restored(domain: &Domain, wanted: Option<&str>) -> Result<()> {
@@ -196,7 +200,11 @@ pub fn version_text(version: u32) -> String {
     format!("{}.{}.{}", version / 1_000_000, version / 1000 % 1000, version % 1000)
 }
 
-fn expect_off(domain: &Domain) -> Result<()> {
+/// Expects a domain that can be started.
+///
+/// # Errors
+/// It is not off; libvirt cannot be asked.
+pub fn expect_off(domain: &Domain) -> Result<()> {
     match state(domain)? {
         (State::Poweroff, _) => Ok(()),
         (state, _) => {

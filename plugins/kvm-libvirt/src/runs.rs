@@ -2,8 +2,9 @@
 //!
 //! A domain outlives the host that started it. The next host has to end what a host that was killed
 //! has left running, but not what an operator has started by hand. So each run has a file in the
-//! machinery's state folder, with the domain's id, which libvirt gives anew at each start; the file
-//! goes with the run.
+//! machinery's state folder, from before libvirt is asked to start the domain until the domain is known
+//! to be off. It holds the domain's id, which libvirt gives anew at each start and counts anew after a
+//! boot; while a start is under way there is none yet.
 
 use std::fs;
 use std::io;
@@ -22,9 +23,19 @@ impl RunNote {
         RunNote { path: state_dir.join(format!("{machine}.run")) }
     }
 
-    /// Notes that the running domain is ours. A failure is only told: it matters if the host is killed.
-    pub fn write(&self, domain: &Domain) {
-        let Some(run) = identity(domain) else { return };
+    /// Notes that the domain is about to be started. A failure is only told: it matters if the host is
+    /// killed.
+    pub fn begin(&self, domain: &Domain) {
+        self.write(starting(domain));
+    }
+
+    /// Notes that the running domain is ours.
+    pub fn started(&self, domain: &Domain) {
+        self.write(running(domain));
+    }
+
+    fn write(&self, run: Option<String>) {
+        let Some(run) = run else { return };
         if let Err(error) = fs::write(&self.path, run) {
             tracing::warn!(path = %self.path.display(), %error, "cannot note the run, so it would outlive a host that is killed");
         }
@@ -32,8 +43,9 @@ impl RunNote {
 
     /// Whether the domain runs because of us.
     pub fn is_about(&self, domain: &Domain) -> bool {
-        let noted = fs::read_to_string(&self.path).ok();
-        noted.is_some() && noted == identity(domain)
+        let Ok(noted) = fs::read_to_string(&self.path) else { return false };
+        let run = running(domain);
+        run.is_some() && [run, starting(domain)].contains(&Some(noted))
     }
 
     /// There is no run any more.
@@ -48,7 +60,17 @@ impl RunNote {
 }
 
 /// What tells this run of a domain from its others; `None` when it does not run.
-fn identity(domain: &Domain) -> Option<String> {
-    let (uuid, id) = (domain.uuid_string().ok()?, domain.id()?);
-    Some(format!("{uuid} {id}\n"))
+fn running(domain: &Domain) -> Option<String> {
+    let id = domain.id()?;
+    Some(format!("{} {id}\n", this_boots(domain)?))
+}
+
+fn starting(domain: &Domain) -> Option<String> {
+    Some(format!("{} starting\n", this_boots(domain)?))
+}
+
+/// The domain, in the time since this host was booted.
+fn this_boots(domain: &Domain) -> Option<String> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(format!("{} {}", boot.trim(), domain.uuid_string().ok()?))
 }

@@ -108,7 +108,7 @@ fn shutdown(detail: u32) -> &'static str {
 fn stopped(detail: u32) -> &'static str {
     match detail {
         sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => "the guest powered itself off",
-        sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED => "somebody destroyed the domain",
+        sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED => "the domain was destroyed",
         sys::VIR_DOMAIN_EVENT_STOPPED_CRASHED => "the guest crashed",
         sys::VIR_DOMAIN_EVENT_STOPPED_MIGRATED => "the domain was migrated to another host",
         sys::VIR_DOMAIN_EVENT_STOPPED_SAVED => "somebody saved the domain and stopped it",

@@ -14,7 +14,7 @@ use virt::domain::Domain;
 use virt::stream::Stream;
 use virt_sys as sys;
 
-use crate::call::{Call, within};
+use crate::call::within;
 use crate::errors::{explain, is_unsupported};
 use crate::link::Link;
 use crate::restore;
@@ -45,12 +45,12 @@ pub fn dump_memory(
         let what = format!("dump_memory over {}, which would write to that host's disk", link.dsn());
         return Err(Error::unsupported(&what));
     }
-    let connect = link.connection(deadline)?;
     let output = Output::at(path)?;
     let (label, to) = (label.to_owned(), output.path());
-    let domain = within(deadline, "libvirt to find the domain", move || running(&connect, &label))?;
-    let dumped = domain.clone();
-    let call = Call::start(move || dump(&dumped, &to, format))?;
+    let looked_at = label.clone();
+    let domain =
+        link.ask(deadline, "libvirt to find the domain", move |connect| running(connect, &looked_at))?;
+    let call = link.long_call(deadline, move |connect| dump(&running(connect, &label)?, &to, format))?;
     let outcome = loop {
         if let Some(outcome) = call.wait(PROGRESS.min(deadline.remaining())) {
             break outcome;

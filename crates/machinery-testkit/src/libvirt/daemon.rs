@@ -181,9 +181,15 @@ impl Libvirtd {
 
 impl Drop for Libvirtd {
     fn drop(&mut self) {
+        let init = self.init().ok().and_then(|init| Pid::from_raw(init.cast_signed()));
+        let init = init.and_then(|init| pidfd_open(init, PidfdFlags::empty()).ok());
         // Its child ends with it, and with that all in its namespace. It ignores milder signals.
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
+        if let Some(init) = init {
+            // An init has ended when all others in its namespace have.
+            let _ = poll(&mut [PollFd::new(&init, PollFlags::IN)], Some(&PATIENCE));
+        }
     }
 }
 
