@@ -12,10 +12,9 @@
 //! start or a dump, has a connection of its own for as long as it takes: libvirtd stops to listen to one
 //! that has five requests under way (`max_client_requests` in its libvirtd.conf), to keepalive too.
 //!
-//! The keeper, a thread, sleeps until the connection is lost; then
-//! it tries to open it anew, in growing steps, for nothing tells when libvirtd is back. Who wants
-//! something of libvirt meanwhile waits for the keeper, so that a restart of libvirtd, which takes a
-//! second, costs no analysis.
+//! The keeper, a thread, sleeps until the connection is lost; then it tries to open it anew, in growing
+//! steps, for nothing tells when libvirtd is back. Who wants something of libvirt meanwhile waits for the
+//! keeper, so that a restart of libvirtd, which takes a second, costs no analysis.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
