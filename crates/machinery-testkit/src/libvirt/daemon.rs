@@ -1,7 +1,7 @@
 //! A private libvirtd.
 //!
 //! libvirtd has its folders compiled in. So it runs in a mount namespace in which the lab's folders lie
-//! over them, and in a process namespace whose first process ends with its owner and takes all the
+//! over them (that of a user who is not root takes its folders from the environment), and in a process namespace whose first process ends with its owner and takes all the
 //! others with it: libvirtd and every QEMU, whatever a test does. That first process also does what an
 //! init does, and forgets QEMUs that have ended; libvirtd waits for that when it stops a domain.
 //!
@@ -31,26 +31,37 @@ const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 /// that has not been configured has left them out; `/run` is an empty one of its own.
 const INIT: &str = r#"
 set -e
-mount -t tmpfs tmpfs /run
-for place in etc/libvirt run/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt; do
-    mkdir -p "/$place" "$1/$place"
-    mount --bind "$1/$place" "/$place"
-done
+if [ "$(id -u)" = 0 ]; then
+    mount -t tmpfs tmpfs /run
+    for place in etc/libvirt run/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt; do
+        mkdir -p "/$place" "$1/$place"
+        mount --bind "$1/$place" "/$place"
+    done
+fi
 echo ready
 exec env --ignore-signal=CHLD sleep infinity
 "#;
 
 /// QEMU runs as the user who runs the tests, without anything that needs a system around it.
-const QEMU_CONF: &str = "\
+const QEMU_CONF: &str = "security_driver = \"none\"\nstdio_handler = \"file\"\n";
+
+/// Root has to say so; nobody else could choose.
+const QEMU_CONF_OF_ROOT: &str = "\
 user = \"root\"
 group = \"root\"
 dynamic_ownership = 0
 remember_owner = 0
-security_driver = \"none\"
 namespaces = []
 cgroup_controllers = []
-stdio_handler = \"file\"
 ";
+
+/// Where the libvirtd of a user who is not root looks.
+const FOLDERS: [(&str, &str); 4] = [
+    ("XDG_CONFIG_HOME", "etc"),
+    ("XDG_RUNTIME_DIR", "run"),
+    ("XDG_CACHE_HOME", "var/cache"),
+    ("XDG_DATA_HOME", "var/lib"),
+];
 
 /// A running libvirtd, or one that was killed and can be started again. Dropped, nothing of it is left.
 #[derive(Debug)]
@@ -65,7 +76,7 @@ impl Libvirtd {
     pub fn start(folder: &Path) -> Result<Self> {
         let daemon = Self::without_daemon(folder)?;
         let known = learnt()?;
-        let into = daemon.folder.join(CAPABILITIES);
+        let into = daemon.folder.join(capabilities());
         fs::create_dir_all(&into).context(|| format!("making {}", into.display()))?;
         for file in files(&known)? {
             let to = into.join(file.file_name().unwrap_or_default());
@@ -77,11 +88,12 @@ impl Libvirtd {
 
     fn without_daemon(folder: &Path) -> Result<Self> {
         let what = || format!("preparing a libvirtd in {}", folder.display());
-        for part in ["etc/libvirt", "sockets"] {
+        for part in ["etc/libvirt", "sockets", "run", "var/cache", "var/lib"] {
             fs::create_dir_all(folder.join(part)).context(what)?;
         }
         let folder = folder.canonicalize().context(what)?;
-        fs::write(folder.join("etc/libvirt/qemu.conf"), QEMU_CONF).context(what)?;
+        let of_root = if geteuid().is_root() { QEMU_CONF_OF_ROOT } else { "" };
+        fs::write(folder.join("etc/libvirt/qemu.conf"), [QEMU_CONF, of_root].concat()).context(what)?;
         fs::write(folder.join("libvirtd.conf"), libvirtd_conf(&folder)).context(what)?;
         let unshare = unshare(&folder)?;
         Ok(Libvirtd { folder, unshare })
@@ -105,6 +117,9 @@ impl Libvirtd {
         enter.args(["--target", &init, "--mount", "--pid"]);
         if !geteuid().is_root() {
             enter.args(["--user", "--preserve-credentials"]);
+        }
+        for (variable, place) in FOLDERS {
+            enter.env(variable, self.folder.join(place));
         }
         command::output(enter.arg("--").args(program).env("PATH", path()))
     }
@@ -140,7 +155,8 @@ impl Libvirtd {
 
     /// What to connect to.
     pub fn dsn(&self) -> String {
-        format!("qemu:///system?socket={}", self.folder.join("sockets/libvirt-sock").display())
+        let kind = if geteuid().is_root() { "system" } else { "session" };
+        format!("qemu:///{kind}?socket={}", self.folder.join("sockets/libvirt-sock").display())
     }
 
     /// Runs `virsh` with these arguments, and gives what it says.
@@ -194,7 +210,12 @@ impl Drop for Libvirtd {
 }
 
 /// libvirtd starts faster with what another one has learnt about this QEMU.
-const CAPABILITIES: &str = "var/cache/libvirt/qemu/capabilities";
+fn capabilities() -> &'static str {
+    match geteuid().is_root() {
+        true => "var/cache/libvirt/qemu/capabilities",
+        false => "var/cache/libvirt/qemu/cache/capabilities",
+    }
+}
 
 /// The folder with what libvirtd has learnt about the QEMUs here, made now if need be. libvirtd itself
 /// sees when it is outdated.
@@ -208,7 +229,7 @@ fn learnt() -> Result<PathBuf> {
         let daemon = Libvirtd::without_daemon(work.path())?;
         daemon.start_daemon()?;
         daemon.virsh(&["domcapabilities", "--virttype", "qemu"])?;
-        for file in files(&daemon.folder.join(CAPABILITIES))? {
+        for file in files(&daemon.folder.join(capabilities()))? {
             let to = folder.join(file.file_name().unwrap_or_default());
             fs::copy(&file, &to).context(|| format!("copying {}", file.display()))?;
         }
@@ -236,7 +257,7 @@ fn unshare(folder: &Path) -> Result<Child> {
     let mut unshare = Command::new("unshare");
     unshare.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
     if !geteuid().is_root() {
-        unshare.arg("--map-root-user");
+        unshare.arg("--map-current-user");
     }
     unshare.args(["--", "sh", "-c", INIT, "libvirtd-init"]).arg(folder);
     let errors = folder.join("init.log");
