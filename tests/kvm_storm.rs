@@ -49,10 +49,7 @@ fn two_hundred_actions_leave_no_trace() {
     lab.assert_clean();
     let after = host.holds().unwrap();
     println!("{before:?}\n{after:?}");
-    assert_eq!(after.children, "", "the host has children left");
-    assert!(after.files <= before.files + 8, "{before:?}, {after:?}");
-    assert!(after.threads <= before.threads + 8, "{before:?}, {after:?}");
-    assert!(after.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {after:?}");
+    after.assert_hardly_more_than(&before);
     assert_eq!(host.terminate().unwrap().code(), Some(0));
     let log = host.log();
     assert!(!log.contains("ERROR"), "{log}");

@@ -176,6 +176,19 @@ pub struct Holds {
 }
 
 impl Holds {
+    /// It has no children, and otherwise hardly more than it held `before`: what grows with every round
+    /// of many is much more.
+    ///
+    /// # Panics
+    /// It has.
+    #[track_caller]
+    pub fn assert_hardly_more_than(&self, before: &Holds) {
+        assert_eq!(self.children, "", "the host has children left");
+        assert!(self.files <= before.files + 8, "{before:?}, {self:?}");
+        assert!(self.threads <= before.threads + 8, "{before:?}, {self:?}");
+        assert!(self.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {self:?}");
+    }
+
     fn of(pid: u32) -> Result<Holds> {
         let proc = format!("/proc/{pid}");
         let what = || format!("reading {proc}");

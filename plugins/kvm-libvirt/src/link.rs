@@ -230,10 +230,12 @@ impl Link {
     fn keep(self: Arc<Self>) {
         loop {
             let open = |now: &mut Now| matches!(now.connection, Connection::Open(_));
-            let now = self.changed.wait_while(self.lock(), open).unwrap_or_else(PoisonError::into_inner);
+            let mut now = self.changed.wait_while(self.lock(), open).unwrap_or_else(PoisonError::into_inner);
             let Connection::Lost(why) = &now.connection else { return };
             let why = format!("the connection to libvirt at {} is lost: {why}", self.dsn);
-            let (dead, listener) = self.take_dead(now);
+            let (dead, listener) = (now.dead.take(), now.listener.clone());
+            // Not under the lock: letting go of it calls libvirt.
+            drop(now);
             drop(dead);
             tracing::warn!(dsn = self.dsn, why, "libvirt is away");
             if let Some(listener) = &listener {
@@ -248,10 +250,6 @@ impl Link {
                 listener.back(&connect);
             }
         }
-    }
-
-    fn take_dead(&self, mut now: MutexGuard<'_, Now>) -> (Option<Watched>, Option<Arc<dyn Listener>>) {
-        (now.dead.take(), now.listener.clone())
     }
 
     /// Tries until it is open; `false` if it was closed meanwhile.

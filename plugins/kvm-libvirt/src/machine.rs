@@ -366,8 +366,8 @@ impl Machine {
 
     /// The connection is there again: looks what has become of the domain.
     pub fn link_back(&self, connect: &Connect) {
-        let before = self.now();
-        if !before.0 || before.1 == Doing::Starting {
+        let before @ (has_run, doing, _) = self.now();
+        if !has_run || doing == Doing::Starting {
             return;
         }
         let state = restore::domain(connect, self.label()).and_then(|domain| restore::state(&domain));
@@ -375,7 +375,6 @@ impl Machine {
             // Somebody has acted meanwhile, and knows better.
             return;
         }
-        let doing = before.1;
         match state {
             Ok((State::Poweroff, _)) => {
                 self.report(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));

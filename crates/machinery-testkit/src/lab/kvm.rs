@@ -12,9 +12,9 @@ use std::path::PathBuf;
 
 use rustix::process::Pid;
 
-use super::remains::{self, collect_remains, processes};
+use super::remains::{self, collect_remains};
 use crate::Result;
-use crate::error::{Context, Error};
+use crate::error::Context;
 use crate::guest::{Contact, Guest, Qemu};
 use crate::host::{self, RunningHost};
 use crate::libvirt::{self, Libvirtd};
@@ -118,13 +118,7 @@ impl KvmLab {
 
     /// The QEMU that runs for that machine.
     pub fn qemu_of(&self, name: &str) -> Result<Pid> {
-        let disk = self.machine(name).disk.display().to_string();
-        let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && command.contains("-blockdev");
-        let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
-        match found.as_slice() {
-            [(qemu, _)] => Ok(*qemu),
-            other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),
-        }
+        remains::qemu_on(&self.machine(name).disk, |command| command.contains("-blockdev"))
     }
 
     /// What is there because of a run: processes (without host and libvirtd), unfinished files.

@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
-use super::remains::{self, collect_remains, processes};
+use super::remains::{self, collect_remains};
 use crate::Result;
-use crate::error::{Context, Error};
+use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
 use crate::scratch::ScratchCwd;
@@ -134,13 +134,7 @@ impl Lab {
 
     /// The QEMU that runs for that machine.
     pub fn qemu_of(&self, name: &str) -> Result<Pid> {
-        let disk = self.disposable(name).display().to_string();
-        let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && !command.contains("qemu-img");
-        let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
-        match found.as_slice() {
-            [(qemu, _)] => Ok(*qemu),
-            other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),
-        }
+        remains::qemu_on(&self.disposable(name), |command| !command.contains("qemu-img"))
     }
 
     /// What is there because of a run: processes (without the host), disposable disks, monitors'

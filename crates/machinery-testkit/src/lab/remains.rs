@@ -6,7 +6,7 @@ use std::path::Path;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Result;
-use crate::error::Context;
+use crate::error::{Context, Error};
 
 /// All processes, with their command lines; those that have ended have none.
 pub fn processes() -> Result<Vec<(Pid, String)>> {
@@ -28,6 +28,17 @@ pub fn processes_below(root: &Path, without: &[&str]) -> Result<Vec<(Pid, String
     };
     let ours = |(_, command): &(Pid, String)| command.contains(&root) && !is_known(command);
     Ok(processes()?.into_iter().filter(ours).collect())
+}
+
+/// The only process with that disk on its command line that is a QEMU, by the look of it.
+pub fn qemu_on(disk: &Path, is_qemu: impl Fn(&str) -> bool) -> Result<Pid> {
+    let disk = disk.display().to_string();
+    let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && is_qemu(command);
+    let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
+    match found.as_slice() {
+        [(qemu, _)] => Ok(*qemu),
+        other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),
+    }
 }
 
 /// Ends processes that ought not to be there.
