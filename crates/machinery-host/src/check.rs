@@ -13,7 +13,7 @@ use serde_yaml::{Mapping, Value};
 
 use crate::config::Config;
 use crate::cwd::Cwd;
-use crate::fleet::Services;
+use crate::fleet::services::Services;
 use crate::loader;
 
 /// Looks at everything in the CWD.

@@ -1,11 +1,16 @@
 //! What the host itself reads: a few keys of Cuckoo's `cuckoo.yaml`, and `machinery-host.yaml`.
 
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use machinery::config::{ConfigFile, checked, null_as_default};
 use machinery::{Error, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
+use crate::capture;
 use crate::cwd::Cwd;
 
 /// Everything the host's files say.
@@ -15,6 +20,12 @@ pub struct Config {
     pub machineries: Vec<String>,
     /// How long each action may take.
     pub timeouts: Timeouts,
+    /// How many restores may go on at a time.
+    pub max_parallel_restores: NonZeroUsize,
+    /// The group whose members may use the socket, beside the host's own user and root.
+    pub socket_group: Option<String>,
+    /// How to capture traffic; none if it is not to be captured.
+    pub capture: Option<capture::Settings>,
     /// `machinery-host.yaml`, if there is one; plugins read their sections of it.
     pub host_file: Option<ConfigFile>,
 }
@@ -74,13 +85,39 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Er
 struct CuckooFile {
     #[serde(default, deserialize_with = "null_as_default")]
     machineries: Vec<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    tcpdump: TcpdumpKeys,
+    #[serde(default, deserialize_with = "null_as_default")]
+    resultserver: ResultServerKeys,
 }
+
+/// Without this section nothing is captured. Cuckoo3 itself insists on it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct TcpdumpKeys {
+    enabled: bool,
+    path: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ResultServerKeys {
+    listen_ip: Option<String>,
+    listen_port: Option<u16>,
+}
+
+/// Cuckoo3's default for `tcpdump.path`.
+const TCPDUMP: &str = "/usr/bin/tcpdump";
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct HostFile {
     #[serde(default, deserialize_with = "null_as_default")]
     timeouts: Timeouts,
+    #[serde(default)]
+    max_parallel_restores: Option<NonZeroUsize>,
+    #[serde(default)]
+    socket_group: Option<String>,
     /// Read by the plugins.
     #[serde(default, deserialize_with = "null_as_default")]
     machineries: serde_yaml::Mapping,
@@ -93,31 +130,49 @@ impl Config {
     /// Everything that is wrong in them, with file, line and key.
     pub fn read(cwd: &Cwd) -> Result<Config> {
         let mut problems = Vec::new();
-        let machineries = machineries(&ConfigFile::read(&cwd.cuckoo_yaml())?, &mut problems);
+        let cuckoo_file = ConfigFile::read(&cwd.cuckoo_yaml())?;
+        let cuckoo = parsed::<CuckooFile>(&cuckoo_file, &mut problems);
         let host_file = match cwd.host_yaml() {
             // A link into nothing is a mistake, and no missing file.
             path if path.symlink_metadata().is_ok() => Some(ConfigFile::read(&path)?),
             _ => None,
         };
-        let timeouts = match &host_file {
-            Some(file) => timeouts(file, &machineries, &mut problems),
-            None => Timeouts::default(),
+        let host =
+            host_file.as_ref().and_then(|file| parsed::<HostFile>(file, &mut problems)).unwrap_or_default();
+        let (machineries, capture) = match cuckoo {
+            Some(cuckoo) => {
+                names(&cuckoo_file, &cuckoo.machineries, &mut problems);
+                let capture = capture_of(&cuckoo_file, &cuckoo, &mut problems);
+                (cuckoo.machineries, capture)
+            }
+            None => (Vec::new(), None),
         };
+        if let Some(file) = &host_file {
+            sections(file, &host, &machineries);
+        }
         match Error::all(problems) {
-            None => Ok(Config { machineries, timeouts, host_file }),
+            None => Ok(Config {
+                machineries,
+                timeouts: host.timeouts,
+                max_parallel_restores: host.max_parallel_restores.unwrap_or_else(cores),
+                socket_group: host.socket_group,
+                capture,
+                host_file,
+            }),
             Some(problems) => Err(problems),
         }
     }
 }
 
-fn machineries(file: &ConfigFile, problems: &mut Vec<Error>) -> Vec<String> {
-    let names = match file.parse::<CuckooFile>() {
-        Ok(file) => file.machineries,
-        Err(error) => {
-            problems.push(error);
-            return Vec::new();
-        }
-    };
+fn parsed<T: DeserializeOwned>(file: &ConfigFile, problems: &mut Vec<Error>) -> Option<T> {
+    file.parse().map_err(|error| problems.push(error)).ok()
+}
+
+fn cores() -> NonZeroUsize {
+    thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+fn names(file: &ConfigFile, names: &[String], problems: &mut Vec<Error>) {
     let wrong = |reason: String, advice: &str| file.error(&["machineries"], reason).advice(advice);
     if names.is_empty() {
         problems.push(wrong("no machinery is listed".into(), "List at least one, such as `- qemu`"));
@@ -139,23 +194,35 @@ fn machineries(file: &ConfigFile, problems: &mut Vec<Error>) -> Vec<String> {
             problems.push(wrong(format!("'{name}' is listed twice"), "List each machinery once"));
         }
     }
-    names
 }
 
-fn timeouts(file: &ConfigFile, machineries: &[String], problems: &mut Vec<Error>) -> Timeouts {
-    let host: HostFile = match file.parse() {
-        Ok(host) => host,
-        Err(error) => {
-            problems.push(error);
-            return Timeouts::default();
-        }
-    };
+fn capture_of(
+    file: &ConfigFile,
+    cuckoo: &CuckooFile,
+    problems: &mut Vec<Error>,
+) -> Option<capture::Settings> {
+    if !cuckoo.tcpdump.enabled {
+        return None;
+    }
+    let result_server = &cuckoo.resultserver;
+    let ip = result_server.listen_ip.as_deref().filter(|ip| !ip.is_empty());
+    // It becomes a part of tcpdump's filter.
+    if let Some(ip) = ip.filter(|ip| !ip.chars().all(|c| c.is_ascii_alphanumeric() || ".:-".contains(c))) {
+        let error = file.error(&["resultserver", "listen_ip"], format!("'{ip}' is not an address"));
+        problems.push(error.advice("Give the IP address that guests send their results to"));
+    }
+    Some(capture::Settings {
+        tcpdump: cuckoo.tcpdump.path.clone().unwrap_or_else(|| Path::new(TCPDUMP).into()),
+        result_server: ip.map(str::to_owned).zip(result_server.listen_port),
+    })
+}
+
+fn sections(file: &ConfigFile, host: &HostFile, machineries: &[String]) {
     for name in host.machineries.keys().filter_map(serde_yaml::Value::as_str) {
         if !machineries.iter().any(|listed| listed == name) {
             tracing::warn!(machinery = name, file = %file.path.display(), "has a section, but is not listed in cuckoo.yaml");
         }
     }
-    host.timeouts
 }
 
 #[cfg(test)]
@@ -185,6 +252,41 @@ mod tests {
         let config = Config::read(&cwd).unwrap();
         assert_eq!(config.machineries, ["qemu", "kvm"]);
         assert_eq!(config.timeouts.restore_start, Duration::from_secs(180));
+    }
+
+    #[test]
+    fn traffic_is_captured_only_where_that_is_wanted() {
+        let capture = |cuckoo: &str| {
+            let (_folder, cwd) = cwd(&format!("machineries: [qemu]\n{cuckoo}"), None);
+            Config::read(&cwd).unwrap().capture
+        };
+        assert_eq!(capture(""), None);
+        assert_eq!(capture("tcpdump: {enabled: false, path: /x}\n"), None);
+        let settings =
+            capture("tcpdump: {enabled: true}\nresultserver: {listen_ip: 10.0.0.1, listen_port: 2042}\n");
+        let expected = capture::Settings {
+            tcpdump: "/usr/bin/tcpdump".into(),
+            result_server: Some(("10.0.0.1".into(), 2042)),
+        };
+        assert_eq!(settings, Some(expected));
+        let text = error(
+            "machineries: [qemu]\ntcpdump: {enabled: true}\nresultserver: {listen_ip: '1 or host 2', listen_port: 1}\n",
+            None,
+        );
+        assert!(
+            text.contains("cuckoo.yaml:3: resultserver.listen_ip: '1 or host 2' is not an address"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn restores_are_bounded_by_the_cores_unless_told() {
+        let (_folder, cwd1) = cwd("machineries: [qemu]\n", None);
+        assert_eq!(Config::read(&cwd1).unwrap().max_parallel_restores, cores());
+        let (_folder, cwd2) = cwd("machineries: [qemu]\n", Some("max_parallel_restores: 7\n"));
+        assert_eq!(Config::read(&cwd2).unwrap().max_parallel_restores.get(), 7);
+        let text = error("machineries: [qemu]\n", Some("max_parallel_restores: 0\n"));
+        assert!(text.contains("max_parallel_restores"), "{text}");
     }
 
     #[test]

@@ -41,6 +41,37 @@ pub enum Event {
         /// Which machine.
         machine: String,
     },
+    /// A task has it now.
+    Locked {
+        /// Which machine.
+        machine: String,
+        /// Which task.
+        task_id: String,
+    },
+    /// No task has it any more.
+    Unlocked {
+        /// Which machine.
+        machine: String,
+    },
+    /// It is kept for a task.
+    Reserved {
+        /// Which machine.
+        machine: String,
+        /// Which task.
+        task_id: String,
+    },
+    /// It is kept for nobody any more.
+    Unreserved {
+        /// Which machine.
+        machine: String,
+    },
+    /// Its traffic is not captured, or not to the end.
+    CaptureFailed {
+        /// Which machine.
+        machine: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// Where events are sent from.

@@ -12,8 +12,9 @@
 //! | --- | --- |
 //! | [`cwd`], [`config`] | where Cuckoo's working directory is, and what its files say |
 //! | [`loader`] | finding the plugins that are listed, opening and loading them |
-//! | [`fleet`] | the machines of all machineries, and what is known of each |
+//! | [`fleet`] | the machines of all machineries, what is known of each, and who has it |
 //! | [`events`] | what subscribers hear |
+//! | [`capture`] | the traffic of a task's machine, into the task's file |
 //! | [`actions`] | one worker for each machine, and the rules of an action |
 //! | [`server`] | the socket and its protocol |
 //! | [`serve`] | the life of the host: load, serve, end |
@@ -23,6 +24,7 @@
 //! | [`logging`] | where log lines go |
 
 pub mod actions;
+pub mod capture;
 pub mod check;
 pub mod cli;
 pub mod client;

@@ -21,7 +21,8 @@ use machinery::{Deadline, Error, HostServices, MachineInfo, Result, Setup, State
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
-use crate::fleet::{Fleet, Machine, Machinery, Services};
+use crate::fleet::services::Services;
+use crate::fleet::{Fleet, Machine, Machinery};
 
 /// How long a question to a plugin may take while it is loaded.
 const QUESTION: Duration = Duration::from_secs(30);

@@ -8,8 +8,8 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
@@ -17,16 +17,18 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::actions::rules::House;
 use crate::actions::worker::Workers;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::fleet::Fleet;
-use crate::loader;
-use crate::server::{self, Shared};
+use crate::fleet::books::Books;
+use crate::server::{self, Peers, Shared};
+use crate::{capture, loader};
 
 /// How long a plugin may take to let go at the end.
 const LETTING_GO: Duration = Duration::from_secs(30);
@@ -48,7 +50,10 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     server::expect_no_other(&cwd.manager_socket())?;
     raise_file_limit();
     let events = Events::default();
+    let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
     let fleet = loader::load_all(cwd, &config, &loader::folders(plugin_dirs, cwd), &events)?;
+    let books = Books::open(&cwd.state(), Arc::clone(&fleet))?;
+    end_captures(&fleet);
     let machines = fleet.get().map_or(0, |fleet| fleet.machines().len());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -56,21 +61,35 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
         .build()
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
-        let workers = fleet.get().map(|fleet| Workers::start(fleet, config.timeouts));
+        let house = House {
+            timeouts: config.timeouts,
+            restores: Semaphore::new(config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS)),
+            capture: config.capture.clone(),
+            books: Arc::clone(&books),
+        };
+        let workers = fleet.get().map(|fleet| Workers::start(fleet, house));
         let (workers, ending) = workers
             .ok_or_else(|| Error::failed("the machines were not loaded: this is a bug of the host"))?;
         let shared = Arc::new(Shared {
             fleet,
             workers,
+            books,
             events,
             enabled: AtomicBool::new(true),
             ending: watch::Sender::new(false),
         });
-        serve(cwd, shared, ending).await
+        serve(cwd, &peers, shared, ending).await
     });
     // A plugin's call that never came back must not hold up the end.
     runtime.shutdown_background();
     result
+}
+
+/// Those of a host that was killed. Their machines are off now: the plugins have seen to that.
+fn end_captures(fleet: &OnceLock<Fleet>) {
+    let machines = fleet.get().map_or(&[][..], Fleet::machines).iter();
+    let pcaps: Vec<_> = machines.filter_map(|machine| machine.hold()?.pcap_path).collect();
+    capture::end_leftovers(&pcaps);
 }
 
 /// One host for one CWD; the lock goes with the process.
@@ -93,15 +112,15 @@ fn raise_file_limit() {
     }
 }
 
-async fn serve(cwd: &Cwd, shared: Arc<Shared>, workers: JoinSet<()>) -> Result<()> {
+async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>, workers: JoinSet<()>) -> Result<()> {
     let mut end = End::new()?;
     let socket = cwd.manager_socket();
-    let listener = server::bind(&socket)?;
+    let listener = server::bind(&socket, peers)?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
     let mut connections = JoinSet::new();
     tokio::select! {
-        () = server::serve(&listener, &shared, &mut connections) => {}
+        () = server::serve(&listener, peers, &shared, &mut connections) => {}
         which = end.asked() => tracing::info!(signal = which, "asked to end: machines are stopped"),
     }
     // First, so that nobody who knows that the host ends has an action accepted.
@@ -127,7 +146,7 @@ async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>, mut connections:
     }
     // The machineries in the order of their machines, each once.
     let mut machineries = Vec::new();
-    for machine in shared.fleet.get().map_or(&[][..], Fleet::machines) {
+    for machine in shared.machines() {
         if !machineries.iter().any(|known| Arc::ptr_eq(known, &machine.machinery)) {
             machineries.push(Arc::clone(&machine.machinery));
         }

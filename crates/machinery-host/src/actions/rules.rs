@@ -8,6 +8,8 @@
 //! | acpi_stop | poweroff | fall back to stop |
 //! | dump_memory, screenshot | unchanged | – |
 //!
+//! The traffic of a machine that a task has is captured from before it runs until it is off.
+//!
 //! They are Cuckoo3's (`node/machinery.py`), because its clients rely on them, with one change for
 //! the better: a start of a machine that runs although no task holds it first stops it, instead of
 //! losing the machine. A machine in the wanted state already has been stopped with success; what a
@@ -18,20 +20,36 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, State};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::call::{Called, call};
+use super::worker::CLOSING;
 use super::{Action, Outcome};
+use crate::capture;
 use crate::config::Timeouts;
 use crate::fleet::Machine;
+use crate::fleet::books::Books;
 
 /// How long a plugin may take to tell a state.
 const STATE: Duration = Duration::from_secs(20);
 
+/// What all actors share.
+pub struct House {
+    /// How long each action may take.
+    pub timeouts: Timeouts,
+    /// A permit for each restore that may go on; who waits for one is served in turn.
+    pub restores: Semaphore,
+    /// How to capture traffic, if it is to be captured.
+    pub capture: Option<capture::Settings>,
+    /// Where a machine that is disabled is noted.
+    pub books: Arc<Books>,
+}
+
 /// The one who acts on a machine.
 pub struct Actor {
     machine: Arc<Machine>,
-    timeouts: Timeouts,
+    house: Arc<House>,
     /// The call that did not come back, if one did not: until it does, nothing else may be called.
     lost: Option<JoinHandle<()>>,
 }
@@ -51,8 +69,8 @@ impl From<Error> for Failure {
 
 impl Actor {
     /// The actor of that machine.
-    pub fn new(machine: Arc<Machine>, timeouts: Timeouts) -> Self {
-        Actor { machine, timeouts, lost: None }
+    pub fn new(machine: Arc<Machine>, house: Arc<House>) -> Self {
+        Actor { machine, house, lost: None }
     }
 
     /// The machine it acts on.
@@ -66,22 +84,29 @@ impl Actor {
         let begun = std::time::Instant::now();
         let result = self.by_the_rules(action).await;
         self.machine.set_busy(false);
-        let (machine, action) = (self.machine.name(), action.name());
+        let action = action.name();
         let took_ms = begun.elapsed().as_micros() as f64 / 1000.0;
         match result {
             Ok(()) => {
-                tracing::info!(machine, action, took_ms, "done");
+                tracing::info!(machine = self.machine.name(), action, took_ms, "done");
                 Ok(())
             }
             Err(Failure { reason, disable }) => {
-                let reason = reason.action(action).machine(machine).to_string();
-                tracing::error!(machine, action, took_ms, reason, "failed");
+                let reason = reason.action(action).machine(self.machine.name()).to_string();
+                tracing::error!(machine = self.machine.name(), action, took_ms, reason, "failed");
                 self.machine.add_error(&reason);
                 if disable {
-                    self.machine.disable(&reason);
+                    self.disable(&reason).await;
                 }
                 Err(reason)
             }
+        }
+    }
+
+    async fn disable(&self, reason: &str) {
+        self.machine.disable(reason);
+        if let Err(error) = self.house.books.save().await {
+            tracing::error!(machine = self.machine.name(), %error, "disabled, but not beyond a restart of the host");
         }
     }
 
@@ -89,12 +114,12 @@ impl Actor {
         self.expect_no_lost_call()?;
         self.expect_supported(action)?;
         match action {
-            Action::RestoreStart => self.start(action, self.timeouts.restore_start).await,
-            Action::NorestoreStart => self.start(action, self.timeouts.norestore_start).await,
+            Action::RestoreStart => self.restore_start(action).await,
+            Action::NorestoreStart => self.start(action, self.house.timeouts.norestore_start).await,
             Action::Stop => self.stop().await.map_err(Failure::from),
             Action::AcpiStop => self.acpi_stop().await,
-            Action::DumpMemory { .. } => self.look(action, self.timeouts.dump_memory).await,
-            Action::Screenshot { .. } => self.look(action, self.timeouts.screenshot).await,
+            Action::DumpMemory { .. } => self.look(action, self.house.timeouts.dump_memory).await,
+            Action::Screenshot { .. } => self.look(action, self.house.timeouts.screenshot).await,
         }
     }
 
@@ -105,7 +130,7 @@ impl Actor {
                 let reason = Error::failed("an earlier call into its plugin has not come back")
                     .advice("Restart the host to get the machine back");
                 // Disabled since that call, unless somebody has put it back into the pool.
-                Err(Failure { reason, disable: self.machine.status().disabled.is_none() })
+                Err(Failure { reason, disable: self.machine.status().standing.disabled.is_none() })
             }
             _ => Ok(()),
         }
@@ -124,11 +149,25 @@ impl Actor {
         if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
     }
 
+    /// A start that has to wait for its turn, when many come at once.
+    async fn restore_start(&mut self, action: &Action) -> Result<(), Failure> {
+        let house = Arc::clone(&self.house);
+        let Ok(_turn) = house.restores.acquire().await else {
+            return Err(Failure { reason: Error::failed(CLOSING), disable: false });
+        };
+        self.start(action, house.timeouts.restore_start).await
+    }
+
     async fn start(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
         let before = self.state().await?;
         if before != State::Poweroff {
             tracing::warn!(machine = self.machine.name(), state = %before, "runs although nobody holds it: stopped before the start");
             self.stop().await?;
+        }
+        // Of a run that ended by itself.
+        capture::end(&self.machine).await;
+        if let Some(settings) = &self.house.capture {
+            capture::begin(&self.machine, settings).await;
         }
         self.machine.set_state(State::Starting);
         let started = self.run(action, limit).await;
@@ -142,6 +181,7 @@ impl Actor {
         } else if self.lost.is_none() {
             self.clear_away().await;
         }
+        capture::end(&self.machine).await;
         Err(error.into())
     }
 
@@ -154,7 +194,9 @@ impl Actor {
 
     async fn stop(&mut self) -> Result<()> {
         self.set_stopping();
-        self.end(&Action::Stop, self.timeouts.stop).await
+        let ended = self.end(&Action::Stop, self.house.timeouts.stop).await;
+        capture::end(&self.machine).await;
+        ended
     }
 
     fn set_stopping(&self) {
@@ -166,8 +208,11 @@ impl Actor {
     async fn acpi_stop(&mut self) -> Result<(), Failure> {
         let before = self.machine.status().state;
         self.set_stopping();
-        match self.end(&Action::AcpiStop, self.timeouts.acpi_stop).await {
-            Ok(()) => Ok(()),
+        match self.end(&Action::AcpiStop, self.house.timeouts.acpi_stop).await {
+            Ok(()) => {
+                capture::end(&self.machine).await;
+                Ok(())
+            }
             Err(error) if self.lost.is_some() => Err(error.into()),
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 self.machine.set_state(before);

@@ -4,17 +4,34 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::rules::Actor;
+use super::rules::{Actor, House};
 use super::{Action, Outcome};
-use crate::config::Timeouts;
+use crate::capture;
 use crate::fleet::{Fleet, Machine};
 
 struct Job {
     action: Action,
     answer: Answer,
+    _pending: Pending,
+}
+
+/// Counts as an action that waits or runs, for as long as it lives.
+struct Pending(watch::Sender<usize>);
+
+impl Pending {
+    fn new(count: &watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Pending(count.clone())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
 }
 
 /// Where an outcome goes. It is given exactly once: an order that is dropped unheard, because the
@@ -46,24 +63,29 @@ impl Drop for Answer {
 pub struct Workers {
     mailboxes: Mutex<HashMap<String, mpsc::UnboundedSender<Job>>>,
     closing: Arc<AtomicBool>,
+    house: Arc<House>,
+    /// How many actions wait or run.
+    pending: watch::Sender<usize>,
 }
 
 /// What an action gets that comes too late.
-const CLOSING: &str = "the machinery host is shutting down and takes no new action";
+pub(super) const CLOSING: &str = "the machinery host is shutting down and takes no new action";
 
 impl Workers {
     /// Starts a worker for each machine. The set ends when every worker has.
-    pub fn start(fleet: &Fleet, timeouts: Timeouts) -> (Workers, JoinSet<()>) {
+    pub fn start(fleet: &Fleet, house: House) -> (Workers, JoinSet<()>) {
+        let house = Arc::new(house);
         let closing = Arc::new(AtomicBool::new(false));
         let mut workers = JoinSet::new();
         let mut mailboxes = HashMap::new();
         for machine in fleet.machines() {
             let (mailbox, jobs) = mpsc::unbounded_channel();
             mailboxes.insert(machine.name().to_owned(), mailbox);
-            let actor = Actor::new(Arc::clone(machine), timeouts);
+            let actor = Actor::new(Arc::clone(machine), Arc::clone(&house));
             workers.spawn(work(actor, jobs, Arc::clone(&closing)));
         }
-        (Workers { mailboxes: Mutex::new(mailboxes), closing }, workers)
+        let pending = watch::Sender::new(0);
+        (Workers { mailboxes: Mutex::new(mailboxes), closing, house, pending }, workers)
     }
 
     /// Puts an action into the machine's mailbox. It runs even if nobody waits for the answer.
@@ -71,20 +93,27 @@ impl Workers {
         let mailboxes = self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mailbox) = mailboxes.get(machine.name()) {
             // A worker that has ended gives the job back, and dropping it answers it.
-            let _ = mailbox.send(Job { action, answer });
+            let _ = mailbox.send(Job { action, answer, _pending: Pending::new(&self.pending) });
         }
+    }
+
+    /// Returns as soon as no action waits or runs.
+    pub async fn idle(&self) {
+        // The sender is here, so this cannot fail.
+        let _ = self.pending.subscribe().wait_for(|count| *count == 0).await;
     }
 
     /// From now on what waits in a mailbox fails. Each worker ends what it is at, powers its
     /// machine off, and is gone.
     pub fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
+        self.house.restores.close();
         self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
 async fn work(mut actor: Actor, mut jobs: mpsc::UnboundedReceiver<Job>, closing: Arc<AtomicBool>) {
-    while let Some(Job { action, answer }) = jobs.recv().await {
+    while let Some(Job { action, answer, _pending }) = jobs.recv().await {
         let outcome = if closing.load(Ordering::SeqCst) {
             Err(CLOSING.to_owned())
         } else {
@@ -101,4 +130,5 @@ async fn power_off(actor: &mut Actor) {
         // Its failure is in the log, and there is nobody else to tell.
         let _ = actor.perform(&Action::Stop).await;
     }
+    capture::end(actor.machine()).await;
 }

@@ -31,8 +31,11 @@ use super::{Place, Shared};
 use crate::actions::call::{Called, call};
 use crate::actions::worker::Answer;
 use crate::actions::{Action, Outcome};
+use crate::capture;
 use crate::events::Event;
 use crate::fleet::Machine;
+use crate::fleet::choice::Wanted;
+use crate::fleet::standing::Hold;
 
 /// The budget of one client: requests under way, and lines that wait to be written.
 const BUDGET: u32 = 16_384;
@@ -160,10 +163,42 @@ impl Connection {
                 return true;
             }
             Request::Version => self.version(),
+            Request::WaitIdle => {
+                let shared = Arc::clone(&self.shared);
+                let idle = async move {
+                    shared.workers.idle().await;
+                    json!({"success": true})
+                };
+                return self.later(id, idle).await;
+            }
             Request::EnableMachine(machine) => {
                 machine.enable();
-                json!({"success": true})
+                return self.noted(id, machine).await;
             }
+            Request::DisableMachine(machine, reason) => {
+                machine.disable(&reason);
+                return self.noted(id, machine).await;
+            }
+            Request::Lock(machine, hold) => match machine.lock(hold.clone()) {
+                Ok(()) => return self.locked(id, machine, hold).await,
+                Err(error) => protocol::failure(&error.to_string()),
+            },
+            Request::Acquire(wanted, hold) => match self.acquire(&wanted, &hold) {
+                Ok(machine) => return self.locked(id, machine, hold).await,
+                Err(reason) => protocol::failure(&reason),
+            },
+            Request::Unlock(machine, task_id) => match machine.unlock(task_id.as_deref()) {
+                Ok(()) => return self.noted(id, machine).await,
+                Err(error) => protocol::failure(&error.to_string()),
+            },
+            Request::Reserve(machine, task_id) => match machine.reserve(&task_id) {
+                Ok(()) => return self.noted(id, machine).await,
+                Err(error) => protocol::failure(&error.to_string()),
+            },
+            Request::Unreserve(machine) => match machine.unreserve() {
+                Ok(()) => return self.noted(id, machine).await,
+                Err(error) => protocol::failure(&error.to_string()),
+            },
             Request::SetEnabled(enabled) => {
                 self.shared.enabled.store(enabled, Ordering::SeqCst);
                 tracing::warn!(enabled, "the machinery manager was switched");
@@ -202,6 +237,55 @@ impl Connection {
         true
     }
 
+    /// Answers when the change is on disk. The change itself was made before, so that what follows on
+    /// this connection finds it.
+    async fn noted(&self, id: Option<Value>, machine: Arc<Machine>) -> GoOn {
+        let books = Arc::clone(&self.shared.books);
+        let noted = async move {
+            capture::end_of_task(&machine).await;
+            protocol::outcome(books.save().await.map_err(|error| error.machine(machine.name()).to_string()))
+        };
+        self.later(id, noted).await
+    }
+
+    /// Answers when the lock is on disk. One that cannot be brought there is not given.
+    async fn locked(&self, id: Option<Value>, machine: Arc<Machine>, hold: Hold) -> GoOn {
+        let books = Arc::clone(&self.shared.books);
+        let noted = async move {
+            match books.save().await {
+                Ok(()) => json!({"success": true, "machine": machine.to_json()}),
+                Err(error) => {
+                    // It may have been taken back already.
+                    let _ = machine.unlock(Some(&hold.task_id));
+                    protocol::failure(&error.action("lock").machine(machine.name()).to_string())
+                }
+            }
+        };
+        self.later(id, noted).await
+    }
+
+    /// Locks the first machine that will do.
+    fn acquire(&self, wanted: &Wanted, hold: &Hold) -> Result<Arc<Machine>, String> {
+        let fleet = self.shared.fleet.get().ok_or("the machines are not loaded yet")?;
+        let mut last = None;
+        for machine in fleet.fitting(wanted) {
+            match machine.lock(hold.clone()) {
+                Ok(()) => return Ok(Arc::clone(machine)),
+                Err(error) => last = Some(error.to_string()),
+            }
+        }
+        Err(match last {
+            None if wanted.name.is_empty() => {
+                "No machine is as wanted: see the list for those there are".to_owned()
+            }
+            None => protocol::no_such_machine(&wanted.name),
+            Some(reason) if !wanted.name.is_empty() => reason,
+            Some(_) => {
+                "No machine is available: all that are as wanted are locked, reserved or disabled".to_owned()
+            }
+        })
+    }
+
     async fn subscribe(&mut self, id: Option<Value>) -> GoOn {
         if self.subscription.is_some() {
             return self.say(protocol::failure("this connection has subscribed already"), id).await;
@@ -214,15 +298,13 @@ impl Connection {
     }
 
     fn list(&self) -> Value {
-        let machines = self.shared.fleet.get().map_or(&[][..], |fleet| fleet.machines());
-        let machines: Vec<Value> = machines.iter().map(|machine| machine.to_json()).collect();
+        let machines: Vec<Value> = self.shared.machines().iter().map(|machine| machine.to_json()).collect();
         json!({"success": true, "machines": machines})
     }
 
     fn version(&self) -> Value {
-        let machines = self.shared.fleet.get().map_or(&[][..], |fleet| fleet.machines());
         let mut machineries = Map::new();
-        for machine in machines {
+        for machine in self.shared.machines() {
             machineries.insert(machine.machinery.name.clone(), json!(machine.machinery.version));
         }
         json!({
@@ -296,8 +378,7 @@ async fn state(machine: &Arc<Machine>) -> Value {
 
 /// Stops all machines that are not off; says which could not be stopped.
 async fn shutdown_all(shared: &Shared) -> Outcome {
-    let machines = shared.fleet.get().map_or(&[][..], |fleet| fleet.machines());
-    let on = machines.iter().filter(|machine| {
+    let on = shared.machines().iter().filter(|machine| {
         let status = machine.status();
         status.busy || status.state != State::Poweroff
     });

@@ -1,16 +1,18 @@
 //! The socket: who may connect, how much one client may cost.
 //!
-//! One JSON object a line, both ways. A client that floods, never reads, or talks garbage costs
+//! One JSON object a line, both ways. Only its own user, root and one group may use it ([`Peers`]).
+//! A client that floods, never reads, or talks garbage costs
 //! itself: connections are counted per process, each has a bounded number of requests under way and
 //! a bounded backlog of answers, and a write that does not get on ends the connection.
 
 mod connection;
 mod lines;
+mod peers;
 pub mod protocol;
 
 use std::collections::HashMap;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -23,12 +25,15 @@ use tokio::task::JoinSet;
 
 use crate::actions::worker::Workers;
 use crate::events::Events;
-use crate::fleet::Fleet;
+use crate::fleet::books::Books;
+use crate::fleet::{Fleet, Machine};
+
+pub use peers::Peers;
 
 /// Connections one process may hold.
-const PER_PROCESS: usize = 256;
+const PER_PROCESS: usize = 1024;
 /// Connections all processes together may hold.
-const ALL: usize = 1024;
+const ALL: usize = 2048;
 
 /// What a connection too many is told.
 const TOO_MANY: &[u8] =
@@ -40,6 +45,8 @@ pub struct Shared {
     pub fleet: Arc<OnceLock<Fleet>>,
     /// Who acts on them.
     pub workers: Workers,
+    /// Where is noted who has which machine.
+    pub books: Arc<Books>,
     /// What they hear who subscribe.
     pub events: Events,
     /// While false, everything but `stop` is refused.
@@ -49,8 +56,13 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// The machines; none while the host still loads.
-    pub fn find(&self, name: &str) -> Option<&Arc<crate::fleet::Machine>> {
+    /// All machines; none while the host still loads.
+    pub fn machines(&self) -> &[Arc<Machine>] {
+        self.fleet.get().map_or(&[], Fleet::machines)
+    }
+
+    /// The machine of that name.
+    pub fn find(&self, name: &str) -> Option<&Arc<Machine>> {
         self.fleet.get()?.find(name)
     }
 }
@@ -69,11 +81,11 @@ pub fn expect_no_other(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the manager's socket, for this user alone. It listens before its name appears.
+/// Makes the manager's socket, for those peers alone. It listens before its name appears.
 ///
 /// # Errors
 /// It cannot be made.
-pub fn bind(path: &Path) -> Result<UnixListener> {
+pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
     let failed = |error: io::Error| Error::io("make the socket", path, &error);
     if path.as_os_str().len() > 107 {
         tracing::warn!(
@@ -86,9 +98,24 @@ pub fn bind(path: &Path) -> Result<UnixListener> {
     let hiding = tempfile::Builder::new().prefix(".new-").tempdir_in(folder).map_err(failed)?;
     let hidden = SocketPath::new(&hiding.path().join("sock")).map_err(failed)?;
     let listener = UnixListener::bind(hidden.address()).map_err(failed)?;
-    std::fs::set_permissions(hidden.path(), std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    let mode = if peers.gid().is_some() { 0o660 } else { 0o600 };
+    chown(hidden.path(), None, peers.gid()).map_err(failed)?;
+    std::fs::set_permissions(hidden.path(), std::fs::Permissions::from_mode(mode)).map_err(failed)?;
+    warn_of_closed_folders(path, peers);
     std::fs::rename(hidden.path(), path).map_err(failed)?;
     Ok(listener)
+}
+
+/// A group that may use the socket has to come as far as there.
+fn warn_of_closed_folders(path: &Path, peers: &Peers) {
+    let Some(gid) = peers.gid() else { return };
+    for folder in path.ancestors().skip(1) {
+        let Ok(meta) = folder.metadata() else { continue };
+        let open = if meta.gid() == gid { 0o010 } else { 0o001 };
+        if meta.mode() & open == 0 {
+            tracing::warn!(folder = %folder.display(), gid, "the group `socket_group` cannot pass this folder on its way to the socket: chgrp it and chmod g+x");
+        }
+    }
 }
 
 /// Removes a socket; that there is none is as good.
@@ -101,7 +128,12 @@ pub fn remove(path: &Path) {
 }
 
 /// Takes connections for as long as it is polled, and serves each as a task of `connections`.
-pub async fn serve(listener: &UnixListener, shared: &Arc<Shared>, connections: &mut JoinSet<()>) {
+pub async fn serve(
+    listener: &UnixListener,
+    peers: &Arc<Peers>,
+    shared: &Arc<Shared>,
+    connections: &mut JoinSet<()>,
+) {
     let counter = Arc::new(Counter::default());
     loop {
         // Those that have ended are forgotten.
@@ -109,7 +141,7 @@ pub async fn serve(listener: &UnixListener, shared: &Arc<Shared>, connections: &
         match listener.accept().await {
             Ok((stream, _)) => match counter.admit(&stream) {
                 Some(place) => {
-                    connections.spawn(connection::serve(stream, Arc::clone(shared), place));
+                    connections.spawn(greet(stream, Arc::clone(peers), Arc::clone(shared), place));
                 }
                 None => {
                     tracing::warn!("a connection was refused: its process holds too many");
@@ -123,6 +155,23 @@ pub async fn serve(listener: &UnixListener, shared: &Arc<Shared>, connections: &
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+}
+
+/// Serves the client, if it is one that may be served.
+async fn greet(stream: UnixStream, peers: Arc<Peers>, shared: Arc<Shared>, place: Place) {
+    let asked = tokio::task::spawn_blocking(move || {
+        let admitted = peers.admit(&stream);
+        (stream, admitted)
+    });
+    match asked.await {
+        Ok((stream, Ok(()))) => connection::serve(stream, shared, place).await,
+        Ok((stream, Err(reason))) => {
+            tracing::warn!(reason, "a client was refused");
+            // If it cannot be written at once, the closing says as much.
+            let _ = stream.try_write(&protocol::line(protocol::failure(&reason), None));
+        }
+        Err(error) => tracing::error!(%error, "cannot tell who a client is"),
     }
 }
 

@@ -12,6 +12,8 @@ use serde_json::{Map, Value, json};
 
 use crate::actions::{Action, Outcome};
 use crate::fleet::Machine;
+use crate::fleet::choice::Wanted;
+use crate::fleet::standing::Hold;
 
 /// What a client wants.
 #[derive(Clone)]
@@ -22,6 +24,20 @@ pub enum Request {
     State(Arc<Machine>),
     /// A machine back in the pool.
     EnableMachine(Arc<Machine>),
+    /// A machine out of the pool, with the reason.
+    DisableMachine(Arc<Machine>, String),
+    /// This machine for a task.
+    Lock(Arc<Machine>, Hold),
+    /// A machine that its task needs no more; with the task, if it is named.
+    Unlock(Arc<Machine>, Option<String>),
+    /// This machine kept for a task.
+    Reserve(Arc<Machine>, String),
+    /// A machine kept for nobody any more.
+    Unreserve(Arc<Machine>),
+    /// Some machine for a task.
+    Acquire(Wanted, Hold),
+    /// To hear when no action waits or runs.
+    WaitIdle,
     /// All machines.
     List,
     /// The versions of everything.
@@ -100,14 +116,16 @@ pub fn request<'a>(
     if let Some(request) = action.and_then(of_all_machines) {
         return Ok(request);
     }
-    if !enabled && !matches!(action, Some("stop" | "state" | "enable_machine")) {
+    if !enabled && !action.is_some_and(goes_on_while_disabled) {
         return Err(Refusal::closing("Machinery manager is disabled"));
+    }
+    if action == Some("acquire") {
+        return Ok(Request::Acquire(wanted(object)?, hold(object)?));
     }
     let (Some(action), Some(name)) = (action, text("machine")) else {
         return Err(Refusal::closing("Missing action or machine name"));
     };
-    let machine =
-        find(name).ok_or_else(|| Refusal::open(Error::no_such_machine(&shortened(name)).to_string()))?;
+    let machine = find(name).ok_or_else(|| Refusal::open(no_such_machine(name)))?;
     let machine = Arc::clone(machine);
     let act = |action| Ok(Request::Act(Arc::clone(&machine), action));
     match action {
@@ -116,13 +134,27 @@ pub fn request<'a>(
         "stop" => act(Action::Stop),
         "acpi_stop" => act(Action::AcpiStop),
         "dump_memory" => {
-            act(Action::DumpMemory { path: path(text("path"))?, format: format(text("format"))? })
+            let path = match path(object, "path")? {
+                Some(path) => path,
+                None => machine.hold().and_then(|hold| hold.memory_dump_path).ok_or_else(missing_path)?,
+            };
+            act(Action::DumpMemory { path, format: format(text("format"))? })
         }
-        "screenshot" => act(Action::Screenshot { path: path(text("path"))? }),
+        "screenshot" => act(Action::Screenshot { path: path(object, "path")?.ok_or_else(missing_path)? }),
         "state" => Ok(Request::State(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
+        "disable_machine" => Ok(Request::DisableMachine(machine, reason(text("reason")))),
+        "lock" => Ok(Request::Lock(machine, hold(object)?)),
+        "unlock" => Ok(Request::Unlock(machine, optional_task_id(object)?)),
+        "reserve" => Ok(Request::Reserve(machine, task_id(object)?)),
+        "unreserve" => Ok(Request::Unreserve(machine)),
         _ => Err(Refusal::closing("No such action")),
     }
+}
+
+/// What is said of a name that no machine has.
+pub fn no_such_machine(name: &str) -> String {
+    Error::no_such_machine(&shortened(name)).to_string()
 }
 
 fn shortened(name: &str) -> String {
@@ -135,16 +167,87 @@ fn of_all_machines(action: &str) -> Option<Request> {
         "version" => Request::Version,
         "subscribe" => Request::Subscribe,
         "shutdown_all" => Request::ShutdownAll,
+        "wait_idle" => Request::WaitIdle,
         "disable" => Request::SetEnabled(false),
         "enable" => Request::SetEnabled(true),
         _ => return None,
     })
 }
 
+/// What ends something, or only looks.
+fn goes_on_while_disabled(action: &str) -> bool {
+    matches!(action, "stop" | "state" | "enable_machine" | "disable_machine" | "unlock" | "unreserve")
+}
+
+/// A key's text; a missing one, null and an empty text are all the same.
+fn optional_text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, Refusal> {
+    match object.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str()).filter(|text| !text.is_empty())),
+        Some(_) => Err(Refusal::open(format!("'{key}' must be a text"))),
+    }
+}
+
+/// The longest path that Linux takes.
+const LONGEST_PATH: usize = 4095;
+
 /// The host's own folder means nothing to a client, so a path has to be absolute.
-fn path(text: Option<&str>) -> Result<PathBuf, Refusal> {
-    let path = text.map(PathBuf::from).filter(|path| path.is_absolute());
-    path.ok_or_else(|| Refusal::open("Missing path: this action needs an absolute 'path' to write to"))
+fn path(object: &Map<String, Value>, key: &str) -> Result<Option<PathBuf>, Refusal> {
+    match optional_text(object, key)? {
+        Some(text) if text.len() > LONGEST_PATH || text.contains('\0') => {
+            Err(Refusal::open(format!("'{key}' is no path: it is too long, or has a zero byte")))
+        }
+        Some(text) if !text.starts_with('/') => {
+            Err(Refusal::open(format!("'{key}' must be an absolute path, and {} is not", shortened(text))))
+        }
+        path => Ok(path.map(PathBuf::from)),
+    }
+}
+
+fn missing_path() -> Refusal {
+    Refusal::open("Missing path: this action needs an absolute 'path' to write to")
+}
+
+fn optional_task_id(object: &Map<String, Value>) -> Result<Option<String>, Refusal> {
+    match optional_text(object, "task_id")? {
+        Some(id) if id.len() > ECHOED => {
+            Err(Refusal::open(format!("the task_id is longer than {ECHOED} bytes")))
+        }
+        id => Ok(id.map(str::to_owned)),
+    }
+}
+
+fn task_id(object: &Map<String, Value>) -> Result<String, Refusal> {
+    let missing = || Refusal::open("Missing task_id: say which task the machine is for");
+    optional_task_id(object)?.ok_or_else(missing)
+}
+
+fn hold(object: &Map<String, Value>) -> Result<Hold, Refusal> {
+    Ok(Hold {
+        task_id: task_id(object)?,
+        pcap_path: path(object, "pcap_path")?,
+        memory_dump_path: path(object, "memory_dump_path")?,
+    })
+}
+
+fn wanted(object: &Map<String, Value>) -> Result<Wanted, Refusal> {
+    let text = |key: &str| Ok(optional_text(object, key)?.unwrap_or_default().to_owned());
+    let tags = match object.get("tags") {
+        None | Some(Value::Null) => Some(Vec::new()),
+        Some(Value::Array(tags)) => tags.iter().map(|tag| tag.as_str().map(str::to_owned)).collect(),
+        Some(_) => None,
+    };
+    Ok(Wanted {
+        name: text("name")?,
+        platform: text("platform")?,
+        os_version: text("os_version")?,
+        architecture: text("architecture")?,
+        tags: tags.ok_or_else(|| Refusal::open("'tags' must be a list of texts"))?,
+    })
+}
+
+fn reason(text: Option<&str>) -> String {
+    text.map_or_else(|| "taken out of the pool by request".to_owned(), shortened)
 }
 
 fn format(text: Option<&str>) -> Result<DumpFormat, Refusal> {

@@ -1,0 +1,118 @@
+//! Network capture: what a machine sends and receives during a task goes into the task's file.
+//!
+//! ```text
+//! start of a locked machine ─▶ tcpdump listens ─▶ the machine runs ─▶ … ─▶ stop: all read, file complete
+//!                                     └─ dies early: told at once, the machine goes on
+//! ```
+//!
+//! What fails here is told (in the log, as an event, among the machine's errors) and fails nothing
+//! else: an analysis without its traffic is worth more than none. The rules are Cuckoo3's
+//! (`start_netcapture` in `node/machinery.py`); that tcpdump listens before the machine runs, and has
+//! read everything before it is ended, is ours.
+
+mod leftovers;
+mod stderr;
+mod tcpdump;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use machinery::Error;
+
+use crate::fleet::Machine;
+
+pub use leftovers::end_leftovers;
+pub use tcpdump::Tcpdump;
+
+/// How to capture, for all machines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// `tcpdump.path` of `cuckoo.yaml`.
+    pub tcpdump: PathBuf,
+    /// `resultserver` of `cuckoo.yaml`: its address and port, whose traffic is left out.
+    pub result_server: Option<(String, u16)>,
+}
+
+/// One machine's traffic, and where it goes.
+#[derive(Debug, Clone)]
+struct Target {
+    interface: String,
+    filter: String,
+    pcap: PathBuf,
+}
+
+/// Begins to capture if a task has the machine and wants it. Returns when tcpdump listens.
+pub async fn begin(machine: &Arc<Machine>, settings: &Settings) {
+    let mut capture = machine.capture.lock().await;
+    let Some(pcap) = machine.hold().and_then(|hold| hold.pcap_path) else { return };
+    let begun = match target(machine, settings, pcap) {
+        Ok(target) => {
+            let told = Arc::clone(machine);
+            Tcpdump::start(settings, target, move |error| told.capture_failed(error)).await
+        }
+        Err(error) => Err(error),
+    };
+    match begun {
+        Ok(begun) => *capture = Some(begun),
+        Err(error) => machine.capture_failed(&error),
+    }
+}
+
+/// Ends the machine's capture, if there is one. Its file is complete then.
+pub async fn end(machine: &Machine) {
+    stop(machine, machine.capture.lock().await.take()).await;
+}
+
+/// The same, if no task has the machine any more. A task that has got it meanwhile keeps its own.
+pub async fn end_of_task(machine: &Machine) {
+    let mut capture = machine.capture.lock().await;
+    if machine.hold().is_none() {
+        stop(machine, capture.take()).await;
+    }
+}
+
+async fn stop(machine: &Machine, capture: Option<Tcpdump>) {
+    if let Some(capture) = capture
+        && let Err(error) = capture.stop().await
+    {
+        machine.capture_failed(&error);
+    }
+}
+
+fn target(machine: &Machine, settings: &Settings, pcap: PathBuf) -> Result<Target, Error> {
+    let info = &machine.info;
+    let interface = info.interface.clone().ok_or_else(|| {
+        Error::configuration("the machine has no interface to capture on")
+            .advice("Give `interface` in the machine's or the machinery's configuration")
+    })?;
+    let agent = (info.ip.clone(), info.agent_port);
+    let ignored: Vec<_> = settings.result_server.iter().chain([&agent]).collect();
+    Ok(Target { interface, filter: filter(&info.ip, &ignored), pcap })
+}
+
+/// Everything to and from the machine but what is exchanged with these.
+fn filter(ip: &str, ignored: &[&(String, u16)]) -> String {
+    let mut filter = format!("host {ip}");
+    for (ip, port) in ignored {
+        for direction in ["dst", "src"] {
+            filter += &format!(" and not ({direction} host {ip} and {direction} port {port})");
+        }
+    }
+    filter
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_leaves_out_both_ways() {
+        let filter = filter("10.0.0.2", &[&("10.0.0.1".into(), 2042), &("10.0.0.2".into(), 8000)]);
+        assert_eq!(
+            filter,
+            "host 10.0.0.2 \
+             and not (dst host 10.0.0.1 and dst port 2042) and not (src host 10.0.0.1 and src port 2042) \
+             and not (dst host 10.0.0.2 and dst port 8000) and not (src host 10.0.0.2 and src port 8000)"
+        );
+    }
+}

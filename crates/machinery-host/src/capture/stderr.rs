@@ -1,0 +1,143 @@
+//! What tcpdump says on its stderr, and what is meant.
+//!
+//! Source: tcpdump 4.99's `tcpdump.c`, and what libpcap 1.10 says on Linux.
+
+use std::path::Path;
+
+use machinery::Error;
+
+/// Its way of saying that from now on no packet is missed.
+const LISTENING: &str = "listening on ";
+
+/// How many packets there were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    captured: u64,
+    received: u64,
+    dropped: u64,
+}
+
+impl Counts {
+    /// Read from the line that answers SIGUSR1.
+    pub fn of(line: &str) -> Option<Self> {
+        let number = |what: &str| {
+            let part = line.trim_start_matches("tcpdump: ").split(", ").find(|part| part.ends_with(what))?;
+            part.split(' ').next()?.parse().ok()
+        };
+        Some(Counts {
+            captured: number(" captured")?,
+            received: number(" received by filter")?,
+            dropped: number(" dropped by kernel")?,
+        })
+    }
+
+    /// Whether all that arrived has been written or is lost.
+    pub fn all_read(&self) -> bool {
+        self.captured + self.dropped >= self.received
+    }
+}
+
+/// Whether the line says that tcpdump listens.
+pub fn is_listening(line: &str) -> bool {
+    line.contains(LISTENING)
+}
+
+/// Whether the line is no error.
+pub fn is_harmless(line: &str) -> bool {
+    let starts = ["tcpdump: listening on ", "tcpdump: data link type ", "tcpdump: verbose output suppressed"];
+    let ends = [
+        "packet captured",
+        "packets captured",
+        "packet received by filter",
+        "packets received by filter",
+        "packet dropped by kernel",
+        "packets dropped by kernel",
+        "packet dropped by interface",
+        "packets dropped by interface",
+    ];
+    line.trim().is_empty()
+        || line.starts_with("dropped privs to ")
+        || starts.iter().any(|start| line.starts_with(start))
+        || ends.iter().any(|end| line.ends_with(end))
+}
+
+/// What went wrong, by what tcpdump said.
+pub fn diagnose(said: &[String], tcpdump: &Path, interface: &str, pcap: &Path) -> Error {
+    let words: Vec<&str> = said.iter().map(String::as_str).filter(|line| !is_harmless(line)).collect();
+    let words = words.join(" ");
+    let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
+    let error = if has(&[&pcap.display().to_string()]) {
+        Error::environment(format!("tcpdump cannot write {}", pcap.display())).advice(
+            "Check that its folder exists and is writable for the host's user, and that AppArmor does not confine tcpdump to other folders",
+        )
+    } else if has(&["permission", "Operation not permitted"]) {
+        Error::environment(format!("tcpdump may not capture on {interface}")).advice(format!(
+            "Run the host as root, or give tcpdump the right: setcap cap_net_raw,cap_net_admin=eip {}",
+            tcpdump.display()
+        ))
+    } else if has(&["No such device", "SIOCGIFHWADDR"]) {
+        Error::environment(format!("there is no interface {interface}"))
+            .advice("Create it, or correct `interface` in the machinery's configuration")
+    } else if has(&["went down", "is not up", "Network is down", "disappeared", "no longer exists"]) {
+        Error::environment(format!("the interface {interface} went away or down"))
+            .advice(format!("Set it up: ip link set {interface} up"))
+    } else if has(&["filter expression", "syntax error", "unknown host"]) {
+        Error::configuration("tcpdump does not understand the filter")
+            .advice("Check the machine's `ip`, and `resultserver.listen_ip` in cuckoo.yaml")
+    } else {
+        Error::failed("tcpdump failed").advice("Look at the host's log, and try tcpdump by hand")
+    };
+    if words.is_empty() { error } else { error.detail(&words) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn diagnosis(line: &str) -> String {
+        let said = ["tcpdump: listening on lo, link-type EN10MB".to_owned(), line.to_owned()];
+        diagnose(&said, Path::new("/usr/bin/tcpdump"), "virbr7", Path::new("/cwd/dump.pcap")).to_string()
+    }
+
+    #[test]
+    fn failures_are_told_apart() {
+        for (line, expected) in [
+            ("tcpdump: virbr7: You don't have permission to perform this capture on that device", "setcap"),
+            ("(socket: Operation not permitted)", "may not capture on virbr7"),
+            ("tcpdump: virbr7: No such device exists", "there is no interface virbr7"),
+            ("tcpdump: /cwd/dump.pcap: Permission denied", "cannot write /cwd/dump.pcap"),
+            ("tcpdump: /cwd/dump.pcap: No such file or directory", "cannot write /cwd/dump.pcap"),
+            ("tcpdump: pcap_loop: The interface disappeared", "went away or down"),
+            ("tcpdump: can't parse filter expression: syntax error", "resultserver.listen_ip"),
+            ("tcpdump: something new", "tcpdump failed: tcpdump: something new"),
+        ] {
+            let text = diagnosis(line);
+            assert!(text.contains(expected) && text.contains(line), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_it_always_says_is_harmless() {
+        for line in [
+            "tcpdump: listening on lo, link-type EN10MB (Ethernet), snapshot length 262144 bytes",
+            "dropped privs to root",
+            "1 packet captured",
+            "12 packets received by filter",
+            "0 packets dropped by kernel",
+            "tcpdump: 3 packets captured, 4 packets received by filter, 0 packets dropped by kernel",
+            "",
+        ] {
+            assert!(is_harmless(line), "{line}");
+        }
+        assert!(!is_harmless("tcpdump: lo: No such device exists"));
+    }
+
+    #[test]
+    fn counts_tell_whether_all_is_read() {
+        let line = "tcpdump: 3 packets captured, 4 packets received by filter, 0 packets dropped by kernel";
+        assert!(!Counts::of(line).unwrap().all_read());
+        let line = "tcpdump: 1 packet captured, 4 packets received by filter, 3 packets dropped by kernel";
+        assert!(Counts::of(line).unwrap().all_read());
+        assert_eq!(Counts::of("4 packets captured"), None);
+    }
+}

@@ -1,0 +1,263 @@
+//! One machine.
+//!
+//! What it *is* (name, ip, tags) comes from its plugin and never changes. What it *does* (state) is
+//! in its [`Status`]: the worker writes what it ordered, the plugin reports what happened by itself.
+//! Who *has* it is its [`Standing`]. Every change goes out as an event.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use machinery::{MachineInfo, State};
+use serde_json::{Value, json};
+
+use super::Machinery;
+use super::standing::{Hold, NotHeld, Standing, Unavailable};
+use crate::capture::Tcpdump;
+use crate::events::{Event, Events};
+
+/// One machine.
+pub struct Machine {
+    /// What it is.
+    pub info: MachineInfo,
+    /// Who drives it.
+    pub machinery: Arc<Machinery>,
+    status: Mutex<Status>,
+    /// Whether its plugin is being asked for its state.
+    asking: AtomicBool,
+    /// What captures its traffic; held while that begins and ends.
+    pub capture: tokio::sync::Mutex<Option<Tcpdump>>,
+    events: Events,
+}
+
+/// The right to ask a machine's plugin for its state; one at a time has it.
+pub struct Asking(Arc<Machine>);
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.asking.store(false, Ordering::SeqCst);
+    }
+}
+
+/// What is known of a machine's doings.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// Its state, as last ordered or reported.
+    pub state: State,
+    /// Whether an action is under way.
+    pub busy: bool,
+    /// Who has it, and whether it is in the pool.
+    pub standing: Standing,
+    /// What went wrong lately, oldest first.
+    pub errors: Vec<String>,
+    /// How often its plugin has reported a state.
+    pub reports: u64,
+}
+
+/// How many errors are remembered for one machine.
+const ERRORS_KEPT: usize = 20;
+
+impl Machine {
+    /// A machine that was just loaded.
+    pub fn new(info: MachineInfo, machinery: Arc<Machinery>, state: State, events: Events) -> Self {
+        let standing = Standing::default();
+        let status = Status { state, busy: false, standing, errors: Vec::new(), reports: 0 };
+        let (asking, capture) = (AtomicBool::new(false), tokio::sync::Mutex::new(None));
+        Machine { info, machinery, status: Mutex::new(status), asking, capture, events }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.info.name
+    }
+
+    /// What is known now.
+    pub fn status(&self) -> Status {
+        self.lock_status().clone()
+    }
+
+    /// The right to ask the plugin for the state, unless somebody asks already.
+    pub fn ask(self: &Arc<Self>) -> Option<Asking> {
+        let taken = self.asking.swap(true, Ordering::SeqCst);
+        (!taken).then(|| Asking(Arc::clone(self)))
+    }
+
+    /// Notes a state that was ordered.
+    pub fn set_state(&self, state: State) {
+        self.note(self.lock_status(), state, "");
+    }
+
+    /// Notes a state that the plugin answered, unless it has reported one since there were
+    /// `reports`: then the answer may be older than that.
+    pub fn set_answered(&self, state: State, reports: u64) {
+        let status = self.lock_status();
+        if status.reports == reports {
+            self.note(status, state, "");
+        }
+    }
+
+    /// Notes a state that the plugin reported by itself, and why.
+    pub fn set_reported(&self, state: State, reason: &str) {
+        let mut status = self.lock_status();
+        status.reports += 1;
+        self.note(status, state, reason);
+    }
+
+    fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
+        if status.state == state {
+            return;
+        }
+        status.state = state;
+        // Sent under the lock, so that subscribers hear the changes in their order.
+        self.events.send(Event::State { machine: self.info.name.clone(), state, reason: reason.to_owned() });
+    }
+
+    /// Notes whether an action is under way.
+    pub fn set_busy(&self, busy: bool) {
+        self.lock_status().busy = busy;
+    }
+
+    /// Remembers an error.
+    pub fn add_error(&self, error: &str) {
+        let mut status = self.lock_status();
+        if status.errors.len() == ERRORS_KEPT {
+            status.errors.remove(0);
+        }
+        status.errors.push(error.to_owned());
+    }
+
+    /// Gives it the standing it had before the host was started.
+    pub fn recall(&self, standing: Standing) {
+        self.lock_status().standing = standing;
+    }
+
+    /// Gives it to a task.
+    ///
+    /// # Errors
+    /// It is not available to that task. A hold that the task has already is no error.
+    pub fn lock(&self, hold: Hold) -> Result<(), Unavailable> {
+        let mut status = self.lock_status();
+        if status.standing.lock.as_ref() == Some(&hold) && status.standing.disabled.is_none() {
+            return Ok(());
+        }
+        if let Some(reason) = status.standing.hindrance(&hold.task_id) {
+            return Err(Unavailable { machine: self.info.name.clone(), wanted: "locked", reason });
+        }
+        let task_id = hold.task_id.clone();
+        status.standing.lock = Some(hold);
+        self.events.send(Event::Locked { machine: self.info.name.clone(), task_id });
+        Ok(())
+    }
+
+    /// Takes it back from its task; with a `task_id`, only from that one.
+    ///
+    /// # Errors
+    /// Nobody has it, or another task.
+    pub fn unlock(&self, task_id: Option<&str>) -> Result<(), NotHeld> {
+        let mut status = self.lock_status();
+        let machine = self.info.name.clone();
+        let Some(hold) = &status.standing.lock else { return Err(NotHeld::NotLocked(machine)) };
+        if task_id.is_some_and(|task_id| task_id != hold.task_id) {
+            return Err(NotHeld::OfAnother { machine, holder: hold.task_id.clone() });
+        }
+        status.standing.lock = None;
+        self.events.send(Event::Unlocked { machine });
+        Ok(())
+    }
+
+    /// Keeps it for a task.
+    ///
+    /// # Errors
+    /// It is not available to that task.
+    pub fn reserve(&self, task_id: &str) -> Result<(), Unavailable> {
+        let mut status = self.lock_status();
+        let machine = self.info.name.clone();
+        if let Some(reason) = status.standing.hindrance(task_id) {
+            return Err(Unavailable { machine, wanted: "reserved", reason });
+        }
+        status.standing.reserved_by = Some(task_id.to_owned());
+        self.events.send(Event::Reserved { machine, task_id: task_id.to_owned() });
+        Ok(())
+    }
+
+    /// Keeps it for nobody any more.
+    ///
+    /// # Errors
+    /// It is not reserved.
+    pub fn unreserve(&self) -> Result<(), NotHeld> {
+        let mut status = self.lock_status();
+        let machine = self.info.name.clone();
+        if status.standing.reserved_by.take().is_none() {
+            return Err(NotHeld::NotReserved(machine));
+        }
+        self.events.send(Event::Unreserved { machine });
+        Ok(())
+    }
+
+    /// The task's hold on it, if one has it.
+    pub fn hold(&self) -> Option<Hold> {
+        self.lock_status().standing.lock.clone()
+    }
+
+    /// Takes the machine out of the pool.
+    pub fn disable(&self, reason: &str) {
+        tracing::error!(machine = self.name(), reason, "machine disabled");
+        let mut status = self.lock_status();
+        status.standing.disabled = Some(reason.to_owned());
+        self.events.send(Event::Disabled { machine: self.info.name.clone(), reason: reason.to_owned() });
+    }
+
+    /// Puts it back.
+    pub fn enable(&self) {
+        if self.lock_status().standing.disabled.take().is_some() {
+            tracing::info!(machine = self.name(), "machine enabled");
+            self.events.send(Event::Enabled { machine: self.info.name.clone() });
+        }
+    }
+
+    /// Tells and remembers that its traffic is not, or not wholly, captured.
+    pub fn capture_failed(&self, error: &machinery::Error) {
+        let error = error.clone().action("capturing its traffic").machine(self.name()).to_string();
+        tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
+        self.add_error(&error);
+        self.events.send(Event::CaptureFailed { machine: self.info.name.clone(), reason: error });
+    }
+
+    /// Tells how far a long action is.
+    pub fn progress(&self, fraction: f64) {
+        self.events.send(Event::Progress { machine: self.info.name.clone(), fraction });
+    }
+
+    /// The keys that Cuckoo3's `Machine.from_dict` reads.
+    pub fn to_json(&self) -> Value {
+        let info = &self.info;
+        let status = self.lock_status();
+        let Standing { lock, reserved_by, disabled } = &status.standing;
+        json!({
+            "name": info.name,
+            "label": info.label,
+            "ip": info.ip,
+            "platform": info.platform,
+            "os_version": info.os_version,
+            "tags": info.tags,
+            "snapshot": info.snapshot,
+            "architecture": info.architecture,
+            "interface": info.interface,
+            "agent_port": info.agent_port,
+            "mac_address": info.mac_address,
+            "machinery_name": self.machinery.name,
+            "state": status.state,
+            "locked": lock.is_some(),
+            "locked_by": lock.as_ref().map_or("", |hold| &hold.task_id),
+            "reserved": reserved_by.is_some(),
+            "reserved_by": reserved_by.as_deref().unwrap_or(""),
+            "disabled": disabled.is_some(),
+            "disabled_reason": disabled.as_deref().unwrap_or(""),
+            "errors": status.errors,
+        })
+    }
+
+    /// Status is whole after each statement that holds the lock, so poison means nothing.
+    fn lock_status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,60 @@
+//! The machines of all machineries, and what is known of each.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | [`machine`] | one machine: what it is, what it does, who has it |
+//! | [`standing`] | who has a machine: locked, reserved, disabled |
+//! | [`choice`] | which machine a task gets that does not name one |
+//! | [`books`] | the standing of all machines, on disk, so that it outlives the host |
+//! | [`services`] | what a plugin is given to report through |
+
+pub mod books;
+pub mod choice;
+pub mod machine;
+pub mod services;
+pub mod standing;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use machinery::Capabilities;
+use machinery::host::Instance;
+
+pub use machine::Machine;
+
+/// A loaded machinery.
+pub struct Machinery {
+    /// Its name in the `machineries` list.
+    pub name: String,
+    /// Its plugin's methods.
+    pub instance: Instance,
+    /// Which of the optional ones are real.
+    pub capabilities: Capabilities,
+    /// The hypervisor's version, for people.
+    pub version: String,
+}
+
+/// All machines, in the order of the configuration.
+pub struct Fleet {
+    machines: Vec<Arc<Machine>>,
+    by_name: HashMap<String, Arc<Machine>>,
+}
+
+impl Fleet {
+    /// The fleet of these machines, whose names are unique.
+    pub fn new(machines: Vec<Arc<Machine>>) -> Self {
+        let by_name =
+            machines.iter().map(|machine| (machine.info.name.clone(), Arc::clone(machine))).collect();
+        Fleet { machines, by_name }
+    }
+
+    /// All of them.
+    pub fn machines(&self) -> &[Arc<Machine>] {
+        &self.machines
+    }
+
+    /// The machine of that name.
+    pub fn find(&self, name: &str) -> Option<&Arc<Machine>> {
+        self.by_name.get(name)
+    }
+}

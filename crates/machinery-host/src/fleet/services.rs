@@ -1,0 +1,59 @@
+//! What a plugin is given to report through.
+
+use std::sync::{Arc, OnceLock};
+
+use machinery::{HostServices, LogLevel, LogRecord, State};
+
+use super::{Fleet, Machine};
+use crate::logging;
+
+/// What one plugin is given as its host. It may call before the fleet is complete and after the
+/// host has ended; then it is not heard.
+pub struct Services {
+    machinery: String,
+    fleet: Arc<OnceLock<Fleet>>,
+}
+
+impl Services {
+    /// The services for that machinery's plugin.
+    pub fn new(machinery: &str, fleet: Arc<OnceLock<Fleet>>) -> Self {
+        Services { machinery: machinery.to_owned(), fleet }
+    }
+
+    /// A plugin may only speak of its own machines.
+    fn machine(&self, name: &str) -> Option<&Arc<Machine>> {
+        let machine = self.fleet.get()?.find(name);
+        let own = machine.filter(|machine| machine.machinery.name == self.machinery);
+        if own.is_none() {
+            tracing::warn!(
+                machinery = self.machinery,
+                machine = name,
+                "the plugin speaks of a machine it does not have"
+            );
+        }
+        own
+    }
+}
+
+impl HostServices for Services {
+    fn log(&self, record: LogRecord) {
+        logging::from_plugin(&self.machinery, &record);
+    }
+
+    fn state_changed(&self, machine: &str, state: State, reason: &str) {
+        if let Some(machine) = self.machine(machine) {
+            tracing::debug!(machine = machine.name(), %state, reason, "state reported");
+            machine.set_reported(state, reason);
+        }
+    }
+
+    fn progress(&self, machine: &str, fraction: f64) {
+        if let Some(machine) = self.machine(machine) {
+            machine.progress(fraction);
+        }
+    }
+
+    fn max_level(&self) -> LogLevel {
+        logging::max_level()
+    }
+}
