@@ -161,11 +161,11 @@ class Host:
                 self._log.exception(f"An event of the machinery host was not dealt with: {event}: {error}")
 
     def _bring_back(self):
-        why = "is gone"
+        what = f"The machinery host {self._whose()} is gone"
         while not self._ending.is_set():
             pause = min(2**self._failures, LONGEST_PAUSE)
             self._failures += 1
-            self._log.error(f"The machinery host {self._whose()} {why}. It is looked after in {pause} s")
+            self._log.error(f"{what}. One is looked for in {pause} s, and started if there is none")
             if self._ending.wait(pause):
                 return
             try:
@@ -173,15 +173,15 @@ class Host:
                 self._listen()
             except Exception as error:
                 # Whatever it was, the next attempt may be better.
-                why = f"did not come back: {error}"
+                what = f"The machinery host did not come back: {error}"
             else:
-                self._log.warning(f"The machinery host {self._whose()} is back")
+                self._log.warning(f"The machinery host {self._whose()} is attached")
                 return
 
     def _whose(self):
         if self._child:
-            return f"of {self._cwd}, process {self._child.pid}, which this node has started,"
-        return f"of {self._cwd}, which this node has not started,"
+            return f"of {self._cwd} that was started here (process {self._child.pid})"
+        return f"of {self._cwd} that somebody else runs"
 
     def _bring_up(self, comeback):
         """Returns when a host answers. Another's, which was there before, gets some time to come back."""
