@@ -320,7 +320,11 @@ class Child:
 
     def end(self):
         """Ends it in good order, if it has not ended; false if it had to be killed."""
-        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.send_signal(signal.SIGTERM)
+        except ProcessLookupError:
+            # It has ended just now; Python before 3.9 sends all the same.
+            pass
         in_order = self._ended.wait(END_LIMIT)
         if not in_order:
             self._process.kill()
