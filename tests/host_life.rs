@@ -210,6 +210,8 @@ fn exit_codes_tell_how_it_went() {
         &["norestore-start", "m"],
         &["stop", "m"],
         &["stop", "m"],
+        &["disable-machine", "m", "smells"],
+        &["disable-machine", "m"],
         &["enable-machine", "m"],
         &["--version"],
         &["--help"],
@@ -223,6 +225,7 @@ fn exit_codes_tell_how_it_went() {
         &["state", "ghost"],
         &["screenshot", "m", &screen],
         &["dump-memory", "m", &memory, "--format", "win-dmp"],
+        &["unlock", "m"],
     ] {
         assert_code(&cwd, arguments, 1);
     }
@@ -241,6 +244,22 @@ fn exit_codes_tell_how_it_went() {
     }
     fs::remove_file(cwd.root().join(".cuckoocwd")).unwrap();
     assert!(assert_code(&cwd, &["list"], 2).stderr.contains(".cuckoocwd"));
+}
+
+#[test]
+fn the_list_tells_why_a_machine_is_not_available() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    client.ask(json!({"action": "reserve", "machine": "m", "task_id": "t1"})).unwrap();
+    client.ask(json!({"action": "lock", "machine": "m", "task_id": "t1"})).unwrap();
+    assert_code(&cwd, &["disable-machine", "m", "smells"], 0);
+    let listed = assert_code(&cwd, &["list"], 0).stdout;
+    assert!(listed.contains("disabled: smells; reserved by t1; locked by t1"), "{listed}");
+    assert_code(&cwd, &["unlock", "m"], 0);
+    assert_code(&cwd, &["enable-machine", "m"], 0);
+    let listed = assert_code(&cwd, &["list"], 0).stdout;
+    assert!(listed.contains("reserved by t1") && !listed.contains("locked"), "{listed}");
 }
 
 #[test]

@@ -47,7 +47,7 @@ fn end_if_left(pid: Pid, pcaps: &[PathBuf]) {
 fn writes_to_one_of(arguments: &[u8], pcaps: &[PathBuf]) -> bool {
     let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
     let is_pcap = |path: &[u8]| pcaps.iter().any(|pcap: &PathBuf| Path::as_os_str(pcap).as_bytes() == path);
-    arguments.contains(&b"--immediate-mode".as_slice())
+    arguments.contains(&b"-U".as_slice())
         && arguments.windows(2).any(|pair| pair[0] == b"-w" && is_pcap(pair[1]))
 }
 
@@ -58,10 +58,10 @@ mod tests {
     #[test]
     fn only_a_capture_into_such_a_file_is_a_leftover() {
         let pcaps = [PathBuf::from("/cwd/a.pcap")];
-        let ours = b"tcpdump\0-U\0--immediate-mode\0-w\0/cwd/a.pcap\0host 1\0";
+        let ours = b"tcpdump\0-U\0-w\0/cwd/a.pcap\0host 1\0";
         assert!(writes_to_one_of(ours, &pcaps));
         assert!(!writes_to_one_of(ours, &[]));
-        assert!(!writes_to_one_of(b"tcpdump\0--immediate-mode\0-w\0/cwd/a.pcap2\0", &pcaps));
+        assert!(!writes_to_one_of(b"tcpdump\0-U\0-w\0/cwd/a.pcap2\0", &pcaps));
         assert!(!writes_to_one_of(b"vim\0/cwd/a.pcap\0", &pcaps));
     }
 }

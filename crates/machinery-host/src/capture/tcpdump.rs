@@ -18,13 +18,17 @@ use super::{Settings, Target};
 /// How long tcpdump may take until it listens.
 const STARTING: Duration = Duration::from_secs(10);
 /// How long it may take to read what has arrived. The machine is off by then, so it is not much.
-const READING: Duration = Duration::from_secs(2);
-/// How long between two questions whether it has.
-const ASKING: Duration = Duration::from_millis(5);
+const READING: Duration = Duration::from_secs(4);
+/// The kernel hands packets over when a block is full, and after a second at the latest (tcpdump
+/// asks libpcap for that). `--immediate-mode` would spare the wait, but leaves room for a few dozen
+/// packets only where an interface has offloads, as a guest's has; then a burst is lost.
+const HANDED_OVER: Duration = Duration::from_millis(1200);
+/// How long between two questions whether it has all.
+const ASKING: Duration = Duration::from_millis(10);
 /// How long it may take to end.
 const ENDING: Duration = Duration::from_secs(10);
-/// How many of its lines are remembered.
-const LINES: usize = 50;
+/// How many of its complaints are remembered.
+const COMPLAINTS: usize = 20;
 
 /// A capture under way. Dropped, it ends by itself.
 #[derive(Debug)]
@@ -79,7 +83,7 @@ async fn watch(
 struct Process {
     child: Child,
     stderr: Lines<BufReader<ChildStderr>>,
-    said: Vec<String>,
+    complaints: Vec<String>,
     settings: Settings,
     target: Target,
 }
@@ -89,8 +93,6 @@ impl Process {
         let mut command = Command::new(&settings.tcpdump);
         // Each packet at once to the file, whole, without looking up names.
         command.arg("-i").arg(&target.interface).args(["-U", "-s", "0", "-n"]);
-        // Without it, packets wait up to a second in the kernel, and a stop for them.
-        command.arg("--immediate-mode");
         if geteuid().is_root() {
             // Some distributions' tcpdump becomes another user, who may not write the file.
             command.args(["-Z", "root"]);
@@ -103,7 +105,7 @@ impl Process {
         let stderr = child.stderr.take().ok_or_else(|| Error::failed("tcpdump has no stderr"))?;
         let stderr = BufReader::new(stderr).lines();
         tracing::debug!(pcap = %target.pcap.display(), filter = target.filter, "tcpdump started");
-        Ok(Process { child, stderr, said: Vec::new(), settings: settings.clone(), target })
+        Ok(Process { child, stderr, complaints: Vec::new(), settings: settings.clone(), target })
     }
 
     async fn listens(&mut self) -> Result<()> {
@@ -129,8 +131,8 @@ impl Process {
     async fn line(&mut self) -> Option<String> {
         // A line that is no text ends what can be understood of it.
         let line = self.stderr.next_line().await.ok().flatten()?;
-        if self.said.len() < LINES {
-            self.said.push(line.clone());
+        if !stderr::is_harmless(&line) && self.complaints.len() < COMPLAINTS {
+            self.complaints.push(line.clone());
         }
         Some(line)
     }
@@ -147,9 +149,7 @@ impl Process {
         }
         self.signal(Signal::TERM);
         match timeout(ENDING, self.end()).await {
-            Ok(Ok(status)) if status.success() && self.said.iter().all(|line| stderr::is_harmless(line)) => {
-                Ok(())
-            }
+            Ok(Ok(status)) if status.success() && self.complaints.is_empty() => Ok(()),
             Ok(status) => Err(self.failure("tcpdump did not end in good order", status)),
             Err(_) => {
                 self.signal(Signal::KILL);
@@ -162,21 +162,27 @@ impl Process {
 
     /// Waits until all that has arrived is in the file. There is no event for it.
     async fn reads_all(&mut self) {
-        loop {
-            self.signal(Signal::USR1);
-            let counts = loop {
-                match self.line().await {
-                    Some(line) => match Counts::of(&line) {
-                        Some(counts) => break counts,
-                        None => continue,
-                    },
-                    None => return,
-                }
-            };
-            if counts.all_read() {
+        let mut last = None;
+        let mut since = Instant::now();
+        while let Some(counts) = self.counts().await {
+            if last != Some(counts) {
+                (last, since) = (Some(counts), Instant::now());
+            }
+            // The loopback interface counts each packet twice, so there they never agree.
+            if counts.all_read() || since.elapsed() > HANDED_OVER {
                 return;
             }
             tokio::time::sleep(ASKING).await;
+        }
+    }
+
+    /// How many packets there are by now, unless it has ended.
+    async fn counts(&mut self) -> Option<Counts> {
+        self.signal(Signal::USR1);
+        loop {
+            if let Some(counts) = Counts::of(&self.line().await?) {
+                return Some(counts);
+            }
         }
     }
 
@@ -196,7 +202,7 @@ impl Process {
     }
 
     fn diagnosis(&self) -> Error {
-        stderr::diagnose(&self.said, &self.settings.tcpdump, &self.target.interface, &self.target.pcap)
+        stderr::diagnose(&self.complaints, &self.settings.tcpdump, &self.target.interface, &self.target.pcap)
     }
 }
 

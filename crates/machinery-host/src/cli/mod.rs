@@ -79,6 +79,14 @@ enum Command {
     Screenshot { machine: String, path: PathBuf },
     /// Put a disabled machine back into the pool
     EnableMachine { machine: String },
+    /// Take a machine out of the pool
+    DisableMachine {
+        machine: String,
+        /// Why, for those who look at the list
+        reason: Option<String>,
+    },
+    /// Take a machine back from the task that has it, if that task will not give it back
+    Unlock { machine: String },
     /// Show the plugins that are listed, and those that are there
     Plugins,
     /// Take machines over from another tool
@@ -159,6 +167,10 @@ fn request(command: &Command) -> Result<Value> {
         Command::Stop { machine } => simple("stop", machine),
         Command::AcpiStop { machine } => simple("acpi_stop", machine),
         Command::EnableMachine { machine } => simple("enable_machine", machine),
+        Command::DisableMachine { machine, reason } => {
+            json!({"action": "disable_machine", "machine": machine, "reason": reason})
+        }
+        Command::Unlock { machine } => simple("unlock", machine),
         Command::DumpMemory { machine, path, format } => {
             json!({"action": "dump_memory", "machine": machine, "path": absolute(path)?, "format": format})
         }

@@ -52,10 +52,6 @@ pub fn machines(answer: &Value, json: bool) {
         let tags: Vec<&str> =
             machine["tags"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let platform = format!("{} {} {}", text("platform"), text("os_version"), text("architecture"));
-        let note = match text("disabled_reason") {
-            reason if machine["disabled"] == json!(true) => format!("disabled: {}", first_line(&reason)),
-            _ => String::new(),
-        };
         rows.push([
             text("name"),
             text("state"),
@@ -63,10 +59,20 @@ pub fn machines(answer: &Value, json: bool) {
             text("ip"),
             platform,
             tags.join(","),
-            note,
+            note(machine),
         ]);
     }
     println!("{}", table(&rows));
+}
+
+/// Why the machine is not available, if it is not.
+fn note(machine: &Value) -> String {
+    let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
+    let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
+        let by = if *is == "disabled" { ":" } else { " by" };
+        format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
+    });
+    said.collect::<Vec<_>>().join("; ")
 }
 
 fn first_line(text: &str) -> &str {
