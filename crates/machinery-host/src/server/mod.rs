@@ -31,7 +31,7 @@ use crate::fleet::{Fleet, Machine};
 pub use peers::Peers;
 
 /// Connections one process may hold.
-const PER_PROCESS: usize = 1024;
+const PER_PROCESS: usize = 512;
 /// Connections all processes together may hold.
 const ALL: usize = 2048;
 
