@@ -6,6 +6,8 @@
 //! a bounded backlog of answers, and a write that does not get on ends the connection.
 
 mod connection;
+#[cfg(test)]
+mod fuzz;
 mod lines;
 mod peers;
 pub mod protocol;
