@@ -39,7 +39,9 @@ impl Client {
         self.send(&request)?;
         loop {
             let message = self.next()?;
-            if message.get("id") == Some(&id) {
+            // A client that is not served at all is told so without an id.
+            let is_answer = message.get("id").is_none() && message.get("event").is_none();
+            if is_answer || message.get("id") == Some(&id) {
                 return Ok(message);
             }
             heard(&message);

@@ -8,8 +8,9 @@
 //! Nothing here is left behind: a process that is still there when its owner is dropped is told to
 //! end, then killed with all it has started; and it is told to end with the thread that started it.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -90,6 +91,9 @@ impl RunningHost {
         let dir = scratch()?;
         let address = dir.path().join("notify");
         let notify = UnixDatagram::bind(&address).context(what)?;
+        // A host may run as another user.
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).context(what)?;
+        fs::set_permissions(&address, Permissions::from_mode(0o666)).context(what)?;
         command.env("NOTIFY_SOCKET", address);
         let host = RunningHost { process: Process::spawn_in(command, dir)?, notify, socket: cwd.socket() };
         host.heard("READY=1")?;

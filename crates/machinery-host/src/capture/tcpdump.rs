@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use machinery::{Error, Result};
-use rustix::process::{Pid, Signal, geteuid, kill_process};
+use rustix::process::{Pid, Signal, geteuid, kill_process, kill_process_group};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::oneshot;
@@ -119,7 +119,7 @@ impl Process {
                     return Err(self.failure("tcpdump ended at once", status));
                 }
                 Err(_) => {
-                    // Dropped with this, and so killed.
+                    self.kill().await;
                     let error = format!("tcpdump does not listen within {STARTING:?}");
                     return Err(self.diagnosis().detail(&error));
                 }
@@ -152,9 +152,7 @@ impl Process {
             Ok(Ok(status)) if status.success() && self.complaints.is_empty() => Ok(()),
             Ok(status) => Err(self.failure("tcpdump did not end in good order", status)),
             Err(_) => {
-                self.signal(Signal::KILL);
-                // Nothing resists this but a disk that hangs.
-                let _ = timeout(ENDING, self.end()).await;
+                self.kill().await;
                 Err(self.diagnosis().detail(&format!("it did not end within {ENDING:?} and was killed")))
             }
         }
@@ -186,10 +184,23 @@ impl Process {
         }
     }
 
+    /// Kills it with all it has started, for it may be a script around tcpdump.
+    async fn kill(&mut self) {
+        if let Some(pid) = self.pid() {
+            // An error says that there is nobody left.
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+        // Nothing resists this but a disk that hangs.
+        let _ = timeout(ENDING, self.end()).await;
+    }
+
+    /// There is none once it has been waited for, so a signal never hits another process.
+    fn pid(&self) -> Option<Pid> {
+        self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
+    }
+
     fn signal(&self, signal: Signal) {
-        // There is no number once it has been waited for, so it never hits another process.
-        let pid = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
-        if let Some(pid) = pid
+        if let Some(pid) = self.pid()
             && let Err(error) = kill_process(pid, signal)
         {
             tracing::debug!(%error, "tcpdump hears no signal");
@@ -208,5 +219,5 @@ impl Process {
 
 fn cannot_start(settings: &Settings, error: &io::Error) -> Error {
     let error = Error::environment(format!("cannot start {}: {error}", settings.tcpdump.display()));
-    error.advice("Install tcpdump, or correct `tcpdump.path` in cuckoo.yaml, or set `tcpdump.enabled: false`")
+    error.advice(super::NO_TCPDUMP)
 }

@@ -198,8 +198,10 @@ fn ask(cwd: &Cwd, request: Value) -> Result<Value> {
 fn act(cwd: &Cwd, request: &Value, json: bool) -> Result<ExitCode> {
     let mut client = Client::connect(&cwd.manager_socket())?;
     let mut progress = show::Progress::new(request, json);
-    client.ask(json!({"action": "subscribe"}), |_| ())?;
-    let answer = client.ask(request.clone(), |event| progress.heard(event))?;
+    let mut answer = client.ask(json!({"action": "subscribe"}), |_| ())?;
+    if answer["success"] == json!(true) {
+        answer = client.ask(request.clone(), |event| progress.heard(event))?;
+    }
     progress.done(&answer);
     Ok(code(&answer))
 }

@@ -216,7 +216,7 @@ impl Machine {
 
     /// Tells and remembers that its traffic is not, or not wholly, captured.
     pub fn capture_failed(&self, error: &machinery::Error) {
-        let error = error.clone().action("capturing its traffic").machine(self.name()).to_string();
+        let error = error.clone().action("capturing the traffic").machine(self.name()).to_string();
         tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
         self.add_error(&error);
         self.events.send(Event::CaptureFailed { machine: self.info.name.clone(), reason: error });

@@ -6,6 +6,8 @@
 //! a bounded backlog of answers, and a write that does not get on ends the connection.
 
 mod connection;
+#[cfg(test)]
+mod fuzz;
 mod lines;
 mod peers;
 pub mod protocol;
@@ -19,6 +21,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use machinery::{Error, Result, SocketPath};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -31,9 +34,12 @@ use crate::fleet::{Fleet, Machine};
 pub use peers::Peers;
 
 /// Connections one process may hold.
-const PER_PROCESS: usize = 1024;
+const PER_PROCESS: usize = 512;
 /// Connections all processes together may hold.
 const ALL: usize = 2048;
+
+/// How long a client that may not be served can take to read why.
+const TURNING_AWAY: Duration = Duration::from_secs(1);
 
 /// What a connection too many is told.
 const TOO_MANY: &[u8] =
@@ -160,19 +166,26 @@ pub async fn serve(
 
 /// Serves the client, if it is one that may be served.
 async fn greet(stream: UnixStream, peers: Arc<Peers>, shared: Arc<Shared>, place: Place) {
-    let asked = tokio::task::spawn_blocking(move || {
-        let admitted = peers.admit(&stream);
-        (stream, admitted)
-    });
-    match asked.await {
-        Ok((stream, Ok(()))) => connection::serve(stream, shared, place).await,
-        Ok((stream, Err(reason))) => {
+    match peers.admit(&stream).await {
+        Ok(()) => connection::serve(stream, shared, place).await,
+        Err(reason) => {
             tracing::warn!(reason, "a client was refused");
-            // If it cannot be written at once, the closing says as much.
-            let _ = stream.try_write(&protocol::line(protocol::failure(&reason), None));
+            turn_away(stream, &reason).await;
         }
-        Err(error) => tracing::error!(%error, "cannot tell who a client is"),
     }
+}
+
+/// Tells the client why it is closed. It is heard out for a moment, because who is still sending
+/// when it is closed never reads why.
+async fn turn_away(mut stream: UnixStream, reason: &str) {
+    let words = protocol::line(protocol::failure(reason), None);
+    let last_words = async {
+        stream.write_all(&words).await?;
+        stream.shutdown().await?;
+        stream.read(&mut [0; 4096]).await
+    };
+    // Nothing is owed to it.
+    let _ = tokio::time::timeout(TURNING_AWAY, last_words).await;
 }
 
 /// Counts connections by the process at the other end.

@@ -1,0 +1,148 @@
+//! Who may use the socket. Being somebody else takes root; as a plain user, these tests see only
+//! what a plain user can, and say so.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::process::Command;
+
+use machinery_testkit::artifacts;
+use machinery_testkit::host::{self, Ran, RunningHost};
+use machinery_testkit::scratch::ScratchCwd;
+use rustix::process::geteuid;
+use serde_json::json;
+use tempfile::TempDir;
+
+/// Nobody, and a group that Debian has for it. Neither owns anything.
+const NOBODY: u32 = 65_534;
+const NOGROUP: &str = "nogroup";
+/// A user and a group without names.
+const STRANGER: u32 = 54_321;
+
+fn is_root() -> bool {
+    let root = geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED for the most part: only root can be another user, to see whom the host refuses");
+    }
+    root
+}
+
+/// The program and a plugin at a place where everybody can go; those that were built may be where
+/// only root can.
+struct Installed(TempDir);
+
+impl Installed {
+    fn new() -> Self {
+        let bin = tempfile::Builder::new().prefix("machinery-bin.").tempdir().unwrap();
+        set_mode(bin.path(), 0o755);
+        for file in [artifacts::program().unwrap(), artifacts::plugin("example").unwrap()] {
+            fs::copy(&file, bin.path().join(file.file_name().unwrap())).unwrap();
+        }
+        Installed(bin)
+    }
+
+    /// The program for that CWD, run by another user.
+    fn run_by(&self, user: u32, group: u32, cwd: &ScratchCwd) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args([format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".to_owned()]);
+        command.arg(self.0.path().join("cuckoo-machinery")).arg("--cwd").arg(cwd.root());
+        command.current_dir("/");
+        command
+    }
+
+    fn ask_by(&self, user: u32, group: u32, cwd: &ScratchCwd, arguments: &[&str]) -> Ran {
+        let mut command = self.run_by(user, group, cwd);
+        command.arg("--json").args(arguments);
+        host::run_command(command).unwrap()
+    }
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+}
+
+/// A CWD that others can pass on their way to the socket.
+fn open_cwd() -> ScratchCwd {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    cwd.write("operational/sockets/.keep", "").unwrap();
+    for folder in ["..", ".", "operational", "operational/sockets"] {
+        set_mode(&cwd.root().join(folder), 0o755);
+    }
+    cwd
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[test]
+fn a_stranger_is_kept_out_by_the_mode_and_by_its_credentials() {
+    if !is_root() {
+        return;
+    }
+    let (cwd, installed) = (open_cwd(), Installed::new());
+    let host = RunningHost::start(&cwd).unwrap();
+    let refused = installed.ask_by(STRANGER, STRANGER, &cwd, &["restore-start", "m"]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stdout.contains("Permission denied"), "{refused:?}");
+    // Somebody has opened the mode.
+    set_mode(&cwd.socket(), 0o666);
+    let told = installed.ask_by(STRANGER, STRANGER, &cwd, &["restore-start", "m"]);
+    assert_eq!(told.code, Some(1), "{told:?}");
+    let reason = "user 54321 may not use the machinery host: it is for user 0, root";
+    assert!(told.stdout.contains(reason), "{told:?}");
+    assert_eq!(host.client().unwrap().machine("m").unwrap()["state"], "poweroff");
+}
+
+#[test]
+fn the_members_of_the_group_are_let_in() {
+    if !is_root() {
+        return;
+    }
+    let (cwd, installed) = (open_cwd(), Installed::new());
+    cwd.host_yaml(&format!("socket_group: {NOGROUP}\n")).unwrap();
+    let _host = RunningHost::start(&cwd).unwrap();
+    let socket = fs::metadata(cwd.socket()).unwrap();
+    assert_eq!((mode(&cwd.socket()), socket.gid()), (0o660, NOBODY));
+    let ask = |user, group| installed.ask_by(user, group, &cwd, &["list"]);
+    let served = ask(STRANGER, NOBODY);
+    assert_eq!(served.code, Some(0), "{served:?}");
+    // A member by the user database, whatever group it runs with, once the mode lets it come.
+    set_mode(&cwd.socket(), 0o666);
+    let served = ask(NOBODY, STRANGER);
+    assert_eq!(served.code, Some(0), "{served:?}");
+    let refused = ask(STRANGER, STRANGER);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stdout.contains("members of the group nogroup"), "{refused:?}");
+}
+
+#[test]
+fn root_is_served_by_a_plain_users_host() {
+    if !is_root() {
+        return;
+    }
+    let (cwd, installed) = (open_cwd(), Installed::new());
+    for path in [".", "operational", "operational/sockets"] {
+        chown(cwd.root().join(path), Some(NOBODY), None).unwrap();
+    }
+    let host = RunningHost::start_with(&cwd, |command| {
+        *command = installed.run_by(NOBODY, NOBODY, &cwd);
+        command.arg("serve");
+    });
+    let host = host.unwrap();
+    assert_eq!(fs::metadata(cwd.socket()).unwrap().uid(), NOBODY);
+    let answer = host.client().unwrap().act("restore_start", "m").unwrap();
+    assert_eq!(answer, json!({"success": true}));
+}
+
+#[test]
+fn a_group_that_does_not_exist_keeps_the_host_from_starting() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    cwd.host_yaml("socket_group: no-such-group-here\n").unwrap();
+    let ran = host::run(&cwd, &["serve"]).unwrap();
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("no-such-group-here") && ran.stderr.contains("groupadd"), "{ran:?}");
+}
