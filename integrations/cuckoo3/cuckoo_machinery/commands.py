@@ -47,7 +47,8 @@ def cuckoo():
 def _use_the_host(replaced):
     for module, name in replaced:
         _expect(module, name)
-    from cuckoo.node import startup, taskrunner as cuckoo_taskrunner
+    from cuckoo.node import startup
+    from cuckoo.node import taskrunner as cuckoo_taskrunner
 
     from . import configuration, manager, taskrunner
 

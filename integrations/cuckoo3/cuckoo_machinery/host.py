@@ -36,8 +36,8 @@ PROGRAM_VARIABLE = "CUCKOO_MACHINERY"
 
 # All in seconds.
 START_LIMIT = 120
-# A host ends its machines first, which takes up to a minute each, all at the same time.
-END_LIMIT = 90
+# A host stops its machines first, which takes up to a minute, and then its plugins let go.
+END_LIMIT = 100
 # How long a host that somebody else runs may take to come back.
 COMEBACK = 5
 # A host that ran this long has not failed to start.
@@ -241,8 +241,7 @@ class Host:
         self._child = Child(find_program(), self._cwd)
         if self._child.is_ready(START_LIMIT):
             self._log.info(
-                f"The machinery host of {self._cwd} is started: process {self._child.pid}, "
-                f"log {self._child.log_path}"
+                f"The machinery host of {self._cwd} is started: process {self._child.pid}, log {self._child.log_path}"
             )
             return
         child, self._child = self._child, None

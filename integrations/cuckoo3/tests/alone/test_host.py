@@ -109,9 +109,9 @@ class Starting(HostTest):
         program = self.cwd / "program"
         program.write_text("#!/bin/sh\nexit 3\n")
         program.chmod(stat.S_IRWXU)
-        with mock.patch.dict(os.environ, {"CUCKOO_MACHINERY": str(program)}):
-            with self.assertRaises(HostError) as caught:
-                self.host().attach()
+        other_program = mock.patch.dict(os.environ, {"CUCKOO_MACHINERY": str(program)})
+        with other_program, self.assertRaises(HostError) as caught:
+            self.host().attach()
         self.assertIn("It said: nothing\n(exit code 3;", str(caught.exception))
 
     def test_something_else_on_the_socket_is_told(self):

@@ -6,6 +6,8 @@ import unittest
 from types import SimpleNamespace
 from unittest import mock
 
+from cuckoo import config as cuckoo_config
+from cuckoo.common import config, startup
 from cuckoo.common.machines import (
     MachineListDumper,
     MachineListError,
@@ -18,6 +20,7 @@ from cuckoo.common.startup import StartupError
 from cuckoo.common.storage import Paths, TaskPaths
 
 from cuckoo_machinery import manager as module
+from cuckoo_machinery.configuration import accept_all_machineries
 from cuckoo_machinery.connection import OutOfReach, Refused
 from cuckoo_machinery.manager import HostedManager, start_machinerymanager
 from tests.support import Ears, start_other_host, write_machines
@@ -298,7 +301,11 @@ class Manager(ManagerTest):
         self.addCleanup(manager.let_go)
         self.assertEqual(
             register.mock_calls,
-            [mock.call(manager.stop), mock.call(manager.shutdown_all, order=999), mock.call(manager.let_go, order=1000)],
+            [
+                mock.call(manager.stop),
+                mock.call(manager.shutdown_all, order=999),
+                mock.call(manager.let_go, order=1000),
+            ],
         )
         host = process_behind(manager.host.client.path)
         manager.stop()
@@ -329,10 +336,6 @@ class Manager(ManagerTest):
 
 class Configuration(ManagerTest):
     def test_machineries_that_cuckoo_does_not_know(self):
-        from cuckoo import config as cuckoo_config
-        from cuckoo.common import config, startup
-        from cuckoo_machinery.configuration import accept_all_machineries
-
         with self.assertRaisesRegex(StartupError, "'example' does not exist"):
             startup.load_configuration("cuckoo.yaml")
         for owner, name in ((cuckoo_config.Machinery, "constraints"), (startup, "_load_machinery_configs")):

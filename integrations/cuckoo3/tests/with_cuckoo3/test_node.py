@@ -62,7 +62,7 @@ class ATask(NodeTest):
         self.assertEqual(list(machines), ["good", "bad", "other"])
         self.assertEqual(machines["good"]["machinery_name"], "example")
         events = node.events()
-        client, ears = self.watch()
+        _, ears = self.watch()
 
         self.assertEqual(node.start_task(TASKS[0], "good"), (200, b""))
         ears.wait_for("locked", machine="good", task_id=TASKS[0])

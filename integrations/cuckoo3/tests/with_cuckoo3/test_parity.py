@@ -4,7 +4,6 @@ Each case is run against both, on machines that behave the same, and what the cl
 success or failure, the reason, whether the connection stays, and what has become of the machine.
 """
 
-import json
 import pickle
 import re
 import shutil
@@ -328,9 +327,9 @@ class Waiting(unittest.TestCase):
         for wait in (True, False):
             with self.assertRaises(ActionFailedError):
                 WaitingClient("/none/such.sock").stop("good", wait_response=wait)
-        with mock.patch.object(taskrunner, "ask", lambda path, message, _: ask(path, message, 0)):
-            with self.assertRaisesRegex(ActionFailedError, "took longer than 120 seconds"):
-                WaitingClient(self.host.path).restore_start("good")
+        at_once = mock.patch.object(taskrunner, "ask", lambda path, message, _: ask(path, message, 0))
+        with at_once, self.assertRaisesRegex(ActionFailedError, "took longer than 120 seconds"):
+            WaitingClient(self.host.path).restore_start("good")
 
     def test_a_host_that_goes_away_fails_the_action(self):
         folder = tempfile.TemporaryDirectory()
