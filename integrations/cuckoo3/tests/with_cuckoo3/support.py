@@ -167,6 +167,13 @@ class Node:
         self._case.assertEqual(status, 200)
         return {machine["name"]: machine for machine in json.loads(body)}
 
+    def wait_for_machine(self, name, **keys):
+        """Returns when it shows the machine like that. It hears of it as we do, sooner or later."""
+        deadline = time.monotonic() + LIMIT
+        while not keys.items() <= self.machines()[name].items():
+            self._case.assertLess(time.monotonic(), deadline, f"the node shows {self.machines()[name]}")
+            time.sleep(0.05)
+
     def start_task(self, task_id, machine):
         """Has it run a task whose files are there."""
         add_task(self.root, task_id)

@@ -69,7 +69,7 @@ class ATask(NodeTest):
         ears.wait_for("state", machine="good", state="running")
         events.wait_for(type="task_state", task_id=TASKS[0], state="task_running")
         self.assertEqual(node.machines()["good"]["locked_by"], TASKS[0])
-        self.assertEqual(node.machines()["good"]["state"], "running")
+        node.wait_for_machine("good", state="running")
         # Nobody else gets it.
         status, body = node.start_task(TASKS[1], "good")
         self.assertEqual(status, 400)
