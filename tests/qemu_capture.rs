@@ -83,8 +83,8 @@ fn run(lab: &Lab, client: &mut Client, pcap: &Path) -> Vec<Packet> {
     };
     if let Err(error) = capture::wait_for(&lab.dumped("talker"), SOON, complete) {
         let packets = capture::packets(&lab.dumped("talker")).unwrap();
-        let missing: Vec<_> = KINDS.iter().filter(|(_, is)| !packets.iter().any(is)).collect();
-        panic!("{error}; missing: {missing:?}");
+        let missing = KINDS.iter().filter(|(_, is)| !packets.iter().any(is)).map(|(name, _)| name);
+        panic!("{error}; missing: {:?}", missing.collect::<Vec<_>>());
     }
     assert_does(client, json!({"action": "stop", "machine": "talker"}));
     assert_does(client, json!({"action": "unlock", "machine": "talker"}));
