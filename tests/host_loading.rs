@@ -333,3 +333,21 @@ fn the_folders_are_searched_in_their_order() {
     fs::remove_dir_all(cwd.root().join("machineries")).unwrap();
     assert_eq!(opened(&[], ""), built.display().to_string());
 }
+
+#[test]
+fn check_looks_for_the_group_and_for_tcpdump() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let checked = |tcpdump: &str, code: i32| {
+        cwd.write("conf/cuckoo.yaml", format!("machineries: [example]\ntcpdump: {tcpdump}\n")).unwrap();
+        let checked = host::run(&cwd, &["check"]).unwrap();
+        assert_eq!(checked.code, Some(code), "{checked:?}");
+        checked.stdout
+    };
+    assert!(checked("{enabled: false}", 0).contains("traffic is not captured"));
+    let missing = checked("{enabled: true, path: /none/tcpdump}", 2);
+    assert!(missing.contains("cannot run /none/tcpdump") && missing.contains("Install tcpdump"), "{missing}");
+    assert!(checked("{enabled: true, path: /bin/sh}", 0).contains("/bin/sh"));
+    cwd.host_yaml("socket_group: no-such-group-here\n").unwrap();
+    let unknown = checked("{enabled: false}", 2);
+    assert!(unknown.contains("no-such-group-here"), "{unknown}");
+}

@@ -8,13 +8,15 @@ use std::sync::{Arc, OnceLock};
 use machinery::config::ConfigFile;
 use machinery::host::Plugin;
 use machinery::{Error, Report, Setup};
-use rustix::fs::{Access, access};
+use rustix::fs::{Access, access, getxattr};
+use rustix::process::geteuid;
 use serde_yaml::{Mapping, Value};
 
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::fleet::services::Services;
-use crate::loader;
+use crate::server::Peers;
+use crate::{capture, loader};
 
 /// Looks at everything in the CWD.
 pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
@@ -24,6 +26,8 @@ pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
     kvm(Path::new("/dev/kvm"), &mut report);
     if let Some(config) = report.keep(Config::read(cwd)) {
         report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
+        report.keep(Peers::new(config.socket_group.as_deref()));
+        tcpdump(config.capture.as_ref(), &mut report);
         let folders = loader::folders(plugin_dirs, cwd);
         let mut plugins = Vec::new();
         for name in &config.machineries {
@@ -74,6 +78,23 @@ fn kvm(device: &Path, report: &mut Report) {
         );
     } else {
         report.good("/dev/kvm can be opened");
+    }
+}
+
+/// Whether traffic can be captured, if it is to be.
+fn tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
+    let Some(program) = capture.map(|settings| &settings.tcpdump) else {
+        return report.good("traffic is not captured: tcpdump.enabled in cuckoo.yaml is not true");
+    };
+    if let Err(error) = access(program, Access::EXEC_OK) {
+        let reason = format!("cannot run {}: {error}", program.display());
+        return report.problem(&Error::environment(reason).advice(capture::NO_TCPDUMP));
+    }
+    let has_rights = getxattr(program, "security.capability", &mut [0_u8; 64]).is_ok();
+    if !geteuid().is_root() && !has_rights {
+        report.warning(format!("this user may not capture traffic. {}", capture::no_right(program)));
+    } else {
+        report.good(format!("traffic is captured with {}", program.display()));
     }
 }
 

@@ -14,7 +14,7 @@ mod leftovers;
 mod stderr;
 mod tcpdump;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use machinery::Error;
@@ -23,6 +23,16 @@ use crate::fleet::Machine;
 
 pub use leftovers::end_leftovers;
 pub use tcpdump::Tcpdump;
+
+/// What to do where there is no tcpdump.
+pub const NO_TCPDUMP: &str =
+    "Install tcpdump, or correct `tcpdump.path` in cuckoo.yaml, or set `tcpdump.enabled: false`";
+
+/// What to do where tcpdump has not the right to capture.
+pub fn no_right(tcpdump: &Path) -> String {
+    let program = tcpdump.display();
+    format!("Run the host as root, or give tcpdump the right: setcap cap_net_raw,cap_net_admin=eip {program}")
+}
 
 /// How to capture, for all machines.
 #[derive(Debug, Clone, PartialEq, Eq)]

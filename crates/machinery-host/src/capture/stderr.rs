@@ -70,10 +70,7 @@ pub fn diagnose(complaints: &[String], tcpdump: &Path, interface: &str, pcap: &P
             "Check that its folder exists and is writable for the host's user, and that AppArmor does not confine tcpdump to other folders",
         )
     } else if has(&["permission", "Operation not permitted"]) {
-        Error::environment(format!("tcpdump may not capture on {interface}")).advice(format!(
-            "Run the host as root, or give tcpdump the right: setcap cap_net_raw,cap_net_admin=eip {}",
-            tcpdump.display()
-        ))
+        Error::environment(format!("tcpdump may not capture on {interface}")).advice(super::no_right(tcpdump))
     } else if has(&["No such device", "SIOCGIFHWADDR"]) {
         Error::environment(format!("there is no interface {interface}"))
             .advice("Create it, or correct `interface` in the machinery's configuration")

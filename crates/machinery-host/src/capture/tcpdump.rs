@@ -219,5 +219,5 @@ impl Process {
 
 fn cannot_start(settings: &Settings, error: &io::Error) -> Error {
     let error = Error::environment(format!("cannot start {}: {error}", settings.tcpdump.display()));
-    error.advice("Install tcpdump, or correct `tcpdump.path` in cuckoo.yaml, or set `tcpdump.enabled: false`")
+    error.advice(super::NO_TCPDUMP)
 }

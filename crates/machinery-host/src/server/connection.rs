@@ -39,8 +39,8 @@ use crate::fleet::standing::Hold;
 
 /// The budget of one client: requests under way, and lines that wait to be written.
 const BUDGET: u32 = 16_384;
-/// The share of an answer about all machines.
-const LARGE: u32 = 512;
+/// The share of an answer about all machines, which can be long: a few may wait for one client.
+const LARGE: u32 = BUDGET / 4;
 /// A client that reads nothing for this long is gone.
 const STALLED: Duration = Duration::from_secs(60);
 /// How long a plugin may take to tell a state.

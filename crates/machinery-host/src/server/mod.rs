@@ -6,6 +6,8 @@
 //! a bounded backlog of answers, and a write that does not get on ends the connection.
 
 mod connection;
+#[cfg(test)]
+mod fuzz;
 mod lines;
 mod peers;
 pub mod protocol;
@@ -164,17 +166,12 @@ pub async fn serve(
 
 /// Serves the client, if it is one that may be served.
 async fn greet(stream: UnixStream, peers: Arc<Peers>, shared: Arc<Shared>, place: Place) {
-    let asked = tokio::task::spawn_blocking(move || {
-        let admitted = peers.admit(&stream);
-        (stream, admitted)
-    });
-    match asked.await {
-        Ok((stream, Ok(()))) => connection::serve(stream, shared, place).await,
-        Ok((stream, Err(reason))) => {
+    match peers.admit(&stream).await {
+        Ok(()) => connection::serve(stream, shared, place).await,
+        Err(reason) => {
             tracing::warn!(reason, "a client was refused");
             turn_away(stream, &reason).await;
         }
-        Err(error) => tracing::error!(%error, "cannot tell who a client is"),
     }
 }
 

@@ -32,14 +32,14 @@ impl Peers {
         self.group.as_ref().map(|group| group.gid.as_raw())
     }
 
-    /// Sees that the client is one of them. May ask the user database, which can take its time.
+    /// Sees that the client is one of them.
     ///
     /// # Errors
     /// It is not; the reason is for the client.
-    pub fn admit(&self, stream: &UnixStream) -> Result<(), String> {
+    pub async fn admit(&self, stream: &UnixStream) -> Result<(), String> {
         let peer = stream.peer_cred().map_err(|error| format!("cannot tell who you are: {error}"))?;
         let (uid, gid) = (Uid::from_raw(peer.uid()), Gid::from_raw(peer.gid()));
-        if uid == self.own || uid.is_root() || self.group.as_ref().is_some_and(|group| has(group, uid, gid)) {
+        if uid == self.own || uid.is_root() || self.is_member(uid, gid).await {
             return Ok(());
         }
         let members = match &self.group {
@@ -47,6 +47,12 @@ impl Peers {
             None => "; a group can be let in with `socket_group` in machinery-host.yaml".to_owned(),
         };
         Err(format!("user {uid} may not use the machinery host: it is for user {}, root{members}", self.own))
+    }
+
+    /// Asks the user database, which can take its time.
+    async fn is_member(&self, uid: Uid, gid: Gid) -> bool {
+        let Some(group) = self.group.clone() else { return false };
+        tokio::task::spawn_blocking(move || has(&group, uid, gid)).await.unwrap_or(false)
     }
 }
 
@@ -84,7 +90,7 @@ mod tests {
     #[tokio::test]
     async fn the_own_user_is_admitted() {
         let (one, _other) = UnixStream::pair().unwrap();
-        assert_eq!(Peers::new(None).unwrap().admit(&one), Ok(()));
+        assert_eq!(Peers::new(None).unwrap().admit(&one).await, Ok(()));
     }
 
     #[test]

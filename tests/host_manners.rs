@@ -1,0 +1,231 @@
+//! Many clients at once, and ill-mannered ones: each costs itself only.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::thread;
+
+use machinery_testkit::client::Client;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::scratch::ScratchCwd;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use serde_json::{Value, json};
+
+/// The longest line that is taken.
+const LONGEST: usize = 1024 * 1024;
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+/// A host of machines `m0` and on, with its CWD; dropped in this order.
+struct Served {
+    host: RunningHost,
+    _cwd: ScratchCwd,
+}
+
+fn served(machines: usize, keys: &str) -> Served {
+    // Each connection has two descriptors here.
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let names: Vec<String> = (0..machines).map(|index| format!("m{index}")).collect();
+    let machines: Vec<_> = names.iter().map(|name| (name.as_str(), keys)).collect();
+    let cwd = ScratchCwd::example(&machines).unwrap();
+    Served { host: RunningHost::start(&cwd).unwrap(), _cwd: cwd }
+}
+
+impl Served {
+    fn clients(&self, count: usize) -> Vec<Client> {
+        (0..count).map(|_| self.host.client().unwrap()).collect()
+    }
+}
+
+/// Whatever the others do, this one is served.
+fn assert_served(client: &mut Client, machine: &str) {
+    for action in ["restore_start", "state", "stop"] {
+        assert_eq!(client.act(action, machine).unwrap()["success"], true, "{action}");
+    }
+}
+
+/// A line of that many bytes that is a request.
+fn long_line(length: usize) -> Vec<u8> {
+    let (head, tail) = (br#"{"action": "version", "padding": ""#, br#""}"#);
+    [head.as_slice(), &vec![b'x'; length - head.len() - tail.len()], tail].concat()
+}
+
+#[test]
+fn five_hundred_connections_of_all_manners_are_served_each_for_itself() {
+    let served = served(100, "delays_ms: {restore_start: 20}");
+    let mut normal = served.clients(1).remove(0);
+    let empty = served.host.holds().unwrap();
+    crowd(&served, &mut normal, empty.files);
+    let before = served.host.holds().unwrap();
+    crowd(&served, &mut normal, empty.files);
+    served.host.holds().unwrap().assert_hardly_more_than(&before);
+}
+
+/// Five hundred clients come, and are gone in the end, when the host holds as many files as when it
+/// was `empty`.
+fn crowd(served: &Served, normal: &mut Client, empty: usize) {
+    // Those that never read what they ask for, again and again.
+    let mut deaf = served.clients(100);
+    let list = b"{\"action\": \"list\"}\n".repeat(50);
+    for client in &mut deaf {
+        client.send_bytes(&list).unwrap();
+    }
+    assert_served(normal, "m1");
+
+    // Those that begin a line.
+    let mut halves = served.clients(150);
+    for client in &mut halves {
+        client.send_bytes(b"{\"action\": \"vers").unwrap();
+    }
+    assert_served(normal, "m2");
+
+    // Those with lines as long as they may be, and longer.
+    let mut long = served.clients(60);
+    thread::scope(|scope| {
+        for (index, client) in long.iter_mut().enumerate() {
+            scope.spawn(move || {
+                let too_long = index % 2;
+                // What comes after the limit may not be taken any more.
+                let _ = client.send_line(&long_line(LONGEST + too_long));
+                let answer = client.next_message().unwrap();
+                assert_eq!(answer["success"], too_long == 0, "{answer}");
+                assert!(too_long == 0 || client.closed());
+            });
+        }
+    });
+    assert_served(normal, "m3");
+
+    // Those that order something and leave.
+    for index in 10..60 {
+        let mut client = served.clients(1).remove(0);
+        client.send(&json!({"action": "restore_start", "machine": format!("m{index}")})).unwrap();
+    }
+    // And all the others, at the same time.
+    let mut polite = served.clients(149);
+    thread::scope(|scope| {
+        for (index, client) in polite.iter_mut().enumerate() {
+            let machine = format!("m{}", 60 + index % 40);
+            scope.spawn(move || {
+                let id = json!(index);
+                client.send(&json!({"action": "state", "machine": machine, "id": id})).unwrap();
+                let answer = client.next_message().unwrap();
+                assert_eq!((&answer["id"], &answer["success"]), (&id, &json!(true)), "{answer}");
+            });
+        }
+    });
+    // The halves become whole.
+    for client in &mut halves {
+        client.send_bytes(b"ion\"}\n").unwrap();
+        assert_eq!(client.next_message().unwrap()["success"], true);
+    }
+    // What was ordered by those who left is done.
+    normal.ask(json!({"action": "wait_idle"})).unwrap();
+    for index in 10..60 {
+        assert_eq!(normal.machine(&format!("m{index}")).unwrap()["state"], "running", "m{index}");
+    }
+    assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), good());
+    drop((deaf, halves, long, polite));
+    // When the host notices that they have left, nothing tells.
+    while served.host.holds().unwrap().files > empty + 8 {
+        assert_served(normal, "m4");
+    }
+}
+
+#[test]
+fn a_lock_stays_when_its_client_leaves() {
+    let served = served(1, "");
+    let mut client = served.clients(1).remove(0);
+    client.send(&json!({"action": "lock", "machine": "m0", "task_id": "t"})).unwrap();
+    drop(client);
+    let mut other = served.clients(1).remove(0);
+    // Its request is read at some time; nothing tells when.
+    while other.machine("m0").unwrap()["locked"] == false {}
+    let answer = other.ask(json!({"action": "lock", "machine": "m0", "task_id": "other"})).unwrap();
+    assert!(answer["reason"].as_str().unwrap().contains("locked by: t"), "{answer}");
+}
+
+/// Numbers that are random enough, and the same for the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % limit as u64).unwrap()
+    }
+}
+
+const SEEDS: [&str; 8] = [
+    r#"{"action": "restore_start", "machine": "m0", "id": 1}"#,
+    r#"{"action": "lock", "machine": "m1", "task_id": "t", "pcap_path": "/tmp/none.pcap"}"#,
+    r#"{"action": "unlock", "machine": "m1", "task_id": "t"}"#,
+    r#"{"action": "acquire", "task_id": "t2", "platform": "linux", "tags": ["a"]}"#,
+    r#"{"action": "reserve", "machine": "m2", "task_id": "t"}"#,
+    r#"{"action": "list", "id": {"a": [1, 2.5, null]}}"#,
+    r#"{"action": "disable_machine", "machine": "m1", "reason": "why"}"#,
+    r#"{"action": "stop", "machine": "m0"}"#,
+];
+
+/// One of the seeds with a few bytes changed, dropped or doubled; one line.
+fn mutated(dice: &mut Dice) -> Vec<u8> {
+    let mut line = SEEDS[dice.below(SEEDS.len())].as_bytes().to_vec();
+    for _ in 0..dice.below(4) {
+        if line.is_empty() {
+            break;
+        }
+        let at = dice.below(line.len());
+        match dice.below(4) {
+            0 => line[at] = u8::try_from(dice.below(256)).unwrap(),
+            1 => drop(line.remove(at)),
+            2 => line.truncate(at),
+            _ => line.extend_from_within(at..),
+        }
+    }
+    // Another end would make two of it.
+    line.retain(|byte| *byte != b'\n');
+    line
+}
+
+/// Sends lines until one closes the connection; gives how many there were. Each is answered once.
+fn torment(client: &mut Client, dice: &mut Dice, most: usize) -> usize {
+    for count in 1..=most {
+        client.send_line(&mutated(dice)).unwrap();
+        let answer = client.next_message().unwrap();
+        assert!(answer["success"].is_boolean(), "{answer}");
+        let closing = ["Missing action or machine name", "No such action", "Machinery manager is disabled"];
+        if answer["reason"].as_str().is_some_and(|reason| closing.contains(&reason)) {
+            assert!(client.closed());
+            return count;
+        }
+    }
+    most
+}
+
+fn lines(host: &RunningHost, dice: &mut Dice, count: usize) {
+    let mut sent = 0;
+    while sent < count {
+        sent += torment(&mut host.client().unwrap(), dice, 100);
+    }
+}
+
+#[test]
+fn thousands_of_mutilated_lines_are_each_answered_and_leave_nothing() {
+    let served = served(3, "");
+    let seed = 0x9e37_79b9_7f4a_7c15;
+    let mut dice = Dice(seed);
+    lines(&served.host, &mut dice, 2_000);
+    let before = served.host.holds().unwrap();
+    lines(&served.host, &mut dice, 20_000);
+    served.host.holds().unwrap().assert_hardly_more_than(&before);
+    let mut client = served.host.client().unwrap();
+    for machine in ["m0", "m1", "m2"] {
+        client.act("enable_machine", machine).unwrap();
+        assert_served(&mut client, machine);
+    }
+    assert!(!served.host.log().contains("panicked"));
+}
