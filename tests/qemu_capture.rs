@@ -5,7 +5,7 @@
 //! writes down all that passes its card; that is what the capture is measured by.
 
 // Clippy's own exemption for tests leaves out their helpers.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
@@ -70,41 +70,60 @@ fn assert_does(client: &mut Client, request: Value) {
     assert_eq!(answer["success"], true, "{request}: {answer}");
 }
 
-/// A run of the machine, captured into `pcap`, until there was everything. All that QEMU saw of it.
-fn run(lab: &Lab, client: &mut Client, pcap: &Path) -> Vec<Packet> {
-    let machine = lab.folder("talker");
+/// A lab with a talking machine, unless this user may not make its network.
+fn lab() -> Option<Lab> {
+    let lab = Lab::on_wire("talker", SnapshotFormat::Lz4).unwrap();
+    if lab.is_none() {
+        println!("left out: this user may not make a network");
+    }
+    lab
+}
+
+/// Starts the machine, with its traffic to be captured into `pcap`.
+fn start(client: &mut Client, pcap: &Path) {
     assert_does(client, json!({"action": "lock", "machine": "talker", "task_id": "t", "pcap_path": pcap}));
     assert_does(client, json!({"action": "restore_start", "machine": "talker"}));
+}
+
+/// Talks with the machine until there was everything.
+fn talk(lab: &Lab) {
+    let (machine, dumped) = (lab.folder("talker"), lab.dumped("talker"));
     let greeting = || UdpSocket::bind((Wire::HOST, 0))?.send_to(b"greetings", GREETED);
     lab.wire().inside(greeting).unwrap().unwrap();
     assert_eq!(lab.wire().inside(|| machine.get("/", SOON)).unwrap().unwrap().0, 200);
     let complete = |packets: &[Packet]| {
         counts(packets).len() >= 200 && KINDS.iter().all(|(_, is)| packets.iter().any(is))
     };
-    if let Err(error) = capture::wait_for(&lab.dumped("talker"), SOON, complete) {
-        let packets = capture::packets(&lab.dumped("talker")).unwrap();
+    if let Err(error) = capture::wait_for(&dumped, SOON, complete) {
+        let packets = capture::packets(&dumped).unwrap();
         let missing = KINDS.iter().filter(|(_, is)| !packets.iter().any(is)).map(|(name, _)| name);
         panic!("{error}; missing: {:?}", missing.collect::<Vec<_>>());
     }
-    assert_does(client, json!({"action": "stop", "machine": "talker"}));
-    assert_does(client, json!({"action": "unlock", "machine": "talker"}));
-    capture::packets(&lab.dumped("talker")).unwrap()
+}
+
+/// Nobody writes to the file any more, and it is whole.
+fn assert_whole(pcap: &Path, packets: &[Packet]) {
+    assert_eq!(capture::writers(pcap).unwrap(), []);
+    let ran = capture::tshark(pcap).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(!ran.stderr.contains("cut short") && !ran.stderr.contains("truncated"), "{}", ran.stderr);
+    assert_eq!(ran.stdout.lines().count(), packets.len());
 }
 
 #[test]
 fn a_tasks_file_holds_what_its_machine_sent_and_received_from_the_first_packet_on() {
-    let Some(lab) = Lab::on_wire("talker", SnapshotFormat::Lz4).unwrap() else {
-        println!("left out: this user may not make a network");
-        return;
-    };
+    let Some(lab) = lab() else { return };
     // Nobody listens to what it is told, but it is told.
     let _result_server = lab.wire().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for round in 1..=3 {
         let pcap = lab.cwd().root().join(format!("dump of round {round}.pcap"));
-        let truth = run(&lab, &mut client, &pcap);
-        let captured = capture::packets(&pcap).unwrap();
+        start(&mut client, &pcap);
+        talk(&lab);
+        assert_does(&mut client, json!({"action": "stop", "machine": "talker"}));
+        assert_does(&mut client, json!({"action": "unlock", "machine": "talker"}));
+        let [truth, captured] = [&lab.dumped("talker"), &pcap].map(|file| capture::packets(file).unwrap());
         println!("round {round}: {} packets, {} captured", truth.len(), captured.len());
 
         // It counted before its snapshot was made, and goes on from there.
@@ -123,14 +142,38 @@ fn a_tasks_file_holds_what_its_machine_sent_and_received_from_the_first_packet_o
         assert!(received.iter().all(|packet| belongs(packet)), "{received:?}");
         assert_same(&received[..should_be_received.len().min(received.len())], &should_be_received);
 
-        let ran = capture::tshark(&pcap).unwrap();
-        assert_eq!(ran.code, Some(0), "{ran:?}");
-        assert!(!ran.stderr.contains("cut short") && !ran.stderr.contains("truncated"), "{}", ran.stderr);
-        assert_eq!(ran.stdout.lines().count(), captured.len());
-        assert_eq!(capture::writers(&pcap).unwrap(), []);
+        assert_whole(&pcap, &captured);
         lab.assert_clean();
     }
     assert_eq!(client.machine("talker").unwrap()["errors"], json!([]));
+}
+
+#[test]
+fn what_a_killed_host_captured_can_be_read_and_its_task_keeps_the_machine() {
+    let Some(lab) = lab() else { return };
+    let _result_server = lab.wire().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
+    let pcap = lab.cwd().root().join("dump.pcap");
+    let mut host = lab.host().unwrap();
+    start(&mut host.client().unwrap(), &pcap);
+    talk(&lab);
+    host.kill().unwrap();
+    // The machine is ended as well, so QEMU's account is complete.
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    lab.assert_clean();
+    let [truth, captured] =
+        [&lab.dumped("talker"), &pcap].map(|file| counts(&capture::packets(file).unwrap()));
+    assert!(captured.len() >= 200 && truth.starts_with(&captured), "{captured:?} is not of {truth:?}");
+    assert_whole(&pcap, &capture::packets(&pcap).unwrap());
+    let machine = client.machine("talker").unwrap();
+    assert_eq!((&machine["locked"], &machine["locked_by"]), (&json!(true), &json!("t")));
+    // The task may go on with it, from the start.
+    assert_does(&mut client, json!({"action": "restore_start", "machine": "talker"}));
+    talk(&lab);
+    assert_does(&mut client, json!({"action": "stop", "machine": "talker"}));
+    let [truth, captured] =
+        [&lab.dumped("talker"), &pcap].map(|file| counts(&capture::packets(file).unwrap()));
+    assert_eq!(captured, truth);
 }
 
 /// The same packets in the same order.

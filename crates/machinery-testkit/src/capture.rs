@@ -124,11 +124,7 @@ pub fn packets(pcap: &Path) -> Result<Vec<Packet>> {
 }
 
 /// Waits until the packets in the file, which need not exist yet, are as they are wanted.
-pub fn wait_for(
-    pcap: &Path,
-    timeout: Duration,
-    wanted: impl Fn(&[Packet]) -> bool,
-) -> Result<Vec<Packet>> {
+pub fn wait_for(pcap: &Path, timeout: Duration, wanted: impl Fn(&[Packet]) -> bool) -> Result<Vec<Packet>> {
     let watch = Watch::new(pcap)?;
     let mut last = Vec::new();
     let come = watch.until_it(timeout, None, || {

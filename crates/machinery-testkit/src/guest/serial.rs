@@ -67,7 +67,9 @@ impl Watch {
                 // Other files of the folder may change all the time.
                 Change::Said if !left.is_zero() => {}
                 Change::Ended => return Ok(Err("the process ended".to_owned())),
-                Change::Said | Change::Nothing => return Ok(Err(format!("it did not come within {timeout:?}"))),
+                Change::Said | Change::Nothing => {
+                    return Ok(Err(format!("it did not come within {timeout:?}")));
+                }
             }
         }
     }

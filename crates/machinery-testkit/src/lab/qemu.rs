@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
-use super::remains::{self, collect_remains};
 use super::Wire;
+use super::remains::{self, collect_remains};
 use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
