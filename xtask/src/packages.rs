@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 6] = [
+const NEEDS: [Need; 9] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -54,6 +54,27 @@ const NEEDS: [Need; 6] = [
         args: VERSION,
         packages: &["libvirt-clients"],
         why: "asks libvirtd what it runs",
+    },
+    Need {
+        what: "ip",
+        program: "ip",
+        args: &["-Version"],
+        packages: &["iproute2"],
+        why: "makes a test's own network",
+    },
+    Need {
+        what: "tcpdump",
+        program: "tcpdump",
+        args: VERSION,
+        packages: &["tcpdump"],
+        why: "captures the traffic of machines",
+    },
+    Need {
+        what: "tshark",
+        program: "tshark",
+        args: VERSION,
+        packages: &["tshark"],
+        why: "reads what was captured",
     },
     Need {
         what: "libvirt's development files",

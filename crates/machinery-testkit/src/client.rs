@@ -107,6 +107,16 @@ impl Client {
         }
     }
 
+    /// Waits until a subscriber hears that event of the machine, and gives it.
+    pub fn hear(&mut self, event: &str, machine: &str) -> Result<Value> {
+        loop {
+            let heard = self.next_message()?;
+            if heard["event"] == event && heard["machine"] == machine {
+                return Ok(heard);
+            }
+        }
+    }
+
     /// What `list` says of one machine.
     pub fn machine(&mut self, name: &str) -> Result<Value> {
         let mut list = self.ask(json!({"action": "list"}))?;

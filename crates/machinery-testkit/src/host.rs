@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Nothing here is left behind: a process that is still there when its owner is dropped is told to
-//! end, then killed with all it has started; and it is told to end with the thread that started it.
+//! end, then killed with all it has started; and it is told to end with the thread that started it, a
+//! host with the whole process, also when that is killed.
 
 use std::fs::{self, File, Permissions};
 use std::os::fd::OwnedFd;
@@ -95,7 +96,9 @@ impl RunningHost {
         fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).context(what)?;
         fs::set_permissions(&address, Permissions::from_mode(0o666)).context(what)?;
         command.env("NOTIFY_SOCKET", address);
-        let host = RunningHost { process: Process::spawn_in(command, dir)?, notify, socket: cwd.socket() };
+        let mut process = Process::spawn_in(&mut command, dir)?;
+        process.guard = Some(Guard::of(&process.child)?);
+        let host = RunningHost { process, notify, socket: cwd.socket() };
         host.heard("READY=1")?;
         Ok(host)
     }
@@ -220,29 +223,48 @@ struct Process {
     fd: OwnedFd,
     /// Its end, once it was waited for; from then on its number may be another's.
     ended: Option<ExitStatus>,
+    guard: Option<Guard>,
     dir: TempDir,
 }
 
+/// Tells a host to end when this process is gone. The kernel would tell it each time that a thread ends
+/// which is its parent by then; and who is told twice ends at once, in no order.
+#[derive(Debug)]
+struct Guard(Child);
+
+impl Guard {
+    fn of(host: &Child) -> Result<Self> {
+        let mut sh = Command::new("sh");
+        // It reads to the end of a pipe which this process holds open.
+        sh.args(["-c", r#"read -r _; kill -TERM "$1""#, "guard", &host.id().to_string()]);
+        sh.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        sh.spawn().map(Guard).context(|| "guarding a host".to_owned())
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // What fails here has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 impl Process {
-    fn spawn(command: Command) -> Result<Self> {
-        Self::spawn_in(command, scratch()?)
+    fn spawn(mut command: Command) -> Result<Self> {
+        Self::spawn_in(end_with_this_thread(&mut command), scratch()?)
     }
 
-    fn spawn_in(mut command: Command, dir: TempDir) -> Result<Self> {
+    fn spawn_in(command: &mut Command, dir: TempDir) -> Result<Self> {
         let what = || format!("starting {}", command.get_program().display());
         let stdout = File::create(dir.path().join("stdout")).context(what)?;
         let stderr = File::create(dir.path().join("stderr")).context(what)?;
-        let started = end_with_this_thread(&mut command)
-            .stdin(Stdio::null())
-            .stdout(stdout)
-            .stderr(stderr)
-            .process_group(0)
-            .spawn();
+        let started = command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).process_group(0).spawn();
         let child = started.context(|| format!("starting {}", command.get_program().display()))?;
         // Nobody has waited for the child yet, so its number is still its own.
         let fd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
             .context(|| format!("watching the process {}", child.id()))?;
-        Ok(Process { child, fd, ended: None, dir })
+        Ok(Process { child, fd, ended: None, guard: None, dir })
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
@@ -264,6 +286,8 @@ impl Process {
             let said = format!("{}{}", self.stdout(), self.stderr());
             return Err(Error::new(format!("the process does not end within {limit:?}. It said:\n{said}")));
         }
+        // From then on its number may be another's.
+        self.guard = None;
         let status = self.child.wait().context(|| "waiting for the process".to_owned())?;
         self.ended = Some(status);
         Ok(status)
@@ -292,6 +316,7 @@ impl Drop for Process {
         let _ = self.signal(Signal::TERM);
         let _ = self.ends_within(GOOD_ORDER);
         let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        self.guard = None;
         let _ = self.child.wait();
     }
 }

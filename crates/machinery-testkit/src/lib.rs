@@ -6,6 +6,7 @@
 //! - [`snapshot`]: the formats in which a memory snapshot may be stored.
 //! - [`libvirt`]: a libvirtd of one's own, and such machines as its domains.
 //! - [`lab`]: all of it together, for experiments.
+//! - [`capture`]: what was captured of a network, packet by packet.
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client that
 //!   talks to it. Nothing of them outlives its test.
 //! - [`conformance`]: the promises of a machinery plugin, as checks that any of them is put to.
@@ -13,6 +14,7 @@
 
 pub mod artifacts;
 mod cache;
+pub mod capture;
 pub mod client;
 mod command;
 pub mod conformance;

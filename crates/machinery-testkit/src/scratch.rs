@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use machinery::Setup;
@@ -10,6 +11,8 @@ use tempfile::TempDir;
 
 use crate::error::{Context, Error};
 use crate::{Result, artifacts};
+
+const CUCKOO_YAML: &str = "conf/cuckoo.yaml";
 
 /// A CWD. Declare it before the hosts that serve it, so that they are gone before it goes.
 #[derive(Debug)]
@@ -51,7 +54,7 @@ impl ScratchCwd {
         }
         text += "resultserver:\n  listen_ip: 127.0.0.1\n  listen_port: 2042\n";
         text += "tcpdump:\n  enabled: false\n  path: /usr/bin/tcpdump\n";
-        self.write("conf/cuckoo.yaml", &text)
+        self.write(CUCKOO_YAML, &text)
     }
 
     /// What the configuration of that machinery says.
@@ -68,11 +71,37 @@ impl ScratchCwd {
     /// Puts `new` in the place of the first `old` in the configuration of that machinery, where it has
     /// to be.
     pub fn change_yaml(&self, machinery: &str, old: &str, new: &str) -> Result<()> {
-        let yaml = self.yaml(machinery)?;
-        if !yaml.contains(old) {
-            return Err(Error::new(format!("there is no {old:?} in {machinery}.yaml:\n{yaml}")));
+        self.change(&yaml_of(machinery), old, new)
+    }
+
+    /// The same, in `conf/cuckoo.yaml`.
+    pub fn change_cuckoo_yaml(&self, old: &str, new: &str) -> Result<()> {
+        self.change(CUCKOO_YAML, old, new)
+    }
+
+    fn change(&self, path: &str, old: &str, new: &str) -> Result<()> {
+        let file = self.root.join(path);
+        let text = fs::read_to_string(&file).context(|| format!("reading {}", file.display()))?;
+        if !text.contains(old) {
+            return Err(Error::new(format!("there is no {old:?} in {path}:\n{text}")));
         }
-        self.write_yaml(machinery, &yaml.replacen(old, new, 1))
+        self.write(path, text.replacen(old, new, 1))
+    }
+
+    /// Has traffic captured, by that program.
+    pub fn capture_with(&self, tcpdump: &Path) -> Result<()> {
+        let path = format!("path: {}", tcpdump.display());
+        self.change_cuckoo_yaml("enabled: false", "enabled: true")?;
+        self.change_cuckoo_yaml("path: /usr/bin/tcpdump", &path)
+    }
+
+    /// Writes a program, a shell script.
+    pub fn script(&self, name: &str, script: &str) -> Result<PathBuf> {
+        self.write(name, format!("#!/bin/sh\n{script}\n"))?;
+        let path = self.root.join(name);
+        let mode = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(&path, mode).context(|| format!("writing {}", path.display()))?;
+        Ok(path)
     }
 
     /// Writes `conf/machinery-host.yaml`.

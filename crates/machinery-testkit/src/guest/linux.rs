@@ -2,9 +2,14 @@
 //!
 //! It is Debian's cloud kernel and a static busybox in an initramfs, both taken from Debian's
 //! packages with `apt-get download` and unpacked with `dpkg-deb`; nothing is installed. Its user
-//! space is three shell scripts beside this file. On port 8000 it answers as an agent would, the
+//! space is a few shell scripts beside this file. On port 8000 it answers as an agent would, the
 //! power button turns it off, and a run can leave marks in its RAM and on its disk, which must be
 //! gone after the next restore.
+//!
+//! On a wire it talks to the host without end, also while its snapshot is made: so a restored one
+//! sends from its first moment on. Every few milliseconds a datagram with a running number goes to
+//! [`COUNTED_PORT`]; beside it there are questions for names, tries to reach other ports, and all the
+//! time something for the result server.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,9 +42,18 @@ const HTTPD_CONF: &str = "I:index.json\n.json:application/json\n";
 const INIT: &str = include_str!("linux/init.sh");
 const MARK: &str = include_str!("linux/mark.sh");
 const MARKS: &str = include_str!("linux/marks.sh");
+const TALK: &str = include_str!("linux/talk.sh");
 
 /// The line on the serial console with which the guest says that it is up and idle.
 pub const READY: &str = "guest ready";
+
+/// The host's UDP port to which the talking guest counts.
+pub const COUNTED_PORT: u16 = 514;
+
+/// The number in such a datagram.
+pub fn count_in(datagram: &[u8]) -> Option<u32> {
+    std::str::from_utf8(datagram).ok()?.split_whitespace().next_back()?.parse().ok()
+}
 
 /// A kernel and its initramfs, in the cache: what QEMU boots directly.
 #[derive(Debug, Clone)]
@@ -50,7 +64,7 @@ pub(crate) struct Image {
 impl Image {
     /// The image in `cache`, made now if it is not there. Only then is a network needed.
     pub(crate) fn in_cache(cache: &Path) -> Result<Self> {
-        let content = cache::fingerprint(&[INDEX, HTTPD_CONF, INIT, MARK, MARKS, &MODULES.join(" ")]);
+        let content = cache::fingerprint(&[INDEX, HTTPD_CONF, INIT, MARK, MARKS, TALK, &MODULES.join(" ")]);
         let folder = cache::folder(cache, &format!("linux-image-{content}"), build)?;
         Ok(Self { folder })
     }
@@ -113,6 +127,7 @@ fn initramfs(root: &Path) -> Result<Vec<u8>> {
     let busybox = busybox.ok_or_else(|| Error::new("Debian's busybox-static package holds no busybox"))?;
     archive.program("bin/busybox", &content(&busybox)?);
     archive.program("init", INIT.as_bytes());
+    archive.program("bin/talk", TALK.as_bytes());
     archive.program("www/cgi-bin/mark", MARK.as_bytes());
     archive.program("www/cgi-bin/marks", MARKS.as_bytes());
     archive.file("www/index.json", INDEX.as_bytes());

@@ -11,13 +11,14 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::recipe::{AGENT_PORT, Recipe};
+use super::recipe::{AGENT_PORT, Network, Recipe};
 use super::serial::{self, Watch};
 use super::vm::Vm;
 use super::{Contact, Guest, MachineFolder, Qemu, linux, micro};
 use crate::Result;
 use crate::cache;
 use crate::error::{Context, Error};
+use crate::lab::Wire;
 use crate::snapshot::SnapshotFormat;
 
 /// A guest may take this long to boot, on a machine that does much else.
@@ -147,6 +148,11 @@ fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String])
         Recipe::Micro => ("windows", "10"),
         Recipe::Linux { .. } => ("linux", "12"),
     };
+    let bridge = match recipe {
+        Recipe::Linux { network: Network::Wire, .. } => Wire::TAP,
+        // An interface that every host has.
+        _ => "lo",
+    };
     serde_json::json!({"machine": {
         "name": name,
         "ip": ip.to_string(),
@@ -154,8 +160,7 @@ fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String])
         "os_name": os_name,
         "os_version": os_version,
         "architecture": "amd64",
-        // An interface that every host has.
-        "bridge": "lo",
+        "bridge": bridge,
         "mac": format!("52:54:00:{a:02x}:{b:02x}:{c:02x}"),
         "disk": DISK,
         "memory_snapshot": SNAPSHOT,

@@ -100,6 +100,8 @@ pub enum Guest {
         /// How much of it is filled with what does not compress, in MiB.
         noise_mib: u32,
     },
+    /// The same on a [`Wire`](crate::lab::Wire), where it talks without end: see [`linux`]. For QEMU only.
+    Talker,
 }
 
 /// The master of `guest` for `qemu`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder),

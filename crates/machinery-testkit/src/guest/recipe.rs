@@ -8,6 +8,7 @@ use std::process::Command;
 use super::linux::Image;
 use super::{DISK_PLACEHOLDER, Guest, Qemu, micro};
 use crate::error::Context;
+use crate::lab::Wire;
 use crate::{Result, cache, command};
 
 /// The port on which agents listen, as everywhere in Cuckoo.
@@ -22,18 +23,29 @@ pub enum Recipe {
     /// See [`Guest::Micro`].
     Micro,
     /// See [`Guest::Linux`].
-    Linux { image: Image, ram_mib: u32, noise_mib: u32 },
+    Linux { image: Image, ram_mib: u32, noise_mib: u32, network: Network },
+}
+
+/// How a guest is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// By QEMU's user networking.
+    User,
+    /// By the tap of a [`Wire`].
+    Wire,
 }
 
 impl Recipe {
     /// The recipe of `guest`, with what it needs in `cache`.
     pub fn of(guest: Guest, cache: &Path) -> Result<Self> {
-        Ok(match guest {
-            Guest::Micro => Self::Micro,
-            Guest::Linux { ram_mib, noise_mib } => {
-                Self::Linux { image: Image::in_cache(cache)?, ram_mib, noise_mib }
-            }
-        })
+        let linux = |ram_mib, noise_mib, network| {
+            Ok(Self::Linux { image: Image::in_cache(cache)?, ram_mib, noise_mib, network })
+        };
+        match guest {
+            Guest::Micro => Ok(Self::Micro),
+            Guest::Linux { ram_mib, noise_mib } => linux(ram_mib, noise_mib, Network::User),
+            Guest::Talker => linux(256, 0, Network::Wire),
+        }
     }
 
     /// A name for what comes out of it with `qemu`: another guest, QEMU or testkit has another one.
@@ -43,6 +55,7 @@ impl Recipe {
         let content = cache::fingerprint(&(GENERATION, &version, args, self.first_sectors()));
         let guest = match self {
             Self::Micro => "micro".to_owned(),
+            Self::Linux { network: Network::Wire, .. } => "talker".to_owned(),
             Self::Linux { ram_mib, noise_mib, .. } => format!("linux-{ram_mib}-{noise_mib}"),
         };
         let number = version.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
@@ -67,7 +80,8 @@ impl Recipe {
     }
 
     /// The QEMU arguments. `agent` is where the agent's port appears on this host; without it (while
-    /// the snapshot is made) it appears nowhere, so that builds side by side do not collide.
+    /// the snapshot is made) it appears nowhere, so that builds side by side do not collide, and a guest
+    /// for a wire is on none.
     pub fn start_args(&self, serial: &Path, agent: Option<Ipv4Addr>) -> Vec<String> {
         let serial = format!("file:{}", serial.display());
         let mut args =
@@ -75,7 +89,9 @@ impl Recipe {
         args.extend(strings(["-serial", &serial]));
         args.extend(match self {
             Self::Micro => strings(["-m", "32", "-drive", &drive("ide")]),
-            Self::Linux { image, ram_mib, noise_mib } => linux_args(image, *ram_mib, *noise_mib, agent),
+            Self::Linux { image, ram_mib, noise_mib, network } => {
+                linux_args(image, *ram_mib, *noise_mib, *network, agent)
+            }
         });
         args
     }
@@ -95,16 +111,40 @@ impl Recipe {
     }
 }
 
-fn linux_args(image: &Image, ram_mib: u32, noise_mib: u32, agent: Option<Ipv4Addr>) -> Vec<String> {
+fn linux_args(
+    image: &Image,
+    ram_mib: u32,
+    noise_mib: u32,
+    network: Network,
+    agent: Option<Ipv4Addr>,
+) -> Vec<String> {
     let (kernel, initramfs) = (image.kernel(), image.initramfs());
-    let forward = agent.map(|ip| format!(",hostfwd=tcp:{ip}:{AGENT_PORT}-:{AGENT_PORT}"));
-    let netdev = format!("user,id=net0{}", forward.unwrap_or_default());
+    let netdevs = match (network, agent) {
+        (Network::User, None) => vec!["user,id=net0".to_owned()],
+        (Network::User, Some(ip)) => {
+            vec![format!("user,id=net0,hostfwd=tcp:{ip}:{AGENT_PORT}-:{AGENT_PORT}")]
+        }
+        // A hub with nobody on it: what is sent is lost. Alone, one of its ports would send nothing. Other
+        // than user networking, it is not part of a snapshot.
+        (Network::Wire, None) => ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec(),
+        (Network::Wire, Some(_)) => vec![tap()],
+    };
+    let mut append = format!("console=ttyS0 quiet panic=-1 noise={noise_mib}");
+    if network == Network::Wire {
+        append += &format!(" net={}/24,{},{}", Wire::GUEST, Wire::HOST, Wire::HOST_MAC);
+    }
     let mut args = strings(["-m", &ram_mib.to_string(), "-drive", &drive("virtio")]);
     args.extend(strings(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]));
-    args.extend(strings(["-append", &format!("console=ttyS0 quiet panic=-1 noise={noise_mib}")]));
+    args.extend(strings(["-append", &append]));
     // Without its boot ROM, which nobody boots from, the card starts faster.
-    args.extend(strings(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net0,romfile="]));
+    args.extend(netdevs.iter().flat_map(|netdev| strings(["-netdev", netdev])));
+    args.extend(strings(["-device", "virtio-net-pci,netdev=net0,romfile="]));
     args
+}
+
+/// Without offloads: some QEMUs' `filter-dump` writes their header down as if it were the packet's.
+fn tap() -> String {
+    format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", Wire::TAP)
 }
 
 fn drive(interface: &str) -> String {

@@ -41,19 +41,36 @@ impl Watch {
         process: Option<BorrowedFd>,
         find: impl Fn(&str) -> Option<T>,
     ) -> Result<T> {
+        let mut last = String::new();
+        let found = self.until_it(timeout, process, || {
+            last = said(&self.path)?;
+            Ok(find(&last))
+        })?;
+        found.map_err(|why| self.not_said(&why, &last))
+    }
+
+    /// The same, for what `look` finds when it looks at the file by itself. Giving up is not an error
+    /// yet: why is told.
+    pub fn until_it<T>(
+        &self,
+        timeout: Duration,
+        process: Option<BorrowedFd>,
+        mut look: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<Result<T, String>> {
         let end = Instant::now() + timeout;
         loop {
-            let said = said(&self.path)?;
-            if let Some(found) = find(&said) {
-                return Ok(found);
+            if let Some(found) = look()? {
+                return Ok(Ok(found));
             }
             let left = end.saturating_duration_since(Instant::now());
-            let why = match self.change(left, process)? {
-                Change::Said => continue,
-                Change::Ended => "the process ended".to_owned(),
-                Change::Nothing => format!("nothing came within {timeout:?}"),
-            };
-            return Err(self.not_said(&why, &said));
+            match self.change(left, process)? {
+                // Other files of the folder may change all the time.
+                Change::Said if !left.is_zero() => {}
+                Change::Ended => return Ok(Err("the process ended".to_owned())),
+                Change::Said | Change::Nothing => {
+                    return Ok(Err(format!("it did not come within {timeout:?}")));
+                }
+            }
         }
     }
 

@@ -11,18 +11,18 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
+use super::Wire;
 use super::remains::{self, collect_remains};
-use crate::Result;
 use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
 use crate::scratch::ScratchCwd;
 use crate::snapshot::SnapshotFormat;
+use crate::{Result, capture};
 
 /// Declare it before the hosts that serve it, so that they are gone before it looks what is left.
 #[derive(Debug)]
@@ -30,6 +30,7 @@ pub struct Lab {
     cwd: ScratchCwd,
     qemu: Qemu,
     machines: BTreeMap<String, MachineFolder>,
+    wire: Option<Wire>,
 }
 
 impl Lab {
@@ -40,15 +41,39 @@ impl Lab {
 
     /// A lab in the folder `path` of the scratch folder: for long paths.
     pub fn below(path: &Path, machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Self> {
+        let address = || super::address().to_string();
+        Self::make(path, machines, address, None)
+    }
+
+    /// A lab in a network of its own, with a [talking](Guest::Talker) machine on its wire; hosts run in
+    /// that network. Its traffic is captured, and QEMU writes it down too, for
+    /// [comparison](Lab::dumped). `None` for a user who may not do that.
+    pub fn on_wire(name: &str, format: SnapshotFormat) -> Result<Option<Self>> {
+        let Some(wire) = Wire::new()? else { return Ok(None) };
+        let machines = [(name, Guest::Talker, format)];
+        let lab = Self::make(Path::new("cwd"), &machines, || Wire::GUEST.to_string(), Some(wire))?;
+        lab.cwd.capture_with(&capture::tcpdump()?)?;
+        let address = format!("listen_ip: {}", Wire::HOST);
+        lab.cwd.change_cuckoo_yaml("listen_ip: 127.0.0.1", &address)?;
+        let dump = format!("filter-dump,id=dump0,netdev=net0,file={}", lab.dumped(name).display());
+        lab.change_start_args(name, |args| args.extend(["-object".to_owned(), dump]))?;
+        Ok(Some(lab))
+    }
+
+    fn make(
+        path: &Path,
+        machines: &[(&str, Guest, SnapshotFormat)],
+        address: impl Fn() -> String,
+        wire: Option<Wire>,
+    ) -> Result<Self> {
         let (qemu, cwd) = (Qemu::find()?, ScratchCwd::below(path, &[("qemu", "")])?);
         let folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
             let dir = cwd.root().join("machines").join(name);
-            let machine =
-                guest::master(&qemu, *guest)?.machine(&dir, name, &super::address().to_string(), *format);
+            let machine = guest::master(&qemu, *guest)?.machine(&dir, name, &address(), *format);
             Ok(((*name).to_owned(), machine?))
         };
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
-        let lab = Lab { cwd, qemu, machines };
+        let lab = Lab { cwd, qemu, machines, wire };
         lab.write_yaml(&lab.fresh_yaml())?;
         Ok(lab)
     }
@@ -81,6 +106,20 @@ impl Lab {
         self.folder(name).dir.join(format!("{name}_disposable.qcow2"))
     }
 
+    /// Its wire.
+    ///
+    /// # Panics
+    /// It is not [on one](Lab::on_wire).
+    #[allow(clippy::panic)]
+    pub fn wire(&self) -> &Wire {
+        self.wire.as_ref().unwrap_or_else(|| panic!("the lab is on no wire"))
+    }
+
+    /// What went over a machine's wire in its last run, by QEMU's own account.
+    pub fn dumped(&self, name: &str) -> PathBuf {
+        self.folder(name).dir.join("dumped.pcap")
+    }
+
     /// The first count of a micro guest that was restored.
     pub fn restored_count(&self) -> Result<u32> {
         Ok(guest::master(&self.qemu, Guest::Micro)?.snapshot_count()? + 1)
@@ -88,7 +127,11 @@ impl Lab {
 
     /// Starts a host for it.
     pub fn host(&self) -> Result<RunningHost> {
-        RunningHost::start(&self.cwd)
+        RunningHost::start_with(&self.cwd, |command| {
+            if let Some(wire) = &self.wire {
+                wire.around(command);
+            }
+        })
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.
@@ -122,13 +165,9 @@ impl Lab {
 
     /// Puts a shell script in QEMU's place. Asked for its version, it says `version`.
     pub fn fake_qemu(&self, version: &str, script: &str) -> Result<()> {
-        let path = self.cwd.root().join("fake-qemu");
-        let text = format!(
-            "#!/bin/sh\n[ \"$1\" = --version ] && echo 'QEMU emulator version {version}' && exit\n{script}\n"
-        );
-        self.cwd.write("fake-qemu", text)?;
-        let mode = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(&path, mode).context(|| format!("writing {}", path.display()))?;
+        let text =
+            format!("[ \"$1\" = --version ] && echo 'QEMU emulator version {version}' && exit\n{script}");
+        let path = self.cwd.script("fake-qemu", &text)?;
         self.change_yaml(&self.qemu.system.display().to_string(), &path.display().to_string())
     }
 
@@ -156,7 +195,8 @@ impl Lab {
 
     fn fresh_yaml(&self) -> String {
         let mut text = format!(
-            "interface: lo\ndisposable_copy_dir:\nbinaries:\n  qemu_img: {}\n  qemu_system_x86_64: {}\nmachines:\n",
+            "interface: {}\ndisposable_copy_dir:\nbinaries:\n  qemu_img: {}\n  qemu_system_x86_64: {}\nmachines:\n",
+            if self.wire.is_some() { Wire::TAP } else { "lo" },
             self.qemu.img.display(),
             self.qemu.system.display()
         );

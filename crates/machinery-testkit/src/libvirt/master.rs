@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::Libvirtd;
 use super::domain::{DISK, Identity, SERIAL, xml};
-use crate::error::Context;
+use crate::error::{Context, Error};
 use crate::guest::recipe::Recipe;
 use crate::guest::serial::{Watch, counts};
 use crate::guest::{Contact, Guest, Qemu, linux};
@@ -41,6 +41,9 @@ pub struct Master {
 
 impl Master {
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
+        if guest == Guest::Talker {
+            return Err(Error::new("the talking guest is no domain: there is no wire to libvirt's network"));
+        }
         let cache = cache::open(cache)?;
         let recipe = Recipe::of(guest, &cache)?;
         let virsh = command::output(std::process::Command::new("virsh").arg("--version"))?;

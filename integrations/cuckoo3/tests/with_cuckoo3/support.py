@@ -141,6 +141,13 @@ class Node:
         self.output.seek(0)
         return self.output.read().decode(errors="replace")
 
+    def wait_until_it_says(self, words):
+        """Returns when it has written that; there is nothing that would tell."""
+        deadline = time.monotonic() + LIMIT
+        while words not in self.said():
+            self._case.assertLess(time.monotonic(), deadline, f"{words!r} is not in:\n{self.said()}")
+            time.sleep(0.05)
+
     def wait_until_it_answers(self):
         """Returns when its API answers; there is nothing that would tell."""
         deadline = time.monotonic() + LIMIT

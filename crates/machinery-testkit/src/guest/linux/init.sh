@@ -13,11 +13,22 @@ for module in /modules/*; do
     insmod "$module"
 done
 
-# The host's user networking is always this.
+# `net=ADDRESS/BITS,HOST,MAC` on the kernel's command line: a wire with nobody but that host on it,
+# to whom the guest talks. The host need not be there yet. Else it is QEMU's user networking, which is
+# always the same.
+net=$(sed -n 's/.*\bnet=\([^ ]*\).*/\1/p' /proc/cmdline)
 ip link set lo up
 ip link set eth0 up
-ip address add 10.0.2.15/24 dev eth0
-ip route add default via 10.0.2.2
+if [ -n "$net" ]; then
+    wire=${net#*,}
+    host=${wire%,*}
+    ip address add "${net%%,*}" dev eth0
+    arp -s "$host" "${wire#*,}"
+    talk "$host"
+else
+    ip address add 10.0.2.15/24 dev eth0
+    ip route add default via 10.0.2.2
+fi
 
 # `noise=MIB` on the kernel's command line: RAM that does not compress. Random bytes are dear when
 # the processor is emulated, so one block of them is repeated; it is larger than what gzip, lz4 and
@@ -42,6 +53,11 @@ httpd -p 8000 -h /www -c /etc/httpd.conf
 
 for event in /sys/class/input/event*; do
     [ "$(cat "$event/device/name")" = 'Power Button' ] && button=/dev/input/${event##*/}
+done
+
+# Who talks is ready when that is well under way.
+while [ -n "$net" ] && [ "$(cat /sys/class/net/eth0/statistics/tx_packets)" -lt 100 ]; do
+    usleep 10000
 done
 
 echo 'guest ready' > /dev/ttyS0

@@ -1,0 +1,410 @@
+//! Captures of example machines on a loopback interface: when there is one, when it ends, what it holds,
+//! and that what fails of it is told and fails nothing else.
+//!
+//! The real tcpdump needs a user who may capture. For others these tests are left out, and say so; those
+//! with a script in its place are not.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::net::UdpSocket;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use machinery_testkit::capture::{self, Packet};
+use machinery_testkit::client::Client;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::Wire;
+use machinery_testkit::scratch::{ScratchCwd, example};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// The machine's address, of which a loopback interface has many.
+const IP: &str = "127.66.0.2";
+/// Who talks to it.
+const OTHER: &str = "127.66.0.1";
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+/// A CWD with a machine `m` on the interface `lo`, captured by that tcpdump.
+fn captured_by(tcpdump: &Path, more: &str) -> ScratchCwd {
+    let cwd = ScratchCwd::new(&[("example", &example(&[("m", more)]))]).unwrap();
+    cwd.change_yaml("example", "ip: 10.0.0.1", &format!("ip: {IP}")).unwrap();
+    cwd.capture_with(tcpdump).unwrap();
+    cwd
+}
+
+/// The same with the real one, in a network where it may capture.
+fn really_captured(more: &str) -> Option<(Wire, ScratchCwd)> {
+    let Some(wire) = Wire::new().unwrap() else {
+        println!("left out: this user may not capture");
+        return None;
+    };
+    Some((wire, captured_by(&capture::tcpdump().unwrap(), more)))
+}
+
+fn host_on(wire: &Wire, cwd: &ScratchCwd) -> RunningHost {
+    RunningHost::start_with(cwd, |command| wire.around(command)).unwrap()
+}
+
+fn pcap(cwd: &ScratchCwd) -> PathBuf {
+    cwd.root().join("a task's dump.pcap")
+}
+
+#[track_caller]
+fn lock(client: &mut Client, pcap: &Path) {
+    let lock = json!({"action": "lock", "machine": "m", "task_id": "t", "pcap_path": pcap});
+    assert_eq!(client.ask(lock).unwrap()["success"], true);
+}
+
+/// Lets the two exchange a datagram, and both with the result server and the agent.
+fn talk(wire: &Wire, text: &str) {
+    wire.inside(|| {
+        let [machine, other] = [IP, OTHER].map(|ip| UdpSocket::bind((ip, 0)).unwrap());
+        machine.send_to(text.as_bytes(), other.local_addr().unwrap()).unwrap();
+        other.send_to(text.as_bytes(), machine.local_addr().unwrap()).unwrap();
+        let [server, agent] =
+            [("127.0.0.1", 2042), (IP, 8000)].map(|address| UdpSocket::bind(address).unwrap());
+        machine.send_to(b"results", server.local_addr().unwrap()).unwrap();
+        server.send_to(b"taken", machine.local_addr().unwrap()).unwrap();
+        other.send_to(b"a question", agent.local_addr().unwrap()).unwrap();
+        agent.send_to(b"an answer", other.local_addr().unwrap()).unwrap();
+        // Nothing that is another's.
+        other.send_to(b"not the machine's", server.local_addr().unwrap()).unwrap();
+    })
+    .unwrap();
+}
+
+fn payloads(packets: &[Packet]) -> Vec<String> {
+    packets.iter().map(|packet| String::from_utf8_lossy(&packet.payload).into_owned()).collect()
+}
+
+/// The file is whole, nobody writes to it any more, and these datagrams are in it, once in each direction.
+#[track_caller]
+fn assert_captured(pcap: &Path, texts: &[&str]) {
+    assert_eq!(capture::writers(pcap).unwrap(), []);
+    let twice: Vec<&str> = texts.iter().flat_map(|text| [*text, *text]).collect();
+    assert_eq!(payloads(&capture::packets(pcap).unwrap()), twice);
+    let ran = capture::tshark(pcap).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(!ran.stderr.contains("cut short") && !ran.stderr.contains("truncated"), "{ran:?}");
+}
+
+/// The only process that captures into that file, to be watched.
+fn captor(pcap: &Path) -> (Pid, OwnedFd) {
+    let writers = capture::writers(pcap).unwrap();
+    let [pid] = writers.as_slice() else { panic!("{writers:?} capture, not one process") };
+    (*pid, pidfd_open(*pid, PidfdFlags::empty()).unwrap())
+}
+
+#[track_caller]
+fn assert_ends(process: &OwnedFd) {
+    let limit = Timespec::try_from(SOON).unwrap();
+    assert_eq!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)), Ok(1), "it goes on");
+}
+
+/// A machine whose capture fails: it starts all the same, and this is told.
+#[track_caller]
+fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
+    let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
+    subscriber.subscribe().unwrap();
+    lock(&mut client, pcap);
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let told = subscriber.hear("capture_failed", "m").unwrap();
+    let reason = told["reason"].as_str().unwrap();
+    for part in parts.iter().chain(&["'m'"]) {
+        assert!(reason.contains(part), "{part:?} is not in: {reason}");
+    }
+    println!("{reason}");
+    let machine = client.machine("m").unwrap();
+    assert_eq!(machine["errors"], json!([reason]));
+    assert_eq!((&machine["state"], &machine["disabled"]), (&json!("running"), &json!(false)));
+    assert!(host.log().contains("ERROR") && host.log().contains(parts[0]), "{}", host.log());
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    // Told once.
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([reason]));
+    assert_eq!(capture::writers(pcap).unwrap(), []);
+}
+
+#[test]
+fn from_each_start_to_each_end_what_the_machine_exchanges_is_in_the_file() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    for start in ["restore_start", "norestore_start"] {
+        for stop in ["stop", "acpi_stop", "unlock"] {
+            let (pcap, text) =
+                (cwd.root().join(format!("{start} to {stop}.pcap")), format!("{start} {stop}"));
+            lock(&mut client, &pcap);
+            talk(&wire, "too early");
+            assert_eq!(client.act(start, "m").unwrap(), good());
+            talk(&wire, &text);
+            assert_eq!(client.act(stop, "m").unwrap(), good());
+            talk(&wire, "too late");
+            assert_captured(&pcap, &[&text]);
+            let rest = if stop == "unlock" { "stop" } else { "unlock" };
+            assert_eq!(client.act(rest, "m").unwrap(), good());
+        }
+    }
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+}
+
+#[test]
+fn a_host_that_ends_ends_its_captures_in_order() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let mut host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    talk(&wire, "the last words");
+    assert!(host.terminate().unwrap().success());
+    assert_captured(&pcap(&cwd), &["the last words"]);
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_capture() {
+    let Some((wire, cwd)) = really_captured("faults: {restore_start: fail}") else { return };
+    let host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], false);
+    assert_captured(&pcap(&cwd), &[]);
+}
+
+#[test]
+fn a_machine_that_turns_itself_off_is_captured_until_its_task_is_done() {
+    let Some((wire, cwd)) = really_captured("dies_after_ms: 1") else { return };
+    let host = host_on(&wire, &cwd);
+    let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
+    subscriber.subscribe().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    let _ = client.act("restore_start", "m").unwrap();
+    subscriber.hear_state("m", "poweroff").unwrap();
+    talk(&wire, "what was still under way");
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_captured(&pcap(&cwd), &["what was still under way"]);
+}
+
+#[test]
+fn who_does_not_want_a_capture_gets_none() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let asked = cwd.root().join("asked");
+    let tcpdump = cwd.script("tcpdump", &format!("echo asked > '{}'", asked.display())).unwrap();
+    cwd.capture_with(&tcpdump).unwrap();
+    let pcap = pcap(&cwd);
+    let run = |lock: Option<Value>| {
+        let host = RunningHost::start(&cwd).unwrap();
+        let mut client = host.client().unwrap();
+        if let Some(lock) = &lock {
+            assert_eq!(client.ask(lock.clone()).unwrap()["success"], true);
+        }
+        for start in ["restore_start", "norestore_start"] {
+            assert_eq!(client.act(start, "m").unwrap(), good());
+            assert_eq!(client.act("stop", "m").unwrap(), good());
+        }
+        if lock.is_some() {
+            assert_eq!(client.act("unlock", "m").unwrap(), good());
+        }
+        assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+    };
+    run(None);
+    run(Some(json!({"action": "lock", "machine": "m", "task_id": "t"})));
+    cwd.change_cuckoo_yaml("enabled: true", "enabled: false").unwrap();
+    run(Some(json!({"action": "lock", "machine": "m", "task_id": "t", "pcap_path": &pcap})));
+    cwd.change_cuckoo_yaml("  enabled: false\n", "").unwrap();
+    run(Some(json!({"action": "lock", "machine": "m", "task_id": "t", "pcap_path": &pcap})));
+    assert!(!asked.exists() && !pcap.exists());
+}
+
+#[test]
+fn without_tcpdump_it_is_told_to_install_it() {
+    let cwd = captured_by(Path::new("/nowhere/tcpdump"), "");
+    let host = RunningHost::start(&cwd).unwrap();
+    assert_told(&host, &pcap(&cwd), &["/nowhere/tcpdump", "Install tcpdump", "tcpdump.path"]);
+}
+
+#[test]
+fn what_is_no_program_is_told() {
+    let cwd = captured_by(Path::new("/etc/passwd"), "");
+    let host = RunningHost::start(&cwd).unwrap();
+    assert_told(&host, &pcap(&cwd), &["/etc/passwd", "tcpdump.path"]);
+}
+
+#[test]
+fn an_interface_that_is_not_there_is_told() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    cwd.change_yaml("example", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
+    let host = host_on(&wire, &cwd);
+    wire.cut().unwrap();
+    assert_told(&host, &pcap(&cwd), &["there is no interface tap0", "`interface`"]);
+}
+
+#[test]
+fn an_interface_that_goes_away_is_told_at_once() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    cwd.change_yaml("example", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
+    let host = host_on(&wire, &cwd);
+    let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
+    subscriber.subscribe().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    wire.cut().unwrap();
+    let told = subscriber.hear("capture_failed", "m").unwrap();
+    assert!(told["reason"].as_str().unwrap().contains("the interface tap0 went away"), "{told}");
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_captured(&pcap(&cwd), &[]);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_told() {
+    for path in ["no folder/dump.pcap", "a file/dump.pcap", "conf"] {
+        let Some((wire, cwd)) = really_captured("") else { return };
+        cwd.write("a file", "").unwrap();
+        let host = host_on(&wire, &cwd);
+        let pcap = cwd.root().join(path);
+        let cannot = format!("cannot write {}", pcap.display());
+        assert_told(&host, &pcap, &[&cannot, "folder"]);
+    }
+}
+
+#[test]
+fn a_missing_right_is_told() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let real = capture::tcpdump().unwrap().display().to_string();
+    let without = format!("exec setpriv --bounding-set=-net_raw --inh-caps=-net_raw -- {real} \"$@\"");
+    let tcpdump = cwd.script("tcpdump", &without).unwrap().display().to_string();
+    cwd.change_cuckoo_yaml(&real, &tcpdump).unwrap();
+    let host = host_on(&wire, &cwd);
+    assert_told(&host, &pcap(&cwd), &["may not capture on lo", "setcap", "Run the host as root"]);
+}
+
+#[test]
+fn an_address_that_is_none_is_told() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    cwd.change_yaml("example", &format!("ip: {IP}"), "ip: 300.1.2.3").unwrap();
+    let host = host_on(&wire, &cwd);
+    assert_told(&host, &pcap(&cwd), &["does not understand the filter", "`ip`"]);
+}
+
+#[test]
+fn a_tcpdump_that_dies_is_told_at_once_and_the_machine_goes_on() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let host = host_on(&wire, &cwd);
+    let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
+    subscriber.subscribe().unwrap();
+    let pcap = pcap(&cwd);
+    lock(&mut client, &pcap);
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    talk(&wire, "before");
+    capture::wait_for(&pcap, SOON, |packets| packets.len() == 2).unwrap();
+    kill_process(captor(&pcap).0, Signal::KILL).unwrap();
+    let told = subscriber.hear("capture_failed", "m").unwrap();
+    assert!(told["reason"].as_str().unwrap().contains("ended by itself"), "{told}");
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([told["reason"]]));
+    // Up to there all is saved.
+    assert_captured(&pcap, &["before"]);
+    // The next run is captured again.
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    talk(&wire, "after");
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_captured(&pcap, &["after"]);
+}
+
+#[test]
+fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    // With a child, which has to go with it.
+    let tcpdump = cwd.script("tcpdump", "sh -c 'while true; do sleep 60; done' \"$@\"; true").unwrap();
+    cwd.capture_with(&tcpdump).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    assert_told(&host, &pcap(&cwd), &["does not listen"]);
+}
+
+#[test]
+fn a_tcpdump_that_does_not_end_is_killed_and_told() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let deaf = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
+    let tcpdump = cwd.script("tcpdump", deaf).unwrap();
+    cwd.capture_with(&tcpdump).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let (_, process) = captor(&pcap(&cwd));
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_ends(&process);
+    let errors = client.machine("m").unwrap()["errors"].clone();
+    assert_eq!(errors.as_array().unwrap().len(), 1, "{errors}");
+    assert!(errors[0].as_str().unwrap().contains("did not end within"), "{errors}");
+    assert_eq!(capture::writers(&pcap(&cwd)).unwrap(), []);
+}
+
+#[test]
+fn a_killed_hosts_capture_is_ended_by_the_next_host_and_can_be_read() {
+    for keeps_capturing in [true, false] {
+        let Some((wire, cwd)) = really_captured("") else { return };
+        let pcap = pcap(&cwd);
+        let mut host = host_on(&wire, &cwd);
+        let mut client = host.client().unwrap();
+        lock(&mut client, &pcap);
+        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        talk(&wire, "before");
+        capture::wait_for(&pcap, SOON, |packets| packets.len() == 2).unwrap();
+        let (_, process) = captor(&pcap);
+        host.kill().unwrap();
+        if !keeps_capturing {
+            cwd.change_cuckoo_yaml("enabled: true", "enabled: false").unwrap();
+        }
+        let host = host_on(&wire, &cwd);
+        assert_ends(&process);
+        assert_captured(&pcap, &["before"]);
+        let mut client = host.client().unwrap();
+        let machine = client.machine("m").unwrap();
+        assert_eq!((&machine["locked"], &machine["locked_by"]), (&json!(true), &json!("t")));
+        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        talk(&wire, "after");
+        assert_eq!(client.act("stop", "m").unwrap(), good());
+        assert_captured(&pcap, &[if keeps_capturing { "after" } else { "before" }]);
+    }
+}
+
+#[test]
+fn another_program_with_the_same_file_survives_a_killed_host() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let pcap = pcap(&cwd);
+    let mut host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap);
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let (captor, process) = captor(&pcap);
+    let reader = std::process::Command::new("tail").args(["-f", "-n", "0"]).arg(&pcap).spawn();
+    let mut reader = Ended(reader.unwrap());
+    assert_eq!(capture::writers(&pcap).unwrap().len(), 2);
+    host.kill().unwrap();
+    let _host = host_on(&wire, &cwd);
+    assert_ends(&process);
+    assert!(!capture::writers(&pcap).unwrap().contains(&captor));
+    assert_eq!(reader.0.try_wait().unwrap(), None, "it reads on");
+}
+
+/// A child that ends with this.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
