@@ -110,10 +110,17 @@ fn the_members_of_the_group_are_let_in() {
     let ask = |user, group| installed.ask_by(user, group, &cwd, &["list"]);
     let served = ask(STRANGER, NOBODY);
     assert_eq!(served.code, Some(0), "{served:?}");
-    // A member by the user database, whatever group it runs with, once the mode lets it come.
-    set_mode(&cwd.socket(), 0o666);
-    let served = ask(NOBODY, STRANGER);
+    // Whichever of its groups it is.
+    let mut member = Command::new("setpriv");
+    member.args([
+        format!("--reuid={STRANGER}"),
+        format!("--regid={STRANGER}"),
+        format!("--groups=1,{NOBODY},2"),
+    ]);
+    member.arg(installed.0.path().join("cuckoo-machinery")).arg("--cwd").arg(cwd.root()).arg("list");
+    let served = host::run_command(member).unwrap();
     assert_eq!(served.code, Some(0), "{served:?}");
+    set_mode(&cwd.socket(), 0o666);
     let refused = ask(STRANGER, STRANGER);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(refused.stdout.contains("members of the group nogroup"), "{refused:?}");

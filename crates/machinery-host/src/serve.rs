@@ -8,8 +8,8 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
@@ -25,7 +25,6 @@ use crate::actions::worker::Workers;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
-use crate::fleet::Fleet;
 use crate::fleet::books::Books;
 use crate::server::{self, Peers, Shared};
 use crate::{capture, loader};
@@ -53,7 +52,8 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
     let fleet = loader::load_all(cwd, &config, &loader::folders(plugin_dirs, cwd), &events)?;
     let books = Books::open(&cwd.state(), Arc::clone(&fleet))?;
-    end_captures(&fleet);
+    // Those of a host that was killed. Their machines are off now: the plugins have seen to that.
+    capture::end_leftovers(&books.captures(), cwd.root());
     let machines = fleet.get().map_or(0, |fleet| fleet.machines().len());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -83,13 +83,6 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     // A plugin's call that never came back must not hold up the end.
     runtime.shutdown_background();
     result
-}
-
-/// Those of a host that was killed. Their machines are off now: the plugins have seen to that.
-fn end_captures(fleet: &OnceLock<Fleet>) {
-    let machines = fleet.get().map_or(&[][..], Fleet::machines).iter();
-    let pcaps: Vec<_> = machines.filter_map(|machine| machine.hold()?.pcap_path).collect();
-    capture::end_leftovers(&pcaps);
 }
 
 /// One host for one CWD; the lock goes with the process.

@@ -8,7 +8,7 @@
 //! | acpi_stop | poweroff | fall back to stop |
 //! | dump_memory, screenshot | unchanged | – |
 //!
-//! The traffic of a machine that a task has is captured from before it runs until it is off.
+//! The traffic of a machine that a task has is captured from before it runs until it is stopped.
 //!
 //! They are Cuckoo3's (`node/machinery.py`), because its clients rely on them, with one change for
 //! the better: a start of a machine that runs although no task holds it first stops it, instead of
@@ -114,7 +114,7 @@ impl Actor {
         self.expect_no_lost_call()?;
         self.expect_supported(action)?;
         match action {
-            Action::RestoreStart => self.restore_start(action).await,
+            Action::RestoreStart => self.start(action, self.house.timeouts.restore_start).await,
             Action::NorestoreStart => self.start(action, self.house.timeouts.norestore_start).await,
             Action::Stop => self.stop().await.map_err(Failure::from),
             Action::AcpiStop => self.acpi_stop().await,
@@ -149,15 +149,6 @@ impl Actor {
         if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
     }
 
-    /// A start that has to wait for its turn, when many come at once.
-    async fn restore_start(&mut self, action: &Action) -> Result<(), Failure> {
-        let house = Arc::clone(&self.house);
-        let Ok(_turn) = house.restores.acquire().await else {
-            return Err(Failure { reason: Error::failed(CLOSING), disable: false });
-        };
-        self.start(action, house.timeouts.restore_start).await
-    }
-
     async fn start(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
         let before = self.state().await?;
         if before != State::Poweroff {
@@ -166,7 +157,12 @@ impl Actor {
         }
         // Of a run that ended by itself.
         capture::end(&self.machine).await;
-        if let Some(settings) = &self.house.capture {
+        let house = Arc::clone(&self.house);
+        let turn = match action {
+            Action::RestoreStart => Some(house.restores.acquire().await.map_err(|_| closing())?),
+            _ => None,
+        };
+        if let Some(settings) = &house.capture {
             capture::begin(&self.machine, settings).await;
         }
         self.machine.set_state(State::Starting);
@@ -175,6 +171,8 @@ impl Actor {
             Ok(()) => self.expect(State::Running).await,
             Err(error) => Err(error),
         };
+        // What a failed start needs to be cleared away, no other restore waits for.
+        drop(turn);
         let Err(error) = checked else { return Ok(()) };
         if error.kind() == ErrorKind::Unsupported {
             self.machine.set_state(State::Poweroff);
@@ -296,6 +294,11 @@ impl Actor {
             }
         }
     }
+}
+
+/// What waits for its turn when the host ends.
+fn closing() -> Failure {
+    Failure { reason: Error::failed(CLOSING), disable: false }
 }
 
 fn plugin_at_fault(error: &Error) -> bool {

@@ -18,20 +18,31 @@ struct Job {
     _pending: Pending,
 }
 
-/// Counts as an action that waits or runs, for as long as it lives.
-struct Pending(watch::Sender<usize>);
+/// Counts as an action that waits or runs, of its machine and of all, for as long as it lives.
+struct Pending([watch::Sender<usize>; 2]);
 
 impl Pending {
-    fn new(count: &watch::Sender<usize>) -> Self {
-        count.send_modify(|count| *count += 1);
-        Pending(count.clone())
+    fn new(counts: [&watch::Sender<usize>; 2]) -> Self {
+        for count in counts {
+            count.send_modify(|count| *count += 1);
+        }
+        Pending(counts.map(watch::Sender::clone))
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        self.0.send_modify(|count| *count -= 1);
+        for count in &self.0 {
+            count.send_modify(|count| *count -= 1);
+        }
     }
+}
+
+/// Where a machine's actions wait.
+struct Mailbox {
+    jobs: mpsc::UnboundedSender<Job>,
+    /// How many of them wait or run.
+    pending: watch::Sender<usize>,
 }
 
 /// Where an outcome goes. It is given exactly once: an order that is dropped unheard, because the
@@ -61,7 +72,7 @@ impl Drop for Answer {
 
 /// The mailboxes of all workers.
 pub struct Workers {
-    mailboxes: Mutex<HashMap<String, mpsc::UnboundedSender<Job>>>,
+    mailboxes: Mutex<HashMap<String, Mailbox>>,
     closing: Arc<AtomicBool>,
     house: Arc<House>,
     /// How many actions wait or run.
@@ -79,7 +90,8 @@ impl Workers {
         let mut workers = JoinSet::new();
         let mut mailboxes = HashMap::new();
         for machine in fleet.machines() {
-            let (mailbox, jobs) = mpsc::unbounded_channel();
+            let (sender, jobs) = mpsc::unbounded_channel();
+            let mailbox = Mailbox { jobs: sender, pending: watch::Sender::new(0) };
             mailboxes.insert(machine.name().to_owned(), mailbox);
             let actor = Actor::new(Arc::clone(machine), Arc::clone(&house));
             workers.spawn(work(actor, jobs, Arc::clone(&closing)));
@@ -93,8 +105,20 @@ impl Workers {
         let mailboxes = self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mailbox) = mailboxes.get(machine.name()) {
             // A worker that has ended gives the job back, and dropping it answers it.
-            let _ = mailbox.send(Job { action, answer, _pending: Pending::new(&self.pending) });
+            let pending = Pending::new([&mailbox.pending, &self.pending]);
+            let _ = mailbox.jobs.send(Job { action, answer, _pending: pending });
         }
+    }
+
+    /// Whether an action of that machine waits or runs.
+    pub fn is_busy(&self, machine: &Machine) -> bool {
+        let mailboxes = self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        mailboxes.get(machine.name()).is_some_and(|mailbox| *mailbox.pending.borrow() > 0)
+    }
+
+    /// Why nothing new is begun, if the host ends.
+    pub fn closing(&self) -> Option<&'static str> {
+        self.closing.load(Ordering::SeqCst).then_some(CLOSING)
     }
 
     /// Returns as soon as no action waits or runs.

@@ -1,8 +1,10 @@
 //! The tcpdumps of a host that was killed.
 //!
-//! They cannot be told by a file with their numbers, which would be a moment late. But the file
-//! they write to is on record from before they were started, and stands in their arguments.
+//! They cannot be told by a file with their numbers, which would be a moment late. But their
+//! arguments tell them: a filter as only the host makes it, and the file they write to, which is on
+//! record or in the CWD.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -12,25 +14,27 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use super::FILTER;
+
 /// How long one may take to end.
 const ENDING: Duration = Duration::from_secs(5);
 
-/// Ends every process that captures into one of these files.
-pub fn end_leftovers(pcaps: &[PathBuf]) {
+/// Ends every process that captures for a host into one of these files, or into that folder.
+pub fn end_leftovers(pcaps: &[PathBuf], cwd: &Path) {
     let Ok(processes) = fs::read_dir("/proc") else { return };
     for process in processes.flatten() {
         let pid = process.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
         if let Some(pid) = pid {
-            end_if_left(pid, pcaps);
+            end_if_left(pid, pcaps, cwd);
         }
     }
 }
 
-fn end_if_left(pid: Pid, pcaps: &[PathBuf]) {
+fn end_if_left(pid: Pid, pcaps: &[PathBuf], cwd: &Path) {
     // Opened first: what is read then is of this process and no later one of its number.
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return };
     let Ok(arguments) = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())) else { return };
-    if !writes_to_one_of(&arguments, pcaps) {
+    if !is_leftover(&arguments, pcaps, cwd) {
         return;
     }
     tracing::warn!(pid = pid.as_raw_nonzero(), "a tcpdump of a host that was killed is ended");
@@ -44,11 +48,15 @@ fn end_if_left(pid: Pid, pcaps: &[PathBuf]) {
     }
 }
 
-fn writes_to_one_of(arguments: &[u8], pcaps: &[PathBuf]) -> bool {
-    let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
-    let is_pcap = |path: &[u8]| pcaps.iter().any(|pcap: &PathBuf| Path::as_os_str(pcap).as_bytes() == path);
-    arguments.contains(&b"-U".as_slice())
-        && arguments.windows(2).any(|pair| pair[0] == b"-w" && is_pcap(pair[1]))
+fn is_leftover(arguments: &[u8], pcaps: &[PathBuf], cwd: &Path) -> bool {
+    let arguments: Vec<&OsStr> =
+        arguments.split(|byte| *byte == 0).filter(|word| !word.is_empty()).map(OsStr::from_bytes).collect();
+    let [begins, has] = FILTER;
+    let filter = arguments.last().and_then(|last| last.to_str()).unwrap_or("");
+    let is_ours = |path: &Path| path.starts_with(cwd) || pcaps.iter().any(|pcap| pcap == path);
+    filter.starts_with(begins)
+        && filter.contains(has)
+        && arguments.windows(2).any(|pair| pair[0] == "-w" && is_ours(Path::new(pair[1])))
 }
 
 #[cfg(test)]
@@ -57,11 +65,13 @@ mod tests {
 
     #[test]
     fn only_a_capture_into_such_a_file_is_a_leftover() {
-        let pcaps = [PathBuf::from("/cwd/a.pcap")];
-        let ours = b"tcpdump\0-U\0-w\0/cwd/a.pcap\0host 1\0";
-        assert!(writes_to_one_of(ours, &pcaps));
-        assert!(!writes_to_one_of(ours, &[]));
-        assert!(!writes_to_one_of(b"tcpdump\0-U\0-w\0/cwd/a.pcap2\0", &pcaps));
-        assert!(!writes_to_one_of(b"vim\0/cwd/a.pcap\0", &pcaps));
+        let (pcaps, cwd) = ([PathBuf::from("/data/a.pcap")], Path::new("/cwd"));
+        let is_leftover = |arguments: &[u8]| is_leftover(arguments, &pcaps, cwd);
+        let filter = b"host 1 and not (dst host 2 and dst port 3)\0";
+        assert!(is_leftover(&[b"tcpdump\0-U\0-w\0/data/a.pcap\0".as_slice(), filter].concat()));
+        assert!(is_leftover(&[b"tcpdump\0-U\0-w\0/cwd/storage/b.pcap\0".as_slice(), filter].concat()));
+        assert!(!is_leftover(&[b"tcpdump\0-U\0-w\0/data/a.pcap2\0".as_slice(), filter].concat()));
+        assert!(!is_leftover(b"tcpdump\0-U\0-w\0/cwd/a.pcap\0host 1\0"));
+        assert!(!is_leftover(b"vim\0/data/a.pcap\0"));
     }
 }

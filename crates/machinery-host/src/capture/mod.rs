@@ -20,9 +20,10 @@ use std::sync::Arc;
 use machinery::Error;
 
 use crate::fleet::Machine;
+use crate::fleet::standing::Hold;
 
 pub use leftovers::end_leftovers;
-pub use tcpdump::Tcpdump;
+use tcpdump::Tcpdump;
 
 /// What to do where there is no tcpdump.
 pub const NO_TCPDUMP: &str =
@@ -43,6 +44,13 @@ pub struct Settings {
     pub result_server: Option<(String, u16)>,
 }
 
+/// A task's capture of a machine's traffic.
+#[derive(Debug)]
+pub struct Capture {
+    hold: Hold,
+    tcpdump: Tcpdump,
+}
+
 /// One machine's traffic, and where it goes.
 #[derive(Debug, Clone)]
 struct Target {
@@ -54,7 +62,8 @@ struct Target {
 /// Begins to capture if a task has the machine and wants it. Returns when tcpdump listens.
 pub async fn begin(machine: &Arc<Machine>, settings: &Settings) {
     let mut capture = machine.capture.lock().await;
-    let Some(pcap) = machine.hold().and_then(|hold| hold.pcap_path) else { return };
+    let Some(hold) = machine.hold() else { return };
+    let Some(pcap) = hold.pcap_path.clone() else { return };
     let begun = match target(machine, settings, pcap) {
         Ok(target) => {
             let told = Arc::clone(machine);
@@ -63,7 +72,7 @@ pub async fn begin(machine: &Arc<Machine>, settings: &Settings) {
         Err(error) => Err(error),
     };
     match begun {
-        Ok(begun) => *capture = Some(begun),
+        Ok(tcpdump) => *capture = Some(Capture { hold, tcpdump }),
         Err(error) => machine.capture_failed(&error),
     }
 }
@@ -73,17 +82,17 @@ pub async fn end(machine: &Machine) {
     stop(machine, machine.capture.lock().await.take()).await;
 }
 
-/// The same, if no task has the machine any more. A task that has got it meanwhile keeps its own.
+/// The same, if its task does not have the machine any more. That of a task which has got it
+/// meanwhile goes on.
 pub async fn end_of_task(machine: &Machine) {
     let mut capture = machine.capture.lock().await;
-    if machine.hold().is_none() {
-        stop(machine, capture.take()).await;
-    }
+    let ended = capture.take_if(|capture| machine.hold().as_ref() != Some(&capture.hold));
+    stop(machine, ended).await;
 }
 
-async fn stop(machine: &Machine, capture: Option<Tcpdump>) {
-    if let Some(capture) = capture
-        && let Err(error) = capture.stop().await
+async fn stop(machine: &Machine, capture: Option<Capture>) {
+    if let Some(Capture { tcpdump, .. }) = capture
+        && let Err(error) = tcpdump.stop().await
     {
         machine.capture_failed(&error);
     }
@@ -111,6 +120,9 @@ fn filter(ip: &str, ignored: &[&(String, u16)]) -> String {
     filter
 }
 
+/// How a filter of ours begins, and what no other has.
+const FILTER: [&str; 2] = ["host ", " and not (dst host "];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,6 +130,7 @@ mod tests {
     #[test]
     fn the_filter_leaves_out_both_ways() {
         let filter = filter("10.0.0.2", &[&("10.0.0.1".into(), 2042), &("10.0.0.2".into(), 8000)]);
+        assert!(filter.starts_with(FILTER[0]) && filter.contains(FILTER[1]));
         assert_eq!(
             filter,
             "host 10.0.0.2 \

@@ -31,6 +31,11 @@ impl Counts {
         })
     }
 
+    /// How many packets were lost because nobody was quick enough, and how many there were.
+    pub fn lost(&self) -> Option<(u64, u64)> {
+        (self.dropped > 0).then_some((self.dropped, self.received))
+    }
+
     /// Whether all that arrived has been written or is lost.
     pub fn all_read(&self) -> bool {
         self.captured + self.dropped >= self.received
@@ -57,6 +62,7 @@ pub fn is_harmless(line: &str) -> bool {
     ];
     line.trim().is_empty()
         || line.starts_with("dropped privs to ")
+        || line.to_lowercase().starts_with("tcpdump: warning")
         || starts.iter().any(|start| line.starts_with(start))
         || ends.iter().any(|end| line.ends_with(end))
 }
@@ -77,7 +83,7 @@ pub fn diagnose(complaints: &[String], tcpdump: &Path, interface: &str, pcap: &P
     } else if has(&["went down", "is not up", "Network is down", "disappeared", "no longer exists"]) {
         Error::environment(format!("the interface {interface} went away or down"))
             .advice(format!("Set it up: ip link set {interface} up"))
-    } else if has(&["filter expression", "syntax error", "unknown host"]) {
+    } else if has(&["filter expression", "syntax error", "unknown host", "invalid IP"]) {
         Error::configuration("tcpdump does not understand the filter")
             .advice("Check the machine's `ip`, and `resultserver.listen_ip` in cuckoo.yaml")
     } else {
@@ -117,6 +123,7 @@ mod tests {
         for line in [
             "tcpdump: listening on lo, link-type EN10MB (Ethernet), snapshot length 262144 bytes",
             "dropped privs to root",
+            "tcpdump: WARNING: virbr0: no promiscuous mode",
             "1 packet captured",
             "12 packets received by filter",
             "0 packets dropped by kernel",
@@ -134,6 +141,7 @@ mod tests {
         assert!(!Counts::of(line).unwrap().all_read());
         let line = "tcpdump: 1 packet captured, 4 packets received by filter, 3 packets dropped by kernel";
         assert!(Counts::of(line).unwrap().all_read());
+        assert_eq!(Counts::of(line).unwrap().lost(), Some((3, 4)));
         assert_eq!(Counts::of("4 packets captured"), None);
     }
 }

@@ -114,10 +114,14 @@ impl Process {
             match timeout_at(by, self.line()).await {
                 Ok(Some(line)) if stderr::is_listening(&line) => return Ok(()),
                 Ok(Some(_)) => {}
-                Ok(None) => {
-                    let status = self.end().await;
-                    return Err(self.failure("tcpdump ended at once", status));
-                }
+                Ok(None) => match timeout_at(by, self.end()).await {
+                    Ok(status) => return Err(self.failure("tcpdump ended at once", status)),
+                    Err(_) => {
+                        self.kill().await;
+                        let error = "tcpdump closed its stderr, so it cannot be told whether it listens";
+                        return Err(self.diagnosis().detail(error));
+                    }
+                },
                 Err(_) => {
                     self.kill().await;
                     let error = format!("tcpdump does not listen within {STARTING:?}");
@@ -144,12 +148,10 @@ impl Process {
     }
 
     async fn finish(mut self) -> Result<()> {
-        if timeout(READING, self.reads_all()).await.is_err() {
-            tracing::warn!(pcap = %self.target.pcap.display(), "packets still arrive: the capture ends without the last of them");
-        }
-        self.signal(Signal::TERM);
+        let read = timeout(READING, self.reads_all()).await;
+        self.terminate();
         match timeout(ENDING, self.end()).await {
-            Ok(Ok(status)) if status.success() && self.complaints.is_empty() => Ok(()),
+            Ok(Ok(status)) if status.success() => self.completeness(read.ok().flatten()),
             Ok(status) => Err(self.failure("tcpdump did not end in good order", status)),
             Err(_) => {
                 self.kill().await;
@@ -158,20 +160,41 @@ impl Process {
         }
     }
 
-    /// Waits until all that has arrived is in the file. There is no event for it.
-    async fn reads_all(&mut self) {
-        let mut last = None;
-        let mut since = Instant::now();
-        while let Some(counts) = self.counts().await {
-            if last != Some(counts) {
-                (last, since) = (Some(counts), Instant::now());
-            }
-            // The loopback interface counts each packet twice, so there they never agree.
-            if counts.all_read() || since.elapsed() > HANDED_OVER {
-                return;
-            }
-            tokio::time::sleep(ASKING).await;
+    /// Whether the file holds all there was, by the last counts.
+    fn completeness(&self, counts: Option<Counts>) -> Result<()> {
+        let pcap = self.target.pcap.display();
+        if !self.complaints.is_empty() {
+            tracing::warn!(%pcap, complaints = ?self.complaints, "tcpdump complained, and ended well");
         }
+        let Some(counts) = counts else {
+            let error =
+                format!("{pcap} may lack the last packets: they still arrived when the machine was off");
+            return Err(Error::failed(error).advice("Look at who else uses the machine's address"));
+        };
+        match counts.lost() {
+            None => Ok(()),
+            Some((lost, all)) => {
+                let error = format!("{lost} of {all} packets are not in {pcap}: tcpdump could not keep up");
+                Err(Error::failed(error)
+                    .advice("Give the host more processor time, or its captures a faster disk"))
+            }
+        }
+    }
+
+    /// Waits until all that has arrived is in the file. There is no event for it. Gives the last counts,
+    /// unless it has ended.
+    async fn reads_all(&mut self) -> Option<Counts> {
+        let mut last = self.counts().await?;
+        let mut since = Instant::now();
+        // The loopback interface counts each packet twice, so there they never agree.
+        while !last.all_read() && since.elapsed() < HANDED_OVER {
+            tokio::time::sleep(ASKING).await;
+            let counts = self.counts().await?;
+            if counts != last {
+                (last, since) = (counts, Instant::now());
+            }
+        }
+        Some(last)
     }
 
     /// How many packets there are by now, unless it has ended.
@@ -181,6 +204,14 @@ impl Process {
             if let Some(counts) = Counts::of(&self.line().await?) {
                 return Some(counts);
             }
+        }
+    }
+
+    /// Asks it to end, with all it has started.
+    fn terminate(&self) {
+        if let Some(pid) = self.pid() {
+            // An error says that there is nobody left.
+            let _ = kill_process_group(pid, Signal::TERM);
         }
     }
 

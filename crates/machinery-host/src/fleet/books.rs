@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use machinery::{Error, Result};
@@ -41,6 +41,8 @@ pub struct Books {
     changes: AtomicU64,
     /// How many of them are on disk.
     written: Mutex<u64>,
+    /// Whether the last writing failed, so that what is on disk may be old.
+    behind: AtomicBool,
 }
 
 impl Books {
@@ -56,14 +58,14 @@ impl Books {
                 machine.recall(standing);
             }
         }
-        let (changes, written) = (AtomicU64::new(0), Mutex::new(0));
-        Ok(Arc::new(Books { path, fleet, others, changes, written }))
+        let (changes, written, behind) = (AtomicU64::new(0), Mutex::new(0), AtomicBool::new(false));
+        Ok(Arc::new(Books { path, fleet, others, changes, written, behind }))
     }
 
     /// Returns when all changes that were made before are on disk.
     ///
     /// # Errors
-    /// They cannot be written; the file is as it was.
+    /// They cannot be written. They are tried again with the next.
     pub async fn save(self: &Arc<Self>) -> Result<()> {
         let books = Arc::clone(self);
         let mine = books.changes.fetch_add(1, Ordering::SeqCst) + 1;
@@ -81,7 +83,29 @@ impl Books {
             Ok::<(), io::Error>(())
         });
         let saved = saving.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-        saved.map_err(|error| Error::io("note who has which machine in", &self.path, &error))
+        self.behind.store(saved.is_err(), Ordering::SeqCst);
+        saved.map_err(|error| {
+            Error::io("note who has which machine in", &self.path, &error)
+                .advice("Make it possible to write there, and ask again")
+        })
+    }
+
+    /// Makes good for a writing that failed, if the last one did.
+    pub async fn catch_up(self: &Arc<Self>) {
+        if self.behind.load(Ordering::SeqCst)
+            && let Err(error) = self.save().await
+        {
+            tracing::error!(%error, "what is on disk is still old");
+        }
+    }
+
+    /// The captures that were on record when the host was started, also of machines that are not
+    /// configured.
+    pub fn captures(&self) -> Vec<PathBuf> {
+        let machines = self.fleet.get().map_or(&[][..], Fleet::machines).iter();
+        let holds = machines.filter_map(|machine| machine.hold());
+        let others = self.others.values().filter_map(|standing| standing.lock.clone());
+        holds.chain(others).filter_map(|hold| hold.pcap_path).collect()
     }
 
     fn text(&self) -> io::Result<String> {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::Machinery;
 use super::standing::{Hold, NotHeld, Standing, Unavailable};
-use crate::capture::Tcpdump;
+use crate::capture::Capture;
 use crate::events::{Event, Events};
 
 /// One machine.
@@ -25,7 +25,7 @@ pub struct Machine {
     /// Whether its plugin is being asked for its state.
     asking: AtomicBool,
     /// What captures its traffic; held while that begins and ends.
-    pub capture: tokio::sync::Mutex<Option<Tcpdump>>,
+    pub capture: tokio::sync::Mutex<Option<Capture>>,
     events: Events,
 }
 
@@ -130,22 +130,22 @@ impl Machine {
         self.lock_status().standing = standing;
     }
 
-    /// Gives it to a task.
+    /// Gives it to a task; tells whether that is new.
     ///
     /// # Errors
     /// It is not available to that task. A hold that the task has already is no error.
-    pub fn lock(&self, hold: Hold) -> Result<(), Unavailable> {
+    pub fn lock(&self, hold: &Hold) -> Result<bool, Unavailable> {
         let mut status = self.lock_status();
-        if status.standing.lock.as_ref() == Some(&hold) && status.standing.disabled.is_none() {
-            return Ok(());
+        if status.standing.lock.as_ref() == Some(hold) && status.standing.disabled.is_none() {
+            return Ok(false);
         }
         if let Some(reason) = status.standing.hindrance(&hold.task_id) {
             return Err(Unavailable { machine: self.info.name.clone(), wanted: "locked", reason });
         }
+        status.standing.lock = Some(hold.clone());
         let task_id = hold.task_id.clone();
-        status.standing.lock = Some(hold);
         self.events.send(Event::Locked { machine: self.info.name.clone(), task_id });
-        Ok(())
+        Ok(true)
     }
 
     /// Takes it back from its task; with a `task_id`, only from that one.
@@ -164,19 +164,22 @@ impl Machine {
         Ok(())
     }
 
-    /// Keeps it for a task.
+    /// Keeps it for a task; tells whether that is new.
     ///
     /// # Errors
     /// It is not available to that task.
-    pub fn reserve(&self, task_id: &str) -> Result<(), Unavailable> {
+    pub fn reserve(&self, task_id: &str) -> Result<bool, Unavailable> {
         let mut status = self.lock_status();
         let machine = self.info.name.clone();
         if let Some(reason) = status.standing.hindrance(task_id) {
             return Err(Unavailable { machine, wanted: "reserved", reason });
         }
+        if status.standing.reserved_by.is_some() {
+            return Ok(false);
+        }
         status.standing.reserved_by = Some(task_id.to_owned());
         self.events.send(Event::Reserved { machine, task_id: task_id.to_owned() });
-        Ok(())
+        Ok(true)
     }
 
     /// Keeps it for nobody any more.

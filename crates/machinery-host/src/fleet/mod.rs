@@ -4,18 +4,18 @@
 //! | --- | --- |
 //! | [`machine`] | one machine: what it is, what it does, who has it |
 //! | [`standing`] | who has a machine: locked, reserved, disabled |
-//! | [`choice`] | which machine a task gets that does not name one |
+//! | [`pool`] | giving machines to tasks, and which one to a task that names none |
 //! | [`books`] | the standing of all machines, on disk, so that it outlives the host |
 //! | [`services`] | what a plugin is given to report through |
 
 pub mod books;
-pub mod choice;
 pub mod machine;
+pub mod pool;
 pub mod services;
 pub mod standing;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use machinery::Capabilities;
 use machinery::host::Instance;
@@ -37,6 +37,8 @@ pub struct Machinery {
 /// All machines, in the order of the configuration.
 pub struct Fleet {
     machines: Vec<Arc<Machine>>,
+    /// Held while a machine is given to a task.
+    giving: Mutex<()>,
     by_name: HashMap<String, Arc<Machine>>,
 }
 
@@ -45,7 +47,7 @@ impl Fleet {
     pub fn new(machines: Vec<Arc<Machine>>) -> Self {
         let by_name =
             machines.iter().map(|machine| (machine.info.name.clone(), Arc::clone(machine))).collect();
-        Fleet { machines, by_name }
+        Fleet { machines, giving: Mutex::new(()), by_name }
     }
 
     /// All of them.

@@ -96,6 +96,15 @@ impl Standing {
         *self == Standing::default()
     }
 
+    /// How near the machine is to that task: it has it already, it is kept for it, or neither.
+    pub fn distance_to(&self, hold: &Hold) -> u8 {
+        match self {
+            Standing { lock: Some(own), .. } if own == hold => 0,
+            Standing { reserved_by: Some(task), .. } if *task == hold.task_id => 1,
+            _ => 2,
+        }
+    }
+
     /// Why that task cannot have the machine, if it cannot.
     pub fn hindrance(&self, task_id: &str) -> Option<Reason> {
         if let Some(reason) = &self.disabled {

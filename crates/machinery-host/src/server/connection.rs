@@ -10,18 +10,20 @@
 //! nothing more is read from it and no event is made for it. So it costs a bounded amount, and
 //! nobody else ever waits for it: whoever answers only puts a line into a queue.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use machinery::State;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -33,16 +35,19 @@ use crate::actions::worker::Answer;
 use crate::actions::{Action, Outcome};
 use crate::capture;
 use crate::events::Event;
-use crate::fleet::Machine;
-use crate::fleet::choice::Wanted;
-use crate::fleet::standing::Hold;
+use crate::fleet::standing::{Hold, NotHeld};
+use crate::fleet::{Fleet, Machine};
 
 /// The budget of one client: requests under way, and lines that wait to be written.
 const BUDGET: u32 = 16_384;
 /// The share of an answer about all machines, which can be long: a few may wait for one client.
 const LARGE: u32 = BUDGET / 4;
+/// The share of an answer that may be about one machine, with its latest errors.
+const SOME: u32 = 32;
 /// A client that reads nothing for this long is gone.
 const STALLED: Duration = Duration::from_secs(60);
+/// How often to look whether a client that is done sending still waits for its answers.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How long a plugin may take to tell a state.
 const STATE: Duration = Duration::from_secs(10);
 
@@ -61,8 +66,9 @@ pub async fn serve(stream: UnixStream, shared: Arc<Shared>, place: Place) {
     let (lines, outgoing) = mpsc::unbounded_channel();
     let mut writing = tokio::spawn(write(writer, outgoing, place));
     let mut ending = shared.ending.subscribe();
-    let mut connection =
-        Connection { shared, lines, budget: Arc::new(Semaphore::new(BUDGET as usize)), subscription: None };
+    let gone = watch::Sender::new(false);
+    let budget = Arc::new(Semaphore::new(BUDGET as usize));
+    let mut connection = Connection { shared, lines, budget, subscription: None, gone: gone.clone() };
     tokio::select! {
         () = connection.read(&mut reader) => {}
         // The host ends: what has been answered is still written.
@@ -72,8 +78,25 @@ pub async fn serve(stream: UnixStream, shared: Arc<Shared>, place: Place) {
     // A client that is done sending is heard no more of, and may be gone: its answers are still
     // written, events are not.
     drop(connection);
-    // Ends early only by a panic, which is in the log.
+    tokio::select! {
+        // Ends early only by a panic, which is in the log.
+        _ = &mut writing => return,
+        () = leaves(reader.get_ref().as_ref()) => gone.send_replace(true),
+    };
     let _ = writing.await;
+}
+
+/// Waits until a client that is done sending is not there any more. Both look the same to the runtime,
+/// so the kernel is asked now and then; there is somebody to ask for only while an answer is due.
+async fn leaves(stream: &UnixStream) {
+    let is_there = || {
+        let mut client = [PollFd::new(stream, PollFlags::empty())];
+        poll(&mut client, Some(&Timespec::default())).is_err()
+            || !client[0].revents().contains(PollFlags::HUP)
+    };
+    while is_there() {
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
 }
 
 async fn write(mut writer: OwnedWriteHalf, mut outgoing: UnboundedReceiver<Outgoing>, _place: Place) {
@@ -97,6 +120,8 @@ struct Connection {
     lines: UnboundedSender<Outgoing>,
     budget: Arc<Semaphore>,
     subscription: Option<JoinHandle<()>>,
+    /// True once the client is not there any more.
+    gone: watch::Sender<bool>,
 }
 
 impl Drop for Connection {
@@ -106,6 +131,9 @@ impl Drop for Connection {
         }
     }
 }
+
+/// Why a task is not given what it asks for.
+type Refused = Box<dyn Error + Send + Sync>;
 
 /// Whether to go on reading.
 type GoOn = bool;
@@ -164,10 +192,13 @@ impl Connection {
             }
             Request::Version => self.version(),
             Request::WaitIdle => {
-                let shared = Arc::clone(&self.shared);
+                let (shared, mut gone) = (Arc::clone(&self.shared), self.gone.subscribe());
                 let idle = async move {
-                    shared.workers.idle().await;
-                    json!({"success": true})
+                    // It can take for ever; a client that has left is not waited for.
+                    tokio::select! {
+                        () = shared.workers.idle() => json!({"success": true}),
+                        _ = gone.wait_for(|gone| *gone) => protocol::failure("the client has left"),
+                    }
                 };
                 return self.later(id, idle).await;
             }
@@ -179,25 +210,25 @@ impl Connection {
                 machine.disable(&reason);
                 return self.noted(id, machine).await;
             }
-            Request::Lock(machine, hold) => match machine.lock(hold.clone()) {
-                Ok(()) => return self.locked(id, machine, hold).await,
-                Err(error) => protocol::failure(&error.to_string()),
-            },
-            Request::Acquire(wanted, hold) => match self.acquire(&wanted, &hold) {
-                Ok(machine) => return self.locked(id, machine, hold).await,
-                Err(reason) => protocol::failure(&reason),
-            },
+            Request::Lock(machine, hold) => {
+                let given = self.fleet().and_then(|fleet| Ok(fleet.lock(&machine, &hold)?));
+                return self.locked(id, given.map(|new| (machine, new)), hold).await;
+            }
+            Request::Acquire(wanted, hold) => {
+                let given = self.fleet().and_then(|fleet| Ok(fleet.acquire(&wanted, &hold)?));
+                return self.locked(id, given, hold).await;
+            }
+            Request::Reserve(machine, task_id) => {
+                let given = self.fleet().and_then(|_| Ok(machine.reserve(&task_id)?));
+                return self.reserved(id, machine, given).await;
+            }
             Request::Unlock(machine, task_id) => match machine.unlock(task_id.as_deref()) {
                 Ok(()) => return self.noted(id, machine).await,
-                Err(error) => protocol::failure(&error.to_string()),
-            },
-            Request::Reserve(machine, task_id) => match machine.reserve(&task_id) {
-                Ok(()) => return self.noted(id, machine).await,
-                Err(error) => protocol::failure(&error.to_string()),
+                Err(error) => return self.not_held(id, error).await,
             },
             Request::Unreserve(machine) => match machine.unreserve() {
                 Ok(()) => return self.noted(id, machine).await,
-                Err(error) => protocol::failure(&error.to_string()),
+                Err(error) => return self.not_held(id, error).await,
             },
             Request::SetEnabled(enabled) => {
                 self.shared.enabled.store(enabled, Ordering::SeqCst);
@@ -232,7 +263,7 @@ impl Connection {
 
     /// Answers when `answer` is there, without holding up the requests that follow.
     async fn later(&self, id: Option<Value>, answer: impl Future<Output = Value> + Send + 'static) -> GoOn {
-        let slot = self.slot(1).await;
+        let slot = self.slot(SOME).await;
         tokio::spawn(async move { slot.fill(answer.await, id.as_ref()) });
         true
     }
@@ -248,15 +279,51 @@ impl Connection {
         self.later(id, noted).await
     }
 
-    /// Answers when the lock is on disk. One that cannot be brought there is not given.
-    async fn locked(&self, id: Option<Value>, machine: Arc<Machine>, hold: Hold) -> GoOn {
+    /// What was to be given back is not held. It may be that it has been given back, and only the
+    /// writing of that has failed: then the next attempt makes good for it.
+    async fn not_held(&self, id: Option<Value>, error: NotHeld) -> GoOn {
+        let books = Arc::clone(&self.shared.books);
+        let told = async move {
+            books.catch_up().await;
+            protocol::failure(&error.to_string())
+        };
+        self.later(id, told).await
+    }
+
+    /// The machines to give to tasks, unless the host ends.
+    fn fleet(&self) -> Result<&Fleet, Refused> {
+        match self.shared.workers.closing() {
+            Some(closing) => Err(closing.into()),
+            None => self.shared.fleet.get().ok_or_else(|| "the machines are not loaded yet".into()),
+        }
+    }
+
+    /// Answers when the lock is on disk. A new one that cannot be brought there is not given.
+    async fn locked(
+        &self,
+        id: Option<Value>,
+        given: Result<(Arc<Machine>, bool), Refused>,
+        hold: Hold,
+    ) -> GoOn {
+        let (machine, new) = match given {
+            Ok(given) => given,
+            Err(error) => return self.say(protocol::failure(&error.to_string()), id).await,
+        };
         let books = Arc::clone(&self.shared.books);
         let noted = async move {
             match books.save().await {
+                // One that was asked for twice may have been taken back for the other's sake.
+                Ok(()) if machine.hold().as_ref() != Some(&hold) => protocol::failure(&format!(
+                    "the lock of machine '{}' was taken back. Ask again.",
+                    machine.name()
+                )),
                 Ok(()) => json!({"success": true, "machine": machine.to_json()}),
                 Err(error) => {
-                    // It may have been taken back already.
-                    let _ = machine.unlock(Some(&hold.task_id));
+                    if new {
+                        // It may have been taken back already.
+                        let _ = machine.unlock(Some(&hold.task_id));
+                        books.catch_up().await;
+                    }
                     protocol::failure(&error.action("lock").machine(machine.name()).to_string())
                 }
             }
@@ -264,26 +331,22 @@ impl Connection {
         self.later(id, noted).await
     }
 
-    /// Locks the first machine that will do.
-    fn acquire(&self, wanted: &Wanted, hold: &Hold) -> Result<Arc<Machine>, String> {
-        let fleet = self.shared.fleet.get().ok_or("the machines are not loaded yet")?;
-        let mut last = None;
-        for machine in fleet.fitting(wanted) {
-            match machine.lock(hold.clone()) {
-                Ok(()) => return Ok(Arc::clone(machine)),
-                Err(error) => last = Some(error.to_string()),
+    /// The same for a reservation.
+    async fn reserved(&self, id: Option<Value>, machine: Arc<Machine>, given: Result<bool, Refused>) -> GoOn {
+        let new = match given {
+            Ok(new) => new,
+            Err(error) => return self.say(protocol::failure(&error.to_string()), id).await,
+        };
+        let books = Arc::clone(&self.shared.books);
+        let noted = async move {
+            let Err(error) = books.save().await else { return json!({"success": true}) };
+            if new {
+                let _ = machine.unreserve();
+                books.catch_up().await;
             }
-        }
-        Err(match last {
-            None if wanted.name.is_empty() => {
-                "No machine is as wanted: see the list for those there are".to_owned()
-            }
-            None => protocol::no_such_machine(&wanted.name),
-            Some(reason) if !wanted.name.is_empty() => reason,
-            Some(_) => {
-                "No machine is available: all that are as wanted are locked, reserved or disabled".to_owned()
-            }
-        })
+            protocol::failure(&error.action("reserve").machine(machine.name()).to_string())
+        };
+        self.later(id, noted).await
     }
 
     async fn subscribe(&mut self, id: Option<Value>) -> GoOn {
@@ -378,10 +441,10 @@ async fn state(machine: &Arc<Machine>) -> Value {
 
 /// Stops all machines that are not off; says which could not be stopped.
 async fn shutdown_all(shared: &Shared) -> Outcome {
-    let on = shared.machines().iter().filter(|machine| {
-        let status = machine.status();
-        status.busy || status.state != State::Poweroff
-    });
+    let on = shared
+        .machines()
+        .iter()
+        .filter(|machine| shared.workers.is_busy(machine) || machine.status().state != State::Poweroff);
     let (outcomes, mut answered) = mpsc::unbounded_channel();
     for machine in on {
         let outcomes = outcomes.clone();

@@ -105,7 +105,9 @@ pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
     let hidden = SocketPath::new(&hiding.path().join("sock")).map_err(failed)?;
     let listener = UnixListener::bind(hidden.address()).map_err(failed)?;
     let mode = if peers.gid().is_some() { 0o660 } else { 0o600 };
-    chown(hidden.path(), None, peers.gid()).map_err(failed)?;
+    chown(hidden.path(), None, peers.gid()).map_err(|error| {
+        failed(error).advice("The host's user has to be a member of the group `socket_group`, or root")
+    })?;
     std::fs::set_permissions(hidden.path(), std::fs::Permissions::from_mode(mode)).map_err(failed)?;
     warn_of_closed_folders(path, peers);
     std::fs::rename(hidden.path(), path).map_err(failed)?;
@@ -166,7 +168,7 @@ pub async fn serve(
 
 /// Serves the client, if it is one that may be served.
 async fn greet(stream: UnixStream, peers: Arc<Peers>, shared: Arc<Shared>, place: Place) {
-    match peers.admit(&stream).await {
+    match peers.admit(&stream) {
         Ok(()) => connection::serve(stream, shared, place).await,
         Err(reason) => {
             tracing::warn!(reason, "a client was refused");

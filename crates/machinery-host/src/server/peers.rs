@@ -4,10 +4,10 @@
 //! The socket's mode says the same to the kernel; that the peer's credentials are looked at as well
 //! keeps it so where somebody has opened the mode.
 
-use std::ffi::CString;
+use std::os::fd::AsRawFd;
 
 use machinery::{Error, Result};
-use nix::unistd::{Gid, Group, Uid, User, getgrouplist};
+use nix::unistd::{Group, Uid};
 use tokio::net::UnixStream;
 
 /// Whom the socket is for.
@@ -36,10 +36,11 @@ impl Peers {
     ///
     /// # Errors
     /// It is not; the reason is for the client.
-    pub async fn admit(&self, stream: &UnixStream) -> Result<(), String> {
+    pub fn admit(&self, stream: &UnixStream) -> Result<(), String> {
         let peer = stream.peer_cred().map_err(|error| format!("cannot tell who you are: {error}"))?;
-        let (uid, gid) = (Uid::from_raw(peer.uid()), Gid::from_raw(peer.gid()));
-        if uid == self.own || uid.is_root() || self.is_member(uid, gid).await {
+        let uid = Uid::from_raw(peer.uid());
+        let is_member = |gid| peer.gid() == gid || supplementary(stream).is_ok_and(|all| all.contains(&gid));
+        if uid == self.own || uid.is_root() || self.gid().is_some_and(is_member) {
             return Ok(());
         }
         let members = match &self.group {
@@ -47,12 +48,6 @@ impl Peers {
             None => "; a group can be let in with `socket_group` in machinery-host.yaml".to_owned(),
         };
         Err(format!("user {uid} may not use the machinery host: it is for user {}, root{members}", self.own))
-    }
-
-    /// Asks the user database, which can take its time.
-    async fn is_member(&self, uid: Uid, gid: Gid) -> bool {
-        let Some(group) = self.group.clone() else { return false };
-        tokio::task::spawn_blocking(move || has(&group, uid, gid)).await.unwrap_or(false)
     }
 }
 
@@ -67,14 +62,35 @@ fn find(name: &str) -> Result<Group> {
     })
 }
 
-fn has(group: &Group, uid: Uid, gid: Gid) -> bool {
-    if gid == group.gid {
-        return true;
+/// The groups that the client runs with, beside its first one.
+fn supplementary(stream: &UnixStream) -> std::io::Result<Vec<libc::gid_t>> {
+    let mut groups = vec![0; 64];
+    loop {
+        let mut length =
+            libc::socklen_t::try_from(size_of_val(groups.as_slice())).map_err(std::io::Error::other)?;
+        // SAFETY: the kernel writes at most `length` bytes, which `groups` has, and any bytes are
+        // numbers; `length` is a local of the type it expects.
+        let got = unsafe {
+            libc::getsockopt(
+                stream.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        let count = length as usize / size_of::<libc::gid_t>();
+        if got == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = std::io::Error::last_os_error();
+        // Then `length` says how many bytes there are.
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(count, 0);
     }
-    // Who has no entry is in no group but the one it runs with.
-    let Ok(Some(user)) = User::from_uid(uid) else { return false };
-    let Ok(name) = CString::new(user.name) else { return false };
-    getgrouplist(&name, user.gid).is_ok_and(|groups| groups.contains(&group.gid))
 }
 
 #[cfg(test)]
@@ -90,13 +106,16 @@ mod tests {
     #[tokio::test]
     async fn the_own_user_is_admitted() {
         let (one, _other) = UnixStream::pair().unwrap();
-        assert_eq!(Peers::new(None).unwrap().admit(&one).await, Ok(()));
+        assert_eq!(Peers::new(None).unwrap().admit(&one), Ok(()));
     }
 
-    #[test]
-    fn root_is_in_its_own_group() {
-        let root = Group::from_gid(Gid::from_raw(0)).unwrap().unwrap();
-        assert!(has(&root, Uid::from_raw(0), Gid::from_raw(12345)));
-        assert!(!has(&root, Uid::from_raw(54321), Gid::from_raw(54321)));
+    #[tokio::test]
+    async fn the_groups_of_a_client_are_its_own() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let mut own: Vec<_> = rustix::process::getgroups().unwrap().iter().map(|gid| gid.as_raw()).collect();
+        let mut told = supplementary(&one).unwrap();
+        own.sort_unstable();
+        told.sort_unstable();
+        assert_eq!(told, own);
     }
 }

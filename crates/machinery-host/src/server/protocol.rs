@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::actions::{Action, Outcome};
 use crate::fleet::Machine;
-use crate::fleet::choice::Wanted;
+use crate::fleet::pool::Wanted;
 use crate::fleet::standing::Hold;
 
 /// What a client wants.
@@ -120,12 +120,16 @@ pub fn request<'a>(
         return Err(Refusal::closing("Machinery manager is disabled"));
     }
     if action == Some("acquire") {
+        if object.contains_key("machine") {
+            return Err(Refusal::open("'acquire' takes the machine's name as 'name', and not as 'machine'"));
+        }
         return Ok(Request::Acquire(wanted(object)?, hold(object)?));
     }
     let (Some(action), Some(name)) = (action, text("machine")) else {
         return Err(Refusal::closing("Missing action or machine name"));
     };
-    let machine = find(name).ok_or_else(|| Refusal::open(no_such_machine(name)))?;
+    let machine =
+        find(name).ok_or_else(|| Refusal::open(Error::no_such_machine(&shortened(name)).to_string()))?;
     let machine = Arc::clone(machine);
     let act = |action| Ok(Request::Act(Arc::clone(&machine), action));
     match action {
@@ -138,23 +142,18 @@ pub fn request<'a>(
                 Some(path) => path,
                 None => machine.hold().and_then(|hold| hold.memory_dump_path).ok_or_else(missing_path)?,
             };
-            act(Action::DumpMemory { path, format: format(text("format"))? })
+            act(Action::DumpMemory { path, format: format(object)? })
         }
         "screenshot" => act(Action::Screenshot { path: path(object, "path")?.ok_or_else(missing_path)? }),
         "state" => Ok(Request::State(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
-        "disable_machine" => Ok(Request::DisableMachine(machine, reason(text("reason")))),
+        "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
         "lock" => Ok(Request::Lock(machine, hold(object)?)),
         "unlock" => Ok(Request::Unlock(machine, optional_task_id(object)?)),
         "reserve" => Ok(Request::Reserve(machine, task_id(object)?)),
         "unreserve" => Ok(Request::Unreserve(machine)),
         _ => Err(Refusal::closing("No such action")),
     }
-}
-
-/// What is said of a name that no machine has.
-pub fn no_such_machine(name: &str) -> String {
-    Error::no_such_machine(&shortened(name)).to_string()
 }
 
 fn shortened(name: &str) -> String {
@@ -231,7 +230,7 @@ fn hold(object: &Map<String, Value>) -> Result<Hold, Refusal> {
 }
 
 fn wanted(object: &Map<String, Value>) -> Result<Wanted, Refusal> {
-    let text = |key: &str| Ok(optional_text(object, key)?.unwrap_or_default().to_owned());
+    let text = |key: &str| Ok(optional_text(object, key)?.map(shortened).unwrap_or_default());
     let tags = match object.get("tags") {
         None | Some(Value::Null) => Some(Vec::new()),
         Some(Value::Array(tags)) => tags.iter().map(|tag| tag.as_str().map(str::to_owned)).collect(),
@@ -246,13 +245,15 @@ fn wanted(object: &Map<String, Value>) -> Result<Wanted, Refusal> {
     })
 }
 
-fn reason(text: Option<&str>) -> String {
-    text.map_or_else(|| "taken out of the pool by request".to_owned(), shortened)
+fn reason(object: &Map<String, Value>) -> Result<String, Refusal> {
+    let given = optional_text(object, "reason")?.map(shortened);
+    Ok(given.unwrap_or_else(|| "taken out of the pool by request".to_owned()))
 }
 
-fn format(text: Option<&str>) -> Result<DumpFormat, Refusal> {
-    let Some(text) = text else { return Ok(DumpFormat::default()) };
+fn format(object: &Map<String, Value>) -> Result<DumpFormat, Refusal> {
+    let Some(text) = optional_text(object, "format")? else { return Ok(DumpFormat::default()) };
     serde_json::from_value(json!(text)).map_err(|_| {
+        let text = shortened(text);
         Refusal::open(format!("'{text}' is not a format of memory dumps. Use elf, kdump-zlib or win-dmp."))
     })
 }
