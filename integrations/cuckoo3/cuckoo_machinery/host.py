@@ -107,7 +107,7 @@ class Host:
             self._events.close()
         self._end_child()
         if self._thread:
-            self._thread.join()
+            self._thread.join(END_LIMIT)
             # One that was just being started.
             self._end_child()
 
