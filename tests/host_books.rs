@@ -114,8 +114,33 @@ fn a_lock_that_cannot_be_noted_is_not_given() {
     let reason = answer["reason"].as_str().unwrap();
     assert!(reason.contains("machines.json") && reason.contains("'m'"), "{reason}");
     assert_eq!(client.machine("m").unwrap()["locked"], false);
+    let reserve = json!({"action": "reserve", "machine": "m", "task_id": "t"});
+    assert_eq!(client.ask(reserve).unwrap()["success"], false);
+    assert_eq!(client.machine("m").unwrap()["reserved"], false);
     fs::remove_dir(&obstacle).unwrap();
-    ask_well(&mut client, lock);
+    ask_well(&mut client, lock.clone());
+    // Who has it already keeps it, even if that cannot be written once more.
+    fs::create_dir(&obstacle).unwrap();
+    assert_eq!(client.ask(lock).unwrap()["success"], false);
+    assert_eq!(client.machine("m").unwrap()["locked_by"], "t");
+    fs::remove_dir(&obstacle).unwrap();
+}
+
+#[test]
+fn what_could_not_be_noted_is_noted_with_the_next_attempt() {
+    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    ask_well(&mut client, json!({"action": "lock", "machine": "m", "task_id": "t"}));
+    let obstacle = books(&cwd).with_extension("json.new");
+    fs::create_dir(&obstacle).unwrap();
+    assert_eq!(client.act("unlock", "m").unwrap()["success"], false);
+    fs::remove_dir(&obstacle).unwrap();
+    let again = client.act("unlock", "m").unwrap();
+    assert!(again["reason"].as_str().unwrap().contains("not locked"), "{again}");
+    host.kill().unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    assert_eq!(host.client().unwrap().machine("m").unwrap()["locked"], false);
 }
 
 /// Numbers that are random enough, and the same for the same seed.

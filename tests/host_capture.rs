@@ -322,6 +322,53 @@ fn a_tcpdump_that_dies_is_told_at_once_and_the_machine_goes_on() {
 }
 
 #[test]
+fn a_capture_is_its_tasks_and_not_the_next_ones() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    talk(&wire, "of the first task");
+    let next = json!({"action": "lock", "machine": "m", "task_id": "next", "id": 2});
+    // Both at once, so that the second is read before the first is answered.
+    let both = format!("{}\n{next}\n", json!({"action": "unlock", "machine": "m", "id": 1}));
+    client.send_bytes(both.as_bytes()).unwrap();
+    let mut answers = [client.next_message().unwrap(), client.next_message().unwrap()];
+    answers.sort_by_key(|answer| answer["id"].to_string());
+    assert_eq!(answers[0], json!({"success": true, "id": 1}));
+    assert_captured(&pcap(&cwd), &["of the first task"]);
+    assert_eq!(client.machine("m").unwrap()["locked_by"], "next");
+}
+
+#[test]
+fn a_tcpdump_that_hides_what_it_says_is_told_and_ended() {
+    let script = "exec 2> /dev/null; exec sleep 1000";
+    let cwd = captured_by(Path::new("/replaced"), "");
+    let script = cwd.script("tcpdump", script).unwrap();
+    cwd.change_cuckoo_yaml("/replaced", &script.display().to_string()).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    assert_told(&host, &pcap(&cwd), &["closed its stderr"]);
+    assert_eq!(host.holds().unwrap().children, "");
+}
+
+#[test]
+fn a_tcpdump_that_warns_is_no_failure() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let real = capture::tcpdump().unwrap().display().to_string();
+    let script = format!("echo 'tcpdump: WARNING: no promiscuous mode' >&2; exec {real} \"$@\"");
+    let script = cwd.script("tcpdump", &script).unwrap();
+    cwd.change_cuckoo_yaml(&real, &script.display().to_string()).unwrap();
+    let host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    talk(&wire, "all the same");
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_captured(&pcap(&cwd), &["all the same"]);
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+}
+
+#[test]
 fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
     let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
     // With a child, which has to go with it.

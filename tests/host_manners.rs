@@ -136,6 +136,39 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
 }
 
 #[test]
+fn who_waits_for_idleness_and_leaves_is_forgotten() {
+    let served = served(1, "delays_ms: {restore_start: 20000}");
+    let mut normal = served.clients(1).remove(0);
+    let before = served.host.holds().unwrap();
+    normal.send(&json!({"action": "restore_start", "machine": "m0"})).unwrap();
+    for mut client in served.clients(400) {
+        client.send(&json!({"action": "wait_idle"})).unwrap();
+    }
+    // When the host notices, nothing tells; the machine is busy all the while.
+    while served.host.holds().unwrap().files > before.files + 8 {
+        assert_eq!(normal.act("state", "m0").unwrap()["state"], "starting");
+    }
+}
+
+#[test]
+fn what_is_said_of_a_request_is_short() {
+    let served = served(1, "");
+    let mut client = served.clients(1).remove(0);
+    let long = "x".repeat(1_000_000);
+    for request in [
+        json!({"action": "dump_memory", "machine": "m0", "path": "/tmp/none", "format": long}),
+        json!({"action": "dump_memory", "machine": "m0", "path": long}),
+        json!({"action": "state", "machine": long}),
+        json!({"action": "acquire", "task_id": "t", "name": long}),
+        json!({"action": "acquire", "task_id": "t", "platform": long}),
+    ] {
+        client.send(&request).unwrap();
+        let line = client.next_line().unwrap();
+        assert!(line.len() < 1000 && line.contains("\"success\":false"), "{line:.1000}");
+    }
+}
+
+#[test]
 fn a_lock_stays_when_its_client_leaves() {
     let served = served(1, "");
     let mut client = served.clients(1).remove(0);

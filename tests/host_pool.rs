@@ -6,6 +6,7 @@
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::ScratchCwd;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// A host of example machines with its CWD; dropped in this order.
@@ -195,6 +196,46 @@ fn what_cannot_be_had_is_told_apart() {
 }
 
 #[test]
+fn who_asks_again_gets_what_it_has_and_then_what_is_reserved_for_it() {
+    let served = lab();
+    let mut client = served.client();
+    lock(&mut client, "seven", "other");
+    let mut next = |task: &str| acquire(&mut client, task, &json!({"platform": "windows"}));
+    assert_eq!(next("t").as_deref(), Ok("ten"));
+    assert_eq!(served.client().act("unlock", "seven").unwrap(), good());
+    assert_eq!(next("t").as_deref(), Ok("ten"));
+    let reserve = json!({"action": "reserve", "machine": "eleven", "task_id": "t2"});
+    assert_eq!(served.client().ask(reserve).unwrap(), good());
+    assert_eq!(next("t2").as_deref(), Ok("eleven"));
+}
+
+#[test]
+fn two_captures_never_go_into_one_file() {
+    let served = lab();
+    let mut client = served.client();
+    let lock = |machine: &str, task: &str| json!({"action": "lock", "machine": machine, "task_id": task, "pcap_path": "/tmp/none.pcap"});
+    assert_eq!(client.ask(lock("ten", "t1")).unwrap()["success"], true);
+    assert_reason(&client.ask(lock("seven", "t2")).unwrap(), "Machine ten is locked with the same pcap_path");
+    client.act("unlock", "ten").unwrap();
+    assert_eq!(client.ask(lock("seven", "t2")).unwrap()["success"], true);
+}
+
+#[test]
+fn a_start_that_was_just_ordered_is_stopped_with_all_others() {
+    let served = served(&[("m", "")]);
+    for round in 0..30 {
+        let mut client = served.client();
+        let start = json!({"action": "restore_start", "machine": "m", "id": "start"});
+        let both = format!("{start}\n{}\n", json!({"action": "shutdown_all", "id": "all"}));
+        client.send_bytes(both.as_bytes()).unwrap();
+        for _ in 0..2 {
+            client.next_message().unwrap();
+        }
+        assert_eq!(client.machine("m").unwrap()["state"], "poweroff", "{round}");
+    }
+}
+
+#[test]
 fn many_clients_that_acquire_at_once_never_get_the_same() {
     let names: Vec<String> = (0..20).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
@@ -348,7 +389,12 @@ fn who_waits_for_its_turn_is_refused_when_the_host_ends() {
     // Answered by the same connection's reader, so the one before has been read.
     client.send(&json!({"action": "version", "id": "read"})).unwrap();
     assert_eq!(client.next_message().unwrap()["id"], "read");
-    assert!(host.terminate().unwrap().success());
+    let mut late = host.client().unwrap();
+    late.ask(json!({"action": "version"})).unwrap();
+    host.signal(Signal::TERM).unwrap();
+    host.heard("STOPPING=1").unwrap();
+    assert_reason(&lock(&mut late, "b", "t"), "shutting down");
+    assert!(host.wait().unwrap().success());
     let mut answers: Vec<Value> = (0..2).map(|_| client.next_message().unwrap()).collect();
     answers.sort_by_key(|answer| answer["id"].to_string());
     assert_eq!(answers[0], json!({"success": true, "id": "a"}));
