@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 8] = [
+const NEEDS: [Need; 9] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -82,6 +82,13 @@ const NEEDS: [Need; 8] = [
         args: &["--exists", "libvirt"],
         packages: &["pkg-config", "libvirt-dev"],
         why: "the kvm machinery is built with",
+    },
+    Need {
+        what: "python3",
+        program: "python3",
+        args: VERSION,
+        packages: &["python3"],
+        why: "runs the tests of the adapter for Cuckoo3",
     },
 ];
 

@@ -44,12 +44,23 @@ pub fn run(options: &Options) -> Result<()> {
     });
     // Left by failed tests, it is told as well; theirs is the exit code.
     let left = mark.none_left();
+    tell_of_cuckoo3();
     match (tests, left) {
         (Err(failed), Err(left)) => {
             left.tell();
             Err(failed)
         }
         (tests, left) => tests.and(left),
+    }
+}
+
+/// A test runner shows nothing of a test that succeeds, and one that is skipped succeeds.
+fn tell_of_cuckoo3() {
+    if std::env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
+        eprintln!(
+            "\nThe tests with Cuckoo3 were skipped. To run them, set CUCKOO3_PYTHON to the Python of an \
+             environment that has it: integrations/cuckoo3/README.md tells how to make one."
+        );
     }
 }
 

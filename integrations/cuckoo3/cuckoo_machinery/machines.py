@@ -1,0 +1,215 @@
+"""Cuckoo3's list of machines, as a mirror of the host's.
+
+Who has which machine, and which are out of the pool, is the host's knowledge: it outlives both the node
+and the host. The node's `MachinesList` becomes a mirror of it:
+
+    acquire_available, release, mark_disabled ─▶ host ─▶ event ─▶ mirror ─▶ find, get_available, …
+
+Only `mirror` and `heard` write to the list, and both are called by the one thread that hears the host. A
+change that was asked for here is waited for in the mirror, so that who releases a machine sees it
+released. `Machine` objects stay the same for as long as the host has a machine of that name.
+"""
+
+import os
+import threading
+
+from cuckoo.common.machines import Machine, MachineListError, MachinesList
+from cuckoo.common.storage import TaskPaths
+
+from .connection import HostError, Refused
+
+# How long the mirror may lag behind an answer, in seconds.
+ECHO = 5
+
+# With these the host says that there is no such machine to be had now; its other refusals are failures.
+_NOT_NOW = ("No machine is ", "Machine {name} is unavailable")
+
+
+class HostedMachines(MachinesList):
+    """The machines of `host`. `on_disabled` is called with the name and reason of each that is lost."""
+
+    def __init__(self, host, on_disabled=lambda name, reason: None):
+        super().__init__()
+        self._host = host
+        self._on_disabled = on_disabled
+        self._changed = threading.Condition(self._machines_lock)
+        # The tasks of this node that have a machine, or are about to get one.
+        self._tasks = set()
+        self._closed = False
+
+    # For the node
+
+    def acquire_available(self, task_id, name="", platform="", os_version="", tags=frozenset()):
+        """As in Cuckoo3; the host chooses, by the same rules, and locks."""
+        if name:
+            self.get_by_name(name)
+        if self._closed:
+            raise MachineListError("No machine is given to a task any more: the node is being stopped")
+        self._tasks.add(task_id)
+        try:
+            described = self._ask_for_one(task_id, name, platform, os_version, tags)
+        except MachineListError:
+            self._tasks.discard(task_id)
+            raise
+        if described is None:
+            self._tasks.discard(task_id)
+            return None
+        return self._settled(described["name"], lambda machine: machine.locked_by == task_id)
+
+    def release(self, machine):
+        """As in Cuckoo3. Waits for a host that is being started again: what is released here and not
+        there would be lost to every later task."""
+        task_id = machine.locked_by
+        try:
+            self._host.request_patiently("unlock", machine=machine.name, task_id=task_id or None)
+        except Refused as error:
+            # The answer to a first attempt may have been lost with the host that gave it.
+            if "is not locked" not in error.reason or not task_id:
+                raise MachineListError(error.reason) from error
+        except HostError as error:
+            raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
+        self._tasks.discard(task_id)
+        self._settled(machine.name, lambda machine: machine.locked_by != task_id)
+
+    def mark_disabled(self, machine, reason):
+        """As in Cuckoo3."""
+        try:
+            self._host.request_patiently("disable_machine", machine=machine.name, reason=str(reason))
+        except HostError as error:
+            raise MachineListError(f"Cannot disable machine {machine.name}. {error}") from error
+        self._settled(machine.name, lambda machine: machine.disabled)
+
+    # For the manager
+
+    def is_of_this_node(self, task_id):
+        """Whether the task has got its machine here."""
+        return task_id in self._tasks
+
+    def forget_tasks(self):
+        """None of them has a machine any more."""
+        self._tasks.clear()
+
+    def close(self):
+        """No task gets a machine from now on."""
+        self._closed = True
+
+    def mirror(self, described):
+        """All machines, as the host describes them. Returns with the mirror the same."""
+        lost = []
+        with self._changed:
+            known = {machine.name: machine for machine in self._machines}
+            machines = [_brought_up_to_date(known.get(d["name"]), d, lost) for d in described]
+            self._machines = machines
+            self.loaded = self.loaded or bool(machines)
+            self._updated_now()
+        for machine in lost:
+            self._on_disabled(machine.name, machine.disable_reason)
+
+    def heard(self, event):
+        """An event about one machine."""
+        change = _CHANGES.get(event["event"])
+        if not change:
+            return
+        with self._changed:
+            machine = self.get_by_name(event["machine"])
+            was_disabled = machine.disabled
+            change(machine, event)
+            self._updated_now()
+        if machine.disabled and not was_disabled:
+            self._on_disabled(machine.name, machine.disable_reason)
+
+    def _updated_now(self):
+        self.set_updated()
+        self._changed.notify_all()
+
+    def _ask_for_one(self, task_id, name, platform, os_version, tags):
+        wanted = {"name": name} if name else {"platform": platform, "os_version": os_version, "tags": list(tags)}
+        try:
+            return self._host.client.request("acquire", task_id=task_id, **wanted, **_paths(task_id))["machine"]
+        except Refused as error:
+            if error.reason.startswith(tuple(text.format(name=name) for text in _NOT_NOW)):
+                return None
+            raise MachineListError(error.reason) from error
+        except HostError as error:
+            raise MachineListError(f"No machine for task {task_id}. {error}") from error
+
+    def _settled(self, name, as_expected):
+        """The machine of that name, once the mirror shows what the host has just said."""
+        with self._changed:
+            self._changed.wait_for(lambda: as_expected(self.get_by_name(name)), ECHO)
+            return self.get_by_name(name)
+
+
+def _paths(task_id):
+    """Where the files of a task's run go; nowhere if the id is not Cuckoo3's."""
+    try:
+        return {
+            "pcap_path": os.path.abspath(TaskPaths.pcap(task_id)),
+            "memory_dump_path": os.path.abspath(TaskPaths.memory_dump(task_id)),
+        }
+    except ValueError:
+        return {}
+
+
+def _made(described):
+    machine = Machine.from_dict({**described, "interface": described["interface"] or ""})
+    # Machine.from_dict leaves it out.
+    machine.mac_address = described["mac_address"] or ""
+    return machine
+
+
+def _brought_up_to_date(machine, described, lost):
+    new = _made(described)
+    if not machine:
+        return new
+    if new.disabled and not machine.disabled:
+        lost.append(machine)
+    # The lock is Cuckoo3's own, and may be held.
+    del new.action_lock
+    vars(machine).update(vars(new))
+    return machine
+
+
+def _state(machine, event):
+    machine.state = event["state"]
+
+
+def _disabled(machine, event):
+    machine.disable(event["reason"])
+
+
+def _enabled(machine, _):
+    machine.disabled = False
+    machine.disable_reason = ""
+
+
+def _locked(machine, event):
+    machine.lock(event["task_id"])
+
+
+def _unlocked(machine, _):
+    machine.clear_lock()
+
+
+def _reserved(machine, event):
+    machine.reserve(event["task_id"])
+
+
+def _unreserved(machine, _):
+    machine.clear_reservation()
+
+
+def _capture_failed(machine, event):
+    machine.add_error(event["reason"])
+
+
+_CHANGES = {
+    "state": _state,
+    "disabled": _disabled,
+    "enabled": _enabled,
+    "locked": _locked,
+    "unlocked": _unlocked,
+    "reserved": _reserved,
+    "unreserved": _unreserved,
+    "capture_failed": _capture_failed,
+}

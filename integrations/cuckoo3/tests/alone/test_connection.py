@@ -1,0 +1,135 @@
+"""Requests and events, with a host that behaves and with one that does not."""
+
+import json
+import queue
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+
+from cuckoo_machinery.connection import Client, HostError, OutOfReach, Overdue, Refused, ask, tell
+from tests.support import LIMIT, FakeHost, make_cwd, start_other_host
+
+
+class WithAFakeHost(unittest.TestCase):
+    def client(self, answers):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name, "sock")
+        FakeHost(self, path, answers)
+        return Client(path)
+
+    def test_nobody_answers(self):
+        with self.assertRaises(OutOfReach) as caught:
+            Client("/none/such.sock").request("list")
+        self.assertIn("/none/such.sock", str(caught.exception))
+        self.assertIn("cuckoo-machinery serve", str(caught.exception))
+
+    def test_what_is_not_the_answer_is_passed_over(self):
+        def answers(line):
+            identity = json.loads(line)["id"]
+            lines = [{"event": "state"}, {"id": "another", "success": False}, {"id": identity, "success": True}]
+            return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+        self.assertEqual(self.client(answers).request("list"), {"success": True})
+
+    def test_a_host_that_is_too_busy_to_read_answers_without_an_id(self):
+        client = self.client(lambda _: b'{"success": false, "reason": "too many connections"}\n')
+        with self.assertRaises(Refused) as caught:
+            client.request("stop", machine="win10_1")
+        self.assertEqual(caught.exception.reason, "too many connections")
+        self.assertIn("stop win10_1", str(caught.exception))
+
+    def test_a_host_that_goes_away_is_out_of_reach(self):
+        for answer in (None, b'{"succ'):
+            lines = iter([answer, None])
+            client = self.client(lambda _, lines=lines: next(lines))
+            with self.assertRaises(OutOfReach):
+                client.request("list", timeout=0.2)
+
+    def test_a_host_that_does_not_answer_is_overdue(self):
+        with self.assertRaises(Overdue):
+            self.client(lambda _: b"").request("list", timeout=0.05)
+
+    def test_what_is_not_the_protocol_is_told(self):
+        for answer in (b"hello\n", b"[1]\n"):
+            with self.assertRaises(HostError) as caught:
+                self.client(lambda _, answer=answer: answer).request("list")
+            self.assertIn(answer.strip().decode(), str(caught.exception))
+
+    def test_long_answers_arrive_whole(self):
+        machines = ["x" * 1000] * 1000
+        answer = json.dumps({"success": True, "machines": machines}).encode() + b"\n"
+        self.assertEqual(self.client(lambda _: answer).request("list")["machines"], machines)
+
+
+class WithAHost(unittest.TestCase):
+    def setUp(self):
+        self.cwd = make_cwd(self, {f"m{number}": {} for number in range(8)})
+        self.client = Client(self.cwd / "operational/sockets/machinerymanager.sock")
+        self.host = start_other_host(self, self.cwd)
+
+    def test_threads_get_their_own_answers(self):
+        names = [f"m{number}" for number in range(8)]
+        got = queue.Queue()
+
+        def restore(name):
+            for _ in range(10):
+                self.client.request("restore_start", machine=name)
+                got.put(self.client.request("state", machine=name)["state"])
+                self.client.request("stop", machine=name)
+
+        threads = [threading.Thread(target=restore, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT)
+        self.assertEqual([got.get(block=False) for _ in range(80)], ["running"] * 80)
+
+    def test_a_refusal_says_what_was_refused_and_why(self):
+        with self.assertRaises(Refused) as caught:
+            self.client.request("stop", machine="nope")
+        self.assertEqual(caught.exception.reason, "Machine with name nope does not exist")
+
+    def test_an_action_that_was_only_told_runs(self):
+        events = self.client.subscribe()
+        self.addCleanup(events.close)
+        tell(self.client.path, {"action": "restore_start", "machine": "m3"})
+        states = [event["state"] for _, event in zip(range(2), events)]
+        self.assertEqual(states, ["starting", "running"])
+
+    def test_an_answer_comes_as_it_is(self):
+        answer = ask(self.client.path, {"action": "dance", "machine": "m1"})
+        self.assertEqual(answer, {"success": False, "reason": "No such action"})
+
+    def test_events_end_with_the_host_and_by_closing(self):
+        for end in ("close", "host"):
+            events = self.client.subscribe()
+            reader = threading.Thread(target=list, args=(events,))
+            reader.start()
+            if end == "close":
+                events.close()
+            else:
+                self.host.end()
+            reader.join(LIMIT)
+            self.assertFalse(reader.is_alive(), end)
+            events.close()
+
+    def test_reconnecting_is_asking_again(self):
+        self.assertTrue(self.client.request("version")["success"])
+        self.host.end()
+        with self.assertRaises(OutOfReach):
+            self.client.request("version")
+        start_other_host(self, self.cwd)
+        self.assertTrue(self.client.request("version")["success"])
+
+    def test_an_answer_is_waited_for_no_longer_than_said(self):
+        began = time.monotonic()
+        with self.assertRaises(OutOfReach):
+            ask(self.client.path, {"action": "restore_start", "machine": "m1"}, timeout=0)
+        self.assertLess(time.monotonic() - began, LIMIT)
+
+
+if __name__ == "__main__":
+    unittest.main()

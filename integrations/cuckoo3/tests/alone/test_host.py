@@ -1,0 +1,248 @@
+"""A host is found or started, and is there until it is let go."""
+
+import os
+import signal
+import stat
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from cuckoo_machinery import host as module
+from cuckoo_machinery.connection import HostError, OutOfReach
+from cuckoo_machinery.host import Host, find_program
+from tests.support import LIMIT, Ears, FakeHost, is_there, make_cwd, start_other_host, write_machines
+
+
+class HostTest(unittest.TestCase):
+    def setUp(self):
+        self.cwd = make_cwd(self)
+
+    def host(self, ears=None):
+        host = Host(self.cwd, ears)
+        self.addCleanup(host.detach)
+        return host
+
+    def assert_nothing_is_left(self, pid):
+        self.assertFalse(is_there(pid))
+        self.assertEqual(os.listdir(self.cwd / "operational/sockets"), [])
+
+
+class Starting(HostTest):
+    def test_it_is_started_if_there_is_none(self):
+        host = self.host()
+        host.attach()
+        self.assertTrue(host.is_own)
+        pid = host._child.pid
+        self.assertEqual(host.client.request("list")["machines"][0]["name"], "m")
+        self.assertEqual(os.getsid(pid), pid, "Ctrl-C would reach it")
+        self.assertIn("ready", (self.cwd / "log/machinery-host.log").read_text())
+        host.client.request("restore_start", machine="m")
+        host.detach()
+        self.assert_nothing_is_left(pid)
+        host.detach()
+
+    def test_one_that_runs_is_used_and_goes_on(self):
+        other = start_other_host(self, self.cwd)
+        host = self.host()
+        host.attach()
+        self.assertFalse(host.is_own)
+        host.detach()
+        self.assertTrue(is_there(other.pid))
+        self.assertTrue(host.client.request("version")["success"])
+
+    def test_what_was_left_by_one_that_was_killed_is_no_hindrance(self):
+        other = start_other_host(self, self.cwd)
+        os.kill(other.pid, signal.SIGKILL)
+        other.end()
+        self.assertEqual(os.listdir(self.cwd / "operational/sockets"), ["machinerymanager.sock"])
+        host = self.host()
+        host.attach()
+        self.assertTrue(host.is_own)
+
+    def test_of_many_starters_one_starts_it(self):
+        hosts = [self.host() for _ in range(5)]
+        failures = []
+
+        def attach(host):
+            try:
+                host.attach()
+            except HostError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=attach, args=(host,)) for host in hosts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT)
+        self.assertEqual(failures, [])
+        self.assertEqual(sorted(host.is_own for host in hosts), [False] * 4 + [True])
+        for host in hosts:
+            self.assertTrue(host.client.request("version")["success"])
+
+    def test_the_program_is_missing(self):
+        with mock.patch.dict(os.environ, {"PATH": "/none"}):
+            os.environ.pop("CUCKOO_MACHINERY", None)
+            with self.assertRaises(HostError) as caught:
+                self.host().attach()
+            self.assertIn("not in the PATH", str(caught.exception))
+            self.assertIn("$CUCKOO_MACHINERY", str(caught.exception))
+            os.environ["CUCKOO_MACHINERY"] = "/none/such"
+            with self.assertRaises(HostError) as caught:
+                self.host().attach()
+            self.assertIn("/none/such", str(caught.exception))
+
+    def test_the_program_is_found_in_the_path(self):
+        program = Path(find_program()).absolute()
+        with mock.patch.dict(os.environ, {"PATH": f"/none:{program.parent}"}):
+            os.environ.pop("CUCKOO_MACHINERY", None)
+            self.assertEqual(find_program(), str(program))
+
+    def test_a_host_that_cannot_start_says_why(self):
+        write_machines(self.cwd, {"m": {"platfrom": "linux"}})
+        with self.assertRaises(HostError) as caught:
+            self.host().attach()
+        self.assertIn("platfrom", str(caught.exception))
+        self.assertIn("machinery-host.log", str(caught.exception))
+
+    def test_a_program_that_is_no_host_says_nothing(self):
+        program = self.cwd / "program"
+        program.write_text("#!/bin/sh\nexit 3\n")
+        program.chmod(stat.S_IRWXU)
+        other_program = mock.patch.dict(os.environ, {"CUCKOO_MACHINERY": str(program)})
+        with other_program, self.assertRaises(HostError) as caught:
+            self.host().attach()
+        self.assertIn("It said: nothing\n(exit code 3;", str(caught.exception))
+
+    def test_something_else_on_the_socket_is_told(self):
+        host = self.host()
+        host.client.path.parent.mkdir(parents=True)
+        answer = b'{"success": false, "reason": "Missing action or machine name"}\n'
+        FakeHost(self, host.client.path, lambda _: answer)
+        with self.assertRaises(HostError) as caught:
+            host.attach()
+        self.assertIn("Stop Cuckoo's own node first", str(caught.exception))
+
+
+class Supervising(HostTest):
+    def test_one_that_is_killed_is_started_again_and_this_is_told(self):
+        ears = Ears()
+        host = self.host(ears)
+        host.attach()
+        ears.wait_for("attached")
+        host.client.request("acquire", task_id="t", name="m")
+        killed = host._child.pid
+        with self.assertLogs(module.__name__, "ERROR") as logs:
+            os.kill(killed, signal.SIGKILL)
+            ears.wait_for("attached")
+        self.assertIn(f"process {killed}) is gone", logs.output[0])
+        self.assertTrue(host.is_own)
+        self.assertNotEqual(host._child.pid, killed)
+        self.assertEqual(host.client.request("list")["machines"][0]["locked_by"], "t")
+        host.client.request("restore_start", machine="m")
+        ears.wait_for("state", machine="m", state="running")
+        pid = host._child.pid
+        host.detach()
+        self.assert_nothing_is_left(pid)
+
+    def test_who_can_wait_does_not_notice(self):
+        host = self.host()
+        host.attach()
+        host.client.request("acquire", task_id="t", name="m")
+        os.kill(host._child.pid, signal.SIGKILL)
+        self.assertTrue(host.request_patiently("unlock", patience=LIMIT, machine="m")["success"])
+
+    def test_pauses_grow_while_it_keeps_dying(self):
+        ears = Ears()
+        host = self.host(ears)
+        host.attach()
+        ears.wait_for("attached")
+        with self.assertLogs(module.__name__, "ERROR") as logs:
+            for _ in range(2):
+                os.kill(host._child.pid, signal.SIGKILL)
+                ears.wait_for("attached")
+        self.assertEqual([line.split(" in ")[1][:3] for line in logs.output], ["1 s", "2 s"])
+
+    def test_another_s_host_gets_time_to_come_back(self):
+        ears = Ears()
+        other = start_other_host(self, self.cwd)
+        host = self.host(ears)
+        host.attach()
+        ears.wait_for("attached")
+        with self.assertLogs(module.__name__, "ERROR"):
+            other.end()
+            start_other_host(self, self.cwd)
+            ears.wait_for("attached")
+        self.assertFalse(host.is_own)
+
+    def test_another_s_host_that_does_not_come_back_is_replaced(self):
+        ears = Ears()
+        other = start_other_host(self, self.cwd)
+        host = self.host(ears)
+        host.attach()
+        ears.wait_for("attached")
+        with mock.patch.object(module, "COMEBACK", 0), self.assertLogs(module.__name__, "ERROR"):
+            other.end()
+            ears.wait_for("attached")
+        self.assertTrue(host.is_own)
+
+    def test_what_cannot_be_started_is_tried_again(self):
+        ears = Ears()
+        host = self.host(ears)
+        host.attach()
+        ears.wait_for("attached")
+        with self.assertLogs(module.__name__, "ERROR") as logs:
+            write_machines(self.cwd, {"m": {"platfrom": "linux"}})
+            with mock.patch.object(host._log, "error", wraps=host._log.error) as error:
+                told_twice = threading.Event()
+                error.side_effect = lambda _: told_twice.set() if error.call_count == 2 else None
+                os.kill(host._child.pid, signal.SIGKILL)
+                self.assertTrue(told_twice.wait(LIMIT))
+                self.assertIn("platfrom", error.call_args[0][0])
+            host._log.error("enough of that")
+            write_machines(self.cwd, {"m": {}})
+            ears.wait_for("attached")
+        self.assertTrue(logs.output)
+
+    def test_letting_go_ends_the_pause_before_a_start(self):
+        host = self.host()
+        host.attach()
+        pid = host._child.pid
+        with self.assertLogs(module.__name__, "ERROR"), mock.patch.object(host._ending, "wait") as wait:
+            in_pause, let_go = threading.Event(), threading.Event()
+
+            def pause(_):
+                in_pause.set()
+                return let_go.wait(LIMIT)
+
+            wait.side_effect = pause
+            os.kill(pid, signal.SIGKILL)
+            self.assertTrue(in_pause.wait(LIMIT))
+            host._ending.set()
+            let_go.set()
+            host.detach()
+        with self.assertRaises(OutOfReach):
+            host.client.request("version")
+        self.assertFalse(is_there(pid))
+
+    def test_what_a_listener_cannot_deal_with_is_told_and_passed_over(self):
+        ears = Ears()
+        heard, failing = ears.heard, threading.Event()
+
+        def hear(event):
+            if not failing.is_set():
+                failing.set()
+                raise ValueError("no head for this")
+            heard(event)
+
+        ears.heard = hear
+        host = self.host(ears)
+        host.attach()
+        with self.assertLogs(module.__name__, "ERROR") as logs:
+            host.client.request("restore_start", machine="m")
+            ears.wait_for("state", state="running")
+        self.assertIn("no head for this", logs.output[0])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,132 @@
+"""What the tests share: a CWD of the example machinery, somebody else's host, and ears."""
+
+import os
+import queue
+import select
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from cuckoo_machinery.host import Child, Listener, find_program
+
+# How long anything may take that has to happen. Nothing here is about speed.
+LIMIT = 60
+
+CUCKOO_YAML = """\
+machineries:
+- example
+resultserver:
+  listen_ip: 127.0.0.1
+  listen_port: 2042
+tcpdump:
+  enabled: false
+  path: /usr/bin/tcpdump
+"""
+
+
+def machines_yaml(machines, more=""):
+    """example.yaml for `machines`: names, and YAML to follow the keys that are needed."""
+    lines = ["interface: lo", more, "machines:"]
+    for number, (name, keys) in enumerate(machines.items(), start=1):
+        shared = {"ip": f"10.0.0.{number}", "platform": "linux", "os_version": '"12"'}
+        own = ", ".join(f"{key}: {value}" for key, value in {**shared, **keys}.items())
+        lines.append(f"  {name}: {{label: {name}-label, {own}}}")
+    return "\n".join(lines) + "\n"
+
+
+def make_cwd(case, machines=None):
+    """A CWD with these machines, removed with the test."""
+    root = Path(tempfile.mkdtemp(prefix="machinery-cwd."))
+    case.addCleanup(shutil.rmtree, root)
+    (root / "conf" / "machineries").mkdir(parents=True)
+    (root / ".cuckoocwd").touch()
+    (root / "conf" / "cuckoo.yaml").write_text(CUCKOO_YAML)
+    write_machines(root, machines or {"m": {}})
+    return root
+
+
+def write_machines(root, machines, more=""):
+    """Writes example.yaml anew."""
+    (root / "conf" / "machineries" / "example.yaml").write_text(machines_yaml(machines, more))
+
+
+def start_other_host(case, root):
+    """A host of that CWD that is not the adapter's, ended with the test if not before."""
+    host = Child(find_program(), root)
+    case.addCleanup(host.end)
+    case.assertTrue(host.is_ready(LIMIT), host.failure)
+    return host
+
+
+def is_there(pid):
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until_gone(pid):
+    """Waits for the end of a process that need not be a child of this one's."""
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not select.select([watched], [], [], LIMIT)[0]:
+            raise AssertionError(f"process {pid} has not ended")
+    finally:
+        os.close(watched)
+
+
+class Ears(Listener):
+    """Hears a host, and waits for what it has to say."""
+
+    def __init__(self):
+        self._told = queue.Queue()
+
+    def attached(self):
+        self._told.put({"event": "attached"})
+
+    def heard(self, event):
+        self._told.put(event)
+
+    def wait_for(self, kind, **keys):
+        """The next event like that; others are forgotten."""
+        deadline = time.monotonic() + LIMIT
+        while True:
+            event = self._told.get(timeout=max(0.001, deadline - time.monotonic()))
+            if event["event"] == kind and keys.items() <= event.items():
+                return event
+
+
+class FakeHost:
+    """Listens on the socket of a host and answers each line with what `answers` makes of it: bytes to
+    send, or None to close."""
+
+    def __init__(self, case, path, answers):
+        self._answers = answers
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        case.addCleanup(self._listener.close)
+        # Wakes the thread that waits for the next connection.
+        case.addCleanup(self._listener.shutdown, socket.SHUT_RDWR)
+        self._listener.bind(str(path))
+        self._listener.listen(16)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as lines:
+                for line in lines:
+                    answer = self._answers(line)
+                    if answer is None:
+                        break
+                    connection.sendall(answer)

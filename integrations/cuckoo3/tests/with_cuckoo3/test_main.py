@@ -1,0 +1,82 @@
+"""Cuckoo3's main process with its own node, on the host: its scheduler gives a task a machine.
+
+The tasks are laid into its queue: the stages before need more of Cuckoo3 than its packages core and
+processing. That those are there is enough for its processing workers to start.
+"""
+
+import os
+import unittest
+from datetime import datetime
+
+from cuckoo.common import startup
+from cuckoo.common.db import DBMS, dbms
+from cuckoo.common.safelist import safelistdb
+from cuckoo.common.storage import Paths
+
+from cuckoo_machinery.host import Host
+from tests.support import Ears, start_other_host
+from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, add_task, address, make_cuckoo_cwd
+
+try:
+    from cuckoo import runprocessing, taskqueue  # noqa: F401
+except ImportError as error:
+    raise unittest.SkipTest(f"Cuckoo3's packages core and processing cannot be loaded: {error}") from None
+
+TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
+
+
+def make_databases():
+    """What `cuckoomigrate database all` does for a new CWD."""
+    startup.init_database(migration_check=False)
+    dbms.cleanup()
+    startup.init_safelist_db(migration_check=False)
+    safelistdb.cleanup()
+    queue = DBMS()
+    queue.initialize(f"sqlite:///{Paths.queuedb()}", tablebaseclass=taskqueue.Base, migration_check=False)
+    queue.cleanup()
+
+
+def queue_task(root, task_id, platform):
+    """Has Cuckoo3 run a task as soon as it starts."""
+    add_task(root, task_id, folder="analyses")
+    taskqueue.TaskQueue(Paths.queuedb()).queue_task(
+        task_id, "standard", datetime.now(), task_id.split("_")[0], 1, platform, "", set(), None
+    )
+
+
+class Main(unittest.TestCase):
+    def setUp(self):
+        self.cwd = make_cuckoo_cwd(
+            self,
+            {
+                "good": {"ip": address(1), "agent_port": AGENT_PORT},
+                "bad": {"ip": address(2), "platform": "windows", "faults": "{restore_start: fail}"},
+            },
+        )
+        make_databases()
+
+    def test_tasks_get_their_machines_and_give_them_back(self):
+        queue_task(self.cwd, TASK, "linux")
+        queue_task(self.cwd, OTHER_TASK, "windows")
+        # Of somebody else, so that it can be heard from the start.
+        other = start_other_host(self, self.cwd)
+        ears = Ears()
+        observer = Host(self.cwd, ears)
+        self.addCleanup(observer.detach)
+        observer.attach()
+        main = Node(self, self.cwd, "cuckoo", "--cancel-abandoned")
+        ears.wait_for("locked", machine="good", task_id=TASK)
+        ears.wait_for("state", machine="good", state="running")
+        Agent(self, address(1))
+        ears.wait_for("unlocked", machine="good")
+        self.assertEqual(main.end(), 0, main.said())
+        self.assertIn("Received machine disable event", main.said())
+        self.assertTrue(observer.client.request("list")["machines"][1]["disabled"])
+        self.assertFalse(other.has_ended())
+        # Cuckoo3 leaves the socket of a worker that did not start.
+        left = [name for name in os.listdir(self.cwd / "operational" / "sockets") if not name.startswith("post")]
+        self.assertEqual(left, ["machinerymanager.sock"])
+
+
+if __name__ == "__main__":
+    unittest.main()

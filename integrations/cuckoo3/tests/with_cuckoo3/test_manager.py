@@ -1,0 +1,355 @@
+"""What the node has: a manager, and the mirror of the host's machines."""
+
+import os
+import signal
+import unittest
+from types import SimpleNamespace
+from unittest import mock
+
+from cuckoo import config as cuckoo_config
+from cuckoo.common import config, startup
+from cuckoo.common.machines import (
+    MachineListDumper,
+    MachineListError,
+    MachinesList,
+    find_in_lists,
+    read_machines_dump,
+    serialize_machinelists,
+)
+from cuckoo.common.startup import StartupError
+from cuckoo.common.storage import Paths, TaskPaths
+
+from cuckoo_machinery import manager as module
+from cuckoo_machinery.configuration import accept_all_machineries
+from cuckoo_machinery.connection import OutOfReach, Refused
+from cuckoo_machinery.manager import HostedManager, start_machinerymanager
+from tests.support import Ears, start_other_host, write_machines
+from tests.with_cuckoo3.support import change_yaml, make_cuckoo_cwd, process_behind
+
+TASK = "20260101-ABCDEF_1"
+OTHER_TASK = "20260101-ABCDEF_2"
+
+MACHINES = {
+    "win": {"platform": "windows", "os_version": '"10"', "tags": "[office, dotnet]", "mac_address": '"02:00:00:00:00:0A"'},
+    "lin_1": {"tags": "[gcc]"},
+    "lin_2": {"os_version": '"13"', "faults": "{restore_start: fail}", "fault_times": 1},
+}  # fmt: skip
+
+
+class HeardManager(HostedManager):
+    """A manager whose ears can be waited for."""
+
+    def __init__(self, nodectx):
+        super().__init__(nodectx)
+        self.ears = Ears()
+
+    def attached(self):
+        super().attached()
+        self.ears.attached()
+
+    def heard(self, event):
+        super().heard(event)
+        self.ears.heard(event)
+
+
+class ManagerTest(unittest.TestCase):
+    def setUp(self):
+        self.cwd = make_cuckoo_cwd(self, MACHINES)
+        self.disabled = []
+        infostream = SimpleNamespace(disabled_machine=lambda *told: self.disabled.append(told))
+        self.nodectx = SimpleNamespace(node=SimpleNamespace(infostream=infostream))
+
+    def start(self):
+        manager = HeardManager(self.nodectx)
+        self.addCleanup(manager.let_go)
+        manager.start()
+        manager.ears.wait_for("attached")
+        self.request = manager.host.client.request
+        return manager
+
+    def kill_host(self, manager):
+        os.kill(process_behind(manager.host.client.path), signal.SIGKILL)
+
+    def names(self, machines):
+        return [machine.name for machine in machines]
+
+
+class Machines(ManagerTest):
+    def test_it_is_a_list_of_cuckoos_machines(self):
+        machines = self.start().machines
+        self.assertTrue(machines.loaded)
+        self.assertEqual((machines.count(), machines.available_count), (3, 3))
+        win = machines.get_by_name("win")
+        self.assertEqual((win.platform, win.os_version, win.tags), ("windows", "10", {"office", "dotnet"}))
+        self.assertEqual((win.mac_address, win.interface, win.agent_port), ("02:00:00:00:00:0a", "lo", 8000))
+        self.assertEqual((win.machinery_name, win.state), ("example", "poweroff"))
+        self.assertIs(machines.find(platform="windows"), win)
+        self.assertEqual(self.names(machines.get_available()), ["win", "lin_1", "lin_2"])
+        self.assertEqual(machines.get_platforms_versions(), {"windows": {"10"}, "linux": {"12", "13"}})
+        self.assertEqual(machines.find(tags={"gcc"}).name, "lin_1")
+        self.assertEqual(find_in_lists([machines], platform="linux", os_version="13").name, "lin_2")
+        self.assertEqual(machines.to_dictlist(), serialize_machinelists(machines))
+        with self.assertRaises(KeyError):
+            machines.get_by_name("nope")
+
+    def test_it_can_be_dumped_and_read(self):
+        machines = self.start().machines
+        dumper = MachineListDumper()
+        dumper.add_machinelist(machines)
+        self.assertTrue(machines.updated and dumper.should_dump())
+        dumper.make_dump(Paths.machinestates())
+        self.assertFalse(machines.updated)
+        self.assertEqual(self.names(read_machines_dump(Paths.machinestates()).machines), ["win", "lin_1", "lin_2"])
+        machines.acquire_available(TASK, "win")
+        self.assertTrue(machines.updated)
+
+    def test_machines_are_chosen_as_cuckoo_chooses(self):
+        machines = self.start().machines
+        for wanted in (
+            {"platform": "linux"},
+            {"platform": "linux", "os_version": "13"},
+            {"platform": "linux", "tags": {"gcc"}},
+            {"tags": {"office"}},
+            {"os_version": "13"},
+            {"name": "lin_2", "platform": "windows"},
+            {"platform": "macos"},
+            {"tags": {"none"}},
+            {},
+        ):
+            with self.subTest(wanted=wanted):
+                expected = machines.copy().acquire_available(TASK, **wanted)
+                machine = machines.acquire_available(TASK, **wanted)
+                self.assertEqual(machine and machine.name, expected and expected.name)
+                if machine:
+                    self.assertIs(machine, machines.get_by_name(machine.name))
+                    self.assertEqual((machine.locked, machine.locked_by, machine.available), (True, TASK, False))
+                    machines.release(machine)
+                    self.assertEqual((machine.locked, machine.locked_by, machine.available), (False, "", True))
+
+    def test_what_another_task_has_is_not_given(self):
+        machines = self.start().machines
+        win = machines.acquire_available(TASK, "win")
+        self.assertIsNone(machines.acquire_available(OTHER_TASK, "win"))
+        self.assertIsNone(machines.acquire_available(OTHER_TASK, platform="windows"))
+        with self.assertRaises(KeyError):
+            machines.acquire_available(OTHER_TASK, "nope")
+        machines.release(win)
+        self.assertIs(machines.acquire_available(OTHER_TASK, "win"), win)
+
+    def test_refusals_are_errors(self):
+        manager = self.start()
+        machines = manager.machines
+        with self.assertRaisesRegex(MachineListError, "not locked"):
+            machines.release(machines.get_by_name("win"))
+        manager.disable()
+        with self.assertRaisesRegex(MachineListError, "disabled"):
+            machines.acquire_available(TASK, "win")
+        manager.enable()
+        machines.acquire_available(TASK, "win")
+        manager.stop()
+        with self.assertRaisesRegex(MachineListError, "being stopped"):
+            machines.acquire_available(OTHER_TASK, "lin_1")
+        manager.let_go()
+        manager.machines._closed = False
+        with self.assertRaisesRegex(MachineListError, "machinerymanager.sock"):
+            machines.acquire_available(OTHER_TASK, "lin_1")
+
+    def test_a_copy_is_an_ordinary_list_of_its_own(self):
+        machines = self.start().machines
+        copy = machines.copy()
+        self.assertIs(type(copy), MachinesList)
+        machine = copy.acquire_available(TASK, "win")
+        copy.mark_disabled(copy.get_by_name("lin_1"), "main's own knowledge")
+        self.assertTrue(machine.locked)
+        self.assertEqual(machines.available_count, 3)
+        self.assertEqual([machine["locked"] for machine in self.request("list")["machines"]], [False] * 3)
+
+    def test_what_others_do_is_mirrored(self):
+        manager = self.start()
+        win = manager.machines.get_by_name("win")
+        self.request("reserve", machine="win", task_id="somebody")
+        manager.ears.wait_for("reserved")
+        self.assertEqual((win.reserved_by, win.unavailable_reason), ("somebody", "Machine is reserved by somebody"))
+        self.request("lock", machine="win", task_id="somebody")
+        self.request("restore_start", machine="win")
+        manager.ears.wait_for("state", state="running")
+        self.assertEqual((win.locked_by, win.state), ("somebody", "running"))
+        self.request("unlock", machine="win")
+        self.request("unreserve", machine="win")
+        manager.ears.wait_for("unreserved")
+        self.assertTrue(win.available)
+        manager.heard({"event": "lost", "count": 3})
+        self.assertIs(manager.machines.get_by_name("win"), win)
+
+    def test_a_machine_out_of_the_pool_and_back(self):
+        manager = self.start()
+        win = manager.machines.get_by_name("win")
+        manager.machines.mark_disabled(win, "looks strange")
+        self.assertEqual((win.disabled, win.disable_reason), (True, "looks strange"))
+        self.assertIsNone(manager.machines.acquire_available(TASK, "win"))
+        self.request("enable_machine", machine="win")
+        manager.ears.wait_for("enabled")
+        self.assertTrue(win.available)
+        self.assertIs(manager.machines.acquire_available(TASK, "win"), win)
+
+    def test_the_files_of_a_task_s_run_are_the_task_s(self):
+        machines = self.start().machines
+        TaskPaths.path(TASK).mkdir(parents=True)
+        machines.acquire_available(TASK, "win")
+        self.request("restore_start", machine="win")
+        self.request("dump_memory", machine="win")
+        self.assertTrue(TaskPaths.memory_dump(TASK).exists())
+        # Not one of Cuckoo3's: it has no folder.
+        self.assertEqual(machines.acquire_available("by hand", "lin_1").locked_by, "by hand")
+        self.request("restore_start", machine="lin_1")
+        with self.assertRaisesRegex(Refused, "path"):
+            self.request("dump_memory", machine="lin_1")
+
+
+class Manager(ManagerTest):
+    def test_a_machine_that_misbehaves_is_told_to_the_node(self):
+        manager = self.start()
+        with self.assertRaises(Refused) as caught:
+            self.request("restore_start", machine="lin_2")
+        manager.ears.wait_for("disabled", machine="lin_2")
+        self.assertEqual([name for name, _ in self.disabled], ["lin_2"])
+        self.assertIn(self.disabled[0][1], caught.exception.reason)
+
+    def test_there_is_no_node_at_first(self):
+        self.nodectx.node = None
+        manager = self.start()
+        self.request("disable_machine", machine="win", reason="early")
+        manager.ears.wait_for("disabled")
+        self.assertEqual(self.disabled, [])
+        self.assertFalse(manager.machines.copy().get_by_name("win").available)
+
+    def test_a_reset(self):
+        manager = self.start()
+        machine = manager.machines.acquire_available(TASK, "win")
+        manager.machines.acquire_available("by hand", "lin_1")
+        self.request("restore_start", machine="win")
+        manager.disable()
+        with self.assertRaisesRegex(Refused, "disabled"):
+            self.request("restore_start", machine="win")
+        manager.wait_work_done()
+        manager.shutdown_all()
+        manager.enable()
+        manager.ears.wait_for("unlocked", machine="win")
+        self.assertEqual((machine.state, machine.locked), ("poweroff", False))
+        self.assertEqual(manager.machines.get_by_name("lin_1").locked_by, "by hand")
+        self.request("restore_start", machine="win")
+
+    def test_a_host_that_is_killed(self):
+        manager = self.start()
+        machines = manager.machines
+        win, lin = machines.acquire_available(TASK, "win"), machines.acquire_available(OTHER_TASK, "lin_1")
+        self.request("restore_start", machine="win")
+        # It is the same to the host as one of an earlier node.
+        self.request("lock", machine="lin_2", task_id="20251231-ABCDEF_1")
+        manager.disable()
+        self.kill_host(manager)
+        # Waits for the host.
+        machines.release(lin)
+        self.assertFalse(lin.locked)
+        manager.ears.wait_for("attached")
+        self.assertEqual((win.locked_by, win.state), (TASK, "poweroff"))
+        self.assertIs(machines.get_by_name("win"), win)
+        self.assertFalse(machines.get_by_name("lin_2").locked)
+        with self.assertRaisesRegex(Refused, "disabled"):
+            self.request("restore_start", machine="win")
+        manager.enable()
+        manager.wait_work_done()
+
+    def test_a_host_with_other_machines_than_before(self):
+        manager = self.start()
+        lin = manager.machines.get_by_name("lin_1")
+        write_machines(self.cwd, {"new": {}, "lin_1": {"ip": "10.9.9.9"}})
+        self.kill_host(manager)
+        manager.ears.wait_for("attached")
+        self.assertEqual(self.names(manager.machines.machines), ["new", "lin_1"])
+        self.assertIs(manager.machines.get_by_name("lin_1"), lin)
+        self.assertEqual(lin.ip, "10.9.9.9")
+
+    def test_nothing_is_raised_into_a_reset(self):
+        manager = self.start()
+        with mock.patch.object(manager.host.client, "request", side_effect=OutOfReach("gone")):
+            manager.disable()
+            manager.wait_work_done()
+            manager.shutdown_all()
+            manager.enable()
+        self.assertTrue(manager.enabled)
+
+    def test_a_capture_that_fails_is_an_error_in_the_log(self):
+        def capture(values):
+            values["tcpdump"] = {"enabled": True, "path": "/bin/false"}
+
+        change_yaml(self.cwd / "conf" / "cuckoo.yaml", capture)
+        manager = self.start()
+        TaskPaths.path(TASK).mkdir(parents=True)
+        machine = manager.machines.acquire_available(TASK, "win")
+        with mock.patch.object(module.log, "error") as error:
+            self.request("restore_start", machine="win")
+            reason = manager.ears.wait_for("capture_failed")["reason"]
+            manager.ears.wait_for("state", state="running")
+        error.assert_called_once_with("Network capture failed", machine="win", error=reason)
+        self.assertEqual((machine.state, machine.errors[-1]), ("running", reason))
+
+    def test_its_place_in_the_node_s_shutdown(self):
+        with mock.patch.object(module.shutdown, "register_shutdown") as register:
+            start_machinerymanager(self.nodectx)
+        manager = self.nodectx.machinery_manager
+        self.addCleanup(manager.let_go)
+        self.assertEqual(
+            register.mock_calls,
+            [
+                mock.call(manager.stop),
+                mock.call(manager.shutdown_all, order=999),
+                mock.call(manager.let_go, order=1000),
+            ],
+        )
+        host = process_behind(manager.host.client.path)
+        manager.stop()
+        manager.shutdown_all()
+        self.assertEqual(process_behind(manager.host.client.path), host)
+        manager.let_go()
+        self.assertEqual(os.listdir(self.cwd / "operational" / "sockets"), [])
+
+    def test_a_host_of_others_is_left_to_them_as_it_was(self):
+        other = start_other_host(self, self.cwd)
+        manager = self.start()
+        manager.machines.acquire_available(TASK, "win")
+        manager.stop()
+        manager.shutdown_all()
+        manager.let_go()
+        self.assertFalse(other.has_ended())
+        self.assertEqual([machine["locked"] for machine in self.request("list")["machines"]], [False] * 3)
+
+    def test_a_start_that_fails_is_cuckoo_s_own_error(self):
+        write_machines(self.cwd, {"win": {"platfrom": "windows"}})
+        with mock.patch.object(module.shutdown, "register_shutdown"), self.assertRaisesRegex(StartupError, "platfrom"):
+            start_machinerymanager(self.nodectx)
+        manager = self.nodectx.machinery_manager
+        manager.stop()
+        manager.shutdown_all()
+        manager.let_go()
+
+
+class Configuration(ManagerTest):
+    def test_machineries_that_cuckoo_does_not_know(self):
+        with self.assertRaisesRegex(StartupError, "'example' does not exist"):
+            startup.load_configuration("cuckoo.yaml")
+        for owner, name in ((cuckoo_config.Machinery, "constraints"), (startup, "_load_machinery_configs")):
+            self.addCleanup(setattr, owner, name, getattr(owner, name))
+        accept_all_machineries()
+        startup.load_configuration("cuckoo.yaml")
+        startup._load_machinery_configs()
+        self.assertEqual(config.cfg("cuckoo", "machineries"), ["example"])
+        # What Cuckoo3 knows it still checks.
+        change_yaml(self.cwd / "conf" / "cuckoo.yaml", lambda values: values.update(machineries=["example", "qemu"]))
+        startup.load_configuration("cuckoo.yaml")
+        with self.assertRaisesRegex(StartupError, "qemu.yaml"):
+            startup._load_machinery_configs()
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,46 @@
+//! The Python package by which Cuckoo3 uses the host, `integrations/cuckoo3`: its own tests, with the host
+//! that was built here.
+//!
+//! The tests without Cuckoo3 always run. Those with Cuckoo3 need its packages, which are not on PyPI: they
+//! run when `$CUCKOO3_PYTHON` names the Python of an environment that has them.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::path::Path;
+use std::process::Command;
+
+use machinery_testkit::artifacts;
+
+/// Runs the unit tests in that folder of the package's tests; fails as they do, with what they say.
+fn run(python: &str, tests: &str) {
+    let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../integrations/cuckoo3");
+    artifacts::plugin("example").unwrap();
+    let mut command = Command::new(python);
+    // Python must not write into the sources.
+    command.args(["-B", "-W", "error::ResourceWarning", "-m", "unittest", "discover", "-v", "-t", "."]);
+    command.args(["-s", tests]).current_dir(package).env("CUCKOO_MACHINERY", artifacts::program().unwrap());
+    let output = command.output().unwrap_or_else(|error| panic!("cannot run {python}: {error}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{command:?}:\n{said}");
+    eprint!("{said}");
+}
+
+#[test]
+fn the_client_and_the_supervision_of_the_host() {
+    run("python3", "tests/alone");
+}
+
+#[test]
+fn cuckoo3_on_the_host() {
+    let Some(python) = std::env::var("CUCKOO3_PYTHON").ok().filter(|python| !python.is_empty()) else {
+        eprintln!(
+            "SKIPPED: the tests with Cuckoo3. To run them, set CUCKOO3_PYTHON to the Python of an environment \
+             that has Cuckoo3 (see integrations/cuckoo3/README.md)"
+        );
+        return;
+    };
+    assert!(Path::new(&python).is_absolute(), "CUCKOO3_PYTHON must be an absolute path, and is {python}");
+    run(&python, "tests/with_cuckoo3");
+}
