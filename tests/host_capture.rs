@@ -18,7 +18,7 @@ use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Wire;
 use machinery_testkit::scratch::{ScratchCwd, example};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -107,6 +107,19 @@ fn captor(pcap: &Path) -> (Pid, OwnedFd) {
 fn assert_ends(process: &OwnedFd) {
     let limit = Timespec::try_from(SOON).unwrap();
     assert_eq!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)), Ok(1), "it goes on");
+}
+
+/// Ends what captures into that file, should it be left by a host that had no time for it. Declare it
+/// before the host.
+struct Swept(PathBuf);
+
+impl Drop for Swept {
+    fn drop(&mut self) {
+        for writer in capture::writers(&self.0).unwrap_or_default() {
+            // Each leads a group of its own, with its children; who has ended meanwhile is none.
+            let _ = kill_process_group(writer, Signal::KILL);
+        }
+    }
 }
 
 /// A machine whose capture fails: it starts all the same, and this is told.
@@ -327,6 +340,7 @@ fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
     // With a child, which has to go with it.
     let tcpdump = cwd.script("tcpdump", "sh -c 'while true; do sleep 60; done' \"$@\"; true").unwrap();
     cwd.capture_with(&tcpdump).unwrap();
+    let _swept = Swept(pcap(&cwd));
     let host = RunningHost::start(&cwd).unwrap();
     assert_told(&host, &pcap(&cwd), &["does not listen"]);
 }
@@ -337,6 +351,7 @@ fn a_tcpdump_that_does_not_end_is_killed_and_told() {
     let deaf = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
     let tcpdump = cwd.script("tcpdump", deaf).unwrap();
     cwd.capture_with(&tcpdump).unwrap();
+    let _swept = Swept(pcap(&cwd));
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
