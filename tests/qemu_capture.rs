@@ -149,6 +149,25 @@ fn a_tasks_file_holds_what_its_machine_sent_and_received_from_the_first_packet_o
 }
 
 #[test]
+fn a_tcpdump_that_takes_its_time_is_waited_for() {
+    let Some(lab) = lab() else { return };
+    // Longer than the machine takes to its first packet.
+    let real = capture::tcpdump().unwrap().display().to_string();
+    let slow = lab.cwd().script("tcpdump", &format!("sleep 3; exec {real} \"$@\"")).unwrap();
+    lab.cwd().change_cuckoo_yaml(&real, &slow.display().to_string()).unwrap();
+    let pcap = lab.cwd().root().join("dump.pcap");
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    start(&mut client, &pcap);
+    let some = |packets: &[Packet]| counts(packets).len() >= 10;
+    capture::wait_for(&lab.dumped("talker"), SOON, some).unwrap();
+    assert_does(&mut client, json!({"action": "stop", "machine": "talker"}));
+    let [truth, captured] =
+        [&lab.dumped("talker"), &pcap].map(|file| counts(&capture::packets(file).unwrap()));
+    assert_eq!(captured, truth);
+}
+
+#[test]
 fn what_a_killed_host_captured_can_be_read_and_its_task_keeps_the_machine() {
     let Some(lab) = lab() else { return };
     let _result_server = lab.wire().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();

@@ -52,5 +52,8 @@ impl Action {
     }
 }
 
+/// What an action gets that comes too late.
+const CLOSING: &str = "the machinery host is shutting down and takes no new action";
+
 /// How an action ended: well, or with the reason why not.
 pub type Outcome = Result<(), String>;

@@ -20,12 +20,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, State};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
 use super::call::{Called, call};
-use super::worker::CLOSING;
-use super::{Action, Outcome};
+use super::{Action, CLOSING, Outcome};
 use crate::capture;
 use crate::config::Timeouts;
 use crate::fleet::Machine;
@@ -44,6 +43,17 @@ pub struct House {
     pub capture: Option<capture::Settings>,
     /// Where a machine that is disabled is noted.
     pub books: Arc<Books>,
+}
+
+impl House {
+    /// Waits until a restore may begin; other actions need no turn. It is refused when the host ends.
+    async fn turn(&self, action: &Action) -> Result<Option<SemaphorePermit<'_>>, Failure> {
+        if *action != Action::RestoreStart {
+            return Ok(None);
+        }
+        let closing = |_| Failure { reason: Error::failed(CLOSING), disable: false };
+        self.restores.acquire().await.map(Some).map_err(closing)
+    }
 }
 
 /// The one who acts on a machine.
@@ -150,18 +160,9 @@ impl Actor {
     }
 
     async fn start(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {
-        let before = self.state().await?;
-        if before != State::Poweroff {
-            tracing::warn!(machine = self.machine.name(), state = %before, "runs although nobody holds it: stopped before the start");
-            self.stop().await?;
-        }
-        // Of a run that ended by itself.
-        capture::end(&self.machine).await;
+        self.end_earlier_run().await?;
         let house = Arc::clone(&self.house);
-        let turn = match action {
-            Action::RestoreStart => Some(house.restores.acquire().await.map_err(|_| closing())?),
-            _ => None,
-        };
+        let turn = house.turn(action).await?;
         if let Some(settings) = &house.capture {
             capture::begin(&self.machine, settings).await;
         }
@@ -181,6 +182,18 @@ impl Actor {
         }
         capture::end(&self.machine).await;
         Err(error.into())
+    }
+
+    /// Of a machine that runs although nobody holds it, and of one that powered itself off while it was
+    /// captured.
+    async fn end_earlier_run(&mut self) -> Result<()> {
+        let before = self.state().await?;
+        if before != State::Poweroff {
+            tracing::warn!(machine = self.machine.name(), state = %before, "runs although nobody holds it: stopped before the start");
+            self.stop().await?;
+        }
+        capture::end(&self.machine).await;
+        Ok(())
     }
 
     /// After a start that failed: whatever is left is stopped.
@@ -294,11 +307,6 @@ impl Actor {
             }
         }
     }
-}
-
-/// What waits for its turn when the host ends.
-fn closing() -> Failure {
-    Failure { reason: Error::failed(CLOSING), disable: false }
 }
 
 fn plugin_at_fault(error: &Error) -> bool {

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::rules::{Actor, House};
-use super::{Action, Outcome};
+use super::{Action, CLOSING, Outcome};
 use crate::capture;
 use crate::fleet::{Fleet, Machine};
 
@@ -78,9 +78,6 @@ pub struct Workers {
     /// How many actions wait or run.
     pending: watch::Sender<usize>,
 }
-
-/// What an action gets that comes too late.
-pub(super) const CLOSING: &str = "the machinery host is shutting down and takes no new action";
 
 impl Workers {
     /// Starts a worker for each machine. The set ends when every worker has.

@@ -18,9 +18,12 @@ while true; do
     usleep 50000
 done > /dev/null 2>&1 &
 
-# The result server's ears, by all ways.
+# For the result server's ears, by all ways.
 while true; do
     timeout 1 tftp -g -r results -l /dev/null "$1" 2042
+    usleep 50000
+done > /dev/null 2>&1 &
+while true; do
     while echo results; do
         usleep 50000
     done | nc -w 1 "$1" 2042
