@@ -346,6 +346,7 @@ fn check_looks_for_the_group_and_for_tcpdump() {
     assert!(checked("{enabled: false}", 0).contains("traffic is not captured"));
     let missing = checked("{enabled: true, path: /none/tcpdump}", 2);
     assert!(missing.contains("cannot run /none/tcpdump") && missing.contains("Install tcpdump"), "{missing}");
+    assert!(checked("{enabled: true, path: /bin}", 2).contains("cannot run /bin: it is no file"));
     assert!(checked("{enabled: true, path: /bin/sh}", 0).contains("/bin/sh"));
     cwd.host_yaml("socket_group: no-such-group-here\n").unwrap();
     let unknown = checked("{enabled: false}", 2);

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
@@ -13,6 +14,8 @@ use serde_json::{Value, json};
 
 /// The longest line that is taken.
 const LONGEST: usize = 1024 * 1024;
+
+const SOON: Duration = Duration::from_secs(60);
 
 fn good() -> Value {
     json!({"success": true})
@@ -48,6 +51,14 @@ fn assert_served(client: &mut Client, machine: &str) {
     }
 }
 
+/// Asks until it is so; for what nothing tells.
+fn soon(mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < SOON, "not within {SOON:?}");
+    }
+}
+
 /// A line of that many bytes that is a request.
 fn long_line(length: usize) -> Vec<u8> {
     let (head, tail) = (br#"{"action": "version", "padding": ""#, br#""}"#);
@@ -62,7 +73,10 @@ fn five_hundred_connections_of_all_manners_are_served_each_for_itself() {
     crowd(&served, &mut normal, empty.files);
     let before = served.host.holds().unwrap();
     crowd(&served, &mut normal, empty.files);
-    served.host.holds().unwrap().assert_hardly_more_than(&before);
+    let after = served.host.holds().unwrap();
+    assert!(after.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {after:?}");
+    // How many calls there are at a time is chance; two for each machine, and some, are the most.
+    assert!(after.threads <= 300 && after.children.is_empty(), "{before:?}, {after:?}");
 }
 
 /// Five hundred clients come, and are gone in the end, when the host holds as many files as when it
@@ -130,9 +144,10 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
     assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), good());
     drop((deaf, halves, long, polite));
     // When the host notices that they have left, nothing tells.
-    while served.host.holds().unwrap().files > empty + 8 {
+    soon(|| {
         assert_served(normal, "m4");
-    }
+        served.host.holds().unwrap().files <= empty + 8
+    });
 }
 
 #[test]
@@ -145,9 +160,10 @@ fn who_waits_for_idleness_and_leaves_is_forgotten() {
         client.send(&json!({"action": "wait_idle"})).unwrap();
     }
     // When the host notices, nothing tells; the machine is busy all the while.
-    while served.host.holds().unwrap().files > before.files + 8 {
+    soon(|| {
         assert_eq!(normal.act("state", "m0").unwrap()["state"], "starting");
-    }
+        served.host.holds().unwrap().files <= before.files + 8
+    });
 }
 
 #[test]
@@ -176,7 +192,7 @@ fn a_lock_stays_when_its_client_leaves() {
     drop(client);
     let mut other = served.clients(1).remove(0);
     // Its request is read at some time; nothing tells when.
-    while other.machine("m0").unwrap()["locked"] == false {}
+    soon(|| other.machine("m0").unwrap()["locked"] == true);
     let answer = other.ask(json!({"action": "lock", "machine": "m0", "task_id": "other"})).unwrap();
     assert!(answer["reason"].as_str().unwrap().contains("locked by: t"), "{answer}");
 }

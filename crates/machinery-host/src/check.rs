@@ -86,8 +86,10 @@ fn tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
     let Some(program) = capture.map(|settings| &settings.tcpdump) else {
         return report.good("traffic is not captured: tcpdump.enabled in cuckoo.yaml is not true");
     };
-    if let Err(error) = access(program, Access::EXEC_OK) {
-        let reason = format!("cannot run {}: {error}", program.display());
+    let runs = access(program, Access::EXEC_OK).map_err(|error| error.to_string());
+    let runs = runs.and_then(|()| if program.is_file() { Ok(()) } else { Err("it is no file".to_owned()) });
+    if let Err(why) = runs {
+        let reason = format!("cannot run {}: {why}", program.display());
         return report.problem(&Error::environment(reason).advice(capture::NO_TCPDUMP));
     }
     let has_rights = getxattr(program, "security.capability", &mut [0_u8; 64]).is_ok();

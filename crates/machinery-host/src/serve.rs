@@ -33,6 +33,9 @@ use crate::{capture, loader};
 const LETTING_GO: Duration = Duration::from_secs(30);
 /// How long clients may take at the end to read their answers.
 const LAST_WORDS: Duration = Duration::from_secs(3);
+/// How often, and with what pauses between, a lock that is held is looked at once more.
+const LOCK_TRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// Threads beyond two for each machine, one for its action and one for a question about its state.
 const SPARE_THREADS: usize = 64;
 
@@ -89,7 +92,15 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
 fn lock(state: &Path) -> Result<File> {
     let path = state.join("lock");
     let file = File::create(&path).map_err(|error| Error::io("make the lock", &path, &error))?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+    let held = || flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
+    // Who only looks whether there is a host holds it for a moment.
+    let tries = (0..LOCK_TRIES).find(|_| {
+        !held() || {
+            std::thread::sleep(LOCK_PAUSE);
+            false
+        }
+    });
+    tries.ok_or_else(|| {
         Error::environment(format!("another host already serves this CWD: it holds {}", path.display()))
             .advice("Stop it first, or use it: the other commands of cuckoo-machinery talk to it")
     })?;

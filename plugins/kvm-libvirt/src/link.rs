@@ -25,7 +25,7 @@ use machinery::{Deadline, Error, Result};
 use virt::connect::Connect;
 
 use crate::call::{self, Call};
-use crate::errors::not_connected;
+use crate::errors::{is_lost_link, not_connected};
 use crate::events::{self, Ears, Event, Watched};
 
 /// Seconds between two questions whether libvirtd is alive, and how many may go unanswered.
@@ -123,18 +123,27 @@ impl Link {
         &self.dsn
     }
 
-    /// Asks something of libvirt; `waiting_for` says what is waited for.
+    /// Asks something of libvirt; `waiting_for` says what is waited for. A libvirtd that has just ended,
+    /// which the event loop may not have noticed yet, is asked when it is back.
     ///
     /// # Errors
     /// There is no connection; the work's own; the deadline passes.
-    pub fn ask<T: Send + 'static>(
-        &self,
-        deadline: Deadline,
-        waiting_for: &str,
-        work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        let connect = self.connection(deadline)?;
-        call::within(deadline, waiting_for, move || work(&connect))
+    pub fn ask<T, W>(&self, deadline: Deadline, waiting_for: &str, mut work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: FnOnce(&Connect) -> Result<T> + Send + 'static,
+    {
+        loop {
+            let (connect, number) = self.numbered_connection(deadline)?;
+            let asked = call::within(deadline, waiting_for, move || {
+                if is_there(&connect) { work(&connect).map(Ok) } else { Ok(Err(work)) }
+            })?;
+            match asked {
+                Ok(told) => return Ok(told),
+                Err(unasked) => work = unasked,
+            }
+            self.lost(number, "libvirtd has ended");
+        }
     }
 
     /// The connection, waited for if it is lost just now.
@@ -142,13 +151,17 @@ impl Link {
     /// # Errors
     /// It does not come back in time.
     pub fn connection(&self, deadline: Deadline) -> Result<Connect> {
+        self.numbered_connection(deadline).map(|(connect, _)| connect)
+    }
+
+    fn numbered_connection(&self, deadline: Deadline) -> Result<(Connect, u64)> {
         deadline.check("the connection to libvirt")?;
         let patience = deadline.within(PATIENCE).remaining();
         let lost = |now: &mut Now| matches!(now.connection, Connection::Lost(_));
         let waited = self.changed.wait_timeout_while(self.lock(), patience, lost);
         let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &now.connection {
-            Connection::Open(watched) => Ok(watched.connect().clone()),
+            Connection::Open(watched) => Ok((watched.connect().clone(), now.number)),
             Connection::Closed => Err(shut_down()),
             Connection::Lost(_) if deadline.passed() => Err(deadline.timeout("the connection to libvirt")),
             Connection::Lost(why) => {
@@ -307,6 +320,11 @@ impl Link {
     fn lock(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether somebody is at the other end; a hung libvirtd lets this hang.
+fn is_there(connect: &Connect) -> bool {
+    connect.lib_version().map_or_else(|error| !is_lost_link(&error), |_| true)
 }
 
 fn open(dsn: &str) -> Result<Connect> {

@@ -6,6 +6,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::FILTER;
+use super::{FILTER, HANDED_OVER};
 
 /// How long one may take to end.
 const ENDING: Duration = Duration::from_secs(5);
@@ -22,26 +23,31 @@ const ENDING: Duration = Duration::from_secs(5);
 /// Ends every process that captures for a host into one of these files, or into that folder.
 pub fn end_leftovers(pcaps: &[PathBuf], cwd: &Path) {
     let Ok(processes) = fs::read_dir("/proc") else { return };
-    for process in processes.flatten() {
-        let pid = process.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
-        if let Some(pid) = pid {
-            end_if_left(pid, pcaps, cwd);
-        }
+    let names = processes.flatten().filter_map(|process| process.file_name().to_str()?.parse().ok());
+    let left: Vec<_> = names.filter_map(Pid::from_raw).filter_map(|pid| leftover(pid, pcaps, cwd)).collect();
+    if left.is_empty() {
+        return;
+    }
+    tracing::warn!(count = left.len(), "the captures of a host that was killed are ended");
+    // There is nobody left whom they could tell that they have read all.
+    std::thread::sleep(HANDED_OVER);
+    for process in left {
+        end(&process);
     }
 }
 
-fn end_if_left(pid: Pid, pcaps: &[PathBuf], cwd: &Path) {
+fn leftover(pid: Pid, pcaps: &[PathBuf], cwd: &Path) -> Option<OwnedFd> {
     // Opened first: what is read then is of this process and no later one of its number.
-    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return };
-    let Ok(arguments) = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())) else { return };
-    if !is_leftover(&arguments, pcaps, cwd) {
-        return;
-    }
-    tracing::warn!(pid = pid.as_raw_nonzero(), "a tcpdump of a host that was killed is ended");
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    let arguments = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
+    is_leftover(&arguments, pcaps, cwd).then_some(process)
+}
+
+fn end(process: &OwnedFd) {
     for signal in [Signal::TERM, Signal::KILL] {
-        let sent = pidfd_send_signal(&process, signal);
+        let sent = pidfd_send_signal(process, signal);
         let limit = Timespec::try_from(ENDING).ok();
-        let mut ended = [PollFd::new(&process, PollFlags::IN)];
+        let mut ended = [PollFd::new(process, PollFlags::IN)];
         if sent.is_err() || retry_on_intr(|| poll(&mut ended, limit.as_ref())).is_ok_and(|count| count > 0) {
             return;
         }

@@ -16,6 +16,7 @@ mod tcpdump;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use machinery::Error;
 
@@ -24,6 +25,11 @@ use crate::fleet::standing::Hold;
 
 pub use leftovers::end_leftovers;
 use tcpdump::Tcpdump;
+
+/// The kernel hands packets over when a block is full, and after a second at the latest (tcpdump
+/// asks libpcap for that). `--immediate-mode` would spare the wait, but leaves room for a few dozen
+/// packets only where an interface has offloads, as a guest's has; then a burst is lost.
+const HANDED_OVER: Duration = Duration::from_millis(1200);
 
 /// What to do where there is no tcpdump.
 pub const NO_TCPDUMP: &str =

@@ -13,16 +13,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::stderr::{self, Counts};
-use super::{Settings, Target};
+use super::{HANDED_OVER, Settings, Target};
 
 /// How long tcpdump may take until it listens.
 const STARTING: Duration = Duration::from_secs(10);
 /// How long it may take to read what has arrived. The machine is off by then, so it is not much.
 const READING: Duration = Duration::from_secs(4);
-/// The kernel hands packets over when a block is full, and after a second at the latest (tcpdump
-/// asks libpcap for that). `--immediate-mode` would spare the wait, but leaves room for a few dozen
-/// packets only where an interface has offloads, as a guest's has; then a burst is lost.
-const HANDED_OVER: Duration = Duration::from_millis(1200);
 /// How long between two questions whether it has all.
 const ASKING: Duration = Duration::from_millis(10);
 /// How long it may take to end.
