@@ -163,7 +163,7 @@ fn a_guest_whose_disk_is_full_is_told_with_the_disk_and_the_reason() {
     lab.libvirtd().inside(&["mount", "--bind", &copy, disk]).unwrap();
     let mut scene = Scene::of(lab);
     scene.does("restore_start");
-    scene.lab.machine("m").fill_disk(60, SOON).unwrap();
+    scene.lab.machine("m").fill_disk(60);
     let reason = scene.hears("error");
     println!("{reason}");
     assert!(reason.contains(disk) && reason.contains("no space"), "{reason}");
