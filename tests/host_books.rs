@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use machinery_testkit::chance::Dice;
 use machinery_testkit::client::Client;
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::ScratchCwd;
@@ -141,18 +142,6 @@ fn what_could_not_be_noted_is_noted_with_the_next_attempt() {
     host.kill().unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     assert_eq!(host.client().unwrap().machine("m").unwrap()["locked"], false);
-}
-
-/// Numbers that are random enough, and the same for the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
 }
 
 const KILLS: usize = 200;

@@ -6,10 +6,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use machinery_testkit::client::Client;
+use machinery_testkit::chance::Dice;
+use machinery_testkit::client::{self, Client};
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::ScratchCwd;
-use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 /// The longest line that is taken.
@@ -28,10 +28,7 @@ struct Served {
 }
 
 fn served(machines: usize, keys: &str) -> Served {
-    // Each connection has two descriptors here.
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).unwrap();
+    client::raise_file_limit().unwrap();
     let names: Vec<String> = (0..machines).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), keys)).collect();
     let cwd = ScratchCwd::example(&machines).unwrap();
@@ -197,18 +194,6 @@ fn a_lock_stays_when_its_client_leaves() {
     assert!(answer["reason"].as_str().unwrap().contains("locked by: t"), "{answer}");
 }
 
-/// Numbers that are random enough, and the same for the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % limit as u64).unwrap()
-    }
-}
-
 const SEEDS: [&str; 8] = [
     r#"{"action": "restore_start", "machine": "m0", "id": 1}"#,
     r#"{"action": "lock", "machine": "m1", "task_id": "t", "pcap_path": "/tmp/none.pcap"}"#,
@@ -222,14 +207,14 @@ const SEEDS: [&str; 8] = [
 
 /// One of the seeds with a few bytes changed, dropped or doubled; one line.
 fn mutated(dice: &mut Dice) -> Vec<u8> {
-    let mut line = SEEDS[dice.below(SEEDS.len())].as_bytes().to_vec();
-    for _ in 0..dice.below(4) {
+    let mut line = SEEDS[dice.index(SEEDS.len())].as_bytes().to_vec();
+    for _ in 0..dice.index(4) {
         if line.is_empty() {
             break;
         }
-        let at = dice.below(line.len());
-        match dice.below(4) {
-            0 => line[at] = u8::try_from(dice.below(256)).unwrap(),
+        let at = dice.index(line.len());
+        match dice.index(4) {
+            0 => line[at] = u8::try_from(dice.index(256)).unwrap(),
             1 => drop(line.remove(at)),
             2 => line.truncate(at),
             _ => line.extend_from_within(at..),

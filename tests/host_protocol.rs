@@ -12,10 +12,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use machinery_testkit::client::Client;
+use machinery_testkit::client::{self, Client};
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::ScratchCwd;
-use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 const ACTIONS: [&str; 4] = ["restore_start", "norestore_start", "stop", "acpi_stop"];
@@ -504,7 +503,7 @@ fn a_subscriber_that_never_reads_holds_up_nobody() {
 #[test]
 fn a_flood_of_connections_keeps_no_other_process_out() {
     let served = served(&[("m", "")]);
-    raise_file_limit();
+    client::raise_file_limit().unwrap();
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
     // What is beyond one process's share is closed, and the rest is of use.
     let refused = mine.last_mut().unwrap();
@@ -523,7 +522,7 @@ fn a_flood_of_connections_keeps_no_other_process_out() {
 #[test]
 fn connections_count_until_their_answers_are_given() {
     let served = served(&[("m", "delays_ms: {restore_start: 5000}")]);
-    raise_file_limit();
+    client::raise_file_limit().unwrap();
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
     for client in &mut mine {
         // Those beyond the share are closed, and may be by now.
@@ -544,13 +543,6 @@ fn the_socket_is_its_users_alone() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&served.cwd.socket()), 0o600);
     assert_eq!(mode(&served.cwd.root().join("operational/generated/machinery-host")), 0o700);
-}
-
-/// For tests that hold many connections, each of which has two descriptors here.
-fn raise_file_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).unwrap();
 }
 
 fn open_files(host: &RunningHost) -> usize {

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::SocketPath;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::Result;
@@ -16,6 +17,13 @@ use crate::error::{Context, Error};
 
 /// What takes longer than this is taken for stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Lets this process hold as many connections as it may, each of which has two descriptors here.
+pub fn raise_file_limit() -> Result<()> {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).context(|| "raising the limit of open files".to_owned())
+}
 
 /// One connection.
 #[derive(Debug)]

@@ -15,6 +15,7 @@
 pub mod artifacts;
 mod cache;
 pub mod capture;
+pub mod chance;
 pub mod client;
 mod command;
 pub mod conformance;
