@@ -53,6 +53,9 @@ pub struct Timeouts {
     /// For [`Machinery::screenshot`](machinery::Machinery::screenshot).
     #[serde(deserialize_with = "seconds")]
     pub screenshot: Duration,
+    /// For [`Machinery::prepare`](machinery::Machinery::prepare).
+    #[serde(deserialize_with = "seconds")]
+    pub prepare: Duration,
 }
 
 impl Default for Timeouts {
@@ -64,6 +67,7 @@ impl Default for Timeouts {
             acpi_stop: Duration::from_secs(120),
             dump_memory: Duration::from_secs(3600),
             screenshot: Duration::from_secs(30),
+            prepare: Duration::from_secs(1800),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What subscribers hear. Sending never waits: a subscriber that does not keep up loses events and
 //! is told how many.
 
-use machinery::State;
+use machinery::{Ready, State};
 use serde::Serialize;
 use tokio::sync::broadcast;
 
@@ -64,6 +64,14 @@ pub enum Event {
     Unreserved {
         /// Which machine.
         machine: String,
+    },
+    /// How its next restore will go has changed.
+    Ready {
+        /// Which machine.
+        machine: String,
+        /// How.
+        #[serde(flatten)]
+        ready: Ready,
     },
     /// Its traffic is not captured, or not to the end.
     CaptureFailed {

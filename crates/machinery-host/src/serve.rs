@@ -20,6 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::actions::metrics::Metrics;
 use crate::actions::rules::House;
 use crate::actions::worker::Workers;
 use crate::config::Config;
@@ -36,7 +37,8 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How often, and with what pauses between, a lock that is held is looked at once more.
 const LOCK_TRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
-/// Threads beyond two for each machine, one for its action and one for a question about its state.
+/// Threads beyond three for each machine: one for its action, one for a question about its state, and
+/// one to have it give up preparing.
 const SPARE_THREADS: usize = 64;
 
 /// Serves until it is told to end.
@@ -60,13 +62,17 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     let machines = fleet.get().map_or(0, |fleet| fleet.machines().len());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .max_blocking_threads(2 * machines + SPARE_THREADS)
+        .max_blocking_threads(3 * machines + SPARE_THREADS)
         .build()
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
+        let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
+        let metrics = Arc::new(Metrics::default());
         let house = House {
             timeouts: config.timeouts,
-            restores: Semaphore::new(config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS)),
+            restores: Semaphore::new(permits),
+            preparations: Arc::new(Semaphore::new(permits)),
+            metrics: Arc::clone(&metrics),
             capture: config.capture.clone(),
             books: Arc::clone(&books),
         };
@@ -77,6 +83,7 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
             fleet,
             workers,
             books,
+            metrics,
             events,
             enabled: AtomicBool::new(true),
             ending: watch::Sender::new(false),

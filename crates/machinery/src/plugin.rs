@@ -19,6 +19,8 @@ use crate::{Deadline, Error, Host, Report, Result, State};
 ///   [`Host::state_changed`].
 /// - A failed start leaves nothing behind: no process, socket or disk.
 /// - `restore_start` brings the machine to its snapshot, whatever an earlier run has done.
+/// - A machine that is prepared, or just being prepared, is powered off to the outside. `stop` lets go
+///   of what was prepared and holds memory, and may come while `prepare` runs, which gives up then.
 pub trait Machinery: Sized + Send + Sync + 'static {
     /// The word for it in Cuckoo's `machineries` list, lowercase; the library is
     /// `libmachinery_<NAME>.so`.
@@ -75,7 +77,7 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("norestore_start"))
     }
 
-    /// Pulls the plug. Returns when nothing of the run is left.
+    /// Pulls the plug. Returns when nothing of the run is left, nor of what stands by for the next one.
     ///
     /// # Errors
     /// [`ErrorKind::StateReached`](crate::ErrorKind::StateReached) if it is powered off already.
@@ -110,10 +112,14 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("screenshot"))
     }
 
-    /// Does ahead of time all that [`restore_start`](Machinery::restore_start) will need.
+    /// Does ahead of time all that [`restore_start`](Machinery::restore_start) will need, and tells how
+    /// ready the machine is by [`Host::ready`]. The host calls it for a machine that is powered off, at
+    /// its start and after each run; [`stop`](Machinery::stop) may come meanwhile and ends it. Reports
+    /// [`Host::progress`] where it takes long.
     ///
     /// # Errors
-    /// What cannot be prepared.
+    /// What cannot be prepared; the next restore does without.
+    /// [`ErrorKind::UnexpectedState`](crate::ErrorKind::UnexpectedState) if the machine is on.
     fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
         let _ = (machine, deadline);
         Err(Error::unsupported("prepare"))

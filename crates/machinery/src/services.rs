@@ -3,10 +3,11 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::State;
+use crate::{Ready, State};
 
 /// The host's side of [`Host`]; a host implements it, plugins never see it.
 pub trait HostServices: Send + Sync + 'static {
@@ -16,6 +17,12 @@ pub trait HostServices: Send + Sync + 'static {
     fn state_changed(&self, machine: &str, state: State, reason: &str);
     /// How far a long action is: 0.0 to 1.0.
     fn progress(&self, machine: &str, fraction: f64);
+    /// A step of an action took that long.
+    fn step(&self, machine: &str, step: &str, took: Duration);
+    /// How ready a machine is for its next restore.
+    fn ready(&self, machine: &str, ready: &Ready);
+    /// A machine should be prepared again, and why.
+    fn wants_prepare(&self, machine: &str, reason: &str);
     /// Records above this level are thrown away, so they need not be made.
     fn max_level(&self) -> LogLevel;
 }
@@ -50,6 +57,23 @@ impl Host {
     /// Tells how far a long action on the machine is: 0.0 to 1.0.
     pub fn progress(&self, machine: &str, fraction: f64) {
         self.services.progress(machine, fraction.clamp(0.0, 1.0));
+    }
+
+    /// Tells how long a step of the action under way took; the host's log and metrics have it.
+    pub fn step(&self, machine: &str, step: &str, took: Duration) {
+        self.services.step(machine, step, took);
+    }
+
+    /// Tells how ready the machine is for its next restore, whenever that changes.
+    pub fn ready(&self, machine: &str, ready: &Ready) {
+        self.services.ready(machine, ready);
+    }
+
+    /// Tells that what [`prepare`](crate::Machinery::prepare) made is gone by itself, and why. The host
+    /// prepares the machine again when there is nothing else to do with it, unless that happens again
+    /// and again.
+    pub fn wants_prepare(&self, machine: &str, reason: &str) {
+        self.services.wants_prepare(machine, reason);
     }
 
     pub(crate) fn services(&self) -> &Arc<dyn HostServices> {
@@ -98,6 +122,9 @@ impl HostServices for Nobody {
     fn log(&self, _: LogRecord) {}
     fn state_changed(&self, _: &str, _: State, _: &str) {}
     fn progress(&self, _: &str, _: f64) {}
+    fn step(&self, _: &str, _: &str, _: Duration) {}
+    fn ready(&self, _: &str, _: &Ready) {}
+    fn wants_prepare(&self, _: &str, _: &str) {}
     fn max_level(&self) -> LogLevel {
         LogLevel::Error
     }

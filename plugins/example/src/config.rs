@@ -16,6 +16,7 @@ pub enum Action {
     AcpiStop,
     DumpMemory,
     Screenshot,
+    Prepare,
     State,
 }
 
@@ -43,11 +44,13 @@ pub struct Able {
     acpi_stop: bool,
     dump_memory: bool,
     screenshot: bool,
+    /// Off unless asked for: it is not what most tests are about.
+    prepare: bool,
 }
 
 impl Default for Able {
     fn default() -> Self {
-        Able { norestore_start: true, acpi_stop: true, dump_memory: true, screenshot: true }
+        Able { norestore_start: true, acpi_stop: true, dump_memory: true, screenshot: true, prepare: false }
     }
 }
 
@@ -58,7 +61,7 @@ impl From<Able> for Capabilities {
             acpi_stop: able.acpi_stop,
             dump_memory: able.dump_memory,
             screenshot: able.screenshot,
-            prepare: false,
+            prepare: able.prepare,
         }
     }
 }

@@ -12,6 +12,8 @@
 //!   poweroff ─────────────────────────────────▶ running
 //!      ▲                                           │
 //!      └───────── stop, acpi_stop, dies_after ─────┘
+//!
+//!   poweroff ── prepare ──▶ poweroff, and the next restore_start takes no time
 //! ```
 //!
 //! | room | what it holds |
@@ -108,6 +110,11 @@ impl Machinery for Example {
     fn screenshot(&self, machine: &str, path: &Path, deadline: Deadline) -> Result<()> {
         self.supports(self.capabilities.screenshot, "screenshot")?;
         self.find(machine)?.screenshot(path, deadline)
+    }
+
+    fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.supports(self.capabilities.prepare, "prepare")?;
+        self.find(machine)?.prepare(deadline)
     }
 
     fn shutdown(&self, _: Deadline) -> Result<()> {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, Host, Result, State};
+use machinery::{Deadline, Error, Host, Readiness, Ready, Result, State};
 
 use crate::config::{Action, Fault, OwnKeys};
 
@@ -18,7 +18,7 @@ pub struct Machine {
     keys: OwnKeys,
     host: Host,
     now: Mutex<Now>,
-    /// Wakes those who wait for the run to end.
+    /// Wakes those who wait for the end of a run, or of a preparation.
     ended: Condvar,
 }
 
@@ -27,6 +27,15 @@ struct Now {
     /// Numbers the runs, so that the end of an old one cannot be taken for that of a new one.
     runs: u64,
     faults_left: Option<u32>,
+    /// What the next restore will find, if it has been seen to.
+    prepared: Prepared,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prepared {
+    No,
+    UnderWay,
+    Yes,
 }
 
 struct Run {
@@ -38,7 +47,7 @@ struct Run {
 
 impl Machine {
     pub fn new(name: String, keys: OwnKeys, host: Host) -> Self {
-        let now = Now { run: None, runs: 0, faults_left: keys.fault_times };
+        let now = Now { run: None, runs: 0, faults_left: keys.fault_times, prepared: Prepared::No };
         Machine { name, keys, host, now: Mutex::new(now), ended: Condvar::new() }
     }
 
@@ -60,7 +69,8 @@ impl Machine {
                 .machine(&self.name)
                 .advice("Stop it first"));
         }
-        if self.suffer(action, deadline)? == Some(Fault::Lie) {
+        let prepared = self.unprepare() && action == Action::RestoreStart;
+        if !prepared && self.suffer(action, deadline)? == Some(Fault::Lie) {
             return Ok(());
         }
         let mut now = self.lock();
@@ -76,6 +86,7 @@ impl Machine {
 
     pub fn stop(&self, action: Action, deadline: Deadline) -> Result<()> {
         if self.current() == State::Poweroff {
+            self.unprepare();
             return Err(Error::state_reached("the machine is powered off already").machine(&self.name));
         }
         if self.suffer(action, deadline)? == Some(Fault::Lie) {
@@ -83,6 +94,41 @@ impl Machine {
         }
         self.forget();
         Ok(())
+    }
+
+    /// Does what the next restore will need. A stop that comes meanwhile ends it.
+    pub fn prepare(&self, deadline: Deadline) -> Result<()> {
+        if self.current() != State::Poweroff {
+            return Err(Error::unexpected_state("the machine is running").machine(&self.name));
+        }
+        if self.fault(Action::Prepare).is_some() {
+            return Err(Error::failed("configured to fail").machine(&self.name));
+        }
+        let delay = self.delay(Action::Prepare).min(deadline.remaining());
+        let mut now = self.lock();
+        now.prepared = Prepared::UnderWay;
+        let goes_on = |now: &mut Now| now.prepared == Prepared::UnderWay;
+        let waited = self.ended.wait_timeout_while(now, delay, goes_on);
+        let (mut now, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if !goes_on(&mut now) {
+            return Err(Error::failed("preparing was given up for a stop").machine(&self.name));
+        }
+        now.prepared = Prepared::Yes;
+        drop(now);
+        self.host.ready(&self.name, &Ready { how: Readiness::Standby, ..Ready::default() });
+        Ok(())
+    }
+
+    /// Lets go of what was prepared; tells whether there was anything.
+    fn unprepare(&self) -> bool {
+        let mut now = self.lock();
+        let before = std::mem::replace(&mut now.prepared, Prepared::No);
+        drop(now);
+        self.ended.notify_all();
+        if before == Prepared::Yes {
+            self.host.ready(&self.name, &Ready::default());
+        }
+        before == Prepared::Yes
     }
 
     /// Writes the counter, where a real machine would have its memory.
@@ -123,9 +169,12 @@ impl Machine {
     }
 
     fn wait_out(&self, action: Action, deadline: Deadline) -> Result<()> {
-        let delay = Duration::from_millis(self.keys.delays_ms.get(&action).copied().unwrap_or(0));
-        thread::sleep(delay.min(deadline.remaining()));
+        thread::sleep(self.delay(action).min(deadline.remaining()));
         deadline.check("the configured delay").map_err(|error| error.machine(&self.name))
+    }
+
+    fn delay(&self, action: Action) -> Duration {
+        Duration::from_millis(self.keys.delays_ms.get(&action).copied().unwrap_or(0))
     }
 
     /// Waits out the configured delay, then does what is configured to go wrong.
@@ -239,6 +288,16 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Failed);
         machine.start(Action::RestoreStart, soon()).unwrap();
         assert_eq!(machine.state(soon()).unwrap(), State::Running);
+    }
+
+    #[test]
+    fn what_is_prepared_is_started_without_delay_and_once() {
+        let machine = machine(&[(Action::RestoreStart, Fault::Fail)]);
+        machine.prepare(soon()).unwrap();
+        machine.start(Action::RestoreStart, soon()).unwrap();
+        assert_eq!(machine.prepare(soon()).unwrap_err().kind(), ErrorKind::UnexpectedState);
+        machine.stop(Action::Stop, soon()).unwrap();
+        assert!(machine.start(Action::RestoreStart, soon()).is_err());
     }
 
     #[test]

@@ -78,10 +78,13 @@ fn is_broken(name: &str, keys: &str, words: &str) {
 
 #[test]
 fn the_example_keeps_every_promise() {
-    let report = tried(&conformance::names(), "", &subject());
+    let folder = tempfile::tempdir().unwrap();
+    let setup = setup(folder.path(), "capabilities: {prepare: true}\n".to_owned() + &yaml(""));
+    let plugin = artifacts::plugin("example").unwrap();
+    let report = conformance::run_some(&plugin, &setup, &subject(), &conformance::names());
     println!("{report}");
     assert!(report.all_kept(), "{report}");
-    assert_eq!(report.not_tried(), ["prepare"], "{report}");
+    assert!(report.not_tried().is_empty(), "{report}");
 }
 
 #[test]

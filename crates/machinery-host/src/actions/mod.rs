@@ -4,8 +4,12 @@
 //! order they came, machines in parallel. The worker runs an action by the [`rules`] of
 //! Cuckoo3, and every call into a plugin goes through [`call`], which survives a plugin that does
 //! not come back.
+//!
+//! When there is nothing to do with a machine that is off, its worker has its plugin *prepare* the next
+//! restore; an action that comes meanwhile and is no restore ends that.
 
 pub mod call;
+pub mod metrics;
 pub mod rules;
 pub mod worker;
 
@@ -36,6 +40,8 @@ pub enum Action {
         /// Where to.
         path: PathBuf,
     },
+    /// See [`Machinery::prepare`](machinery::Machinery::prepare).
+    Prepare,
 }
 
 impl Action {
@@ -48,6 +54,7 @@ impl Action {
             Action::AcpiStop => "acpi_stop",
             Action::DumpMemory { .. } => "dump_memory",
             Action::Screenshot { .. } => "screenshot",
+            Action::Prepare => "prepare",
         }
     }
 }

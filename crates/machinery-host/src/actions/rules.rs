@@ -7,6 +7,7 @@
 //! | stop | poweroff | disable the machine |
 //! | acpi_stop | poweroff | fall back to stop |
 //! | dump_memory, screenshot | unchanged | – |
+//! | prepare | poweroff | – |
 //!
 //! The traffic of a machine that a task has is captured from before it runs until it is stopped.
 //!
@@ -20,10 +21,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, State};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
 use super::call::{Called, call};
+use super::metrics::Metrics;
 use super::{Action, CLOSING, Outcome};
 use crate::capture;
 use crate::config::Timeouts;
@@ -39,6 +41,10 @@ pub struct House {
     pub timeouts: Timeouts,
     /// A permit for each restore that may go on; who waits for one is served in turn.
     pub restores: Semaphore,
+    /// The same for preparing restores, which never keeps one waiting that is wanted now.
+    pub preparations: Arc<Semaphore>,
+    /// How often each action was done, and how long it took.
+    pub metrics: Arc<Metrics>,
     /// How to capture traffic, if it is to be captured.
     pub capture: Option<capture::Settings>,
     /// Where a machine that is disabled is noted.
@@ -91,26 +97,53 @@ impl Actor {
     /// Runs one action to its end.
     pub async fn perform(&mut self, action: &Action) -> Outcome {
         self.machine.set_busy(true);
+        self.machine.clear_steps();
         let begun = std::time::Instant::now();
         let result = self.by_the_rules(action).await;
         self.machine.set_busy(false);
-        let action = action.name();
-        let took_ms = begun.elapsed().as_micros() as f64 / 1000.0;
+        let steps = self.count(action.name(), begun.elapsed(), result.is_err());
+        let took_ms = milliseconds(begun.elapsed());
         match result {
             Ok(()) => {
-                tracing::info!(machine = self.machine.name(), action, took_ms, "done");
+                tracing::info!(machine = self.machine.name(), action = action.name(), took_ms, steps, "done");
                 Ok(())
             }
             Err(Failure { reason, disable }) => {
-                let reason = reason.action(action).machine(self.machine.name()).to_string();
-                tracing::error!(machine = self.machine.name(), action, took_ms, reason, "failed");
-                self.machine.add_error(&reason);
+                let reason = reason.action(action.name()).machine(self.machine.name()).to_string();
+                let machine = self.machine.name();
+                if *action == Action::Prepare {
+                    // The next restore does without, and the plugin has told how ready the machine is.
+                    tracing::warn!(machine, took_ms, steps, reason, "not prepared");
+                } else {
+                    tracing::error!(machine, action = action.name(), took_ms, steps, reason, "failed");
+                    self.machine.add_error(&reason);
+                }
                 if disable {
                     self.disable(&reason).await;
                 }
                 Err(reason)
             }
         }
+    }
+
+    /// Counts an action in the metrics, and gives its steps as text.
+    fn count(&self, action: &'static str, took: Duration, failed: bool) -> String {
+        let steps = self.machine.status().steps;
+        self.house.metrics.count(&self.machine.machinery.name, action, took, &steps, failed);
+        let text = steps.iter().map(|(step, took)| format!("{step} {:.1}", milliseconds(*took)));
+        text.collect::<Vec<_>>().join(", ")
+    }
+
+    /// Whether there is a restore to prepare: for a machine that is off and in the pool.
+    pub fn can_prepare(&self) -> bool {
+        let status = self.machine.status();
+        let free = status.state == State::Poweroff && status.standing.disabled.is_none();
+        free && self.machine.machinery.capabilities.prepare && self.lost.is_none()
+    }
+
+    /// Waits for the turn to prepare. `None` when the host ends.
+    pub async fn turn_to_prepare(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.house.preparations).acquire_owned().await.ok()
     }
 
     async fn disable(&self, reason: &str) {
@@ -130,6 +163,7 @@ impl Actor {
             Action::AcpiStop => self.acpi_stop().await,
             Action::DumpMemory { .. } => self.look(action, self.house.timeouts.dump_memory).await,
             Action::Screenshot { .. } => self.look(action, self.house.timeouts.screenshot).await,
+            Action::Prepare => self.look(action, self.house.timeouts.prepare).await,
         }
     }
 
@@ -155,6 +189,7 @@ impl Actor {
             Action::AcpiStop => able.acpi_stop,
             Action::DumpMemory { .. } => able.dump_memory,
             Action::Screenshot { .. } => able.screenshot,
+            Action::Prepare => able.prepare,
         };
         if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
     }
@@ -309,6 +344,22 @@ impl Actor {
     }
 }
 
+/// Has a plugin that prepares a machine give up, by the way the interface has for that.
+pub async fn give_up_preparing(machine: &Arc<Machine>, house: &House) {
+    let given_up = call(machine, house.timeouts.stop, |machine, deadline| {
+        machine.machinery.instance.stop(machine.name(), deadline)
+    });
+    match given_up.await {
+        // Usually the machine is off, and says so.
+        Called::Returned(answer) => tracing::debug!(machine = machine.name(), ?answer, "gives up preparing"),
+        Called::Lost(_) => tracing::warn!(machine = machine.name(), "does not give up preparing"),
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
+}
+
 fn plugin_at_fault(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
 }
@@ -322,5 +373,6 @@ fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> 
         Action::AcpiStop => plugin.acpi_stop(name, deadline),
         Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
         Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
+        Action::Prepare => plugin.prepare(name, deadline),
     }
 }

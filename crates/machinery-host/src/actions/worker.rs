@@ -1,13 +1,14 @@
 //! One worker for each machine, with a mailbox.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::rules::{Actor, House};
+use super::rules::{Actor, House, give_up_preparing};
 use super::{Action, CLOSING, Outcome};
 use crate::capture;
 use crate::fleet::{Fleet, Machine};
@@ -91,7 +92,9 @@ impl Workers {
             let mailbox = Mailbox { jobs: sender, pending: watch::Sender::new(0) };
             mailboxes.insert(machine.name().to_owned(), mailbox);
             let actor = Actor::new(Arc::clone(machine), Arc::clone(&house));
-            workers.spawn(work(actor, jobs, Arc::clone(&closing)));
+            let worker = Worker { actor, jobs, house: Arc::clone(&house), closing: Arc::clone(&closing) };
+            machine.ask_preparation();
+            workers.spawn(worker.work());
         }
         let pending = watch::Sender::new(0);
         (Workers { mailboxes: Mutex::new(mailboxes), closing, house, pending }, workers)
@@ -129,20 +132,98 @@ impl Workers {
     pub fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
         self.house.restores.close();
+        self.house.preparations.close();
         self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
-async fn work(mut actor: Actor, mut jobs: mpsc::UnboundedReceiver<Job>, closing: Arc<AtomicBool>) {
-    while let Some(Job { action, answer, _pending }) = jobs.recv().await {
-        let outcome = if closing.load(Ordering::SeqCst) {
-            Err(CLOSING.to_owned())
+/// One machine's worker.
+struct Worker {
+    actor: Actor,
+    jobs: mpsc::UnboundedReceiver<Job>,
+    house: Arc<House>,
+    closing: Arc<AtomicBool>,
+}
+
+/// What came while a machine was prepared.
+enum Meanwhile {
+    Nothing,
+    Job(Job),
+    End,
+}
+
+impl Worker {
+    async fn work(mut self) {
+        let mut came = Meanwhile::Nothing;
+        loop {
+            came = match came {
+                Meanwhile::Job(job) => self.do_job(job).await,
+                Meanwhile::End => break,
+                Meanwhile::Nothing => self.next().await,
+            };
+        }
+        power_off(&mut self.actor).await;
+    }
+
+    /// Waits for something to do. A job comes before what is only done ahead of time.
+    async fn next(&mut self) -> Meanwhile {
+        let machine = Arc::clone(self.actor.machine());
+        tokio::select! {
+            biased;
+            job = self.jobs.recv() => came(job),
+            () = machine.preparation_asked() => self.prepare_ahead().await,
+        }
+    }
+
+    async fn do_job(&mut self, Job { action, answer, _pending }: Job) -> Meanwhile {
+        let (outcome, came) = if self.closing.load(Ordering::SeqCst) {
+            (Err(CLOSING.to_owned()), Meanwhile::Nothing)
+        } else if action == Action::Prepare {
+            self.prepare().await
         } else {
-            actor.perform(&action).await
+            (self.actor.perform(&action).await, Meanwhile::Nothing)
         };
         answer.give(outcome);
+        came
     }
-    power_off(&mut actor).await;
+
+    /// Prepares the next restore, unless something is to be done before it is the machine's turn.
+    async fn prepare_ahead(&mut self) -> Meanwhile {
+        if !self.actor.can_prepare() {
+            return Meanwhile::Nothing;
+        }
+        let turn = tokio::select! {
+            biased;
+            job = self.jobs.recv() => return came(job),
+            turn = self.actor.turn_to_prepare() => turn,
+        };
+        if turn.is_none() || !self.actor.can_prepare() {
+            return Meanwhile::Nothing;
+        }
+        // Its failure is in the log, and the next restore does without.
+        let (_, came) = self.prepare().await;
+        came
+    }
+
+    /// Prepares the next restore. A restore that comes meanwhile waits for it, because it would have to
+    /// do the same work; whatever else comes ends it.
+    async fn prepare(&mut self) -> (Outcome, Meanwhile) {
+        let machine = Arc::clone(self.actor.machine());
+        let mut prepared = pin!(self.actor.perform(&Action::Prepare));
+        let job = tokio::select! {
+            biased;
+            outcome = &mut prepared => return (outcome, Meanwhile::Nothing),
+            job = self.jobs.recv() => job,
+        };
+        if job.as_ref().is_none_or(|job| job.action != Action::RestoreStart) {
+            give_up_preparing(&machine, &self.house).await;
+        }
+        (prepared.await, came(job))
+    }
+}
+
+fn came(job: Option<Job>) -> Meanwhile {
+    job.map_or(Meanwhile::End, Meanwhile::Job)
 }
 
 /// The last thing a worker does: the host ends, and no machine outlives it.

@@ -77,6 +77,13 @@ enum Command {
     },
     /// Write what a running machine's screen shows to a PNG file
     Screenshot { machine: String, path: PathBuf },
+    /// Do ahead of time what the next restore of machines will need
+    Prepare {
+        /// Which machines; all if none is given
+        machines: Vec<String>,
+    },
+    /// Show how often each action was done, and how long it and its steps took
+    Metrics,
     /// Put a disabled machine back into the pool
     EnableMachine { machine: String },
     /// Take a machine out of the pool
@@ -154,6 +161,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             show::state(&answer, global.json);
             Ok(code(&answer))
         }
+        Command::Prepare { machines } => prepare(&cwd, machines, global.json),
+        Command::Metrics => {
+            let answer = ask(&cwd, json!({"action": "metrics"}))?;
+            show::metrics(&answer, global.json);
+            Ok(code(&answer))
+        }
         other => act(&cwd, &request(other)?, global.json),
     }
 }
@@ -204,6 +217,24 @@ fn act(cwd: &Cwd, request: &Value, json: bool) -> Result<ExitCode> {
     }
     progress.done(&answer);
     Ok(code(&answer))
+}
+
+/// One after the other, so that each has its progress; a failure does not keep the others from it.
+fn prepare(cwd: &Cwd, machines: &[String], json: bool) -> Result<ExitCode> {
+    let mut machines = machines.to_vec();
+    if machines.is_empty() {
+        let answer = ask(cwd, json!({"action": "list"}))?;
+        let all = answer["machines"].as_array().into_iter().flatten();
+        machines = all.filter_map(|machine| machine["name"].as_str().map(str::to_owned)).collect();
+    }
+    let mut worst = ExitCode::SUCCESS;
+    for machine in machines {
+        let code = act(cwd, &json!({"action": "prepare", "machine": machine}), json)?;
+        if code != ExitCode::SUCCESS {
+            worst = code;
+        }
+    }
+    Ok(worst)
 }
 
 fn code(answer: &Value) -> ExitCode {

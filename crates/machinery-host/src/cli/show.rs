@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machinery::host::Plugin;
-use machinery::{Error, Level, Report, Result};
+use machinery::{Error, Level, Report, Result, in_words};
 use serde_json::{Value, json};
 
 use crate::import::Imported;
@@ -46,7 +46,8 @@ pub fn machines(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {
         return plain(answer, json);
     }
-    let mut rows = vec![["NAME", "STATE", "MACHINERY", "IP", "PLATFORM", "TAGS", "NOTE"].map(str::to_owned)];
+    let mut rows =
+        vec![["NAME", "STATE", "RESTORE", "MACHINERY", "IP", "PLATFORM", "TAGS", "NOTE"].map(str::to_owned)];
     for machine in answer["machines"].as_array().unwrap_or(&Vec::new()) {
         let text = |key: &str| machine[key].as_str().unwrap_or("").to_owned();
         let tags: Vec<&str> =
@@ -55,6 +56,7 @@ pub fn machines(answer: &Value, json: bool) {
         rows.push([
             text("name"),
             text("state"),
+            machine["ready"]["how"].as_str().unwrap_or("plain").to_owned(),
             text("machinery_name"),
             text("ip"),
             platform,
@@ -63,16 +65,36 @@ pub fn machines(answer: &Value, json: bool) {
         ]);
     }
     println!("{}", table(&rows));
+    if let Some(costs) = costs(&answer["machines"]) {
+        println!("\n{costs}");
+    }
 }
 
-/// Why the machine is not available, if it is not.
+/// What is held for restores to come, if anything is.
+fn costs(machines: &Value) -> Option<String> {
+    let ready = || machines.as_array().into_iter().flatten().map(|machine| &machine["ready"]);
+    let sum = |key: &str| ready().filter_map(|ready| ready[key].as_u64()).sum::<u64>();
+    let standing_by = ready().filter(|ready| ready["how"] == json!("standby")).count();
+    let (memory, disk) = (sum("memory"), sum("disk"));
+    (memory > 0 || disk > 0).then(|| {
+        format!(
+            "{standing_by} standing by, which holds {} of memory; {} of templates on disk",
+            in_words(memory),
+            in_words(disk)
+        )
+    })
+}
+
+/// Why the machine is not available, if it is not, and why it is not restored faster.
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
     let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
         let by = if *is == "disabled" { ":" } else { " by" };
         format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
     });
-    said.collect::<Vec<_>>().join("; ")
+    let why = machine["ready"]["why"].as_str().filter(|why| !why.is_empty());
+    let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
+    said.chain(why).collect::<Vec<_>>().join("; ")
 }
 
 fn first_line(text: &str) -> &str {
@@ -89,6 +111,30 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
         cells.join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// How often each action was done, as a table.
+pub fn metrics(answer: &Value, json: bool) {
+    if json || answer["success"] != json!(true) {
+        return plain(answer, json);
+    }
+    let heads = ["MACHINERY", "ACTION", "STEP", "COUNT", "FAILED", "MEAN", "LONGEST"];
+    let mut rows = vec![heads.map(str::to_owned)];
+    for tally in answer["metrics"].as_array().unwrap_or(&Vec::new()) {
+        let text = |key: &str| tally[key].as_str().unwrap_or("").to_owned();
+        let number = |key: &str| tally[key].as_f64().unwrap_or(0.0);
+        let mean = number("total_ms") / number("count").max(1.0);
+        rows.push([
+            text("machinery"),
+            text("action"),
+            text("step"),
+            number("count").to_string(),
+            number("failed").to_string(),
+            format!("{mean:.1} ms"),
+            format!("{:.1} ms", number("longest_ms")),
+        ]);
+    }
+    println!("{}", table(&rows));
 }
 
 /// A machine's state.

@@ -6,9 +6,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use machinery::{MachineInfo, State};
+use machinery::{MachineInfo, Ready, State};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::Machinery;
 use super::standing::{Hold, NotHeld, Standing, Unavailable};
@@ -26,6 +28,8 @@ pub struct Machine {
     asking: AtomicBool,
     /// What captures its traffic; held while that begins and ends.
     pub capture: tokio::sync::Mutex<Option<Capture>>,
+    /// Told when its next restore should be prepared.
+    preparation: Notify,
     events: Events,
 }
 
@@ -51,18 +55,46 @@ pub struct Status {
     pub errors: Vec<String>,
     /// How often its plugin has reported a state.
     pub reports: u64,
+    /// How ready it is for its next restore, if its plugin has told.
+    pub ready: Option<Ready>,
+    /// What the action under way, or the last one, consisted of, and how long it took.
+    pub steps: Vec<(String, Duration)>,
+    /// How often what was prepared has gone by itself since the last start.
+    pub relapses: u32,
 }
 
 /// How many errors are remembered for one machine.
 const ERRORS_KEPT: usize = 20;
 
+/// A preparation that has gone this often by itself is not made again before the next start.
+const RELAPSES: u32 = 3;
+
+/// An action has no more steps than this that are worth keeping.
+const STEPS_KEPT: usize = 50;
+
 impl Machine {
     /// A machine that was just loaded.
     pub fn new(info: MachineInfo, machinery: Arc<Machinery>, state: State, events: Events) -> Self {
         let standing = Standing::default();
-        let status = Status { state, busy: false, standing, errors: Vec::new(), reports: 0 };
-        let (asking, capture) = (AtomicBool::new(false), tokio::sync::Mutex::new(None));
-        Machine { info, machinery, status: Mutex::new(status), asking, capture, events }
+        let status = Status {
+            state,
+            busy: false,
+            standing,
+            errors: Vec::new(),
+            reports: 0,
+            ready: None,
+            steps: Vec::new(),
+            relapses: 0,
+        };
+        Machine {
+            info,
+            machinery,
+            status: Mutex::new(status),
+            asking: AtomicBool::new(false),
+            capture: tokio::sync::Mutex::new(None),
+            preparation: Notify::new(),
+            events,
+        }
     }
 
     /// Its name.
@@ -107,8 +139,59 @@ impl Machine {
             return;
         }
         status.state = state;
+        match state {
+            State::Starting => status.relapses = 0,
+            State::Poweroff => self.preparation.notify_one(),
+            _ => {}
+        }
         // Sent under the lock, so that subscribers hear the changes in their order.
         self.events.send(Event::State { machine: self.info.name.clone(), state, reason: reason.to_owned() });
+    }
+
+    /// Its next restore should be prepared when there is nothing else to do.
+    pub fn ask_preparation(&self) {
+        self.preparation.notify_one();
+    }
+
+    /// Returns when its next restore should be prepared.
+    pub async fn preparation_asked(&self) {
+        self.preparation.notified().await;
+    }
+
+    /// What was prepared has gone by itself.
+    pub fn relapsed(&self, reason: &str) {
+        let mut status = self.lock_status();
+        status.relapses += 1;
+        let again = status.relapses < RELAPSES;
+        drop(status);
+        let next = if again { "it is made again" } else { "it is not made again before the next start" };
+        tracing::warn!(machine = self.name(), reason, next, "what was prepared for its next restore is gone");
+        if again {
+            self.preparation.notify_one();
+        }
+    }
+
+    /// Notes how ready it is for its next restore.
+    pub fn set_ready(&self, ready: &Ready) {
+        let mut status = self.lock_status();
+        if status.ready.as_ref() == Some(ready) {
+            return;
+        }
+        status.ready = Some(ready.clone());
+        self.events.send(Event::Ready { machine: self.info.name.clone(), ready: ready.clone() });
+    }
+
+    /// An action begins: it has had no steps yet.
+    pub fn clear_steps(&self) {
+        self.lock_status().steps.clear();
+    }
+
+    /// Notes a step of the action under way.
+    pub fn add_step(&self, step: &str, took: Duration) {
+        let mut status = self.lock_status();
+        if status.steps.len() < STEPS_KEPT {
+            status.steps.push((step.to_owned(), took));
+        }
     }
 
     /// Notes whether an action is under way.
@@ -213,6 +296,7 @@ impl Machine {
     pub fn enable(&self) {
         if self.lock_status().standing.disabled.take().is_some() {
             tracing::info!(machine = self.name(), "machine enabled");
+            self.preparation.notify_one();
             self.events.send(Event::Enabled { machine: self.info.name.clone() });
         }
     }
@@ -230,7 +314,7 @@ impl Machine {
         self.events.send(Event::Progress { machine: self.info.name.clone(), fraction });
     }
 
-    /// The keys that Cuckoo3's `Machine.from_dict` reads.
+    /// The keys that Cuckoo3's `Machine.from_dict` reads, and `ready`.
     pub fn to_json(&self) -> Value {
         let info = &self.info;
         let status = self.lock_status();
@@ -256,6 +340,7 @@ impl Machine {
             "disabled": disabled.is_some(),
             "disabled_reason": disabled.as_deref().unwrap_or(""),
             "errors": status.errors,
+            "ready": status.ready,
         })
     }
 

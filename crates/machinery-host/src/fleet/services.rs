@@ -1,8 +1,9 @@
 //! What a plugin is given to report through.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use machinery::{HostServices, LogLevel, LogRecord, State};
+use machinery::{HostServices, LogLevel, LogRecord, Ready, State};
 
 use super::{Fleet, Machine};
 use crate::logging;
@@ -50,6 +51,24 @@ impl HostServices for Services {
     fn progress(&self, machine: &str, fraction: f64) {
         if let Some(machine) = self.machine(machine) {
             machine.progress(fraction);
+        }
+    }
+
+    fn step(&self, machine: &str, step: &str, took: Duration) {
+        if let Some(machine) = self.machine(machine) {
+            machine.add_step(step, took);
+        }
+    }
+
+    fn ready(&self, machine: &str, ready: &Ready) {
+        if let Some(machine) = self.machine(machine) {
+            machine.set_ready(ready);
+        }
+    }
+
+    fn wants_prepare(&self, machine: &str, reason: &str) {
+        if let Some(machine) = self.machine(machine) {
+            machine.relapsed(reason);
         }
     }
 

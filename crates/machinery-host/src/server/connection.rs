@@ -191,6 +191,7 @@ impl Connection {
                 return true;
             }
             Request::Version => self.version(),
+            Request::Metrics => json!({"success": true, "metrics": self.shared.metrics.to_json()}),
             Request::WaitIdle => {
                 let (shared, mut gone) = (Arc::clone(&self.shared), self.gone.subscribe());
                 let idle = async move {

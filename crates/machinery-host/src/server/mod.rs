@@ -26,6 +26,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::actions::metrics::Metrics;
 use crate::actions::worker::Workers;
 use crate::events::Events;
 use crate::fleet::books::Books;
@@ -51,6 +52,8 @@ pub struct Shared {
     pub fleet: Arc<OnceLock<Fleet>>,
     /// Who acts on them.
     pub workers: Workers,
+    /// How often each action was done, and how long it took.
+    pub metrics: Arc<Metrics>,
     /// Where is noted who has which machine.
     pub books: Arc<Books>,
     /// What they hear who subscribe.

@@ -42,6 +42,8 @@ pub enum Request {
     List,
     /// The versions of everything.
     Version,
+    /// How often each action was done, and how long it took.
+    Metrics,
     /// Events, from now on.
     Subscribe,
     /// All machines stopped.
@@ -145,6 +147,7 @@ pub fn request<'a>(
             act(Action::DumpMemory { path, format: format(object)? })
         }
         "screenshot" => act(Action::Screenshot { path: path(object, "path")?.ok_or_else(missing_path)? }),
+        "prepare" => act(Action::Prepare),
         "state" => Ok(Request::State(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
@@ -164,6 +167,7 @@ fn of_all_machines(action: &str) -> Option<Request> {
     Some(match action {
         "list" => Request::List,
         "version" => Request::Version,
+        "metrics" => Request::Metrics,
         "subscribe" => Request::Subscribe,
         "shutdown_all" => Request::ShutdownAll,
         "wait_idle" => Request::WaitIdle,

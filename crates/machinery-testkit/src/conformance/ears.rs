@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{HostServices, LogLevel, LogRecord, State};
+use machinery::{HostServices, LogLevel, LogRecord, Ready, State};
 
 /// What the plugin told its host.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,6 +70,12 @@ impl HostServices for Ears {
         self.hear(Heard::Progress { machine: machine.to_owned(), fraction });
     }
 
+    fn step(&self, _: &str, _: &str, _: Duration) {}
+
+    fn ready(&self, _: &str, _: &Ready) {}
+
+    fn wants_prepare(&self, _: &str, _: &str) {}
+
     fn max_level(&self) -> LogLevel {
         LogLevel::Error
     }
@@ -82,6 +88,9 @@ impl HostServices for Deaf {
     fn log(&self, _: LogRecord) {}
     fn state_changed(&self, _: &str, _: State, _: &str) {}
     fn progress(&self, _: &str, _: f64) {}
+    fn step(&self, _: &str, _: &str, _: Duration) {}
+    fn ready(&self, _: &str, _: &Ready) {}
+    fn wants_prepare(&self, _: &str, _: &str) {}
     fn max_level(&self) -> LogLevel {
         LogLevel::Error
     }

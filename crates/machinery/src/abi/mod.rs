@@ -100,15 +100,18 @@ mod sabi {
         fn shutdown(&self, deadline: u64) -> Reply<()>;
     }
 
-    /// [`HostServices`](crate::HostServices) at the border. The log record is JSON.
+    /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.
     #[sabi_trait]
     pub trait ServicesAbi: Send + Sync {
         fn log(&self, record: RStr<'_>);
         fn state_changed(&self, machine: RStr<'_>, state: RStr<'_>, reason: RStr<'_>);
         fn progress(&self, machine: RStr<'_>, fraction: f64);
+        fn max_level(&self) -> u8;
+        fn step(&self, machine: RStr<'_>, step: RStr<'_>, milliseconds: f64);
+        fn ready(&self, machine: RStr<'_>, ready: RStr<'_>);
         /// New methods are added behind this one, each with a default that does nothing.
         #[sabi(last_prefix_field)]
-        fn max_level(&self) -> u8;
+        fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>);
     }
 }
 

@@ -1,13 +1,14 @@
 //! The host's services across the border: out as a vtable, back as a [`Host`](crate::Host).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use abi_stable::std_types::RStr;
 
 use super::guard::guarded_quiet;
 use super::records::from_json;
 use super::{ServicesAbi, ServicesObject};
-use crate::{Host, HostServices, LogLevel, LogRecord, State};
+use crate::{Host, HostServices, LogLevel, LogRecord, Ready, State};
 
 /// In the host: what a plugin gets.
 pub(crate) fn abi_services(services: Arc<dyn HostServices>) -> ServicesObject {
@@ -47,6 +48,23 @@ impl ServicesAbi for ServicesOfHost {
     fn max_level(&self) -> u8 {
         guarded_quiet(1, || level_number(self.0.max_level()))
     }
+
+    fn step(&self, machine: RStr<'_>, step: RStr<'_>, milliseconds: f64) {
+        let took = Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or_default();
+        guarded_quiet((), || self.0.step(&machine, &step, took));
+    }
+
+    fn ready(&self, machine: RStr<'_>, ready: RStr<'_>) {
+        guarded_quiet((), || match from_json(&ready, "readiness") {
+            Ok(ready) => self.0.ready(&machine, &ready),
+            // One that a newer plugin knows; its machines are restored all the same.
+            Err(error) => self.0.ready(&machine, &Ready { why: error.to_string(), ..Ready::default() }),
+        });
+    }
+
+    fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>) {
+        guarded_quiet((), || self.0.wants_prepare(&machine, &reason));
+    }
 }
 
 struct HostOfPlugin(ServicesObject);
@@ -64,6 +82,20 @@ impl HostServices for HostOfPlugin {
 
     fn progress(&self, machine: &str, fraction: f64) {
         self.0.progress(machine.into(), fraction);
+    }
+
+    fn step(&self, machine: &str, step: &str, took: Duration) {
+        self.0.step(machine.into(), step.into(), took.as_secs_f64() * 1000.0);
+    }
+
+    fn ready(&self, machine: &str, ready: &Ready) {
+        if let Ok(json) = super::records::to_json(ready) {
+            self.0.ready(machine.into(), json.as_rstr());
+        }
+    }
+
+    fn wants_prepare(&self, machine: &str, reason: &str) {
+        self.0.wants_prepare(machine.into(), reason.into());
     }
 
     fn max_level(&self) -> LogLevel {

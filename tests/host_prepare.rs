@@ -1,0 +1,155 @@
+//! Preparing restores ahead of time, with machines in memory: when it is done, what it gives way to, and
+//! what is told of it.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::scratch::ScratchCwd;
+use rustix::process::Signal;
+use serde_json::json;
+
+/// Longer than any test waits.
+const FOR_EVER: &str = "delays_ms: {prepare: 600000}";
+/// A restore that fails, unless it was prepared.
+const ONLY_PREPARED: &str = "faults: {restore_start: fail}";
+
+fn served(machines: &[(&str, &str)]) -> (RunningHost, ScratchCwd) {
+    let cwd = ScratchCwd::example(machines).unwrap();
+    cwd.change_yaml("example", "interface: lo\n", "interface: lo\ncapabilities: {prepare: true}\n").unwrap();
+    (RunningHost::start(&cwd).unwrap(), cwd)
+}
+
+/// A client that hears all, and a machine that is prepared.
+fn prepared(host: &RunningHost) -> Client {
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
+    client
+}
+
+fn how(client: &mut Client) -> String {
+    client.machine("m").unwrap()["ready"]["how"].as_str().unwrap_or("unknown").to_owned()
+}
+
+#[test]
+fn a_machine_is_prepared_at_start_and_after_each_run() {
+    let (host, _cwd) = served(&[("m", ONLY_PREPARED)]);
+    let mut client = prepared(&host);
+    for _ in 0..3 {
+        assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
+        assert_eq!(how(&mut client), "standby");
+        assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+        assert_eq!(how(&mut client), "plain");
+        assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+        // Nobody asks for it: the host prepares it by itself.
+        while client.hear("ready", "m").unwrap()["how"] != "standby" {}
+    }
+}
+
+#[test]
+fn a_machine_that_powers_itself_off_is_prepared_again() {
+    let (host, _cwd) = served(&[("m", "dies_after_ms: 50")]);
+    let mut client = prepared(&host);
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+    client.hear_state("m", "poweroff").unwrap();
+    while client.hear("ready", "m").unwrap()["how"] != "standby" {}
+}
+
+#[test]
+fn a_stop_lets_go_of_what_was_prepared_for_good() {
+    let (host, _cwd) = served(&[("m", ""), ("other", "")]);
+    let mut client = prepared(&host);
+    assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+    assert_eq!(how(&mut client), "plain");
+    // Time for the host to prepare it, if it wanted to: as much as another machine's preparation takes.
+    assert_eq!(client.act("prepare", "other").unwrap()["success"], true);
+    assert_eq!(how(&mut client), "plain");
+    assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
+    assert_eq!(how(&mut client), "standby");
+}
+
+#[test]
+fn a_restore_waits_for_its_preparation() {
+    let (host, _cwd) = served(&[("m", &format!("{ONLY_PREPARED}, delays_ms: {{prepare: 300}}"))]);
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true, "{}", host.log());
+}
+
+#[test]
+fn whatever_else_comes_ends_a_preparation() {
+    let (mut host, _cwd) = served(&[("m", FOR_EVER)]);
+    let mut client = host.client().unwrap();
+    for (action, state) in [("stop", "poweroff"), ("norestore_start", "running"), ("stop", "poweroff")] {
+        assert_eq!(client.act(action, "m").unwrap()["success"], true);
+        assert_eq!(client.machine("m").unwrap()["state"], state);
+    }
+    client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
+    client.send(&json!({"action": "stop", "machine": "m", "id": 2})).unwrap();
+    let mut answers = [client.next_message().unwrap(), client.next_message().unwrap()];
+    answers.sort_by_key(|answer| answer["id"].as_u64());
+    assert_eq!(
+        (&answers[0]["success"], &answers[1]["success"]),
+        (&json!(false), &json!(true)),
+        "{answers:?}"
+    );
+    assert_eq!(client.machine("m").unwrap()["disabled"], false);
+    client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
+    let begun = Instant::now();
+    host.signal(Signal::TERM).unwrap();
+    assert!(host.wait().unwrap().success());
+    assert!(begun.elapsed() < Duration::from_secs(60), "the end waits for a preparation");
+}
+
+#[test]
+fn many_preparations_keep_no_restore_waiting() {
+    let slow: Vec<String> = (0..20).map(|number| format!("slow{number}")).collect();
+    let mut machines: Vec<(&str, &str)> = slow.iter().map(|name| (name.as_str(), FOR_EVER)).collect();
+    machines.push(("m", FOR_EVER));
+    let (host, _cwd) = served(&machines);
+    let mut client = host.client().unwrap();
+    // Its own has not begun: those before it in the list have the turns, and keep them.
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true, "{}", host.log());
+}
+
+#[test]
+fn what_cannot_be_prepared_costs_nothing() {
+    let (host, _cwd) = served(&[("m", "faults: {prepare: fail}, fault_times: 2")]);
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+    // One that runs is left alone.
+    assert_eq!(client.act("prepare", "m").unwrap()["success"], false);
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["disabled"], &machine["state"]), (&json!(false), &json!("running")));
+    assert_eq!(machine["errors"], json!([]));
+}
+
+#[test]
+fn the_command_prepares_all_and_the_list_says_how_ready_they_are() {
+    let (_host, cwd) = served(&[("m", ""), ("n", "")]);
+    let ran = host::run(&cwd, &["prepare"]).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("prepare m: done") && ran.stdout.contains("prepare n: done"), "{ran:?}");
+    let ran = host::run(&cwd, &["list"]).unwrap();
+    assert_eq!(ran.stdout.matches("standby").count(), 2, "{ran:?}");
+}
+
+#[test]
+fn actions_are_counted() {
+    let (host, cwd) = served(&[("m", "faults: {stop: fail}, fault_times: 1")]);
+    let mut client = prepared(&host);
+    client.act("restore_start", "m").unwrap();
+    client.act("stop", "m").unwrap();
+    let answer = client.ask(json!({"action": "metrics"})).unwrap();
+    let tally = |action: &str| {
+        let tallies = answer["metrics"].as_array().unwrap();
+        tallies.iter().find(|tally| tally["action"] == action).unwrap_or_else(|| panic!("{answer}")).clone()
+    };
+    assert_eq!((&tally("restore_start")["count"], &tally("restore_start")["failed"]), (&json!(1), &json!(0)));
+    assert_eq!((&tally("stop")["count"], &tally("stop")["failed"]), (&json!(1), &json!(1)));
+    let ran = host::run(&cwd, &["metrics"]).unwrap();
+    assert!(ran.code == Some(0) && ran.stdout.contains("restore_start"), "{ran:?}");
+}
