@@ -270,7 +270,7 @@ fn a_port_that_is_taken_is_told_in_qemus_words() {
 /// A program that is started as QEMU and never speaks to the monitor.
 fn assert_no_qemu(script: &str, words: &[&str]) {
     let lab = Lab::new(&[MICRO]).unwrap();
-    lab.cwd().host_yaml("timeouts: {restore_start: 1, norestore_start: 1}\n").unwrap();
+    lab.host_yaml("timeouts: {restore_start: 1, norestore_start: 1}", "").unwrap();
     lab.fake_qemu("7.2.0", script).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -304,7 +304,7 @@ fn a_wrapper_may_become_qemu() {
 #[test]
 fn a_wrapper_that_stays_is_given_up_with_what_it_started() {
     let lab = Lab::new(&[MICRO]).unwrap();
-    lab.cwd().host_yaml("timeouts: {restore_start: 2}\n").unwrap();
+    lab.host_yaml("timeouts: {restore_start: 2}", "").unwrap();
     lab.fake_qemu("7.2.0", &format!("{} \"$@\"\nexit", lab.qemu().system.display())).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();

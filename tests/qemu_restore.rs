@@ -146,7 +146,7 @@ fn a_cwd_may_be_longer_than_a_socket_address() {
 #[test]
 fn a_disk_that_is_kept_is_there_until_the_next_start() {
     let lab = Lab::new(&FORMATS[..1]).unwrap();
-    lab.cwd().host_yaml("machineries: {qemu: {keep_disposable_disks: true}}\n").unwrap();
+    lab.host_yaml("", ", keep_disposable_disks: true").unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     let disk = lab.disposable("plain");

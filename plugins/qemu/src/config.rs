@@ -1,11 +1,11 @@
 //! `conf/machineries/qemu.yaml`: as types, then as machines that can be started.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface};
-use machinery::{Error, MachineInfo, Result, Setup};
+use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
+use machinery::{Error, MachineInfo, Result, Setup, Standby, size};
 use rustix::fs::{Access, access};
 use serde::Deserialize;
 
@@ -44,10 +44,52 @@ struct OwnKeys {
 }
 
 /// This machinery's section of `machinery-host.yaml`.
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Section {
     keep_disposable_disks: bool,
+    instant: Instant,
+    /// Where the templates are; the plugin's folder for caches unless given.
+    template_dir: Option<PathBuf>,
+    #[serde(deserialize_with = "size")]
+    template_space: Option<u64>,
+    standby: Standby,
+    #[serde(deserialize_with = "size")]
+    standby_memory: Option<u64>,
+    /// What is different for single machines.
+    #[serde(deserialize_with = "null_as_default")]
+    machines: BTreeMap<String, MachineSection>,
+}
+
+/// Whether restores are instant where they can be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Instant {
+    #[default]
+    Auto,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct MachineSection {
+    instant: Option<Instant>,
+    standby: Option<Standby>,
+}
+
+/// What is to be done ahead of a machine's restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ahead {
+    pub instant: bool,
+    pub standby: Standby,
+}
+
+impl Section {
+    fn ahead(&self, machine: &str) -> Ahead {
+        let own = self.machines.get(machine).copied().unwrap_or_default();
+        let instant = own.instant.unwrap_or(self.instant) == Instant::Auto;
+        Ahead { instant, standby: own.standby.unwrap_or(self.standby) }
+    }
 }
 
 /// Everything, checked.
@@ -55,6 +97,11 @@ pub struct Config {
     pub binaries: Binaries,
     pub version: Version,
     pub keep_disposable_disks: bool,
+    pub template_dir: PathBuf,
+    /// In bytes.
+    pub template_space: Option<u64>,
+    /// In bytes.
+    pub standby_memory: Option<u64>,
     pub machines: Vec<MachineFiles>,
 }
 
@@ -66,6 +113,7 @@ pub struct MachineFiles {
     pub snapshot: PathBuf,
     pub disposable: PathBuf,
     pub start_args: StartArgs,
+    pub ahead: Ahead,
 }
 
 /// What `qcow2_path` begins with. Source: QEMU's docs/interop/qcow2.
@@ -93,6 +141,7 @@ impl Config {
         let file = &setup.config;
         let qemu: QemuFile = file.parse().map_err(&mut note).ok()?;
         let mut look = Look { file, problems };
+        look.section(setup.host_config.as_ref(), &section, &qemu.machines);
         look.interface(&["interface"], &qemu.interface);
         look.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
         let version = look.version(&qemu.binaries.qemu_system_x86_64);
@@ -101,13 +150,18 @@ impl Config {
             look.writable(&["disposable_copy_dir"], folder);
         }
         look.duplicates(&qemu.machines);
-        let machine = |machine| look.machine(machine, &qemu.interface, folder);
+        let machine = |machine: &Configured<OwnKeys>| {
+            look.machine(machine, &qemu.interface, folder, section.ahead(&machine.name))
+        };
         let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
         look.disposables(&qemu.machines, &machines);
         Some(Config {
             binaries: qemu.binaries,
             version: version?,
             keep_disposable_disks: section.keep_disposable_disks,
+            template_dir: section.template_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
+            template_space: section.template_space,
+            standby_memory: section.standby_memory,
             machines,
         })
     }
@@ -127,6 +181,21 @@ impl Look<'_> {
     /// An error from elsewhere, about the value of a key.
     fn about(&mut self, key: &[&str], error: &Error) {
         self.problems.push(self.file.error(key, error.to_string()));
+    }
+
+    fn section(&mut self, host: Option<&ConfigFile>, section: &Section, machines: &Machines<OwnKeys>) {
+        let Some(host) = host else { return };
+        let known = |name: &str| machines.iter().any(|machine| machine.name == name);
+        for name in section.machines.keys().filter(|name| !known(name)) {
+            let reason = format!("there is no machine '{name}' in {}", self.file.path.display());
+            let error = host.error(&["machineries", "qemu", "machines", name], reason);
+            self.problems.push(error.advice("Correct the name, or remove the entry"));
+        }
+        if let Some(dir) = section.template_dir.as_ref().filter(|dir| !dir.is_absolute()) {
+            let reason = format!("{} is not an absolute path", dir.display());
+            let error = host.error(&["machineries", "qemu", "template_dir"], reason);
+            self.problems.push(error.advice("Write the path from / on: the host has no folder of its own"));
+        }
     }
 
     fn interface(&mut self, key: &[&str], name: &str) {
@@ -205,6 +274,7 @@ impl Look<'_> {
         machine: &Configured<OwnKeys>,
         interface: &str,
         disposables: Option<&Path>,
+        ahead: Ahead,
     ) -> Option<MachineFiles> {
         let before = self.problems.len();
         let name = machine.name.as_str();
@@ -257,6 +327,7 @@ impl Look<'_> {
             snapshot,
             disposable,
             start_args,
+            ahead,
         })
     }
 

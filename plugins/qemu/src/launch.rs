@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
@@ -14,7 +14,7 @@ use rustix::net::SocketFlags;
 
 use crate::disk::{self, DisposableDisk};
 use crate::process::{End, Handle, Process};
-use crate::snapshot::Snapshot;
+use crate::steps::Steps;
 use crate::version::Version;
 
 /// How long a QEMU that fails by itself may take to end.
@@ -29,17 +29,61 @@ pub struct Start<'a> {
     pub args: Vec<String>,
     pub disk: DisposableDisk,
     pub socket: &'a Path,
-    /// Loaded before the guest runs; none is a cold boot.
-    pub snapshot: Option<Snapshot>,
+    /// The guest's RAM, if it is a file of ours.
+    pub memory: Option<Memory>,
+    /// Whether something will be loaded before the guest runs.
+    pub incoming: bool,
+}
+
+/// A file that is the guest's RAM.
+pub struct Memory {
+    pub file: PathBuf,
+    /// In bytes.
+    pub size: u64,
+    /// QEMU's name for the machine's RAM block: the snapshot's RAM is loaded into a block of that name.
+    pub block: String,
+    pub sharing: Sharing,
+}
+
+/// What becomes of what the guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// It is written to the file.
+    Written,
+    /// The guest keeps it for itself.
+    Mapped,
+}
+
+impl Memory {
+    fn args(&self, version: Version) -> Vec<String> {
+        let file = escaped(&self.file.display().to_string());
+        let sharing = match self.sharing {
+            Sharing::Written => "share=on",
+            Sharing::Mapped if version.maps_readonly_files() => "share=off,readonly=on,rom=off",
+            Sharing::Mapped => "share=off",
+        };
+        let (block, size) = (&self.block, self.size);
+        let object = format!("memory-backend-file,id={block},mem-path={file},size={size},{sharing}");
+        vec!["-object".to_owned(), object, "-machine".to_owned(), format!("memory-backend={block}")]
+    }
+}
+
+/// A comma would end the value; QEMU reads two as one.
+fn escaped(value: &str) -> String {
+    value.replace(',', ",,")
 }
 
 /// Starts QEMU and waits until it has connected its monitor.
-pub fn connect(start: &Start<'_>, deadline: Deadline) -> Result<(Process, UnixStream)> {
+pub fn connect(
+    start: &Start<'_>,
+    steps: &mut Steps<'_>,
+    deadline: Deadline,
+) -> Result<(Process, UnixStream)> {
     let failed = |error: io::Error| Error::io("make the monitor's socket", start.socket, &error);
     disk::remove(start.socket)?;
     let socket = SocketPath::new(start.socket).map_err(failed)?;
     let listener = UnixListener::bind(socket.address()).map_err(failed)?;
-    let connected = launch(start, &socket, listener, deadline);
+    let connected = launch(start, &socket, listener, steps, deadline);
     if connected.is_err() {
         // The error at hand is the one to tell.
         let _ = disk::remove(start.socket);
@@ -51,12 +95,18 @@ fn launch(
     start: &Start<'_>,
     socket: &SocketPath,
     listener: UnixListener,
+    steps: &mut Steps<'_>,
     deadline: Deadline,
 ) -> Result<(Process, UnixStream)> {
-    let args = start.args.iter().cloned().chain(our_args(socket, start.snapshot.is_some()));
+    let memory = start.memory.iter().flat_map(|memory| memory.args(start.version));
+    let args = start.args.iter().cloned().chain(our_args(socket, start.incoming)).chain(memory);
     let process = Process::start(start.program, args, start.machine)?;
+    steps.done("spawn");
     match accept(&listener.into(), process.handle(), deadline) {
-        Ok(stream) => Ok((process, stream)),
+        Ok(stream) => {
+            steps.done("monitor");
+            Ok((process, stream))
+        }
         Err(error) => {
             let grace = if error.kind() == ErrorKind::Failed { ENDING } else { Duration::ZERO };
             let end = process.end(grace);
@@ -67,8 +117,7 @@ fn launch(
 
 /// What is added to the machine's own arguments.
 fn our_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
-    // A comma would end the value; QEMU reads two as one.
-    let address = socket.address().display().to_string().replace(',', ",,");
+    let address = escaped(&socket.address().display().to_string());
     let chardev = format!("socket,id=cuckoo-monitor,path={address}");
     let mut args = vec!["-chardev", &chardev, "-mon", "chardev=cuckoo-monitor,mode=control"];
     // Paused until all is ready, on a cold boot too.

@@ -4,32 +4,41 @@
 //! A machine is three files that VMCloak makes: a disk, a memory snapshot, and the arguments QEMU
 //! is started with. A restore makes a disposable disk on top of the disk, starts QEMU paused, has
 //! it load the snapshot as an incoming migration, and lets the guest go on. No disk snapshots are
-//! involved, and no shell.
+//! involved, and no shell. What can be done ahead of that is done ahead: most restores only map a
+//! template, or let a run go that stands by.
 //!
 //! | room | what it holds |
 //! | --- | --- |
 //! | `config`, `machineinfo` | the configuration and what is wrong with it |
 //! | `machine` | one machine, and its run if it has one |
+//! | `ahead` | what is done ahead of a machine's restore |
+//! | `template` | a snapshot in the form that makes a restore instant |
 //! | `run` | one run, from the process to its end |
 //! | `launch` | from arguments to a process whose monitor is connected |
 //! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
-//! | `snapshot`, `disk` | what a run is made of |
+//! | `snapshot`, `disk`, `files` | what a run is made of |
+//! | `steps`, `progress` | how long it takes, how far it is |
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
 //! | `check`, `version` | the environment |
 
+mod ahead;
 mod check;
 mod config;
 mod disk;
+mod files;
 mod launch;
 mod leftovers;
 mod machine;
 mod machineinfo;
 mod process;
+mod progress;
 mod qmp;
 mod run;
 mod snapshot;
 mod states;
+mod steps;
+mod template;
 mod version;
 mod views;
 
@@ -37,11 +46,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use machinery::{
-    Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Report, Result, Setup, State,
+    Budget, Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Report, Result, Setup,
+    State,
 };
 
 use config::Config;
 use machine::{Machine, Shared};
+use template::Templates;
+use version::Program;
 
 machinery::export_machinery!(Qemu);
 
@@ -55,10 +67,15 @@ impl Machinery for Qemu {
 
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let config = Config::read(setup)?;
+        let names: Vec<&str> = config.machines.iter().map(|files| files.info.name.as_str()).collect();
+        let templates = |_| Templates::open(&config.template_dir, config.template_space, &names);
+        let instant = config.machines.iter().find(|files| files.ahead.instant);
         let shared = Arc::new(Shared {
-            binaries: config.binaries,
-            version: config.version,
+            templates: instant.map(templates).transpose()?,
+            qemu_img: config.binaries.qemu_img,
+            program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
             keep_disks: config.keep_disposable_disks,
+            budget: Budget::new(config.standby_memory),
             host,
         });
         let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
@@ -74,7 +91,7 @@ impl Machinery for Qemu {
     }
 
     fn version(&self, _: Deadline) -> Result<String> {
-        Ok(format!("QEMU {}", self.shared.version))
+        Ok(format!("QEMU {}", self.shared.program.version()))
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -83,7 +100,7 @@ impl Machinery for Qemu {
             acpi_stop: true,
             dump_memory: true,
             screenshot: true,
-            prepare: false,
+            prepare: true,
         }
     }
 
@@ -117,6 +134,10 @@ impl Machinery for Qemu {
 
     fn screenshot(&self, machine: &str, path: &Path, deadline: Deadline) -> Result<()> {
         self.on(machine, |machine| machine.screenshot(path, deadline))
+    }
+
+    fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.prepare(deadline))
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {

@@ -1,46 +1,90 @@
 //! One machine: its files, and its run if it has one.
+//!
+//! ```text
+//!        ┌──────────────── stop, end of the run ───────────────┐
+//!        ▼                                                     │
+//!  ┌──▶ off ── restore_start, norestore_start ─▶ starting ──▶ on
+//!  │     │ prepare                                  ▲
+//!  │     ▼                                          │ restore_start
+//!  │  preparing ─────────▶ ready: one stands by ────┘
+//!  └──── stop ───────────────┘
+//! ```
+//!
+//! All but *starting* and *on* is powered off to the outside. A restore goes the fastest way there is, and
+//! the next slower one if that fails: the run that stands by is let go; the template is mapped; the
+//! snapshot is loaded.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use machinery::{Deadline, DumpFormat, Error, Host, MachineInfo, Result, State};
+use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Ready, Result, State};
 use qapi::qmp;
 
-use crate::config::{Binaries, MachineFiles};
-use crate::disk::DisposableDisk;
-use crate::launch::Start;
+use crate::ahead::{Standby, Unbuildable};
+use crate::config::MachineFiles;
+use crate::disk::{Blank, DisposableDisk};
+use crate::files::FileId;
+use crate::launch::{Memory, Start};
 use crate::leftovers;
-use crate::run::{NotStarted, Run};
+use crate::run::{Load, NotStarted, Purpose, Run};
 use crate::snapshot::Snapshot;
 use crate::states::state_of_status;
-use crate::version::Version;
+use crate::steps::Steps;
+use crate::template::{Identity, Templates};
+use crate::version::Program;
 use crate::views;
 
 /// What all machines share.
 pub struct Shared {
-    pub binaries: Binaries,
-    pub version: Version,
+    pub qemu_img: PathBuf,
+    pub program: Program,
     pub keep_disks: bool,
+    /// None if no machine is to have one.
+    pub templates: Option<Templates>,
+    pub budget: Arc<Budget>,
     pub host: Host,
 }
 
 pub struct Machine {
-    files: MachineFiles,
+    pub(crate) files: MachineFiles,
     socket: PathBuf,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     now: Mutex<Now>,
+    /// Wakes those who wait for a preparation to end.
+    changed: Condvar,
+    /// What disposable disks are copied from, once there was one.
+    blank: Mutex<Option<Arc<Blank>>>,
+    /// How ready it is when nothing stands by, as far as is known.
+    pub(crate) without_standby: Mutex<Ready>,
+    /// What a template could not be built from.
+    pub(crate) unbuildable: Mutex<Option<Unbuildable>>,
 }
 
 enum Now {
     Off,
     Starting,
     On(Arc<Run>),
+    Preparing {
+        /// What runs for it.
+        run: Option<Arc<Run>>,
+        given_up: bool,
+    },
+    Ready(Box<Standby>),
 }
 
 impl Machine {
     pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Self {
         let socket = sockets.join(format!("qemu_{}.sock", files.info.name));
-        Machine { files, socket, shared, now: Mutex::new(Now::Off) }
+        Machine {
+            files,
+            socket,
+            shared,
+            now: Mutex::new(Now::Off),
+            changed: Condvar::new(),
+            blank: Mutex::new(None),
+            without_standby: Mutex::default(),
+            unbuildable: Mutex::new(None),
+        }
     }
 
     pub fn info(&self) -> &MachineInfo {
@@ -52,13 +96,13 @@ impl Machine {
     /// # Errors
     /// A file stays.
     pub fn clear_leftovers(&self) -> Result<()> {
-        let program = &self.shared.binaries.qemu_system_x86_64;
+        let program = self.shared.program.path();
         leftovers::clear(&self.files.disposable, &self.socket, program, self.shared.keep_disks)
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
         let run = match &*self.lock() {
-            Now::Off => return Ok(State::Poweroff),
+            Now::Off | Now::Preparing { .. } | Now::Ready(_) => return Ok(State::Poweroff),
             Now::Starting => return Ok(State::Starting),
             Now::On(run) => Arc::clone(run),
         };
@@ -76,7 +120,13 @@ impl Machine {
     /// # Errors
     /// It runs already; whatever kept it from running.
     pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start(|| Snapshot::open(&self.files.snapshot).map(Some), deadline)
+        let standby = self.set_starting()?;
+        let stood_by = standby.is_some();
+        let started = self.set_started(self.restored(standby, deadline));
+        if stood_by {
+            self.tell_ready();
+        }
+        started
     }
 
     /// Starts cold.
@@ -84,67 +134,181 @@ impl Machine {
     /// # Errors
     /// As [`restore_start`](Machine::restore_start).
     pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start(|| Ok(None), deadline)
-    }
-
-    fn start(&self, snapshot: impl FnOnce() -> Result<Option<Snapshot>>, deadline: Deadline) -> Result<()> {
-        self.set_starting()?;
-        let started = snapshot().map_err(NotStarted::from).and_then(|snapshot| self.run(snapshot, deadline));
-        let mut now = self.lock();
-        match started {
-            Ok(run) => {
-                *now = Now::On(run);
-                Ok(())
-            }
-            Err(NotStarted { error, left }) => {
-                // A QEMU that does not end still has the disk and the socket.
-                *now = left.map_or(Now::Off, Now::On);
-                Err(error)
-            }
+        let standby = self.set_starting()?;
+        let stood_by = standby.is_some();
+        let let_go = standby.map_or(Ok(()), |standby| standby.let_go(deadline));
+        let started = self.set_started(let_go.and_then(|()| self.run(None, Load::Nothing, deadline)));
+        if stood_by {
+            self.tell_ready();
         }
+        started
     }
 
-    fn set_starting(&self) -> Result<()> {
+    /// Gives what stood by, which is the caller's now.
+    fn set_starting(&self) -> Result<Option<Box<Standby>>> {
         let mut now = self.lock();
         let running = match &*now {
-            Now::Off => false,
-            Now::Starting => true,
+            Now::Off | Now::Ready(_) => false,
+            Now::Starting | Now::Preparing { .. } => true,
             Now::On(run) => !run.has_ended(),
         };
         if running {
             return Err(Error::unexpected_state("the machine is not powered off").advice("Stop it first"));
         }
-        *now = Now::Starting;
+        match std::mem::replace(&mut *now, Now::Starting) {
+            Now::Ready(standby) => Ok(Some(standby)),
+            _ => Ok(None),
+        }
+    }
+
+    fn set_started(&self, started: Result<Arc<Run>, NotStarted>) -> Result<()> {
+        let (now, result) = match started {
+            Ok(run) => (Now::On(run), Ok(())),
+            // A QEMU that does not end still has the disk and the socket.
+            Err(NotStarted { error, left }) => (left.map_or(Now::Off, Now::On), Err(error)),
+        };
+        *self.lock() = now;
+        result
+    }
+
+    /// The fastest way there is.
+    fn restored(&self, standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+        let identity = Identity::of(&self.files, &self.shared.program)?;
+        if let Some(standby) = standby {
+            match self.released(standby, &identity, deadline) {
+                Ok(run) => return Ok(run),
+                Err(why) => self.no_faster("what stood by is not used", why, deadline)?,
+            }
+        }
+        if let Some(template) = self.template(&identity) {
+            match self.run(Some(template.memory), Load::Devices(template.devices), deadline) {
+                Ok(run) => return Ok(run),
+                Err(why) => {
+                    let reason = format!("it could not be loaded: {}", why.error.reason());
+                    self.no_faster("the template is not used, and dropped", why, deadline)?;
+                    self.drop_template(&reason);
+                }
+            }
+        }
+        self.run(None, Load::Snapshot(Snapshot::open(&self.files.snapshot)?), deadline)
+    }
+
+    fn released(
+        &self,
+        standby: Box<Standby>,
+        identity: &Identity,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, NotStarted> {
+        let mut steps = self.steps();
+        let run = standby.take(identity, deadline)?;
+        run.go_on(deadline).map_err(|error| run.abandon(error))?;
+        steps.done("resume");
+        Ok(run)
+    }
+
+    /// A way that failed is told, and the next one is gone; unless this one has used up all the time, or its
+    /// QEMU does not end.
+    fn no_faster(&self, what: &str, why: NotStarted, deadline: Deadline) -> Result<(), NotStarted> {
+        if why.left.is_some() || deadline.check(what).is_err() {
+            return Err(why);
+        }
+        tracing::warn!(machine = self.files.info.name, error = %why.error, "{what}");
         Ok(())
     }
 
-    fn run(&self, snapshot: Option<Snapshot>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        let shared = &self.shared;
-        let disposable = &self.files.disposable;
-        let name = &self.files.info.name;
-        let base = &self.files.disk;
-        let mut disk = DisposableDisk::create(&shared.binaries.qemu_img, name, base, disposable, deadline)?;
-        disk.keep = shared.keep_disks;
-        let start = Start {
-            machine: name,
-            program: &shared.binaries.qemu_system_x86_64,
-            version: shared.version,
-            args: self.files.start_args.with_disk(&disposable.to_string_lossy()).collect(),
-            disk,
-            socket: &self.socket,
-            snapshot,
-        };
-        Run::start(start, &shared.host, deadline)
+    /// A run that was let go.
+    fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+        let mut steps = self.steps();
+        let run = self.paused(memory, load, Purpose::Run, &mut steps, deadline)?;
+        run.go_on(deadline).map_err(|error| run.abandon(error))?;
+        steps.done("resume");
+        Ok(run)
     }
 
-    /// Pulls the plug.
+    /// A run that was loaded, and is paused.
+    pub(crate) fn paused(
+        &self,
+        memory: Option<Memory>,
+        load: Load,
+        purpose: Purpose,
+        steps: &mut Steps<'_>,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, NotStarted> {
+        let mut disk = self.disposable(deadline)?;
+        disk.keep = self.shared.keep_disks;
+        steps.done("overlay");
+        let start = Start {
+            machine: &self.files.info.name,
+            program: self.shared.program.path(),
+            version: self.shared.program.version(),
+            args: self.files.start_args.with_disk(&self.files.disposable.to_string_lossy()).collect(),
+            disk,
+            socket: &self.socket,
+            memory,
+            incoming: !matches!(load, Load::Nothing),
+        };
+        let run = Run::begin(start, purpose, steps, &self.shared.host, deadline)?;
+        self.note_preparing(&run);
+        run.load(load, deadline).map_err(|error| run.abandon(error))?;
+        steps.done("load");
+        Ok(run)
+    }
+
+    pub(crate) fn steps(&self) -> Steps<'_> {
+        Steps::new(&self.shared.host, &self.files.info.name)
+    }
+
+    fn disposable(&self, deadline: Deadline) -> Result<DisposableDisk> {
+        let disk = &self.files.disk;
+        let id = FileId::of(disk).map_err(|error| Error::io("look at", disk, &error))?;
+        let mut blank = self.blank.lock().unwrap_or_else(PoisonError::into_inner);
+        if !blank.as_ref().is_some_and(|blank| blank.is_of(&id)) {
+            let (img, name) = (&self.shared.qemu_img, &self.files.info.name);
+            *blank = Some(Arc::new(Blank::make(img, name, (disk, id), &self.files.disposable, deadline)?));
+        }
+        let made = blank.clone();
+        drop(blank);
+        made.ok_or_else(|| Error::failed("there is no blank disk to copy"))?.copy_to(&self.files.disposable)
+    }
+
+    /// Pulls the plug; of a machine that is off, lets go of what was prepared.
     ///
     /// # Errors
     /// It is off already; the process does not end.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
-        let run = self.running().ok_or_else(off_already)?;
+        let Some(run) = self.running() else {
+            self.unprepare(deadline)?;
+            return Err(off_already());
+        };
         run.stop(deadline)?;
         *self.lock() = Now::Off;
+        Ok(())
+    }
+
+    /// Has a preparation give up, and lets go of what stands by.
+    fn unprepare(&self, deadline: Deadline) -> Result<()> {
+        let mut now = self.lock();
+        if let Now::Preparing { run, given_up } = &mut *now {
+            *given_up = true;
+            run.iter().for_each(|run| run.give_up());
+        }
+        let goes_on = |now: &mut Now| matches!(now, Now::Preparing { .. });
+        let waited = self.changed.wait_timeout_while(now, deadline.remaining(), goes_on);
+        let (mut now, late) = waited.unwrap_or_else(PoisonError::into_inner);
+        if late.timed_out() {
+            return Err(deadline.timeout("the preparation to give up"));
+        }
+        if !matches!(*now, Now::Ready(_)) {
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut *now, Now::Off);
+        drop(now);
+        let Now::Ready(standby) = before else { return Ok(()) };
+        if let Err(NotStarted { error, left }) = standby.let_go(deadline) {
+            *self.lock() = left.map_or(Now::Off, Now::On);
+            return Err(error);
+        }
+        self.tell_ready();
         Ok(())
     }
 
@@ -182,6 +346,53 @@ impl Machine {
             Now::On(run) if !run.has_ended() => Some(Arc::clone(run)),
             _ => None,
         }
+    }
+
+    /// From now on the machine is being prepared; gives what stands by already.
+    ///
+    /// # Errors
+    /// It is on.
+    pub(crate) fn set_preparing(&self) -> Result<Option<Box<Standby>>> {
+        let mut now = self.lock();
+        match &*now {
+            Now::Off | Now::Ready(_) => {}
+            Now::On(run) if run.has_ended() => {}
+            _ => {
+                let on = Error::unexpected_state("the machine is not powered off");
+                return Err(on.advice("It is prepared by itself after its next stop"));
+            }
+        }
+        match std::mem::replace(&mut *now, Now::Preparing { run: None, given_up: false }) {
+            Now::Ready(standby) => Ok(Some(standby)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The preparation is over; tells whether it was given up.
+    pub(crate) fn set_prepared(&self, standby: Option<Box<Standby>>, left: Option<Arc<Run>>) -> bool {
+        let next = match (standby, left) {
+            (_, Some(left)) => Now::On(left),
+            (Some(standby), None) => Now::Ready(standby),
+            (None, None) => Now::Off,
+        };
+        let before = std::mem::replace(&mut *self.lock(), next);
+        self.changed.notify_all();
+        matches!(before, Now::Preparing { given_up: true, .. })
+    }
+
+    /// What runs for a preparation can be given up.
+    fn note_preparing(&self, new: &Arc<Run>) {
+        if let Now::Preparing { run, given_up } = &mut *self.lock() {
+            *run = Some(Arc::clone(new));
+            if *given_up {
+                new.give_up();
+            }
+        }
+    }
+
+    /// Whether a stop has come while the machine is being prepared.
+    pub(crate) fn is_given_up(&self) -> bool {
+        matches!(&*self.lock(), Now::Preparing { given_up: true, .. })
     }
 
     /// Each statement that holds the lock leaves it whole, so poison means nothing.

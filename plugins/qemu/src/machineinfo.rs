@@ -62,6 +62,23 @@ impl StartArgs {
         self.0.iter().map(move |arg| arg.replace(PLACEHOLDER, disk))
     }
 
+    /// The arguments as they are written, with the placeholder.
+    pub fn as_written(&self) -> &[String] {
+        &self.0
+    }
+
+    /// The options among them by their names, each with the argument that follows it.
+    pub fn options(&self) -> impl Iterator<Item = (&str, &str)> {
+        let value = |index: usize| self.0.get(index + 1).map_or("", String::as_str);
+        self.0.iter().enumerate().filter_map(move |(index, arg)| Some((option(arg)?, value(index))))
+    }
+
+    /// Unchecked ones, for tests.
+    #[cfg(test)]
+    pub fn from_args(args: impl IntoIterator<Item = String>) -> StartArgs {
+        StartArgs(args.into_iter().collect())
+    }
+
     /// Whether the guest is to run under KVM.
     pub fn wants_kvm(&self) -> bool {
         let accelerates = |arg: &String| arg.split([',', '=']).any(|part| part == "kvm");

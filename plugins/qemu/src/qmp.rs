@@ -92,9 +92,9 @@ impl Qmp {
         }
     }
 
-    /// Negotiates, which has to come first.
-    pub fn negotiate(&self, deadline: Deadline) -> Result<()> {
-        self.execute(&qmp::qmp_capabilities { enable: None }, deadline).map(|_| ())
+    /// Commands that are sent at once, and run one after the other.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch { qmp: self, lines: Vec::new(), answers: Vec::new() }
     }
 
     /// Runs a command and waits for its answer.
@@ -145,37 +145,29 @@ impl Qmp {
         file: Option<BorrowedFd<'_>>,
         deadline: Deadline,
     ) -> Result<Value> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        self.batch().with(command)?.run(file, deadline)
+    }
+
+    /// The channel on which the answer to the command with that number comes.
+    fn expect_answer(&self, id: u64, command: &str) -> Result<Receiver<Value>> {
         let (sender, answer) = mpsc::channel();
         let mut state = self.lock();
         if state.closed {
-            return Err(ended(C::NAME));
+            return Err(ended(command));
         }
         state.waiting.insert(id, sender);
-        drop(state);
-        self.send(&Execute::new(command, Some(id)), file)
-            .map_err(|error| Error::failed(format!("cannot send {} to QEMU: {error}", C::NAME)))?;
-        match answer.recv_timeout(deadline.remaining()) {
-            Ok(mut message) => match message.get("error") {
-                None => Ok(message["return"].take()),
-                Some(error) => Err(refused(C::NAME, error)),
-            },
-            Err(RecvTimeoutError::Timeout) => Err(deadline.timeout(&format!("QEMU to answer {}", C::NAME))),
-            Err(RecvTimeoutError::Disconnected) => Err(ended(C::NAME)),
-        }
+        Ok(answer)
     }
 
     /// One message: QEMU takes the file that comes with the bytes of its command.
-    fn send(&self, command: &impl serde::Serialize, file: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
-        let mut line = serde_json::to_vec(command)?;
-        line.push(b'\n');
+    fn send(&self, line: &[u8], file: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let files: Vec<BorrowedFd<'_>> = file.into_iter().collect();
         if !files.is_empty() {
             ancillary.push(SendAncillaryMessage::ScmRights(&files));
         }
-        let sent = sendmsg(self.stream.as_fd(), &[IoSlice::new(&line)], &mut ancillary, SendFlags::NOSIGNAL)?;
+        let sent = sendmsg(self.stream.as_fd(), &[IoSlice::new(line)], &mut ancillary, SendFlags::NOSIGNAL)?;
         if sent < line.len() {
             std::io::Write::write_all(&mut &self.stream, &line[sent..])?;
         }
@@ -203,6 +195,64 @@ impl Qmp {
     }
 }
 
+/// Commands on their way to QEMU. It reads one after the other, so what does not need an earlier one's
+/// answer need not wait for it.
+pub struct Batch<'a> {
+    qmp: &'a Qmp,
+    lines: Vec<u8>,
+    answers: Vec<(&'static str, Receiver<Value>)>,
+}
+
+impl Batch<'_> {
+    /// One more.
+    ///
+    /// # Errors
+    /// QEMU has ended.
+    pub fn with<C: Command>(mut self, command: &C) -> Result<Self> {
+        let id = self.qmp.next_id.fetch_add(1, Ordering::Relaxed);
+        self.answers.push((C::NAME, self.qmp.expect_answer(id, C::NAME)?));
+        let line = serde_json::to_vec(&Execute::new(command, Some(id)));
+        self.lines.extend(line.map_err(|error| unsent(C::NAME, &error))?);
+        self.lines.push(b'\n');
+        Ok(self)
+    }
+
+    /// Negotiates, which has to come first on a connection.
+    ///
+    /// # Errors
+    /// As [`with`](Batch::with).
+    pub fn negotiating(self) -> Result<Self> {
+        self.with(&qmp::qmp_capabilities { enable: None })
+    }
+
+    /// Sends them, with a file for the first that takes one, and waits for all answers; gives the last.
+    ///
+    /// # Errors
+    /// QEMU refuses one, ends, or takes too long.
+    pub fn run(self, file: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<Value> {
+        let name = self.answers.first().map_or("nothing", |(name, _)| name);
+        self.qmp.send(&self.lines, file).map_err(|error| unsent(name, &error))?;
+        let mut last = Value::Null;
+        for (name, answer) in self.answers {
+            last = match answer.recv_timeout(deadline.remaining()) {
+                Ok(mut message) => match message.get("error") {
+                    None => message["return"].take(),
+                    Some(error) => return Err(refused(name, error)),
+                },
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(deadline.timeout(&format!("QEMU to answer {name}")));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(ended(name)),
+            };
+        }
+        Ok(last)
+    }
+}
+
+fn unsent(command: &str, error: &dyn std::error::Error) -> Error {
+    Error::failed(format!("cannot send {command} to QEMU: {error}"))
+}
+
 /// Waits for the first event of which `pick` makes something.
 ///
 /// # Errors
@@ -213,14 +263,34 @@ pub fn wait<T>(
     what: &str,
     pick: impl Fn(&Event) -> Option<T>,
 ) -> Result<T> {
+    wait_telling(events, deadline, what, || (), pick)
+}
+
+/// How often it is told how far something is.
+const TELLING: Duration = Duration::from_millis(250);
+
+/// The same; meanwhile `tell` is called now and then.
+///
+/// # Errors
+/// As [`wait`].
+pub fn wait_telling<T>(
+    events: &Receiver<Event>,
+    deadline: Deadline,
+    what: &str,
+    tell: impl Fn(),
+    pick: impl Fn(&Event) -> Option<T>,
+) -> Result<T> {
     loop {
-        match events.recv_timeout(deadline.remaining()) {
+        match events.recv_timeout(TELLING.min(deadline.remaining())) {
             Ok(event) => {
                 if let Some(picked) = pick(&event) {
                     return Ok(picked);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => return Err(deadline.timeout(what)),
+            Err(RecvTimeoutError::Timeout) if deadline.remaining().is_zero() => {
+                return Err(deadline.timeout(what));
+            }
+            Err(RecvTimeoutError::Timeout) => tell(),
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Error::failed(format!("QEMU ended while waiting for {what}")));
             }

@@ -1,32 +1,38 @@
 //! One run of a machine: from the QEMU process to its end.
 //!
 //! ```text
-//!  start ─▶ process up, monitor connected ─▶ (load the snapshot) ─▶ cont ─▶ running
-//!                                                                     │ stop, power button,
-//!                                                                     ▼ guest, accident
+//!  begin ─▶ process up, monitor connected ─▶ (load) ─▶ paused ─▶ cont ─▶ running
+//!                                                        │               │ stop, power button,
+//!                                        stands by until ▼               ▼ guest, accident
 //!  gone  ◀─ reported, then told to all who wait ◀─ disk and socket removed ◀─ process ended
 //! ```
+//!
+//! A run that only stands by is nobody's news: to the outside the machine is off. That it has ended by
+//! itself is told to the host as a preparation that is gone.
 //!
 //! One thread, the watcher, reads the monitor and sees the end of the run, whoever caused it; all
 //! cleaning up happens there, in one place, and before anyone hears of the end.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, ErrorKind, Host, Result, State};
-use qapi::qmp;
+use machinery::{Deadline, Error, ErrorKind, Host, Ready, Result, State};
+use qapi::qmp::{self, MigrationCapability};
 use serde_json::Value;
 
 use crate::disk::{self, DisposableDisk};
 use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
-use crate::qmp::{Event, Qmp, wait};
+use crate::progress;
+use crate::qmp::{Event, Qmp, wait, wait_telling};
 use crate::snapshot::{self, Feeder, Format, Snapshot};
 use crate::states::{reason_of_shutdown, state_of_event};
+use crate::steps::Steps;
+use crate::template::Devices;
 use crate::version::Version;
 
 /// How long QEMU may take to end after its monitor has closed, before it is ended.
@@ -41,6 +47,7 @@ const AFTER_KILL: Duration = Duration::from_secs(10);
 /// A run. It exists from the moment its monitor answers.
 pub struct Run {
     machine: String,
+    host: Host,
     qmp: Qmp,
     process: Arc<Handle>,
     version: Version,
@@ -53,6 +60,26 @@ pub struct Run {
     shutdown: Mutex<Option<String>>,
     /// Whether the guest runs by our will; before that its states are steps of the start.
     started: AtomicBool,
+    purpose: Mutex<Purpose>,
+}
+
+/// What a run is for.
+pub enum Purpose {
+    /// To be let go at once.
+    Run,
+    /// To prepare a later one.
+    Preparation,
+    /// To be let go some time; how ready the machine is without it.
+    Standby(Ready),
+}
+
+/// What is loaded before the guest runs.
+pub enum Load {
+    /// Nothing: a cold boot.
+    Nothing,
+    Snapshot(Snapshot),
+    /// The state of the devices; the RAM is there already.
+    Devices(Devices),
 }
 
 /// A start that failed.
@@ -69,48 +96,36 @@ impl From<Error> for NotStarted {
 }
 
 impl Run {
-    /// Starts QEMU and brings the guest to running.
+    /// Starts QEMU; the guest is paused.
     ///
     /// # Errors
-    /// Whatever kept it from running. Nothing of the run is left then.
-    pub fn start(start: Start<'_>, host: &Host, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        let (process, stream) = connect(&start, deadline)?;
-        let Start { machine, version, disk, socket, snapshot, .. } = start;
-        let run = Run::watch(machine, version, process, stream, disk, socket, host)?;
-        match run.bring_up(snapshot, deadline) {
-            Ok(()) => Ok(run),
-            Err(error) => {
-                let error = run.abandon(error);
-                Err(NotStarted { error, left: (!run.has_ended()).then_some(run) })
-            }
-        }
-    }
-
-    fn watch(
-        machine: &str,
-        version: Version,
-        process: Process,
-        stream: UnixStream,
-        disk: DisposableDisk,
-        socket: &Path,
+    /// It does not come up. Nothing of the run is left then.
+    pub fn begin(
+        start: Start<'_>,
+        purpose: Purpose,
+        steps: &mut Steps<'_>,
         host: &Host,
+        deadline: Deadline,
     ) -> Result<Arc<Run>> {
+        let (process, stream) = connect(&start, steps, deadline)?;
         let run = Arc::new(Run {
-            machine: machine.to_owned(),
+            machine: start.machine.to_owned(),
+            host: host.clone(),
             qmp: Qmp::new(stream),
             process: Arc::clone(process.handle()),
-            version,
+            version: start.version,
             end: Mutex::new(None),
             ended: Condvar::new(),
             stopping: AtomicBool::new(false),
             shutdown: Mutex::new(None),
             started: AtomicBool::new(false),
+            purpose: Mutex::new(purpose),
         });
-        let (watched, host, socket) = (Arc::clone(&run), host.clone(), socket.to_owned());
+        let (watched, socket) = (Arc::clone(&run), start.socket.to_owned());
         let handle = Arc::clone(&run.process);
         std::thread::Builder::new()
             .name("qemu-watcher".to_owned())
-            .spawn(move || watched.until_the_end(process, disk, &socket, &host))
+            .spawn(move || watched.until_the_end(process, start.disk, &socket))
             .map_err(|error| {
                 handle.kill();
                 Error::environment(format!("cannot start a thread to watch QEMU: {error}"))
@@ -119,9 +134,10 @@ impl Run {
     }
 
     /// The watcher's work.
-    fn until_the_end(&self, process: Process, disk: DisposableDisk, socket: &Path, host: &Host) {
-        self.qmp.read(|event| self.report(event, host));
+    fn until_the_end(&self, process: Process, mut disk: DisposableDisk, socket: &Path) {
+        self.qmp.read(|event| self.report(event));
         let end = process.end(AFTER_MONITOR);
+        disk.keep &= matches!(*self.purpose(), Purpose::Run);
         drop(disk);
         if let Err(error) = disk::remove(socket) {
             tracing::warn!(machine = self.machine, %error, "the monitor's socket stays behind");
@@ -133,28 +149,60 @@ impl Run {
             (false, _) => end.describe(),
         };
         tracing::debug!(machine = self.machine, reason, how = end.describe(), "the run has ended");
-        host.state_changed(&self.machine, State::Poweroff, &reason);
+        match &*self.purpose() {
+            Purpose::Run => self.host.state_changed(&self.machine, State::Poweroff, &reason),
+            Purpose::Preparation | Purpose::Standby(_) => {}
+        }
         *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
         self.ended.notify_all();
+        // The host may prepare the machine at once, so it has to be seen to have ended by then.
+        if let Purpose::Standby(without) = &*self.purpose()
+            && !self.stopping.load(Ordering::SeqCst)
+        {
+            self.host.ready(&self.machine, without);
+            self.host.wants_prepare(&self.machine, &reason);
+        }
+    }
+
+    fn purpose(&self) -> MutexGuard<'_, Purpose> {
+        self.purpose.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It is loaded, and waits to be let go.
+    pub fn stand_by(&self, without: Ready) {
+        *self.purpose() = Purpose::Standby(without);
     }
 
     /// What happens by itself while the guest runs.
-    fn report(&self, event: &Event, host: &Host) {
+    fn report(&self, event: &Event) {
         tracing::trace!(machine = self.machine, event = event.name, data = %event.data, "QEMU reports");
         if let Some(why) = reason_of_shutdown(event) {
             *self.shutdown.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
         }
         let Some((state, reason)) = state_of_event(event) else { return };
         if self.started.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
-            host.state_changed(&self.machine, state, &reason);
+            self.host.state_changed(&self.machine, state, &reason);
         }
     }
 
-    fn bring_up(&self, snapshot: Option<Snapshot>, deadline: Deadline) -> Result<()> {
-        self.qmp.negotiate(deadline)?;
-        if let Some(snapshot) = snapshot {
-            self.load(snapshot, deadline)?;
+    /// Loads what the guest goes on from; it is paused afterwards. The first thing to do with a run.
+    ///
+    /// # Errors
+    /// QEMU does not like it, or takes too long. The run is still there then.
+    pub fn load(&self, load: Load, deadline: Deadline) -> Result<()> {
+        match load {
+            Load::Nothing => self.qmp.batch().negotiating()?.run(None, deadline).map(drop),
+            Load::Snapshot(snapshot) => self.load_snapshot(snapshot, deadline),
+            Load::Devices(devices) => self.load_devices(devices, deadline),
         }
+    }
+
+    /// Lets the guest go on, and returns when it does.
+    ///
+    /// # Errors
+    /// QEMU does not let it.
+    pub fn go_on(&self, deadline: Deadline) -> Result<()> {
+        *self.purpose() = Purpose::Run;
         let events = self.qmp.listen();
         self.qmp.execute(&qmp::cont {}, deadline)?;
         wait(&events, deadline, "the guest to run", |event| (event.name == "RESUME").then_some(()))?;
@@ -162,28 +210,70 @@ impl Run {
         Ok(())
     }
 
-    /// Has QEMU load the snapshot; it is paused afterwards.
-    fn load(&self, snapshot: Snapshot, deadline: Deadline) -> Result<()> {
-        let events_on =
-            qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::events, state: true };
-        self.qmp.execute(&qmp::migrate_set_capabilities { capabilities: vec![events_on] }, deadline)?;
+    /// The RAM is there already. Nothing is waited for but the end.
+    fn load_devices(&self, devices: Devices, deadline: Deadline) -> Result<()> {
+        let events = self.qmp.listen();
+        let batch = self.qmp.batch().negotiating()?;
+        let batch = batch
+            .with(&capabilities(&[MigrationCapability::events, MigrationCapability::x_ignore_shared]))?;
+        match self.file_uri(&devices.path) {
+            Some(uri) => batch.with(&incoming(uri))?.run(None, deadline)?,
+            None => {
+                let name = qmp::getfd { fdname: "devices".to_owned() };
+                let batch = batch.with(&name)?.with(&incoming("fd:devices".to_owned()))?;
+                batch.run(Some(devices.file.as_fd()), deadline)?
+            }
+        };
+        wait(&events, deadline, "the template to be loaded", migration_end)?.map_err(|why| {
+            Error::failed(format!("the template's {} cannot be loaded: {why}", devices.path.display()))
+        })
+    }
+
+    /// Writes the paused guest's state without its RAM to the new file `path`.
+    ///
+    /// # Errors
+    /// QEMU cannot, or takes too long.
+    pub fn save_devices(&self, path: &Path, deadline: Deadline) -> Result<()> {
+        let file = File::create_new(path).map_err(|error| Error::io("make", path, &error))?;
+        self.qmp.execute(&capabilities(&[MigrationCapability::x_ignore_shared]), deadline)?;
+        let events = self.qmp.listen();
+        let uri = match self.file_uri(path) {
+            Some(uri) => uri,
+            None => self.pass(file.into(), deadline)?,
+        };
+        self.qmp.execute(
+            &qmp::migrate { uri: Some(uri), channels: None, detach: None, resume: None },
+            deadline,
+        )?;
+        wait(&events, deadline, "the devices to be saved", migration_end)?
+            .map_err(|why| Error::failed(format!("the devices cannot be saved to {}: {why}", path.display())))
+    }
+
+    /// How QEMU is told of that file by name, if this one can be.
+    fn file_uri(&self, path: &Path) -> Option<String> {
+        // In the name QEMU takes this for an option of its own; such a file goes as a descriptor.
+        let nameable = !path.to_string_lossy().contains(",offset=");
+        (nameable && self.version.reads_snapshot_files()).then(|| format!("file:{}", path.display()))
+    }
+
+    fn load_snapshot(&self, snapshot: Snapshot, deadline: Deadline) -> Result<()> {
+        let batch = self.qmp.batch().negotiating()?.with(&capabilities(&[MigrationCapability::events]))?;
+        batch.run(None, deadline)?;
         let events = self.qmp.listen();
         let (path, format) = (snapshot.path().to_owned(), snapshot.format());
         let plain = format == Format::Plain;
-        // In the name QEMU takes this for an option of its own; such a file goes as a descriptor.
-        let nameable = !path.to_string_lossy().contains(",offset=");
-        let feeder = if plain && nameable && self.version.reads_snapshot_files() {
-            self.load_from(format!("file:{}", path.display()), deadline)?;
-            None
-        } else if plain {
-            self.load_from(self.pass(snapshot.into_file(), deadline)?, deadline)?;
-            None
-        } else {
+        let (uri, feeder) = if !plain {
             let (pipe, feeder) = snapshot.decompress()?;
-            self.load_from(self.pass(pipe.into(), deadline)?, deadline)?;
-            Some(feeder)
+            (self.pass(pipe.into(), deadline)?, Some(feeder))
+        } else if let Some(uri) = self.file_uri(&path) {
+            (uri, None)
+        } else {
+            (self.pass(snapshot.into_file(), deadline)?, None)
         };
-        let loaded = wait(&events, deadline, "the snapshot to be loaded", migration_end)
+        self.qmp.execute(&incoming(uri), deadline)?;
+        let reader = if plain { self.process.pid() } else { std::process::id() };
+        let tell = || self.host.progress(&self.machine, progress::of(reader, &path));
+        let loaded = wait_telling(&events, deadline, "the snapshot to be loaded", tell, migration_end)
             .and_then(|outcome| outcome.map_err(Error::failed));
         match loaded {
             Ok(()) => feeder.map_or(Ok(()), Feeder::finish),
@@ -215,13 +305,13 @@ impl Run {
         Ok(format!("fd:{name}"))
     }
 
-    fn load_from(&self, uri: String, deadline: Deadline) -> Result<()> {
-        let incoming = qmp::migrate_incoming { uri: Some(uri), channels: None, exit_on_error: None };
-        self.qmp.execute(&incoming, deadline).map(|_| ())
+    /// Ends a run whose start failed, and puts QEMU's own words into the error.
+    pub fn abandon(self: &Arc<Self>, error: Error) -> NotStarted {
+        let error = self.end_with_words(error);
+        NotStarted { error, left: (!self.has_ended()).then(|| Arc::clone(self)) }
     }
 
-    /// Ends a run whose start failed, and puts QEMU's own words into the error.
-    fn abandon(&self, error: Error) -> Error {
+    fn end_with_words(&self, error: Error) -> Error {
         self.stopping.store(true, Ordering::SeqCst);
         // A QEMU that is just ending by itself gets the time to say why.
         if self.wait_end(LAST_WORDS).is_none() {
@@ -231,6 +321,20 @@ impl Run {
             Some(end) => with_words(error, &end),
             None => error.detail(&format!("and QEMU (pid {}) does not end", self.process.pid())),
         }
+    }
+
+    /// Ends a run that was only for preparation.
+    ///
+    /// # Errors
+    /// The process does not end.
+    pub fn end(self: &Arc<Self>, deadline: Deadline) -> Result<(), NotStarted> {
+        self.stop(deadline).map_err(|error| NotStarted { error, left: Some(Arc::clone(self)) })
+    }
+
+    /// Ends it at once, for a preparation that is given up.
+    pub fn give_up(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.process.kill();
     }
 
     /// Pulls the plug.
@@ -279,6 +383,12 @@ impl Run {
         self.qmp.execute(command, deadline)
     }
 
+    /// What it holds of this computer's memory, in bytes, with its share of what it has in common with
+    /// others.
+    pub fn memory(&self) -> Option<u64> {
+        self.process.memory()
+    }
+
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
     }
@@ -302,6 +412,18 @@ impl Run {
         let waited = self.ended.wait_timeout_while(end, timeout, |end| end.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.clone()
     }
+}
+
+fn capabilities(on: &[MigrationCapability]) -> qmp::migrate_set_capabilities {
+    let status = |capability: &MigrationCapability| qmp::MigrationCapabilityStatus {
+        capability: *capability,
+        state: true,
+    };
+    qmp::migrate_set_capabilities { capabilities: on.iter().map(status).collect() }
+}
+
+fn incoming(uri: String) -> qmp::migrate_incoming {
+    qmp::migrate_incoming { uri: Some(uri), channels: None, exit_on_error: None }
 }
 
 /// A migration that has come to its end: well, or with the reason why not.

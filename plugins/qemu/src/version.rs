@@ -1,10 +1,13 @@
-//! Which QEMU it is. Asked once, when the plugin is loaded.
+//! Which QEMU it is. Asked when the plugin is loaded, and again when its program has changed.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use machinery::{Error, Result};
+
+use crate::files::FileId;
 
 /// A QEMU version. What depends on one is a named question here, with its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,9 +73,67 @@ impl Version {
         self >= Version::new(4, 1, 0)
     }
 
+    /// Whether a machine's RAM can be a file of ours, and be left out of what is loaded. Sources: QEMU's
+    /// migration/ram.c (`x-ignore-shared`, since 4.0), hw/core/machine.c (`memory-backend`, since 5.0).
+    pub fn has_memory_backends(self) -> bool {
+        self >= Version::new(5, 0, 0)
+    }
+
+    /// Whether a RAM file can be mapped privately without being opened for writing. Source: `rom` in
+    /// QEMU's qapi/qom.json, since 8.2.
+    pub fn maps_readonly_files(self) -> bool {
+        self >= Version::new(8, 2, 0)
+    }
+
+    /// Whether RAM that the guest gives back is also taken out of a privately mapped file. Source:
+    /// `ram_block_discard_range` in QEMU's softmmu/physmem.c, changed in 8.2.
+    pub fn discards_into_files(self) -> bool {
+        self < Version::new(8, 2, 0)
+    }
+
     /// Whether `screendump` writes PNG. Source: qapi/ui.json.
     pub fn screenshots_as_png(self) -> bool {
         self >= Version::new(7, 1, 0)
+    }
+}
+
+/// QEMU's program, and which version it is.
+pub struct Program {
+    path: PathBuf,
+    known: Mutex<(Version, FileId)>,
+}
+
+impl Program {
+    /// The one at that path, which is that version now.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn new(path: &Path, version: Version) -> Result<Program> {
+        let id = FileId::of(path).map_err(|error| Error::io("look at", path, &error))?;
+        Ok(Program { path: path.to_owned(), known: Mutex::new((version, id)) })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Which version it is, and which file. It is asked only if the file has changed.
+    ///
+    /// # Errors
+    /// It is not there any more, or does not tell.
+    pub fn now(&self) -> Result<(Version, FileId)> {
+        let id = FileId::of(&self.path).map_err(|error| Error::io("look at", &self.path, &error))?;
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.1 != id {
+            *known = (Version::of(&self.path)?, id);
+            tracing::info!(version = %known.0, "QEMU's program was replaced");
+        }
+        Ok(known.clone())
+    }
+
+    /// Which version it was when it was last looked at.
+    pub fn version(&self) -> Version {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -105,6 +166,19 @@ mod tests {
         std::fs::write(&path, format!("#!/bin/sh\necho '{says}'\n")).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         (folder, path)
+    }
+
+    #[test]
+    fn a_program_that_was_replaced_is_asked_again() {
+        let (folder, path) = fake("QEMU emulator version 7.2.22");
+        let program = Program::new(&path, Version::of(&path).unwrap()).unwrap();
+        let (version, id) = program.now().unwrap();
+        assert_eq!((version, &id), (Version::new(7, 2, 22), &program.now().unwrap().1));
+        let (_other, new) = fake("QEMU emulator version 10.0.2");
+        std::fs::copy(new, &path).unwrap();
+        assert_eq!(program.now().unwrap().0, Version::new(10, 0, 2));
+        drop(folder);
+        assert!(program.now().unwrap_err().to_string().contains("qemu"));
     }
 
     #[test]

@@ -75,6 +75,7 @@ impl Lab {
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
         let lab = Lab { cwd, qemu, machines, wire };
         lab.write_yaml(&lab.fresh_yaml())?;
+        lab.host_yaml("", "")?;
         Ok(lab)
     }
 
@@ -147,6 +148,23 @@ impl Lab {
     /// Writes `qemu.yaml` anew.
     pub fn write_yaml(&self, text: &str) -> Result<()> {
         self.cwd.write_yaml("qemu", text)
+    }
+
+    /// Writes `machinery-host.yaml`, with keys of the host and, after a comma, of the machinery. Nothing
+    /// is done ahead of a restore, so that a machine that is off has left nothing; for what is done ahead,
+    /// see [`ahead`](Lab::ahead).
+    pub fn host_yaml(&self, host: &str, qemu: &str) -> Result<()> {
+        self.cwd.host_yaml(&format!("{host}\nmachineries: {{qemu: {{instant: off, standby: off{qemu}}}}}\n"))
+    }
+
+    /// Writes `machinery-host.yaml` with just these keys of the machinery.
+    pub fn ahead(&self, qemu: &str) -> Result<()> {
+        self.cwd.host_yaml(&format!("machineries: {{qemu: {{{qemu}}}}}\n"))
+    }
+
+    /// Where a machine's template is, if it has one.
+    pub fn template(&self, name: &str) -> PathBuf {
+        self.cwd.root().join("operational/generated/machinery-host/qemu/cache/templates").join(name)
     }
 
     /// Puts `new` in the place of the first `old` in `qemu.yaml`, where it has to be.

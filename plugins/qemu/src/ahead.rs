@@ -1,0 +1,293 @@
+//! What is done ahead of a restore: the template, and the run that stands by.
+//!
+//! ```text
+//! prepare ─▶ a template is there, or can be built ─▶ instant ─┬─▶ budget ─▶ a run is loaded, and stands by
+//!        └─▶ it cannot: why ─▶ plain ────── standby: on ──────┘
+//! ```
+//!
+//! A machine can be prepared when it is off, and for nobody but itself: its arguments may name what can
+//! be had only once, such as a tap device. So what is prepared is in the place that its next run will be
+//! in, and whatever else comes in between first lets go of it.
+
+use std::sync::{Arc, PoisonError};
+
+use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wanted};
+
+use crate::launch::Memory;
+use crate::machine::Machine;
+use crate::run::{Load, NotStarted, Purpose, Run};
+use crate::snapshot::{Format, Snapshot};
+use crate::template::{Build, Identity, NotBuilt, Template, build, hindrance};
+
+/// What a run holds that was restored from a template and is idle, whatever the size of its RAM; measured
+/// with QEMU 7.2 and 10.0. What one really holds is measured when it is there.
+const WITH_TEMPLATE: u64 = 64 << 20;
+/// How much larger a guest's memory can be than its packed snapshot.
+const PACKED: u64 = 3;
+/// A template is not tried to be built from the same more often.
+const TRIES: u32 = 3;
+
+/// A run that is loaded, and paused.
+pub struct Standby {
+    run: Arc<Run>,
+    identity: Identity,
+    share: Share,
+}
+
+impl Standby {
+    /// Why it is of no use, if it is not.
+    fn fault(&self, identity: &Identity) -> Option<String> {
+        if self.run.has_ended() {
+            return Some("it has ended by itself".to_owned());
+        }
+        identity.change_since(&self.identity)
+    }
+
+    /// The run, if it is what a restore would make now. If not, it is let go.
+    pub fn take(self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+        match self.fault(identity) {
+            None => Ok(self.run),
+            Some(why) => {
+                self.let_go(deadline)?;
+                Err(Error::failed(why).into())
+            }
+        }
+    }
+
+    /// Ends it.
+    pub fn let_go(self, deadline: Deadline) -> Result<(), NotStarted> {
+        self.run.end(deadline)
+    }
+}
+
+/// What a template could not be built from, how often that was tried, and why it failed.
+pub struct Unbuildable {
+    identity: Identity,
+    tries: u32,
+    why: String,
+}
+
+/// How a preparation has gone.
+struct Prepared {
+    standby: Option<Box<Standby>>,
+    ready: Ready,
+}
+
+impl Machine {
+    /// Does ahead of time all that a restore will need.
+    ///
+    /// # Errors
+    /// The machine is on; what cannot be prepared, or was given up for a stop.
+    pub fn prepare(&self, deadline: Deadline) -> Result<()> {
+        let standby = self.set_preparing()?;
+        match self.prepared(standby, deadline) {
+            Ok(Prepared { standby, ready }) => {
+                if self.set_prepared(standby, None) {
+                    return Err(given_up());
+                }
+                self.shared.host.ready(&self.files.info.name, &ready);
+                Ok(())
+            }
+            Err(NotStarted { error, left }) => {
+                let was_given_up = self.set_prepared(None, left);
+                self.tell_ready();
+                Err(if was_given_up { given_up() } else { error })
+            }
+        }
+    }
+
+    fn prepared(&self, standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Prepared, NotStarted> {
+        let identity = Identity::of(&self.files, &self.shared.program)?;
+        if let Some(standby) = standby {
+            if standby.fault(&identity).is_none() {
+                let ready = self.ready_with(&standby);
+                return Ok(Prepared { standby: Some(standby), ready });
+            }
+            standby.let_go(deadline)?;
+        }
+        let template = self.template_ahead(&identity, deadline)?;
+        let wanted = match self.files.ahead.standby {
+            Wanted::Off => false,
+            Wanted::On => true,
+            Wanted::Auto => template.is_some(),
+        };
+        if !wanted {
+            return Ok(Prepared { standby: None, ready: self.without_standby() });
+        }
+        let share = match self.shared.budget.take(self.likely_memory(&identity, template.as_ref())?) {
+            Ok(share) => share,
+            Err(why) => {
+                self.set_without_standby(|ready| ready.why = why);
+                return Ok(Prepared { standby: None, ready: self.without_standby() });
+            }
+        };
+        let standby = self.stand_by(identity, template, share, deadline)?;
+        let ready = self.ready_with(&standby);
+        Ok(Prepared { standby: Some(Box::new(standby)), ready })
+    }
+
+    fn stand_by(
+        &self,
+        identity: Identity,
+        template: Option<Template>,
+        mut share: Share,
+        deadline: Deadline,
+    ) -> Result<Standby, NotStarted> {
+        let (memory, load) = match template {
+            Some(template) => (Some(template.memory), Load::Devices(template.devices)),
+            None => (None, Load::Snapshot(self.snapshot()?)),
+        };
+        let run = self.start(memory, load, deadline)?;
+        if let Some(bytes) = run.memory() {
+            share.measured(bytes);
+        }
+        run.stand_by(self.without_standby());
+        if run.has_ended() {
+            return Err(Error::failed("QEMU ended as soon as it stood by").into());
+        }
+        Ok(Standby { run, identity, share })
+    }
+
+    fn likely_memory(&self, identity: &Identity, template: Option<&Template>) -> Result<u64> {
+        Ok(match template {
+            Some(_) => WITH_TEMPLATE,
+            None if self.snapshot()?.format() == Format::Plain => identity.snapshot_size(),
+            None => identity.snapshot_size().saturating_mul(PACKED),
+        })
+    }
+
+    /// The template, which is built if there is none; and notes how ready the machine is with it.
+    fn template_ahead(
+        &self,
+        identity: &Identity,
+        deadline: Deadline,
+    ) -> Result<Option<Template>, NotStarted> {
+        let (template, result) = match self.why_no_template() {
+            Some(why) => (Err(why), Ok(())),
+            None => self.found_or_built(identity, deadline),
+        };
+        self.set_without_standby(|ready| {
+            *ready = match &template {
+                Ok(template) => Ready { how: Readiness::Instant, disk: template.disk, ..Ready::default() },
+                Err(why) => Ready { why: why.clone(), ..Ready::default() },
+            }
+        });
+        result.map(|()| template.ok())
+    }
+
+    /// Why the machine cannot have a template, or is not to have one.
+    fn why_no_template(&self) -> Option<String> {
+        if !self.files.ahead.instant || self.shared.templates.is_none() {
+            return Some("instant restores are off (machinery-host.yaml)".to_owned());
+        }
+        hindrance(&self.files.start_args, self.shared.program.version())
+    }
+
+    fn found_or_built(
+        &self,
+        identity: &Identity,
+        deadline: Deadline,
+    ) -> (Result<Template, String>, Result<(), NotStarted>) {
+        if let Some(template) = self.template(identity) {
+            return (Ok(template), Ok(()));
+        }
+        if let Some(why) = self.not_tried_again(identity) {
+            return (Err(why), Ok(()));
+        }
+        let Some(templates) = &self.shared.templates else { return (Err(String::new()), Ok(())) };
+        match build(templates, &self.files.info.name, self, deadline) {
+            Ok(()) => {
+                let built = self.template(identity);
+                (built.ok_or_else(|| "its template was changed as soon as it was built".to_owned()), Ok(()))
+            }
+            Err(NotBuilt::NoRoom(why)) => (Err(why), Ok(())),
+            Err(NotBuilt::Failed(failed)) => {
+                let error = failed.error.clone().action("building its template");
+                if !self.is_given_up() {
+                    self.note_unbuildable(identity, &error);
+                }
+                (Err(error.reason().to_owned()), Err(NotStarted { error, left: failed.left }))
+            }
+        }
+    }
+
+    fn not_tried_again(&self, identity: &Identity) -> Option<String> {
+        let unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
+        let known =
+            unbuildable.as_ref().filter(|known| known.identity == *identity && known.tries >= TRIES)?;
+        Some(format!("its template could not be built, {} times: {}", known.tries, known.why))
+    }
+
+    fn note_unbuildable(&self, identity: &Identity, error: &Error) {
+        let mut unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = unbuildable.take().filter(|known| known.identity == *identity);
+        let tries = before.map_or(0, |known| known.tries) + 1;
+        *unbuildable =
+            Some(Unbuildable { identity: identity.clone(), tries, why: error.reason().to_owned() });
+    }
+
+    /// The machine's template, if it has one that fits. One that does not is dropped.
+    pub fn template(&self, identity: &Identity) -> Option<Template> {
+        let templates = self.shared.templates.as_ref().filter(|_| self.files.ahead.instant)?;
+        match templates.find(&self.files.info.name, identity) {
+            Ok(template) => template,
+            Err(why) => {
+                tracing::info!(machine = self.files.info.name, why, "its template is stale");
+                self.drop_template(&why);
+                None
+            }
+        }
+    }
+
+    /// Drops the machine's template.
+    pub fn drop_template(&self, why: &str) {
+        self.set_without_standby(|ready| *ready = Ready { why: why.to_owned(), ..Ready::default() });
+        let dropped = self.shared.templates.as_ref().map_or(Ok(()), |all| all.remove(&self.files.info.name));
+        if let Err(error) = dropped {
+            tracing::warn!(machine = self.files.info.name, %error, "a template of no use stays behind");
+        }
+    }
+
+    /// Tells the host how ready the machine is, with nothing that stands by.
+    pub fn tell_ready(&self) {
+        self.shared.host.ready(&self.files.info.name, &self.without_standby());
+    }
+
+    fn without_standby(&self) -> Ready {
+        self.without_standby.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_without_standby(&self, change: impl FnOnce(&mut Ready)) {
+        change(&mut self.without_standby.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn ready_with(&self, standby: &Standby) -> Ready {
+        let disk = self.without_standby().disk;
+        Ready { how: Readiness::Standby, why: String::new(), memory: standby.share.bytes(), disk }
+    }
+}
+
+impl Build for Machine {
+    fn start(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+        if self.is_given_up() {
+            return Err(given_up().into());
+        }
+        self.paused(memory, load, Purpose::Preparation, &mut self.steps(), deadline)
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        Identity::of(&self.files, &self.shared.program)
+    }
+
+    fn snapshot(&self) -> Result<Snapshot> {
+        Snapshot::open(&self.files.snapshot)
+    }
+
+    fn opens_for_writing(&self) -> bool {
+        !self.shared.program.version().maps_readonly_files()
+    }
+}
+
+fn given_up() -> Error {
+    Error::failed("the preparation was given up, because something else is to be done with the machine")
+}

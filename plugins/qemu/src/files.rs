@@ -1,0 +1,79 @@
+//! Whether a file is still the one it was.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// What tells a file from another one, and from itself before a change. The times come from the kernel,
+/// and that of the last change (ctime) cannot be set by anybody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    path: PathBuf,
+    size: u64,
+    inode: u64,
+    /// In nanoseconds since 1970.
+    modified: i128,
+    changed: i128,
+}
+
+impl FileId {
+    /// Of the file at that path.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn of(path: &Path) -> io::Result<FileId> {
+        Ok(FileId::new(path, &fs::metadata(path)?))
+    }
+
+    /// Of an open file that is at that path.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn of_open(path: &Path, file: &File) -> io::Result<FileId> {
+        Ok(FileId::new(path, &file.metadata()?))
+    }
+
+    fn new(path: &Path, file: &fs::Metadata) -> FileId {
+        let time =
+            |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
+        FileId {
+            path: path.to_owned(),
+            size: file.size(),
+            inode: file.ino(),
+            modified: time(file.mtime(), file.mtime_nsec()),
+            changed: time(file.ctime(), file.ctime_nsec()),
+        }
+    }
+
+    /// Its size, in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_changed_or_replaced_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        fs::write(&path, "one").unwrap();
+        let before = FileId::of(&path).unwrap();
+        assert_eq!(FileId::of(&path).unwrap(), before);
+        let time = fs::metadata(&path).unwrap().modified().unwrap();
+        fs::write(&path, "two").unwrap();
+        // Even if its time is set back.
+        File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+        assert_ne!(FileId::of(&path).unwrap(), before);
+        let other = folder.path().join("g");
+        fs::write(&other, "one").unwrap();
+        let before = FileId::of(&path).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert_ne!(FileId::of(&path).unwrap(), before);
+    }
+}

@@ -1,0 +1,145 @@
+//! Why a machine cannot have a template, as far as its arguments and its QEMU tell.
+//!
+//! The RAM of such a machine is not one block of anonymous memory that a file could take the place of,
+//! or something in the machine would write to that file behind the guest's back.
+
+use serde_json::Value;
+
+use crate::machineinfo::StartArgs;
+use crate::version::Version;
+
+/// Options that go for the guest's RAM themselves, and why that is in the way.
+const OPTIONS: [(&str, &str); 4] = [
+    ("mem-path", "brings a RAM file of its own"),
+    ("mem-prealloc", "touches all of the RAM, which a template leaves alone"),
+    ("numa", "splits the RAM into several blocks"),
+    ("readconfig", "reads arguments from a file, which may hold anything"),
+];
+
+/// Properties of `-machine` that do.
+const MACHINE: [(&str, &str); 3] = [
+    ("memory-backend", "brings a memory backend of its own"),
+    ("memory-encryption", "encrypts the RAM"),
+    ("confidential-guest-support", "encrypts the RAM"),
+];
+
+/// Why it cannot, if it cannot. Sources: QEMU's migration/ram.c (`x-ignore-shared`, since 4.0),
+/// hw/core/machine.c (`memory-backend`, since 5.0), softmmu/physmem.c (`ram_block_discard_range`).
+pub fn hindrance(args: &StartArgs, version: Version) -> Option<String> {
+    if !version.has_memory_backends() {
+        return Some(format!(
+            "QEMU {version} cannot map a guest's RAM from a file and load the rest: QEMU 5.0 and newer can"
+        ));
+    }
+    args.options().find_map(|(option, value)| in_the_way(option, value, version))
+}
+
+fn in_the_way(option: &str, value: &str, version: Version) -> Option<String> {
+    let told = |why: &str| Some(format!("its start_args have -{option} {value}, which {why}"));
+    if let Some((_, why)) = OPTIONS.iter().find(|(name, _)| *name == option) {
+        return Some(format!("its start_args have -{option}, which {why}"));
+    }
+    match option {
+        "machine" | "M" => {
+            let key = |part: &str| part.split('=').next().unwrap_or("").trim().to_owned();
+            let found = value.split(',').find_map(|part| MACHINE.iter().find(|(name, _)| *name == key(part)));
+            found.and_then(|(_, why)| told(why))
+        }
+        "object" if kind(value, "qom-type").starts_with("memory-backend-") => {
+            told("brings a memory backend of its own")
+        }
+        "netdev" if kind(value, "type") == "vhost-user" => told("shares the RAM with another process"),
+        "balloon" => device_in_the_way("virtio-balloon", version).and_then(told),
+        "device" => device_in_the_way(&kind(value, "driver"), version).and_then(told),
+        _ => None,
+    }
+}
+
+fn device_in_the_way(driver: &str, version: Version) -> Option<&'static str> {
+    if driver.starts_with("vhost-user") || driver.starts_with("ivshmem") {
+        Some("shares the RAM with another process")
+    } else if driver.starts_with("vfio") {
+        Some("hands the RAM to a device of this computer")
+    } else if version.discards_into_files()
+        && (driver.contains("balloon") || driver.starts_with("virtio-mem"))
+    {
+        Some("gives RAM back by punching holes, before QEMU 8.2 also into a template")
+    } else {
+        None
+    }
+}
+
+/// What kind of a thing an option's value describes: its first word, or what the key says.
+fn kind(value: &str, key: &str) -> String {
+    if let Ok(Value::Object(json)) = serde_json::from_str(value) {
+        return json.get(key).and_then(Value::as_str).unwrap_or("").to_owned();
+    }
+    let named = value.split(',').find_map(|part| part.strip_prefix(key)?.strip_prefix('='));
+    named.unwrap_or_else(|| value.split(',').next().unwrap_or("")).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Version = Version::new(7, 2, 22);
+    const NEW: Version = Version::new(10, 0, 2);
+
+    fn why(args: &[&str], version: Version) -> Option<String> {
+        let args = ["-drive", "file=%DISPOSABLE_DISK_PATH%"].iter().chain(args).map(|arg| (*arg).to_owned());
+        hindrance(&StartArgs::from_args(args), version)
+    }
+
+    #[test]
+    fn an_ordinary_machine_has_none() {
+        let args = [
+            "-machine",
+            "q35,accel=kvm",
+            "-m",
+            "2G",
+            "-device",
+            "virtio-net-pci,netdev=n",
+            "-netdev",
+            "tap,id=n,ifname=tap0",
+            "-object",
+            "rng-random,id=r",
+            "-device",
+            "{\"driver\": \"e1000\"}",
+            "-name",
+            "numa",
+        ];
+        assert_eq!(why(&args, OLD), None);
+        assert_eq!(why(&args, Version::new(5, 0, 0)), None);
+        assert!(why(&args, Version::new(4, 2, 1)).unwrap().contains("4.2.1"));
+    }
+
+    #[test]
+    fn each_one_is_told_by_its_argument() {
+        for args in [
+            ["-mem-path", "/dev/hugepages"],
+            ["--numa", "node"],
+            ["-readconfig", "/x"],
+            ["-machine", "pc,memory-backend=m"],
+            ["-M", "q35,confidential-guest-support=sev0"],
+            ["-object", "memory-backend-memfd,id=m,size=1G"],
+            ["-object", "{\"qom-type\": \"memory-backend-ram\", \"id\": \"m\"}"],
+            ["-object", "id=m,qom-type=memory-backend-file"],
+            ["-device", "vfio-pci,host=01:00.0"],
+            ["-device", "vhost-user-fs-pci,chardev=c"],
+            ["-device", "{\"id\": \"s\", \"driver\": \"ivshmem-plain\"}"],
+            ["-netdev", "vhost-user,id=n,chardev=c"],
+        ] {
+            let told = why(&args, NEW).unwrap_or_else(|| panic!("{args:?}"));
+            assert!(told.contains(args[0].trim_start_matches('-')), "{told}");
+        }
+        assert!(why(&["-mem-prealloc"], NEW).unwrap().contains("-mem-prealloc"));
+    }
+
+    #[test]
+    fn a_balloon_is_one_only_for_an_older_qemu() {
+        for device in ["virtio-balloon-pci", "virtio-balloon", "virtio-mem-pci,memdev=m"] {
+            assert!(why(&["-device", device], OLD).unwrap().contains("holes"), "{device}");
+            assert_eq!(why(&["-device", device], NEW), None, "{device}");
+        }
+    }
+}

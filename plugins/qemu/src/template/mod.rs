@@ -1,0 +1,316 @@
+//! Templates: what makes a restore instant, whatever the size of the guest's RAM.
+//!
+//! A template is a machine's snapshot in another form: its RAM as a file, which a restore only maps
+//! (copy-on-write, so the file never changes), and the state of its devices, less than a megabyte, which
+//! a restore loads. QEMU's migration capability `x-ignore-shared` makes and reads that form.
+//!
+//! ```text
+//! <template_dir>/<machine>/ram           as large as the guest's RAM, sparse where that is zero
+//!                          devices       a migration stream without RAM
+//!                          record.json   what it was made from, and how its files were then
+//! <template_dir>/.new-<machine>/         one that is being built; renamed when it is whole
+//! <template_dir>/.lock                   held by the host whose templates they are
+//!
+//! (none) ── build ──▶ .new ── fsync, rename ──▶ whole ──▶ used, again and again
+//!                       │ failure                  │ anything it was made from has changed, a file of
+//!                       ▼                          ▼ it has, or QEMU does not load it
+//!                     (none)                     (none)
+//! ```
+//!
+//! It belongs to one [`Identity`]; it is looked at before each use, and one that does not fit is never
+//! used. Without a template a machine is restored plainly.
+
+mod build;
+mod hindrance;
+mod identity;
+
+pub use build::{Build, NotBuilt, build};
+pub use hindrance::hindrance;
+pub use identity::Identity;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use machinery::{Error, Result, in_words};
+use rustix::fs::{FlockOperation, flock, statvfs};
+use serde::{Deserialize, Serialize};
+
+use crate::files::FileId;
+use crate::launch::{Memory, Sharing};
+
+const RAM: &str = "ram";
+const DEVICES: &str = "devices";
+const RECORD: &str = "record.json";
+const UNFINISHED: &str = ".new-";
+
+/// What stays free on the disk when a template is built: runs need space too.
+const RESERVE: u64 = 512 << 20;
+
+/// All templates of a host.
+pub struct Templates {
+    dir: PathBuf,
+    /// How much they may take together, in bytes, if there is a bound.
+    space: Option<u64>,
+    _lock: File,
+}
+
+/// A template that was looked at just now, and fits.
+pub struct Template {
+    /// The RAM, to be mapped.
+    pub memory: Memory,
+    /// The state of the devices.
+    pub devices: Devices,
+    /// What it takes on disk, in bytes.
+    pub disk: u64,
+}
+
+/// The state of a machine's devices, opened at its begin.
+pub struct Devices {
+    pub path: PathBuf,
+    pub file: File,
+}
+
+/// What a template was made from, and how its files were then.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    identity: Identity,
+    /// QEMU's name for the machine's RAM.
+    block: String,
+    ram: FileId,
+    devices: FileId,
+    devices_crc32: u32,
+}
+
+impl Templates {
+    /// Those in the folder `dir`, which is made if it is not there. What was left unfinished is removed,
+    /// and what belongs to none of the `machines`.
+    ///
+    /// # Errors
+    /// The folder cannot be used, or another host uses it.
+    pub fn open(dir: &Path, space: Option<u64>, machines: &[&str]) -> Result<Templates> {
+        let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+        let lock = File::create(dir.join(".lock")).map_err(failed)?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let reason = format!("another host keeps its templates in {}", dir.display());
+            return Err(Error::environment(reason).advice("Give each host a template_dir of its own"));
+        }
+        let templates = Templates { dir: dir.to_owned(), space, _lock: lock };
+        for entry in dir.read_dir().map_err(failed)?.flatten() {
+            let known = entry.file_name().to_str().is_some_and(|name| machines.contains(&name));
+            if !known && is_template(&entry.path()) {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(templates)
+    }
+
+    fn folder(&self, machine: &str) -> PathBuf {
+        self.dir.join(machine)
+    }
+
+    /// The machine's template, if it has one that was made from just this.
+    ///
+    /// # Errors
+    /// It has one that cannot be used any more; the text says why.
+    pub fn find(&self, machine: &str, identity: &Identity) -> Result<Option<Template>, String> {
+        let folder = self.folder(machine);
+        let text = match fs::read(folder.join(RECORD)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(format!("its record cannot be read: {error}")),
+        };
+        let record: Record =
+            serde_json::from_slice(&text).map_err(|error| format!("its record makes no sense: {error}"))?;
+        if let Some(change) = identity.change_since(&record.identity) {
+            return Err(change);
+        }
+        let unreadable = |error: io::Error| format!("it cannot be read: {error}");
+        let (ram, path) = (folder.join(RAM), folder.join(DEVICES));
+        if FileId::of(&ram).map_err(unreadable)? != record.ram {
+            return Err("its RAM file was changed".to_owned());
+        }
+        let mut file = File::open(&path).map_err(unreadable)?;
+        if FileId::of_open(&path, &file).map_err(unreadable)? != record.devices
+            || checksum(&mut file).map_err(unreadable)? != record.devices_crc32
+        {
+            return Err("its device file was changed".to_owned());
+        }
+        let memory =
+            Memory { file: ram, size: record.ram.size(), block: record.block, sharing: Sharing::Mapped };
+        Ok(Some(Template { memory, devices: Devices { path, file }, disk: size_on_disk(&folder) }))
+    }
+
+    /// Removes the machine's template, if there is one.
+    ///
+    /// # Errors
+    /// It stays.
+    pub fn remove(&self, machine: &str) -> Result<()> {
+        remove(&self.folder(machine))
+    }
+
+    /// Why there is no room for one of about that size, if there is none.
+    fn lacks_room(&self, machine: &str, needed: u64) -> Option<String> {
+        let (used, own) = (self.used(), size_on_disk(&self.folder(machine)));
+        if let Some(space) = self.space
+            && used - own.min(used) + needed > space
+        {
+            return Some(format!(
+                "its template would take up to {}, and {} of the {} for templates are taken (template_space)",
+                in_words(needed),
+                in_words(used - own.min(used)),
+                in_words(space)
+            ));
+        }
+        let free = statvfs(&self.dir).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+        (needed + RESERVE > free).then(|| {
+            format!(
+                "its template would take up to {}, and only {} are free in {}. Free some, or set template_dir",
+                in_words(needed),
+                in_words(free),
+                self.dir.display()
+            )
+        })
+    }
+
+    /// What all of them take on disk, in bytes.
+    fn used(&self) -> u64 {
+        let entries = self.dir.read_dir().into_iter().flatten().flatten();
+        entries.map(|entry| size_on_disk(&entry.path())).sum()
+    }
+}
+
+/// Whether a folder is one that this module has made: others' are not touched.
+fn is_template(folder: &Path) -> bool {
+    let unfinished =
+        folder.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(UNFINISHED));
+    folder.is_dir() && (unfinished || folder.join(RECORD).is_file())
+}
+
+/// The record goes first: without it the rest is no template.
+fn remove(folder: &Path) -> Result<()> {
+    let gone = fs::remove_file(folder.join(RECORD))
+        .or_else(absent)
+        .and_then(|()| fs::remove_dir_all(folder).or_else(absent));
+    gone.map_err(|error| Error::io("remove the template", folder, &error))
+}
+
+fn absent(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}
+
+/// In bytes; holes take nothing.
+fn size_on_disk(folder: &Path) -> u64 {
+    let size = |name: &str| fs::metadata(folder.join(name)).map_or(0, |file| file.blocks() * 512);
+    size(RAM) + size(DEVICES)
+}
+
+/// Of all of the file, which is at its begin before and after.
+fn checksum(file: &mut File) -> io::Result<u32> {
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    file.rewind()?;
+    Ok(crc32fast::hash(&content))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Made {
+        folder: tempfile::TempDir,
+        templates: Templates,
+        identity: Identity,
+    }
+
+    /// A template of machine `m`, of files that no QEMU has seen.
+    fn made() -> Made {
+        let folder = tempfile::tempdir().unwrap();
+        let identity = identity::tests::identity(folder.path());
+        let dir = folder.path().join("templates");
+        let templates = Templates::open(&dir, Some(1 << 30), &["m"]).unwrap();
+        let unfinished = templates.begin("m").unwrap();
+        File::create(unfinished.ram()).unwrap().set_len(1 << 20).unwrap();
+        fs::write(unfinished.devices(), "the devices").unwrap();
+        unfinished.publish(identity.clone(), "pc.ram", false).unwrap();
+        Made { folder, templates, identity }
+    }
+
+    #[test]
+    fn a_template_is_found_as_it_was_published() {
+        let Made { templates, identity, .. } = made();
+        let template = templates.find("m", &identity).unwrap().unwrap();
+        assert_eq!((template.memory.size, template.memory.block.as_str()), (1 << 20, "pc.ram"));
+        assert!(template.disk < 1 << 20, "it is not sparse");
+        assert!(templates.find("n", &identity).unwrap().is_none());
+        templates.remove("m").unwrap();
+        assert!(templates.find("m", &identity).unwrap().is_none());
+        templates.remove("m").unwrap();
+    }
+
+    #[test]
+    fn one_that_was_touched_is_not_used() {
+        type Harm = fn(&Path);
+        let harms: [(Harm, &str); 6] = [
+            (
+                |folder| {
+                    File::options().write(true).open(folder.join(RAM)).unwrap().set_len(1 << 19).unwrap()
+                },
+                "RAM",
+            ),
+            (|folder| fs::write(folder.join(RAM), vec![1; 1 << 20]).unwrap(), "RAM"),
+            (|folder| fs::write(folder.join(DEVICES), "the levices").unwrap(), "device"),
+            (|folder| fs::remove_file(folder.join(DEVICES)).unwrap(), "cannot be read"),
+            (|folder| fs::write(folder.join(RECORD), "{").unwrap(), "no sense"),
+            (|folder| fs::write(folder.join("../../snapshot"), "another").unwrap(), "snapshot"),
+        ];
+        for (harm, expected) in harms {
+            let Made { templates, identity, folder } = made();
+            harm(&templates.folder("m"));
+            let identity = identity::tests::identity_again(folder.path(), &identity);
+            let why = templates.find("m", &identity).err().unwrap();
+            assert!(why.contains(expected), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_bit_that_flips_on_the_disk_is_found_by_the_checksum() {
+        let Made { templates, identity, .. } = made();
+        let folder = templates.folder("m");
+        fs::write(folder.join(DEVICES), "the devicer").unwrap();
+        let mut record: Record = serde_json::from_slice(&fs::read(folder.join(RECORD)).unwrap()).unwrap();
+        record.devices = FileId::of(&folder.join(DEVICES)).unwrap();
+        fs::write(folder.join(RECORD), serde_json::to_vec(&record).unwrap()).unwrap();
+        assert!(templates.find("m", &identity).err().unwrap().contains("device"));
+    }
+
+    #[test]
+    fn room_is_looked_for_before() {
+        let Made { templates, .. } = made();
+        assert_eq!(templates.lacks_room("m", 1 << 20), None);
+        assert!(templates.lacks_room("m", 2 << 30).unwrap().contains("of the 1 GiB for templates"));
+        let boundless = Templates { space: None, ..templates };
+        assert!(boundless.lacks_room("m", 1 << 60).unwrap().contains("are free in"));
+    }
+
+    #[test]
+    fn what_is_left_is_cleared_away_and_nothing_else() {
+        let Made { folder, templates, identity } = made();
+        let dir = templates.dir.clone();
+        drop(templates.begin("m").unwrap());
+        assert_eq!(dir.read_dir().unwrap().count(), 2, "an unfinished one stays behind");
+        std::mem::forget(templates.begin("m").unwrap());
+        fs::create_dir(dir.join("of-the-operator")).unwrap();
+        assert!(Templates::open(&dir, None, &["m"]).err().unwrap().to_string().contains("another host"));
+        drop(templates);
+        let templates = Templates::open(&dir, None, &["m"]).unwrap();
+        assert!(templates.find("m", &identity).unwrap().is_some());
+        assert!(!dir.join(".new-m").exists() && dir.join("of-the-operator").exists());
+        drop(templates);
+        let templates = Templates::open(&dir, None, &["other"]).unwrap();
+        assert!(templates.find("m", &identity).unwrap().is_none());
+        drop(folder);
+    }
+}
