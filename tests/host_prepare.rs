@@ -80,7 +80,7 @@ fn a_restore_waits_for_its_preparation() {
 }
 
 #[test]
-fn whatever_else_comes_ends_a_preparation() {
+fn what_has_no_use_for_a_preparation_ends_it() {
     let (mut host, _cwd) = served(&[("m", FOR_EVER)]);
     let mut client = host.client().unwrap();
     for (action, state) in [("stop", "poweroff"), ("norestore_start", "running"), ("stop", "poweroff")] {

@@ -410,7 +410,7 @@ fn a_disk_that_is_gone_is_told() {
     fs::rename(disk, &away).unwrap();
     let path = disk.display().to_string();
     for start in ["restore_start", "norestore_start"] {
-        let words = ["qemu-img", "cannot make the disposable disk", &path, "No such file or directory"];
+        let words = ["the machine's disk", &path, "No such file or directory"];
         println!("{}", assert_fails(&lab, &mut client, start, &words));
         client.act("enable_machine", "m").unwrap();
     }

@@ -260,7 +260,7 @@ impl Machine {
 
     fn disposable(&self, deadline: Deadline) -> Result<DisposableDisk> {
         let disk = &self.files.disk;
-        let id = FileId::of(disk).map_err(|error| Error::io("look at", disk, &error))?;
+        let id = FileId::of(disk).map_err(|error| Error::io("look at the machine's disk,", disk, &error))?;
         let mut blank = self.blank.lock().unwrap_or_else(PoisonError::into_inner);
         if !blank.as_ref().is_some_and(|blank| blank.is_of(&id)) {
             let (img, name) = (&self.shared.qemu_img, &self.files.info.name);

@@ -1,6 +1,6 @@
 //! One worker for each machine, with a mailbox.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,12 @@ struct Job {
     action: Action,
     answer: Answer,
     _pending: Pending,
+}
+
+impl Job {
+    fn ends_a_preparation(&self) -> bool {
+        matches!(self.action, Action::Stop | Action::NorestoreStart)
+    }
 }
 
 /// Counts as an action that waits or runs, of its machine and of all, for as long as it lives.
@@ -92,7 +98,14 @@ impl Workers {
             let mailbox = Mailbox { jobs: sender, pending: watch::Sender::new(0) };
             mailboxes.insert(machine.name().to_owned(), mailbox);
             let actor = Actor::new(Arc::clone(machine), Arc::clone(&house));
-            let worker = Worker { actor, jobs, house: Arc::clone(&house), closing: Arc::clone(&closing) };
+            let worker = Worker {
+                actor,
+                jobs,
+                waiting: VecDeque::new(),
+                ended: false,
+                house: Arc::clone(&house),
+                closing: Arc::clone(&closing),
+            };
             machine.ask_preparation();
             workers.spawn(worker.work());
         }
@@ -141,89 +154,95 @@ impl Workers {
 struct Worker {
     actor: Actor,
     jobs: mpsc::UnboundedReceiver<Job>,
+    /// Jobs that came while the machine was prepared, in their order.
+    waiting: VecDeque<Job>,
+    /// Whether no more jobs will come.
+    ended: bool,
     house: Arc<House>,
     closing: Arc<AtomicBool>,
 }
 
-/// What came while a machine was prepared.
-enum Meanwhile {
-    Nothing,
-    Job(Job),
-    End,
-}
-
 impl Worker {
     async fn work(mut self) {
-        let mut came = Meanwhile::Nothing;
         loop {
-            came = match came {
-                Meanwhile::Job(job) => self.do_job(job).await,
-                Meanwhile::End => break,
-                Meanwhile::Nothing => self.next().await,
-            };
+            if let Some(job) = self.waiting.pop_front() {
+                self.do_job(job).await;
+            } else if self.ended {
+                break;
+            } else {
+                self.next().await;
+            }
         }
         power_off(&mut self.actor).await;
     }
 
     /// Waits for something to do. A job comes before what is only done ahead of time.
-    async fn next(&mut self) -> Meanwhile {
+    async fn next(&mut self) {
         let machine = Arc::clone(self.actor.machine());
         tokio::select! {
             biased;
-            job = self.jobs.recv() => came(job),
+            job = self.jobs.recv() => self.take(job),
             () = machine.preparation_asked() => self.prepare_ahead().await,
         }
     }
 
-    async fn do_job(&mut self, Job { action, answer, _pending }: Job) -> Meanwhile {
-        let (outcome, came) = if self.closing.load(Ordering::SeqCst) {
-            (Err(CLOSING.to_owned()), Meanwhile::Nothing)
+    fn take(&mut self, job: Option<Job>) {
+        self.ended = job.is_none();
+        self.waiting.extend(job);
+    }
+
+    async fn do_job(&mut self, Job { action, answer, _pending }: Job) {
+        let outcome = if self.closing.load(Ordering::SeqCst) {
+            Err(CLOSING.to_owned())
         } else if action == Action::Prepare {
             self.prepare().await
         } else {
-            (self.actor.perform(&action).await, Meanwhile::Nothing)
+            self.actor.perform(&action).await
         };
         answer.give(outcome);
-        came
     }
 
     /// Prepares the next restore, unless something is to be done before it is the machine's turn.
-    async fn prepare_ahead(&mut self) -> Meanwhile {
+    async fn prepare_ahead(&mut self) {
         if !self.actor.can_prepare() {
-            return Meanwhile::Nothing;
+            return;
         }
         let turn = tokio::select! {
             biased;
-            job = self.jobs.recv() => return came(job),
+            job = self.jobs.recv() => return self.take(job),
             turn = self.actor.turn_to_prepare() => turn,
         };
-        if turn.is_none() || !self.actor.can_prepare() {
-            return Meanwhile::Nothing;
+        if turn.is_some() && self.actor.can_prepare() {
+            // Its failure is in the log, and the next restore does without.
+            let _ = self.prepare().await;
         }
-        // Its failure is in the log, and the next restore does without.
-        let (_, came) = self.prepare().await;
-        came
     }
 
     /// Prepares the next restore. A restore that comes meanwhile waits for it, because it would have to
-    /// do the same work; whatever else comes ends it.
-    async fn prepare(&mut self) -> (Outcome, Meanwhile) {
+    /// do the same work; what has no use for it ends it.
+    async fn prepare(&mut self) -> Outcome {
+        if self.ended || self.waiting.iter().any(Job::ends_a_preparation) {
+            return Err("not prepared, because the machine is to be stopped or started cold".to_owned());
+        }
         let machine = Arc::clone(self.actor.machine());
         let mut prepared = pin!(self.actor.perform(&Action::Prepare));
-        let job = tokio::select! {
-            biased;
-            outcome = &mut prepared => return (outcome, Meanwhile::Nothing),
-            job = self.jobs.recv() => job,
-        };
-        if job.as_ref().is_none_or(|job| job.action != Action::RestoreStart) {
-            give_up_preparing(&machine, &self.house).await;
+        let mut given_up = false;
+        loop {
+            let job = tokio::select! {
+                biased;
+                outcome = &mut prepared => return outcome,
+                job = self.jobs.recv(), if !self.ended => job,
+            };
+            let ends_it =
+                job.as_ref().is_none_or(|job| matches!(job.action, Action::Stop | Action::NorestoreStart));
+            self.ended = job.is_none();
+            self.waiting.extend(job);
+            if ends_it && !given_up {
+                given_up = true;
+                give_up_preparing(&machine, &self.house).await;
+            }
         }
-        (prepared.await, came(job))
     }
-}
-
-fn came(job: Option<Job>) -> Meanwhile {
-    job.map_or(Meanwhile::End, Meanwhile::Job)
 }
 
 /// The last thing a worker does: the host ends, and no machine outlives it.

@@ -23,11 +23,14 @@ impl Identity {
     /// # Errors
     /// One of them cannot be looked at.
     pub fn of(files: &MachineFiles, program: &Program) -> Result<Identity> {
-        let id = |path| FileId::of(path).map_err(|error| Error::io("look at", path, &error));
+        let id = |what: &str, path| {
+            FileId::of(path)
+                .map_err(|error| Error::io(&format!("look at the machine's {what},"), path, &error))
+        };
         let (version, program) = program.now()?;
         Ok(Identity {
-            snapshot: id(&files.snapshot)?,
-            disk: id(&files.disk)?,
+            snapshot: id("snapshot", &files.snapshot)?,
+            disk: id("disk", &files.disk)?,
             program,
             version: version.to_string(),
             args: files.start_args.as_written().to_vec(),

@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_template_is_found_as_it_was_published() {
-        let Made { templates, identity, .. } = made();
+        let Made { templates, identity, folder: _folder } = made();
         let template = templates.find("m", &identity).unwrap().unwrap();
         assert_eq!((template.memory.size, template.memory.block.as_str()), (1 << 20, "pc.ram"));
         assert!(template.disk < 1 << 20, "it is not sparse");
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_bit_that_flips_on_the_disk_is_found_by_the_checksum() {
-        let Made { templates, identity, .. } = made();
+        let Made { templates, identity, folder: _folder } = made();
         let folder = templates.folder("m");
         fs::write(folder.join(DEVICES), "the devicer").unwrap();
         let mut record: Record = serde_json::from_slice(&fs::read(folder.join(RECORD)).unwrap()).unwrap();
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn room_is_looked_for_before() {
-        let Made { templates, .. } = made();
+        let Made { templates, folder: _folder, .. } = made();
         assert_eq!(templates.lacks_room("m", 1 << 20), None);
         assert!(templates.lacks_room("m", 2 << 30).unwrap().contains("of the 1 GiB for templates"));
         let boundless = Templates { space: None, ..templates };
