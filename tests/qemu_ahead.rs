@@ -5,14 +5,16 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use machinery_testkit::client::Client;
-use machinery_testkit::guest::{Guest, micro};
+use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::Lab;
+use machinery_testkit::lab::{Lab, TinyDisk};
 use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
@@ -61,6 +63,10 @@ fn is_ready(client: &mut Client, how: &str) {
     assert_eq!(ready["how"], how, "{ready}");
 }
 
+fn hears_ready(client: &mut Client, how: &str) {
+    while client.hear("ready", "m").unwrap()["how"] != how {}
+}
+
 /// Waits until the host has prepared the machine by itself.
 fn until_ready(client: &mut Client, how: &str) {
     while ready(client)["how"] != how {
@@ -102,17 +108,38 @@ fn hash(path: &Path) -> u32 {
     crc32fast::hash(&fs::read(path).unwrap())
 }
 
+/// Tells this template from one that was built anew.
+fn made(lab: &Lab) -> (u64, i64) {
+    let ram = fs::metadata(lab.template("m").join("ram")).unwrap();
+    (ram.ino(), ram.ctime_nsec())
+}
+
+/// A program in QEMU's place that does something first, with `$*` to look at, and is QEMU then.
+fn wrap_qemu(lab: &Lab, first: &str) -> PathBuf {
+    let qemu = lab.qemu().system.display();
+    let path = lab.cwd().script("wrapped-qemu", &format!("{first}\nexec {qemu} \"$@\"")).unwrap();
+    let yaml = lab.yaml().unwrap();
+    if !yaml.contains("wrapped-qemu") {
+        lab.change_yaml(&qemu.to_string(), &path.display().to_string()).unwrap();
+    }
+    path
+}
+
 #[test]
 fn instant_restores_are_the_snapshots_and_leave_the_template_as_it_is() {
     let (lab, mut host, mut client) = prepared(INSTANT);
     is_ready(&mut client, "instant");
     let ram = lab.template("m").join("ram");
-    let before = (hash(&ram), fs::metadata(&ram).unwrap().ctime_nsec());
-    for _ in 0..5 {
-        restores_by(&lab, &mut client, &host, "instant");
+    let before = (hash(&ram), made(&lab));
+    for _ in 0..500 {
+        does(&mut client, "restore_start");
+        assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
         does(&mut client, "stop");
     }
-    assert_eq!((hash(&ram), fs::metadata(&ram).unwrap().ctime_nsec()), before);
+    restores_by(&lab, &mut client, &host, "instant");
+    assert_eq!((hash(&ram), made(&lab)), before);
+    let sparse = fs::metadata(&ram).unwrap();
+    assert!(sparse.blocks() * 512 < sparse.size() / 2, "the RAM of zeros takes {} blocks", sparse.blocks());
     ends_well(&lab, &mut host);
 }
 
@@ -128,9 +155,433 @@ fn what_stands_by_is_off_to_the_outside_and_replaced_after_each_run() {
             let answer = client.ask(request).unwrap();
             assert!(answer["reason"].as_str().unwrap().contains("powered off"), "{answer}");
         }
+        assert_eq!(client.act("acpi_stop", "m").unwrap()["success"], true);
         restores_by(&lab, &mut client, &host, "standby");
         assert_eq!(lab.qemu_of("m").unwrap(), standing_by);
         does(&mut client, "stop");
     }
+    until_ready(&mut client, "standby");
+    let ready = ready(&mut client);
+    assert!(
+        ready["memory"].as_u64().unwrap() > 1 << 20 && ready["disk"].as_u64().unwrap() > 1 << 10,
+        "{ready}"
+    );
+    ends_well(&lab, &mut host);
+}
+
+/// The paused guest's memory, by the monitor that its arguments have.
+fn memory(monitor: &Path, mib: u32, into: &Path) -> Vec<u8> {
+    let mut stream = BufReader::new(UnixStream::connect(monitor).unwrap());
+    let prompt = |stream: &mut BufReader<UnixStream>| {
+        let mut said = Vec::new();
+        while !said.ends_with(b"(qemu) ") {
+            assert!(stream.read_until(b' ', &mut said).unwrap() > 0, "the monitor has closed");
+        }
+        String::from_utf8_lossy(&said).into_owned()
+    };
+    prompt(&mut stream);
+    let commands =
+        [format!("pmemsave 0 {:#x} \"{}\"", u64::from(mib) << 20, into.display()), "info status".to_owned()];
+    let said = commands.map(|command| {
+        writeln!(stream.get_mut(), "{command}").unwrap();
+        prompt(&mut stream)
+    });
+    assert!(said[1].contains("paused"), "{said:?}");
+    fs::read(into).unwrap()
+}
+
+#[test]
+fn the_memory_is_byte_for_byte_that_of_a_plain_restore() {
+    const MIB: u32 = 256;
+    let linux = Guest::Linux { ram_mib: MIB, noise_mib: 16 };
+    let lab = Lab::new(&[("m", linux, SnapshotFormat::Plain)]).unwrap();
+    let monitor = lab.cwd().root().join("hmp");
+    let chardev = format!("socket,id=hmp,path={},server=on,wait=off", monitor.display());
+    lab.change_start_args("m", |args| {
+        args.extend(["-chardev", &chardev, "-mon", "chardev=hmp,mode=readline"].map(str::to_owned));
+    })
+    .unwrap();
+    let mut memories = ["instant: off, standby: on", "instant: auto, standby: on"].map(|ahead| {
+        lab.ahead(ahead).unwrap();
+        let (mut host, mut client) = served(&lab);
+        is_ready(&mut client, "standby");
+        let file = lab.cwd().root().join("memory");
+        let memory = memory(&monitor, MIB, &file);
+        fs::remove_file(file).unwrap();
+        ends_well(&lab, &mut host);
+        memory
+    });
+    let [plain, instant] = &mut memories;
+    assert!(plain.iter().filter(|byte| **byte != 0).count() > 16 << 20, "there is nothing in it");
+    let different = plain.iter().zip(instant.iter()).position(|(one, other)| one != other);
+    assert_eq!((different, plain.len()), (None, instant.len()));
+}
+
+/// A snapshot of the same machine at a later moment.
+fn later_snapshot(lab: &Lab) -> PathBuf {
+    let (machine, overlay) = (lab.folder("m"), lab.cwd().root().join("later.qcow2"));
+    let path = lab.cwd().root().join("later");
+    lab.qemu().overlay(&machine.disk, &overlay).unwrap();
+    let mut vm = machine.restore(lab.qemu(), &overlay).unwrap();
+    machine.wait_for_count(lab.restored_count().unwrap() + 20, SOON).unwrap();
+    vm.pause().unwrap();
+    vm.save(&path).unwrap();
+    vm.quit().unwrap();
+    fs::remove_file(overlay).unwrap();
+    path
+}
+
+#[test]
+fn a_snapshot_that_was_replaced_is_the_one_that_is_restored() {
+    for ahead in [INSTANT, STANDBY] {
+        let lab = Lab::new(&[MICRO]).unwrap();
+        let later = later_snapshot(&lab);
+        lab.ahead(ahead).unwrap();
+        let (mut host, mut client) = served(&lab);
+        let before = made(&lab);
+        fs::rename(&later, &lab.folder("m").snapshot).unwrap();
+        for _ in 0..2 {
+            does(&mut client, "restore_start");
+            let first = lab.folder("m").first_count(SOON).unwrap();
+            assert!(first > lab.restored_count().unwrap() + 15, "{first} is of the snapshot before");
+            does(&mut client, "stop");
+            prepare(&mut client);
+            assert_ne!(made(&lab), before);
+        }
+        ends_well(&lab, &mut host);
+    }
+}
+
+#[test]
+fn what_was_made_for_other_files_is_made_anew() {
+    type Change = fn(&Lab);
+    let changes: [(&str, Change); 3] = [
+        ("the machine's disk was changed", |lab| {
+            let disk = &lab.folder("m").disk;
+            let copy = disk.with_extension("copy");
+            fs::copy(disk, &copy).unwrap();
+            fs::rename(&copy, disk).unwrap();
+        }),
+        ("the machine's snapshot was changed", |lab| {
+            let snapshot = &lab.folder("m").snapshot;
+            let (content, time) =
+                (fs::read(snapshot).unwrap(), fs::metadata(snapshot).unwrap().modified().unwrap());
+            fs::write(snapshot, content).unwrap();
+            // As a tool would do that keeps times.
+            File::options().write(true).open(snapshot).unwrap().set_modified(time).unwrap();
+        }),
+        ("QEMU's program was replaced", |lab| drop(wrap_qemu(lab, "# another"))),
+    ];
+    let lab = Lab::new(&[MICRO]).unwrap();
+    wrap_qemu(&lab, "# one");
+    lab.ahead(STANDBY).unwrap();
+    let (mut host, mut client) = served(&lab);
+    for (words, change) in changes {
+        let (before, log) = (made(&lab), host.log().len());
+        change(&lab);
+        restores(&lab, &mut client);
+        assert!(host.log()[log..].contains(words), "not told: {words}");
+        does(&mut client, "stop");
+        prepare(&mut client);
+        is_ready(&mut client, "standby");
+        assert_ne!(made(&lab), before, "{words}");
+        restores_by(&lab, &mut client, &host, "standby");
+        does(&mut client, "stop");
+        prepare(&mut client);
+    }
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_template_of_other_arguments_or_another_version_is_not_used_by_the_next_host() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    wrap_qemu(&lab, "");
+    lab.ahead(INSTANT).unwrap();
+    let (mut host, client) = served(&lab);
+    drop(client);
+    let mut before = made(&lab);
+    ends_well(&lab, &mut host);
+    // The same again is used again.
+    let (mut host, client) = served(&lab);
+    drop(client);
+    assert_eq!(made(&lab), before);
+    ends_well(&lab, &mut host);
+    let edit = |lab: &Lab| {
+        lab.change_start_args("m", |args| args.extend(["-name", "x"].map(str::to_owned))).unwrap()
+    };
+    let upgrade = |lab: &Lab| {
+        let newer = "[ \"$1\" = --version ] && echo 'QEMU emulator version 7.2.99' && exit";
+        drop(wrap_qemu(lab, newer));
+    };
+    for change in [&edit as &dyn Fn(&Lab), &upgrade] {
+        change(&lab);
+        let mut host = lab.host().unwrap();
+        let mut client = host.client().unwrap();
+        restores(&lab, &mut client);
+        does(&mut client, "stop");
+        prepare(&mut client);
+        assert_ne!(made(&lab), before);
+        before = made(&lab);
+        restores_by(&lab, &mut client, &host, "instant");
+        ends_well(&lab, &mut host);
+    }
+}
+
+#[test]
+fn a_template_that_was_harmed_is_dropped_and_the_restore_is_plain() {
+    type Harm = fn(&Path);
+    fn flip_a_bit(path: &Path) {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let (mut byte, middle) = ([0], file.metadata().unwrap().size() / 2);
+        file.read_exact_at(&mut byte, middle).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], middle).unwrap();
+    }
+    let harms: [(&str, Harm); 7] = [
+        ("RAM truncated", |folder| {
+            File::options().write(true).open(folder.join("ram")).unwrap().set_len(4096).unwrap()
+        }),
+        ("a bit of the RAM flipped", |folder| flip_a_bit(&folder.join("ram"))),
+        ("a bit of the devices flipped", |folder| flip_a_bit(&folder.join("devices"))),
+        ("devices gone", |folder| fs::remove_file(folder.join("devices")).unwrap()),
+        ("record cut", |folder| {
+            File::options().write(true).open(folder.join("record.json")).unwrap().set_len(20).unwrap()
+        }),
+        ("all gone", |folder| fs::remove_dir_all(folder).unwrap()),
+        ("not what QEMU can load", |folder| {
+            let record = folder.join("record.json");
+            let text = fs::read_to_string(&record).unwrap();
+            fs::write(record, text.replace("\"pc.ram\"", "\"other.ram\"")).unwrap();
+        }),
+    ];
+    let (lab, mut host, mut client) = prepared(INSTANT);
+    for (what, harm) in harms {
+        harm(&lab.template("m"));
+        println!("{what}");
+        restores(&lab, &mut client);
+        does(&mut client, "stop");
+        prepare(&mut client);
+        is_ready(&mut client, "instant");
+        restores_by(&lab, &mut client, &host, "instant");
+        does(&mut client, "stop");
+    }
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    // Larger than what has to be free.
+    let Some(disk) = TinyDisk::mount(lab.cwd(), 600 << 10).unwrap() else { return };
+    let fill = format!(
+        "case \"$*\" in *share=on*) dd if=/dev/zero of={}/fill bs=1M 2>/dev/null;; esac",
+        disk.path().display()
+    );
+    wrap_qemu(&lab, &fill);
+    lab.ahead(&format!("{STANDBY}, template_dir: {}", disk.path().display())).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    // It begins by itself, when there is room.
+    host.heard("not prepared").unwrap();
+    let told = ready(&mut client);
+    assert_eq!(told["how"], "plain");
+    assert!(told["why"].as_str().unwrap().contains("template"), "{told}");
+    restores(&lab, &mut client);
+    does(&mut client, "stop");
+    assert!(!disk.path().join("m").exists() && !disk.path().join(".new-m").exists());
+    // From now on there is not even room to begin.
+    prepare(&mut client);
+    let told = ready(&mut client);
+    assert!(told["why"].as_str().unwrap().contains("are free in"), "{told}");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
+    let linux = Guest::Linux { ram_mib: 256, noise_mib: 64 };
+    let lab = Lab::new(&[("m", linux, SnapshotFormat::Gzip)]).unwrap();
+    lab.ahead(STANDBY).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
+    client.hear("progress", "m").unwrap();
+    host.kill().unwrap();
+    let unfinished = lab.template("m").with_file_name(".new-m");
+    assert!(unfinished.exists() && !lab.template("m").exists(), "killed too late for what is tested");
+    let (mut host, mut client) = served(&lab);
+    is_ready(&mut client, "standby");
+    assert!(!unfinished.exists());
+    does(&mut client, "restore_start");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_build_gives_way_to_a_stop_and_to_the_end_of_the_host() {
+    let linux = Guest::Linux { ram_mib: 256, noise_mib: 64 };
+    let lab = Lab::new(&[("m", linux, SnapshotFormat::Gzip)]).unwrap();
+    lab.ahead(STANDBY).unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    let building = |client: &mut Client| {
+        client.send(&json!({"action": "prepare", "machine": "m", "id": "building"})).unwrap();
+        client.hear("progress", "m").unwrap();
+    };
+    building(&mut client);
+    does(&mut client, "stop");
+    lab.assert_clean();
+    assert!(!lab.template("m").exists(), "the build went on");
+    building(&mut client);
+    ends_well(&lab, &mut host);
+    assert!(!lab.template("m").exists(), "the build went on");
+}
+
+#[test]
+fn one_that_stands_by_and_dies_is_replaced_but_not_for_ever() {
+    let (lab, mut host, mut client) = prepared(STANDBY);
+    for _ in 0..2 {
+        let before = lab.qemu_of("m").unwrap();
+        kill_process(before, Signal::KILL).unwrap();
+        hears_ready(&mut client, "instant");
+        hears_ready(&mut client, "standby");
+        assert_ne!(lab.qemu_of("m").unwrap(), before);
+        assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
+    }
+    kill_process(lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
+    hears_ready(&mut client, "instant");
+    host.heard("not made again before the next start").unwrap();
+    restores(&lab, &mut client);
+    does(&mut client, "stop");
+    until_ready(&mut client, "standby");
+    restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn one_that_stands_by_and_hangs_is_left_aside() {
+    let (lab, mut host, mut client) = prepared(STANDBY);
+    kill_process(lab.qemu_of("m").unwrap(), Signal::STOP).unwrap();
+    restores_by(&lab, &mut client, &host, "instant");
+    assert_eq!(client.machine("m").unwrap()["disabled"], false);
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_stop_and_a_cold_start_let_go_of_what_stands_by() {
+    let (lab, mut host, mut client) = prepared(STANDBY);
+    does(&mut client, "stop");
+    lab.assert_clean();
+    is_ready(&mut client, "instant");
+    restores_by(&lab, &mut client, &host, "instant");
+    does(&mut client, "stop");
+    until_ready(&mut client, "standby");
+    does(&mut client, "norestore_start");
+    let first = lab.folder("m").first_count(SOON).unwrap();
+    assert!(first < lab.restored_count().unwrap(), "not a cold boot: {first}");
+    does(&mut client, "stop");
+    until_ready(&mut client, "standby");
+    restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_is_followed_by_one_that_stands_by() {
+    let (lab, mut host, mut client) = prepared(STANDBY);
+    restores(&lab, &mut client);
+    does(&mut client, "acpi_stop");
+    until_ready(&mut client, "standby");
+    restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn what_stood_by_for_a_host_that_was_killed_is_cleared_away() {
+    let (lab, mut host, client) = prepared(STANDBY);
+    drop(client);
+    let left = lab.qemu_of("m").unwrap();
+    host.kill().unwrap();
+    assert_eq!(lab.qemu_of("m").unwrap(), left);
+    let (mut host, mut client) = served(&lab);
+    assert_ne!(lab.qemu_of("m").unwrap(), left);
+    restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn standing_by_stays_within_its_memory() {
+    let (lab, mut host, mut client) = prepared("standby: on, standby_memory: 1 MiB");
+    let told = ready(&mut client);
+    assert_eq!(told["how"], "instant");
+    assert!(told["why"].as_str().unwrap().contains("standby_memory"), "{told}");
+    lab.assert_clean();
+    restores_by(&lab, &mut client, &host, "instant");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn without_a_template_one_stands_by_only_if_that_is_asked_for() {
+    for (ahead, how) in [("instant: off", "plain"), ("instant: off, standby: on", "standby")] {
+        let (lab, mut host, mut client) = prepared(ahead);
+        is_ready(&mut client, how);
+        assert!(!lab.template("m").exists());
+        restores(&lab, &mut client);
+        ends_well(&lab, &mut host);
+    }
+    let (lab, mut host, mut client) = prepared("machines: {m: {instant: off}}");
+    is_ready(&mut client, "plain");
+    assert!(ready(&mut client)["why"].as_str().unwrap().contains("off"));
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn why_a_machine_has_no_template_is_told_before() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let args = ["-numa", "node,memdev=r", "-object", "memory-backend-ram,id=r,size=32M"];
+    lab.change_start_args("m", |all| all.extend(args.map(str::to_owned))).unwrap();
+    lab.ahead(STANDBY).unwrap();
+    let check = lab.run(&["check"]).unwrap();
+    assert!(check.stdout.contains("is restored plainly") && check.stdout.contains("-numa"), "{check:?}");
+    let (mut host, mut client) = served(&lab);
+    let told = ready(&mut client);
+    assert_eq!(told["how"], "plain");
+    assert!(told["why"].as_str().unwrap().contains("-numa"), "{told}");
+    let list = lab.run(&["list"]).unwrap();
+    assert!(list.stdout.contains("-numa"), "{list:?}");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn wrong_keys_are_told_with_their_place() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    for (ahead, words) in [
+        ("instant: on", "instant"),
+        ("standby: maybe", "standby"),
+        ("standby_memory: 5", "'5' is not a size"),
+        ("template_dir: here", "not an absolute path"),
+        ("machines: {other: {standby: off}}", "there is no machine 'other'"),
+        ("machines: {m: {standbye: off}}", "standbye"),
+    ] {
+        lab.ahead(ahead).unwrap();
+        let check = lab.run(&["check"]).unwrap();
+        assert_eq!(check.code, Some(2), "{check:?}");
+        assert!(
+            check.stdout.contains("machinery-host.yaml") && check.stdout.contains(words),
+            "{words}: {check:?}"
+        );
+    }
+}
+
+#[test]
+fn two_hosts_do_not_share_their_templates() {
+    let (lab, other) = (Lab::new(&[MICRO]).unwrap(), Lab::new(&[MICRO]).unwrap());
+    let shared = format!("{INSTANT}, template_dir: {}", lab.cwd().root().join("shared").display());
+    for lab in [&lab, &other] {
+        lab.ahead(&shared).unwrap();
+    }
+    let (mut host, _client) = served(&lab);
+    let refused = other.host().unwrap_err().to_string();
+    assert!(refused.contains("another host keeps its templates"), "{refused}");
     ends_well(&lab, &mut host);
 }

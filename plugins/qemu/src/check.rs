@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
 use crate::snapshot::Snapshot;
+use crate::template::hindrance;
 
 /// Less room for disposable disks than this is worth a word: a Windows guest soon writes that much.
 const LITTLE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
@@ -48,12 +49,28 @@ fn look_at(machine: &MachineFiles, config: &Config, report: &mut Report) {
     if let Some(info) = report.keep(disk_info(&config.binaries.qemu_img, &machine.disk)) {
         disk_options(name, &info, report);
     }
+    how_restored(machine, config, report);
     if machine.start_args.wants_kvm() && access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_err() {
         let why = Error::environment("its start_args ask for KVM, and this user may not use /dev/kvm");
         report.problem(
             &why.machine(name)
                 .advice("Add the user to the group `kvm`, and enable virtualisation in the firmware"),
         );
+    }
+}
+
+fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
+    let name = &machine.info.name;
+    if !machine.ahead.instant {
+        report
+            .good(format!("machine '{name}': is restored plainly, because instant restores are off for it"));
+        return;
+    }
+    match hindrance(&machine.start_args, config.version) {
+        None => report.good(format!("machine '{name}': can be restored instantly")),
+        Some(why) => report.warning(format!(
+            "machine '{name}': is restored plainly, which takes seconds: {why}. Change that, or set instant: off for it"
+        )),
     }
 }
 
@@ -91,6 +108,7 @@ fn disk_options(name: &str, info: &Value, report: &mut Report) {
 fn spaces(config: &Config, report: &mut Report) {
     let mut folders: Vec<&Path> =
         config.machines.iter().filter_map(|machine| machine.disposable.parent()).collect();
+    folders.extend(config.template_dir.ancestors().find(|folder| folder.is_dir()));
     folders.sort();
     folders.dedup();
     for folder in folders {
@@ -98,7 +116,7 @@ fn spaces(config: &Config, report: &mut Report) {
         let free = space.f_bavail.saturating_mul(space.f_frsize);
         if free < LITTLE_SPACE {
             report.warning(format!(
-                "only {} MiB are free for disposable disks in {}. Free some, or set disposable_copy_dir",
+                "only {} MiB are free for disposable disks or templates in {}. Free some, or set disposable_copy_dir and template_dir",
                 free / (1024 * 1024),
                 folder.display()
             ));

@@ -16,6 +16,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Ready, Result, State};
 use qapi::qmp;
@@ -33,6 +34,11 @@ use crate::steps::Steps;
 use crate::template::{Identity, Templates};
 use crate::version::Program;
 use crate::views;
+
+/// How long a faster way may take before it is taken for broken: many times what it takes, and little of
+/// the time there is.
+const STANDBY: Duration = Duration::from_secs(5);
+const INSTANT: Duration = Duration::from_secs(30);
 
 /// What all machines share.
 pub struct Shared {
@@ -175,13 +181,14 @@ impl Machine {
     fn restored(&self, standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         let identity = Identity::of(&self.files, &self.shared.program)?;
         if let Some(standby) = standby {
-            match self.released(standby, &identity, deadline) {
+            match self.released(standby, &identity, deadline.within(STANDBY)) {
                 Ok(run) => return Ok(run),
                 Err(why) => self.no_faster("what stood by is not used", why, deadline)?,
             }
         }
         if let Some(template) = self.template(&identity) {
-            match self.run(Some(template.memory), Load::Devices(template.devices), deadline) {
+            let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
+            match self.run(memory, devices, deadline.within(INSTANT)) {
                 Ok(run) => return Ok(run),
                 Err(why) => {
                     let reason = format!("it could not be loaded: {}", why.error.reason());
