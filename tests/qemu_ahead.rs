@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
@@ -382,11 +382,12 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
     lab.ahead(&format!("{STANDBY}, template_dir: {}", disk.path().display())).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
     // It begins by itself, when there is room.
-    host.heard("not prepared").unwrap();
+    until_ready(&mut client, "plain");
     let told = ready(&mut client);
     assert_eq!(told["how"], "plain");
-    assert!(told["why"].as_str().unwrap().contains("template"), "{told}");
+    assert!(told["why"].as_str().unwrap().contains("is full"), "{told}");
     restores(&lab, &mut client);
     does(&mut client, "stop");
     assert!(!disk.path().join("m").exists() && !disk.path().join(".new-m").exists());
@@ -451,8 +452,12 @@ fn one_that_stands_by_and_dies_is_replaced_but_not_for_ever() {
     }
     kill_process(lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
     hears_ready(&mut client, "instant");
-    host.heard("not made again before the next start").unwrap();
-    restores(&lab, &mut client);
+    let begun = Instant::now();
+    while !host.log().contains("not made again before the next start") {
+        assert!(begun.elapsed() < SOON, "{}", host.log());
+        is_ready(&mut client, "instant");
+    }
+    restores_by(&lab, &mut client, &host, "instant");
     does(&mut client, "stop");
     until_ready(&mut client, "standby");
     restores_by(&lab, &mut client, &host, "standby");

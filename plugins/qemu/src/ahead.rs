@@ -202,11 +202,18 @@ impl Machine {
             }
             Err(NotBuilt::NoRoom(why)) => (Err(why), Ok(())),
             Err(NotBuilt::Failed(failed)) => {
-                let error = failed.error.clone().action("building its template");
+                let mut error = failed.error.clone();
+                if let Some(full) = templates.is_full() {
+                    error = error.detail(&full);
+                }
+                let error = error.action("building its template");
                 if !self.is_given_up() {
                     self.note_unbuildable(identity, &error);
                 }
-                (Err(error.reason().to_owned()), Err(NotStarted { error, left: failed.left }))
+                (
+                    Err(format!("its template could not be built: {}", error.reason())),
+                    Err(NotStarted { error, left: failed.left }),
+                )
             }
         }
     }
@@ -215,7 +222,7 @@ impl Machine {
         let unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
         let known =
             unbuildable.as_ref().filter(|known| known.identity == *identity && known.tries >= TRIES)?;
-        Some(format!("its template could not be built, {} times: {}", known.tries, known.why))
+        Some(format!("its template could not be built ({} times): {}", known.tries, known.why))
     }
 
     fn note_unbuildable(&self, identity: &Identity, error: &Error) {

@@ -75,15 +75,45 @@ fn broken_snapshots(path: &Path) -> Vec<(&'static str, Vec<u8>)> {
 
 #[test]
 fn qemu_keeps_every_promise() {
+    keeps_every_promise(&lab());
+}
+
+#[test]
+fn qemu_keeps_every_promise_with_templates() {
     let lab = lab();
+    lab.ahead("instant: auto, standby: off").unwrap();
+    prepare_all(&lab);
+    keeps_every_promise(&lab);
+}
+
+#[test]
+fn qemu_keeps_every_promise_with_machines_that_stand_by() {
+    let lab = lab();
+    lab.ahead("instant: auto, standby: on").unwrap();
+    prepare_all(&lab);
+    keeps_every_promise(&lab);
+}
+
+/// So that what follows finds templates.
+fn prepare_all(lab: &Lab) {
+    let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
+    let qemu = plugin.load(&setup(lab), Arc::new(Deaf)).unwrap();
+    for (name, ..) in MACHINES {
+        qemu.prepare(name, Deadline::after(SOON)).unwrap();
+    }
+    qemu.shutdown(Deadline::after(SOON)).unwrap();
+    lab.assert_clean();
+}
+
+fn keeps_every_promise(lab: &Arc<Lab>) {
     let snapshot = lab.folder("gzip").snapshot.clone();
     let whole = fs::read(&snapshot).unwrap();
     let (half, path) = (whole.len() / 2, snapshot.clone());
     let truncate = move || Ok(fs::File::options().write(true).open(&path)?.set_len(half as u64)?);
     let mend = move || Ok(fs::write(&snapshot, &whole)?);
-    let subject = subject(&lab).breakage("gzip", truncate, mend);
+    let subject = subject(lab).breakage("gzip", truncate, mend);
     let plugin = artifacts::plugin("qemu").unwrap();
-    let report = conformance::run(&plugin, &setup(&lab), &subject);
+    let report = conformance::run(&plugin, &setup(lab), &subject);
     println!("{report}");
     assert!(report.all_kept(), "{report}");
 }

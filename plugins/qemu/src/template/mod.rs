@@ -48,6 +48,9 @@ const UNFINISHED: &str = ".new-";
 /// What stays free on the disk when a template is built: runs need space too.
 const RESERVE: u64 = 512 << 20;
 
+/// What is as good as no space at all.
+const FULL: u64 = 1 << 20;
+
 /// All templates of a host.
 pub struct Templates {
     dir: PathBuf,
@@ -164,7 +167,7 @@ impl Templates {
                 in_words(space)
             ));
         }
-        let free = statvfs(&self.dir).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+        let free = self.free();
         (needed + RESERVE > free).then(|| {
             format!(
                 "its template would take up to {}, and only {} are free in {}. Free some, or set template_dir",
@@ -173,6 +176,16 @@ impl Templates {
                 self.dir.display()
             )
         })
+    }
+
+    fn free(&self) -> u64 {
+        statvfs(&self.dir).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+    }
+
+    /// That their disk is full, for people, if it is: a QEMU that writes its RAM there then only says that
+    /// it was killed.
+    pub fn is_full(&self) -> Option<String> {
+        (self.free() < FULL).then(|| format!("the disk of {} is full", self.dir.display()))
     }
 
     /// What all of them take on disk, in bytes.
