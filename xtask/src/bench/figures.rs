@@ -65,7 +65,8 @@ impl Figures {
             self.all.push(Figure { place, kind, samples: Vec::new() });
             self.all.len() - 1
         });
-        self.all[index].samples.push(sample);
+        // Of a thousandth of anything here, the rest is noise.
+        self.all[index].samples.push((sample * 1000.0).round() / 1000.0);
     }
 
     /// Those of one kind at one place, if there are any.

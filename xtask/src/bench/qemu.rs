@@ -43,6 +43,9 @@ fn one_size(plan: &Plan, ram: u32, python: Option<&str>, figures: &mut Figures) 
     if figures.about.is_empty() {
         figures.about.push(("hypervisor", lab.qemu().version()?));
     }
+    if python.is_some() {
+        cuckoo3::complete(&lab)?;
+    }
     let floor = Floor::new(lab.qemu(), lab.folder("m"))?;
     let served = Served { cwd: lab.cwd(), machinery: "qemu", memory_mib: ram };
     let place = Place::Qemu(ram);

@@ -34,9 +34,9 @@ pub fn take<C: Copy>(
     Ok(())
 }
 
-/// How many of the rounds are for that turn.
+/// How many of the rounds are for that turn; the first has some of everything.
 fn share(rounds: usize, turn: usize) -> usize {
-    rounds * (turn + 1) / TURNS - rounds * turn / TURNS
+    (rounds * (turn + 1)).div_ceil(TURNS) - (rounds * turn).div_ceil(TURNS)
 }
 
 /// Does something that may fail, and says how long it took, in milliseconds.
@@ -69,5 +69,6 @@ mod tests {
         assert_eq!(sums, [7, 5]);
         let first: String = played.iter().step_by(2).map(|(who, _)| who).collect();
         assert_eq!(first, "ababa");
+        assert_eq!([share(1, 0), share(1, 4)], [1, 0]);
     }
 }
