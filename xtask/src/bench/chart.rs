@@ -47,7 +47,6 @@ fn kinds() -> [(Kind, &'static str); 12] {
 
 /// The name of a bar, its milliseconds and its colour.
 type Bar = (&'static str, f64, &'static str);
-
 /// The picture, as SVG.
 pub fn svg(figures: &Figures) -> String {
     let groups: Vec<(Place, Vec<Bar>)> =
