@@ -52,27 +52,37 @@ pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
     let machines: Vec<(&str, Guest, SnapshotFormat)> =
         names.iter().map(|name| (name.as_str(), guest(ram), SnapshotFormat::Plain)).collect();
     let lab = Lab::new(&machines)?;
-    let place = Place::AtOnce(count, ram);
+    let memory_mib = u32::try_from(count).unwrap_or(u32::MAX).saturating_mul(ram);
+    let crowd = Crowd { lab: &lab, memory_mib, place: Place::AtOnce(count, ram) };
     let rounds = plan.rounds.div_ceil(ROUNDS_EACH);
-    turns::take(plan.modes.clone(), |_| rounds, |mode, share| one_mode(&lab, mode, share, place, figures))
+    turns::take(plan.modes.clone(), |_| rounds, |mode, share| crowd.measure(mode, share, figures))
 }
 
-/// The first round does not count.
-fn one_mode(lab: &Lab, mode: Mode, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
-    let Place::AtOnce(count, ram) = place else { return Ok(()) };
-    let memory_mib = u32::try_from(count).unwrap_or(u32::MAX).saturating_mul(ram);
-    let mut session = Session::start(Served { cwd: lab.cwd(), machinery: "qemu", memory_mib }, mode)?;
-    for round in 0..=rounds {
-        lab.names().try_for_each(|name| session.prepare(name))?;
-        let took = all(&mut session, "restore_start", lab)?;
-        if round > 0 {
-            thread::sleep(IDLE_AFTER);
-            figures.add(place, restores(mode), took);
-            figures.add(place, memory(mode), memory_of_each(lab)?);
+/// Many machines.
+struct Crowd<'a> {
+    lab: &'a Lab,
+    memory_mib: u32,
+    place: Place,
+}
+
+impl Crowd<'_> {
+    /// The first round does not count.
+    fn measure(&self, mode: Mode, rounds: usize, figures: &mut Figures) -> Result<()> {
+        let (lab, place) = (self.lab, self.place);
+        let served = Served { cwd: lab.cwd(), machinery: "qemu", memory_mib: self.memory_mib };
+        let mut session = Session::start(served, mode)?;
+        for round in 0..=rounds {
+            lab.names().try_for_each(|name| session.prepare(name))?;
+            let took = all(&mut session, "restore_start", lab)?;
+            if round > 0 {
+                thread::sleep(IDLE_AFTER);
+                figures.add(place, restores(mode), took);
+                figures.add(place, memory(mode), memory_of_each(lab)?);
+            }
+            all(&mut session, "stop", lab)?;
         }
-        all(&mut session, "stop", lab)?;
+        session.end()
     }
-    session.end()
 }
 
 /// Sends an action for every machine, in one piece, and waits until all have been answered.

@@ -30,7 +30,7 @@ mod qemu;
 mod report;
 mod turns;
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -111,7 +111,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     // A place that cannot be written to is told before all is measured for nothing.
     for path in [&options.json, &options.svg].into_iter().flatten() {
-        write(path, "")?;
+        File::options().append(true).create(true).open(path).context(cannot_write(path))?;
     }
     let plan = Plan::of(options);
     let mut figures = Figures::default();
@@ -190,10 +190,30 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).context(|| format!("cannot write {}", path.display()))
+    fs::write(path, text).context(cannot_write(path))
+}
+
+fn cannot_write(path: &Path) -> impl FnOnce() -> String {
+    move || format!("cannot write {}", path.display())
 }
 
 /// Says what is going on; the results are all that goes to standard output.
 fn note(text: &str) {
     eprintln!("  {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chart_has_what_was_measured_and_may_be_empty() {
+        let mut figures = Figures::default();
+        assert!(!chart::svg(&figures).contains("NaN"));
+        figures.add(figures::Place::Qemu(256), floor::STANDBY, 0.4);
+        figures.add(figures::Place::Example(1000), load::ACTIONS, 20_000.0);
+        let chart = chart::svg(&figures);
+        assert!(chart.contains(">0.4 ms<") && chart.contains(floor::STANDBY.name), "{chart}");
+        assert!(!chart.contains("20000") && !chart.contains("NaN"), "{chart}");
+    }
 }

@@ -40,7 +40,7 @@ pub fn table(figures: &Figures) -> String {
         );
         figures.at(place).for_each(|figure| line(&mut text, &row(figure)));
     }
-    line(&mut text, "\nratios of medians");
+    line(&mut text, "\nwhat they say together, of medians");
     for ratio in ratios(figures) {
         line(&mut text, &format!("  {:10.2} {:8}{}", ratio.value, ratio.unit, ratio.what));
     }
@@ -148,7 +148,7 @@ fn growth(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
 /// Over all sizes, because few of one are not a hundred.
 fn standby_p99(figures: &Figures, ratios: &mut Vec<Ratio>) {
     let kind = Mode::Standby.restore();
-    let samples = figures.pooled(kind, |_| true);
+    let samples = figures.pooled(kind);
     if !samples.is_empty() {
         let what = format!("{}: p99 of all {} samples, of all sizes", kind.name, samples.len());
         ratios.push(Ratio { what, value: Spread::of(&samples).p99, unit: "ms" });
@@ -171,4 +171,38 @@ fn number(value: f64) -> String {
 fn line(text: &mut String, line: &str) {
     // Writing to a string cannot fail.
     let _ = writeln!(text, "{}", line.trim_end());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_put_in_relation() {
+        let mut figures = Figures::default();
+        for (ram, host, by_hand) in [(256, 100.0, 80.0), (1280, 130.0, 90.0)] {
+            figures.add(Place::Qemu(ram), Mode::Instant.restore(), host);
+            figures.add(Place::Qemu(ram), floor::INSTANT, by_hand);
+        }
+        let said: Vec<String> =
+            ratios(&figures).iter().map(|it| format!("{:.2} {} {}", it.value, it.unit, it.what)).collect();
+        let expected = [
+            "1.25 × qemu, 256 MiB: instant restore_start / floor: instant restore",
+            "1.44 × qemu, 1280 MiB: instant restore_start / floor: instant restore",
+            "30.00 ms/GiB instant restore_start: growth from 256 to 1280 MiB of RAM",
+            "10.00 ms/GiB floor: instant restore: growth from 256 to 1280 MiB of RAM",
+        ];
+        assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn p99_is_shown_where_there_are_enough_samples() {
+        let row_of = |count: u8| {
+            let mut figures = Figures::default();
+            (1..=count).for_each(|ms| figures.add(Place::Qemu(256), floor::STOP, f64::from(ms)));
+            figures.of(Place::Qemu(256), floor::STOP).map(row).unwrap_or_default()
+        };
+        assert!(!row_of(99).contains("99.0 ms   QEMU"), "{}", row_of(99));
+        assert!(row_of(100).contains("99.0 ms   QEMU"), "{}", row_of(100));
+    }
 }
