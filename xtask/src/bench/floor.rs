@@ -18,27 +18,28 @@ use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
 use super::figures::{Figures, Kind, Place, Unit};
+use super::hosted::Mode;
 use super::turns::timed;
 use crate::run::{Context, Result};
 
-/// What a plain restore takes.
-pub const PLAIN: Kind = Kind {
-    name: "floor: plain restore",
-    what: "QEMU by hand: qemu-img makes the overlay, QEMU reads the whole snapshot through `cat`, cont",
-    unit: Unit::Ms,
-};
-/// What an instant restore takes.
-pub const INSTANT: Kind = Kind {
-    name: "floor: instant restore",
-    what: "QEMU by hand: an empty overlay is copied, QEMU maps the RAM file and loads the devices, cont until RESUME",
-    unit: Unit::Ms,
-};
-/// What it takes to let a machine go on that is loaded and paused.
-pub const STANDBY: Kind = Kind {
-    name: "floor: standby",
-    what: "QEMU by hand: cont of a machine that is loaded and paused, until RESUME",
-    unit: Unit::Ms,
-};
+/// What a restore takes that does what the host does in that mode.
+pub fn restore(mode: Mode) -> Kind {
+    let (name, what) = match mode {
+        Mode::Plain => (
+            "floor: plain restore",
+            "QEMU by hand: qemu-img makes the overlay, QEMU reads the whole snapshot through `cat`, cont",
+        ),
+        Mode::Instant => (
+            "floor: instant restore",
+            "QEMU by hand: an empty overlay is copied, QEMU maps the RAM file and loads the devices, cont until RESUME",
+        ),
+        Mode::Standby => {
+            ("floor: standby", "QEMU by hand: cont of a machine that is loaded and paused, until RESUME")
+        }
+    };
+    Kind { name, what, unit: Unit::Ms }
+}
+
 /// What a stop takes.
 pub const STOP: Kind =
     Kind { name: "floor: stop", what: "QEMU by hand: quit, until the process has ended", unit: Unit::Ms };
@@ -57,9 +58,6 @@ pub struct Floor<'a> {
     overlay: PathBuf,
 }
 
-/// A way to restore it: the running machine, and how many milliseconds that took.
-type Restore<'a> = fn(&Floor<'a>) -> Result<(Vm, f64)>;
-
 impl<'a> Floor<'a> {
     /// That of `machine`, whose template is made now.
     pub fn new(qemu: &'a Qemu, machine: &'a MachineFolder) -> Result<Self> {
@@ -73,26 +71,24 @@ impl<'a> Floor<'a> {
         Ok(floor)
     }
 
-    /// Measures everything so many times; the first time does not count.
-    pub fn measure(&self, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
+    /// Measures restores and stops so many times; the first round does not count.
+    pub fn measure(&self, mode: Mode, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
         for round in 0..=rounds {
-            let restores: [(Kind, Restore<'a>); 3] =
-                [(PLAIN, Floor::plain), (INSTANT, Floor::instant), (STANDBY, Floor::standby)];
-            let mut samples = Vec::new();
-            for (kind, restore) in restores {
-                let (vm, restored) = restore(self)?;
-                let ((), stopped) = timed(|| Ok(vm.quit()?))?;
-                samples.extend([(kind, restored), (STOP, stopped)]);
-            }
-            // In the order of the table.
-            samples.sort_by_key(|(kind, _)| kind.name == STOP.name);
+            let (vm, restored) = match mode {
+                Mode::Plain => self.plain()?,
+                Mode::Instant => self.instant()?,
+                Mode::Standby => self.standby()?,
+            };
+            let ((), stopped) = timed(|| Ok(vm.quit()?))?;
             if round > 0 {
-                samples.into_iter().for_each(|(kind, sample)| figures.add(place, kind, sample));
+                figures.add(place, restore(mode), restored);
+                figures.add(place, STOP, stopped);
             }
         }
         Ok(())
     }
 
+    /// The running machine, and how many milliseconds that took.
     fn plain(&self) -> Result<(Vm, f64)> {
         // There is one: that of the template's making, at first.
         fs::remove_file(&self.overlay).context(|| format!("cannot remove {}", self.overlay.display()))?;

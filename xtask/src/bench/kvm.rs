@@ -3,26 +3,24 @@
 use machinery_testkit::lab::KvmLab;
 use machinery_testkit::libvirt::SNAPSHOT;
 
-use super::figures::{Figures, Kind, Place, Unit, size};
+use super::figures::{Figures, Kind, Place, size};
 use super::hosted::{self, Mode, Served};
 use super::turns::timed;
-use super::{Plan, guest, note, turns};
+use super::{Plan, floor, guest, note, turns};
 use crate::run::Result;
 
-/// What a restore takes.
-pub const REVERT: Kind = Kind {
-    name: "floor: plain restore",
-    what: "virsh snapshot-revert --running, until it ends",
-    unit: Unit::Ms,
-};
-/// What it takes to let a domain go on that is reverted and paused.
-pub const RESUME: Kind = Kind {
-    name: "floor: standby",
-    what: "virsh resume of a domain that is reverted and paused",
-    unit: Unit::Ms,
-};
-/// What a stop takes.
-pub const DESTROY: Kind = Kind { name: "floor: stop", what: "virsh destroy, until it ends", unit: Unit::Ms };
+/// What a stop takes by hand.
+const DESTROY: Kind = Kind { what: "virsh destroy, until it ends", ..floor::STOP };
+
+/// What a restore takes by hand.
+fn revert() -> Kind {
+    Kind { what: "virsh snapshot-revert --running, until it ends", ..floor::restore(Mode::Plain) }
+}
+
+/// What it takes by hand to let a domain go on that is reverted and paused.
+fn resume() -> Kind {
+    Kind { what: "virsh resume of a domain that is reverted and paused", ..floor::restore(Mode::Standby) }
+}
 
 /// Who takes turns.
 #[derive(Clone, Copy)]
@@ -65,15 +63,15 @@ fn by_virsh(lab: &KvmLab, rounds: usize, place: Place, figures: &mut Figures) ->
     let virsh =
         |command: &[&str]| timed(|| Ok(lab.libvirtd().virsh(command).map(drop)?)).map(|(_, took)| took);
     for round in 0..=rounds {
-        let revert = virsh(&["snapshot-revert", label, SNAPSHOT, "--running"])?;
-        let destroy = virsh(&["destroy", label])?;
+        let reverted = virsh(&["snapshot-revert", label, SNAPSHOT, "--running"])?;
+        let destroyed = virsh(&["destroy", label])?;
         virsh(&["snapshot-revert", label, SNAPSHOT, "--paused"])?;
-        let resume = virsh(&["resume", label])?;
+        let resumed = virsh(&["resume", label])?;
         virsh(&["destroy", label])?;
         if round > 0 {
-            figures.add(place, REVERT, revert);
-            figures.add(place, RESUME, resume);
-            figures.add(place, DESTROY, destroy);
+            figures.add(place, revert(), reverted);
+            figures.add(place, resume(), resumed);
+            figures.add(place, DESTROY, destroyed);
         }
     }
     Ok(())

@@ -13,7 +13,7 @@ use crate::run::Result;
 /// Who takes turns.
 #[derive(Clone, Copy)]
 enum Contestant {
-    Floor,
+    ByHand(Mode),
     Host(Mode),
     Cuckoo3,
 }
@@ -50,11 +50,11 @@ fn one_size(plan: &Plan, ram: u32, python: Option<&str>, figures: &mut Figures) 
     let served = Served { cwd: lab.cwd(), machinery: "qemu", memory_mib: ram };
     let place = Place::Qemu(ram);
     let rounds = |contestant| match contestant {
-        Contestant::Host(Mode::Standby) => plan.standby_rounds,
+        Contestant::ByHand(Mode::Standby) | Contestant::Host(Mode::Standby) => plan.standby_rounds,
         _ => plan.rounds,
     };
     turns::take(contestants(plan, python.is_some()), rounds, |contestant, share| match (contestant, python) {
-        (Contestant::Floor, _) => floor.measure(share, place, figures),
+        (Contestant::ByHand(mode), _) => floor.measure(mode, share, place, figures),
         (Contestant::Host(mode), _) => hosted::measure(served, mode, share, place, figures),
         (Contestant::Cuckoo3, Some(python)) => Cuckoo3::start(python, &lab)?.measure(share, place, figures),
         (Contestant::Cuckoo3, None) => Ok(()),
@@ -62,8 +62,8 @@ fn one_size(plan: &Plan, ram: u32, python: Option<&str>, figures: &mut Figures) 
 }
 
 fn contestants(plan: &Plan, with_cuckoo3: bool) -> Vec<Contestant> {
-    let mut contestants = vec![Contestant::Floor];
-    contestants.extend(plan.modes.iter().copied().map(Contestant::Host));
+    let of_mode = |mode: &Mode| [Contestant::ByHand(*mode), Contestant::Host(*mode)];
+    let mut contestants: Vec<Contestant> = plan.modes.iter().flat_map(of_mode).collect();
     contestants.extend(with_cuckoo3.then_some(Contestant::Cuckoo3));
     contestants
 }

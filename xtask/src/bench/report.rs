@@ -97,19 +97,19 @@ fn ratios(figures: &Figures) -> Vec<Ratio> {
         at_place(figures, place, &mut ratios);
     }
     growth(figures, Mode::Instant.restore(), &mut ratios);
-    growth(figures, floor::INSTANT, &mut ratios);
-    standby_p99(figures, &mut ratios);
+    growth(figures, floor::restore(Mode::Instant), &mut ratios);
+    pooled_p99(figures, Mode::Standby.restore(), &mut ratios);
+    pooled_p99(figures, floor::restore(Mode::Standby), &mut ratios);
     ratios
 }
 
 /// What is compared at each place: each of the first takes how many times as long as the second. Kinds by
 /// hand have the same names for every machinery.
 fn pairs() -> Vec<(Kind, Kind)> {
-    let modes =
-        [(Mode::Plain, floor::PLAIN), (Mode::Instant, floor::INSTANT), (Mode::Standby, floor::STANDBY)];
+    let modes = [Mode::Plain, Mode::Instant, Mode::Standby];
     let mut pairs: Vec<(Kind, Kind)> = Vec::new();
-    pairs.extend(modes.map(|(mode, by_hand)| (mode.restore(), by_hand)));
-    pairs.extend(modes.map(|(mode, _)| (mode.stop(), floor::STOP)));
+    pairs.extend(modes.map(|mode| (mode.restore(), floor::restore(mode))));
+    pairs.extend(modes.map(|mode| (mode.stop(), floor::STOP)));
     for mode in [Mode::Instant, Mode::Standby] {
         pairs.push((Mode::Plain.restore(), mode.restore()));
         pairs.push((cuckoo3::RESTORE, mode.restore()));
@@ -146,8 +146,7 @@ fn growth(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
 }
 
 /// Over all sizes, because few of one are not a hundred.
-fn standby_p99(figures: &Figures, ratios: &mut Vec<Ratio>) {
-    let kind = Mode::Standby.restore();
+fn pooled_p99(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
     let samples = figures.pooled(kind);
     if !samples.is_empty() {
         let what = format!("{}: p99 of all {} samples, of all sizes", kind.name, samples.len());
@@ -182,7 +181,7 @@ mod tests {
         let mut figures = Figures::default();
         for (ram, host, by_hand) in [(256, 100.0, 80.0), (1280, 130.0, 90.0)] {
             figures.add(Place::Qemu(ram), Mode::Instant.restore(), host);
-            figures.add(Place::Qemu(ram), floor::INSTANT, by_hand);
+            figures.add(Place::Qemu(ram), floor::restore(Mode::Instant), by_hand);
         }
         let said: Vec<String> =
             ratios(&figures).iter().map(|it| format!("{:.2} {} {}", it.value, it.unit, it.what)).collect();
