@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::note;
 use crate::run::Result;
 
 /// More of them would measure little but starting hosts.
@@ -19,6 +20,7 @@ pub fn take<C: Copy>(
     mut play: impl FnMut(C, usize) -> Result<()>,
 ) -> Result<()> {
     for turn in 0..TURNS {
+        note(&format!("turn {} of {TURNS}", turn + 1));
         for contestant in &contestants {
             let share = share(rounds(*contestant), turn);
             if share > 0 {
