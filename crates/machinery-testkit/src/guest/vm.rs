@@ -5,6 +5,9 @@
 //! standard input: so there is no path to choose, and its end is QEMU's end. Snapshots go through
 //! pipes, which every QEMU version takes as `fd:`.
 //!
+//! RAM that is a file shared with QEMU need not be in a snapshot: then only the devices are
+//! [saved](Vm::save_devices), and [loaded](Vm::load_devices) into a QEMU that maps the file.
+//!
 //! The process dies with its [`Vm`], and with the thread that started it.
 
 use std::fs::File;
@@ -44,6 +47,15 @@ pub struct Vm {
     errors: File,
 }
 
+/// What a snapshot has of a machine's RAM.
+#[derive(Clone, Copy)]
+enum Ram {
+    /// All.
+    Included,
+    /// Only what is in no file that is shared with QEMU.
+    Shared,
+}
+
 impl Vm {
     /// Starts QEMU with a machine's start arguments and `disk` in the place of the disposable disk.
     pub fn boot(qemu: &Qemu, start_args: &[String], disk: &Path) -> Result<Self> {
@@ -52,10 +64,16 @@ impl Vm {
 
     /// Starts QEMU and lets the machine go on from the snapshot at `snapshot`.
     pub fn restore(qemu: &Qemu, start_args: &[String], disk: &Path, snapshot: &Path) -> Result<Self> {
-        let mut vm = Self::start(qemu, start_args, disk, &["-incoming", "defer", "-S"])?;
+        let mut vm = Self::expecting(qemu, start_args, disk, &[])?;
         vm.load(snapshot)?;
         vm.go_on()?;
         Ok(vm)
+    }
+
+    /// Starts QEMU, with `more` arguments, for a machine that is [loaded](Self::load) later and is paused
+    /// then.
+    pub fn expecting(qemu: &Qemu, start_args: &[String], disk: &Path, more: &[&str]) -> Result<Self> {
+        Self::start(qemu, start_args, disk, &[&["-incoming", "defer", "-S"], more].concat())
     }
 
     /// Restores the way it is done by hand: the plain snapshot at `snapshot` comes in through `cat`.
@@ -66,11 +84,9 @@ impl Vm {
         disk: &Path,
         snapshot: &Path,
     ) -> Result<Self> {
-        let mut vm = Self::start(qemu, start_args, disk, &["-incoming", "defer", "-S"])?;
-        vm.prepare_migration()?;
-        let uri = Some(format!("exec:cat '{}'", snapshot.display()));
-        vm.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
-        vm.migrated()?;
+        let mut vm = Self::expecting(qemu, start_args, disk, &[])?;
+        vm.prepare_migration(Ram::Included)?;
+        vm.read_from(&format!("exec:cat '{}'", snapshot.display()))?;
         vm.go_on()?;
         Ok(vm)
     }
@@ -83,6 +99,12 @@ impl Vm {
     /// Lets a paused machine run.
     pub fn go_on(&mut self) -> Result<()> {
         self.run(&qmp::cont {}).map(drop)
+    }
+
+    /// Lets a paused machine run, and waits until QEMU tells that it does.
+    pub fn resume(&mut self) -> Result<()> {
+        self.go_on()?;
+        self.told(|event| matches!(event, qmp::Event::RESUME { .. }).then_some(()))
     }
 
     /// Presses the power button.
@@ -132,29 +154,55 @@ impl Vm {
 
     /// Writes the paused machine's state to the file at `path`, as a plain snapshot.
     pub fn save(&mut self, path: &Path) -> Result<()> {
+        self.write(path, Ram::Included)
+    }
+
+    /// Writes the paused machine's state to the file at `path`, without the RAM that is a shared file.
+    pub fn save_devices(&mut self, path: &Path) -> Result<()> {
+        self.write(path, Ram::Shared)
+    }
+
+    fn write(&mut self, path: &Path, ram: Ram) -> Result<()> {
         let what = || format!("writing the snapshot {}", path.display());
         let (mut reader, writer) = io::pipe().context(what)?;
         let mut file = File::create(path).context(what)?;
         let copying = thread::spawn(move || io::copy(&mut reader, &mut file));
         self.give("snapshot", writer.into())?;
-        self.prepare_migration()?;
+        self.prepare_migration(ram)?;
         let uri = Some("fd:snapshot".to_owned());
         self.run(&qmp::migrate { channels: None, detach: None, resume: None, uri })?;
         self.migrated()?;
         ended(copying).context(what)
     }
 
-    fn load(&mut self, path: &Path) -> Result<()> {
+    /// Loads the snapshot at `path`, in any format.
+    pub fn load(&mut self, path: &Path) -> Result<()> {
         let what = || format!("reading the snapshot {}", path.display());
         let mut stream = snapshot::read(path)?;
         let (reader, mut writer) = io::pipe().context(what)?;
         let copying = thread::spawn(move || io::copy(&mut stream, &mut writer));
         self.give("snapshot", reader.into())?;
-        self.prepare_migration()?;
-        let uri = Some("fd:snapshot".to_owned());
-        self.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
-        self.migrated()?;
+        self.prepare_migration(Ram::Included)?;
+        self.read_from("fd:snapshot")?;
         ended(copying).context(what)
+    }
+
+    /// Loads what [`save_devices`](Self::save_devices) wrote, in the quickest way: QEMU reads the file
+    /// itself. Since 8.2 it knows files `by_name`; before, it takes one that is open.
+    pub fn load_devices(&mut self, path: &Path, by_name: bool) -> Result<()> {
+        self.prepare_migration(Ram::Shared)?;
+        if by_name {
+            return self.read_from(&format!("file:{}", path.display()));
+        }
+        let file = File::open(path).context(|| format!("opening {}", path.display()))?;
+        self.give("devices", file.into())?;
+        self.read_from("fd:devices")
+    }
+
+    fn read_from(&mut self, uri: &str) -> Result<()> {
+        let uri = Some(uri.to_owned());
+        self.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
+        self.migrated()
     }
 
     fn start(qemu: &Qemu, start_args: &[String], disk: &Path, more: &[&str]) -> Result<Self> {
@@ -209,9 +257,12 @@ impl Vm {
     }
 
     /// Asks for events and for all the speed there is.
-    fn prepare_migration(&mut self) -> Result<()> {
-        let capability = qmp::MigrationCapability::events;
-        let capabilities = vec![qmp::MigrationCapabilityStatus { capability, state: true }];
+    fn prepare_migration(&mut self, ram: Ram) -> Result<()> {
+        let on = |capability| qmp::MigrationCapabilityStatus { capability, state: true };
+        let mut capabilities = vec![on(qmp::MigrationCapability::events)];
+        if let Ram::Shared = ram {
+            capabilities.push(on(qmp::MigrationCapability::x_ignore_shared));
+        }
         self.run(&qmp::migrate_set_capabilities { capabilities })?;
         let parameters = qmp::MigrateSetParameters { max_bandwidth: Some(BANDWIDTH), ..Default::default() };
         self.run(&qmp::migrate_set_parameters(parameters)).map(drop)
@@ -219,15 +270,19 @@ impl Vm {
 
     /// Waits for the end of a migration, in or out.
     fn migrated(&mut self) -> Result<()> {
-        let early: Vec<_> = self.monitor.events().filter_map(|event| migration_status(&event)).collect();
-        let mut status = early.last().copied();
+        match self.told(migration_end)? {
+            qmp::MigrationStatus::failed => Err(self.failed("migration", "QEMU says it failed")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for an event. Those that QEMU has told before count too, once.
+    fn told<T>(&mut self, find: impl Fn(&qmp::Event) -> Option<T>) -> Result<T> {
+        let mut found = self.monitor.events().filter_map(|event| find(&event)).next_back();
         loop {
-            match status {
-                Some(qmp::MigrationStatus::completed) => return Ok(()),
-                Some(qmp::MigrationStatus::failed) => {
-                    return Err(self.failed("migration", "QEMU says it failed"));
-                }
-                _ => status = self.event()?.as_ref().and_then(migration_status),
+            match found {
+                Some(found) => return Ok(found),
+                None => found = self.event()?.as_ref().and_then(&find),
             }
         }
     }
@@ -287,9 +342,11 @@ fn die_with_this_thread(command: &mut Command) {
     unsafe { command.pre_exec(ask) };
 }
 
-fn migration_status(event: &qmp::Event) -> Option<qmp::MigrationStatus> {
+/// How a migration ended, if the event tells that.
+fn migration_end(event: &qmp::Event) -> Option<qmp::MigrationStatus> {
+    use qmp::MigrationStatus::{completed, failed};
     match event {
-        qmp::Event::MIGRATION { data, .. } => Some(data.status),
+        qmp::Event::MIGRATION { data, .. } => Some(data.status).filter(|it| matches!(it, completed | failed)),
         _ => None,
     }
 }

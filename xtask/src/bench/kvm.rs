@@ -1,0 +1,78 @@
+//! A domain of libvirt: by `virsh`, and with the host in each of its modes.
+
+use machinery_testkit::lab::KvmLab;
+use machinery_testkit::libvirt::SNAPSHOT;
+
+use super::figures::{Figures, Kind, Place, size};
+use super::hosted::{self, Mode, Served};
+use super::turns::timed;
+use super::{Plan, floor, guest, note, turns};
+use crate::run::Result;
+
+/// What a stop takes by hand.
+const DESTROY: Kind = Kind { what: "virsh destroy, until it ends", ..floor::STOP };
+
+/// What a restore takes by hand.
+fn revert() -> Kind {
+    Kind { what: "virsh snapshot-revert --running, until it ends", ..floor::restore(Mode::Plain) }
+}
+
+/// What it takes by hand to let a domain go on that is reverted and paused.
+fn resume() -> Kind {
+    Kind { what: "virsh resume of a domain that is reverted and paused", ..floor::restore(Mode::Standby) }
+}
+
+/// Who takes turns.
+#[derive(Clone, Copy)]
+enum Contestant {
+    Virsh,
+    Host(Mode),
+}
+
+/// Measures all sizes.
+pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
+    plan.ram.iter().try_for_each(|ram| one_size(plan, *ram, figures))
+}
+
+fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
+    note(&format!("a domain of {} is made", size(ram)));
+    let lab = KvmLab::new(&[("m", guest(ram))])?;
+    if figures.about.is_empty() {
+        let version = lab.libvirtd().virsh(&["version", "--daemon"])?;
+        let lines = version.lines().map(str::trim).filter(|line| !line.is_empty());
+        figures.about.push(("hypervisor", lines.collect::<Vec<_>>().join(", ")));
+    }
+    let served = Served { cwd: lab.cwd(), machinery: "kvm", memory_mib: ram };
+    let place = Place::Kvm(ram);
+    let rounds = |contestant| match contestant {
+        Contestant::Host(Mode::Standby) => plan.standby_rounds,
+        _ => plan.rounds,
+    };
+    // libvirt's domains have no templates.
+    let modes = plan.modes.iter().copied().filter(|mode| *mode != Mode::Instant);
+    let contestants = [Contestant::Virsh].into_iter().chain(modes.map(Contestant::Host)).collect();
+    turns::take(contestants, rounds, |contestant, share| match contestant {
+        Contestant::Virsh => by_virsh(&lab, share, place, figures),
+        Contestant::Host(mode) => hosted::measure(served, mode, share, place, figures),
+    })
+}
+
+/// The first round does not count.
+fn by_virsh(lab: &KvmLab, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
+    let label = lab.machine("m").label.as_str();
+    let virsh =
+        |command: &[&str]| timed(|| Ok(lab.libvirtd().virsh(command).map(drop)?)).map(|(_, took)| took);
+    for round in 0..=rounds {
+        let reverted = virsh(&["snapshot-revert", label, SNAPSHOT, "--running"])?;
+        let destroyed = virsh(&["destroy", label])?;
+        virsh(&["snapshot-revert", label, SNAPSHOT, "--paused"])?;
+        let resumed = virsh(&["resume", label])?;
+        virsh(&["destroy", label])?;
+        if round > 0 {
+            figures.add(place, revert(), reverted);
+            figures.add(place, resume(), resumed);
+            figures.add(place, DESTROY, destroyed);
+        }
+    }
+    Ok(())
+}

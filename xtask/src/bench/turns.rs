@@ -1,0 +1,76 @@
+//! Taking turns.
+//!
+//! The rounds of everything that is compared are spread over a few turns, and in each turn somebody else
+//! is first. Before its share each one does a round that does not count: a host that has just started,
+//! and files that others have pushed out of memory, are what it would be about.
+
+use std::time::{Duration, Instant};
+
+use super::note;
+use crate::run::Result;
+
+/// More of them would measure little but starting hosts.
+const TURNS: usize = 5;
+
+/// Has each of the contestants do its share of its rounds in each turn: `play` is given the rounds of a
+/// share.
+pub fn take<C: Copy>(
+    mut contestants: Vec<C>,
+    rounds: impl Fn(C) -> usize,
+    mut play: impl FnMut(C, usize) -> Result<()>,
+) -> Result<()> {
+    for turn in 0..TURNS {
+        note(&format!("turn {} of {TURNS}", turn + 1));
+        for contestant in &contestants {
+            let share = share(rounds(*contestant), turn);
+            if share > 0 {
+                // What one leaves to be written would slow the next.
+                rustix::fs::sync();
+                play(*contestant, share)?;
+            }
+        }
+        if !contestants.is_empty() {
+            contestants.rotate_left(1);
+        }
+    }
+    Ok(())
+}
+
+/// How many of the rounds are for that turn; the first has some of everything.
+fn share(rounds: usize, turn: usize) -> usize {
+    (rounds * (turn + 1)).div_ceil(TURNS) - (rounds * turn).div_ceil(TURNS)
+}
+
+/// Does something that may fail, and says how long it took, in milliseconds.
+pub fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
+    let begun = Instant::now();
+    let done = action()?;
+    Ok((done, ms(begun.elapsed())))
+}
+
+/// In milliseconds.
+pub fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everybody_gets_all_of_its_rounds_and_is_first_in_turn() {
+        let mut played = Vec::new();
+        let rounds = |contestant| if contestant == 'a' { 7 } else { 5 };
+        take(vec!['a', 'b'], rounds, |contestant, share| {
+            played.push((contestant, share));
+            Ok(())
+        })
+        .unwrap();
+        let sum = |wanted| played.iter().filter(|(who, _)| *who == wanted).map(|(_, share)| share).sum();
+        let sums: [usize; 2] = [sum('a'), sum('b')];
+        assert_eq!(sums, [7, 5]);
+        let first: String = played.iter().step_by(2).map(|(who, _)| who).collect();
+        assert_eq!(first, "ababa");
+        assert_eq!([share(1, 0), share(1, 4)], [1, 0]);
+    }
+}
