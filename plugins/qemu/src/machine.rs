@@ -110,6 +110,7 @@ impl Machine {
         let run = match &*self.lock() {
             Now::Off | Now::Preparing { .. } | Now::Ready(_) => return Ok(State::Poweroff),
             Now::Starting => return Ok(State::Starting),
+            Now::On(run) if run.has_just_resumed() => return Ok(State::Running),
             Now::On(run) => Arc::clone(run),
         };
         match run.execute(&qmp::query_status {}, deadline) {

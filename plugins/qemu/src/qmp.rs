@@ -3,7 +3,7 @@
 //! ```text
 //! any thread:  execute ─▶ line out … waits for the answer with its id
 //! watcher:     read ─▶ answer ─▶ whoever waits for that id
-//!                   └▶ event  ─▶ everyone who listens, then the caller of `read`
+//!                   └▶ event  ─▶ the caller of `read`, then everyone who listens
 //! ```
 //!
 //! Commands are the `qapi` crate's types. Answers and events are read as plain JSON, because a QEMU
@@ -83,8 +83,8 @@ impl Qmp {
     fn dispatch(&self, mut message: Value, heard: &mut impl FnMut(&Event)) {
         if let Some(name) = message["event"].as_str() {
             let event = Event { name: name.to_owned(), data: message["data"].take() };
-            self.lock().listening.retain(|listener| listener.send(event.clone()).is_ok());
             heard(&event);
+            self.lock().listening.retain(|listener| listener.send(event.clone()).is_ok());
         } else if let Some(id) = message["id"].as_u64() {
             let waiting = self.lock().waiting.remove(&id);
             // Whoever asked may have given up.

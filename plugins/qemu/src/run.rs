@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, ErrorKind, Host, Ready, Result, State};
 use qapi::qmp::{self, MigrationCapability};
@@ -41,6 +41,9 @@ const AFTER_MONITOR: Duration = Duration::from_secs(2);
 const AFTER_QUIT: Duration = Duration::from_secs(3);
 /// How long a QEMU that fails may take to end by itself.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How long what QEMU has said of the guest is as good as an answer to a question. The guest's first
+/// moments keep QEMU from answering one for milliseconds.
+const FRESH: Duration = Duration::from_millis(100);
 /// How long a process may take to end after SIGKILL, before that is an error.
 const AFTER_KILL: Duration = Duration::from_secs(10);
 
@@ -61,6 +64,8 @@ pub struct Run {
     /// Whether the guest runs by our will; before that its states are steps of the start.
     started: AtomicBool,
     purpose: Mutex<Purpose>,
+    /// When QEMU has said that the guest runs, as long as it has said nothing else since.
+    resumed: Mutex<Option<Instant>>,
 }
 
 /// What a run is for.
@@ -120,6 +125,7 @@ impl Run {
             shutdown: Mutex::new(None),
             started: AtomicBool::new(false),
             purpose: Mutex::new(purpose),
+            resumed: Mutex::new(None),
         });
         let (watched, socket) = (Arc::clone(&run), start.socket.to_owned());
         let handle = Arc::clone(&run.process);
@@ -179,6 +185,7 @@ impl Run {
         if let Some(why) = reason_of_shutdown(event) {
             *self.shutdown.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
         }
+        *self.resumed() = (event.name == "RESUME").then(Instant::now);
         let Some((state, reason)) = state_of_event(event) else { return };
         if self.started.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
             self.host.state_changed(&self.machine, state, &reason);
@@ -208,6 +215,16 @@ impl Run {
         wait(&events, deadline, "the guest to run", |event| (event.name == "RESUME").then_some(()))?;
         self.started.store(true, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Whether QEMU has just said that the guest runs, and nothing else since. True for one question only.
+    pub fn has_just_resumed(&self) -> bool {
+        let resumed = self.resumed().take();
+        resumed.is_some_and(|resumed| resumed.elapsed() < FRESH) && !self.qmp.is_closed()
+    }
+
+    fn resumed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.resumed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The RAM is there already. Nothing is waited for but the end.
