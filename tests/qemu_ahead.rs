@@ -367,6 +367,18 @@ fn a_template_that_was_harmed_is_dropped_and_the_restore_is_plain() {
     }
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
     ends_well(&lab, &mut host);
+    // What stands by has the RAM file mapped, and sees what becomes of it.
+    let (lab, mut host, mut client) = prepared(STANDBY);
+    for (what, harm) in &harms[..2] {
+        harm(&lab.template("m"));
+        println!("{what}");
+        restores_by(&lab, &mut client, &host, "plain");
+        does(&mut client, "stop");
+        prepare(&mut client);
+        is_ready(&mut client, "standby");
+    }
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+    ends_well(&lab, &mut host);
 }
 
 #[test]

@@ -113,14 +113,33 @@ fn assert_whole(pcap: &Path, packets: &[Packet]) {
 #[test]
 fn a_tasks_file_holds_what_its_machine_sent_and_received_from_the_first_packet_on() {
     let Some(lab) = lab() else { return };
+    captures_everything(&lab, |_| {});
+}
+
+/// It has its place on the wire long before the task begins.
+#[test]
+fn the_same_holds_for_a_machine_that_stood_by() {
+    let Some(lab) = lab() else { return };
+    lab.ahead("instant: auto, standby: on").unwrap();
+    captures_everything(&lab, |client| {
+        assert_does(client, json!({"action": "enable_machine", "machine": "talker"}));
+        assert_does(client, json!({"action": "prepare", "machine": "talker"}));
+        assert_eq!(client.machine("talker").unwrap()["ready"]["how"], "standby");
+    });
+}
+
+fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
     // Nobody listens to what it is told, but it is told.
     let _result_server = lab.wire().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for round in 1..=3 {
         let pcap = lab.cwd().root().join(format!("dump of round {round}.pcap"));
+        prepare(&mut client);
         start(&mut client, &pcap);
-        talk(&lab);
+        talk(lab);
+        // So that no next one stands by yet, which would begin QEMU's account anew.
+        assert_does(&mut client, json!({"action": "disable_machine", "machine": "talker", "reason": "read"}));
         assert_does(&mut client, json!({"action": "stop", "machine": "talker"}));
         assert_does(&mut client, json!({"action": "unlock", "machine": "talker"}));
         let [truth, captured] = [&lab.dumped("talker"), &pcap].map(|file| capture::packets(file).unwrap());
@@ -144,6 +163,7 @@ fn a_tasks_file_holds_what_its_machine_sent_and_received_from_the_first_packet_o
 
         assert_whole(&pcap, &captured);
         lab.assert_clean();
+        assert_does(&mut client, json!({"action": "enable_machine", "machine": "talker"}));
     }
     assert_eq!(client.machine("talker").unwrap()["errors"], json!([]));
 }

@@ -9,10 +9,12 @@
 //! be had only once, such as a tap device. So what is prepared is in the place that its next run will be
 //! in, and whatever else comes in between first lets go of it.
 
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
 use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wanted};
 
+use crate::files::FileId;
 use crate::launch::Memory;
 use crate::machine::Machine;
 use crate::run::{Load, NotStarted, Purpose, Run};
@@ -31,6 +33,8 @@ const TRIES: u32 = 3;
 pub struct Standby {
     run: Arc<Run>,
     identity: Identity,
+    /// The file of its RAM, if that is mapped.
+    ram: Option<FileId>,
     share: Share,
 }
 
@@ -39,6 +43,9 @@ impl Standby {
     fn fault(&self, identity: &Identity) -> Option<String> {
         if self.run.has_ended() {
             return Some("it has ended by itself".to_owned());
+        }
+        if self.ram.as_ref().is_some_and(|ram| !ram.is_still_so()) {
+            return Some("the RAM file of its template was changed".to_owned());
         }
         identity.change_since(&self.identity)
     }
@@ -114,16 +121,22 @@ impl Machine {
         if !wanted {
             return Ok(Prepared { standby: None, ready: self.without_standby() });
         }
+        if self.shared.keep_disks {
+            // What stands by has its disk where that of the last run is.
+            return Ok(self.no_standby("none stands by, because disposable disks are kept".to_owned()));
+        }
         let share = match self.shared.budget.take(self.likely_memory(&identity, template.as_ref())?) {
             Ok(share) => share,
-            Err(why) => {
-                self.set_without_standby(|ready| ready.why = why);
-                return Ok(Prepared { standby: None, ready: self.without_standby() });
-            }
+            Err(why) => return Ok(self.no_standby(why)),
         };
         let standby = self.stand_by(identity, template, share, deadline)?;
         let ready = self.ready_with(&standby);
         Ok(Prepared { standby: Some(Box::new(standby)), ready })
+    }
+
+    fn no_standby(&self, why: String) -> Prepared {
+        self.set_without_standby(|ready| ready.why = why);
+        Prepared { standby: None, ready: self.without_standby() }
     }
 
     fn stand_by(
@@ -133,11 +146,11 @@ impl Machine {
         mut share: Share,
         deadline: Deadline,
     ) -> Result<Standby, NotStarted> {
-        let (memory, load) = match template {
-            Some(template) => (Some(template.memory), Load::Devices(template.devices)),
-            None => (None, Load::Snapshot(self.snapshot()?)),
+        let (memory, load, ram) = match template {
+            Some(template) => (Some(template.memory), Load::Devices(template.devices), Some(template.ram)),
+            None => (None, Load::Snapshot(self.snapshot()?), None),
         };
-        let run = self.start(memory, load, deadline)?;
+        let run = self.start(&self.files.disposable, memory, load, deadline)?;
         if let Some(bytes) = run.memory() {
             share.measured(bytes);
         }
@@ -145,7 +158,7 @@ impl Machine {
         if run.has_ended() {
             return Err(Error::failed("QEMU ended as soon as it stood by").into());
         }
-        Ok(Standby { run, identity, share })
+        Ok(Standby { run, identity, ram, share })
     }
 
     fn likely_memory(&self, identity: &Identity, template: Option<&Template>) -> Result<u64> {
@@ -179,6 +192,9 @@ impl Machine {
     fn why_no_template(&self) -> Option<String> {
         if !self.files.ahead.instant || self.shared.templates.is_none() {
             return Some("instant restores are off (machinery-host.yaml)".to_owned());
+        }
+        if self.shared.templates.as_ref().is_some_and(|templates| !templates.fits_into_arguments()) {
+            return Some("its template_dir has a comma, quote or backslash in its path".to_owned());
         }
         hindrance(&self.files.start_args, self.shared.program.version())
     }
@@ -275,11 +291,15 @@ impl Machine {
 }
 
 impl Build for Machine {
-    fn start(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        if self.is_given_up() {
-            return Err(given_up().into());
-        }
-        self.paused(memory, load, Purpose::Preparation, &mut self.steps(), deadline)
+    fn start(
+        &self,
+        disk: &Path,
+        memory: Option<Memory>,
+        load: Load,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, NotStarted> {
+        self.goes_on()?;
+        self.paused(disk, memory, load, Purpose::Preparation, &mut self.steps(), deadline)
     }
 
     fn identity(&self) -> Result<Identity> {
@@ -288,6 +308,10 @@ impl Build for Machine {
 
     fn snapshot(&self) -> Result<Snapshot> {
         Snapshot::open(&self.files.snapshot)
+    }
+
+    fn goes_on(&self) -> Result<()> {
+        if self.is_given_up() { Err(given_up()) } else { Ok(()) }
     }
 
     fn opens_for_writing(&self) -> bool {

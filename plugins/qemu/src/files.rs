@@ -48,6 +48,11 @@ impl FileId {
         }
     }
 
+    /// Whether it is still the one that is at its path, unchanged.
+    pub fn is_still_so(&self) -> bool {
+        FileId::of(&self.path).is_ok_and(|now| now == *self)
+    }
+
     /// Its size, in bytes.
     pub fn size(&self) -> u64 {
         self.size

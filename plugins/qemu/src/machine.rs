@@ -40,6 +40,10 @@ use crate::views;
 const STANDBY: Duration = Duration::from_secs(5);
 const INSTANT: Duration = Duration::from_secs(30);
 
+/// How long QEMU may take to connect its monitor, and `qemu-img` to make a disk. Nothing can end that
+/// before, and who gives up a preparation waits for it.
+const COMING_UP: Duration = Duration::from_secs(50);
+
 /// What all machines share.
 pub struct Shared {
     pub qemu_img: PathBuf,
@@ -227,7 +231,7 @@ impl Machine {
     /// A run that was let go.
     fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         let mut steps = self.steps();
-        let run = self.paused(memory, load, Purpose::Run, &mut steps, deadline)?;
+        let run = self.paused(&self.files.disposable, memory, load, Purpose::Run, &mut steps, deadline)?;
         run.go_on(deadline).map_err(|error| run.abandon(error))?;
         steps.done("resume");
         Ok(run)
@@ -236,26 +240,27 @@ impl Machine {
     /// A run that was loaded, and is paused.
     pub(crate) fn paused(
         &self,
+        disposable: &Path,
         memory: Option<Memory>,
         load: Load,
         purpose: Purpose,
         steps: &mut Steps<'_>,
         deadline: Deadline,
     ) -> Result<Arc<Run>, NotStarted> {
-        let mut disk = self.disposable(deadline)?;
+        let mut disk = self.disposable(disposable, deadline)?;
         disk.keep = self.shared.keep_disks;
         steps.done("overlay");
         let start = Start {
             machine: &self.files.info.name,
             program: self.shared.program.path(),
             version: self.shared.program.version(),
-            args: self.files.start_args.with_disk(&self.files.disposable.to_string_lossy()).collect(),
+            args: self.files.start_args.with_disk(&disposable.to_string_lossy()).collect(),
             disk,
             socket: &self.socket,
             memory,
             incoming: !matches!(load, Load::Nothing),
         };
-        let run = Run::begin(start, purpose, steps, &self.shared.host, deadline)?;
+        let run = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(COMING_UP))?;
         self.note_preparing(&run);
         run.load(load, deadline).map_err(|error| run.abandon(error))?;
         steps.done("load");
@@ -266,17 +271,17 @@ impl Machine {
         Steps::new(&self.shared.host, &self.files.info.name)
     }
 
-    fn disposable(&self, deadline: Deadline) -> Result<DisposableDisk> {
+    fn disposable(&self, path: &Path, deadline: Deadline) -> Result<DisposableDisk> {
         let disk = &self.files.disk;
         let id = FileId::of(disk).map_err(|error| Error::io("look at the machine's disk,", disk, &error))?;
         let mut blank = self.blank.lock().unwrap_or_else(PoisonError::into_inner);
         if !blank.as_ref().is_some_and(|blank| blank.is_of(&id)) {
             let (img, name) = (&self.shared.qemu_img, &self.files.info.name);
-            *blank = Some(Arc::new(Blank::make(img, name, (disk, id), &self.files.disposable, deadline)?));
+            *blank = Some(Arc::new(Blank::make(img, name, (disk, id), path, deadline.within(COMING_UP))?));
         }
         let made = blank.clone();
         drop(blank);
-        made.ok_or_else(|| Error::failed("there is no blank disk to copy"))?.copy_to(&self.files.disposable)
+        made.ok_or_else(|| Error::failed("there is no blank disk to copy"))?.copy_to(path)
     }
 
     /// Pulls the plug; of a machine that is off, lets go of what was prepared.

@@ -77,6 +77,9 @@ fn show(scratch: &scratch::Scratch, machine: &Machine, mark: &Mark) -> Result<Ti
     say("The host is started.");
     let ((), took) = timed(|| cuckoo.serve())?;
     note(&format!("ready after {}", times::shown(took)));
+    say("What can be done ahead of a restore is done, which the host does by itself otherwise.");
+    let ((), took) = timed(|| cuckoo.run(["prepare"]))?;
+    note(&format!("ready after {}", times::shown(took)));
     cuckoo.run(["list"])?;
     let mut times = Times::new(ROUNDS);
     for round in 1..=ROUNDS {

@@ -47,6 +47,8 @@ const UNFINISHED: &str = ".new-";
 
 /// What stays free on the disk when a template is built: runs need space too.
 const RESERVE: u64 = 512 << 20;
+/// And as large a part of the disk, where the operator has not said what templates may take.
+const RESERVED_PART: u64 = 10;
 
 /// What is as good as no space at all.
 const FULL: u64 = 1 << 20;
@@ -65,6 +67,8 @@ pub struct Template {
     pub memory: Memory,
     /// The state of the devices.
     pub devices: Devices,
+    /// The RAM's file. Whoever maps it sees what becomes of it.
+    pub ram: FileId,
     /// What it takes on disk, in bytes.
     pub disk: u64,
 }
@@ -110,6 +114,11 @@ impl Templates {
         Ok(templates)
     }
 
+    /// Whether paths in it can stand in the middle of QEMU's arguments, as a machine's disk does.
+    pub fn fits_into_arguments(&self) -> bool {
+        !self.dir.to_string_lossy().contains([',', '"', '\\'])
+    }
+
     fn folder(&self, machine: &str) -> PathBuf {
         self.dir.join(machine)
     }
@@ -143,7 +152,8 @@ impl Templates {
         }
         let memory =
             Memory { file: ram, size: record.ram.size(), block: record.block, sharing: Sharing::Mapped };
-        Ok(Some(Template { memory, devices: Devices { path, file }, disk: size_on_disk(&folder) }))
+        let (ram, disk) = (record.ram, size_on_disk(&folder));
+        Ok(Some(Template { memory, devices: Devices { path, file }, ram, disk }))
     }
 
     /// Removes the machine's template, if there is one.
@@ -158,7 +168,7 @@ impl Templates {
     fn lacks_room(&self, machine: &str, needed: u64) -> Option<String> {
         let (used, own) = (self.used(), size_on_disk(&self.folder(machine)));
         if let Some(space) = self.space
-            && used - own.min(used) + needed > space
+            && (used - own.min(used)).saturating_add(needed) > space
         {
             return Some(format!(
                 "its template would take up to {}, and {} of the {} for templates are taken (template_space)",
@@ -167,15 +177,22 @@ impl Templates {
                 in_words(space)
             ));
         }
-        let free = self.free();
-        (needed + RESERVE > free).then(|| {
+        let (free, reserve) = (self.free(), self.reserve());
+        (needed.saturating_add(reserve) > free).then(|| {
             format!(
-                "its template would take up to {}, and only {} are free in {}. Free some, or set template_dir",
+                "its template would take up to {}, and only {} are free in {}, of which {} are to stay free. Free some, \
+                 or set template_dir and template_space",
                 in_words(needed),
                 in_words(free),
-                self.dir.display()
+                self.dir.display(),
+                in_words(reserve)
             )
         })
+    }
+
+    fn reserve(&self) -> u64 {
+        let size = statvfs(&self.dir).map_or(0, |disk| disk.f_blocks.saturating_mul(disk.f_frsize));
+        if self.space.is_some() { RESERVE } else { RESERVE.max(size / RESERVED_PART) }
     }
 
     fn free(&self) -> u64 {
