@@ -410,16 +410,26 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
     ends_well(&lab, &mut host);
 }
 
-#[test]
-fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
+/// A lab whose template takes long enough to build to do something meanwhile, and its host.
+fn slowly_built() -> (Lab, RunningHost, Client) {
     let linux = Guest::Linux { ram_mib: 256, noise_mib: 64 };
     let lab = Lab::new(&[("m", linux, SnapshotFormat::Gzip)]).unwrap();
     lab.ahead(STANDBY).unwrap();
-    let mut host = lab.host().unwrap();
+    let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
-    client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
+    (lab, host, client)
+}
+
+fn begin_to_build(client: &mut Client) {
+    client.send(&json!({"action": "prepare", "machine": "m", "id": "building"})).unwrap();
     client.hear("progress", "m").unwrap();
+}
+
+#[test]
+fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
+    let (lab, mut host, mut client) = slowly_built();
+    begin_to_build(&mut client);
     host.kill().unwrap();
     let unfinished = lab.template("m").with_file_name(".new-m");
     assert!(unfinished.exists() && !lab.template("m").exists(), "killed too late for what is tested");
@@ -432,21 +442,12 @@ fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
 
 #[test]
 fn a_build_gives_way_to_a_stop_and_to_the_end_of_the_host() {
-    let linux = Guest::Linux { ram_mib: 256, noise_mib: 64 };
-    let lab = Lab::new(&[("m", linux, SnapshotFormat::Gzip)]).unwrap();
-    lab.ahead(STANDBY).unwrap();
-    let mut host = lab.host().unwrap();
-    let mut client = host.client().unwrap();
-    client.subscribe().unwrap();
-    let building = |client: &mut Client| {
-        client.send(&json!({"action": "prepare", "machine": "m", "id": "building"})).unwrap();
-        client.hear("progress", "m").unwrap();
-    };
-    building(&mut client);
+    let (lab, mut host, mut client) = slowly_built();
+    begin_to_build(&mut client);
     does(&mut client, "stop");
     lab.assert_clean();
     assert!(!lab.template("m").exists(), "the build went on");
-    building(&mut client);
+    begin_to_build(&mut client);
     ends_well(&lab, &mut host);
     assert!(!lab.template("m").exists(), "the build went on");
 }
@@ -588,6 +589,15 @@ fn wrong_keys_are_told_with_their_place() {
             "{words}: {check:?}"
         );
     }
+}
+
+#[test]
+fn a_place_where_no_template_can_be_is_told_before() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    lab.ahead(&format!("template_dir: {}/below", lab.folder("m").disk.display())).unwrap();
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(2), "{check:?}");
+    assert!(check.stdout.contains("templates cannot be kept in"), "{check:?}");
 }
 
 #[test]

@@ -34,6 +34,9 @@ pub fn check(setup: &Setup, report: &mut Report) {
     for machine in &config.machines {
         look_at(machine, &config, report);
     }
+    if config.machines.iter().any(|machine| machine.ahead.instant) {
+        template_folder(&config.template_dir, report);
+    }
     spaces(&config, report);
 }
 
@@ -71,6 +74,19 @@ fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
         Some(why) => report.warning(format!(
             "machine '{name}': is restored plainly, which takes seconds: {why}. Change that, or set instant: off for it"
         )),
+    }
+}
+
+/// It is made when the host starts, in the nearest folder that is there.
+fn template_folder(folder: &Path, report: &mut Report) {
+    let there = folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder);
+    if !there.is_dir() || access(there, Access::WRITE_OK | Access::EXEC_OK).is_err() {
+        let why = format!(
+            "qemu: templates cannot be kept in {}: {} is not a folder this user may write to",
+            folder.display(),
+            there.display()
+        );
+        report.problem(&Error::environment(why).advice("Change its permissions, or set template_dir"));
     }
 }
 
