@@ -10,10 +10,9 @@
 //! | room | what it holds |
 //! | --- | --- |
 //! | `config`, `machineinfo` | the configuration and what is wrong with it |
-//! | `machine` | one machine, and its run if it has one |
-//! | `ahead` | what is done ahead of a machine's restore |
+//! | `machine` | one machine, and its run if it has one; in `prepare`, what is done ahead of its restores |
 //! | `template` | a snapshot in the form that makes a restore instant |
-//! | `run` | one run, from the process to its end |
+//! | `run`, `standby` | one run, from the process to its end; one that waits to be let go |
 //! | `launch` | from arguments to a process whose monitor is connected |
 //! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
 //! | `snapshot`, `disk`, `files` | what a run is made of |
@@ -22,7 +21,6 @@
 //! | `leftovers` | what a host that died left behind |
 //! | `check`, `version` | the environment |
 
-mod ahead;
 mod check;
 mod config;
 mod disk;
@@ -36,6 +34,7 @@ mod progress;
 mod qmp;
 mod run;
 mod snapshot;
+mod standby;
 mod states;
 mod steps;
 mod template;

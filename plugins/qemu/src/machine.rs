@@ -14,6 +14,8 @@
 //! the next slower one if that fails: the run that stands by is let go; the template is mapped; the
 //! snapshot is loaded.
 
+mod prepare;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,7 +23,7 @@ use std::time::Duration;
 use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Ready, Result, State};
 use qapi::qmp;
 
-use crate::ahead::{Standby, Unbuildable};
+use self::prepare::Unbuildable;
 use crate::config::MachineFiles;
 use crate::disk::{Blank, DisposableDisk};
 use crate::files::FileId;
@@ -29,6 +31,7 @@ use crate::launch::{Memory, Start};
 use crate::leftovers;
 use crate::run::{Load, NotStarted, Purpose, Run};
 use crate::snapshot::Snapshot;
+use crate::standby::Standby;
 use crate::states::state_of_status;
 use crate::steps::Steps;
 use crate::template::{Identity, Templates};
@@ -56,18 +59,18 @@ pub struct Shared {
 }
 
 pub struct Machine {
-    pub(crate) files: MachineFiles,
+    files: MachineFiles,
     socket: PathBuf,
-    pub(crate) shared: Arc<Shared>,
+    shared: Arc<Shared>,
     now: Mutex<Now>,
     /// Wakes those who wait for a preparation to end.
     changed: Condvar,
     /// What disposable disks are copied from, once there was one.
     blank: Mutex<Option<Arc<Blank>>>,
     /// How ready it is when nothing stands by, as far as is known.
-    pub(crate) without_standby: Mutex<Ready>,
+    without_standby: Mutex<Ready>,
     /// What a template could not be built from.
-    pub(crate) unbuildable: Mutex<Option<Unbuildable>>,
+    unbuildable: Mutex<Option<Unbuildable>>,
 }
 
 enum Now {
@@ -238,7 +241,7 @@ impl Machine {
     }
 
     /// A run that was loaded, and is paused.
-    pub(crate) fn paused(
+    fn paused(
         &self,
         disposable: &Path,
         memory: Option<Memory>,
@@ -267,7 +270,7 @@ impl Machine {
         Ok(run)
     }
 
-    pub(crate) fn steps(&self) -> Steps<'_> {
+    fn steps(&self) -> Steps<'_> {
         Steps::new(&self.shared.host, &self.files.info.name)
     }
 
@@ -365,7 +368,7 @@ impl Machine {
     ///
     /// # Errors
     /// It is on.
-    pub(crate) fn set_preparing(&self) -> Result<Option<Box<Standby>>> {
+    fn set_preparing(&self) -> Result<Option<Box<Standby>>> {
         let mut now = self.lock();
         match &*now {
             Now::Off | Now::Ready(_) => {}
@@ -382,7 +385,7 @@ impl Machine {
     }
 
     /// The preparation is over; tells whether it was given up.
-    pub(crate) fn set_prepared(&self, standby: Option<Box<Standby>>, left: Option<Arc<Run>>) -> bool {
+    fn set_prepared(&self, standby: Option<Box<Standby>>, left: Option<Arc<Run>>) -> bool {
         let next = match (standby, left) {
             (_, Some(left)) => Now::On(left),
             (Some(standby), None) => Now::Ready(standby),
@@ -404,7 +407,7 @@ impl Machine {
     }
 
     /// Whether a stop has come while the machine is being prepared.
-    pub(crate) fn is_given_up(&self) -> bool {
+    fn is_given_up(&self) -> bool {
         matches!(&*self.lock(), Now::Preparing { given_up: true, .. })
     }
 

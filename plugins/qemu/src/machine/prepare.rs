@@ -14,11 +14,11 @@ use std::sync::{Arc, PoisonError};
 
 use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wanted};
 
-use crate::files::FileId;
+use super::Machine;
 use crate::launch::Memory;
-use crate::machine::Machine;
 use crate::run::{Load, NotStarted, Purpose, Run};
 use crate::snapshot::{Format, Snapshot};
+use crate::standby::Standby;
 use crate::template::{Build, Identity, NotBuilt, Template, build, hindrance};
 
 /// What a run holds that was restored from a template and is idle, whatever the size of its RAM; measured
@@ -28,44 +28,6 @@ const WITH_TEMPLATE: u64 = 64 << 20;
 const PACKED: u64 = 3;
 /// A template is not tried to be built from the same more often.
 const TRIES: u32 = 3;
-
-/// A run that is loaded, and paused.
-pub struct Standby {
-    run: Arc<Run>,
-    identity: Identity,
-    /// The file of its RAM, if that is mapped.
-    ram: Option<FileId>,
-    share: Share,
-}
-
-impl Standby {
-    /// Why it is of no use, if it is not.
-    fn fault(&self, identity: &Identity) -> Option<String> {
-        if self.run.has_ended() {
-            return Some("it has ended by itself".to_owned());
-        }
-        if self.ram.as_ref().is_some_and(|ram| !ram.is_still_so()) {
-            return Some("the RAM file of its template was changed".to_owned());
-        }
-        identity.change_since(&self.identity)
-    }
-
-    /// The run, if it is what a restore would make now. If not, it is let go.
-    pub fn take(self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        match self.fault(identity) {
-            None => Ok(self.run),
-            Some(why) => {
-                self.let_go(deadline)?;
-                Err(Error::failed(why).into())
-            }
-        }
-    }
-
-    /// Ends it.
-    pub fn let_go(self, deadline: Deadline) -> Result<(), NotStarted> {
-        self.run.end(deadline)
-    }
-}
 
 /// What a template could not be built from, how often that was tried, and why it failed.
 pub struct Unbuildable {
