@@ -32,8 +32,9 @@ use crate::config::Timeouts;
 use crate::fleet::Machine;
 use crate::fleet::books::Books;
 
-/// How long a plugin may take to tell a state.
+/// How long a plugin may take to tell a state, and how long at least after an action.
 const STATE: Duration = Duration::from_secs(20);
+const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 /// What all actors share.
 pub struct House {
@@ -202,14 +203,10 @@ impl Actor {
             capture::begin(&self.machine, settings).await;
         }
         self.machine.set_state(State::Starting);
-        let started = self.run(action, limit).await;
-        let checked = match started {
-            Ok(()) => self.expect(State::Running).await,
-            Err(error) => Err(error),
-        };
+        let started = self.run_to(State::Running, action, limit).await;
         // What a failed start needs to be cleared away, no other restore waits for.
         drop(turn);
-        let Err(error) = checked else { return Ok(()) };
+        let Err(error) = started else { return Ok(()) };
         if error.kind() == ErrorKind::Unsupported {
             self.machine.set_state(State::Poweroff);
         } else if self.lost.is_none() {
@@ -274,16 +271,12 @@ impl Actor {
 
     /// Runs an action that ends a run.
     async fn end(&mut self, action: &Action, limit: Duration) -> Result<()> {
-        match self.run(action, limit).await {
-            Err(error) if error.kind() != ErrorKind::StateReached => {
-                if self.lost.is_none() {
-                    // The error at hand is the one to tell.
-                    let _ = self.note_state().await;
-                }
-                Err(error)
-            }
-            _ => self.expect(State::Poweroff).await,
+        let ended = self.run_to(State::Poweroff, action, limit).await;
+        if ended.is_err() && self.lost.is_none() {
+            // The error at hand is the one to tell.
+            let _ = self.note_state().await;
         }
+        ended
     }
 
     /// Runs an action that does not change the machine's state. Its failure costs the machine only
@@ -295,9 +288,23 @@ impl Actor {
         Err(Failure { disable: changed || plugin_at_fault(&reason), reason })
     }
 
-    /// A plugin says it is done: then the machine is where the action leads.
-    async fn expect(&mut self, wanted: State) -> Result<()> {
-        let state = self.note_state().await?;
+    /// Runs an action. When the plugin says it is done, the machine has to be where the action leads. That
+    /// is asked in the same breath: a machine that has just begun to run keeps this computer busy.
+    async fn run_to(&mut self, wanted: State, action: &Action, limit: Duration) -> Result<()> {
+        let (action, name) = (action.clone(), action.name());
+        let told = self.through(limit, name, move |machine, deadline| {
+            match invoke(machine, &action, deadline) {
+                Err(error) if error.kind() == ErrorKind::StateReached && wanted == State::Poweroff => {}
+                done => done?,
+            }
+            let reports = machine.status().reports;
+            // An action that took all of its time has a moment left for this.
+            let deadline = Deadline::after(deadline.remaining().clamp(LAST_QUESTION, STATE));
+            Ok((machine.machinery.instance.state(machine.name(), deadline), reports))
+        });
+        let (state, reports) = told.await?;
+        self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
+        let state = state?;
         if state == wanted {
             return Ok(());
         }
