@@ -104,6 +104,42 @@ fn what_has_no_use_for_a_preparation_ends_it() {
     assert!(begun.elapsed() < Duration::from_secs(60), "the end waits for a preparation");
 }
 
+/// A task may want to look at what its machine has left.
+#[test]
+fn nothing_is_prepared_while_a_task_has_the_machine() {
+    let (host, _cwd) = served(&[("m", ""), ("other", "")]);
+    let mut client = prepared(&host);
+    let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
+    assert_eq!(client.ask(lock).unwrap()["success"], true);
+    for action in ["restore_start", "stop"] {
+        assert_eq!(client.act(action, "m").unwrap()["success"], true);
+    }
+    // As much time as another machine's preparation takes.
+    assert_eq!(client.act("prepare", "other").unwrap()["success"], true);
+    assert_eq!(how(&mut client), "plain");
+    // A stop that a task gives to be sure costs nothing.
+    assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+    assert_eq!(client.act("unlock", "m").unwrap()["success"], true);
+    while how(&mut client) != "standby" {
+        client.hear("ready", "m").unwrap();
+    }
+}
+
+/// What waits for its turn is not forgotten because something else came first.
+#[test]
+fn a_preparation_that_something_came_before_is_made_up_for() {
+    let (host, _cwd) = served(&[("slow1", FOR_EVER), ("slow2", FOR_EVER), ("m", "")]);
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    // The first two have all the turns there are.
+    let screenshot = json!({"action": "screenshot", "machine": "m", "path": "/tmp/never-written.png"});
+    assert_eq!(client.ask(screenshot).unwrap()["success"], false);
+    assert_eq!(client.act("stop", "slow1").unwrap()["success"], true);
+    while how(&mut client) != "standby" {
+        client.hear("ready", "m").unwrap();
+    }
+}
+
 #[test]
 fn many_preparations_keep_no_restore_waiting() {
     let slow: Vec<String> = (0..20).map(|number| format!("slow{number}")).collect();

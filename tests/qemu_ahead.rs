@@ -402,7 +402,7 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
     assert!(told["why"].as_str().unwrap().contains("is full"), "{told}");
     restores(&lab, &mut client);
     does(&mut client, "stop");
-    assert!(!disk.path().join("m").exists() && !disk.path().join(".new-m").exists());
+    assert!(!disk.path().join("m.template").exists() && !disk.path().join("m.unfinished").exists());
     // From now on there is not even room to begin.
     prepare(&mut client);
     let told = ready(&mut client);
@@ -431,7 +431,7 @@ fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
     let (lab, mut host, mut client) = slowly_built();
     begin_to_build(&mut client);
     host.kill().unwrap();
-    let unfinished = lab.template("m").with_file_name(".new-m");
+    let unfinished = lab.template("m").with_file_name("m.unfinished");
     assert!(unfinished.exists() && !lab.template("m").exists(), "killed too late for what is tested");
     let (mut host, mut client) = served(&lab);
     is_ready(&mut client, "standby");
@@ -474,6 +474,63 @@ fn one_that_stands_by_and_dies_is_replaced_but_not_for_ever() {
     does(&mut client, "stop");
     until_ready(&mut client, "standby");
     restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+/// What stands by for files that cannot be looked at is of no use, and does not stay.
+#[test]
+fn a_file_that_is_away_for_a_moment_leaves_nothing_behind() {
+    for action in ["restore_start", "prepare"] {
+        let (lab, mut host, mut client) = prepared(STANDBY);
+        let snapshot = &lab.folder("m").snapshot;
+        let away = snapshot.with_extension("away");
+        fs::rename(snapshot, &away).unwrap();
+        let answer = client.act(action, "m").unwrap();
+        assert!(answer["reason"].as_str().unwrap().contains("the machine's snapshot"), "{answer}");
+        lab.assert_clean();
+        fs::rename(&away, snapshot).unwrap();
+        client.act("enable_machine", "m").unwrap();
+        restores(&lab, &mut client);
+        does(&mut client, "stop");
+        ends_well(&lab, &mut host);
+    }
+}
+
+/// Where machines are, there templates may be too, and nothing of the machines is touched.
+#[test]
+fn a_folder_that_holds_machines_can_hold_templates() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let machines = lab.folder("m").dir.parent().unwrap().to_owned();
+    lab.ahead(&format!("{INSTANT}, template_dir: {}", machines.display())).unwrap();
+    let (mut host, mut client) = served(&lab);
+    is_ready(&mut client, "instant");
+    assert!(machines.join("m.template/ram").exists());
+    restores_by(&lab, &mut client, &host, "instant");
+    ends_well(&lab, &mut host);
+    // Where none is wanted any more, none stays, and all else does.
+    lab.ahead(&format!("instant: off, standby: off, template_dir: {}", machines.display())).unwrap();
+    let (mut host, mut client) = served(&lab);
+    assert!(!machines.join("m.template").exists());
+    restores(&lab, &mut client);
+    ends_well(&lab, &mut host);
+}
+
+/// One that QEMU cannot load is built a few times, and no more.
+#[test]
+fn a_template_that_never_loads_is_not_built_for_ever() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    wrap_qemu(&lab, "case \"$*\" in *share=off*) exit 1;; esac");
+    lab.ahead(INSTANT).unwrap();
+    let (mut host, mut client) = served(&lab);
+    for _ in 0..3 {
+        is_ready(&mut client, "instant");
+        restores_by(&lab, &mut client, &host, "plain");
+        does(&mut client, "stop");
+        prepare(&mut client);
+    }
+    let told = ready(&mut client);
+    assert_eq!(told["how"], "plain");
+    assert!(told["why"].as_str().unwrap().contains("tried 3 times"), "{told}");
     ends_well(&lab, &mut host);
 }
 

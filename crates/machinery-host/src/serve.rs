@@ -37,6 +37,8 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How often, and with what pauses between, a lock that is held is looked at once more.
 const LOCK_TRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// How many restores are prepared at a time, at most. It is done for later, beside machines that run now.
+const PREPARATIONS: usize = 2;
 /// Threads beyond three for each machine: one for its action, one for a question about its state, and
 /// one to have it give up preparing.
 const SPARE_THREADS: usize = 64;
@@ -71,7 +73,7 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
         let house = House {
             timeouts: config.timeouts,
             restores: Semaphore::new(permits),
-            preparations: Arc::new(Semaphore::new(permits)),
+            preparations: Arc::new(Semaphore::new(permits.min(PREPARATIONS))),
             metrics: Arc::clone(&metrics),
             capture: config.capture.clone(),
             books: Arc::clone(&books),

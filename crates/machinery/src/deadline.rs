@@ -39,7 +39,7 @@ impl Deadline {
     /// The sooner of this deadline and one that ends `limit` from now: for a step that gets a share
     /// of the whole.
     pub fn within(self, limit: Duration) -> Deadline {
-        Deadline::after(self.remaining().min(limit))
+        if self.remaining() <= limit { self } else { Deadline::after(limit) }
     }
 
     /// The error for a call that did not make it; `waiting_for` says what did not happen.

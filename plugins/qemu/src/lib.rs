@@ -66,11 +66,13 @@ impl Machinery for Qemu {
 
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let config = Config::read(setup)?;
-        let names: Vec<&str> = config.machines.iter().map(|files| files.info.name.as_str()).collect();
-        let templates = |_| Templates::open(&config.template_dir, config.template_space, &names);
-        let instant = config.machines.iter().find(|files| files.ahead.instant);
+        let instant = config.machines.iter().filter(|files| files.ahead.instant);
+        let names: Vec<&str> = instant.map(|files| files.info.name.as_str()).collect();
+        // Where none is wanted, those of a time when they were are removed.
+        let wanted = !names.is_empty() || config.template_dir.is_dir();
+        let templates = || Templates::open(&config.template_dir, config.template_space, &names);
         let shared = Arc::new(Shared {
-            templates: instant.map(templates).transpose()?,
+            templates: wanted.then(templates).transpose()?,
             qemu_img: config.binaries.qemu_img,
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
             keep_disks: config.keep_disposable_disks,
@@ -140,6 +142,7 @@ impl Machinery for Qemu {
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
+        self.machines.iter().for_each(Machine::hurry);
         let stopped = self.machines.iter().map(|machine| match machine.stop(deadline) {
             Err(error) if error.kind() == machinery::ErrorKind::StateReached => Ok(()),
             other => other.map_err(|error| error.machine(&machine.info().name)),

@@ -186,8 +186,12 @@ impl Machine {
     }
 
     /// The fastest way there is.
-    fn restored(&self, standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        let identity = Identity::of(&self.files, &self.shared.program)?;
+    fn restored(
+        &self,
+        mut standby: Option<Box<Standby>>,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, NotStarted> {
+        let identity = self.identity_now(&mut standby, deadline)?;
         if let Some(standby) = standby {
             match self.released(standby, &identity, deadline.within(STANDBY)) {
                 Ok(run) => return Ok(run),
@@ -199,13 +203,24 @@ impl Machine {
             match self.run(memory, devices, deadline.within(INSTANT)) {
                 Ok(run) => return Ok(run),
                 Err(why) => {
-                    let reason = format!("it could not be loaded: {}", why.error.reason());
+                    self.template_failed(&identity, &why);
                     self.no_faster("the template is not used, and dropped", why, deadline)?;
-                    self.drop_template(&reason);
                 }
             }
         }
         self.run(None, Load::Snapshot(Snapshot::open(&self.files.snapshot)?), deadline)
+    }
+
+    /// What the machine is made from now. Nothing stands by any more if that cannot be told.
+    fn identity_now(
+        &self,
+        standby: &mut Option<Box<Standby>>,
+        deadline: Deadline,
+    ) -> Result<Identity, NotStarted> {
+        Identity::of(&self.files, &self.shared.program).or_else(|error| {
+            standby.take().map_or(Ok(()), |standby| standby.let_go(deadline))?;
+            Err(error.into())
+        })
     }
 
     fn released(
@@ -301,6 +316,15 @@ impl Machine {
         Ok(())
     }
 
+    /// The host ends: what stands by is ended, without waiting for that yet.
+    pub fn hurry(&self) {
+        match &*self.lock() {
+            Now::Ready(standby) => standby.give_up(),
+            Now::Preparing { run, .. } => run.iter().for_each(|run| run.give_up()),
+            _ => {}
+        }
+    }
+
     /// Has a preparation give up, and lets go of what stands by.
     fn unprepare(&self, deadline: Deadline) -> Result<()> {
         let mut now = self.lock();
@@ -368,7 +392,8 @@ impl Machine {
     ///
     /// # Errors
     /// It is on.
-    fn set_preparing(&self) -> Result<Option<Box<Standby>>> {
+    fn set_preparing(&self, deadline: Deadline) -> Result<Option<Box<Standby>>> {
+        self.wait_for_an_end(deadline);
         let mut now = self.lock();
         match &*now {
             Now::Off | Now::Ready(_) => {}
@@ -382,6 +407,15 @@ impl Machine {
             Now::Ready(standby) => Ok(Some(standby)),
             _ => Ok(None),
         }
+    }
+
+    /// The host hears of the end of a run a moment before it is over.
+    fn wait_for_an_end(&self, deadline: Deadline) {
+        let run = match &*self.lock() {
+            Now::On(run) if run.qmp().is_closed() => Arc::clone(run),
+            _ => return,
+        };
+        run.has_ended_soon(deadline);
     }
 
     /// The preparation is over; tells whether it was given up.

@@ -61,6 +61,8 @@ pub struct Run {
     stopping: AtomicBool,
     /// Why QEMU says that the machine shuts down.
     shutdown: Mutex<Option<String>>,
+    /// Whether the guest has ever run.
+    has_run: AtomicBool,
     /// Whether the guest runs by our will; before that its states are steps of the start.
     started: AtomicBool,
     purpose: Mutex<Purpose>,
@@ -123,6 +125,7 @@ impl Run {
             ended: Condvar::new(),
             stopping: AtomicBool::new(false),
             shutdown: Mutex::new(None),
+            has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
             purpose: Mutex::new(purpose),
             resumed: Mutex::new(None),
@@ -156,8 +159,11 @@ impl Run {
         };
         tracing::debug!(machine = self.machine, reason, how = end.describe(), "the run has ended");
         match &*self.purpose() {
-            Purpose::Run => self.host.state_changed(&self.machine, State::Poweroff, &reason),
-            Purpose::Preparation | Purpose::Standby(_) => {}
+            // A start that has failed is told by its own error, and another one may follow at once.
+            Purpose::Run if self.has_run.load(Ordering::SeqCst) => {
+                self.host.state_changed(&self.machine, State::Poweroff, &reason);
+            }
+            Purpose::Run | Purpose::Preparation | Purpose::Standby(_) => {}
         }
         *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
         self.ended.notify_all();
@@ -185,7 +191,9 @@ impl Run {
         if let Some(why) = reason_of_shutdown(event) {
             *self.shutdown.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
         }
-        *self.resumed() = (event.name == "RESUME").then(Instant::now);
+        let resumes = event.name == "RESUME";
+        self.has_run.fetch_or(resumes, Ordering::SeqCst);
+        *self.resumed() = resumes.then(Instant::now);
         let Some((state, reason)) = state_of_event(event) else { return };
         if self.started.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
             self.host.state_changed(&self.machine, state, &reason);

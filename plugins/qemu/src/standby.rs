@@ -10,16 +10,45 @@ use crate::template::Identity;
 
 /// A run that is loaded, and paused.
 pub struct Standby {
-    pub run: Arc<Run>,
+    run: Arc<Run>,
     /// What it was made from.
-    pub identity: Identity,
+    identity: Identity,
     /// The file of its RAM, if that is mapped.
-    pub ram: Option<FileId>,
+    ram: Option<FileId>,
     /// What it holds of the memory for machines that stand by.
-    pub share: Share,
+    share: Share,
+    /// Whether somebody has seen to the run. One that nobody has is ended with the value.
+    taken: bool,
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        if !self.taken {
+            self.run.give_up();
+        }
+    }
 }
 
 impl Standby {
+    /// A run that was made from this, with the file of its RAM if that is mapped.
+    pub fn new(run: Arc<Run>, identity: Identity, ram: Option<FileId>, share: Share) -> Self {
+        Standby { run, identity, ram, share, taken: false }
+    }
+
+    /// What it holds of this computer's memory, in bytes.
+    pub fn memory(&self) -> u64 {
+        self.share.bytes()
+    }
+
+    /// Ends it without waiting for that.
+    pub fn give_up(&self) {
+        self.run.give_up();
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.run.has_ended()
+    }
+
     /// Why it is of no use, if it is not.
     pub fn fault(&self, identity: &Identity) -> Option<String> {
         if self.run.has_ended() {
@@ -32,9 +61,12 @@ impl Standby {
     }
 
     /// The run, if it is what a restore would make now. If not, it is let go.
-    pub fn take(self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+    pub fn take(mut self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         match self.fault(identity) {
-            None => Ok(self.run),
+            None => {
+                self.taken = true;
+                Ok(Arc::clone(&self.run))
+            }
             Some(why) => {
                 self.let_go(deadline)?;
                 Err(Error::failed(why).into())
@@ -43,7 +75,8 @@ impl Standby {
     }
 
     /// Ends it.
-    pub fn let_go(self, deadline: Deadline) -> Result<(), NotStarted> {
+    pub fn let_go(mut self, deadline: Deadline) -> Result<(), NotStarted> {
+        self.taken = true;
         self.run.end(deadline)
     }
 }

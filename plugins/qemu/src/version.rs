@@ -2,10 +2,14 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use machinery::{Error, Result};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::files::FileId;
 
@@ -26,8 +30,7 @@ impl Version {
 
     /// Asks the program.
     pub fn of(program: &Path) -> Result<Version> {
-        let asked = Command::new(program).arg("--version").output();
-        let output = asked.map_err(|error| Error::io("run", program, &error))?;
+        let output = ask(program)?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = Version::parse(&text).ok_or_else(|| {
             let said =
@@ -94,6 +97,32 @@ impl Version {
     /// Whether `screendump` writes PNG. Source: qapi/ui.json.
     pub fn screenshots_as_png(self) -> bool {
         self >= Version::new(7, 1, 0)
+    }
+}
+
+/// How long a program may take to tell its version.
+const TELLING: Duration = Duration::from_secs(10);
+
+/// Whoever waits for a program that does not answer is waited for by every machine.
+fn ask(program: &Path) -> Result<Output> {
+    let failed = |error: std::io::Error| Error::io("run", program, &error);
+    let mut command = Command::new(program);
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().map_err(failed)?;
+    let handle =
+        pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(|error| failed(error.into()))?;
+    let (told, output) = mpsc::channel();
+    // It may have been given up.
+    let wait = move || drop(told.send(child.wait_with_output()));
+    thread::Builder::new().name("qemu-version".to_owned()).spawn(wait).map_err(failed)?;
+    match output.recv_timeout(TELLING) {
+        Ok(output) => output.map_err(failed),
+        Err(_) => {
+            // It may have ended just now.
+            let _ = pidfd_send_signal(&handle, Signal::KILL);
+            let reason = format!("{} --version does not end within {TELLING:?}", program.display());
+            Err(Error::environment(reason).advice("Check that it is QEMU's own binary"))
+        }
     }
 }
 

@@ -135,10 +135,12 @@ impl Actor {
         text.collect::<Vec<_>>().join(", ")
     }
 
-    /// Whether there is a restore to prepare: for a machine that is off and in the pool.
+    /// Whether there is a restore to prepare: for a machine that is off, in the pool, and that no task has.
+    /// A task may want to look at what its machine has left before anything is begun anew.
     pub fn can_prepare(&self) -> bool {
         let status = self.machine.status();
-        let free = status.state == State::Poweroff && status.standing.disabled.is_none();
+        let standing = &status.standing;
+        let free = status.state == State::Poweroff && standing.disabled.is_none() && standing.lock.is_none();
         free && self.machine.machinery.capabilities.prepare && self.lost.is_none()
     }
 

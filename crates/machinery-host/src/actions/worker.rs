@@ -4,9 +4,11 @@ use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::rules::{Actor, House, give_up_preparing};
 use super::{Action, CLOSING, Outcome};
@@ -19,9 +21,25 @@ struct Job {
     _pending: Pending,
 }
 
+/// How long a restore waits for its preparation. It takes longer only where all of a large snapshot has
+/// to be read, or something hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long after it was told to give up a preparation is told again.
+const ONCE_MORE: Duration = Duration::from_millis(500);
+
+const UNWANTED: &str = "not prepared, because the machine is to be stopped or started cold";
+
 impl Job {
     fn ends_a_preparation(&self) -> bool {
         matches!(self.action, Action::Stop | Action::NorestoreStart)
+    }
+
+    /// From when on a preparation that is under way is not wanted any more because of it, if ever.
+    fn ends_preparations_from(&self) -> Option<Instant> {
+        match self.action {
+            Action::RestoreStart => Some(Instant::now() + PATIENCE),
+            _ => self.ends_a_preparation().then(Instant::now),
+        }
     }
 }
 
@@ -209,37 +227,75 @@ impl Worker {
         }
         let turn = tokio::select! {
             biased;
-            job = self.jobs.recv() => return self.take(job),
+            job = self.jobs.recv() => {
+                self.take(job);
+                return self.come_back();
+            }
             turn = self.actor.turn_to_prepare() => turn,
         };
         if turn.is_some() && self.actor.can_prepare() {
             // Its failure is in the log, and the next restore does without.
-            let _ = self.prepare().await;
+            let _ = self.prepare_now().await;
         }
     }
 
-    /// Prepares the next restore. A restore that comes meanwhile waits for it, because it would have to
-    /// do the same work; what has no use for it ends it.
-    async fn prepare(&mut self) -> Outcome {
-        if self.ended || self.waiting.iter().any(Job::ends_a_preparation) {
-            return Err("not prepared, because the machine is to be stopped or started cold".to_owned());
+    /// What came first does not keep the machine from being prepared, unless it is a stop.
+    fn come_back(&self) {
+        if !self.waiting.iter().any(Job::ends_a_preparation) {
+            self.actor.machine().ask_preparation();
         }
+    }
+
+    /// Prepares the next restore because somebody wants it, when it is the machine's turn.
+    async fn prepare(&mut self) -> Outcome {
+        let turn = loop {
+            if self.is_preparing_unwanted() {
+                return Err(UNWANTED.to_owned());
+            }
+            tokio::select! {
+                biased;
+                job = self.jobs.recv(), if !self.ended => self.take(job),
+                turn = self.actor.turn_to_prepare() => break turn,
+            }
+        };
+        match turn {
+            Some(_turn) => self.prepare_now().await,
+            None => Err(CLOSING.to_owned()),
+        }
+    }
+
+    fn is_preparing_unwanted(&self) -> bool {
+        self.ended || self.waiting.iter().any(Job::ends_a_preparation)
+    }
+
+    /// Prepares the next restore. One that comes meanwhile waits for it for a while, because it would have
+    /// to do the same work; what has no use for it ends it.
+    async fn prepare_now(&mut self) -> Outcome {
         let machine = Arc::clone(self.actor.machine());
         let mut prepared = pin!(self.actor.perform(&Action::Prepare));
-        let mut given_up = false;
+        // From when on it is not wanted any more; not known yet.
+        let mut unwanted: Option<Instant> = None;
         loop {
-            let job = tokio::select! {
+            let give_up = async {
+                match unwanted {
+                    Some(since) => tokio::time::sleep_until(since).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
                 biased;
                 outcome = &mut prepared => return outcome,
-                job = self.jobs.recv(), if !self.ended => job,
-            };
-            let ends_it =
-                job.as_ref().is_none_or(|job| matches!(job.action, Action::Stop | Action::NorestoreStart));
-            self.ended = job.is_none();
-            self.waiting.extend(job);
-            if ends_it && !given_up {
-                given_up = true;
-                give_up_preparing(&machine, &self.house).await;
+                job = self.jobs.recv(), if !self.ended => {
+                    let from = job.as_ref().map_or_else(|| Some(Instant::now()), Job::ends_preparations_from);
+                    unwanted = [unwanted, from].into_iter().flatten().min();
+                    self.ended = job.is_none();
+                    self.waiting.extend(job);
+                }
+                () = give_up => {
+                    give_up_preparing(&machine, &self.house).await;
+                    // It may have come before the plugin had begun.
+                    unwanted = Some(Instant::now() + ONCE_MORE);
+                }
             }
         }
     }

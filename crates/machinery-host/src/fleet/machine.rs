@@ -243,6 +243,7 @@ impl Machine {
             return Err(NotHeld::OfAnother { machine, holder: hold.task_id.clone() });
         }
         status.standing.lock = None;
+        self.preparation.notify_one();
         self.events.send(Event::Unlocked { machine });
         Ok(())
     }

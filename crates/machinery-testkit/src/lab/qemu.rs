@@ -164,7 +164,10 @@ impl Lab {
 
     /// Where a machine's template is, if it has one.
     pub fn template(&self, name: &str) -> PathBuf {
-        self.cwd.root().join("operational/generated/machinery-host/qemu/cache/templates").join(name)
+        self.cwd
+            .root()
+            .join("operational/generated/machinery-host/qemu/cache/templates")
+            .join(format!("{name}.template"))
     }
 
     /// Puts `new` in the place of the first `old` in `qemu.yaml`, where it has to be.

@@ -14,7 +14,7 @@ use std::sync::{Arc, PoisonError};
 
 use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wanted};
 
-use super::Machine;
+use super::{INSTANT, Machine};
 use crate::launch::Memory;
 use crate::run::{Load, NotStarted, Purpose, Run};
 use crate::snapshot::{Format, Snapshot};
@@ -48,14 +48,16 @@ impl Machine {
     /// # Errors
     /// The machine is on; what cannot be prepared, or was given up for a stop.
     pub fn prepare(&self, deadline: Deadline) -> Result<()> {
-        let standby = self.set_preparing()?;
+        let standby = self.set_preparing(deadline)?;
         match self.prepared(standby, deadline) {
             Ok(Prepared { standby, ready }) => {
-                if self.set_prepared(standby, None) {
-                    return Err(given_up());
-                }
                 self.shared.host.ready(&self.files.info.name, &ready);
-                Ok(())
+                let has_ended = standby.as_ref().is_some_and(|standby| standby.has_ended());
+                let was_given_up = self.set_prepared(standby, None);
+                if was_given_up || has_ended {
+                    self.tell_ready();
+                }
+                if was_given_up { Err(given_up()) } else { Ok(()) }
             }
             Err(NotStarted { error, left }) => {
                 let was_given_up = self.set_prepared(None, left);
@@ -65,8 +67,12 @@ impl Machine {
         }
     }
 
-    fn prepared(&self, standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Prepared, NotStarted> {
-        let identity = Identity::of(&self.files, &self.shared.program)?;
+    fn prepared(
+        &self,
+        mut standby: Option<Box<Standby>>,
+        deadline: Deadline,
+    ) -> Result<Prepared, NotStarted> {
+        let identity = self.identity_now(&mut standby, deadline)?;
         if let Some(standby) = standby {
             if standby.fault(&identity).is_none() {
                 let ready = self.ready_with(&standby);
@@ -112,7 +118,14 @@ impl Machine {
             Some(template) => (Some(template.memory), Load::Devices(template.devices), Some(template.ram)),
             None => (None, Load::Snapshot(self.snapshot()?), None),
         };
-        let run = self.start(&self.files.disposable, memory, load, deadline)?;
+        let mapped = ram.is_some();
+        let limit = if mapped { deadline.within(INSTANT) } else { deadline };
+        let started = self.start(&self.files.disposable, memory, load, limit);
+        let run = started.inspect_err(|failed| {
+            if mapped {
+                self.template_failed(&identity, failed);
+            }
+        })?;
         if let Some(bytes) = run.memory() {
             share.measured(bytes);
         }
@@ -120,7 +133,7 @@ impl Machine {
         if run.has_ended() {
             return Err(Error::failed("QEMU ended as soon as it stood by").into());
         }
-        Ok(Standby { run, identity, ram, share })
+        Ok(Standby::new(run, identity, ram, share))
     }
 
     fn likely_memory(&self, identity: &Identity, template: Option<&Template>) -> Result<u64> {
@@ -185,8 +198,9 @@ impl Machine {
                     error = error.detail(&full);
                 }
                 let error = error.action("building its template");
+                let why = format!("its template could not be built: {}", error.reason());
                 if !self.is_given_up() {
-                    self.note_unbuildable(identity, &error);
+                    self.note_unbuildable(identity, &why);
                 }
                 (
                     Err(format!("its template could not be built: {}", error.reason())),
@@ -200,15 +214,23 @@ impl Machine {
         let unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
         let known =
             unbuildable.as_ref().filter(|known| known.identity == *identity && known.tries >= TRIES)?;
-        Some(format!("its template could not be built ({} times): {}", known.tries, known.why))
+        Some(format!("tried {} times: {}", known.tries, known.why))
     }
 
-    fn note_unbuildable(&self, identity: &Identity, error: &Error) {
+    /// A template that cannot be loaded is of no use; after a few of them no more is built.
+    pub fn template_failed(&self, identity: &Identity, failed: &NotStarted) {
+        if !self.is_given_up() && failed.left.is_none() {
+            let why = format!("its template could not be loaded: {}", failed.error.reason());
+            self.note_unbuildable(identity, &why);
+            self.drop_template(&why);
+        }
+    }
+
+    fn note_unbuildable(&self, identity: &Identity, why: &str) {
         let mut unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
         let before = unbuildable.take().filter(|known| known.identity == *identity);
         let tries = before.map_or(0, |known| known.tries) + 1;
-        *unbuildable =
-            Some(Unbuildable { identity: identity.clone(), tries, why: error.reason().to_owned() });
+        *unbuildable = Some(Unbuildable { identity: identity.clone(), tries, why: why.to_owned() });
     }
 
     /// The machine's template, if it has one that fits. One that does not is dropped.
@@ -231,6 +253,7 @@ impl Machine {
         if let Err(error) = dropped {
             tracing::warn!(machine = self.files.info.name, %error, "a template of no use stays behind");
         }
+        self.tell_ready();
     }
 
     /// Tells the host how ready the machine is, with nothing that stands by.
@@ -248,7 +271,7 @@ impl Machine {
 
     fn ready_with(&self, standby: &Standby) -> Ready {
         let disk = self.without_standby().disk;
-        Ready { how: Readiness::Standby, why: String::new(), memory: standby.share.bytes(), disk }
+        Ready { how: Readiness::Standby, why: String::new(), memory: standby.memory(), disk }
     }
 }
 

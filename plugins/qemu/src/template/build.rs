@@ -14,13 +14,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use machinery::{Deadline, Error, Result};
+use machinery::{Deadline, Error, Result, in_words};
 use qapi::qmp;
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 
-use super::{DEVICES, Identity, RAM, RECORD, Record, Templates, UNFINISHED, absent, checksum, remove};
+use super::{DEVICES, DISK, Identity, RAM, RECORD, Record, Templates, UNFINISHED, checksum, remove};
 use crate::files::FileId;
 use crate::launch::{Memory, Sharing};
 use crate::run::{Load, NotStarted, Run};
@@ -63,6 +64,9 @@ pub trait Build {
     fn opens_for_writing(&self) -> bool;
 }
 
+/// How long QEMU may take to tell about a machine that does not run.
+const QUESTION: Duration = Duration::from_secs(60);
+
 /// Why there is no template.
 pub enum NotBuilt {
     /// There is no room for it now.
@@ -98,9 +102,9 @@ pub fn build(
     let unfinished = templates.begin(machine)?;
     let (block, size) = ask_for_ram(build, &unfinished.disk(), deadline)?;
     let snapshot = build.snapshot()?;
-    if let Some(why) = templates.lacks_room(machine, likely_size(&snapshot, &identity, size)) {
-        return Err(NotBuilt::NoRoom(why));
-    }
+    let needed = likely_size(&snapshot, &identity, size);
+    let _room = templates.reserve_room(needed).map_err(NotBuilt::NoRoom)?;
+    lacks_memory(size).map_or(Ok(()), |why| Err(NotBuilt::NoRoom(why)))?;
     let ram = file_in_memory()?;
     let file = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), ram.as_raw_fd()));
     let memory = Memory { file, size, block: block.clone(), sharing: Sharing::Written };
@@ -108,7 +112,10 @@ pub fn build(
     let saved = run.save_devices(&unfinished.devices(), deadline);
     run.end(deadline)?;
     saved?;
-    copy_what_is_not_zero(&ram, &unfinished.ram(), &|| build.goes_on())?;
+    copy_what_is_not_zero(&ram, &unfinished.ram(), &|| {
+        deadline.check("the template's RAM to be copied")?;
+        build.goes_on()
+    })?;
     if let Some(change) = build.identity()?.change_since(&identity) {
         return Err(Error::failed(format!("{change} while its template was built")).into());
     }
@@ -116,8 +123,27 @@ pub fn build(
     Ok(())
 }
 
+/// What is left of this computer's memory when a template is built: guests that run need some too.
+const MEMORY_LEFT: u64 = 512 << 20;
+
+/// Why there is no memory to load a guest of that size, if there is none. Source: `MemAvailable` in
+/// proc_meminfo(5), in KiB.
+fn lacks_memory(needed: u64) -> Option<String> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let available = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024;
+    (needed.saturating_add(MEMORY_LEFT) > available).then(|| {
+        format!(
+            "building its template takes {} of memory, and only {} are available",
+            in_words(needed),
+            in_words(available)
+        )
+    })
+}
+
 /// QEMU's name for the machine's RAM, and its size in bytes.
 fn ask_for_ram(build: &dyn Build, disk: &Path, deadline: Deadline) -> Result<(String, u64), NotBuilt> {
+    let deadline = deadline.within(QUESTION);
     let run = build.start(disk, None, Load::Nothing, deadline)?;
     let told = ram_of(&run, deadline);
     run.end(deadline)?;
@@ -212,7 +238,7 @@ impl Templates {
     /// # Errors
     /// Its folder cannot be made.
     pub(super) fn begin(&self, machine: &str) -> Result<Unfinished> {
-        let folder = self.dir.join(format!("{UNFINISHED}{machine}"));
+        let folder = self.dir.join(format!("{machine}{UNFINISHED}"));
         remove(&folder)?;
         let made = fs::DirBuilder::new().mode(0o700).create(&folder);
         made.map_err(|error| Error::io("make the template's folder", &folder, &error))?;
@@ -226,7 +252,7 @@ impl Unfinished {
     }
 
     fn disk(&self) -> PathBuf {
-        self.folder.join("disk")
+        self.folder.join(DISK)
     }
 
     pub fn devices(&self) -> PathBuf {
@@ -263,7 +289,6 @@ impl Unfinished {
         let path = self.folder.join(RECORD);
         fs::write(&path, serde_json::to_vec(&record)?)?;
         File::open(&path)?.sync_all()?;
-        fs::remove_dir_all(&self.published_as).or_else(absent)?;
         fs::rename(&self.folder, &self.published_as)?;
         match self.published_as.parent() {
             Some(dir) => File::open(dir)?.sync_all(),

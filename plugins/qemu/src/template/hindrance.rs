@@ -23,6 +23,9 @@ const MACHINE: [(&str, &str); 3] = [
     ("confidential-guest-support", "encrypts the RAM"),
 ];
 
+/// What `-overcommit` and `-realtime` say to keep all of the RAM in memory.
+const LOCKED: [&str; 3] = ["mem-lock=on", "mem-lock=on-fault", "mlock=on"];
+
 /// Why it cannot, if it cannot. Sources: QEMU's migration/ram.c (`x-ignore-shared`, since 4.0),
 /// hw/core/machine.c (`memory-backend`, since 5.0), softmmu/physmem.c (`ram_block_discard_range`).
 pub fn hindrance(args: &StartArgs, version: Version) -> Option<String> {
@@ -49,6 +52,9 @@ fn in_the_way(option: &str, value: &str, version: Version) -> Option<String> {
             told("brings a memory backend of its own")
         }
         "netdev" if kind(value, "type") == "vhost-user" => told("shares the RAM with another process"),
+        "overcommit" | "realtime" if value.split(',').any(|part| LOCKED.contains(&part.trim())) => {
+            told("keeps all of the RAM in memory, which a template leaves alone")
+        }
         "balloon" => device_in_the_way("virtio-balloon", version).and_then(told),
         "device" => device_in_the_way(&kind(value, "driver"), version).and_then(told),
         _ => None,
@@ -117,6 +123,7 @@ mod tests {
     fn each_one_is_told_by_its_argument() {
         for args in [
             ["-mem-path", "/dev/hugepages"],
+            ["-overcommit", "cpu-pm=on,mem-lock=on"],
             ["--numa", "node"],
             ["-readconfig", "/x"],
             ["-machine", "pc,memory-backend=m"],

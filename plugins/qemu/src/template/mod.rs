@@ -5,17 +5,20 @@
 //! a restore loads. QEMU's migration capability `x-ignore-shared` makes and reads that form.
 //!
 //! ```text
-//! <template_dir>/<machine>/ram           as large as the guest's RAM, sparse where that is zero
-//!                          devices       a migration stream without RAM
-//!                          record.json   what it was made from, and how its files were then
-//! <template_dir>/.new-<machine>/         one that is being built; renamed when it is whole
-//! <template_dir>/.lock                   held by the host whose templates they are
+//! <template_dir>/<machine>.template/ram           as large as the guest's RAM, sparse where that is zero
+//!                                   devices       a migration stream without RAM
+//!                                   record.json   what it was made from, and how its files were then
+//! <template_dir>/<machine>.unfinished/            one that is being built; renamed when it is whole
+//! <template_dir>/templates.lock                   held by the host whose templates they are
 //!
-//! (none) ── build ──▶ .new ── fsync, rename ──▶ whole ──▶ used, again and again
-//!                       │ failure                  │ anything it was made from has changed, a file of
-//!                       ▼                          ▼ it has, or QEMU does not load it
-//!                     (none)                     (none)
+//! (none) ── build ──▶ unfinished ── fsync, rename ──▶ whole ──▶ used, again and again
+//!                       │ failure                        │ anything it was made from has changed, a file
+//!                       ▼                                ▼ of it has, or QEMU does not load it
+//!                     (none)                           (none)
 //! ```
+//!
+//! The operator may have chosen a folder that holds other things, so nothing is removed but files of these
+//! names in folders of these names.
 //!
 //! It belongs to one [`Identity`]; it is looked at before each use, and one that does not fit is never
 //! used. Without a template a machine is restored plainly.
@@ -32,6 +35,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use machinery::{Error, Result, in_words};
 use rustix::fs::{FlockOperation, flock, statvfs};
@@ -43,7 +47,13 @@ use crate::launch::{Memory, Sharing};
 const RAM: &str = "ram";
 const DEVICES: &str = "devices";
 const RECORD: &str = "record.json";
-const UNFINISHED: &str = ".new-";
+/// Of a template that is being built.
+const DISK: &str = "disk";
+/// All that is ever in a folder of ours; the record goes first, because without it the rest is no template.
+const OURS: [&str; 4] = [RECORD, RAM, DEVICES, DISK];
+
+const WHOLE: &str = ".template";
+const UNFINISHED: &str = ".unfinished";
 
 /// What stays free on the disk when a template is built: runs need space too.
 const RESERVE: u64 = 512 << 20;
@@ -58,6 +68,8 @@ pub struct Templates {
     dir: PathBuf,
     /// How much they may take together, in bytes, if there is a bound.
     space: Option<u64>,
+    /// What templates that are being built may still take, in bytes.
+    reserved: Arc<Mutex<u64>>,
     _lock: File,
 }
 
@@ -99,19 +111,20 @@ impl Templates {
     pub fn open(dir: &Path, space: Option<u64>, machines: &[&str]) -> Result<Templates> {
         let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
-        let lock = File::create(dir.join(".lock")).map_err(failed)?;
+        let lock = File::create(dir.join("templates.lock")).map_err(failed)?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             let reason = format!("another host keeps its templates in {}", dir.display());
             return Err(Error::environment(reason).advice("Give each host a template_dir of its own"));
         }
-        let templates = Templates { dir: dir.to_owned(), space, _lock: lock };
         for entry in dir.read_dir().map_err(failed)?.flatten() {
-            let known = entry.file_name().to_str().is_some_and(|name| machines.contains(&name));
-            if !known && is_template(&entry.path()) {
-                remove(&entry.path())?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_wanted = name.strip_suffix(WHOLE).map(|machine| machines.contains(&machine));
+            if is_wanted == Some(false) || name.ends_with(UNFINISHED) {
+                // It may be somebody else's, whose name looks like one of ours.
+                let _ = remove(&entry.path()).inspect_err(|error| tracing::warn!(%error, "left alone"));
             }
         }
-        Ok(templates)
+        Ok(Templates { dir: dir.to_owned(), space, reserved: Arc::default(), _lock: lock })
     }
 
     /// Whether paths in it can stand in the middle of QEMU's arguments, as a machine's disk does.
@@ -120,7 +133,7 @@ impl Templates {
     }
 
     fn folder(&self, machine: &str) -> PathBuf {
-        self.dir.join(machine)
+        self.dir.join(format!("{machine}{WHOLE}"))
     }
 
     /// The machine's template, if it has one that was made from just this.
@@ -164,20 +177,34 @@ impl Templates {
         remove(&self.folder(machine))
     }
 
-    /// Why there is no room for one of about that size, if there is none.
-    fn lacks_room(&self, machine: &str, needed: u64) -> Option<String> {
-        let (used, own) = (self.used(), size_on_disk(&self.folder(machine)));
+    /// Room for one of about that size. Others that are built at the same time have theirs already.
+    ///
+    /// # Errors
+    /// There is none; the text says how much there is.
+    fn reserve_room(&self, needed: u64) -> Result<Room, String> {
+        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.lacks_room(needed, *reserved) {
+            Some(why) => Err(why),
+            None => {
+                *reserved += needed;
+                Ok(Room { reserved: Arc::clone(&self.reserved), bytes: needed })
+            }
+        }
+    }
+
+    fn lacks_room(&self, needed: u64, reserved: u64) -> Option<String> {
+        let taken = self.used().saturating_add(reserved);
         if let Some(space) = self.space
-            && (used - own.min(used)).saturating_add(needed) > space
+            && taken.saturating_add(needed) > space
         {
             return Some(format!(
                 "its template would take up to {}, and {} of the {} for templates are taken (template_space)",
                 in_words(needed),
-                in_words(used - own.min(used)),
+                in_words(taken),
                 in_words(space)
             ));
         }
-        let (free, reserve) = (self.free(), self.reserve());
+        let (free, reserve) = (self.free().saturating_sub(reserved), self.reserve());
         (needed.saturating_add(reserve) > free).then(|| {
             format!(
                 "its template would take up to {}, and only {} are free in {}, of which {} are to stay free. Free some, \
@@ -212,19 +239,23 @@ impl Templates {
     }
 }
 
-/// Whether a folder is one that this module has made: others' are not touched.
-fn is_template(folder: &Path) -> bool {
-    let unfinished =
-        folder.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(UNFINISHED));
-    folder.is_dir() && (unfinished || folder.join(RECORD).is_file())
+/// Room that is kept for a template that is being built, until this is dropped.
+pub struct Room {
+    reserved: Arc<Mutex<u64>>,
+    bytes: u64,
 }
 
-/// The record goes first: without it the rest is no template.
+impl Drop for Room {
+    fn drop(&mut self) {
+        *self.reserved.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
+    }
+}
+
+/// Nothing but what this module has made: a folder with anything else in it stays.
 fn remove(folder: &Path) -> Result<()> {
-    let gone = fs::remove_file(folder.join(RECORD))
-        .or_else(absent)
-        .and_then(|()| fs::remove_dir_all(folder).or_else(absent));
-    gone.map_err(|error| Error::io("remove the template", folder, &error))
+    let removed = OURS.iter().try_for_each(|name| fs::remove_file(folder.join(name)).or_else(absent));
+    let removed = removed.and_then(|()| fs::remove_dir(folder).or_else(absent));
+    removed.map_err(|error| Error::io("remove the template", folder, &error))
 }
 
 fn absent(error: io::Error) -> io::Result<()> {
@@ -319,10 +350,14 @@ mod tests {
     #[test]
     fn room_is_looked_for_before() {
         let Made { templates, folder: _folder, .. } = made();
-        assert_eq!(templates.lacks_room("m", 1 << 20), None);
-        assert!(templates.lacks_room("m", 2 << 30).unwrap().contains("of the 1 GiB for templates"));
+        let refused = |templates: &Templates, needed| templates.reserve_room(needed).err();
+        let room = templates.reserve_room(800 << 20).unwrap();
+        // What others are about to write counts too.
+        assert!(refused(&templates, 800 << 20).unwrap().contains("of the 1 GiB for templates"));
+        drop(room);
+        assert!(refused(&templates, 800 << 20).is_none());
         let boundless = Templates { space: None, ..templates };
-        assert!(boundless.lacks_room("m", 1 << 60).unwrap().contains("are free in"));
+        assert!(refused(&boundless, 1 << 60).unwrap().contains("are free in"));
     }
 
     #[test]
@@ -332,15 +367,23 @@ mod tests {
         drop(templates.begin("m").unwrap());
         assert_eq!(dir.read_dir().unwrap().count(), 2, "an unfinished one stays behind");
         std::mem::forget(templates.begin("m").unwrap());
-        fs::create_dir(dir.join("of-the-operator")).unwrap();
+        for name in ["of-the-operator", "m", "other.template", "x.unfinished"] {
+            fs::create_dir(dir.join(name)).unwrap();
+            fs::write(dir.join(name).join("win10.qcow2"), "precious").unwrap();
+        }
         assert!(Templates::open(&dir, None, &["m"]).err().unwrap().to_string().contains("another host"));
         drop(templates);
         let templates = Templates::open(&dir, None, &["m"]).unwrap();
         assert!(templates.find("m", &identity).unwrap().is_some());
-        assert!(!dir.join(".new-m").exists() && dir.join("of-the-operator").exists());
+        assert!(!dir.join("m.unfinished").exists());
         drop(templates);
-        let templates = Templates::open(&dir, None, &["other"]).unwrap();
+        let templates = Templates::open(&dir, None, &["else"]).unwrap();
         assert!(templates.find("m", &identity).unwrap().is_none());
+        for name in ["of-the-operator", "m", "other.template", "x.unfinished"] {
+            assert_eq!(fs::read_to_string(dir.join(name).join("win10.qcow2")).unwrap(), "precious", "{name}");
+        }
+        assert!(templates.remove("other").is_err());
+        assert!(templates.begin("x").is_err());
         drop(folder);
     }
 }
