@@ -52,7 +52,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
         found.extend(kvm_trap(connect, &config.dsn));
         let domains = config.domains.iter();
-        found.extend(domains.flat_map(|info| look_at(connect, info, &file)));
+        found.extend(domains.flat_map(|(info, _)| look_at(connect, info, &file)));
         Ok(found)
     });
     link.close(deadline);
@@ -95,14 +95,14 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
     let kind = if snapshot.external { "external" } else { "internal" };
     let text = format!(
         "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
-        snapshot.name, snapshot.state
+        snapshot.identity.name, snapshot.state
     );
     let mut found = vec![Finding::Good(text)];
     let version = connect.lib_version().unwrap_or(EXTERNAL);
     if snapshot.external && version < EXTERNAL {
         let reason = format!(
             "the snapshot '{}' is external, and libvirt {} cannot revert to those",
-            snapshot.name,
+            snapshot.identity.name,
             version_text(version)
         );
         found.push(Finding::Problem(
@@ -111,7 +111,7 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
                 .advice("Upgrade libvirt to 9.9 or newer, or take an internal snapshot"),
         ));
     }
-    if snapshot.state == "shutoff" {
+    if !snapshot.has_memory() {
         found.push(Finding::Warning(format!(
             "machine '{name}': its snapshot was taken while the domain was off, so each restore boots the guest. \
              Take one of the running guest, with Cuckoo's agent waiting in it"

@@ -212,6 +212,20 @@ impl Link {
         Call::start(move || work(&open(&dsn)?))
     }
 
+    /// Starts something that is soon answered, on the connection of all. What becomes of it matters also
+    /// when it comes late, so it is the caller's.
+    ///
+    /// # Errors
+    /// There is no connection to libvirt.
+    pub fn short_call<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
+    ) -> Result<Call<T>> {
+        let connect = self.connection(deadline)?;
+        Call::start(move || work(&connect))
+    }
+
     /// Opens the connection.
     fn connect(self: &Arc<Self>) -> Result<()> {
         let number = self.lock().number + 1;

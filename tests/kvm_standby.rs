@@ -1,0 +1,427 @@
+//! Domains that stand by: restored without being loaded, always at the snapshot, never when anything
+//! has happened to them; to the outside they are off, and they are gone when they ought to be.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::{FileWatch, Happens, KvmLab};
+use machinery_testkit::libvirt::SNAPSHOT;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+const MICRO: (&str, Guest) = ("m", Guest::Micro);
+const LINUX: Guest = Guest::Linux { ram_mib: 256, noise_mib: 64 };
+const ON: &str = "machineries: {kvm: {standby: on}}\n";
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+/// A lab with the machine `m`, a host for it, a subscriber and a client; dropped in this order.
+struct Scene {
+    subscriber: Client,
+    client: Client,
+    host: RunningHost,
+    lab: KvmLab,
+}
+
+impl Scene {
+    /// With the micro guest, which stands by.
+    fn new() -> Scene {
+        let mut scene = Scene::with(&[MICRO], ON);
+        scene.stands_by();
+        scene
+    }
+
+    fn with(machines: &[(&str, Guest)], section: &str) -> Scene {
+        let lab = KvmLab::new(machines).unwrap();
+        lab.cwd().host_yaml(section).unwrap();
+        Scene::of(lab)
+    }
+
+    fn of(lab: KvmLab) -> Scene {
+        let host = lab.host().unwrap();
+        let mut subscriber = host.client().unwrap();
+        subscriber.subscribe().unwrap();
+        Scene { subscriber, client: host.client().unwrap(), host, lab }
+    }
+
+    #[track_caller]
+    fn does(&mut self, action: &str) {
+        assert_eq!(self.client.act(action, "m").unwrap(), good(), "{action}; {}", self.host.log());
+    }
+
+    /// Why its action fails.
+    #[track_caller]
+    fn fails(&mut self, request: Value) -> String {
+        let answer = self.client.ask(request).unwrap();
+        assert_eq!(answer["success"], false, "{answer}");
+        answer["reason"].as_str().unwrap().to_owned()
+    }
+
+    fn ready(&mut self) -> Value {
+        self.client.machine("m").unwrap()["ready"].take()
+    }
+
+    fn state(&mut self) -> Value {
+        self.client.act("state", "m").unwrap()["state"].take()
+    }
+
+    /// Waits until it stands by, which the subscriber need not have heard: a host is soon ready.
+    fn stands_by(&mut self) -> Value {
+        if self.ready()["how"] == "standby" {
+            return self.ready();
+        }
+        self.hears("standby")
+    }
+
+    /// Waits until the subscriber hears that the machine is ready in that way.
+    fn hears(&mut self, how: &str) -> Value {
+        loop {
+            let ready = self.subscriber.hear("ready", "m").unwrap();
+            if ready["how"] == how {
+                return ready;
+            }
+        }
+    }
+
+    fn qemu(&self) -> Pid {
+        self.lab.qemu_of("m").unwrap()
+    }
+
+    fn virsh(&self, arguments: &[&str]) -> String {
+        self.lab.libvirtd().virsh(arguments).unwrap()
+    }
+
+    /// The machine is restored, at the snapshot, and runs.
+    #[track_caller]
+    fn restores(&mut self) {
+        self.does("restore_start");
+        let first = self.lab.machine("m").first_count(SOON).unwrap();
+        assert_eq!(first, self.lab.restored_count().unwrap());
+        self.lab.machine("m").counts_on(SOON).unwrap();
+    }
+
+    /// In good order, with nothing left.
+    #[track_caller]
+    fn ends_well(mut self) {
+        assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
+        self.lab.assert_clean();
+    }
+}
+
+/// What the subscriber has heard of states since it was last asked, up to an answer that it asks for
+/// itself.
+fn states_heard(client: &mut Client) -> Vec<Value> {
+    client.send(&json!({"action": "state", "machine": "m", "id": "mark"})).unwrap();
+    let mut states = Vec::new();
+    loop {
+        let message = client.next_message().unwrap();
+        if message["id"] == "mark" {
+            return states;
+        }
+        if message["event"] == "state" {
+            states.push(message);
+        }
+    }
+}
+
+#[test]
+fn what_stands_by_is_what_is_restored_and_always_at_the_snapshot() {
+    let mut scene = Scene::new();
+    for round in 0..10 {
+        let stood_by = scene.qemu();
+        let begun = Instant::now();
+        scene.restores();
+        println!("round {round}: {:?} until it was heard to count on", begun.elapsed());
+        assert_eq!(scene.qemu(), stood_by, "it was not what stood by that was restored");
+        assert_eq!(scene.ready()["how"], "plain");
+        scene.does("stop");
+        scene.hears("standby");
+    }
+    let log = scene.host.log();
+    assert!(!log.contains("not used") && !log.contains("ERROR"), "{log}");
+    scene.ends_well();
+}
+
+#[test]
+fn to_the_outside_it_is_off() {
+    let mut scene = Scene::with(&[MICRO], ON);
+    let ready = scene.stands_by();
+    assert!(ready["memory"].as_u64().unwrap() > 32 << 20, "{ready}");
+    assert_eq!(ready["why"], "");
+    assert_eq!(scene.state(), "poweroff");
+    assert_eq!(scene.client.machine("m").unwrap()["state"], "poweroff");
+    assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
+    let path = scene.lab.cwd().root().join("look");
+    for action in ["dump_memory", "screenshot"] {
+        let reason = scene.fails(json!({"action": action, "machine": "m", "path": path}));
+        assert!(reason.contains("powered off"), "{reason}");
+    }
+    scene.does("acpi_stop");
+    assert_eq!(scene.stands_by()["how"], "standby");
+    scene.restores();
+    // That one is not about what comes from a restore.
+    states_heard(&mut scene.subscriber);
+    scene.does("stop");
+    scene.hears("standby");
+    scene.ends_well();
+}
+
+#[test]
+fn a_stop_lets_go_of_it() {
+    let mut scene = Scene::new();
+    states_heard(&mut scene.subscriber);
+    scene.does("stop");
+    scene.lab.assert_clean();
+    let ready = scene.ready();
+    assert!(ready["how"] == "plain" && ready["memory"] == 0, "{ready}");
+    assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn a_cold_start_is_one() {
+    let mut scene = Scene::new();
+    for _ in 0..2 {
+        let stood_by = scene.qemu();
+        scene.does("norestore_start");
+        assert_eq!(scene.lab.machine("m").first_count(SOON).unwrap(), 1);
+        assert_ne!(scene.qemu(), stood_by);
+        scene.does("stop");
+        scene.hears("standby");
+    }
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn one_that_is_killed_is_replaced() {
+    let mut scene = Scene::new();
+    let stood_by = scene.qemu();
+    states_heard(&mut scene.subscriber);
+    kill_process(stood_by, Signal::KILL).unwrap();
+    let plain = scene.hears("plain");
+    println!("{plain}");
+    scene.hears("standby");
+    assert_ne!(scene.qemu(), stood_by);
+    assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+/// A guest that somebody lets run has left its snapshot.
+#[test]
+fn one_that_somebody_resumes_is_never_given_to_a_task() {
+    let mut scene = Scene::new();
+    let stood_by = scene.qemu();
+    states_heard(&mut scene.subscriber);
+    scene.virsh(&["resume", "lab-m"]);
+    scene.hears("plain");
+    scene.hears("standby");
+    assert_ne!(scene.qemu(), stood_by);
+    assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
+    // Nor is it at the very moment, whoever is first.
+    for together in [false, true] {
+        if together {
+            scene.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+            // It fails where the restore was first.
+            let _ = scene.lab.libvirtd().virsh(&["resume", "lab-m"]);
+            assert_eq!(scene.client.next_message().unwrap(), good(), "{}", scene.host.log());
+        } else {
+            scene.virsh(&["resume", "lab-m"]);
+            scene.does("restore_start");
+        }
+        let first = scene.lab.machine("m").first_count(SOON).unwrap();
+        assert_eq!(first, scene.lab.restored_count().unwrap());
+        scene.does("stop");
+        scene.hears("standby");
+    }
+    scene.ends_well();
+}
+
+#[test]
+fn one_that_was_out_of_sight_is_replaced() {
+    let mut scene = Scene::new();
+    for _ in 0..2 {
+        let stood_by = scene.qemu();
+        scene.lab.libvirtd().kill_daemon().unwrap();
+        scene.hears("plain");
+        assert_eq!(scene.state(), "poweroff");
+        scene.lab.libvirtd().start_daemon().unwrap();
+        scene.hears("standby");
+        assert_ne!(scene.qemu(), stood_by);
+        scene.restores();
+        scene.does("stop");
+        scene.hears("standby");
+    }
+    // A restore that comes meanwhile waits, and does not take it either.
+    let stood_by = scene.qemu();
+    scene.lab.libvirtd().kill_daemon().unwrap();
+    scene.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    scene.lab.libvirtd().start_daemon().unwrap();
+    assert_eq!(scene.client.next_message().unwrap(), good(), "{}", scene.host.log());
+    assert_ne!(scene.qemu(), stood_by);
+    assert_eq!(scene.lab.machine("m").first_count(SOON).unwrap(), scene.lab.restored_count().unwrap());
+    scene.does("stop");
+    scene.ends_well();
+}
+
+/// Nothing tells that a snapshot is another one now, so a restore looks.
+#[test]
+fn the_snapshot_of_now_is_restored() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml(ON).unwrap();
+    let mut scene = Scene::of(lab);
+    scene.stands_by();
+    scene.does("stop");
+    // One of the same name, of another moment; and what stands by of the old one meanwhile.
+    scene.virsh(&["snapshot-revert", "lab-m", SNAPSHOT]);
+    let later = scene.lab.restored_count().unwrap() + 20;
+    scene.lab.machine("m").wait_for_count(later, SOON).unwrap();
+    scene.virsh(&["snapshot-create-as", "lab-m", "other"]);
+    scene.virsh(&["destroy", "lab-m"]);
+    scene.virsh(&["snapshot-current", "lab-m", "--snapshotname", SNAPSHOT]);
+    scene.does("restore_start");
+    scene.does("stop");
+    scene.hears("standby");
+    let old = scene.qemu();
+    scene.virsh(&["snapshot-delete", "lab-m", SNAPSHOT]);
+    let other = scene.virsh(&["snapshot-dumpxml", "--security-info", "lab-m", "other"]);
+    scene.virsh(&["snapshot-delete", "lab-m", "other", "--metadata"]);
+    scene
+        .lab
+        .libvirtd()
+        .virsh_with_file(&["snapshot-create", "lab-m"], &other, &["--redefine", "--current"])
+        .unwrap();
+    scene.does("restore_start");
+    assert_ne!(scene.qemu(), old);
+    assert!(scene.lab.machine("m").first_count(SOON).unwrap() > later - 1, "it was the old one");
+    assert!(scene.host.log().contains("what stands by is not used"), "{}", scene.host.log());
+    scene.does("stop");
+    scene.hears("standby");
+    scene.does("restore_start");
+    assert!(scene.lab.machine("m").first_count(SOON).unwrap() > later - 1, "it was the old one");
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn a_host_that_dies_leaves_what_the_next_one_ends() {
+    let mut scene = Scene::new();
+    let left = scene.qemu();
+    scene.host.kill().unwrap();
+    assert_eq!(scene.lab.qemu_of("m").unwrap(), left, "it outlives the host");
+    // The next one has it off.
+    scene.lab.cwd().host_yaml("machineries: {kvm: {standby: off}}\n").unwrap();
+    let mut scene = Scene::of(scene.lab);
+    scene.lab.assert_clean();
+    assert_eq!(scene.state(), "poweroff");
+    assert_eq!(scene.ready()["why"], "standby is off");
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn all_are_gone_when_the_host_ends() {
+    let machines = ["m", "n", "o", "p", "q", "r"].map(|name| (name, Guest::Micro));
+    let mut scene = Scene::with(&machines, ON);
+    for (name, _) in machines {
+        assert_eq!(scene.client.act("prepare", name).unwrap(), good());
+        assert_eq!(scene.client.machine(name).unwrap()["ready"]["how"], "standby", "{name}");
+    }
+    // One runs, the others stand by.
+    scene.does("restore_start");
+    scene.ends_well();
+}
+
+#[test]
+fn without_memory_for_it_there_is_none_and_it_is_told_why() {
+    let section =
+        "machineries: {kvm: {standby: on, standby_memory: 40 MiB, machines: {n: {standby: off}}}}\n";
+    let machines = [MICRO, ("n", Guest::Micro), ("big", LINUX)];
+    let mut scene = Scene::with(&machines, section);
+    for (name, words) in [("n", "standby is off"), ("big", "256 MiB of memory")] {
+        assert_eq!(scene.client.act("prepare", name).unwrap(), good());
+        let ready = scene.client.machine(name).unwrap()["ready"].take();
+        assert_eq!(ready["how"], "plain");
+        assert!(ready["why"].as_str().unwrap().contains(words), "{ready}");
+    }
+    scene.stands_by();
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn auto_is_off_and_says_what_to_do() {
+    let mut scene = Scene::with(&[MICRO], "");
+    scene.does("prepare");
+    let ready = scene.ready();
+    assert!(ready["how"] == "plain" && ready["why"].as_str().unwrap().contains("standby: on"), "{ready}");
+    scene.lab.assert_clean();
+    scene.ends_well();
+}
+
+/// It ends at once, and so does what it was loading.
+#[test]
+fn a_preparation_gives_way() {
+    let mut scene = Scene::with(&[("m", LINUX)], ON);
+    scene.stands_by();
+    scene.does("stop");
+    for action in ["stop", "norestore_start"] {
+        let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
+        scene.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
+        // The guest's serial port is made by its QEMU.
+        watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+        scene.client.send(&json!({"action": action, "machine": "m", "id": 2})).unwrap();
+        let mut answers = [scene.client.next_message().unwrap(), scene.client.next_message().unwrap()];
+        answers.sort_by_key(|answer| answer["id"].as_u64());
+        println!("{answers:?}");
+        assert_eq!(answers[0]["success"], false);
+        assert_eq!(answers[1]["success"], true, "{}", scene.host.log());
+        assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);
+        if action == "stop" {
+            scene.lab.assert_clean();
+        } else {
+            scene.does("stop");
+            scene.hears("standby");
+            scene.does("stop");
+        }
+    }
+    let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
+    scene.client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
+    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    scene.ends_well();
+}
+
+/// A libvirtd that ends in the middle costs a preparation, and not the machine.
+#[test]
+fn libvirtd_may_die_while_a_machine_is_prepared() {
+    let mut scene = Scene::with(&[("m", LINUX)], ON);
+    scene.stands_by();
+    scene.does("stop");
+    let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
+    scene.client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
+    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    scene.lab.libvirtd().kill_daemon().unwrap();
+    scene.lab.libvirtd().start_daemon().unwrap();
+    println!("{}", scene.client.next_message().unwrap());
+    scene.hears("standby");
+    assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);
+    scene.does("restore_start");
+    assert_eq!(scene.lab.machine("m").marks(SOON).unwrap().ram, "snapshot");
+    scene.does("stop");
+    scene.ends_well();
+}
