@@ -1,9 +1,13 @@
-//! Domains that stand by: restored without being loaded, always at the snapshot, never when anything
-//! has happened to them; to the outside they are off, and they are gone when they ought to be.
+//! Restores that are prepared. Domains that stand by: restored without being loaded, always at the
+//! snapshot, never when anything has happened to them; to the outside they are off, and they are gone
+//! when they ought to be. And save images, which are as good as the snapshot or not used.
 
 // Clippy's own exemption for tests leaves out their helpers.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
@@ -84,7 +88,8 @@ impl Scene {
     /// Waits until the subscriber hears that the machine is ready in that way.
     fn hears(&mut self, how: &str) -> Value {
         loop {
-            let ready = self.subscriber.hear("ready", "m").unwrap();
+            let heard = self.subscriber.hear("ready", "m");
+            let ready = heard.unwrap_or_else(|error| panic!("{how}: {error}; {}", self.host.log()));
             if ready["how"] == how {
                 return ready;
             }
@@ -160,6 +165,8 @@ fn to_the_outside_it_is_off() {
     assert_eq!(scene.client.machine("m").unwrap()["state"], "poweroff");
     assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
     let path = scene.lab.cwd().root().join("look");
+    let checked = scene.lab.run(&["check"]).unwrap();
+    assert!(checked.stdout.contains("machine 'm': it stands by"), "{}", checked.stdout);
     for action in ["dump_memory", "screenshot"] {
         let reason = scene.fails(json!({"action": action, "machine": "m", "path": path}));
         assert!(reason.contains("powered off"), "{reason}");
@@ -327,7 +334,8 @@ fn a_host_that_dies_leaves_what_the_next_one_ends() {
     let mut scene = Scene::of(scene.lab);
     scene.lab.assert_clean();
     assert_eq!(scene.state(), "poweroff");
-    assert_eq!(scene.ready()["why"], "standby is off");
+    let ready = scene.ready();
+    assert!(ready["why"].as_str().unwrap().starts_with("standby is off"), "{ready}");
     scene.restores();
     scene.does("stop");
     scene.ends_well();
@@ -423,5 +431,180 @@ fn libvirtd_may_die_while_a_machine_is_prepared() {
     scene.does("restore_start");
     assert_eq!(scene.lab.machine("m").marks(SOON).unwrap().ram, "snapshot");
     scene.does("stop");
+    scene.ends_well();
+}
+
+const IMAGES: &str = "machineries: {kvm: {save_images: on}}\n";
+
+impl Scene {
+    /// With the micro guest, which has a save image.
+    fn with_image() -> Scene {
+        let mut scene = Scene::with(&[MICRO], IMAGES);
+        scene.has_image();
+        scene
+    }
+
+    /// Waits until there is an image for its next restore.
+    fn has_image(&mut self) -> Value {
+        self.does("prepare");
+        let ready = self.ready();
+        assert_eq!(ready["how"], "instant", "{ready}; {}", self.host.log());
+        ready
+    }
+
+    /// How often it was restored from an image, and how often by a revert.
+    fn restored(&self) -> (usize, usize) {
+        let log = self.host.log();
+        let of = |step: &str| {
+            let done = log.lines().filter(|line| line.contains("action=\"restore_start\""));
+            done.filter(|line| line.contains(step)).count()
+        };
+        (of("load "), of("revert "))
+    }
+
+    fn qemu_io(&self, command: &str) -> String {
+        let mut io = Command::new("qemu-io");
+        let ran = io.args(["-f", "qcow2", "-c", command]).arg(&self.lab.machine("m").disk).output().unwrap();
+        String::from_utf8_lossy(&ran.stdout).into_owned()
+    }
+
+    fn image(&self) -> PathBuf {
+        let mut found = Vec::new();
+        files_below(self.lab.cwd().root(), &mut found);
+        found.retain(|path| path.ends_with("m.save"));
+        assert_eq!(found.len(), 1, "{found:?}");
+        found.remove(0)
+    }
+}
+
+fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            files_below(&entry.path(), found);
+        } else {
+            found.push(entry.path());
+        }
+    }
+}
+
+#[test]
+fn an_image_is_restored_at_the_snapshot_with_the_disk_of_the_snapshot() {
+    let mut scene = Scene::with_image();
+    let ready = scene.ready();
+    assert!(ready["disk"].as_u64() > Some(0) && ready["memory"] == 0, "{ready}");
+    scene.lab.assert_clean();
+    for _ in 0..5 {
+        // As if the run before had written it.
+        scene.qemu_io("write -P 0x5a 64k 512");
+        scene.restores();
+        scene.does("stop");
+        let said = scene.qemu_io("read -P 0x5a 64k 512");
+        assert!(said.contains("Pattern verification failed"), "the run had another's disk: {said}");
+    }
+    assert_eq!(scene.restored(), (5, 0), "{}", scene.host.log());
+    // A cold start is one, and does not spoil it.
+    scene.does("norestore_start");
+    assert_eq!(scene.lab.machine("m").first_count(SOON).unwrap(), 1);
+    scene.does("stop");
+    scene.restores();
+    scene.does("stop");
+    assert_eq!(scene.restored(), (6, 0), "{}", scene.host.log());
+    // Nor does an operator who looks what is there.
+    scene.virsh(&["snapshot-revert", "lab-m", SNAPSHOT, "--running"]);
+    scene.lab.machine("m").counts_on(SOON).unwrap();
+    scene.virsh(&["destroy", "lab-m"]);
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn what_a_linux_guest_writes_is_gone_with_an_image() {
+    let mut scene = Scene::with(&[("m", LINUX)], IMAGES);
+    scene.has_image();
+    for _ in 0..3 {
+        scene.does("restore_start");
+        let marks = scene.lab.machine("m").marks(SOON).unwrap();
+        assert_eq!((marks.ram.as_str(), marks.disk.as_str()), ("snapshot", "snapshot"));
+        scene.lab.machine("m").mark("spoilt1", "spoilt2", SOON).unwrap();
+        scene.does("stop");
+    }
+    assert_eq!(scene.restored(), (3, 0), "{}", scene.host.log());
+    scene.ends_well();
+}
+
+/// It outlives the host, and is made anew when it is of something that is no more.
+#[test]
+fn an_image_is_of_the_snapshot_and_the_domain_of_now() {
+    let mut scene = Scene::with_image();
+    let made = fs::metadata(scene.image()).unwrap().modified().unwrap();
+    assert_eq!(scene.host.terminate().unwrap().code(), Some(0));
+    let mut scene = Scene::of(scene.lab);
+    scene.has_image();
+    assert_eq!(fs::metadata(scene.image()).unwrap().modified().unwrap(), made);
+    // Another snapshot, of the same name.
+    scene.does("restore_start");
+    let later = scene.lab.restored_count().unwrap() + 20;
+    scene.lab.machine("m").wait_for_count(later, SOON).unwrap();
+    scene.virsh(&["snapshot-delete", "lab-m", SNAPSHOT]);
+    scene.virsh(&["snapshot-create-as", "lab-m", SNAPSHOT]);
+    scene.does("stop");
+    for _ in 0..2 {
+        scene.does("restore_start");
+        assert!(scene.lab.machine("m").first_count(SOON).unwrap() >= later, "it was the old one");
+        scene.does("stop");
+        scene.has_image();
+    }
+    assert_ne!(fs::metadata(scene.image()).unwrap().modified().unwrap(), made);
+    // Another description of the domain.
+    let before = scene.restored();
+    let xml = scene.virsh(&["dumpxml", "--inactive", "--security-info", "lab-m"]);
+    let changed = xml.replace("</name>", "</name><description>another</description>");
+    scene.lab.libvirtd().virsh_with_file(&["define"], &changed, &[]).unwrap();
+    scene.does("restore_start");
+    assert_eq!(scene.restored(), (before.0, before.1 + 1), "{}", scene.host.log());
+    scene.does("stop");
+    scene.has_image();
+    scene.ends_well();
+}
+
+#[test]
+fn an_image_that_does_not_work_costs_no_restore() {
+    let mut scene = Scene::with_image();
+    fs::write(scene.image(), "nothing of the kind").unwrap();
+    scene.restores();
+    scene.does("stop");
+    scene.does("prepare");
+    let ready = scene.ready();
+    assert!(
+        ready["how"] == "plain" && ready["why"].as_str().unwrap().contains("image has failed"),
+        "{ready}"
+    );
+    scene.restores();
+    scene.does("stop");
+    scene.ends_well();
+}
+
+#[test]
+fn a_host_that_dies_while_it_makes_an_image_leaves_what_the_next_one_ends() {
+    let lab = KvmLab::new(&[("m", LINUX)]).unwrap();
+    lab.cwd().host_yaml(IMAGES).unwrap();
+    let watch = FileWatch::new(lab.machine("m").disk.parent().unwrap()).unwrap();
+    let mut scene = Scene::of(lab);
+    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    scene.host.kill().unwrap();
+    let mut scene = Scene::of(scene.lab);
+    assert_eq!(scene.state(), "poweroff");
+    scene.has_image();
+    scene.lab.assert_clean();
+    // One that is being made gives way, too.
+    fs::remove_file(scene.image()).unwrap();
+    let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
+    scene.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
+    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    scene.does("stop");
+    scene.lab.assert_clean();
+    assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);
     scene.ends_well();
 }

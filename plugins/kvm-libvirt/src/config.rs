@@ -1,10 +1,13 @@
 //! `conf/machineries/kvm.yaml` and this machinery's section of `machinery-host.yaml`, as types.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
 use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
+
+use crate::images::SaveImages;
 
 /// The file.
 #[derive(Debug, Deserialize)]
@@ -37,6 +40,11 @@ struct Section {
     /// How much memory all that stand by may hold, in bytes.
     #[serde(deserialize_with = "machinery::size")]
     standby_memory: Option<u64>,
+    /// Whether save images are made, for machines that do not stand by.
+    #[serde(deserialize_with = "null_as_default")]
+    save_images: SaveImages,
+    /// The folder for them; this machinery's cache unless given. libvirtd has to reach it.
+    save_dir: Option<PathBuf>,
     /// What is otherwise for single machines.
     #[serde(deserialize_with = "null_as_default")]
     machines: BTreeMap<String, MachineSection>,
@@ -61,6 +69,9 @@ pub struct Config {
     pub domains: Vec<(MachineInfo, Standby)>,
     /// How much memory all that stand by may hold, in bytes, if that is given.
     pub standby_memory: Option<u64>,
+    pub save_images: SaveImages,
+    /// Where save images are.
+    pub save_dir: PathBuf,
 }
 
 impl Config {
@@ -74,21 +85,28 @@ impl Config {
         let mut problems = problems(&file, &setup.config);
         if let Some(host_config) = &setup.host_config {
             problems.extend(strangers(&section, &file, host_config));
+            problems.extend(relative_save_dir(&section, host_config));
         }
         match Error::all(problems) {
             Some(problems) => Err(problems),
-            None => Ok(Config::new(&file, &section)),
+            None => Ok(Config::new(&file, section, setup)),
         }
     }
 
-    fn new(file: &KvmFile, section: &Section) -> Config {
+    fn new(file: &KvmFile, section: Section, setup: &Setup) -> Config {
         let domain = |machine: &Configured<OwnKeys>| {
             let OwnKeys { label, snapshot } = machine.own.clone();
             let info = MachineInfo::new(&machine.name, &machine.shared, label, snapshot, &file.interface);
             (info, section.standby_of(&machine.name))
         };
         let domains = file.machines.iter().map(domain).collect();
-        Config { dsn: file.dsn.clone(), domains, standby_memory: section.standby_memory }
+        Config {
+            dsn: file.dsn.clone(),
+            domains,
+            standby_memory: section.standby_memory,
+            save_images: section.save_images,
+            save_dir: section.save_dir.unwrap_or_else(|| setup.cache_dir.clone()),
+        }
     }
 }
 
@@ -96,6 +114,12 @@ impl Section {
     fn standby_of(&self, machine: &str) -> Standby {
         self.machines.get(machine).and_then(|own| own.standby).unwrap_or(self.standby)
     }
+}
+
+fn relative_save_dir(section: &Section, host_config: &ConfigFile) -> Option<Error> {
+    let relative = section.save_dir.as_ref().filter(|folder| !folder.is_absolute())?;
+    let reason = format!("'{}' is no absolute path", relative.display());
+    Some(host_config.error(&["machineries", "kvm", "save_dir"], reason).advice("Begin it with a slash"))
 }
 
 /// Names in the section that are of no machine.
@@ -233,6 +257,11 @@ mod tests {
     fn what_is_wrong_in_the_section_is_told_with_its_place() {
         for (section, words) in [
             ("    standby: perhaps\n", "machinery-host.yaml:3: machineries.kvm.standby: "),
+            (
+                "    save_dir: here\n",
+                "machinery-host.yaml:3: machineries.kvm.save_dir: 'here' is no absolute",
+            ),
+            ("    save_images: yes\n", "machinery-host.yaml:3: machineries.kvm.save_images: "),
             ("    standby_memory: much\n", "machinery-host.yaml:3: machineries.kvm.standby_memory: "),
             (
                 "    machines:\n      b: {standby: on}\n",

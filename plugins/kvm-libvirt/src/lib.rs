@@ -20,12 +20,14 @@
 //! | `config` | the configuration and what is wrong with it |
 //! | `machine` | one machine: what is done to it, and what happens to it |
 //! | `machine/prepare` | how a machine comes to stand by, and the ways away from it |
+//! | `machine/image` | restores from a save image, and how it is made |
 //! | `restore` | from a snapshot to a running domain |
 //! | `standby` | a domain that stands by, and whether it is still the right one |
+//! | `images`, `disks` | save images and what they are of, and disks that are put back |
 //! | `views` | memory dump and screenshot |
 //! | `link` | the connection to libvirt, which outlives libvirtd |
 //! | `call` | calls that come back in time |
-//! | `events` | libvirt's event loop: all the `unsafe` there is |
+//! | `events`, `save` | libvirt's event loop, and saving to a file: all the `unsafe` there is |
 //! | `states`, `errors` | what libvirt's states, events and errors mean |
 //! | `runs` | which domains we have started, for the next host to know |
 //! | `check`, `access` | the environment |
@@ -34,16 +36,20 @@ mod access;
 mod call;
 mod check;
 mod config;
+mod disks;
 mod errors;
 mod events;
+mod images;
 mod link;
 mod machine;
 mod restore;
 mod runs;
+mod save;
 mod standby;
 mod states;
 mod views;
 
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -52,12 +58,13 @@ use std::time::Duration;
 use machinery::config::ConfigFile;
 use machinery::{
     Budget, Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Report,
-    Result, Setup, State,
+    Result, Setup, Standby, State,
 };
 use virt::connect::Connect;
 
 use config::Config;
 use events::Event;
+use images::{Image, SaveImages};
 use link::{Link, Listener};
 use machine::{Machine, Wish};
 
@@ -143,8 +150,10 @@ impl Machinery for Kvm {
         let config = Config::read(setup)?;
         let link = Link::open(&config.dsn, deadline)?;
         let budget = Budget::new(config.standby_memory);
-        let machine = |(info, standby)| {
-            let wish = Wish { standby, budget: Arc::clone(&budget) };
+        let save_images = prepare_save_dir(&config)?;
+        let machine = |(info, standby): (MachineInfo, Standby)| {
+            let image = Image::of(&info.name, save_images, &config.save_dir);
+            let wish = Wish { standby, budget: Arc::clone(&budget), image };
             Arc::new(Machine::new(info, wish, Arc::clone(&link), &setup.state_dir, host.clone()))
         };
         let machines = Arc::new(Machines(config.domains.into_iter().map(machine).collect()));
@@ -217,6 +226,17 @@ impl Machinery for Kvm {
         self.link.close(deadline.within(LETTING_GO));
         problems.map_or(Ok(()), Err)
     }
+}
+
+/// Whether images are made: not of a libvirt on another host, whose files are not ours.
+fn prepare_save_dir(config: &Config) -> Result<SaveImages> {
+    if config.save_images == SaveImages::Off || !views::is_local(&config.dsn) {
+        return Ok(SaveImages::Off);
+    }
+    let folder = &config.save_dir;
+    fs::create_dir_all(folder)
+        .map_err(|error| Error::io("make the folder for save images", folder, &error))?;
+    Ok(config.save_images)
 }
 
 impl Kvm {

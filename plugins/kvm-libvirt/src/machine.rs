@@ -15,6 +15,7 @@
 //!
 //! What leads to a machine that stands by, and away from it, is in `prepare`; to the outside it is off.
 
+mod image;
 mod prepare;
 
 use std::path::Path;
@@ -32,6 +33,7 @@ use virt_sys as sys;
 use crate::call::Call;
 use crate::errors::{explain, is_no_domain, is_off};
 use crate::events::Event;
+use crate::images::Image;
 use crate::link::Link;
 use crate::restore::{self, Start};
 use crate::runs::RunNote;
@@ -50,16 +52,18 @@ pub struct Machine {
     link: Arc<Link>,
     host: Host,
     note: RunNote,
-    standby: Wish,
+    wish: Wish,
     now: Mutex<Now>,
     /// Wakes those who wait for the end of a run, or of what is done with a machine that stands by.
     news: Condvar,
 }
 
-/// Whether a machine is to stand by, and what all that do may hold.
+/// What is to be done for a machine's next restore.
 pub struct Wish {
     pub standby: Standby,
+    /// What all that stand by may hold.
     pub budget: Arc<Budget>,
+    pub image: Image,
 }
 
 #[derive(Default)]
@@ -79,6 +83,8 @@ struct Now {
     give_up: Arc<AtomicBool>,
     /// Whether the connection was lost since the last action began.
     lost: bool,
+    /// Why save images are made no more, once one has failed.
+    no_image: Option<String>,
 }
 
 #[derive(Clone)]
@@ -117,9 +123,9 @@ impl Drop for Action<'_> {
 }
 
 impl Machine {
-    pub fn new(info: MachineInfo, standby: Wish, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
+    pub fn new(info: MachineInfo, wish: Wish, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
         let note = RunNote::of(&info.name, state_dir);
-        Machine { info, link, host, note, standby, now: Mutex::default(), news: Condvar::new() }
+        Machine { info, link, host, note, wish, now: Mutex::default(), news: Condvar::new() }
     }
 
     pub fn info(&self) -> &MachineInfo {
@@ -245,9 +251,10 @@ impl Machine {
         restore::expect_off(&domain)?;
         self.note.begin(&domain);
         self.lock().has_run = true;
-        let begun = Instant::now();
-        let started = restore::start(&domain, self.info.snapshot.as_deref(), how);
-        self.host.step(&self.info.name, how.step(), begun.elapsed());
+        let started = match how {
+            Start::Restored => self.restored(connect, &domain, given_up),
+            Start::Cold => self.timed("boot", || restore::start(&domain, self.info.snapshot.as_deref(), how)),
+        };
         // Looked up anew, because a reverted domain does not know its new id.
         let started = started.and_then(|()| restore::domain(connect, self.label()));
         let started = started.map(|domain| self.note.started(&domain));
@@ -255,6 +262,14 @@ impl Machine {
             self.end_failed_start(&domain);
         }
         started
+    }
+
+    /// Tells how long a step of an action takes.
+    fn timed<T>(&self, step: &str, work: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let done = work();
+        self.host.step(&self.info.name, step, begun.elapsed());
+        done
     }
 
     /// The error of the start is the one to tell.

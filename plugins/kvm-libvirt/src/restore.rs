@@ -35,16 +35,6 @@ pub enum Start {
     Cold,
 }
 
-impl Start {
-    /// What its longest step is called.
-    pub fn step(self) -> &'static str {
-        match self {
-            Start::Restored => "revert",
-            Start::Cold => "boot",
-        }
-    }
-}
-
 /// What tells a snapshot from another that took its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
@@ -250,7 +240,11 @@ pub fn expect_off(domain: &Domain) -> Result<()> {
     }
 }
 
-fn expect_running(domain: &Domain) -> Result<()> {
+/// Expects a domain that runs, after it was started.
+///
+/// # Errors
+/// It does not; libvirt cannot be asked.
+pub fn expect_running(domain: &Domain) -> Result<()> {
     match state(domain)? {
         (State::Running, _) => Ok(()),
         (state, why) => {
@@ -267,6 +261,14 @@ fn expect_running(domain: &Domain) -> Result<()> {
 /// libvirt cannot.
 pub fn resume(domain: &Domain) -> Result<()> {
     domain.resume().map_err(|error| explain("let the domain run", &error))
+}
+
+/// Waits until a libvirtd that has just started has taken the domain over. One that is stopped in the
+/// middle of that can stay locked, as was seen with libvirt 9.0 and 11.3, and nothing tells when it is
+/// done; but a question to the domain's QEMU waits for it.
+pub fn settle(domain: &Domain) {
+    // The answer does not matter.
+    let _ = domain.memory_stats(0);
 }
 
 /// Pulls the plug; `false` when the domain was off already.

@@ -43,9 +43,13 @@ fn subject(lab: &Arc<KvmLab>) -> Subject {
     .patience(SOON)
 }
 
-/// The same, with machines that stand by.
-fn with_standby(mut setup: Setup) -> Setup {
-    let text = "machineries: {kvm: {standby: on}}\n".to_owned();
+fn with_standby(setup: Setup) -> Setup {
+    with_section(setup, "standby: on")
+}
+
+/// The same, with these keys of the machinery's section.
+fn with_section(mut setup: Setup, keys: &str) -> Setup {
+    let text = format!("machineries: {{kvm: {{{keys}}}}}\n");
     setup.host_config = Some(ConfigFile { path: "machinery-host.yaml".into(), text });
     setup
 }
@@ -60,6 +64,15 @@ fn kvm_keeps_every_promise() {
 fn kvm_keeps_every_promise_with_machines_that_stand_by() {
     let lab = lab();
     keeps_every_promise(&lab, &with_standby(setup(&lab)));
+}
+
+/// The image is made for the promise of `prepare`, and there for all that come later.
+#[test]
+fn kvm_keeps_every_promise_with_save_images() {
+    let lab = lab();
+    let setup = with_section(setup(&lab), "save_images: on");
+    keeps_every_promise(&lab, &setup);
+    assert!(setup.cache_dir.join("one.save").exists(), "there was no image to keep them with");
 }
 
 fn keeps_every_promise(lab: &Arc<KvmLab>, setup: &Setup) {

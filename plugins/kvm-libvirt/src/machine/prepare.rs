@@ -14,7 +14,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use machinery::{Deadline, Error, Ready, Result, Share, Standby, State};
 use virt::connect::Connect;
@@ -36,12 +36,16 @@ impl Machine {
     /// # Errors
     /// The machine is on; libvirt cannot; it was given up.
     pub fn prepare(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        if let Some(why) = self.why_not() {
-            self.expect_no_run()?;
+        self.expect_no_run()?;
+        if let Some(why) = self.why_not()
+            && self.wish.image.is_off()
+        {
+            // One of a time when it was on.
+            self.wish.image.remove();
             self.tell_plain(why);
             return Ok(());
         }
-        let prepared = self.prepare_standby(deadline);
+        let prepared = self.prepare_with_libvirt(deadline);
         if let Err(error) = &prepared {
             self.tell_plain(&error.to_string());
         }
@@ -49,15 +53,25 @@ impl Machine {
         prepared
     }
 
-    fn prepare_standby(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+    fn prepare_with_libvirt(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
         self.end_late_call(deadline)?;
         let _preparing = self.begin(Doing::Preparing, deadline)?;
         let given_up = Arc::clone(&self.lock().give_up);
         let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
-        let call = self.link.long_call(deadline, move |connect| machine.stand_by(connect, &too_late))?;
-        call.wait(deadline.remaining()).unwrap_or_else(|| {
+        let call = self.link.long_call(deadline, move |connect| machine.get_ready(connect, &too_late))?;
+        let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
             given_up.store(true, Ordering::SeqCst);
             Err(self.abandon(call, false, deadline))
+        });
+        prepared.and_then(|()| self.still_wants(&given_up))
+    }
+
+    /// A stop may come when all is prepared, but before that was known to anybody.
+    fn still_wants(&self, given_up: &AtomicBool) -> Result<()> {
+        expect_wanted(given_up).inspect_err(|_| {
+            if self.take_standby("it was given up").is_some() {
+                self.preparation_failed();
+            }
         })
     }
 
@@ -76,7 +90,7 @@ impl Machine {
 
     /// Why it does not stand by at all.
     fn why_not(&self) -> Option<&'static str> {
-        match self.standby.standby {
+        match self.wish.standby {
             Standby::On => None,
             Standby::Off => Some("standby is off"),
             Standby::Auto => Some(
@@ -92,10 +106,22 @@ impl Machine {
         }
     }
 
-    /// Whatever it comes to, nothing is left of it unless the machine stands by.
-    fn stand_by(&self, connect: &Connect, given_up: &AtomicBool) -> Result<()> {
+    fn get_ready(&self, connect: &Connect, given_up: &AtomicBool) -> Result<()> {
+        let why = match self.why_not() {
+            Some(why) => why.to_owned(),
+            None => match self.stand_by(connect, given_up)? {
+                Some(why) => why,
+                None => return Ok(()),
+            },
+        };
+        self.have_image(connect, given_up, &why)
+    }
+
+    /// Whatever it comes to, nothing is left of it unless the machine stands by; if it does not, that is
+    /// why.
+    fn stand_by(&self, connect: &Connect, given_up: &AtomicBool) -> Result<Option<String>> {
         if self.stands_by_still(connect) {
-            return Ok(());
+            return Ok(None);
         }
         self.take_standby("it is prepared anew");
         let domain = restore::domain(connect, self.label())?;
@@ -104,16 +130,13 @@ impl Machine {
         let snapshot = restore::find(&domain, self.info.snapshot.as_deref())?;
         let share = match self.share_for(&domain, &snapshot)? {
             Ok(share) => share,
-            Err(why) => {
-                self.tell_plain(&why);
-                return Ok(());
-            }
+            Err(why) => return Ok(Some(why)),
         };
         let loaded = self.load(connect, &domain, &snapshot, share, given_up);
         if loaded.is_err() {
-            self.standby_failed();
+            self.preparation_failed();
         }
-        loaded
+        loaded.map(|()| None)
     }
 
     /// Its part of the memory for all that stand by, or why it has none.
@@ -122,7 +145,7 @@ impl Machine {
             let why = "its snapshot was taken while the domain was off, so there is no memory to load";
             return Ok(Err(why.to_owned()));
         }
-        Ok(self.standby.budget.take(standby::largest(domain)?))
+        Ok(self.wish.budget.take(standby::largest(domain)?))
     }
 
     fn load(
@@ -135,9 +158,7 @@ impl Machine {
     ) -> Result<()> {
         expect_wanted(given_up)?;
         self.note.begin(domain);
-        let begun = Instant::now();
-        snapshot.revert_paused()?;
-        self.host.step(&self.info.name, "revert", begun.elapsed());
+        self.timed("revert", || snapshot.revert_paused())?;
         // Looked up anew, because a reverted domain does not know its new id.
         let domain = restore::domain(connect, self.label())?;
         self.note.started(&domain);
@@ -161,8 +182,17 @@ impl Machine {
 
     /// Ends what a preparation that failed has left. libvirt may have gone away in the middle of it, so
     /// not by the connection it had.
-    fn standby_failed(&self) {
+    pub(super) fn preparation_failed(&self) {
         drop(self.lock().standby.take());
+        let label = self.info.label.clone();
+        let settled =
+            self.link.ask(Deadline::after(CLEARING), "libvirt to take the domain over", move |connect| {
+                restore::settle(&restore::domain(connect, &label)?);
+                Ok(())
+            });
+        if let Err(error) = settled {
+            tracing::debug!(machine = self.info.name, %error, "libvirt has not taken the domain over");
+        }
         if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
             tracing::warn!(machine = self.info.name, %error, "what a preparation has left stays for now");
         }
@@ -241,20 +271,17 @@ impl Machine {
     }
 
     fn resume(&self, connect: &Connect, mark: &Mark, given_up: &AtomicBool) -> bool {
-        let begun = Instant::now();
-        let checked = mark.check(connect, self.label(), self.info.snapshot.as_deref());
-        self.host.step(&self.info.name, "check", begun.elapsed());
+        let checked =
+            self.timed("check", || mark.check(connect, self.label(), self.info.snapshot.as_deref()));
         let domain = match checked {
             Ok(domain) => domain,
             Err(error) => return self.is_not_used(&error),
         };
         self.lock().has_run = true;
-        let begun = Instant::now();
-        if let Err(error) = restore::resume(&domain) {
+        if let Err(error) = self.timed("resume", || restore::resume(&domain)) {
             self.lock().has_run = false;
             return self.is_not_used(&error);
         }
-        self.host.step(&self.info.name, "resume", begun.elapsed());
         if given_up.load(Ordering::SeqCst) {
             self.end_failed_start(&domain);
         }
@@ -279,7 +306,7 @@ impl Machine {
         Ok(())
     }
 
-    fn end_own(&self, domain: &Domain) -> Result<()> {
+    pub(super) fn end_own(&self, domain: &Domain) -> Result<()> {
         if self.note.is_about(domain) {
             let before = self.lock().ends;
             let ended = restore::destroy(domain)?;
@@ -288,7 +315,7 @@ impl Machine {
         Ok(())
     }
 
-    fn is_let_go(&self, ended: bool, before: u64, deadline: Deadline) {
+    pub(super) fn is_let_go(&self, ended: bool, before: u64, deadline: Deadline) {
         if ended {
             self.hear_end(before, deadline.within(HEARING));
         }
@@ -391,13 +418,13 @@ impl Machine {
         }
     }
 
-    fn tell_plain(&self, why: &str) {
+    pub(super) fn tell_plain(&self, why: &str) {
         let ready = Ready { why: why.to_owned(), ..Ready::default() };
         self.host.ready(&self.info.name, &ready);
     }
 }
 
-fn expect_wanted(given_up: &AtomicBool) -> Result<()> {
+pub(super) fn expect_wanted(given_up: &AtomicBool) -> Result<()> {
     match given_up.load(Ordering::SeqCst) {
         true => Err(Error::failed("preparing was given up for something else")),
         false => Ok(()),
