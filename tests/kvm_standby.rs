@@ -334,6 +334,7 @@ fn a_host_that_dies_leaves_what_the_next_one_ends() {
     let mut scene = Scene::of(scene.lab);
     scene.lab.assert_clean();
     assert_eq!(scene.state(), "poweroff");
+    scene.does("prepare");
     let ready = scene.ready();
     assert!(ready["why"].as_str().unwrap().starts_with("standby is off"), "{ready}");
     scene.restores();

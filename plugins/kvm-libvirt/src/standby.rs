@@ -9,7 +9,8 @@
 //! - it is still paused as a revert has left it, and not by somebody who has resumed it before;
 //! - the snapshot that a restore goes to has the name and the time of creation of the one it came from.
 //!
-//! That is four questions, which libvirtd answers without asking QEMU, in about a millisecond together.
+//! That is four questions, which libvirtd answers without asking QEMU, in about a millisecond together;
+//! QEMU takes three to let the micro guest run, and ten for one with 600 MiB in use.
 
 use machinery::{Error, Readiness, Ready, Result, Share};
 use virt::connect::Connect;
