@@ -426,7 +426,8 @@ fn libvirtd_may_die_while_a_machine_is_prepared() {
     watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
     scene.lab.libvirtd().kill_daemon().unwrap();
     scene.lab.libvirtd().start_daemon().unwrap();
-    println!("{}", scene.client.next_message().unwrap());
+    let answer = scene.client.next_message();
+    println!("{}", answer.unwrap_or_else(|error| panic!("{error}; {}", scene.host.log())));
     scene.hears("standby");
     assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);
     scene.does("restore_start");

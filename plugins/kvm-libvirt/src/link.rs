@@ -212,18 +212,23 @@ impl Link {
         Call::start(move || work(&open(&dsn)?))
     }
 
-    /// Starts something that is soon answered, on the connection of all. What becomes of it matters also
-    /// when it comes late, so it is the caller's.
+    /// Starts something that is soon answered, on the connection of all, which is given with its
+    /// [`number`](Link::number). What becomes of it matters also when it comes late, so it is the caller's.
     ///
     /// # Errors
     /// There is no connection to libvirt.
     pub fn short_call<T: Send + 'static>(
         &self,
         deadline: Deadline,
-        work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Connect, u64) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        let connect = self.connection(deadline)?;
-        Call::start(move || work(&connect))
+        let (connect, number) = self.numbered_connection(deadline)?;
+        Call::start(move || work(&connect, number))
+    }
+
+    /// The number of the connection that tells what happens. While it stays the same, everything was heard.
+    pub fn number(&self) -> u64 {
+        self.lock().number
     }
 
     /// Opens the connection.

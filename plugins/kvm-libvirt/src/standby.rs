@@ -2,7 +2,7 @@
 //! loaded and a restore only has to let it run.
 //!
 //! Until then anything may happen to the domain or to its snapshot. libvirt tells at once what happens
-//! to a domain. Of snapshots it tells nothing: no event says that one was deleted, taken anew or made
+//! to a domain, as long as the connection is the same. Of snapshots it tells nothing: no event says that one was deleted, taken anew or made
 //! the current one. So a restore asks, and lets the domain run only if
 //!
 //! - the domain still runs under the number that it had, so it is the same QEMU;
@@ -34,17 +34,19 @@ pub struct Held {
     pub mark: Mark,
     /// Why it must not be used any more, if there is a reason.
     pub doubt: Option<String>,
+    /// The connection by which is heard what happens to it.
+    pub heard_by: u64,
     /// Its part of the memory that may be held.
     share: Share,
 }
 
 impl Held {
     /// One that was just made; `share` becomes as large as what is really held, where libvirt knows.
-    pub fn new(domain: &Domain, mark: Mark, mut share: Share) -> Held {
+    pub fn new(domain: &Domain, mark: Mark, heard_by: u64, mut share: Share) -> Held {
         if let Some(bytes) = held(domain) {
             share.measured(bytes);
         }
-        Held { mark, doubt: None, share }
+        Held { mark, doubt: None, heard_by, share }
     }
 
     /// What is told of it.

@@ -157,13 +157,14 @@ impl Machine {
         given_up: &AtomicBool,
     ) -> Result<()> {
         expect_wanted(given_up)?;
+        let heard_by = self.link.number();
         self.note.begin(domain);
         self.timed("revert", || snapshot.revert_paused())?;
         // Looked up anew, because a reverted domain does not know its new id.
         let domain = restore::domain(connect, self.label())?;
         self.note.started(&domain);
         let mark = Mark::of(&domain, snapshot.identity.clone())?;
-        let held = Held::new(&domain, mark.clone(), share);
+        let held = Held::new(&domain, mark.clone(), heard_by, share);
         let ready = held.ready();
         self.install(held, given_up)?;
         // Only now, so that what happens after the look is heard.
@@ -257,8 +258,9 @@ impl Machine {
         let given_up = Arc::new(AtomicBool::new(false));
         let resumed = Arc::new(AtomicBool::new(false));
         let (machine, too_late, done) = (Arc::clone(self), Arc::clone(&given_up), Arc::clone(&resumed));
-        let call = self.link.short_call(deadline, move |connect| {
-            done.store(machine.resume(connect, &held.mark, &too_late), Ordering::SeqCst);
+        let call = self.link.short_call(deadline, move |connect, number| {
+            let runs = number == held.heard_by && machine.resume(connect, &held.mark, &too_late);
+            done.store(runs, Ordering::SeqCst);
             Ok(())
         })?;
         match call.wait(deadline.remaining()) {
