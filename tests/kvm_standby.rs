@@ -415,10 +415,11 @@ fn a_preparation_gives_way() {
     scene.ends_well();
 }
 
-/// A libvirtd that ends in the middle costs a preparation, and not the machine.
+/// A libvirtd that ends in the middle costs a preparation, and not the machine. The guest is a small one:
+/// a libvirtd that takes over a QEMU which is still loading can lock the domain for good.
 #[test]
 fn libvirtd_may_die_while_a_machine_is_prepared() {
-    let mut scene = Scene::with(&[("m", LINUX)], ON);
+    let mut scene = Scene::with(&[MICRO], ON);
     scene.stands_by();
     scene.does("stop");
     let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
@@ -430,8 +431,7 @@ fn libvirtd_may_die_while_a_machine_is_prepared() {
     println!("{}", answer.unwrap_or_else(|error| panic!("{error}; {}", scene.host.log())));
     scene.hears("standby");
     assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);
-    scene.does("restore_start");
-    assert_eq!(scene.lab.machine("m").marks(SOON).unwrap().ram, "snapshot");
+    scene.restores();
     scene.does("stop");
     scene.ends_well();
 }

@@ -226,6 +226,18 @@ impl Link {
         Call::start(move || work(&connect, number))
     }
 
+    /// Whether libvirtd is away just now, be that noticed yet or not; who wants something has to wait then.
+    pub fn is_away(&self) -> bool {
+        let connect = match &self.lock().connection {
+            Connection::Open(watched) => watched.connect().clone(),
+            Connection::Lost(_) => return true,
+            Connection::Closed => return false,
+        };
+        let there =
+            call::within(Deadline::after(OPENING), "libvirt to answer", move || Ok(is_there(&connect)));
+        !there.unwrap_or(false)
+    }
+
     /// The number of the connection that tells what happens. While it stays the same, everything was heard.
     pub fn number(&self) -> u64 {
         self.lock().number

@@ -83,6 +83,8 @@ struct Now {
     give_up: Arc<AtomicBool>,
     /// Whether the connection was lost since the last action began.
     lost: bool,
+    /// Whether it is to be prepared when libvirt is back.
+    waits_for_libvirt: bool,
     /// Why save images are made no more, once one has failed.
     no_image: Option<String>,
 }

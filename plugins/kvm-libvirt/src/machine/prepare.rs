@@ -30,6 +30,10 @@ use crate::states::{Told, is_of_revert};
 /// How long it may take to end what has stood by.
 const CLEARING: Duration = Duration::from_secs(30);
 
+/// How long a new libvirtd is given to take a domain over that an old one was loading. One that cannot do
+/// it hangs until the domain is ended.
+const TAKING_OVER: Duration = Duration::from_secs(3);
+
 impl Machine {
     /// Brings the domain to its snapshot and leaves it paused, for the next restore to let it run.
     ///
@@ -45,12 +49,30 @@ impl Machine {
             self.tell_plain(why);
             return Ok(());
         }
+        // A restore that comes meanwhile would have to wait for libvirt twice.
+        if self.waits_for_libvirt() {
+            return Ok(());
+        }
         let prepared = self.prepare_with_libvirt(deadline);
+        if prepared.is_err() && self.waits_for_libvirt() {
+            return Ok(());
+        }
         if let Err(error) = &prepared {
             self.tell_plain(&error.to_string());
         }
         self.look_back(prepared.is_ok());
         prepared
+    }
+
+    /// Whether libvirt is away; then it is prepared when libvirt is back.
+    fn waits_for_libvirt(&self) -> bool {
+        self.lock().waits_for_libvirt = true;
+        if self.link.is_away() {
+            self.tell_plain("libvirt is away, and the machine is prepared when it is back");
+            return true;
+        }
+        self.lock().waits_for_libvirt = false;
+        false
     }
 
     fn prepare_with_libvirt(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
@@ -187,7 +209,7 @@ impl Machine {
         drop(self.lock().standby.take());
         let label = self.info.label.clone();
         let settled =
-            self.link.ask(Deadline::after(CLEARING), "libvirt to take the domain over", move |connect| {
+            self.link.ask(Deadline::after(TAKING_OVER), "libvirt to take the domain over", move |connect| {
                 restore::settle(&restore::domain(connect, &label)?);
                 Ok(())
             });
@@ -386,13 +408,14 @@ impl Machine {
     /// libvirt is there again: what stood by has been out of sight, and what was not prepared because
     /// libvirt was away can be now.
     pub(super) fn renew_standby(self: &Arc<Self>) {
-        let (stands_by, idle) = {
-            let now = self.lock();
-            (now.standby.is_some(), now.doing == Doing::Nothing && !now.has_run)
+        let (stands_by, idle, waits) = {
+            let mut now = self.lock();
+            let idle = now.doing == Doing::Nothing && !now.has_run;
+            (now.standby.is_some(), idle, std::mem::take(&mut now.waits_for_libvirt))
         };
         if stands_by {
             self.replace("libvirtd has ended meanwhile");
-        } else if idle && self.why_not().is_none() {
+        } else if waits || idle && self.why_not().is_none() {
             self.host.wants_prepare(&self.info.name, "libvirt was away");
         }
     }
