@@ -415,27 +415,6 @@ fn a_preparation_gives_way() {
     scene.ends_well();
 }
 
-/// A libvirtd that ends in the middle costs a preparation, and not the machine. The guest is a small one:
-/// a libvirtd that takes over a QEMU which is still loading can lock the domain for good.
-#[test]
-fn libvirtd_may_die_while_a_machine_is_prepared() {
-    let mut scene = Scene::with(&[MICRO], ON);
-    scene.stands_by();
-    scene.does("stop");
-    let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
-    scene.client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
-    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
-    scene.lab.libvirtd().kill_daemon().unwrap();
-    scene.lab.libvirtd().start_daemon().unwrap();
-    let answer = scene.client.next_message();
-    println!("{}", answer.unwrap_or_else(|error| panic!("{error}; {}", scene.host.log())));
-    scene.hears("standby");
-    assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);
-    scene.restores();
-    scene.does("stop");
-    scene.ends_well();
-}
-
 const IMAGES: &str = "machineries: {kvm: {save_images: on}}\n";
 
 impl Scene {
