@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use machinery::config::ConfigFile;
 use machinery::{Deadline, Error, MachineInfo, Report, Result, Setup, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -13,6 +14,7 @@ use crate::config::Config;
 use crate::errors::explain;
 use crate::link::Link;
 use crate::restore::{self, EXTERNAL, Snapshot, version_text};
+use crate::runs::RunNote;
 
 /// How long libvirt may take to answer everything.
 const LOOKING: Duration = Duration::from_secs(30);
@@ -47,12 +49,12 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
     let deadline = Deadline::after(LOOKING);
     let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
-    let file = setup.config.clone();
+    let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
     let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
         found.extend(kvm_trap(connect, &config.dsn));
         let domains = config.domains.iter();
-        found.extend(domains.flat_map(|info| look_at(connect, info, &file)));
+        found.extend(domains.flat_map(|(info, _)| look_at(connect, info, &file, &state_dir)));
         Ok(found)
     });
     link.close(deadline);
@@ -65,7 +67,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
 }
 
-fn look_at(connect: &Connect, info: &MachineInfo, file: &machinery::config::ConfigFile) -> Vec<Finding> {
+fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
     let name = &info.name;
     let domain = match restore::domain(connect, &info.label) {
         Ok(domain) => domain,
@@ -82,6 +84,9 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &machinery::config::Conf
     }
     match restore::state(&domain) {
         Ok((State::Poweroff, _)) => {}
+        Ok((State::Paused, _)) if RunNote::of(name, state_dir).is_about(&domain) => {
+            found.push(Finding::Good(format!("machine '{name}': it stands by for its next restore")));
+        }
         Ok((state, why)) => found.push(Finding::Warning(format!(
             "machine '{name}': its domain is {state} now {why}, and its next start stops it first"
         ))),
@@ -95,14 +100,14 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
     let kind = if snapshot.external { "external" } else { "internal" };
     let text = format!(
         "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
-        snapshot.name, snapshot.state
+        snapshot.identity.name, snapshot.state
     );
     let mut found = vec![Finding::Good(text)];
     let version = connect.lib_version().unwrap_or(EXTERNAL);
     if snapshot.external && version < EXTERNAL {
         let reason = format!(
             "the snapshot '{}' is external, and libvirt {} cannot revert to those",
-            snapshot.name,
+            snapshot.identity.name,
             version_text(version)
         );
         found.push(Finding::Problem(
@@ -111,7 +116,7 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
                 .advice("Upgrade libvirt to 9.9 or newer, or take an internal snapshot"),
         ));
     }
-    if snapshot.state == "shutoff" {
+    if !snapshot.has_memory() {
         found.push(Finding::Warning(format!(
             "machine '{name}': its snapshot was taken while the domain was off, so each restore boots the guest. \
              Take one of the running guest, with Cuckoo's agent waiting in it"

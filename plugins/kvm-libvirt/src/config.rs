@@ -1,8 +1,13 @@
-//! `conf/machineries/kvm.yaml`, as types.
+//! `conf/machineries/kvm.yaml` and this machinery's section of `machinery-host.yaml`, as types.
 
-use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface};
-use machinery::{Error, MachineInfo, Result, Setup};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
+use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
+
+use crate::images::SaveImages;
 
 /// The file.
 #[derive(Debug, Deserialize)]
@@ -24,10 +29,33 @@ struct OwnKeys {
     snapshot: Option<String>,
 }
 
-/// This machinery's section of `machinery-host.yaml`, which has no keys yet.
+/// This machinery's section of `machinery-host.yaml`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Section {}
+struct Section {
+    /// Whether machines stand by for their next restore. `auto` is `off`: a domain that stands by holds
+    /// all of its guest's memory, which is not cheap.
+    #[serde(deserialize_with = "null_as_default")]
+    standby: Standby,
+    /// How much memory all that stand by may hold, in bytes.
+    #[serde(deserialize_with = "machinery::size")]
+    standby_memory: Option<u64>,
+    /// Whether save images are made, for machines that do not stand by.
+    #[serde(deserialize_with = "null_as_default")]
+    save_images: SaveImages,
+    /// The folder for them; this machinery's cache unless given. libvirtd has to reach it.
+    save_dir: Option<PathBuf>,
+    /// What is otherwise for single machines.
+    #[serde(deserialize_with = "null_as_default")]
+    machines: BTreeMap<String, MachineSection>,
+}
+
+/// What that section says about one machine.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct MachineSection {
+    standby: Option<Standby>,
+}
 
 fn local() -> String {
     "qemu:///system".to_owned()
@@ -36,8 +64,14 @@ fn local() -> String {
 /// Everything, checked as far as it can be without libvirt.
 pub struct Config {
     pub dsn: String,
-    /// What the machines are; `label` is the domain, `snapshot` the one to restore.
-    pub domains: Vec<MachineInfo>,
+    /// What the machines are; `label` is the domain, `snapshot` the one to restore. And whether each
+    /// stands by.
+    pub domains: Vec<(MachineInfo, Standby)>,
+    /// How much memory all that stand by may hold, in bytes, if that is given.
+    pub standby_memory: Option<u64>,
+    pub save_images: SaveImages,
+    /// Where save images are.
+    pub save_dir: PathBuf,
 }
 
 impl Config {
@@ -46,21 +80,59 @@ impl Config {
     /// # Errors
     /// All problems at once.
     pub fn read(setup: &Setup) -> Result<Config> {
-        let Section {} = setup.section("kvm")?;
+        let section: Section = setup.section("kvm")?;
         let file: KvmFile = setup.config.parse()?;
-        match Error::all(problems(&file, &setup.config)) {
+        let mut problems = problems(&file, &setup.config);
+        if let Some(host_config) = &setup.host_config {
+            problems.extend(strangers(&section, &file, host_config));
+            problems.extend(relative_save_dir(&section, host_config));
+        }
+        match Error::all(problems) {
             Some(problems) => Err(problems),
-            None => Ok(Config::new(&file)),
+            None => Ok(Config::new(&file, section, setup)),
         }
     }
 
-    fn new(file: &KvmFile) -> Config {
-        let info = |machine: &Configured<OwnKeys>| {
+    fn new(file: &KvmFile, section: Section, setup: &Setup) -> Config {
+        let domain = |machine: &Configured<OwnKeys>| {
             let OwnKeys { label, snapshot } = machine.own.clone();
-            MachineInfo::new(&machine.name, &machine.shared, label, snapshot, &file.interface)
+            let info = MachineInfo::new(&machine.name, &machine.shared, label, snapshot, &file.interface);
+            (info, section.standby_of(&machine.name))
         };
-        Config { dsn: file.dsn.clone(), domains: file.machines.iter().map(info).collect() }
+        let domains = file.machines.iter().map(domain).collect();
+        Config {
+            dsn: file.dsn.clone(),
+            domains,
+            standby_memory: section.standby_memory,
+            save_images: section.save_images,
+            save_dir: section.save_dir.unwrap_or_else(|| setup.cache_dir.clone()),
+        }
     }
+}
+
+impl Section {
+    fn standby_of(&self, machine: &str) -> Standby {
+        self.machines.get(machine).and_then(|own| own.standby).unwrap_or(self.standby)
+    }
+}
+
+fn relative_save_dir(section: &Section, host_config: &ConfigFile) -> Option<Error> {
+    let relative = section.save_dir.as_ref().filter(|folder| !folder.is_absolute())?;
+    let reason = format!("'{}' is no absolute path", relative.display());
+    Some(host_config.error(&["machineries", "kvm", "save_dir"], reason).advice("Begin it with a slash"))
+}
+
+/// Names in the section that are of no machine.
+fn strangers(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) -> Vec<Error> {
+    let is_known = |name: &str| kvm.machines.iter().any(|machine| machine.name == name);
+    let unknown = section.machines.keys().filter(|name| !is_known(name));
+    let error = |name: &String| {
+        let key = ["machineries", "kvm", "machines", name];
+        host_config
+            .error(&key, format!("kvm.yaml has no machine '{name}'"))
+            .advice("Correct the name, or leave it out")
+    };
+    unknown.map(error).collect()
 }
 
 fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
@@ -120,7 +192,7 @@ mod tests {
         );
         let config = Config::read(&setup(&text)).unwrap();
         assert_eq!(config.dsn, "qemu:///system");
-        let [one, two] = &config.domains[..] else { panic!("{} machines", config.domains.len()) };
+        let [(one, _), (two, _)] = &config.domains[..] else { panic!("{} machines", config.domains.len()) };
         assert_eq!((one.label.as_str(), &one.snapshot), ("win10x64", &None));
         assert_eq!(one.interface.as_deref(), Some("lo"));
         assert_eq!(two.snapshot.as_deref(), Some("clean"));
@@ -135,7 +207,7 @@ mod tests {
         let lines = used.lines().filter(|line| !line.contains("An example"));
         let used: String = lines.map(|line| format!("{}\n", line.replacen("  # ", "  ", 1))).collect();
         let config = Config::read(&setup(&used)).unwrap();
-        assert_eq!(config.domains[0].snapshot.as_deref(), Some("clean"));
+        assert_eq!(config.domains[0].0.snapshot.as_deref(), Some("clean"));
     }
 
     #[test]
@@ -162,5 +234,42 @@ mod tests {
         let text = format!("interface: lo\nmachines:\n  a: {{lable: x, label: y, {MACHINE}}}\n");
         let text = Config::read(&setup(&text)).err().unwrap().to_string();
         assert!(text.contains("lable") && text.contains("kvm.yaml:3"), "{text}");
+    }
+
+    fn with_section(section: &str) -> Result<Config> {
+        let mut setup = setup(&format!("interface: lo\nmachines:\n  a: {{label: y, {MACHINE}}}\n"));
+        let text = format!("machineries:\n  kvm:\n{section}");
+        setup.host_config = Some(ConfigFile { path: "/c/conf/machinery-host.yaml".into(), text });
+        Config::read(&setup)
+    }
+
+    #[test]
+    fn a_machine_stands_by_as_it_is_told_itself_and_else_as_all_are() {
+        let standby = |section: &str| with_section(section).unwrap().domains[0].1;
+        assert_eq!(standby(""), Standby::Auto);
+        assert_eq!(standby("    standby: on\n"), Standby::On);
+        assert_eq!(standby("    standby: on\n    machines: {a: {standby: off}}\n"), Standby::Off);
+        assert_eq!(standby("    standby: on\n    machines: {a: {}}\n"), Standby::On);
+        assert_eq!(with_section("    standby_memory: 2 GiB\n").unwrap().standby_memory, Some(2 << 30));
+    }
+
+    #[test]
+    fn what_is_wrong_in_the_section_is_told_with_its_place() {
+        for (section, words) in [
+            ("    standby: perhaps\n", "machinery-host.yaml:3: machineries.kvm.standby: "),
+            (
+                "    save_dir: here\n",
+                "machinery-host.yaml:3: machineries.kvm.save_dir: 'here' is no absolute",
+            ),
+            ("    save_images: yes\n", "machinery-host.yaml:3: machineries.kvm.save_images: "),
+            ("    standby_memory: much\n", "machinery-host.yaml:3: machineries.kvm.standby_memory: "),
+            (
+                "    machines:\n      b: {standby: on}\n",
+                "machineries.kvm.machines.b: kvm.yaml has no machine 'b'",
+            ),
+        ] {
+            let text = with_section(section).err().unwrap().to_string();
+            assert!(text.contains(words), "no {words:?} in {text}");
+        }
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! A machine is a domain that the operator has defined, with a snapshot of the moment in which
 //! Cuckoo's agent waits for work. A restore reverts to that snapshot; libvirt starts QEMU, loads the
-//! memory and puts the disk back, and says so.
+//! memory and puts the disk back, and says so. That takes as long as it takes to read the snapshot, so
+//! where there is memory for it a machine can stand by: all of that is done ahead of time, and a restore
+//! only lets the guest run.
 //!
 //! libvirt tells by events what happens to a domain, so nothing here asks again and again. Its calls
 //! block for as long as they like, so each runs in a thread of its own and is waited for until the
@@ -17,11 +19,15 @@
 //! | --- | --- |
 //! | `config` | the configuration and what is wrong with it |
 //! | `machine` | one machine: what is done to it, and what happens to it |
+//! | `machine/prepare` | how a machine comes to stand by, and the ways away from it |
+//! | `machine/image` | restores from a save image, and how it is made |
 //! | `restore` | from a snapshot to a running domain |
+//! | `standby` | a domain that stands by, and whether it is still the right one |
+//! | `images`, `disks` | save images and what they are of, and disks that are put back |
 //! | `views` | memory dump and screenshot |
 //! | `link` | the connection to libvirt, which outlives libvirtd |
 //! | `call` | calls that come back in time |
-//! | `events` | libvirt's event loop: all the `unsafe` there is |
+//! | `events`, `save` | libvirt's event loop, and saving to a file: all the `unsafe` there is |
 //! | `states`, `errors` | what libvirt's states, events and errors mean |
 //! | `runs` | which domains we have started, for the next host to know |
 //! | `check`, `access` | the environment |
@@ -30,36 +36,47 @@ mod access;
 mod call;
 mod check;
 mod config;
+mod disks;
 mod errors;
 mod events;
+mod images;
 mod link;
 mod machine;
 mod restore;
 mod runs;
+mod save;
+mod standby;
 mod states;
 mod views;
 
+use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
 use machinery::{
-    Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Report, Result,
-    Setup, State,
+    Budget, Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Report,
+    Result, Setup, Standby, State,
 };
 use virt::connect::Connect;
 
 use config::Config;
 use events::Event;
+use images::{Image, SaveImages};
 use link::{Link, Listener};
-use machine::Machine;
+use machine::{Machine, Wish};
 
 /// How long libvirt may take while the machinery is loaded.
 const LOADING: Duration = Duration::from_secs(30);
 
 /// How long libvirt may take to let go of a connection.
 const LETTING_GO: Duration = Duration::from_secs(8);
+
+/// How many machines are ended at a time: libvirtd has no more than five requests of one connection under
+/// way, and one is for those who ask something meanwhile.
+const AT_A_TIME: usize = 4;
 
 machinery::export_machinery!(Kvm);
 
@@ -74,6 +91,37 @@ struct Machines(Vec<Arc<Machine>>);
 impl Machines {
     fn of_label(&self, label: &str) -> Option<&Arc<Machine>> {
         self.0.iter().find(|machine| machine.label() == label)
+    }
+}
+
+impl Machines {
+    /// Ends all that runs or stands by, and gives what went wrong.
+    fn end_all(&self, deadline: Deadline) -> Vec<Error> {
+        let problems = Mutex::new(Vec::new());
+        let waiting = Mutex::new(self.0.iter().filter(|machine| machine.holds_anything()));
+        let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let end = || {
+            while let Some(machine) = next() {
+                if let Err(error) = end(machine, deadline) {
+                    problems.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..AT_A_TIME.min(self.0.len()) {
+                // A thread that is not to be had is done without.
+                let _ = thread::Builder::new().spawn_scoped(scope, end);
+            }
+            end();
+        });
+        problems.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn end(machine: &Machine, deadline: Deadline) -> Result<()> {
+    match machine.stop(deadline) {
+        Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
+        other => other.map_err(|error| error.machine(&machine.info().name)),
     }
 }
 
@@ -101,8 +149,13 @@ impl Machinery for Kvm {
         let deadline = Deadline::after(LOADING);
         let config = Config::read(setup)?;
         let link = Link::open(&config.dsn, deadline)?;
-        let machine =
-            |domain| Arc::new(Machine::new(domain, Arc::clone(&link), &setup.state_dir, host.clone()));
+        let budget = Budget::new(config.standby_memory);
+        let save_images = prepare_save_dir(&config)?;
+        let machine = |(info, standby): (MachineInfo, Standby)| {
+            let image = Image::of(&info.name, save_images, &config.save_dir);
+            let wish = Wish { standby, budget: Arc::clone(&budget), image };
+            Arc::new(Machine::new(info, wish, Arc::clone(&link), &setup.state_dir, host.clone()))
+        };
         let machines = Arc::new(Machines(config.domains.into_iter().map(machine).collect()));
         let kvm = Kvm { machines, link };
         match kvm.take_over(&setup.config, deadline) {
@@ -128,7 +181,7 @@ impl Machinery for Kvm {
             acpi_stop: true,
             dump_memory: true,
             screenshot: true,
-            prepare: false,
+            prepare: true,
         }
     }
 
@@ -164,17 +217,26 @@ impl Machinery for Kvm {
         self.on(machine, |machine| machine.screenshot(path, deadline))
     }
 
+    fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.prepare(deadline))
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
-        let stopped = self.machines.0.iter().filter(|machine| machine.has_run()).map(|machine| match machine
-            .stop(deadline)
-        {
-            Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
-            other => other.map_err(|error| error.machine(&machine.info().name)),
-        });
-        let problems = Error::all(stopped.filter_map(Result::err).collect());
+        let problems = Error::all(self.machines.end_all(deadline));
         self.link.close(deadline.within(LETTING_GO));
         problems.map_or(Ok(()), Err)
     }
+}
+
+/// Whether images are made: not of a libvirt on another host, whose files are not ours.
+fn prepare_save_dir(config: &Config) -> Result<SaveImages> {
+    if config.save_images == SaveImages::Off || !views::is_local(&config.dsn) {
+        return Ok(SaveImages::Off);
+    }
+    let folder = &config.save_dir;
+    fs::create_dir_all(folder)
+        .map_err(|error| Error::io("make the folder for save images", folder, &error))?;
+    Ok(config.save_images)
 }
 
 impl Kvm {

@@ -212,6 +212,37 @@ impl Link {
         Call::start(move || work(&open(&dsn)?))
     }
 
+    /// Starts something that is soon answered, on the connection of all, which is given with its
+    /// [`number`](Link::number). What becomes of it matters also when it comes late, so it is the caller's.
+    ///
+    /// # Errors
+    /// There is no connection to libvirt.
+    pub fn short_call<T: Send + 'static>(
+        &self,
+        deadline: Deadline,
+        work: impl FnOnce(&Connect, u64) -> Result<T> + Send + 'static,
+    ) -> Result<Call<T>> {
+        let (connect, number) = self.numbered_connection(deadline)?;
+        Call::start(move || work(&connect, number))
+    }
+
+    /// Whether libvirtd is away just now, be that noticed yet or not; who wants something has to wait then.
+    pub fn is_away(&self) -> bool {
+        let connect = match &self.lock().connection {
+            Connection::Open(watched) => watched.connect().clone(),
+            Connection::Lost(_) => return true,
+            Connection::Closed => return false,
+        };
+        let there =
+            call::within(Deadline::after(OPENING), "libvirt to answer", move || Ok(is_there(&connect)));
+        !there.unwrap_or(false)
+    }
+
+    /// The number of the connection that tells what happens. While it stays the same, everything was heard.
+    pub fn number(&self) -> u64 {
+        self.lock().number
+    }
+
     /// Opens the connection.
     fn connect(self: &Arc<Self>) -> Result<()> {
         let number = self.lock().number + 1;

@@ -4,14 +4,27 @@
 //! libvirt tells by events what has become of the domain. An action that ends a run waits for both, so
 //! that the end of a run is never heard in the middle of the next one. While a start is under way its
 //! events are its own steps, and nobody's news.
+//!
+//! ```text
+//!              prepare                 restore_start
+//!        off ──────────▶ stands by ───────────────────▶ runs ── stop, its end ──▶ off
+//!         ▲                  │                           ▲
+//!         └── let go ◀───────┘    restore_start (cold)   │
+//!        off ────────────────────────────────────────────┘
+//! ```
+//!
+//! What leads to a machine that stands by, and away from it, is in `prepare`; to the outside it is off.
+
+mod image;
+mod prepare;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery::config::ConfigFile;
-use machinery::{Deadline, DumpFormat, Error, Host, MachineInfo, Result, State};
+use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Result, Standby, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
@@ -20,9 +33,11 @@ use virt_sys as sys;
 use crate::call::Call;
 use crate::errors::{explain, is_no_domain, is_off};
 use crate::events::Event;
+use crate::images::Image;
 use crate::link::Link;
 use crate::restore::{self, Start};
 use crate::runs::RunNote;
+use crate::standby::Held;
 use crate::states::{Told, is_end, state_of_event};
 use crate::views;
 
@@ -37,9 +52,18 @@ pub struct Machine {
     link: Arc<Link>,
     host: Host,
     note: RunNote,
+    wish: Wish,
     now: Mutex<Now>,
-    /// Wakes those who wait for the end of a run.
+    /// Wakes those who wait for the end of a run, or of what is done with a machine that stands by.
     news: Condvar,
+}
+
+/// What is to be done for a machine's next restore.
+pub struct Wish {
+    pub standby: Standby,
+    /// What all that stand by may hold.
+    pub budget: Arc<Budget>,
+    pub image: Image,
 }
 
 #[derive(Default)]
@@ -51,8 +75,32 @@ struct Now {
     ends: u64,
     /// What was heard last while a start is under way.
     heard: Option<Told>,
-    /// A start that did not come back in time, until it does.
-    late: Option<Arc<Mutex<Call<()>>>>,
+    /// A start, or a preparation, that did not come back in time, until it does.
+    late: Option<Late>,
+    /// What stands by for the next restore.
+    standby: Option<Held>,
+    /// Whether the preparation under way is to give up.
+    give_up: Arc<AtomicBool>,
+    /// Whether the connection was lost since the last action began.
+    lost: bool,
+    /// Whether it is to be prepared when libvirt is back.
+    waits_for_libvirt: bool,
+    /// Why save images are made no more, once one has failed.
+    no_image: Option<String>,
+}
+
+#[derive(Clone)]
+struct Late {
+    call: Arc<Mutex<Call<()>>>,
+    is_start: bool,
+}
+
+impl Now {
+    /// Whether what the domain does is nobody's business, because the machine is off to the outside.
+    fn is_hidden(&self) -> bool {
+        let in_house = matches!(self.doing, Doing::Preparing | Doing::LettingGo);
+        in_house || self.standby.is_some() || self.late.as_ref().is_some_and(|late| !late.is_start)
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -61,6 +109,9 @@ enum Doing {
     Nothing,
     Starting,
     Stopping,
+    Preparing,
+    /// What stood by is ended.
+    LettingGo,
 }
 
 /// An action under way, until it is dropped.
@@ -69,13 +120,14 @@ struct Action<'a>(&'a Machine);
 impl Drop for Action<'_> {
     fn drop(&mut self) {
         self.0.lock().doing = Doing::Nothing;
+        self.0.news.notify_all();
     }
 }
 
 impl Machine {
-    pub fn new(info: MachineInfo, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
+    pub fn new(info: MachineInfo, wish: Wish, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
         let note = RunNote::of(&info.name, state_dir);
-        Machine { info, link, host, note, now: Mutex::default(), news: Condvar::new() }
+        Machine { info, link, host, note, wish, now: Mutex::default(), news: Condvar::new() }
     }
 
     pub fn info(&self) -> &MachineInfo {
@@ -88,8 +140,14 @@ impl Machine {
     }
 
     /// Whether its domain runs because of us, as far as is known.
-    pub fn has_run(&self) -> bool {
+    fn has_run(&self) -> bool {
         self.lock().has_run
+    }
+
+    /// Whether there is anything of it to end: a run, or what stands by.
+    pub fn holds_anything(&self) -> bool {
+        let now = self.lock();
+        now.has_run || now.is_hidden()
     }
 
     /// Finds the domain when the machinery is loaded, and ends a run that a dead host has left.
@@ -128,7 +186,10 @@ impl Machine {
         if self.lock().doing == Doing::Starting {
             return Ok(State::Starting);
         }
-        if !self.late_start_has_ended(deadline) {
+        if self.is_hidden() {
+            return Ok(State::Poweroff);
+        }
+        if !self.late_call_has_ended(deadline) {
             return Ok(State::Starting);
         }
         let (state, why) = self.told_state(deadline)?;
@@ -162,14 +223,23 @@ impl Machine {
     }
 
     fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
-        self.end_late_start(deadline)?;
-        let _starting = self.begin(Doing::Starting)?;
+        if how == Start::Cold {
+            self.give_up_preparing(deadline);
+        }
+        self.end_late_call(deadline)?;
+        let _starting = self.begin(Doing::Starting, deadline)?;
+        if let Some(held) = self.take_standby("its next restore is not prepared yet")
+            && how == Start::Restored
+            && self.lets_run(held, deadline)?
+        {
+            return self.expect_no_end(deadline);
+        }
         let given_up = Arc::new(AtomicBool::new(false));
         let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
         let call = self.link.long_call(deadline, move |connect| machine.bring_up(connect, how, &too_late))?;
         let Some(started) = call.wait(deadline.remaining()) else {
             given_up.store(true, Ordering::SeqCst);
-            return Err(self.abandon(call, deadline));
+            return Err(self.abandon(call, true, deadline));
         };
         started?;
         self.expect_no_end(deadline)
@@ -179,10 +249,14 @@ impl Machine {
     /// until it is known to have ended.
     fn bring_up(&self, connect: &Connect, how: Start, given_up: &AtomicBool) -> Result<()> {
         let domain = restore::domain(connect, self.label())?;
+        self.clear_leftover(&domain)?;
         restore::expect_off(&domain)?;
         self.note.begin(&domain);
         self.lock().has_run = true;
-        let started = restore::start(&domain, self.info.snapshot.as_deref(), how);
+        let started = match how {
+            Start::Restored => self.restored(connect, &domain, given_up),
+            Start::Cold => self.timed("boot", || restore::start(&domain, self.info.snapshot.as_deref(), how)),
+        };
         // Looked up anew, because a reverted domain does not know its new id.
         let started = started.and_then(|()| restore::domain(connect, self.label()));
         let started = started.map(|domain| self.note.started(&domain));
@@ -190,6 +264,14 @@ impl Machine {
             self.end_failed_start(&domain);
         }
         started
+    }
+
+    /// Tells how long a step of an action takes.
+    fn timed<T>(&self, step: &str, work: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let done = work();
+        self.host.step(&self.info.name, step, begun.elapsed());
+        done
     }
 
     /// The error of the start is the one to tell.
@@ -202,25 +284,29 @@ impl Machine {
         }
     }
 
-    /// Ends a start that did not make it in time.
-    fn abandon(&self, call: Call<()>, deadline: Deadline) -> Error {
-        let error = deadline.timeout("the domain to run");
+    /// Ends a start, or else a preparation, that did not make it in time.
+    fn abandon(&self, call: Call<()>, is_start: bool, deadline: Deadline) -> Error {
+        let error = deadline.timeout(if is_start { "the domain to run" } else { "the domain to stand by" });
         let giving_up = Deadline::after(GIVING_UP);
-        self.pull_the_plug(giving_up);
+        if is_start {
+            self.pull_the_plug(giving_up);
+        } else {
+            self.pull_own_plug(giving_up);
+        }
         if call.wait(giving_up.remaining()).is_some() {
             return error;
         }
-        self.lock().late = Some(Arc::new(Mutex::new(call)));
+        self.lock().late = Some(Late { call: Arc::new(Mutex::new(call)), is_start });
         error.detail("and libvirt is still at it")
     }
 
-    /// Waits for a start that did not come back in time, and stops what it may have started.
-    fn end_late_start(&self, deadline: Deadline) -> Result<()> {
+    /// Waits for a call that did not come back in time, and stops what it may have started.
+    fn end_late_call(&self, deadline: Deadline) -> Result<()> {
         if self.lock().late.is_none() {
             return Ok(());
         }
-        self.pull_the_plug(deadline);
-        if self.late_start_has_ended(deadline) {
+        self.pull_own_plug(deadline);
+        if self.late_call_has_ended(deadline) {
             return Ok(());
         }
         Err(deadline
@@ -228,11 +314,11 @@ impl Machine {
             .advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
     }
 
-    /// Whether there is no start that goes on although nobody waits for it, until the deadline.
-    fn late_start_has_ended(&self, deadline: Deadline) -> bool {
+    /// Whether there is no call that goes on although nobody waits for it, until the deadline.
+    fn late_call_has_ended(&self, deadline: Deadline) -> bool {
         let Some(late) = self.lock().late.clone() else { return true };
         // Somebody else who waits for it knows better when it ends.
-        let Ok(call) = late.try_lock() else { return false };
+        let Ok(call) = late.call.try_lock() else { return false };
         let ended = call.wait(deadline.remaining()).is_some();
         if ended {
             self.lock().late = None;
@@ -263,13 +349,19 @@ impl Machine {
         }
     }
 
-    /// Pulls the plug.
+    /// Pulls the plug. What stands by, or is just being prepared, is let go.
     ///
     /// # Errors
     /// It is off already; libvirt cannot end it.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
-        self.end_late_start(deadline)?;
-        let _stopping = self.begin(Doing::Stopping)?;
+        self.give_up_preparing(deadline);
+        self.end_late_call(deadline)?;
+        let _stopping = self.begin(Doing::Stopping, deadline)?;
+        if self.take_standby("it was stopped, and what stood by was let go with that").is_some() {
+            self.lock().doing = Doing::LettingGo;
+            self.let_go(deadline)?;
+            return Err(off_already());
+        }
         let before = self.lock().ends;
         if !self.destroy(deadline)? {
             self.note_end();
@@ -295,8 +387,11 @@ impl Machine {
     /// # Errors
     /// It is off already; it does not react in time.
     pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
-        self.end_late_start(deadline)?;
-        let _stopping = self.begin(Doing::Stopping)?;
+        self.end_late_call(deadline)?;
+        if self.is_hidden() {
+            return Err(off_already());
+        }
+        let _stopping = self.begin(Doing::Stopping, deadline)?;
         let before = self.lock().ends;
         let label = self.info.label.clone();
         let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
@@ -317,6 +412,7 @@ impl Machine {
     /// # Errors
     /// It is off; as there.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+        self.expect_not_hidden()?;
         let progress = |fraction| self.host.progress(&self.info.name, fraction);
         views::dump_memory(&self.link, self.label(), path, format, &progress, deadline)
     }
@@ -326,22 +422,35 @@ impl Machine {
     /// # Errors
     /// It is off; as there.
     pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
+        self.expect_not_hidden()?;
         views::screenshot(&self.link, self.label(), path, deadline)
     }
 
     /// libvirt tells what happened to the domain.
-    pub fn happened(&self, event: Event) {
+    pub fn happened(self: &Arc<Self>, event: Event) {
         let Some(told) = state_of_event(&event) else { return };
-        let ended = is_end(&event);
         let mut now = self.lock();
-        let doing = now.doing;
+        let (doing, hidden) = (now.doing, now.is_hidden());
         if doing == Doing::Starting {
             now.heard = Some(told.clone());
         }
         drop(now);
-        self.report(doing, told);
-        // A start notes by itself what becomes of its run.
-        if ended && doing != Doing::Starting {
+        if hidden {
+            self.heard_in_house(&event, &told);
+        } else {
+            self.report(doing, told);
+        }
+        if is_end(&event) {
+            self.heard_end(doing, hidden);
+        }
+    }
+
+    /// A start notes by itself what becomes of its run, and what stands by is no run.
+    fn heard_end(&self, doing: Doing, hidden: bool) {
+        if hidden || doing == Doing::Starting {
+            self.lock().ends += 1;
+            self.news.notify_all();
+        } else {
             self.note_end();
         }
     }
@@ -353,7 +462,7 @@ impl Machine {
             Doing::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
             Doing::Stopping if state == State::Poweroff => self.host.state_changed(name, state, ""),
             Doing::Stopping => tracing::debug!(machine = name, %state, reason, "a step of the stop"),
-            Doing::Nothing => self.host.state_changed(name, state, &reason),
+            _ => self.host.state_changed(name, state, &reason),
         }
     }
 
@@ -362,10 +471,12 @@ impl Machine {
         if self.has_run() {
             self.host.state_changed(&self.info.name, State::Error, why);
         }
+        self.doubt(why);
     }
 
     /// The connection is there again: looks what has become of the domain.
-    pub fn link_back(&self, connect: &Connect) {
+    pub fn link_back(self: &Arc<Self>, connect: &Connect) {
+        self.renew_standby();
         let before @ (has_run, doing, _) = self.now();
         if !has_run || doing == Doing::Starting {
             return;
@@ -393,13 +504,18 @@ impl Machine {
         (now.has_run, now.doing, now.ends)
     }
 
-    fn begin(&self, doing: Doing) -> Result<Action<'_>> {
-        let mut now = self.lock();
+    fn begin(&self, doing: Doing, deadline: Deadline) -> Result<Action<'_>> {
+        let mut now = self.wait_for_in_house_work(deadline);
+        if matches!(now.doing, Doing::Preparing | Doing::LettingGo) {
+            return Err(deadline.timeout("what stands by to be let go"));
+        }
         if now.doing != Doing::Nothing {
             return Err(Error::unexpected_state("another action on the machine is under way"));
         }
         now.doing = doing;
         now.heard = None;
+        now.give_up = Arc::default();
+        now.lost = false;
         Ok(Action(self))
     }
 

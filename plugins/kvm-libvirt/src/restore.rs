@@ -35,10 +35,18 @@ pub enum Start {
     Cold,
 }
 
+/// What tells a snapshot from another that took its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    pub name: String,
+    /// When it was taken, in seconds since 1970, as it is in the description.
+    pub created: String,
+}
+
 /// A snapshot, and what its description says of it.
 pub struct Snapshot {
     snapshot: DomainSnapshot,
-    pub name: String,
+    pub identity: Identity,
     /// As it is in the description, such as `running`.
     pub state: String,
     pub external: bool,
@@ -108,8 +116,10 @@ fn describe(snapshot: DomainSnapshot) -> Result<Snapshot> {
     let name = snapshot.name().map_err(failed)?;
     let xml = snapshot.xml_desc(0).map_err(failed)?;
     let own = own_part(&xml);
-    let state = between(own, "<state>", "</state>").unwrap_or("unknown").to_owned();
-    Ok(Snapshot { snapshot, name, state, external: is_external(own) })
+    let text = |before, after| between(own, before, after).unwrap_or("unknown").to_owned();
+    let state = text("<state>", "</state>");
+    let identity = Identity { name, created: text("<creationTime>", "</creationTime>") };
+    Ok(Snapshot { snapshot, identity, state, external: is_external(own) })
 }
 
 /// The description without the domain's own, which has elements of the same names.
@@ -158,12 +168,28 @@ fn cold(domain: &Domain, wanted: Option<&str>) -> Result<()> {
 fn put_disk_back(domain: &Domain, wanted: Option<&str>) -> Result<()> {
     let snapshot = find(domain, wanted)?;
     // One with memory cannot be reverted to without it; it does not get to run.
-    let paused = if snapshot.state == "shutoff" { 0 } else { sys::VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED };
-    snapshot.revert(paused)?;
+    if snapshot.has_memory() {
+        snapshot.revert_paused()?;
+    } else {
+        snapshot.revert(0)?;
+    }
     destroy(domain).map(drop)
 }
 
 impl Snapshot {
+    /// Whether there is memory in it; without, a restore boots the guest.
+    pub fn has_memory(&self) -> bool {
+        self.state != "shutoff"
+    }
+
+    /// Reverts the domain to it, and leaves it paused.
+    ///
+    /// # Errors
+    /// libvirt cannot; the domain may be in any state then.
+    pub fn revert_paused(&self) -> Result<()> {
+        self.revert(sys::VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED)
+    }
+
     fn revert(&self, flags: sys::virDomainSnapshotRevertFlags) -> Result<()> {
         let mut reverted = self.snapshot.revert(flags);
         if let Err(error) = &reverted
@@ -176,7 +202,7 @@ impl Snapshot {
             reverted = self.snapshot.revert(flags);
         }
         reverted.map_err(|error| {
-            let failed = explain(&format!("revert to the snapshot '{}'", self.name), &error);
+            let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), &error);
             failed.advice(match self.version() {
                 Some(version) if self.external && version < EXTERNAL => format!(
                     "It is an external snapshot, and libvirt {} cannot revert to those: libvirt 9.9 and newer can. \
@@ -214,7 +240,11 @@ pub fn expect_off(domain: &Domain) -> Result<()> {
     }
 }
 
-fn expect_running(domain: &Domain) -> Result<()> {
+/// Expects a domain that runs, after it was started.
+///
+/// # Errors
+/// It does not; libvirt cannot be asked.
+pub fn expect_running(domain: &Domain) -> Result<()> {
     match state(domain)? {
         (State::Running, _) => Ok(()),
         (state, why) => {
@@ -223,6 +253,22 @@ fn expect_running(domain: &Domain) -> Result<()> {
                 .advice("The domain's log in /var/log/libvirt/qemu may say why"))
         }
     }
+}
+
+/// Lets a paused domain run.
+///
+/// # Errors
+/// libvirt cannot.
+pub fn resume(domain: &Domain) -> Result<()> {
+    domain.resume().map_err(|error| explain("let the domain run", &error))
+}
+
+/// Waits until a libvirtd that has just started has taken the domain over. One that is stopped in the
+/// middle of that can stay locked, as was seen with libvirt 9.0 and 11.3, and nothing tells when it is
+/// done; but a question to the domain's QEMU waits for it.
+pub fn settle(domain: &Domain) {
+    // The answer does not matter.
+    let _ = domain.memory_stats(0);
 }
 
 /// Pulls the plug; `false` when the domain was off already.

@@ -3,7 +3,7 @@
 //! A domain outlives the host that started it. The next host has to end what a host that was killed
 //! has left running, but not what an operator has started by hand. So each run has a file in the
 //! machinery's state folder, from before libvirt is asked to start the domain until the domain is known
-//! to be off. It holds the domain's id, which libvirt gives anew at each start and counts anew after a
+//! to be off; so has a domain that stands by, which becomes a run without a change to it. It holds the domain's id, which libvirt gives anew at each start and counts anew after a
 //! boot; while a start is under way there is none yet.
 
 use std::fs;
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use virt::domain::Domain;
 
 /// The note of one machine's run.
+#[derive(Debug, Clone)]
 pub struct RunNote {
     path: PathBuf,
 }

@@ -125,6 +125,19 @@ pub fn is_end(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STOPPED, .. })
 }
 
+/// Whether it is of those that a revert to a paused domain makes by itself; they may come after it has
+/// returned.
+pub fn is_of_revert(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED | sys::VIR_DOMAIN_EVENT_DEFINED, .. }
+            | Event::Lifecycle {
+                event: sys::VIR_DOMAIN_EVENT_SUSPENDED,
+                detail: sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED
+            }
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -157,7 +157,7 @@ fn running(connect: &Connect, label: &str) -> Result<Domain> {
 
 /// Whether libvirt runs on this very host, so that its files are ours. Source: libvirt's docs/uri.rst:
 /// `driver[+transport]://[user@][host][:port]/path`.
-fn is_local(dsn: &str) -> bool {
+pub fn is_local(dsn: &str) -> bool {
     let Some((_, rest)) = dsn.split_once("://") else { return true };
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
     matches!(authority, "" | "localhost")

@@ -8,8 +8,9 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use machinery::config::ConfigFile;
 use machinery::host::Plugin;
-use machinery::{Deadline, Setup};
+use machinery::{Deadline, Setup, State};
 use machinery_testkit::artifacts;
 use machinery_testkit::conformance::{self, Deaf, Subject};
 use machinery_testkit::guest::Guest;
@@ -42,20 +43,50 @@ fn subject(lab: &Arc<KvmLab>) -> Subject {
     .patience(SOON)
 }
 
+fn with_standby(setup: Setup) -> Setup {
+    with_section(setup, "standby: on")
+}
+
+/// The same, with these keys of the machinery's section.
+fn with_section(mut setup: Setup, keys: &str) -> Setup {
+    let text = format!("machineries: {{kvm: {{{keys}}}}}\n");
+    setup.host_config = Some(ConfigFile { path: "machinery-host.yaml".into(), text });
+    setup
+}
+
 #[test]
 fn kvm_keeps_every_promise() {
     let lab = lab();
+    keeps_every_promise(&lab, &setup(&lab));
+}
+
+#[test]
+fn kvm_keeps_every_promise_with_machines_that_stand_by() {
+    let lab = lab();
+    keeps_every_promise(&lab, &with_standby(setup(&lab)));
+}
+
+/// The image is made for the promise of `prepare`, and there for all that come later.
+#[test]
+fn kvm_keeps_every_promise_with_save_images() {
+    let lab = lab();
+    let setup = with_section(setup(&lab), "save_images: on");
+    keeps_every_promise(&lab, &setup);
+    assert!(setup.cache_dir.join("one.save").exists(), "there was no image to keep them with");
+}
+
+fn keeps_every_promise(lab: &Arc<KvmLab>, setup: &Setup) {
     // Without its disk a domain does not start.
     let disk = lab.machine("one").disk.clone();
     let away = disk.with_extension("away");
     let (lost, found) = ((disk.clone(), away.clone()), (away, disk));
-    let subject = subject(&lab).breakage(
+    let subject = subject(lab).breakage(
         "one",
         move || Ok(fs::rename(&lost.0, &lost.1)?),
         move || Ok(fs::rename(&found.0, &found.1)?),
     );
     let plugin = artifacts::plugin("kvm").unwrap();
-    let report = conformance::run(&plugin, &setup(&lab), &subject);
+    let report = conformance::run(&plugin, setup, &subject);
     println!("{report}");
     assert!(report.all_kept(), "{report}");
 }
@@ -73,4 +104,27 @@ fn a_running_machine_is_something_that_could_be_left() {
     kvm.stop("two", Deadline::after(SOON)).unwrap();
     lab.assert_clean();
     kvm.shutdown(Deadline::after(SOON)).unwrap();
+}
+
+/// A restore that finds what was prepared gone is a restore all the same.
+#[test]
+fn what_stands_by_may_end_at_any_moment() {
+    let lab = lab();
+    let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
+    let kvm = plugin.load(&with_standby(setup(&lab)), Arc::new(Deaf)).unwrap();
+    let soon = || Deadline::after(SOON);
+    for _ in 0..5 {
+        kvm.prepare("one", soon()).unwrap();
+        let stood_by = lab.qemu_of("one").unwrap();
+        kill_process(stood_by, Signal::KILL).unwrap();
+        kvm.restore_start("one", soon()).unwrap();
+        assert_ne!(lab.qemu_of("one").unwrap(), stood_by);
+        assert_eq!(lab.machine("one").first_count(SOON).unwrap(), lab.restored_count().unwrap());
+        assert_eq!(kvm.state("one", soon()).unwrap(), State::Running);
+        kvm.stop("one", soon()).unwrap();
+        assert_eq!(kvm.state("one", soon()).unwrap(), State::Poweroff);
+    }
+    kvm.prepare("two", soon()).unwrap();
+    kvm.shutdown(soon()).unwrap();
+    lab.assert_clean();
 }

@@ -1,0 +1,139 @@
+//! A domain's disks, as its description has them, and how they are put back without libvirt.
+//!
+//! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` makes it the disk's
+//! content again, as libvirt does itself for a domain that is off.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::SystemTime;
+
+use machinery::{Error, Result};
+
+/// The disks that a guest can write to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disks(Vec<PathBuf>);
+
+impl Disks {
+    /// Those of a description.
+    ///
+    /// # Errors
+    /// One of them cannot be put back here, or there is other state that a guest can change.
+    pub fn of(xml: &str) -> Result<Disks, String> {
+        for (element, what) in [("<nvram", "variables of its firmware"), ("<tpm", "a TPM")] {
+            if xml.contains(element) {
+                return Err(format!("the domain has {what}, which a save image does not hold"));
+            }
+        }
+        let disks = xml.split("<disk ").skip(1).filter_map(|rest| rest.split_once("</disk>"));
+        let writable = disks.map(|(disk, _)| disk).filter(|disk| !is_read_only(disk));
+        writable.map(file_of).collect::<Result<_, _>>().map(Disks)
+    }
+
+    /// Their paths, one on each line.
+    pub fn listed(&self) -> String {
+        self.0.iter().map(|path| format!("{}\n", path.display())).collect()
+    }
+
+    /// Whether this process may write to all of them.
+    ///
+    /// # Errors
+    /// It may not, said for people.
+    pub fn expect_ours(&self) -> Result<(), String> {
+        self.0.iter().try_for_each(|path| {
+            let opened = File::options().read(true).write(true).open(path).map(drop);
+            opened.map_err(|error| {
+                format!("the host cannot write to the disk {} itself: {error}", path.display())
+            })
+        })
+    }
+
+    /// When each was written to last.
+    pub fn written(&self) -> Vec<Option<SystemTime>> {
+        self.0.iter().map(|path| fs::metadata(path).and_then(|file| file.modified()).ok()).collect()
+    }
+
+    /// Makes what the snapshot of that name holds their content.
+    ///
+    /// # Errors
+    /// qemu-img cannot; its own words are in the error.
+    pub fn put_back(&self, snapshot: &str) -> Result<()> {
+        self.0.iter().try_for_each(|disk| put_back(disk, snapshot))
+    }
+}
+
+fn is_read_only(disk: &str) -> bool {
+    disk.contains("<readonly/>") || disk.contains("device='cdrom'")
+}
+
+/// The qcow2 file that a disk is.
+fn file_of(disk: &str) -> Result<PathBuf, String> {
+    let (_, source) = disk.split_once("<source file='").ok_or("one of the domain's disks is no file")?;
+    let path = source.split('\'').next().unwrap_or_default();
+    let is_qcow2 = disk.split_once("<driver ").is_some_and(|(_, rest)| {
+        rest.split('>').next().is_some_and(|driver| driver.contains("type='qcow2'"))
+    });
+    if !is_qcow2 || disk.contains("<shareable/>") || disk.contains("<encryption") {
+        return Err(format!("the disk {path} is no qcow2 file of this domain alone"));
+    }
+    Ok(PathBuf::from(plain(path)))
+}
+
+/// XML's text as it is meant.
+fn plain(text: &str) -> String {
+    let entities = [("&apos;", "'"), ("&quot;", "\""), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")];
+    entities.iter().fold(text.to_owned(), |text, (entity, character)| text.replace(entity, character))
+}
+
+fn put_back(disk: &Path, snapshot: &str) -> Result<()> {
+    let mut qemu_img = Command::new("qemu-img");
+    qemu_img.args(["snapshot", "-q", "-a", snapshot]).arg(disk).stdin(Stdio::null());
+    let failed = |why: String| {
+        let what = format!("qemu-img cannot put the disk {} back to '{snapshot}': {why}", disk.display());
+        Err(Error::environment(what).advice("The domain must be off, and nothing else may use its disk"))
+    };
+    match qemu_img.output() {
+        Ok(ran) if ran.status.success() => Ok(()),
+        Ok(ran) => failed(String::from_utf8_lossy(&ran.stderr).trim().to_owned()),
+        Err(error) => failed(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(inside: &str) -> String {
+        format!("<domain><devices><disk type='file' device='disk'>{inside}</disk></devices></domain>")
+    }
+
+    #[test]
+    fn the_disks_that_a_guest_can_write_to_are_found() {
+        let one = disk("<driver name='qemu' type='qcow2' cache='none'/><source file='/a/b&apos;s &amp; c'/>");
+        assert_eq!(Disks::of(&one).unwrap().listed(), "/a/b's & c\n");
+        let two = one
+            .replace("</devices>", "<disk type='file' device='cdrom'><driver type='raw'/></disk></devices>");
+        assert_eq!(Disks::of(&two), Disks::of(&one));
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_is_told() {
+        let good = "<driver name='qemu' type='qcow2'/><source file='/a'/>";
+        for (xml, words) in [
+            (disk(&good.replace("qcow2", "raw")), "/a is no qcow2 file"),
+            (disk(&good.replace("file=", "dev=")), "is no file"),
+            (disk(&format!("{good}<shareable/>")), "of this domain alone"),
+            (disk(good).replace("<devices>", "<os><nvram>/n</nvram></os><devices>"), "firmware"),
+        ] {
+            let why = Disks::of(&xml).unwrap_err();
+            assert!(why.contains(words), "no {words:?} in {why}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_not_there_is_told_with_its_path() {
+        let disks = Disks(vec!["/none/disk.qcow2".into()]);
+        assert!(disks.expect_ours().unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.put_back("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
+    }
+}

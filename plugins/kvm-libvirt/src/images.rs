@@ -1,0 +1,220 @@
+//! Save images: the snapshot's memory in a file of its own, from which a restore reads it faster.
+//!
+//! An internal snapshot keeps the memory inside the disk, and libvirt has QEMU read it from there in
+//! small pieces. A domain that libvirt has *saved* is in a plain file, which is read in one go. So a
+//! machine is brought to its snapshot once, saved, and from then on restored from that file, after
+//! `qemu-img` has put the disk back to the snapshot. Measured at the host's socket with libvirt 9.0 and
+//! QEMU 7.2 on two busy cores, turn by turn, medians of 14: a Linux guest with 600 MiB of noise in 1 GiB
+//! takes 0.8 s instead of 2.1 s (at best 0.5 s instead of 1.1 s; a third of the processor time), of which
+//! `qemu-img` has 0.03 s; the micro guest takes 0.26 s either way, which is what it takes to start QEMU.
+//! So nothing is gained with small guests, and `auto` makes no image for them.
+//!
+//! The disk stays the domain's own, and not an overlay over it. An overlay would spare `qemu-img` its
+//! work on the disk, but an operator who takes a snapshot of a running machine would take it in a file
+//! that is thrown away, and QEMU's user would have to reach the folder it is in. libvirt's own
+//! disposable disks (`<transient/>`) are none for a domain that is restored: libvirt 9.0 lets it write to
+//! the disk itself.
+//!
+//! An image is as good as the snapshot only as long as both are of the same moment and machine. Beside
+//! each lies a text about what it was made of: snapshot, disks, and the domain's description. If that is
+//! not what there is now to the letter, the image is not used, and made anew.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use machinery::{Error, Result, in_words};
+use serde::Deserialize;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt_sys as sys;
+
+use crate::disks::Disks;
+use crate::errors::explain;
+use crate::restore::Snapshot;
+use crate::{save, standby};
+
+/// Below this much memory, in bytes, a restore takes about as long without an image.
+const WORTH_IT: u64 = 512 << 20;
+
+/// Whether save images are made: the key `save_images`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SaveImages {
+    /// Never.
+    Off,
+    /// Wherever it is possible.
+    On,
+    /// Where it is possible, and a restore gains by it.
+    #[default]
+    Auto,
+}
+
+/// The image of one machine, which may be there or not.
+#[derive(Debug, Clone)]
+pub struct Image {
+    wish: SaveImages,
+    file: PathBuf,
+    about: PathBuf,
+}
+
+/// What an image can be made of, and would be right for.
+pub struct Source {
+    disks: Disks,
+    /// To the letter.
+    about: String,
+}
+
+impl Source {
+    /// Puts the domain's disks back to the snapshot.
+    ///
+    /// # Errors
+    /// qemu-img cannot.
+    pub fn put_back(&self, snapshot: &Snapshot) -> Result<()> {
+        self.disks.put_back(&snapshot.identity.name)
+    }
+}
+
+impl Image {
+    /// The image of that machine, in the folder for them.
+    pub fn of(machine: &str, wish: SaveImages, folder: &Path) -> Image {
+        let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
+        Image { wish, file: file("save"), about: file("save-of") }
+    }
+
+    /// Whether it is never made.
+    pub fn is_off(&self) -> bool {
+        self.wish == SaveImages::Off
+    }
+
+    /// Whether it is to be made at all.
+    ///
+    /// # Errors
+    /// Why it is not, for people.
+    pub fn is_worth_it(&self, domain: &Domain) -> Result<(), String> {
+        let largest = standby::largest(domain).map_err(|error| error.to_string())?;
+        match self.wish {
+            SaveImages::Off => Err("save_images is off".to_owned()),
+            SaveImages::Auto if largest < WORTH_IT => {
+                Err("a save image would gain nothing with so little memory".to_owned())
+            }
+            _ if self.is_there() => Ok(()),
+            _ => self.expect_room(largest),
+        }
+    }
+
+    /// An image is at most as large as the memory, and is not to take the last room there is.
+    fn expect_room(&self, largest: u64) -> Result<(), String> {
+        let folder = self.file.parent().unwrap_or(Path::new("/"));
+        let room = rustix::fs::statvfs(folder).map(|all| all.f_bavail.saturating_mul(all.f_frsize));
+        match room {
+            Ok(room) if room >= largest.saturating_mul(2) => Ok(()),
+            Ok(room) => Err(format!(
+                "there is no room for a save image: {} are free in {}, and it leaves as much as it takes, up to {}",
+                in_words(room),
+                folder.display(),
+                in_words(largest)
+            )),
+            Err(error) => Err(format!("no save image can be made in {}: {error}", folder.display())),
+        }
+    }
+
+    /// What an image of that snapshot can be made of.
+    ///
+    /// # Errors
+    /// Why none is made, for people.
+    pub fn source(&self, domain: &Domain, snapshot: &Snapshot) -> Result<Source, String> {
+        if snapshot.external || !snapshot.has_memory() {
+            return Err("save images are made of internal snapshots with memory only".to_owned());
+        }
+        if snapshot.identity.name.parse::<u64>().is_ok() {
+            // qemu-img would take it for a snapshot's number first.
+            return Err("the snapshot's name is a number".to_owned());
+        }
+        let xml = domain
+            .xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)
+            .map_err(|error| explain("describe the domain", &error).to_string())?;
+        let disks = Disks::of(&xml)?;
+        disks.expect_ours()?;
+        let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
+        let about = format!("{name}\n{created}\n{}{xml}", disks.listed());
+        Ok(Source { disks, about })
+    }
+
+    /// Whether it is there, whatever of.
+    pub fn is_there(&self) -> bool {
+        self.about.exists()
+    }
+
+    /// Whether it is there and of that.
+    pub fn is_of(&self, source: &Source) -> bool {
+        fs::read_to_string(&self.about).is_ok_and(|about| about == source.about) && self.file.exists()
+    }
+
+    /// How large it is, in bytes.
+    pub fn size(&self) -> u64 {
+        fs::metadata(&self.file).map_or(0, |file| file.len())
+    }
+
+    /// Makes it, of a domain that is off and is off again afterwards.
+    ///
+    /// # Errors
+    /// It cannot be made, or is not wanted any more. The domain may be in any state then.
+    pub fn make(
+        &self,
+        connect: &Connect,
+        domain: &Domain,
+        snapshot: &Snapshot,
+        still_wanted: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
+        self.remove();
+        let file = self.file_text()?;
+        let before = self.source(domain, snapshot).map_err(Error::failed)?.disks;
+        let written = before.written();
+        snapshot.revert_paused()?;
+        still_wanted()?;
+        // A revert brings the snapshot's description of the domain back, too.
+        let source = self.source(domain, snapshot).map_err(Error::failed)?;
+        if source.disks != before {
+            return Err(Error::failed("the snapshot is of other disks than the domain had until now"));
+        }
+        if !before.written().iter().zip(&written).all(|(now, then)| now != then) {
+            let what = "libvirt has other files under the paths of the domain's disks than this host";
+            return Err(Error::environment(what).advice("Set save_images: off"));
+        }
+        // Looked up anew, because a reverted domain does not know its new id.
+        let label = domain.name().map_err(|error| explain("tell the domain's name", &error))?;
+        save::save(&crate::restore::domain(connect, &label)?, file)?;
+        fs::write(&self.about, source.about)
+            .map_err(|error| Error::io("write about a save image to", &self.about, &error))
+    }
+
+    /// Starts the domain, which is off, from it; its disks have to be put back before.
+    ///
+    /// # Errors
+    /// It cannot. The domain may be in any state then.
+    pub fn restore(&self, connect: &Connect) -> Result<()> {
+        connect
+            .restore_domain_flags(self.file_text()?, None, sys::VIR_DOMAIN_SAVE_RUNNING)
+            .map_err(|error| explain("restore the domain from its save image", &error))
+    }
+
+    /// Removes it, if it is there.
+    pub fn remove(&self) {
+        // What is about it goes first: without that it is none.
+        for path in [&self.about, &self.file] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove a save image");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn file_text(&self) -> Result<&str> {
+        self.file.to_str().ok_or_else(|| {
+            Error::environment(format!("libvirt takes no path that is not UTF-8: {}", self.file.display()))
+        })
+    }
+}

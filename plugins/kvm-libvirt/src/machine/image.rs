@@ -1,0 +1,132 @@
+//! A machine's save image: made when there is nothing else to do, and restored from where it is right.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use machinery::{Deadline, Error, Readiness, Ready, Result};
+use virt::connect::Connect;
+use virt::domain::Domain;
+
+use super::prepare::expect_wanted;
+use super::{HEARING, Machine};
+use crate::images::Source;
+use crate::restore::{self, Snapshot, Start};
+
+impl Machine {
+    /// Starts the domain from its snapshot: from the save image where there is one of it, else by a
+    /// revert.
+    pub(super) fn restored(&self, connect: &Connect, domain: &Domain, given_up: &AtomicBool) -> Result<()> {
+        if !self.wish.image.is_off() && self.wish.image.is_there() {
+            let snapshot = restore::find(domain, self.info.snapshot.as_deref())?;
+            if let Some(source) = self.source_of_image(domain, &snapshot) {
+                match self.restored_from_image(connect, domain, &source, &snapshot) {
+                    Ok(()) => return Ok(()),
+                    // It was ended from outside, for which the image can do nothing.
+                    Err(error) if given_up.load(Ordering::SeqCst) => return Err(error),
+                    Err(error) => self.image_failed(domain, &error)?,
+                }
+            }
+        }
+        self.timed("revert", || restore::start(domain, self.info.snapshot.as_deref(), Start::Restored))
+    }
+
+    /// What the image is of, if that is what a restore goes to.
+    fn source_of_image(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
+        let source = self.wish.image.source(domain, snapshot);
+        let right = source.ok().filter(|source| self.wish.image.is_of(source));
+        if right.is_none() {
+            tracing::warn!(machine = self.info.name, "its save image is of something else, and not used");
+        }
+        right
+    }
+
+    fn restored_from_image(
+        &self,
+        connect: &Connect,
+        domain: &Domain,
+        source: &Source,
+        snapshot: &Snapshot,
+    ) -> Result<()> {
+        self.timed("disk", || source.put_back(snapshot))?;
+        self.timed("load", || self.wish.image.restore(connect))?;
+        restore::expect_running(domain)
+    }
+
+    /// One that does not work once is not made again by this host.
+    fn image_failed(&self, domain: &Domain, error: &Error) -> Result<()> {
+        tracing::warn!(machine = self.info.name, %error, "its save image does not work, and is used no more");
+        let before = self.lock().ends;
+        let ended = restore::destroy(domain)?;
+        if ended {
+            self.hear_end(before, Deadline::after(HEARING));
+        }
+        self.wish.image.remove();
+        self.lock().no_image = Some(format!("its save image has failed: {error}"));
+        Ok(())
+    }
+
+    /// Sees to it that there is an image, and tells how ready the machine is; `why` says why it does not
+    /// stand by.
+    pub(super) fn have_image(&self, connect: &Connect, given_up: &AtomicBool, why: &str) -> Result<()> {
+        let domain = restore::domain(connect, self.label())?;
+        self.clear_leftover(&domain)?;
+        restore::expect_off(&domain)?;
+        let found = self.image_source(&domain);
+        let (snapshot, source) = match found {
+            Ok(found) => found,
+            Err(no_image) => {
+                self.wish.image.remove();
+                self.tell_plain(&format!("{why}; {no_image}"));
+                return Ok(());
+            }
+        };
+        if !self.wish.image.is_of(&source) {
+            self.make_image(connect, &domain, &snapshot, given_up)?;
+        }
+        let ready =
+            Ready { how: Readiness::Instant, why: why.to_owned(), memory: 0, disk: self.wish.image.size() };
+        self.host.ready(&self.info.name, &ready);
+        Ok(())
+    }
+
+    /// What an image is to be of, or why there is none.
+    fn image_source(&self, domain: &Domain) -> std::result::Result<(Snapshot, Source), String> {
+        if let Some(why) = &self.lock().no_image {
+            return Err(why.clone());
+        }
+        self.wish.image.is_worth_it(domain)?;
+        let snapshot =
+            restore::find(domain, self.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
+        let source = self.wish.image.source(domain, &snapshot)?;
+        Ok((snapshot, source))
+    }
+
+    /// Noted like a run, because the domain is on meanwhile.
+    fn make_image(
+        &self,
+        connect: &Connect,
+        domain: &Domain,
+        snapshot: &Snapshot,
+        given_up: &AtomicBool,
+    ) -> Result<()> {
+        expect_wanted(given_up)?;
+        let before = self.lock().ends;
+        self.note.begin(domain);
+        let still_wanted = || expect_wanted(given_up);
+        let made = self.timed("save", || self.wish.image.make(connect, domain, snapshot, &still_wanted));
+        match &made {
+            Ok(()) => self.is_let_go(true, before, Deadline::after(HEARING)),
+            Err(error) => self.image_not_made(error, given_up),
+        }
+        made
+    }
+
+    /// What fails once, by nobody's doing, fails each time, and costs time and room on a disk.
+    fn image_not_made(&self, error: &Error, given_up: &AtomicBool) {
+        self.wish.image.remove();
+        self.preparation_failed();
+        let mut now = self.lock();
+        if !given_up.load(Ordering::SeqCst) && !now.lost {
+            now.no_image = Some(format!("its save image cannot be made: {error}"));
+        }
+    }
+}

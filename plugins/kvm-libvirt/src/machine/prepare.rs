@@ -1,0 +1,457 @@
+//! A machine that stands by: how it gets there, and the ways away from it.
+//!
+//! ```text
+//!                 ┌── restore_start ──▶ still what it was? ── yes ──▶ resumed, and it is a run
+//!  prepare ──▶ Held                            └── no ──▶ ended, and the snapshot is reverted to
+//!                 ├── stop, norestore_start, shutdown ──▶ ended
+//!                 └── it ends or is resumed by itself, libvirtd ends ──▶ ended, and the host is asked
+//!                                                                        to have it prepared again
+//! ```
+//!
+//! The run note is written before libvirt is asked for the domain, as for a run, so that the next host
+//! ends what this one leaves. It is also what makes sure that only the domain is ended that was started
+//! here: somebody may have started another one meanwhile.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use machinery::{Deadline, Error, Ready, Result, Share, Standby, State};
+use virt::connect::Connect;
+use virt::domain::Domain;
+
+use super::{Doing, HEARING, Machine, Now};
+use crate::call::Call;
+use crate::events::Event;
+use crate::restore::{self, Snapshot};
+use crate::standby::{self, Held, Mark};
+use crate::states::{Told, is_of_revert};
+
+/// How long it may take to end what has stood by.
+const CLEARING: Duration = Duration::from_secs(30);
+
+/// How long a new libvirtd is given to take a domain over that an old one was loading. One that cannot do
+/// it hangs until the domain is ended.
+const TAKING_OVER: Duration = Duration::from_secs(3);
+
+impl Machine {
+    /// Brings the domain to its snapshot and leaves it paused, for the next restore to let it run.
+    ///
+    /// # Errors
+    /// The machine is on; libvirt cannot; it was given up.
+    pub fn prepare(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.expect_no_run()?;
+        if let Some(why) = self.why_not()
+            && self.wish.image.is_off()
+        {
+            // One of a time when it was on.
+            self.wish.image.remove();
+            self.tell_plain(why);
+            return Ok(());
+        }
+        // A restore that comes meanwhile would have to wait for libvirt twice.
+        if self.waits_for_libvirt() {
+            return Ok(());
+        }
+        let prepared = self.prepare_with_libvirt(deadline);
+        if prepared.is_err() && self.waits_for_libvirt() {
+            return Ok(());
+        }
+        if let Err(error) = &prepared {
+            self.tell_plain(&error.to_string());
+        }
+        self.look_back(prepared.is_ok());
+        prepared
+    }
+
+    /// Whether libvirt is away; then it is prepared when libvirt is back.
+    fn waits_for_libvirt(&self) -> bool {
+        self.lock().waits_for_libvirt = true;
+        if self.link.is_away() {
+            self.tell_plain("libvirt is away, and the machine is prepared when it is back");
+            return true;
+        }
+        self.lock().waits_for_libvirt = false;
+        false
+    }
+
+    fn prepare_with_libvirt(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.end_late_call(deadline)?;
+        let _preparing = self.begin(Doing::Preparing, deadline)?;
+        let given_up = Arc::clone(&self.lock().give_up);
+        let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
+        let call = self.link.long_call(deadline, move |connect| machine.get_ready(connect, &too_late))?;
+        let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
+            given_up.store(true, Ordering::SeqCst);
+            Err(self.abandon(call, false, deadline))
+        });
+        prepared.and_then(|()| self.still_wants(&given_up))
+    }
+
+    /// A stop may come when all is prepared, but before that was known to anybody.
+    fn still_wants(&self, given_up: &AtomicBool) -> Result<()> {
+        expect_wanted(given_up).inspect_err(|_| {
+            if self.take_standby("it was given up").is_some() {
+                self.preparation_failed();
+            }
+        })
+    }
+
+    /// Makes up for what was heard while a preparation was under way.
+    fn look_back(self: &Arc<Self>, prepared: bool) {
+        let (doubt, lost) = {
+            let now = self.lock();
+            (now.standby.as_ref().and_then(|held| held.doubt.clone()), now.lost)
+        };
+        if let Some(doubt) = doubt {
+            self.replace(&doubt);
+        } else if lost && !prepared {
+            self.host.wants_prepare(&self.info.name, "libvirtd has ended while it was prepared");
+        }
+    }
+
+    /// Why it does not stand by at all.
+    fn why_not(&self) -> Option<&'static str> {
+        match self.wish.standby {
+            Standby::On => None,
+            Standby::Off => Some("standby is off"),
+            Standby::Auto => Some(
+                "standby is not cheap here: it holds all of the guest's memory; set standby: on to have it",
+            ),
+        }
+    }
+
+    fn expect_no_run(&self) -> Result<()> {
+        match self.has_run() {
+            true => Err(Error::unexpected_state("the machine is running").advice("Stop it first")),
+            false => Ok(()),
+        }
+    }
+
+    fn get_ready(&self, connect: &Connect, given_up: &AtomicBool) -> Result<()> {
+        let why = match self.why_not() {
+            Some(why) => why.to_owned(),
+            None => match self.stand_by(connect, given_up)? {
+                Some(why) => why,
+                None => return Ok(()),
+            },
+        };
+        self.have_image(connect, given_up, &why)
+    }
+
+    /// Whatever it comes to, nothing is left of it unless the machine stands by; if it does not, that is
+    /// why.
+    fn stand_by(&self, connect: &Connect, given_up: &AtomicBool) -> Result<Option<String>> {
+        if self.stands_by_still(connect) {
+            return Ok(None);
+        }
+        self.take_standby("it is prepared anew");
+        let domain = restore::domain(connect, self.label())?;
+        self.clear_leftover(&domain)?;
+        restore::expect_off(&domain)?;
+        let snapshot = restore::find(&domain, self.info.snapshot.as_deref())?;
+        let share = match self.share_for(&domain, &snapshot)? {
+            Ok(share) => share,
+            Err(why) => return Ok(Some(why)),
+        };
+        let loaded = self.load(connect, &domain, &snapshot, share, given_up);
+        if loaded.is_err() {
+            self.preparation_failed();
+        }
+        loaded.map(|()| None)
+    }
+
+    /// Its part of the memory for all that stand by, or why it has none.
+    fn share_for(&self, domain: &Domain, snapshot: &Snapshot) -> Result<std::result::Result<Share, String>> {
+        if !snapshot.has_memory() {
+            let why = "its snapshot was taken while the domain was off, so there is no memory to load";
+            return Ok(Err(why.to_owned()));
+        }
+        Ok(self.wish.budget.take(standby::largest(domain)?))
+    }
+
+    fn load(
+        &self,
+        connect: &Connect,
+        domain: &Domain,
+        snapshot: &Snapshot,
+        share: Share,
+        given_up: &AtomicBool,
+    ) -> Result<()> {
+        expect_wanted(given_up)?;
+        let heard_by = self.link.number();
+        self.note.begin(domain);
+        self.timed("revert", || snapshot.revert_paused())?;
+        // Looked up anew, because a reverted domain does not know its new id.
+        let domain = restore::domain(connect, self.label())?;
+        self.note.started(&domain);
+        let mark = Mark::of(&domain, snapshot.identity.clone())?;
+        let held = Held::new(&domain, mark.clone(), heard_by, share);
+        let ready = held.ready();
+        self.install(held, given_up)?;
+        // Only now, so that what happens after the look is heard.
+        mark.check(connect, self.label(), self.info.snapshot.as_deref())?;
+        self.host.ready(&self.info.name, &ready);
+        Ok(())
+    }
+
+    /// A stop that comes before this is obeyed, and one that comes later finds what there is to let go.
+    fn install(&self, held: Held, given_up: &AtomicBool) -> Result<()> {
+        let mut now = self.lock();
+        expect_wanted(given_up)?;
+        now.standby = Some(held);
+        Ok(())
+    }
+
+    /// Ends what a preparation that failed has left. libvirt may have gone away in the middle of it, so
+    /// not by the connection it had.
+    pub(super) fn preparation_failed(&self) {
+        drop(self.lock().standby.take());
+        let label = self.info.label.clone();
+        let settled =
+            self.link.ask(Deadline::after(TAKING_OVER), "libvirt to take the domain over", move |connect| {
+                restore::settle(&restore::domain(connect, &label)?);
+                Ok(())
+            });
+        if let Err(error) = settled {
+            tracing::debug!(machine = self.info.name, %error, "libvirt has not taken the domain over");
+        }
+        if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
+            tracing::warn!(machine = self.info.name, %error, "what a preparation has left stays for now");
+        }
+    }
+
+    fn stands_by_still(&self, connect: &Connect) -> bool {
+        let mark = match &self.lock().standby {
+            Some(Held { mark, doubt: None, .. }) => mark.clone(),
+            _ => return false,
+        };
+        mark.check(connect, self.label(), self.info.snapshot.as_deref()).is_ok()
+    }
+
+    /// Has a preparation that is under way give up. It is waited for by what comes next.
+    pub(super) fn give_up_preparing(&self, deadline: Deadline) {
+        {
+            let now = self.lock();
+            if now.doing != Doing::Preparing {
+                return;
+            }
+            now.give_up.store(true, Ordering::SeqCst);
+        }
+        // What is in the middle of being loaded need not be loaded to its end.
+        self.pull_own_plug(deadline);
+    }
+
+    /// Ends the domain, if it was started here.
+    pub(super) fn pull_own_plug(&self, deadline: Deadline) {
+        if let Err(error) = self.destroy_own(deadline) {
+            tracing::debug!(machine = self.info.name, %error, "the plug is not pulled");
+        }
+    }
+
+    fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
+        let (label, note) = (self.info.label.clone(), self.note.clone());
+        self.link.ask(deadline, "libvirt to end what stands by", move |connect| {
+            let domain = restore::domain(connect, &label)?;
+            Ok(note.is_about(&domain) && restore::destroy(&domain)?)
+        })
+    }
+
+    /// Waits until nothing is done that nobody outside has asked for.
+    pub(super) fn wait_for_in_house_work(&self, deadline: Deadline) -> MutexGuard<'_, Now> {
+        let in_house = |now: &mut Now| matches!(now.doing, Doing::Preparing | Doing::LettingGo);
+        let waited = self.news.wait_timeout_while(self.lock(), deadline.remaining(), in_house);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// What stands by, which does so no more; `why` says it.
+    pub(super) fn take_standby(&self, why: &str) -> Option<Held> {
+        let held = self.lock().standby.take()?;
+        self.tell_plain(why);
+        Some(held)
+    }
+
+    /// Lets what stands by run; `false` if it must not, and then it is left for the start to end.
+    pub(super) fn lets_run(self: &Arc<Self>, held: Held, deadline: Deadline) -> Result<bool> {
+        if let Some(doubt) = &held.doubt {
+            tracing::warn!(machine = self.info.name, doubt, "what stands by is not used");
+            return Ok(false);
+        }
+        let given_up = Arc::new(AtomicBool::new(false));
+        let resumed = Arc::new(AtomicBool::new(false));
+        let (machine, too_late, done) = (Arc::clone(self), Arc::clone(&given_up), Arc::clone(&resumed));
+        let call = self.link.short_call(deadline, move |connect, number| {
+            let runs = number == held.heard_by && machine.resume(connect, &held.mark, &too_late);
+            done.store(runs, Ordering::SeqCst);
+            Ok(())
+        })?;
+        match call.wait(deadline.remaining()) {
+            Some(outcome) => outcome.map(|()| resumed.load(Ordering::SeqCst)),
+            None => {
+                given_up.store(true, Ordering::SeqCst);
+                Err(self.abandon(call, true, deadline))
+            }
+        }
+    }
+
+    fn resume(&self, connect: &Connect, mark: &Mark, given_up: &AtomicBool) -> bool {
+        let checked =
+            self.timed("check", || mark.check(connect, self.label(), self.info.snapshot.as_deref()));
+        let domain = match checked {
+            Ok(domain) => domain,
+            Err(error) => return self.is_not_used(&error),
+        };
+        self.lock().has_run = true;
+        if let Err(error) = self.timed("resume", || restore::resume(&domain)) {
+            self.lock().has_run = false;
+            return self.is_not_used(&error);
+        }
+        if given_up.load(Ordering::SeqCst) {
+            self.end_failed_start(&domain);
+        }
+        true
+    }
+
+    fn is_not_used(&self, why: &Error) -> bool {
+        tracing::warn!(machine = self.info.name, %why, "what stands by is not used");
+        false
+    }
+
+    /// Ends what stood by, or a run that could not be ended when it should have been.
+    pub(super) fn clear_leftover(&self, domain: &Domain) -> Result<()> {
+        if !self.has_run() { self.end_own(domain) } else { Ok(()) }
+    }
+
+    /// Ends what has stood by, and returns when its end was heard.
+    pub(super) fn let_go(&self, deadline: Deadline) -> Result<()> {
+        let before = self.lock().ends;
+        let ended = self.destroy_own(deadline)?;
+        self.is_let_go(ended, before, deadline);
+        Ok(())
+    }
+
+    pub(super) fn end_own(&self, domain: &Domain) -> Result<()> {
+        if self.note.is_about(domain) {
+            let before = self.lock().ends;
+            let ended = restore::destroy(domain)?;
+            self.is_let_go(ended, before, Deadline::after(HEARING));
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_let_go(&self, ended: bool, before: u64, deadline: Deadline) {
+        if ended {
+            self.hear_end(before, deadline.within(HEARING));
+        }
+        self.note.remove();
+        // It was not the end of what is being started.
+        self.lock().heard = None;
+    }
+
+    /// Something happened to a domain that nobody outside knows to be there.
+    pub(super) fn heard_in_house(self: &Arc<Self>, event: &Event, (state, reason): &Told) {
+        tracing::debug!(machine = self.info.name, %state, reason, "a step of standing by");
+        if !is_of_revert(event) {
+            self.replace(&format!("what stood by is {state} by itself: {reason}"));
+        }
+    }
+
+    /// Ends what stands by in a thread of its own, and asks for another one.
+    fn replace(self: &Arc<Self>, why: &str) {
+        {
+            let mut now = self.lock();
+            let Some(held) = &mut now.standby else { return };
+            held.doubt = Some(why.to_owned());
+            if now.doing != Doing::Nothing {
+                // Whoever is at it will see.
+                return;
+            }
+            now.standby = None;
+            now.doing = Doing::LettingGo;
+        }
+        let (machine, reason) = (Arc::clone(self), why.to_owned());
+        let replacing = Call::start(move || {
+            machine.let_go_for_another(&reason);
+            Ok(())
+        });
+        if let Err(error) = replacing {
+            tracing::error!(machine = self.info.name, %error, "what stood by is not ended");
+            drop(super::Action(self));
+        }
+    }
+
+    fn let_go_for_another(&self, why: &str) {
+        let letting_go = super::Action(self);
+        self.tell_plain(why);
+        if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
+            tracing::warn!(machine = self.info.name, %error, "what stood by stays for now");
+        }
+        drop(letting_go);
+        match self.told_state(Deadline::after(CLEARING)) {
+            Ok((State::Poweroff, _)) => self.host.wants_prepare(&self.info.name, why),
+            // Somebody has started it again, of which nobody was told.
+            Ok((state, reason)) => self.host.state_changed(&self.info.name, state, &reason),
+            Err(error) => tracing::warn!(machine = self.info.name, %error, "what stood by is gone"),
+        }
+    }
+
+    /// What happens to it is not heard any more.
+    pub(super) fn doubt(&self, why: &str) {
+        let mut now = self.lock();
+        now.lost = true;
+        let Some(held) = &mut now.standby else { return };
+        held.doubt = Some(why.to_owned());
+        drop(now);
+        self.tell_plain(why);
+    }
+
+    /// libvirt is there again: what stood by has been out of sight, and what was not prepared because
+    /// libvirt was away can be now.
+    pub(super) fn renew_standby(self: &Arc<Self>) {
+        let (stands_by, idle, waits) = {
+            let mut now = self.lock();
+            let idle = now.doing == Doing::Nothing && !now.has_run;
+            (now.standby.is_some(), idle, std::mem::take(&mut now.waits_for_libvirt))
+        };
+        if stands_by {
+            self.replace("libvirtd has ended meanwhile");
+        } else if waits || idle && self.why_not().is_none() {
+            self.host.wants_prepare(&self.info.name, "libvirt was away");
+        }
+    }
+
+    pub(super) fn is_hidden(&self) -> bool {
+        self.late_preparation_has_ended();
+        self.lock().is_hidden()
+    }
+
+    /// Forgets a preparation that nobody waits for once it has ended.
+    fn late_preparation_has_ended(&self) {
+        if self.lock().late.as_ref().is_some_and(|late| !late.is_start) {
+            self.late_call_has_ended(Deadline::after(Duration::ZERO));
+        }
+    }
+
+    /// For looks at a machine: one that stands by is off.
+    ///
+    /// # Errors
+    /// It is.
+    pub(super) fn expect_not_hidden(&self) -> Result<()> {
+        match self.is_hidden() {
+            true => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn tell_plain(&self, why: &str) {
+        let ready = Ready { why: why.to_owned(), ..Ready::default() };
+        self.host.ready(&self.info.name, &ready);
+    }
+}
+
+pub(super) fn expect_wanted(given_up: &AtomicBool) -> Result<()> {
+    match given_up.load(Ordering::SeqCst) {
+        true => Err(Error::failed("preparing was given up for something else")),
+        false => Ok(()),
+    }
+}

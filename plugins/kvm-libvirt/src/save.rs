@@ -1,0 +1,24 @@
+//! Saving a domain to a file of one's choice, which the `virt` crate has no function for.
+
+use std::ffi::CString;
+
+use machinery::{Error, Result};
+use virt::domain::Domain;
+use virt_sys as sys;
+
+use crate::errors::explain;
+
+/// Saves the domain's state to `path` and ends the domain.
+///
+/// # Errors
+/// libvirt cannot; the domain may run on then, and a part of the file may be there.
+pub fn save(domain: &Domain, path: &str) -> Result<()> {
+    let to = CString::new(path).map_err(|_| Error::failed(format!("{path:?} is no path")))?;
+    let flags = sys::VIR_DOMAIN_SAVE_RUNNING;
+    // SAFETY: the domain is alive, the path ends with a null byte, and both outlive the call.
+    let saved = unsafe { sys::virDomainSaveFlags(domain.as_ptr(), to.as_ptr(), std::ptr::null(), flags) };
+    if saved < 0 {
+        return Err(explain(&format!("save the domain to {path}"), &virt::error::Error::last_error()));
+    }
+    Ok(())
+}
