@@ -166,7 +166,7 @@ impl Actor {
             Action::AcpiStop => self.acpi_stop().await,
             Action::DumpMemory { .. } => self.look(action, self.house.timeouts.dump_memory).await,
             Action::Screenshot { .. } => self.look(action, self.house.timeouts.screenshot).await,
-            Action::Prepare => self.look(action, self.house.timeouts.prepare).await,
+            Action::Prepare => self.prepare().await,
         }
     }
 
@@ -288,6 +288,13 @@ impl Actor {
         let Err(reason) = self.run(action, limit).await else { return Ok(()) };
         let changed = self.lost.is_some() || self.note_state().await.is_ok_and(|state| state != before);
         Err(Failure { disable: changed || plugin_at_fault(&reason), reason })
+    }
+
+    /// What cannot be prepared costs nothing: the next restore does without, and finds out how things stand.
+    async fn prepare(&mut self) -> Result<(), Failure> {
+        let prepared = self.run(&Action::Prepare, self.house.timeouts.prepare).await;
+        prepared
+            .map_err(|reason| Failure { disable: self.lost.is_some() || plugin_at_fault(&reason), reason })
     }
 
     /// Runs an action. When the plugin says it is done, the machine has to be where the action leads. That
