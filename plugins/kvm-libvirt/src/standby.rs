@@ -2,8 +2,8 @@
 //! loaded and a restore only has to let it run.
 //!
 //! Until then anything may happen to the domain or to its snapshot. libvirt tells at once what happens
-//! to a domain, as long as the connection is the same. Of snapshots it tells nothing: no event says that one was deleted, taken anew or made
-//! the current one. So a restore asks, and lets the domain run only if
+//! to a domain, as long as the connection is the same. Of snapshots it tells nothing: no event says that
+//! one was deleted, taken anew or made the current one. So a restore asks, and lets the domain run only if
 //!
 //! - the domain still runs under the number that it had, so it is the same QEMU;
 //! - it is still paused as a revert has left it, and not by somebody who has resumed it before;
