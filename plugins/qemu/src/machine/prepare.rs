@@ -19,7 +19,7 @@ use crate::launch::Memory;
 use crate::run::{Load, NotStarted, Purpose, Run};
 use crate::snapshot::{Format, Snapshot};
 use crate::standby::Standby;
-use crate::template::{Build, Identity, NotBuilt, Template, build, hindrance};
+use crate::template::{Build, Identity, NotBuilt, Template, Templates, build, hindrance};
 
 /// What a run holds that was restored from a template and is idle, whatever the size of its RAM; measured
 /// with QEMU 7.2 and 10.0. What one really holds is measured when it is there.
@@ -34,6 +34,22 @@ pub struct Unbuildable {
     identity: Identity,
     tries: u32,
     why: String,
+}
+
+/// Why a machine has none that the operator wants to have none.
+const OFF: &str = "instant restores are off (machinery-host.yaml)";
+
+/// Why there is no template.
+struct NoTemplate {
+    why: String,
+    /// What went wrong, where something did.
+    failed: Option<NotStarted>,
+}
+
+impl From<String> for NoTemplate {
+    fn from(why: String) -> Self {
+        NoTemplate { why, failed: None }
+    }
 }
 
 /// How a preparation has gone.
@@ -150,23 +166,27 @@ impl Machine {
         identity: &Identity,
         deadline: Deadline,
     ) -> Result<Option<Template>, NotStarted> {
-        let (template, result) = match self.why_no_template() {
-            Some(why) => (Err(why), Ok(())),
+        let template = match self.why_no_template() {
+            Some(why) => Err(NoTemplate::from(why)),
             None => self.found_or_built(identity, deadline),
         };
         self.set_without_standby(|ready| {
             *ready = match &template {
                 Ok(template) => Ready { how: Readiness::Instant, disk: template.disk, ..Ready::default() },
-                Err(why) => Ready { why: why.clone(), ..Ready::default() },
+                Err(none) => Ready { why: none.why.clone(), ..Ready::default() },
             }
         });
-        result.map(|()| template.ok())
+        match template {
+            Ok(template) => Ok(Some(template)),
+            Err(NoTemplate { failed: None, .. }) => Ok(None),
+            Err(NoTemplate { failed: Some(failed), .. }) => Err(failed),
+        }
     }
 
     /// Why the machine cannot have a template, or is not to have one.
     fn why_no_template(&self) -> Option<String> {
         if !self.files.ahead.instant || self.shared.templates.is_none() {
-            return Some("instant restores are off (machinery-host.yaml)".to_owned());
+            return Some(OFF.to_owned());
         }
         if self.shared.templates.as_ref().is_some_and(|templates| !templates.fits_into_arguments()) {
             return Some("its template_dir has a comma, quote or backslash in its path".to_owned());
@@ -174,40 +194,33 @@ impl Machine {
         hindrance(&self.files.start_args, self.shared.program.version())
     }
 
-    fn found_or_built(
-        &self,
-        identity: &Identity,
-        deadline: Deadline,
-    ) -> (Result<Template, String>, Result<(), NotStarted>) {
+    fn found_or_built(&self, identity: &Identity, deadline: Deadline) -> Result<Template, NoTemplate> {
         if let Some(template) = self.template(identity) {
-            return (Ok(template), Ok(()));
+            return Ok(template);
         }
         if let Some(why) = self.not_tried_again(identity) {
-            return (Err(why), Ok(()));
+            return Err(why.into());
         }
-        let Some(templates) = &self.shared.templates else { return (Err(String::new()), Ok(())) };
+        let templates = self.shared.templates.as_ref().ok_or_else(|| OFF.to_owned())?;
         match build(templates, &self.files.info.name, self, deadline) {
             Ok(()) => {
                 let built = self.template(identity);
-                (built.ok_or_else(|| "its template was changed as soon as it was built".to_owned()), Ok(()))
+                built.ok_or_else(|| "its template was changed as soon as it was built".to_owned().into())
             }
-            Err(NotBuilt::NoRoom(why)) => (Err(why), Ok(())),
-            Err(NotBuilt::Failed(failed)) => {
-                let mut error = failed.error.clone();
-                if let Some(full) = templates.is_full() {
-                    error = error.detail(&full);
-                }
-                let error = error.action("building its template");
-                let why = format!("its template could not be built: {}", error.reason());
-                if !self.is_given_up() {
-                    self.note_unbuildable(identity, &why);
-                }
-                (
-                    Err(format!("its template could not be built: {}", error.reason())),
-                    Err(NotStarted { error, left: failed.left }),
-                )
-            }
+            Err(NotBuilt::NoRoom(why)) => Err(why.into()),
+            Err(NotBuilt::Failed(failed)) => Err(self.not_built(identity, templates, failed)),
         }
+    }
+
+    fn not_built(&self, identity: &Identity, templates: &Templates, failed: NotStarted) -> NoTemplate {
+        let NotStarted { error, left } = failed;
+        let error = templates.is_full().map_or(error.clone(), |full| error.detail(&full));
+        let why = format!("its template could not be built: {}", error.reason());
+        if !self.is_given_up() {
+            self.note_unbuildable(identity, &why);
+        }
+        let error = error.action("building its template");
+        NoTemplate { why, failed: Some(NotStarted { error, left }) }
     }
 
     fn not_tried_again(&self, identity: &Identity) -> Option<String> {
