@@ -60,16 +60,18 @@ class Main(unittest.TestCase):
         queue_task(self.cwd, OTHER_TASK, "windows")
         # Of somebody else, so that it can be heard from the start.
         other = start_other_host(self, self.cwd)
-        ears = Ears()
-        observer = Host(self.cwd, ears)
-        self.addCleanup(observer.detach)
-        observer.attach()
+        # Two tasks, side by side: each is listened to by itself.
+        ears, of_the_other = Ears(), Ears()
+        for listener in (of_the_other, ears):
+            observer = Host(self.cwd, listener)
+            self.addCleanup(observer.detach)
+            observer.attach()
         main = Node(self, self.cwd, "cuckoo", "--cancel-abandoned")
         ears.wait_for("locked", machine="good", task_id=TASK)
         ears.wait_for("state", machine="good", state="running")
         Agent(self, address(1))
         ears.wait_for("unlocked", machine="good")
-        ears.wait_for("disabled", machine="bad")
+        of_the_other.wait_for("disabled", machine="bad")
         main.wait_until_it_says("Received machine disable event")
         self.assertEqual(main.end(), 0, main.said())
         self.assertTrue(observer.client.request("list")["machines"][1]["disabled"])
