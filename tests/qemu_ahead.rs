@@ -402,11 +402,11 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
     assert!(told["why"].as_str().unwrap().contains("is full"), "{told}");
     restores(&lab, &mut client);
     does(&mut client, "stop");
-    assert!(!disk.path().join("m.template").exists() && !disk.path().join("m.unfinished").exists());
     // From now on there is not even room to begin.
     prepare(&mut client);
     let told = ready(&mut client);
     assert!(told["why"].as_str().unwrap().contains("are free in"), "{told}");
+    assert!(!disk.path().join("m.template").exists() && !disk.path().join("m.unfinished").exists());
     ends_well(&lab, &mut host);
 }
 
