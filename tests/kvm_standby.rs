@@ -461,7 +461,7 @@ impl Scene {
     fn image(&self) -> PathBuf {
         let mut found = Vec::new();
         files_below(self.lab.cwd().root(), &mut found);
-        found.retain(|path| path.ends_with("m.save"));
+        found.retain(|path| path.ends_with("m.machinery-image"));
         assert_eq!(found.len(), 1, "{found:?}");
         found.remove(0)
     }

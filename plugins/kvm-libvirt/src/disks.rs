@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
 use machinery::{Error, Result};
+use serde_json::Value;
 
 /// The disks that a guest can write to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,9 +31,14 @@ impl Disks {
         writable.map(file_of).collect::<Result<_, _>>().map(Disks)
     }
 
-    /// Their paths, one on each line.
-    pub fn listed(&self) -> String {
-        self.0.iter().map(|path| format!("{}\n", path.display())).collect()
+    /// Their paths, one on each line, and what they themselves say of the snapshot of that name: a disk that
+    /// was replaced by another one says something else.
+    ///
+    /// # Errors
+    /// One cannot be asked, or has no such snapshot; said for people.
+    pub fn described(&self, snapshot: &str) -> Result<String, String> {
+        let one = |path: &PathBuf| Ok(format!("{}\n{}\n", path.display(), entry(path, snapshot)?));
+        self.0.iter().map(one).collect()
     }
 
     /// Whether this process may write to all of them.
@@ -85,6 +91,21 @@ fn plain(text: &str) -> String {
     entities.iter().fold(text.to_owned(), |text, (entity, character)| text.replace(entity, character))
 }
 
+/// What the disk says of its snapshot of that name: when it was taken, and of how much memory.
+fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
+    let failed = |why: &str| format!("qemu-img cannot tell of the snapshots in {}: {why}", disk.display());
+    let mut qemu_img = Command::new("qemu-img");
+    qemu_img.args(["info", "-U", "--output=json"]).arg(disk).stdin(Stdio::null());
+    let ran = qemu_img.output().map_err(|error| failed(&error.to_string()))?;
+    let info: Value = serde_json::from_slice(&ran.stdout)
+        .map_err(|_| failed(String::from_utf8_lossy(&ran.stderr).trim()))?;
+    let entries = info["snapshots"].as_array().into_iter().flatten();
+    let found = entries.into_iter().find(|entry| entry["name"] == snapshot);
+    found
+        .map(Value::to_string)
+        .ok_or_else(|| format!("the disk {} has no snapshot '{snapshot}'", disk.display()))
+}
+
 fn put_back(disk: &Path, snapshot: &str) -> Result<()> {
     let mut qemu_img = Command::new("qemu-img");
     qemu_img.args(["snapshot", "-q", "-a", snapshot]).arg(disk).stdin(Stdio::null());
@@ -110,7 +131,7 @@ mod tests {
     #[test]
     fn the_disks_that_a_guest_can_write_to_are_found() {
         let one = disk("<driver name='qemu' type='qcow2' cache='none'/><source file='/a/b&apos;s &amp; c'/>");
-        assert_eq!(Disks::of(&one).unwrap().listed(), "/a/b's & c\n");
+        assert_eq!(Disks::of(&one).unwrap(), Disks(vec!["/a/b's & c".into()]));
         let two = one
             .replace("</devices>", "<disk type='file' device='cdrom'><driver type='raw'/></disk></devices>");
         assert_eq!(Disks::of(&two), Disks::of(&one));
@@ -134,6 +155,7 @@ mod tests {
     fn a_disk_that_is_not_there_is_told_with_its_path() {
         let disks = Disks(vec!["/none/disk.qcow2".into()]);
         assert!(disks.expect_ours().unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.put_back("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
     }
 }

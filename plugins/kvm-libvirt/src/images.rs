@@ -37,6 +37,9 @@ use crate::{save, standby};
 /// Below this much memory, in bytes, a restore takes about as long without an image.
 const WORTH_IT: u64 = 512 << 20;
 
+/// What is said about an image that is being made.
+const UNFINISHED: &str = "unfinished\n";
+
 /// Whether save images are made: the key `save_images`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -79,7 +82,7 @@ impl Image {
     /// The image of that machine, in the folder for them.
     pub fn of(machine: &str, wish: SaveImages, folder: &Path) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
-        Image { wish, file: file("save"), about: file("save-of") }
+        Image { wish, file: file("machinery-image"), about: file("machinery-image-of") }
     }
 
     /// Whether it is never made.
@@ -98,13 +101,18 @@ impl Image {
             SaveImages::Auto if largest < WORTH_IT => {
                 Err("a save image would gain nothing with so little memory".to_owned())
             }
-            _ if self.is_there() => Ok(()),
-            _ => self.expect_room(largest),
+            _ => Ok(()),
         }
     }
 
-    /// An image is at most as large as the memory, and is not to take the last room there is.
-    fn expect_room(&self, largest: u64) -> Result<(), String> {
+    /// Removes one that is not right any more, and makes sure that there is room for another. It is at most
+    /// as large as the memory, and is not to take the last room there is.
+    ///
+    /// # Errors
+    /// There is none, for people.
+    pub fn make_room(&self, domain: &Domain) -> Result<(), String> {
+        self.remove();
+        let largest = standby::largest(domain).map_err(|error| error.to_string())?;
         let folder = self.file.parent().unwrap_or(Path::new("/"));
         let room = rustix::fs::statvfs(folder).map(|all| all.f_bavail.saturating_mul(all.f_frsize));
         match room {
@@ -137,7 +145,7 @@ impl Image {
         let disks = Disks::of(&xml)?;
         disks.expect_ours()?;
         let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
-        let about = format!("{name}\n{created}\n{}{xml}", disks.listed());
+        let about = format!("{name}\n{created}\n{}{xml}", disks.described(name)?);
         Ok(Source { disks, about })
     }
 
@@ -169,6 +177,11 @@ impl Image {
     ) -> Result<()> {
         self.remove();
         let file = self.file_text()?;
+        // Without a text about it, it is nothing of ours.
+        if self.file.exists() {
+            let what = format!("{file} is there already, and no save image that was made here");
+            return Err(Error::environment(what).advice("Move it away, or set another save_dir"));
+        }
         let before = self.source(domain, snapshot).map_err(Error::failed)?.disks;
         let written = before.written();
         snapshot.revert_paused()?;
@@ -184,8 +197,14 @@ impl Image {
         }
         // Looked up anew, because a reverted domain does not know its new id.
         let label = domain.name().map_err(|error| explain("tell the domain's name", &error))?;
+        // From here on there is something to remove, whatever becomes of this.
+        self.write_about(UNFINISHED)?;
         save::save(&crate::restore::domain(connect, &label)?, file)?;
-        fs::write(&self.about, source.about)
+        self.write_about(&source.about)
+    }
+
+    fn write_about(&self, text: &str) -> Result<()> {
+        fs::write(&self.about, text)
             .map_err(|error| Error::io("write about a save image to", &self.about, &error))
     }
 
@@ -199,10 +218,12 @@ impl Image {
             .map_err(|error| explain("restore the domain from its save image", &error))
     }
 
-    /// Removes it, if it is there.
+    /// Removes it, if it is there. A file without a text about it is somebody else's.
     pub fn remove(&self) {
-        // What is about it goes first: without that it is none.
-        for path in [&self.about, &self.file] {
+        if !self.is_there() {
+            return;
+        }
+        for path in [&self.file, &self.about] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(path = %path.display(), %error, "cannot remove a save image");

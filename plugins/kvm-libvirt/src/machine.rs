@@ -87,6 +87,8 @@ struct Now {
     waits_for_libvirt: bool,
     /// Why save images are made no more, once one has failed.
     no_image: Option<String>,
+    /// How often making one was given up.
+    images_given_up: u32,
 }
 
 #[derive(Clone)]

@@ -72,7 +72,7 @@ fn kvm_keeps_every_promise_with_save_images() {
     let lab = lab();
     let setup = with_section(setup(&lab), "save_images: on");
     keeps_every_promise(&lab, &setup);
-    assert!(setup.cache_dir.join("one.save").exists(), "there was no image to keep them with");
+    assert!(setup.cache_dir.join("one.machinery-image").exists(), "there was no image to keep them with");
 }
 
 fn keeps_every_promise(lab: &Arc<KvmLab>, setup: &Setup) {

@@ -1,6 +1,7 @@
 //! A machine's save image: made when there is nothing else to do, and restored from where it is right.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Readiness, Ready, Result};
 use virt::connect::Connect;
@@ -11,6 +12,11 @@ use super::{HEARING, Machine};
 use crate::images::Source;
 use crate::restore::{self, Snapshot, Start};
 
+/// An image that was given up this often, because of time or of something else to do, is not tried again.
+const GIVEN_UP: u32 = 3;
+/// A restore from an image that has used up all its time, and this much, is slower than it should be.
+const TOO_LONG: Duration = Duration::from_secs(60);
+
 impl Machine {
     /// Starts the domain from its snapshot: from the save image where there is one of it, else by a
     /// revert.
@@ -18,10 +24,17 @@ impl Machine {
         if !self.wish.image.is_off() && self.wish.image.is_there() {
             let snapshot = restore::find(domain, self.info.snapshot.as_deref())?;
             if let Some(source) = self.source_of_image(domain, &snapshot) {
+                let begun = Instant::now();
                 match self.restored_from_image(connect, domain, &source, &snapshot) {
                     Ok(()) => return Ok(()),
-                    // It was ended from outside, for which the image can do nothing.
-                    Err(error) if given_up.load(Ordering::SeqCst) => return Err(error),
+                    Err(error) if given_up.load(Ordering::SeqCst) => {
+                        if begun.elapsed() > TOO_LONG {
+                            // A revert may be quicker, the next time.
+                            self.wish.image.remove();
+                            self.lock().no_image = Some("a restore from its image took too long".to_owned());
+                        }
+                        return Err(error);
+                    }
                     Err(error) => self.image_failed(domain, &error)?,
                 }
             }
@@ -80,6 +93,10 @@ impl Machine {
             }
         };
         if !self.wish.image.is_of(&source) {
+            if let Err(no_room) = self.wish.image.make_room(&domain) {
+                self.tell_plain(&format!("{why}; {no_room}"));
+                return Ok(());
+            }
             self.make_image(connect, &domain, &snapshot, given_up)?;
         }
         let ready =
@@ -125,7 +142,13 @@ impl Machine {
         self.wish.image.remove();
         self.preparation_failed();
         let mut now = self.lock();
-        if !given_up.load(Ordering::SeqCst) && !now.lost {
+        if given_up.load(Ordering::SeqCst) {
+            now.images_given_up += 1;
+            if now.images_given_up >= GIVEN_UP {
+                now.no_image =
+                    Some("making its save image takes too long: it was given up again and again".to_owned());
+            }
+        } else if !now.lost {
             now.no_image = Some(format!("its save image cannot be made: {error}"));
         }
     }

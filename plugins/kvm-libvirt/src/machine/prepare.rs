@@ -54,7 +54,8 @@ impl Machine {
             return Ok(());
         }
         let prepared = self.prepare_with_libvirt(deadline);
-        if prepared.is_err() && self.waits_for_libvirt() {
+        // Asking takes time, which there has to be.
+        if prepared.is_err() && !deadline.passed() && self.waits_for_libvirt() {
             return Ok(());
         }
         if let Err(error) = &prepared {
@@ -335,6 +336,9 @@ impl Machine {
             let before = self.lock().ends;
             let ended = restore::destroy(domain)?;
             self.is_let_go(ended, before, Deadline::after(HEARING));
+        } else if !domain.is_active().unwrap_or(true) {
+            // What it was about has ended; what somebody starts later is not ours.
+            self.note.remove();
         }
         Ok(())
     }
