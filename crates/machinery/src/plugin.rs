@@ -113,8 +113,8 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     }
 
     /// Does ahead of time all that [`restore_start`](Machinery::restore_start) will need, and tells how
-    /// ready the machine is by [`Host::ready`]. The host calls it for a machine that is powered off, at
-    /// its start and after each run; [`stop`](Machinery::stop) may come meanwhile and ends it. Reports
+    /// ready the machine is by [`Host::ready`]. The host calls it for a machine that is powered off
+    /// and that no task has, at its start and after each run; [`stop`](Machinery::stop) may come meanwhile and ends it. Reports
     /// [`Host::progress`] where it takes long.
     ///
     /// # Errors

@@ -99,7 +99,9 @@ impl Machine {
     /// Does what the next restore will need. A stop that comes meanwhile ends it.
     pub fn prepare(&self, deadline: Deadline) -> Result<()> {
         if self.current() != State::Poweroff {
-            return Err(Error::unexpected_state("the machine is running").machine(&self.name));
+            return Err(Error::unexpected_state("the machine is running")
+                .machine(&self.name)
+                .advice("Stop it first"));
         }
         if self.fault(Action::Prepare).is_some() {
             return Err(Error::failed("configured to fail").machine(&self.name));

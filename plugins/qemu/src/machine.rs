@@ -52,7 +52,7 @@ pub struct Shared {
     pub qemu_img: PathBuf,
     pub program: Program,
     pub keep_disks: bool,
-    /// None if no machine is to have one.
+    /// None if no machine is to have one, and none has.
     pub templates: Option<Templates>,
     pub budget: Arc<Budget>,
     pub host: Host,
@@ -83,6 +83,16 @@ enum Now {
         given_up: bool,
     },
     Ready(Box<Standby>),
+}
+
+impl Now {
+    /// What a machine that is off becomes; gives what stood by.
+    fn become_from_off(&mut self, next: Now) -> Option<Box<Standby>> {
+        match std::mem::replace(self, next) {
+            Now::Ready(standby) => Some(standby),
+            _ => None,
+        }
+    }
 }
 
 impl Machine {
@@ -134,13 +144,7 @@ impl Machine {
     /// # Errors
     /// It runs already; whatever kept it from running.
     pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
-        let standby = self.set_starting()?;
-        let stood_by = standby.is_some();
-        let started = self.set_started(self.restored(standby, deadline));
-        if stood_by {
-            self.tell_ready();
-        }
-        started
+        self.start_by(|standby| self.restored(standby, deadline))
     }
 
     /// Starts cold.
@@ -148,10 +152,17 @@ impl Machine {
     /// # Errors
     /// As [`restore_start`](Machine::restore_start).
     pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
+        self.start_by(|standby| {
+            standby.map_or(Ok(()), |standby| standby.let_go(deadline))?;
+            self.run(None, Load::Nothing, deadline)
+        })
+    }
+
+    /// Starts it in that way, which is given what stood by.
+    fn start_by(&self, way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>) -> Result<()> {
         let standby = self.set_starting()?;
         let stood_by = standby.is_some();
-        let let_go = standby.map_or(Ok(()), |standby| standby.let_go(deadline));
-        let started = self.set_started(let_go.and_then(|()| self.run(None, Load::Nothing, deadline)));
+        let started = self.set_started(way(standby));
         if stood_by {
             self.tell_ready();
         }
@@ -169,10 +180,7 @@ impl Machine {
         if running {
             return Err(Error::unexpected_state("the machine is not powered off").advice("Stop it first"));
         }
-        match std::mem::replace(&mut *now, Now::Starting) {
-            Now::Ready(standby) => Ok(Some(standby)),
-            _ => Ok(None),
-        }
+        Ok(now.become_from_off(Now::Starting))
     }
 
     fn set_started(&self, started: Result<Arc<Run>, NotStarted>) -> Result<()> {
@@ -230,10 +238,7 @@ impl Machine {
         deadline: Deadline,
     ) -> Result<Arc<Run>, NotStarted> {
         let mut steps = self.steps();
-        let run = standby.take(identity, deadline)?;
-        run.go_on(deadline).map_err(|error| run.abandon(error))?;
-        steps.done("resume");
-        Ok(run)
+        let_run(standby.take(identity, deadline)?, &mut steps, deadline)
     }
 
     /// A way that failed is told, and the next one is gone; unless this one has used up all the time, or its
@@ -250,9 +255,7 @@ impl Machine {
     fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         let mut steps = self.steps();
         let run = self.paused(&self.files.disposable, memory, load, Purpose::Run, &mut steps, deadline)?;
-        run.go_on(deadline).map_err(|error| run.abandon(error))?;
-        steps.done("resume");
-        Ok(run)
+        let_run(run, &mut steps, deadline)
     }
 
     /// A run that was loaded, and is paused.
@@ -292,14 +295,17 @@ impl Machine {
     fn disposable(&self, path: &Path, deadline: Deadline) -> Result<DisposableDisk> {
         let disk = &self.files.disk;
         let id = FileId::of(disk).map_err(|error| Error::io("look at the machine's disk,", disk, &error))?;
-        let mut blank = self.blank.lock().unwrap_or_else(PoisonError::into_inner);
-        if !blank.as_ref().is_some_and(|blank| blank.is_of(&id)) {
-            let (img, name) = (&self.shared.qemu_img, &self.files.info.name);
-            *blank = Some(Arc::new(Blank::make(img, name, (disk, id), path, deadline.within(COMING_UP))?));
-        }
-        let made = blank.clone();
-        drop(blank);
-        made.ok_or_else(|| Error::failed("there is no blank disk to copy"))?.copy_to(path)
+        let mut known = self.blank.lock().unwrap_or_else(PoisonError::into_inner);
+        let blank = match known.as_ref().filter(|blank| blank.is_of(&id)) {
+            Some(blank) => Arc::clone(blank),
+            None => {
+                let (img, name) = (&self.shared.qemu_img, &self.files.info.name);
+                let new = Blank::make(img, name, (disk, id), path, deadline.within(COMING_UP))?;
+                Arc::clone(known.insert(Arc::new(new)))
+            }
+        };
+        drop(known);
+        blank.copy_to(path)
     }
 
     /// Pulls the plug; of a machine that is off, lets go of what was prepared.
@@ -318,10 +324,8 @@ impl Machine {
 
     /// The host ends: what stands by is ended, without waiting for that yet.
     pub fn hurry(&self) {
-        match &*self.lock() {
-            Now::Ready(standby) => standby.give_up(),
-            Now::Preparing { run, .. } => run.iter().for_each(|run| run.give_up()),
-            _ => {}
+        if let Now::Ready(standby) = &*self.lock() {
+            standby.give_up();
         }
     }
 
@@ -341,10 +345,10 @@ impl Machine {
         if !matches!(*now, Now::Ready(_)) {
             return Ok(());
         }
-        let before = std::mem::replace(&mut *now, Now::Off);
+        let standby = now.become_from_off(Now::Off);
         drop(now);
-        let Now::Ready(standby) = before else { return Ok(()) };
-        if let Err(NotStarted { error, left }) = standby.let_go(deadline) {
+        let let_go = standby.map_or(Ok(()), |standby| standby.let_go(deadline));
+        if let Err(NotStarted { error, left }) = let_go {
             *self.lock() = left.map_or(Now::Off, Now::On);
             return Err(error);
         }
@@ -403,10 +407,7 @@ impl Machine {
                 return Err(on.advice("It is prepared by itself after its next stop"));
             }
         }
-        match std::mem::replace(&mut *now, Now::Preparing { run: None, given_up: false }) {
-            Now::Ready(standby) => Ok(Some(standby)),
-            _ => Ok(None),
-        }
+        Ok(now.become_from_off(Now::Preparing { run: None, given_up: false }))
     }
 
     /// The host hears of the end of a run a moment before it is over.
@@ -449,6 +450,13 @@ impl Machine {
     fn lock(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Lets a paused run go on.
+fn let_run(run: Arc<Run>, steps: &mut Steps<'_>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+    run.go_on(deadline).map_err(|error| run.abandon(error))?;
+    steps.done("resume");
+    Ok(run)
 }
 
 fn off_already() -> Error {

@@ -40,8 +40,7 @@ impl Handle {
     /// What it holds of this computer's memory, in bytes. Source: `Pss` in proc_pid_smaps(5), in KiB.
     pub fn memory(&self) -> Option<u64> {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid)).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
-        line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
+        bytes_of(&text, "Pss:")
     }
 
     /// Ends it at once.
@@ -63,6 +62,12 @@ impl Handle {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
         matches!(retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout)))), Ok(1..))
     }
+}
+
+/// What one of the kernel's tables says in KiB, in bytes.
+pub fn bytes_of(table: &str, key: &str) -> Option<u64> {
+    let value = table.lines().find_map(|line| line.strip_prefix(key))?;
+    value.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 fn timespec(duration: Duration) -> Timespec {

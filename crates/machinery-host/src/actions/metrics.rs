@@ -57,7 +57,6 @@ impl Metrics {
     /// All of them, times in milliseconds.
     pub fn to_json(&self) -> Value {
         let tallies = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let ms = |time: Duration| time.as_micros() as f64 / 1000.0;
         let one = |(key, tally): (&Key, &Tally)| {
             json!({
                 "machinery": key.machinery,
@@ -65,12 +64,17 @@ impl Metrics {
                 "step": key.step,
                 "count": tally.count,
                 "failed": tally.failed,
-                "total_ms": ms(tally.total),
-                "longest_ms": ms(tally.longest),
+                "total_ms": milliseconds(tally.total),
+                "longest_ms": milliseconds(tally.longest),
             })
         };
         tallies.iter().map(one).collect()
     }
+}
+
+/// As people read times here.
+pub fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
 }
 
 #[cfg(test)]

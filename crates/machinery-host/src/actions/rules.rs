@@ -25,7 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
 use super::call::{Called, call};
-use super::metrics::Metrics;
+use super::metrics::{Metrics, milliseconds};
 use super::{Action, CLOSING, Outcome};
 use crate::capture;
 use crate::config::Timeouts;
@@ -102,8 +102,9 @@ impl Actor {
         let begun = std::time::Instant::now();
         let result = self.by_the_rules(action).await;
         self.machine.set_busy(false);
-        let steps = self.count(action.name(), begun.elapsed(), result.is_err());
-        let took_ms = milliseconds(begun.elapsed());
+        let took = begun.elapsed();
+        let steps = self.count(action.name(), took, result.is_err());
+        let took_ms = milliseconds(took);
         match result {
             Ok(()) => {
                 tracing::info!(machine = self.machine.name(), action = action.name(), took_ms, steps, "done");
@@ -370,10 +371,6 @@ pub async fn give_up_preparing(machine: &Arc<Machine>, house: &House) {
         Called::Returned(answer) => tracing::debug!(machine = machine.name(), ?answer, "gives up preparing"),
         Called::Lost(_) => tracing::warn!(machine = machine.name(), "does not give up preparing"),
     }
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_micros() as f64 / 1000.0
 }
 
 fn plugin_at_fault(error: &Error) -> bool {

@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use super::{DEVICES, DISK, Identity, RAM, RECORD, Record, Templates, UNFINISHED, checksum, remove};
 use crate::files::FileId;
 use crate::launch::{Memory, Sharing};
+use crate::process::bytes_of;
 use crate::run::{Load, NotStarted, Run};
 use crate::snapshot::{Format, Snapshot};
 
@@ -130,8 +131,7 @@ const MEMORY_LEFT: u64 = 512 << 20;
 /// proc_meminfo(5), in KiB.
 fn lacks_memory(needed: u64) -> Option<String> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let available = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024;
+    let available = bytes_of(&text, "MemAvailable:")?;
     (needed.saturating_add(MEMORY_LEFT) > available).then(|| {
         format!(
             "building its template takes {} of memory, and only {} are available",

@@ -11,7 +11,7 @@ use crate::version::Program;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     snapshot: FileId,
-    pub disk: FileId,
+    disk: FileId,
     program: FileId,
     version: String,
     args: Vec<String>,
