@@ -15,7 +15,7 @@ use machinery_testkit::artifacts;
 /// Runs the unit tests in that folder of the package's tests; fails as they do, with what they say.
 fn run(python: &str, tests: &str) {
     let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../integrations/cuckoo3");
-    artifacts::plugin("example").unwrap();
+    artifacts::plugin("double").unwrap();
     let mut command = Command::new(python);
     // Python must not write into the sources.
     command.args(["-B", "-W", "error::ResourceWarning", "-m", "unittest", "discover", "-v", "-t", "."]);

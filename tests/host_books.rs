@@ -42,7 +42,7 @@ fn ask_well(client: &mut Client, request: Value) {
 #[test]
 fn a_killed_host_forgets_nothing() {
     let machines = [("locked", ""), ("reserved", ""), ("broken", "faults: {restore_start: fail}"), ("m", "")];
-    let cwd = ScratchCwd::example(&machines).unwrap();
+    let cwd = ScratchCwd::double(&machines).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     let dump = cwd.root().join("memory.dmp");
@@ -68,7 +68,7 @@ fn a_killed_host_forgets_nothing() {
 
 #[test]
 fn a_host_that_ends_well_forgets_nothing_either() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     ask_well(&mut host.client().unwrap(), json!({"action": "lock", "machine": "m", "task_id": "t"}));
     assert!(host.terminate().unwrap().success());
@@ -78,23 +78,23 @@ fn a_host_that_ends_well_forgets_nothing_either() {
 
 #[test]
 fn a_machine_that_is_away_for_a_while_is_remembered() {
-    let cwd = ScratchCwd::example(&[("away", ""), ("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("away", ""), ("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     ask_well(&mut host.client().unwrap(), json!({"action": "disable_machine", "machine": "away"}));
     host.kill().unwrap();
-    let both = cwd.yaml("example").unwrap();
-    cwd.write_yaml("example", &machinery_testkit::scratch::example(&[("m", "")])).unwrap();
+    let both = cwd.yaml("double").unwrap();
+    cwd.write_yaml("double", &machinery_testkit::scratch::double(&[("m", "")])).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     ask_well(&mut host.client().unwrap(), json!({"action": "lock", "machine": "m", "task_id": "t"}));
     host.kill().unwrap();
-    cwd.write_yaml("example", &both).unwrap();
+    cwd.write_yaml("double", &both).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     assert_eq!(host.client().unwrap().machine("away").unwrap()["disabled"], true);
 }
 
 #[test]
 fn books_that_make_no_sense_are_not_thrown_away() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("operational/generated/machinery-host/machines.json", "{\"format\": 1, \"mach").unwrap();
     let ran = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(ran.code, Some(2), "{}", ran.stderr);
@@ -104,7 +104,7 @@ fn books_that_make_no_sense_are_not_thrown_away() {
 
 #[test]
 fn a_lock_that_cannot_be_noted_is_not_given() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     // Where the new file would be written is a folder. Root is not stopped by permissions.
@@ -129,7 +129,7 @@ fn a_lock_that_cannot_be_noted_is_not_given() {
 
 #[test]
 fn what_could_not_be_noted_is_noted_with_the_next_attempt() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     ask_well(&mut client, json!({"action": "lock", "machine": "m", "task_id": "t"}));
@@ -221,7 +221,7 @@ fn plain() -> Value {
 fn kill_and_compare(kills: usize, seed: u64) {
     let names: Vec<String> = (0..MACHINES).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
-    let cwd = ScratchCwd::example(&machines).unwrap();
+    let cwd = ScratchCwd::double(&machines).unwrap();
     let mut dice = Dice(seed);
     let mut all: Vec<Known> = names.iter().map(|_| Known { answered: plain(), asked: None }).collect();
     for kill in 0..kills {

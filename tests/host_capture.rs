@@ -1,4 +1,4 @@
-//! Captures of example machines on a loopback interface: when there is one, when it ends, what it holds,
+//! Captures of double machines on a loopback interface: when there is one, when it ends, what it holds,
 //! and that what fails of it is told and fails nothing else.
 //!
 //! The real tcpdump needs a user who may capture. For others these tests are left out, and say so; those
@@ -16,7 +16,7 @@ use machinery_testkit::capture::{self, Packet};
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Wire;
-use machinery_testkit::scratch::{ScratchCwd, example};
+use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use serde_json::{Value, json};
@@ -34,8 +34,8 @@ fn good() -> Value {
 
 /// A CWD with a machine `m` on the interface `lo`, captured by that tcpdump.
 fn captured_by(tcpdump: &Path, more: &str) -> ScratchCwd {
-    let cwd = ScratchCwd::new(&[("example", &example(&[("m", more)]))]).unwrap();
-    cwd.change_yaml("example", "ip: 10.0.0.1", &format!("ip: {IP}")).unwrap();
+    let cwd = ScratchCwd::new(&[("double", &double(&[("m", more)]))]).unwrap();
+    cwd.change_yaml("double", "ip: 10.0.0.1", &format!("ip: {IP}")).unwrap();
     cwd.capture_with(tcpdump).unwrap();
     cwd
 }
@@ -206,7 +206,7 @@ fn a_machine_that_turns_itself_off_is_captured_until_its_task_is_done() {
 
 #[test]
 fn who_does_not_want_a_capture_gets_none() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let asked = cwd.root().join("asked");
     let tcpdump = cwd.script("tcpdump", &format!("echo asked > '{}'", asked.display())).unwrap();
     cwd.capture_with(&tcpdump).unwrap();
@@ -252,7 +252,7 @@ fn what_is_no_program_is_told() {
 #[test]
 fn an_interface_that_is_not_there_is_told() {
     let Some((wire, cwd)) = really_captured("") else { return };
-    cwd.change_yaml("example", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
+    cwd.change_yaml("double", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
     let host = host_on(&wire, &cwd);
     wire.cut().unwrap();
     assert_told(&host, &pcap(&cwd), &["there is no interface tap0", "`interface`"]);
@@ -261,7 +261,7 @@ fn an_interface_that_is_not_there_is_told() {
 #[test]
 fn an_interface_that_goes_away_is_told_at_once() {
     let Some((wire, cwd)) = really_captured("") else { return };
-    cwd.change_yaml("example", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
+    cwd.change_yaml("double", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
     let host = host_on(&wire, &cwd);
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
     subscriber.subscribe().unwrap();
@@ -302,7 +302,7 @@ fn a_missing_right_is_told() {
 #[test]
 fn an_address_that_is_none_is_told() {
     let Some((wire, cwd)) = really_captured("") else { return };
-    cwd.change_yaml("example", &format!("ip: {IP}"), "ip: 300.1.2.3").unwrap();
+    cwd.change_yaml("double", &format!("ip: {IP}"), "ip: 300.1.2.3").unwrap();
     let host = host_on(&wire, &cwd);
     assert_told(&host, &pcap(&cwd), &["does not understand the filter", "`ip`"]);
 }
@@ -383,7 +383,7 @@ fn a_tcpdump_that_warns_is_no_failure() {
 
 #[test]
 fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     // With a child, which has to go with it.
     let tcpdump = cwd.script("tcpdump", "sh -c 'while true; do sleep 60; done' \"$@\"; true").unwrap();
     cwd.capture_with(&tcpdump).unwrap();
@@ -394,7 +394,7 @@ fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
 
 #[test]
 fn a_tcpdump_that_does_not_end_is_killed_and_told() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let deaf = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
     let tcpdump = cwd.script("tcpdump", deaf).unwrap();
     cwd.capture_with(&tcpdump).unwrap();

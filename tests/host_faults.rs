@@ -1,6 +1,6 @@
 //! What goes wrong in a plugin costs one action and one machine, never the host.
 //!
-//! The example machinery does wrong what it is told to do wrong. In every test one more machine is
+//! The double machinery does wrong what it is told to do wrong. In every test one more machine is
 //! fine, and has to stay so.
 
 // Clippy's own exemption for tests leaves out their helpers.
@@ -8,7 +8,7 @@
 
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::scratch::{ScratchCwd, example};
+use machinery_testkit::scratch::{ScratchCwd, double};
 use serde_json::{Value, json};
 
 /// Short, so that what waits for them is soon over.
@@ -23,11 +23,11 @@ struct Served {
 
 /// A host of these machines and one more, `fine`.
 fn served(machines: &[(&str, &str)]) -> Served {
-    serve(&example(&[machines, &[("fine", "")]].concat()))
+    serve(&double(&[machines, &[("fine", "")]].concat()))
 }
 
-fn serve(example: &str) -> Served {
-    let cwd = ScratchCwd::new(&[("example", example)]).unwrap();
+fn serve(double: &str) -> Served {
+    let cwd = ScratchCwd::new(&[("double", double)]).unwrap();
     cwd.host_yaml(LIMITS).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
 }
@@ -287,7 +287,7 @@ fn a_restore_of_a_machine_that_runs_and_cannot_be_stopped_costs_it() {
 fn what_a_machinery_cannot_do_costs_nothing() {
     let able =
         "capabilities: {norestore_start: false, acpi_stop: false, dump_memory: false, screenshot: false}\n";
-    let cwd = ScratchCwd::new(&[("example", &format!("{able}{}", example(&[("m", "")])))]).unwrap();
+    let cwd = ScratchCwd::new(&[("double", &format!("{able}{}", double(&[("m", "")])))]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     assert_fails(&client.act("norestore_start", "m").unwrap(), "does not support norestore_start");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::host::{self, Ran, RunningHost};
-use machinery_testkit::scratch::{ScratchCwd, example};
+use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -40,7 +40,7 @@ fn assert_ended_well(host: &mut RunningHost, cwd: &ScratchCwd) {
 #[test]
 fn an_idle_host_ends_when_it_is_told_to() {
     for signal in [Signal::TERM, Signal::INT] {
-        let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+        let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
         let mut host = RunningHost::start(&cwd).unwrap();
         let mut client = host.client().unwrap();
         host.signal(signal).unwrap();
@@ -52,7 +52,7 @@ fn an_idle_host_ends_when_it_is_told_to() {
 #[test]
 fn at_the_end_what_runs_is_finished_and_what_waits_is_refused() {
     let cwd =
-        ScratchCwd::example(&[("m", "delays_ms: {restore_start: 500}"), ("n", ""), ("off", "")]).unwrap();
+        ScratchCwd::double(&[("m", "delays_ms: {restore_start: 500}"), ("n", ""), ("off", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = subscribed(&host);
     let mut client = host.client().unwrap();
@@ -86,7 +86,7 @@ fn at_the_end_what_runs_is_finished_and_what_waits_is_refused() {
 
 #[test]
 fn at_the_end_nobody_is_left_without_an_answer() {
-    let cwd = ScratchCwd::example(&[("m", "delays_ms: {restore_start: 300}")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "delays_ms: {restore_start: 300}")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = subscribed(&host);
     let mut client = host.client().unwrap();
@@ -105,7 +105,7 @@ fn at_the_end_nobody_is_left_without_an_answer() {
 
 #[test]
 fn who_insists_ends_the_host_at_once() {
-    let cwd = ScratchCwd::example(&[("m", "delays_ms: {stop: 40000}")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "delays_ms: {stop: 40000}")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     host.client().unwrap().act("restore_start", "m").unwrap();
     let begun = Instant::now();
@@ -120,7 +120,7 @@ fn who_insists_ends_the_host_at_once() {
 
 #[test]
 fn a_second_host_on_the_same_cwd_is_refused() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let second = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(second.code, Some(2), "{second:?}");
@@ -133,7 +133,7 @@ fn a_second_host_on_the_same_cwd_is_refused() {
 
 #[test]
 fn a_socket_that_another_manager_answers_on_is_left_alone() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     fs::create_dir_all(cwd.socket().parent().unwrap()).unwrap();
     let _manager = UnixListener::bind(cwd.socket()).unwrap();
     let refused = host::run(&cwd, &["serve"]).unwrap();
@@ -144,7 +144,7 @@ fn a_socket_that_another_manager_answers_on_is_left_alone() {
 
 #[test]
 fn a_killed_hosts_socket_is_replaced() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut killed = RunningHost::start(&cwd).unwrap();
     killed.kill().unwrap();
     assert!(cwd.socket().exists());
@@ -158,7 +158,7 @@ fn a_killed_hosts_socket_is_replaced() {
 #[test]
 fn a_cwd_may_be_longer_than_a_socket_address() {
     let deep = PathBuf::from("a-rather-long-name-of-a-folder".repeat(4)).join("and another one".repeat(4));
-    let cwd = ScratchCwd::below(&deep, &[("example", &example(&[("m", "")]))]).unwrap();
+    let cwd = ScratchCwd::below(&deep, &[("double", &double(&[("m", "")]))]).unwrap();
     assert!(cwd.socket().as_os_str().len() > 200);
     let mut host = RunningHost::start(&cwd).unwrap();
     assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), good());
@@ -172,7 +172,7 @@ fn a_cwd_may_be_longer_than_a_socket_address() {
 
 #[test]
 fn a_cwd_is_found_by_the_environment_too() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let _host = RunningHost::start(&cwd).unwrap();
     let program = host::command(&cwd).unwrap().get_program().to_owned();
     let mut command = Command::new(&program);
@@ -191,7 +191,7 @@ fn assert_code(cwd: &ScratchCwd, arguments: &[&str], code: i32) -> Ran {
 
 #[test]
 fn exit_codes_tell_how_it_went() {
-    let cwd = ScratchCwd::example(&[("m", ""), ("bad", "faults: {restore_start: fail}")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", ""), ("bad", "faults: {restore_start: fail}")]).unwrap();
     for arguments in [&["list"][..], &["state", "m"], &["restore-start", "m"]] {
         assert!(assert_code(&cwd, arguments, 1).stderr.contains("cuckoo-machinery serve"), "{arguments:?}");
     }
@@ -237,10 +237,10 @@ fn exit_codes_tell_how_it_went() {
     ] {
         assert_code(&cwd, arguments, 2);
     }
-    cwd.write("conf/cuckoo.yaml", "machineries: [EXAMPLE]\n").unwrap();
+    cwd.write("conf/cuckoo.yaml", "machineries: [DOUBLE]\n").unwrap();
     for arguments in [&["check"][..], &["plugins"], &["serve"]] {
         let ran = assert_code(&cwd, arguments, 2);
-        assert!(format!("{}{}", ran.stdout, ran.stderr).contains("'EXAMPLE'"), "{ran:?}");
+        assert!(format!("{}{}", ran.stdout, ran.stderr).contains("'DOUBLE'"), "{ran:?}");
     }
     fs::remove_file(cwd.root().join(".cuckoocwd")).unwrap();
     assert!(assert_code(&cwd, &["list"], 2).stderr.contains(".cuckoocwd"));
@@ -248,7 +248,7 @@ fn exit_codes_tell_how_it_went() {
 
 #[test]
 fn the_list_tells_why_a_machine_is_not_available() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     client.ask(json!({"action": "reserve", "machine": "m", "task_id": "t1"})).unwrap();
@@ -264,7 +264,7 @@ fn the_list_tells_why_a_machine_is_not_available() {
 
 #[test]
 fn with_json_every_command_writes_one_json_value() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let json = |arguments: &[&str], code: i32| -> Value {
         let ran = assert_code(&cwd, &[&["--json"], arguments].concat(), code);
         serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {ran:?}"))
@@ -280,7 +280,7 @@ fn with_json_every_command_writes_one_json_value() {
     let failed = json(&["stop", "ghost"], 1);
     assert!(failed["reason"].as_str().unwrap().contains("ghost"), "{failed}");
     assert_eq!(json(&["check"], 0)["success"], true);
-    assert_eq!(json(&["plugins"], 0)["listed"][0]["name"], "example");
+    assert_eq!(json(&["plugins"], 0)["listed"][0]["name"], "double");
     cwd.write("conf/cuckoo.yaml", "machineries: []\n").unwrap();
     assert_eq!(json(&["check"], 2)["success"], false);
     assert_eq!(json(&["plugins"], 2)["success"], false);
@@ -289,7 +289,7 @@ fn with_json_every_command_writes_one_json_value() {
 
 #[test]
 fn the_log_can_be_json_too() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start_with(&cwd, |command| {
         command.args(["--log-format", "json"]);
     })
@@ -301,5 +301,5 @@ fn the_log_can_be_json_too() {
     for line in log.lines() {
         assert!(serde_json::from_str::<Value>(line).is_ok(), "{line}");
     }
-    assert!(log.contains("\"machinery\":\"example\""), "{log}");
+    assert!(log.contains("\"machinery\":\"double\""), "{log}");
 }

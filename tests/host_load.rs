@@ -30,7 +30,7 @@ fn served(machines: &[(&str, &str)]) -> Served {
     static TURN: Mutex<()> = Mutex::new(());
     // A test that failed has nothing more to measure.
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let cwd = ScratchCwd::example(machines).unwrap();
+    let cwd = ScratchCwd::double(machines).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), _cwd: cwd, _turn: turn }
 }
 

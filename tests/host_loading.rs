@@ -9,7 +9,7 @@ use std::process::Command;
 
 use machinery_testkit::artifacts;
 use machinery_testkit::host::{self, RunningHost};
-use machinery_testkit::scratch::{ScratchCwd, example};
+use machinery_testkit::scratch::{ScratchCwd, double};
 use serde_json::json;
 
 /// The host does not start, and says all of `words`. `check` says it too.
@@ -38,11 +38,10 @@ fn listing(name: &str) -> ScratchCwd {
 #[test]
 fn a_plugin_that_is_nowhere_is_told_with_where_was_looked_and_what_is_there() {
     let cwd = listing("quantum");
-    cwd.plugin("example").unwrap();
+    cwd.plugin("double").unwrap();
     let built = artifacts::folder().unwrap().display().to_string();
     let own = cwd.root().join("machineries").display().to_string();
-    let words =
-        ["'quantum'", "libmachinery_quantum.so", &built, &own, "example", "neighbour", "--plugin-dir"];
+    let words = ["'quantum'", "libmachinery_quantum.so", &built, &own, "double", "neighbour", "--plugin-dir"];
     assert_refused(&cwd, &words);
 }
 
@@ -57,18 +56,18 @@ fn a_text_is_no_plugin() {
 #[test]
 fn a_plugin_that_is_cut_short_is_told_and_not_run() {
     let cwd = listing("cut");
-    let mut plugin = fs::read(artifacts::plugin("example").unwrap()).unwrap();
+    let mut plugin = fs::read(artifacts::plugin("double").unwrap()).unwrap();
     // Its debugging information is at the end, and would not be missed.
     plugin.truncate(100_000);
     cwd.write("machineries/libmachinery_cut.so", plugin).unwrap();
     assert_refused(&cwd, &["libmachinery_cut.so"]);
 }
 
-/// The example plugin with all of these bytes replaced by others of the same length.
-fn example_with(old: &[u8], new: &[u8]) -> Vec<u8> {
-    let mut plugin = fs::read(artifacts::plugin("example").unwrap()).unwrap();
+/// The double plugin with all of these bytes replaced by others of the same length.
+fn double_with(old: &[u8], new: &[u8]) -> Vec<u8> {
+    let mut plugin = fs::read(artifacts::plugin("double").unwrap()).unwrap();
     let at: Vec<_> = (0..plugin.len() - old.len()).filter(|at| plugin[*at..].starts_with(old)).collect();
-    assert!(!at.is_empty(), "the example plugin has no {}", old.escape_ascii());
+    assert!(!at.is_empty(), "the double plugin has no {}", old.escape_ascii());
     for at in at {
         plugin[at..at + old.len()].copy_from_slice(new);
     }
@@ -78,7 +77,7 @@ fn example_with(old: &[u8], new: &[u8]) -> Vec<u8> {
 /// Puts a plugin `lacking` into the CWD: a whole one, but it needs a library that nobody has.
 fn put_lacking(cwd: &ScratchCwd) {
     // The table of needed libraries and that of their versions share this text.
-    let plugin = example_with(b"libgcc_s.so.1\0", b"libgcc_x.so.1\0");
+    let plugin = double_with(b"libgcc_s.so.1\0", b"libgcc_x.so.1\0");
     cwd.write("machineries/libmachinery_lacking.so", plugin).unwrap();
 }
 
@@ -88,7 +87,7 @@ const LACKING: [&str; 4] =
 
 #[test]
 fn a_plugin_whose_library_is_missing_costs_only_itself() {
-    let cwd = ScratchCwd::new(&[("lacking", &example(&[("lost", "")])), ("example", &example(&[("m", "")]))]);
+    let cwd = ScratchCwd::new(&[("lacking", &double(&[("lost", "")])), ("double", &double(&[("m", "")]))]);
     let cwd = cwd.unwrap();
     put_lacking(&cwd);
     let mut host = RunningHost::start(&cwd).unwrap();
@@ -112,7 +111,7 @@ fn a_plugin_whose_library_is_missing_costs_only_itself() {
 
 #[test]
 fn a_plugin_whose_library_is_missing_is_a_problem_to_those_who_look_for_problems() {
-    let cwd = ScratchCwd::new(&[("lacking", ""), ("example", &example(&[("m", "")]))]).unwrap();
+    let cwd = ScratchCwd::new(&[("lacking", ""), ("double", &double(&[("m", "")]))]).unwrap();
     put_lacking(&cwd);
     let check = host::run(&cwd, &["check"]).unwrap();
     let plugins = host::run(&cwd, &["plugins"]).unwrap();
@@ -122,7 +121,7 @@ fn a_plugin_whose_library_is_missing_is_a_problem_to_those_who_look_for_problems
         assert!(plugins.stderr.contains(word), "{word:?} is not in what `plugins` says: {}", plugins.stderr);
     }
     assert!(check.stdout.contains("1 problem,"), "{}", check.stdout);
-    assert!(plugins.stdout.contains("example  "), "{}", plugins.stdout);
+    assert!(plugins.stdout.contains("double  "), "{}", plugins.stdout);
 }
 
 #[test]
@@ -134,10 +133,10 @@ fn a_host_whose_only_plugin_lacks_its_library_does_not_start() {
 
 #[test]
 fn what_is_wrong_beside_a_plugin_whose_library_is_missing_is_told_with_it() {
-    let machines = example(&[("m", "")]);
-    let cwd = ScratchCwd::new(&[("lacking", ""), ("example", &machines), ("example-rival", "")]).unwrap();
+    let machines = double(&[("m", "")]);
+    let cwd = ScratchCwd::new(&[("lacking", ""), ("double", &machines), ("double-rival", "")]).unwrap();
     put_lacking(&cwd);
-    cwd.plugin("example-rival").unwrap();
+    cwd.plugin("double-rival").unwrap();
     let text = assert_refused(&cwd, &[&LACKING[..], &["cannot share a host"]].concat());
     assert!(text.contains("2 problems"), "{text}");
 }
@@ -163,19 +162,19 @@ fn a_plugin_of_another_interface_is_refused_by_its_version_alone() {
     assert!(!text.contains("MACHINERY_PLUGIN"), "{text}");
 }
 
-/// The example plugin, saying it was built for that interface.
-fn example_of(major: u32, minor: u32) -> Vec<u8> {
+/// The double plugin, saying it was built for that interface.
+fn double_of(major: u32, minor: u32) -> Vec<u8> {
     let header = |major: u32, minor: u32| {
         [&b"cuckoo-machinery"[..], &major.to_ne_bytes(), &minor.to_ne_bytes()].concat()
     };
-    example_with(&header(1, 0), &header(major, minor))
+    double_with(&header(1, 0), &header(major, minor))
 }
 
 #[test]
 fn a_plugin_of_a_newer_minor_or_an_older_major_is_refused() {
     for (major, minor) in [(1, 1000), (0, 9)] {
-        let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
-        cwd.write("first/libmachinery_example.so", example_of(major, minor)).unwrap();
+        let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+        cwd.write("first/libmachinery_double.so", double_of(major, minor)).unwrap();
         // Before the plugins that were built.
         let mut command = Command::new(artifacts::program().unwrap());
         command.arg("--cwd").arg(cwd.root()).arg("--plugin-dir").arg(cwd.root().join("first")).arg("serve");
@@ -188,51 +187,51 @@ fn a_plugin_of_a_newer_minor_or_an_older_major_is_refused() {
 
 #[test]
 fn a_plugin_that_refuses_its_configuration_gives_file_line_key_and_value() {
-    let good = example(&[("a", ""), ("b", "")]);
+    let good = double(&[("a", ""), ("b", "")]);
     for (change, by, place, words) in [
         ("ip: 10.0.0.2", "ip: 10.0.0.1", ":4: machines.b.ip: ", "'10.0.0.1'"),
         ("label: b-label", "label: b-label, colour: red", ":4: machines.b: ", "`colour`"),
         ("platform: linux", "agent_port: 70000, platform: linux", ":3: machines.a.agent_port: ", "70000"),
-        ("interface: lo\n", "", "example.yaml", "interface"),
-        ("machines:\n", "machines: [\n", "example.yaml:", ""),
+        ("interface: lo\n", "", "double.yaml", "interface"),
+        ("machines:\n", "machines: [\n", "double.yaml:", ""),
         ("  b:", "  a:", ":4: machines.a: ", "twice"),
     ] {
-        let cwd = ScratchCwd::new(&[("example", &good.replace(change, by))]).unwrap();
-        let file = cwd.root().join("conf/machineries/example.yaml");
+        let cwd = ScratchCwd::new(&[("double", &good.replace(change, by))]).unwrap();
+        let file = cwd.root().join("conf/machineries/double.yaml");
         assert_refused(&cwd, &[file.to_str().unwrap(), place, words]);
     }
 }
 
 #[test]
 fn a_configuration_that_is_missing_is_named() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
-    let file = cwd.root().join("conf/machineries/example.yaml");
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let file = cwd.root().join("conf/machineries/double.yaml");
     fs::remove_file(&file).unwrap();
     assert_refused(&cwd, &[file.to_str().unwrap()]);
 }
 
 #[test]
 fn machineries_that_do_not_get_along_are_refused_together() {
-    let machines = example(&[("m", "")]);
-    for order in [["example", "example-rival"], ["example-rival", "example"]] {
-        let cwd = ScratchCwd::new(&[("example", &machines), ("example-rival", "")]).unwrap();
-        cwd.plugin("example-rival").unwrap();
+    let machines = double(&[("m", "")]);
+    for order in [["double", "double-rival"], ["double-rival", "double"]] {
+        let cwd = ScratchCwd::new(&[("double", &machines), ("double-rival", "")]).unwrap();
+        cwd.plugin("double-rival").unwrap();
         cwd.list(&order).unwrap();
-        let words = ["'example'", "'example-rival'", "cannot share a host", "the same machines in memory"];
+        let words = ["'double'", "'double-rival'", "cannot share a host", "the same machines in memory"];
         assert_refused(&cwd, &words);
     }
-    let alone = ScratchCwd::new(&[("example-rival", "")]).unwrap();
-    alone.plugin("example-rival").unwrap();
+    let alone = ScratchCwd::new(&[("double-rival", "")]).unwrap();
+    alone.plugin("double-rival").unwrap();
     RunningHost::start(&alone).unwrap();
 }
 
 #[test]
 fn machineries_that_get_along_serve_together() {
     let other = "machines:\n  next: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
-    let cwd = ScratchCwd::new(&[("neighbour", other), ("example", &example(&[("m", "")]))]).unwrap();
+    let cwd = ScratchCwd::new(&[("neighbour", other), ("double", &double(&[("m", "")]))]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    for (machine, machinery) in [("next", "neighbour"), ("m", "example")] {
+    for (machine, machinery) in [("next", "neighbour"), ("m", "double")] {
         assert_eq!(client.act("restore_start", machine).unwrap(), json!({"success": true}));
         assert_eq!(client.machine(machine).unwrap()["machinery_name"], machinery);
     }
@@ -246,7 +245,7 @@ fn machineries_that_get_along_serve_together() {
 /// A CWD of two machineries that both have a machine `m`.
 fn with_a_name_used_twice() -> ScratchCwd {
     let other = "machines:\n  m: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
-    ScratchCwd::new(&[("example", &example(&[("m", "")])), ("neighbour", other)]).unwrap()
+    ScratchCwd::new(&[("double", &double(&[("m", "")])), ("neighbour", other)]).unwrap()
 }
 
 #[test]
@@ -254,7 +253,7 @@ fn a_name_is_used_once_over_all_machineries() {
     let cwd = with_a_name_used_twice();
     let refused = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(refused.code, Some(2), "{refused:?}");
-    for word in ["'m'", "'example'", "'neighbour'"] {
+    for word in ["'m'", "'double'", "'neighbour'"] {
         assert!(refused.stderr.contains(word), "{refused:?}");
     }
 }
@@ -268,16 +267,16 @@ fn a_name_that_is_used_twice_is_found_by_check_too() {
 
 #[test]
 fn a_machinery_is_listed_in_lowercase() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
-    cwd.list(&["Example"]).unwrap();
-    assert_refused(&cwd, &["cuckoo.yaml:2", "'Example'", "Write 'example'"]);
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    cwd.list(&["Double"]).unwrap();
+    assert_refused(&cwd, &["cuckoo.yaml:2", "'Double'", "Write 'double'"]);
 }
 
 #[test]
 fn a_file_holds_the_machinery_of_its_name() {
     let cwd = listing("other");
-    let copy = cwd.plugin_from(&artifacts::plugin("example").unwrap(), "other").unwrap();
-    assert_refused(&cwd, &[copy.to_str().unwrap(), "holds the machinery 'example', not 'other'"]);
+    let copy = cwd.plugin_from(&artifacts::plugin("double").unwrap(), "other").unwrap();
+    assert_refused(&cwd, &[copy.to_str().unwrap(), "holds the machinery 'double', not 'other'"]);
 }
 
 #[test]
@@ -290,14 +289,11 @@ fn all_that_is_wrong_is_told_at_once() {
 
 #[test]
 fn only_listed_plugins_are_opened() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let maps = fs::read_to_string(format!("/proc/{}/maps", host.pid())).unwrap();
-    assert!(
-        maps.contains("libmachinery_example.so") && !maps.contains("libmachinery_neighbour.so"),
-        "{maps}"
-    );
+    assert!(maps.contains("libmachinery_double.so") && !maps.contains("libmachinery_neighbour.so"), "{maps}");
     let plugins = host::run(&cwd, &["plugins"]).unwrap();
     assert_eq!(plugins.code, Some(0), "{plugins:?}");
     let letter = plugins.stdout.lines().find(|line| line.contains("letter")).unwrap();
@@ -306,10 +302,10 @@ fn only_listed_plugins_are_opened() {
 
 #[test]
 fn the_folders_are_searched_in_their_order() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
-    let built = artifacts::plugin("example").unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let built = artifacts::plugin("double").unwrap();
     for folder in ["given", "named", "machineries"] {
-        cwd.write(format!("{folder}/libmachinery_example.so"), fs::read(&built).unwrap()).unwrap();
+        cwd.write(format!("{folder}/libmachinery_double.so"), fs::read(&built).unwrap()).unwrap();
     }
     let opened = |given: &[&str], named: &str| {
         let mut command = Command::new(artifacts::program().unwrap());
@@ -327,18 +323,18 @@ fn the_folders_are_searched_in_their_order() {
         path.strip_prefix(cwd.root().to_str().unwrap()).map_or(path.clone(), str::to_owned)
     };
     let named = format!("/none/such::{}", cwd.root().join("named").display());
-    assert_eq!(opened(&["empty", "given"], &named), "/given/libmachinery_example.so");
-    assert_eq!(opened(&[], &named), "/named/libmachinery_example.so");
-    assert_eq!(opened(&[], ""), "/machineries/libmachinery_example.so");
+    assert_eq!(opened(&["empty", "given"], &named), "/given/libmachinery_double.so");
+    assert_eq!(opened(&[], &named), "/named/libmachinery_double.so");
+    assert_eq!(opened(&[], ""), "/machineries/libmachinery_double.so");
     fs::remove_dir_all(cwd.root().join("machineries")).unwrap();
     assert_eq!(opened(&[], ""), built.display().to_string());
 }
 
 #[test]
 fn check_looks_for_the_group_and_for_tcpdump() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let checked = |tcpdump: &str, code: i32| {
-        cwd.write("conf/cuckoo.yaml", format!("machineries: [example]\ntcpdump: {tcpdump}\n")).unwrap();
+        cwd.write("conf/cuckoo.yaml", format!("machineries: [double]\ntcpdump: {tcpdump}\n")).unwrap();
         let checked = host::run(&cwd, &["check"]).unwrap();
         assert_eq!(checked.code, Some(code), "{checked:?}");
         checked.stdout

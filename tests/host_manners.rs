@@ -31,7 +31,7 @@ fn served(machines: usize, keys: &str) -> Served {
     client::raise_file_limit().unwrap();
     let names: Vec<String> = (0..machines).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), keys)).collect();
-    let cwd = ScratchCwd::example(&machines).unwrap();
+    let cwd = ScratchCwd::double(&machines).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), _cwd: cwd }
 }
 

@@ -38,7 +38,7 @@ impl Installed {
     fn new() -> Self {
         let bin = tempfile::Builder::new().prefix("machinery-bin.").tempdir().unwrap();
         set_mode(bin.path(), 0o755);
-        for file in [artifacts::program().unwrap(), artifacts::plugin("example").unwrap()] {
+        for file in [artifacts::program().unwrap(), artifacts::plugin("double").unwrap()] {
             fs::copy(&file, bin.path().join(file.file_name().unwrap())).unwrap();
         }
         Installed(bin)
@@ -66,7 +66,7 @@ fn set_mode(path: &Path, mode: u32) {
 
 /// A CWD that others can pass on their way to the socket.
 fn open_cwd() -> ScratchCwd {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("operational/sockets/.keep", "").unwrap();
     for folder in ["..", ".", "operational", "operational/sockets"] {
         set_mode(&cwd.root().join(folder), 0o755);
@@ -147,7 +147,7 @@ fn root_is_served_by_a_plain_users_host() {
 
 #[test]
 fn a_group_that_does_not_exist_keeps_the_host_from_starting() {
-    let cwd = ScratchCwd::example(&[("m", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.host_yaml("socket_group: no-such-group-here\n").unwrap();
     let ran = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(ran.code, Some(2), "{ran:?}");

@@ -9,14 +9,14 @@ use machinery_testkit::scratch::ScratchCwd;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// A host of example machines with its CWD; dropped in this order.
+/// A host of double machines with its CWD; dropped in this order.
 struct Served {
     host: RunningHost,
     cwd: ScratchCwd,
 }
 
 fn served(machines: &[(&str, &str)]) -> Served {
-    let cwd = ScratchCwd::example(machines).unwrap();
+    let cwd = ScratchCwd::double(machines).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
 }
 
@@ -129,7 +129,7 @@ machines:
 ";
 
 fn lab() -> Served {
-    let cwd = ScratchCwd::new(&[("example", LAB)]).unwrap();
+    let cwd = ScratchCwd::new(&[("double", LAB)]).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
 }
 
@@ -350,7 +350,7 @@ fn beginnings(subscriber: &mut Client, count: usize) -> Vec<String> {
 #[test]
 fn restores_wait_for_their_turn_and_the_first_comes_first() {
     let names = ["a", "b", "c", "d"];
-    let cwd = ScratchCwd::example(&names.map(|name| (name, "delays_ms: {restore_start: 150}"))).unwrap();
+    let cwd = ScratchCwd::double(&names.map(|name| (name, "delays_ms: {restore_start: 150}"))).unwrap();
     cwd.host_yaml("max_parallel_restores: 1\n").unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = host.client().unwrap();
@@ -377,7 +377,7 @@ fn restores_wait_for_their_turn_and_the_first_comes_first() {
 
 #[test]
 fn who_waits_for_its_turn_is_refused_when_the_host_ends() {
-    let cwd = ScratchCwd::example(&[("a", "delays_ms: {restore_start: 500}"), ("b", "")]).unwrap();
+    let cwd = ScratchCwd::double(&[("a", "delays_ms: {restore_start: 500}"), ("b", "")]).unwrap();
     cwd.host_yaml("max_parallel_restores: 1\n").unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = host.client().unwrap();

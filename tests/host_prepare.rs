@@ -18,8 +18,8 @@ const FOR_EVER: &str = "delays_ms: {prepare: 600000}";
 const ONLY_PREPARED: &str = "faults: {restore_start: fail}";
 
 fn served(machines: &[(&str, &str)]) -> (RunningHost, ScratchCwd) {
-    let cwd = ScratchCwd::example(machines).unwrap();
-    cwd.change_yaml("example", "interface: lo\n", "interface: lo\ncapabilities: {prepare: true}\n").unwrap();
+    let cwd = ScratchCwd::double(machines).unwrap();
+    cwd.change_yaml("double", "interface: lo\n", "interface: lo\ncapabilities: {prepare: true}\n").unwrap();
     (RunningHost::start(&cwd).unwrap(), cwd)
 }
 

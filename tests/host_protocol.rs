@@ -19,14 +19,14 @@ use serde_json::{Value, json};
 
 const ACTIONS: [&str; 4] = ["restore_start", "norestore_start", "stop", "acpi_stop"];
 
-/// A host of example machines with its CWD; dropped in this order.
+/// A host of double machines with its CWD; dropped in this order.
 struct Served {
     host: RunningHost,
     cwd: ScratchCwd,
 }
 
 fn served(machines: &[(&str, &str)]) -> Served {
-    let cwd = ScratchCwd::example(machines).unwrap();
+    let cwd = ScratchCwd::double(machines).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
 }
 
@@ -217,7 +217,7 @@ fn the_list_has_what_cuckoo_reads_of_a_machine() {
     let full = json!({
         "name": "full", "label": "full-label", "ip": "10.0.0.1", "platform": "linux", "os_version": "12",
         "tags": ["dotnet", "7"], "snapshot": "1000", "architecture": "amd64", "interface": "br1",
-        "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "machinery_name": "example",
+        "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
         "disabled": false, "disabled_reason": "", "errors": [], "ready": null,
     });
@@ -318,7 +318,7 @@ fn the_versions_of_everything() {
     let version = served.client().ask(json!({"action": "version"})).unwrap();
     assert_eq!(version["success"], true);
     assert!(version["version"].is_string() && version["interface"].is_string(), "{version}");
-    assert!(version["machineries"]["example"].as_str().unwrap().starts_with("memory"), "{version}");
+    assert!(version["machineries"]["double"].as_str().unwrap().starts_with("memory"), "{version}");
 }
 
 #[test]

@@ -27,9 +27,9 @@ impl ScratchCwd {
         Self::below(Path::new("cwd"), machineries)
     }
 
-    /// A CWD of the example machinery, with [`example`] machines.
-    pub fn example(machines: &[(&str, &str)]) -> Result<Self> {
-        Self::new(&[("example", &example(machines))])
+    /// A CWD of the double machinery, with [`double`] machines.
+    pub fn double(machines: &[(&str, &str)]) -> Result<Self> {
+        Self::new(&[("double", &double(machines))])
     }
 
     /// A CWD as [`new`](Self::new) makes it, in the folder `path` of the scratch folder: for long paths.
@@ -163,9 +163,9 @@ fn yaml_of(machinery: &str) -> String {
     format!("conf/machineries/{machinery}.yaml")
 }
 
-/// The text of `example.yaml` for these machines: names, and YAML to follow the keys that are needed
+/// The text of `double.yaml` for these machines: names, and YAML to follow the keys that are needed
 /// (such as `faults: {stop: fail}`; may be empty).
-pub fn example(machines: &[(&str, &str)]) -> String {
+pub fn double(machines: &[(&str, &str)]) -> String {
     let mut text = String::from("interface: lo\nmachines:\n");
     for (index, (name, more)) in machines.iter().enumerate() {
         let ip = format!("10.{}.{}.{}", index / 62_500, index / 250 % 250, index % 250 + 1);

@@ -1,4 +1,4 @@
-"""What the tests share: a CWD of the example machinery, somebody else's host, and ears."""
+"""What the tests share: a CWD of the double machinery, somebody else's host, and ears."""
 
 import os
 import queue
@@ -17,7 +17,7 @@ LIMIT = 60
 
 CUCKOO_YAML = """\
 machineries:
-- example
+- double
 resultserver:
   listen_ip: 127.0.0.1
   listen_port: 2042
@@ -28,7 +28,7 @@ tcpdump:
 
 
 def machines_yaml(machines, more=""):
-    """example.yaml for `machines`: names, and YAML to follow the keys that are needed."""
+    """double.yaml for `machines`: names, and YAML to follow the keys that are needed."""
     lines = ["interface: lo", more, "machines:"]
     for number, (name, keys) in enumerate(machines.items(), start=1):
         shared = {"ip": f"10.0.0.{number}", "platform": "linux", "os_version": '"12"'}
@@ -49,8 +49,8 @@ def make_cwd(case, machines=None):
 
 
 def write_machines(root, machines, more=""):
-    """Writes example.yaml anew."""
-    (root / "conf" / "machineries" / "example.yaml").write_text(machines_yaml(machines, more))
+    """Writes double.yaml anew."""
+    (root / "conf" / "machineries" / "double.yaml").write_text(machines_yaml(machines, more))
 
 
 def start_other_host(case, root):

@@ -53,8 +53,8 @@ pub enum Place {
     Kvm(u32),
     /// So many QEMU processes with that much RAM each.
     AtOnce(usize, u32),
-    /// So many machines of the example machinery.
-    Example(usize),
+    /// So many machines of the double machinery.
+    Double(usize),
 }
 
 impl Figures {
@@ -121,7 +121,7 @@ impl Figure {
         let (machines, ram_mib) = match self.place {
             Place::Qemu(ram) | Place::Kvm(ram) => (1, Some(ram)),
             Place::AtOnce(machines, ram) => (machines, Some(ram)),
-            Place::Example(machines) => (machines, None),
+            Place::Double(machines) => (machines, None),
         };
         json!({
             "place": self.place.to_string(),
@@ -182,7 +182,7 @@ impl fmt::Display for Place {
             Place::Qemu(ram) => write!(f, "qemu, {}", size(*ram)),
             Place::Kvm(ram) => write!(f, "kvm, {}", size(*ram)),
             Place::AtOnce(machines, ram) => write!(f, "qemu, {machines} machines of {} at once", size(*ram)),
-            Place::Example(machines) => write!(f, "example, {machines} machines"),
+            Place::Double(machines) => write!(f, "double, {machines} machines"),
         }
     }
 }

@@ -23,7 +23,7 @@ pub const ACTIONS: Kind = Kind {
 pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
     note(&format!("{MACHINES} machines in memory"));
     let names: Vec<String> = (0..MACHINES).map(|number| format!("m{number}")).collect();
-    let cwd = ScratchCwd::example(&names.iter().map(|name| (name.as_str(), "")).collect::<Vec<_>>())?;
+    let cwd = ScratchCwd::double(&names.iter().map(|name| (name.as_str(), "")).collect::<Vec<_>>())?;
     let mut host = RunningHost::start(&cwd)?;
     let mut client = host.client()?;
     let requests = requests(plan.actions);
@@ -33,7 +33,7 @@ pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
             (0..plan.actions).try_for_each(|_| succeeded("an action", &client.next_message()?))
         })?;
         if round > 0 {
-            figures.add(Place::Example(MACHINES), ACTIONS, plan.actions as f64 * 1000.0 / took);
+            figures.add(Place::Double(MACHINES), ACTIONS, plan.actions as f64 * 1000.0 / took);
         }
     }
     host.terminate()?;

@@ -211,7 +211,7 @@ mod tests {
         let mut figures = Figures::default();
         assert!(!chart::svg(&figures).contains("NaN"));
         figures.add(figures::Place::Qemu(256), floor::restore(Mode::Standby), 0.4);
-        figures.add(figures::Place::Example(1000), load::ACTIONS, 20_000.0);
+        figures.add(figures::Place::Double(1000), load::ACTIONS, 20_000.0);
         let chart = chart::svg(&figures);
         assert!(chart.contains(">0.4 ms<") && chart.contains("floor: standby"), "{chart}");
         assert!(!chart.contains("20000") && !chart.contains("NaN"), "{chart}");

@@ -35,7 +35,7 @@ def address(number):
 
 
 def make_cuckoo_cwd(case, machines):
-    """A CWD that Cuckoo3 has made, with the example machinery; removed with the test."""
+    """A CWD that Cuckoo3 has made, with the double machinery; removed with the test."""
     folder = tempfile.mkdtemp(prefix="machinery-cwd.")
     case.addCleanup(shutil.rmtree, folder)
     root = Path(folder, "cwd")
@@ -50,7 +50,7 @@ def make_cuckoo_cwd(case, machines):
 
 
 def _for_tests(values):
-    values["machineries"] = ["example"]
+    values["machineries"] = ["double"]
     values["resultserver"]["listen_ip"] = address(0)
     # It must exist for Cuckoo3, and is not used.
     values["tcpdump"] = {"enabled": False, "path": "/bin/true"}

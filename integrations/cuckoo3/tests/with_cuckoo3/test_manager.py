@@ -82,7 +82,7 @@ class Machines(ManagerTest):
         win = machines.get_by_name("win")
         self.assertEqual((win.platform, win.os_version, win.tags), ("windows", "10", {"office", "dotnet"}))
         self.assertEqual((win.mac_address, win.interface, win.agent_port), ("02:00:00:00:00:0a", "lo", 8000))
-        self.assertEqual((win.machinery_name, win.state), ("example", "poweroff"))
+        self.assertEqual((win.machinery_name, win.state), ("double", "poweroff"))
         self.assertIs(machines.find(platform="windows"), win)
         self.assertEqual(self.names(machines.get_available()), ["win", "lin_1", "lin_2"])
         self.assertEqual(machines.get_platforms_versions(), {"windows": {"10"}, "linux": {"12", "13"}})
@@ -336,16 +336,16 @@ class Manager(ManagerTest):
 
 class Configuration(ManagerTest):
     def test_machineries_that_cuckoo_does_not_know(self):
-        with self.assertRaisesRegex(StartupError, "'example' does not exist"):
+        with self.assertRaisesRegex(StartupError, "'double' does not exist"):
             startup.load_configuration("cuckoo.yaml")
         for owner, name in ((cuckoo_config.Machinery, "constraints"), (startup, "_load_machinery_configs")):
             self.addCleanup(setattr, owner, name, getattr(owner, name))
         accept_all_machineries()
         startup.load_configuration("cuckoo.yaml")
         startup._load_machinery_configs()
-        self.assertEqual(config.cfg("cuckoo", "machineries"), ["example"])
+        self.assertEqual(config.cfg("cuckoo", "machineries"), ["double"])
         # What Cuckoo3 knows it still checks.
-        change_yaml(self.cwd / "conf" / "cuckoo.yaml", lambda values: values.update(machineries=["example", "qemu"]))
+        change_yaml(self.cwd / "conf" / "cuckoo.yaml", lambda values: values.update(machineries=["double", "qemu"]))
         startup.load_configuration("cuckoo.yaml")
         with self.assertRaisesRegex(StartupError, "qemu.yaml"):
             startup._load_machinery_configs()

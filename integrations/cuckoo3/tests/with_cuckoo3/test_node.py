@@ -60,7 +60,7 @@ class ATask(NodeTest):
         host = process_behind(self.sockets / "machinerymanager.sock")
         machines = node.machines()
         self.assertEqual(list(machines), ["good", "bad", "other"])
-        self.assertEqual(machines["good"]["machinery_name"], "example")
+        self.assertEqual(machines["good"]["machinery_name"], "double")
         events = node.events()
         _, ears = self.watch()
 
@@ -158,7 +158,7 @@ class Life(NodeTest):
         self.assertEqual(os.listdir(self.sockets), ["machinerymanager.sock"])
 
     def test_a_node_that_cannot_have_a_host_says_why_and_leaves_nothing(self):
-        yaml = self.cwd / "conf" / "machineries" / "example.yaml"
+        yaml = self.cwd / "conf" / "machineries" / "double.yaml"
         yaml.write_text(yaml.read_text().replace("platform", "platfrom"))
         node = Node(self, self.cwd)
         self.assertNotEqual(node.process.wait(LIMIT), 0)

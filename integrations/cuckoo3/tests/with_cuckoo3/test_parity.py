@@ -111,7 +111,7 @@ class CuckoosManager:
 
 
 class OurHost:
-    """The host, with the example machinery."""
+    """The host, with the double machinery."""
 
     def __init__(self, case):
         root = make_cwd(case)
