@@ -23,7 +23,11 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Reply<T> {
 
 /// Runs a piece of code that has no way to fail; a panic is dropped (the hook has told it).
 pub(crate) fn guarded_quiet<T>(default: T, call: impl FnOnce() -> T) -> T {
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or(default)
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        // For its payload, which may not simply be dropped.
+        let _ = panic_text(panic);
+        default
+    })
 }
 
 /// The message of a panic.
@@ -64,5 +68,6 @@ mod tests {
             }
         }
         assert!(guarded::<()>(|| std::panic::panic_any(Bomb)).is_err());
+        assert_eq!(guarded_quiet(7, || std::panic::panic_any(Bomb)), 7);
     }
 }
