@@ -26,9 +26,11 @@ use crate::abi::{
     InterfaceVersion, MachineryObject, Manifest, ModuleRef, Reply, abi_services, from_json, panic_text,
     to_json,
 };
+use crate::reload::ReloadRequest;
 use crate::services::path_text;
 use crate::{
-    Capabilities, Deadline, DumpFormat, Error, HostServices, MachineInfo, Report, Result, Setup, State,
+    Capabilities, Deadline, DumpFormat, Error, HostServices, MachineInfo, Reloaded, Report, Result, Setup,
+    State,
 };
 
 /// The version of the interface this host speaks, as `major.minor`.
@@ -371,6 +373,16 @@ impl Instance {
     /// The plugin's.
     pub fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
         answer(self.object.prepare(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::reload`](crate::Machinery::reload).
+    ///
+    /// # Errors
+    /// The plugin's; a plugin of interface 1.0 does not support it.
+    pub fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+        let request = ReloadRequest { setup: setup.clone(), in_use: in_use.to_vec() };
+        let request = to_json(&request)?;
+        from_json(&answer(self.object.reload(request.as_rstr(), ms(deadline)))?, "plugin's reload")
     }
 
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
