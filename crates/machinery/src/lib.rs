@@ -83,7 +83,7 @@ pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
 pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
-pub use reload::{Member, Plan, Reloaded, Roster};
+pub use reload::{Member, Plan, Reloaded, Roster, expect_unchanged};
 pub use report::{Finding, Level, Report};
 pub use services::{Host, HostServices, LogLevel, LogRecord};
 pub use socket::SocketPath;
