@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use machinery::config::ConfigFile;
 use machinery::host::Plugin;
@@ -109,7 +109,7 @@ fn machinery(plugin: &Plugin, cwd: &Cwd, config: &Config, report: &mut Report) {
         plugin.path().display()
     ));
     let Some(setup) = report.keep(loader::setup(name, cwd, config)) else { return };
-    let services = Arc::new(Services::new(name, Arc::new(OnceLock::new())));
+    let services = Arc::new(Services::new(name, Arc::default()));
     let found = plugin.check(&setup, services);
     if let Some(found) = report.keep(found.map_err(|error| error.action(format!("checking '{name}'")))) {
         report.append(found);

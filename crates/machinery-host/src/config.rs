@@ -56,6 +56,9 @@ pub struct Timeouts {
     /// For [`Machinery::prepare`](machinery::Machinery::prepare).
     #[serde(deserialize_with = "seconds")]
     pub prepare: Duration,
+    /// For [`Machinery::reload`](machinery::Machinery::reload).
+    #[serde(deserialize_with = "seconds")]
+    pub reload: Duration,
 }
 
 impl Default for Timeouts {
@@ -68,6 +71,7 @@ impl Default for Timeouts {
             dump_memory: Duration::from_secs(3600),
             screenshot: Duration::from_secs(30),
             prepare: Duration::from_secs(1800),
+            reload: Duration::from_secs(120),
         }
     }
 }

@@ -10,8 +10,9 @@
 //! needs a library which is not installed on this host is left out, and the others serve without it.
 
 use std::env;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
@@ -22,10 +23,10 @@ use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::fleet::services::Services;
-use crate::fleet::{Fleet, Machine, Machinery};
+use crate::fleet::{Fleet, Machine, Machinery, Roll};
 
 /// How long a question to a plugin may take while it is loaded.
-const QUESTION: Duration = Duration::from_secs(30);
+pub const QUESTION: Duration = Duration::from_secs(30);
 
 /// The folders that are searched, in order; those that do not exist are left out.
 pub fn folders(given: &[PathBuf], cwd: &Cwd) -> Vec<PathBuf> {
@@ -96,17 +97,18 @@ impl From<NotOpened> for Error {
 /// # Errors
 /// It is in none of the folders, or cannot be opened; the error says which and why.
 pub fn open(name: &str, folders: &[PathBuf]) -> Result<Plugin, NotOpened> {
-    let path = folders
-        .iter()
-        .map(|folder| folder.join(format!("libmachinery_{name}.so")))
-        .find(|path| path.exists())
-        .ok_or_else(|| NotOpened::Wrong(not_found(name, folders)))?;
+    let path = find(name, folders).ok_or_else(|| NotOpened::Wrong(not_found(name, folders)))?;
     let plugin = Plugin::open(&path).map_err(|error| NotOpened::of(&path, &error))?;
     if plugin.name() != name {
         return Err(NotOpened::Wrong(misnamed(&plugin, name)));
     }
     tracing::debug!(machinery = name, path = %path.display(), version = plugin.version(), "plugin opened");
     Ok(plugin)
+}
+
+/// The plugin file of that name: the first in the folders.
+pub fn find(name: &str, folders: &[PathBuf]) -> Option<PathBuf> {
+    folders.iter().map(|folder| folder.join(format!("libmachinery_{name}.so"))).find(|path| path.exists())
 }
 
 fn misnamed(plugin: &Plugin, name: &str) -> Error {
@@ -175,6 +177,30 @@ pub fn conflicts(plugins: &[Plugin]) -> Vec<Error> {
     found
 }
 
+/// A plugin file as it was when it was loaded.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PluginFile {
+    path: PathBuf,
+    /// Device, inode, size, and time of the last change in nanoseconds.
+    stamp: Option<(u64, u64, u64, i128)>,
+}
+
+impl PluginFile {
+    /// The file there, as it is now.
+    pub fn at(path: &Path) -> Self {
+        let stamp = path.metadata().ok().map(|meta| {
+            let changed = i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec());
+            (meta.dev(), meta.ino(), meta.len(), changed)
+        });
+        PluginFile { path: path.to_owned(), stamp }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 /// What a plugin is given.
 ///
 /// # Errors
@@ -189,18 +215,13 @@ pub fn setup(name: &str, cwd: &Cwd, config: &Config) -> Result<Setup> {
     })
 }
 
-/// Loads the listed machineries with their machines. One whose plugin needs a library that is not
+/// Loads the listed machineries with their machines, into the fleet. One whose plugin needs a library that is not
 /// installed is told in the log and left out, as long as others are left.
 ///
 /// # Errors
 /// Everything that is wrong, at once. What was loaded by then is shut down again.
-pub fn load_all(
-    cwd: &Cwd,
-    config: &Config,
-    folders: &[PathBuf],
-    events: &Events,
-) -> Result<Arc<OnceLock<Fleet>>> {
-    let fleet = Arc::new(OnceLock::new());
+pub fn load_all(cwd: &Cwd, config: &Config, folders: &[PathBuf], events: &Events) -> Result<Arc<Fleet>> {
+    let fleet = Arc::new(Fleet::default());
     let mut loaded = Vec::new();
     let mut problems = Vec::new();
     for plugin in open_all(config, folders)? {
@@ -217,10 +238,10 @@ pub fn load_all(
         }
         return Err(problems);
     }
+    let machineries = loaded.iter().map(|(machinery, _)| Arc::clone(machinery)).collect();
     let machines =
         loaded.into_iter().flat_map(|(machinery, infos)| machines(machinery, infos, events)).collect();
-    // Nobody else has this cell yet but the plugins' services, which only read it.
-    let _ = fleet.set(Fleet::new(machines));
+    fleet.call(Roll::new(machineries, machines));
     Ok(fleet)
 }
 
@@ -241,6 +262,7 @@ fn load(
         capabilities: instance.capabilities()?,
         version: instance.version(Deadline::after(QUESTION))?,
         instance,
+        plugin: PluginFile::at(plugin.path()),
     };
     tracing::info!(
         machinery = machinery.name,
@@ -264,7 +286,7 @@ fn machines(machinery: Arc<Machinery>, infos: Vec<MachineInfo>, events: &Events)
 }
 
 /// Names are unique over all machineries.
-fn doubles(loaded: &[(Arc<Machinery>, Vec<MachineInfo>)]) -> Vec<Error> {
+pub fn doubles(loaded: &[(Arc<Machinery>, Vec<MachineInfo>)]) -> Vec<Error> {
     let mut seen = std::collections::HashMap::new();
     let mut found = Vec::new();
     for (machinery, infos) in loaded {

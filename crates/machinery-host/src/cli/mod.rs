@@ -84,6 +84,8 @@ enum Command {
     },
     /// Show how often each action was done, and how long it and its steps took
     Metrics,
+    /// Have the host read its configuration anew
+    Reload,
     /// Put a disabled machine back into the pool
     EnableMachine { machine: String },
     /// Take a machine out of the pool
@@ -165,6 +167,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Metrics => {
             let answer = ask(&cwd, json!({"action": "metrics"}))?;
             show::metrics(&answer, global.json);
+            Ok(code(&answer))
+        }
+        Command::Reload => {
+            let answer = ask(&cwd, json!({"action": "reload"}))?;
+            show::reloaded(&answer, global.json);
             Ok(code(&answer))
         }
         other => act(&cwd, &request(other)?, global.json),

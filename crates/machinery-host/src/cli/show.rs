@@ -88,13 +88,15 @@ fn costs(machines: &Value) -> Option<String> {
 /// Why the machine is not available, if it is not, and why it is not restored faster.
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
+    let outdated = machine["outdated"] == json!(true);
+    let outdated = outdated.then(|| "its new configuration waits until it is free".to_owned());
     let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
         let by = if *is == "disabled" { ":" } else { " by" };
         format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
     });
     let why = machine["ready"]["why"].as_str().filter(|why| !why.is_empty());
     let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
-    said.chain(why).collect::<Vec<_>>().join("; ")
+    said.chain(outdated).chain(why).collect::<Vec<_>>().join("; ")
 }
 
 fn first_line(text: &str) -> &str {
@@ -142,6 +144,31 @@ pub fn state(answer: &Value, json: bool) {
     match answer["state"].as_str() {
         Some(state) if !json => println!("{state}"),
         _ => plain(answer, json),
+    }
+}
+
+/// What a new configuration has come to.
+pub fn reloaded(answer: &Value, json: bool) {
+    if json || answer["success"] != json!(true) {
+        return plain(answer, json);
+    }
+    let texts = |key: &str| {
+        answer[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>()
+    };
+    let kinds = [("added", ""), ("changed", ""), ("removed", ""), ("later", " (in use: when it is free)")];
+    let mut nothing = true;
+    for (kind, when) in kinds {
+        let machines = texts(kind);
+        for machine in &machines {
+            println!("{kind:8}  {machine}{when}");
+        }
+        nothing &= machines.is_empty();
+    }
+    if nothing {
+        println!("no machine is otherwise than before");
+    }
+    for note in texts("notes") {
+        println!("note      {note}");
     }
 }
 
