@@ -167,7 +167,9 @@ fn double_of(major: u32, minor: u32) -> Vec<u8> {
     let header = |major: u32, minor: u32| {
         [&b"cuckoo-machinery"[..], &major.to_ne_bytes(), &minor.to_ne_bytes()].concat()
     };
-    double_with(&header(1, 0), &header(major, minor))
+    let own = machinery::host::interface_version();
+    let (own_major, own_minor) = own.split_once('.').unwrap();
+    double_with(&header(own_major.parse().unwrap(), own_minor.parse().unwrap()), &header(major, minor))
 }
 
 #[test]
