@@ -7,7 +7,7 @@
 //! ```
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -23,12 +23,13 @@ use tokio::task::JoinSet;
 use crate::actions::metrics::Metrics;
 use crate::actions::rules::House;
 use crate::actions::worker::Workers;
+use crate::capture;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::fleet::books::Books;
+use crate::loader::{self, Search};
 use crate::server::{self, Peers, Shared};
-use crate::{capture, loader};
 
 /// How long a plugin may take to let go at the end.
 const LETTING_GO: Duration = Duration::from_secs(30);
@@ -47,7 +48,7 @@ const SPARE_THREADS: usize = 64;
 ///
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
-pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
+pub fn run(cwd: &Cwd, search: &Search) -> Result<()> {
     let config = Config::read(cwd)?;
     make_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
@@ -57,7 +58,7 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     raise_file_limit();
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
-    let fleet = loader::load_all(cwd, &config, &loader::folders(plugin_dirs, cwd), &events)?;
+    let fleet = loader::load_all(cwd, &config, search, &events)?;
     let books = Books::open(&cwd.state(), Arc::clone(&fleet))?;
     // Those of a host that was killed. Their machines are off now: the plugins have seen to that.
     capture::end_leftovers(&books.captures(), cwd.root());
