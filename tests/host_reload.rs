@@ -237,9 +237,16 @@ fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
     let host = host.unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(reload(&mut client)["notes"], json!([]));
-    let copy = file.with_extension("new");
-    fs::copy(&file, &copy).unwrap();
-    fs::rename(&copy, &file).unwrap();
+    // The same once more is nothing new.
+    let (copy, mut content) = (file.with_extension("new"), fs::read(&file).unwrap());
+    let replace = |content: &[u8]| {
+        fs::write(&copy, content).unwrap();
+        fs::rename(&copy, &file).unwrap();
+    };
+    replace(&content);
+    assert_eq!(reload(&mut client)["notes"], json!([]));
+    content.push(0);
+    replace(&content);
     let notes = reload(&mut client)["notes"].to_string();
     for word in ["'double'", file.to_str().unwrap(), "next start"] {
         assert!(notes.contains(word), "{word}: {notes}");

@@ -16,7 +16,6 @@
 //! and is told.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +33,7 @@ use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::events::Event;
 use crate::fleet::{Machine, Machinery, Roll};
-use crate::loader::{self, PluginFile};
+use crate::loader::{self, Search};
 use crate::server::Shared;
 
 /// How long a machine that is prepared may take to give that up. One that does not counts as in use.
@@ -43,7 +42,7 @@ const COMING_TO_REST: Duration = Duration::from_secs(10);
 /// Takes over a new configuration.
 pub struct Reloader {
     cwd: Cwd,
-    folders: Vec<PathBuf>,
+    search: Search,
     /// Held to read while a machine is given to a task, to write while a configuration is taken over.
     giving: RwLock<()>,
     applied: Mutex<Applied>,
@@ -85,10 +84,10 @@ impl Reloader {
     ///
     /// # Errors
     /// A machinery's file is not there any more.
-    pub fn new(cwd: Cwd, folders: Vec<PathBuf>, config: Config, roll: &Roll) -> Result<Self> {
+    pub fn new(cwd: Cwd, search: Search, config: Config, roll: &Roll) -> Result<Self> {
         let setups = setups(&cwd, &config, roll)?;
         let applied = Mutex::new(Applied { config, setups, lost: Lost::new() });
-        Ok(Reloader { cwd, folders, giving: RwLock::default(), applied })
+        Ok(Reloader { cwd, search, giving: RwLock::default(), applied })
     }
 
     /// Waits until machines can be given to tasks.
@@ -195,15 +194,19 @@ impl Reloader {
             ));
         }
         for machinery in roll.machineries() {
-            let found = loader::find(&machinery.name, &self.folders);
-            if found.is_none_or(|path| PluginFile::at(&path) != machinery.plugin) {
+            if !machinery.plugin.is_current(&machinery.name, &self.search) {
                 notes.push(format!(
                     "the plugin of '{}' is not the file any more that was loaded from {}: the new one is used from \
                      the next start of the host on",
                     machinery.name,
-                    machinery.plugin.path().display()
+                    machinery.plugin.path.display()
                 ));
             }
+            let listed = new
+                .plugin_hashes
+                .as_ref()
+                .map(|list| list.expect(&machinery.name, &machinery.plugin.path, &machinery.plugin.sha256));
+            notes.extend(listed.and_then(Result::err).map(|error| format!("at the next start: {error}")));
         }
         notes
     }

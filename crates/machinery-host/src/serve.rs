@@ -8,7 +8,7 @@
 //! ```
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -24,13 +24,14 @@ use tokio::task::JoinSet;
 use crate::actions::metrics::Metrics;
 use crate::actions::rules::{House, Settings};
 use crate::actions::worker::Workers;
+use crate::capture;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::fleet::books::Books;
+use crate::loader::{self, Search};
 use crate::reload::Reloader;
 use crate::server::{self, Peers, Shared};
-use crate::{capture, loader};
 
 /// How long a plugin may take to let go at the end.
 const LETTING_GO: Duration = Duration::from_secs(30);
@@ -49,7 +50,7 @@ const THREADS: usize = 1 << 16;
 ///
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
-pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
+pub fn run(cwd: &Cwd, search: &Search) -> Result<()> {
     let config = Config::read(cwd)?;
     make_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
@@ -58,9 +59,8 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     server::expect_no_other(&cwd.manager_socket())?;
     raise_file_limit();
     let events = Events::default();
-    let folders = loader::folders(plugin_dirs, cwd);
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
-    let fleet = loader::load_all(cwd, &config, &folders, &events)?;
+    let fleet = loader::load_all(cwd, &config, search, &events)?;
     let books = Books::open(&cwd.state(), Arc::clone(&fleet))?;
     // Those of a host that was killed. Their machines are off now: the plugins have seen to that.
     capture::end_leftovers(&books.captures(), cwd.root());
@@ -83,7 +83,7 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
         };
         let workers = Workers::new(Arc::new(house));
         fleet.roll().machines().iter().for_each(|machine| workers.start(machine));
-        let reloader = Reloader::new(cwd.clone(), folders, config, &fleet.roll())?;
+        let reloader = Reloader::new(cwd.clone(), search.clone(), config, &fleet.roll())?;
         let shared = Arc::new(Shared {
             fleet,
             workers,

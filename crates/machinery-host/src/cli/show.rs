@@ -6,11 +6,11 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use machinery::host::Plugin;
 use machinery::{Error, Level, Report, Result, in_words};
 use serde_json::{Value, json};
 
 use crate::import::Imported;
+use crate::loader::Opened;
 
 /// A failure.
 pub fn error(error: &Error, json: bool) {
@@ -200,18 +200,19 @@ pub fn imported(imported: &Imported, json: bool) {
 }
 
 /// The plugins that are listed, and those that are there.
-pub fn plugins(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)], json: bool) {
+pub fn plugins(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)], json: bool) {
     if json {
         return plugins_as_json(listed, others);
     }
-    let mut rows = vec![["NAME", "VERSION", "INTERFACE", "LICENCE", "FILE"].map(str::to_owned)];
-    for (name, plugin) in listed {
-        match plugin {
-            Ok(plugin) => rows.push([
+    let mut rows = vec![["NAME", "VERSION", "INTERFACE", "LICENCE", "SHA256", "FILE"].map(str::to_owned)];
+    for (name, opened) in listed {
+        match opened {
+            Ok(Opened { plugin, sha256 }) => rows.push([
                 name.clone(),
                 plugin.version().to_owned(),
                 plugin.interface(),
                 plugin.license().to_owned(),
+                sha256.to_string(),
                 plugin.path().display().to_string(),
             ]),
             Err(error) => eprintln!("error: {error}"),
@@ -220,20 +221,21 @@ pub fn plugins(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)]
     for (name, path) in others {
         let unopened = || "-".to_owned();
         let path = format!("{} (not listed, not opened)", path.display());
-        rows.push([name.clone(), unopened(), unopened(), unopened(), path]);
+        rows.push([name.clone(), unopened(), unopened(), unopened(), unopened(), path]);
     }
     println!("{}", table(&rows));
 }
 
-fn plugins_as_json(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)]) {
+fn plugins_as_json(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)]) {
     let listed: Vec<Value> = listed
         .iter()
-        .map(|(name, plugin)| match plugin {
-            Ok(plugin) => json!({
+        .map(|(name, opened)| match opened {
+            Ok(Opened { plugin, sha256 }) => json!({
                 "name": name,
                 "version": plugin.version(),
                 "interface": plugin.interface(),
                 "license": plugin.license(),
+                "sha256": sha256.to_string(),
                 "path": plugin.path().display().to_string(),
             }),
             Err(error) => json!({"name": name, "error": error.to_string()}),

@@ -2,7 +2,8 @@
 //!
 //! *Methods* are slots of a vtable that `abi_stable` checks field by field when a plugin is opened;
 //! new ones are added behind the last. *Records* (a setup, the machines, an error) cross as JSON
-//! text; a new field is a new key. So neither breaks plugins that are already built.
+//! text; a new field is a new key. So neither breaks plugins that are already built. The rule of what may
+//! change when is `docs/interface.md`, and `tests/interfaces` has what it is tried on.
 //!
 //! ```text
 //!            host process                        libmachinery_x.so
