@@ -43,6 +43,8 @@ const COMING_TO_REST: Duration = Duration::from_secs(10);
 pub struct Reloader {
     cwd: Cwd,
     search: Search,
+    /// What the host was started with; some of it holds until it ends.
+    started: Config,
     /// Held to read while a machine is given to a task, to write while a configuration is taken over.
     giving: RwLock<()>,
     applied: Mutex<Applied>,
@@ -50,7 +52,6 @@ pub struct Reloader {
 
 /// The configuration that holds.
 struct Applied {
-    config: Config,
     setups: Setups,
     lost: Lost,
 }
@@ -86,8 +87,8 @@ impl Reloader {
     /// A machinery's file is not there any more.
     pub fn new(cwd: Cwd, search: Search, config: Config, roll: &Roll) -> Result<Self> {
         let setups = setups(&cwd, &config, roll)?;
-        let applied = Mutex::new(Applied { config, setups, lost: Lost::new() });
-        Ok(Reloader { cwd, search, giving: RwLock::default(), applied })
+        let applied = Mutex::new(Applied { setups, lost: Lost::new() });
+        Ok(Reloader { cwd, search, started: config, giving: RwLock::default(), applied })
     }
 
     /// Waits until machines can be given to tasks.
@@ -117,14 +118,13 @@ impl Reloader {
             return Err(Error::failed(closing));
         }
         let config = Config::read(&self.cwd)?;
-        expect_same_machineries(&applied.config, &config)?;
+        expect_same_machineries(&self.started, &config)?;
         let setups = setups(&self.cwd, &config, &shared.fleet.roll())?;
         let Applied { setups: old, lost, .. } = &mut *applied;
         let mut taken = self.take_over(shared, lost, old, &setups).await?;
-        taken.notes = self.notes(&applied.config, &config, &shared.fleet.roll());
-        let settings = Settings { timeouts: config.timeouts, capture: config.capture.clone() };
+        taken.notes = self.notes(&config, &shared.fleet.roll());
+        let settings = Settings { timeouts: config.timeouts, capture: config.capture };
         shared.workers.house().set(settings);
-        applied.config = config;
         applied.setups = setups;
         Ok(taken)
     }
@@ -171,7 +171,8 @@ impl Reloader {
         let mut taken = Taken::default();
         for Reloaded { changed, later } in reloaded {
             taken.changed.extend(changed);
-            taken.later.extend(later);
+            // What is free has nothing to wait for, whatever a plugin says.
+            taken.later.extend(later.into_iter().filter(|name| !resting.contains_key(name)));
         }
         settle(shared, &roll, next, resting, &mut taken);
         shared.events.send(Event::Reloaded(taken.clone()));
@@ -182,11 +183,11 @@ impl Reloader {
     }
 
     /// What of the new configuration takes a restart.
-    fn notes(&self, old: &Config, new: &Config, roll: &Roll) -> Vec<String> {
+    fn notes(&self, new: &Config, roll: &Roll) -> Vec<String> {
         let mut notes = Vec::new();
         let keys = [
-            ("max_parallel_restores", old.max_parallel_restores != new.max_parallel_restores),
-            ("socket_group", old.socket_group != new.socket_group),
+            ("max_parallel_restores", self.started.max_parallel_restores != new.max_parallel_restores),
+            ("socket_group", self.started.socket_group != new.socket_group),
         ];
         for (key, _) in keys.iter().filter(|(_, differs)| *differs) {
             notes.push(format!(

@@ -216,18 +216,15 @@ impl Connection {
                 return self.noted(id, machine).await;
             }
             Request::Lock(machine, hold) => {
-                let _giving = self.shared.reloader.giving().await;
-                let given = self.fleet().and_then(|fleet| Ok(fleet.lock(&machine, &hold)?));
+                let given = self.given(|fleet| Ok(fleet.lock(&machine, &hold)?)).await;
                 return self.locked(id, given.map(|new| (machine, new)), hold).await;
             }
             Request::Acquire(wanted, hold) => {
-                let _giving = self.shared.reloader.giving().await;
-                let given = self.fleet().and_then(|fleet| Ok(fleet.acquire(&wanted, &hold)?));
+                let given = self.given(|fleet| Ok(fleet.acquire(&wanted, &hold)?)).await;
                 return self.locked(id, given, hold).await;
             }
             Request::Reserve(machine, task_id) => {
-                let _giving = self.shared.reloader.giving().await;
-                let given = self.fleet().and_then(|fleet| Ok(fleet.reserve(&machine, &task_id)?));
+                let given = self.given(|fleet| Ok(fleet.reserve(&machine, &task_id)?)).await;
                 return self.reserved(id, machine, given).await;
             }
             Request::Unlock(machine, task_id) => match machine.unlock(task_id.as_deref()) {
@@ -298,9 +295,14 @@ impl Connection {
         self.later(id, told).await
     }
 
-    /// The machines to give to tasks, unless the host ends.
-    fn fleet(&self) -> Result<&Fleet, Refused> {
-        self.shared.workers.closing().map_or(Ok(&*self.shared.fleet), |closing| Err(closing.into()))
+    /// Gives a machine to a task, unless the host ends. While a new configuration is taken over, that waits;
+    /// and nothing is waited for in the middle of it, because that would keep a reload waiting.
+    async fn given<T>(&self, give: impl FnOnce(&Fleet) -> Result<T, Refused>) -> Result<T, Refused> {
+        let _giving = self.shared.reloader.giving().await;
+        match self.shared.workers.closing() {
+            Some(closing) => Err(closing.into()),
+            None => give(&self.shared.fleet),
+        }
     }
 
     /// Answers when the lock is on disk. A new one that cannot be brought there is not given.
