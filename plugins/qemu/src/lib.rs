@@ -143,7 +143,7 @@ impl Machinery for Qemu {
     }
 
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
-        self.take_over(setup, in_use, deadline)
+        self.apply(setup, in_use, deadline)
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {

@@ -18,7 +18,7 @@ impl Qemu {
     /// # Errors
     /// It is wrong, or asks for what only a start can do; a machine that is not in use is on all the same; what
     /// stands by cannot be ended. The machines are as they were then, but may have to be prepared again.
-    pub(crate) fn take_over(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+    pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let config = Config::read(setup)?;
         self.expect_same(setup, &config)?;
         let make = |files| Arc::new(Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared)));
