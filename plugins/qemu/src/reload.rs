@@ -4,6 +4,7 @@
 //! that change or go is ended, which a new machine may need the disk, the ports or the memory of; then
 //! what a host that died may have left of the new ones; then there are new machines.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use machinery::{Deadline, Error, Member, Plan, Reloaded, Result, Setup, expect_unchanged};
@@ -53,7 +54,7 @@ impl Qemu {
                 &config.template_dir,
             ),
         ];
-        let expect = |(file, key, now, wanted): (_, &[&str], &std::path::Path, &std::path::Path)| {
+        let expect = |(file, key, now, wanted): (_, &[&str], &Path, &Path)| {
             expect_unchanged(file, key, now.display(), wanted.display()).err()
         };
         Error::all(checks.into_iter().filter_map(expect).collect()).map_or(Ok(()), Err)
