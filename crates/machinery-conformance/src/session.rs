@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use machinery::host::Instance;
-use machinery::{Capabilities, Deadline, Error, ErrorKind, Setup, State};
+use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, Setup, State};
 
 use super::Suite;
 use super::call::{Call, Silent, bounded};
@@ -180,6 +180,21 @@ impl<'a> Session<'a> {
                 Ok(error)
             }
         }
+    }
+
+    /// What the plugin says to the text as its new configuration, while machines are in use.
+    pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<machinery::Result<Reloaded>> {
+        let mut setup = self.suite.setup.clone();
+        setup.config.text = text.to_owned();
+        let in_use: Vec<String> = in_use.iter().map(|&name| name.to_owned()).collect();
+        let reload = move |instance: &Instance, deadline| instance.reload(&setup, &in_use, deadline);
+        self.ask("reload", self.patience(), reload)
+    }
+
+    /// The machines there are now, by name.
+    pub fn names(&self) -> Result<Vec<String>> {
+        let infos = self.answer("machines", |instance, _| instance.machines())?;
+        Ok(infos.into_iter().map(|info| info.name).collect())
     }
 
     /// Demands that the machine is in that state.

@@ -4,6 +4,7 @@
 mod files;
 mod identity;
 mod life;
+mod reload;
 mod runs;
 mod trouble;
 
@@ -37,6 +38,7 @@ macro_rules! with_promises {
             trouble::death "A machine that ends by itself is told of at once, and can be started again.";
             trouble::start_deadlines "A start that does not make it in time says so by then and leaves nothing behind.";
             trouble::deadlines "Every other call comes back in time too, and the machine can be had again.";
+            reload::reload "A new configuration holds at once, but for machines in use; a bad one changes nothing.";
             life::shutdown "After shutdown nothing is left, and whoever calls all the same does no harm.";
             life::reports "Whatever is told to the host is about the machinery's own machines.";
         }
