@@ -87,8 +87,11 @@ pub fn keeps(scene: impl FnOnce() -> Answer<Scene>, promise: &str) -> Result<(),
     let report = scene.run_some(&[promise]);
     // What it keeps may be shared with those who wait.
     drop(scene);
+    if !report.all_kept() {
+        return Err(Broken(report.to_string()));
+    }
     print!("{report}");
-    if report.all_kept() { Ok(()) } else { Err(Broken(report.to_string())) }
+    Ok(())
 }
 
 /// Waits until nobody else has the file; the lock ends with what is returned.
