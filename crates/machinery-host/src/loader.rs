@@ -98,7 +98,7 @@ impl From<NotOpened> for Error {
 pub fn open(name: &str, folders: &[PathBuf]) -> Result<Plugin, NotOpened> {
     let path = folders
         .iter()
-        .map(|folder| folder.join(format!("libmachinery_{name}.so")))
+        .flat_map(|folder| files_of(name).map(|file| folder.join(file)))
         .find(|path| path.exists())
         .ok_or_else(|| NotOpened::Wrong(not_found(name, folders)))?;
     let plugin = Plugin::open(&path).map_err(|error| NotOpened::of(&path, &error))?;
@@ -107,6 +107,16 @@ pub fn open(name: &str, folders: &[PathBuf]) -> Result<Plugin, NotOpened> {
     }
     tracing::debug!(machinery = name, path = %path.display(), version = plugin.version(), "plugin opened");
     Ok(plugin)
+}
+
+/// What the file of that machinery may be called: cargo makes no library with a `-` in its name.
+fn files_of(name: &str) -> [String; 2] {
+    [name.to_owned(), name.replace('-', "_")].map(|name| format!("libmachinery_{name}.so"))
+}
+
+/// Whether a file of a name that is [`available`] is the one that is listed, as far as names tell.
+pub fn is_listed(file: &str, listed: &[String]) -> bool {
+    listed.iter().any(|name| name == file || name.replace('-', "_") == file)
 }
 
 fn misnamed(plugin: &Plugin, name: &str) -> Error {

@@ -249,7 +249,7 @@ fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
     let listed: Vec<_> = config.machineries.iter().map(opened).collect();
     let others: Vec<_> = loader::available(&folders)
         .into_iter()
-        .filter(|(name, _)| !config.machineries.contains(name))
+        .filter(|(name, _)| !loader::is_listed(name, &config.machineries))
         .collect();
     show::plugins(&listed, &others, global.json);
     let all_open = listed.iter().all(|(_, plugin)| plugin.is_ok());
