@@ -10,6 +10,7 @@ use std::process::Command;
 use machinery_testkit::artifacts;
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::{ScratchCwd, double};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 
 /// The host does not start, and says all of `words`. `check` says it too.
@@ -167,7 +168,9 @@ fn double_of(major: u32, minor: u32) -> Vec<u8> {
     let header = |major: u32, minor: u32| {
         [&b"cuckoo-machinery"[..], &major.to_ne_bytes(), &minor.to_ne_bytes()].concat()
     };
-    double_with(&header(1, 0), &header(major, minor))
+    let own = machinery::host::interface_version();
+    let (own_major, own_minor) = own.split_once('.').unwrap();
+    double_with(&header(own_major.parse().unwrap(), own_minor.parse().unwrap()), &header(major, minor))
 }
 
 #[test]
@@ -305,13 +308,19 @@ fn all_that_is_wrong_is_told_at_once() {
 fn only_listed_plugins_are_opened() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
+    // Who opens it waits for ever.
+    let pipe = cwd.root().join("machineries/libmachinery_pipe.so");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let maps = fs::read_to_string(format!("/proc/{}/maps", host.pid())).unwrap();
     assert!(maps.contains("libmachinery_double.so") && !maps.contains("libmachinery_neighbour.so"), "{maps}");
     let plugins = host::run(&cwd, &["plugins"]).unwrap();
     assert_eq!(plugins.code, Some(0), "{plugins:?}");
-    let letter = plugins.stdout.lines().find(|line| line.contains("letter")).unwrap();
-    assert!(letter.contains("not opened"), "{letter}");
+    for name in ["letter", "pipe"] {
+        let line = plugins.stdout.lines().find(|line| line.contains(name)).unwrap();
+        assert!(line.contains("not opened"), "{line}");
+    }
+    assert_eq!(host::run(&cwd, &["check"]).unwrap().code, Some(0));
 }
 
 #[test]

@@ -2,24 +2,24 @@
 //! needs no running host.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::path::Path;
+use std::sync::Arc;
 
 use machinery::config::ConfigFile;
-use machinery::host::Plugin;
 use machinery::{Error, Report, Setup};
 use rustix::fs::{Access, access, getxattr};
 use rustix::process::geteuid;
 use serde_yaml::{Mapping, Value};
 
+use crate::capture;
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::fleet::services::Services;
+use crate::loader::{self, Opened, Search};
 use crate::server::Peers;
-use crate::{capture, loader};
 
 /// Looks at everything in the CWD.
-pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
+pub fn check(cwd: &Cwd, search: &Search) -> Report {
     let mut report = Report::default();
     report.good(format!("the CWD is {}", cwd.root().display()));
     sockets(cwd, &mut report);
@@ -28,12 +28,12 @@ pub fn check(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Report {
         report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
         report.keep(Peers::new(config.socket_group.as_deref()));
         tcpdump(config.capture.as_ref(), &mut report);
-        let folders = loader::folders(plugin_dirs, cwd);
         let mut plugins = Vec::new();
         for name in &config.machineries {
-            if let Some(plugin) = report.keep(loader::open(name, &folders).map_err(Error::from)) {
-                machinery(&plugin, cwd, &config, &mut report);
-                plugins.push(plugin);
+            let opened = loader::open(name, search, config.plugin_hashes.as_ref());
+            if let Some(opened) = report.keep(opened.map_err(Error::from)) {
+                machinery(&opened, cwd, &config, &mut report);
+                plugins.push(opened);
             }
         }
         for conflict in loader::conflicts(&plugins) {
@@ -100,16 +100,16 @@ fn tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
     }
 }
 
-fn machinery(plugin: &Plugin, cwd: &Cwd, config: &Config, report: &mut Report) {
+fn machinery(Opened { plugin, sha256 }: &Opened, cwd: &Cwd, config: &Config, report: &mut Report) {
     let name = plugin.name();
     report.good(format!(
-        "{name}: plugin {} of interface {} from {}",
+        "{name}: plugin {} of interface {} from {}, sha256 {sha256}",
         plugin.version(),
         plugin.interface(),
         plugin.path().display()
     ));
     let Some(setup) = report.keep(loader::setup(name, cwd, config)) else { return };
-    let services = Arc::new(Services::new(name, Arc::new(OnceLock::new())));
+    let services = Arc::new(Services::new(name, Arc::default()));
     let found = plugin.check(&setup, services);
     if let Some(found) = report.keep(found.map_err(|error| error.action(format!("checking '{name}'")))) {
         report.append(found);

@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::capture;
 use crate::cwd::Cwd;
+use crate::loader::hashes::AllowList;
 
 /// Everything the host's files say.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct Config {
     pub max_parallel_restores: NonZeroUsize,
     /// The group whose members may use the socket, beside the host's own user and root.
     pub socket_group: Option<String>,
+    /// Which plugin files may be loaded; all that can be trusted, if there is no such list.
+    pub plugin_hashes: Option<AllowList>,
     /// How to capture traffic; none if it is not to be captured.
     pub capture: Option<capture::Settings>,
     /// `machinery-host.yaml`, if there is one; plugins read their sections of it.
@@ -56,6 +59,9 @@ pub struct Timeouts {
     /// For [`Machinery::prepare`](machinery::Machinery::prepare).
     #[serde(deserialize_with = "seconds")]
     pub prepare: Duration,
+    /// For [`Machinery::reload`](machinery::Machinery::reload).
+    #[serde(deserialize_with = "seconds")]
+    pub reload: Duration,
 }
 
 impl Default for Timeouts {
@@ -68,6 +74,7 @@ impl Default for Timeouts {
             dump_memory: Duration::from_secs(3600),
             screenshot: Duration::from_secs(30),
             prepare: Duration::from_secs(1800),
+            reload: Duration::from_secs(120),
         }
     }
 }
@@ -122,9 +129,16 @@ struct HostFile {
     max_parallel_restores: Option<NonZeroUsize>,
     #[serde(default)]
     socket_group: Option<String>,
+    #[serde(default, deserialize_with = "given")]
+    plugin_hashes: Option<serde_yaml::Mapping>,
     /// Read by the plugins.
     #[serde(default, deserialize_with = "null_as_default")]
     machineries: serde_yaml::Mapping,
+}
+
+/// A list with nothing in it is a list: nothing is in it.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<serde_yaml::Mapping>, D::Error> {
+    null_as_default(deserializer).map(Some)
 }
 
 impl Config {
@@ -151,8 +165,10 @@ impl Config {
             }
             None => (Vec::new(), None),
         };
+        let mut plugin_hashes = None;
         if let Some(file) = &host_file {
             sections(file, &host, &machineries);
+            plugin_hashes = host.plugin_hashes.map(|list| AllowList::read(file, &list, &mut problems));
         }
         match Error::all(problems) {
             None => Ok(Config {
@@ -160,6 +176,7 @@ impl Config {
                 timeouts: host.timeouts,
                 max_parallel_restores: host.max_parallel_restores.unwrap_or_else(cores),
                 socket_group: host.socket_group,
+                plugin_hashes,
                 capture,
                 host_file,
             }),
@@ -291,6 +308,24 @@ mod tests {
         assert_eq!(Config::read(&cwd2).unwrap().max_parallel_restores.get(), 7);
         let text = error("machineries: [qemu]\n", Some("max_parallel_restores: 0\n"));
         assert!(text.contains("max_parallel_restores"), "{text}");
+    }
+
+    #[test]
+    fn a_list_of_hashes_that_is_empty_is_a_list() {
+        let list = |host: &str| {
+            let (_folder, cwd) = cwd("machineries: [qemu]\n", Some(host));
+            Config::read(&cwd).unwrap().plugin_hashes
+        };
+        assert!(list("plugin_hashes:\n").is_some());
+        assert!(list("plugin_hashes: {}\n").is_some());
+        assert!(list("socket_group: x\n").is_none());
+        let text = error("machineries: [qemu]\n", Some("x: 1\nplugin_hashes: {qemu: sha256:12}\n"));
+        assert!(text.contains("unknown field `x`"), "{text}");
+        let text = error("machineries: [qemu]\n", Some("plugin_hashes: {qemu: sha256:12}\n"));
+        assert!(text.contains("machinery-host.yaml:1: plugin_hashes.qemu: 'sha256:12' is not"), "{text}");
+        let twice = format!("plugin_hashes:\n  qemu: sha256:{0}\n  qemu: sha256:{0}\n", "0".repeat(64));
+        let text = error("machineries: [qemu]\n", Some(&twice));
+        assert!(text.contains("duplicate entry with key \"qemu\""), "{text}");
     }
 
     #[test]

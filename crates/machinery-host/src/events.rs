@@ -5,10 +5,12 @@ use machinery::{Ready, State};
 use serde::Serialize;
 use tokio::sync::broadcast;
 
+use crate::reload::Taken;
+
 /// How many events a subscriber can be behind.
 const KEPT: usize = 4096;
 
-/// Something that happened to a machine.
+/// Something that happened, mostly to a machine.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
@@ -73,6 +75,8 @@ pub enum Event {
         #[serde(flatten)]
         ready: Ready,
     },
+    /// The configuration was reloaded.
+    Reloaded(Taken),
     /// Its traffic is not captured, or not to the end.
     CaptureFailed {
         /// Which machine.

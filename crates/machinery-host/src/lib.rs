@@ -18,6 +18,7 @@
 //! | [`actions`] | one worker for each machine, and the rules of an action |
 //! | [`server`] | the socket and its protocol |
 //! | [`serve`] | the life of the host: load, serve, end |
+//! | [`reload`] | a new configuration while it serves |
 //! | [`client`] | the other end of the socket, for the command line |
 //! | [`check`], [`import`] | commands that need no running host |
 //! | [`cli`] | the command line |
@@ -35,5 +36,6 @@ pub mod fleet;
 pub mod import;
 pub mod loader;
 pub mod logging;
+pub mod reload;
 pub mod serve;
 pub mod server;

@@ -1,17 +1,22 @@
 //! From a name in the `machineries` list to a loaded machinery.
 //!
 //! ```text
-//! name ─▶ file (searched in folders) ─▶ opened ─▶ says the same name ─▶ no conflict ─▶ loaded
+//! name ─▶ file (searched in folders) ─▶ to be trusted ─▶ opened ─▶ says the same name ─▶ no conflict
+//!                                                                                   ─▶ loaded
 //! ```
 //!
-//! Only listed names are opened: loading a library runs its code.
+//! Only listed names are opened: loading a library runs its code. Before that, [`trust`] sees that nobody
+//! else could have changed the file, and [`hashes`] that it is the one the operator means.
 //!
 //! What is wrong anywhere on this way keeps the host from starting, with one exception: a plugin that
 //! needs a library which is not installed on this host is left out, and the others serve without it.
 
+pub mod hashes;
+pub mod trust;
+
 use std::env;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
@@ -22,10 +27,29 @@ use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::fleet::services::Services;
-use crate::fleet::{Fleet, Machine, Machinery};
+use crate::fleet::{Fleet, Machine, Machinery, Roll};
+
+use hashes::{AllowList, FileHash};
 
 /// How long a question to a plugin may take while it is loaded.
-const QUESTION: Duration = Duration::from_secs(30);
+pub const QUESTION: Duration = Duration::from_secs(30);
+
+/// Where plugins are searched, and which are taken.
+#[derive(Debug, Clone)]
+pub struct Search {
+    /// The folders, in their order.
+    pub folders: Vec<PathBuf>,
+    /// Whether plugins are taken that others could have changed.
+    pub allow_insecure: bool,
+}
+
+/// An open plugin, and the hash of its file.
+pub struct Opened {
+    /// The plugin.
+    pub plugin: Plugin,
+    /// What `sha256sum` says of its file.
+    pub sha256: FileHash,
+}
 
 /// The folders that are searched, in order; those that do not exist are left out.
 pub fn folders(given: &[PathBuf], cwd: &Cwd) -> Vec<PathBuf> {
@@ -91,22 +115,26 @@ impl From<NotOpened> for Error {
     }
 }
 
-/// Finds and opens the plugin of that name.
+/// Finds and opens the plugin of that name, if it is to be trusted.
 ///
 /// # Errors
-/// It is in none of the folders, or cannot be opened; the error says which and why.
-pub fn open(name: &str, folders: &[PathBuf]) -> Result<Plugin, NotOpened> {
-    let path = folders
-        .iter()
-        .flat_map(|folder| files_of(name).map(|file| folder.join(file)))
-        .find(|path| path.exists())
-        .ok_or_else(|| NotOpened::Wrong(not_found(name, folders)))?;
+/// It is in none of the folders, is not trusted, or cannot be opened; the error says which and why.
+pub fn open(name: &str, search: &Search, allowed: Option<&AllowList>) -> Result<Opened, NotOpened> {
+    let found =
+        find(name, &search.folders).ok_or_else(|| NotOpened::Wrong(not_found(name, &search.folders)))?;
+    let (path, sha256) = trusted(name, &found, search, allowed).map_err(NotOpened::Wrong)?;
     let plugin = Plugin::open(&path).map_err(|error| NotOpened::of(&path, &error))?;
     if plugin.name() != name {
-        return Err(NotOpened::Wrong(misnamed(&plugin, name)));
+        return Err(NotOpened::Wrong(misnamed(&found, plugin.name(), name)));
     }
     tracing::debug!(machinery = name, path = %path.display(), version = plugin.version(), "plugin opened");
-    Ok(plugin)
+    Ok(Opened { plugin, sha256 })
+}
+
+/// The plugin file of that name: the first in the folders.
+fn find(name: &str, folders: &[PathBuf]) -> Option<PathBuf> {
+    let paths = |folder: &PathBuf| files_of(name).map(|file| folder.join(file));
+    folders.iter().flat_map(paths).find(|path| path.exists())
 }
 
 /// What the file of that machinery may be called: cargo makes no library with a `-` in its name.
@@ -119,8 +147,23 @@ pub fn is_listed(file: &str, listed: &[String]) -> bool {
     listed.iter().any(|name| name == file || name.replace('-', "_") == file)
 }
 
-fn misnamed(plugin: &Plugin, name: &str) -> Error {
-    let (path, real) = (plugin.path().display(), plugin.name());
+/// The file behind the path that was found, and its hash.
+fn trusted(
+    name: &str,
+    found: &Path,
+    search: &Search,
+    allowed: Option<&AllowList>,
+) -> Result<(PathBuf, FileHash)> {
+    let path = trust::resolve(name, found, search.allow_insecure)?;
+    let sha256 = FileHash::of(&path)?;
+    if let Some(list) = allowed {
+        list.expect(name, &path, &sha256)?;
+    }
+    Ok((path, sha256))
+}
+
+fn misnamed(path: &Path, real: &str, name: &str) -> Error {
+    let path = path.display();
     Error::configuration(format!("{path} holds the machinery '{real}', not '{name}'"))
         .advice(format!("Name the file libmachinery_{real}.so and list '{real}'"))
 }
@@ -138,12 +181,12 @@ fn not_found(name: &str, folders: &[PathBuf]) -> Error {
 
 /// Opens the listed plugins and sees that they can live together. Those whose libraries are missing
 /// are left out, as long as others are left.
-fn open_all(config: &Config, folders: &[PathBuf]) -> Result<Vec<Plugin>> {
+fn open_all(config: &Config, search: &Search) -> Result<Vec<Opened>> {
     let mut plugins = Vec::new();
     let mut left_out = Vec::new();
     let mut problems = Vec::new();
     for name in &config.machineries {
-        match open(name, folders) {
+        match open(name, search, config.plugin_hashes.as_ref()) {
             Ok(plugin) => plugins.push(plugin),
             Err(NotOpened::LibraryMissing(error)) => left_out.push((name, error)),
             Err(NotOpened::Wrong(error)) => problems.push(error),
@@ -167,8 +210,9 @@ fn open_all(config: &Config, folders: &[PathBuf]) -> Result<Vec<Plugin>> {
 }
 
 /// Those of the plugins that cannot share a host, as errors.
-pub fn conflicts(plugins: &[Plugin]) -> Vec<Error> {
+pub fn conflicts(plugins: &[Opened]) -> Vec<Error> {
     let mut found = Vec::new();
+    let plugins: Vec<&Plugin> = plugins.iter().map(|opened| &opened.plugin).collect();
     for (index, one) in plugins.iter().enumerate() {
         for other in &plugins[index + 1..] {
             let why = one.conflict_with(other.name()).or_else(|| other.conflict_with(one.name()));
@@ -185,6 +229,23 @@ pub fn conflicts(plugins: &[Plugin]) -> Vec<Error> {
     found
 }
 
+/// A plugin file as it was when it was loaded.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PluginFile {
+    /// Where it is, with no link on the way.
+    pub path: PathBuf,
+    /// The hash of what was in it.
+    pub sha256: FileHash,
+}
+
+impl PluginFile {
+    /// Whether it is still what would be loaded for that machinery.
+    pub fn is_current(&self, name: &str, search: &Search) -> bool {
+        let found = find(name, &search.folders).and_then(|found| trusted(name, &found, search, None).ok());
+        found.is_some_and(|(path, sha256)| path == self.path && sha256 == self.sha256)
+    }
+}
+
 /// What a plugin is given.
 ///
 /// # Errors
@@ -199,23 +260,19 @@ pub fn setup(name: &str, cwd: &Cwd, config: &Config) -> Result<Setup> {
     })
 }
 
-/// Loads the listed machineries with their machines. One whose plugin needs a library that is not
+/// Loads the listed machineries with their machines, into the fleet. One whose plugin needs a library that is not
 /// installed is told in the log and left out, as long as others are left.
 ///
 /// # Errors
 /// Everything that is wrong, at once. What was loaded by then is shut down again.
-pub fn load_all(
-    cwd: &Cwd,
-    config: &Config,
-    folders: &[PathBuf],
-    events: &Events,
-) -> Result<Arc<OnceLock<Fleet>>> {
-    let fleet = Arc::new(OnceLock::new());
+pub fn load_all(cwd: &Cwd, config: &Config, search: &Search, events: &Events) -> Result<Arc<Fleet>> {
+    let fleet = Arc::new(Fleet::default());
     let mut loaded = Vec::new();
     let mut problems = Vec::new();
-    for plugin in open_all(config, folders)? {
+    for opened in open_all(config, search)? {
+        let plugin = &opened.plugin;
         let services = Arc::new(Services::new(plugin.name(), Arc::clone(&fleet)));
-        match load(&plugin, cwd, config, services) {
+        match load(&opened, cwd, config, services) {
             Ok(machinery) => loaded.push(machinery),
             Err(error) => problems.push(error.action(format!("loading the machinery '{}'", plugin.name()))),
         }
@@ -227,15 +284,15 @@ pub fn load_all(
         }
         return Err(problems);
     }
+    let machineries = loaded.iter().map(|(machinery, _)| Arc::clone(machinery)).collect();
     let machines =
         loaded.into_iter().flat_map(|(machinery, infos)| machines(machinery, infos, events)).collect();
-    // Nobody else has this cell yet but the plugins' services, which only read it.
-    let _ = fleet.set(Fleet::new(machines));
+    fleet.call(Roll::new(machineries, machines));
     Ok(fleet)
 }
 
 fn load(
-    plugin: &Plugin,
+    Opened { plugin, sha256 }: &Opened,
     cwd: &Cwd,
     config: &Config,
     services: Arc<dyn HostServices>,
@@ -251,12 +308,14 @@ fn load(
         capabilities: instance.capabilities()?,
         version: instance.version(Deadline::after(QUESTION))?,
         instance,
+        plugin: PluginFile { path: plugin.path().to_owned(), sha256: sha256.clone() },
     };
     tracing::info!(
         machinery = machinery.name,
         hypervisor = machinery.version,
         machines = infos.len(),
         plugin = %plugin.path().display(),
+        %sha256,
         "machinery loaded"
     );
     Ok((Arc::new(machinery), infos))
@@ -274,7 +333,7 @@ fn machines(machinery: Arc<Machinery>, infos: Vec<MachineInfo>, events: &Events)
 }
 
 /// Names are unique over all machineries.
-fn doubles(loaded: &[(Arc<Machinery>, Vec<MachineInfo>)]) -> Vec<Error> {
+pub fn doubles(loaded: &[(Arc<Machinery>, Vec<MachineInfo>)]) -> Vec<Error> {
     let mut seen = std::collections::HashMap::new();
     let mut found = Vec::new();
     for (machinery, infos) in loaded {

@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! read configuration ─▶ lock the CWD ─▶ load plugins ─▶ socket ─▶ ready ─▶ serving
+//!     SIGHUP ─▶ the configuration is read anew (see `reload`)
 //!     SIGTERM, SIGINT ─▶ no new action ─▶ running ones end ─▶ machines off ─▶ plugins let go
 //!                                                                  ─▶ socket removed ─▶ exit 0
 //! ```
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
@@ -17,18 +18,20 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::actions::metrics::Metrics;
-use crate::actions::rules::House;
+use crate::actions::rules::{House, Settings};
 use crate::actions::worker::Workers;
+use crate::capture;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::fleet::books::Books;
+use crate::loader::{self, Search};
+use crate::reload::Reloader;
 use crate::server::{self, Peers, Shared};
-use crate::{capture, loader};
 
 /// How long a plugin may take to let go at the end.
 const LETTING_GO: Duration = Duration::from_secs(30);
@@ -39,15 +42,15 @@ const LOCK_TRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// How many restores are prepared at a time, at most. It is done for later, beside machines that run now.
 const PREPARATIONS: usize = 2;
-/// Threads beyond three for each machine: one for its action, one for a question about its state, and
-/// one to have it give up preparing.
-const SPARE_THREADS: usize = 64;
+/// As good as no limit: a thread is only made for a call that is made, and a machine has three at most: its
+/// action, a question about its state, and one to have it give up preparing.
+const THREADS: usize = 1 << 16;
 
 /// Serves until it is told to end.
 ///
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
-pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
+pub fn run(cwd: &Cwd, search: &Search) -> Result<()> {
     let config = Config::read(cwd)?;
     make_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
@@ -57,40 +60,41 @@ pub fn run(cwd: &Cwd, plugin_dirs: &[PathBuf]) -> Result<()> {
     raise_file_limit();
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
-    let fleet = loader::load_all(cwd, &config, &loader::folders(plugin_dirs, cwd), &events)?;
+    let fleet = loader::load_all(cwd, &config, search, &events)?;
     let books = Books::open(&cwd.state(), Arc::clone(&fleet))?;
     // Those of a host that was killed. Their machines are off now: the plugins have seen to that.
     capture::end_leftovers(&books.captures(), cwd.root());
-    let machines = fleet.get().map_or(0, |fleet| fleet.machines().len());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
-        .max_blocking_threads(3 * machines + SPARE_THREADS)
+        .max_blocking_threads(THREADS)
         .build()
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
         let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
         let metrics = Arc::new(Metrics::default());
+        let settings = Settings { timeouts: config.timeouts, capture: config.capture.clone() };
         let house = House {
-            timeouts: config.timeouts,
+            settings: RwLock::new(settings),
             restores: Semaphore::new(permits),
             preparations: Arc::new(Semaphore::new(permits.min(PREPARATIONS))),
             metrics: Arc::clone(&metrics),
-            capture: config.capture.clone(),
             books: Arc::clone(&books),
+            outdated: Notify::new(),
         };
-        let workers = fleet.get().map(|fleet| Workers::start(fleet, house));
-        let (workers, ending) = workers
-            .ok_or_else(|| Error::failed("the machines were not loaded: this is a bug of the host"))?;
+        let workers = Workers::new(Arc::new(house));
+        fleet.roll().machines().iter().for_each(|machine| workers.start(machine));
+        let reloader = Reloader::new(cwd.clone(), search.clone(), config, &fleet.roll())?;
         let shared = Arc::new(Shared {
             fleet,
             workers,
+            reloader,
             books,
             metrics,
             events,
             enabled: AtomicBool::new(true),
             ending: watch::Sender::new(false),
         });
-        serve(cwd, &peers, shared, ending).await
+        serve(cwd, &peers, shared).await
     });
     // A plugin's call that never came back must not hold up the end.
     runtime.shutdown_background();
@@ -125,8 +129,10 @@ fn raise_file_limit() {
     }
 }
 
-async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>, workers: JoinSet<()>) -> Result<()> {
+async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>) -> Result<()> {
     let mut end = End::new()?;
+    tokio::spawn(reload_when_asked(Arc::clone(&shared), listen(SignalKind::hangup())?));
+    tokio::spawn(follow(Arc::clone(&shared)));
     let socket = cwd.manager_socket();
     let listener = server::bind(&socket, peers)?;
     tracing::info!(socket = %socket.display(), "ready");
@@ -137,7 +143,7 @@ async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>, workers: Join
         which = end.asked() => tracing::info!(signal = which, "asked to end: machines are stopped"),
     }
     // First, so that nobody who knows that the host ends has an action accepted.
-    shared.workers.close();
+    let workers = shared.workers.close();
     notify(NotifyState::Stopping);
     server::remove(&socket);
     tokio::select! {
@@ -151,20 +157,16 @@ async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>, workers: Join
 }
 
 async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>, mut connections: JoinSet<()>) {
+    // No plugin is told to let go while it takes over a configuration.
+    shared.reloader.is_done().await;
     while workers.join_next().await.is_some() {}
     shared.ending.send_replace(true);
     let last_words = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(LAST_WORDS, last_words).await.is_err() {
         tracing::warn!("some clients do not read their last answers");
     }
-    // The machineries in the order of their machines, each once.
-    let mut machineries = Vec::new();
-    for machine in shared.machines() {
-        if !machineries.iter().any(|known| Arc::ptr_eq(known, &machine.machinery)) {
-            machineries.push(Arc::clone(&machine.machinery));
-        }
-    }
-    for machinery in machineries {
+    for machinery in shared.fleet.roll().machineries() {
+        let machinery = Arc::clone(machinery);
         let name = machinery.name.clone();
         let call =
             tokio::task::spawn_blocking(move || machinery.instance.shutdown(Deadline::after(LETTING_GO)));
@@ -183,6 +185,26 @@ fn notify(state: NotifyState<'_>) {
     }
 }
 
+fn listen(kind: SignalKind) -> Result<Signal> {
+    signal(kind).map_err(|error| Error::environment(format!("cannot listen to signals: {error}")))
+}
+
+/// Reads the configuration anew at each SIGHUP; for ever.
+async fn reload_when_asked(shared: Arc<Shared>, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        // What came of it is in the log.
+        let _ = shared.reloader.reload(&shared).await;
+    }
+}
+
+/// Takes over what is new for machines that were in use, as they become free; for ever.
+async fn follow(shared: Arc<Shared>) {
+    loop {
+        shared.workers.house().outdated.notified().await;
+        shared.reloader.catch_up(&shared).await;
+    }
+}
+
 /// The signals that ask to end.
 struct End {
     terminate: Signal,
@@ -191,9 +213,6 @@ struct End {
 
 impl End {
     fn new() -> Result<Self> {
-        let listen = |kind| {
-            signal(kind).map_err(|error| Error::environment(format!("cannot listen to signals: {error}")))
-        };
         Ok(End { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 

@@ -10,7 +10,7 @@
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client that
 //!   talks to it. Nothing of them outlives its test.
 //! - [`conformance`]: the promises of a machinery plugin, as checks that any of them is put to.
-//! - [`artifacts`]: where the build has put what they run.
+//! - [`artifacts`]: where the build has put what they run; [`outside`]: what is built on its own.
 
 pub mod artifacts;
 mod cache;
@@ -24,6 +24,7 @@ pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod libvirt;
+pub mod outside;
 pub mod scratch;
 pub mod snapshot;
 

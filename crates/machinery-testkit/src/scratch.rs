@@ -13,6 +13,7 @@ use crate::error::{Context, Error};
 use crate::{Result, artifacts};
 
 const CUCKOO_YAML: &str = "conf/cuckoo.yaml";
+const HOST_YAML: &str = "conf/machinery-host.yaml";
 
 /// A CWD. Declare it before the hosts that serve it, so that they are gone before it goes.
 #[derive(Debug)]
@@ -74,7 +75,19 @@ impl ScratchCwd {
         self.change(&yaml_of(machinery), old, new)
     }
 
-    /// The same, in `conf/cuckoo.yaml`.
+    /// Takes a machine out of the configuration of that machinery, where each key has a line of its own.
+    pub fn leave_out(&self, machinery: &str, machine: &str) -> Result<()> {
+        let (text, begin) = (self.yaml(machinery)?, format!("  {machine}:"));
+        let mut inside = false;
+        let stays = |line: &&str| {
+            inside = *line == begin || inside && line.starts_with("    ");
+            !inside
+        };
+        let left: Vec<&str> = text.lines().filter(stays).collect();
+        self.write_yaml(machinery, &(left.join("\n") + "\n"))
+    }
+
+    /// As [`change_yaml`](Self::change_yaml), in `conf/cuckoo.yaml`.
     pub fn change_cuckoo_yaml(&self, old: &str, new: &str) -> Result<()> {
         self.change(CUCKOO_YAML, old, new)
     }
@@ -106,7 +119,7 @@ impl ScratchCwd {
 
     /// Writes `conf/machinery-host.yaml`.
     pub fn host_yaml(&self, text: &str) -> Result<()> {
-        self.write("conf/machinery-host.yaml", text)
+        self.write(HOST_YAML, text)
     }
 
     /// Puts a copy of that file into the CWD's own plugin folder, as the plugin of that machinery.
@@ -143,10 +156,11 @@ impl ScratchCwd {
             fs::create_dir_all(&folder).context(|| format!("making {}", folder.display()))?;
             Ok(folder)
         };
-        let config = ConfigFile::read(&self.root.join(yaml_of(machinery)));
+        let read = |path: PathBuf| ConfigFile::read(&path).context(|| format!("reading {}", path.display()));
+        let host_config = Some(self.root.join(HOST_YAML)).filter(|path| path.exists());
         Ok(Setup {
-            config: config.context(|| format!("reading {machinery}.yaml"))?,
-            host_config: None,
+            config: read(self.root.join(yaml_of(machinery)))?,
+            host_config: host_config.map(read).transpose()?,
             sockets_dir: folder("sockets")?,
             state_dir: folder("state")?,
             cache_dir: folder("cache")?,

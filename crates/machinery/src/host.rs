@@ -1,18 +1,18 @@
 //! The host's side: opening a plugin file, step by step, and calling it.
 //!
 //! ```text
-//! open ─▶ is it a library? ─▶ are those it needs there? ─▶ is it a plugin?
-//!                                ─▶ same interface version? ─▶ same layout? ─▶ Plugin
+//! open ─▶ is it a library? ─▶ is it a plugin? ─▶ same interface version?      nothing of it runs
+//!                    ─▶ are those it needs there? ─▶ same layout? ─▶ Plugin    it is loaded
 //! Plugin::load(setup, services) ─▶ Instance, on which the methods are called
 //! ```
 //!
-//! The version is plain data and is compared before any function of the plugin is called; each
-//! step has its own error. A library once opened stays open for good: code of it may run in any
+//! The version is plain data in the file, and is compared before the library is loaded, because loading
+//! runs its initialisers; each step has its own error. A library once opened stays open for good: code of it may run in any
 //! thread.
 
+mod header;
+
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,9 +26,11 @@ use crate::abi::{
     InterfaceVersion, MachineryObject, Manifest, ModuleRef, Reply, abi_services, from_json, panic_text,
     to_json,
 };
+use crate::reload::ReloadRequest;
 use crate::services::path_text;
 use crate::{
-    Capabilities, Deadline, DumpFormat, Error, HostServices, MachineInfo, Report, Result, Setup, State,
+    Capabilities, Deadline, DumpFormat, Error, HostServices, MachineInfo, Reloaded, Report, Result, Setup,
+    State,
 };
 
 /// The version of the interface this host speaks, as `major.minor`.
@@ -117,11 +119,7 @@ impl Plugin {
     /// # Errors
     /// One for each step of the [module text](self).
     pub fn open(path: &Path) -> Result<Plugin, OpenError> {
-        expect_whole(path)?;
-        // SAFETY: loading a library runs its initialisers; the operator named this file to be run.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
-            .map_err(|error| refusal(path, linker_words(&error)))?;
-        let interface = interface_of(&library)?;
+        let interface = header::interface_of(path)?;
         let ours = InterfaceVersion::OURS;
         if interface.major != ours.major || interface.minor > ours.minor {
             return Err(OpenError::InterfaceVersion {
@@ -129,6 +127,9 @@ impl Plugin {
                 host: interface_version(),
             });
         }
+        // SAFETY: loading a library runs its initialisers; the operator named this file to be run.
+        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
+            .map_err(|error| refusal(path, linker_words(&error)))?;
         let module = module_of(&library, interface)?;
         // Never unloaded: threads, thread-locals and the hook of the plugin point into it.
         std::mem::forget(library);
@@ -189,29 +190,6 @@ impl Plugin {
     }
 }
 
-/// The linker maps a file without looking whether it is whole, and touching what is missing kills
-/// the process. An ELF file ends with its table of sections, so that has to be there. Source: the
-/// ELF-64 header of the System V ABI.
-fn expect_whole(path: &Path) -> Result<(), OpenError> {
-    let failed = |error: std::io::Error| OpenError::NotALibrary(error.to_string());
-    let mut file = File::open(path).map_err(failed)?;
-    let length = file.metadata().map_err(failed)?.len();
-    let mut header = [0; 64];
-    let is_elf = file.read_exact(&mut header).is_ok() && header.starts_with(b"\x7fELF");
-    if !is_elf {
-        return Err(OpenError::NotALibrary("it is no ELF file".to_owned()));
-    }
-    let number = |at: usize, bytes: usize| {
-        header[at..at + bytes].iter().rev().fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
-    };
-    let end_of_sections = number(0x28, 8).saturating_add(number(0x3a, 2) * number(0x3c, 2));
-    if end_of_sections > length {
-        let reason = format!("it is cut short: it has {length} bytes of at least {end_of_sections}");
-        return Err(OpenError::NotALibrary(reason));
-    }
-    Ok(())
-}
-
 /// What the dynamic linker said; the error's own text does not have it.
 fn linker_words(error: &libloading::Error) -> String {
     match std::error::Error::source(error) {
@@ -235,16 +213,6 @@ fn refusal(plugin: &Path, words: String) -> OpenError {
 /// these are glibc's, and stay English because nothing here sets a locale.
 fn missing_library(words: &str) -> Option<&str> {
     words.strip_suffix(": cannot open shared object file: No such file or directory")
-}
-
-fn interface_of(library: &Library) -> Result<InterfaceVersion, OpenError> {
-    // SAFETY: a library that exports this name promises, by this interface, that it is an
-    // `InterfaceVersion`, a `repr(C)` struct that never changes; the magic is compared below.
-    let symbol = unsafe { library.get::<*const InterfaceVersion>(b"MACHINERY_INTERFACE\0") };
-    let pointer: *const InterfaceVersion = *symbol.map_err(|_| OpenError::NotAPlugin)?;
-    // SAFETY: the linker resolved the symbol, so it points at the static in the open library.
-    let version = unsafe { *pointer };
-    if version.magic == InterfaceVersion::OURS.magic { Ok(version) } else { Err(OpenError::NotAPlugin) }
 }
 
 fn module_of(library: &Library, interface: InterfaceVersion) -> Result<ModuleRef, OpenError> {
@@ -371,6 +339,16 @@ impl Instance {
     /// The plugin's.
     pub fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
         answer(self.object.prepare(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::reload`](crate::Machinery::reload).
+    ///
+    /// # Errors
+    /// The plugin's; a plugin of interface 1.0 does not support it.
+    pub fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+        let request = ReloadRequest { setup: setup.clone(), in_use: in_use.to_vec() };
+        let request = to_json(&request)?;
+        from_json(&answer(self.object.reload(request.as_rstr(), ms(deadline)))?, "plugin's reload")
     }
 
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).

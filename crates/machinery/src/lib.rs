@@ -55,6 +55,7 @@
 //! | --- | --- |
 //! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
 //! | `ready` | how ready a machine is for its next restore, and what that may cost: [`Ready`], [`Budget`] |
+//! | `reload` | a new configuration while machines run: [`Roster`], [`Reloaded`] |
 //! | `socket` | sockets under paths of any length |
 //! | `services` | the way back, from the plugin to the host: [`Host`] |
 //! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
@@ -72,6 +73,7 @@ mod error;
 pub mod host;
 mod plugin;
 mod ready;
+mod reload;
 mod report;
 mod services;
 mod socket;
@@ -81,6 +83,7 @@ pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
 pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
+pub use reload::{Member, Plan, Reloaded, Roster, expect_unchanged};
 pub use report::{Finding, Level, Report};
 pub use services::{Host, HostServices, LogLevel, LogRecord};
 pub use socket::SocketPath;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigFile, MachineConfig};
-use crate::{Deadline, Error, Host, Report, Result, State};
+use crate::{Deadline, Error, Host, Reloaded, Report, Result, State};
 
 /// A virtualisation backend.
 ///
@@ -52,7 +52,8 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     /// Which of the optional methods are real.
     fn capabilities(&self) -> Capabilities;
 
-    /// All configured machines, in the order of the configuration.
+    /// All configured machines, in the order of the configuration. The same until a
+    /// [`reload`](Machinery::reload).
     fn machines(&self) -> Vec<MachineInfo>;
 
     /// The machine's state now, from the hypervisor itself.
@@ -123,6 +124,21 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
         let _ = (machine, deadline);
         Err(Error::unsupported("prepare"))
+    }
+
+    /// Takes over a new configuration while machines run; a [`Roster`](crate::Roster) knows how. Since
+    /// interface 1.1.
+    ///
+    /// The machines `in_use` run, are acted on, or belong to a task: they stay as they are, whatever the
+    /// configuration says of them now, and calls for them may come meanwhile. All others are powered off,
+    /// and are not called until this returns. What stands by for one that changes or goes is let go.
+    ///
+    /// # Errors
+    /// A configuration that cannot work, or that asks for what only [`load`](Machinery::load) can do. Then
+    /// nothing has changed.
+    fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+        let _ = (setup, in_use, deadline);
+        Err(Error::unsupported("reload"))
     }
 
     /// The host is about to end. The machines have been stopped; what is left is let go.

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -64,7 +65,7 @@ pub enum Standby {
 /// The memory that may be held for machines that stand by.
 #[derive(Debug)]
 pub struct Budget {
-    limit: u64,
+    limit: AtomicU64,
     used: Mutex<u64>,
 }
 
@@ -78,8 +79,12 @@ pub struct Share {
 impl Budget {
     /// One of that many bytes; if not given, of half the memory of this computer.
     pub fn new(limit: Option<u64>) -> Arc<Budget> {
-        let limit = limit.unwrap_or_else(|| memory_of_this_computer() / 2);
-        Arc::new(Budget { limit, used: Mutex::new(0) })
+        Arc::new(Budget { limit: AtomicU64::new(bytes_of(limit)), used: Mutex::new(0) })
+    }
+
+    /// From now on it is that large. What is taken stays taken.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        self.limit.store(bytes_of(limit), Ordering::SeqCst);
     }
 
     /// A share of it.
@@ -88,12 +93,13 @@ impl Budget {
     /// There is not as much left; the text says how much there is.
     pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Share, String> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        if used.saturating_add(bytes) > self.limit {
+        let limit = self.limit.load(Ordering::SeqCst);
+        if used.saturating_add(bytes) > limit {
             return Err(format!(
                 "standing by would take {} of memory, and {} of the {} for that are taken (standby_memory)",
                 in_words(bytes),
                 in_words(*used),
-                in_words(self.limit)
+                in_words(limit)
             ));
         }
         *used += bytes;
@@ -120,6 +126,10 @@ impl Drop for Share {
         let mut used = self.budget.used.lock().unwrap_or_else(PoisonError::into_inner);
         *used = used.saturating_sub(self.bytes);
     }
+}
+
+fn bytes_of(limit: Option<u64>) -> u64 {
+    limit.unwrap_or_else(|| memory_of_this_computer() / 2)
 }
 
 /// Source: `MemTotal` in proc_meminfo(5), in KiB. Without it nothing is held.
@@ -174,7 +184,12 @@ mod tests {
         first.measured(20 << 20);
         let second = budget.take(50 << 20).unwrap();
         drop((first, second));
-        assert_eq!(budget.take(100 << 20).unwrap().bytes(), 100 << 20);
+        let all = budget.take(100 << 20).unwrap();
+        assert_eq!(all.bytes(), 100 << 20);
+        budget.set_limit(Some(50 << 20));
+        assert!(budget.take(1).unwrap_err().contains("100 MiB of the 50 MiB"));
+        drop(all);
+        assert!(budget.take(50 << 20).is_ok());
         assert!(Budget::new(None).take(1 << 20).is_ok());
     }
 

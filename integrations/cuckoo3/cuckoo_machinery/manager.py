@@ -99,9 +99,9 @@ class HostedManager(Listener):
         self.machines.mirror(request("list")["machines"])
 
     def heard(self, event):
-        """Something happened."""
+        """Something happened: to a machine, to events themselves, or to the configuration."""
         kind = event["event"]
-        if kind == "lost":
+        if kind in ("lost", "reloaded"):
             self.machines.mirror(self.host.client.request("list")["machines"])
             return
         if kind == "capture_failed":

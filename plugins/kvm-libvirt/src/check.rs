@@ -42,7 +42,7 @@ pub fn versions(connect: &Connect) -> Result<String> {
 /// Looks at everything.
 pub fn check(setup: &Setup, report: &mut Report) {
     let Some(config) = report.keep(Config::read(setup)) else { return };
-    if config.domains.is_empty() {
+    if config.machines.is_empty() {
         report.warning(
             "kvm: no machine is configured. Add some to kvm.yaml: a name, and the label of a domain",
         );
@@ -53,8 +53,8 @@ pub fn check(setup: &Setup, report: &mut Report) {
     let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
         found.extend(kvm_trap(connect, &config.dsn));
-        let domains = config.domains.iter();
-        found.extend(domains.flat_map(|(info, _)| look_at(connect, info, &file, &state_dir)));
+        let machines = config.machines.iter();
+        found.extend(machines.flat_map(|keys| look_at(connect, &keys.info, &file, &state_dir)));
         Ok(found)
     });
     link.close(deadline);

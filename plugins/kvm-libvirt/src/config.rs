@@ -1,13 +1,15 @@
 //! `conf/machineries/kvm.yaml` and this machinery's section of `machinery-host.yaml`, as types.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
 use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
 use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
 
-use crate::images::SaveImages;
+use crate::images::{Image, SaveImages};
+use crate::views::is_local;
 
 /// The file.
 #[derive(Debug, Deserialize)]
@@ -64,14 +66,22 @@ fn local() -> String {
 /// Everything, checked as far as it can be without libvirt.
 pub struct Config {
     pub dsn: String,
-    /// What the machines are; `label` is the domain, `snapshot` the one to restore. And whether each
-    /// stands by.
-    pub domains: Vec<(MachineInfo, Standby)>,
+    pub machines: Vec<Keys>,
     /// How much memory all that stand by may hold, in bytes, if that is given.
     pub standby_memory: Option<u64>,
     pub save_images: SaveImages,
     /// Where save images are.
     pub save_dir: PathBuf,
+}
+
+/// One machine. As long as all of it is the same, so is the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys {
+    /// `label` is the domain, `snapshot` the one to restore.
+    pub info: MachineInfo,
+    /// Whether it stands by.
+    pub standby: Standby,
+    pub image: Image,
 }
 
 impl Config {
@@ -94,19 +104,34 @@ impl Config {
     }
 
     fn new(file: &KvmFile, section: Section, setup: &Setup) -> Config {
-        let domain = |machine: &Configured<OwnKeys>| {
-            let OwnKeys { label, snapshot } = machine.own.clone();
-            let info = MachineInfo::new(&machine.name, &machine.shared, label, snapshot, &file.interface);
-            (info, section.standby_of(&machine.name))
+        // Of a libvirt on another host none are made: their files would not be ours.
+        let save_images = if is_local(&file.dsn) { section.save_images } else { SaveImages::Off };
+        let save_dir = section.save_dir.clone().unwrap_or_else(|| setup.cache_dir.clone());
+        let keys = |machine: &Configured<OwnKeys>| {
+            let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
+            let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
+            let image = Image::of(name, save_images, &save_dir);
+            Keys { info, standby: section.standby_of(name), image }
         };
-        let domains = file.machines.iter().map(domain).collect();
         Config {
             dsn: file.dsn.clone(),
-            domains,
+            machines: file.machines.iter().map(keys).collect(),
             standby_memory: section.standby_memory,
-            save_images: section.save_images,
-            save_dir: section.save_dir.unwrap_or_else(|| setup.cache_dir.clone()),
+            save_images,
+            save_dir,
         }
+    }
+
+    /// Makes the folder for save images, if there are to be any.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn make_save_dir(&self) -> Result<()> {
+        if self.save_images == SaveImages::Off {
+            return Ok(());
+        }
+        fs::create_dir_all(&self.save_dir)
+            .map_err(|error| Error::io("make the folder for save images", &self.save_dir, &error))
     }
 }
 
@@ -192,7 +217,9 @@ mod tests {
         );
         let config = Config::read(&setup(&text)).unwrap();
         assert_eq!(config.dsn, "qemu:///system");
-        let [(one, _), (two, _)] = &config.domains[..] else { panic!("{} machines", config.domains.len()) };
+        let [Keys { info: one, .. }, Keys { info: two, .. }] = &config.machines[..] else {
+            panic!("{} machines", config.machines.len())
+        };
         assert_eq!((one.label.as_str(), &one.snapshot), ("win10x64", &None));
         assert_eq!(one.interface.as_deref(), Some("lo"));
         assert_eq!(two.snapshot.as_deref(), Some("clean"));
@@ -202,12 +229,12 @@ mod tests {
     #[test]
     fn the_commented_default_is_a_good_file_and_so_is_its_example() {
         let default = include_str!("../../../conf/machineries/kvm.yaml").replace("virbr0", "lo");
-        assert_eq!(Config::read(&setup(&default)).unwrap().domains, []);
+        assert_eq!(Config::read(&setup(&default)).unwrap().machines, []);
         let used = default.replace("machines: {}", "machines:");
         let lines = used.lines().filter(|line| !line.contains("An example"));
         let used: String = lines.map(|line| format!("{}\n", line.replacen("  # ", "  ", 1))).collect();
         let config = Config::read(&setup(&used)).unwrap();
-        assert_eq!(config.domains[0].0.snapshot.as_deref(), Some("clean"));
+        assert_eq!(config.machines[0].info.snapshot.as_deref(), Some("clean"));
     }
 
     #[test]
@@ -245,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_machine_stands_by_as_it_is_told_itself_and_else_as_all_are() {
-        let standby = |section: &str| with_section(section).unwrap().domains[0].1;
+        let standby = |section: &str| with_section(section).unwrap().machines[0].standby;
         assert_eq!(standby(""), Standby::Auto);
         assert_eq!(standby("    standby: on\n"), Standby::On);
         assert_eq!(standby("    standby: on\n    machines: {a: {standby: off}}\n"), Standby::Off);

@@ -54,7 +54,7 @@ pub enum SaveImages {
 }
 
 /// The image of one machine, which may be there or not.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     wish: SaveImages,
     file: PathBuf,
@@ -83,6 +83,11 @@ impl Image {
     pub fn of(machine: &str, wish: SaveImages, folder: &Path) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
         Image { wish, file: file("machinery-image"), about: file("machinery-image-of") }
+    }
+
+    /// Whether the other one is in the same place.
+    pub fn is_where(&self, other: &Image) -> bool {
+        self.file == other.file
     }
 
     /// Whether it is never made.

@@ -30,6 +30,7 @@
 //! | `events`, `save` | libvirt's event loop, and saving to a file: all the `unsafe` there is |
 //! | `states`, `errors` | what libvirt's states, events and errors mean |
 //! | `runs` | which domains we have started, for the next host to know |
+//! | `reload` | a new configuration while machines run |
 //! | `check`, `access` | the environment |
 
 mod access;
@@ -42,6 +43,7 @@ mod events;
 mod images;
 mod link;
 mod machine;
+mod reload;
 mod restore;
 mod runs;
 mod save;
@@ -49,7 +51,6 @@ mod standby;
 mod states;
 mod views;
 
-use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -57,16 +58,15 @@ use std::time::Duration;
 
 use machinery::config::ConfigFile;
 use machinery::{
-    Budget, Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Report,
-    Result, Setup, Standby, State,
+    Budget, Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Member,
+    Reloaded, Report, Result, Roster, Setup, State,
 };
 use virt::connect::Connect;
 
 use config::Config;
 use events::Event;
-use images::{Image, SaveImages};
 use link::{Link, Listener};
-use machine::{Machine, Wish};
+use machine::Machine;
 
 /// How long libvirt may take while the machinery is loaded.
 const LOADING: Duration = Duration::from_secs(30);
@@ -83,62 +83,57 @@ machinery::export_machinery!(Kvm);
 struct Kvm {
     machines: Arc<Machines>,
     link: Arc<Link>,
+    budget: Arc<Budget>,
+    host: Host,
 }
 
 /// All machines; what libvirt tells goes to the one it is about.
-struct Machines(Vec<Arc<Machine>>);
+struct Machines(Roster<Machine>);
 
-impl Machines {
-    fn of_label(&self, label: &str) -> Option<&Arc<Machine>> {
-        self.0.iter().find(|machine| machine.label() == label)
-    }
-}
-
-impl Machines {
-    /// Ends all that runs or stands by, and gives what went wrong.
-    fn end_all(&self, deadline: Deadline) -> Vec<Error> {
-        let problems = Mutex::new(Vec::new());
-        let waiting = Mutex::new(self.0.iter().filter(|machine| machine.holds_anything()));
-        let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
-        let end = || {
-            while let Some(machine) = next() {
-                if let Err(error) = end(machine, deadline) {
-                    problems.lock().unwrap_or_else(PoisonError::into_inner).push(error);
-                }
+/// Does something with these machines, a few at a time, and gives what went wrong.
+fn at_a_time(machines: &[Arc<Machine>], act: impl Fn(&Machine) -> Result<()> + Sync) -> Vec<Error> {
+    let problems = Mutex::new(Vec::new());
+    let waiting = Mutex::new(machines.iter());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some(machine) = next() {
+            if let Err(error) = act(machine) {
+                let error = error.machine(machine.name());
+                problems.lock().unwrap_or_else(PoisonError::into_inner).push(error);
             }
-        };
-        thread::scope(|scope| {
-            for _ in 1..AT_A_TIME.min(self.0.len()) {
-                // A thread that is not to be had is done without.
-                let _ = thread::Builder::new().spawn_scoped(scope, end);
-            }
-            end();
-        });
-        problems.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..AT_A_TIME.min(machines.len()) {
+            // A thread that is not to be had is done without.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+    problems.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn end(machine: &Machine, deadline: Deadline) -> Result<()> {
     match machine.stop(deadline) {
         Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
-        other => other.map_err(|error| error.machine(&machine.info().name)),
+        other => other,
     }
 }
 
 impl Listener for Machines {
     fn happened(&self, label: &str, event: Event) {
         // libvirt has domains that are none of ours.
-        if let Some(machine) = self.of_label(label) {
+        if let Some(machine) = self.0.all().iter().find(|machine| machine.label() == label) {
             machine.happened(event);
         }
     }
 
     fn lost(&self, why: &str) {
-        self.0.iter().for_each(|machine| machine.link_lost(why));
+        self.0.all().iter().for_each(|machine| machine.link_lost(why));
     }
 
     fn back(&self, connect: &Connect) {
-        self.0.iter().for_each(|machine| machine.link_back(connect));
+        self.0.all().iter().for_each(|machine| machine.link_back(connect));
     }
 }
 
@@ -148,16 +143,15 @@ impl Machinery for Kvm {
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let deadline = Deadline::after(LOADING);
         let config = Config::read(setup)?;
+        config.make_save_dir()?;
         let link = Link::open(&config.dsn, deadline)?;
         let budget = Budget::new(config.standby_memory);
-        let save_images = prepare_save_dir(&config)?;
-        let machine = |(info, standby): (MachineInfo, Standby)| {
-            let image = Image::of(&info.name, save_images, &config.save_dir);
-            let wish = Wish { standby, budget: Arc::clone(&budget), image };
-            Arc::new(Machine::new(info, wish, Arc::clone(&link), &setup.state_dir, host.clone()))
+        let machine = |keys| {
+            let (budget, link) = (Arc::clone(&budget), Arc::clone(&link));
+            Arc::new(Machine::new(keys, budget, link, &setup.state_dir, host.clone()))
         };
-        let machines = Arc::new(Machines(config.domains.into_iter().map(machine).collect()));
-        let kvm = Kvm { machines, link };
+        let machines = Arc::new(Machines(Roster::new(config.machines.into_iter().map(machine).collect())));
+        let kvm = Kvm { machines, link, budget, host };
         match kvm.take_over(&setup.config, deadline) {
             Ok(()) => Ok(kvm),
             Err(error) => {
@@ -186,7 +180,7 @@ impl Machinery for Kvm {
     }
 
     fn machines(&self) -> Vec<MachineInfo> {
-        self.machines.0.iter().map(|machine| machine.info().clone()).collect()
+        self.machines.0.all().iter().map(|machine| machine.info().clone()).collect()
     }
 
     fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
@@ -221,42 +215,47 @@ impl Machinery for Kvm {
         self.on(machine, |machine| machine.prepare(deadline))
     }
 
+    fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+        self.apply(setup, in_use, deadline)
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
-        let problems = Error::all(self.machines.end_all(deadline));
+        let mut machines = self.machines.0.all();
+        machines.retain(|machine| machine.holds_anything());
+        let problems = Error::all(at_a_time(&machines, |machine| end(machine, deadline)));
         self.link.close(deadline.within(LETTING_GO));
         problems.map_or(Ok(()), Err)
     }
 }
 
-/// Whether images are made: not of a libvirt on another host, whose files are not ours.
-fn prepare_save_dir(config: &Config) -> Result<SaveImages> {
-    if config.save_images == SaveImages::Off || !views::is_local(&config.dsn) {
-        return Ok(SaveImages::Off);
-    }
-    let folder = &config.save_dir;
-    fs::create_dir_all(folder)
-        .map_err(|error| Error::io("make the folder for save images", folder, &error))?;
-    Ok(config.save_images)
-}
-
 impl Kvm {
     /// Finds every domain, clears away the runs of a host that died, and listens from now on.
     fn take_over(&self, file: &ConfigFile, deadline: Deadline) -> Result<()> {
-        let (machines, file) = (Arc::clone(&self.machines), file.clone());
-        let problems = self.link.ask(deadline, "libvirt to find the domains", move |connect| {
-            let taken = machines.0.iter().map(|machine| machine.take_over(connect, &file));
-            Ok(Error::all(taken.filter_map(Result::err).collect()))
-        })?;
-        match problems {
-            Some(problems) => Err(problems),
-            None => self.link.listen(Arc::clone(&self.machines) as Arc<dyn Listener>),
+        self.with_libvirt(self.machines.0.all(), file, deadline, Machine::take_over)?;
+        self.link.listen(Arc::clone(&self.machines) as Arc<dyn Listener>)
+    }
+
+    /// Does something with each of these machines, and tells all that goes wrong.
+    fn with_libvirt<T: 'static>(
+        &self,
+        machines: Vec<Arc<Machine>>,
+        file: &ConfigFile,
+        deadline: Deadline,
+        act: fn(&Machine, &Connect, &ConfigFile) -> Result<T>,
+    ) -> Result<()> {
+        if machines.is_empty() {
+            return Ok(());
         }
+        let file = file.clone();
+        let problems = self.link.ask(deadline, "libvirt to find the domains", move |connect| {
+            let done = machines.iter().map(|machine| act(machine, connect, &file));
+            Ok(Error::all(done.filter_map(Result::err).collect()))
+        })?;
+        problems.map_or(Ok(()), Err)
     }
 
     /// Does something with the machine of that name, which is named in its errors.
     fn on<T>(&self, name: &str, act: impl FnOnce(&Arc<Machine>) -> Result<T>) -> Result<T> {
-        let machine = self.machines.0.iter().find(|machine| machine.info().name == name);
-        let machine = machine.ok_or_else(|| Error::no_such_machine(name))?;
-        act(machine).map_err(|error| error.machine(name))
+        act(&self.machines.0.find(name)?).map_err(|error| error.machine(name))
     }
 }

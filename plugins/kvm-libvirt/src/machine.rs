@@ -24,16 +24,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use machinery::config::ConfigFile;
-use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Result, Standby, State};
+use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Member, Result, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
 use crate::call::Call;
+use crate::config::Keys;
 use crate::errors::{explain, is_no_domain, is_off};
 use crate::events::Event;
-use crate::images::Image;
 use crate::link::Link;
 use crate::restore::{self, Start};
 use crate::runs::RunNote;
@@ -48,22 +48,15 @@ const HEARING: Duration = Duration::from_secs(2);
 const GIVING_UP: Duration = Duration::from_millis(1700);
 
 pub struct Machine {
-    info: MachineInfo,
+    keys: Keys,
     link: Arc<Link>,
     host: Host,
     note: RunNote,
-    wish: Wish,
+    /// What all that stand by may hold.
+    budget: Arc<Budget>,
     now: Mutex<Now>,
     /// Wakes those who wait for the end of a run, or of what is done with a machine that stands by.
     news: Condvar,
-}
-
-/// What is to be done for a machine's next restore.
-pub struct Wish {
-    pub standby: Standby,
-    /// What all that stand by may hold.
-    pub budget: Arc<Budget>,
-    pub image: Image,
 }
 
 #[derive(Default)]
@@ -126,19 +119,39 @@ impl Drop for Action<'_> {
     }
 }
 
+impl Member for Machine {
+    type Keys = Keys;
+
+    fn name_in(keys: &Keys) -> &str {
+        &keys.info.name
+    }
+
+    fn unique(Keys { info, .. }: &Keys) -> Vec<(&'static str, Option<&str>)> {
+        vec![
+            ("label", Some(&info.label)),
+            ("ip", Some(&info.ip)),
+            ("mac_address", info.mac_address.as_deref()),
+        ]
+    }
+
+    fn keys(&self) -> &Keys {
+        &self.keys
+    }
+}
+
 impl Machine {
-    pub fn new(info: MachineInfo, wish: Wish, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
-        let note = RunNote::of(&info.name, state_dir);
-        Machine { info, link, host, note, wish, now: Mutex::default(), news: Condvar::new() }
+    pub fn new(keys: Keys, budget: Arc<Budget>, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
+        let note = RunNote::of(&keys.info.name, state_dir);
+        Machine { keys, link, host, note, budget, now: Mutex::default(), news: Condvar::new() }
     }
 
     pub fn info(&self) -> &MachineInfo {
-        &self.info
+        &self.keys.info
     }
 
     /// The name of its domain.
     pub fn label(&self) -> &str {
-        &self.info.label
+        &self.keys.info.label
     }
 
     /// Whether its domain runs because of us, as far as is known.
@@ -152,21 +165,31 @@ impl Machine {
         now.has_run || now.is_hidden()
     }
 
-    /// Finds the domain when the machinery is loaded, and ends a run that a dead host has left.
+    /// Finds the domain.
     ///
     /// # Errors
-    /// There is no such domain, said with those that there are; the run does not end.
+    /// There is no such domain, said with those that there are.
+    pub fn find(&self, connect: &Connect, file: &ConfigFile) -> Result<Domain> {
+        connect.lookup_domain_by_name(self.label()).map_err(|error| match is_no_domain(&error) {
+            true => self.no_domain(connect, file),
+            false => explain("look up the domain", &error).machine(&self.keys.info.name),
+        })
+    }
+
+    /// Finds the domain of a machine that is new here, and ends a run that a dead host has left.
+    ///
+    /// # Errors
+    /// As [`find`](Machine::find); the run does not end.
     pub fn take_over(&self, connect: &Connect, file: &ConfigFile) -> Result<()> {
-        let domain = match connect.lookup_domain_by_name(self.label()) {
-            Ok(domain) => domain,
-            Err(error) if is_no_domain(&error) => return Err(self.no_domain(connect, file)),
-            Err(error) => return Err(explain("look up the domain", &error).machine(&self.info.name)),
-        };
+        let domain = self.find(connect, file)?;
         if self.note.is_about(&domain) {
-            tracing::warn!(machine = self.info.name, "a run that an earlier host has left is stopped");
-            restore::destroy(&domain).map_err(|error| error.machine(&self.info.name))?;
+            tracing::warn!(machine = self.keys.info.name, "a run that an earlier host has left is stopped");
+            restore::destroy(&domain).map_err(|error| error.machine(&self.keys.info.name))?;
         } else if domain.is_active().unwrap_or(false) {
-            tracing::warn!(machine = self.info.name, "its domain runs already, started by somebody else");
+            tracing::warn!(
+                machine = self.keys.info.name,
+                "its domain runs already, started by somebody else"
+            );
         }
         self.note.remove();
         Ok(())
@@ -179,7 +202,7 @@ impl Machine {
         let there = if names.is_empty() { "no domain at all".to_owned() } else { names.join(", ") };
         let reason =
             format!("libvirt at {} has no domain '{}'; there is {there}", self.link.dsn(), self.label());
-        file.error(&["machines", &self.info.name, "label"], reason)
+        file.error(&["machines", &self.keys.info.name, "label"], reason)
             .advice("Correct the label, or define the domain; `virsh list --all` shows what there is")
     }
 
@@ -197,13 +220,13 @@ impl Machine {
         let (state, why) = self.told_state(deadline)?;
         if state == State::Error {
             // A state has no words of its own, and this one needs some.
-            self.host.state_changed(&self.info.name, state, &why);
+            self.host.state_changed(&self.keys.info.name, state, &why);
         }
         Ok(state)
     }
 
     fn told_state(&self, deadline: Deadline) -> Result<Told> {
-        let label = self.info.label.clone();
+        let label = self.keys.info.label.clone();
         let ask = move |connect: &Connect| restore::state(&restore::domain(connect, &label)?);
         self.link.ask(deadline, "libvirt to tell the domain's state", ask)
     }
@@ -257,7 +280,9 @@ impl Machine {
         self.lock().has_run = true;
         let started = match how {
             Start::Restored => self.restored(connect, &domain, given_up),
-            Start::Cold => self.timed("boot", || restore::start(&domain, self.info.snapshot.as_deref(), how)),
+            Start::Cold => {
+                self.timed("boot", || restore::start(&domain, self.keys.info.snapshot.as_deref(), how))
+            }
         };
         // Looked up anew, because a reverted domain does not know its new id.
         let started = started.and_then(|()| restore::domain(connect, self.label()));
@@ -272,7 +297,7 @@ impl Machine {
     fn timed<T>(&self, step: &str, work: impl FnOnce() -> T) -> T {
         let begun = Instant::now();
         let done = work();
-        self.host.step(&self.info.name, step, begun.elapsed());
+        self.host.step(&self.keys.info.name, step, begun.elapsed());
         done
     }
 
@@ -281,7 +306,7 @@ impl Machine {
         match restore::destroy(domain) {
             Ok(_) => self.note_end(),
             Err(error) => {
-                tracing::warn!(machine = self.info.name, %error, "what a start has left stays for now")
+                tracing::warn!(machine = self.keys.info.name, %error, "what a start has left stays for now")
             }
         }
     }
@@ -330,7 +355,7 @@ impl Machine {
 
     fn pull_the_plug(&self, deadline: Deadline) {
         if let Err(error) = self.destroy(deadline) {
-            tracing::debug!(machine = self.info.name, %error, "the plug is not pulled");
+            tracing::debug!(machine = self.keys.info.name, %error, "the plug is not pulled");
         }
     }
 
@@ -370,15 +395,15 @@ impl Machine {
             return Err(off_already());
         }
         if !self.hear_end(before, deadline.within(HEARING)) {
-            tracing::debug!(machine = self.info.name, "stopped, and libvirt has sent no event");
+            tracing::debug!(machine = self.keys.info.name, "stopped, and libvirt has sent no event");
             self.note_end();
-            self.host.state_changed(&self.info.name, State::Poweroff, "");
+            self.host.state_changed(&self.keys.info.name, State::Poweroff, "");
         }
         Ok(())
     }
 
     fn destroy(&self, deadline: Deadline) -> Result<bool> {
-        let label = self.info.label.clone();
+        let label = self.keys.info.label.clone();
         self.link.ask(deadline, "libvirt to stop the domain", move |connect| {
             restore::destroy(&restore::domain(connect, &label)?)
         })
@@ -395,7 +420,7 @@ impl Machine {
         }
         let _stopping = self.begin(Doing::Stopping, deadline)?;
         let before = self.lock().ends;
-        let label = self.info.label.clone();
+        let label = self.keys.info.label.clone();
         let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
             press_power_button(&restore::domain(connect, &label)?)
         })?;
@@ -415,7 +440,7 @@ impl Machine {
     /// It is off; as there.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         self.expect_not_hidden()?;
-        let progress = |fraction| self.host.progress(&self.info.name, fraction);
+        let progress = |fraction| self.host.progress(&self.keys.info.name, fraction);
         views::dump_memory(&self.link, self.label(), path, format, &progress, deadline)
     }
 
@@ -459,7 +484,7 @@ impl Machine {
 
     /// Told before anybody who waits for it goes on.
     fn report(&self, doing: Doing, (state, reason): Told) {
-        let name = &self.info.name;
+        let name = &self.keys.info.name;
         match doing {
             Doing::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
             Doing::Stopping if state == State::Poweroff => self.host.state_changed(name, state, ""),
@@ -471,7 +496,7 @@ impl Machine {
     /// The connection is lost, and with it the sight of the domain.
     pub fn link_lost(&self, why: &str) {
         if self.has_run() {
-            self.host.state_changed(&self.info.name, State::Error, why);
+            self.host.state_changed(&self.keys.info.name, State::Error, why);
         }
         self.doubt(why);
     }
@@ -495,7 +520,7 @@ impl Machine {
             }
             Ok(told) => self.report(doing, told),
             Err(error) => {
-                tracing::warn!(machine = self.info.name, %error, "libvirt is back, but does not tell the domain's state")
+                tracing::warn!(machine = self.keys.info.name, %error, "libvirt is back, but does not tell the domain's state")
             }
         }
     }

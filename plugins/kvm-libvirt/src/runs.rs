@@ -42,6 +42,11 @@ impl RunNote {
         }
     }
 
+    /// Whether a run, or what stands by, is noted.
+    pub fn is_there(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Whether the domain runs because of us.
     pub fn is_about(&self, domain: &Domain) -> bool {
         let Ok(noted) = fs::read_to_string(&self.path) else { return false };

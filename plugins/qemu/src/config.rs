@@ -96,7 +96,6 @@ impl Section {
 pub struct Config {
     pub binaries: Binaries,
     pub version: Version,
-    pub keep_disposable_disks: bool,
     pub template_dir: PathBuf,
     /// In bytes.
     pub template_space: Option<u64>,
@@ -105,14 +104,15 @@ pub struct Config {
     pub machines: Vec<MachineFiles>,
 }
 
-/// One machine: what it is, and where its files are.
-#[derive(Debug, Clone)]
+/// One machine: what it is, and where its files are. As long as all of it is the same, so is the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineFiles {
     pub info: MachineInfo,
     pub disk: PathBuf,
     pub snapshot: PathBuf,
     pub disposable: PathBuf,
     pub start_args: StartArgs,
+    pub keep_disk: bool,
     pub ahead: Ahead,
 }
 
@@ -150,15 +150,13 @@ impl Config {
             look.writable(&["disposable_copy_dir"], folder);
         }
         look.duplicates(&qemu.machines);
-        let machine = |machine: &Configured<OwnKeys>| {
-            look.machine(machine, &qemu.interface, folder, section.ahead(&machine.name))
-        };
+        let machine =
+            |machine: &Configured<OwnKeys>| look.machine(machine, &qemu.interface, folder, &section);
         let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
         look.disposables(&qemu.machines, &machines);
         Some(Config {
             binaries: qemu.binaries,
             version: version?,
-            keep_disposable_disks: section.keep_disposable_disks,
             template_dir: section.template_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
             template_space: section.template_space,
             standby_memory: section.standby_memory,
@@ -274,7 +272,7 @@ impl Look<'_> {
         machine: &Configured<OwnKeys>,
         interface: &str,
         disposables: Option<&Path>,
-        ahead: Ahead,
+        section: &Section,
     ) -> Option<MachineFiles> {
         let before = self.problems.len();
         let name = machine.name.as_str();
@@ -327,7 +325,8 @@ impl Look<'_> {
             snapshot,
             disposable,
             start_args,
-            ahead,
+            keep_disk: section.keep_disposable_disks,
+            ahead: section.ahead(name),
         })
     }
 

@@ -19,6 +19,7 @@
 //! | `steps`, `progress` | how long it takes, how far it is |
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
+//! | `reload` | a new configuration while machines run |
 //! | `check`, `version` | the environment |
 
 mod check;
@@ -32,6 +33,7 @@ mod machineinfo;
 mod process;
 mod progress;
 mod qmp;
+mod reload;
 mod run;
 mod snapshot;
 mod standby;
@@ -42,22 +44,21 @@ mod version;
 mod views;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use machinery::{
-    Budget, Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Report, Result, Setup,
-    State,
+    Budget, Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Reloaded, Report,
+    Result, Roster, Setup, State,
 };
 
 use config::Config;
 use machine::{Machine, Shared};
-use template::Templates;
 use version::Program;
 
 machinery::export_machinery!(Qemu);
 
 struct Qemu {
-    machines: Vec<Machine>,
+    machines: Roster<Machine>,
     shared: Arc<Shared>,
 }
 
@@ -66,25 +67,25 @@ impl Machinery for Qemu {
 
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let config = Config::read(setup)?;
-        let instant = config.machines.iter().filter(|files| files.ahead.instant);
-        let names: Vec<&str> = instant.map(|files| files.info.name.as_str()).collect();
-        // Where none is wanted, those of a time when they were are removed.
-        let wanted = !names.is_empty() || config.template_dir.is_dir();
-        let templates = || Templates::open(&config.template_dir, config.template_space, &names);
         let shared = Arc::new(Shared {
-            templates: wanted.then(templates).transpose()?,
             qemu_img: config.binaries.qemu_img,
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
-            keep_disks: config.keep_disposable_disks,
+            template_dir: config.template_dir,
+            templates: OnceLock::new(),
             budget: Budget::new(config.standby_memory),
             host,
         });
-        let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
-        let machines: Vec<Machine> = config.machines.into_iter().map(machine).collect();
-        for machine in &machines {
-            machine.clear_leftovers().map_err(|error| error.machine(&machine.info().name))?;
+        let machine = |files| Arc::new(Machine::new(files, &setup.sockets_dir, Arc::clone(&shared)));
+        let machines: Vec<Arc<Machine>> = config.machines.into_iter().map(machine).collect();
+        // Where none is wanted, those of a time when they were are removed.
+        if machines.iter().any(|machine| machine.is_instant()) || shared.template_dir.is_dir() {
+            shared.open_templates()?;
         }
-        Ok(Qemu { machines, shared })
+        shared.see_to_templates(&machines, config.template_space);
+        for machine in &machines {
+            machine.clear_leftovers()?;
+        }
+        Ok(Qemu { machines: Roster::new(machines), shared })
     }
 
     fn check(setup: &Setup, report: &mut Report) {
@@ -106,7 +107,7 @@ impl Machinery for Qemu {
     }
 
     fn machines(&self) -> Vec<MachineInfo> {
-        self.machines.iter().map(|machine| machine.info().clone()).collect()
+        self.machines.all().iter().map(|machine| machine.info().clone()).collect()
     }
 
     fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
@@ -141,9 +142,14 @@ impl Machinery for Qemu {
         self.on(machine, |machine| machine.prepare(deadline))
     }
 
+    fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+        self.apply(setup, in_use, deadline)
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
-        self.machines.iter().for_each(Machine::hurry);
-        let stopped = self.machines.iter().map(|machine| match machine.stop(deadline) {
+        let machines = self.machines.all();
+        machines.iter().for_each(|machine| machine.hurry());
+        let stopped = machines.iter().map(|machine| match machine.stop(deadline) {
             Err(error) if error.kind() == machinery::ErrorKind::StateReached => Ok(()),
             other => other.map_err(|error| error.machine(&machine.info().name)),
         });
@@ -157,8 +163,6 @@ impl Machinery for Qemu {
 impl Qemu {
     /// Does something with the machine of that name, which is named in its errors.
     fn on<T>(&self, name: &str, act: impl FnOnce(&Machine) -> Result<T>) -> Result<T> {
-        let machine = self.machines.iter().find(|machine| machine.info().name == name);
-        let machine = machine.ok_or_else(|| Error::no_such_machine(name))?;
-        act(machine).map_err(|error| error.machine(name))
+        act(&*self.machines.find(name)?).map_err(|error| error.machine(name))
     }
 }

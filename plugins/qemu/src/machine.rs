@@ -17,10 +17,10 @@
 mod prepare;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Ready, Result, State};
+use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Member, Ready, Result, State};
 use qapi::qmp;
 
 use self::prepare::Unbuildable;
@@ -51,11 +51,34 @@ const COMING_UP: Duration = Duration::from_secs(50);
 pub struct Shared {
     pub qemu_img: PathBuf,
     pub program: Program,
-    pub keep_disks: bool,
-    /// None if no machine is to have one, and none has.
-    pub templates: Option<Templates>,
+    pub template_dir: PathBuf,
+    /// Not opened as long as no machine is to have one, and none has.
+    pub templates: OnceLock<Templates>,
     pub budget: Arc<Budget>,
     pub host: Host,
+}
+
+impl Shared {
+    /// Opens the folder of the templates, unless it is open already.
+    ///
+    /// # Errors
+    /// As [`Templates::open`].
+    pub fn open_templates(&self) -> Result<()> {
+        if self.templates.get().is_none() {
+            // Nobody else opens it meanwhile: the folder has a lock.
+            let _ = self.templates.set(Templates::open(&self.template_dir)?);
+        }
+        Ok(())
+    }
+
+    /// From now on only these machines have templates, which may take that much together.
+    pub fn see_to_templates(&self, machines: &[Arc<Machine>], space: Option<u64>) {
+        let Some(templates) = self.templates.get() else { return };
+        let instant = machines.iter().filter(|machine| machine.is_instant());
+        let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
+        templates.set_space(space);
+        templates.keep_only(&names);
+    }
 }
 
 pub struct Machine {
@@ -95,6 +118,30 @@ impl Now {
     }
 }
 
+impl Member for Machine {
+    type Keys = MachineFiles;
+
+    fn name_in(files: &MachineFiles) -> &str {
+        &files.info.name
+    }
+
+    fn unique(files: &MachineFiles) -> Vec<(&'static str, Option<&str>)> {
+        let info = &files.info;
+        vec![
+            ("qcow2_path", files.disk.to_str()),
+            // One's disk must not be where another's disposable disk goes, either.
+            ("qcow2_path", files.disposable.to_str()),
+            ("snapshot_path", files.snapshot.to_str()),
+            ("ip", Some(&info.ip)),
+            ("mac_address", info.mac_address.as_deref()),
+        ]
+    }
+
+    fn keys(&self) -> &MachineFiles {
+        &self.files
+    }
+}
+
 impl Machine {
     pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Self {
         let socket = sockets.join(format!("qemu_{}.sock", files.info.name));
@@ -114,13 +161,19 @@ impl Machine {
         &self.files.info
     }
 
+    /// Whether it is to have a template.
+    pub fn is_instant(&self) -> bool {
+        self.files.ahead.instant
+    }
+
     /// Clears away what a host that died left of this machine.
     ///
     /// # Errors
     /// A file stays.
     pub fn clear_leftovers(&self) -> Result<()> {
         let program = self.shared.program.path();
-        leftovers::clear(&self.files.disposable, &self.socket, program, self.shared.keep_disks)
+        let cleared = leftovers::clear(&self.files.disposable, &self.socket, program, self.files.keep_disk);
+        cleared.map_err(|error| error.machine(self.name()))
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
@@ -269,7 +322,7 @@ impl Machine {
         deadline: Deadline,
     ) -> Result<Arc<Run>, NotStarted> {
         let mut disk = self.disposable(disposable, deadline)?;
-        disk.keep = self.shared.keep_disks;
+        disk.keep = self.files.keep_disk;
         steps.done("overlay");
         let start = Start {
             machine: &self.files.info.name,
@@ -322,7 +375,25 @@ impl Machine {
         Ok(())
     }
 
-    /// The host ends: what stands by is ended, without waiting for that yet.
+    /// Expects that nothing of it runs but what stands by, so that the machine can go.
+    ///
+    /// # Errors
+    /// It is on.
+    pub fn expect_off(&self, deadline: Deadline) -> Result<()> {
+        self.wait_for_an_end(deadline);
+        let is_on = match &*self.lock() {
+            Now::Starting => true,
+            Now::On(run) => !run.has_ended(),
+            Now::Off | Now::Preparing { .. } | Now::Ready(_) => false,
+        };
+        if !is_on {
+            return Ok(());
+        }
+        let on = Error::unexpected_state("the machine is on, so it cannot be changed or removed");
+        Err(on.machine(self.name()).advice("Stop it, and reload again"))
+    }
+
+    /// What stands by will have to end: that begins, and is not waited for yet.
     pub fn hurry(&self) {
         if let Now::Ready(standby) = &*self.lock() {
             standby.give_up();
@@ -330,7 +401,10 @@ impl Machine {
     }
 
     /// Has a preparation give up, and lets go of what stands by.
-    fn unprepare(&self, deadline: Deadline) -> Result<()> {
+    ///
+    /// # Errors
+    /// The preparation does not give up; the process does not end.
+    pub fn unprepare(&self, deadline: Deadline) -> Result<()> {
         let mut now = self.lock();
         if let Now::Preparing { run, given_up } = &mut *now {
             *given_up = true;

@@ -28,11 +28,20 @@ where
     F: FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
 {
     let machine = Arc::clone(machine);
+    bounded(limit, move |deadline| work(&machine, deadline)).await
+}
+
+/// Calls into a plugin, with `limit` as the deadline.
+pub async fn bounded<T, F>(limit: Duration, work: F) -> Called<T>
+where
+    T: Send + 'static,
+    F: FnOnce(Deadline) -> Result<T> + Send + 'static,
+{
     // From now on, so that a call that is given up before a thread was free for it never begins.
     let deadline = Deadline::after(limit);
     let mut running = tokio::task::spawn_blocking(move || {
         deadline.check("a free thread")?;
-        work(&machine, deadline)
+        work(deadline)
     });
     match timeout(limit + GRACE, &mut running).await {
         Ok(Ok(result)) => Called::Returned(result),

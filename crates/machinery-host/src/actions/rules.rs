@@ -17,11 +17,11 @@
 //! machinery does not support fails and leaves the machine enabled; a plugin that panics, answers
 //! nonsense or does not come back costs the machine.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, State};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
 use super::call::{Called, call};
@@ -38,21 +38,44 @@ const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 /// What all actors share.
 pub struct House {
-    /// How long each action may take.
-    pub timeouts: Timeouts,
+    /// What the configuration says.
+    pub settings: RwLock<Settings>,
     /// A permit for each restore that may go on; who waits for one is served in turn.
     pub restores: Semaphore,
     /// The same for preparing restores, which never keeps one waiting that is wanted now.
     pub preparations: Arc<Semaphore>,
     /// How often each action was done, and how long it took.
     pub metrics: Arc<Metrics>,
-    /// How to capture traffic, if it is to be captured.
-    pub capture: Option<capture::Settings>,
     /// Where a machine that is disabled is noted.
     pub books: Arc<Books>,
+    /// Told when a machine is free whose configuration has been replaced.
+    pub outdated: Notify,
+}
+
+/// What the configuration says about all actions.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How long each may take.
+    pub timeouts: Timeouts,
+    /// How to capture traffic, if it is to be captured.
+    pub capture: Option<capture::Settings>,
 }
 
 impl House {
+    /// Has these settings hold from now on.
+    pub fn set(&self, settings: Settings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    fn settings(&self) -> Settings {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How long each action may take.
+    pub fn timeouts(&self) -> Timeouts {
+        self.settings().timeouts
+    }
+
     /// Waits until a restore may begin; other actions need no turn. It is refused when the host ends.
     async fn turn(&self, action: &Action) -> Result<Option<SemaphorePermit<'_>>, Failure> {
         if *action != Action::RestoreStart {
@@ -139,10 +162,13 @@ impl Actor {
     /// Whether there is a restore to prepare: for a machine that is off, in the pool, and that no task has.
     /// A task may want to look at what its machine has left before anything is begun anew.
     pub fn can_prepare(&self) -> bool {
-        let status = self.machine.status();
-        let standing = &status.standing;
-        let free = status.state == State::Poweroff && standing.disabled.is_none() && standing.lock.is_none();
-        free && self.machine.machinery.capabilities.prepare && self.lost.is_none()
+        let in_pool = self.machine.status().standing.disabled.is_none();
+        in_pool && self.machine.machinery.capabilities.prepare && self.is_free()
+    }
+
+    /// Whether nobody has the machine, and nothing runs on it.
+    pub fn is_free(&self) -> bool {
+        self.machine.status().is_free() && self.lost.is_none()
     }
 
     /// Waits for the turn to prepare. `None` when the host ends.
@@ -161,12 +187,12 @@ impl Actor {
         self.expect_no_lost_call()?;
         self.expect_supported(action)?;
         match action {
-            Action::RestoreStart => self.start(action, self.house.timeouts.restore_start).await,
-            Action::NorestoreStart => self.start(action, self.house.timeouts.norestore_start).await,
+            Action::RestoreStart => self.start(action, self.house.timeouts().restore_start).await,
+            Action::NorestoreStart => self.start(action, self.house.timeouts().norestore_start).await,
             Action::Stop => self.stop().await.map_err(Failure::from),
             Action::AcpiStop => self.acpi_stop().await,
-            Action::DumpMemory { .. } => self.look(action, self.house.timeouts.dump_memory).await,
-            Action::Screenshot { .. } => self.look(action, self.house.timeouts.screenshot).await,
+            Action::DumpMemory { .. } => self.look(action, self.house.timeouts().dump_memory).await,
+            Action::Screenshot { .. } => self.look(action, self.house.timeouts().screenshot).await,
             Action::Prepare => self.prepare().await,
         }
     }
@@ -202,8 +228,8 @@ impl Actor {
         self.end_earlier_run().await?;
         let house = Arc::clone(&self.house);
         let turn = house.turn(action).await?;
-        if let Some(settings) = &house.capture {
-            capture::begin(&self.machine, settings).await;
+        if let Some(settings) = house.settings().capture {
+            capture::begin(&self.machine, &settings).await;
         }
         self.machine.set_state(State::Starting);
         let started = self.run_to(State::Running, action, limit).await;
@@ -240,7 +266,7 @@ impl Actor {
 
     async fn stop(&mut self) -> Result<()> {
         self.set_stopping();
-        let ended = self.end(&Action::Stop, self.house.timeouts.stop).await;
+        let ended = self.end(&Action::Stop, self.house.timeouts().stop).await;
         capture::end(&self.machine).await;
         ended
     }
@@ -254,7 +280,7 @@ impl Actor {
     async fn acpi_stop(&mut self) -> Result<(), Failure> {
         let before = self.machine.status().state;
         self.set_stopping();
-        match self.end(&Action::AcpiStop, self.house.timeouts.acpi_stop).await {
+        match self.end(&Action::AcpiStop, self.house.timeouts().acpi_stop).await {
             Ok(()) => {
                 capture::end(&self.machine).await;
                 Ok(())
@@ -293,7 +319,7 @@ impl Actor {
 
     /// What cannot be prepared costs nothing: the next restore does without, and finds out how things stand.
     async fn prepare(&mut self) -> Result<(), Failure> {
-        let prepared = self.run(&Action::Prepare, self.house.timeouts.prepare).await;
+        let prepared = self.run(&Action::Prepare, self.house.timeouts().prepare).await;
         prepared
             .map_err(|reason| Failure { disable: self.lost.is_some() || plugin_at_fault(&reason), reason })
     }
@@ -363,7 +389,7 @@ impl Actor {
 
 /// Has a plugin that prepares a machine give up, by the way the interface has for that.
 pub async fn give_up_preparing(machine: &Arc<Machine>, house: &House) {
-    let given_up = call(machine, house.timeouts.stop, |machine, deadline| {
+    let given_up = call(machine, house.timeouts().stop, |machine, deadline| {
         machine.machinery.instance.stop(machine.name(), deadline)
     });
     match given_up.await {

@@ -1,24 +1,64 @@
 //! One worker for each machine, with a mailbox.
+//!
+//! A worker can be sent to *rest*: nothing is begun on its machine until the rest is over, and what comes
+//! meanwhile waits. From there it goes on, or is dismissed with its machine.
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::rules::{Actor, House, give_up_preparing};
 use super::{Action, CLOSING, Outcome};
 use crate::capture;
-use crate::fleet::{Fleet, Machine};
+use crate::fleet::Machine;
+
+/// What comes into a mailbox.
+enum Mail {
+    Job(Job),
+    Rest(Rest),
+}
 
 struct Job {
     action: Action,
     answer: Answer,
     _pending: Pending,
+}
+
+/// Where a worker rests.
+struct Rest {
+    reached: oneshot::Sender<()>,
+    /// Ends with a word if the worker is dismissed, and without if it goes on.
+    over: oneshot::Receiver<()>,
+}
+
+/// A worker on its way there.
+pub struct GoingToRest {
+    reaching: oneshot::Receiver<()>,
+    resting: Resting,
+}
+
+impl GoingToRest {
+    /// Waits until it is at rest. `None` if it has ended.
+    pub async fn reached(self) -> Option<Resting> {
+        self.reaching.await.ok().map(|()| self.resting)
+    }
+}
+
+/// A worker at rest, until this is dropped.
+pub struct Resting(oneshot::Sender<()>);
+
+impl Resting {
+    /// The worker does not go on: its machine is no more.
+    pub fn dismiss(self) {
+        // One that has ended already is as good.
+        let _ = self.0.send(());
+    }
 }
 
 /// How long a restore waits for its preparation. It takes longer only where all of a large snapshot has
@@ -28,16 +68,20 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ONCE_MORE: Duration = Duration::from_millis(500);
 
 const UNWANTED: &str = "not prepared, because the machine is to be stopped or started cold";
+const REMOVED: &str = "the machine was removed from the configuration";
 
-impl Job {
+impl Mail {
     fn ends_a_preparation(&self) -> bool {
-        matches!(self.action, Action::Stop | Action::NorestoreStart)
+        match self {
+            Mail::Job(job) => matches!(job.action, Action::Stop | Action::NorestoreStart),
+            Mail::Rest(_) => true,
+        }
     }
 
     /// From when on a preparation that is under way is not wanted any more because of it, if ever.
     fn ends_preparations_from(&self) -> Option<Instant> {
-        match self.action {
-            Action::RestoreStart => Some(Instant::now() + PATIENCE),
+        match self {
+            Mail::Job(Job { action: Action::RestoreStart, .. }) => Some(Instant::now() + PATIENCE),
             _ => self.ends_a_preparation().then(Instant::now),
         }
     }
@@ -65,8 +109,8 @@ impl Drop for Pending {
 
 /// Where a machine's actions wait.
 struct Mailbox {
-    jobs: mpsc::UnboundedSender<Job>,
-    /// How many of them wait or run.
+    mail: mpsc::UnboundedSender<Mail>,
+    /// How many jobs wait or run.
     pending: watch::Sender<usize>,
 }
 
@@ -102,49 +146,88 @@ pub struct Workers {
     house: Arc<House>,
     /// How many actions wait or run.
     pending: watch::Sender<usize>,
+    workers: Mutex<JoinSet<()>>,
 }
 
 impl Workers {
-    /// Starts a worker for each machine. The set ends when every worker has.
-    pub fn start(fleet: &Fleet, house: House) -> (Workers, JoinSet<()>) {
-        let house = Arc::new(house);
-        let closing = Arc::new(AtomicBool::new(false));
-        let mut workers = JoinSet::new();
-        let mut mailboxes = HashMap::new();
-        for machine in fleet.machines() {
-            let (sender, jobs) = mpsc::unbounded_channel();
-            let mailbox = Mailbox { jobs: sender, pending: watch::Sender::new(0) };
-            mailboxes.insert(machine.name().to_owned(), mailbox);
-            let actor = Actor::new(Arc::clone(machine), Arc::clone(&house));
-            let worker = Worker {
-                actor,
-                jobs,
-                waiting: VecDeque::new(),
-                ended: false,
-                house: Arc::clone(&house),
-                closing: Arc::clone(&closing),
-            };
-            machine.ask_preparation();
-            workers.spawn(worker.work());
+    /// Workers of that house; none yet.
+    pub fn new(house: Arc<House>) -> Self {
+        Workers {
+            mailboxes: Mutex::default(),
+            closing: Arc::default(),
+            house,
+            pending: watch::Sender::new(0),
+            workers: Mutex::default(),
         }
-        let pending = watch::Sender::new(0);
-        (Workers { mailboxes: Mutex::new(mailboxes), closing, house, pending }, workers)
+    }
+
+    /// Starts a worker for that machine, unless the host ends.
+    pub fn start(&self, machine: &Arc<Machine>) {
+        let mut mailboxes = self.mailboxes();
+        if self.closing().is_some() {
+            return;
+        }
+        let (sender, mail) = mpsc::unbounded_channel();
+        let mailbox = Mailbox { mail: sender, pending: watch::Sender::new(0) };
+        mailboxes.insert(machine.name().to_owned(), mailbox);
+        let worker = Worker {
+            actor: Actor::new(Arc::clone(machine), Arc::clone(&self.house)),
+            mail,
+            waiting: VecDeque::new(),
+            ended: false,
+            house: Arc::clone(&self.house),
+            closing: Arc::clone(&self.closing),
+        };
+        machine.ask_preparation();
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that were dismissed are forgotten.
+        while workers.try_join_next().is_some() {}
+        workers.spawn(worker.work());
     }
 
     /// Puts an action into the machine's mailbox. It runs even if nobody waits for the answer.
     pub fn order(&self, machine: &Machine, action: Action, answer: Answer) {
-        let mailboxes = self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mailbox) = mailboxes.get(machine.name()) {
-            // A worker that has ended gives the job back, and dropping it answers it.
-            let pending = Pending::new([&mailbox.pending, &self.pending]);
-            let _ = mailbox.jobs.send(Job { action, answer, _pending: pending });
+        let mailboxes = self.mailboxes();
+        match mailboxes.get(machine.name()) {
+            Some(mailbox) => {
+                // A worker that has ended gives the job back, and dropping it answers it.
+                let pending = Pending::new([&mailbox.pending, &self.pending]);
+                let _ = mailbox.mail.send(Mail::Job(Job { action, answer, _pending: pending }));
+            }
+            // A host that ends has no mailboxes either, and dropping the answer says so.
+            None if self.closing().is_none() => answer.give(Err(REMOVED.to_owned())),
+            None => {}
         }
     }
 
     /// Whether an action of that machine waits or runs.
     pub fn is_busy(&self, machine: &Machine) -> bool {
-        let mailboxes = self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner);
-        mailboxes.get(machine.name()).is_some_and(|mailbox| *mailbox.pending.borrow() > 0)
+        self.mailboxes().get(machine.name()).is_some_and(|mailbox| *mailbox.pending.borrow() > 0)
+    }
+
+    /// Sends the machine's worker to rest, unless an action waits or runs; what is only done ahead of
+    /// time is ended.
+    pub fn rest(&self, machine: &Machine) -> Option<GoingToRest> {
+        let (reached, reaching) = oneshot::channel();
+        let (resting, over) = oneshot::channel();
+        let mailboxes = self.mailboxes();
+        let idle = mailboxes.get(machine.name()).filter(|mailbox| *mailbox.pending.borrow() == 0)?;
+        idle.mail.send(Mail::Rest(Rest { reached, over })).ok()?;
+        Some(GoingToRest { reaching, resting: Resting(resting) })
+    }
+
+    /// From now on nothing can be ordered of that machine.
+    pub fn forget(&self, machine: &Machine) {
+        self.mailboxes().remove(machine.name());
+    }
+
+    /// The house they work in.
+    pub fn house(&self) -> &House {
+        &self.house
+    }
+
+    fn mailboxes(&self) -> MutexGuard<'_, HashMap<String, Mailbox>> {
+        self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why nothing new is begun, if the host ends.
@@ -159,22 +242,23 @@ impl Workers {
     }
 
     /// From now on what waits in a mailbox fails. Each worker ends what it is at, powers its
-    /// machine off, and is gone.
-    pub fn close(&self) {
+    /// machine off, and is gone. The set ends when every worker has.
+    pub fn close(&self) -> JoinSet<()> {
         self.closing.store(true, Ordering::SeqCst);
         self.house.restores.close();
         self.house.preparations.close();
-        self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.mailboxes().clear();
+        std::mem::take(&mut self.workers.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 /// One machine's worker.
 struct Worker {
     actor: Actor,
-    jobs: mpsc::UnboundedReceiver<Job>,
-    /// Jobs that came while the machine was prepared, in their order.
-    waiting: VecDeque<Job>,
-    /// Whether no more jobs will come.
+    mail: mpsc::UnboundedReceiver<Mail>,
+    /// What came while the machine was prepared, in its order.
+    waiting: VecDeque<Mail>,
+    /// Whether no more mail will come.
     ended: bool,
     house: Arc<House>,
     closing: Arc<AtomicBool>,
@@ -183,15 +267,32 @@ struct Worker {
 impl Worker {
     async fn work(mut self) {
         loop {
-            if let Some(job) = self.waiting.pop_front() {
-                self.do_job(job).await;
-            } else if self.ended {
-                break;
-            } else {
-                self.next().await;
+            match self.waiting.pop_front() {
+                Some(Mail::Job(job)) => self.do_job(job).await,
+                Some(Mail::Rest(rest)) => {
+                    if is_dismissed(rest).await {
+                        return self.turn_away();
+                    }
+                    self.actor.machine().ask_preparation();
+                }
+                None if self.ended => break,
+                None => self.next().await,
             }
         }
         power_off(&mut self.actor).await;
+    }
+
+    /// Answers what came for a machine that is no more.
+    fn turn_away(mut self) {
+        self.mail.close();
+        while let Ok(mail) = self.mail.try_recv() {
+            self.waiting.push_back(mail);
+        }
+        for mail in self.waiting {
+            if let Mail::Job(job) = mail {
+                job.answer.give(Err(REMOVED.to_owned()));
+            }
+        }
     }
 
     /// Waits for something to do. A job comes before what is only done ahead of time.
@@ -199,14 +300,14 @@ impl Worker {
         let machine = Arc::clone(self.actor.machine());
         tokio::select! {
             biased;
-            job = self.jobs.recv() => self.take(job),
+            mail = self.mail.recv() => self.take(mail),
             () = machine.preparation_asked() => self.prepare_ahead().await,
         }
     }
 
-    fn take(&mut self, job: Option<Job>) {
-        self.ended = job.is_none();
-        self.waiting.extend(job);
+    fn take(&mut self, mail: Option<Mail>) {
+        self.ended = mail.is_none();
+        self.waiting.extend(mail);
     }
 
     async fn do_job(&mut self, Job { action, answer, _pending }: Job) {
@@ -222,13 +323,16 @@ impl Worker {
 
     /// Prepares the next restore, unless something is to be done before it is the machine's turn.
     async fn prepare_ahead(&mut self) {
+        if self.actor.is_free() && self.actor.machine().is_outdated() {
+            self.house.outdated.notify_one();
+        }
         if !self.actor.can_prepare() {
             return;
         }
         let turn = tokio::select! {
             biased;
-            job = self.jobs.recv() => {
-                self.take(job);
+            mail = self.mail.recv() => {
+                self.take(mail);
                 return self.come_back();
             }
             turn = self.actor.turn_to_prepare() => turn,
@@ -241,7 +345,7 @@ impl Worker {
 
     /// What came first does not keep the machine from being prepared, unless it is a stop.
     fn come_back(&self) {
-        if !self.waiting.iter().any(Job::ends_a_preparation) {
+        if !self.waiting.iter().any(Mail::ends_a_preparation) {
             self.actor.machine().ask_preparation();
         }
     }
@@ -254,7 +358,7 @@ impl Worker {
             }
             tokio::select! {
                 biased;
-                job = self.jobs.recv(), if !self.ended => self.take(job),
+                mail = self.mail.recv(), if !self.ended => self.take(mail),
                 turn = self.actor.turn_to_prepare() => break turn,
             }
         };
@@ -265,7 +369,7 @@ impl Worker {
     }
 
     fn is_preparing_unwanted(&self) -> bool {
-        self.ended || self.waiting.iter().any(Job::ends_a_preparation)
+        self.ended || self.waiting.iter().any(Mail::ends_a_preparation)
     }
 
     /// Prepares the next restore. One that comes meanwhile waits for it for a while, because it would have
@@ -285,11 +389,11 @@ impl Worker {
             tokio::select! {
                 biased;
                 outcome = &mut prepared => return outcome,
-                job = self.jobs.recv(), if !self.ended => {
-                    let from = job.as_ref().map_or_else(|| Some(Instant::now()), Job::ends_preparations_from);
+                mail = self.mail.recv(), if !self.ended => {
+                    let from = mail.as_ref().map_or_else(|| Some(Instant::now()), Mail::ends_preparations_from);
                     unwanted = [unwanted, from].into_iter().flatten().min();
-                    self.ended = job.is_none();
-                    self.waiting.extend(job);
+                    self.ended = mail.is_none();
+                    self.waiting.extend(mail);
                 }
                 () = give_up => {
                     give_up_preparing(&machine, &self.house).await;
@@ -299,6 +403,11 @@ impl Worker {
             }
         }
     }
+}
+
+/// Rests; tells how it ended.
+async fn is_dismissed(Rest { reached, over }: Rest) -> bool {
+    reached.send(()).is_ok() && over.await.is_ok()
 }
 
 /// The last thing a worker does: the host ends, and no machine outlives it.

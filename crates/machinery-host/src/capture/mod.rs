@@ -105,7 +105,7 @@ async fn stop(machine: &Machine, capture: Option<Capture>) {
 }
 
 fn target(machine: &Machine, settings: &Settings, pcap: PathBuf) -> Result<Target, Error> {
-    let info = &machine.info;
+    let info = machine.info();
     let interface = info.interface.clone().ok_or_else(|| {
         Error::configuration("the machine has no interface to capture on")
             .advice("Give `interface` in the machine's or the machinery's configuration")

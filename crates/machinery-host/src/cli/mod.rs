@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::cwd::Cwd;
-use crate::{check, import, loader, logging, serve};
+use crate::loader::{self, Search};
+use crate::{check, import, logging, serve};
 
 /// Restores, starts and stops the analysis machines of a Cuckoo sandbox.
 #[derive(Parser)]
@@ -34,6 +35,9 @@ struct Global {
     /// A folder to look for plugins in, before all others; can be given several times
     #[arg(long = "plugin-dir", global = true, value_name = "DIR")]
     plugin_dirs: Vec<PathBuf>,
+    /// Load plugins also from where others could have changed them, with a warning
+    #[arg(long, global = true)]
+    allow_insecure_plugins: bool,
     /// Print JSON instead of text
     #[arg(long, global = true)]
     json: bool,
@@ -43,6 +47,15 @@ struct Global {
     /// Say less; twice: only errors
     #[arg(short, long, global = true, action = ArgAction::Count)]
     quiet: u8,
+}
+
+impl Global {
+    fn search(&self, cwd: &Cwd) -> Search {
+        Search {
+            folders: loader::folders(&self.plugin_dirs, cwd),
+            allow_insecure: self.allow_insecure_plugins,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -84,6 +97,8 @@ enum Command {
     },
     /// Show how often each action was done, and how long it and its steps took
     Metrics,
+    /// Have the host read its configuration anew
+    Reload,
     /// Put a disabled machine back into the pool
     EnableMachine { machine: String },
     /// Take a machine out of the pool
@@ -139,9 +154,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     let global = &cli.global;
     let cwd = Cwd::find(global.cwd.as_deref())?;
     match &cli.command {
-        Command::Serve { .. } => serve::run(&cwd, &global.plugin_dirs).map(|()| ExitCode::SUCCESS),
+        Command::Serve { .. } => serve::run(&cwd, &global.search(&cwd)).map(|()| ExitCode::SUCCESS),
         Command::Check => {
-            let report = check::check(&cwd, &global.plugin_dirs);
+            let report = check::check(&cwd, &global.search(&cwd));
             show::report(&report, global.json);
             Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
         }
@@ -165,6 +180,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Metrics => {
             let answer = ask(&cwd, json!({"action": "metrics"}))?;
             show::metrics(&answer, global.json);
+            Ok(code(&answer))
+        }
+        Command::Reload => {
+            let answer = ask(&cwd, json!({"action": "reload"}))?;
+            show::reloaded(&answer, global.json);
             Ok(code(&answer))
         }
         other => act(&cwd, &request(other)?, global.json),
@@ -244,10 +264,13 @@ fn code(answer: &Value) -> ExitCode {
 /// Listed plugins are opened and told about; others are only named, because opening runs their code.
 fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
     let config = crate::config::Config::read(cwd)?;
-    let folders = loader::folders(&global.plugin_dirs, cwd);
-    let opened = |name: &String| (name.clone(), loader::open(name, &folders).map_err(Error::from));
+    let search = global.search(cwd);
+    let opened = |name: &String| {
+        let opened = loader::open(name, &search, config.plugin_hashes.as_ref());
+        (name.clone(), opened.map_err(Error::from))
+    };
     let listed: Vec<_> = config.machineries.iter().map(opened).collect();
-    let others: Vec<_> = loader::available(&folders)
+    let others: Vec<_> = loader::available(&search.folders)
         .into_iter()
         .filter(|(name, _)| !loader::is_listed(name, &config.machineries))
         .collect();

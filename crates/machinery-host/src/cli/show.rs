@@ -6,11 +6,11 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use machinery::host::Plugin;
 use machinery::{Error, Level, Report, Result, in_words};
 use serde_json::{Value, json};
 
 use crate::import::Imported;
+use crate::loader::Opened;
 
 /// A failure.
 pub fn error(error: &Error, json: bool) {
@@ -88,13 +88,15 @@ fn costs(machines: &Value) -> Option<String> {
 /// Why the machine is not available, if it is not, and why it is not restored faster.
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
+    let outdated = machine["outdated"] == json!(true);
+    let outdated = outdated.then(|| "its new configuration waits until it is free".to_owned());
     let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
         let by = if *is == "disabled" { ":" } else { " by" };
         format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
     });
     let why = machine["ready"]["why"].as_str().filter(|why| !why.is_empty());
     let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
-    said.chain(why).collect::<Vec<_>>().join("; ")
+    said.chain(outdated).chain(why).collect::<Vec<_>>().join("; ")
 }
 
 fn first_line(text: &str) -> &str {
@@ -145,6 +147,31 @@ pub fn state(answer: &Value, json: bool) {
     }
 }
 
+/// What a new configuration has come to.
+pub fn reloaded(answer: &Value, json: bool) {
+    if json || answer["success"] != json!(true) {
+        return plain(answer, json);
+    }
+    let texts = |key: &str| {
+        answer[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>()
+    };
+    let kinds = [("added", ""), ("changed", ""), ("removed", ""), ("later", " (in use: when it is free)")];
+    let mut nothing = true;
+    for (kind, when) in kinds {
+        let machines = texts(kind);
+        for machine in &machines {
+            println!("{kind:8}  {machine}{when}");
+        }
+        nothing &= machines.is_empty();
+    }
+    if nothing {
+        println!("no machine is otherwise than before");
+    }
+    for note in texts("notes") {
+        println!("note      {note}");
+    }
+}
+
 /// An answer that has nothing to show but success or its reason.
 fn plain(answer: &Value, json: bool) {
     if json {
@@ -173,18 +200,19 @@ pub fn imported(imported: &Imported, json: bool) {
 }
 
 /// The plugins that are listed, and those that are there.
-pub fn plugins(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)], json: bool) {
+pub fn plugins(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)], json: bool) {
     if json {
         return plugins_as_json(listed, others);
     }
-    let mut rows = vec![["NAME", "VERSION", "INTERFACE", "LICENCE", "FILE"].map(str::to_owned)];
-    for (name, plugin) in listed {
-        match plugin {
-            Ok(plugin) => rows.push([
+    let mut rows = vec![["NAME", "VERSION", "INTERFACE", "LICENCE", "SHA256", "FILE"].map(str::to_owned)];
+    for (name, opened) in listed {
+        match opened {
+            Ok(Opened { plugin, sha256 }) => rows.push([
                 name.clone(),
                 plugin.version().to_owned(),
                 plugin.interface(),
                 plugin.license().to_owned(),
+                sha256.to_string(),
                 plugin.path().display().to_string(),
             ]),
             Err(error) => eprintln!("error: {error}"),
@@ -193,20 +221,21 @@ pub fn plugins(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)]
     for (name, path) in others {
         let unopened = || "-".to_owned();
         let path = format!("{} (not listed, not opened)", path.display());
-        rows.push([name.clone(), unopened(), unopened(), unopened(), path]);
+        rows.push([name.clone(), unopened(), unopened(), unopened(), unopened(), path]);
     }
     println!("{}", table(&rows));
 }
 
-fn plugins_as_json(listed: &[(String, Result<Plugin>)], others: &[(String, PathBuf)]) {
+fn plugins_as_json(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)]) {
     let listed: Vec<Value> = listed
         .iter()
-        .map(|(name, plugin)| match plugin {
-            Ok(plugin) => json!({
+        .map(|(name, opened)| match opened {
+            Ok(Opened { plugin, sha256 }) => json!({
                 "name": name,
                 "version": plugin.version(),
                 "interface": plugin.interface(),
                 "license": plugin.license(),
+                "sha256": sha256.to_string(),
                 "path": plugin.path().display().to_string(),
             }),
             Err(error) => json!({"name": name, "error": error.to_string()}),

@@ -13,14 +13,14 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use machinery::{Error, Result};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-use super::Fleet;
 use super::standing::Standing;
+use super::{Fleet, Roll};
 
 /// The only format there has been.
 const FORMAT: u32 = 1;
@@ -34,9 +34,9 @@ struct Page {
 /// Keeps the file as the fleet is.
 pub struct Books {
     path: PathBuf,
-    fleet: Arc<OnceLock<Fleet>>,
+    fleet: Arc<Fleet>,
     /// Of machines that are not configured.
-    others: BTreeMap<String, Standing>,
+    others: std::sync::Mutex<BTreeMap<String, Standing>>,
     /// Counts calls of [`save`](Books::save).
     changes: AtomicU64,
     /// How many of them are on disk.
@@ -50,16 +50,32 @@ impl Books {
     ///
     /// # Errors
     /// The file is there, but cannot be read or makes no sense.
-    pub fn open(folder: &Path, fleet: Arc<OnceLock<Fleet>>) -> Result<Arc<Self>> {
+    pub fn open(folder: &Path, fleet: Arc<Fleet>) -> Result<Arc<Self>> {
         let path = folder.join("machines.json");
         let mut others = read(&path)?;
-        for machine in fleet.get().map_or(&[][..], Fleet::machines) {
-            if let Some(standing) = others.remove(machine.name()) {
-                machine.recall(standing);
+        recall(&mut others, &fleet.roll());
+        let (changes, written, behind) = (AtomicU64::new(0), Mutex::new(0), AtomicBool::new(false));
+        let others = std::sync::Mutex::new(others);
+        Ok(Arc::new(Books { path, fleet, others, changes, written, behind }))
+    }
+
+    /// Puts others in the place of those in the fleet. What is known of machines that are not in it any
+    /// more is kept, and given back to those that come anew.
+    pub fn call(&self, roll: Roll) {
+        let mut others = self.others();
+        for machine in self.fleet.roll().machines() {
+            let standing = machine.status().standing;
+            if !roll.is_member(machine) && !standing.is_plain() {
+                others.insert(machine.name().to_owned(), standing);
             }
         }
-        let (changes, written, behind) = (AtomicU64::new(0), Mutex::new(0), AtomicBool::new(false));
-        Ok(Arc::new(Books { path, fleet, others, changes, written, behind }))
+        recall(&mut others, &roll);
+        self.fleet.call(roll);
+    }
+
+    fn others(&self) -> MutexGuard<'_, BTreeMap<String, Standing>> {
+        // Whole after each statement, so poison means nothing.
+        self.others.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns when all changes that were made before are on disk.
@@ -102,21 +118,32 @@ impl Books {
     /// The captures that were on record when the host was started, also of machines that are not
     /// configured.
     pub fn captures(&self) -> Vec<PathBuf> {
-        let machines = self.fleet.get().map_or(&[][..], Fleet::machines).iter();
-        let holds = machines.filter_map(|machine| machine.hold());
-        let others = self.others.values().filter_map(|standing| standing.lock.clone());
+        let roll = self.fleet.roll();
+        let holds = roll.machines().iter().filter_map(|machine| machine.hold());
+        let others = self.others();
+        let others = others.values().filter_map(|standing| standing.lock.clone());
         holds.chain(others).filter_map(|hold| hold.pcap_path).collect()
     }
 
     fn text(&self) -> io::Result<String> {
-        let mut machines = self.others.clone();
-        for machine in self.fleet.get().map_or(&[][..], Fleet::machines) {
+        let others = self.others();
+        let mut machines = others.clone();
+        for machine in self.fleet.roll().machines() {
             let standing = machine.status().standing;
             if !standing.is_plain() {
                 machines.insert(machine.name().to_owned(), standing);
             }
         }
         Ok(serde_json::to_string_pretty(&Page { format: FORMAT, machines })?)
+    }
+}
+
+/// Gives the machines the standing that is on record for them.
+fn recall(others: &mut BTreeMap<String, Standing>, roll: &Roll) {
+    for machine in roll.machines() {
+        if let Some(standing) = others.remove(machine.name()) {
+            machine.recall(standing);
+        }
     }
 }
 
@@ -153,12 +180,6 @@ mod tests {
     use super::super::standing::Hold;
     use super::*;
 
-    fn empty_fleet() -> Arc<OnceLock<Fleet>> {
-        let fleet = Arc::new(OnceLock::new());
-        assert!(fleet.set(Fleet::new(Vec::new())).is_ok());
-        fleet
-    }
-
     #[tokio::test]
     async fn what_is_on_record_of_machines_that_are_away_is_kept() {
         let folder = tempfile::tempdir().unwrap();
@@ -171,7 +192,7 @@ mod tests {
             serde_json::to_string(&Page { format: FORMAT, machines: machines.clone() }).unwrap().as_bytes(),
         )
         .unwrap();
-        let books = Books::open(folder.path(), empty_fleet()).unwrap();
+        let books = Books::open(folder.path(), Arc::default()).unwrap();
         books.save().await.unwrap();
         assert_eq!(read(&path).unwrap(), machines);
     }
@@ -181,7 +202,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for text in ["", "{", "{\"format\": 2, \"machines\": {}}"] {
             fs::write(folder.path().join("machines.json"), text).unwrap();
-            let error = Books::open(folder.path(), empty_fleet()).err().unwrap().to_string();
+            let error = Books::open(folder.path(), Arc::default()).err().unwrap().to_string();
             assert!(error.contains("machines.json") && error.contains("move it away"), "{error}");
         }
     }
@@ -190,7 +211,7 @@ mod tests {
     async fn a_full_or_missing_folder_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let gone = folder.path().join("gone");
-        let books = Books::open(&gone, empty_fleet()).unwrap();
+        let books = Books::open(&gone, Arc::default()).unwrap();
         assert!(books.save().await.unwrap_err().to_string().contains("gone/machines.json"));
         fs::create_dir(&gone).unwrap();
         books.save().await.unwrap();

@@ -1,11 +1,11 @@
 //! One machine.
 //!
-//! What it *is* (name, ip, tags) comes from its plugin and never changes. What it *does* (state) is
-//! in its [`Status`]: the worker writes what it ordered, the plugin reports what happened by itself.
+//! What it *is* (name, ip, tags) comes from its plugin, and changes only with the configuration, while
+//! nobody has it. What it *does* (state) is in its [`Status`]: the worker writes what it ordered, the plugin reports what happened by itself.
 //! Who *has* it is its [`Standing`]. Every change goes out as an event.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use machinery::{MachineInfo, Ready, State};
@@ -19,8 +19,8 @@ use crate::events::{Event, Events};
 
 /// One machine.
 pub struct Machine {
-    /// What it is.
-    pub info: MachineInfo,
+    name: String,
+    info: RwLock<Arc<MachineInfo>>,
     /// Who drives it.
     pub machinery: Arc<Machinery>,
     status: Mutex<Status>,
@@ -61,6 +61,15 @@ pub struct Status {
     pub steps: Vec<(String, Duration)>,
     /// How often what was prepared has gone by itself since the last start.
     pub relapses: u32,
+    /// Whether its configuration has been replaced while it was in use.
+    pub outdated: bool,
+}
+
+impl Status {
+    /// Whether it is powered off and no task has it.
+    pub fn is_free(&self) -> bool {
+        self.state == State::Poweroff && self.standing.lock.is_none()
+    }
 }
 
 /// How many errors are remembered for one machine.
@@ -85,9 +94,11 @@ impl Machine {
             ready: None,
             steps: Vec::new(),
             relapses: 0,
+            outdated: false,
         };
         Machine {
-            info,
+            name: info.name.clone(),
+            info: RwLock::new(Arc::new(info)),
             machinery,
             status: Mutex::new(status),
             asking: AtomicBool::new(false),
@@ -99,7 +110,17 @@ impl Machine {
 
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.info.name
+        &self.name
+    }
+
+    /// What it is.
+    pub fn info(&self) -> Arc<MachineInfo> {
+        Arc::clone(&self.info.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// It is otherwise from now on, of the same name.
+    pub fn set_info(&self, info: MachineInfo) {
+        *self.info.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(info);
     }
 
     /// What is known now.
@@ -145,7 +166,7 @@ impl Machine {
             _ => {}
         }
         // Sent under the lock, so that subscribers hear the changes in their order.
-        self.events.send(Event::State { machine: self.info.name.clone(), state, reason: reason.to_owned() });
+        self.events.send(Event::State { machine: self.name.clone(), state, reason: reason.to_owned() });
     }
 
     /// Its next restore should be prepared when there is nothing else to do.
@@ -178,7 +199,20 @@ impl Machine {
             return;
         }
         status.ready = Some(ready.clone());
-        self.events.send(Event::Ready { machine: self.info.name.clone(), ready: ready.clone() });
+        self.events.send(Event::Ready { machine: self.name.clone(), ready: ready.clone() });
+    }
+
+    /// Whether its configuration has been replaced while it was in use.
+    pub fn is_outdated(&self) -> bool {
+        self.lock_status().outdated
+    }
+
+    /// Notes that, or that it is as configured. One that has become free meanwhile says so once more.
+    pub fn set_outdated(&self, outdated: bool) {
+        self.lock_status().outdated = outdated;
+        if outdated {
+            self.preparation.notify_one();
+        }
     }
 
     /// An action begins: it has had no steps yet.
@@ -223,11 +257,11 @@ impl Machine {
             return Ok(false);
         }
         if let Some(reason) = status.standing.hindrance(&hold.task_id) {
-            return Err(Unavailable { machine: self.info.name.clone(), wanted: "locked", reason });
+            return Err(Unavailable { machine: self.name.clone(), wanted: "locked", reason });
         }
         status.standing.lock = Some(hold.clone());
         let task_id = hold.task_id.clone();
-        self.events.send(Event::Locked { machine: self.info.name.clone(), task_id });
+        self.events.send(Event::Locked { machine: self.name.clone(), task_id });
         Ok(true)
     }
 
@@ -237,7 +271,7 @@ impl Machine {
     /// Nobody has it, or another task.
     pub fn unlock(&self, task_id: Option<&str>) -> Result<(), NotHeld> {
         let mut status = self.lock_status();
-        let machine = self.info.name.clone();
+        let machine = self.name.clone();
         let Some(hold) = &status.standing.lock else { return Err(NotHeld::NotLocked(machine)) };
         if task_id.is_some_and(|task_id| task_id != hold.task_id) {
             return Err(NotHeld::OfAnother { machine, holder: hold.task_id.clone() });
@@ -254,7 +288,7 @@ impl Machine {
     /// It is not available to that task.
     pub fn reserve(&self, task_id: &str) -> Result<bool, Unavailable> {
         let mut status = self.lock_status();
-        let machine = self.info.name.clone();
+        let machine = self.name.clone();
         if let Some(reason) = status.standing.hindrance(task_id) {
             return Err(Unavailable { machine, wanted: "reserved", reason });
         }
@@ -272,7 +306,7 @@ impl Machine {
     /// It is not reserved.
     pub fn unreserve(&self) -> Result<(), NotHeld> {
         let mut status = self.lock_status();
-        let machine = self.info.name.clone();
+        let machine = self.name.clone();
         if status.standing.reserved_by.take().is_none() {
             return Err(NotHeld::NotReserved(machine));
         }
@@ -290,7 +324,7 @@ impl Machine {
         tracing::error!(machine = self.name(), reason, "machine disabled");
         let mut status = self.lock_status();
         status.standing.disabled = Some(reason.to_owned());
-        self.events.send(Event::Disabled { machine: self.info.name.clone(), reason: reason.to_owned() });
+        self.events.send(Event::Disabled { machine: self.name.clone(), reason: reason.to_owned() });
     }
 
     /// Puts it back.
@@ -298,7 +332,7 @@ impl Machine {
         if self.lock_status().standing.disabled.take().is_some() {
             tracing::info!(machine = self.name(), "machine enabled");
             self.preparation.notify_one();
-            self.events.send(Event::Enabled { machine: self.info.name.clone() });
+            self.events.send(Event::Enabled { machine: self.name.clone() });
         }
     }
 
@@ -307,17 +341,17 @@ impl Machine {
         let error = error.clone().action("capturing the traffic").machine(self.name()).to_string();
         tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
         self.add_error(&error);
-        self.events.send(Event::CaptureFailed { machine: self.info.name.clone(), reason: error });
+        self.events.send(Event::CaptureFailed { machine: self.name.clone(), reason: error });
     }
 
     /// Tells how far a long action is.
     pub fn progress(&self, fraction: f64) {
-        self.events.send(Event::Progress { machine: self.info.name.clone(), fraction });
+        self.events.send(Event::Progress { machine: self.name.clone(), fraction });
     }
 
-    /// The keys that Cuckoo3's `Machine.from_dict` reads, and `ready`.
+    /// The keys that Cuckoo3's `Machine.from_dict` reads, and `ready` and `outdated`.
     pub fn to_json(&self) -> Value {
-        let info = &self.info;
+        let info = self.info();
         let status = self.lock_status();
         let Standing { lock, reserved_by, disabled } = &status.standing;
         json!({
@@ -342,6 +376,7 @@ impl Machine {
             "disabled_reason": disabled.as_deref().unwrap_or(""),
             "errors": status.errors,
             "ready": status.ready,
+            "outdated": status.outdated,
         })
     }
 

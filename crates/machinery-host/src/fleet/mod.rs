@@ -15,12 +15,14 @@ pub mod services;
 pub mod standing;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use machinery::Capabilities;
 use machinery::host::Instance;
 
 pub use machine::Machine;
+
+use crate::loader::PluginFile;
 
 /// A loaded machinery.
 pub struct Machinery {
@@ -32,25 +34,53 @@ pub struct Machinery {
     pub capabilities: Capabilities,
     /// The hypervisor's version, for people.
     pub version: String,
+    /// The file its plugin was loaded from.
+    pub plugin: PluginFile,
 }
 
-/// All machines, in the order of the configuration.
+/// All machineries and their machines. It is empty until they are loaded, and changes with the
+/// configuration.
+#[derive(Default)]
 pub struct Fleet {
-    machines: Vec<Arc<Machine>>,
     /// Held while a machine is given to a task.
     giving: Mutex<()>,
+    roll: RwLock<Arc<Roll>>,
+}
+
+/// Who is in the fleet at a time.
+#[derive(Default)]
+pub struct Roll {
+    machineries: Vec<Arc<Machinery>>,
+    machines: Vec<Arc<Machine>>,
     by_name: HashMap<String, Arc<Machine>>,
 }
 
 impl Fleet {
-    /// The fleet of these machines, whose names are unique.
-    pub fn new(machines: Vec<Arc<Machine>>) -> Self {
-        let by_name =
-            machines.iter().map(|machine| (machine.info.name.clone(), Arc::clone(machine))).collect();
-        Fleet { machines, giving: Mutex::new(()), by_name }
+    /// Who is in it now.
+    pub fn roll(&self) -> Arc<Roll> {
+        Arc::clone(&self.roll.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// All of them.
+    /// Puts others in the place of those that are in it.
+    pub fn call(&self, roll: Roll) {
+        *self.roll.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(roll);
+    }
+}
+
+impl Roll {
+    /// These machineries, and their machines in the order of the configuration; names are unique.
+    pub fn new(machineries: Vec<Arc<Machinery>>, machines: Vec<Arc<Machine>>) -> Self {
+        let by_name =
+            machines.iter().map(|machine| (machine.name().to_owned(), Arc::clone(machine))).collect();
+        Roll { machineries, machines, by_name }
+    }
+
+    /// All machineries, as listed.
+    pub fn machineries(&self) -> &[Arc<Machinery>] {
+        &self.machineries
+    }
+
+    /// All machines.
     pub fn machines(&self) -> &[Arc<Machine>] {
         &self.machines
     }
@@ -58,5 +88,10 @@ impl Fleet {
     /// The machine of that name.
     pub fn find(&self, name: &str) -> Option<&Arc<Machine>> {
         self.by_name.get(name)
+    }
+
+    /// Whether that very machine is in it.
+    pub fn is_member(&self, machine: &Arc<Machine>) -> bool {
+        self.find(machine.name()).is_some_and(|same| Arc::ptr_eq(same, machine))
     }
 }

@@ -13,7 +13,7 @@ use machinery::MachineInfo;
 use thiserror::Error;
 
 use super::standing::{Hold, Unavailable};
-use super::{Fleet, Machine};
+use super::{Fleet, Machine, Roll};
 
 /// What a task asks for; what is empty may be anything.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -72,7 +72,16 @@ impl Fleet {
     /// It is not available to that task, or its capture would go where another's goes.
     pub fn lock(&self, machine: &Arc<Machine>, hold: &Hold) -> Result<bool, NotGiven> {
         let _giving = self.giving.lock().unwrap_or_else(PoisonError::into_inner);
-        self.give(machine, hold)
+        self.roll().give(machine, hold)
+    }
+
+    /// Keeps the machine for a task; tells whether that is new.
+    ///
+    /// # Errors
+    /// It is not available to that task.
+    pub fn reserve(&self, machine: &Arc<Machine>, task_id: &str) -> Result<bool, NotGiven> {
+        self.roll().expect_member(machine)?;
+        Ok(machine.reserve(task_id)?)
     }
 
     /// Gives the task the first machine that will do; tells whether that is new.
@@ -81,12 +90,13 @@ impl Fleet {
     /// None will.
     pub fn acquire(&self, wanted: &Wanted, hold: &Hold) -> Result<(Arc<Machine>, bool), NotGiven> {
         let _giving = self.giving.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut fitting: Vec<_> = self.fitting(wanted).collect();
+        let roll = self.roll();
+        let mut fitting: Vec<_> = roll.fitting(wanted).collect();
         // Stable: among equals, the order is that of the configuration.
         fitting.sort_by_key(|machine| machine.status().standing.distance_to(hold));
         let mut last = None;
         for machine in fitting {
-            match self.give(machine, hold) {
+            match roll.give(machine, hold) {
                 Ok(new) => return Ok((Arc::clone(machine), new)),
                 Err(error @ NotGiven::PcapTaken { .. }) => return Err(error),
                 Err(error) => last = Some(error),
@@ -99,8 +109,11 @@ impl Fleet {
             (Some(error), _) => error,
         })
     }
+}
 
+impl Roll {
     fn give(&self, machine: &Arc<Machine>, hold: &Hold) -> Result<bool, NotGiven> {
+        self.expect_member(machine)?;
         let others = self.machines().iter().filter(|other| !Arc::ptr_eq(other, machine));
         if let Some(path) = &hold.pcap_path
             && let Some(other) = others
@@ -112,10 +125,15 @@ impl Fleet {
         Ok(machine.lock(hold)?)
     }
 
+    /// A machine that somebody still knows may have been removed from the configuration.
+    fn expect_member(&self, machine: &Arc<Machine>) -> Result<(), NotGiven> {
+        if self.is_member(machine) { Ok(()) } else { Err(NotGiven::NoSuchMachine(machine.name().to_owned())) }
+    }
+
     /// The machines that would do, in the order of the configuration.
     fn fitting<'a>(&'a self, wanted: &'a Wanted) -> impl Iterator<Item = &'a Arc<Machine>> {
         self.machines().iter().filter(|machine| match wanted.name.as_str() {
-            "" => wanted.fits(&machine.info),
+            "" => wanted.fits(&machine.info()),
             name => machine.name() == name,
         })
     }

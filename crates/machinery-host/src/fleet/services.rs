@@ -1,6 +1,6 @@
 //! What a plugin is given to report through.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{HostServices, LogLevel, LogRecord, Ready, State};
@@ -12,20 +12,20 @@ use crate::logging;
 /// host has ended; then it is not heard.
 pub struct Services {
     machinery: String,
-    fleet: Arc<OnceLock<Fleet>>,
+    fleet: Arc<Fleet>,
 }
 
 impl Services {
     /// The services for that machinery's plugin.
-    pub fn new(machinery: &str, fleet: Arc<OnceLock<Fleet>>) -> Self {
+    pub fn new(machinery: &str, fleet: Arc<Fleet>) -> Self {
         Services { machinery: machinery.to_owned(), fleet }
     }
 
     /// A plugin may only speak of its own machines.
-    fn machine(&self, name: &str) -> Option<&Arc<Machine>> {
-        let machine = self.fleet.get()?.find(name);
-        let own = machine.filter(|machine| machine.machinery.name == self.machinery);
-        if own.is_none() {
+    fn machine(&self, name: &str) -> Option<Arc<Machine>> {
+        let roll = self.fleet.roll();
+        let own = roll.find(name).filter(|machine| machine.machinery.name == self.machinery).cloned();
+        if own.is_none() && !roll.machineries().is_empty() {
             tracing::warn!(
                 machinery = self.machinery,
                 machine = name,

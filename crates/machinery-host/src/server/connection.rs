@@ -185,6 +185,10 @@ impl Connection {
                 let shared = Arc::clone(&self.shared);
                 return self.later(id, async move { protocol::outcome(shutdown_all(&shared).await) }).await;
             }
+            Request::Reload => {
+                let shared = Arc::clone(&self.shared);
+                return self.later(id, async move { reload(&shared).await }).await;
+            }
             Request::Subscribe => return self.subscribe(id).await,
             Request::List => {
                 self.slot(LARGE).await.fill(self.list(), id.as_ref());
@@ -212,15 +216,15 @@ impl Connection {
                 return self.noted(id, machine).await;
             }
             Request::Lock(machine, hold) => {
-                let given = self.fleet().and_then(|fleet| Ok(fleet.lock(&machine, &hold)?));
+                let given = self.given(|fleet| Ok(fleet.lock(&machine, &hold)?)).await;
                 return self.locked(id, given.map(|new| (machine, new)), hold).await;
             }
             Request::Acquire(wanted, hold) => {
-                let given = self.fleet().and_then(|fleet| Ok(fleet.acquire(&wanted, &hold)?));
+                let given = self.given(|fleet| Ok(fleet.acquire(&wanted, &hold)?)).await;
                 return self.locked(id, given, hold).await;
             }
             Request::Reserve(machine, task_id) => {
-                let given = self.fleet().and_then(|_| Ok(machine.reserve(&task_id)?));
+                let given = self.given(|fleet| Ok(fleet.reserve(&machine, &task_id)?)).await;
                 return self.reserved(id, machine, given).await;
             }
             Request::Unlock(machine, task_id) => match machine.unlock(task_id.as_deref()) {
@@ -291,11 +295,13 @@ impl Connection {
         self.later(id, told).await
     }
 
-    /// The machines to give to tasks, unless the host ends.
-    fn fleet(&self) -> Result<&Fleet, Refused> {
+    /// Gives a machine to a task, unless the host ends. While a new configuration is taken over, that waits;
+    /// and nothing is waited for in the middle of it, because that would keep a reload waiting.
+    async fn given<T>(&self, give: impl FnOnce(&Fleet) -> Result<T, Refused>) -> Result<T, Refused> {
+        let _giving = self.shared.reloader.giving().await;
         match self.shared.workers.closing() {
             Some(closing) => Err(closing.into()),
-            None => self.shared.fleet.get().ok_or_else(|| "the machines are not loaded yet".into()),
+            None => give(&self.shared.fleet),
         }
     }
 
@@ -362,14 +368,15 @@ impl Connection {
     }
 
     fn list(&self) -> Value {
-        let machines: Vec<Value> = self.shared.machines().iter().map(|machine| machine.to_json()).collect();
+        let roll = self.shared.fleet.roll();
+        let machines: Vec<Value> = roll.machines().iter().map(|machine| machine.to_json()).collect();
         json!({"success": true, "machines": machines})
     }
 
     fn version(&self) -> Value {
         let mut machineries = Map::new();
-        for machine in self.shared.machines() {
-            machineries.insert(machine.machinery.name.clone(), json!(machine.machinery.version));
+        for machinery in self.shared.fleet.roll().machineries() {
+            machineries.insert(machinery.name.clone(), json!(machinery.version));
         }
         json!({
             "success": true,
@@ -440,9 +447,21 @@ async fn state(machine: &Arc<Machine>) -> Value {
     }
 }
 
+async fn reload(shared: &Shared) -> Value {
+    match shared.reloader.reload(shared).await {
+        Ok(taken) => {
+            let mut answer = json!(taken);
+            answer["success"] = json!(true);
+            answer
+        }
+        Err(error) => protocol::failure(&error.to_string()),
+    }
+}
+
 /// Stops all machines that are not off; says which could not be stopped.
 async fn shutdown_all(shared: &Shared) -> Outcome {
-    let on = shared
+    let roll = shared.fleet.roll();
+    let on = roll
         .machines()
         .iter()
         .filter(|machine| shared.workers.is_busy(machine) || machine.status().state != State::Poweroff);

@@ -29,6 +29,7 @@ const WORDS: &[&str] = &[
     "disable",
     "enable",
     "wait_idle",
+    "reload",
     "shutdown_all",
     "subscribe",
     "version",
@@ -139,6 +140,7 @@ proptest! {
                     | Request::ShutdownAll
                     | Request::SetEnabled(_)
                     | Request::WaitIdle
+                    | Request::Reload
             )),
         }
     }

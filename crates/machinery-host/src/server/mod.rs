@@ -17,7 +17,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use machinery::{Error, Result, SocketPath};
@@ -31,6 +31,7 @@ use crate::actions::worker::Workers;
 use crate::events::Events;
 use crate::fleet::books::Books;
 use crate::fleet::{Fleet, Machine};
+use crate::reload::Reloader;
 
 pub use peers::Peers;
 
@@ -49,9 +50,11 @@ const TOO_MANY: &[u8] =
 /// What every connection works on.
 pub struct Shared {
     /// The machines.
-    pub fleet: Arc<OnceLock<Fleet>>,
+    pub fleet: Arc<Fleet>,
     /// Who acts on them.
     pub workers: Workers,
+    /// Takes over a new configuration.
+    pub reloader: Reloader,
     /// How often each action was done, and how long it took.
     pub metrics: Arc<Metrics>,
     /// Where is noted who has which machine.
@@ -65,14 +68,9 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// All machines; none while the host still loads.
-    pub fn machines(&self) -> &[Arc<Machine>] {
-        self.fleet.get().map_or(&[], Fleet::machines)
-    }
-
     /// The machine of that name.
-    pub fn find(&self, name: &str) -> Option<&Arc<Machine>> {
-        self.fleet.get()?.find(name)
+    pub fn find(&self, name: &str) -> Option<Arc<Machine>> {
+        self.fleet.roll().find(name).cloned()
     }
 }
 

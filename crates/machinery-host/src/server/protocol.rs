@@ -38,6 +38,8 @@ pub enum Request {
     Acquire(Wanted, Hold),
     /// To hear when no action waits or runs.
     WaitIdle,
+    /// Read the configuration anew.
+    Reload,
     /// All machines.
     List,
     /// The versions of everything.
@@ -108,10 +110,10 @@ pub fn id(object: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
 ///
 /// # Errors
 /// Nothing that can be done; the reasons are Cuckoo3's where it has one.
-pub fn request<'a>(
+pub fn request(
     object: &Map<String, Value>,
     enabled: bool,
-    find: impl Fn(&str) -> Option<&'a Arc<Machine>>,
+    find: impl Fn(&str) -> Option<Arc<Machine>>,
 ) -> Result<Request, Refusal> {
     let text = |key: &str| object.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
     let action = text("action");
@@ -132,7 +134,6 @@ pub fn request<'a>(
     };
     let machine =
         find(name).ok_or_else(|| Refusal::open(Error::no_such_machine(&shortened(name)).to_string()))?;
-    let machine = Arc::clone(machine);
     let act = |action| Ok(Request::Act(Arc::clone(&machine), action));
     match action {
         "restore_start" => act(Action::RestoreStart),
@@ -171,6 +172,7 @@ fn of_all_machines(action: &str) -> Option<Request> {
         "subscribe" => Request::Subscribe,
         "shutdown_all" => Request::ShutdownAll,
         "wait_idle" => Request::WaitIdle,
+        "reload" => Request::Reload,
         "disable" => Request::SetEnabled(false),
         "enable" => Request::SetEnabled(true),
         _ => return None,

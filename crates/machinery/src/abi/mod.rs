@@ -2,7 +2,8 @@
 //!
 //! *Methods* are slots of a vtable that `abi_stable` checks field by field when a plugin is opened;
 //! new ones are added behind the last. *Records* (a setup, the machines, an error) cross as JSON
-//! text; a new field is a new key. So neither breaks plugins that are already built.
+//! text; a new field is a new key. So neither breaks plugins that are already built. The rule of what may
+//! change when is `docs/interface.md`, and `tests/interfaces` has what it is tried on.
 //!
 //! ```text
 //!            host process                        libmachinery_x.so
@@ -72,6 +73,7 @@ pub(crate) type ServicesObject = ServicesAbi_TO<'static, RBox<()>>;
 // `abi_stable`'s macros predate these lints.
 #[allow(non_local_definitions, non_camel_case_types, missing_docs, clippy::all, clippy::pedantic)]
 mod sabi {
+    use super::records::unsupported;
     use super::{RStr, RString, Reply};
     use abi_stable::sabi_trait;
 
@@ -95,9 +97,15 @@ mod sabi {
         ) -> Reply<()>;
         fn screenshot(&self, machine: RStr<'_>, path: RStr<'_>, deadline: u64) -> Reply<()>;
         fn prepare(&self, machine: RStr<'_>, deadline: u64) -> Reply<()>;
-        /// New methods are added behind this one, each with a default that answers `Unsupported`.
+        /// The last of interface 1.0. New methods are added at the end, each with a default that answers
+        /// `Unsupported`: it is what a host calls in a plugin that does not have the method.
         #[sabi(last_prefix_field)]
         fn shutdown(&self, deadline: u64) -> Reply<()>;
+        /// Since 1.1. Takes a `ReloadRequest`, gives a `Reloaded`.
+        fn reload(&self, request: RStr<'_>, deadline: u64) -> Reply<RString> {
+            let _ = (request, deadline);
+            unsupported("reload")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.
@@ -109,7 +117,8 @@ mod sabi {
         fn max_level(&self) -> u8;
         fn step(&self, machine: RStr<'_>, step: RStr<'_>, milliseconds: f64);
         fn ready(&self, machine: RStr<'_>, ready: RStr<'_>);
-        /// New methods are added behind this one, each with a default that does nothing.
+        /// The last of interface 1.0. New methods are added at the end, each with a default that does
+        /// nothing.
         #[sabi(last_prefix_field)]
         fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>);
     }

@@ -18,6 +18,7 @@ use super::{
     MachineryAbi, MachineryAbi_TO, MachineryObject, Manifest, ManifestConflict, Module, ModuleRef, Reply,
     ServicesObject, logging,
 };
+use crate::reload::ReloadRequest;
 use crate::{Deadline, Host, Machinery, Report, Setup};
 
 /// What the export macro knows about the plugin's package.
@@ -145,6 +146,13 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
 
     fn shutdown(&self, deadline: u64) -> Reply<()> {
         guarded(|| self.0.shutdown(after(deadline)))
+    }
+
+    fn reload(&self, request: RStr<'_>, deadline: u64) -> Reply<RString> {
+        guarded(|| {
+            let ReloadRequest { setup, in_use } = from_json(&request, "new configuration")?;
+            to_json(&self.0.reload(&setup, &in_use, after(deadline))?)
+        })
     }
 }
 

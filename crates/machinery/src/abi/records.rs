@@ -38,6 +38,11 @@ pub(crate) fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T
     })
 }
 
+/// What stands for a method that the other side does not have.
+pub(crate) fn unsupported<T>(what: &str) -> Reply<T> {
+    reply(Err(Error::unsupported(what)))
+}
+
 /// An answer on its way over the border.
 pub(crate) fn reply<T>(result: Result<T>) -> Reply<T> {
     match result {

@@ -181,6 +181,15 @@ class Machines(ManagerTest):
         manager.heard({"event": "lost", "count": 3})
         self.assertIs(manager.machines.get_by_name("win"), win)
 
+    def test_a_configuration_that_was_reloaded_shows_in_the_list(self):
+        manager = self.start()
+        win = manager.machines.get_by_name("win")
+        yaml = self.cwd / "conf" / "machineries" / "double.yaml"
+        change_yaml(yaml, lambda values: values["machines"]["win"].update(tags=["new"]))
+        self.request("reload")
+        manager.ears.wait_for("reloaded")
+        self.assertEqual((manager.machines.get_by_name("win"), list(win.tags)), (win, ["new"]))
+
     def test_a_machine_out_of_the_pool_and_back(self):
         manager = self.start()
         win = manager.machines.get_by_name("win")

@@ -21,8 +21,8 @@ impl Machine {
     /// Starts the domain from its snapshot: from the save image where there is one of it, else by a
     /// revert.
     pub(super) fn restored(&self, connect: &Connect, domain: &Domain, given_up: &AtomicBool) -> Result<()> {
-        if !self.wish.image.is_off() && self.wish.image.is_there() {
-            let snapshot = restore::find(domain, self.info.snapshot.as_deref())?;
+        if !self.keys.image.is_off() && self.keys.image.is_there() {
+            let snapshot = restore::find(domain, self.keys.info.snapshot.as_deref())?;
             if let Some(source) = self.source_of_image(domain, &snapshot) {
                 let begun = Instant::now();
                 match self.restored_from_image(connect, domain, &source, &snapshot) {
@@ -30,7 +30,7 @@ impl Machine {
                     Err(error) if given_up.load(Ordering::SeqCst) => {
                         if begun.elapsed() > TOO_LONG {
                             // A revert may be quicker, the next time.
-                            self.wish.image.remove();
+                            self.keys.image.remove();
                             self.lock().no_image = Some("a restore from its image took too long".to_owned());
                         }
                         return Err(error);
@@ -39,15 +39,18 @@ impl Machine {
                 }
             }
         }
-        self.timed("revert", || restore::start(domain, self.info.snapshot.as_deref(), Start::Restored))
+        self.timed("revert", || restore::start(domain, self.keys.info.snapshot.as_deref(), Start::Restored))
     }
 
     /// What the image is of, if that is what a restore goes to.
     fn source_of_image(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
-        let source = self.wish.image.source(domain, snapshot);
-        let right = source.ok().filter(|source| self.wish.image.is_of(source));
+        let source = self.keys.image.source(domain, snapshot);
+        let right = source.ok().filter(|source| self.keys.image.is_of(source));
         if right.is_none() {
-            tracing::warn!(machine = self.info.name, "its save image is of something else, and not used");
+            tracing::warn!(
+                machine = self.keys.info.name,
+                "its save image is of something else, and not used"
+            );
         }
         right
     }
@@ -60,19 +63,19 @@ impl Machine {
         snapshot: &Snapshot,
     ) -> Result<()> {
         self.timed("disk", || source.put_back(snapshot))?;
-        self.timed("load", || self.wish.image.restore(connect))?;
+        self.timed("load", || self.keys.image.restore(connect))?;
         restore::expect_running(domain)
     }
 
     /// One that does not work once is not made again by this host.
     fn image_failed(&self, domain: &Domain, error: &Error) -> Result<()> {
-        tracing::warn!(machine = self.info.name, %error, "its save image does not work, and is used no more");
+        tracing::warn!(machine = self.keys.info.name, %error, "its save image does not work, and is used no more");
         let before = self.lock().ends;
         let ended = restore::destroy(domain)?;
         if ended {
             self.hear_end(before, Deadline::after(HEARING));
         }
-        self.wish.image.remove();
+        self.keys.image.remove();
         self.lock().no_image = Some(format!("its save image has failed: {error}"));
         Ok(())
     }
@@ -87,21 +90,21 @@ impl Machine {
         let (snapshot, source) = match found {
             Ok(found) => found,
             Err(no_image) => {
-                self.wish.image.remove();
+                self.keys.image.remove();
                 self.tell_plain(&format!("{why}; {no_image}"));
                 return Ok(());
             }
         };
-        if !self.wish.image.is_of(&source) {
-            if let Err(no_room) = self.wish.image.make_room(&domain) {
+        if !self.keys.image.is_of(&source) {
+            if let Err(no_room) = self.keys.image.make_room(&domain) {
                 self.tell_plain(&format!("{why}; {no_room}"));
                 return Ok(());
             }
             self.make_image(connect, &domain, &snapshot, given_up)?;
         }
         let ready =
-            Ready { how: Readiness::Instant, why: why.to_owned(), memory: 0, disk: self.wish.image.size() };
-        self.host.ready(&self.info.name, &ready);
+            Ready { how: Readiness::Instant, why: why.to_owned(), memory: 0, disk: self.keys.image.size() };
+        self.host.ready(&self.keys.info.name, &ready);
         Ok(())
     }
 
@@ -110,10 +113,10 @@ impl Machine {
         if let Some(why) = &self.lock().no_image {
             return Err(why.clone());
         }
-        self.wish.image.is_worth_it(domain)?;
+        self.keys.image.is_worth_it(domain)?;
         let snapshot =
-            restore::find(domain, self.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
-        let source = self.wish.image.source(domain, &snapshot)?;
+            restore::find(domain, self.keys.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
+        let source = self.keys.image.source(domain, &snapshot)?;
         Ok((snapshot, source))
     }
 
@@ -129,7 +132,7 @@ impl Machine {
         let before = self.lock().ends;
         self.note.begin(domain);
         let still_wanted = || expect_wanted(given_up);
-        let made = self.timed("save", || self.wish.image.make(connect, domain, snapshot, &still_wanted));
+        let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &still_wanted));
         match &made {
             Ok(()) => self.is_let_go(true, before, Deadline::after(HEARING)),
             Err(error) => self.image_not_made(error, given_up),
@@ -139,7 +142,7 @@ impl Machine {
 
     /// What fails once, by nobody's doing, fails each time, and costs time and room on a disk.
     fn image_not_made(&self, error: &Error, given_up: &AtomicBool) {
-        self.wish.image.remove();
+        self.keys.image.remove();
         self.preparation_failed();
         let mut now = self.lock();
         if given_up.load(Ordering::SeqCst) {

@@ -16,12 +16,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Ready, Result, Share, Standby, State};
+use machinery::{Deadline, Error, Member, Ready, Result, Share, Standby, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use super::{Doing, HEARING, Machine, Now};
 use crate::call::Call;
+use crate::errors::{explain, is_no_domain};
 use crate::events::Event;
 use crate::restore::{self, Snapshot};
 use crate::standby::{self, Held, Mark};
@@ -42,10 +43,10 @@ impl Machine {
     pub fn prepare(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
         self.expect_no_run()?;
         if let Some(why) = self.why_not()
-            && self.wish.image.is_off()
+            && self.keys.image.is_off()
         {
             // One of a time when it was on.
-            self.wish.image.remove();
+            self.keys.image.remove();
             self.tell_plain(why);
             return Ok(());
         }
@@ -107,18 +108,54 @@ impl Machine {
         if let Some(doubt) = doubt {
             self.replace(&doubt);
         } else if lost && !prepared {
-            self.host.wants_prepare(&self.info.name, "libvirtd has ended while it was prepared");
+            self.host.wants_prepare(&self.keys.info.name, "libvirtd has ended while it was prepared");
         }
     }
 
     /// Why it does not stand by at all.
     fn why_not(&self) -> Option<&'static str> {
-        match self.wish.standby {
+        match self.keys.standby {
             Standby::On => None,
             Standby::Off => Some("standby is off"),
             Standby::Auto => Some(
                 "standby is not cheap here: it holds all of the guest's memory; set standby: on to have it",
             ),
+        }
+    }
+
+    /// Expects that nothing of it runs but what stands by, so that the machine can go.
+    ///
+    /// # Errors
+    /// It is on.
+    pub fn expect_off(&self, deadline: Deadline) -> Result<()> {
+        // The host hears of an end a moment before it is noted here.
+        let runs = |now: &mut Now| now.has_run;
+        let patience = deadline.within(HEARING).remaining();
+        let waited = self.news.wait_timeout_while(self.lock(), patience, runs);
+        if !waited.unwrap_or_else(PoisonError::into_inner).0.has_run {
+            return Ok(());
+        }
+        let on = Error::unexpected_state("the machine is on, so it cannot be changed or removed");
+        Err(on.machine(self.name()).advice("Stop it, and reload again"))
+    }
+
+    /// The machine goes: what stands by, or is just being prepared, is let go.
+    ///
+    /// # Errors
+    /// libvirt cannot end it.
+    pub fn retire(&self, deadline: Deadline) -> Result<()> {
+        self.give_up_preparing(deadline);
+        self.end_late_call(deadline)?;
+        let _letting_go = self.begin(Doing::LettingGo, deadline)?;
+        self.take_standby("its configuration has changed, and what stood by was let go with that");
+        // Without a need libvirt is not asked: it may be away.
+        if self.note.is_there() { self.let_go(deadline) } else { Ok(()) }
+    }
+
+    /// Removes its save image, unless one of these machines has it.
+    pub fn remove_image(&self, unless: &[Arc<Machine>]) {
+        if !unless.iter().any(|machine| machine.keys.image.is_where(&self.keys.image)) {
+            self.keys.image.remove();
         }
     }
 
@@ -150,7 +187,7 @@ impl Machine {
         let domain = restore::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         restore::expect_off(&domain)?;
-        let snapshot = restore::find(&domain, self.info.snapshot.as_deref())?;
+        let snapshot = restore::find(&domain, self.keys.info.snapshot.as_deref())?;
         let share = match self.share_for(&domain, &snapshot)? {
             Ok(share) => share,
             Err(why) => return Ok(Some(why)),
@@ -168,7 +205,7 @@ impl Machine {
             let why = "its snapshot was taken while the domain was off, so there is no memory to load";
             return Ok(Err(why.to_owned()));
         }
-        Ok(self.wish.budget.take(standby::largest(domain)?))
+        Ok(self.budget.take(standby::largest(domain)?))
     }
 
     fn load(
@@ -191,8 +228,8 @@ impl Machine {
         let ready = held.ready();
         self.install(held, given_up)?;
         // Only now, so that what happens after the look is heard.
-        mark.check(connect, self.label(), self.info.snapshot.as_deref())?;
-        self.host.ready(&self.info.name, &ready);
+        mark.check(connect, self.label(), self.keys.info.snapshot.as_deref())?;
+        self.host.ready(&self.keys.info.name, &ready);
         Ok(())
     }
 
@@ -208,17 +245,17 @@ impl Machine {
     /// not by the connection it had.
     pub(super) fn preparation_failed(&self) {
         drop(self.lock().standby.take());
-        let label = self.info.label.clone();
+        let label = self.keys.info.label.clone();
         let settled =
             self.link.ask(Deadline::after(TAKING_OVER), "libvirt to take the domain over", move |connect| {
                 restore::settle(&restore::domain(connect, &label)?);
                 Ok(())
             });
         if let Err(error) = settled {
-            tracing::debug!(machine = self.info.name, %error, "libvirt has not taken the domain over");
+            tracing::debug!(machine = self.keys.info.name, %error, "libvirt has not taken the domain over");
         }
         if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
-            tracing::warn!(machine = self.info.name, %error, "what a preparation has left stays for now");
+            tracing::warn!(machine = self.keys.info.name, %error, "what a preparation has left stays for now");
         }
     }
 
@@ -227,7 +264,7 @@ impl Machine {
             Some(Held { mark, doubt: None, .. }) => mark.clone(),
             _ => return false,
         };
-        mark.check(connect, self.label(), self.info.snapshot.as_deref()).is_ok()
+        mark.check(connect, self.label(), self.keys.info.snapshot.as_deref()).is_ok()
     }
 
     /// Has a preparation that is under way give up. It is waited for by what comes next.
@@ -246,15 +283,18 @@ impl Machine {
     /// Ends the domain, if it was started here.
     pub(super) fn pull_own_plug(&self, deadline: Deadline) {
         if let Err(error) = self.destroy_own(deadline) {
-            tracing::debug!(machine = self.info.name, %error, "the plug is not pulled");
+            tracing::debug!(machine = self.keys.info.name, %error, "the plug is not pulled");
         }
     }
 
     fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
-        let (label, note) = (self.info.label.clone(), self.note.clone());
+        let (label, note) = (self.keys.info.label.clone(), self.note.clone());
         self.link.ask(deadline, "libvirt to end what stands by", move |connect| {
-            let domain = restore::domain(connect, &label)?;
-            Ok(note.is_about(&domain) && restore::destroy(&domain)?)
+            match connect.lookup_domain_by_name(&label) {
+                Ok(domain) => Ok(note.is_about(&domain) && restore::destroy(&domain)?),
+                Err(error) if is_no_domain(&error) => Ok(false),
+                Err(error) => Err(explain("look up the domain", &error)),
+            }
         })
     }
 
@@ -275,7 +315,7 @@ impl Machine {
     /// Lets what stands by run; `false` if it must not, and then it is left for the start to end.
     pub(super) fn lets_run(self: &Arc<Self>, held: Held, deadline: Deadline) -> Result<bool> {
         if let Some(doubt) = &held.doubt {
-            tracing::warn!(machine = self.info.name, doubt, "what stands by is not used");
+            tracing::warn!(machine = self.keys.info.name, doubt, "what stands by is not used");
             return Ok(false);
         }
         let given_up = Arc::new(AtomicBool::new(false));
@@ -297,7 +337,7 @@ impl Machine {
 
     fn resume(&self, connect: &Connect, mark: &Mark, given_up: &AtomicBool) -> bool {
         let checked =
-            self.timed("check", || mark.check(connect, self.label(), self.info.snapshot.as_deref()));
+            self.timed("check", || mark.check(connect, self.label(), self.keys.info.snapshot.as_deref()));
         let domain = match checked {
             Ok(domain) => domain,
             Err(error) => return self.is_not_used(&error),
@@ -314,7 +354,7 @@ impl Machine {
     }
 
     fn is_not_used(&self, why: &Error) -> bool {
-        tracing::warn!(machine = self.info.name, %why, "what stands by is not used");
+        tracing::warn!(machine = self.keys.info.name, %why, "what stands by is not used");
         false
     }
 
@@ -354,7 +394,7 @@ impl Machine {
 
     /// Something happened to a domain that nobody outside knows to be there.
     pub(super) fn heard_in_house(self: &Arc<Self>, event: &Event, (state, reason): &Told) {
-        tracing::debug!(machine = self.info.name, %state, reason, "a step of standing by");
+        tracing::debug!(machine = self.keys.info.name, %state, reason, "a step of standing by");
         if !is_of_revert(event) {
             self.replace(&format!("what stood by is {state} by itself: {reason}"));
         }
@@ -379,7 +419,7 @@ impl Machine {
             Ok(())
         });
         if let Err(error) = replacing {
-            tracing::error!(machine = self.info.name, %error, "what stood by is not ended");
+            tracing::error!(machine = self.keys.info.name, %error, "what stood by is not ended");
             drop(super::Action(self));
         }
     }
@@ -388,14 +428,14 @@ impl Machine {
         let letting_go = super::Action(self);
         self.tell_plain(why);
         if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
-            tracing::warn!(machine = self.info.name, %error, "what stood by stays for now");
+            tracing::warn!(machine = self.keys.info.name, %error, "what stood by stays for now");
         }
         drop(letting_go);
         match self.told_state(Deadline::after(CLEARING)) {
-            Ok((State::Poweroff, _)) => self.host.wants_prepare(&self.info.name, why),
+            Ok((State::Poweroff, _)) => self.host.wants_prepare(&self.keys.info.name, why),
             // Somebody has started it again, of which nobody was told.
-            Ok((state, reason)) => self.host.state_changed(&self.info.name, state, &reason),
-            Err(error) => tracing::warn!(machine = self.info.name, %error, "what stood by is gone"),
+            Ok((state, reason)) => self.host.state_changed(&self.keys.info.name, state, &reason),
+            Err(error) => tracing::warn!(machine = self.keys.info.name, %error, "what stood by is gone"),
         }
     }
 
@@ -420,7 +460,7 @@ impl Machine {
         if stands_by {
             self.replace("libvirtd has ended meanwhile");
         } else if waits || idle && self.why_not().is_none() {
-            self.host.wants_prepare(&self.info.name, "libvirt was away");
+            self.host.wants_prepare(&self.keys.info.name, "libvirt was away");
         }
     }
 
@@ -449,7 +489,7 @@ impl Machine {
 
     pub(super) fn tell_plain(&self, why: &str) {
         let ready = Ready { why: why.to_owned(), ..Ready::default() };
-        self.host.ready(&self.info.name, &ready);
+        self.host.ready(&self.keys.info.name, &ready);
     }
 }
 

@@ -105,7 +105,7 @@ impl Machine {
         if !wanted {
             return Ok(Prepared { standby: None, ready: self.without_standby() });
         }
-        if self.shared.keep_disks {
+        if self.files.keep_disk {
             // What stands by has its disk where that of the last run is.
             return Ok(self.no_standby("none stands by, because disposable disks are kept".to_owned()));
         }
@@ -183,12 +183,15 @@ impl Machine {
         }
     }
 
+    /// All templates, if this machine is to have one.
+    fn templates(&self) -> Option<&Templates> {
+        self.shared.templates.get().filter(|_| self.is_instant())
+    }
+
     /// Why the machine cannot have a template, or is not to have one.
     fn why_no_template(&self) -> Option<String> {
-        if !self.files.ahead.instant || self.shared.templates.is_none() {
-            return Some(OFF.to_owned());
-        }
-        if self.shared.templates.as_ref().is_some_and(|templates| !templates.fits_into_arguments()) {
+        let Some(templates) = self.templates() else { return Some(OFF.to_owned()) };
+        if !templates.fits_into_arguments() {
             return Some("its template_dir has a comma, quote or backslash in its path".to_owned());
         }
         hindrance(&self.files.start_args, self.shared.program.version())
@@ -201,7 +204,7 @@ impl Machine {
         if let Some(why) = self.not_tried_again(identity) {
             return Err(why.into());
         }
-        let templates = self.shared.templates.as_ref().ok_or_else(|| OFF.to_owned())?;
+        let templates = self.templates().ok_or_else(|| OFF.to_owned())?;
         match build(templates, &self.files.info.name, self, deadline) {
             Ok(()) => {
                 let built = self.template(identity);
@@ -248,8 +251,7 @@ impl Machine {
 
     /// The machine's template, if it has one that fits. One that does not is dropped.
     pub fn template(&self, identity: &Identity) -> Option<Template> {
-        let templates = self.shared.templates.as_ref().filter(|_| self.files.ahead.instant)?;
-        match templates.find(&self.files.info.name, identity) {
+        match self.templates()?.find(&self.files.info.name, identity) {
             Ok(template) => template,
             Err(why) => {
                 tracing::info!(machine = self.files.info.name, why, "its template is stale");
@@ -262,7 +264,7 @@ impl Machine {
     /// Drops the machine's template.
     pub fn drop_template(&self, why: &str) {
         self.set_without_standby(|ready| *ready = Ready { why: why.to_owned(), ..Ready::default() });
-        let dropped = self.shared.templates.as_ref().map_or(Ok(()), |all| all.remove(&self.files.info.name));
+        let dropped = self.templates().map_or(Ok(()), |all| all.remove(&self.files.info.name));
         if let Err(error) = dropped {
             tracing::warn!(machine = self.files.info.name, %error, "a template of no use stays behind");
         }

@@ -67,7 +67,7 @@ const FULL: u64 = 1 << 20;
 pub struct Templates {
     dir: PathBuf,
     /// How much they may take together, in bytes, if there is a bound.
-    space: Option<u64>,
+    space: Mutex<Option<u64>>,
     /// What templates that are being built may still take, in bytes.
     reserved: Arc<Mutex<u64>>,
     _lock: File,
@@ -103,12 +103,11 @@ struct Record {
 }
 
 impl Templates {
-    /// Those in the folder `dir`, which is made if it is not there. What was left unfinished is removed,
-    /// and what belongs to none of the `machines`.
+    /// Those in the folder `dir`, which is made if it is not there. What was left unfinished is removed.
     ///
     /// # Errors
     /// The folder cannot be used, or another host uses it.
-    pub fn open(dir: &Path, space: Option<u64>, machines: &[&str]) -> Result<Templates> {
+    pub fn open(dir: &Path) -> Result<Templates> {
         let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
         let lock = File::create(dir.join("templates.lock")).map_err(failed)?;
@@ -116,15 +115,35 @@ impl Templates {
             let reason = format!("another host keeps its templates in {}", dir.display());
             return Err(Error::environment(reason).advice("Give each host a template_dir of its own"));
         }
-        for entry in dir.read_dir().map_err(failed)?.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let is_wanted = name.strip_suffix(WHOLE).map(|machine| machines.contains(&machine));
-            if is_wanted == Some(false) || name.ends_with(UNFINISHED) {
+        dir.read_dir().map_err(failed)?;
+        let (space, reserved) = (Mutex::new(None), Arc::default());
+        let templates = Templates { dir: dir.to_owned(), space, reserved, _lock: lock };
+        templates.remove_all(|name| name.ends_with(UNFINISHED));
+        Ok(templates)
+    }
+
+    /// Removes those that belong to none of these machines.
+    pub fn keep_only(&self, machines: &[&str]) {
+        let is_stranger = |machine: &str| !machines.contains(&machine);
+        self.remove_all(|name| name.strip_suffix(WHOLE).is_some_and(is_stranger));
+    }
+
+    fn remove_all(&self, is_meant: impl Fn(&str) -> bool) {
+        for entry in self.dir.read_dir().into_iter().flatten().flatten() {
+            if is_meant(&entry.file_name().to_string_lossy()) {
                 // It may be somebody else's, whose name looks like one of ours.
                 let _ = remove(&entry.path()).inspect_err(|error| tracing::warn!(%error, "left alone"));
             }
         }
-        Ok(Templates { dir: dir.to_owned(), space, reserved: Arc::default(), _lock: lock })
+    }
+
+    /// From now on they may take that much together, in bytes.
+    pub fn set_space(&self, space: Option<u64>) {
+        *self.space.lock().unwrap_or_else(PoisonError::into_inner) = space;
+    }
+
+    fn space(&self) -> Option<u64> {
+        *self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether paths in it can stand in the middle of QEMU's arguments, as a machine's disk does.
@@ -194,7 +213,7 @@ impl Templates {
 
     fn lacks_room(&self, needed: u64, reserved: u64) -> Option<String> {
         let taken = self.used().saturating_add(reserved);
-        if let Some(space) = self.space
+        if let Some(space) = self.space()
             && taken.saturating_add(needed) > space
         {
             return Some(format!(
@@ -219,7 +238,7 @@ impl Templates {
 
     fn reserve(&self) -> u64 {
         let size = statvfs(&self.dir).map_or(0, |disk| disk.f_blocks.saturating_mul(disk.f_frsize));
-        if self.space.is_some() { RESERVE } else { RESERVE.max(size / RESERVED_PART) }
+        if self.space().is_some() { RESERVE } else { RESERVE.max(size / RESERVED_PART) }
     }
 
     fn free(&self) -> u64 {
@@ -291,7 +310,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let identity = identity::tests::identity(folder.path());
         let dir = folder.path().join("templates");
-        let templates = Templates::open(&dir, Some(1 << 30), &["m"]).unwrap();
+        let templates = Templates::open(&dir).unwrap();
+        templates.set_space(Some(1 << 30));
         let unfinished = templates.begin("m").unwrap();
         File::create(unfinished.ram()).unwrap().set_len(1 << 20).unwrap();
         fs::write(unfinished.devices(), "the devices").unwrap();
@@ -356,8 +376,8 @@ mod tests {
         assert!(refused(&templates, 800 << 20).unwrap().contains("of the 1 GiB for templates"));
         drop(room);
         assert!(refused(&templates, 800 << 20).is_none());
-        let boundless = Templates { space: None, ..templates };
-        assert!(refused(&boundless, 1 << 60).unwrap().contains("are free in"));
+        templates.set_space(None);
+        assert!(refused(&templates, 1 << 60).unwrap().contains("are free in"));
     }
 
     #[test]
@@ -371,13 +391,13 @@ mod tests {
             fs::create_dir(dir.join(name)).unwrap();
             fs::write(dir.join(name).join("win10.qcow2"), "precious").unwrap();
         }
-        assert!(Templates::open(&dir, None, &["m"]).err().unwrap().to_string().contains("another host"));
+        assert!(Templates::open(&dir).err().unwrap().to_string().contains("another host"));
         drop(templates);
-        let templates = Templates::open(&dir, None, &["m"]).unwrap();
+        let templates = Templates::open(&dir).unwrap();
+        templates.keep_only(&["m"]);
         assert!(templates.find("m", &identity).unwrap().is_some());
         assert!(!dir.join("m.unfinished").exists());
-        drop(templates);
-        let templates = Templates::open(&dir, None, &["else"]).unwrap();
+        templates.keep_only(&["else"]);
         assert!(templates.find("m", &identity).unwrap().is_none());
         for name in ["of-the-operator", "m", "other.template", "x.unfinished"] {
             assert_eq!(fs::read_to_string(dir.join(name).join("win10.qcow2")).unwrap(), "precious", "{name}");

@@ -1,0 +1,193 @@
+//! Which plugin files are the right ones, by their SHA-256: the optional list `plugin_hashes` in
+//! `machinery-host.yaml`. Where it is given, nothing is loaded that is not in it.
+//!
+//! The hash is that of the file as it is, so that `sha256sum` says the same.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use machinery::config::ConfigFile;
+use machinery::{Error, Result};
+use serde_yaml::{Mapping, Value};
+use sha2::{Digest, Sha256};
+
+/// The key of the list.
+const KEY: &str = "plugin_hashes";
+/// What a hash begins with in the list: there may be others one day.
+const KIND: &str = "sha256:";
+
+/// The SHA-256 of a plugin file, in lowercase hexadecimal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileHash(String);
+
+impl FileHash {
+    /// That of a file as it is now.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn of(file: &Path) -> Result<Self> {
+        let content = fs::read(file).map_err(|error| Error::io("read the plugin", file, &error))?;
+        let digest = Sha256::digest(content);
+        Ok(FileHash(digest.iter().map(|byte| format!("{byte:02x}")).collect()))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let digits = text.strip_prefix(KIND)?;
+        let right = digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        right.then(|| FileHash(digits.to_ascii_lowercase()))
+    }
+}
+
+impl fmt::Display for FileHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The list: for each machinery the hashes of the files that may be loaded for it. Several make an
+/// upgrade easy.
+#[derive(Debug, Clone)]
+pub struct AllowList {
+    file: ConfigFile,
+    hashes: HashMap<String, Vec<FileHash>>,
+}
+
+impl AllowList {
+    /// The list that stands in that file. What is wrong in it is added to `problems`.
+    pub fn read(file: &ConfigFile, list: &Mapping, problems: &mut Vec<Error>) -> Self {
+        let mut hashes = HashMap::new();
+        for (name, value) in list {
+            let name = name.as_str().unwrap_or_default();
+            match listed(value) {
+                Ok(listed) => {
+                    hashes.insert(name.to_owned(), listed);
+                }
+                Err(wrong) => problems.push(
+                    file.error(&[KEY, name], format!("{wrong} is not the hash of a plugin"))
+                        .advice(format!("Write \"{KIND}\" and the 64 hexadecimal digits that `sha256sum` gives, or a list of such")),
+                ),
+            }
+        }
+        AllowList { file: file.clone(), hashes }
+    }
+
+    /// Sees that the plugin file of that machinery, which has this hash, is a right one.
+    ///
+    /// # Errors
+    /// It is not, with the line to write if it should be.
+    pub fn expect(&self, machinery: &str, plugin: &Path, hash: &FileHash) -> Result<()> {
+        let listed = self.hashes.get(machinery).map(Vec::as_slice).unwrap_or_default();
+        if listed.contains(hash) {
+            return Ok(());
+        }
+        let known: Vec<String> = listed.iter().map(|hash| format!("{KIND}{hash}")).collect();
+        let known = if known.is_empty() { "no hash".to_owned() } else { known.join(", ") };
+        let reason =
+            format!("will not load {}: its hash is {KIND}{hash}, listed for it is {known}", plugin.display());
+        let advice = format!(
+            "If this very file is to be trusted, write `{machinery}: \"{KIND}{hash}\"` under `{KEY}`"
+        );
+        Err(self.file.error(&[KEY, machinery], reason).advice(advice))
+    }
+}
+
+/// One hash or a list of them; if it is something else, how that is written.
+fn listed(value: &Value) -> Result<Vec<FileHash>, String> {
+    let one = |value: &Value| value.as_str().and_then(FileHash::parse).ok_or_else(|| written(value));
+    match value {
+        Value::Sequence(several) => several.iter().map(one).collect(),
+        value => one(value).map(|hash| vec![hash]),
+    }
+}
+
+fn written(value: &Value) -> String {
+    match value.as_str() {
+        Some(text) => format!("'{text}'"),
+        None => {
+            serde_yaml::to_string(value).map_or_else(|_| "this".to_owned(), |text| text.trim_end().to_owned())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    /// The list in a file of that text, or what is wrong with it.
+    fn list(text: &str) -> Result<AllowList, String> {
+        let file = ConfigFile { path: "/c/machinery-host.yaml".into(), text: text.into() };
+        let mapping = file.parse_at::<Mapping>(&[KEY]).unwrap().unwrap();
+        let mut problems = Vec::new();
+        let list = AllowList::read(&file, &mapping, &mut problems);
+        Error::all(problems).map_or(Ok(list), |error| Err(error.to_string()))
+    }
+
+    fn hash_of(content: &str) -> FileHash {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x.so");
+        fs::write(&file, content).unwrap();
+        FileHash::of(&file).unwrap()
+    }
+
+    #[test]
+    fn a_hash_is_that_of_the_whole_file() {
+        assert_eq!(hash_of("").to_string(), EMPTY);
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(hash_of("abc").to_string(), abc);
+        let error = FileHash::of(Path::new("/none/x.so")).unwrap_err().to_string();
+        assert!(error.contains("/none/x.so"), "{error}");
+    }
+
+    #[test]
+    fn one_hash_or_several_can_be_listed() {
+        let (one, other) = (hash_of(""), hash_of("other"));
+        let text = format!(
+            "plugin_hashes:\n  a: sha256:{one}\n  b: ['sha256:{other}', \"sha256:{}\"]\n  c: []\n",
+            EMPTY.to_uppercase()
+        );
+        let list = list(&text).unwrap();
+        let allowed = |name: &str, hash: &FileHash| list.expect(name, Path::new("/p/x.so"), hash).is_ok();
+        assert!(allowed("a", &one) && allowed("b", &one) && allowed("b", &other));
+        assert!(!allowed("a", &other) && !allowed("c", &one) && !allowed("d", &one));
+    }
+
+    #[test]
+    fn a_file_that_is_not_listed_is_told_with_what_is_and_what_to_write() {
+        let (one, other) = (hash_of(""), hash_of("other"));
+        let list = list(&format!("plugin_hashes:\n  a: sha256:{one}\n")).unwrap();
+        let text = list.expect("a", Path::new("/p/x.so"), &other).unwrap_err().to_string();
+        let place = "/c/machinery-host.yaml:2: plugin_hashes.a: ";
+        let both = format!("its hash is sha256:{other}, listed for it is sha256:{one}");
+        let line = format!("write `a: \"sha256:{other}\"`");
+        for word in [place, "/p/x.so", &both, &line] {
+            assert!(text.contains(word), "{word:?} is not in: {text}");
+        }
+        let text = list.expect("b", Path::new("/p/x.so"), &other).unwrap_err().to_string();
+        assert!(text.contains("plugin_hashes.b: ") && text.contains("listed for it is no hash"), "{text}");
+    }
+
+    #[test]
+    fn what_is_no_hash_is_told_with_how_one_looks() {
+        for wrong in [
+            EMPTY,
+            "sha256:abc",
+            "md5:d41d8cd98f00b204e9800998ecf8427e",
+            &format!("sha256:{}", EMPTY.replace('e', "g")),
+            &format!("[sha256:{EMPTY}, sha512:{EMPTY}]"),
+            "12",
+            "{x: 1}",
+            "",
+        ] {
+            let text = list(&format!("plugin_hashes:\n  a: {wrong}\n")).unwrap_err();
+            let words =
+                ["/c/machinery-host.yaml:2: plugin_hashes.a: ", "is not the hash", "\"sha256:\" and the 64"];
+            for word in words {
+                assert!(text.contains(word), "{word:?} is not in: {text}");
+            }
+        }
+    }
+}

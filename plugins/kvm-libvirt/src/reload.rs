@@ -1,0 +1,54 @@
+//! A new configuration while machines run.
+//!
+//! All that can be refused is refused first, while nothing has changed. Then what stands by for machines
+//! that change or go is ended, which until the end are those that libvirt's events go to; then what a host
+//! that died may have left of the new ones; then there are new machines.
+
+use std::sync::Arc;
+
+use machinery::{Deadline, Error, Member, Plan, Reloaded, Result, Setup, expect_unchanged};
+
+use crate::config::Config;
+use crate::machine::Machine;
+use crate::{Kvm, at_a_time};
+
+impl Kvm {
+    /// Takes over a new configuration.
+    ///
+    /// # Errors
+    /// It is wrong, or asks for another libvirt; a domain is not there; a machine that is not in use is on all
+    /// the same; what stands by cannot be ended. The machines are as they were then, but may have to be
+    /// prepared again.
+    pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+        let config = Config::read(setup)?;
+        expect_unchanged(Some(&setup.config), &["dsn"], self.link.dsn(), &config.dsn)?;
+        config.make_save_dir()?;
+        let make = |keys| {
+            let (budget, link) = (Arc::clone(&self.budget), Arc::clone(&self.link));
+            Arc::new(Machine::new(keys, budget, link, &setup.state_dir, self.host.clone()))
+        };
+        let plan = self.machines.0.plan(&setup.config, config.machines, in_use, make)?;
+        self.with_libvirt(plan.fresh.clone(), &setup.config, deadline, Machine::find)?;
+        plan.gone.iter().try_for_each(|machine| machine.expect_off(deadline))?;
+        if let Err(error) = self.make_room(&plan, setup, deadline) {
+            for machine in &plan.gone {
+                self.host.wants_prepare(machine.name(), "a new configuration could not be taken over");
+            }
+            return Err(error);
+        }
+        let gone = plan.gone.clone();
+        let reloaded = self.machines.0.follow(plan);
+        self.budget.set_limit(config.standby_memory);
+        let machines = self.machines.0.all();
+        gone.iter().for_each(|machine| machine.remove_image(&machines));
+        Ok(reloaded)
+    }
+
+    /// Ends what stands by for machines that go, and what is left where new ones come.
+    fn make_room(&self, plan: &Plan<Machine>, setup: &Setup, deadline: Deadline) -> Result<()> {
+        match Error::all(at_a_time(&plan.gone, |machine| machine.retire(deadline))) {
+            None => self.with_libvirt(plan.fresh.clone(), &setup.config, deadline, Machine::take_over),
+            Some(problems) => Err(problems),
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! The qemu machinery takes over a new configuration while machines run, with real QEMUs and the micro
+//! guest.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use machinery::host::{Instance, Plugin};
+use machinery::{Deadline, ErrorKind, HostServices, LogLevel, LogRecord, Ready, Reloaded, State};
+use machinery_testkit::artifacts;
+use machinery_testkit::guest::Guest;
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+
+const SOON: Duration = Duration::from_secs(60);
+/// With room for templates also where the disk is nearly full.
+const STANDBY: &str = "instant: auto, standby: on, template_space: 1 GiB";
+
+fn soon() -> Deadline {
+    Deadline::after(SOON)
+}
+
+/// A host that remembers which machines are to be prepared.
+#[derive(Default)]
+struct Ears(Mutex<Vec<String>>);
+
+impl HostServices for Ears {
+    fn log(&self, _: LogRecord) {}
+    fn state_changed(&self, _: &str, _: State, _: &str) {}
+    fn progress(&self, _: &str, _: f64) {}
+    fn step(&self, _: &str, _: &str, _: Duration) {}
+    fn ready(&self, _: &str, _: &Ready) {}
+    fn wants_prepare(&self, machine: &str, _: &str) {
+        self.0.lock().unwrap().push(machine.to_owned());
+    }
+    fn max_level(&self) -> LogLevel {
+        LogLevel::Error
+    }
+}
+
+/// A loaded machinery of the machines `one`, `two` and `three`, and the lab that it is of.
+struct Loaded {
+    qemu: Instance,
+    ears: Arc<Ears>,
+    lab: Lab,
+}
+
+impl Loaded {
+    fn new(section: &str, prepare: impl FnOnce(&Lab)) -> Self {
+        let machine = |name| (name, Guest::Micro, SnapshotFormat::Lz4);
+        let lab = Lab::new(&["one", "two", "three"].map(machine)).unwrap();
+        lab.ahead(section).unwrap();
+        prepare(&lab);
+        let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
+        let ears = Arc::<Ears>::default();
+        let qemu = plugin.load(&lab.cwd().setup("qemu").unwrap(), Arc::clone(&ears) as _).unwrap();
+        Loaded { qemu, ears, lab }
+    }
+
+    fn reload(&self, in_use: &[&str]) -> machinery::Result<Reloaded> {
+        let in_use: Vec<String> = in_use.iter().map(|name| (*name).to_owned()).collect();
+        self.qemu.reload(&self.lab.cwd().setup("qemu").unwrap(), &in_use, soon())
+    }
+
+    /// What the reload comes to: those changed, and those that are later.
+    #[track_caller]
+    fn reloaded(&self, in_use: &[&str]) -> (String, String) {
+        let Reloaded { changed, later } = self.reload(in_use).unwrap();
+        (changed.join(" "), later.join(" "))
+    }
+
+    /// The reload is refused, in these words.
+    #[track_caller]
+    fn refused(&self, in_use: &[&str], words: &str) {
+        let error = self.reload(in_use).unwrap_err().to_string();
+        assert!(error.contains(words), "no {words:?} in {error}");
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.qemu.machines().unwrap().into_iter().map(|info| info.name).collect()
+    }
+
+    fn leave_out(&self, machine: &str) {
+        self.lab.cwd().leave_out("qemu", machine).unwrap();
+    }
+
+    /// Prepares the machine; gives the QEMU that stands by.
+    fn stands_by(&self, machine: &str) -> Pid {
+        self.qemu.prepare(machine, soon()).unwrap();
+        self.lab.qemu_of(machine).unwrap()
+    }
+
+    /// Starts the machine, from its snapshot.
+    #[track_caller]
+    fn restores(&self, machine: &str) -> Pid {
+        self.qemu.restore_start(machine, soon()).unwrap();
+        let first = self.lab.folder(machine).first_count(SOON).unwrap();
+        assert_eq!(first, self.lab.restored_count().unwrap());
+        self.lab.qemu_of(machine).unwrap()
+    }
+
+    fn has_template(&self, machine: &str) -> bool {
+        self.lab.cwd().root().join(format!("cache/templates/{machine}.template")).exists()
+    }
+
+    /// What is there because of that machine: processes, disk and socket.
+    fn leftovers_of(&self, machine: &str) -> Vec<String> {
+        let names = [format!("/{machine}_disposable"), format!("/qemu_{machine}.sock")];
+        let is_of_it = |left: &String| names.iter().any(|name| left.contains(name));
+        self.lab.leftovers().unwrap().into_iter().filter(is_of_it).collect()
+    }
+
+    fn ends_well(self) {
+        self.qemu.shutdown(soon()).unwrap();
+        self.lab.assert_clean();
+    }
+}
+
+fn text(changed: &str, later: &str) -> (String, String) {
+    (changed.to_owned(), later.to_owned())
+}
+
+fn is_alive(process: Pid) -> bool {
+    test_kill_process(process).is_ok()
+}
+
+#[test]
+fn machines_come_change_and_go_while_another_one_runs() {
+    let loaded = Loaded::new(STANDBY, |lab| lab.cwd().leave_out("qemu", "three").unwrap());
+    let (lab, qemu) = (&loaded.lab, &loaded.qemu);
+    let running = loaded.restores("one");
+    let stood_by = loaded.stands_by("two");
+    // It comes.
+    let yaml = lab.yaml().unwrap();
+    let three = lab.folder("three");
+    let keys = [
+        ("qcow2_path", &three.disk),
+        ("snapshot_path", &three.snapshot),
+        ("machineinfo_path", &three.machineinfo),
+    ];
+    let keys: String = keys.iter().map(|(key, path)| format!("    {key}: {}\n", path.display())).collect();
+    let new = format!("  three:\n{keys}    ip: {}\n    platform: linux\n    os_version: 1\n", three.ip);
+    lab.write_yaml(&(yaml.clone() + &new)).unwrap();
+    assert_eq!(loaded.reloaded(&["one"]), text("", ""));
+    assert_eq!(loaded.names(), ["one", "two", "three"]);
+    assert_eq!(lab.qemu_of("two").unwrap(), stood_by, "what has not changed was let go");
+    loaded.restores("three");
+    qemu.stop("three", soon()).unwrap();
+    // Another one changes, in what is told to the host only.
+    lab.change_yaml("  two:\n", "  two:\n    tags: [office]\n").unwrap();
+    assert_eq!(loaded.reloaded(&["one"]), text("two", ""));
+    assert!(!is_alive(stood_by), "what stood by for the machine as it was is still there");
+    assert_eq!(loaded.leftovers_of("two"), [""; 0]);
+    assert_eq!(qemu.machines().unwrap()[1].tags, ["office"]);
+    loaded.restores("two");
+    qemu.stop("two", soon()).unwrap();
+    // Two of them go; one stands by, and the other one only has a template.
+    loaded.stands_by("two");
+    loaded.stands_by("three");
+    assert_eq!(qemu.stop("three", soon()).unwrap_err().kind(), ErrorKind::StateReached);
+    assert!(["two", "three"].iter().all(|name| loaded.has_template(name)));
+    loaded.leave_out("two");
+    loaded.leave_out("three");
+    assert_eq!(loaded.reloaded(&["one"]), text("", ""));
+    assert_eq!(loaded.names(), ["one"]);
+    for name in ["two", "three"] {
+        assert_eq!(loaded.leftovers_of(name), [""; 0]);
+        assert!(!loaded.has_template(name), "its template stays");
+        assert_eq!(qemu.restore_start(name, soon()).unwrap_err().kind(), ErrorKind::NoSuchMachine);
+    }
+    // Nothing of that was noticed by the one that runs.
+    assert_eq!(lab.qemu_of("one").unwrap(), running);
+    assert_eq!(qemu.state("one", soon()).unwrap(), State::Running);
+    lab.folder("one").counts_on(SOON).unwrap();
+    loaded.ends_well();
+}
+
+#[test]
+fn a_machine_in_use_is_changed_once_it_is_free() {
+    let loaded = Loaded::new(STANDBY, |_| {});
+    let (lab, qemu) = (&loaded.lab, &loaded.qemu);
+    loaded.stands_by("one");
+    let running = loaded.restores("one");
+    // What is in the file of its arguments counts too.
+    lab.change_start_args("one", |args| args.extend(["-name".to_owned(), "changed".to_owned()])).unwrap();
+    loaded.leave_out("two");
+    assert_eq!(loaded.reloaded(&["one", "two"]), text("", "one two"));
+    assert_eq!(loaded.names(), ["one", "three", "two"]);
+    assert_eq!(lab.qemu_of("one").unwrap(), running);
+    lab.folder("one").counts_on(SOON).unwrap();
+    // A host that takes a running machine for one that is off is wrong.
+    loaded.refused(&["two"], "the machine is on");
+    assert_eq!(lab.qemu_of("one").unwrap(), running);
+    qemu.stop("one", soon()).unwrap();
+    assert_eq!(loaded.reloaded(&["two"]), text("one", "two"));
+    assert_eq!(loaded.reloaded(&[]), text("", ""));
+    assert_eq!(loaded.names(), ["one", "three"]);
+    loaded.stands_by("one");
+    let restored = loaded.restores("one");
+    let command = std::fs::read(format!("/proc/{}/cmdline", restored.as_raw_nonzero())).unwrap();
+    assert!(String::from_utf8_lossy(&command).contains("changed"), "it runs as it was");
+    loaded.ends_well();
+}
+
+#[test]
+fn what_cannot_be_taken_over_changes_nothing() {
+    let loaded = Loaded::new(STANDBY, |_| {});
+    let lab = &loaded.lab;
+    let running = loaded.restores("one");
+    let stood_by = loaded.stands_by("two");
+    let yaml = lab.yaml().unwrap();
+    let stays_so = || {
+        assert_eq!(loaded.names(), ["one", "three", "two"]);
+        assert_eq!(lab.qemu_of("one").unwrap(), running);
+        assert_eq!(lab.qemu_of("two").unwrap(), stood_by);
+        lab.write_yaml(&yaml).unwrap();
+    };
+    let (disk, image) = (lab.folder("two").disk.display().to_string(), lab.qemu().img.display().to_string());
+    for (old, new, words) in [
+        ("  two:", "  two:\n    tgas: []", "machines.two: unknown field `tgas`"),
+        (disk.as_str(), "/none.qcow2", "machines.two.qcow2_path: "),
+        (image.as_str(), "/bin/true", "binaries.qemu_img: qemu_img is "),
+    ] {
+        lab.change_yaml(old, new).unwrap();
+        // Something that would be taken over without that.
+        loaded.leave_out("three");
+        loaded.refused(&["one"], words);
+        stays_so();
+    }
+    let folder = lab.cwd().root().join("elsewhere");
+    lab.ahead(&format!("{STANDBY}, template_dir: {}", folder.display())).unwrap();
+    loaded.refused(&["one"], "machineries.qemu.template_dir: template_dir is ");
+    assert!(!folder.exists());
+    stays_so();
+    lab.ahead(STANDBY).unwrap();
+    // A machine in use may not come by another name.
+    lab.change_yaml("  one:", "  renamed:").unwrap();
+    let disk = lab.folder("one").disk.display();
+    loaded.refused(
+        &["one"],
+        &format!("machines.renamed.qcow2_path: '{disk}' is in use as the qcow2_path of machine 'one'"),
+    );
+    stays_so();
+    assert_eq!(loaded.reloaded(&["one"]), text("", ""));
+    stays_so();
+    loaded.restores("two");
+    loaded.ends_well();
+}
+
+/// Somebody else's process has the new machine's disposable disk.
+#[test]
+fn a_step_that_fails_leaves_the_machines_as_they_were() {
+    let loaded = Loaded::new(STANDBY, |lab| lab.change_yaml("  three:", "  other:").unwrap());
+    let lab = &loaded.lab;
+    let stood_by = loaded.stands_by("two");
+    let mut qemu = Command::new(&lab.qemu().system);
+    let name = format!("guest={}", lab.disposable("three").display());
+    qemu.args(["-S", "-display", "none", "-nodefaults", "-name", &name]).stderr(Stdio::null());
+    let mut stranger = qemu.spawn().unwrap();
+    lab.change_yaml("  other:", "  three:").unwrap();
+    lab.change_yaml("  two:", "  two:\n    tags: [office]").unwrap();
+    let refused = loaded.reload(&[]);
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    let error = refused.unwrap_err().to_string();
+    assert!(error.contains("machine 'three'") && error.contains("uses the disposable disk"), "{error}");
+    assert_eq!(loaded.names(), ["one", "other", "two"]);
+    // What stood by had to go, and can be had again.
+    assert!(!is_alive(stood_by));
+    assert!(loaded.ears.0.lock().unwrap().contains(&"two".to_owned()));
+    loaded.stands_by("two");
+    loaded.restores("two");
+    loaded.qemu.stop("two", soon()).unwrap();
+    assert_eq!(loaded.reloaded(&[]), text("two", ""));
+    assert_eq!(loaded.names(), ["one", "three", "two"]);
+    loaded.ends_well();
+}
+
+#[test]
+fn runs_may_end_while_the_configuration_is_taken_over() {
+    let loaded = Loaded::new(STANDBY, |_| {});
+    let (lab, qemu) = (&loaded.lab, &loaded.qemu);
+    loaded.restores("one");
+    let killed = loaded.restores("two");
+    loaded.stands_by("three");
+    for machine in ["one", "two", "three"] {
+        lab.change_yaml(&format!("  {machine}:\n"), &format!("  {machine}:\n    tags: [office]\n")).unwrap();
+    }
+    let reloaded = thread::scope(|scope| {
+        scope.spawn(|| qemu.stop("one", soon()).unwrap());
+        scope.spawn(|| kill_process(killed, Signal::KILL).unwrap());
+        loaded.reloaded(&["one", "two"])
+    });
+    assert_eq!(reloaded, text("three", "one two"));
+    assert_eq!(loaded.reloaded(&[]), text("one two", ""));
+    lab.assert_clean();
+    for machine in ["one", "two", "three"] {
+        loaded.restores(machine);
+    }
+    loaded.ends_well();
+}
+
+#[test]
+fn what_is_done_ahead_can_be_changed() {
+    let loaded = Loaded::new("instant: off, standby: off", |_| {});
+    let (lab, qemu) = (&loaded.lab, &loaded.qemu);
+    loaded.restores("one");
+    lab.ahead(STANDBY).unwrap();
+    assert_eq!(loaded.reloaded(&["one"]), text("three two", "one"));
+    let stood_by = loaded.stands_by("two");
+    assert!(loaded.has_template("two"));
+    // There is no more memory for another one.
+    lab.ahead(&format!("{STANDBY}, standby_memory: 1 MiB")).unwrap();
+    assert_eq!(loaded.reloaded(&["one"]), text("", "one"));
+    qemu.prepare("three", soon()).unwrap();
+    assert_eq!(loaded.leftovers_of("three"), [""; 0]);
+    assert_eq!(lab.qemu_of("two").unwrap(), stood_by);
+    lab.ahead("instant: off, standby: off, keep_disposable_disks: true").unwrap();
+    assert_eq!(loaded.reloaded(&["one"]), text("three two", "one"));
+    assert!(!is_alive(stood_by) && !loaded.has_template("two") && !loaded.has_template("three"));
+    loaded.restores("two");
+    qemu.stop("two", soon()).unwrap();
+    assert!(lab.disposable("two").exists(), "its disk was not kept");
+    lab.ahead("instant: off, standby: off").unwrap();
+    assert_eq!(loaded.reloaded(&["one"]), text("three two", ""));
+    assert!(!lab.disposable("two").exists(), "a disk that is kept no more stays");
+    loaded.ends_well();
+}

@@ -1,0 +1,225 @@
+//! An interface that lasts: plugins that are installed somewhere are still loaded, those of an interface
+//! that is too new are refused without a line of them being run, and what a plugin was built with does not
+//! matter.
+//!
+//! `tests/interfaces` has the interfaces of old. What is built here is built once, and found again by the
+//! next run of these tests.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use machinery_testkit::artifacts;
+use machinery_testkit::conformance::{self, Subject};
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::outside::{Outside, other_toolchain};
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+/// The oldest compiler that can be used.
+const OLDEST_RUSTC: &str = env!("CARGO_PKG_RUST_VERSION");
+
+const MACHINES: &str = "machines:\n  \
+    m: {label: one, ip: 10.0.0.1, platform: linux, os_version: 12}\n  \
+    n: {label: two, ip: 10.0.0.2, platform: linux, os_version: 12}\n";
+
+fn interfaces() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("interfaces")
+}
+
+/// Interface 1.0 with its plugin and its host, built with another compiler if there is one, and optimised,
+/// as today's plugins are not.
+fn of_1_0() -> PathBuf {
+    let build = Outside::of(&interfaces().join("1.0/Cargo.toml"), "interface-1.0").release();
+    let build = match other_toolchain(OLDEST_RUSTC).unwrap() {
+        Some(toolchain) => build.with(&toolchain),
+        None => build,
+    };
+    build.build(&["--workspace", "--locked"]).unwrap()
+}
+
+/// A CWD with the plugin of interface 1.0, which allocates its memory in its own way.
+fn elder() -> ScratchCwd {
+    let cwd = ScratchCwd::new(&[("elder", MACHINES)]).unwrap();
+    cwd.plugin_from(&of_1_0().join("libmachinery_elder.so"), "elder").unwrap();
+    cwd.host_yaml("machineries: {elder: {motto: as ever}}\n").unwrap();
+    cwd
+}
+
+#[test]
+fn a_plugin_of_interface_1_0_does_all_it_ever_did() {
+    let cwd = elder();
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    let dump = cwd.root().join("dump");
+    let path = dump.to_str().unwrap();
+    for _ in 0..100 {
+        assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
+        assert_eq!(client.machine("m").unwrap()["state"], "running");
+        assert_eq!(client.act("stop", "m").unwrap(), json!({"success": true}));
+    }
+    assert_eq!(client.act("norestore_start", "n").unwrap(), json!({"success": true}));
+    let dumped = client.ask(json!({"action": "dump_memory", "machine": "n", "path": path})).unwrap();
+    assert_eq!(
+        (dumped["success"].clone(), fs::read_to_string(&dump).unwrap()),
+        (json!(true), "n".to_owned())
+    );
+    assert_eq!(client.hear("progress", "n").unwrap()["fraction"], 0.5);
+    let missing = client.act("screenshot", "n").unwrap();
+    assert_eq!(missing["success"], false, "{missing}");
+    let refused = client.ask(json!({"action": "screenshot", "machine": "n", "path": path})).unwrap();
+    assert!(refused["reason"].as_str().unwrap().contains("does not support screenshot"), "{refused}");
+    assert_eq!(client.act("acpi_stop", "n").unwrap(), json!({"success": true}));
+    assert_eq!(client.act("prepare", "n").unwrap(), json!({"success": true}));
+    let ready = &client.machine("n").unwrap()["ready"];
+    assert_eq!((&ready["how"], &ready["why"]), (&json!("instant"), &json!("as ready as ever")));
+    let metrics = client.ask(json!({"action": "metrics"})).unwrap().to_string();
+    assert!(metrics.contains("\"wake\""), "{metrics}");
+    assert!(host.log().contains("as in the old days") && host.log().contains("as ever"), "{}", host.log());
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+}
+
+#[test]
+fn what_interface_1_0_did_not_have_is_told_as_unsupported_and_costs_nothing() {
+    let cwd = elder();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
+    // Nothing is new for it, so there is nothing it would have to do.
+    assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
+    cwd.write_yaml("elder", &MACHINES.replace("10.0.0.2", "10.0.0.3")).unwrap();
+    let refused = client.ask(json!({"action": "reload"})).unwrap();
+    let reason = refused["reason"].as_str().unwrap();
+    for word in ["'elder'", "does not support", "Restart the host"] {
+        assert!(reason.contains(word), "{reason}");
+    }
+    assert_eq!(client.machine("n").unwrap()["ip"], "10.0.0.2");
+    assert_eq!(client.machine("m").unwrap()["state"], "running");
+}
+
+#[test]
+fn a_plugin_of_interface_1_0_keeps_every_promise() {
+    let cwd = elder();
+    let file = cwd.root().join("machineries/libmachinery_elder.so");
+    // What its machines do cannot be seen from outside.
+    let subject = Subject::new(&["m", "n"], 0..=0, |_, _| Ok(0));
+    let not_for_it = ["norestore_start"];
+    let names: Vec<&str> =
+        conformance::names().into_iter().filter(|name| !not_for_it.contains(name)).collect();
+    let report = conformance::run_some(&file, &cwd.setup("elder").unwrap(), &subject, &names);
+    assert!(report.all_kept(), "{report}");
+}
+
+#[test]
+fn commands_tell_of_which_interface_a_plugin_is() {
+    let cwd = elder();
+    let plugins = host::run(&cwd, &["plugins", "--json"]).unwrap();
+    let plugins: serde_json::Value = serde_json::from_str(&plugins.stdout).unwrap();
+    let listed = &plugins["listed"][0];
+    assert_eq!((&listed["name"], &listed["interface"]), (&json!("elder"), &json!("1.0")), "{plugins}");
+    let check = host::run(&cwd, &["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    assert!(check.stdout.contains("2 machines of the old kind"), "{}", check.stdout);
+}
+
+#[test]
+fn a_host_of_interface_1_0_refuses_a_plugin_of_today_and_names_both_versions() {
+    let old = of_1_0().join("elder-host");
+    let mut command = Command::new(&old);
+    command.arg(artifacts::plugin("double").unwrap());
+    let refused = host::run_command(command).unwrap();
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let today = format!("interface {}", machinery::host::interface_version());
+    for words in [today.as_str(), "speaks 1.0"] {
+        assert!(refused.stdout.contains(words), "{refused:?}");
+    }
+    let mut command = Command::new(old);
+    command.arg(of_1_0().join("libmachinery_elder.so"));
+    assert_eq!(host::run_command(command).unwrap().code, Some(0), "it takes those of its own time");
+}
+
+#[test]
+fn an_incompatible_plugin_is_refused_without_a_line_of_it_being_run() {
+    let cwd = ScratchCwd::new(&[("future", "")]).unwrap();
+    let trace = cwd.root().join("was-loaded");
+    let file = artifacts::plugin("future").unwrap();
+    let run = |mut command: Command| {
+        let _ = fs::remove_file(&trace);
+        let ran = host::run_command({
+            command.env("MACHINERY_FUTURE_WAS_LOADED", &trace);
+            command
+        });
+        (ran.unwrap(), trace.exists())
+    };
+    for arguments in ["serve", "check", "plugins"] {
+        let mut command = host::command(&cwd).unwrap();
+        command.arg(arguments);
+        let (refused, was_loaded) = run(command);
+        assert_eq!((refused.code, was_loaded), (Some(2), false), "{refused:?}");
+        assert!(format!("{refused:?}").contains("interface 2.0"), "{refused:?}");
+    }
+    // It would leave its trace if it was loaded.
+    let mut command = Command::new("/bin/true");
+    command.env("LD_PRELOAD", &file);
+    assert!(run(command).1, "the fixture does not tell when it is loaded");
+}
+
+/// The double, built by another compiler and optimised, is as good as the one beside the host.
+#[test]
+fn a_plugin_of_another_compiler_does_the_same() {
+    let Some(toolchain) = other_toolchain(OLDEST_RUSTC).unwrap() else {
+        return println!("not tried: rustup has no second compiler of {OLDEST_RUSTC} or later here");
+    };
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let build = Outside::of(&manifest, "double").with(&toolchain).release();
+    let folder = build.build(&["-p", "machinery-fixture-double", "--locked"]).unwrap();
+    let cwd = ScratchCwd::double(&[("m", ""), ("bad", "faults: {restore_start: panic}")]).unwrap();
+    let first = folder.to_str().unwrap().to_owned();
+    let host = RunningHost::start_with(&cwd, |command| {
+        command.env("CUCKOO_MACHINERY_PLUGINS", "").arg("--plugin-dir").arg(&first);
+    });
+    let host = host.unwrap();
+    let maps = fs::read_to_string(format!("/proc/{}/maps", host.pid())).unwrap();
+    assert!(maps.contains("libmachinery_double.so"), "{maps}");
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
+    let panicked = client.act("restore_start", "bad").unwrap();
+    assert!(panicked["reason"].as_str().unwrap().contains("panicked"), "{panicked}");
+    assert_eq!(client.act("stop", "m").unwrap(), json!({"success": true}));
+}
+
+/// What was released is installed somewhere; changing it here would only hide what breaks there.
+#[test]
+fn interfaces_that_were_released_are_as_they_were() {
+    let known = BTreeMap::from([("1.0", "05877d13022d09757c328792e86cad3a17675eafaf1967b6e1102f530dd70ecb")]);
+    let folders = fs::read_dir(interfaces()).unwrap().flatten().filter(|entry| entry.path().is_dir());
+    let found: BTreeMap<String, String> =
+        folders.map(|folder| (folder.file_name().into_string().unwrap(), checksum(&folder.path()))).collect();
+    let found: BTreeMap<&str, &str> = found.iter().map(|(name, sum)| (name.as_str(), sum.as_str())).collect();
+    assert_eq!(found, known, "an interface that was released has been changed");
+}
+
+/// Of all files below the folder, with their names.
+fn checksum(folder: &Path) -> String {
+    let mut folders = vec![folder.to_owned()];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() { folders.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    let mut sum = Sha256::new();
+    for file in files {
+        sum.update(file.strip_prefix(folder).unwrap().to_str().unwrap());
+        sum.update([0]);
+        sum.update(fs::read(&file).unwrap());
+    }
+    sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,310 @@
+//! A new configuration while the host serves: what changes at once, what waits for a machine to be free, and
+//! that a bad one changes nothing.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+
+use machinery_testkit::artifacts;
+use machinery_testkit::client::Client;
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::scratch::{ScratchCwd, double};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+fn served(machines: &[(&str, &str)]) -> (RunningHost, ScratchCwd) {
+    let cwd = ScratchCwd::double(machines).unwrap();
+    (RunningHost::start(&cwd).unwrap(), cwd)
+}
+
+fn subscribed(host: &RunningHost) -> Client {
+    let mut client = host.client().unwrap();
+    client.subscribe().unwrap();
+    client
+}
+
+fn reload(client: &mut Client) -> Value {
+    client.ask(json!({"action": "reload"})).unwrap()
+}
+
+/// What a reload that succeeds answers.
+fn taken(added: &[&str], changed: &[&str], removed: &[&str], later: &[&str]) -> Value {
+    json!({"success": true, "added": added, "changed": changed, "removed": removed, "later": later, "notes": []})
+}
+
+fn done() -> Value {
+    json!({"success": true})
+}
+
+fn names(client: &mut Client) -> Vec<String> {
+    let list = client.ask(json!({"action": "list"})).unwrap();
+    let machines = list["machines"].as_array().unwrap().iter();
+    machines.map(|machine| machine["name"].as_str().unwrap().to_owned()).collect()
+}
+
+fn hear_reloaded(client: &mut Client) -> Value {
+    loop {
+        let message = client.next_message().unwrap();
+        if message["event"] == "reloaded" {
+            return message;
+        }
+    }
+}
+
+#[test]
+fn machines_come_change_and_go_beside_one_that_runs() {
+    let (mut host, cwd) = served(&[("runs", ""), ("stays", ""), ("changes", ""), ("goes", "")]);
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "runs").unwrap(), done());
+    let text = cwd.yaml("double").unwrap();
+    let changed = text.replace("goes", "comes").replace("label: changes-label", "label: other, tags: [new]");
+    cwd.write_yaml("double", &changed).unwrap();
+    assert_eq!(reload(&mut client), taken(&["comes"], &["changes"], &["goes"], &[]));
+    assert_eq!(names(&mut client), ["runs", "stays", "changes", "comes"]);
+    assert_eq!(client.machine("changes").unwrap()["tags"], json!(["new"]));
+    for machine in ["stays", "changes", "comes"] {
+        assert_eq!(client.act("restore_start", machine).unwrap(), done(), "{machine}");
+    }
+    let gone = client.act("restore_start", "goes").unwrap();
+    assert_eq!(gone["reason"], "Machine with name goes does not exist");
+    assert_eq!(client.act("stop", "runs").unwrap(), done());
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+}
+
+#[test]
+fn what_is_new_for_a_machine_in_use_holds_when_it_is_free() {
+    let (host, cwd) = served(&[("m", ""), ("gone", "")]);
+    let mut client = subscribed(&host);
+    let locked = json!({"action": "lock", "machine": "m", "task_id": "task"});
+    assert_eq!(client.ask(locked).unwrap()["success"], true);
+    assert_eq!(client.act("restore_start", "gone").unwrap(), done());
+    let text = double(&[("m", "tags: [new]")]);
+    cwd.write_yaml("double", &text).unwrap();
+    assert_eq!(reload(&mut client), taken(&[], &[], &[], &["m", "gone"]));
+    assert_eq!(names(&mut client), ["m", "gone"]);
+    for machine in ["m", "gone"] {
+        assert_eq!(client.machine(machine).unwrap()["outdated"], true, "{machine}");
+    }
+    let listed = host::run(&cwd, &["list"]).unwrap();
+    assert!(listed.stdout.contains("its new configuration waits until it is free"), "{}", listed.stdout);
+    // Its task still has it as it was.
+    assert_eq!(client.act("restore_start", "m").unwrap(), done());
+    assert_eq!(client.act("stop", "m").unwrap(), done());
+    assert_eq!(client.machine("m").unwrap()["tags"], json!([]));
+    // Half a file is of no interest now: what was read before is taken over.
+    cwd.write_yaml("double", "machines: [").unwrap();
+    assert_eq!(hear_reloaded(&mut client)["later"], json!(["m", "gone"]));
+    assert_eq!(client.ask(json!({"action": "unlock", "machine": "m"})).unwrap(), done());
+    let reloaded = hear_reloaded(&mut client);
+    assert_eq!((&reloaded["changed"], &reloaded["later"]), (&json!(["m"]), &json!(["gone"])));
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["tags"], &machine["outdated"]), (&json!(["new"]), &json!(false)));
+    assert_eq!(client.act("stop", "gone").unwrap(), done());
+    assert_eq!(hear_reloaded(&mut client)["removed"], json!(["gone"]));
+    assert_eq!(names(&mut client), ["m"]);
+}
+
+#[test]
+fn a_configuration_that_is_wrong_changes_nothing_and_says_why() {
+    let (host, cwd) = served(&[("m", ""), ("n", "")]);
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), done());
+    let good = cwd.yaml("double").unwrap();
+    let before = client.ask(json!({"action": "list"})).unwrap();
+    for (file, text, words) in [
+        (
+            "conf/machineries/double.yaml",
+            good.replace("10.0.0.2", "10.0.0.1"),
+            vec!["double.yaml:4", "10.0.0.1"],
+        ),
+        ("conf/machineries/double.yaml", "machines: [".to_owned(), vec!["double.yaml"]),
+        ("conf/cuckoo.yaml", "machineries: [Double]\n".to_owned(), vec!["cuckoo.yaml:1", "Write 'double'"]),
+        (
+            "conf/cuckoo.yaml",
+            "machineries: [double, neighbour]\n".to_owned(),
+            vec!["double, neighbour", "Restart the host"],
+        ),
+        (
+            "conf/machinery-host.yaml",
+            "timeouts: {stop: 0}\n".to_owned(),
+            vec!["machinery-host.yaml:1", "timeouts.stop"],
+        ),
+    ] {
+        let old = fs::read_to_string(cwd.root().join(file)).ok();
+        cwd.write(file, &text).unwrap();
+        let refused = reload(&mut client);
+        assert_eq!(refused["success"], false, "{text}");
+        let reason = refused["reason"].as_str().unwrap();
+        for word in words {
+            assert!(reason.contains(word), "{word}: {reason}");
+        }
+        let command = host::run(&cwd, &["reload"]).unwrap();
+        assert_eq!((command.code, command.stderr.contains("error: ")), (Some(1), true), "{command:?}");
+        assert_eq!(client.ask(json!({"action": "list"})).unwrap()["machines"], before["machines"]);
+        match old {
+            Some(old) => cwd.write(file, old).unwrap(),
+            None => fs::remove_file(cwd.root().join(file)).unwrap(),
+        }
+    }
+    assert_eq!(reload(&mut client), taken(&[], &[], &[], &[]));
+    assert_eq!(client.act("stop", "m").unwrap(), done());
+}
+
+#[test]
+fn machineries_take_over_together_or_not_at_all() {
+    let other = "machines: {next: {ip: 10.9.0.1, platform: linux, os_version: 12}}\n";
+    let cwd = ScratchCwd::new(&[("double", &double(&[("m", "")])), ("neighbour", other)]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    // The second one cannot take over, so the first one has to take the old one back.
+    cwd.write_yaml("double", &double(&[("other", "")])).unwrap();
+    cwd.write_yaml("neighbour", &other.replace("next", "last")).unwrap();
+    let refused = reload(&mut client);
+    assert!(refused["reason"].as_str().unwrap().contains("'neighbour'"), "{refused}");
+    assert_eq!(names(&mut client), ["m", "next"]);
+    assert_eq!(client.act("restore_start", "m").unwrap(), done());
+    // A name is used once over all machineries, also from now on.
+    cwd.write_yaml("neighbour", other).unwrap();
+    cwd.write_yaml("double", &double(&[("m", ""), ("next", "")])).unwrap();
+    let refused = reload(&mut client);
+    assert!(refused["reason"].as_str().unwrap().contains("'next'"), "{refused}");
+    assert_eq!(names(&mut client), ["m", "next"]);
+    cwd.write_yaml("double", &double(&[("m", ""), ("more", "")])).unwrap();
+    assert_eq!(reload(&mut client), taken(&["more"], &[], &[], &[]));
+}
+
+#[test]
+fn the_signal_reloads_too_and_its_outcome_is_in_the_log() {
+    let (host, cwd) = served(&[("m", "")]);
+    let mut client = subscribed(&host);
+    cwd.write_yaml("double", &double(&[("m", ""), ("n", "")])).unwrap();
+    host.signal(Signal::HUP).unwrap();
+    assert_eq!(hear_reloaded(&mut client)["added"], json!(["n"]));
+    assert_eq!(client.act("restore_start", "n").unwrap(), done());
+    cwd.write_yaml("double", "machines: [").unwrap();
+    host.signal(Signal::HUP).unwrap();
+    // A reload waits for the one before it.
+    assert_eq!(reload(&mut client)["success"], false);
+    assert!(host.log().contains("not reloaded: nothing has changed"), "{}", host.log());
+    let command = host::run(&cwd, &["reload", "--json"]).unwrap();
+    assert!(command.stdout.contains("double.yaml"), "{command:?}");
+}
+
+#[test]
+fn who_has_a_machine_and_why_it_is_disabled_outlives_its_absence() {
+    let (host, cwd) = served(&[("m", ""), ("n", "")]);
+    let mut client = host.client().unwrap();
+    let disabled = json!({"action": "disable_machine", "machine": "n", "reason": "smells"});
+    assert_eq!(client.ask(disabled).unwrap(), done());
+    let both = cwd.yaml("double").unwrap();
+    cwd.write_yaml("double", &double(&[("m", "")])).unwrap();
+    assert_eq!(reload(&mut client), taken(&[], &[], &["n"], &[]));
+    let locked = client.ask(json!({"action": "lock", "machine": "n", "task_id": "t"})).unwrap();
+    assert_eq!(locked["success"], false);
+    cwd.write_yaml("double", &both).unwrap();
+    assert_eq!(reload(&mut client), taken(&["n"], &[], &[], &[]));
+    assert_eq!(client.machine("n").unwrap()["disabled_reason"], "smells");
+}
+
+#[test]
+fn limits_change_at_once_and_what_takes_a_restart_is_told() {
+    let (host, cwd) = served(&[("m", "delays_ms: {restore_start: 600000}")]);
+    let mut client = host.client().unwrap();
+    cwd.host_yaml("timeouts: {restore_start: 0.1}\nmax_parallel_restores: 7\n").unwrap();
+    let taken = reload(&mut client);
+    let notes = taken["notes"].to_string();
+    assert!(notes.contains("max_parallel_restores") && notes.contains("next start"), "{taken}");
+    let failed = client.act("restore_start", "m").unwrap();
+    assert!(failed["reason"].as_str().unwrap().contains("waited 0.1 s"), "{failed}");
+}
+
+#[test]
+fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let file = cwd.plugin("double").unwrap();
+    let from_cwd = |command: &mut std::process::Command| {
+        command.arg("--plugin-dir").arg(cwd.root().join("machineries"));
+    };
+    // The folder of what was built would be searched before.
+    let mut command = std::process::Command::new(artifacts::program().unwrap());
+    command.arg("--cwd").arg(cwd.root());
+    let host = RunningHost::start_with(&cwd, |given| {
+        from_cwd(&mut command);
+        command.arg("serve");
+        std::mem::swap(given, &mut command);
+    });
+    let host = host.unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(reload(&mut client)["notes"], json!([]));
+    // The same once more is nothing new.
+    let (copy, mut content) = (file.with_extension("new"), fs::read(&file).unwrap());
+    let replace = |content: &[u8]| {
+        fs::write(&copy, content).unwrap();
+        fs::rename(&copy, &file).unwrap();
+    };
+    replace(&content);
+    assert_eq!(reload(&mut client)["notes"], json!([]));
+    content.push(0);
+    replace(&content);
+    let notes = reload(&mut client)["notes"].to_string();
+    for word in ["'double'", file.to_str().unwrap(), "next start"] {
+        assert!(notes.contains(word), "{word}: {notes}");
+    }
+    assert_eq!(client.act("restore_start", "m").unwrap(), done());
+}
+
+#[test]
+fn a_machine_that_stands_by_is_let_go_for_what_is_new() {
+    let able = "capabilities: {prepare: true}\n";
+    let cwd = ScratchCwd::new(&[(
+        "double",
+        &format!("{able}{}", double(&[("m", "delays_ms: {prepare: 600000}")])),
+    )]);
+    let cwd = cwd.unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = subscribed(&host);
+    // Its preparation would go on for ten minutes, and gives way.
+    cwd.write_yaml("double", &format!("{able}{}", double(&[("m", "tags: [new]")]))).unwrap();
+    assert_eq!(reload(&mut client), taken(&[], &["m"], &[], &[]));
+    while client.hear("ready", "m").unwrap()["how"] != "standby" {}
+    assert_eq!(client.act("restore_start", "m").unwrap(), done());
+}
+
+#[test]
+fn whoever_asks_meanwhile_waits_for_the_end() {
+    let cwd = ScratchCwd::double(&[("m", ""), ("n", "")]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let (mut asker, mut reloader) = (host.client().unwrap(), host.client().unwrap());
+    let texts = [double(&[("m", "tags: [a]"), ("n", "")]), double(&[("m", "tags: [b]"), ("n", "")])];
+    for round in 0..50 {
+        cwd.write_yaml("double", &texts[round % 2]).unwrap();
+        reloader.send(&json!({"action": "reload", "id": round})).unwrap();
+        for action in ["restore_start", "stop"] {
+            assert_eq!(asker.act(action, "m").unwrap(), done(), "{action} in round {round}");
+        }
+        let answer = reloader.next_message().unwrap();
+        assert_eq!((&answer["success"], &answer["id"]), (&json!(true), &json!(round)), "{answer}");
+    }
+    let machine = asker.machine("m").unwrap();
+    assert_eq!(machine["disabled"], false, "{machine}");
+}
+
+#[test]
+fn a_storm_of_reloads_leaves_nothing_behind() {
+    let cwd = ScratchCwd::double(&[("m", ""), ("a", "")]).unwrap();
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), done());
+    let texts = [double(&[("m", ""), ("b", "")]), double(&[("m", ""), ("a", "")])];
+    let round = |client: &mut Client, round: usize| {
+        cwd.write_yaml("double", &texts[round % 2]).unwrap();
+        assert_eq!(reload(client)["success"], true);
+    };
+    (0..20).for_each(|number| round(&mut client, number));
+    let before = host.holds().unwrap();
+    (0..500).for_each(|number| round(&mut client, number));
+    host.holds().unwrap().assert_hardly_more_than(&before);
+    assert_eq!(client.machine("m").unwrap()["state"], "running");
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+}

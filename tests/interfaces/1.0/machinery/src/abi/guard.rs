@@ -1,0 +1,73 @@
+//! The panic guard at the border.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::Reply;
+use super::records::reply;
+use crate::{Error, ErrorKind, Result};
+
+/// Runs a piece of this side's code on behalf of the other side; a panic becomes an error.
+///
+/// Unwind safety is asserted: after a panic the object stays reachable, and a plugin whose own
+/// locks are poisoned answers with errors from then on, which is what its host can handle.
+pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Reply<T> {
+    let result = catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        Err(Error::new(ErrorKind::PluginPanicked, format!("the plugin panicked: {}", panic_text(panic)))
+            .advice(
+                "This is a bug in the plugin: report it to its author with the lines around it in the log",
+            ))
+    });
+    reply(result)
+}
+
+/// Runs a piece of code that has no way to fail; a panic is dropped (the hook has told it).
+pub(crate) fn guarded_quiet<T>(default: T, call: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        // For its payload, which may not simply be dropped.
+        let _ = panic_text(panic);
+        default
+    })
+}
+
+/// The message of a panic.
+pub(crate) fn panic_text(panic: Box<dyn Any + Send>) -> String {
+    match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(panic) => match panic.downcast::<&'static str>() {
+            Ok(text) => (*text).to_owned(),
+            Err(other) => {
+                // Dropping a payload of the plugin's own type could panic in its turn.
+                std::mem::forget(other);
+                "(no message)".to_owned()
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use abi_stable::std_types::RResult;
+
+    #[test]
+    fn a_panic_becomes_an_error_with_its_message() {
+        let reply = guarded::<()>(|| panic!("no {}", "luck"));
+        let RResult::RErr(json) = reply else { panic!("an error") };
+        let error: Error = serde_json::from_str(&json).unwrap();
+        assert_eq!(error.kind(), ErrorKind::PluginPanicked);
+        assert!(error.to_string().contains("no luck"));
+    }
+
+    #[test]
+    fn a_payload_that_is_no_text_is_harmless() {
+        struct Bomb;
+        impl Drop for Bomb {
+            fn drop(&mut self) {
+                panic!("dropped");
+            }
+        }
+        assert!(guarded::<()>(|| std::panic::panic_any(Bomb)).is_err());
+        assert_eq!(guarded_quiet(7, || std::panic::panic_any(Bomb)), 7);
+    }
+}

@@ -1,0 +1,153 @@
+//! The plugin's side of the border: from the vtable into a plain [`Machinery`].
+
+use std::mem::ManuallyDrop;
+use std::path::Path;
+use std::time::Duration;
+
+use abi_stable::library::{
+    __call_root_module_loader as call_module_loader, CheckTypeLayout, LibHeader, RootModuleResult,
+};
+use abi_stable::prefix_type::PrefixTypeTrait;
+use abi_stable::sabi_trait::TD_Opaque;
+use abi_stable::std_types::{RStr, RString};
+
+use super::guard::{guarded, guarded_quiet};
+use super::records::{from_json, to_json};
+use super::services::host_of;
+use super::{
+    MachineryAbi, MachineryAbi_TO, MachineryObject, Manifest, ManifestConflict, Module, ModuleRef, Reply,
+    ServicesObject, logging,
+};
+use crate::{Deadline, Host, Machinery, Report, Setup};
+
+/// What the export macro knows about the plugin's package.
+pub trait Packaged {
+    /// The package's version.
+    const VERSION: &'static str;
+    /// The package's licence, as SPDX.
+    const LICENSE: &'static str;
+}
+
+/// The header that the plugin's library exports.
+pub const fn header<M: Machinery + Packaged>() -> LibHeader {
+    // SAFETY: `construct` returns what `__call_root_module_loader` made of a `ModuleRef`, so the
+    // erased module is a `ModuleRef`, as `from_constructor::<ModuleRef>` demands.
+    unsafe { LibHeader::from_constructor::<ModuleRef>(construct::<M>, CheckTypeLayout::Yes) }
+}
+
+extern "C" fn construct<M: Machinery + Packaged>() -> RootModuleResult {
+    call_module_loader(module::<M>)
+}
+
+fn module<M: Machinery + Packaged>() -> ModuleRef {
+    Module { manifest: manifest::<M>, check: check::<M>, load: load::<M> }.leak_into_prefix()
+}
+
+extern "C" fn manifest<M: Machinery + Packaged>() -> Reply<RString> {
+    guarded(|| {
+        let owned = |conflict: &crate::Conflict| ManifestConflict {
+            with: conflict.with.to_owned(),
+            why: conflict.why.to_owned(),
+        };
+        to_json(&Manifest {
+            name: M::NAME.to_owned(),
+            version: M::VERSION.to_owned(),
+            license: M::LICENSE.to_owned(),
+            conflicts: M::CONFLICTS.iter().map(owned).collect(),
+        })
+    })
+}
+
+extern "C" fn check<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> Reply<RString> {
+    guarded(|| {
+        enter(services);
+        let setup: Setup = from_json(&setup, "setup")?;
+        let mut report = Report::default();
+        M::check(&setup, &mut report);
+        to_json(&report)
+    })
+}
+
+extern "C" fn load<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> Reply<MachineryObject> {
+    guarded(|| {
+        let host = enter(services);
+        let setup: Setup = from_json(&setup, "setup")?;
+        let machinery = M::load(&setup, host)?;
+        Ok(MachineryAbi_TO::from_value(Exported(ManuallyDrop::new(machinery)), TD_Opaque))
+    })
+}
+
+fn enter(services: ServicesObject) -> Host {
+    let host = host_of(services);
+    logging::send_to(host.services());
+    host
+}
+
+struct Exported<M>(ManuallyDrop<M>);
+
+impl<M> Drop for Exported<M> {
+    fn drop(&mut self) {
+        // A panic must not cross the border here either.
+        // SAFETY: this is the only place that drops it, and it runs once.
+        guarded_quiet((), || unsafe { ManuallyDrop::drop(&mut self.0) });
+    }
+}
+
+impl<M: Machinery> MachineryAbi for Exported<M> {
+    fn version(&self, deadline: u64) -> Reply<RString> {
+        guarded(|| self.0.version(after(deadline)).map(RString::from))
+    }
+
+    fn capabilities(&self) -> Reply<RString> {
+        guarded(|| to_json(&self.0.capabilities()))
+    }
+
+    fn machines(&self) -> Reply<RString> {
+        guarded(|| to_json(&self.0.machines()))
+    }
+
+    fn state(&self, machine: RStr<'_>, deadline: u64) -> Reply<RString> {
+        guarded(|| self.0.state(&machine, after(deadline)).map(|state| state.as_str().into()))
+    }
+
+    fn restore_start(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.restore_start(&machine, after(deadline)))
+    }
+
+    fn norestore_start(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.norestore_start(&machine, after(deadline)))
+    }
+
+    fn stop(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.stop(&machine, after(deadline)))
+    }
+
+    fn acpi_stop(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.acpi_stop(&machine, after(deadline)))
+    }
+
+    fn dump_memory(&self, machine: RStr<'_>, path: RStr<'_>, format: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| {
+            let quoted = format!("\"{format}\"");
+            let format = serde_json::from_str(&quoted)
+                .map_err(|_| crate::Error::unsupported(&format!("the memory dump format '{format}'")))?;
+            self.0.dump_memory(&machine, Path::new(path.as_str()), format, after(deadline))
+        })
+    }
+
+    fn screenshot(&self, machine: RStr<'_>, path: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.screenshot(&machine, Path::new(path.as_str()), after(deadline)))
+    }
+
+    fn prepare(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.prepare(&machine, after(deadline)))
+    }
+
+    fn shutdown(&self, deadline: u64) -> Reply<()> {
+        guarded(|| self.0.shutdown(after(deadline)))
+    }
+}
+
+fn after(milliseconds: u64) -> Deadline {
+    Deadline::after(Duration::from_millis(milliseconds))
+}

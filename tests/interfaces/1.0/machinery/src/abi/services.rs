@@ -1,0 +1,120 @@
+//! The host's services across the border: out as a vtable, back as a [`Host`](crate::Host).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use abi_stable::std_types::RStr;
+
+use super::guard::guarded_quiet;
+use super::records::from_json;
+use super::{ServicesAbi, ServicesObject};
+use crate::{Host, HostServices, LogLevel, LogRecord, Ready, State};
+
+/// In the host: what a plugin gets.
+pub(crate) fn abi_services(services: Arc<dyn HostServices>) -> ServicesObject {
+    super::ServicesAbi_TO::from_value(ServicesOfHost(services), abi_stable::sabi_trait::TD_Opaque)
+}
+
+/// In the plugin: what it makes of that.
+pub(crate) fn host_of(services: ServicesObject) -> Host {
+    Host::new(Arc::new(HostOfPlugin(services)))
+}
+
+struct ServicesOfHost(Arc<dyn HostServices>);
+
+impl ServicesAbi for ServicesOfHost {
+    fn log(&self, record: RStr<'_>) {
+        guarded_quiet((), || {
+            let record = from_json(&record, "log record").unwrap_or_else(|error| LogRecord {
+                level: LogLevel::Warn,
+                target: "machinery".to_owned(),
+                message: error.to_string(),
+                fields: serde_json::Map::new(),
+            });
+            self.0.log(record);
+        });
+    }
+
+    fn state_changed(&self, machine: RStr<'_>, state: RStr<'_>, reason: RStr<'_>) {
+        // A state without a name here comes from a newer plugin; it can only be told as an error.
+        let known = state.parse().unwrap_or(State::Error);
+        guarded_quiet((), || self.0.state_changed(&machine, known, &reason));
+    }
+
+    fn progress(&self, machine: RStr<'_>, fraction: f64) {
+        guarded_quiet((), || self.0.progress(&machine, fraction));
+    }
+
+    fn max_level(&self) -> u8 {
+        guarded_quiet(1, || level_number(self.0.max_level()))
+    }
+
+    fn step(&self, machine: RStr<'_>, step: RStr<'_>, milliseconds: f64) {
+        let took = Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or_default();
+        guarded_quiet((), || self.0.step(&machine, &step, took));
+    }
+
+    fn ready(&self, machine: RStr<'_>, ready: RStr<'_>) {
+        guarded_quiet((), || match from_json(&ready, "readiness") {
+            Ok(ready) => self.0.ready(&machine, &ready),
+            // One that a newer plugin knows; its machines are restored all the same.
+            Err(error) => self.0.ready(&machine, &Ready { why: error.to_string(), ..Ready::default() }),
+        });
+    }
+
+    fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>) {
+        guarded_quiet((), || self.0.wants_prepare(&machine, &reason));
+    }
+}
+
+struct HostOfPlugin(ServicesObject);
+
+impl HostServices for HostOfPlugin {
+    fn log(&self, record: LogRecord) {
+        if let Ok(json) = super::records::to_json(&record) {
+            self.0.log(json.as_rstr());
+        }
+    }
+
+    fn state_changed(&self, machine: &str, state: State, reason: &str) {
+        self.0.state_changed(machine.into(), state.as_str().into(), reason.into());
+    }
+
+    fn progress(&self, machine: &str, fraction: f64) {
+        self.0.progress(machine.into(), fraction);
+    }
+
+    fn step(&self, machine: &str, step: &str, took: Duration) {
+        self.0.step(machine.into(), step.into(), took.as_secs_f64() * 1000.0);
+    }
+
+    fn ready(&self, machine: &str, ready: &Ready) {
+        if let Ok(json) = super::records::to_json(ready) {
+            self.0.ready(machine.into(), json.as_rstr());
+        }
+    }
+
+    fn wants_prepare(&self, machine: &str, reason: &str) {
+        self.0.wants_prepare(machine.into(), reason.into());
+    }
+
+    fn max_level(&self) -> LogLevel {
+        match self.0.max_level() {
+            0 | 1 => LogLevel::Error,
+            2 => LogLevel::Warn,
+            3 => LogLevel::Info,
+            4 => LogLevel::Debug,
+            _ => LogLevel::Trace,
+        }
+    }
+}
+
+fn level_number(level: LogLevel) -> u8 {
+    match level {
+        LogLevel::Error => 1,
+        LogLevel::Warn => 2,
+        LogLevel::Info => 3,
+        LogLevel::Debug => 4,
+        LogLevel::Trace => 5,
+    }
+}

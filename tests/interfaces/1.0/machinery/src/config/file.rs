@@ -1,0 +1,271 @@
+//! A configuration file with its path, and errors that point into it.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Place, Result};
+
+/// The text of a YAML file and where it came from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ConfigFile {
+    /// Where it was read.
+    pub path: PathBuf,
+    /// What it says.
+    pub text: String,
+}
+
+impl ConfigFile {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// It is missing, unreadable, or not UTF-8.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            let mut found = Error::io("read the configuration", path, &error);
+            if error.kind() == std::io::ErrorKind::InvalidData {
+                found = found.advice("Save it as UTF-8 text");
+            }
+            found
+        })?;
+        Ok(ConfigFile { path: path.to_owned(), text })
+    }
+
+    /// The whole file as `T`.
+    ///
+    /// # Errors
+    /// It is not YAML, or not of the form of `T`: with line, key and value.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
+        let text = if self.is_blank() { "{}" } else { &self.text };
+        serde_yaml::from_str(text).map_err(|error| self.explain(&error))
+    }
+
+    /// What stands under the keys of `path`, as `T`; `None` when the file has no such key or
+    /// nothing stands there.
+    ///
+    /// # Errors
+    /// It is not YAML, or not of the form of `T`: with line, key and value.
+    pub fn parse_at<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Option<T>> {
+        if self.is_blank() {
+            return Ok(None);
+        }
+        let walk = Walk { path, value: std::marker::PhantomData };
+        walk.deserialize(serde_yaml::Deserializer::from_str(&self.text)).map_err(|error| self.explain(&error))
+    }
+
+    /// An error about the value under `key` (dotted path as parts), with its line.
+    pub fn error(&self, key: &[&str], reason: impl Into<String>) -> Error {
+        Error::configuration(reason).place(Place {
+            file: self.path.clone(),
+            line: self.line_of(key),
+            key: (!key.is_empty()).then(|| key.join(".")),
+        })
+    }
+
+    /// The line (from 1) on which the value under `key` starts, or that of the nearest key above
+    /// it that is there.
+    fn line_of(&self, key: &[&str]) -> Option<usize> {
+        (1..=key.len()).rev().find_map(|depth| {
+            let line = RefCell::new(None);
+            let seek = Seek { path: &key[..depth], found: &line };
+            let result = seek.deserialize(serde_yaml::Deserializer::from_str(&self.text));
+            let reached = line.borrow().is_some();
+            result.err().filter(|_| reached)?.location().map(|at| at.line())
+        })
+    }
+
+    fn is_blank(&self) -> bool {
+        self.text.lines().all(|line| {
+            let line = line.trim();
+            line.is_empty() || line.starts_with('#') || line == "---" || line == "..."
+        })
+    }
+
+    /// `serde_yaml` words its errors as `key.path: reason at line L column C`.
+    fn explain(&self, error: &serde_yaml::Error) -> Error {
+        let mut reason = error.to_string();
+        let line = error.location().map(|at| at.line());
+        if let Some(at) = reason.rfind(" at line ") {
+            reason.truncate(at);
+        }
+        let (key, reason) = match reason.split_once(": ") {
+            Some((key, rest)) if looks_like_key(key) => (Some(key.to_owned()), rest.to_owned()),
+            _ => (None, reason),
+        };
+        Error::configuration(reason).place(Place { file: self.path.clone(), line, key })
+    }
+}
+
+fn looks_like_key(text: &str) -> bool {
+    !text.contains(' ') || text.contains('.')
+}
+
+/// Descends along `path` and reads what is there as `T`.
+struct Walk<'a, T> {
+    path: &'a [&'a str],
+    value: std::marker::PhantomData<T>,
+}
+
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Walk<'_, T> {
+    type Value = Option<T>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        if self.path.is_empty() {
+            return Option::<T>::deserialize(deserializer);
+        }
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Walk<'_, T> {
+    type Value = Option<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mapping")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut value = None;
+        while let Some(key) = map.next_key::<String>()? {
+            if key == self.path[0] {
+                value = map.next_value_seed(Walk { path: &self.path[1..], value: self.value })?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(value)
+    }
+}
+
+/// Descends along `path` and fails there on purpose, so that the parser tells the place.
+struct Seek<'a> {
+    path: &'a [&'a str],
+    found: &'a RefCell<Option<()>>,
+}
+
+impl<'de> DeserializeSeed<'de> for Seek<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl Seek<'_> {
+    fn arrived<T, E: de::Error>(self) -> Result<Option<T>, E> {
+        if !self.path.is_empty() {
+            return Ok(None);
+        }
+        self.found.replace(Some(()));
+        Err(E::custom("here"))
+    }
+}
+
+macro_rules! arrive {
+    ($($visit:ident: $type:ty),*) => {
+        $(fn $visit<E: de::Error>(self, _: $type) -> Result<(), E> {
+            self.arrived::<(), E>().map(|_| ())
+        })*
+    };
+}
+
+impl<'de> Visitor<'de> for Seek<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    arrive!(visit_bool: bool, visit_i64: i64, visit_u64: u64, visit_f64: f64, visit_str: &str);
+
+    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
+        self.arrived::<(), E>().map(|_| ())
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        self.arrived::<(), A::Error>()?;
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let Seek { path, found } = self;
+        let Some((first, rest)) = path.split_first() else {
+            return Seek { path, found }.arrived::<(), A::Error>().map(|_| ());
+        };
+        while let Some(key) = map.next_key::<String>()? {
+            if key == *first {
+                map.next_value_seed(Seek { path: rest, found })?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> ConfigFile {
+        ConfigFile { path: "/c/x.yaml".into(), text: text.into() }
+    }
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Port {
+        port: u16,
+    }
+
+    #[test]
+    fn an_error_names_file_line_key_and_value() {
+        let error =
+            file("a: 1\nport: nine\n").parse::<std::collections::BTreeMap<String, u16>>().unwrap_err();
+        let text = error.to_string();
+        assert!(text.starts_with("/c/x.yaml:2: port: "), "{text}");
+        assert!(text.contains("nine"), "{text}");
+    }
+
+    #[test]
+    fn a_syntax_error_names_its_line() {
+        let error = file("a: 1\nb: [1, 2\nc: 3\n").parse::<serde_yaml::Value>().unwrap_err();
+        assert!(error.placed().unwrap().line.is_some(), "{error}");
+    }
+
+    #[test]
+    fn a_later_error_finds_its_line_again() {
+        let file = file("# top\nmachines:\n  one:\n    ip: 1\n  two:\n    ip: 1\n    tags: [a,\n      b]\n");
+        let line = |key: &[&str]| file.error(key, "x").placed().unwrap().line;
+        assert_eq!(line(&["machines", "two", "ip"]), Some(6));
+        assert_eq!(line(&["machines", "two", "tags"]), Some(7));
+        // A key that is missing is shown where it belongs.
+        assert_eq!(line(&["machines", "two", "label"]), line(&["machines", "two"]));
+        assert_eq!(line(&["nothing"]), None);
+    }
+
+    #[test]
+    fn a_section_is_read_with_the_lines_of_the_whole() {
+        let file = file("other: {a: b}\nmachineries:\n  qemu:\n    port: 9\n  kvm:\n    prot: 9\n");
+        assert_eq!(file.parse_at::<Port>(&["machineries", "qemu"]).unwrap(), Some(Port { port: 9 }));
+        assert_eq!(file.parse_at::<Port>(&["machineries", "xen"]).unwrap(), None);
+        let text = file.parse_at::<Port>(&["machineries", "kvm"]).unwrap_err().to_string();
+        assert!(text.starts_with("/c/x.yaml:6: "), "{text}");
+        assert!(text.contains("unknown field `prot`"), "{text}");
+    }
+
+    #[test]
+    fn an_empty_file_is_an_empty_mapping() {
+        for text in ["", "# only a comment\n", "---\n"] {
+            assert_eq!(file(text).parse_at::<Port>(&["machineries", "qemu"]).unwrap(), None);
+            assert!(file(text).parse::<Port>().unwrap_err().to_string().contains("missing field `port`"));
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Network interfaces that a configuration names.
+
+use std::path::Path;
+
+use super::ConfigFile;
+use crate::Result;
+
+const INTERFACES: &str = "/sys/class/net";
+
+/// Expects that the network interface `name`, the value under `key` of the file, exists on this
+/// host. Interfaces are the operator's, so none is created.
+///
+/// # Errors
+/// It does not; the error lists those that do.
+pub fn expect_interface(file: &ConfigFile, key: &[&str], name: &str) -> Result<()> {
+    let known = !name.is_empty() && !name.contains('/') && Path::new(INTERFACES).join(name).exists();
+    if known {
+        return Ok(());
+    }
+    let entries = Path::new(INTERFACES).read_dir().into_iter().flatten().flatten();
+    let there: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let reason = format!("the network interface '{name}' does not exist; there are {}", there.join(", "));
+    Err(file
+        .error(key, reason)
+        .advice("Create it first (bridges and taps are the operator's), or name another"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_is_not_there_is_told_with_those_that_are() {
+        let file = ConfigFile { path: "/c/x.yaml".into(), text: "interface: br9\n".into() };
+        assert!(expect_interface(&file, &["interface"], "lo").is_ok());
+        let text = expect_interface(&file, &["interface"], "br9").unwrap_err().to_string();
+        assert!(text.contains("'br9' does not exist") && text.contains("lo"), "{text}");
+        assert!(expect_interface(&file, &["interface"], "../net/lo").is_err());
+    }
+}

@@ -1,0 +1,420 @@
+//! The `machines` mapping of a machinery's configuration file: keys that all machineries share,
+//! and the machinery's own beside them.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::Deserialize;
+use serde::de::value::{MapAccessDeserializer, StrDeserializer};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
+
+use super::{ConfigFile, values};
+use crate::Error;
+
+/// The keys of a machine that all machineries share.
+/// Source: Cuckoo3's `machineries/config.py`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct MachineConfig {
+    /// The static address configured inside the guest.
+    pub ip: String,
+    /// The operating system's family, such as `windows`; lowercase.
+    #[serde(deserialize_with = "values::lowercase")]
+    pub platform: String,
+    /// Always text: a YAML `10` reads as "10".
+    pub os_version: String,
+    /// Lowercase; `amd64` unless given.
+    #[serde(default = "amd64", deserialize_with = "values::lowercase")]
+    pub architecture: String,
+    /// Where this machine's traffic can be captured, if not at the machinery's interface.
+    #[serde(default, deserialize_with = "values::empty_as_none")]
+    pub interface: Option<String>,
+    /// The TCP port of Cuckoo's agent in the guest; 8000 unless given.
+    #[serde(default = "agent_port", deserialize_with = "port")]
+    pub agent_port: u16,
+    /// Lowercase, `aa:bb:cc:dd:ee:ff`.
+    #[serde(default, deserialize_with = "mac_address")]
+    pub mac_address: Option<String>,
+    /// What is installed in the guest.
+    #[serde(default, deserialize_with = "values::null_as_default")]
+    pub tags: Vec<String>,
+}
+
+const SHARED_KEYS: [&str; 8] =
+    ["ip", "platform", "os_version", "architecture", "interface", "agent_port", "mac_address", "tags"];
+
+/// One machine: its name, the shared keys, and the machinery's own keys `T`.
+#[derive(Debug, Clone)]
+pub struct Configured<T> {
+    /// Unique over all machineries.
+    pub name: String,
+    /// The shared keys.
+    pub shared: MachineConfig,
+    /// The machinery's own keys. Give `T` `#[serde(deny_unknown_fields)]`.
+    pub own: T,
+}
+
+/// All machines of a file, in its order. A name given twice is an error.
+#[derive(Debug, Clone)]
+pub struct Machines<T>(Vec<Configured<T>>);
+
+impl<T> Machines<T> {
+    /// The machines, in the file's order.
+    pub fn iter(&self) -> std::slice::Iter<'_, Configured<T>> {
+        self.0.iter()
+    }
+
+    /// What has to be unique among the machines and is not. `values` gives each machine's values
+    /// as (key, value); one that is `None` is not compared.
+    pub fn duplicates<'a>(
+        &'a self,
+        file: &ConfigFile,
+        values: impl Fn(&'a Configured<T>) -> Vec<(&'static str, Option<&'a str>)>,
+    ) -> Vec<Error> {
+        let mut seen: HashMap<(&str, &str), &str> = HashMap::new();
+        let mut errors = Vec::new();
+        for machine in self.iter() {
+            for (key, value) in values(machine) {
+                let Some(value) = value else { continue };
+                match seen.get(&(key, value)) {
+                    Some(other) => errors.push(
+                        file.error(
+                            &["machines", &machine.name, key],
+                            format!("'{value}' is already the {key} of machine '{other}'"),
+                        )
+                        .advice(format!("Give each machine its own {key}")),
+                    ),
+                    None => {
+                        seen.insert((key, value), &machine.name);
+                    }
+                }
+            }
+        }
+        errors
+    }
+}
+
+impl<T> IntoIterator for Machines<T> {
+    type Item = Configured<T>;
+    type IntoIter = std::vec::IntoIter<Configured<T>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl<T> Default for Machines<T> {
+    fn default() -> Self {
+        Machines(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Machines<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(MachinesVisitor(PhantomData))
+    }
+}
+
+struct MachinesVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for MachinesVisitor<T> {
+    type Value = Machines<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mapping from machine names to machines")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+        Ok(Machines::default())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut machines: Vec<Configured<T>> = Vec::new();
+        while let Some(MachineName(name)) = map.next_key()? {
+            let first = machines.iter().all(|machine| machine.name != name);
+            let Keys { shared, own } = map.next_value_seed(KeysOf { first, keys: PhantomData })?;
+            machines.push(Configured { name, shared, own });
+        }
+        Ok(Machines(machines))
+    }
+}
+
+/// A name becomes part of file and socket names, so it must not be a path.
+struct MachineName(String);
+
+impl<'de> Deserialize<'de> for MachineName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        values::checked(deserializer, |name| {
+            let plain = |c: char| c.is_alphanumeric() || "-_.@+ ".contains(c);
+            if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.chars().all(plain) {
+                return Err(format!(
+                    "'{name}' cannot be a machine's name: use up to 100 letters, digits, '-', '_' and '.', \
+                     not starting with '.'"
+                ));
+            }
+            Ok(MachineName(name.to_owned()))
+        })
+    }
+}
+
+/// The keys of one machine, told apart.
+struct Keys<T> {
+    shared: MachineConfig,
+    own: T,
+}
+
+struct KeysOf<T> {
+    first: bool,
+    keys: PhantomData<T>,
+}
+
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for KeysOf<T> {
+    type Value = Keys<T>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for KeysOf<T> {
+    type Value = Keys<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mapping with the machine's keys")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        if !self.first {
+            return Err(de::Error::custom("this machine's name is given twice"));
+        }
+        let mut shared = serde_yaml::Mapping::new();
+        let own = T::deserialize(MapAccessDeserializer::new(OwnKeys { map, shared: &mut shared }))?;
+        shared.retain(|_, value| !value.is_null());
+        let shared = serde_yaml::from_value(serde_yaml::Value::Mapping(shared)).map_err(de::Error::custom)?;
+        Ok(Keys { shared, own })
+    }
+}
+
+/// A view of a machine's mapping that keeps the shared keys for itself, so that the machinery's
+/// type can deny unknown fields, and so that the parser's own place stays in every error.
+struct OwnKeys<'a, A> {
+    map: A,
+    shared: &'a mut serde_yaml::Mapping,
+}
+
+impl<'de, A: MapAccess<'de>> MapAccess<'de> for OwnKeys<'_, A> {
+    type Error = A::Error;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, A::Error> {
+        let mut seed = Some(seed);
+        loop {
+            match self.map.next_key_seed(Sort(&mut seed))? {
+                None => return Ok(None),
+                Some(Sorted::Own(key)) => return Ok(Some(key)),
+                Some(Sorted::Shared(key)) => {
+                    let value = self.map.next_value_seed(SharedValue(key))?;
+                    if self.shared.insert(key.into(), value).is_some() {
+                        return Err(de::Error::duplicate_field(key));
+                    }
+                }
+            }
+        }
+    }
+
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, A::Error> {
+        self.map.next_value_seed(seed)
+    }
+}
+
+enum Sorted<V> {
+    Shared(&'static str),
+    Own(V),
+}
+
+struct Sort<'a, K>(&'a mut Option<K>);
+
+impl<'de, K: DeserializeSeed<'de>> DeserializeSeed<'de> for Sort<'_, K> {
+    type Value = Sorted<K::Value>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'de, K: DeserializeSeed<'de>> Visitor<'de> for Sort<'_, K> {
+    type Value = Sorted<K::Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: de::Error>(self, key: &str) -> Result<Self::Value, E> {
+        if let Some(shared) = SHARED_KEYS.into_iter().find(|shared| *shared == key) {
+            return Ok(Sorted::Shared(shared));
+        }
+        let seed = self.0.take().ok_or_else(|| E::custom("a key was asked for twice"))?;
+        seed.deserialize(StrDeserializer::new(key)).map(Sorted::Own)
+    }
+}
+
+/// Checks one shared value where it stands, for the sake of the line in the error.
+struct SharedValue(&'static str);
+
+impl<'de> DeserializeSeed<'de> for SharedValue {
+    type Value = serde_yaml::Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        let text = |text: Option<String>| text.map_or(serde_yaml::Value::Null, Into::into);
+        Ok(match self.0 {
+            "tags" => values::null_as_default::<D, Vec<String>>(deserializer)?.into(),
+            "agent_port" => port(deserializer)?.to_string().into(),
+            "mac_address" => text(mac_address(deserializer)?),
+            "interface" => text(values::empty_as_none(deserializer)?),
+            _ => values::checked(deserializer, required)?.into(),
+        })
+    }
+}
+
+fn required(text: &str) -> Result<String, String> {
+    if values::is_empty(text) { Err("a value is needed here".to_owned()) } else { Ok(text.to_owned()) }
+}
+
+fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    values::checked(deserializer, |text| {
+        if values::is_empty(text) {
+            return Ok(agent_port());
+        }
+        let port = text.parse().ok().filter(|port| *port > 0);
+        port.ok_or_else(|| format!("{text} is not a TCP port: use 1 to 65535"))
+    })
+}
+
+fn mac_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    values::checked(deserializer, |text| {
+        let pairs: Vec<&str> = text.split(':').collect();
+        let hex = |pair: &&str| pair.len() == 2 && pair.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if values::is_empty(text) {
+            Ok(None)
+        } else if pairs.len() == 6 && pairs.iter().all(hex) {
+            Ok(Some(text.to_lowercase()))
+        } else {
+            Err(format!("'{text}' is not a MAC address: write it as aa:bb:cc:dd:ee:ff, in quotes"))
+        }
+    })
+}
+
+fn amd64() -> String {
+    "amd64".to_owned()
+}
+
+fn agent_port() -> u16 {
+    8000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Own {
+        label: String,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Config {
+        machines: Machines<Own>,
+    }
+
+    const GOOD: &str = "\
+machines:
+  win10_1:
+    label: w10
+    ip: 10.0.0.1
+    platform: Windows
+    os_version: 10
+    mac_address: AA:BB:CC:DD:EE:FF
+    interface:
+    tags:
+  ubuntu:
+    ip: 10.0.0.2
+    platform: linux
+    os_version: 18.10
+    architecture: X86
+    agent_port: 9000
+    interface: br1
+    tags: [a, 7]
+    label: u18
+";
+
+    fn file(text: &str) -> ConfigFile {
+        ConfigFile { path: "/c/m.yaml".into(), text: text.into() }
+    }
+
+    fn fails(change: &str, by: &str) -> String {
+        assert!(GOOD.contains(change), "{change}");
+        file(&GOOD.replace(change, by)).parse::<Config>().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn shared_and_own_keys_mix_in_any_order() {
+        let machines = file(GOOD).parse::<Config>().unwrap().machines.0;
+        let [win, ubuntu] = &machines[..] else { panic!("two machines") };
+        assert_eq!(win.name, "win10_1");
+        assert_eq!((win.shared.os_version.as_str(), win.shared.platform.as_str()), ("10", "windows"));
+        assert_eq!(win.shared.mac_address.as_deref(), Some("aa:bb:cc:dd:ee:ff"));
+        assert_eq!((win.shared.agent_port, win.shared.architecture.as_str()), (8000, "amd64"));
+        assert_eq!((&win.shared.interface, win.shared.tags.len()), (&None, 0));
+        assert_eq!(ubuntu.own, Own { label: "u18".into() });
+        assert_eq!(
+            (ubuntu.shared.os_version.as_str(), ubuntu.shared.architecture.as_str()),
+            ("18.10", "x86")
+        );
+        assert_eq!(ubuntu.shared.tags, ["a", "7"]);
+    }
+
+    #[test]
+    fn every_error_has_its_line_and_key() {
+        for (change, by, expect) in [
+            (
+                "    agent_port: 9000",
+                "    agent_port: 70000",
+                "/c/m.yaml:15: machines.ubuntu.agent_port: 70000",
+            ),
+            (
+                "    mac_address: AA:",
+                "    mac_address: AG:",
+                "/c/m.yaml:7: machines.win10_1.mac_address: 'AG:",
+            ),
+            ("    label: w10", "    lable: w10", "/c/m.yaml:3: machines.win10_1: unknown field `lable`"),
+            ("    tags: [a, 7]", "    tags: {a: 7}", "/c/m.yaml:17: machines.ubuntu.tags: invalid type"),
+            ("    ip: 10.0.0.1\n", "    ip:\n", "/c/m.yaml:4: machines.win10_1.ip: a value is needed"),
+            ("  ubuntu:", "  ../u:", "'../u' cannot be a machine's name"),
+            ("  ubuntu:", "  win10_1:", "machines.win10_1: this machine's name is given twice"),
+            ("    platform: linux\n", "", "machines.ubuntu: missing field `platform`"),
+            ("    ip: 10.0.0.2\n", "    ip: 10.0.0.2\n    ip: 10.0.0.3\n", "duplicate field `ip`"),
+        ] {
+            let text = fails(change, by);
+            assert!(text.contains(expect), "{by:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_must_be_unique_is() {
+        let file = file(&GOOD.replace("10.0.0.2", "10.0.0.1"));
+        let machines = file.parse::<Config>().unwrap().machines;
+        let errors = machines.duplicates(&file, |machine| {
+            vec![("ip", Some(&machine.shared.ip)), ("mac_address", machine.shared.mac_address.as_deref())]
+        });
+        assert_eq!(errors.len(), 1);
+        let text = errors[0].to_string();
+        assert!(text.starts_with("/c/m.yaml:11: machines.ubuntu.ip: '10.0.0.1' is already"), "{text}");
+        assert!(text.contains("win10_1"), "{text}");
+    }
+
+    #[test]
+    fn no_machines_is_an_empty_list() {
+        assert_eq!(file("machines:\n").parse::<Config>().unwrap().machines.iter().count(), 0);
+    }
+}

@@ -1,0 +1,15 @@
+//! Reading configuration so that every error names file, line, key and value.
+//!
+//! `serde_yaml` knows the line of everything it fails on. What is checked later (a value used
+//! twice, a file that is missing) has lost its line by then, so [`ConfigFile::error`] finds it
+//! again: it walks the text to that key and lets the parser say where it is.
+
+mod file;
+mod interface;
+mod machines;
+mod values;
+
+pub use file::ConfigFile;
+pub use interface::expect_interface;
+pub use machines::{Configured, MachineConfig, Machines};
+pub use values::{checked, empty_as_none, lowercase, null_as_default};

@@ -1,0 +1,445 @@
+//! The host's side: opening a plugin file, step by step, and calling it.
+//!
+//! ```text
+//! open ─▶ is it a library? ─▶ are those it needs there? ─▶ is it a plugin?
+//!                                ─▶ same interface version? ─▶ same layout? ─▶ Plugin
+//! Plugin::load(setup, services) ─▶ Instance, on which the methods are called
+//! ```
+//!
+//! The version is plain data and is compared before any function of the plugin is called; each
+//! step has its own error. A library once opened stays open for good: code of it may run in any
+//! thread.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use abi_stable::abi_stability::StableAbi;
+use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
+use abi_stable::library::AbiHeaderRef;
+use abi_stable::std_types::{RResult, RString};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+
+use crate::abi::{
+    InterfaceVersion, MachineryObject, Manifest, ModuleRef, Reply, abi_services, from_json, panic_text,
+    to_json,
+};
+use crate::services::path_text;
+use crate::{
+    Capabilities, Deadline, DumpFormat, Error, HostServices, MachineInfo, Report, Result, Setup, State,
+};
+
+/// The version of the interface this host speaks, as `major.minor`.
+pub fn interface_version() -> String {
+    version_text(InterfaceVersion::OURS)
+}
+
+/// Why a file could not be opened as a plugin.
+#[derive(Debug)]
+pub enum OpenError {
+    /// The dynamic linker refused it.
+    NotALibrary(String),
+    /// The file is fine, but it needs another library, and that is not installed here.
+    LibraryMissing {
+        /// What the dynamic linker looked for, such as `libvirt.so.0`. There may be more.
+        library: String,
+    },
+    /// It is a library, but exports no machinery.
+    NotAPlugin,
+    /// It was built for another interface.
+    InterfaceVersion {
+        /// The plugin's, as `major.minor`.
+        plugin: String,
+        /// The host's, as `major.minor`.
+        host: String,
+    },
+    /// The versions agree and yet the two do not fit.
+    Layout {
+        /// The plugin's, as `major.minor`.
+        plugin: String,
+        /// Precisely where.
+        why: String,
+    },
+    /// It opened, and then could not say what it is.
+    Manifest(Error),
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OpenError::NotALibrary(why) => write!(
+                f,
+                "it cannot be loaded as a shared library ({why}). Check that the file is whole, built for this \
+                 machine, and that the libraries it needs are new enough (ldd tells)"
+            ),
+            OpenError::LibraryMissing { library } => write!(
+                f,
+                "it needs the shared library {library}, which is not installed on this host. Install the package \
+                 that has it (on Debian, `apt-file search {library}` finds it); `ldd` on this file lists all that \
+                 are missing"
+            ),
+            OpenError::NotAPlugin => f.write_str(
+                "it is a shared library, but not a machinery plugin: it does not export MACHINERY_INTERFACE. \
+                 A plugin is built as a cdylib with `machinery::export_machinery!`",
+            ),
+            OpenError::InterfaceVersion { plugin, host } => write!(
+                f,
+                "it was built for machinery interface {plugin}, this host speaks {host}. Use a plugin built for \
+                 {host}, or a host of the plugin's version"
+            ),
+            OpenError::Layout { plugin, why } => write!(
+                f,
+                "it says it is built for machinery interface {plugin}, which this host of {} understands, but it \
+                 does not fit. Rebuild the plugin against the released interface crate. The mismatch: {why}",
+                interface_version()
+            ),
+            OpenError::Manifest(why) => write!(f, "it opened, but cannot say what it is: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+/// An opened plugin file.
+#[derive(Clone)]
+pub struct Plugin {
+    path: PathBuf,
+    interface: InterfaceVersion,
+    manifest: Manifest,
+    module: ModuleRef,
+}
+
+impl Plugin {
+    /// Opens a plugin file. This runs the library's initialisers, so only open what you trust.
+    ///
+    /// # Errors
+    /// One for each step of the [module text](self).
+    pub fn open(path: &Path) -> Result<Plugin, OpenError> {
+        expect_whole(path)?;
+        // SAFETY: loading a library runs its initialisers; the operator named this file to be run.
+        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }
+            .map_err(|error| refusal(path, linker_words(&error)))?;
+        let interface = interface_of(&library)?;
+        let ours = InterfaceVersion::OURS;
+        if interface.major != ours.major || interface.minor > ours.minor {
+            return Err(OpenError::InterfaceVersion {
+                plugin: version_text(interface),
+                host: interface_version(),
+            });
+        }
+        let module = module_of(&library, interface)?;
+        // Never unloaded: threads, thread-locals and the hook of the plugin point into it.
+        std::mem::forget(library);
+        let manifest = answer((module.manifest())()).and_then(|json| from_json(&json, "plugin's manifest"));
+        let manifest = manifest.map_err(OpenError::Manifest)?;
+        Ok(Plugin { path: path.to_owned(), interface, manifest, module })
+    }
+
+    /// The file it was opened from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The machinery's name.
+    pub fn name(&self) -> &str {
+        &self.manifest.name
+    }
+
+    /// The plugin's own version.
+    pub fn version(&self) -> &str {
+        &self.manifest.version
+    }
+
+    /// The plugin's licence.
+    pub fn license(&self) -> &str {
+        &self.manifest.license
+    }
+
+    /// The interface it was built for, as `major.minor`.
+    pub fn interface(&self) -> String {
+        version_text(self.interface)
+    }
+
+    /// Why it cannot share a host with the machinery `other`, if it says so.
+    pub fn conflict_with(&self, other: &str) -> Option<&str> {
+        let conflict = self.manifest.conflicts.iter().find(|conflict| conflict.with == other)?;
+        Some(&conflict.why)
+    }
+
+    /// Lets the plugin look at its configuration and environment.
+    ///
+    /// # Errors
+    /// Only if the plugin itself fails to look; what it finds is in the report.
+    pub fn check(&self, setup: &Setup, services: Arc<dyn HostServices>) -> Result<Report> {
+        let setup = to_json(setup)?;
+        let report = answer((self.module.check())(setup.as_rstr(), abi_services(services)))?;
+        from_json(&report, "plugin's report")
+    }
+
+    /// Loads the machinery with its configuration.
+    ///
+    /// # Errors
+    /// What the plugin says is wrong.
+    pub fn load(&self, setup: &Setup, services: Arc<dyn HostServices>) -> Result<Instance> {
+        let setup = to_json(setup)?;
+        let object = answer((self.module.load())(setup.as_rstr(), abi_services(services)))?;
+        Ok(Instance { object })
+    }
+}
+
+/// The linker maps a file without looking whether it is whole, and touching what is missing kills
+/// the process. An ELF file ends with its table of sections, so that has to be there. Source: the
+/// ELF-64 header of the System V ABI.
+fn expect_whole(path: &Path) -> Result<(), OpenError> {
+    let failed = |error: std::io::Error| OpenError::NotALibrary(error.to_string());
+    let mut file = File::open(path).map_err(failed)?;
+    let length = file.metadata().map_err(failed)?.len();
+    let mut header = [0; 64];
+    let is_elf = file.read_exact(&mut header).is_ok() && header.starts_with(b"\x7fELF");
+    if !is_elf {
+        return Err(OpenError::NotALibrary("it is no ELF file".to_owned()));
+    }
+    let number = |at: usize, bytes: usize| {
+        header[at..at + bytes].iter().rev().fold(0_u64, |number, byte| number << 8 | u64::from(*byte))
+    };
+    let end_of_sections = number(0x28, 8).saturating_add(number(0x3a, 2) * number(0x3c, 2));
+    if end_of_sections > length {
+        let reason = format!("it is cut short: it has {length} bytes of at least {end_of_sections}");
+        return Err(OpenError::NotALibrary(reason));
+    }
+    Ok(())
+}
+
+/// What the dynamic linker said; the error's own text does not have it.
+fn linker_words(error: &libloading::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => source.to_string(),
+        None => error.to_string(),
+    }
+}
+
+/// What the dynamic linker's words about a plugin file mean.
+fn refusal(plugin: &Path, words: String) -> OpenError {
+    match missing_library(&words) {
+        // The file itself can be gone since it was looked at.
+        Some(library) if Path::new(library) != plugin => {
+            OpenError::LibraryMissing { library: library.to_owned() }
+        }
+        _ => OpenError::NotALibrary(words),
+    }
+}
+
+/// The file that the dynamic linker did not find, if that is what it says. It has only words for it;
+/// these are glibc's, and stay English because nothing here sets a locale.
+fn missing_library(words: &str) -> Option<&str> {
+    words.strip_suffix(": cannot open shared object file: No such file or directory")
+}
+
+fn interface_of(library: &Library) -> Result<InterfaceVersion, OpenError> {
+    // SAFETY: a library that exports this name promises, by this interface, that it is an
+    // `InterfaceVersion`, a `repr(C)` struct that never changes; the magic is compared below.
+    let symbol = unsafe { library.get::<*const InterfaceVersion>(b"MACHINERY_INTERFACE\0") };
+    let pointer: *const InterfaceVersion = *symbol.map_err(|_| OpenError::NotAPlugin)?;
+    // SAFETY: the linker resolved the symbol, so it points at the static in the open library.
+    let version = unsafe { *pointer };
+    if version.magic == InterfaceVersion::OURS.magic { Ok(version) } else { Err(OpenError::NotAPlugin) }
+}
+
+fn module_of(library: &Library, interface: InterfaceVersion) -> Result<ModuleRef, OpenError> {
+    // SAFETY: `export_machinery!` defines this symbol as a `LibHeader`, which starts with the
+    // `AbiHeader` that the reference stands for; `upgrade` checks it before looking further.
+    let header = unsafe { library.get::<AbiHeaderRef>(b"MACHINERY_PLUGIN\0") };
+    let header: AbiHeaderRef = *header.map_err(|_| OpenError::NotAPlugin)?;
+    let mismatch = |why: String| OpenError::Layout { plugin: version_text(interface), why };
+    let header = header.upgrade().map_err(|error| mismatch(error.to_string()))?;
+    let Some(theirs) = header.layout() else {
+        return Err(mismatch("the plugin was built without a description of its layout".to_owned()));
+    };
+    // In this direction: a plugin of an older minor has fewer methods than this host knows.
+    check_layout_compatibility(theirs, ModuleRef::LAYOUT).map_err(|error| mismatch(error.to_string()))?;
+    // SAFETY: the layout was checked just above.
+    let module = unsafe { header.init_root_module_with_unchecked_layout::<ModuleRef>() };
+    module.map_err(|error| mismatch(error.to_string()))
+}
+
+fn version_text(version: InterfaceVersion) -> String {
+    format!("{}.{}", version.major, version.minor)
+}
+
+/// A loaded machinery. The methods are those of [`Machinery`](crate::Machinery); whatever a plugin
+/// does, they return an error and never panic.
+pub struct Instance {
+    object: MachineryObject,
+}
+
+impl Instance {
+    /// See [`Machinery::version`](crate::Machinery::version).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn version(&self, deadline: Deadline) -> Result<String> {
+        answer(self.object.version(ms(deadline))).map(RString::into)
+    }
+
+    /// See [`Machinery::capabilities`](crate::Machinery::capabilities).
+    ///
+    /// # Errors
+    /// The plugin panicked or answered nonsense.
+    pub fn capabilities(&self) -> Result<Capabilities> {
+        from_json(&answer(self.object.capabilities())?, "plugin's capabilities")
+    }
+
+    /// See [`Machinery::machines`](crate::Machinery::machines).
+    ///
+    /// # Errors
+    /// The plugin panicked or answered nonsense.
+    pub fn machines(&self) -> Result<Vec<MachineInfo>> {
+        from_json(&answer(self.object.machines())?, "plugin's list of machines")
+    }
+
+    /// See [`Machinery::state`](crate::Machinery::state).
+    ///
+    /// # Errors
+    /// The plugin's, or a state that does not exist.
+    pub fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
+        let state = answer(self.object.state(machine.into(), ms(deadline)))?;
+        state.parse().map_err(|why: String| {
+            Error::unexpected_state(format!("the machine has an unknown state: {why}")).machine(machine)
+        })
+    }
+
+    /// See [`Machinery::restore_start`](crate::Machinery::restore_start).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn restore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        answer(self.object.restore_start(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::norestore_start`](crate::Machinery::norestore_start).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn norestore_start(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        answer(self.object.norestore_start(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::stop`](crate::Machinery::stop).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        answer(self.object.stop(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::acpi_stop`](crate::Machinery::acpi_stop).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn acpi_stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        answer(self.object.acpi_stop(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::dump_memory`](crate::Machinery::dump_memory).
+    ///
+    /// # Errors
+    /// The plugin's, or a path that is not UTF-8.
+    pub fn dump_memory(
+        &self,
+        machine: &str,
+        path: &Path,
+        format: DumpFormat,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let path = path_text(path)?.into();
+        answer(self.object.dump_memory(machine.into(), path, format.as_str().into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::screenshot`](crate::Machinery::screenshot).
+    ///
+    /// # Errors
+    /// The plugin's, or a path that is not UTF-8.
+    pub fn screenshot(&self, machine: &str, path: &Path, deadline: Deadline) -> Result<()> {
+        answer(self.object.screenshot(machine.into(), path_text(path)?.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::prepare`](crate::Machinery::prepare).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        answer(self.object.prepare(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn shutdown(&self, deadline: Deadline) -> Result<()> {
+        answer(self.object.shutdown(ms(deadline)))
+    }
+}
+
+/// The text of a caught panic of the host's own code.
+pub fn panic_message(panic: Box<dyn std::any::Any + Send>) -> String {
+    panic_text(panic)
+}
+
+fn ms(deadline: Deadline) -> u64 {
+    u64::try_from(deadline.remaining().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn answer<T>(reply: Reply<T>) -> Result<T> {
+    match reply {
+        RResult::ROk(value) => Ok(value),
+        RResult::RErr(json) => Err(from_json::<Error>(&json, "plugin's error").unwrap_or_else(|error| error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn an_error_that_makes_no_sense_is_told_as_such() {
+        let error = answer::<()>(RResult::RErr("not json at all".into())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PluginMisbehaved);
+        assert!(error.to_string().contains("not json at all"), "{error}");
+    }
+
+    #[test]
+    fn a_text_file_is_no_library() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("libmachinery_x.so");
+        std::fs::write(&path, "hello").unwrap();
+        let error = Plugin::open(&path).err().unwrap();
+        assert!(matches!(error, OpenError::NotALibrary(_)), "{error}");
+        assert!(matches!(Plugin::open(&folder.path().join("none")), Err(OpenError::NotALibrary(_))));
+    }
+
+    #[test]
+    fn a_library_that_is_missing_is_told_apart_from_all_else_that_the_linker_says() {
+        let plugin = Path::new("/p/libmachinery_x.so");
+        let missing = |words: &str| match refusal(plugin, words.to_owned()) {
+            OpenError::LibraryMissing { library } => Some(library),
+            OpenError::NotALibrary(why) if why == words => None,
+            other => panic!("{other}"),
+        };
+        for library in ["libvirt.so.0", "/opt/lib/liba b.so"] {
+            let words = format!("{library}: cannot open shared object file: No such file or directory");
+            assert_eq!(missing(&words).as_deref(), Some(library));
+        }
+        for words in [
+            "/p/libmachinery_x.so: cannot open shared object file: No such file or directory",
+            "libvirt.so.0: cannot open shared object file: Permission denied",
+            "libvirt.so.0: file too short",
+            "/lib/libvirt.so.0: version `LIBVIRT_9.0.0' not found (required by /p/libmachinery_x.so)",
+            "/p/libmachinery_x.so: undefined symbol: virConnectOpen",
+        ] {
+            assert_eq!(missing(words), None, "{words}");
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The interface between a malware sandbox's machinery host and its virtualisation backends.
+//!
+//! A *machinery* drives virtual machines: it brings them to a saved running state, stops them,
+//! looks at them. The host loads each machinery as a plugin, a shared library
+//! `libmachinery_<name>.so`, and calls it across an ABI that outlives compilers.
+//!
+//! # Writing a plugin
+//!
+//! Implement [`Machinery`] in plain Rust and export it; everything about the ABI is generated:
+//!
+//! ```
+//! use machinery::{Capabilities, Deadline, Error, Host, MachineInfo, Machinery, Result, Setup, State};
+//!
+//! struct Nothing;
+//!
+//! impl Machinery for Nothing {
+//!     const NAME: &'static str = "nothing";
+//!
+//!     fn load(_: &Setup, _: Host) -> Result<Self> {
+//!         Ok(Nothing)
+//!     }
+//!     fn version(&self, _: Deadline) -> Result<String> {
+//!         Ok("none".to_owned())
+//!     }
+//!     fn capabilities(&self) -> Capabilities {
+//!         Capabilities::default()
+//!     }
+//!     fn machines(&self) -> Vec<MachineInfo> {
+//!         Vec::new()
+//!     }
+//!     fn state(&self, machine: &str, _: Deadline) -> Result<State> {
+//!         Err(Error::no_such_machine(machine))
+//!     }
+//!     fn restore_start(&self, machine: &str, _: Deadline) -> Result<()> {
+//!         Err(Error::no_such_machine(machine))
+//!     }
+//!     fn stop(&self, machine: &str, _: Deadline) -> Result<()> {
+//!         Err(Error::no_such_machine(machine))
+//!     }
+//!     fn shutdown(&self, _: Deadline) -> Result<()> {
+//!         Ok(())
+//!     }
+//! }
+//!
+//! machinery::export_machinery!(Nothing);
+//! # fn main() {}
+//! ```
+//!
+//! with `crate-type = ["cdylib"]` and a library name of `machinery_<name>`. The `example` plugin
+//! is the commented template.
+//!
+//! # Where things are
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
+//! | `ready` | how ready a machine is for its next restore, and what that may cost: [`Ready`], [`Budget`] |
+//! | `socket` | sockets under paths of any length |
+//! | `services` | the way back, from the plugin to the host: [`Host`] |
+//! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
+//! | `error`, `report`, `state` | the words both sides use |
+//! | `abi` | the stable ABI around it, generated and hidden |
+//! | [`host`] | the host's side: opening a plugin file and calling it |
+
+#![warn(missing_docs)]
+
+#[doc(hidden)]
+pub mod abi;
+pub mod config;
+mod deadline;
+mod error;
+pub mod host;
+mod plugin;
+mod ready;
+mod report;
+mod services;
+mod socket;
+mod state;
+
+pub use deadline::Deadline;
+pub use error::{Error, ErrorKind, Place, Result};
+pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
+pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
+pub use report::{Finding, Level, Report};
+pub use services::{Host, HostServices, LogLevel, LogRecord};
+pub use socket::SocketPath;
+pub use state::State;

@@ -1,0 +1,200 @@
+//! How the next restore of a machine will go, and what is kept ready for it.
+//!
+//! [`Machinery::prepare`](crate::Machinery::prepare) makes a machine ready; a plugin tells how ready
+//! it is by [`Host::ready`](crate::Host::ready), and the host shows it.
+
+use std::fmt;
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::config::checked;
+
+/// How ready a machine is for its next restore.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ready {
+    /// How the next restore will go.
+    pub how: Readiness,
+    /// Why it will not go better, for people; empty if it cannot.
+    pub why: String,
+    /// What is held in memory for it, in bytes.
+    pub memory: u64,
+    /// What is kept on disk for it, in bytes.
+    pub disk: u64,
+}
+
+/// How a restore will go, from the slowest to the fastest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Readiness {
+    /// All of the snapshot is read.
+    #[default]
+    Plain,
+    /// Most of what the snapshot holds is there already, and only mapped.
+    Instant,
+    /// It is loaded already, and only has to be let go.
+    Standby,
+}
+
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Readiness::Plain => "plain",
+            Readiness::Instant => "instant",
+            Readiness::Standby => "standby",
+        })
+    }
+}
+
+/// Whether machines stand by: the key `standby` in `machinery-host.yaml`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Standby {
+    /// Never.
+    Off,
+    /// As long as there is memory for it.
+    On,
+    /// Where a machine that stands by costs little.
+    #[default]
+    Auto,
+}
+
+/// The memory that may be held for machines that stand by.
+#[derive(Debug)]
+pub struct Budget {
+    limit: u64,
+    used: Mutex<u64>,
+}
+
+/// What one of them holds of it, until it is dropped.
+#[derive(Debug)]
+pub struct Share {
+    budget: Arc<Budget>,
+    bytes: u64,
+}
+
+impl Budget {
+    /// One of that many bytes; if not given, of half the memory of this computer.
+    pub fn new(limit: Option<u64>) -> Arc<Budget> {
+        let limit = limit.unwrap_or_else(|| memory_of_this_computer() / 2);
+        Arc::new(Budget { limit, used: Mutex::new(0) })
+    }
+
+    /// A share of it.
+    ///
+    /// # Errors
+    /// There is not as much left; the text says how much there is.
+    pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Share, String> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if used.saturating_add(bytes) > self.limit {
+            return Err(format!(
+                "standing by would take {} of memory, and {} of the {} for that are taken (standby_memory)",
+                in_words(bytes),
+                in_words(*used),
+                in_words(self.limit)
+            ));
+        }
+        *used += bytes;
+        Ok(Share { budget: Arc::clone(self), bytes })
+    }
+}
+
+impl Share {
+    /// How large it is, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Makes it as large as what is really held, which nobody can know before.
+    pub fn measured(&mut self, bytes: u64) {
+        let mut used = self.budget.used.lock().unwrap_or_else(PoisonError::into_inner);
+        *used = used.saturating_sub(self.bytes).saturating_add(bytes);
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut used = self.budget.used.lock().unwrap_or_else(PoisonError::into_inner);
+        *used = used.saturating_sub(self.bytes);
+    }
+}
+
+/// Source: `MemTotal` in proc_meminfo(5), in KiB. Without it nothing is held.
+fn memory_of_this_computer() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// What a size can be counted in.
+const UNITS: [(&str, u64); 3] = [("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
+
+/// A size for people, such as `1.9 GiB`.
+pub fn in_words(bytes: u64) -> String {
+    let (unit, size) = UNITS.into_iter().rev().find(|(_, size)| bytes >= *size).unwrap_or(UNITS[0]);
+    let tenths = bytes.saturating_mul(10) / size;
+    if tenths.is_multiple_of(10) {
+        format!("{} {unit}", tenths / 10)
+    } else {
+        format!("{}.{} {unit}", tenths / 10, tenths % 10)
+    }
+}
+
+/// Reads a size such as `16 GiB`, in bytes, for a field's `deserialize_with`.
+///
+/// # Errors
+/// It is none.
+pub fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    checked(deserializer, |text| {
+        if text.trim().is_empty() || text == "~" || text == "null" {
+            return Ok(None);
+        }
+        let number_and_unit = UNITS.iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?, size)));
+        let bytes =
+            number_and_unit.and_then(|(number, size)| number.trim().parse::<u64>().ok()?.checked_mul(*size));
+        bytes.map(Some).ok_or_else(|| {
+            format!("'{text}' is not a size: write a whole number of MiB, GiB or TiB, such as 16 GiB")
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_is_shared_and_given_back() {
+        let budget = Budget::new(Some(100 << 20));
+        let mut first = budget.take(60 << 20).unwrap();
+        let refused = budget.take(50 << 20).unwrap_err();
+        assert!(refused.contains("50 MiB") && refused.contains("60 MiB of the 100 MiB"), "{refused}");
+        first.measured(20 << 20);
+        let second = budget.take(50 << 20).unwrap();
+        drop((first, second));
+        assert_eq!(budget.take(100 << 20).unwrap().bytes(), 100 << 20);
+        assert!(Budget::new(None).take(1 << 20).is_ok());
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Sized {
+        #[serde(default, deserialize_with = "size")]
+        size: Option<u64>,
+    }
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        let read = |text: &str| serde_yaml::from_str::<Sized>(text).map(|sized| sized.size);
+        assert_eq!(read("size: 16 GiB").unwrap(), Some(16 << 30));
+        assert_eq!(read("size: 5MiB").unwrap(), Some(5 << 20));
+        assert_eq!(read("size:").unwrap(), None);
+        assert_eq!(read("{}").unwrap(), None);
+        for wrong in ["size: 16", "size: 1.5 GiB", "size: -1 GiB", "size: 16 GB", "size: [1]"] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!((in_words(1 << 30), in_words((19 << 30) / 10)), ("1 GiB".into(), "1.8 GiB".into()));
+        assert_eq!((in_words(0), in_words(3 << 19)), ("0 MiB".into(), "1.5 MiB".into()));
+    }
+}
