@@ -9,7 +9,8 @@
 //! - [`capture`]: what was captured of a network, packet by packet.
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client that
 //!   talks to it. Nothing of them outlives its test.
-//! - [`conformance`]: the promises of a machinery plugin, as checks that any of them is put to.
+//! - [`conformance`]: the promises of a machinery plugin, as checks that any of them is put to; a
+//!   crate of its own, for those who need no guests.
 //! - [`artifacts`]: where the build has put what they run; [`outside`]: what is built on its own.
 
 pub mod artifacts;
@@ -18,7 +19,6 @@ pub mod capture;
 pub mod chance;
 pub mod client;
 mod command;
-pub mod conformance;
 mod error;
 pub mod guest;
 pub mod host;
@@ -29,3 +29,5 @@ pub mod scratch;
 pub mod snapshot;
 
 pub use error::{Error, Result};
+pub use machinery_conformance as conformance;
+pub use machinery_conformance::conformance_tests;

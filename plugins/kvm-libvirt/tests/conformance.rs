@@ -33,14 +33,13 @@ fn subject(lab: &Arc<KvmLab>) -> Subject {
     let restored = lab.restored_count().unwrap();
     let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
     let mortal = MACHINES[0];
-    Subject::new(&MACHINES, restored..=restored, move |_, machine| {
-        Ok(counting.machine(machine).first_count(SOON)?)
-    })
-    .alive(move |_, machine| Ok(living.machine(machine).counts_on(SOON)?))
-    .leftovers(move || Ok(littered.leftovers()?))
-    // As a crash would end it.
-    .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
-    .patience(SOON)
+    Subject::new(&MACHINES)
+        .counts(restored..=restored, move |_, machine| Ok(counting.machine(machine).first_count(SOON)?))
+        .alive(move |_, machine| Ok(living.machine(machine).counts_on(SOON)?))
+        .leftovers(move || Ok(littered.leftovers()?))
+        // As a crash would end it.
+        .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
+        .patience(SOON)
 }
 
 fn with_standby(setup: Setup) -> Setup {

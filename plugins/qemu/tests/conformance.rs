@@ -41,14 +41,13 @@ fn subject(lab: &Arc<Lab>) -> Subject {
     let restored = lab.restored_count().unwrap();
     let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
     let mortal = names[0];
-    Subject::new(&names, restored..=restored, move |_, machine| {
-        Ok(counting.folder(machine).first_count(SOON)?)
-    })
-    .alive(move |_, machine| Ok(living.folder(machine).counts_on(SOON)?))
-    .leftovers(move || Ok(littered.leftovers()?))
-    // As a crash would end it.
-    .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
-    .patience(SOON)
+    Subject::new(&names)
+        .counts(restored..=restored, move |_, machine| Ok(counting.folder(machine).first_count(SOON)?))
+        .alive(move |_, machine| Ok(living.folder(machine).counts_on(SOON)?))
+        .leftovers(move || Ok(littered.leftovers()?))
+        // As a crash would end it.
+        .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
+        .patience(SOON)
 }
 
 /// A snapshot, spoilt in every way there is.

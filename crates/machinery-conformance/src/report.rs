@@ -14,7 +14,7 @@ pub enum Unmet {
     NotTried(String),
 }
 
-/// One promise, by name.
+/// One promise, by name. Shown, it is a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
     /// Its name.
@@ -40,7 +40,8 @@ pub struct Report {
 }
 
 impl Report {
-    pub(super) fn new(checks: Vec<Check>) -> Self {
+    /// What these came to.
+    pub fn new(checks: Vec<Check>) -> Self {
         Report { checks }
     }
 
@@ -71,11 +72,17 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.checks.iter().try_for_each(|check| match &check.result {
-            Ok(()) => writeln!(f, "kept       {}", check.name),
-            Err(Unmet::Failed(how)) => writeln!(f, "BROKEN     {}: {how}", check.name),
-            Err(Unmet::NotTried(why)) => writeln!(f, "not tried  {}: {why}", check.name),
-        })
+        self.checks.iter().try_for_each(|check| writeln!(f, "{check}"))
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.result {
+            Ok(()) => write!(f, "kept       {}", self.name),
+            Err(Unmet::Failed(how)) => write!(f, "BROKEN     {}: {how}", self.name),
+            Err(Unmet::NotTried(why)) => write!(f, "not tried  {}: {why}", self.name),
+        }
     }
 }
 
@@ -83,7 +90,7 @@ impl fmt::Display for Report {
 macro_rules! demand {
     ($condition:expr, $($what:tt)+) => {
         if !$condition {
-            return Err($crate::conformance::Unmet::Failed(format!($($what)+)));
+            return Err($crate::Unmet::Failed(format!($($what)+)));
         }
     };
 }

@@ -7,12 +7,11 @@ use std::path::{Path, PathBuf};
 
 use machinery::{DumpFormat, State};
 
-use crate::conformance::call::Call;
-use crate::conformance::ears::Heard;
-use crate::conformance::report::{Result, Unmet, demand};
-use crate::conformance::session::{Session, failed};
+use crate::call::Call;
+use crate::ears::Heard;
+use crate::report::{Result, Unmet, demand};
+use crate::session::{Session, failed};
 
-/// The memory is in the file, which is the caller's; the machine runs on.
 pub fn dump_memory(session: &Session) -> Result {
     if !session.capabilities()?.dump_memory {
         return Err(Unmet::NotTried("the machinery does not offer dump_memory".to_owned()));
@@ -31,7 +30,6 @@ pub fn dump_memory(session: &Session) -> Result {
     other_formats(session, machine)
 }
 
-/// The file is a picture; the machine runs on.
 pub fn screenshot(session: &Session) -> Result {
     if !session.capabilities()?.screenshot {
         return Err(Unmet::NotTried("the machinery does not offer screenshot".to_owned()));

@@ -10,21 +10,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use machinery::host::Instance;
-use machinery::{Capabilities, Deadline, Error, ErrorKind, Setup, State};
+use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, Setup, State};
 
 use super::Suite;
 use super::call::{Call, Silent, bounded};
 use super::ears::Heard;
 use super::report::{Result, Unmet, demand};
-use super::subject::{Answer, OfMachine, Subject};
+use super::subject::{Answer, Counts, OfMachine, Subject};
 
 /// How late a call may come back after its deadline. Much more than any plugin needs, so that a
 /// busy machine is not taken for a bad plugin; much less than for ever.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 pub struct Session<'a> {
     suite: &'a Suite<'a>,
     instance: Arc<Instance>,
+    /// All machines that the plugin lists, and those of them to try things with.
+    listed: Vec<String>,
+    machines: Vec<String>,
     /// What was heard before is not about this session.
     mark: usize,
     folder: tempfile::TempDir,
@@ -37,7 +40,18 @@ impl<'a> Session<'a> {
         let folder = tempfile::tempdir().map_err(|error| failed("making a folder to work in", &error))?;
         let mark = suite.ears.mark();
         let instance = suite.load_with(suite.setup)?.map_err(|error| failed("load", &error))?;
-        Ok(Session { suite, instance: Arc::new(instance), mark, folder, ended: AtomicBool::new(false) })
+        let (instance, ended) = (Arc::new(instance), AtomicBool::new(false));
+        Ok(Session { suite, instance, listed: Vec::new(), machines: Vec::new(), mark, folder, ended })
+    }
+
+    /// Learns which machines there are, which is the first thing that any host asks.
+    pub fn meet(&mut self) -> Result {
+        let infos = self.answer("machines", |instance, _| instance.machines())?;
+        self.listed = infos.into_iter().map(|info| info.name).collect();
+        let chosen = &self.subject().machines;
+        self.machines = if chosen.is_empty() { self.listed.clone() } else { chosen.clone() };
+        demand!(!self.machines.is_empty(), "the configuration has no machine to try anything with");
+        Ok(())
     }
 
     pub fn suite(&self) -> &'a Suite<'a> {
@@ -49,12 +63,12 @@ impl<'a> Session<'a> {
     }
 
     /// The machine to try things with where one is enough.
-    pub fn machine(&self) -> &'a str {
-        self.subject().machines.first().map_or("", String::as_str)
+    pub fn machine(&self) -> &str {
+        self.machines.first().map_or("", String::as_str)
     }
 
-    pub fn machines(&self) -> impl Iterator<Item = &'a str> {
-        self.subject().machines.iter().map(String::as_str)
+    pub fn machines(&self) -> impl Iterator<Item = &str> {
+        self.machines.iter().map(String::as_str)
     }
 
     /// A path at which nothing is, in a folder that is there.
@@ -70,7 +84,8 @@ impl<'a> Session<'a> {
         self.answer("capabilities", |instance, _| instance.capabilities())
     }
 
-    /// Ends the session: every machine is stopped, and nothing may be left.
+    /// Ends the session: every machine is stopped, and nothing may be left, nor have been told that
+    /// makes no sense.
     pub fn close(self) -> Result {
         if self.suite.hung.get().is_some() {
             // The plugin must not be called beside the call that it is still in. That call also
@@ -80,7 +95,8 @@ impl<'a> Session<'a> {
         let ended = if self.ended.load(Ordering::Relaxed) { Ok(()) } else { self.end() };
         let (suite, instance) = (self.suite, self.instance);
         ended.and(suite.ask("dropping the machinery", GRACE, move || drop(instance)))?;
-        suite.nothing_is_left("after shutdown")
+        suite.nothing_is_left("after shutdown")?;
+        suite.told_sense(self.mark, &self.listed)
     }
 
     /// Stops all machines and shuts the machinery down, as a host does before it ends.
@@ -92,8 +108,7 @@ impl<'a> Session<'a> {
     }
 
     fn stop_all(&self) -> Result {
-        let infos = self.answer("machines", |instance, _| instance.machines())?;
-        infos.iter().try_for_each(|info| self.settle(&info.name))
+        self.listed.iter().try_for_each(|machine| self.settle(machine))
     }
 
     /// Stops a machine of which it is not known whether it runs.
@@ -167,6 +182,21 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// What the plugin says to the text as its new configuration, while machines are in use.
+    pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<machinery::Result<Reloaded>> {
+        let mut setup = self.suite.setup.clone();
+        setup.config.text = text.to_owned();
+        let in_use: Vec<String> = in_use.iter().map(|&name| name.to_owned()).collect();
+        let reload = move |instance: &Instance, deadline| instance.reload(&setup, &in_use, deadline);
+        self.ask("reload", self.patience(), reload)
+    }
+
+    /// The machines there are now, by name.
+    pub fn names(&self) -> Result<Vec<String>> {
+        let infos = self.answer("machines", |instance, _| instance.machines())?;
+        Ok(infos.into_iter().map(|info| info.name).collect())
+    }
+
     /// Demands that the machine is in that state.
     pub fn is(&self, machine: &str, state: State) -> Result {
         let name = machine.to_owned();
@@ -175,13 +205,14 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Restores the machine, and demands that it runs from its snapshot.
+    /// Restores the machine, and demands that it runs, from its snapshot if that can be seen.
     pub fn restore(&self, machine: &str) -> Result {
         self.does(&Call::RestoreStart, machine)?;
         self.is(machine, State::Running)?;
-        let count = self.count(machine)?;
-        let wanted = &self.subject().restored;
-        demand!(wanted.contains(&count), "{machine} was restored and counts {count}, not {wanted:?}");
+        if let Some(Counts { restored, look }) = &self.subject().counts {
+            let count = self.count(machine, look)?;
+            demand!(restored.contains(&count), "{machine} was restored and counts {count}, not {restored:?}");
+        }
         Ok(())
     }
 
@@ -191,9 +222,20 @@ impl<'a> Session<'a> {
         self.is(machine, State::Poweroff)
     }
 
-    /// The first count of the run that the machine is in.
-    pub fn count(&self, machine: &str) -> Result<u32> {
-        self.probe("looking at the count", machine, &self.subject().count)
+    /// Demands that the running machine does not run from its snapshot, if that can be seen.
+    pub fn is_cold(&self, machine: &str) -> Result {
+        if let Some(Counts { restored, look }) = &self.subject().counts {
+            let count = self.count(machine, look)?;
+            demand!(
+                !restored.contains(&count),
+                "{machine} was started cold and counts {count}, as if restored"
+            );
+        }
+        Ok(())
+    }
+
+    fn count(&self, machine: &str, look: &OfMachine<u32>) -> Result<u32> {
+        self.probe("looking at the count", machine, look)
     }
 
     /// Demands that the machine runs, and does not only say so.
@@ -230,6 +272,11 @@ impl<'a> Session<'a> {
     /// Waits for something to be heard in this session, or that has been.
     pub fn wait_to_hear<T>(&self, find: impl Fn(&Heard) -> Option<T>) -> Option<T> {
         self.suite.ears.wait(self.mark, self.patience(), find)
+    }
+
+    /// Demands that all that was ever told makes sense.
+    pub fn told_sense(&self) -> Result {
+        self.suite.told_sense(0, &self.listed)
     }
 
     /// What has been heard in this session so far.
@@ -272,6 +319,18 @@ impl Suite<'_> {
         let leftovers = (self.subject.leftovers)();
         let leftovers = leftovers.map_err(|error| failed("looking for leftovers", error.as_ref()))?;
         demand!(leftovers.is_empty(), "{when} there is left: {}", leftovers.join(", "));
+        Ok(())
+    }
+
+    /// Demands that what was told since the mark is about these machines, and no nonsense.
+    fn told_sense(&self, mark: usize, machines: &[String]) -> Result {
+        for heard in self.ears.since(mark) {
+            let known = machines.iter().any(|name| name == heard.machine());
+            demand!(known, "this was told, and no machine has this name: {heard:?}");
+            if let Heard::Progress { fraction, .. } = heard {
+                demand!((0.0..=1.0).contains(&fraction), "{heard:?} is not within 0 and 1");
+            }
+        }
         Ok(())
     }
 }

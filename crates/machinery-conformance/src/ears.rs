@@ -8,11 +8,31 @@ use machinery::{HostServices, LogLevel, LogRecord, Ready, State};
 /// What the plugin told its host.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
-    Changed { machine: String, state: State },
-    Progress { machine: String, fraction: f64 },
+    Changed {
+        machine: String,
+        state: State,
+    },
+    Progress {
+        machine: String,
+        fraction: f64,
+    },
+    /// Something else about a machine.
+    Note {
+        machine: String,
+        what: &'static str,
+    },
 }
 
 impl Heard {
+    /// The machine that it is about.
+    pub fn machine(&self) -> &str {
+        match self {
+            Heard::Changed { machine, .. }
+            | Heard::Progress { machine, .. }
+            | Heard::Note { machine, .. } => machine,
+        }
+    }
+
     /// In which state the machine has ended, if that is what it says.
     pub fn end_of(&self, wanted: &str) -> Option<State> {
         match self {
@@ -70,11 +90,17 @@ impl HostServices for Ears {
         self.hear(Heard::Progress { machine: machine.to_owned(), fraction });
     }
 
-    fn step(&self, _: &str, _: &str, _: Duration) {}
+    fn step(&self, machine: &str, _: &str, _: Duration) {
+        self.hear(Heard::Note { machine: machine.to_owned(), what: "step" });
+    }
 
-    fn ready(&self, _: &str, _: &Ready) {}
+    fn ready(&self, machine: &str, _: &Ready) {
+        self.hear(Heard::Note { machine: machine.to_owned(), what: "ready" });
+    }
 
-    fn wants_prepare(&self, _: &str, _: &str) {}
+    fn wants_prepare(&self, machine: &str, _: &str) {
+        self.hear(Heard::Note { machine: machine.to_owned(), what: "wants_prepare" });
+    }
 
     fn max_level(&self) -> LogLevel {
         LogLevel::Error

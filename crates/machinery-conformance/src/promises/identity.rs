@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, Level, MachineInfo};
 
-use crate::conformance::call::Call;
-use crate::conformance::report::{Result, Unmet, demand};
-use crate::conformance::session::{Session, failed};
+use crate::call::Call;
+use crate::report::{Result, Unmet, demand};
+use crate::session::{Session, failed};
 
-/// The file is named after the machinery, and both know their versions.
 pub fn identity(session: &Session) -> Result {
     let plugin = &session.suite().plugin;
     let file = plugin.path().file_name().unwrap_or_default().to_string_lossy();
@@ -25,7 +24,6 @@ pub fn identity(session: &Session) -> Result {
     Ok(())
 }
 
-/// The machines are those of the configuration, in its order, each one unlike the others.
 pub fn machines(session: &Session) -> Result {
     let infos = machine_infos(session)?;
     infos.iter().try_for_each(is_whole)?;
@@ -34,7 +32,6 @@ pub fn machines(session: &Session) -> Result {
     is_unique("label", infos.iter().map(|info| info.label.as_str()))?;
     is_unique("mac_address", infos.iter().filter_map(|info| info.mac_address.as_deref()))?;
     let wanted: Vec<&str> = session.machines().collect();
-    demand!(wanted.len() >= 2, "the suite needs two machines at least");
     let names = infos.iter().map(|info| info.name.as_str());
     let found: Vec<&str> = names.filter(|name| wanted.contains(name)).collect();
     demand!(found == wanted, "the configuration has the machines {wanted:?} in this order, not {found:?}");
@@ -44,7 +41,6 @@ pub fn machines(session: &Session) -> Result {
     Ok(())
 }
 
-/// What the machinery can do does not change, and what it cannot do it says so.
 pub fn capabilities(session: &Session) -> Result {
     let able = session.capabilities()?;
     let machine = session.machine();
@@ -57,7 +53,6 @@ pub fn capabilities(session: &Session) -> Result {
     session.nothing_is_at(&session.path("none"))
 }
 
-/// A name that no machine has is known for one in every method.
 pub fn unknown_machine(session: &Session) -> Result {
     let able = session.capabilities()?;
     let path = session.path("none");
@@ -69,7 +64,6 @@ pub fn unknown_machine(session: &Session) -> Result {
     session.nothing_is_at(&path)
 }
 
-/// A configuration that is none is refused, and the error says which file it is.
 pub fn bad_configuration(session: &Session) -> Result {
     // Two machineries at a time would be one more than a host ever has.
     session.end()?;
@@ -90,7 +84,6 @@ pub fn bad_configuration(session: &Session) -> Result {
     Ok(())
 }
 
-/// `check` finds nothing wrong with a configuration that works, and disturbs nobody.
 pub fn check(session: &Session) -> Result {
     let machine = session.machine();
     session.restore(machine)?;

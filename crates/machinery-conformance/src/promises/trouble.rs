@@ -5,12 +5,11 @@ use std::time::{Duration, Instant};
 use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, State};
 
-use crate::conformance::call::Call;
-use crate::conformance::report::{Result, Unmet, demand};
-use crate::conformance::session::{Session, failed};
-use crate::conformance::subject::Death;
+use crate::call::Call;
+use crate::report::{Result, Unmet, demand};
+use crate::session::{Session, failed};
+use crate::subject::Death;
 
-/// A start that fails says why and leaves nothing behind; mended, the machine is as good as ever.
 pub fn failed_start(session: &Session) -> Result {
     let Some(breakage) = &session.subject().breakage else {
         return Err(Unmet::NotTried("no way is known to make a start fail".to_owned()));
@@ -36,7 +35,6 @@ fn fails_cleanly(session: &Session, machine: &str) -> Result {
     session.nothing_is_left("after a start that failed")
 }
 
-/// A machine that ends by itself is told of at once, and can be started again.
 pub fn death(session: &Session) -> Result {
     let Some(Death { machine, kill }) = &session.subject().death else {
         return Err(Unmet::NotTried("no way is known to end a machine from outside".to_owned()));
@@ -55,8 +53,8 @@ fn hears_the_end(session: &Session, machine: &str) -> Result<State> {
     end.ok_or_else(|| Unmet::Failed(format!("{machine} died, and nobody was told by state_changed")))
 }
 
-/// A start that does not make it in time says so by then and leaves nothing behind, wherever the
-/// end of its time finds it: so it is given more and more, from none at all, until it makes it.
+/// Wherever the end of its time finds it: so it is given more and more, from none at all, until it
+/// makes it.
 pub fn start_deadlines(session: &Session) -> Result {
     let able = session.capabilities()?;
     for call in [Call::RestoreStart, Call::NorestoreStart].iter().filter(|call| call.is_offered(able)) {
@@ -78,7 +76,6 @@ fn hurried_start(session: &Session, call: &Call) -> Result {
     session.is(machine, State::Running)
 }
 
-/// Every other call comes back in time too, and the machine can be had again afterwards.
 pub fn deadlines(session: &Session) -> Result {
     let able = session.capabilities()?;
     let calls = [

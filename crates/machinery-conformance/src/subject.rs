@@ -17,14 +17,20 @@ type Act = Box<dyn Fn() -> Answer<()> + Send + Sync>;
 /// A backend to be put to the promises. What it leaves out, its promises are not tried for.
 pub struct Subject {
     pub(super) machines: Vec<String>,
-    pub(super) restored: RangeInclusive<u32>,
-    pub(super) count: OfMachine<u32>,
+    pub(super) counts: Option<Counts>,
     pub(super) alive: Option<OfMachine<()>>,
     pub(super) leftovers: Leftovers,
     pub(super) breakage: Option<Breakage>,
     pub(super) death: Option<Death>,
     pub(super) rounds: usize,
     pub(super) patience: Duration,
+    pub(super) without: Vec<(String, String)>,
+}
+
+/// How to tell where a run began.
+pub(super) struct Counts {
+    pub restored: RangeInclusive<u32>,
+    pub look: OfMachine<u32>,
 }
 
 /// A machine whose next restore can be made to fail.
@@ -41,26 +47,34 @@ pub(super) struct Death {
 }
 
 impl Subject {
-    /// A backend with these machines: two at least, four are better, in the order of the
-    /// configuration, which may have more. They are powered off, and count: `count` gives the first
-    /// count that is to be had of the run that a machine is in, and `restored` is where it lies when the
-    /// run began at the snapshot. After a cold start it lies elsewhere.
-    pub fn new(
-        machines: &[&str],
-        restored: RangeInclusive<u32>,
-        count: impl Fn(&Instance, &str) -> Answer<u32> + Send + Sync + 'static,
-    ) -> Self {
+    /// A backend with these machines, which are powered off: one will do, four are better, in the
+    /// order of the configuration, which may have more. None at all stands for all that the plugin lists.
+    pub fn new(machines: &[&str]) -> Self {
         Subject {
             machines: machines.iter().map(|&name| name.to_owned()).collect(),
-            restored,
-            count: Arc::new(count),
+            counts: None,
             alive: None,
             leftovers: Arc::new(|| Ok(Vec::new())),
             breakage: None,
             death: None,
             rounds: 3,
             patience: Duration::from_secs(60),
+            without: Vec::new(),
         }
+    }
+
+    /// How to tell where a run began, for machines that count: `look` gives the first count that is to
+    /// be had of the run that a machine is in, and `restored` is where it lies when the run began at the
+    /// snapshot. After a cold start it lies elsewhere. Without it the suite has to believe the plugin
+    /// that a machine is at its snapshot.
+    #[must_use]
+    pub fn counts(
+        mut self,
+        restored: RangeInclusive<u32>,
+        look: impl Fn(&Instance, &str) -> Answer<u32> + Send + Sync + 'static,
+    ) -> Self {
+        self.counts = Some(Counts { restored, look: Arc::new(look) });
+        self
     }
 
     /// How to wait for a further sign of life of a running machine. Without it the suite has to
@@ -101,10 +115,17 @@ impl Subject {
         self
     }
 
-    /// How often a promise that may hold by luck is tried; 3 unless given.
+    /// A promise that is not tried, and why: what the backend cannot do is said, not passed over.
+    #[must_use]
+    pub fn without(mut self, promise: &str, why: &str) -> Self {
+        self.without.push((promise.to_owned(), why.to_owned()));
+        self
+    }
+
+    /// How often a promise that may hold by luck is tried; 3 unless given, and once at least.
     #[must_use]
     pub fn rounds(mut self, rounds: usize) -> Self {
-        self.rounds = rounds;
+        self.rounds = rounds.max(1);
         self
     }
 
@@ -114,5 +135,10 @@ impl Subject {
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
+    }
+
+    /// Why this promise is not to be tried, if so.
+    pub(super) fn left_out(&self, promise: &str) -> Option<&str> {
+        self.without.iter().find(|(name, _)| name == promise).map(|(_, why)| why.as_str())
     }
 }
