@@ -287,7 +287,7 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &Search, events: &Events) ->
     let machineries = loaded.iter().map(|(machinery, _)| Arc::clone(machinery)).collect();
     let machines =
         loaded.into_iter().flat_map(|(machinery, infos)| machines(machinery, infos, events)).collect();
-    fleet.call(Roll::new(machineries, machines));
+    fleet.set(Roll::new(machineries, machines));
     Ok(fleet)
 }
 

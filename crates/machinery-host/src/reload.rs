@@ -238,7 +238,7 @@ fn settle(shared: &Shared, old: &Roll, next: Roll, mut resting: HashMap<String, 
         taken.removed.push(gone.name().to_owned());
     }
     let machines = next.machines().to_vec();
-    shared.books.call(next);
+    shared.books.set_fleet(next);
     let is_among = |names: &[String], machine: &Machine| names.iter().any(|name| name == machine.name());
     for machine in &machines {
         machine.set_outdated(is_among(&taken.later, machine));

@@ -6,7 +6,8 @@
 //! not come back.
 //!
 //! When there is nothing to do with a machine that is off, its worker has its plugin *prepare* the next
-//! restore; a stop or a cold start that comes meanwhile ends that.
+//! restore; a stop or a cold start that comes meanwhile ends that. A new configuration is taken over while the
+//! workers of free machines *rest*.
 
 pub mod call;
 pub mod metrics;

@@ -61,7 +61,7 @@ impl Books {
 
     /// Puts others in the place of those in the fleet. What is known of machines that are not in it any
     /// more is kept, and given back to those that come anew.
-    pub fn call(&self, roll: Roll) {
+    pub fn set_fleet(&self, roll: Roll) {
         let mut others = self.others();
         for machine in self.fleet.roll().machines() {
             let standing = machine.status().standing;
@@ -70,7 +70,7 @@ impl Books {
             }
         }
         recall(&mut others, &roll);
-        self.fleet.call(roll);
+        self.fleet.set(roll);
     }
 
     fn others(&self) -> MutexGuard<'_, BTreeMap<String, Standing>> {

@@ -62,7 +62,7 @@ impl Fleet {
     }
 
     /// Puts others in the place of those that are in it.
-    pub fn call(&self, roll: Roll) {
+    pub fn set(&self, roll: Roll) {
         *self.roll.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(roll);
     }
 }
