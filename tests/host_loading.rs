@@ -229,6 +229,20 @@ fn machineries_that_do_not_get_along_are_refused_together() {
 }
 
 #[test]
+fn a_plugin_is_found_under_the_name_that_cargo_gives_its_file() {
+    let cwd = ScratchCwd::new(&[("double-rival", "")]).unwrap();
+    let file = artifacts::plugin("double-rival").unwrap();
+    assert!(file.ends_with("libmachinery_double_rival.so"), "{}", file.display());
+    let host = RunningHost::start(&cwd).unwrap();
+    let plugins = host::run(&cwd, &["--json", "plugins"]).unwrap();
+    assert_eq!(plugins.code, Some(0), "{plugins:?}");
+    assert!(plugins.stdout.contains("double-rival"), "{plugins:?}");
+    // It is listed, so it is none of those that are only there.
+    assert_eq!(plugins.stdout.matches("libmachinery_double_rival.so").count(), 1, "{plugins:?}");
+    drop(host);
+}
+
+#[test]
 fn machineries_that_get_along_serve_together() {
     let other = "machines:\n  next: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
     let cwd = ScratchCwd::new(&[("neighbour", other), ("double", &double(&[("m", "")]))]).unwrap();

@@ -20,7 +20,7 @@
 //! | [`serve`] | the life of the host: load, serve, end |
 //! | [`reload`] | a new configuration while it serves |
 //! | [`client`] | the other end of the socket, for the command line |
-//! | [`check`], [`import`] | commands that need no running host |
+//! | [`check`], [`import`], [`new_plugin`] | commands that need no running host |
 //! | [`cli`] | the command line |
 //! | [`logging`] | where log lines go |
 
@@ -36,6 +36,7 @@ pub mod fleet;
 pub mod import;
 pub mod loader;
 pub mod logging;
+pub mod new_plugin;
 pub mod reload;
 pub mod serve;
 pub mod server;

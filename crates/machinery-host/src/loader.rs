@@ -133,7 +133,18 @@ pub fn open(name: &str, search: &Search, allowed: Option<&AllowList>) -> Result<
 
 /// The plugin file of that name: the first in the folders.
 fn find(name: &str, folders: &[PathBuf]) -> Option<PathBuf> {
-    folders.iter().map(|folder| folder.join(format!("libmachinery_{name}.so"))).find(|path| path.exists())
+    let paths = |folder: &PathBuf| files_of(name).map(|file| folder.join(file));
+    folders.iter().flat_map(paths).find(|path| path.exists())
+}
+
+/// What the file of that machinery may be called: cargo makes no library with a `-` in its name.
+fn files_of(name: &str) -> [String; 2] {
+    [name.to_owned(), name.replace('-', "_")].map(|name| format!("libmachinery_{name}.so"))
+}
+
+/// Whether a file of a name that is [`available`] is the one that is listed, as far as names tell.
+pub fn is_listed(file: &str, listed: &[String]) -> bool {
+    listed.iter().any(|name| name == file || name.replace('-', "_") == file)
 }
 
 /// The file behind the path that was found, and its hash.

@@ -46,8 +46,8 @@
 //! # fn main() {}
 //! ```
 //!
-//! with `crate-type = ["cdylib"]` and a library name of `machinery_<name>`. The `example` plugin
-//! is the commented template.
+//! with `crate-type = ["cdylib"]` and a library name of `machinery_<name>`. `cuckoo-machinery new-plugin`
+//! writes such a crate, commented, tested and working, to begin with; `docs/plugins.md` is the guide.
 //!
 //! # Where things are
 //!

@@ -23,7 +23,7 @@ use crate::{Deadline, Error, Host, Reloaded, Report, Result, State};
 ///   of what was prepared and holds memory, and may come while `prepare` runs, which gives up then.
 pub trait Machinery: Sized + Send + Sync + 'static {
     /// The word for it in Cuckoo's `machineries` list, lowercase; the library is
-    /// `libmachinery_<NAME>.so`.
+    /// `libmachinery_<NAME>.so`, where `_` may stand for `-`.
     const NAME: &'static str;
 
     /// Machineries that cannot share a host with this one.

@@ -14,7 +14,9 @@ pub fn identity(session: &Session) -> Result {
     let plugin = &session.suite().plugin;
     let file = plugin.path().file_name().unwrap_or_default().to_string_lossy();
     let name = plugin.name();
-    demand!(file == format!("libmachinery_{name}.so"), "the machinery {name:?} is in a file named {file}");
+    // Cargo has no `-` in the name of a library.
+    let names = [name.to_owned(), name.replace('-', "_")].map(|name| format!("libmachinery_{name}.so"));
+    demand!(names.contains(&file.to_string()), "the machinery {name:?} is in a file named {file}");
     demand!(is_lowercase(name), "the name {name:?} is not lowercase");
     demand!(!plugin.version().trim().is_empty(), "the plugin has no version");
     let version = session.answer("version", Instance::version)?;

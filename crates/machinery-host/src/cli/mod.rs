@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::cwd::Cwd;
 use crate::loader::{self, Search};
-use crate::{check, import, logging, serve};
+use crate::{check, import, logging, new_plugin, serve};
 
 /// Restores, starts and stops the analysis machines of a Cuckoo sandbox.
 #[derive(Parser)]
@@ -114,6 +114,18 @@ enum Command {
     /// Take machines over from another tool
     #[command(subcommand)]
     Import(Import),
+    /// Write the crate of a new plugin, to begin with
+    NewPlugin {
+        /// The word for it in the machineries list: lowercase letters, digits, '-' and '_'
+        name: String,
+        /// The folder to make the crate's own folder in
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        dir: PathBuf,
+        /// A checkout of cuckoo-machinery, or the URL of its git repository, to build against
+        /// [default: the repository this program is from]
+        #[arg(long, value_name = "PATH-OR-GIT-URL")]
+        interface: Option<String>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -152,42 +164,53 @@ pub fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<ExitCode> {
     let global = &cli.global;
-    let cwd = Cwd::find(global.cwd.as_deref())?;
     match &cli.command {
-        Command::Serve { .. } => serve::run(&cwd, &global.search(&cwd)).map(|()| ExitCode::SUCCESS),
+        Command::NewPlugin { name, dir, interface } => {
+            let new = new_plugin::new_plugin(name, dir, interface.as_deref())?;
+            show::new_plugin(&new, global.json);
+            Ok(ExitCode::SUCCESS)
+        }
+        command => run_in(&Cwd::find(global.cwd.as_deref())?, command, global),
+    }
+}
+
+/// All other commands are about a CWD.
+fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
+    match command {
+        Command::Serve { .. } => serve::run(cwd, &global.search(cwd)).map(|()| ExitCode::SUCCESS),
         Command::Check => {
-            let report = check::check(&cwd, &global.search(&cwd));
+            let report = check::check(cwd, &global.search(cwd));
             show::report(&report, global.json);
             Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
         }
-        Command::Plugins => plugins(&cwd, global),
+        Command::Plugins => plugins(cwd, global),
         Command::Import(Import::Vmcloak { folders }) => {
             let imported = import::vmcloak(&cwd.machinery_yaml("qemu"), folders)?;
             show::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::List => {
-            let answer = ask(&cwd, json!({"action": "list"}))?;
+            let answer = ask(cwd, json!({"action": "list"}))?;
             show::machines(&answer, global.json);
             Ok(code(&answer))
         }
         Command::State { machine } => {
-            let answer = ask(&cwd, json!({"action": "state", "machine": machine}))?;
+            let answer = ask(cwd, json!({"action": "state", "machine": machine}))?;
             show::state(&answer, global.json);
             Ok(code(&answer))
         }
-        Command::Prepare { machines } => prepare(&cwd, machines, global.json),
+        Command::Prepare { machines } => prepare(cwd, machines, global.json),
         Command::Metrics => {
-            let answer = ask(&cwd, json!({"action": "metrics"}))?;
+            let answer = ask(cwd, json!({"action": "metrics"}))?;
             show::metrics(&answer, global.json);
             Ok(code(&answer))
         }
         Command::Reload => {
-            let answer = ask(&cwd, json!({"action": "reload"}))?;
+            let answer = ask(cwd, json!({"action": "reload"}))?;
             show::reloaded(&answer, global.json);
             Ok(code(&answer))
         }
-        other => act(&cwd, &request(other)?, global.json),
+        other => act(cwd, &request(other)?, global.json),
     }
 }
 
@@ -272,7 +295,7 @@ fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
     let listed: Vec<_> = config.machineries.iter().map(opened).collect();
     let others: Vec<_> = loader::available(&search.folders)
         .into_iter()
-        .filter(|(name, _)| !config.machineries.contains(name))
+        .filter(|(name, _)| !loader::is_listed(name, &config.machineries))
         .collect();
     show::plugins(&listed, &others, global.json);
     let all_open = listed.iter().all(|(_, plugin)| plugin.is_ok());

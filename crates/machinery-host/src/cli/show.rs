@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::import::Imported;
 use crate::loader::Opened;
+use crate::new_plugin::NewPlugin;
 
 /// A failure.
 pub fn error(error: &Error, json: bool) {
@@ -19,6 +20,23 @@ pub fn error(error: &Error, json: bool) {
     } else {
         eprintln!("error: {error}");
     }
+}
+
+/// A crate that was written, and how to go on with it.
+pub fn new_plugin(new: &NewPlugin, json: bool) {
+    let NewPlugin { folder, library } = new;
+    if json {
+        println!("{}", json!({"success": true, "folder": folder, "library": library}));
+        return;
+    }
+    println!(
+        "made {folder}, a plugin that works as it is. To see it, and to put it into a CWD:\n\n\
+         cd {folder} && cargo test\n\
+         cargo build --release\n\
+         install -D target/release/{library} ~/.cuckoocwd/machineries/{library}\n\n\
+         Its README.md goes on from there.",
+        folder = folder.display()
+    );
 }
 
 /// The findings of a check.

@@ -1,0 +1,269 @@
+//! `new-plugin`: a crate of an author's own, that builds and keeps every promise as it is.
+//!
+//! Its code is the plugin `example`, file by file, under another name: so it is tested here with
+//! everything else, and cannot be older than the interface it is for.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use machinery::{Error, Result};
+
+/// Where the interface comes from, unless told.
+const REPOSITORY: &str = env!("CARGO_PKG_REPOSITORY");
+/// Names that would be taken for what the product has already: its machineries, its crates.
+const TAKEN: [&str; 7] = ["qemu", "kvm", "example", "conformance", "host", "testkit", "views"];
+
+/// What is written, by its place in the crate. In all of it, the name of the example stands for the
+/// new one.
+const FILES: [(&str, &str); 10] = [
+    ("src/lib.rs", include_str!("../../../../plugins/example/src/lib.rs")),
+    ("src/config.rs", include_str!("../../../../plugins/example/src/config.rs")),
+    ("src/disk.rs", include_str!("../../../../plugins/example/src/disk.rs")),
+    ("src/hypervisor.rs", include_str!("../../../../plugins/example/src/hypervisor.rs")),
+    ("src/machine.rs", include_str!("../../../../plugins/example/src/machine.rs")),
+    ("tests/conformance.rs", include_str!("../../../../plugins/example/tests/conformance.rs")),
+    ("tests/conformance.yaml", include_str!("../../../../plugins/example/tests/conformance.yaml")),
+    ("example.yaml", include_str!("../../../../conf/machineries/example.yaml")),
+    ("README.md", include_str!("README.md")),
+    (".gitignore", "/target\n"),
+];
+const MANIFEST: &str = include_str!("manifest.toml");
+
+/// A crate that was written.
+#[derive(Debug, Clone)]
+pub struct NewPlugin {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// The file that its build makes.
+    pub library: String,
+}
+
+/// Writes the crate `machinery-<name>` into `dir`. `interface` is where its dependencies come from: a
+/// checkout of this repository or the URL of one.
+///
+/// # Errors
+/// The name cannot be a machinery's, or is taken; there is such a folder; `interface` is no checkout.
+/// No folder of that crate is left then.
+pub fn new_plugin(name: &str, dir: &Path, interface: Option<&str>) -> Result<NewPlugin> {
+    check_name(name)?;
+    let interface = Interface::from(interface.unwrap_or(REPOSITORY))?;
+    let dir = std::path::absolute(dir).map_err(|error| Error::io("find the folder", dir, &error))?;
+    let folder = dir.join(format!("machinery-{name}"));
+    make_new(&folder)?;
+    match write(name, &folder, &interface) {
+        Ok(()) => Ok(NewPlugin { library: library(name), folder }),
+        Err(error) => {
+            // The folder is this call's own. That it cannot be removed is no more than was told already.
+            let _ = fs::remove_dir_all(&folder);
+            Err(error)
+        }
+    }
+}
+
+/// The rules of the `machineries` list, and a first letter: the name becomes that of a type, too.
+fn check_name(name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_';
+    let wrong = |why: &str| Error::configuration(format!("'{name}' cannot be a new machinery's name: {why}"));
+    if !name.starts_with(|c: char| c.is_ascii_lowercase()) || !name.chars().all(plain) {
+        return Err(wrong("it is not a word of Cuckoo's machineries list")
+            .advice("Use lowercase letters, digits, '-' and '_', a letter first"));
+    }
+    if TAKEN.contains(&name) {
+        return Err(wrong("cuckoo-machinery has one of that name").advice("Choose another name"));
+    }
+    Ok(())
+}
+
+/// Where the crates of the interface come from.
+enum Interface {
+    Git(String),
+    Checkout(String),
+}
+
+impl Interface {
+    fn from(given: &str) -> Result<Interface> {
+        if given.contains("://") {
+            return Ok(Interface::Git(given.to_owned()));
+        }
+        let root = Path::new(given).canonicalize().ok();
+        let root = root.filter(|root| root.join("crates/machinery/Cargo.toml").is_file());
+        // The manifest is text.
+        let root = root.and_then(|root| root.to_str().map(str::to_owned));
+        root.map(Interface::Checkout).ok_or_else(|| {
+            Error::configuration(format!("{given} is no checkout of cuckoo-machinery")).advice(
+                "Give the folder that has crates/machinery in it, or the URL of a git repository, such as \
+                 https://… or ssh://git@…",
+            )
+        })
+    }
+
+    /// The manifest, with the place of each of its crates.
+    fn fill(&self, manifest: &str) -> String {
+        let line = |line: &str| match line.split_once(" = { INTERFACE }") {
+            Some((name, _)) => format!("{name} = {{ {} }}\n", self.source(name)),
+            None => format!("{line}\n"),
+        };
+        manifest.lines().map(line).collect()
+    }
+
+    fn source(&self, name: &str) -> String {
+        match self {
+            Interface::Git(url) => format!("git = {}", quoted(url)),
+            Interface::Checkout(root) => format!("path = {}", quoted(&format!("{root}/crates/{name}"))),
+        }
+    }
+}
+
+/// As TOML has it, which for text is as JSON has it.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+fn make_new(folder: &Path) -> Result<()> {
+    if let Some(above) = folder.parent() {
+        fs::create_dir_all(above).map_err(|error| Error::io("make the folder", above, &error))?;
+    }
+    fs::create_dir(folder).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => {
+            Error::configuration(format!("{} is there already, and is left as it is", folder.display()))
+                .advice("Choose another name, give another folder with --dir, or remove this one")
+        }
+        _ => Error::io("make the folder", folder, &error),
+    })
+}
+
+fn write(name: &str, folder: &Path, interface: &Interface) -> Result<()> {
+    let files = FILES.map(|(path, text)| (renamed(path, name), renamed(text, name)));
+    let manifest = interface.fill(&renamed(MANIFEST, name));
+    for (path, text) in files.into_iter().chain([("Cargo.toml".to_owned(), manifest)]) {
+        let path = folder.join(path);
+        let written = path.parent().map_or(Ok(()), fs::create_dir_all);
+        let written = written.and_then(|()| fs::write(&path, text));
+        written.map_err(|error| Error::io("write", &path, &error))?;
+    }
+    Ok(())
+}
+
+/// The text with the example's name replaced. In the name of a library cargo has `_` for `-`.
+fn renamed(text: &str, name: &str) -> String {
+    let in_files = name.replace('-', "_");
+    let mut parts = text.split("example");
+    let mut new = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        new += if new.ends_with("machinery_") { &in_files } else { name };
+        new += part;
+    }
+    new.replace("Example", &camel_case(name))
+}
+
+fn camel_case(name: &str) -> String {
+    let capital = |word: &str| match word.split_at_checked(1) {
+        Some((first, rest)) => first.to_uppercase() + rest,
+        None => String::new(),
+    };
+    name.split(['-', '_']).map(capital).collect()
+}
+
+fn library(name: &str) -> String {
+    renamed("libmachinery_example.so", name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+    fn error(name: &str, dir: &Path, interface: Option<&str>) -> String {
+        let error = new_plugin(name, dir, interface).unwrap_err();
+        assert_eq!(error.kind(), machinery::ErrorKind::Configuration, "{error}");
+        error.to_string()
+    }
+
+    fn read(folder: &Path, file: &str) -> String {
+        fs::read_to_string(folder.join(file)).unwrap()
+    }
+
+    #[test]
+    fn the_examples_code_has_the_new_name_everywhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let new = new_plugin("my-counterexample_2", &dir.path().join("new"), Some(HERE)).unwrap();
+        assert_eq!(new.library, "libmachinery_my_counterexample_2.so");
+        assert!(new.folder.ends_with("new/machinery-my-counterexample_2"));
+        let lib = read(&new.folder, "src/lib.rs");
+        assert!(lib.contains("export_machinery!(MyCounterexample2Machinery)"), "{lib}");
+        assert!(lib.contains(r#"NAME: &'static str = "my-counterexample_2""#), "{lib}");
+        assert!(read(&new.folder, "README.md").contains("release/libmachinery_my_counterexample_2.so"));
+        assert!(read(&new.folder, "my-counterexample_2.yaml").contains("  my-counterexample_2_1:"));
+        let manifest = read(&new.folder, "Cargo.toml");
+        assert!(manifest.contains(r#"name = "machinery-my-counterexample_2""#), "{manifest}");
+        assert!(manifest.contains("/crates/machinery-views\" }"), "{manifest}");
+    }
+
+    #[test]
+    fn the_interface_comes_from_the_repository_unless_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let manifest = |name: &str, interface| {
+            read(&new_plugin(name, dir.path(), interface).unwrap().folder, "Cargo.toml")
+        };
+        let own = manifest("own", None);
+        assert!(own.contains(&format!("machinery = {{ git = \"{REPOSITORY}\" }}")), "{own}");
+        let other = manifest("other", Some("https://forge/example.git"));
+        assert!(
+            other.contains(r#"machinery-conformance = { git = "https://forge/example.git" }"#),
+            "{other}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_is_told_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["", "Xen", "../xen", "9p", "-x", "x y", "xën"] {
+            let text = error(name, dir.path(), None);
+            assert!(text.contains(&format!("'{name}' cannot")) && text.contains("lowercase"), "{text}");
+        }
+        for name in TAKEN {
+            assert!(error(name, dir.path(), None).contains("has one of that name"));
+        }
+        for interface in
+            ["/none/such", "git@forge:machinery.git", concat!(env!("CARGO_MANIFEST_DIR"), "/src")]
+        {
+            let text = error("xen", dir.path(), Some(interface));
+            assert!(text.contains(&format!("{interface} is no checkout")), "{text}");
+        }
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_folder_that_is_there_is_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("machinery-xen");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("work"), "of weeks").unwrap();
+        assert!(error("xen", dir.path(), None).contains("is there already"));
+        assert_eq!(read(&folder, "work"), "of weeks");
+        assert_eq!(folder.read_dir().unwrap().count(), 1);
+    }
+
+    /// The manifest is written by hand, and must not be behind what the example is built with.
+    #[test]
+    fn the_manifest_has_the_examples_dependencies_in_the_workspaces_versions() {
+        let example = include_str!("../../../../plugins/example/Cargo.toml");
+        let workspace = include_str!("../../../../Cargo.toml");
+        let (_, dependencies) = example.split_once("[dependencies]").unwrap();
+        let names: Vec<&str> =
+            dependencies.lines().filter_map(|line| line.strip_suffix(".workspace = true")).collect();
+        assert!(names.len() >= 5, "{names:?}");
+        for name in names {
+            let beginning = format!("{name} = ");
+            let line = workspace.lines().find(|line| line.starts_with(&beginning)).unwrap();
+            let own = if line.contains("path = ") { "{ INTERFACE }" } else { &line[beginning.len()..] };
+            assert!(MANIFEST.contains(&format!("\n{beginning}{own}\n")), "{line}");
+        }
+        for key in ["edition", "rust-version"] {
+            let line = workspace.lines().find(|line| line.starts_with(key)).unwrap();
+            assert!(MANIFEST.lines().any(|own| own == line), "{line}");
+        }
+    }
+}

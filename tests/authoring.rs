@@ -1,0 +1,158 @@
+//! An author's way, from an empty folder to a plugin that serves: the crate that `new-plugin` writes, outside
+//! of the repository, as it is. And the guide for that way: what it says of the code is in the code.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use machinery_testkit::artifacts;
+use machinery_testkit::conformance;
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::{Value, json};
+
+/// Cargo has another name for its library, which is the harder case.
+const NAME: &str = "my-xen";
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+/// A command of an author, with nothing that the environment of this test would add to it.
+fn command(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    for name in ["CUCKOO_CWD", "CUCKOO_MACHINERY_PLUGINS", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET"] {
+        command.env_remove(name);
+    }
+    command.args(arguments);
+    command
+}
+
+/// Runs cargo in the author's crate, from what was downloaded to build this repository.
+fn cargo(folder: &Path, arguments: &[&str]) -> String {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = command(cargo, arguments).arg("--offline").current_dir(folder).output().unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(output.status.success(), "cargo {arguments:?}:\n{}{}", said[0], said[1]);
+    said.concat()
+}
+
+/// The crate and the name of its library, as `new-plugin` tells them.
+fn new_plugin(dir: &Path) -> (PathBuf, String) {
+    let mut command = command(artifacts::program().unwrap(), &["--json", "new-plugin", NAME]);
+    // Neither a CWD nor a home folder is needed.
+    command.env_remove("HOME").arg("--dir").arg(dir).args(["--interface", REPOSITORY]);
+    let made = host::run_command(command).unwrap();
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let made: Value = serde_json::from_str(&made.stdout).unwrap();
+    (made["folder"].as_str().unwrap().into(), made["library"].as_str().unwrap().to_owned())
+}
+
+/// Has the host drive a machine of that plugin, dropped in as an author does it.
+fn is_driven(plugin: &Path, yaml: &str) {
+    let cwd = ScratchCwd::new(&[(NAME, yaml)]).unwrap();
+    let file = Path::new("machineries").join(plugin.file_name().unwrap());
+    cwd.write(file, fs::read(plugin).unwrap()).unwrap();
+    let check = host::run(&cwd, &["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    let machine = format!("{NAME}_1");
+    for (action, state) in [("restore_start", "running"), ("stop", "poweroff")] {
+        assert_eq!(client.act(action, &machine).unwrap(), json!({"success": true}), "{}", host.log());
+        assert_eq!(client.machine(&machine).unwrap()["state"], state);
+    }
+    // One that runs is no hindrance to another configuration, nor to a clean end.
+    assert_eq!(client.act("restore_start", &machine).unwrap(), json!({"success": true}));
+    cwd.change_yaml(NAME, &format!("{NAME}_2:"), "another:").unwrap();
+    let reload = host::run(&cwd, &["reload"]).unwrap();
+    assert_eq!(reload.code, Some(0), "{reload:?}");
+    assert_eq!(client.machine("another").unwrap()["state"], "poweroff");
+    assert_eq!(client.machine(&machine).unwrap()["state"], "running");
+    assert!(host.terminate().unwrap().success());
+    let log = host.log();
+    assert!(!log.contains("ERROR") && !log.contains("WARN"), "{log}");
+    let disks = format!("operational/generated/machinery-host/{NAME}/cache/disks");
+    assert_eq!(cwd.root().join(disks).read_dir().unwrap().count(), 0, "{log}");
+}
+
+#[test]
+fn a_new_plugin_builds_keeps_every_promise_and_is_driven_by_the_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, library) = new_plugin(dir.path());
+    // The versions that are there.
+    fs::copy(Path::new(REPOSITORY).join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
+    let tested = cargo(&folder, &["test"]);
+    for promise in conformance::names() {
+        assert!(tested.contains(&format!("promises::{promise} ... ok")), "{promise}: {tested}");
+    }
+    assert!(!tested.contains("warning"), "{tested}");
+
+    let yaml = fs::read_to_string(folder.join(format!("{NAME}.yaml"))).unwrap();
+    for (profile, arguments) in [("debug", &["build"][..]), ("release", &["build", "--release"])] {
+        cargo(&folder, arguments);
+        is_driven(&folder.join("target").join(profile).join(&library), &yaml);
+    }
+}
+
+#[test]
+fn a_new_plugin_is_refused_where_it_would_do_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |arguments: &[&str]| {
+        let mut command = command(artifacts::program().unwrap(), &["new-plugin"]);
+        command.args(arguments).arg("--dir").arg(dir.path());
+        host::run_command(command).unwrap()
+    };
+    assert_eq!(run(&[NAME]).code, Some(0));
+    for (arguments, words) in [
+        (&[NAME][..], "is there already"),
+        (&["Xen"], "lowercase"),
+        (&["qemu"], "of that name"),
+        (&["xen", "--interface", "/none/such"], "no checkout"),
+    ] {
+        let refused = run(arguments);
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+        assert!(refused.stderr.contains(words), "{refused:?}");
+    }
+    assert_eq!(dir.path().read_dir().unwrap().count(), 1);
+}
+
+const GUIDE: &str = include_str!("../docs/plugins.md");
+
+/// The guide's blocks that begin with "```rust" and a file: the file, and what is quoted of it.
+fn quotes() -> Vec<(&'static str, &'static str)> {
+    let blocks = GUIDE.split("```").skip(1).step_by(2);
+    let quoted = blocks.filter_map(|block| block.strip_prefix("rust ")?.split_once('\n'));
+    quoted.collect()
+}
+
+#[test]
+fn what_the_guide_quotes_is_in_the_code() {
+    let quotes = quotes();
+    assert!(quotes.len() >= 5, "the guide quotes little: {quotes:?}");
+    for (file, quote) in quotes {
+        let path = Path::new(REPOSITORY).join("plugins/example").join(file);
+        let code = fs::read_to_string(&path).unwrap();
+        let code = unindented(&code);
+        // What is left out is marked.
+        for part in unindented(quote).split("// …\n") {
+            assert!(code.contains(part), "{file} does not have, as the guide says:\n{part}");
+        }
+    }
+}
+
+/// The guide may show the body of something without what is around it.
+fn unindented(text: &str) -> String {
+    text.lines().map(|line| format!("{}\n", line.trim_start())).collect()
+}
+
+#[test]
+fn the_guide_tells_of_every_promise() {
+    let (_, table) = GUIDE.split_once("## Every promise").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
+    for promise in conformance::names() {
+        assert!(table.contains(&format!("`{promise}`")), "the table of promises has no `{promise}`");
+    }
+}
