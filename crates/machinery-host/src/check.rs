@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::fleet::services::Services;
 use crate::loader::{self, Opened, Search};
+use crate::patience::within;
 use crate::server::Peers;
 
 /// Looks at everything in the CWD.
@@ -30,7 +31,7 @@ pub fn check(cwd: &Cwd, search: &Search) -> Report {
         tcpdump(config.capture.as_ref(), &mut report);
         let mut plugins = Vec::new();
         for name in &config.machineries {
-            let opened = loader::open(name, search, config.plugin_hashes.as_ref());
+            let opened = loader::open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load);
             if let Some(opened) = report.keep(opened.map_err(Error::from)) {
                 machinery(&opened, cwd, &config, &mut report);
                 plugins.push(opened);
@@ -110,11 +111,13 @@ fn machinery(Opened { plugin, sha256 }: &Opened, cwd: &Cwd, config: &Config, rep
     ));
     let Some(setup) = report.keep(loader::setup(name, cwd, config)) else { return };
     let services = Arc::new(Services::new(name, Arc::default()));
-    let found = plugin.check(&setup, services);
-    if let Some(found) = report.keep(found.map_err(|error| error.action(format!("checking '{name}'")))) {
+    unwritable(&setup, report);
+    let what = format!("checking '{name}'");
+    let checked = plugin.clone();
+    let found = within(config.timeouts.load, &what, move || checked.check(&setup, services)).flatten();
+    if let Some(found) = report.keep(found.map_err(|error| error.action(what))) {
         report.append(found);
     }
-    unwritable(&setup, report);
 }
 
 fn unwritable(setup: &Setup, report: &mut Report) {

@@ -33,8 +33,8 @@ pub struct Config {
     pub host_file: Option<ConfigFile>,
 }
 
-/// How long each action may take; in the file, in seconds. The defaults are Cuckoo3's for its four
-/// actions.
+/// How long each call into a plugin may take; in the file, in seconds. The defaults are Cuckoo3's for its
+/// four actions.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
@@ -62,6 +62,16 @@ pub struct Timeouts {
     /// For [`Machinery::reload`](machinery::Machinery::reload).
     #[serde(deserialize_with = "seconds")]
     pub reload: Duration,
+    /// For [`Machinery::state`](machinery::Machinery::state).
+    #[serde(deserialize_with = "seconds")]
+    pub state: Duration,
+    /// For [`Machinery::load`](machinery::Machinery::load), which may clear away leftovers or wait for its
+    /// hypervisor, and for [`Machinery::check`](machinery::Machinery::check).
+    #[serde(deserialize_with = "seconds")]
+    pub load: Duration,
+    /// For [`Machinery::shutdown`](machinery::Machinery::shutdown).
+    #[serde(deserialize_with = "seconds")]
+    pub shutdown: Duration,
 }
 
 impl Default for Timeouts {
@@ -75,6 +85,9 @@ impl Default for Timeouts {
             screenshot: Duration::from_secs(30),
             prepare: Duration::from_secs(1800),
             reload: Duration::from_secs(120),
+            state: Duration::from_secs(20),
+            load: Duration::from_secs(600),
+            shutdown: Duration::from_secs(30),
         }
     }
 }

@@ -20,6 +20,7 @@
 //! | [`serve`] | the life of the host: load, serve, end |
 //! | [`reload`] | a new configuration while it serves |
 //! | [`client`] | the other end of the socket, for the command line |
+//! | [`patience`], [`exit`] | plugins that do not come back, and those that end the process |
 //! | [`check`], [`import`], [`new_plugin`] | commands that need no running host |
 //! | [`cli`] | the command line |
 //! | [`logging`] | where log lines go |
@@ -32,11 +33,13 @@ pub mod client;
 pub mod config;
 pub mod cwd;
 pub mod events;
+pub mod exit;
 pub mod fleet;
 pub mod import;
 pub mod loader;
 pub mod logging;
 pub mod new_plugin;
+pub mod patience;
 pub mod reload;
 pub mod serve;
 pub mod server;

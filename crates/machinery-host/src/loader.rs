@@ -17,22 +17,29 @@ pub mod trust;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use machinery::config::ConfigFile;
-use machinery::host::{OpenError, Plugin};
-use machinery::{Deadline, Error, HostServices, MachineInfo, Result, Setup, State};
+use machinery::host::{Instance, OpenError, Plugin};
+use machinery::{Capabilities, Deadline, Error, HostServices, MachineInfo, Result, Setup, State};
 
-use crate::config::Config;
+use crate::actions::rules::plugin_at_fault;
+use crate::config::{Config, Timeouts};
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
+use crate::exit;
 use crate::fleet::services::Services;
 use crate::fleet::{Fleet, Machine, Machinery, Roll};
+use crate::patience::{not_back, within};
 
 use hashes::{AllowList, FileHash};
 
 /// How long a question to a plugin may take while it is loaded.
-pub const QUESTION: Duration = Duration::from_secs(30);
+const QUESTION: Duration = Duration::from_secs(30);
+/// How much later than that it may answer.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Where plugins are searched, and which are taken.
 #[derive(Debug, Clone)]
@@ -119,11 +126,19 @@ impl From<NotOpened> for Error {
 ///
 /// # Errors
 /// It is in none of the folders, is not trusted, or cannot be opened; the error says which and why.
-pub fn open(name: &str, search: &Search, allowed: Option<&AllowList>) -> Result<Opened, NotOpened> {
+pub fn open(
+    name: &str,
+    search: &Search,
+    allowed: Option<&AllowList>,
+    limit: Duration,
+) -> Result<Opened, NotOpened> {
     let found =
         find(name, &search.folders).ok_or_else(|| NotOpened::Wrong(not_found(name, &search.folders)))?;
     let (path, sha256) = trusted(name, &found, search, allowed).map_err(NotOpened::Wrong)?;
-    let plugin = Plugin::open(&path).map_err(|error| NotOpened::of(&path, &error))?;
+    let file = path.clone();
+    // Its initialisers are code like any other.
+    let opened = within(limit, &format!("opening {}", path.display()), move || Plugin::open(&file));
+    let plugin = opened.map_err(NotOpened::Wrong)?.map_err(|error| NotOpened::of(&path, &error))?;
     if plugin.name() != name {
         return Err(NotOpened::Wrong(misnamed(&found, plugin.name(), name)));
     }
@@ -186,7 +201,7 @@ fn open_all(config: &Config, search: &Search) -> Result<Vec<Opened>> {
     let mut left_out = Vec::new();
     let mut problems = Vec::new();
     for name in &config.machineries {
-        match open(name, search, config.plugin_hashes.as_ref()) {
+        match open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load) {
             Ok(plugin) => plugins.push(plugin),
             Err(NotOpened::LibraryMissing(error)) => left_out.push((name, error)),
             Err(NotOpened::Wrong(error)) => problems.push(error),
@@ -279,15 +294,17 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &Search, events: &Events) ->
     }
     problems.extend(doubles(&loaded));
     if let Some(problems) = Error::all(problems) {
-        for (machinery, _) in &loaded {
-            let _ = machinery.instance.shutdown(Deadline::after(QUESTION));
+        for (machinery, _) in loaded {
+            let name = machinery.name.clone();
+            let_go(&name, Arc::clone(&machinery.instance), config.timeouts.shutdown);
         }
         return Err(problems);
     }
     let machineries = loaded.iter().map(|(machinery, _)| Arc::clone(machinery)).collect();
-    let machines =
-        loaded.into_iter().flat_map(|(machinery, infos)| machines(machinery, infos, events)).collect();
-    fleet.set(Roll::new(machineries, machines));
+    let machines = loaded
+        .into_iter()
+        .flat_map(|(machinery, infos)| machines(machinery, infos, &config.timeouts, events));
+    fleet.set(Roll::new(machineries, machines.collect()));
     Ok(fleet)
 }
 
@@ -301,35 +318,142 @@ fn load(
     for folder in [&setup.sockets_dir, &setup.state_dir, &setup.cache_dir] {
         make_folder(folder)?;
     }
-    let instance = plugin.load(&setup, services)?;
-    let infos = instance.machines()?;
-    let machinery = Machinery {
-        name: plugin.name().to_owned(),
-        capabilities: instance.capabilities()?,
-        version: instance.version(Deadline::after(QUESTION))?,
-        instance,
-        plugin: PluginFile { path: plugin.path().to_owned(), sha256: sha256.clone() },
-    };
+    let (name, limits) = (plugin.name(), &config.timeouts);
+    let loading = plugin.clone();
+    let loaded = within(limits.load, &format!("load of '{name}'"), move || loading.load(&setup, services));
+    let instance = Arc::new(loaded.flatten()?);
+    match answers(name, &instance, limits) {
+        Ok((capabilities, version, infos)) => {
+            let plugin = PluginFile { path: plugin.path().to_owned(), sha256: sha256.clone() };
+            let machinery = Machinery { name: name.to_owned(), capabilities, version, instance, plugin };
+            tell(&machinery, &infos);
+            Ok((Arc::new(machinery), infos))
+        }
+        Err(error) => {
+            let_go(name, instance, limits.shutdown);
+            Err(error)
+        }
+    }
+}
+
+/// What a machinery says of itself.
+fn answers(
+    name: &str,
+    instance: &Arc<Instance>,
+    limits: &Timeouts,
+) -> Result<(Capabilities, String, Vec<MachineInfo>)> {
+    let limit = QUESTION.min(limits.load);
+    let infos = ask(name, instance, limit, "machines", Instance::machines)?;
+    let capabilities = ask(name, instance, limit, "capabilities", Instance::capabilities)?;
+    let version =
+        ask(name, instance, limit, "version", move |instance| instance.version(Deadline::after(limit)))?;
+    Ok((capabilities, version, infos))
+}
+
+/// Asks a machinery by one of its methods.
+fn ask<T: Send + 'static>(
+    name: &str,
+    instance: &Arc<Instance>,
+    limit: Duration,
+    method: &str,
+    question: impl FnOnce(&Instance) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let what = format!("{method} of '{name}'");
+    let instance = Arc::clone(instance);
+    let answer = within(limit + GRACE, &what, move || question(&instance)).flatten();
+    answer.map_err(|error| error.action(what))
+}
+
+/// Lets go of a machinery that the host does not start with.
+fn let_go(name: &str, instance: Arc<Instance>, limit: Duration) {
+    let gone = within(limit, &format!("shutdown of '{name}'"), move || {
+        let done = instance.shutdown(Deadline::after(limit));
+        // Here, because its end may take its time too.
+        drop(instance);
+        done
+    });
+    if let Err(error) = gone.flatten() {
+        tracing::warn!(machinery = name, %error, "did not let go cleanly");
+    }
+}
+
+fn tell(machinery: &Machinery, infos: &[MachineInfo]) {
     tracing::info!(
         machinery = machinery.name,
         hypervisor = machinery.version,
         machines = infos.len(),
-        plugin = %plugin.path().display(),
-        %sha256,
+        plugin = %machinery.plugin.path.display(),
+        sha256 = %machinery.plugin.sha256,
         "machinery loaded"
     );
-    Ok((Arc::new(machinery), infos))
 }
 
-fn machines(machinery: Arc<Machinery>, infos: Vec<MachineInfo>, events: &Events) -> Vec<Arc<Machine>> {
-    let machine = |info: MachineInfo| {
-        let state = machinery.instance.state(&info.name, Deadline::after(QUESTION)).unwrap_or_else(|error| {
-            tracing::warn!(machine = info.name, %error, "cannot tell its state");
-            State::Error
-        });
-        Arc::new(Machine::new(info, Arc::clone(&machinery), state, events.clone()))
+fn machines(
+    machinery: Arc<Machinery>,
+    infos: Vec<MachineInfo>,
+    limits: &Timeouts,
+    events: &Events,
+) -> Vec<Arc<Machine>> {
+    let names = infos.iter().map(|info| info.name.clone()).collect();
+    let states = states(&machinery, names, limits);
+    let machine = |(info, answer): (MachineInfo, Result<State>)| {
+        let state = *answer.as_ref().unwrap_or(&State::Error);
+        let machine = Machine::new(info, Arc::clone(&machinery), state, events.clone());
+        if let Err(error) = answer {
+            let costs = plugin_at_fault(&error);
+            let reason = error.action("telling the state").machine(machine.name()).to_string();
+            machine.add_error(&reason);
+            if costs {
+                machine.disable(&reason);
+            } else {
+                tracing::warn!(machine = machine.name(), reason, "cannot tell its state");
+            }
+        }
+        Arc::new(machine)
     };
-    infos.into_iter().map(machine).collect()
+    infos.into_iter().zip(states).map(machine).collect()
+}
+
+/// The states of all its machines. One whose question does not come back is left behind, and the next ones
+/// are asked on; all together they may take as long as a load.
+fn states(machinery: &Machinery, names: Vec<String>, limits: &Timeouts) -> Vec<Result<State>> {
+    let end = Instant::now() + limits.load;
+    let names: Arc<[String]> = names.into();
+    let mut states = Vec::new();
+    while states.len() < names.len() {
+        let limit = (limits.state + GRACE).min(end.saturating_duration_since(Instant::now()));
+        if !limit.is_zero() {
+            let answers = ask_states(machinery, Arc::clone(&names), states.len(), limits.state);
+            states.extend(std::iter::from_fn(|| answers.recv_timeout(limit).ok()));
+        }
+        if let Some(name) = names.get(states.len()) {
+            states.push(Err(not_back("state", limit).machine(name)));
+        }
+    }
+    states
+}
+
+/// Asks for the states of the machines from that one on, on a thread of its own.
+fn ask_states(
+    machinery: &Machinery,
+    names: Arc<[String]>,
+    from: usize,
+    limit: Duration,
+) -> Receiver<Result<State>> {
+    let (answer, answers) = sync_channel(0);
+    let instance = Arc::clone(&machinery.instance);
+    let at = format!("'{}' in state", machinery.name);
+    thread::spawn(move || {
+        let _call = exit::Call::begin(&at);
+        for name in &names[from..] {
+            let state = instance.state(name, Deadline::after(limit));
+            // Whoever asked may have given up.
+            if answer.send(state).is_err() {
+                return;
+            }
+        }
+    });
+    answers
 }
 
 /// Names are unique over all machineries.

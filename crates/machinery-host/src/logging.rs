@@ -1,9 +1,16 @@
 //! Where log lines go: standard error, for people or as JSON.
+//!
+//! A line is a line: what comes from plugins, guests and clients stands in it with its control
+//! characters escaped, so that it can neither pass for another line nor command a terminal.
+
+use std::borrow::Cow;
 
 use clap::ValueEnum;
 use machinery::{LogLevel, LogRecord};
 use serde_json::Value;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::debug_fn;
 
 /// What a log line looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,10 +35,24 @@ pub fn start(format: Format, verbosity: i16) {
     let _ = match format {
         Format::Human => {
             let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            let fields = debug_fn(|line, field, value| match field.name() {
+                "message" => line.write_str(&on_one_line(&format!("{value:?}"))),
+                name => write!(line, "{name}={}", on_one_line(&format!("{value:?}"))),
+            });
+            let lines = lines.fmt_fields(fields.delimited(" "));
             tracing::subscriber::set_global_default(lines.with_ansi(colours).with_target(false).finish())
         }
         Format::Json => tracing::subscriber::set_global_default(lines.json().flatten_event(true).finish()),
     };
+}
+
+/// The text with its control characters escaped.
+pub fn on_one_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let escape = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect::<String>().into()
 }
 
 /// The level up to which plugins need to make records.
@@ -78,5 +99,16 @@ pub fn from_plugin(machinery: &str, record: &LogRecord) {
         LogLevel::Info => line!(INFO),
         LogLevel::Debug => line!(DEBUG),
         LogLevel::Trace => line!(TRACE),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_cannot_leave_its_line() {
+        assert_eq!(on_one_line("plain, naïve"), "plain, naïve");
+        assert_eq!(on_one_line("a\nb\r\t\u{1b}[2J\u{7f}\u{9b}\0"), "a\\nb\\r\\t\\u{1b}[2J\\u{7f}\\u{9b}\\0");
     }
 }

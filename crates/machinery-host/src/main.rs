@@ -1,5 +1,5 @@
 //! `cuckoo-machinery`; everything is in the library.
 
-fn main() -> std::process::ExitCode {
+fn main() {
     machinery_host::cli::main()
 }

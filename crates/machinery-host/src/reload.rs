@@ -26,7 +26,7 @@ use tokio::sync::{Mutex, RwLock, RwLockReadGuard};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::actions::call::{Called, bounded};
+use crate::actions::call::{self, Called};
 use crate::actions::rules::Settings;
 use crate::actions::worker::Resting;
 use crate::config::Config;
@@ -320,13 +320,12 @@ impl Asking<'_> {
         let unchanged = is_same(name, before, &setup);
         let used = self.in_use.iter().filter(|machine| machine.machinery.name == *name);
         let used: Vec<String> = used.map(|machine| machine.name().to_owned()).collect();
-        let asked = Arc::clone(machinery);
-        let called = bounded(self.limit, move |deadline| {
-            let reloaded = match asked.instance.reload(&setup, &used, deadline) {
+        let called = call::ask(machinery, "reload", self.limit, move |machinery, deadline| {
+            let reloaded = match machinery.instance.reload(&setup, &used, deadline) {
                 Err(error) if error.kind() == ErrorKind::Unsupported => not_reloading(unchanged)?,
                 reloaded => reloaded?,
             };
-            Ok(Answered { reloaded, infos: asked.instance.machines()? })
+            Ok(Answered { reloaded, infos: machinery.instance.machines()? })
         });
         match called.await {
             Called::Returned(answer) => answer,
@@ -399,11 +398,11 @@ async fn next_roll(shared: &Shared, roll: &Roll, answers: Vec<Vec<MachineInfo>>)
 }
 
 async fn new_machine(shared: &Shared, machinery: &Arc<Machinery>, info: MachineInfo) -> Arc<Machine> {
-    let state = {
-        let (machinery, name) = (Arc::clone(machinery), info.name.clone());
-        bounded(loader::QUESTION, move |deadline| machinery.instance.state(&name, deadline)).await
-    };
-    let state = match state {
+    let (name, limit) = (info.name.clone(), shared.workers.house().timeouts().state);
+    let state = call::ask(machinery, "state", limit, move |machinery, deadline| {
+        machinery.instance.state(&name, deadline)
+    });
+    let state = match state.await {
         Called::Returned(Ok(state)) => state,
         _ => State::Error,
     };

@@ -6,6 +6,8 @@
 //!     SIGTERM, SIGINT ─▶ no new action ─▶ running ones end ─▶ machines off ─▶ plugins let go
 //!                                                                  ─▶ socket removed ─▶ exit 0
 //! ```
+//!
+//! A plugin that ends the process has the same way gone, and the exit code 1: see [`exit`].
 
 use std::fs::File;
 use std::path::Path;
@@ -28,13 +30,12 @@ use crate::capture;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
+use crate::exit;
 use crate::fleet::books::Books;
 use crate::loader::{self, Search};
 use crate::reload::Reloader;
 use crate::server::{self, Peers, Shared};
 
-/// How long a plugin may take to let go at the end.
-const LETTING_GO: Duration = Duration::from_secs(30);
 /// How long clients may take at the end to read their answers.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How often, and with what pauses between, a lock that is held is looked at once more.
@@ -46,11 +47,11 @@ const PREPARATIONS: usize = 2;
 /// action, a question about its state, and one to have it give up preparing.
 const THREADS: usize = 1 << 16;
 
-/// Serves until it is told to end.
+/// Serves until it is told to end; gives what went wrong with that end.
 ///
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
-pub fn run(cwd: &Cwd, search: &Search) -> Result<()> {
+pub fn run(cwd: &Cwd, search: &Search) -> Result<Result<()>> {
     let config = Config::read(cwd)?;
     make_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
@@ -61,6 +62,7 @@ pub fn run(cwd: &Cwd, search: &Search) -> Result<()> {
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
     let fleet = loader::load_all(cwd, &config, search, &events)?;
+    exit::go_first();
     let books = Books::open(&cwd.state(), Arc::clone(&fleet))?;
     // Those of a host that was killed. Their machines are off now: the plugins have seen to that.
     capture::end_leftovers(&books.captures(), cwd.root());
@@ -129,7 +131,8 @@ fn raise_file_limit() {
     }
 }
 
-async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>) -> Result<()> {
+async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>) -> Result<Result<()>> {
+    let mut exit = exit::asked();
     let mut end = End::new()?;
     tokio::spawn(reload_when_asked(Arc::clone(&shared), listen(SignalKind::hangup())?));
     tokio::spawn(follow(Arc::clone(&shared)));
@@ -141,19 +144,21 @@ async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>) -> Result<()>
     tokio::select! {
         () = server::serve(&listener, peers, &shared, &mut connections) => {}
         which = end.asked() => tracing::info!(signal = which, "asked to end: machines are stopped"),
+        // The sender is there for as long as the process is.
+        _ = exit.wait_for(|asked| *asked) => tracing::info!("machines are stopped"),
     }
     // First, so that nobody who knows that the host ends has an action accepted.
     let workers = shared.workers.close();
     notify(NotifyState::Stopping);
     server::remove(&socket);
-    tokio::select! {
+    Ok(tokio::select! {
         () = let_go(&shared, workers, connections) => {
             tracing::info!("ended");
-            Ok(())
+            if *exit.borrow() { Err(Error::failed("a plugin called exit(): see the log for which")) } else { Ok(()) }
         }
         which = end.asked() => Err(Error::failed(format!("asked to end once more by {which}: machines may be left"))
             .advice("The next start of the host clears them away")),
-    }
+    })
 }
 
 async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>, mut connections: JoinSet<()>) {
@@ -165,12 +170,15 @@ async fn let_go(shared: &Arc<Shared>, mut workers: JoinSet<()>, mut connections:
     if tokio::time::timeout(LAST_WORDS, last_words).await.is_err() {
         tracing::warn!("some clients do not read their last answers");
     }
+    let limit = shared.workers.house().timeouts().shutdown;
     for machinery in shared.fleet.roll().machineries() {
         let machinery = Arc::clone(machinery);
         let name = machinery.name.clone();
-        let call =
-            tokio::task::spawn_blocking(move || machinery.instance.shutdown(Deadline::after(LETTING_GO)));
-        match tokio::time::timeout(LETTING_GO, call).await {
+        let call = tokio::task::spawn_blocking(move || {
+            let _call = exit::Call::begin(&format!("'{}' in shutdown", machinery.name));
+            machinery.instance.shutdown(Deadline::after(limit))
+        });
+        match tokio::time::timeout(limit, call).await {
             Ok(Ok(Ok(()))) => {}
             Ok(Ok(Err(error))) => tracing::error!(machinery = name, %error, "did not let go cleanly"),
             Ok(Err(error)) => tracing::error!(machinery = name, %error, "did not let go cleanly"),

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::abi::cut;
+
 /// What a call of the interface returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -182,6 +184,19 @@ impl Error {
         self
     }
 
+    /// The same with each of its texts cut to that length, and a note where one was.
+    pub(crate) fn cut(mut self, longest: usize) -> Self {
+        let Parts { kind: _, reason, action, machine, place, advice } = &mut *self.0;
+        let shorten = |text: &mut String| *text = cut(std::mem::take(text), longest);
+        [action, machine, advice].into_iter().flatten().for_each(shorten);
+        shorten(reason);
+        if let Some(Place { file, line: _, key }) = place {
+            key.iter_mut().for_each(shorten);
+            *file = cut(file.to_string_lossy().into_owned(), longest).into();
+        }
+        self
+    }
+
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
@@ -277,6 +292,17 @@ mod tests {
     fn a_kind_from_a_newer_interface_reads_as_failed() {
         let kind: ErrorKind = serde_json::from_str("\"quantum_decoherence\"").unwrap();
         assert_eq!(kind, ErrorKind::Failed);
+    }
+
+    #[test]
+    fn a_text_that_is_too_long_is_cut_and_says_so() {
+        let long = || "x".repeat(1000);
+        let place = Place { file: long().into(), line: None, key: Some(long()) };
+        let error = Error::failed(long()).action(long()).machine(long()).advice(long()).place(place);
+        let text = error.cut(10).to_string();
+        assert_eq!(text.matches("xxxxxxxxxx… (cut, it had 1000 bytes)").count(), 6, "{text}");
+        assert!(!text.contains("xxxxxxxxxxx"), "{text}");
+        assert_eq!(Error::failed("short").cut(10), Error::failed("short"));
     }
 
     #[test]

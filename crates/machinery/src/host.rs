@@ -19,13 +19,14 @@ use std::sync::Arc;
 use abi_stable::abi_stability::StableAbi;
 use abi_stable::abi_stability::abi_checking::check_layout_compatibility;
 use abi_stable::library::AbiHeaderRef;
-use abi_stable::std_types::{RResult, RString};
+use abi_stable::std_types::RResult;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::abi::{
-    InterfaceVersion, MachineryObject, Manifest, ModuleRef, Reply, abi_services, from_json, panic_text,
-    to_json,
+    InterfaceVersion, LONGEST, LONGEST_TOLD_ONCE, MachineryObject, Manifest, ModuleRef, Reply, abi_services,
+    cut, from_json, panic_text, text, to_json,
 };
+use crate::config::is_machine_name;
 use crate::reload::ReloadRequest;
 use crate::services::path_text;
 use crate::{
@@ -133,7 +134,8 @@ impl Plugin {
         let module = module_of(&library, interface)?;
         // Never unloaded: threads, thread-locals and the hook of the plugin point into it.
         std::mem::forget(library);
-        let manifest = answer((module.manifest())()).and_then(|json| from_json(&json, "plugin's manifest"));
+        let manifest =
+            answer((module.manifest())()).and_then(|json| from_json(json.as_bytes(), "plugin's manifest"));
         let manifest = manifest.map_err(OpenError::Manifest)?;
         Ok(Plugin { path: path.to_owned(), interface, manifest, module })
     }
@@ -175,8 +177,8 @@ impl Plugin {
     /// Only if the plugin itself fails to look; what it finds is in the report.
     pub fn check(&self, setup: &Setup, services: Arc<dyn HostServices>) -> Result<Report> {
         let setup = to_json(setup)?;
-        let report = answer((self.module.check())(setup.as_rstr(), abi_services(services)))?;
-        from_json(&report, "plugin's report")
+        let report = answer_once((self.module.check())(setup.as_rstr(), abi_services(services)))?;
+        from_json(report.as_bytes(), "plugin's report")
     }
 
     /// Loads the machinery with its configuration.
@@ -185,7 +187,7 @@ impl Plugin {
     /// What the plugin says is wrong.
     pub fn load(&self, setup: &Setup, services: Arc<dyn HostServices>) -> Result<Instance> {
         let setup = to_json(setup)?;
-        let object = answer((self.module.load())(setup.as_rstr(), abi_services(services)))?;
+        let object = answer_once((self.module.load())(setup.as_rstr(), abi_services(services)))?;
         Ok(Instance { object })
     }
 }
@@ -248,7 +250,8 @@ impl Instance {
     /// # Errors
     /// The plugin's.
     pub fn version(&self, deadline: Deadline) -> Result<String> {
-        answer(self.object.version(ms(deadline))).map(RString::into)
+        let version = answer(self.object.version(ms(deadline)))?;
+        Ok(cut(text(version.as_rstr(), "plugin's version")?.to_owned(), LONGEST))
     }
 
     /// See [`Machinery::capabilities`](crate::Machinery::capabilities).
@@ -256,15 +259,25 @@ impl Instance {
     /// # Errors
     /// The plugin panicked or answered nonsense.
     pub fn capabilities(&self) -> Result<Capabilities> {
-        from_json(&answer(self.object.capabilities())?, "plugin's capabilities")
+        from_json(answer(self.object.capabilities())?.as_bytes(), "plugin's capabilities")
     }
 
     /// See [`Machinery::machines`](crate::Machinery::machines).
     ///
     /// # Errors
-    /// The plugin panicked or answered nonsense.
+    /// The plugin panicked or answered nonsense, such as a name that is none.
     pub fn machines(&self) -> Result<Vec<MachineInfo>> {
-        from_json(&answer(self.object.machines())?, "plugin's list of machines")
+        let machines: Vec<MachineInfo> =
+            from_json(answer(self.object.machines())?.as_bytes(), "plugin's list of machines")?;
+        match machines.iter().find(|machine| !is_machine_name(&machine.name)) {
+            None => Ok(machines),
+            Some(MachineInfo { name, .. }) => {
+                let name = cut(name.clone(), 100);
+                Err(Error::misbehaved(format!(
+                    "the plugin lists a machine whose name cannot be one: {name:?}"
+                )))
+            }
+        }
     }
 
     /// See [`Machinery::state`](crate::Machinery::state).
@@ -273,7 +286,7 @@ impl Instance {
     /// The plugin's, or a state that does not exist.
     pub fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {
         let state = answer(self.object.state(machine.into(), ms(deadline)))?;
-        state.parse().map_err(|why: String| {
+        text(state.as_rstr(), "state")?.parse().map_err(|why: String| {
             Error::unexpected_state(format!("the machine has an unknown state: {why}")).machine(machine)
         })
     }
@@ -348,7 +361,7 @@ impl Instance {
     pub fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let request = ReloadRequest { setup: setup.clone(), in_use: in_use.to_vec() };
         let request = to_json(&request)?;
-        from_json(&answer(self.object.reload(request.as_rstr(), ms(deadline)))?, "plugin's reload")
+        from_json(answer(self.object.reload(request.as_rstr(), ms(deadline)))?.as_bytes(), "plugin's reload")
     }
 
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
@@ -370,9 +383,22 @@ fn ms(deadline: Deadline) -> u64 {
 }
 
 fn answer<T>(reply: Reply<T>) -> Result<T> {
+    answer_within(LONGEST, reply)
+}
+
+/// The same of a call whose error is told once, and may have a whole list in it.
+fn answer_once<T>(reply: Reply<T>) -> Result<T> {
+    answer_within(LONGEST_TOLD_ONCE, reply)
+}
+
+/// Here a plugin's errors come in, so here they are cut to what can be kept of them.
+fn answer_within<T>(longest: usize, reply: Reply<T>) -> Result<T> {
     match reply {
         RResult::ROk(value) => Ok(value),
-        RResult::RErr(json) => Err(from_json::<Error>(&json, "plugin's error").unwrap_or_else(|error| error)),
+        RResult::RErr(json) => {
+            let error = from_json::<Error>(json.as_bytes(), "plugin's error");
+            Err(error.map_or_else(|misbehaved| misbehaved, |error| error.cut(longest)))
+        }
     }
 }
 

@@ -21,10 +21,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, State};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 use tokio::task::JoinHandle;
 
-use super::call::{Called, call};
+use super::call::{Called, call, call_unless};
 use super::metrics::{Metrics, milliseconds};
 use super::{Action, CLOSING, Outcome};
 use crate::capture;
@@ -32,8 +32,7 @@ use crate::config::Timeouts;
 use crate::fleet::Machine;
 use crate::fleet::books::Books;
 
-/// How long a plugin may take to tell a state, and how long at least after an action.
-const STATE: Duration = Duration::from_secs(20);
+/// How long a plugin may take at least to tell a state after an action.
 const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 /// What all actors share.
@@ -92,6 +91,8 @@ pub struct Actor {
     house: Arc<House>,
     /// The call that did not come back, if one did not: until it does, nothing else may be called.
     lost: Option<JoinHandle<()>>,
+    /// True when the preparation under way has been told to give up, and has not for too long.
+    out_of_patience: Arc<watch::Sender<bool>>,
 }
 
 /// A failure, and whether it costs the machine.
@@ -110,7 +111,12 @@ impl From<Error> for Failure {
 impl Actor {
     /// The actor of that machine.
     pub fn new(machine: Arc<Machine>, house: Arc<House>) -> Self {
-        Actor { machine, house, lost: None }
+        Actor { machine, house, lost: None, out_of_patience: Arc::default() }
+    }
+
+    /// Where to say that the preparation under way is not waited for any more.
+    pub fn out_of_patience(&self) -> Arc<watch::Sender<bool>> {
+        Arc::clone(&self.out_of_patience)
     }
 
     /// The machine it acts on.
@@ -136,7 +142,7 @@ impl Actor {
             Err(Failure { reason, disable }) => {
                 let reason = reason.action(action.name()).machine(self.machine.name()).to_string();
                 let machine = self.machine.name();
-                if *action == Action::Prepare {
+                if *action == Action::Prepare && !disable {
                     // The next restore does without, and the plugin has told how ready the machine is.
                     tracing::warn!(machine, took_ms, steps, reason, "not prepared");
                 } else {
@@ -319,8 +325,18 @@ impl Actor {
 
     /// What cannot be prepared costs nothing: the next restore does without, and finds out how things stand.
     async fn prepare(&mut self) -> Result<(), Failure> {
-        let prepared = self.run(&Action::Prepare, self.house.timeouts().prepare).await;
-        prepared
+        self.out_of_patience.send_replace(false);
+        let mut patience = self.out_of_patience.subscribe();
+        let given_up = async move {
+            // The sender is here, so this cannot fail.
+            let _ = patience.wait_for(|over| *over).await;
+        };
+        let limit = self.house.timeouts().prepare;
+        let called = call_unless(given_up, &self.machine, limit, |machine, deadline| {
+            invoke(machine, &Action::Prepare, deadline)
+        });
+        let prepared = called.await;
+        self.returned(prepared, "prepare")
             .map_err(|reason| Failure { disable: self.lost.is_some() || plugin_at_fault(&reason), reason })
     }
 
@@ -328,6 +344,7 @@ impl Actor {
     /// is asked in the same breath: a machine that has just begun to run keeps this computer busy.
     async fn run_to(&mut self, wanted: State, action: &Action, limit: Duration) -> Result<()> {
         let (action, name) = (action.clone(), action.name());
+        let longest = self.house.timeouts().state.max(LAST_QUESTION);
         let told = self.through(limit, name, move |machine, deadline| {
             match invoke(machine, &action, deadline) {
                 Err(error) if error.kind() == ErrorKind::StateReached && wanted == State::Poweroff => {}
@@ -335,7 +352,7 @@ impl Actor {
             }
             let reports = machine.status().reports;
             // An action that took all of its time has a moment left for this.
-            let deadline = Deadline::after(deadline.remaining().clamp(LAST_QUESTION, STATE));
+            let deadline = Deadline::after(deadline.remaining().clamp(LAST_QUESTION, longest));
             Ok((machine.machinery.instance.state(machine.name(), deadline), reports))
         });
         let (state, reports) = told.await?;
@@ -359,7 +376,7 @@ impl Actor {
     }
 
     async fn state(&mut self) -> Result<State> {
-        self.through(STATE, "telling the state", |machine, deadline| {
+        self.through(self.house.timeouts().state, "telling the state", |machine, deadline| {
             machine.machinery.instance.state(machine.name(), deadline)
         })
         .await
@@ -375,12 +392,17 @@ impl Actor {
         T: Send + 'static,
         F: FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
     {
-        match call(&self.machine, limit, work).await {
+        let called = call(&self.machine, limit, work).await;
+        self.returned(called, what)
+    }
+
+    fn returned<T>(&mut self, called: Called<T>, what: &str) -> Result<T> {
+        match called {
             Called::Returned(result) => result,
             Called::Lost(call) => {
                 self.lost = Some(call);
                 self.machine.set_state(State::Error);
-                Err(Error::timeout(format!("{what} did not come back from the plugin within {limit:?}"))
+                Err(Error::timeout(format!("{what} did not come back from the plugin in time"))
                     .advice("The machine is lost until it does; restart the host to get it back"))
             }
         }
@@ -399,7 +421,8 @@ pub async fn give_up_preparing(machine: &Arc<Machine>, house: &House) {
     }
 }
 
-fn plugin_at_fault(error: &Error) -> bool {
+/// Whether the error says that the plugin does not do as it should.
+pub fn plugin_at_fault(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
 }
 

@@ -376,9 +376,12 @@ impl Worker {
     /// to do the same work; what has no use for it ends it.
     async fn prepare_now(&mut self) -> Outcome {
         let machine = Arc::clone(self.actor.machine());
+        let out_of_patience = self.actor.out_of_patience();
         let mut prepared = pin!(self.actor.perform(&Action::Prepare));
         // From when on it is not wanted any more; not known yet.
         let mut unwanted: Option<Instant> = None;
+        // Since when it has been told so.
+        let mut told: Option<Instant> = None;
         loop {
             let give_up = async {
                 match unwanted {
@@ -396,7 +399,11 @@ impl Worker {
                     self.waiting.extend(mail);
                 }
                 () = give_up => {
+                    let told = *told.get_or_insert_with(Instant::now);
                     give_up_preparing(&machine, &self.house).await;
+                    if told.elapsed() >= self.house.timeouts().stop {
+                        out_of_patience.send_replace(true);
+                    }
                     // It may have come before the plugin had begun.
                     unwanted = Some(Instant::now() + ONCE_MORE);
                 }

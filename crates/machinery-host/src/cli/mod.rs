@@ -6,7 +6,6 @@
 mod show;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 use machinery::{Error, ErrorKind, Result};
@@ -14,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::cwd::Cwd;
+use crate::exit::{self, ExitCode};
 use crate::loader::{self, Search};
 use crate::{check, import, logging, new_plugin, serve};
 
@@ -138,8 +138,8 @@ enum Import {
     },
 }
 
-/// Runs the command line and says how it went.
-pub fn main() -> ExitCode {
+/// Runs the command line, says how it went, and ends the process.
+pub fn main() -> ! {
     let cli = Cli::parse();
     let verbosity = i16::from(cli.global.verbose) - i16::from(cli.global.quiet);
     let (format, verbosity) = match &cli.command {
@@ -148,18 +148,19 @@ pub fn main() -> ExitCode {
         _ => (logging::Format::Human, verbosity - 1),
     };
     logging::start(format, verbosity);
-    match run(&cli) {
+    exit::guard();
+    exit::end(match run(&cli) {
         Ok(code) => code,
         Err(error) => {
             show::error(&error, cli.global.json);
             match error.kind() {
                 ErrorKind::Configuration => ExitCode::from(2),
                 // Whatever keeps a host from starting is for its operator to put right.
-                ErrorKind::Environment if matches!(cli.command, Command::Serve { .. }) => ExitCode::from(2),
+                _ if matches!(cli.command, Command::Serve { .. }) => ExitCode::from(2),
                 _ => ExitCode::from(1),
             }
         }
-    }
+    })
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
@@ -177,7 +178,13 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 /// All other commands are about a CWD.
 fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     match command {
-        Command::Serve { .. } => serve::run(cwd, &global.search(cwd)).map(|()| ExitCode::SUCCESS),
+        Command::Serve { .. } => Ok(match serve::run(cwd, &global.search(cwd))? {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                show::error(&error, global.json);
+                ExitCode::from(1)
+            }
+        }),
         Command::Check => {
             let report = check::check(cwd, &global.search(cwd));
             show::report(&report, global.json);
@@ -289,7 +296,7 @@ fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
     let config = crate::config::Config::read(cwd)?;
     let search = global.search(cwd);
     let opened = |name: &String| {
-        let opened = loader::open(name, &search, config.plugin_hashes.as_ref());
+        let opened = loader::open(name, &search, config.plugin_hashes.as_ref(), config.timeouts.load);
         (name.clone(), opened.map_err(Error::from))
     };
     let listed: Vec<_> = config.machineries.iter().map(opened).collect();

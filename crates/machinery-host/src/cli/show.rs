@@ -1,5 +1,6 @@
 //! What a person sees, and the JSON for those who are none.
 
+use std::borrow::Cow;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::import::Imported;
 use crate::loader::Opened;
+use crate::logging::on_one_line;
 use crate::new_plugin::NewPlugin;
 
 /// A failure.
@@ -18,8 +20,13 @@ pub fn error(error: &Error, json: bool) {
     if json {
         println!("{}", json!({"success": false, "reason": error.to_string()}));
     } else {
-        eprintln!("error: {error}");
+        eprintln!("error: {}", plain_lines(&error.to_string()));
     }
+}
+
+/// The lines of a text, without what commands a terminal.
+fn plain_lines(text: &str) -> String {
+    text.lines().map(on_one_line).collect::<Vec<_>>().join("\n")
 }
 
 /// A crate that was written, and how to go on with it.
@@ -52,7 +59,7 @@ pub fn report(report: &Report, json: bool) {
             Level::Warning => "warning",
             Level::Problem => "PROBLEM",
         };
-        println!("{mark}  {}", finding.text.replace('\n', "\n         "));
+        println!("{mark}  {}", plain_lines(&finding.text).replace('\n', "\n         "));
     }
     let counted = |count, what| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
@@ -123,9 +130,10 @@ fn first_line(text: &str) -> &str {
 
 /// Columns as wide as their widest cell; the last is not padded.
 fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| on_one_line(cell))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N).map(width).collect();
-    let line = |row: &[String; N]| {
+    let line = |row: &[Cow<'_, str>; N]| {
         let cells: Vec<String> =
             row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         cells.join("  ").trim_end().to_owned()
@@ -199,7 +207,7 @@ fn plain(answer: &Value, json: bool) {
         }
         println!("{answer}");
     } else if answer["success"] != json!(true) {
-        eprintln!("error: {}", answer["reason"].as_str().unwrap_or("the host gave no reason"));
+        eprintln!("error: {}", plain_lines(answer["reason"].as_str().unwrap_or("the host gave no reason")));
     }
 }
 
@@ -233,7 +241,7 @@ pub fn plugins(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)]
                 sha256.to_string(),
                 plugin.path().display().to_string(),
             ]),
-            Err(error) => eprintln!("error: {error}"),
+            Err(error) => eprintln!("error: {}", plain_lines(&error.to_string())),
         }
     }
     for (name, path) in others {
@@ -341,5 +349,7 @@ mod tests {
     fn a_table_lines_up() {
         let rows = [["A", "BB"], ["ccc", "d"]].map(|row| row.map(str::to_owned));
         assert_eq!(table(&rows), "A    BB\nccc  d");
+        let rows = [["a\u{1b}[2J\nb".to_owned()]];
+        assert_eq!(table(&rows), "a\\u{1b}[2J\\nb");
     }
 }

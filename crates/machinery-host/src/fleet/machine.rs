@@ -244,7 +244,11 @@ impl Machine {
 
     /// Gives it the standing it had before the host was started.
     pub fn recall(&self, standing: Standing) {
-        self.lock_status().standing = standing;
+        let mut status = self.lock_status();
+        // It may have been lost since.
+        let lost = status.standing.disabled.take();
+        status.standing = standing;
+        status.standing.disabled = status.standing.disabled.take().or(lost);
     }
 
     /// Gives it to a task; tells whether that is new.

@@ -29,7 +29,7 @@ pub struct Machinery {
     /// Its name in the `machineries` list.
     pub name: String,
     /// Its plugin's methods.
-    pub instance: Instance,
+    pub instance: Arc<Instance>,
     /// Which of the optional ones are real.
     pub capabilities: Capabilities,
     /// The hypervisor's version, for people.

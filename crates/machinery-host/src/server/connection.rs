@@ -31,6 +31,7 @@ use super::lines::{self, Line};
 use super::protocol::{self, Refusal, Request};
 use super::{Place, Shared};
 use crate::actions::call::{Called, call};
+use crate::actions::rules::plugin_at_fault;
 use crate::actions::worker::Answer;
 use crate::actions::{Action, Outcome};
 use crate::capture;
@@ -48,8 +49,6 @@ const SOME: u32 = 32;
 const STALLED: Duration = Duration::from_secs(60);
 /// How often to look whether a client that is done sending still waits for its answers.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
-/// How long a plugin may take to tell a state.
-const STATE: Duration = Duration::from_secs(10);
 
 /// A line on its way to the client, with its share of the budget.
 struct Outgoing {
@@ -180,7 +179,10 @@ impl Connection {
                 self.shared.workers.order(&machine, action, answer);
                 return true;
             }
-            Request::State(machine) => return self.later(id, async move { state(&machine).await }).await,
+            Request::State(machine) => {
+                let shared = Arc::clone(&self.shared);
+                return self.later(id, async move { state(&machine, &shared).await }).await;
+            }
             Request::ShutdownAll => {
                 let shared = Arc::clone(&self.shared);
                 return self.later(id, async move { protocol::outcome(shutdown_all(&shared).await) }).await;
@@ -425,26 +427,35 @@ async fn forward(
 }
 
 /// During an action the state is what the worker and the plugin say; else the hypervisor is asked,
-/// by one at a time.
-async fn state(machine: &Arc<Machine>) -> Value {
+/// by one at a time. A plugin that does not come back, or does not do as it should, costs the machine.
+async fn state(machine: &Arc<Machine>, shared: &Shared) -> Value {
     let known = machine.status();
     let asking = if known.busy { None } else { machine.ask() };
     let Some(asking) = asking else {
         return json!({"success": true, "state": known.state});
     };
-    let asked = call(machine, STATE, move |machine, deadline| {
+    let asked = call(machine, shared.workers.house().timeouts().state, move |machine, deadline| {
         // Held until the plugin comes back, however late that is.
         let _asking = asking;
         machine.machinery.instance.state(machine.name(), deadline)
     });
-    match asked.await {
-        Called::Returned(Ok(state)) => json!({"success": true, "state": state}),
+    let (error, costs) = match asked.await {
+        Called::Returned(Ok(state)) => return json!({"success": true, "state": state}),
         Called::Returned(Err(error)) => {
-            let error = error.action("telling the state").machine(machine.name());
-            protocol::failure(&error.to_string())
+            let costs = plugin_at_fault(&error);
+            (error, costs)
         }
-        Called::Lost(_) => protocol::failure("telling the state did not come back from the plugin"),
+        Called::Lost(_) => (machinery::Error::timeout("it did not come back from the plugin"), true),
+    };
+    let reason = error.action("telling the state").machine(machine.name()).to_string();
+    if costs {
+        machine.add_error(&reason);
+        machine.disable(&reason);
+        if let Err(error) = shared.books.save().await {
+            tracing::error!(machine = machine.name(), %error, "disabled, but not beyond a restart of the host");
+        }
     }
+    protocol::failure(&reason)
 }
 
 async fn reload(shared: &Shared) -> Value {

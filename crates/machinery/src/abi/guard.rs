@@ -7,16 +7,16 @@ use super::Reply;
 use super::records::reply;
 use crate::{Error, ErrorKind, Result};
 
-/// Runs a piece of this side's code on behalf of the other side; a panic becomes an error.
+/// Runs a piece of the plugin's code on behalf of the host; a panic becomes an error.
 ///
 /// Unwind safety is asserted: after a panic the object stays reachable, and a plugin whose own
 /// locks are poisoned answers with errors from then on, which is what its host can handle.
-pub(crate) fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Reply<T> {
+pub(crate) fn guarded<T>(plugin: &str, call: impl FnOnce() -> Result<T>) -> Reply<T> {
     let result = catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
-        Err(Error::new(ErrorKind::PluginPanicked, format!("the plugin panicked: {}", panic_text(panic)))
-            .advice(
-                "This is a bug in the plugin: report it to its author with the lines around it in the log",
-            ))
+        let reason = format!("the plugin '{plugin}' panicked: {}", panic_text(panic));
+        Err(Error::new(ErrorKind::PluginPanicked, reason).advice(
+            "This is a bug in the plugin: report it to its author with the lines around it in the log",
+        ))
     });
     reply(result)
 }
@@ -52,11 +52,11 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_an_error_with_its_message() {
-        let reply = guarded::<()>(|| panic!("no {}", "luck"));
+        let reply = guarded::<()>("lucky", || panic!("no {}", "luck"));
         let RResult::RErr(json) = reply else { panic!("an error") };
-        let error: Error = serde_json::from_str(&json).unwrap();
+        let error: Error = serde_json::from_slice(json.as_bytes()).unwrap();
         assert_eq!(error.kind(), ErrorKind::PluginPanicked);
-        assert!(error.to_string().contains("no luck"));
+        assert!(error.to_string().contains("the plugin 'lucky' panicked: no luck"), "{error}");
     }
 
     #[test]
@@ -67,7 +67,7 @@ mod tests {
                 panic!("dropped");
             }
         }
-        assert!(guarded::<()>(|| std::panic::panic_any(Bomb)).is_err());
+        assert!(guarded::<()>("lucky", || std::panic::panic_any(Bomb)).is_err());
         assert_eq!(guarded_quiet(7, || std::panic::panic_any(Bomb)), 7);
     }
 }

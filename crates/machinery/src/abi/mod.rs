@@ -12,8 +12,18 @@
 //! ```
 //!
 //! Every arrow between the two columns ends in a panic guard (`guard`): a panic becomes an
-//! [`Error`](crate::Error) and never unwinds across the border, where it would abort the process.
+//! [`Error`](crate::Error) and never unwinds across the border, where it would abort the process. And
+//! each text is looked at on arrival (`arrival`) before it is believed.
+//!
+//! # What this cannot stand
+//!
+//! A plugin is code in the host's process. What aborts a process aborts the host: a panic while
+//! another one unwinds, a panic in a plugin that was built with `panic = "abort"`, one in the `Drop` of
+//! a panic's payload that a thread of the plugin ended with, an exception of C++ that leaves a plugin,
+//! an overflow of the stack, memory that runs out, a wild pointer. And a call that does not come back
+//! keeps its thread for as long as the process lives.
 
+mod arrival;
 mod guard;
 mod logging;
 pub mod plugin;
@@ -27,6 +37,7 @@ use abi_stable::sabi_types::VersionStrings;
 use abi_stable::std_types::{RBox, RResult, RStr, RString};
 
 pub use abi_stable::library::LibHeader;
+pub(crate) use arrival::{LONGEST, LONGEST_TOLD_ONCE, cut, text};
 pub(crate) use guard::panic_text;
 pub(crate) use records::{Manifest, ManifestConflict};
 pub(crate) use records::{from_json, to_json};

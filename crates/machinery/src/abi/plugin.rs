@@ -11,6 +11,7 @@ use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RStr, RString};
 
+use super::arrival::text;
 use super::guard::{guarded, guarded_quiet};
 use super::records::{from_json, to_json};
 use super::services::host_of;
@@ -19,7 +20,7 @@ use super::{
     ServicesObject, logging,
 };
 use crate::reload::ReloadRequest;
-use crate::{Deadline, Host, Machinery, Report, Setup};
+use crate::{Deadline, Host, Machinery, Report, Result, Setup};
 
 /// What the export macro knows about the plugin's package.
 pub trait Packaged {
@@ -45,7 +46,7 @@ fn module<M: Machinery + Packaged>() -> ModuleRef {
 }
 
 extern "C" fn manifest<M: Machinery + Packaged>() -> Reply<RString> {
-    guarded(|| {
+    guarded(M::NAME, || {
         let owned = |conflict: &crate::Conflict| ManifestConflict {
             with: conflict.with.to_owned(),
             why: conflict.why.to_owned(),
@@ -60,9 +61,9 @@ extern "C" fn manifest<M: Machinery + Packaged>() -> Reply<RString> {
 }
 
 extern "C" fn check<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> Reply<RString> {
-    guarded(|| {
+    guarded(M::NAME, || {
         enter(services);
-        let setup: Setup = from_json(&setup, "setup")?;
+        let setup: Setup = from_json(setup.as_rslice().as_slice(), "setup")?;
         let mut report = Report::default();
         M::check(&setup, &mut report);
         to_json(&report)
@@ -70,9 +71,9 @@ extern "C" fn check<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> 
 }
 
 extern "C" fn load<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> Reply<MachineryObject> {
-    guarded(|| {
+    guarded(M::NAME, || {
         let host = enter(services);
-        let setup: Setup = from_json(&setup, "setup")?;
+        let setup: Setup = from_json(setup.as_rslice().as_slice(), "setup")?;
         let machinery = M::load(&setup, host)?;
         Ok(MachineryAbi_TO::from_value(Exported(ManuallyDrop::new(machinery)), TD_Opaque))
     })
@@ -96,64 +97,72 @@ impl<M> Drop for Exported<M> {
 
 impl<M: Machinery> MachineryAbi for Exported<M> {
     fn version(&self, deadline: u64) -> Reply<RString> {
-        guarded(|| self.0.version(after(deadline)).map(RString::from))
+        guarded(M::NAME, || self.0.version(after(deadline)).map(RString::from))
     }
 
     fn capabilities(&self) -> Reply<RString> {
-        guarded(|| to_json(&self.0.capabilities()))
+        guarded(M::NAME, || to_json(&self.0.capabilities()))
     }
 
     fn machines(&self) -> Reply<RString> {
-        guarded(|| to_json(&self.0.machines()))
+        guarded(M::NAME, || to_json(&self.0.machines()))
     }
 
     fn state(&self, machine: RStr<'_>, deadline: u64) -> Reply<RString> {
-        guarded(|| self.0.state(&machine, after(deadline)).map(|state| state.as_str().into()))
+        guarded(M::NAME, || self.0.state(named(machine)?, after(deadline)).map(|state| state.as_str().into()))
     }
 
     fn restore_start(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.restore_start(&machine, after(deadline)))
+        guarded(M::NAME, || self.0.restore_start(named(machine)?, after(deadline)))
     }
 
     fn norestore_start(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.norestore_start(&machine, after(deadline)))
+        guarded(M::NAME, || self.0.norestore_start(named(machine)?, after(deadline)))
     }
 
     fn stop(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.stop(&machine, after(deadline)))
+        guarded(M::NAME, || self.0.stop(named(machine)?, after(deadline)))
     }
 
     fn acpi_stop(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.acpi_stop(&machine, after(deadline)))
+        guarded(M::NAME, || self.0.acpi_stop(named(machine)?, after(deadline)))
     }
 
     fn dump_memory(&self, machine: RStr<'_>, path: RStr<'_>, format: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| {
-            let quoted = format!("\"{format}\"");
-            let format = serde_json::from_str(&quoted)
+        guarded(M::NAME, || {
+            let format = text(format, "memory dump format")?;
+            let format = serde_json::from_value(format.into())
                 .map_err(|_| crate::Error::unsupported(&format!("the memory dump format '{format}'")))?;
-            self.0.dump_memory(&machine, Path::new(path.as_str()), format, after(deadline))
+            self.0.dump_memory(named(machine)?, path_of(path)?, format, after(deadline))
         })
     }
 
     fn screenshot(&self, machine: RStr<'_>, path: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.screenshot(&machine, Path::new(path.as_str()), after(deadline)))
+        guarded(M::NAME, || self.0.screenshot(named(machine)?, path_of(path)?, after(deadline)))
     }
 
     fn prepare(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.prepare(&machine, after(deadline)))
+        guarded(M::NAME, || self.0.prepare(named(machine)?, after(deadline)))
     }
 
     fn shutdown(&self, deadline: u64) -> Reply<()> {
-        guarded(|| self.0.shutdown(after(deadline)))
+        guarded(M::NAME, || self.0.shutdown(after(deadline)))
     }
 
     fn reload(&self, request: RStr<'_>, deadline: u64) -> Reply<RString> {
-        guarded(|| {
-            let ReloadRequest { setup, in_use } = from_json(&request, "new configuration")?;
+        guarded(M::NAME, || {
+            let ReloadRequest { setup, in_use } = from_json(request.as_bytes(), "new configuration")?;
             to_json(&self.0.reload(&setup, &in_use, after(deadline))?)
         })
     }
+}
+
+fn named(machine: RStr<'_>) -> Result<&str> {
+    text(machine, "machine's name")
+}
+
+fn path_of(path: RStr<'_>) -> Result<&Path> {
+    text(path, "path").map(Path::new)
 }
 
 fn after(milliseconds: u64) -> Deadline {

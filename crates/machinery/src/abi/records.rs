@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Reply;
+use super::arrival::start_of;
 use crate::{Error, Result};
 
 /// What a plugin says about itself before it is given a configuration.
@@ -31,10 +32,10 @@ pub(crate) fn to_json<T: Serialize>(record: &T) -> Result<RString> {
         .map_err(|error| Error::misbehaved(format!("a record cannot be written as JSON: {error}")))
 }
 
-pub(crate) fn from_json<T: DeserializeOwned>(text: &str, what: &str) -> Result<T> {
-    serde_json::from_str(text).map_err(|error| {
-        let start: String = text.chars().take(80).collect();
-        Error::misbehaved(format!("the {what} makes no sense ({error}): {start:?}"))
+/// Reads a record that has crossed. Its bytes are not taken for text before they were read.
+pub(crate) fn from_json<T: DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {
+    serde_json::from_slice(json).map_err(|error| {
+        Error::misbehaved(format!("the {what} makes no sense ({error}): {}", start_of(json)))
     })
 }
 

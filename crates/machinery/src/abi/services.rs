@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use abi_stable::std_types::RStr;
 
+use super::arrival::{LONGEST, cut, cut_record, kept};
 use super::guard::guarded_quiet;
 use super::records::from_json;
 use super::{ServicesAbi, ServicesObject};
@@ -25,24 +26,30 @@ struct ServicesOfHost(Arc<dyn HostServices>);
 impl ServicesAbi for ServicesOfHost {
     fn log(&self, record: RStr<'_>) {
         guarded_quiet((), || {
-            let record = from_json(&record, "log record").unwrap_or_else(|error| LogRecord {
+            let record = from_json(record.as_rslice().as_slice(), "log record");
+            let record = record.unwrap_or_else(|error| LogRecord {
                 level: LogLevel::Warn,
                 target: "machinery".to_owned(),
                 message: error.to_string(),
                 fields: serde_json::Map::new(),
             });
-            self.0.log(record);
+            self.0.log(cut_record(record));
         });
     }
 
     fn state_changed(&self, machine: RStr<'_>, state: RStr<'_>, reason: RStr<'_>) {
-        // A state without a name here comes from a newer plugin; it can only be told as an error.
-        let known = state.parse().unwrap_or(State::Error);
-        guarded_quiet((), || self.0.state_changed(&machine, known, &reason));
+        guarded_quiet((), || {
+            // A state without a name here comes from a newer plugin; it can only be told as an error.
+            let known = kept(state).parse().unwrap_or(State::Error);
+            self.0.state_changed(&kept(machine), known, &kept(reason));
+        });
     }
 
     fn progress(&self, machine: RStr<'_>, fraction: f64) {
-        guarded_quiet((), || self.0.progress(&machine, fraction));
+        // One that is no number says nothing.
+        if !fraction.is_nan() {
+            guarded_quiet((), || self.0.progress(&kept(machine), fraction.clamp(0.0, 1.0)));
+        }
     }
 
     fn max_level(&self) -> u8 {
@@ -51,19 +58,21 @@ impl ServicesAbi for ServicesOfHost {
 
     fn step(&self, machine: RStr<'_>, step: RStr<'_>, milliseconds: f64) {
         let took = Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or_default();
-        guarded_quiet((), || self.0.step(&machine, &step, took));
+        guarded_quiet((), || self.0.step(&kept(machine), &kept(step), took));
     }
 
     fn ready(&self, machine: RStr<'_>, ready: RStr<'_>) {
-        guarded_quiet((), || match from_json(&ready, "readiness") {
-            Ok(ready) => self.0.ready(&machine, &ready),
-            // One that a newer plugin knows; its machines are restored all the same.
-            Err(error) => self.0.ready(&machine, &Ready { why: error.to_string(), ..Ready::default() }),
+        guarded_quiet((), || {
+            // One that a newer plugin knows makes no sense here; its machines are restored all the same.
+            let ready: Ready = from_json(ready.as_rslice().as_slice(), "readiness")
+                .unwrap_or_else(|error| Ready { why: error.to_string(), ..Ready::default() });
+            let ready = Ready { why: cut(ready.why, LONGEST), ..ready };
+            self.0.ready(&kept(machine), &ready);
         });
     }
 
     fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>) {
-        guarded_quiet((), || self.0.wants_prepare(&machine, &reason));
+        guarded_quiet((), || self.0.wants_prepare(&kept(machine), &kept(reason)));
     }
 }
 

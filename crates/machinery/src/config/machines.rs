@@ -140,13 +140,18 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for MachinesVisitor<T> {
 }
 
 /// A name becomes part of file and socket names, so it must not be a path.
+pub(crate) fn is_machine_name(name: &str) -> bool {
+    let plain = |c: char| c.is_alphanumeric() || "-_.@+ ".contains(c);
+    !name.is_empty() && name.len() <= 100 && !name.starts_with('.') && name.chars().all(plain)
+}
+
+/// The name of a machine.
 struct MachineName(String);
 
 impl<'de> Deserialize<'de> for MachineName {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         values::checked(deserializer, |name| {
-            let plain = |c: char| c.is_alphanumeric() || "-_.@+ ".contains(c);
-            if name.is_empty() || name.len() > 100 || name.starts_with('.') || !name.chars().all(plain) {
+            if !is_machine_name(name) {
                 return Err(format!(
                     "'{name}' cannot be a machine's name: use up to 100 letters, digits, '-', '_' and '.', \
                      not starting with '.'"

@@ -1,0 +1,115 @@
+//! A plugin that ends the process: by `exit()`, of which the host makes an end in good order, and by what
+//! nothing helps against but the next start.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::scratch::{ScratchCwd, double};
+use serde_json::{Value, json};
+
+const LIMITS: &str = "timeouts: {restore_start: 0.5, stop: 5, shutdown: 0.5}\n";
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+/// A CWD of the double machinery, and of a wild one with the machine `m`.
+fn cwd(keys: &str, faults: &str) -> ScratchCwd {
+    let machine = format!("{{ip: 10.9.0.1, platform: linux, os_version: 1, faults: {{{faults}}}}}");
+    let wild = format!("{keys}\nmachines:\n  m: {machine}\n");
+    let cwd = ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("wild", &wild)]).unwrap();
+    cwd.host_yaml(LIMITS).unwrap();
+    cwd
+}
+
+/// It has ended in good order, with the code 1 and the reason in its log.
+#[track_caller]
+fn assert_ended(mut host: RunningHost, cwd: &ScratchCwd, by: &str) {
+    assert_eq!(host.wait().unwrap().code(), Some(1), "{}", host.log());
+    let log = host.log();
+    let cause = log.lines().find(|line| line.contains("a plugin called exit()"));
+    assert!(cause.is_some_and(|line| line.contains("ERROR") && line.contains(by)), "{by:?}: {log}");
+    let stopped = |line: &str| line.contains("done") && line.contains("machine=\"fine\" action=\"stop\"");
+    assert!(log.lines().any(stopped), "{log}");
+    assert!(log.contains("wild machines are let go"), "{log}");
+    assert!(!cwd.socket().exists());
+}
+
+#[test]
+fn an_exit_in_a_thread_is_an_end_in_good_order() {
+    let cwd = cwd("", "restore_start: thread_exit");
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+    host.heard("STOPPING=1").unwrap();
+    assert_ended(host, &cwd, "its thread 'wild-exit'");
+    RunningHost::start(&cwd).unwrap();
+}
+
+#[test]
+fn an_exit_in_a_method_is_an_end_in_good_order_and_a_call_that_never_returns() {
+    let cwd = cwd("", "restore_start: exit");
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    let answer = client.act("restore_start", "m").unwrap();
+    assert!(answer["reason"].as_str().unwrap().contains("did not come back"), "{answer}");
+    assert_ended(host, &cwd, "'wild' in a call for the machine 'm'");
+    RunningHost::start(&cwd).unwrap();
+}
+
+#[test]
+fn an_exit_in_the_shutdown_is_told() {
+    let cwd = cwd("faults: {shutdown: exit}", "");
+    let host = RunningHost::start(&cwd).unwrap();
+    assert_eq!(host.client().unwrap().act("restore_start", "fine").unwrap(), good());
+    host.signal(rustix::process::Signal::TERM).unwrap();
+    assert_ended(host, &cwd, "'wild' in shutdown");
+}
+
+#[test]
+fn an_exit_before_the_host_serves_is_no_success() {
+    for (method, at) in [("load", "load of 'wild'"), ("version", "version of 'wild'")] {
+        for fault in ["exit", "thread_exit"] {
+            if (method, fault) == ("version", "thread_exit") {
+                continue; // The host may serve by then.
+            }
+            let by = if fault == "exit" { at } else { "its thread 'wild-exit'" };
+            let cwd = cwd(&format!("faults: {{{method}: {fault}}}"), "");
+            let ran = host::run(&cwd, &["serve"]).unwrap();
+            if fault == "thread_exit" && ran.code == Some(1) {
+                continue; // It served already.
+            }
+            assert_eq!(ran.code, Some(2), "{ran:?}");
+            assert!(ran.stderr.contains("a plugin called exit()") && ran.stderr.contains(by), "{ran:?}");
+            assert!(!cwd.socket().exists());
+        }
+    }
+}
+
+#[test]
+fn an_exit_in_a_check_is_no_success() {
+    let ran = host::run(&cwd("faults: {check: exit}", ""), &["check"]).unwrap();
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.stderr.contains("a plugin called exit()"), "{ran:?}");
+    assert!(ran.stderr.contains("checking 'wild'"), "{ran:?}");
+}
+
+#[test]
+fn after_an_end_that_nothing_helps_against_the_next_start_serves() {
+    for fault in ["exit_at_once", "abort"] {
+        let cwd = cwd("", &format!("restore_start: {fault}"));
+        let mut host = RunningHost::start(&cwd).unwrap();
+        let mut client = host.client().unwrap();
+        assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+        client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
+        assert!(client.closed(), "{fault}");
+        host.wait().unwrap();
+        assert!(cwd.socket().exists(), "nobody was there to remove it");
+        let mut next = RunningHost::start(&cwd).unwrap();
+        assert_eq!(next.client().unwrap().act("restore_start", "fine").unwrap(), good());
+        assert_eq!(next.terminate().unwrap().code(), Some(0));
+    }
+}
