@@ -51,12 +51,20 @@ fn machines_go_and_come(session: &Session, other: &str, without_used: &str) -> R
     expect(session.reload(&without_other, &[used])?, &[], &format!("a configuration without {other}"))?;
     is_gone(session, other)?;
     session.lives(used)?;
-    expect(session.reload(without_used, &[used])?, &[used], &format!("one without {used}, which runs"))?;
+    expect(
+        session.reload(without_used, &[used])?,
+        &[used],
+        &format!("a configuration without {used}, which runs"),
+    )?;
     demand!(session.names()?.iter().any(|name| name == used), "{used} is in use, and gone");
     session.lives(used)?;
     session.restore(other)?;
     session.stop(used)?;
-    expect(session.reload(without_used, &[other])?, &[], &format!("one without {used}, which is off"))?;
+    expect(
+        session.reload(without_used, &[other])?,
+        &[],
+        &format!("a configuration without {used}, which is off"),
+    )?;
     is_gone(session, used)?;
     session.lives(other)?;
     session.stop(other)?;

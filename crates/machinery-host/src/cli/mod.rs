@@ -12,6 +12,7 @@ use machinery::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 
 use crate::client::Client;
+use crate::conformance::{self, Conformance};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
 use crate::loader::{self, Search};
@@ -114,6 +115,8 @@ enum Command {
     /// Take machines over from another tool
     #[command(subcommand)]
     Import(Import),
+    /// Put a built plugin to the promises of the interface, each in a process of its own
+    Conformance(Conformance),
     /// Write the crate of a new plugin, to begin with
     NewPlugin {
         /// The word for it in the machineries list: lowercase letters, digits, '-' and '_'
@@ -170,6 +173,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let new = new_plugin::new_plugin(name, dir, interface.as_deref())?;
             show::new_plugin(&new, global.json);
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Conformance(asked) if asked.list => {
+            show::promises(global.json);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Conformance(asked) => {
+            let report = conformance::run(asked, global.allow_insecure_plugins)?;
+            show::conformance(&report, global.json);
+            Ok(if report.all_kept() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
         command => run_in(&Cwd::find(global.cwd.as_deref())?, command, global),
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machinery::{Error, Level, Report, Result, in_words};
+use machinery_conformance::{Check, Unmet, meaning};
 use serde_json::{Value, json};
 
 use crate::import::Imported;
@@ -44,6 +45,41 @@ pub fn new_plugin(new: &NewPlugin, json: bool) {
          Its README.md goes on from there.",
         folder = folder.display()
     );
+}
+
+/// What the promises of the interface are.
+pub fn promises(json: bool) {
+    let all: Vec<(&str, &str)> = machinery_conformance::names()
+        .into_iter()
+        .map(|name| (name, meaning(name).unwrap_or_default()))
+        .collect();
+    if json {
+        let all: Vec<Value> = all.iter().map(|(name, says)| json!({"name": name, "says": says})).collect();
+        return println!("{}", json!({"promises": all}));
+    }
+    let rows: Vec<[String; 2]> =
+        all.iter().map(|(name, says)| [(*name).to_owned(), (*says).to_owned()]).collect();
+    println!("{}", table(&rows));
+}
+
+/// Which promises a plugin keeps.
+pub fn conformance(report: &machinery_conformance::Report, json: bool) {
+    let (broken, not_tried) = (report.broken().len(), report.not_tried().len());
+    if json {
+        let promises: Vec<Value> = report.checks().iter().map(promise).collect();
+        return println!("{}", json!({"success": broken == 0, "promises": promises}));
+    }
+    println!("{}\n", plain_lines(&report.to_string()));
+    println!("{} kept, {broken} broken, {not_tried} not tried", report.checks().len() - broken - not_tried);
+}
+
+fn promise(check: &Check) -> Value {
+    let (result, why) = match &check.result {
+        Ok(()) => ("kept", ""),
+        Err(Unmet::Failed(how)) => ("broken", how.as_str()),
+        Err(Unmet::NotTried(why)) => ("not_tried", why.as_str()),
+    };
+    json!({"name": check.name, "result": result, "why": why})
 }
 
 /// The findings of a check.

@@ -1,0 +1,140 @@
+//! `cuckoo-machinery conformance`: a built plugin is put to the promises without its source, whatever it
+//! does to the process.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+use machinery_testkit::host::{self, Ran};
+use machinery_testkit::{artifacts, conformance};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const CONFIG: &str = "machines:\n  \
+    one: {ip: 10.0.0.1, platform: linux, os_version: 12}\n  \
+    two: {ip: 10.0.0.2, platform: linux, os_version: 12}\n";
+
+/// A folder with what the broken plugin is configured with.
+fn folder(section: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("broken.yaml"), CONFIG).unwrap();
+    let host = format!("machineries: {{broken: {{{section}}}}}\n");
+    fs::write(folder.path().join("machinery-host.yaml"), host).unwrap();
+    fs::create_dir(folder.path().join("tmp")).unwrap();
+    folder
+}
+
+/// The command in that folder, without a CWD.
+fn run_with(folder: &Path, plugin: &Path, arguments: &[&str]) -> Ran {
+    let mut command = Command::new(artifacts::program().unwrap());
+    command.env_remove("CUCKOO_CWD").env("HOME", folder).env("TMPDIR", folder.join("tmp"));
+    command.arg("conformance").arg(plugin).args(arguments).current_dir(folder);
+    command.args(["--config", "broken.yaml", "--host-config", "machinery-host.yaml"]);
+    let ran = host::run_command(command).unwrap();
+    let left = folder.join("tmp").read_dir().unwrap().count();
+    assert_eq!(left, 0, "it leaves something in its scratch folder");
+    ran
+}
+
+fn run(section: &str, arguments: &[&str]) -> Ran {
+    let folder = folder(section);
+    run_with(folder.path(), &artifacts::plugin("broken").unwrap(), arguments)
+}
+
+#[test]
+fn a_good_plugin_keeps_all_that_can_be_tried() {
+    let ran = run("", &[]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let said: Vec<&str> = ran.stdout.lines().collect();
+    for (line, name) in said.iter().zip(conformance::names()) {
+        assert!(line.split([' ', ':']).any(|word| word == name) && !line.starts_with("BROKEN"), "{line}");
+    }
+    // Without its source nobody knows where a run began, how to spoil a start, or how to end a machine.
+    let count = conformance::names().len();
+    assert_eq!(*said.last().unwrap(), format!("{} kept, 0 broken, 3 not tried", count - 3), "{ran:?}");
+}
+
+#[test]
+fn what_is_broken_is_named() {
+    let ran = run("breaks: screenshot", &[]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    let broken: Vec<&str> = ran.stdout.lines().filter(|line| line.starts_with("BROKEN")).collect();
+    assert_eq!(broken.len(), 1, "{ran:?}");
+    assert!(broken[0].starts_with("BROKEN     screenshot: "), "{broken:?}");
+    let ran = run("breaks: screenshot", &["--without", "screenshot"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("not tried  screenshot: left out"), "{ran:?}");
+    let only = ["--only", "restore_start", "--only", "identity", "--machine", "two", "--json"];
+    let ran = run("breaks: restore_start", &only);
+    let told: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((ran.code, &told["success"]), (Some(1), &json!(false)));
+    let of = |name: &str| {
+        let promises = told["promises"].as_array().unwrap();
+        promises.iter().find(|promise| promise["name"] == name).cloned().unwrap_or_default()
+    };
+    assert_eq!(of("identity"), json!({"name": "identity", "result": "kept", "why": ""}));
+    assert_eq!(of("restore_start")["result"], "broken");
+    assert!(of("restore_start")["why"].as_str().unwrap().contains("two"), "{told}");
+}
+
+#[test]
+fn a_plugin_that_ends_the_process_is_found_and_the_rest_is_tried_all_the_same() {
+    for (how, words) in [("abort", "signal 6"), ("exit", "exit code 3")] {
+        let only =
+            ["--only", "identity", "--only", "restore_start", "--only", "check", "--only", "off_after_load"];
+        let ran = run(&format!("dies_by: {how}"), &only);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        for line in [
+            "kept       identity",
+            &format!("BROKEN     restore_start: the process ended in it, with {words}"),
+            &format!("BROKEN     check: the process ended in it, with {words}"),
+            "kept       off_after_load",
+        ] {
+            assert!(ran.stdout.lines().any(|said| said == line), "{line:?} is not in {ran:?}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_tried_is_told_once() {
+    let folder = folder("");
+    let text = folder.path().join("libmachinery_broken.so");
+    fs::write(&text, "text").unwrap();
+    let ran = run_with(folder.path(), &text, &[]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert_eq!(ran.stdout.matches("BROKEN").count(), 1, "{ran:?}");
+    assert!(ran.stdout.contains("shared library"), "{ran:?}");
+    fs::set_permissions(&text, fs::Permissions::from_mode(0o666)).unwrap();
+    let ran = run_with(folder.path(), &text, &[]);
+    assert_eq!((ran.code, ran.stderr.contains("--allow-insecure-plugins")), (Some(2), true), "{ran:?}");
+    let ran = run_with(folder.path(), &text, &["--allow-insecure-plugins"]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+}
+
+#[test]
+fn a_wrong_command_line_is_told_and_nothing_is_tried() {
+    let folder = folder("");
+    let plugin = artifacts::plugin("broken").unwrap();
+    for (file, arguments, words) in [
+        (Path::new("none.so"), vec![], "there is no file none.so"),
+        (&plugin, vec!["--only", "no_such"], "there is no promise 'no_such'"),
+        (&plugin, vec!["--without", "no_such"], "conformance --list"),
+        (&plugin, vec!["--patience", "soon"], "--patience"),
+    ] {
+        let ran = run_with(folder.path(), file, &arguments);
+        assert_eq!(ran.code, Some(2), "{ran:?}");
+        assert!(ran.stderr.contains(words), "{ran:?}");
+    }
+    let mut command = Command::new(artifacts::program().unwrap());
+    command.args(["conformance", "--list"]);
+    let ran = host::run_command(command).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    for name in conformance::names() {
+        let line = ran.stdout.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+        assert!(line.contains(conformance::meaning(name).unwrap()), "{name}: {ran:?}");
+    }
+}
