@@ -224,6 +224,16 @@ impl MachineInfo {
             mac_address: config.mac_address.clone(),
         }
     }
+
+    /// What no two machines of a machinery may have in common, with the keys of the configuration: for
+    /// [`Member::unique`](crate::Member::unique).
+    pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
+        vec![
+            ("label", Some(&self.label)),
+            ("ip", Some(&self.ip)),
+            ("mac_address", self.mac_address.as_deref()),
+        ]
+    }
 }
 
 /// What the memory dump's file looks like.

@@ -126,12 +126,8 @@ impl Member for Machine {
         &keys.info.name
     }
 
-    fn unique(Keys { info, .. }: &Keys) -> Vec<(&'static str, Option<&str>)> {
-        vec![
-            ("label", Some(&info.label)),
-            ("ip", Some(&info.ip)),
-            ("mac_address", info.mac_address.as_deref()),
-        ]
+    fn unique(keys: &Keys) -> Vec<(&'static str, Option<&str>)> {
+        keys.info.unique()
     }
 
     fn keys(&self) -> &Keys {
