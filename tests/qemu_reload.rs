@@ -15,8 +15,7 @@ use rustix::process::{Signal, test_kill_process};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
-/// With room for templates also where the disk is nearly full.
-const STANDBY: &str = "instant: auto, standby: auto, template_space: 1 GiB";
+const STANDBY: &str = "instant: auto, standby: auto";
 
 fn reload(client: &mut Client) -> Value {
     client.ask(json!({"action": "reload"})).unwrap()

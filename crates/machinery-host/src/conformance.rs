@@ -82,11 +82,11 @@ impl Outcome {
     }
 }
 
-/// Tries what is asked for.
+/// Tries what is asked for; `tell` hears of each promise as soon as it was tried.
 ///
 /// # Errors
 /// A file that is not there, a promise that there is none of, a plugin that others can change.
-pub fn run(asked: &Conformance, allow_insecure: bool) -> Result<Report> {
+pub fn run(asked: &Conformance, allow_insecure: bool, tell: impl Fn(&Check)) -> Result<Report> {
     let (Some(file), Some(config)) = (&asked.file, &asked.config) else {
         return Err(Error::configuration("a plugin and its configuration are needed"));
     };
@@ -104,19 +104,25 @@ pub fn run(asked: &Conformance, allow_insecure: bool) -> Result<Report> {
     let wanted = names().into_iter().filter(|name| asked.only.is_empty() || is_among(&asked.only, name));
     let mut checks = Vec::new();
     for promise in wanted {
-        if is_among(&asked.without, promise) {
-            let why = Unmet::NotTried("left out on the command line".to_owned());
-            checks.push(Check { name: promise.to_owned(), result: Err(why) });
-            continue;
-        }
-        let check = in_child(asked, file, config, promise)?;
-        if check.name != promise {
-            // It cannot even be opened, and that is the same for every promise.
-            return Ok(Report::new(vec![check]));
-        }
+        let check = if is_among(&asked.without, promise) {
+            left_out(promise)
+        } else {
+            in_child(asked, file, config, promise)?
+        };
+        tell(&check);
+        let is_open = check.name == promise;
         checks.push(check);
+        if !is_open {
+            // It cannot even be opened, and that is the same for every promise.
+            break;
+        }
     }
     Ok(Report::new(checks))
+}
+
+fn left_out(promise: &str) -> Check {
+    let why = Unmet::NotTried("left out on the command line".to_owned());
+    Check { name: promise.to_owned(), result: Err(why) }
 }
 
 fn is_among(names: &[String], name: &str) -> bool {

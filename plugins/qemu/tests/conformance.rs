@@ -80,7 +80,7 @@ fn qemu_keeps_every_promise() {
 #[test]
 fn qemu_keeps_every_promise_with_templates() {
     let lab = lab();
-    lab.ahead("instant: auto, standby: off, template_space: 1 GiB").unwrap();
+    lab.ahead("instant: auto, standby: off").unwrap();
     prepare_all(&lab);
     keeps_every_promise(&lab);
 }
@@ -88,7 +88,7 @@ fn qemu_keeps_every_promise_with_templates() {
 #[test]
 fn qemu_keeps_every_promise_with_machines_that_stand_by() {
     let lab = lab();
-    lab.ahead("instant: auto, standby: on, template_space: 1 GiB").unwrap();
+    lab.ahead("instant: auto, standby: on").unwrap();
     prepare_all(&lab);
     keeps_every_promise(&lab);
 }

@@ -18,8 +18,7 @@ use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 const SOON: Duration = Duration::from_secs(60);
-/// With room for templates also where the disk is nearly full.
-const STANDBY: &str = "instant: auto, standby: on, template_space: 1 GiB";
+const STANDBY: &str = "instant: auto, standby: on";
 
 fn soon() -> Deadline {
     Deadline::after(SOON)

@@ -179,7 +179,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(asked) => {
-            let report = conformance::run(asked, global.allow_insecure_plugins)?;
+            let tell = |check: &_| show::promise(check, global.json);
+            let report = conformance::run(asked, global.allow_insecure_plugins, tell)?;
             show::conformance(&report, global.json);
             Ok(if report.all_kept() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }

@@ -62,18 +62,24 @@ pub fn promises(json: bool) {
     println!("{}", table(&rows));
 }
 
+/// What has come of a promise, as soon as it is known.
+pub fn promise(check: &Check, json: bool) {
+    if !json {
+        println!("{}", plain_lines(&check.to_string()));
+    }
+}
+
 /// Which promises a plugin keeps.
 pub fn conformance(report: &machinery_conformance::Report, json: bool) {
     let (broken, not_tried) = (report.broken().len(), report.not_tried().len());
     if json {
-        let promises: Vec<Value> = report.checks().iter().map(promise).collect();
+        let promises: Vec<Value> = report.checks().iter().map(as_json).collect();
         return println!("{}", json!({"success": broken == 0, "promises": promises}));
     }
-    println!("{}\n", plain_lines(&report.to_string()));
-    println!("{} kept, {broken} broken, {not_tried} not tried", report.checks().len() - broken - not_tried);
+    println!("\n{} kept, {broken} broken, {not_tried} not tried", report.checks().len() - broken - not_tried);
 }
 
-fn promise(check: &Check) -> Value {
+fn as_json(check: &Check) -> Value {
     let (result, why) = match &check.result {
         Ok(()) => ("kept", ""),
         Err(Unmet::Failed(how)) => ("broken", how.as_str()),

@@ -157,9 +157,10 @@ impl Lab {
         self.cwd.host_yaml(&format!("{host}\nmachineries: {{qemu: {{instant: off, standby: off{qemu}}}}}\n"))
     }
 
-    /// Writes `machinery-host.yaml` with just these keys of the machinery.
+    /// Writes `machinery-host.yaml` with just these keys of the machinery, and room for templates also where
+    /// the disk is nearly full.
     pub fn ahead(&self, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!("machineries: {{qemu: {{{qemu}}}}}\n"))
+        self.cwd.host_yaml(&format!("machineries: {{qemu: {{template_space: 16 GiB, {qemu}}}}}\n"))
     }
 
     /// Where a machine's template is, if it has one.
