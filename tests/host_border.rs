@@ -132,9 +132,10 @@ fn each_method_costs_its_machine(fault: &str, words: &[&str]) {
             assert_eq!(client.act("restore_start", method).unwrap(), good());
         }
         let answer = served.act(&mut client, method, method);
-        if method == "prepare" && answer["reason"].as_str().unwrap().contains("earlier call") {
-            // The host has prepared it by itself before.
-            assert_eq!(client.machine("prepare").unwrap()["disabled"], true);
+        if method == "prepare" && fault == "hang" {
+            // The host has had it prepared by itself, and is still lost in that.
+            assert_fails(&answer, &["earlier call"]);
+            assert_says(client.machine(method).unwrap()["disabled_reason"].as_str().unwrap(), words);
             continue;
         }
         assert_fails(&answer, words);
@@ -348,7 +349,7 @@ fn a_plugin_that_goes_on_after_the_end_is_not_heard() {
 
 #[test]
 fn what_a_plugin_says_by_itself_is_taken_with_care() {
-    let faults = ["no_text", "zero", "commands", "huge"];
+    let faults = ["no_text", "zero", "commands", "large"];
     let keys = faults.map(|fault| (fault, format!("tells: {fault}")));
     let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
     let served = serve_patiently(&wild("", &machines));
@@ -359,7 +360,7 @@ fn what_a_plugin_says_by_itself_is_taken_with_care() {
         ("no_text", r#""bad \xff\xfe text""#),
         ("zero", "zero \0 byte"),
         ("commands", "forged"),
-        ("huge", "xxx… (cut, it had 50000000 bytes)"),
+        ("large", "xxx… (cut, it had 10000000 bytes)"),
     ] {
         assert_eq!(client.act("restore_start", fault).unwrap(), good(), "{fault}");
         assert_eq!(client.hear_state(fault, "starting").unwrap(), "");
@@ -416,7 +417,7 @@ fn an_error_of_a_plugin_can_neither_flood_nor_forge() {
 #[test]
 fn a_version_is_a_text_and_not_too_long() {
     assert_no_start("faults: {version: no_text}", &["version of 'wild'", r#""bad \xff\xfe text""#]);
-    for (fault, told) in [("huge", "xxx… (cut, it had 50000000 bytes)"), ("zero", "zero \0 byte")] {
+    for (fault, told) in [("large", "xxx… (cut, it had 10000000 bytes)"), ("zero", "zero \0 byte")] {
         let served = serve_patiently(&wild(&format!("faults: {{version: {fault}}}"), &[("m", "")]));
         let answer = served.client().ask(json!({"action": "version"})).unwrap();
         let version = answer["machineries"]["wild"].as_str().unwrap();
@@ -483,7 +484,7 @@ fn what_clients_send_that_is_no_text_costs_them_an_answer() {
 
 #[test]
 fn a_hundred_thousand_machines_are_served() {
-    let served = serve_patiently(&wild("crowd: 100000", &[("m", "")]));
+    let mut served = serve_patiently(&wild("crowd: 100000", &[("m", "")]));
     let mut client = served.client();
     let list = client.ask(json!({"action": "list"})).unwrap();
     assert_eq!(list["machines"].as_array().unwrap().len(), 100_002);
@@ -491,7 +492,9 @@ fn a_hundred_thousand_machines_are_served() {
     assert_eq!(client.act("state", "crowd_99999").unwrap()["state"], "running");
     let held = served.host.holds().unwrap();
     assert!(held.resident_kib < 2 * 1024 * 1024 && held.threads < 300, "{held:?}");
-    served.assert_well(&["m"]);
+    // A list takes a debugging build seconds, so no more of them.
+    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    assert_eq!(served.host.terminate().unwrap().code(), Some(0));
 }
 
 #[test]
