@@ -240,6 +240,18 @@ fn what_never_returns_before_the_host_serves_is_the_reason_why_it_does_not() {
 }
 
 #[test]
+fn a_library_that_never_gets_loaded_is_the_reason_why_the_host_does_not_serve() {
+    let cwd = ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("stuck", "")]).unwrap();
+    cwd.host_yaml("timeouts: {load: 2}\n").unwrap();
+    for command in ["serve", "check", "plugins"] {
+        let ran = host::run(&cwd, &[command]).unwrap();
+        assert_eq!(ran.code, Some(2), "{command}: {ran:?}");
+        let said = format!("{}{}", ran.stdout, ran.stderr);
+        assert_says(&said, &["opening ", "libmachinery_stuck.so", "did not come back within", "`timeouts`"]);
+    }
+}
+
+#[test]
 fn a_machinery_that_will_not_go_does_not_keep_the_host() {
     for (fault, words) in [("panic", "configured to panic in Drop"), ("panic_bomb", ""), ("hang", "")] {
         let ran =

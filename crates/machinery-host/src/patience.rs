@@ -1,10 +1,16 @@
 //! Calls into a plugin while the host does not serve yet, or not at all: each on a thread of its own, and
 //! given up when it takes too long. Those of a host that serves go through [`call`](crate::actions::call).
+//!
+//! A library whose initialiser does not return keeps the dynamic linker locked, and every thread that makes
+//! its first thread-local with a destructor waits for that lock. So whoever waits here uses none, which rules
+//! out the channels of `std`.
 
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use machinery::host::panic_message;
 use machinery::{Error, Result};
 
 use crate::exit;
@@ -18,18 +24,24 @@ where
     T: Send + 'static,
     F: FnOnce() -> T + Send + 'static,
 {
-    let (answer, answered) = sync_channel(1);
-    let at = what.to_owned();
+    let answer = Arc::new((Mutex::new(None), Condvar::new()));
+    let (at, answered) = (what.to_owned(), Arc::clone(&answer));
     let begun = thread::Builder::new().name("plugin".to_owned()).spawn(move || {
         let _call = exit::Call::begin(&at);
-        // Whoever asked may have given up.
-        let _ = answer.send(work());
+        let given = catch_unwind(AssertUnwindSafe(work));
+        *answered.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(given);
+        answered.1.notify_all();
     });
     begun.map_err(|error| Error::environment(format!("cannot start a thread: {error}")))?;
-    answered.recv_timeout(limit).map_err(|error| match error {
-        RecvTimeoutError::Timeout => not_back(what, limit),
-        RecvTimeoutError::Disconnected => Error::failed(format!("{what}: the host panicked")),
-    })
+    let given = answer.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let waited = answer.1.wait_timeout_while(given, limit, |given| given.is_none());
+    match waited.unwrap_or_else(PoisonError::into_inner).0.take() {
+        Some(Ok(given)) => Ok(given),
+        Some(Err(panic)) => {
+            Err(Error::failed(format!("{what}: the host panicked: {}", panic_message(panic))))
+        }
+        None => Err(not_back(what, limit)),
+    }
 }
 
 /// The error for a call that was given up.

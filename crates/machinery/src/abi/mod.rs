@@ -21,7 +21,8 @@
 //! another one unwinds, a panic in a plugin that was built with `panic = "abort"`, one in the `Drop` of
 //! a panic's payload that a thread of the plugin ended with, an exception of C++ that leaves a plugin,
 //! an overflow of the stack, memory that runs out, a wild pointer. And a call that does not come back
-//! keeps its thread for as long as the process lives.
+//! keeps its thread for as long as the process lives; one that does not come back from `dlopen` keeps the
+//! dynamic linker locked as well, and with it every thread of the host that starts.
 
 mod arrival;
 mod guard;
