@@ -350,6 +350,58 @@ fn a_reload_that_fails_in_any_way_changes_nothing() {
 }
 
 #[test]
+fn the_end_does_not_wait_for_a_reload_that_never_returns() {
+    let mut served = serve(&wild("faults: {reload: hang}", &[("m", "")]));
+    let mut client = served.client();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    client.subscribe().unwrap();
+    client.send(&json!({"action": "reload"})).unwrap();
+    client.hear("progress", "m").unwrap();
+    assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
+    assert_says(&served.host.log(), &["nothing has changed", "machine=\"m\" action=\"stop\""]);
+    assert!(!served.cwd.socket().exists());
+}
+
+#[test]
+fn what_a_reload_says_of_machines_that_there_are_not_is_not_told() {
+    for claims in ["commands", "zero"] {
+        let served = serve(&wild(&format!("claims: {claims}"), &[("m", "")]));
+        let mut client = served.client();
+        let answer = client.ask(json!({"action": "reload"})).unwrap();
+        let nothing = json!([]);
+        assert_eq!((&answer["changed"], &answer["later"]), (&nothing, &nothing), "{claims}");
+        let log = served.host.log();
+        assert!(log.lines().all(|line| line.len() < 10_000 && !line.starts_with("ERROR")), "{claims}");
+        served.assert_well(&["m"]);
+    }
+}
+
+#[test]
+fn a_machine_that_comes_with_a_reload_costs_no_more_than_itself() {
+    let cwd = cwd(&wild("", &[("m", "")]));
+    // The one that hangs may not take all the time of those behind it.
+    cwd.host_yaml(&LIMITS.replace("reload: 1", "reload: 30")).unwrap();
+    let served = Served { host: RunningHost::start(&cwd).unwrap(), cwd };
+    let mut client = served.client();
+    let machines = [
+        ("fine", ""),
+        ("panics", "faults: {state: panic}"),
+        ("hangs", "faults: {state: hang}"),
+        ("more", ""),
+    ];
+    served.cwd.write_yaml("double", &double(&machines)).unwrap();
+    let answer = client.ask(json!({"action": "reload"})).unwrap();
+    assert_eq!(answer["added"], json!(["panics", "hangs", "more"]), "{answer}");
+    for (machine, words) in [("panics", "the plugin 'double' panicked"), ("hangs", "did not come back")] {
+        let listed = client.machine(machine).unwrap();
+        assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
+        let told = format!("telling the state of machine '{machine}' failed");
+        assert_says(listed["disabled_reason"].as_str().unwrap(), &[words, &told]);
+    }
+    served.assert_well(&["m", "more"]);
+}
+
+#[test]
 fn a_plugin_that_goes_on_after_the_end_is_not_heard() {
     let mut served = serve(&wild("goes_on: true", &[("m", ""), ("n", "")]));
     let mut client = served.client();
@@ -502,6 +554,7 @@ fn a_hundred_thousand_machines_are_served() {
     assert_eq!(list["machines"].as_array().unwrap().len(), 100_002);
     assert_eq!(client.act("restore_start", "crowd_99999").unwrap(), good());
     assert_eq!(client.act("state", "crowd_99999").unwrap()["state"], "running");
+    assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
     let held = served.host.holds().unwrap();
     assert!(held.resident_kib < 2 * 1024 * 1024 && held.threads < 300, "{held:?}");
     // A list takes a debugging build seconds, so no more of them.

@@ -8,7 +8,7 @@ use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::{ScratchCwd, double};
 use serde_json::{Value, json};
 
-const LIMITS: &str = "timeouts: {restore_start: 0.5, stop: 5, shutdown: 0.5}\n";
+const LIMITS: &str = "timeouts: {restore_start: 0.5, stop: 5, reload: 0.5, shutdown: 0.5}\n";
 
 fn good() -> Value {
     json!({"success": true})
@@ -58,6 +58,16 @@ fn an_exit_in_a_method_is_an_end_in_good_order_and_a_call_that_never_returns() {
     assert!(answer["reason"].as_str().unwrap().contains("did not come back"), "{answer}");
     assert_ended(host, &cwd, "'wild' in a call for the machine 'm'");
     RunningHost::start(&cwd).unwrap();
+}
+
+#[test]
+fn an_exit_in_a_reload_is_told() {
+    let cwd = cwd("faults: {reload: exit}", "");
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    client.send(&json!({"action": "reload"})).unwrap();
+    assert_ended(host, &cwd, "'wild' in reload");
 }
 
 #[test]

@@ -301,9 +301,10 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &Search, events: &Events) ->
         return Err(problems);
     }
     let machineries = loaded.iter().map(|(machinery, _)| Arc::clone(machinery)).collect();
+    let limits = &config.timeouts;
     let machines = loaded
         .into_iter()
-        .flat_map(|(machinery, infos)| machines(machinery, infos, &config.timeouts, events));
+        .flat_map(|(machinery, infos)| machines(&machinery, infos, limits.state, limits.load, events));
     fleet.set(Roll::new(machineries, machines.collect()));
     Ok(fleet)
 }
@@ -388,17 +389,20 @@ fn tell(machinery: &Machinery, infos: &[MachineInfo]) {
     );
 }
 
-fn machines(
-    machinery: Arc<Machinery>,
+/// Makes machines of what a plugin lists, by asking it for their states: for each within `limit`, and for all
+/// within `all`. One whose state the plugin does not tell as it should is disabled.
+pub fn machines(
+    machinery: &Arc<Machinery>,
     infos: Vec<MachineInfo>,
-    limits: &Timeouts,
+    limit: Duration,
+    all: Duration,
     events: &Events,
 ) -> Vec<Arc<Machine>> {
     let names = infos.iter().map(|info| info.name.clone()).collect();
-    let states = states(&machinery, names, limits);
+    let states = states(machinery, names, limit, all);
     let machine = |(info, answer): (MachineInfo, Result<State>)| {
         let state = *answer.as_ref().unwrap_or(&State::Error);
-        let machine = Machine::new(info, Arc::clone(&machinery), state, events.clone());
+        let machine = Machine::new(info, Arc::clone(machinery), state, events.clone());
         if let Err(error) = answer {
             let costs = plugin_at_fault(&error);
             let reason = error.action("telling the state").machine(machine.name()).to_string();
@@ -415,15 +419,15 @@ fn machines(
 }
 
 /// The states of all its machines. One whose question does not come back is left behind, and the next ones
-/// are asked on; all together they may take as long as a load.
-fn states(machinery: &Machinery, names: Vec<String>, limits: &Timeouts) -> Vec<Result<State>> {
-    let end = Instant::now() + limits.load;
+/// are asked on, as long as there is time for all of them.
+fn states(machinery: &Machinery, names: Vec<String>, each: Duration, all: Duration) -> Vec<Result<State>> {
+    let end = Instant::now() + all;
     let names: Arc<[String]> = names.into();
     let mut states = Vec::new();
     while states.len() < names.len() {
-        let limit = (limits.state + GRACE).min(end.saturating_duration_since(Instant::now()));
+        let limit = (each + GRACE).min(end.saturating_duration_since(Instant::now()));
         if !limit.is_zero() {
-            let answers = ask_states(machinery, Arc::clone(&names), states.len(), limits.state);
+            let answers = ask_states(machinery, Arc::clone(&names), states.len(), each);
             states.extend(std::iter::from_fn(|| answers.recv_timeout(limit).ok()));
         }
         if let Some(name) = names.get(states.len()) {

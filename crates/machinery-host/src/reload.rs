@@ -15,11 +15,11 @@
 //! What is only read at the start (the list of machineries, the plugin files, a few keys) stays as it was,
 //! and is told.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Error, ErrorKind, MachineInfo, Ready, Reloaded, Result, Setup, State};
+use machinery::{Error, ErrorKind, MachineInfo, Ready, Reloaded, Result, Setup};
 use serde::Serialize;
 use serde_yaml::Value;
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard};
@@ -29,7 +29,7 @@ use tokio::time::timeout;
 use crate::actions::call::{self, Called};
 use crate::actions::rules::Settings;
 use crate::actions::worker::Resting;
-use crate::config::Config;
+use crate::config::{Config, Timeouts};
 use crate::cwd::Cwd;
 use crate::events::Event;
 use crate::fleet::{Machine, Machinery, Roll};
@@ -169,10 +169,11 @@ impl Reloader {
             answers.into_iter().map(|answer| (answer.reloaded, answer.infos)).unzip();
         let next = next_roll(shared, &roll, infos).await;
         let mut taken = Taken::default();
-        for Reloaded { changed, later } in reloaded {
-            taken.changed.extend(changed);
+        for (machinery, Reloaded { changed, later }) in roll.machineries().iter().zip(reloaded) {
+            taken.changed.extend(machines_of(machinery, changed, &next));
+            let later = machines_of(machinery, later, &next).into_iter();
             // What is free has nothing to wait for, whatever a plugin says.
-            taken.later.extend(later.into_iter().filter(|name| !resting.contains_key(name)));
+            taken.later.extend(later.filter(|name| !resting.contains_key(name)));
         }
         settle(shared, &roll, next, resting, &mut taken);
         shared.events.send(Event::Reloaded(taken.clone()));
@@ -230,6 +231,16 @@ fn expect_same_machineries(old: &Config, new: &Config) -> Result<()> {
     Err(Error::configuration(reason).advice("Restart the host to use other machineries"))
 }
 
+/// Those of the names that are machines of that machinery, each once: a plugin can say anything.
+fn machines_of(machinery: &Arc<Machinery>, mut names: Vec<String>, roll: &Roll) -> Vec<String> {
+    let mut seen = HashSet::new();
+    names.retain(|name| {
+        let its_own = roll.find(name).filter(|machine| is_of(machinery, machine));
+        its_own.is_some_and(|machine| seen.insert(machine.name().to_owned()))
+    });
+    names
+}
+
 /// Has the fleet, the books and the workers be as the plugins are, and ends the rest.
 fn settle(shared: &Shared, old: &Roll, next: Roll, mut resting: HashMap<String, Resting>, taken: &mut Taken) {
     for gone in old.machines().iter().filter(|machine| !next.is_member(machine)) {
@@ -239,10 +250,11 @@ fn settle(shared: &Shared, old: &Roll, next: Roll, mut resting: HashMap<String, 
     }
     let machines = next.machines().to_vec();
     shared.books.set_fleet(next);
-    let is_among = |names: &[String], machine: &Machine| names.iter().any(|name| name == machine.name());
+    let [changed, later] =
+        [&taken.changed, &taken.later].map(|names| names.iter().cloned().collect::<HashSet<_>>());
     for machine in &machines {
-        machine.set_outdated(is_among(&taken.later, machine));
-        if is_among(&taken.changed, machine) {
+        machine.set_outdated(later.contains(machine.name()));
+        if changed.contains(machine.name()) {
             machine.set_ready(&Ready::default());
         }
         if !old.is_member(machine) {
@@ -360,10 +372,15 @@ fn clashes(machineries: &[Arc<Machinery>], answers: &[Answered]) -> Vec<Error> {
     let all: Vec<_> = machineries.iter().cloned().zip(answers.iter().map(infos)).collect();
     let mut found = loader::doubles(&all);
     for (_, infos) in &all {
-        for (index, info) in infos.iter().enumerate() {
-            let shared = infos[..index].iter().find_map(|other| Some((other, shared_by(info, other)?)));
-            if let Some((other, what)) = shared {
-                let reason = format!("it has the {what} of machine '{}', which is in use", other.name);
+        let mut first = HashMap::new();
+        for info in infos {
+            let shared = info.unique().into_iter().filter_map(|(what, mark)| {
+                let other: &str = first.entry((what, mark?)).or_insert(info.name.as_str());
+                (other != info.name).then_some((what, other))
+            });
+            // To its end, so that each of them is known.
+            if let Some((what, other)) = shared.collect::<Vec<_>>().first() {
+                let reason = format!("it has the {what} of machine '{other}', which is in use");
                 found.push(
                     Error::configuration(reason).machine(&info.name).advice("Reload when that one is off"),
                 );
@@ -373,38 +390,43 @@ fn clashes(machineries: &[Arc<Machinery>], answers: &[Answered]) -> Vec<Error> {
     found
 }
 
-fn shared_by(one: &MachineInfo, other: &MachineInfo) -> Option<&'static str> {
-    let same_mac = one.mac_address.is_some() && one.mac_address == other.mac_address;
-    let shared = [("ip", one.ip == other.ip), ("label", one.label == other.label), ("mac_address", same_mac)];
-    shared.into_iter().find_map(|(what, is_shared)| is_shared.then_some(what))
-}
-
 /// The fleet as the plugins have it now: machines that stay are the same.
 async fn next_roll(shared: &Shared, roll: &Roll, answers: Vec<Vec<MachineInfo>>) -> Roll {
     let mut machines = Vec::new();
     for (machinery, infos) in roll.machineries().iter().zip(answers) {
+        let known =
+            |info: &MachineInfo| roll.find(&info.name).filter(|machine| is_of(machinery, machine)).cloned();
+        let new = infos.iter().filter(|info| known(info).is_none()).cloned().collect();
+        let mut new = new_machines(shared, machinery, new).await.into_iter();
         for info in infos {
-            let known = roll.find(&info.name).filter(|machine| Arc::ptr_eq(&machine.machinery, machinery));
-            machines.push(match known {
+            match known(&info) {
                 Some(machine) => {
                     machine.set_info(info);
-                    Arc::clone(machine)
+                    machines.push(machine);
                 }
-                None => new_machine(shared, machinery, info).await,
-            });
+                None => machines.extend(new.next()),
+            }
         }
     }
     Roll::new(roll.machineries().to_vec(), machines)
 }
 
-async fn new_machine(shared: &Shared, machinery: &Arc<Machinery>, info: MachineInfo) -> Arc<Machine> {
-    let (name, limit) = (info.name.clone(), shared.workers.house().timeouts().state);
-    let state = call::ask(machinery, "state", limit, move |machinery, deadline| {
-        machinery.instance.state(&name, deadline)
-    });
-    let state = match state.await {
-        Called::Returned(Ok(state)) => state,
-        _ => State::Error,
-    };
-    Arc::new(Machine::new(info, Arc::clone(machinery), state, shared.events.clone()))
+fn is_of(machinery: &Arc<Machinery>, machine: &Machine) -> bool {
+    Arc::ptr_eq(&machine.machinery, machinery)
+}
+
+/// Machines that come are made as those at the start, and have the time of a reload for it.
+async fn new_machines(
+    shared: &Shared,
+    machinery: &Arc<Machinery>,
+    infos: Vec<MachineInfo>,
+) -> Vec<Arc<Machine>> {
+    let (machinery, events) = (Arc::clone(machinery), shared.events.clone());
+    let Timeouts { state, reload, .. } = shared.workers.house().timeouts();
+    let made =
+        tokio::task::spawn_blocking(move || loader::machines(&machinery, infos, state, reload, &events));
+    made.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "machines that are new are left out: this is a bug of the host");
+        Vec::new()
+    })
 }

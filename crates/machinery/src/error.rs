@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::abi::cut;
 
+/// This many problems are told one by one.
+const MOST_PROBLEMS: usize = 200;
+
 /// What a call of the interface returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -137,14 +140,19 @@ impl Error {
         }
     }
 
-    /// Several problems as one error of the first one's kind; `None` when there are none.
+    /// Several problems as one error of the first one's kind; `None` when there are none. Of very many
+    /// the first are told, and how many there are.
     pub fn all(mut problems: Vec<Error>) -> Option<Self> {
         match problems.len() {
             0 => None,
             1 => problems.pop(),
             count => {
-                let list: Vec<String> = problems.iter().map(|problem| format!("  - {problem}")).collect();
-                Some(Error::new(problems[0].kind(), format!("{count} problems:\n{}", list.join("\n"))))
+                let told = problems.iter().take(MOST_PROBLEMS).map(|problem| format!("  - {problem}"));
+                let mut list = told.collect::<Vec<_>>().join("\n");
+                if count > MOST_PROBLEMS {
+                    list += &format!("\n  - and {} more", count - MOST_PROBLEMS);
+                }
+                Some(Error::new(problems[0].kind(), format!("{count} problems:\n{list}")))
             }
         }
     }
@@ -312,5 +320,8 @@ mod tests {
         assert_eq!(Error::all(vec![one.clone()]), Some(one.clone()));
         let both = Error::all(vec![one, Error::failed("b")]).unwrap().to_string();
         assert_eq!(both, "2 problems:\n  - a\n  - b");
+        let many = Error::all(vec![Error::failed("a"); 100_000]).unwrap().to_string();
+        assert!(many.starts_with("100000 problems:\n  - a\n"), "{many}");
+        assert!(many.ends_with("  - a\n  - and 99800 more"), "{many}");
     }
 }
