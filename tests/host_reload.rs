@@ -308,3 +308,42 @@ fn a_storm_of_reloads_leaves_nothing_behind() {
     assert_eq!(client.machine("m").unwrap()["state"], "running");
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
 }
+
+#[test]
+fn machines_in_use_that_swap_what_they_have_do_so_when_all_are_free() {
+    let (host, cwd) = served(&[("a", ""), ("b", ""), ("c", "")]);
+    let mut client = subscribed(&host);
+    for machine in ["a", "b", "c"] {
+        let locked = client.ask(json!({"action": "lock", "machine": machine, "task_id": "task"})).unwrap();
+        assert_eq!(locked["success"], true);
+    }
+    let text = double(&[("a", ""), ("b", "")]);
+    let swapped =
+        text.replace("10.0.0.1", "swap").replace("10.0.0.2", "10.0.0.1").replace("swap", "10.0.0.2");
+    cwd.write_yaml("double", &swapped).unwrap();
+    assert_eq!(reload(&mut client), taken(&[], &[], &[], &["a", "b", "c"]));
+    for machine in ["a", "b", "c"] {
+        assert_eq!(client.ask(json!({"action": "unlock", "machine": machine})).unwrap(), done());
+    }
+    while names(&mut client) != ["a", "b"] {
+        client.next_message().unwrap();
+    }
+    assert_eq!(client.machine("a").unwrap()["ip"], "10.0.0.2");
+    assert_eq!(client.machine("b").unwrap()["ip"], "10.0.0.1");
+    for machine in ["a", "b"] {
+        assert_eq!(client.machine(machine).unwrap()["outdated"], false);
+        assert_eq!(client.act("restore_start", machine).unwrap(), done());
+    }
+}
+
+#[test]
+fn a_command_whose_output_nobody_takes_ends() {
+    let (_host, cwd) = served(&[("m", "")]);
+    for _ in 0..5 {
+        let mut command = host::command(&cwd).unwrap();
+        let full = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        command.arg("list").stdout(full()).stderr(full());
+        let mut child = command.spawn().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+    }
+}

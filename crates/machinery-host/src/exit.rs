@@ -92,7 +92,10 @@ pub fn guard() {
     let waiting = || {
         let caller = CALLED.wait_while(lock(&CALLER), |caller| caller.is_none());
         let caller = caller.unwrap_or_else(PoisonError::into_inner).clone();
-        tracing::error!(by = caller, "a plugin called exit(), which ends the host");
+        // There may be nowhere to write it to any more.
+        let _ = std::panic::catch_unwind(|| {
+            tracing::error!(by = caller, "a plugin called exit(), which ends the host");
+        });
         ASKED.send_replace(true);
         if ASKED.receiver_count() == 0 {
             end(ExitCode(2));

@@ -30,7 +30,10 @@ pub fn start(format: Format, verbosity: i16) {
         1 => LevelFilter::DEBUG,
         2.. => LevelFilter::TRACE,
     };
-    let lines = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .log_internal_errors(false)
+        .with_max_level(level)
+        .with_writer(std::io::stderr);
     // Fails only where a subscriber is set already, as in a test; then that one stays.
     let _ = match format {
         Format::Human => {

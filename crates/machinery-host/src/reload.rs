@@ -143,7 +143,9 @@ impl Reloader {
             Err(error) => {
                 tracing::error!(%error, "what was new for machines in use is given up: reload once more");
                 let roll = shared.fleet.roll();
-                roll.machines().iter().for_each(|machine| machine.set_outdated(false));
+                // Those in use try it once more when they are free.
+                let free = roll.machines().iter().filter(|machine| machine.status().is_free());
+                free.for_each(|machine| machine.set_outdated(false));
             }
         }
     }
@@ -164,7 +166,12 @@ impl Reloader {
             limit: shared.workers.house().timeouts().reload,
             lost,
         };
-        let answers = asking.all(old, new).await?;
+        let (answers, failed) = match asking.all(old, new).await {
+            Ok(answers) => (answers, None),
+            // What waited for machines that are free by now has been taken over all the same.
+            Err((error, Some(back))) => (back, Some(error)),
+            Err((error, None)) => return Err(error),
+        };
         let (reloaded, infos): (Vec<_>, Vec<_>) =
             answers.into_iter().map(|answer| (answer.reloaded, answer.infos)).unzip();
         let next = next_roll(shared, &roll, infos).await;
@@ -176,11 +183,13 @@ impl Reloader {
             taken.later.extend(later.filter(|name| !resting.contains_key(name)));
         }
         settle(shared, &roll, next, resting, &mut taken);
-        shared.events.send(Event::Reloaded(taken.clone()));
+        if failed.is_none() || taken != Taken::default() {
+            shared.events.send(Event::Reloaded(taken.clone()));
+        }
         if let Err(error) = shared.books.save().await {
             tracing::error!(%error, "who has which machine is not on disk as it is now");
         }
-        Ok(taken)
+        failed.map_or(Ok(taken), Err)
     }
 
     /// What of the new configuration takes a restart.
@@ -294,7 +303,12 @@ type Lost = HashMap<String, JoinHandle<()>>;
 impl Asking<'_> {
     /// Has all of them take over. If one does not, or they do not get along, all have the old
     /// configuration in the end.
-    async fn all(&mut self, old: &Setups, new: &Setups) -> Result<Vec<Answered>> {
+    /// Then, if each of them has, what they have made of that is told with the reason.
+    async fn all(
+        &mut self,
+        old: &Setups,
+        new: &Setups,
+    ) -> Result<Vec<Answered>, (Error, Option<Vec<Answered>>)> {
         let mut answers = Vec::new();
         let mut failed = None;
         for machinery in self.machineries {
@@ -310,12 +324,16 @@ impl Asking<'_> {
             return Ok(answers);
         };
         // Also the one that failed: it may have come half of the way.
-        for machinery in self.machineries.iter().take(answers.len() + 1) {
-            if let Err(error) = self.one(machinery, new, old).await {
-                tracing::error!(machinery = machinery.name, %error, "does not take the old configuration back");
+        let mut back = Vec::new();
+        for machinery in self.machineries {
+            match self.one(machinery, new, old).await {
+                Ok(answer) => back.push(answer),
+                Err(error) => {
+                    tracing::error!(machinery = machinery.name, %error, "does not take the old configuration back");
+                }
             }
         }
-        Err(error)
+        Err((error, (back.len() == self.machineries.len()).then_some(back)))
     }
 
     async fn one(&mut self, machinery: &Arc<Machinery>, old: &Setups, new: &Setups) -> Result<Answered> {

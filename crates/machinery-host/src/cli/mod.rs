@@ -5,6 +5,7 @@
 
 mod show;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
@@ -152,7 +153,8 @@ pub fn main() -> ! {
     };
     logging::start(format, verbosity);
     exit::guard();
-    exit::end(match run(&cli) {
+    // Output that nobody takes is a panic of the standard library, and must not look like a plugin's exit.
+    let code = catch_unwind(AssertUnwindSafe(|| match run(&cli) {
         Ok(code) => code,
         Err(error) => {
             show::error(&error, cli.global.json);
@@ -163,7 +165,8 @@ pub fn main() -> ! {
                 _ => ExitCode::from(1),
             }
         }
-    })
+    }));
+    exit::end(code.unwrap_or(ExitCode::from(1)))
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {
