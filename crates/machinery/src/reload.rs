@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigFile;
-use crate::{Error, Result, Setup};
+use crate::{Deadline, Error, Result, Setup};
 
 /// What became of the machines that there were.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,10 +149,15 @@ impl<M: Member> Roster<M> {
         Ok(plan)
     }
 
-    /// Puts the plan in the place of the old list.
-    pub fn follow(&self, plan: Plan<M>) -> Reloaded {
+    /// Puts the plan in the place of the old list, unless it is too late for that: the host may have given
+    /// the machines to somebody else by then.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) when the deadline has passed.
+    pub fn follow(&self, plan: Plan<M>, deadline: Deadline) -> Result<Reloaded> {
+        deadline.check("the new configuration to be taken over")?;
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = plan.machines;
-        plan.outcome
+        Ok(plan.outcome)
     }
 }
 
@@ -200,6 +205,7 @@ fn clash<M: Member>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Err
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     type Keys = (String, String);
 
@@ -248,7 +254,7 @@ mod tests {
         let plan = plan(&roster, "g7 f6 b8 a1 c9", &["b", "d", "f"]).unwrap();
         assert_eq!(text(&roster.all()), "a1 b2 c3 d4 e5 f6 ", "a plan changes nothing");
         assert_eq!((text(&plan.fresh), text(&plan.gone)), ("g7 c9 ".into(), "c3 e5 ".into()));
-        let outcome = roster.follow(plan);
+        let outcome = roster.follow(plan, Deadline::after(Duration::from_secs(60))).unwrap();
         assert_eq!(text(&roster.all()), "g7 f6 b2 a1 c9 d4 ");
         assert_eq!(outcome, Reloaded { changed: vec!["c".into()], later: vec!["b".into(), "d".into()] });
         assert!(Arc::ptr_eq(&kept, &roster.find("a").unwrap()));

@@ -109,12 +109,12 @@ impl Machinery for ExampleMachinery {
 
     /// A new configuration while machines run. First a plan, in which those in use stay as they are; only
     /// when nothing can fail any more it is followed.
-    fn reload(&self, setup: &Setup, in_use: &[String], _: Deadline) -> Result<Reloaded> {
+    fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let keys = Config::read(setup)?.keys(setup);
         let machine = |keys| Machine::new(keys, self.host.clone());
         let plan = self.machines.plan(&setup.config, keys, in_use, machine)?;
         plan.fresh.iter().try_for_each(|machine| machine.make_ready())?;
-        Ok(self.machines.follow(plan))
+        self.machines.follow(plan, deadline)
     }
 
     /// The host has stopped the machines; one that it could not stop is not left running either.

@@ -37,7 +37,7 @@ impl Kvm {
             return Err(error);
         }
         let gone = plan.gone.clone();
-        let reloaded = self.machines.0.follow(plan);
+        let reloaded = self.machines.0.follow(plan, deadline)?;
         self.budget.set_limit(config.standby_memory);
         let machines = self.machines.0.all();
         gone.iter().for_each(|machine| machine.remove_image(&machines));

@@ -34,7 +34,7 @@ impl Qemu {
             }
             return Err(error);
         }
-        let reloaded = self.machines.follow(plan);
+        let reloaded = self.machines.follow(plan, deadline)?;
         self.shared.budget.set_limit(config.standby_memory);
         self.shared.see_to_templates(&self.machines.all(), config.template_space);
         Ok(reloaded)
