@@ -1,11 +1,11 @@
 //! `conf/machineries/qemu.yaml`: as types, then as machines that can be started.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
 use machinery::{Error, MachineInfo, Result, Setup, Standby, size};
+use machinery_images::Header;
 use rustix::fs::{Access, access};
 use serde::Deserialize;
 
@@ -115,9 +115,6 @@ pub struct MachineFiles {
     pub keep_disk: bool,
     pub ahead: Ahead,
 }
-
-/// What `qcow2_path` begins with. Source: QEMU's docs/interop/qcow2.
-const QCOW2: &[u8] = b"QFI\xfb";
 
 impl Config {
     /// Reads and checks everything.
@@ -358,10 +355,7 @@ impl OwnKeys {
 }
 
 fn is_qcow2(path: &Path) -> Result<()> {
-    let mut start = [0; QCOW2.len()];
-    let read = std::fs::File::open(path).and_then(|mut file| file.read(&mut start));
-    read.map_err(|error| Error::io("read the disk", path, &error))?;
-    if start == QCOW2 {
+    if Header::read(path)?.is_some() {
         return Ok(());
     }
     Err(Error::configuration(format!("{} is not a qcow2 disk", path.display()))

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Deadline, Error, Result};
 
-use crate::files::FileId;
 use crate::process::Process;
+use machinery_images::FileId;
 
 /// Where a machine's disposable disk goes. Source: Cuckoo3's `machineries/modules/qemu.py`.
 pub fn path_for(folder: &Path, machine: &str) -> PathBuf {

@@ -15,7 +15,7 @@
 //! | `run`, `standby` | one run, from the process to its end; one that waits to be let go |
 //! | `launch` | from arguments to a process whose monitor is connected |
 //! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
-//! | `snapshot`, `disk`, `files` | what a run is made of |
+//! | `snapshot`, `disk` | what a run is made of |
 //! | `steps`, `progress` | how long it takes, how far it is |
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
@@ -25,7 +25,6 @@
 mod check;
 mod config;
 mod disk;
-mod files;
 mod launch;
 mod leftovers;
 mod machine;

@@ -26,7 +26,6 @@ use qapi::qmp;
 use self::prepare::Unbuildable;
 use crate::config::MachineFiles;
 use crate::disk::{Blank, DisposableDisk};
-use crate::files::FileId;
 use crate::launch::{Memory, Start};
 use crate::leftovers;
 use crate::run::{Load, NotStarted, Purpose, Run};
@@ -37,6 +36,7 @@ use crate::steps::Steps;
 use crate::template::{Identity, Templates};
 use crate::version::Program;
 use crate::views;
+use machinery_images::FileId;
 
 /// How long a faster way may take before it is taken for broken: many times what it takes, and little of
 /// the time there is.

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use machinery::{Deadline, Error, Result, Share};
 
-use crate::files::FileId;
 use crate::run::{NotStarted, Run};
 use crate::template::Identity;
+use machinery_images::FileId;
 
 /// A run that is loaded, and paused.
 pub struct Standby {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use machinery::{Error, Result};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::files::FileId;
+use machinery_images::FileId;
 
 /// A QEMU version. What depends on one is a named question here, with its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

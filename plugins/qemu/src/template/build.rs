@@ -22,11 +22,11 @@ use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 
 use super::{DEVICES, DISK, Identity, RAM, RECORD, Record, Templates, UNFINISHED, checksum, remove};
-use crate::files::FileId;
 use crate::launch::{Memory, Sharing};
 use crate::process::bytes_of;
 use crate::run::{Load, NotStarted, Run};
 use crate::snapshot::{Format, Snapshot};
+use machinery_images::FileId;
 
 /// What building needs from the machine it is for.
 pub trait Build {

@@ -4,8 +4,8 @@ use machinery::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineFiles;
-use crate::files::FileId;
 use crate::version::Program;
+use machinery_images::FileId;
 
 /// Everything that a restored guest depends on. If any of it has changed, what was made from it is stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -41,8 +41,8 @@ use machinery::{Error, Result, in_words};
 use rustix::fs::{FlockOperation, flock, statvfs};
 use serde::{Deserialize, Serialize};
 
-use crate::files::FileId;
 use crate::launch::{Memory, Sharing};
+use machinery_images::FileId;
 
 const RAM: &str = "ram";
 const DEVICES: &str = "devices";

@@ -1,0 +1,181 @@
+//! The backing chain of an image: the files that its content comes from.
+
+use std::path::{Path, PathBuf};
+
+use machinery::{Error, Result};
+use serde_json::Value;
+
+use crate::Header;
+
+/// A longer chain is a loop, or of no use: QEMU opens every file of it.
+const MAX_FILES: usize = 200;
+
+/// All files that an image consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// The image itself first, each with its data file if it has one, the base last.
+    pub files: Vec<PathBuf>,
+    /// What the last file is based on, where that is no local file (such as `nbd://…`).
+    pub remote: Option<String>,
+}
+
+/// What the header's name of another file means.
+enum Reference {
+    File(PathBuf),
+    Remote(String),
+}
+
+impl Chain {
+    /// Resolves the chain of the image at `path`. `format` is the format that QEMU is told to open it in;
+    /// QEMU looks for no backing file in a `raw` image, whatever it holds.
+    ///
+    /// # Errors
+    /// A file of the chain is missing or cannot be read (it is named, with the file that names it), or the
+    /// chain does not end.
+    pub fn of(path: &Path, format: Option<&str>) -> Result<Chain> {
+        let mut chain = Chain { files: Vec::new(), remote: None };
+        let mut next = Some((path.to_owned(), format.map(str::to_owned)));
+        while let Some((image, format)) = next.take() {
+            let header = chain.header(&image, format.as_deref())?;
+            chain.files.push(image.clone());
+            if chain.files.len() > MAX_FILES {
+                return Err(endless(path));
+            }
+            let Some(header) = header else { break };
+            if let Some(Reference::File(data)) = header.data_file.map(|name| resolve(&name, &image)) {
+                chain.files.push(data);
+            }
+            match header.backing.map(|backing| (resolve(&backing.file, &image), backing.format)) {
+                Some((Reference::File(file), format)) => next = Some((file, format)),
+                Some((Reference::Remote(name), _)) => chain.remote = Some(name),
+                None => {}
+            }
+        }
+        Ok(chain)
+    }
+
+    /// The header of the chain's next file.
+    fn header(&self, image: &Path, format: Option<&str>) -> Result<Option<Header>> {
+        let read = match format {
+            Some(other) if other != "qcow2" => {
+                let opened = std::fs::File::open(image).map(|_| None);
+                opened.map_err(|error| Error::io("open the image", image, &error))
+            }
+            _ => Header::read(image),
+        };
+        read.map_err(|error| match self.files.last() {
+            None => error,
+            Some(overlay) => {
+                let what = format!("the backing chain is broken at {}: {error}", overlay.display());
+                Error::environment(what)
+                    .advice("Put the missing file back, or correct its path with `qemu-img rebase -u`")
+            }
+        })
+    }
+}
+
+/// A relative name is relative to the folder of the image that has it.
+fn resolve(name: &str, image: &Path) -> Reference {
+    let folder = image.parent().unwrap_or(Path::new("/"));
+    if let Some(json) = name.strip_prefix("json:") {
+        let file = serde_json::from_str(json).ok().and_then(|value: Value| file_in(&value));
+        return file
+            .map_or_else(|| Reference::Remote(name.to_owned()), |file| Reference::File(folder.join(file)));
+    }
+    let path = name.strip_prefix("file:").unwrap_or(name);
+    // As QEMU has it: what comes before a colon is a protocol, unless a slash comes first.
+    let is_protocol = path.split(['/', ':']).next().is_some_and(|word| path[word.len()..].starts_with(':'));
+    if is_protocol { Reference::Remote(name.to_owned()) } else { Reference::File(folder.join(path)) }
+}
+
+/// The local file of a block node's options, in their nested or dotted spelling.
+fn file_in(options: &Value) -> Option<PathBuf> {
+    let node = options.get("file").filter(|file| file.is_object());
+    if let Some(node) = node {
+        return file_in(node);
+    }
+    let driver = options.get("file.driver").or_else(|| options.get("driver"));
+    let is_local = driver.is_none_or(|driver| ["file", "qcow2", "raw"].iter().any(|local| driver == local));
+    let name = options.get("file.filename").or_else(|| options.get("filename"))?.as_str()?;
+    is_local.then(|| name.strip_prefix("file:").unwrap_or(name).into())
+}
+
+fn endless(path: &Path) -> Error {
+    let what = format!("the backing chain of {} has more than {MAX_FILES} files", path.display());
+    Error::configuration(what).advice("Look at it with `qemu-img info --backing-chain`: it may be a loop")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::process::Command;
+
+    /// An overlay with a name of its own choice for its base.
+    fn overlay(folder: &Path, name: &str, backing: &str, format: &str) -> PathBuf {
+        let path = folder.join(name);
+        let mut qemu_img = Command::new("qemu-img");
+        qemu_img
+            .args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b", backing])
+            .arg(&path)
+            .arg("1M");
+        assert!(qemu_img.status().unwrap().success());
+        path
+    }
+
+    fn names(chain: &Chain) -> Vec<String> {
+        chain.files.iter().map(|file| file.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn chain_lists_every_file_down_to_the_base() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("base"), "base").unwrap();
+        overlay(folder.path(), "middle", "base", "raw");
+        let nested = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"middle"}}"#;
+        let dotted = r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"middle"}"#;
+        for backing in ["middle", "file:middle", nested, dotted] {
+            let top = overlay(folder.path(), "top", backing, "qcow2");
+            let chain = Chain::of(&top, None).unwrap();
+            assert_eq!(
+                (names(&chain), chain.remote),
+                (vec!["top".into(), "middle".into(), "base".into()], None)
+            );
+        }
+    }
+
+    #[test]
+    fn chain_ends_at_a_raw_image_when_the_format_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = overlay(folder.path(), "inner", "gone", "raw");
+        assert!(Chain::of(&inner, None).is_err());
+        assert_eq!(names(&Chain::of(&inner, Some("raw")).unwrap()), ["inner"]);
+        let outer = overlay(folder.path(), "outer", "inner", "raw");
+        assert_eq!(names(&Chain::of(&outer, Some("qcow2")).unwrap()), ["outer", "inner"]);
+    }
+
+    #[test]
+    fn chain_names_the_remote_base_when_it_is_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        for remote in ["nbd://h/x", r#"json:{"driver":"raw","file":{"driver":"nbd","host":"h"}}"#] {
+            let top = overlay(folder.path(), "top", remote, "raw");
+            assert_eq!(Chain::of(&top, None).unwrap().remote.as_deref(), Some(remote));
+        }
+    }
+
+    #[test]
+    fn chain_fails_and_names_both_files_when_the_base_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let top = overlay(folder.path(), "top", "gone.raw", "raw");
+        let text = Chain::of(&top, None).unwrap_err().to_string();
+        assert!(text.contains("top") && text.contains("gone.raw") && text.contains("rebase"), "{text}");
+    }
+
+    #[test]
+    fn chain_fails_when_it_is_a_loop() {
+        let folder = tempfile::tempdir().unwrap();
+        let one = overlay(folder.path(), "one", "two", "qcow2");
+        overlay(folder.path(), "two", "one", "qcow2");
+        assert!(Chain::of(&one, None).unwrap_err().to_string().contains("loop"));
+    }
+}

@@ -1,0 +1,18 @@
+//! Disk images as plugins see them: which file it is, what its header says, what it is based on.
+//!
+//! A plugin compares identities before each restore, so all of this reads a few small blocks and starts
+//! no process. It reads headers only; `qemu-img` makes and changes images.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `file_id` | [`FileId`]: detects that a file was changed or replaced |
+//! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
+//! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
+
+mod chain;
+mod file_id;
+mod qcow2;
+
+pub use chain::Chain;
+pub use file_id::FileId;
+pub use qcow2::{Backing, Header, MAGIC, Snapshot};
