@@ -12,6 +12,7 @@
 
 mod header;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,8 +31,8 @@ use crate::config::is_machine_name;
 use crate::reload::ReloadRequest;
 use crate::services::path_text;
 use crate::{
-    Capabilities, Deadline, DumpFormat, Error, HostServices, MachineInfo, Reloaded, Report, Result, Setup,
-    State,
+    Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, HostServices, MachineInfo, Reloaded,
+    Report, Result, Setup, State,
 };
 
 /// The version of the interface this host speaks, as `major.minor`.
@@ -364,12 +365,40 @@ impl Instance {
         from_json(answer(self.object.reload(request.as_rstr(), ms(deadline)))?.as_bytes(), "plugin's reload")
     }
 
+    /// See [`Machinery::diagnose`](crate::Machinery::diagnose). A plugin of interface 1.0 has nothing to say.
+    ///
+    /// # Errors
+    /// The plugin's, or a diagnosis of a machine that it was not asked about.
+    pub fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
+        let request = to_json(&machines)?;
+        let diagnoses = match answer(self.object.diagnose(request.as_rstr(), ms(deadline))) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(Vec::new()),
+            answer => from_json::<Vec<Diagnosis>>(answer?.as_bytes(), "plugin's diagnosis")?,
+        };
+        expect_asked_for(&diagnoses, machines)?;
+        Ok(diagnoses.into_iter().map(Diagnosis::cut).collect())
+    }
+
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
     ///
     /// # Errors
     /// The plugin's.
     pub fn shutdown(&self, deadline: Deadline) -> Result<()> {
         answer(self.object.shutdown(ms(deadline)))
+    }
+}
+
+/// Expects at most one diagnosis of each machine, and none of any other.
+fn expect_asked_for(diagnoses: &[Diagnosis], machines: &[String]) -> Result<()> {
+    let mut asked: HashSet<&str> = machines.iter().map(String::as_str).collect();
+    match diagnoses.iter().find(|diagnosis| !asked.remove(diagnosis.machine.as_str())) {
+        None => Ok(()),
+        Some(Diagnosis { machine, .. }) => {
+            let name = cut(machine.clone(), 100);
+            Err(Error::misbehaved(format!(
+                "the plugin diagnoses a machine it was not asked about, or twice: {name:?}"
+            )))
+        }
     }
 }
 
@@ -405,13 +434,25 @@ fn answer_within<T>(longest: usize, reply: Reply<T>) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ErrorKind;
 
     #[test]
     fn an_error_that_makes_no_sense_is_told_as_such() {
         let error = answer::<()>(RResult::RErr("not json at all".into())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PluginMisbehaved);
         assert!(error.to_string().contains("not json at all"), "{error}");
+    }
+
+    #[test]
+    fn diagnosis_is_refused_when_it_is_of_another_machine() {
+        let asked = ["a".to_owned(), "b".to_owned()];
+        let of = |names: &[&str]| {
+            let diagnoses: Vec<_> = names.iter().copied().map(Diagnosis::new).collect();
+            expect_asked_for(&diagnoses, &asked).map_err(|error| error.kind())
+        };
+        assert_eq!((of(&[]), of(&["b", "a"])), (Ok(()), Ok(())));
+        for wrong in [&["c"][..], &["a", "a"], &["a", ""]] {
+            assert_eq!(of(wrong), Err(ErrorKind::PluginMisbehaved), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -56,6 +56,7 @@
 //! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
 //! | `ready` | how ready a machine is for its next restore, and what that may cost: [`Ready`], [`Budget`] |
 //! | `reload` | a new configuration while machines run: [`Roster`], [`Reloaded`] |
+//! | `diagnosis` | machines that cannot be used, and why: [`Diagnosis`] |
 //! | `socket` | sockets under paths of any length |
 //! | `services` | the way back, from the plugin to the host: [`Host`] |
 //! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
@@ -69,6 +70,7 @@
 pub mod abi;
 pub mod config;
 mod deadline;
+mod diagnosis;
 mod error;
 pub mod host;
 mod plugin;
@@ -80,6 +82,7 @@ mod socket;
 mod state;
 
 pub use deadline::Deadline;
+pub use diagnosis::Diagnosis;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
 pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};

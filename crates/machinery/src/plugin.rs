@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigFile, MachineConfig};
-use crate::{Deadline, Error, Host, Reloaded, Report, Result, State};
+use crate::{Deadline, Diagnosis, Error, Host, Reloaded, Report, Result, State};
 
 /// A virtualisation backend.
 ///
@@ -139,6 +139,21 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let _ = (setup, in_use, deadline);
         Err(Error::unsupported("reload"))
+    }
+
+    /// Looks anew at machines, and returns a diagnosis for each that has something to say. Since interface 1.1.
+    ///
+    /// Called after [`load`](Machinery::load) and each [`reload`](Machinery::reload) for all machines, and for
+    /// one machine when an operator enables it. A file may have gone or come back in between, so nothing is
+    /// answered from memory. The machines may be in any state, and actions on them may come meanwhile.
+    /// [`load`](Machinery::load) and [`reload`](Machinery::reload) refuse a configuration that is wrong as a
+    /// whole; a machine that lacks its disk or snapshot is a machine all the same, and is reported here.
+    ///
+    /// # Errors
+    /// The machinery cannot look. The host logs that, and what it knew of the machines stays.
+    fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
+        let _ = (machines, deadline);
+        Ok(Vec::new())
     }
 
     /// The host is about to end. The machines have been stopped; what is left is let go.

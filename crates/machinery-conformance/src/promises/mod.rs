@@ -39,6 +39,7 @@ macro_rules! with_promises {
             trouble::start_deadlines "A start that does not make it in time says so by then and leaves nothing behind.";
             trouble::deadlines "Every other call comes back in time too, and the machine can be had again.";
             reload::reload "A new configuration holds at once, but for machines in use; a bad one changes nothing.";
+            trouble::diagnose "A machine that works is never reported as unusable, whether it runs or not.";
             life::shutdown "After shutdown nothing is left, and whoever calls all the same does no harm.";
             life::reports "Whatever is told to the host is about the machinery's own machines.";
         }

@@ -35,6 +35,28 @@ fn fails_cleanly(session: &Session, machine: &str) -> Result {
     session.nothing_is_left("after a start that failed")
 }
 
+pub fn diagnose(session: &Session) -> Result {
+    let machine = session.machine();
+    nothing_is_unusable(session, "before any start")?;
+    session.restore(machine)?;
+    nothing_is_unusable(session, &format!("while {machine} runs"))?;
+    session.lives(machine)?;
+    session.stop(machine)?;
+    nothing_is_unusable(session, &format!("after {machine} ran"))
+}
+
+fn nothing_is_unusable(session: &Session, when: &str) -> Result {
+    let names: Vec<String> = session.machines().map(str::to_owned).collect();
+    let look = move |instance: &Instance, deadline| instance.diagnose(&names, deadline);
+    let diagnoses = session.answer("diagnose", look)?;
+    match diagnoses.into_iter().find_map(|diagnosis| diagnosis.unusable.zip(Some(diagnosis.machine))) {
+        Some((error, machine)) => {
+            Err(failed(&format!("{when}, {machine} is reported as unusable and works"), &error))
+        }
+        None => Ok(()),
+    }
+}
+
 pub fn death(session: &Session) -> Result {
     let Some(Death { machine, kill }) = &session.subject().death else {
         return Err(Unmet::NotTried("no way is known to end a machine from outside".to_owned()));

@@ -118,6 +118,11 @@ mod sabi {
             let _ = (request, deadline);
             unsupported("reload")
         }
+        /// Since 1.1. Takes the names of machines, gives a list of `Diagnosis`.
+        fn diagnose(&self, machines: RStr<'_>, deadline: u64) -> Reply<RString> {
+            let _ = (machines, deadline);
+            unsupported("diagnose")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.

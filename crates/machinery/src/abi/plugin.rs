@@ -155,6 +155,13 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
             to_json(&self.0.reload(&setup, &in_use, after(deadline))?)
         })
     }
+
+    fn diagnose(&self, machines: RStr<'_>, deadline: u64) -> Reply<RString> {
+        guarded(M::NAME, || {
+            let machines: Vec<String> = from_json(machines.as_bytes(), "list of machines")?;
+            to_json(&self.0.diagnose(&machines, after(deadline))?)
+        })
+    }
 }
 
 fn named(machine: RStr<'_>) -> Result<&str> {

@@ -1,0 +1,97 @@
+//! What a machinery finds when it looks anew at a machine.
+
+use serde::{Deserialize, Serialize};
+
+use crate::abi::{LONGEST, cut};
+use crate::{Error, Result};
+
+/// A machine has no more warnings than this that are worth keeping.
+const MAX_WARNINGS: usize = 20;
+
+/// What [`Machinery::diagnose`](crate::Machinery::diagnose) found on one machine. Since interface 1.1.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Diagnosis {
+    /// The machine's name.
+    pub machine: String,
+    /// Why the machine cannot be used, if it cannot. The host disables it for as long as that is so.
+    pub unusable: Option<Error>,
+    /// What an operator should know of a machine that can be used. Each is a full sentence.
+    pub warnings: Vec<String>,
+}
+
+impl Diagnosis {
+    /// The diagnosis of a machine with nothing to say yet.
+    pub fn new(machine: impl Into<String>) -> Self {
+        Diagnosis { machine: machine.into(), ..Diagnosis::default() }
+    }
+
+    /// Notes the error of a test that the machine failed: the machine cannot be used. Several errors become one,
+    /// on one line, because a list of machines shows it.
+    pub fn keep<T>(&mut self, result: Result<T>) -> Option<T> {
+        let error = match result {
+            Ok(value) => return Some(value),
+            Err(error) => error,
+        };
+        self.unusable = Some(match self.unusable.take() {
+            None => error,
+            Some(first) => {
+                let text = first.to_string();
+                Error::new(first.kind(), format!("{}; also: {error}", text.trim_end_matches('.')))
+            }
+        });
+        None
+    }
+
+    /// Notes something that an operator should know.
+    pub fn warn(&mut self, warning: impl Into<String>) {
+        self.warnings.push(warning.into());
+    }
+
+    /// Whether there is anything to say.
+    pub fn says_anything(&self) -> bool {
+        self.unusable.is_some() || !self.warnings.is_empty()
+    }
+
+    /// The same with texts that can be kept for every machine.
+    pub(crate) fn cut(self) -> Self {
+        let warnings = self.warnings.into_iter().take(MAX_WARNINGS);
+        Diagnosis {
+            machine: cut(self.machine, LONGEST),
+            unusable: self.unusable.map(|error| error.cut(LONGEST)),
+            warnings: warnings.map(|warning| cut(warning, LONGEST)).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn diagnosis_lists_every_failed_test_in_one_error() {
+        let mut diagnosis = Diagnosis::new("m");
+        assert_eq!(diagnosis.keep(Ok(1)), Some(1));
+        assert!(!diagnosis.says_anything());
+        diagnosis.keep::<()>(Err(Error::failed("no disk").advice("Look")));
+        diagnosis.keep::<()>(Err(Error::failed("no snapshot")));
+        let text = diagnosis.unusable.unwrap().to_string();
+        assert_eq!(text, "no disk. Look; also: no snapshot");
+    }
+
+    #[test]
+    fn diagnosis_is_read_when_keys_are_missing_or_unknown() {
+        let read = |json: &str| serde_json::from_str::<Diagnosis>(json).unwrap();
+        assert_eq!(read(r#"{"machine": "m", "mood": "blue"}"#), Diagnosis::new("m"));
+    }
+
+    #[test]
+    fn diagnosis_is_cut_when_its_texts_are_too_long() {
+        let long = "x".repeat(2 * LONGEST);
+        let mut diagnosis = Diagnosis::new("m");
+        diagnosis.keep::<()>(Err(Error::failed(&long)));
+        diagnosis.warnings = vec![long; 2 * MAX_WARNINGS];
+        let size = serde_json::to_string(&diagnosis.cut()).unwrap().len();
+        assert!(size < (MAX_WARNINGS + 2) * (LONGEST + 100), "{size}");
+    }
+}
