@@ -1,9 +1,13 @@
 //! A private libvirtd.
 //!
 //! libvirtd has its folders compiled in. So it runs in a mount namespace in which the lab's folders lie
-//! over them (that of a user who is not root takes its folders from the environment), and in a process namespace whose first process ends with its owner and takes all the
-//! others with it: libvirtd and every QEMU, whatever a test does. That first process also does what an
-//! init does, and forgets QEMUs that have ended; libvirtd waits for that when it stops a domain.
+//! over them (that of a user who is not root takes its folders from the environment). It also has a user
+//! compiled in, and ends where that user is missing; so the namespace has an `/etc/passwd` and an
+//! `/etc/group` of its own.
+//!
+//! Its process namespace ends with its owner, whatever a test does, and with it libvirtd and every QEMU.
+//! The first process there also reaps QEMUs that have ended; libvirtd waits for that when it stops a
+//! domain.
 //!
 //! ```text
 //! unshare ─▶ init (sleeps) ─┬─ libvirtd, started and killed at will
@@ -27,6 +31,9 @@ use crate::{Result, cache, command};
 /// Ending a killed process takes no longer.
 const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 
+/// The longest that libvirtd may take to start, in seconds: it may ask QEMU for its capabilities.
+const START_TIMEOUT: &str = "120";
+
 /// What the init does, with the daemon's folder as its argument. The folders are made where a package
 /// that has not been configured has left them out; `/run` is an empty one of its own.
 const INIT: &str = r#"
@@ -36,6 +43,9 @@ if [ "$(id -u)" = 0 ]; then
     for place in etc/libvirt run/libvirt var/lib/libvirt var/cache/libvirt var/log/libvirt; do
         mkdir -p "/$place" "$1/$place"
         mount --bind "$1/$place" "/$place"
+    done
+    for names in etc/passwd etc/group; do
+        mount --bind "$1/$names" "/$names"
     done
 fi
 echo ready
@@ -54,6 +64,14 @@ remember_owner = 0
 namespaces = []
 cgroup_controllers = []
 ";
+
+/// The users that distributions compile in as QEMU's (Debian and Ubuntu, Fedora). libvirtd looks its own up
+/// before it reads `qemu.conf`, and ends if there is none. Only a package that the lab does not need makes
+/// it. No process runs as one of them, so any number will do: here that of `nobody`.
+const USERS: [&str; 2] = ["libvirt-qemu:x:65534:65534::/:/bin/false", "qemu:x:65534:65534::/:/bin/false"];
+
+/// The groups that are compiled in beside them.
+const GROUPS: [&str; 3] = ["libvirt-qemu:x:65534:", "kvm:x:65534:", "qemu:x:65534:"];
 
 /// Where the libvirtd of a user who is not root looks.
 const FOLDERS: [(&str, &str); 4] = [
@@ -95,19 +113,31 @@ impl Libvirtd {
         let of_root = if geteuid().is_root() { QEMU_CONF_OF_ROOT } else { "" };
         fs::write(folder.join("etc/libvirt/qemu.conf"), [QEMU_CONF, of_root].concat()).context(what)?;
         fs::write(folder.join("libvirtd.conf"), libvirtd_conf(&folder)).context(what)?;
+        for (path, wanted) in [("etc/passwd", USERS.as_slice()), ("etc/group", GROUPS.as_slice())] {
+            let system = fs::read_to_string(Path::new("/").join(path)).context(what)?;
+            fs::write(folder.join(path), with_entries(&system, wanted)).context(what)?;
+        }
         let unshare = unshare(&folder)?;
         Ok(Libvirtd { folder, unshare })
     }
 
-    /// Starts the daemon, after it was killed.
+    /// Starts the daemon, after it was killed, and waits until it serves.
     pub fn start_daemon(&self) -> Result<()> {
         let (conf, pid) = (self.conf(), self.folder.join("libvirtd.pid"));
+        let logged = fs::read(self.log()).map_or(0, |log| log.len());
         // It goes to the background by itself, once its sockets are there.
         let daemon = ["libvirtd", "--daemon", "--config", &text(&conf), "--pid-file", &text(&pid)];
-        self.inside(&daemon).map(drop).map_err(|error| {
-            let log = fs::read_to_string(self.log()).unwrap_or_default();
-            Error::new(format!("{error}; its log:\n{log}"))
+        self.inside(&daemon).and_then(|_| self.wait_until_it_serves()).map_err(|error| {
+            let log = fs::read(self.log()).unwrap_or_default();
+            let log = String::from_utf8_lossy(log.get(logged..).unwrap_or_default()).into_owned();
+            Error::new(format!("libvirtd did not start; its log:\n{log}{error}"))
         })
+    }
+
+    /// libvirtd makes its sockets first and its drivers later, or ends because a driver fails. It answers
+    /// once all drivers work: a client that connects meanwhile gets an answer then, or sees it end.
+    fn wait_until_it_serves(&self) -> Result<()> {
+        self.inside(&["timeout", START_TIMEOUT, "virsh", "--connect", &self.dsn(), "uri"]).map(drop)
     }
 
     /// Runs a program to its end where the daemon is: with its view of files and processes.
@@ -251,6 +281,14 @@ fn libvirtd_conf(folder: &Path) -> String {
     )
 }
 
+/// A `passwd` or `group` with the entries of `wanted` whose names it lacks.
+fn with_entries(system: &str, wanted: &[&str]) -> String {
+    let name = |entry: &str| entry.split(':').next().unwrap_or_default().to_owned();
+    let known: Vec<String> = system.lines().map(name).collect();
+    let lacking = wanted.iter().copied().filter(|entry| !known.contains(&name(entry)));
+    system.lines().chain(lacking).map(|entry| format!("{entry}\n")).collect()
+}
+
 /// Starts the namespaces, and waits until all is in its place there.
 fn unshare(folder: &Path) -> Result<Child> {
     let what = || "making namespaces for a private libvirtd".to_owned();
@@ -292,4 +330,41 @@ fn text(path: &Path) -> String {
 /// Where libvirtd is, also for those who have no administrator's path.
 fn path() -> String {
     format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_added_when_their_names_are_missing() {
+        let system = "root:x:0:0::/root:/bin/sh\nqemu:x:107:107::/:/sbin/nologin";
+        let extended = with_entries(system, &USERS);
+        let lines: Vec<&str> = extended.lines().collect();
+        assert_eq!(lines[..2], system.lines().collect::<Vec<_>>());
+        assert_eq!(lines[2..], [USERS[0]]);
+        assert_eq!(with_entries(&extended, &USERS), extended);
+    }
+
+    /// A bare system has no user for QEMU. A plain user's libvirtd looks none up.
+    #[test]
+    fn libvirtd_finds_its_compiled_in_user_when_the_system_has_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = Libvirtd::without_daemon(folder.path()).unwrap();
+        daemon.start_daemon().unwrap();
+        if geteuid().is_root() {
+            let user = daemon.inside(&["id", "--user", "libvirt-qemu"]).unwrap();
+            assert!(user.trim().parse::<u32>().is_ok_and(|id| id != 0), "{user}");
+        }
+    }
+
+    #[test]
+    fn start_daemon_fails_with_the_reason_when_libvirtd_ends_after_its_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = Libvirtd::without_daemon(folder.path()).unwrap();
+        fs::write(folder.path().join("etc/libvirt/qemu.conf"), "stdio_handler = \"nowhere\"\n").unwrap();
+        let error = daemon.start_daemon().unwrap_err().to_string();
+        assert!(error.contains("nowhere"), "{error}");
+        assert!(daemon.daemon().is_err(), "libvirtd runs on");
+    }
 }
