@@ -326,7 +326,8 @@ fn load(
     match answers(name, &instance, limits) {
         Ok((capabilities, version, infos)) => {
             let plugin = PluginFile { path: plugin.path().to_owned(), sha256: sha256.clone() };
-            let machinery = Machinery { name: name.to_owned(), capabilities, version, instance, plugin };
+            let (name, diagnosing) = (name.to_owned(), Arc::default());
+            let machinery = Machinery { name, capabilities, version, instance, plugin, diagnosing };
             tell(&machinery, &infos);
             Ok((Arc::new(machinery), infos))
         }

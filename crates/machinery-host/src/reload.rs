@@ -27,6 +27,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::actions::call::{self, Called};
+use crate::actions::diagnose::diagnose_all;
 use crate::actions::rules::Settings;
 use crate::actions::worker::Resting;
 use crate::config::{Config, Timeouts};
@@ -175,6 +176,7 @@ impl Reloader {
         let (reloaded, infos): (Vec<_>, Vec<_>) =
             answers.into_iter().map(|answer| (answer.reloaded, answer.infos)).unzip();
         let next = next_roll(shared, &roll, infos).await;
+        diagnose_all(&next, shared.workers.house().timeouts().reload).await;
         let mut taken = Taken::default();
         for (machinery, Reloaded { changed, later }) in roll.machineries().iter().zip(reloaded) {
             taken.changed.extend(machines_of(machinery, changed, &next));

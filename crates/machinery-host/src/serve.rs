@@ -23,6 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::actions::diagnose::diagnose_all;
 use crate::actions::metrics::Metrics;
 use crate::actions::rules::{House, Settings};
 use crate::actions::worker::Workers;
@@ -84,6 +85,7 @@ pub fn run(cwd: &Cwd, search: &Search) -> Result<Result<()>> {
             outdated: Notify::new(),
         };
         let workers = Workers::new(Arc::new(house));
+        diagnose_all(&fleet.roll(), workers.house().timeouts().load).await;
         fleet.roll().machines().iter().for_each(|machine| workers.start(machine));
         let reloader = Reloader::new(cwd.clone(), search.clone(), config, &fleet.roll())?;
         let shared = Arc::new(Shared {

@@ -10,6 +10,7 @@
 //! workers of free machines *rest*.
 
 pub mod call;
+pub mod diagnose;
 pub mod metrics;
 pub mod rules;
 pub mod worker;

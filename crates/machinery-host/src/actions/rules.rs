@@ -168,7 +168,7 @@ impl Actor {
     /// Whether there is a restore to prepare: for a machine that is off, in the pool, and that no task has.
     /// A task may want to look at what its machine has left before anything is begun anew.
     pub fn can_prepare(&self) -> bool {
-        let in_pool = self.machine.status().standing.disabled.is_none();
+        let in_pool = self.machine.status().standing.disabled_reason().is_none();
         in_pool && self.machine.machinery.capabilities.prepare && self.is_free()
     }
 
@@ -192,6 +192,7 @@ impl Actor {
     async fn by_the_rules(&mut self, action: &Action) -> Result<(), Failure> {
         self.expect_no_lost_call()?;
         self.expect_supported(action)?;
+        self.expect_usable(action)?;
         match action {
             Action::RestoreStart => self.start(action, self.house.timeouts().restore_start).await,
             Action::NorestoreStart => self.start(action, self.house.timeouts().norestore_start).await,
@@ -228,6 +229,19 @@ impl Actor {
             Action::Prepare => able.prepare,
         };
         if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
+    }
+
+    /// A machine whose plugin has said that it cannot use it is not tried.
+    fn expect_usable(&self, action: &Action) -> Result<(), Failure> {
+        let starts = matches!(action, Action::RestoreStart | Action::NorestoreStart | Action::Prepare);
+        match self.machine.status().standing.unusable.filter(|_| starts) {
+            Some(why) => {
+                let reason = Error::environment(format!("the machine cannot be used: {why}"));
+                let advice = "When that is put right, `reload` or `enable-machine` looks again";
+                Err(Failure { reason: reason.advice(advice), disable: false })
+            }
+            None => Ok(()),
+        }
     }
 
     async fn start(&mut self, action: &Action, limit: Duration) -> Result<(), Failure> {

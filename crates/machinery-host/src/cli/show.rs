@@ -152,7 +152,7 @@ fn costs(machines: &Value) -> Option<String> {
     })
 }
 
-/// Why the machine is not available, if it is not, and why it is not restored faster.
+/// Why the machine is not available, if it is not, why it is not restored faster, and what its plugin warns of.
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
     let outdated = machine["outdated"] == json!(true);
@@ -163,7 +163,9 @@ fn note(machine: &Value) -> String {
     });
     let why = machine["ready"]["why"].as_str().filter(|why| !why.is_empty());
     let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
-    said.chain(outdated).chain(why).collect::<Vec<_>>().join("; ")
+    let warnings = machine["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let warnings = warnings.map(|warning| format!("warning: {}", first_line(warning)));
+    said.chain(outdated).chain(why).chain(warnings).collect::<Vec<_>>().join("; ")
 }
 
 fn first_line(text: &str) -> &str {

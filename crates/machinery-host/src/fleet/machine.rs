@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use machinery::{MachineInfo, Ready, State};
+use machinery::{Error, MachineInfo, Ready, State};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -63,6 +63,8 @@ pub struct Status {
     pub relapses: u32,
     /// Whether its configuration has been replaced while it was in use.
     pub outdated: bool,
+    /// What its plugin warns of.
+    pub warnings: Vec<String>,
 }
 
 impl Status {
@@ -95,6 +97,7 @@ impl Machine {
             steps: Vec::new(),
             relapses: 0,
             outdated: false,
+            warnings: Vec::new(),
         };
         Machine {
             name: info.name.clone(),
@@ -246,9 +249,9 @@ impl Machine {
     pub fn recall(&self, standing: Standing) {
         let mut status = self.lock_status();
         // It may have been lost since.
-        let lost = status.standing.disabled.take();
-        status.standing = standing;
-        status.standing.disabled = status.standing.disabled.take().or(lost);
+        let Standing { disabled: lost, unusable, .. } = std::mem::take(&mut status.standing);
+        let disabled = standing.disabled.or(lost);
+        status.standing = Standing { disabled, unusable, ..standing };
     }
 
     /// Gives it to a task; tells whether that is new.
@@ -257,7 +260,7 @@ impl Machine {
     /// It is not available to that task. A hold that the task has already is no error.
     pub fn lock(&self, hold: &Hold) -> Result<bool, Unavailable> {
         let mut status = self.lock_status();
-        if status.standing.lock.as_ref() == Some(hold) && status.standing.disabled.is_none() {
+        if status.standing.lock.as_ref() == Some(hold) && status.standing.disabled_reason().is_none() {
             return Ok(false);
         }
         if let Some(reason) = status.standing.hindrance(&hold.task_id) {
@@ -340,8 +343,41 @@ impl Machine {
         }
     }
 
+    /// Notes what its plugin found when it looked anew. A machine that cannot be used is out of the pool until
+    /// it can be again.
+    pub fn set_diagnosis(&self, unusable: Option<&Error>, warnings: Vec<String>) {
+        let mut status = self.lock_status();
+        let new: Vec<_> = warnings.iter().filter(|warning| !status.warnings.contains(warning)).collect();
+        for warning in new {
+            tracing::warn!(machine = self.name(), warning, "its plugin warns");
+        }
+        status.warnings = warnings;
+        let unusable = unusable.map(Error::to_string);
+        if status.standing.unusable == unusable {
+            return;
+        }
+        match &unusable {
+            Some(reason) => tracing::error!(machine = self.name(), reason, "machine cannot be used"),
+            None => tracing::info!(machine = self.name(), "machine can be used again"),
+        }
+        let before = std::mem::replace(&mut status.standing.unusable, unusable.clone());
+        // One that an operator or an error has disabled stays so, for the same reason as before.
+        if status.standing.disabled.is_some() {
+            return;
+        }
+        let machine = self.name.clone();
+        match unusable {
+            Some(reason) => self.events.send(Event::Disabled { machine, reason }),
+            None if before.is_some() => {
+                self.preparation.notify_one();
+                self.events.send(Event::Enabled { machine });
+            }
+            None => {}
+        }
+    }
+
     /// Tells and remembers that its traffic is not, or not wholly, captured.
-    pub fn capture_failed(&self, error: &machinery::Error) {
+    pub fn capture_failed(&self, error: &Error) {
         let error = error.clone().action("capturing the traffic").machine(self.name()).to_string();
         tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
         self.add_error(&error);
@@ -353,11 +389,12 @@ impl Machine {
         self.events.send(Event::Progress { machine: self.name.clone(), fraction });
     }
 
-    /// The keys that Cuckoo3's `Machine.from_dict` reads, and `ready` and `outdated`.
+    /// The keys that Cuckoo3's `Machine.from_dict` reads, and `ready`, `outdated` and `warnings`.
     pub fn to_json(&self) -> Value {
         let info = self.info();
         let status = self.lock_status();
-        let Standing { lock, reserved_by, disabled } = &status.standing;
+        let Standing { lock, reserved_by, .. } = &status.standing;
+        let disabled = status.standing.disabled_reason();
         json!({
             "name": info.name,
             "label": info.label,
@@ -377,10 +414,11 @@ impl Machine {
             "reserved": reserved_by.is_some(),
             "reserved_by": reserved_by.as_deref().unwrap_or(""),
             "disabled": disabled.is_some(),
-            "disabled_reason": disabled.as_deref().unwrap_or(""),
+            "disabled_reason": disabled.unwrap_or(""),
             "errors": status.errors,
             "ready": status.ready,
             "outdated": status.outdated,
+            "warnings": status.warnings,
         })
     }
 

@@ -36,6 +36,8 @@ pub struct Machinery {
     pub version: String,
     /// The file its plugin was loaded from.
     pub plugin: PluginFile,
+    /// Held while its plugin looks anew at machines.
+    pub diagnosing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// All machineries and their machines. It is empty until they are loaded, and changes with the

@@ -36,6 +36,9 @@ pub struct Standing {
     /// Why it was taken out of the pool, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disabled: Option<String>,
+    /// Why its plugin cannot use it at present, if it cannot. Each host finds that out anew.
+    #[serde(skip)]
+    pub unusable: Option<String>,
 }
 
 /// Why a machine cannot be had now.
@@ -93,7 +96,12 @@ pub enum NotHeld {
 impl Standing {
     /// Whether there is nothing to remember.
     pub fn is_plain(&self) -> bool {
-        *self == Standing::default()
+        self.lock.is_none() && self.reserved_by.is_none() && self.disabled.is_none()
+    }
+
+    /// Why it is out of the pool, if it is.
+    pub fn disabled_reason(&self) -> Option<&str> {
+        self.disabled.as_deref().or(self.unusable.as_deref())
     }
 
     /// How near the machine is to that task: it has it already, it is kept for it, or neither.
@@ -107,8 +115,8 @@ impl Standing {
 
     /// Why that task cannot have the machine, if it cannot.
     pub fn hindrance(&self, task_id: &str) -> Option<Reason> {
-        if let Some(reason) = &self.disabled {
-            return Some(Reason::Disabled(reason.clone()));
+        if let Some(reason) = self.disabled_reason() {
+            return Some(Reason::Disabled(reason.to_owned()));
         }
         if let Some(task) = self.reserved_by.as_ref().filter(|task| *task != task_id) {
             return Some(Reason::Reserved(task.clone()));
@@ -131,10 +139,13 @@ mod tests {
             lock: Some(hold("a")),
             reserved_by: Some("b".into()),
             disabled: Some("broken".into()),
+            unusable: Some("no snapshot".into()),
         };
         let why = |standing: &Standing| standing.hindrance("c").map(|reason| reason.to_string());
         assert_eq!(why(&standing).unwrap(), "Machine is disabled. Reason: broken");
         standing.disabled = None;
+        assert_eq!(why(&standing).unwrap(), "Machine is disabled. Reason: no snapshot");
+        standing.unusable = None;
         assert_eq!(why(&standing).unwrap(), "Machine is reserved by b");
         standing.reserved_by = None;
         assert_eq!(why(&standing).unwrap(), "Machine is locked by: a");

@@ -31,6 +31,7 @@ use super::lines::{self, Line};
 use super::protocol::{self, Refusal, Request};
 use super::{Place, Shared};
 use crate::actions::call::{Called, call};
+use crate::actions::diagnose::diagnose_one;
 use crate::actions::rules::plugin_at_fault;
 use crate::actions::worker::Answer;
 use crate::actions::{Action, Outcome};
@@ -209,10 +210,7 @@ impl Connection {
                 };
                 return self.later(id, idle).await;
             }
-            Request::EnableMachine(machine) => {
-                machine.enable();
-                return self.noted(id, machine).await;
-            }
+            Request::EnableMachine(machine) => return self.enable(id, machine).await,
             Request::DisableMachine(machine, reason) => {
                 machine.disable(&reason);
                 return self.noted(id, machine).await;
@@ -284,6 +282,18 @@ impl Connection {
             protocol::outcome(books.save().await.map_err(|error| error.machine(machine.name()).to_string()))
         };
         self.later(id, noted).await
+    }
+
+    /// Puts the machine back into the pool, if its plugin can use it.
+    async fn enable(&self, id: Option<Value>, machine: Arc<Machine>) -> GoOn {
+        let limit = self.shared.workers.house().timeouts().state;
+        match diagnose_one(&machine, limit).await {
+            Ok(()) => {
+                machine.enable();
+                self.noted(id, machine).await
+            }
+            Err(why) => self.say(protocol::failure(&format!("it cannot be used yet: {why}")), id).await,
+        }
     }
 
     /// What was to be given back is not held. It may be that it has been given back, and only the
