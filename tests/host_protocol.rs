@@ -220,7 +220,7 @@ fn the_list_has_what_cuckoo_reads_of_a_machine() {
         "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
         "disabled": false, "disabled_reason": "", "errors": [], "ready": null, "outdated": false,
-            "warnings": [],
+        "warnings": [],
     });
     assert_eq!(list["machines"][0], full);
     let plain = &list["machines"][1];
