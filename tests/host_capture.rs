@@ -169,6 +169,23 @@ fn from_each_start_to_each_end_what_the_machine_exchanges_is_in_the_file() {
 }
 
 #[test]
+fn capture_is_complete_when_tcpdump_has_another_file_name() {
+    let Some((wire, cwd)) = really_captured("") else { return };
+    let (real, renamed) = (capture::tcpdump().unwrap(), cwd.root().join("sniffer of ours"));
+    std::os::unix::fs::symlink(&real, &renamed).unwrap();
+    let path = |program: &Path| format!("path: {}", program.display());
+    cwd.change_cuckoo_yaml(&path(&real), &path(&renamed)).unwrap();
+    let host = host_on(&wire, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    talk(&wire, "renamed");
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_captured(&pcap(&cwd), &["renamed"]);
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+}
+
+#[test]
 fn a_host_that_ends_ends_its_captures_in_order() {
     let Some((wire, cwd)) = really_captured("") else { return };
     let mut host = host_on(&wire, &cwd);

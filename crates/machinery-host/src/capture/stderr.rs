@@ -9,6 +9,12 @@ use machinery::Error;
 /// Its way of saying that from now on no packet is missed.
 const LISTENING: &str = "listening on ";
 
+/// The parts of a line. tcpdump puts its own name in front of most lines: that of the file it was started
+/// from, which can be any.
+fn parts(line: &str) -> impl Iterator<Item = &str> {
+    line.split(": ")
+}
+
 /// How many packets there were.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
@@ -21,7 +27,7 @@ impl Counts {
     /// Read from the line that answers SIGUSR1.
     pub fn of(line: &str) -> Option<Self> {
         let number = |what: &str| {
-            let part = line.trim_start_matches("tcpdump: ").split(", ").find(|part| part.ends_with(what))?;
+            let part = parts(line).last()?.split(", ").find(|part| part.ends_with(what))?;
             part.split(' ').next()?.parse().ok()
         };
         Some(Counts {
@@ -49,7 +55,14 @@ pub fn is_listening(line: &str) -> bool {
 
 /// Whether the line is no error.
 pub fn is_harmless(line: &str) -> bool {
-    let starts = ["tcpdump: listening on ", "tcpdump: data link type ", "tcpdump: verbose output suppressed"];
+    let starts = [
+        LISTENING,
+        "data link type ",
+        "verbose output suppressed",
+        "dropped privs to ",
+        "WARNING",
+        "Warning",
+    ];
     let ends = [
         "packet captured",
         "packets captured",
@@ -61,9 +74,7 @@ pub fn is_harmless(line: &str) -> bool {
         "packets dropped by interface",
     ];
     line.trim().is_empty()
-        || line.starts_with("dropped privs to ")
-        || line.to_lowercase().starts_with("tcpdump: warning")
-        || starts.iter().any(|start| line.starts_with(start))
+        || parts(line).any(|part| starts.iter().any(|start| part.starts_with(start)))
         || ends.iter().any(|end| line.ends_with(end))
 }
 
@@ -133,6 +144,20 @@ mod tests {
             assert!(is_harmless(line), "{line}");
         }
         assert!(!is_harmless("tcpdump: lo: No such device exists"));
+    }
+
+    #[test]
+    fn lines_are_understood_when_the_program_has_another_name() {
+        for line in [
+            "netdump: listening on lo, link-type EN10MB (Ethernet), snapshot length 262144 bytes",
+            "tcpdump-4.99: WARNING: virbr0: no promiscuous mode",
+            "my tcpdump: 3 packets captured, 4 packets received by filter, 0 packets dropped by kernel",
+        ] {
+            assert!(is_harmless(line), "{line}");
+        }
+        let line = "netdump: 3 packets captured, 4 packets received by filter, 1 packet dropped by kernel";
+        assert_eq!(Counts::of(line).unwrap().lost(), Some((1, 4)));
+        assert!(!is_harmless("netdump: virbr0: No such device exists"));
     }
 
     #[test]
