@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use machinery::config::{ConfigFile, checked, null_as_default};
+use machinery::config::{ConfigFile, checked, empty_as_none, flag, null_as_default, port, words};
 use machinery::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
@@ -35,7 +35,7 @@ pub struct Config {
 
 /// How long each call into a plugin may take; in the file, in seconds. The defaults are Cuckoo3's for its
 /// four actions.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
     /// For [`Machinery::restore_start`](machinery::Machinery::restore_start).
@@ -107,7 +107,7 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Er
 /// The part of `cuckoo.yaml` that is read; all other keys are Cuckoo's.
 #[derive(Debug, Deserialize)]
 struct CuckooFile {
-    #[serde(default, deserialize_with = "null_as_default")]
+    #[serde(default, deserialize_with = "words")]
     machineries: Vec<String>,
     #[serde(default, deserialize_with = "null_as_default")]
     tcpdump: TcpdumpKeys,
@@ -119,14 +119,18 @@ struct CuckooFile {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct TcpdumpKeys {
+    #[serde(deserialize_with = "flag")]
     enabled: bool,
+    #[serde(deserialize_with = "empty_as_none")]
     path: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct ResultServerKeys {
+    #[serde(deserialize_with = "empty_as_none")]
     listen_ip: Option<String>,
+    #[serde(deserialize_with = "port")]
     listen_port: Option<u16>,
 }
 
@@ -239,7 +243,7 @@ fn capture_of(
         return None;
     }
     let result_server = &cuckoo.resultserver;
-    let ip = result_server.listen_ip.as_deref().filter(|ip| !ip.is_empty());
+    let ip = result_server.listen_ip.as_deref();
     // It becomes a part of tcpdump's filter.
     if let Some(ip) = ip.filter(|ip| !ip.chars().all(|c| c.is_ascii_alphanumeric() || ".:-".contains(c))) {
         let error = file.error(&["resultserver", "listen_ip"], format!("'{ip}' is not an address"));
@@ -311,6 +315,30 @@ mod tests {
             text.contains("cuckoo.yaml:3: resultserver.listen_ip: '1 or host 2' is not an address"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn cuckoo_yaml_is_read_as_cuckoo_reads_it() {
+        let read = |cuckoo: &str| {
+            let (_folder, cwd) = cwd(cuckoo, None);
+            Config::read(&cwd).unwrap()
+        };
+        let config = read(
+            "machineries: qemu\ntcpdump: {enabled: yes, path: ' /opt/tcpdump '}\n\
+             resultserver: {listen_ip: ' 10.0.0.1 ', listen_port: '2042'}\n",
+        );
+        assert_eq!(config.machineries, ["qemu"]);
+        let expected = capture::Settings {
+            tcpdump: "/opt/tcpdump".into(),
+            result_server: Some(("10.0.0.1".into(), 2042)),
+        };
+        assert_eq!(config.capture, Some(expected));
+        assert_eq!(read("machineries: [' qemu ', ~, kvm]\n").machineries, ["qemu", "kvm"]);
+        assert_eq!(read("machineries: [qemu]\ntcpdump: {enabled: 'off'}\n").capture, None);
+        let text = error("machineries: [qemu]\ntcpdump:\n  enabled: perhaps\n", None);
+        assert!(text.contains("cuckoo.yaml:3: tcpdump.enabled: 'perhaps' is not true or false"), "{text}");
+        let text = error("machineries: 7\n", None);
+        assert!(text.contains("cuckoo.yaml:1: machineries: invalid type: integer `7`"), "{text}");
     }
 
     #[test]

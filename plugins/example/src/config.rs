@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines, expect_interface};
+use machinery::config::{ConfigFile, Configured, Machines, expect_interface, text};
 use machinery::{Error, MachineInfo, Result, Setup};
 use serde::Deserialize;
 
@@ -14,6 +14,7 @@ use serde::Deserialize;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Where the traffic of machines can be captured that name no interface of their own.
+    #[serde(deserialize_with = "text")]
     interface: String,
     /// Where disposable disks go.
     #[serde(default)]
@@ -26,6 +27,7 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct OwnKeys {
     /// What the hypervisor calls it.
+    #[serde(deserialize_with = "text")]
     pub label: String,
     /// The number in the snapshot's memory.
     pub snapshot: u32,

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
+use machinery::config::{
+    ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, text,
+};
 use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
 
@@ -15,8 +17,9 @@ use crate::views::is_local;
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KvmFile {
-    #[serde(default = "local")]
+    #[serde(default = "local", deserialize_with = "text")]
     dsn: String,
+    #[serde(deserialize_with = "text")]
     interface: String,
     #[serde(default)]
     machines: Machines<OwnKeys>,
@@ -26,6 +29,7 @@ struct KvmFile {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OwnKeys {
+    #[serde(deserialize_with = "text")]
     label: String,
     #[serde(default, deserialize_with = "empty_as_none")]
     snapshot: Option<String>,
@@ -172,7 +176,7 @@ fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
             let key = ["machines", &machine.name, "interface"];
             problems.extend(expect_interface(file, &key, interface).err());
         }
-        if machine.own.label.trim().is_empty() {
+        if machine.own.label.is_empty() {
             let key = ["machines", &machine.name, "label"];
             problems.push(
                 file.error(&key, "the label is empty")

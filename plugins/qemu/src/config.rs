@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default};
+use machinery::config::{
+    ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, text,
+};
 use machinery::{Error, MachineInfo, Result, Setup, Standby, size};
 use machinery_images::Header;
 use rustix::fs::{Access, access};
@@ -18,6 +20,7 @@ use crate::version::Version;
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct QemuFile {
+    #[serde(deserialize_with = "text")]
     interface: String,
     #[serde(default, deserialize_with = "empty_as_none")]
     disposable_copy_dir: Option<String>,
@@ -30,7 +33,9 @@ struct QemuFile {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Binaries {
+    #[serde(deserialize_with = "text")]
     pub qemu_img: PathBuf,
+    #[serde(deserialize_with = "text")]
     pub qemu_system_x86_64: PathBuf,
 }
 
@@ -38,8 +43,11 @@ pub struct Binaries {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OwnKeys {
+    #[serde(deserialize_with = "text")]
     qcow2_path: String,
+    #[serde(deserialize_with = "text")]
     snapshot_path: String,
+    #[serde(deserialize_with = "text")]
     machineinfo_path: String,
 }
 

@@ -20,7 +20,7 @@ mod vmcloak;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines};
+use machinery::config::{ConfigFile, Configured, Machines, empty_as_none};
 use machinery::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
@@ -98,8 +98,11 @@ struct Known {
 
 #[derive(Deserialize)]
 struct Paths {
+    #[serde(default, deserialize_with = "empty_as_none")]
     qcow2_path: Option<String>,
+    #[serde(default, deserialize_with = "empty_as_none")]
     snapshot_path: Option<String>,
+    #[serde(default, deserialize_with = "empty_as_none")]
     machineinfo_path: Option<String>,
 }
 

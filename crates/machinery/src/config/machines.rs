@@ -30,13 +30,13 @@ pub struct MachineConfig {
     #[serde(default, deserialize_with = "values::empty_as_none")]
     pub interface: Option<String>,
     /// The TCP port of Cuckoo's agent in the guest; 8000 unless given.
-    #[serde(default = "agent_port", deserialize_with = "port")]
+    #[serde(default = "agent_port", deserialize_with = "agent_port_in")]
     pub agent_port: u16,
     /// Lowercase, `aa:bb:cc:dd:ee:ff`.
     #[serde(default, deserialize_with = "mac_address")]
     pub mac_address: Option<String>,
     /// What is installed in the guest.
-    #[serde(default, deserialize_with = "values::null_as_default")]
+    #[serde(default, deserialize_with = "values::words")]
     pub tags: Vec<String>,
 }
 
@@ -271,36 +271,29 @@ impl<'de> DeserializeSeed<'de> for SharedValue {
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         let text = |text: Option<String>| text.map_or(serde_yaml::Value::Null, Into::into);
         Ok(match self.0 {
-            "tags" => values::null_as_default::<D, Vec<String>>(deserializer)?.into(),
-            "agent_port" => port(deserializer)?.to_string().into(),
+            "tags" => values::words(deserializer)?.into(),
+            "agent_port" => agent_port_in(deserializer)?.into(),
             "mac_address" => text(mac_address(deserializer)?),
-            "interface" => text(values::empty_as_none(deserializer)?),
+            "interface" | "architecture" => text(values::empty_as_none(deserializer)?),
             _ => values::checked(deserializer, required)?.into(),
         })
     }
 }
 
 fn required(text: &str) -> Result<String, String> {
-    if values::is_empty(text) { Err("a value is needed here".to_owned()) } else { Ok(text.to_owned()) }
+    values::stripped(text).map(str::to_owned).ok_or_else(|| "a value is needed here".to_owned())
 }
 
-fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
-    values::checked(deserializer, |text| {
-        if values::is_empty(text) {
-            return Ok(agent_port());
-        }
-        let port = text.parse().ok().filter(|port| *port > 0);
-        port.ok_or_else(|| format!("{text} is not a TCP port: use 1 to 65535"))
-    })
+fn agent_port_in<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    Ok(values::port(deserializer)?.unwrap_or_else(agent_port))
 }
 
 fn mac_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     values::checked(deserializer, |text| {
+        let Some(text) = values::stripped(text) else { return Ok(None) };
         let pairs: Vec<&str> = text.split(':').collect();
         let hex = |pair: &&str| pair.len() == 2 && pair.bytes().all(|byte| byte.is_ascii_hexdigit());
-        if values::is_empty(text) {
-            Ok(None)
-        } else if pairs.len() == 6 && pairs.iter().all(hex) {
+        if pairs.len() == 6 && pairs.iter().all(hex) {
             Ok(Some(text.to_lowercase()))
         } else {
             Err(format!("'{text}' is not a MAC address: write it as aa:bb:cc:dd:ee:ff, in quotes"))
@@ -323,6 +316,7 @@ mod tests {
     #[derive(Debug, Deserialize, PartialEq)]
     #[serde(deny_unknown_fields)]
     struct Own {
+        #[serde(deserialize_with = "values::text")]
         label: String,
     }
 
@@ -403,6 +397,30 @@ machines:
             let text = fails(change, by);
             assert!(text.contains(expect), "{by:?}: {text}");
         }
+    }
+
+    #[test]
+    fn shared_keys_are_read_as_cuckoo_reads_them() {
+        let text = "\
+machines:
+  win10:
+    label: ' w10 '
+    ip: ' 10.0.0.1 '
+    platform: ' Windows '
+    os_version: ' 10 '
+    architecture: ' AMD64 '
+    mac_address: ' AA:BB:CC:DD:EE:FF '
+    interface: ' br0 '
+    agent_port: '8001'
+    tags: ' dotnet '
+";
+        let machines = file(text).parse::<Config>().unwrap().machines.0;
+        let Configured { shared, own, .. } = &machines[0];
+        assert_eq!((shared.ip.as_str(), shared.platform.as_str()), ("10.0.0.1", "windows"));
+        assert_eq!((shared.os_version.as_str(), shared.architecture.as_str()), ("10", "amd64"));
+        assert_eq!(shared.mac_address.as_deref(), Some("aa:bb:cc:dd:ee:ff"));
+        assert_eq!((shared.interface.as_deref(), shared.agent_port), (Some("br0"), 8001));
+        assert_eq!((shared.tags.as_slice(), own.label.as_str()), (["dotnet".to_owned()].as_slice(), "w10"));
     }
 
     #[test]
