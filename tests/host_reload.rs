@@ -30,7 +30,10 @@ fn reload(client: &mut Client) -> Value {
 
 /// What a reload that succeeds answers.
 fn taken(added: &[&str], changed: &[&str], removed: &[&str], later: &[&str]) -> Value {
-    json!({"success": true, "added": added, "changed": changed, "removed": removed, "later": later, "notes": []})
+    let machines = json!({"added": added, "changed": changed, "removed": removed, "later": later});
+    let mut taken = json!({"success": true, "settings": [], "notes": []});
+    taken.as_object_mut().unwrap().extend(machines.as_object().unwrap().clone());
+    taken
 }
 
 fn done() -> Value {
@@ -217,6 +220,38 @@ fn limits_change_at_once_and_what_takes_a_restart_is_told() {
     assert!(notes.contains("max_parallel_restores") && notes.contains("next start"), "{taken}");
     let failed = client.act("restore_start", "m").unwrap();
     assert!(failed["reason"].as_str().unwrap().contains("waited 0.1 s"), "{failed}");
+}
+
+#[test]
+fn reload_names_changed_settings_when_no_machine_has_changed() {
+    let (host, cwd) = served(&[("m", "")]);
+    let mut client = host.client().unwrap();
+    let mut subscriber = subscribed(&host);
+    let settings = |client: &mut Client| reload(client)["settings"].clone();
+    assert_eq!(settings(&mut client), json!([]));
+    cwd.change_cuckoo_yaml("enabled: false", "enabled: true").unwrap();
+    assert_eq!(settings(&mut client), json!(["tcpdump.enabled"]));
+    cwd.change_cuckoo_yaml("path: /usr/bin/tcpdump", "path: /opt/tcpdump").unwrap();
+    cwd.host_yaml("timeouts: {stop: 7}\n").unwrap();
+    let ran = host::run(&cwd, &["reload"]).unwrap();
+    assert!(ran.stdout.contains("tcpdump.path: the next actions use it"), "{ran:?}");
+    assert!(!ran.stdout.contains("nothing has changed"), "{ran:?}");
+    let heard: Vec<Value> = (0..3).map(|_| hear_reloaded(&mut subscriber)["settings"].clone()).collect();
+    assert_eq!(heard, [json!([]), json!(["tcpdump.enabled"]), json!(["timeouts", "tcpdump.path"])]);
+    cwd.host_yaml("timeouts: {stop: 7}\n").unwrap();
+    let ran = host::run(&cwd, &["reload"]).unwrap();
+    assert!(ran.stdout.contains("nothing has changed"), "{ran:?}");
+}
+
+#[test]
+fn manager_switch_is_logged_only_when_it_changes() {
+    let (host, _cwd) = served(&[("m", "")]);
+    let mut client = host.client().unwrap();
+    let mut switch = |action: &str| client.ask(json!({"action": action})).unwrap();
+    assert_eq!(switch("enable"), done());
+    assert!(!host.log().contains("manager was switched"), "{}", host.log());
+    assert_eq!(switch("disable"), done());
+    assert!(host.log().contains("manager was switched"), "{}", host.log());
 }
 
 #[test]

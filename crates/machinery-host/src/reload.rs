@@ -71,6 +71,8 @@ pub struct Taken {
     pub removed: Vec<String>,
     /// Machines in use: what is new for them holds when they are free.
     pub later: Vec<String>,
+    /// Keys of the host's own configuration whose new values hold from the next action on.
+    pub settings: Vec<String>,
     /// What takes a restart of the host.
     pub notes: Vec<String>,
 }
@@ -104,8 +106,8 @@ impl Reloader {
     pub async fn reload(&self, shared: &Shared) -> Result<Taken> {
         let taken = self.read_and_take(shared).await;
         match &taken {
-            Ok(Taken { added, changed, removed, later, notes }) => {
-                tracing::info!(?added, ?changed, ?removed, ?later, "configuration reloaded");
+            Ok(Taken { added, changed, removed, later, settings, notes }) => {
+                tracing::info!(?added, ?changed, ?removed, ?later, ?settings, "configuration reloaded");
                 notes.iter().for_each(|note| tracing::warn!("{note}"));
             }
             Err(error) => tracing::error!(%error, "configuration not reloaded: nothing has changed"),
@@ -122,9 +124,10 @@ impl Reloader {
         expect_same_machineries(&self.started, &config)?;
         let setups = setups(&self.cwd, &config, &shared.fleet.roll())?;
         let Applied { setups: old, lost, .. } = &mut *applied;
-        let mut taken = self.take_over(shared, lost, old, &setups).await?;
-        taken.notes = self.notes(&config, &shared.fleet.roll());
+        let notes = self.notes(&config, &shared.fleet.roll());
         let settings = Settings { timeouts: config.timeouts, capture: config.capture };
+        let own = Taken { settings: shared.workers.house().differing(&settings), notes, ..Taken::default() };
+        let taken = self.take_over(shared, lost, old, &setups, own).await?;
         shared.workers.house().set(settings);
         applied.setups = setups;
         Ok(taken)
@@ -137,7 +140,7 @@ impl Reloader {
             return;
         }
         let Applied { setups, lost, .. } = &mut *applied;
-        match self.take_over(shared, lost, setups, setups).await {
+        match self.take_over(shared, lost, setups, setups, Taken::default()).await {
             Ok(Taken { changed, removed, later, .. }) => {
                 tracing::info!(?changed, ?removed, ?later, "what was new for machines in use holds now");
             }
@@ -156,7 +159,15 @@ impl Reloader {
         drop(self.applied.lock().await);
     }
 
-    async fn take_over(&self, shared: &Shared, lost: &mut Lost, old: &Setups, new: &Setups) -> Result<Taken> {
+    /// `own` is what changes for the host itself, if the plugins accept the new configuration.
+    async fn take_over(
+        &self,
+        shared: &Shared,
+        lost: &mut Lost,
+        old: &Setups,
+        new: &Setups,
+        own: Taken,
+    ) -> Result<Taken> {
         let _nothing_is_given = self.giving.write().await;
         let roll = shared.fleet.roll();
         let resting = rest(shared, &roll).await;
@@ -177,7 +188,7 @@ impl Reloader {
             answers.into_iter().map(|answer| (answer.reloaded, answer.infos)).unzip();
         let next = next_roll(shared, &roll, infos).await;
         diagnose_all(&next, shared.workers.house().timeouts().reload).await;
-        let mut taken = Taken::default();
+        let mut taken = if failed.is_none() { own } else { Taken::default() };
         for (machinery, Reloaded { changed, later }) in roll.machineries().iter().zip(reloaded) {
             taken.changed.extend(machines_of(machinery, changed, &next));
             let later = machines_of(machinery, later, &next).into_iter();

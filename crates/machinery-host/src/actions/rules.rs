@@ -60,10 +60,30 @@ pub struct Settings {
     pub capture: Option<capture::Settings>,
 }
 
+impl Settings {
+    /// The configuration keys whose values differ in `new`.
+    fn differing(&self, new: &Settings) -> Vec<String> {
+        let (old_capture, new_capture) = (self.capture.as_ref(), new.capture.as_ref());
+        let both = old_capture.zip(new_capture);
+        let keys = [
+            ("timeouts", self.timeouts != new.timeouts),
+            ("tcpdump.enabled", old_capture.is_some() != new_capture.is_some()),
+            ("tcpdump.path", both.is_some_and(|(old, new)| old.tcpdump != new.tcpdump)),
+            ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
+        ];
+        keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key.to_owned()).collect()
+    }
+}
+
 impl House {
-    /// Has these settings hold from now on.
+    /// Applies these settings to all later actions.
     pub fn set(&self, settings: Settings) {
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    /// The configuration keys whose values differ in `settings`.
+    pub fn differing(&self, settings: &Settings) -> Vec<String> {
+        self.settings().differing(settings)
     }
 
     fn settings(&self) -> Settings {

@@ -246,5 +246,5 @@ impl Process {
 
 fn cannot_start(settings: &Settings, error: &io::Error) -> Error {
     let error = Error::environment(format!("cannot start {}: {error}", settings.tcpdump.display()));
-    error.advice(super::NO_TCPDUMP)
+    error.advice(format!("{}. Then run `cuckoo-machinery reload`", super::NO_TCPDUMP))
 }

@@ -226,7 +226,10 @@ pub fn reloaded(answer: &Value, json: bool) {
         answer[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>()
     };
     let kinds = [("added", ""), ("changed", ""), ("removed", ""), ("later", " (in use: when it is free)")];
-    let mut nothing = true;
+    for key in texts("settings") {
+        println!("changed   {key}: the next actions use it");
+    }
+    let mut nothing = texts("settings").is_empty();
     for (kind, when) in kinds {
         let machines = texts(kind);
         for machine in &machines {
@@ -235,7 +238,7 @@ pub fn reloaded(answer: &Value, json: bool) {
         nothing &= machines.is_empty();
     }
     if nothing {
-        println!("no machine is otherwise than before");
+        println!("nothing has changed");
     }
     for note in texts("notes") {
         println!("note      {note}");

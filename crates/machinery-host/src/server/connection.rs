@@ -236,8 +236,10 @@ impl Connection {
                 Err(error) => return self.not_held(id, error).await,
             },
             Request::SetEnabled(enabled) => {
-                self.shared.enabled.store(enabled, Ordering::SeqCst);
-                tracing::warn!(enabled, "the machinery manager was switched");
+                // Cuckoo3's node enables it at each start.
+                if self.shared.enabled.swap(enabled, Ordering::SeqCst) != enabled {
+                    tracing::warn!(enabled, "the machinery manager was switched");
+                }
                 json!({"success": true})
             }
         };
