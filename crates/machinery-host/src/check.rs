@@ -13,6 +13,7 @@ use serde_yaml::{Mapping, Value};
 
 use crate::capture;
 use crate::config::Config;
+use crate::cuckoo;
 use crate::cwd::Cwd;
 use crate::fleet::services::Services;
 use crate::loader::{self, Opened, Search};
@@ -25,7 +26,9 @@ pub fn check(cwd: &Cwd, search: &Search) -> Report {
     report.good(format!("the CWD is {}", cwd.root().display()));
     sockets(cwd, &mut report);
     kvm(Path::new("/dev/kvm"), &mut report);
-    if let Some(config) = report.keep(Config::read(cwd)) {
+    let config = report.keep(Config::read(cwd));
+    cuckoo::check(cwd, config.as_ref().map_or(&[], |config| &config.machineries), &mut report);
+    if let Some(config) = config {
         report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
         report.keep(Peers::new(config.socket_group.as_deref()));
         tcpdump(config.capture.as_ref(), &mut report);

@@ -21,6 +21,7 @@
 //! | [`reload`] | a new configuration while it serves |
 //! | [`client`] | the other end of the socket, for the command line |
 //! | [`patience`], [`exit`] | plugins that do not come back, and those that end the process |
+//! | [`cuckoo`] | where Cuckoo3 reads its own files differently |
 //! | [`check`], [`import`], [`new_plugin`], [`conformance`] | commands that need no running host |
 //! | [`cli`] | the command line |
 //! | [`logging`] | where log lines go |
@@ -32,6 +33,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod conformance;
+pub mod cuckoo;
 pub mod cwd;
 pub mod events;
 pub mod exit;

@@ -27,6 +27,7 @@ use machinery::{Capabilities, Deadline, Error, HostServices, MachineInfo, Result
 
 use crate::actions::rules::plugin_at_fault;
 use crate::config::{Config, Timeouts};
+use crate::cuckoo;
 use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::exit;
@@ -289,7 +290,11 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &Search, events: &Events) ->
         let services = Arc::new(Services::new(plugin.name(), Arc::clone(&fleet)));
         match load(&opened, cwd, config, services) {
             Ok(machinery) => loaded.push(machinery),
-            Err(error) => problems.push(error.action(format!("loading the machinery '{}'", plugin.name()))),
+            Err(error) => {
+                problems.push(error.action(format!("loading the machinery '{}'", plugin.name())));
+                let file = ConfigFile::read(&cwd.machinery_yaml(plugin.name())).ok();
+                problems.extend(file.and_then(|file| cuckoo::example_machine(plugin.name(), &file)));
+            }
         }
     }
     problems.extend(doubles(&loaded));
