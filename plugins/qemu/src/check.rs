@@ -8,6 +8,7 @@ use rustix::fs::{Access, access, statvfs};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
+use crate::images::PLACEHOLDER;
 use crate::snapshot::Snapshot;
 use crate::template::hindrance;
 
@@ -52,6 +53,7 @@ fn look_at(machine: &MachineFiles, config: &Config, report: &mut Report) {
     if let Some(info) = report.keep(disk_info(&config.binaries.qemu_img, &machine.disk)) {
         disk_options(name, &info, report);
     }
+    clean_runs(machine, report);
     how_restored(machine, config, report);
     if machine.start_args.wants_kvm() && access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_err() {
         let why = Error::environment("its start_args ask for KVM, and this user may not use /dev/kvm");
@@ -59,6 +61,25 @@ fn look_at(machine: &MachineFiles, config: &Config, report: &mut Report) {
             &why.machine(name)
                 .advice("Add the user to the group `kvm`, and enable virtualisation in the firmware"),
         );
+    }
+}
+
+/// Whether a run finds what the one before it has written.
+fn clean_runs(machine: &MachineFiles, report: &mut Report) {
+    let (name, opened) = (&machine.info.name, machine.start_args.opened());
+    report.keep(machine.expect_clean_runs());
+    if let Some(warning) = machine.shared_writes_warning() {
+        report.warning(format!("machine '{name}': {warning}"));
+    }
+    for image in &opened.images {
+        let path = image.source.path.display();
+        report.good(format!("machine '{name}': each run writes to an overlay of {path}"));
+    }
+    if !opened.has_placeholder {
+        report.warning(format!(
+            "machine '{name}': no image in its start_args is {PLACEHOLDER}, so its qcow2_path is not its disk. \
+             Use it where the disk is named, as in -drive file={PLACEHOLDER},format=qcow2"
+        ));
     }
 }
 

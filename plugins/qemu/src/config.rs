@@ -12,6 +12,7 @@ use rustix::fs::{Access, access};
 use serde::Deserialize;
 
 use crate::disk;
+use crate::images::Source;
 use crate::machineinfo::StartArgs;
 use crate::snapshot::Snapshot;
 use crate::version::Version;
@@ -83,6 +84,8 @@ enum Instant {
 struct MachineSection {
     instant: Option<Instant>,
     standby: Option<Standby>,
+    /// Whether a run may write to what the next run finds.
+    allow_shared_writes: bool,
 }
 
 /// What is to be done ahead of a machine's restores.
@@ -122,6 +125,55 @@ pub struct MachineFiles {
     pub start_args: StartArgs,
     pub keep_disk: bool,
     pub ahead: Ahead,
+    pub allow_shared_writes: bool,
+}
+
+impl MachineFiles {
+    /// The images that each run has an overlay of: the disk, and those in the arguments.
+    pub fn images(&self) -> Vec<Source> {
+        let disk = Source { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
+        let others = self.start_args.opened().images.iter().map(|image| image.source.clone());
+        std::iter::once(disk).chain(others).collect()
+    }
+
+    /// Where the overlays of a run go, in the same order.
+    pub fn overlays(&self) -> Vec<PathBuf> {
+        let count = self.start_args.opened().images.len() + 1;
+        (0..count).map(|n| disk::overlay_path(&self.disposable, n)).collect()
+    }
+
+    /// What a run would write to and the next run would find, as text; `None` if every run is clean.
+    pub fn shared_writes(&self) -> Option<String> {
+        let shared: Vec<String> = self.start_args.opened().shared.iter().map(ToString::to_string).collect();
+        (!shared.is_empty()).then(|| shared.join("; "))
+    }
+
+    /// The warning about a machine whose runs are not clean, which the operator allows.
+    pub fn shared_writes_warning(&self) -> Option<String> {
+        let shared = self.shared_writes().filter(|_| self.allow_shared_writes)?;
+        Some(format!(
+            "a run leaves its changes to the next one (allow_shared_writes). Its start_args have {shared}"
+        ))
+    }
+
+    /// Refuses a machine whose runs would not be clean, unless the operator allows it.
+    ///
+    /// # Errors
+    /// Something is shared, and that is not allowed.
+    pub fn expect_clean_runs(&self) -> Result<()> {
+        match self.shared_writes().filter(|_| !self.allow_shared_writes) {
+            None => Ok(()),
+            Some(shared) => Err(Error::configuration(format!(
+                "a run would leave its changes to the next one. Its start_args have {shared}"
+            ))
+            .machine(&self.info.name)
+            .advice(format!(
+                "Remove it, make it read-only (readonly=on), or use an image file, of which each run gets an overlay. \
+                 To accept it, set machineries.qemu.machines.{}.allow_shared_writes: true in machinery-host.yaml",
+                self.info.name
+            ))),
+        }
+    }
 }
 
 impl Config {
@@ -158,7 +210,7 @@ impl Config {
         let machine =
             |machine: &Configured<OwnKeys>| look.machine(machine, &qemu.interface, folder, &section);
         let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
-        look.disposables(&qemu.machines, &machines);
+        look.overlays(&qemu.machines, &machines);
         Some(Config {
             binaries: qemu.binaries,
             version: version?,
@@ -256,18 +308,25 @@ impl Look<'_> {
         }
     }
 
-    /// A disposable disk is replaced and deleted, so it must be nobody's file.
-    fn disposables(&mut self, configured: &Machines<OwnKeys>, machines: &[MachineFiles]) {
+    /// An overlay is replaced and deleted, so it must be nobody's file.
+    fn overlays(&mut self, configured: &Machines<OwnKeys>, machines: &[MachineFiles]) {
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let disposables: HashMap<PathBuf, &str> =
-            machines.iter().map(|machine| (real(&machine.disposable), machine.info.name.as_str())).collect();
-        for machine in configured.iter() {
-            for (key, path) in machine.own.paths() {
-                if let Some(other) = disposables.get(&real(Path::new(path))) {
-                    let reason = format!("{path} is where the disposable disk of machine '{other}' goes");
-                    let advice = "Name the file otherwise: a disposable disk is replaced at each start";
-                    self.problem(&["machines", &machine.name, key], reason, advice);
-                }
+        let overlays = machines.iter().flat_map(|machine| {
+            machine.overlays().into_iter().map(|overlay| (real(&overlay), machine.info.name.as_str()))
+        });
+        let overlays: HashMap<PathBuf, &str> = overlays.collect();
+        let configured = configured.iter().flat_map(|machine| {
+            machine.own.paths().map(|(key, path)| (machine.name.as_str(), key, PathBuf::from(path)))
+        });
+        let opened = machines.iter().flat_map(|machine| {
+            let opened = machine.start_args.opened().paths();
+            opened.map(|path| (machine.info.name.as_str(), "machineinfo_path", path.to_owned()))
+        });
+        for (machine, key, path) in configured.chain(opened) {
+            if let Some(other) = overlays.get(&real(&path)) {
+                let reason = format!("{} is where an overlay of machine '{other}' goes", path.display());
+                let advice = "Give the file another name: an overlay is replaced at each start";
+                self.problem(&["machines", machine, key], reason, advice);
             }
         }
     }
@@ -332,6 +391,7 @@ impl Look<'_> {
             start_args,
             keep_disk: section.keep_disposable_disks,
             ahead: section.ahead(name),
+            allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
         })
     }
 

@@ -1,71 +1,206 @@
-//! The disposable disk: the overlay that one run writes to.
+//! Overlays: the qcow2 files that one run writes to, one for each image that its machine's arguments open
+//! for writing. The first one, of the machine's disk, is the disposable disk.
 //!
-//! `qemu-img` takes as long to make one as QEMU takes to start, and all that it makes on top of one disk
-//! are the same. So it makes one, once, and every run gets a copy of that: of the few blocks in it that
-//! are not zero.
+//! `qemu-img` takes as long to make one as QEMU takes to start, and all overlays of one image are the same.
+//! So it makes one, once, and every run gets a copy of that: of the few blocks in it that are not zero.
 
-use std::fs::File;
+use std::collections::HashMap;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use machinery::{Deadline, Error, Result};
-
-use crate::process::Process;
 use machinery_images::FileId;
+
+use crate::images::Source;
+use crate::process::Process;
 
 /// Where a machine's disposable disk goes. Source: Cuckoo3's `machineries/modules/qemu.py`.
 pub fn path_for(folder: &Path, machine: &str) -> PathBuf {
     folder.join(format!("{machine}_disposable.qcow2"))
 }
 
-/// A disposable disk that exists. It is deleted with the value, unless the operator keeps them.
-#[derive(Debug)]
-pub struct DisposableDisk {
-    path: PathBuf,
-    /// Whether it stays when the value goes.
-    pub keep: bool,
+/// Where the overlay of a machine's n-th image goes, when that of its disk (the first one, 0) is at `first`:
+/// `m_disposable_2.qcow2` beside `m_disposable.qcow2`.
+pub fn overlay_path(first: &Path, n: usize) -> PathBuf {
+    if n == 0 {
+        return first.to_owned();
+    }
+    let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+    let mut name = format!("{}_{}", part(first.file_stem()), n + 1);
+    if first.extension().is_some() {
+        name = format!("{name}.{}", part(first.extension()));
+    }
+    first.with_file_name(name)
 }
 
-impl DisposableDisk {
-    /// Makes a fresh one on top of `disk`; one that is left from an earlier run is replaced.
+/// The overlays of one run, in the order of the machine's images. They are deleted with the value, unless the
+/// operator keeps them.
+#[derive(Debug)]
+pub struct Overlays(Vec<Overlay>);
+
+/// An overlay that exists. It is deleted with the value, unless it is kept.
+#[derive(Debug)]
+struct Overlay {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Overlays {
+    /// Whether they stay when the value goes.
+    pub fn set_keep(&mut self, keep: bool) {
+        self.0.iter_mut().for_each(|overlay| overlay.keep = keep);
+    }
+
+    /// Their paths, as QEMU's arguments hold them.
+    pub fn paths(&self) -> Vec<String> {
+        self.0.iter().map(|overlay| overlay.path.display().to_string()).collect()
+    }
+}
+
+impl Drop for Overlays {
+    /// Deletes the last one first: [`remove_overlays`] finds all that a host which died left of them.
+    fn drop(&mut self) {
+        while self.0.pop().is_some() {}
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if let Err(error) = remove(&self.path) {
+            tracing::warn!(%error, "an overlay stays behind");
+        }
+    }
+}
+
+/// Removes all overlays of a machine, of which the first one is at `first`.
+///
+/// # Errors
+/// One is there and stays.
+pub fn remove_overlays(first: &Path) -> Result<()> {
+    let there = (0..).map(|n| overlay_path(first, n)).take_while(|path| path.exists());
+    let there: Vec<PathBuf> = there.collect();
+    there.iter().rev().try_for_each(|path| remove(path))
+}
+
+/// The empty overlays of a machine's images, each made once.
+#[derive(Debug, Default)]
+pub struct Blanks(Mutex<HashMap<Source, Arc<Blank>>>);
+
+impl Blanks {
+    /// Makes an overlay of each image, the first one at `first`. What is left of an earlier run is replaced.
     ///
     /// # Errors
-    /// `qemu-img` cannot make it in time; its own words are in the error.
-    pub fn create(
+    /// An image is no file; `qemu-img` cannot make an overlay of it; an overlay cannot be written.
+    pub fn overlays(
+        &self,
         qemu_img: &Path,
         machine: &str,
-        disk: &Path,
+        images: &[Source],
+        first: &Path,
+        deadline: Deadline,
+    ) -> Result<Overlays> {
+        // Dropped on failure, so none stays.
+        let mut overlays = Overlays(Vec::new());
+        for (n, image) in images.iter().enumerate() {
+            let path = overlay_path(first, n);
+            let blank = self.blank(qemu_img, machine, image, &path, deadline)?;
+            overlays.0.push(blank.copy_to(&path)?);
+        }
+        Ok(overlays)
+    }
+
+    fn blank(
+        &self,
+        qemu_img: &Path,
+        machine: &str,
+        image: &Source,
         path: &Path,
         deadline: Deadline,
-    ) -> Result<DisposableDisk> {
-        remove(path)?;
-        // Dropped on failure, so half a file does not stay.
-        let new = DisposableDisk { path: path.to_owned(), keep: false };
-        let options =
-            ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-b"];
-        let files = [disk, path].map(|path| path.display().to_string());
-        let args = options.into_iter().map(str::to_owned).chain(files);
-        let end = Process::start(qemu_img, args, machine)?.end(deadline.remaining());
-        if end.was_clean() {
-            return Ok(new);
+    ) -> Result<Arc<Blank>> {
+        let of = file_id(&image.path)?;
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(blank) = known.get(image).filter(|blank| blank.of == of) {
+            return Ok(Arc::clone(blank));
         }
-        deadline.check("qemu-img to make the disposable disk")?;
-        let (program, path) = (qemu_img.display(), path.display());
-        Err(Error::failed(format!("{program} cannot make the disposable disk {path}: {}", end.words()))
-            .advice(
-                "Check the space and permissions of its folder, and that the machine's disk is a qcow2 file",
-            ))
+        let blank = Arc::new(Blank::make(qemu_img, machine, image, of, path, deadline)?);
+        known.insert(image.clone(), Arc::clone(&blank));
+        Ok(blank)
     }
+}
+
+/// The identity of an image, which has to be a file.
+fn file_id(path: &Path) -> Result<FileId> {
+    let failed = |error: io::Error| Error::io("look at the machine's image", path, &error);
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(Error::configuration(format!("the image {} is not a file", path.display())).advice(
+            "Use an image file in the machine's start_args: of anything else no overlay can be made",
+        ));
+    }
+    FileId::of(path).map_err(failed)
+}
+
+/// Has `qemu-img` make an overlay.
+fn create(
+    qemu_img: &Path,
+    machine: &str,
+    image: &Source,
+    path: &Path,
+    deadline: Deadline,
+) -> Result<Overlay> {
+    remove(path)?;
+    let format = image.format.clone().map_or_else(|| probed(&image.path), Ok)?;
+    // Dropped on failure, so half a file does not stay.
+    let new = Overlay { path: path.to_owned(), keep: false };
+    let options =
+        ["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-F", &format, "-b"];
+    let files = [&image.path, path].map(|path| path.display().to_string());
+    let args = options.into_iter().map(str::to_owned).chain(files);
+    let end = Process::start(qemu_img, args, machine)?.end(deadline.remaining());
+    if end.was_clean() {
+        return Ok(new);
+    }
+    deadline.check("qemu-img to make the overlay")?;
+    let (program, image) = (qemu_img.display(), image.path.display());
+    Err(Error::failed(format!("{program} cannot make an overlay of {image} at {}: {}", path.display(), end.words()))
+        .advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
+}
+
+/// What other formats than raw begin with, and where. Sources: the headers in QEMU's block/*.c.
+const MAGIC: [(u64, &[u8], &str); 8] = [
+    (0, machinery_images::MAGIC, "qcow2"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"QED\0", "qed"),
+    (0, b"WithouFreSpacExt", "parallels"),
+];
+
+/// The format of an image whose format the arguments do not tell, as QEMU would find it.
+fn probed(path: &Path) -> Result<String> {
+    let file = File::open(path).map_err(|error| Error::io("open the image", path, &error))?;
+    let has = |offset: u64, magic: &[u8]| {
+        let mut start = vec![0; magic.len()];
+        file.read_exact_at(&mut start, offset).is_ok() && start == magic
+    };
+    let known = MAGIC.iter().find(|(offset, magic, _)| has(*offset, magic));
+    Ok(known.map_or("raw", |(.., format)| format).to_owned())
 }
 
 /// Of the size of the smallest cluster a file system is likely to have.
 const BLOCK: usize = 4096;
 
-/// A disposable disk to which nothing was written yet, kept in memory.
+/// An overlay to which nothing was written yet, kept in memory.
 #[derive(Debug)]
 pub struct Blank {
-    /// The disk it is on top of.
+    /// The image it is on top of.
     of: FileId,
     length: u64,
     /// What is not zero, and where.
@@ -73,19 +208,17 @@ pub struct Blank {
 }
 
 impl Blank {
-    /// Has `qemu-img` make one at `path`, and takes it in; `of` is the disk.
-    ///
-    /// # Errors
-    /// As [`DisposableDisk::create`]; it cannot be read.
-    pub fn make(
+    /// Has `qemu-img` make one at `path`, and reads it; `of` is the image.
+    fn make(
         qemu_img: &Path,
         machine: &str,
-        (disk, of): (&Path, FileId),
+        image: &Source,
+        of: FileId,
         path: &Path,
         deadline: Deadline,
     ) -> Result<Blank> {
-        let made = DisposableDisk::create(qemu_img, machine, disk, path, deadline)?;
-        let content = std::fs::read(&made.path).map_err(|error| Error::io("read", path, &error))?;
+        let made = create(qemu_img, machine, image, path, deadline)?;
+        let content = fs::read(&made.path).map_err(|error| Error::io("read", path, &error))?;
         let used = |(number, block): (usize, &[u8])| {
             let at = (number * BLOCK) as u64;
             block.iter().any(|byte| *byte != 0).then(|| (at, block.to_vec()))
@@ -94,35 +227,16 @@ impl Blank {
         Ok(Blank { of, length: content.len() as u64, blocks })
     }
 
-    /// Whether it is on top of the disk as it is now.
-    pub fn is_of(&self, disk: &FileId) -> bool {
-        self.of == *disk
-    }
-
-    /// Makes a disposable disk at `path`; one that is left from an earlier run is replaced.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn copy_to(&self, path: &Path) -> Result<DisposableDisk> {
+    /// Makes an overlay at `path`; one that is left from an earlier run is replaced.
+    fn copy_to(&self, path: &Path) -> Result<Overlay> {
         remove(path)?;
-        let failed = |error: io::Error| Error::io("make the disposable disk", path, &error);
+        let failed = |error: io::Error| Error::io("make the overlay", path, &error);
         // Dropped on failure, so half a file does not stay.
-        let new = DisposableDisk { path: path.to_owned(), keep: false };
+        let new = Overlay { path: path.to_owned(), keep: false };
         let file = File::options().write(true).create_new(true).open(path).map_err(failed)?;
         file.set_len(self.length).map_err(failed)?;
         self.blocks.iter().try_for_each(|(at, block)| file.write_all_at(block, *at)).map_err(failed)?;
         Ok(new)
-    }
-}
-
-impl Drop for DisposableDisk {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        if let Err(error) = remove(&self.path) {
-            tracing::warn!(%error, "a disposable disk stays behind");
-        }
     }
 }
 
@@ -153,37 +267,80 @@ mod tests {
         path
     }
 
-    #[test]
-    fn every_copy_of_a_blank_is_the_same_and_sparse() {
-        let folder = tempfile::tempdir().unwrap();
-        let (disk, path) = (folder.path().join("disk"), folder.path().join("overlay"));
-        std::fs::write(&disk, "a disk").unwrap();
-        let of = FileId::of(&disk).unwrap();
-        let soon = Deadline::after(Duration::from_secs(10));
-        let blank = Blank::make(&image_maker(folder.path()), "m", (&disk, of.clone()), &path, soon).unwrap();
-        assert!(!path.exists());
-        for _ in 0..2 {
-            let copy = blank.copy_to(&path).unwrap();
-            let content = std::fs::read(&path).unwrap();
-            assert_eq!(
-                (content.len(), &content[..3], &content[3_000_000..]),
-                (3_000_003, &b"QFI"[..], &b"end"[..])
-            );
-            assert!(content[3..3_000_000].iter().all(|byte| *byte == 0));
-            assert!(std::fs::metadata(&path).unwrap().blocks() * 512 < 100_000);
-            std::fs::write(&path, "written to").unwrap();
-            drop(copy);
-            assert!(!path.exists());
-        }
-        assert!(blank.is_of(&of));
-        std::fs::write(&disk, "another").unwrap();
-        assert!(!blank.is_of(&FileId::of(&disk).unwrap()));
+    fn source(path: &Path) -> Source {
+        Source { path: path.to_owned(), format: None }
     }
 
     #[test]
-    fn a_copy_that_cannot_be_written_leaves_nothing() {
+    fn overlays_are_the_same_and_sparse_each_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, first) = (folder.path().join("disk"), folder.path().join("overlay.x"));
+        fs::write(&disk, "a disk").unwrap();
+        let soon = Deadline::after(Duration::from_secs(10));
+        let (qemu_img, blanks) = (image_maker(folder.path()), Blanks::default());
+        let images = [source(&disk), Source { format: Some("raw".into()), ..source(&disk) }];
+        let make = || blanks.overlays(&qemu_img, "m", &images, &first, soon).unwrap();
+        for _ in 0..2 {
+            let overlays = make();
+            for path in overlays.paths() {
+                let content = fs::read(&path).unwrap();
+                assert_eq!(
+                    (content.len(), &content[..3], &content[3_000_000..]),
+                    (3_000_003, &b"QFI"[..], &b"end"[..])
+                );
+                assert!(content[3..3_000_000].iter().all(|byte| *byte == 0));
+                assert!(fs::metadata(&path).unwrap().blocks() * 512 < 100_000);
+                fs::write(&path, "written to").unwrap();
+            }
+            assert!(first.exists() && folder.path().join("overlay_2.x").exists());
+            drop(overlays);
+            assert!(!first.exists() && !folder.path().join("overlay_2.x").exists());
+        }
+        // One that was made is made no more, as long as the image is the same.
+        fs::write(&qemu_img, "#!/bin/sh\nexit 1\n").unwrap();
+        drop(make());
+        fs::write(&disk, "another").unwrap();
+        assert!(blanks.overlays(&qemu_img, "m", &images, &first, soon).is_err());
+    }
+
+    #[test]
+    fn overlays_are_removed_to_the_last_when_they_are_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = folder.path().join("m_disposable.qcow2");
+        for n in 0..3 {
+            fs::write(overlay_path(&first, n), "left").unwrap();
+        }
+        assert!(folder.path().join("m_disposable_3.qcow2").exists());
+        fs::write(folder.path().join("m_disposable_5.qcow2"), "the operator's").unwrap();
+        remove_overlays(&first).unwrap();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 1);
+        assert_eq!(overlay_path(Path::new("/t/disk"), 1), Path::new("/t/disk_2"));
+    }
+
+    #[test]
+    fn overlay_fails_and_leaves_nothing_when_it_cannot_be_written() {
         let blank = Blank { of: FileId::of(Path::new("/")).unwrap(), length: 1, blocks: Vec::new() };
         let text = blank.copy_to(Path::new("/none/overlay")).unwrap_err().to_string();
         assert!(text.contains("/none/overlay"), "{text}");
+    }
+
+    #[test]
+    fn overlay_is_refused_when_the_image_is_no_file() {
+        for (path, what) in [("/none/image", "/none/image"), ("/dev", "is not a file")] {
+            let text = file_id(Path::new(path)).unwrap_err().to_string();
+            assert!(text.contains(what), "{text}");
+        }
+    }
+
+    #[test]
+    fn format_is_known_by_its_magic_when_none_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        for format in ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"] {
+            let mut make = std::process::Command::new("qemu-img");
+            make.args(["create", "-q", "-f", format]).arg(&path);
+            assert!(make.arg("8M").status().unwrap().success(), "{format}");
+            assert_eq!(probed(&path).unwrap(), format);
+        }
     }
 }

@@ -12,7 +12,8 @@ use std::time::Duration;
 use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
 use rustix::net::SocketFlags;
 
-use crate::disk::{self, DisposableDisk};
+use crate::disk::{self, Overlays};
+use crate::options::escaped;
 use crate::process::{End, Handle, Process};
 use crate::steps::Steps;
 use crate::version::Version;
@@ -25,9 +26,9 @@ pub struct Start<'a> {
     pub machine: &'a str,
     pub program: &'a Path,
     pub version: Version,
-    /// The machine's own arguments, with the disposable disk in its place.
+    /// The machine's own arguments, with the overlays in the place of its images.
     pub args: Vec<String>,
-    pub disk: DisposableDisk,
+    pub overlays: Overlays,
     pub socket: &'a Path,
     /// The guest's RAM, if it is a file of ours.
     pub memory: Option<Memory>,
@@ -66,11 +67,6 @@ impl Memory {
         let object = format!("memory-backend-file,id={block},mem-path={file},size={size},{sharing}");
         vec!["-object".to_owned(), object, "-machine".to_owned(), format!("memory-backend={block}")]
     }
-}
-
-/// A comma would end the value; QEMU reads two as one.
-fn escaped(value: &str) -> String {
-    value.replace(',', ",,")
 }
 
 /// Starts QEMU and waits until it has connected its monitor.

@@ -1,9 +1,8 @@
-//! What a host that died left behind: QEMU processes, disposable disks, sockets.
+//! What a host that died left behind: QEMU processes, overlays, sockets.
 //!
 //! A QEMU of ours has its machine's monitor socket on its command line, and the host that loads this
 //! plugin is the only one of its CWD; so a process with that socket is a run that nobody watches any
-//! more. A process that merely uses the same disposable disk is somebody else's, who is told and not
-//! touched.
+//! more. A process that merely uses the same overlay is somebody else's, which is reported and not touched.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -17,24 +16,29 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::disk;
 
-/// Ends runs of the machine that nobody watches, and removes their disk and socket.
+/// Ends runs of the machine that nobody watches, and removes their overlays (the first one is `overlays[0]`)
+/// and their socket.
 ///
 /// # Errors
-/// Somebody else uses the disk, a process does not end, a file stays.
-pub fn clear(disposable: &Path, socket: &Path, program: &Path, keep_disk: bool) -> Result<()> {
+/// Somebody else uses an overlay, a process does not end, a file stays.
+pub fn clear(overlays: &[PathBuf], socket: &Path, program: &Path, keep_overlays: bool) -> Result<()> {
     for process in processes() {
         if process.listens_on(socket) {
-            process.end(disposable)?;
-        } else if process.runs(program) && process.uses(disposable) {
-            let reason =
-                format!("process {} uses the disposable disk {}", process.number(), disposable.display());
+            process.end(socket)?;
+        } else if process.runs(program)
+            && let Some(overlay) = overlays.iter().find(|overlay| process.uses(overlay))
+        {
+            let reason = format!("process {} uses the overlay {}", process.number(), overlay.display());
             return Err(Error::environment(format!("{reason}, and is not of this CWD")).advice(
                 "If it is left from another manager, end it; if another CWD has this machine too, give each its own files",
             ));
         }
     }
     disk::remove(socket)?;
-    if keep_disk { Ok(()) } else { disk::remove(disposable) }
+    match overlays.first() {
+        Some(first) if !keep_overlays => disk::remove_overlays(first),
+        _ => Ok(()),
+    }
 }
 
 /// A process, held so that its number cannot become another's.
@@ -93,8 +97,8 @@ impl Found {
         })
     }
 
-    fn end(&self, disk: &Path) -> Result<()> {
-        tracing::warn!(pid = self.number(), disk = %disk.display(), "a QEMU of a host that died is ended");
+    fn end(&self, socket: &Path) -> Result<()> {
+        tracing::warn!(pid = self.number(), socket = %socket.display(), "a QEMU of a host that died is ended");
         let killed = pidfd_send_signal(&self.handle, Signal::KILL);
         let mut source = [PollFd::new(&self.handle, PollFlags::IN)];
         let limit = Timespec { tv_sec: 10, tv_nsec: 0 };

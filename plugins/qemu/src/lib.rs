@@ -10,6 +10,7 @@
 //! | room | what it holds |
 //! | --- | --- |
 //! | `config`, `machineinfo` | the configuration and what is wrong with it |
+//! | `images`, `options` | what the arguments open, and an option's value |
 //! | `machine` | one machine, and its run if it has one; in `prepare`, what is done ahead of its restores |
 //! | `template` | a snapshot in the form that makes a restore instant |
 //! | `run`, `standby` | one run, from the process to its end; one that waits to be let go |
@@ -25,10 +26,12 @@
 mod check;
 mod config;
 mod disk;
+mod images;
 mod launch;
 mod leftovers;
 mod machine;
 mod machineinfo;
+mod options;
 mod process;
 mod progress;
 mod qmp;
@@ -46,8 +49,8 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use machinery::{
-    Budget, Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Reloaded, Report,
-    Result, Roster, Setup, State,
+    Budget, Capabilities, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Machinery, Reloaded,
+    Report, Result, Roster, Setup, State,
 };
 
 use config::Config;
@@ -143,6 +146,11 @@ impl Machinery for Qemu {
 
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         self.apply(setup, in_use, deadline)
+    }
+
+    fn diagnose(&self, machines: &[String], _: Deadline) -> Result<Vec<Diagnosis>> {
+        let found = machines.iter().filter_map(|name| self.machines.find(name).ok());
+        Ok(found.filter_map(|machine| machine.diagnosis()).collect())
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {

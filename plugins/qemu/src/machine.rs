@@ -20,12 +20,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Member, Ready, Result, State};
+use machinery::{
+    Budget, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Member, Ready, Result, State,
+};
 use qapi::qmp;
 
 use self::prepare::Unbuildable;
 use crate::config::MachineFiles;
-use crate::disk::{Blank, DisposableDisk};
+use crate::disk::Blanks;
 use crate::launch::{Memory, Start};
 use crate::leftovers;
 use crate::run::{Load, NotStarted, Purpose, Run};
@@ -36,7 +38,6 @@ use crate::steps::Steps;
 use crate::template::{Identity, Templates};
 use crate::version::Program;
 use crate::views;
-use machinery_images::FileId;
 
 /// How long a faster way may take before it is taken for broken: many times what it takes, and little of
 /// the time there is.
@@ -88,8 +89,8 @@ pub struct Machine {
     now: Mutex<Now>,
     /// Wakes those who wait for a preparation to end.
     changed: Condvar,
-    /// What disposable disks are copied from, once there was one.
-    blank: Mutex<Option<Arc<Blank>>>,
+    /// What overlays are copied from.
+    blanks: Blanks,
     /// How ready it is when nothing stands by, as far as is known.
     without_standby: Mutex<Ready>,
     /// What a template could not be built from.
@@ -151,7 +152,7 @@ impl Machine {
             shared,
             now: Mutex::new(Now::Off),
             changed: Condvar::new(),
-            blank: Mutex::new(None),
+            blanks: Blanks::default(),
             without_standby: Mutex::default(),
             unbuildable: Mutex::new(None),
         }
@@ -172,8 +173,16 @@ impl Machine {
     /// A file stays.
     pub fn clear_leftovers(&self) -> Result<()> {
         let program = self.shared.program.path();
-        let cleared = leftovers::clear(&self.files.disposable, &self.socket, program, self.files.keep_disk);
+        let cleared = leftovers::clear(&self.files.overlays(), &self.socket, program, self.files.keep_disk);
         cleared.map_err(|error| error.machine(self.name()))
+    }
+
+    /// What keeps the machine from being used, and what its operator should know; none if there is nothing.
+    pub fn diagnosis(&self) -> Option<Diagnosis> {
+        let mut diagnosis = Diagnosis::new(self.name());
+        diagnosis.keep(self.files.expect_clean_runs());
+        self.files.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
+        diagnosis.says_anything().then_some(diagnosis)
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
@@ -311,25 +320,28 @@ impl Machine {
         let_run(run, &mut steps, deadline)
     }
 
-    /// A run that was loaded, and is paused.
+    /// A run that was loaded, and is paused. Its first overlay is at `first`.
     fn paused(
         &self,
-        disposable: &Path,
+        first: &Path,
         memory: Option<Memory>,
         load: Load,
         purpose: Purpose,
         steps: &mut Steps<'_>,
         deadline: Deadline,
     ) -> Result<Arc<Run>, NotStarted> {
-        let mut disk = self.disposable(disposable, deadline)?;
-        disk.keep = self.files.keep_disk;
+        self.files.expect_clean_runs()?;
+        let (images, limit) = (self.files.images(), deadline.within(COMING_UP));
+        let (img, name) = (&self.shared.qemu_img, self.name());
+        let mut overlays = self.blanks.overlays(img, name, &images, first, limit)?;
+        overlays.set_keep(self.files.keep_disk);
         steps.done("overlay");
         let start = Start {
             machine: &self.files.info.name,
             program: self.shared.program.path(),
             version: self.shared.program.version(),
-            args: self.files.start_args.with_disk(&disposable.to_string_lossy()).collect(),
-            disk,
+            args: self.files.start_args.with_overlays(&overlays.paths()),
+            overlays,
             socket: &self.socket,
             memory,
             incoming: !matches!(load, Load::Nothing),
@@ -343,22 +355,6 @@ impl Machine {
 
     fn steps(&self) -> Steps<'_> {
         Steps::new(&self.shared.host, &self.files.info.name)
-    }
-
-    fn disposable(&self, path: &Path, deadline: Deadline) -> Result<DisposableDisk> {
-        let disk = &self.files.disk;
-        let id = FileId::of(disk).map_err(|error| Error::io("look at the machine's disk,", disk, &error))?;
-        let mut known = self.blank.lock().unwrap_or_else(PoisonError::into_inner);
-        let blank = match known.as_ref().filter(|blank| blank.is_of(&id)) {
-            Some(blank) => Arc::clone(blank),
-            None => {
-                let (img, name) = (&self.shared.qemu_img, &self.files.info.name);
-                let new = Blank::make(img, name, (disk, id), path, deadline.within(COMING_UP))?;
-                Arc::clone(known.insert(Arc::new(new)))
-            }
-        };
-        drop(known);
-        blank.copy_to(path)
     }
 
     /// Pulls the plug; of a machine that is off, lets go of what was prepared.

@@ -9,8 +9,53 @@ use std::path::Path;
 use machinery::{Error, Result};
 use serde_json::Value;
 
-/// Where the disposable disk's path goes. Source: Cuckoo3's `machineries/modules/qemu.py`.
-const PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
+use crate::images::{Opened, PLACEHOLDER};
+
+/// Options without a value. Source: those without `HAS_ARG` in QEMU's qemu-options.hx, 2.11 to 10.0.
+const FLAGS: [&str; 42] = [
+    "h",
+    "help",
+    "version",
+    "S",
+    "s",
+    "enable-kvm",
+    "no-kvm",
+    "no-kvm-irqchip",
+    "no-kvm-pit",
+    "no-fd-bootchk",
+    "no-acpi",
+    "no-hpet",
+    "no-quit",
+    "no-frame",
+    "no-reboot",
+    "no-shutdown",
+    "no-user-config",
+    "nodefconfig",
+    "nodefaults",
+    "nographic",
+    "curses",
+    "sdl",
+    "portrait",
+    "full-screen",
+    "alt-grab",
+    "ctrl-grab",
+    "snapshot",
+    "usb",
+    "win2k-hack",
+    "rtc-td-hack",
+    "localtime",
+    "daemonize",
+    "singlestep",
+    "one-insn-per-tb",
+    "preconfig",
+    "mem-prealloc",
+    "only-migratable",
+    "enable-fips",
+    "enable-hax",
+    "enable-sync-profile",
+    "semihosting",
+    "tdf",
+];
 
 /// Options that cannot stand in `start_args`, and why. Cuckoo3's list, and `-daemonize`.
 const REFUSED: [(&str, &str); 8] = [
@@ -26,7 +71,10 @@ const REFUSED: [(&str, &str); 8] = [
 
 /// A machine's arguments, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StartArgs(Vec<String>);
+pub struct StartArgs {
+    args: Vec<String>,
+    opened: Opened,
+}
 
 impl StartArgs {
     /// Reads and checks the file.
@@ -54,36 +102,45 @@ impl StartArgs {
         })?;
         let args = args.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
         check(&args)?;
-        Ok(StartArgs(args))
+        Ok(StartArgs { opened: Opened::by(&args), args })
     }
 
-    /// The arguments, with the disposable disk in its place.
-    pub fn with_disk<'a>(&'a self, disk: &'a str) -> impl Iterator<Item = String> + 'a {
-        self.0.iter().map(move |arg| arg.replace(PLACEHOLDER, disk))
+    /// The arguments with overlays in the place of the images: of the disk the first one, then in the order
+    /// of [`Opened::images`].
+    pub fn with_overlays(&self, overlays: &[String]) -> Vec<String> {
+        let mut args = self.args.clone();
+        let overlay = |index: usize| overlays.get(index).cloned().unwrap_or_default();
+        self.opened.with_overlays(&mut args, |image| overlay(image + 1));
+        args.into_iter().map(|arg| arg.replace(PLACEHOLDER, &overlay(0))).collect()
+    }
+
+    /// What they open, but for the disk's overlay.
+    pub fn opened(&self) -> &Opened {
+        &self.opened
     }
 
     /// The arguments as they are written, with the placeholder.
     pub fn as_written(&self) -> &[String] {
-        &self.0
+        &self.args
     }
 
-    /// The options among them by their names, each with the argument that follows it.
+    /// The options among them by their names, each with its value, or with the argument that follows it.
     pub fn options(&self) -> impl Iterator<Item = (&str, &str)> {
-        let value = |index: usize| self.0.get(index + 1).map_or("", String::as_str);
-        self.0.iter().enumerate().filter_map(move |(index, arg)| Some((option(arg)?, value(index))))
+        walk(&self.args).map(|(_, name, value)| (name, value))
     }
 
     /// Unchecked ones, for tests.
     #[cfg(test)]
     pub fn from_args(args: impl IntoIterator<Item = String>) -> StartArgs {
-        StartArgs(args.into_iter().collect())
+        let args: Vec<String> = args.into_iter().collect();
+        StartArgs { opened: Opened::by(&args), args }
     }
 
     /// Whether the guest is to run under KVM.
     pub fn wants_kvm(&self) -> bool {
         let accelerates = |arg: &String| arg.split([',', '=']).any(|part| part == "kvm");
-        self.0.iter().any(|arg| option(arg) == Some("enable-kvm"))
-            || self.0.windows(2).any(|pair| {
+        self.args.iter().any(|arg| option(arg) == Some("enable-kvm"))
+            || self.args.windows(2).any(|pair| {
                 matches!(option(&pair[0]), Some("accel" | "machine" | "M")) && accelerates(&pair[1])
             })
     }
@@ -153,6 +210,21 @@ fn check(args: &[String]) -> Result<(), (String, String)> {
         ));
     }
     Ok(())
+}
+
+/// The options among the arguments: the index of the argument that follows, the option's name, and that
+/// argument. One that belongs to no option is a disk, as with `-hda`.
+pub fn walk(args: &[String]) -> impl Iterator<Item = (usize, &str, &str)> {
+    let mut is_value = false;
+    args.iter().enumerate().filter_map(move |(index, arg)| {
+        let Some(name) = option(arg) else {
+            let found = (!is_value).then_some((index, "hda", arg.as_str()));
+            is_value = false;
+            return found;
+        };
+        is_value = !FLAGS.contains(&name);
+        Some((index + 1, name, args.get(index + 1).map_or("", String::as_str)))
+    })
 }
 
 /// The name of an option, without its one or two dashes and its `=value`; none if it is no option.
@@ -274,7 +346,7 @@ mod tests {
     #[test]
     fn the_disk_goes_into_its_place() {
         let args = of(json!(["-m", 512, "-drive", format!("file={PLACEHOLDER},format=qcow2")])).unwrap();
-        let args: Vec<String> = args.with_disk("/d/x.qcow2").collect();
+        let args = args.with_overlays(&["/d/x.qcow2".to_owned()]);
         assert_eq!(args, ["-m", "512", "-drive", "file=/d/x.qcow2,format=qcow2"]);
     }
 

@@ -4,7 +4,7 @@
 //!  begin ─▶ process up, monitor connected ─▶ (load) ─▶ paused ─▶ cont ─▶ running
 //!                                                        │               │ stop, power button,
 //!                                        stands by until ▼               ▼ guest, accident
-//!  gone  ◀─ reported, then told to all who wait ◀─ disk and socket removed ◀─ process ended
+//!  gone  ◀─ reported, then told to all who wait ◀─ overlays, socket removed ◀─ process ended
 //! ```
 //!
 //! A run that only stands by is nobody's news: to the outside the machine is off. That it has ended by
@@ -24,7 +24,7 @@ use machinery::{Deadline, Error, ErrorKind, Host, Ready, Result, State};
 use qapi::qmp::{self, MigrationCapability};
 use serde_json::Value;
 
-use crate::disk::{self, DisposableDisk};
+use crate::disk::{self, Overlays};
 use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
 use crate::progress;
@@ -134,7 +134,7 @@ impl Run {
         let handle = Arc::clone(&run.process);
         std::thread::Builder::new()
             .name("qemu-watcher".to_owned())
-            .spawn(move || watched.until_the_end(process, start.disk, &socket))
+            .spawn(move || watched.until_the_end(process, start.overlays, &socket))
             .map_err(|error| {
                 handle.kill();
                 Error::environment(format!("cannot start a thread to watch QEMU: {error}"))
@@ -143,11 +143,13 @@ impl Run {
     }
 
     /// The watcher's work.
-    fn until_the_end(&self, process: Process, mut disk: DisposableDisk, socket: &Path) {
+    fn until_the_end(&self, process: Process, mut overlays: Overlays, socket: &Path) {
         self.qmp.read(|event| self.report(event));
         let end = process.end(AFTER_MONITOR);
-        disk.keep &= matches!(*self.purpose(), Purpose::Run);
-        drop(disk);
+        if !matches!(*self.purpose(), Purpose::Run) {
+            overlays.set_keep(false);
+        }
+        drop(overlays);
         if let Err(error) = disk::remove(socket) {
             tracing::warn!(machine = self.machine, %error, "the monitor's socket stays behind");
         }

@@ -107,6 +107,14 @@ impl Lab {
         self.folder(name).dir.join(format!("{name}_disposable.qcow2"))
     }
 
+    /// Where the overlay of a machine's n-th image is while it runs; the disk is the first one.
+    pub fn overlay(&self, name: &str, n: usize) -> PathBuf {
+        match n {
+            1 => self.disposable(name),
+            n => self.folder(name).dir.join(format!("{name}_disposable_{n}.qcow2")),
+        }
+    }
+
     /// Its wire.
     ///
     /// # Panics

@@ -69,11 +69,17 @@ pub fn collect_remains(folder: &Path, left: &mut Vec<String>) -> Result<()> {
         if is_folder {
             collect_remains(&entry.path(), left)?;
         }
-        let is_disk = name.ends_with("_disposable.qcow2");
+        let is_disk = is_overlay(&name);
         let is_socket = name.starts_with("qemu_") && name.ends_with(".sock");
         if name.starts_with(".unfinished-") || !is_folder && (is_disk || is_socket) {
             left.push(entry.path().display().to_string());
         }
     }
     Ok(())
+}
+
+/// `m_disposable.qcow2`, or `m_disposable_2.qcow2` of another image.
+fn is_overlay(name: &str) -> bool {
+    let number = name.strip_suffix(".qcow2").and_then(|name| name.rsplit_once("_disposable"));
+    number.is_some_and(|(_, number)| number.chars().all(|c| c == '_' || c.is_ascii_digit()))
 }

@@ -30,8 +30,8 @@ use machinery_images::FileId;
 
 /// What building needs from the machine it is for.
 pub trait Build {
-    /// Starts a QEMU of the machine that stays paused, with that memory if any, and its disposable disk
-    /// at `disk`: a run's is not touched, which the operator may want to keep.
+    /// Starts a QEMU of the machine that stays paused, with that memory if any, and its first overlay at
+    /// `disk`: a run's are not touched, which the operator may want to keep.
     ///
     /// # Errors
     /// It does not start, or is not wanted any more.

@@ -1,11 +1,16 @@
 //! What a template, or a machine that stands by, was made from.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use machinery::{Error, Result};
+use machinery_images::{Chain, FileId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineFiles;
+use crate::images::Source;
 use crate::version::Program;
-use machinery_images::FileId;
 
 /// Everything that a restored guest depends on. If any of it has changed, what was made from it is stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,13 +20,16 @@ pub struct Identity {
     program: FileId,
     version: String,
     args: Vec<String>,
+    /// What the disk is based on, and all that the arguments name, with what that is based on; nothing where
+    /// there is no such file.
+    files: BTreeMap<PathBuf, Option<FileId>>,
 }
 
 impl Identity {
-    /// The machine's, as its files are now.
+    /// The machine's, as its files are now. Reads headers of images, and starts no process.
     ///
     /// # Errors
-    /// One of them cannot be looked at.
+    /// The snapshot or an image cannot be looked at, or a file of an image's backing chain.
     pub fn of(files: &MachineFiles, program: &Program) -> Result<Identity> {
         let id = |what: &str, path| {
             FileId::of(path)
@@ -34,6 +42,7 @@ impl Identity {
             program,
             version: version.to_string(),
             args: files.start_args.as_written().to_vec(),
+            files: opened(files)?,
         })
     }
 
@@ -51,9 +60,15 @@ impl Identity {
         } else if now.args != then.args {
             "the machine's start_args were changed".to_owned()
         } else {
-            return None;
+            return self.file_changed_since(then).map(|path| format!("{} was changed", path.display()));
         };
         Some(change)
+    }
+
+    fn file_changed_since<'a>(&'a self, then: &'a Identity) -> Option<&'a Path> {
+        let changed = self.files.iter().find(|(path, file)| then.files.get(*path) != Some(file));
+        let gone = || then.files.keys().find(|path| !self.files.contains_key(*path));
+        changed.map(|(path, _)| path).or_else(gone).map(PathBuf::as_path)
     }
 
     /// The size of the snapshot's file, in bytes.
@@ -62,11 +77,33 @@ impl Identity {
     }
 }
 
+/// All files that the machine's images and arguments name, down to the last base of each.
+fn opened(machine: &MachineFiles) -> Result<BTreeMap<PathBuf, Option<FileId>>> {
+    let mut files = BTreeMap::new();
+    for image in machine.images() {
+        let chain = chain(&image)?;
+        files.extend(chain.into_iter().map(|path| (path.clone(), id(&path))));
+    }
+    for source in &machine.start_args.opened().sources {
+        // What QEMU cannot open it says itself.
+        let chain = chain(source).unwrap_or_else(|_| vec![source.path.clone()]);
+        files.extend(chain.into_iter().map(|path| (path.clone(), id(&path))));
+    }
+    Ok(files)
+}
+
+fn chain(source: &Source) -> Result<Vec<PathBuf>> {
+    Chain::of(&source.path, source.format.as_deref()).map(|chain| chain.files)
+}
+
+/// A folder or a device says nothing about the content.
+fn id(path: &Path) -> Option<FileId> {
+    fs::metadata(path).ok().filter(fs::Metadata::is_file).and_then(|_| FileId::of(path).ok())
+}
+
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use std::fs;
-    use std::path::Path;
 
     /// Of files in that folder.
     pub fn identity(folder: &Path) -> Identity {
@@ -81,6 +118,7 @@ pub mod tests {
             program: id("program"),
             version: "7.2.0".into(),
             args: vec!["-m".into(), "32".into()],
+            files: ["base", "iso"].map(|name| (folder.join(name), super::id(&folder.join(name)))).into(),
         }
     }
 
@@ -105,5 +143,12 @@ pub mod tests {
         assert!(
             told(Identity { args: vec!["-m".into(), "64".into()], ..then.clone() }).contains("start_args")
         );
+        let iso = folder.path().join("iso");
+        fs::write(&iso, "new").unwrap();
+        let mut now = then.clone();
+        now.files.insert(iso.clone(), super::id(&iso));
+        assert!(told(now.clone()).contains("/iso was changed"));
+        now.files = BTreeMap::new();
+        assert!(told(now).contains("/base was changed"));
     }
 }

@@ -41,16 +41,18 @@ use machinery::{Error, Result, in_words};
 use rustix::fs::{FlockOperation, flock, statvfs};
 use serde::{Deserialize, Serialize};
 
+use crate::disk;
 use crate::launch::{Memory, Sharing};
 use machinery_images::FileId;
 
 const RAM: &str = "ram";
 const DEVICES: &str = "devices";
 const RECORD: &str = "record.json";
-/// Of a template that is being built.
+/// The first overlay, of a template that is being built.
 const DISK: &str = "disk";
-/// All that is ever in a folder of ours; the record goes first, because without it the rest is no template.
-const OURS: [&str; 4] = [RECORD, RAM, DEVICES, DISK];
+/// All that is ever in a folder of ours, beside overlays; the record goes first, because without it the rest is
+/// no template.
+const OURS: [&str; 3] = [RECORD, RAM, DEVICES];
 
 const WHOLE: &str = ".template";
 const UNFINISHED: &str = ".unfinished";
@@ -273,6 +275,7 @@ impl Drop for Room {
 /// Nothing but what this module has made: a folder with anything else in it stays.
 fn remove(folder: &Path) -> Result<()> {
     let removed = OURS.iter().try_for_each(|name| fs::remove_file(folder.join(name)).or_else(absent));
+    disk::remove_overlays(&folder.join(DISK))?;
     let removed = removed.and_then(|()| fs::remove_dir(folder).or_else(absent));
     removed.map_err(|error| Error::io("remove the template", folder, &error))
 }

@@ -1,0 +1,221 @@
+//! The value of one QEMU option, such as that of `-drive` or `-blockdev`, in either of its spellings.
+//!
+//! ```text
+//! file=/d/x.img,format=raw           key=value; a comma within a value is written twice
+//! {"driver": "qcow2", "file": {…}}   JSON; a nested key becomes a dotted one here: "file.filename"
+//! ```
+//!
+//! Sources: QEMU's util/qemu-option.c (`opts_do_parse`), util/keyval.c, qobject/block-qdict.c
+//! (`qdict_flatten`).
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+/// The keys and values of an option, in the order in which they are written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    pairs: Vec<(String, Value)>,
+    is_json: bool,
+}
+
+impl Options {
+    /// Parses an option's value. A first word without `=` is the value of the key `implied`.
+    pub fn parse(text: &str, implied: &str) -> Options {
+        if !text.starts_with('{') {
+            return Options { pairs: pairs(text, implied), is_json: false };
+        }
+        let mut pairs = Vec::new();
+        if let Ok(Value::Object(json)) = serde_json::from_str(text) {
+            flatten(json, "", &mut pairs);
+        }
+        Options { pairs, is_json: true }
+    }
+
+    /// Options that were written as separate keys and values, as in a file of `-readconfig`.
+    pub fn of(pairs: Vec<(String, String)>) -> Options {
+        let pairs = pairs.into_iter().map(|(key, value)| (key, value.into())).collect();
+        Options { pairs, is_json: false }
+    }
+
+    /// The text under a key. Of several the last one counts, as in QEMU.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.value(key)?.as_str()
+    }
+
+    /// Whether a key is there, with whatever value but null.
+    pub fn has(&self, key: &str) -> bool {
+        self.value(key).is_some_and(|value| !value.is_null())
+    }
+
+    /// Whether a key is there, or any below it.
+    pub fn has_any(&self, key: &str) -> bool {
+        let below = |name: &str| name.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
+        self.has(key) || self.pairs.iter().any(|(name, _)| below(name))
+    }
+
+    /// Whether a switch is on; `None` if it is not there.
+    pub fn switch(&self, key: &str) -> Option<bool> {
+        Some(match self.value(key)? {
+            Value::Bool(on) => *on,
+            Value::String(word) => ["on", "yes", "true", "y"].contains(&word.as_str()),
+            _ => false,
+        })
+    }
+
+    /// Whether a switch is there and on.
+    pub fn is_on(&self, key: &str) -> bool {
+        self.switch(key) == Some(true)
+    }
+
+    /// Gives a key this value, and no other.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.remove(key);
+        self.pairs.push((key.to_owned(), value.into()));
+    }
+
+    /// Removes a key.
+    pub fn remove(&mut self, key: &str) {
+        self.pairs.retain(|(name, _)| name != key);
+    }
+
+    /// Moves what is under one key to another one.
+    pub fn rename(&mut self, key: &str, new: &str) {
+        for (name, _) in self.pairs.iter_mut().filter(|(name, _)| name == key) {
+            new.clone_into(name);
+        }
+    }
+
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.pairs.iter().rev().find(|(name, _)| name == key).map(|(_, value)| value)
+    }
+}
+
+impl fmt::Display for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_json {
+            return nested(&self.pairs).fmt(f);
+        }
+        for (index, (key, value)) in self.pairs.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{key}={}", escaped(value.as_str().unwrap_or_default()))?;
+        }
+        Ok(())
+    }
+}
+
+/// A comma would end the value; QEMU reads two as one.
+pub fn escaped(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn pairs(text: &str, implied: &str) -> Vec<(String, Value)> {
+    let mut pairs = Vec::new();
+    for (index, part) in split(text).into_iter().enumerate() {
+        let (key, value) = match part.split_once('=') {
+            Some((key, value)) => (key.to_owned(), value.to_owned()),
+            None if index == 0 && !implied.is_empty() => (implied.to_owned(), part),
+            // A switch: `readonly` is `readonly=on`, `noreadonly` is `readonly=off`.
+            None => match part.strip_prefix("no") {
+                Some(key) => (key.to_owned(), "off".to_owned()),
+                None => (part, "on".to_owned()),
+            },
+        };
+        pairs.push((key, value.into()));
+    }
+    pairs
+}
+
+/// The parts between single commas; a double one is a comma of the value.
+fn split(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        match parts.last_mut() {
+            Some(part) if c != ',' || rest.next_if_eq(&',').is_some() => part.push(c),
+            _ => parts.push(String::new()),
+        }
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+fn flatten(object: Map<String, Value>, prefix: &str, pairs: &mut Vec<(String, Value)>) {
+    for (key, value) in object {
+        let key = format!("{prefix}{key}");
+        match value {
+            Value::Object(inner) if !inner.is_empty() => flatten(inner, &format!("{key}."), pairs),
+            value => pairs.push((key, value)),
+        }
+    }
+}
+
+fn nested(pairs: &[(String, Value)]) -> Value {
+    let mut root = Map::new();
+    for (key, value) in pairs {
+        insert(&mut root, key, value);
+    }
+    root.into()
+}
+
+fn insert(object: &mut Map<String, Value>, key: &str, value: &Value) {
+    let Some((word, rest)) = key.split_once('.') else {
+        object.insert(key.to_owned(), value.clone());
+        return;
+    };
+    let inner = object.entry(word).or_insert(Value::Null);
+    if !inner.is_object() {
+        *inner = Map::new().into();
+    }
+    if let Value::Object(inner) = inner {
+        insert(inner, rest, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_keep_commas_when_they_are_doubled() {
+        let options = Options::parse("file=/d/a,,b,,,format=raw,id=x=y", "");
+        assert_eq!(options.get("file"), Some("/d/a,b,"));
+        assert_eq!((options.get("format"), options.get("id")), (Some("raw"), Some("x=y")));
+        assert_eq!(options.to_string(), "file=/d/a,,b,,,format=raw,id=x=y");
+    }
+
+    #[test]
+    fn options_know_switches_in_every_spelling() {
+        for on in ["readonly", "readonly=on", "a=b,readonly=yes", "readonly=off,readonly=on"] {
+            assert!(Options::parse(on, "").is_on("readonly"), "{on}");
+        }
+        for off in ["noreadonly", "readonly=off", "a=b", "readonly=on,readonly=off"] {
+            assert!(!Options::parse(off, "").is_on("readonly"), "{off}");
+        }
+        assert!(Options::parse("{\"readonly\": true}", "").is_on("readonly"));
+        assert_eq!(Options::parse("a", "").switch("b"), None);
+    }
+
+    #[test]
+    fn options_imply_the_key_when_the_first_word_has_none() {
+        let options = Options::parse("qcow2,node-name=d", "driver");
+        assert_eq!((options.get("driver"), options.get("node-name")), (Some("qcow2"), Some("d")));
+        assert_eq!(options.to_string(), "driver=qcow2,node-name=d");
+    }
+
+    #[test]
+    fn options_are_the_same_when_json_is_written_again() {
+        let json = r#"{"cache":{"direct":true},"driver":"raw","file":{"driver":"file","filename":"/x,y"},"n":1,"z":null}"#;
+        let mut options = Options::parse(json, "driver");
+        assert_eq!(options.get("file.filename"), Some("/x,y"));
+        assert!(options.is_on("cache.direct") && options.has_any("file") && !options.has("z"));
+        assert_eq!(options.to_string(), json);
+        options.set("file.filename", "/o");
+        options.remove("z");
+        options.rename("n", "file.n");
+        assert_eq!(
+            options.to_string(),
+            r#"{"cache":{"direct":true},"driver":"raw","file":{"driver":"file","filename":"/o","n":1}}"#
+        );
+    }
+}
