@@ -87,8 +87,11 @@ fn a_monitor_does_not_come_in_by_another_door() {
 #[test]
 fn what_only_looks_like_a_refused_argument_is_fine() {
     let near = [
+        "-name",
         "/vms/win10-snapshot/x",
+        "-device",
         "virtio-serial,id=a-monitor",
+        "-append",
         "file=/x/-incoming,format=raw",
         "-incomingx",
         "-snapshot-not",
