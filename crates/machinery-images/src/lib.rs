@@ -7,12 +7,15 @@
 //! | --- | --- |
 //! | `file_id` | [`FileId`]: detects that a file was changed or replaced |
 //! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
+//! | `changes` | [`has_unsaved_changes`]: whether a qcow2 image holds what none of its snapshots has |
 //! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
 
 mod chain;
+mod changes;
 mod file_id;
 mod qcow2;
 
 pub use chain::Chain;
+pub use changes::has_unsaved_changes;
 pub use file_id::FileId;
 pub use qcow2::{Backing, Header, MAGIC, Snapshot};

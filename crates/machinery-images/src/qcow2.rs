@@ -94,7 +94,7 @@ impl Header {
 }
 
 /// Big-endian fields of an open image.
-struct Reader<'a>(&'a File);
+pub(crate) struct Reader<'a>(pub(crate) &'a File);
 
 impl Reader<'_> {
     fn header(&self) -> io::Result<Header> {
@@ -188,21 +188,21 @@ impl Reader<'_> {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    fn bytes<const N: usize>(&self, at: u64) -> io::Result<[u8; N]> {
+    pub(crate) fn bytes<const N: usize>(&self, at: u64) -> io::Result<[u8; N]> {
         let mut bytes = [0; N];
         self.0.read_exact_at(&mut bytes, at)?;
         Ok(bytes)
     }
 
-    fn u16(&self, at: u64) -> io::Result<u16> {
+    pub(crate) fn u16(&self, at: u64) -> io::Result<u16> {
         self.bytes(at).map(u16::from_be_bytes)
     }
 
-    fn u32(&self, at: u64) -> io::Result<u32> {
+    pub(crate) fn u32(&self, at: u64) -> io::Result<u32> {
         self.bytes(at).map(u32::from_be_bytes)
     }
 
-    fn u64(&self, at: u64) -> io::Result<u64> {
+    pub(crate) fn u64(&self, at: u64) -> io::Result<u64> {
         self.bytes(at).map(u64::from_be_bytes)
     }
 }

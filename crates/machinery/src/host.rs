@@ -355,6 +355,14 @@ impl Instance {
         answer(self.object.prepare(machine.into(), ms(deadline)))
     }
 
+    /// See [`Machinery::prepare_automatically`](crate::Machinery::prepare_automatically).
+    ///
+    /// # Errors
+    /// The plugin's.
+    pub fn prepare_automatically(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        answer(self.object.prepare_automatically(machine.into(), ms(deadline)))
+    }
+
     /// See [`Machinery::reload`](crate::Machinery::reload).
     ///
     /// # Errors

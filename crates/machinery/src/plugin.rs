@@ -115,7 +115,7 @@ pub trait Machinery: Sized + Send + Sync + 'static {
 
     /// Does ahead of time all that [`restore_start`](Machinery::restore_start) will need, and tells how
     /// ready the machine is by [`Host::ready`]. The host calls it for a machine that is powered off
-    /// and that no task has, at its start and after each run; [`stop`](Machinery::stop) may come meanwhile and ends it. Reports
+    /// and that no task has; [`stop`](Machinery::stop) may come meanwhile and ends it. Reports
     /// [`Host::progress`] where it takes long.
     ///
     /// # Errors
@@ -124,6 +124,20 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
         let _ = (machine, deadline);
         Err(Error::unsupported("prepare"))
+    }
+
+    /// Prepares the next restore although nobody asked for it. The host calls this at its start, after each
+    /// run, and after [`Host::wants_prepare`]; it calls [`prepare`](Machinery::prepare) for an operator who
+    /// asks. Since interface 1.1; the default prepares as for an operator.
+    ///
+    /// Automatic work never destroys what somebody else wrote. A plugin whose preparation would discard the
+    /// changes of another user (a disk that an operator has written to, a saved state) leaves them alone:
+    /// it logs a warning, tells why by [`Host::ready`], and returns `Ok`.
+    ///
+    /// # Errors
+    /// As [`prepare`](Machinery::prepare).
+    fn prepare_automatically(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.prepare(machine, deadline)
     }
 
     /// Takes over a new configuration while machines run; a [`Roster`](crate::Roster) knows how. Since

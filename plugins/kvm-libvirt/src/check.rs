@@ -12,6 +12,7 @@ use virt::domain::Domain;
 use crate::access::{self, KVM, Owned};
 use crate::config::Config;
 use crate::errors::explain;
+use crate::foreign;
 use crate::link::Link;
 use crate::restore::{self, EXTERNAL, Snapshot, version_text};
 use crate::runs::RunNote;
@@ -83,8 +84,10 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
         Err(error) => found.push(problem(error)),
     }
     match restore::state(&domain) {
-        Ok((State::Poweroff, _)) => {}
-        Ok((State::Paused, _)) if RunNote::of(name, state_dir).is_about(&domain) => {
+        Ok((State::Poweroff, _)) => {
+            found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
+        }
+        Ok((State::Paused, _)) if RunNote::of(name, state_dir).is_about(&domain).unwrap_or(false) => {
             found.push(Finding::Good(format!("machine '{name}': it stands by for its next restore")));
         }
         Ok((state, why)) => found.push(Finding::Warning(format!(

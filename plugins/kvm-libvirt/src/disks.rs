@@ -68,6 +68,18 @@ impl Disks {
     }
 }
 
+/// The disks of a description that a guest can write to, each with its file if it has one.
+pub fn writable_disks(xml: &str) -> Vec<Option<PathBuf>> {
+    let disks = xml.split("<disk ").skip(1).filter_map(|rest| rest.split_once("</disk>"));
+    let writable = disks.map(|(disk, _)| disk).filter(|disk| !is_read_only(disk));
+    let file = |disk: &str| {
+        let (_, source) = disk.split_once("<source ")?;
+        let path = ["file='", "dev='"].iter().find_map(|name| source.strip_prefix(name))?;
+        Some(PathBuf::from(plain(path.split('\'').next()?)))
+    };
+    writable.map(file).collect()
+}
+
 fn is_read_only(disk: &str) -> bool {
     disk.contains("<readonly/>") || disk.contains("device='cdrom'")
 }

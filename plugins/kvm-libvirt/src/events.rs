@@ -33,6 +33,8 @@ pub enum Event {
         /// `VIR_DOMAIN_EVENT_…_…`, of that event
         detail: u32,
     },
+    /// The guest was reset: it boots anew.
+    Reset,
     /// A disk failed, and the guest was paused for it.
     DiskFailed {
         /// The disk's file, or its name in the domain.
@@ -69,6 +71,7 @@ impl Watched {
         // SAFETY: a lifecycle callback has this type; libvirt casts it back by the event's number.
         let lifecycle = unsafe { std::mem::transmute::<Lifecycle, Generic>(on_lifecycle) };
         watched.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, &ears)?;
+        watched.register(sys::VIR_DOMAIN_EVENT_ID_REBOOT, on_reset, &ears)?;
         // SAFETY: as above, for a callback of I/O errors.
         let io_error = unsafe { std::mem::transmute::<IoError, Generic>(on_io_error) };
         watched.register(sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error, &ears)?;
@@ -193,6 +196,12 @@ unsafe extern "C" fn on_lifecycle(
     // SAFETY: passed on as libvirt gave them.
     unsafe { tell(domain, event, opaque) };
     0
+}
+
+/// SAFETY: as [`on_lifecycle`].
+unsafe extern "C" fn on_reset(_: sys::virConnectPtr, domain: sys::virDomainPtr, opaque: *mut c_void) {
+    // SAFETY: passed on as libvirt gave them.
+    unsafe { tell(domain, Event::Reset, opaque) };
 }
 
 /// SAFETY: as [`on_lifecycle`]; the texts are null or end with a null byte.

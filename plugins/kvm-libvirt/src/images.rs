@@ -213,13 +213,13 @@ impl Image {
             .map_err(|error| Error::io("write about a save image to", &self.about, &error))
     }
 
-    /// Starts the domain, which is off, from it; its disks have to be put back before.
+    /// Starts the domain, which is off, from it, and leaves it paused; its disks have to be put back before.
     ///
     /// # Errors
     /// It cannot. The domain may be in any state then.
     pub fn restore(&self, connect: &Connect) -> Result<()> {
         connect
-            .restore_domain_flags(self.file_text()?, None, sys::VIR_DOMAIN_SAVE_RUNNING)
+            .restore_domain_flags(self.file_text()?, None, sys::VIR_DOMAIN_SAVE_PAUSED)
             .map_err(|error| explain("restore the domain from its save image", &error))
     }
 

@@ -29,7 +29,9 @@
 //! | `call` | calls that come back in time |
 //! | `events`, `save` | libvirt's event loop, and saving to a file: all the `unsafe` there is |
 //! | `states`, `errors` | what libvirt's states, events and errors mean |
-//! | `runs` | which domains we have started, for the next host to know |
+//! | `runs` | which domains are on because of us, for the next host to know |
+//! | `foreign` | what somebody else has written, which automatic work leaves alone |
+//! | `state_files` | small files that are whole at any time |
 //! | `reload` | a new configuration while machines run |
 //! | `check`, `access` | the environment |
 
@@ -40,6 +42,7 @@ mod config;
 mod disks;
 mod errors;
 mod events;
+mod foreign;
 mod images;
 mod link;
 mod machine;
@@ -48,6 +51,7 @@ mod restore;
 mod runs;
 mod save;
 mod standby;
+mod state_files;
 mod states;
 mod views;
 
@@ -66,7 +70,7 @@ use virt::connect::Connect;
 use config::Config;
 use events::Event;
 use link::{Link, Listener};
-use machine::Machine;
+use machine::{Machine, Occasion};
 
 /// How long libvirt may take while the machinery is loaded.
 const LOADING: Duration = Duration::from_secs(30);
@@ -113,8 +117,9 @@ fn at_a_time(machines: &[Arc<Machine>], act: impl Fn(&Machine) -> Result<()> + S
     problems.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Ends what is on of it because of us.
 fn end(machine: &Machine, deadline: Deadline) -> Result<()> {
-    match machine.stop(deadline) {
+    match machine.stop_own(deadline) {
         Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
         other => other,
     }
@@ -212,7 +217,11 @@ impl Machinery for Kvm {
     }
 
     fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
-        self.on(machine, |machine| machine.prepare(deadline))
+        self.on(machine, |machine| machine.prepare(Occasion::Request, deadline))
+    }
+
+    fn prepare_automatically(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.prepare(Occasion::Automatic, deadline))
     }
 
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {

@@ -18,6 +18,8 @@
 mod image;
 mod prepare;
 
+pub use prepare::Occasion;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -34,11 +36,12 @@ use crate::call::Call;
 use crate::config::Keys;
 use crate::errors::{explain, is_no_domain, is_off};
 use crate::events::Event;
+use crate::foreign::{DiskFile, DiskRecord, disks_of, has_managed_save, remove_managed_save};
 use crate::link::Link;
 use crate::restore::{self, Start};
 use crate::runs::RunNote;
 use crate::standby::Held;
-use crate::states::{Told, is_end, state_of_event};
+use crate::states::{Told, is_begin, is_end, is_save, state_of_event};
 use crate::views;
 
 /// How long the event of an end may take after libvirt has answered that it came.
@@ -52,6 +55,7 @@ pub struct Machine {
     link: Arc<Link>,
     host: Host,
     note: RunNote,
+    disks: DiskRecord,
     /// What all that stand by may hold.
     budget: Arc<Budget>,
     now: Mutex<Now>,
@@ -74,6 +78,16 @@ struct Now {
     standby: Option<Held>,
     /// Whether the preparation under way is to give up.
     give_up: Arc<AtomicBool>,
+    /// The disks of the domain that is on because of us, once it is marked.
+    disks: Option<Vec<DiskFile>>,
+    /// Whether libvirt has told of no run but our own since the last of our own has ended.
+    only_ours: bool,
+    /// Whether the last of our own domains was saved, so that somebody may resume it.
+    saved: bool,
+    /// Whether the domain was reset since the last action began.
+    reset: bool,
+    /// The work of somebody else that the machine was last not prepared for.
+    spared: Option<String>,
     /// Whether the connection was lost since the last action began.
     lost: bool,
     /// Whether it is to be prepared when libvirt is back.
@@ -138,7 +152,8 @@ impl Member for Machine {
 impl Machine {
     pub fn new(keys: Keys, budget: Arc<Budget>, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
         let note = RunNote::of(&keys.info.name, state_dir);
-        Machine { keys, link, host, note, budget, now: Mutex::default(), news: Condvar::new() }
+        let disks = DiskRecord::of(&keys.info.name, state_dir);
+        Machine { keys, link, host, note, disks, budget, now: Mutex::default(), news: Condvar::new() }
     }
 
     pub fn info(&self) -> &MachineInfo {
@@ -178,16 +193,21 @@ impl Machine {
     /// As [`find`](Machine::find); the run does not end.
     pub fn take_over(&self, connect: &Connect, file: &ConfigFile) -> Result<()> {
         let domain = self.find(connect, file)?;
-        if self.note.is_about(&domain) {
+        if self.note.is_about(&domain).map_err(|error| error.machine(&self.keys.info.name))? {
             tracing::warn!(machine = self.keys.info.name, "a run that an earlier host has left is stopped");
+            let disks = disks_of(&domain).unwrap_or_default();
             restore::destroy(&domain).map_err(|error| error.machine(&self.keys.info.name))?;
+            self.left_disks(&disks);
         } else if domain.is_active().unwrap_or(false) {
             tracing::warn!(
                 machine = self.keys.info.name,
                 "its domain runs already, started by somebody else"
             );
         }
-        self.note.remove();
+        // A run of ours that was saved may be resumed later.
+        if !has_managed_save(&domain) {
+            self.note.remove();
+        }
         Ok(())
     }
 
@@ -272,21 +292,50 @@ impl Machine {
         let domain = restore::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         restore::expect_off(&domain)?;
-        self.note.begin(&domain);
+        remove_managed_save(&domain, &self.keys.info.name)?;
+        self.begin_note(&domain)?;
         self.lock().has_run = true;
         let started = match how {
             Start::Restored => self.restored(connect, &domain, given_up),
             Start::Cold => {
-                self.timed("boot", || restore::start(&domain, self.keys.info.snapshot.as_deref(), how))
+                self.timed("boot", || restore::start_paused(&domain, self.keys.info.snapshot.as_deref(), how))
             }
         };
-        // Looked up anew, because a reverted domain does not know its new id.
-        let started = started.and_then(|()| restore::domain(connect, self.label()));
-        let started = started.map(|domain| self.note.started(&domain));
+        let started = started.and_then(|()| self.let_run(connect));
         if started.is_err() || given_up.load(Ordering::SeqCst) {
             self.end_failed_start(&domain);
         }
         started
+    }
+
+    /// Notes that the domain is about to be started.
+    fn begin_note(&self, domain: &Domain) -> Result<()> {
+        self.lock().saved = false;
+        self.note.begin(domain)
+    }
+
+    /// Lets the domain run, which was started and is paused.
+    fn let_run(&self, connect: &Connect) -> Result<()> {
+        let domain = self.mark(connect)?;
+        self.expect_no_reset()?;
+        restore::ensure_running(&domain)
+    }
+
+    /// Marks the domain as ours, which was started and is paused. It is looked up anew, because a reverted
+    /// domain does not know its new id.
+    fn mark(&self, connect: &Connect) -> Result<Domain> {
+        let domain = restore::domain(connect, self.label())?;
+        self.note.mark(&domain)?;
+        let disks = disks_of(&domain)?;
+        self.lock().disks = Some(disks);
+        Ok(domain)
+    }
+
+    fn expect_no_reset(&self) -> Result<()> {
+        match self.lock().reset {
+            true => Err(Error::unexpected_state("somebody has reset the domain before it was let run")),
+            false => Ok(()),
+        }
     }
 
     /// Tells how long a step of an action takes.
@@ -377,6 +426,18 @@ impl Machine {
     /// # Errors
     /// It is off already; libvirt cannot end it.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
+        self.stop_by(Self::destroy, deadline)
+    }
+
+    /// The same, if the domain is on because of us.
+    ///
+    /// # Errors
+    /// As [`stop`](Machine::stop).
+    pub fn stop_own(&self, deadline: Deadline) -> Result<()> {
+        self.stop_by(Self::destroy_own, deadline)
+    }
+
+    fn stop_by(&self, destroy: fn(&Self, Deadline) -> Result<bool>, deadline: Deadline) -> Result<()> {
         self.give_up_preparing(deadline);
         self.end_late_call(deadline)?;
         let _stopping = self.begin(Doing::Stopping, deadline)?;
@@ -386,7 +447,7 @@ impl Machine {
             return Err(off_already());
         }
         let before = self.lock().ends;
-        if !self.destroy(deadline)? {
+        if !destroy(self, deadline)? {
             self.note_end();
             return Err(off_already());
         }
@@ -451,31 +512,51 @@ impl Machine {
 
     /// libvirt tells what happened to the domain.
     pub fn happened(self: &Arc<Self>, event: Event) {
+        if event == Event::Reset {
+            return self.heard_reset();
+        }
         let Some(told) = state_of_event(&event) else { return };
         let mut now = self.lock();
         let (doing, hidden) = (now.doing, now.is_hidden());
         if doing == Doing::Starting {
             now.heard = Some(told.clone());
         }
+        let is_theirs = doing == Doing::Nothing && !hidden && !now.has_run;
+        now.saved |= is_save(&event) && now.disks.is_some();
         drop(now);
-        if hidden {
-            self.heard_in_house(&event, &told);
-        } else {
-            self.report(doing, told);
+        if is_theirs && is_begin(&event) {
+            self.heard_their_start();
         }
-        if is_end(&event) {
-            self.heard_end(doing, hidden);
+        match is_end(&event) {
+            _ if hidden => self.heard_in_house(&event, &told),
+            true => self.heard_end(doing, told),
+            false => self.report(doing, told),
+        }
+        if hidden && is_end(&event) {
+            self.tell_end();
         }
     }
 
-    /// A start notes by itself what becomes of its run, and what stands by is no run.
-    fn heard_end(&self, doing: Doing, hidden: bool) {
-        if hidden || doing == Doing::Starting {
-            self.lock().ends += 1;
-            self.news.notify_all();
-        } else {
-            self.note_end();
+    /// Reports the end of a run. A start notes by itself what becomes of its run. One that ended by itself
+    /// is closed first: whoever hears the report may do something with the machine at once. One that is
+    /// stopped is reported first, so that the stop does not return before.
+    fn heard_end(&self, doing: Doing, told: Told) {
+        if doing != Doing::Starting {
+            self.close_run();
         }
+        if doing == Doing::Stopping {
+            self.report(doing, told);
+            self.tell_end();
+        } else {
+            self.tell_end();
+            self.report(doing, told);
+        }
+    }
+
+    /// Somebody else has started the domain.
+    fn heard_their_start(&self) {
+        self.note.remove();
+        self.lock().only_ours = false;
     }
 
     /// Told before anybody who waits for it goes on.
@@ -504,20 +585,27 @@ impl Machine {
         if !has_run || doing == Doing::Starting {
             return;
         }
-        let state = restore::domain(connect, self.label()).and_then(|domain| restore::state(&domain));
+        let look = |domain: Domain| Ok((restore::state(&domain)?, self.note.is_about(&domain)?));
+        let state = restore::domain(connect, self.label()).and_then(look);
         if self.now() != before {
             // Somebody has acted meanwhile, and knows better.
             return;
         }
         match state {
-            Ok((State::Poweroff, _)) => {
-                self.report(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));
-                self.note_end();
-            }
-            Ok(told) => self.report(doing, told),
+            Ok((told, true)) => self.report(doing, told),
+            Ok((told, false)) => self.ended_unseen(doing, told),
             Err(error) => {
                 tracing::warn!(machine = self.keys.info.name, %error, "libvirt is back, but does not tell the domain's state")
             }
+        }
+    }
+
+    /// Our run ended while libvirt was away. What the domain is now may be somebody else's doing.
+    fn ended_unseen(&self, doing: Doing, told: Told) {
+        self.lock().disks = None;
+        self.heard_end(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));
+        if told.0 != State::Poweroff {
+            self.report(doing, told);
         }
     }
 
@@ -538,17 +626,43 @@ impl Machine {
         now.doing = doing;
         now.heard = None;
         now.give_up = Arc::default();
+        now.reset = false;
         now.lost = false;
         Ok(Action(self))
     }
 
     /// There is no run any more.
     fn note_end(&self) {
-        self.note.remove();
-        let mut now = self.lock();
-        now.has_run = false;
-        now.ends += 1;
-        drop(now);
+        self.close_run();
+        self.tell_end();
+    }
+
+    /// The domain that was on because of us, if there was one, has ended.
+    fn close_run(&self) {
+        let disks = self.lock().disks.take();
+        if let Some(disks) = disks {
+            self.left_disks(&disks);
+        }
+        self.remove_note();
+        self.lock().has_run = false;
+    }
+
+    /// Removes the note of a run that has ended. One that was saved is still ours when somebody resumes it.
+    fn remove_note(&self) {
+        if !self.lock().saved {
+            self.note.remove();
+        }
+    }
+
+    /// Remembers what a domain of ours has left.
+    fn left_disks(&self, disks: &[DiskFile]) {
+        self.disks.save(disks);
+        self.lock().only_ours = true;
+    }
+
+    /// Wakes those who wait for the end of a run.
+    fn tell_end(&self) {
+        self.lock().ends += 1;
         self.news.notify_all();
     }
 

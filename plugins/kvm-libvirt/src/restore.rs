@@ -11,6 +11,7 @@ use machinery::{Error, Result, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::domain_snapshot::DomainSnapshot;
+use virt::error::ErrorNumber;
 use virt_sys as sys;
 
 use crate::errors::{explain, is_no_domain, is_off};
@@ -136,21 +137,15 @@ fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
     rest.split_once(after).map(|(inside, _)| inside)
 }
 
-/// Starts the domain, which is off, and returns when it runs.
+/// Brings the domain, which is off, to its snapshot or to a cold start, and leaves it paused.
 ///
 /// # Errors
-/// Whatever kept it from running. It may be in any state then.
-pub fn start(domain: &Domain, wanted: Option<&str>, how: Start) -> Result<()> {
+/// Whatever kept it from that. It may be in any state then.
+pub fn start_paused(domain: &Domain, wanted: Option<&str>, how: Start) -> Result<()> {
     match how {
-        Start::Restored => restored(domain, wanted)?,
-        Start::Cold => cold(domain, wanted)?,
+        Start::Restored => find(domain, wanted)?.revert_paused(),
+        Start::Cold => cold(domain, wanted),
     }
-    expect_running(domain)
-}
-
-fn restored(domain: &Domain, wanted: Option<&str>) -> Result<()> {
-    let snapshot = find(domain, wanted)?;
-    snapshot.revert(sys::VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING)
 }
 
 /// What the last run has written is still on the domain's disk, so that is put back first.
@@ -162,7 +157,17 @@ fn cold(domain: &Domain, wanted: Option<&str>) -> Result<()> {
         ),
         _ => put_disk_back(domain, wanted)?,
     }
-    domain.create().map_err(|error| explain("start the domain", &error))
+    boot_paused(domain).map_err(|error| explain("start the domain", &error))
+}
+
+/// Never from a managed save, which somebody may have made meanwhile.
+fn boot_paused(domain: &Domain) -> std::result::Result<(), virt::error::Error> {
+    let booted = domain.create_with_flags(sys::VIR_DOMAIN_START_PAUSED | sys::VIR_DOMAIN_START_FORCE_BOOT);
+    match booted {
+        // Some drivers have no way but to let it run at once.
+        Err(error) if error.code().is(ErrorNumber::InvalidArg) => domain.create(),
+        other => other,
+    }
 }
 
 fn put_disk_back(domain: &Domain, wanted: Option<&str>) -> Result<()> {
@@ -261,6 +266,15 @@ pub fn expect_running(domain: &Domain) -> Result<()> {
 /// libvirt cannot.
 pub fn resume(domain: &Domain) -> Result<()> {
     domain.resume().map_err(|error| explain("let the domain run", &error))
+}
+
+/// Lets a domain run that was just started, if it does not run already.
+///
+/// # Errors
+/// It does not run; libvirt cannot be asked.
+pub fn ensure_running(domain: &Domain) -> Result<()> {
+    let resumed = resume(domain);
+    expect_running(domain).map_err(|error| resumed.err().unwrap_or(error))
 }
 
 /// Waits until a libvirtd that has just started has taken the domain over. One that is stopped in the

@@ -1,61 +1,121 @@
-//! Which domains we have started, for the next host to know.
+//! Which domains run because of us, for the next host to know.
 //!
 //! A domain outlives the host that started it. The next host has to end what a host that was killed
-//! has left running, but not what an operator has started by hand. So each run has a file in the
-//! machinery's state folder, from before libvirt is asked to start the domain until the domain is known
-//! to be off; so has a domain that stands by, which becomes a run without a change to it. It holds the domain's id, which libvirt gives anew at each start and counts anew after a
-//! boot; while a start is under way there is none yet.
+//! has left running, but not what an operator has started by hand. So each run has a note, a file in the
+//! machinery's state folder, with a random token; and the running domain has the same token in its
+//! metadata. The metadata is that of the live domain only: it ends with the run, and a domain that somebody
+//! else starts has none. A managed save keeps it, so a run that was saved and resumed is still known.
+//!
+//! ```text
+//!   note written ─▶ domain started, paused ─▶ token put into it ─▶ marked ─▶ resumed
+//!   └───────── a domain that is on, and does not run, is ours ──┘ └─ one with the token is ours ─▶
+//! ```
+//!
+//! Until the domain is marked it does not run, so nobody can be at work in it. A domain that stands by has
+//! a note as well, and becomes a run without a change to it.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use machinery::{Error, Result, State};
+use serde::{Deserialize, Serialize};
 use virt::domain::Domain;
+use virt::error::ErrorNumber;
+use virt_sys as sys;
+
+use crate::errors::{explain, is_off};
+use crate::restore;
+use crate::state_files::write_atomically;
+
+/// The XML namespace of the token.
+const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/run/1";
+/// The prefix of that namespace in a domain's description.
+const PREFIX: &str = "machinery";
 
 /// The note of one machine's run.
 #[derive(Debug, Clone)]
 pub struct RunNote {
     path: PathBuf,
+    /// What the file says, or would if it could be written.
+    run: Arc<Mutex<Option<Run>>>,
+}
+
+/// What a note says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Run {
+    /// The domain.
+    uuid: String,
+    /// What is in its metadata while this run lasts.
+    token: String,
+    /// The boot of this computer in which it was started.
+    boot: String,
+    /// Whether the token is in the metadata.
+    marked: bool,
 }
 
 impl RunNote {
     /// The note of that machine, in the machinery's state folder.
     pub fn of(machine: &str, state_dir: &Path) -> Self {
-        RunNote { path: state_dir.join(format!("{machine}.run")) }
+        RunNote { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
     }
 
-    /// Notes that the domain is about to be started. A failure is only told: it matters if the host is
-    /// killed.
-    pub fn begin(&self, domain: &Domain) {
-        self.write(starting(domain));
+    /// Notes that the domain is about to be started.
+    ///
+    /// # Errors
+    /// libvirt cannot name the domain; the kernel gives no token.
+    pub fn begin(&self, domain: &Domain) -> Result<()> {
+        let uuid = domain.uuid_string().map_err(|error| explain("tell the domain's uuid", &error))?;
+        self.write(Run { uuid, token: kernels("uuid")?, boot: kernels("boot_id")?, marked: false });
+        Ok(())
     }
 
-    /// Notes that the running domain is ours.
-    pub fn started(&self, domain: &Domain) {
-        self.write(running(domain));
-    }
-
-    fn write(&self, run: Option<String>) {
-        let Some(run) = run else { return };
-        if let Err(error) = fs::write(&self.path, run) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot note the run, so it would outlive a host that is killed");
-        }
+    /// Marks the domain, which was started for the noted run and is paused.
+    ///
+    /// # Errors
+    /// The note is gone; libvirt cannot change the metadata.
+    pub fn mark(&self, domain: &Domain) -> Result<()> {
+        let what = || Error::failed(format!("the note of the run in {} is gone", self.path.display()));
+        let run = self.read().ok_or_else(what)?;
+        let element = format!("<run token='{}'/>", run.token);
+        domain
+            .set_metadata(
+                sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed(),
+                Some(&element),
+                Some(PREFIX),
+                Some(NAMESPACE),
+                sys::VIR_DOMAIN_AFFECT_LIVE,
+            )
+            .map_err(|error| explain("mark the domain", &error))?;
+        self.write(Run { marked: true, ..run });
+        Ok(())
     }
 
     /// Whether a run, or what stands by, is noted.
     pub fn is_there(&self) -> bool {
-        self.path.exists()
+        self.lock().is_some() || self.path.exists()
     }
 
-    /// Whether the domain runs because of us.
-    pub fn is_about(&self, domain: &Domain) -> bool {
-        let Ok(noted) = fs::read_to_string(&self.path) else { return false };
-        let run = running(domain);
-        run.is_some() && [run, starting(domain)].contains(&Some(noted))
+    /// Whether the domain is on because of us.
+    ///
+    /// # Errors
+    /// libvirt cannot be asked.
+    pub fn is_about(&self, domain: &Domain) -> Result<bool> {
+        let Some(run) = self.read() else { return Ok(false) };
+        let uuid = domain.uuid_string().map_err(|error| explain("tell the domain's uuid", &error))?;
+        if uuid != run.uuid {
+            return Ok(false);
+        }
+        if token_of(domain)?.is_some_and(|metadata| metadata.contains(&run.token)) {
+            return Ok(true);
+        }
+        Ok(!run.marked && kernels("boot_id")? == run.boot && is_held(domain)?)
     }
 
     /// There is no run any more.
     pub fn remove(&self) {
+        *self.lock() = None;
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(path = %self.path.display(), %error, "cannot remove the note of a run");
@@ -63,20 +123,80 @@ impl RunNote {
             _ => {}
         }
     }
+
+    fn read(&self) -> Option<Run> {
+        let known = self.lock().clone();
+        known.or_else(|| serde_json::from_str(&fs::read_to_string(&self.path).ok()?).ok())
+    }
+
+    /// A failure is only logged: this host knows its run all the same.
+    fn write(&self, run: Run) {
+        if let Err(error) = write_atomically(&self.path, &run) {
+            tracing::warn!(%error, "cannot note the run, so it would outlive a host that is killed");
+        }
+        *self.lock() = Some(run);
+    }
+
+    /// Each statement that holds the lock leaves it whole, so poison means nothing.
+    fn lock(&self) -> MutexGuard<'_, Option<Run>> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// What tells this run of a domain from its others; `None` when it does not run.
-fn running(domain: &Domain) -> Option<String> {
-    let id = domain.id()?;
-    Some(format!("{} {id}\n", this_boots(domain)?))
+/// The element of ours in the metadata of the domain, if it is on and has one.
+fn token_of(domain: &Domain) -> Result<Option<String>> {
+    let kind = sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed();
+    match domain.metadata(kind, Some(NAMESPACE), sys::VIR_DOMAIN_AFFECT_LIVE) {
+        Ok(element) => Ok(Some(element)),
+        Err(error) if is_off(&error) || error.code().is(ErrorNumber::NoDomainMetadata) => Ok(None),
+        Err(error) => Err(explain("tell the domain's metadata", &error)),
+    }
 }
 
-fn starting(domain: &Domain) -> Option<String> {
-    Some(format!("{} starting\n", this_boots(domain)?))
+/// Whether it is on, and its guest does not run.
+fn is_held(domain: &Domain) -> Result<bool> {
+    let (state, _) = restore::state(domain)?;
+    Ok(!matches!(state, State::Running | State::Poweroff))
 }
 
-/// The domain, in the time since this host was booted.
-fn this_boots(domain: &Domain) -> Option<String> {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(format!("{} {}", boot.trim(), domain.uuid_string().ok()?))
+/// One of the kernel's random identities.
+fn kernels(name: &str) -> Result<String> {
+    let path = Path::new("/proc/sys/kernel/random").join(name);
+    let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
+    Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn note_outlives_its_host_when_it_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let note = || RunNote::of("m", folder.path());
+        assert!(note().read().is_none() && !note().is_there());
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true };
+        note().write(run.clone());
+        assert_eq!(note().read(), Some(run));
+        fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
+        assert!(note().read().is_none() && note().is_there());
+        note().remove();
+        assert!(!note().is_there());
+    }
+
+    #[test]
+    fn note_is_known_to_its_host_when_it_cannot_be_written() {
+        let note = RunNote::of("m", Path::new("/none"));
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false };
+        note.write(run.clone());
+        assert_eq!(note.read(), Some(run));
+        note.remove();
+        assert!(!note.is_there());
+    }
+
+    #[test]
+    fn tokens_differ() {
+        assert_ne!(kernels("uuid").unwrap(), kernels("uuid").unwrap());
+        assert_eq!(kernels("boot_id").unwrap(), kernels("boot_id").unwrap());
+    }
 }

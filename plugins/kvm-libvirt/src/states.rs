@@ -71,6 +71,8 @@ pub fn state_of_event(event: &Event) -> Option<Told> {
             Some((State::Error, told))
         }
         Event::Lifecycle { event, detail } => lifecycle(*event, *detail),
+        // A guest may reboot, and runs on.
+        Event::Reset => None,
     }
 }
 
@@ -123,6 +125,22 @@ fn stopped(detail: u32) -> &'static str {
 /// Whether the domain has ended with this.
 pub fn is_end(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STOPPED, .. })
+}
+
+/// Whether the domain's state was saved with this, so that its run may be resumed.
+pub fn is_save(event: &Event) -> bool {
+    matches!(
+        event,
+        Event::Lifecycle {
+            event: sys::VIR_DOMAIN_EVENT_STOPPED,
+            detail: sys::VIR_DOMAIN_EVENT_STOPPED_SAVED
+        }
+    )
+}
+
+/// Whether the domain has begun to run with this.
+pub fn is_begin(event: &Event) -> bool {
+    matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED, .. })
 }
 
 /// Whether it is of those that a revert to a paused domain makes by itself; they may come after it has

@@ -42,8 +42,20 @@ pub enum Action {
         /// Where to.
         path: PathBuf,
     },
-    /// See [`Machinery::prepare`](machinery::Machinery::prepare).
-    Prepare,
+    /// Stops the machine if the host has started its run, and leaves the run of anybody else alone.
+    StopOwn,
+    /// See [`Machinery::prepare`](machinery::Machinery::prepare) and
+    /// [`Machinery::prepare_automatically`](machinery::Machinery::prepare_automatically).
+    Prepare(Occasion),
+}
+
+/// Why a restore is prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Occasion {
+    /// A client asked for it.
+    Request,
+    /// The host does it by itself.
+    Automatic,
 }
 
 impl Action {
@@ -52,11 +64,11 @@ impl Action {
         match self {
             Action::RestoreStart => "restore_start",
             Action::NorestoreStart => "norestore_start",
-            Action::Stop => "stop",
+            Action::Stop | Action::StopOwn => "stop",
             Action::AcpiStop => "acpi_stop",
             Action::DumpMemory { .. } => "dump_memory",
             Action::Screenshot { .. } => "screenshot",
-            Action::Prepare => "prepare",
+            Action::Prepare(_) => "prepare",
         }
     }
 }

@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 
 use super::call::{Called, call, call_unless};
 use super::metrics::{Metrics, milliseconds};
-use super::{Action, CLOSING, Outcome};
+use super::{Action, CLOSING, Occasion, Outcome};
 use crate::capture;
 use crate::config::Timeouts;
 use crate::fleet::Machine;
@@ -162,7 +162,7 @@ impl Actor {
             Err(Failure { reason, disable }) => {
                 let reason = reason.action(action.name()).machine(self.machine.name()).to_string();
                 let machine = self.machine.name();
-                if *action == Action::Prepare && !disable {
+                if matches!(action, Action::Prepare(_)) && !disable {
                     // The next restore does without, and the plugin has told how ready the machine is.
                     tracing::warn!(machine, took_ms, steps, reason, "not prepared");
                 } else {
@@ -217,10 +217,11 @@ impl Actor {
             Action::RestoreStart => self.start(action, self.house.timeouts().restore_start).await,
             Action::NorestoreStart => self.start(action, self.house.timeouts().norestore_start).await,
             Action::Stop => self.stop().await.map_err(Failure::from),
+            Action::StopOwn => self.stop_own().await.map_err(Failure::from),
             Action::AcpiStop => self.acpi_stop().await,
             Action::DumpMemory { .. } => self.look(action, self.house.timeouts().dump_memory).await,
             Action::Screenshot { .. } => self.look(action, self.house.timeouts().screenshot).await,
-            Action::Prepare => self.prepare().await,
+            Action::Prepare(occasion) => self.prepare(*occasion).await,
         }
     }
 
@@ -241,19 +242,19 @@ impl Actor {
     fn expect_supported(&self, action: &Action) -> Result<(), Failure> {
         let able = self.machine.machinery.capabilities;
         let supported = match action {
-            Action::RestoreStart | Action::Stop => true,
+            Action::RestoreStart | Action::Stop | Action::StopOwn => true,
             Action::NorestoreStart => able.norestore_start,
             Action::AcpiStop => able.acpi_stop,
             Action::DumpMemory { .. } => able.dump_memory,
             Action::Screenshot { .. } => able.screenshot,
-            Action::Prepare => able.prepare,
+            Action::Prepare(_) => able.prepare,
         };
         if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
     }
 
     /// A machine whose plugin has said that it cannot use it is not tried.
     fn expect_usable(&self, action: &Action) -> Result<(), Failure> {
-        let starts = matches!(action, Action::RestoreStart | Action::NorestoreStart | Action::Prepare);
+        let starts = matches!(action, Action::RestoreStart | Action::NorestoreStart | Action::Prepare(_));
         match self.machine.status().standing.unusable.filter(|_| starts) {
             Some(why) => {
                 let reason = Error::environment(format!("the machine cannot be used: {why}"));
@@ -272,7 +273,10 @@ impl Actor {
             capture::begin(&self.machine, &settings).await;
         }
         self.machine.set_state(State::Starting);
+        self.machine.set_own_run();
         let started = self.run_to(State::Running, action, limit).await;
+        // The end of an earlier run may have been reported meanwhile.
+        self.machine.set_own_run();
         // What a failed start needs to be cleared away, no other restore waits for.
         drop(turn);
         let Err(error) = started else { return Ok(()) };
@@ -309,6 +313,10 @@ impl Actor {
         let ended = self.end(&Action::Stop, self.house.timeouts().stop).await;
         capture::end(&self.machine).await;
         ended
+    }
+
+    async fn stop_own(&mut self) -> Result<()> {
+        if self.machine.status().own_run { self.stop().await } else { Ok(()) }
     }
 
     fn set_stopping(&self) {
@@ -358,7 +366,7 @@ impl Actor {
     }
 
     /// What cannot be prepared costs nothing: the next restore does without, and finds out how things stand.
-    async fn prepare(&mut self) -> Result<(), Failure> {
+    async fn prepare(&mut self, occasion: Occasion) -> Result<(), Failure> {
         self.out_of_patience.send_replace(false);
         let mut patience = self.out_of_patience.subscribe();
         let given_up = async move {
@@ -366,8 +374,8 @@ impl Actor {
             let _ = patience.wait_for(|over| *over).await;
         };
         let limit = self.house.timeouts().prepare;
-        let called = call_unless(given_up, &self.machine, limit, |machine, deadline| {
-            invoke(machine, &Action::Prepare, deadline)
+        let called = call_unless(given_up, &self.machine, limit, move |machine, deadline| {
+            invoke(machine, &Action::Prepare(occasion), deadline)
         });
         let prepared = called.await;
         self.returned(prepared, "prepare")
@@ -465,10 +473,11 @@ fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> 
     match action {
         Action::RestoreStart => plugin.restore_start(name, deadline),
         Action::NorestoreStart => plugin.norestore_start(name, deadline),
-        Action::Stop => plugin.stop(name, deadline),
+        Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
         Action::AcpiStop => plugin.acpi_stop(name, deadline),
         Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
         Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
-        Action::Prepare => plugin.prepare(name, deadline),
+        Action::Prepare(Occasion::Request) => plugin.prepare(name, deadline),
+        Action::Prepare(Occasion::Automatic) => plugin.prepare_automatically(name, deadline),
     }
 }

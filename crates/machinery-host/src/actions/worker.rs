@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use machinery::State;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::rules::{Actor, House, give_up_preparing};
-use super::{Action, CLOSING, Outcome};
+use super::{Action, CLOSING, Occasion, Outcome};
 use crate::capture;
 use crate::fleet::Machine;
 
@@ -73,7 +74,7 @@ const REMOVED: &str = "the machine was removed from the configuration";
 impl Mail {
     fn ends_a_preparation(&self) -> bool {
         match self {
-            Mail::Job(job) => matches!(job.action, Action::Stop | Action::NorestoreStart),
+            Mail::Job(job) => matches!(job.action, Action::Stop | Action::StopOwn | Action::NorestoreStart),
             Mail::Rest(_) => true,
         }
     }
@@ -313,8 +314,8 @@ impl Worker {
     async fn do_job(&mut self, Job { action, answer, _pending }: Job) {
         let outcome = if self.closing.load(Ordering::SeqCst) {
             Err(CLOSING.to_owned())
-        } else if action == Action::Prepare {
-            self.prepare().await
+        } else if let Action::Prepare(occasion) = action {
+            self.prepare(occasion).await
         } else {
             self.actor.perform(&action).await
         };
@@ -339,7 +340,7 @@ impl Worker {
         };
         if turn.is_some() && self.actor.can_prepare() {
             // Its failure is in the log, and the next restore does without.
-            let _ = self.prepare_now().await;
+            let _ = self.prepare_now(Occasion::Automatic).await;
         }
     }
 
@@ -351,7 +352,7 @@ impl Worker {
     }
 
     /// Prepares the next restore because somebody wants it, when it is the machine's turn.
-    async fn prepare(&mut self) -> Outcome {
+    async fn prepare(&mut self, occasion: Occasion) -> Outcome {
         let turn = loop {
             if self.is_preparing_unwanted() {
                 return Err(UNWANTED.to_owned());
@@ -363,7 +364,7 @@ impl Worker {
             }
         };
         match turn {
-            Some(_turn) => self.prepare_now().await,
+            Some(_turn) => self.prepare_now(occasion).await,
             None => Err(CLOSING.to_owned()),
         }
     }
@@ -374,10 +375,11 @@ impl Worker {
 
     /// Prepares the next restore. One that comes meanwhile waits for it for a while, because it would have
     /// to do the same work; what has no use for it ends it.
-    async fn prepare_now(&mut self) -> Outcome {
+    async fn prepare_now(&mut self, occasion: Occasion) -> Outcome {
         let machine = Arc::clone(self.actor.machine());
         let out_of_patience = self.actor.out_of_patience();
-        let mut prepared = pin!(self.actor.perform(&Action::Prepare));
+        let action = Action::Prepare(occasion);
+        let mut prepared = pin!(self.actor.perform(&action));
         // From when on it is not wanted any more; not known yet.
         let mut unwanted: Option<Instant> = None;
         // Since when it has been told so.
@@ -417,11 +419,16 @@ async fn is_dismissed(Rest { reached, over }: Rest) -> bool {
     reached.send(()).is_ok() && over.await.is_ok()
 }
 
-/// The last thing a worker does: the host ends, and no machine outlives it.
+/// The last thing a worker does: the host ends, and none of its runs outlives it. A machine that somebody
+/// else has started is left alone.
 async fn power_off(actor: &mut Actor) {
-    if actor.machine().status().state != machinery::State::Poweroff {
+    let status = actor.machine().status();
+    if status.own_run {
         // Its failure is in the log, and there is nobody else to tell.
-        let _ = actor.perform(&Action::Stop).await;
+        let _ = actor.perform(&Action::StopOwn).await;
+    } else if status.state != State::Poweroff {
+        let (machine, state) = (actor.machine().name(), status.state);
+        tracing::warn!(machine, %state, "left as it is: the host has not started it");
     }
     capture::end(actor.machine()).await;
 }

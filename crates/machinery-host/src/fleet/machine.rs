@@ -65,6 +65,8 @@ pub struct Status {
     pub outdated: bool,
     /// What its plugin warns of.
     pub warnings: Vec<String>,
+    /// Whether the host has started the run there is. Nobody but an operator ends the run of somebody else.
+    pub own_run: bool,
 }
 
 impl Status {
@@ -98,6 +100,7 @@ impl Machine {
             relapses: 0,
             outdated: false,
             warnings: Vec::new(),
+            own_run: false,
         };
         Machine {
             name: info.name.clone(),
@@ -158,6 +161,12 @@ impl Machine {
         self.note(status, state, reason);
     }
 
+    /// Notes that the run there is, if there is one, is the host's.
+    pub fn set_own_run(&self) {
+        let mut status = self.lock_status();
+        status.own_run = status.state != State::Poweroff;
+    }
+
     fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
         if status.state == state {
             return;
@@ -165,7 +174,10 @@ impl Machine {
         status.state = state;
         match state {
             State::Starting => status.relapses = 0,
-            State::Poweroff => self.preparation.notify_one(),
+            State::Poweroff => {
+                status.own_run = false;
+                self.preparation.notify_one();
+            }
             _ => {}
         }
         // Sent under the lock, so that subscribers hear the changes in their order.

@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use machinery::State;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
@@ -481,13 +480,12 @@ async fn reload(shared: &Shared) -> Value {
     }
 }
 
-/// Stops all machines that are not off; says which could not be stopped.
+/// Stops all machines whose runs the host has started; says which could not be stopped.
 async fn shutdown_all(shared: &Shared) -> Outcome {
     let roll = shared.fleet.roll();
-    let on = roll
-        .machines()
-        .iter()
-        .filter(|machine| shared.workers.is_busy(machine) || machine.status().state != State::Poweroff);
+    // An action of a busy machine may be a start that begins later.
+    let on =
+        roll.machines().iter().filter(|machine| shared.workers.is_busy(machine) || machine.status().own_run);
     let (outcomes, mut answered) = mpsc::unbounded_channel();
     for machine in on {
         let outcomes = outcomes.clone();
@@ -495,7 +493,7 @@ async fn shutdown_all(shared: &Shared) -> Outcome {
             // Whoever asked for all this may have left.
             let _ = outcomes.send(outcome);
         });
-        shared.workers.order(machine, Action::Stop, answer);
+        shared.workers.order(machine, Action::StopOwn, answer);
     }
     drop(outcomes);
     let mut failures = Vec::new();

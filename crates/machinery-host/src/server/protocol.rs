@@ -10,7 +10,7 @@ use std::sync::Arc;
 use machinery::{DumpFormat, Error};
 use serde_json::{Map, Value, json};
 
-use crate::actions::{Action, Outcome};
+use crate::actions::{Action, Occasion, Outcome};
 use crate::fleet::Machine;
 use crate::fleet::pool::Wanted;
 use crate::fleet::standing::Hold;
@@ -148,7 +148,7 @@ pub fn request(
             act(Action::DumpMemory { path, format: format(object)? })
         }
         "screenshot" => act(Action::Screenshot { path: path(object, "path")?.ok_or_else(missing_path)? }),
-        "prepare" => act(Action::Prepare),
+        "prepare" => act(Action::Prepare(Occasion::Request)),
         "state" => Ok(Request::State(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),

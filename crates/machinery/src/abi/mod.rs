@@ -123,6 +123,10 @@ mod sabi {
             let _ = (machines, deadline);
             unsupported("diagnose")
         }
+        /// Since 1.1. A plugin that does not have it prepares a machine in the one way it knows.
+        fn prepare_automatically(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+            self.prepare(machine, deadline)
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.

@@ -162,6 +162,10 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
             to_json(&self.0.diagnose(&machines, after(deadline))?)
         })
     }
+
+    fn prepare_automatically(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(M::NAME, || self.0.prepare_automatically(named(machine)?, after(deadline)))
+    }
 }
 
 fn named(machine: RStr<'_>) -> Result<&str> {

@@ -3,12 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, Readiness, Ready, Result};
+use machinery::{Deadline, Error, Member, Readiness, Ready, Result};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use super::prepare::expect_wanted;
+use super::prepare::{Occasion, expect_wanted};
 use super::{HEARING, Machine};
+use crate::foreign::remove_managed_save;
 use crate::images::Source;
 use crate::restore::{self, Snapshot, Start};
 
@@ -25,7 +26,7 @@ impl Machine {
             let snapshot = restore::find(domain, self.keys.info.snapshot.as_deref())?;
             if let Some(source) = self.source_of_image(domain, &snapshot) {
                 let begun = Instant::now();
-                match self.restored_from_image(connect, domain, &source, &snapshot) {
+                match self.restored_from_image(connect, &source, &snapshot) {
                     Ok(()) => return Ok(()),
                     Err(error) if given_up.load(Ordering::SeqCst) => {
                         if begun.elapsed() > TOO_LONG {
@@ -39,7 +40,9 @@ impl Machine {
                 }
             }
         }
-        self.timed("revert", || restore::start(domain, self.keys.info.snapshot.as_deref(), Start::Restored))
+        self.timed("revert", || {
+            restore::start_paused(domain, self.keys.info.snapshot.as_deref(), Start::Restored)
+        })
     }
 
     /// What the image is of, if that is what a restore goes to.
@@ -55,16 +58,9 @@ impl Machine {
         right
     }
 
-    fn restored_from_image(
-        &self,
-        connect: &Connect,
-        domain: &Domain,
-        source: &Source,
-        snapshot: &Snapshot,
-    ) -> Result<()> {
+    fn restored_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
         self.timed("disk", || source.put_back(snapshot))?;
-        self.timed("load", || self.keys.image.restore(connect))?;
-        restore::expect_running(domain)
+        self.timed("load", || self.keys.image.restore(connect))
     }
 
     /// One that does not work once is not made again by this host.
@@ -82,7 +78,13 @@ impl Machine {
 
     /// Sees to it that there is an image, and tells how ready the machine is; `why` says why it does not
     /// stand by.
-    pub(super) fn have_image(&self, connect: &Connect, given_up: &AtomicBool, why: &str) -> Result<()> {
+    pub(super) fn have_image(
+        &self,
+        connect: &Connect,
+        occasion: Occasion,
+        given_up: &AtomicBool,
+        why: &str,
+    ) -> Result<()> {
         let domain = restore::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         restore::expect_off(&domain)?;
@@ -96,6 +98,10 @@ impl Machine {
             }
         };
         if !self.keys.image.is_of(&source) {
+            if let Some(spares) = self.spares(&domain, occasion) {
+                self.tell_plain(&spares);
+                return Ok(());
+            }
             if let Err(no_room) = self.keys.image.make_room(&domain) {
                 self.tell_plain(&format!("{why}; {no_room}"));
                 return Ok(());
@@ -130,7 +136,8 @@ impl Machine {
     ) -> Result<()> {
         expect_wanted(given_up)?;
         let before = self.lock().ends;
-        self.note.begin(domain);
+        remove_managed_save(domain, self.name())?;
+        self.begin_note(domain)?;
         let still_wanted = || expect_wanted(given_up);
         let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &still_wanted));
         match &made {

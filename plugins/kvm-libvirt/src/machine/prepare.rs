@@ -24,6 +24,7 @@ use super::{Doing, HEARING, Machine, Now};
 use crate::call::Call;
 use crate::errors::{explain, is_no_domain};
 use crate::events::Event;
+use crate::foreign::{self, remove_managed_save};
 use crate::restore::{self, Snapshot};
 use crate::standby::{self, Held, Mark};
 use crate::states::{Told, is_of_revert};
@@ -35,13 +36,22 @@ const CLEARING: Duration = Duration::from_secs(30);
 /// it hangs until the domain is ended.
 const TAKING_OVER: Duration = Duration::from_secs(3);
 
+/// Why a restore is prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Occasion {
+    /// Somebody asked for it.
+    Request,
+    /// The host does it by itself, so nothing that somebody else has written may be lost.
+    Automatic,
+}
+
 impl Machine {
     /// Brings the domain to its snapshot and leaves it paused, for the next restore to let it run.
     ///
     /// # Errors
     /// The machine is on; libvirt cannot; it was given up.
-    pub fn prepare(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        self.expect_no_run()?;
+    pub fn prepare(self: &Arc<Self>, occasion: Occasion, deadline: Deadline) -> Result<()> {
+        self.expect_no_run(deadline)?;
         if let Some(why) = self.why_not()
             && self.keys.image.is_off()
         {
@@ -54,7 +64,7 @@ impl Machine {
         if self.waits_for_libvirt() {
             return Ok(());
         }
-        let prepared = self.prepare_with_libvirt(deadline);
+        let prepared = self.prepare_with_libvirt(occasion, deadline);
         // Asking takes time, which there has to be.
         if prepared.is_err() && !deadline.passed() && self.waits_for_libvirt() {
             return Ok(());
@@ -77,12 +87,13 @@ impl Machine {
         false
     }
 
-    fn prepare_with_libvirt(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+    fn prepare_with_libvirt(self: &Arc<Self>, occasion: Occasion, deadline: Deadline) -> Result<()> {
         self.end_late_call(deadline)?;
         let _preparing = self.begin(Doing::Preparing, deadline)?;
         let given_up = Arc::clone(&self.lock().give_up);
         let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
-        let call = self.link.long_call(deadline, move |connect| machine.get_ready(connect, &too_late))?;
+        let call =
+            self.link.long_call(deadline, move |connect| machine.get_ready(connect, occasion, &too_late))?;
         let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
             given_up.store(true, Ordering::SeqCst);
             Err(self.abandon(call, false, deadline))
@@ -101,14 +112,16 @@ impl Machine {
 
     /// Makes up for what was heard while a preparation was under way.
     fn look_back(self: &Arc<Self>, prepared: bool) {
-        let (doubt, lost) = {
+        let (doubt, lost, reset) = {
             let now = self.lock();
-            (now.standby.as_ref().and_then(|held| held.doubt.clone()), now.lost)
+            (now.standby.as_ref().and_then(|held| held.doubt.clone()), now.lost, now.reset)
         };
         if let Some(doubt) = doubt {
             self.replace(&doubt);
         } else if lost && !prepared {
             self.host.wants_prepare(&self.keys.info.name, "libvirtd has ended while it was prepared");
+        } else if reset && !prepared {
+            self.host.wants_prepare(&self.keys.info.name, "somebody has reset it while it was prepared");
         }
     }
 
@@ -159,27 +172,59 @@ impl Machine {
         }
     }
 
-    fn expect_no_run(&self) -> Result<()> {
+    /// A run of which libvirt says that it is over is about to be heard to have ended.
+    fn expect_no_run(&self, deadline: Deadline) -> Result<()> {
+        let (has_run, _, before) = self.now();
+        let soon = deadline.within(HEARING);
+        if has_run
+            && self.told_state(soon).is_ok_and(|(state, _)| state == State::Poweroff)
+            && !self.hear_end(before, soon)
+        {
+            self.note_end();
+        }
         match self.has_run() {
             true => Err(Error::unexpected_state("the machine is running").advice("Stop it first")),
             false => Ok(()),
         }
     }
 
-    fn get_ready(&self, connect: &Connect, given_up: &AtomicBool) -> Result<()> {
+    fn get_ready(&self, connect: &Connect, occasion: Occasion, given_up: &AtomicBool) -> Result<()> {
         let why = match self.why_not() {
             Some(why) => why.to_owned(),
-            None => match self.stand_by(connect, given_up)? {
+            None => match self.stand_by(connect, occasion, given_up)? {
                 Some(why) => why,
                 None => return Ok(()),
             },
         };
-        self.have_image(connect, given_up, &why)
+        self.have_image(connect, occasion, given_up, &why)
+    }
+
+    /// Why the domain, which is off, is not reverted, if somebody else's work would be lost and nobody has
+    /// asked for that.
+    pub(super) fn spares(&self, domain: &Domain, occasion: Occasion) -> Option<String> {
+        let only_ours = self.lock().only_ours;
+        let work = match occasion {
+            Occasion::Request => None,
+            Occasion::Automatic => self.disks.foreign_work(domain, only_ours),
+        };
+        let why = work.map(|work| foreign::advice(self.name(), &work));
+        let before = std::mem::replace(&mut self.lock().spared, why.clone());
+        if let Some(why) = &why
+            && before != Some(why.clone())
+        {
+            tracing::warn!(machine = self.keys.info.name, "{why}");
+        }
+        why
     }
 
     /// Whatever it comes to, nothing is left of it unless the machine stands by; if it does not, that is
     /// why.
-    fn stand_by(&self, connect: &Connect, given_up: &AtomicBool) -> Result<Option<String>> {
+    fn stand_by(
+        &self,
+        connect: &Connect,
+        occasion: Occasion,
+        given_up: &AtomicBool,
+    ) -> Result<Option<String>> {
         if self.stands_by_still(connect) {
             return Ok(None);
         }
@@ -187,6 +232,9 @@ impl Machine {
         let domain = restore::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         restore::expect_off(&domain)?;
+        if let Some(why) = self.spares(&domain, occasion) {
+            return Ok(Some(why));
+        }
         let snapshot = restore::find(&domain, self.keys.info.snapshot.as_deref())?;
         let share = match self.share_for(&domain, &snapshot)? {
             Ok(share) => share,
@@ -218,17 +266,17 @@ impl Machine {
     ) -> Result<()> {
         expect_wanted(given_up)?;
         let heard_by = self.link.number();
-        self.note.begin(domain);
+        remove_managed_save(domain, self.name())?;
+        self.begin_note(domain)?;
         self.timed("revert", || snapshot.revert_paused())?;
-        // Looked up anew, because a reverted domain does not know its new id.
-        let domain = restore::domain(connect, self.label())?;
-        self.note.started(&domain);
+        let domain = self.mark(connect)?;
         let mark = Mark::of(&domain, snapshot.identity.clone())?;
         let held = Held::new(&domain, mark.clone(), heard_by, share);
         let ready = held.ready();
         self.install(held, given_up)?;
         // Only now, so that what happens after the look is heard.
         mark.check(connect, self.label(), self.keys.info.snapshot.as_deref())?;
+        self.expect_no_reset()?;
         self.host.ready(&self.keys.info.name, &ready);
         Ok(())
     }
@@ -287,11 +335,11 @@ impl Machine {
         }
     }
 
-    fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
+    pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
         let (label, note) = (self.keys.info.label.clone(), self.note.clone());
         self.link.ask(deadline, "libvirt to end what stands by", move |connect| {
             match connect.lookup_domain_by_name(&label) {
-                Ok(domain) => Ok(note.is_about(&domain) && restore::destroy(&domain)?),
+                Ok(domain) => Ok(note.is_about(&domain)? && restore::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
                 Err(error) => Err(explain("look up the domain", &error)),
             }
@@ -343,7 +391,9 @@ impl Machine {
             Err(error) => return self.is_not_used(&error),
         };
         self.lock().has_run = true;
-        if let Err(error) = self.timed("resume", || restore::resume(&domain)) {
+        // The event of a reset may come after the answers to what was asked since.
+        let resumed = self.timed("resume", || restore::resume(&domain)).and_then(|()| self.expect_no_reset());
+        if let Err(error) = resumed {
             self.lock().has_run = false;
             return self.is_not_used(&error);
         }
@@ -372,13 +422,13 @@ impl Machine {
     }
 
     pub(super) fn end_own(&self, domain: &Domain) -> Result<()> {
-        if self.note.is_about(domain) {
+        if self.note.is_about(domain)? {
             let before = self.lock().ends;
             let ended = restore::destroy(domain)?;
             self.is_let_go(ended, before, Deadline::after(HEARING));
         } else if !domain.is_active().unwrap_or(true) {
             // What it was about has ended; what somebody starts later is not ours.
-            self.note.remove();
+            self.remove_note();
         }
         Ok(())
     }
@@ -386,10 +436,25 @@ impl Machine {
     pub(super) fn is_let_go(&self, ended: bool, before: u64, deadline: Deadline) {
         if ended {
             self.hear_end(before, deadline.within(HEARING));
+        } else {
+            self.lock().disks = None;
         }
-        self.note.remove();
+        self.close_run();
         // It was not the end of what is being started.
         self.lock().heard = None;
+    }
+
+    /// A reset boots the guest anew, so what stands by, or is about to be let run, has lost its snapshot. A
+    /// guest that runs may reboot.
+    pub(super) fn heard_reset(self: &Arc<Self>) {
+        let hidden = {
+            let mut now = self.lock();
+            now.reset = true;
+            now.is_hidden()
+        };
+        if hidden {
+            self.replace("somebody has reset what stood by");
+        }
     }
 
     /// Something happened to a domain that nobody outside knows to be there.

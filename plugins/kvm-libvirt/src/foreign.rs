@@ -1,0 +1,187 @@
+//! What somebody else has left in a domain that is off. Automatic work never destroys it.
+//!
+//! A revert discards what a disk holds and no snapshot has, and makes a managed save worthless. That is
+//! right for what our own runs have left, and for anybody else's work only where somebody asks for it. So
+//! before a machine is prepared automatically, each disk that the guest can write to has to be known as one
+//! of these:
+//!
+//! - it has no changes that are in none of its snapshots: nothing can be lost. A disk is so after a revert
+//!   that nobody has written after, and after a snapshot that somebody has just taken;
+//! - it is, to the nanosecond, the file that the last of our own runs has left. [`DiskRecord`] has it;
+//! - it is no file whose changes can be seen here (a device, a disk on a network), and libvirt has told of
+//!   nobody else's run since the last of our own ended.
+//!
+//! A disk of which none can be told may hold somebody's work.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use machinery_images::{FileId, has_unsaved_changes};
+use virt::domain::Domain;
+
+use crate::disks::writable_disks;
+use crate::errors::explain;
+use crate::state_files::write_atomically;
+use crate::views::is_local;
+
+/// The disks of one machine, as the last of our own runs has left them.
+#[derive(Debug, Clone)]
+pub struct DiskRecord {
+    path: PathBuf,
+}
+
+/// The file of a disk that the guest can write to; `None` if it has none on this computer.
+pub type DiskFile = Option<PathBuf>;
+
+impl DiskRecord {
+    /// The record of that machine, in the machinery's state folder.
+    pub fn of(machine: &str, state_dir: &Path) -> Self {
+        DiskRecord { path: state_dir.join(format!("{machine}.disks")) }
+    }
+
+    /// Records these disks, to which one of our runs was the last to write. A failure is only logged: the
+    /// machine is not prepared automatically then.
+    pub fn save(&self, disks: &[DiskFile]) {
+        let states: Vec<FileId> = disks.iter().flatten().filter_map(|disk| file_id(disk)).collect();
+        if let Err(error) = write_atomically(&self.path, &states) {
+            tracing::warn!(%error, "the disks' state after the run is not recorded");
+        }
+    }
+
+    /// What a revert of the domain, which is off, would discard of somebody else's work, for people.
+    /// `only_ours` says that libvirt has told of no run but our own since the last of ours has ended.
+    pub fn foreign_work(&self, domain: &Domain, only_ours: bool) -> Option<String> {
+        if has_managed_save(domain) {
+            return Some("it has a managed save, which a revert would make worthless".to_owned());
+        }
+        let disks = match disks_of(domain) {
+            Ok(disks) => disks,
+            Err(error) => return Some(error.to_string()),
+        };
+        let known = self.read();
+        disks.iter().find_map(|disk| foreign_changes(disk.as_deref(), &known, only_ours))
+    }
+
+    fn read(&self) -> Vec<FileId> {
+        let text = fs::read_to_string(&self.path).unwrap_or_default();
+        serde_json::from_str(&text).unwrap_or_default()
+    }
+}
+
+/// The disks that the guest can write to. Those of a libvirt on another host have no files here.
+///
+/// # Errors
+/// libvirt cannot describe the domain.
+pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
+    let failed = |error| explain("describe the domain", &error);
+    let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
+    let disks = writable_disks(&domain.xml_desc(0).map_err(failed)?);
+    Ok(disks.into_iter().map(|disk| disk.filter(|_| is_local(&uri))).collect())
+}
+
+/// Why the disk may hold somebody else's work, if it may.
+fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Option<String> {
+    let Some(disk) = disk else {
+        return (!only_ours).then(|| {
+            "a disk of its domain is no file here, so nothing tells who wrote to it last".to_owned()
+        });
+    };
+    let changes = has_unsaved_changes(disk);
+    if changes == Ok(Some(false)) {
+        return None;
+    }
+    match file_id(disk) {
+        Some(state) if known.contains(&state) => None,
+        Some(_) if changes == Ok(Some(true)) => Some(format!(
+            "its disk {} has changes that are in no snapshot and that no run of this host has made",
+            disk.display()
+        )),
+        Some(_) => {
+            Some(format!("its disk {} is not as the last run of this host has left it", disk.display()))
+        }
+        None if only_ours => None,
+        None => Some(format!("nothing tells who wrote last to its disk {}", disk.display())),
+    }
+}
+
+/// What tells a state of that disk from a later one; a device has nothing of the kind.
+fn file_id(disk: &Path) -> Option<FileId> {
+    let is_file = fs::metadata(disk).is_ok_and(|file| file.is_file());
+    if is_file { FileId::of(disk).ok() } else { None }
+}
+
+/// Whether libvirt has saved the domain's memory, to resume from at its next start.
+pub fn has_managed_save(domain: &Domain) -> bool {
+    domain.has_managed_save(0).unwrap_or_else(|error| {
+        // Some drivers have nothing of the kind.
+        tracing::debug!(%error, "libvirt does not tell of a managed save");
+        false
+    })
+}
+
+/// Removes the domain's managed save, if it has one: it is of another moment than the snapshot.
+///
+/// # Errors
+/// libvirt cannot remove it.
+pub fn remove_managed_save(domain: &Domain, machine: &str) -> machinery::Result<()> {
+    if !has_managed_save(domain) {
+        return Ok(());
+    }
+    tracing::warn!(
+        machine,
+        "the managed save of its domain is removed: the machine goes back to its snapshot"
+    );
+    domain.managed_save_remove(0).map_err(|error| explain("remove the managed save", &error))
+}
+
+/// What `check` says of the domain, which is off.
+pub fn finding(machine: &str, domain: &Domain, state_dir: &Path) -> Option<String> {
+    let work = DiskRecord::of(machine, state_dir).foreign_work(domain, true)?;
+    Some(format!("machine '{machine}': {}", advice(machine, &work)))
+}
+
+/// What foreign work means for the machine, for people.
+pub fn advice(machine: &str, work: &str) -> String {
+    format!(
+        "it is not prepared automatically: {work}. Its next restore discards that, and so does \
+         `cuckoo-machinery prepare {machine}`; take a snapshot of the domain to keep it"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    fn run(program: &str, args: &[&str], image: &Path) {
+        let ran = Command::new(program).args(args).arg(image).output().unwrap();
+        assert!(ran.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+
+    #[test]
+    fn disk_is_foreign_when_it_changed_after_the_last_own_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.qcow2");
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "size=1M"], &image);
+        let write = |value: &str| run("qemu-io", &["-c", &format!("write -P {value} 0 512")], &image);
+        write("1");
+        run("qemu-img", &["snapshot", "-c", "clean"], &image);
+        let record = DiskRecord::of("m", folder.path());
+        let foreign = || foreign_changes(Some(&image), &record.read(), true);
+        assert_eq!(foreign(), None, "it is as in its snapshot");
+        write("2");
+        assert!(foreign().unwrap().contains("disk.qcow2"), "{:?}", foreign());
+        record.save(&[Some(image.clone()), None]);
+        assert_eq!(foreign(), None, "our own run has left it so");
+        write("3");
+        assert!(foreign().is_some());
+    }
+
+    #[test]
+    fn disk_without_a_file_is_foreign_until_an_own_run_has_ended() {
+        for disk in [None, Some(Path::new("/none/disk")), Some(Path::new("/dev/null"))] {
+            assert!(foreign_changes(disk, &[], false).is_some(), "{disk:?}");
+            assert_eq!(foreign_changes(disk, &[], true), None, "{disk:?}");
+        }
+    }
+}
