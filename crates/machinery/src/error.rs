@@ -157,10 +157,12 @@ impl Error {
         }
     }
 
-    /// Adds to what went wrong, such as the hypervisor's own words.
+    /// Adds to what went wrong, such as the hypervisor's own words. An empty detail adds nothing.
     #[must_use]
     pub fn detail(mut self, detail: &str) -> Self {
-        self.0.reason = format!("{}: {detail}", self.0.reason);
+        if !detail.trim().is_empty() {
+            self.0.reason = format!("{}: {detail}", self.0.reason);
+        }
         self
     }
 
@@ -178,9 +180,16 @@ impl Error {
         self
     }
 
-    /// Says what to do about it, unless that has been said. A full sentence without its full stop.
+    /// Says what to do about it, in place of what was said before. A full sentence without its full stop.
     #[must_use]
     pub fn advice(mut self, advice: impl Into<String>) -> Self {
+        self.0.advice = Some(advice.into());
+        self
+    }
+
+    /// Says what to do about it, unless that has been said: for advice that fits many errors.
+    #[must_use]
+    pub fn default_advice(mut self, advice: impl Into<String>) -> Self {
         self.0.advice.get_or_insert_with(|| advice.into());
         self
     }
@@ -279,6 +288,23 @@ mod tests {
     fn the_nearest_context_stays() {
         let error = Error::failed("x").machine("inner").machine("outer");
         assert_eq!(error.to_string(), "machine 'inner': x");
+    }
+
+    #[test]
+    fn advice_replaces_an_earlier_one_and_default_advice_does_not() {
+        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let error = Error::io("read the snapshot", Path::new("/s"), &missing).advice("Take it anew");
+        assert!(error.to_string().ends_with(". Take it anew."), "{error}");
+        let error = error.default_advice("Look at the log");
+        assert!(error.to_string().ends_with(". Take it anew."), "{error}");
+        let error = Error::failed("x").default_advice("Look at the log");
+        assert_eq!(error.to_string(), "x. Look at the log.");
+    }
+
+    #[test]
+    fn detail_adds_nothing_when_it_is_empty() {
+        assert_eq!(Error::failed("x").detail("").detail(" \n").to_string(), "x");
+        assert_eq!(Error::failed("x").detail("y").to_string(), "x: y");
     }
 
     #[test]

@@ -208,15 +208,17 @@ impl Snapshot {
         }
         reverted.map_err(|error| {
             let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), &error);
-            failed.advice(match self.version() {
-                Some(version) if self.external && version < EXTERNAL => format!(
+            match self.version() {
+                Some(version) if self.external && version < EXTERNAL => failed.advice(format!(
                     "It is an external snapshot, and libvirt {} cannot revert to those: libvirt 9.9 and newer can. \
                      Upgrade libvirt, or take an internal snapshot (virsh snapshot-create-as without --diskspec and \
                      --memspec)",
                     version_text(version)
+                )),
+                _ => failed.default_advice(
+                    "Try it by hand with `virsh snapshot-revert`; libvirtd's log may say more",
                 ),
-                _ => "Try it by hand with `virsh snapshot-revert`; libvirtd's log may say more".to_owned(),
-            })
+            }
         })
     }
 

@@ -102,7 +102,7 @@ impl Books {
         self.behind.store(saved.is_err(), Ordering::SeqCst);
         saved.map_err(|error| {
             Error::io("note who has which machine in", &self.path, &error)
-                .advice("Make it possible to write there, and ask again")
+                .default_advice("Make it possible to write there, and ask again")
         })
     }
 
