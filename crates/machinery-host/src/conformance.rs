@@ -14,7 +14,7 @@ use std::env;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use clap::Args;
@@ -144,7 +144,7 @@ fn in_child(asked: &Conformance, file: &Path, config: &Path, promise: &str) -> R
     let outcome = folder.path().join("outcome.json");
     let own = env::current_exe()
         .map_err(|error| Error::environment(format!("cannot find this program: {error}")))?;
-    let mut child = Command::new(own);
+    let mut child = machinery::command(own);
     child.arg("conformance").arg(file).arg("--config").arg(config);
     child.args(asked.host_config.iter().flat_map(|file| ["--host-config".into(), file.clone()]));
     child.args(asked.machines.iter().flat_map(|name| ["--machine", name]));

@@ -39,6 +39,7 @@ pub mod events;
 pub mod exit;
 pub mod fleet;
 pub mod import;
+mod limits;
 pub mod loader;
 pub mod logging;
 pub mod new_plugin;

@@ -17,7 +17,6 @@ use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, Semaphore, watch};
@@ -33,6 +32,7 @@ use crate::cwd::{Cwd, make_folder};
 use crate::events::Events;
 use crate::exit;
 use crate::fleet::books::Books;
+use crate::limits;
 use crate::loader::{self, Search};
 use crate::reload::Reloader;
 use crate::server::{self, Peers, Shared};
@@ -59,7 +59,7 @@ pub fn run(cwd: &Cwd, search: &Search) -> Result<Result<()>> {
     let _lock = lock(&cwd.state())?;
     // Before any plugin clears away what it takes for the leftovers of a host that died.
     server::expect_no_other(&cwd.manager_socket())?;
-    raise_file_limit();
+    limits::raise_file_limit();
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
     let fleet = loader::load_all(cwd, &config, search, &events)?;
@@ -122,15 +122,6 @@ fn lock(state: &Path) -> Result<File> {
             .advice("Stop it first, or use it: the other commands of cuckoo-machinery talk to it")
     })?;
     Ok(file)
-}
-
-/// A machine costs a few descriptors, a client one; the usual soft limit of 1024 is soon used up.
-fn raise_file_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::debug!(%error, "the limit of open files stays as it is");
-    }
 }
 
 async fn serve(cwd: &Cwd, peers: &Arc<Peers>, shared: Arc<Shared>) -> Result<Result<()>> {

@@ -58,6 +58,7 @@
 //! | `reload` | a new configuration while machines run: [`Roster`], [`Reloaded`] |
 //! | `diagnosis` | machines that cannot be used, and why: [`Diagnosis`] |
 //! | `socket` | sockets under paths of any length |
+//! | `command` | other programs, started with the limits that the host was started with |
 //! | `services` | the way back, from the plugin to the host: [`Host`] |
 //! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
 //! | `error`, `report`, `state` | the words both sides use |
@@ -68,6 +69,7 @@
 
 #[doc(hidden)]
 pub mod abi;
+mod command;
 pub mod config;
 mod deadline;
 mod diagnosis;
@@ -81,6 +83,7 @@ mod services;
 mod socket;
 mod state;
 
+pub use command::command;
 pub use deadline::Deadline;
 pub use diagnosis::Diagnosis;
 pub use error::{Error, ErrorKind, Place, Result};

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::SystemTime;
 
 use machinery::{Error, Result};
@@ -106,7 +106,7 @@ fn plain(text: &str) -> String {
 /// What the disk says of its snapshot of that name: when it was taken, and of how much memory.
 fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
     let failed = |why: &str| format!("qemu-img cannot tell of the snapshots in {}: {why}", disk.display());
-    let mut qemu_img = Command::new("qemu-img");
+    let mut qemu_img = machinery::command("qemu-img");
     qemu_img.args(["info", "-U", "--output=json"]).arg(disk).stdin(Stdio::null());
     let ran = qemu_img.output().map_err(|error| failed(&error.to_string()))?;
     let info: Value = serde_json::from_slice(&ran.stdout)
@@ -119,7 +119,7 @@ fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
 }
 
 fn put_back(disk: &Path, snapshot: &str) -> Result<()> {
-    let mut qemu_img = Command::new("qemu-img");
+    let mut qemu_img = machinery::command("qemu-img");
     qemu_img.args(["snapshot", "-q", "-a", snapshot]).arg(disk).stdin(Stdio::null());
     let failed = |why: String| {
         let what = format!("qemu-img cannot put the disk {} back to '{snapshot}': {why}", disk.display());

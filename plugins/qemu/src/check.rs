@@ -1,7 +1,6 @@
 //! What `check` looks at beyond the configuration: disks, space, KVM.
 
 use std::path::Path;
-use std::process::Command;
 
 use machinery::{Error, Report, Result, Setup};
 use rustix::fs::{Access, access, statvfs};
@@ -113,7 +112,7 @@ fn template_folder(folder: &Path, report: &mut Report) {
 
 /// What `qemu-img` knows of the disk, also while a machine runs on it.
 fn disk_info(qemu_img: &Path, disk: &Path) -> Result<Value> {
-    let output = Command::new(qemu_img).args(["info", "-U", "--output=json"]).arg(disk).output();
+    let output = machinery::command(qemu_img).args(["info", "-U", "--output=json"]).arg(disk).output();
     let output = output.map_err(|error| Error::io("run", qemu_img, &error))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

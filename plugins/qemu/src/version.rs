@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::sync::mpsc;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -106,7 +106,7 @@ const TELLING: Duration = Duration::from_secs(10);
 /// Whoever waits for a program that does not answer is waited for by every machine.
 fn ask(program: &Path) -> Result<Output> {
     let failed = |error: std::io::Error| Error::io("run", program, &error);
-    let mut command = Command::new(program);
+    let mut command = machinery::command(program);
     command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().map_err(failed)?;
     let handle =

@@ -86,7 +86,7 @@ struct Process {
 
 impl Process {
     fn spawn(settings: &Settings, target: Target) -> Result<Self> {
-        let mut command = Command::new(&settings.tcpdump);
+        let mut command = Command::from(machinery::command(&settings.tcpdump));
         // Each packet at once to the file, whole, without looking up names.
         command.arg("-i").arg(&target.interface).args(["-U", "-s", "0", "-n"]);
         if geteuid().is_root() {
