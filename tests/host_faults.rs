@@ -329,6 +329,11 @@ fn a_machine_that_dies_by_itself_is_told_at_once() {
     });
     assert_eq!(told[2], died);
     assert_enabled(&mut client, "m", "poweroff");
+    let errors = client.machine("m").unwrap()["errors"].clone();
+    let error = "machine 'm': the state became poweroff by itself: the machine powered itself off";
+    assert_eq!(errors, json!([error]));
+    let log = served.host.log();
+    assert!(log.lines().any(|line| line.contains("WARN") && line.contains("powered itself off")), "{log}");
     assert_eq!(client.act("stop", "m").unwrap(), good());
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
     served.assert_well();

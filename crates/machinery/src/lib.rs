@@ -91,6 +91,6 @@ pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Set
 pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
 pub use reload::{Member, Plan, Reloaded, Roster, expect_unchanged};
 pub use report::{Finding, Level, Report};
-pub use services::{Host, HostServices, LogLevel, LogRecord};
+pub use services::{GUEST_POWERED_OFF, Host, HostServices, LogLevel, LogRecord};
 pub use socket::SocketPath;
 pub use state::State;

@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Ready, State};
 
+/// The reason to give with [`State::Poweroff`] for a guest that powered itself off. It is no accident: the host neither
+/// warns of it nor remembers it as an error.
+pub const GUEST_POWERED_OFF: &str = "the guest powered itself off";
+
 /// The host's side of [`Host`]; a host implements it, plugins never see it.
 pub trait HostServices: Send + Sync + 'static {
     /// A line for the log.
@@ -48,8 +52,9 @@ impl Host {
         Host::new(Arc::new(Nobody))
     }
 
-    /// Tells that the machine changed its state by itself, and why (may be empty).
-    /// Also during an action; the host knows which it ordered.
+    /// Tells that the machine changed its state by itself, and why. Also during an action; without a reason it is
+    /// what was ordered. The host warns of a machine that failed or ended for a reason, and remembers that as an error,
+    /// unless the reason is [`GUEST_POWERED_OFF`].
     pub fn state_changed(&self, machine: &str, state: State, reason: &str) {
         self.services.state_changed(machine, state, reason);
     }

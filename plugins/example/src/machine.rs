@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, ErrorKind, Host, Member, Result, State};
+use machinery::{Deadline, Error, ErrorKind, GUEST_POWERED_OFF, Host, Member, Result, State};
 use machinery_views::{Output, ppm_to_png};
 
 use crate::config::Keys;
@@ -178,7 +178,7 @@ impl Machine {
         let mut run = self.lock();
         let by_itself = |run: &mut Run| Arc::ptr_eq(&run.guest, guest) && !run.ending;
         if run.take_if(by_itself).is_some() {
-            self.host.state_changed(self.name(), State::Poweroff, "the guest has powered itself off");
+            self.host.state_changed(self.name(), State::Poweroff, GUEST_POWERED_OFF);
         }
     }
 

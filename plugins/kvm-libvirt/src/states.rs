@@ -1,6 +1,6 @@
 //! What libvirt's states and events mean for a machine.
 
-use machinery::{Error, Result, State};
+use machinery::{Error, GUEST_POWERED_OFF, Result, State};
 use virt::domain::{
     DomainPausedReason, DomainState, DomainStateEnum, DomainStateReason, DomainStateReasonEnum,
 };
@@ -109,7 +109,7 @@ fn shutdown(detail: u32) -> &'static str {
 
 fn stopped(detail: u32) -> &'static str {
     match detail {
-        sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => "the guest powered itself off",
+        sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => GUEST_POWERED_OFF,
         sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED => "the domain was destroyed",
         sys::VIR_DOMAIN_EVENT_STOPPED_CRASHED => "the guest crashed",
         sys::VIR_DOMAIN_EVENT_STOPPED_MIGRATED => "the domain was migrated to another host",

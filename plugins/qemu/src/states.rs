@@ -1,6 +1,6 @@
 //! What QEMU's states and events mean for a machine.
 
-use machinery::{Error, Result, State};
+use machinery::{Error, GUEST_POWERED_OFF, Result, State};
 
 use crate::qmp::Event;
 
@@ -33,7 +33,7 @@ pub fn reason_of_shutdown(event: &Event) -> Option<String> {
     Some(match (event.data["guest"].as_bool(), cause) {
         (_, "guest-reset") => "the guest restarted, and its QEMU ends then (-no-reboot)".to_owned(),
         (_, "host-signal") => "QEMU was asked to end by a signal".to_owned(),
-        (Some(true), _) => "the guest powered itself off".to_owned(),
+        (Some(true), _) => GUEST_POWERED_OFF.to_owned(),
         (_, cause) => {
             format!("QEMU ended the run: {}", if cause.is_empty() { "no reason given" } else { cause })
         }

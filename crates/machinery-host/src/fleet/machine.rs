@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use machinery::{Error, MachineInfo, Ready, State};
+use machinery::{Error, GUEST_POWERED_OFF, MachineInfo, Ready, State};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -85,6 +85,18 @@ const RELAPSES: u32 = 3;
 /// An action has no more steps than this that are worth keeping.
 const STEPS_KEPT: usize = 50;
 
+/// Whether a machine that reports that state has had an accident. A guest that powers itself off has not, and a state
+/// without a reason is what was ordered.
+fn is_accident(state: State, reason: &str) -> bool {
+    match state {
+        State::Error => true,
+        State::Poweroff | State::Paused | State::Suspended => {
+            !reason.is_empty() && reason != GUEST_POWERED_OFF
+        }
+        State::Starting | State::Running | State::Stopping | State::Restored => false,
+    }
+}
+
 impl Machine {
     /// A machine that was just loaded.
     pub fn new(info: MachineInfo, machinery: Arc<Machinery>, state: State, events: Events) -> Self {
@@ -154,11 +166,16 @@ impl Machine {
         }
     }
 
-    /// Notes a state that the plugin reported by itself, and why.
+    /// Notes a state that the plugin reported by itself, and why. An accident is remembered as an error.
     pub fn set_reported(&self, state: State, reason: &str) {
         let mut status = self.lock_status();
         status.reports += 1;
-        self.note(status, state, reason);
+        let is_new = self.note(status, state, reason);
+        if is_new && is_accident(state, reason) {
+            tracing::warn!(machine = self.name(), %state, reason, "its state has changed by itself");
+            let what = format!("the state became {state} by itself");
+            self.add_error(&Error::failed(what).detail(reason).machine(self.name()).to_string());
+        }
     }
 
     /// Notes that the run there is, if there is one, is the host's.
@@ -167,9 +184,10 @@ impl Machine {
         status.own_run = status.state != State::Poweroff;
     }
 
-    fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
+    /// Tells whether that is new.
+    fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) -> bool {
         if status.state == state {
-            return;
+            return false;
         }
         status.state = state;
         match state {
@@ -182,6 +200,7 @@ impl Machine {
         }
         // Sent under the lock, so that subscribers hear the changes in their order.
         self.events.send(Event::State { machine: self.name.clone(), state, reason: reason.to_owned() });
+        true
     }
 
     /// Its next restore should be prepared when there is nothing else to do.
@@ -437,5 +456,25 @@ impl Machine {
     /// Status is whole after each statement that holds the lock, so poison means nothing.
     fn lock_status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reported_state_is_an_accident_unless_it_was_ordered_or_the_guest_powered_itself_off() {
+        assert!(is_accident(
+            State::Error,
+            "the disk failed and the guest was paused: No space left on device"
+        ));
+        assert!(is_accident(State::Error, ""));
+        assert!(is_accident(State::Poweroff, "QEMU was killed by signal 9"));
+        assert!(is_accident(State::Suspended, "the guest suspended itself"));
+        assert!(!is_accident(State::Poweroff, GUEST_POWERED_OFF));
+        assert!(!is_accident(State::Poweroff, ""));
+        assert!(!is_accident(State::Stopping, GUEST_POWERED_OFF));
+        assert!(!is_accident(State::Running, "the guest woke up"));
     }
 }
