@@ -99,7 +99,7 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     let watch = Watch::new(&serial)?;
     let mut vm = Vm::boot(qemu, &recipe.start_args(&serial, None), &disk)?;
     match recipe {
-        Recipe::Micro => write_count(folder, pause_between_counts(&mut vm, &watch)?)?,
+        Recipe::Micro | Recipe::Vmcloak => write_count(folder, pause_between_counts(&mut vm, &watch)?)?,
         Recipe::Linux { .. } => {
             vm.hear(&watch, BOOT_TIMEOUT, |said| said.contains(linux::READY).then_some(()))?;
             vm.pause()?;
@@ -145,7 +145,7 @@ fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String])
     let [_, a, b, c] = ip.octets();
     let (os_name, os_version) = match recipe {
         // What sandboxes ask for most.
-        Recipe::Micro => ("windows", "10"),
+        Recipe::Micro | Recipe::Vmcloak => ("windows", "10"),
         Recipe::Linux { .. } => ("linux", "12"),
     };
     let bridge = match recipe {

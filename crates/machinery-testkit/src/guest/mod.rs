@@ -93,6 +93,8 @@ impl Qemu {
 pub enum Guest {
     /// A boot sector that counts: see [`micro`].
     Micro,
+    /// The same on the machine that VMCloak makes, with its sound card and all. For QEMU only.
+    Vmcloak,
     /// Linux with an agent: see [`linux`].
     Linux {
         /// RAM, in MiB; 256 is enough for a guest without noise.

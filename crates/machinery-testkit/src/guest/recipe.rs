@@ -22,6 +22,8 @@ const GENERATION: u32 = 2;
 pub enum Recipe {
     /// See [`Guest::Micro`].
     Micro,
+    /// See [`Guest::Vmcloak`].
+    Vmcloak,
     /// See [`Guest::Linux`].
     Linux { image: Image, ram_mib: u32, noise_mib: u32, network: Network },
 }
@@ -43,6 +45,7 @@ impl Recipe {
         };
         match guest {
             Guest::Micro => Ok(Self::Micro),
+            Guest::Vmcloak => Ok(Self::Vmcloak),
             Guest::Linux { ram_mib, noise_mib } => linux(ram_mib, noise_mib, Network::User),
             Guest::Talker => linux(256, 0, Network::Wire),
         }
@@ -55,6 +58,7 @@ impl Recipe {
         let content = cache::fingerprint(&(GENERATION, &version, args, self.first_sectors()));
         let guest = match self {
             Self::Micro => "micro".to_owned(),
+            Self::Vmcloak => "vmcloak".to_owned(),
             Self::Linux { network: Network::Wire, .. } => "talker".to_owned(),
             Self::Linux { ram_mib, noise_mib, .. } => format!("linux-{ram_mib}-{noise_mib}"),
         };
@@ -84,11 +88,14 @@ impl Recipe {
     /// for a wire is on none.
     pub fn start_args(&self, serial: &Path, agent: Option<Ipv4Addr>) -> Vec<String> {
         let serial = format!("file:{}", serial.display());
+        if let Self::Vmcloak = self {
+            return vmcloak_args(&serial);
+        }
         let mut args =
             strings(["-machine", "pc", "-accel", "tcg", "-nodefaults", "-display", "none", "-vga", "std"]);
         args.extend(strings(["-serial", &serial]));
         args.extend(match self {
-            Self::Micro => strings(["-m", "32", "-drive", &drive("ide")]),
+            Self::Micro | Self::Vmcloak => strings(["-m", "32", "-drive", &drive("ide")]),
             Self::Linux { image, ram_mib, noise_mib, network } => {
                 linux_args(image, *ram_mib, *noise_mib, *network, agent)
             }
@@ -98,17 +105,40 @@ impl Recipe {
 
     fn first_sectors(&self) -> Vec<u8> {
         match self {
-            Self::Micro => micro::boot_sector().to_vec(),
+            Self::Micro | Self::Vmcloak => micro::boot_sector().to_vec(),
             Self::Linux { .. } => Vec::new(),
         }
     }
 
     fn disk_mib(&self) -> u64 {
         match self {
-            Self::Micro => 1,
+            Self::Micro | Self::Vmcloak => 1,
             Self::Linux { .. } => 64,
         }
     }
+}
+
+/// What VMCloak starts a Windows machine with, on its QEMU machinery with user networking. Source: VMCloak's
+/// `vmcloak/platforms/qemu.py`.
+fn vmcloak_args(serial: &str) -> Vec<String> {
+    let devices = [
+        "rtl8139,netdev=net0,mac=52:54:00:00:02:01,bus=pcie.0,addr=3",
+        "ich9-ahci,id=ahci",
+        "ide-hd,bus=ahci.0,unit=0,drive=disk,bootindex=2",
+        "ide-cd,bus=ahci.1,unit=0,drive=cdrom,bootindex=1",
+        "usb-ehci,id=ehci",
+        "usb-tablet,bus=ehci.0",
+        "intel-hda",
+        "hda-duplex",
+    ];
+    let mut args = strings(["-nodefaults", "-M", "q35", "-vga", "std", "-smp", "1", "-m", "64"]);
+    args.extend(strings(["-overcommit", "mem-lock=off", "-rtc", "base=localtime,driftfix=slew"]));
+    args.extend(strings(["-netdev", "type=user,restrict=on,id=net0"]));
+    args.extend(devices.iter().flat_map(|device| strings(["-device", device])));
+    args.extend(strings(["-drive", "if=none,id=cdrom,readonly=on"]));
+    args.extend(strings(["-drive", &format!("file={DISK_PLACEHOLDER},format=qcow2,if=none,id=disk")]));
+    args.extend(strings(["-display", "none", "-serial", serial]));
+    args
 }
 
 fn linux_args(

@@ -98,13 +98,13 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     let watch = Watch::new(&serial)?;
     libvirtd.virsh(&["start", &identity.name])?;
     let ready = |said: &str| match recipe {
-        Recipe::Micro => counts(said).find(|count| *count >= SNAPSHOT_COUNT).map(drop),
+        Recipe::Micro | Recipe::Vmcloak => counts(said).find(|count| *count >= SNAPSHOT_COUNT).map(drop),
         Recipe::Linux { .. } => said.contains(linux::READY).then_some(()),
     };
     watch.until(BOOT_TIMEOUT, None, ready)?;
     libvirtd.virsh(&["snapshot-create-as", &identity.name, SNAPSHOT])?;
     libvirtd.virsh(&["destroy", &identity.name])?;
-    if let Recipe::Micro = recipe {
+    if let Recipe::Micro | Recipe::Vmcloak = recipe {
         let count = first_count(&libvirtd, &identity, &serial)?;
         write(&folder.join(COUNT), &count.to_string())?;
     }
