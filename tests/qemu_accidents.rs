@@ -10,6 +10,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
@@ -106,6 +107,10 @@ fn a_machine_that_dies_is_told_at_once() {
         lab.assert_clean();
         let state = client.act("state", "m").unwrap();
         assert_eq!(state, json!({"success": true, "state": "poweroff"}));
+        let errors = client.machine("m").unwrap()["errors"].clone();
+        let error = errors.as_array().unwrap().last().unwrap().as_str().unwrap();
+        assert!(error.contains("machine 'm'") && error.contains("killed by signal 9"), "{errors}");
+        assert!(host.log().lines().any(|line| line.contains("WARN") && line.contains("killed by signal 9")));
     }
     assert_restores(&lab, &mut client);
     assert_ends_well(&lab, &mut host);
@@ -434,4 +439,97 @@ fn no_space_for_the_disposable_disk_is_told() {
     println!("{}", assert_fails(&lab, &mut client, "restore_start", &words));
     assert!(Path::new(&folder).read_dir().unwrap().next().is_none());
     assert_ends_well(&lab, &mut host);
+}
+
+/// A host that was started with this limit of open files.
+fn host_with_limit(lab: &Lab, limit: u32) -> RunningHost {
+    let limited = |command: &mut Command| {
+        let mut sh = Command::new("sh");
+        let script = format!("ulimit -Sn {limit}; exec \"$@\"");
+        sh.args(["-c", &script, "sh"]).arg(command.get_program()).args(command.get_args());
+        sh.envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        *command = sh;
+    };
+    RunningHost::start_with(lab.cwd(), limited).unwrap()
+}
+
+fn soft_limit(pid: impl std::fmt::Display) -> String {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    line.split_whitespace().next().unwrap().to_owned()
+}
+
+#[test]
+fn children_have_the_limit_of_open_files_that_the_host_was_started_with() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let told = lab.cwd().root().join("limit");
+    let script = format!("ulimit -Sn > {}; exec {} \"$@\"", told.display(), lab.qemu().img.display());
+    let wrapped = lab.cwd().script("wrapped-img", &script).unwrap();
+    lab.change_yaml(&lab.qemu().img.display().to_string(), &wrapped.display().to_string()).unwrap();
+    let mut host = host_with_limit(&lab, 321);
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let qemu = lab.qemu_of("m").unwrap();
+    assert_eq!(soft_limit(qemu.as_raw_nonzero()), "321");
+    assert_eq!(fs::read_to_string(told).unwrap().trim(), "321", "of qemu-img");
+    assert_ne!(soft_limit(host.pid()), "321", "the host has not raised its own");
+    assert_ends_well(&lab, &mut host);
+}
+
+/// A program in QEMU's place with a helper beside it, as `swtpm` is one: it cleans up when QEMU has ended, and only if
+/// it is not killed before.
+fn with_helper(lab: &Lab) {
+    let (root, qemu) = (lab.cwd().root().display(), lab.qemu().system.display());
+    let helper = format!("{{ cat {root}/pipe; rm {root}/lock; }} >/dev/null 2>&1 &");
+    let script = format!(
+        "case \"$1\" in --version) exec {qemu} \"$@\";; esac\n\
+         [ -e {root}/lock ] && {{ echo 'qemu-helper: locked' >&2; exit 1; }}\n: > {root}/lock\n{helper}\n\
+         exec 9>{root}/pipe\nexec {qemu} \"$@\""
+    );
+    let made = Command::new("mkfifo").arg(lab.cwd().root().join("pipe")).status().unwrap();
+    assert!(made.success());
+    let path = lab.cwd().script("qemu-with-helper", &script).unwrap();
+    lab.change_yaml(&qemu.to_string(), &path.display().to_string()).unwrap();
+}
+
+/// QEMU removes that file only at an end in good order.
+fn with_pidfile(lab: &Lab) -> std::path::PathBuf {
+    let file = lab.cwd().root().join("pidfile");
+    let argument = file.display().to_string();
+    lab.change_start_args("m", |args| args.extend(["-pidfile".to_owned(), argument])).unwrap();
+    file
+}
+
+#[test]
+fn a_helper_of_qemu_cleans_up_whenever_its_qemu_is_ended() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    with_helper(&lab);
+    let pidfile = with_pidfile(&lab);
+    lab.ahead("instant: auto, standby: auto").unwrap();
+    let lock = lab.cwd().root().join("lock");
+    let ended_well = |what: &str| {
+        assert!(!lock.exists(), "the helper was killed: {what}");
+        assert!(!pidfile.exists(), "QEMU was killed: {what}");
+    };
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for action in ["stop", "restore_start", "stop"] {
+        assert_eq!(client.act("prepare", "m").unwrap(), good());
+        assert!(lock.exists() && pidfile.exists(), "none stands by");
+        assert_eq!(client.act("stop", "m").unwrap(), good(), "discarded");
+        ended_well("a standby that is discarded");
+        assert_eq!(client.act("restore_start", "m").unwrap(), good(), "{action}");
+        assert_eq!(client.act("stop", "m").unwrap(), good(), "{action}");
+    }
+    assert_eq!(client.act("prepare", "m").unwrap(), good());
+    assert_ends_well(&lab, &mut host);
+    ended_well("a clean end of the host");
+    // A host that dies ends nothing. The next one does, in the same order.
+    let mut killed = lab.host().unwrap();
+    assert_eq!(killed.client().unwrap().act("prepare", "m").unwrap(), good());
+    killed.kill().unwrap();
+    let mut host = lab.host().unwrap();
+    assert_eq!(host.client().unwrap().act("prepare", "m").unwrap(), good());
+    assert_ends_well(&lab, &mut host);
+    ended_well("the end of a host that died");
 }

@@ -519,7 +519,10 @@ fn a_folder_that_holds_machines_can_hold_templates() {
 #[test]
 fn a_template_that_never_loads_is_not_built_for_ever() {
     let lab = Lab::new(&[MICRO]).unwrap();
-    wrap_qemu(&lab, "case \"$*\" in *share=off*) exit 1;; esac");
+    let qemu = lab.qemu().system.display();
+    // With another display adapter, so that it comes up and does not load.
+    let other = format!("exec {qemu} $(echo \"$*\" | sed 's/-vga std/-vga cirrus/')");
+    wrap_qemu(&lab, &format!("case \"$*\" in *share=off*) {other};; esac"));
     lab.ahead(INSTANT).unwrap();
     let (mut host, mut client) = served(&lab);
     for _ in 0..3 {
@@ -568,6 +571,33 @@ fn a_guest_that_powers_itself_off_is_followed_by_one_that_stands_by() {
     does(&mut client, "acpi_stop");
     until_ready(&mut client, "standby");
     restores_by(&lab, &mut client, &host, "standby");
+    ends_well(&lab, &mut host);
+}
+
+/// A guest that powers itself off, 25 times: by its power button, which nobody presses through the host.
+#[test]
+fn each_restore_is_from_standby_when_guests_power_themselves_off() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let monitor = lab.cwd().root().join("hmp");
+    let chardev = format!("socket,id=hmp,path={},server=on,wait=off", monitor.display());
+    lab.change_start_args("m", |args| {
+        args.extend(["-chardev", &chardev, "-mon", "chardev=hmp,mode=readline"].map(str::to_owned));
+    })
+    .unwrap();
+    lab.ahead(STANDBY).unwrap();
+    let (mut host, mut client) = served(&lab);
+    let mut subscriber = host.client().unwrap();
+    subscriber.subscribe().unwrap();
+    for _ in 0..25 {
+        until_ready(&mut client, "standby");
+        restores_by(&lab, &mut client, &host, "standby");
+        let mut powers_off = UnixStream::connect(&monitor).unwrap();
+        writeln!(powers_off, "system_powerdown").unwrap();
+        let reason = subscriber.hear_state("m", "poweroff").unwrap();
+        assert_eq!(reason, "the guest powered itself off");
+    }
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+    assert!(!host.log().contains("WARN"), "{}", host.log());
     ends_well(&lab, &mut host);
 }
 

@@ -122,6 +122,8 @@ pub struct MachineFiles {
     pub disk: PathBuf,
     pub snapshot: PathBuf,
     pub disposable: PathBuf,
+    /// The file that `start_args` were read from; QEMU runs in its folder.
+    pub machineinfo: PathBuf,
     pub start_args: StartArgs,
     pub keep_disk: bool,
     pub ahead: Ahead,
@@ -173,6 +175,18 @@ impl MachineFiles {
                 self.info.name
             ))),
         }
+    }
+}
+
+impl MachineFiles {
+    /// Where its QEMU runs, so that relative paths in `start_args` are those of the machine's own folder.
+    pub fn folder(&self) -> &Path {
+        self.machineinfo.parent().unwrap_or(Path::new("/"))
+    }
+
+    /// Whether the arguments in its machineinfo.json are still those that were read.
+    pub fn has_other_args(&self) -> bool {
+        StartArgs::read(&self.machineinfo).is_ok_and(|args| args != self.start_args)
     }
 }
 
@@ -388,6 +402,7 @@ impl Look<'_> {
             disk,
             snapshot,
             disposable,
+            machineinfo: own.machineinfo_path.clone().into(),
             start_args,
             keep_disk: section.keep_disposable_disks,
             ahead: section.ahead(name),

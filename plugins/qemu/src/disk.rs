@@ -161,13 +161,14 @@ fn create(
         ["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-F", &format, "-b"];
     let files = [&image.path, path].map(|path| path.display().to_string());
     let args = options.into_iter().map(str::to_owned).chain(files);
-    let end = Process::start(qemu_img, args, machine)?.end(deadline.remaining());
+    let end = Process::start(qemu_img, args, Path::new("/"), machine)?.end(deadline.remaining());
     if end.was_clean() {
         return Ok(new);
     }
     deadline.check("qemu-img to make the overlay")?;
     let (program, image) = (qemu_img.display(), image.path.display());
-    Err(Error::failed(format!("{program} cannot make an overlay of {image} at {}: {}", path.display(), end.words()))
+    Err(Error::failed(format!("{program} cannot make an overlay of {image} at {}", path.display()))
+        .detail(end.words())
         .advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
 }
 

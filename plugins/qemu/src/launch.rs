@@ -25,6 +25,8 @@ const ENDING: Duration = Duration::from_secs(2);
 pub struct Start<'a> {
     pub machine: &'a str,
     pub program: &'a Path,
+    /// Where it runs: what relative paths in its arguments start from.
+    pub folder: &'a Path,
     pub version: Version,
     /// The machine's own arguments, with the overlays in the place of its images.
     pub args: Vec<String>,
@@ -96,7 +98,7 @@ fn launch(
 ) -> Result<(Process, UnixStream)> {
     let memory = start.memory.iter().flat_map(|memory| memory.args(start.version));
     let args = start.args.iter().cloned().chain(our_args(socket, start.incoming)).chain(memory);
-    let process = Process::start(start.program, args, start.machine)?;
+    let process = Process::start(start.program, args, start.folder, start.machine)?;
     steps.done("spawn");
     match accept(&listener.into(), process.handle(), deadline) {
         Ok(stream) => {
@@ -149,10 +151,11 @@ fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<Un
 
 /// Adds what QEMU said at its end to the error of what was being done.
 pub fn with_words(error: Error, end: &End) -> Error {
-    match end.last_words() {
-        Some(words) => error
-            .detail(&words)
-            .advice("Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are"),
-        None => error,
+    let words = end.last_words();
+    if words.is_empty() {
+        return error;
     }
+    error.detail(&words).default_advice(
+        "Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are",
+    )
 }

@@ -11,10 +11,15 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::retry_on_intr;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::process::{Pid, PidfdFlags, Signal, getpgid, pidfd_open, pidfd_send_signal};
 
 use crate::disk;
+use crate::group;
+
+/// How long it may take to end when it is asked to, and after SIGKILL.
+const ENDING: Timespec = Timespec { tv_sec: 3, tv_nsec: 0 };
+const AFTER_KILL: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// Ends runs of the machine that nobody watches, and removes their overlays (the first one is `overlays[0]`)
 /// and their socket.
@@ -97,16 +102,28 @@ impl Found {
         })
     }
 
+    /// Asks it to end, so that its helpers end too, and kills it if it does not.
     fn end(&self, socket: &Path) -> Result<()> {
         tracing::warn!(pid = self.number(), socket = %socket.display(), "a QEMU of a host that died is ended");
-        let killed = pidfd_send_signal(&self.handle, Signal::KILL);
-        let mut source = [PollFd::new(&self.handle, PollFlags::IN)];
-        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
-        match killed.and_then(|()| retry_on_intr(|| poll(&mut source, Some(&limit)))) {
-            Ok(1..) => Ok(()),
-            Ok(0) => Err(self.stays("it does not end, not even by SIGKILL")),
-            Err(error) => Err(self.stays(&error.to_string())),
+        let leads_a_group = getpgid(Some(self.pid)) == Ok(self.pid);
+        if !self.ends_by(Signal::TERM, ENDING)? && !self.ends_by(Signal::KILL, AFTER_KILL)? {
+            return Err(self.stays("it does not end, not even by SIGKILL"));
         }
+        if leads_a_group {
+            group::end_rest(self.pid);
+        }
+        Ok(())
+    }
+
+    /// Whether it has ended within that time after the signal.
+    fn ends_by(&self, signal: Signal, patience: Timespec) -> Result<bool> {
+        let sent = match pidfd_send_signal(&self.handle, signal) {
+            Err(Errno::SRCH) => return Ok(true),
+            sent => sent,
+        };
+        let mut source = [PollFd::new(&self.handle, PollFlags::IN)];
+        let ended = sent.and_then(|()| retry_on_intr(|| poll(&mut source, Some(&patience))));
+        ended.map(|ready| ready > 0).map_err(|error| self.stays(&error.to_string()))
     }
 
     fn stays(&self, why: &str) -> Error {

@@ -16,7 +16,9 @@
 //! | `run`, `standby` | one run, from the process to its end; one that waits to be let go |
 //! | `launch` | from arguments to a process whose monitor is connected |
 //! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
+//! | `stderr`, `group` | what QEMU says beside its monitor; what it starts |
 //! | `snapshot`, `disk` | what a run is made of |
+//! | `refusal` | why QEMU refuses a snapshot |
 //! | `steps`, `progress` | how long it takes, how far it is |
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
@@ -26,6 +28,7 @@
 mod check;
 mod config;
 mod disk;
+mod group;
 mod images;
 mod launch;
 mod leftovers;
@@ -35,11 +38,13 @@ mod options;
 mod process;
 mod progress;
 mod qmp;
+mod refusal;
 mod reload;
 mod run;
 mod snapshot;
 mod standby;
 mod states;
+mod stderr;
 mod steps;
 mod template;
 mod version;

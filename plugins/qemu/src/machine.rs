@@ -30,7 +30,7 @@ use crate::config::MachineFiles;
 use crate::disk::Blanks;
 use crate::launch::{Memory, Start};
 use crate::leftovers;
-use crate::run::{Load, NotStarted, Purpose, Run};
+use crate::run::{Load, NotStarted, Purpose, Run, Stage};
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
 use crate::states::state_of_status;
@@ -47,6 +47,9 @@ const INSTANT: Duration = Duration::from_secs(30);
 /// How long QEMU may take to connect its monitor, and `qemu-img` to make a disk. Nothing can end that
 /// before, and who gives up a preparation waits for it.
 const COMING_UP: Duration = Duration::from_secs(50);
+
+/// How long the QEMU of a preparation that is given up may take to end when it is asked to.
+const GIVING_UP: Duration = Duration::from_secs(3);
 
 /// What all machines share.
 pub struct Shared {
@@ -249,7 +252,7 @@ impl Machine {
         let (now, result) = match started {
             Ok(run) => (Now::On(run), Ok(())),
             // A QEMU that does not end still has the disk and the socket.
-            Err(NotStarted { error, left }) => (left.map_or(Now::Off, Now::On), Err(error)),
+            Err(NotStarted { error, left, .. }) => (left.map_or(Now::Off, Now::On), Err(error)),
         };
         *self.lock() = now;
         result
@@ -264,17 +267,23 @@ impl Machine {
         let identity = self.identity_now(&mut standby, deadline)?;
         if let Some(standby) = standby {
             match self.released(standby, &identity, deadline.within(STANDBY)) {
-                Ok(run) => return Ok(run),
+                Ok(run) => {
+                    self.forget_failures();
+                    return Ok(run);
+                }
                 Err(why) => self.no_faster("what stood by is not used", why, deadline)?,
             }
         }
         if let Some(template) = self.template(&identity) {
             let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
             match self.run(memory, devices, deadline.within(INSTANT)) {
-                Ok(run) => return Ok(run),
+                Ok(run) => {
+                    self.forget_failures();
+                    return Ok(run);
+                }
                 Err(why) => {
                     self.template_failed(&identity, &why);
-                    self.no_faster("the template is not used, and dropped", why, deadline)?;
+                    self.no_faster("the template is not used", why, deadline)?;
                 }
             }
         }
@@ -339,6 +348,7 @@ impl Machine {
         let start = Start {
             machine: &self.files.info.name,
             program: self.shared.program.path(),
+            folder: self.files.folder(),
             version: self.shared.program.version(),
             args: self.files.start_args.with_overlays(&overlays.paths()),
             overlays,
@@ -346,11 +356,24 @@ impl Machine {
             memory,
             incoming: !matches!(load, Load::Nothing),
         };
-        let run = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(COMING_UP))?;
+        let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(COMING_UP));
+        let run = begun.map_err(|error| self.note_other_args(error))?;
         self.note_preparing(&run);
-        run.load(load, deadline).map_err(|error| run.abandon(error))?;
+        let loaded = run.load(load, deadline).map_err(|error| self.note_other_args(error));
+        loaded.map_err(|error| run.abandon(error, Stage::Load))?;
         steps.done("load");
         Ok(run)
+    }
+
+    /// A QEMU may fail because of arguments that are corrected in the file by now.
+    fn note_other_args(&self, error: Error) -> Error {
+        if !self.files.has_other_args() {
+            return error;
+        }
+        let file = self.files.machineinfo.display();
+        error.advice(format!(
+            "{file} has changed since it was read: reload the configuration (cuckoo-machinery reload)"
+        ))
     }
 
     fn steps(&self) -> Steps<'_> {
@@ -407,8 +430,15 @@ impl Machine {
             run.iter().for_each(|run| run.give_up());
         }
         let goes_on = |now: &mut Now| matches!(now, Now::Preparing { .. });
-        let waited = self.changed.wait_timeout_while(now, deadline.remaining(), goes_on);
-        let (mut now, late) = waited.unwrap_or_else(PoisonError::into_inner);
+        let wait = |now, limit| {
+            let waited = self.changed.wait_timeout_while(now, limit, goes_on);
+            waited.unwrap_or_else(PoisonError::into_inner)
+        };
+        let (now, _) = wait(now, deadline.within(GIVING_UP).remaining());
+        if let Now::Preparing { run: Some(run), .. } = &*now {
+            run.kill();
+        }
+        let (mut now, late) = wait(now, deadline.remaining());
         if late.timed_out() {
             return Err(deadline.timeout("the preparation to give up"));
         }
@@ -418,7 +448,7 @@ impl Machine {
         let standby = now.become_from_off(Now::Off);
         drop(now);
         let let_go = standby.map_or(Ok(()), |standby| standby.let_go(deadline));
-        if let Err(NotStarted { error, left }) = let_go {
+        if let Err(NotStarted { error, left, .. }) = let_go {
             *self.lock() = left.map_or(Now::Off, Now::On);
             return Err(error);
         }
@@ -524,7 +554,7 @@ impl Machine {
 
 /// Lets a paused run go on.
 fn let_run(run: Arc<Run>, steps: &mut Steps<'_>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-    run.go_on(deadline).map_err(|error| run.abandon(error))?;
+    run.go_on(deadline).map_err(|error| run.abandon(error, Stage::Run))?;
     steps.done("resume");
     Ok(run)
 }

@@ -1,13 +1,12 @@
 //! A QEMU process: started, heard on its stderr, ended for sure.
 
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use machinery::{Error, Result};
@@ -15,21 +14,22 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// How much of its stderr is kept: the end, where the reason stands.
-const STDERR_KEPT: usize = 4096;
+use crate::group;
+use crate::stderr::Stderr;
 
 /// A process that is ours to end and to wait for.
 pub struct Process {
     child: Child,
     handle: Arc<Handle>,
-    stderr: Stderr,
 }
 
 /// What other threads may hold of it: valid, and harmless, also after its end.
 pub struct Handle {
     pid: u32,
     pidfd: OwnedFd,
-    killed: AtomicBool,
+    /// Whether it was ended from here.
+    ended: AtomicBool,
+    stderr: Stderr,
 }
 
 impl Handle {
@@ -45,9 +45,24 @@ impl Handle {
 
     /// Ends it at once.
     pub fn kill(&self) {
-        self.killed.store(true, Ordering::SeqCst);
+        self.end_by(Signal::KILL);
+    }
+
+    /// Asks it to end in good order, as `quit` does, also where its monitor is not connected. Source:
+    /// `qemu_system_killed` in QEMU's softmmu/runstate.c.
+    pub fn terminate(&self) {
+        self.end_by(Signal::TERM);
+    }
+
+    fn end_by(&self, signal: Signal) {
+        self.ended.store(true, Ordering::SeqCst);
         // It may have ended by itself.
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let _ = pidfd_send_signal(&self.pidfd, signal);
+    }
+
+    /// A new step begins: what it says from now on is the reason if the step fails.
+    pub fn begin_step(&self) {
+        self.stderr.begin_step();
     }
 
     /// Waits until it has ended or `other` can be read; true if it has ended.
@@ -75,13 +90,19 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 impl Process {
-    /// Starts it, with nothing on its stdin.
+    /// Starts it in the folder `folder`, with nothing on its stdin.
     ///
     /// # Errors
     /// It cannot be started.
-    pub fn start(program: &Path, args: impl IntoIterator<Item = String>, machine: &str) -> Result<Process> {
-        let mut child = Command::new(program)
+    pub fn start(
+        program: &Path,
+        args: impl IntoIterator<Item = String>,
+        folder: &Path,
+        machine: &str,
+    ) -> Result<Process> {
+        let mut child = machinery::command(program)
             .args(args)
+            .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -89,7 +110,14 @@ impl Process {
             // should it be a wrapper around QEMU, can be ended with it.
             .process_group(0)
             .spawn()
-            .map_err(|error| Error::io("run", program, &error))?;
+            .map_err(|error| {
+                let failed = Error::io("run", program, &error);
+                if folder.is_dir() {
+                    failed
+                } else {
+                    failed.detail(&format!("there is no folder {}", folder.display()))
+                }
+            })?;
         let pidfd = i32::try_from(child.id())
             .ok()
             .and_then(Pid::from_raw)
@@ -102,8 +130,8 @@ impl Process {
             .and_then(|pipe| Stderr::follow(pipe, machine));
         match (pidfd, stderr) {
             (Ok(pidfd), Ok(stderr)) => {
-                let handle = Arc::new(Handle { pid: child.id(), pidfd, killed: AtomicBool::new(false) });
-                Ok(Process { child, handle, stderr })
+                let handle = Handle { pid: child.id(), pidfd, ended: AtomicBool::new(false), stderr };
+                Ok(Process { child, handle: Arc::new(handle) })
             }
             (Err(error), _) | (_, Err(error)) => {
                 let _ = child.kill();
@@ -117,22 +145,16 @@ impl Process {
         &self.handle
     }
 
-    /// Waits for its end, by force after `grace`, and tells how it was.
+    /// Waits for its end, by force after `grace`, and for that of what it has started; and tells how it was.
     pub fn end(mut self, grace: Duration) -> End {
         if !self.handle.wait(grace) {
             self.handle.kill();
         }
-        self.end_what_it_started();
         let status = self.child.wait().ok();
-        End { status, killed: self.handle.killed.load(Ordering::SeqCst), stderr: self.stderr.finish() }
-    }
-
-    /// While it has not been waited for, its number cannot be anybody else's.
-    fn end_what_it_started(&self) {
         if let Some(group) = i32::try_from(self.handle.pid).ok().and_then(Pid::from_raw) {
-            // Usually nothing but its own remains is in that group.
-            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+            group::end_rest(group);
         }
+        End { status, by_us: self.handle.ended.load(Ordering::SeqCst), said: self.handle.stderr.said() }
     }
 }
 
@@ -141,15 +163,16 @@ impl Process {
 pub struct End {
     status: Option<ExitStatus>,
     /// Whether it was us.
-    killed: bool,
-    stderr: String,
+    by_us: bool,
+    /// What it said in its last step.
+    said: String,
 }
 
 impl End {
     /// For people: how, and what it said.
     pub fn describe(&self) -> String {
         let how = match self.status {
-            _ if self.killed => "QEMU was killed by this machinery".to_owned(),
+            _ if self.by_us => "QEMU was ended by this machinery".to_owned(),
             Some(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => format!("QEMU exited with code {code}"),
                 (None, Some(signal)) => format!("QEMU was killed by signal {signal}"),
@@ -157,20 +180,20 @@ impl End {
             },
             None => "QEMU ended".to_owned(),
         };
-        if self.stderr.is_empty() { how } else { format!("{how}: {}", self.stderr) }
+        if self.said.is_empty() { how } else { format!("{how}: {}", self.said) }
     }
 
-    /// What it said, in its own words.
+    /// What it said in its last step, in its own words.
     pub fn words(&self) -> &str {
-        if self.stderr.is_empty() { "it says nothing" } else { &self.stderr }
+        &self.said
     }
 
-    /// For people: what is worth telling after a failure, if anything.
-    pub fn last_words(&self) -> Option<String> {
-        match (self.killed, self.stderr.is_empty()) {
-            (true, true) => None,
-            (true, false) => Some(format!("QEMU says: {}", self.stderr)),
-            (false, _) => Some(self.describe()),
+    /// For people: what is worth telling after a failure; empty if nothing is.
+    pub fn last_words(&self) -> String {
+        match (self.by_us, self.said.is_empty()) {
+            (true, true) => String::new(),
+            (true, false) => format!("QEMU says: {}", self.said),
+            (false, _) => self.describe(),
         }
     }
 
@@ -184,72 +207,27 @@ impl End {
     }
 }
 
-/// Follows a process' stderr into the log, and keeps its end.
-struct Stderr {
-    kept: Arc<Mutex<String>>,
-    /// Disconnected when the pipe is closed at its other end.
-    closed: Receiver<()>,
-}
-
-/// A child of QEMU's can hold the pipe after QEMU's end; it is not waited for longer than this.
-const LAST_WORDS: Duration = Duration::from_millis(200);
-
-impl Stderr {
-    fn follow(pipe: ChildStderr, machine: &str) -> io::Result<Stderr> {
-        let kept = Arc::new(Mutex::new(String::new()));
-        let (into, machine) = (Arc::clone(&kept), machine.to_owned());
-        let (open, closed) = mpsc::channel::<()>();
-        std::thread::Builder::new().name("qemu-stderr".to_owned()).spawn(move || {
-            let _open = open;
-            let mut lines = BufReader::new(pipe);
-            let mut line = Vec::new();
-            while matches!(lines.read_until(b'\n', &mut line), Ok(length) if length > 0) {
-                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                tracing::warn!(machine, text, "QEMU says");
-                keep(&mut into.lock().unwrap_or_else(PoisonError::into_inner), &text);
-                line.clear();
-            }
-        })?;
-        Ok(Stderr { kept, closed })
-    }
-
-    /// All of it, once the process has ended.
-    fn finish(self) -> String {
-        // Disconnected or late: either way it is what there is.
-        let _ = self.closed.recv_timeout(LAST_WORDS);
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.trim().to_owned()
-    }
-}
-
-fn keep(kept: &mut String, line: &str) {
-    kept.push_str(line);
-    kept.push('\n');
-    if kept.len() > STDERR_KEPT {
-        let from = (kept.len() - STDERR_KEPT..kept.len()).find(|at| kept.is_char_boundary(*at));
-        kept.drain(..from.unwrap_or(0));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::process::{WaitId, WaitIdOptions, kill_process, waitid};
 
     fn shell(script: &str) -> Process {
-        Process::start(Path::new("/bin/sh"), ["-c".to_owned(), script.to_owned()], "m").unwrap()
+        let args = ["-c".to_owned(), script.to_owned()];
+        Process::start(Path::new("/bin/sh"), args, Path::new("/"), "m").unwrap()
     }
 
     #[test]
     fn an_end_is_told_with_its_stderr() {
         let end = shell("echo first >&2; echo last >&2; exit 3").end(Duration::from_secs(10));
-        assert_eq!(end.describe(), "QEMU exited with code 3: first\nlast");
+        assert_eq!(end.describe(), "QEMU exited with code 3: first; last");
         assert!(!end.was_clean());
     }
 
     #[test]
     fn what_does_not_end_is_ended() {
         let end = shell("exec sleep 600").end(Duration::from_millis(20));
-        assert_eq!(end.describe(), "QEMU was killed by this machinery");
+        assert_eq!(end.describe(), "QEMU was ended by this machinery");
     }
 
     #[test]
@@ -258,18 +236,51 @@ mod tests {
         assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU was killed by signal 9");
     }
 
+    /// The script's process, which has stopped itself.
+    fn stopped(script: &str) -> (Process, Pid) {
+        let process = shell(script);
+        let pid = Pid::from_raw(process.handle().pid().cast_signed()).unwrap();
+        waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).unwrap();
+        (process, pid)
+    }
+
     #[test]
-    fn only_the_end_of_a_long_stderr_is_kept() {
-        let mut kept = String::new();
-        for number in 0..10_000 {
-            keep(&mut kept, &format!("línea {number}"));
-        }
-        assert!(kept.len() <= STDERR_KEPT && kept.ends_with("línea 9999\n"));
+    fn an_end_is_told_with_the_words_of_its_last_step() {
+        let script = "echo noise >&2; kill -STOP $$; echo qemu-img: why >&2; echo noise >&2; exit 3";
+        let (process, pid) = stopped(script);
+        process.handle().begin_step();
+        kill_process(pid, Signal::CONT).unwrap();
+        assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU exited with code 3: qemu-img: why");
+        let (process, _) = stopped("echo noise >&2; kill -STOP $$");
+        process.handle().begin_step();
+        process.handle().kill();
+        assert_eq!(process.end(Duration::from_secs(10)).last_words(), "");
+    }
+
+    #[test]
+    fn a_helper_ends_by_itself_when_its_process_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "mkfifo p; { cat p; : > clean; } & exec 9>p; kill -STOP $$";
+        let (process, _) = stopped(&format!("cd {}; {script}", folder.path().display()));
+        process.end(Duration::ZERO);
+        assert!(folder.path().join("clean").exists(), "the helper was killed");
+    }
+
+    #[test]
+    fn a_helper_is_killed_when_it_does_not_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("helper");
+        let end = shell(&format!("sleep 600 & echo $! > {}", file.display())).end(Duration::from_secs(10));
+        assert!(end.was_clean());
+        let helper = std::fs::read_to_string(file).unwrap();
+        // Whoever its parent is now may not have waited for it yet.
+        let status = std::fs::read_to_string(format!("/proc/{}/status", helper.trim())).unwrap_or_default();
+        assert!(status.is_empty() || status.contains("Z (zombie)"), "{status}");
     }
 
     #[test]
     fn what_cannot_run_is_named() {
-        let error = Process::start(Path::new("/none/qemu"), [], "m").err().unwrap();
+        let error = Process::start(Path::new("/none/qemu"), [], Path::new("/"), "m").err().unwrap();
         assert!(error.to_string().contains("/none/qemu"));
     }
 }

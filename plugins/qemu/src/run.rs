@@ -29,6 +29,7 @@ use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
 use crate::progress;
 use crate::qmp::{Event, Qmp, wait, wait_telling};
+use crate::refusal::{self, Refusal};
 use crate::snapshot::{self, Feeder, Format, Snapshot};
 use crate::states::{reason_of_shutdown, state_of_event};
 use crate::steps::Steps;
@@ -39,7 +40,7 @@ use crate::version::Version;
 const AFTER_MONITOR: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end after `quit`, before it is ended.
 const AFTER_QUIT: Duration = Duration::from_secs(3);
-/// How long a QEMU that fails may take to end by itself.
+/// How long a QEMU that fails may take to end by itself, and then to end when it is asked to.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How long what QEMU has said of the guest is as good as an answer to a question. The guest's first
 /// moments keep QEMU from answering one for milliseconds.
@@ -92,13 +93,26 @@ pub enum Load {
 /// A start that failed.
 pub struct NotStarted {
     pub error: Error,
+    /// What failed.
+    pub at: Stage,
     /// The run, in the rare case that its QEMU does not end.
     pub left: Option<Arc<Run>>,
 }
 
+/// The stages of a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The disk, the process, its monitor: the same whatever is loaded.
+    Process,
+    /// Loading what the guest goes on from.
+    Load,
+    /// Letting it run, or ending it.
+    Run,
+}
+
 impl From<Error> for NotStarted {
     fn from(error: Error) -> Self {
-        NotStarted { error, left: None }
+        NotStarted { error, at: Stage::Process, left: None }
     }
 }
 
@@ -207,8 +221,11 @@ impl Run {
     /// # Errors
     /// QEMU does not like it, or takes too long. The run is still there then.
     pub fn load(&self, load: Load, deadline: Deadline) -> Result<()> {
+        self.qmp.batch().negotiating()?.run(None, deadline)?;
+        // A QEMU that answers has said all that it had to say of its devices.
+        self.process.begin_step();
         match load {
-            Load::Nothing => self.qmp.batch().negotiating()?.run(None, deadline).map(drop),
+            Load::Nothing => Ok(()),
             Load::Snapshot(snapshot) => self.load_snapshot(snapshot, deadline),
             Load::Devices(devices) => self.load_devices(devices, deadline),
         }
@@ -220,6 +237,7 @@ impl Run {
     /// QEMU does not let it.
     pub fn go_on(&self, deadline: Deadline) -> Result<()> {
         *self.purpose() = Purpose::Run;
+        self.process.begin_step();
         let events = self.qmp.listen();
         self.qmp.execute(&qmp::cont {}, deadline)?;
         wait(&events, deadline, "the guest to run", |event| (event.name == "RESUME").then_some(()))?;
@@ -240,9 +258,8 @@ impl Run {
     /// The RAM is there already. Nothing is waited for but the end.
     fn load_devices(&self, devices: Devices, deadline: Deadline) -> Result<()> {
         let events = self.qmp.listen();
-        let batch = self.qmp.batch().negotiating()?;
-        let batch = batch
-            .with(&capabilities(&[MigrationCapability::events, MigrationCapability::x_ignore_shared]))?;
+        let capabilities = capabilities(&[MigrationCapability::events, MigrationCapability::x_ignore_shared]);
+        let batch = self.qmp.batch().with(&capabilities)?;
         match self.file_uri(&devices.path) {
             Some(uri) => batch.with(&incoming(uri))?.run(None, deadline)?,
             None => {
@@ -262,6 +279,7 @@ impl Run {
     /// QEMU cannot, or takes too long.
     pub fn save_devices(&self, path: &Path, deadline: Deadline) -> Result<()> {
         let file = File::create_new(path).map_err(|error| Error::io("make", path, &error))?;
+        self.process.begin_step();
         self.qmp.execute(&capabilities(&[MigrationCapability::x_ignore_shared]), deadline)?;
         let events = self.qmp.listen();
         let uri = match self.file_uri(path) {
@@ -284,8 +302,7 @@ impl Run {
     }
 
     fn load_snapshot(&self, snapshot: Snapshot, deadline: Deadline) -> Result<()> {
-        let batch = self.qmp.batch().negotiating()?.with(&capabilities(&[MigrationCapability::events]))?;
-        batch.run(None, deadline)?;
+        self.qmp.execute(&capabilities(&[MigrationCapability::events]), deadline)?;
         let events = self.qmp.listen();
         let (path, format) = (snapshot.path().to_owned(), snapshot.format());
         let plain = format == Format::Plain;
@@ -303,28 +320,29 @@ impl Run {
         let loaded = wait_telling(&events, deadline, "the snapshot to be loaded", tell, migration_end)
             .and_then(|outcome| outcome.map_err(Error::failed));
         match loaded {
-            Ok(()) => feeder.map_or(Ok(()), Feeder::finish),
+            Ok(()) => feeder.map_or(Ok(()), |feeder| feeder.finish(true)),
             Err(error) => Err(self.why_not_loaded(error, feeder, &path, format)),
         }
     }
 
-    /// Tells apart a file that cannot be unpacked, a QEMU that is too slow or was killed, and one
-    /// that does not like what it reads.
+    /// Tells apart a file that cannot be read to its end, a QEMU that is too slow or was killed, and one that
+    /// refuses what it reads.
     fn why_not_loaded(&self, error: Error, feeder: Option<Feeder>, path: &Path, format: Format) -> Error {
         let too_slow = error.kind() == ErrorKind::Timeout;
-        // One that ends by itself gets the time to: how it ended is worth telling.
         let end = if too_slow { None } else { self.wait_end(LAST_WORDS) };
         if end.is_none() {
-            self.process.kill();
+            self.end_soon();
         }
-        if let Some(Err(unreadable)) = feeder.map(Feeder::finish) {
-            return unreadable;
-        }
-        if too_slow || end.is_some_and(|end| end.by_signal()) {
+        let read = feeder.map_or_else(|| snapshot::is_whole(path), |feeder| feeder.finish(false));
+        if too_slow || end.as_ref().is_some_and(End::by_signal) {
             return error;
         }
-        snapshot::broken(path, format, error.reason())
-            .advice("If the file is whole, it was taken with other arguments or a newer QEMU")
+        match (read, refusal::refused(path, format, end.as_ref().map_or("", End::words))) {
+            (_, Refusal::Known(refused)) => refused,
+            (Err(unreadable), _) => unreadable,
+            (Ok(()), Refusal::EndsEarly) => snapshot::broken(path, format, "it ends early"),
+            (Ok(()), Refusal::Unknown(refused)) => refused,
+        }
     }
 
     fn pass(&self, file: OwnedFd, deadline: Deadline) -> Result<String> {
@@ -332,21 +350,29 @@ impl Run {
         Ok(format!("fd:{name}"))
     }
 
-    /// Ends a run whose start failed, and puts QEMU's own words into the error.
-    pub fn abandon(self: &Arc<Self>, error: Error) -> NotStarted {
+    /// Ends a run whose start failed at that stage, and puts QEMU's own words into the error.
+    pub fn abandon(self: &Arc<Self>, error: Error, at: Stage) -> NotStarted {
         let error = self.end_with_words(error);
-        NotStarted { error, left: (!self.has_ended()).then(|| Arc::clone(self)) }
+        NotStarted { error, at, left: (!self.has_ended()).then(|| Arc::clone(self)) }
     }
 
     fn end_with_words(&self, error: Error) -> Error {
         self.stopping.store(true, Ordering::SeqCst);
         // A QEMU that is just ending by itself gets the time to say why.
         if self.wait_end(LAST_WORDS).is_none() {
-            self.process.kill();
+            self.end_soon();
         }
         match self.wait_end(AFTER_KILL) {
             Some(end) => with_words(error, &end),
             None => error.detail(&format!("and QEMU (pid {}) does not end", self.process.pid())),
+        }
+    }
+
+    /// Asks it to end, so that what it has started ends too; and ends it at once if it does not.
+    fn end_soon(&self) {
+        self.process.terminate();
+        if self.wait_end(LAST_WORDS).is_none() {
+            self.process.kill();
         }
     }
 
@@ -355,13 +381,29 @@ impl Run {
     /// # Errors
     /// The process does not end.
     pub fn end(self: &Arc<Self>, deadline: Deadline) -> Result<(), NotStarted> {
-        self.stop(deadline).map_err(|error| NotStarted { error, left: Some(Arc::clone(self)) })
+        let left = |error| NotStarted { error, at: Stage::Run, left: Some(Arc::clone(self)) };
+        self.stop(deadline).map_err(left)
     }
 
-    /// Ends it at once, for a preparation that is given up.
+    /// Asks a run that is given up to end.
     pub fn give_up(&self) {
         self.stopping.store(true, Ordering::SeqCst);
+        self.process.terminate();
+    }
+
+    /// Ends a run that is given up and does not end.
+    pub fn kill(&self) {
         self.process.kill();
+    }
+
+    /// Ends it, and does not wait for that.
+    pub fn discard(self: &Arc<Self>) {
+        let run = Arc::clone(self);
+        let end = move || run.stop(Deadline::after(AFTER_QUIT));
+        if std::thread::Builder::new().name("qemu-discard".to_owned()).spawn(end).is_err() {
+            self.give_up();
+            self.kill();
+        }
     }
 
     /// Pulls the plug.

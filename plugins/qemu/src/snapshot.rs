@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, BufReader, PipeReader, PipeWriter, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -138,16 +138,46 @@ impl Snapshot {
 
 fn feed(mut source: impl Read, mut pipe: PipeWriter) -> Fed {
     let mut chunk = vec![0; CHUNK];
+    let mut last = None;
     loop {
         let length = match source.read(&mut chunk) {
-            Ok(0) => return Fed::Whole,
+            Ok(0) if is_end(last) => return Fed::Whole,
+            Ok(0) => return Fed::Cut,
             Ok(length) => length,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Fed::Unreadable(error),
         };
+        last = Some(chunk[length - 1]);
         if pipe.write_all(&chunk[..length]).is_err() {
             return Fed::Unwanted;
         }
+    }
+}
+
+/// Whether a snapshot can end with that byte: with the description of its devices, which is JSON, or where a machine
+/// type has none, with the mark of its end. Source: `qemu_savevm_state_complete_precopy_non_iterable` in QEMU's
+/// migration/savevm.c.
+fn is_end(last: Option<u8>) -> bool {
+    matches!(last, Some(b'}' | 0))
+}
+
+const CUT: &str = "it does not end as a snapshot does";
+
+/// Looks whether a plain snapshot ends as it should.
+///
+/// # Errors
+/// It does not.
+pub fn is_whole(path: &Path) -> Result<()> {
+    let last = || {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::End(-1))?;
+        let mut last = [0];
+        file.read_exact(&mut last).map(|()| last[0])
+    };
+    match last() {
+        Ok(last) if is_end(Some(last)) => Ok(()),
+        Ok(_) => Err(broken(path, Format::Plain, CUT)),
+        Err(error) => Err(broken(path, Format::Plain, &error.to_string())),
     }
 }
 
@@ -166,6 +196,8 @@ fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 enum Fed {
     /// All of the snapshot is in it.
     Whole,
+    /// All of the file is in it, and that does not end as a snapshot does.
+    Cut,
     /// QEMU closed its end: it has all it wants, or has failed, and says so itself.
     Unwanted,
     /// The file cannot be decompressed.
@@ -180,13 +212,17 @@ pub struct Feeder {
 }
 
 impl Feeder {
-    /// Waits until it ends, which it does when QEMU closes its end of the pipe at the latest.
+    /// Waits until it ends, which it does when QEMU closes its end of the pipe at the latest. `loaded` says whether
+    /// QEMU has loaded the snapshot.
     ///
     /// # Errors
-    /// The file cannot be decompressed to its end.
-    pub fn finish(self) -> Result<()> {
+    /// The file cannot be decompressed to its end, or ends early.
+    pub fn finish(self, loaded: bool) -> Result<()> {
         match self.thread.join() {
             Ok(Fed::Whole | Fed::Unwanted) => Ok(()),
+            // A QEMU that has loaded it knows better.
+            Ok(Fed::Cut) if loaded => Ok(()),
+            Ok(Fed::Cut) => Err(broken(&self.path, self.format, CUT)),
             Ok(Fed::Unreadable(error)) => Err(broken(&self.path, self.format, &error.to_string())),
             Err(_) => Err(broken(&self.path, self.format, "the decompressor panicked")),
         }
@@ -224,7 +260,7 @@ mod tests {
 
     fn data() -> Vec<u8> {
         let noise = (0..3_000_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8);
-        b"QEVM".iter().copied().chain(noise).collect()
+        b"QEVM".iter().copied().chain(noise).chain(*b"}").collect()
     }
 
     fn file(content: &[u8]) -> tempfile::NamedTempFile {
@@ -239,7 +275,7 @@ mod tests {
         let (mut reader, feeder) = Snapshot::open(file.path())?.decompress()?;
         let mut read = Vec::new();
         reader.read_to_end(&mut read).unwrap();
-        feeder.finish().map(|()| read)
+        feeder.finish(false).map(|()| read)
     }
 
     #[test]
@@ -259,6 +295,22 @@ mod tests {
             let text = unpack(&whole[..whole.len() / 2]).unwrap_err().to_string();
             assert!(text.contains("truncated or corrupt") && text.contains(&format.to_string()), "{text}");
         }
+    }
+
+    #[test]
+    fn a_snapshot_that_was_cut_before_it_was_packed_is_broken_unless_qemu_has_loaded_it() {
+        let data = data();
+        for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
+            let file = file(&packed(format, &data[..data.len() - 1]));
+            for loaded in [true, false] {
+                let (mut reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
+                io::copy(&mut reader, &mut io::sink()).unwrap();
+                assert_eq!(feeder.finish(loaded).is_ok(), loaded, "{format}");
+            }
+        }
+        assert!(is_whole(file(&data).path()).is_ok());
+        let cut = is_whole(file(&data[..data.len() - 1]).path()).unwrap_err().to_string();
+        assert!(cut.contains("truncated or corrupt"), "{cut}");
     }
 
     #[test]
@@ -286,7 +338,7 @@ mod tests {
         let file = file(&packed(Format::Zstd, &data()));
         let (reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
         drop(reader);
-        feeder.finish().unwrap();
+        feeder.finish(false).unwrap();
     }
 
     #[test]

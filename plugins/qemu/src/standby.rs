@@ -24,7 +24,7 @@ pub struct Standby {
 impl Drop for Standby {
     fn drop(&mut self) {
         if !self.taken {
-            self.run.give_up();
+            self.run.discard();
         }
     }
 }
@@ -40,7 +40,7 @@ impl Standby {
         self.share.bytes()
     }
 
-    /// Ends it without waiting for that.
+    /// Asks it to end, and does not wait for that.
     pub fn give_up(&self) {
         self.run.give_up();
     }

@@ -16,7 +16,7 @@ use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wan
 
 use super::{INSTANT, Machine};
 use crate::launch::Memory;
-use crate::run::{Load, NotStarted, Purpose, Run};
+use crate::run::{Load, NotStarted, Purpose, Run, Stage};
 use crate::snapshot::{Format, Snapshot};
 use crate::standby::Standby;
 use crate::template::{Build, Identity, NotBuilt, Template, Templates, build, hindrance};
@@ -75,7 +75,7 @@ impl Machine {
                 }
                 if was_given_up { Err(given_up()) } else { Ok(()) }
             }
-            Err(NotStarted { error, left }) => {
+            Err(NotStarted { error, left, .. }) => {
                 let was_given_up = self.set_prepared(None, left);
                 self.tell_ready();
                 Err(if was_given_up { given_up() } else { error })
@@ -216,14 +216,14 @@ impl Machine {
     }
 
     fn not_built(&self, identity: &Identity, templates: &Templates, failed: NotStarted) -> NoTemplate {
-        let NotStarted { error, left } = failed;
+        let NotStarted { error, at, left } = failed;
         let error = templates.is_full().map_or(error.clone(), |full| error.detail(&full));
         let why = format!("its template could not be built: {}", error.reason());
-        if !self.is_given_up() {
+        if !self.is_given_up() && at != Stage::Process {
             self.note_unbuildable(identity, &why);
         }
         let error = error.action("building its template");
-        NoTemplate { why, failed: Some(NotStarted { error, left }) }
+        NoTemplate { why, failed: Some(NotStarted { error, at, left }) }
     }
 
     fn not_tried_again(&self, identity: &Identity) -> Option<String> {
@@ -233,13 +233,25 @@ impl Machine {
         Some(format!("tried {} times: {}", known.tries, known.why))
     }
 
-    /// A template that cannot be loaded is of no use; after a few of them no more is built.
+    /// Drops a template that cannot be loaded; after a few of them no more is built. A start that failed at anything
+    /// else, such as a port that is taken, says nothing of its template.
     pub fn template_failed(&self, identity: &Identity, failed: &NotStarted) {
-        if !self.is_given_up() && failed.left.is_none() {
+        if !self.is_given_up() && failed.left.is_none() && self.is_of_template(failed) {
             let why = format!("its template could not be loaded: {}", failed.error.reason());
             self.note_unbuildable(identity, &why);
             self.drop_template(&why);
         }
+    }
+
+    /// Whether loading failed, or QEMU complains of the template's own file.
+    fn is_of_template(&self, failed: &NotStarted) -> bool {
+        let ram = self.templates().map(|all| all.ram(&self.files.info.name).display().to_string());
+        failed.at == Stage::Load || ram.is_some_and(|ram| failed.error.reason().contains(&ram))
+    }
+
+    /// Forgets what failed, after a restore that worked.
+    pub fn forget_failures(&self) {
+        *self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn note_unbuildable(&self, identity: &Identity, why: &str) {

@@ -24,7 +24,7 @@ use rustix::io::Errno;
 use super::{DEVICES, DISK, Identity, RAM, RECORD, Record, Templates, UNFINISHED, checksum, remove};
 use crate::launch::{Memory, Sharing};
 use crate::process::bytes_of;
-use crate::run::{Load, NotStarted, Run};
+use crate::run::{Load, NotStarted, Run, Stage};
 use crate::snapshot::{Format, Snapshot};
 use machinery_images::FileId;
 
@@ -84,7 +84,8 @@ impl From<NotStarted> for NotBuilt {
 
 impl From<Error> for NotBuilt {
     fn from(error: Error) -> Self {
-        NotBuilt::Failed(error.into())
+        // Not of the process: that is a `NotStarted`.
+        NotBuilt::Failed(NotStarted { error, at: Stage::Run, left: None })
     }
 }
 

@@ -157,6 +157,11 @@ impl Templates {
         self.dir.join(format!("{machine}{WHOLE}"))
     }
 
+    /// Where the RAM of the machine's template is.
+    pub fn ram(&self, machine: &str) -> PathBuf {
+        self.folder(machine).join(RAM)
+    }
+
     /// The machine's template, if it has one that was made from just this.
     ///
     /// # Errors

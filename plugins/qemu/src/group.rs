@@ -1,0 +1,105 @@
+//! The process group of a run: QEMU, and what its arguments or a wrapper around it have started.
+//!
+//! A helper such as `swtpm` ends by itself when QEMU does, and cleans up then. One that is killed at once may leave a
+//! lock or a socket behind that the next run cannot do with.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process_group};
+
+/// How long helpers may take to end by themselves after their QEMU.
+const HELPERS: Duration = Duration::from_secs(1);
+/// How long a process may take to end after SIGKILL.
+const AFTER_KILL: Duration = Duration::from_secs(2);
+
+/// Waits for what is left in the group of a leader that has ended, and kills it in the end.
+pub fn end_rest(leader: Pid) {
+    if wait_for_end(leader, HELPERS) {
+        return;
+    }
+    let left = members(leader);
+    tracing::warn!(
+        group = number(leader),
+        processes = left.len(),
+        "helpers of QEMU do not end: they are killed"
+    );
+    for helper in &left {
+        // It may have ended by itself.
+        let _ = pidfd_send_signal(helper, Signal::KILL);
+    }
+    wait_for_end(leader, AFTER_KILL);
+}
+
+/// Whether nobody is left in the group within that time.
+fn wait_for_end(leader: Pid, patience: Duration) -> bool {
+    let until = Instant::now() + patience;
+    while is_left(leader) {
+        let members = members(leader);
+        let Some(one) = members.first() else { return true };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        let limit = Timespec::try_from(left).ok();
+        // Whatever comes of it, it is looked at again.
+        let _ = retry_on_intr(|| poll(&mut [PollFd::new(one, PollFlags::IN)], limit.as_ref()));
+    }
+    true
+}
+
+/// Whether the group still exists. As long as it does, no new process can get the leader's number; so one that lives
+/// and has it is of another group.
+fn is_left(leader: Pid) -> bool {
+    let lives = || stat(leader).is_some_and(|stat| !matches!(fields(&stat).next(), None | Some("Z" | "X")));
+    test_kill_process_group(leader).is_ok() && !lives()
+}
+
+/// The living processes of the group.
+fn members(leader: Pid) -> Vec<OwnedFd> {
+    let Ok(entries) = Path::new("/proc").read_dir() else { return Vec::new() };
+    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    numbers.filter_map(|number| member(Pid::from_raw(number)?, leader)).collect()
+}
+
+fn member(pid: Pid, leader: Pid) -> Option<OwnedFd> {
+    // Held first, looked at then: so it is this process that is looked at.
+    let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    is_living_member(&stat(pid)?, number(leader)).then_some(handle)
+}
+
+fn stat(pid: Pid) -> Option<String> {
+    fs::read_to_string(format!("/proc/{}/stat", number(pid))).ok()
+}
+
+/// The state, the parent, the group, and more. Source: proc_pid_stat(5); before them is the name, in brackets.
+fn fields(stat: &str) -> impl Iterator<Item = &str> {
+    stat.rsplit(')').next().unwrap_or("").split_whitespace()
+}
+
+fn is_living_member(stat: &str, group: i32) -> bool {
+    let mut fields = fields(stat);
+    let state = fields.next();
+    !matches!(state, None | Some("Z" | "X")) && fields.nth(1) == Some(group.to_string().as_str())
+}
+
+fn number(pid: Pid) -> i32 {
+    pid.as_raw_nonzero().get()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_member_is_known_by_its_group_whatever_its_name() {
+        assert!(is_living_member("12 (a) b) S 1 7 7 0", 7));
+        assert!(!is_living_member("12 (a) b) S 7 1 7 0", 7));
+        assert!(!is_living_member("12 (sh) Z 1 7 7 0", 7));
+        assert!(!is_living_member("", 7));
+    }
+}

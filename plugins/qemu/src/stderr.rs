@@ -1,0 +1,197 @@
+//! What a program of QEMU's says on its stderr: followed into the log, and kept for the reason of a failure.
+//!
+//! The program's own complaints begin with its name. Source: `error_vreport` in QEMU's util/qemu-error.c. All else is
+//! chatter of libraries: a machine with a sound card makes 50 lines of it at each start on a host without one. So
+//! its own words are logged as warnings and come first in a reason, and chatter is logged at debug.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ChildStderr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{ioctl_fionbio, retry_on_intr};
+
+/// How many of its last lines are kept, and how much of each, in bytes.
+const LINES: usize = 6;
+const LINE: usize = 300;
+/// A pipe holds no more than this. Source: pipe(7).
+const PIPE: usize = 64 * 1024;
+
+/// A process' stderr.
+pub struct Stderr(Arc<Mutex<Heard>>);
+
+impl Stderr {
+    /// Follows it to its end.
+    ///
+    /// # Errors
+    /// There is no thread for it.
+    pub fn follow(pipe: ChildStderr, machine: &str) -> io::Result<Stderr> {
+        ioctl_fionbio(&pipe, true)?;
+        let readable = pipe.as_fd().try_clone_to_owned()?;
+        let heard =
+            Heard { pipe, machine: machine.to_owned(), unfinished: Vec::new(), said: Said::default() };
+        let stderr = Stderr(Arc::new(Mutex::new(heard)));
+        let thread = Stderr(Arc::clone(&stderr.0));
+        std::thread::Builder::new()
+            .name("qemu-stderr".to_owned())
+            .spawn(move || while is_readable(&readable) && thread.lock().read() {})?;
+        Ok(stderr)
+    }
+
+    /// Forgets what it has said until now: a failure from now on has another cause.
+    pub fn begin_step(&self) {
+        let mut heard = self.lock();
+        heard.read_all();
+        heard.said = Said::default();
+    }
+
+    /// What it has said since the step began, on one line; its own words if there are any. Empty if there is
+    /// nothing.
+    pub fn said(&self) -> String {
+        let mut heard = self.lock();
+        heard.read_all();
+        heard.end_line();
+        heard.said.to_string()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Heard> {
+        // Whole after each statement, so poison means nothing.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits until there is something to read, or the end.
+fn is_readable(pipe: &OwnedFd) -> bool {
+    retry_on_intr(|| poll(&mut [PollFd::new(pipe, PollFlags::IN)], None)).is_ok()
+}
+
+struct Heard {
+    pipe: ChildStderr,
+    machine: String,
+    unfinished: Vec<u8>,
+    said: Said,
+}
+
+impl Heard {
+    /// Reads what is there; false at the end.
+    fn read(&mut self) -> bool {
+        let mut bytes = [0; 4096];
+        match self.pipe.read(&mut bytes) {
+            Ok(0) => false,
+            Ok(length) => {
+                bytes[..length].iter().for_each(|byte| self.take(*byte));
+                true
+            }
+            Err(error) => matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+        }
+    }
+
+    /// Reads all that was written until now, and perhaps more.
+    fn read_all(&mut self) {
+        for _ in 0..PIPE.div_ceil(4096) {
+            if !self.read() {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, byte: u8) {
+        match byte {
+            b'\n' => self.end_line(),
+            // The rest of a line that is too long is of no use.
+            _ if self.unfinished.len() >= LINE => {}
+            _ => self.unfinished.push(byte),
+        }
+    }
+
+    fn end_line(&mut self) {
+        let text = String::from_utf8_lossy(&std::mem::take(&mut self.unfinished)).trim().to_owned();
+        if text.is_empty() {
+            return;
+        }
+        let machine = &self.machine;
+        if is_own(&text) {
+            tracing::warn!(machine, text, "QEMU says");
+        } else {
+            tracing::debug!(machine, text, "QEMU says");
+        }
+        self.said.add(text);
+    }
+}
+
+/// The last lines of a step.
+#[derive(Default)]
+struct Said {
+    own: VecDeque<String>,
+    others: VecDeque<String>,
+}
+
+impl Said {
+    fn add(&mut self, line: String) {
+        let lines = if is_own(&line) && !is_warning(&line) { &mut self.own } else { &mut self.others };
+        if lines.len() == LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line);
+    }
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let lines = if self.own.is_empty() { &self.others } else { &self.own };
+        f.write_str(&Vec::from_iter(lines.iter().map(String::as_str)).join("; "))
+    }
+}
+
+/// Whether a program of QEMU's says it itself. With `-msg timestamp=on` the time comes before its name.
+fn is_own(line: &str) -> bool {
+    line.split(' ').take(2).any(|word| word.starts_with("qemu-") && word.ends_with(':'))
+}
+
+fn is_warning(line: &str) -> bool {
+    line.contains(": warning: ") || line.contains(": info: ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said<'a>(lines: impl IntoIterator<Item = &'a str>) -> String {
+        let mut said = Said::default();
+        lines.into_iter().for_each(|line| said.add(line.to_owned()));
+        said.to_string()
+    }
+
+    #[test]
+    fn a_reason_leads_with_qemus_own_words_when_libraries_chatter() {
+        let words = said([
+            "qemu: module audio-audio-pa not found, do you want to install qemu-system-gui package?",
+            "ALSA lib pcm.c:2666:(snd_pcm_open_noupdate) Unknown PCM default",
+            "qemu-system-x86_64: warning: nic rtl8139.0 has no peer",
+            "qemu-system-x86_64: Size mismatch: pc.ram: 0x4000000 != 0x8000000: Invalid argument",
+            "qemu-system-x86_64: load of migration failed: Invalid argument",
+            "audio: Failed to create voice `adc'",
+        ]);
+        assert_eq!(
+            words,
+            "qemu-system-x86_64: Size mismatch: pc.ram: 0x4000000 != 0x8000000: Invalid argument; \
+             qemu-system-x86_64: load of migration failed: Invalid argument"
+        );
+        assert_eq!(said(["alsa: no", "and no"]), "alsa: no; and no");
+    }
+
+    #[test]
+    fn a_reason_keeps_the_last_lines_when_there_are_many() {
+        let many: Vec<String> = (0..10_000).map(|number| format!("línea {number}")).collect();
+        let words = said(many.iter().map(String::as_str));
+        assert!(words.starts_with("línea 9994; ") && words.ends_with("línea 9999"), "{words}");
+    }
+
+    #[test]
+    fn qemus_own_words_are_known_behind_a_timestamp() {
+        assert!(is_own("2026-11-29T00:58:31.194578Z qemu-system-x86_64: no"));
+        assert!(is_own("qemu-img: no") && !is_own("qemu: module audio-audio-pa not found"));
+    }
+}

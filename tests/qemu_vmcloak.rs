@@ -1,0 +1,107 @@
+//! The machine that VMCloak makes, the whole way: imported, checked, prepared, restored, stopped.
+//!
+//! It has a sound card, of which a host without one makes 50 lines of noise on QEMU's stderr at each start, and its
+//! serial port goes to a relative path.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::time::Duration;
+
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::{self, Guest};
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// A lab whose machine is in no configuration yet, as VMCloak leaves it.
+fn unpacked() -> Lab {
+    let lab = Lab::new(&[("m", Guest::Vmcloak, SnapshotFormat::Lz4)]).unwrap();
+    change_args(&lab, |args| {
+        let at = args.iter().position(|arg| arg == "-serial").unwrap();
+        args[at + 1] = "file:./serial.log".to_owned();
+    });
+    let yaml = lab.yaml().unwrap();
+    let (top, _) = yaml.split_once("machines:\n").unwrap();
+    lab.write_yaml(top).unwrap();
+    lab
+}
+
+/// Changes the arguments and leaves VMCloak's other keys as they are.
+fn change_args(lab: &Lab, change: impl FnOnce(&mut Vec<String>)) {
+    let file = &lab.folder("m").machineinfo;
+    let mut info: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
+    let mut args: Vec<String> = serde_json::from_value(info["machine"]["start_args"].take()).unwrap();
+    change(&mut args);
+    info["machine"]["start_args"] = json!(args);
+    fs::write(file, info.to_string()).unwrap();
+}
+
+#[track_caller]
+fn does(client: &mut Client, action: &str) {
+    assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
+}
+
+/// It is restored to the snapshot's moment, and its serial port is in its own folder.
+#[track_caller]
+fn restores(lab: &Lab, client: &mut Client) {
+    does(client, "restore_start");
+    let count = guest::master(lab.qemu(), Guest::Vmcloak).unwrap().snapshot_count().unwrap();
+    assert_eq!(lab.folder("m").first_count(SOON).unwrap(), count + 1);
+}
+
+#[test]
+fn a_machine_of_vmcloak_goes_the_whole_way() {
+    let lab = unpacked();
+    let folder = lab.folder("m").dir.display().to_string();
+    let imported = lab.run(&["import", "vmcloak", &folder]).unwrap();
+    assert_eq!(imported.code, Some(0), "{imported:?}");
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    for (ahead, how) in
+        [("instant: off, standby: off", "plain"), ("standby: off", "instant"), ("standby: auto", "standby")]
+    {
+        lab.ahead(ahead).unwrap();
+        let mut host = lab.host().unwrap();
+        let mut client = host.client().unwrap();
+        for _ in 0..2 {
+            does(&mut client, "prepare");
+            let ready = client.machine("m").unwrap()["ready"].clone();
+            assert_eq!(ready["how"], how, "{ready}");
+            restores(&lab, &mut client);
+            does(&mut client, "stop");
+        }
+        let list = lab.run(&["list"]).unwrap();
+        let (told, log) = (format!("{}{}", list.stdout, list.stderr), host.log());
+        for noise in ["ALSA", "alsa", "qemu-system-gui", "audio"] {
+            assert!(!told.contains(noise) && !log.contains(noise), "{noise}: {told}\n{log}");
+        }
+        assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+        assert!(host.terminate().unwrap().success());
+        lab.assert_clean();
+    }
+}
+
+#[test]
+fn a_reason_leads_with_qemus_words_when_a_sound_card_chatters() {
+    let lab = unpacked();
+    let folder = lab.folder("m").dir.display().to_string();
+    assert_eq!(lab.run(&["import", "vmcloak", &folder]).unwrap().code, Some(0));
+    change_args(&lab, |args| args.extend(["-m", "128"].map(str::to_owned)));
+    lab.ahead("instant: off, standby: off").unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let answer = client.act("restore_start", "m").unwrap();
+    let reason = answer["reason"].as_str().unwrap();
+    println!("{reason}");
+    assert!(reason.contains("Size mismatch: pc.ram") && reason.len() < 1000, "{reason}");
+    assert!(!reason.contains("ALSA") && !reason.contains("qemu-system-gui"), "{reason}");
+    let list = lab.run(&["list"]).unwrap();
+    let line = list.stdout.lines().find(|line| line.contains("disabled")).unwrap();
+    assert!(line.contains("64 MiB of RAM, and start_args give 128 MiB"), "{line}");
+    assert!(host.terminate().unwrap().success());
+    lab.assert_clean();
+}
