@@ -248,3 +248,56 @@ fn values_are_read_as_they_are_meant() {
     let n = host.client().unwrap().machine("n").unwrap();
     assert_eq!((&n["architecture"], &n["mac_address"]), (&json!("amd64"), &Value::Null));
 }
+
+#[test]
+fn values_are_read_as_cuckoo_reads_them() {
+    let lab = lab(&["m"]);
+    let quoted = |file: &Path| format!("' {} '", file.display());
+    lab.change_yaml("interface: lo", "interface: ' lo '").unwrap();
+    for file in [&lab.folder("m").disk, &lab.folder("m").snapshot, &lab.qemu().img] {
+        lab.change_yaml(&file.display().to_string(), &quoted(file)).unwrap();
+    }
+    lab.change_yaml("    ip:", "    agent_port: '8001'\n    ip:").unwrap();
+    lab.cwd().change_cuckoo_yaml("machineries:\n- qemu", "machineries: qemu").unwrap();
+    lab.cwd().change_cuckoo_yaml("enabled: false", "enabled: 'off'").unwrap();
+    lab.cwd().change_cuckoo_yaml("listen_port: 2042", "listen_port: '2042'").unwrap();
+    assert_fine(&lab);
+    let host = lab.host().unwrap();
+    let m = host.client().unwrap().machine("m").unwrap();
+    assert_eq!((&m["agent_port"], &m["interface"]), (&json!(8001), &json!("lo")));
+    assert_eq!(m["label"], lab.folder("m").disk.to_str().unwrap());
+}
+
+#[test]
+fn check_names_each_value_when_cuckoo_reads_it_differently() {
+    let lab = lab(&["m"]);
+    let keys = "    mac_address: 52:54:00:00:01:01\n    architecture:\n    ip:";
+    lab.change_yaml("    ip:", keys).unwrap();
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(2), "{check:?}");
+    let line = line_of(&lab, "mac_address:");
+    for told in [
+        format!("qemu.yaml:{line}: machines.m.mac_address: Cuckoo3 reads 52:54:00:00:01:01 as 41135040061"),
+        "machines.m.architecture: Cuckoo3 refuses an empty value".to_owned(),
+    ] {
+        assert!(check.stdout.contains(&told), "{told:?} is not in {}", check.stdout);
+    }
+    // The host itself reads the text.
+    let host = lab.host().unwrap();
+    assert_eq!(host.client().unwrap().machine("m").unwrap()["mac_address"], "52:54:00:00:01:01");
+}
+
+#[test]
+fn example_machine_of_cuckoos_default_file_comes_with_the_advice_to_remove_it() {
+    let lab = lab(&["m"]);
+    lab.change_yaml("  m:\n", "  example1:\n").unwrap();
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    assert!(check.stdout.contains("cuckoo machine delete qemu example1"), "{check:?}");
+    let mut host = lab.host().unwrap();
+    assert!(host.log().contains("cuckoo machine delete qemu example1"), "{}", host.log());
+    host.terminate().unwrap();
+    // A broken file keeps the host from starting.
+    lab.change_yaml("interface: lo", "interface: br-none").unwrap();
+    assert_told(&lab, &["'br-none'", "cuckoo machine delete qemu example1"]);
+}

@@ -7,6 +7,7 @@
 mod backports;
 mod bench;
 mod demo;
+mod install;
 mod leftovers;
 mod packages;
 mod process;
@@ -25,6 +26,8 @@ enum Task {
     Test(test::Options),
     /// Show the machinery host at work with a real machine; installs and builds what it needs
     Demo(demo::Options),
+    /// Build the program and its plugins for a release, and install them
+    Install(install::Options),
     /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
 }
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
     let result = match Task::parse() {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
+        Task::Install(options) => install::run(&options),
         Task::Bench(options) => bench::run(&options),
     };
     match result {

@@ -288,12 +288,16 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &Search, events: &Events) ->
     for opened in open_all(config, search)? {
         let plugin = &opened.plugin;
         let services = Arc::new(Services::new(plugin.name(), Arc::clone(&fleet)));
+        let file = ConfigFile::read(&cwd.machinery_yaml(plugin.name())).ok();
+        let example = file.and_then(|file| cuckoo::example_machine(plugin.name(), &file));
         match load(&opened, cwd, config, services) {
-            Ok(machinery) => loaded.push(machinery),
+            Ok(machinery) => {
+                example.into_iter().for_each(|advice| tracing::warn!("{advice}"));
+                loaded.push(machinery);
+            }
             Err(error) => {
                 problems.push(error.action(format!("loading the machinery '{}'", plugin.name())));
-                let file = ConfigFile::read(&cwd.machinery_yaml(plugin.name())).ok();
-                problems.extend(file.and_then(|file| cuckoo::example_machine(plugin.name(), &file)));
+                problems.extend(example);
             }
         }
     }

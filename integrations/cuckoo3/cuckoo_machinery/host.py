@@ -20,6 +20,7 @@ then ends the host.
 import fcntl
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -33,6 +34,8 @@ from .connection import Client, HostError, OutOfReach, Refused
 
 PROGRAM = "cuckoo-machinery"
 PROGRAM_VARIABLE = "CUCKOO_MACHINERY"
+# More options for a host that is started here, as in a shell: `-v --allow-insecure-plugins`.
+OPTIONS_VARIABLE = "CUCKOO_MACHINERY_OPTIONS"
 
 # All in seconds.
 START_LIMIT = 120
@@ -58,6 +61,15 @@ def find_program():
     raise HostError(
         f"The program {PROGRAM} is not in the PATH. Install it there, or set ${PROGRAM_VARIABLE} to its path"
     )
+
+
+def more_options():
+    """The options in `$CUCKOO_MACHINERY_OPTIONS`, which the host gets beside `--cwd`."""
+    given = os.environ.get(OPTIONS_VARIABLE, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise HostError(f"${OPTIONS_VARIABLE} is {given!r}: {error}. Quote it as in a shell") from error
 
 
 class Listener:
@@ -238,7 +250,7 @@ class Host:
     def _start(self):
         if self._child:
             self._child.end()
-        self._child = Child(find_program(), self._cwd)
+        self._child = Child(find_program(), self._cwd, more_options())
         if self._child.is_ready(START_LIMIT):
             self._log.info(
                 f"The machinery host of {self._cwd} is started: process {self._child.pid}, log {self._child.log_path}"
@@ -261,7 +273,7 @@ class Host:
 class Child:
     """A host's process."""
 
-    def __init__(self, program, cwd):
+    def __init__(self, program, cwd, options=()):
         self._folder = tempfile.mkdtemp(prefix="cuckoo-machinery.")
         self._notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._address = os.path.join(self._folder, "notify")
@@ -269,7 +281,7 @@ class Child:
         self.log_path = Path(cwd) / "log" / "machinery-host.log"
         try:
             self._notices.bind(self._address)
-            self._process = self._run([program, "--cwd", str(cwd), "serve"])
+            self._process = self._run([program, "--cwd", str(cwd), *options, "serve"])
         except OSError as error:
             self._clear_away()
             raise HostError(f"The machinery host of {cwd} could not be started: {error}") from error
@@ -336,4 +348,7 @@ class Child:
         with open(self.log_path, "rb") as log:
             log.seek(self._log_start)
             said = log.read().decode(errors="replace").strip()
-        return f"It said: {said[-2000:] or 'nothing'}\n(exit code {self._process.poll()}; log {self.log_path})"
+        return (
+            f"It said: {said[-2000:] or 'nothing'}\n(exit code {self._process.poll()}; log {self.log_path}; "
+            f"it gets the options in ${OPTIONS_VARIABLE})"
+        )

@@ -43,6 +43,9 @@ pub fn check(cwd: &Cwd, machineries: &[String], report: &mut Report) {
 /// The advice to remove the machine `example1`, if the file has it: Cuckoo3 writes one into each new file.
 pub fn example_machine(machinery: &str, file: &ConfigFile) -> Option<Error> {
     const EXAMPLE: &str = "example1";
+    if !MACHINERIES.contains(&machinery) {
+        return None;
+    }
     let machines: Mapping = file.parse_at(&["machines"]).ok()??;
     machines.get(EXAMPLE)?;
     let error = file.error(&["machines", EXAMPLE], "this is the example in Cuckoo3's default file");
@@ -50,6 +53,9 @@ pub fn example_machine(machinery: &str, file: &ConfigFile) -> Option<Error> {
         "Unless it is a machine of yours, remove it: `cuckoo machine delete {machinery} {EXAMPLE}`"
     )))
 }
+
+/// The key that inserts the keys of another mapping, in YAML 1.1.
+const MERGE: &str = "<<";
 
 /// What Cuckoo3's type loader makes of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +73,7 @@ fn kind_in_cuckoo_yaml(path: &[&str]) -> Option<Kind> {
     match path {
         ["machineries"] => Some(Kind::Words),
         ["resultserver", "listen_ip"] | ["tcpdump", "path"] => Some(Kind::Text),
+        [MERGE] | ["resultserver" | "tcpdump", MERGE] => Some(Kind::Text),
         ["resultserver", "listen_port"] => Some(Kind::Number),
         ["tcpdump", "enabled"] => Some(Kind::Flag),
         _ => None,
@@ -77,6 +84,7 @@ fn kind_in_machinery_yaml(path: &[&str]) -> Option<Kind> {
     match path {
         ["machines", _, "tags"] => Some(Kind::Words),
         ["machines", _, "agent_port"] => Some(Kind::Number),
+        ["machines", MERGE] => Some(Kind::Text),
         ["machines"] | ["machines", _] => None,
         _ => Some(Kind::Text),
     }
@@ -150,9 +158,8 @@ impl Position {
         let key = path.last().copied().unwrap_or_default();
         if self.is_key() {
             return match path[..] {
-                ["machines", _] if scalar.written != "<<" => scalar.as_name(),
-                // Of `cuckoo.yaml` most is Cuckoo3's alone.
-                [.., "<<"] if kind_of(&["machines", "", ""]).is_some() => Some(Difference::Merged),
+                ["machines", name] if name != MERGE => scalar.as_name(),
+                [.., MERGE] if kind_of(&path).is_some() => Some(Difference::Merged),
                 _ => None,
             };
         }
@@ -371,6 +378,7 @@ mod tests {
         for (text, expected) in [
             ("tcpdump: {enabled: 'Yes'}", "tcpdump.enabled: Cuckoo3 refuses 'Yes'"),
             ("resultserver: {listen_ip: 10.10}", "resultserver.listen_ip: Cuckoo3 reads 10.10 as 10.1,"),
+            ("x: &x {enabled: no}\ntcpdump: {<<: *x}", "tcpdump.<<: Cuckoo3 inserts the keys"),
             ("machineries: [qemu, off]", "machineries: Cuckoo3 leaves the element off out"),
         ] {
             let found = in_cuckoo(text);
@@ -402,7 +410,8 @@ machines:
 machineries: [qemu]
 tcpdump: {enabled: Yes, path: /usr/bin/tcpdump}
 resultserver: {listen_ip: 10.0.0.1, listen_port: '2042'}
-submit: {max_file_size: 010, other: [1_0]}
+submit: &submit {max_file_size: 010, other: [1_0]}
+other: {<<: *submit}
 ";
         assert_eq!(in_cuckoo(cuckoo), [""; 0]);
     }

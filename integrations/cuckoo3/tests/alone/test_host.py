@@ -1,6 +1,7 @@
 """A host is found or started, and is there until it is let go."""
 
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -113,6 +114,30 @@ class Starting(HostTest):
         with other_program, self.assertRaises(HostError) as caught:
             self.host().attach()
         self.assertIn("It said: nothing\n(exit code 3;", str(caught.exception))
+
+    def test_host_gets_options_when_the_variable_has_some(self):
+        program = Path(find_program()).absolute()
+        plugins = self.cwd / "plugins of ours"
+        plugins.mkdir()
+        shutil.copy(program.parent / "libmachinery_double.so", plugins)
+        plugins.chmod(0o777)
+        options = f"-v --plugin-dir '{plugins}'"
+        with mock.patch.dict(os.environ, {"CUCKOO_MACHINERY_OPTIONS": options}):
+            with self.assertRaises(HostError) as caught:
+                self.host().attach()
+            self.assertIn("--allow-insecure-plugins", str(caught.exception))
+            self.assertIn("$CUCKOO_MACHINERY_OPTIONS", str(caught.exception))
+            os.environ["CUCKOO_MACHINERY_OPTIONS"] = f"{options} --allow-insecure-plugins"
+            host = self.host()
+            host.attach()
+            self.assertTrue(host.is_own)
+        self.assertIn("DEBUG", (self.cwd / "log/machinery-host.log").read_text())
+
+    def test_options_that_are_quoted_wrongly_are_an_error(self):
+        with mock.patch.dict(os.environ, {"CUCKOO_MACHINERY_OPTIONS": "--plugin-dir '/x"}):
+            with self.assertRaises(HostError) as caught:
+                self.host().attach()
+        self.assertIn("$CUCKOO_MACHINERY_OPTIONS", str(caught.exception))
 
     def test_something_else_on_the_socket_is_told(self):
         host = self.host()

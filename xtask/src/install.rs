@@ -1,0 +1,111 @@
+//! `cargo xtask install`: the program and its plugins, in the folders where they are looked for.
+//!
+//! | in the prefix | what |
+//! | --- | --- |
+//! | `bin/` | `cuckoo-machinery` |
+//! | `lib/cuckoo-machinery/` | the plugins, and no other library of the build |
+//! | `share/cuckoo-machinery/conf/` | commented defaults of their configuration files |
+//!
+//! Nothing has the prefix built in: a packager gives `--prefix "$DESTDIR/usr"`. The program `install` replaces a
+//! file instead of writing into it, so a host that runs keeps its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::fs::{Access, access};
+
+use crate::run::{Context, Result, cargo, is_root, step};
+
+/// What can be chosen.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Install below this folder
+    #[arg(long, value_name = "DIR", default_value = "/usr/local")]
+    prefix: PathBuf,
+    /// Install only this plugin; can be given several times
+    #[arg(long = "plugin", value_name = "NAME", default_values = ["qemu", "kvm"])]
+    plugins: Vec<Plugin>,
+    /// Install what cargo has put into this folder before, instead of building it
+    #[arg(long, value_name = "DIR")]
+    from: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Plugin {
+    Qemu,
+    Kvm,
+    Example,
+}
+
+impl Plugin {
+    fn name(self) -> &'static str {
+        match self {
+            Plugin::Qemu => "qemu",
+            Plugin::Kvm => "kvm",
+            Plugin::Example => "example",
+        }
+    }
+
+    fn package(self) -> &'static str {
+        match self {
+            Plugin::Qemu => "machinery-qemu",
+            Plugin::Kvm => "kvm-libvirt",
+            Plugin::Example => "machinery-example",
+        }
+    }
+}
+
+/// Builds the program and the plugins, and installs them.
+pub fn run(options: &Options) -> Result<()> {
+    let prefix = std::path::absolute(&options.prefix).context(|| "the prefix".to_owned())?;
+    let built = match &options.from {
+        Some(folder) => folder.clone(),
+        None => build(&options.plugins)?,
+    };
+    let sudo = needs_sudo(&prefix);
+    if sudo {
+        eprintln!("Writing to {} needs root: sudo is used, and may ask for your password.", prefix.display());
+    }
+    for (mode, source, target) in files(&built, &options.plugins) {
+        let mut install = Command::new(if sudo { "sudo" } else { "install" });
+        if sudo {
+            install.arg("install");
+        }
+        step(install.args(["-D", "-m", mode]).arg(source).arg(prefix.join(target)))?;
+    }
+    Ok(())
+}
+
+/// Builds for a release; gives the folder in which everything is then.
+fn build(plugins: &[Plugin]) -> Result<PathBuf> {
+    let packages = plugins.iter().flat_map(|plugin| ["-p", plugin.package()]);
+    step(&mut cargo(["build", "--release", "-p", "machinery-host"].into_iter().chain(packages)))?;
+    // This program was built into a folder beside it.
+    let own = std::env::current_exe().context(|| "looking for the build's folder".to_owned())?;
+    let target =
+        own.ancestors().nth(2).ok_or_else(|| format!("{} is in no build's folder", own.display()))?;
+    Ok(target.join("release"))
+}
+
+/// Each file's mode, where it is, and where it goes below the prefix.
+fn files(built: &Path, plugins: &[Plugin]) -> Vec<(&'static str, PathBuf, PathBuf)> {
+    let program = "cuckoo-machinery";
+    let conf = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../conf"));
+    let share = Path::new("share/cuckoo-machinery/conf");
+    let mut files = vec![("755", built.join(program), Path::new("bin").join(program))];
+    for plugin in plugins {
+        let library = format!("libmachinery_{}.so", plugin.name());
+        files.push(("644", built.join(&library), Path::new("lib/cuckoo-machinery").join(library)));
+    }
+    let machineries = plugins.iter().map(|plugin| format!("machineries/{}.yaml", plugin.name()));
+    for name in ["cuckoo.yaml", "machinery-host.yaml"].map(str::to_owned).into_iter().chain(machineries) {
+        files.push(("644", conf.join(&name), share.join(name)));
+    }
+    files
+}
+
+/// Whether only root can write to the folder, or to the nearest one that is there.
+fn needs_sudo(folder: &Path) -> bool {
+    let existing = folder.ancestors().find(|folder| folder.exists());
+    !is_root() && existing.is_some_and(|folder| access(folder, Access::WRITE_OK).is_err())
+}
