@@ -18,7 +18,7 @@ use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const STANDBY: &str = "instant: auto, standby: on";
 
@@ -310,6 +310,8 @@ fn machine_is_refused_when_its_runs_cannot_be_clean() {
             let answer = client.act(action, "m").unwrap();
             assert_eq!(answer["success"], false, "{value}");
         }
+        let reason = client.machine("m").unwrap()["disabled_reason"].as_str().unwrap().to_owned();
+        assert!(reason.contains(what) && reason.contains("allow_shared_writes"), "{reason}");
         does(&mut client, "restore_start", "n");
         does(&mut client, "stop", "n");
         assert!(host.terminate().unwrap().success());
@@ -327,6 +329,8 @@ fn machine_runs_with_shared_writes_when_its_operator_allows_them() {
     assert_eq!(check.code, Some(0), "{check:?}");
     assert!(check.stdout.contains("allow_shared_writes"), "{}", check.stdout);
     let (mut host, mut client) = served(&lab);
+    let warnings = client.machine("m").unwrap()["warnings"].to_string();
+    assert!(warnings.contains("allow_shared_writes") && warnings.contains("-fsdev"), "{warnings}");
     does(&mut client, "restore_start", "m");
     does(&mut client, "stop", "m");
     assert!(host.terminate().unwrap().success());
@@ -373,4 +377,27 @@ fn standby_is_made_anew_when_a_file_that_the_arguments_name_was_replaced() {
     );
     assert!(host.terminate().unwrap().success());
     lab.assert_clean();
+}
+
+#[test]
+fn import_is_refused_when_the_machines_runs_cannot_be_clean() {
+    let lab = lab(&["m"]);
+    let m = lab.folder("m");
+    let empty = lab.yaml().unwrap().split("machines:").next().unwrap().to_owned() + "machines:\n";
+    lab.write_yaml(&empty).unwrap();
+    let mut info: Value = serde_json::from_str(&fs::read_to_string(&m.machineinfo).unwrap()).unwrap();
+    let shared = ["-fsdev", "local,id=f,path=/tmp,security_model=none"].map(Value::from);
+    info["machine"]["start_args"].as_array_mut().unwrap().extend(shared);
+    fs::write(&m.machineinfo, info.to_string()).unwrap();
+    let folder = m.dir.display().to_string();
+    let import = lab.run(&["import", "vmcloak", &folder]).unwrap();
+    assert_eq!(import.code, Some(2), "{import:?}");
+    for word in ["-fsdev local", "allow_shared_writes", "machines.m."] {
+        assert!(import.stderr.contains(word), "{word} is not in {}", import.stderr);
+    }
+    assert_eq!(lab.yaml().unwrap(), empty);
+    lab.host_yaml("", ", machines: {m: {allow_shared_writes: true}}").unwrap();
+    let import = lab.run(&["import", "vmcloak", &folder]).unwrap();
+    assert_eq!(import.code, Some(0), "{import:?}");
+    assert!(lab.yaml().unwrap().contains("  m:"));
 }

@@ -208,7 +208,7 @@ fn a_disk_where_a_disposable_disk_goes_is_told_and_kept() {
     let disk = &lab.folder("n").disk;
     fs::rename(disk, &kept).unwrap();
     lab.change_yaml(&disk.display().to_string(), &kept.display().to_string()).unwrap();
-    assert_told(&lab, &["machines.n.qcow2_path: ", "is where the disposable disk of machine 'm' goes"]);
+    assert_told(&lab, &["machines.n.qcow2_path: ", "is where an overlay of machine 'm' goes"]);
     assert!(kept.exists());
     fs::rename(&kept, disk).unwrap();
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use machinery::config::ConfigFile;
-use machinery::{Error, Report, Setup};
+use machinery::host::Plugin;
+use machinery::{Error, Report, Result, Setup};
 use rustix::fs::{Access, access, getxattr};
 use rustix::process::geteuid;
 use serde_yaml::{Mapping, Value};
@@ -113,14 +114,22 @@ fn machinery(Opened { plugin, sha256 }: &Opened, cwd: &Cwd, config: &Config, rep
         plugin.path().display()
     ));
     let Some(setup) = report.keep(loader::setup(name, cwd, config)) else { return };
-    let services = Arc::new(Services::new(name, Arc::default()));
     unwritable(&setup, report);
-    let what = format!("checking '{name}'");
-    let checked = plugin.clone();
-    let found = within(config.timeouts.load, &what, move || checked.check(&setup, services)).flatten();
-    if let Some(found) = report.keep(found.map_err(|error| error.action(what))) {
+    if let Some(found) = report.keep(by_plugin(plugin, setup, config)) {
         report.append(found);
     }
+}
+
+/// What a plugin finds in this setup.
+///
+/// # Errors
+/// The plugin fails or does not come back in time.
+pub fn by_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Report> {
+    let services = Arc::new(Services::new(plugin.name(), Arc::default()));
+    let what = format!("checking '{}'", plugin.name());
+    let checked = plugin.clone();
+    let found = within(config.timeouts.load, &what, move || checked.check(&setup, services)).flatten();
+    found.map_err(|error| error.action(what))
 }
 
 fn unwritable(setup: &Setup, report: &mut Report) {

@@ -267,13 +267,18 @@ impl PluginFile {
 /// # Errors
 /// Its configuration file cannot be read.
 pub fn setup(name: &str, cwd: &Cwd, config: &Config) -> Result<Setup> {
-    Ok(Setup {
-        config: ConfigFile::read(&cwd.machinery_yaml(name))?,
+    Ok(setup_with(ConfigFile::read(&cwd.machinery_yaml(name))?, name, cwd, config))
+}
+
+/// The same with this configuration of the machinery.
+pub fn setup_with(file: ConfigFile, name: &str, cwd: &Cwd, config: &Config) -> Setup {
+    Setup {
+        config: file,
         host_config: config.host_file.clone(),
         sockets_dir: cwd.sockets(),
         state_dir: cwd.machinery_state(name),
         cache_dir: cwd.machinery_cache(name),
-    })
+    }
 }
 
 /// Loads the listed machineries with their machines, into the fleet. One whose plugin needs a library that is not

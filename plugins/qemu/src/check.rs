@@ -32,6 +32,10 @@ pub fn check(setup: &Setup, report: &mut Report) {
         );
     }
     for machine in &config.machines {
+        if let Err(error) = machine.expect_clean_runs() {
+            let key = ["machines", &machine.info.name, "machineinfo_path"];
+            report.problem(&setup.config.error(&key, error.to_string()));
+        }
         look_at(machine, &config, report);
     }
     if config.machines.iter().any(|machine| machine.ahead.instant) {
@@ -66,7 +70,6 @@ fn look_at(machine: &MachineFiles, config: &Config, report: &mut Report) {
 /// Whether a run finds what the one before it has written.
 fn clean_runs(machine: &MachineFiles, report: &mut Report) {
     let (name, opened) = (&machine.info.name, machine.start_args.opened());
-    report.keep(machine.expect_clean_runs());
     if let Some(warning) = machine.shared_writes_warning() {
         report.warning(format!("machine '{name}': {warning}"));
     }

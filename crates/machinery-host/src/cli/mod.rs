@@ -9,7 +9,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use machinery::{Error, ErrorKind, Result};
+use machinery::config::ConfigFile;
+use machinery::{Error, ErrorKind, Report, Result};
 use serde_json::{Value, json};
 
 use crate::client::Client;
@@ -208,7 +209,8 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         Command::Plugins => plugins(cwd, global),
         Command::Import(Import::Vmcloak { folders }) => {
-            let imported = import::vmcloak(&cwd.machinery_yaml("qemu"), folders)?;
+            let check = |file| check_qemu(cwd, file, &global.search(cwd));
+            let imported = import::vmcloak(&cwd.machinery_yaml("qemu"), folders, &check)?;
             show::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
@@ -235,6 +237,14 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         other => act(cwd, &request(other)?, global.json),
     }
+}
+
+/// Has the plugin `qemu` check a file that `qemu.yaml` would become.
+fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &Search) -> Result<Report> {
+    let config = crate::config::Config::read(cwd)?;
+    let opened = loader::open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load)
+        .map_err(Error::from)?;
+    check::by_plugin(&opened.plugin, loader::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
 }
 
 /// The request of a command that acts on a machine.

@@ -6,8 +6,8 @@
 //! alone.
 //!
 //! ```text
-//! folders ─▶ read each machineinfo.json ─▶ new, unchanged or in conflict? ─▶ insert ─▶ verify ─▶ replace
-//!            (vmcloak)                      (here)                           (text)   (here)    (replace)
+//! folders ─▶ read each machineinfo.json ─▶ new, unchanged or in conflict? ─▶ insert ─▶ verify ─▶ check ─▶ replace
+//!            (vmcloak)                      (here)                           (text)   (here)    (plugin) (replace)
 //! ```
 //!
 //! Nothing is written before everything has been checked, and what is in conflict stops the whole
@@ -21,7 +21,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, Machines, empty_as_none};
-use machinery::{Error, Result};
+use machinery::{Error, Level, Report, Result};
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
 
@@ -51,18 +51,22 @@ pub struct Skipped {
     pub reason: String,
 }
 
+/// Has the plugin `qemu` check a file that is not written yet.
+pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
+
 /// Adds the machines of VMCloak's folders to `qemu.yaml`. A folder is a machine's own or one that
-/// holds such folders. A machine that is in the file already, just so, is skipped.
+/// holds such folders. A machine that is in the file already, just so, is skipped. What the plugin
+/// refuses in a machine's arguments, the import refuses; if there is no plugin to ask, it only warns.
 ///
 /// # Errors
-/// A folder without machines, a `machineinfo.json` that is incomplete, a machine that is in the file
-/// but differs, an address or file that two machines would share, a file that cannot be edited. The
-/// file is then as it was.
-pub fn vmcloak(qemu_yaml: &Path, folders: &[PathBuf]) -> Result<Imported> {
-    import(qemu_yaml, folders).map_err(|error| error.action("import"))
+/// A folder without machines, a `machineinfo.json` that is incomplete or has arguments that the plugin
+/// refuses, a machine that is in the file but differs, an address or file that two machines would share,
+/// a file that cannot be edited. The file is then as it was.
+pub fn vmcloak(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
+    import(qemu_yaml, folders, check).map_err(|error| error.action("import"))
 }
 
-fn import(qemu_yaml: &Path, folders: &[PathBuf]) -> Result<Imported> {
+fn import(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
     let file = current(qemu_yaml)?;
     let known = file.parse::<Known>()?.machines;
     let found = vmcloak::find(folders)?;
@@ -73,6 +77,7 @@ fn import(qemu_yaml: &Path, folders: &[PathBuf]) -> Result<Imported> {
     if !new.is_empty() {
         let text = text::insert(&file, &new)?;
         verify(&file, &text, &new)?;
+        accepted(check(ConfigFile { path: file.path, text: text.clone() }), &new)?;
         replace::replace(qemu_yaml, &text)?;
     }
     Ok(Imported { added: new.into_iter().map(|machine| machine.name).collect(), skipped })
@@ -235,6 +240,24 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
         Ok(got) if got == expected => Ok(()),
         _ => Err(text::not_editable(file, "it is written in a way that text cannot safely be added to")),
     }
+}
+
+/// Expects that the plugin refuses none of the new machines' arguments. Whatever else it has found, such as a bridge
+/// that is still to be made, is for `check` to say.
+fn accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
+    let report = match checked {
+        Ok(report) => report,
+        Err(error) => {
+            tracing::warn!(%error, "the machines' start_args were not checked");
+            return Ok(());
+        }
+    };
+    let is_about = |text: &str, machine: &Machine| {
+        text.contains(&format!(": machines.{}.machineinfo_path: ", machine.name))
+    };
+    let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
+    let refused = problems.filter(|finding| new.iter().any(|machine| is_about(&finding.text, machine)));
+    Error::all(refused.map(|finding| Error::configuration(&finding.text)).collect()).map_or(Ok(()), Err)
 }
 
 /// All results, or all errors as one.

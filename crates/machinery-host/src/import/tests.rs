@@ -53,7 +53,7 @@ impl Scratch {
     }
 
     fn import(&self, folders: &[PathBuf]) -> Result<Imported> {
-        vmcloak(&self.yaml(), folders)
+        vmcloak(&self.yaml(), folders, &finds_nothing)
     }
 
     /// Imports `win10` and `win7` into a file; returns its text then.
@@ -71,6 +71,34 @@ impl Scratch {
         assert_eq!(self.text(), before);
         error
     }
+}
+
+/// A plugin that has nothing to complain of.
+fn finds_nothing(_: ConfigFile) -> Result<Report> {
+    Ok(Report::default())
+}
+
+#[test]
+fn import_is_refused_when_the_plugin_refuses_the_arguments() {
+    let scratch = Scratch::new("machines:\n");
+    let folders = [two(&scratch)];
+    let before = scratch.text();
+    let finds = |key: &'static str| {
+        move |file: ConfigFile| {
+            assert!(file.text.contains("win10:") && file.text.contains("win7:"));
+            let mut report = Report::default();
+            report.problem(&file.error(&["machines", "win7", key], "it is refused"));
+            Ok(report)
+        }
+    };
+    let error = vmcloak(&scratch.yaml(), &folders, &finds("machineinfo_path")).unwrap_err().to_string();
+    assert!(error.contains("win7") && error.contains("it is refused"), "{error}");
+    assert_eq!(scratch.text(), before);
+    // A bridge may still have to be made, and a plugin to be installed.
+    let missing = |_| Err(Error::environment("there is no plugin"));
+    assert_eq!(vmcloak(&scratch.yaml(), &folders[..], &missing).unwrap().added.len(), 2);
+    fs::write(scratch.yaml(), before).unwrap();
+    assert_eq!(vmcloak(&scratch.yaml(), &folders, &finds("interface")).unwrap().added.len(), 2);
 }
 
 /// A folder of two machines.
@@ -176,7 +204,7 @@ fn an_empty_or_missing_file_starts_from_the_commented_default() {
 
     let scratch = Scratch::new("");
     let deep = scratch.path("conf/machineries/qemu.yaml");
-    vmcloak(&deep, &[two(&scratch)]).unwrap();
+    vmcloak(&deep, &[two(&scratch)], &finds_nothing).unwrap();
     assert_eq!(fs::read_to_string(&deep).unwrap(), scratch_text(&scratch, &new));
     assert_eq!(fs::metadata(&deep).unwrap().mode() & 0o077, 0o044 & !umask(&scratch));
 }
@@ -371,7 +399,7 @@ fn mode_and_link_of_the_file_are_kept_and_nothing_is_left_beside_it() {
     fs::set_permissions(scratch.yaml(), fs::Permissions::from_mode(0o640)).unwrap();
     let link = scratch.path("link.yaml");
     std::os::unix::fs::symlink("qemu.yaml", &link).unwrap();
-    vmcloak(&link, &[two(&scratch)]).unwrap();
+    vmcloak(&link, &[two(&scratch)], &finds_nothing).unwrap();
     assert!(link.is_symlink());
     assert!(scratch.text().contains("win10"));
     assert_eq!(fs::metadata(scratch.yaml()).unwrap().mode() & 0o777, 0o640);
@@ -381,7 +409,8 @@ fn mode_and_link_of_the_file_are_kept_and_nothing_is_left_beside_it() {
 #[test]
 fn a_file_that_cannot_be_written_is_an_error() {
     let scratch = Scratch::new("");
-    let error = vmcloak(Path::new("/proc/none/qemu.yaml"), &[two(&scratch)]).unwrap_err().to_string();
+    let error =
+        vmcloak(Path::new("/proc/none/qemu.yaml"), &[two(&scratch)], &finds_nothing).unwrap_err().to_string();
     assert!(error.starts_with("import failed: cannot write /proc/none/qemu.yaml"), "{error}");
 }
 

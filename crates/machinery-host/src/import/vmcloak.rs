@@ -229,7 +229,7 @@ impl Description<'_> {
         Ok(tags?.into())
     }
 
-    /// What the arguments say is the machinery's to judge, at each start.
+    /// The plugin judges what the arguments say.
     fn start_args(&self) -> Result<()> {
         match &self.keys["start_args"] {
             Json::Array(list) if !list.is_empty() => Ok(()),
