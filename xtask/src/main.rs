@@ -6,7 +6,9 @@
 
 mod backports;
 mod bench;
+mod debian;
 mod demo;
+mod fresh;
 mod leftovers;
 mod packages;
 mod process;
@@ -25,6 +27,8 @@ enum Task {
     Test(test::Options),
     /// Show the machinery host at work with a real machine; installs and builds what it needs
     Demo(demo::Options),
+    /// Run tasks on a fresh Debian: a minimal root with only a Rust toolchain and a C compiler in it
+    Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
 }
@@ -33,6 +37,7 @@ fn main() -> ExitCode {
     let result = match Task::parse() {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
+        Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
     };
     match result {
