@@ -56,13 +56,14 @@ impl Release {
 /// Runs the tasks in a fresh root.
 pub fn run(options: &Options) -> Result<()> {
     let tasks = tasks(&options.task);
-    match Root::new(options.release.name()) {
+    let release = options.release.name();
+    match Root::new(release).map_err(|failure| cannot_make(release, &failure)) {
         Ok(root) => tasks.iter().try_for_each(|task| root.run(task)),
-        Err(failure) if options.or_here => {
-            warn(&failure);
+        Err(why) if options.or_here => {
+            warn(&why);
             tasks.iter().try_for_each(|task| step(&mut cargo(xtask(task))))
         }
-        Err(failure) => Err(failure),
+        Err(why) => Err(why.into()),
     }
 }
 
@@ -78,15 +79,19 @@ fn xtask<'a>(task: &[&'a str]) -> Vec<&'a str> {
     [&["xtask"], task].concat()
 }
 
-fn warn(failure: &Failure) {
-    let line = "=".repeat(100);
+fn cannot_make(release: &str, failure: &Failure) -> String {
     let why = match failure {
         Failure::Told(why) => why,
-        Failure::Step(_) => "a command failed, and says above why",
+        Failure::Step(_) => "the last command failed",
     };
+    format!("cannot make a fresh root of Debian {release}: {why}")
+}
+
+fn warn(why: &str) {
+    let line = "=".repeat(100);
     eprintln!(
-        "\n{line}\nWARNING: no fresh Debian root can be made here: {why}\nThe same runs on this system \
-         instead, so a package that is not installed by itself may go unnoticed.\n{line}"
+        "\n{line}\nWARNING: {why}\nThe same runs on this system instead. It may have by chance what \
+         these commands forget to install.\n{line}"
     );
 }
 

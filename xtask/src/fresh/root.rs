@@ -72,7 +72,7 @@ impl Root {
     /// A new one of that release. The base is made if there is none yet.
     pub fn new(release: &'static str) -> Result<Self> {
         if !is_root() {
-            return Err("making one needs root, and this user is another".to_owned().into());
+            return Err("only root can; run this with sudo, or as root".to_owned().into());
         }
         packages::ensure_for_roots()?;
         let place = cache("fresh")?.join(release);
