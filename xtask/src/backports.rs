@@ -13,17 +13,17 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::debian::{self, Archive, KEYRING};
 use crate::run::{Context, Failure, Result, cache, is_root, output};
 
 const RELEASE: &str = "bookworm-backports";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Where packages come from: what these depend on may be in any of them.
-const SOURCES: [(&str, &str); 4] = [
-    ("debian", "bookworm"),
-    ("debian", "bookworm-updates"),
-    ("debian-security", "bookworm-security"),
-    ("debian", RELEASE),
+const SOURCES: [(Archive, &str); 4] = [
+    (Archive::Main, "bookworm"),
+    (Archive::Main, "bookworm-updates"),
+    (Archive::Security, "bookworm-security"),
+    (Archive::Main, RELEASE),
 ];
 
 /// Unpacked always, even where the system has its own: they go with each other.
@@ -207,9 +207,7 @@ impl Apt {
         for folder in ["lists/partial", "archives/partial", "debs"] {
             fs::create_dir_all(work.path().join(folder)).context(what)?;
         }
-        let sources = SOURCES.map(|(archive, release)| {
-            format!("deb [signed-by={KEYRING}] http://deb.debian.org/{archive} {release} main\n")
-        });
+        let sources = SOURCES.map(|(archive, suite)| debian::source(archive, suite));
         fs::write(work.path().join("sources.list"), sources.concat()).context(what)?;
         Ok(Self { work })
     }

@@ -6,7 +6,9 @@
 
 mod backports;
 mod bench;
+mod debian;
 mod demo;
+mod fresh;
 mod install;
 mod leftovers;
 mod packages;
@@ -28,6 +30,8 @@ enum Task {
     Demo(demo::Options),
     /// Build the program and its plugins for a release, and install them
     Install(install::Options),
+    /// Run tasks on a fresh Debian: a minimal root with only a Rust toolchain and a C compiler in it
+    Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
 }
@@ -37,6 +41,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Install(options) => install::run(&options),
+        Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
     };
     match result {

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::debian::KEYRING;
 use crate::run::{Failure, Result, is_root, output, step, succeeds};
 
 /// Something needed, and what it is for.
@@ -92,6 +93,31 @@ const NEEDS: [Need; 9] = [
     },
 ];
 
+/// What a fresh root is made with.
+const ROOT_NEEDS: [Need; 3] = [
+    Need {
+        what: "debootstrap",
+        program: "debootstrap",
+        args: VERSION,
+        packages: &["debootstrap"],
+        why: "makes a minimal Debian",
+    },
+    Need {
+        what: "the keys of Debian's archives",
+        program: "test",
+        args: &["-f", KEYRING],
+        packages: &["debian-archive-keyring"],
+        why: "verify what debootstrap downloads",
+    },
+    Need {
+        what: "git",
+        program: "git",
+        args: VERSION,
+        packages: &["git"],
+        why: "clones the checkout into it",
+    },
+];
+
 impl Need {
     /// Whether it is there. A plain user's path lacks the folder of the system's daemons.
     fn is_met(&self) -> bool {
@@ -110,13 +136,23 @@ const KERNEL: &str = "linux-image-cloud-amd64";
 /// Mirrors drop superseded packages; lists older than this may name what is gone.
 const LISTS_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Sees to it that everything needed is there.
+/// Installs what tests and demo need and the system lacks. Its lists of packages are up to date then.
 pub fn ensure() -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !need.is_met()).collect();
+    let installed = install_missing(&NEEDS)?;
+    if !installed && runs("apt-get") { refresh() } else { Ok(()) }
+}
+
+/// Installs what fresh roots are made with and the system lacks.
+pub fn ensure_for_roots() -> Result<()> {
+    install_missing(&ROOT_NEEDS).map(drop)
+}
+
+/// Whether anything was missing.
+fn install_missing(needs: &[Need]) -> Result<bool> {
+    let missing: Vec<&Need> = needs.iter().filter(|need| !need.is_met()).collect();
     match (missing.is_empty(), runs("apt-get")) {
-        (true, true) => refresh(),
-        (true, false) => Ok(()),
-        (false, true) => install(&missing),
+        (true, _) => Ok(false),
+        (false, true) => install(&missing).map(|()| true),
         (false, false) => Err(by_other_means(&missing)),
     }
 }
@@ -228,7 +264,7 @@ fn by_other_means(missing: &[&Need]) -> Failure {
         missing.iter().map(|need| format!("  {}, which {}", need.what, need.why)).collect();
     format!(
         "these are needed, and do not work here:\n{}\n\
-         There is no apt-get to install them with: install QEMU and libvirt with this system's own tools",
+         There is no apt-get to install them with: install them with this system's own tools",
         names.join("\n")
     )
     .into()

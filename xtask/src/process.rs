@@ -1,11 +1,14 @@
-//! Waiting for a process, ours or not, without asking again and again.
+//! Waiting for a process, ours or not, without asking again and again; and processes that end with this
+//! one.
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::{Errno, retry_on_intr};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
 
 use crate::run::{Context, Result};
 
@@ -16,6 +19,14 @@ pub fn handle(pid: Pid) -> Result<Option<OwnedFd>> {
         Err(Errno::SRCH) => Ok(None),
         Err(error) => Err(error).context(|| format!("cannot watch process {pid}")),
     }
+}
+
+/// Has `command` get `signal` when this process ends, however it ends.
+pub fn signal_at_our_end(command: &mut Command, signal: Signal) {
+    let set = move || Ok(set_parent_process_death_signal(Some(signal))?);
+    // SAFETY: between fork and exec only a single system call is made, which takes no lock and no
+    // memory.
+    unsafe { command.pre_exec(set) };
 }
 
 /// Whether the process has ended within `timeout`.

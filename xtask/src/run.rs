@@ -67,7 +67,12 @@ pub fn cargo<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
 
 /// Says `command` and runs it; what it prints is seen as it comes.
 pub fn step(command: &mut Command) -> Result<()> {
-    eprintln!("\n==> {}", line(command));
+    step_as(&line(command), command)
+}
+
+/// As [`step`], for a command that has a better name than its own words.
+pub fn step_as(name: &str, command: &mut Command) -> Result<()> {
+    eprintln!("\n==> {name}");
     let status = command.status().context(|| format!("cannot run `{}`", line(command)))?;
     if status.success() { Ok(()) } else { Err(Failure::Step(code(status))) }
 }

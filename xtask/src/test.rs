@@ -33,6 +33,7 @@ pub fn run(options: &Options) -> Result<()> {
         // Built here, with the system's files; among the others nothing is left to build.
         step(&mut cargo(["test", "--workspace", "--all-targets", "--no-run"]))?;
     }
+    tell_of_cuckoo3();
     let mark = Mark::new();
     let tests = test_commands(&options.args).into_iter().try_for_each(|args| {
         let mut tests = cargo(args);
@@ -44,7 +45,6 @@ pub fn run(options: &Options) -> Result<()> {
     });
     // Left by failed tests, it is told as well; theirs is the exit code.
     let left = mark.none_left();
-    tell_of_cuckoo3();
     match (tests, left) {
         (Err(failed), Err(left)) => {
             left.tell();
@@ -58,7 +58,7 @@ pub fn run(options: &Options) -> Result<()> {
 fn tell_of_cuckoo3() {
     if std::env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
         eprintln!(
-            "\nThe tests with Cuckoo3 were skipped. To run them, set CUCKOO3_PYTHON to the Python of an \
+            "\nThe tests with Cuckoo3 will be skipped. To run them, set CUCKOO3_PYTHON to the Python of an \
              environment that has it: integrations/cuckoo3/README.md tells how to make one."
         );
     }

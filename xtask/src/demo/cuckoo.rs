@@ -11,10 +11,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::leftovers::Mark;
-use crate::process::{ends_within, handle, wait};
+use crate::process::{ends_within, handle, signal_at_our_end, wait};
 use crate::run::{Context, Result, line};
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -63,10 +63,7 @@ impl<'a> Cuckoo<'a> {
         self.mark.put_on(&mut command);
         // Ctrl-C is for the demo; the host would take a second request to end as one to hurry.
         command.process_group(0);
-        let die_with_me = || Ok(set_parent_process_death_signal(Some(Signal::TERM))?);
-        // SAFETY: between fork and exec only a single system call is made, which takes no lock and
-        // no memory.
-        unsafe { command.pre_exec(die_with_me) };
+        signal_at_our_end(&mut command, Signal::TERM);
         let host = self.host.insert(command.spawn().context(what)?);
         let pid = Pid::from_child(host);
         if says_ready(&socket, pid)? {
