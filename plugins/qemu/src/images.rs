@@ -62,6 +62,8 @@ pub struct Opened {
     pub shared: Vec<Shared>,
     /// Whether the placeholder is an image's path, and not only part of a name.
     pub has_placeholder: bool,
+    /// Where QEMU runs: relative paths start there.
+    folder: PathBuf,
 }
 
 /// An image that a run would write to, and where the arguments name it.
@@ -152,9 +154,9 @@ struct Node<'a> {
 }
 
 impl Opened {
-    /// What these arguments open.
-    pub fn by(args: &[String]) -> Opened {
-        let mut opened = Opened::default();
+    /// What these arguments open in a QEMU that runs in `folder`.
+    pub fn by(args: &[String], folder: &Path) -> Opened {
+        let mut opened = Opened { folder: folder.to_owned(), ..Opened::default() };
         let options = crate::machineinfo::walk(args);
         let nodes = options.filter_map(|(argument, name, value)| {
             let written = Written { argument, name, value };
@@ -165,6 +167,10 @@ impl Opened {
         });
         let nodes: Vec<Node<'_>> = nodes.collect();
         nodes.iter().for_each(|node| opened.node(node, &nodes));
+        let images = opened.images.iter_mut().map(|image| &mut image.source);
+        for source in images.chain(&mut opened.sources) {
+            source.path = folder.join(&source.path);
+        }
         opened
     }
 
@@ -263,7 +269,7 @@ impl Opened {
     /// A file of options is not rewritten, so an image in it cannot be replaced.
     fn read_config(&mut self, written: Written<'_>) {
         self.sources.push(Source::of(written.value));
-        let text = std::fs::read_to_string(written.value).unwrap_or_default();
+        let text = std::fs::read_to_string(self.folder.join(written.value)).unwrap_or_default();
         let mut inner = Opened::default();
         for (group, options) in sections(&text) {
             let within = Written { name: &group, value: "", ..written };
@@ -298,7 +304,7 @@ impl Written<'_> {
 impl Source {
     /// A file that holds no image.
     fn of(path: &str) -> Source {
-        Source { path: absolute(path), format: Some("raw".to_owned()) }
+        Source { path: path.into(), format: Some("raw".to_owned()) }
     }
 }
 
@@ -442,15 +448,10 @@ fn local(path: &str) -> Found {
         PLACEHOLDER => Found::Placeholder,
         _ if is_device => Found::Other(format!("writes to the device {path} itself")),
         _ => {
-            let source = Source { path: absolute(path), format: None };
+            let source = Source { path: path.into(), format: None };
             Found::File { source, edits: vec![Edit::Argument] }
         }
     }
-}
-
-/// QEMU has the folder of the host, which is this process.
-fn absolute(path: &str) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.into())
 }
 
 /// The files that an option has QEMU read.
@@ -541,7 +542,7 @@ mod tests {
     use super::*;
 
     fn opened(args: &[&str]) -> Opened {
-        Opened::by(&args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>())
+        Opened::by(&args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>(), Path::new("/vms/m"))
     }
 
     /// The arguments when overlays `/o/0`, `/o/1` have taken the images' places.
@@ -555,6 +556,13 @@ mod tests {
         assert_eq!((opened.images.len(), opened.shared.len()), (1, 0), "{opened:?}");
         let source = &opened.images[0].source;
         (source.path.to_str().unwrap(), source.format.as_deref())
+    }
+
+    #[test]
+    fn a_relative_path_starts_in_the_folder_where_qemu_runs() {
+        let opened = opened(&["-drive", "file=%DISPOSABLE_DISK_PATH%", "-hdb", "b.qcow2", "-kernel", "./k"]);
+        let paths: Vec<&Path> = opened.paths().collect();
+        assert_eq!(paths, [Path::new("/vms/m/b.qcow2"), Path::new("/vms/m/./k")]);
     }
 
     #[test]

@@ -88,10 +88,12 @@ impl StartArgs {
         let info: Value = serde_json::from_str(&text).map_err(|error| {
             wrong(format!("not JSON: {error}")).advice("Have VMCloak write it anew, or correct that line")
         })?;
-        StartArgs::of(&info).map_err(|(reason, advice)| wrong(reason).advice(advice))
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        StartArgs::of(&info, folder).map_err(|(reason, advice)| wrong(reason).advice(advice))
     }
 
-    fn of(info: &Value) -> Result<StartArgs, (String, String)> {
+    /// The arguments in `info`, for a QEMU that runs in `folder`.
+    fn of(info: &Value, folder: &Path) -> Result<StartArgs, (String, String)> {
         let example = "It has to look like {\"machine\": {\"start_args\": [\"-m\", \"2048\", …]}}";
         let args = info
             .get("machine")
@@ -101,8 +103,8 @@ impl StartArgs {
             (format!("start_args is {}, and has to be a list of arguments", shape(args)), example.to_owned())
         })?;
         let args = args.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
-        check(&args)?;
-        Ok(StartArgs { opened: Opened::by(&args), args })
+        check(&args, folder)?;
+        Ok(StartArgs { opened: Opened::by(&args, folder), args })
     }
 
     /// The arguments with overlays in the place of the images: of the disk the first one, then in the order
@@ -133,7 +135,7 @@ impl StartArgs {
     #[cfg(test)]
     pub fn from_args(args: impl IntoIterator<Item = String>) -> StartArgs {
         let args: Vec<String> = args.into_iter().collect();
-        StartArgs { opened: Opened::by(&args), args }
+        StartArgs { opened: Opened::by(&args, Path::new("/")), args }
     }
 
     /// Whether the guest is to run under KVM.
@@ -167,7 +169,7 @@ fn argument(value: &Value) -> Result<String, (String, String)> {
     }
 }
 
-fn check(args: &[String]) -> Result<(), (String, String)> {
+fn check(args: &[String], folder: &Path) -> Result<(), (String, String)> {
     if args[0].contains("qemu-system") {
         return Err((
             format!(
@@ -199,7 +201,7 @@ fn check(args: &[String]) -> Result<(), (String, String)> {
                 return Err((reason.to_owned(), "Remove it".to_owned()));
             }
             Some("mon") if brings_qmp(value) => return Err(qmp_elsewhere(&format!("'-mon {value}'"))),
-            Some("readconfig") => check_readconfig(Path::new(value))?,
+            Some("readconfig") => check_readconfig(&folder.join(value))?,
             _ => {}
         }
     }
@@ -272,7 +274,7 @@ mod tests {
     use serde_json::json;
 
     fn of(args: Value) -> Result<StartArgs, (String, String)> {
-        StartArgs::of(&json!({"machine": {"start_args": args}}))
+        StartArgs::of(&json!({"machine": {"start_args": args}}), Path::new("/"))
     }
 
     fn with(arg: &str) -> Result<StartArgs, (String, String)> {
@@ -340,7 +342,12 @@ mod tests {
             let (reason, _) = of(args.clone()).unwrap_err();
             assert!(reason.contains(expected), "{args}: {reason}");
         }
-        assert!(StartArgs::of(&json!({"machin": {}})).unwrap_err().0.contains("machine.start_args"));
+        assert!(
+            StartArgs::of(&json!({"machin": {}}), Path::new("/"))
+                .unwrap_err()
+                .0
+                .contains("machine.start_args")
+        );
     }
 
     #[test]

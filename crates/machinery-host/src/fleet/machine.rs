@@ -170,8 +170,10 @@ impl Machine {
     pub fn set_reported(&self, state: State, reason: &str) {
         let mut status = self.lock_status();
         status.reports += 1;
+        // What becomes of a run that somebody else has started is theirs to know.
+        let is_own = status.own_run;
         let is_new = self.note(status, state, reason);
-        if is_new && is_accident(state, reason) {
+        if is_own && is_new && is_accident(state, reason) {
             tracing::warn!(machine = self.name(), %state, reason, "its state has changed by itself");
             let what = format!("the state became {state} by itself");
             self.add_error(&Error::failed(what).detail(reason).machine(self.name()).to_string());
