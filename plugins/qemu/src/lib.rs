@@ -23,10 +23,12 @@
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
+//! | `diagnose` | machines that cannot be used, and why |
 //! | `check`, `version` | the environment |
 
 mod check;
 mod config;
+mod diagnose;
 mod disk;
 mod group;
 mod images;
@@ -89,9 +91,7 @@ impl Machinery for Qemu {
             shared.open_templates()?;
         }
         shared.see_to_templates(&machines, config.template_space);
-        for machine in &machines {
-            machine.clear_leftovers()?;
-        }
+        machines.iter().for_each(|machine| machine.clear_leftovers());
         Ok(Qemu { machines: Roster::new(machines), shared })
     }
 
@@ -153,9 +153,14 @@ impl Machinery for Qemu {
         self.apply(setup, in_use, deadline)
     }
 
-    fn diagnose(&self, machines: &[String], _: Deadline) -> Result<Vec<Diagnosis>> {
-        let found = machines.iter().filter_map(|name| self.machines.find(name).ok());
-        Ok(found.filter_map(|machine| machine.diagnosis()).collect())
+    fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
+        let mut diagnoses = Vec::new();
+        for machine in machines.iter().filter_map(|name| self.machines.find(name).ok()) {
+            deadline.check("the files of all machines to be looked at")?;
+            diagnoses.push(machine.diagnose());
+        }
+        diagnoses.retain(Diagnosis::says_anything);
+        Ok(diagnoses)
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {

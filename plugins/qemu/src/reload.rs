@@ -67,5 +67,6 @@ fn make_room(plan: &Plan<Machine>, deadline: Deadline) -> Result<()> {
     let let_go =
         |machine: &Arc<Machine>| machine.unprepare(deadline).map_err(|error| error.machine(machine.name()));
     plan.gone.iter().try_for_each(let_go)?;
-    plan.fresh.iter().try_for_each(|machine| machine.clear_leftovers())
+    plan.fresh.iter().for_each(|machine| machine.clear_leftovers());
+    Ok(())
 }
