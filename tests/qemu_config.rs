@@ -323,6 +323,22 @@ fn several_problems_are_told_at_once() {
 }
 
 #[test]
+fn machine_starts_when_its_name_is_as_long_as_can_be() {
+    let names = ["n".repeat(100), "ж".repeat(50)];
+    let lab = lab(&names.each_ref().map(String::as_str));
+    assert_eq!(lab.run(&["check"]).unwrap().code, Some(0));
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for name in &names {
+        for action in ["restore_start", "stop"] {
+            assert_eq!(client.act(action, name).unwrap(), json!({"success": true}), "{action} of {name}");
+        }
+    }
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+    lab.assert_clean();
+}
+
+#[test]
 fn values_are_read_as_they_are_meant() {
     let lab = lab(&["m", "n"]);
     lab.change_yaml("platform: windows", "platform: WINDOWS").unwrap();

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use machinery::{
     Budget, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Member, Ready, Result, State,
+    machine_socket,
 };
 use qapi::qmp;
 
@@ -154,7 +155,7 @@ impl Member for Machine {
 
 impl Machine {
     pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Self {
-        let socket = sockets.join(format!("qemu_{}.sock", files.info.name));
+        let socket = machine_socket(sockets, "qemu", &files.info.name);
         Machine {
             configured: files,
             mended: OnceLock::new(),
