@@ -191,7 +191,7 @@ fn machines_of_another_cwd_are_not_touched() {
     let mut second = RunningHost::start(&copy).unwrap();
     let listed = second.client().unwrap().machine("m").unwrap();
     let reason = listed["disabled_reason"].as_str().unwrap();
-    assert!(reason.contains("uses the disposable disk") && reason.contains("not of this CWD"), "{listed}");
+    assert!(reason.contains("uses the overlay") && reason.contains("not of this CWD"), "{listed}");
     assert_eq!(second.terminate().unwrap().code(), Some(0), "{}", second.log());
     assert_eq!(client.ask(json!({"action": "state", "machine": "m"})).unwrap()["state"], "running");
     assert!(lab.disposable("m").exists());
@@ -416,7 +416,7 @@ fn a_disk_that_is_gone_is_told() {
     fs::rename(disk, &away).unwrap();
     let path = disk.display().to_string();
     for start in ["restore_start", "norestore_start"] {
-        let words = ["the machine's disk", &path, "No such file or directory"];
+        let words = ["look at the machine's", &path, "No such file or directory"];
         println!("{}", assert_fails(&lab, &mut client, start, &words));
         let refused = client.act("enable_machine", "m").unwrap();
         assert_reason(&refused, &["cannot be used yet", &path]);
@@ -440,7 +440,7 @@ fn no_space_for_the_disposable_disk_is_told() {
     lab.change_yaml("disposable_copy_dir:", &format!("disposable_copy_dir: {folder}")).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
-    let words = ["qemu-img", "cannot make the disposable disk", &folder, "No space left", "Check the space"];
+    let words = ["qemu-img", "cannot make an overlay", &folder, "No space left", "Check the space"];
     println!("{}", assert_fails(&lab, &mut client, "restore_start", &words));
     assert!(Path::new(&folder).read_dir().unwrap().next().is_none());
     assert_ends_well(&lab, &mut host);

@@ -249,7 +249,7 @@ fn new_machine_is_unusable_as_long_as_somebody_else_uses_its_disk() {
     assert_eq!(reloaded.unwrap().changed, ["two"]);
     let [three] = &diagnosed.unwrap()[..] else { panic!("one machine is diagnosed") };
     let why = three.unusable.as_ref().unwrap().to_string();
-    assert!(three.machine == "three" && why.contains("uses the disposable disk"), "{why}");
+    assert!(three.machine == "three" && why.contains("uses the overlay"), "{why}");
     assert_eq!(loaded.qemu.diagnose(&loaded.names(), soon()).unwrap(), []);
     loaded.restores("three");
     loaded.restores("two");
