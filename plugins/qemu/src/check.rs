@@ -1,5 +1,6 @@
 //! What `check` looks at beyond the configuration: disks, space, KVM.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use machinery::config::ConfigFile;
@@ -10,6 +11,7 @@ use serde_json::Value;
 use crate::config::{Config, MachineFiles};
 use crate::diagnose::faults;
 use crate::images::PLACEHOLDER;
+use crate::resources::Resource;
 use crate::snapshot::Snapshot;
 use crate::template::hindrance;
 
@@ -38,6 +40,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
     for machine in &config.machines {
         look_at(machine, &config, &setup.config, report);
     }
+    rivals(&config.machines, report);
     if config.machines.iter().any(|machine| machine.ahead.instant) {
         template_folder(&config.template_dir, report);
     }
@@ -106,6 +109,25 @@ fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
         Some(why) => report.warning(format!(
             "machine '{name}': is restored plainly, which takes seconds: {why}. Change that, or set instant: off for it"
         )),
+    }
+}
+
+/// Machines that can never run at the same time.
+fn rivals(machines: &[MachineFiles], report: &mut Report) {
+    let mut claimed: HashMap<String, Vec<(&str, Resource)>> = HashMap::new();
+    for machine in machines {
+        let name = machine.info.name.as_str();
+        for resource in Resource::of(machine) {
+            let others = claimed.entry(resource.key()).or_default();
+            if let Some((other, theirs)) = others.iter().find(|(_, theirs)| theirs.clashes(&resource)) {
+                report.warning(format!(
+                    "machine '{name}': it claims {resource}, and machine '{other}' {theirs}: they cannot run at the \
+                     same time, and one that stands by is discarded when the other starts. Give each its own in its \
+                     start_args"
+                ));
+            }
+            others.push((name, resource));
+        }
     }
 }
 

@@ -23,6 +23,7 @@
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
+//! | `resources`, `peers` | what one machine at a time can have, and which others want it |
 //! | `diagnose` | machines that cannot be used, and why |
 //! | `check`, `version` | the environment |
 
@@ -37,11 +38,13 @@ mod leftovers;
 mod machine;
 mod machineinfo;
 mod options;
+mod peers;
 mod process;
 mod progress;
 mod qmp;
 mod refusal;
 mod reload;
+mod resources;
 mod run;
 mod snapshot;
 mod standby;
@@ -62,6 +65,7 @@ use machinery::{
 
 use config::Config;
 use machine::{Machine, Shared};
+use peers::Peers;
 use version::Program;
 
 machinery::export_machinery!(Qemu);
@@ -81,10 +85,11 @@ impl Machinery for Qemu {
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
             template_dir: config.template_dir,
             templates: OnceLock::new(),
+            peers: Peers::default(),
             budget: Budget::new(config.standby_memory),
             host,
         });
-        let machine = |files| Arc::new(Machine::new(files, &setup.sockets_dir, Arc::clone(&shared)));
+        let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
         let machines: Vec<Arc<Machine>> = config.machines.into_iter().map(machine).collect();
         // Where none is wanted, those of a time when they were are removed.
         if machines.iter().any(|machine| machine.is_instant()) || shared.template_dir.is_dir() {

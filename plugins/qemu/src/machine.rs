@@ -33,6 +33,8 @@ use crate::disk::Blanks;
 use crate::launch::{Memory, Start};
 use crate::leftovers;
 use crate::machineinfo::StartArgs;
+use crate::peers::{Peers, Rival};
+use crate::resources::Resource;
 use crate::run::{Load, NotStarted, Purpose, Run, Stage};
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
@@ -61,6 +63,7 @@ pub struct Shared {
     pub template_dir: PathBuf,
     /// Not opened as long as no machine is to have one, and none has.
     pub templates: OnceLock<Templates>,
+    pub peers: Peers,
     pub budget: Arc<Budget>,
     pub host: Host,
 }
@@ -92,6 +95,8 @@ pub struct Machine {
     configured: MachineFiles,
     /// The same with its arguments, where these could be read only later.
     mended: OnceLock<MachineFiles>,
+    /// What it claims for itself, once its arguments are known.
+    resources: OnceLock<Vec<Resource>>,
     /// Why what a host that died left of it is still there, if it is.
     left: Mutex<Option<Error>>,
     socket: PathBuf,
@@ -154,11 +159,12 @@ impl Member for Machine {
 }
 
 impl Machine {
-    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Self {
+    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Arc<Self> {
         let socket = machine_socket(sockets, "qemu", &files.info.name);
-        Machine {
+        let machine = Arc::new(Machine {
             configured: files,
             mended: OnceLock::new(),
+            resources: OnceLock::new(),
             left: Mutex::new(None),
             socket,
             shared,
@@ -167,7 +173,9 @@ impl Machine {
             blanks: Blanks::default(),
             without_standby: Mutex::default(),
             unbuildable: Mutex::new(None),
-        }
+        });
+        machine.shared.peers.add(&machine);
+        machine
     }
 
     pub fn info(&self) -> &MachineInfo {
@@ -248,7 +256,7 @@ impl Machine {
     /// # Errors
     /// It runs already; whatever kept it from running.
     pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_by(|standby| self.restored(standby, deadline))
+        self.start_by(deadline, |standby| self.restored(standby, deadline))
     }
 
     /// Starts cold.
@@ -256,21 +264,71 @@ impl Machine {
     /// # Errors
     /// As [`restore_start`](Machine::restore_start).
     pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_by(|standby| {
+        self.start_by(deadline, |standby| {
             standby.map_or(Ok(()), |standby| standby.let_go(deadline))?;
             self.run(None, Load::Nothing, deadline)
         })
     }
 
     /// Starts it in that way, which is given what stood by.
-    fn start_by(&self, way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>) -> Result<()> {
+    fn start_by(
+        &self,
+        deadline: Deadline,
+        way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>,
+    ) -> Result<()> {
         let standby = self.set_starting()?;
         let stood_by = standby.is_some();
-        let started = self.set_started(way(standby));
+        let cleared = self.discard_rivals(deadline);
+        let started = self.set_started(match (cleared, standby) {
+            (Ok(()), standby) => way(standby),
+            // What stood by ends with its value.
+            (Err(error), _) => Err(error.into()),
+        });
         if stood_by {
             self.tell_ready();
         }
         started
+    }
+
+    /// What it claims for itself. Nothing is known of that as long as its arguments cannot be read.
+    pub fn resources(&self) -> &[Resource] {
+        let files = self.files();
+        if files.args_error.is_some() {
+            return &[];
+        }
+        self.resources.get_or_init(|| Resource::of(files))
+    }
+
+    /// A machine that only stands by, or is prepared, does not keep one from starting that claims the same.
+    fn discard_rivals(&self, deadline: Deadline) -> Result<()> {
+        for Rival { machine: rival, resource } in self.shared.peers.rivals(self) {
+            if rival.is_ahead() {
+                let (machine, other) = (self.name(), rival.name());
+                tracing::info!(machine, other, %resource, "the standby of another machine has what this one needs: discarded");
+                let discarded = rival.unprepare(deadline);
+                discarded.map_err(|error| error.detail(&format!("machine '{other}' has {resource}, too")))?;
+                rival.tell_why_plain(format!("machine '{machine}' needed {resource}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The machine that has what this one claims too, if one has: it runs, stands by, or is prepared.
+    fn rival_in_the_way(&self) -> Option<Rival> {
+        self.shared.peers.rivals(self).into_iter().find(|rival| rival.machine.has_qemu())
+    }
+
+    /// Whether something was, or is being, done ahead of its next restore.
+    fn is_ahead(&self) -> bool {
+        matches!(&*self.lock(), Now::Preparing { .. } | Now::Ready(_))
+    }
+
+    fn has_qemu(&self) -> bool {
+        match &*self.lock() {
+            Now::Off => false,
+            Now::On(run) => !run.has_ended(),
+            Now::Starting | Now::Preparing { .. } | Now::Ready(_) => true,
+        }
     }
 
     /// Gives what stood by, which is the caller's now.

@@ -12,10 +12,11 @@
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
-use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wanted};
+use machinery::{Deadline, Error, Member, Readiness, Ready, Result, Share, Standby as Wanted};
 
 use super::{INSTANT, Machine};
 use crate::launch::Memory;
+use crate::peers::Rival;
 use crate::run::{Load, NotStarted, Purpose, Run, Stage};
 use crate::snapshot::{Format, Snapshot};
 use crate::standby::Standby;
@@ -64,8 +65,19 @@ impl Machine {
     /// # Errors
     /// The machine is on; what cannot be prepared, or was given up for a stop.
     pub fn prepare(&self, deadline: Deadline) -> Result<()> {
+        self.wait_for_an_end(deadline);
+        let deciding = self.shared.peers.decide();
         let standby = self.set_preparing(deadline)?;
-        match self.prepared(standby, deadline) {
+        let rival = self.rival_in_the_way();
+        drop(deciding);
+        let prepared = match rival {
+            // Not even a template is built: that takes a QEMU with all of its arguments.
+            Some(Rival { machine, resource }) if standby.is_none() => {
+                Ok(self.no_standby(format!("machine '{}' has {resource}, too", machine.name())))
+            }
+            _ => self.prepared(standby, deadline),
+        };
+        match prepared {
             Ok(Prepared { standby, ready }) => {
                 self.shared.host.ready(&self.files().info.name, &ready);
                 let has_ended = standby.as_ref().is_some_and(|standby| standby.has_ended());
@@ -280,6 +292,12 @@ impl Machine {
         if let Err(error) = dropped {
             tracing::warn!(machine = self.files().info.name, %error, "a template of no use stays behind");
         }
+        self.tell_ready();
+    }
+
+    /// Tells the host why nothing stands by any more.
+    pub fn tell_why_plain(&self, why: String) {
+        self.set_without_standby(|ready| ready.why = why);
         self.tell_ready();
     }
 
