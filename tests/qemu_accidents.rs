@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
-use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::{FileWatch, Happens, Lab, TinyDisk};
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
@@ -188,11 +188,11 @@ fn machines_of_another_cwd_are_not_touched() {
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
     let copy = ScratchCwd::new(&[("qemu", &lab.yaml().unwrap())]).unwrap();
-    let refused = host::run(&copy, &["serve"]).unwrap();
-    assert_eq!(refused.code, Some(2), "{refused:?}");
-    assert!(
-        refused.stderr.contains("uses the disposable disk") && refused.stderr.contains("not of this CWD")
-    );
+    let mut second = RunningHost::start(&copy).unwrap();
+    let listed = second.client().unwrap().machine("m").unwrap();
+    let reason = listed["disabled_reason"].as_str().unwrap();
+    assert!(reason.contains("uses the overlay") && reason.contains("not of this CWD"), "{listed}");
+    assert_eq!(second.terminate().unwrap().code(), Some(0), "{}", second.log());
     assert_eq!(client.ask(json!({"action": "state", "machine": "m"})).unwrap()["state"], "running");
     assert!(lab.disposable("m").exists());
     assert_ends_well(&lab, &mut host);
@@ -370,7 +370,8 @@ fn a_snapshot_that_is_spoilt_is_told() {
         ] {
             fs::write(snapshot, content).unwrap();
             println!("{}", assert_fails(&lab, &mut client, "restore_start", &[&path, word]));
-            client.act("enable_machine", "m").unwrap();
+            fs::write(snapshot, &whole).unwrap();
+            assert_eq!(client.act("enable_machine", "m").unwrap(), good());
         }
         fs::remove_file(snapshot).unwrap();
         assert_fails(&lab, &mut client, "restore_start", &[&path, "No such file"]);
@@ -415,9 +416,13 @@ fn a_disk_that_is_gone_is_told() {
     fs::rename(disk, &away).unwrap();
     let path = disk.display().to_string();
     for start in ["restore_start", "norestore_start"] {
-        let words = ["the machine's disk", &path, "No such file or directory"];
+        let words = ["look at the machine's", &path, "No such file or directory"];
         println!("{}", assert_fails(&lab, &mut client, start, &words));
-        client.act("enable_machine", "m").unwrap();
+        let refused = client.act("enable_machine", "m").unwrap();
+        assert_reason(&refused, &["cannot be used yet", &path]);
+        fs::rename(&away, disk).unwrap();
+        assert_eq!(client.act("enable_machine", "m").unwrap(), good());
+        fs::rename(disk, &away).unwrap();
     }
     fs::rename(&away, disk).unwrap();
     assert_restores(&lab, &mut client);
@@ -435,7 +440,7 @@ fn no_space_for_the_disposable_disk_is_told() {
     lab.change_yaml("disposable_copy_dir:", &format!("disposable_copy_dir: {folder}")).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
-    let words = ["qemu-img", "cannot make the disposable disk", &folder, "No space left", "Check the space"];
+    let words = ["qemu-img", "cannot make an overlay", &folder, "No space left", "Check the space"];
     println!("{}", assert_fails(&lab, &mut client, "restore_start", &words));
     assert!(Path::new(&folder).read_dir().unwrap().next().is_none());
     assert_ends_well(&lab, &mut host);

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -698,4 +699,57 @@ fn two_hosts_do_not_share_their_templates() {
     let refused = other.host().unwrap_err().to_string();
     assert!(refused.contains("another host keeps its templates"), "{refused}");
     ends_well(&lab, &mut host);
+}
+
+/// A lab of two machines that listen on the same port, which only one QEMU at a time can have.
+fn rivals() -> Lab {
+    let lab = Lab::new(&["m", "n"].map(|name| (name, Guest::Micro, SnapshotFormat::Lz4))).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    for name in ["m", "n"] {
+        let console = format!("socket,id=console,host=127.0.0.1,port={port},server=on,wait=off");
+        lab.change_start_args(name, |args| args.extend(["-chardev".to_owned(), console])).unwrap();
+    }
+    lab.ahead(STANDBY).unwrap();
+    lab
+}
+
+#[test]
+fn machine_starts_when_the_standby_of_another_has_its_port() {
+    let lab = rivals();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let done = json!({"success": true});
+    let ready = |client: &mut Client, machine: &str| {
+        assert_eq!(client.act("prepare", machine).unwrap(), done);
+        client.machine(machine).unwrap()["ready"].take()
+    };
+    for _ in 0..3 {
+        for (machine, other) in [("m", "n"), ("n", "m")] {
+            assert_eq!(client.act("restore_start", machine).unwrap(), done, "{}", host.log());
+            let why = ready(&mut client, other);
+            assert!(
+                why["why"].as_str().unwrap().contains(&format!("machine '{machine}' has the TCP port")),
+                "{why}"
+            );
+            assert_eq!(client.act("stop", machine).unwrap(), done);
+            assert_eq!(ready(&mut client, machine)["how"], "standby");
+            assert_ne!(ready(&mut client, other)["how"], "standby");
+        }
+    }
+    for machine in ["m", "n"] {
+        assert_eq!(client.machine(machine).unwrap()["disabled"], false);
+    }
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn check_warns_when_two_machines_claim_the_same_port() {
+    let lab = rivals();
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    let warnings: Vec<&str> =
+        check.stdout.lines().filter(|line| line.contains("cannot run at the same time")).collect();
+    let [warning] = warnings[..] else { panic!("one warning: {}", check.stdout) };
+    assert!(warning.contains("machine 'n'") && warning.contains("machine 'm'"), "{warning}");
+    assert!(warning.contains("the TCP port 127.0.0.1:"), "{warning}");
 }

@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use machinery_testkit::guest::{DISK_PLACEHOLDER, Guest};
 use machinery_testkit::lab::Lab;
@@ -33,6 +34,24 @@ fn assert_told(lab: &Lab, words: &[impl AsRef<str>]) {
             assert!(said.contains(word), "{word:?} is not in {said}");
         }
     }
+}
+
+/// `check` tells it with its place; a host serves, and has disabled those machines for it.
+#[track_caller]
+fn assert_unusable(lab: &Lab, told: &[(&str, &str, impl AsRef<str>)]) {
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(2), "{check:?}");
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for (machine, place, reason) in told {
+        for word in [place, reason.as_ref()] {
+            assert!(check.stdout.contains(word), "{word:?} is not in {}", check.stdout);
+        }
+        let machine = client.machine(machine).unwrap();
+        let disabled = machine["disabled_reason"].as_str().unwrap();
+        assert!(disabled.contains(reason.as_ref()), "{machine}");
+    }
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
 }
 
 /// `check` has nothing to complain of, and a host starts.
@@ -65,9 +84,9 @@ fn every_refused_argument_is_told_in_every_spelling() {
         }
         let told = REFUSED.map(|name| {
             let path = lab.folder(name).machineinfo.display();
-            format!("{path}: start_args holds '{}', which is not allowed: ", spelt(name))
+            (name, "", format!("{path}: start_args holds '{}', which is not allowed: ", spelt(name)))
         });
-        assert_told(&lab, &told);
+        assert_unusable(&lab, &told);
     }
 }
 
@@ -81,7 +100,9 @@ fn a_monitor_does_not_come_in_by_another_door() {
         args.extend(["-readconfig".to_owned(), file.display().to_string()]);
     })
     .unwrap();
-    assert_told(&lab, &["brings in a QMP monitor by '-mon c,mode=control'", &file.display().to_string()]);
+    let by_file = file.display().to_string();
+    let told = [("mon", "brings in a QMP monitor by '-mon c,mode=control'"), ("readconfig", &by_file)];
+    assert_unusable(&lab, &told.map(|(machine, told)| (machine, "", told)));
 }
 
 #[test]
@@ -122,7 +143,7 @@ fn arguments_that_are_none_are_told() {
         fs::write(path, info).unwrap();
         let place =
             format!("qemu.yaml:{}: machines.m.machineinfo_path: ", line_of(&lab, "machineinfo_path:"));
-        assert_told(&lab, &[&place, &format!("{}: ", path.display()), told]);
+        assert_unusable(&lab, &[("m", &place, told), ("m", "", &format!("{}: ", path.display()))]);
     }
 }
 
@@ -138,7 +159,6 @@ fn a_wrong_yaml_is_told_with_its_line() {
         ("interface: lo", "interface: lo\ncolour: red", "", "unknown key `colour`"),
         ("    ip:", "    colour: red\n    ip:", "machines.m", "unknown key `colour`"),
         ("interface: lo", "interface: br-none", "interface", "interface 'br-none' does not exist"),
-        ("    ip:", "    interface: br-none\n    ip:", "machines.m.interface", "'br-none' does not exist"),
         (
             "    ip:",
             "    architecture: arm64\n    ip:",
@@ -146,17 +166,7 @@ fn a_wrong_yaml_is_told_with_its_line() {
             "'arm64' is not supported",
         ),
         ("    ip:", "    agent_port: 0\n    ip:", "machines.m.agent_port", "0 is not a TCP port"),
-        (&path(&m.disk), "/none", "machines.m.qcow2_path", "cannot read the disk /none: No such file"),
-        (&path(&m.snapshot), "/none", "machines.m.snapshot_path", "cannot read the snapshot /none: No such"),
-        (
-            &path(&m.machineinfo),
-            "/none",
-            "machines.m.machineinfo_path",
-            "read the machineinfo /none: No such",
-        ),
         (&path(&m.disk), "disk.qcow2", "machines.m.qcow2_path", "disk.qcow2 is not an absolute path"),
-        (&path(&m.disk), "/etc/passwd", "machines.m.qcow2_path", "/etc/passwd is not a qcow2 disk"),
-        (&path(&m.snapshot), "/etc/passwd", "machines.m.snapshot_path", "so it is no memory snapshot"),
         (&path(&lab.qemu().system), "/none", "binaries.qemu_system_x86_64", "/none is not a program"),
         (&path(&lab.qemu().img), "/none", "binaries.qemu_img", "/none is not a program"),
         (
@@ -174,6 +184,82 @@ fn a_wrong_yaml_is_told_with_its_line() {
         assert_told(&lab, &[place.trim_end(), told]);
     }
     lab.write_yaml(&whole).unwrap();
+    assert_fine(&lab);
+}
+
+#[test]
+fn machine_is_unusable_when_one_of_its_files_is_wrong() {
+    let lab = lab(&["m"]);
+    let m = lab.folder("m");
+    let path = |file: &Path| file.display().to_string();
+    let whole = lab.yaml().unwrap();
+    for (old, new, key, told) in [
+        ("    ip:", "    interface: br-none\n    ip:", "interface", "'br-none' does not exist"),
+        (&path(&m.disk), "/none", "qcow2_path", "cannot open the image /none: No such file"),
+        (&path(&m.disk), "/etc/passwd", "qcow2_path", "/etc/passwd is not a qcow2 disk"),
+        (&path(&m.snapshot), "/none", "snapshot_path", "cannot read the snapshot /none: No such"),
+        (&path(&m.snapshot), "/etc/passwd", "snapshot_path", "so it is no memory snapshot"),
+        (&path(&m.machineinfo), "/none", "machineinfo_path", "read the machineinfo /none: No such"),
+    ] {
+        lab.write_yaml(&whole).unwrap();
+        lab.change_yaml(old, new).unwrap();
+        let changed = lab.yaml().unwrap();
+        let line = whole.lines().zip(changed.lines()).position(|(old, new)| old != new).unwrap() + 1;
+        assert_unusable(&lab, &[("m", &format!("qemu.yaml:{line}: machines.m.{key}: "), told)]);
+    }
+}
+
+#[test]
+fn other_machines_are_served_when_one_has_lost_its_files() {
+    let lab = lab(&["m", "n"]);
+    let n = lab.folder("n");
+    let away = |file: &Path| file.with_extension("away");
+    for file in [&n.disk, &n.snapshot, &n.machineinfo] {
+        fs::rename(file, away(file)).unwrap();
+    }
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let done = json!({"success": true});
+    assert_eq!(client.act("restore_start", "m").unwrap(), done);
+    let reason = client.machine("n").unwrap()["disabled_reason"].as_str().unwrap().to_owned();
+    for file in [&n.disk, &n.snapshot, &n.machineinfo] {
+        assert!(reason.contains(&file.display().to_string()), "{reason}");
+    }
+    for action in ["restore_start", "norestore_start", "prepare", "enable_machine"] {
+        assert_eq!(client.act(action, "n").unwrap()["success"], false, "{action}");
+    }
+    for file in [&n.disk, &n.snapshot, &n.machineinfo] {
+        fs::rename(away(file), file).unwrap();
+    }
+    assert_eq!(client.act("enable_machine", "n").unwrap(), done);
+    assert_eq!(client.act("restore_start", "n").unwrap(), done);
+    assert_eq!(client.act("stop", "n").unwrap(), done);
+    fs::rename(&n.snapshot, away(&n.snapshot)).unwrap();
+    assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
+    assert_eq!(client.machine("n").unwrap()["disabled"], true);
+    fs::rename(away(&n.snapshot), &n.snapshot).unwrap();
+    assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
+    assert_eq!(client.act("restore_start", "n").unwrap(), done);
+    for machine in ["m", "n"] {
+        assert_eq!(client.act("stop", machine).unwrap(), done);
+    }
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+    lab.assert_clean();
+}
+
+#[test]
+fn machine_is_unusable_when_the_base_of_its_disk_is_gone() {
+    let lab = lab(&["m"]);
+    let m = lab.folder("m");
+    let base = m.dir.join("base.qcow2");
+    fs::rename(&m.disk, &base).unwrap();
+    let options = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    let made = Command::new(&lab.qemu().img).args(options).args([&base, &m.disk]).status().unwrap();
+    assert!(made.success());
+    assert_fine(&lab);
+    fs::rename(&base, m.dir.join("away")).unwrap();
+    assert_unusable(&lab, &[("m", "machines.m.qcow2_path: ", base.display().to_string())]);
+    fs::rename(m.dir.join("away"), &base).unwrap();
     assert_fine(&lab);
 }
 
@@ -229,10 +315,27 @@ fn a_qemu_that_is_too_old_or_none_is_told() {
 fn several_problems_are_told_at_once() {
     let lab = lab(&["m", "n"]);
     lab.change_yaml("interface: lo", "interface: br-none").unwrap();
-    lab.change_yaml(&lab.folder("m").snapshot.display().to_string(), "/none/snapshot").unwrap();
+    lab.change_yaml(&lab.folder("m").snapshot.display().to_string(), "none/snapshot").unwrap();
     lab.change_yaml(&lab.folder("n").ip, &lab.folder("m").ip).unwrap();
     lab.change_start_args("n", |args| args.push("-snapshot".to_owned())).unwrap();
-    assert_told(&lab, &["'br-none'", "/none/snapshot", "is already the ip of machine 'm'", "'-snapshot'"]);
+    assert_told(&lab, &["'br-none'", "none/snapshot is not", "is already the ip of machine 'm'"]);
+    assert!(lab.run(&["check"]).unwrap().stdout.contains("'-snapshot'"), "what one machine lacks, too");
+}
+
+#[test]
+fn machine_starts_when_its_name_is_as_long_as_can_be() {
+    let names = ["n".repeat(100), "ж".repeat(50)];
+    let lab = lab(&names.each_ref().map(String::as_str));
+    assert_eq!(lab.run(&["check"]).unwrap().code, Some(0));
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    for name in &names {
+        for action in ["restore_start", "stop"] {
+            assert_eq!(client.act(action, name).unwrap(), json!({"success": true}), "{action} of {name}");
+        }
+    }
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+    lab.assert_clean();
 }
 
 #[test]

@@ -92,5 +92,5 @@ pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
 pub use reload::{Member, Plan, Reloaded, Roster, expect_unchanged};
 pub use report::{Finding, Level, Report};
 pub use services::{GUEST_POWERED_OFF, Host, HostServices, LogLevel, LogRecord};
-pub use socket::SocketPath;
+pub use socket::{SocketPath, machine_socket};
 pub use state::State;

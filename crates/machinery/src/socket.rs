@@ -20,6 +20,28 @@ pub struct SocketPath {
 /// The longest path a socket address can hold.
 const LONGEST: usize = 107;
 
+/// The longest file name that fits behind `/proc/PID/fd/N/`, with 7 digits of a process and 10 of a descriptor.
+const LONGEST_NAME: usize = LONGEST - "/proc/1234567/fd/1234567890/".len();
+
+/// The path of a machine's own socket: `<machinery>_<machine>.sock`. Of a machine's name that is too long for a
+/// socket address the first part is used, with a hash of the whole; `~` is in no machine's name.
+pub fn machine_socket(folder: &Path, machinery: &str, machine: &str) -> PathBuf {
+    let name = format!("{machinery}_{machine}.sock");
+    if name.len() <= LONGEST_NAME {
+        return folder.join(name);
+    }
+    let end = format!("~{:016x}.sock", hash(machine));
+    let start = format!("{machinery}_{machine}");
+    let start = &start[..start.floor_char_boundary(LONGEST_NAME.saturating_sub(end.len()))];
+    folder.join(format!("{start}{end}"))
+}
+
+/// FNV-1a with 64 bits: the same in every build, because a later host looks for the sockets of an earlier one.
+fn hash(text: &str) -> u64 {
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    text.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix)
+}
+
 impl SocketPath {
     /// The socket at `path`, whose folder exists.
     ///
@@ -72,6 +94,33 @@ mod tests {
         assert!(path.exists());
         let _client = UnixStream::connect(SocketPath::new(&path).unwrap().address()).unwrap();
         listener.accept().unwrap();
+    }
+
+    #[test]
+    fn machine_socket_can_be_bound_when_name_and_folder_are_long() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("x".repeat(150));
+        std::fs::create_dir(&folder).unwrap();
+        assert_eq!(machine_socket(&folder, "qemu", "win10_1"), folder.join("qemu_win10_1.sock"));
+        let names = ["n".repeat(100), format!("{}m", "n".repeat(99)), "ж".repeat(50)];
+        let paths = names.map(|name| machine_socket(&folder, "a-machinery", &name));
+        for path in &paths {
+            let socket = SocketPath::new(path).unwrap();
+            UnixListener::bind(socket.address()).unwrap();
+            let worst =
+                format!("/proc/4194304/fd/1000000000/{}", path.file_name().unwrap().to_str().unwrap());
+            assert!(worst.len() <= LONGEST, "{worst}");
+        }
+        assert!(paths[0] != paths[1], "names that differ at their end have sockets of their own");
+    }
+
+    #[test]
+    fn socket_name_of_a_long_machine_name_never_changes() {
+        let name = "n".repeat(100);
+        let socket = machine_socket(Path::new("/s"), "qemu", &name);
+        assert_eq!(hash("a"), 0xaf63_dc4c_8601_ec8c, "the published value of FNV-1a");
+        let start = format!("/s/qemu_{}", "n".repeat(52));
+        assert_eq!(socket, Path::new(&format!("{start}~{:016x}.sock", hash(&name))));
     }
 
     #[test]

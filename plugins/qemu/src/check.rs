@@ -1,13 +1,17 @@
 //! What `check` looks at beyond the configuration: disks, space, KVM.
 
+use std::collections::HashMap;
 use std::path::Path;
 
+use machinery::config::ConfigFile;
 use machinery::{Error, Report, Result, Setup};
 use rustix::fs::{Access, access, statvfs};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
+use crate::diagnose::faults;
 use crate::images::PLACEHOLDER;
+use crate::resources::Resource;
 use crate::snapshot::Snapshot;
 use crate::template::hindrance;
 
@@ -21,9 +25,11 @@ pub fn check(setup: &Setup, report: &mut Report) {
     problems.iter().for_each(|problem| report.problem(problem));
     let Some(config) = config else { return };
     let program = config.binaries.qemu_system_x86_64.display();
+    let sound = config.machines.iter().filter(|machine| faults(machine).is_empty());
     report.good(format!(
-        "qemu: QEMU {} at {program}, {} machines are in order",
+        "qemu: QEMU {} at {program}, {} of {} machines are in order",
         config.version,
+        sound.count(),
         config.machines.len()
     ));
     if config.machines.is_empty() && problems.is_empty() {
@@ -32,29 +38,35 @@ pub fn check(setup: &Setup, report: &mut Report) {
         );
     }
     for machine in &config.machines {
-        if let Err(error) = machine.expect_clean_runs() {
-            let key = ["machines", &machine.info.name, "machineinfo_path"];
-            report.problem(&setup.config.error(&key, error.to_string()));
-        }
-        look_at(machine, &config, report);
+        look_at(machine, &config, &setup.config, report);
     }
+    rivals(&config.machines, report);
     if config.machines.iter().any(|machine| machine.ahead.instant) {
         template_folder(&config.template_dir, report);
     }
     spaces(&config, report);
 }
 
-fn look_at(machine: &MachineFiles, config: &Config, report: &mut Report) {
+fn look_at(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &mut Report) {
     let name = &machine.info.name;
-    if let Some(snapshot) = report.keep(Snapshot::open(&machine.snapshot)) {
+    let faults = faults(machine);
+    for (key, error) in &faults {
+        report.problem(&file.error(&["machines", name, key], error.to_string()));
+    }
+    if let Ok(snapshot) = Snapshot::open(&machine.snapshot) {
         report.good(format!(
             "machine '{name}': {} snapshot {}",
             snapshot.format(),
             machine.snapshot.display()
         ));
     }
-    if let Some(info) = report.keep(disk_info(&config.binaries.qemu_img, &machine.disk)) {
+    let has_disk = faults.iter().all(|(key, _)| *key != "qcow2_path");
+    let info = has_disk.then(|| disk_info(&config.binaries.qemu_img, &machine.disk));
+    if let Some(info) = info.and_then(|info| report.keep(info)) {
         disk_options(name, &info, report);
+    }
+    if machine.args_error.is_some() {
+        return;
     }
     clean_runs(machine, report);
     how_restored(machine, config, report);
@@ -97,6 +109,25 @@ fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
         Some(why) => report.warning(format!(
             "machine '{name}': is restored plainly, which takes seconds: {why}. Change that, or set instant: off for it"
         )),
+    }
+}
+
+/// Machines that can never run at the same time.
+fn rivals(machines: &[MachineFiles], report: &mut Report) {
+    let mut claimed: HashMap<String, Vec<(&str, Resource)>> = HashMap::new();
+    for machine in machines {
+        let name = machine.info.name.as_str();
+        for resource in Resource::of(machine) {
+            let others = claimed.entry(resource.key()).or_default();
+            if let Some((other, theirs)) = others.iter().find(|(_, theirs)| theirs.clashes(&resource)) {
+                report.warning(format!(
+                    "machine '{name}': it claims {resource}, and machine '{other}' {theirs}: they cannot run at the \
+                     same time, and one that stands by is discarded when the other starts. Give each its own in its \
+                     start_args"
+                ));
+            }
+            others.push((name, resource));
+        }
     }
 }
 

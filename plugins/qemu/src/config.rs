@@ -7,14 +7,12 @@ use machinery::config::{
     ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, text,
 };
 use machinery::{Error, MachineInfo, Result, Setup, Standby, size};
-use machinery_images::Header;
 use rustix::fs::{Access, access};
 use serde::Deserialize;
 
 use crate::disk;
 use crate::images::Source;
 use crate::machineinfo::StartArgs;
-use crate::snapshot::Snapshot;
 use crate::version::Version;
 
 /// The file.
@@ -124,7 +122,12 @@ pub struct MachineFiles {
     pub disposable: PathBuf,
     /// The file that `start_args` were read from; QEMU runs in its folder.
     pub machineinfo: PathBuf,
+    /// As they were when the configuration was read; none if they could not be read.
     pub start_args: StartArgs,
+    /// Why they could not be read, if they could not.
+    pub args_error: Option<Error>,
+    /// Where its traffic can be captured, if that is not where all others' can.
+    pub own_interface: Option<String>,
     pub keep_disk: bool,
     pub ahead: Ahead,
     pub allow_shared_writes: bool,
@@ -292,13 +295,8 @@ impl Look<'_> {
         if !folder.is_dir() {
             let reason = format!("{} is not a folder", folder.display());
             self.problem(key, reason, "Create it, or correct the path");
-        } else if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_err() {
-            let reason = format!("the folder {} is not writable for this user", folder.display());
-            self.problem(
-                key,
-                reason,
-                "Disposable disks are made there: change its permissions, or set disposable_copy_dir",
-            );
+        } else if let Err(error) = expect_writable(folder) {
+            self.about(key, &error);
         }
     }
 
@@ -355,9 +353,6 @@ impl Look<'_> {
         let before = self.problems.len();
         let name = machine.name.as_str();
         let own = &machine.own;
-        if let Some(interface) = &machine.shared.interface {
-            self.interface(&["machines", name, "interface"], interface);
-        }
         let architecture = machine.shared.architecture.as_str();
         if !["amd64", "x86"].contains(&architecture) {
             let reason = format!("the architecture '{architecture}' is not supported");
@@ -374,21 +369,9 @@ impl Look<'_> {
                 );
             }
         }
-        if let Err(error) = is_qcow2(Path::new(&own.qcow2_path)) {
-            self.about(&key("qcow2_path"), &error);
-        }
-        if let Err(error) = Snapshot::open(Path::new(&own.snapshot_path)) {
-            self.about(&key("snapshot_path"), &error);
-        }
-        let start_args = StartArgs::read(Path::new(&own.machineinfo_path))
-            .map_err(|error| self.about(&key("machineinfo_path"), &error));
-        let folder = disposables.or(Path::new(&own.qcow2_path).parent())?;
-        if disposables.is_none() && folder.is_dir() {
-            self.writable(&key("qcow2_path"), folder);
-        }
+        let folder = disposables.or(Path::new(&own.qcow2_path).parent()).unwrap_or(Path::new("/"));
         let disposable = disk::path_for(folder, name);
         self.usable_in_arguments(&key("qcow2_path"), &disposable);
-        let start_args = start_args.ok()?;
         let info = MachineInfo::new(
             name,
             &machine.shared,
@@ -396,14 +379,20 @@ impl Look<'_> {
             Some(own.snapshot_path.clone()),
             interface,
         );
-        let (disk, snapshot) = (own.qcow2_path.clone().into(), own.snapshot_path.clone().into());
+        let machineinfo = PathBuf::from(&own.machineinfo_path);
+        let (start_args, args_error) = match StartArgs::read(&machineinfo) {
+            Ok(args) => (args, None),
+            Err(error) => (StartArgs::default(), Some(error)),
+        };
         (self.problems.len() == before).then_some(MachineFiles {
             info,
-            disk,
-            snapshot,
+            disk: own.qcow2_path.clone().into(),
+            snapshot: own.snapshot_path.clone().into(),
             disposable,
-            machineinfo: own.machineinfo_path.clone().into(),
             start_args,
+            args_error,
+            machineinfo,
+            own_interface: machine.shared.interface.clone(),
             keep_disk: section.keep_disposable_disks,
             ahead: section.ahead(name),
             allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
@@ -437,10 +426,53 @@ impl OwnKeys {
     }
 }
 
-fn is_qcow2(path: &Path) -> Result<()> {
-    if Header::read(path)?.is_some() {
+/// Expects that overlays can be made in the folder.
+///
+/// # Errors
+/// This user may not write there.
+pub fn expect_writable(folder: &Path) -> Result<()> {
+    if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_ok() {
         return Ok(());
     }
-    Err(Error::configuration(format!("{} is not a qcow2 disk", path.display()))
-        .advice("Convert it with `qemu-img convert -O qcow2`"))
+    let reason = format!("the folder {} is not writable for this user", folder.display());
+    Err(Error::environment(reason)
+        .advice("Disposable disks are made there: change its permissions, or set disposable_copy_dir"))
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A machine whose files are in that folder: `disk.qcow2`, `snapshot`, `machineinfo.json`.
+    pub fn machine_in(folder: &Path) -> MachineFiles {
+        let path = |name: &str| folder.join(name);
+        let args = ["-m", "32", "-drive", "file=%DISPOSABLE_DISK_PATH%"];
+        let machineinfo = serde_json::json!({"machine": {"start_args": args}}).to_string();
+        // A qcow2 header of version 2, of an empty disk.
+        let mut disk = b"QFI\xfb\0\0\0\x02".to_vec();
+        disk.resize(1 << 16, 0);
+        for (name, content) in
+            [("disk.qcow2", &disk[..]), ("snapshot", b"QEVM"), ("machineinfo.json", machineinfo.as_bytes())]
+        {
+            fs::write(path(name), content).unwrap();
+        }
+        let text = format!(
+            "interface: lo\ndisposable_copy_dir:\n\
+             binaries: {{qemu_img: /bin/sh, qemu_system_x86_64: /bin/sh}}\n\
+             machines:\n  m: {{qcow2_path: {}, snapshot_path: {}, machineinfo_path: {}, ip: 10.0.0.1, \
+             platform: linux, os_version: 12}}\n",
+            path("disk.qcow2").display(),
+            path("snapshot").display(),
+            path("machineinfo.json").display()
+        );
+        let file = ConfigFile { path: "/c/qemu.yaml".into(), text };
+        let qemu: QemuFile = file.parse().unwrap();
+        let mut problems = Vec::new();
+        let mut look = Look { file: &file, problems: &mut problems };
+        let machine = qemu.machines.iter().next().unwrap();
+        let files = look.machine(machine, "lo", None, &Section::default());
+        assert_eq!(problems, []);
+        files.unwrap()
+    }
 }

@@ -23,10 +23,13 @@
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
+//! | `resources`, `peers` | what one machine at a time can have, and which others want it |
+//! | `diagnose` | machines that cannot be used, and why |
 //! | `check`, `version` | the environment |
 
 mod check;
 mod config;
+mod diagnose;
 mod disk;
 mod group;
 mod images;
@@ -35,11 +38,13 @@ mod leftovers;
 mod machine;
 mod machineinfo;
 mod options;
+mod peers;
 mod process;
 mod progress;
 mod qmp;
 mod refusal;
 mod reload;
+mod resources;
 mod run;
 mod snapshot;
 mod standby;
@@ -60,6 +65,7 @@ use machinery::{
 
 use config::Config;
 use machine::{Machine, Shared};
+use peers::Peers;
 use version::Program;
 
 machinery::export_machinery!(Qemu);
@@ -79,19 +85,18 @@ impl Machinery for Qemu {
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
             template_dir: config.template_dir,
             templates: OnceLock::new(),
+            peers: Peers::default(),
             budget: Budget::new(config.standby_memory),
             host,
         });
-        let machine = |files| Arc::new(Machine::new(files, &setup.sockets_dir, Arc::clone(&shared)));
+        let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
         let machines: Vec<Arc<Machine>> = config.machines.into_iter().map(machine).collect();
         // Where none is wanted, those of a time when they were are removed.
         if machines.iter().any(|machine| machine.is_instant()) || shared.template_dir.is_dir() {
             shared.open_templates()?;
         }
         shared.see_to_templates(&machines, config.template_space);
-        for machine in &machines {
-            machine.clear_leftovers()?;
-        }
+        machines.iter().for_each(|machine| machine.clear_leftovers());
         Ok(Qemu { machines: Roster::new(machines), shared })
     }
 
@@ -153,9 +158,14 @@ impl Machinery for Qemu {
         self.apply(setup, in_use, deadline)
     }
 
-    fn diagnose(&self, machines: &[String], _: Deadline) -> Result<Vec<Diagnosis>> {
-        let found = machines.iter().filter_map(|name| self.machines.find(name).ok());
-        Ok(found.filter_map(|machine| machine.diagnosis()).collect())
+    fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
+        let mut diagnoses = Vec::new();
+        for machine in machines.iter().filter_map(|name| self.machines.find(name).ok()) {
+            deadline.check("the files of all machines to be looked at")?;
+            diagnoses.push(machine.diagnose());
+        }
+        diagnoses.retain(Diagnosis::says_anything);
+        Ok(diagnoses)
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {

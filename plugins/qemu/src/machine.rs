@@ -22,20 +22,25 @@ use std::time::Duration;
 
 use machinery::{
     Budget, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Member, Ready, Result, State,
+    machine_socket,
 };
 use qapi::qmp;
 
 use self::prepare::Unbuildable;
 use crate::config::MachineFiles;
+use crate::diagnose::faults;
 use crate::disk::Blanks;
 use crate::launch::{Memory, Start};
 use crate::leftovers;
+use crate::machineinfo::StartArgs;
+use crate::peers::{Peers, Rival};
+use crate::resources::Resource;
 use crate::run::{Load, NotStarted, Purpose, Run, Stage};
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
 use crate::states::state_of_status;
 use crate::steps::Steps;
-use crate::template::{Identity, Templates};
+use crate::template::{Build, Identity, Templates};
 use crate::version::Program;
 use crate::views;
 
@@ -58,6 +63,7 @@ pub struct Shared {
     pub template_dir: PathBuf,
     /// Not opened as long as no machine is to have one, and none has.
     pub templates: OnceLock<Templates>,
+    pub peers: Peers,
     pub budget: Arc<Budget>,
     pub host: Host,
 }
@@ -86,7 +92,13 @@ impl Shared {
 }
 
 pub struct Machine {
-    files: MachineFiles,
+    configured: MachineFiles,
+    /// The same with its arguments, where these could be read only later.
+    mended: OnceLock<MachineFiles>,
+    /// What it claims for itself, once its arguments are known.
+    resources: OnceLock<Vec<Resource>>,
+    /// Why what a host that died left of it is still there, if it is.
+    left: Mutex<Option<Error>>,
     socket: PathBuf,
     shared: Arc<Shared>,
     now: Mutex<Now>,
@@ -142,15 +154,18 @@ impl Member for Machine {
     }
 
     fn keys(&self) -> &MachineFiles {
-        &self.files
+        self.files()
     }
 }
 
 impl Machine {
-    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Self {
-        let socket = sockets.join(format!("qemu_{}.sock", files.info.name));
-        Machine {
-            files,
+    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Arc<Self> {
+        let socket = machine_socket(sockets, "qemu", &files.info.name);
+        let machine = Arc::new(Machine {
+            configured: files,
+            mended: OnceLock::new(),
+            resources: OnceLock::new(),
+            left: Mutex::new(None),
             socket,
             shared,
             now: Mutex::new(Now::Off),
@@ -158,34 +173,66 @@ impl Machine {
             blanks: Blanks::default(),
             without_standby: Mutex::default(),
             unbuildable: Mutex::new(None),
-        }
+        });
+        machine.shared.peers.add(&machine);
+        machine
     }
 
     pub fn info(&self) -> &MachineInfo {
-        &self.files.info
+        &self.files().info
     }
 
     /// Whether it is to have a template.
     pub fn is_instant(&self) -> bool {
-        self.files.ahead.instant
+        self.files().ahead.instant
     }
 
-    /// Clears away what a host that died left of this machine.
-    ///
-    /// # Errors
-    /// A file stays.
-    pub fn clear_leftovers(&self) -> Result<()> {
+    /// What it is made of.
+    fn files(&self) -> &MachineFiles {
+        self.mended.get().unwrap_or(&self.configured)
+    }
+
+    /// Clears away what a host that died left of this machine. As long as something stays, the machine cannot
+    /// be used.
+    pub fn clear_leftovers(&self) {
         let program = self.shared.program.path();
-        let cleared = leftovers::clear(&self.files.overlays(), &self.socket, program, self.files.keep_disk);
-        cleared.map_err(|error| error.machine(self.name()))
+        let (files, socket) = (self.files(), &self.socket);
+        let cleared = leftovers::clear(&files.overlays(), socket, program, files.keep_disk);
+        *self.left() = cleared.err();
     }
 
-    /// What keeps the machine from being used, and what its operator should know; none if there is nothing.
-    pub fn diagnosis(&self) -> Option<Diagnosis> {
+    /// Looks at its files as they are now. Arguments that could not be read with the configuration are read as soon
+    /// as they can be.
+    pub fn diagnose(&self) -> Diagnosis {
         let mut diagnosis = Diagnosis::new(self.name());
-        diagnosis.keep(self.files.expect_clean_runs());
-        self.files.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
-        diagnosis.says_anything().then_some(diagnosis)
+        let files = self.files();
+        let now = match StartArgs::read(&files.machineinfo) {
+            Err(error) => MachineFiles { args_error: Some(error), ..files.clone() },
+            Ok(start_args) if files.args_error.is_some() => {
+                let mended = MachineFiles { start_args, args_error: None, ..files.clone() };
+                // It is set once: from then on there is no such error.
+                self.mended.get_or_init(|| mended).clone()
+            }
+            Ok(start_args) => {
+                if start_args != files.start_args {
+                    diagnosis.warn("its machineinfo.json has changed since it was read: reload to use it");
+                }
+                files.clone()
+            }
+        };
+        for (_, error) in faults(&now) {
+            diagnosis.keep::<()>(Err(error));
+        }
+        now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
+        if self.left().is_some() {
+            self.clear_leftovers();
+        }
+        diagnosis.keep(self.left().clone().map_or(Ok(()), Err));
+        diagnosis
+    }
+
+    fn left(&self) -> MutexGuard<'_, Option<Error>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
@@ -209,7 +256,7 @@ impl Machine {
     /// # Errors
     /// It runs already; whatever kept it from running.
     pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_by(|standby| self.restored(standby, deadline))
+        self.start_by(deadline, |standby| self.restored(standby, deadline))
     }
 
     /// Starts cold.
@@ -217,21 +264,71 @@ impl Machine {
     /// # Errors
     /// As [`restore_start`](Machine::restore_start).
     pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_by(|standby| {
+        self.start_by(deadline, |standby| {
             standby.map_or(Ok(()), |standby| standby.let_go(deadline))?;
             self.run(None, Load::Nothing, deadline)
         })
     }
 
     /// Starts it in that way, which is given what stood by.
-    fn start_by(&self, way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>) -> Result<()> {
+    fn start_by(
+        &self,
+        deadline: Deadline,
+        way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>,
+    ) -> Result<()> {
         let standby = self.set_starting()?;
         let stood_by = standby.is_some();
-        let started = self.set_started(way(standby));
+        let cleared = self.discard_rivals(deadline);
+        let started = self.set_started(match (cleared, standby) {
+            (Ok(()), standby) => way(standby),
+            // What stood by ends with its value.
+            (Err(error), _) => Err(error.into()),
+        });
         if stood_by {
             self.tell_ready();
         }
         started
+    }
+
+    /// What it claims for itself. Nothing is known of that as long as its arguments cannot be read.
+    pub fn resources(&self) -> &[Resource] {
+        let files = self.files();
+        if files.args_error.is_some() {
+            return &[];
+        }
+        self.resources.get_or_init(|| Resource::of(files))
+    }
+
+    /// A machine that only stands by, or is prepared, does not keep one from starting that claims the same.
+    fn discard_rivals(&self, deadline: Deadline) -> Result<()> {
+        for Rival { machine: rival, resource } in self.shared.peers.rivals(self) {
+            if rival.is_ahead() {
+                let (machine, other) = (self.name(), rival.name());
+                tracing::info!(machine, other, %resource, "the standby of another machine has what this one needs: discarded");
+                let discarded = rival.unprepare(deadline);
+                discarded.map_err(|error| error.detail(&format!("machine '{other}' has {resource}, too")))?;
+                rival.tell_why_plain(format!("machine '{machine}' needed {resource}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The machine that has what this one claims too, if one has: it runs, stands by, or is prepared.
+    fn rival_in_the_way(&self) -> Option<Rival> {
+        self.shared.peers.rivals(self).into_iter().find(|rival| rival.machine.has_qemu())
+    }
+
+    /// Whether something was, or is being, done ahead of its next restore.
+    fn is_ahead(&self) -> bool {
+        matches!(&*self.lock(), Now::Preparing { .. } | Now::Ready(_))
+    }
+
+    fn has_qemu(&self) -> bool {
+        match &*self.lock() {
+            Now::Off => false,
+            Now::On(run) => !run.has_ended(),
+            Now::Starting | Now::Preparing { .. } | Now::Ready(_) => true,
+        }
     }
 
     /// Gives what stood by, which is the caller's now.
@@ -287,7 +384,7 @@ impl Machine {
                 }
             }
         }
-        self.run(None, Load::Snapshot(Snapshot::open(&self.files.snapshot)?), deadline)
+        self.run(None, Load::Snapshot(Snapshot::open(&self.files().snapshot)?), deadline)
     }
 
     /// What the machine is made from now. Nothing stands by any more if that cannot be told.
@@ -296,7 +393,7 @@ impl Machine {
         standby: &mut Option<Box<Standby>>,
         deadline: Deadline,
     ) -> Result<Identity, NotStarted> {
-        Identity::of(&self.files, &self.shared.program).or_else(|error| {
+        self.identity().or_else(|error| {
             standby.take().map_or(Ok(()), |standby| standby.let_go(deadline))?;
             Err(error.into())
         })
@@ -318,14 +415,14 @@ impl Machine {
         if why.left.is_some() || deadline.check(what).is_err() {
             return Err(why);
         }
-        tracing::warn!(machine = self.files.info.name, error = %why.error, "{what}");
+        tracing::warn!(machine = self.files().info.name, error = %why.error, "{what}");
         Ok(())
     }
 
     /// A run that was let go.
     fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
         let mut steps = self.steps();
-        let run = self.paused(&self.files.disposable, memory, load, Purpose::Run, &mut steps, deadline)?;
+        let run = self.paused(&self.files().disposable, memory, load, Purpose::Run, &mut steps, deadline)?;
         let_run(run, &mut steps, deadline)
     }
 
@@ -339,18 +436,20 @@ impl Machine {
         steps: &mut Steps<'_>,
         deadline: Deadline,
     ) -> Result<Arc<Run>, NotStarted> {
-        self.files.expect_clean_runs()?;
-        let (images, limit) = (self.files.images(), deadline.within(COMING_UP));
+        let files = self.files();
+        files.args_error.clone().map_or(Ok(()), Err)?;
+        files.expect_clean_runs()?;
+        let (images, limit) = (files.images(), deadline.within(COMING_UP));
         let (img, name) = (&self.shared.qemu_img, self.name());
         let mut overlays = self.blanks.overlays(img, name, &images, first, limit)?;
-        overlays.set_keep(self.files.keep_disk);
+        overlays.set_keep(files.keep_disk);
         steps.done("overlay");
         let start = Start {
-            machine: &self.files.info.name,
+            machine: &files.info.name,
             program: self.shared.program.path(),
-            folder: self.files.folder(),
+            folder: files.folder(),
             version: self.shared.program.version(),
-            args: self.files.start_args.with_overlays(&overlays.paths()),
+            args: files.start_args.with_overlays(&overlays.paths()),
             overlays,
             socket: &self.socket,
             memory,
@@ -367,17 +466,17 @@ impl Machine {
 
     /// A QEMU may fail because of arguments that are corrected in the file by now.
     fn note_other_args(&self, error: Error) -> Error {
-        if !self.files.has_other_args() {
+        if !self.files().has_other_args() {
             return error;
         }
-        let file = self.files.machineinfo.display();
+        let file = self.files().machineinfo.display();
         error.advice(format!(
             "{file} has changed since it was read: reload the configuration (cuckoo-machinery reload)"
         ))
     }
 
     fn steps(&self) -> Steps<'_> {
-        Steps::new(&self.shared.host, &self.files.info.name)
+        Steps::new(&self.shared.host, self.name())
     }
 
     /// Pulls the plug; of a machine that is off, lets go of what was prepared.
@@ -473,7 +572,7 @@ impl Machine {
     /// It is off; as there.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         let run = self.running().ok_or_else(off)?;
-        views::dump_memory(&run, &self.files.info.name, path, format, &self.shared.host, deadline)
+        views::dump_memory(&run, &self.files().info.name, path, format, &self.shared.host, deadline)
     }
 
     /// See [`views::screenshot`].

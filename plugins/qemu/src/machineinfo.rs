@@ -70,7 +70,7 @@ const REFUSED: [(&str, &str); 8] = [
 ];
 
 /// A machine's arguments, checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StartArgs {
     args: Vec<String>,
     opened: Opened,

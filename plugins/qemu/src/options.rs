@@ -43,6 +43,11 @@ impl Options {
         self.value(key)?.as_str()
     }
 
+    /// All texts under a key that may be written several times; in JSON it is a list of `{"str": …}`.
+    pub fn all(&self, key: &str) -> Vec<&str> {
+        self.pairs.iter().filter(|(name, _)| name == key).flat_map(|(_, value)| texts(value)).collect()
+    }
+
     /// Whether a key is there, with whatever value but null.
     pub fn has(&self, key: &str) -> bool {
         self.value(key).is_some_and(|value| !value.is_null())
@@ -101,6 +106,15 @@ impl fmt::Display for Options {
             write!(f, "{comma}{key}={}", escaped(value.as_str().unwrap_or_default()))?;
         }
         Ok(())
+    }
+}
+
+fn texts(value: &Value) -> Vec<&str> {
+    match value {
+        Value::Array(items) => {
+            items.iter().filter_map(|item| item.get("str").unwrap_or(item).as_str()).collect()
+        }
+        other => other.as_str().into_iter().collect(),
     }
 }
 

@@ -22,7 +22,7 @@ impl Qemu {
     pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let config = Config::read(setup)?;
         self.expect_same(setup, &config)?;
-        let make = |files| Arc::new(Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared)));
+        let make = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared));
         let plan = self.machines.plan(&setup.config, config.machines, in_use, make)?;
         plan.gone.iter().try_for_each(|machine| machine.expect_off(deadline))?;
         if plan.machines().iter().any(|machine| machine.is_instant()) {
@@ -67,5 +67,6 @@ fn make_room(plan: &Plan<Machine>, deadline: Deadline) -> Result<()> {
     let let_go =
         |machine: &Arc<Machine>| machine.unprepare(deadline).map_err(|error| error.machine(machine.name()));
     plan.gone.iter().try_for_each(let_go)?;
-    plan.fresh.iter().try_for_each(|machine| machine.clear_leftovers())
+    plan.fresh.iter().for_each(|machine| machine.clear_leftovers());
+    Ok(())
 }

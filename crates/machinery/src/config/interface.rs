@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use super::ConfigFile;
-use crate::Result;
+use crate::{Error, Result};
 
 const INTERFACES: &str = "/sys/class/net";
+
+const ADVICE: &str = "Create it first (bridges and taps are the operator's), or name another";
 
 /// Expects that the network interface `name`, the value under `key` of the file, exists on this
 /// host. Interfaces are the operator's, so none is created.
@@ -13,6 +15,14 @@ const INTERFACES: &str = "/sys/class/net";
 /// # Errors
 /// It does not; the error lists those that do.
 pub fn expect_interface(file: &ConfigFile, key: &[&str], name: &str) -> Result<()> {
+    find_interface(name).map_err(|error| file.error(key, error.reason()).advice(ADVICE))
+}
+
+/// Expects that a network interface exists on this host.
+///
+/// # Errors
+/// It does not; the error lists those that do.
+pub fn find_interface(name: &str) -> Result<()> {
     let known = !name.is_empty() && !name.contains('/') && Path::new(INTERFACES).join(name).exists();
     if known {
         return Ok(());
@@ -20,9 +30,7 @@ pub fn expect_interface(file: &ConfigFile, key: &[&str], name: &str) -> Result<(
     let entries = Path::new(INTERFACES).read_dir().into_iter().flatten().flatten();
     let there: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     let reason = format!("the network interface '{name}' does not exist; there are {}", there.join(", "));
-    Err(file
-        .error(key, reason)
-        .advice("Create it first (bridges and taps are the operator's), or name another"))
+    Err(Error::environment(reason).advice(ADVICE))
 }
 
 #[cfg(test)]

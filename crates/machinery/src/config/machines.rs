@@ -139,10 +139,13 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for MachinesVisitor<T> {
     }
 }
 
+/// The most bytes of a machine's name: file names with it have at most 255 on every file system, and 143 on some.
+const MAX_NAME: usize = 100;
+
 /// A name becomes part of file and socket names, so it must not be a path.
 pub(crate) fn is_machine_name(name: &str) -> bool {
     let plain = |c: char| c.is_alphanumeric() || "-_.@+ ".contains(c);
-    !name.is_empty() && name.len() <= 100 && !name.starts_with('.') && name.chars().all(plain)
+    !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('.') && name.chars().all(plain)
 }
 
 /// The name of a machine.
@@ -151,13 +154,20 @@ struct MachineName(String);
 impl<'de> Deserialize<'de> for MachineName {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         values::checked(deserializer, |name| {
-            if !is_machine_name(name) {
-                return Err(format!(
-                    "'{name}' cannot be a machine's name: use up to 100 letters, digits, '-', '_' and '.', \
-                     not starting with '.'"
-                ));
+            if is_machine_name(name) {
+                return Ok(MachineName(name.to_owned()));
             }
-            Ok(MachineName(name.to_owned()))
+            let length = name.len();
+            Err(match length > MAX_NAME {
+                true => format!(
+                    "'{name}' cannot be a machine's name: it has {length} bytes, and may have {MAX_NAME} (a letter \
+                     beyond ASCII has two or more)"
+                ),
+                false => format!(
+                    "'{name}' cannot be a machine's name: use up to {MAX_NAME} bytes of letters, digits, '-', '_', '.', \
+                     '@', '+' and space, not starting with '.'"
+                ),
+            })
         })
     }
 }
@@ -434,6 +444,20 @@ machines:
         let text = errors[0].to_string();
         assert!(text.starts_with("/c/m.yaml:11: machines.ubuntu.ip: '10.0.0.1' is already"), "{text}");
         assert!(text.contains("win10_1"), "{text}");
+    }
+
+    #[test]
+    fn name_is_refused_with_its_bytes_when_it_is_too_long() {
+        let named = |name: &str| {
+            let keys = "{ip: 10.0.0.1, platform: linux, os_version: 1}";
+            let text = format!("machines:\n  {name}: {keys}\n");
+            file(&text).parse_at::<Machines<serde_yaml::Mapping>>(&["machines"])
+        };
+        for good in ["n".repeat(100), "ж".repeat(50)] {
+            assert!(named(&good).is_ok(), "{good}");
+        }
+        let told = named(&"ж".repeat(51)).unwrap_err().to_string();
+        assert!(told.contains("it has 102 bytes, and may have 100"), "{told}");
     }
 
     #[test]

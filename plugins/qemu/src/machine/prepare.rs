@@ -12,10 +12,11 @@
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
-use machinery::{Deadline, Error, Readiness, Ready, Result, Share, Standby as Wanted};
+use machinery::{Deadline, Error, Member, Readiness, Ready, Result, Share, Standby as Wanted};
 
 use super::{INSTANT, Machine};
 use crate::launch::Memory;
+use crate::peers::Rival;
 use crate::run::{Load, NotStarted, Purpose, Run, Stage};
 use crate::snapshot::{Format, Snapshot};
 use crate::standby::Standby;
@@ -64,10 +65,21 @@ impl Machine {
     /// # Errors
     /// The machine is on; what cannot be prepared, or was given up for a stop.
     pub fn prepare(&self, deadline: Deadline) -> Result<()> {
+        self.wait_for_an_end(deadline);
+        let deciding = self.shared.peers.decide();
         let standby = self.set_preparing(deadline)?;
-        match self.prepared(standby, deadline) {
+        let rival = self.rival_in_the_way();
+        drop(deciding);
+        let prepared = match rival {
+            // Not even a template is built: that takes a QEMU with all of its arguments.
+            Some(Rival { machine, resource }) if standby.is_none() => {
+                Ok(self.no_standby(format!("machine '{}' has {resource}, too", machine.name())))
+            }
+            _ => self.prepared(standby, deadline),
+        };
+        match prepared {
             Ok(Prepared { standby, ready }) => {
-                self.shared.host.ready(&self.files.info.name, &ready);
+                self.shared.host.ready(&self.files().info.name, &ready);
                 let has_ended = standby.as_ref().is_some_and(|standby| standby.has_ended());
                 let was_given_up = self.set_prepared(standby, None);
                 if was_given_up || has_ended {
@@ -97,7 +109,7 @@ impl Machine {
             standby.let_go(deadline)?;
         }
         let template = self.template_ahead(&identity, deadline)?;
-        let wanted = match self.files.ahead.standby {
+        let wanted = match self.files().ahead.standby {
             Wanted::Off => false,
             Wanted::On => true,
             Wanted::Auto => template.is_some(),
@@ -105,7 +117,7 @@ impl Machine {
         if !wanted {
             return Ok(Prepared { standby: None, ready: self.without_standby() });
         }
-        if self.files.keep_disk {
+        if self.files().keep_disk {
             // What stands by has its disk where that of the last run is.
             return Ok(self.no_standby("none stands by, because disposable disks are kept".to_owned()));
         }
@@ -136,7 +148,7 @@ impl Machine {
         };
         let mapped = ram.is_some();
         let limit = if mapped { deadline.within(INSTANT) } else { deadline };
-        let started = self.start(&self.files.disposable, memory, load, limit);
+        let started = self.start(&self.files().disposable, memory, load, limit);
         let run = started.inspect_err(|failed| {
             if mapped {
                 self.template_failed(&identity, failed);
@@ -194,7 +206,7 @@ impl Machine {
         if !templates.fits_into_arguments() {
             return Some("its template_dir has a comma, quote or backslash in its path".to_owned());
         }
-        hindrance(&self.files.start_args, self.shared.program.version())
+        hindrance(&self.files().start_args, self.shared.program.version())
     }
 
     fn found_or_built(&self, identity: &Identity, deadline: Deadline) -> Result<Template, NoTemplate> {
@@ -205,7 +217,7 @@ impl Machine {
             return Err(why.into());
         }
         let templates = self.templates().ok_or_else(|| OFF.to_owned())?;
-        match build(templates, &self.files.info.name, self, deadline) {
+        match build(templates, &self.files().info.name, self, deadline) {
             Ok(()) => {
                 let built = self.template(identity);
                 built.ok_or_else(|| "its template was changed as soon as it was built".to_owned().into())
@@ -245,7 +257,7 @@ impl Machine {
 
     /// Whether loading failed, or QEMU complains of the template's own file.
     fn is_of_template(&self, failed: &NotStarted) -> bool {
-        let ram = self.templates().map(|all| all.ram(&self.files.info.name).display().to_string());
+        let ram = self.templates().map(|all| all.ram(&self.files().info.name).display().to_string());
         failed.at == Stage::Load || ram.is_some_and(|ram| failed.error.reason().contains(&ram))
     }
 
@@ -263,10 +275,10 @@ impl Machine {
 
     /// The machine's template, if it has one that fits. One that does not is dropped.
     pub fn template(&self, identity: &Identity) -> Option<Template> {
-        match self.templates()?.find(&self.files.info.name, identity) {
+        match self.templates()?.find(&self.files().info.name, identity) {
             Ok(template) => template,
             Err(why) => {
-                tracing::info!(machine = self.files.info.name, why, "its template is stale");
+                tracing::info!(machine = self.files().info.name, why, "its template is stale");
                 self.drop_template(&why);
                 None
             }
@@ -276,16 +288,22 @@ impl Machine {
     /// Drops the machine's template.
     pub fn drop_template(&self, why: &str) {
         self.set_without_standby(|ready| *ready = Ready { why: why.to_owned(), ..Ready::default() });
-        let dropped = self.templates().map_or(Ok(()), |all| all.remove(&self.files.info.name));
+        let dropped = self.templates().map_or(Ok(()), |all| all.remove(&self.files().info.name));
         if let Err(error) = dropped {
-            tracing::warn!(machine = self.files.info.name, %error, "a template of no use stays behind");
+            tracing::warn!(machine = self.files().info.name, %error, "a template of no use stays behind");
         }
+        self.tell_ready();
+    }
+
+    /// Tells the host why nothing stands by any more.
+    pub fn tell_why_plain(&self, why: String) {
+        self.set_without_standby(|ready| ready.why = why);
         self.tell_ready();
     }
 
     /// Tells the host how ready the machine is, with nothing that stands by.
     pub fn tell_ready(&self) {
-        self.shared.host.ready(&self.files.info.name, &self.without_standby());
+        self.shared.host.ready(&self.files().info.name, &self.without_standby());
     }
 
     fn without_standby(&self) -> Ready {
@@ -315,11 +333,11 @@ impl Build for Machine {
     }
 
     fn identity(&self) -> Result<Identity> {
-        Identity::of(&self.files, &self.shared.program)
+        Identity::of(self.files(), &self.shared.program)
     }
 
     fn snapshot(&self) -> Result<Snapshot> {
-        Snapshot::open(&self.files.snapshot)
+        Snapshot::open(&self.files().snapshot)
     }
 
     fn goes_on(&self) -> Result<()> {

@@ -1,0 +1,103 @@
+//! Whether a machine can be used, as its files are now.
+//!
+//! A configuration that is wrong as a whole (its YAML, a key, two machines with one disk) is refused in
+//! [`config`](crate::config). What one machine lacks is found here, so that all others are served.
+
+use std::path::Path;
+
+use machinery::config::find_interface;
+use machinery::{Error, Result};
+use machinery_images::{Chain, Header};
+
+use crate::config::{MachineFiles, expect_writable};
+use crate::snapshot::Snapshot;
+
+/// What keeps the machine from being used: each with the key of `qemu.yaml` that it is about.
+pub fn faults(files: &MachineFiles) -> Vec<(&'static str, Error)> {
+    let interface = files.own_interface.as_deref().map_or(Ok(()), find_interface);
+    let other_images = files.start_args.opened().images.iter().map(|image| &image.source);
+    let tests = [
+        ("interface", interface),
+        ("qcow2_path", expect_qcow2(&files.disk).and_then(|()| find_chain(&files.disk, Some("qcow2")))),
+        ("snapshot_path", Snapshot::open(&files.snapshot).map(drop)),
+        ("machineinfo_path", files.args_error.clone().map_or(Ok(()), Err)),
+        ("machineinfo_path", files.expect_clean_runs()),
+        ("qcow2_path", find_overlay_folder(files)),
+    ];
+    let images = other_images.map(|image| find_chain(&image.path, image.format.as_deref()));
+    let tests = tests.into_iter().chain(images.map(|test| ("machineinfo_path", test)));
+    tests.filter_map(|(key, test)| test.err().map(|error| (key, error))).collect()
+}
+
+fn expect_qcow2(disk: &Path) -> Result<()> {
+    match Header::read(disk)? {
+        Some(_) => Ok(()),
+        None => Err(Error::configuration(format!("{} is not a qcow2 disk", disk.display()))
+            .advice("Convert it with `qemu-img convert -O qcow2`")),
+    }
+}
+
+/// Looks for an image and all that it is based on.
+fn find_chain(image: &Path, format: Option<&str>) -> Result<()> {
+    let chain = Chain::of(image, format)?;
+    let missing = chain.files.iter().find_map(|file| Some((file, std::fs::metadata(file).err()?)));
+    missing.map_or(Ok(()), |(file, error)| Err(Error::io("find a part of the image,", file, &error)))
+}
+
+/// A folder for the overlays of all machines is seen to with the configuration.
+fn find_overlay_folder(files: &MachineFiles) -> Result<()> {
+    let folder = files.disposable.parent().filter(|folder| files.disk.parent() == Some(folder));
+    match folder {
+        Some(folder) if folder.is_dir() => expect_writable(folder),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::tests::machine_in;
+    use crate::machineinfo::StartArgs;
+    use std::fs;
+
+    fn found(files: &MachineFiles) -> Vec<String> {
+        faults(files).into_iter().map(|(key, error)| format!("{key}: {error}")).collect()
+    }
+
+    #[test]
+    fn faults_name_each_file_that_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut files = machine_in(folder.path());
+        assert_eq!(found(&files), Vec::<String>::new());
+        fs::remove_file(&files.disk).unwrap();
+        fs::remove_file(&files.snapshot).unwrap();
+        files.args_error = StartArgs::read(&folder.path().join("none")).err();
+        files.own_interface = Some("br-none".to_owned());
+        let told = found(&files);
+        for (told, expected) in told.iter().zip([
+            "interface: the network interface 'br-none' does not exist",
+            "qcow2_path: cannot open the image",
+            "snapshot_path: cannot read the snapshot",
+            "machineinfo_path: cannot read the machineinfo",
+        ]) {
+            assert!(told.starts_with(expected), "{told}");
+        }
+        assert_eq!(told.len(), 4, "{told:?}");
+    }
+
+    #[test]
+    fn faults_name_the_missing_base_when_the_backing_chain_is_broken() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = machine_in(folder.path());
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        for (image, base) in [("middle", "base"), ("disk.qcow2", "middle")] {
+            let options = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"];
+            let mut qemu_img = std::process::Command::new("qemu-img");
+            qemu_img.args(options).args([&path(base), &path(image), "1M"]);
+            assert!(qemu_img.status().unwrap().success());
+        }
+        let told = found(&files).join("\n");
+        assert!(told.starts_with("qcow2_path: ") && told.contains(&path("base")), "{told}");
+        assert!(told.contains(&path("middle")), "{told}");
+    }
+}
