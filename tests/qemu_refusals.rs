@@ -76,7 +76,7 @@ fn a_snapshot_is_refused_and_not_called_corrupt_when_its_machine_is_another() {
         let mut host = lab.host().unwrap();
         let mut client = host.client().unwrap();
         for (change, words) in OTHERS {
-            lab.change_start_args("m", |args| change(args)).unwrap();
+            lab.change_start_args("m", change).unwrap();
             assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
             let reason = fails(&mut client, "restore_start", words);
             println!("{reason}");
@@ -94,7 +94,7 @@ fn a_snapshot_is_refused_and_not_called_corrupt_when_its_machine_is_another() {
 fn a_template_is_not_built_for_the_reason_that_qemu_gives_when_it_refuses_the_snapshot() {
     for (change, words) in OTHERS {
         let lab = Lab::new(&[MICRO]).unwrap();
-        lab.change_start_args("m", |args| change(args)).unwrap();
+        lab.change_start_args("m", change).unwrap();
         lab.ahead(INSTANT).unwrap();
         let mut host = lab.host().unwrap();
         let mut client = host.client().unwrap();
