@@ -3,7 +3,7 @@
 //! ```text
 //! read configuration ─▶ lock the CWD ─▶ load plugins ─▶ socket ─▶ ready ─▶ serving
 //!     SIGHUP ─▶ the configuration is read anew (see `reload`)
-//!     SIGTERM, SIGINT ─▶ no new action ─▶ running ones end ─▶ machines off ─▶ plugins let go
+//!     SIGTERM, SIGINT ─▶ no new action ─▶ running ones end ─▶ own runs end ─▶ plugins shut down
 //!                                                                  ─▶ socket removed ─▶ exit 0
 //! ```
 //!

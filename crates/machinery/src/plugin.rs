@@ -170,7 +170,8 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
-    /// The host is about to end. The machines have been stopped; what is left is let go.
+    /// The host is about to end. The runs that it has started have been stopped. Ends what is left of them, and
+    /// what stands by; a machine that somebody else has started stays as it is.
     ///
     /// # Errors
     /// What could not be let go.

@@ -7,7 +7,7 @@
 //!
 //! - it has no changes that are in none of its snapshots: nothing can be lost. A disk is so after a revert
 //!   that nobody has written after, and after a snapshot that somebody has just taken;
-//! - it is, to the nanosecond, the file that the last of our own runs has left. [`DiskRecord`] has it;
+//! - it is the file that the last of our own runs has left, written at the same nanosecond: [`DiskRecord`];
 //! - it is no file whose changes can be seen here (a device, a disk on a network), and libvirt has told of
 //!   nobody else's run since the last of our own ended.
 //!
@@ -68,7 +68,8 @@ impl DiskRecord {
     }
 }
 
-/// The disks that the guest can write to. Those of a libvirt on another host have no files here.
+/// The disks that the guest can write to, and the variables of its firmware where a snapshot holds them. Those
+/// of a libvirt on another host have no files here.
 ///
 /// # Errors
 /// libvirt cannot describe the domain.
@@ -76,7 +77,10 @@ pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
     let failed = |error| explain("describe the domain", &error);
     let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
     let described = restore::described(domain)?;
-    Ok(described.writable_disks().map(|disk| disk.path.clone().filter(|_| is_local(&uri))).collect())
+    let disks = described.writable_disks().map(|disk| disk.path.clone());
+    let firmware = &described.firmware;
+    let variables = firmware.nvram.clone().filter(|_| firmware.nvram_is_qcow2).map(Some);
+    Ok(disks.chain(variables).map(|file| file.filter(|_| is_local(&uri))).collect())
 }
 
 /// Why the disk may hold somebody else's work, if it may.
@@ -107,7 +111,7 @@ fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Op
 /// What tells a state of that disk from a later one; a device has nothing of the kind.
 fn file_id(disk: &Path) -> Option<FileId> {
     let is_file = fs::metadata(disk).is_ok_and(|file| file.is_file());
-    if is_file { FileId::of(disk).ok() } else { None }
+    if is_file { FileId::of_content(disk).ok() } else { None }
 }
 
 /// Whether libvirt has saved the domain's memory, to resume from at its next start.

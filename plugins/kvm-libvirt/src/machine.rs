@@ -83,6 +83,8 @@ struct Now {
     only_ours: bool,
     /// Whether the last of our own domains was saved, so that somebody may resume it.
     saved: bool,
+    /// Whether the host knows the machine to run, so that it need not be told once more.
+    known_to_run: bool,
     /// Whether the domain was reset since the last action began.
     reset: bool,
     /// The work of somebody else that the machine was last not prepared for.
@@ -228,7 +230,7 @@ impl Machine {
         let (state, why) = self.told_state(deadline)?;
         if state == State::Error {
             // A state has no words of its own, and this one needs some.
-            self.host.state_changed(&self.keys.info.name, state, &why);
+            self.tell_state(state, &why);
         }
         Ok(state)
     }
@@ -312,7 +314,9 @@ impl Machine {
     fn let_run(&self, connect: &Connect) -> Result<()> {
         let domain = self.mark(connect)?;
         self.expect_no_reset()?;
-        restore::ensure_running(&domain)
+        restore::ensure_running(&domain)?;
+        self.lock().known_to_run = true;
+        Ok(())
     }
 
     /// Marks the domain as ours, which was started and is paused. It is looked up anew, because a reverted
@@ -454,7 +458,7 @@ impl Machine {
         if !self.hear_end(before, deadline.within(HEARING)) {
             tracing::debug!(machine = self.keys.info.name, "stopped, and libvirt has sent no event");
             self.note_end();
-            self.host.state_changed(&self.keys.info.name, State::Poweroff, "");
+            self.tell_state(State::Poweroff, "");
         }
         Ok(())
     }
@@ -564,16 +568,24 @@ impl Machine {
         let name = &self.keys.info.name;
         match doing {
             Doing::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
-            Doing::Stopping if state == State::Poweroff => self.host.state_changed(name, state, ""),
+            Doing::Stopping if state == State::Poweroff => self.tell_state(state, ""),
             Doing::Stopping => tracing::debug!(machine = name, %state, reason, "a step of the stop"),
-            _ => self.host.state_changed(name, state, &reason),
+            // The event of our own start may come after the start has returned.
+            _ if state == State::Running && self.lock().known_to_run => {}
+            _ => self.tell_state(state, &reason),
         }
+    }
+
+    /// Tells the host a state that it has not ordered.
+    pub(super) fn tell_state(&self, state: State, reason: &str) {
+        self.lock().known_to_run = state == State::Running;
+        self.host.state_changed(&self.keys.info.name, state, reason);
     }
 
     /// The connection is lost, and with it the sight of the domain.
     pub fn link_lost(&self, why: &str) {
         if self.has_run() {
-            self.host.state_changed(&self.keys.info.name, State::Error, why);
+            self.tell_state(State::Error, why);
         }
         self.doubt(why);
     }
@@ -644,7 +656,9 @@ impl Machine {
             self.left_disks(&disks);
         }
         self.remove_note();
-        self.lock().has_run = false;
+        let mut now = self.lock();
+        now.has_run = false;
+        now.known_to_run = false;
     }
 
     /// Removes the note of a run that has ended. One that was saved is still ours when somebody resumes it.

@@ -399,6 +399,7 @@ impl Machine {
             self.lock().has_run = false;
             return self.is_not_used(&error);
         }
+        self.lock().known_to_run = true;
         if given_up.load(Ordering::SeqCst) {
             self.end_failed_start(&domain);
         }
@@ -501,7 +502,7 @@ impl Machine {
         match self.told_state(Deadline::after(CLEARING)) {
             Ok((State::Poweroff, _)) => self.host.wants_prepare(&self.keys.info.name, why),
             // Somebody has started it again, of which nobody was told.
-            Ok((state, reason)) => self.host.state_changed(&self.keys.info.name, state, &reason),
+            Ok((state, reason)) => self.tell_state(state, &reason),
             Err(error) => tracing::warn!(machine = self.keys.info.name, %error, "what stood by is gone"),
         }
     }
