@@ -5,7 +5,7 @@
 //!              ─▶ each scalar that the host reads: what it is to Cuckoo3, what it is here ─▶ findings
 //! ```
 //!
-//! The node of Cuckoo3 reads the same files as the host, with a parser of YAML 1.1 ([`yaml11`]) and type
+//! The node of Cuckoo3 reads the same files as the host, with a parser of YAML 1.1 (`yaml11`) and type
 //! loaders for each key. Without quotes the MAC address 52:54:00:00:01:01 is a number to it, and the version
 //! 18.10 is 18.1. Source: `common/config.py`, `machineries/config.py` and `core/config.py` of Cuckoo3.
 
