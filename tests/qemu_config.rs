@@ -135,8 +135,8 @@ fn a_wrong_yaml_is_told_with_its_line() {
     // What stands there, what is put there, the key that is told if it is known, and what is told.
     for (old, new, key, told) in [
         ("interface: lo", "interface: lo: lo", "", "mapping values are not allowed in this context"),
-        ("interface: lo", "interface: lo\ncolour: red", "", "unknown field `colour`"),
-        ("    ip:", "    colour: red\n    ip:", "machines.m", "unknown field `colour`"),
+        ("interface: lo", "interface: lo\ncolour: red", "", "unknown key `colour`"),
+        ("    ip:", "    colour: red\n    ip:", "machines.m", "unknown key `colour`"),
         ("interface: lo", "interface: br-none", "interface", "interface 'br-none' does not exist"),
         ("    ip:", "    interface: br-none\n    ip:", "machines.m.interface", "'br-none' does not exist"),
         (

@@ -361,7 +361,7 @@ mod tests {
         assert!(list("plugin_hashes: {}\n").is_some());
         assert!(list("socket_group: x\n").is_none());
         let text = error("machineries: [qemu]\n", Some("x: 1\nplugin_hashes: {qemu: sha256:12}\n"));
-        assert!(text.contains("unknown field `x`"), "{text}");
+        assert!(text.contains("unknown key `x`"), "{text}");
         let text = error("machineries: [qemu]\n", Some("plugin_hashes: {qemu: sha256:12}\n"));
         assert!(text.contains("machinery-host.yaml:1: plugin_hashes.qemu: 'sha256:12' is not"), "{text}");
         let twice = format!("plugin_hashes:\n  qemu: sha256:{0}\n  qemu: sha256:{0}\n", "0".repeat(64));
@@ -387,6 +387,6 @@ mod tests {
         assert!(error("x: 1\n", None).contains("no machinery is listed"));
         assert!(error("machineries: [\n", None).contains("cuckoo.yaml:"));
         let text = error("machineries: [qemu]\n", Some("timeouts: {restore: 1}\n"));
-        assert!(text.contains("machinery-host.yaml:1: timeouts: unknown field `restore`"), "{text}");
+        assert!(text.contains("machinery-host.yaml:1: timeouts: unknown key `restore`"), "{text}");
     }
 }

@@ -211,8 +211,7 @@ fn what_cannot_be_taken_over_changes_nothing() {
     let yaml = lab.cwd().yaml("kvm").unwrap();
     let dsn = lab.libvirtd().dsn().to_owned();
     for (old, new, words) in [
-        ("  two:", "  two:\n    tgas: []", "machines.two: unknown field `tgas`"),
-        ("label: lab-two", "label: nowhere", "machines.two.label: libvirt at "),
+        ("  two:", "  two:\n    tgas: []", "machines.two: unknown key `tgas`"),
         (dsn.as_str(), "qemu:///system", "kvm.yaml:1: dsn: dsn is "),
         // A machine in use may not come by another name.
         ("  one:", "  renamed:", "machines.renamed.label: 'lab-one' is in use as the label of machine 'one'"),

@@ -221,7 +221,7 @@ fn what_cannot_be_taken_over_changes_nothing() {
     };
     let (disk, image) = (lab.folder("two").disk.display().to_string(), lab.qemu().img.display().to_string());
     for (old, new, words) in [
-        ("  two:", "  two:\n    tgas: []", "machines.two: unknown field `tgas`"),
+        ("  two:", "  two:\n    tgas: []", "machines.two: unknown key `tgas`"),
         (disk.as_str(), "/none.qcow2", "machines.two.qcow2_path: "),
         (image.as_str(), "/bin/true", "binaries.qemu_img: qemu_img is "),
     ] {

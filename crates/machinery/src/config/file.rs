@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::faults;
 use crate::{Error, Place, Result};
 
 /// The text of a YAML file and where it came from.
@@ -37,23 +38,27 @@ impl ConfigFile {
     /// The whole file as `T`.
     ///
     /// # Errors
-    /// It is not YAML, or not of the form of `T`: with line, key and value.
+    /// It is not YAML, or not of the form of `T`: each fault with line, key and value.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         let text = if self.is_blank() { "{}" } else { &self.text };
-        serde_yaml::from_str(text).map_err(|error| self.explain(&error))
+        let read = |text: &str| serde_yaml::from_str::<T>(text);
+        read(text).map_err(|error| faults::all(self, &error, |text| read(text).err()))
     }
 
     /// What stands under the keys of `path`, as `T`; `None` when the file has no such key or
     /// nothing stands there.
     ///
     /// # Errors
-    /// It is not YAML, or not of the form of `T`: with line, key and value.
+    /// It is not YAML, or not of the form of `T`: each fault with line, key and value.
     pub fn parse_at<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Option<T>> {
         if self.is_blank() {
             return Ok(None);
         }
-        let walk = Walk { path, value: std::marker::PhantomData };
-        walk.deserialize(serde_yaml::Deserializer::from_str(&self.text)).map_err(|error| self.explain(&error))
+        let read = |text: &str| {
+            let walk = Walk { path, value: std::marker::PhantomData };
+            walk.deserialize(serde_yaml::Deserializer::from_str(text))
+        };
+        read(&self.text).map_err(|error| faults::all(self, &error, |text| read(text).err()))
     }
 
     /// An error about the value under `key` (dotted path as parts), with its line.
@@ -67,7 +72,7 @@ impl ConfigFile {
 
     /// The line (from 1) on which the value under `key` starts, or that of the nearest key above
     /// it that is there.
-    fn line_of(&self, key: &[&str]) -> Option<usize> {
+    pub(super) fn line_of(&self, key: &[&str]) -> Option<usize> {
         (1..=key.len()).rev().find_map(|depth| {
             let line = RefCell::new(None);
             let seek = Seek { path: &key[..depth], found: &line };
@@ -83,24 +88,6 @@ impl ConfigFile {
             line.is_empty() || line.starts_with('#') || line == "---" || line == "..."
         })
     }
-
-    /// `serde_yaml` words its errors as `key.path: reason at line L column C`.
-    fn explain(&self, error: &serde_yaml::Error) -> Error {
-        let mut reason = error.to_string();
-        let line = error.location().map(|at| at.line());
-        if let Some(at) = reason.rfind(" at line ") {
-            reason.truncate(at);
-        }
-        let (key, reason) = match reason.split_once(": ") {
-            Some((key, rest)) if looks_like_key(key) => (Some(key.to_owned()), rest.to_owned()),
-            _ => (None, reason),
-        };
-        Error::configuration(reason).place(Place { file: self.path.clone(), line, key })
-    }
-}
-
-fn looks_like_key(text: &str) -> bool {
-    !text.contains(' ') || text.contains('.')
 }
 
 /// Descends along `path` and reads what is there as `T`.
@@ -257,15 +244,14 @@ mod tests {
         assert_eq!(file.parse_at::<Port>(&["machineries", "qemu"]).unwrap(), Some(Port { port: 9 }));
         assert_eq!(file.parse_at::<Port>(&["machineries", "xen"]).unwrap(), None);
         let text = file.parse_at::<Port>(&["machineries", "kvm"]).unwrap_err().to_string();
-        assert!(text.starts_with("/c/x.yaml:6: "), "{text}");
-        assert!(text.contains("unknown field `prot`"), "{text}");
+        assert!(text.contains("/c/x.yaml:6: machineries.kvm: unknown key `prot`"), "{text}");
     }
 
     #[test]
     fn an_empty_file_is_an_empty_mapping() {
         for text in ["", "# only a comment\n", "---\n"] {
             assert_eq!(file(text).parse_at::<Port>(&["machineries", "qemu"]).unwrap(), None);
-            assert!(file(text).parse::<Port>().unwrap_err().to_string().contains("missing field `port`"));
+            assert!(file(text).parse::<Port>().unwrap_err().to_string().contains("missing key `port`"));
         }
     }
 }

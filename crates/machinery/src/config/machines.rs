@@ -386,12 +386,12 @@ machines:
                 "    mac_address: AG:",
                 "/c/m.yaml:7: machines.win10_1.mac_address: 'AG:",
             ),
-            ("    label: w10", "    lable: w10", "/c/m.yaml:3: machines.win10_1: unknown field `lable`"),
+            ("    label: w10", "    lable: w10", "/c/m.yaml:3: machines.win10_1: unknown key `lable`"),
             ("    tags: [a, 7]", "    tags: {a: 7}", "/c/m.yaml:17: machines.ubuntu.tags: invalid type"),
             ("    ip: 10.0.0.1\n", "    ip:\n", "/c/m.yaml:4: machines.win10_1.ip: a value is needed"),
             ("  ubuntu:", "  ../u:", "'../u' cannot be a machine's name"),
             ("  ubuntu:", "  win10_1:", "machines.win10_1: this machine's name is given twice"),
-            ("    platform: linux\n", "", "machines.ubuntu: missing field `platform`"),
+            ("    platform: linux\n", "", "machines.ubuntu: missing key `platform`"),
             ("    ip: 10.0.0.2\n", "    ip: 10.0.0.2\n    ip: 10.0.0.3\n", "duplicate field `ip`"),
         ] {
             let text = fails(change, by);

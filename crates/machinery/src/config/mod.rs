@@ -4,6 +4,7 @@
 //! twice, a file that is missing) has lost its line by then, so [`ConfigFile::error`] finds it
 //! again: it walks the text to that key and lets the parser say where it is.
 
+mod faults;
 mod file;
 mod interface;
 mod machines;
