@@ -28,6 +28,16 @@ impl FileId {
         Ok(FileId::new(path, &fs::metadata(path)?))
     }
 
+    /// Of the content of the file at that path, whatever becomes of its owner and its attributes: libvirt sets
+    /// them at each start and end of a domain, which changes the file's ctime. To be compared with others of
+    /// its kind.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn of_content(path: &Path) -> io::Result<FileId> {
+        Ok(FileId { changed: 0, ..FileId::of(path)? })
+    }
+
     /// Of an open file that is at that path.
     ///
     /// # Errors
@@ -51,6 +61,11 @@ impl FileId {
     /// Whether it is still the one that is at its path, unchanged.
     pub fn is_still_so(&self) -> bool {
         FileId::of(&self.path).is_ok_and(|now| now == *self)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Its size, in bytes.
