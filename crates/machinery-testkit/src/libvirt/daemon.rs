@@ -16,6 +16,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -123,15 +124,37 @@ impl Libvirtd {
 
     /// Starts the daemon, after it was killed, and waits until it serves.
     pub fn start_daemon(&self) -> Result<()> {
+        self.launch(&[])
+    }
+
+    /// Restarts the daemon, so that it listens on TCP as well, and returns what to connect to then.
+    pub fn listens_on_tcp(&self) -> Result<String> {
+        let what = || "having libvirtd listen on TCP".to_owned();
+        let free =
+            TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).context(what)?;
+        let tcp = format!(
+            "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \"{}\"\ntcp_port = \"{}\"\n",
+            free.ip(),
+            free.port()
+        );
+        fs::write(self.conf(), libvirtd_conf(&self.folder) + &tcp).context(what)?;
+        self.kill_daemon()?;
+        self.launch(&["--listen"])?;
+        Ok(format!("qemu+tcp://{free}/{}", kind()))
+    }
+
+    fn launch(&self, more: &[&str]) -> Result<()> {
         let (conf, pid) = (self.conf(), self.folder.join("libvirtd.pid"));
         let logged = fs::read(self.log()).map_or(0, |log| log.len());
         // It goes to the background by itself, once its sockets are there.
         let daemon = ["libvirtd", "--daemon", "--config", &text(&conf), "--pid-file", &text(&pid)];
-        self.inside(&daemon).and_then(|_| self.wait_until_it_serves()).map_err(|error| {
-            let log = fs::read(self.log()).unwrap_or_default();
-            let log = String::from_utf8_lossy(log.get(logged..).unwrap_or_default()).into_owned();
-            Error::new(format!("libvirtd did not start; its log:\n{log}{error}"))
-        })
+        self.inside(&[&daemon[..], more].concat()).and_then(|_| self.wait_until_it_serves()).map_err(
+            |error| {
+                let log = fs::read(self.log()).unwrap_or_default();
+                let log = String::from_utf8_lossy(log.get(logged..).unwrap_or_default()).into_owned();
+                Error::new(format!("libvirtd did not start; its log:\n{log}{error}"))
+            },
+        )
     }
 
     /// libvirtd makes its sockets first and its drivers later, or ends because a driver fails. It answers
@@ -185,8 +208,7 @@ impl Libvirtd {
 
     /// What to connect to.
     pub fn dsn(&self) -> String {
-        let kind = if geteuid().is_root() { "system" } else { "session" };
-        format!("qemu:///{kind}?socket={}", self.folder.join("sockets/libvirt-sock").display())
+        format!("qemu:///{}?socket={}", kind(), self.folder.join("sockets/libvirt-sock").display())
     }
 
     /// Runs `virsh` with these arguments, and gives what it says.
@@ -237,6 +259,11 @@ impl Drop for Libvirtd {
             let _ = poll(&mut [PollFd::new(&init, PollFlags::IN)], Some(&PATIENCE));
         }
     }
+}
+
+/// Of which kind the libvirtd of this user is.
+fn kind() -> &'static str {
+    if geteuid().is_root() { "system" } else { "session" }
 }
 
 /// libvirtd starts faster with what another one has learnt about this QEMU.
