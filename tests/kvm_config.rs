@@ -4,10 +4,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::process::Command;
 
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::{self, Ran};
 use machinery_testkit::lab::KvmLab;
+use machinery_testkit::libvirt::SNAPSHOT;
 use machinery_testkit::scratch::ScratchCwd;
 
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
@@ -22,16 +24,164 @@ fn assert_refused(ran: &Ran, words: &[&str]) {
     println!("{}", ran.stderr);
 }
 
+/// What `check` says, and its exit code.
+fn checked(lab: &KvmLab) -> (Option<i32>, String) {
+    let ran = lab.run(&["check"]).unwrap();
+    println!("{}", ran.stdout);
+    (ran.code, ran.stdout)
+}
+
+#[track_caller]
+fn assert_says(said: &str, words: &[&str]) {
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in {said}");
+    }
+}
+
+/// Adds an argument to QEMU's command line, in the domain and in its snapshot.
+fn add_argument(lab: &KvmLab, label: &str, option: &str, value: &str) {
+    let added = format!(
+        "<commandline xmlns='http://libvirt.org/schemas/domain/qemu/1.0'><arg value='{option}'/>\
+         <arg value='{value}'/></commandline></domain>"
+    );
+    let with = |xml: String| xml.replace("</domain>", &added);
+    let libvirtd = lab.libvirtd();
+    let snapshot = with(libvirtd.virsh(&["snapshot-dumpxml", "--security-info", label, SNAPSHOT]).unwrap());
+    let domain = with(libvirtd.virsh(&["dumpxml", "--inactive", "--security-info", label]).unwrap());
+    libvirtd.virsh_with_file(&["define"], &domain, &[]).unwrap();
+    libvirtd.virsh_with_file(&["snapshot-create", label], &snapshot, &["--redefine", "--current"]).unwrap();
+}
+
 #[test]
-fn a_domain_that_is_missing_is_named_with_those_that_there_are() {
+fn machine_is_disabled_when_its_domain_is_missing_and_the_others_are_served() {
     let lab = KvmLab::new(&[MICRO, ("n", Guest::Micro)]).unwrap();
     lab.change_yaml("label: lab-m", "label: win10x64").unwrap();
-    let words = ["kvm.yaml:5: machines.m.label", "no domain 'win10x64'", "lab-m, lab-n", "virsh list --all"];
-    assert_refused(&lab.run(&["serve"]).unwrap(), &words);
-    let checked = lab.run(&["check"]).unwrap();
-    assert_eq!(checked.code, Some(2));
-    assert!(checked.stdout.contains("win10x64"), "{}", checked.stdout);
-    lab.assert_clean();
+    let words = ["no domain 'win10x64'", "lab-m, lab-n", "virsh list --all"];
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let machine = client.machine("m").unwrap();
+    assert_eq!(machine["disabled"], true);
+    assert_says(machine["disabled_reason"].as_str().unwrap(), &words);
+    assert_eq!(client.act("restore_start", "n").unwrap()["success"], true);
+    assert_eq!(client.act("stop", "n").unwrap()["success"], true);
+    let (code, said) = checked(&lab);
+    assert_eq!(code, Some(2));
+    assert_says(&said, &words);
+    assert_says(&said, &["kvm.yaml:5: machines.m.label"]);
+}
+
+#[test]
+fn check_names_the_file_when_a_disk_is_gone_or_has_lost_its_snapshot() {
+    let lab = KvmLab::new(&[MICRO, ("n", Guest::Micro)]).unwrap();
+    assert_eq!(checked(&lab).0, Some(0));
+    let disk = &lab.machine("m").disk;
+    let away = disk.with_extension("away");
+    fs::rename(disk, &away).unwrap();
+    let path = disk.to_str().unwrap();
+    let (code, said) = checked(&lab);
+    assert_eq!(code, Some(2));
+    assert_says(&said, &[path, "does not exist"]);
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let machine = client.machine("m").unwrap();
+    assert_eq!(machine["disabled"], true);
+    assert_says(machine["disabled_reason"].as_str().unwrap(), &[path]);
+    assert_eq!(client.machine("n").unwrap()["disabled"], false);
+    fs::rename(&away, disk).unwrap();
+    assert_eq!(client.act("enable_machine", "m").unwrap()["success"], true);
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+    assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+    // Behind libvirt's back.
+    let ran = Command::new("qemu-img").args(["snapshot", "-d", SNAPSHOT]).arg(disk).status().unwrap();
+    assert!(ran.success());
+    let (code, said) = checked(&lab);
+    assert_eq!(code, Some(2));
+    assert_says(&said, &["libvirt has the snapshot 'clean'", path, "does not"]);
+}
+
+#[test]
+fn check_warns_when_a_domain_starts_by_itself_or_two_share_a_disk() {
+    let lab = KvmLab::new(&[MICRO, ("n", Guest::Micro)]).unwrap();
+    lab.libvirtd().virsh(&["autostart", "lab-m"]).unwrap();
+    let (code, said) = checked(&lab);
+    assert_eq!(code, Some(0));
+    assert_says(&said, &["virsh autostart --disable lab-m"]);
+    let xml = lab.libvirtd().virsh(&["dumpxml", "--inactive", "--security-info", "lab-n"]).unwrap();
+    let paths = [&lab.machine("n").disk, &lab.machine("m").disk].map(|disk| disk.to_str().unwrap());
+    lab.libvirtd().virsh_with_file(&["define"], &xml.replace(paths[0], paths[1]), &[]).unwrap();
+    let (code, said) = checked(&lab);
+    assert_eq!(code, Some(2));
+    assert_says(&said, &["machine 'n'", paths[1], "which the domain of machine 'm' writes to"]);
+}
+
+/// libvirt puts such a disk back when it reverts, and not when it restores a save image.
+#[test]
+fn save_image_is_not_made_when_the_command_line_names_an_image() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    let second = lab.cwd().root().join("second.qcow2");
+    let image = second.to_str().unwrap();
+    let ran = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", image, "1M"]).status().unwrap();
+    assert!(ran.success());
+    lab.cwd().host_yaml("machineries: {kvm: {save_images: on}}\n").unwrap();
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let mut why = || {
+        assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
+        let ready = client.machine("m").unwrap()["ready"].take();
+        (ready["how"].as_str().unwrap().to_owned(), ready["why"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(why().0, "instant");
+    add_argument(&lab, "lab-m", "-drive", &format!("if=none,id=second,file={image},format=qcow2"));
+    let (how, why) = why();
+    assert_eq!(how, "plain");
+    assert_says(&why, &["<qemu:commandline>", "-drive"]);
+}
+
+/// QEMU has opened the old file.
+#[test]
+fn standby_is_not_used_when_a_file_of_its_domain_was_replaced() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    let file = lab.cwd().root().join("firmware-configuration");
+    fs::write(&file, "old").unwrap();
+    add_argument(&lab, "lab-m", "-fw_cfg", &format!("name=opt/lab,file={}", file.display()));
+    lab.cwd().host_yaml("machineries: {kvm: {standby: on}}\n").unwrap();
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let mut restores = |replaces: bool| {
+        assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
+        let stood_by = lab.qemu_of("m").unwrap();
+        if replaces {
+            fs::write(&file, "another").unwrap();
+        }
+        assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+        let is_same = lab.qemu_of("m").unwrap() == stood_by;
+        assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+        is_same
+    };
+    assert!(restores(false));
+    assert!(!restores(true));
+}
+
+/// Over TCP, as from another computer: its interfaces and files are not looked for here.
+#[test]
+fn machine_is_served_when_libvirt_is_reached_over_tcp() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    let tcp = lab.libvirtd().listens_on_tcp().unwrap();
+    lab.change_yaml(&lab.libvirtd().dsn(), &tcp).unwrap();
+    lab.change_yaml("interface: lo", "interface: bridge-elsewhere").unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {save_images: on}}\n").unwrap();
+    let (code, said) = checked(&lab);
+    assert_eq!(code, Some(0));
+    assert_says(&said, &["libvirt is on 127.0.0.1", "no save images"]);
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
+    let why = client.machine("m").unwrap()["ready"]["why"].take();
+    assert_says(why.as_str().unwrap(), &["save images", "127.0.0.1"]);
+    for action in ["restore_start", "stop", "norestore_start", "stop"] {
+        assert_eq!(client.act(action, "m").unwrap()["success"], true, "{action}");
+    }
+    assert_says(&host.log(), &["steps=\"connect "]);
 }
 
 #[test]

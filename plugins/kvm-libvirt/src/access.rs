@@ -9,6 +9,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use crate::description::label_of_qemu;
+
 /// The device.
 pub const KVM: &str = "/dev/kvm";
 
@@ -51,10 +53,8 @@ impl Owned {
 
 /// The user of QEMU in libvirt's capabilities.
 pub fn user_of_qemu(capabilities: &str) -> Option<User> {
-    let (_, dac) = capabilities.split_once("<model>dac</model>")?;
-    let (_, label) = dac.split_once("<baselabel type='kvm'>")?;
-    let (uid, rest) = label.strip_prefix('+')?.split_once(":+")?;
-    let (gid, _) = rest.split_once('<')?;
+    let label = label_of_qemu(capabilities)?;
+    let (uid, gid) = label.strip_prefix('+')?.split_once(":+")?;
     Some(User { uid: uid.parse().ok()?, gid: gid.parse().ok()? })
 }
 
@@ -85,9 +85,9 @@ mod tests {
 
     #[test]
     fn the_user_is_found_in_the_capabilities() {
-        let xml = "<secmodel>\n<model>apparmor</model>\n<doi>0</doi></secmodel><secmodel>\n<model>dac</model>\n\
+        let xml = "<host><secmodel>\n<model>apparmor</model>\n<doi>0</doi></secmodel><secmodel>\n<model>dac</model>\n\
                    <doi>0</doi>\n<baselabel type='kvm'>+64055:+64055</baselabel>\n\
-                   <baselabel type='qemu'>+64055:+64055</baselabel></secmodel>";
+                   <baselabel type='qemu'>+64055:+64055</baselabel></secmodel></host>";
         assert_eq!(user_of_qemu(xml), Some(QEMU));
         assert_eq!(user_of_qemu("<capabilities/>"), None);
     }

@@ -2,35 +2,89 @@
 //!
 //! A call into libvirt blocks until libvirtd answers, and nothing ends it early. So it runs in a
 //! thread of its own, and whoever waits for it stops waiting at the deadline. The thread goes on until
-//! libvirt lets it go: at the latest when keepalive finds the connection dead.
+//! the call returns: at the latest when keepalive finds the connection dead. A connection that is only
+//! being opened has no keepalive, so against a libvirtd that hangs such a thread may go on for ever. Only
+//! so many abandoned calls may be under way; then no further one starts until some return.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicIsize, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
 
-/// A call under way.
+/// How many calls may go on although nobody waits for them any more.
+pub const MAX_ABANDONED: isize = 32;
+
+/// How many do.
+static ABANDONED: AtomicIsize = AtomicIsize::new(0);
+
+/// A call under way. Dropped before its end, it is abandoned: its thread goes on.
 pub struct Call<T> {
     outcome: Receiver<Result<T>>,
+    progress: Arc<Progress>,
+}
+
+/// Whether a call has returned or was abandoned, whichever came first.
+#[derive(Default)]
+struct Progress(AtomicU8);
+
+const RETURNED: u8 = 1;
+const LEFT: u8 = 2;
+
+impl Progress {
+    fn returned(&self) {
+        if self.0.swap(RETURNED, Ordering::SeqCst) == LEFT {
+            ABANDONED.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    fn abandoned(&self) {
+        if self.0.swap(LEFT, Ordering::SeqCst) != RETURNED {
+            ABANDONED.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Notes that a call has returned when it is dropped, in a panic too.
+struct Returns(Arc<Progress>);
+
+impl Drop for Returns {
+    fn drop(&mut self) {
+        self.0.returned();
+    }
+}
+
+impl<T> Drop for Call<T> {
+    fn drop(&mut self) {
+        self.progress.abandoned();
+    }
 }
 
 impl<T: Send + 'static> Call<T> {
     /// Starts it.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// No thread can be started; too many abandoned calls have not returned.
     pub fn start(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
+        let abandoned = ABANDONED.load(Ordering::SeqCst);
+        if abandoned >= MAX_ABANDONED {
+            let reason = format!("libvirtd hangs: {abandoned} earlier calls have not returned");
+            return Err(Error::environment(reason)
+                .advice("Look at libvirtd's log, and restart libvirtd (systemctl restart libvirtd)"));
+        }
         let (answer, outcome) = sync_channel(1);
+        let progress = Arc::new(Progress::default());
+        let returns = Returns(Arc::clone(&progress));
         let run = move || {
+            let outcome = work();
+            drop(returns);
             // Nobody may be waiting any more.
-            let _ = answer.send(work());
+            let _ = answer.send(outcome);
         };
-        thread::Builder::new()
-            .name("libvirt-call".to_owned())
-            .spawn(run)
-            .map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))?;
-        Ok(Call { outcome })
+        spawn("libvirt-call", run)?;
+        Ok(Call { outcome, progress })
     }
 
     /// Waits for its end, for that long at most; `None` if it goes on.
@@ -43,6 +97,17 @@ impl<T: Send + 'static> Call<T> {
             }
         }
     }
+}
+
+/// Starts a thread.
+///
+/// # Errors
+/// The system has none left.
+pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(work);
+    thread
+        .map(drop)
+        .map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))
 }
 
 /// Calls and waits until the deadline; `waiting_for` says for what. A call that comes late is left
@@ -75,6 +140,30 @@ mod tests {
         });
         assert_eq!(late.unwrap_err().kind(), ErrorKind::Timeout);
         drop(go);
+        assert_eq!(within(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
+    }
+
+    /// It changes what all calls of the process share, so it waits until that is as it was.
+    #[test]
+    fn calls_are_refused_when_too_many_were_abandoned() {
+        let (go, gone) = channel::<()>();
+        let gone = Arc::new(std::sync::Mutex::new(gone));
+        let hang = || {
+            let gone = Arc::clone(&gone);
+            within(Deadline::after(Duration::from_millis(1)), "nothing", move || {
+                let _ = gone.lock().unwrap().recv();
+                Ok(())
+            })
+        };
+        let refused = (0..=MAX_ABANDONED * 2)
+            .filter_map(|_| hang().err())
+            .find(|error| error.kind() != ErrorKind::Timeout);
+        assert!(refused.unwrap().to_string().contains("libvirtd hangs"));
+        assert!(ABANDONED.load(Ordering::SeqCst) <= MAX_ABANDONED + 1);
+        drop(go);
+        while ABANDONED.load(Ordering::SeqCst) > 0 {
+            thread::yield_now();
+        }
         assert_eq!(within(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
     }
 

@@ -5,13 +5,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
-use machinery::{Deadline, Error, MachineInfo, Report, Result, Setup, State};
+use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use crate::access::{self, KVM, Owned};
+use crate::compare;
 use crate::config::Config;
+use crate::dsn::{self, is_local};
 use crate::errors::explain;
+use crate::files;
 use crate::foreign;
 use crate::link::Link;
 use crate::restore::{self, EXTERNAL, Snapshot, version_text};
@@ -54,8 +57,12 @@ pub fn check(setup: &Setup, report: &mut Report) {
     let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
         found.extend(kvm_trap(connect, &config.dsn));
+        found.extend(far_away(&config));
+        found.extend(broken_reverts(connect));
         let machines = config.machines.iter();
         found.extend(machines.flat_map(|keys| look_at(connect, &keys.info, &file, &state_dir)));
+        let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
+        found.extend(compare::shared_disks(connect, &infos).into_iter().map(Finding::Problem));
         Ok(found)
     });
     link.close(deadline);
@@ -79,10 +86,12 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
     };
     let problem = |error: Error| Finding::Problem(error.machine(name));
     let mut found = Vec::new();
-    match restore::find(&domain, info.snapshot.as_deref()) {
-        Ok(snapshot) => found.extend(about_snapshot(connect, name, &snapshot)),
-        Err(error) => found.push(problem(error)),
+    let snapshot = restore::find(&domain, info.snapshot.as_deref());
+    match &snapshot {
+        Ok(snapshot) => found.extend(about_snapshot(connect, name, snapshot)),
+        Err(error) => found.push(problem(error.clone())),
     }
+    found.extend(about_files(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
     match restore::state(&domain) {
         Ok((State::Poweroff, _)) => {
             found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
@@ -96,32 +105,78 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
         Err(error) => found.push(problem(error)),
     }
     found.extend(about_domain(name, &domain));
+    let said = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
+    found.extend(said.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
     found
 }
 
+/// What is wrong with the files of the domain and its snapshot, where they are on this computer.
+fn about_files(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) -> Vec<Error> {
+    if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
+        return Vec::new();
+    }
+    let described = restore::described(domain);
+    described.map_or_else(|error| vec![error], |described| files::problems(&described, snapshot))
+}
+
+/// Looks anew at one machine: whether its domain, snapshot and files are there.
+pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
+    let mut diagnosis = Diagnosis::new(&info.name);
+    let Some(domain) = diagnosis.keep(restore::domain(connect, &info.label)) else { return diagnosis };
+    let snapshot = diagnosis.keep(restore::find(&domain, info.snapshot.as_deref()));
+    for problem in about_files(connect, &domain, snapshot.as_ref()) {
+        diagnosis.keep::<()>(Err(problem));
+    }
+    diagnosis
+}
+
+/// What cannot be had of a libvirt on another computer.
+fn far_away(config: &Config) -> Option<Finding> {
+    let host = dsn::host(&config.dsn)?;
+    Some(Finding::Warning(format!(
+        "kvm: libvirt is on {host}. Restores, stops, standby and screenshots work; there are no save images, memory \
+         dumps and captures of traffic, because files and interfaces are those of {host}, where nothing is looked at"
+    )))
+}
+
+/// See [`restore::BROKEN_REVERTS`]. libvirt does not tell of patches, so it is warned of by the version.
+fn broken_reverts(connect: &Connect) -> Option<Finding> {
+    let version = connect.lib_version().ok()?;
+    let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_mended(version, &system) {
+        return None;
+    }
+    restore::BROKEN_REVERTS.contains(&version).then(|| {
+        Finding::Warning(format!(
+            "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has mended \
+             it (it is mended in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
+            version_text(version)
+        ))
+    })
+}
+
+/// Debian's 11.3.0-2 has the cure: its changelog lists the patch, and its reverts were tried.
+fn is_mended(version: u32, os_release: &str) -> bool {
+    version >= 11_003_000 && os_release.lines().any(|line| line == "ID=debian")
+}
+
 fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
-    let kind = if snapshot.external { "external" } else { "internal" };
+    let kind = if snapshot.description.external { "external" } else { "internal" };
     let text = format!(
         "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
-        snapshot.identity.name, snapshot.state
+        snapshot.identity.name, snapshot.description.state
     );
     let mut found = vec![Finding::Good(text)];
     let version = connect.lib_version().unwrap_or(EXTERNAL);
-    if snapshot.external && version < EXTERNAL {
-        let reason = format!(
-            "the snapshot '{}' is external, and libvirt {} cannot revert to those",
-            snapshot.identity.name,
-            version_text(version)
-        );
-        found.push(Finding::Problem(
-            Error::environment(reason)
-                .machine(name)
-                .advice("Upgrade libvirt to 9.9 or newer, or take an internal snapshot"),
-        ));
+    if let Some(reason) = restore::not_revertible(snapshot, version) {
+        let firmware = snapshot.description.domain.as_ref().map(|domain| domain.firmware.clone());
+        let advice = restore::advice(version, &firmware.unwrap_or_default());
+        found.push(Finding::Problem(Error::environment(reason).machine(name).advice(advice)));
     }
     if !snapshot.has_memory() {
         found.push(Finding::Warning(format!(
-            "machine '{name}': its snapshot was taken while the domain was off, so each restore boots the guest. \
+            "machine '{name}': its snapshot has no memory (it was taken while the domain was off, or with \
+             --disk-only), so each restore boots the guest. \
              Take one of the running guest, with Cuckoo's agent waiting in it"
         )));
     }
@@ -129,9 +184,9 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
 }
 
 fn about_domain(name: &str, domain: &Domain) -> Vec<Finding> {
-    let xml = domain.xml_desc(0).unwrap_or_default();
+    let described = restore::described(domain).unwrap_or_default();
     let mut found = Vec::new();
-    if xml.contains("<domain type='qemu'") && Path::new(KVM).exists() {
+    if described.kind == "qemu" && Path::new(KVM).exists() {
         found.push(Finding::Warning(format!(
             "machine '{name}': its domain is of the type qemu, which runs in software. Where /dev/kvm works, the \
              type kvm is many times faster"
@@ -161,4 +216,19 @@ fn kvm_trap(connect: &Connect, dsn: &str) -> Option<Finding> {
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reverts_are_known_to_be_mended_in_the_distribution_that_was_tried() {
+        let debian = "NAME=x\nID=debian\n";
+        assert!(is_mended(11_003_000, debian));
+        assert!(!is_mended(11_002_000, debian) && !is_mended(11_003_000, "ID=other\nID_LIKE=debian\n"));
+        assert!(
+            restore::BROKEN_REVERTS.contains(&11_003_000) && !restore::BROKEN_REVERTS.contains(&11_004_000)
+        );
+    }
 }

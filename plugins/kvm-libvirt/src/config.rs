@@ -10,8 +10,8 @@ use machinery::config::{
 use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
 
+use crate::dsn::{self, is_local};
 use crate::images::{Image, SaveImages};
-use crate::views::is_local;
 
 /// The file.
 #[derive(Debug, Deserialize)]
@@ -114,7 +114,7 @@ impl Config {
         let keys = |machine: &Configured<OwnKeys>| {
             let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
             let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
-            let image = Image::of(name, save_images, &save_dir);
+            let image = Image::of(name, save_images, &save_dir).of_host(dsn::host(&file.dsn));
             Keys { info, standby: section.standby_of(name), image }
         };
         Config {
@@ -170,9 +170,13 @@ fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
         let reason = format!("'{}' is not a URI of libvirt", kvm.dsn);
         problems.push(file.error(&["dsn"], reason).advice("libvirt of this machine is qemu:///system"));
     }
-    problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
+    // Those of another computer cannot be looked at.
+    let is_local = is_local(&kvm.dsn);
+    if is_local {
+        problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
+    }
     for machine in kvm.machines.iter() {
-        if let Some(interface) = &machine.shared.interface {
+        if let Some(interface) = machine.shared.interface.as_ref().filter(|_| is_local) {
             let key = ["machines", &machine.name, "interface"];
             problems.extend(expect_interface(file, &key, interface).err());
         }
@@ -265,6 +269,13 @@ mod tests {
         let text = format!("interface: lo\nmachines:\n  a: {{lable: x, label: y, {MACHINE}}}\n");
         let text = Config::read(&setup(&text)).err().unwrap().to_string();
         assert!(text.contains("lable") && text.contains("kvm.yaml:3"), "{text}");
+    }
+
+    #[test]
+    fn interface_is_not_looked_for_when_libvirt_is_on_another_computer() {
+        let text = |dsn: &str| format!("dsn: {dsn}\ninterface: none9\nmachines: {{}}\n");
+        assert!(Config::read(&setup(&text("qemu+ssh://lab/system"))).is_ok());
+        assert!(Config::read(&setup(&text("qemu:///system"))).is_err());
     }
 
     fn with_section(section: &str) -> Result<Config> {

@@ -11,24 +11,39 @@ use std::time::SystemTime;
 use machinery::{Error, Result};
 use serde_json::Value;
 
+use crate::description::{Description, Disk};
+
 /// The disks that a guest can write to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disks(Vec<PathBuf>);
 
+/// Options of QEMU that name an image, or a folder, which a guest may write to. Source: `qemu-system-x86_64 -help`.
+const IMAGE_OPTIONS: [&str; 14] = [
+    "blockdev", "drive", "fda", "fdb", "fsdev", "hda", "hdb", "hdc", "hdd", "mtdblock", "pflash", "sd",
+    "tpmdev", "virtfs",
+];
+
 impl Disks {
-    /// Those of a description.
+    /// Those of a domain.
     ///
     /// # Errors
     /// One of them cannot be put back here, or there is other state that a guest can change.
-    pub fn of(xml: &str) -> Result<Disks, String> {
-        for (element, what) in [("<nvram", "variables of its firmware"), ("<tpm", "a TPM")] {
-            if xml.contains(element) {
-                return Err(format!("the domain has {what}, which a save image does not hold"));
-            }
+    pub fn of(domain: &Description) -> Result<Disks, String> {
+        let others = [
+            (domain.firmware.nvram.is_some(), "variables of its firmware"),
+            (domain.has_tpm, "a TPM"),
+            (domain.has_nvdimm, "a memory device with a file"),
+        ];
+        if let Some((_, what)) = others.into_iter().find(|(there, _)| *there) {
+            return Err(format!("the domain has {what}, which a save image does not hold"));
         }
-        let disks = xml.split("<disk ").skip(1).filter_map(|rest| rest.split_once("</disk>"));
-        let writable = disks.map(|(disk, _)| disk).filter(|disk| !is_read_only(disk));
-        writable.map(file_of).collect::<Result<_, _>>().map(Disks)
+        if let Some(option) = domain.arguments.iter().find(|argument| names_an_image(argument)) {
+            return Err(format!(
+                "the domain's <qemu:commandline> has {option}: libvirt does not know what the guest writes there, \
+                 and a restore from a save image would not put it back"
+            ));
+        }
+        domain.writable_disks().map(file_of).collect::<Result<_, _>>().map(Disks)
     }
 
     /// Their paths, one on each line, and what they themselves say of the snapshot of that name: a disk that
@@ -68,39 +83,21 @@ impl Disks {
     }
 }
 
-/// The disks of a description that a guest can write to, each with its file if it has one.
-pub fn writable_disks(xml: &str) -> Vec<Option<PathBuf>> {
-    let disks = xml.split("<disk ").skip(1).filter_map(|rest| rest.split_once("</disk>"));
-    let writable = disks.map(|(disk, _)| disk).filter(|disk| !is_read_only(disk));
-    let file = |disk: &str| {
-        let (_, source) = disk.split_once("<source ")?;
-        let path = ["file='", "dev='"].iter().find_map(|name| source.strip_prefix(name))?;
-        Some(PathBuf::from(plain(path.split('\'').next()?)))
-    };
-    writable.map(file).collect()
-}
-
-fn is_read_only(disk: &str) -> bool {
-    disk.contains("<readonly/>") || disk.contains("device='cdrom'")
+/// QEMU takes its options with one leading dash or two.
+fn names_an_image(argument: &str) -> bool {
+    let option = argument.strip_prefix("--").or(argument.strip_prefix('-'));
+    option.is_some_and(|option| IMAGE_OPTIONS.contains(&option))
 }
 
 /// The qcow2 file that a disk is.
-fn file_of(disk: &str) -> Result<PathBuf, String> {
-    let (_, source) = disk.split_once("<source file='").ok_or("one of the domain's disks is no file")?;
-    let path = source.split('\'').next().unwrap_or_default();
-    let is_qcow2 = disk.split_once("<driver ").is_some_and(|(_, rest)| {
-        rest.split('>').next().is_some_and(|driver| driver.contains("type='qcow2'"))
-    });
-    if !is_qcow2 || disk.contains("<shareable/>") || disk.contains("<encryption") {
-        return Err(format!("the disk {path} is no qcow2 file of this domain alone"));
+fn file_of(disk: &Disk) -> Result<PathBuf, String> {
+    let Some(path) = &disk.path else {
+        return Err(format!("the domain's disk {} is no file", disk.target));
+    };
+    if disk.format != "qcow2" || !disk.is_plain {
+        return Err(format!("the disk {} is no qcow2 file of this domain alone", path.display()));
     }
-    Ok(PathBuf::from(plain(path)))
-}
-
-/// XML's text as it is meant.
-fn plain(text: &str) -> String {
-    let entities = [("&apos;", "'"), ("&quot;", "\""), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")];
-    entities.iter().fold(text.to_owned(), |text, (entity, character)| text.replace(entity, character))
+    Ok(path.clone())
 }
 
 /// What the disk says of its snapshot of that name: when it was taken, and of how much memory.
@@ -136,6 +133,10 @@ fn put_back(disk: &Path, snapshot: &str) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn disks_of(xml: &str) -> Result<Disks, String> {
+        Disks::of(&Description::read(xml).unwrap())
+    }
+
     fn disk(inside: &str) -> String {
         format!("<domain><devices><disk type='file' device='disk'>{inside}</disk></devices></domain>")
     }
@@ -143,24 +144,38 @@ mod tests {
     #[test]
     fn the_disks_that_a_guest_can_write_to_are_found() {
         let one = disk("<driver name='qemu' type='qcow2' cache='none'/><source file='/a/b&apos;s &amp; c'/>");
-        assert_eq!(Disks::of(&one).unwrap(), Disks(vec!["/a/b's & c".into()]));
+        assert_eq!(disks_of(&one).unwrap(), Disks(vec!["/a/b's & c".into()]));
         let two = one
             .replace("</devices>", "<disk type='file' device='cdrom'><driver type='raw'/></disk></devices>");
-        assert_eq!(Disks::of(&two), Disks::of(&one));
+        assert_eq!(disks_of(&two), disks_of(&one));
     }
 
     #[test]
     fn what_cannot_be_put_back_is_told() {
         let good = "<driver name='qemu' type='qcow2'/><source file='/a'/>";
+        let add = |inside: &str| disk(good).replace("<devices>", &format!("{inside}<devices>"));
+        let argument = |argument: &str| {
+            add(&format!(
+                "<q:commandline xmlns:q='x'><q:arg value='{argument}'/><q:arg value='x'/></q:commandline>"
+            ))
+        };
         for (xml, words) in [
             (disk(&good.replace("qcow2", "raw")), "/a is no qcow2 file"),
-            (disk(&good.replace("file=", "dev=")), "is no file"),
+            (
+                disk("<driver name='qemu' type='qcow2'/><source protocol='nbd'/><target dev='vda'/>"),
+                "vda is no file",
+            ),
             (disk(&format!("{good}<shareable/>")), "of this domain alone"),
-            (disk(good).replace("<devices>", "<os><nvram>/n</nvram></os><devices>"), "firmware"),
+            (add("<os><nvram>/n</nvram></os>"), "firmware"),
+            (add("<memory model='nvdimm'><source><path>/n</path></source></memory>"), "memory device"),
+            (argument("-drive"), "<qemu:commandline> has -drive"),
+            (argument("--blockdev"), "<qemu:commandline> has --blockdev"),
+            (argument("-pflash"), "<qemu:commandline> has -pflash"),
         ] {
-            let why = Disks::of(&xml).unwrap_err();
+            let why = disks_of(&xml).unwrap_err();
             assert!(why.contains(words), "no {words:?} in {why}");
         }
+        assert!(disks_of(&argument("-netdev")).is_ok());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! libvirt has one event loop for a process, which it does not run itself. One thread runs it from
 //! the first connection on, for good: it sleeps until libvirt's socket has something to tell, and
 //! answers keepalive. The `virt` crate has no domain events, so their registration is done here with
-//! `virt-sys`; but for one call in `save`, everything that is `unsafe` in this plugin is in this file.
+//! `virt-sys`; but for a call each in `save` and `errno`, everything that is `unsafe` in this plugin is here.
 //!
 //! A callback runs in the event thread, or, when a connection ends, in the thread that noticed it. What
 //! it calls must be quick and must not call libvirt.

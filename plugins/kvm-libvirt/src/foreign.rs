@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 use machinery_images::{FileId, has_unsaved_changes};
 use virt::domain::Domain;
 
-use crate::disks::writable_disks;
+use crate::dsn::is_local;
 use crate::errors::explain;
+use crate::restore;
 use crate::state_files::write_atomically;
-use crate::views::is_local;
 
 /// The disks of one machine, as the last of our own runs has left them.
 #[derive(Debug, Clone)]
@@ -75,8 +75,8 @@ impl DiskRecord {
 pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
     let failed = |error| explain("describe the domain", &error);
     let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
-    let disks = writable_disks(&domain.xml_desc(0).map_err(failed)?);
-    Ok(disks.into_iter().map(|disk| disk.filter(|_| is_local(&uri))).collect())
+    let described = restore::described(domain)?;
+    Ok(described.writable_disks().map(|disk| disk.path.clone().filter(|_| is_local(&uri))).collect())
 }
 
 /// Why the disk may hold somebody else's work, if it may.

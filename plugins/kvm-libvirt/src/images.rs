@@ -16,7 +16,8 @@
 //! the disk itself.
 //!
 //! An image is as good as the snapshot only as long as both are of the same moment and machine. Beside
-//! each lies a text about what it was made of: snapshot, disks, and the domain's description. If that is
+//! each lies a text about what it was made of: snapshot, disks, every other file that the domain names or its
+//! disks are based on, and the domain's description. If that is
 //! not what there is now to the letter, the image is not used, and made anew.
 
 use std::fs;
@@ -29,8 +30,10 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 use virt_sys as sys;
 
+use crate::description::Description;
 use crate::disks::Disks;
 use crate::errors::explain;
+use crate::files::Identity;
 use crate::restore::Snapshot;
 use crate::{save, standby};
 
@@ -57,6 +60,8 @@ pub enum SaveImages {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     wish: SaveImages,
+    /// The other computer that libvirt is on, if it is on one.
+    host: Option<String>,
     file: PathBuf,
     about: PathBuf,
 }
@@ -82,7 +87,19 @@ impl Image {
     /// The image of that machine, in the folder for them.
     pub fn of(machine: &str, wish: SaveImages, folder: &Path) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
-        Image { wish, file: file("machinery-image"), about: file("machinery-image-of") }
+        Image { wish, host: None, file: file("machinery-image"), about: file("machinery-image-of") }
+    }
+
+    /// The same, where libvirt is on that host: none is made then.
+    #[must_use]
+    pub fn of_host(self, host: Option<&str>) -> Image {
+        Image { host: host.map(str::to_owned), ..self }
+    }
+
+    /// Why none is made although the configuration does not say so, for people.
+    pub fn why_none(&self) -> Option<String> {
+        let host = self.host.as_ref()?;
+        Some(format!("save images are made of a libvirt on this computer only, and this one is on {host}"))
     }
 
     /// Whether the other one is in the same place.
@@ -137,7 +154,7 @@ impl Image {
     /// # Errors
     /// Why none is made, for people.
     pub fn source(&self, domain: &Domain, snapshot: &Snapshot) -> Result<Source, String> {
-        if snapshot.external || !snapshot.has_memory() {
+        if snapshot.description.external || !snapshot.has_memory() {
             return Err("save images are made of internal snapshots with memory only".to_owned());
         }
         if snapshot.identity.name.parse::<u64>().is_ok() {
@@ -147,10 +164,12 @@ impl Image {
         let xml = domain
             .xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)
             .map_err(|error| explain("describe the domain", &error).to_string())?;
-        let disks = Disks::of(&xml)?;
+        let description = Description::read(&xml).map_err(|error| error.to_string())?;
+        let disks = Disks::of(&description)?;
         disks.expect_ours()?;
         let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
-        let about = format!("{name}\n{created}\n{}{xml}", disks.described(name)?);
+        let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
+        let about = format!("{name}\n{created}\n{}{files}{xml}", disks.described(name)?);
         Ok(Source { disks, about })
     }
 

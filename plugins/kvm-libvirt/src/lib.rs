@@ -23,25 +23,32 @@
 //! | `machine/image` | restores from a save image, and how it is made |
 //! | `restore` | from a snapshot to a running domain |
 //! | `standby` | a domain that stands by, and whether it is still the right one |
+//! | `description` | libvirt's XML, as types |
+//! | `files` | the files of a domain: whether they are there, and whether they have changed |
 //! | `images`, `disks` | save images and what they are of, and disks that are put back |
 //! | `views` | memory dump and screenshot |
-//! | `link` | the connection to libvirt, which outlives libvirtd |
+//! | `link`, `dsn` | the connection to libvirt, which outlives libvirtd, and where it leads |
 //! | `call` | calls that come back in time |
-//! | `events`, `save` | libvirt's event loop, and saving to a file: all the `unsafe` there is |
+//! | `events`, `save`, `errno` | libvirt's event loop, saving to a file, the system's errors: all the `unsafe` there is |
 //! | `states`, `errors` | what libvirt's states, events and errors mean |
 //! | `runs` | which domains are on because of us, for the next host to know |
 //! | `foreign` | what somebody else has written, which automatic work leaves alone |
 //! | `state_files` | small files that are whole at any time |
 //! | `reload` | a new configuration while machines run |
-//! | `check`, `access` | the environment |
+//! | `check`, `compare`, `access` | the environment, and what `check` finds in it |
 
 mod access;
 mod call;
 mod check;
+mod compare;
 mod config;
+mod description;
 mod disks;
+mod dsn;
+mod errno;
 mod errors;
 mod events;
+mod files;
 mod foreign;
 mod images;
 mod link;
@@ -60,10 +67,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use machinery::config::ConfigFile;
 use machinery::{
-    Budget, Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Member,
-    Reloaded, Report, Result, Roster, Setup, State,
+    Budget, Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery,
+    Member, Reloaded, Report, Result, Roster, Setup, State,
 };
 use virt::connect::Connect;
 
@@ -157,7 +163,7 @@ impl Machinery for Kvm {
         };
         let machines = Arc::new(Machines(Roster::new(config.machines.into_iter().map(machine).collect())));
         let kvm = Kvm { machines, link, budget, host };
-        match kvm.take_over(&setup.config, deadline) {
+        match kvm.take_over(deadline) {
             Ok(()) => Ok(kvm),
             Err(error) => {
                 kvm.link.close(Deadline::after(LETTING_GO));
@@ -228,6 +234,15 @@ impl Machinery for Kvm {
         self.apply(setup, in_use, deadline)
     }
 
+    fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
+        let infos = machines.iter().map(|name| Ok(self.machines.0.find(name)?.info().clone()));
+        let infos: Vec<MachineInfo> = infos.collect::<Result<_>>()?;
+        self.link.ask(deadline, "libvirt to tell about the domains", move |connect| {
+            let found = infos.iter().map(|info| check::diagnose(connect, info));
+            Ok(found.filter(Diagnosis::says_anything).collect())
+        })
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         let mut machines = self.machines.0.all();
         machines.retain(|machine| machine.holds_anything());
@@ -239,8 +254,8 @@ impl Machinery for Kvm {
 
 impl Kvm {
     /// Finds every domain, clears away the runs of a host that died, and listens from now on.
-    fn take_over(&self, file: &ConfigFile, deadline: Deadline) -> Result<()> {
-        self.with_libvirt(self.machines.0.all(), file, deadline, Machine::take_over)?;
+    fn take_over(&self, deadline: Deadline) -> Result<()> {
+        self.with_libvirt(self.machines.0.all(), deadline, Machine::take_over)?;
         self.link.listen(Arc::clone(&self.machines) as Arc<dyn Listener>)
     }
 
@@ -248,16 +263,14 @@ impl Kvm {
     fn with_libvirt<T: 'static>(
         &self,
         machines: Vec<Arc<Machine>>,
-        file: &ConfigFile,
         deadline: Deadline,
-        act: fn(&Machine, &Connect, &ConfigFile) -> Result<T>,
+        act: fn(&Machine, &Connect) -> Result<T>,
     ) -> Result<()> {
         if machines.is_empty() {
             return Ok(());
         }
-        let file = file.clone();
         let problems = self.link.ask(deadline, "libvirt to find the domains", move |connect| {
-            let done = machines.iter().map(|machine| act(machine, connect, &file));
+            let done = machines.iter().map(|machine| act(machine, connect));
             Ok(Error::all(done.filter_map(Result::err).collect()))
         })?;
         problems.map_or(Ok(()), Err)

@@ -8,32 +8,44 @@
 //!       └──────── opened anew, the listener looks how things stand
 //! ```
 //!
-//! One connection serves all machines with its events and with what is soon answered. What takes long, a
-//! start or a dump, has a connection of its own for as long as it takes: libvirtd stops to listen to one
-//! that has five requests under way (`max_client_requests` in its libvirtd.conf), to keepalive too.
+//! One connection brings the events of all machines. Calls have others, from a [`Pool`], each for one
+//! call at a time. There are two reasons. libvirtd stops to listen to a connection that has five requests
+//! under way (`max_client_requests` in its libvirtd.conf), to keepalive too. And where two calls wait on one
+//! connection when keepalive finds it dead, libvirt's client lets the second wait for ever, does not report
+//! the end of the connection, and crashes when libvirtd goes on; seen with libvirt 9.0.
 //!
 //! The keeper, a thread, sleeps until the connection is lost; then it tries to open it anew, in growing
 //! steps, for nothing tells when libvirtd is back. Who wants something of libvirt meanwhile waits for the
 //! keeper, so that a restart of libvirtd, which takes a second, costs no analysis.
+//!
+//! Each try has a thread of its own, and a libvirtd or an ssh that hangs never ends it. So the next try
+//! waits for the end of the one before. A local try ends with its libvirtd. One over a network may wait
+//! for a computer that has been switched off meanwhile, so there a few further ones are made, later.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Result};
 use virt::connect::Connect;
 
 use crate::call::{self, Call};
-use crate::errors::{is_lost_link, not_connected};
+use crate::dsn::is_local;
+use crate::errors::{is_gone, is_lost_link, not_connected};
 use crate::events::{self, Ears, Event, Watched};
 
 /// Seconds between two questions whether libvirtd is alive, and how many may go unanswered.
-const KEEPALIVE: (i32, u32) = (5, 4);
+const KEEPALIVE: (i32, u32) = if cfg!(test) { (1, 1) } else { (5, 4) };
 /// How long an action waits for a libvirtd that is gone.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How long the keeper waits for a libvirtd that takes its connection and says nothing.
-const OPENING: Duration = Duration::from_secs(5);
+/// How long libvirtd may take to tell that it is there.
+const ANSWERING: Duration = Duration::from_secs(5);
+/// How long a try to connect over a network is waited for before another one is made beside it.
+const RETRY_BESIDE: Duration = Duration::from_secs(300);
+/// How many idle connections are kept for the next calls.
+const MAX_IDLE: usize = 8;
+/// How many tries to connect over a network may be under way.
+const MAX_REMOTE_ATTEMPTS: usize = 3;
 /// A libvirtd that has just started takes over the domains that run, after its sockets are there, and
 /// nothing tells when it is done. A domain that is stopped in the middle of that can stay locked, as
 /// was seen with libvirt 11.3. So a new libvirtd is given this time first.
@@ -56,6 +68,7 @@ pub trait Listener: Send + Sync + 'static {
 /// The connection of one dsn.
 pub struct Link {
     dsn: String,
+    pool: Arc<Pool>,
     now: Mutex<Now>,
     changed: Condvar,
     /// Ends when the keeper does.
@@ -69,6 +82,10 @@ struct Now {
     listener: Option<Arc<dyn Listener>>,
     /// Let go by the keeper: not in the event thread, where libvirt is about to use it.
     dead: Option<Watched>,
+    /// How many tries to connect are under way.
+    attempts: usize,
+    /// How many have ended.
+    ended_attempts: u64,
 }
 
 enum Connection {
@@ -88,9 +105,12 @@ impl Link {
             number: 0,
             listener: None,
             dead: None,
+            attempts: 0,
+            ended_attempts: 0,
         };
         let link = Arc::new(Link {
             dsn: dsn.to_owned(),
+            pool: Arc::new(Pool::new(dsn)),
             now: Mutex::new(now),
             changed: Condvar::new(),
             keeper: Mutex::new(None),
@@ -112,8 +132,7 @@ impl Link {
             link.keep();
             drop(ends);
         };
-        let keeper = thread::Builder::new().name("libvirt-keeper".to_owned()).spawn(keep);
-        keeper.map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))?;
+        call::spawn("libvirt-keeper", keep)?;
         *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper_ends);
         Ok(())
     }
@@ -134,43 +153,53 @@ impl Link {
         W: FnOnce(&Connect) -> Result<T> + Send + 'static,
     {
         loop {
-            let (connect, number) = self.numbered_connection(deadline)?;
+            let number = self.expect_open(deadline)?;
+            let pool = Arc::clone(&self.pool);
             let asked = call::within(deadline, waiting_for, move || {
-                if is_there(&connect) { work(&connect).map(Ok) } else { Ok(Err(work)) }
+                let connect = match pool.connection(number) {
+                    Ok(connect) => connect,
+                    Err(error) if error.is_gone => return Ok(Err((work, true))),
+                    Err(error) => return Err(error.error),
+                };
+                if !is_there(&connect) {
+                    return Ok(Err((work, false)));
+                }
+                let told = work(&connect)?;
+                pool.give_back(number, connect);
+                Ok(Ok(told))
             })?;
             match asked {
                 Ok(told) => return Ok(told),
-                Err(unasked) => work = unasked,
+                Err((unasked, is_gone)) => {
+                    work = unasked;
+                    if is_gone {
+                        self.lost(number, "libvirtd has ended");
+                    }
+                }
             }
-            self.lost(number, "libvirtd has ended");
         }
     }
 
-    /// The connection, waited for if it is lost just now.
+    /// The number of the connection, waited for if it is lost just now.
     ///
     /// # Errors
     /// It does not come back in time.
-    pub fn connection(&self, deadline: Deadline) -> Result<Connect> {
-        self.numbered_connection(deadline).map(|(connect, _)| connect)
-    }
-
-    fn numbered_connection(&self, deadline: Deadline) -> Result<(Connect, u64)> {
+    fn expect_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
         let patience = deadline.within(PATIENCE).remaining();
         let lost = |now: &mut Now| matches!(now.connection, Connection::Lost(_));
         let waited = self.changed.wait_timeout_while(self.lock(), patience, lost);
         let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &now.connection {
-            Connection::Open(watched) => Ok((watched.connect().clone(), now.number)),
+            Connection::Open(_) => Ok(now.number),
             Connection::Closed => Err(shut_down()),
             Connection::Lost(_) if deadline.passed() => Err(deadline.timeout("the connection to libvirt")),
             Connection::Lost(why) => {
-                let reason = format!(
-                    "the connection to libvirt at {} is lost and does not come back: {why}",
-                    self.dsn
-                );
-                Err(Error::environment(reason)
-                    .advice("Start libvirtd (systemctl start libvirtd), then start the machine anew"))
+                let now = if now.attempts > 0 { "does not answer" } else { "does not come back" };
+                let reason = format!("the connection to libvirt at {} is lost and {now}: {why}", self.dsn);
+                Err(Error::environment(reason).advice(
+                    "Start libvirtd (systemctl start libvirtd), or restart it if it hangs. Then start the machine anew",
+                ))
             }
         }
     }
@@ -188,8 +217,10 @@ impl Link {
             let mut now = self.lock();
             (now.dead.take(), now.listener.take())
         };
+        let pool = Arc::clone(&self.pool);
         let letting_go = Call::start(move || {
             drop((closed, dead, listener));
+            pool.clear();
             Ok(())
         });
         let gone = letting_go.is_ok_and(|call| call.wait(deadline.remaining()).is_some());
@@ -198,44 +229,65 @@ impl Link {
         }
     }
 
-    /// Starts something that takes long, on a connection of its own.
+    /// Starts something that takes long; `opened` gets the time that its connection took to open. What
+    /// becomes of it matters also when it comes late, so it is the caller's.
     ///
     /// # Errors
     /// There is no connection to libvirt. That there is none for this call is the call's own error.
     pub fn long_call<T: Send + 'static>(
         &self,
         deadline: Deadline,
+        opened: impl FnOnce(Duration) + Send + 'static,
         work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        self.connection(deadline)?;
-        let dsn = self.dsn.clone();
-        Call::start(move || work(&open(&dsn)?))
+        let number = self.expect_open(deadline)?;
+        self.start_call(number, opened, work)
     }
 
-    /// Starts something that is soon answered, on the connection of all, which is given with its
-    /// [`number`](Link::number). What becomes of it matters also when it comes late, so it is the caller's.
+    /// Starts something that is soon answered; it is given the [`number`](Link::number) of the connection
+    /// that brings the events.
     ///
     /// # Errors
-    /// There is no connection to libvirt.
+    /// As [`long_call`](Link::long_call).
     pub fn short_call<T: Send + 'static>(
         &self,
         deadline: Deadline,
         work: impl FnOnce(&Connect, u64) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        let (connect, number) = self.numbered_connection(deadline)?;
-        Call::start(move || work(&connect, number))
+        let number = self.expect_open(deadline)?;
+        self.start_call(number, drop, move |connect| work(connect, number))
+    }
+
+    fn start_call<T: Send + 'static>(
+        &self,
+        number: u64,
+        opened: impl FnOnce(Duration) + Send + 'static,
+        work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
+    ) -> Result<Call<T>> {
+        let pool = Arc::clone(&self.pool);
+        Call::start(move || {
+            let begun = Instant::now();
+            let connect = pool.connection(number).map_err(|failed| failed.error)?;
+            opened(begun.elapsed());
+            let done = work(&connect)?;
+            pool.give_back(number, connect);
+            Ok(done)
+        })
     }
 
     /// Whether libvirtd is away just now, be that noticed yet or not; who wants something has to wait then.
     pub fn is_away(&self) -> bool {
-        let connect = match &self.lock().connection {
-            Connection::Open(watched) => watched.connect().clone(),
-            Connection::Lost(_) => return true,
-            Connection::Closed => return false,
+        let number = {
+            let now = self.lock();
+            match now.connection {
+                Connection::Open(_) => now.number,
+                Connection::Lost(_) => return true,
+                Connection::Closed => return false,
+            }
         };
-        let there =
-            call::within(Deadline::after(OPENING), "libvirt to answer", move || Ok(is_there(&connect)));
-        !there.unwrap_or(false)
+        let answers = self.start_call(number, drop, |connect| Ok(is_there(connect)));
+        let answer = answers.map(|call| call.wait(ANSWERING));
+        !matches!(answer, Ok(Some(Ok(true))))
     }
 
     /// The number of the connection that tells what happens. While it stays the same, everything was heard.
@@ -267,7 +319,8 @@ impl Link {
 
     fn open_watched(self: &Arc<Self>, number: u64) -> Result<Watched> {
         events::start_loop()?;
-        Watched::new(open(&self.dsn)?, Arc::new(Ear { link: Arc::downgrade(self), number }))
+        let connect = open(&self.dsn).map_err(|failed| failed.error)?;
+        Watched::new(connect, Arc::new(Ear { link: Arc::downgrade(self), number }))
     }
 
     /// The keeper's work.
@@ -289,8 +342,11 @@ impl Link {
                 return;
             }
             tracing::info!(dsn = self.dsn, "libvirt is back");
-            let back = self.connection(Deadline::after(FIRST_PAUSE));
-            if let (Ok(connect), Some(listener)) = (back, &listener) {
+            let connect = match &self.lock().connection {
+                Connection::Open(watched) => watched.connect().clone(),
+                _ => continue,
+            };
+            if let Some(listener) = &listener {
                 listener.back(&connect);
             }
         }
@@ -300,15 +356,9 @@ impl Link {
     fn reopen(self: &Arc<Self>) -> bool {
         let mut pause = FIRST_PAUSE;
         loop {
-            if self.answers() {
-                if self.closed_within(SETTLING) {
-                    return false;
-                }
-                let link = Arc::clone(self);
-                match call::within(Deadline::after(OPENING), "a connection", move || link.connect()) {
-                    Ok(()) => return true,
-                    Err(error) => tracing::debug!(%error, "libvirt is gone again"),
-                }
+            self.attempt(RETRY_BESIDE);
+            if matches!(self.lock().connection, Connection::Open(_)) {
+                return true;
             }
             if self.closed_within(pause) {
                 return false;
@@ -317,13 +367,46 @@ impl Link {
         }
     }
 
-    fn answers(&self) -> bool {
-        let dsn = self.dsn.clone();
-        let tried = call::within(Deadline::after(OPENING), "a connection", move || open(&dsn).map(drop));
-        if let Err(error) = &tried {
-            tracing::debug!(%error, "libvirt is still away");
+    /// Starts a try to connect, unless enough are under way, and waits until one has ended, for that long
+    /// at most.
+    fn attempt(self: &Arc<Self>, limit: Duration) {
+        let ended = {
+            let mut now = self.lock();
+            let enough = if is_local(&self.dsn) { 1 } else { MAX_REMOTE_ATTEMPTS };
+            let ended = now.ended_attempts;
+            if now.attempts < enough {
+                now.attempts += 1;
+                drop(now);
+                self.start_attempt();
+            }
+            ended
+        };
+        let pending =
+            |now: &mut Now| now.ended_attempts == ended && matches!(now.connection, Connection::Lost(_));
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, pending);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn start_attempt(self: &Arc<Self>) {
+        let attempt = Attempt(Arc::clone(self));
+        let connect = move || {
+            if let Err(error) = attempt.0.connect_anew() {
+                tracing::debug!(%error, "libvirt is still away");
+            }
+        };
+        if let Err(error) = call::spawn("libvirt-connect", connect) {
+            tracing::debug!(%error, "no try to connect to libvirt");
         }
-        tried.is_ok()
+    }
+
+    /// Connects to a libvirtd that answers, after it has had its time.
+    fn connect_anew(self: &Arc<Self>) -> Result<()> {
+        self.pool.clear();
+        drop(open(&self.dsn).map_err(|failed| failed.error)?);
+        if self.closed_within(SETTLING) || matches!(self.lock().connection, Connection::Open(_)) {
+            return Ok(());
+        }
+        self.connect()
     }
 
     /// Waits, unless it is closed for good before that.
@@ -353,13 +436,94 @@ impl Link {
     }
 }
 
+/// A try to connect, until it is dropped.
+struct Attempt(Arc<Link>);
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        let mut now = self.0.lock();
+        now.attempts -= 1;
+        now.ended_attempts += 1;
+        drop(now);
+        self.0.changed.notify_all();
+    }
+}
+
 /// Whether somebody is at the other end; a hung libvirtd lets this hang.
 fn is_there(connect: &Connect) -> bool {
     connect.lib_version().map_or_else(|error| !is_lost_link(&error), |_| true)
 }
 
-fn open(dsn: &str) -> Result<Connect> {
-    let connect = Connect::open(Some(dsn)).map_err(|error| not_connected(dsn, &error))?;
+/// Connections for calls, each of which has one call at a time.
+struct Pool {
+    dsn: String,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    /// The connection for events that was open when these were.
+    number: u64,
+    connections: Vec<Connect>,
+}
+
+/// Why there is no connection.
+struct NotOpened {
+    error: Error,
+    /// Whether libvirtd has ended.
+    is_gone: bool,
+}
+
+impl Pool {
+    fn new(dsn: &str) -> Self {
+        Pool { dsn: dsn.to_owned(), idle: Mutex::default() }
+    }
+
+    /// One that is idle, else a new one. A hung libvirtd lets this hang.
+    fn connection(&self, number: u64) -> Result<Connect, NotOpened> {
+        while let Some(connect) = self.take(number) {
+            if connect.is_alive().unwrap_or(true) {
+                return Ok(connect);
+            }
+        }
+        open(&self.dsn)
+    }
+
+    fn take(&self, number: u64) -> Option<Connect> {
+        let mut idle = self.lock();
+        if idle.number == number { idle.connections.pop() } else { None }
+    }
+
+    /// Keeps it for the next call. To be called where the call has ended well: after an error nobody knows
+    /// what is still under way on it.
+    fn give_back(&self, number: u64, connect: Connect) {
+        let mut idle = self.lock();
+        let outdated = if idle.number < number {
+            std::mem::replace(&mut *idle, Idle { number, connections: Vec::new() }).connections
+        } else {
+            Vec::new()
+        };
+        if idle.number == number && idle.connections.len() < MAX_IDLE {
+            idle.connections.push(connect);
+        }
+        drop(idle);
+        drop(outdated);
+    }
+
+    fn clear(&self) {
+        let idle = std::mem::take(&mut self.lock().connections);
+        drop(idle);
+    }
+
+    /// Each statement that holds the lock leaves it whole, so poison means nothing.
+    fn lock(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn open(dsn: &str) -> Result<Connect, NotOpened> {
+    let connect = Connect::open(Some(dsn))
+        .map_err(|error| NotOpened { is_gone: is_gone(&error), error: not_connected(dsn, &error) })?;
     if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
         // Drivers inside this process have nobody to ask.
         tracing::debug!(%error, "no keepalive");
@@ -390,5 +554,74 @@ impl Ears for Ear {
         if let Some(link) = self.link.upgrade() {
             link.lost(self.number, why);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::errors::explain;
+    use machinery_testkit::libvirt::Libvirtd;
+    use rustix::process::Signal;
+    use std::fs;
+
+    struct Deaf;
+
+    impl Listener for Deaf {
+        fn happened(&self, _: &str, _: Event) {}
+        fn lost(&self, _: &str) {}
+        fn back(&self, _: &Connect) {}
+    }
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(60))
+    }
+
+    /// How many threads and open files this process has.
+    fn held() -> (usize, usize) {
+        let count = |folder| fs::read_dir(folder).unwrap().count();
+        (count("/proc/self/task"), count("/proc/self/fd"))
+    }
+
+    fn version(link: &Link) -> Result<u32> {
+        link.ask(soon(), "a version", |connect| {
+            connect.lib_version().map_err(|error| explain("answer", &error))
+        })
+    }
+
+    #[test]
+    fn link_holds_no_more_threads_and_files_when_libvirtd_hangs_longer() {
+        let folder = tempfile::tempdir().unwrap();
+        let libvirtd = Libvirtd::start(folder.path()).unwrap();
+        let link = Link::open(&libvirtd.dsn(), soon()).unwrap();
+        link.listen(Arc::new(Deaf)).unwrap();
+        version(&link).unwrap();
+        let (threads, files) = held();
+        libvirtd.signal_daemon(Signal::STOP).unwrap();
+        // Questions that nobody answers and calls that cannot connect, until keepalive finds the link dead.
+        let at_once = || Deadline::after(Duration::from_millis(1));
+        for _ in 0..100 {
+            let asked = link.ask(at_once(), "nothing", |connect| Ok(is_there(connect)));
+            assert!(asked.is_err());
+            // Abandoned at once.
+            let _ = link.long_call(at_once(), |_| (), |_| Ok(()));
+        }
+        let most = usize::try_from(call::MAX_ABANDONED).unwrap() + 2;
+        assert!(held().0 <= threads + most, "{:?} after {threads}", held());
+        // Keepalive finds the link dead, and the calls with it.
+        while link.lock().attempts == 0 {
+            drop(link.changed.wait_timeout(link.lock(), Duration::from_millis(20)).unwrap());
+        }
+        let hanging = held();
+        assert!(hanging.0 <= threads + most && hanging.1 <= files + 4 * most, "{hanging:?}");
+        for _ in 0..100 {
+            link.attempt(Duration::from_millis(1));
+        }
+        assert_eq!(link.lock().attempts, 1);
+        let later = held();
+        assert!(later.0 <= hanging.0 && later.1 <= hanging.1, "{later:?} after {hanging:?}");
+        libvirtd.signal_daemon(Signal::CONT).unwrap();
+        version(&link).unwrap();
+        link.close(soon());
     }
 }

@@ -25,7 +25,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use machinery::config::ConfigFile;
 use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Member, Result, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -176,23 +175,27 @@ impl Machine {
         now.has_run || now.is_hidden()
     }
 
-    /// Finds the domain.
+    /// Finds the domain; `None` if there is no such domain, which a diagnosis reports.
     ///
     /// # Errors
-    /// There is no such domain, said with those that there are.
-    pub fn find(&self, connect: &Connect, file: &ConfigFile) -> Result<Domain> {
-        connect.lookup_domain_by_name(self.label()).map_err(|error| match is_no_domain(&error) {
-            true => self.no_domain(connect, file),
-            false => explain("look up the domain", &error).machine(&self.keys.info.name),
-        })
+    /// libvirt cannot be asked.
+    pub fn find(&self, connect: &Connect) -> Result<Option<Domain>> {
+        match connect.lookup_domain_by_name(self.label()) {
+            Ok(domain) => Ok(Some(domain)),
+            Err(error) if is_no_domain(&error) => Ok(None),
+            Err(error) => Err(explain("look up the domain", &error).machine(&self.keys.info.name)),
+        }
     }
 
     /// Finds the domain of a machine that is new here, and ends a run that a dead host has left.
     ///
     /// # Errors
     /// As [`find`](Machine::find); the run does not end.
-    pub fn take_over(&self, connect: &Connect, file: &ConfigFile) -> Result<()> {
-        let domain = self.find(connect, file)?;
+    pub fn take_over(&self, connect: &Connect) -> Result<()> {
+        let Some(domain) = self.find(connect)? else {
+            self.note.remove();
+            return Ok(());
+        };
         if self.note.is_about(&domain).map_err(|error| error.machine(&self.keys.info.name))? {
             tracing::warn!(machine = self.keys.info.name, "a run that an earlier host has left is stopped");
             let disks = disks_of(&domain).unwrap_or_default();
@@ -209,17 +212,6 @@ impl Machine {
             self.note.remove();
         }
         Ok(())
-    }
-
-    fn no_domain(&self, connect: &Connect, file: &ConfigFile) -> Error {
-        let domains = connect.list_all_domains(0).unwrap_or_default();
-        let mut names: Vec<String> = domains.iter().filter_map(|domain| domain.name().ok()).collect();
-        names.sort();
-        let there = if names.is_empty() { "no domain at all".to_owned() } else { names.join(", ") };
-        let reason =
-            format!("libvirt at {} has no domain '{}'; there is {there}", self.link.dsn(), self.label());
-        file.error(&["machines", &self.keys.info.name, "label"], reason)
-            .advice("Correct the label, or define the domain; `virsh list --all` shows what there is")
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
@@ -277,7 +269,9 @@ impl Machine {
         }
         let given_up = Arc::new(AtomicBool::new(false));
         let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
-        let call = self.link.long_call(deadline, move |connect| machine.bring_up(connect, how, &too_late))?;
+        let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
+            machine.bring_up(connect, how, &too_late)
+        })?;
         let Some(started) = call.wait(deadline.remaining()) else {
             given_up.store(true, Ordering::SeqCst);
             return Err(self.abandon(call, true, deadline));
@@ -344,6 +338,12 @@ impl Machine {
         let done = work();
         self.host.step(&self.keys.info.name, step, begun.elapsed());
         done
+    }
+
+    /// Tells how long the connection of a start takes to open: over ssh that is a session.
+    fn connect_step(&self) -> impl FnOnce(Duration) + Send + 'static {
+        let (host, name) = (self.host.clone(), self.keys.info.name.clone());
+        move |time| host.step(&name, "connect", time)
     }
 
     /// The error of the start is the one to tell.

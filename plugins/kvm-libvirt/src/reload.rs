@@ -16,7 +16,7 @@ impl Kvm {
     /// Takes over a new configuration.
     ///
     /// # Errors
-    /// It is wrong, or asks for another libvirt; a domain is not there; a machine that is not in use is on all
+    /// It is wrong, or asks for another libvirt; libvirt cannot be asked; a machine that is not in use is on all
     /// the same; what stands by cannot be ended. The machines are as they were then, but may have to be
     /// prepared again.
     pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
@@ -28,9 +28,9 @@ impl Kvm {
             Arc::new(Machine::new(keys, budget, link, &setup.state_dir, self.host.clone()))
         };
         let plan = self.machines.0.plan(&setup.config, config.machines, in_use, make)?;
-        self.with_libvirt(plan.fresh.clone(), &setup.config, deadline, Machine::find)?;
+        self.with_libvirt(plan.fresh.clone(), deadline, Machine::find)?;
         plan.gone.iter().try_for_each(|machine| machine.expect_off(deadline))?;
-        if let Err(error) = self.make_room(&plan, setup, deadline) {
+        if let Err(error) = self.make_room(&plan, deadline) {
             for machine in &plan.gone {
                 self.host.wants_prepare(machine.name(), "a new configuration could not be taken over");
             }
@@ -45,9 +45,9 @@ impl Kvm {
     }
 
     /// Ends what stands by for machines that go, and what is left where new ones come.
-    fn make_room(&self, plan: &Plan<Machine>, setup: &Setup, deadline: Deadline) -> Result<()> {
+    fn make_room(&self, plan: &Plan<Machine>, deadline: Deadline) -> Result<()> {
         match Error::all(at_a_time(&plan.gone, |machine| machine.retire(deadline))) {
-            None => self.with_libvirt(plan.fresh.clone(), &setup.config, deadline, Machine::take_over),
+            None => self.with_libvirt(plan.fresh.clone(), deadline, Machine::take_over),
             Some(problems) => Err(problems),
         }
     }

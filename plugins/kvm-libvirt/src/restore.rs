@@ -14,11 +14,20 @@ use virt::domain_snapshot::DomainSnapshot;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
-use crate::errors::{explain, is_no_domain, is_off};
+use crate::description::{Description, Firmware, SnapshotDescription};
+use crate::errors::{explain, is_no_domain, is_off, is_refused};
 use crate::states::state_of_domain;
 
 /// From here on libvirt reverts to external snapshots of QEMU's domains. Source: libvirt's NEWS.rst, v9.9.0.
 pub const EXTERNAL: u32 = 9_009_000;
+
+/// From here on libvirt takes internal snapshots of a domain with UEFI, whose variables are in a qcow2 file.
+/// Source: libvirt's NEWS.rst, v10.10.0.
+pub const INTERNAL_WITH_FLASH: u32 = 10_010_000;
+
+/// These cannot revert to internal snapshots of every domain, where the distribution has not mended it.
+/// Source: libvirt's NEWS.rst, v11.4.0.
+pub const BROKEN_REVERTS: std::ops::Range<u32> = 11_002_000..11_004_000;
 
 /// Long enough for the clock to show another second.
 const ANOTHER_SECOND: Duration = Duration::from_millis(1010);
@@ -48,9 +57,7 @@ pub struct Identity {
 pub struct Snapshot {
     snapshot: DomainSnapshot,
     pub identity: Identity,
-    /// As it is in the description, such as `running`.
-    pub state: String,
-    pub external: bool,
+    pub description: SnapshotDescription,
 }
 
 /// The domain of that name.
@@ -58,9 +65,62 @@ pub struct Snapshot {
 /// # Errors
 /// There is none; libvirt cannot be asked.
 pub fn domain(connect: &Connect, label: &str) -> Result<Domain> {
-    connect
-        .lookup_domain_by_name(label)
-        .map_err(|error| explain(&format!("look up the domain '{label}'"), &error))
+    connect.lookup_domain_by_name(label).map_err(|error| match is_no_domain(&error) {
+        true => no_domain(connect, label),
+        false => explain(&format!("look up the domain '{label}'"), &error),
+    })
+}
+
+fn no_domain(connect: &Connect, label: &str) -> Error {
+    let domains = connect.list_all_domains(0).unwrap_or_default();
+    let mut names: Vec<String> = domains.iter().filter_map(|domain| domain.name().ok()).collect();
+    names.sort();
+    let there = if names.is_empty() { "no domain at all".to_owned() } else { names.join(", ") };
+    Error::environment(format!("libvirt has no domain '{label}'; there is {there}"))
+        .advice("Correct the label, or define the domain; `virsh list --all` shows what there is")
+}
+
+/// The domain's description, as it is now.
+///
+/// # Errors
+/// libvirt cannot be asked.
+pub fn described(domain: &Domain) -> Result<Description> {
+    Description::read(&domain.xml_desc(0).map_err(|error| explain("describe the domain", &error))?)
+}
+
+/// Why this libvirt cannot revert to the snapshot, if it cannot.
+pub fn not_revertible(snapshot: &Snapshot, version: u32) -> Option<String> {
+    (snapshot.description.external && version < EXTERNAL).then(|| {
+        format!(
+            "the snapshot '{}' is external, and libvirt {} cannot revert to those",
+            snapshot.identity.name,
+            version_text(version)
+        )
+    })
+}
+
+/// What snapshot to take of a domain with that firmware, with that libvirt.
+pub fn advice(version: u32, firmware: &Firmware) -> String {
+    let internal = "take an internal snapshot (virsh snapshot-create-as without --diskspec and --memspec)";
+    let external = "take an external snapshot (virsh snapshot-create-as with --memspec and --diskspec)";
+    let convert = "keep the firmware's variables in a qcow2 file (<nvram format='qcow2'>) and take an internal snapshot";
+    match firmware {
+        Firmware { is_flash: false, .. } if version < EXTERNAL => {
+            format!("Upgrade libvirt to 9.9 or newer, or {internal}")
+        }
+        Firmware { is_flash: false, .. } => format!("Or {internal}"),
+        _ if version < EXTERNAL => format!(
+            "The domain boots by UEFI, of which libvirt {} takes no internal snapshot either. Upgrade libvirt to 9.9 or \
+             newer for external snapshots, or to 10.10 for internal ones; or install the guest with BIOS",
+            version_text(version)
+        ),
+        Firmware { nvram_is_qcow2: true, .. } if version >= INTERNAL_WITH_FLASH => format!("Or {internal}"),
+        _ if version >= INTERNAL_WITH_FLASH => format!("The domain boots by UEFI: {external}, or {convert}"),
+        _ => format!(
+            "The domain boots by UEFI, of which libvirt {} takes no internal snapshot: {external}",
+            version_text(version)
+        ),
+    }
 }
 
 /// What the domain does, and why where that needs telling.
@@ -107,34 +167,28 @@ fn no_snapshot(domain: &Domain, wanted: Option<&str>, error: &virt::error::Error
             .advice("Correct the machine's snapshot, or leave it out to use the domain's current one"),
         None => Error::environment(format!("the domain '{label}' has no current snapshot: {there}")).advice(
             "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as`; \
-             or name one of those it has",
+             or name one of those it has".to_owned() + &flash_advice(domain),
         ),
+    }
+}
+
+/// With UEFI not every kind of snapshot can be taken.
+fn flash_advice(domain: &Domain) -> String {
+    let version = domain.connect().and_then(|connect| connect.lib_version());
+    match (described(domain), version) {
+        (Ok(described), Ok(version)) if described.firmware.is_flash => {
+            format!(". {}", advice(version, &described.firmware))
+        }
+        _ => String::new(),
     }
 }
 
 fn describe(snapshot: DomainSnapshot) -> Result<Snapshot> {
     let failed = |error| explain("describe the snapshot", &error);
     let name = snapshot.name().map_err(failed)?;
-    let xml = snapshot.xml_desc(0).map_err(failed)?;
-    let own = own_part(&xml);
-    let text = |before, after| between(own, before, after).unwrap_or("unknown").to_owned();
-    let state = text("<state>", "</state>");
-    let identity = Identity { name, created: text("<creationTime>", "</creationTime>") };
-    Ok(Snapshot { snapshot, identity, state, external: is_external(own) })
-}
-
-/// The description without the domain's own, which has elements of the same names.
-fn own_part(xml: &str) -> &str {
-    xml.find("<domain ").map_or(xml, |at| &xml[..at])
-}
-
-fn is_external(own: &str) -> bool {
-    own.contains("snapshot='external'") || own.contains("snapshot=\"external\"")
-}
-
-fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
-    let (_, rest) = text.split_once(before)?;
-    rest.split_once(after).map(|(inside, _)| inside)
+    let description = SnapshotDescription::read(&snapshot.xml_desc(0).map_err(failed)?)?;
+    let identity = Identity { name, created: description.created.clone() };
+    Ok(Snapshot { snapshot, identity, description })
 }
 
 /// Brings the domain, which is off, to its snapshot or to a cold start, and leaves it paused.
@@ -184,7 +238,7 @@ fn put_disk_back(domain: &Domain, wanted: Option<&str>) -> Result<()> {
 impl Snapshot {
     /// Whether there is memory in it; without, a restore boots the guest.
     pub fn has_memory(&self) -> bool {
-        self.state != "shutoff"
+        self.description.has_memory
     }
 
     /// Reverts the domain to it, and leaves it paused.
@@ -198,21 +252,27 @@ impl Snapshot {
     fn revert(&self, flags: sys::virDomainSnapshotRevertFlags) -> Result<()> {
         let mut reverted = self.snapshot.revert(flags);
         if let Err(error) = &reverted
-            && self.external
-            && error.message().contains("already exists")
+            && self.description.external
+            && is_refused(error)
+            && self.version().is_some_and(|version| version >= EXTERNAL)
         {
-            // libvirt names the overlay of a restore after the second in which it makes it, so two
-            // cannot be made in one.
+            // libvirt names the overlay of a restore after the second in which it makes it, and refuses one
+            // whose file is there. It has no code for just that.
             std::thread::sleep(ANOTHER_SECOND);
             reverted = self.snapshot.revert(flags);
         }
         reverted.map_err(|error| {
             let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), &error);
+            let firmware = self.description.domain.as_ref().map(|domain| domain.firmware.clone());
             match self.version() {
-                Some(version) if self.external && version < EXTERNAL => failed.advice(format!(
-                    "It is an external snapshot, and libvirt {} cannot revert to those: libvirt 9.9 and newer can. \
-                     Upgrade libvirt, or take an internal snapshot (virsh snapshot-create-as without --diskspec and \
-                     --memspec)",
+                Some(version) if self.description.external && version < EXTERNAL => failed.advice(format!(
+                    "It is an external snapshot, and libvirt {} cannot revert to those. {}",
+                    version_text(version),
+                    advice(version, &firmware.unwrap_or_default())
+                )),
+                Some(version) if BROKEN_REVERTS.contains(&version) => failed.default_advice(format!(
+                    "libvirt {} cannot revert to every internal snapshot, and 11.4 can: upgrade libvirt, or ask your \
+                     distribution",
                     version_text(version)
                 )),
                 _ => failed.default_advice(
@@ -305,15 +365,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_description_tells_what_it_is_about() {
-        let xml = "<domainsnapshot>\n  <name>s</name>\n  <state>running</state>\n  \
-                   <memory snapshot='external' file='/d/m'/>\n  <domain type='qemu'>\n    <devices>\
-                   <state>x</state></devices></domain></domainsnapshot>";
-        assert!(is_external(own_part(xml)));
-        assert_eq!(between(own_part(xml), "<state>", "</state>"), Some("running"));
-        let internal =
-            xml.replace("external", "internal").replace("<devices>", "<devices snapshot='external'>");
-        assert!(!is_external(own_part(&internal)));
+    fn advice_names_a_kind_of_snapshot_that_this_libvirt_can_revert_to() {
+        let flash = |nvram_is_qcow2| Firmware { is_flash: true, nvram: None, nvram_is_qcow2 };
+        for (version, firmware, words) in [
+            (9_000_000, Firmware::default(), "take an internal snapshot"),
+            (
+                9_000_000,
+                flash(false),
+                "to 9.9 or newer for external snapshots, or to 10.10 for internal ones",
+            ),
+            (9_009_000, flash(true), "no internal snapshot: take an external snapshot"),
+            (10_010_000, flash(false), "take an external snapshot (virsh"),
+            (10_010_000, flash(true), "take an internal snapshot"),
+        ] {
+            let said = advice(version, &firmware);
+            assert!(said.contains(words), "no {words:?} in {said}");
+        }
+        let circle = advice(9_000_000, &flash(false));
+        assert!(!circle.contains("snapshot-create-as"), "{circle}");
     }
 
     #[test]

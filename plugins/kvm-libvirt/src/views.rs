@@ -14,7 +14,7 @@ use virt::domain::Domain;
 use virt::stream::Stream;
 use virt_sys as sys;
 
-use crate::call::within;
+use crate::dsn::is_local;
 use crate::errors::{explain, is_unsupported};
 use crate::link::Link;
 use crate::restore;
@@ -24,6 +24,8 @@ const PROGRESS: Duration = Duration::from_millis(250);
 /// A dump that did not make it in time may end within this, so that the machine is free again. It
 /// cannot be ended: libvirt aborts no memory-only dump. Source: its src/qemu/qemu_driver.c.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
+/// A dump that has failed and left less free space than this, in bytes, has failed for that.
+const NO_SPACE: u64 = 1 << 20;
 /// No screen is larger; what is, is no screen.
 const LARGEST_PICTURE: usize = 256 << 20;
 
@@ -47,10 +49,9 @@ pub fn dump_memory(
     }
     let output = Output::at(path)?;
     let (label, to) = (label.to_owned(), output.path());
-    let looked_at = label.clone();
-    let domain =
-        link.ask(deadline, "libvirt to find the domain", move |connect| running(connect, &looked_at))?;
-    let call = link.long_call(deadline, move |connect| dump(&running(connect, &label)?, &to, format))?;
+    let dumped = label.clone();
+    let call =
+        link.long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
     let outcome = loop {
         if let Some(outcome) = call.wait(PROGRESS.min(deadline.remaining())) {
             break outcome;
@@ -59,11 +60,16 @@ pub fn dump_memory(
             let _ = call.wait(LAST_CHANCE);
             break Err(deadline.timeout("libvirt to dump the memory"));
         }
-        progress(fraction(&domain, deadline));
+        progress(fraction(link, &label, deadline));
     };
     outcome.map_err(|error| error.detail(&format!("the dump was to go to {}", path.display())))?;
     progress(1.0);
     output.finish()
+}
+
+/// Whether the file system of that file has no space left.
+fn is_full(file: &Path) -> bool {
+    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < NO_SPACE)
 }
 
 fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
@@ -72,28 +78,25 @@ fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
         DumpFormat::KdumpZlib => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_KDUMP_ZLIB,
         DumpFormat::WinDmp => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_WIN_DMP,
     };
-    let to = to.to_str().ok_or_else(|| {
+    let path = to.to_str().ok_or_else(|| {
         Error::environment(format!("libvirt takes no path that is not UTF-8: {}", to.display()))
     })?;
-    domain.core_dump_with_format(to, libvirts, sys::VIR_DUMP_MEMORY_ONLY).map_err(|error| {
+    domain.core_dump_with_format(path, libvirts, sys::VIR_DUMP_MEMORY_ONLY).map_err(|error| {
         if is_unsupported(&error) {
             let what = format!("the memory dump format '{}' with this libvirt and QEMU", format.as_str());
             return Error::unsupported(&what).detail(error.message());
         }
         let failed = explain("dump the memory", &error);
-        if error.message().contains("No space left") {
-            failed.advice("Free some space on that file system")
-        } else {
-            failed
-        }
+        if is_full(to) { failed.advice("Free some space on that file system") } else { failed }
     })
 }
 
 /// How far it is, as libvirt's job statistics have it.
-fn fraction(domain: &Domain, deadline: Deadline) -> f64 {
-    let domain = domain.clone();
-    let asked = within(deadline, "libvirt to tell how far the dump is", move || {
-        domain.job_info().map_err(|error| explain("tell how far the dump is", &error))
+fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
+    let label = label.to_owned();
+    let asked = link.ask(deadline, "libvirt to tell how far the dump is", move |connect| {
+        let job = running(connect, &label)?.job_info();
+        job.map_err(|error| explain("tell how far the dump is", &error))
     });
     let Ok(job) = asked else { return 0.0 };
     let known = [(job.data_processed, job.data_total), (job.mem_processed, job.mem_total)];
@@ -152,29 +155,5 @@ fn running(connect: &Connect, label: &str) -> Result<Domain> {
     match domain.is_active().map_err(|error| explain("tell whether the domain runs", &error))? {
         true => Ok(domain),
         false => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
-    }
-}
-
-/// Whether libvirt runs on this very host, so that its files are ours. Source: libvirt's docs/uri.rst:
-/// `driver[+transport]://[user@][host][:port]/path`.
-pub fn is_local(dsn: &str) -> bool {
-    let Some((_, rest)) = dsn.split_once("://") else { return true };
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    matches!(authority, "" | "localhost")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_dsn_with_a_host_is_not_local() {
-        for dsn in ["qemu:///system", "qemu+unix:///system?socket=/a/b", "test:///default", "qemu:///session"]
-        {
-            assert!(is_local(dsn), "{dsn}");
-        }
-        for dsn in ["qemu+ssh://root@lab/system", "qemu://10.0.0.1/system", "qemu+tls://lab"] {
-            assert!(!is_local(dsn), "{dsn}");
-        }
     }
 }

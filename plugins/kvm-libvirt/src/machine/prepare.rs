@@ -57,7 +57,8 @@ impl Machine {
         {
             // One of a time when it was on.
             self.keys.image.remove();
-            self.tell_plain(why);
+            let why = [Some(why.to_owned()), self.keys.image.why_none()].into_iter().flatten();
+            self.tell_plain(&why.collect::<Vec<_>>().join("; "));
             return Ok(());
         }
         // A restore that comes meanwhile would have to wait for libvirt twice.
@@ -92,8 +93,9 @@ impl Machine {
         let _preparing = self.begin(Doing::Preparing, deadline)?;
         let given_up = Arc::clone(&self.lock().give_up);
         let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
-        let call =
-            self.link.long_call(deadline, move |connect| machine.get_ready(connect, occasion, &too_late))?;
+        let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
+            machine.get_ready(connect, occasion, &too_late)
+        })?;
         let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
             given_up.store(true, Ordering::SeqCst);
             Err(self.abandon(call, false, deadline))

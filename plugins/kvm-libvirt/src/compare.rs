@@ -1,0 +1,189 @@
+//! Whether the configuration of a machine says the same as its domain.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use machinery::{Error, MachineInfo, Result};
+use machinery_images::Chain;
+use virt::connect::Connect;
+use virt::domain::Domain;
+
+use crate::description::{Description, Interface, reserved_addresses};
+use crate::dsn::is_local;
+use crate::restore;
+
+/// What is different, for people. Each is a sentence without the machine.
+///
+/// # Errors
+/// libvirt cannot describe the domain.
+pub fn warnings(connect: &Connect, domain: &Domain, info: &MachineInfo) -> Result<Vec<String>> {
+    let described = restore::described(domain)?;
+    let cards: Vec<Card> = described.interfaces.iter().map(|card| Card::of(connect, card)).collect();
+    let mut found = compared(info, &cards);
+    if domain.autostart().unwrap_or(false) {
+        found.push(format!(
+            "libvirt starts its domain by itself when the computer boots, and the host then stops it. Turn that off \
+             with `virsh autostart --disable {}`",
+            info.label
+        ));
+    }
+    Ok(found)
+}
+
+/// A network card of the domain.
+#[derive(Debug, Clone, Default)]
+struct Card {
+    mac: Option<String>,
+    /// The bridge, or the host's card, that its traffic goes over, where libvirt knows one.
+    device: Option<String>,
+    /// The address that libvirt's network gives it.
+    address: Option<String>,
+}
+
+impl Card {
+    fn of(connect: &Connect, card: &Interface) -> Card {
+        let network = card.network.as_ref().and_then(|name| connect.lookup_network_by_name(name).ok());
+        let bridge = network.as_ref().and_then(|network| network.bridge_name().ok());
+        let xml = network.and_then(|network| network.xml_desc(0).ok()).unwrap_or_default();
+        let reserved = reserved_addresses(&xml).unwrap_or_default();
+        let address = reserved.into_iter().find(|(mac, _)| Some(mac) == card.mac.as_ref());
+        Card {
+            mac: card.mac.clone(),
+            device: card.device.clone().or(bridge),
+            address: address.map(|(_, address)| address),
+        }
+    }
+}
+
+fn compared(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
+    let mut found = Vec::new();
+    let devices: Vec<&str> = cards.iter().filter_map(|card| card.device.as_deref()).collect();
+    if let Some(interface) = &info.interface
+        && !devices.is_empty()
+        && devices.len() == cards.len()
+        && !devices.contains(&interface.as_str())
+    {
+        found.push(format!(
+            "its interface is {interface}, and its domain is connected to {}: its traffic is not captured. Correct \
+             the interface in kvm.yaml, or the domain",
+            devices.join(", ")
+        ));
+    }
+    let macs: Vec<&str> = cards.iter().filter_map(|card| card.mac.as_deref()).collect();
+    if let Some(mac) = &info.mac_address
+        && !macs.is_empty()
+        && !macs.contains(&mac.as_str())
+    {
+        found.push(format!(
+            "its mac_address is {mac}, and its domain has {}. Correct mac_address in kvm.yaml",
+            macs.join(", ")
+        ));
+    }
+    let addresses: Vec<&str> = cards.iter().filter_map(|card| card.address.as_deref()).collect();
+    if !addresses.is_empty() && !addresses.contains(&info.ip.as_str()) {
+        found.push(format!(
+            "its ip is {}, and libvirt's network gives its domain {}. Correct the ip in kvm.yaml, or the reservation \
+             (`virsh net-edit`)",
+            info.ip,
+            addresses.join(", ")
+        ));
+    }
+    found
+}
+
+/// Disks that two machines write to, or that one writes to and another is based on.
+pub fn shared_disks(connect: &Connect, machines: &[&MachineInfo]) -> Vec<Error> {
+    if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
+        return Vec::new();
+    }
+    let described = |info: &&MachineInfo| {
+        let domain = restore::domain(connect, &info.label).ok()?;
+        Some((info.name.clone(), restore::described(&domain).ok()?))
+    };
+    shared(&machines.iter().filter_map(described).collect::<Vec<_>>())
+}
+
+fn shared(machines: &[(String, Description)]) -> Vec<Error> {
+    let mut writers: BTreeMap<PathBuf, &str> = BTreeMap::new();
+    let mut found = Vec::new();
+    let error = |file: &PathBuf, name: &str, other: &str, how: &str| {
+        let what =
+            format!("its domain {how} {}, which the domain of machine '{other}' writes to", file.display());
+        Error::environment(what).machine(name).advice("Give each domain a disk of its own")
+    };
+    for (name, domain) in machines {
+        for file in domain.writable_disks().filter(|disk| disk.is_plain).filter_map(|disk| disk.path.as_ref())
+        {
+            match writers.get(file) {
+                Some(other) => found.push(error(file, name, other, "writes to the disk")),
+                None => drop(writers.insert(file.clone(), name)),
+            }
+        }
+    }
+    for (name, domain) in machines {
+        let disks = domain.disks.iter().filter_map(|disk| Chain::of(disk.path.as_ref()?, None).ok());
+        for file in disks.flat_map(|chain| chain.files.into_iter().skip(1)) {
+            if let Some(other) = writers.get(&file) {
+                found.push(error(&file, name, other, "has a disk that is based on"));
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinery::config::MachineConfig;
+
+    fn info() -> MachineInfo {
+        let shared = MachineConfig {
+            ip: "10.0.0.5".to_owned(),
+            platform: "windows".to_owned(),
+            os_version: "10".to_owned(),
+            architecture: "amd64".to_owned(),
+            interface: None,
+            agent_port: 8000,
+            mac_address: Some("52:54:00:00:00:01".to_owned()),
+            tags: Vec::new(),
+        };
+        MachineInfo::new("m", &shared, "m".to_owned(), None, "virbr0")
+    }
+
+    fn card(mac: &str, device: &str, address: &str) -> Card {
+        let some = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+        Card { mac: some(mac), device: some(device), address: some(address) }
+    }
+
+    #[test]
+    fn machine_is_warned_of_when_its_domain_says_otherwise() {
+        let right = card("52:54:00:00:00:01", "virbr0", "10.0.0.5");
+        assert_eq!(compared(&info(), std::slice::from_ref(&right)), [""; 0]);
+        assert_eq!(compared(&info(), &[card("52:54:00:00:00:09", "br9", ""), right]), [""; 0]);
+        assert_eq!(compared(&info(), &[]), [""; 0]);
+        let found = compared(&info(), &[card("52:54:00:00:00:02", "virbr1", "10.0.0.6")]);
+        for (text, words) in found.iter().zip(["virbr1", "52:54:00:00:00:02", "10.0.0.6"]) {
+            assert!(text.contains(words), "no {words} in {text}");
+        }
+        assert_eq!(found.len(), 3);
+    }
+
+    #[test]
+    fn disk_is_a_problem_when_two_machines_write_to_it() {
+        let domain = |path: &str, more: &str| {
+            let xml = format!(
+                "<domain><devices><disk type='file' device='disk'><source file='{path}'/>{more}</disk></devices></domain>"
+            );
+            Description::read(&xml).unwrap()
+        };
+        let named = |name: &str, domain| (name.to_owned(), domain);
+        assert_eq!(shared(&[named("a", domain("/d/a", "")), named("b", domain("/d/b", ""))]), []);
+        let found = shared(&[named("a", domain("/d/a", "")), named("b", domain("/d/a", ""))]);
+        assert!(
+            found[0].to_string().starts_with("machine 'b': its domain writes to the disk /d/a"),
+            "{found:?}"
+        );
+        let readonly = domain("/d/a", "<readonly/>");
+        assert_eq!(shared(&[named("a", readonly.clone()), named("b", readonly)]), []);
+    }
+}

@@ -1,0 +1,355 @@
+//! libvirt's descriptions of domains and snapshots, as far as they matter here.
+//!
+//! All XML of this plugin is read here. Source: libvirt's docs/formatdomain.rst, docs/formatsnapshot.rst,
+//! docs/formatnetwork.rst, docs/formatcaps.rst.
+
+use std::path::PathBuf;
+
+use machinery::{Error, Result};
+use roxmltree::{Document, Node};
+
+/// Elements whose text is the path of a file that QEMU reads. Beside them each attribute `file` is one.
+const PATH_ELEMENTS: [&str; 8] = ["loader", "nvram", "kernel", "initrd", "dtb", "shim", "emulator", "table"];
+
+/// A domain.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Description {
+    /// Such as `kvm`.
+    pub kind: String,
+    pub disks: Vec<Disk>,
+    pub interfaces: Vec<Interface>,
+    /// Every file that has to be there for a start, those of the disks included.
+    pub files: Vec<PathBuf>,
+    pub firmware: Firmware,
+    pub has_tpm: bool,
+    pub has_nvdimm: bool,
+    /// What is added to QEMU's command line, argument by argument.
+    pub arguments: Vec<String>,
+}
+
+/// A disk, CD or floppy of a domain.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Disk {
+    /// Its name in the domain, such as `vda`.
+    pub target: String,
+    /// Its file; `None` for one on a network, in a pool, or an empty drive.
+    pub path: Option<PathBuf>,
+    /// Such as `qcow2`.
+    pub format: String,
+    /// Whether the guest cannot write to it.
+    pub read_only: bool,
+    /// Whether it is for this domain alone, and not encrypted.
+    pub is_plain: bool,
+}
+
+/// What boots the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Firmware {
+    /// UEFI and the like, in flash memory. Its variables are the guest's to write.
+    pub is_flash: bool,
+    pub nvram: Option<PathBuf>,
+    pub nvram_is_qcow2: bool,
+}
+
+/// A network card.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Interface {
+    /// In lowercase.
+    pub mac: Option<String>,
+    /// The network of libvirt that it is in.
+    pub network: Option<String>,
+    /// The bridge, or the host's card, that it is connected to.
+    pub device: Option<String>,
+}
+
+/// A snapshot, and the domain as it was then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotDescription {
+    /// When it was taken, in seconds since 1970.
+    pub created: String,
+    /// The domain's state then, such as `running` or `disk-snapshot`.
+    pub state: String,
+    /// Whether memory or a disk is kept outside of the domain's disks.
+    pub external: bool,
+    pub has_memory: bool,
+    /// The file of the memory, if it is kept outside of the disks.
+    pub memory_file: Option<PathBuf>,
+    /// The disks that hold a part of it, by their names in the domain.
+    pub internal_disks: Vec<String>,
+    pub domain: Option<Description>,
+}
+
+impl Description {
+    /// Reads the description of a domain.
+    ///
+    /// # Errors
+    /// It is no XML.
+    pub fn read(xml: &str) -> Result<Description> {
+        let document = parse(xml, "domain")?;
+        Ok(Description::of(document.root_element()))
+    }
+
+    fn of(domain: Node) -> Description {
+        let all = |name| domain.descendants().filter(move |node| node.has_tag_name(name));
+        let arguments = domain.descendants().filter(|node| node.tag_name().name() == "arg");
+        Description {
+            kind: attribute(domain, "type"),
+            disks: all("disk").map(Disk::of).collect(),
+            interfaces: all("interface").filter(|node| is_in(*node, "devices")).map(Interface::of).collect(),
+            files: files(domain),
+            firmware: Firmware::of(domain),
+            has_tpm: all("tpm").next().is_some(),
+            has_nvdimm: all("memory").any(|memory| memory.attribute("model").is_some_and(is_nvdimm)),
+            arguments: arguments.filter_map(|node| node.attribute("value")).map(str::to_owned).collect(),
+        }
+    }
+
+    /// The disks that the guest can write to.
+    pub fn writable_disks(&self) -> impl Iterator<Item = &Disk> {
+        self.disks.iter().filter(|disk| !disk.read_only)
+    }
+}
+
+fn is_nvdimm(model: &str) -> bool {
+    matches!(model, "nvdimm" | "virtio-pmem")
+}
+
+impl Disk {
+    fn of(disk: Node) -> Disk {
+        let source = child(disk, "source");
+        let path = source.and_then(|source| source.attribute("file").or(source.attribute("dev")));
+        let encrypted = disk.descendants().any(|node| node.has_tag_name("encryption"));
+        Disk {
+            target: child(disk, "target").map(|target| attribute(target, "dev")).unwrap_or_default(),
+            path: path.map(PathBuf::from),
+            format: child(disk, "driver").map(|driver| attribute(driver, "type")).unwrap_or_default(),
+            read_only: child(disk, "readonly").is_some() || disk.attribute("device") == Some("cdrom"),
+            is_plain: child(disk, "shareable").is_none() && !encrypted,
+        }
+    }
+}
+
+impl Firmware {
+    fn of(domain: Node) -> Firmware {
+        let Some(os) = child(domain, "os") else { return Firmware::default() };
+        let loader = child(os, "loader");
+        let nvram = child(os, "nvram");
+        let is_flash = os.attribute("firmware") == Some("efi")
+            || loader.is_some_and(|loader| loader.attribute("type") == Some("pflash"))
+            || nvram.is_some();
+        let path = nvram.and_then(|nvram| {
+            let source = child(nvram, "source").and_then(|source| source.attribute("file"));
+            source.or(nvram.text().map(str::trim)).filter(|path| !path.is_empty())
+        });
+        Firmware {
+            is_flash,
+            nvram: path.map(PathBuf::from),
+            nvram_is_qcow2: nvram.is_some_and(|nvram| nvram.attribute("format") == Some("qcow2")),
+        }
+    }
+}
+
+impl Interface {
+    fn of(interface: Node) -> Interface {
+        let source = child(interface, "source");
+        let from = |name| source.and_then(|source| source.attribute(name)).map(str::to_owned);
+        let mac = child(interface, "mac").and_then(|mac| mac.attribute("address"));
+        Interface {
+            mac: mac.map(str::to_lowercase),
+            network: from("network"),
+            device: from("bridge").or_else(|| from("dev")),
+        }
+    }
+}
+
+impl SnapshotDescription {
+    /// Reads the description of a snapshot.
+    ///
+    /// # Errors
+    /// It is no XML.
+    pub fn read(xml: &str) -> Result<SnapshotDescription> {
+        let document = parse(xml, "snapshot")?;
+        let root = document.root_element();
+        let text = |name| child(root, name).and_then(|node| node.text()).unwrap_or("unknown").to_owned();
+        let state = text("state");
+        let memory = child(root, "memory");
+        let kept = memory.and_then(|memory| memory.attribute("snapshot"));
+        let disks = child(root, "disks");
+        let disks =
+            disks.into_iter().flat_map(|disks| disks.children()).filter(|disk| disk.has_tag_name("disk"));
+        let (mut internal_disks, mut external) = (Vec::new(), kept == Some("external"));
+        for disk in disks {
+            match disk.attribute("snapshot") {
+                Some("internal") => internal_disks.push(attribute(disk, "name")),
+                Some("external") => external = true,
+                _ => {}
+            }
+        }
+        Ok(SnapshotDescription {
+            created: text("creationTime"),
+            // Without a word about the memory it is where a domain that runs has it.
+            has_memory: kept.map_or(!is_without_memory(&state), |kept| kept != "no"),
+            memory_file: memory.and_then(|memory| memory.attribute("file")).map(PathBuf::from),
+            state,
+            external,
+            internal_disks,
+            domain: child(root, "domain").map(Description::of),
+        })
+    }
+}
+
+/// The addresses that a network of libvirt gives to these cards: pairs of MAC, in lowercase, and IP.
+///
+/// # Errors
+/// It is no XML.
+pub fn reserved_addresses(network: &str) -> Result<Vec<(String, String)>> {
+    let document = parse(network, "network")?;
+    let hosts = document.descendants().filter(|node| node.has_tag_name("host") && is_in(*node, "dhcp"));
+    let pairs = hosts.filter_map(|host| Some((host.attribute("mac")?.to_lowercase(), host.attribute("ip")?)));
+    Ok(pairs.map(|(mac, ip)| (mac, ip.to_owned())).collect())
+}
+
+/// The user of QEMU and its group, as `+uid:+gid`, in libvirt's capabilities.
+pub fn label_of_qemu(capabilities: &str) -> Option<String> {
+    let document = Document::parse(capabilities).ok()?;
+    let mut models = document.descendants().filter(|node| node.has_tag_name("secmodel"));
+    let dac = models.find(|model| child(*model, "model").and_then(|name| name.text()) == Some("dac"))?;
+    let mut labels = dac.children().filter(|node| node.has_tag_name("baselabel"));
+    labels.find(|label| label.attribute("type") == Some("kvm"))?.text().map(str::to_owned)
+}
+
+fn is_without_memory(state: &str) -> bool {
+    matches!(state, "shutoff" | "disk-snapshot")
+}
+
+/// Each file that QEMU, or libvirt for it, opens. Files that a run makes, such as logs, are none.
+fn files(domain: Node) -> Vec<PathBuf> {
+    let named = domain.descendants().filter_map(|node| {
+        let name = node.tag_name().name();
+        let attribute = node.attribute("file").filter(|_| name != "log");
+        let device = node.attribute("dev").filter(|_| name == "source" && is_in(node, "disk"));
+        let text = || node.text().map(str::trim).filter(|_| names_a_file(node));
+        attribute.or(device).or_else(text).filter(|path| path.starts_with('/'))
+    });
+    let mut files: Vec<PathBuf> = named.map(PathBuf::from).collect();
+    files.sort();
+    files.dedup();
+    files
+}
+
+fn names_a_file(node: Node) -> bool {
+    let name = node.tag_name().name();
+    // libvirt makes the variables of a firmware from their template at the first start.
+    let is_made = name == "nvram" && node.attribute("template").is_some();
+    PATH_ELEMENTS.contains(&name) && !is_made || name == "path" && is_in(node, "memory")
+}
+
+fn parse<'a>(xml: &'a str, what: &str) -> Result<Document<'a>> {
+    Document::parse(xml).map_err(|error| {
+        Error::failed(format!("libvirt describes the {what} in a way that cannot be read: {error}"))
+    })
+}
+
+fn child<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
+    node.children().find(|child| child.has_tag_name(name))
+}
+
+fn attribute(node: Node, name: &'static str) -> String {
+    node.attribute(name).unwrap_or_default().to_owned()
+}
+
+fn is_in(node: Node, name: &'static str) -> bool {
+    node.ancestors().skip(1).any(|above| above.has_tag_name(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOMAIN: &str = "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+      <os><loader readonly='yes' type='pflash'>/f/code.fd</loader><nvram format='qcow2'>/f/vars.qcow2</nvram>
+        <kernel>/f/vmlinuz</kernel><initrd>/f/initrd</initrd><cmdline>quiet</cmdline></os>
+      <devices>
+        <emulator>/usr/bin/qemu-system-x86_64</emulator>
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/d/a &amp; b'>
+          </source><backingStore type='file'><source file='/d/base'/></backingStore><target dev='vda'/></disk>
+        <disk type='file' device='cdrom'><driver type='raw'/><source file='/d/iso'/><target dev='sda'/></disk>
+        <disk type='block' device='disk'><source dev='/dev/vg/lv'/><target dev='vdb'/><shareable/></disk>
+        <interface type='network'><mac address='52:54:00:AA:bb:cc'/><source network='lab'/></interface>
+        <interface type='bridge'><source bridge='br1'/></interface>
+        <serial type='file'><source path='/d/serial.log'/><log file='/d/log'/></serial>
+      </devices>
+      <qemu:commandline><qemu:arg value='-drive'/><qemu:arg value='file=/d/x'/></qemu:commandline>
+    </domain>";
+
+    #[test]
+    fn description_has_disks_cards_firmware_and_arguments() {
+        let domain = Description::read(DOMAIN).unwrap();
+        assert_eq!(domain.kind, "kvm");
+        let [disk, cd, block] = &domain.disks[..] else { panic!("{:?}", domain.disks) };
+        assert_eq!((disk.target.as_str(), disk.format.as_str()), ("vda", "qcow2"));
+        assert_eq!(disk.path.as_deref(), Some("/d/a & b".as_ref()));
+        assert!(disk.is_plain && !disk.read_only && cd.read_only && !block.is_plain);
+        assert_eq!(domain.writable_disks().count(), 2);
+        let [network, bridge] = &domain.interfaces[..] else { panic!("{:?}", domain.interfaces) };
+        assert_eq!(network.mac.as_deref(), Some("52:54:00:aa:bb:cc"));
+        assert_eq!((network.network.as_deref(), bridge.device.as_deref()), (Some("lab"), Some("br1")));
+        let firmware = &domain.firmware;
+        assert!(firmware.is_flash && firmware.nvram_is_qcow2);
+        assert_eq!(firmware.nvram.as_deref(), Some("/f/vars.qcow2".as_ref()));
+        assert_eq!(domain.arguments, ["-drive", "file=/d/x"]);
+        assert!(Description::read("<domain>").is_err());
+    }
+
+    #[test]
+    fn files_are_those_that_a_start_reads() {
+        let files = Description::read(DOMAIN).unwrap().files;
+        let files: Vec<&str> = files.iter().filter_map(|file| file.to_str()).collect();
+        let wanted = [
+            "/d/a & b",
+            "/d/base",
+            "/d/iso",
+            "/dev/vg/lv",
+            "/f/code.fd",
+            "/f/initrd",
+            "/f/vars.qcow2",
+            "/f/vmlinuz",
+            "/usr/bin/qemu-system-x86_64",
+        ];
+        assert_eq!(files, wanted);
+        // libvirt makes these variables itself.
+        let made = DOMAIN.replace("<nvram format='qcow2'>", "<nvram template='/f/t'>");
+        assert!(!Description::read(&made).unwrap().files.contains(&"/f/vars.qcow2".into()));
+    }
+
+    #[test]
+    fn snapshot_keeps_memory_only_when_libvirt_says_so() {
+        let snapshot = |state: &str, memory: &str| {
+            let xml = format!(
+                "<domainsnapshot><name>s</name><state>{state}</state><creationTime>7</creationTime>{memory}<disks>\
+                 <disk name='vda' snapshot='internal'/><disk name='sda' snapshot='no'/></disks>\
+                 <domain type='qemu'><state>x</state><disk snapshot='external'/></domain></domainsnapshot>"
+            );
+            SnapshotDescription::read(&xml).unwrap()
+        };
+        let running = snapshot("running", "<memory snapshot='internal'/>");
+        assert!(running.has_memory && !running.external);
+        assert_eq!((running.state.as_str(), running.created.as_str()), ("running", "7"));
+        assert_eq!(running.internal_disks, ["vda"]);
+        let outside = snapshot("running", "<memory snapshot='external' file='/d/m'/>");
+        assert!(outside.external && outside.has_memory);
+        assert_eq!(outside.memory_file.as_deref(), Some("/d/m".as_ref()));
+        assert!(!snapshot("disk-snapshot", "<memory snapshot='no'/>").has_memory);
+        assert!(!snapshot("running", "<memory snapshot='no'/>").has_memory);
+        assert!(!snapshot("disk-snapshot", "").has_memory && !snapshot("shutoff", "").has_memory);
+        assert!(snapshot("paused", "").has_memory);
+    }
+
+    #[test]
+    fn network_tells_the_addresses_it_gives() {
+        let network = "<network><ip address='10.0.0.1'><dhcp><range start='10.0.0.2' end='10.0.0.9'/>\
+                       <host mac='52:54:00:AA:00:01' name='w' ip='10.0.0.5'/></dhcp></ip></network>";
+        let pair = ("52:54:00:aa:00:01".to_owned(), "10.0.0.5".to_owned());
+        assert_eq!(reserved_addresses(network).unwrap(), [pair]);
+    }
+}
