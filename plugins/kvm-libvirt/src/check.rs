@@ -139,9 +139,13 @@ fn far_away(config: &Config) -> Option<Finding> {
     )))
 }
 
-/// See [`restore::BROKEN_REVERTS`].
+/// See [`restore::BROKEN_REVERTS`]. libvirt does not tell of patches, so it is warned of by the version.
 fn broken_reverts(connect: &Connect) -> Option<Finding> {
     let version = connect.lib_version().ok()?;
+    let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_mended(version, &system) {
+        return None;
+    }
     restore::BROKEN_REVERTS.contains(&version).then(|| {
         Finding::Warning(format!(
             "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has mended \
@@ -149,6 +153,11 @@ fn broken_reverts(connect: &Connect) -> Option<Finding> {
             version_text(version)
         ))
     })
+}
+
+/// Debian's 11.3.0-2 has the cure: its changelog lists the patch, and its reverts were tried.
+fn is_mended(version: u32, os_release: &str) -> bool {
+    version >= 11_003_000 && os_release.lines().any(|line| line == "ID=debian")
 }
 
 fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
@@ -207,4 +216,19 @@ fn kvm_trap(connect: &Connect, dsn: &str) -> Option<Finding> {
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reverts_are_known_to_be_mended_in_the_distribution_that_was_tried() {
+        let debian = "NAME=x\nID=debian\n";
+        assert!(is_mended(11_003_000, debian));
+        assert!(!is_mended(11_002_000, debian) && !is_mended(11_003_000, "ID=other\nID_LIKE=debian\n"));
+        assert!(
+            restore::BROKEN_REVERTS.contains(&11_003_000) && !restore::BROKEN_REVERTS.contains(&11_004_000)
+        );
+    }
 }

@@ -270,7 +270,7 @@ impl Snapshot {
                     version_text(version),
                     advice(version, &firmware.unwrap_or_default())
                 )),
-                Some(version) if BROKEN_REVERTS.contains(&version) => failed.advice(format!(
+                Some(version) if BROKEN_REVERTS.contains(&version) => failed.default_advice(format!(
                     "libvirt {} cannot revert to every internal snapshot, and 11.4 can: upgrade libvirt, or ask your \
                      distribution",
                     version_text(version)
