@@ -3,6 +3,7 @@
 //! A machine whose plugin cannot use it is out of the pool for as long as that is so. That is kept apart from
 //! what an operator or a failed action has disabled, which only an operator enables again.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,10 +34,11 @@ pub async fn diagnose_one(machine: &Arc<Machine>, limit: Duration) -> Result<(),
 /// A machinery that cannot look is reported, and what is known of its machines stays.
 async fn diagnose(machinery: &Arc<Machinery>, machines: &[Arc<Machine>], limit: Duration) {
     match ask(machinery, machines, limit).await {
-        Ok(mut diagnoses) => {
+        Ok(diagnoses) => {
+            let mut by_name: HashMap<_, _> =
+                diagnoses.into_iter().map(|diagnosis| (diagnosis.machine.clone(), diagnosis)).collect();
             for machine in machines {
-                let of_it = diagnoses.iter().position(|diagnosis| diagnosis.machine == machine.name());
-                let found = of_it.map(|at| diagnoses.swap_remove(at)).unwrap_or_default();
+                let found = by_name.remove(machine.name()).unwrap_or_default();
                 machine.set_diagnosis(found.unusable.as_ref(), found.warnings);
             }
         }
