@@ -430,7 +430,9 @@ impl Machine {
     /// # Errors
     /// It is off already; libvirt cannot end it.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
-        self.stop_by(Self::destroy, deadline)
+        // A host calls this to cancel a preparation, too. That is no reason to end somebody else's run.
+        let is_preparing = self.lock().doing == Doing::Preparing;
+        self.stop_by(if is_preparing { Self::destroy_own } else { Self::destroy }, deadline)
     }
 
     /// The same, if the domain is on because of us.

@@ -453,6 +453,10 @@ impl Actor {
 
 /// Has a plugin that prepares a machine give up, by the way the interface has for that.
 pub async fn give_up_preparing(machine: &Arc<Machine>, house: &House) {
+    if machine.status().state != State::Poweroff {
+        // Somebody has started it, which ends the preparation, and a stop would end that run.
+        return;
+    }
     let given_up = call(machine, house.timeouts().stop, |machine, deadline| {
         machine.machinery.instance.stop(machine.name(), deadline)
     });
