@@ -404,3 +404,40 @@ fn example_machine_of_cuckoos_default_file_comes_with_the_advice_to_remove_it() 
     lab.change_yaml("interface: lo", "interface: br-none").unwrap();
     assert_told(&lab, &["'br-none'", "cuckoo machine delete qemu example1"]);
 }
+
+#[test]
+fn check_tries_kvm_and_bridges_when_arguments_need_them() {
+    let lab = lab(&["m", "n"]);
+    for name in ["m", "n"] {
+        let more = ["-accel", "kvm", "-netdev", "bridge,id=b,br=br-none"].map(str::to_owned);
+        lab.change_start_args(name, |args| args.extend(more)).unwrap();
+    }
+    let refuses = "case \"$*\" in *'-accel kvm'*) echo no module >&2; exit 1;; esac";
+    lab.fake_qemu("7.2.0", &format!("{refuses}\nexec {} \"$@\"", lab.qemu().system.display())).unwrap();
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(2), "{check:?}");
+    for told in [
+        "KVM cannot be used, which machines 'm', 'n' need: no module",
+        "-netdev bridge,id=cuckoo-check,br=br-none cannot be used, which machines 'm', 'n' need: ",
+        "bridge.conf",
+    ] {
+        assert!(check.stdout.contains(told), "{told:?} is not in {}", check.stdout);
+    }
+    lab.assert_clean();
+}
+
+#[test]
+fn check_and_list_warn_when_a_file_that_arguments_name_is_missing() {
+    let lab = lab(&["m"]);
+    lab.change_start_args("m", |args| args.extend(["-cdrom", "tools.iso"].map(str::to_owned))).unwrap();
+    let missing = format!("{}, which does not exist", lab.folder("m").dir.join("tools.iso").display());
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    let host = lab.host().unwrap();
+    let listed = host.client().unwrap().machine("m").unwrap()["warnings"].to_string();
+    for said in [&check.stdout, &listed] {
+        assert!(said.contains(&missing) && said.contains("Write the path from / on"), "{said}");
+    }
+    fs::write(lab.folder("m").dir.join("tools.iso"), "iso").unwrap();
+    assert!(!lab.run(&["check"]).unwrap().stdout.contains("does not exist"));
+}

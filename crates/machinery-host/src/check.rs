@@ -2,6 +2,8 @@
 //! needs no running host.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -76,13 +78,19 @@ fn kvm(device: &Path, report: &mut Report) {
             "there is no /dev/kvm: guests run in software, many times slower. Enable virtualisation in the \
              firmware, or nested virtualisation where this is a virtual machine itself",
         );
-    } else if access(device, Access::READ_OK | Access::WRITE_OK).is_err() {
-        report.warning(
+        return;
+    }
+    // The file can be there with nothing behind it.
+    match File::options().read(true).write(true).open(device) {
+        Ok(_) => report.good("/dev/kvm can be opened"),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => report.warning(
             "/dev/kvm is there, but this user may not use it: guests with -enable-kvm will not start. Add the \
              user to the group `kvm`",
-        );
-    } else {
-        report.good("/dev/kvm can be opened");
+        ),
+        Err(error) => report.warning(format!(
+            "/dev/kvm is there, but cannot be opened ({error}): guests with -enable-kvm will not start. Load the module \
+             kvm_intel or kvm_amd, and enable virtualisation in the firmware"
+        )),
     }
 }
 
@@ -159,5 +167,22 @@ fn same_names(cwd: &Cwd, config: &Config, report: &mut Report) {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kvm_is_warned_of_when_nothing_is_behind_its_device() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = folder.path().join("kvm");
+        let _socket = std::os::unix::net::UnixListener::bind(&device).unwrap();
+        let mut report = Report::default();
+        kvm(&device, &mut report);
+        let [finding] = report.findings() else { panic!("one finding") };
+        assert_eq!(finding.level, machinery::Level::Warning);
+        assert!(finding.text.contains("cannot be opened (No such device"), "{}", finding.text);
     }
 }

@@ -9,8 +9,9 @@ use rustix::fs::{Access, access, statvfs};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
-use crate::diagnose::faults;
+use crate::diagnose::{faults, file_warnings};
 use crate::images::PLACEHOLDER;
+use crate::needs;
 use crate::resources::Resource;
 use crate::snapshot::Snapshot;
 use crate::template::hindrance;
@@ -41,6 +42,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
         look_at(machine, &config, &setup.config, report);
     }
     rivals(&config.machines, report);
+    needs::try_all(&config.machines, &config.binaries.qemu_system_x86_64, report);
     if config.machines.iter().any(|machine| machine.ahead.instant) {
         template_folder(&config.template_dir, report);
     }
@@ -69,14 +71,10 @@ fn look_at(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &
         return;
     }
     clean_runs(machine, report);
-    how_restored(machine, config, report);
-    if machine.start_args.wants_kvm() && access("/dev/kvm", Access::READ_OK | Access::WRITE_OK).is_err() {
-        let why = Error::environment("its start_args ask for KVM, and this user may not use /dev/kvm");
-        report.problem(
-            &why.machine(name)
-                .advice("Add the user to the group `kvm`, and enable virtualisation in the firmware"),
-        );
+    for warning in file_warnings(machine) {
+        report.warning(format!("machine '{name}': {warning}"));
     }
+    how_restored(machine, config, report);
 }
 
 /// Whether a run finds what the one before it has written.

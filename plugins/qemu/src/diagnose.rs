@@ -29,6 +29,24 @@ pub fn faults(files: &MachineFiles) -> Vec<(&'static str, Error)> {
     tests.filter_map(|(key, test)| test.err().map(|error| (key, error))).collect()
 }
 
+/// What an operator should know of the files that the arguments name.
+pub fn file_warnings(files: &MachineFiles) -> Vec<String> {
+    let (opened, folder) = (files.start_args.opened(), files.folder().display());
+    let relative = opened.relative.iter().map(|path| {
+        format!(
+            "its start_args name {}, which is taken from {folder}. Write the path from / on",
+            path.display()
+        )
+    });
+    let missing = opened.sources.iter().filter(|source| !source.path.exists()).map(|source| {
+        format!(
+            "its start_args name {}, which does not exist. Put the file there, or correct the path",
+            source.path.display()
+        )
+    });
+    relative.chain(missing).collect()
+}
+
 fn expect_qcow2(disk: &Path) -> Result<()> {
     match Header::read(disk)? {
         Some(_) => Ok(()),
@@ -83,6 +101,24 @@ mod tests {
             assert!(told.starts_with(expected), "{told}");
         }
         assert_eq!(told.len(), 4, "{told:?}");
+    }
+
+    #[test]
+    fn files_are_warned_of_when_they_are_missing_or_relative() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = |iso: &str| {
+            let args = ["-cdrom", iso, "-kernel", "/none/kernel"].map(str::to_owned);
+            MachineFiles {
+                start_args: StartArgs::in_folder(args, folder.path()),
+                ..machine_in(folder.path())
+            }
+        };
+        fs::write(folder.path().join("x.iso"), "iso").unwrap();
+        let [relative, missing] = &file_warnings(&args("x.iso"))[..] else { panic!("two warnings") };
+        assert!(relative.contains("x.iso") && relative.contains("from /"), "{relative}");
+        assert!(missing.contains("/none/kernel, which does not exist"), "{missing}");
+        let whole = folder.path().join("x.iso").display().to_string();
+        assert_eq!(file_warnings(&args(&whole)).len(), 1);
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub struct Opened {
     pub shared: Vec<Shared>,
     /// Whether the placeholder is an image's path, and not only part of a name.
     pub has_placeholder: bool,
+    /// Paths that are written without a `/` at their beginning.
+    pub relative: Vec<PathBuf>,
     /// Where QEMU runs: relative paths start there.
     folder: PathBuf,
 }
@@ -168,8 +170,9 @@ impl Opened {
         let nodes: Vec<Node<'_>> = nodes.collect();
         nodes.iter().for_each(|node| opened.node(node, &nodes));
         let images = opened.images.iter_mut().map(|image| &mut image.source);
-        for source in images.chain(&mut opened.sources) {
-            source.path = folder.join(&source.path);
+        for source in images.chain(&mut opened.sources).filter(|source| source.path.is_relative()) {
+            let path = folder.join(&source.path);
+            opened.relative.push(std::mem::replace(&mut source.path, path));
         }
         opened
     }

@@ -24,6 +24,7 @@
 //! | `leftovers` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
 //! | `resources`, `peers` | what one machine at a time can have, and which others want it |
+//! | `needs` | what machines need of this computer, tried |
 //! | `diagnose` | machines that cannot be used, and why |
 //! | `check`, `version` | the environment |
 
@@ -37,6 +38,7 @@ mod launch;
 mod leftovers;
 mod machine;
 mod machineinfo;
+mod needs;
 mod options;
 mod peers;
 mod process;

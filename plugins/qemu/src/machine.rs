@@ -28,7 +28,7 @@ use qapi::qmp;
 
 use self::prepare::Unbuildable;
 use crate::config::MachineFiles;
-use crate::diagnose::faults;
+use crate::diagnose::{faults, file_warnings};
 use crate::disk::Blanks;
 use crate::launch::{Memory, Start};
 use crate::leftovers;
@@ -224,6 +224,7 @@ impl Machine {
             diagnosis.keep::<()>(Err(error));
         }
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
+        file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
         if self.left().is_some() {
             self.clear_leftovers();
         }

@@ -134,8 +134,14 @@ impl StartArgs {
     /// Unchecked ones, for tests.
     #[cfg(test)]
     pub fn from_args(args: impl IntoIterator<Item = String>) -> StartArgs {
+        StartArgs::in_folder(args, Path::new("/"))
+    }
+
+    /// Unchecked ones of a QEMU that runs in that folder, for tests.
+    #[cfg(test)]
+    pub fn in_folder(args: impl IntoIterator<Item = String>, folder: &Path) -> StartArgs {
         let args: Vec<String> = args.into_iter().collect();
-        StartArgs { opened: Opened::by(&args, Path::new("/")), args }
+        StartArgs { opened: Opened::by(&args, folder), args }
     }
 
     /// Whether the guest is to run under KVM.

@@ -1,5 +1,6 @@
 //! Which QEMU it is. Asked when the plugin is loaded, and again when its program has changed.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -30,7 +31,7 @@ impl Version {
 
     /// Asks the program.
     pub fn of(program: &Path) -> Result<Version> {
-        let output = ask(program)?;
+        let output = run(program, ["--version"])?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = Version::parse(&text).ok_or_else(|| {
             let said =
@@ -100,27 +101,27 @@ impl Version {
     }
 }
 
-/// How long a program may take to tell its version.
+/// How long a program may take to tell its version, or to try something.
 const TELLING: Duration = Duration::from_secs(10);
 
-/// Whoever waits for a program that does not answer is waited for by every machine.
-fn ask(program: &Path) -> Result<Output> {
+/// Runs the program to its end. Whoever waits for one that does not answer is waited for by every machine.
+pub fn run(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Output> {
     let failed = |error: std::io::Error| Error::io("run", program, &error);
     let mut command = machinery::command(program);
-    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().map_err(failed)?;
     let handle =
         pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(|error| failed(error.into()))?;
     let (told, output) = mpsc::channel();
     // It may have been given up.
     let wait = move || drop(told.send(child.wait_with_output()));
-    thread::Builder::new().name("qemu-version".to_owned()).spawn(wait).map_err(failed)?;
+    thread::Builder::new().name("qemu-run".to_owned()).spawn(wait).map_err(failed)?;
     match output.recv_timeout(TELLING) {
         Ok(output) => output.map_err(failed),
         Err(_) => {
             // It may have ended just now.
             let _ = pidfd_send_signal(&handle, Signal::KILL);
-            let reason = format!("{} --version does not end within {TELLING:?}", program.display());
+            let reason = format!("{} does not end within {TELLING:?}", program.display());
             Err(Error::environment(reason).advice("Check that it is QEMU's own binary"))
         }
     }
