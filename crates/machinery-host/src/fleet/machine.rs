@@ -70,6 +70,13 @@ pub struct Status {
 }
 
 impl Status {
+    fn add_error(&mut self, error: String) {
+        if self.errors.len() == ERRORS_KEPT {
+            self.errors.remove(0);
+        }
+        self.errors.push(error);
+    }
+
     /// Whether it is powered off and no task has it.
     pub fn is_free(&self) -> bool {
         self.state == State::Poweroff && self.standing.lock.is_none()
@@ -171,13 +178,13 @@ impl Machine {
         let mut status = self.lock_status();
         status.reports += 1;
         // What becomes of a run that somebody else has started is theirs to know.
-        let is_own = status.own_run;
-        let is_new = self.note(status, state, reason);
-        if is_own && is_new && is_accident(state, reason) {
+        if status.own_run && status.state != state && is_accident(state, reason) {
             tracing::warn!(machine = self.name(), %state, reason, "its state has changed by itself");
-            let what = format!("the state became {state} by itself");
-            self.add_error(&Error::failed(what).detail(reason).machine(self.name()).to_string());
+            let what = Error::failed(format!("the state became {state} by itself"));
+            // Before the event: who hears that may ask for the errors at once.
+            status.add_error(what.detail(reason).machine(self.name()).to_string());
         }
+        self.note(status, state, reason);
     }
 
     /// Notes that the run there is, if there is one, is the host's.
@@ -186,10 +193,9 @@ impl Machine {
         status.own_run = status.state != State::Poweroff;
     }
 
-    /// Tells whether that is new.
-    fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) -> bool {
+    fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
         if status.state == state {
-            return false;
+            return;
         }
         status.state = state;
         match state {
@@ -202,7 +208,6 @@ impl Machine {
         }
         // Sent under the lock, so that subscribers hear the changes in their order.
         self.events.send(Event::State { machine: self.name.clone(), state, reason: reason.to_owned() });
-        true
     }
 
     /// Its next restore should be prepared when there is nothing else to do.
@@ -271,11 +276,7 @@ impl Machine {
 
     /// Remembers an error.
     pub fn add_error(&self, error: &str) {
-        let mut status = self.lock_status();
-        if status.errors.len() == ERRORS_KEPT {
-            status.errors.remove(0);
-        }
-        status.errors.push(error.to_owned());
+        self.lock_status().add_error(error.to_owned());
     }
 
     /// Gives it the standing it had before the host was started.
