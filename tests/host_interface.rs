@@ -81,7 +81,7 @@ fn a_plugin_of_interface_1_0_does_all_it_ever_did() {
     assert_eq!((&ready["how"], &ready["why"]), (&json!("instant"), &json!("as ready as ever")));
     let metrics = client.ask(json!({"action": "metrics"})).unwrap().to_string();
     assert!(metrics.contains("\"wake\""), "{metrics}");
-    // What the host prepares by itself, it prepares in the way of 1.0.
+    // The host prepares a machine automatically by the `prepare` of interface 1.0.
     assert!(
         host.log().contains("action=\"prepare\"") && !host.log().contains("not prepared"),
         "{}",

@@ -24,7 +24,7 @@ fn assert_refused(ran: &Ran, words: &[&str]) {
     println!("{}", ran.stderr);
 }
 
-/// What `check` says, and its exit code.
+/// Runs `check`; returns its exit code and its output.
 fn checked(lab: &KvmLab) -> (Option<i32>, String) {
     let ran = lab.run(&["check"]).unwrap();
     println!("{}", ran.stdout);
@@ -91,7 +91,7 @@ fn check_names_the_file_when_a_disk_is_gone_or_has_lost_its_snapshot() {
     assert_eq!(client.act("enable_machine", "m").unwrap()["success"], true);
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
-    // Behind libvirt's back.
+    // libvirt does not notice that the snapshot is deleted.
     let ran = Command::new("qemu-img").args(["snapshot", "-d", SNAPSHOT]).arg(disk).status().unwrap();
     assert!(ran.success());
     let (code, said) = checked(&lab);
@@ -114,7 +114,7 @@ fn check_warns_when_a_domain_starts_by_itself_or_two_share_a_disk() {
     assert_says(&said, &["machine 'n'", paths[1], "which the domain of machine 'm' writes to"]);
 }
 
-/// libvirt puts such a disk back when it reverts, and not when it restores a save image.
+/// libvirt puts such a disk back when it reverts, but not when it restores a save image.
 #[test]
 fn save_image_is_not_made_when_the_command_line_names_an_image() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
@@ -137,7 +137,7 @@ fn save_image_is_not_made_when_the_command_line_names_an_image() {
     assert_says(&why, &["<qemu:commandline>", "-drive"]);
 }
 
-/// QEMU has opened the old file.
+/// The standby's QEMU has the old file open.
 #[test]
 fn standby_is_not_used_when_a_file_of_its_domain_was_replaced() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
@@ -162,7 +162,8 @@ fn standby_is_not_used_when_a_file_of_its_domain_was_replaced() {
     assert!(!restores(true));
 }
 
-/// Over TCP, as from another computer: its interfaces and files are not looked for here.
+/// Over TCP, libvirt counts as on another computer, whose interfaces and files the plugin does not look for
+/// here.
 #[test]
 fn machine_is_served_when_libvirt_is_reached_over_tcp() {
     let lab = KvmLab::new(&[MICRO]).unwrap();

@@ -1,5 +1,5 @@
-//! What somebody else does to a domain of the machinery: a run by hand, a managed save, a reset. Automatic
-//! work destroys none of it, the end of the host ends none of it, and no task gets a guest that is not at
+//! Actions of somebody else on a domain of the machinery: a run by hand, a managed save, a reset. Automatic
+//! work destroys none of them, and the end of the host ends none of them. No task gets a guest that is not at
 //! its snapshot.
 
 // Clippy's own exemption for tests leaves out their helpers.
@@ -22,7 +22,7 @@ const MICRO: (&str, Guest) = ("m", Guest::Micro);
 const STANDBY: &str = "machineries: {kvm: {standby: on}}\n";
 const IMAGES: &str = "machineries: {kvm: {save_images: on}}\n";
 
-/// Where an operator's work is on a disk, and what it is.
+/// The place of an operator's work on a disk, and its content.
 const WORK: &str = "-P 0x5a 64k 512";
 
 fn good() -> Value {
@@ -49,7 +49,7 @@ fn qemu_io(disk: &Path, command: &str) -> String {
     format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr))
 }
 
-/// As if a run that just ended had written it.
+/// Writes to the disk as a run that has just ended would.
 fn writes_work(lab: &KvmLab) {
     let said = qemu_io(&lab.machine("m").disk, &format!("write {WORK}"));
     assert!(said.contains("wrote 512/512"), "{said}");
@@ -61,14 +61,14 @@ fn has_work(lab: &KvmLab) -> bool {
     !said.contains("Pattern verification failed")
 }
 
-/// An operator boots the domain, and works in it.
+/// Boots the domain as an operator would; returns its QEMU.
 fn starts_by_hand(lab: &KvmLab) -> Pid {
     lab.libvirtd().virsh(&["start", "lab-m"]).unwrap();
     lab.machine("m").counts_on(SOON).unwrap();
     lab.qemu_of("m").unwrap()
 }
 
-/// An operator boots the domain, works in it, and powers it off.
+/// Boots the domain as an operator would, writes to its disk, and powers the domain off.
 fn works_by_hand(lab: &KvmLab) {
     starts_by_hand(lab);
     lab.libvirtd().virsh(&["destroy", "lab-m"]).unwrap();
@@ -112,7 +112,7 @@ impl Scene {
         self.lab.libvirtd().virsh(arguments).unwrap()
     }
 
-    /// The machine is restored, at the snapshot, and runs.
+    /// Restores the machine, and expects that it runs at the snapshot.
     #[track_caller]
     fn restores(&mut self) {
         self.does("restore_start");
@@ -126,14 +126,14 @@ impl Scene {
         assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
     }
 
-    /// In good order, with nothing left.
+    /// Ends the host, and expects a clean end without leftovers.
     #[track_caller]
     fn ends_well(mut self) {
         self.terminates();
         self.lab.assert_clean();
     }
 
-    /// `check` finds no problem, and says all of these words.
+    /// Expects that `check` finds no problem, and prints all of these words.
     #[track_caller]
     fn checks(&self, words: &[&str]) {
         let checked = self.lab.run(&["check"]).unwrap();
@@ -154,14 +154,14 @@ fn host_prepares_nothing_automatically_when_somebody_else_has_written_to_the_dis
         assert!(has_work(&scene.lab), "{section}: the start of the host has discarded it");
         assert!(scene.host.log().contains("WARN") && scene.host.log().contains("in no snapshot"));
         scene.checks(&["warning  machine 'm'", "in no snapshot", "cuckoo-machinery prepare m"]);
-        // Nor does anything else that the host does by itself.
+        // Other automatic work of the host discards nothing either.
         scene.client.ask(json!({"action": "lock", "machine": "m", "task_id": "t"})).unwrap();
         scene.does("unlock");
         scene.does("disable_machine");
         scene.does("enable_machine");
         scene.client.ask(json!({"action": "wait_idle"})).unwrap();
         assert!(has_work(&scene.lab), "{section}: it was discarded later");
-        // Whoever asks for it has it.
+        // An explicit request discards the work.
         scene.does("prepare");
         scene.is_ready(prepared, "");
         scene.restores();
@@ -172,7 +172,7 @@ fn host_prepares_nothing_automatically_when_somebody_else_has_written_to_the_dis
     }
 }
 
-/// The host hears of the run by hand, and of its end.
+/// The host receives the events of the run by hand, and of its end.
 #[test]
 fn host_prepares_nothing_automatically_when_a_run_by_hand_has_ended() {
     let mut scene = Scene::of(lab(STANDBY));
@@ -193,7 +193,7 @@ fn host_prepares_nothing_automatically_when_a_run_by_hand_has_ended() {
     scene.ends_well();
 }
 
-/// What a run of ours has left is no work of anybody, also for the next host.
+/// Changes by a run of the host are nobody's work, also for the next host.
 #[test]
 fn host_prepares_automatically_when_its_own_run_was_the_last_to_write() {
     let guest = Guest::Linux { ram_mib: 256, noise_mib: 16 };
@@ -218,7 +218,7 @@ fn host_prepares_automatically_when_its_own_run_was_the_last_to_write() {
     scene.ends_well();
 }
 
-/// A new snapshot is the new state of the machine, and nothing is lost by a return to it.
+/// A new snapshot is the new state of the machine, so a return to it loses nothing.
 #[test]
 fn host_prepares_automatically_when_the_operator_has_taken_a_new_snapshot() {
     let lab = lab(STANDBY);
@@ -251,12 +251,12 @@ fn host_leaves_a_run_by_hand_alone_when_it_ends() {
         scene.terminates();
         assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu, "the end of the host has ended it");
         assert!(scene.host.log().contains("the host has not started it"), "{}", scene.host.log());
-        // The next host finds it running, and leaves it alone as well.
+        // The next host finds the domain running, and leaves it alone as well.
         let mut scene = Scene::of(scene.lab);
         assert_eq!(scene.state(), "running");
         scene.terminates();
         assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu);
-        // Who asks for it ends it.
+        // An explicit request ends the run.
         let mut scene = Scene::of(scene.lab);
         scene.does("stop");
         scene.ends_well();
@@ -271,8 +271,8 @@ fn host_ends_its_own_run_when_the_machine_was_disabled_meanwhile() {
     scene.ends_well();
 }
 
-/// After a restart of libvirtd its domain ids begin anew, so the operator's domain may have the id that the
-/// run of the killed host had.
+/// Domain ids begin anew after a restart of libvirtd. The operator's domain may therefore have the id of the
+/// killed host's run.
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_it_follows_a_run_of_a_killed_host() {
     let mut scene = Scene::of(lab(""));
@@ -291,7 +291,7 @@ fn host_leaves_a_run_by_hand_alone_when_it_follows_a_run_of_a_killed_host() {
     scene.ends_well();
 }
 
-/// The same without a restart of the host: our run ended while libvirtd was away, and somebody else's began.
+/// The host's own run ends while libvirtd is away, and somebody else's run begins; the host is not restarted.
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_its_own_ended_while_libvirtd_was_away() {
     let mut scene = Scene::of(lab(""));
@@ -300,7 +300,7 @@ fn host_leaves_a_run_by_hand_alone_when_its_own_ended_while_libvirtd_was_away() 
     scene.lab.libvirtd().kill_daemon().unwrap();
     scene.subscriber.hear_state("m", "error").unwrap();
     kill_process(scene.lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
-    // The host stands still until the operator's run is there.
+    // The host is suspended until the operator's run has begun.
     scene.host.signal(Signal::STOP).unwrap();
     scene.lab.libvirtd().start_daemon().unwrap();
     let qemu = starts_by_hand(&scene.lab);
@@ -336,7 +336,7 @@ fn managed_save_is_removed_when_the_machine_is_started_and_spared_until_then() {
         starts_by_hand(&scene.lab);
         scene.virsh(&["managedsave", "lab-m"]);
     }
-    // Whoever asks for a preparation has it, too.
+    // An explicit request for a preparation is executed, too.
     scene.does("prepare");
     scene.is_ready("standby", "");
     assert!(scene.virsh(&["dominfo", "lab-m"]).contains("Managed save:   no"));
@@ -358,7 +358,7 @@ fn shut_off_snapshot_is_restored_when_the_domain_has_a_managed_save() {
     scene.ends_well();
 }
 
-/// As libvirt-guests does at a shutdown and the boot after it, when the host's unit is not ordered.
+/// libvirt-guests saves and resumes domains in this way if the host's unit has no order relative to it.
 #[test]
 fn run_of_ours_is_ended_when_somebody_has_saved_and_resumed_it() {
     for killed in [false, true] {
@@ -383,7 +383,7 @@ fn run_of_ours_is_ended_when_somebody_has_saved_and_resumed_it() {
     }
 }
 
-/// Units stop in the opposite order of their start.
+/// Units stop in the reverse order of their start.
 #[test]
 fn unit_ends_the_host_before_libvirt_guests_saves_its_runs() {
     let unit = include_str!("../integrations/systemd/cuckoo-machinery.service");
@@ -402,7 +402,7 @@ fn standby_is_replaced_when_somebody_resets_it() {
     assert_ne!(scene.lab.qemu_of("m").unwrap(), stood_by);
     scene.restores();
     scene.does("stop");
-    // Nor is it given to a task that comes at this very moment.
+    // A task that comes at this moment does not get that guest either.
     for _ in 0..5 {
         scene.is_ready("standby", "");
         scene.virsh(&["reset", "lab-m"]);

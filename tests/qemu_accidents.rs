@@ -446,7 +446,7 @@ fn no_space_for_the_disposable_disk_is_told() {
     assert_ends_well(&lab, &mut host);
 }
 
-/// A host that was started with this limit of open files.
+/// Starts a host with this limit of open files.
 fn host_with_limit(lab: &Lab, limit: u32) -> RunningHost {
     let limited = |command: &mut Command| {
         let mut sh = Command::new("sh");
@@ -481,8 +481,8 @@ fn children_have_the_limit_of_open_files_that_the_host_was_started_with() {
     assert_ends_well(&lab, &mut host);
 }
 
-/// A program in QEMU's place with a helper beside it, as `swtpm` is one: it cleans up when QEMU has ended, and only if
-/// it is not killed before.
+/// Puts a program in QEMU's place that starts a helper, as with `swtpm`. The helper cleans up when QEMU has
+/// ended, unless it is killed before.
 fn with_helper(lab: &Lab) {
     let (root, qemu) = (lab.cwd().root().display(), lab.qemu().system.display());
     let helper = format!("{{ cat {root}/pipe; rm {root}/lock; }} >/dev/null 2>&1 &");
@@ -497,7 +497,7 @@ fn with_helper(lab: &Lab) {
     lab.change_yaml(&qemu.to_string(), &path.display().to_string()).unwrap();
 }
 
-/// QEMU removes that file only at an end in good order.
+/// Adds a pidfile, which QEMU removes only when it ends cleanly.
 fn with_pidfile(lab: &Lab) -> std::path::PathBuf {
     let file = lab.cwd().root().join("pidfile");
     let argument = file.display().to_string();
@@ -529,7 +529,7 @@ fn a_helper_of_qemu_cleans_up_whenever_its_qemu_is_ended() {
     assert_eq!(client.act("prepare", "m").unwrap(), good());
     assert_ends_well(&lab, &mut host);
     ended_well("a clean end of the host");
-    // A host that dies ends nothing. The next one does, in the same order.
+    // A host that is killed ends no process. The next host does, in the same order.
     let mut killed = lab.host().unwrap();
     assert_eq!(killed.client().unwrap().act("prepare", "m").unwrap(), good());
     killed.kill().unwrap();

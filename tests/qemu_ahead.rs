@@ -521,7 +521,7 @@ fn a_folder_that_holds_machines_can_hold_templates() {
 fn a_template_that_never_loads_is_not_built_for_ever() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let qemu = lab.qemu().system.display();
-    // With another display adapter, so that it comes up and does not load.
+    // With another display adapter, QEMU starts but cannot load the snapshot.
     let other = format!("exec {qemu} $(echo \"$*\" | sed 's/-vga std/-vga cirrus/')");
     wrap_qemu(&lab, &format!("case \"$*\" in *share=off*) {other};; esac"));
     lab.ahead(INSTANT).unwrap();
@@ -575,7 +575,7 @@ fn a_guest_that_powers_itself_off_is_followed_by_one_that_stands_by() {
     ends_well(&lab, &mut host);
 }
 
-/// A guest that powers itself off, 25 times: by its power button, which nobody presses through the host.
+/// Guests power themselves off 25 times, by a power button that is not pressed through the host.
 #[test]
 fn each_restore_is_from_standby_when_guests_power_themselves_off() {
     let lab = Lab::new(&[MICRO]).unwrap();
@@ -701,7 +701,7 @@ fn two_hosts_do_not_share_their_templates() {
     ends_well(&lab, &mut host);
 }
 
-/// A lab of two machines that listen on the same port, which only one QEMU at a time can have.
+/// A lab of two machines that listen on the same port, which only one QEMU at a time can use.
 fn rivals() -> Lab {
     let lab = Lab::new(&["m", "n"].map(|name| (name, Guest::Micro, SnapshotFormat::Lz4))).unwrap();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

@@ -1,7 +1,7 @@
-//! A run begins clean, whatever the run before it has written: every image that a machine's arguments open
-//! for writing has an overlay for each run, and what cannot have one is refused.
+//! Each run begins clean, whatever the run before has written. Every image that a machine's arguments open
+//! for writing gets an overlay for each run. A machine with an image that cannot have an overlay is refused.
 //!
-//! QEMU itself writes to the images, by the command `qemu-io` of its monitor, as a guest's driver would.
+//! QEMU itself writes to the images, by the monitor command `qemu-io`, as a guest's driver would.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 const STANDBY: &str = "instant: auto, standby: on";
 
-/// What is written, and where: not in the first sector, which QEMU guards in an image of unknown format.
+/// The pattern and its place: not the first sector, which QEMU protects in an image of unknown format.
 const WRITE: &str = "write -P 90 64k 4k";
 const IS_WRITTEN: &str = "read -P 90 64k 4k";
 const IS_CLEAN: &str = "read -P 0 64k 4k";
@@ -44,7 +44,7 @@ fn does(client: &mut Client, action: &str, machine: &str) {
     assert_eq!(answer, json!({"success": true}), "{action} of {machine}");
 }
 
-/// An image of one MiB in the lab's folder, all of it zero.
+/// Creates an image of one MiB in the lab's folder, filled with zeros.
 fn image(lab: &Lab, name: &str, format: &str) -> PathBuf {
     let path = lab.cwd().root().join(name);
     let mut create = Command::new(&lab.qemu().img);
@@ -57,7 +57,7 @@ fn hash(path: &Path) -> u32 {
     crc32fast::hash(&fs::read(path).unwrap())
 }
 
-/// Gives the machine these arguments beside its own, and a monitor.
+/// Adds these arguments and a monitor to the machine.
 fn add_args(lab: &Lab, machine: &str, args: &[String]) {
     lab.change_start_args(machine, |own| {
         own.extend_from_slice(args);
@@ -75,7 +75,7 @@ fn monitor(lab: &Lab, machine: &str) -> PathBuf {
     lab.cwd().root().join(format!("{machine}.hmp"))
 }
 
-/// Has the machine's QEMU write to the drive of that name.
+/// Lets the machine's QEMU write to the drive of that name.
 fn write_to(lab: &Lab, machine: &str, drive: &str) {
     let mut stream = BufReader::new(UnixStream::connect(monitor(lab, machine)).unwrap());
     let answer = |stream: &mut BufReader<UnixStream>| {
@@ -93,7 +93,7 @@ fn write_to(lab: &Lab, machine: &str, drive: &str) {
     }
 }
 
-/// Whether the image holds that, also while a QEMU has it open.
+/// Whether the image holds this pattern, also while a QEMU has the image open.
 fn holds(lab: &Lab, image: &Path, what: &str) -> bool {
     let mut read = Command::new(lab.qemu().img.with_file_name("qemu-io"));
     let read = read.args(["-U", "-r", "-c", what]).arg(image).output().unwrap();
@@ -101,15 +101,15 @@ fn holds(lab: &Lab, image: &Path, what: &str) -> bool {
     read.status.success() && !String::from_utf8_lossy(&read.stdout).contains("failed")
 }
 
-/// The files below the lab's folder that this process may write to, but for its overlays, its outputs, and the
-/// RAM of its template, which QEMU before 8.2 opens so to map it privately.
+/// Returns the files below the lab's folder that this process may write to, except its overlays, its outputs
+/// and the RAM of its template. QEMU before 8.2 opens that RAM for writing to map it privately.
 fn writable_files(lab: &Lab, process: Pid) -> Vec<PathBuf> {
     let proc = PathBuf::from(format!("/proc/{}", process.as_raw_nonzero()));
     let mut found = Vec::new();
     for descriptor in fs::read_dir(proc.join("fd")).unwrap().flatten() {
         let Ok(path) = fs::read_link(descriptor.path()) else { continue };
         let Ok(info) = fs::read_to_string(proc.join("fdinfo").join(descriptor.file_name())) else { continue };
-        // Octal; the last digit says how it is open.
+        // The flags are octal; the last digit is the access mode.
         let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let is_ours =
@@ -146,7 +146,7 @@ fn run_opens_no_file_for_writing_when_the_arguments_name_images_in_every_spellin
     let before = hash(&qcow2);
     let (mut host, mut client) = served(&lab);
     does(&mut client, "norestore_start", "m");
-    // A guest that counts has its disk: the arguments are sound.
+    // A guest that counts can use its disk, so the arguments are valid.
     lab.folder("m").first_count(std::time::Duration::from_secs(60)).unwrap();
     let qemu = lab.qemu_of("m").unwrap();
     assert_eq!(writable_files(&lab, qemu), Vec::<PathBuf>::new());
@@ -282,7 +282,7 @@ fn kept_overlays_are_there_until_the_next_start_when_the_operator_keeps_them() {
         assert!(holds(&lab, &overlay, IS_WRITTEN) && lab.disposable("m").exists());
     }
     assert!(host.terminate().unwrap().success());
-    // The next host has no use for them, once they are not kept.
+    // The next host removes the overlays, once they are not to be kept.
     lab.host_yaml("", "").unwrap();
     assert!(lab.host().unwrap().terminate().unwrap().success());
     lab.assert_clean();

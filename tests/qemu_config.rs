@@ -36,7 +36,8 @@ fn assert_told(lab: &Lab, words: &[impl AsRef<str>]) {
     }
 }
 
-/// `check` tells it with its place; a host serves, and has disabled those machines for it.
+/// Expects that `check` reports these problems with their places, and that a host disables those machines for
+/// them.
 #[track_caller]
 fn assert_unusable(lab: &Lab, told: &[(&str, &str, impl AsRef<str>)]) {
     let check = lab.run(&["check"]).unwrap();
@@ -385,7 +386,7 @@ fn check_names_each_value_when_cuckoo_reads_it_differently() {
     ] {
         assert!(check.stdout.contains(&told), "{told:?} is not in {}", check.stdout);
     }
-    // The host itself reads the text.
+    // The host itself parses the text.
     let host = lab.host().unwrap();
     assert_eq!(host.client().unwrap().machine("m").unwrap()["mac_address"], "52:54:00:00:01:01");
 }
@@ -400,7 +401,7 @@ fn example_machine_of_cuckoos_default_file_comes_with_the_advice_to_remove_it() 
     let mut host = lab.host().unwrap();
     assert!(host.log().contains("cuckoo machine delete qemu example1"), "{}", host.log());
     host.terminate().unwrap();
-    // A broken file keeps the host from starting.
+    // A file with an error keeps the host from starting.
     lab.change_yaml("interface: lo", "interface: br-none").unwrap();
     assert_told(&lab, &["'br-none'", "cuckoo machine delete qemu example1"]);
 }

@@ -1,5 +1,5 @@
-//! Snapshots that are sound, and that QEMU does not load all the same: the reason says why and what to do, and a
-//! failure that has nothing to do with a template does not take the template away.
+//! Sound snapshots that QEMU refuses: the reason says why and what to do. A failure that has nothing to do
+//! with a template keeps the template.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -20,7 +20,7 @@ const MICRO: (&str, Guest, SnapshotFormat) = ("m", Guest::Micro, SnapshotFormat:
 const PLAIN: &str = "instant: off, standby: off";
 const INSTANT: &str = "instant: auto, standby: off";
 
-/// Puts another value behind that option.
+/// Replaces the value of that option.
 fn set(args: &mut [String], option: &str, value: &str) {
     let at = args.iter().position(|arg| arg == option).unwrap();
     args[at + 1] = value.to_owned();
@@ -35,7 +35,7 @@ fn does(client: &mut Client, action: &str) {
     assert_eq!(act(client, action), json!({"success": true}), "{action}");
 }
 
-/// The action fails with a reason of one line and of sensible size, which has these words.
+/// Expects that the action fails with a one-line reason of sensible size that contains these words.
 #[track_caller]
 fn fails(client: &mut Client, action: &str, words: &[&str]) -> String {
     let answer = act(client, action);
@@ -50,7 +50,7 @@ fn fails(client: &mut Client, action: &str, words: &[&str]) -> String {
 
 type Change = fn(&mut Vec<String>);
 
-/// Another machine than the snapshot is of, and the words that tell so.
+/// Changes that make another machine than that of the snapshot, and the words that report each of them.
 const OTHERS: [(Change, &[&str]); 3] = [
     (
         |args| set(args, "-machine", "pc-i440fx-7.1"),
@@ -82,7 +82,7 @@ fn a_snapshot_is_refused_and_not_called_corrupt_when_its_machine_is_another() {
             println!("{reason}");
             assert!(!reason.contains("corrupt") && !reason.contains("backup"), "{reason}");
             lab.assert_clean();
-            // A cold start does not need it.
+            // A cold start does not need the snapshot.
             does(&mut client, "norestore_start");
             does(&mut client, "stop");
         }
@@ -129,7 +129,7 @@ fn a_reload_is_advised_when_machineinfo_was_corrected_after_it_was_read() {
     }
 }
 
-/// What takes a port of its own, and nothing of the guest.
+/// Returns an option that listens on a port and does not change the guest's hardware.
 fn listening_on(lab: &Lab) -> String {
     format!("socket,id=port,host={},port=8000,server=on,wait=off", lab.folder("m").ip)
 }

@@ -1,7 +1,7 @@
-//! The machine that VMCloak makes, the whole way: imported, checked, prepared, restored, stopped.
+//! The machine that VMCloak makes, in all steps: import, check, prepare, restore, stop.
 //!
-//! It has a sound card, of which a host without one makes 50 lines of noise on QEMU's stderr at each start, and its
-//! serial port goes to a relative path.
+//! The machine has a sound card. On a host without one, QEMU prints 50 lines about that on its stderr at each
+//! start. The machine's serial port goes to a relative path.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// A lab whose machine is in no configuration yet, as VMCloak leaves it.
+/// Creates a lab whose machine is in no configuration yet, as VMCloak leaves it.
 fn unpacked() -> Lab {
     let lab = Lab::new(&[("m", Guest::Vmcloak, SnapshotFormat::Lz4)]).unwrap();
     change_args(&lab, |args| {
@@ -30,7 +30,7 @@ fn unpacked() -> Lab {
     lab
 }
 
-/// Changes the arguments and leaves VMCloak's other keys as they are.
+/// Changes the arguments, and keeps VMCloak's other keys.
 fn change_args(lab: &Lab, change: impl FnOnce(&mut Vec<String>)) {
     let file = &lab.folder("m").machineinfo;
     let mut info: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
@@ -45,7 +45,8 @@ fn does(client: &mut Client, action: &str) {
     assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
 }
 
-/// It is restored to the snapshot's moment, and its serial port is in its own folder.
+/// Restores the machine, and expects the snapshot's moment and the serial port's file in the machine's own
+/// folder.
 #[track_caller]
 fn restores(lab: &Lab, client: &mut Client) {
     does(client, "restore_start");

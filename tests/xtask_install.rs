@@ -1,4 +1,4 @@
-//! `cargo xtask install`: which files it installs, and that the program finds its plugins there.
+//! `cargo xtask install` installs the right files, and the installed program finds its plugins.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -11,7 +11,7 @@ use std::process::Command;
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::{artifacts, host};
 
-/// All files below the folder, with their modes.
+/// Returns all files below the folder, with their modes.
 fn files(folder: &Path) -> Vec<(PathBuf, u32)> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
@@ -40,12 +40,12 @@ fn install(prefix: &Path, more: &[&str]) {
 
 #[test]
 fn install_takes_the_plugins_and_no_fixture_when_a_workspace_was_built() {
-    // A fixture that lies beside the plugins.
+    // A fixture in the build folder beside the plugins, which must not be installed.
     artifacts::plugin("double").unwrap();
     let scratch = ScratchCwd::double(&[("m", "")]).unwrap();
     let prefix = scratch.root().join("a prefix");
     install(&prefix, &[]);
-    // Once more, over what is there.
+    // A second installation replaces the files of the first.
     install(&prefix, &[]);
     let expected = [
         ("bin/cuckoo-machinery", 0o755),

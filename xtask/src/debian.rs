@@ -1,4 +1,4 @@
-//! Debian's archives, as this system's apt reaches them.
+//! Debian's archives, as the system's apt reaches them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,10 @@ use std::process::Command;
 
 use crate::run::output;
 
-/// What Debian's archives are signed with.
+/// The keys that sign Debian's archives.
 pub const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// An archive, by the last part of its address.
+/// An archive, named by the last part of its address.
 #[derive(Clone, Copy)]
 pub enum Archive {
     /// The releases and their updates.
@@ -26,14 +26,14 @@ impl Archive {
         }
     }
 
-    /// The address that the system's apt uses, else that of Debian.
+    /// Returns the address that the system's apt uses, or else Debian's own.
     pub fn mirror(self) -> String {
         let files = source_files().into_iter().filter_map(|path| fs::read_to_string(path).ok());
         let found = files.map(|sources| self.mirror_in(&sources)).find_map(|mirror| mirror);
         found.unwrap_or_else(|| format!("http://deb.debian.org/{}", self.name()))
     }
 
-    /// The first address of the archive in apt's `sources`, in either of their formats.
+    /// Returns the first address of the archive in apt's `sources`, in either of their formats.
     fn mirror_in(self, sources: &str) -> Option<String> {
         let lines = sources.lines().filter(|line| !line.trim_start().starts_with('#'));
         let addresses = lines.flat_map(str::split_whitespace).filter(|word| word.starts_with("http"));
@@ -43,18 +43,18 @@ impl Archive {
     }
 }
 
-/// A line of `sources.list`.
+/// Returns a line for `sources.list`.
 pub fn source(archive: Archive, suite: &str) -> String {
     format!("deb [signed-by={KEYRING}] {} {suite} main\n", archive.mirror())
 }
 
-/// How the system's apt downloads, such as its proxies, as lines of `apt.conf`.
+/// Returns the download settings of the system's apt, such as proxies, as lines for `apt.conf`.
 pub fn download_settings() -> String {
     // Without apt there are no settings.
     downloads_in(&output(Command::new("apt-config").arg("dump")).unwrap_or_default())
 }
 
-/// What is downloaded from a source beside its packages is left out.
+/// Filters the download settings, without those for downloads other than packages.
 fn downloads_in(dump: &str) -> String {
     let about_downloads =
         |line: &&str| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets");

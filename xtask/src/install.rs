@@ -1,4 +1,4 @@
-//! `cargo xtask install`: the program and its plugins, in the folders where they are looked for.
+//! `cargo xtask install`: copies the program and its plugins into the folders where they are looked for.
 //!
 //! | in the prefix | what |
 //! | --- | --- |
@@ -6,8 +6,8 @@
 //! | `lib/cuckoo-machinery/` | the plugins, and no other library of the build |
 //! | `share/cuckoo-machinery/conf/` | commented defaults of their configuration files |
 //!
-//! Nothing has the prefix built in: a packager gives `--prefix "$DESTDIR/usr"`. The program `install` replaces a
-//! file instead of writing into it, so a host that runs keeps its own.
+//! No file contains the prefix: a packager gives `--prefix "$DESTDIR/usr"`. The program `install` replaces a
+//! file instead of writing into it, so a running host keeps its own files.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +16,7 @@ use rustix::fs::{Access, access};
 
 use crate::run::{Context, Result, cargo, is_root, step};
 
-/// What can be chosen.
+/// Options of `cargo xtask install`.
 #[derive(clap::Args)]
 pub struct Options {
     /// Install below this folder
@@ -76,18 +76,18 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds for a release; gives the folder in which everything is then.
+/// Builds a release; returns the folder with the results.
 fn build(plugins: &[Plugin]) -> Result<PathBuf> {
     let packages = plugins.iter().flat_map(|plugin| ["-p", plugin.package()]);
     step(&mut cargo(["build", "--release", "-p", "machinery-host"].into_iter().chain(packages)))?;
-    // This program was built into a folder beside it.
+    // Cargo has built this program into a folder beside that of the release.
     let own = std::env::current_exe().context(|| "looking for the build's folder".to_owned())?;
     let target =
         own.ancestors().nth(2).ok_or_else(|| format!("{} is in no build's folder", own.display()))?;
     Ok(target.join("release"))
 }
 
-/// Each file's mode, where it is, and where it goes below the prefix.
+/// Returns each file's mode, its path, and its target below the prefix.
 fn files(built: &Path, plugins: &[Plugin]) -> Vec<(&'static str, PathBuf, PathBuf)> {
     let program = "cuckoo-machinery";
     let conf = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../conf"));
@@ -104,7 +104,7 @@ fn files(built: &Path, plugins: &[Plugin]) -> Vec<(&'static str, PathBuf, PathBu
     files
 }
 
-/// Whether only root can write to the folder, or to the nearest one that is there.
+/// Whether only root can write to the folder, or to its nearest existing parent.
 fn needs_sudo(folder: &Path) -> bool {
     let existing = folder.ancestors().find(|folder| folder.exists());
     !is_root() && existing.is_some_and(|folder| access(folder, Access::WRITE_OK).is_err())

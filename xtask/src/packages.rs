@@ -93,7 +93,7 @@ const NEEDS: [Need; 9] = [
     },
 ];
 
-/// What a fresh root is made with.
+/// The packages that making a fresh root needs.
 const ROOT_NEEDS: [Need; 3] = [
     Need {
         what: "debootstrap",
@@ -136,18 +136,18 @@ const KERNEL: &str = "linux-image-cloud-amd64";
 /// Mirrors drop superseded packages; lists older than this may name what is gone.
 const LISTS_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Installs what tests and demo need and the system lacks. Its lists of packages are up to date then.
+/// Installs the missing packages for tests and demo. Afterwards apt's lists of packages are up to date.
 pub fn ensure() -> Result<()> {
     let installed = install_missing(&NEEDS)?;
     if !installed && runs("apt-get") { refresh() } else { Ok(()) }
 }
 
-/// Installs what fresh roots are made with and the system lacks.
+/// Installs the missing packages for fresh roots.
 pub fn ensure_for_roots() -> Result<()> {
     install_missing(&ROOT_NEEDS).map(drop)
 }
 
-/// Whether anything was missing.
+/// Installs missing packages; returns whether any were missing.
 fn install_missing(needs: &[Need]) -> Result<bool> {
     let missing: Vec<&Need> = needs.iter().filter(|need| !need.is_met()).collect();
     match (missing.is_empty(), runs("apt-get")) {

@@ -1,5 +1,4 @@
-//! Waiting for a process, ours or not, without asking again and again; and processes that end with this
-//! one.
+//! Waits for a process, a child or not, without polling; and starts processes that end with this one.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -21,10 +20,10 @@ pub fn handle(pid: Pid) -> Result<Option<OwnedFd>> {
     }
 }
 
-/// Has `command` get `signal` when this process ends, however it ends.
+/// Makes the kernel send `signal` to the process of `command` when this process ends, however it ends.
 pub fn signal_at_our_end(command: &mut Command, signal: Signal) {
     let set = move || Ok(set_parent_process_death_signal(Some(signal))?);
-    // SAFETY: between fork and exec only a single system call is made, which takes no lock and no
+    // SAFETY: between fork and exec the closure makes only one system call, which takes no lock and no
     // memory.
     unsafe { command.pre_exec(set) };
 }

@@ -70,7 +70,7 @@ pub fn step(command: &mut Command) -> Result<()> {
     step_as(&line(command), command)
 }
 
-/// As [`step`], for a command that has a better name than its own words.
+/// Runs a step like [`step`], for a command that needs a better name than its own words.
 pub fn step_as(name: &str, command: &mut Command) -> Result<()> {
     eprintln!("\n==> {name}");
     let status = command.status().context(|| format!("cannot run `{}`", line(command)))?;

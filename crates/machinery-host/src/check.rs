@@ -80,7 +80,7 @@ fn kvm(device: &Path, report: &mut Report) {
         );
         return;
     }
-    // The file can be there with nothing behind it.
+    // The device file can exist without a driver behind it.
     match File::options().read(true).write(true).open(device) {
         Ok(_) => report.good("/dev/kvm can be opened"),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => report.warning(
@@ -128,7 +128,7 @@ fn machinery(Opened { plugin, sha256 }: &Opened, cwd: &Cwd, config: &Config, rep
     }
 }
 
-/// What a plugin finds in this setup.
+/// Returns the plugin's findings about this setup.
 ///
 /// # Errors
 /// The plugin fails or does not come back in time.

@@ -1,23 +1,23 @@
-//! The limit of open files: high for the host, and the original one for every program that it starts.
+//! The limit of open files: high for the host, and the original one for every program that the host starts.
 
 use std::sync::OnceLock;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// The limit that the host was started with, once it has raised its own.
+/// The limit that the host was started with; set once the host has raised its own limit.
 static ORIGINAL: OnceLock<Rlimit> = OnceLock::new();
 
-/// Raises the host's limit: a machine takes a few descriptors, a client one, and the usual limit of 1024 is soon
-/// used up. Each process that is forked from now on, also by a plugin or a library of one, gets the original
+/// Raises the host's limit. A machine needs a few descriptors and a client one, so the usual limit of 1024 is
+/// soon reached. Each process that is forked from now on, also by a plugin or a library, gets the original
 /// limit; see [`machinery::command`].
 pub fn raise_file_limit() {
     let original = getrlimit(Resource::Nofile);
     if ORIGINAL.set(original).is_err() {
         return;
     }
-    // SAFETY: `restore` is a function of this program, which is there for as long as the process is. It runs in
-    // a forked child, so it only does what is async-signal-safe: it reads a value that is set for good, and makes
-    // one system call.
+    // SAFETY: `restore` is a function of this program, which exists for as long as the process. The function
+    // runs in a forked child, so it may only do what is async-signal-safe. It reads a value that never
+    // changes again, and makes one system call.
     if unsafe { libc::pthread_atfork(None, None, Some(restore)) } != 0 {
         tracing::warn!("the limit of open files stays as it is: out of memory");
         return;
@@ -30,7 +30,7 @@ pub fn raise_file_limit() {
 
 extern "C" fn restore() {
     if let Some(original) = ORIGINAL.get() {
-        // There is nobody to tell in a child that becomes another program.
+        // The child is about to execute another program, so it cannot report an error.
         let _ = setrlimit(Resource::Nofile, *original);
     }
 }

@@ -270,7 +270,7 @@ pub fn setup(name: &str, cwd: &Cwd, config: &Config) -> Result<Setup> {
     Ok(setup_with(ConfigFile::read(&cwd.machinery_yaml(name))?, name, cwd, config))
 }
 
-/// The same with this configuration of the machinery.
+/// Returns the setup of the machinery with this configuration file.
 pub fn setup_with(file: ConfigFile, name: &str, cwd: &Cwd, config: &Config) -> Setup {
     Setup {
         config: file,

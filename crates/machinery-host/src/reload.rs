@@ -71,7 +71,7 @@ pub struct Taken {
     pub removed: Vec<String>,
     /// Machines in use: what is new for them holds when they are free.
     pub later: Vec<String>,
-    /// Keys of the host's own configuration whose new values hold from the next action on.
+    /// Keys of the host's own configuration whose new values apply to later actions.
     pub settings: Vec<String>,
     /// What takes a restart of the host.
     pub notes: Vec<String>,
@@ -159,7 +159,8 @@ impl Reloader {
         drop(self.applied.lock().await);
     }
 
-    /// `own` is what changes for the host itself, if the plugins accept the new configuration.
+    /// Applies the new configuration. `own` holds the changes of the host itself, made if the plugins accept
+    /// theirs.
     async fn take_over(
         &self,
         shared: &Shared,

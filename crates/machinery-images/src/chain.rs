@@ -1,4 +1,4 @@
-//! The backing chain of an image: the files that its content comes from.
+//! The backing chain of an image: the files that hold its content.
 
 use std::path::{Path, PathBuf};
 
@@ -7,31 +7,32 @@ use serde_json::Value;
 
 use crate::Header;
 
-/// A longer chain is a loop, or of no use: QEMU opens every file of it.
+/// The longest chain that is followed: a longer one is a loop, or useless because QEMU opens every file of
+/// it.
 const MAX_FILES: usize = 200;
 
-/// All files that an image consists of.
+/// All files of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain {
-    /// The image itself first, each with its data file if it has one, the base last.
+    /// The files, from the image itself down to its base. Each file comes with its data file, if it has one.
     pub files: Vec<PathBuf>,
-    /// What the last file is based on, where that is no local file (such as `nbd://…`).
+    /// The base of the last file, if that base is no local file (such as `nbd://…`).
     pub remote: Option<String>,
 }
 
-/// What the header's name of another file means.
+/// The meaning of a file name in an image header.
 enum Reference {
     File(PathBuf),
     Remote(String),
 }
 
 impl Chain {
-    /// Resolves the chain of the image at `path`. `format` is the format that QEMU is told to open it in;
-    /// QEMU looks for no backing file in a `raw` image, whatever it holds.
+    /// Resolves the chain of the image at `path`. `format` is the format in which QEMU opens the image; QEMU
+    /// ignores the backing file of a `raw` image.
     ///
     /// # Errors
-    /// A file of the chain is missing or cannot be read (it is named, with the file that names it), or the
-    /// chain does not end.
+    /// A file of the chain is missing or cannot be read (the error names it, and the file that refers to it),
+    /// or the chain does not end.
     pub fn of(path: &Path, format: Option<&str>) -> Result<Chain> {
         let mut chain = Chain { files: Vec::new(), remote: None };
         let mut next = Some((path.to_owned(), format.map(str::to_owned)));
@@ -54,7 +55,7 @@ impl Chain {
         Ok(chain)
     }
 
-    /// The header of the chain's next file.
+    /// Returns the header of the chain's next file.
     fn header(&self, image: &Path, format: Option<&str>) -> Result<Option<Header>> {
         let read = match format {
             Some(other) if other != "qcow2" => {
@@ -74,7 +75,7 @@ impl Chain {
     }
 }
 
-/// A relative name is relative to the folder of the image that has it.
+/// Resolves a name; a relative name starts at the folder of the image whose header has it.
 fn resolve(name: &str, image: &Path) -> Reference {
     let folder = image.parent().unwrap_or(Path::new("/"));
     if let Some(json) = name.strip_prefix("json:") {
@@ -83,12 +84,12 @@ fn resolve(name: &str, image: &Path) -> Reference {
             .map_or_else(|| Reference::Remote(name.to_owned()), |file| Reference::File(folder.join(file)));
     }
     let path = name.strip_prefix("file:").unwrap_or(name);
-    // As QEMU has it: what comes before a colon is a protocol, unless a slash comes first.
+    // As in QEMU, the text before a colon is a protocol, unless a slash precedes the colon.
     let is_protocol = path.split(['/', ':']).next().is_some_and(|word| path[word.len()..].starts_with(':'));
     if is_protocol { Reference::Remote(name.to_owned()) } else { Reference::File(folder.join(path)) }
 }
 
-/// The local file of a block node's options, in their nested or dotted spelling.
+/// Returns the local file in a block node's options, in their nested or dotted spelling.
 fn file_in(options: &Value) -> Option<PathBuf> {
     let node = options.get("file").filter(|file| file.is_object());
     if let Some(node) = node {
@@ -111,7 +112,7 @@ mod tests {
     use std::fs;
     use std::process::Command;
 
-    /// An overlay with a name of its own choice for its base.
+    /// Creates an overlay whose header has `backing` as the name of its base.
     fn overlay(folder: &Path, name: &str, backing: &str, format: &str) -> PathBuf {
         let path = folder.join(name);
         let mut qemu_img = Command::new("qemu-img");

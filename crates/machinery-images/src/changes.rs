@@ -1,9 +1,9 @@
-//! Whether a qcow2 image holds something that a return to one of its snapshots would discard.
+//! Detects whether a qcow2 image holds content that a return to one of its snapshots would discard.
 //!
-//! The clusters of an image hang on two levels of tables. A snapshot has a first-level table of its own, and
-//! shares the second level with the image. A write copies the second-level table that it changes, so that
-//! the image's entry of the first level points elsewhere from then on. An image whose first-level entries are
-//! those of a snapshot therefore holds what this snapshot holds, and nothing else.
+//! The clusters of an image are reached through two levels of tables. A snapshot has a first-level table of
+//! its own, and shares the second level with the image. A write copies the second-level table that it
+//! changes, so the image's first-level entry then refers to the copy. An image whose first-level entries
+//! equal those of a snapshot therefore holds the content of this snapshot, and nothing else.
 //!
 //! Source: QEMU's `docs/interop/qcow2.rst` and `qcow2_snapshot_goto` in its `block/qcow2-snapshot.c`.
 
@@ -17,20 +17,20 @@ use machinery::{Error, Result};
 use crate::Header;
 use crate::qcow2::Reader;
 
-/// The bits of a first-level entry that are the offset of a second-level table.
+/// The bits of a first-level entry that hold the offset of a second-level table.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-/// Bit of the version 3 field `incompatible_features`: entries of the second level have 16 bytes.
+/// Bit of the version 3 field `incompatible_features`: second-level entries have 16 bytes.
 const EXTENDED_ENTRIES: u64 = 1 << 4;
-/// The size of a first-level table at most, in entries; QEMU opens no larger one.
+/// The maximum size of a first-level table, in entries; QEMU opens no larger one.
 const MAX_ENTRIES: u64 = (32 << 20) / 8;
 
 /// Whether the qcow2 image at `path` holds changes that are in none of its snapshots. An image without any
 /// content of its own, such as a new overlay, holds none. `None` if the file is no qcow2 image.
 ///
-/// Nobody may write to the image meanwhile.
+/// Nobody may write to the image during the call.
 ///
 /// # Errors
-/// The file cannot be read, or makes no sense.
+/// The file cannot be read, or its header or tables are invalid.
 pub fn has_unsaved_changes(path: &Path) -> Result<Option<bool>> {
     let Some(header) = Header::read(path)? else { return Ok(None) };
     let file = File::open(path).map_err(|error| Error::io("open the image", path, &error))?;
@@ -62,7 +62,8 @@ impl Tables<'_> {
         Ok(true)
     }
 
-    /// How many entries of a first-level table are the disk's; those behind them hold a snapshot's memory.
+    /// Returns the number of first-level entries of the disk; the entries after them hold a snapshot's
+    /// memory.
     fn entries(&self) -> io::Result<u64> {
         let cluster_bits = self.reader.u32(20)?;
         if !(9..=21).contains(&cluster_bits) {
@@ -76,7 +77,7 @@ impl Tables<'_> {
         }
     }
 
-    /// The offsets in a table, filled up to that many.
+    /// Returns the first `entries` offsets of a table, padded with zeros.
     fn table(&self, at: u64, length: u32, entries: u64) -> io::Result<Vec<u64>> {
         let length = u64::from(length).min(entries);
         let mut bytes = vec![0; usize::try_from(length * 8).map_err(io::Error::other)?];
@@ -87,8 +88,8 @@ impl Tables<'_> {
         Ok(table)
     }
 
-    /// The table of the snapshot at that offset of the snapshot table, and the length of its entry there.
-    /// There is none of a disk that had another size then.
+    /// Reads the snapshot entry at offset `at` of the snapshot table; returns the snapshot's table and the
+    /// length of the entry. The table is `None` if the disk had another size then.
     fn snapshot(&self, at: u64, entries: u64) -> io::Result<(Option<Vec<u64>>, u64)> {
         let extra = self.reader.u32(at + 36)?;
         let same_size = extra < 16 || self.reader.u64(at + 48)? == self.disk_size;
@@ -121,7 +122,7 @@ mod tests {
         run(folder, "qemu-io", &["-f", "qcow2", "-c", &format!("write -P 0x5a {place} 512"), "i"]);
     }
 
-    /// An image with content at its begin and its end, in the folder.
+    /// Creates an image in the folder, with content at its beginning and its end.
     fn image(folder: &Path, options: &str) -> PathBuf {
         qemu_img(folder, &format!("create -q -f qcow2{options} i 1G"));
         write(folder, "0");
@@ -147,7 +148,7 @@ mod tests {
                 qemu_img(folder.path(), "snapshot -a clean i");
                 assert!(!has_changes(&path), "{options}: {place}");
             }
-            // What another snapshot holds is not lost either.
+            // Content that another snapshot holds is not lost either.
             write(folder.path(), "64k");
             qemu_img(folder.path(), "snapshot -c a-later-one i");
             assert!(!has_changes(&path), "{options}");

@@ -28,12 +28,12 @@ impl FileId {
         Ok(FileId::new(path, &fs::metadata(path)?))
     }
 
-    /// Of the content of the file at that path, whatever becomes of its owner and its attributes: libvirt sets
-    /// them at each start and end of a domain, which changes the file's ctime. To be compared with others of
-    /// its kind.
+    /// Identifies the content of the file at `path`, and ignores its owner and its attributes. libvirt sets
+    /// those at each start and end of a domain, which changes the file's ctime. Compare the result only with
+    /// other results of this function.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// The metadata of the file cannot be read.
     pub fn of_content(path: &Path) -> io::Result<FileId> {
         Ok(FileId { changed: 0, ..FileId::of(path)? })
     }
@@ -63,7 +63,7 @@ impl FileId {
         FileId::of(&self.path).is_ok_and(|now| now == *self)
     }
 
-    /// Where it is.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }

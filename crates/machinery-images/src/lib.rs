@@ -1,13 +1,13 @@
-//! Disk images as plugins see them: which file it is, what its header says, what it is based on.
+//! Reads disk images for plugins: their identities, their headers and their bases.
 //!
-//! A plugin compares identities before each restore, so all of this reads a few small blocks and starts
-//! no process. It reads headers only; `qemu-img` makes and changes images.
+//! A plugin compares identities before each restore. This crate therefore reads only a few small blocks, and
+//! starts no process. It reads headers only; `qemu-img` creates and changes images.
 //!
 //! | module | content |
 //! | --- | --- |
 //! | `file_id` | [`FileId`]: detects that a file was changed or replaced |
 //! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
-//! | `changes` | [`has_unsaved_changes`]: whether a qcow2 image holds what none of its snapshots has |
+//! | `changes` | [`has_unsaved_changes`]: whether a qcow2 image holds content that none of its snapshots has |
 //! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
 
 mod chain;

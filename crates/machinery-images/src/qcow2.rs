@@ -10,10 +10,10 @@ use machinery::{Error, Result};
 /// The first four bytes of a qcow2 image.
 pub const MAGIC: &[u8; 4] = b"QFI\xfb";
 
-/// The length of a version 2 header, in bytes. Version 3 names its own.
+/// The length of a version 2 header, in bytes. A version 3 header states its own length.
 const V2_LENGTH: u64 = 72;
 
-/// QEMU's limits for what the header points to; larger values mark a damaged file.
+/// QEMU's limits for names and tables that the header refers to; larger values mark a damaged file.
 const MAX_NAME: u32 = 1023;
 const MAX_SNAPSHOTS: u32 = 65_536;
 const MAX_EXTENSIONS: u32 = 1 << 20;
@@ -27,40 +27,40 @@ const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
 const DATA_FILE_NAME: u32 = 0x4441_5441;
 
-/// What the header of a qcow2 image says.
+/// The content of a qcow2 header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     /// The disk's size as the guest sees it, in bytes.
     pub size: u64,
-    /// The image that this one is an overlay of.
+    /// The image that this image is an overlay of.
     pub backing: Option<Backing>,
-    /// The file that holds the clusters, where they are in a file of their own.
+    /// The file with the clusters, if they are in a separate file.
     pub data_file: Option<String>,
-    /// Whether QEMU has marked the image as corrupt; it opens such an image for reading only.
+    /// Whether QEMU has marked the image as corrupt; QEMU opens such an image for reading only.
     pub corrupt: bool,
     /// The internal snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
 }
 
-/// The backing file as the header has it.
+/// The backing file as named in the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backing {
     /// A path (relative to the image's folder), a URL, or QEMU's `json:` form.
     pub file: String,
-    /// Its format; QEMU probes it if the header names none.
+    /// The format of the backing file; QEMU probes the file if the header names no format.
     pub format: Option<String>,
 }
 
 /// An internal snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Its number, as text.
+    /// The snapshot's number, as text.
     pub id: String,
-    /// Its name.
+    /// The snapshot's name.
     pub name: String,
-    /// When it was taken, in seconds since 1970.
+    /// The time of the snapshot, in seconds since 1970.
     pub taken: u32,
-    /// The size of the memory in it, in bytes; 0 if it has none.
+    /// The size of the saved memory, in bytes; 0 if the snapshot has none.
     pub memory: u64,
 }
 
@@ -68,7 +68,7 @@ impl Header {
     /// Reads the header of the image at `path`; `None` if the file is no qcow2 image.
     ///
     /// # Errors
-    /// The file cannot be read, or its header makes no sense.
+    /// The file cannot be read, or its header is invalid.
     pub fn read(path: &Path) -> Result<Option<Header>> {
         let file = File::open(path).map_err(|error| Error::io("open the image", path, &error))?;
         let mut magic = [0; 4];
@@ -87,13 +87,13 @@ impl Header {
         })
     }
 
-    /// The internal snapshot of that name.
+    /// Returns the internal snapshot of that name.
     pub fn snapshot(&self, name: &str) -> Option<&Snapshot> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name)
     }
 }
 
-/// Big-endian fields of an open image.
+/// Reads big-endian fields of an open image.
 pub(crate) struct Reader<'a>(pub(crate) &'a File);
 
 impl Reader<'_> {
@@ -126,11 +126,11 @@ impl Reader<'_> {
         self.text(offset, length).map(Some)
     }
 
-    /// The header extensions that name something, up to the end mark.
+    /// Returns the header extensions that hold a name, up to the end mark.
     fn extensions(&self, from: u64) -> io::Result<Vec<(u32, String)>> {
         let mut found = Vec::new();
         let mut at = from;
-        // What follows a header without extensions is the backing file's name, or the next cluster.
+        // A header without extensions is followed by the backing file's name, or by the next cluster.
         let backing = self.u64(8)?;
         let end = if backing == 0 { 1_u64 << self.u32(20)?.min(30) } else { backing };
         while at.saturating_add(8) <= end {
@@ -161,7 +161,7 @@ impl Reader<'_> {
         Ok(snapshots)
     }
 
-    /// The entry at that offset of the snapshot table, and its length.
+    /// Returns the entry at offset `at` of the snapshot table, and its length.
     fn snapshot(&self, at: u64) -> io::Result<(Snapshot, u64)> {
         if at > i64::MAX as u64 {
             return Err(io::Error::other("its snapshot table is beyond all files"));
@@ -169,7 +169,7 @@ impl Reader<'_> {
         let (id_length, name_length) = (self.u16(at + 12)?, self.u16(at + 14)?);
         let extra = self.u32(at + 36)?;
         within(extra, MAX_EXTENSIONS, "a snapshot's extra data")?;
-        // The 32-bit size is 0 or too small where the extra data has the 64-bit one.
+        // The 32-bit size is 0 or too small if the extra data holds the 64-bit size.
         let memory = if extra >= 8 { self.u64(at + 40)? } else { u64::from(self.u32(at + 32)?) };
         let id = at + 40 + u64::from(extra);
         let name = id + u64::from(id_length);
@@ -286,7 +286,7 @@ mod tests {
             let mut damaged = sound.clone();
             damaged[at..at + bytes.len()].copy_from_slice(bytes);
             fs::write(&path, &damaged).unwrap();
-            // Whatever it holds, there is an answer; most of these are errors.
+            // Reading returns for any content; most results are errors.
             if let Err(error) = Header::read(&path) {
                 assert!(error.to_string().contains(&path.display().to_string()), "{error}");
             }

@@ -1,33 +1,34 @@
-//! What a machinery finds when it looks anew at a machine.
+//! The result of a machinery's diagnosis of a machine.
 
 use serde::{Deserialize, Serialize};
 
 use crate::abi::{LONGEST, cut};
 use crate::{Error, Result};
 
-/// A machine has no more warnings than this that are worth keeping.
+/// The maximum number of warnings that are kept for a machine.
 const MAX_WARNINGS: usize = 20;
 
-/// What [`Machinery::diagnose`](crate::Machinery::diagnose) found on one machine. Since interface 1.1.
+/// The result of [`Machinery::diagnose`](crate::Machinery::diagnose) for one machine. Since interface 1.1.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Diagnosis {
     /// The machine's name.
     pub machine: String,
-    /// Why the machine cannot be used, if it cannot. The host disables it for as long as that is so.
+    /// The reason why the machine cannot be used, if it cannot. The host disables the machine as long as this
+    /// is set.
     pub unusable: Option<Error>,
-    /// What an operator should know of a machine that can be used. Each is a full sentence.
+    /// Warnings about a machine that can be used. Each is a full sentence.
     pub warnings: Vec<String>,
 }
 
 impl Diagnosis {
-    /// The diagnosis of a machine with nothing to say yet.
+    /// Creates an empty diagnosis of a machine.
     pub fn new(machine: impl Into<String>) -> Self {
         Diagnosis { machine: machine.into(), ..Diagnosis::default() }
     }
 
-    /// Notes the error of a test that the machine failed: the machine cannot be used. Several errors become one,
-    /// on one line, because a list of machines shows it.
+    /// Records the error of a test that the machine failed, which makes the machine unusable. Several errors
+    /// become one, on one line, because the list of machines displays it.
     pub fn keep<T>(&mut self, result: Result<T>) -> Option<T> {
         let error = match result {
             Ok(value) => return Some(value),
@@ -43,17 +44,17 @@ impl Diagnosis {
         None
     }
 
-    /// Notes something that an operator should know.
+    /// Adds a warning for the operator.
     pub fn warn(&mut self, warning: impl Into<String>) {
         self.warnings.push(warning.into());
     }
 
-    /// Whether there is anything to say.
+    /// Whether the diagnosis contains an error or a warning.
     pub fn says_anything(&self) -> bool {
         self.unusable.is_some() || !self.warnings.is_empty()
     }
 
-    /// The same with texts that can be kept for every machine.
+    /// Returns the diagnosis with its texts shortened, so that the host can keep them for every machine.
     pub(crate) fn cut(self) -> Self {
         let warnings = self.warnings.into_iter().take(MAX_WARNINGS);
         Diagnosis {

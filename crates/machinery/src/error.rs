@@ -157,7 +157,7 @@ impl Error {
         }
     }
 
-    /// Adds to what went wrong, such as the hypervisor's own words. An empty detail adds nothing.
+    /// Adds a detail to the description, such as the hypervisor's own message. An empty detail adds nothing.
     #[must_use]
     pub fn detail(mut self, detail: &str) -> Self {
         if !detail.trim().is_empty() {
@@ -180,14 +180,14 @@ impl Error {
         self
     }
 
-    /// Says what to do about it, in place of what was said before. A full sentence without its full stop.
+    /// Sets the advice, which replaces an earlier one. The advice is a full sentence without its full stop.
     #[must_use]
     pub fn advice(mut self, advice: impl Into<String>) -> Self {
         self.0.advice = Some(advice.into());
         self
     }
 
-    /// Says what to do about it, unless that has been said: for advice that fits many errors.
+    /// Sets the advice unless there is one already: for advice that fits many errors.
     #[must_use]
     pub fn default_advice(mut self, advice: impl Into<String>) -> Self {
         self.0.advice.get_or_insert_with(|| advice.into());

@@ -373,10 +373,11 @@ impl Instance {
         from_json(answer(self.object.reload(request.as_rstr(), ms(deadline)))?.as_bytes(), "plugin's reload")
     }
 
-    /// See [`Machinery::diagnose`](crate::Machinery::diagnose). A plugin of interface 1.0 has nothing to say.
+    /// See [`Machinery::diagnose`](crate::Machinery::diagnose). A plugin of interface 1.0 returns no
+    /// diagnoses.
     ///
     /// # Errors
-    /// The plugin's, or a diagnosis of a machine that it was not asked about.
+    /// The plugin's, or a diagnosis of a machine that is not in `machines`.
     pub fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
         let request = to_json(&machines)?;
         let diagnoses = match answer(self.object.diagnose(request.as_rstr(), ms(deadline))) {
@@ -396,7 +397,7 @@ impl Instance {
     }
 }
 
-/// Expects at most one diagnosis of each machine, and none of any other.
+/// Expects at most one diagnosis of each machine in `machines`, and none of any other.
 fn expect_asked_for(diagnoses: &[Diagnosis], machines: &[String]) -> Result<()> {
     let mut asked: HashSet<&str> = machines.iter().map(String::as_str).collect();
     match diagnoses.iter().find(|diagnosis| !asked.remove(diagnosis.machine.as_str())) {

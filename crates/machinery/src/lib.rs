@@ -58,7 +58,7 @@
 //! | `reload` | a new configuration while machines run: [`Roster`], [`Reloaded`] |
 //! | `diagnosis` | machines that cannot be used, and why: [`Diagnosis`] |
 //! | `socket` | sockets under paths of any length |
-//! | `command` | other programs, started with the limits that the host was started with |
+//! | `command` | starts other programs with the limits that the host was started with |
 //! | `services` | the way back, from the plugin to the host: [`Host`] |
 //! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
 //! | `error`, `report`, `state` | the words both sides use |

@@ -126,13 +126,13 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("prepare"))
     }
 
-    /// Prepares the next restore although nobody asked for it. The host calls this at its start, after each
-    /// run, and after [`Host::wants_prepare`]; it calls [`prepare`](Machinery::prepare) for an operator who
-    /// asks. Since interface 1.1; the default prepares as for an operator.
+    /// Prepares the next restore without a request. The host calls this function at its start, after each
+    /// run, and after [`Host::wants_prepare`]. It calls [`prepare`](Machinery::prepare) when an operator
+    /// asks. Since interface 1.1; the default calls [`prepare`](Machinery::prepare).
     ///
-    /// Automatic work never destroys what somebody else wrote. A plugin whose preparation would discard the
-    /// changes of another user (a disk that an operator has written to, a saved state) leaves them alone:
-    /// it logs a warning, tells why by [`Host::ready`], and returns `Ok`.
+    /// An automatic preparation never discards changes that somebody else made, such as a disk that an
+    /// operator has written to, or a saved state. A plugin that would have to discard them logs a warning,
+    /// reports the reason by [`Host::ready`], and returns `Ok`.
     ///
     /// # Errors
     /// As [`prepare`](Machinery::prepare).
@@ -155,23 +155,26 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("reload"))
     }
 
-    /// Looks anew at machines, and returns a diagnosis for each that has something to say. Since interface 1.1.
+    /// Diagnoses machines, and returns a diagnosis for each machine with an error or a warning. Since
+    /// interface 1.1.
     ///
-    /// Called after [`load`](Machinery::load) and each [`reload`](Machinery::reload) for all machines, and for
-    /// one machine when an operator enables it. A file may have gone or come back in between, so nothing is
-    /// answered from memory. The machines may be in any state, and actions on them may come meanwhile.
+    /// The host calls this function for all machines after [`load`](Machinery::load) and each
+    /// [`reload`](Machinery::reload). It calls it for one machine when an operator enables that machine. A
+    /// file may have gone or come back in between, so a plugin answers nothing from memory. The machines may
+    /// be in any state, and actions on them may come meanwhile.
+    ///
     /// [`load`](Machinery::load) and [`reload`](Machinery::reload) refuse a configuration that is wrong as a
-    /// whole; a machine that lacks its disk or snapshot is a machine all the same, and is reported here.
+    /// whole. A machine that lacks its disk or snapshot is loaded all the same, and reported here.
     ///
     /// # Errors
-    /// The machinery cannot look. The host logs that, and what it knew of the machines stays.
+    /// The machinery cannot diagnose its machines. The host logs the error and keeps the earlier results.
     fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
         let _ = (machines, deadline);
         Ok(Vec::new())
     }
 
-    /// The host is about to end. The runs that it has started have been stopped. Ends what is left of them, and
-    /// what stands by; a machine that somebody else has started stays as it is.
+    /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
+    /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///
     /// # Errors
     /// What could not be let go.

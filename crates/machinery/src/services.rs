@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Ready, State};
 
-/// The reason to give with [`State::Poweroff`] for a guest that powered itself off. It is no accident: the host neither
-/// warns of it nor remembers it as an error.
+/// The reason for a [`State::Poweroff`] of a guest that powered itself off. This is no accident: the host
+/// neither warns of it nor records it as an error.
 pub const GUEST_POWERED_OFF: &str = "the guest powered itself off";
 
 /// The host's side of [`Host`]; a host implements it, plugins never see it.
@@ -52,9 +52,9 @@ impl Host {
         Host::new(Arc::new(Nobody))
     }
 
-    /// Tells that the machine changed its state by itself, and why. Also during an action; without a reason it is
-    /// what was ordered. The host warns of a machine that failed or ended for a reason, and remembers that as an error,
-    /// unless the reason is [`GUEST_POWERED_OFF`].
+    /// Reports that the machine changed its state by itself, and why; also during an action. An empty reason
+    /// means that the host has ordered the state. The host warns of a machine that failed or ended for a
+    /// reason, and records that reason as an error, unless it is [`GUEST_POWERED_OFF`].
     pub fn state_changed(&self, machine: &str, state: State, reason: &str) {
         self.services.state_changed(machine, state, reason);
     }

@@ -20,11 +20,13 @@ pub struct SocketPath {
 /// The longest path a socket address can hold.
 const LONGEST: usize = 107;
 
-/// The longest file name that fits behind `/proc/PID/fd/N/`, with 7 digits of a process and 10 of a descriptor.
+/// The longest file name that fits behind `/proc/PID/fd/N/`, with a 7-digit process and a 10-digit
+/// descriptor.
 const LONGEST_NAME: usize = LONGEST - "/proc/1234567/fd/1234567890/".len();
 
-/// The path of a machine's own socket: `<machinery>_<machine>.sock`. Of a machine's name that is too long for a
-/// socket address the first part is used, with a hash of the whole; `~` is in no machine's name.
+/// Returns the path of a machine's own socket: `<machinery>_<machine>.sock`. If a machine's name is too long
+/// for a socket address, its first part and a hash of the whole name are used. No machine's name contains
+/// `~`.
 pub fn machine_socket(folder: &Path, machinery: &str, machine: &str) -> PathBuf {
     let name = format!("{machinery}_{machine}.sock");
     if name.len() <= LONGEST_NAME {
@@ -36,7 +38,8 @@ pub fn machine_socket(folder: &Path, machinery: &str, machine: &str) -> PathBuf 
     folder.join(format!("{start}{end}"))
 }
 
-/// FNV-1a with 64 bits: the same in every build, because a later host looks for the sockets of an earlier one.
+/// Computes FNV-1a with 64 bits: the same in every build, because a later host looks for the sockets of an
+/// earlier one.
 fn hash(text: &str) -> u64 {
     let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
     text.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix)

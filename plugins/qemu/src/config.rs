@@ -82,7 +82,7 @@ enum Instant {
 struct MachineSection {
     instant: Option<Instant>,
     standby: Option<Standby>,
-    /// Whether a run may write to what the next run finds.
+    /// Whether a run may write to files or devices that the next run finds changed.
     allow_shared_writes: bool,
 }
 
@@ -122,11 +122,12 @@ pub struct MachineFiles {
     pub disposable: PathBuf,
     /// The file that `start_args` were read from; QEMU runs in its folder.
     pub machineinfo: PathBuf,
-    /// As they were when the configuration was read; none if they could not be read.
+    /// The arguments when the configuration was read; empty if they could not be read.
     pub start_args: StartArgs,
-    /// Why they could not be read, if they could not.
+    /// The reason why the arguments could not be read, if they could not.
     pub args_error: Option<Error>,
-    /// Where its traffic can be captured, if that is not where all others' can.
+    /// The interface where the machine's traffic can be captured, if it differs from that of all other
+    /// machines.
     pub own_interface: Option<String>,
     pub keep_disk: bool,
     pub ahead: Ahead,
@@ -134,26 +135,26 @@ pub struct MachineFiles {
 }
 
 impl MachineFiles {
-    /// The images that each run has an overlay of: the disk, and those in the arguments.
+    /// Returns the images that each run has an overlay of: the disk, and the images in the arguments.
     pub fn images(&self) -> Vec<Source> {
         let disk = Source { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
         let others = self.start_args.opened().images.iter().map(|image| image.source.clone());
         std::iter::once(disk).chain(others).collect()
     }
 
-    /// Where the overlays of a run go, in the same order.
+    /// Returns the paths of a run's overlays, in the order of the images.
     pub fn overlays(&self) -> Vec<PathBuf> {
         let count = self.start_args.opened().images.len() + 1;
         (0..count).map(|n| disk::overlay_path(&self.disposable, n)).collect()
     }
 
-    /// What a run would write to and the next run would find, as text; `None` if every run is clean.
+    /// Describes the writes of a run that the next run would find; `None` if every run is clean.
     pub fn shared_writes(&self) -> Option<String> {
         let shared: Vec<String> = self.start_args.opened().shared.iter().map(ToString::to_string).collect();
         (!shared.is_empty()).then(|| shared.join("; "))
     }
 
-    /// The warning about a machine whose runs are not clean, which the operator allows.
+    /// Returns the warning about a machine whose runs are not clean, if the operator allows that.
     pub fn shared_writes_warning(&self) -> Option<String> {
         let shared = self.shared_writes().filter(|_| self.allow_shared_writes)?;
         Some(format!(
@@ -161,10 +162,10 @@ impl MachineFiles {
         ))
     }
 
-    /// Refuses a machine whose runs would not be clean, unless the operator allows it.
+    /// Refuses a machine whose runs would not be clean, unless the operator allows them.
     ///
     /// # Errors
-    /// Something is shared, and that is not allowed.
+    /// A run would change something that the next run finds, and the operator has not allowed that.
     pub fn expect_clean_runs(&self) -> Result<()> {
         match self.shared_writes().filter(|_| !self.allow_shared_writes) {
             None => Ok(()),
@@ -182,12 +183,13 @@ impl MachineFiles {
 }
 
 impl MachineFiles {
-    /// Where its QEMU runs, so that relative paths in `start_args` are those of the machine's own folder.
+    /// Returns the folder in which QEMU runs: the machine's own, so relative paths in `start_args` start
+    /// there.
     pub fn folder(&self) -> &Path {
         self.machineinfo.parent().unwrap_or(Path::new("/"))
     }
 
-    /// Whether the arguments in its machineinfo.json are still those that were read.
+    /// Whether the arguments in machineinfo.json have changed since they were read.
     pub fn has_other_args(&self) -> bool {
         StartArgs::read(&self.machineinfo).is_ok_and(|args| args != self.start_args)
     }
@@ -320,7 +322,7 @@ impl Look<'_> {
         }
     }
 
-    /// An overlay is replaced and deleted, so it must be nobody's file.
+    /// Refuses a configured file at an overlay's path: overlays are replaced and deleted.
     fn overlays(&mut self, configured: &Machines<OwnKeys>, machines: &[MachineFiles]) {
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let overlays = machines.iter().flat_map(|machine| {
@@ -426,7 +428,7 @@ impl OwnKeys {
     }
 }
 
-/// Expects that overlays can be made in the folder.
+/// Expects that this user can create overlays in the folder.
 ///
 /// # Errors
 /// This user may not write there.
@@ -444,12 +446,12 @@ pub mod tests {
     use super::*;
     use std::fs;
 
-    /// A machine whose files are in that folder: `disk.qcow2`, `snapshot`, `machineinfo.json`.
+    /// Creates a machine whose files are in that folder: `disk.qcow2`, `snapshot`, `machineinfo.json`.
     pub fn machine_in(folder: &Path) -> MachineFiles {
         let path = |name: &str| folder.join(name);
         let args = ["-m", "32", "-drive", "file=%DISPOSABLE_DISK_PATH%"];
         let machineinfo = serde_json::json!({"machine": {"start_args": args}}).to_string();
-        // A qcow2 header of version 2, of an empty disk.
+        // The version 2 qcow2 header of an empty disk.
         let mut disk = b"QFI\xfb\0\0\0\x02".to_vec();
         disk.resize(1 << 16, 0);
         for (name, content) in

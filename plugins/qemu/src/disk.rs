@@ -1,8 +1,9 @@
-//! Overlays: the qcow2 files that one run writes to, one for each image that its machine's arguments open
-//! for writing. The first one, of the machine's disk, is the disposable disk.
+//! Overlays: the qcow2 files that one run writes to. Each image that the machine's arguments open for writing
+//! has one overlay. The first overlay, of the machine's disk, is the disposable disk.
 //!
-//! `qemu-img` takes as long to make one as QEMU takes to start, and all overlays of one image are the same.
-//! So it makes one, once, and every run gets a copy of that: of the few blocks in it that are not zero.
+//! `qemu-img` needs as long to create an overlay as QEMU needs to start, and all empty overlays of one image
+//! are the same. `qemu-img` therefore creates only one, and every run gets a copy of its few blocks that are
+//! not zero.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -22,8 +23,8 @@ pub fn path_for(folder: &Path, machine: &str) -> PathBuf {
     folder.join(format!("{machine}_disposable.qcow2"))
 }
 
-/// Where the overlay of a machine's n-th image goes, when that of its disk (the first one, 0) is at `first`:
-/// `m_disposable_2.qcow2` beside `m_disposable.qcow2`.
+/// Returns the path of the overlay of a machine's n-th image. `first` is the path of the disk's overlay
+/// (image 0): `m_disposable_2.qcow2` lies beside `m_disposable.qcow2`.
 pub fn overlay_path(first: &Path, n: usize) -> PathBuf {
     if n == 0 {
         return first.to_owned();
@@ -36,12 +37,12 @@ pub fn overlay_path(first: &Path, n: usize) -> PathBuf {
     first.with_file_name(name)
 }
 
-/// The overlays of one run, in the order of the machine's images. They are deleted with the value, unless the
+/// The overlays of one run, in the order of the machine's images. Dropping the value deletes them, unless the
 /// operator keeps them.
 #[derive(Debug)]
 pub struct Overlays(Vec<Overlay>);
 
-/// An overlay that exists. It is deleted with the value, unless it is kept.
+/// An existing overlay. Dropping the value deletes the file, unless it is kept.
 #[derive(Debug)]
 struct Overlay {
     path: PathBuf,
@@ -49,19 +50,20 @@ struct Overlay {
 }
 
 impl Overlays {
-    /// Whether they stay when the value goes.
+    /// Sets whether the files are kept when the value is dropped.
     pub fn set_keep(&mut self, keep: bool) {
         self.0.iter_mut().for_each(|overlay| overlay.keep = keep);
     }
 
-    /// Their paths, as QEMU's arguments hold them.
+    /// Returns the paths of the overlays, as QEMU's arguments contain them.
     pub fn paths(&self) -> Vec<String> {
         self.0.iter().map(|overlay| overlay.path.display().to_string()).collect()
     }
 }
 
 impl Drop for Overlays {
-    /// Deletes the last one first: [`remove_overlays`] finds all that a host which died left of them.
+    /// Deletes the last overlay first: [`remove_overlays`] then finds all overlays that a host which died has
+    /// left.
     fn drop(&mut self) {
         while self.0.pop().is_some() {}
     }
@@ -81,7 +83,7 @@ impl Drop for Overlay {
 /// Removes all overlays of a machine, of which the first one is at `first`.
 ///
 /// # Errors
-/// One is there and stays.
+/// An overlay exists and cannot be removed.
 pub fn remove_overlays(first: &Path) -> Result<()> {
     let there = (0..).map(|n| overlay_path(first, n)).take_while(|path| path.exists());
     let there: Vec<PathBuf> = there.collect();
@@ -93,10 +95,10 @@ pub fn remove_overlays(first: &Path) -> Result<()> {
 pub struct Blanks(Mutex<HashMap<Source, Arc<Blank>>>);
 
 impl Blanks {
-    /// Makes an overlay of each image, the first one at `first`. What is left of an earlier run is replaced.
+    /// Creates an overlay of each image, the first one at `first`. Overlays of an earlier run are replaced.
     ///
     /// # Errors
-    /// An image is no file; `qemu-img` cannot make an overlay of it; an overlay cannot be written.
+    /// An image is no file; `qemu-img` cannot create an overlay of it; an overlay cannot be written.
     pub fn overlays(
         &self,
         qemu_img: &Path,
@@ -105,7 +107,7 @@ impl Blanks {
         first: &Path,
         deadline: Deadline,
     ) -> Result<Overlays> {
-        // Dropped on failure, so none stays.
+        // Dropping this on failure deletes the overlays made so far.
         let mut overlays = Overlays(Vec::new());
         for (n, image) in images.iter().enumerate() {
             let path = overlay_path(first, n);
@@ -134,7 +136,7 @@ impl Blanks {
     }
 }
 
-/// The identity of an image, which has to be a file.
+/// Returns the identity of an image, which must be a file.
 fn file_id(path: &Path) -> Result<FileId> {
     let failed = |error: io::Error| Error::io("look at the machine's image", path, &error);
     if !fs::metadata(path).map_err(failed)?.is_file() {
@@ -145,7 +147,7 @@ fn file_id(path: &Path) -> Result<FileId> {
     FileId::of(path).map_err(failed)
 }
 
-/// Has `qemu-img` make an overlay.
+/// Creates an overlay with `qemu-img`.
 fn create(
     qemu_img: &Path,
     machine: &str,
@@ -155,7 +157,7 @@ fn create(
 ) -> Result<Overlay> {
     remove(path)?;
     let format = image.format.clone().map_or_else(|| probed(&image.path), Ok)?;
-    // Dropped on failure, so half a file does not stay.
+    // Dropping this on failure deletes the incomplete file.
     let new = Overlay { path: path.to_owned(), keep: false };
     let options =
         ["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-F", &format, "-b"];
@@ -172,7 +174,8 @@ fn create(
         .advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
 }
 
-/// What other formats than raw begin with, and where. Sources: the headers in QEMU's block/*.c.
+/// The first bytes of image formats other than raw, and their offsets. Sources: the headers in QEMU's
+/// block/*.c.
 const MAGIC: [(u64, &[u8], &str); 8] = [
     (0, machinery_images::MAGIC, "qcow2"),
     (0, b"KDMV", "vmdk"),
@@ -184,7 +187,7 @@ const MAGIC: [(u64, &[u8], &str); 8] = [
     (0, b"WithouFreSpacExt", "parallels"),
 ];
 
-/// The format of an image whose format the arguments do not tell, as QEMU would find it.
+/// Detects the format of an image as QEMU does, if the arguments do not state it.
 fn probed(path: &Path) -> Result<String> {
     let file = File::open(path).map_err(|error| Error::io("open the image", path, &error))?;
     let has = |offset: u64, magic: &[u8]| {
@@ -198,10 +201,10 @@ fn probed(path: &Path) -> Result<String> {
 /// Of the size of the smallest cluster a file system is likely to have.
 const BLOCK: usize = 4096;
 
-/// An overlay to which nothing was written yet, kept in memory.
+/// An empty overlay, kept in memory.
 #[derive(Debug)]
 pub struct Blank {
-    /// The image it is on top of.
+    /// The image that the overlay is based on.
     of: FileId,
     length: u64,
     /// What is not zero, and where.
@@ -209,7 +212,7 @@ pub struct Blank {
 }
 
 impl Blank {
-    /// Has `qemu-img` make one at `path`, and reads it; `of` is the image.
+    /// Creates an empty overlay at `path` with `qemu-img`, and reads it; `of` is the image.
     fn make(
         qemu_img: &Path,
         machine: &str,
@@ -228,7 +231,7 @@ impl Blank {
         Ok(Blank { of, length: content.len() as u64, blocks })
     }
 
-    /// Makes an overlay at `path`; one that is left from an earlier run is replaced.
+    /// Creates an overlay at `path`; an overlay of an earlier run is replaced.
     fn copy_to(&self, path: &Path) -> Result<Overlay> {
         remove(path)?;
         let failed = |error: io::Error| Error::io("make the overlay", path, &error);
@@ -297,7 +300,7 @@ mod tests {
             drop(overlays);
             assert!(!first.exists() && !folder.path().join("overlay_2.x").exists());
         }
-        // One that was made is made no more, as long as the image is the same.
+        // A blank is made only once, as long as the image is the same.
         fs::write(&qemu_img, "#!/bin/sh\nexit 1\n").unwrap();
         drop(make());
         fs::write(&disk, "another").unwrap();

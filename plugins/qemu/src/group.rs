@@ -1,7 +1,7 @@
-//! The process group of a run: QEMU, and what its arguments or a wrapper around it have started.
+//! The process group of a run: QEMU, and the processes that its arguments or a wrapper have started.
 //!
-//! A helper such as `swtpm` ends by itself when QEMU does, and cleans up then. One that is killed at once may leave a
-//! lock or a socket behind that the next run cannot do with.
+//! A helper such as `swtpm` ends by itself after QEMU, and cleans up then. A helper that is killed at once
+//! may leave a lock or a socket behind that makes the next run fail.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -12,12 +12,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process_group};
 
-/// How long helpers may take to end by themselves after their QEMU.
+/// The time that helpers have to end by themselves after their QEMU.
 const HELPERS: Duration = Duration::from_secs(1);
-/// How long a process may take to end after SIGKILL.
+/// The time that a process has to end after SIGKILL.
 const AFTER_KILL: Duration = Duration::from_secs(2);
 
-/// Waits for what is left in the group of a leader that has ended, and kills it in the end.
+/// Waits for the remaining processes in the group of a leader that has ended, and kills them after a timeout.
 pub fn end_rest(leader: Pid) {
     if wait_for_end(leader, HELPERS) {
         return;
@@ -29,13 +29,13 @@ pub fn end_rest(leader: Pid) {
         "helpers of QEMU do not end: they are killed"
     );
     for helper in &left {
-        // It may have ended by itself.
+        // The helper may have ended by itself.
         let _ = pidfd_send_signal(helper, Signal::KILL);
     }
     wait_for_end(leader, AFTER_KILL);
 }
 
-/// Whether nobody is left in the group within that time.
+/// Waits until the group is empty; returns `false` if it is not within that time.
 fn wait_for_end(leader: Pid, patience: Duration) -> bool {
     let until = Instant::now() + patience;
     while is_left(leader) {
@@ -46,20 +46,20 @@ fn wait_for_end(leader: Pid, patience: Duration) -> bool {
             return false;
         }
         let limit = Timespec::try_from(left).ok();
-        // Whatever comes of it, it is looked at again.
+        // The loop checks the group again, whatever poll returns.
         let _ = retry_on_intr(|| poll(&mut [PollFd::new(one, PollFlags::IN)], limit.as_ref()));
     }
     true
 }
 
-/// Whether the group still exists. As long as it does, no new process can get the leader's number; so one that lives
-/// and has it is of another group.
+/// Whether the group still exists. While it exists, no new process can get the leader's number. A living
+/// process with that number therefore belongs to another group.
 fn is_left(leader: Pid) -> bool {
     let lives = || stat(leader).is_some_and(|stat| !matches!(fields(&stat).next(), None | Some("Z" | "X")));
     test_kill_process_group(leader).is_ok() && !lives()
 }
 
-/// The living processes of the group.
+/// Returns the living processes of the group.
 fn members(leader: Pid) -> Vec<OwnedFd> {
     let Ok(entries) = Path::new("/proc").read_dir() else { return Vec::new() };
     let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -67,7 +67,7 @@ fn members(leader: Pid) -> Vec<OwnedFd> {
 }
 
 fn member(pid: Pid, leader: Pid) -> Option<OwnedFd> {
-    // Held first, looked at then: so it is this process that is looked at.
+    // The handle is opened before the check, so that the check is about this process and no later one.
     let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
     is_living_member(&stat(pid)?, number(leader)).then_some(handle)
 }
@@ -76,7 +76,8 @@ fn stat(pid: Pid) -> Option<String> {
     fs::read_to_string(format!("/proc/{}/stat", number(pid))).ok()
 }
 
-/// The state, the parent, the group, and more. Source: proc_pid_stat(5); before them is the name, in brackets.
+/// Returns the fields state, parent, group and later ones. Source: proc_pid_stat(5); the name, in brackets,
+/// precedes them.
 fn fields(stat: &str) -> impl Iterator<Item = &str> {
     stat.rsplit(')').next().unwrap_or("").split_whitespace()
 }

@@ -25,10 +25,10 @@ const ENDING: Duration = Duration::from_secs(2);
 pub struct Start<'a> {
     pub machine: &'a str,
     pub program: &'a Path,
-    /// Where it runs: what relative paths in its arguments start from.
+    /// The folder in which QEMU runs, where relative paths in its arguments start.
     pub folder: &'a Path,
     pub version: Version,
-    /// The machine's own arguments, with the overlays in the place of its images.
+    /// The machine's own arguments, with the overlays in place of its images.
     pub args: Vec<String>,
     pub overlays: Overlays,
     pub socket: &'a Path,

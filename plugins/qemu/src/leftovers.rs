@@ -1,8 +1,8 @@
-//! What a host that died left behind: QEMU processes, overlays, sockets.
+//! Removes leftovers of a host that died: QEMU processes, overlays, sockets.
 //!
-//! A QEMU of ours has its machine's monitor socket on its command line, and the host that loads this
-//! plugin is the only one of its CWD; so a process with that socket is a run that nobody watches any
-//! more. A process that merely uses the same overlay is somebody else's, which is reported and not touched.
+//! A QEMU of this plugin has its machine's monitor socket on its command line, and a CWD has only one host at
+//! a time. A process with that socket is therefore a run that no host watches any more. A process that merely
+//! uses the same overlay belongs to somebody else; it is reported and not touched.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -17,15 +17,15 @@ use rustix::process::{Pid, PidfdFlags, Signal, getpgid, pidfd_open, pidfd_send_s
 use crate::disk;
 use crate::group;
 
-/// How long it may take to end when it is asked to, and after SIGKILL.
+/// The time that a process has to end after a request to end, and after SIGKILL.
 const ENDING: Timespec = Timespec { tv_sec: 3, tv_nsec: 0 };
 const AFTER_KILL: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// Ends runs of the machine that nobody watches, and removes their overlays (the first one is `overlays[0]`)
+/// Ends runs of the machine that no host watches, and removes their overlays (the first one is `overlays[0]`)
 /// and their socket.
 ///
 /// # Errors
-/// Somebody else uses an overlay, a process does not end, a file stays.
+/// Somebody else uses an overlay, a process does not end, or a file cannot be removed.
 pub fn clear(overlays: &[PathBuf], socket: &Path, program: &Path, keep_overlays: bool) -> Result<()> {
     for process in processes() {
         if process.listens_on(socket) {
@@ -102,7 +102,7 @@ impl Found {
         })
     }
 
-    /// Asks it to end, so that its helpers end too, and kills it if it does not.
+    /// Asks the process to end, so that its helpers end too, and kills it if it does not.
     fn end(&self, socket: &Path) -> Result<()> {
         tracing::warn!(pid = self.number(), socket = %socket.display(), "a QEMU of a host that died is ended");
         let leads_a_group = getpgid(Some(self.pid)) == Ok(self.pid);
@@ -115,7 +115,7 @@ impl Found {
         Ok(())
     }
 
-    /// Whether it has ended within that time after the signal.
+    /// Sends the signal, and returns whether the process has ended within `patience`.
     fn ends_by(&self, signal: Signal, patience: Timespec) -> Result<bool> {
         let sent = match pidfd_send_signal(&self.handle, signal) {
             Err(Errno::SRCH) => return Ok(true),

@@ -16,15 +16,15 @@
 //! | `run`, `standby` | one run, from the process to its end; one that waits to be let go |
 //! | `launch` | from arguments to a process whose monitor is connected |
 //! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
-//! | `stderr`, `group` | what QEMU says beside its monitor; what it starts |
-//! | `snapshot`, `disk` | what a run is made of |
+//! | `stderr`, `group` | QEMU's output on stderr; the processes that QEMU starts |
+//! | `snapshot`, `disk` | the memory snapshot and the overlays of a run |
 //! | `refusal` | why QEMU refuses a snapshot |
 //! | `steps`, `progress` | how long it takes, how far it is |
 //! | `views` | memory dump and screenshot |
 //! | `leftovers` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
-//! | `resources`, `peers` | what one machine at a time can have, and which others want it |
-//! | `needs` | what machines need of this computer, tried |
+//! | `resources`, `peers` | resources that only one machine at a time can use, and the machines that claim them |
+//! | `needs` | tests of what machines need of this computer |
 //! | `diagnose` | machines that cannot be used, and why |
 //! | `check`, `version` | the environment |
 

@@ -53,7 +53,7 @@ const INSTANT: Duration = Duration::from_secs(30);
 /// before, and who gives up a preparation waits for it.
 const COMING_UP: Duration = Duration::from_secs(50);
 
-/// How long the QEMU of a preparation that is given up may take to end when it is asked to.
+/// The time that the QEMU of a cancelled preparation has to end by itself.
 const GIVING_UP: Duration = Duration::from_secs(3);
 
 /// What all machines share.
@@ -93,18 +93,18 @@ impl Shared {
 
 pub struct Machine {
     configured: MachineFiles,
-    /// The same with its arguments, where these could be read only later.
+    /// The machine's files with its arguments, if these could be read only after the configuration.
     mended: OnceLock<MachineFiles>,
-    /// What it claims for itself, once its arguments are known.
+    /// The resources that the machine claims, once its arguments are known.
     resources: OnceLock<Vec<Resource>>,
-    /// Why what a host that died left of it is still there, if it is.
+    /// The reason why leftovers of a host that died still exist, if they do.
     left: Mutex<Option<Error>>,
     socket: PathBuf,
     shared: Arc<Shared>,
     now: Mutex<Now>,
     /// Wakes those who wait for a preparation to end.
     changed: Condvar,
-    /// What overlays are copied from.
+    /// The empty overlays that a run's overlays are copied from.
     blanks: Blanks,
     /// How ready it is when nothing stands by, as far as is known.
     without_standby: Mutex<Ready>,
@@ -187,13 +187,12 @@ impl Machine {
         self.files().ahead.instant
     }
 
-    /// What it is made of.
+    /// Returns the machine's files.
     fn files(&self) -> &MachineFiles {
         self.mended.get().unwrap_or(&self.configured)
     }
 
-    /// Clears away what a host that died left of this machine. As long as something stays, the machine cannot
-    /// be used.
+    /// Removes leftovers of a host that died. As long as some remain, the machine cannot be used.
     pub fn clear_leftovers(&self) {
         let program = self.shared.program.path();
         let (files, socket) = (self.files(), &self.socket);
@@ -201,8 +200,8 @@ impl Machine {
         *self.left() = cleared.err();
     }
 
-    /// Looks at its files as they are now. Arguments that could not be read with the configuration are read as soon
-    /// as they can be.
+    /// Diagnoses the machine by its files as they are now. Arguments that could not be read with the
+    /// configuration are read as soon as that is possible.
     pub fn diagnose(&self) -> Diagnosis {
         let mut diagnosis = Diagnosis::new(self.name());
         let files = self.files();
@@ -210,7 +209,7 @@ impl Machine {
             Err(error) => MachineFiles { args_error: Some(error), ..files.clone() },
             Ok(start_args) if files.args_error.is_some() => {
                 let mended = MachineFiles { start_args, args_error: None, ..files.clone() };
-                // It is set once: from then on there is no such error.
+                // Once `mended` is set, this error no longer occurs.
                 self.mended.get_or_init(|| mended).clone()
             }
             Ok(start_args) => {
@@ -282,7 +281,7 @@ impl Machine {
         let cleared = self.discard_rivals(deadline);
         let started = self.set_started(match (cleared, standby) {
             (Ok(()), standby) => way(standby),
-            // What stood by ends with its value.
+            // Dropping the standby ends it.
             (Err(error), _) => Err(error.into()),
         });
         if stood_by {
@@ -291,7 +290,7 @@ impl Machine {
         started
     }
 
-    /// What it claims for itself. Nothing is known of that as long as its arguments cannot be read.
+    /// Returns the resources that the machine claims; none as long as its arguments cannot be read.
     pub fn resources(&self) -> &[Resource] {
         let files = self.files();
         if files.args_error.is_some() {
@@ -300,7 +299,8 @@ impl Machine {
         self.resources.get_or_init(|| Resource::of(files))
     }
 
-    /// A machine that only stands by, or is prepared, does not keep one from starting that claims the same.
+    /// Discards the standbys and preparations of machines that claim the same resources, so that this one can
+    /// start.
     fn discard_rivals(&self, deadline: Deadline) -> Result<()> {
         for Rival { machine: rival, resource } in self.shared.peers.rivals(self) {
             if rival.is_ahead() {
@@ -314,12 +314,13 @@ impl Machine {
         Ok(())
     }
 
-    /// The machine that has what this one claims too, if one has: it runs, stands by, or is prepared.
+    /// Returns a machine that claims the same resource and has a QEMU: it runs, is a standby, or is being
+    /// prepared.
     fn rival_in_the_way(&self) -> Option<Rival> {
         self.shared.peers.rivals(self).into_iter().find(|rival| rival.machine.has_qemu())
     }
 
-    /// Whether something was, or is being, done ahead of its next restore.
+    /// Whether the next restore is prepared or being prepared.
     fn is_ahead(&self) -> bool {
         matches!(&*self.lock(), Now::Preparing { .. } | Now::Ready(_))
     }
@@ -427,7 +428,7 @@ impl Machine {
         let_run(run, &mut steps, deadline)
     }
 
-    /// A run that was loaded, and is paused. Its first overlay is at `first`.
+    /// Starts a run that is loaded and paused. Its first overlay is at `first`.
     fn paused(
         &self,
         first: &Path,
@@ -465,7 +466,8 @@ impl Machine {
         Ok(run)
     }
 
-    /// A QEMU may fail because of arguments that are corrected in the file by now.
+    /// Adds a note to an error if the arguments in the file have changed, because that may have corrected the
+    /// error.
     fn note_other_args(&self, error: Error) -> Error {
         if !self.files().has_other_args() {
             return error;

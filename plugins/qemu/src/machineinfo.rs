@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::images::{Opened, PLACEHOLDER};
 
-/// Options without a value. Source: those without `HAS_ARG` in QEMU's qemu-options.hx, 2.11 to 10.0.
+/// Options without a value. Source: the options without `HAS_ARG` in QEMU's qemu-options.hx, 2.11 to 10.0.
 const FLAGS: [&str; 42] = [
     "h",
     "help",
@@ -92,7 +92,7 @@ impl StartArgs {
         StartArgs::of(&info, folder).map_err(|(reason, advice)| wrong(reason).advice(advice))
     }
 
-    /// The arguments in `info`, for a QEMU that runs in `folder`.
+    /// Reads the arguments in `info`, for a QEMU that runs in `folder`.
     fn of(info: &Value, folder: &Path) -> Result<StartArgs, (String, String)> {
         let example = "It has to look like {\"machine\": {\"start_args\": [\"-m\", \"2048\", …]}}";
         let args = info
@@ -107,8 +107,8 @@ impl StartArgs {
         Ok(StartArgs { opened: Opened::by(&args, folder), args })
     }
 
-    /// The arguments with overlays in the place of the images: of the disk the first one, then in the order
-    /// of [`Opened::images`].
+    /// Returns the arguments with overlays in place of the images: first the disk's overlay, then the others
+    /// in the order of [`Opened::images`].
     pub fn with_overlays(&self, overlays: &[String]) -> Vec<String> {
         let mut args = self.args.clone();
         let overlay = |index: usize| overlays.get(index).cloned().unwrap_or_default();
@@ -116,7 +116,7 @@ impl StartArgs {
         args.into_iter().map(|arg| arg.replace(PLACEHOLDER, &overlay(0))).collect()
     }
 
-    /// What they open, but for the disk's overlay.
+    /// Returns the files that the arguments open, except the disk's overlay.
     pub fn opened(&self) -> &Opened {
         &self.opened
     }
@@ -126,7 +126,7 @@ impl StartArgs {
         &self.args
     }
 
-    /// The options among them by their names, each with its value, or with the argument that follows it.
+    /// Returns the options with their names, each with its value or the argument that follows.
     pub fn options(&self) -> impl Iterator<Item = (&str, &str)> {
         walk(&self.args).map(|(_, name, value)| (name, value))
     }
@@ -137,7 +137,7 @@ impl StartArgs {
         StartArgs::in_folder(args, Path::new("/"))
     }
 
-    /// Unchecked ones of a QEMU that runs in that folder, for tests.
+    /// Creates unchecked arguments of a QEMU that runs in that folder, for tests.
     #[cfg(test)]
     pub fn in_folder(args: impl IntoIterator<Item = String>, folder: &Path) -> StartArgs {
         let args: Vec<String> = args.into_iter().collect();
@@ -220,8 +220,8 @@ fn check(args: &[String], folder: &Path) -> Result<(), (String, String)> {
     Ok(())
 }
 
-/// The options among the arguments: the index of the argument that follows, the option's name, and that
-/// argument. One that belongs to no option is a disk, as with `-hda`.
+/// Returns the options among the arguments: the index of the argument after the option, the option's name,
+/// and that argument. An argument that belongs to no option is a disk, as with `-hda`.
 pub fn walk(args: &[String]) -> impl Iterator<Item = (usize, &str, &str)> {
     let mut is_value = false;
     args.iter().enumerate().filter_map(move |(index, arg)| {

@@ -12,7 +12,7 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
-/// The keys and values of an option, in the order in which they are written.
+/// The keys and values of an option, in the order of the text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
     pairs: Vec<(String, Value)>,
@@ -32,34 +32,34 @@ impl Options {
         Options { pairs, is_json: true }
     }
 
-    /// Options that were written as separate keys and values, as in a file of `-readconfig`.
+    /// Creates options from separate keys and values, as in a file of `-readconfig`.
     pub fn of(pairs: Vec<(String, String)>) -> Options {
         let pairs = pairs.into_iter().map(|(key, value)| (key, value.into())).collect();
         Options { pairs, is_json: false }
     }
 
-    /// The text under a key. Of several the last one counts, as in QEMU.
+    /// Returns the text under a key; the last one if there are several, as in QEMU.
     pub fn get(&self, key: &str) -> Option<&str> {
         self.value(key)?.as_str()
     }
 
-    /// All texts under a key that may be written several times; in JSON it is a list of `{"str": …}`.
+    /// Returns all texts under a key that may occur several times; in JSON it is a list of `{"str": …}`.
     pub fn all(&self, key: &str) -> Vec<&str> {
         self.pairs.iter().filter(|(name, _)| name == key).flat_map(|(_, value)| texts(value)).collect()
     }
 
-    /// Whether a key is there, with whatever value but null.
+    /// Whether a key exists, with any value but null.
     pub fn has(&self, key: &str) -> bool {
         self.value(key).is_some_and(|value| !value.is_null())
     }
 
-    /// Whether a key is there, or any below it.
+    /// Whether a key exists, or any key below it.
     pub fn has_any(&self, key: &str) -> bool {
         let below = |name: &str| name.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
         self.has(key) || self.pairs.iter().any(|(name, _)| below(name))
     }
 
-    /// Whether a switch is on; `None` if it is not there.
+    /// Whether a switch is on; `None` if there is no such key.
     pub fn switch(&self, key: &str) -> Option<bool> {
         Some(match self.value(key)? {
             Value::Bool(on) => *on,
@@ -68,12 +68,12 @@ impl Options {
         })
     }
 
-    /// Whether a switch is there and on.
+    /// Whether a switch exists and is on.
     pub fn is_on(&self, key: &str) -> bool {
         self.switch(key) == Some(true)
     }
 
-    /// Gives a key this value, and no other.
+    /// Sets a key to this value, and removes its other values.
     pub fn set(&mut self, key: &str, value: &str) {
         self.remove(key);
         self.pairs.push((key.to_owned(), value.into()));
@@ -84,7 +84,7 @@ impl Options {
         self.pairs.retain(|(name, _)| name != key);
     }
 
-    /// Moves what is under one key to another one.
+    /// Moves the values of one key to another key.
     pub fn rename(&mut self, key: &str, new: &str) {
         for (name, _) in self.pairs.iter_mut().filter(|(name, _)| name == key) {
             new.clone_into(name);
@@ -118,7 +118,7 @@ fn texts(value: &Value) -> Vec<&str> {
     }
 }
 
-/// A comma would end the value; QEMU reads two as one.
+/// Escapes the commas of a value by doubling them: a single comma would end the value.
 pub fn escaped(value: &str) -> String {
     value.replace(',', ",,")
 }
@@ -140,7 +140,7 @@ fn pairs(text: &str, implied: &str) -> Vec<(String, Value)> {
     pairs
 }
 
-/// The parts between single commas; a double one is a comma of the value.
+/// Splits at single commas; a double comma is a comma within a value.
 fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut rest = text.chars().peekable();

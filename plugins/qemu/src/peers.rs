@@ -1,19 +1,19 @@
-//! The machines of one host, as far as each needs to know of the others: what they claim for themselves.
+//! The machines of one host, and the resources that they claim.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::machine::Machine;
 use crate::resources::Resource;
 
-/// All machines that there are. It keeps none of them alive.
+/// All machines. This list does not keep them alive.
 #[derive(Default)]
 pub struct Peers {
     machines: Mutex<Vec<Weak<Machine>>>,
-    /// Held while a machine decides whether it can be prepared.
+    /// Locked while a machine decides whether it can be prepared.
     deciding: Mutex<()>,
 }
 
-/// Another machine, and what it claims too.
+/// Another machine, and the resource that both claim.
 pub struct Rival {
     pub machine: Arc<Machine>,
     pub resource: Resource,
@@ -27,7 +27,7 @@ impl Peers {
         machines.push(Arc::downgrade(machine));
     }
 
-    /// The other machines that claim something that this one claims.
+    /// Returns the other machines that claim a resource of this machine.
     pub fn rivals(&self, machine: &Machine) -> Vec<Rival> {
         let claimed = machine.resources();
         if claimed.is_empty() {
@@ -43,7 +43,7 @@ impl Peers {
         others.filter_map(rival).collect()
     }
 
-    /// One machine at a time decides whether it can be prepared.
+    /// Locks the decision whether a machine can be prepared: one machine at a time decides.
     pub fn decide(&self) -> MutexGuard<'_, ()> {
         self.deciding.lock().unwrap_or_else(PoisonError::into_inner)
     }

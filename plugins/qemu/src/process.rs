@@ -27,7 +27,7 @@ pub struct Process {
 pub struct Handle {
     pid: u32,
     pidfd: OwnedFd,
-    /// Whether it was ended from here.
+    /// Whether this plugin has ended the process.
     ended: AtomicBool,
     stderr: Stderr,
 }
@@ -48,7 +48,7 @@ impl Handle {
         self.end_by(Signal::KILL);
     }
 
-    /// Asks it to end in good order, as `quit` does, also where its monitor is not connected. Source:
+    /// Asks the process to shut down cleanly, as `quit` does, also if its monitor is not connected. Source:
     /// `qemu_system_killed` in QEMU's softmmu/runstate.c.
     pub fn terminate(&self) {
         self.end_by(Signal::TERM);
@@ -60,7 +60,7 @@ impl Handle {
         let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
-    /// A new step begins: what it says from now on is the reason if the step fails.
+    /// Begins a step: if the step fails, the reason is the output from now on.
     pub fn begin_step(&self) {
         self.stderr.begin_step();
     }
@@ -90,10 +90,10 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 impl Process {
-    /// Starts it in the folder `folder`, with nothing on its stdin.
+    /// Starts the process in the folder `folder`, with nothing on its stdin.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The process cannot be started.
     pub fn start(
         program: &Path,
         args: impl IntoIterator<Item = String>,
@@ -145,7 +145,7 @@ impl Process {
         &self.handle
     }
 
-    /// Waits for its end, by force after `grace`, and for that of what it has started; and tells how it was.
+    /// Waits for the end of the process and of its helpers, and returns how it ended. Kills it after `grace`.
     pub fn end(mut self, grace: Duration) -> End {
         if !self.handle.wait(grace) {
             self.handle.kill();
@@ -164,7 +164,7 @@ pub struct End {
     status: Option<ExitStatus>,
     /// Whether it was us.
     by_us: bool,
-    /// What it said in its last step.
+    /// The output of the last step.
     said: String,
 }
 
@@ -183,12 +183,12 @@ impl End {
         if self.said.is_empty() { how } else { format!("{how}: {}", self.said) }
     }
 
-    /// What it said in its last step, in its own words.
+    /// Returns the output of the last step.
     pub fn words(&self) -> &str {
         &self.said
     }
 
-    /// For people: what is worth telling after a failure; empty if nothing is.
+    /// Describes a failure for people; empty if there is nothing useful to add.
     pub fn last_words(&self) -> String {
         match (self.by_us, self.said.is_empty()) {
             (true, true) => String::new(),
@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU was killed by signal 9");
     }
 
-    /// The script's process, which has stopped itself.
+    /// Starts the script, and waits until its process has stopped itself.
     fn stopped(script: &str) -> (Process, Pid) {
         let process = shell(script);
         let pid = Pid::from_raw(process.handle().pid().cast_signed()).unwrap();
@@ -273,7 +273,7 @@ mod tests {
         let end = shell(&format!("sleep 600 & echo $! > {}", file.display())).end(Duration::from_secs(10));
         assert!(end.was_clean());
         let helper = std::fs::read_to_string(file).unwrap();
-        // Whoever its parent is now may not have waited for it yet.
+        // The new parent of the helper may not have reaped it yet.
         let status = std::fs::read_to_string(format!("/proc/{}/status", helper.trim())).unwrap_or_default();
         assert!(status.is_empty() || status.contains("Z (zombie)"), "{status}");
     }

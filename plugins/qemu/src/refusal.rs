@@ -1,8 +1,8 @@
-//! Why QEMU refuses a snapshot, by what it says.
+//! Explains why QEMU refuses a snapshot, from its messages.
 //!
-//! A snapshot is the state of one machine, device by device. QEMU loads it only into the same machine: of the same type,
-//! with as much RAM, and with the same devices, none of them older. Sources: QEMU's migration/savevm.c and
-//! migration/ram.c, softmmu/physmem.c, migration/vmstate.c.
+//! A snapshot is the state of one machine, device by device. QEMU loads it only into the same machine: of the
+//! same type, with the same amount of RAM, and with the same devices, none of them older. Sources: QEMU's
+//! migration/savevm.c and migration/ram.c, softmmu/physmem.c, migration/vmstate.c.
 
 use std::path::Path;
 
@@ -10,17 +10,17 @@ use machinery::{Error, in_words};
 
 use crate::snapshot::Format;
 
-/// What QEMU's words say of a snapshot that it has not loaded.
+/// The meaning of QEMU's message about a snapshot that it has not loaded.
 pub enum Refusal {
-    /// It refuses it, for a reason that is known.
+    /// QEMU refuses the snapshot for a known reason.
     Known(Error),
-    /// The stream ended before it had all.
+    /// The stream ended before the end of the snapshot.
     EndsEarly,
-    /// It refuses it.
+    /// QEMU refuses the snapshot for an unknown reason.
     Unknown(Error),
 }
 
-/// Takes QEMU's words on a snapshot that it has not loaded.
+/// Interprets QEMU's message about a snapshot that it has not loaded.
 pub fn refused(path: &Path, format: Format, words: &str) -> Refusal {
     let refused = Error::failed(format!("QEMU refuses the {format} snapshot {}", path.display()));
     if let Some((why, advice)) = cause(words) {
@@ -35,13 +35,13 @@ pub fn refused(path: &Path, format: Format, words: &str) -> Refusal {
     )))
 }
 
-/// What QEMU makes of the end of a file in the middle of a snapshot.
+/// QEMU's message when a file ends in the middle of a snapshot.
 const ENDS_EARLY: &str = "load of migration failed: Input/output error";
 const ANEW: &str = "take the snapshot anew";
 const DEVICES: &str =
     "Give start_args the devices that the snapshot was taken with, or take the snapshot anew";
 
-/// Why, and what to do; nothing for words that say neither.
+/// Returns the cause and the advice; `None` for messages without a known meaning.
 fn cause(words: &str) -> Option<(String, String)> {
     machine_type(words)
         .or_else(|| size(words))
@@ -62,7 +62,7 @@ fn size(words: &str) -> Option<(String, String)> {
     let (theirs, ours) = sizes.split_once(" != ")?;
     let bytes = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
     let (theirs, ours) = (bytes(theirs)?, bytes(ours)?);
-    // A device's memory is named after its place on its bus.
+    // QEMU names a device's memory after the device's place on its bus.
     if block.contains('/') {
         let why = format!("its device {block} has {} of memory, not {}", in_words(theirs), in_words(ours));
         return Some((why, DEVICES.to_owned()));

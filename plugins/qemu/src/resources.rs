@@ -1,8 +1,8 @@
-//! What a machine's arguments claim for itself: of each of these, one QEMU at a time can have it.
+//! The resources that a machine's arguments claim: only one QEMU at a time can use each of them.
 //!
-//! Two machines that claim the same can never run at the same time, and one that stands by keeps the other from
-//! starting. Sources: QEMU's qemu-options.hx, qapi/net.json, qapi/char.json, ui/vnc.c, chardev/char.c
-//! (`qemu_chr_parse_compat`), net/slirp.c (`slirp_hostfwd`).
+//! Two machines that claim the same resource can never run at the same time, and the standby of one keeps the
+//! other from starting. Sources: QEMU's qemu-options.hx, qapi/net.json, qapi/char.json, ui/vnc.c,
+//! chardev/char.c (`qemu_chr_parse_compat`), net/slirp.c (`slirp_hostfwd`).
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ const VNC: u16 = 5900;
 /// The port of `-s`.
 const GDB: u16 = 1234;
 
-/// Something that one QEMU at a time can have, and the argument that claims it.
+/// A resource that only one QEMU at a time can use, and the argument that claims it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
     what: What,
@@ -24,7 +24,7 @@ pub struct Resource {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum What {
-    /// On an address of this computer; on all of them if that is empty.
+    /// A port on an address of this computer; on all addresses if `address` is empty.
     Port {
         protocol: &'static str,
         address: String,
@@ -56,14 +56,14 @@ impl fmt::Display for Resource {
 }
 
 impl Resource {
-    /// All that the machine claims.
+    /// Returns all resources that the machine claims.
     pub fn of(files: &MachineFiles) -> Vec<Resource> {
         let mut found = Found { files, argument: String::new(), resources: Vec::new() };
         files.start_args.options().for_each(|(name, value)| found.option(name, value));
         found.resources
     }
 
-    /// What two resources have in common that may be the same: a cheap way to find those that clash.
+    /// Returns a key that two resources share if they may clash: a cheap way to find such pairs.
     pub fn key(&self) -> String {
         match &self.what {
             What::Port { protocol, port, .. } => format!("{protocol} {port}"),
@@ -74,7 +74,7 @@ impl Resource {
         }
     }
 
-    /// Whether only one of them can be had at a time.
+    /// Whether only one of the two resources can be used at a time.
     pub fn clashes(&self, other: &Resource) -> bool {
         match (&self.what, &other.what) {
             (What::Port { address: one, .. }, What::Port { address: other_one, .. }) => {
@@ -89,7 +89,7 @@ impl Resource {
 /// A search through a machine's arguments.
 struct Found<'a> {
     files: &'a MachineFiles,
-    /// The one that is looked at.
+    /// The current argument.
     argument: String,
     resources: Vec<Resource>,
 }
@@ -128,7 +128,7 @@ impl Found<'_> {
         self.resources.push(Resource { what, argument: self.argument.clone() });
     }
 
-    /// No port is one that the kernel chooses.
+    /// Adds a port. Port 0 claims nothing: the kernel chooses a free port.
     fn port(&mut self, protocol: &'static str, address: &str, port: Option<u16>) {
         let Some(port) = port.filter(|port| *port != 0) else { return };
         let address = match address.trim_start_matches('[').trim_end_matches(']') {
@@ -147,7 +147,7 @@ impl Found<'_> {
 
     fn path(&mut self, path: Option<&str>) {
         let Some(path) = path.filter(|path| !path.is_empty()) else { return };
-        // Of these each QEMU gets one of its own, or they hold nothing.
+        // QEMUs can share these, or each gets its own.
         let harmless = ["/dev/null", "/dev/zero", "/dev/std", "/dev/fd", "/dev/pts", "/proc/self"];
         if !harmless.iter().any(|start| path.starts_with(start)) {
             self.found(What::Path(self.files.folder().join(path)));
@@ -159,7 +159,7 @@ impl Found<'_> {
         if let Some(path) = display.strip_prefix("unix:") {
             return self.path(Some(path));
         }
-        // One that looks for a free port takes any, and one that calls a viewer takes none.
+        // A server with `to` looks for any free port, and a reverse connection to a viewer opens none.
         if options.has("to") || options.is_on("reverse") {
             return;
         }
@@ -228,7 +228,8 @@ impl Found<'_> {
         }
     }
 
-    /// The old spelling, as of `-serial`. A debugger is listened for in any case.
+    /// Reads the old spelling, as of `-serial`. `is_server` is set for a debugger's device, which always
+    /// listens.
     fn character(&mut self, value: &str, is_server: bool) {
         let options = Options::parse(value.strip_prefix("mon:").unwrap_or(value), "backend");
         let backend = options.get("backend").unwrap_or_default();
@@ -268,7 +269,7 @@ pub mod tests {
     use crate::config::tests::machine_in;
     use crate::machineinfo::StartArgs;
 
-    /// What these arguments claim.
+    /// Returns the claims of these arguments.
     pub fn claimed(args: &[&str]) -> Vec<Resource> {
         let folder = tempfile::tempdir().unwrap();
         let start_args = StartArgs::from_args(args.iter().map(|&arg| arg.to_owned()));

@@ -40,7 +40,7 @@ use crate::version::Version;
 const AFTER_MONITOR: Duration = Duration::from_secs(2);
 /// How long QEMU may take to end after `quit`, before it is ended.
 const AFTER_QUIT: Duration = Duration::from_secs(3);
-/// How long a QEMU that fails may take to end by itself, and then to end when it is asked to.
+/// The time that a failing QEMU has to end by itself, and then again after a request to end.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How long what QEMU has said of the guest is as good as an answer to a question. The guest's first
 /// moments keep QEMU from answering one for milliseconds.
@@ -93,7 +93,7 @@ pub enum Load {
 /// A start that failed.
 pub struct NotStarted {
     pub error: Error,
-    /// What failed.
+    /// The stage that failed.
     pub at: Stage,
     /// The run, in the rare case that its QEMU does not end.
     pub left: Option<Arc<Run>>,
@@ -102,11 +102,11 @@ pub struct NotStarted {
 /// The stages of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// The disk, the process, its monitor: the same whatever is loaded.
+    /// The disk, the process and its monitor: independent of what is loaded.
     Process,
-    /// Loading what the guest goes on from.
+    /// Loading the memory that the guest continues from.
     Load,
-    /// Letting it run, or ending it.
+    /// Resuming the guest, or ending it.
     Run,
 }
 
@@ -222,7 +222,7 @@ impl Run {
     /// QEMU does not like it, or takes too long. The run is still there then.
     pub fn load(&self, load: Load, deadline: Deadline) -> Result<()> {
         self.qmp.batch().negotiating()?.run(None, deadline)?;
-        // A QEMU that answers has said all that it had to say of its devices.
+        // A QEMU that answers has already reported all problems of its devices.
         self.process.begin_step();
         match load {
             Load::Nothing => Ok(()),
@@ -325,8 +325,8 @@ impl Run {
         }
     }
 
-    /// Tells apart a file that cannot be read to its end, a QEMU that is too slow or was killed, and one that
-    /// refuses what it reads.
+    /// Distinguishes the causes of a failed load: a file that cannot be read to its end, a QEMU that is too
+    /// slow or was killed, and a QEMU that refuses the content.
     fn why_not_loaded(&self, error: Error, feeder: Option<Feeder>, path: &Path, format: Format) -> Error {
         let too_slow = error.kind() == ErrorKind::Timeout;
         let end = if too_slow { None } else { self.wait_end(LAST_WORDS) };
@@ -350,7 +350,7 @@ impl Run {
         Ok(format!("fd:{name}"))
     }
 
-    /// Ends a run whose start failed at that stage, and puts QEMU's own words into the error.
+    /// Ends a run whose start failed at that stage, and adds QEMU's own message to the error.
     pub fn abandon(self: &Arc<Self>, error: Error, at: Stage) -> NotStarted {
         let error = self.end_with_words(error);
         NotStarted { error, at, left: (!self.has_ended()).then(|| Arc::clone(self)) }
@@ -368,7 +368,7 @@ impl Run {
         }
     }
 
-    /// Asks it to end, so that what it has started ends too; and ends it at once if it does not.
+    /// Asks QEMU to end, so that its helpers end too, and kills it if it does not end soon.
     fn end_soon(&self) {
         self.process.terminate();
         if self.wait_end(LAST_WORDS).is_none() {
@@ -385,18 +385,18 @@ impl Run {
         self.stop(deadline).map_err(left)
     }
 
-    /// Asks a run that is given up to end.
+    /// Asks the QEMU of a cancelled run to end.
     pub fn give_up(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.process.terminate();
     }
 
-    /// Ends a run that is given up and does not end.
+    /// Kills the QEMU of a cancelled run that does not end.
     pub fn kill(&self) {
         self.process.kill();
     }
 
-    /// Ends it, and does not wait for that.
+    /// Ends the run without waiting for its end.
     pub fn discard(self: &Arc<Self>) {
         let run = Arc::clone(self);
         let end = move || run.stop(Deadline::after(AFTER_QUIT));

@@ -154,19 +154,19 @@ fn feed(mut source: impl Read, mut pipe: PipeWriter) -> Fed {
     }
 }
 
-/// Whether a snapshot can end with that byte: with the description of its devices, which is JSON, or where a machine
-/// type has none, with the mark of its end. Source: `qemu_savevm_state_complete_precopy_non_iterable` in QEMU's
-/// migration/savevm.c.
+/// Whether a snapshot can end with that byte. A snapshot ends with the description of its devices, which is
+/// JSON. For a machine type without this description, it ends with an end mark. Source:
+/// `qemu_savevm_state_complete_precopy_non_iterable` in QEMU's migration/savevm.c.
 fn is_end(last: Option<u8>) -> bool {
     matches!(last, Some(b'}' | 0))
 }
 
 const CUT: &str = "it does not end as a snapshot does";
 
-/// Looks whether a plain snapshot ends as it should.
+/// Checks that a plain snapshot has a valid end.
 ///
 /// # Errors
-/// It does not.
+/// The snapshot has none.
 pub fn is_whole(path: &Path) -> Result<()> {
     let last = || {
         let mut file = File::open(path)?;
@@ -196,7 +196,7 @@ fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 enum Fed {
     /// All of the snapshot is in it.
     Whole,
-    /// All of the file is in it, and that does not end as a snapshot does.
+    /// The whole file was fed, but its end is not the end of a snapshot.
     Cut,
     /// QEMU closed its end: it has all it wants, or has failed, and says so itself.
     Unwanted,
@@ -212,15 +212,15 @@ pub struct Feeder {
 }
 
 impl Feeder {
-    /// Waits until it ends, which it does when QEMU closes its end of the pipe at the latest. `loaded` says whether
-    /// QEMU has loaded the snapshot.
+    /// Waits for the end of the feeder, which comes at the latest when QEMU closes its end of the pipe.
+    /// `loaded` is whether QEMU has loaded the snapshot.
     ///
     /// # Errors
     /// The file cannot be decompressed to its end, or ends early.
     pub fn finish(self, loaded: bool) -> Result<()> {
         match self.thread.join() {
             Ok(Fed::Whole | Fed::Unwanted) => Ok(()),
-            // A QEMU that has loaded it knows better.
+            // If QEMU has loaded the snapshot, the snapshot is complete.
             Ok(Fed::Cut) if loaded => Ok(()),
             Ok(Fed::Cut) => Err(broken(&self.path, self.format, CUT)),
             Ok(Fed::Unreadable(error)) => Err(broken(&self.path, self.format, &error.to_string())),

@@ -40,7 +40,7 @@ impl Standby {
         self.share.bytes()
     }
 
-    /// Asks it to end, and does not wait for that.
+    /// Asks QEMU to end, without waiting for its end.
     pub fn give_up(&self) {
         self.run.give_up();
     }

@@ -1,8 +1,9 @@
-//! What a program of QEMU's says on its stderr: followed into the log, and kept for the reason of a failure.
+//! The stderr of QEMU's programs: written to the log, and kept as the reason of a failure.
 //!
-//! The program's own complaints begin with its name. Source: `error_vreport` in QEMU's util/qemu-error.c. All else is
-//! chatter of libraries: a machine with a sound card makes 50 lines of it at each start on a host without one. So
-//! its own words are logged as warnings and come first in a reason, and chatter is logged at debug.
+//! The program's own messages begin with its name. Source: `error_vreport` in QEMU's util/qemu-error.c. All
+//! other lines come from libraries: on a host without a sound card, a machine with one prints 50 such lines
+//! at each start. The program's own messages are logged as warnings and come first in a reason. Other lines
+//! are logged at debug.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -13,20 +14,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{ioctl_fionbio, retry_on_intr};
 
-/// How many of its last lines are kept, and how much of each, in bytes.
+/// The number of last lines that are kept, and the maximum size of each, in bytes.
 const LINES: usize = 6;
 const LINE: usize = 300;
-/// A pipe holds no more than this. Source: pipe(7).
+/// The capacity of a pipe, in bytes. Source: pipe(7).
 const PIPE: usize = 64 * 1024;
 
 /// A process' stderr.
 pub struct Stderr(Arc<Mutex<Heard>>);
 
 impl Stderr {
-    /// Follows it to its end.
+    /// Follows the pipe to its end.
     ///
     /// # Errors
-    /// There is no thread for it.
+    /// The thread cannot be started.
     pub fn follow(pipe: ChildStderr, machine: &str) -> io::Result<Stderr> {
         ioctl_fionbio(&pipe, true)?;
         let readable = pipe.as_fd().try_clone_to_owned()?;
@@ -40,15 +41,15 @@ impl Stderr {
         Ok(stderr)
     }
 
-    /// Forgets what it has said until now: a failure from now on has another cause.
+    /// Forgets the lines so far: a failure from now on has another cause.
     pub fn begin_step(&self) {
         let mut heard = self.lock();
         heard.read_all();
         heard.said = Said::default();
     }
 
-    /// What it has said since the step began, on one line; its own words if there are any. Empty if there is
-    /// nothing.
+    /// Returns the lines since the step began, on one line; only the program's own messages if there are any.
+    /// The text is empty if there are no lines.
     pub fn said(&self) -> String {
         let mut heard = self.lock();
         heard.read_all();
@@ -57,12 +58,12 @@ impl Stderr {
     }
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
-        // Whole after each statement, so poison means nothing.
+        // Each statement that holds the lock leaves the value whole, so poison means nothing.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Waits until there is something to read, or the end.
+/// Waits until there is output or the end.
 fn is_readable(pipe: &OwnedFd) -> bool {
     retry_on_intr(|| poll(&mut [PollFd::new(pipe, PollFlags::IN)], None)).is_ok()
 }
@@ -75,7 +76,7 @@ struct Heard {
 }
 
 impl Heard {
-    /// Reads what is there; false at the end.
+    /// Reads the available output; returns `false` at the end.
     fn read(&mut self) -> bool {
         let mut bytes = [0; 4096];
         match self.pipe.read(&mut bytes) {
@@ -88,7 +89,7 @@ impl Heard {
         }
     }
 
-    /// Reads all that was written until now, and perhaps more.
+    /// Reads all output written until now, and perhaps more.
     fn read_all(&mut self) {
         for _ in 0..PIPE.div_ceil(4096) {
             if !self.read() {
@@ -100,7 +101,7 @@ impl Heard {
     fn take(&mut self, byte: u8) {
         match byte {
             b'\n' => self.end_line(),
-            // The rest of a line that is too long is of no use.
+            // The rest of a line that is too long is dropped.
             _ if self.unfinished.len() >= LINE => {}
             _ => self.unfinished.push(byte),
         }
@@ -145,7 +146,8 @@ impl std::fmt::Display for Said {
     }
 }
 
-/// Whether a program of QEMU's says it itself. With `-msg timestamp=on` the time comes before its name.
+/// Whether the line is a message of a program of QEMU's own. With `-msg timestamp=on` the time precedes the
+/// name.
 fn is_own(line: &str) -> bool {
     line.split(' ').take(2).any(|word| word.starts_with("qemu-") && word.ends_with(':'))
 }

@@ -101,10 +101,11 @@ impl Version {
     }
 }
 
-/// How long a program may take to tell its version, or to try something.
+/// The time that a program has to report its version, or to try something.
 const TELLING: Duration = Duration::from_secs(10);
 
-/// Runs the program to its end. Whoever waits for one that does not answer is waited for by every machine.
+/// Runs the program to its end. A program that hangs is killed after a timeout: all machines wait for the
+/// caller.
 pub fn run(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Output> {
     let failed = |error: std::io::Error| Error::io("run", program, &error);
     let mut command = machinery::command(program);

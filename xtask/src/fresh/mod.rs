@@ -1,8 +1,8 @@
-//! `cargo xtask fresh`: the README's commands, as somebody runs them on a machine that has nothing yet.
+//! `cargo xtask fresh`: runs the README's commands as on a machine without any dependencies.
 //!
-//! A minimal Debian is made in a folder, with only a Rust toolchain and a C compiler in it. The commands
-//! run there, with that folder as their root, in a clone of this checkout. So what they forget to install
-//! is missed, whatever the system around it has.
+//! The task makes a minimal Debian in a folder, with only a Rust toolchain and a C compiler in it. The
+//! commands run with that folder as their root, in a clone of this checkout. A package that they forget to
+//! install is therefore missing, whatever the surrounding system has.
 //!
 //! ```text
 //! <cache>/fresh/<release>/base/       what debootstrap makes, once
@@ -18,10 +18,10 @@ use clap::ValueEnum;
 use self::root::Root;
 use crate::run::{Failure, Result, cargo, step};
 
-/// The README's commands, without their begin.
+/// The README's commands, without `cargo xtask`.
 const README: [&[&str]; 3] = [&["demo"], &["demo", "--machinery", "kvm"], &["test"]];
 
-/// What can be chosen.
+/// Options of `cargo xtask fresh`.
 #[derive(clap::Args)]
 pub struct Options {
     /// The release of Debian
@@ -74,7 +74,7 @@ fn tasks(chosen: &[String]) -> Vec<Vec<&str>> {
     vec![chosen.iter().map(String::as_str).collect()]
 }
 
-/// Cargo's arguments for a task.
+/// Returns cargo's arguments for a task.
 fn xtask<'a>(task: &[&'a str]) -> Vec<&'a str> {
     [&["xtask"], task].concat()
 }

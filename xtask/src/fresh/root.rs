@@ -1,4 +1,4 @@
-//! A root folder of its own for commands, with a minimal Debian in it.
+//! A root folder for commands, with a minimal Debian in it.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -17,10 +17,10 @@ use crate::run::{Context, Failure, Result, cache, is_root, output, step, step_as
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/fresh/enter.sh");
 const CHECKOUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// All that the base has beside the packages that every Debian has.
+/// The packages of the base besides those that every Debian has.
 const COMPILER: &str = "gcc,libc6-dev";
 
-/// The clone, from within the root.
+/// The path of the clone within the root.
 const CLONE: &str = "/root/cuckoo-machinery";
 
 const RUSTUP_HOME: &str = "/opt/rustup";
@@ -28,7 +28,7 @@ const CARGO_HOME: &str = "/opt/cargo";
 const NEXTEST: &str = "/usr/local/bin/cargo-nextest";
 const PATH: &str = "/opt/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Files of this system by which the network is reached, apt's own settings apart. What is not there is
+/// Files of this system that configure its network, except apt's own settings. A file that does not exist is
 /// not needed.
 const NETWORK: [&str; 6] = [
     "etc/hosts",
@@ -39,7 +39,7 @@ const NETWORK: [&str; 6] = [
     "usr/local/share/ca-certificates",
 ];
 
-/// Variables that are kept. The names of proxies are also written in capitals.
+/// Environment variables that are kept. The names of proxies are also written in capitals.
 const VARIABLES: [&str; 12] = [
     "http_proxy",
     "https_proxy",
@@ -55,21 +55,21 @@ const VARIABLES: [&str; 12] = [
     "TERM",
 ];
 
-/// Variables that are kept by the begin of their names: how cargo and its test runner are configured.
+/// Prefixes of environment variables that are kept: the configuration of cargo and its test runner.
 const PREFIXES: [&str; 6] =
     ["CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_SOURCE_", "CARGO_TERM_", "NEXTEST_"];
 
-/// A copy of the base, with a clone of the checkout. Only one of a release is in use at a time.
+/// A copy of the base, with a clone of the checkout. Only one root of a release is in use at a time.
 pub struct Root {
     release: &'static str,
     folder: PathBuf,
-    /// Files and folders of this system, and where they are in the root.
+    /// Files and folders of this system, and their paths in the root.
     binds: Vec<(PathBuf, &'static str)>,
     _lock: File,
 }
 
 impl Root {
-    /// A new one of that release. The base is made if there is none yet.
+    /// Creates a root of that release. Makes the base if there is none yet.
     pub fn new(release: &'static str) -> Result<Self> {
         if !is_root() {
             return Err("only root can; run this with sudo, or as root".to_owned().into());
@@ -84,7 +84,7 @@ impl Root {
         let base = base(&place, release)?;
         let root = Self { release, folder: place.join("root"), binds: binds(&place)?, _lock: lock };
         root.fill(&base)?;
-        // Says what is wrong, such as a kernel without namespaces, before any task has begun.
+        // This fails before any task has begun if something is wrong, such as a kernel without namespaces.
         let version = output(&mut root.command(&["cargo", "--version"]))?;
         eprintln!("A fresh Debian {release} has a C compiler, and {}.", version.trim());
         Ok(root)
@@ -97,8 +97,8 @@ impl Root {
         step_as(&name, &mut self.command(&words))
     }
 
-    /// What runs `words` with this root, in the clone. It ends with this process, and with it all that it
-    /// has started.
+    /// Returns a command that runs `words` in the clone, with this root. The command and all its processes
+    /// end with this process.
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", SCRIPT]).arg(&self.folder);
@@ -119,7 +119,7 @@ impl Root {
 
     fn fill(&self, base: &Path) -> Result<()> {
         let what = || format!("cannot fill {}", self.folder.display());
-        // A run that was killed has left it.
+        // A run that was killed has left this folder.
         remove(&self.folder).context(what)?;
         output(Command::new("cp").arg("-a").args([base, &self.folder]))?;
         NETWORK.iter().try_for_each(|path| self.copy(path))?;
@@ -133,7 +133,7 @@ impl Root {
         self.clone_checkout()
     }
 
-    /// Copies what is at that path of this system, if anything is.
+    /// Copies the file or folder at that path of this system, if there is one.
     fn copy(&self, path: &str) -> Result<()> {
         let (from, to) = (Path::new("/").join(path), self.folder.join(path));
         if !from.exists() {
@@ -144,7 +144,7 @@ impl Root {
     }
 
     fn clone_checkout(&self) -> Result<()> {
-        // git clones nothing of another user, such as one who has made CI's checkout, unless it is told.
+        // By default git refuses to clone from another user, such as the owner of CI's checkout.
         let config = self.folder.join("tmp/gitconfig");
         let what = || format!("cannot write {}", config.display());
         fs::write(&config, "[safe]\n\tdirectory = *\n").context(what)?;
@@ -160,7 +160,7 @@ impl Root {
         fs::remove_file(&config).context(what)
     }
 
-    /// A path of the root, as this system has it.
+    /// Returns the path in this system of a path in the root.
     fn inside(&self, path: &str) -> PathBuf {
         self.folder.join(path.trim_start_matches('/'))
     }
@@ -168,12 +168,12 @@ impl Root {
 
 impl Drop for Root {
     fn drop(&mut self) {
-        // What is left of it is removed by the next run.
+        // The next run removes files that remain.
         let _ = remove(&self.folder);
     }
 }
 
-/// The folder with what every run begins from, made now if there is none.
+/// Returns the folder of the base, which is made now if there is none.
 fn base(place: &Path, release: &str) -> Result<PathBuf> {
     let base = place.join("base");
     if base.is_dir() {
@@ -193,7 +193,7 @@ fn base(place: &Path, release: &str) -> Result<PathBuf> {
     Ok(base)
 }
 
-/// What the root shares with this system, and with runs before it.
+/// Returns the files that the root shares with this system, and with earlier runs.
 fn binds(place: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
     let mut binds = vec![(rust_home("RUSTUP_HOME", ".rustup")?, RUSTUP_HOME)];
     binds.push((rust_home("CARGO_HOME", ".cargo")?, CARGO_HOME));
@@ -208,7 +208,7 @@ fn binds(place: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
     Ok(binds)
 }
 
-/// A folder of rustup's, which are the same on every system.
+/// Returns a folder of rustup, whose content is the same on every system.
 fn rust_home(variable: &str, default: &str) -> Result<PathBuf> {
     let default = || env::home_dir().map(|home| home.join(default));
     let home = env::var_os(variable).map(PathBuf::from).or_else(default).filter(|home| home.is_dir());
@@ -230,7 +230,7 @@ fn is_kept(name: &OsString) -> bool {
     listed || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// debootstrap is for administrators, and so are programs that it calls.
+/// Returns a PATH with the administrators' programs: debootstrap is one, and calls others.
 fn administrators_path() -> OsString {
     let mut path = env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/sbin:/sbin");
@@ -241,7 +241,7 @@ fn make_folder(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).context(|| format!("cannot make {}", folder.display()))
 }
 
-/// Removes a folder, if it is there.
+/// Removes a folder, if it exists.
 fn remove(folder: &Path) -> io::Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -255,7 +255,7 @@ mod tests {
 
     use super::*;
 
-    /// A root with the programs of this system and nothing else. `None` for users who cannot enter it.
+    /// Creates a root with only the programs of this system. `None` for users who cannot enter it.
     fn with_programs() -> Option<Root> {
         if !is_root() {
             return None;
@@ -281,7 +281,7 @@ mod tests {
         assert_eq!(output(&mut root.command(&["ls", "/mnt"])).unwrap(), "");
     }
 
-    /// A mere chroot would fail here.
+    /// A plain chroot would fail here.
     #[test]
     fn unshare_works_when_it_runs_in_the_root() {
         let Some(root) = with_programs() else { return };

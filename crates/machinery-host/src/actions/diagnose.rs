@@ -1,7 +1,8 @@
-//! Has plugins look anew at their machines, and notes what they find.
+//! Asks plugins to diagnose their machines, and records the results.
 //!
-//! A machine whose plugin cannot use it is out of the pool for as long as that is so. That is kept apart from
-//! what an operator or a failed action has disabled, which only an operator enables again.
+//! The host keeps a machine whose plugin cannot use it out of the pool until the plugin can use it again. The
+//! host records this apart from machines that an operator or a failed action has disabled. Only an operator
+//! enables those again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use tokio::time::timeout;
 use super::call::{self, Called};
 use crate::fleet::{Machine, Machinery, Roll};
 
-/// Looks at all machines, for each machinery within `limit`.
+/// Diagnoses all machines; each machinery has `limit` for its answer.
 pub async fn diagnose_all(roll: &Roll, limit: Duration) {
     for machinery in roll.machineries() {
         let of_it = |machine: &&Arc<Machine>| Arc::ptr_eq(&machine.machinery, machinery);
@@ -22,16 +23,17 @@ pub async fn diagnose_all(roll: &Roll, limit: Duration) {
     }
 }
 
-/// Looks at one machine.
+/// Diagnoses one machine.
 ///
 /// # Errors
-/// It cannot be used: the reason.
+/// The plugin cannot use the machine: the reason.
 pub async fn diagnose_one(machine: &Arc<Machine>, limit: Duration) -> Result<(), String> {
     diagnose(&machine.machinery, std::slice::from_ref(machine), limit).await;
     machine.status().standing.unusable.map_or(Ok(()), Err)
 }
 
-/// A machinery that cannot look is reported, and what is known of its machines stays.
+/// Diagnoses machines of one machinery. If that fails, the host logs the failure and keeps the earlier
+/// results.
 async fn diagnose(machinery: &Arc<Machinery>, machines: &[Arc<Machine>], limit: Duration) {
     match ask(machinery, machines, limit).await {
         Ok(diagnoses) => {
@@ -55,7 +57,7 @@ async fn ask(
     limit: Duration,
 ) -> Result<Vec<Diagnosis>> {
     let names: Vec<String> = machines.iter().map(|machine| machine.name().to_owned()).collect();
-    // A plugin that does not come back costs one thread, however often somebody asks.
+    // Only one diagnosis runs at a time, so a plugin that hangs blocks a single thread.
     let turn = timeout(limit, Arc::clone(&machinery.diagnosing).lock_owned()).await;
     let turn = turn.map_err(|_| Error::timeout("an earlier diagnosis has not come back from its plugin"))?;
     let called = call::ask(machinery, "diagnose", limit, move |machinery, deadline| {

@@ -42,19 +42,19 @@ pub enum Action {
         /// Where to.
         path: PathBuf,
     },
-    /// Stops the machine if the host has started its run, and leaves the run of anybody else alone.
+    /// Stops the machine if the host has started its run, and leaves every other run alone.
     StopOwn,
     /// See [`Machinery::prepare`](machinery::Machinery::prepare) and
     /// [`Machinery::prepare_automatically`](machinery::Machinery::prepare_automatically).
     Prepare(Occasion),
 }
 
-/// Why a restore is prepared.
+/// The reason for preparing a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Occasion {
-    /// A client asked for it.
+    /// A client has asked for the preparation.
     Request,
-    /// The host does it by itself.
+    /// The host prepares the machine by itself.
     Automatic,
 }
 

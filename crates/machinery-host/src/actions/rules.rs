@@ -61,7 +61,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The configuration keys whose values differ in `new`.
+    /// Returns the configuration keys whose values differ in `new`.
     fn differing(&self, new: &Settings) -> Vec<String> {
         let (old_capture, new_capture) = (self.capture.as_ref(), new.capture.as_ref());
         let both = old_capture.zip(new_capture);
@@ -81,7 +81,7 @@ impl House {
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
-    /// The configuration keys whose values differ in `settings`.
+    /// Returns the configuration keys whose values differ in `settings`.
     pub fn differing(&self, settings: &Settings) -> Vec<String> {
         self.settings().differing(settings)
     }
@@ -252,7 +252,7 @@ impl Actor {
         if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
     }
 
-    /// A machine whose plugin has said that it cannot use it is not tried.
+    /// Refuses the action if the plugin has reported that it cannot use the machine.
     fn expect_usable(&self, action: &Action) -> Result<(), Failure> {
         let starts = matches!(action, Action::RestoreStart | Action::NorestoreStart | Action::Prepare(_));
         match self.machine.status().standing.unusable.filter(|_| starts) {
@@ -275,7 +275,7 @@ impl Actor {
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
         let started = self.run_to(State::Running, action, limit).await;
-        // The end of an earlier run may have been reported meanwhile.
+        // The plugin may have reported the end of an earlier run meanwhile.
         self.machine.set_own_run();
         // What a failed start needs to be cleared away, no other restore waits for.
         drop(turn);
@@ -454,7 +454,7 @@ impl Actor {
 /// Has a plugin that prepares a machine give up, by the way the interface has for that.
 pub async fn give_up_preparing(machine: &Arc<Machine>, house: &House) {
     if machine.status().state != State::Poweroff {
-        // Somebody has started it, which ends the preparation, and a stop would end that run.
+        // Somebody has started the machine, which ends the preparation. A stop would end that run.
         return;
     }
     let given_up = call(machine, house.timeouts().stop, |machine, deadline| {

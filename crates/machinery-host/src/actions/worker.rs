@@ -419,8 +419,8 @@ async fn is_dismissed(Rest { reached, over }: Rest) -> bool {
     reached.send(()).is_ok() && over.await.is_ok()
 }
 
-/// The last thing a worker does: the host ends, and none of its runs outlives it. A machine that somebody
-/// else has started is left alone.
+/// Stops the machine's own run when the host ends, so that no run outlives the host. A run that somebody else
+/// has started continues.
 async fn power_off(actor: &mut Actor) {
     let status = actor.machine().status();
     if status.own_run {

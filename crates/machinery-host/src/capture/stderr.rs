@@ -9,8 +9,8 @@ use machinery::Error;
 /// Its way of saying that from now on no packet is missed.
 const LISTENING: &str = "listening on ";
 
-/// The parts of a line. tcpdump puts its own name in front of most lines: that of the file it was started
-/// from, which can be any.
+/// Splits a line into its parts. tcpdump begins most lines with its own name, which is the name of the file
+/// that the host has executed.
 fn parts(line: &str) -> impl Iterator<Item = &str> {
     line.split(": ")
 }

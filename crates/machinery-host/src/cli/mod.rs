@@ -239,7 +239,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     }
 }
 
-/// Has the plugin `qemu` check a file that `qemu.yaml` would become.
+/// Asks the plugin `qemu` to check this content before it is written to `qemu.yaml`.
 fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &Search) -> Result<Report> {
     let config = crate::config::Config::read(cwd)?;
     let opened = loader::open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load)

@@ -152,7 +152,8 @@ fn costs(machines: &Value) -> Option<String> {
     })
 }
 
-/// Why the machine is not available, if it is not, why it is not restored faster, and what its plugin warns of.
+/// Returns the remarks about a machine: why it is unavailable, why its restores are slow, and its plugin's
+/// warnings.
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
     let outdated = machine["outdated"] == json!(true);

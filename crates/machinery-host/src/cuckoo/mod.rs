@@ -1,4 +1,4 @@
-//! Where Cuckoo3 reads its own files differently from this host.
+//! Finds the places where Cuckoo3 reads its own files differently from this host.
 //!
 //! ```text
 //! file ─▶ events of a YAML parser, which know how a scalar is written
@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The node of Cuckoo3 reads the same files as the host, with a parser of YAML 1.1 (`yaml11`) and type
-//! loaders for each key. Without quotes the MAC address 52:54:00:00:01:01 is a number to it, and the version
-//! 18.10 is 18.1. Source: `common/config.py`, `machineries/config.py` and `core/config.py` of Cuckoo3.
+//! loaders for each key. For example, Cuckoo3 reads an unquoted MAC address 52:54:00:00:01:01 as a number,
+//! and the unquoted version 18.10 as 18.1. Source: `common/config.py`, `machineries/config.py` and
+//! `core/config.py` of Cuckoo3.
 
 mod yaml11;
 
@@ -19,15 +20,15 @@ use serde_yaml::Mapping;
 use crate::cwd::Cwd;
 use yaml11::Plain;
 
-/// The machineries that Cuckoo3 has. It does not read the files of others.
+/// The machineries of Cuckoo3, which does not read the files of other machineries.
 const MACHINERIES: [&str; 3] = ["kvm", "proxmox", "qemu"];
 
 /// Keys of a machinery's file that may be empty.
 const MAY_BE_EMPTY: [&str; 5] = ["mac_address", "snapshot", "interface", "tags", "disposable_copy_dir"];
 
-/// Adds what Cuckoo3 reads differently in `cuckoo.yaml` and in the files of these machineries.
+/// Reports the values that Cuckoo3 reads differently in `cuckoo.yaml` and in the files of these machineries.
 pub fn check(cwd: &Cwd, machineries: &[String], report: &mut Report) {
-    // A file that cannot be read is reported by whoever needs it.
+    // A file that cannot be read is reported by the code that needs its content.
     if let Ok(file) = ConfigFile::read(&cwd.cuckoo_yaml()) {
         compare(&file, kind_in_cuckoo_yaml, report);
     }
@@ -40,7 +41,7 @@ pub fn check(cwd: &Cwd, machineries: &[String], report: &mut Report) {
     }
 }
 
-/// The advice to remove the machine `example1`, if the file has it: Cuckoo3 writes one into each new file.
+/// Advises to remove the machine `example1`, if the file has it: Cuckoo3 adds this machine to each new file.
 pub fn example_machine(machinery: &str, file: &ConfigFile) -> Option<Error> {
     const EXAMPLE: &str = "example1";
     if !MACHINERIES.contains(&machinery) {
@@ -54,10 +55,10 @@ pub fn example_machine(machinery: &str, file: &ConfigFile) -> Option<Error> {
     )))
 }
 
-/// The key that inserts the keys of another mapping, in YAML 1.1.
+/// The YAML 1.1 key that inserts the keys of another mapping.
 const MERGE: &str = "<<";
 
-/// What Cuckoo3's type loader makes of a value.
+/// The type that Cuckoo3's type loader gives to a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Text,
@@ -66,7 +67,7 @@ enum Kind {
     Words,
 }
 
-/// The kind of the value under a key; none if the host does not read it.
+/// Returns the kind of the value under a key; `None` if the host does not read the key.
 type KindOf = fn(&[&str]) -> Option<Kind>;
 
 fn kind_in_cuckoo_yaml(path: &[&str]) -> Option<Kind> {
@@ -93,7 +94,7 @@ fn kind_in_machinery_yaml(path: &[&str]) -> Option<Kind> {
 fn compare(file: &ConfigFile, kind_of: KindOf, report: &mut Report) {
     let mut position = Position::default();
     for event in Parser::new_from_str(&file.text) {
-        // The host's own parser reports what is not YAML.
+        // The host's own parser reports text that is not YAML.
         let Ok((event, span)) = event else { return };
         if let Event::Scalar(written, style, _, tag) = &event {
             let is_plain = *style == ScalarStyle::Plain && tag.is_none();
@@ -108,13 +109,13 @@ fn compare(file: &ConfigFile, kind_of: KindOf, report: &mut Report) {
     }
 }
 
-/// The collections that are open at an event, the outermost first.
+/// The collections that are open at an event, outermost first.
 #[derive(Default)]
 struct Position(Vec<Collection>);
 
 enum Collection {
     List,
-    /// With the key whose value comes next; none where a key comes next.
+    /// A mapping, with the key whose value comes next; `None` where a key comes next.
     Mapping(Option<String>),
 }
 
@@ -133,7 +134,7 @@ impl Position {
         }
     }
 
-    /// A node has ended: a key, whose value comes next, or a value.
+    /// Records the end of a node, which is a key or a value.
     fn end_node(&mut self, written: &str) {
         if let Some(Collection::Mapping(key)) = self.0.last_mut() {
             *key = if key.is_none() { Some(written.to_owned()) } else { None };
@@ -144,7 +145,7 @@ impl Position {
         matches!(self.0.last(), Some(Collection::Mapping(None)))
     }
 
-    /// The keys that lead to this scalar; a key is the last of them itself.
+    /// Returns the keys that lead to this scalar; if the scalar is a key, that key is the last one.
     fn path<'a>(&'a self, scalar: &Scalar<'a>) -> Vec<&'a str> {
         let key = |collection: &'a Collection| match collection {
             Collection::Mapping(key) => key.as_deref(),
@@ -173,26 +174,26 @@ impl Position {
     }
 }
 
-/// A scalar as it is written, and what it is to Cuckoo3's parser.
+/// A scalar as written, and as Cuckoo3's parser reads it.
 struct Scalar<'a> {
     written: &'a str,
     value: Plain,
 }
 
-/// What Cuckoo3 makes of a scalar that the host reads in another way.
+/// The way in which Cuckoo3 reads a scalar differently from the host.
 #[derive(Debug, PartialEq)]
 enum Difference {
-    /// It goes on with this.
+    /// Cuckoo3 uses this text instead.
     Reads(String),
-    /// It reads this, which the key does not accept.
+    /// Cuckoo3 reads this text, and the key does not accept it.
     Refuses(String),
-    /// It accepts nothing but this.
+    /// Cuckoo3 accepts only this.
     Expects(&'static str),
-    /// It leaves the element out of its list.
+    /// Cuckoo3 leaves the element out of its list.
     LeavesOut,
-    /// It does not accept an empty value.
+    /// Cuckoo3 does not accept an empty value.
     Empty,
-    /// It inserts the keys of another mapping.
+    /// Cuckoo3 inserts the keys of another mapping.
     Merged,
 }
 
@@ -201,7 +202,8 @@ impl<'a> Scalar<'a> {
         Scalar { written, value: if is_plain { Plain::of(written) } else { Plain::Text } }
     }
 
-    /// What Python shows; none for null, an error for what Cuckoo3 cannot read.
+    /// Returns the value as Python displays it; `None` for null, an error for a value that Cuckoo3 cannot
+    /// read.
     fn shown(&self) -> Result<Option<String>, Difference> {
         Ok(Some(match &self.value {
             Plain::Null => return Ok(None),
@@ -228,7 +230,7 @@ impl<'a> Scalar<'a> {
         Some(if key == "mac_address" { Difference::Refuses(shown) } else { Difference::Reads(shown) })
     }
 
-    /// Only a text is a list of one. The host refuses a number or a boolean as well.
+    /// Cuckoo3 accepts only a text as a list of one. The host, too, refuses a number or a boolean.
     fn as_only_word(&self) -> Option<Difference> {
         matches!(self.value, Plain::Date { .. }).then(|| Difference::Refuses("a date".to_owned()))
     }
@@ -238,14 +240,14 @@ impl<'a> Scalar<'a> {
             Plain::Bool(flag) => !flag,
             Plain::Int(number) => *number == Some(0),
             Plain::Float(number) => *number == 0.0,
-            // Both leave this out.
+            // The host and Cuckoo3 both leave null out.
             Plain::Null => return None,
             _ => false,
         };
         if is_zero { Some(Difference::LeavesOut) } else { self.as_text("tags") }
     }
 
-    /// The host and Cuckoo3 agree on what both accept.
+    /// Numbers that both accept have the same value for the host and for Cuckoo3.
     fn as_number(&self) -> Option<Difference> {
         match &self.value {
             Plain::Null => Some(Difference::Empty),
@@ -254,7 +256,7 @@ impl<'a> Scalar<'a> {
         }
     }
 
-    /// The host and Cuckoo3 agree on what both accept.
+    /// Booleans that both accept have the same value for the host and for Cuckoo3.
     fn as_flag(&self) -> Option<Difference> {
         let words = ["true", "True", "yes", "on", "false", "False", "None", "no", "off"];
         let accepts =
@@ -262,7 +264,7 @@ impl<'a> Scalar<'a> {
         (!accepts).then_some(Difference::Expects("true or false"))
     }
 
-    /// Cuckoo3 has its configuration pass through JSON, whose keys are texts.
+    /// Cuckoo3 passes its configuration through JSON, where keys are texts.
     fn as_name(&self) -> Option<Difference> {
         let name = match &self.value {
             Plain::Null => "null".to_owned(),
@@ -405,7 +407,7 @@ machines:
   : {label: *label, ip: ' 10.0.0.2 ', agent_port: ' 8_000 ', tags: dotnet, snapshot: 2024-01-01}
 ";
         assert_eq!(in_machinery(machinery), [""; 0]);
-        // What the host does not read is Cuckoo3's alone.
+        // Keys that the host does not read concern only Cuckoo3.
         let cuckoo = "\
 machineries: [qemu]
 tcpdump: {enabled: Yes, path: /usr/bin/tcpdump}

@@ -1,4 +1,4 @@
-//! What a plain scalar is to Cuckoo3's YAML parser.
+//! Reads plain scalars as Cuckoo3's YAML parser does.
 //!
 //! Cuckoo3 reads its files with PyYAML, which follows YAML 1.1; `serde_yaml` follows YAML 1.2. The patterns are
 //! those of PyYAML 6.0's `resolver.py`, the values those of `SafeConstructor` in its `constructor.py`.
@@ -8,20 +8,20 @@
 pub enum Plain {
     Null,
     Bool(bool),
-    /// None if it does not fit; Python has no limit.
+    /// An integer; `None` if the number does not fit into 128 bits. Python has no such limit.
     Int(Option<i128>),
     Float(f64),
-    /// A day, with or without a time of day. `as_written` if Python shows it as it is written.
+    /// A date, with or without a time of day. `as_written` is true if Python displays the date as written.
     Date {
         as_written: bool,
     },
-    /// PyYAML fails on it, and Cuckoo3 with it.
+    /// PyYAML rejects the scalar, and so does Cuckoo3.
     Invalid,
     Text,
 }
 
 impl Plain {
-    /// The value of a scalar that is written without quotes and without a tag.
+    /// Returns the value of a scalar that has neither quotes nor a tag.
     pub fn of(written: &str) -> Plain {
         match written {
             "" | "~" | "null" | "Null" | "NULL" => return Plain::Null,
@@ -46,7 +46,7 @@ fn boolean(written: &str) -> Option<Plain> {
     }
 }
 
-/// The text behind a sign, and whether that is a minus.
+/// Returns the text after the sign, and whether the sign is a minus.
 fn unsigned(written: &str) -> (&str, bool) {
     match written.strip_prefix('-') {
         Some(rest) => (rest, true),
@@ -62,12 +62,12 @@ fn is_digit_or_line(byte: u8) -> bool {
     byte.is_ascii_digit() || byte == b'_'
 }
 
-/// Digits, with `_` between them, of which the first is one of these.
+/// Whether the text consists of digits and `_`, and its first character is in `first`.
 fn is_number(text: &str, first: std::ops::RangeInclusive<u8>) -> bool {
     text.bytes().next().is_some_and(|byte| first.contains(&byte)) && is_all(text, is_digit_or_line)
 }
 
-/// The places of a number to the base of sixty behind its first, such as `54` and `00` of `52:54:00`.
+/// Whether the text holds the later places of a base-60 number, such as `54:00` in `52:54:00`.
 fn is_base_60(rest: &str) -> bool {
     let place = |place: &str| match place.as_bytes() {
         [ones] => ones.is_ascii_digit(),
@@ -88,7 +88,7 @@ fn integer(written: &str) -> Option<Plain> {
         .or_else(|| radix("0x", 16, |byte| byte.is_ascii_hexdigit()))
         .or_else(|| radix("0", 8, |byte| (b'0'..=b'7').contains(&byte)));
     let value = if let Some((digits, radix)) = of_radix {
-        // PyYAML has only the lines between digits left, and fails on `0x_`.
+        // PyYAML removes `_` first, so no digit remains of `0x_`, and PyYAML fails.
         if digits.is_empty() && radix != 8 {
             return Some(Plain::Invalid);
         }
@@ -140,7 +140,8 @@ fn float(written: &str) -> Option<Plain> {
     Some(Plain::Float(sign * value))
 }
 
-/// What is in front of an exponent, if there is one; none if it is wrong. It needs a sign.
+/// Returns the text before the exponent, if there is one; `None` if the exponent is wrong. An exponent needs
+/// a sign.
 fn without_exponent(fraction: &str) -> Option<&str> {
     let Some((digits, exponent)) = fraction.split_once(['e', 'E']) else { return Some(fraction) };
     let number = exponent.strip_prefix(['+', '-'])?;
@@ -169,7 +170,7 @@ fn date(written: &str) -> Option<Plain> {
     Some(if exists { Plain::Date { as_written } } else { Plain::Invalid })
 }
 
-/// Whether this is a time of day behind its day: `T1:02:03.4`, `  1:02:03 +01:00`.
+/// Whether the text is a time of day that follows a date: `T1:02:03.4`, `  1:02:03 +01:00`.
 fn is_time(text: &str) -> bool {
     let clock = text.strip_prefix(['T', 't']).unwrap_or_else(|| text.trim_start_matches([' ', '\t']));
     let end = clock.find(|c: char| !c.is_ascii_digit() && c != ':').unwrap_or(clock.len());

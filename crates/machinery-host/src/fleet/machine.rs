@@ -63,9 +63,10 @@ pub struct Status {
     pub relapses: u32,
     /// Whether its configuration has been replaced while it was in use.
     pub outdated: bool,
-    /// What its plugin warns of.
+    /// The plugin's warnings about the machine.
     pub warnings: Vec<String>,
-    /// Whether the host has started the run there is. Nobody but an operator ends the run of somebody else.
+    /// Whether the host has started the current run. Only an operator ends a run that somebody else has
+    /// started.
     pub own_run: bool,
 }
 
@@ -92,8 +93,8 @@ const RELAPSES: u32 = 3;
 /// An action has no more steps than this that are worth keeping.
 const STEPS_KEPT: usize = 50;
 
-/// Whether a machine that reports that state has had an accident. A guest that powers itself off has not, and a state
-/// without a reason is what was ordered.
+/// Whether this reported state is an accident. A guest that powers itself off is no accident, and neither is
+/// a state without a reason, which the host has ordered.
 fn is_accident(state: State, reason: &str) -> bool {
     match state {
         State::Error => true,
@@ -173,11 +174,12 @@ impl Machine {
         }
     }
 
-    /// Notes a state that the plugin reported by itself, and why. An accident is remembered as an error.
+    /// Records a state that the plugin has reported by itself, with its reason. An accident is kept as an
+    /// error.
     pub fn set_reported(&self, state: State, reason: &str) {
         let mut status = self.lock_status();
         status.reports += 1;
-        // What becomes of a run that somebody else has started is theirs to know.
+        // A state change of a run that somebody else has started is no accident of the host's.
         if status.own_run && status.state != state && is_accident(state, reason) {
             tracing::warn!(machine = self.name(), %state, reason, "its state has changed by itself");
             let what = Error::failed(format!("the state became {state} by itself"));
@@ -187,12 +189,13 @@ impl Machine {
         self.note(status, state, reason);
     }
 
-    /// Notes that the run there is, if there is one, is the host's.
+    /// Marks the current run, if there is one, as the host's own.
     pub fn set_own_run(&self) {
         let mut status = self.lock_status();
         status.own_run = status.state != State::Poweroff;
     }
 
+    /// Records the state, and sends the event if the state is new.
     fn note(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
         if status.state == state {
             return;
@@ -377,8 +380,8 @@ impl Machine {
         }
     }
 
-    /// Notes what its plugin found when it looked anew. A machine that cannot be used is out of the pool until
-    /// it can be again.
+    /// Records the plugin's diagnosis. A machine that the plugin cannot use leaves the pool until it can be
+    /// used again.
     pub fn set_diagnosis(&self, unusable: Option<&Error>, warnings: Vec<String>) {
         let mut status = self.lock_status();
         let new: Vec<_> = warnings.iter().filter(|warning| !status.warnings.contains(warning)).collect();
@@ -395,7 +398,7 @@ impl Machine {
             None => tracing::info!(machine = self.name(), "machine can be used again"),
         }
         let before = std::mem::replace(&mut status.standing.unusable, unusable.clone());
-        // One that an operator or an error has disabled stays so, for the same reason as before.
+        // A machine that an operator or an error has disabled stays disabled, for the same reason as before.
         if status.standing.disabled.is_some() {
             return;
         }
@@ -423,7 +426,7 @@ impl Machine {
         self.events.send(Event::Progress { machine: self.name.clone(), fraction });
     }
 
-    /// The keys that Cuckoo3's `Machine.from_dict` reads, and `ready`, `outdated` and `warnings`.
+    /// Returns the keys that Cuckoo3's `Machine.from_dict` reads, and `ready`, `outdated` and `warnings`.
     pub fn to_json(&self) -> Value {
         let info = self.info();
         let status = self.lock_status();

@@ -36,7 +36,7 @@ pub struct Machinery {
     pub version: String,
     /// The file its plugin was loaded from.
     pub plugin: PluginFile,
-    /// Held while its plugin looks anew at machines.
+    /// Held while the plugin diagnoses machines.
     pub diagnosing: Arc<tokio::sync::Mutex<()>>,
 }
 

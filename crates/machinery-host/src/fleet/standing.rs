@@ -36,7 +36,7 @@ pub struct Standing {
     /// Why it was taken out of the pool, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disabled: Option<String>,
-    /// Why its plugin cannot use it at present, if it cannot. Each host finds that out anew.
+    /// The reason why the plugin cannot use the machine at present. A new host determines this anew.
     #[serde(skip)]
     pub unusable: Option<String>,
 }
@@ -99,7 +99,7 @@ impl Standing {
         self.lock.is_none() && self.reserved_by.is_none() && self.disabled.is_none()
     }
 
-    /// Why it is out of the pool, if it is.
+    /// Returns the reason why the machine is out of the pool, if it is.
     pub fn disabled_reason(&self) -> Option<&str> {
         self.disabled.as_deref().or(self.unusable.as_deref())
     }

@@ -51,7 +51,7 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// Has the plugin `qemu` check a file that is not written yet.
+/// Asks the plugin `qemu` to check content before it is written.
 pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
 
 /// Adds the machines of VMCloak's folders to `qemu.yaml`. A folder is a machine's own or one that
@@ -242,8 +242,8 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     }
 }
 
-/// Expects that the plugin refuses none of the new machines' arguments. Whatever else it has found, such as a bridge
-/// that is still to be made, is for `check` to say.
+/// Expects that the plugin accepts the arguments of all new machines. Other findings, such as a missing
+/// bridge, are left to `check`.
 fn accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
     let report = match checked {
         Ok(report) => report,

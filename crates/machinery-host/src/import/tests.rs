@@ -73,7 +73,7 @@ impl Scratch {
     }
 }
 
-/// A plugin that has nothing to complain of.
+/// A check that finds no problem.
 fn finds_nothing(_: ConfigFile) -> Result<Report> {
     Ok(Report::default())
 }
@@ -94,7 +94,7 @@ fn import_is_refused_when_the_plugin_refuses_the_arguments() {
     let error = vmcloak(&scratch.yaml(), &folders, &finds("machineinfo_path")).unwrap_err().to_string();
     assert!(error.contains("win7") && error.contains("it is refused"), "{error}");
     assert_eq!(scratch.text(), before);
-    // A bridge may still have to be made, and a plugin to be installed.
+    // The bridge may be missing and the plugin not installed at the time of the import.
     let missing = |_| Err(Error::environment("there is no plugin"));
     assert_eq!(vmcloak(&scratch.yaml(), &folders[..], &missing).unwrap().added.len(), 2);
     fs::write(scratch.yaml(), before).unwrap();

@@ -229,7 +229,7 @@ impl Description<'_> {
         Ok(tags?.into())
     }
 
-    /// The plugin judges what the arguments say.
+    /// Expects a non-empty list of start arguments; the plugin checks their content.
     fn start_args(&self) -> Result<()> {
         match &self.keys["start_args"] {
             Json::Array(list) if !list.is_empty() => Ok(()),

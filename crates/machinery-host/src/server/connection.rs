@@ -235,7 +235,7 @@ impl Connection {
                 Err(error) => return self.not_held(id, error).await,
             },
             Request::SetEnabled(enabled) => {
-                // Cuckoo3's node enables it at each start.
+                // Cuckoo3's node enables the machine at each of its starts.
                 if self.shared.enabled.swap(enabled, Ordering::SeqCst) != enabled {
                     tracing::warn!(enabled, "the machinery manager was switched");
                 }
@@ -285,7 +285,7 @@ impl Connection {
         self.later(id, noted).await
     }
 
-    /// Puts the machine back into the pool, if its plugin can use it.
+    /// Returns the machine to the pool, if its plugin can use it.
     async fn enable(&self, id: Option<Value>, machine: Arc<Machine>) -> GoOn {
         let limit = self.shared.workers.house().timeouts().state;
         match diagnose_one(&machine, limit).await {
@@ -480,10 +480,10 @@ async fn reload(shared: &Shared) -> Value {
     }
 }
 
-/// Stops all machines whose runs the host has started; says which could not be stopped.
+/// Stops all machines whose runs the host has started, and reports those that could not be stopped.
 async fn shutdown_all(shared: &Shared) -> Outcome {
     let roll = shared.fleet.roll();
-    // An action of a busy machine may be a start that begins later.
+    // The action of a busy machine may be a start whose run has not begun yet.
     let on =
         roll.machines().iter().filter(|machine| shared.workers.is_busy(machine) || machine.status().own_run);
     let (outcomes, mut answered) = mpsc::unbounded_channel();

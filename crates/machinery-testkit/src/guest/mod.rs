@@ -93,7 +93,8 @@ impl Qemu {
 pub enum Guest {
     /// A boot sector that counts: see [`micro`].
     Micro,
-    /// The same on the machine that VMCloak makes, with its sound card and all. For QEMU only.
+    /// The same guest on the machine that VMCloak makes, with its sound card and other devices. For QEMU
+    /// only.
     Vmcloak,
     /// Linux with an agent: see [`linux`].
     Linux {

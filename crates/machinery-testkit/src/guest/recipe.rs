@@ -118,8 +118,8 @@ impl Recipe {
     }
 }
 
-/// What VMCloak starts a Windows machine with, on its QEMU machinery with user networking. Source: VMCloak's
-/// `vmcloak/platforms/qemu.py`.
+/// Returns the arguments with which VMCloak's QEMU machinery starts a Windows machine with user networking.
+/// Source: VMCloak's `vmcloak/platforms/qemu.py`.
 fn vmcloak_args(serial: &str) -> Vec<String> {
     let devices = [
         "rtl8139,netdev=net0,mac=52:54:00:00:02:01,bus=pcie.0,addr=3",

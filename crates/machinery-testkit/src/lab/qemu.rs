@@ -107,7 +107,7 @@ impl Lab {
         self.folder(name).dir.join(format!("{name}_disposable.qcow2"))
     }
 
-    /// Where the overlay of a machine's n-th image is while it runs; the disk is the first one.
+    /// Returns the path of the overlay of a machine's n-th image during a run; the disk is the first image.
     pub fn overlay(&self, name: &str, n: usize) -> PathBuf {
         match n {
             1 => self.disposable(name),

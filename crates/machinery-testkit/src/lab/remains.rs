@@ -78,7 +78,7 @@ pub fn collect_remains(folder: &Path, left: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// `m_disposable.qcow2`, or `m_disposable_2.qcow2` of another image.
+/// Whether this is an overlay's name: `m_disposable.qcow2`, or `m_disposable_2.qcow2` for another image.
 fn is_overlay(name: &str) -> bool {
     let number = name.strip_suffix(".qcow2").and_then(|name| name.rsplit_once("_disposable"));
     number.is_some_and(|(_, number)| number.chars().all(|c| c == '_' || c.is_ascii_digit()))

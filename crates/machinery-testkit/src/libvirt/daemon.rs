@@ -1,13 +1,13 @@
 //! A private libvirtd.
 //!
-//! libvirtd has its folders compiled in. So it runs in a mount namespace in which the lab's folders lie
-//! over them (that of a user who is not root takes its folders from the environment). It also has a user
-//! compiled in, and ends where that user is missing; so the namespace has an `/etc/passwd` and an
-//! `/etc/group` of its own.
+//! libvirtd has its folders compiled in. The lab therefore runs libvirtd in a mount namespace in which the
+//! lab's folders cover them. The libvirtd of a user who is not root takes its folders from the environment.
+//! libvirtd also has a user compiled in, and ends where that user is missing; so the namespace has its own
+//! `/etc/passwd` and `/etc/group`.
 //!
-//! Its process namespace ends with its owner, whatever a test does, and with it libvirtd and every QEMU.
-//! The first process there also reaps QEMUs that have ended; libvirtd waits for that when it stops a
-//! domain.
+//! The process namespace ends with its owner, whatever a test does, and so do libvirtd and every QEMU in it.
+//! The first process of the namespace also reaps QEMUs that have ended; libvirtd waits for that when it stops
+//! a domain.
 //!
 //! ```text
 //! unshare ─▶ init (sleeps) ─┬─ libvirtd, started and killed at will
@@ -32,7 +32,7 @@ use crate::{Result, cache, command};
 /// Ending a killed process takes no longer.
 const PATIENCE: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 
-/// The longest that libvirtd may take to start, in seconds: it may ask QEMU for its capabilities.
+/// The maximum time that libvirtd may take to start, in seconds: libvirtd may query QEMU's capabilities.
 const START_TIMEOUT: &str = "120";
 
 /// What the init does, with the daemon's folder as its argument. The folders are made where a package
@@ -66,12 +66,12 @@ namespaces = []
 cgroup_controllers = []
 ";
 
-/// The users that distributions compile in as QEMU's (Debian and Ubuntu, Fedora). libvirtd looks its own up
-/// before it reads `qemu.conf`, and ends if there is none. Only a package that the lab does not need makes
-/// it. No process runs as one of them, so any number will do: here that of `nobody`.
+/// The users that distributions compile in as QEMU's (Debian and Ubuntu, Fedora). libvirtd looks up its user
+/// before it reads `qemu.conf`, and ends if that user is missing. Only a package that the lab does not need
+/// creates the user. No process runs as one of these users, so any number is valid: here that of `nobody`.
 const USERS: [&str; 2] = ["libvirt-qemu:x:65534:65534::/:/bin/false", "qemu:x:65534:65534::/:/bin/false"];
 
-/// The groups that are compiled in beside them.
+/// The groups that distributions compile in.
 const GROUPS: [&str; 3] = ["libvirt-qemu:x:65534:", "kvm:x:65534:", "qemu:x:65534:"];
 
 /// Where the libvirtd of a user who is not root looks.
@@ -122,12 +122,12 @@ impl Libvirtd {
         Ok(Libvirtd { folder, unshare })
     }
 
-    /// Starts the daemon, after it was killed, and waits until it serves.
+    /// Starts the daemon after it was killed, and waits until it serves.
     pub fn start_daemon(&self) -> Result<()> {
         self.launch(&[])
     }
 
-    /// Restarts the daemon, so that it listens on TCP as well, and returns what to connect to then.
+    /// Restarts the daemon so that it also listens on TCP, and returns the dsn for that.
     pub fn listens_on_tcp(&self) -> Result<String> {
         let what = || "having libvirtd listen on TCP".to_owned();
         let free =
@@ -157,8 +157,9 @@ impl Libvirtd {
         )
     }
 
-    /// libvirtd makes its sockets first and its drivers later, or ends because a driver fails. It answers
-    /// once all drivers work: a client that connects meanwhile gets an answer then, or sees it end.
+    /// Waits until libvirtd answers a client. libvirtd creates its sockets before its drivers, and ends if a
+    /// driver fails. It answers once all drivers work, so a client that connects earlier gets an answer then
+    /// or sees libvirtd end.
     fn wait_until_it_serves(&self) -> Result<()> {
         self.inside(&["timeout", START_TIMEOUT, "virsh", "--connect", &self.dsn(), "uri"]).map(drop)
     }
@@ -261,7 +262,7 @@ impl Drop for Libvirtd {
     }
 }
 
-/// Of which kind the libvirtd of this user is.
+/// Returns which kind of libvirtd this user runs.
 fn kind() -> &'static str {
     if geteuid().is_root() { "system" } else { "session" }
 }
@@ -308,7 +309,7 @@ fn libvirtd_conf(folder: &Path) -> String {
     )
 }
 
-/// A `passwd` or `group` with the entries of `wanted` whose names it lacks.
+/// Returns the text of a `passwd` or `group` file with the entries of `wanted` whose names it lacks.
 fn with_entries(system: &str, wanted: &[&str]) -> String {
     let name = |entry: &str| entry.split(':').next().unwrap_or_default().to_owned();
     let known: Vec<String> = system.lines().map(name).collect();
@@ -373,7 +374,7 @@ mod tests {
         assert_eq!(with_entries(&extended, &USERS), extended);
     }
 
-    /// A bare system has no user for QEMU. A plain user's libvirtd looks none up.
+    /// A minimal system has no user for QEMU. The libvirtd of a plain user looks up no user.
     #[test]
     fn libvirtd_finds_its_compiled_in_user_when_the_system_has_none() {
         let folder = tempfile::tempdir().unwrap();

@@ -118,12 +118,12 @@ mod sabi {
             let _ = (request, deadline);
             unsupported("reload")
         }
-        /// Since 1.1. Takes the names of machines, gives a list of `Diagnosis`.
+        /// Since 1.1. Takes the names of machines, and returns a list of `Diagnosis`.
         fn diagnose(&self, machines: RStr<'_>, deadline: u64) -> Reply<RString> {
             let _ = (machines, deadline);
             unsupported("diagnose")
         }
-        /// Since 1.1. A plugin that does not have it prepares a machine in the one way it knows.
+        /// Since 1.1. For a plugin without this function, the host calls `prepare`.
         fn prepare_automatically(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
             self.prepare(machine, deadline)
         }

@@ -1,7 +1,8 @@
-//! All that is wrong with the form of a file, in one round.
+//! Reports all faults in the form of a file at once.
 //!
-//! The parser ends at the first fault. So that fault is put right in a copy (a wrong value and an unknown key
-//! are taken out, a missing one is put in), and the copy is read again, until nothing is left.
+//! The parser ends at the first fault. This module therefore repairs each fault in a copy: it removes a wrong
+//! value or an unknown key, and inserts a missing one. It then reads the copy again, until the parser finds
+//! no fault.
 
 use std::collections::BTreeSet;
 
@@ -10,16 +11,16 @@ use serde_yaml::{Error as YamlError, Mapping, Value};
 use super::ConfigFile;
 use crate::{Error, Place};
 
-/// So many faults are reported at a time.
+/// The maximum number of faults in one report.
 const MAX_FAULTS: usize = 20;
 
-/// Of a larger file only the first fault is reported: each round reads all of it.
+/// The size above which only the first fault of a file is reported: each round reads the whole file.
 const MAX_SIZE: usize = 1 << 20;
 
-/// One fault, as the parser words it.
+/// A fault, as the parser describes it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Fault {
-    /// The keys that lead to it.
+    /// The keys that lead to the fault.
     path: Vec<String>,
     kind: Kind,
     reason: String,
@@ -32,7 +33,7 @@ enum Kind {
     Value,
 }
 
-/// Every fault of the file, of which `first` is known; `read` gives that of another text.
+/// Returns every fault of the file. `first` is already known; `read` returns the first fault of another text.
 pub(super) fn all(file: &ConfigFile, first: &YamlError, read: impl Fn(&str) -> Option<YamlError>) -> Error {
     let mut fault = Fault::of(first);
     let mut found = vec![fault.error(file, first.location().map(|at| at.line()))];
@@ -45,7 +46,7 @@ pub(super) fn all(file: &ConfigFile, first: &YamlError, read: impl Fn(&str) -> O
         let Some(next) = next.map(|next| Fault::of(&next)).filter(|next| seen.insert(next.clone())) else {
             break;
         };
-        // What is missing because it was taken out has been reported.
+        // A key that is missing because it was removed has already been reported.
         if !removed.contains(&next.place()) {
             found.push(next.error(file, file.line_of(&next.place_parts())));
         }
@@ -55,7 +56,7 @@ pub(super) fn all(file: &ConfigFile, first: &YamlError, read: impl Fn(&str) -> O
 }
 
 impl Fault {
-    /// `serde_yaml` words its errors as `key.path: reason at line L column C`.
+    /// Parses an error of `serde_yaml`, which has the form `key.path: reason at line L column C`.
     fn of(error: &YamlError) -> Fault {
         let mut reason = error.to_string();
         if let Some(at) = reason.rfind(" at line ") {
@@ -78,7 +79,7 @@ impl Fault {
         Error::configuration(&self.reason).place(Place { file: file.path.clone(), line, key })
     }
 
-    /// The keys that lead to the value at fault.
+    /// Returns the keys that lead to the faulty value.
     fn place(&self) -> Vec<String> {
         let name = match &self.kind {
             Kind::Unknown(name) | Kind::Missing(name) => Some(name.clone()),
@@ -95,13 +96,13 @@ impl Fault {
         self.path.iter().map(|key| without_index(key)).chain(name).collect()
     }
 
-    /// Puts it right; `false` if that cannot be done.
+    /// Repairs the fault in the copy; returns `false` if that is not possible.
     fn mend(&self, copy: &mut Value, removed: &mut BTreeSet<Vec<String>>) -> bool {
         let place = self.place();
         let Some((last, above)) = place.split_last() else { return false };
         let Some(mapping) = mapping_at(copy, above) else { return false };
         if let Kind::Missing(_) = self.kind {
-            // It reads as text and as a number.
+            // The value 1 is valid as a text and as a number.
             mapping.insert(last.as_str().into(), 1.into());
             return true;
         }
@@ -116,7 +117,7 @@ fn mapping_at<'a>(value: &'a mut Value, path: &[String]) -> Option<&'a mut Mappi
     found?.as_mapping_mut()
 }
 
-/// A path has the items of a list as `tags[1]`.
+/// Removes the index from a path part such as `tags[1]`.
 fn without_index(key: &str) -> &str {
     key.split('[').next().unwrap_or(key)
 }
@@ -125,7 +126,7 @@ fn looks_like_key(text: &str) -> bool {
     !text.contains(' ') || text.contains('.')
 }
 
-/// The parser speaks of Rust's types, which an operator does not know.
+/// Rewords a reason without Rust's types, which an operator does not know.
 fn in_yaml_words(reason: &str) -> String {
     let reason = reason.replace("unknown field ", "unknown key ").replace("missing field ", "missing key ");
     match reason.split_once("expected struct ") {
@@ -177,7 +178,7 @@ mod tests {
         ] {
             assert!(said.contains(words), "no {words:?} in {said}");
         }
-        // The port was there, and was wrong.
+        // The port was present, but wrong.
         assert!(said.starts_with("7 problems:"), "{said}");
     }
 

@@ -38,7 +38,7 @@ impl ConfigFile {
     /// The whole file as `T`.
     ///
     /// # Errors
-    /// It is not YAML, or not of the form of `T`: each fault with line, key and value.
+    /// The file is not YAML, or has not the form of `T`. The error lists each fault with line, key and value.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         let text = if self.is_blank() { "{}" } else { &self.text };
         let read = |text: &str| serde_yaml::from_str::<T>(text);
@@ -49,7 +49,7 @@ impl ConfigFile {
     /// nothing stands there.
     ///
     /// # Errors
-    /// It is not YAML, or not of the form of `T`: each fault with line, key and value.
+    /// The file is not YAML, or has not the form of `T`. The error lists each fault with line, key and value.
     pub fn parse_at<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Option<T>> {
         if self.is_blank() {
             return Ok(None);

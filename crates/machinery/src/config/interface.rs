@@ -21,7 +21,7 @@ pub fn expect_interface(file: &ConfigFile, key: &[&str], name: &str) -> Result<(
 /// Expects that a network interface exists on this host.
 ///
 /// # Errors
-/// It does not; the error lists those that do.
+/// The interface does not exist; the error lists the existing interfaces.
 pub fn find_interface(name: &str) -> Result<()> {
     let known = !name.is_empty() && !name.contains('/') && Path::new(INTERFACES).join(name).exists();
     if known {

@@ -139,7 +139,8 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for MachinesVisitor<T> {
     }
 }
 
-/// The most bytes of a machine's name: file names with it have at most 255 on every file system, and 143 on some.
+/// The maximum length of a machine's name, in bytes: file names may have 255 bytes on most file systems, 143
+/// on some.
 const MAX_NAME: usize = 100;
 
 /// A name becomes part of file and socket names, so it must not be a path.

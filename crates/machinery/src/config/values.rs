@@ -1,4 +1,4 @@
-//! How single values are read.
+//! Reads single values.
 //!
 //! Cuckoo3 accepts several spellings of a value (`"2042"`, `yes`, one word for a list, spaces around a text).
 //! These functions accept the same, so that a file which Cuckoo3 can use works here unchanged.
@@ -12,10 +12,10 @@ use std::marker::PhantomData;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
-/// Reads a text without the spaces around it; null is the empty text.
+/// Reads a text without the spaces around it; null becomes the empty text.
 ///
 /// # Errors
-/// It is not a scalar.
+/// The value is not a scalar.
 pub fn text<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -27,15 +27,15 @@ where
 /// Reads a text without the spaces around it and makes it lowercase.
 ///
 /// # Errors
-/// It is not a scalar.
+/// The value is not a scalar.
 pub fn lowercase<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     text(deserializer).map(|text: String| text.to_lowercase())
 }
 
-/// Reads an optional text without the spaces around it; null and the empty text are none.
+/// Reads an optional text without the spaces around it; null and the empty text become `None`.
 ///
 /// # Errors
-/// It is not a scalar.
+/// The value is not a scalar.
 pub fn empty_as_none<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -47,23 +47,23 @@ where
 /// Reads a list of texts, or a single text as a list of one. Null and empty elements are left out.
 ///
 /// # Errors
-/// It is neither; a single number is neither, as for Cuckoo3.
+/// The value is neither. As in Cuckoo3, a single number is neither.
 pub fn words<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     deserializer.deserialize_any(Words)
 }
 
-/// Reads yes or no, in any way in which Cuckoo3 does: `true`, `yes`, `on`, `1` and their opposites.
+/// Reads a boolean in each of Cuckoo3's spellings: `true`, `yes`, `on`, `1` and their opposites.
 ///
 /// # Errors
-/// It is none of them.
+/// The value is none of them.
 pub fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
     deserializer.deserialize_any(Flag)
 }
 
-/// Reads an optional TCP port: a number from 1 on, in quotes or not. Null is none.
+/// Reads an optional TCP port: a number from 1 on, quoted or not. Null becomes `None`.
 ///
 /// # Errors
-/// It is not a port.
+/// The value is not a port.
 pub fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D::Error> {
     deserializer.deserialize_any(Port)
 }
@@ -94,7 +94,7 @@ where
     deserializer.deserialize_str(Scalar { check, value: PhantomData })
 }
 
-/// A scalar, as it is written, without the spaces around it; none if that is empty or null.
+/// Returns the scalar without the spaces around it; `None` if it is empty or null.
 pub(super) fn stripped(text: &str) -> Option<&str> {
     let text = text.trim();
     (!matches!(text, "" | "~" | "null" | "Null" | "NULL")).then_some(text)
@@ -217,7 +217,8 @@ impl Visitor<'_> for Port {
         Self::of(Some(number), number)
     }
 
-    // Cuckoo3 takes the whole part. A float beyond every integer becomes the nearest one, which is no port.
+    // Cuckoo3 takes the integer part. A float beyond every integer becomes the nearest integer, which is no
+    // port.
     #[allow(clippy::cast_possible_truncation)]
     fn visit_f64<E: de::Error>(self, number: f64) -> Result<Self::Value, E> {
         Self::of(Some(number as i64), number)
@@ -231,7 +232,7 @@ impl Visitor<'_> for Port {
     }
 }
 
-/// A whole number in decimal. One with a leading zero is none: without quotes, Cuckoo3 reads it as octal.
+/// Parses a decimal integer. A leading zero is refused: Cuckoo3 reads an unquoted number with one as octal.
 fn integer(text: &str) -> Option<i64> {
     let digits = text.trim_start_matches(['+', '-']);
     let ambiguous = digits.len() > 1 && digits.starts_with('0');

@@ -71,7 +71,7 @@ impl Machine {
         let rival = self.rival_in_the_way();
         drop(deciding);
         let prepared = match rival {
-            // Not even a template is built: that takes a QEMU with all of its arguments.
+            // A template cannot be built either: building starts a QEMU with all arguments.
             Some(Rival { machine, resource }) if standby.is_none() => {
                 Ok(self.no_standby(format!("machine '{}' has {resource}, too", machine.name())))
             }
@@ -245,8 +245,8 @@ impl Machine {
         Some(format!("tried {} times: {}", known.tries, known.why))
     }
 
-    /// Drops a template that cannot be loaded; after a few of them no more is built. A start that failed at anything
-    /// else, such as a port that is taken, says nothing of its template.
+    /// Drops a template that cannot be loaded; after a few failures no further one is built. A start that
+    /// failed for another reason, such as a port that is in use, keeps its template.
     pub fn template_failed(&self, identity: &Identity, failed: &NotStarted) {
         if !self.is_given_up() && failed.left.is_none() && self.is_of_template(failed) {
             let why = format!("its template could not be loaded: {}", failed.error.reason());
@@ -255,13 +255,13 @@ impl Machine {
         }
     }
 
-    /// Whether loading failed, or QEMU complains of the template's own file.
+    /// Whether loading failed, or QEMU reports an error about the template's own file.
     fn is_of_template(&self, failed: &NotStarted) -> bool {
         let ram = self.templates().map(|all| all.ram(&self.files().info.name).display().to_string());
         failed.at == Stage::Load || ram.is_some_and(|ram| failed.error.reason().contains(&ram))
     }
 
-    /// Forgets what failed, after a restore that worked.
+    /// Forgets the template's failures after a restore that worked.
     pub fn forget_failures(&self) {
         *self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -295,7 +295,7 @@ impl Machine {
         self.tell_ready();
     }
 
-    /// Tells the host why nothing stands by any more.
+    /// Reports to the host why there is no standby any more.
     pub fn tell_why_plain(&self, why: String) {
         self.set_without_standby(|ready| ready.why = why);
         self.tell_ready();

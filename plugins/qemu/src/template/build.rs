@@ -31,10 +31,10 @@ use machinery_images::FileId;
 /// What building needs from the machine it is for.
 pub trait Build {
     /// Starts a QEMU of the machine that stays paused, with that memory if any, and its first overlay at
-    /// `disk`: a run's are not touched, which the operator may want to keep.
+    /// `disk`. The overlays of a run are not touched, because the operator may want to keep them.
     ///
     /// # Errors
-    /// It does not start, or is not wanted any more.
+    /// QEMU does not start, or the build was cancelled.
     fn start(
         &self,
         disk: &Path,
@@ -84,7 +84,7 @@ impl From<NotStarted> for NotBuilt {
 
 impl From<Error> for NotBuilt {
     fn from(error: Error) -> Self {
-        // Not of the process: that is a `NotStarted`.
+        // This error is not one of the process: such an error is a `NotStarted` already.
         NotBuilt::Failed(NotStarted { error, at: Stage::Run, left: None })
     }
 }

@@ -20,16 +20,17 @@ pub struct Identity {
     program: FileId,
     version: String,
     args: Vec<String>,
-    /// What the disk is based on, and all that the arguments name, with what that is based on; nothing where
-    /// there is no such file.
+    /// The disk's bases, all files that the arguments name, and the bases of these; `None` for a file that
+    /// does not exist.
     files: BTreeMap<PathBuf, Option<FileId>>,
 }
 
 impl Identity {
-    /// The machine's, as its files are now. Reads headers of images, and starts no process.
+    /// Returns the identity of the machine by its files as they are now. Reads headers of images, and starts
+    /// no process.
     ///
     /// # Errors
-    /// The snapshot or an image cannot be looked at, or a file of an image's backing chain.
+    /// The metadata of the snapshot, of an image, or of a file in an image's backing chain cannot be read.
     pub fn of(files: &MachineFiles, program: &Program) -> Result<Identity> {
         let id = |what: &str, path| {
             FileId::of(path)
@@ -77,7 +78,7 @@ impl Identity {
     }
 }
 
-/// All files that the machine's images and arguments name, down to the last base of each.
+/// Returns all files that the machine's images and arguments name, down to the last base of each.
 fn opened(machine: &MachineFiles) -> Result<BTreeMap<PathBuf, Option<FileId>>> {
     let mut files = BTreeMap::new();
     for image in machine.images() {
@@ -85,7 +86,7 @@ fn opened(machine: &MachineFiles) -> Result<BTreeMap<PathBuf, Option<FileId>>> {
         files.extend(chain.into_iter().map(|path| (path.clone(), id(&path))));
     }
     for source in &machine.start_args.opened().sources {
-        // What QEMU cannot open it says itself.
+        // QEMU itself reports a file that it cannot open.
         let chain = chain(source).unwrap_or_else(|_| vec![source.path.clone()]);
         files.extend(chain.into_iter().map(|path| (path.clone(), id(&path))));
     }
@@ -96,7 +97,8 @@ fn chain(source: &Source) -> Result<Vec<PathBuf>> {
     Chain::of(&source.path, source.format.as_deref()).map(|chain| chain.files)
 }
 
-/// A folder or a device says nothing about the content.
+/// Returns a file's identity; `None` for a folder or a device, whose identity does not reveal a change of
+/// content.
 fn id(path: &Path) -> Option<FileId> {
     fs::metadata(path).ok().filter(fs::Metadata::is_file).and_then(|_| FileId::of(path).ok())
 }

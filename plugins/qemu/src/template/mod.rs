@@ -48,10 +48,10 @@ use machinery_images::FileId;
 const RAM: &str = "ram";
 const DEVICES: &str = "devices";
 const RECORD: &str = "record.json";
-/// The first overlay, of a template that is being built.
+/// The first overlay of a template that is being built.
 const DISK: &str = "disk";
-/// All that is ever in a folder of ours, beside overlays; the record goes first, because without it the rest is
-/// no template.
+/// All files that a template's folder may contain, besides overlays. The record is removed first, because
+/// without it the other files are no template.
 const OURS: [&str; 3] = [RECORD, RAM, DEVICES];
 
 const WHOLE: &str = ".template";
@@ -157,7 +157,7 @@ impl Templates {
         self.dir.join(format!("{machine}{WHOLE}"))
     }
 
-    /// Where the RAM of the machine's template is.
+    /// Returns the path of the RAM file of the machine's template.
     pub fn ram(&self, machine: &str) -> PathBuf {
         self.folder(machine).join(RAM)
     }
