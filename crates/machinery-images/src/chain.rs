@@ -67,7 +67,8 @@ impl Chain {
         read.map_err(|error| match self.files.last() {
             None => error,
             Some(overlay) => {
-                let what = format!("the backing chain is broken at {}: {error}", overlay.display());
+                let (overlay, reason) = (overlay.display(), error.reason());
+                let what = format!("the backing chain is broken at {overlay}: {reason}");
                 Error::environment(what)
                     .advice("Put the missing file back, or correct its path with `qemu-img rebase -u`")
             }

@@ -172,7 +172,6 @@ impl MachineFiles {
             Some(shared) => Err(Error::configuration(format!(
                 "a run would leave its changes to the next one. Its start_args have {shared}"
             ))
-            .machine(&self.info.name)
             .advice(format!(
                 "Remove it, make it read-only (readonly=on), or use an image file, of which each run gets an overlay. \
                  To accept it, set machineries.qemu.machines.{}.allow_shared_writes: true in machinery-host.yaml",

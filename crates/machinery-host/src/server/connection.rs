@@ -293,7 +293,10 @@ impl Connection {
                 machine.enable();
                 self.noted(id, machine).await
             }
-            Err(why) => self.say(protocol::failure(&format!("it cannot be used yet: {why}")), id).await,
+            Err(why) => {
+                let reason = format!("machine '{}' cannot be used yet: {why}", machine.name());
+                self.say(protocol::failure(&reason), id).await
+            }
         }
     }
 
