@@ -6,12 +6,10 @@
 //! these conditions:
 //!
 //! - The disk has no changes that are in none of its snapshots, so nothing can be lost. This is true after a
-//! revert
-//!   without later writes, and after a snapshot that somebody has just taken.
+//!   revert without later writes, and after a snapshot that somebody has just taken.
 //! - The disk is the file that the last own run has left, written at the same nanosecond: [`DiskRecord`].
 //! - The disk is no file whose changes can be seen here (a device, a disk on a network), and libvirt has
-//! reported no
-//!   run of anybody else since the last own run ended.
+//!   reported no run of anybody else since the last own run ended.
 //!
 //! Any other disk may hold somebody's work.
 
