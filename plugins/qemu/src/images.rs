@@ -564,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_path_starts_in_the_folder_where_qemu_runs() {
+    fn path_starts_in_qemus_folder_when_it_is_relative() {
         let opened = opened(&["-drive", "file=%DISPOSABLE_DISK_PATH%", "-hdb", "b.qcow2", "-kernel", "./k"]);
         let paths: Vec<&Path> = opened.paths().collect();
         assert_eq!(paths, [Path::new("/vms/m/b.qcow2"), Path::new("/vms/m/./k")]);
