@@ -69,7 +69,7 @@ const OTHERS: [(Change, &[&str]); 3] = [
 ];
 
 #[test]
-fn a_snapshot_is_refused_and_not_called_corrupt_when_its_machine_is_another() {
+fn snapshot_is_refused_but_not_called_corrupt_when_its_machine_differs() {
     for format in [SnapshotFormat::Plain, SnapshotFormat::Lz4] {
         let lab = Lab::new(&[("m", Guest::Micro, format)]).unwrap();
         lab.ahead(PLAIN).unwrap();
@@ -91,7 +91,7 @@ fn a_snapshot_is_refused_and_not_called_corrupt_when_its_machine_is_another() {
 }
 
 #[test]
-fn a_template_is_not_built_for_the_reason_that_qemu_gives_when_it_refuses_the_snapshot() {
+fn template_is_not_built_for_qemus_reason_when_it_refuses_the_snapshot() {
     for (change, words) in OTHERS {
         let lab = Lab::new(&[MICRO]).unwrap();
         lab.change_start_args("m", change).unwrap();
@@ -108,7 +108,7 @@ fn a_template_is_not_built_for_the_reason_that_qemu_gives_when_it_refuses_the_sn
 }
 
 #[test]
-fn a_reload_is_advised_when_machineinfo_was_corrected_after_it_was_read() {
+fn reload_is_advised_when_machineinfo_was_corrected_after_it_was_read() {
     let lab = Lab::new(&[MICRO]).unwrap();
     for (wrong, words) in [(&["-m", "64"], "Size mismatch"), (&["-no-such", "option"], "invalid option")] {
         lab.change_start_args("m", |args| args.extend(wrong.map(str::to_owned))).unwrap();
@@ -135,7 +135,7 @@ fn listening_on(lab: &Lab) -> String {
 }
 
 #[test]
-fn a_template_stays_when_restores_fail_for_a_port_that_is_taken() {
+fn template_stays_when_restores_fail_for_a_port_that_is_in_use() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let chardev = listening_on(&lab);
     lab.change_start_args("m", |args| args.extend(["-chardev".to_owned(), chardev])).unwrap();

@@ -55,7 +55,7 @@ fn restores(lab: &Lab, client: &mut Client) {
 }
 
 #[test]
-fn a_machine_of_vmcloak_goes_the_whole_way() {
+fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
     let lab = unpacked();
     let folder = lab.folder("m").dir.display().to_string();
     let imported = lab.run(&["import", "vmcloak", &folder]).unwrap();
@@ -87,7 +87,7 @@ fn a_machine_of_vmcloak_goes_the_whole_way() {
 }
 
 #[test]
-fn a_reason_leads_with_qemus_words_when_a_sound_card_chatters() {
+fn reason_begins_with_qemus_messages_when_a_sound_card_prints_others() {
     let lab = unpacked();
     let folder = lab.folder("m").dir.display().to_string();
     assert_eq!(lab.run(&["import", "vmcloak", &folder]).unwrap().code, Some(0));

@@ -14,13 +14,13 @@ use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
 
-/// How many calls may go on although nobody waits for them any more.
+/// The maximum number of abandoned calls that are still under way.
 pub const MAX_ABANDONED: isize = 32;
 
-/// How many do.
+/// The number of abandoned calls that are still under way.
 static ABANDONED: AtomicIsize = AtomicIsize::new(0);
 
-/// A call under way. Dropped before its end, it is abandoned: its thread goes on.
+/// A call under way. Dropping it before its end abandons it: its thread goes on.
 pub struct Call<T> {
     outcome: Receiver<Result<T>>,
     progress: Arc<Progress>,
@@ -47,7 +47,7 @@ impl Progress {
     }
 }
 
-/// Notes that a call has returned when it is dropped, in a panic too.
+/// Records that a call has returned when it is dropped, in a panic too.
 struct Returns(Arc<Progress>);
 
 impl Drop for Returns {
@@ -66,7 +66,7 @@ impl<T: Send + 'static> Call<T> {
     /// Starts it.
     ///
     /// # Errors
-    /// No thread can be started; too many abandoned calls have not returned.
+    /// The thread cannot be started, or too many abandoned calls have not returned.
     pub fn start(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
         let abandoned = ABANDONED.load(Ordering::SeqCst);
         if abandoned >= MAX_ABANDONED {
@@ -102,7 +102,7 @@ impl<T: Send + 'static> Call<T> {
 /// Starts a thread.
 ///
 /// # Errors
-/// The system has none left.
+/// The system cannot start another thread.
 pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let thread = thread::Builder::new().name(name.to_owned()).spawn(work);
     thread
@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(within(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
     }
 
-    /// It changes what all calls of the process share, so it waits until that is as it was.
+    /// The test changes a count that all calls of the process share, so it waits until the count is back.
     #[test]
     fn calls_are_refused_when_too_many_were_abandoned() {
         let (go, gone) = channel::<()>();

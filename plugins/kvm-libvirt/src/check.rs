@@ -110,7 +110,7 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
     found
 }
 
-/// What is wrong with the files of the domain and its snapshot, where they are on this computer.
+/// Returns the problems of the domain's and the snapshot's files, if these are on this computer.
 fn about_files(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) -> Vec<Error> {
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();
@@ -119,7 +119,7 @@ fn about_files(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) 
     described.map_or_else(|error| vec![error], |described| files::problems(&described, snapshot))
 }
 
-/// Looks anew at one machine: whether its domain, snapshot and files are there.
+/// Diagnoses one machine: whether its domain, snapshot and files exist.
 pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     let mut diagnosis = Diagnosis::new(&info.name);
     let Some(domain) = diagnosis.keep(restore::domain(connect, &info.label)) else { return diagnosis };
@@ -130,7 +130,7 @@ pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     diagnosis
 }
 
-/// What cannot be had of a libvirt on another computer.
+/// Lists the features that a libvirt on another computer does not support.
 fn far_away(config: &Config) -> Option<Finding> {
     let host = dsn::host(&config.dsn)?;
     Some(Finding::Warning(format!(
@@ -139,7 +139,8 @@ fn far_away(config: &Config) -> Option<Finding> {
     )))
 }
 
-/// See [`restore::BROKEN_REVERTS`]. libvirt does not tell of patches, so it is warned of by the version.
+/// See [`restore::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
+/// warning.
 fn broken_reverts(connect: &Connect) -> Option<Finding> {
     let version = connect.lib_version().ok()?;
     let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
@@ -155,7 +156,7 @@ fn broken_reverts(connect: &Connect) -> Option<Finding> {
     })
 }
 
-/// Debian's 11.3.0-2 has the cure: its changelog lists the patch, and its reverts were tried.
+/// Debian's 11.3.0-2 has the fix: its changelog lists the patch, and its reverts were tested.
 fn is_mended(version: u32, os_release: &str) -> bool {
     version >= 11_003_000 && os_release.lines().any(|line| line == "ID=debian")
 }

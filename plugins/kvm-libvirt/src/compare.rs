@@ -1,4 +1,4 @@
-//! Whether the configuration of a machine says the same as its domain.
+//! Compares the configuration of a machine with its domain.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use crate::description::{Description, Interface, reserved_addresses};
 use crate::dsn::is_local;
 use crate::restore;
 
-/// What is different, for people. Each is a sentence without the machine.
+/// Describes the differences for people. Each is a sentence without the machine.
 ///
 /// # Errors
 /// libvirt cannot describe the domain.
@@ -34,9 +34,9 @@ pub fn warnings(connect: &Connect, domain: &Domain, info: &MachineInfo) -> Resul
 #[derive(Debug, Clone, Default)]
 struct Card {
     mac: Option<String>,
-    /// The bridge, or the host's card, that its traffic goes over, where libvirt knows one.
+    /// The bridge, or the host's network card, that the card is connected to, if libvirt knows one.
     device: Option<String>,
-    /// The address that libvirt's network gives it.
+    /// The address that libvirt's network assigns to the card.
     address: Option<String>,
 }
 
@@ -91,7 +91,7 @@ fn compared(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
     found
 }
 
-/// Disks that two machines write to, or that one writes to and another is based on.
+/// Reports disks that two machines write to, or that one machine writes to and another is based on.
 pub fn shared_disks(connect: &Connect, machines: &[&MachineInfo]) -> Vec<Error> {
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();

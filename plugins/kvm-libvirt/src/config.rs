@@ -170,7 +170,7 @@ fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
         let reason = format!("'{}' is not a URI of libvirt", kvm.dsn);
         problems.push(file.error(&["dsn"], reason).advice("libvirt of this machine is qemu:///system"));
     }
-    // Those of another computer cannot be looked at.
+    // The interfaces of another computer cannot be checked here.
     let is_local = is_local(&kvm.dsn);
     if is_local {
         problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());

@@ -1,6 +1,6 @@
-//! libvirt's descriptions of domains and snapshots, as far as they matter here.
+//! libvirt's descriptions of domains and snapshots, as far as this plugin uses them.
 //!
-//! All XML of this plugin is read here. Source: libvirt's docs/formatdomain.rst, docs/formatsnapshot.rst,
+//! This module reads all XML of the plugin. Source: libvirt's docs/formatdomain.rst, docs/formatsnapshot.rst,
 //! docs/formatnetwork.rst, docs/formatcaps.rst.
 
 use std::path::PathBuf;
@@ -8,44 +8,44 @@ use std::path::PathBuf;
 use machinery::{Error, Result};
 use roxmltree::{Document, Node};
 
-/// Elements whose text is the path of a file that QEMU reads. Beside them each attribute `file` is one.
+/// Elements whose text is the path of a file that QEMU reads. Each attribute `file` is such a path as well.
 const PATH_ELEMENTS: [&str; 8] = ["loader", "nvram", "kernel", "initrd", "dtb", "shim", "emulator", "table"];
 
 /// A domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Description {
-    /// Such as `kvm`.
+    /// The domain's type, such as `kvm`.
     pub kind: String,
     pub disks: Vec<Disk>,
     pub interfaces: Vec<Interface>,
-    /// Every file that has to be there for a start, those of the disks included.
+    /// Every file that must exist for a start, including those of the disks.
     pub files: Vec<PathBuf>,
     pub firmware: Firmware,
     pub has_tpm: bool,
     pub has_nvdimm: bool,
-    /// What is added to QEMU's command line, argument by argument.
+    /// The arguments that the domain adds to QEMU's command line.
     pub arguments: Vec<String>,
 }
 
 /// A disk, CD or floppy of a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Disk {
-    /// Its name in the domain, such as `vda`.
+    /// The disk's name in the domain, such as `vda`.
     pub target: String,
-    /// Its file; `None` for one on a network, in a pool, or an empty drive.
+    /// The disk's file; `None` for a disk on a network or in a pool, and for an empty drive.
     pub path: Option<PathBuf>,
-    /// Such as `qcow2`.
+    /// The image's format, such as `qcow2`.
     pub format: String,
     /// Whether the guest cannot write to it.
     pub read_only: bool,
-    /// Whether it is for this domain alone, and not encrypted.
+    /// Whether the disk is for this domain alone, and not encrypted.
     pub is_plain: bool,
 }
 
-/// What boots the guest.
+/// The firmware that boots the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Firmware {
-    /// UEFI and the like, in flash memory. Its variables are the guest's to write.
+    /// Whether the firmware is in flash memory, such as UEFI. The guest can write its variables.
     pub is_flash: bool,
     pub nvram: Option<PathBuf>,
     pub nvram_is_qcow2: bool,
@@ -54,27 +54,27 @@ pub struct Firmware {
 /// A network card.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Interface {
-    /// In lowercase.
+    /// The MAC address, in lowercase.
     pub mac: Option<String>,
-    /// The network of libvirt that it is in.
+    /// The network of libvirt that the card is in.
     pub network: Option<String>,
-    /// The bridge, or the host's card, that it is connected to.
+    /// The bridge, or the host's network card, that the card is connected to.
     pub device: Option<String>,
 }
 
-/// A snapshot, and the domain as it was then.
+/// A snapshot, and the domain at that time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotDescription {
-    /// When it was taken, in seconds since 1970.
+    /// The time of the snapshot, in seconds since 1970.
     pub created: String,
-    /// The domain's state then, such as `running` or `disk-snapshot`.
+    /// The domain's state at that time, such as `running` or `disk-snapshot`.
     pub state: String,
     /// Whether memory or a disk is kept outside of the domain's disks.
     pub external: bool,
     pub has_memory: bool,
-    /// The file of the memory, if it is kept outside of the disks.
+    /// The file of the memory, if the memory is kept outside of the disks.
     pub memory_file: Option<PathBuf>,
-    /// The disks that hold a part of it, by their names in the domain.
+    /// The disks that hold a part of the snapshot, by their names in the domain.
     pub internal_disks: Vec<String>,
     pub domain: Option<Description>,
 }
@@ -83,7 +83,7 @@ impl Description {
     /// Reads the description of a domain.
     ///
     /// # Errors
-    /// It is no XML.
+    /// The text is no XML.
     pub fn read(xml: &str) -> Result<Description> {
         let document = parse(xml, "domain")?;
         Ok(Description::of(document.root_element()))
@@ -104,7 +104,7 @@ impl Description {
         }
     }
 
-    /// The disks that the guest can write to.
+    /// Returns the disks that the guest can write to.
     pub fn writable_disks(&self) -> impl Iterator<Item = &Disk> {
         self.disks.iter().filter(|disk| !disk.read_only)
     }
@@ -166,7 +166,7 @@ impl SnapshotDescription {
     /// Reads the description of a snapshot.
     ///
     /// # Errors
-    /// It is no XML.
+    /// The text is no XML.
     pub fn read(xml: &str) -> Result<SnapshotDescription> {
         let document = parse(xml, "snapshot")?;
         let root = document.root_element();
@@ -187,7 +187,7 @@ impl SnapshotDescription {
         }
         Ok(SnapshotDescription {
             created: text("creationTime"),
-            // Without a word about the memory it is where a domain that runs has it.
+            // If the description does not mention the memory, a running domain's snapshot includes it.
             has_memory: kept.map_or(!is_without_memory(&state), |kept| kept != "no"),
             memory_file: memory.and_then(|memory| memory.attribute("file")).map(PathBuf::from),
             state,
@@ -198,10 +198,10 @@ impl SnapshotDescription {
     }
 }
 
-/// The addresses that a network of libvirt gives to these cards: pairs of MAC, in lowercase, and IP.
+/// Returns the addresses that a network of libvirt reserves: pairs of MAC, in lowercase, and IP.
 ///
 /// # Errors
-/// It is no XML.
+/// The text is no XML.
 pub fn reserved_addresses(network: &str) -> Result<Vec<(String, String)>> {
     let document = parse(network, "network")?;
     let hosts = document.descendants().filter(|node| node.has_tag_name("host") && is_in(*node, "dhcp"));
@@ -209,7 +209,7 @@ pub fn reserved_addresses(network: &str) -> Result<Vec<(String, String)>> {
     Ok(pairs.map(|(mac, ip)| (mac, ip.to_owned())).collect())
 }
 
-/// The user of QEMU and its group, as `+uid:+gid`, in libvirt's capabilities.
+/// Returns QEMU's user and group, as `+uid:+gid`, from libvirt's capabilities.
 pub fn label_of_qemu(capabilities: &str) -> Option<String> {
     let document = Document::parse(capabilities).ok()?;
     let mut models = document.descendants().filter(|node| node.has_tag_name("secmodel"));
@@ -222,7 +222,7 @@ fn is_without_memory(state: &str) -> bool {
     matches!(state, "shutoff" | "disk-snapshot")
 }
 
-/// Each file that QEMU, or libvirt for it, opens. Files that a run makes, such as logs, are none.
+/// Returns each file that QEMU opens, or libvirt for QEMU, but no file that a run creates, such as a log.
 fn files(domain: Node) -> Vec<PathBuf> {
     let named = domain.descendants().filter_map(|node| {
         let name = node.tag_name().name();
@@ -239,7 +239,7 @@ fn files(domain: Node) -> Vec<PathBuf> {
 
 fn names_a_file(node: Node) -> bool {
     let name = node.tag_name().name();
-    // libvirt makes the variables of a firmware from their template at the first start.
+    // libvirt creates the variables of a firmware from their template at the first start.
     let is_made = name == "nvram" && node.attribute("template").is_some();
     PATH_ELEMENTS.contains(&name) && !is_made || name == "path" && is_in(node, "memory")
 }
@@ -317,7 +317,7 @@ mod tests {
             "/usr/bin/qemu-system-x86_64",
         ];
         assert_eq!(files, wanted);
-        // libvirt makes these variables itself.
+        // libvirt creates these variables itself.
         let made = DOMAIN.replace("<nvram format='qcow2'>", "<nvram template='/f/t'>");
         assert!(!Description::read(&made).unwrap().files.contains(&"/f/vars.qcow2".into()));
     }

@@ -17,17 +17,17 @@ use crate::description::{Description, Disk};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disks(Vec<PathBuf>);
 
-/// Options of QEMU that name an image, or a folder, which a guest may write to. Source: `qemu-system-x86_64 -help`.
+/// QEMU's options for an image or a folder that a guest may write to. Source: `qemu-system-x86_64 -help`.
 const IMAGE_OPTIONS: [&str; 14] = [
     "blockdev", "drive", "fda", "fdb", "fsdev", "hda", "hdb", "hdc", "hdd", "mtdblock", "pflash", "sd",
     "tpmdev", "virtfs",
 ];
 
 impl Disks {
-    /// Those of a domain.
+    /// Returns the disks of a domain.
     ///
     /// # Errors
-    /// One of them cannot be put back here, or there is other state that a guest can change.
+    /// A disk cannot be put back here, or there is other state that a guest can change.
     pub fn of(domain: &Description) -> Result<Disks, String> {
         let others = [
             (domain.firmware.nvram.is_some(), "variables of its firmware"),
@@ -83,7 +83,7 @@ impl Disks {
     }
 }
 
-/// QEMU takes its options with one leading dash or two.
+/// Whether the argument is such an option; QEMU accepts one leading dash or two.
 fn names_an_image(argument: &str) -> bool {
     let option = argument.strip_prefix("--").or(argument.strip_prefix('-'));
     option.is_some_and(|option| IMAGE_OPTIONS.contains(&option))

@@ -1,25 +1,25 @@
-//! Where a libvirt is, by its dsn.
+//! Reads a dsn, which tells where libvirt is.
 //!
 //! Source: libvirt's docs/uri.rst: `driver[+transport]://[user@][host][:port]/path[?parameters]`.
 
-/// How libvirt is reached.
+/// The way in which libvirt is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// A socket of this very host, or no socket at all.
+    /// A socket on this computer, or no socket at all.
     Local,
     Ssh,
     Tls,
     Tcp,
-    /// A program of the operator's.
+    /// A program that the operator has chosen.
     Other,
 }
 
-/// Whether libvirt runs on this very host, so that its files and interfaces are ours.
+/// Whether libvirt runs on this computer, so that its files and interfaces can be used here.
 pub fn is_local(dsn: &str) -> bool {
     host(dsn).is_none()
 }
 
-/// The name or address of the other host, if it is another one.
+/// Returns the name or address of the other computer, if libvirt is on another one.
 pub fn host(dsn: &str) -> Option<&str> {
     let (_, rest) = dsn.split_once("://")?;
     let authority = rest.split(['/', '?', '#']).next()?;
@@ -28,7 +28,7 @@ pub fn host(dsn: &str) -> Option<&str> {
     Some(&host[..end.unwrap_or(host.len())]).filter(|host| !matches!(*host, "" | "localhost"))
 }
 
-/// The transport that libvirt takes for it. Without one in the dsn, that is TLS for another host.
+/// Returns the transport that libvirt uses. The default for another computer is TLS.
 pub fn transport(dsn: &str) -> Transport {
     let scheme = dsn.split_once("://").map_or("", |(scheme, _)| scheme);
     match scheme.split_once('+').map(|(_, transport)| transport) {

@@ -1,8 +1,7 @@
 //! What libvirt's errors mean, and what to do about them.
 //!
-//! libvirt tells a code, which part of it found the error, and a text. The text is for people, may be
-//! translated, and is kept; the code decides about the advice. Source: libvirt's
-//! include/libvirt/virterror.h.
+//! libvirt reports a code, the part of it that found the error, and a text. The text is for people, may be
+//! translated, and is kept; the code decides about the advice. Source: libvirt's include/libvirt/virterror.h.
 
 use machinery::Error;
 use rustix::io::Errno;
@@ -48,8 +47,8 @@ pub fn is_off(error: &virt::error::Error) -> bool {
     error.code().is(ErrorNumber::OperationInvalid)
 }
 
-/// A definition, or an operation on it, that libvirt's QEMU driver refuses. Among them is an overlay whose
-/// file is there already. Source: libvirt's src/qemu/qemu_snapshot.c.
+/// Whether libvirt's QEMU driver refuses a definition, or an operation on it. One case is an overlay whose
+/// file exists already. Source: libvirt's src/qemu/qemu_snapshot.c.
 pub fn is_refused(error: &virt::error::Error) -> bool {
     error.code().is(ErrorNumber::ConfigUnsupported)
 }
@@ -65,17 +64,17 @@ pub fn is_unsupported(error: &virt::error::Error) -> bool {
     error.code().is_known_and(|code| UNSUPPORTED.contains(&code))
 }
 
-/// The system's own error where it was one. To be called in the thread in which libvirt has failed.
+/// Returns the system's error, if there was one. Must be called in the thread in which libvirt has failed.
 fn errno_of(error: &virt::error::Error) -> Option<Errno> {
     error.code().is(ErrorNumber::SystemError).then(last_errno).flatten()
 }
 
-/// Whether nobody listens at a socket of libvirtd's. To be called in the thread in which libvirt has failed.
+/// Whether nobody listens at libvirtd's socket. Must be called in the thread in which libvirt has failed.
 pub fn is_gone(error: &virt::error::Error) -> bool {
     matches!(errno_of(error), Some(Errno::CONNREFUSED | Errno::NOENT | Errno::CONNRESET | Errno::PIPE))
 }
 
-/// A connection that does not come about. To be called in the thread in which libvirt has failed.
+/// Explains a failed connection. Must be called in the thread in which libvirt has failed.
 pub fn not_connected(dsn: &str, error: &virt::error::Error) -> Error {
     let failed = Error::environment(format!("cannot connect to libvirt at {dsn}: {}", error.message()));
     failed.advice(connection_advice(dsn, error, errno_of(error)))
@@ -112,7 +111,7 @@ fn local_advice(error: &virt::error::Error, errno: Option<Errno>) -> String {
         .to_owned()
 }
 
-/// libvirt passes on what ssh says. OpenSSH has no translations, so its words can be looked for.
+/// Returns the advice for an error of ssh, whose message libvirt passes on. OpenSSH translates no messages.
 fn ssh_advice(host: &str, said: &str) -> String {
     let by_hand = format!("Try `ssh {host} true` by hand, as the user that runs this host");
     let causes = [
@@ -151,7 +150,7 @@ fn network_advice(
         Some(errno) if is_of_network(errno) => {
             format!("The network does not lead to {host}: look at its address, the routes and firewalls")
         }
-        // libvirt gives no errno where a name has no address.
+        // libvirt gives no errno if a name has no address.
         None => {
             format!("Look whether the name {host} has an address (getent hosts {host}), or correct the dsn")
         }
@@ -201,7 +200,7 @@ mod tests {
         }
     }
 
-    /// Nothing but the program differs: what it says is what OpenSSH says.
+    /// Only the program differs from a real connection: its messages are those of OpenSSH.
     #[test]
     fn failed_ssh_connection_has_the_advice_for_what_ssh_says() {
         let folder = tempfile::tempdir().unwrap();

@@ -33,7 +33,7 @@ pub enum Event {
         /// `VIR_DOMAIN_EVENT_…_…`, of that event
         detail: u32,
     },
-    /// The guest was reset: it boots anew.
+    /// The guest was reset, and boots again.
     Reset,
     /// A disk failed, and the guest was paused for it.
     DiskFailed {
@@ -200,7 +200,7 @@ unsafe extern "C" fn on_lifecycle(
 
 /// SAFETY: as [`on_lifecycle`].
 unsafe extern "C" fn on_reset(_: sys::virConnectPtr, domain: sys::virDomainPtr, opaque: *mut c_void) {
-    // SAFETY: passed on as libvirt gave them.
+    // SAFETY: the pointers are passed on as libvirt gave them.
     unsafe { tell(domain, Event::Reset, opaque) };
 }
 

@@ -1,7 +1,7 @@
-//! The files of a domain and of its snapshot: whether they are all there, and which ones they are.
+//! The files of a domain and of its snapshot: whether they exist, and their identities.
 //!
-//! Only those of a libvirt on this computer can be looked at. What this user may not see is not looked at
-//! either: libvirt may run QEMU as another one.
+//! Only files on this computer can be checked. Files that this user may not see are not checked either:
+//! libvirt may run QEMU as another user.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,7 +14,7 @@ use machinery_images::{Chain, FileId, Header};
 use crate::description::{Description, Disk};
 use crate::restore::Snapshot;
 
-/// What keeps the domain from its snapshot, as far as its files show.
+/// Returns the problems of the domain's files that prevent a restore of its snapshot.
 pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error> {
     let then = snapshot.and_then(|snapshot| snapshot.description.domain.as_ref());
     let memory = snapshot.and_then(|snapshot| snapshot.description.memory_file.as_ref());
@@ -32,7 +32,7 @@ pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error>
     }
     let disks: BTreeSet<_> = [Some(domain), then].into_iter().flatten().flat_map(chained).collect();
     let broken = disks.into_iter().filter_map(|(path, format)| Chain::of(path, format).err());
-    // A file that libvirt names itself has been reported.
+    // A file that libvirt itself names has been reported already.
     let is_new =
         |error: &Error| !missing.iter().any(|file| error.reason().contains(&*file.to_string_lossy()));
     problems.extend(broken.filter(is_new));
@@ -42,7 +42,7 @@ pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error>
     problems
 }
 
-/// Disks whose chain can be read, each with its format.
+/// Returns the disks whose chain can be read, each with its format.
 fn chained(domain: &Description) -> impl Iterator<Item = (&Path, Option<&str>)> {
     let disks = domain.disks.iter().filter_map(|disk| Some((disk.path.as_deref()?, disk)));
     let readable = disks.filter(|(path, _)| path.is_file() && File::open(path).is_ok());
@@ -53,7 +53,7 @@ fn is_missing(file: &Path) -> bool {
     file.metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
 
-/// The disks that an internal snapshot is in, and that do not have it (any more).
+/// Reports the disks that an internal snapshot should be in, but that do not contain it.
 fn lost_snapshots(domain: &Description, snapshot: &Snapshot) -> Vec<Error> {
     let name = &snapshot.identity.name;
     let holders = &snapshot.description.internal_disks;
@@ -95,14 +95,14 @@ fn take_anew(what: String, name: &str) -> Error {
     ))
 }
 
-/// What the domain's content comes from, beside what its guest writes: a change of it makes another machine.
+/// The files that the domain's content comes from, except those that its guest writes. A change makes another
+/// machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity(Vec<FileId>);
 
 impl Identity {
-    /// That of a domain: every file that it names and every file of a backing chain, as far as this user may
-    /// see them. Disks that the guest can write to change by themselves, so they are left out; but not what
-    /// they are based on.
+    /// Identifies every file that the domain names and every file of a backing chain, as far as this user may
+    /// see them. Disks that the guest can write to change by themselves, so only their bases are included.
     pub fn of(domain: &Description) -> Identity {
         let mut files: BTreeSet<PathBuf> = domain.files.iter().cloned().collect();
         files.extend(domain.arguments.iter().flat_map(|argument| named_in(argument)));
@@ -116,10 +116,10 @@ impl Identity {
         Identity(files.iter().filter_map(|file| FileId::of_content(file).ok()).collect())
     }
 
-    /// Expects that nothing has changed.
+    /// Expects that no file has changed.
     ///
     /// # Errors
-    /// A file has, or is gone.
+    /// A file has changed, or is gone.
     pub fn expect_unchanged(&self) -> Result<()> {
         let is_changed = |file: &&FileId| !FileId::of_content(file.path()).is_ok_and(|now| now == **file);
         match self.0.iter().find(is_changed) {
@@ -131,10 +131,10 @@ impl Identity {
         }
     }
 
-    /// The same as text, one line for each file.
+    /// Returns the identities as text, one line for each file.
     ///
     /// # Errors
-    /// It cannot be written as text.
+    /// An identity cannot be written as text.
     pub fn to_text(&self) -> Result<String> {
         let line = |file| serde_json::to_string(file).map(|text| text + "\n");
         let lines: std::result::Result<String, _> = self.0.iter().map(line).collect();
@@ -142,7 +142,7 @@ impl Identity {
     }
 }
 
-/// The files that an argument of QEMU's names: those parts between commas and equal signs that are paths.
+/// Returns the paths in a QEMU argument: those parts between commas and equal signs that are paths.
 fn named_in(argument: &str) -> impl Iterator<Item = PathBuf> {
     let parts = argument.split([',', '=']).filter(|part| part.starts_with('/')).map(PathBuf::from);
     parts.filter(|path| path.is_file())

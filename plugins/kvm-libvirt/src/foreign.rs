@@ -1,17 +1,17 @@
-//! What somebody else has left in a domain that is off. Automatic work never destroys it.
+//! Detects work of somebody else in a domain that is off. Automatic work never destroys it.
 //!
-//! A revert discards what a disk holds and no snapshot has, and makes a managed save worthless. That is
-//! right for what our own runs have left, and for anybody else's work only where somebody asks for it. So
-//! before a machine is prepared automatically, each disk that the guest can write to has to be known as one
-//! of these:
+//! A revert discards the changes of a disk that no snapshot has, and makes a managed save worthless. That is
+//! right for changes by the host's own runs, and for the work of anybody else only on request. Before the
+//! host prepares a machine automatically, each disk that the guest can write to must therefore meet one of
+//! these conditions:
 //!
-//! - it has no changes that are in none of its snapshots: nothing can be lost. A disk is so after a revert
-//!   that nobody has written after, and after a snapshot that somebody has just taken;
-//! - it is the file that the last of our own runs has left, written at the same nanosecond: [`DiskRecord`];
-//! - it is no file whose changes can be seen here (a device, a disk on a network), and libvirt has told of
-//!   nobody else's run since the last of our own ended.
+//! - The disk has no changes that are in none of its snapshots, so nothing can be lost. This is true after a
+//!   revert without later writes, and after a snapshot that somebody has just taken.
+//! - The disk is the file that the last own run has left, written at the same nanosecond: [`DiskRecord`].
+//! - The disk is no file whose changes can be seen here (a device, a disk on a network), and libvirt has
+//!   reported no run of anybody else since the last own run ended.
 //!
-//! A disk of which none can be told may hold somebody's work.
+//! Any other disk may hold somebody's work.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,23 +24,23 @@ use crate::errors::explain;
 use crate::restore;
 use crate::state_files::write_atomically;
 
-/// The disks of one machine, as the last of our own runs has left them.
+/// The disks of one machine, in the state in which the last own run has left them.
 #[derive(Debug, Clone)]
 pub struct DiskRecord {
     path: PathBuf,
 }
 
-/// The file of a disk that the guest can write to; `None` if it has none on this computer.
+/// The file of a disk that the guest can write to; `None` if the disk has no file on this computer.
 pub type DiskFile = Option<PathBuf>;
 
 impl DiskRecord {
-    /// The record of that machine, in the machinery's state folder.
+    /// Opens the record of that machine, in the machinery's state folder.
     pub fn of(machine: &str, state_dir: &Path) -> Self {
         DiskRecord { path: state_dir.join(format!("{machine}.disks")) }
     }
 
-    /// Records these disks, to which one of our runs was the last to write. A failure is only logged: the
-    /// machine is not prepared automatically then.
+    /// Records these disks after an own run, which was the last to write to them. A failure is only logged:
+    /// the host then does not prepare the machine automatically.
     pub fn save(&self, disks: &[DiskFile]) {
         let states: Vec<FileId> = disks.iter().flatten().filter_map(|disk| file_id(disk)).collect();
         if let Err(error) = write_atomically(&self.path, &states) {
@@ -48,8 +48,8 @@ impl DiskRecord {
         }
     }
 
-    /// What a revert of the domain, which is off, would discard of somebody else's work, for people.
-    /// `only_ours` says that libvirt has told of no run but our own since the last of ours has ended.
+    /// Describes the work of somebody else that a revert would discard, for people. The domain is off.
+    /// `only_ours` is true if libvirt has reported only own runs since the last own run ended.
     pub fn foreign_work(&self, domain: &Domain, only_ours: bool) -> Option<String> {
         if has_managed_save(domain) {
             return Some("it has a managed save, which a revert would make worthless".to_owned());
@@ -68,8 +68,8 @@ impl DiskRecord {
     }
 }
 
-/// The disks that the guest can write to, and the variables of its firmware where a snapshot holds them. Those
-/// of a libvirt on another host have no files here.
+/// Returns the disks that the guest can write to, and the variables of its firmware if a snapshot holds them.
+/// The disks of a libvirt on another computer have no files here.
 ///
 /// # Errors
 /// libvirt cannot describe the domain.
@@ -83,7 +83,7 @@ pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
     Ok(disks.chain(variables).map(|file| file.filter(|_| is_local(&uri))).collect())
 }
 
-/// Why the disk may hold somebody else's work, if it may.
+/// Returns the reason why the disk may hold somebody else's work, if it may.
 fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Option<String> {
     let Some(disk) = disk else {
         return (!only_ours).then(|| {
@@ -108,22 +108,23 @@ fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Op
     }
 }
 
-/// What tells a state of that disk from a later one; a device has nothing of the kind.
+/// Returns an identity that differs between states of the disk; `None` for a device, which has no such
+/// identity.
 fn file_id(disk: &Path) -> Option<FileId> {
     let is_file = fs::metadata(disk).is_ok_and(|file| file.is_file());
     if is_file { FileId::of_content(disk).ok() } else { None }
 }
 
-/// Whether libvirt has saved the domain's memory, to resume from at its next start.
+/// Whether libvirt has saved the domain's memory, from which the next start would resume.
 pub fn has_managed_save(domain: &Domain) -> bool {
     domain.has_managed_save(0).unwrap_or_else(|error| {
-        // Some drivers have nothing of the kind.
+        // Some drivers do not support managed saves.
         tracing::debug!(%error, "libvirt does not tell of a managed save");
         false
     })
 }
 
-/// Removes the domain's managed save, if it has one: it is of another moment than the snapshot.
+/// Removes the domain's managed save, if there is one: its memory does not match the snapshot.
 ///
 /// # Errors
 /// libvirt cannot remove it.
@@ -138,13 +139,13 @@ pub fn remove_managed_save(domain: &Domain, machine: &str) -> machinery::Result<
     domain.managed_save_remove(0).map_err(|error| explain("remove the managed save", &error))
 }
 
-/// What `check` says of the domain, which is off.
+/// Returns `check`'s finding about the domain, which is off.
 pub fn finding(machine: &str, domain: &Domain, state_dir: &Path) -> Option<String> {
     let work = DiskRecord::of(machine, state_dir).foreign_work(domain, true)?;
     Some(format!("machine '{machine}': {}", advice(machine, &work)))
 }
 
-/// What foreign work means for the machine, for people.
+/// Explains the consequences of foreign work for the machine, for people.
 pub fn advice(machine: &str, work: &str) -> String {
     format!(
         "it is not prepared automatically: {work}. Its next restore discards that, and so does \

@@ -60,7 +60,7 @@ pub enum SaveImages {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     wish: SaveImages,
-    /// The other computer that libvirt is on, if it is on one.
+    /// The other computer that libvirt runs on, if it does.
     host: Option<String>,
     file: PathBuf,
     about: PathBuf,
@@ -90,13 +90,13 @@ impl Image {
         Image { wish, host: None, file: file("machinery-image"), about: file("machinery-image-of") }
     }
 
-    /// The same, where libvirt is on that host: none is made then.
+    /// Returns the image with libvirt's computer set; no save image is made for another computer.
     #[must_use]
     pub fn of_host(self, host: Option<&str>) -> Image {
         Image { host: host.map(str::to_owned), ..self }
     }
 
-    /// Why none is made although the configuration does not say so, for people.
+    /// Explains why no save image is made although the configuration allows it, for people.
     pub fn why_none(&self) -> Option<String> {
         let host = self.host.as_ref()?;
         Some(format!("save images are made of a libvirt on this computer only, and this one is on {host}"))
@@ -232,10 +232,11 @@ impl Image {
             .map_err(|error| Error::io("write about a save image to", &self.about, &error))
     }
 
-    /// Starts the domain, which is off, from it, and leaves it paused; its disks have to be put back before.
+    /// Starts the domain, which is off, from the image, and leaves it paused. The disks must be put back
+    /// before.
     ///
     /// # Errors
-    /// It cannot. The domain may be in any state then.
+    /// The domain cannot be started. It may be in any state then.
     pub fn restore(&self, connect: &Connect) -> Result<()> {
         connect
             .restore_domain_flags(self.file_text()?, None, sys::VIR_DOMAIN_SAVE_PAUSED)

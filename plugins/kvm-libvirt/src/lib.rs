@@ -27,12 +27,12 @@
 //! | `files` | the files of a domain: whether they are there, and whether they have changed |
 //! | `images`, `disks` | save images and what they are of, and disks that are put back |
 //! | `views` | memory dump and screenshot |
-//! | `link`, `dsn` | the connection to libvirt, which outlives libvirtd, and where it leads |
+//! | `link`, `dsn` | the connection to libvirt, which outlives libvirtd, and its address |
 //! | `call` | calls that come back in time |
-//! | `events`, `save`, `errno` | libvirt's event loop, saving to a file, the system's errors: all the `unsafe` there is |
+//! | `events`, `save`, `errno` | libvirt's event loop, saving to a file, the system's errors: all `unsafe` code |
 //! | `states`, `errors` | what libvirt's states, events and errors mean |
-//! | `runs` | which domains are on because of us, for the next host to know |
-//! | `foreign` | what somebody else has written, which automatic work leaves alone |
+//! | `runs` | records of the host's own runs, for the next host |
+//! | `foreign` | work of somebody else, which automatic work leaves alone |
 //! | `state_files` | small files that are whole at any time |
 //! | `reload` | a new configuration while machines run |
 //! | `check`, `compare`, `access` | the environment, and what `check` finds in it |
@@ -123,7 +123,7 @@ fn at_a_time(machines: &[Arc<Machine>], act: impl Fn(&Machine) -> Result<()> + S
     problems.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Ends what is on of it because of us.
+/// Ends the machine's own run or standby.
 fn end(machine: &Machine, deadline: Deadline) -> Result<()> {
     match machine.stop_own(deadline) {
         Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),

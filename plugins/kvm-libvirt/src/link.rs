@@ -8,19 +8,21 @@
 //!       └──────── opened anew, the listener looks how things stand
 //! ```
 //!
-//! One connection brings the events of all machines. Calls have others, from a [`Pool`], each for one
-//! call at a time. There are two reasons. libvirtd stops to listen to a connection that has five requests
-//! under way (`max_client_requests` in its libvirtd.conf), to keepalive too. And where two calls wait on one
-//! connection when keepalive finds it dead, libvirt's client lets the second wait for ever, does not report
-//! the end of the connection, and crashes when libvirtd goes on; seen with libvirt 9.0.
+//! One connection brings the events of all machines. Calls use other connections, from a [`Pool`], each for
+//! one call at a time. There are two reasons. libvirtd stops reading from a connection with five requests
+//! under way (`max_client_requests` in its libvirtd.conf), including keepalive. Also, libvirt's client fails
+//! if two calls wait on one connection that keepalive finds dead. The second call then waits for ever, the
+//! end of the connection is not reported, and the client crashes when libvirtd goes on; seen with libvirt
+//! 9.0.
 //!
 //! The keeper, a thread, sleeps until the connection is lost; then it tries to open it anew, in growing
 //! steps, for nothing tells when libvirtd is back. Who wants something of libvirt meanwhile waits for the
 //! keeper, so that a restart of libvirtd, which takes a second, costs no analysis.
 //!
-//! Each try has a thread of its own, and a libvirtd or an ssh that hangs never ends it. So the next try
-//! waits for the end of the one before. A local try ends with its libvirtd. One over a network may wait
-//! for a computer that has been switched off meanwhile, so there a few further ones are made, later.
+//! Each attempt to connect has a thread of its own, and a libvirtd or an ssh that hangs never ends it. So the
+//! next attempt waits for the end of the one before. A local attempt ends with its libvirtd. An attempt over
+//! a network may wait for a computer that has been switched off meanwhile, so a few further attempts are made
+//! later.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -38,13 +40,13 @@ use crate::events::{self, Ears, Event, Watched};
 const KEEPALIVE: (i32, u32) = if cfg!(test) { (1, 1) } else { (5, 4) };
 /// How long an action waits for a libvirtd that is gone.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How long libvirtd may take to tell that it is there.
+/// The time that libvirtd has to answer.
 const ANSWERING: Duration = Duration::from_secs(5);
-/// How long a try to connect over a network is waited for before another one is made beside it.
+/// The time to wait for an attempt to connect over a network before a second one is started.
 const RETRY_BESIDE: Duration = Duration::from_secs(300);
-/// How many idle connections are kept for the next calls.
+/// The maximum number of idle connections that are kept for the next calls.
 const MAX_IDLE: usize = 8;
-/// How many tries to connect over a network may be under way.
+/// The maximum number of attempts to connect over a network that are under way.
 const MAX_REMOTE_ATTEMPTS: usize = 3;
 /// A libvirtd that has just started takes over the domains that run, after its sockets are there, and
 /// nothing tells when it is done. A domain that is stopped in the middle of that can stay locked, as
@@ -82,9 +84,9 @@ struct Now {
     listener: Option<Arc<dyn Listener>>,
     /// Let go by the keeper: not in the event thread, where libvirt is about to use it.
     dead: Option<Watched>,
-    /// How many tries to connect are under way.
+    /// The number of attempts to connect that are under way.
     attempts: usize,
-    /// How many have ended.
+    /// The number of attempts that have ended.
     ended_attempts: u64,
 }
 
@@ -180,10 +182,10 @@ impl Link {
         }
     }
 
-    /// The number of the connection, waited for if it is lost just now.
+    /// Returns the number of the connection; waits for the connection if it is lost at present.
     ///
     /// # Errors
-    /// It does not come back in time.
+    /// The connection does not come back in time.
     fn expect_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
         let patience = deadline.within(PATIENCE).remaining();
@@ -229,11 +231,11 @@ impl Link {
         }
     }
 
-    /// Starts something that takes long; `opened` gets the time that its connection took to open. What
-    /// becomes of it matters also when it comes late, so it is the caller's.
+    /// Starts a long call; `opened` gets the time that its connection took to open. The caller keeps the
+    /// call, because a late result matters too.
     ///
     /// # Errors
-    /// There is no connection to libvirt. That there is none for this call is the call's own error.
+    /// The connection for events is lost. A failure to open the call's own connection is the call's error.
     pub fn long_call<T: Send + 'static>(
         &self,
         deadline: Deadline,
@@ -244,8 +246,8 @@ impl Link {
         self.start_call(number, opened, work)
     }
 
-    /// Starts something that is soon answered; it is given the [`number`](Link::number) of the connection
-    /// that brings the events.
+    /// Starts a short call. The call gets the [`number`](Link::number) of the connection that brings the
+    /// events.
     ///
     /// # Errors
     /// As [`long_call`](Link::long_call).
@@ -367,8 +369,8 @@ impl Link {
         }
     }
 
-    /// Starts a try to connect, unless enough are under way, and waits until one has ended, for that long
-    /// at most.
+    /// Starts an attempt to connect, unless enough are under way. Waits at most `limit` until an attempt has
+    /// ended.
     fn attempt(self: &Arc<Self>, limit: Duration) {
         let ended = {
             let mut now = self.lock();
@@ -399,7 +401,7 @@ impl Link {
         }
     }
 
-    /// Connects to a libvirtd that answers, after it has had its time.
+    /// Connects to libvirtd once it answers, after a pause in which it settles.
     fn connect_anew(self: &Arc<Self>) -> Result<()> {
         self.pool.clear();
         drop(open(&self.dsn).map_err(|failed| failed.error)?);
@@ -436,7 +438,7 @@ impl Link {
     }
 }
 
-/// A try to connect, until it is dropped.
+/// An attempt to connect that is under way until this value is dropped.
 struct Attempt(Arc<Link>);
 
 impl Drop for Attempt {
@@ -454,7 +456,7 @@ fn is_there(connect: &Connect) -> bool {
     connect.lib_version().map_or_else(|error| !is_lost_link(&error), |_| true)
 }
 
-/// Connections for calls, each of which has one call at a time.
+/// Connections for calls. Each connection has one call at a time.
 struct Pool {
     dsn: String,
     idle: Mutex<Idle>,
@@ -462,12 +464,12 @@ struct Pool {
 
 #[derive(Default)]
 struct Idle {
-    /// The connection for events that was open when these were.
+    /// The number of the event connection that was open when these connections were.
     number: u64,
     connections: Vec<Connect>,
 }
 
-/// Why there is no connection.
+/// The reason why a connection could not be opened.
 struct NotOpened {
     error: Error,
     /// Whether libvirtd has ended.
@@ -479,7 +481,7 @@ impl Pool {
         Pool { dsn: dsn.to_owned(), idle: Mutex::default() }
     }
 
-    /// One that is idle, else a new one. A hung libvirtd lets this hang.
+    /// Returns an idle connection, or else a new one. The call hangs if libvirtd does.
     fn connection(&self, number: u64) -> Result<Connect, NotOpened> {
         while let Some(connect) = self.take(number) {
             if connect.is_alive().unwrap_or(true) {
@@ -494,8 +496,8 @@ impl Pool {
         if idle.number == number { idle.connections.pop() } else { None }
     }
 
-    /// Keeps it for the next call. To be called where the call has ended well: after an error nobody knows
-    /// what is still under way on it.
+    /// Keeps a connection for the next call. Call this only after a call that succeeded: after an error,
+    /// requests may still be under way on the connection.
     fn give_back(&self, number: u64, connect: Connect) {
         let mut idle = self.lock();
         let outdated = if idle.number < number {
@@ -515,7 +517,7 @@ impl Pool {
         drop(idle);
     }
 
-    /// Each statement that holds the lock leaves it whole, so poison means nothing.
+    /// Each statement that holds the lock leaves the value whole, so poison means nothing.
     fn lock(&self) -> MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -577,7 +579,7 @@ mod tests {
         Deadline::after(Duration::from_secs(60))
     }
 
-    /// How many threads and open files this process has.
+    /// Returns the numbers of threads and open files of this process.
     fn held() -> (usize, usize) {
         let count = |folder| fs::read_dir(folder).unwrap().count();
         (count("/proc/self/task"), count("/proc/self/fd"))
@@ -598,17 +600,18 @@ mod tests {
         version(&link).unwrap();
         let (threads, files) = held();
         libvirtd.signal_daemon(Signal::STOP).unwrap();
-        // Questions that nobody answers and calls that cannot connect, until keepalive finds the link dead.
+        // Makes requests without an answer, and calls that cannot connect, until keepalive finds the link
+        // dead.
         let at_once = || Deadline::after(Duration::from_millis(1));
         for _ in 0..100 {
             let asked = link.ask(at_once(), "nothing", |connect| Ok(is_there(connect)));
             assert!(asked.is_err());
-            // Abandoned at once.
+            // The call is abandoned at once.
             let _ = link.long_call(at_once(), |_| (), |_| Ok(()));
         }
         let most = usize::try_from(call::MAX_ABANDONED).unwrap() + 2;
         assert!(held().0 <= threads + most, "{:?} after {threads}", held());
-        // Keepalive finds the link dead, and the calls with it.
+        // Keepalive finds the link and its calls dead.
         while link.lock().attempts == 0 {
             drop(link.changed.wait_timeout(link.lock(), Duration::from_millis(20)).unwrap());
         }

@@ -77,17 +77,17 @@ struct Now {
     standby: Option<Held>,
     /// Whether the preparation under way is to give up.
     give_up: Arc<AtomicBool>,
-    /// The disks of the domain that is on because of us, once it is marked.
+    /// The disks of the own run's domain, once the domain is marked.
     disks: Option<Vec<DiskFile>>,
-    /// Whether libvirt has told of no run but our own since the last of our own has ended.
+    /// Whether libvirt has reported only own runs since the last own run ended.
     only_ours: bool,
-    /// Whether the last of our own domains was saved, so that somebody may resume it.
+    /// Whether the last own run was saved, so that somebody may resume it.
     saved: bool,
-    /// Whether the host knows the machine to run, so that it need not be told once more.
+    /// Whether the host knows that the machine runs, so that no report is needed.
     known_to_run: bool,
     /// Whether the domain was reset since the last action began.
     reset: bool,
-    /// The work of somebody else that the machine was last not prepared for.
+    /// The work of somebody else because of which the machine was last not prepared.
     spared: Option<String>,
     /// Whether the connection was lost since the last action began.
     lost: bool,
@@ -180,7 +180,7 @@ impl Machine {
     /// Finds the domain; `None` if there is no such domain, which a diagnosis reports.
     ///
     /// # Errors
-    /// libvirt cannot be asked.
+    /// libvirt does not answer.
     pub fn find(&self, connect: &Connect) -> Result<Option<Domain>> {
         match connect.lookup_domain_by_name(self.label()) {
             Ok(domain) => Ok(Some(domain)),
@@ -209,7 +209,7 @@ impl Machine {
                 "its domain runs already, started by somebody else"
             );
         }
-        // A run of ours that was saved may be resumed later.
+        // An own run that was saved may be resumed later.
         if !has_managed_save(&domain) {
             self.note.remove();
         }
@@ -304,13 +304,13 @@ impl Machine {
         started
     }
 
-    /// Notes that the domain is about to be started.
+    /// Records that the domain is about to be started.
     fn begin_note(&self, domain: &Domain) -> Result<()> {
         self.lock().saved = false;
         self.note.begin(domain)
     }
 
-    /// Lets the domain run, which was started and is paused.
+    /// Resumes the domain, which was started and is paused.
     fn let_run(&self, connect: &Connect) -> Result<()> {
         let domain = self.mark(connect)?;
         self.expect_no_reset()?;
@@ -319,8 +319,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Marks the domain as ours, which was started and is paused. It is looked up anew, because a reverted
-    /// domain does not know its new id.
+    /// Marks the domain, which was started and is paused, as an own run. Looks the domain up again, because a
+    /// reverted domain object does not know its new id.
     fn mark(&self, connect: &Connect) -> Result<Domain> {
         let domain = restore::domain(connect, self.label())?;
         self.note.mark(&domain)?;
@@ -344,7 +344,7 @@ impl Machine {
         done
     }
 
-    /// Tells how long the connection of a start takes to open: over ssh that is a session.
+    /// Reports how long the connection of a start takes to open: over ssh that is a session.
     fn connect_step(&self) -> impl FnOnce(Duration) + Send + 'static {
         let (host, name) = (self.host.clone(), self.keys.info.name.clone());
         move |time| host.step(&name, "connect", time)
@@ -430,12 +430,12 @@ impl Machine {
     /// # Errors
     /// It is off already; libvirt cannot end it.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
-        // A host calls this to cancel a preparation, too. That is no reason to end somebody else's run.
+        // The host also calls this to cancel a preparation, which is no reason to end somebody else's run.
         let is_preparing = self.lock().doing == Doing::Preparing;
         self.stop_by(if is_preparing { Self::destroy_own } else { Self::destroy }, deadline)
     }
 
-    /// The same, if the domain is on because of us.
+    /// Stops the domain, if it is an own run.
     ///
     /// # Errors
     /// As [`stop`](Machine::stop).
@@ -543,9 +543,9 @@ impl Machine {
         }
     }
 
-    /// Reports the end of a run. A start notes by itself what becomes of its run. One that ended by itself
-    /// is closed first: whoever hears the report may do something with the machine at once. One that is
-    /// stopped is reported first, so that the stop does not return before.
+    /// Reports the end of a run, except during a start, which handles the end of its run itself. A run that
+    /// ended by itself is closed before the report: whoever receives the report may use the machine at once.
+    /// The end of a stopped run is reported first, so that the stop does not return before the report.
     fn heard_end(&self, doing: Doing, told: Told) {
         if doing != Doing::Starting {
             self.close_run();
@@ -559,7 +559,7 @@ impl Machine {
         }
     }
 
-    /// Somebody else has started the domain.
+    /// Records that somebody else has started the domain.
     fn heard_their_start(&self) {
         self.note.remove();
         self.lock().only_ours = false;
@@ -572,13 +572,13 @@ impl Machine {
             Doing::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
             Doing::Stopping if state == State::Poweroff => self.tell_state(state, ""),
             Doing::Stopping => tracing::debug!(machine = name, %state, reason, "a step of the stop"),
-            // The event of our own start may come after the start has returned.
+            // The event of the own start may come after the start has returned.
             _ if state == State::Running && self.lock().known_to_run => {}
             _ => self.tell_state(state, &reason),
         }
     }
 
-    /// Tells the host a state that it has not ordered.
+    /// Reports a state to the host that the host has not ordered.
     pub(super) fn tell_state(&self, state: State, reason: &str) {
         self.lock().known_to_run = state == State::Running;
         self.host.state_changed(&self.keys.info.name, state, reason);
@@ -614,7 +614,8 @@ impl Machine {
         }
     }
 
-    /// Our run ended while libvirt was away. What the domain is now may be somebody else's doing.
+    /// Records that the own run ended while libvirt was away. The domain's current state may be somebody
+    /// else's doing.
     fn ended_unseen(&self, doing: Doing, told: Told) {
         self.lock().disks = None;
         self.heard_end(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));
@@ -651,7 +652,7 @@ impl Machine {
         self.tell_end();
     }
 
-    /// The domain that was on because of us, if there was one, has ended.
+    /// Records the end of the own run, if there was one.
     fn close_run(&self) {
         let disks = self.lock().disks.take();
         if let Some(disks) = disks {
@@ -663,14 +664,15 @@ impl Machine {
         now.known_to_run = false;
     }
 
-    /// Removes the note of a run that has ended. One that was saved is still ours when somebody resumes it.
+    /// Removes the note of a run that has ended. A run that was saved is still an own run when somebody
+    /// resumes it.
     fn remove_note(&self) {
         if !self.lock().saved {
             self.note.remove();
         }
     }
 
-    /// Remembers what a domain of ours has left.
+    /// Records the state in which an own run has left its disks.
     fn left_disks(&self, disks: &[DiskFile]) {
         self.disks.save(disks);
         self.lock().only_ours = true;

@@ -21,11 +21,11 @@ use crate::states::state_of_domain;
 /// From here on libvirt reverts to external snapshots of QEMU's domains. Source: libvirt's NEWS.rst, v9.9.0.
 pub const EXTERNAL: u32 = 9_009_000;
 
-/// From here on libvirt takes internal snapshots of a domain with UEFI, whose variables are in a qcow2 file.
-/// Source: libvirt's NEWS.rst, v10.10.0.
+/// The first libvirt that takes internal snapshots of a domain with UEFI, if the variables are in a qcow2
+/// file. Source: libvirt's NEWS.rst, v10.10.0.
 pub const INTERNAL_WITH_FLASH: u32 = 10_010_000;
 
-/// These cannot revert to internal snapshots of every domain, where the distribution has not mended it.
+/// Versions of libvirt that cannot revert to every internal snapshot, unless the distribution has fixed them.
 /// Source: libvirt's NEWS.rst, v11.4.0.
 pub const BROKEN_REVERTS: std::ops::Range<u32> = 11_002_000..11_004_000;
 
@@ -80,15 +80,15 @@ fn no_domain(connect: &Connect, label: &str) -> Error {
         .advice("Correct the label, or define the domain; `virsh list --all` shows what there is")
 }
 
-/// The domain's description, as it is now.
+/// Returns the domain's current description.
 ///
 /// # Errors
-/// libvirt cannot be asked.
+/// libvirt does not answer.
 pub fn described(domain: &Domain) -> Result<Description> {
     Description::read(&domain.xml_desc(0).map_err(|error| explain("describe the domain", &error))?)
 }
 
-/// Why this libvirt cannot revert to the snapshot, if it cannot.
+/// Returns the reason why this libvirt cannot revert to the snapshot, if it cannot.
 pub fn not_revertible(snapshot: &Snapshot, version: u32) -> Option<String> {
     (snapshot.description.external && version < EXTERNAL).then(|| {
         format!(
@@ -99,7 +99,7 @@ pub fn not_revertible(snapshot: &Snapshot, version: u32) -> Option<String> {
     })
 }
 
-/// What snapshot to take of a domain with that firmware, with that libvirt.
+/// Advises which snapshot to take of a domain with that firmware and that libvirt.
 pub fn advice(version: u32, firmware: &Firmware) -> String {
     let internal = "take an internal snapshot (virsh snapshot-create-as without --diskspec and --memspec)";
     let external = "take an external snapshot (virsh snapshot-create-as with --memspec and --diskspec)";
@@ -172,7 +172,7 @@ fn no_snapshot(domain: &Domain, wanted: Option<&str>, error: &virt::error::Error
     }
 }
 
-/// With UEFI not every kind of snapshot can be taken.
+/// Returns the advice for a domain with UEFI, which does not support every kind of snapshot.
 fn flash_advice(domain: &Domain) -> String {
     let version = domain.connect().and_then(|connect| connect.lib_version());
     match (described(domain), version) {
@@ -194,7 +194,7 @@ fn describe(snapshot: DomainSnapshot) -> Result<Snapshot> {
 /// Brings the domain, which is off, to its snapshot or to a cold start, and leaves it paused.
 ///
 /// # Errors
-/// Whatever kept it from that. It may be in any state then.
+/// The domain does not reach that state. It may be in any state then.
 pub fn start_paused(domain: &Domain, wanted: Option<&str>, how: Start) -> Result<()> {
     match how {
         Start::Restored => find(domain, wanted)?.revert_paused(),
@@ -214,11 +214,11 @@ fn cold(domain: &Domain, wanted: Option<&str>) -> Result<()> {
     boot_paused(domain).map_err(|error| explain("start the domain", &error))
 }
 
-/// Never from a managed save, which somebody may have made meanwhile.
+/// Boots the domain, but never from a managed save, which somebody may have made meanwhile.
 fn boot_paused(domain: &Domain) -> std::result::Result<(), virt::error::Error> {
     let booted = domain.create_with_flags(sys::VIR_DOMAIN_START_PAUSED | sys::VIR_DOMAIN_START_FORCE_BOOT);
     match booted {
-        // Some drivers have no way but to let it run at once.
+        // Some drivers can only start a domain that runs at once.
         Err(error) if error.code().is(ErrorNumber::InvalidArg) => domain.create(),
         other => other,
     }
@@ -256,8 +256,8 @@ impl Snapshot {
             && is_refused(error)
             && self.version().is_some_and(|version| version >= EXTERNAL)
         {
-            // libvirt names the overlay of a restore after the second in which it makes it, and refuses one
-            // whose file is there. It has no code for just that.
+            // libvirt names the overlay of a restore after the current second, and refuses a name whose file
+            // exists. It has no error code for just that.
             std::thread::sleep(ANOTHER_SECOND);
             reverted = self.snapshot.revert(flags);
         }
@@ -330,10 +330,10 @@ pub fn resume(domain: &Domain) -> Result<()> {
     domain.resume().map_err(|error| explain("let the domain run", &error))
 }
 
-/// Lets a domain run that was just started, if it does not run already.
+/// Resumes a domain that was just started, if it does not run already.
 ///
 /// # Errors
-/// It does not run; libvirt cannot be asked.
+/// The domain does not run, or libvirt does not answer.
 pub fn ensure_running(domain: &Domain) -> Result<()> {
     let resumed = resume(domain);
     expect_running(domain).map_err(|error| resumed.err().unwrap_or(error))

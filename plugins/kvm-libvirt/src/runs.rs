@@ -1,18 +1,18 @@
-//! Which domains run because of us, for the next host to know.
+//! Records which domains run because of the host, so that the next host knows them.
 //!
-//! A domain outlives the host that started it. The next host has to end what a host that was killed
-//! has left running, but not what an operator has started by hand. So each run has a note, a file in the
-//! machinery's state folder, with a random token; and the running domain has the same token in its
-//! metadata. The metadata is that of the live domain only: it ends with the run, and a domain that somebody
-//! else starts has none. A managed save keeps it, so a run that was saved and resumed is still known.
+//! A domain outlives the host that started it. The next host must end runs that a killed host has left, but
+//! not a domain that an operator has started by hand. So each run has a note, a file in the machinery's state
+//! folder, with a random token; the running domain has the same token in its metadata. Only the live domain
+//! has this metadata: it ends with the run, and a domain that somebody else starts has none. A managed save
+//! keeps the metadata, so a run that was saved and resumed is still known.
 //!
 //! ```text
 //!   note written ─▶ domain started, paused ─▶ token put into it ─▶ marked ─▶ resumed
 //!   └───────── a domain that is on, and does not run, is ours ──┘ └─ one with the token is ours ─▶
 //! ```
 //!
-//! Until the domain is marked it does not run, so nobody can be at work in it. A domain that stands by has
-//! a note as well, and becomes a run without a change to it.
+//! The domain does not run until it is marked, so nobody can work in it before. A standby has a note as well,
+//! and becomes a run without a change of the note.
 
 use std::fs;
 use std::io;
@@ -38,18 +38,18 @@ const PREFIX: &str = "machinery";
 #[derive(Debug, Clone)]
 pub struct RunNote {
     path: PathBuf,
-    /// What the file says, or would if it could be written.
+    /// The content of the file, or the content that could not be written.
     run: Arc<Mutex<Option<Run>>>,
 }
 
-/// What a note says.
+/// The content of a note.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Run {
-    /// The domain.
+    /// The domain's uuid.
     uuid: String,
-    /// What is in its metadata while this run lasts.
+    /// The token in the domain's metadata during this run.
     token: String,
-    /// The boot of this computer in which it was started.
+    /// The boot of this computer in which the run was started.
     boot: String,
     /// Whether the token is in the metadata.
     marked: bool,
@@ -61,7 +61,7 @@ impl RunNote {
         RunNote { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
     }
 
-    /// Notes that the domain is about to be started.
+    /// Records that the domain is about to be started.
     ///
     /// # Errors
     /// libvirt cannot name the domain; the kernel gives no token.
@@ -97,10 +97,10 @@ impl RunNote {
         self.lock().is_some() || self.path.exists()
     }
 
-    /// Whether the domain is on because of us.
+    /// Whether the domain is on because of this machinery's host, or of an earlier one.
     ///
     /// # Errors
-    /// libvirt cannot be asked.
+    /// libvirt does not answer.
     pub fn is_about(&self, domain: &Domain) -> Result<bool> {
         let Some(run) = self.read() else { return Ok(false) };
         let uuid = domain.uuid_string().map_err(|error| explain("tell the domain's uuid", &error))?;
@@ -129,7 +129,7 @@ impl RunNote {
         known.or_else(|| serde_json::from_str(&fs::read_to_string(&self.path).ok()?).ok())
     }
 
-    /// A failure is only logged: this host knows its run all the same.
+    /// Writes the note. A failure is only logged: this host still knows its run.
     fn write(&self, run: Run) {
         if let Err(error) = write_atomically(&self.path, &run) {
             tracing::warn!(%error, "cannot note the run, so it would outlive a host that is killed");
@@ -137,13 +137,13 @@ impl RunNote {
         *self.lock() = Some(run);
     }
 
-    /// Each statement that holds the lock leaves it whole, so poison means nothing.
+    /// Each statement that holds the lock leaves the value whole, so poison means nothing.
     fn lock(&self) -> MutexGuard<'_, Option<Run>> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The element of ours in the metadata of the domain, if it is on and has one.
+/// Returns the token's element in the metadata of the domain, if the domain is on and has one.
 fn token_of(domain: &Domain) -> Result<Option<String>> {
     let kind = sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed();
     match domain.metadata(kind, Some(NAMESPACE), sys::VIR_DOMAIN_AFFECT_LIVE) {
@@ -153,13 +153,13 @@ fn token_of(domain: &Domain) -> Result<Option<String>> {
     }
 }
 
-/// Whether it is on, and its guest does not run.
+/// Whether the domain is on, and its guest does not run.
 fn is_held(domain: &Domain) -> Result<bool> {
     let (state, _) = restore::state(domain)?;
     Ok(!matches!(state, State::Running | State::Poweroff))
 }
 
-/// One of the kernel's random identities.
+/// Returns one of the kernel's random identifiers.
 fn kernels(name: &str) -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random").join(name);
     let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;

@@ -30,7 +30,7 @@ use crate::restore::{self, Identity};
 pub struct Mark {
     id: u32,
     snapshot: Identity,
-    /// Of a libvirt on this computer.
+    /// The identity of the files; `None` if libvirt is on another computer.
     files: Option<files::Identity>,
 }
 

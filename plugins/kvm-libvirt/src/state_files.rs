@@ -1,4 +1,4 @@
-//! Small files in the state folder, which are whole whenever this process or the computer stops.
+//! Small files in the state folder that stay whole whenever this process or the computer stops.
 
 use std::fs;
 use std::path::Path;
@@ -6,10 +6,10 @@ use std::path::Path;
 use machinery::{Error, Result};
 use serde::Serialize;
 
-/// Writes a record to a file, which has either its old content or all of the new one at any time.
+/// Writes a record to a file. At any time the file has either its old content or all of the new one.
 ///
 /// # Errors
-/// It cannot be written.
+/// The file cannot be written.
 pub fn write_atomically(path: &Path, record: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(record).map_err(|error| {
         Error::failed(format!("a record for {} cannot be written: {error}", path.display()))

@@ -71,7 +71,7 @@ pub fn state_of_event(event: &Event) -> Option<Told> {
             Some((State::Error, told))
         }
         Event::Lifecycle { event, detail } => lifecycle(*event, *detail),
-        // A guest may reboot, and runs on.
+        // A guest may reboot; it keeps running.
         Event::Reset => None,
     }
 }
@@ -127,7 +127,7 @@ pub fn is_end(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STOPPED, .. })
 }
 
-/// Whether the domain's state was saved with this, so that its run may be resumed.
+/// Whether the event saves the domain's state, so that its run may be resumed.
 pub fn is_save(event: &Event) -> bool {
     matches!(
         event,
@@ -138,7 +138,7 @@ pub fn is_save(event: &Event) -> bool {
     )
 }
 
-/// Whether the domain has begun to run with this.
+/// Whether the domain begins to run with the event.
 pub fn is_begin(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED, .. })
 }

@@ -24,7 +24,7 @@ const PROGRESS: Duration = Duration::from_millis(250);
 /// A dump that did not make it in time may end within this, so that the machine is free again. It
 /// cannot be ended: libvirt aborts no memory-only dump. Source: its src/qemu/qemu_driver.c.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
-/// A dump that has failed and left less free space than this, in bytes, has failed for that.
+/// If a dump fails and less space than this is free, in bytes, the lack of space is the cause.
 const NO_SPACE: u64 = 1 << 20;
 /// No screen is larger; what is, is no screen.
 const LARGEST_PICTURE: usize = 256 << 20;

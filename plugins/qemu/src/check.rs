@@ -77,7 +77,7 @@ fn look_at(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &
     how_restored(machine, config, report);
 }
 
-/// Whether a run finds what the one before it has written.
+/// Reports machines whose runs find changes of earlier runs.
 fn clean_runs(machine: &MachineFiles, report: &mut Report) {
     let (name, opened) = (&machine.info.name, machine.start_args.opened());
     if let Some(warning) = machine.shared_writes_warning() {
@@ -110,7 +110,7 @@ fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
     }
 }
 
-/// Machines that can never run at the same time.
+/// Reports machines that can never run at the same time.
 fn rivals(machines: &[MachineFiles], report: &mut Report) {
     let mut claimed: HashMap<String, Vec<(&str, Resource)>> = HashMap::new();
     for machine in machines {

@@ -1,7 +1,7 @@
-//! Whether a machine can be used, as its files are now.
+//! Diagnoses whether a machine can be used, by its files as they are now.
 //!
-//! A configuration that is wrong as a whole (its YAML, a key, two machines with one disk) is refused in
-//! [`config`](crate::config). What one machine lacks is found here, so that all others are served.
+//! [`config`](crate::config) refuses a configuration that is wrong as a whole (its YAML, a key, two machines
+//! with one disk). This module finds the faults of a single machine, so that the host serves all others.
 
 use std::path::Path;
 
@@ -12,7 +12,8 @@ use machinery_images::{Chain, Header};
 use crate::config::{MachineFiles, expect_writable};
 use crate::snapshot::Snapshot;
 
-/// What keeps the machine from being used: each with the key of `qemu.yaml` that it is about.
+/// Returns the faults that make the machine unusable, each with the key of `qemu.yaml` that the fault is
+/// about.
 pub fn faults(files: &MachineFiles) -> Vec<(&'static str, Error)> {
     let interface = files.own_interface.as_deref().map_or(Ok(()), find_interface);
     let other_images = files.start_args.opened().images.iter().map(|image| &image.source);
@@ -29,7 +30,7 @@ pub fn faults(files: &MachineFiles) -> Vec<(&'static str, Error)> {
     tests.filter_map(|(key, test)| test.err().map(|error| (key, error))).collect()
 }
 
-/// What an operator should know of the files that the arguments name.
+/// Returns the warnings about files that the arguments name.
 pub fn file_warnings(files: &MachineFiles) -> Vec<String> {
     let (opened, folder) = (files.start_args.opened(), files.folder().display());
     let relative = opened.relative.iter().map(|path| {
@@ -55,14 +56,14 @@ fn expect_qcow2(disk: &Path) -> Result<()> {
     }
 }
 
-/// Looks for an image and all that it is based on.
+/// Looks for an image and all of its bases.
 fn find_chain(image: &Path, format: Option<&str>) -> Result<()> {
     let chain = Chain::of(image, format)?;
     let missing = chain.files.iter().find_map(|file| Some((file, std::fs::metadata(file).err()?)));
     missing.map_or(Ok(()), |(file, error)| Err(Error::io("find a part of the image,", file, &error)))
 }
 
-/// A folder for the overlays of all machines is seen to with the configuration.
+/// Looks for the machine's overlay folder; a folder for all machines is checked with the configuration.
 fn find_overlay_folder(files: &MachineFiles) -> Result<()> {
     let folder = files.disposable.parent().filter(|folder| files.disk.parent() == Some(folder));
     match folder {

@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_member_is_known_by_its_group_whatever_its_name() {
+    fn member_is_recognized_by_its_group_when_its_name_has_brackets() {
         assert!(is_living_member("12 (a) b) S 1 7 7 0", 7));
         assert!(!is_living_member("12 (a) b) S 7 1 7 0", 7));
         assert!(!is_living_member("12 (sh) Z 1 7 7 0", 7));

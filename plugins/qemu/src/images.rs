@@ -1,5 +1,5 @@
-//! What a machine's arguments open: the images that a run would write to, the files that it only reads, and
-//! what it writes to and nothing can be put in place of.
+//! The files that a machine's arguments open: images that a run would write to, files that a run only reads,
+//! and other places that a run writes to and that no overlay can replace.
 //!
 //! ```text
 //! -drive file=/d/x.img,format=raw   ─▶ Image: each run gets an overlay, named in the file's place
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use crate::options::Options;
 
-/// Stands for the path of the disk's overlay. Source: Cuckoo3's `machineries/modules/qemu.py`.
+/// The placeholder for the path of the disk's overlay. Source: Cuckoo3's `machineries/modules/qemu.py`.
 pub const PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
 
 /// Options whose value is an image's path and nothing else.
@@ -25,17 +25,17 @@ const PATHS: [&str; 9] = ["hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdbl
 const FORMATS: [&str; 12] =
     ["raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels", "bochs", "cloop", "dmg"];
 
-/// Block drivers that hand everything on to the node below them.
+/// Block drivers that pass all requests to the node below them.
 const FILTERS: [&str; 4] = ["throttle", "copy-on-read", "preallocate", "compress"];
 
-/// What an overlay cannot have: it would apply to the overlay instead of the image.
+/// Options that an overlay cannot have: they would apply to the overlay instead of the image.
 const UNFIT: [&str; 6] = ["backing", "data-file", "encrypt", "key-secret", "offset", "size"];
 
 /// Options of the driver `file` that a format's driver does not have.
 const OF_FILE: [&str; 7] =
     ["aio", "aio-max-batch", "locking", "pr-manager", "drop-cache", "x-check-cache-dropped", "filename"];
 
-/// Options that name files which are only read: the key of their first word, and the keys.
+/// Options that name files which are only read: the option, the key of its first word, and the keys of files.
 const READS: [(&str, &str, &[&str]); 14] = [
     ("kernel", "", &[]),
     ("dtb", "", &[]),
@@ -53,10 +53,10 @@ const READS: [(&str, &str, &[&str]); 14] = [
     ("boot", "order", &["splash"]),
 ];
 
-/// What the arguments of a machine open.
+/// The files that the arguments of a machine open.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Opened {
-    /// Each run needs an overlay of these.
+    /// The images that each run needs an overlay of.
     pub images: Vec<Image>,
     pub sources: Vec<Source>,
     pub shared: Vec<Shared>,
@@ -64,11 +64,11 @@ pub struct Opened {
     pub has_placeholder: bool,
     /// Paths that are written without a `/` at their beginning.
     pub relative: Vec<PathBuf>,
-    /// Where QEMU runs: relative paths start there.
+    /// The folder in which QEMU runs, where relative paths start.
     folder: PathBuf,
 }
 
-/// An image that a run would write to, and where the arguments name it.
+/// An image that a run would write to, and the place where the arguments name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
     pub source: Source,
@@ -79,11 +79,11 @@ pub struct Image {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Source {
     pub path: PathBuf,
-    /// The format that QEMU is told; it looks for itself otherwise.
+    /// The format that the arguments give; QEMU probes the file if there is none.
     pub format: Option<String>,
 }
 
-/// What a run writes to and the next run finds.
+/// A place that a run writes to and where the next run finds the changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shared {
     argument: String,
@@ -96,7 +96,7 @@ impl fmt::Display for Shared {
     }
 }
 
-/// What changes in an argument when an overlay takes an image's place.
+/// The change of an argument when an overlay replaces an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Change {
     argument: usize,
@@ -106,17 +106,17 @@ struct Change {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Edit {
-    /// The argument is the path.
+    /// The whole argument is the path.
     Argument,
     /// The value of this key is the path.
     File(String),
     /// The node below this prefix is qcow2, whatever it was.
     Format(String),
-    /// The node below this prefix was a plain file, and becomes qcow2 in one.
+    /// The node below this prefix was a plain file, and becomes a qcow2 node on top of a file.
     Wrap(String),
 }
 
-/// An option as it is written.
+/// An option as written.
 #[derive(Clone, Copy)]
 struct Written<'a> {
     /// The index of the argument with its value.
@@ -125,15 +125,15 @@ struct Written<'a> {
     value: &'a str,
 }
 
-/// What a block node's content is.
+/// The content of a block node.
 #[derive(Clone)]
 enum Found {
     /// No medium, or one that keeps nothing.
     Nothing,
     /// The disk's overlay, by the placeholder.
     Placeholder,
-    /// In `-blockdev`: the node of that name, in that format unless this node is a filter; and what keeps
-    /// an overlay from its place.
+    /// In `-blockdev`: the node of that name, in that format unless this node is a filter; and the reason why
+    /// an overlay cannot replace it, if there is one.
     Node {
         name: String,
         format: Option<String>,
@@ -143,7 +143,7 @@ enum Found {
         source: Source,
         edits: Vec<Edit>,
     },
-    /// Nothing that an overlay can be based on.
+    /// Content that no overlay can be based on.
     Other(String),
 }
 
@@ -156,7 +156,7 @@ struct Node<'a> {
 }
 
 impl Opened {
-    /// What these arguments open in a QEMU that runs in `folder`.
+    /// Returns the files that these arguments open in a QEMU that runs in `folder`.
     pub fn by(args: &[String], folder: &Path) -> Opened {
         let mut opened = Opened { folder: folder.to_owned(), ..Opened::default() };
         let options = crate::machineinfo::walk(args);
@@ -177,7 +177,7 @@ impl Opened {
         opened
     }
 
-    /// The arguments with an overlay in the place of each image: the n-th one at `overlay(n)`.
+    /// Replaces each image in the arguments by its overlay: the n-th image by `overlay(n)`.
     pub fn with_overlays(&self, args: &mut [String], overlay: impl Fn(usize) -> String) {
         for (index, image) in self.images.iter().enumerate() {
             let path = overlay(index);
@@ -189,7 +189,7 @@ impl Opened {
         }
     }
 
-    /// The paths of all files among them.
+    /// Returns the paths of all files that the arguments open.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         let images = self.images.iter().map(|image| &image.source);
         images.chain(&self.sources).map(|source| source.path.as_path())
@@ -229,7 +229,7 @@ impl Opened {
         }
     }
 
-    /// A `-blockdev`, among all of them: a plain file gets its overlay together with the node of its format.
+    /// Reads one `-blockdev` of `all`: a plain file gets its overlay together with the node of its format.
     fn node(&mut self, node: &Node<'_>, all: &[Node<'_>]) {
         let mut users = all.iter().filter(|user| user.is_on(&node.name)).peekable();
         let is_used = users.peek().is_some();
@@ -269,7 +269,7 @@ impl Opened {
         }
     }
 
-    /// A file of options is not rewritten, so an image in it cannot be replaced.
+    /// Reads a file of options. Such a file is not rewritten, so an image in it cannot be replaced.
     fn read_config(&mut self, written: Written<'_>) {
         self.sources.push(Source::of(written.value));
         let text = std::fs::read_to_string(self.folder.join(written.value)).unwrap_or_default();
@@ -290,7 +290,7 @@ impl Opened {
 }
 
 impl Written<'_> {
-    /// The key of the value's first word.
+    /// Returns the key of the value's first word.
     fn implied(&self) -> &'static str {
         if self.name == "blockdev" { "driver" } else { "" }
     }
@@ -331,7 +331,8 @@ impl Change {
     }
 }
 
-/// Of a null in `backing` is made nothing: it says that the image is based on nothing, and the overlay is.
+/// Makes the node qcow2. A null in `backing` is left out: it says that the image has no base, but the overlay
+/// has one.
 fn be_qcow2(options: &mut Options, node: &str) {
     options.remove(&format!("{node}backing"));
     let format = if node.is_empty() && options.has("format") { "format" } else { "driver" };
@@ -353,7 +354,7 @@ impl<'a> Node<'a> {
         matches!(&self.found, Found::Node { name, .. } if name == node)
     }
 
-    /// The file, if the node is a file and nothing more.
+    /// Returns the file, if the node is a file and nothing more.
     fn plain(&self) -> Option<&Source> {
         match &self.found {
             Found::File { source, edits } if matches!(edits[..], [Edit::Wrap(_)]) => Some(source),
@@ -362,7 +363,7 @@ impl<'a> Node<'a> {
     }
 }
 
-/// What the text under a node's key `file` is.
+/// The meaning of the text under a node's key `file`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Spelling {
     /// A file's name.
@@ -371,7 +372,7 @@ enum Spelling {
     Blockdev,
 }
 
-/// What the content of the node is whose keys begin with `node`.
+/// Returns the content of the node whose keys begin with `node`.
 fn content(options: &Options, node: &str, spelling: Spelling) -> Found {
     let key = |name: &str| format!("{node}{name}");
     let driver = options.get(&key("driver"));
@@ -391,7 +392,8 @@ fn content(options: &Options, node: &str, spelling: Spelling) -> Found {
     }
 }
 
-/// The content of a node in that format (none for a filter, an empty one if QEMU looks for itself).
+/// Returns the content of a node in that format (`None` for a filter, an empty text if QEMU probes the
+/// format).
 fn below(options: &Options, node: &str, spelling: Spelling, format: Option<&str>) -> Found {
     let key = |name: &str| format!("{node}{name}");
     let told = format.filter(|format| !format.is_empty());
@@ -415,7 +417,7 @@ fn below(options: &Options, node: &str, spelling: Spelling, format: Option<&str>
 }
 
 impl Found {
-    /// A file in that format, if one is told, which these edits replace.
+    /// Sets the format of a file, if `told` gives one, and the edits that put an overlay in the file's place.
     fn in_format(self, told: Option<&str>, edits: Vec<Edit>) -> Found {
         match self {
             Found::File { source: Source { path, format }, .. } => {
@@ -426,7 +428,7 @@ impl Found {
     }
 }
 
-/// What a file's name is where QEMU also takes protocols. Source: `path_has_protocol` in QEMU's block.c.
+/// Reads a file's name where QEMU also accepts protocols. Source: `path_has_protocol` in QEMU's block.c.
 fn named(name: &str) -> Found {
     let protocol = name.split_once(':').map(|(word, _)| word).filter(|word| !word.contains('/'));
     match protocol {
@@ -443,7 +445,7 @@ fn named(name: &str) -> Found {
     }
 }
 
-/// What is at that path.
+/// Returns the content at that path.
 fn local(path: &str) -> Found {
     let is_device = path.starts_with("/dev/") && !path.starts_with("/dev/shm/");
     match path {
@@ -457,14 +459,14 @@ fn local(path: &str) -> Found {
     }
 }
 
-/// The files that an option has QEMU read.
+/// Returns the files that QEMU reads because of an option.
 fn read_by(name: &str, value: &str) -> Vec<Source> {
     let name = if name == "M" { "machine" } else { name };
     let Some((_, implied, keys)) = READS.iter().find(|(option, ..)| *option == name) else {
         return Vec::new();
     };
     if name == "initrd" {
-        // Several modules, each with its arguments.
+        // The value lists several modules, each with its arguments.
         return value.split(',').filter_map(|module| module.split(' ').next()).map(Source::of).collect();
     }
     if keys.is_empty() {
@@ -478,7 +480,7 @@ fn read_by(name: &str, value: &str) -> Vec<Source> {
     named.filter(|file| !file.is_empty()).map(Source::of).collect()
 }
 
-/// What an option has a run write to that the next one finds, other than images.
+/// Describes the writes of an option that the next run would find, except those to images.
 fn shared_by(name: &str, value: &str) -> Option<String> {
     let options = |implied| Options::parse(value, implied);
     match name {
@@ -498,7 +500,7 @@ fn shared_by(name: &str, value: &str) -> Option<String> {
                 && options.is_on("share")
                 && !options.is_on("readonly");
             let path = options.get("mem-path").unwrap_or_default();
-            // In a folder QEMU makes a file without a name.
+            // If the path is a folder, QEMU creates an unnamed file in it.
             (is_shared && !Path::new(path).is_dir()).then(|| format!("writes the guest's memory to {path}"))
         }
         "usbdevice" if value.starts_with("disk:") => {
@@ -526,7 +528,7 @@ fn shared_by_device(options: &Options) -> Option<String> {
     }
 }
 
-/// The sections of a file of `-readconfig`: `[group "id"]`, then lines such as `key = "value"`.
+/// Reads the sections of a file of `-readconfig`: `[group "id"]`, then lines such as `key = "value"`.
 fn sections(text: &str) -> Vec<(String, Options)> {
     let mut sections: Vec<(String, Vec<(String, String)>)> = Vec::new();
     for line in text.lines().map(str::trim) {
@@ -548,7 +550,7 @@ mod tests {
         Opened::by(&args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>(), Path::new("/vms/m"))
     }
 
-    /// The arguments when overlays `/o/0`, `/o/1` have taken the images' places.
+    /// Returns the arguments with the images replaced by overlays `/o/0`, `/o/1`.
     fn overlaid(args: &[&str]) -> Vec<String> {
         let mut new: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         opened(args).with_overlays(&mut new, |n| format!("/o/{n}"));
@@ -562,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_path_starts_in_the_folder_where_qemu_runs() {
+    fn path_starts_in_qemus_folder_when_it_is_relative() {
         let opened = opened(&["-drive", "file=%DISPOSABLE_DISK_PATH%", "-hdb", "b.qcow2", "-kernel", "./k"]);
         let paths: Vec<&Path> = opened.paths().collect();
         assert_eq!(paths, [Path::new("/vms/m/b.qcow2"), Path::new("/vms/m/./k")]);
@@ -630,7 +632,7 @@ mod tests {
     fn blockdev_is_replaced_together_with_the_node_of_its_format() {
         let file = r#"{"driver":"file","filename":"/d/x","node-name":"s","auto-read-only":true}"#;
         let format = r#"{"node-name":"f","read-only":false,"driver":"raw","file":"s","backing":null}"#;
-        // In whatever order.
+        // The order of the arguments does not matter.
         for (args, at) in [([file, format], 1), ([format, file], 3)] {
             let args = ["-blockdev", args[0], "-blockdev", args[1]];
             assert_eq!(image(&opened(&args)), ("/d/x", Some("raw")));

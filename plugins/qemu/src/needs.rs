@@ -1,7 +1,8 @@
-//! What machines need of this computer, tried before the first run needs it.
+//! Tests what machines need of this computer, before the first run needs it.
 //!
-//! QEMU itself tries KVM and bridges, without a guest: it knows where its helper is, what that may do, and why it
-//! fails. A tap is only looked for, because QEMU runs a script for it, and a machine may be using it.
+//! QEMU itself tests KVM and bridges, without a guest: it knows the path of its bridge helper and the
+//! helper's rights, and it reports why the helper fails. A tap is only looked for, because QEMU runs a script
+//! for it and a machine may be using it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,19 +19,19 @@ use crate::config::MachineFiles;
 use crate::options::{Options, escaped};
 use crate::version::run;
 
-/// What QEMU runs for a tap unless told otherwise. Source: `DEFAULT_NETWORK_SCRIPT` in QEMU's net/net.h.
+/// The script that QEMU runs for a tap by default. Source: `DEFAULT_NETWORK_SCRIPT` in QEMU's net/net.h.
 const SCRIPT: &str = "/etc/qemu-ifup";
 
-/// Something that arguments need.
+/// Something on this computer that the arguments need.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Need {
     Kvm,
-    /// By the value of a `-netdev` that asks QEMU's bridge helper for a tap.
+    /// The value of a `-netdev` that asks QEMU's bridge helper for a tap.
     Bridge(String),
     Tap(String),
     Script(PathBuf),
     Device(&'static str),
-    /// One that QEMU does without, more slowly.
+    /// A device that QEMU can do without, but more slowly.
     OptionalDevice(&'static str),
 }
 
@@ -46,7 +47,7 @@ impl fmt::Display for Need {
     }
 }
 
-/// Tries what the machines need, each thing once.
+/// Tests the needs of all machines, each need once.
 pub fn try_all(machines: &[MachineFiles], qemu: &Path, report: &mut Report) {
     let mut needs: BTreeMap<Need, Vec<&str>> = BTreeMap::new();
     for machine in machines {
@@ -78,7 +79,7 @@ fn who(machines: &[&str]) -> String {
     }
 }
 
-/// What the machine needs.
+/// Returns the needs of the machine.
 fn of(machine: &MachineFiles) -> Vec<Need> {
     let mut needs = Vec::new();
     if machine.start_args.wants_kvm() {
@@ -103,7 +104,7 @@ fn of_network(options: &Options, machine: &MachineFiles) -> Vec<Need> {
         let netdev = format!("{kind},id=cuckoo-check{}", keys.collect::<String>());
         return vec![Need::Device("/dev/net/tun"), Need::Bridge(netdev)];
     }
-    // An open tap of somebody else's is not for QEMU to make.
+    // QEMU does not create a tap that somebody else has opened.
     if kind != "tap" || ["fd", "fds"].iter().any(|key| options.has(key)) {
         return Vec::new();
     }
@@ -153,7 +154,7 @@ impl Need {
     }
 }
 
-/// A device's file can be there, and nothing behind it.
+/// Opens a device: its file can exist without a driver behind it.
 fn opens(device: &Path) -> Result<()> {
     let opened = File::options().read(true).write(true).open(device);
     opened.map(drop).map_err(|error: io::Error| {
@@ -162,7 +163,7 @@ fn opens(device: &Path) -> Result<()> {
     })
 }
 
-/// Starts QEMU with nothing but that. It ends as soon as all is set up: then it has described its machine.
+/// Starts QEMU with only these arguments. QEMU ends once its machine is set up and described.
 fn by_qemu(qemu: &Path, args: &[&str]) -> Result<()> {
     let empty = ["-M", "none", "-nodefaults", "-display", "none", "-dump-vmstate", "/dev/null"];
     let output = run(qemu, empty.iter().chain(args))?;

@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_cause_and_cure_when_qemu_says_why() {
+    fn refusal_names_cause_and_cure_when_qemu_says_why() {
         for (words, cause, cure) in [
             (
                 "Machine type received is 'pc-q35-7.1' and local is 'pc-q35-7.2'",
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_no_cause_by_itself() {
+    fn refusal_is_unknown_when_qemu_gives_no_cause() {
         let early =
             "error while loading state section id 2(ram); load of migration failed: Input/output error";
         assert_eq!(told(early), "ends early");

@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_leads_with_qemus_own_words_when_libraries_chatter() {
+    fn reason_begins_with_qemus_own_messages_when_libraries_print_others() {
         let words = said([
             "qemu: module audio-audio-pa not found, do you want to install qemu-system-gui package?",
             "ALSA lib pcm.c:2666:(snd_pcm_open_noupdate) Unknown PCM default",
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_keeps_the_last_lines_when_there_are_many() {
+    fn reason_keeps_the_last_lines_when_there_are_many() {
         let many: Vec<String> = (0..10_000).map(|number| format!("línea {number}")).collect();
         let words = said(many.iter().map(String::as_str));
         assert!(words.starts_with("línea 9994; ") && words.ends_with("línea 9999"), "{words}");

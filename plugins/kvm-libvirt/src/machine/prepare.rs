@@ -36,12 +36,12 @@ const CLEARING: Duration = Duration::from_secs(30);
 /// it hangs until the domain is ended.
 const TAKING_OVER: Duration = Duration::from_secs(3);
 
-/// Why a restore is prepared.
+/// The reason for preparing a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Occasion {
-    /// Somebody asked for it.
+    /// Somebody has asked for the preparation.
     Request,
-    /// The host does it by itself, so nothing that somebody else has written may be lost.
+    /// The host prepares the machine by itself, so no changes of somebody else may be lost.
     Automatic,
 }
 
@@ -174,7 +174,7 @@ impl Machine {
         }
     }
 
-    /// A run of which libvirt says that it is over is about to be heard to have ended.
+    /// Waits for the event of a run's end: libvirt may say that the run is over before the event arrives.
     fn expect_no_run(&self, deadline: Deadline) -> Result<()> {
         let (has_run, _, before) = self.now();
         let soon = deadline.within(HEARING);
@@ -201,8 +201,8 @@ impl Machine {
         self.have_image(connect, occasion, given_up, &why)
     }
 
-    /// Why the domain, which is off, is not reverted, if somebody else's work would be lost and nobody has
-    /// asked for that.
+    /// Returns the reason why the domain, which is off, is not reverted. There is one if the revert would
+    /// discard somebody else's work and nobody has asked for that.
     pub(super) fn spares(&self, domain: &Domain, occasion: Occasion) -> Option<String> {
         let only_ours = self.lock().only_ours;
         let work = match occasion {
@@ -393,7 +393,7 @@ impl Machine {
             Err(error) => return self.is_not_used(&error),
         };
         self.lock().has_run = true;
-        // The event of a reset may come after the answers to what was asked since.
+        // The event of a reset may arrive after the answers to later requests.
         let resumed = self.timed("resume", || restore::resume(&domain)).and_then(|()| self.expect_no_reset());
         if let Err(error) = resumed {
             self.lock().has_run = false;
@@ -447,8 +447,8 @@ impl Machine {
         self.lock().heard = None;
     }
 
-    /// A reset boots the guest anew, so what stands by, or is about to be let run, has lost its snapshot. A
-    /// guest that runs may reboot.
+    /// Handles a reset, which boots the guest anew. A standby, or a domain that is about to be resumed, has
+    /// lost its snapshot's state. A guest that runs may reboot.
     pub(super) fn heard_reset(self: &Arc<Self>) {
         let hidden = {
             let mut now = self.lock();
