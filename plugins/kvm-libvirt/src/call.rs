@@ -3,8 +3,8 @@
 //! A call into libvirt blocks until libvirtd answers, and nothing ends it early. So it runs in a
 //! thread of its own, and whoever waits for it stops waiting at the deadline. The thread goes on until
 //! the call returns: at the latest when keepalive finds the connection dead. A connection that is only
-//! being opened has no keepalive, so against a libvirtd that hangs such a thread may go on for ever. Only
-//! so many abandoned calls may be under way; then no further one starts until some return.
+//! being opened has no keepalive, so with a libvirtd that hangs such a thread may go on for ever. At most
+//! [`MAX_ABANDONED`] abandoned calls may be under way; then no further call starts until some return.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicIsize, AtomicU8, Ordering};

@@ -16,9 +16,9 @@
 //! the disk itself.
 //!
 //! An image is as good as the snapshot only as long as both are of the same moment and machine. Beside
-//! each lies a text about what it was made of: snapshot, disks, every other file that the domain names or its
-//! disks are based on, and the domain's description. If that is
-//! not what there is now to the letter, the image is not used, and made anew.
+//! each image lies a text that describes its origin: the snapshot, the disks, every other file that the domain
+//! names or its disks are based on, and the domain's description. If the text differs from the present state,
+//! the image is not used, and made anew.
 
 use std::fs;
 use std::io;

@@ -16,9 +16,9 @@ impl Kvm {
     /// Takes over a new configuration.
     ///
     /// # Errors
-    /// It is wrong, or asks for another libvirt; libvirt cannot be asked; a machine that is not in use is on all
-    /// the same; what stands by cannot be ended. The machines are as they were then, but may have to be
-    /// prepared again.
+    /// The configuration is wrong, or names another libvirt; libvirt does not answer; a machine that is not in
+    /// use is on; a standby cannot be ended. The machines then stay as they were, but may have to be prepared
+    /// again.
     pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let config = Config::read(setup)?;
         expect_unchanged(Some(&setup.config), &["dsn"], self.link.dsn(), &config.dsn)?;
