@@ -13,7 +13,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::options::Options;
+use crate::options::{Options, walk};
 
 /// The placeholder for the path of the disk's overlay. Source: Cuckoo3's `machineries/modules/qemu.py`.
 pub const PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
@@ -159,7 +159,7 @@ impl Opened {
     /// Returns the files that these arguments open in a QEMU that runs in `folder`.
     pub fn by(args: &[String], folder: &Path) -> Opened {
         let mut opened = Opened { folder: folder.to_owned(), ..Opened::default() };
-        let options = crate::machineinfo::walk(args);
+        let options = walk(args);
         let nodes = options.filter_map(|(argument, name, value)| {
             let written = Written { argument, name, value };
             (name == "blockdev").then(|| Node::of(written)).or_else(|| {

@@ -10,52 +10,7 @@ use machinery::{Error, Result};
 use serde_json::Value;
 
 use crate::images::{Opened, PLACEHOLDER};
-
-/// Options without a value. Source: the options without `HAS_ARG` in QEMU's qemu-options.hx, 2.11 to 10.0.
-const FLAGS: [&str; 42] = [
-    "h",
-    "help",
-    "version",
-    "S",
-    "s",
-    "enable-kvm",
-    "no-kvm",
-    "no-kvm-irqchip",
-    "no-kvm-pit",
-    "no-fd-bootchk",
-    "no-acpi",
-    "no-hpet",
-    "no-quit",
-    "no-frame",
-    "no-reboot",
-    "no-shutdown",
-    "no-user-config",
-    "nodefconfig",
-    "nodefaults",
-    "nographic",
-    "curses",
-    "sdl",
-    "portrait",
-    "full-screen",
-    "alt-grab",
-    "ctrl-grab",
-    "snapshot",
-    "usb",
-    "win2k-hack",
-    "rtc-td-hack",
-    "localtime",
-    "daemonize",
-    "singlestep",
-    "one-insn-per-tb",
-    "preconfig",
-    "mem-prealloc",
-    "only-migratable",
-    "enable-fips",
-    "enable-hax",
-    "enable-sync-profile",
-    "semihosting",
-    "tdf",
-];
+use crate::options::{name_of, walk};
 
 /// Options that cannot stand in `start_args`, and why. Cuckoo3's list, and `-daemonize`.
 const REFUSED: [(&str, &str); 8] = [
@@ -147,9 +102,9 @@ impl StartArgs {
     /// Whether the guest is to run under KVM.
     pub fn wants_kvm(&self) -> bool {
         let accelerates = |arg: &String| arg.split([',', '=']).any(|part| part == "kvm");
-        self.args.iter().any(|arg| option(arg) == Some("enable-kvm"))
+        self.args.iter().any(|arg| name_of(arg) == Some("enable-kvm"))
             || self.args.windows(2).any(|pair| {
-                matches!(option(&pair[0]), Some("accel" | "machine" | "M")) && accelerates(&pair[1])
+                matches!(name_of(&pair[0]), Some("accel" | "machine" | "M")) && accelerates(&pair[1])
             })
     }
 }
@@ -192,7 +147,7 @@ fn check(args: &[String], folder: &Path) -> Result<(), (String, String)> {
                 "Remove it".to_owned(),
             ));
         }
-        let refused = REFUSED.iter().find(|(name, _)| option(arg) == Some(name));
+        let refused = REFUSED.iter().find(|(name, _)| name_of(arg) == Some(name));
         if let Some((_, why)) = refused {
             return Err((
                 format!("start_args holds '{arg}', which is not allowed: {why}"),
@@ -200,7 +155,7 @@ fn check(args: &[String], folder: &Path) -> Result<(), (String, String)> {
             ));
         }
         let value = args.get(index + 1).map(String::as_str).unwrap_or("");
-        match option(arg) {
+        match name_of(arg) {
             Some("action") if value.split(',').any(|part| part == "shutdown=pause") => {
                 let reason =
                     "start_args holds '-action shutdown=pause': a guest that powers off has to end its QEMU";
@@ -218,27 +173,6 @@ fn check(args: &[String], folder: &Path) -> Result<(), (String, String)> {
         ));
     }
     Ok(())
-}
-
-/// Returns the options among the arguments: the index of the argument after the option, the option's name,
-/// and that argument. An argument that belongs to no option is a disk, as with `-hda`.
-pub fn walk(args: &[String]) -> impl Iterator<Item = (usize, &str, &str)> {
-    let mut is_value = false;
-    args.iter().enumerate().filter_map(move |(index, arg)| {
-        let Some(name) = option(arg) else {
-            let found = (!is_value).then_some((index, "hda", arg.as_str()));
-            is_value = false;
-            return found;
-        };
-        is_value = !FLAGS.contains(&name);
-        Some((index + 1, name, args.get(index + 1).map_or("", String::as_str)))
-    })
-}
-
-/// The name of an option, without its one or two dashes and its `=value`; none if it is no option.
-fn option(arg: &str) -> Option<&str> {
-    let name = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-'))?;
-    name.split('=').next()
 }
 
 fn brings_qmp(mon: &str) -> bool {

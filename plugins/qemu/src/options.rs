@@ -1,4 +1,5 @@
-//! The value of one QEMU option, such as that of `-drive` or `-blockdev`, in either of its spellings.
+//! QEMU's options: which there are among arguments, and the value of one, such as that of `-drive` or
+//! `-blockdev`, in either of its spellings.
 //!
 //! ```text
 //! file=/d/x.img,format=raw           key=value; a comma within a value is written twice
@@ -11,6 +12,52 @@
 use std::fmt;
 
 use serde_json::{Map, Value};
+
+/// Options without a value. Source: the options without `HAS_ARG` in QEMU's qemu-options.hx, 2.11 to 10.0.
+const FLAGS: [&str; 42] = [
+    "h",
+    "help",
+    "version",
+    "S",
+    "s",
+    "enable-kvm",
+    "no-kvm",
+    "no-kvm-irqchip",
+    "no-kvm-pit",
+    "no-fd-bootchk",
+    "no-acpi",
+    "no-hpet",
+    "no-quit",
+    "no-frame",
+    "no-reboot",
+    "no-shutdown",
+    "no-user-config",
+    "nodefconfig",
+    "nodefaults",
+    "nographic",
+    "curses",
+    "sdl",
+    "portrait",
+    "full-screen",
+    "alt-grab",
+    "ctrl-grab",
+    "snapshot",
+    "usb",
+    "win2k-hack",
+    "rtc-td-hack",
+    "localtime",
+    "daemonize",
+    "singlestep",
+    "one-insn-per-tb",
+    "preconfig",
+    "mem-prealloc",
+    "only-migratable",
+    "enable-fips",
+    "enable-hax",
+    "enable-sync-profile",
+    "semihosting",
+    "tdf",
+];
 
 /// The keys and values of an option, in the order of the text.
 #[derive(Debug, Clone, PartialEq)]
@@ -184,6 +231,27 @@ fn insert(object: &mut Map<String, Value>, key: &str, value: &Value) {
     if let Value::Object(inner) = inner {
         insert(inner, rest, value);
     }
+}
+
+/// Returns the options among the arguments: the index of the argument after the option, the option's name,
+/// and that argument. An argument that belongs to no option is a disk, as with `-hda`.
+pub fn walk(args: &[String]) -> impl Iterator<Item = (usize, &str, &str)> {
+    let mut is_value = false;
+    args.iter().enumerate().filter_map(move |(index, arg)| {
+        let Some(name) = name_of(arg) else {
+            let found = (!is_value).then_some((index, "hda", arg.as_str()));
+            is_value = false;
+            return found;
+        };
+        is_value = !FLAGS.contains(&name);
+        Some((index + 1, name, args.get(index + 1).map_or("", String::as_str)))
+    })
+}
+
+/// Returns the name of an option, without its one or two dashes and its `=value`; none if it is no option.
+pub fn name_of(arg: &str) -> Option<&str> {
+    let name = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-'))?;
+    name.split('=').next()
 }
 
 #[cfg(test)]
