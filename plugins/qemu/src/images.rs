@@ -25,6 +25,9 @@ const PATHS: [&str; 9] = ["hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdbl
 const FORMATS: [&str; 12] =
     ["raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vpc", "vhdx", "parallels", "bochs", "cloop", "dmg"];
 
+/// The reason why JSON that only QEMU can read is refused.
+const UNREADABLE: &str = "is JSON that cannot be checked here; write it with double quotes";
+
 /// Block drivers that pass all requests to the node below them.
 const FILTERS: [&str; 4] = ["throttle", "copy-on-read", "preallocate", "compress"];
 
@@ -374,6 +377,9 @@ enum Spelling {
 
 /// Returns the content of the node whose keys begin with `node`.
 fn content(options: &Options, node: &str, spelling: Spelling) -> Found {
+    if options.is_unreadable() {
+        return Found::Other(UNREADABLE.to_owned());
+    }
     let key = |name: &str| format!("{node}{name}");
     let driver = options.get(&key("driver"));
     let driver = driver.or_else(|| options.get("format").filter(|_| node.is_empty()));
@@ -435,7 +441,7 @@ fn named(name: &str) -> Found {
         None => local(name),
         Some("file") => local(&name["file:".len()..]),
         Some("json") => {
-            let options = Options::parse(&name["json:".len()..], "");
+            let options = Options::parse_json(&name["json:".len()..]);
             content(&options, "", Spelling::Drive).in_format(None, vec![Edit::Argument])
         }
         Some("null-co" | "null-aio") => Found::Nothing,
@@ -483,6 +489,9 @@ fn read_by(name: &str, value: &str) -> Vec<Source> {
 /// Describes the writes of an option that the next run would find, except those to images.
 fn shared_by(name: &str, value: &str) -> Option<String> {
     let options = |implied| Options::parse(value, implied);
+    if options("").is_unreadable() {
+        return Some(UNREADABLE.to_owned());
+    }
     match name {
         "fsdev" | "virtfs" => {
             let options = options("fsdriver");
@@ -509,7 +518,7 @@ fn shared_by(name: &str, value: &str) -> Option<String> {
         "set" => {
             let key = value.split('=').next().unwrap_or_default();
             let what = key.strip_prefix("drive.").and_then(|key| key.split_once('.'))?.1;
-            let opens = ["file", "format", "driver", "readonly", "read-only", "snapshot"];
+            let opens = ["file", "format", "driver", "readonly", "read-only", "snapshot", "media"];
             opens.iter().any(|key| what.split('.').next() == Some(key)).then(|| "changes a drive".to_owned())
         }
         _ => None,
@@ -533,7 +542,10 @@ fn sections(text: &str) -> Vec<(String, Options)> {
     let mut sections: Vec<(String, Vec<(String, String)>)> = Vec::new();
     for line in text.lines().map(str::trim) {
         if let Some(section) = line.strip_prefix('[') {
-            let group = section.split([' ', ']']).find(|word| !word.is_empty()).unwrap_or_default();
+            let group = section
+                .split(|c: char| c.is_whitespace() || c == ']')
+                .find(|word| !word.is_empty())
+                .unwrap_or_default();
             sections.push((group.to_owned(), Vec::new()));
         } else if let (Some((key, value)), Some((_, pairs))) = (line.split_once('='), sections.last_mut()) {
             pairs.push((key.trim().to_owned(), value.trim().trim_matches('"').to_owned()));
@@ -561,6 +573,32 @@ mod tests {
         assert_eq!((opened.images.len(), opened.shared.len()), (1, 0), "{opened:?}");
         let source = &opened.images[0].source;
         (source.path.to_str().unwrap(), source.format.as_deref())
+    }
+
+    #[test]
+    fn json_that_only_qemu_reads_is_shared_wherever_it_is() {
+        for args in [
+            ["-blockdev", "{'driver':'qcow2','node-name':'d','file':{'driver':'file','filename':'/d/x'}}"],
+            ["-drive", "file=json:{'driver':'qcow2',,'file':{'driver':'file',,'filename':'/d/x'}}"],
+            ["-hdb", "json: {'driver':'qcow2','file.filename':'/d/x'}"],
+            ["-device", "{'driver':'vhost-user-fs-pci','chardev':'c'}"],
+        ] {
+            let shared = opened(&args).shared;
+            assert!(
+                shared.len() == 1 && shared[0].to_string().contains("double quotes"),
+                "{args:?}: {shared:?}"
+            );
+        }
+        let padded = opened(&["-hdb", "json: {\"driver\":\"qcow2\",\"file.filename\":\"/d/x\"}"]);
+        assert_eq!(padded.images.len(), 1);
+    }
+
+    #[test]
+    fn disk_is_found_behind_an_option_without_a_value() {
+        for flag in ["-async-teardown", "-nodefaults", "-no-kvm-pit-reinjection"] {
+            assert_eq!(opened(&[flag, "/d/x.img"]).images.len(), 1, "{flag}");
+        }
+        assert_eq!(opened(&["-set", "drive.d.media=disk"]).shared.len(), 1);
     }
 
     #[test]

@@ -224,7 +224,8 @@ impl Machine {
         }
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
-        if self.left().is_some() {
+        // What a machine that is on has is no leftover.
+        if self.left().is_some() && matches!(&*self.lock(), Now::Off) {
             self.clear_leftovers();
         }
         diagnosis.keep(self.left().clone().map_or(Ok(()), Err));
@@ -276,13 +277,13 @@ impl Machine {
         deadline: Deadline,
         way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>,
     ) -> Result<()> {
-        let standby = self.set_starting()?;
+        let standby = self.set_starting(deadline)?;
         let stood_by = standby.is_some();
         let cleared = self.discard_rivals(deadline);
         let started = self.set_started(match (cleared, standby) {
             (Ok(()), standby) => way(standby),
-            // Dropping the standby ends it.
-            (Err(error), _) => Err(error.into()),
+            (Err(error), None) => Err(error.into()),
+            (Err(error), Some(standby)) => standby.let_go(deadline).and(Err(error.into())),
         });
         if stood_by {
             self.tell_ready();
@@ -333,9 +334,12 @@ impl Machine {
         }
     }
 
-    /// Gives what stood by, which is the caller's now.
-    fn set_starting(&self) -> Result<Option<Box<Standby>>> {
-        let mut now = self.lock();
+    /// Gives what stood by, which is the caller's now. Waits while a machine that claims the same resource
+    /// discards the standby.
+    fn set_starting(&self, deadline: Deadline) -> Result<Option<Box<Standby>>> {
+        let is_discarding = |now: &mut Now| matches!(now, Now::Preparing { given_up: true, .. });
+        let waited = self.changed.wait_timeout_while(self.lock(), deadline.remaining(), is_discarding);
+        let (mut now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let running = match &*now {
             Now::Off | Now::Ready(_) => false,
             Now::Starting | Now::Preparing { .. } => true,
@@ -440,6 +444,7 @@ impl Machine {
     ) -> Result<Arc<Run>, NotStarted> {
         let files = self.files();
         files.args_error.clone().map_or(Ok(()), Err)?;
+        self.left().clone().map_or(Ok(()), Err)?;
         files.expect_clean_runs()?;
         let (images, limit) = (files.images(), deadline.within(COMING_UP));
         let (img, name) = (&self.shared.qemu_img, self.name());
@@ -544,16 +549,18 @@ impl Machine {
         if late.timed_out() {
             return Err(deadline.timeout("the preparation to give up"));
         }
-        if !matches!(*now, Now::Ready(_)) {
-            return Ok(());
-        }
-        let standby = now.become_from_off(Now::Off);
+        let Now::Ready(standby) = &*now else { return Ok(()) };
+        // Until its QEMU has ended, nobody else may use its files.
+        let discarding = Now::Preparing { run: Some(standby.run()), given_up: true };
+        let standby = now.become_from_off(discarding);
         drop(now);
-        let let_go = standby.map_or(Ok(()), |standby| standby.let_go(deadline));
-        if let Err(NotStarted { error, left, .. }) = let_go {
-            *self.lock() = left.map_or(Now::Off, Now::On);
-            return Err(error);
-        }
+        let (next, ended) = match standby.map_or(Ok(()), |standby| standby.let_go(deadline)) {
+            Ok(()) => (Now::Off, Ok(())),
+            Err(NotStarted { error, left, .. }) => (left.map_or(Now::Off, Now::On), Err(error)),
+        };
+        *self.lock() = next;
+        self.changed.notify_all();
+        ended?;
         self.tell_ready();
         Ok(())
     }

@@ -198,7 +198,7 @@ fn check_readconfig(path: &Path) -> Result<(), (String, String)> {
     for line in text.lines().map(str::trim) {
         if let Some(section) = line.strip_prefix('[') {
             let section = section.trim_start();
-            in_monitor = section.starts_with("mon ") || section.starts_with("mon]");
+            in_monitor = section.split(|c: char| c.is_whitespace() || c == ']').next() == Some("mon");
         }
         let setting: String = line.chars().filter(|c| !c.is_whitespace() && *c != '"').collect();
         if in_monitor && setting == "mode=control" {

@@ -14,7 +14,7 @@ use std::fmt;
 use serde_json::{Map, Value};
 
 /// Options without a value. Source: the options without `HAS_ARG` in QEMU's qemu-options.hx, 2.11 to 10.0.
-const FLAGS: [&str; 42] = [
+const FLAGS: [&str; 46] = [
     "h",
     "help",
     "version",
@@ -24,6 +24,7 @@ const FLAGS: [&str; 42] = [
     "no-kvm",
     "no-kvm-irqchip",
     "no-kvm-pit",
+    "no-kvm-pit-reinjection",
     "no-fd-bootchk",
     "no-acpi",
     "no-hpet",
@@ -57,6 +58,9 @@ const FLAGS: [&str; 42] = [
     "enable-sync-profile",
     "semihosting",
     "tdf",
+    "async-teardown",
+    "xen-attach",
+    "xen-create",
 ];
 
 /// The keys and values of an option, in the order of the text.
@@ -64,25 +68,39 @@ const FLAGS: [&str; 42] = [
 pub struct Options {
     pairs: Vec<(String, Value)>,
     is_json: bool,
+    is_unreadable: bool,
 }
 
 impl Options {
     /// Parses an option's value. A first word without `=` is the value of the key `implied`.
     pub fn parse(text: &str, implied: &str) -> Options {
         if !text.starts_with('{') {
-            return Options { pairs: pairs(text, implied), is_json: false };
+            return Options { pairs: pairs(text, implied), is_json: false, is_unreadable: false };
         }
+        Options::parse_json(text)
+    }
+
+    /// Parses an option's value that is JSON. QEMU's parser also accepts strings in single quotes; options that
+    /// are written so are unreadable here.
+    pub fn parse_json(text: &str) -> Options {
         let mut pairs = Vec::new();
-        if let Ok(Value::Object(json)) = serde_json::from_str(text) {
+        let json = serde_json::from_str(text);
+        let is_unreadable = json.is_err();
+        if let Ok(json) = json {
             flatten(json, "", &mut pairs);
         }
-        Options { pairs, is_json: true }
+        Options { pairs, is_json: true, is_unreadable }
+    }
+
+    /// Whether the value is JSON that only QEMU can read, so nothing is known of its keys.
+    pub fn is_unreadable(&self) -> bool {
+        self.is_unreadable
     }
 
     /// Creates options from separate keys and values, as in a file of `-readconfig`.
     pub fn of(pairs: Vec<(String, String)>) -> Options {
         let pairs = pairs.into_iter().map(|(key, value)| (key, value.into())).collect();
-        Options { pairs, is_json: false }
+        Options { pairs, is_json: false, is_unreadable: false }
     }
 
     /// Returns the text under a key; the last one if there are several, as in QEMU.

@@ -74,6 +74,11 @@ impl Standby {
         }
     }
 
+    /// Returns the run, which stays the standby's.
+    pub fn run(&self) -> Arc<Run> {
+        Arc::clone(&self.run)
+    }
+
     /// Ends it.
     pub fn let_go(mut self, deadline: Deadline) -> Result<(), NotStarted> {
         self.taken = true;
