@@ -523,9 +523,13 @@ impl Pool {
     }
 }
 
+/// Over a network an attempt can fail for itself: an SSH server refuses some of many sessions at once. That says
+/// nothing of the connections that are open.
 fn open(dsn: &str) -> Result<Connect, NotOpened> {
-    let connect = Connect::open(Some(dsn))
-        .map_err(|error| NotOpened { is_gone: is_gone(&error), error: not_connected(dsn, &error) })?;
+    let connect = Connect::open(Some(dsn)).map_err(|error| NotOpened {
+        is_gone: is_local(dsn) && is_gone(&error),
+        error: not_connected(dsn, &error),
+    })?;
     if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
         // Drivers inside this process have nobody to ask.
         tracing::debug!(%error, "no keepalive");

@@ -286,6 +286,10 @@ impl Machine {
     /// until it is known to have ended.
     fn bring_up(&self, connect: &Connect, how: Start, given_up: &AtomicBool) -> Result<()> {
         let domain = restore::domain(connect, self.label())?;
+        // A libvirtd that hung can answer long after the start has failed.
+        if given_up.load(Ordering::SeqCst) {
+            return Err(Error::failed("the start was given up, because libvirt did not answer in time"));
+        }
         self.clear_leftover(&domain)?;
         restore::expect_off(&domain)?;
         remove_managed_save(&domain, &self.keys.info.name)?;
@@ -586,6 +590,8 @@ impl Machine {
 
     /// The connection is lost, and with it the sight of the domain.
     pub fn link_lost(&self, why: &str) {
+        // Nobody hears meanwhile who starts the domain.
+        self.lock().only_ours = false;
         if self.has_run() {
             self.tell_state(State::Error, why);
         }

@@ -14,8 +14,12 @@ use tokio::time::timeout;
 use super::call::{self, Called};
 use crate::fleet::{Machine, Machinery, Roll};
 
-/// Diagnoses all machines; each machinery has `limit` for its answer.
+/// The longest that a machinery may take to diagnose all its machines. The host's start, or a reload, waits.
+const MAX_DIAGNOSIS: Duration = Duration::from_secs(30);
+
+/// Diagnoses all machines; each machinery has `limit` for its answer, and at most [`MAX_DIAGNOSIS`].
 pub async fn diagnose_all(roll: &Roll, limit: Duration) {
+    let limit = limit.min(MAX_DIAGNOSIS);
     for machinery in roll.machineries() {
         let of_it = |machine: &&Arc<Machine>| Arc::ptr_eq(&machine.machinery, machinery);
         let machines: Vec<_> = roll.machines().iter().filter(of_it).cloned().collect();
