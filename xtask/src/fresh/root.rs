@@ -77,10 +77,7 @@ impl Root {
         packages::ensure_for_roots()?;
         let place = cache("fresh")?.join(release);
         make_folder(&place)?;
-        let lock_path = place.join("lock");
-        let what = || format!("cannot lock {}", lock_path.display());
-        let lock = File::create(&lock_path).context(what)?;
-        lock.lock().context(what)?;
+        let lock = lock(&place)?;
         let base = base(&place, release)?;
         let root = Self { release, folder: place.join("root"), binds: binds(&place)?, _lock: lock };
         root.fill(&base)?;
@@ -171,6 +168,18 @@ impl Drop for Root {
         // The next run removes files that remain.
         let _ = remove(&self.folder);
     }
+}
+
+/// Locks the folder of a release; waits for the run that holds the lock.
+fn lock(place: &Path) -> Result<File> {
+    let path = place.join("lock");
+    let what = || format!("cannot lock {}", path.display());
+    let lock = File::create(&path).context(what)?;
+    if lock.try_lock().is_err() {
+        eprintln!("Another run uses {}; this run waits until it has ended.", place.display());
+        lock.lock().context(what)?;
+    }
+    Ok(lock)
 }
 
 /// Returns the folder of the base, which is made now if there is none.
