@@ -479,6 +479,10 @@ fn read_by(name: &str, value: &str) -> Vec<Source> {
         return vec![Source::of(value)];
     }
     let options = Options::parse(value, implied);
+    if options.get("qom-type") == Some("filter-dump") {
+        // QEMU writes its file: a capture, which is another one in each run.
+        return Vec::new();
+    }
     let named = keys.iter().filter_map(|key| options.get(key)).flat_map(|files| match name {
         "acpitable" => files.split(':').collect(),
         _ => vec![files],
@@ -573,6 +577,13 @@ mod tests {
         assert_eq!((opened.images.len(), opened.shared.len()), (1, 0), "{opened:?}");
         let source = &opened.images[0].source;
         (source.path.to_str().unwrap(), source.format.as_deref())
+    }
+
+    #[test]
+    fn capture_that_qemu_writes_is_no_source() {
+        let sources = |object| opened(&["-object", object]).sources.len();
+        assert_eq!(sources("filter-dump,id=f,netdev=n,file=/d/n.pcap"), 0);
+        assert_eq!(sources("secret,id=s,file=/d/key"), 1);
     }
 
     #[test]
