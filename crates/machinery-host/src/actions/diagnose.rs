@@ -17,7 +17,7 @@ use crate::fleet::{Machine, Machinery, Roll};
 /// The longest that a machinery may take to diagnose all its machines. The host's start, or a reload, waits.
 const MAX_DIAGNOSIS: Duration = Duration::from_secs(30);
 
-/// Diagnoses all machines; each machinery has `limit` for its answer, and at most [`MAX_DIAGNOSIS`].
+/// Diagnoses all machines; each machinery has `limit` for its answer, and at most 30 seconds.
 pub async fn diagnose_all(roll: &Roll, limit: Duration) {
     let limit = limit.min(MAX_DIAGNOSIS);
     for machinery in roll.machineries() {
