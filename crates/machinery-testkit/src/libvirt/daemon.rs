@@ -150,6 +150,8 @@ impl Libvirtd {
         let daemon = ["libvirtd", "--daemon", "--config", &text(&conf), "--pid-file", &text(&pid)];
         self.inside(&[&daemon[..], more].concat()).and_then(|_| self.wait_until_it_serves()).map_err(
             |error| {
+                // A libvirtd that fails closes its sockets before its process ends.
+                let _ = self.kill_daemon();
                 let log = fs::read(self.log()).unwrap_or_default();
                 let log = String::from_utf8_lossy(log.get(logged..).unwrap_or_default()).into_owned();
                 Error::new(format!("libvirtd did not start; its log:\n{log}{error}"))
