@@ -433,7 +433,7 @@ fn what_a_plugin_says_by_itself_is_taken_with_care() {
         assert_eq!(client.hear_state(fault, "starting").unwrap(), "");
         let reason = client.hear_state(fault, "paused").unwrap();
         assert!(reason.contains(told) && reason.len() < 10_000, "{fault}: {} bytes", reason.len());
-        let why = client.hear("ready", fault).unwrap()["why"].as_str().unwrap().to_owned();
+        let why = client.hear("ready", fault).unwrap()["reason"].as_str().unwrap().to_owned();
         // What is not UTF-8 makes the whole record one that makes no sense.
         let told = if fault == "no_text" { r"bad \xff\xfe text" } else { told };
         assert!(why.contains(told) && why.len() < 10_000, "{fault}: {} bytes", why.len());

@@ -32,7 +32,7 @@ fn prepared(host: &RunningHost) -> Client {
 }
 
 fn how(client: &mut Client) -> String {
-    client.machine("m").unwrap()["ready"]["how"].as_str().unwrap_or("unknown").to_owned()
+    client.machine("m").unwrap()["ready"]["mode"].as_str().unwrap_or("unknown").to_owned()
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn a_machine_is_prepared_at_start_and_after_each_run() {
         assert_eq!(how(&mut client), "plain");
         assert_eq!(client.act("stop", "m").unwrap()["success"], true);
         // Nobody asks for it: the host prepares it by itself.
-        while client.hear("ready", "m").unwrap()["how"] != "standby" {}
+        while client.hear("ready", "m").unwrap()["mode"] != "standby" {}
     }
 }
 
@@ -56,7 +56,7 @@ fn a_machine_that_powers_itself_off_is_prepared_again() {
     let mut client = prepared(&host);
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
     client.hear_state("m", "poweroff").unwrap();
-    while client.hear("ready", "m").unwrap()["how"] != "standby" {}
+    while client.hear("ready", "m").unwrap()["mode"] != "standby" {}
 }
 
 #[test]

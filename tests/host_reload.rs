@@ -302,7 +302,7 @@ fn a_machine_that_stands_by_is_let_go_for_what_is_new() {
     // Its preparation would go on for ten minutes, and gives way.
     cwd.write_yaml("double", &format!("{able}{}", double(&[("m", "tags: [new]")]))).unwrap();
     assert_eq!(reload(&mut client), taken(&[], &["m"], &[], &[]));
-    while client.hear("ready", "m").unwrap()["how"] != "standby" {}
+    while client.hear("ready", "m").unwrap()["mode"] != "standby" {}
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
 }
 

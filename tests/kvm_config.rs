@@ -128,7 +128,7 @@ fn save_image_is_not_made_when_the_command_line_names_an_image() {
     let mut why = || {
         assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
         let ready = client.machine("m").unwrap()["ready"].take();
-        (ready["how"].as_str().unwrap().to_owned(), ready["why"].as_str().unwrap().to_owned())
+        (ready["mode"].as_str().unwrap().to_owned(), ready["reason"].as_str().unwrap().to_owned())
     };
     assert_eq!(why().0, "instant");
     add_argument(&lab, "lab-m", "-drive", &format!("if=none,id=second,file={image},format=qcow2"));
@@ -177,7 +177,7 @@ fn machine_is_served_when_libvirt_is_reached_over_tcp() {
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
-    let why = client.machine("m").unwrap()["ready"]["why"].take();
+    let why = client.machine("m").unwrap()["ready"]["reason"].take();
     assert_says(why.as_str().unwrap(), &["save images", "127.0.0.1"]);
     for action in ["restore_start", "stop", "norestore_start", "stop"] {
         assert_eq!(client.act(action, "m").unwrap()["success"], true, "{action}");

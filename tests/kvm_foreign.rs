@@ -99,7 +99,7 @@ impl Scene {
     /// Waits until the machine is ready in that way, for a reason that contains these words.
     fn is_ready(&mut self, how: &str, words: &str) {
         let is_so = |ready: &Value| {
-            ready["how"] == how && ready["why"].as_str().is_some_and(|why| why.contains(words))
+            ready["mode"] == how && ready["reason"].as_str().is_some_and(|why| why.contains(words))
         };
         let mut ready = self.ready();
         while !is_so(&ready) {

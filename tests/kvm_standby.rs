@@ -85,7 +85,7 @@ impl Scene {
 
     /// Waits until it stands by, which the subscriber need not have heard: a host is soon ready.
     fn stands_by(&mut self) -> Value {
-        if self.ready()["how"] == "standby" {
+        if self.ready()["mode"] == "standby" {
             return self.ready();
         }
         self.hears("standby")
@@ -96,7 +96,7 @@ impl Scene {
         loop {
             let heard = self.subscriber.hear("ready", "m");
             let ready = heard.unwrap_or_else(|error| panic!("{how}: {error}; {}", self.host.log()));
-            if ready["how"] == how {
+            if ready["mode"] == how {
                 return ready;
             }
         }
@@ -152,7 +152,7 @@ fn what_stands_by_is_what_is_restored_and_always_at_the_snapshot() {
         scene.restores();
         println!("round {round}: {:?} until it was heard to count on", begun.elapsed());
         assert_eq!(scene.qemu(), stood_by, "it was not what stood by that was restored");
-        assert_eq!(scene.ready()["how"], "plain");
+        assert_eq!(scene.ready()["mode"], "plain");
         scene.does("stop");
         scene.hears("standby");
     }
@@ -166,7 +166,7 @@ fn to_the_outside_it_is_off() {
     let mut scene = Scene::with(&[MICRO], ON);
     let ready = scene.stands_by();
     assert!(ready["memory"].as_u64().unwrap() > 32 << 20, "{ready}");
-    assert_eq!(ready["why"], "");
+    assert_eq!(ready["reason"], "");
     assert_eq!(scene.state(), "poweroff");
     assert_eq!(scene.client.machine("m").unwrap()["state"], "poweroff");
     assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
@@ -178,7 +178,7 @@ fn to_the_outside_it_is_off() {
         assert!(reason.contains("powered off"), "{reason}");
     }
     scene.does("acpi_stop");
-    assert_eq!(scene.stands_by()["how"], "standby");
+    assert_eq!(scene.stands_by()["mode"], "standby");
     scene.restores();
     // That one is not about what comes from a restore.
     states_heard(&mut scene.subscriber);
@@ -194,7 +194,7 @@ fn a_stop_lets_go_of_it() {
     scene.does("stop");
     scene.lab.assert_clean();
     let ready = scene.ready();
-    assert!(ready["how"] == "plain" && ready["memory"] == 0, "{ready}");
+    assert!(ready["mode"] == "plain" && ready["memory"] == 0, "{ready}");
     assert_eq!(states_heard(&mut scene.subscriber), [] as [Value; 0]);
     scene.restores();
     scene.does("stop");
@@ -345,7 +345,7 @@ fn a_host_that_dies_leaves_what_the_next_one_ends() {
     assert_eq!(scene.state(), "poweroff");
     scene.does("prepare");
     let ready = scene.ready();
-    assert!(ready["why"].as_str().unwrap().starts_with("standby is off"), "{ready}");
+    assert!(ready["reason"].as_str().unwrap().starts_with("standby is off"), "{ready}");
     scene.restores();
     scene.does("stop");
     scene.ends_well();
@@ -357,7 +357,7 @@ fn all_are_gone_when_the_host_ends() {
     let mut scene = Scene::with(&machines, ON);
     for (name, _) in machines {
         assert_eq!(scene.client.act("prepare", name).unwrap(), good());
-        assert_eq!(scene.client.machine(name).unwrap()["ready"]["how"], "standby", "{name}");
+        assert_eq!(scene.client.machine(name).unwrap()["ready"]["mode"], "standby", "{name}");
     }
     // One runs, the others stand by.
     scene.does("restore_start");
@@ -373,8 +373,8 @@ fn without_memory_for_it_there_is_none_and_it_is_told_why() {
     for (name, words) in [("n", "standby is off"), ("big", "256 MiB of memory")] {
         assert_eq!(scene.client.act("prepare", name).unwrap(), good());
         let ready = scene.client.machine(name).unwrap()["ready"].take();
-        assert_eq!(ready["how"], "plain");
-        assert!(ready["why"].as_str().unwrap().contains(words), "{ready}");
+        assert_eq!(ready["mode"], "plain");
+        assert!(ready["reason"].as_str().unwrap().contains(words), "{ready}");
     }
     scene.stands_by();
     scene.restores();
@@ -387,7 +387,7 @@ fn auto_is_off_and_says_what_to_do() {
     let mut scene = Scene::with(&[MICRO], "");
     scene.does("prepare");
     let ready = scene.ready();
-    assert!(ready["how"] == "plain" && ready["why"].as_str().unwrap().contains("standby: on"), "{ready}");
+    assert!(ready["mode"] == "plain" && ready["reason"].as_str().unwrap().contains("standby: on"), "{ready}");
     scene.lab.assert_clean();
     scene.ends_well();
 }
@@ -438,7 +438,7 @@ impl Scene {
     fn has_image(&mut self) -> Value {
         self.does("prepare");
         let ready = self.ready();
-        assert_eq!(ready["how"], "instant", "{ready}; {}", self.host.log());
+        assert_eq!(ready["mode"], "instant", "{ready}; {}", self.host.log());
         ready
     }
 
@@ -568,7 +568,7 @@ fn an_image_that_does_not_work_costs_no_restore() {
     scene.does("prepare");
     let ready = scene.ready();
     assert!(
-        ready["how"] == "plain" && ready["why"].as_str().unwrap().contains("image has failed"),
+        ready["mode"] == "plain" && ready["reason"].as_str().unwrap().contains("image has failed"),
         "{ready}"
     );
     scene.restores();

@@ -61,16 +61,16 @@ fn ready(client: &mut Client) -> Value {
 #[track_caller]
 fn is_ready(client: &mut Client, how: &str) {
     let ready = ready(client);
-    assert_eq!(ready["how"], how, "{ready}");
+    assert_eq!(ready["mode"], how, "{ready}");
 }
 
 fn hears_ready(client: &mut Client, how: &str) {
-    while client.hear("ready", "m").unwrap()["how"] != how {}
+    while client.hear("ready", "m").unwrap()["mode"] != how {}
 }
 
 /// Waits until the host has prepared the machine by itself.
 fn until_ready(client: &mut Client, how: &str) {
-    while ready(client)["how"] != how {
+    while ready(client)["mode"] != how {
         client.hear("ready", "m").unwrap();
     }
 }
@@ -399,14 +399,14 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
     // It begins by itself, when there is room.
     until_ready(&mut client, "plain");
     let told = ready(&mut client);
-    assert_eq!(told["how"], "plain");
-    assert!(told["why"].as_str().unwrap().contains("is full"), "{told}");
+    assert_eq!(told["mode"], "plain");
+    assert!(told["reason"].as_str().unwrap().contains("is full"), "{told}");
     restores(&lab, &mut client);
     does(&mut client, "stop");
     // From now on there is not even room to begin.
     prepare(&mut client);
     let told = ready(&mut client);
-    assert!(told["why"].as_str().unwrap().contains("are free in"), "{told}");
+    assert!(told["reason"].as_str().unwrap().contains("are free in"), "{told}");
     assert!(!disk.path().join("m.template").exists() && !disk.path().join("m.unfinished").exists());
     ends_well(&lab, &mut host);
 }
@@ -533,8 +533,8 @@ fn a_template_that_never_loads_is_not_built_for_ever() {
         prepare(&mut client);
     }
     let told = ready(&mut client);
-    assert_eq!(told["how"], "plain");
-    assert!(told["why"].as_str().unwrap().contains("tried 3 times"), "{told}");
+    assert_eq!(told["mode"], "plain");
+    assert!(told["reason"].as_str().unwrap().contains("tried 3 times"), "{told}");
     ends_well(&lab, &mut host);
 }
 
@@ -619,8 +619,8 @@ fn what_stood_by_for_a_host_that_was_killed_is_cleared_away() {
 fn standing_by_stays_within_its_memory() {
     let (lab, mut host, mut client) = prepared("standby: on, standby_memory: 1 MiB");
     let told = ready(&mut client);
-    assert_eq!(told["how"], "instant");
-    assert!(told["why"].as_str().unwrap().contains("standby_memory"), "{told}");
+    assert_eq!(told["mode"], "instant");
+    assert!(told["reason"].as_str().unwrap().contains("standby_memory"), "{told}");
     lab.assert_clean();
     restores_by(&lab, &mut client, &host, "instant");
     ends_well(&lab, &mut host);
@@ -637,7 +637,7 @@ fn without_a_template_one_stands_by_only_if_that_is_asked_for() {
     }
     let (lab, mut host, mut client) = prepared("machines: {m: {instant: off}}");
     is_ready(&mut client, "plain");
-    assert!(ready(&mut client)["why"].as_str().unwrap().contains("off"));
+    assert!(ready(&mut client)["reason"].as_str().unwrap().contains("off"));
     ends_well(&lab, &mut host);
 }
 
@@ -651,8 +651,8 @@ fn why_a_machine_has_no_template_is_told_before() {
     assert!(check.stdout.contains("is restored plainly") && check.stdout.contains("-numa"), "{check:?}");
     let (mut host, mut client) = served(&lab);
     let told = ready(&mut client);
-    assert_eq!(told["how"], "plain");
-    assert!(told["why"].as_str().unwrap().contains("-numa"), "{told}");
+    assert_eq!(told["mode"], "plain");
+    assert!(told["reason"].as_str().unwrap().contains("-numa"), "{told}");
     let list = lab.run(&["list"]).unwrap();
     assert!(list.stdout.contains("-numa"), "{list:?}");
     ends_well(&lab, &mut host);
@@ -728,12 +728,12 @@ fn machine_starts_when_the_standby_of_another_has_its_port() {
             assert_eq!(client.act("restore_start", machine).unwrap(), done, "{}", host.log());
             let why = ready(&mut client, other);
             assert!(
-                why["why"].as_str().unwrap().contains(&format!("machine '{machine}' has the TCP port")),
+                why["reason"].as_str().unwrap().contains(&format!("machine '{machine}' has the TCP port")),
                 "{why}"
             );
             assert_eq!(client.act("stop", machine).unwrap(), done);
-            assert_eq!(ready(&mut client, machine)["how"], "standby");
-            assert_ne!(ready(&mut client, other)["how"], "standby");
+            assert_eq!(ready(&mut client, machine)["mode"], "standby");
+            assert_ne!(ready(&mut client, other)["mode"], "standby");
         }
     }
     for machine in ["m", "n"] {

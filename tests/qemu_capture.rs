@@ -124,7 +124,7 @@ fn the_same_holds_for_a_machine_that_stood_by() {
     captures_everything(&lab, |client| {
         assert_does(client, json!({"action": "enable_machine", "machine": "talker"}));
         assert_does(client, json!({"action": "prepare", "machine": "talker"}));
-        assert_eq!(client.machine("talker").unwrap()["ready"]["how"], "standby");
+        assert_eq!(client.machine("talker").unwrap()["ready"]["mode"], "standby");
     });
 }
 

@@ -101,7 +101,7 @@ fn template_is_not_built_for_qemus_reason_when_it_refuses_the_snapshot() {
         let reason = fails(&mut client, "prepare", words);
         assert!(reason.contains("building its template") && !reason.contains("corrupt"), "{reason}");
         let ready = client.machine("m").unwrap()["ready"].clone();
-        let why = ready["why"].as_str().unwrap();
+        let why = ready["reason"].as_str().unwrap();
         assert!(why.contains("QEMU refuses the") && !why.contains('\n'), "{ready}");
         assert!(host.terminate().unwrap().success());
     }
@@ -148,7 +148,7 @@ fn template_stays_when_restores_fail_for_a_port_that_is_in_use() {
     }
     drop(taken);
     does(&mut client, "prepare");
-    assert_eq!(client.machine("m").unwrap()["ready"]["how"], "instant");
+    assert_eq!(client.machine("m").unwrap()["ready"]["mode"], "instant");
     let made = || fs::metadata(lab.template("m").join("ram")).unwrap().ino();
     let before = made();
     let taken = TcpListener::bind((lab.folder("m").ip.as_str(), 8000)).unwrap();
@@ -159,7 +159,7 @@ fn template_stays_when_restores_fail_for_a_port_that_is_in_use() {
     assert_eq!(made(), before);
     does(&mut client, "restore_start");
     assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
-    assert_eq!((made(), &client.machine("m").unwrap()["ready"]["how"]), (before, &json!("instant")));
+    assert_eq!((made(), &client.machine("m").unwrap()["ready"]["mode"]), (before, &json!("instant")));
     assert!(host.terminate().unwrap().success());
     lab.assert_clean();
 }

@@ -27,7 +27,7 @@ fn does(client: &mut Client, action: &str, machine: &str) {
 }
 
 fn ready(client: &mut Client, machine: &str) -> String {
-    client.machine(machine).unwrap()["ready"]["how"].as_str().unwrap_or_default().to_owned()
+    client.machine(machine).unwrap()["ready"]["mode"].as_str().unwrap_or_default().to_owned()
 }
 
 #[test]

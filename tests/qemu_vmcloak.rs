@@ -71,7 +71,7 @@ fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
         for _ in 0..2 {
             does(&mut client, "prepare");
             let ready = client.machine("m").unwrap()["ready"].clone();
-            assert_eq!(ready["how"], how, "{ready}");
+            assert_eq!(ready["mode"], how, "{ready}");
             restores(&lab, &mut client);
             does(&mut client, "stop");
         }

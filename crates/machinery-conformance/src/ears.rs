@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{HostServices, LogLevel, LogRecord, Ready, State};
+use machinery::{HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
 /// What the plugin told its host.
 #[derive(Debug, Clone, PartialEq)]
@@ -94,12 +94,12 @@ impl HostServices for Ears {
         self.hear(Heard::Note { machine: machine.to_owned(), what: "step" });
     }
 
-    fn ready(&self, machine: &str, _: &Ready) {
+    fn ready(&self, machine: &str, _: &RestoreReadiness) {
         self.hear(Heard::Note { machine: machine.to_owned(), what: "ready" });
     }
 
-    fn wants_prepare(&self, machine: &str, _: &str) {
-        self.hear(Heard::Note { machine: machine.to_owned(), what: "wants_prepare" });
+    fn preparation_invalidated(&self, machine: &str, _: &str) {
+        self.hear(Heard::Note { machine: machine.to_owned(), what: "preparation_invalidated" });
     }
 
     fn max_level(&self) -> LogLevel {
@@ -115,8 +115,8 @@ impl HostServices for Deaf {
     fn state_changed(&self, _: &str, _: State, _: &str) {}
     fn progress(&self, _: &str, _: f64) {}
     fn step(&self, _: &str, _: &str, _: Duration) {}
-    fn ready(&self, _: &str, _: &Ready) {}
-    fn wants_prepare(&self, _: &str, _: &str) {}
+    fn ready(&self, _: &str, _: &RestoreReadiness) {}
+    fn preparation_invalidated(&self, _: &str, _: &str) {}
     fn max_level(&self) -> LogLevel {
         LogLevel::Error
     }

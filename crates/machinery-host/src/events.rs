@@ -1,7 +1,7 @@
 //! What subscribers hear. Sending never waits: a subscriber that does not keep up loses events and
 //! is told how many.
 
-use machinery::{Ready, State};
+use machinery::{RestoreReadiness, State};
 use serde::Serialize;
 use tokio::sync::broadcast;
 
@@ -73,7 +73,7 @@ pub enum Event {
         machine: String,
         /// How.
         #[serde(flatten)]
-        ready: Ready,
+        ready: RestoreReadiness,
     },
     /// The configuration was reloaded.
     Reloaded(Taken),

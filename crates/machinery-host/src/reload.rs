@@ -19,7 +19,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Error, ErrorKind, MachineInfo, Ready, Reloaded, Result, Setup};
+use machinery::{Error, ErrorKind, MachineInfo, Reloaded, RestoreReadiness, Result, Setup};
 use serde::Serialize;
 use serde_yaml::Value;
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard};
@@ -278,7 +278,7 @@ fn settle(shared: &Shared, old: &Roll, next: Roll, mut resting: HashMap<String, 
     for machine in &machines {
         machine.set_outdated(later.contains(machine.name()));
         if changed.contains(machine.name()) {
-            machine.set_ready(&Ready::default());
+            machine.set_ready(&RestoreReadiness::default());
         }
         if !old.is_member(machine) {
             taken.added.push(machine.name().to_owned());

@@ -54,8 +54,8 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
-//! | `ready` | how ready a machine is for its next restore, and what that may cost: [`Ready`], [`Budget`] |
-//! | `reload` | a new configuration while machines run: [`Roster`], [`Reloaded`] |
+//! | `ready` | how ready a machine is for its next restore, and what that may cost: [`RestoreReadiness`], [`Budget`] |
+//! | `reload` | a new configuration while machines run: [`MachineSet`], [`Reloaded`] |
 //! | `diagnosis` | machines that cannot be used, and why: [`Diagnosis`] |
 //! | `socket` | sockets under paths of any length |
 //! | `command` | starts other programs with the limits that the host was started with |
@@ -88,8 +88,8 @@ pub use deadline::Deadline;
 pub use diagnosis::Diagnosis;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
-pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
-pub use reload::{Member, Plan, Reloaded, Roster, expect_unchanged};
+pub use ready::{Budget, Readiness, RestoreReadiness, Share, Standby, format_bytes, parse_bytes};
+pub use reload::{MachineSet, ReloadPlan, Reloadable, Reloaded, expect_unchanged};
 pub use report::{Finding, Level, Report};
 pub use services::{GUEST_POWERED_OFF, Host, HostServices, LogLevel, LogRecord};
 pub use socket::{SocketPath, machine_socket};

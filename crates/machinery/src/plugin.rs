@@ -127,7 +127,7 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     }
 
     /// Prepares the next restore without a request. The host calls this function at its start, after each
-    /// run, and after [`Host::wants_prepare`]. It calls [`prepare`](Machinery::prepare) when an operator
+    /// run, and after [`Host::preparation_invalidated`]. It calls [`prepare`](Machinery::prepare) when an operator
     /// asks. Since interface 1.1; the default calls [`prepare`](Machinery::prepare).
     ///
     /// An automatic preparation never discards changes that somebody else made, such as a disk that an
@@ -140,7 +140,7 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         self.prepare(machine, deadline)
     }
 
-    /// Takes over a new configuration while machines run; a [`Roster`](crate::Roster) knows how. Since
+    /// Takes over a new configuration while machines run; a [`MachineSet`](crate::MachineSet) knows how. Since
     /// interface 1.1.
     ///
     /// The machines `in_use` run, are acted on, or belong to a task: they stay as they are, whatever the
@@ -259,7 +259,7 @@ impl MachineInfo {
     }
 
     /// What no two machines of a machinery may have in common, with the keys of the configuration: for
-    /// [`Member::unique`](crate::Member::unique).
+    /// [`Reloadable::unique`](crate::Reloadable::unique).
     pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         vec![
             ("label", Some(&self.label)),

@@ -15,11 +15,11 @@ use crate::config::checked;
 /// How ready a machine is for its next restore.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Ready {
+pub struct RestoreReadiness {
     /// How the next restore will go.
-    pub how: Readiness,
+    pub mode: Readiness,
     /// Why it will not go better, for people; empty if it cannot.
-    pub why: String,
+    pub reason: String,
     /// What is held in memory for it, in bytes.
     pub memory: u64,
     /// What is kept on disk for it, in bytes.
@@ -97,9 +97,9 @@ impl Budget {
         if used.saturating_add(bytes) > limit {
             return Err(format!(
                 "standing by would take {} of memory, and {} of the {} for that are taken (standby_memory)",
-                in_words(bytes),
-                in_words(*used),
-                in_words(limit)
+                format_bytes(bytes),
+                format_bytes(*used),
+                format_bytes(limit)
             ));
         }
         *used += bytes;
@@ -114,7 +114,7 @@ impl Share {
     }
 
     /// Makes it as large as what is really held, which nobody can know before.
-    pub fn measured(&mut self, bytes: u64) {
+    pub fn set_actual(&mut self, bytes: u64) {
         let mut used = self.budget.used.lock().unwrap_or_else(PoisonError::into_inner);
         *used = used.saturating_sub(self.bytes).saturating_add(bytes);
         self.bytes = bytes;
@@ -143,7 +143,7 @@ fn memory_of_this_computer() -> u64 {
 const UNITS: [(&str, u64); 3] = [("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
 
 /// A size for people, such as `1.9 GiB`.
-pub fn in_words(bytes: u64) -> String {
+pub fn format_bytes(bytes: u64) -> String {
     let (unit, size) = UNITS.into_iter().rev().find(|(_, size)| bytes >= *size).unwrap_or(UNITS[0]);
     let tenths = bytes.saturating_mul(10) / size;
     if tenths.is_multiple_of(10) {
@@ -157,7 +157,7 @@ pub fn in_words(bytes: u64) -> String {
 ///
 /// # Errors
 /// It is none.
-pub fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+pub fn parse_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     checked(deserializer, |text| {
         if text.trim().is_empty() || text == "~" || text == "null" {
             return Ok(None);
@@ -181,7 +181,7 @@ mod tests {
         let mut first = budget.take(60 << 20).unwrap();
         let refused = budget.take(50 << 20).unwrap_err();
         assert!(refused.contains("50 MiB") && refused.contains("60 MiB of the 100 MiB"), "{refused}");
-        first.measured(20 << 20);
+        first.set_actual(20 << 20);
         let second = budget.take(50 << 20).unwrap();
         drop((first, second));
         let all = budget.take(100 << 20).unwrap();
@@ -195,7 +195,7 @@ mod tests {
 
     #[derive(Debug, Deserialize)]
     struct Sized {
-        #[serde(default, deserialize_with = "size")]
+        #[serde(default, deserialize_with = "parse_bytes")]
         size: Option<u64>,
     }
 
@@ -209,7 +209,10 @@ mod tests {
         for wrong in ["size: 16", "size: 1.5 GiB", "size: -1 GiB", "size: 16 GB", "size: [1]"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
-        assert_eq!((in_words(1 << 30), in_words((19 << 30) / 10)), ("1 GiB".into(), "1.8 GiB".into()));
-        assert_eq!((in_words(0), in_words(3 << 19)), ("0 MiB".into(), "1.5 MiB".into()));
+        assert_eq!(
+            (format_bytes(1 << 30), format_bytes((19 << 30) / 10)),
+            ("1 GiB".into(), "1.8 GiB".into())
+        );
+        assert_eq!((format_bytes(0), format_bytes(3 << 19)), ("0 MiB".into(), "1.5 MiB".into()));
     }
 }

@@ -1,6 +1,6 @@
 //! A new configuration while machines run.
 //!
-//! A machinery keeps its machines in a [`Roster`]. A reload *plans* first: what the new configuration
+//! A machinery keeps its machines in a [`MachineSet`]. A reload *plans* first: what the new configuration
 //! says is put beside the machines there are, and nothing changes. Only when all that is new has been
 //! made, and all that is old let go, does the plan take the place of the old list, all at once.
 //!
@@ -36,13 +36,13 @@ pub(crate) struct ReloadRequest {
     pub in_use: Vec<String>,
 }
 
-/// A machine in a [`Roster`].
-pub trait Member {
+/// A machine in a [`MachineSet`].
+pub trait Reloadable {
     /// All that its configuration says of it.
     type Keys: PartialEq;
 
     /// Its name, in its keys.
-    fn name_in(keys: &Self::Keys) -> &str;
+    fn key_name(keys: &Self::Keys) -> &str;
 
     /// What no two machines may have in common, as (key, value). A machine in use keeps its own also
     /// where the new configuration gives them to another one.
@@ -53,7 +53,7 @@ pub trait Member {
 
     /// Its name.
     fn name(&self) -> &str {
-        Self::name_in(self.keys())
+        Self::key_name(self.keys())
     }
 }
 
@@ -83,24 +83,24 @@ pub fn expect_unchanged(
 
 /// The machines of a machinery, in the order of the configuration.
 #[derive(Debug)]
-pub struct Roster<M>(RwLock<Vec<Arc<M>>>);
+pub struct MachineSet<M>(RwLock<Vec<Arc<M>>>);
 
 /// A roster to be, and what that means for the one there is.
 #[derive(Debug)]
-pub struct Plan<M> {
+pub struct ReloadPlan<M> {
     machines: Vec<Arc<M>>,
     /// Machines that are made for it.
-    pub fresh: Vec<Arc<M>>,
+    pub added: Vec<Arc<M>>,
     /// Machines that are not in it any more. They are powered off, but may stand by.
-    pub gone: Vec<Arc<M>>,
+    pub removed: Vec<Arc<M>>,
     /// What became of those there were.
     pub outcome: Reloaded,
 }
 
-impl<M: Member> Roster<M> {
+impl<M: Reloadable> MachineSet<M> {
     /// A roster of these machines.
     pub fn new(machines: Vec<Arc<M>>) -> Self {
-        Roster(RwLock::new(machines))
+        MachineSet(RwLock::new(machines))
     }
 
     /// All of them.
@@ -129,13 +129,17 @@ impl<M: Member> Roster<M> {
         wanted: Vec<M::Keys>,
         in_use: &[String],
         mut make: impl FnMut(M::Keys) -> Arc<M>,
-    ) -> Result<Plan<M>> {
+    ) -> Result<ReloadPlan<M>> {
         let mut old = self.all();
-        let mut plan =
-            Plan { machines: Vec::new(), fresh: Vec::new(), gone: Vec::new(), outcome: Reloaded::default() };
+        let mut plan = ReloadPlan {
+            machines: Vec::new(),
+            added: Vec::new(),
+            removed: Vec::new(),
+            outcome: Reloaded::default(),
+        };
         let is_in_use = |machine: &Arc<M>| in_use.iter().any(|used| used == machine.name());
         for keys in wanted {
-            let found = old.iter().position(|machine| machine.name() == M::name_in(&keys));
+            let found = old.iter().position(|machine| machine.name() == M::key_name(&keys));
             match found.map(|at| old.remove(at)) {
                 Some(machine) if *machine.keys() == keys => plan.machines.push(machine),
                 Some(machine) if is_in_use(&machine) => plan.keep(machine),
@@ -143,7 +147,7 @@ impl<M: Member> Roster<M> {
             }
         }
         for machine in old {
-            if is_in_use(&machine) { plan.keep(machine) } else { plan.gone.push(machine) }
+            if is_in_use(&machine) { plan.keep(machine) } else { plan.removed.push(machine) }
         }
         plan.expect_apart(file)?;
         Ok(plan)
@@ -154,14 +158,14 @@ impl<M: Member> Roster<M> {
     ///
     /// # Errors
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) when the deadline has passed.
-    pub fn follow(&self, plan: Plan<M>, deadline: Deadline) -> Result<Reloaded> {
+    pub fn commit(&self, plan: ReloadPlan<M>, deadline: Deadline) -> Result<Reloaded> {
         deadline.check("the new configuration to be taken over")?;
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = plan.machines;
         Ok(plan.outcome)
     }
 }
 
-impl<M: Member> Plan<M> {
+impl<M: Reloadable> ReloadPlan<M> {
     /// All machines that there will be.
     pub fn machines(&self) -> &[Arc<M>] {
         &self.machines
@@ -170,9 +174,9 @@ impl<M: Member> Plan<M> {
     fn make(&mut self, old: Option<Arc<M>>, machine: Arc<M>) {
         if let Some(old) = old {
             self.outcome.changed.push(old.name().to_owned());
-            self.gone.push(old);
+            self.removed.push(old);
         }
-        self.fresh.push(Arc::clone(&machine));
+        self.added.push(Arc::clone(&machine));
         self.machines.push(machine);
     }
 
@@ -187,12 +191,12 @@ impl<M: Member> Plan<M> {
         let kept = |machine: &&Arc<M>| self.outcome.later.iter().any(|later| later == machine.name());
         let kept: Vec<_> = self.machines.iter().filter(kept).collect();
         let clashes = |new: &Arc<M>| kept.iter().filter_map(|old| clash(file, new, old)).collect::<Vec<_>>();
-        Error::all(self.fresh.iter().flat_map(clashes).collect()).map_or(Ok(()), Err)
+        Error::all(self.added.iter().flat_map(clashes).collect()).map_or(Ok(()), Err)
     }
 }
 
 /// What the new machine would have of one that stays as it is.
-fn clash<M: Member>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Error> {
+fn clash<M: Reloadable>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Error> {
     let taken = M::unique(old.keys());
     let is_taken = |value: &(_, Option<_>)| value.1.is_some() && taken.contains(value);
     let (key, value) = M::unique(new.keys()).into_iter().find(is_taken)?;
@@ -212,10 +216,10 @@ mod tests {
     #[derive(Debug)]
     struct Machine(Keys);
 
-    impl Member for Machine {
+    impl Reloadable for Machine {
         type Keys = Keys;
 
-        fn name_in(keys: &Keys) -> &str {
+        fn key_name(keys: &Keys) -> &str {
             &keys.0
         }
 
@@ -233,11 +237,11 @@ mod tests {
         text.split_whitespace().map(one).collect()
     }
 
-    fn roster(text: &str) -> Roster<Machine> {
-        Roster::new(keys(text).into_iter().map(|keys| Arc::new(Machine(keys))).collect())
+    fn roster(text: &str) -> MachineSet<Machine> {
+        MachineSet::new(keys(text).into_iter().map(|keys| Arc::new(Machine(keys))).collect())
     }
 
-    fn plan(roster: &Roster<Machine>, wanted: &str, in_use: &[&str]) -> Result<Plan<Machine>> {
+    fn plan(roster: &MachineSet<Machine>, wanted: &str, in_use: &[&str]) -> Result<ReloadPlan<Machine>> {
         let file = ConfigFile { path: "/c/m.yaml".into(), text: "machines:\n  x:\n    label: 1\n".into() };
         let in_use: Vec<String> = in_use.iter().map(|name| (*name).to_owned()).collect();
         roster.plan(&file, keys(wanted), &in_use, |keys| Arc::new(Machine(keys)))
@@ -253,8 +257,8 @@ mod tests {
         let kept = roster.find("a").unwrap();
         let plan = plan(&roster, "g7 f6 b8 a1 c9", &["b", "d", "f"]).unwrap();
         assert_eq!(text(&roster.all()), "a1 b2 c3 d4 e5 f6 ", "a plan changes nothing");
-        assert_eq!((text(&plan.fresh), text(&plan.gone)), ("g7 c9 ".into(), "c3 e5 ".into()));
-        let outcome = roster.follow(plan, Deadline::after(Duration::from_secs(60))).unwrap();
+        assert_eq!((text(&plan.added), text(&plan.removed)), ("g7 c9 ".into(), "c3 e5 ".into()));
+        let outcome = roster.commit(plan, Deadline::after(Duration::from_secs(60))).unwrap();
         assert_eq!(text(&roster.all()), "g7 f6 b2 a1 c9 d4 ");
         assert_eq!(outcome, Reloaded { changed: vec!["c".into()], later: vec!["b".into(), "d".into()] });
         assert!(Arc::ptr_eq(&kept, &roster.find("a").unwrap()));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Ready, State};
+use crate::{RestoreReadiness, State};
 
 /// The reason for a [`State::Poweroff`] of a guest that powered itself off. This is no accident: the host
 /// neither warns of it nor records it as an error.
@@ -24,9 +24,9 @@ pub trait HostServices: Send + Sync + 'static {
     /// A step of an action took that long.
     fn step(&self, machine: &str, step: &str, took: Duration);
     /// How ready a machine is for its next restore.
-    fn ready(&self, machine: &str, ready: &Ready);
+    fn ready(&self, machine: &str, ready: &RestoreReadiness);
     /// A machine should be prepared again, and why.
-    fn wants_prepare(&self, machine: &str, reason: &str);
+    fn preparation_invalidated(&self, machine: &str, reason: &str);
     /// Records above this level are thrown away, so they need not be made.
     fn max_level(&self) -> LogLevel;
 }
@@ -70,15 +70,15 @@ impl Host {
     }
 
     /// Tells how ready the machine is for its next restore, whenever that changes.
-    pub fn ready(&self, machine: &str, ready: &Ready) {
+    pub fn ready(&self, machine: &str, ready: &RestoreReadiness) {
         self.services.ready(machine, ready);
     }
 
     /// Tells that what [`prepare`](crate::Machinery::prepare) made is gone by itself, and why. The host
     /// prepares the machine again when there is nothing else to do with it, unless that happens again
     /// and again.
-    pub fn wants_prepare(&self, machine: &str, reason: &str) {
-        self.services.wants_prepare(machine, reason);
+    pub fn preparation_invalidated(&self, machine: &str, reason: &str) {
+        self.services.preparation_invalidated(machine, reason);
     }
 
     pub(crate) fn services(&self) -> &Arc<dyn HostServices> {
@@ -128,8 +128,8 @@ impl HostServices for Nobody {
     fn state_changed(&self, _: &str, _: State, _: &str) {}
     fn progress(&self, _: &str, _: f64) {}
     fn step(&self, _: &str, _: &str, _: Duration) {}
-    fn ready(&self, _: &str, _: &Ready) {}
-    fn wants_prepare(&self, _: &str, _: &str) {}
+    fn ready(&self, _: &str, _: &RestoreReadiness) {}
+    fn preparation_invalidated(&self, _: &str, _: &str) {}
     fn max_level(&self) -> LogLevel {
         LogLevel::Error
     }

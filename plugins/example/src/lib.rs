@@ -20,8 +20,8 @@ mod machine;
 use std::path::Path;
 
 use machinery::{
-    Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery, Member, Reloaded,
-    Report, Result, Roster, Setup, State,
+    Capabilities, Deadline, DumpFormat, Error, ErrorKind, Host, MachineInfo, MachineSet, Machinery,
+    Reloadable, Reloaded, Report, Result, Setup, State,
 };
 
 use config::Config;
@@ -30,7 +30,7 @@ use machine::{Machine, Start};
 machinery::export_machinery!(ExampleMachinery);
 
 struct ExampleMachinery {
-    machines: Roster<Machine>,
+    machines: MachineSet<Machine>,
     host: Host,
 }
 
@@ -43,7 +43,7 @@ impl Machinery for ExampleMachinery {
         let machine = |keys| Machine::new(keys, host.clone());
         let machines: Vec<_> = Config::read(setup)?.keys(setup).into_iter().map(machine).collect();
         machines.iter().try_for_each(|machine| machine.make_ready())?;
-        Ok(ExampleMachinery { machines: Roster::new(machines), host })
+        Ok(ExampleMachinery { machines: MachineSet::new(machines), host })
     }
 
     /// Looks and changes nothing: a host may be running beside it.
@@ -113,8 +113,8 @@ impl Machinery for ExampleMachinery {
         let keys = Config::read(setup)?.keys(setup);
         let machine = |keys| Machine::new(keys, self.host.clone());
         let plan = self.machines.plan(&setup.config, keys, in_use, machine)?;
-        plan.fresh.iter().try_for_each(|machine| machine.make_ready())?;
-        self.machines.follow(plan, deadline)
+        plan.added.iter().try_for_each(|machine| machine.make_ready())?;
+        self.machines.commit(plan, deadline)
     }
 
     /// The host has stopped the machines; one that it could not stop is not left running either.

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, ErrorKind, GUEST_POWERED_OFF, Host, Member, Result, State};
+use machinery::{Deadline, Error, ErrorKind, GUEST_POWERED_OFF, Host, Reloadable, Result, State};
 use machinery_views::{Output, ppm_to_png};
 
 use crate::config::Keys;
@@ -56,10 +56,10 @@ impl Drop for Run {
 }
 
 /// For a new configuration while machines run: what to compare.
-impl Member for Machine {
+impl Reloadable for Machine {
     type Keys = Keys;
 
-    fn name_in(keys: &Keys) -> &str {
+    fn key_name(keys: &Keys) -> &str {
         &keys.info.name
     }
 

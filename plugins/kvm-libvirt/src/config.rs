@@ -44,7 +44,7 @@ struct Section {
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
     /// How much memory all that stand by may hold, in bytes.
-    #[serde(deserialize_with = "machinery::size")]
+    #[serde(deserialize_with = "machinery::parse_bytes")]
     standby_memory: Option<u64>,
     /// Whether save images are made, for machines that do not stand by.
     #[serde(deserialize_with = "null_as_default")]

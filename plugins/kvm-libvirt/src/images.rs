@@ -24,7 +24,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use machinery::{Error, Result, in_words};
+use machinery::{Error, Result, format_bytes};
 use serde::Deserialize;
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -141,9 +141,9 @@ impl Image {
             Ok(room) if room >= largest.saturating_mul(2) => Ok(()),
             Ok(room) => Err(format!(
                 "there is no room for a save image: {} are free in {}, and it leaves as much as it takes, up to {}",
-                in_words(room),
+                format_bytes(room),
                 folder.display(),
-                in_words(largest)
+                format_bytes(largest)
             )),
             Err(error) => Err(format!("no save image can be made in {}: {error}", folder.display())),
         }

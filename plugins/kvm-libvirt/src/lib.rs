@@ -68,8 +68,8 @@ use std::thread;
 use std::time::Duration;
 
 use machinery::{
-    Budget, Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery,
-    Member, Reloaded, Report, Result, Roster, Setup, State,
+    Budget, Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, Host, MachineInfo, MachineSet,
+    Machinery, Reloadable, Reloaded, Report, Result, Setup, State,
 };
 use virt::connect::Connect;
 
@@ -98,7 +98,7 @@ struct Kvm {
 }
 
 /// All machines; what libvirt tells goes to the one it is about.
-struct Machines(Roster<Machine>);
+struct Machines(MachineSet<Machine>);
 
 /// Does something with these machines, a few at a time, and gives what went wrong.
 fn at_a_time(machines: &[Arc<Machine>], act: impl Fn(&Machine) -> Result<()> + Sync) -> Vec<Error> {
@@ -161,7 +161,8 @@ impl Machinery for Kvm {
             let (budget, link) = (Arc::clone(&budget), Arc::clone(&link));
             Arc::new(Machine::new(keys, budget, link, &setup.state_dir, host.clone()))
         };
-        let machines = Arc::new(Machines(Roster::new(config.machines.into_iter().map(machine).collect())));
+        let machines =
+            Arc::new(Machines(MachineSet::new(config.machines.into_iter().map(machine).collect())));
         let kvm = Kvm { machines, link, budget, host };
         match kvm.take_over(deadline) {
             Ok(()) => Ok(kvm),

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Member, Result, State};
+use machinery::{Budget, Deadline, DumpFormat, Error, Host, MachineInfo, Reloadable, Result, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
@@ -134,10 +134,10 @@ impl Drop for Action<'_> {
     }
 }
 
-impl Member for Machine {
+impl Reloadable for Machine {
     type Keys = Keys;
 
-    fn name_in(keys: &Keys) -> &str {
+    fn key_name(keys: &Keys) -> &str {
         &keys.info.name
     }
 

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use machinery::{Deadline, Error, Member, Plan, Reloaded, Result, Setup, expect_unchanged};
+use machinery::{Deadline, Error, ReloadPlan, Reloadable, Reloaded, Result, Setup, expect_unchanged};
 
 use crate::config::Config;
 use crate::machine::Machine;
@@ -28,16 +28,17 @@ impl Kvm {
             Arc::new(Machine::new(keys, budget, link, &setup.state_dir, self.host.clone()))
         };
         let plan = self.machines.0.plan(&setup.config, config.machines, in_use, make)?;
-        self.with_libvirt(plan.fresh.clone(), deadline, Machine::find)?;
-        plan.gone.iter().try_for_each(|machine| machine.expect_off(deadline))?;
+        self.with_libvirt(plan.added.clone(), deadline, Machine::find)?;
+        plan.removed.iter().try_for_each(|machine| machine.expect_off(deadline))?;
         if let Err(error) = self.make_room(&plan, deadline) {
-            for machine in &plan.gone {
-                self.host.wants_prepare(machine.name(), "a new configuration could not be taken over");
+            for machine in &plan.removed {
+                self.host
+                    .preparation_invalidated(machine.name(), "a new configuration could not be taken over");
             }
             return Err(error);
         }
-        let gone = plan.gone.clone();
-        let reloaded = self.machines.0.follow(plan, deadline)?;
+        let gone = plan.removed.clone();
+        let reloaded = self.machines.0.commit(plan, deadline)?;
         self.budget.set_limit(config.standby_memory);
         let machines = self.machines.0.all();
         gone.iter().for_each(|machine| machine.remove_image(&machines));
@@ -45,9 +46,9 @@ impl Kvm {
     }
 
     /// Ends what stands by for machines that go, and what is left where new ones come.
-    fn make_room(&self, plan: &Plan<Machine>, deadline: Deadline) -> Result<()> {
-        match Error::all(at_a_time(&plan.gone, |machine| machine.retire(deadline))) {
-            None => self.with_libvirt(plan.fresh.clone(), deadline, Machine::take_over),
+    fn make_room(&self, plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
+        match Error::all(at_a_time(&plan.removed, |machine| machine.retire(deadline))) {
+            None => self.with_libvirt(plan.added.clone(), deadline, Machine::take_over),
             Some(problems) => Err(problems),
         }
     }

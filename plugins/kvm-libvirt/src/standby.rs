@@ -13,7 +13,7 @@
 //! That is four questions, which libvirtd answers without asking QEMU, in about a millisecond together;
 //! QEMU takes three to let the micro guest run, and ten for one with 600 MiB in use.
 
-use machinery::{Error, Readiness, Ready, Result, Share};
+use machinery::{Error, Readiness, RestoreReadiness, Result, Share};
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
@@ -50,14 +50,18 @@ impl Held {
     /// One that was just made; `share` becomes as large as what is really held, where libvirt knows.
     pub fn new(domain: &Domain, mark: Mark, heard_by: u64, mut share: Share) -> Held {
         if let Some(bytes) = held(domain) {
-            share.measured(bytes);
+            share.set_actual(bytes);
         }
         Held { mark, doubt: None, heard_by, share }
     }
 
     /// What is told of it.
-    pub fn ready(&self) -> Ready {
-        Ready { how: Readiness::Standby, memory: self.share.bytes(), ..Ready::default() }
+    pub fn ready(&self) -> RestoreReadiness {
+        RestoreReadiness {
+            mode: Readiness::Standby,
+            memory: self.share.bytes(),
+            ..RestoreReadiness::default()
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use machinery::host::{Instance, Plugin};
-use machinery::{Deadline, ErrorKind, HostServices, LogLevel, LogRecord, Ready, Reloaded, State};
+use machinery::{Deadline, ErrorKind, HostServices, LogLevel, LogRecord, Reloaded, RestoreReadiness, State};
 use machinery_testkit::artifacts;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::KvmLab;
@@ -35,8 +35,8 @@ impl HostServices for Ears {
     }
     fn progress(&self, _: &str, _: f64) {}
     fn step(&self, _: &str, _: &str, _: Duration) {}
-    fn ready(&self, _: &str, _: &Ready) {}
-    fn wants_prepare(&self, _: &str, _: &str) {}
+    fn ready(&self, _: &str, _: &RestoreReadiness) {}
+    fn preparation_invalidated(&self, _: &str, _: &str) {}
     fn max_level(&self) -> LogLevel {
         LogLevel::Error
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use machinery::config::{
     ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, text,
 };
-use machinery::{Error, MachineInfo, Result, Setup, Standby, size};
+use machinery::{Error, MachineInfo, Result, Setup, Standby, parse_bytes};
 use rustix::fs::{Access, access};
 use serde::Deserialize;
 
@@ -58,10 +58,10 @@ struct Section {
     instant: Instant,
     /// Where the templates are; the plugin's folder for caches unless given.
     template_dir: Option<PathBuf>,
-    #[serde(deserialize_with = "size")]
+    #[serde(deserialize_with = "parse_bytes")]
     template_space: Option<u64>,
     standby: Standby,
-    #[serde(deserialize_with = "size")]
+    #[serde(deserialize_with = "parse_bytes")]
     standby_memory: Option<u64>,
     /// What is different for single machines.
     #[serde(deserialize_with = "null_as_default")]

@@ -61,8 +61,8 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use machinery::{
-    Budget, Capabilities, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Machinery, Reloaded,
-    Report, Result, Roster, Setup, State,
+    Budget, Capabilities, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, MachineSet, Machinery,
+    Reloaded, Report, Result, Setup, State,
 };
 
 use config::Config;
@@ -73,7 +73,7 @@ use version::Program;
 machinery::export_machinery!(Qemu);
 
 struct Qemu {
-    machines: Roster<Machine>,
+    machines: MachineSet<Machine>,
     shared: Arc<Shared>,
 }
 
@@ -99,7 +99,7 @@ impl Machinery for Qemu {
         }
         shared.see_to_templates(&machines, config.template_space);
         machines.iter().for_each(|machine| machine.clear_leftovers());
-        Ok(Qemu { machines: Roster::new(machines), shared })
+        Ok(Qemu { machines: MachineSet::new(machines), shared })
     }
 
     fn check(setup: &Setup, report: &mut Report) {

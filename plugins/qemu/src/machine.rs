@@ -21,8 +21,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use machinery::{
-    Budget, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Member, Ready, Result, State,
-    machine_socket,
+    Budget, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Reloadable, RestoreReadiness, Result,
+    State, machine_socket,
 };
 use qapi::qmp;
 
@@ -107,7 +107,7 @@ pub struct Machine {
     /// The empty overlays that a run's overlays are copied from.
     blanks: Blanks,
     /// How ready it is when nothing stands by, as far as is known.
-    without_standby: Mutex<Ready>,
+    without_standby: Mutex<RestoreReadiness>,
     /// What a template could not be built from.
     unbuildable: Mutex<Option<Unbuildable>>,
 }
@@ -134,10 +134,10 @@ impl Now {
     }
 }
 
-impl Member for Machine {
+impl Reloadable for Machine {
     type Keys = MachineFiles;
 
-    fn name_in(files: &MachineFiles) -> &str {
+    fn key_name(files: &MachineFiles) -> &str {
         &files.info.name
     }
 

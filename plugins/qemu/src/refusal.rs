@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use machinery::{Error, in_words};
+use machinery::{Error, format_bytes};
 
 use crate::snapshot::Format;
 
@@ -64,10 +64,12 @@ fn size(words: &str) -> Option<(String, String)> {
     let (theirs, ours) = (bytes(theirs)?, bytes(ours)?);
     // QEMU names a device's memory after the device's place on its bus.
     if block.contains('/') {
-        let why = format!("its device {block} has {} of memory, not {}", in_words(theirs), in_words(ours));
+        let why =
+            format!("its device {block} has {} of memory, not {}", format_bytes(theirs), format_bytes(ours));
         return Some((why, DEVICES.to_owned()));
     }
-    let why = format!("its guest has {} of RAM, and start_args give {}", in_words(theirs), in_words(ours));
+    let why =
+        format!("its guest has {} of RAM, and start_args give {}", format_bytes(theirs), format_bytes(ours));
     Some((why, format!("Write `-m {}M` in start_args, or {ANEW}", theirs >> 20)))
 }
 

@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Error, Member, Plan, Reloaded, Result, Setup, expect_unchanged};
+use machinery::{Deadline, Error, ReloadPlan, Reloadable, Reloaded, Result, Setup, expect_unchanged};
 
 use crate::Qemu;
 use crate::config::Config;
@@ -24,17 +24,19 @@ impl Qemu {
         self.expect_same(setup, &config)?;
         let make = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared));
         let plan = self.machines.plan(&setup.config, config.machines, in_use, make)?;
-        plan.gone.iter().try_for_each(|machine| machine.expect_off(deadline))?;
+        plan.removed.iter().try_for_each(|machine| machine.expect_off(deadline))?;
         if plan.machines().iter().any(|machine| machine.is_instant()) {
             self.shared.open_templates()?;
         }
         if let Err(error) = make_room(&plan, deadline) {
-            for machine in &plan.gone {
-                self.shared.host.wants_prepare(machine.name(), "a new configuration could not be taken over");
+            for machine in &plan.removed {
+                self.shared
+                    .host
+                    .preparation_invalidated(machine.name(), "a new configuration could not be taken over");
             }
             return Err(error);
         }
-        let reloaded = self.machines.follow(plan, deadline)?;
+        let reloaded = self.machines.commit(plan, deadline)?;
         self.shared.budget.set_limit(config.standby_memory);
         self.shared.see_to_templates(&self.machines.all(), config.template_space);
         Ok(reloaded)
@@ -62,11 +64,11 @@ impl Qemu {
 }
 
 /// Ends what stands by for machines that go, and what is left where new ones come.
-fn make_room(plan: &Plan<Machine>, deadline: Deadline) -> Result<()> {
-    plan.gone.iter().for_each(|machine| machine.hurry());
+fn make_room(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
+    plan.removed.iter().for_each(|machine| machine.hurry());
     let let_go =
         |machine: &Arc<Machine>| machine.unprepare(deadline).map_err(|error| error.machine(machine.name()));
-    plan.gone.iter().try_for_each(let_go)?;
-    plan.fresh.iter().for_each(|machine| machine.clear_leftovers());
+    plan.removed.iter().try_for_each(let_go)?;
+    plan.added.iter().for_each(|machine| machine.clear_leftovers());
     Ok(())
 }

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, ErrorKind, Host, Ready, Result, State};
+use machinery::{Deadline, Error, ErrorKind, Host, RestoreReadiness, Result, State};
 use qapi::qmp::{self, MigrationCapability};
 use serde_json::Value;
 
@@ -78,7 +78,7 @@ pub enum Purpose {
     /// To prepare a later one.
     Preparation,
     /// To be let go some time; how ready the machine is without it.
-    Standby(Ready),
+    Standby(RestoreReadiness),
 }
 
 /// What is loaded before the guest runs.
@@ -188,7 +188,7 @@ impl Run {
             && !self.stopping.load(Ordering::SeqCst)
         {
             self.host.ready(&self.machine, without);
-            self.host.wants_prepare(&self.machine, &reason);
+            self.host.preparation_invalidated(&self.machine, &reason);
         }
     }
 
@@ -197,7 +197,7 @@ impl Run {
     }
 
     /// It is loaded, and waits to be let go.
-    pub fn stand_by(&self, without: Ready) {
+    pub fn stand_by(&self, without: RestoreReadiness) {
         *self.purpose() = Purpose::Standby(without);
     }
 

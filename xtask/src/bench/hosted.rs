@@ -116,7 +116,7 @@ impl Session {
         let answer = self.prepared(machine)?;
         succeeded("prepare", &answer)?;
         let ready = &self.client.machine(machine)?["ready"];
-        if ready["how"] == self.mode.word() {
+        if ready["mode"] == self.mode.word() {
             return Ok(());
         }
         Err(format!("the machine {machine} is not ready as {}: {ready}", self.mode.word()).into())

@@ -7,7 +7,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use machinery::{Error, Level, Report, Result, in_words};
+use machinery::{Error, Level, Report, Result, format_bytes};
 use machinery_conformance::{Check, Unmet, meaning};
 use serde_json::{Value, json};
 
@@ -123,7 +123,7 @@ pub fn machines(answer: &Value, json: bool) {
         rows.push([
             text("name"),
             text("state"),
-            machine["ready"]["how"].as_str().unwrap_or("plain").to_owned(),
+            machine["ready"]["mode"].as_str().unwrap_or("plain").to_owned(),
             text("machinery_name"),
             text("ip"),
             platform,
@@ -141,13 +141,13 @@ pub fn machines(answer: &Value, json: bool) {
 fn costs(machines: &Value) -> Option<String> {
     let ready = || machines.as_array().into_iter().flatten().map(|machine| &machine["ready"]);
     let sum = |key: &str| ready().filter_map(|ready| ready[key].as_u64()).sum::<u64>();
-    let standing_by = ready().filter(|ready| ready["how"] == json!("standby")).count();
+    let standing_by = ready().filter(|ready| ready["mode"] == json!("standby")).count();
     let (memory, disk) = (sum("memory"), sum("disk"));
     (memory > 0 || disk > 0).then(|| {
         format!(
             "{standing_by} standing by, which holds {} of memory; {} of templates on disk",
-            in_words(memory),
-            in_words(disk)
+            format_bytes(memory),
+            format_bytes(disk)
         )
     })
 }
@@ -162,7 +162,7 @@ fn note(machine: &Value) -> String {
         let by = if *is == "disabled" { ":" } else { " by" };
         format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
     });
-    let why = machine["ready"]["why"].as_str().filter(|why| !why.is_empty());
+    let why = machine["ready"]["reason"].as_str().filter(|why| !why.is_empty());
     let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
     let warnings = machine["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
     let warnings = warnings.map(|warning| format!("warning: {}", first_line(warning)));

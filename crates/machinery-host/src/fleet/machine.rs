@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use machinery::{Error, GUEST_POWERED_OFF, MachineInfo, Ready, State};
+use machinery::{Error, GUEST_POWERED_OFF, MachineInfo, RestoreReadiness, State};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
@@ -56,7 +56,7 @@ pub struct Status {
     /// How often its plugin has reported a state.
     pub reports: u64,
     /// How ready it is for its next restore, if its plugin has told.
-    pub ready: Option<Ready>,
+    pub ready: Option<RestoreReadiness>,
     /// What the action under way, or the last one, consisted of, and how long it took.
     pub steps: Vec<(String, Duration)>,
     /// How often what was prepared has gone by itself since the last start.
@@ -237,7 +237,7 @@ impl Machine {
     }
 
     /// Notes how ready it is for its next restore.
-    pub fn set_ready(&self, ready: &Ready) {
+    pub fn set_ready(&self, ready: &RestoreReadiness) {
         let mut status = self.lock_status();
         if status.ready.as_ref() == Some(ready) {
             return;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{HostServices, LogLevel, LogRecord, Ready, State};
+use machinery::{HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
 use super::{Fleet, Machine};
 use crate::logging;
@@ -60,13 +60,13 @@ impl HostServices for Services {
         }
     }
 
-    fn ready(&self, machine: &str, ready: &Ready) {
+    fn ready(&self, machine: &str, ready: &RestoreReadiness) {
         if let Some(machine) = self.machine(machine) {
             machine.set_ready(ready);
         }
     }
 
-    fn wants_prepare(&self, machine: &str, reason: &str) {
+    fn preparation_invalidated(&self, machine: &str, reason: &str) {
         if let Some(machine) = self.machine(machine) {
             machine.relapsed(reason);
         }

@@ -13,7 +13,7 @@
 //!
 //! Every arrow between the two columns ends in a panic guard (`guard`): a panic becomes an
 //! [`Error`](crate::Error) and never unwinds across the border, where it would abort the process. And
-//! each text is looked at on arrival (`arrival`) before it is believed.
+//! each text is looked at on sanitize (`sanitize`) before it is believed.
 //!
 //! # What this cannot stand
 //!
@@ -24,11 +24,11 @@
 //! keeps its thread for as long as the process lives; one that does not come back from `dlopen` keeps the
 //! dynamic linker locked as well, and with it every thread of the host that starts.
 
-mod arrival;
 mod guard;
+mod json;
 mod logging;
 pub mod plugin;
-mod records;
+mod sanitize;
 mod services;
 
 use abi_stable::StableAbi;
@@ -38,10 +38,10 @@ use abi_stable::sabi_types::VersionStrings;
 use abi_stable::std_types::{RBox, RResult, RStr, RString};
 
 pub use abi_stable::library::LibHeader;
-pub(crate) use arrival::{LONGEST, LONGEST_TOLD_ONCE, cut, text};
 pub(crate) use guard::panic_text;
-pub(crate) use records::{Manifest, ManifestConflict};
-pub(crate) use records::{from_json, to_json};
+pub(crate) use json::{Manifest, ManifestConflict};
+pub(crate) use json::{from_json, to_json};
+pub(crate) use sanitize::{LONGEST, LONGEST_TOLD_ONCE, cut, text};
 pub(crate) use services::abi_services;
 
 /// The version of the interface, as plain data that can be read before any code of a plugin runs.
@@ -85,7 +85,7 @@ pub(crate) type ServicesObject = ServicesAbi_TO<'static, RBox<()>>;
 // `abi_stable`'s macros predate these lints.
 #[allow(non_local_definitions, non_camel_case_types, missing_docs, clippy::all, clippy::pedantic)]
 mod sabi {
-    use super::records::unsupported;
+    use super::json::unsupported;
     use super::{RStr, RString, Reply};
     use abi_stable::sabi_trait;
 
@@ -141,7 +141,7 @@ mod sabi {
         /// The last of interface 1.0. New methods are added at the end, each with a default that does
         /// nothing.
         #[sabi(last_prefix_field)]
-        fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>);
+        fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>);
     }
 }
 

@@ -11,9 +11,9 @@ use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RStr, RString};
 
-use super::arrival::text;
 use super::guard::{guarded, guarded_quiet};
-use super::records::{from_json, to_json};
+use super::json::{from_json, to_json};
+use super::sanitize::text;
 use super::services::host_of;
 use super::{
     MachineryAbi, MachineryAbi_TO, MachineryObject, Manifest, ManifestConflict, Module, ModuleRef, Reply,

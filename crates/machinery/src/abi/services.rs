@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use abi_stable::std_types::RStr;
 
-use super::arrival::{LONGEST, cut, cut_record, kept};
 use super::guard::guarded_quiet;
-use super::records::from_json;
+use super::json::from_json;
+use super::sanitize::{LONGEST, cut, cut_record, kept};
 use super::{ServicesAbi, ServicesObject};
-use crate::{Host, HostServices, LogLevel, LogRecord, Ready, State};
+use crate::{Host, HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
 /// In the host: what a plugin gets.
 pub(crate) fn abi_services(services: Arc<dyn HostServices>) -> ServicesObject {
@@ -64,15 +64,17 @@ impl ServicesAbi for ServicesOfHost {
     fn ready(&self, machine: RStr<'_>, ready: RStr<'_>) {
         guarded_quiet((), || {
             // One that a newer plugin knows makes no sense here; its machines are restored all the same.
-            let ready: Ready = from_json(ready.as_rslice().as_slice(), "readiness")
-                .unwrap_or_else(|error| Ready { why: error.to_string(), ..Ready::default() });
-            let ready = Ready { why: cut(ready.why, LONGEST), ..ready };
+            let ready: RestoreReadiness =
+                from_json(ready.as_rslice().as_slice(), "readiness").unwrap_or_else(|error| {
+                    RestoreReadiness { reason: error.to_string(), ..RestoreReadiness::default() }
+                });
+            let ready = RestoreReadiness { reason: cut(ready.reason, LONGEST), ..ready };
             self.0.ready(&kept(machine), &ready);
         });
     }
 
-    fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>) {
-        guarded_quiet((), || self.0.wants_prepare(&kept(machine), &kept(reason)));
+    fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>) {
+        guarded_quiet((), || self.0.preparation_invalidated(&kept(machine), &kept(reason)));
     }
 }
 
@@ -80,7 +82,7 @@ struct HostOfPlugin(ServicesObject);
 
 impl HostServices for HostOfPlugin {
     fn log(&self, record: LogRecord) {
-        if let Ok(json) = super::records::to_json(&record) {
+        if let Ok(json) = super::json::to_json(&record) {
             self.0.log(json.as_rstr());
         }
     }
@@ -97,14 +99,14 @@ impl HostServices for HostOfPlugin {
         self.0.step(machine.into(), step.into(), took.as_secs_f64() * 1000.0);
     }
 
-    fn ready(&self, machine: &str, ready: &Ready) {
-        if let Ok(json) = super::records::to_json(ready) {
+    fn ready(&self, machine: &str, ready: &RestoreReadiness) {
+        if let Ok(json) = super::json::to_json(ready) {
             self.0.ready(machine.into(), json.as_rstr());
         }
     }
 
-    fn wants_prepare(&self, machine: &str, reason: &str) {
-        self.0.wants_prepare(machine.into(), reason.into());
+    fn preparation_invalidated(&self, machine: &str, reason: &str) {
+        self.0.preparation_invalidated(machine.into(), reason.into());
     }
 
     fn max_level(&self) -> LogLevel {

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, Member, Readiness, Ready, Result};
+use machinery::{Deadline, Error, Readiness, Reloadable, RestoreReadiness, Result};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
@@ -108,8 +108,12 @@ impl Machine {
             }
             self.make_image(connect, &domain, &snapshot, given_up)?;
         }
-        let ready =
-            Ready { how: Readiness::Instant, why: why.to_owned(), memory: 0, disk: self.keys.image.size() };
+        let ready = RestoreReadiness {
+            mode: Readiness::Instant,
+            reason: why.to_owned(),
+            memory: 0,
+            disk: self.keys.image.size(),
+        };
         self.host.ready(&self.keys.info.name, &ready);
         Ok(())
     }

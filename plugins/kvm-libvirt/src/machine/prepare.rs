@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Member, Ready, Result, Share, Standby, State};
+use machinery::{Deadline, Error, Reloadable, RestoreReadiness, Result, Share, Standby, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
@@ -121,9 +121,11 @@ impl Machine {
         if let Some(doubt) = doubt {
             self.replace(&doubt);
         } else if lost && !prepared {
-            self.host.wants_prepare(&self.keys.info.name, "libvirtd has ended while it was prepared");
+            self.host
+                .preparation_invalidated(&self.keys.info.name, "libvirtd has ended while it was prepared");
         } else if reset && !prepared {
-            self.host.wants_prepare(&self.keys.info.name, "somebody has reset it while it was prepared");
+            self.host
+                .preparation_invalidated(&self.keys.info.name, "somebody has reset it while it was prepared");
         }
     }
 
@@ -500,7 +502,7 @@ impl Machine {
         }
         drop(letting_go);
         match self.told_state(Deadline::after(CLEARING)) {
-            Ok((State::Poweroff, _)) => self.host.wants_prepare(&self.keys.info.name, why),
+            Ok((State::Poweroff, _)) => self.host.preparation_invalidated(&self.keys.info.name, why),
             // Somebody has started it again, of which nobody was told.
             Ok((state, reason)) => self.tell_state(state, &reason),
             Err(error) => tracing::warn!(machine = self.keys.info.name, %error, "what stood by is gone"),
@@ -528,7 +530,7 @@ impl Machine {
         if stands_by {
             self.replace("libvirtd has ended meanwhile");
         } else if waits || idle && self.why_not().is_none() {
-            self.host.wants_prepare(&self.keys.info.name, "libvirt was away");
+            self.host.preparation_invalidated(&self.keys.info.name, "libvirt was away");
         }
     }
 
@@ -556,7 +558,7 @@ impl Machine {
     }
 
     pub(super) fn tell_plain(&self, why: &str) {
-        let ready = Ready { why: why.to_owned(), ..Ready::default() };
+        let ready = RestoreReadiness { reason: why.to_owned(), ..RestoreReadiness::default() };
         self.host.ready(&self.keys.info.name, &ready);
     }
 }

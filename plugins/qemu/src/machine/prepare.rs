@@ -12,7 +12,7 @@
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
-use machinery::{Deadline, Error, Member, Readiness, Ready, Result, Share, Standby as Wanted};
+use machinery::{Deadline, Error, Readiness, Reloadable, RestoreReadiness, Result, Share, Standby as Wanted};
 
 use super::{INSTANT, Machine};
 use crate::launch::Memory;
@@ -56,7 +56,7 @@ impl From<String> for NoTemplate {
 /// How a preparation has gone.
 struct Prepared {
     standby: Option<Box<Standby>>,
-    ready: Ready,
+    ready: RestoreReadiness,
 }
 
 impl Machine {
@@ -131,7 +131,7 @@ impl Machine {
     }
 
     fn no_standby(&self, why: String) -> Prepared {
-        self.set_without_standby(|ready| ready.why = why);
+        self.set_without_standby(|ready| ready.reason = why);
         Prepared { standby: None, ready: self.without_standby() }
     }
 
@@ -155,7 +155,7 @@ impl Machine {
             }
         })?;
         if let Some(bytes) = run.memory() {
-            share.measured(bytes);
+            share.set_actual(bytes);
         }
         run.stand_by(self.without_standby());
         if run.has_ended() {
@@ -184,8 +184,12 @@ impl Machine {
         };
         self.set_without_standby(|ready| {
             *ready = match &template {
-                Ok(template) => Ready { how: Readiness::Instant, disk: template.disk, ..Ready::default() },
-                Err(none) => Ready { why: none.why.clone(), ..Ready::default() },
+                Ok(template) => RestoreReadiness {
+                    mode: Readiness::Instant,
+                    disk: template.disk,
+                    ..RestoreReadiness::default()
+                },
+                Err(none) => RestoreReadiness { reason: none.why.clone(), ..RestoreReadiness::default() },
             }
         });
         match template {
@@ -287,7 +291,9 @@ impl Machine {
 
     /// Drops the machine's template.
     pub fn drop_template(&self, why: &str) {
-        self.set_without_standby(|ready| *ready = Ready { why: why.to_owned(), ..Ready::default() });
+        self.set_without_standby(|ready| {
+            *ready = RestoreReadiness { reason: why.to_owned(), ..RestoreReadiness::default() }
+        });
         let dropped = self.templates().map_or(Ok(()), |all| all.remove(&self.files().info.name));
         if let Err(error) = dropped {
             tracing::warn!(machine = self.files().info.name, %error, "a template of no use stays behind");
@@ -297,7 +303,7 @@ impl Machine {
 
     /// Reports to the host why there is no standby any more.
     pub fn tell_why_plain(&self, why: String) {
-        self.set_without_standby(|ready| ready.why = why);
+        self.set_without_standby(|ready| ready.reason = why);
         self.tell_ready();
     }
 
@@ -306,17 +312,17 @@ impl Machine {
         self.shared.host.ready(&self.files().info.name, &self.without_standby());
     }
 
-    fn without_standby(&self) -> Ready {
+    fn without_standby(&self) -> RestoreReadiness {
         self.without_standby.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set_without_standby(&self, change: impl FnOnce(&mut Ready)) {
+    fn set_without_standby(&self, change: impl FnOnce(&mut RestoreReadiness)) {
         change(&mut self.without_standby.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn ready_with(&self, standby: &Standby) -> Ready {
+    fn ready_with(&self, standby: &Standby) -> RestoreReadiness {
         let disk = self.without_standby().disk;
-        Ready { how: Readiness::Standby, why: String::new(), memory: standby.memory(), disk }
+        RestoreReadiness { mode: Readiness::Standby, reason: String::new(), memory: standby.memory(), disk }
     }
 }
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result, in_words};
+use machinery::{Deadline, Error, Result, format_bytes};
 use qapi::qmp;
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
@@ -136,8 +136,8 @@ fn lacks_memory(needed: u64) -> Option<String> {
     (needed.saturating_add(MEMORY_LEFT) > available).then(|| {
         format!(
             "building its template takes {} of memory, and only {} are available",
-            in_words(needed),
-            in_words(available)
+            format_bytes(needed),
+            format_bytes(available)
         )
     })
 }

@@ -37,7 +37,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use machinery::{Error, Result, in_words};
+use machinery::{Error, Result, format_bytes};
 use rustix::fs::{FlockOperation, flock, statvfs};
 use serde::{Deserialize, Serialize};
 
@@ -225,9 +225,9 @@ impl Templates {
         {
             return Some(format!(
                 "its template would take up to {}, and {} of the {} for templates are taken (template_space)",
-                in_words(needed),
-                in_words(taken),
-                in_words(space)
+                format_bytes(needed),
+                format_bytes(taken),
+                format_bytes(space)
             ));
         }
         let (free, reserve) = (self.free().saturating_sub(reserved), self.reserve());
@@ -235,10 +235,10 @@ impl Templates {
             format!(
                 "its template would take up to {}, and only {} are free in {}, of which {} are to stay free. Free some, \
                  or set template_dir and template_space",
-                in_words(needed),
-                in_words(free),
+                format_bytes(needed),
+                format_bytes(free),
                 self.dir.display(),
-                in_words(reserve)
+                format_bytes(reserve)
             )
         })
     }

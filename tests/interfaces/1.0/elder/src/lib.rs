@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use machinery::config::{Configured, Machines};
 use machinery::{
-    Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Readiness, Ready, Report,
-    Result, Setup, State,
+    Capabilities, Deadline, DumpFormat, Error, Host, MachineInfo, Machinery, Readiness, Report,
+    RestoreReadiness, Result, Setup, State,
 };
 use serde::Deserialize;
 
@@ -131,7 +131,11 @@ impl Machinery for Elder {
         if *found.state() != State::Poweroff {
             return Err(Error::unexpected_state("it is on").machine(machine));
         }
-        let how = Ready { how: Readiness::Instant, why: "as ready as ever".to_owned(), ..Ready::default() };
+        let how = RestoreReadiness {
+            mode: Readiness::Instant,
+            reason: "as ready as ever".to_owned(),
+            ..RestoreReadiness::default()
+        };
         self.host.ready(machine, &how);
         Ok(())
     }
@@ -168,7 +172,7 @@ impl Elder {
         deadline.check("time to end")?;
         *state = State::Poweroff;
         self.host.state_changed(name, State::Poweroff, "went to bed");
-        self.host.wants_prepare(name, "what was prepared is used up");
+        self.host.preparation_invalidated(name, "what was prepared is used up");
         Ok(())
     }
 }

@@ -54,7 +54,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
-//! | `ready` | how ready a machine is for its next restore, and what that may cost: [`Ready`], [`Budget`] |
+//! | `ready` | how ready a machine is for its next restore, and what that may cost: [`RestoreReadiness`], [`Budget`] |
 //! | `socket` | sockets under paths of any length |
 //! | `services` | the way back, from the plugin to the host: [`Host`] |
 //! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
@@ -80,7 +80,7 @@ mod state;
 pub use deadline::Deadline;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
-pub use ready::{Budget, Readiness, Ready, Share, Standby, in_words, size};
+pub use ready::{Budget, Readiness, RestoreReadiness, Share, Standby, format_bytes, parse_bytes};
 pub use report::{Finding, Level, Report};
 pub use services::{Host, HostServices, LogLevel, LogRecord};
 pub use socket::SocketPath;

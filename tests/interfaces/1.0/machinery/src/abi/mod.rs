@@ -111,7 +111,7 @@ mod sabi {
         fn ready(&self, machine: RStr<'_>, ready: RStr<'_>);
         /// New methods are added behind this one, each with a default that does nothing.
         #[sabi(last_prefix_field)]
-        fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>);
+        fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>);
     }
 }
 

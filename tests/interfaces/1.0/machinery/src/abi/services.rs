@@ -8,7 +8,7 @@ use abi_stable::std_types::RStr;
 use super::guard::guarded_quiet;
 use super::records::from_json;
 use super::{ServicesAbi, ServicesObject};
-use crate::{Host, HostServices, LogLevel, LogRecord, Ready, State};
+use crate::{Host, HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
 /// In the host: what a plugin gets.
 pub(crate) fn abi_services(services: Arc<dyn HostServices>) -> ServicesObject {
@@ -58,12 +58,15 @@ impl ServicesAbi for ServicesOfHost {
         guarded_quiet((), || match from_json(&ready, "readiness") {
             Ok(ready) => self.0.ready(&machine, &ready),
             // One that a newer plugin knows; its machines are restored all the same.
-            Err(error) => self.0.ready(&machine, &Ready { why: error.to_string(), ..Ready::default() }),
+            Err(error) => self.0.ready(
+                &machine,
+                &RestoreReadiness { reason: error.to_string(), ..RestoreReadiness::default() },
+            ),
         });
     }
 
-    fn wants_prepare(&self, machine: RStr<'_>, reason: RStr<'_>) {
-        guarded_quiet((), || self.0.wants_prepare(&machine, &reason));
+    fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>) {
+        guarded_quiet((), || self.0.preparation_invalidated(&machine, &reason));
     }
 }
 
@@ -88,14 +91,14 @@ impl HostServices for HostOfPlugin {
         self.0.step(machine.into(), step.into(), took.as_secs_f64() * 1000.0);
     }
 
-    fn ready(&self, machine: &str, ready: &Ready) {
+    fn ready(&self, machine: &str, ready: &RestoreReadiness) {
         if let Ok(json) = super::records::to_json(ready) {
             self.0.ready(machine.into(), json.as_rstr());
         }
     }
 
-    fn wants_prepare(&self, machine: &str, reason: &str) {
-        self.0.wants_prepare(machine.into(), reason.into());
+    fn preparation_invalidated(&self, machine: &str, reason: &str) {
+        self.0.preparation_invalidated(machine.into(), reason.into());
     }
 
     fn max_level(&self) -> LogLevel {

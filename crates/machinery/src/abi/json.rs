@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Reply;
-use super::arrival::start_of;
+use super::sanitize::start_of;
 use crate::{Error, Result};
 
 /// What a plugin says about itself before it is given a configuration.
