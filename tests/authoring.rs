@@ -79,14 +79,14 @@ fn is_driven(plugin: &Path, yaml: &str) {
 }
 
 #[test]
-fn a_new_plugin_builds_keeps_every_promise_and_is_driven_by_the_host() {
+fn a_new_plugin_builds_keeps_every_requirement_and_is_driven_by_the_host() {
     let dir = tempfile::tempdir().unwrap();
     let (folder, library) = new_plugin(dir.path());
     // The versions that are there.
     fs::copy(Path::new(REPOSITORY).join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
     let tested = cargo(&folder, &["test"]);
-    for promise in conformance::names() {
-        assert!(tested.contains(&format!("promises::{promise} ... ok")), "{promise}: {tested}");
+    for requirement in conformance::names() {
+        assert!(tested.contains(&format!("requirements::{requirement} ... ok")), "{requirement}: {tested}");
     }
     assert!(!tested.contains("warning"), "{tested}");
 
@@ -149,10 +149,13 @@ fn unindented(text: &str) -> String {
 }
 
 #[test]
-fn the_guide_tells_of_every_promise() {
-    let (_, table) = GUIDE.split_once("## Every promise").unwrap();
+fn the_guide_tells_of_every_requirement() {
+    let (_, table) = GUIDE.split_once("## Every requirement").unwrap();
     let (table, _) = table.split_once("\n## ").unwrap();
-    for promise in conformance::names() {
-        assert!(table.contains(&format!("`{promise}`")), "the table of promises has no `{promise}`");
+    for requirement in conformance::names() {
+        assert!(
+            table.contains(&format!("`{requirement}`")),
+            "the table of requirements has no `{requirement}`"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! `cuckoo-machinery conformance`: a built plugin is put to the promises without its source, whatever it
+//! `cuckoo-machinery conformance`: a built plugin is put to the requirements without its source, whatever it
 //! does to the process.
 
 // Clippy's own exemption for tests leaves out their helpers.
@@ -51,33 +51,33 @@ fn a_good_plugin_keeps_all_that_can_be_tried() {
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let said: Vec<&str> = ran.stdout.lines().collect();
     for (line, name) in said.iter().zip(conformance::names()) {
-        assert!(line.split([' ', ':']).any(|word| word == name) && !line.starts_with("BROKEN"), "{line}");
+        assert!(line.split([' ', ':']).any(|word| word == name) && !line.starts_with("FAIL"), "{line}");
     }
     // Without its source nobody knows where a run began, how to spoil a start, or how to end a machine.
     let count = conformance::names().len();
-    assert_eq!(*said.last().unwrap(), format!("{} kept, 0 broken, 3 not tried", count - 3), "{ran:?}");
+    assert_eq!(*said.last().unwrap(), format!("{} passed, 0 failed, 3 skipped", count - 3), "{ran:?}");
 }
 
 #[test]
 fn what_is_broken_is_named() {
     let ran = run("breaks: screenshot", &[]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
-    let broken: Vec<&str> = ran.stdout.lines().filter(|line| line.starts_with("BROKEN")).collect();
+    let broken: Vec<&str> = ran.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
     assert_eq!(broken.len(), 1, "{ran:?}");
-    assert!(broken[0].starts_with("BROKEN     screenshot: "), "{broken:?}");
-    let ran = run("breaks: screenshot", &["--without", "screenshot"]);
+    assert!(broken[0].starts_with("FAIL  screenshot: "), "{broken:?}");
+    let ran = run("breaks: screenshot", &["--skip", "screenshot"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    assert!(ran.stdout.contains("not tried  screenshot: left out"), "{ran:?}");
+    assert!(ran.stdout.contains("skip  screenshot: left out"), "{ran:?}");
     let only = ["--only", "restore_start", "--only", "identity", "--machine", "two", "--json"];
     let ran = run("breaks: restore_start", &only);
     let told: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!((ran.code, &told["success"]), (Some(1), &json!(false)));
     let of = |name: &str| {
-        let promises = told["promises"].as_array().unwrap();
-        promises.iter().find(|promise| promise["name"] == name).cloned().unwrap_or_default()
+        let requirements = told["requirements"].as_array().unwrap();
+        requirements.iter().find(|requirement| requirement["name"] == name).cloned().unwrap_or_default()
     };
-    assert_eq!(of("identity"), json!({"name": "identity", "result": "kept", "why": ""}));
-    assert_eq!(of("restore_start")["result"], "broken");
+    assert_eq!(of("identity"), json!({"name": "identity", "result": "pass", "why": ""}));
+    assert_eq!(of("restore_start")["result"], "fail");
     assert!(of("restore_start")["why"].as_str().unwrap().contains("two"), "{told}");
 }
 
@@ -89,10 +89,10 @@ fn a_plugin_that_ends_the_process_is_found_and_the_rest_is_tried_all_the_same() 
         let ran = run(&format!("dies_by: {how}"), &only);
         assert_eq!(ran.code, Some(1), "{ran:?}");
         for line in [
-            "kept       identity",
-            &format!("BROKEN     restore_start: the process ended in it, with {words}"),
-            &format!("BROKEN     check: the process ended in it, with {words}"),
-            "kept       off_after_load",
+            "pass  identity",
+            &format!("FAIL  restore_start: the process ended in it, with {words}"),
+            &format!("FAIL  check: the process ended in it, with {words}"),
+            "pass  off_after_load",
         ] {
             assert!(ran.stdout.lines().any(|said| said == line), "{line:?} is not in {ran:?}");
         }
@@ -106,7 +106,7 @@ fn what_cannot_be_tried_is_told_once() {
     fs::write(&text, "text").unwrap();
     let ran = run_with(folder.path(), &text, &[]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
-    assert_eq!(ran.stdout.matches("BROKEN").count(), 1, "{ran:?}");
+    assert_eq!(ran.stdout.matches("FAIL").count(), 1, "{ran:?}");
     assert!(ran.stdout.contains("shared library"), "{ran:?}");
     fs::set_permissions(&text, fs::Permissions::from_mode(0o666)).unwrap();
     let ran = run_with(folder.path(), &text, &[]);
@@ -121,9 +121,9 @@ fn a_wrong_command_line_is_told_and_nothing_is_tried() {
     let plugin = artifacts::plugin("broken").unwrap();
     for (file, arguments, words) in [
         (Path::new("none.so"), vec![], "there is no file none.so"),
-        (&plugin, vec!["--only", "no_such"], "there is no promise 'no_such'"),
-        (&plugin, vec!["--without", "no_such"], "conformance --list"),
-        (&plugin, vec!["--patience", "soon"], "--patience"),
+        (&plugin, vec!["--only", "no_such"], "there is no requirement 'no_such'"),
+        (&plugin, vec!["--skip", "no_such"], "conformance --list"),
+        (&plugin, vec!["--timeout", "soon"], "--timeout"),
     ] {
         let ran = run_with(folder.path(), file, &arguments);
         assert_eq!(ran.code, Some(2), "{ran:?}");

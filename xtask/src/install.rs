@@ -49,7 +49,7 @@ impl Plugin {
     fn package(self) -> &'static str {
         match self {
             Plugin::Qemu => "machinery-qemu",
-            Plugin::Kvm => "kvm-libvirt",
+            Plugin::Kvm => "machinery-kvm",
             Plugin::Example => "machinery-example",
         }
     }

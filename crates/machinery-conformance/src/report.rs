@@ -1,26 +1,26 @@
-//! What came of it: every promise by name, and what was seen instead where it was not kept.
+//! What came of it: every requirement by name, and what was seen instead where it was not kept.
 
 use std::fmt;
 
-/// What a promise comes to.
-pub(super) type Result<T = (), E = Unmet> = std::result::Result<T, E>;
+/// What a requirement comes to.
+pub(super) type Result<T = (), E = CheckFailure> = std::result::Result<T, E>;
 
-/// A promise that was not kept, or not seen to be kept.
+/// A requirement that was not kept, or not seen to be kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Unmet {
+pub enum CheckFailure {
     /// It was broken: how.
     Failed(String),
     /// It was not tried: why not.
-    NotTried(String),
+    Skipped(String),
 }
 
-/// One promise, by name. Shown, it is a line.
+/// One requirement, by name. Shown, it is a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
     /// Its name.
     pub name: String,
     /// Whether it was kept.
-    pub result: std::result::Result<(), Unmet>,
+    pub result: std::result::Result<(), CheckFailure>,
 }
 
 impl Check {
@@ -29,11 +29,11 @@ impl Check {
     }
 
     fn failed(&self) -> bool {
-        matches!(self.result, Err(Unmet::Failed(_)))
+        matches!(self.result, Err(CheckFailure::Failed(_)))
     }
 }
 
-/// All promises that were asked for. Shown, it is a line for each.
+/// All requirements that were asked for. Shown, it is a line for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     checks: Vec<Check>,
@@ -45,13 +45,13 @@ impl Report {
         Report { checks }
     }
 
-    /// The promises, in the order in which they were tried.
+    /// The requirements, in the order in which they were tried.
     pub fn checks(&self) -> &[Check] {
         &self.checks
     }
 
     /// Whether none was broken. One that was not tried does not count against the plugin.
-    pub fn all_kept(&self) -> bool {
+    pub fn passed(&self) -> bool {
         !self.checks.iter().any(Check::failed)
     }
 
@@ -61,8 +61,8 @@ impl Report {
     }
 
     /// The names of those that were not tried.
-    pub fn not_tried(&self) -> Vec<&str> {
-        self.named(|check| matches!(check.result, Err(Unmet::NotTried(_))))
+    pub fn skipped(&self) -> Vec<&str> {
+        self.named(|check| matches!(check.result, Err(CheckFailure::Skipped(_))))
     }
 
     fn named(&self, which: impl Fn(&Check) -> bool) -> Vec<&str> {
@@ -79,9 +79,9 @@ impl fmt::Display for Report {
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.result {
-            Ok(()) => write!(f, "kept       {}", self.name),
-            Err(Unmet::Failed(how)) => write!(f, "BROKEN     {}: {how}", self.name),
-            Err(Unmet::NotTried(why)) => write!(f, "not tried  {}: {why}", self.name),
+            Ok(()) => write!(f, "pass  {}", self.name),
+            Err(CheckFailure::Failed(how)) => write!(f, "FAIL  {}: {how}", self.name),
+            Err(CheckFailure::Skipped(why)) => write!(f, "skip  {}: {why}", self.name),
         }
     }
 }
@@ -90,7 +90,7 @@ impl fmt::Display for Check {
 macro_rules! demand {
     ($condition:expr, $($what:tt)+) => {
         if !$condition {
-            return Err($crate::Unmet::Failed(format!($($what)+)));
+            return Err($crate::CheckFailure::Failed(format!($($what)+)));
         }
     };
 }

@@ -1,7 +1,7 @@
-//! A machinery, loaded for one promise, and what can be asked and demanded of it.
+//! A machinery, loaded for one requirement, and what can be asked and demanded of it.
 //!
 //! Two kinds of methods: those that *demand* (`does`, `refuses`, `is`, `nothing_is_left`) are the
-//! sentences that promises are written in; those that *ask* (`attempt`, `ask`) hand back the
+//! sentences that requirements are written in; those that *ask* (`attempt`, `ask`) hand back the
 //! plugin's own answer.
 
 use std::path::{Path, PathBuf};
@@ -14,9 +14,9 @@ use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, Setup, State
 
 use super::Suite;
 use super::call::{Call, Silent, bounded};
-use super::ears::Heard;
-use super::report::{Result, Unmet, demand};
-use super::subject::{Answer, Counts, OfMachine, Subject};
+use super::recorder::Heard;
+use super::report::{CheckFailure, Result, demand};
+use super::spec::{Answer, BackendSpec, Counts, OfMachine};
 
 /// How late a call may come back after its deadline. Much more than any plugin needs, so that a
 /// busy machine is not taken for a bad plugin; much less than for ever.
@@ -38,7 +38,7 @@ pub struct Session<'a> {
 impl<'a> Session<'a> {
     pub fn load(suite: &'a Suite<'a>) -> Result<Self> {
         let folder = tempfile::tempdir().map_err(|error| failed("making a folder to work in", &error))?;
-        let mark = suite.ears.mark();
+        let mark = suite.recorder.mark();
         let instance = suite.load_with(suite.setup)?.map_err(|error| failed("load", &error))?;
         let (instance, ended) = (Arc::new(instance), AtomicBool::new(false));
         Ok(Session { suite, instance, listed: Vec::new(), machines: Vec::new(), mark, folder, ended })
@@ -48,7 +48,7 @@ impl<'a> Session<'a> {
     pub fn meet(&mut self) -> Result {
         let infos = self.answer("machines", |instance, _| instance.machines())?;
         self.listed = infos.into_iter().map(|info| info.name).collect();
-        let chosen = &self.subject().machines;
+        let chosen = &self.spec().machines;
         self.machines = if chosen.is_empty() { self.listed.clone() } else { chosen.clone() };
         demand!(!self.machines.is_empty(), "the configuration has no machine to try anything with");
         Ok(())
@@ -58,8 +58,8 @@ impl<'a> Session<'a> {
         self.suite
     }
 
-    pub fn subject(&self) -> &'a Subject {
-        self.suite.subject
+    pub fn spec(&self) -> &'a BackendSpec {
+        self.suite.spec
     }
 
     /// The machine to try things with where one is enough.
@@ -76,8 +76,8 @@ impl<'a> Session<'a> {
         self.folder.path().join(name)
     }
 
-    pub fn patience(&self) -> Duration {
-        self.subject().patience
+    pub fn timeout(&self) -> Duration {
+        self.spec().timeout
     }
 
     pub fn capabilities(&self) -> Result<Capabilities> {
@@ -96,7 +96,7 @@ impl<'a> Session<'a> {
         let (suite, instance) = (self.suite, self.instance);
         ended.and(suite.ask("dropping the machinery", GRACE, move || drop(instance)))?;
         suite.nothing_is_left("after shutdown")?;
-        suite.told_sense(self.mark, &self.listed)
+        suite.events_are_valid(self.mark, &self.listed)
     }
 
     /// Stops all machines and shuts the machinery down, as a host does before it ends.
@@ -113,7 +113,7 @@ impl<'a> Session<'a> {
 
     /// Stops a machine of which it is not known whether it runs.
     pub fn settle(&self, machine: &str) -> Result {
-        match self.attempt(&Call::Stop, machine, self.patience())? {
+        match self.attempt(&Call::Stop, machine, self.timeout())? {
             Err(error) if error.kind() != ErrorKind::StateReached => Err(failed("stop", &error)),
             _ => self.is(machine, State::Poweroff),
         }
@@ -148,12 +148,12 @@ impl<'a> Session<'a> {
         what: &str,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.ask(what, self.patience(), call)?.map_err(|error| failed(what, &error))
+        self.ask(what, self.timeout(), call)?.map_err(|error| failed(what, &error))
     }
 
     /// Demands that the call succeeds.
     pub fn does(&self, call: &Call, machine: &str) -> Result {
-        let answer = self.attempt(call, machine, self.patience())?;
+        let answer = self.attempt(call, machine, self.timeout())?;
         answer.map_err(|error| failed(&format!("{} of {machine}", call.name()), &error))
     }
 
@@ -171,10 +171,10 @@ impl<'a> Session<'a> {
     /// Demands that the call fails with something to say, and hands that on.
     pub fn fails(&self, call: &Call, machine: &str) -> Result<Error> {
         let name = call.name();
-        match self.attempt(call, machine, self.patience())? {
-            Ok(()) => {
-                Err(Unmet::Failed(format!("{name} of {machine} says it succeeded, and it cannot have")))
-            }
+        match self.attempt(call, machine, self.timeout())? {
+            Ok(()) => Err(CheckFailure::Failed(format!(
+                "{name} of {machine} says it succeeded, and it cannot have"
+            ))),
             Err(error) => {
                 demand!(!error.reason().trim().is_empty(), "{name} of {machine} failed with nothing to say");
                 Ok(error)
@@ -188,7 +188,7 @@ impl<'a> Session<'a> {
         setup.config.text = text.to_owned();
         let in_use: Vec<String> = in_use.iter().map(|&name| name.to_owned()).collect();
         let reload = move |instance: &Instance, deadline| instance.reload(&setup, &in_use, deadline);
-        self.ask("reload", self.patience(), reload)
+        self.ask("reload", self.timeout(), reload)
     }
 
     /// The machines there are now, by name.
@@ -209,7 +209,7 @@ impl<'a> Session<'a> {
     pub fn restore(&self, machine: &str) -> Result {
         self.does(&Call::RestoreStart, machine)?;
         self.is(machine, State::Running)?;
-        if let Some(Counts { restored, look }) = &self.subject().counts {
+        if let Some(Counts { restored, look }) = &self.spec().counts {
             let count = self.count(machine, look)?;
             demand!(restored.contains(&count), "{machine} was restored and counts {count}, not {restored:?}");
         }
@@ -224,7 +224,7 @@ impl<'a> Session<'a> {
 
     /// Demands that the running machine does not run from its snapshot, if that can be seen.
     pub fn is_cold(&self, machine: &str) -> Result {
-        if let Some(Counts { restored, look }) = &self.subject().counts {
+        if let Some(Counts { restored, look }) = &self.spec().counts {
             let count = self.count(machine, look)?;
             demand!(
                 !restored.contains(&count),
@@ -241,7 +241,7 @@ impl<'a> Session<'a> {
     /// Demands that the machine runs, and does not only say so.
     pub fn lives(&self, machine: &str) -> Result {
         self.is(machine, State::Running)?;
-        match &self.subject().alive {
+        match &self.spec().alive {
             Some(alive) => self.probe("waiting for a sign of life", machine, alive),
             None => Ok(()),
         }
@@ -271,23 +271,23 @@ impl<'a> Session<'a> {
 
     /// Waits for something to be heard in this session, or that has been.
     pub fn wait_to_hear<T>(&self, find: impl Fn(&Heard) -> Option<T>) -> Option<T> {
-        self.suite.ears.wait(self.mark, self.patience(), find)
+        self.suite.recorder.wait(self.mark, self.timeout(), find)
     }
 
     /// Demands that all that was ever told makes sense.
-    pub fn told_sense(&self) -> Result {
-        self.suite.told_sense(0, &self.listed)
+    pub fn events_are_valid(&self) -> Result {
+        self.suite.events_are_valid(0, &self.listed)
     }
 
     /// What has been heard in this session so far.
     pub fn heard(&self) -> Vec<Heard> {
-        self.suite.ears.since(self.mark)
+        self.suite.recorder.since(self.mark)
     }
 
     fn probe<T: Send + 'static>(&self, what: &str, machine: &str, look: &OfMachine<T>) -> Result<T> {
         let what = format!("{what} of {machine}");
         let (instance, name, look) = (Arc::clone(&self.instance), machine.to_owned(), Arc::clone(look));
-        let seen = self.suite.ask(&what, self.patience() + GRACE, move || look(&instance, &name))?;
+        let seen = self.suite.ask(&what, self.timeout() + GRACE, move || look(&instance, &name))?;
         seen.map_err(|error| failed(&what, error.as_ref()))
     }
 }
@@ -295,8 +295,8 @@ impl<'a> Session<'a> {
 impl Suite<'_> {
     /// What the plugin says to being loaded.
     pub(super) fn load_with(&self, setup: &Setup) -> Result<machinery::Result<Instance>> {
-        let (plugin, setup, ears) = (self.plugin.clone(), setup.clone(), Arc::clone(&self.ears));
-        self.ask("load", self.subject.patience + GRACE, move || plugin.load(&setup, ears))
+        let (plugin, setup, recorder) = (self.plugin.clone(), setup.clone(), Arc::clone(&self.recorder));
+        self.ask("load", self.spec.timeout + GRACE, move || plugin.load(&setup, recorder))
     }
 
     /// Does the work with a bound on it; work that goes beyond it is the end of the suite.
@@ -307,24 +307,24 @@ impl Suite<'_> {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T> {
         bounded(limit, work).map_err(|silent| match silent {
-            Silent::Panicked => Unmet::Failed(format!("{what}: the test's own code panicked")),
+            Silent::Panicked => CheckFailure::Failed(format!("{what}: the test's own code panicked")),
             Silent::Hangs => {
                 let _ = self.hung.set(what.to_owned());
-                Unmet::Failed(format!("{what} has not returned after {limit:?}"))
+                CheckFailure::Failed(format!("{what} has not returned after {limit:?}"))
             }
         })
     }
 
     pub(super) fn nothing_is_left(&self, when: &str) -> Result {
-        let leftovers = (self.subject.leftovers)();
+        let leftovers = (self.spec.leftovers)();
         let leftovers = leftovers.map_err(|error| failed("looking for leftovers", error.as_ref()))?;
         demand!(leftovers.is_empty(), "{when} there is left: {}", leftovers.join(", "));
         Ok(())
     }
 
     /// Demands that what was told since the mark is about these machines, and no nonsense.
-    fn told_sense(&self, mark: usize, machines: &[String]) -> Result {
-        for heard in self.ears.since(mark) {
+    fn events_are_valid(&self, mark: usize, machines: &[String]) -> Result {
+        for heard in self.recorder.since(mark) {
             let known = machines.iter().any(|name| name == heard.machine());
             demand!(known, "this was told, and no machine has this name: {heard:?}");
             if let Heard::Progress { fraction, .. } = heard {
@@ -340,6 +340,6 @@ fn is_nonsense(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
 }
 
-pub fn failed(what: &str, error: &(impl std::fmt::Display + ?Sized)) -> Unmet {
-    Unmet::Failed(format!("{what}: {error}"))
+pub fn failed(what: &str, error: &(impl std::fmt::Display + ?Sized)) -> CheckFailure {
+    CheckFailure::Failed(format!("{what}: {error}"))
 }

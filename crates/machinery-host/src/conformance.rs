@@ -1,10 +1,10 @@
-//! `conformance`: puts a built plugin to every promise of the interface, without its source.
+//! `conformance`: puts a built plugin to every requirement of the interface, without its source.
 //!
-//! What is broken may end the process or never come back. So each promise is tried by a child, which is this
-//! same program and has that one promise to try; where it does not tell what came of it, its end does.
+//! What is broken may end the process or never come back. So each requirement is tried by a child, which is this
+//! same program and has that one requirement to try; where it does not tell what came of it, its end does.
 //!
 //! ```text
-//! conformance FILE ─▶ for each promise: conformance FILE --only PROMISE --outcome FILE ─▶ its outcome
+//! conformance FILE ─▶ for each requirement: conformance FILE --only PROMISE --outcome FILE ─▶ its outcome
 //!                                            └─▶ ended before it told one ─▶ broken, and how it ended
 //! ```
 //!
@@ -20,7 +20,7 @@ use std::time::Duration;
 use clap::Args;
 use machinery::config::ConfigFile;
 use machinery::{Error, Result};
-use machinery_conformance::{Check, Report, Subject, Unmet, names, run_some, setup_in};
+use machinery_conformance::{BackendSpec, Check, CheckFailure, Report, names, run_some, setup_in};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -41,16 +41,16 @@ pub struct Conformance {
     /// A machine to try things with; can be given several times [default: all that are configured]
     #[arg(long = "machine", value_name = "NAME")]
     machines: Vec<String>,
-    /// A promise to try; can be given several times [default: all]
-    #[arg(long, value_name = "PROMISE")]
+    /// A requirement to try; can be given several times [default: all]
+    #[arg(long, value_name = "REQUIREMENT")]
     only: Vec<String>,
-    /// A promise that is not tried; can be given several times
-    #[arg(long, value_name = "PROMISE")]
-    without: Vec<String>,
+    /// A requirement that is not tried; can be given several times
+    #[arg(long, alias = "without", value_name = "REQUIREMENT")]
+    skip: Vec<String>,
     /// How long a call may take that ought to succeed
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    patience: u64,
-    /// Say what the promises are, and try nothing
+    #[arg(long, alias = "patience", value_name = "SECONDS", default_value_t = 60)]
+    timeout: u64,
+    /// Say what the requirements are, and try nothing
     #[arg(long)]
     pub list: bool,
     /// Where to write what came of it: for a child
@@ -58,34 +58,34 @@ pub struct Conformance {
     outcome: Option<PathBuf>,
 }
 
-/// What a child tells of a promise.
+/// What a child tells of a requirement.
 #[derive(Debug, Serialize, Deserialize)]
 struct Outcome {
     name: String,
     broken: Option<String>,
-    not_tried: Option<String>,
+    skipped: Option<String>,
 }
 
 impl Outcome {
     fn of(check: &Check) -> Self {
-        let (broken, not_tried) = match &check.result {
+        let (broken, skipped) = match &check.result {
             Ok(()) => (None, None),
-            Err(Unmet::Failed(how)) => (Some(how.clone()), None),
-            Err(Unmet::NotTried(why)) => (None, Some(why.clone())),
+            Err(CheckFailure::Failed(how)) => (Some(how.clone()), None),
+            Err(CheckFailure::Skipped(why)) => (None, Some(why.clone())),
         };
-        Outcome { name: check.name.clone(), broken, not_tried }
+        Outcome { name: check.name.clone(), broken, skipped }
     }
 
     fn check(self) -> Check {
-        let unmet = self.broken.map(Unmet::Failed).or(self.not_tried.map(Unmet::NotTried));
+        let unmet = self.broken.map(CheckFailure::Failed).or(self.skipped.map(CheckFailure::Skipped));
         Check { name: self.name, result: unmet.map_or(Ok(()), Err) }
     }
 }
 
-/// Tries what is asked for; `tell` hears of each promise as soon as it was tried.
+/// Tries what is asked for; `tell` hears of each requirement as soon as it was tried.
 ///
 /// # Errors
-/// A file that is not there, a promise that there is none of, a plugin that others can change.
+/// A file that is not there, a requirement that there is none of, a plugin that others can change.
 pub fn run(asked: &Conformance, allow_insecure: bool, tell: impl Fn(&Check)) -> Result<Report> {
     let (Some(file), Some(config)) = (&asked.file, &asked.config) else {
         return Err(Error::configuration("a plugin and its configuration are needed"));
@@ -98,48 +98,48 @@ pub fn run(asked: &Conformance, allow_insecure: bool, tell: impl Fn(&Check)) -> 
             return Err(Error::configuration(format!("there is no file {}", file.display())));
         }
     }
-    expect_promises(asked.only.iter().chain(&asked.without))?;
+    expect_requirements(asked.only.iter().chain(&asked.skip))?;
     trust::resolve("conformance", file, allow_insecure)
         .map_err(|error| Error::configuration(error.to_string()))?;
     let wanted = names().into_iter().filter(|name| asked.only.is_empty() || is_among(&asked.only, name));
     let mut checks = Vec::new();
-    for promise in wanted {
-        let check = if is_among(&asked.without, promise) {
-            left_out(promise)
+    for requirement in wanted {
+        let check = if is_among(&asked.skip, requirement) {
+            left_out(requirement)
         } else {
-            in_child(asked, file, config, promise)?
+            in_child(asked, file, config, requirement)?
         };
         tell(&check);
-        let is_open = check.name == promise;
+        let is_open = check.name == requirement;
         checks.push(check);
         if !is_open {
-            // It cannot even be opened, and that is the same for every promise.
+            // It cannot even be opened, and that is the same for every requirement.
             break;
         }
     }
     Ok(Report::new(checks))
 }
 
-fn left_out(promise: &str) -> Check {
-    let why = Unmet::NotTried("left out on the command line".to_owned());
-    Check { name: promise.to_owned(), result: Err(why) }
+fn left_out(requirement: &str) -> Check {
+    let why = CheckFailure::Skipped("left out on the command line".to_owned());
+    Check { name: requirement.to_owned(), result: Err(why) }
 }
 
 fn is_among(names: &[String], name: &str) -> bool {
     names.iter().any(|known| known == name)
 }
 
-fn expect_promises<'a>(given: impl Iterator<Item = &'a String>) -> Result<()> {
+fn expect_requirements<'a>(given: impl Iterator<Item = &'a String>) -> Result<()> {
     let unknown: Vec<&str> = given.map(String::as_str).filter(|name| !names().contains(name)).collect();
     match unknown.first() {
         None => Ok(()),
-        Some(name) => Err(Error::configuration(format!("there is no promise '{name}'"))
+        Some(name) => Err(Error::configuration(format!("there is no requirement '{name}'"))
             .advice("See `cuckoo-machinery conformance --list`")),
     }
 }
 
-/// Has a child try the promise.
-fn in_child(asked: &Conformance, file: &Path, config: &Path, promise: &str) -> Result<Check> {
+/// Has a child try the requirement.
+fn in_child(asked: &Conformance, file: &Path, config: &Path, requirement: &str) -> Result<Check> {
     let folder = scratch()?;
     let outcome = folder.path().join("outcome.json");
     let own = env::current_exe()
@@ -148,7 +148,10 @@ fn in_child(asked: &Conformance, file: &Path, config: &Path, promise: &str) -> R
     child.arg("conformance").arg(file).arg("--config").arg(config);
     child.args(asked.host_config.iter().flat_map(|file| ["--host-config".into(), file.clone()]));
     child.args(asked.machines.iter().flat_map(|name| ["--machine", name]));
-    child.args(["--patience", &asked.patience.to_string(), "--only", promise]).arg("--outcome").arg(&outcome);
+    child
+        .args(["--timeout", &asked.timeout.to_string(), "--only", requirement])
+        .arg("--outcome")
+        .arg(&outcome);
     // Whatever it makes for the while is gone with the folder, also if it cannot clear up itself.
     child.env("TMPDIR", folder.path());
     // It tells by its outcome; what a plugin may print there is not ours.
@@ -156,16 +159,16 @@ fn in_child(asked: &Conformance, file: &Path, config: &Path, promise: &str) -> R
     let ended =
         child.status().map_err(|error| Error::environment(format!("cannot start {child:?}: {error}")))?;
     let told = fs::read(&outcome).ok().and_then(|text| serde_json::from_slice::<Outcome>(&text).ok());
-    Ok(told.map_or_else(|| ended_in(promise, ended), Outcome::check))
+    Ok(told.map_or_else(|| ended_in(requirement, ended), Outcome::check))
 }
 
-fn ended_in(promise: &str, ended: ExitStatus) -> Check {
+fn ended_in(requirement: &str, ended: ExitStatus) -> Check {
     let how = match ended.signal() {
         Some(signal) => format!("signal {signal}"),
         None => format!("exit code {}", ended.code().unwrap_or_default()),
     };
-    let broken = Unmet::Failed(format!("the process ended in it, with {how}"));
-    Check { name: promise.to_owned(), result: Err(broken) }
+    let broken = CheckFailure::Failed(format!("the process ended in it, with {how}"));
+    Check { name: requirement.to_owned(), result: Err(broken) }
 }
 
 /// In the child: tries what it is to try, and writes down what came of it.
@@ -174,9 +177,9 @@ fn try_and_tell(asked: &Conformance, file: &Path, config: &Path, outcome: &Path)
     let host_config = asked.host_config.as_deref().map(ConfigFile::read).transpose()?;
     let setup = setup_in(folder.path(), ConfigFile::read(config)?, host_config)?;
     let machines: Vec<&str> = asked.machines.iter().map(String::as_str).collect();
-    let subject = Subject::new(&machines).patience(Duration::from_secs(asked.patience));
+    let spec = BackendSpec::new(&machines).timeout(Duration::from_secs(asked.timeout));
     let only: Vec<&str> = asked.only.iter().map(String::as_str).collect();
-    let report = run_some(file, &setup, &subject, &only);
+    let report = run_some(file, &setup, &spec, &only);
     if let Some(check) = report.checks().first() {
         let text = serde_json::to_vec(&Outcome::of(check))
             .map_err(|error| Error::failed(format!("an outcome cannot be written as JSON: {error}")))?;

@@ -9,7 +9,7 @@
 //! - [`capture`]: what was captured of a network, packet by packet.
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client that
 //!   talks to it. Nothing of them outlives its test.
-//! - [`conformance`]: the promises of a machinery plugin, as checks that any of them is put to; a
+//! - [`conformance`]: the requirements of a machinery plugin, as checks that any of them is put to; a
 //!   crate of its own, for those who need no guests.
 //! - [`artifacts`]: where the build has put what they run; [`outside`]: what is built on its own.
 

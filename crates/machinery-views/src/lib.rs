@@ -1,9 +1,9 @@
 //! What a plugin writes for its caller: memory dumps and screenshots.
 //!
-//! The interface promises that such a file belongs to the caller, that it appears whole, and that a
-//! failure leaves nothing. An [`Output`] keeps that promise for any hypervisor: one that is handed a
+//! The interface requirements that such a file belongs to the caller, that it appears whole, and that a
+//! failure leaves nothing. An [`Output`] keeps that requirement for any hypervisor: one that is handed a
 //! descriptor, and one that opens a path by itself. A screen that comes as PPM becomes the PNG that
-//! the interface promises.
+//! the interface requirements.
 //!
 //! Plugins may use this crate or not; it is no part of the interface.
 

@@ -9,7 +9,7 @@ use crate::{Deadline, Diagnosis, Error, Host, Reloaded, Report, Result, State};
 
 /// A virtualisation backend.
 ///
-/// # The promises
+/// # The requirements
 ///
 /// - A call blocks until the hypervisor has *confirmed* the new state; the host never polls.
 /// - A call returns by its deadline, with [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) if need be.

@@ -1,4 +1,4 @@
-//! The promises of a machinery, each a test by its name: `cargo test restore_start` tries that one.
+//! The requirements of a machinery, each a test by its name: `cargo test restore_start` tries that one.
 //!
 //! The suite opens the built library as a host does, and believes nothing: what is below tells it how to
 //! look at this machinery's machines, how to spoil a start, and how to let a machine die.
@@ -9,17 +9,17 @@ use std::time::Duration;
 
 use machinery::host::Instance;
 use machinery::{Deadline, DumpFormat};
-use machinery_conformance::{Answer, Scene, Subject, artifacts};
+use machinery_conformance::{Answer, BackendSpec, Fixture, artifacts};
 
 /// The number in the memory of each snapshot.
 const SNAPSHOT: u32 = 1_000_000;
 /// No call that ought to succeed takes so long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-machinery_conformance::conformance_tests!(scene);
+machinery_conformance::conformance_tests!(fixture);
 
-/// What each test is given: the library, a configuration, and the subject.
-fn scene() -> Answer<Scene> {
+/// What each test is given: the library, a configuration, and the spec.
+fn fixture() -> Answer<Fixture> {
     let folder = Arc::new(tempfile::tempdir()?);
     let disks = folder.path().join("disks");
     let spoilt = folder.path().join("spoilt");
@@ -28,7 +28,7 @@ fn scene() -> Answer<Scene> {
         let (from, to) = (from.clone(), to.clone());
         move || Ok(fs::rename(&from, &to)?)
     });
-    let subject = Subject::new(&["one", "two", "three"])
+    let spec = BackendSpec::new(&["one", "two", "three"])
         .counts(SNAPSHOT..=2 * SNAPSHOT, number)
         .alive(number_grows)
         .leftovers(move || {
@@ -39,8 +39,8 @@ fn scene() -> Answer<Scene> {
         .breakage("one", spoil, mend)
         // It is configured to die by itself.
         .death("mortal", || Ok(()))
-        .patience(PATIENCE);
-    Ok(Scene::new(artifacts::plugin("example")?, &config, subject)?.keep(folder))
+        .timeout(PATIENCE);
+    Ok(Fixture::new(artifacts::plugin("example")?, &config, spec)?.keep(folder))
 }
 
 /// The number in the guest's memory: from its snapshot on, or from 0 after a cold start.

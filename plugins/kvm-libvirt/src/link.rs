@@ -571,9 +571,9 @@ mod tests {
     use rustix::process::Signal;
     use std::fs;
 
-    struct Deaf;
+    struct NullHost;
 
-    impl Listener for Deaf {
+    impl Listener for NullHost {
         fn happened(&self, _: &str, _: Event) {}
         fn lost(&self, _: &str) {}
         fn back(&self, _: &Connect) {}
@@ -600,7 +600,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(folder.path()).unwrap();
         let link = Link::open(&libvirtd.dsn(), soon()).unwrap();
-        link.listen(Arc::new(Deaf)).unwrap();
+        link.listen(Arc::new(NullHost)).unwrap();
         version(&link).unwrap();
         let (threads, files) = held();
         libvirtd.signal_daemon(Signal::STOP).unwrap();

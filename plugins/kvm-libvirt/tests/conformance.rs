@@ -1,4 +1,4 @@
-//! The kvm machinery keeps every promise of a machinery, with real domains of a real libvirtd and the
+//! The kvm machinery keeps every requirement of a machinery, with real domains of a real libvirtd and the
 //! micro guest, whose counter tells exactly where a run began.
 
 // Clippy's own exemption for tests leaves out their helpers.
@@ -12,7 +12,7 @@ use machinery::config::ConfigFile;
 use machinery::host::Plugin;
 use machinery::{Deadline, Setup, State};
 use machinery_testkit::artifacts;
-use machinery_testkit::conformance::{self, Deaf, Subject};
+use machinery_testkit::conformance::{self, BackendSpec, NullHost};
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::KvmLab;
 use rustix::process::{Signal, kill_process};
@@ -29,17 +29,17 @@ fn setup(lab: &KvmLab) -> Setup {
     lab.cwd().setup("kvm").unwrap()
 }
 
-fn subject(lab: &Arc<KvmLab>) -> Subject {
+fn spec(lab: &Arc<KvmLab>) -> BackendSpec {
     let restored = lab.restored_count().unwrap();
     let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
     let mortal = MACHINES[0];
-    Subject::new(&MACHINES)
+    BackendSpec::new(&MACHINES)
         .counts(restored..=restored, move |_, machine| Ok(counting.machine(machine).first_count(SOON)?))
         .alive(move |_, machine| Ok(living.machine(machine).counts_on(SOON)?))
         .leftovers(move || Ok(littered.leftovers()?))
         // As a crash would end it.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
-        .patience(SOON)
+        .timeout(SOON)
 }
 
 fn with_standby(setup: Setup) -> Setup {
@@ -54,40 +54,40 @@ fn with_section(mut setup: Setup, keys: &str) -> Setup {
 }
 
 #[test]
-fn kvm_keeps_every_promise() {
+fn kvm_keeps_every_requirement() {
     let lab = lab();
-    keeps_every_promise(&lab, &setup(&lab));
+    keeps_every_requirement(&lab, &setup(&lab));
 }
 
 #[test]
-fn kvm_keeps_every_promise_with_machines_that_stand_by() {
+fn kvm_keeps_every_requirement_with_machines_that_stand_by() {
     let lab = lab();
-    keeps_every_promise(&lab, &with_standby(setup(&lab)));
+    keeps_every_requirement(&lab, &with_standby(setup(&lab)));
 }
 
-/// The image is made for the promise of `prepare`, and there for all that come later.
+/// The image is made for the requirement of `prepare`, and there for all that come later.
 #[test]
-fn kvm_keeps_every_promise_with_save_images() {
+fn kvm_keeps_every_requirement_with_save_images() {
     let lab = lab();
     let setup = with_section(setup(&lab), "save_images: on");
-    keeps_every_promise(&lab, &setup);
+    keeps_every_requirement(&lab, &setup);
     assert!(setup.cache_dir.join("one.machinery-image").exists(), "there was no image to keep them with");
 }
 
-fn keeps_every_promise(lab: &Arc<KvmLab>, setup: &Setup) {
+fn keeps_every_requirement(lab: &Arc<KvmLab>, setup: &Setup) {
     // Without its disk a domain does not start.
     let disk = lab.machine("one").disk.clone();
     let away = disk.with_extension("away");
     let (lost, found) = ((disk.clone(), away.clone()), (away, disk));
-    let subject = subject(lab).breakage(
+    let spec = spec(lab).breakage(
         "one",
         move || Ok(fs::rename(&lost.0, &lost.1)?),
         move || Ok(fs::rename(&found.0, &found.1)?),
     );
     let plugin = artifacts::plugin("kvm").unwrap();
-    let report = conformance::run(&plugin, setup, &subject);
+    let report = conformance::run(&plugin, setup, &spec);
     println!("{report}");
-    assert!(report.all_kept(), "{report}");
+    assert!(report.passed(), "{report}");
 }
 
 /// What the leftovers are looked for with finds them when they are there.
@@ -95,7 +95,7 @@ fn keeps_every_promise(lab: &Arc<KvmLab>, setup: &Setup) {
 fn a_running_machine_is_something_that_could_be_left() {
     let lab = lab();
     let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
-    let kvm = plugin.load(&setup(&lab), Arc::new(Deaf)).unwrap();
+    let kvm = plugin.load(&setup(&lab), Arc::new(NullHost)).unwrap();
     lab.assert_clean();
     kvm.restore_start("two", Deadline::after(SOON)).unwrap();
     let found = lab.leftovers().unwrap();
@@ -110,7 +110,7 @@ fn a_running_machine_is_something_that_could_be_left() {
 fn what_stands_by_may_end_at_any_moment() {
     let lab = lab();
     let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
-    let kvm = plugin.load(&with_standby(setup(&lab)), Arc::new(Deaf)).unwrap();
+    let kvm = plugin.load(&with_standby(setup(&lab)), Arc::new(NullHost)).unwrap();
     let soon = || Deadline::after(SOON);
     for _ in 0..5 {
         kvm.prepare("one", soon()).unwrap();

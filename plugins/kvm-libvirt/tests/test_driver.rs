@@ -9,7 +9,7 @@ use std::time::Duration;
 use machinery::host::{Instance, Plugin};
 use machinery::{Deadline, ErrorKind, State};
 use machinery_testkit::artifacts;
-use machinery_testkit::conformance::Deaf;
+use machinery_testkit::conformance::NullHost;
 use machinery_testkit::scratch::ScratchCwd;
 
 /// The test driver has one domain, `test`, which runs.
@@ -26,7 +26,7 @@ fn soon() -> Deadline {
 
 fn loaded(cwd: &ScratchCwd) -> machinery::Result<Instance> {
     let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
-    plugin.load(&cwd.setup("kvm").unwrap(), Arc::new(Deaf))
+    plugin.load(&cwd.setup("kvm").unwrap(), Arc::new(NullHost))
 }
 
 #[test]

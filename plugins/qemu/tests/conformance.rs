@@ -1,4 +1,4 @@
-//! The qemu machinery keeps every promise of a machinery, with real QEMUs and the micro guest, whose
+//! The qemu machinery keeps every requirement of a machinery, with real QEMUs and the micro guest, whose
 //! counter tells exactly where a run began.
 
 // Clippy's own exemption for tests leaves out their helpers.
@@ -12,7 +12,7 @@ use std::time::Duration;
 use machinery::host::Plugin;
 use machinery::{Deadline, Setup};
 use machinery_testkit::artifacts;
-use machinery_testkit::conformance::{self, Deaf, Subject};
+use machinery_testkit::conformance::{self, BackendSpec, NullHost};
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
@@ -36,18 +36,18 @@ fn setup(lab: &Lab) -> Setup {
     lab.cwd().setup("qemu").unwrap()
 }
 
-fn subject(lab: &Arc<Lab>) -> Subject {
+fn spec(lab: &Arc<Lab>) -> BackendSpec {
     let names: Vec<&str> = MACHINES.iter().map(|(name, ..)| *name).collect();
     let restored = lab.restored_count().unwrap();
     let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
     let mortal = names[0];
-    Subject::new(&names)
+    BackendSpec::new(&names)
         .counts(restored..=restored, move |_, machine| Ok(counting.folder(machine).first_count(SOON)?))
         .alive(move |_, machine| Ok(living.folder(machine).counts_on(SOON)?))
         .leftovers(move || Ok(littered.leftovers()?))
         // As a crash would end it.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
-        .patience(SOON)
+        .timeout(SOON)
 }
 
 /// A snapshot, spoilt in every way there is.
@@ -73,30 +73,30 @@ fn broken_snapshots(path: &Path) -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn qemu_keeps_every_promise() {
-    keeps_every_promise(&lab());
+fn qemu_keeps_every_requirement() {
+    keeps_every_requirement(&lab());
 }
 
 #[test]
-fn qemu_keeps_every_promise_with_templates() {
+fn qemu_keeps_every_requirement_with_templates() {
     let lab = lab();
     lab.ahead("instant: auto, standby: off").unwrap();
     prepare_all(&lab);
-    keeps_every_promise(&lab);
+    keeps_every_requirement(&lab);
 }
 
 #[test]
-fn qemu_keeps_every_promise_with_machines_that_stand_by() {
+fn qemu_keeps_every_requirement_with_machines_that_stand_by() {
     let lab = lab();
     lab.ahead("instant: auto, standby: on").unwrap();
     prepare_all(&lab);
-    keeps_every_promise(&lab);
+    keeps_every_requirement(&lab);
 }
 
 /// So that what follows finds templates.
 fn prepare_all(lab: &Lab) {
     let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
-    let qemu = plugin.load(&setup(lab), Arc::new(Deaf)).unwrap();
+    let qemu = plugin.load(&setup(lab), Arc::new(NullHost)).unwrap();
     for (name, ..) in MACHINES {
         qemu.prepare(name, Deadline::after(SOON)).unwrap();
     }
@@ -104,17 +104,17 @@ fn prepare_all(lab: &Lab) {
     lab.assert_clean();
 }
 
-fn keeps_every_promise(lab: &Arc<Lab>) {
+fn keeps_every_requirement(lab: &Arc<Lab>) {
     let snapshot = lab.folder("gzip").snapshot.clone();
     let whole = fs::read(&snapshot).unwrap();
     let (half, path) = (whole.len() / 2, snapshot.clone());
     let truncate = move || Ok(fs::File::options().write(true).open(&path)?.set_len(half as u64)?);
     let mend = move || Ok(fs::write(&snapshot, &whole)?);
-    let subject = subject(lab).breakage("gzip", truncate, mend);
+    let spec = spec(lab).breakage("gzip", truncate, mend);
     let plugin = artifacts::plugin("qemu").unwrap();
-    let report = conformance::run(&plugin, &setup(lab), &subject);
+    let report = conformance::run(&plugin, &setup(lab), &spec);
     println!("{report}");
-    assert!(report.all_kept(), "{report}");
+    assert!(report.passed(), "{report}");
 }
 
 /// However a snapshot is broken, and in whatever format.
@@ -129,14 +129,14 @@ fn a_broken_snapshot_leaves_nothing_behind() {
         for (how, content) in broken_snapshots(path) {
             let [(spoilt, content), (mended, whole)] =
                 [(path.clone(), content), (path.clone(), whole.clone())];
-            let subject = subject(&lab).patience(Duration::from_secs(20)).breakage(
+            let spec = spec(&lab).timeout(Duration::from_secs(20)).breakage(
                 name,
                 move || Ok(fs::write(&spoilt, &content)?),
                 move || Ok(fs::write(&mended, &whole)?),
             );
-            let report = conformance::run_some(&plugin, &setup(&lab), &subject, &["failed_start"]);
+            let report = conformance::run_some(&plugin, &setup(&lab), &spec, &["failed_start"]);
             print!("{name}, {how}: {report}");
-            kept &= report.all_kept() && report.not_tried().is_empty();
+            kept &= report.passed() && report.skipped().is_empty();
         }
     }
     assert!(kept, "the lines above say which is not noticed");
@@ -147,7 +147,7 @@ fn a_broken_snapshot_leaves_nothing_behind() {
 fn a_running_machine_is_something_that_could_be_left() {
     let lab = lab();
     let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
-    let qemu = plugin.load(&setup(&lab), Arc::new(Deaf)).unwrap();
+    let qemu = plugin.load(&setup(&lab), Arc::new(NullHost)).unwrap();
     lab.assert_clean();
     qemu.restore_start("plain", Deadline::after(SOON)).unwrap();
     let found = lab.leftovers().unwrap();

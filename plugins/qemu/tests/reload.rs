@@ -12,7 +12,7 @@ use std::time::Duration;
 use machinery::host::{Instance, Plugin};
 use machinery::{Deadline, ErrorKind, Reloaded, State};
 use machinery_testkit::artifacts;
-use machinery_testkit::conformance::Deaf;
+use machinery_testkit::conformance::NullHost;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
@@ -38,7 +38,7 @@ impl Loaded {
         lab.ahead(section).unwrap();
         prepare(&lab);
         let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
-        let qemu = plugin.load(&lab.cwd().setup("qemu").unwrap(), Arc::new(Deaf)).unwrap();
+        let qemu = plugin.load(&lab.cwd().setup("qemu").unwrap(), Arc::new(NullHost)).unwrap();
         Loaded { qemu, lab }
     }
 

@@ -117,7 +117,7 @@ enum Command {
     /// Take machines over from another tool
     #[command(subcommand)]
     Import(Import),
-    /// Put a built plugin to the promises of the interface, each in a process of its own
+    /// Put a built plugin to the requirements of the interface, each in a process of its own
     Conformance(Conformance),
     /// Write the crate of a new plugin, to begin with
     NewPlugin {
@@ -179,14 +179,14 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(asked) if asked.list => {
-            show::promises(global.json);
+            show::requirements(global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(asked) => {
-            let tell = |check: &_| show::promise(check, global.json);
+            let tell = |check: &_| show::requirement(check, global.json);
             let report = conformance::run(asked, global.allow_insecure_plugins, tell)?;
             show::conformance(&report, global.json);
-            Ok(if report.all_kept() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+            Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
         command => run_in(&Cwd::find(global.cwd.as_deref())?, command, global),
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machinery::{Error, Level, Report, Result, format_bytes};
-use machinery_conformance::{Check, Unmet, meaning};
+use machinery_conformance::{Check, CheckFailure, meaning};
 use serde_json::{Value, json};
 
 use crate::import::Imported;
@@ -47,43 +47,43 @@ pub fn new_plugin(new: &NewPlugin, json: bool) {
     );
 }
 
-/// What the promises of the interface are.
-pub fn promises(json: bool) {
+/// What the requirements of the interface are.
+pub fn requirements(json: bool) {
     let all: Vec<(&str, &str)> = machinery_conformance::names()
         .into_iter()
         .map(|name| (name, meaning(name).unwrap_or_default()))
         .collect();
     if json {
         let all: Vec<Value> = all.iter().map(|(name, says)| json!({"name": name, "says": says})).collect();
-        return println!("{}", json!({"promises": all}));
+        return println!("{}", json!({"requirements": all}));
     }
     let rows: Vec<[String; 2]> =
         all.iter().map(|(name, says)| [(*name).to_owned(), (*says).to_owned()]).collect();
     println!("{}", table(&rows));
 }
 
-/// What has come of a promise, as soon as it is known.
-pub fn promise(check: &Check, json: bool) {
+/// What has come of a requirement, as soon as it is known.
+pub fn requirement(check: &Check, json: bool) {
     if !json {
         println!("{}", plain_lines(&check.to_string()));
     }
 }
 
-/// Which promises a plugin keeps.
+/// Which requirements a plugin keeps.
 pub fn conformance(report: &machinery_conformance::Report, json: bool) {
-    let (broken, not_tried) = (report.broken().len(), report.not_tried().len());
+    let (broken, skipped) = (report.broken().len(), report.skipped().len());
     if json {
-        let promises: Vec<Value> = report.checks().iter().map(as_json).collect();
-        return println!("{}", json!({"success": broken == 0, "promises": promises}));
+        let requirements: Vec<Value> = report.checks().iter().map(as_json).collect();
+        return println!("{}", json!({"success": broken == 0, "requirements": requirements}));
     }
-    println!("\n{} kept, {broken} broken, {not_tried} not tried", report.checks().len() - broken - not_tried);
+    println!("\n{} passed, {broken} failed, {skipped} skipped", report.checks().len() - broken - skipped);
 }
 
 fn as_json(check: &Check) -> Value {
     let (result, why) = match &check.result {
-        Ok(()) => ("kept", ""),
-        Err(Unmet::Failed(how)) => ("broken", how.as_str()),
-        Err(Unmet::NotTried(why)) => ("not_tried", why.as_str()),
+        Ok(()) => ("pass", ""),
+        Err(CheckFailure::Failed(how)) => ("fail", how.as_str()),
+        Err(CheckFailure::Skipped(why)) => ("skip", why.as_str()),
     };
     json!({"name": check.name, "result": result, "why": why})
 }

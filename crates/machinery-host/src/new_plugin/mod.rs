@@ -1,4 +1,4 @@
-//! `new-plugin`: a crate of an author's own, that builds and keeps every promise as it is.
+//! `new-plugin`: a crate of an author's own, that builds and keeps every requirement as it is.
 //!
 //! Its code is the plugin `example`, file by file, under another name: so it is tested here with
 //! everything else, and cannot be older than the interface it is for.

@@ -7,7 +7,7 @@ use machinery::{ErrorKind, Reloaded};
 use serde_yaml::{Mapping, Value};
 
 use crate::call::Call;
-use crate::report::{Result, Unmet, demand};
+use crate::report::{CheckFailure, Result, demand};
 use crate::session::{Session, failed};
 
 pub fn reload(session: &Session) -> Result {
@@ -16,7 +16,7 @@ pub fn reload(session: &Session) -> Result {
     session.restore(used)?;
     match session.reload(whole, &[used])? {
         Err(error) if error.kind() == ErrorKind::Unsupported => {
-            return Err(Unmet::NotTried("the machinery does not offer reload".to_owned()));
+            return Err(CheckFailure::Skipped("the machinery does not offer reload".to_owned()));
         }
         outcome => expect(outcome, &[], "what it has already")?,
     }
@@ -33,7 +33,9 @@ fn a_bad_one_changes_nothing(session: &Session, used: &str) -> Result {
     let file = session.suite().setup.config.path.display().to_string();
     for text in ["machines: [unclosed", "just words", "no_such_key: 1"] {
         match session.reload(text, &[used])? {
-            Ok(_) => return Err(Unmet::Failed(format!("reload takes {text:?} for a good configuration"))),
+            Ok(_) => {
+                return Err(CheckFailure::Failed(format!("reload takes {text:?} for a good configuration")));
+            }
             Err(error) => {
                 demand!(error.to_string().contains(&file), "the error does not name {file}: {error}")
             }

@@ -8,26 +8,26 @@ use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
 use tempfile::TempDir;
 
-use crate::{Report, Subject};
+use crate::{BackendSpec, Report};
 
 /// A plugin file with a configuration, a scratch folder for its sockets, state and caches, and the
-/// subject. Dropped, it takes the folder with it.
-pub struct Scene {
+/// spec. Dropped, it takes the folder with it.
+pub struct Fixture {
     plugin: PathBuf,
     setup: Setup,
-    subject: Subject,
+    spec: BackendSpec,
     kept: Vec<Box<dyn Any>>,
     folder: TempDir,
 }
 
-impl Scene {
-    /// A scene for the plugin file, with the text of its YAML.
+impl Fixture {
+    /// A fixture for the plugin file, with the text of its YAML.
     ///
     /// # Errors
     /// The scratch folder cannot be made.
-    pub fn new(plugin: impl Into<PathBuf>, config: &str, subject: Subject) -> Result<Self> {
+    pub fn new(plugin: impl Into<PathBuf>, config: &str, spec: BackendSpec) -> Result<Self> {
         let plugin = plugin.into();
-        let folder = tempfile::Builder::new().prefix("machinery-scene.").tempdir();
+        let folder = tempfile::Builder::new().prefix("machinery-fixture.").tempdir();
         let folder = folder.map_err(|error| {
             Error::environment(format!("cannot make a scratch folder for {}: {error}", plugin.display()))
                 .advice("Point TMPDIR to a folder that can be written to")
@@ -35,7 +35,7 @@ impl Scene {
         let file = folder.path().join(format!("{}.yaml", machinery_of(&plugin)));
         let config = ConfigFile { path: file, text: config.to_owned() };
         let setup = setup_in(folder.path(), config, None)?;
-        Ok(Scene { plugin, setup, subject, kept: Vec::new(), folder })
+        Ok(Fixture { plugin, setup, spec, kept: Vec::new(), folder })
     }
 
     /// The same, with the text of a `machinery-host.yaml`.
@@ -46,7 +46,7 @@ impl Scene {
         self
     }
 
-    /// Keeps something alive as long as the scene: a folder of disks, a hypervisor of its own.
+    /// Keeps something alive as long as the fixture: a folder of disks, a hypervisor of its own.
     #[must_use]
     pub fn keep(mut self, what: impl Any) -> Self {
         self.kept.push(Box::new(what));
@@ -63,14 +63,14 @@ impl Scene {
         &self.setup
     }
 
-    /// Puts the plugin to every promise.
+    /// Puts the plugin to every requirement.
     pub fn run(&self) -> Report {
-        crate::run(&self.plugin, &self.setup, &self.subject)
+        crate::run(&self.plugin, &self.setup, &self.spec)
     }
 
-    /// Puts the plugin to the promises of these names only; a name that is none fails.
+    /// Puts the plugin to the requirements of these names only; a name that is none fails.
     pub fn run_some(&self, names: &[&str]) -> Report {
-        crate::run_some(&self.plugin, &self.setup, &self.subject, names)
+        crate::run_some(&self.plugin, &self.setup, &self.spec, names)
     }
 }
 

@@ -45,12 +45,12 @@ impl Heard {
 }
 
 #[derive(Default)]
-pub struct Ears {
+pub struct EventRecorder {
     heard: Mutex<Vec<Heard>>,
     news: Condvar,
 }
 
-impl Ears {
+impl EventRecorder {
     /// How much has been heard so far: a mark from which to look on.
     pub fn mark(&self) -> usize {
         self.lock().len()
@@ -79,7 +79,7 @@ impl Ears {
     }
 }
 
-impl HostServices for Ears {
+impl HostServices for EventRecorder {
     fn log(&self, _: LogRecord) {}
 
     fn state_changed(&self, machine: &str, state: State, _: &str) {
@@ -108,9 +108,9 @@ impl HostServices for Ears {
 }
 
 /// A host that does not listen, for tests that call a plugin themselves.
-pub struct Deaf;
+pub struct NullHost;
 
-impl HostServices for Deaf {
+impl HostServices for NullHost {
     fn log(&self, _: LogRecord) {}
     fn state_changed(&self, _: &str, _: State, _: &str) {}
     fn progress(&self, _: &str, _: f64) {}
@@ -129,14 +129,14 @@ mod tests {
 
     #[test]
     fn what_comes_later_is_waited_for_and_what_came_before_is_not_taken() {
-        let ears = Ears::default();
-        ears.progress("m", 0.5);
-        let mark = ears.mark();
+        let recorder = EventRecorder::default();
+        recorder.progress("m", 0.5);
+        let mark = recorder.mark();
         thread::scope(|scope| {
-            scope.spawn(|| ears.state_changed("m", State::Poweroff, ""));
-            let heard = ears.wait(mark, Duration::from_secs(10), |heard| Some(heard.clone()));
+            scope.spawn(|| recorder.state_changed("m", State::Poweroff, ""));
+            let heard = recorder.wait(mark, Duration::from_secs(10), |heard| Some(heard.clone()));
             assert_eq!(heard, Some(Heard::Changed { machine: "m".into(), state: State::Poweroff }));
         });
-        assert_eq!(ears.wait(ears.mark(), Duration::ZERO, |_| Some(())), None);
+        assert_eq!(recorder.wait(recorder.mark(), Duration::ZERO, |_| Some(())), None);
     }
 }

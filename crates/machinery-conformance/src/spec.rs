@@ -14,8 +14,8 @@ pub(super) type OfMachine<T> = Arc<dyn Fn(&Instance, &str) -> Answer<T> + Send +
 type Leftovers = Arc<dyn Fn() -> Answer<Vec<String>> + Send + Sync>;
 type Act = Box<dyn Fn() -> Answer<()> + Send + Sync>;
 
-/// A backend to be put to the promises. What it leaves out, its promises are not tried for.
-pub struct Subject {
+/// A backend to be put to the requirements. What it leaves out, its requirements are not tried for.
+pub struct BackendSpec {
     pub(super) machines: Vec<String>,
     pub(super) counts: Option<Counts>,
     pub(super) alive: Option<OfMachine<()>>,
@@ -23,8 +23,8 @@ pub struct Subject {
     pub(super) breakage: Option<Breakage>,
     pub(super) death: Option<Death>,
     pub(super) rounds: usize,
-    pub(super) patience: Duration,
-    pub(super) without: Vec<(String, String)>,
+    pub(super) timeout: Duration,
+    pub(super) skip: Vec<(String, String)>,
 }
 
 /// How to tell where a run began.
@@ -46,11 +46,11 @@ pub(super) struct Death {
     pub kill: Act,
 }
 
-impl Subject {
+impl BackendSpec {
     /// A backend with these machines, which are powered off: one will do, four are better, in the
     /// order of the configuration, which may have more. None at all stands for all that the plugin lists.
     pub fn new(machines: &[&str]) -> Self {
-        Subject {
+        BackendSpec {
             machines: machines.iter().map(|&name| name.to_owned()).collect(),
             counts: None,
             alive: None,
@@ -58,8 +58,8 @@ impl Subject {
             breakage: None,
             death: None,
             rounds: 3,
-            patience: Duration::from_secs(60),
-            without: Vec::new(),
+            timeout: Duration::from_secs(60),
+            skip: Vec::new(),
         }
     }
 
@@ -115,14 +115,14 @@ impl Subject {
         self
     }
 
-    /// A promise that is not tried, and why: what the backend cannot do is said, not passed over.
+    /// A requirement that is not tried, and why: what the backend cannot do is said, not passed over.
     #[must_use]
-    pub fn without(mut self, promise: &str, why: &str) -> Self {
-        self.without.push((promise.to_owned(), why.to_owned()));
+    pub fn skip(mut self, requirement: &str, why: &str) -> Self {
+        self.skip.push((requirement.to_owned(), why.to_owned()));
         self
     }
 
-    /// How often a promise that may hold by luck is tried; 3 unless given, and once at least.
+    /// How often a requirement that may hold by luck is tried; 3 unless given, and once at least.
     #[must_use]
     pub fn rounds(mut self, rounds: usize) -> Self {
         self.rounds = rounds.max(1);
@@ -132,13 +132,13 @@ impl Subject {
     /// The deadline of calls that ought to succeed; 60 seconds unless given. A good plugin never
     /// needs it, so it costs time only where something is wrong.
     #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
-    /// Why this promise is not to be tried, if so.
-    pub(super) fn left_out(&self, promise: &str) -> Option<&str> {
-        self.without.iter().find(|(name, _)| name == promise).map(|(_, why)| why.as_str())
+    /// Why this requirement is not to be tried, if so.
+    pub(super) fn left_out(&self, requirement: &str) -> Option<&str> {
+        self.skip.iter().find(|(name, _)| name == requirement).map(|(_, why)| why.as_str())
     }
 }

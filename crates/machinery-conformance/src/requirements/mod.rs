@@ -1,4 +1,4 @@
-//! The promises, each by its name and in the order in which they are tried: the plain ones first,
+//! The requirements, each by its name and in the order in which they are tried: the plain ones first,
 //! so that the first one broken is the one to look at.
 
 mod files;
@@ -11,10 +11,10 @@ mod trouble;
 use super::report::Result;
 use super::session::Session;
 
-/// Hands the one list of all promises to a macro, behind what is given to be handed on with it.
+/// Hands the one list of all requirements to a macro, behind what is given to be handed on with it.
 #[doc(hidden)]
 #[macro_export]
-macro_rules! with_promises {
+macro_rules! with_requirements {
     ($then:path, $($with:tt)*) => {
         $then! { $($with)*:
             identity::identity "The file is named after the machinery, and both know their versions.";
@@ -46,19 +46,19 @@ macro_rules! with_promises {
     };
 }
 
-/// One promise.
-pub struct Promise {
+/// One requirement.
+pub struct Requirement {
     pub name: &'static str,
-    /// What is promised, in a sentence.
+    /// What is required, in a sentence.
     pub says: &'static str,
     pub check: fn(&Session) -> Result,
 }
 
 macro_rules! table {
     (all: $($room:ident::$name:ident $says:literal;)*) => {
-        pub const PROMISES: &[Promise] =
-            &[$(Promise { name: stringify!($name), says: $says, check: $room::$name }),*];
+        pub const REQUIREMENTS: &[Requirement] =
+            &[$(Requirement { name: stringify!($name), says: $says, check: $room::$name }),*];
     };
 }
 
-with_promises! { table, all }
+with_requirements! { table, all }

@@ -7,7 +7,7 @@ use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, Level, MachineInfo};
 
 use crate::call::Call;
-use crate::report::{Result, Unmet, demand};
+use crate::report::{CheckFailure, Result, demand};
 use crate::session::{Session, failed};
 
 pub fn identity(session: &Session) -> Result {
@@ -73,7 +73,9 @@ pub fn bad_configuration(session: &Session) -> Result {
         setup.config.text = text.to_owned();
         match session.suite().load_with(&setup)? {
             Ok(_) => {
-                return Err(Unmet::Failed(format!("the configuration {text:?} is taken for a good one")));
+                return Err(CheckFailure::Failed(format!(
+                    "the configuration {text:?} is taken for a good one"
+                )));
             }
             Err(error) => {
                 demand!(error.kind() == ErrorKind::Configuration, "{text:?} is refused as {error:?}");
@@ -88,8 +90,8 @@ pub fn check(session: &Session) -> Result {
     let machine = session.machine();
     session.restore(machine)?;
     let suite = session.suite();
-    let (plugin, setup, ears) = (suite.plugin.clone(), suite.setup.clone(), suite.ears.clone());
-    let report = suite.ask("check", session.patience(), move || plugin.check(&setup, ears))?;
+    let (plugin, setup, recorder) = (suite.plugin.clone(), suite.setup.clone(), suite.recorder.clone());
+    let report = suite.ask("check", session.timeout(), move || plugin.check(&setup, recorder))?;
     let report = report.map_err(|error| failed("check", &error))?;
     let problem = report.findings().iter().find(|finding| finding.level == Level::Problem);
     demand!(problem.is_none(), "check finds a problem with what works: {problem:?}");

@@ -29,7 +29,7 @@ pub fn shutdown(session: &Session) -> Result {
     session.nothing_is_left("after calls that came too late")
 }
 
-/// A run with all that there is to tell of. What was told of the promises before it is looked at
+/// A run with all that there is to tell of. What was told of the requirements before it is looked at
 /// once more, for something of it may have come late.
 pub fn reports(session: &Session) -> Result {
     let (able, machine) = (session.capabilities()?, session.machine());
@@ -41,5 +41,5 @@ pub fn reports(session: &Session) -> Result {
         session.does(&Call::DumpMemory(session.path("dump"), DumpFormat::Elf), machine)?;
     }
     session.stop(machine)?;
-    session.told_sense()
+    session.events_are_valid()
 }

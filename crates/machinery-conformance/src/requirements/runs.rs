@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use machinery::{ErrorKind, State};
 
 use crate::call::Call;
-use crate::report::{Result, Unmet, demand};
+use crate::report::{CheckFailure, Result, demand};
 use crate::session::Session;
 
 /// A start that is over sooner is too short to tell whether anything waited for it.
@@ -31,10 +31,10 @@ pub fn stop(session: &Session) -> Result {
 }
 
 pub fn clean_every_time(session: &Session) -> Result {
-    if session.subject().counts.is_none() {
-        return Err(Unmet::NotTried("no way is known to tell where a run began".to_owned()));
+    if session.spec().counts.is_none() {
+        return Err(CheckFailure::Skipped("no way is known to tell where a run began".to_owned()));
     }
-    for _ in 0..session.subject().rounds {
+    for _ in 0..session.spec().rounds {
         session.machines().try_for_each(|machine| one_run(session, machine))?;
         session.nothing_is_left("after stop")?;
     }
@@ -81,15 +81,15 @@ pub fn prepare(session: &Session) -> Result {
     session.is(machine, State::Poweroff)?;
     session.restore(machine)?;
     // Whatever it says about a running machine, that machine is not its to touch.
-    let _ = session.attempt(&Call::Prepare, machine, session.patience())?;
+    let _ = session.attempt(&Call::Prepare, machine, session.timeout())?;
     session.lives(machine)
 }
 
 pub fn in_parallel(session: &Session) -> Result {
     if session.machines().count() < 2 {
-        return Err(Unmet::NotTried("there is only one machine".to_owned()));
+        return Err(CheckFailure::Skipped("there is only one machine".to_owned()));
     }
-    let rounds = |machine: &str| (0..session.subject().rounds).try_for_each(|_| one_run(session, machine));
+    let rounds = |machine: &str| (0..session.spec().rounds).try_for_each(|_| one_run(session, machine));
     let results: Vec<Result> = thread::scope(|scope| {
         let threads: Vec<_> =
             session.machines().map(|machine| scope.spawn(move || rounds(machine))).collect();
@@ -102,7 +102,7 @@ pub fn in_parallel(session: &Session) -> Result {
 pub fn state_at_any_time(session: &Session) -> Result {
     let machine = session.machine();
     let mut waits = Vec::new();
-    for _ in 0..session.subject().rounds {
+    for _ in 0..session.spec().rounds {
         let (start, longest_wait) = ask_during_start(session, machine)?;
         session.stop(machine)?;
         // Once is enough: on a busy machine anything can take long, but never everything.
@@ -111,7 +111,7 @@ pub fn state_at_any_time(session: &Session) -> Result {
         }
         waits.push(format!("{longest_wait:?} of {start:?}"));
     }
-    Err(Unmet::Failed(format!("state waits while the machine is being started: {}", waits.join(", "))))
+    Err(CheckFailure::Failed(format!("state waits while the machine is being started: {}", waits.join(", "))))
 }
 
 /// A run like any other, of which nothing alarming is told: not even the end of the run before.
@@ -144,9 +144,9 @@ fn ask_during_start(session: &Session, machine: &str) -> Result<(Duration, Durat
 }
 
 fn is_missing(what: &str) -> Result {
-    Err(Unmet::NotTried(format!("the machinery does not offer {what}")))
+    Err(CheckFailure::Skipped(format!("the machinery does not offer {what}")))
 }
 
 fn is_panicked<T>() -> Result<T> {
-    Err(Unmet::Failed("the suite itself panicked".to_owned()))
+    Err(CheckFailure::Failed("the suite itself panicked".to_owned()))
 }

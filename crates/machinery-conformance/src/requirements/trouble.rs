@@ -6,13 +6,13 @@ use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, State};
 
 use crate::call::Call;
-use crate::report::{Result, Unmet, demand};
+use crate::report::{CheckFailure, Result, demand};
 use crate::session::{Session, failed};
-use crate::subject::Death;
+use crate::spec::Death;
 
 pub fn failed_start(session: &Session) -> Result {
-    let Some(breakage) = &session.subject().breakage else {
-        return Err(Unmet::NotTried("no way is known to make a start fail".to_owned()));
+    let Some(breakage) = &session.spec().breakage else {
+        return Err(CheckFailure::Skipped("no way is known to make a start fail".to_owned()));
     };
     let machine = breakage.machine.as_str();
     session.act("spoiling", machine, &breakage.spoil)?;
@@ -28,7 +28,7 @@ fn fails_cleanly(session: &Session, machine: &str) -> Result {
     let error = session.fails(&Call::RestoreStart, machine)?;
     // What cannot succeed is not to be waited for.
     demand!(
-        began.elapsed() < session.patience(),
+        began.elapsed() < session.timeout(),
         "that {machine} cannot start took all the time there was: {error}"
     );
     session.is(machine, State::Poweroff)?;
@@ -58,8 +58,8 @@ fn nothing_is_unusable(session: &Session, when: &str) -> Result {
 }
 
 pub fn death(session: &Session) -> Result {
-    let Some(Death { machine, kill }) = &session.subject().death else {
-        return Err(Unmet::NotTried("no way is known to end a machine from outside".to_owned()));
+    let Some(Death { machine, kill }) = &session.spec().death else {
+        return Err(CheckFailure::Skipped("no way is known to end a machine from outside".to_owned()));
     };
     session.does(&Call::RestoreStart, machine)?;
     session.act("ending", machine, kill)?;
@@ -72,7 +72,7 @@ pub fn death(session: &Session) -> Result {
 
 fn hears_the_end(session: &Session, machine: &str) -> Result<State> {
     let end = session.wait_to_hear(|heard| heard.end_of(machine));
-    end.ok_or_else(|| Unmet::Failed(format!("{machine} died, and nobody was told by state_changed")))
+    end.ok_or_else(|| CheckFailure::Failed(format!("{machine} died, and nobody was told by state_changed")))
 }
 
 /// Wherever the end of its time finds it: so it is given more and more, from none at all, until it
@@ -130,7 +130,7 @@ fn hurried(session: &Session, call: &Call) -> Result {
 }
 
 fn longer(session: &Session, limit: Duration) -> Result<Duration> {
-    demand!(limit < session.patience(), "what ought to succeed did not in {limit:?}");
+    demand!(limit < session.timeout(), "what ought to succeed did not in {limit:?}");
     Ok(limit + Duration::from_millis(1))
 }
 

@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use machinery::{DumpFormat, State};
 
 use crate::call::Call;
-use crate::ears::Heard;
-use crate::report::{Result, Unmet, demand};
+use crate::recorder::Heard;
+use crate::report::{CheckFailure, Result, demand};
 use crate::session::{Session, failed};
 
 pub fn dump_memory(session: &Session) -> Result {
     if !session.capabilities()?.dump_memory {
-        return Err(Unmet::NotTried("the machinery does not offer dump_memory".to_owned()));
+        return Err(CheckFailure::Skipped("the machinery does not offer dump_memory".to_owned()));
     }
     let machine = session.machine();
     let dump = |path: PathBuf| Call::DumpMemory(path, DumpFormat::Elf);
@@ -32,7 +32,7 @@ pub fn dump_memory(session: &Session) -> Result {
 
 pub fn screenshot(session: &Session) -> Result {
     if !session.capabilities()?.screenshot {
-        return Err(Unmet::NotTried("the machinery does not offer screenshot".to_owned()));
+        return Err(CheckFailure::Skipped("the machinery does not offer screenshot".to_owned()));
     }
     let machine = session.machine();
     is_refused_when_off(session, machine, Call::Screenshot)?;
@@ -71,7 +71,7 @@ fn needs_a_path(session: &Session, machine: &str, call: impl Fn(PathBuf) -> Call
 fn other_formats(session: &Session, machine: &str) -> Result {
     for format in [DumpFormat::KdumpZlib, DumpFormat::WinDmp] {
         let file = session.path(format.as_str());
-        match session.attempt(&Call::DumpMemory(file.clone(), format), machine, session.patience())? {
+        match session.attempt(&Call::DumpMemory(file.clone(), format), machine, session.timeout())? {
             Ok(()) => is_the_callers(&file)?,
             Err(_) => session.nothing_is_at(&file)?,
         }
