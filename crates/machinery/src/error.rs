@@ -214,6 +214,11 @@ impl Error {
         self
     }
 
+    /// Reports whether the plugin is at fault: it panicked, or its answer was nonsense.
+    pub fn is_plugin_fault(&self) -> bool {
+        matches!(self.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
+    }
+
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
