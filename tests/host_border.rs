@@ -154,7 +154,7 @@ fn a_panic_in_any_method_costs_the_machine_and_nothing_else() {
 
 #[test]
 fn a_call_that_never_returns_costs_the_machine_and_nothing_else() {
-    each_method_costs_its_machine("hang", &["did not come back from the plugin"]);
+    each_method_costs_its_machine("hang", &["did not return from the plugin"]);
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_text_that_is_none_costs_the_machine_and_nothing_else() {
 
 #[test]
 fn a_state_that_is_not_told_costs_the_machine() {
-    let faults = [("panic", "panicked: configured to panic in State"), ("hang", "did not come back")];
+    let faults = [("panic", "panicked: configured to panic in State"), ("hang", "did not return")];
     let keys = faults.map(|(fault, _)| (fault, format!("faults: {{state: {fault}}}")));
     let mut machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
     machines.push(("tame", ""));
@@ -187,7 +187,7 @@ fn a_state_that_is_not_told_costs_the_machine() {
         assert_says(listed["disabled_reason"].as_str().unwrap(), &[words]);
         client.act("enable_machine", fault).unwrap();
         let answer = client.act("state", fault).unwrap();
-        assert_fails(&answer, &[words, &format!("telling the state of machine '{fault}' failed")]);
+        assert_fails(&answer, &[words, &format!("querying the state of machine '{fault}' failed")]);
         assert_disabled(&mut client, fault, &answer);
     }
     served.assert_well(&["tame"]);
@@ -234,7 +234,7 @@ fn a_panic_before_the_host_serves_is_the_reason_why_it_does_not() {
 #[test]
 fn what_never_returns_before_the_host_serves_is_the_reason_why_it_does_not() {
     for method in ["load", "machines", "capabilities", "version"] {
-        let words = [&format!("{method} of 'wild'"), "did not come back within", "`timeouts`"];
+        let words = [&format!("{method} of 'wild'"), "did not return within", "`timeouts`"];
         assert_no_start(&format!("faults: {{{method}: hang}}"), &words.map(|word| word as &str));
     }
 }
@@ -247,7 +247,7 @@ fn a_library_that_never_gets_loaded_is_the_reason_why_the_host_does_not_serve() 
         let ran = host::run(&cwd, &[command]).unwrap();
         assert_eq!(ran.code, Some(2), "{command}: {ran:?}");
         let said = format!("{}{}", ran.stdout, ran.stderr);
-        assert_says(&said, &["opening ", "libmachinery_stuck.so", "did not come back within", "`timeouts`"]);
+        assert_says(&said, &["opening ", "libmachinery_stuck.so", "did not return within", "`timeouts`"]);
     }
 }
 
@@ -259,7 +259,7 @@ fn a_machinery_that_will_not_go_does_not_keep_the_host() {
         assert_says(&ran.stderr, &["the wild machinery is dropped", words]);
     }
     let both = "faults: {version: panic, shutdown: hang}";
-    assert_no_start(both, &["version of 'wild'", "shutdown of 'wild': the plugin did not come back"]);
+    assert_no_start(both, &["version of 'wild'", "shutdown of 'wild': the plugin did not return"]);
 }
 
 #[test]
@@ -267,7 +267,7 @@ fn a_shutdown_that_fails_in_any_way_does_not_keep_the_host() {
     for (fault, words) in [
         ("panic", "the plugin 'wild' panicked: configured to panic in Shutdown"),
         ("panic_bomb", "the plugin 'wild' panicked"),
-        ("hang", "did not let go in time"),
+        ("hang", "shutdown: the plugin did not return within"),
         ("no_text", r"bad \xff\xfe text"),
     ] {
         let mut served = serve(&wild(&format!("faults: {{shutdown: {fault}}}"), &[("m", "")]));
@@ -283,7 +283,7 @@ fn a_check_that_fails_in_any_way_is_a_problem_among_others() {
     for (fault, words) in [
         ("panic", "the plugin 'wild' panicked: configured to panic in Check"),
         ("panic_bomb", "the plugin 'wild' panicked"),
-        ("hang", "did not come back within"),
+        ("hang", "did not return within"),
         ("no_text", r"\xff\xfe"),
     ] {
         let cwd = cwd(&wild(&format!("faults: {{check: {fault}}}"), &[("m", "")]));
@@ -331,7 +331,7 @@ fn a_reload_that_fails_in_any_way_changes_nothing() {
         ("panic", "the plugin 'wild' panicked: configured to panic in Reload"),
         ("panic_bomb", "the plugin 'wild' panicked"),
         ("no_text", r"bad \xff\xfe text"),
-        ("hang", "did not come back from the plugin"),
+        ("hang", "did not return from the plugin"),
     ] {
         let served = serve(&wild(&format!("faults: {{reload: {fault}}}"), &[("m", "")]));
         let mut client = served.client();
@@ -372,7 +372,7 @@ fn what_a_reload_says_of_machines_that_there_are_not_is_not_told() {
         let mut client = served.client();
         let answer = client.ask(json!({"action": "reload"})).unwrap();
         let nothing = json!([]);
-        assert_eq!((&answer["changed"], &answer["later"]), (&nothing, &nothing), "{claims}");
+        assert_eq!((&answer["changed"], &answer["deferred"]), (&nothing, &nothing), "{claims}");
         let log = served.host.log();
         assert!(log.lines().all(|line| line.len() < 10_000 && !line.starts_with("ERROR")), "{claims}");
         served.assert_well(&["m"]);
@@ -395,10 +395,10 @@ fn a_machine_that_comes_with_a_reload_costs_no_more_than_itself() {
     served.cwd.write_yaml("double", &double(&machines)).unwrap();
     let answer = client.ask(json!({"action": "reload"})).unwrap();
     assert_eq!(answer["added"], json!(["panics", "hangs", "more"]), "{answer}");
-    for (machine, words) in [("panics", "the plugin 'double' panicked"), ("hangs", "did not come back")] {
+    for (machine, words) in [("panics", "the plugin 'double' panicked"), ("hangs", "did not return")] {
         let listed = client.machine(machine).unwrap();
         assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
-        let told = format!("telling the state of machine '{machine}' failed");
+        let told = format!("querying the state of machine '{machine}' failed");
         assert_says(listed["disabled_reason"].as_str().unwrap(), &[words, &told]);
     }
     served.assert_well(&["m", "more"]);
@@ -580,7 +580,7 @@ fn a_million_events_cost_a_subscriber_some_of_them_and_the_host_nothing() {
     assert_eq!(client.next_message().unwrap()["id"], "dumps");
     let after = served.host.holds().unwrap().resident_kib;
     assert!(after < before + 100 * 1024, "{before} KiB, then {after} KiB");
-    while subscriber.next_message().unwrap()["event"] != "lost" {}
+    while subscriber.next_message().unwrap()["event"] != "lagged" {}
     drop(subscriber);
     served.assert_well(&["m"]);
 }

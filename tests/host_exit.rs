@@ -55,7 +55,7 @@ fn an_exit_in_a_method_is_an_end_in_good_order_and_a_call_that_never_returns() {
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "fine").unwrap(), good());
     let answer = client.act("restore_start", "m").unwrap();
-    assert!(answer["reason"].as_str().unwrap().contains("did not come back"), "{answer}");
+    assert!(answer["reason"].as_str().unwrap().contains("did not return"), "{answer}");
     assert_ended(host, &cwd, "'wild' in a call for the machine 'm'");
     RunningHost::start(&cwd).unwrap();
 }

@@ -81,7 +81,7 @@ const WORDS: [(&str, &str); 5] = [
     ("timeout", "waited 0.3 s"),
     ("panic", "panicked: configured to panic"),
     ("lie", "state poweroff after it, and running was expected"),
-    ("hang", "did not come back"),
+    ("hang", "did not return"),
 ];
 
 #[test]
@@ -147,7 +147,7 @@ fn a_power_button_that_never_comes_back_costs_the_machine() {
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
     let answer = client.act("acpi_stop", "m").unwrap();
-    assert_fails(&answer, "did not come back");
+    assert_fails(&answer, "did not return");
     assert_disabled(&mut client, "m", &answer);
     served.assert_well();
 }

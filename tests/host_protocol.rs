@@ -219,7 +219,7 @@ fn the_list_has_what_cuckoo_reads_of_a_machine() {
         "tags": ["dotnet", "7"], "snapshot": "1000", "architecture": "amd64", "interface": "br1",
         "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
-        "disabled": false, "disabled_reason": "", "errors": [], "ready": null, "outdated": false,
+        "disabled": false, "disabled_reason": "", "errors": [], "ready": null, "change_pending": false, "outdated": false,
         "warnings": [],
     });
     assert_eq!(list["machines"][0], full);

@@ -30,8 +30,9 @@ fn reload(client: &mut Client) -> Value {
 
 /// What a reload that succeeds answers.
 fn taken(added: &[&str], changed: &[&str], removed: &[&str], later: &[&str]) -> Value {
-    let machines = json!({"added": added, "changed": changed, "removed": removed, "later": later});
-    let mut taken = json!({"success": true, "settings": [], "notes": []});
+    let machines =
+        json!({"added": added, "changed": changed, "removed": removed, "deferred": later, "later": later});
+    let mut taken = json!({"success": true, "settings": [], "restart_required": [], "notes": []});
     taken.as_object_mut().unwrap().extend(machines.as_object().unwrap().clone());
     taken
 }
@@ -87,7 +88,7 @@ fn what_is_new_for_a_machine_in_use_holds_when_it_is_free() {
     assert_eq!(reload(&mut client), taken(&[], &[], &[], &["m", "gone"]));
     assert_eq!(names(&mut client), ["m", "gone"]);
     for machine in ["m", "gone"] {
-        assert_eq!(client.machine(machine).unwrap()["outdated"], true, "{machine}");
+        assert_eq!(client.machine(machine).unwrap()["change_pending"], true, "{machine}");
     }
     let listed = host::run(&cwd, &["list"]).unwrap();
     assert!(listed.stdout.contains("its new configuration waits until it is free"), "{}", listed.stdout);
@@ -97,12 +98,12 @@ fn what_is_new_for_a_machine_in_use_holds_when_it_is_free() {
     assert_eq!(client.machine("m").unwrap()["tags"], json!([]));
     // Half a file is of no interest now: what was read before is taken over.
     cwd.write_yaml("double", "machines: [").unwrap();
-    assert_eq!(hear_reloaded(&mut client)["later"], json!(["m", "gone"]));
+    assert_eq!(hear_reloaded(&mut client)["deferred"], json!(["m", "gone"]));
     assert_eq!(client.ask(json!({"action": "unlock", "machine": "m"})).unwrap(), done());
     let reloaded = hear_reloaded(&mut client);
-    assert_eq!((&reloaded["changed"], &reloaded["later"]), (&json!(["m"]), &json!(["gone"])));
+    assert_eq!((&reloaded["changed"], &reloaded["deferred"]), (&json!(["m"]), &json!(["gone"])));
     let machine = client.machine("m").unwrap();
-    assert_eq!((&machine["tags"], &machine["outdated"]), (&json!(["new"]), &json!(false)));
+    assert_eq!((&machine["tags"], &machine["change_pending"]), (&json!(["new"]), &json!(false)));
     assert_eq!(client.act("stop", "gone").unwrap(), done());
     assert_eq!(hear_reloaded(&mut client)["removed"], json!(["gone"]));
     assert_eq!(names(&mut client), ["m"]);
@@ -216,7 +217,7 @@ fn limits_change_at_once_and_what_takes_a_restart_is_told() {
     let mut client = host.client().unwrap();
     cwd.host_yaml("timeouts: {restore_start: 0.1}\nmax_parallel_restores: 7\n").unwrap();
     let taken = reload(&mut client);
-    let notes = taken["notes"].to_string();
+    let notes = taken["restart_required"].to_string();
     assert!(notes.contains("max_parallel_restores") && notes.contains("next start"), "{taken}");
     let failed = client.act("restore_start", "m").unwrap();
     assert!(failed["reason"].as_str().unwrap().contains("waited 0.1 s"), "{failed}");
@@ -271,7 +272,7 @@ fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
     });
     let host = host.unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(reload(&mut client)["notes"], json!([]));
+    assert_eq!(reload(&mut client)["restart_required"], json!([]));
     // The same once more is nothing new.
     let (copy, mut content) = (file.with_extension("new"), fs::read(&file).unwrap());
     let replace = |content: &[u8]| {
@@ -279,10 +280,10 @@ fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
         fs::rename(&copy, &file).unwrap();
     };
     replace(&content);
-    assert_eq!(reload(&mut client)["notes"], json!([]));
+    assert_eq!(reload(&mut client)["restart_required"], json!([]));
     content.push(0);
     replace(&content);
-    let notes = reload(&mut client)["notes"].to_string();
+    let notes = reload(&mut client)["restart_required"].to_string();
     for word in ["'double'", file.to_str().unwrap(), "next start"] {
         assert!(notes.contains(word), "{word}: {notes}");
     }
@@ -366,7 +367,7 @@ fn machines_in_use_that_swap_what_they_have_do_so_when_all_are_free() {
     assert_eq!(client.machine("a").unwrap()["ip"], "10.0.0.2");
     assert_eq!(client.machine("b").unwrap()["ip"], "10.0.0.1");
     for machine in ["a", "b"] {
-        assert_eq!(client.machine(machine).unwrap()["outdated"], false);
+        assert_eq!(client.machine(machine).unwrap()["change_pending"], false);
         assert_eq!(client.act("restore_start", machine).unwrap(), done());
     }
 }

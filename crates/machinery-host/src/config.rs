@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::capture;
 use crate::cwd::Cwd;
-use crate::loader::hashes::AllowList;
+use crate::plugin::checksum::AllowList;
 
 /// Everything the host's files say.
 #[derive(Debug, Clone)]

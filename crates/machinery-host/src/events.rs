@@ -1,103 +1,118 @@
-//! What subscribers hear. Sending never waits: a subscriber that does not keep up loses events and
-//! is told how many.
+//! Events, and their subscribers. Sending never blocks: a subscriber that is too slow loses events and
+//! receives their number.
 
 use machinery::{RestoreReadiness, State};
 use serde::Serialize;
 use tokio::sync::broadcast;
 
-use crate::reload::Taken;
+/// The number of events that a subscriber may lag behind.
+const MAX_LAG: usize = 4096;
 
-/// How many events a subscriber can be behind.
-const KEPT: usize = 4096;
+/// The result of a reload.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize)]
+pub struct ReloadSummary {
+    /// The machines that were added.
+    pub added: Vec<String>,
+    /// The machines whose new configuration is applied.
+    pub changed: Vec<String>,
+    /// The machines that were removed.
+    pub removed: Vec<String>,
+    /// The machines that were in use: their change is applied when they are free.
+    pub deferred: Vec<String>,
+    /// The keys of the host's own configuration whose new values apply to later actions.
+    pub settings: Vec<String>,
+    /// The changes that need a restart of the host.
+    pub restart_required: Vec<String>,
+}
 
-/// Something that happened, mostly to a machine.
+/// An event, mostly of a machine.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// Its state changed.
+    /// The state has changed.
     State {
-        /// Which machine.
+        /// The machine.
         machine: String,
-        /// What it is now.
+        /// The new state.
         state: State,
-        /// Why, if it happened by itself.
+        /// The reason, if the host has not ordered the change.
         #[serde(skip_serializing_if = "String::is_empty")]
         reason: String,
     },
-    /// How far a long action is.
+    /// The progress of a long action.
     Progress {
-        /// On which machine.
+        /// The machine.
         machine: String,
         /// 0.0 to 1.0
         fraction: f64,
     },
-    /// It was taken out of the pool.
+    /// The machine has left the pool.
     Disabled {
-        /// Which machine.
+        /// The machine.
         machine: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// It was put back.
+    /// The machine is back in the pool.
     Enabled {
-        /// Which machine.
+        /// The machine.
         machine: String,
     },
-    /// A task has it now.
+    /// A task has locked the machine.
     Locked {
-        /// Which machine.
+        /// The machine.
         machine: String,
-        /// Which task.
+        /// The task.
         task_id: String,
     },
-    /// No task has it any more.
+    /// The lock has been released.
     Unlocked {
-        /// Which machine.
+        /// The machine.
         machine: String,
     },
-    /// It is kept for a task.
+    /// The machine is reserved for a task.
     Reserved {
-        /// Which machine.
+        /// The machine.
         machine: String,
-        /// Which task.
+        /// The task.
         task_id: String,
     },
-    /// It is kept for nobody any more.
+    /// The reservation has been cancelled.
     Unreserved {
-        /// Which machine.
+        /// The machine.
         machine: String,
     },
-    /// How its next restore will go has changed.
+    /// The readiness for the next restore has changed.
     Ready {
-        /// Which machine.
+        /// The machine.
         machine: String,
-        /// How.
+        /// The readiness.
         #[serde(flatten)]
         ready: RestoreReadiness,
     },
     /// The configuration was reloaded.
-    Reloaded(Taken),
-    /// Its traffic is not captured, or not to the end.
+    Reloaded(ReloadSummary),
+    /// The traffic is not captured, or only in part.
     CaptureFailed {
-        /// Which machine.
+        /// The machine.
         machine: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
 }
 
-/// Where events are sent from.
+/// The sender of events.
 #[derive(Debug, Clone)]
 pub struct Events(broadcast::Sender<Event>);
 
 impl Events {
-    /// Tells all subscribers.
+    /// Sends an event to all subscribers.
     pub fn send(&self, event: Event) {
-        // An error only says that nobody listens.
+        // An error only means that there is no subscriber.
         let _ = self.0.send(event);
     }
 
-    /// Everything that is sent from now on.
+    /// Subscribes to all later events.
     pub fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.0.subscribe()
     }
@@ -105,6 +120,6 @@ impl Events {
 
 impl Default for Events {
     fn default() -> Self {
-        Events(broadcast::Sender::new(KEPT))
+        Events(broadcast::Sender::new(MAX_LAG))
     }
 }

@@ -11,7 +11,7 @@
 //! | room | what it holds |
 //! | --- | --- |
 //! | [`cwd`], [`config`] | where Cuckoo's working directory is, and what its files say |
-//! | [`loader`] | finding the plugins that are listed, opening and loading them |
+//! | [`load`] | loads the listed machineries |
 //! | [`fleet`] | the machines of all machineries, what is known of each, and who has it |
 //! | [`events`] | what subscribers hear |
 //! | [`capture`] | the traffic of a task's machine, into the task's file |
@@ -20,30 +20,28 @@
 //! | [`serve`] | the life of the host: load, serve, end |
 //! | [`reload`] | a new configuration while it serves |
 //! | [`client`] | the other end of the socket, for the command line |
-//! | [`patience`], [`exit`] | plugins that do not come back, and those that end the process |
+//! | [`plugin`], [`exit`] | bounded calls into plugins, and plugins that end the process |
 //! | [`cuckoo`] | where Cuckoo3 reads its own files differently |
-//! | [`check`], [`import`], [`new_plugin`], [`conformance`] | commands that need no running host |
+//! | [`commands`] | commands that need no running host |
 //! | [`cli`] | the command line |
 //! | [`logging`] | where log lines go |
 
 pub mod actions;
 pub mod capture;
-pub mod check;
 pub mod cli;
 pub mod client;
+pub mod commands;
 pub mod config;
-pub mod conformance;
 pub mod cuckoo;
 pub mod cwd;
 pub mod events;
 pub mod exit;
 pub mod fleet;
-pub mod import;
 mod limits;
-pub mod loader;
+pub mod load;
 pub mod logging;
-pub mod new_plugin;
-pub mod patience;
+pub mod manager;
+pub mod plugin;
 pub mod reload;
 pub mod serve;
 pub mod server;

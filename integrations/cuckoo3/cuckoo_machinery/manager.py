@@ -101,7 +101,7 @@ class HostedManager(Listener):
     def heard(self, event):
         """Something happened: to a machine, to events themselves, or to the configuration."""
         kind = event["event"]
-        if kind in ("lost", "reloaded"):
+        if kind in ("lagged", "lost", "reloaded"):
             self.machines.mirror(self.host.client.request("list")["machines"])
             return
         if kind == "capture_failed":

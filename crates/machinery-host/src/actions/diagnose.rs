@@ -11,18 +11,18 @@ use std::time::Duration;
 use machinery::{Diagnosis, Error, Result};
 use tokio::time::timeout;
 
-use super::call::{self, Called};
-use crate::fleet::{Machine, Machinery, Roll};
+use crate::fleet::{Machine, Machinery, Roster};
+use crate::plugin::call::CallResult;
 
 /// The longest that a machinery may take to diagnose all its machines. The host's start, or a reload, waits.
 const MAX_DIAGNOSIS: Duration = Duration::from_secs(30);
 
 /// Diagnoses all machines; each machinery has `limit` for its answer, and at most 30 seconds.
-pub async fn diagnose_all(roll: &Roll, limit: Duration) {
+pub async fn diagnose_all(roster: &Roster, limit: Duration) {
     let limit = limit.min(MAX_DIAGNOSIS);
-    for machinery in roll.machineries() {
+    for machinery in roster.machineries() {
         let of_it = |machine: &&Arc<Machine>| Arc::ptr_eq(&machine.machinery, machinery);
-        let machines: Vec<_> = roll.machines().iter().filter(of_it).cloned().collect();
+        let machines: Vec<_> = roster.machines().iter().filter(of_it).cloned().collect();
         diagnose(machinery, &machines, limit).await;
     }
 }
@@ -33,7 +33,7 @@ pub async fn diagnose_all(roll: &Roll, limit: Duration) {
 /// The plugin cannot use the machine: the reason.
 pub async fn diagnose_one(machine: &Arc<Machine>, limit: Duration) -> Result<(), String> {
     diagnose(&machine.machinery, std::slice::from_ref(machine), limit).await;
-    machine.status().standing.unusable.map_or(Ok(()), Err)
+    machine.status().availability.unusable.map_or(Ok(()), Err)
 }
 
 /// Diagnoses machines of one machinery. If that fails, the host logs the failure and keeps the earlier
@@ -50,7 +50,7 @@ async fn diagnose(machinery: &Arc<Machinery>, machines: &[Arc<Machine>], limit: 
         }
         Err(error) => {
             let error = error.action(format!("diagnosing the machines of '{}'", machinery.name));
-            tracing::warn!(machinery = machinery.name, %error, "what is known of its machines may be old");
+            tracing::warn!(machinery = machinery.name, %error, "the earlier diagnosis of its machines may be outdated");
         }
     }
 }
@@ -62,16 +62,17 @@ async fn ask(
 ) -> Result<Vec<Diagnosis>> {
     let names: Vec<String> = machines.iter().map(|machine| machine.name().to_owned()).collect();
     // Only one diagnosis runs at a time, so a plugin that hangs blocks a single thread.
-    let turn = timeout(limit, Arc::clone(&machinery.diagnosing).lock_owned()).await;
-    let turn = turn.map_err(|_| Error::timeout("an earlier diagnosis has not come back from its plugin"))?;
-    let called = call::ask(machinery, "diagnose", limit, move |machinery, deadline| {
-        let _turn = turn;
+    let permit = timeout(limit, Arc::clone(&machinery.diagnosing).lock_owned()).await;
+    let permit =
+        permit.map_err(|_| Error::timeout("an earlier diagnosis has not returned from its plugin"))?;
+    let called = machinery.call("diagnose", limit, move |machinery, deadline| {
+        let _permit = permit;
         machinery.instance.diagnose(&names, deadline)
     });
     match called.await {
-        Called::Returned(diagnoses) => diagnoses,
-        Called::Lost(_) => {
-            Err(Error::timeout(format!("it did not come back from the plugin within {limit:?}")))
+        CallResult::Returned(diagnoses) => diagnoses,
+        CallResult::Abandoned(_) => {
+            Err(Error::timeout(format!("it did not return from the plugin within {limit:?}")))
         }
     }
 }

@@ -1,25 +1,38 @@
-//! What can be done with a machine, by whom, and by which rules.
+//! Actions on machines: their queues, their rules, and how they call plugins.
 //!
-//! Each machine has a [`worker`] with a mailbox: one action at a time for one machine, in the
-//! order they came, machines in parallel. The worker runs an action by the [`rules`] of
-//! Cuckoo3, and every call into a plugin goes through [`call`], which survives a plugin that does
-//! not come back.
+//! Each machine has a [`worker`] with a queue: one action at a time for one machine, in order of arrival,
+//! machines in parallel. The worker runs an action with the [`executor`], by the rules of Cuckoo3.
 //!
-//! When there is nothing to do with a machine that is off, its worker has its plugin *prepare* the next
-//! restore; a stop or a cold start that comes meanwhile ends that. A new configuration is taken over while the
-//! workers of free machines *rest*.
+//! An idle worker has its plugin *prepare* the next restore. A stop or a cold start cancels the preparation.
+//! A reload *pauses* the workers of free machines.
+//!
+//! | file | content |
+//! | --- | --- |
+//! | [`queues`] | the queues of all machines |
+//! | [`message`] | what a queue carries: requests and pauses |
+//! | [`worker`] | takes messages from one queue |
+//! | [`preparation`] | a preparation under way, and its cancellation |
+//! | [`executor`] | runs one action by the rules |
+//! | [`context`] | what all executors share: settings, permits, failures |
+//! | [`capture`] | begins and ends the capture of a machine's traffic |
+//! | [`diagnose`] | asks plugins which machines they cannot use |
+//! | [`metrics`] | counts and durations of actions |
 
-pub mod call;
+pub mod capture;
+pub mod context;
 pub mod diagnose;
+pub mod executor;
+pub mod message;
 pub mod metrics;
-pub mod rules;
+pub mod preparation;
+pub mod queues;
 pub mod worker;
 
 use std::path::PathBuf;
 
 use machinery::DumpFormat;
 
-/// Something to do with a machine.
+/// An action on a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// See [`Machinery::restore_start`](machinery::Machinery::restore_start).
@@ -32,34 +45,34 @@ pub enum Action {
     AcpiStop,
     /// See [`Machinery::dump_memory`](machinery::Machinery::dump_memory).
     DumpMemory {
-        /// Where to.
+        /// The file to write.
         path: PathBuf,
-        /// As what.
+        /// The format of the file.
         format: DumpFormat,
     },
     /// See [`Machinery::screenshot`](machinery::Machinery::screenshot).
     Screenshot {
-        /// Where to.
+        /// The file to write.
         path: PathBuf,
     },
     /// Stops the machine if the host has started its run, and leaves every other run alone.
     StopOwn,
     /// See [`Machinery::prepare`](machinery::Machinery::prepare) and
     /// [`Machinery::prepare_automatically`](machinery::Machinery::prepare_automatically).
-    Prepare(Occasion),
+    Prepare(PrepareOrigin),
 }
 
 /// The reason for preparing a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Occasion {
-    /// A client has asked for the preparation.
+pub enum PrepareOrigin {
+    /// A client has requested the preparation.
     Request,
     /// The host prepares the machine by itself.
     Automatic,
 }
 
 impl Action {
-    /// Its name in the protocol.
+    /// Returns the action's name in the protocol.
     pub fn name(&self) -> &'static str {
         match self {
             Action::RestoreStart => "restore_start",
@@ -73,8 +86,11 @@ impl Action {
     }
 }
 
-/// What an action gets that comes too late.
-const CLOSING: &str = "the machinery host is shutting down and takes no new action";
+/// The result of an action; the error is the reason that the client reads.
+pub type ActionResult = Result<(), String>;
 
-/// How an action ended: well, or with the reason why not.
-pub type Outcome = Result<(), String>;
+/// The reason for refusing an action while the host ends.
+pub const CLOSING: &str = "the machinery host is shutting down and takes no new action";
+
+/// The reason for refusing an action on a machine that is not configured any more.
+pub const REMOVED: &str = "the machine was removed from the configuration";

@@ -12,19 +12,12 @@
 
 mod leftovers;
 mod stderr;
-mod tcpdump;
+pub mod tcpdump;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::Error;
-
-use crate::fleet::Machine;
-use crate::fleet::standing::Hold;
-
 pub use leftovers::end_leftovers;
-use tcpdump::Tcpdump;
 
 /// The kernel hands packets over when a block is full, and after a second at the latest (tcpdump
 /// asks libpcap for that). `--immediate-mode` would spare the wait, but leaves room for a few dozen
@@ -50,73 +43,19 @@ pub struct Settings {
     pub result_server: Option<(String, u16)>,
 }
 
-/// A task's capture of a machine's traffic.
-#[derive(Debug)]
-pub struct Capture {
-    hold: Hold,
-    tcpdump: Tcpdump,
-}
-
 /// One machine's traffic, and where it goes.
 #[derive(Debug, Clone)]
-struct Target {
-    interface: String,
-    filter: String,
-    pcap: PathBuf,
+pub struct Target {
+    /// The network interface.
+    pub interface: String,
+    /// The filter, in the syntax of pcap-filter(7).
+    pub filter: String,
+    /// The file to write.
+    pub pcap: PathBuf,
 }
 
-/// Begins to capture if a task has the machine and wants it. Returns when tcpdump listens.
-pub async fn begin(machine: &Arc<Machine>, settings: &Settings) {
-    let mut capture = machine.capture.lock().await;
-    let Some(hold) = machine.hold() else { return };
-    let Some(pcap) = hold.pcap_path.clone() else { return };
-    let begun = match target(machine, settings, pcap) {
-        Ok(target) => {
-            let told = Arc::clone(machine);
-            Tcpdump::start(settings, target, move |error| told.capture_failed(error)).await
-        }
-        Err(error) => Err(error),
-    };
-    match begun {
-        Ok(tcpdump) => *capture = Some(Capture { hold, tcpdump }),
-        Err(error) => machine.capture_failed(&error),
-    }
-}
-
-/// Ends the machine's capture, if there is one. Its file is complete then.
-pub async fn end(machine: &Machine) {
-    stop(machine, machine.capture.lock().await.take()).await;
-}
-
-/// The same, if its task does not have the machine any more. That of a task which has got it
-/// meanwhile goes on.
-pub async fn end_of_task(machine: &Machine) {
-    let mut capture = machine.capture.lock().await;
-    let ended = capture.take_if(|capture| machine.hold().as_ref() != Some(&capture.hold));
-    stop(machine, ended).await;
-}
-
-async fn stop(machine: &Machine, capture: Option<Capture>) {
-    if let Some(Capture { tcpdump, .. }) = capture
-        && let Err(error) = tcpdump.stop().await
-    {
-        machine.capture_failed(&error);
-    }
-}
-
-fn target(machine: &Machine, settings: &Settings, pcap: PathBuf) -> Result<Target, Error> {
-    let info = machine.info();
-    let interface = info.interface.clone().ok_or_else(|| {
-        Error::configuration("the machine has no interface to capture on")
-            .advice("Give `interface` in the machine's or the machinery's configuration")
-    })?;
-    let agent = (info.ip.clone(), info.agent_port);
-    let ignored: Vec<_> = settings.result_server.iter().chain([&agent]).collect();
-    Ok(Target { interface, filter: filter(&info.ip, &ignored), pcap })
-}
-
-/// Everything to and from the machine but what is exchanged with these.
-fn filter(ip: &str, ignored: &[&(String, u16)]) -> String {
+/// Returns the filter for all traffic of the machine, except with these addresses and ports.
+pub fn filter(ip: &str, ignored: &[&(String, u16)]) -> String {
     let mut filter = format!("host {ip}");
     for (ip, port) in ignored {
         for direction in ["dst", "src"] {

@@ -38,7 +38,7 @@ impl Tcpdump {
     ///
     /// # Errors
     /// It cannot be started, or does not listen.
-    pub(super) async fn start(
+    pub async fn start(
         settings: &Settings,
         target: Target,
         died: impl FnOnce(&Error) + Send + 'static,
@@ -53,7 +53,7 @@ impl Tcpdump {
     ///
     /// # Errors
     /// It did not end in good order. That it had died before has been told.
-    pub(super) async fn stop(self) -> Result<()> {
+    pub async fn stop(self) -> Result<()> {
         // It may have died meanwhile.
         let _ = self.stop.send(());
         self.ended.await.unwrap_or_else(|error| Err(Error::failed(format!("its watch panicked: {error}"))))

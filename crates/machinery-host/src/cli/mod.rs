@@ -1,9 +1,9 @@
 //! The command line. Flags are documented where they are defined; what a person sees is made in
-//! `show`.
+//! `output`.
 //!
 //! Exit codes: 0 done, 1 the action failed, 2 usage or configuration.
 
-mod show;
+mod output;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -14,11 +14,15 @@ use machinery::{Error, ErrorKind, Report, Result};
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::conformance::{self, Conformance};
+use crate::commands::conformance::{self, Conformance};
+use crate::commands::{check, import, new_plugin};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
-use crate::loader::{self, Search};
-use crate::{check, import, logging, new_plugin, serve};
+use crate::load;
+use crate::logging;
+use crate::plugin::open::open;
+use crate::plugin::search::{self, PluginSearch};
+use crate::serve::{self, Served};
 
 /// Restores, starts and stops the analysis machines of a Cuckoo sandbox.
 #[derive(Parser)]
@@ -53,9 +57,9 @@ struct Global {
 }
 
 impl Global {
-    fn search(&self, cwd: &Cwd) -> Search {
-        Search {
-            folders: loader::folders(&self.plugin_dirs, cwd),
+    fn search(&self, cwd: &Cwd) -> PluginSearch {
+        PluginSearch {
+            folders: search::folders(&self.plugin_dirs, cwd),
             allow_insecure: self.allow_insecure_plugins,
         }
     }
@@ -158,7 +162,7 @@ pub fn main() -> ! {
     let code = catch_unwind(AssertUnwindSafe(|| match run(&cli) {
         Ok(code) => code,
         Err(error) => {
-            show::error(&error, cli.global.json);
+            output::error(&error, cli.global.json);
             match error.kind() {
                 ErrorKind::Configuration => ExitCode::from(2),
                 // Whatever keeps a host from starting is for its operator to put right.
@@ -175,17 +179,17 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &cli.command {
         Command::NewPlugin { name, dir, interface } => {
             let new = new_plugin::new_plugin(name, dir, interface.as_deref())?;
-            show::new_plugin(&new, global.json);
+            output::new_plugin(&new, global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(asked) if asked.list => {
-            show::requirements(global.json);
+            output::requirements(global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(asked) => {
-            let tell = |check: &_| show::requirement(check, global.json);
+            let tell = |check: &_| output::requirement(check, global.json);
             let report = conformance::run(asked, global.allow_insecure_plugins, tell)?;
-            show::conformance(&report, global.json);
+            output::conformance(&report, global.json);
             Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
         command => run_in(&Cwd::find(global.cwd.as_deref())?, command, global),
@@ -196,43 +200,43 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     match command {
         Command::Serve { .. } => Ok(match serve::run(cwd, &global.search(cwd))? {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                show::error(&error, global.json);
+            Served::Cleanly => ExitCode::SUCCESS,
+            Served::With(error) => {
+                output::error(&error, global.json);
                 ExitCode::from(1)
             }
         }),
         Command::Check => {
             let report = check::check(cwd, &global.search(cwd));
-            show::report(&report, global.json);
+            output::report(&report, global.json);
             Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
         }
         Command::Plugins => plugins(cwd, global),
         Command::Import(Import::Vmcloak { folders }) => {
             let check = |file| check_qemu(cwd, file, &global.search(cwd));
             let imported = import::vmcloak(&cwd.machinery_yaml("qemu"), folders, &check)?;
-            show::imported(&imported, global.json);
+            output::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::List => {
             let answer = ask(cwd, json!({"action": "list"}))?;
-            show::machines(&answer, global.json);
+            output::machines(&answer, global.json);
             Ok(code(&answer))
         }
         Command::State { machine } => {
             let answer = ask(cwd, json!({"action": "state", "machine": machine}))?;
-            show::state(&answer, global.json);
+            output::state(&answer, global.json);
             Ok(code(&answer))
         }
         Command::Prepare { machines } => prepare(cwd, machines, global.json),
         Command::Metrics => {
             let answer = ask(cwd, json!({"action": "metrics"}))?;
-            show::metrics(&answer, global.json);
+            output::metrics(&answer, global.json);
             Ok(code(&answer))
         }
         Command::Reload => {
             let answer = ask(cwd, json!({"action": "reload"}))?;
-            show::reloaded(&answer, global.json);
+            output::reloaded(&answer, global.json);
             Ok(code(&answer))
         }
         other => act(cwd, &request(other)?, global.json),
@@ -240,11 +244,11 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
 }
 
 /// Asks the plugin `qemu` to check this content before it is written to `qemu.yaml`.
-fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &Search) -> Result<Report> {
+fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &PluginSearch) -> Result<Report> {
     let config = crate::config::Config::read(cwd)?;
-    let opened = loader::open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load)
-        .map_err(Error::from)?;
-    check::by_plugin(&opened.plugin, loader::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
+    let opened =
+        open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
+    check::by_plugin(&opened.plugin, load::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
 }
 
 /// The request of a command that acts on a machine.
@@ -286,7 +290,7 @@ fn ask(cwd: &Cwd, request: Value) -> Result<Value> {
 
 fn act(cwd: &Cwd, request: &Value, json: bool) -> Result<ExitCode> {
     let mut client = Client::connect(&cwd.manager_socket())?;
-    let mut progress = show::Progress::new(request, json);
+    let mut progress = output::Progress::new(request, json);
     let mut answer = client.ask(json!({"action": "subscribe"}), |_| ())?;
     if answer["success"] == json!(true) {
         answer = client.ask(request.clone(), |event| progress.heard(event))?;
@@ -322,15 +326,15 @@ fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
     let config = crate::config::Config::read(cwd)?;
     let search = global.search(cwd);
     let opened = |name: &String| {
-        let opened = loader::open(name, &search, config.plugin_hashes.as_ref(), config.timeouts.load);
+        let opened = open(name, &search, config.plugin_hashes.as_ref(), config.timeouts.load);
         (name.clone(), opened.map_err(Error::from))
     };
     let listed: Vec<_> = config.machineries.iter().map(opened).collect();
-    let others: Vec<_> = loader::available(&search.folders)
+    let others: Vec<_> = search::available(&search.folders)
         .into_iter()
-        .filter(|(name, _)| !loader::is_listed(name, &config.machineries))
+        .filter(|(name, _)| !search::is_listed(name, &config.machineries))
         .collect();
-    show::plugins(&listed, &others, global.json);
+    output::plugins(&listed, &others, global.json);
     let all_open = listed.iter().all(|(_, plugin)| plugin.is_ok());
     Ok(if all_open { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }

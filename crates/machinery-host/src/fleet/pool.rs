@@ -1,10 +1,10 @@
-//! Giving machines to tasks, one task at a time, and which one to a task that names none.
+//! Allocates machines to tasks, one task at a time.
 //!
-//! The rules of choice are those of Cuckoo3's machine list (`MachinesList.find_available` in
-//! `common/machines.py`): a name counts alone; else the first available machine, in the order of
-//! the configuration, with the platform, the version and all the tags that are asked for. A version
-//! counts only together with a platform. `architecture` is ours, and so is that a task gets what it
-//! has already, or what is reserved for it, before anything else.
+//! The rules are those of Cuckoo3's machine list (`MachinesList.find_available` in `common/machines.py`). A
+//! name excludes all other criteria. Otherwise the first available machine with the platform, the version
+//! and all tags is chosen, in the order of the configuration. A version counts only together with a
+//! platform. Two rules are ours: `architecture` is a criterion, and a task gets a machine that it has, or
+//! that is reserved for it, before any other.
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -12,27 +12,27 @@ use std::sync::{Arc, PoisonError};
 use machinery::MachineInfo;
 use thiserror::Error;
 
-use super::standing::{Hold, Unavailable};
-use super::{Fleet, Machine, Roll};
+use super::availability::{TaskLock, Unavailable};
+use super::{Fleet, Machine, Roster};
 
-/// What a task asks for; what is empty may be anything.
+/// The criteria for a task's machine. An empty one matches every machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wanted {
-    /// A machine's name; then nothing else counts.
+pub struct MachineQuery {
+    /// The machine's name. It excludes the other criteria.
     pub name: String,
-    /// Its operating system's family.
+    /// The family of the operating system.
     pub platform: String,
-    /// That system's version.
+    /// The version of the operating system.
     pub os_version: String,
-    /// Its processor's architecture.
+    /// The architecture of the processor.
     pub architecture: String,
-    /// What must be installed in it.
+    /// The software that must be installed.
     pub tags: Vec<String>,
 }
 
-impl Wanted {
-    fn fits(&self, info: &MachineInfo) -> bool {
-        let any = |wanted: &str, has: &str| wanted.is_empty() || wanted == has;
+impl MachineQuery {
+    fn matches(&self, info: &MachineInfo) -> bool {
+        let any = |wanted: &str, value: &str| wanted.is_empty() || wanted == value;
         any(&self.platform, &info.platform)
             && (self.platform.is_empty() || any(&self.os_version, &info.os_version))
             && any(&self.architecture, &info.architecture)
@@ -40,100 +40,104 @@ impl Wanted {
     }
 }
 
-/// A task that gets no machine.
+/// A task gets no machine.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum NotGiven {
-    /// There is no machine of that name.
+pub enum AcquireError {
+    /// No machine has that name.
     #[error("Machine with name {0} does not exist")]
     NoSuchMachine(String),
-    /// No machine is as wanted.
+    /// No machine matches the query.
     #[error("No machine is as wanted: see the list for those there are")]
-    NoneFits,
-    /// All that are as wanted are another's.
+    NoMatch,
+    /// All machines that match are unavailable.
     #[error("No machine is available: all that are as wanted are locked, reserved or disabled")]
     NoneAvailable,
-    /// The one that was named is.
+    /// The named machine is unavailable.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// Two captures would write over each other.
+    /// Two captures would overwrite each other.
     #[error("Machine {other} is locked with the same pcap_path {path}: give each its own", path = .path.display())]
     PcapTaken {
-        /// Whose capture it is.
+        /// The machine with the other capture.
         other: String,
-        /// Where to.
+        /// The file of both.
         path: PathBuf,
     },
 }
 
 impl Fleet {
-    /// Gives the machine to a task; tells whether that is new.
+    /// Locks the machine for a task. Returns whether the lock is new.
     ///
     /// # Errors
-    /// It is not available to that task, or its capture would go where another's goes.
-    pub fn lock(&self, machine: &Arc<Machine>, hold: &Hold) -> Result<bool, NotGiven> {
-        let _giving = self.giving.lock().unwrap_or_else(PoisonError::into_inner);
-        self.roll().give(machine, hold)
+    /// The machine is not available to that task, or another capture writes to the same file.
+    pub fn lock(&self, machine: &Arc<Machine>, lock: &TaskLock) -> Result<bool, AcquireError> {
+        let _one_at_a_time = self.allocation_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.roster().allocate(machine, lock)
     }
 
-    /// Keeps the machine for a task; tells whether that is new.
+    /// Reserves the machine for a task. Returns whether the reservation is new.
     ///
     /// # Errors
-    /// It is not available to that task.
-    pub fn reserve(&self, machine: &Arc<Machine>, task_id: &str) -> Result<bool, NotGiven> {
-        self.roll().expect_member(machine)?;
+    /// The machine is not available to that task.
+    pub fn reserve(&self, machine: &Arc<Machine>, task_id: &str) -> Result<bool, AcquireError> {
+        self.roster().expect_member(machine)?;
         Ok(machine.reserve(task_id)?)
     }
 
-    /// Gives the task the first machine that will do; tells whether that is new.
+    /// Locks the first machine that matches the query. Returns the machine and whether the lock is new.
     ///
     /// # Errors
-    /// None will.
-    pub fn acquire(&self, wanted: &Wanted, hold: &Hold) -> Result<(Arc<Machine>, bool), NotGiven> {
-        let _giving = self.giving.lock().unwrap_or_else(PoisonError::into_inner);
-        let roll = self.roll();
-        let mut fitting: Vec<_> = roll.fitting(wanted).collect();
+    /// No machine matches and is available.
+    pub fn acquire(
+        &self,
+        query: &MachineQuery,
+        lock: &TaskLock,
+    ) -> Result<(Arc<Machine>, bool), AcquireError> {
+        let _one_at_a_time = self.allocation_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let roster = self.roster();
+        let mut matching: Vec<_> = roster.matching(query).collect();
         // Stable: among equals, the order is that of the configuration.
-        fitting.sort_by_key(|machine| machine.status().standing.distance_to(hold));
+        matching.sort_by_key(|machine| machine.status().availability.affinity(lock));
         let mut last = None;
-        for machine in fitting {
-            match roll.give(machine, hold) {
+        for machine in matching {
+            match roster.allocate(machine, lock) {
                 Ok(new) => return Ok((Arc::clone(machine), new)),
-                Err(error @ NotGiven::PcapTaken { .. }) => return Err(error),
+                Err(error @ AcquireError::PcapTaken { .. }) => return Err(error),
                 Err(error) => last = Some(error),
             }
         }
-        Err(match (last, wanted.name.as_str()) {
-            (None, "") => NotGiven::NoneFits,
-            (None, name) => NotGiven::NoSuchMachine(name.to_owned()),
-            (Some(_), "") => NotGiven::NoneAvailable,
+        Err(match (last, query.name.as_str()) {
+            (None, "") => AcquireError::NoMatch,
+            (None, name) => AcquireError::NoSuchMachine(name.to_owned()),
+            (Some(_), "") => AcquireError::NoneAvailable,
             (Some(error), _) => error,
         })
     }
 }
 
-impl Roll {
-    fn give(&self, machine: &Arc<Machine>, hold: &Hold) -> Result<bool, NotGiven> {
+impl Roster {
+    fn allocate(&self, machine: &Arc<Machine>, lock: &TaskLock) -> Result<bool, AcquireError> {
         self.expect_member(machine)?;
         let others = self.machines().iter().filter(|other| !Arc::ptr_eq(other, machine));
-        if let Some(path) = &hold.pcap_path
+        if let Some(path) = &lock.pcap_path
             && let Some(other) = others
                 .into_iter()
-                .find(|other| other.hold().is_some_and(|of| of.pcap_path.as_ref() == Some(path)))
+                .find(|other| other.task_lock().is_some_and(|of| of.pcap_path.as_ref() == Some(path)))
         {
-            return Err(NotGiven::PcapTaken { other: other.name().to_owned(), path: path.clone() });
+            return Err(AcquireError::PcapTaken { other: other.name().to_owned(), path: path.clone() });
         }
-        Ok(machine.lock(hold)?)
+        Ok(machine.lock(lock)?)
     }
 
-    /// A machine that somebody still knows may have been removed from the configuration.
-    fn expect_member(&self, machine: &Arc<Machine>) -> Result<(), NotGiven> {
-        if self.is_member(machine) { Ok(()) } else { Err(NotGiven::NoSuchMachine(machine.name().to_owned())) }
+    /// Expects that the machine has not been removed from the configuration meanwhile.
+    fn expect_member(&self, machine: &Arc<Machine>) -> Result<(), AcquireError> {
+        if self.has(machine) { Ok(()) } else { Err(AcquireError::NoSuchMachine(machine.name().to_owned())) }
     }
 
-    /// The machines that would do, in the order of the configuration.
-    fn fitting<'a>(&'a self, wanted: &'a Wanted) -> impl Iterator<Item = &'a Arc<Machine>> {
-        self.machines().iter().filter(|machine| match wanted.name.as_str() {
-            "" => wanted.fits(&machine.info()),
+    /// Returns the machines that match the query, in the order of the configuration.
+    fn matching<'a>(&'a self, query: &'a MachineQuery) -> impl Iterator<Item = &'a Arc<Machine>> {
+        self.machines().iter().filter(|machine| match query.name.as_str() {
+            "" => query.matches(&machine.info()),
             name => machine.name() == name,
         })
     }
@@ -159,8 +163,8 @@ mod tests {
         }
     }
 
-    fn wanted(platform: &str, os_version: &str, architecture: &str, tags: &[&str]) -> Wanted {
-        Wanted {
+    fn query(platform: &str, os_version: &str, architecture: &str, tags: &[&str]) -> MachineQuery {
+        MachineQuery {
             name: String::new(),
             platform: platform.into(),
             os_version: os_version.into(),
@@ -170,27 +174,27 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_asked_for_must_be_there() {
-        for wanted in [
-            wanted("", "", "", &[]),
-            wanted("windows", "", "", &[]),
-            wanted("windows", "10", "amd64", &["dotnet"]),
-            wanted("", "", "", &["dotnet", "office"]),
+    fn query_matches_machine_with_all_that_it_names() {
+        for query in [
+            query("", "", "", &[]),
+            query("windows", "", "", &[]),
+            query("windows", "10", "amd64", &["dotnet"]),
+            query("", "", "", &["dotnet", "office"]),
         ] {
-            assert!(wanted.fits(&windows()), "{wanted:?}");
+            assert!(query.matches(&windows()), "{query:?}");
         }
-        for wanted in [
-            wanted("linux", "", "", &[]),
-            wanted("windows", "7", "", &[]),
-            wanted("", "", "x86", &[]),
-            wanted("", "", "", &["dotnet", "java"]),
+        for query in [
+            query("linux", "", "", &[]),
+            query("windows", "7", "", &[]),
+            query("", "", "x86", &[]),
+            query("", "", "", &["dotnet", "java"]),
         ] {
-            assert!(!wanted.fits(&windows()), "{wanted:?}");
+            assert!(!query.matches(&windows()), "{query:?}");
         }
     }
 
     #[test]
-    fn a_version_without_a_platform_does_not_count() {
-        assert!(wanted("", "7", "", &[]).fits(&windows()));
+    fn query_ignores_version_without_platform() {
+        assert!(query("", "7", "", &[]).matches(&windows()));
     }
 }

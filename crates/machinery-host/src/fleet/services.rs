@@ -1,4 +1,4 @@
-//! What a plugin is given to report through.
+//! The host services that a plugin calls to report states, progress, readiness and log lines.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,28 +8,28 @@ use machinery::{HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 use super::{Fleet, Machine};
 use crate::logging;
 
-/// What one plugin is given as its host. It may call before the fleet is complete and after the
-/// host has ended; then it is not heard.
+/// The host services of one plugin. Calls before the fleet is complete, or after the host has ended, are
+/// ignored.
 pub struct Services {
     machinery: String,
     fleet: Arc<Fleet>,
 }
 
 impl Services {
-    /// The services for that machinery's plugin.
+    /// Returns the services for that machinery's plugin.
     pub fn new(machinery: &str, fleet: Arc<Fleet>) -> Self {
         Services { machinery: machinery.to_owned(), fleet }
     }
 
-    /// A plugin may only speak of its own machines.
+    /// Returns the machine, if it is the plugin's own.
     fn machine(&self, name: &str) -> Option<Arc<Machine>> {
-        let roll = self.fleet.roll();
-        let own = roll.find(name).filter(|machine| machine.machinery.name == self.machinery).cloned();
-        if own.is_none() && !roll.machineries().is_empty() {
+        let roster = self.fleet.roster();
+        let own = roster.find(name).filter(|machine| machine.machinery.name == self.machinery).cloned();
+        if own.is_none() && !roster.machineries().is_empty() {
             tracing::warn!(
                 machinery = self.machinery,
                 machine = name,
-                "the plugin speaks of a machine it does not have"
+                "the plugin reports about a machine that it does not have"
             );
         }
         own
@@ -68,7 +68,7 @@ impl HostServices for Services {
 
     fn preparation_invalidated(&self, machine: &str, reason: &str) {
         if let Some(machine) = self.machine(machine) {
-            machine.relapsed(reason);
+            machine.preparation_lost(reason);
         }
     }
 

@@ -1,15 +1,15 @@
-//! Whatever a client sends, the protocol takes it apart without a panic, and what it keeps or says
-//! of it is bounded. The inputs are random, their number is fixed; `PROPTEST_CASES` makes it more.
+//! Property tests: the protocol parses any input without a panic, and its replies are bounded. The inputs are
+//! random and their number is fixed; `PROPTEST_CASES` sets another number.
 
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use serde_json::{Map, Value};
 use tokio::io::BufReader;
 
-use super::lines::{self, Line};
+use super::framing::{self, Line};
 use super::protocol::{self, Refusal, Request};
 
-/// What means something to the protocol.
+/// Values with a meaning in the protocol.
 const WORDS: &[&str] = &[
     "restore_start",
     "norestore_start",
@@ -57,10 +57,10 @@ const KEYS: &[&str] = &[
     "reason",
 ];
 
-/// The longest reason for which a client's own words are to blame.
-const LONGEST_REASON: usize = 8 * 1024;
+/// The length of a reason that repeats a client's words, at most.
+const MAX_REASON: usize = 8 * 1024;
 
-/// A text: any, one that means something, or one that is too long.
+/// A text: a random one, one with a meaning, or one that is too long.
 fn text() -> impl Strategy<Value = String> {
     prop_oneof![
         6 => prop::sample::select(WORDS).prop_map(str::to_owned),
@@ -87,7 +87,7 @@ fn json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// An object of the protocol's own keys.
+/// An object with the protocol's keys.
 fn object() -> impl Strategy<Value = Map<String, Value>> {
     let value = prop_oneof![4 => text().prop_map(Value::from), 1 => json()];
     btree_map(prop::sample::select(KEYS), value, 0..10)
@@ -96,37 +96,37 @@ fn object() -> impl Strategy<Value = Map<String, Value>> {
 
 fn assert_bounded(refusal: &Refusal) {
     let length = refusal.reason.len();
-    assert!(length <= LONGEST_REASON, "{length} bytes: {:.200}", refusal.reason);
+    assert!(length <= MAX_REASON, "{length} bytes: {:.200}", refusal.reason);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_bytes_are_an_object_or_a_bounded_refusal(bytes in vec(any::<u8>(), 0..300)) {
+    fn bytes_are_an_object_or_a_bounded_refusal(bytes in vec(any::<u8>(), 0..300)) {
         if let Err(refusal) = protocol::object(&bytes) {
             assert_bounded(&refusal);
         }
     }
 
     #[test]
-    fn an_object_survives_the_way_over_the_wire(object in object()) {
+    fn object_is_unchanged_by_serialisation(object in object()) {
         let line = Value::from(object.clone()).to_string();
         let read = protocol::object(line.as_bytes()).unwrap();
         prop_assert_eq!(read.keys().collect::<Vec<_>>(), object.keys().collect::<Vec<_>>());
     }
 
     #[test]
-    fn any_object_is_a_request_or_a_bounded_refusal(object in object(), enabled in any::<bool>()) {
+    fn object_is_a_request_or_a_bounded_refusal(object in object(), enabled in any::<bool>()) {
         if let Err(refusal) = protocol::id(&object) {
             assert_bounded(&refusal);
         }
         match protocol::request(&object, enabled, |_| None) {
             Err(refusal) => assert_bounded(&refusal),
-            Ok(Request::Acquire(_, hold)) => {
+            Ok(Request::Acquire(_, lock)) => {
                 prop_assert!(enabled);
-                prop_assert!(!hold.task_id.is_empty() && hold.task_id.len() <= 256);
-                for path in [hold.pcap_path, hold.memory_dump_path].into_iter().flatten() {
+                prop_assert!(!lock.task_id.is_empty() && lock.task_id.len() <= 256);
+                for path in [lock.pcap_path, lock.memory_dump_path].into_iter().flatten() {
                     prop_assert!(path.is_absolute());
                     prop_assert!(!path.to_string_lossy().contains('\0'));
                 }
@@ -146,15 +146,15 @@ proptest! {
     }
 
     #[test]
-    fn lines_are_what_lies_between_their_ends(bytes in vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..500), chunk in 1..50_usize) {
+    fn framing_splits_bytes_at_newlines_in_chunks_of_any_size(bytes in vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..500), chunk in 1..50_usize) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut reader = BufReader::with_capacity(chunk, bytes.as_slice());
         let mut read = Vec::new();
-        while let Line::Whole(line) = runtime.block_on(lines::next(&mut reader)).unwrap() {
+        while let Line::Whole(line) = runtime.block_on(framing::next(&mut reader)).unwrap() {
             read.push(line);
         }
         let mut expected: Vec<_> = bytes.split(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
-        // What is after the last end is half a line.
+        // The bytes after the last newline are an unfinished line.
         expected.pop();
         prop_assert_eq!(read, expected);
     }

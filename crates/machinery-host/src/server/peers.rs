@@ -1,8 +1,8 @@
-//! Who may use the socket: the host's own user, root, and the members of one group, if
-//! `socket_group` in `machinery-host.yaml` names one.
+//! The users that may use the socket: the host's own user, root, and the members of the group that
+//! `socket_group` in `machinery-host.yaml` names.
 //!
-//! The socket's mode says the same to the kernel; that the peer's credentials are looked at as well
-//! keeps it so where somebody has opened the mode.
+//! The mode of the socket grants the same. The host checks the peer's credentials too, because somebody may
+//! have changed the mode.
 
 use std::os::fd::AsRawFd;
 
@@ -10,7 +10,7 @@ use machinery::{Error, Result};
 use nix::unistd::{Group, Uid};
 use tokio::net::UnixStream;
 
-/// Whom the socket is for.
+/// The users that may use the socket.
 #[derive(Debug, Clone)]
 pub struct Peers {
     own: Uid,
@@ -18,26 +18,26 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// The host's user, root, and the members of that group.
+    /// Returns the host's user, root, and the members of that group.
     ///
     /// # Errors
-    /// There is no group of that name.
+    /// No group has that name.
     pub fn new(group: Option<&str>) -> Result<Self> {
         let group = group.map(find).transpose()?;
         Ok(Peers { own: Uid::effective(), group })
     }
 
-    /// The group's number, if there is one.
+    /// Returns the number of the group, if one is configured.
     pub fn gid(&self) -> Option<u32> {
         self.group.as_ref().map(|group| group.gid.as_raw())
     }
 
-    /// Sees that the client is one of them.
+    /// Expects that the client's user may use the socket.
     ///
     /// # Errors
-    /// It is not; the reason is for the client.
+    /// The user may not; the reason is for the client.
     pub fn admit(&self, stream: &UnixStream) -> Result<(), String> {
-        let peer = stream.peer_cred().map_err(|error| format!("cannot tell who you are: {error}"))?;
+        let peer = stream.peer_cred().map_err(|error| format!("cannot find out your user: {error}"))?;
         let uid = Uid::from_raw(peer.uid());
         let is_member = |gid| peer.gid() == gid || supplementary(stream).is_ok_and(|all| all.contains(&gid));
         if uid == self.own || uid.is_root() || self.gid().is_some_and(is_member) {

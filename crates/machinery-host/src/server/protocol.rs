@@ -1,7 +1,7 @@
-//! The protocol: from a line to a request, and what is answered.
+//! The protocol: parses a line into a request. [`reply`](super::reply) has the other direction.
 //!
-//! Cuckoo3's part (`restore_start`, `norestore_start`, `stop`, `acpi_stop`) is kept to the word:
-//! its order of checks, its reasons, and after which of them the connection closes. Source:
+//! Cuckoo3's part (`restore_start`, `norestore_start`, `stop`, `acpi_stop`) is identical with Cuckoo3's: the
+//! order of the checks, the reasons, and whether the connection closes after a reason. Source:
 //! `MachineryManager.handle_message` in Cuckoo3's `node/machinery.py`.
 
 use std::path::PathBuf;
@@ -10,56 +10,56 @@ use std::sync::Arc;
 use machinery::{DumpFormat, Error};
 use serde_json::{Map, Value, json};
 
-use crate::actions::{Action, Occasion, Outcome};
+use crate::actions::{Action, PrepareOrigin};
 use crate::fleet::Machine;
-use crate::fleet::pool::Wanted;
-use crate::fleet::standing::Hold;
+use crate::fleet::availability::TaskLock;
+use crate::fleet::pool::MachineQuery;
 
-/// What a client wants.
+/// A request of a client.
 #[derive(Clone)]
 pub enum Request {
-    /// Something done with a machine.
+    /// Run an action on a machine.
     Act(Arc<Machine>, Action),
-    /// A machine's state.
+    /// Report the machine's state.
     State(Arc<Machine>),
-    /// A machine back in the pool.
+    /// Put the machine back into the pool.
     EnableMachine(Arc<Machine>),
-    /// A machine out of the pool, with the reason.
+    /// Take the machine out of the pool, for this reason.
     DisableMachine(Arc<Machine>, String),
-    /// This machine for a task.
-    Lock(Arc<Machine>, Hold),
-    /// A machine that its task needs no more; with the task, if it is named.
+    /// Lock the machine for a task.
+    Lock(Arc<Machine>, TaskLock),
+    /// Release the machine's lock; with a task, only that task's.
     Unlock(Arc<Machine>, Option<String>),
-    /// This machine kept for a task.
+    /// Reserve the machine for a task.
     Reserve(Arc<Machine>, String),
-    /// A machine kept for nobody any more.
+    /// Cancel the machine's reservation.
     Unreserve(Arc<Machine>),
-    /// Some machine for a task.
-    Acquire(Wanted, Hold),
-    /// To hear when no action waits or runs.
+    /// Lock a machine that matches, for a task.
+    Acquire(MachineQuery, TaskLock),
+    /// Reply when no action waits or runs.
     WaitIdle,
-    /// Read the configuration anew.
+    /// Read the configuration again.
     Reload,
-    /// All machines.
+    /// List all machines.
     List,
-    /// The versions of everything.
+    /// Report the versions of the host, the interface and the hypervisors.
     Version,
-    /// How often each action was done, and how long it took.
+    /// Report counts and durations of actions.
     Metrics,
-    /// Events, from now on.
+    /// Send all later events.
     Subscribe,
-    /// All machines stopped.
+    /// Stop all machines.
     ShutdownAll,
-    /// The manager disabled or enabled.
+    /// Disable or enable the manager.
     SetEnabled(bool),
 }
 
-/// Why a line is no request.
+/// A line that is no valid request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// What the client is told.
+    /// The reason, for the client.
     pub reason: String,
-    /// Whether the connection closes after it.
+    /// True if the connection closes after the reply.
     pub close: bool,
 }
 
@@ -73,10 +73,10 @@ impl Refusal {
     }
 }
 
-/// A line as an object, if it is one.
+/// Parses a line into an object.
 ///
 /// # Errors
-/// It is not JSON, or not an object.
+/// The line is not JSON, or not an object.
 pub fn object(line: &[u8]) -> Result<Map<String, Value>, Refusal> {
     match serde_json::from_slice(line) {
         Ok(Value::Object(object)) => Ok(object),
@@ -89,27 +89,27 @@ pub fn object(line: &[u8]) -> Result<Map<String, Value>, Refusal> {
     }
 }
 
-/// The longest `id`, as JSON, and the longest machine's name that is repeated: what a client sends
-/// it gets back, and must not cost more than its share.
-const ECHOED: usize = 256;
+/// The length of an `id`, as JSON, and of the part of a name that a reply repeats, at most. A client must not
+/// make replies longer than its share of the outbox.
+const MAX_ECHO: usize = 256;
 
-/// A request's `id`, if it has one.
+/// Returns the request's `id`, if it has one.
 ///
 /// # Errors
-/// It is too long.
+/// The `id` is too long.
 pub fn id(object: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
     match object.get("id") {
-        Some(id) if id.to_string().len() > ECHOED => {
-            Err(Refusal::open(format!("the id is longer than {ECHOED} bytes of JSON")))
+        Some(id) if id.to_string().len() > MAX_ECHO => {
+            Err(Refusal::open(format!("the id is longer than {MAX_ECHO} bytes of JSON")))
         }
         id => Ok(id.cloned()),
     }
 }
 
-/// What an object asks for.
+/// Parses an object into a request.
 ///
 /// # Errors
-/// Nothing that can be done; the reasons are Cuckoo3's where it has one.
+/// The object is no request. The reasons are Cuckoo3's where it has one.
 pub fn request(
     object: &Map<String, Value>,
     enabled: bool,
@@ -120,14 +120,14 @@ pub fn request(
     if let Some(request) = action.and_then(of_all_machines) {
         return Ok(request);
     }
-    if !enabled && !action.is_some_and(goes_on_while_disabled) {
+    if !enabled && !action.is_some_and(is_accepted_while_disabled) {
         return Err(Refusal::closing("Machinery manager is disabled"));
     }
     if action == Some("acquire") {
         if object.contains_key("machine") {
             return Err(Refusal::open("'acquire' takes the machine's name as 'name', and not as 'machine'"));
         }
-        return Ok(Request::Acquire(wanted(object)?, hold(object)?));
+        return Ok(Request::Acquire(query(object)?, task_lock(object)?));
     }
     let (Some(action), Some(name)) = (action, text("machine")) else {
         return Err(Refusal::closing("Missing action or machine name"));
@@ -143,16 +143,18 @@ pub fn request(
         "dump_memory" => {
             let path = match path(object, "path")? {
                 Some(path) => path,
-                None => machine.hold().and_then(|hold| hold.memory_dump_path).ok_or_else(missing_path)?,
+                None => {
+                    machine.task_lock().and_then(|lock| lock.memory_dump_path).ok_or_else(missing_path)?
+                }
             };
             act(Action::DumpMemory { path, format: format(object)? })
         }
         "screenshot" => act(Action::Screenshot { path: path(object, "path")?.ok_or_else(missing_path)? }),
-        "prepare" => act(Action::Prepare(Occasion::Request)),
+        "prepare" => act(Action::Prepare(PrepareOrigin::Request)),
         "state" => Ok(Request::State(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
-        "lock" => Ok(Request::Lock(machine, hold(object)?)),
+        "lock" => Ok(Request::Lock(machine, task_lock(object)?)),
         "unlock" => Ok(Request::Unlock(machine, optional_task_id(object)?)),
         "reserve" => Ok(Request::Reserve(machine, task_id(object)?)),
         "unreserve" => Ok(Request::Unreserve(machine)),
@@ -161,7 +163,7 @@ pub fn request(
 }
 
 fn shortened(name: &str) -> String {
-    name.chars().take(ECHOED).collect()
+    name.chars().take(MAX_ECHO).collect()
 }
 
 fn of_all_machines(action: &str) -> Option<Request> {
@@ -179,12 +181,12 @@ fn of_all_machines(action: &str) -> Option<Request> {
     })
 }
 
-/// What ends something, or only looks.
-fn goes_on_while_disabled(action: &str) -> bool {
+/// Reports whether a disabled manager accepts the action: one that ends something, or only reads.
+fn is_accepted_while_disabled(action: &str) -> bool {
     matches!(action, "stop" | "state" | "enable_machine" | "disable_machine" | "unlock" | "unreserve")
 }
 
-/// A key's text; a missing one, null and an empty text are all the same.
+/// Returns a key's text. A missing key, null and an empty text are equivalent.
 fn optional_text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, Refusal> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -193,13 +195,13 @@ fn optional_text<'a>(object: &'a Map<String, Value>, key: &str) -> Result<Option
     }
 }
 
-/// The longest path that Linux takes.
-const LONGEST_PATH: usize = 4095;
+/// The length of a path, at most. Source: PATH_MAX in limits.h, with its zero byte.
+const MAX_PATH: usize = 4095;
 
-/// The host's own folder means nothing to a client, so a path has to be absolute.
+/// Returns a key's path. It must be absolute, because a client does not know the host's working directory.
 fn path(object: &Map<String, Value>, key: &str) -> Result<Option<PathBuf>, Refusal> {
     match optional_text(object, key)? {
-        Some(text) if text.len() > LONGEST_PATH || text.contains('\0') => {
+        Some(text) if text.len() > MAX_PATH || text.contains('\0') => {
             Err(Refusal::open(format!("'{key}' is no path: it is too long, or has a zero byte")))
         }
         Some(text) if !text.starts_with('/') => {
@@ -215,8 +217,8 @@ fn missing_path() -> Refusal {
 
 fn optional_task_id(object: &Map<String, Value>) -> Result<Option<String>, Refusal> {
     match optional_text(object, "task_id")? {
-        Some(id) if id.len() > ECHOED => {
-            Err(Refusal::open(format!("the task_id is longer than {ECHOED} bytes")))
+        Some(id) if id.len() > MAX_ECHO => {
+            Err(Refusal::open(format!("the task_id is longer than {MAX_ECHO} bytes")))
         }
         id => Ok(id.map(str::to_owned)),
     }
@@ -227,22 +229,22 @@ fn task_id(object: &Map<String, Value>) -> Result<String, Refusal> {
     optional_task_id(object)?.ok_or_else(missing)
 }
 
-fn hold(object: &Map<String, Value>) -> Result<Hold, Refusal> {
-    Ok(Hold {
+fn task_lock(object: &Map<String, Value>) -> Result<TaskLock, Refusal> {
+    Ok(TaskLock {
         task_id: task_id(object)?,
         pcap_path: path(object, "pcap_path")?,
         memory_dump_path: path(object, "memory_dump_path")?,
     })
 }
 
-fn wanted(object: &Map<String, Value>) -> Result<Wanted, Refusal> {
+fn query(object: &Map<String, Value>) -> Result<MachineQuery, Refusal> {
     let text = |key: &str| Ok(optional_text(object, key)?.map(shortened).unwrap_or_default());
     let tags = match object.get("tags") {
         None | Some(Value::Null) => Some(Vec::new()),
         Some(Value::Array(tags)) => tags.iter().map(|tag| tag.as_str().map(str::to_owned)).collect(),
         Some(_) => None,
     };
-    Ok(Wanted {
+    Ok(MachineQuery {
         name: text("name")?,
         platform: text("platform")?,
         os_version: text("os_version")?,
@@ -264,29 +266,6 @@ fn format(object: &Map<String, Value>) -> Result<DumpFormat, Refusal> {
     })
 }
 
-/// The answer to an action that has ended.
-pub fn outcome(outcome: Outcome) -> Value {
-    match outcome {
-        Ok(()) => json!({"success": true}),
-        Err(reason) => failure(&reason),
-    }
-}
-
-/// The answer to what failed.
-pub fn failure(reason: &str) -> Value {
-    json!({"success": false, "reason": reason})
-}
-
-/// A line to send, with the request's `id` if it had one.
-pub fn line(mut answer: Value, id: Option<&Value>) -> Vec<u8> {
-    if let (Some(object), Some(id)) = (answer.as_object_mut(), id) {
-        object.insert("id".to_owned(), id.clone());
-    }
-    let mut line = answer.to_string().into_bytes();
-    line.push(b'\n');
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_closes_the_connection() {
+    fn request_without_action_or_machine_closes_connection() {
         for line in [
             "{}",
             r#"{"action": "stop"}"#,
@@ -311,13 +290,13 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_machine_is_named_and_the_connection_stays() {
+    fn request_for_unknown_machine_names_it_and_keeps_connection() {
         let refusal = refused(r#"{"action": "restore_start", "machine": "nope"}"#, true);
         assert_eq!(refusal, Refusal::open("Machine with name nope does not exist"));
     }
 
     #[test]
-    fn while_disabled_only_stop_and_looking_go_on() {
+    fn disabled_manager_accepts_only_requests_that_end_or_read() {
         let disabled = Refusal::closing("Machinery manager is disabled");
         assert_eq!(refused(r#"{"action": "restore_start", "machine": "m"}"#, false), disabled);
         assert_eq!(refused("{}", false), disabled);
@@ -327,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_told_and_the_connection_stays() {
+    fn line_that_is_no_object_is_refused_and_keeps_connection() {
         for line in ["", "nonsense", "{\"a\":", "[1]", "7", "\u{0}"] {
             let refusal = object(line.as_bytes()).unwrap_err();
             assert!(!refusal.close && refusal.reason.contains("JSON"), "{line:?}: {refusal:?}");
@@ -336,17 +315,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_echoed_has_a_limit() {
+    fn echo_of_long_names_and_ids_is_bounded() {
         let long = "x".repeat(100_000);
         let refusal = refused(&format!("{{\"action\": \"stop\", \"machine\": \"{long}\"}}"), true);
         assert!(refusal.reason.len() < 400 && !refusal.close);
         let with_id = object(format!("{{\"id\": \"{long}\"}}").as_bytes()).unwrap();
         assert!(id(&with_id).unwrap_err().reason.contains("256"));
-    }
-
-    #[test]
-    fn an_id_is_echoed_whatever_it_is() {
-        let line = line(outcome(Ok(())), Some(&json!({"a": [1]})));
-        assert_eq!(line, b"{\"id\":{\"a\":[1]},\"success\":true}\n");
     }
 }

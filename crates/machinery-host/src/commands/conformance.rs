@@ -24,7 +24,7 @@ use machinery_conformance::{BackendSpec, Check, CheckFailure, Report, names, run
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use crate::loader::trust;
+use crate::plugin::trust;
 
 /// What the command line says.
 #[derive(Debug, Clone, Args)]

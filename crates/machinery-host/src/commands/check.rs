@@ -19,12 +19,14 @@ use crate::config::Config;
 use crate::cuckoo;
 use crate::cwd::Cwd;
 use crate::fleet::services::Services;
-use crate::loader::{self, Opened, Search};
-use crate::patience::within;
-use crate::server::Peers;
+use crate::load;
+use crate::plugin::call::call_blocking;
+use crate::plugin::open::{OpenedPlugin, conflicts, open};
+use crate::plugin::search::PluginSearch;
+use crate::server::peers::Peers;
 
 /// Looks at everything in the CWD.
-pub fn check(cwd: &Cwd, search: &Search) -> Report {
+pub fn check(cwd: &Cwd, search: &PluginSearch) -> Report {
     let mut report = Report::default();
     report.good(format!("the CWD is {}", cwd.root().display()));
     sockets(cwd, &mut report);
@@ -37,13 +39,13 @@ pub fn check(cwd: &Cwd, search: &Search) -> Report {
         tcpdump(config.capture.as_ref(), &mut report);
         let mut plugins = Vec::new();
         for name in &config.machineries {
-            let opened = loader::open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load);
+            let opened = open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load);
             if let Some(opened) = report.keep(opened.map_err(Error::from)) {
                 machinery(&opened, cwd, &config, &mut report);
                 plugins.push(opened);
             }
         }
-        for conflict in loader::conflicts(&plugins) {
+        for conflict in conflicts(&plugins) {
             report.problem(&conflict);
         }
         same_names(cwd, &config, &mut report);
@@ -113,7 +115,12 @@ fn tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
     }
 }
 
-fn machinery(Opened { plugin, sha256 }: &Opened, cwd: &Cwd, config: &Config, report: &mut Report) {
+fn machinery(
+    OpenedPlugin { plugin, sha256 }: &OpenedPlugin,
+    cwd: &Cwd,
+    config: &Config,
+    report: &mut Report,
+) {
     let name = plugin.name();
     report.good(format!(
         "{name}: plugin {} of interface {} from {}, sha256 {sha256}",
@@ -121,7 +128,7 @@ fn machinery(Opened { plugin, sha256 }: &Opened, cwd: &Cwd, config: &Config, rep
         plugin.interface(),
         plugin.path().display()
     ));
-    let Some(setup) = report.keep(loader::setup(name, cwd, config)) else { return };
+    let Some(setup) = report.keep(load::setup(name, cwd, config)) else { return };
     unwritable(&setup, report);
     if let Some(found) = report.keep(by_plugin(plugin, setup, config)) {
         report.append(found);
@@ -136,7 +143,7 @@ pub fn by_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Repor
     let services = Arc::new(Services::new(plugin.name(), Arc::default()));
     let what = format!("checking '{}'", plugin.name());
     let checked = plugin.clone();
-    let found = within(config.timeouts.load, &what, move || checked.check(&setup, services)).flatten();
+    let found = call_blocking(config.timeouts.load, &what, move || checked.check(&setup, services));
     found.map_err(|error| error.action(what))
 }
 

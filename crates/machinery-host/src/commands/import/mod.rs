@@ -28,7 +28,7 @@ use serde_yaml::{Mapping, Value};
 use vmcloak::Machine;
 
 /// What a new `qemu.yaml` starts from.
-const DEFAULT: &str = include_str!("../../../../conf/machineries/qemu.yaml");
+const DEFAULT: &str = include_str!("../../../../../conf/machineries/qemu.yaml");
 
 /// What no two machines may share.
 const UNIQUE: [&str; 5] = ["ip", "mac_address", "qcow2_path", "snapshot_path", "machineinfo_path"];

@@ -11,10 +11,10 @@ use machinery::{Error, Level, Report, Result, format_bytes};
 use machinery_conformance::{Check, CheckFailure, meaning};
 use serde_json::{Value, json};
 
-use crate::import::Imported;
-use crate::loader::Opened;
+use crate::commands::import::Imported;
+use crate::commands::new_plugin::NewPlugin;
 use crate::logging::on_one_line;
-use crate::new_plugin::NewPlugin;
+use crate::plugin::open::OpenedPlugin;
 
 /// A failure.
 pub fn error(error: &Error, json: bool) {
@@ -156,8 +156,8 @@ fn costs(machines: &Value) -> Option<String> {
 /// warnings.
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
-    let outdated = machine["outdated"] == json!(true);
-    let outdated = outdated.then(|| "its new configuration waits until it is free".to_owned());
+    let pending = machine["change_pending"] == json!(true);
+    let pending = pending.then(|| "its new configuration waits until it is free".to_owned());
     let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
         let by = if *is == "disabled" { ":" } else { " by" };
         format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
@@ -166,7 +166,7 @@ fn note(machine: &Value) -> String {
     let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
     let warnings = machine["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
     let warnings = warnings.map(|warning| format!("warning: {}", first_line(warning)));
-    said.chain(outdated).chain(why).chain(warnings).collect::<Vec<_>>().join("; ")
+    said.chain(pending).chain(why).chain(warnings).collect::<Vec<_>>().join("; ")
 }
 
 fn first_line(text: &str) -> &str {
@@ -204,7 +204,7 @@ pub fn metrics(answer: &Value, json: bool) {
             number("count").to_string(),
             number("failed").to_string(),
             format!("{mean:.1} ms"),
-            format!("{:.1} ms", number("longest_ms")),
+            format!("{:.1} ms", number("max_ms")),
         ]);
     }
     println!("{}", table(&rows));
@@ -226,7 +226,7 @@ pub fn reloaded(answer: &Value, json: bool) {
     let texts = |key: &str| {
         answer[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>()
     };
-    let kinds = [("added", ""), ("changed", ""), ("removed", ""), ("later", " (in use: when it is free)")];
+    let kinds = [("added", ""), ("changed", ""), ("removed", ""), ("deferred", " (in use: when it is free)")];
     for key in texts("settings") {
         println!("changed   {key}: the next actions use it");
     }
@@ -241,7 +241,7 @@ pub fn reloaded(answer: &Value, json: bool) {
     if nothing {
         println!("nothing has changed");
     }
-    for note in texts("notes") {
+    for note in texts("restart_required") {
         println!("note      {note}");
     }
 }
@@ -274,14 +274,14 @@ pub fn imported(imported: &Imported, json: bool) {
 }
 
 /// The plugins that are listed, and those that are there.
-pub fn plugins(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)], json: bool) {
+pub fn plugins(listed: &[(String, Result<OpenedPlugin>)], others: &[(String, PathBuf)], json: bool) {
     if json {
         return plugins_as_json(listed, others);
     }
     let mut rows = vec![["NAME", "VERSION", "INTERFACE", "LICENCE", "SHA256", "FILE"].map(str::to_owned)];
     for (name, opened) in listed {
         match opened {
-            Ok(Opened { plugin, sha256 }) => rows.push([
+            Ok(OpenedPlugin { plugin, sha256 }) => rows.push([
                 name.clone(),
                 plugin.version().to_owned(),
                 plugin.interface(),
@@ -300,11 +300,11 @@ pub fn plugins(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)]
     println!("{}", table(&rows));
 }
 
-fn plugins_as_json(listed: &[(String, Result<Opened>)], others: &[(String, PathBuf)]) {
+fn plugins_as_json(listed: &[(String, Result<OpenedPlugin>)], others: &[(String, PathBuf)]) {
     let listed: Vec<Value> = listed
         .iter()
         .map(|(name, opened)| match opened {
-            Ok(Opened { plugin, sha256 }) => json!({
+            Ok(OpenedPlugin { plugin, sha256 }) => json!({
                 "name": name,
                 "version": plugin.version(),
                 "interface": plugin.interface(),

@@ -1,25 +1,25 @@
-//! Lines from a client, none longer than a limit.
+//! Reads the lines of a client, each of bounded length.
 
 use tokio::io::{self, AsyncBufRead, AsyncBufReadExt};
 
-/// The longest line a client may send.
-pub const LONGEST: usize = 1024 * 1024;
+/// The length of a client's line, in bytes, at most.
+pub const MAX_LINE: usize = 1024 * 1024;
 
-/// What was read.
+/// The result of reading.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line {
-    /// A line, without its end.
+    /// A line, without its newline.
     Whole(Vec<u8>),
-    /// More than [`LONGEST`] bytes without an end of line.
+    /// More than [`MAX_LINE`] bytes without an end of line.
     TooLong,
-    /// The client is done; half a line at the end is no line.
+    /// The client has closed its end. An unfinished line is dropped.
     End,
 }
 
 /// Reads the next line.
 ///
 /// # Errors
-/// The connection broke.
+/// The connection is broken.
 pub async fn next<R: AsyncBufRead + Unpin>(reader: &mut R) -> io::Result<Line> {
     let mut line = Vec::new();
     loop {
@@ -29,7 +29,7 @@ pub async fn next<R: AsyncBufRead + Unpin>(reader: &mut R) -> io::Result<Line> {
         }
         let end = chunk.iter().position(|byte| *byte == b'\n');
         let taken = end.unwrap_or(chunk.len());
-        if line.len() + taken > LONGEST {
+        if line.len() + taken > MAX_LINE {
             return Ok(Line::TooLong);
         }
         line.extend_from_slice(&chunk[..taken]);
@@ -59,15 +59,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_end_where_they_end() {
+    async fn lines_end_at_newlines_and_unfinished_one_is_dropped() {
         let lines = all(b"one\n\na line longer than the buffer\nhalf").await;
         let whole = |text: &str| Line::Whole(text.as_bytes().to_vec());
         assert_eq!(lines, [whole("one"), whole(""), whole("a line longer than the buffer"), Line::End]);
     }
 
     #[tokio::test]
-    async fn a_line_has_a_limit() {
-        let mut long = vec![b'x'; LONGEST];
+    async fn line_longer_than_limit_is_refused() {
+        let mut long = vec![b'x'; MAX_LINE];
         long.push(b'\n');
         assert!(matches!(&all(&long).await[..], [Line::Whole(_), Line::End]));
         long.insert(0, b'x');

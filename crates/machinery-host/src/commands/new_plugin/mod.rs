@@ -17,14 +17,14 @@ const TAKEN: [&str; 7] = ["qemu", "kvm", "example", "conformance", "host", "test
 /// What is written, by its place in the crate. In all of it, the name of the example stands for the
 /// new one.
 const FILES: [(&str, &str); 10] = [
-    ("src/lib.rs", include_str!("../../../../plugins/example/src/lib.rs")),
-    ("src/config.rs", include_str!("../../../../plugins/example/src/config.rs")),
-    ("src/disk.rs", include_str!("../../../../plugins/example/src/disk.rs")),
-    ("src/hypervisor.rs", include_str!("../../../../plugins/example/src/hypervisor.rs")),
-    ("src/machine.rs", include_str!("../../../../plugins/example/src/machine.rs")),
-    ("tests/conformance.rs", include_str!("../../../../plugins/example/tests/conformance.rs")),
-    ("tests/conformance.yaml", include_str!("../../../../plugins/example/tests/conformance.yaml")),
-    ("example.yaml", include_str!("../../../../conf/machineries/example.yaml")),
+    ("src/lib.rs", include_str!("../../../../../plugins/example/src/lib.rs")),
+    ("src/config.rs", include_str!("../../../../../plugins/example/src/config.rs")),
+    ("src/disk.rs", include_str!("../../../../../plugins/example/src/disk.rs")),
+    ("src/hypervisor.rs", include_str!("../../../../../plugins/example/src/hypervisor.rs")),
+    ("src/machine.rs", include_str!("../../../../../plugins/example/src/machine.rs")),
+    ("tests/conformance.rs", include_str!("../../../../../plugins/example/tests/conformance.rs")),
+    ("tests/conformance.yaml", include_str!("../../../../../plugins/example/tests/conformance.yaml")),
+    ("example.yaml", include_str!("../../../../../conf/machineries/example.yaml")),
     ("README.md", include_str!("README.md")),
     (".gitignore", "/target\n"),
 ];
@@ -249,8 +249,8 @@ mod tests {
     /// The manifest is written by hand, and must not be behind what the example is built with.
     #[test]
     fn the_manifest_has_the_examples_dependencies_in_the_workspaces_versions() {
-        let example = include_str!("../../../../plugins/example/Cargo.toml");
-        let workspace = include_str!("../../../../Cargo.toml");
+        let example = include_str!("../../../../../plugins/example/Cargo.toml");
+        let workspace = include_str!("../../../../../Cargo.toml");
         let (_, dependencies) = example.split_once("[dependencies]").unwrap();
         let names: Vec<&str> =
             dependencies.lines().filter_map(|line| line.strip_suffix(".workspace = true")).collect();

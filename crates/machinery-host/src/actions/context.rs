@@ -1,0 +1,122 @@
+//! What all executors share: settings, permits, and the record of failures.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use machinery::{Error, Result};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+
+use super::CLOSING;
+use super::metrics::Metrics;
+use crate::capture;
+use crate::config::{Config, Timeouts};
+use crate::fleet::Machine;
+use crate::fleet::state_file::StateStore;
+
+/// The number of restores that are prepared at a time, at most: machines that run now come first.
+const MAX_PREPARATIONS: usize = 2;
+
+/// What all executors share.
+pub struct ActionContext {
+    settings: RwLock<ActionSettings>,
+    /// One permit for each restore that may run. Waiting restores get them in order of arrival.
+    restores: Semaphore,
+    /// The same for preparations, which therefore never delay a restore.
+    preparations: Arc<Semaphore>,
+    /// Counts and durations of actions.
+    pub metrics: Arc<Metrics>,
+    state: Arc<StateStore>,
+    /// Notified when a machine with a pending change is free.
+    pub pending_change: Notify,
+}
+
+/// The configuration of all actions.
+#[derive(Debug, Clone)]
+pub struct ActionSettings {
+    /// The timeouts of the actions.
+    pub timeouts: Timeouts,
+    /// How to capture traffic, if it is to be captured.
+    pub capture: Option<capture::Settings>,
+}
+
+impl ActionSettings {
+    /// Returns the settings in this configuration.
+    pub fn of(config: &Config) -> Self {
+        ActionSettings { timeouts: config.timeouts, capture: config.capture.clone() }
+    }
+
+    /// Returns the configuration keys whose values differ in `new`.
+    fn differing(&self, new: &ActionSettings) -> Vec<String> {
+        let (old_capture, new_capture) = (self.capture.as_ref(), new.capture.as_ref());
+        let both = old_capture.zip(new_capture);
+        let keys = [
+            ("timeouts", self.timeouts != new.timeouts),
+            ("tcpdump.enabled", old_capture.is_some() != new_capture.is_some()),
+            ("tcpdump.path", both.is_some_and(|(old, new)| old.tcpdump != new.tcpdump)),
+            ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
+        ];
+        keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key.to_owned()).collect()
+    }
+}
+
+impl ActionContext {
+    /// Returns a context for a host with this configuration.
+    pub fn new(config: &Config, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
+        let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
+        ActionContext {
+            settings: RwLock::new(ActionSettings::of(config)),
+            restores: Semaphore::new(permits),
+            preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
+            metrics,
+            state,
+            pending_change: Notify::new(),
+        }
+    }
+
+    /// Applies these settings to all later actions.
+    pub fn set(&self, settings: ActionSettings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    /// Returns the configuration keys whose values differ in `settings`.
+    pub fn differing(&self, settings: &ActionSettings) -> Vec<String> {
+        self.settings().differing(settings)
+    }
+
+    /// Returns a copy of the settings.
+    pub fn settings(&self) -> ActionSettings {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Returns the timeouts of the actions.
+    pub fn timeouts(&self) -> Timeouts {
+        self.settings().timeouts
+    }
+
+    /// Waits for a permit to restore a machine.
+    ///
+    /// # Errors
+    /// The host ends.
+    pub async fn restore_permit(&self) -> Result<SemaphorePermit<'_>> {
+        self.restores.acquire().await.map_err(|_| Error::failed(CLOSING))
+    }
+
+    /// Waits for a permit to prepare a machine. Returns `None` when the host ends.
+    pub async fn prepare_permit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.preparations).acquire_owned().await.ok()
+    }
+
+    /// Refuses all permits from now on.
+    pub fn close(&self) {
+        self.restores.close();
+        self.preparations.close();
+    }
+
+    /// Disables the machine and saves that.
+    pub async fn disable(&self, machine: &Machine, reason: &str) {
+        machine.disable(reason);
+        if let Err(error) = self.state.save().await {
+            let machine = machine.name();
+            tracing::error!(machine, %error, "the machine is disabled, but only until the host ends");
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! Runs one action by the rules: the expected state, the timeout, and the consequence of a failure.
+//!
+//! | action | expected state | on failure |
+//! | --- | --- | --- |
+//! | restore_start | running | stop, disable the machine |
+//! | norestore_start | running | stop, disable the machine |
+//! | stop | poweroff | disable the machine |
+//! | acpi_stop | poweroff | fall back to stop |
+//! | dump_memory, screenshot | unchanged | – |
+//! | prepare | poweroff | – |
+//!
+//! The rules are Cuckoo3's (`node/machinery.py`), because its clients rely on them, with one difference: a
+//! start stops a machine that runs without a lock, where Cuckoo3 disables the machine. A machine that has the
+//! wanted state already is a success. An action that the machinery does not support fails, and the machine
+//! stays enabled. A plugin that panics, returns nonsense or does not return disables the machine.
+//!
+//! A capture of the traffic lasts from before the start until after the stop.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use machinery::{Deadline, Error, ErrorKind, Result, State};
+use tokio::sync::watch;
+
+use super::context::ActionContext;
+use super::metrics::milliseconds;
+use super::{Action, ActionResult, PrepareOrigin, capture};
+use crate::fleet::Machine;
+use crate::plugin::call::{AbandonedCall, CallResult};
+
+/// The time that a plugin has, at least, to report the state after an action.
+const MIN_STATE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Runs the actions of one machine.
+pub struct ActionExecutor {
+    machine: Arc<Machine>,
+    context: Arc<ActionContext>,
+    /// A call that has not returned. Until it does, the executor makes no other.
+    abandoned: Option<AbandonedCall>,
+    /// True once the preparation under way has not ended long after its cancellation.
+    cancel_overdue: Arc<watch::Sender<bool>>,
+}
+
+/// The failure of an action, and whether it disables the machine.
+struct Failure {
+    reason: Error,
+    disable: bool,
+}
+
+impl From<Error> for Failure {
+    fn from(reason: Error) -> Self {
+        let disable = reason.kind() != ErrorKind::Unsupported;
+        Failure { reason, disable }
+    }
+}
+
+impl ActionExecutor {
+    /// Returns the executor of that machine.
+    pub fn new(machine: Arc<Machine>, context: Arc<ActionContext>) -> Self {
+        ActionExecutor { machine, context, abandoned: None, cancel_overdue: Arc::default() }
+    }
+
+    /// Returns the switch that abandons the preparation under way.
+    pub fn cancel_overdue(&self) -> Arc<watch::Sender<bool>> {
+        Arc::clone(&self.cancel_overdue)
+    }
+
+    /// Returns the machine.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Runs an action to its end, and records its result.
+    pub async fn execute(&mut self, action: &Action) -> ActionResult {
+        self.machine.set_busy(true);
+        self.machine.clear_steps();
+        let begun = Instant::now();
+        let result = match self.ensure_allowed(action) {
+            Ok(()) => self.run(action).await,
+            Err(failure) => Err(failure),
+        };
+        self.machine.set_busy(false);
+        self.record(action, begun.elapsed(), result).await
+    }
+
+    async fn run(&mut self, action: &Action) -> Result<(), Failure> {
+        match action {
+            Action::RestoreStart | Action::NorestoreStart => self.start(action).await,
+            Action::Stop => Ok(self.stop().await?),
+            Action::StopOwn => Ok(self.stop_own().await?),
+            Action::AcpiStop => self.acpi_stop().await,
+            Action::DumpMemory { .. } | Action::Screenshot { .. } => self.run_read_only(action).await,
+            Action::Prepare(origin) => self.prepare(*origin).await,
+        }
+    }
+
+    /// Logs and counts an action that has ended, and disables the machine where the failure demands it.
+    async fn record(&self, action: &Action, took: Duration, result: Result<(), Failure>) -> ActionResult {
+        let (machine, name) = (self.machine.name(), action.name());
+        let steps = self.count(name, took, result.is_err());
+        let took_ms = milliseconds(took);
+        let Err(Failure { reason, disable }) = result else {
+            tracing::info!(machine, action = name, took_ms, steps, "done");
+            return Ok(());
+        };
+        let reason = reason.action(name).machine(machine).to_string();
+        if matches!(action, Action::Prepare(_)) && !disable {
+            // The next restore works without a preparation, and the plugin has reported the readiness.
+            tracing::warn!(machine, took_ms, steps, reason, "not prepared");
+        } else {
+            tracing::error!(machine, action = name, took_ms, steps, reason, "failed");
+            self.machine.add_error(&reason);
+        }
+        if disable {
+            self.context.disable(&self.machine, &reason).await;
+        }
+        Err(reason)
+    }
+
+    /// Counts an action in the metrics, and returns its steps as text.
+    fn count(&self, action: &'static str, took: Duration, failed: bool) -> String {
+        let steps = self.machine.status().steps;
+        self.context.metrics.count(&self.machine.machinery.name, action, took, &steps, failed);
+        let text = steps.iter().map(|(step, took)| format!("{step} {:.1}", milliseconds(*took)));
+        text.collect::<Vec<_>>().join(", ")
+    }
+
+    /// Reports whether the next restore may be prepared: the machine is off, in the pool, and not locked. A
+    /// task may examine its machine's files until it releases the lock.
+    pub fn can_prepare(&self) -> bool {
+        let in_pool = self.machine.status().availability.disabled_reason().is_none();
+        in_pool && self.machine.machinery.capabilities.prepare && self.is_free()
+    }
+
+    /// Reports whether the machine is off and not locked, and no call into its plugin runs.
+    pub fn is_free(&self) -> bool {
+        self.machine.status().is_free() && self.abandoned.is_none()
+    }
+
+    /// Refuses an action that cannot succeed, before anything is done: a start would stop a running machine
+    /// first.
+    fn ensure_allowed(&mut self, action: &Action) -> Result<(), Failure> {
+        self.expect_no_abandoned_call()?;
+        self.expect_supported(action)?;
+        self.expect_usable(action)
+    }
+
+    fn expect_no_abandoned_call(&mut self) -> Result<(), Failure> {
+        match self.abandoned.take() {
+            Some(call) if !call.is_finished() => {
+                self.abandoned = Some(call);
+                let reason = Error::failed("an earlier call into its plugin has not returned")
+                    .advice("Restart the host to get the machine back");
+                // That call has disabled the machine already, unless an operator has enabled it since.
+                Err(Failure { reason, disable: self.machine.status().availability.disabled.is_none() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn expect_supported(&self, action: &Action) -> Result<(), Failure> {
+        let able = self.machine.machinery.capabilities;
+        let supported = match action {
+            Action::RestoreStart | Action::Stop | Action::StopOwn => true,
+            Action::NorestoreStart => able.norestore_start,
+            Action::AcpiStop => able.acpi_stop,
+            Action::DumpMemory { .. } => able.dump_memory,
+            Action::Screenshot { .. } => able.screenshot,
+            Action::Prepare(_) => able.prepare,
+        };
+        if supported { Ok(()) } else { Err(Error::unsupported(action.name()).into()) }
+    }
+
+    /// Refuses the action if the plugin has reported that it cannot use the machine.
+    fn expect_usable(&self, action: &Action) -> Result<(), Failure> {
+        let starts = matches!(action, Action::RestoreStart | Action::NorestoreStart | Action::Prepare(_));
+        match self.machine.status().availability.unusable.filter(|_| starts) {
+            Some(why) => {
+                let reason = Error::environment(format!("the machine cannot be used: {why}"));
+                let advice = "When that is put right, `reload` or `enable-machine` looks again";
+                Err(Failure { reason: reason.advice(advice), disable: false })
+            }
+            None => Ok(()),
+        }
+    }
+
+    async fn start(&mut self, action: &Action) -> Result<(), Failure> {
+        self.end_earlier_run().await?;
+        let context = Arc::clone(&self.context);
+        let permit = match action {
+            Action::RestoreStart => Some(context.restore_permit().await.map_err(refused)?),
+            _ => None,
+        };
+        if let Some(settings) = context.settings().capture {
+            capture::begin(&self.machine, &settings).await;
+        }
+        self.machine.set_state(State::Starting);
+        self.machine.set_own_run();
+        let started = self.transition_to(State::Running, action).await;
+        // The plugin may have reported the end of an earlier run meanwhile.
+        self.machine.set_own_run();
+        // Releases the permit first: the cleanup of a failed start must not delay other restores.
+        drop(permit);
+        let Err(error) = started else { return Ok(()) };
+        if error.kind() == ErrorKind::Unsupported {
+            self.machine.set_state(State::Poweroff);
+        } else if self.abandoned.is_none() {
+            self.clean_up().await;
+        }
+        capture::end(&self.machine).await;
+        Err(error.into())
+    }
+
+    /// Stops a machine that runs although no task has it, and ends the capture of a run that ended by itself.
+    async fn end_earlier_run(&mut self) -> Result<()> {
+        let before = self.query_state().await?;
+        if before != State::Poweroff {
+            tracing::warn!(machine = self.machine.name(), state = %before, "the machine runs although no task has it: stopped before the start");
+            self.stop().await?;
+        }
+        capture::end(&self.machine).await;
+        Ok(())
+    }
+
+    /// Stops a machine whose start has failed.
+    async fn clean_up(&mut self) {
+        if let Err(error) = self.stop().await {
+            tracing::error!(machine = self.machine.name(), %error, "the machine cannot be stopped after its failed start");
+        }
+    }
+
+    async fn stop(&mut self) -> Result<()> {
+        self.set_stopping();
+        let ended = self.power_off(&Action::Stop).await;
+        capture::end(&self.machine).await;
+        ended
+    }
+
+    async fn stop_own(&mut self) -> Result<()> {
+        if self.machine.status().own_run { self.stop().await } else { Ok(()) }
+    }
+
+    fn set_stopping(&self) {
+        if self.machine.status().state != State::Poweroff {
+            self.machine.set_state(State::Stopping);
+        }
+    }
+
+    async fn acpi_stop(&mut self) -> Result<(), Failure> {
+        let before = self.machine.status().state;
+        self.set_stopping();
+        match self.power_off(&Action::AcpiStop).await {
+            Ok(()) => {
+                capture::end(&self.machine).await;
+                Ok(())
+            }
+            Err(error) if self.abandoned.is_some() => Err(error.into()),
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                self.machine.set_state(before);
+                Err(error.into())
+            }
+            Err(error) => {
+                tracing::warn!(machine = self.machine.name(), %error, "the machine does not react to its power button: stopped");
+                self.stop().await?;
+                if error.is_plugin_fault() { Err(error.into()) } else { Ok(()) }
+            }
+        }
+    }
+
+    /// Runs an action that ends a run.
+    async fn power_off(&mut self, action: &Action) -> Result<()> {
+        let ended = self.transition_to(State::Poweroff, action).await;
+        if ended.is_err() && self.abandoned.is_none() {
+            // The first error is the cause, and the one to report.
+            let _ = self.update_state().await;
+        }
+        ended
+    }
+
+    /// Runs an action that does not change the machine's state. A failure disables the machine only where the
+    /// plugin itself is at fault, or where the state is not as before.
+    async fn run_read_only(&mut self, action: &Action) -> Result<(), Failure> {
+        let before = self.machine.status().state;
+        let (limit, invoked) = (self.limit_of(action), action.clone());
+        let called =
+            self.machine.call(limit, move |machine, deadline| invoke(machine, &invoked, deadline)).await;
+        let Err(reason) = self.record_result(called, action.name()) else { return Ok(()) };
+        let changed =
+            self.abandoned.is_some() || self.update_state().await.is_ok_and(|state| state != before);
+        Err(Failure { disable: changed || reason.is_plugin_fault(), reason })
+    }
+
+    /// Prepares the next restore. A failure is harmless: the next restore works without a preparation.
+    async fn prepare(&mut self, origin: PrepareOrigin) -> Result<(), Failure> {
+        self.cancel_overdue.send_replace(false);
+        let mut overdue = self.cancel_overdue.subscribe();
+        let cancelled = async move {
+            // The sender is here, so this cannot fail.
+            let _ = overdue.wait_for(|overdue| *overdue).await;
+        };
+        let action = Action::Prepare(origin);
+        let limit = self.limit_of(&action);
+        let prepared = self
+            .machine
+            .call_until(cancelled, limit, move |machine, deadline| invoke(machine, &action, deadline))
+            .await;
+        self.record_result(prepared, "prepare").map_err(|reason| Failure {
+            disable: self.abandoned.is_some() || reason.is_plugin_fault(),
+            reason,
+        })
+    }
+
+    /// Runs an action, and expects the machine to be in the wanted state afterwards. The same call asks for
+    /// the state, because a machine that has just begun to run keeps this computer busy.
+    async fn transition_to(&mut self, wanted: State, action: &Action) -> Result<()> {
+        let (invoked, limit) = (action.clone(), self.limit_of(action));
+        let max_state_timeout = self.context.timeouts().state.max(MIN_STATE_TIMEOUT);
+        let called = self.machine.call(limit, move |machine, deadline| {
+            match invoke(machine, &invoked, deadline) {
+                Err(error) if error.kind() == ErrorKind::StateReached && wanted == State::Poweroff => {}
+                done => done?,
+            }
+            let reports = machine.status().reports;
+            // An action that took all of its time has a moment left for this.
+            let deadline = Deadline::after(deadline.remaining().clamp(MIN_STATE_TIMEOUT, max_state_timeout));
+            Ok((machine.machinery.instance.state(machine.name(), deadline), reports))
+        });
+        let called = called.await;
+        let (state, reports) = self.record_result(called, action.name())?;
+        self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
+        let state = state?;
+        if state == wanted {
+            return Ok(());
+        }
+        let reason = format!("the machine is in state {state} after it, and {wanted} was expected");
+        Err(Error::unexpected_state(reason).advice("Look at the plugin's lines in the log"))
+    }
+
+    /// Asks the plugin for the state, and records it.
+    async fn update_state(&mut self) -> Result<State> {
+        let reports = self.machine.status().reports;
+        let state = self.query_state().await;
+        if self.abandoned.is_none() {
+            self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
+        }
+        state
+    }
+
+    async fn query_state(&mut self) -> Result<State> {
+        let limit = self.context.timeouts().state;
+        let called = self
+            .machine
+            .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline));
+        let called = called.await;
+        self.record_result(called, "querying the state")
+    }
+
+    fn limit_of(&self, action: &Action) -> Duration {
+        let timeouts = self.context.timeouts();
+        match action {
+            Action::RestoreStart => timeouts.restore_start,
+            Action::NorestoreStart => timeouts.norestore_start,
+            Action::Stop | Action::StopOwn => timeouts.stop,
+            Action::AcpiStop => timeouts.acpi_stop,
+            Action::DumpMemory { .. } => timeouts.dump_memory,
+            Action::Screenshot { .. } => timeouts.screenshot,
+            Action::Prepare(_) => timeouts.prepare,
+        }
+    }
+
+    /// Returns the result of a call; keeps an abandoned call, after which the state is unknown.
+    fn record_result<T>(&mut self, called: CallResult<T>, what: &str) -> Result<T> {
+        match called {
+            CallResult::Returned(result) => result,
+            CallResult::Abandoned(call) => {
+                self.abandoned = Some(call);
+                self.machine.set_state(State::Error);
+                Err(Error::timeout(format!("{what} did not return from the plugin in time"))
+                    .advice("The machine is lost until it does; restart the host to get it back"))
+            }
+        }
+    }
+}
+
+/// The failure of an action that the host does not begin.
+fn refused(reason: Error) -> Failure {
+    Failure { reason, disable: false }
+}
+
+/// Calls the plugin's method for the action.
+fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> {
+    let (plugin, name) = (&machine.machinery.instance, machine.name());
+    match action {
+        Action::RestoreStart => plugin.restore_start(name, deadline),
+        Action::NorestoreStart => plugin.norestore_start(name, deadline),
+        Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
+        Action::AcpiStop => plugin.acpi_stop(name, deadline),
+        Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
+        Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
+        Action::Prepare(PrepareOrigin::Request) => plugin.prepare(name, deadline),
+        Action::Prepare(PrepareOrigin::Automatic) => plugin.prepare_automatically(name, deadline),
+    }
+}

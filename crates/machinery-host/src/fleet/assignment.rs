@@ -1,0 +1,141 @@
+//! The assignment of a machine to tasks: locks, reservations, and whether the machine is in the pool.
+//!
+//! [`availability`](super::availability) has the rules. This applies them to a machine, and sends the events.
+
+use machinery::Error;
+
+use super::Machine;
+use super::availability::{Availability, NotHeld, TaskLock, Unavailable};
+use crate::events::Event;
+
+impl Machine {
+    /// Gives the machine the availability that it had before the host was started.
+    pub fn restore_availability(&self, availability: Availability) {
+        let mut status = self.lock_status();
+        // The host may have disabled the machine since its start.
+        let Availability { disabled, unusable, .. } = std::mem::take(&mut status.availability);
+        let disabled = availability.disabled.or(disabled);
+        status.availability = Availability { disabled, unusable, ..availability };
+    }
+
+    /// Locks the machine for a task. Returns whether the lock is new.
+    ///
+    /// # Errors
+    /// The machine is not available to that task. A lock that the task has already is no error.
+    pub fn lock(&self, lock: &TaskLock) -> Result<bool, Unavailable> {
+        let mut status = self.lock_status();
+        if status.availability.lock.as_ref() == Some(lock) && status.availability.disabled_reason().is_none()
+        {
+            return Ok(false);
+        }
+        if let Some(reason) = status.availability.unavailable_reason(&lock.task_id) {
+            return Err(Unavailable { machine: self.name().to_owned(), wanted: "locked", reason });
+        }
+        status.availability.lock = Some(lock.clone());
+        self.events.send(Event::Locked { machine: self.name().to_owned(), task_id: lock.task_id.clone() });
+        Ok(true)
+    }
+
+    /// Releases the machine's lock; with a `task_id`, only that task's.
+    ///
+    /// # Errors
+    /// The machine is not locked, or another task has it.
+    pub fn unlock(&self, task_id: Option<&str>) -> Result<(), NotHeld> {
+        let mut status = self.lock_status();
+        let machine = self.name().to_owned();
+        let Some(lock) = &status.availability.lock else { return Err(NotHeld::NotLocked(machine)) };
+        if task_id.is_some_and(|task_id| task_id != lock.task_id) {
+            return Err(NotHeld::OfAnother { machine, holder: lock.task_id.clone() });
+        }
+        status.availability.lock = None;
+        self.notify_idle_work();
+        self.events.send(Event::Unlocked { machine });
+        Ok(())
+    }
+
+    /// Reserves the machine for a task. Returns whether the reservation is new.
+    ///
+    /// # Errors
+    /// The machine is not available to that task.
+    pub fn reserve(&self, task_id: &str) -> Result<bool, Unavailable> {
+        let mut status = self.lock_status();
+        let machine = self.name().to_owned();
+        if let Some(reason) = status.availability.unavailable_reason(task_id) {
+            return Err(Unavailable { machine, wanted: "reserved", reason });
+        }
+        if status.availability.reserved_by.is_some() {
+            return Ok(false);
+        }
+        status.availability.reserved_by = Some(task_id.to_owned());
+        self.events.send(Event::Reserved { machine, task_id: task_id.to_owned() });
+        Ok(true)
+    }
+
+    /// Cancels the machine's reservation.
+    ///
+    /// # Errors
+    /// The machine is not reserved.
+    pub fn unreserve(&self) -> Result<(), NotHeld> {
+        let mut status = self.lock_status();
+        let machine = self.name().to_owned();
+        if status.availability.reserved_by.take().is_none() {
+            return Err(NotHeld::NotReserved(machine));
+        }
+        self.events.send(Event::Unreserved { machine });
+        Ok(())
+    }
+
+    /// Returns the lock of the task that has the machine.
+    pub fn task_lock(&self) -> Option<TaskLock> {
+        self.lock_status().availability.lock.clone()
+    }
+
+    /// Takes the machine out of the pool.
+    pub fn disable(&self, reason: &str) {
+        tracing::error!(machine = self.name(), reason, "machine disabled");
+        let mut status = self.lock_status();
+        status.availability.disabled = Some(reason.to_owned());
+        self.events.send(Event::Disabled { machine: self.name().to_owned(), reason: reason.to_owned() });
+    }
+
+    /// Puts the machine back into the pool.
+    pub fn enable(&self) {
+        if self.lock_status().availability.disabled.take().is_some() {
+            tracing::info!(machine = self.name(), "machine enabled");
+            self.notify_idle_work();
+            self.events.send(Event::Enabled { machine: self.name().to_owned() });
+        }
+    }
+
+    /// Records the plugin's diagnosis. A machine that the plugin cannot use leaves the pool until it can be
+    /// used again.
+    pub fn set_diagnosis(&self, unusable: Option<&Error>, warnings: Vec<String>) {
+        let mut status = self.lock_status();
+        for warning in warnings.iter().filter(|warning| !status.warnings.contains(warning)) {
+            tracing::warn!(machine = self.name(), warning, "its plugin warns");
+        }
+        status.warnings = warnings;
+        let unusable = unusable.map(Error::to_string);
+        if status.availability.unusable == unusable {
+            return;
+        }
+        match &unusable {
+            Some(reason) => tracing::error!(machine = self.name(), reason, "machine cannot be used"),
+            None => tracing::info!(machine = self.name(), "machine can be used again"),
+        }
+        let before = std::mem::replace(&mut status.availability.unusable, unusable.clone());
+        // A machine that an operator or an error has disabled stays disabled, for the same reason as before.
+        if status.availability.disabled.is_some() {
+            return;
+        }
+        let machine = self.name().to_owned();
+        match unusable {
+            Some(reason) => self.events.send(Event::Disabled { machine, reason }),
+            None if before.is_some() => {
+                self.notify_idle_work();
+                self.events.send(Event::Enabled { machine });
+            }
+            None => {}
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Whether a task can have a machine.
+//!
+//! A machine is *available* to a task if it is not disabled, not reserved for another task and not locked.
+//! The words, their order and the reasons are those of Cuckoo3's `common/machines.py`. Beyond that, a task
+//! may lock a machine that is reserved for it. It may also repeat its lock, because a reply can be lost.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// A task's lock on a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskLock {
+    /// The task that has the machine.
+    pub task_id: String,
+    /// The file for the captured traffic. Without it, no traffic is captured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pcap_path: Option<PathBuf>,
+    /// The file for a memory dump whose request names no file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_dump_path: Option<PathBuf>,
+}
+
+/// Who has a machine, and whether it is in the pool. This outlives the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Availability {
+    /// The lock of the task that has the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<TaskLock>,
+    /// The task that the machine is reserved for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reserved_by: Option<String>,
+    /// The reason why an operator or the host has disabled the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disabled: Option<String>,
+    /// The reason why the plugin cannot use the machine at present. A new host determines this anew.
+    #[serde(skip)]
+    pub unusable: Option<String>,
+}
+
+/// The reason why a machine is not available.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// The machine is disabled, for this reason.
+    Disabled(String),
+    /// The machine is reserved for this task.
+    Reserved(String),
+    /// This task has locked the machine.
+    Locked(String),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::Disabled(reason) => write!(f, "Machine is disabled. Reason: {reason}"),
+            Reason::Reserved(task) => write!(f, "Machine is reserved by {task}"),
+            Reason::Locked(task) => write!(f, "Machine is locked by: {task}"),
+        }
+    }
+}
+
+/// A lock or a reservation is refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("Machine {machine} is unavailable and cannot be {wanted}. {reason}")]
+pub struct Unavailable {
+    /// The machine.
+    pub machine: String,
+    /// The request: `locked` or `reserved`.
+    pub wanted: &'static str,
+    /// The reason.
+    pub reason: Reason,
+}
+
+/// A lock or a reservation cannot be released, because it does not exist.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum NotHeld {
+    /// The machine is not locked.
+    #[error("Cannot unlock machine {0}. Machine is not locked.")]
+    NotLocked(String),
+    /// Another task has locked the machine.
+    #[error("Cannot unlock machine {machine}. Machine is locked by: {holder}")]
+    OfAnother {
+        /// The machine.
+        machine: String,
+        /// That task.
+        holder: String,
+    },
+    /// The machine is not reserved.
+    #[error("Cannot unreserve machine {0}. Machine is not reserved.")]
+    NotReserved(String),
+}
+
+impl Availability {
+    /// Reports whether there is nothing to save.
+    pub fn is_plain(&self) -> bool {
+        self.lock.is_none() && self.reserved_by.is_none() && self.disabled.is_none()
+    }
+
+    /// Returns the reason why the machine is out of the pool, if it is.
+    pub fn disabled_reason(&self) -> Option<&str> {
+        self.disabled.as_deref().or(self.unusable.as_deref())
+    }
+
+    /// Returns the rank of the machine for this lock: 0 if the task has it, 1 if it is reserved, 2 otherwise.
+    pub fn affinity(&self, lock: &TaskLock) -> u8 {
+        match self {
+            Availability { lock: Some(own), .. } if own == lock => 0,
+            Availability { reserved_by: Some(task), .. } if *task == lock.task_id => 1,
+            _ => 2,
+        }
+    }
+
+    /// Returns the reason why the machine is not available to that task.
+    pub fn unavailable_reason(&self, task_id: &str) -> Option<Reason> {
+        if let Some(reason) = self.disabled_reason() {
+            return Some(Reason::Disabled(reason.to_owned()));
+        }
+        if let Some(task) = self.reserved_by.as_ref().filter(|task| *task != task_id) {
+            return Some(Reason::Reserved(task.clone()));
+        }
+        self.lock.as_ref().map(|lock| Reason::Locked(lock.task_id.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task_lock(task_id: &str) -> TaskLock {
+        TaskLock { task_id: task_id.into(), pcap_path: None, memory_dump_path: None }
+    }
+
+    #[test]
+    fn unavailable_reason_is_disabled_before_reserved_before_locked() {
+        let mut availability = Availability {
+            lock: Some(task_lock("a")),
+            reserved_by: Some("b".into()),
+            disabled: Some("broken".into()),
+            unusable: Some("no snapshot".into()),
+        };
+        let why = |availability: &Availability| {
+            availability.unavailable_reason("c").map(|reason| reason.to_string())
+        };
+        assert_eq!(why(&availability).unwrap(), "Machine is disabled. Reason: broken");
+        availability.disabled = None;
+        assert_eq!(why(&availability).unwrap(), "Machine is disabled. Reason: no snapshot");
+        availability.unusable = None;
+        assert_eq!(why(&availability).unwrap(), "Machine is reserved by b");
+        availability.reserved_by = None;
+        assert_eq!(why(&availability).unwrap(), "Machine is locked by: a");
+        availability.lock = None;
+        assert_eq!(why(&availability), None);
+    }
+
+    #[test]
+    fn reservation_makes_machine_unavailable_to_other_tasks_only() {
+        let availability = Availability { reserved_by: Some("a".into()), ..Availability::default() };
+        assert_eq!(availability.unavailable_reason("a"), None);
+        assert_eq!(availability.unavailable_reason("b"), Some(Reason::Reserved("a".into())));
+    }
+}

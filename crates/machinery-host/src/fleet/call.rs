@@ -1,0 +1,48 @@
+//! Calls into the plugin of a machine or of a machinery. Each runs on a thread of its own and is bounded: see
+//! [`plugin::call`](crate::plugin::call).
+
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Result};
+
+use super::{Machine, Machinery};
+use crate::plugin::call::{CallResult, call};
+
+impl Machine {
+    /// Calls into the machine's plugin, with `limit` as the deadline.
+    pub async fn call<T: Send + 'static>(
+        self: &Arc<Self>,
+        limit: Duration,
+        work: impl FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
+    ) -> CallResult<T> {
+        self.call_until(pending(), limit, work).await
+    }
+
+    /// Calls into the machine's plugin, and abandons the call as soon as `cancelled` ends.
+    pub async fn call_until<T: Send + 'static>(
+        self: &Arc<Self>,
+        cancelled: impl Future<Output = ()>,
+        limit: Duration,
+        work: impl FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
+    ) -> CallResult<T> {
+        let what = format!("'{}' in a call for the machine '{}'", self.machinery.name, self.name());
+        let machine = Arc::clone(self);
+        call(&what, limit, cancelled, move |deadline| work(&machine, deadline)).await
+    }
+}
+
+impl Machinery {
+    /// Calls `method` of the machinery's plugin, with `limit` as the deadline.
+    pub async fn call<T: Send + 'static>(
+        self: &Arc<Self>,
+        method: &str,
+        limit: Duration,
+        work: impl FnOnce(&Machinery, Deadline) -> Result<T> + Send + 'static,
+    ) -> CallResult<T> {
+        let what = format!("'{}' in {method}", self.name);
+        let machinery = Arc::clone(self);
+        call(&what, limit, pending(), move |deadline| work(&machinery, deadline)).await
+    }
+}

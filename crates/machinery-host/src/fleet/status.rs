@@ -1,0 +1,136 @@
+//! The part of a machine that changes.
+
+use std::time::Duration;
+
+use machinery::{GUEST_POWERED_OFF, RestoreReadiness, State};
+
+use super::availability::Availability;
+
+/// The number of errors that are kept for one machine.
+const MAX_ERRORS: usize = 20;
+/// The number of steps that are kept for one action.
+const MAX_STEPS: usize = 50;
+/// The number of lost preparations after which the host prepares the machine no more before its next start.
+const MAX_LOST_PREPARATIONS: u32 = 3;
+
+/// The state of a machine, and the record of its actions.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// The state that the host ordered or the plugin reported last.
+    pub state: State,
+    /// True while an action runs.
+    pub busy: bool,
+    /// Who has the machine, and whether it is in the pool.
+    pub availability: Availability,
+    /// The latest errors, oldest first.
+    pub errors: Vec<String>,
+    /// The number of states that the plugin has reported.
+    pub reports: u64,
+    /// The readiness for the next restore, if the plugin has reported it.
+    pub ready: Option<RestoreReadiness>,
+    /// The steps of the present or last action, and their durations.
+    pub steps: Vec<(String, Duration)>,
+    /// The number of preparations that were lost since the last start.
+    lost_preparations: u32,
+    /// True if the machine was in use when its configuration changed: the change is applied later.
+    pub change_pending: bool,
+    /// The plugin's warnings about the machine.
+    pub warnings: Vec<String>,
+    /// True if the host has started the current run. Only an operator ends a run that somebody else has
+    /// started.
+    pub own_run: bool,
+}
+
+impl Status {
+    /// Returns the status of a machine that was just loaded.
+    pub fn new(state: State) -> Self {
+        Status {
+            state,
+            busy: false,
+            availability: Availability::default(),
+            errors: Vec::new(),
+            reports: 0,
+            ready: None,
+            steps: Vec::new(),
+            lost_preparations: 0,
+            change_pending: false,
+            warnings: Vec::new(),
+            own_run: false,
+        }
+    }
+
+    /// Reports whether the machine is powered off and no task has it.
+    pub fn is_free(&self) -> bool {
+        self.state == State::Poweroff && self.availability.lock.is_none()
+    }
+
+    /// Keeps an error, and drops the oldest when there are too many.
+    pub fn add_error(&mut self, error: String) {
+        if self.errors.len() == MAX_ERRORS {
+            self.errors.remove(0);
+        }
+        self.errors.push(error);
+    }
+
+    /// Keeps a step of the present action.
+    pub fn add_step(&mut self, step: &str, took: Duration) {
+        if self.steps.len() < MAX_STEPS {
+            self.steps.push((step.to_owned(), took));
+        }
+    }
+
+    /// Sets the state, and what follows from it.
+    pub fn set_state(&mut self, state: State) {
+        self.state = state;
+        match state {
+            State::Starting => self.lost_preparations = 0,
+            State::Poweroff => self.own_run = false,
+            _ => {}
+        }
+    }
+
+    /// Counts a lost preparation. Returns whether the host prepares the machine again before its next start.
+    pub fn count_lost_preparation(&mut self) -> bool {
+        self.lost_preparations += 1;
+        self.lost_preparations < MAX_LOST_PREPARATIONS
+    }
+}
+
+/// Reports whether this reported state is an accident. A guest that powers itself off is no accident, and
+/// neither is a state without a reason, which the host has ordered.
+pub fn is_accident(state: State, reason: &str) -> bool {
+    match state {
+        State::Error => true,
+        State::Poweroff | State::Paused | State::Suspended => {
+            !reason.is_empty() && reason != GUEST_POWERED_OFF
+        }
+        State::Starting | State::Running | State::Stopping | State::Restored => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reported_state_is_an_accident_unless_the_host_or_the_guest_caused_it() {
+        assert!(is_accident(
+            State::Error,
+            "the disk failed and the guest was paused: No space left on device"
+        ));
+        assert!(is_accident(State::Error, ""));
+        assert!(is_accident(State::Poweroff, "QEMU was killed by signal 9"));
+        assert!(is_accident(State::Suspended, "the guest suspended itself"));
+        assert!(!is_accident(State::Poweroff, GUEST_POWERED_OFF));
+        assert!(!is_accident(State::Poweroff, ""));
+        assert!(!is_accident(State::Stopping, GUEST_POWERED_OFF));
+        assert!(!is_accident(State::Running, "the guest woke up"));
+    }
+
+    #[test]
+    fn oldest_error_is_dropped_when_there_are_too_many() {
+        let mut status = Status::new(State::Poweroff);
+        (0..=MAX_ERRORS).for_each(|number| status.add_error(number.to_string()));
+        assert_eq!((status.errors.len(), status.errors[0].as_str()), (MAX_ERRORS, "1"));
+    }
+}

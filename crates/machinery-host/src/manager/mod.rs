@@ -1,0 +1,270 @@
+//! The manager: owns all shared state, and has a method for everything that a client may request.
+//!
+//! The methods return values. [`server`](crate::server) renders them, and only a connection writes to its
+//! client.
+//!
+//! | state | owner |
+//! | --- | --- |
+//! | the machines, their states and locks | [`Fleet`] |
+//! | the locks on disk | [`StateStore`] |
+//! | the queues of actions | [`Queues`] |
+//! | the configuration | [`Reloader`] |
+//! | counts and durations | [`Metrics`] |
+//! | subscribers | [`Events`] |
+
+mod unsaved;
+
+use std::error::Error as StdError;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use machinery::{Error, Result, State};
+use tokio::sync::{broadcast, mpsc, watch};
+
+use crate::actions::diagnose::diagnose_one;
+use crate::actions::message::Responder;
+use crate::actions::metrics::Metrics;
+use crate::actions::queues::Queues;
+use crate::actions::{Action, ActionResult};
+use crate::events::{Event, Events, ReloadSummary};
+use crate::fleet::availability::{NotHeld, TaskLock};
+use crate::fleet::pool::{AcquireError, MachineQuery};
+use crate::fleet::state_file::StateStore;
+use crate::fleet::{Fleet, Machine, Roster};
+use crate::plugin::call::CallResult;
+use crate::reload::Reloader;
+
+pub use unsaved::{UnsavedChange, UnsavedLock, UnsavedReservation};
+
+/// The reason for refusing a request; its text is for the client.
+pub type Refused = Box<dyn StdError + Send + Sync>;
+
+/// The shared state of the host.
+pub struct Manager {
+    fleet: Arc<Fleet>,
+    queues: Arc<Queues>,
+    reloader: Reloader,
+    metrics: Arc<Metrics>,
+    state: Arc<StateStore>,
+    events: Events,
+    /// While false, only requests that end something, or that only read, are accepted.
+    enabled: AtomicBool,
+    /// True once nothing more happens: connections write their last replies and close.
+    ended: watch::Sender<bool>,
+}
+
+impl Manager {
+    /// Returns a manager of these parts.
+    pub fn new(
+        fleet: Arc<Fleet>,
+        queues: Arc<Queues>,
+        reloader: Reloader,
+        metrics: Arc<Metrics>,
+        state: Arc<StateStore>,
+        events: Events,
+    ) -> Self {
+        let (enabled, ended) = (AtomicBool::new(true), watch::Sender::new(false));
+        Manager { fleet, queues, reloader, metrics, state, events, enabled, ended }
+    }
+
+    /// Returns the machine of that name.
+    pub fn find(&self, name: &str) -> Option<Arc<Machine>> {
+        self.fleet.find(name)
+    }
+
+    /// Returns all machineries and machines.
+    pub fn roster(&self) -> Arc<Roster> {
+        self.fleet.roster()
+    }
+
+    /// Returns the counts and durations of all actions.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Returns the queues of actions.
+    pub fn queues(&self) -> &Queues {
+        &self.queues
+    }
+
+    /// Returns the reloader of the configuration.
+    pub fn reloader(&self) -> &Reloader {
+        &self.reloader
+    }
+
+    /// Subscribes to all later events.
+    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Reports whether the manager accepts all requests.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled.load(Ordering::SeqCst)
+    }
+
+    /// Enables or disables the manager.
+    pub fn set_enabled(&self, enabled: bool) {
+        // Cuckoo3's node enables the manager at each of its starts.
+        if self.enabled.swap(enabled, Ordering::SeqCst) != enabled {
+            tracing::warn!(enabled, "the machinery manager was switched");
+        }
+    }
+
+    /// Returns the switch that is true once nothing more happens.
+    pub fn ended(&self) -> &watch::Sender<bool> {
+        &self.ended
+    }
+
+    /// Returns the machine's state. During an action that is the recorded state. Otherwise the plugin is asked,
+    /// by one client at a time.
+    ///
+    /// # Errors
+    /// The plugin failed. A plugin that does not return, or misbehaves, disables the machine.
+    pub async fn machine_state(&self, machine: &Arc<Machine>) -> Result<State, String> {
+        let known = machine.status();
+        let query = if known.busy { None } else { machine.start_state_query() };
+        let Some(query) = query else { return Ok(known.state) };
+        let context = self.queues.context();
+        let called = machine.call(context.timeouts().state, move |machine, deadline| {
+            // Held until the plugin returns, however late that is.
+            let _query = query;
+            machine.machinery.instance.state(machine.name(), deadline)
+        });
+        let (error, disable) = match called.await {
+            CallResult::Returned(Ok(state)) => return Ok(state),
+            CallResult::Returned(Err(error)) => {
+                let disable = error.is_plugin_fault();
+                (error, disable)
+            }
+            CallResult::Abandoned(_) => (Error::timeout("it did not return from the plugin"), true),
+        };
+        let reason = error.action("querying the state").machine(machine.name()).to_string();
+        if disable {
+            machine.add_error(&reason);
+            context.disable(machine, &reason).await;
+        }
+        Err(reason)
+    }
+
+    /// Reads the configuration again and applies it.
+    ///
+    /// # Errors
+    /// The configuration has a fault, or a plugin refuses it; nothing has changed then.
+    pub async fn reload(&self) -> Result<ReloadSummary> {
+        self.reloader.reload().await
+    }
+
+    /// Stops all machines whose runs the host has started.
+    ///
+    /// # Errors
+    /// Some could not be stopped: one line for each.
+    pub async fn shutdown_all(&self) -> ActionResult {
+        let roster = self.fleet.roster();
+        // The action of a busy machine may be a start whose run has not begun yet.
+        let running = roster
+            .machines()
+            .iter()
+            .filter(|machine| self.queues.is_busy(machine) || machine.status().own_run);
+        let (results, mut responses) = mpsc::unbounded_channel();
+        for machine in running {
+            let results = results.clone();
+            let responder = Responder::new(move |result: ActionResult| {
+                // The client may have left.
+                let _ = results.send(result);
+            });
+            self.queues.submit(machine, Action::StopOwn, responder);
+        }
+        drop(results);
+        let mut failures = Vec::new();
+        while let Some(result) = responses.recv().await {
+            failures.extend(result.err());
+        }
+        if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
+    }
+
+    /// Puts the machine back into the pool.
+    ///
+    /// # Errors
+    /// The plugin cannot use the machine.
+    pub async fn enable_machine(&self, machine: Arc<Machine>) -> Result<UnsavedChange, String> {
+        let limit = self.queues.context().timeouts().state;
+        diagnose_one(&machine, limit)
+            .await
+            .map_err(|why| format!("machine '{}' cannot be used yet: {why}", machine.name()))?;
+        machine.enable();
+        Ok(self.unsaved(machine))
+    }
+
+    /// Takes the machine out of the pool.
+    pub fn disable_machine(&self, machine: Arc<Machine>, reason: &str) -> UnsavedChange {
+        machine.disable(reason);
+        self.unsaved(machine)
+    }
+
+    /// Locks the machine for a task. Waits while a reload is applied.
+    ///
+    /// # Errors
+    /// The machine is not available to the task, or the host ends.
+    pub async fn lock(&self, machine: Arc<Machine>, lock: TaskLock) -> Result<UnsavedLock, Refused> {
+        let new = self.allocate(|fleet| fleet.lock(&machine, &lock)).await?;
+        Ok(UnsavedLock { machine, lock, new, state: Arc::clone(&self.state) })
+    }
+
+    /// Locks the first machine that matches the query. Waits while a reload is applied.
+    ///
+    /// # Errors
+    /// No machine matches and is available, or the host ends.
+    pub async fn acquire(&self, query: &MachineQuery, lock: TaskLock) -> Result<UnsavedLock, Refused> {
+        let (machine, new) = self.allocate(|fleet| fleet.acquire(query, &lock)).await?;
+        Ok(UnsavedLock { machine, lock, new, state: Arc::clone(&self.state) })
+    }
+
+    /// Reserves the machine for a task. Waits while a reload is applied.
+    ///
+    /// # Errors
+    /// The machine is not available to the task, or the host ends.
+    pub async fn reserve(&self, machine: Arc<Machine>, task_id: &str) -> Result<UnsavedReservation, Refused> {
+        let new = self.allocate(|fleet| fleet.reserve(&machine, task_id)).await?;
+        Ok(UnsavedReservation { machine, new, state: Arc::clone(&self.state) })
+    }
+
+    /// Releases the machine's lock; with a `task_id`, only that task's.
+    ///
+    /// # Errors
+    /// The machine is not locked, or another task has it.
+    pub fn unlock(&self, machine: Arc<Machine>, task_id: Option<&str>) -> Result<UnsavedChange, NotHeld> {
+        machine.unlock(task_id)?;
+        Ok(self.unsaved(machine))
+    }
+
+    /// Cancels the machine's reservation.
+    ///
+    /// # Errors
+    /// The machine is not reserved.
+    pub fn unreserve(&self, machine: Arc<Machine>) -> Result<UnsavedChange, NotHeld> {
+        machine.unreserve()?;
+        Ok(self.unsaved(machine))
+    }
+
+    /// Writes the state file again if the last write failed.
+    pub async fn flush_pending(&self) {
+        self.state.flush_pending().await;
+    }
+
+    fn unsaved(&self, machine: Arc<Machine>) -> UnsavedChange {
+        UnsavedChange { machine, state: Arc::clone(&self.state) }
+    }
+
+    /// Allocates a machine, unless the host ends. A reload keeps the guard while it is applied, so nothing may
+    /// be awaited while this holds it.
+    async fn allocate<T>(
+        &self,
+        allocate: impl FnOnce(&Fleet) -> Result<T, AcquireError>,
+    ) -> Result<T, Refused> {
+        let _guard = self.reloader.allocation_guard().await;
+        match self.queues.closing() {
+            Some(closing) => Err(closing.into()),
+            None => Ok(allocate(&self.fleet)?),
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The bounded call into a plugin.
+//!
+//! ```text
+//! start ─▶ running ─▶ returned: the result, or the host's own panic as an error
+//!             └─ timeout, or cancelled ─▶ abandoned: the thread goes on, and nobody waits for it
+//! ```
+//!
+//! Every call has a thread of its own, because a plugin may block for ever. A host that serves waits with
+//! [`call`], one that loads or shuts down plugins with [`call_blocking`].
+//!
+//! A library whose initialiser does not return keeps the dynamic linker locked, and every thread that makes
+//! its first thread-local with a destructor waits for that lock. So [`call_blocking`] uses a condition
+//! variable, which needs no thread-local; the channels of `std` do.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machinery::host::panic_message;
+use machinery::{Deadline, Error, Result};
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use crate::exit;
+
+/// A plugin returns by its deadline. A call that is later than this is abandoned.
+pub const GRACE: Duration = Duration::from_secs(2);
+
+/// The end of a call.
+pub enum CallResult<T> {
+    /// The plugin returned.
+    Returned(Result<T>),
+    /// The plugin has not returned, and the call still runs.
+    Abandoned(AbandonedCall),
+}
+
+/// A call that still runs, although nobody waits for it any more.
+pub struct AbandonedCall(Arc<dyn Finish>);
+
+impl AbandonedCall {
+    /// Reports whether the call has ended after all.
+    pub fn is_finished(&self) -> bool {
+        self.0.is_finished()
+    }
+}
+
+/// Calls `work` with `limit` as its deadline, and abandons the call two seconds later, or as soon as
+/// `cancelled` ends. `what` names the plugin and its method, for the log.
+pub async fn call<T: Send + 'static>(
+    what: &str,
+    limit: Duration,
+    cancelled: impl Future<Output = ()>,
+    work: impl FnOnce(Deadline) -> Result<T> + Send + 'static,
+) -> CallResult<T> {
+    let deadline = Deadline::after(limit);
+    let running = match start(what, move || work(deadline)) {
+        Ok(running) => running,
+        Err(error) => return CallResult::Returned(Err(error)),
+    };
+    tokio::select! {
+        result = running.wait() => CallResult::Returned(result),
+        () = sleep(limit + GRACE) => CallResult::Abandoned(AbandonedCall(running)),
+        () = cancelled => CallResult::Abandoned(AbandonedCall(running)),
+    }
+}
+
+/// Calls `work` and blocks until it returns, for `limit` at most. `what` names the plugin and its method.
+///
+/// # Errors
+/// No thread can be started, the host panicked, or `work` has not returned within `limit`.
+pub fn call_blocking<T: Send + 'static>(
+    limit: Duration,
+    what: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let running = start(what, work)?;
+    let waited = running.returned.wait_timeout_while(running.lock(), limit, |result| result.is_none());
+    let result = waited.unwrap_or_else(PoisonError::into_inner).0.take();
+    result.unwrap_or_else(|| Err(timed_out(what, limit)))
+}
+
+/// Calls `work` for each index below `count`, in order, and blocks until all have returned. A call may take
+/// `limit` and all calls together `all`. A call that takes longer is abandoned with its thread, and the next calls
+/// get another thread.
+pub fn call_each<T: Send + 'static>(
+    what: &str,
+    count: usize,
+    limit: Duration,
+    all: Duration,
+    work: impl Fn(usize) -> Result<T> + Send + Sync + 'static,
+) -> Vec<Result<T>> {
+    let end = Instant::now() + all;
+    let work = Arc::new(work);
+    let mut results = Vec::new();
+    while results.len() < count {
+        let limit = (limit + GRACE).min(end.saturating_duration_since(Instant::now()));
+        if !limit.is_zero() {
+            let (work, first) = (Arc::clone(&work), results.len());
+            let (sender, receiver) = sync_channel(0);
+            let running = start(what, move || {
+                // The receiver has gone if a call was abandoned.
+                (first..count).map(|index| work(index)).try_for_each(|result| sender.send(result)).ok();
+                Ok(())
+            });
+            results.extend(std::iter::from_fn(|| receiver.recv_timeout(limit).ok()));
+            results.extend(running.err().map(Err));
+        }
+        if results.len() < count {
+            results.push(Err(timed_out(what, limit)));
+        }
+    }
+    results
+}
+
+/// Returns the error of a call that was abandoned after `limit`.
+pub fn timed_out(what: &str, limit: Duration) -> Error {
+    Error::misbehaved(format!("{what}: the plugin did not return within {limit:?}")).advice(
+        "Look in the log for the plugin's last lines; `timeouts` in machinery-host.yaml sets the limits",
+    )
+}
+
+/// A call under way. Its thread shares it with the caller.
+struct RunningCall<T> {
+    result: Mutex<Option<Result<T>>>,
+    finished: AtomicBool,
+    /// Wakes a thread that waits.
+    returned: Condvar,
+    /// Wakes a task that waits.
+    notify: Notify,
+}
+
+impl<T> RunningCall<T> {
+    // The result is whole after each statement, so poison means nothing.
+    fn lock(&self) -> MutexGuard<'_, Option<Result<T>>> {
+        self.result.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn finish(&self, result: Result<T>) {
+        *self.lock() = Some(result);
+        self.finished.store(true, Ordering::SeqCst);
+        self.returned.notify_all();
+        self.notify.notify_one();
+    }
+
+    async fn wait(&self) -> Result<T> {
+        self.notify.notified().await;
+        self.lock()
+            .take()
+            .unwrap_or_else(|| Err(Error::failed("this is a bug of the host: a call has no result")))
+    }
+}
+
+trait Finish: Send + Sync {
+    fn is_finished(&self) -> bool;
+}
+
+impl<T: Send> Finish for RunningCall<T> {
+    fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::SeqCst)
+    }
+}
+
+/// Starts `work` on a thread of its own. The guard in a plugin turns the plugin's panics into errors, so a
+/// panic here is the host's own.
+fn start<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<Arc<RunningCall<T>>> {
+    let running = Arc::new(RunningCall {
+        result: Mutex::new(None),
+        finished: AtomicBool::new(false),
+        returned: Condvar::new(),
+        notify: Notify::new(),
+    });
+    let (at, on_thread) = (what.to_owned(), Arc::clone(&running));
+    let thread = thread::Builder::new().name("plugin".to_owned()).spawn(move || {
+        let call = exit::Call::begin(&at);
+        let result = catch_unwind(AssertUnwindSafe(work));
+        drop(call);
+        on_thread.finish(result.unwrap_or_else(|panic| {
+            Err(Error::failed(format!("{at}: the host panicked: {}", panic_message(panic))))
+        }));
+    });
+    match thread {
+        Ok(_) => Ok(running),
+        Err(error) => Err(Error::environment(format!("{what}: cannot start a thread: {error}"))
+            .advice("Raise the limit of threads of the host's user or service")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinery::ErrorKind;
+    use std::future::{pending, ready};
+    use std::sync::mpsc;
+
+    #[test]
+    fn call_blocking_returns_the_result_or_a_timeout() {
+        assert_eq!(call_blocking(Duration::from_secs(60), "adding", || Ok(1 + 1)).unwrap(), 2);
+        let error = call_blocking(Duration::from_millis(10), "parking", || {
+            thread::park();
+            Ok(())
+        })
+        .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::PluginMisbehaved);
+        assert!(error.to_string().starts_with("parking: the plugin did not return within 10ms"), "{error}");
+    }
+
+    #[test]
+    fn call_blocking_reports_the_hosts_own_panic() {
+        let error = call_blocking(Duration::from_secs(60), "adding", || -> Result<()> { panic!("broken") });
+        assert!(error.unwrap_err().to_string().contains("adding: the host panicked: broken"));
+    }
+
+    #[tokio::test]
+    async fn call_is_abandoned_when_it_is_cancelled_and_finishes_later() {
+        let (release, released) = mpsc::channel();
+        let work = move |_| {
+            released.recv().unwrap();
+            Ok(())
+        };
+        let CallResult::Abandoned(call) = call("waiting", Duration::from_secs(60), ready(()), work).await
+        else {
+            panic!("it returned");
+        };
+        assert!(!call.is_finished());
+        release.send(()).unwrap();
+        while !call.is_finished() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn call_passes_its_deadline_and_returns_the_result() {
+        let limit = Duration::from_secs(60);
+        let called = call("asking", limit, pending(), |deadline| Ok(deadline.remaining())).await;
+        let CallResult::Returned(Ok(remaining)) = called else { panic!("it did not return") };
+        assert!(remaining > Duration::ZERO && remaining <= limit);
+    }
+}

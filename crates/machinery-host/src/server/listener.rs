@@ -1,0 +1,146 @@
+//! The manager's socket: binds it, accepts connections, and rejects those that may not use it.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Error, Result, SocketPath};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::task::JoinSet;
+
+use super::limits::{ConnectionCounter, ConnectionPermit};
+use super::peers::Peers;
+use super::{connection, reply};
+use crate::manager::Manager;
+
+/// The time that a rejected client has to read the reason.
+const REJECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// The pause after a connection could not be accepted.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// The number of bytes of a path that a socket address holds. Source: unix(7).
+const MAX_ADDRESS: usize = 107;
+
+/// The reply to a connection too many.
+const TOO_MANY: &[u8] =
+    b"{\"success\":false,\"reason\":\"too many connections: close some, or share one\"}\n";
+
+/// Expects that no other manager serves this CWD.
+///
+/// # Errors
+/// Another manager answers on the socket.
+pub fn expect_no_other(path: &Path) -> Result<()> {
+    let socket = SocketPath::new(path).map_err(|error| Error::io("find the socket", path, &error))?;
+    if std::os::unix::net::UnixStream::connect(socket.address()).is_ok() {
+        let reason = format!("another machinery manager answers on {}", path.display());
+        return Err(Error::environment(reason)
+            .advice("Stop it first: it may be Cuckoo's own, or another `cuckoo-machinery serve`"));
+    }
+    Ok(())
+}
+
+/// Binds the manager's socket, for those peers alone. The socket listens before its name appears.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io("make the socket", path, &error);
+    if path.as_os_str().len() > MAX_ADDRESS {
+        tracing::warn!(
+            socket = %path.display(),
+            "this path is longer than a socket address can hold: this program finds a way around it, Cuckoo's own client does not"
+        );
+    }
+    // A new folder is accessible to this user alone, so nobody can connect before the mode is set.
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let private = tempfile::Builder::new().prefix(".new-").tempdir_in(folder).map_err(failed)?;
+    let socket = SocketPath::new(&private.path().join("sock")).map_err(failed)?;
+    let listener = UnixListener::bind(socket.address()).map_err(failed)?;
+    let mode = if peers.gid().is_some() { 0o660 } else { 0o600 };
+    chown(socket.path(), None, peers.gid()).map_err(|error| {
+        failed(error).advice("The host's user has to be a member of the group `socket_group`, or root")
+    })?;
+    fs::set_permissions(socket.path(), fs::Permissions::from_mode(mode)).map_err(failed)?;
+    warn_of_closed_folders(path, peers);
+    fs::rename(socket.path(), path).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Warns of folders that the group which may use the socket cannot pass.
+fn warn_of_closed_folders(path: &Path, peers: &Peers) {
+    let Some(gid) = peers.gid() else { return };
+    for folder in path.ancestors().skip(1) {
+        let Ok(meta) = folder.metadata() else { continue };
+        let open = if meta.gid() == gid { 0o010 } else { 0o001 };
+        if meta.mode() & open == 0 {
+            tracing::warn!(folder = %folder.display(), gid, "the group `socket_group` cannot pass this folder on its way to the socket: chgrp it and chmod g+x");
+        }
+    }
+}
+
+/// Removes a socket. A missing one is no error.
+pub fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "cannot remove the socket");
+    }
+}
+
+/// Accepts connections as long as it is polled, and serves each as a task of `connections`.
+pub async fn serve(
+    listener: &UnixListener,
+    peers: &Arc<Peers>,
+    manager: &Arc<Manager>,
+    connections: &mut JoinSet<()>,
+) {
+    let counter = Arc::new(ConnectionCounter::default());
+    loop {
+        // Drops the entries of connections that have ended.
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((stream, _)) => match counter.permit(&stream) {
+                Some(permit) => {
+                    connections.spawn(admit(stream, Arc::clone(peers), Arc::clone(manager), permit));
+                }
+                None => {
+                    tracing::warn!("a connection was refused: its process holds too many");
+                    // A client that cannot be written to at once sees its connection closed.
+                    let _ = stream.try_write(TOO_MANY);
+                }
+            },
+            Err(error) => {
+                // Out of file descriptors, most likely.
+                tracing::error!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
+            }
+        }
+    }
+}
+
+/// Serves the client, if its user may use the socket.
+async fn admit(stream: UnixStream, peers: Arc<Peers>, manager: Arc<Manager>, permit: ConnectionPermit) {
+    match peers.admit(&stream) {
+        Ok(()) => connection::serve(stream, manager, permit).await,
+        Err(reason) => {
+            tracing::warn!(reason, "a client was refused");
+            reject(stream, &reason).await;
+        }
+    }
+}
+
+/// Sends the reason and closes. A client that is still sending when its connection closes never reads the
+/// reason, so its data is read for a moment.
+async fn reject(mut stream: UnixStream, reason: &str) {
+    let line = reply::line(reply::failure(reason), None);
+    let last_words = async {
+        stream.write_all(&line).await?;
+        stream.shutdown().await?;
+        stream.read(&mut [0; 4096]).await
+    };
+    // A client that does not read the reason has lost nothing.
+    let _ = tokio::time::timeout(REJECT_TIMEOUT, last_words).await;
+}
