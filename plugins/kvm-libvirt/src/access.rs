@@ -23,17 +23,17 @@ pub struct User {
 
 /// Owner and mode of a file.
 #[derive(Debug, Clone, Copy)]
-pub struct Owned {
+pub struct Permissions {
     pub uid: u32,
     pub gid: u32,
     pub mode: u32,
 }
 
-impl Owned {
+impl Permissions {
     /// Those of a file; `None` if it is not there.
-    pub fn of(path: &Path) -> Option<Owned> {
+    pub fn of(path: &Path) -> Option<Permissions> {
         let file = fs::metadata(path).ok()?;
-        Some(Owned { uid: file.uid(), gid: file.gid(), mode: file.mode() })
+        Some(Permissions { uid: file.uid(), gid: file.gid(), mode: file.mode() })
     }
 
     /// Whether the user may read and write it; `groups` are its further groups.
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn a_user_gets_in_by_itself_by_a_group_or_as_anyone() {
-        let device = |gid, mode| Owned { uid: 0, gid, mode };
+        let device = |gid, mode| Permissions { uid: 0, gid, mode };
         assert!(!device(0, 0o600).is_open_to(QEMU, &[]));
         assert!(device(0, 0o666).is_open_to(QEMU, &[]));
         assert!(device(108, 0o660).is_open_to(QEMU, &[108]));

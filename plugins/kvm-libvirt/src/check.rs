@@ -9,7 +9,7 @@ use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, 
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use crate::access::{self, KVM, Owned};
+use crate::access::{self, KVM, Permissions};
 use crate::compare;
 use crate::config::Config;
 use crate::dsn::{self, is_local};
@@ -17,11 +17,11 @@ use crate::errors::explain;
 use crate::files;
 use crate::foreign;
 use crate::link::Link;
-use crate::restore::{self, EXTERNAL, Snapshot, version_text};
-use crate::runs::RunNote;
+use crate::restore::{self, EXTERNAL_REVERTS, Snapshot, version_text};
+use crate::run_marker::RunMarker;
 
 /// How long libvirt may take to answer everything.
-const LOOKING: Duration = Duration::from_secs(30);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What was found about one machine, or about libvirt: good, or not so good.
 enum Finding {
@@ -51,16 +51,16 @@ pub fn check(setup: &Setup, report: &mut Report) {
             "kvm: no machine is configured. Add some to kvm.yaml: a name, and the label of a domain",
         );
     }
-    let deadline = Deadline::after(LOOKING);
+    let deadline = Deadline::after(CHECK_TIMEOUT);
     let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
     let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
     let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
-        found.extend(kvm_trap(connect, &config.dsn));
-        found.extend(far_away(&config));
+        found.extend(kvm_access(connect, &config.dsn));
+        found.extend(remote_limits(&config));
         found.extend(broken_reverts(connect));
         let machines = config.machines.iter();
-        found.extend(machines.flat_map(|keys| look_at(connect, &keys.info, &file, &state_dir)));
+        found.extend(machines.flat_map(|keys| check_machine(connect, &keys.info, &file, &state_dir)));
         let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
         found.extend(compare::shared_disks(connect, &infos).into_iter().map(Finding::Problem));
         Ok(found)
@@ -75,7 +75,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
 }
 
-fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
+fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
     let name = &info.name;
     let domain = match restore::domain(connect, &info.label) {
         Ok(domain) => domain,
@@ -88,15 +88,15 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
     let mut found = Vec::new();
     let snapshot = restore::find(&domain, info.snapshot.as_deref());
     match &snapshot {
-        Ok(snapshot) => found.extend(about_snapshot(connect, name, snapshot)),
+        Ok(snapshot) => found.extend(snapshot_findings(connect, name, snapshot)),
         Err(error) => found.push(problem(error.clone())),
     }
-    found.extend(about_files(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
+    found.extend(file_problems(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
     match restore::state(&domain) {
         Ok((State::Poweroff, _)) => {
             found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
         }
-        Ok((State::Paused, _)) if RunNote::of(name, state_dir).is_about(&domain).unwrap_or(false) => {
+        Ok((State::Paused, _)) if RunMarker::of(name, state_dir).matches(&domain).unwrap_or(false) => {
             found.push(Finding::Good(format!("machine '{name}': it stands by for its next restore")));
         }
         Ok((state, why)) => found.push(Finding::Warning(format!(
@@ -104,14 +104,14 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
         ))),
         Err(error) => found.push(problem(error)),
     }
-    found.extend(about_domain(name, &domain));
+    found.extend(domain_findings(name, &domain));
     let said = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
     found.extend(said.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
     found
 }
 
 /// Returns the problems of the domain's and the snapshot's files, if these are on this computer.
-fn about_files(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) -> Vec<Error> {
+fn file_problems(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) -> Vec<Error> {
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();
     }
@@ -124,14 +124,14 @@ pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     let mut diagnosis = Diagnosis::new(&info.name);
     let Some(domain) = diagnosis.keep(restore::domain(connect, &info.label)) else { return diagnosis };
     let snapshot = diagnosis.keep(restore::find(&domain, info.snapshot.as_deref()));
-    for problem in about_files(connect, &domain, snapshot.as_ref()) {
+    for problem in file_problems(connect, &domain, snapshot.as_ref()) {
         diagnosis.keep::<()>(Err(problem));
     }
     diagnosis
 }
 
 /// Lists the features that a libvirt on another computer does not support.
-fn far_away(config: &Config) -> Option<Finding> {
+fn remote_limits(config: &Config) -> Option<Finding> {
     let host = dsn::host(&config.dsn)?;
     Some(Finding::Warning(format!(
         "kvm: libvirt is on {host}. Restores, stops, standby and screenshots work; there are no save images, memory \
@@ -161,14 +161,14 @@ fn is_mended(version: u32, os_release: &str) -> bool {
     version >= 11_003_000 && os_release.lines().any(|line| line == "ID=debian")
 }
 
-fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
+fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
     let kind = if snapshot.description.external { "external" } else { "internal" };
     let text = format!(
         "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
         snapshot.identity.name, snapshot.description.state
     );
     let mut found = vec![Finding::Good(text)];
-    let version = connect.lib_version().unwrap_or(EXTERNAL);
+    let version = connect.lib_version().unwrap_or(EXTERNAL_REVERTS);
     if let Some(reason) = restore::not_revertible(snapshot, version) {
         let firmware = snapshot.description.domain.as_ref().map(|domain| domain.firmware.clone());
         let advice = restore::advice(version, &firmware.unwrap_or_default());
@@ -184,12 +184,12 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
     found
 }
 
-fn about_domain(name: &str, domain: &Domain) -> Vec<Finding> {
+fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
     let described = restore::described(domain).unwrap_or_default();
     let mut found = Vec::new();
     if described.kind == "qemu" && Path::new(KVM).exists() {
         found.push(Finding::Warning(format!(
-            "machine '{name}': its domain is of the type qemu, which runs in software. Where /dev/kvm works, the \
+            "machine '{name}': its domain is of the type qemu, which run_marker in software. Where /dev/kvm works, the \
              type kvm is many times faster"
         )));
     }
@@ -203,8 +203,8 @@ fn about_domain(name: &str, domain: &Domain) -> Vec<Finding> {
 }
 
 /// See [`access`].
-fn kvm_trap(connect: &Connect, dsn: &str) -> Option<Finding> {
-    let device = Owned::of(Path::new(KVM)).filter(|_| dsn.starts_with("qemu:///"))?;
+fn kvm_access(connect: &Connect, dsn: &str) -> Option<Finding> {
+    let device = Permissions::of(Path::new(KVM)).filter(|_| dsn.starts_with("qemu:///"))?;
     let user = access::user_of_qemu(&connect.capabilities().ok()?)?;
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
@@ -213,7 +213,7 @@ fn kvm_trap(connect: &Connect, dsn: &str) -> Option<Finding> {
         return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM}")));
     }
     Some(Finding::Warning(format!(
-        "kvm: libvirt runs QEMU as user {name}, which may not use {KVM}: domains of the type kvm do not start, \
+        "kvm: libvirt run_marker QEMU as user {name}, which may not use {KVM}: domains of the type kvm do not start, \
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     )))

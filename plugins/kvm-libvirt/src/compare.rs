@@ -19,7 +19,7 @@ use crate::restore;
 pub fn warnings(connect: &Connect, domain: &Domain, info: &MachineInfo) -> Result<Vec<String>> {
     let described = restore::described(domain)?;
     let cards: Vec<Card> = described.interfaces.iter().map(|card| Card::of(connect, card)).collect();
-    let mut found = compared(info, &cards);
+    let mut found = differences(info, &cards);
     if domain.autostart().unwrap_or(false) {
         found.push(format!(
             "libvirt starts its domain by itself when the computer boots, and the host then stops it. Turn that off \
@@ -55,7 +55,7 @@ impl Card {
     }
 }
 
-fn compared(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
+fn differences(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
     let mut found = Vec::new();
     let devices: Vec<&str> = cards.iter().filter_map(|card| card.device.as_deref()).collect();
     if let Some(interface) = &info.interface
@@ -158,10 +158,10 @@ mod tests {
     #[test]
     fn machine_is_warned_of_when_its_domain_says_otherwise() {
         let right = card("52:54:00:00:00:01", "virbr0", "10.0.0.5");
-        assert_eq!(compared(&info(), std::slice::from_ref(&right)), [""; 0]);
-        assert_eq!(compared(&info(), &[card("52:54:00:00:00:09", "br9", ""), right]), [""; 0]);
-        assert_eq!(compared(&info(), &[]), [""; 0]);
-        let found = compared(&info(), &[card("52:54:00:00:00:02", "virbr1", "10.0.0.6")]);
+        assert_eq!(differences(&info(), std::slice::from_ref(&right)), [""; 0]);
+        assert_eq!(differences(&info(), &[card("52:54:00:00:00:09", "br9", ""), right]), [""; 0]);
+        assert_eq!(differences(&info(), &[]), [""; 0]);
+        let found = differences(&info(), &[card("52:54:00:00:00:02", "virbr1", "10.0.0.6")]);
         for (text, words) in found.iter().zip(["virbr1", "52:54:00:00:00:02", "10.0.0.6"]) {
             assert!(text.contains(words), "no {words} in {text}");
         }

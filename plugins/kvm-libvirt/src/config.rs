@@ -11,7 +11,7 @@ use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
 
 use crate::dsn::{self, is_local};
-use crate::images::{Image, SaveImages};
+use crate::images::{Image, InstantMode};
 
 /// The file.
 #[derive(Debug, Deserialize)]
@@ -44,13 +44,15 @@ struct Section {
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
     /// How much memory all that stand by may hold, in bytes.
-    #[serde(deserialize_with = "machinery::parse_bytes")]
-    standby_memory: Option<u64>,
+    #[serde(alias = "standby_memory", deserialize_with = "machinery::parse_bytes")]
+    standby_memory_limit: Option<u64>,
     /// Whether save images are made, for machines that do not stand by.
     #[serde(deserialize_with = "null_as_default")]
-    save_images: SaveImages,
+    #[serde(alias = "save_images")]
+    instant: InstantMode,
     /// The folder for them; this machinery's cache unless given. libvirtd has to reach it.
-    save_dir: Option<PathBuf>,
+    #[serde(alias = "save_dir")]
+    instant_dir: Option<PathBuf>,
     /// What is otherwise for single machines.
     #[serde(deserialize_with = "null_as_default")]
     machines: BTreeMap<String, MachineSection>,
@@ -72,10 +74,10 @@ pub struct Config {
     pub dsn: String,
     pub machines: Vec<Keys>,
     /// How much memory all that stand by may hold, in bytes, if that is given.
-    pub standby_memory: Option<u64>,
-    pub save_images: SaveImages,
+    pub standby_memory_limit: Option<u64>,
+    pub instant: InstantMode,
     /// Where save images are.
-    pub save_dir: PathBuf,
+    pub instant_dir: PathBuf,
 }
 
 /// One machine. As long as all of it is the same, so is the machine.
@@ -98,8 +100,8 @@ impl Config {
         let file: KvmFile = setup.config.parse()?;
         let mut problems = problems(&file, &setup.config);
         if let Some(host_config) = &setup.host_config {
-            problems.extend(strangers(&section, &file, host_config));
-            problems.extend(relative_save_dir(&section, host_config));
+            problems.extend(unknown_machines(&section, &file, host_config));
+            problems.extend(relative_instant_dir(&section, host_config));
         }
         match Error::all(problems) {
             Some(problems) => Err(problems),
@@ -109,20 +111,20 @@ impl Config {
 
     fn new(file: &KvmFile, section: Section, setup: &Setup) -> Config {
         // Of a libvirt on another host none are made: their files would not be ours.
-        let save_images = if is_local(&file.dsn) { section.save_images } else { SaveImages::Off };
-        let save_dir = section.save_dir.clone().unwrap_or_else(|| setup.cache_dir.clone());
+        let instant = if is_local(&file.dsn) { section.instant } else { InstantMode::Off };
+        let instant_dir = section.instant_dir.clone().unwrap_or_else(|| setup.cache_dir.clone());
         let keys = |machine: &Configured<OwnKeys>| {
             let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
             let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
-            let image = Image::of(name, save_images, &save_dir).of_host(dsn::host(&file.dsn));
+            let image = Image::of(name, instant, &instant_dir).of_host(dsn::host(&file.dsn));
             Keys { info, standby: section.standby_of(name), image }
         };
         Config {
             dsn: file.dsn.clone(),
             machines: file.machines.iter().map(keys).collect(),
-            standby_memory: section.standby_memory,
-            save_images,
-            save_dir,
+            standby_memory_limit: section.standby_memory_limit,
+            instant,
+            instant_dir,
         }
     }
 
@@ -130,12 +132,12 @@ impl Config {
     ///
     /// # Errors
     /// It cannot be made.
-    pub fn make_save_dir(&self) -> Result<()> {
-        if self.save_images == SaveImages::Off {
+    pub fn make_instant_dir(&self) -> Result<()> {
+        if self.instant == InstantMode::Off {
             return Ok(());
         }
-        fs::create_dir_all(&self.save_dir)
-            .map_err(|error| Error::io("make the folder for save images", &self.save_dir, &error))
+        fs::create_dir_all(&self.instant_dir)
+            .map_err(|error| Error::io("make the folder for save images", &self.instant_dir, &error))
     }
 }
 
@@ -145,14 +147,14 @@ impl Section {
     }
 }
 
-fn relative_save_dir(section: &Section, host_config: &ConfigFile) -> Option<Error> {
-    let relative = section.save_dir.as_ref().filter(|folder| !folder.is_absolute())?;
+fn relative_instant_dir(section: &Section, host_config: &ConfigFile) -> Option<Error> {
+    let relative = section.instant_dir.as_ref().filter(|folder| !folder.is_absolute())?;
     let reason = format!("'{}' is no absolute path", relative.display());
     Some(host_config.error(&["machineries", "kvm", "save_dir"], reason).advice("Begin it with a slash"))
 }
 
 /// Names in the section that are of no machine.
-fn strangers(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) -> Vec<Error> {
+fn unknown_machines(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) -> Vec<Error> {
     let is_known = |name: &str| kvm.machines.iter().any(|machine| machine.name == name);
     let unknown = section.machines.keys().filter(|name| !is_known(name));
     let error = |name: &String| {
@@ -292,7 +294,7 @@ mod tests {
         assert_eq!(standby("    standby: on\n"), Standby::On);
         assert_eq!(standby("    standby: on\n    machines: {a: {standby: off}}\n"), Standby::Off);
         assert_eq!(standby("    standby: on\n    machines: {a: {}}\n"), Standby::On);
-        assert_eq!(with_section("    standby_memory: 2 GiB\n").unwrap().standby_memory, Some(2 << 30));
+        assert_eq!(with_section("    standby_memory: 2 GiB\n").unwrap().standby_memory_limit, Some(2 << 30));
     }
 
     #[test]

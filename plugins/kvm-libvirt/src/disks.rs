@@ -60,7 +60,7 @@ impl Disks {
     ///
     /// # Errors
     /// It may not, said for people.
-    pub fn expect_ours(&self) -> Result<(), String> {
+    pub fn ensure_writable(&self) -> Result<(), String> {
         self.0.iter().try_for_each(|path| {
             let opened = File::options().read(true).write(true).open(path).map(drop);
             opened.map_err(|error| {
@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn a_disk_that_is_not_there_is_told_with_its_path() {
         let disks = Disks(vec!["/none/disk.qcow2".into()]);
-        assert!(disks.expect_ours().unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.ensure_writable().unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.put_back("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
     }

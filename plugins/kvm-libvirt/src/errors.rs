@@ -10,10 +10,10 @@ use virt::error::{ErrorDomain, ErrorNumber};
 use crate::dsn::{self, Transport};
 use crate::errno::last_errno;
 
-/// libvirt's error as one of the interface; `doing` is a phrase such as `look up the domain`.
-pub fn explain(doing: &str, error: &virt::error::Error) -> Error {
-    let said = format!("libvirt cannot {doing}: {}", error.message());
-    if is_lost_link(error) {
+/// libvirt's error as one of the interface; `operation` is a phrase such as `look up the domain`.
+pub fn explain(operation: &str, error: &virt::error::Error) -> Error {
+    let said = format!("libvirt cannot {operation}: {}", error.message());
+    if is_connection_error(error) {
         return Error::environment(said)
             .advice("libvirtd has gone away or does not answer. Once it does, start the machine anew");
     }
@@ -33,7 +33,7 @@ pub fn explain(doing: &str, error: &virt::error::Error) -> Error {
 
 /// Whether the connection itself failed. Source: errors of libvirt's src/rpc, all of which are about
 /// that.
-pub fn is_lost_link(error: &virt::error::Error) -> bool {
+pub fn is_connection_error(error: &virt::error::Error) -> bool {
     error.domain().is(ErrorDomain::Rpc)
 }
 
@@ -75,7 +75,7 @@ pub fn is_gone(error: &virt::error::Error) -> bool {
 }
 
 /// Explains a failed connection. Must be called in the thread in which libvirt has failed.
-pub fn not_connected(dsn: &str, error: &virt::error::Error) -> Error {
+pub fn connection_error(dsn: &str, error: &virt::error::Error) -> Error {
     let failed = Error::environment(format!("cannot connect to libvirt at {dsn}: {}", error.message()));
     failed.advice(connection_advice(dsn, error, errno_of(error)))
 }
@@ -102,7 +102,7 @@ fn connection_advice(dsn: &str, error: &virt::error::Error, errno: Option<Errno>
 fn local_advice(error: &virt::error::Error, errno: Option<Errno>) -> String {
     let is_refused = is_forbidden(error) || matches!(errno, Some(Errno::ACCESS | Errno::PERM));
     if is_refused {
-        return "Add the user that runs this host to the group `libvirt` (usermod -aG libvirt USER), and start the \
+        return "Add the user that run_marker this host to the group `libvirt` (usermod -aG libvirt USER), and start the \
                 host anew"
             .to_owned();
     }
@@ -182,7 +182,7 @@ mod tests {
     fn said(dsn: &str) -> String {
         virt::error::clear_error_callback();
         let error = Connect::open(Some(dsn)).unwrap_err();
-        let said = not_connected(dsn, &error).to_string();
+        let said = connection_error(dsn, &error).to_string();
         println!("{said}");
         said
     }

@@ -20,7 +20,7 @@ use virt_sys as sys;
 use crate::errors::explain;
 
 /// A broken event loop is tried again, but not at once: it would keep a processor busy.
-const AFTER_FAILURE: Duration = Duration::from_secs(1);
+const LOOP_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Something that happened to a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,38 +45,38 @@ pub enum Event {
 }
 
 /// Who wants to hear of it.
-pub trait Ears: Send + Sync + 'static {
+pub trait EventHandler: Send + Sync + 'static {
     /// Something happened to the domain of that name.
-    fn happened(&self, label: &str, event: Event);
+    fn on_event(&self, label: &str, event: Event);
     /// The connection is closed, not by us.
-    fn closed(&self, why: &str);
+    fn on_close(&self, why: &str);
 }
 
 /// What all callbacks of a connection are given.
-type Opaque = Arc<dyn Ears>;
+type Opaque = Arc<dyn EventHandler>;
 
 /// A connection that is listened to. Dropped, nothing is told any more.
-pub struct Watched {
+pub struct MonitoredConnection {
     connect: Connect,
     callbacks: Vec<c_int>,
 }
 
-impl Watched {
+impl MonitoredConnection {
     /// Listens to all domains of the connection, and to its end.
     ///
     /// # Errors
     /// libvirt does not tell events.
-    pub fn new(connect: Connect, ears: Arc<dyn Ears>) -> Result<Watched> {
-        let mut watched = Watched { connect, callbacks: Vec::new() };
+    pub fn new(connect: Connect, handler: Arc<dyn EventHandler>) -> Result<MonitoredConnection> {
+        let mut monitored = MonitoredConnection { connect, callbacks: Vec::new() };
         // SAFETY: a lifecycle callback has this type; libvirt casts it back by the event's number.
         let lifecycle = unsafe { std::mem::transmute::<Lifecycle, Generic>(on_lifecycle) };
-        watched.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, &ears)?;
-        watched.register(sys::VIR_DOMAIN_EVENT_ID_REBOOT, on_reset, &ears)?;
+        monitored.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, &handler)?;
+        monitored.register(sys::VIR_DOMAIN_EVENT_ID_REBOOT, on_reset, &handler)?;
         // SAFETY: as above, for a callback of I/O errors.
         let io_error = unsafe { std::mem::transmute::<IoError, Generic>(on_io_error) };
-        watched.register(sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error, &ears)?;
-        watched.register_close(&ears)?;
-        Ok(watched)
+        monitored.register(sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error, &handler)?;
+        monitored.register_close(&handler)?;
+        Ok(monitored)
     }
 
     /// The connection.
@@ -84,8 +84,8 @@ impl Watched {
         &self.connect
     }
 
-    fn register(&mut self, id: sys::virDomainEventID, callback: Generic, ears: &Opaque) -> Result<()> {
-        let opaque = into_opaque(ears);
+    fn register(&mut self, id: sys::virDomainEventID, callback: Generic, handler: &Opaque) -> Result<()> {
+        let opaque = into_opaque(handler);
         // SAFETY: the connection is alive, and `opaque` stays so until libvirt calls `free_opaque`.
         let number = unsafe {
             sys::virConnectDomainEventRegisterAny(
@@ -107,8 +107,8 @@ impl Watched {
         Ok(())
     }
 
-    fn register_close(&self, ears: &Opaque) -> Result<()> {
-        let opaque = into_opaque(ears);
+    fn register_close(&self, handler: &Opaque) -> Result<()> {
+        let opaque = into_opaque(handler);
         // SAFETY: as in `register`.
         let result = unsafe {
             sys::virConnectRegisterCloseCallback(
@@ -128,7 +128,7 @@ impl Watched {
     }
 }
 
-impl Drop for Watched {
+impl Drop for MonitoredConnection {
     fn drop(&mut self) {
         // On a connection that is dead libvirtd cannot be told, which fails and does not matter: here
         // the callbacks are forgotten all the same, and with them the connection's last references.
@@ -165,7 +165,7 @@ fn run_loop() {
     loop {
         if let Err(error) = virt::event::event_run_default_impl() {
             tracing::error!(%error, "libvirt's event loop failed and is tried again");
-            std::thread::sleep(AFTER_FAILURE);
+            std::thread::sleep(LOOP_RETRY_PAUSE);
         }
     }
 }
@@ -194,14 +194,14 @@ unsafe extern "C" fn on_lifecycle(
 ) -> c_int {
     let event = Event::Lifecycle { event: event.cast_unsigned(), detail: detail.cast_unsigned() };
     // SAFETY: passed on as libvirt gave them.
-    unsafe { tell(domain, event, opaque) };
+    unsafe { dispatch(domain, event, opaque) };
     0
 }
 
 /// SAFETY: as [`on_lifecycle`].
 unsafe extern "C" fn on_reset(_: sys::virConnectPtr, domain: sys::virDomainPtr, opaque: *mut c_void) {
     // SAFETY: the pointers are passed on as libvirt gave them.
-    unsafe { tell(domain, Event::Reset, opaque) };
+    unsafe { dispatch(domain, Event::Reset, opaque) };
 }
 
 /// SAFETY: as [`on_lifecycle`]; the texts are null or end with a null byte.
@@ -221,7 +221,7 @@ unsafe extern "C" fn on_io_error(
     let [path, alias, reason] = [path, alias, reason].map(|text| unsafe { owned(text) });
     let disk = if path.is_empty() { alias } else { path };
     // SAFETY: passed on as libvirt gave them.
-    unsafe { tell(domain, Event::DiskFailed { disk, reason }, opaque) };
+    unsafe { dispatch(domain, Event::DiskFailed { disk, reason }, opaque) };
 }
 
 /// SAFETY: to be called by libvirt only, with `opaque` from [`into_opaque`].
@@ -233,17 +233,17 @@ unsafe extern "C" fn on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut
         _ => "the connection broke",
     };
     // SAFETY: it is alive until `free_opaque`, which libvirt calls after the last callback.
-    let ears = unsafe { &*opaque.cast::<Opaque>() };
-    guarded(|| ears.closed(why));
+    let handler = unsafe { &*opaque.cast::<Opaque>() };
+    guarded(|| handler.on_close(why));
 }
 
 /// SAFETY: `domain` is alive, `opaque` is from [`into_opaque`].
-unsafe fn tell(domain: sys::virDomainPtr, event: Event, opaque: *mut c_void) {
+unsafe fn dispatch(domain: sys::virDomainPtr, event: Event, opaque: *mut c_void) {
     // SAFETY: the name belongs to the domain, which is alive for this call.
     let label = unsafe { owned(sys::virDomainGetName(domain)) };
     // SAFETY: it is alive until `free_opaque`, which libvirt calls after the last callback.
-    let ears = unsafe { &*opaque.cast::<Opaque>() };
-    guarded(|| ears.happened(&label, event));
+    let handler = unsafe { &*opaque.cast::<Opaque>() };
+    guarded(|| handler.on_event(&label, event));
 }
 
 /// No panic may go through libvirt's code.
@@ -262,8 +262,8 @@ unsafe fn owned(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-fn into_opaque(ears: &Opaque) -> *mut c_void {
-    Box::into_raw(Box::new(Arc::clone(ears))).cast()
+fn into_opaque(handler: &Opaque) -> *mut c_void {
+    Box::into_raw(Box::new(Arc::clone(handler))).cast()
 }
 
 /// SAFETY: `opaque` is from [`into_opaque`] and is not used any more.

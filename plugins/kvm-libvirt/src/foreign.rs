@@ -50,7 +50,7 @@ impl DiskRecord {
 
     /// Describes the work of somebody else that a revert would discard, for people. The domain is off.
     /// `only_ours` is true if libvirt has reported only own runs since the last own run ended.
-    pub fn foreign_work(&self, domain: &Domain, only_ours: bool) -> Option<String> {
+    pub fn foreign_work(&self, domain: &Domain, only_own_runs: bool) -> Option<String> {
         if has_managed_save(domain) {
             return Some("it has a managed save, which a revert would make worthless".to_owned());
         }
@@ -59,7 +59,7 @@ impl DiskRecord {
             Err(error) => return Some(error.to_string()),
         };
         let known = self.read();
-        disks.iter().find_map(|disk| foreign_changes(disk.as_deref(), &known, only_ours))
+        disks.iter().find_map(|disk| foreign_changes(disk.as_deref(), &known, only_own_runs))
     }
 
     fn read(&self) -> Vec<FileId> {
@@ -84,9 +84,9 @@ pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
 }
 
 /// Returns the reason why the disk may hold somebody else's work, if it may.
-fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Option<String> {
+fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_own_runs: bool) -> Option<String> {
     let Some(disk) = disk else {
-        return (!only_ours).then(|| {
+        return (!only_own_runs).then(|| {
             "a disk of its domain is no file here, so nothing tells who wrote to it last".to_owned()
         });
     };
@@ -103,7 +103,7 @@ fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Op
         Some(_) => {
             Some(format!("its disk {} is not as the last run of this host has left it", disk.display()))
         }
-        None if only_ours => None,
+        None if only_own_runs => None,
         None => Some(format!("nothing tells who wrote last to its disk {}", disk.display())),
     }
 }

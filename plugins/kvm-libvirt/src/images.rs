@@ -38,7 +38,7 @@ use crate::restore::Snapshot;
 use crate::{save, standby};
 
 /// Below this much memory, in bytes, a restore takes about as long without an image.
-const WORTH_IT: u64 = 512 << 20;
+const MIN_IMAGE_MEMORY: u64 = 512 << 20;
 
 /// What is said about an image that is being made.
 const UNFINISHED: &str = "unfinished\n";
@@ -46,7 +46,7 @@ const UNFINISHED: &str = "unfinished\n";
 /// Whether save images are made: the key `save_images`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum SaveImages {
+pub enum InstantMode {
     /// Never.
     Off,
     /// Wherever it is possible.
@@ -59,7 +59,7 @@ pub enum SaveImages {
 /// The image of one machine, which may be there or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    wish: SaveImages,
+    wish: InstantMode,
     /// The other computer that libvirt runs on, if it does.
     host: Option<String>,
     file: PathBuf,
@@ -85,7 +85,7 @@ impl Source {
 
 impl Image {
     /// The image of that machine, in the folder for them.
-    pub fn of(machine: &str, wish: SaveImages, folder: &Path) -> Image {
+    pub fn of(machine: &str, wish: InstantMode, folder: &Path) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
         Image { wish, host: None, file: file("machinery-image"), about: file("machinery-image-of") }
     }
@@ -109,18 +109,18 @@ impl Image {
 
     /// Whether it is never made.
     pub fn is_off(&self) -> bool {
-        self.wish == SaveImages::Off
+        self.wish == InstantMode::Off
     }
 
     /// Whether it is to be made at all.
     ///
     /// # Errors
     /// Why it is not, for people.
-    pub fn is_worth_it(&self, domain: &Domain) -> Result<(), String> {
+    pub fn ensure_wanted_for(&self, domain: &Domain) -> Result<(), String> {
         let largest = standby::largest(domain).map_err(|error| error.to_string())?;
         match self.wish {
-            SaveImages::Off => Err("save_images is off".to_owned()),
-            SaveImages::Auto if largest < WORTH_IT => {
+            InstantMode::Off => Err("save_images is off".to_owned()),
+            InstantMode::Auto if largest < MIN_IMAGE_MEMORY => {
                 Err("a save image would gain nothing with so little memory".to_owned())
             }
             _ => Ok(()),
@@ -166,7 +166,7 @@ impl Image {
             .map_err(|error| explain("describe the domain", &error).to_string())?;
         let description = Description::read(&xml).map_err(|error| error.to_string())?;
         let disks = Disks::of(&description)?;
-        disks.expect_ours()?;
+        disks.ensure_writable()?;
         let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
         let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
         let about = format!("{name}\n{created}\n{}{files}{xml}", disks.described(name)?);
@@ -174,7 +174,7 @@ impl Image {
     }
 
     /// Whether it is there, whatever of.
-    pub fn is_there(&self) -> bool {
+    pub fn exists(&self) -> bool {
         self.about.exists()
     }
 
@@ -197,7 +197,7 @@ impl Image {
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
-        still_wanted: &dyn Fn() -> Result<()>,
+        ensure_wanted: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         self.remove();
         let file = self.file_text()?;
@@ -209,7 +209,7 @@ impl Image {
         let before = self.source(domain, snapshot).map_err(Error::failed)?.disks;
         let written = before.written();
         snapshot.revert_paused()?;
-        still_wanted()?;
+        ensure_wanted()?;
         // A revert brings the snapshot's description of the domain back, too.
         let source = self.source(domain, snapshot).map_err(Error::failed)?;
         if source.disks != before {
@@ -245,7 +245,7 @@ impl Image {
 
     /// Removes it, if it is there. A file without a text about it is somebody else's.
     pub fn remove(&self) {
-        if !self.is_there() {
+        if !self.exists() {
             return;
         }
         for path in [&self.file, &self.about] {

@@ -51,16 +51,16 @@ mod events;
 mod files;
 mod foreign;
 mod images;
+mod inspection;
 mod link;
 mod machine;
 mod reload;
 mod restore;
-mod runs;
+mod run_marker;
 mod save;
 mod standby;
 mod state_files;
 mod states;
-mod views;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -76,17 +76,17 @@ use virt::connect::Connect;
 use config::Config;
 use events::Event;
 use link::{Link, Listener};
-use machine::{Machine, Occasion};
+use machine::{Machine, PrepareTrigger};
 
 /// How long libvirt may take while the machinery is loaded.
-const LOADING: Duration = Duration::from_secs(30);
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long libvirt may take to let go of a connection.
-const LETTING_GO: Duration = Duration::from_secs(8);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How many machines are ended at a time: libvirtd has no more than five requests of one connection under
 /// way, and one is for those who ask something meanwhile.
-const AT_A_TIME: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 
 machinery::export_machinery!(Kvm);
 
@@ -101,7 +101,10 @@ struct Kvm {
 struct Machines(MachineSet<Machine>);
 
 /// Does something with these machines, a few at a time, and gives what went wrong.
-fn at_a_time(machines: &[Arc<Machine>], act: impl Fn(&Machine) -> Result<()> + Sync) -> Vec<Error> {
+fn for_each_concurrently(
+    machines: &[Arc<Machine>],
+    act: impl Fn(&Machine) -> Result<()> + Sync,
+) -> Vec<Error> {
     let problems = Mutex::new(Vec::new());
     let waiting = Mutex::new(machines.iter());
     let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -114,7 +117,7 @@ fn at_a_time(machines: &[Arc<Machine>], act: impl Fn(&Machine) -> Result<()> + S
         }
     };
     thread::scope(|scope| {
-        for _ in 1..AT_A_TIME.min(machines.len()) {
+        for _ in 1..MAX_CONCURRENT.min(machines.len()) {
             // A thread that is not to be had is done without.
             let _ = thread::Builder::new().spawn_scoped(scope, work);
         }
@@ -132,19 +135,19 @@ fn end(machine: &Machine, deadline: Deadline) -> Result<()> {
 }
 
 impl Listener for Machines {
-    fn happened(&self, label: &str, event: Event) {
+    fn on_event(&self, label: &str, event: Event) {
         // libvirt has domains that are none of ours.
         if let Some(machine) = self.0.all().iter().find(|machine| machine.label() == label) {
-            machine.happened(event);
+            machine.on_event(event);
         }
     }
 
-    fn lost(&self, why: &str) {
-        self.0.all().iter().for_each(|machine| machine.link_lost(why));
+    fn on_connection_lost(&self, why: &str) {
+        self.0.all().iter().for_each(|machine| machine.on_connection_lost(why));
     }
 
-    fn back(&self, connect: &Connect) {
-        self.0.all().iter().for_each(|machine| machine.link_back(connect));
+    fn on_reconnected(&self, connect: &Connect) {
+        self.0.all().iter().for_each(|machine| machine.on_reconnected(connect));
     }
 }
 
@@ -152,11 +155,11 @@ impl Machinery for Kvm {
     const NAME: &'static str = "kvm";
 
     fn load(setup: &Setup, host: Host) -> Result<Self> {
-        let deadline = Deadline::after(LOADING);
+        let deadline = Deadline::after(LOAD_TIMEOUT);
         let config = Config::read(setup)?;
-        config.make_save_dir()?;
+        config.make_instant_dir()?;
         let link = Link::open(&config.dsn, deadline)?;
-        let budget = Budget::new(config.standby_memory);
+        let budget = Budget::new(config.standby_memory_limit);
         let machine = |keys| {
             let (budget, link) = (Arc::clone(&budget), Arc::clone(&link));
             Arc::new(Machine::new(keys, budget, link, &setup.state_dir, host.clone()))
@@ -164,10 +167,10 @@ impl Machinery for Kvm {
         let machines =
             Arc::new(Machines(MachineSet::new(config.machines.into_iter().map(machine).collect())));
         let kvm = Kvm { machines, link, budget, host };
-        match kvm.take_over(deadline) {
+        match kvm.adopt(deadline) {
             Ok(()) => Ok(kvm),
             Err(error) => {
-                kvm.link.close(Deadline::after(LETTING_GO));
+                kvm.link.close(Deadline::after(CLOSE_TIMEOUT));
                 Err(error)
             }
         }
@@ -224,11 +227,11 @@ impl Machinery for Kvm {
     }
 
     fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
-        self.on(machine, |machine| machine.prepare(Occasion::Request, deadline))
+        self.on(machine, |machine| machine.prepare(PrepareTrigger::Request, deadline))
     }
 
     fn prepare_automatically(&self, machine: &str, deadline: Deadline) -> Result<()> {
-        self.on(machine, |machine| machine.prepare(Occasion::Automatic, deadline))
+        self.on(machine, |machine| machine.prepare(PrepareTrigger::Automatic, deadline))
     }
 
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
@@ -246,17 +249,17 @@ impl Machinery for Kvm {
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         let mut machines = self.machines.0.all();
-        machines.retain(|machine| machine.holds_anything());
-        let problems = Error::all(at_a_time(&machines, |machine| end(machine, deadline)));
-        self.link.close(deadline.within(LETTING_GO));
+        machines.retain(|machine| machine.has_anything_to_end());
+        let problems = Error::all(for_each_concurrently(&machines, |machine| end(machine, deadline)));
+        self.link.close(deadline.within(CLOSE_TIMEOUT));
         problems.map_or(Ok(()), Err)
     }
 }
 
 impl Kvm {
     /// Finds every domain, clears away the runs of a host that died, and listens from now on.
-    fn take_over(&self, deadline: Deadline) -> Result<()> {
-        self.with_libvirt(self.machines.0.all(), deadline, Machine::take_over)?;
+    fn adopt(&self, deadline: Deadline) -> Result<()> {
+        self.with_libvirt(self.machines.0.all(), deadline, Machine::adopt)?;
         self.link.listen(Arc::clone(&self.machines) as Arc<dyn Listener>)
     }
 

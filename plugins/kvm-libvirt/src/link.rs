@@ -33,17 +33,17 @@ use virt::connect::Connect;
 
 use crate::call::{self, Call};
 use crate::dsn::is_local;
-use crate::errors::{is_gone, is_lost_link, not_connected};
-use crate::events::{self, Ears, Event, Watched};
+use crate::errors::{connection_error, is_connection_error, is_gone};
+use crate::events::{self, Event, EventHandler, MonitoredConnection};
 
 /// Seconds between two questions whether libvirtd is alive, and how many may go unanswered.
 const KEEPALIVE: (i32, u32) = if cfg!(test) { (1, 1) } else { (5, 4) };
 /// How long an action waits for a libvirtd that is gone.
-const PATIENCE: Duration = Duration::from_secs(15);
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// The time that libvirtd has to answer.
-const ANSWERING: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time to wait for an attempt to connect over a network before a second one is started.
-const RETRY_BESIDE: Duration = Duration::from_secs(300);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(300);
 /// The maximum number of idle connections that are kept for the next calls.
 const MAX_IDLE: usize = 8;
 /// The maximum number of attempts to connect over a network that are under way.
@@ -51,39 +51,39 @@ const MAX_REMOTE_ATTEMPTS: usize = 3;
 /// A libvirtd that has just started takes over the domains that run, after its sockets are there, and
 /// nothing tells when it is done. A domain that is stopped in the middle of that can stay locked, as
 /// was seen with libvirt 11.3. So a new libvirtd is given this time first.
-const SETTLING: Duration = Duration::from_millis(500);
+const SETTLE_PAUSE: Duration = Duration::from_millis(500);
 /// The pauses between two tries to connect grow from this …
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// … to this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
 
 /// Who is told what happens.
 pub trait Listener: Send + Sync + 'static {
     /// Something happened to the domain of that name.
-    fn happened(&self, label: &str, event: Event);
+    fn on_event(&self, label: &str, event: Event);
     /// The connection is lost; what happens from now on is not heard.
-    fn lost(&self, why: &str);
+    fn on_connection_lost(&self, why: &str);
     /// It is there again.
-    fn back(&self, connect: &Connect);
+    fn on_reconnected(&self, connect: &Connect);
 }
 
 /// The connection of one dsn.
 pub struct Link {
     dsn: String,
     pool: Arc<Pool>,
-    now: Mutex<Now>,
+    now: Mutex<LinkState>,
     changed: Condvar,
     /// Ends when the keeper does.
-    keeper: Mutex<Option<Receiver<()>>>,
+    reconnect_thread: Mutex<Option<Receiver<()>>>,
 }
 
-struct Now {
+struct LinkState {
     connection: Connection,
     /// Numbers the connections, so that the end of an old one is not taken for that of a new one.
     number: u64,
     listener: Option<Arc<dyn Listener>>,
     /// Let go by the keeper: not in the event thread, where libvirt is about to use it.
-    dead: Option<Watched>,
+    dead: Option<MonitoredConnection>,
     /// The number of attempts to connect that are under way.
     attempts: usize,
     /// The number of attempts that have ended.
@@ -91,7 +91,7 @@ struct Now {
 }
 
 enum Connection {
-    Open(Watched),
+    Open(MonitoredConnection),
     Lost(String),
     Closed,
 }
@@ -102,7 +102,7 @@ impl Link {
     /// # Errors
     /// It cannot be reached, or may not.
     pub fn open(dsn: &str, deadline: Deadline) -> Result<Arc<Link>> {
-        let now = Now {
+        let now = LinkState {
             connection: Connection::Lost("it was never there".to_owned()),
             number: 0,
             listener: None,
@@ -115,7 +115,7 @@ impl Link {
             pool: Arc::new(Pool::new(dsn)),
             now: Mutex::new(now),
             changed: Condvar::new(),
-            keeper: Mutex::new(None),
+            reconnect_thread: Mutex::new(None),
         });
         let opening = Arc::clone(&link);
         call::within(deadline, &format!("a connection to libvirt at {dsn}"), move || opening.connect())?;
@@ -130,12 +130,12 @@ impl Link {
         self.lock().listener = Some(listener);
         let link = Arc::clone(self);
         let (ends, keeper_ends) = channel();
-        let keep = move || {
-            link.keep();
+        let reconnect_loop = move || {
+            link.reconnect_loop();
             drop(ends);
         };
-        call::spawn("libvirt-keeper", keep)?;
-        *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper_ends);
+        call::spawn("libvirt-keeper", reconnect_loop)?;
+        *self.reconnect_thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper_ends);
         Ok(())
     }
 
@@ -155,7 +155,7 @@ impl Link {
         W: FnOnce(&Connect) -> Result<T> + Send + 'static,
     {
         loop {
-            let number = self.expect_open(deadline)?;
+            let number = self.wait_for_open(deadline)?;
             let pool = Arc::clone(&self.pool);
             let asked = call::within(deadline, waiting_for, move || {
                 let connect = match pool.connection(number) {
@@ -163,7 +163,7 @@ impl Link {
                     Err(error) if error.is_gone => return Ok(Err((work, true))),
                     Err(error) => return Err(error.error),
                 };
-                if !is_there(&connect) {
+                if !exists(&connect) {
                     return Ok(Err((work, false)));
                 }
                 let told = work(&connect)?;
@@ -186,10 +186,10 @@ impl Link {
     ///
     /// # Errors
     /// The connection does not come back in time.
-    fn expect_open(&self, deadline: Deadline) -> Result<u64> {
+    fn wait_for_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
-        let patience = deadline.within(PATIENCE).remaining();
-        let lost = |now: &mut Now| matches!(now.connection, Connection::Lost(_));
+        let patience = deadline.within(RECONNECT_TIMEOUT).remaining();
+        let lost = |now: &mut LinkState| matches!(now.connection, Connection::Lost(_));
         let waited = self.changed.wait_timeout_while(self.lock(), patience, lost);
         let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match &now.connection {
@@ -211,8 +211,8 @@ impl Link {
     pub fn close(&self, deadline: Deadline) {
         let closed = std::mem::replace(&mut self.lock().connection, Connection::Closed);
         self.changed.notify_all();
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let ended = keeper.is_none_or(|ends| {
+        let reconnect_thread = self.reconnect_thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ended = reconnect_thread.is_none_or(|ends| {
             ends.recv_timeout(deadline.remaining()) == Err(RecvTimeoutError::Disconnected)
         });
         let (dead, listener) = {
@@ -242,7 +242,7 @@ impl Link {
         opened: impl FnOnce(Duration) + Send + 'static,
         work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        let number = self.expect_open(deadline)?;
+        let number = self.wait_for_open(deadline)?;
         self.start_call(number, opened, work)
     }
 
@@ -256,7 +256,7 @@ impl Link {
         deadline: Deadline,
         work: impl FnOnce(&Connect, u64) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        let number = self.expect_open(deadline)?;
+        let number = self.wait_for_open(deadline)?;
         self.start_call(number, drop, move |connect| work(connect, number))
     }
 
@@ -287,8 +287,8 @@ impl Link {
                 Connection::Closed => return false,
             }
         };
-        let answers = self.start_call(number, drop, |connect| Ok(is_there(connect)));
-        let answer = answers.map(|call| call.wait(ANSWERING));
+        let answers = self.start_call(number, drop, |connect| Ok(exists(connect)));
+        let answer = answers.map(|call| call.wait(ANSWER_TIMEOUT));
         !matches!(answer, Ok(Some(Ok(true))))
     }
 
@@ -300,15 +300,15 @@ impl Link {
     /// Opens the connection.
     fn connect(self: &Arc<Self>) -> Result<()> {
         let number = self.lock().number + 1;
-        let watched = self.open_watched(number)?;
-        let connect = watched.connect().clone();
+        let monitored = self.open_monitored(number)?;
+        let connect = monitored.connect().clone();
         let mut now = self.lock();
         if matches!(now.connection, Connection::Closed) {
             drop(now);
             return Err(shut_down());
         }
         now.number = number;
-        let before = std::mem::replace(&mut now.connection, Connection::Open(watched));
+        let before = std::mem::replace(&mut now.connection, Connection::Open(monitored));
         drop(now);
         drop(before);
         self.changed.notify_all();
@@ -319,16 +319,16 @@ impl Link {
         Ok(())
     }
 
-    fn open_watched(self: &Arc<Self>, number: u64) -> Result<Watched> {
+    fn open_monitored(self: &Arc<Self>, number: u64) -> Result<MonitoredConnection> {
         events::start_loop()?;
         let connect = open(&self.dsn).map_err(|failed| failed.error)?;
-        Watched::new(connect, Arc::new(Ear { link: Arc::downgrade(self), number }))
+        MonitoredConnection::new(connect, Arc::new(ConnectionHandler { link: Arc::downgrade(self), number }))
     }
 
     /// The keeper's work.
-    fn keep(self: Arc<Self>) {
+    fn reconnect_loop(self: Arc<Self>) {
         loop {
-            let open = |now: &mut Now| matches!(now.connection, Connection::Open(_));
+            let open = |now: &mut LinkState| matches!(now.connection, Connection::Open(_));
             let mut now = self.changed.wait_while(self.lock(), open).unwrap_or_else(PoisonError::into_inner);
             let Connection::Lost(why) = &now.connection else { return };
             let why = format!("the connection to libvirt at {} is lost: {why}", self.dsn);
@@ -338,18 +338,18 @@ impl Link {
             drop(dead);
             tracing::warn!(dsn = self.dsn, why, "libvirt is away");
             if let Some(listener) = &listener {
-                listener.lost(&why);
+                listener.on_connection_lost(&why);
             }
             if !self.reopen() {
                 return;
             }
             tracing::info!(dsn = self.dsn, "libvirt is back");
             let connect = match &self.lock().connection {
-                Connection::Open(watched) => watched.connect().clone(),
+                Connection::Open(monitored) => monitored.connect().clone(),
                 _ => continue,
             };
             if let Some(listener) = &listener {
-                listener.back(&connect);
+                listener.on_reconnected(&connect);
             }
         }
     }
@@ -358,14 +358,14 @@ impl Link {
     fn reopen(self: &Arc<Self>) -> bool {
         let mut pause = FIRST_PAUSE;
         loop {
-            self.attempt(RETRY_BESIDE);
+            self.attempt(ATTEMPT_TIMEOUT);
             if matches!(self.lock().connection, Connection::Open(_)) {
                 return true;
             }
             if self.closed_within(pause) {
                 return false;
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
@@ -383,8 +383,9 @@ impl Link {
             }
             ended
         };
-        let pending =
-            |now: &mut Now| now.ended_attempts == ended && matches!(now.connection, Connection::Lost(_));
+        let pending = |now: &mut LinkState| {
+            now.ended_attempts == ended && matches!(now.connection, Connection::Lost(_))
+        };
         let waited = self.changed.wait_timeout_while(self.lock(), limit, pending);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
@@ -392,7 +393,7 @@ impl Link {
     fn start_attempt(self: &Arc<Self>) {
         let attempt = Attempt(Arc::clone(self));
         let connect = move || {
-            if let Err(error) = attempt.0.connect_anew() {
+            if let Err(error) = attempt.0.connect_when_ready() {
                 tracing::debug!(%error, "libvirt is still away");
             }
         };
@@ -402,10 +403,10 @@ impl Link {
     }
 
     /// Connects to libvirtd once it answers, after a pause in which it settles.
-    fn connect_anew(self: &Arc<Self>) -> Result<()> {
+    fn connect_when_ready(self: &Arc<Self>) -> Result<()> {
         self.pool.clear();
         drop(open(&self.dsn).map_err(|failed| failed.error)?);
-        if self.closed_within(SETTLING) || matches!(self.lock().connection, Connection::Open(_)) {
+        if self.closed_within(SETTLE_PAUSE) || matches!(self.lock().connection, Connection::Open(_)) {
             return Ok(());
         }
         self.connect()
@@ -413,7 +414,7 @@ impl Link {
 
     /// Waits, unless it is closed for good before that.
     fn closed_within(&self, time: Duration) -> bool {
-        let still = |now: &mut Now| !matches!(now.connection, Connection::Closed);
+        let still = |now: &mut LinkState| !matches!(now.connection, Connection::Closed);
         let waited = self.changed.wait_timeout_while(self.lock(), time, still);
         let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         matches!(now.connection, Connection::Closed)
@@ -425,15 +426,15 @@ impl Link {
             return;
         }
         let open = std::mem::replace(&mut now.connection, Connection::Lost(why.to_owned()));
-        if let Connection::Open(watched) = open {
-            now.dead = Some(watched);
+        if let Connection::Open(monitored) = open {
+            now.dead = Some(monitored);
         }
         drop(now);
         self.changed.notify_all();
     }
 
     /// Each statement that holds the lock leaves it whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Now> {
+    fn lock(&self) -> MutexGuard<'_, LinkState> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -452,8 +453,8 @@ impl Drop for Attempt {
 }
 
 /// Whether somebody is at the other end; a hung libvirtd lets this hang.
-fn is_there(connect: &Connect) -> bool {
-    connect.lib_version().map_or_else(|error| !is_lost_link(&error), |_| true)
+fn exists(connect: &Connect) -> bool {
+    connect.lib_version().map_or_else(|error| !is_connection_error(&error), |_| true)
 }
 
 /// Connections for calls. Each connection has one call at a time.
@@ -470,7 +471,7 @@ struct Idle {
 }
 
 /// The reason why a connection could not be opened.
-struct NotOpened {
+struct OpenFailure {
     error: Error,
     /// Whether libvirtd has ended.
     is_gone: bool,
@@ -482,7 +483,7 @@ impl Pool {
     }
 
     /// Returns an idle connection, or else a new one. The call hangs if libvirtd does.
-    fn connection(&self, number: u64) -> Result<Connect, NotOpened> {
+    fn connection(&self, number: u64) -> Result<Connect, OpenFailure> {
         while let Some(connect) = self.take(number) {
             if connect.is_alive().unwrap_or(true) {
                 return Ok(connect);
@@ -525,10 +526,10 @@ impl Pool {
 
 /// Over a network an attempt can fail for itself: an SSH server refuses some of many sessions at once. That says
 /// nothing of the connections that are open.
-fn open(dsn: &str) -> Result<Connect, NotOpened> {
-    let connect = Connect::open(Some(dsn)).map_err(|error| NotOpened {
+fn open(dsn: &str) -> Result<Connect, OpenFailure> {
+    let connect = Connect::open(Some(dsn)).map_err(|error| OpenFailure {
         is_gone: is_local(dsn) && is_gone(&error),
-        error: not_connected(dsn, &error),
+        error: connection_error(dsn, &error),
     })?;
     if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
         // Drivers inside this process have nobody to ask.
@@ -542,21 +543,21 @@ fn shut_down() -> Error {
 }
 
 /// The ears of one connection.
-struct Ear {
+struct ConnectionHandler {
     link: Weak<Link>,
     number: u64,
 }
 
-impl Ears for Ear {
-    fn happened(&self, label: &str, event: Event) {
+impl EventHandler for ConnectionHandler {
+    fn on_event(&self, label: &str, event: Event) {
         let Some(link) = self.link.upgrade() else { return };
         let listener = link.lock().listener.clone();
         if let Some(listener) = listener {
-            listener.happened(label, event);
+            listener.on_event(label, event);
         }
     }
 
-    fn closed(&self, why: &str) {
+    fn on_close(&self, why: &str) {
         if let Some(link) = self.link.upgrade() {
             link.lost(self.number, why);
         }
@@ -571,12 +572,12 @@ mod tests {
     use rustix::process::Signal;
     use std::fs;
 
-    struct NullHost;
+    struct NullListener;
 
-    impl Listener for NullHost {
-        fn happened(&self, _: &str, _: Event) {}
-        fn lost(&self, _: &str) {}
-        fn back(&self, _: &Connect) {}
+    impl Listener for NullListener {
+        fn on_event(&self, _: &str, _: Event) {}
+        fn on_connection_lost(&self, _: &str) {}
+        fn on_reconnected(&self, _: &Connect) {}
     }
 
     fn soon() -> Deadline {
@@ -600,7 +601,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(folder.path()).unwrap();
         let link = Link::open(&libvirtd.dsn(), soon()).unwrap();
-        link.listen(Arc::new(NullHost)).unwrap();
+        link.listen(Arc::new(NullListener)).unwrap();
         version(&link).unwrap();
         let (threads, files) = held();
         libvirtd.signal_daemon(Signal::STOP).unwrap();
@@ -608,7 +609,7 @@ mod tests {
         // dead.
         let at_once = || Deadline::after(Duration::from_millis(1));
         for _ in 0..100 {
-            let asked = link.ask(at_once(), "nothing", |connect| Ok(is_there(connect)));
+            let asked = link.ask(at_once(), "nothing", |connect| Ok(exists(connect)));
             assert!(asked.is_err());
             // The call is abandoned at once.
             let _ = link.long_call(at_once(), |_| (), |_| Ok(()));

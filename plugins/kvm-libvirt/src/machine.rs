@@ -18,7 +18,7 @@
 mod image;
 mod prepare;
 
-pub use prepare::Occasion;
+pub use prepare::PrepareTrigger;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,92 +36,92 @@ use crate::config::Keys;
 use crate::errors::{explain, is_no_domain, is_off};
 use crate::events::Event;
 use crate::foreign::{DiskFile, DiskRecord, disks_of, has_managed_save, remove_managed_save};
+use crate::inspection;
 use crate::link::Link;
 use crate::restore::{self, Start};
-use crate::runs::RunNote;
-use crate::standby::Held;
-use crate::states::{Told, is_begin, is_end, is_save, state_of_event};
-use crate::views;
+use crate::run_marker::RunMarker;
+use crate::standby::StandbyDomain;
+use crate::states::{StateReport, is_end, is_save, is_start, state_of_event};
 
 /// How long the event of an end may take after libvirt has answered that it came.
-const HEARING: Duration = Duration::from_secs(2);
+const END_EVENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a start that did not make it in time may take to be given up. A host waits two seconds
 /// beyond the deadline before it gives up the machine.
-const GIVING_UP: Duration = Duration::from_millis(1700);
+const CANCEL_TIMEOUT: Duration = Duration::from_millis(1700);
 
 pub struct Machine {
     keys: Keys,
     link: Arc<Link>,
     host: Host,
-    note: RunNote,
+    marker: RunMarker,
     disks: DiskRecord,
     /// What all that stand by may hold.
     budget: Arc<Budget>,
-    now: Mutex<Now>,
+    now: Mutex<MachineState>,
     /// Wakes those who wait for the end of a run, or of what is done with a machine that stands by.
     news: Condvar,
 }
 
 #[derive(Default)]
-struct Now {
-    doing: Doing,
+struct MachineState {
+    operation: Operation,
     /// Whether the domain runs because of us, as far as is known.
     has_run: bool,
     /// How many ends of runs were heard.
     ends: u64,
     /// What was heard last while a start is under way.
-    heard: Option<Told>,
+    heard: Option<StateReport>,
     /// A start, or a preparation, that did not come back in time, until it does.
-    late: Option<Late>,
+    late: Option<AbandonedCall>,
     /// What stands by for the next restore.
-    standby: Option<Held>,
+    standby: Option<StandbyDomain>,
     /// Whether the preparation under way is to give up.
-    give_up: Arc<AtomicBool>,
+    cancel: Arc<AtomicBool>,
     /// The disks of the own run's domain, once the domain is marked.
     disks: Option<Vec<DiskFile>>,
     /// Whether libvirt has reported only own runs since the last own run ended.
-    only_ours: bool,
+    only_own_runs: bool,
     /// Whether the last own run was saved, so that somebody may resume it.
     saved: bool,
     /// Whether the host knows that the machine runs, so that no report is needed.
-    known_to_run: bool,
+    host_knows_running: bool,
     /// Whether the domain was reset since the last action began.
     reset: bool,
     /// The work of somebody else because of which the machine was last not prepared.
-    spared: Option<String>,
+    reported_foreign_work: Option<String>,
     /// Whether the connection was lost since the last action began.
     lost: bool,
     /// Whether it is to be prepared when libvirt is back.
-    waits_for_libvirt: bool,
+    prepare_when_reconnected: bool,
     /// Why save images are made no more, once one has failed.
-    no_image: Option<String>,
+    image_disabled: Option<String>,
     /// How often making one was given up.
-    images_given_up: u32,
+    cancelled_images: u32,
 }
 
 #[derive(Clone)]
-struct Late {
+struct AbandonedCall {
     call: Arc<Mutex<Call<()>>>,
     is_start: bool,
 }
 
-impl Now {
+impl MachineState {
     /// Whether what the domain does is nobody's business, because the machine is off to the outside.
     fn is_hidden(&self) -> bool {
-        let in_house = matches!(self.doing, Doing::Preparing | Doing::LettingGo);
+        let in_house = matches!(self.operation, Operation::Preparing | Operation::Discarding);
         in_house || self.standby.is_some() || self.late.as_ref().is_some_and(|late| !late.is_start)
     }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Doing {
+enum Operation {
     #[default]
-    Nothing,
+    Idle,
     Starting,
     Stopping,
     Preparing,
     /// What stood by is ended.
-    LettingGo,
+    Discarding,
 }
 
 /// An action under way, until it is dropped.
@@ -129,7 +129,7 @@ struct Action<'a>(&'a Machine);
 
 impl Drop for Action<'_> {
     fn drop(&mut self) {
-        self.0.lock().doing = Doing::Nothing;
+        self.0.lock().operation = Operation::Idle;
         self.0.news.notify_all();
     }
 }
@@ -152,9 +152,9 @@ impl Reloadable for Machine {
 
 impl Machine {
     pub fn new(keys: Keys, budget: Arc<Budget>, link: Arc<Link>, state_dir: &Path, host: Host) -> Self {
-        let note = RunNote::of(&keys.info.name, state_dir);
+        let marker = RunMarker::of(&keys.info.name, state_dir);
         let disks = DiskRecord::of(&keys.info.name, state_dir);
-        Machine { keys, link, host, note, disks, budget, now: Mutex::default(), news: Condvar::new() }
+        Machine { keys, link, host, marker, disks, budget, now: Mutex::default(), news: Condvar::new() }
     }
 
     pub fn info(&self) -> &MachineInfo {
@@ -172,7 +172,7 @@ impl Machine {
     }
 
     /// Whether there is anything of it to end: a run, or what stands by.
-    pub fn holds_anything(&self) -> bool {
+    pub fn has_anything_to_end(&self) -> bool {
         let now = self.lock();
         now.has_run || now.is_hidden()
     }
@@ -193,16 +193,16 @@ impl Machine {
     ///
     /// # Errors
     /// As [`find`](Machine::find); the run does not end.
-    pub fn take_over(&self, connect: &Connect) -> Result<()> {
+    pub fn adopt(&self, connect: &Connect) -> Result<()> {
         let Some(domain) = self.find(connect)? else {
-            self.note.remove();
+            self.marker.remove();
             return Ok(());
         };
-        if self.note.is_about(&domain).map_err(|error| error.machine(&self.keys.info.name))? {
+        if self.marker.matches(&domain).map_err(|error| error.machine(&self.keys.info.name))? {
             tracing::warn!(machine = self.keys.info.name, "a run that an earlier host has left is stopped");
             let disks = disks_of(&domain).unwrap_or_default();
             restore::destroy(&domain).map_err(|error| error.machine(&self.keys.info.name))?;
-            self.left_disks(&disks);
+            self.record_disks(&disks);
         } else if domain.is_active().unwrap_or(false) {
             tracing::warn!(
                 machine = self.keys.info.name,
@@ -211,31 +211,31 @@ impl Machine {
         }
         // An own run that was saved may be resumed later.
         if !has_managed_save(&domain) {
-            self.note.remove();
+            self.marker.remove();
         }
         Ok(())
     }
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
         deadline.check("libvirt to tell the domain's state")?;
-        if self.lock().doing == Doing::Starting {
+        if self.lock().operation == Operation::Starting {
             return Ok(State::Starting);
         }
         if self.is_hidden() {
             return Ok(State::Poweroff);
         }
-        if !self.late_call_has_ended(deadline) {
+        if !self.abandoned_call_has_ended(deadline) {
             return Ok(State::Starting);
         }
-        let (state, why) = self.told_state(deadline)?;
+        let (state, why) = self.query_state(deadline)?;
         if state == State::Error {
             // A state has no words of its own, and this one needs some.
-            self.tell_state(state, &why);
+            self.report_state(state, &why);
         }
         Ok(state)
     }
 
-    fn told_state(&self, deadline: Deadline) -> Result<Told> {
+    fn query_state(&self, deadline: Deadline) -> Result<StateReport> {
         let label = self.keys.info.label.clone();
         let ask = move |connect: &Connect| restore::state(&restore::domain(connect, &label)?);
         self.link.ask(deadline, "libvirt to tell the domain's state", ask)
@@ -259,67 +259,67 @@ impl Machine {
 
     fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
         if how == Start::Cold {
-            self.give_up_preparing(deadline);
+            self.cancel_prepare(deadline);
         }
-        self.end_late_call(deadline)?;
-        let _starting = self.begin(Doing::Starting, deadline)?;
+        self.end_abandoned_call(deadline)?;
+        let _starting = self.begin(Operation::Starting, deadline)?;
         if let Some(held) = self.take_standby("its next restore is not prepared yet")
             && how == Start::Restored
-            && self.lets_run(held, deadline)?
+            && self.resume_standby(held, deadline)?
         {
-            return self.expect_no_end(deadline);
+            return self.ensure_no_end(deadline);
         }
-        let given_up = Arc::new(AtomicBool::new(false));
-        let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let (machine, too_late) = (Arc::clone(self), Arc::clone(&cancelled));
         let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
             machine.bring_up(connect, how, &too_late)
         })?;
         let Some(started) = call.wait(deadline.remaining()) else {
-            given_up.store(true, Ordering::SeqCst);
+            cancelled.store(true, Ordering::SeqCst);
             return Err(self.abandon(call, true, deadline));
         };
         started?;
-        self.expect_no_end(deadline)
+        self.ensure_no_end(deadline)
     }
 
     /// From here on the run is ours, whatever becomes of it: noted before libvirt is asked for it, and
     /// until it is known to have ended.
-    fn bring_up(&self, connect: &Connect, how: Start, given_up: &AtomicBool) -> Result<()> {
+    fn bring_up(&self, connect: &Connect, how: Start, cancelled: &AtomicBool) -> Result<()> {
         let domain = restore::domain(connect, self.label())?;
         // A libvirtd that hung can answer long after the start has failed.
-        if given_up.load(Ordering::SeqCst) {
+        if cancelled.load(Ordering::SeqCst) {
             return Err(Error::failed("the start was given up, because libvirt did not answer in time"));
         }
         self.clear_leftover(&domain)?;
-        restore::expect_off(&domain)?;
+        restore::ensure_off(&domain)?;
         remove_managed_save(&domain, &self.keys.info.name)?;
-        self.begin_note(&domain)?;
+        self.begin_marker(&domain)?;
         self.lock().has_run = true;
         let started = match how {
-            Start::Restored => self.restored(connect, &domain, given_up),
+            Start::Restored => self.restored(connect, &domain, cancelled),
             Start::Cold => {
                 self.timed("boot", || restore::start_paused(&domain, self.keys.info.snapshot.as_deref(), how))
             }
         };
         let started = started.and_then(|()| self.let_run(connect));
-        if started.is_err() || given_up.load(Ordering::SeqCst) {
+        if started.is_err() || cancelled.load(Ordering::SeqCst) {
             self.end_failed_start(&domain);
         }
         started
     }
 
     /// Records that the domain is about to be started.
-    fn begin_note(&self, domain: &Domain) -> Result<()> {
+    fn begin_marker(&self, domain: &Domain) -> Result<()> {
         self.lock().saved = false;
-        self.note.begin(domain)
+        self.marker.begin(domain)
     }
 
     /// Resumes the domain, which was started and is paused.
     fn let_run(&self, connect: &Connect) -> Result<()> {
         let domain = self.mark(connect)?;
-        self.expect_no_reset()?;
+        self.ensure_no_reset()?;
         restore::ensure_running(&domain)?;
-        self.lock().known_to_run = true;
+        self.lock().host_knows_running = true;
         Ok(())
     }
 
@@ -327,13 +327,13 @@ impl Machine {
     /// reverted domain object does not know its new id.
     fn mark(&self, connect: &Connect) -> Result<Domain> {
         let domain = restore::domain(connect, self.label())?;
-        self.note.mark(&domain)?;
+        self.marker.mark(&domain)?;
         let disks = disks_of(&domain)?;
         self.lock().disks = Some(disks);
         Ok(domain)
     }
 
-    fn expect_no_reset(&self) -> Result<()> {
+    fn ensure_no_reset(&self) -> Result<()> {
         match self.lock().reset {
             true => Err(Error::unexpected_state("somebody has reset the domain before it was let run")),
             false => Ok(()),
@@ -357,7 +357,7 @@ impl Machine {
     /// The error of the start is the one to tell.
     fn end_failed_start(&self, domain: &Domain) {
         match restore::destroy(domain) {
-            Ok(_) => self.note_end(),
+            Ok(_) => self.record_end(),
             Err(error) => {
                 tracing::warn!(machine = self.keys.info.name, %error, "what a start has left stays for now")
             }
@@ -367,26 +367,26 @@ impl Machine {
     /// Ends a start, or else a preparation, that did not make it in time.
     fn abandon(&self, call: Call<()>, is_start: bool, deadline: Deadline) -> Error {
         let error = deadline.timeout(if is_start { "the domain to run" } else { "the domain to stand by" });
-        let giving_up = Deadline::after(GIVING_UP);
+        let giving_up = Deadline::after(CANCEL_TIMEOUT);
         if is_start {
-            self.pull_the_plug(giving_up);
+            self.try_destroy(giving_up);
         } else {
-            self.pull_own_plug(giving_up);
+            self.try_destroy_own(giving_up);
         }
         if call.wait(giving_up.remaining()).is_some() {
             return error;
         }
-        self.lock().late = Some(Late { call: Arc::new(Mutex::new(call)), is_start });
+        self.lock().late = Some(AbandonedCall { call: Arc::new(Mutex::new(call)), is_start });
         error.detail("and libvirt is still at it")
     }
 
     /// Waits for a call that did not come back in time, and stops what it may have started.
-    fn end_late_call(&self, deadline: Deadline) -> Result<()> {
+    fn end_abandoned_call(&self, deadline: Deadline) -> Result<()> {
         if self.lock().late.is_none() {
             return Ok(());
         }
-        self.pull_own_plug(deadline);
-        if self.late_call_has_ended(deadline) {
+        self.try_destroy_own(deadline);
+        if self.abandoned_call_has_ended(deadline) {
             return Ok(());
         }
         Err(deadline
@@ -395,7 +395,7 @@ impl Machine {
     }
 
     /// Whether there is no call that goes on although nobody waits for it, until the deadline.
-    fn late_call_has_ended(&self, deadline: Deadline) -> bool {
+    fn abandoned_call_has_ended(&self, deadline: Deadline) -> bool {
         let Some(late) = self.lock().late.clone() else { return true };
         // Somebody else who waits for it knows better when it ends.
         let Ok(call) = late.call.try_lock() else { return false };
@@ -406,24 +406,24 @@ impl Machine {
         ended
     }
 
-    fn pull_the_plug(&self, deadline: Deadline) {
+    fn try_destroy(&self, deadline: Deadline) {
         if let Err(error) = self.destroy(deadline) {
             tracing::debug!(machine = self.keys.info.name, %error, "the plug is not pulled");
         }
     }
 
     /// A domain may end while its start is still being finished; that end was taken for a step of it.
-    fn expect_no_end(&self, deadline: Deadline) -> Result<()> {
+    fn ensure_no_end(&self, deadline: Deadline) -> Result<()> {
         let heard = self.lock().heard.take();
         let Some((State::Poweroff, why)) = heard else { return Ok(()) };
-        match self.told_state(deadline) {
+        match self.query_state(deadline) {
             Ok((State::Poweroff, _)) => {
-                self.note_end();
+                self.record_end();
                 Err(Error::failed(format!("the domain ended right after its start: {why}")))
             }
             Ok(_) => Ok(()),
             Err(error) => {
-                self.pull_the_plug(Deadline::after(GIVING_UP));
+                self.try_destroy(Deadline::after(CANCEL_TIMEOUT));
                 Err(error)
             }
         }
@@ -435,7 +435,7 @@ impl Machine {
     /// It is off already; libvirt cannot end it.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
         // The host also calls this to cancel a preparation, which is no reason to end somebody else's run.
-        let is_preparing = self.lock().doing == Doing::Preparing;
+        let is_preparing = self.lock().operation == Operation::Preparing;
         self.stop_by(if is_preparing { Self::destroy_own } else { Self::destroy }, deadline)
     }
 
@@ -448,23 +448,23 @@ impl Machine {
     }
 
     fn stop_by(&self, destroy: fn(&Self, Deadline) -> Result<bool>, deadline: Deadline) -> Result<()> {
-        self.give_up_preparing(deadline);
-        self.end_late_call(deadline)?;
-        let _stopping = self.begin(Doing::Stopping, deadline)?;
+        self.cancel_prepare(deadline);
+        self.end_abandoned_call(deadline)?;
+        let _stopping = self.begin(Operation::Stopping, deadline)?;
         if self.take_standby("it was stopped, and what stood by was let go with that").is_some() {
-            self.lock().doing = Doing::LettingGo;
-            self.let_go(deadline)?;
-            return Err(off_already());
+            self.lock().operation = Operation::Discarding;
+            self.end_standby(deadline)?;
+            return Err(already_off());
         }
         let before = self.lock().ends;
         if !destroy(self, deadline)? {
-            self.note_end();
-            return Err(off_already());
+            self.record_end();
+            return Err(already_off());
         }
-        if !self.hear_end(before, deadline.within(HEARING)) {
+        if !self.wait_for_end(before, deadline.within(END_EVENT_TIMEOUT)) {
             tracing::debug!(machine = self.keys.info.name, "stopped, and libvirt has sent no event");
-            self.note_end();
-            self.tell_state(State::Poweroff, "");
+            self.record_end();
+            self.report_state(State::Poweroff, "");
         }
         Ok(())
     }
@@ -481,21 +481,21 @@ impl Machine {
     /// # Errors
     /// It is off already; it does not react in time.
     pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
-        self.end_late_call(deadline)?;
+        self.end_abandoned_call(deadline)?;
         if self.is_hidden() {
-            return Err(off_already());
+            return Err(already_off());
         }
-        let _stopping = self.begin(Doing::Stopping, deadline)?;
+        let _stopping = self.begin(Operation::Stopping, deadline)?;
         let before = self.lock().ends;
         let label = self.keys.info.label.clone();
         let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
             press_power_button(&restore::domain(connect, &label)?)
         })?;
         if !pressed {
-            self.note_end();
-            return Err(off_already());
+            self.record_end();
+            return Err(already_off());
         }
-        match self.hear_end(before, deadline) {
+        match self.wait_for_end(before, deadline) {
             true => Ok(()),
             false => Err(deadline.timeout("the guest to react to its power button")),
         }
@@ -506,9 +506,9 @@ impl Machine {
     /// # Errors
     /// It is off; as there.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
-        self.expect_not_hidden()?;
+        self.ensure_visible()?;
         let progress = |fraction| self.host.progress(&self.keys.info.name, fraction);
-        views::dump_memory(&self.link, self.label(), path, format, &progress, deadline)
+        inspection::dump_memory(&self.link, self.label(), path, format, &progress, deadline)
     }
 
     /// See [`views::screenshot`].
@@ -516,104 +516,104 @@ impl Machine {
     /// # Errors
     /// It is off; as there.
     pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
-        self.expect_not_hidden()?;
-        views::screenshot(&self.link, self.label(), path, deadline)
+        self.ensure_visible()?;
+        inspection::screenshot(&self.link, self.label(), path, deadline)
     }
 
     /// libvirt tells what happened to the domain.
-    pub fn happened(self: &Arc<Self>, event: Event) {
+    pub fn on_event(self: &Arc<Self>, event: Event) {
         if event == Event::Reset {
-            return self.heard_reset();
+            return self.on_reset_event();
         }
         let Some(told) = state_of_event(&event) else { return };
         let mut now = self.lock();
-        let (doing, hidden) = (now.doing, now.is_hidden());
-        if doing == Doing::Starting {
+        let (operation, hidden) = (now.operation, now.is_hidden());
+        if operation == Operation::Starting {
             now.heard = Some(told.clone());
         }
-        let is_theirs = doing == Doing::Nothing && !hidden && !now.has_run;
+        let is_foreign = operation == Operation::Idle && !hidden && !now.has_run;
         now.saved |= is_save(&event) && now.disks.is_some();
         drop(now);
-        if is_theirs && is_begin(&event) {
-            self.heard_their_start();
+        if is_foreign && is_start(&event) {
+            self.on_foreign_start();
         }
         match is_end(&event) {
-            _ if hidden => self.heard_in_house(&event, &told),
-            true => self.heard_end(doing, told),
-            false => self.report(doing, told),
+            _ if hidden => self.on_hidden_event(&event, &told),
+            true => self.on_end(operation, told),
+            false => self.report(operation, told),
         }
         if hidden && is_end(&event) {
-            self.tell_end();
+            self.signal_end();
         }
     }
 
     /// Reports the end of a run, except during a start, which handles the end of its run itself. A run that
     /// ended by itself is closed before the report: whoever receives the report may use the machine at once.
     /// The end of a stopped run is reported first, so that the stop does not return before the report.
-    fn heard_end(&self, doing: Doing, told: Told) {
-        if doing != Doing::Starting {
+    fn on_end(&self, operation: Operation, told: StateReport) {
+        if operation != Operation::Starting {
             self.close_run();
         }
-        if doing == Doing::Stopping {
-            self.report(doing, told);
-            self.tell_end();
+        if operation == Operation::Stopping {
+            self.report(operation, told);
+            self.signal_end();
         } else {
-            self.tell_end();
-            self.report(doing, told);
+            self.signal_end();
+            self.report(operation, told);
         }
     }
 
     /// Records that somebody else has started the domain.
-    fn heard_their_start(&self) {
-        self.note.remove();
-        self.lock().only_ours = false;
+    fn on_foreign_start(&self) {
+        self.marker.remove();
+        self.lock().only_own_runs = false;
     }
 
     /// Told before anybody who waits for it goes on.
-    fn report(&self, doing: Doing, (state, reason): Told) {
+    fn report(&self, operation: Operation, (state, reason): StateReport) {
         let name = &self.keys.info.name;
-        match doing {
-            Doing::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
-            Doing::Stopping if state == State::Poweroff => self.tell_state(state, ""),
-            Doing::Stopping => tracing::debug!(machine = name, %state, reason, "a step of the stop"),
+        match operation {
+            Operation::Starting => tracing::debug!(machine = name, %state, reason, "a step of the start"),
+            Operation::Stopping if state == State::Poweroff => self.report_state(state, ""),
+            Operation::Stopping => tracing::debug!(machine = name, %state, reason, "a step of the stop"),
             // The event of the own start may come after the start has returned.
-            _ if state == State::Running && self.lock().known_to_run => {}
-            _ => self.tell_state(state, &reason),
+            _ if state == State::Running && self.lock().host_knows_running => {}
+            _ => self.report_state(state, &reason),
         }
     }
 
     /// Reports a state to the host that the host has not ordered.
-    pub(super) fn tell_state(&self, state: State, reason: &str) {
-        self.lock().known_to_run = state == State::Running;
+    pub(super) fn report_state(&self, state: State, reason: &str) {
+        self.lock().host_knows_running = state == State::Running;
         self.host.state_changed(&self.keys.info.name, state, reason);
     }
 
     /// The connection is lost, and with it the sight of the domain.
-    pub fn link_lost(&self, why: &str) {
+    pub fn on_connection_lost(&self, why: &str) {
         // Nobody hears meanwhile who starts the domain.
-        self.lock().only_ours = false;
+        self.lock().only_own_runs = false;
         if self.has_run() {
-            self.tell_state(State::Error, why);
+            self.report_state(State::Error, why);
         }
-        self.doubt(why);
+        self.unusable(why);
     }
 
     /// The connection is there again: looks what has become of the domain.
-    pub fn link_back(self: &Arc<Self>, connect: &Connect) {
+    pub fn on_reconnected(self: &Arc<Self>, connect: &Connect) {
         self.renew_standby();
-        let before @ (has_run, doing, _) = self.now();
-        if !has_run || doing == Doing::Starting {
+        let before @ (has_run, operation, _) = self.now();
+        if !has_run || operation == Operation::Starting {
             return;
         }
-        let look = |domain: Domain| Ok((restore::state(&domain)?, self.note.is_about(&domain)?));
+        let look = |domain: Domain| Ok((restore::state(&domain)?, self.marker.matches(&domain)?));
         let state = restore::domain(connect, self.label()).and_then(look);
         if self.now() != before {
             // Somebody has acted meanwhile, and knows better.
             return;
         }
         match state {
-            Ok((told, true)) => self.report(doing, told),
-            Ok((told, false)) => self.ended_unseen(doing, told),
+            Ok((told, true)) => self.report(operation, told),
+            Ok((told, false)) => self.ended_unseen(operation, told),
             Err(error) => {
                 tracing::warn!(machine = self.keys.info.name, %error, "libvirt is back, but does not tell the domain's state")
             }
@@ -622,84 +622,84 @@ impl Machine {
 
     /// Records that the own run ended while libvirt was away. The domain's current state may be somebody
     /// else's doing.
-    fn ended_unseen(&self, doing: Doing, told: Told) {
+    fn ended_unseen(&self, operation: Operation, told: StateReport) {
         self.lock().disks = None;
-        self.heard_end(doing, (State::Poweroff, "it ended while libvirt was away".to_owned()));
+        self.on_end(operation, (State::Poweroff, "it ended while libvirt was away".to_owned()));
         if told.0 != State::Poweroff {
-            self.report(doing, told);
+            self.report(operation, told);
         }
     }
 
     /// Whether there is a run, what is done, and how many ends were heard.
-    fn now(&self) -> (bool, Doing, u64) {
+    fn now(&self) -> (bool, Operation, u64) {
         let now = self.lock();
-        (now.has_run, now.doing, now.ends)
+        (now.has_run, now.operation, now.ends)
     }
 
-    fn begin(&self, doing: Doing, deadline: Deadline) -> Result<Action<'_>> {
-        let mut now = self.wait_for_in_house_work(deadline);
-        if matches!(now.doing, Doing::Preparing | Doing::LettingGo) {
+    fn begin(&self, operation: Operation, deadline: Deadline) -> Result<Action<'_>> {
+        let mut now = self.wait_for_hidden_work(deadline);
+        if matches!(now.operation, Operation::Preparing | Operation::Discarding) {
             return Err(deadline.timeout("what stands by to be let go"));
         }
-        if now.doing != Doing::Nothing {
+        if now.operation != Operation::Idle {
             return Err(Error::unexpected_state("another action on the machine is under way"));
         }
-        now.doing = doing;
+        now.operation = operation;
         now.heard = None;
-        now.give_up = Arc::default();
+        now.cancel = Arc::default();
         now.reset = false;
         now.lost = false;
         Ok(Action(self))
     }
 
     /// There is no run any more.
-    fn note_end(&self) {
+    fn record_end(&self) {
         self.close_run();
-        self.tell_end();
+        self.signal_end();
     }
 
     /// Records the end of the own run, if there was one.
     fn close_run(&self) {
         let disks = self.lock().disks.take();
         if let Some(disks) = disks {
-            self.left_disks(&disks);
+            self.record_disks(&disks);
         }
-        self.remove_note();
+        self.remove_marker();
         let mut now = self.lock();
         now.has_run = false;
-        now.known_to_run = false;
+        now.host_knows_running = false;
     }
 
     /// Removes the note of a run that has ended. A run that was saved is still an own run when somebody
     /// resumes it.
-    fn remove_note(&self) {
+    fn remove_marker(&self) {
         if !self.lock().saved {
-            self.note.remove();
+            self.marker.remove();
         }
     }
 
     /// Records the state in which an own run has left its disks.
-    fn left_disks(&self, disks: &[DiskFile]) {
+    fn record_disks(&self, disks: &[DiskFile]) {
         self.disks.save(disks);
-        self.lock().only_ours = true;
+        self.lock().only_own_runs = true;
     }
 
     /// Wakes those who wait for the end of a run.
-    fn tell_end(&self) {
+    fn signal_end(&self) {
         self.lock().ends += 1;
         self.news.notify_all();
     }
 
     /// Waits until more ends were heard than `before`.
-    fn hear_end(&self, before: u64, deadline: Deadline) -> bool {
-        let silent = |now: &mut Now| now.ends == before;
+    fn wait_for_end(&self, before: u64, deadline: Deadline) -> bool {
+        let silent = |now: &mut MachineState| now.ends == before;
         let waited = self.news.wait_timeout_while(self.lock(), deadline.remaining(), silent);
         let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         now.ends != before
     }
 
     /// Each statement that holds the lock leaves it whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Now> {
+    fn lock(&self) -> MutexGuard<'_, MachineState> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -719,6 +719,6 @@ fn press_power_button(domain: &Domain) -> Result<bool> {
     }
 }
 
-fn off_already() -> Error {
+fn already_off() -> Error {
     Error::state_reached("the machine is powered off already")
 }

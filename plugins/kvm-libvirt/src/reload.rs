@@ -10,7 +10,7 @@ use machinery::{Deadline, Error, ReloadPlan, Reloadable, Reloaded, Result, Setup
 
 use crate::config::Config;
 use crate::machine::Machine;
-use crate::{Kvm, at_a_time};
+use crate::{Kvm, for_each_concurrently};
 
 impl Kvm {
     /// Takes over a new configuration.
@@ -22,14 +22,14 @@ impl Kvm {
     pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let config = Config::read(setup)?;
         expect_unchanged(Some(&setup.config), &["dsn"], self.link.dsn(), &config.dsn)?;
-        config.make_save_dir()?;
+        config.make_instant_dir()?;
         let make = |keys| {
             let (budget, link) = (Arc::clone(&self.budget), Arc::clone(&self.link));
             Arc::new(Machine::new(keys, budget, link, &setup.state_dir, self.host.clone()))
         };
         let plan = self.machines.0.plan(&setup.config, config.machines, in_use, make)?;
         self.with_libvirt(plan.added.clone(), deadline, Machine::find)?;
-        plan.removed.iter().try_for_each(|machine| machine.expect_off(deadline))?;
+        plan.removed.iter().try_for_each(|machine| machine.ensure_off(deadline))?;
         if let Err(error) = self.make_room(&plan, deadline) {
             for machine in &plan.removed {
                 self.host
@@ -39,7 +39,7 @@ impl Kvm {
         }
         let gone = plan.removed.clone();
         let reloaded = self.machines.0.commit(plan, deadline)?;
-        self.budget.set_limit(config.standby_memory);
+        self.budget.set_limit(config.standby_memory_limit);
         let machines = self.machines.0.all();
         gone.iter().for_each(|machine| machine.remove_image(&machines));
         Ok(reloaded)
@@ -47,8 +47,8 @@ impl Kvm {
 
     /// Ends what stands by for machines that go, and what is left where new ones come.
     fn make_room(&self, plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-        match Error::all(at_a_time(&plan.removed, |machine| machine.retire(deadline))) {
-            None => self.with_libvirt(plan.added.clone(), deadline, Machine::take_over),
+        match Error::all(for_each_concurrently(&plan.removed, |machine| machine.discard_standby(deadline))) {
+            None => self.with_libvirt(plan.added.clone(), deadline, Machine::adopt),
             Some(problems) => Err(problems),
         }
     }

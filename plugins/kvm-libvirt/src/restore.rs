@@ -19,11 +19,11 @@ use crate::errors::{explain, is_no_domain, is_off, is_refused};
 use crate::states::state_of_domain;
 
 /// From here on libvirt reverts to external snapshots of QEMU's domains. Source: libvirt's NEWS.rst, v9.9.0.
-pub const EXTERNAL: u32 = 9_009_000;
+pub const EXTERNAL_REVERTS: u32 = 9_009_000;
 
 /// The first libvirt that takes internal snapshots of a domain with UEFI, if the variables are in a qcow2
 /// file. Source: libvirt's NEWS.rst, v10.10.0.
-pub const INTERNAL_WITH_FLASH: u32 = 10_010_000;
+pub const INTERNAL_WITH_UEFI: u32 = 10_010_000;
 
 /// Versions of libvirt that cannot revert to every internal snapshot, unless the distribution has fixed them.
 /// Source: libvirt's NEWS.rst, v11.4.0.
@@ -34,7 +34,7 @@ const ANOTHER_SECOND: Duration = Duration::from_millis(1010);
 
 /// What the `virt` crate gives for a state when libvirt has failed to tell it, in the place of the error.
 /// Source: its src/domain.rs, 0.5.0.
-const NO_ANSWER: u32 = u32::MAX;
+const STATE_UNKNOWN: u32 = u32::MAX;
 
 /// How a machine is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +90,7 @@ pub fn described(domain: &Domain) -> Result<Description> {
 
 /// Returns the reason why this libvirt cannot revert to the snapshot, if it cannot.
 pub fn not_revertible(snapshot: &Snapshot, version: u32) -> Option<String> {
-    (snapshot.description.external && version < EXTERNAL).then(|| {
+    (snapshot.description.external && version < EXTERNAL_REVERTS).then(|| {
         format!(
             "the snapshot '{}' is external, and libvirt {} cannot revert to those",
             snapshot.identity.name,
@@ -105,17 +105,17 @@ pub fn advice(version: u32, firmware: &Firmware) -> String {
     let external = "take an external snapshot (virsh snapshot-create-as with --memspec and --diskspec)";
     let convert = "keep the firmware's variables in a qcow2 file (<nvram format='qcow2'>) and take an internal snapshot";
     match firmware {
-        Firmware { is_flash: false, .. } if version < EXTERNAL => {
+        Firmware { is_flash: false, .. } if version < EXTERNAL_REVERTS => {
             format!("Upgrade libvirt to 9.9 or newer, or {internal}")
         }
         Firmware { is_flash: false, .. } => format!("Or {internal}"),
-        _ if version < EXTERNAL => format!(
+        _ if version < EXTERNAL_REVERTS => format!(
             "The domain boots by UEFI, of which libvirt {} takes no internal snapshot either. Upgrade libvirt to 9.9 or \
              newer for external snapshots, or to 10.10 for internal ones; or install the guest with BIOS",
             version_text(version)
         ),
-        Firmware { nvram_is_qcow2: true, .. } if version >= INTERNAL_WITH_FLASH => format!("Or {internal}"),
-        _ if version >= INTERNAL_WITH_FLASH => format!("The domain boots by UEFI: {external}, or {convert}"),
+        Firmware { nvram_is_qcow2: true, .. } if version >= INTERNAL_WITH_UEFI => format!("Or {internal}"),
+        _ if version >= INTERNAL_WITH_UEFI => format!("The domain boots by UEFI: {external}, or {convert}"),
         _ => format!(
             "The domain boots by UEFI, of which libvirt {} takes no internal snapshot: {external}",
             version_text(version)
@@ -130,7 +130,7 @@ pub fn advice(version: u32, firmware: &Firmware) -> String {
 pub fn state(domain: &Domain) -> Result<(State, String)> {
     let failed = |error| explain("tell the domain's state", &error);
     let (state, reason) = domain.state().map_err(failed)?;
-    if state.to_raw() == NO_ANSWER {
+    if state.to_raw() == STATE_UNKNOWN {
         return Err(failed(virt::error::Error::last_error()));
     }
     state_of_domain(state, reason)
@@ -166,7 +166,7 @@ fn no_snapshot(domain: &Domain, wanted: Option<&str>, error: &virt::error::Error
         Some(name) => Error::environment(format!("the domain '{label}' has no snapshot '{name}': {there}"))
             .advice("Correct the machine's snapshot, or leave it out to use the domain's current one"),
         None => Error::environment(format!("the domain '{label}' has no current snapshot: {there}")).advice(
-            "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as`; \
+            "Start the domain, wait until Cuckoo's agent run_marker in it, and take one with `virsh snapshot-create-as`; \
              or name one of those it has".to_owned() + &flash_advice(domain),
         ),
     }
@@ -254,7 +254,7 @@ impl Snapshot {
         if let Err(error) = &reverted
             && self.description.external
             && is_refused(error)
-            && self.version().is_some_and(|version| version >= EXTERNAL)
+            && self.version().is_some_and(|version| version >= EXTERNAL_REVERTS)
         {
             // libvirt names the overlay of a restore after the current second, and refuses a name whose file
             // exists. It has no error code for just that.
@@ -265,7 +265,7 @@ impl Snapshot {
             let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), &error);
             let firmware = self.description.domain.as_ref().map(|domain| domain.firmware.clone());
             match self.version() {
-                Some(version) if self.description.external && version < EXTERNAL => failed.advice(format!(
+                Some(version) if self.description.external && version < EXTERNAL_REVERTS => failed.advice(format!(
                     "It is an external snapshot, and libvirt {} cannot revert to those. {}",
                     version_text(version),
                     advice(version, &firmware.unwrap_or_default())
@@ -297,7 +297,7 @@ pub fn version_text(version: u32) -> String {
 ///
 /// # Errors
 /// It is not off; libvirt cannot be asked.
-pub fn expect_off(domain: &Domain) -> Result<()> {
+pub fn ensure_off(domain: &Domain) -> Result<()> {
     match state(domain)? {
         (State::Poweroff, _) => Ok(()),
         (state, _) => {
@@ -311,7 +311,7 @@ pub fn expect_off(domain: &Domain) -> Result<()> {
 ///
 /// # Errors
 /// It does not; libvirt cannot be asked.
-pub fn expect_running(domain: &Domain) -> Result<()> {
+pub fn ensure_runs(domain: &Domain) -> Result<()> {
     match state(domain)? {
         (State::Running, _) => Ok(()),
         (state, why) => {
@@ -336,7 +336,7 @@ pub fn resume(domain: &Domain) -> Result<()> {
 /// The domain does not run, or libvirt does not answer.
 pub fn ensure_running(domain: &Domain) -> Result<()> {
     let resumed = resume(domain);
-    expect_running(domain).map_err(|error| resumed.err().unwrap_or(error))
+    ensure_runs(domain).map_err(|error| resumed.err().unwrap_or(error))
 }
 
 /// Waits until a libvirtd that has just started has taken the domain over. One that is stopped in the

@@ -27,7 +27,7 @@ use crate::restore::{self, Identity};
 
 /// What tells the domain that stands by from what it may have become.
 #[derive(Debug, Clone)]
-pub struct Mark {
+pub struct Fingerprint {
     id: u32,
     snapshot: Identity,
     /// The identity of the files; `None` if libvirt is on another computer.
@@ -36,23 +36,28 @@ pub struct Mark {
 
 /// A domain that stands by.
 #[derive(Debug)]
-pub struct Held {
-    pub mark: Mark,
+pub struct StandbyDomain {
+    pub fingerprint: Fingerprint,
     /// Why it must not be used any more, if there is a reason.
-    pub doubt: Option<String>,
+    pub unusable: Option<String>,
     /// The connection by which is heard what happens to it.
-    pub heard_by: u64,
+    pub events_from: u64,
     /// Its part of the memory that may be held.
     share: Share,
 }
 
-impl Held {
+impl StandbyDomain {
     /// One that was just made; `share` becomes as large as what is really held, where libvirt knows.
-    pub fn new(domain: &Domain, mark: Mark, heard_by: u64, mut share: Share) -> Held {
+    pub fn new(
+        domain: &Domain,
+        fingerprint: Fingerprint,
+        events_from: u64,
+        mut share: Share,
+    ) -> StandbyDomain {
         if let Some(bytes) = held(domain) {
             share.set_actual(bytes);
         }
-        Held { mark, doubt: None, heard_by, share }
+        StandbyDomain { fingerprint, unusable: None, events_from, share }
     }
 
     /// What is told of it.
@@ -65,12 +70,12 @@ impl Held {
     }
 }
 
-impl Mark {
+impl Fingerprint {
     /// That of a domain which was just reverted, paused.
     ///
     /// # Errors
     /// It does not run.
-    pub fn of(domain: &Domain, snapshot: Identity) -> Result<Mark> {
+    pub fn of(domain: &Domain, snapshot: Identity) -> Result<Fingerprint> {
         let id = domain.id().ok_or_else(|| Error::failed("the domain ended while it was reverted"))?;
         let failed = |error| explain("describe the domain", &error);
         let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
@@ -78,7 +83,7 @@ impl Mark {
             true => Some(files::Identity::of(&Description::read(&domain.xml_desc(0).map_err(failed)?)?)),
             false => None,
         };
-        Ok(Mark { id, snapshot, files })
+        Ok(Fingerprint { id, snapshot, files })
     }
 
     /// The domain, if it is still what it was and what a restore goes to: the snapshot of that name,
@@ -90,7 +95,7 @@ impl Mark {
         let domain = connect
             .lookup_domain_by_id(self.id)
             .map_err(|error| explain("find the domain that stands by", &error))?;
-        if domain.name().ok().as_deref() != Some(label) || !is_as_reverted(&domain)? {
+        if domain.name().ok().as_deref() != Some(label) || !is_paused_by_revert(&domain)? {
             return Err(Error::unexpected_state(
                 "somebody has resumed or replaced the domain that stands by",
             ));
@@ -109,7 +114,7 @@ impl Mark {
 }
 
 /// Whether it is paused, and by nothing but the revert.
-fn is_as_reverted(domain: &Domain) -> Result<bool> {
+fn is_paused_by_revert(domain: &Domain) -> Result<bool> {
     // Without an answer the state is one that is none.
     let (state, reason) = domain.state().map_err(|error| explain("tell the domain's state", &error))?;
     let from_snapshot = DomainStateReason::Paused(Enum::Known(DomainPausedReason::FromSnapshot));

@@ -10,14 +10,14 @@ use virt_sys as sys;
 use crate::events::Event;
 
 /// A state, and why it is so where that needs telling.
-pub type Told = (State, String);
+pub type StateReport = (State, String);
 
 /// The state that libvirt tells of a domain. Source: `virDomainState` and its reasons in libvirt's
 /// libvirt-domain.h.
 ///
 /// # Errors
 /// It is one that has no name here.
-pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) -> Result<Told> {
+pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) -> Result<StateReport> {
     let plain = |state| Ok((state, String::new()));
     match state {
         Enum::Known(DomainState::Running | DomainState::Blocked) => plain(State::Running),
@@ -35,7 +35,7 @@ pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) ->
 }
 
 /// A guest is held in the course of things, or because something is wrong with it.
-fn paused(reason: DomainStateReasonEnum) -> Told {
+fn paused(reason: DomainStateReasonEnum) -> StateReport {
     let Enum::Known(DomainStateReason::Paused(Enum::Known(reason))) = reason else {
         return held("for a reason that is unknown here");
     };
@@ -57,12 +57,12 @@ fn paused(reason: DomainStateReasonEnum) -> Told {
     }
 }
 
-fn held(why: &str) -> Told {
+fn held(why: &str) -> StateReport {
     (State::Error, format!("the guest is paused {why}"))
 }
 
 /// What an event says about the machine's state; `None` where it says nothing of interest.
-pub fn state_of_event(event: &Event) -> Option<Told> {
+pub fn state_of_event(event: &Event) -> Option<StateReport> {
     match event {
         Event::DiskFailed { disk, reason } => {
             let reason = if reason.is_empty() { "no reason given" } else { reason };
@@ -76,7 +76,7 @@ pub fn state_of_event(event: &Event) -> Option<Told> {
     }
 }
 
-fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<Told> {
+fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<StateReport> {
     Some(match event {
         sys::VIR_DOMAIN_EVENT_STARTED => (State::Running, "somebody started the domain".to_owned()),
         sys::VIR_DOMAIN_EVENT_RESUMED => (State::Running, String::new()),
@@ -89,7 +89,7 @@ fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<Told> {
     })
 }
 
-fn suspended(detail: u32) -> Option<Told> {
+fn suspended(detail: u32) -> Option<StateReport> {
     Some(match detail {
         sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR => held("because its disk failed"),
         sys::VIR_DOMAIN_EVENT_SUSPENDED_WATCHDOG => held("because its watchdog expired"),
@@ -139,13 +139,13 @@ pub fn is_save(event: &Event) -> bool {
 }
 
 /// Whether the domain begins to run with the event.
-pub fn is_begin(event: &Event) -> bool {
+pub fn is_start(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED, .. })
 }
 
 /// Whether it is of those that a revert to a paused domain makes by itself; they may come after it has
 /// returned.
-pub fn is_of_revert(event: &Event) -> bool {
+pub fn is_revert_step(event: &Event) -> bool {
     matches!(
         event,
         Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED | sys::VIR_DOMAIN_EVENT_DEFINED, .. }
@@ -160,7 +160,7 @@ pub fn is_of_revert(event: &Event) -> bool {
 mod tests {
     use super::*;
 
-    fn of(state: u32, reason: i32) -> Result<Told> {
+    fn of(state: u32, reason: i32) -> Result<StateReport> {
         let state = DomainStateEnum::from_raw(state);
         let reason = match state {
             Enum::Known(DomainState::Paused) => {

@@ -7,32 +7,33 @@ use machinery::{Deadline, Error, Readiness, Reloadable, RestoreReadiness, Result
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use super::prepare::{Occasion, expect_wanted};
-use super::{HEARING, Machine};
+use super::prepare::{PrepareTrigger, ensure_not_cancelled};
+use super::{END_EVENT_TIMEOUT, Machine};
 use crate::foreign::remove_managed_save;
 use crate::images::Source;
 use crate::restore::{self, Snapshot, Start};
 
 /// An image that was given up this often, because of time or of something else to do, is not tried again.
-const GIVEN_UP: u32 = 3;
+const MAX_CANCELLED_IMAGES: u32 = 3;
 /// A restore from an image that has used up all its time, and this much, is slower than it should be.
-const TOO_LONG: Duration = Duration::from_secs(60);
+const MAX_IMAGE_RESTORE: Duration = Duration::from_secs(60);
 
 impl Machine {
     /// Starts the domain from its snapshot: from the save image where there is one of it, else by a
     /// revert.
-    pub(super) fn restored(&self, connect: &Connect, domain: &Domain, given_up: &AtomicBool) -> Result<()> {
-        if !self.keys.image.is_off() && self.keys.image.is_there() {
+    pub(super) fn restored(&self, connect: &Connect, domain: &Domain, cancelled: &AtomicBool) -> Result<()> {
+        if !self.keys.image.is_off() && self.keys.image.exists() {
             let snapshot = restore::find(domain, self.keys.info.snapshot.as_deref())?;
-            if let Some(source) = self.source_of_image(domain, &snapshot) {
+            if let Some(source) = self.valid_source(domain, &snapshot) {
                 let begun = Instant::now();
-                match self.restored_from_image(connect, &source, &snapshot) {
+                match self.restore_from_image(connect, &source, &snapshot) {
                     Ok(()) => return Ok(()),
-                    Err(error) if given_up.load(Ordering::SeqCst) => {
-                        if begun.elapsed() > TOO_LONG {
+                    Err(error) if cancelled.load(Ordering::SeqCst) => {
+                        if begun.elapsed() > MAX_IMAGE_RESTORE {
                             // A revert may be quicker, the next time.
                             self.keys.image.remove();
-                            self.lock().no_image = Some("a restore from its image took too long".to_owned());
+                            self.lock().image_disabled =
+                                Some("a restore from its image took too long".to_owned());
                         }
                         return Err(error);
                     }
@@ -46,7 +47,7 @@ impl Machine {
     }
 
     /// What the image is of, if that is what a restore goes to.
-    fn source_of_image(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
+    fn valid_source(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
         let source = self.keys.image.source(domain, snapshot);
         let right = source.ok().filter(|source| self.keys.image.is_of(source));
         if right.is_none() {
@@ -58,7 +59,7 @@ impl Machine {
         right
     }
 
-    fn restored_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
+    fn restore_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
         self.timed("disk", || source.put_back(snapshot))?;
         self.timed("load", || self.keys.image.restore(connect))
     }
@@ -69,10 +70,10 @@ impl Machine {
         let before = self.lock().ends;
         let ended = restore::destroy(domain)?;
         if ended {
-            self.hear_end(before, Deadline::after(HEARING));
+            self.wait_for_end(before, Deadline::after(END_EVENT_TIMEOUT));
         }
         self.keys.image.remove();
-        self.lock().no_image = Some(format!("its save image has failed: {error}"));
+        self.lock().image_disabled = Some(format!("its save image has failed: {error}"));
         Ok(())
     }
 
@@ -81,32 +82,32 @@ impl Machine {
     pub(super) fn have_image(
         &self,
         connect: &Connect,
-        occasion: Occasion,
-        given_up: &AtomicBool,
+        trigger: PrepareTrigger,
+        cancelled: &AtomicBool,
         why: &str,
     ) -> Result<()> {
         let domain = restore::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
-        restore::expect_off(&domain)?;
+        restore::ensure_off(&domain)?;
         let found = self.image_source(&domain);
         let (snapshot, source) = match found {
             Ok(found) => found,
-            Err(no_image) => {
+            Err(image_disabled) => {
                 self.keys.image.remove();
-                self.tell_plain(&format!("{why}; {no_image}"));
+                self.report_plain(&format!("{why}; {image_disabled}"));
                 return Ok(());
             }
         };
         if !self.keys.image.is_of(&source) {
-            if let Some(spares) = self.spares(&domain, occasion) {
-                self.tell_plain(&spares);
+            if let Some(foreign_work) = self.foreign_work(&domain, trigger) {
+                self.report_plain(&foreign_work);
                 return Ok(());
             }
             if let Err(no_room) = self.keys.image.make_room(&domain) {
-                self.tell_plain(&format!("{why}; {no_room}"));
+                self.report_plain(&format!("{why}; {no_room}"));
                 return Ok(());
             }
-            self.make_image(connect, &domain, &snapshot, given_up)?;
+            self.make_image(connect, &domain, &snapshot, cancelled)?;
         }
         let ready = RestoreReadiness {
             mode: Readiness::Instant,
@@ -120,10 +121,10 @@ impl Machine {
 
     /// What an image is to be of, or why there is none.
     fn image_source(&self, domain: &Domain) -> std::result::Result<(Snapshot, Source), String> {
-        if let Some(why) = &self.lock().no_image {
+        if let Some(why) = &self.lock().image_disabled {
             return Err(why.clone());
         }
-        self.keys.image.is_worth_it(domain)?;
+        self.keys.image.ensure_wanted_for(domain)?;
         let snapshot =
             restore::find(domain, self.keys.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
         let source = self.keys.image.source(domain, &snapshot)?;
@@ -136,34 +137,34 @@ impl Machine {
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
-        given_up: &AtomicBool,
+        cancelled: &AtomicBool,
     ) -> Result<()> {
-        expect_wanted(given_up)?;
+        ensure_not_cancelled(cancelled)?;
         let before = self.lock().ends;
         remove_managed_save(domain, self.name())?;
-        self.begin_note(domain)?;
-        let still_wanted = || expect_wanted(given_up);
-        let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &still_wanted));
+        self.begin_marker(domain)?;
+        let ensure_wanted = || ensure_not_cancelled(cancelled);
+        let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &ensure_wanted));
         match &made {
-            Ok(()) => self.is_let_go(true, before, Deadline::after(HEARING)),
-            Err(error) => self.image_not_made(error, given_up),
+            Ok(()) => self.after_own_end(true, before, Deadline::after(END_EVENT_TIMEOUT)),
+            Err(error) => self.image_not_made(error, cancelled),
         }
         made
     }
 
     /// What fails once, by nobody's doing, fails each time, and costs time and room on a disk.
-    fn image_not_made(&self, error: &Error, given_up: &AtomicBool) {
+    fn image_not_made(&self, error: &Error, cancelled: &AtomicBool) {
         self.keys.image.remove();
         self.preparation_failed();
         let mut now = self.lock();
-        if given_up.load(Ordering::SeqCst) {
-            now.images_given_up += 1;
-            if now.images_given_up >= GIVEN_UP {
-                now.no_image =
+        if cancelled.load(Ordering::SeqCst) {
+            now.cancelled_images += 1;
+            if now.cancelled_images >= MAX_CANCELLED_IMAGES {
+                now.image_disabled =
                     Some("making its save image takes too long: it was given up again and again".to_owned());
             }
         } else if !now.lost {
-            now.no_image = Some(format!("its save image cannot be made: {error}"));
+            now.image_disabled = Some(format!("its save image cannot be made: {error}"));
         }
     }
 }

@@ -20,25 +20,25 @@ use machinery::{Deadline, Error, Reloadable, RestoreReadiness, Result, Share, St
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use super::{Doing, HEARING, Machine, Now};
+use super::{END_EVENT_TIMEOUT, Machine, MachineState, Operation};
 use crate::call::Call;
 use crate::errors::{explain, is_no_domain};
 use crate::events::Event;
 use crate::foreign::{self, remove_managed_save};
 use crate::restore::{self, Snapshot};
-use crate::standby::{self, Held, Mark};
-use crate::states::{Told, is_of_revert};
+use crate::standby::{self, Fingerprint, StandbyDomain};
+use crate::states::{StateReport, is_revert_step};
 
 /// How long it may take to end what has stood by.
-const CLEARING: Duration = Duration::from_secs(30);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a new libvirtd is given to take a domain over that an old one was loading. One that cannot do
 /// it hangs until the domain is ended.
-const TAKING_OVER: Duration = Duration::from_secs(3);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The reason for preparing a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Occasion {
+pub enum PrepareTrigger {
     /// Somebody has asked for the preparation.
     Request,
     /// The host prepares the machine by itself, so no changes of somebody else may be lost.
@@ -50,62 +50,62 @@ impl Machine {
     ///
     /// # Errors
     /// The machine is on; libvirt cannot; it was given up.
-    pub fn prepare(self: &Arc<Self>, occasion: Occasion, deadline: Deadline) -> Result<()> {
-        self.expect_no_run(deadline)?;
-        if let Some(why) = self.why_not()
+    pub fn prepare(self: &Arc<Self>, trigger: PrepareTrigger, deadline: Deadline) -> Result<()> {
+        self.ensure_no_run(deadline)?;
+        if let Some(why) = self.no_standby_reason()
             && self.keys.image.is_off()
         {
             // One of a time when it was on.
             self.keys.image.remove();
             let why = [Some(why.to_owned()), self.keys.image.why_none()].into_iter().flatten();
-            self.tell_plain(&why.collect::<Vec<_>>().join("; "));
+            self.report_plain(&why.collect::<Vec<_>>().join("; "));
             return Ok(());
         }
         // A restore that comes meanwhile would have to wait for libvirt twice.
-        if self.waits_for_libvirt() {
+        if self.prepare_when_reconnected() {
             return Ok(());
         }
-        let prepared = self.prepare_with_libvirt(occasion, deadline);
+        let prepared = self.prepare_with_libvirt(trigger, deadline);
         // Asking takes time, which there has to be.
-        if prepared.is_err() && !deadline.passed() && self.waits_for_libvirt() {
+        if prepared.is_err() && !deadline.passed() && self.prepare_when_reconnected() {
             return Ok(());
         }
         if let Err(error) = &prepared {
-            self.tell_plain(&error.to_string());
+            self.report_plain(&error.to_string());
         }
-        self.look_back(prepared.is_ok());
+        self.handle_events_during_prepare(prepared.is_ok());
         prepared
     }
 
     /// Whether libvirt is away; then it is prepared when libvirt is back.
-    fn waits_for_libvirt(&self) -> bool {
-        self.lock().waits_for_libvirt = true;
+    fn prepare_when_reconnected(&self) -> bool {
+        self.lock().prepare_when_reconnected = true;
         if self.link.is_away() {
-            self.tell_plain("libvirt is away, and the machine is prepared when it is back");
+            self.report_plain("libvirt is away, and the machine is prepared when it is back");
             return true;
         }
-        self.lock().waits_for_libvirt = false;
+        self.lock().prepare_when_reconnected = false;
         false
     }
 
-    fn prepare_with_libvirt(self: &Arc<Self>, occasion: Occasion, deadline: Deadline) -> Result<()> {
-        self.end_late_call(deadline)?;
-        let _preparing = self.begin(Doing::Preparing, deadline)?;
-        let given_up = Arc::clone(&self.lock().give_up);
-        let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
+    fn prepare_with_libvirt(self: &Arc<Self>, trigger: PrepareTrigger, deadline: Deadline) -> Result<()> {
+        self.end_abandoned_call(deadline)?;
+        let _preparing = self.begin(Operation::Preparing, deadline)?;
+        let cancelled = Arc::clone(&self.lock().cancel);
+        let (machine, too_late) = (Arc::clone(self), Arc::clone(&cancelled));
         let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
-            machine.get_ready(connect, occasion, &too_late)
+            machine.prepare_restore(connect, trigger, &too_late)
         })?;
         let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
-            given_up.store(true, Ordering::SeqCst);
+            cancelled.store(true, Ordering::SeqCst);
             Err(self.abandon(call, false, deadline))
         });
-        prepared.and_then(|()| self.still_wants(&given_up))
+        prepared.and_then(|()| self.discard_if_cancelled(&cancelled))
     }
 
     /// A stop may come when all is prepared, but before that was known to anybody.
-    fn still_wants(&self, given_up: &AtomicBool) -> Result<()> {
-        expect_wanted(given_up).inspect_err(|_| {
+    fn discard_if_cancelled(&self, cancelled: &AtomicBool) -> Result<()> {
+        ensure_not_cancelled(cancelled).inspect_err(|_| {
             if self.take_standby("it was given up").is_some() {
                 self.preparation_failed();
             }
@@ -113,13 +113,13 @@ impl Machine {
     }
 
     /// Makes up for what was heard while a preparation was under way.
-    fn look_back(self: &Arc<Self>, prepared: bool) {
-        let (doubt, lost, reset) = {
+    fn handle_events_during_prepare(self: &Arc<Self>, prepared: bool) {
+        let (unusable, lost, reset) = {
             let now = self.lock();
-            (now.standby.as_ref().and_then(|held| held.doubt.clone()), now.lost, now.reset)
+            (now.standby.as_ref().and_then(|held| held.unusable.clone()), now.lost, now.reset)
         };
-        if let Some(doubt) = doubt {
-            self.replace(&doubt);
+        if let Some(unusable) = unusable {
+            self.replace(&unusable);
         } else if lost && !prepared {
             self.host
                 .preparation_invalidated(&self.keys.info.name, "libvirtd has ended while it was prepared");
@@ -130,7 +130,7 @@ impl Machine {
     }
 
     /// Why it does not stand by at all.
-    fn why_not(&self) -> Option<&'static str> {
+    fn no_standby_reason(&self) -> Option<&'static str> {
         match self.keys.standby {
             Standby::On => None,
             Standby::Off => Some("standby is off"),
@@ -144,11 +144,11 @@ impl Machine {
     ///
     /// # Errors
     /// It is on.
-    pub fn expect_off(&self, deadline: Deadline) -> Result<()> {
+    pub fn ensure_off(&self, deadline: Deadline) -> Result<()> {
         // The host hears of an end a moment before it is noted here.
-        let runs = |now: &mut Now| now.has_run;
-        let patience = deadline.within(HEARING).remaining();
-        let waited = self.news.wait_timeout_while(self.lock(), patience, runs);
+        let run_marker = |now: &mut MachineState| now.has_run;
+        let patience = deadline.within(END_EVENT_TIMEOUT).remaining();
+        let waited = self.news.wait_timeout_while(self.lock(), patience, run_marker);
         if !waited.unwrap_or_else(PoisonError::into_inner).0.has_run {
             return Ok(());
         }
@@ -160,13 +160,13 @@ impl Machine {
     ///
     /// # Errors
     /// libvirt cannot end it.
-    pub fn retire(&self, deadline: Deadline) -> Result<()> {
-        self.give_up_preparing(deadline);
-        self.end_late_call(deadline)?;
-        let _letting_go = self.begin(Doing::LettingGo, deadline)?;
+    pub fn discard_standby(&self, deadline: Deadline) -> Result<()> {
+        self.cancel_prepare(deadline);
+        self.end_abandoned_call(deadline)?;
+        let _letting_go = self.begin(Operation::Discarding, deadline)?;
         self.take_standby("its configuration has changed, and what stood by was let go with that");
         // Without a need libvirt is not asked: it may be away.
-        if self.note.is_there() { self.let_go(deadline) } else { Ok(()) }
+        if self.marker.exists() { self.end_standby(deadline) } else { Ok(()) }
     }
 
     /// Removes its save image, unless one of these machines has it.
@@ -177,14 +177,14 @@ impl Machine {
     }
 
     /// Waits for the event of a run's end: libvirt may say that the run is over before the event arrives.
-    fn expect_no_run(&self, deadline: Deadline) -> Result<()> {
+    fn ensure_no_run(&self, deadline: Deadline) -> Result<()> {
         let (has_run, _, before) = self.now();
-        let soon = deadline.within(HEARING);
+        let soon = deadline.within(END_EVENT_TIMEOUT);
         if has_run
-            && self.told_state(soon).is_ok_and(|(state, _)| state == State::Poweroff)
-            && !self.hear_end(before, soon)
+            && self.query_state(soon).is_ok_and(|(state, _)| state == State::Poweroff)
+            && !self.wait_for_end(before, soon)
         {
-            self.note_end();
+            self.record_end();
         }
         match self.has_run() {
             true => Err(Error::unexpected_state("the machine is running").advice("Stop it first")),
@@ -192,27 +192,32 @@ impl Machine {
         }
     }
 
-    fn get_ready(&self, connect: &Connect, occasion: Occasion, given_up: &AtomicBool) -> Result<()> {
-        let why = match self.why_not() {
+    fn prepare_restore(
+        &self,
+        connect: &Connect,
+        trigger: PrepareTrigger,
+        cancelled: &AtomicBool,
+    ) -> Result<()> {
+        let why = match self.no_standby_reason() {
             Some(why) => why.to_owned(),
-            None => match self.stand_by(connect, occasion, given_up)? {
+            None => match self.stand_by(connect, trigger, cancelled)? {
                 Some(why) => why,
                 None => return Ok(()),
             },
         };
-        self.have_image(connect, occasion, given_up, &why)
+        self.have_image(connect, trigger, cancelled, &why)
     }
 
     /// Returns the reason why the domain, which is off, is not reverted. There is one if the revert would
     /// discard somebody else's work and nobody has asked for that.
-    pub(super) fn spares(&self, domain: &Domain, occasion: Occasion) -> Option<String> {
-        let only_ours = self.lock().only_ours;
-        let work = match occasion {
-            Occasion::Request => None,
-            Occasion::Automatic => self.disks.foreign_work(domain, only_ours),
+    pub(super) fn foreign_work(&self, domain: &Domain, trigger: PrepareTrigger) -> Option<String> {
+        let only_own_runs = self.lock().only_own_runs;
+        let work = match trigger {
+            PrepareTrigger::Request => None,
+            PrepareTrigger::Automatic => self.disks.foreign_work(domain, only_own_runs),
         };
         let why = work.map(|work| foreign::advice(self.name(), &work));
-        let before = std::mem::replace(&mut self.lock().spared, why.clone());
+        let before = std::mem::replace(&mut self.lock().reported_foreign_work, why.clone());
         if let Some(why) = &why
             && before != Some(why.clone())
         {
@@ -226,17 +231,17 @@ impl Machine {
     fn stand_by(
         &self,
         connect: &Connect,
-        occasion: Occasion,
-        given_up: &AtomicBool,
+        trigger: PrepareTrigger,
+        cancelled: &AtomicBool,
     ) -> Result<Option<String>> {
-        if self.stands_by_still(connect) {
+        if self.standby_is_valid(connect) {
             return Ok(None);
         }
         self.take_standby("it is prepared anew");
         let domain = restore::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
-        restore::expect_off(&domain)?;
-        if let Some(why) = self.spares(&domain, occasion) {
+        restore::ensure_off(&domain)?;
+        if let Some(why) = self.foreign_work(&domain, trigger) {
             return Ok(Some(why));
         }
         let snapshot = restore::find(&domain, self.keys.info.snapshot.as_deref())?;
@@ -244,7 +249,7 @@ impl Machine {
             Ok(share) => share,
             Err(why) => return Ok(Some(why)),
         };
-        let loaded = self.load(connect, &domain, &snapshot, share, given_up);
+        let loaded = self.load(connect, &domain, &snapshot, share, cancelled);
         if loaded.is_err() {
             self.preparation_failed();
         }
@@ -266,29 +271,29 @@ impl Machine {
         domain: &Domain,
         snapshot: &Snapshot,
         share: Share,
-        given_up: &AtomicBool,
+        cancelled: &AtomicBool,
     ) -> Result<()> {
-        expect_wanted(given_up)?;
-        let heard_by = self.link.number();
+        ensure_not_cancelled(cancelled)?;
+        let events_from = self.link.number();
         remove_managed_save(domain, self.name())?;
-        self.begin_note(domain)?;
+        self.begin_marker(domain)?;
         self.timed("revert", || snapshot.revert_paused())?;
         let domain = self.mark(connect)?;
-        let mark = Mark::of(&domain, snapshot.identity.clone())?;
-        let held = Held::new(&domain, mark.clone(), heard_by, share);
+        let fingerprint = Fingerprint::of(&domain, snapshot.identity.clone())?;
+        let held = StandbyDomain::new(&domain, fingerprint.clone(), events_from, share);
         let ready = held.ready();
-        self.install(held, given_up)?;
+        self.install(held, cancelled)?;
         // Only now, so that what happens after the look is heard.
-        mark.check(connect, self.label(), self.keys.info.snapshot.as_deref())?;
-        self.expect_no_reset()?;
+        fingerprint.check(connect, self.label(), self.keys.info.snapshot.as_deref())?;
+        self.ensure_no_reset()?;
         self.host.ready(&self.keys.info.name, &ready);
         Ok(())
     }
 
     /// A stop that comes before this is obeyed, and one that comes later finds what there is to let go.
-    fn install(&self, held: Held, given_up: &AtomicBool) -> Result<()> {
+    fn install(&self, held: StandbyDomain, cancelled: &AtomicBool) -> Result<()> {
         let mut now = self.lock();
-        expect_wanted(given_up)?;
+        ensure_not_cancelled(cancelled)?;
         now.standby = Some(held);
         Ok(())
     }
@@ -298,52 +303,55 @@ impl Machine {
     pub(super) fn preparation_failed(&self) {
         drop(self.lock().standby.take());
         let label = self.keys.info.label.clone();
-        let settled =
-            self.link.ask(Deadline::after(TAKING_OVER), "libvirt to take the domain over", move |connect| {
+        let settled = self.link.ask(
+            Deadline::after(SETTLE_TIMEOUT),
+            "libvirt to take the domain over",
+            move |connect| {
                 restore::settle(&restore::domain(connect, &label)?);
                 Ok(())
-            });
+            },
+        );
         if let Err(error) = settled {
             tracing::debug!(machine = self.keys.info.name, %error, "libvirt has not taken the domain over");
         }
-        if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
+        if let Err(error) = self.end_standby(Deadline::after(CLEANUP_TIMEOUT)) {
             tracing::warn!(machine = self.keys.info.name, %error, "what a preparation has left stays for now");
         }
     }
 
-    fn stands_by_still(&self, connect: &Connect) -> bool {
-        let mark = match &self.lock().standby {
-            Some(Held { mark, doubt: None, .. }) => mark.clone(),
+    fn standby_is_valid(&self, connect: &Connect) -> bool {
+        let fingerprint = match &self.lock().standby {
+            Some(StandbyDomain { fingerprint, unusable: None, .. }) => fingerprint.clone(),
             _ => return false,
         };
-        mark.check(connect, self.label(), self.keys.info.snapshot.as_deref()).is_ok()
+        fingerprint.check(connect, self.label(), self.keys.info.snapshot.as_deref()).is_ok()
     }
 
     /// Has a preparation that is under way give up. It is waited for by what comes next.
-    pub(super) fn give_up_preparing(&self, deadline: Deadline) {
+    pub(super) fn cancel_prepare(&self, deadline: Deadline) {
         {
             let now = self.lock();
-            if now.doing != Doing::Preparing {
+            if now.operation != Operation::Preparing {
                 return;
             }
-            now.give_up.store(true, Ordering::SeqCst);
+            now.cancel.store(true, Ordering::SeqCst);
         }
         // What is in the middle of being loaded need not be loaded to its end.
-        self.pull_own_plug(deadline);
+        self.try_destroy_own(deadline);
     }
 
     /// Ends the domain, if it was started here.
-    pub(super) fn pull_own_plug(&self, deadline: Deadline) {
+    pub(super) fn try_destroy_own(&self, deadline: Deadline) {
         if let Err(error) = self.destroy_own(deadline) {
             tracing::debug!(machine = self.keys.info.name, %error, "the plug is not pulled");
         }
     }
 
     pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
-        let (label, note) = (self.keys.info.label.clone(), self.note.clone());
+        let (label, marker) = (self.keys.info.label.clone(), self.marker.clone());
         self.link.ask(deadline, "libvirt to end what stands by", move |connect| {
             match connect.lookup_domain_by_name(&label) {
-                Ok(domain) => Ok(note.is_about(&domain)? && restore::destroy(&domain)?),
+                Ok(domain) => Ok(marker.matches(&domain)? && restore::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
                 Err(error) => Err(explain("look up the domain", &error)),
             }
@@ -351,64 +359,66 @@ impl Machine {
     }
 
     /// Waits until nothing is done that nobody outside has asked for.
-    pub(super) fn wait_for_in_house_work(&self, deadline: Deadline) -> MutexGuard<'_, Now> {
-        let in_house = |now: &mut Now| matches!(now.doing, Doing::Preparing | Doing::LettingGo);
+    pub(super) fn wait_for_hidden_work(&self, deadline: Deadline) -> MutexGuard<'_, MachineState> {
+        let in_house =
+            |now: &mut MachineState| matches!(now.operation, Operation::Preparing | Operation::Discarding);
         let waited = self.news.wait_timeout_while(self.lock(), deadline.remaining(), in_house);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// What stands by, which does so no more; `why` says it.
-    pub(super) fn take_standby(&self, why: &str) -> Option<Held> {
+    pub(super) fn take_standby(&self, why: &str) -> Option<StandbyDomain> {
         let held = self.lock().standby.take()?;
-        self.tell_plain(why);
+        self.report_plain(why);
         Some(held)
     }
 
     /// Lets what stands by run; `false` if it must not, and then it is left for the start to end.
-    pub(super) fn lets_run(self: &Arc<Self>, held: Held, deadline: Deadline) -> Result<bool> {
-        if let Some(doubt) = &held.doubt {
-            tracing::warn!(machine = self.keys.info.name, doubt, "what stands by is not used");
+    pub(super) fn resume_standby(self: &Arc<Self>, held: StandbyDomain, deadline: Deadline) -> Result<bool> {
+        if let Some(unusable) = &held.unusable {
+            tracing::warn!(machine = self.keys.info.name, unusable, "what stands by is not used");
             return Ok(false);
         }
-        let given_up = Arc::new(AtomicBool::new(false));
+        let cancelled = Arc::new(AtomicBool::new(false));
         let resumed = Arc::new(AtomicBool::new(false));
-        let (machine, too_late, done) = (Arc::clone(self), Arc::clone(&given_up), Arc::clone(&resumed));
+        let (machine, too_late, done) = (Arc::clone(self), Arc::clone(&cancelled), Arc::clone(&resumed));
         let call = self.link.short_call(deadline, move |connect, number| {
-            let runs = number == held.heard_by && machine.resume(connect, &held.mark, &too_late);
-            done.store(runs, Ordering::SeqCst);
+            let run_marker =
+                number == held.events_from && machine.resume(connect, &held.fingerprint, &too_late);
+            done.store(run_marker, Ordering::SeqCst);
             Ok(())
         })?;
         match call.wait(deadline.remaining()) {
             Some(outcome) => outcome.map(|()| resumed.load(Ordering::SeqCst)),
             None => {
-                given_up.store(true, Ordering::SeqCst);
+                cancelled.store(true, Ordering::SeqCst);
                 Err(self.abandon(call, true, deadline))
             }
         }
     }
 
-    fn resume(&self, connect: &Connect, mark: &Mark, given_up: &AtomicBool) -> bool {
-        let checked =
-            self.timed("check", || mark.check(connect, self.label(), self.keys.info.snapshot.as_deref()));
+    fn resume(&self, connect: &Connect, fingerprint: &Fingerprint, cancelled: &AtomicBool) -> bool {
+        let checked = self
+            .timed("check", || fingerprint.check(connect, self.label(), self.keys.info.snapshot.as_deref()));
         let domain = match checked {
             Ok(domain) => domain,
-            Err(error) => return self.is_not_used(&error),
+            Err(error) => return self.log_unused(&error),
         };
         self.lock().has_run = true;
         // The event of a reset may arrive after the answers to later requests.
-        let resumed = self.timed("resume", || restore::resume(&domain)).and_then(|()| self.expect_no_reset());
+        let resumed = self.timed("resume", || restore::resume(&domain)).and_then(|()| self.ensure_no_reset());
         if let Err(error) = resumed {
             self.lock().has_run = false;
-            return self.is_not_used(&error);
+            return self.log_unused(&error);
         }
-        self.lock().known_to_run = true;
-        if given_up.load(Ordering::SeqCst) {
+        self.lock().host_knows_running = true;
+        if cancelled.load(Ordering::SeqCst) {
             self.end_failed_start(&domain);
         }
         true
     }
 
-    fn is_not_used(&self, why: &Error) -> bool {
+    fn log_unused(&self, why: &Error) -> bool {
         tracing::warn!(machine = self.keys.info.name, %why, "what stands by is not used");
         false
     }
@@ -419,28 +429,28 @@ impl Machine {
     }
 
     /// Ends what has stood by, and returns when its end was heard.
-    pub(super) fn let_go(&self, deadline: Deadline) -> Result<()> {
+    pub(super) fn end_standby(&self, deadline: Deadline) -> Result<()> {
         let before = self.lock().ends;
         let ended = self.destroy_own(deadline)?;
-        self.is_let_go(ended, before, deadline);
+        self.after_own_end(ended, before, deadline);
         Ok(())
     }
 
     pub(super) fn end_own(&self, domain: &Domain) -> Result<()> {
-        if self.note.is_about(domain)? {
+        if self.marker.matches(domain)? {
             let before = self.lock().ends;
             let ended = restore::destroy(domain)?;
-            self.is_let_go(ended, before, Deadline::after(HEARING));
+            self.after_own_end(ended, before, Deadline::after(END_EVENT_TIMEOUT));
         } else if !domain.is_active().unwrap_or(true) {
             // What it was about has ended; what somebody starts later is not ours.
-            self.remove_note();
+            self.remove_marker();
         }
         Ok(())
     }
 
-    pub(super) fn is_let_go(&self, ended: bool, before: u64, deadline: Deadline) {
+    pub(super) fn after_own_end(&self, ended: bool, before: u64, deadline: Deadline) {
         if ended {
-            self.hear_end(before, deadline.within(HEARING));
+            self.wait_for_end(before, deadline.within(END_EVENT_TIMEOUT));
         } else {
             self.lock().disks = None;
         }
@@ -451,7 +461,7 @@ impl Machine {
 
     /// Handles a reset, which boots the guest anew. A standby, or a domain that is about to be resumed, has
     /// lost its snapshot's state. A guest that runs may reboot.
-    pub(super) fn heard_reset(self: &Arc<Self>) {
+    pub(super) fn on_reset_event(self: &Arc<Self>) {
         let hidden = {
             let mut now = self.lock();
             now.reset = true;
@@ -463,9 +473,9 @@ impl Machine {
     }
 
     /// Something happened to a domain that nobody outside knows to be there.
-    pub(super) fn heard_in_house(self: &Arc<Self>, event: &Event, (state, reason): &Told) {
+    pub(super) fn on_hidden_event(self: &Arc<Self>, event: &Event, (state, reason): &StateReport) {
         tracing::debug!(machine = self.keys.info.name, %state, reason, "a step of standing by");
-        if !is_of_revert(event) {
+        if !is_revert_step(event) {
             self.replace(&format!("what stood by is {state} by itself: {reason}"));
         }
     }
@@ -475,17 +485,17 @@ impl Machine {
         {
             let mut now = self.lock();
             let Some(held) = &mut now.standby else { return };
-            held.doubt = Some(why.to_owned());
-            if now.doing != Doing::Nothing {
+            held.unusable = Some(why.to_owned());
+            if now.operation != Operation::Idle {
                 // Whoever is at it will see.
                 return;
             }
             now.standby = None;
-            now.doing = Doing::LettingGo;
+            now.operation = Operation::Discarding;
         }
         let (machine, reason) = (Arc::clone(self), why.to_owned());
         let replacing = Call::start(move || {
-            machine.let_go_for_another(&reason);
+            machine.end_and_request_renewal(&reason);
             Ok(())
         });
         if let Err(error) = replacing {
@@ -494,29 +504,29 @@ impl Machine {
         }
     }
 
-    fn let_go_for_another(&self, why: &str) {
+    fn end_and_request_renewal(&self, why: &str) {
         let letting_go = super::Action(self);
-        self.tell_plain(why);
-        if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
+        self.report_plain(why);
+        if let Err(error) = self.end_standby(Deadline::after(CLEANUP_TIMEOUT)) {
             tracing::warn!(machine = self.keys.info.name, %error, "what stood by stays for now");
         }
         drop(letting_go);
-        match self.told_state(Deadline::after(CLEARING)) {
+        match self.query_state(Deadline::after(CLEANUP_TIMEOUT)) {
             Ok((State::Poweroff, _)) => self.host.preparation_invalidated(&self.keys.info.name, why),
             // Somebody has started it again, of which nobody was told.
-            Ok((state, reason)) => self.tell_state(state, &reason),
+            Ok((state, reason)) => self.report_state(state, &reason),
             Err(error) => tracing::warn!(machine = self.keys.info.name, %error, "what stood by is gone"),
         }
     }
 
     /// What happens to it is not heard any more.
-    pub(super) fn doubt(&self, why: &str) {
+    pub(super) fn unusable(&self, why: &str) {
         let mut now = self.lock();
         now.lost = true;
         let Some(held) = &mut now.standby else { return };
-        held.doubt = Some(why.to_owned());
+        held.unusable = Some(why.to_owned());
         drop(now);
-        self.tell_plain(why);
+        self.report_plain(why);
     }
 
     /// libvirt is there again: what stood by has been out of sight, and what was not prepared because
@@ -524,25 +534,25 @@ impl Machine {
     pub(super) fn renew_standby(self: &Arc<Self>) {
         let (stands_by, idle, waits) = {
             let mut now = self.lock();
-            let idle = now.doing == Doing::Nothing && !now.has_run;
-            (now.standby.is_some(), idle, std::mem::take(&mut now.waits_for_libvirt))
+            let idle = now.operation == Operation::Idle && !now.has_run;
+            (now.standby.is_some(), idle, std::mem::take(&mut now.prepare_when_reconnected))
         };
         if stands_by {
             self.replace("libvirtd has ended meanwhile");
-        } else if waits || idle && self.why_not().is_none() {
+        } else if waits || idle && self.no_standby_reason().is_none() {
             self.host.preparation_invalidated(&self.keys.info.name, "libvirt was away");
         }
     }
 
     pub(super) fn is_hidden(&self) -> bool {
-        self.late_preparation_has_ended();
+        self.forget_ended_preparation();
         self.lock().is_hidden()
     }
 
     /// Forgets a preparation that nobody waits for once it has ended.
-    fn late_preparation_has_ended(&self) {
+    fn forget_ended_preparation(&self) {
         if self.lock().late.as_ref().is_some_and(|late| !late.is_start) {
-            self.late_call_has_ended(Deadline::after(Duration::ZERO));
+            self.abandoned_call_has_ended(Deadline::after(Duration::ZERO));
         }
     }
 
@@ -550,21 +560,21 @@ impl Machine {
     ///
     /// # Errors
     /// It is.
-    pub(super) fn expect_not_hidden(&self) -> Result<()> {
+    pub(super) fn ensure_visible(&self) -> Result<()> {
         match self.is_hidden() {
             true => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
             false => Ok(()),
         }
     }
 
-    pub(super) fn tell_plain(&self, why: &str) {
+    pub(super) fn report_plain(&self, why: &str) {
         let ready = RestoreReadiness { reason: why.to_owned(), ..RestoreReadiness::default() };
         self.host.ready(&self.keys.info.name, &ready);
     }
 }
 
-pub(super) fn expect_wanted(given_up: &AtomicBool) -> Result<()> {
-    match given_up.load(Ordering::SeqCst) {
+pub(super) fn ensure_not_cancelled(cancelled: &AtomicBool) -> Result<()> {
+    match cancelled.load(Ordering::SeqCst) {
         true => Err(Error::failed("preparing was given up for something else")),
         false => Ok(()),
     }

@@ -20,14 +20,14 @@ use crate::link::Link;
 use crate::restore;
 
 /// How often the progress of a dump is asked for; its end is an answer.
-const PROGRESS: Duration = Duration::from_millis(250);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// A dump that did not make it in time may end within this, so that the machine is free again. It
 /// cannot be ended: libvirt aborts no memory-only dump. Source: its src/qemu/qemu_driver.c.
-const LAST_CHANCE: Duration = Duration::from_secs(1);
+const DUMP_GRACE: Duration = Duration::from_secs(1);
 /// If a dump fails and less space than this is free, in bytes, the lack of space is the cause.
-const NO_SPACE: u64 = 1 << 20;
+const FULL_BELOW: u64 = 1 << 20;
 /// No screen is larger; what is, is no screen.
-const LARGEST_PICTURE: usize = 256 << 20;
+const MAX_SCREENSHOT: usize = 256 << 20;
 
 const PNG: &[u8] = b"\x89PNG";
 
@@ -53,11 +53,11 @@ pub fn dump_memory(
     let call =
         link.long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
     let outcome = loop {
-        if let Some(outcome) = call.wait(PROGRESS.min(deadline.remaining())) {
+        if let Some(outcome) = call.wait(PROGRESS_INTERVAL.min(deadline.remaining())) {
             break outcome;
         }
         if deadline.passed() {
-            let _ = call.wait(LAST_CHANCE);
+            let _ = call.wait(DUMP_GRACE);
             break Err(deadline.timeout("libvirt to dump the memory"));
         }
         progress(fraction(link, &label, deadline));
@@ -69,7 +69,7 @@ pub fn dump_memory(
 
 /// Whether the file system of that file has no space left.
 fn is_full(file: &Path) -> bool {
-    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < NO_SPACE)
+    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < FULL_BELOW)
 }
 
 fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
@@ -144,7 +144,7 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
             return Ok(picture);
         }
         picture.extend_from_slice(received);
-        if picture.len() > LARGEST_PICTURE {
+        if picture.len() > MAX_SCREENSHOT {
             return Err(Error::failed("libvirt's screenshot does not come to an end"));
         }
     }

@@ -36,7 +36,7 @@ const PREFIX: &str = "machinery";
 
 /// The note of one machine's run.
 #[derive(Debug, Clone)]
-pub struct RunNote {
+pub struct RunMarker {
     path: PathBuf,
     /// The content of the file, or the content that could not be written.
     run: Arc<Mutex<Option<Run>>>,
@@ -55,10 +55,10 @@ struct Run {
     marked: bool,
 }
 
-impl RunNote {
+impl RunMarker {
     /// The note of that machine, in the machinery's state folder.
     pub fn of(machine: &str, state_dir: &Path) -> Self {
-        RunNote { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
+        RunMarker { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
     }
 
     /// Records that the domain is about to be started.
@@ -93,7 +93,7 @@ impl RunNote {
     }
 
     /// Whether a run, or what stands by, is noted.
-    pub fn is_there(&self) -> bool {
+    pub fn exists(&self) -> bool {
         self.lock().is_some() || self.path.exists()
     }
 
@@ -101,7 +101,7 @@ impl RunNote {
     ///
     /// # Errors
     /// libvirt does not answer.
-    pub fn is_about(&self, domain: &Domain) -> Result<bool> {
+    pub fn matches(&self, domain: &Domain) -> Result<bool> {
         let Some(run) = self.read() else { return Ok(false) };
         let uuid = domain.uuid_string().map_err(|error| explain("tell the domain's uuid", &error))?;
         if uuid != run.uuid {
@@ -110,7 +110,7 @@ impl RunNote {
         if token_of(domain)?.is_some_and(|metadata| metadata.contains(&run.token)) {
             return Ok(true);
         }
-        Ok(!run.marked && kernels("boot_id")? == run.boot && is_held(domain)?)
+        Ok(!run.marked && kernels("boot_id")? == run.boot && is_paused(domain)?)
     }
 
     /// There is no run any more.
@@ -154,7 +154,7 @@ fn token_of(domain: &Domain) -> Result<Option<String>> {
 }
 
 /// Whether the domain is on, and its guest does not run.
-fn is_held(domain: &Domain) -> Result<bool> {
+fn is_paused(domain: &Domain) -> Result<bool> {
     let (state, _) = restore::state(domain)?;
     Ok(!matches!(state, State::Running | State::Poweroff))
 }
@@ -173,25 +173,25 @@ mod tests {
     #[test]
     fn note_outlives_its_host_when_it_is_not_removed() {
         let folder = tempfile::tempdir().unwrap();
-        let note = || RunNote::of("m", folder.path());
-        assert!(note().read().is_none() && !note().is_there());
+        let note = || RunMarker::of("m", folder.path());
+        assert!(note().read().is_none() && !note().exists());
         let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true };
         note().write(run.clone());
         assert_eq!(note().read(), Some(run));
         fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
-        assert!(note().read().is_none() && note().is_there());
+        assert!(note().read().is_none() && note().exists());
         note().remove();
-        assert!(!note().is_there());
+        assert!(!note().exists());
     }
 
     #[test]
     fn note_is_known_to_its_host_when_it_cannot_be_written() {
-        let note = RunNote::of("m", Path::new("/none"));
+        let note = RunMarker::of("m", Path::new("/none"));
         let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false };
         note.write(run.clone());
         assert_eq!(note.read(), Some(run));
         note.remove();
-        assert!(!note.is_there());
+        assert!(!note.exists());
     }
 
     #[test]
