@@ -12,13 +12,14 @@ use virt::domain::Domain;
 use crate::access::{self, KVM, Permissions};
 use crate::compare;
 use crate::config::Config;
+use crate::domain;
 use crate::dsn::{self, is_local};
 use crate::errors::explain;
 use crate::files;
 use crate::foreign;
 use crate::link::Link;
-use crate::restore::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 use crate::run_marker::RunMarker;
+use crate::snapshot::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 
 /// How long libvirt may take to answer everything.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -77,7 +78,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
 
 fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
     let name = &info.name;
-    let domain = match restore::domain(connect, &info.label) {
+    let domain = match domain::domain(connect, &info.label) {
         Ok(domain) => domain,
         Err(error) => {
             let key = ["machines", name, "label"];
@@ -86,13 +87,13 @@ fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state
     };
     let problem = |error: Error| Finding::Problem(error.machine(name));
     let mut found = Vec::new();
-    let snapshot = restore::find(&domain, info.snapshot.as_deref());
+    let snapshot = snapshot::find(&domain, info.snapshot.as_deref());
     match &snapshot {
         Ok(snapshot) => found.extend(snapshot_findings(connect, name, snapshot)),
         Err(error) => found.push(problem(error.clone())),
     }
     found.extend(file_problems(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
-    match restore::state(&domain) {
+    match domain::state(&domain) {
         Ok((State::Poweroff, _)) => {
             found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
         }
@@ -115,15 +116,15 @@ fn file_problems(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();
     }
-    let described = restore::described(domain);
+    let described = domain::described(domain);
     described.map_or_else(|error| vec![error], |described| files::problems(&described, snapshot))
 }
 
 /// Diagnoses one machine: whether its domain, snapshot and files exist.
 pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     let mut diagnosis = Diagnosis::new(&info.name);
-    let Some(domain) = diagnosis.keep(restore::domain(connect, &info.label)) else { return diagnosis };
-    let snapshot = diagnosis.keep(restore::find(&domain, info.snapshot.as_deref()));
+    let Some(domain) = diagnosis.keep(domain::domain(connect, &info.label)) else { return diagnosis };
+    let snapshot = diagnosis.keep(snapshot::find(&domain, info.snapshot.as_deref()));
     for problem in file_problems(connect, &domain, snapshot.as_ref()) {
         diagnosis.keep::<()>(Err(problem));
     }
@@ -139,7 +140,7 @@ fn remote_limits(config: &Config) -> Option<Finding> {
     )))
 }
 
-/// See [`restore::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
+/// See [`snapshot::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
 /// warning.
 fn broken_reverts(connect: &Connect) -> Option<Finding> {
     let version = connect.lib_version().ok()?;
@@ -147,7 +148,7 @@ fn broken_reverts(connect: &Connect) -> Option<Finding> {
     if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_mended(version, &system) {
         return None;
     }
-    restore::BROKEN_REVERTS.contains(&version).then(|| {
+    snapshot::BROKEN_REVERTS.contains(&version).then(|| {
         Finding::Warning(format!(
             "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has mended \
              it (it is mended in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
@@ -169,9 +170,9 @@ fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<
     );
     let mut found = vec![Finding::Good(text)];
     let version = connect.lib_version().unwrap_or(EXTERNAL_REVERTS);
-    if let Some(reason) = restore::not_revertible(snapshot, version) {
+    if let Some(reason) = snapshot::not_revertible(snapshot, version) {
         let firmware = snapshot.description.domain.as_ref().map(|domain| domain.firmware.clone());
-        let advice = restore::advice(version, &firmware.unwrap_or_default());
+        let advice = snapshot::advice(version, &firmware.unwrap_or_default());
         found.push(Finding::Problem(Error::environment(reason).machine(name).advice(advice)));
     }
     if !snapshot.has_memory() {
@@ -185,7 +186,7 @@ fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<
 }
 
 fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
-    let described = restore::described(domain).unwrap_or_default();
+    let described = domain::described(domain).unwrap_or_default();
     let mut found = Vec::new();
     if described.kind == "qemu" && Path::new(KVM).exists() {
         found.push(Finding::Warning(format!(
@@ -229,7 +230,7 @@ mod tests {
         assert!(is_mended(11_003_000, debian));
         assert!(!is_mended(11_002_000, debian) && !is_mended(11_003_000, "ID=other\nID_LIKE=debian\n"));
         assert!(
-            restore::BROKEN_REVERTS.contains(&11_003_000) && !restore::BROKEN_REVERTS.contains(&11_004_000)
+            snapshot::BROKEN_REVERTS.contains(&11_003_000) && !snapshot::BROKEN_REVERTS.contains(&11_004_000)
         );
     }
 }

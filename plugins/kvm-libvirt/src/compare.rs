@@ -9,15 +9,15 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 
 use crate::description::{Description, Interface, reserved_addresses};
+use crate::domain;
 use crate::dsn::is_local;
-use crate::restore;
 
 /// Describes the differences for people. Each is a sentence without the machine.
 ///
 /// # Errors
 /// libvirt cannot describe the domain.
 pub fn warnings(connect: &Connect, domain: &Domain, info: &MachineInfo) -> Result<Vec<String>> {
-    let described = restore::described(domain)?;
+    let described = domain::described(domain)?;
     let cards: Vec<Card> = described.interfaces.iter().map(|card| Card::of(connect, card)).collect();
     let mut found = differences(info, &cards);
     if domain.autostart().unwrap_or(false) {
@@ -97,8 +97,8 @@ pub fn shared_disks(connect: &Connect, machines: &[&MachineInfo]) -> Vec<Error> 
         return Vec::new();
     }
     let described = |info: &&MachineInfo| {
-        let domain = restore::domain(connect, &info.label).ok()?;
-        Some((info.name.clone(), restore::described(&domain).ok()?))
+        let domain = domain::domain(connect, &info.label).ok()?;
+        Some((info.name.clone(), domain::described(&domain).ok()?))
     };
     shared(&machines.iter().filter_map(described).collect::<Vec<_>>())
 }

@@ -12,7 +12,7 @@ use machinery::{Error, Result};
 use machinery_images::{Chain, FileId, Header};
 
 use crate::description::{Description, Disk};
-use crate::restore::Snapshot;
+use crate::snapshot::Snapshot;
 
 /// Returns the problems of the domain's files that prevent a restore of its snapshot.
 pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error> {

@@ -19,9 +19,9 @@ use std::path::{Path, PathBuf};
 use machinery_images::{FileId, has_unsaved_changes};
 use virt::domain::Domain;
 
+use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::explain;
-use crate::restore;
 use crate::state_files::write_atomically;
 
 /// The disks of one machine, in the state in which the last own run has left them.
@@ -76,7 +76,7 @@ impl DiskRecord {
 pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
     let failed = |error| explain("describe the domain", &error);
     let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
-    let described = restore::described(domain)?;
+    let described = domain::described(domain)?;
     let disks = described.writable_disks().map(|disk| disk.path.clone());
     let firmware = &described.firmware;
     let variables = firmware.nvram.clone().filter(|_| firmware.nvram_is_qcow2).map(Some);

@@ -34,7 +34,7 @@ use crate::description::Description;
 use crate::disks::Disks;
 use crate::errors::explain;
 use crate::files::Identity;
-use crate::restore::Snapshot;
+use crate::snapshot::Snapshot;
 use crate::{save, standby};
 
 /// Below this much memory, in bytes, a restore takes about as long without an image.
@@ -223,7 +223,7 @@ impl Image {
         let label = domain.name().map_err(|error| explain("tell the domain's name", &error))?;
         // From here on there is something to remove, whatever becomes of this.
         self.write_about(UNFINISHED)?;
-        save::save(&crate::restore::domain(connect, &label)?, file)?;
+        save::save(&crate::domain::domain(connect, &label)?, file)?;
         self.write_about(&source.about)
     }
 

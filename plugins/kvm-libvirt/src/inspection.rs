@@ -14,10 +14,10 @@ use virt::domain::Domain;
 use virt::stream::Stream;
 use virt_sys as sys;
 
+use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::{explain, is_unsupported};
 use crate::link::Link;
-use crate::restore;
 
 /// How often the progress of a dump is asked for; its end is an answer.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -151,7 +151,7 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
 }
 
 fn running(connect: &Connect, label: &str) -> Result<Domain> {
-    let domain = restore::domain(connect, label)?;
+    let domain = domain::domain(connect, label)?;
     match domain.is_active().map_err(|error| explain("tell whether the domain runs", &error))? {
         true => Ok(domain),
         false => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),

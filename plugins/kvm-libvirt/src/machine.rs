@@ -33,6 +33,7 @@ use virt_sys as sys;
 
 use crate::call::Call;
 use crate::config::Keys;
+use crate::domain;
 use crate::errors::{explain, is_no_domain, is_off};
 use crate::events::Event;
 use crate::foreign::{DiskFile, DiskRecord, disks_of, has_managed_save, remove_managed_save};
@@ -201,7 +202,7 @@ impl Machine {
         if self.marker.matches(&domain).map_err(|error| error.machine(&self.keys.info.name))? {
             tracing::warn!(machine = self.keys.info.name, "a run that an earlier host has left is stopped");
             let disks = disks_of(&domain).unwrap_or_default();
-            restore::destroy(&domain).map_err(|error| error.machine(&self.keys.info.name))?;
+            domain::destroy(&domain).map_err(|error| error.machine(&self.keys.info.name))?;
             self.record_disks(&disks);
         } else if domain.is_active().unwrap_or(false) {
             tracing::warn!(
@@ -237,7 +238,7 @@ impl Machine {
 
     fn query_state(&self, deadline: Deadline) -> Result<StateReport> {
         let label = self.keys.info.label.clone();
-        let ask = move |connect: &Connect| restore::state(&restore::domain(connect, &label)?);
+        let ask = move |connect: &Connect| domain::state(&domain::domain(connect, &label)?);
         self.link.ask(deadline, "libvirt to tell the domain's state", ask)
     }
 
@@ -285,13 +286,13 @@ impl Machine {
     /// From here on the run is ours, whatever becomes of it: noted before libvirt is asked for it, and
     /// until it is known to have ended.
     fn bring_up(&self, connect: &Connect, how: Start, cancelled: &AtomicBool) -> Result<()> {
-        let domain = restore::domain(connect, self.label())?;
+        let domain = domain::domain(connect, self.label())?;
         // A libvirtd that hung can answer long after the start has failed.
         if cancelled.load(Ordering::SeqCst) {
             return Err(Error::failed("the start was given up, because libvirt did not answer in time"));
         }
         self.clear_leftover(&domain)?;
-        restore::ensure_off(&domain)?;
+        domain::ensure_off(&domain)?;
         remove_managed_save(&domain, &self.keys.info.name)?;
         self.begin_marker(&domain)?;
         self.lock().has_run = true;
@@ -318,7 +319,7 @@ impl Machine {
     fn let_run(&self, connect: &Connect) -> Result<()> {
         let domain = self.mark(connect)?;
         self.ensure_no_reset()?;
-        restore::ensure_running(&domain)?;
+        domain::ensure_running(&domain)?;
         self.lock().host_knows_running = true;
         Ok(())
     }
@@ -326,7 +327,7 @@ impl Machine {
     /// Marks the domain, which was started and is paused, as an own run. Looks the domain up again, because a
     /// reverted domain object does not know its new id.
     fn mark(&self, connect: &Connect) -> Result<Domain> {
-        let domain = restore::domain(connect, self.label())?;
+        let domain = domain::domain(connect, self.label())?;
         self.marker.mark(&domain)?;
         let disks = disks_of(&domain)?;
         self.lock().disks = Some(disks);
@@ -356,7 +357,7 @@ impl Machine {
 
     /// The error of the start is the one to tell.
     fn end_failed_start(&self, domain: &Domain) {
-        match restore::destroy(domain) {
+        match domain::destroy(domain) {
             Ok(_) => self.record_end(),
             Err(error) => {
                 tracing::warn!(machine = self.keys.info.name, %error, "what a start has left stays for now")
@@ -472,7 +473,7 @@ impl Machine {
     fn destroy(&self, deadline: Deadline) -> Result<bool> {
         let label = self.keys.info.label.clone();
         self.link.ask(deadline, "libvirt to stop the domain", move |connect| {
-            restore::destroy(&restore::domain(connect, &label)?)
+            domain::destroy(&domain::domain(connect, &label)?)
         })
     }
 
@@ -489,7 +490,7 @@ impl Machine {
         let before = self.lock().ends;
         let label = self.keys.info.label.clone();
         let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
-            press_power_button(&restore::domain(connect, &label)?)
+            press_power_button(&domain::domain(connect, &label)?)
         })?;
         if !pressed {
             self.record_end();
@@ -605,8 +606,8 @@ impl Machine {
         if !has_run || operation == Operation::Starting {
             return;
         }
-        let look = |domain: Domain| Ok((restore::state(&domain)?, self.marker.matches(&domain)?));
-        let state = restore::domain(connect, self.label()).and_then(look);
+        let look = |domain: Domain| Ok((domain::state(&domain)?, self.marker.matches(&domain)?));
+        let state = domain::domain(connect, self.label()).and_then(look);
         if self.now() != before {
             // Somebody has acted meanwhile, and knows better.
             return;

@@ -25,8 +25,8 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
+use crate::domain;
 use crate::errors::{explain, is_off};
-use crate::restore;
 use crate::state_files::write_atomically;
 
 /// The XML namespace of the token.
@@ -155,7 +155,7 @@ fn token_of(domain: &Domain) -> Result<Option<String>> {
 
 /// Whether the domain is on, and its guest does not run.
 fn is_paused(domain: &Domain) -> Result<bool> {
-    let (state, _) = restore::state(domain)?;
+    let (state, _) = domain::state(domain)?;
     Ok(!matches!(state, State::Running | State::Poweroff))
 }
 

@@ -23,7 +23,7 @@ use crate::description::Description;
 use crate::dsn::is_local;
 use crate::errors::explain;
 use crate::files;
-use crate::restore::{self, Identity};
+use crate::snapshot::{self, Identity};
 
 /// What tells the domain that stands by from what it may have become.
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ impl Fingerprint {
                 "somebody has resumed or replaced the domain that stands by",
             ));
         }
-        let now = restore::find(&domain, wanted)?.identity;
+        let now = snapshot::find(&domain, wanted)?.identity;
         if now != self.snapshot {
             let reason = format!(
                 "the snapshot is '{}' of {} now, and what stands by is of '{}' of {}",

@@ -9,9 +9,11 @@ use virt::domain::Domain;
 
 use super::prepare::{PrepareTrigger, ensure_not_cancelled};
 use super::{END_EVENT_TIMEOUT, Machine};
+use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::images::Source;
-use crate::restore::{self, Snapshot, Start};
+use crate::restore::{self, Start};
+use crate::snapshot::{self, Snapshot};
 
 /// An image that was given up this often, because of time or of something else to do, is not tried again.
 const MAX_CANCELLED_IMAGES: u32 = 3;
@@ -23,7 +25,7 @@ impl Machine {
     /// revert.
     pub(super) fn restored(&self, connect: &Connect, domain: &Domain, cancelled: &AtomicBool) -> Result<()> {
         if !self.keys.image.is_off() && self.keys.image.exists() {
-            let snapshot = restore::find(domain, self.keys.info.snapshot.as_deref())?;
+            let snapshot = snapshot::find(domain, self.keys.info.snapshot.as_deref())?;
             if let Some(source) = self.valid_source(domain, &snapshot) {
                 let begun = Instant::now();
                 match self.restore_from_image(connect, &source, &snapshot) {
@@ -68,7 +70,7 @@ impl Machine {
     fn image_failed(&self, domain: &Domain, error: &Error) -> Result<()> {
         tracing::warn!(machine = self.keys.info.name, %error, "its save image does not work, and is used no more");
         let before = self.lock().ends;
-        let ended = restore::destroy(domain)?;
+        let ended = domain::destroy(domain)?;
         if ended {
             self.wait_for_end(before, Deadline::after(END_EVENT_TIMEOUT));
         }
@@ -86,9 +88,9 @@ impl Machine {
         cancelled: &AtomicBool,
         why: &str,
     ) -> Result<()> {
-        let domain = restore::domain(connect, self.label())?;
+        let domain = domain::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
-        restore::ensure_off(&domain)?;
+        domain::ensure_off(&domain)?;
         let found = self.image_source(&domain);
         let (snapshot, source) = match found {
             Ok(found) => found,
@@ -126,7 +128,7 @@ impl Machine {
         }
         self.keys.image.ensure_wanted_for(domain)?;
         let snapshot =
-            restore::find(domain, self.keys.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
+            snapshot::find(domain, self.keys.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
         let source = self.keys.image.source(domain, &snapshot)?;
         Ok((snapshot, source))
     }

@@ -22,10 +22,11 @@ use virt::domain::Domain;
 
 use super::{END_EVENT_TIMEOUT, Machine, MachineState, Operation};
 use crate::call::Call;
+use crate::domain;
 use crate::errors::{explain, is_no_domain};
 use crate::events::Event;
 use crate::foreign::{self, remove_managed_save};
-use crate::restore::{self, Snapshot};
+use crate::snapshot::{self, Snapshot};
 use crate::standby::{self, Fingerprint, StandbyDomain};
 use crate::states::{StateReport, is_revert_step};
 
@@ -238,13 +239,13 @@ impl Machine {
             return Ok(None);
         }
         self.take_standby("it is prepared anew");
-        let domain = restore::domain(connect, self.label())?;
+        let domain = domain::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
-        restore::ensure_off(&domain)?;
+        domain::ensure_off(&domain)?;
         if let Some(why) = self.foreign_work(&domain, trigger) {
             return Ok(Some(why));
         }
-        let snapshot = restore::find(&domain, self.keys.info.snapshot.as_deref())?;
+        let snapshot = snapshot::find(&domain, self.keys.info.snapshot.as_deref())?;
         let share = match self.share_for(&domain, &snapshot)? {
             Ok(share) => share,
             Err(why) => return Ok(Some(why)),
@@ -307,7 +308,7 @@ impl Machine {
             Deadline::after(SETTLE_TIMEOUT),
             "libvirt to take the domain over",
             move |connect| {
-                restore::settle(&restore::domain(connect, &label)?);
+                domain::settle(&domain::domain(connect, &label)?);
                 Ok(())
             },
         );
@@ -351,7 +352,7 @@ impl Machine {
         let (label, marker) = (self.keys.info.label.clone(), self.marker.clone());
         self.link.ask(deadline, "libvirt to end what stands by", move |connect| {
             match connect.lookup_domain_by_name(&label) {
-                Ok(domain) => Ok(marker.matches(&domain)? && restore::destroy(&domain)?),
+                Ok(domain) => Ok(marker.matches(&domain)? && domain::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
                 Err(error) => Err(explain("look up the domain", &error)),
             }
@@ -406,7 +407,7 @@ impl Machine {
         };
         self.lock().has_run = true;
         // The event of a reset may arrive after the answers to later requests.
-        let resumed = self.timed("resume", || restore::resume(&domain)).and_then(|()| self.ensure_no_reset());
+        let resumed = self.timed("resume", || domain::resume(&domain)).and_then(|()| self.ensure_no_reset());
         if let Err(error) = resumed {
             self.lock().has_run = false;
             return self.log_unused(&error);
@@ -439,7 +440,7 @@ impl Machine {
     pub(super) fn end_own(&self, domain: &Domain) -> Result<()> {
         if self.marker.matches(domain)? {
             let before = self.lock().ends;
-            let ended = restore::destroy(domain)?;
+            let ended = domain::destroy(domain)?;
             self.after_own_end(ended, before, Deadline::after(END_EVENT_TIMEOUT));
         } else if !domain.is_active().unwrap_or(true) {
             // What it was about has ended; what somebody starts later is not ours.
