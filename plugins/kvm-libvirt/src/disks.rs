@@ -78,7 +78,7 @@ impl Disks {
     ///
     /// # Errors
     /// qemu-img cannot; its own words are in the error.
-    pub fn put_back(&self, snapshot: &str) -> Result<()> {
+    pub fn revert_to(&self, snapshot: &str) -> Result<()> {
         self.0.iter().try_for_each(|disk| put_back(disk, snapshot))
     }
 }
@@ -183,6 +183,6 @@ mod tests {
         let disks = Disks(vec!["/none/disk.qcow2".into()]);
         assert!(disks.ensure_writable().unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
-        assert!(disks.put_back("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
+        assert!(disks.revert_to("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
     }
 }

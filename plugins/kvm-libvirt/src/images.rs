@@ -78,8 +78,8 @@ impl Source {
     ///
     /// # Errors
     /// qemu-img cannot.
-    pub fn put_back(&self, snapshot: &Snapshot) -> Result<()> {
-        self.disks.put_back(&snapshot.identity.name)
+    pub fn revert_disks(&self, snapshot: &Snapshot) -> Result<()> {
+        self.disks.revert_to(&snapshot.identity.name)
     }
 }
 
@@ -103,7 +103,7 @@ impl Image {
     }
 
     /// Whether the other one is in the same place.
-    pub fn is_where(&self, other: &Image) -> bool {
+    pub fn has_same_file(&self, other: &Image) -> bool {
         self.file == other.file
     }
 
@@ -116,8 +116,8 @@ impl Image {
     ///
     /// # Errors
     /// Why it is not, for people.
-    pub fn ensure_wanted_for(&self, domain: &Domain) -> Result<(), String> {
-        let largest = standby::largest(domain).map_err(|error| error.to_string())?;
+    pub fn ensure_useful(&self, domain: &Domain) -> Result<(), String> {
+        let largest = standby::max_memory(domain).map_err(|error| error.to_string())?;
         match self.wish {
             InstantMode::Off => Err("save_images is off".to_owned()),
             InstantMode::Auto if largest < MIN_IMAGE_MEMORY => {
@@ -132,9 +132,9 @@ impl Image {
     ///
     /// # Errors
     /// There is none, for people.
-    pub fn make_room(&self, domain: &Domain) -> Result<(), String> {
+    pub fn ensure_space(&self, domain: &Domain) -> Result<(), String> {
         self.remove();
-        let largest = standby::largest(domain).map_err(|error| error.to_string())?;
+        let largest = standby::max_memory(domain).map_err(|error| error.to_string())?;
         let folder = self.file.parent().unwrap_or(Path::new("/"));
         let room = rustix::fs::statvfs(folder).map(|all| all.f_bavail.saturating_mul(all.f_frsize));
         match room {

@@ -125,7 +125,7 @@ fn is_paused_by_revert(domain: &Domain) -> Result<bool> {
 ///
 /// # Errors
 /// libvirt cannot be asked.
-pub fn largest(domain: &Domain) -> Result<u64> {
+pub fn max_memory(domain: &Domain) -> Result<u64> {
     let kib = domain.max_memory().map_err(|error| explain("tell how much memory the domain has", &error))?;
     Ok(kib.saturating_mul(1024))
 }
