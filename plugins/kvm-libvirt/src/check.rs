@@ -11,7 +11,7 @@ use virt::domain::Domain;
 
 use crate::access::{self, KVM, Permissions};
 use crate::compare;
-use crate::config::Config;
+use crate::config::{Config, renamed_keys_of};
 use crate::domain;
 use crate::dsn::{self, is_local};
 use crate::errors::explain;
@@ -46,6 +46,7 @@ pub fn versions(connect: &Connect) -> Result<String> {
 
 /// Looks at everything.
 pub fn check(setup: &Setup, report: &mut Report) {
+    renamed_keys_of(setup).into_iter().for_each(|warning| report.warning(format!("kvm: {warning}")));
     let Some(config) = report.keep(Config::read(setup)) else { return };
     if config.machines.is_empty() {
         report.warning(

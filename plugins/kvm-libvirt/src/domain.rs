@@ -53,6 +53,15 @@ pub fn state(domain: &Domain) -> Result<StateReport> {
     state_of_domain(state, reason)
 }
 
+/// Returns the maximum memory of the domain, in bytes.
+///
+/// # Errors
+/// libvirt does not answer.
+pub fn max_memory(domain: &Domain) -> Result<u64> {
+    let kib = domain.max_memory().map_err(|error| explain("report the domain's memory", &error))?;
+    Ok(kib.saturating_mul(1024))
+}
+
 /// Expects a domain that can be started.
 ///
 /// # Errors

@@ -70,7 +70,7 @@ use machinery::{
     Setup, State,
 };
 
-use config::Config;
+use config::{Config, renamed_keys_of};
 use link::{Link, Listener};
 use machine::{Machine, PrepareTrigger};
 use machines::Machines;
@@ -94,6 +94,7 @@ impl Machinery for Kvm {
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let deadline = Deadline::after(LOAD_TIMEOUT);
         let config = Config::read(setup)?;
+        renamed_keys_of(setup).iter().for_each(|warning| tracing::warn!("{warning}"));
         config.make_instant_dir()?;
         let link = Link::open(&config.dsn, deadline)?;
         let kvm = Kvm { machines: Arc::new(Machines::new(config, link, &setup.state_dir, host)) };

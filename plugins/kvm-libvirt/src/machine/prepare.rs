@@ -16,7 +16,7 @@ use super::state::Operation;
 use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::snapshot::{self, Snapshot};
-use crate::standby::{self, Fingerprint, StandbyDomain};
+use crate::standby::{Fingerprint, StandbyDomain};
 
 /// The outcome of an attempt to make a standby.
 enum StandbyOutcome {
@@ -150,7 +150,7 @@ impl Machine {
             let why = "its snapshot was taken while the domain was off, so there is no memory to load";
             return Ok(StandbyOutcome::Unavailable(why.to_owned()));
         }
-        let share = match self.budget.take(standby::max_memory(&domain)?) {
+        let share = match self.budget.take(domain::max_memory(&domain)?) {
             Ok(share) => share,
             Err(why) => return Ok(StandbyOutcome::Unavailable(why)),
         };
