@@ -1,4 +1,6 @@
-//! What `check` looks at: libvirt, its QEMU, and each domain with its snapshot.
+//! The checks of `cuckoo-machinery check`: libvirt, its QEMU, and each domain with its snapshot.
+//!
+//! Each check returns [`Finding`]s. They are collected on one connection to libvirt, and reported at the end.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +11,7 @@ use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, 
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use crate::access::{self, KVM, Permissions};
+use crate::access::{self, KVM_DEVICE, Permissions};
 use crate::compare;
 use crate::config::{Config, renamed_keys_of};
 use crate::domain;
@@ -21,22 +23,22 @@ use crate::link::Link;
 use crate::run_marker::RunMarker;
 use crate::snapshot::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 
-/// How long libvirt may take to answer everything.
+/// The time that libvirt has to answer all requests.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What was found about one machine, or about libvirt: good, or not so good.
+/// A finding about one machine, or about libvirt.
 enum Finding {
     Good(String),
     Warning(String),
     Problem(Error),
 }
 
-/// libvirt's version and that of its hypervisor, for people.
+/// Returns the versions of libvirt and of its hypervisor, for people.
 ///
 /// # Errors
-/// libvirt cannot be asked.
+/// libvirt does not answer.
 pub fn versions(connect: &Connect) -> Result<String> {
-    let failed = |error| explain("tell its version", &error);
+    let failed = |error| explain("report its version", &error);
     let libvirt = version_text(connect.lib_version().map_err(failed)?);
     let hypervisor = version_text(connect.hyp_version().map_err(failed)?);
     let uri = connect.uri().map_err(failed)?;
@@ -44,7 +46,7 @@ pub fn versions(connect: &Connect) -> Result<String> {
     Ok(format!("libvirt {libvirt}, {driver} {hypervisor}"))
 }
 
-/// Looks at everything.
+/// Checks the configuration and the environment.
 pub fn check(setup: &Setup, report: &mut Report) {
     renamed_keys_of(setup).into_iter().for_each(|warning| report.warning(format!("kvm: {warning}")));
     let Some(config) = report.keep(Config::read(setup)) else { return };
@@ -56,7 +58,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
     let deadline = Deadline::after(CHECK_TIMEOUT);
     let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
     let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
-    let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
+    let found = link.ask(deadline, "libvirt to describe the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
         found.extend(kvm_access(connect, &config.dsn));
         found.extend(remote_limits(&config));
@@ -77,6 +79,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
 }
 
+/// Checks one machine.
 fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
     let name = &info.name;
     let domain = match domain::domain(connect, &info.label) {
@@ -99,7 +102,7 @@ fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state
             found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
         }
         Ok((State::Paused, _)) if RunMarker::of(name, state_dir).matches(&domain).unwrap_or(false) => {
-            found.push(Finding::Good(format!("machine '{name}': it stands by for its next restore")));
+            found.push(Finding::Good(format!("machine '{name}': it has a standby for its next restore")));
         }
         Ok((state, why)) => found.push(Finding::Warning(format!(
             "machine '{name}': its domain is {state} now {why}, and its next start stops it first"
@@ -107,8 +110,8 @@ fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state
         Err(error) => found.push(problem(error)),
     }
     found.extend(domain_findings(name, &domain));
-    let said = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
-    found.extend(said.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
+    let warnings = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
+    found.extend(warnings.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
     found
 }
 
@@ -121,7 +124,7 @@ fn file_problems(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>
     described.map_or_else(|error| vec![error], |described| files::problems(&described, snapshot))
 }
 
-/// Diagnoses one machine: whether its domain, snapshot and files exist.
+/// Diagnoses one machine: its domain, its snapshot, and the files of both.
 pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     let mut diagnosis = Diagnosis::new(&info.name);
     let Some(domain) = diagnosis.keep(domain::domain(connect, &info.label)) else { return diagnosis };
@@ -137,32 +140,33 @@ fn remote_limits(config: &Config) -> Option<Finding> {
     let host = dsn::host(&config.dsn)?;
     Some(Finding::Warning(format!(
         "kvm: libvirt is on {host}. Restores, stops, standby and screenshots work; there are no save images, memory \
-         dumps and captures of traffic, because files and interfaces are those of {host}, where nothing is looked at"
+         dumps and captures of traffic, because files and interfaces are those of {host}, which is not checked"
     )))
 }
 
-/// See [`snapshot::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
+/// Warns of [`snapshot::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
 /// warning.
 fn broken_reverts(connect: &Connect) -> Option<Finding> {
     let version = connect.lib_version().ok()?;
     let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_mended(version, &system) {
+    if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_fixed(version, &system) {
         return None;
     }
     snapshot::BROKEN_REVERTS.contains(&version).then(|| {
         Finding::Warning(format!(
-            "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has mended \
-             it (it is mended in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
+            "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has fixed \
+             it (it is fixed in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
             version_text(version)
         ))
     })
 }
 
 /// Debian's 11.3.0-2 has the fix: its changelog lists the patch, and its reverts were tested.
-fn is_mended(version: u32, os_release: &str) -> bool {
+fn is_fixed(version: u32, os_release: &str) -> bool {
     version >= 11_003_000 && os_release.lines().any(|line| line == "ID=debian")
 }
 
+/// Describes the snapshot, and checks that it can be restored.
 fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
     let kind = if snapshot.description.external { "external" } else { "internal" };
     let text = format!(
@@ -186,17 +190,18 @@ fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<
     found
 }
 
+/// Checks the domain's definition.
 fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
     let described = domain::described(domain).unwrap_or_default();
     let mut found = Vec::new();
-    if described.kind == "qemu" && Path::new(KVM).exists() {
+    if described.kind == "qemu" && Path::new(KVM_DEVICE).exists() {
         found.push(Finding::Warning(format!(
             "machine '{name}': its domain is of the type qemu, which run_marker in software. Where /dev/kvm works, the \
              type kvm is many times faster"
         )));
     }
     if !domain.is_persistent().unwrap_or(true) {
-        let reason = "its domain has no definition, so it is gone once it is stopped";
+        let reason = "its domain has no definition, so it does not exist any more once it is stopped";
         found.push(Finding::Problem(
             Error::environment(reason).machine(name).advice("Define it with `virsh define`"),
         ));
@@ -204,18 +209,18 @@ fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
     found
 }
 
-/// See [`access`].
+/// Checks the [`access`] to `/dev/kvm`.
 fn kvm_access(connect: &Connect, dsn: &str) -> Option<Finding> {
-    let device = Permissions::of(Path::new(KVM)).filter(|_| dsn.starts_with("qemu:///"))?;
+    let device = Permissions::of(Path::new(KVM_DEVICE)).filter(|_| dsn.starts_with("qemu:///"))?;
     let user = access::user_of_qemu(&connect.capabilities().ok()?)?;
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
     let name = access::name_of(user.uid, &passwd).map_or_else(|| user.uid.to_string(), str::to_owned);
-    if device.is_open_to(user, &access::groups_of(&name, &group)) {
-        return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM}")));
+    if device.allow(user, &access::groups_of(&name, &group)) {
+        return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM_DEVICE}")));
     }
     Some(Finding::Warning(format!(
-        "kvm: libvirt run_marker QEMU as user {name}, which may not use {KVM}: domains of the type kvm do not start, \
+        "kvm: libvirt run_marker QEMU as user {name}, which may not use {KVM_DEVICE}: domains of the type kvm do not start, \
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     )))
@@ -226,10 +231,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reverts_are_known_to_be_mended_in_the_distribution_that_was_tried() {
+    fn reverts_are_fixed_in_the_distribution_that_was_tested() {
         let debian = "NAME=x\nID=debian\n";
-        assert!(is_mended(11_003_000, debian));
-        assert!(!is_mended(11_002_000, debian) && !is_mended(11_003_000, "ID=other\nID_LIKE=debian\n"));
+        assert!(is_fixed(11_003_000, debian));
+        assert!(!is_fixed(11_002_000, debian) && !is_fixed(11_003_000, "ID=other\nID_LIKE=debian\n"));
         assert!(
             snapshot::BROKEN_REVERTS.contains(&11_003_000) && !snapshot::BROKEN_REVERTS.contains(&11_004_000)
         );

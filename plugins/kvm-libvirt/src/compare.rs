@@ -1,4 +1,7 @@
-//! Compares the configuration of a machine with its domain.
+//! Comparison of the configuration of a machine with its domain, and of the disks of all domains.
+//!
+//! A difference breaks no restore, but the analysis: traffic that is not captured, or an agent at another
+//! address. So `check` warns of it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +15,7 @@ use crate::description::{Description, Interface, reserved_addresses};
 use crate::domain;
 use crate::dsn::is_local;
 
-/// Describes the differences for people. Each is a sentence without the machine.
+/// Describes the differences, for people. Each text is a sentence without the name of the machine.
 ///
 /// # Errors
 /// libvirt cannot describe the domain.
@@ -22,7 +25,7 @@ pub fn warnings(connect: &Connect, domain: &Domain, info: &MachineInfo) -> Resul
     let mut found = differences(info, &cards);
     if domain.autostart().unwrap_or(false) {
         found.push(format!(
-            "libvirt starts its domain by itself when the computer boots, and the host then stops it. Turn that off \
+            "libvirt starts its domain when the computer boots, and the host then stops it. Disable that \
              with `virsh autostart --disable {}`",
             info.label
         ));
@@ -55,6 +58,7 @@ impl Card {
     }
 }
 
+/// Compares the machine with the network cards of its domain.
 fn differences(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
     let mut found = Vec::new();
     let devices: Vec<&str> = cards.iter().filter_map(|card| card.device.as_deref()).collect();
@@ -156,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn machine_is_warned_of_when_its_domain_says_otherwise() {
+    fn machine_has_a_warning_for_each_difference_from_its_domain() {
         let right = card("52:54:00:00:00:01", "virbr0", "10.0.0.5");
         assert_eq!(differences(&info(), std::slice::from_ref(&right)), [""; 0]);
         assert_eq!(differences(&info(), &[card("52:54:00:00:00:09", "br9", ""), right]), [""; 0]);

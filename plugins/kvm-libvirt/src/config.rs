@@ -51,13 +51,13 @@ struct OwnKeys {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Section {
-    /// Whether machines have a standby. `auto` is `off`: a standby holds all of its guest's memory.
+    /// True if machines have a standby. `auto` is `off`: a standby holds all of its guest's memory.
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
     /// The maximum memory of all standbys together, in bytes.
     #[serde(alias = "standby_memory", deserialize_with = "machinery::parse_bytes")]
     standby_memory_limit: Option<u64>,
-    /// Whether machines without a standby have a save image.
+    /// True if machines without a standby have a save image.
     #[serde(alias = "save_images", deserialize_with = "null_as_default")]
     instant: InstantMode,
     /// The folder for save images, which libvirtd must be able to access. The default is the plugin's cache.
@@ -95,7 +95,7 @@ pub struct Config {
 pub struct Keys {
     /// Its `label` is the name of the domain.
     pub info: MachineInfo,
-    /// Whether the machine has a standby.
+    /// True if the machine has a standby.
     pub standby: Standby,
     pub image: Image,
 }

@@ -23,7 +23,7 @@
 //! | `standby` | the standby, and the check that it is unchanged |
 //! | `images`, `disks` | save images and their sources, and disks that `qemu-img` reverts |
 //! | `run_marker` | records of the host's own runs, for the next host |
-//! | `foreign` | work of somebody else, which automatic work leaves alone |
+//! | `foreign` | foreign work: changes by somebody else, which automatic work never destroys |
 //! | `inspection` | memory dump and screenshot |
 //! | `link`, `dsn` | the connection to libvirt, which survives a restart of libvirtd, and its address |
 //! | `call` | calls with a timeout |

@@ -51,7 +51,7 @@ struct Run {
     token: String,
     /// The boot of this computer in which the run was started.
     boot: String,
-    /// Whether the token is in the metadata.
+    /// True if the token is in the metadata.
     marked: bool,
 }
 

@@ -32,7 +32,7 @@ struct Idle {
 /// The reason why a connection could not be opened.
 pub struct OpenFailure {
     pub error: Error,
-    /// Whether libvirtd has ended.
+    /// True if libvirtd has ended.
     pub is_gone: bool,
 }
 

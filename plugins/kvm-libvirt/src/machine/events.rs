@@ -44,7 +44,7 @@ impl Machine {
     }
 
     /// Reports the end of a run, except during a start, which handles the end of its run itself. A run that
-    /// ended by itself is closed before the report: whoever receives the report may use the machine at once.
+    /// ended by itself is closed before the report: its receiver may use the machine at once.
     /// The end of a stopped run is reported first, so that the stop does not return before the report.
     fn on_end(&self, operation: Operation, report: StateReport) {
         if operation != Operation::Starting {
@@ -65,7 +65,7 @@ impl Machine {
         self.lock().only_own_runs = false;
     }
 
-    /// Handles a reset, which boots the guest anew. A standby, or a domain that is about to be resumed, has
+    /// Handles a reset, which boots the guest again. A standby, or a domain that is about to be resumed, has
     /// lost its snapshot's state. A guest that runs may reboot.
     fn on_reset(self: &Arc<Self>) {
         let hidden = {

@@ -157,7 +157,7 @@ impl Machine {
         made
     }
 
-    /// Removes the leftovers of an image that was not made. A failure without a cause from outside would
+    /// Removes the leftovers of an image that was not made. A failure with a cause inside would
     /// repeat, so this host then makes no other image.
     fn image_not_made(&self, error: &Error, cancelled: &AtomicBool) {
         self.keys.image.remove();

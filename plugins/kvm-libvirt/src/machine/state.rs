@@ -12,7 +12,7 @@ use crate::states::StateReport;
 #[derive(Default)]
 pub struct MachineState {
     pub operation: Operation,
-    /// Whether the domain has an own run, as far as is known.
+    /// True if the domain has an own run, as far as is known.
     pub has_run: bool,
     /// The number of ends of runs that libvirt has reported.
     pub end_count: u64,
@@ -22,23 +22,23 @@ pub struct MachineState {
     pub abandoned: Option<AbandonedCall>,
     /// The domain that stands by for the next restore.
     pub standby: Option<StandbyDomain>,
-    /// Whether the preparation under way is cancelled.
+    /// True if the preparation under way is cancelled.
     pub cancel_prepare: Arc<AtomicBool>,
     /// The disks of the own run's domain, once the domain is marked.
     pub run_disks: Option<Vec<DiskFile>>,
-    /// Whether libvirt has reported only own runs since the last own run ended.
+    /// True if libvirt has reported only own runs since the last own run ended.
     pub only_own_runs: bool,
-    /// Whether the last own run was saved, so that somebody may resume it.
+    /// True if the last own run was saved, so that somebody may resume it.
     pub was_saved: bool,
-    /// Whether the host knows that the machine runs, so that no report is needed.
+    /// True if the host knows that the machine runs, so that no report is needed.
     pub host_knows_running: bool,
-    /// Whether the domain was reset since the last operation began.
+    /// True if the domain was reset since the last operation began.
     pub was_reset: bool,
-    /// Whether the connection was lost since the last operation began.
+    /// True if the connection was lost since the last operation began.
     pub connection_lost: bool,
     /// The foreign work that was last logged as the reason not to prepare the machine.
     pub logged_foreign_work: Option<String>,
-    /// Whether the preparation is postponed until libvirt is back.
+    /// True if the preparation is postponed until libvirt is back.
     pub is_postponed: bool,
     /// Why no save image is made any more, once one has failed.
     pub image_disabled: Option<String>,
