@@ -1,4 +1,4 @@
-//! The configuration of the kvm machinery, and what `check` finds on a host with libvirt.
+//! The configuration of the kvm machinery, and the findings of `check` on a host with libvirt.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -14,7 +14,7 @@ use machinery_testkit::scratch::ScratchCwd;
 
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
 
-/// It refuses to serve, and says all of these words.
+/// Expects that the host refuses to serve, with all of these words.
 #[track_caller]
 fn assert_refused(ran: &Ran, words: &[&str]) {
     assert_eq!(ran.code, Some(2), "{}", ran.stderr);
@@ -32,9 +32,9 @@ fn checked(lab: &KvmLab) -> (Option<i32>, String) {
 }
 
 #[track_caller]
-fn assert_says(said: &str, words: &[&str]) {
+fn assert_contains(text: &str, words: &[&str]) {
     for word in words {
-        assert!(said.contains(word), "no {word:?} in {said}");
+        assert!(text.contains(word), "no {word:?} in {text}");
     }
 }
 
@@ -61,13 +61,13 @@ fn machine_is_disabled_when_its_domain_is_missing_and_the_others_are_served() {
     let mut client = host.client().unwrap();
     let machine = client.machine("m").unwrap();
     assert_eq!(machine["disabled"], true);
-    assert_says(machine["disabled_reason"].as_str().unwrap(), &words);
+    assert_contains(machine["disabled_reason"].as_str().unwrap(), &words);
     assert_eq!(client.act("restore_start", "n").unwrap()["success"], true);
     assert_eq!(client.act("stop", "n").unwrap()["success"], true);
-    let (code, said) = checked(&lab);
+    let (code, output) = checked(&lab);
     assert_eq!(code, Some(2));
-    assert_says(&said, &words);
-    assert_says(&said, &["kvm.yaml:5: machines.m.label"]);
+    assert_contains(&output, &words);
+    assert_contains(&output, &["kvm.yaml:5: machines.m.label"]);
 }
 
 #[test]
@@ -78,14 +78,14 @@ fn check_names_the_file_when_a_disk_is_gone_or_has_lost_its_snapshot() {
     let away = disk.with_extension("away");
     fs::rename(disk, &away).unwrap();
     let path = disk.to_str().unwrap();
-    let (code, said) = checked(&lab);
+    let (code, output) = checked(&lab);
     assert_eq!(code, Some(2));
-    assert_says(&said, &[path, "does not exist"]);
+    assert_contains(&output, &[path, "does not exist"]);
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     let machine = client.machine("m").unwrap();
     assert_eq!(machine["disabled"], true);
-    assert_says(machine["disabled_reason"].as_str().unwrap(), &[path]);
+    assert_contains(machine["disabled_reason"].as_str().unwrap(), &[path]);
     assert_eq!(client.machine("n").unwrap()["disabled"], false);
     fs::rename(&away, disk).unwrap();
     assert_eq!(client.act("enable_machine", "m").unwrap()["success"], true);
@@ -94,27 +94,27 @@ fn check_names_the_file_when_a_disk_is_gone_or_has_lost_its_snapshot() {
     // libvirt does not notice that the snapshot is deleted.
     let ran = Command::new("qemu-img").args(["snapshot", "-d", SNAPSHOT]).arg(disk).status().unwrap();
     assert!(ran.success());
-    let (code, said) = checked(&lab);
+    let (code, output) = checked(&lab);
     assert_eq!(code, Some(2));
-    assert_says(&said, &["libvirt has the snapshot 'clean'", path, "does not"]);
+    assert_contains(&output, &["libvirt has the snapshot 'clean'", path, "does not"]);
 }
 
 #[test]
 fn check_warns_when_a_domain_starts_by_itself_or_two_share_a_disk() {
     let lab = KvmLab::new(&[MICRO, ("n", Guest::Micro)]).unwrap();
     lab.libvirtd().virsh(&["autostart", "lab-m"]).unwrap();
-    let (code, said) = checked(&lab);
+    let (code, output) = checked(&lab);
     assert_eq!(code, Some(0));
-    assert_says(&said, &["virsh autostart --disable lab-m"]);
+    assert_contains(&output, &["virsh autostart --disable lab-m"]);
     let xml = lab.libvirtd().virsh(&["dumpxml", "--inactive", "--security-info", "lab-n"]).unwrap();
     let paths = [&lab.machine("n").disk, &lab.machine("m").disk].map(|disk| disk.to_str().unwrap());
     lab.libvirtd().virsh_with_file(&["define"], &xml.replace(paths[0], paths[1]), &[]).unwrap();
-    let (code, said) = checked(&lab);
+    let (code, output) = checked(&lab);
     assert_eq!(code, Some(2));
-    assert_says(&said, &["machine 'n'", paths[1], "which the domain of machine 'm' writes to"]);
+    assert_contains(&output, &["machine 'n'", paths[1], "which the domain of machine 'm' writes to"]);
 }
 
-/// libvirt puts such a disk back when it reverts, but not when it restores a save image.
+/// libvirt reverts such a disk with a snapshot, but not when it restores a save image.
 #[test]
 fn save_image_is_not_made_when_the_command_line_names_an_image() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
@@ -122,7 +122,7 @@ fn save_image_is_not_made_when_the_command_line_names_an_image() {
     let image = second.to_str().unwrap();
     let ran = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", image, "1M"]).status().unwrap();
     assert!(ran.success());
-    lab.cwd().host_yaml("machineries: {kvm: {save_images: on}}\n").unwrap();
+    lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     let mut why = || {
@@ -134,7 +134,31 @@ fn save_image_is_not_made_when_the_command_line_names_an_image() {
     add_argument(&lab, "lab-m", "-drive", &format!("if=none,id=second,file={image},format=qcow2"));
     let (how, why) = why();
     assert_eq!(how, "plain");
-    assert_says(&why, &["<qemu:commandline>", "-drive"]);
+    assert_contains(&why, &["<qemu:commandline>", "-drive"]);
+}
+
+#[test]
+fn old_key_works_and_warns_once_in_check_and_at_load() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    let folder = lab.cwd().root().join("images");
+    let keys = format!("save_images: on, save_dir: {}, standby_memory: 1 GiB", folder.display());
+    lab.cwd().host_yaml(&format!("machineries: {{kvm: {{{keys}}}}}\n")).unwrap();
+    let (code, output) = checked(&lab);
+    assert_eq!(code, Some(0));
+    let host = lab.host().unwrap();
+    let log = host.log();
+    for (old, new) in
+        [("save_images", "instant"), ("save_dir", "instant_dir"), ("standby_memory", "standby_memory_limit")]
+    {
+        let warning = format!("machineries.kvm.{old}: this key is now called `{new}`");
+        for text in [&output, &log] {
+            assert_eq!(text.matches(&warning).count(), 1, "{old} in {text}");
+        }
+    }
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
+    assert_eq!(client.machine("m").unwrap()["ready"]["mode"], "instant");
+    assert!(folder.join("m.machinery-image").exists());
 }
 
 /// The standby's QEMU has the old file open.
@@ -149,12 +173,12 @@ fn standby_is_not_used_when_a_file_of_its_domain_was_replaced() {
     let mut client = host.client().unwrap();
     let mut restores = |replaces: bool| {
         assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
-        let stood_by = lab.qemu_of("m").unwrap();
+        let standby = lab.qemu_of("m").unwrap();
         if replaces {
             fs::write(&file, "another").unwrap();
         }
         assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
-        let is_same = lab.qemu_of("m").unwrap() == stood_by;
+        let is_same = lab.qemu_of("m").unwrap() == standby;
         assert_eq!(client.act("stop", "m").unwrap()["success"], true);
         is_same
     };
@@ -162,40 +186,40 @@ fn standby_is_not_used_when_a_file_of_its_domain_was_replaced() {
     assert!(!restores(true));
 }
 
-/// Over TCP, libvirt counts as on another computer, whose interfaces and files the plugin does not look for
-/// here.
+/// A libvirt that is reached over TCP counts as one on another computer. The plugin does not check its interfaces
+/// and files.
 #[test]
 fn machine_is_served_when_libvirt_is_reached_over_tcp() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     let tcp = lab.libvirtd().listens_on_tcp().unwrap();
     lab.change_yaml(&lab.libvirtd().dsn(), &tcp).unwrap();
     lab.change_yaml("interface: lo", "interface: bridge-elsewhere").unwrap();
-    lab.cwd().host_yaml("machineries: {kvm: {save_images: on}}\n").unwrap();
-    let (code, said) = checked(&lab);
+    lab.cwd().host_yaml("machineries: {kvm: {instant: on}}\n").unwrap();
+    let (code, output) = checked(&lab);
     assert_eq!(code, Some(0));
-    assert_says(&said, &["libvirt is on 127.0.0.1", "no save images"]);
+    assert_contains(&output, &["libvirt is on 127.0.0.1", "no save images"]);
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
     let why = client.machine("m").unwrap()["ready"]["reason"].take();
-    assert_says(why.as_str().unwrap(), &["save images", "127.0.0.1"]);
+    assert_contains(why.as_str().unwrap(), &["save images", "127.0.0.1"]);
     for action in ["restore_start", "stop", "norestore_start", "stop"] {
         assert_eq!(client.act(action, "m").unwrap()["success"], true, "{action}");
     }
-    assert_says(&host.log(), &["steps=\"connect "]);
+    assert_contains(&host.log(), &["steps=\"connect "]);
 }
 
 #[test]
-fn labels_are_used_once() {
+fn label_is_refused_when_two_machines_have_it() {
     let lab = KvmLab::new(&[MICRO, ("n", Guest::Micro)]).unwrap();
     lab.change_yaml("label: lab-n", "label: lab-m").unwrap();
     assert_refused(&lab.run(&["serve"]).unwrap(), &["'lab-m' is already the label of machine 'm'"]);
 }
 
 #[test]
-fn a_dsn_that_leads_nowhere_is_told_with_what_to_do() {
+fn dsn_is_refused_with_advice_when_libvirt_cannot_be_reached() {
     let machine = "machines:\n  m: {label: x, ip: 10.0.0.1, platform: linux, os_version: 1}\n";
-    // What libvirt's library does not know itself it asks libvirtd for, which may run here or not.
+    // libvirt's library passes an unknown driver on to a libvirtd, which may run on this computer or not.
     for (dsn, advice) in [
         ("qemu:///system?socket=/none/libvirt-sock", "Start libvirtd"),
         ("nonsense:///system", "correct the dsn in kvm.yaml"),
@@ -216,7 +240,7 @@ fn a_dsn_that_leads_nowhere_is_told_with_what_to_do() {
 }
 
 #[test]
-fn check_tells_of_versions_domains_and_snapshots() {
+fn check_prints_versions_domains_and_snapshots() {
     let lab = KvmLab::new(&[MICRO, ("bare", Guest::Micro)]).unwrap();
     let checked = lab.run(&["check"]).unwrap();
     println!("{}", checked.stdout);
@@ -230,7 +254,7 @@ fn check_tells_of_versions_domains_and_snapshots() {
     for words in ["machine 'bare'", "has no current snapshot", "snapshot-create-as"] {
         assert!(checked.stdout.contains(words), "no {words:?} in {}", checked.stdout);
     }
-    // Beside a host at work it disturbs nobody.
+    // A check does not disturb a host that serves.
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
@@ -240,9 +264,8 @@ fn check_tells_of_versions_domains_and_snapshots() {
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
 }
 
-/// Where QEMU's user may not use `/dev/kvm`, `check` says so.
 #[test]
-fn check_notices_a_kvm_device_that_qemu_may_not_use() {
+fn check_warns_when_the_user_of_qemu_may_not_use_the_kvm_device() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     let conf = lab.cwd().root().join("libvirt/etc/libvirt/qemu.conf");
     let text = fs::read_to_string(&conf).unwrap();

@@ -1,41 +1,26 @@
-//! Actions of somebody else on a domain of the machinery: a run by hand, a managed save, a reset. Automatic
-//! work destroys none of them, and the end of the host ends none of them. No task gets a guest that is not at
-//! its snapshot.
+//! Foreign work on a domain of the machinery: a run by hand, a managed save, a reset. Automatic work does not
+//! destroy it, and the end of the host does not end it. No task gets a guest that is not at its snapshot.
 
 // Clippy's own exemption for tests leaves out their helpers.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
-use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::KvmLab;
+use machinery_testkit::lab::{KvmFixture, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
 const STANDBY: &str = "machineries: {kvm: {standby: on}}\n";
-const IMAGES: &str = "machineries: {kvm: {save_images: on}}\n";
+const IMAGES: &str = "machineries: {kvm: {instant: on}}\n";
 
 /// The place of an operator's work on a disk, and its content.
 const WORK: &str = "-P 0x5a 64k 512";
-
-fn good() -> Value {
-    json!({"success": true})
-}
-
-/// A lab with the machine `m`, a host for it, a subscriber and a client; dropped in this order.
-struct Scene {
-    subscriber: Client,
-    client: Client,
-    host: RunningHost,
-    lab: KvmLab,
-}
 
 fn lab(section: &str) -> KvmLab {
     let lab = KvmLab::new(&[MICRO]).unwrap();
@@ -49,98 +34,39 @@ fn qemu_io(disk: &Path, command: &str) -> String {
     format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr))
 }
 
-/// Writes to the disk as a run that has just ended would.
-fn writes_work(lab: &KvmLab) {
-    let said = qemu_io(&lab.machine("m").disk, &format!("write {WORK}"));
-    assert!(said.contains("wrote 512/512"), "{said}");
+/// Writes to the disk as a run would.
+fn write_work(lab: &KvmLab) {
+    let output = qemu_io(&lab.machine("m").disk, &format!("write {WORK}"));
+    assert!(output.contains("wrote 512/512"), "{output}");
 }
 
 fn has_work(lab: &KvmLab) -> bool {
-    let said = qemu_io(&lab.machine("m").disk, &format!("read {WORK}"));
-    assert!(said.contains("read 512/512"), "{said}");
-    !said.contains("Pattern verification failed")
+    let output = qemu_io(&lab.machine("m").disk, &format!("read {WORK}"));
+    assert!(output.contains("read 512/512"), "{output}");
+    !output.contains("Pattern verification failed")
 }
 
 /// Boots the domain as an operator would; returns its QEMU.
-fn starts_by_hand(lab: &KvmLab) -> Pid {
+fn start_by_hand(lab: &KvmLab) -> Pid {
     lab.libvirtd().virsh(&["start", "lab-m"]).unwrap();
     lab.machine("m").counts_on(SOON).unwrap();
     lab.qemu_of("m").unwrap()
 }
 
 /// Boots the domain as an operator would, writes to its disk, and powers the domain off.
-fn works_by_hand(lab: &KvmLab) {
-    starts_by_hand(lab);
+fn work_by_hand(lab: &KvmLab) {
+    start_by_hand(lab);
     lab.libvirtd().virsh(&["destroy", "lab-m"]).unwrap();
-    writes_work(lab);
+    write_work(lab);
 }
 
-impl Scene {
-    fn of(lab: KvmLab) -> Scene {
-        let host = lab.host().unwrap();
-        let mut subscriber = host.client().unwrap();
-        subscriber.subscribe().unwrap();
-        Scene { subscriber, client: host.client().unwrap(), host, lab }
-    }
-
-    #[track_caller]
-    fn does(&mut self, action: &str) {
-        assert_eq!(self.client.act(action, "m").unwrap(), good(), "{action}; {}", self.host.log());
-    }
-
-    fn ready(&mut self) -> Value {
-        self.client.machine("m").unwrap()["ready"].take()
-    }
-
-    fn state(&mut self) -> Value {
-        self.client.act("state", "m").unwrap()["state"].take()
-    }
-
-    /// Waits until the machine is ready in that way, for a reason that contains these words.
-    fn is_ready(&mut self, how: &str, words: &str) {
-        let is_so = |ready: &Value| {
-            ready["mode"] == how && ready["reason"].as_str().is_some_and(|why| why.contains(words))
-        };
-        let mut ready = self.ready();
-        while !is_so(&ready) {
-            let heard = self.subscriber.hear("ready", "m");
-            ready = heard.unwrap_or_else(|error| panic!("{how}: {error}; {ready}; {}", self.host.log()));
-        }
-    }
-
-    fn virsh(&self, arguments: &[&str]) -> String {
-        self.lab.libvirtd().virsh(arguments).unwrap()
-    }
-
-    /// Restores the machine, and expects that it runs at the snapshot.
-    #[track_caller]
-    fn restores(&mut self) {
-        self.does("restore_start");
-        let first = self.lab.machine("m").first_count(SOON).unwrap();
-        assert_eq!(first, self.lab.restored_count().unwrap(), "{}", self.host.log());
-        self.lab.machine("m").counts_on(SOON).unwrap();
-    }
-
-    #[track_caller]
-    fn terminates(&mut self) {
-        assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
-    }
-
-    /// Ends the host, and expects a clean end without leftovers.
-    #[track_caller]
-    fn ends_well(mut self) {
-        self.terminates();
-        self.lab.assert_clean();
-    }
-
-    /// Expects that `check` finds no problem, and prints all of these words.
-    #[track_caller]
-    fn checks(&self, words: &[&str]) {
-        let checked = self.lab.run(&["check"]).unwrap();
-        assert_eq!(checked.code, Some(0), "{}", checked.stdout);
-        for word in words {
-            assert!(checked.stdout.contains(word), "no {word:?} in {}", checked.stdout);
-        }
+/// Expects that `check` finds no problem, and prints all of these words.
+#[track_caller]
+fn assert_check_prints(lab: &KvmLab, words: &[&str]) {
+    let checked = lab.run(&["check"]).unwrap();
+    assert_eq!(checked.code, Some(0), "{}", checked.stdout);
+    for word in words {
+        assert!(checked.stdout.contains(word), "no {word:?} in {}", checked.stdout);
     }
 }
 
@@ -148,238 +74,249 @@ impl Scene {
 fn host_prepares_nothing_automatically_when_somebody_else_has_written_to_the_disk() {
     for (section, prepared) in [(STANDBY, "standby"), (IMAGES, "instant")] {
         let lab = lab(section);
-        works_by_hand(&lab);
-        let mut scene = Scene::of(lab);
-        scene.is_ready("plain", "not prepared automatically");
-        assert!(has_work(&scene.lab), "{section}: the start of the host has discarded it");
-        assert!(scene.host.log().contains("WARN") && scene.host.log().contains("in no snapshot"));
-        scene.checks(&["warning  machine 'm'", "in no snapshot", "cuckoo-machinery prepare m"]);
+        work_by_hand(&lab);
+        let mut fixture = KvmFixture::of(lab);
+        fixture.wait_for_readiness("plain", "not prepared automatically");
+        assert!(has_work(&fixture.lab), "{section}: the start of the host has discarded the work");
+        assert!(fixture.host.log().contains("WARN") && fixture.host.log().contains("in no snapshot"));
+        assert_check_prints(
+            &fixture.lab,
+            &["warning  machine 'm'", "in no snapshot", "cuckoo-machinery prepare m"],
+        );
         // Other automatic work of the host discards nothing either.
-        scene.client.ask(json!({"action": "lock", "machine": "m", "task_id": "t"})).unwrap();
-        scene.does("unlock");
-        scene.does("disable_machine");
-        scene.does("enable_machine");
-        scene.client.ask(json!({"action": "wait_idle"})).unwrap();
-        assert!(has_work(&scene.lab), "{section}: it was discarded later");
+        fixture.client.ask(json!({"action": "lock", "machine": "m", "task_id": "t"})).unwrap();
+        fixture.act("unlock");
+        fixture.act("disable_machine");
+        fixture.act("enable_machine");
+        fixture.client.ask(json!({"action": "wait_idle"})).unwrap();
+        assert!(has_work(&fixture.lab), "{section}: the work was discarded later");
         // An explicit request discards the work.
-        scene.does("prepare");
-        scene.is_ready(prepared, "");
-        scene.restores();
-        scene.does("stop");
-        assert!(!has_work(&scene.lab));
-        scene.is_ready(prepared, "");
-        scene.ends_well();
+        fixture.act("prepare");
+        fixture.wait_for_readiness(prepared, "");
+        fixture.restore();
+        fixture.act("stop");
+        assert!(!has_work(&fixture.lab));
+        fixture.wait_for_readiness(prepared, "");
+        fixture.finish();
     }
 }
 
 /// The host receives the events of the run by hand, and of its end.
 #[test]
 fn host_prepares_nothing_automatically_when_a_run_by_hand_has_ended() {
-    let mut scene = Scene::of(lab(STANDBY));
-    scene.is_ready("standby", "");
-    scene.does("disable_machine");
-    scene.does("stop");
-    starts_by_hand(&scene.lab);
-    scene.subscriber.hear_state("m", "running").unwrap();
-    scene.virsh(&["destroy", "lab-m"]);
-    scene.subscriber.hear_state("m", "poweroff").unwrap();
-    writes_work(&scene.lab);
-    scene.does("enable_machine");
-    scene.is_ready("plain", "not prepared automatically");
-    assert!(has_work(&scene.lab));
-    scene.restores();
-    scene.does("stop");
-    scene.is_ready("standby", "");
-    scene.ends_well();
+    let mut fixture = KvmFixture::of(lab(STANDBY));
+    fixture.wait_for_readiness("standby", "");
+    fixture.act("disable_machine");
+    fixture.act("stop");
+    start_by_hand(&fixture.lab);
+    fixture.wait_for_state("running");
+    fixture.virsh(&["destroy", "lab-m"]);
+    fixture.wait_for_state("poweroff");
+    write_work(&fixture.lab);
+    fixture.act("enable_machine");
+    fixture.wait_for_readiness("plain", "not prepared automatically");
+    assert!(has_work(&fixture.lab));
+    fixture.restore();
+    fixture.act("stop");
+    fixture.wait_for_readiness("standby", "");
+    fixture.finish();
 }
 
-/// Changes by a run of the host are nobody's work, also for the next host.
+/// Changes by a run of the host are no foreign work, also for the next host.
 #[test]
 fn host_prepares_automatically_when_its_own_run_was_the_last_to_write() {
     let guest = Guest::Linux { ram_mib: 256, noise_mib: 16 };
     let lab = KvmLab::new(&[("m", guest)]).unwrap();
     lab.cwd().host_yaml(STANDBY).unwrap();
-    let mut scene = Scene::of(lab);
-    scene.is_ready("standby", "");
+    let mut fixture = KvmFixture::of(lab);
+    fixture.wait_for_readiness("standby", "");
     for end in ["stop", "acpi_stop", "terminate", "kill"] {
-        scene.does("restore_start");
-        scene.lab.machine("m").mark("spoilt1", "spoilt2", SOON).unwrap();
+        fixture.act("restore_start");
+        fixture.lab.machine("m").mark("spoilt1", "spoilt2", SOON).unwrap();
         match end {
-            "terminate" => scene.terminates(),
-            "kill" => drop(scene.host.kill().unwrap()),
-            action => scene.does(action),
+            "terminate" => fixture.terminate(),
+            "kill" => drop(fixture.host.kill().unwrap()),
+            action => fixture.act(action),
         }
         if ["terminate", "kill"].contains(&end) {
-            scene = Scene::of(scene.lab);
+            fixture = KvmFixture::of(fixture.lab);
         }
-        scene.is_ready("standby", "");
-        assert!(!scene.host.log().contains("not prepared automatically"), "{end}: {}", scene.host.log());
+        fixture.wait_for_readiness("standby", "");
+        assert!(!fixture.host.log().contains("not prepared automatically"), "{end}: {}", fixture.host.log());
     }
-    scene.ends_well();
+    fixture.finish();
 }
 
 /// A new snapshot is the new state of the machine, so a return to it loses nothing.
 #[test]
 fn host_prepares_automatically_when_the_operator_has_taken_a_new_snapshot() {
     let lab = lab(STANDBY);
-    works_by_hand(&lab);
+    work_by_hand(&lab);
     lab.libvirtd().virsh(&["snapshot-delete", "lab-m", SNAPSHOT]).unwrap();
-    starts_by_hand(&lab);
+    start_by_hand(&lab);
     lab.libvirtd().virsh(&["snapshot-create-as", "lab-m", "new"]).unwrap();
     lab.libvirtd().virsh(&["destroy", "lab-m"]).unwrap();
-    let mut scene = Scene::of(lab);
-    scene.is_ready("standby", "");
-    scene.does("restore_start");
-    scene.does("stop");
-    scene.is_ready("standby", "");
-    scene.does("stop");
-    assert!(has_work(&scene.lab), "it is in the snapshot");
-    scene.ends_well();
+    let mut fixture = KvmFixture::of(lab);
+    fixture.wait_for_readiness("standby", "");
+    fixture.act("restore_start");
+    fixture.act("stop");
+    fixture.wait_for_readiness("standby", "");
+    fixture.act("stop");
+    assert!(has_work(&fixture.lab), "the work is in the snapshot, and was discarded");
+    fixture.finish();
 }
 
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_it_ends() {
     for disabled in [false, true] {
-        let mut scene = Scene::of(lab("machineries: {kvm: {save_images: off}}\n"));
+        let mut fixture = KvmFixture::of(lab("machineries: {kvm: {instant: off}}\n"));
         if disabled {
-            scene.does("disable_machine");
+            fixture.act("disable_machine");
         }
-        let qemu = starts_by_hand(&scene.lab);
-        scene.subscriber.hear_state("m", "running").unwrap();
-        assert_eq!(scene.client.ask(json!({"action": "shutdown_all"})).unwrap(), good());
-        assert_eq!(scene.state(), "running", "shutdown_all has ended it");
-        scene.terminates();
-        assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu, "the end of the host has ended it");
-        assert!(scene.host.log().contains("the host has not started it"), "{}", scene.host.log());
+        let qemu = start_by_hand(&fixture.lab);
+        fixture.wait_for_state("running");
+        assert_eq!(fixture.client.ask(json!({"action": "shutdown_all"})).unwrap(), json!({"success": true}));
+        assert_eq!(fixture.state(), "running", "shutdown_all has ended the run by hand");
+        fixture.terminate();
+        assert_eq!(fixture.qemu(), qemu, "the end of the host has ended the run by hand");
+        assert!(fixture.host.log().contains("the host has not started it"), "{}", fixture.host.log());
         // The next host finds the domain running, and leaves it alone as well.
-        let mut scene = Scene::of(scene.lab);
-        assert_eq!(scene.state(), "running");
-        scene.terminates();
-        assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu);
+        let mut fixture = KvmFixture::of(fixture.lab);
+        assert_eq!(fixture.state(), "running");
+        fixture.terminate();
+        assert_eq!(fixture.qemu(), qemu);
         // An explicit request ends the run.
-        let mut scene = Scene::of(scene.lab);
-        scene.does("stop");
-        scene.ends_well();
+        let mut fixture = KvmFixture::of(fixture.lab);
+        fixture.act("stop");
+        fixture.finish();
     }
 }
 
 #[test]
 fn host_ends_its_own_run_when_the_machine_was_disabled_meanwhile() {
-    let mut scene = Scene::of(lab(""));
-    scene.restores();
-    scene.does("disable_machine");
-    scene.ends_well();
+    let mut fixture = KvmFixture::of(lab(""));
+    fixture.restore();
+    fixture.act("disable_machine");
+    fixture.finish();
 }
 
 /// Domain ids begin anew after a restart of libvirtd. The operator's domain may therefore have the id of the
 /// killed host's run.
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_it_follows_a_run_of_a_killed_host() {
-    let mut scene = Scene::of(lab(""));
-    scene.restores();
-    let id = scene.virsh(&["domid", "lab-m"]);
-    scene.host.kill().unwrap();
-    scene.virsh(&["destroy", "lab-m"]);
-    scene.lab.libvirtd().kill_daemon().unwrap();
-    scene.lab.libvirtd().start_daemon().unwrap();
-    let qemu = starts_by_hand(&scene.lab);
-    assert_eq!(scene.virsh(&["domid", "lab-m"]), id, "libvirtd counts on, and the test shows nothing");
-    let mut scene = Scene::of(scene.lab);
-    assert_eq!(scene.state(), "running");
-    assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu, "it was taken for a run of the killed host");
-    scene.does("stop");
-    scene.ends_well();
+    let mut fixture = KvmFixture::of(lab(""));
+    fixture.restore();
+    let id = fixture.virsh(&["domid", "lab-m"]);
+    fixture.host.kill().unwrap();
+    fixture.virsh(&["destroy", "lab-m"]);
+    fixture.lab.libvirtd().kill_daemon().unwrap();
+    fixture.lab.libvirtd().start_daemon().unwrap();
+    let qemu = start_by_hand(&fixture.lab);
+    assert_eq!(
+        fixture.virsh(&["domid", "lab-m"]),
+        id,
+        "the ids of domains differ, so the test shows nothing"
+    );
+    let mut fixture = KvmFixture::of(fixture.lab);
+    assert_eq!(fixture.state(), "running");
+    assert_eq!(fixture.qemu(), qemu, "it was ended as a run of the killed host");
+    fixture.act("stop");
+    fixture.finish();
 }
 
 /// The host's own run ends while libvirtd is away, and somebody else's run begins; the host is not restarted.
 #[test]
 fn host_leaves_a_run_by_hand_alone_when_its_own_ended_while_libvirtd_was_away() {
-    let mut scene = Scene::of(lab(""));
-    scene.restores();
-    scene.subscriber.hear_state("m", "running").unwrap();
-    scene.lab.libvirtd().kill_daemon().unwrap();
-    scene.subscriber.hear_state("m", "error").unwrap();
-    kill_process(scene.lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
+    let mut fixture = KvmFixture::of(lab(""));
+    fixture.restore();
+    fixture.wait_for_state("running");
+    fixture.lab.libvirtd().kill_daemon().unwrap();
+    fixture.wait_for_state("error");
+    kill_process(fixture.qemu(), Signal::KILL).unwrap();
     // The host is suspended until the operator's run has begun.
-    scene.host.signal(Signal::STOP).unwrap();
-    scene.lab.libvirtd().start_daemon().unwrap();
-    let qemu = starts_by_hand(&scene.lab);
-    scene.host.signal(Signal::CONT).unwrap();
-    scene.subscriber.hear_state("m", "poweroff").unwrap();
-    scene.subscriber.hear_state("m", "running").unwrap();
-    scene.terminates();
-    assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu);
-    let mut scene = Scene::of(scene.lab);
-    scene.does("stop");
-    scene.ends_well();
+    fixture.host.signal(Signal::STOP).unwrap();
+    fixture.lab.libvirtd().start_daemon().unwrap();
+    let qemu = start_by_hand(&fixture.lab);
+    fixture.host.signal(Signal::CONT).unwrap();
+    fixture.wait_for_state("poweroff");
+    fixture.wait_for_state("running");
+    fixture.terminate();
+    assert_eq!(fixture.qemu(), qemu);
+    let mut fixture = KvmFixture::of(fixture.lab);
+    fixture.act("stop");
+    fixture.finish();
 }
 
 #[test]
-fn managed_save_is_removed_when_the_machine_is_started_and_spared_until_then() {
+fn managed_save_is_kept_until_the_machine_is_started() {
     let lab = lab(STANDBY);
-    starts_by_hand(&lab);
+    start_by_hand(&lab);
     lab.libvirtd().virsh(&["managedsave", "lab-m"]).unwrap();
-    let mut scene = Scene::of(lab);
-    scene.is_ready("plain", "managed save");
-    scene.checks(&["warning  machine 'm'", "managed save"]);
-    assert!(scene.virsh(&["dominfo", "lab-m"]).contains("Managed save:   yes"));
+    let mut fixture = KvmFixture::of(lab);
+    fixture.wait_for_readiness("plain", "managed save");
+    assert_check_prints(&fixture.lab, &["warning  machine 'm'", "managed save"]);
+    assert!(fixture.virsh(&["dominfo", "lab-m"]).contains("Managed save:   yes"));
     for action in ["norestore_start", "restore_start"] {
-        scene.does(action);
-        let first = scene.lab.machine("m").first_count(SOON).unwrap();
-        let wanted = if action == "restore_start" { scene.lab.restored_count().unwrap() } else { 1 };
+        fixture.act(action);
+        let first = fixture.lab.machine("m").first_count(SOON).unwrap();
+        let wanted = if action == "restore_start" { fixture.lab.restored_count().unwrap() } else { 1 };
         assert_eq!(first, wanted, "{action} has resumed the managed save");
-        assert!(scene.host.log().contains("managed save of its domain is removed"), "{}", scene.host.log());
-        assert!(scene.virsh(&["dominfo", "lab-m"]).contains("Managed save:   no"));
-        scene.does("stop");
-        scene.is_ready("standby", "");
-        scene.does("stop");
-        starts_by_hand(&scene.lab);
-        scene.virsh(&["managedsave", "lab-m"]);
+        assert!(
+            fixture.host.log().contains("managed save of its domain is removed"),
+            "{}",
+            fixture.host.log()
+        );
+        assert!(fixture.virsh(&["dominfo", "lab-m"]).contains("Managed save:   no"));
+        fixture.act("stop");
+        fixture.wait_for_readiness("standby", "");
+        fixture.act("stop");
+        start_by_hand(&fixture.lab);
+        fixture.virsh(&["managedsave", "lab-m"]);
     }
     // An explicit request for a preparation is executed, too.
-    scene.does("prepare");
-    scene.is_ready("standby", "");
-    assert!(scene.virsh(&["dominfo", "lab-m"]).contains("Managed save:   no"));
-    scene.restores();
-    scene.does("stop");
-    scene.ends_well();
+    fixture.act("prepare");
+    fixture.wait_for_readiness("standby", "");
+    assert!(fixture.virsh(&["dominfo", "lab-m"]).contains("Managed save:   no"));
+    fixture.restore();
+    fixture.act("stop");
+    fixture.finish();
 }
 
 #[test]
 fn shut_off_snapshot_is_restored_when_the_domain_has_a_managed_save() {
     let lab = lab("");
     lab.libvirtd().virsh(&["snapshot-create-as", "lab-m", "off"]).unwrap();
-    starts_by_hand(&lab);
+    start_by_hand(&lab);
     lab.libvirtd().virsh(&["managedsave", "lab-m"]).unwrap();
-    let mut scene = Scene::of(lab);
-    scene.does("restore_start");
-    assert_eq!(scene.lab.machine("m").first_count(SOON).unwrap(), 1);
-    scene.does("stop");
-    scene.ends_well();
+    let mut fixture = KvmFixture::of(lab);
+    fixture.act("restore_start");
+    assert_eq!(fixture.lab.machine("m").first_count(SOON).unwrap(), 1);
+    fixture.act("stop");
+    fixture.finish();
 }
 
 /// libvirt-guests saves and resumes domains in this way if the host's unit has no order relative to it.
 #[test]
-fn run_of_ours_is_ended_when_somebody_has_saved_and_resumed_it() {
+fn own_run_is_ended_when_somebody_has_saved_and_resumed_it() {
     for killed in [false, true] {
-        let mut scene = Scene::of(lab(""));
-        scene.restores();
+        let mut fixture = KvmFixture::of(lab(""));
+        fixture.restore();
         if killed {
-            scene.host.kill().unwrap();
-            scene.virsh(&["managedsave", "lab-m"]);
+            fixture.host.kill().unwrap();
+            fixture.virsh(&["managedsave", "lab-m"]);
         } else {
-            scene.virsh(&["managedsave", "lab-m"]);
-            scene.subscriber.hear_state("m", "poweroff").unwrap();
-            scene.terminates();
+            fixture.virsh(&["managedsave", "lab-m"]);
+            fixture.wait_for_state("poweroff");
+            fixture.terminate();
         }
-        scene.virsh(&["start", "lab-m"]);
-        scene.lab.qemu_of("m").unwrap();
-        let mut scene = Scene::of(scene.lab);
-        assert_eq!(scene.state(), "poweroff", "killed: {killed}");
-        scene.lab.assert_clean();
-        scene.restores();
-        scene.does("stop");
-        scene.ends_well();
+        fixture.virsh(&["start", "lab-m"]);
+        fixture.qemu();
+        let mut fixture = KvmFixture::of(fixture.lab);
+        assert_eq!(fixture.state(), "poweroff", "killed: {killed}");
+        fixture.lab.assert_clean();
+        fixture.restore();
+        fixture.act("stop");
+        fixture.finish();
     }
 }
 
@@ -393,52 +330,52 @@ fn unit_ends_the_host_before_libvirt_guests_saves_its_runs() {
 
 #[test]
 fn standby_is_replaced_when_somebody_resets_it() {
-    let mut scene = Scene::of(lab(STANDBY));
-    scene.is_ready("standby", "");
-    let stood_by = scene.lab.qemu_of("m").unwrap();
-    scene.virsh(&["reset", "lab-m"]);
-    scene.is_ready("plain", "reset");
-    scene.is_ready("standby", "");
-    assert_ne!(scene.lab.qemu_of("m").unwrap(), stood_by);
-    scene.restores();
-    scene.does("stop");
-    // A task that comes at this moment does not get that guest either.
+    let mut fixture = KvmFixture::of(lab(STANDBY));
+    fixture.wait_for_readiness("standby", "");
+    let standby = fixture.qemu();
+    fixture.virsh(&["reset", "lab-m"]);
+    fixture.wait_for_readiness("plain", "reset");
+    fixture.wait_for_readiness("standby", "");
+    assert_ne!(fixture.qemu(), standby);
+    fixture.restore();
+    fixture.act("stop");
+    // A restore right after the reset does not get that guest either.
     for _ in 0..5 {
-        scene.is_ready("standby", "");
-        scene.virsh(&["reset", "lab-m"]);
-        scene.restores();
-        scene.does("stop");
+        fixture.wait_for_readiness("standby", "");
+        fixture.virsh(&["reset", "lab-m"]);
+        fixture.restore();
+        fixture.act("stop");
     }
-    scene.ends_well();
+    fixture.finish();
 }
 
 #[test]
-fn guest_may_reboot_when_it_runs() {
-    let mut scene = Scene::of(lab(STANDBY));
-    scene.is_ready("standby", "");
-    scene.restores();
-    let qemu = scene.lab.qemu_of("m").unwrap();
-    scene.virsh(&["reset", "lab-m"]);
-    scene.lab.machine("m").wait_for_count(1, SOON).unwrap();
-    scene.lab.machine("m").counts_on(SOON).unwrap();
-    assert_eq!((scene.state(), scene.lab.qemu_of("m").unwrap()), (json!("running"), qemu));
-    scene.does("stop");
-    scene.ends_well();
+fn guest_is_kept_when_it_reboots_during_a_run() {
+    let mut fixture = KvmFixture::of(lab(STANDBY));
+    fixture.wait_for_readiness("standby", "");
+    fixture.restore();
+    let qemu = fixture.qemu();
+    fixture.virsh(&["reset", "lab-m"]);
+    fixture.lab.machine("m").wait_for_count(1, SOON).unwrap();
+    fixture.lab.machine("m").counts_on(SOON).unwrap();
+    assert_eq!((fixture.state(), fixture.qemu()), (json!("running"), qemu));
+    fixture.act("stop");
+    fixture.finish();
 }
 
 #[test]
 fn standby_is_renewed_when_the_guest_powered_itself_off() {
-    let mut scene = Scene::of(lab(STANDBY));
+    let mut fixture = KvmFixture::of(lab(STANDBY));
     for round in 0..25 {
-        scene.is_ready("standby", "");
-        let stood_by = scene.lab.qemu_of("m").unwrap();
-        scene.restores();
-        assert_eq!(scene.lab.qemu_of("m").unwrap(), stood_by, "round {round} was not from standby");
-        scene.virsh(&["shutdown", "lab-m"]);
-        scene.subscriber.hear_state("m", "poweroff").unwrap();
+        fixture.wait_for_readiness("standby", "");
+        let standby = fixture.qemu();
+        fixture.restore();
+        assert_eq!(fixture.qemu(), standby, "round {round} was not from standby");
+        fixture.virsh(&["shutdown", "lab-m"]);
+        fixture.wait_for_state("poweroff");
     }
-    scene.is_ready("standby", "");
-    let log = scene.host.log();
+    fixture.wait_for_readiness("standby", "");
+    let log = fixture.host.log();
     assert!(!log.contains("not prepared") && !log.contains("not used"), "{log}");
-    scene.ends_well();
+    fixture.finish();
 }

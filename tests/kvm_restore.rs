@@ -1,5 +1,5 @@
-//! Restoring real domains: from snapshots of every kind, each run where the snapshot was taken,
-//! whatever the run before it did.
+//! Restores of real domains, from snapshots of every kind. Each run begins at the snapshot, without the changes of
+//! the run before.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -30,7 +30,7 @@ fn assert_does(client: &mut Client, action: &str, machine: &str) {
     println!("{action} of {machine}: {:?}", begun.elapsed());
 }
 
-/// Its restore fails, with all of these words in the reason, and nothing is left.
+/// Expects that the action fails, with all of these words in the reason, and leaves no leftovers.
 #[track_caller]
 fn assert_refused(lab: &KvmLab, client: &mut Client, action: &str, words: &[&str]) {
     let answer = client.act(action, "m").unwrap();
@@ -43,7 +43,7 @@ fn assert_refused(lab: &KvmLab, client: &mut Client, action: &str, words: &[&str
     lab.assert_clean();
 }
 
-/// Takes a snapshot of the machine, after it was brought into the state it is to have in it.
+/// Takes a snapshot of the machine in that state.
 fn take_snapshot(lab: &KvmLab, name: &str, state: &str) {
     let (libvirtd, machine) = (lab.libvirtd(), lab.machine("m"));
     let label = machine.label.as_str();
@@ -61,7 +61,7 @@ fn take_snapshot(lab: &KvmLab, name: &str, state: &str) {
 }
 
 #[test]
-fn a_snapshot_restores_whatever_the_domain_did_when_it_was_taken() {
+fn snapshot_is_restored_when_it_was_taken_of_a_running_paused_or_shut_off_domain() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     for state in ["running", "paused", "shutoff"] {
         take_snapshot(&lab, state, state);
@@ -83,7 +83,7 @@ fn a_snapshot_restores_whatever_the_domain_did_when_it_was_taken() {
         println!("{snapshot}: {firsts:?}");
         assert_eq!(firsts[0], firsts[1], "{snapshot}");
         match snapshot {
-            // Booted anew: there is no memory to go on from.
+            // A boot: this snapshot has no memory.
             "shutoff" => assert_eq!(firsts[0], 1),
             "clean" => assert_eq!(firsts[0], restored),
             _ => assert!(firsts[0] > restored + 19, "{snapshot}: {firsts:?}"),
@@ -95,7 +95,7 @@ fn a_snapshot_restores_whatever_the_domain_did_when_it_was_taken() {
 }
 
 #[test]
-fn without_a_name_it_is_the_current_snapshot_and_a_missing_one_is_told_with_the_others() {
+fn restore_uses_the_current_snapshot_when_none_is_named_and_lists_them_when_it_is_missing() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     take_snapshot(&lab, "later", "running");
     let yaml = lab.cwd().yaml("kvm").unwrap();
@@ -122,16 +122,16 @@ fn without_a_name_it_is_the_current_snapshot_and_a_missing_one_is_told_with_the_
         "restore_start",
         &["no current snapshot", "none at all", "snapshot-create-as"],
     );
-    // Without any, there is still a cold start.
+    // A cold start needs no snapshot.
     assert_does(&mut client, "norestore_start", "m");
     assert_eq!(lab.machine("m").first_count(SOON).unwrap(), 1);
     assert_does(&mut client, "stop", "m");
     lab.assert_clean();
 }
 
-/// libvirt reverts to external snapshots from 9.9 on; before, that is told, with what to do.
+/// libvirt reverts to external snapshots from 9.9 on. With an older one, the error has advice.
 #[test]
-fn an_external_snapshot_restores_where_libvirt_can_and_is_told_where_it_cannot() {
+fn external_snapshot_is_restored_or_refused_with_advice_when_libvirt_is_too_old() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     let (libvirtd, machine) = (lab.libvirtd(), lab.machine("m"));
     let dir = machine.disk.parent().unwrap();
@@ -180,7 +180,7 @@ fn reverts_to_external(lab: &KvmLab) -> bool {
 }
 
 #[test]
-fn what_a_run_writes_is_gone_in_the_next_one() {
+fn changes_of_a_run_are_discarded_by_the_next_restore() {
     let lab = KvmLab::new(&[("linux", LINUX)]).unwrap();
     let machine = lab.machine("linux");
     let marks = |ram: &str, disk: &str| Marks { ram: ram.to_owned(), disk: disk.to_owned() };
@@ -200,11 +200,11 @@ fn what_a_run_writes_is_gone_in_the_next_one() {
     assert_does(&mut client, "stop", "linux");
 }
 
-/// Whether the disk holds what the test writes there.
-fn is_spoilt(lab: &KvmLab) -> bool {
-    let said = qemu_io(lab, "read -P 0x5a 64k 512");
-    assert!(said.contains("read 512/512"), "{said}");
-    !said.contains("Pattern verification failed")
+/// Returns whether the disk has the changes that the test writes.
+fn is_changed(lab: &KvmLab) -> bool {
+    let output = qemu_io(lab, "read -P 0x5a 64k 512");
+    assert!(output.contains("read 512/512"), "{output}");
+    !output.contains("Pattern verification failed")
 }
 
 fn qemu_io(lab: &KvmLab, command: &str) -> String {
@@ -213,26 +213,26 @@ fn qemu_io(lab: &KvmLab, command: &str) -> String {
     String::from_utf8_lossy(&ran.stdout).into_owned()
 }
 
-/// A cold start is a cold start of the snapshot's disk, not of what malware has left there.
+/// A cold start boots from the snapshot's disk, without the changes of an earlier run.
 #[test]
-fn a_cold_start_has_the_disk_of_the_snapshot() {
+fn cold_start_has_the_disk_of_the_snapshot() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     assert_does(&mut client, "restore_start", "m");
     assert_does(&mut client, "stop", "m");
-    // As if that run had written it.
+    // A write as of that run.
     qemu_io(&lab, "write -P 0x5a 64k 512");
-    assert!(is_spoilt(&lab));
+    assert!(is_changed(&lab));
     assert_does(&mut client, "norestore_start", "m");
     assert_eq!(lab.machine("m").first_count(SOON).unwrap(), 1);
     assert_does(&mut client, "stop", "m");
-    assert!(!is_spoilt(&lab), "it was started with what the run before it has written");
+    assert!(!is_changed(&lab), "the cold start had the changes of the run before");
     lab.assert_clean();
 }
 
 #[test]
-fn both_machineries_serve_in_one_host() {
+fn host_serves_both_machineries() {
     let qemus = Lab::new(&[("q", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
     let lab = KvmLab::new(&[MICRO]).unwrap();
     lab.cwd().list(&["qemu", "kvm"]).unwrap();
@@ -253,7 +253,7 @@ fn both_machineries_serve_in_one_host() {
             assert_does(&mut client, "stop", machine);
         }
     }
-    // With both running, the host's end stops both.
+    // The end of the host stops both.
     assert_does(&mut client, "restore_start", "m");
     assert_does(&mut client, "restore_start", "q");
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());

@@ -1,5 +1,4 @@
-//! Restores, many and at the same time, through one connection to libvirt: none fails, and the host
-//! is afterwards what it was before.
+//! Many simultaneous restores. None fails, and the host has no more threads, files and memory afterwards.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -13,7 +12,7 @@ use machinery_testkit::lab::KvmLab;
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
-/// More than libvirtd has requests of one connection under way at a time, which is five.
+/// More than five: libvirtd executes five requests of one connection at a time.
 const MACHINES: [&str; 7] = ["a", "b", "c", "d", "e", "f", "g"];
 /// Two actions in each round of each machine: 210 in all.
 const ROUNDS: u32 = 15;
@@ -37,7 +36,7 @@ fn rounds(lab: &KvmLab, host: &RunningHost, rounds: u32) {
 }
 
 #[test]
-fn two_hundred_actions_leave_no_trace() {
+fn host_has_the_same_resources_after_two_hundred_actions() {
     let lab = KvmLab::new(&MACHINES.map(|name| (name, Guest::Micro))).unwrap();
     let mut host = lab.host().unwrap();
     rounds(&lab, &host, 1);

@@ -1,5 +1,5 @@
-//! Looking at real domains: memory dumps and screenshots, which belong to the caller although libvirtd
-//! writes them as root, and leave the machine running and enabled, also where they fail.
+//! Memory dumps and screenshots of real domains. The files belong to the caller, although libvirtd writes them as
+//! root. The machine keeps running and stays enabled, also after a failure.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// A running machine, `m`, and what looks at it; dropped in this order.
+/// A running machine, `m`, with a client and a host. They are dropped in this order.
 struct Running {
     client: Client,
     host: RunningHost,
@@ -39,7 +39,7 @@ fn good() -> Value {
 
 impl Running {
     fn target(&self, name: &str) -> PathBuf {
-        let folder = self.lab.cwd().root().join("machines/looks");
+        let folder = self.lab.cwd().root().join("machines/inspections");
         fs::create_dir_all(&folder).unwrap();
         folder.join(name)
     }
@@ -53,9 +53,9 @@ impl Running {
         self.client.ask(json!({"action": "screenshot", "machine": "m", "path": path})).unwrap()
     }
 
-    /// It is in the pool, runs, and nothing unfinished is left of a look at it.
+    /// Expects that the machine runs and is enabled, and that there are no unfinished files.
     #[track_caller]
-    fn assert_runs_on(&mut self) {
+    fn assert_still_runs(&mut self) {
         let listed = self.client.machine("m").unwrap();
         let (state, disabled) = (&listed["state"], &listed["disabled"]);
         assert_eq!((state, disabled), (&json!("running"), &json!(false)), "{}", self.host.log());
@@ -70,15 +70,15 @@ impl Running {
     }
 }
 
-/// For its owner alone, and that is who runs the host.
+/// Expects that the file belongs to the host's user, and is accessible to nobody else.
 #[track_caller]
-fn assert_is_ours(path: &Path) {
+fn assert_is_private(path: &Path) {
     let (file, ours) = (fs::metadata(path).unwrap(), fs::metadata(path.parent().unwrap()).unwrap());
     assert_eq!((file.mode() & 0o777, file.uid()), (0o600, ours.uid()), "{}", path.display());
 }
 
 #[test]
-fn a_dump_holds_the_guests_memory_and_is_the_callers() {
+fn dump_has_the_memory_of_the_guest_and_belongs_to_the_caller() {
     let mut m = running(Guest::Micro);
     m.lab.machine("m").counts_on(SOON).unwrap();
     for name in ["dump", "dump", "another dump, with a comma=and such"] {
@@ -90,23 +90,25 @@ fn a_dump_holds_the_guests_memory_and_is_the_callers() {
         let count = micro::counter_in(&dump);
         println!("the counter in it is {count:?}");
         assert!(count >= Some(m.lab.restored_count().unwrap()), "{count:?}");
-        assert_is_ours(&path);
-        m.assert_runs_on();
+        assert_is_private(&path);
+        m.assert_still_runs();
         m.lab.machine("m").counts_on(SOON).unwrap();
     }
     m.end();
 }
 
-/// A folder that others own does not change whose the file is: libvirtd only writes into it.
+/// The owner of the folder does not change the owner of the file: libvirtd only writes into it.
 #[test]
-fn a_dump_into_somebody_elses_folder_is_still_the_callers() {
+fn dump_belongs_to_the_caller_when_the_folder_does_not() {
     let mut m = running(Guest::Micro);
     let path = m.target("dump");
     let folder = path.parent().unwrap();
     fs::set_permissions(folder, Permissions::from_mode(0o777)).unwrap();
     let me = fs::metadata(folder).unwrap().uid();
     if chown(folder, Some(65534), Some(65534)).is_err() {
-        eprintln!("NOT CHECKED: a folder of another user, because this user may not give one away");
+        eprintln!(
+            "NOT CHECKED: a folder of another user, because this user may not change the owner of a folder"
+        );
         return m.end();
     }
     assert_eq!(m.dump(&path, "elf"), good());
@@ -116,28 +118,28 @@ fn a_dump_into_somebody_elses_folder_is_still_the_callers() {
 }
 
 #[test]
-fn the_progress_of_a_long_dump_is_told() {
+fn progress_of_a_long_dump_is_reported() {
     let mut m = running(Guest::Linux { ram_mib: 512, noise_mib: 256 });
     let mut subscriber = m.host.client().unwrap();
     subscriber.subscribe().unwrap();
     let path = m.target("dump");
     assert_eq!(m.dump(&path, "elf"), good());
-    let mut told = Vec::new();
-    while told.last() != Some(&1.0) {
+    let mut fractions = Vec::new();
+    while fractions.last() != Some(&1.0) {
         let event = subscriber.next_message().unwrap();
         if event["event"] == "progress" {
-            told.push(event["fraction"].as_f64().unwrap());
+            fractions.push(event["fraction"].as_f64().unwrap());
         }
     }
-    println!("{told:?}");
-    assert!(told.is_sorted() && told.iter().all(|at| (0.0..=1.0).contains(at)), "{told:?}");
-    m.assert_runs_on();
+    println!("{fractions:?}");
+    assert!(fractions.is_sorted() && fractions.iter().all(|at| (0.0..=1.0).contains(at)), "{fractions:?}");
+    m.assert_still_runs();
     assert_eq!(m.lab.machine("m").get("/", SOON).unwrap().0, 200);
     m.end();
 }
 
 #[test]
-fn a_screenshot_is_a_picture() {
+fn screenshot_is_a_png_of_the_screen() {
     let mut m = running(Guest::Micro);
     for _ in 0..2 {
         let path = m.target("screen.png");
@@ -147,16 +149,16 @@ fn a_screenshot_is_a_picture() {
         let frame = png.next_frame(&mut pixels).unwrap();
         println!("{} x {}", frame.width, frame.height);
         assert_eq!((frame.width, frame.height), (720, 400), "a PC's text screen");
-        // The firmware has written on it.
-        assert!(pixels.iter().any(|byte| *byte > 100 && *byte < 255), "it is blank");
-        assert_is_ours(&path);
-        m.assert_runs_on();
+        // The firmware has written to the screen.
+        assert!(pixels.iter().any(|byte| *byte > 100 && *byte < 255), "the screen is blank");
+        assert_is_private(&path);
+        m.assert_still_runs();
     }
     m.end();
 }
 
 #[test]
-fn what_cannot_be_written_costs_the_machine_nothing() {
+fn machine_runs_on_when_a_file_cannot_be_written() {
     let mut m = running(Guest::Micro);
     let nowhere = m.target("none/dump");
     let folder = m.target("folder");
@@ -166,19 +168,19 @@ fn what_cannot_be_written_costs_the_machine_nothing() {
             let reason = answer["reason"].as_str().unwrap();
             assert!(reason.contains(path.to_str().unwrap()), "{reason}");
         }
-        m.assert_runs_on();
+        m.assert_still_runs();
     }
-    // Nothing in this guest helps with a Windows crash dump.
+    // This guest has no driver for a Windows crash dump.
     let path = m.target("win.dmp");
     let answer = m.dump(&path, "win-dmp");
     assert_eq!(answer["success"], false, "{answer}");
     assert!(!path.exists());
-    m.assert_runs_on();
+    m.assert_still_runs();
     m.end();
 }
 
 #[test]
-fn a_machine_that_is_off_has_neither() {
+fn dump_and_screenshot_are_refused_when_the_machine_is_off() {
     let mut m = running(Guest::Micro);
     assert_eq!(m.client.act("stop", "m").unwrap(), good());
     let path = m.target("nothing");

@@ -1,9 +1,9 @@
-//! Whether the user that libvirt runs QEMU as may use `/dev/kvm`.
+//! Access of QEMU's user to `/dev/kvm`.
 //!
-//! Where the device is there and that user may not open it, libvirt does not keep what it learns about
-//! QEMU, and learns it anew at each of its starts, which takes seconds; and domains of type `kvm` do
-//! not start. libvirt names the user, by number, in its capabilities (`<baselabel type='kvm'>`, model
-//! `dac`). Source: libvirt's docs/formatcaps.rst and src/qemu/qemu_capabilities.c.
+//! If the device exists and that user may not open it, domains of type `kvm` do not start. libvirt then also
+//! discards its knowledge about QEMU, and collects it again at each of its starts, which takes seconds. libvirt
+//! names the user, by number, in its capabilities (`<baselabel type='kvm'>`, model `dac`). Source: libvirt's
+//! docs/formatcaps.rst and src/qemu/qemu_capabilities.c.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,8 +11,8 @@ use std::path::Path;
 
 use crate::description::label_of_qemu;
 
-/// The device.
-pub const KVM: &str = "/dev/kvm";
+/// The path of the device.
+pub const KVM_DEVICE: &str = "/dev/kvm";
 
 /// A user and its group, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,21 +23,21 @@ pub struct User {
 
 /// Owner and mode of a file.
 #[derive(Debug, Clone, Copy)]
-pub struct Owned {
+pub struct Permissions {
     pub uid: u32,
     pub gid: u32,
     pub mode: u32,
 }
 
-impl Owned {
-    /// Those of a file; `None` if it is not there.
-    pub fn of(path: &Path) -> Option<Owned> {
+impl Permissions {
+    /// Returns the permissions of a file; `None` if it does not exist.
+    pub fn of(path: &Path) -> Option<Permissions> {
         let file = fs::metadata(path).ok()?;
-        Some(Owned { uid: file.uid(), gid: file.gid(), mode: file.mode() })
+        Some(Permissions { uid: file.uid(), gid: file.gid(), mode: file.mode() })
     }
 
-    /// Whether the user may read and write it; `groups` are its further groups.
-    pub fn is_open_to(self, user: User, groups: &[u32]) -> bool {
+    /// Reports whether the user may read and write the file; `groups` are its further groups.
+    pub fn allow(self, user: User, groups: &[u32]) -> bool {
         let bits = if user.uid == 0 {
             0o6
         } else if user.uid == self.uid {
@@ -51,14 +51,14 @@ impl Owned {
     }
 }
 
-/// The user of QEMU in libvirt's capabilities.
+/// Returns the user of QEMU from libvirt's capabilities.
 pub fn user_of_qemu(capabilities: &str) -> Option<User> {
     let label = label_of_qemu(capabilities)?;
     let (uid, gid) = label.strip_prefix('+')?.split_once(":+")?;
     Some(User { uid: uid.parse().ok()?, gid: gid.parse().ok()? })
 }
 
-/// The name of a user in the text of `/etc/passwd`.
+/// Returns the name of a user from the text of `/etc/passwd`.
 pub fn name_of(uid: u32, passwd: &str) -> Option<&str> {
     let entries = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
     entries
@@ -66,7 +66,7 @@ pub fn name_of(uid: u32, passwd: &str) -> Option<&str> {
         .find_map(|fields| fields.first().copied())
 }
 
-/// The groups that list the user, in the text of `/etc/group`.
+/// Returns the groups that list the user in the text of `/etc/group`.
 pub fn groups_of(name: &str, group: &str) -> Vec<u32> {
     let listed = |line: &str| {
         let fields: Vec<&str> = line.split(':').collect();
@@ -84,7 +84,7 @@ mod tests {
     const QEMU: User = User { uid: 64055, gid: 64055 };
 
     #[test]
-    fn the_user_is_found_in_the_capabilities() {
+    fn user_of_qemu_is_read_from_the_capabilities() {
         let xml = "<host><secmodel>\n<model>apparmor</model>\n<doi>0</doi></secmodel><secmodel>\n<model>dac</model>\n\
                    <doi>0</doi>\n<baselabel type='kvm'>+64055:+64055</baselabel>\n\
                    <baselabel type='qemu'>+64055:+64055</baselabel></secmodel></host>";
@@ -93,19 +93,19 @@ mod tests {
     }
 
     #[test]
-    fn a_user_gets_in_by_itself_by_a_group_or_as_anyone() {
-        let device = |gid, mode| Owned { uid: 0, gid, mode };
-        assert!(!device(0, 0o600).is_open_to(QEMU, &[]));
-        assert!(device(0, 0o666).is_open_to(QEMU, &[]));
-        assert!(device(108, 0o660).is_open_to(QEMU, &[108]));
-        assert!(!device(108, 0o660).is_open_to(QEMU, &[107]));
-        assert!(device(64055, 0o660).is_open_to(QEMU, &[]));
-        assert!(!device(64055, 0o606).is_open_to(QEMU, &[]));
-        assert!(device(0, 0o600).is_open_to(User { uid: 0, gid: 0 }, &[]));
+    fn permissions_allow_owner_group_and_others() {
+        let device = |gid, mode| Permissions { uid: 0, gid, mode };
+        assert!(!device(0, 0o600).allow(QEMU, &[]));
+        assert!(device(0, 0o666).allow(QEMU, &[]));
+        assert!(device(108, 0o660).allow(QEMU, &[108]));
+        assert!(!device(108, 0o660).allow(QEMU, &[107]));
+        assert!(device(64055, 0o660).allow(QEMU, &[]));
+        assert!(!device(64055, 0o606).allow(QEMU, &[]));
+        assert!(device(0, 0o600).allow(User { uid: 0, gid: 0 }, &[]));
     }
 
     #[test]
-    fn groups_are_read_as_the_system_keeps_them() {
+    fn groups_are_read_from_the_files_of_the_system() {
         let passwd =
             "root:x:0:0:root:/root:/bin/bash\nlibvirt-qemu:x:64055:64055:Libvirt Qemu,,,:/:/bin/false\n";
         assert_eq!(name_of(64055, passwd), Some("libvirt-qemu"));

@@ -1,10 +1,15 @@
-//! Calls that come back in time.
+//! Calls into libvirt with a timeout.
 //!
-//! A call into libvirt blocks until libvirtd answers, and nothing ends it early. So it runs in a
-//! thread of its own, and whoever waits for it stops waiting at the deadline. The thread goes on until
-//! the call returns: at the latest when keepalive finds the connection dead. A connection that is only
-//! being opened has no keepalive, so with a libvirtd that hangs such a thread may go on for ever. At most
-//! [`MAX_ABANDONED`] abandoned calls may be under way; then no further call starts until some return.
+//! A call into libvirt blocks until libvirtd answers, and no function ends it early. So it runs in a thread
+//! of its own, and the caller stops waiting at the deadline. The thread goes on until the call returns: at
+//! the latest when keepalive finds the connection dead. A connection that is still being opened has no
+//! keepalive, so with a libvirtd that hangs such a thread may never end. At most [`MAX_ABANDONED`] abandoned
+//! calls may be under way; then no further call starts until some return.
+//!
+//! ```text
+//!   under way ── the call returns ──▶ RETURNED
+//!       └────── the caller drops it ──▶ ABANDONED ── the call returns ──▶ counted no longer
+//! ```
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicIsize, AtomicU8, Ordering};
@@ -18,7 +23,7 @@ use machinery::{Deadline, Error, Result};
 pub const MAX_ABANDONED: isize = 32;
 
 /// The number of abandoned calls that are still under way.
-static ABANDONED: AtomicIsize = AtomicIsize::new(0);
+static ABANDONED_CALLS: AtomicIsize = AtomicIsize::new(0);
 
 /// A call under way. Dropping it before its end abandons it: its thread goes on.
 pub struct Call<T> {
@@ -26,31 +31,31 @@ pub struct Call<T> {
     progress: Arc<Progress>,
 }
 
-/// Whether a call has returned or was abandoned, whichever came first.
+/// Records whether a call has returned or was abandoned, whichever came first.
 #[derive(Default)]
 struct Progress(AtomicU8);
 
 const RETURNED: u8 = 1;
-const LEFT: u8 = 2;
+const ABANDONED: u8 = 2;
 
 impl Progress {
     fn returned(&self) {
-        if self.0.swap(RETURNED, Ordering::SeqCst) == LEFT {
-            ABANDONED.fetch_sub(1, Ordering::SeqCst);
+        if self.0.swap(RETURNED, Ordering::SeqCst) == ABANDONED {
+            ABANDONED_CALLS.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
     fn abandoned(&self) {
-        if self.0.swap(LEFT, Ordering::SeqCst) != RETURNED {
-            ABANDONED.fetch_add(1, Ordering::SeqCst);
+        if self.0.swap(ABANDONED, Ordering::SeqCst) != RETURNED {
+            ABANDONED_CALLS.fetch_add(1, Ordering::SeqCst);
         }
     }
 }
 
 /// Records that a call has returned when it is dropped, in a panic too.
-struct Returns(Arc<Progress>);
+struct ReturnGuard(Arc<Progress>);
 
-impl Drop for Returns {
+impl Drop for ReturnGuard {
     fn drop(&mut self) {
         self.0.returned();
     }
@@ -63,12 +68,12 @@ impl<T> Drop for Call<T> {
 }
 
 impl<T: Send + 'static> Call<T> {
-    /// Starts it.
+    /// Starts the call in a thread of its own.
     ///
     /// # Errors
     /// The thread cannot be started, or too many abandoned calls have not returned.
     pub fn start(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<Self> {
-        let abandoned = ABANDONED.load(Ordering::SeqCst);
+        let abandoned = ABANDONED_CALLS.load(Ordering::SeqCst);
         if abandoned >= MAX_ABANDONED {
             let reason = format!("libvirtd hangs: {abandoned} earlier calls have not returned");
             return Err(Error::environment(reason)
@@ -76,18 +81,18 @@ impl<T: Send + 'static> Call<T> {
         }
         let (answer, outcome) = sync_channel(1);
         let progress = Arc::new(Progress::default());
-        let returns = Returns(Arc::clone(&progress));
+        let guard = ReturnGuard(Arc::clone(&progress));
         let run = move || {
             let outcome = work();
-            drop(returns);
-            // Nobody may be waiting any more.
+            drop(guard);
+            // The caller may have stopped waiting.
             let _ = answer.send(outcome);
         };
         spawn("libvirt-call", run)?;
         Ok(Call { outcome, progress })
     }
 
-    /// Waits for its end, for that long at most; `None` if it goes on.
+    /// Waits for the call's outcome, at most for `limit`; returns `None` if the call is still under way.
     pub fn wait(&self, limit: Duration) -> Option<Result<T>> {
         match self.outcome.recv_timeout(limit) {
             Ok(outcome) => Some(outcome),
@@ -110,12 +115,12 @@ pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
         .map_err(|error| Error::environment(format!("cannot start a thread for libvirt: {error}")))
 }
 
-/// Calls and waits until the deadline; `waiting_for` says for what. A call that comes late is left
-/// alone, so it must be one whose outcome does not matter then.
+/// Calls `work` and waits until the deadline; `waiting_for` names the result in the error of a timeout. A call
+/// that times out is abandoned, so use this only for calls whose late outcome does not matter.
 ///
 /// # Errors
-/// The call's own; [`ErrorKind::Timeout`](machinery::ErrorKind::Timeout).
-pub fn within<T: Send + 'static>(
+/// The call fails; [`ErrorKind::Timeout`](machinery::ErrorKind::Timeout).
+pub fn call_with_timeout<T: Send + 'static>(
     deadline: Deadline,
     waiting_for: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -132,25 +137,25 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn a_call_that_comes_late_is_not_waited_for() {
+    fn call_is_abandoned_when_the_deadline_passes() {
         let (go, gone) = channel::<()>();
-        let late = within(Deadline::after(Duration::from_millis(5)), "nothing", move || {
+        let late = call_with_timeout(Deadline::after(Duration::from_millis(5)), "nothing", move || {
             let _ = gone.recv();
             Ok(())
         });
         assert_eq!(late.unwrap_err().kind(), ErrorKind::Timeout);
         drop(go);
-        assert_eq!(within(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
+        assert_eq!(call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
     }
 
-    /// The test changes a count that all calls of the process share, so it waits until the count is back.
+    /// The test changes a count that all calls of the process share, so it waits until the count is zero again.
     #[test]
     fn calls_are_refused_when_too_many_were_abandoned() {
         let (go, gone) = channel::<()>();
         let gone = Arc::new(std::sync::Mutex::new(gone));
         let hang = || {
             let gone = Arc::clone(&gone);
-            within(Deadline::after(Duration::from_millis(1)), "nothing", move || {
+            call_with_timeout(Deadline::after(Duration::from_millis(1)), "nothing", move || {
                 let _ = gone.lock().unwrap().recv();
                 Ok(())
             })
@@ -159,25 +164,27 @@ mod tests {
             .filter_map(|_| hang().err())
             .find(|error| error.kind() != ErrorKind::Timeout);
         assert!(refused.unwrap().to_string().contains("libvirtd hangs"));
-        assert!(ABANDONED.load(Ordering::SeqCst) <= MAX_ABANDONED + 1);
+        assert!(ABANDONED_CALLS.load(Ordering::SeqCst) <= MAX_ABANDONED + 1);
         drop(go);
-        while ABANDONED.load(Ordering::SeqCst) > 0 {
+        while ABANDONED_CALLS.load(Ordering::SeqCst) > 0 {
             thread::yield_now();
         }
-        assert_eq!(within(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
+        assert_eq!(call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || Ok(7)), Ok(7));
     }
 
     #[test]
-    fn a_deadline_that_has_passed_starts_nothing() {
-        let error =
-            within(Deadline::after(Duration::ZERO), "it", || -> Result<()> { panic!("it was started") });
+    fn call_is_not_started_when_the_deadline_has_passed() {
+        let error = call_with_timeout(Deadline::after(Duration::ZERO), "it", || -> Result<()> {
+            panic!("it was started")
+        });
         assert_eq!(error.unwrap_err().kind(), ErrorKind::Timeout);
     }
 
     #[test]
-    fn a_call_that_panics_is_an_error() {
-        let error =
-            within(Deadline::after(Duration::from_secs(10)), "it", || -> Result<()> { panic!("as wanted") });
+    fn call_returns_an_error_when_it_panics() {
+        let error = call_with_timeout(Deadline::after(Duration::from_secs(10)), "it", || -> Result<()> {
+            panic!("as wanted")
+        });
         assert_eq!(error.unwrap_err().kind(), ErrorKind::PluginMisbehaved);
     }
 }

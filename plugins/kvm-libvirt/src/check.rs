@@ -1,4 +1,6 @@
-//! What `check` looks at: libvirt, its QEMU, and each domain with its snapshot.
+//! The checks of `cuckoo-machinery check`: libvirt, its QEMU, and each domain with its snapshot.
+//!
+//! Each check returns [`Finding`]s. They are collected on one connection to libvirt, and reported at the end.
 
 use std::fs;
 use std::path::Path;
@@ -9,33 +11,34 @@ use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, 
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use crate::access::{self, KVM, Owned};
+use crate::access::{self, KVM_DEVICE, Permissions};
 use crate::compare;
-use crate::config::Config;
+use crate::config::{Config, renamed_keys_of};
+use crate::domain;
 use crate::dsn::{self, is_local};
 use crate::errors::explain;
 use crate::files;
 use crate::foreign;
 use crate::link::Link;
-use crate::restore::{self, EXTERNAL, Snapshot, version_text};
-use crate::runs::RunNote;
+use crate::run_marker::RunMarker;
+use crate::snapshot::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 
-/// How long libvirt may take to answer everything.
-const LOOKING: Duration = Duration::from_secs(30);
+/// The time that libvirt has to answer all requests.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What was found about one machine, or about libvirt: good, or not so good.
+/// A finding about one machine, or about libvirt.
 enum Finding {
     Good(String),
     Warning(String),
     Problem(Error),
 }
 
-/// libvirt's version and that of its hypervisor, for people.
+/// Returns the versions of libvirt and of its hypervisor, for people.
 ///
 /// # Errors
-/// libvirt cannot be asked.
+/// libvirt does not answer.
 pub fn versions(connect: &Connect) -> Result<String> {
-    let failed = |error| explain("tell its version", &error);
+    let failed = |error| explain("report its version", &error);
     let libvirt = version_text(connect.lib_version().map_err(failed)?);
     let hypervisor = version_text(connect.hyp_version().map_err(failed)?);
     let uri = connect.uri().map_err(failed)?;
@@ -43,24 +46,25 @@ pub fn versions(connect: &Connect) -> Result<String> {
     Ok(format!("libvirt {libvirt}, {driver} {hypervisor}"))
 }
 
-/// Looks at everything.
+/// Checks the configuration and the environment.
 pub fn check(setup: &Setup, report: &mut Report) {
+    renamed_keys_of(setup).into_iter().for_each(|warning| report.warning(format!("kvm: {warning}")));
     let Some(config) = report.keep(Config::read(setup)) else { return };
     if config.machines.is_empty() {
         report.warning(
             "kvm: no machine is configured. Add some to kvm.yaml: a name, and the label of a domain",
         );
     }
-    let deadline = Deadline::after(LOOKING);
+    let deadline = Deadline::after(CHECK_TIMEOUT);
     let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
     let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
-    let found = link.ask(deadline, "libvirt to tell about the domains", move |connect| {
+    let found = link.ask(deadline, "libvirt to describe the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
-        found.extend(kvm_trap(connect, &config.dsn));
-        found.extend(far_away(&config));
+        found.extend(kvm_access(connect, &config.dsn));
+        found.extend(remote_limits(&config));
         found.extend(broken_reverts(connect));
         let machines = config.machines.iter();
-        found.extend(machines.flat_map(|keys| look_at(connect, &keys.info, &file, &state_dir)));
+        found.extend(machines.flat_map(|keys| check_machine(connect, &keys.info, &file, &state_dir)));
         let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
         found.extend(compare::shared_disks(connect, &infos).into_iter().map(Finding::Problem));
         Ok(found)
@@ -75,9 +79,10 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
 }
 
-fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
+/// Checks one machine.
+fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
     let name = &info.name;
-    let domain = match restore::domain(connect, &info.label) {
+    let domain = match domain::domain(connect, &info.label) {
         Ok(domain) => domain,
         Err(error) => {
             let key = ["machines", name, "label"];
@@ -86,92 +91,93 @@ fn look_at(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: 
     };
     let problem = |error: Error| Finding::Problem(error.machine(name));
     let mut found = Vec::new();
-    let snapshot = restore::find(&domain, info.snapshot.as_deref());
+    let snapshot = snapshot::find(&domain, info.snapshot.as_deref());
     match &snapshot {
-        Ok(snapshot) => found.extend(about_snapshot(connect, name, snapshot)),
+        Ok(snapshot) => found.extend(snapshot_findings(connect, name, snapshot)),
         Err(error) => found.push(problem(error.clone())),
     }
-    found.extend(about_files(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
-    match restore::state(&domain) {
+    found.extend(file_problems(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
+    match domain::state(&domain) {
         Ok((State::Poweroff, _)) => {
             found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
         }
-        Ok((State::Paused, _)) if RunNote::of(name, state_dir).is_about(&domain).unwrap_or(false) => {
-            found.push(Finding::Good(format!("machine '{name}': it stands by for its next restore")));
+        Ok((State::Paused, _)) if RunMarker::of(name, state_dir).matches(&domain).unwrap_or(false) => {
+            found.push(Finding::Good(format!("machine '{name}': it has a standby for its next restore")));
         }
         Ok((state, why)) => found.push(Finding::Warning(format!(
             "machine '{name}': its domain is {state} now {why}, and its next start stops it first"
         ))),
         Err(error) => found.push(problem(error)),
     }
-    found.extend(about_domain(name, &domain));
-    let said = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
-    found.extend(said.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
+    found.extend(domain_findings(name, &domain));
+    let warnings = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
+    found.extend(warnings.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
     found
 }
 
 /// Returns the problems of the domain's and the snapshot's files, if these are on this computer.
-fn about_files(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) -> Vec<Error> {
+fn file_problems(connect: &Connect, domain: &Domain, snapshot: Option<&Snapshot>) -> Vec<Error> {
     if !connect.uri().is_ok_and(|uri| is_local(&uri)) {
         return Vec::new();
     }
-    let described = restore::described(domain);
+    let described = domain::described(domain);
     described.map_or_else(|error| vec![error], |described| files::problems(&described, snapshot))
 }
 
-/// Diagnoses one machine: whether its domain, snapshot and files exist.
+/// Diagnoses one machine: its domain, its snapshot, and the files of both.
 pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     let mut diagnosis = Diagnosis::new(&info.name);
-    let Some(domain) = diagnosis.keep(restore::domain(connect, &info.label)) else { return diagnosis };
-    let snapshot = diagnosis.keep(restore::find(&domain, info.snapshot.as_deref()));
-    for problem in about_files(connect, &domain, snapshot.as_ref()) {
+    let Some(domain) = diagnosis.keep(domain::domain(connect, &info.label)) else { return diagnosis };
+    let snapshot = diagnosis.keep(snapshot::find(&domain, info.snapshot.as_deref()));
+    for problem in file_problems(connect, &domain, snapshot.as_ref()) {
         diagnosis.keep::<()>(Err(problem));
     }
     diagnosis
 }
 
 /// Lists the features that a libvirt on another computer does not support.
-fn far_away(config: &Config) -> Option<Finding> {
+fn remote_limits(config: &Config) -> Option<Finding> {
     let host = dsn::host(&config.dsn)?;
     Some(Finding::Warning(format!(
         "kvm: libvirt is on {host}. Restores, stops, standby and screenshots work; there are no save images, memory \
-         dumps and captures of traffic, because files and interfaces are those of {host}, where nothing is looked at"
+         dumps and captures of traffic, because files and interfaces are those of {host}, which is not checked"
     )))
 }
 
-/// See [`restore::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
+/// Warns of [`snapshot::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
 /// warning.
 fn broken_reverts(connect: &Connect) -> Option<Finding> {
     let version = connect.lib_version().ok()?;
     let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_mended(version, &system) {
+    if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_fixed(version, &system) {
         return None;
     }
-    restore::BROKEN_REVERTS.contains(&version).then(|| {
+    snapshot::BROKEN_REVERTS.contains(&version).then(|| {
         Finding::Warning(format!(
-            "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has mended \
-             it (it is mended in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
+            "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has fixed \
+             it (it is fixed in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
             version_text(version)
         ))
     })
 }
 
 /// Debian's 11.3.0-2 has the fix: its changelog lists the patch, and its reverts were tested.
-fn is_mended(version: u32, os_release: &str) -> bool {
+fn is_fixed(version: u32, os_release: &str) -> bool {
     version >= 11_003_000 && os_release.lines().any(|line| line == "ID=debian")
 }
 
-fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
+/// Describes the snapshot, and checks that it can be restored.
+fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
     let kind = if snapshot.description.external { "external" } else { "internal" };
     let text = format!(
         "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
         snapshot.identity.name, snapshot.description.state
     );
     let mut found = vec![Finding::Good(text)];
-    let version = connect.lib_version().unwrap_or(EXTERNAL);
-    if let Some(reason) = restore::not_revertible(snapshot, version) {
+    let version = connect.lib_version().unwrap_or(EXTERNAL_REVERTS);
+    if let Some(reason) = snapshot::not_revertible(snapshot, version) {
         let firmware = snapshot.description.domain.as_ref().map(|domain| domain.firmware.clone());
-        let advice = restore::advice(version, &firmware.unwrap_or_default());
+        let advice = snapshot::advice(version, &firmware.unwrap_or_default());
         found.push(Finding::Problem(Error::environment(reason).machine(name).advice(advice)));
     }
     if !snapshot.has_memory() {
@@ -184,17 +190,18 @@ fn about_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Fin
     found
 }
 
-fn about_domain(name: &str, domain: &Domain) -> Vec<Finding> {
-    let described = restore::described(domain).unwrap_or_default();
+/// Checks the domain's definition.
+fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
+    let described = domain::described(domain).unwrap_or_default();
     let mut found = Vec::new();
-    if described.kind == "qemu" && Path::new(KVM).exists() {
+    if described.kind == "qemu" && Path::new(KVM_DEVICE).exists() {
         found.push(Finding::Warning(format!(
-            "machine '{name}': its domain is of the type qemu, which runs in software. Where /dev/kvm works, the \
+            "machine '{name}': its domain is of the type qemu, which run_marker in software. Where /dev/kvm works, the \
              type kvm is many times faster"
         )));
     }
     if !domain.is_persistent().unwrap_or(true) {
-        let reason = "its domain has no definition, so it is gone once it is stopped";
+        let reason = "its domain has no definition, so it does not exist any more once it is stopped";
         found.push(Finding::Problem(
             Error::environment(reason).machine(name).advice("Define it with `virsh define`"),
         ));
@@ -202,18 +209,18 @@ fn about_domain(name: &str, domain: &Domain) -> Vec<Finding> {
     found
 }
 
-/// See [`access`].
-fn kvm_trap(connect: &Connect, dsn: &str) -> Option<Finding> {
-    let device = Owned::of(Path::new(KVM)).filter(|_| dsn.starts_with("qemu:///"))?;
+/// Checks the [`access`] to `/dev/kvm`.
+fn kvm_access(connect: &Connect, dsn: &str) -> Option<Finding> {
+    let device = Permissions::of(Path::new(KVM_DEVICE)).filter(|_| dsn.starts_with("qemu:///"))?;
     let user = access::user_of_qemu(&connect.capabilities().ok()?)?;
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
     let name = access::name_of(user.uid, &passwd).map_or_else(|| user.uid.to_string(), str::to_owned);
-    if device.is_open_to(user, &access::groups_of(&name, &group)) {
-        return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM}")));
+    if device.allow(user, &access::groups_of(&name, &group)) {
+        return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM_DEVICE}")));
     }
     Some(Finding::Warning(format!(
-        "kvm: libvirt runs QEMU as user {name}, which may not use {KVM}: domains of the type kvm do not start, \
+        "kvm: libvirt run_marker QEMU as user {name}, which may not use {KVM_DEVICE}: domains of the type kvm do not start, \
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     )))
@@ -224,12 +231,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reverts_are_known_to_be_mended_in_the_distribution_that_was_tried() {
+    fn reverts_are_fixed_in_the_distribution_that_was_tested() {
         let debian = "NAME=x\nID=debian\n";
-        assert!(is_mended(11_003_000, debian));
-        assert!(!is_mended(11_002_000, debian) && !is_mended(11_003_000, "ID=other\nID_LIKE=debian\n"));
+        assert!(is_fixed(11_003_000, debian));
+        assert!(!is_fixed(11_002_000, debian) && !is_fixed(11_003_000, "ID=other\nID_LIKE=debian\n"));
         assert!(
-            restore::BROKEN_REVERTS.contains(&11_003_000) && !restore::BROKEN_REVERTS.contains(&11_004_000)
+            snapshot::BROKEN_REVERTS.contains(&11_003_000) && !snapshot::BROKEN_REVERTS.contains(&11_004_000)
         );
     }
 }

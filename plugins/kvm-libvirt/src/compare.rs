@@ -1,4 +1,7 @@
-//! Compares the configuration of a machine with its domain.
+//! Comparison of the configuration of a machine with its domain, and of the disks of all domains.
+//!
+//! A difference breaks no restore, but the analysis: traffic that is not captured, or an agent at another
+//! address. So `check` warns of it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,20 +12,20 @@ use virt::connect::Connect;
 use virt::domain::Domain;
 
 use crate::description::{Description, Interface, reserved_addresses};
+use crate::domain;
 use crate::dsn::is_local;
-use crate::restore;
 
-/// Describes the differences for people. Each is a sentence without the machine.
+/// Describes the differences, for people. Each text is a sentence without the name of the machine.
 ///
 /// # Errors
 /// libvirt cannot describe the domain.
 pub fn warnings(connect: &Connect, domain: &Domain, info: &MachineInfo) -> Result<Vec<String>> {
-    let described = restore::described(domain)?;
+    let described = domain::described(domain)?;
     let cards: Vec<Card> = described.interfaces.iter().map(|card| Card::of(connect, card)).collect();
-    let mut found = compared(info, &cards);
+    let mut found = differences(info, &cards);
     if domain.autostart().unwrap_or(false) {
         found.push(format!(
-            "libvirt starts its domain by itself when the computer boots, and the host then stops it. Turn that off \
+            "libvirt starts its domain when the computer boots, and the host then stops it. Disable that \
              with `virsh autostart --disable {}`",
             info.label
         ));
@@ -55,7 +58,8 @@ impl Card {
     }
 }
 
-fn compared(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
+/// Compares the machine with the network cards of its domain.
+fn differences(info: &MachineInfo, cards: &[Card]) -> Vec<String> {
     let mut found = Vec::new();
     let devices: Vec<&str> = cards.iter().filter_map(|card| card.device.as_deref()).collect();
     if let Some(interface) = &info.interface
@@ -97,8 +101,8 @@ pub fn shared_disks(connect: &Connect, machines: &[&MachineInfo]) -> Vec<Error> 
         return Vec::new();
     }
     let described = |info: &&MachineInfo| {
-        let domain = restore::domain(connect, &info.label).ok()?;
-        Some((info.name.clone(), restore::described(&domain).ok()?))
+        let domain = domain::domain(connect, &info.label).ok()?;
+        Some((info.name.clone(), domain::described(&domain).ok()?))
     };
     shared(&machines.iter().filter_map(described).collect::<Vec<_>>())
 }
@@ -156,12 +160,12 @@ mod tests {
     }
 
     #[test]
-    fn machine_is_warned_of_when_its_domain_says_otherwise() {
+    fn machine_has_a_warning_for_each_difference_from_its_domain() {
         let right = card("52:54:00:00:00:01", "virbr0", "10.0.0.5");
-        assert_eq!(compared(&info(), std::slice::from_ref(&right)), [""; 0]);
-        assert_eq!(compared(&info(), &[card("52:54:00:00:00:09", "br9", ""), right]), [""; 0]);
-        assert_eq!(compared(&info(), &[]), [""; 0]);
-        let found = compared(&info(), &[card("52:54:00:00:00:02", "virbr1", "10.0.0.6")]);
+        assert_eq!(differences(&info(), std::slice::from_ref(&right)), [""; 0]);
+        assert_eq!(differences(&info(), &[card("52:54:00:00:00:09", "br9", ""), right]), [""; 0]);
+        assert_eq!(differences(&info(), &[]), [""; 0]);
+        let found = differences(&info(), &[card("52:54:00:00:00:02", "virbr1", "10.0.0.6")]);
         for (text, words) in found.iter().zip(["virbr1", "52:54:00:00:00:02", "10.0.0.6"]) {
             assert!(text.contains(words), "no {words} in {text}");
         }

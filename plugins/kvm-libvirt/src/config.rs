@@ -1,19 +1,31 @@
-//! `conf/machineries/kvm.yaml` and this machinery's section of `machinery-host.yaml`, as types.
+//! The configuration: `conf/machineries/kvm.yaml` and this machinery's section of `machinery-host.yaml`.
+//!
+//! Both files are read into types first, and then checked as far as that is possible without libvirt. The
+//! result is a [`Config`] with the [`Keys`] of each machine. A reload compares the keys: a machine whose keys
+//! are equal is unchanged.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
 use machinery::config::{
-    ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, text,
+    ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, renamed_keys, text,
 };
 use machinery::{Error, MachineInfo, Result, Setup, Standby};
 use serde::Deserialize;
 
 use crate::dsn::{self, is_local};
-use crate::images::{Image, SaveImages};
+use crate::images::{Image, InstantMode};
 
-/// The file.
+/// The path of this machinery's section in `machinery-host.yaml`.
+const SECTION: [&str; 2] = ["machineries", "kvm"];
+
+/// Keys of the section that have a new name. The old name is accepted with a warning.
+const RENAMED: [(&str, &str); 3] =
+    [("save_images", "instant"), INSTANT_DIR, ("standby_memory", "standby_memory_limit")];
+const INSTANT_DIR: (&str, &str) = ("save_dir", "instant_dir");
+
+/// The content of `kvm.yaml`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KvmFile {
@@ -25,7 +37,7 @@ struct KvmFile {
     machines: Machines<OwnKeys>,
 }
 
-/// A machine's own keys.
+/// The keys of a machine that only this machinery has.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OwnKeys {
@@ -39,24 +51,24 @@ struct OwnKeys {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Section {
-    /// Whether machines stand by for their next restore. `auto` is `off`: a domain that stands by holds
-    /// all of its guest's memory, which is not cheap.
+    /// True if machines have a standby. `auto` is `off`: a standby holds all of its guest's memory.
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
-    /// How much memory all that stand by may hold, in bytes.
-    #[serde(deserialize_with = "machinery::parse_bytes")]
-    standby_memory: Option<u64>,
-    /// Whether save images are made, for machines that do not stand by.
-    #[serde(deserialize_with = "null_as_default")]
-    save_images: SaveImages,
-    /// The folder for them; this machinery's cache unless given. libvirtd has to reach it.
-    save_dir: Option<PathBuf>,
-    /// What is otherwise for single machines.
+    /// The maximum memory of all standbys together, in bytes.
+    #[serde(alias = "standby_memory", deserialize_with = "machinery::parse_bytes")]
+    standby_memory_limit: Option<u64>,
+    /// True if machines without a standby have a save image.
+    #[serde(alias = "save_images", deserialize_with = "null_as_default")]
+    instant: InstantMode,
+    /// The folder for save images, which libvirtd must be able to access. The default is the plugin's cache.
+    #[serde(alias = "save_dir")]
+    instant_dir: Option<PathBuf>,
+    /// Settings of single machines.
     #[serde(deserialize_with = "null_as_default")]
     machines: BTreeMap<String, MachineSection>,
 }
 
-/// What that section says about one machine.
+/// The settings of one machine in the section.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct MachineSection {
@@ -67,39 +79,39 @@ fn local() -> String {
     "qemu:///system".to_owned()
 }
 
-/// Everything, checked as far as it can be without libvirt.
+/// The checked configuration.
 pub struct Config {
     pub dsn: String,
     pub machines: Vec<Keys>,
-    /// How much memory all that stand by may hold, in bytes, if that is given.
-    pub standby_memory: Option<u64>,
-    pub save_images: SaveImages,
-    /// Where save images are.
-    pub save_dir: PathBuf,
+    /// The maximum memory of all standbys together, in bytes, if it is configured.
+    pub standby_memory_limit: Option<u64>,
+    pub instant: InstantMode,
+    /// The folder for save images.
+    pub instant_dir: PathBuf,
 }
 
-/// One machine. As long as all of it is the same, so is the machine.
+/// The configuration of one machine. The machine is unchanged as long as this value is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys {
-    /// `label` is the domain, `snapshot` the one to restore.
+    /// Its `label` is the name of the domain.
     pub info: MachineInfo,
-    /// Whether it stands by.
+    /// True if the machine has a standby.
     pub standby: Standby,
     pub image: Image,
 }
 
 impl Config {
-    /// Reads and checks everything.
+    /// Reads and checks the configuration.
     ///
     /// # Errors
-    /// All problems at once.
+    /// The configuration is wrong. The error contains all problems.
     pub fn read(setup: &Setup) -> Result<Config> {
-        let section: Section = setup.section("kvm")?;
+        let section: Section = setup.section(SECTION[1])?;
         let file: KvmFile = setup.config.parse()?;
         let mut problems = problems(&file, &setup.config);
         if let Some(host_config) = &setup.host_config {
-            problems.extend(strangers(&section, &file, host_config));
-            problems.extend(relative_save_dir(&section, host_config));
+            problems.extend(unknown_machines(&section, &file, host_config));
+            problems.extend(relative_instant_dir(&section, host_config));
         }
         match Error::all(problems) {
             Some(problems) => Err(problems),
@@ -108,35 +120,41 @@ impl Config {
     }
 
     fn new(file: &KvmFile, section: Section, setup: &Setup) -> Config {
-        // Of a libvirt on another host none are made: their files would not be ours.
-        let save_images = if is_local(&file.dsn) { section.save_images } else { SaveImages::Off };
-        let save_dir = section.save_dir.clone().unwrap_or_else(|| setup.cache_dir.clone());
+        // A libvirt on another host would write its save images there.
+        let instant = if is_local(&file.dsn) { section.instant } else { InstantMode::Off };
+        let instant_dir = section.instant_dir.clone().unwrap_or_else(|| setup.cache_dir.clone());
         let keys = |machine: &Configured<OwnKeys>| {
             let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
             let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
-            let image = Image::of(name, save_images, &save_dir).of_host(dsn::host(&file.dsn));
+            let image = Image::of(name, instant, &instant_dir).of_host(dsn::host(&file.dsn));
             Keys { info, standby: section.standby_of(name), image }
         };
         Config {
             dsn: file.dsn.clone(),
             machines: file.machines.iter().map(keys).collect(),
-            standby_memory: section.standby_memory,
-            save_images,
-            save_dir,
+            standby_memory_limit: section.standby_memory_limit,
+            instant,
+            instant_dir,
         }
     }
 
-    /// Makes the folder for save images, if there are to be any.
+    /// Makes the folder for save images, unless they are off.
     ///
     /// # Errors
-    /// It cannot be made.
-    pub fn make_save_dir(&self) -> Result<()> {
-        if self.save_images == SaveImages::Off {
+    /// The folder cannot be made.
+    pub fn make_instant_dir(&self) -> Result<()> {
+        if self.instant == InstantMode::Off {
             return Ok(());
         }
-        fs::create_dir_all(&self.save_dir)
-            .map_err(|error| Error::io("make the folder for save images", &self.save_dir, &error))
+        fs::create_dir_all(&self.instant_dir)
+            .map_err(|error| Error::io("make the folder for save images", &self.instant_dir, &error))
     }
+}
+
+/// Returns a warning for each key that has a new name.
+pub fn renamed_keys_of(setup: &Setup) -> Vec<String> {
+    let file = setup.host_config.as_ref();
+    file.map(|file| renamed_keys(file, &SECTION, &RENAMED)).unwrap_or_default()
 }
 
 impl Section {
@@ -145,18 +163,21 @@ impl Section {
     }
 }
 
-fn relative_save_dir(section: &Section, host_config: &ConfigFile) -> Option<Error> {
-    let relative = section.save_dir.as_ref().filter(|folder| !folder.is_absolute())?;
-    let reason = format!("'{}' is no absolute path", relative.display());
-    Some(host_config.error(&["machineries", "kvm", "save_dir"], reason).advice("Begin it with a slash"))
+fn relative_instant_dir(section: &Section, host_config: &ConfigFile) -> Option<Error> {
+    let relative = section.instant_dir.as_ref().filter(|folder| !folder.is_absolute())?;
+    let reason = format!("'{}' is not an absolute path", relative.display());
+    let (old, new) = INSTANT_DIR;
+    let is_new = renamed_keys(host_config, &SECTION, &[INSTANT_DIR]).is_empty();
+    let key = [SECTION[0], SECTION[1], if is_new { new } else { old }];
+    Some(host_config.error(&key, reason).advice("Begin it with a slash"))
 }
 
-/// Names in the section that are of no machine.
-fn strangers(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) -> Vec<Error> {
+/// Reports settings of machines that `kvm.yaml` does not have.
+fn unknown_machines(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) -> Vec<Error> {
     let is_known = |name: &str| kvm.machines.iter().any(|machine| machine.name == name);
     let unknown = section.machines.keys().filter(|name| !is_known(name));
     let error = |name: &String| {
-        let key = ["machineries", "kvm", "machines", name];
+        let key = [SECTION[0], SECTION[1], "machines", name];
         host_config
             .error(&key, format!("kvm.yaml has no machine '{name}'"))
             .advice("Correct the name, or leave it out")
@@ -164,13 +185,14 @@ fn strangers(section: &Section, kvm: &KvmFile, host_config: &ConfigFile) -> Vec<
     unknown.map(error).collect()
 }
 
+/// Reports all problems of `kvm.yaml`.
 fn problems(kvm: &KvmFile, file: &ConfigFile) -> Vec<Error> {
     let mut problems = Vec::new();
     if !kvm.dsn.contains("://") {
         let reason = format!("'{}' is not a URI of libvirt", kvm.dsn);
         problems.push(file.error(&["dsn"], reason).advice("libvirt of this machine is qemu:///system"));
     }
-    // The interfaces of another computer cannot be checked here.
+    // The interfaces of another computer cannot be checked.
     let is_local = is_local(&kvm.dsn);
     if is_local {
         problems.extend(expect_interface(file, &["interface"], &kvm.interface).err());
@@ -215,7 +237,7 @@ mod tests {
     const MACHINE: &str = "ip: 10.0.0.1, platform: Windows, os_version: 10";
 
     #[test]
-    fn a_file_as_cuckoo_writes_it_is_read() {
+    fn file_of_cuckoo_is_read() {
         let text = format!(
             "dsn: \"qemu:///system\"\ninterface: lo\nmachines:\n  win10:\n    label: win10x64\n    \
              snapshot:\n    mac_address:\n    interface:\n    architecture: amd64\n    agent_port: 8000\n    \
@@ -235,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn the_commented_default_is_a_good_file_and_so_is_its_example() {
+    fn default_file_and_its_example_are_read() {
         let default = include_str!("../../../conf/machineries/kvm.yaml").replace("virbr0", "lo");
         assert_eq!(Config::read(&setup(&default)).unwrap().machines, []);
         let used = default.replace("machines: {}", "machines:");
@@ -246,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_wrong_is_told_at_once() {
+    fn error_contains_all_problems() {
         let text = format!(
             "dsn: ''\ninterface: none9\nmachines:\n  a: {{label: same, {MACHINE}}}\n  b: {{label: same, {MACHINE}}}\n  \
              c: {{label: ' ', {}}}\n",
@@ -265,46 +287,80 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_no_good_one() {
+    fn unknown_key_is_refused_with_its_line() {
         let text = format!("interface: lo\nmachines:\n  a: {{lable: x, label: y, {MACHINE}}}\n");
         let text = Config::read(&setup(&text)).err().unwrap().to_string();
         assert!(text.contains("lable") && text.contains("kvm.yaml:3"), "{text}");
     }
 
     #[test]
-    fn interface_is_not_looked_for_when_libvirt_is_on_another_computer() {
+    fn interface_is_not_checked_when_libvirt_is_on_another_computer() {
         let text = |dsn: &str| format!("dsn: {dsn}\ninterface: none9\nmachines: {{}}\n");
         assert!(Config::read(&setup(&text("qemu+ssh://lab/system"))).is_ok());
         assert!(Config::read(&setup(&text("qemu:///system"))).is_err());
     }
 
-    fn with_section(section: &str) -> Result<Config> {
+    fn setup_with_section(section: &str) -> Setup {
         let mut setup = setup(&format!("interface: lo\nmachines:\n  a: {{label: y, {MACHINE}}}\n"));
         let text = format!("machineries:\n  kvm:\n{section}");
         setup.host_config = Some(ConfigFile { path: "/c/conf/machinery-host.yaml".into(), text });
-        Config::read(&setup)
+        setup
+    }
+
+    fn with_section(section: &str) -> Result<Config> {
+        Config::read(&setup_with_section(section))
     }
 
     #[test]
-    fn a_machine_stands_by_as_it_is_told_itself_and_else_as_all_are() {
+    fn old_key_works_and_is_reported_with_its_new_name() {
+        let config =
+            with_section("    save_images: on\n    save_dir: /i\n    standby_memory: 1 GiB\n").unwrap();
+        assert_eq!(config.instant, InstantMode::On);
+        assert_eq!((config.instant_dir.to_str(), config.standby_memory_limit), (Some("/i"), Some(1 << 30)));
+        for ((old, new), value) in RENAMED.iter().zip(["off", "/i", "1 GiB"]) {
+            let text = format!("    {old}: {value}\n");
+            assert!(with_section(&text).is_ok(), "{text}");
+            let warnings = renamed_keys_of(&setup_with_section(&text));
+            let [warning] = &warnings[..] else { panic!("{warnings:?}") };
+            assert!(
+                warning.contains(&format!("machinery-host.yaml:3: machineries.kvm.{old}: ")),
+                "{warning}"
+            );
+            assert!(warning.contains(&format!("`{new}`")), "{warning}");
+        }
+        assert_eq!(renamed_keys_of(&setup_with_section("    instant: on\n")), [""; 0]);
+    }
+
+    #[test]
+    fn standby_of_a_machine_overrides_the_section() {
         let standby = |section: &str| with_section(section).unwrap().machines[0].standby;
         assert_eq!(standby(""), Standby::Auto);
         assert_eq!(standby("    standby: on\n"), Standby::On);
         assert_eq!(standby("    standby: on\n    machines: {a: {standby: off}}\n"), Standby::Off);
         assert_eq!(standby("    standby: on\n    machines: {a: {}}\n"), Standby::On);
-        assert_eq!(with_section("    standby_memory: 2 GiB\n").unwrap().standby_memory, Some(2 << 30));
+        assert_eq!(
+            with_section("    standby_memory_limit: 2 GiB\n").unwrap().standby_memory_limit,
+            Some(2 << 30)
+        );
     }
 
     #[test]
-    fn what_is_wrong_in_the_section_is_told_with_its_place() {
+    fn problem_in_the_section_is_refused_with_its_line() {
         for (section, words) in [
             ("    standby: perhaps\n", "machinery-host.yaml:3: machineries.kvm.standby: "),
             (
-                "    save_dir: here\n",
-                "machinery-host.yaml:3: machineries.kvm.save_dir: 'here' is no absolute",
+                "    instant_dir: here\n",
+                "machinery-host.yaml:3: machineries.kvm.instant_dir: 'here' is not an absolute",
             ),
-            ("    save_images: yes\n", "machinery-host.yaml:3: machineries.kvm.save_images: "),
-            ("    standby_memory: much\n", "machinery-host.yaml:3: machineries.kvm.standby_memory: "),
+            (
+                "    save_dir: here\n",
+                "machinery-host.yaml:3: machineries.kvm.save_dir: 'here' is not an absolute",
+            ),
+            ("    instant: yes\n", "machinery-host.yaml:3: machineries.kvm.instant: "),
+            (
+                "    standby_memory_limit: much\n",
+                "machinery-host.yaml:3: machineries.kvm.standby_memory_limit: ",
+            ),
             (
                 "    machines:\n      b: {standby: on}\n",
                 "machineries.kvm.machines.b: kvm.yaml has no machine 'b'",

@@ -1,6 +1,6 @@
 //! libvirt's descriptions of domains and snapshots, as far as this plugin uses them.
 //!
-//! This module reads all XML of the plugin. Source: libvirt's docs/formatdomain.rst, docs/formatsnapshot.rst,
+//! All XML of the plugin is read here, into types that have only the used parts. Source: libvirt's docs/formatdomain.rst, docs/formatsnapshot.rst,
 //! docs/formatnetwork.rst, docs/formatcaps.rst.
 
 use std::path::PathBuf;
@@ -36,16 +36,16 @@ pub struct Disk {
     pub path: Option<PathBuf>,
     /// The image's format, such as `qcow2`.
     pub format: String,
-    /// Whether the guest cannot write to it.
+    /// True if the guest cannot write to it.
     pub read_only: bool,
-    /// Whether the disk is for this domain alone, and not encrypted.
+    /// True if the disk is for this domain alone, and not encrypted.
     pub is_plain: bool,
 }
 
 /// The firmware that boots the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Firmware {
-    /// Whether the firmware is in flash memory, such as UEFI. The guest can write its variables.
+    /// True if the firmware is in flash memory, such as UEFI. The guest can write its variables.
     pub is_flash: bool,
     pub nvram: Option<PathBuf>,
     pub nvram_is_qcow2: bool,
@@ -69,12 +69,12 @@ pub struct SnapshotDescription {
     pub created: String,
     /// The domain's state at that time, such as `running` or `disk-snapshot`.
     pub state: String,
-    /// Whether memory or a disk is kept outside of the domain's disks.
+    /// True if memory or a disk is kept outside of the domain's disks.
     pub external: bool,
     pub has_memory: bool,
     /// The file of the memory, if the memory is kept outside of the disks.
     pub memory_file: Option<PathBuf>,
-    /// The disks that hold a part of the snapshot, by their names in the domain.
+    /// The disks that contain a part of the snapshot, by their names in the domain.
     pub internal_disks: Vec<String>,
     pub domain: Option<Description>,
 }
@@ -83,7 +83,7 @@ impl Description {
     /// Reads the description of a domain.
     ///
     /// # Errors
-    /// The text is no XML.
+    /// The text is not XML.
     pub fn read(xml: &str) -> Result<Description> {
         let document = parse(xml, "domain")?;
         Ok(Description::of(document.root_element()))
@@ -166,7 +166,7 @@ impl SnapshotDescription {
     /// Reads the description of a snapshot.
     ///
     /// # Errors
-    /// The text is no XML.
+    /// The text is not XML.
     pub fn read(xml: &str) -> Result<SnapshotDescription> {
         let document = parse(xml, "snapshot")?;
         let root = document.root_element();
@@ -246,7 +246,7 @@ fn names_a_file(node: Node) -> bool {
 
 fn parse<'a>(xml: &'a str, what: &str) -> Result<Document<'a>> {
     Document::parse(xml).map_err(|error| {
-        Error::failed(format!("libvirt describes the {what} in a way that cannot be read: {error}"))
+        Error::failed(format!("libvirt's description of the {what} cannot be read: {error}"))
     })
 }
 
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn snapshot_keeps_memory_only_when_libvirt_says_so() {
+    fn snapshot_has_memory_only_when_its_description_says_so() {
         let snapshot = |state: &str, memory: &str| {
             let xml = format!(
                 "<domainsnapshot><name>s</name><state>{state}</state><creationTime>7</creationTime>{memory}<disks>\
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn network_tells_the_addresses_it_gives() {
+    fn network_has_reserved_addresses() {
         let network = "<network><ip address='10.0.0.1'><dhcp><range start='10.0.0.2' end='10.0.0.9'/>\
                        <host mac='52:54:00:AA:00:01' name='w' ip='10.0.0.5'/></dhcp></ip></network>";
         let pair = ("52:54:00:aa:00:01".to_owned(), "10.0.0.5".to_owned());

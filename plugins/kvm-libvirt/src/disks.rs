@@ -1,7 +1,7 @@
-//! A domain's disks, as its description has them, and how they are put back without libvirt.
+//! The disks of a domain, and their revert without libvirt.
 //!
-//! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` makes it the disk's
-//! content again, as libvirt does itself for a domain that is off.
+//! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` reverts a disk to it, as
+//! libvirt does for a domain that is off. A save image needs that: libvirt restores its memory only.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::description::{Description, Disk};
 
-/// The disks that a guest can write to.
+/// The disks of a domain that its guest can write to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disks(Vec<PathBuf>);
 
@@ -27,69 +27,67 @@ impl Disks {
     /// Returns the disks of a domain.
     ///
     /// # Errors
-    /// A disk cannot be put back here, or there is other state that a guest can change.
+    /// A disk cannot be reverted by `qemu-img`, or the domain has other state that a guest can change.
     pub fn of(domain: &Description) -> Result<Disks, String> {
         let others = [
             (domain.firmware.nvram.is_some(), "variables of its firmware"),
             (domain.has_tpm, "a TPM"),
             (domain.has_nvdimm, "a memory device with a file"),
         ];
-        if let Some((_, what)) = others.into_iter().find(|(there, _)| *there) {
-            return Err(format!("the domain has {what}, which a save image does not hold"));
+        if let Some((_, what)) = others.into_iter().find(|(has_it, _)| *has_it) {
+            return Err(format!("the domain has {what}, which a save image does not contain"));
         }
         if let Some(option) = domain.arguments.iter().find(|argument| names_an_image(argument)) {
             return Err(format!(
-                "the domain's <qemu:commandline> has {option}: libvirt does not know what the guest writes there, \
-                 and a restore from a save image would not put it back"
+                "the domain's <qemu:commandline> has {option}: libvirt does not know that image, \
+                 and a restore from a save image would not revert it"
             ));
         }
         domain.writable_disks().map(file_of).collect::<Result<_, _>>().map(Disks)
     }
 
-    /// Their paths, one on each line, and what they themselves say of the snapshot of that name: a disk that
-    /// was replaced by another one says something else.
+    /// Describes the disks as text: the path of each, and its own entry of the snapshot of that name. A disk
+    /// that was replaced has another entry.
     ///
     /// # Errors
-    /// One cannot be asked, or has no such snapshot; said for people.
+    /// A disk cannot be read, or has no such snapshot; the text is for people.
     pub fn described(&self, snapshot: &str) -> Result<String, String> {
         let one = |path: &PathBuf| Ok(format!("{}\n{}\n", path.display(), entry(path, snapshot)?));
         self.0.iter().map(one).collect()
     }
 
-    /// Whether this process may write to all of them.
+    /// Expects that this process may write to all disks.
     ///
     /// # Errors
-    /// It may not, said for people.
-    pub fn expect_ours(&self) -> Result<(), String> {
+    /// It may not; the text is for people.
+    pub fn ensure_writable(&self) -> Result<(), String> {
         self.0.iter().try_for_each(|path| {
             let opened = File::options().read(true).write(true).open(path).map(drop);
-            opened.map_err(|error| {
-                format!("the host cannot write to the disk {} itself: {error}", path.display())
-            })
+            opened.map_err(|error| format!("the host may not write to the disk {}: {error}", path.display()))
         })
     }
 
-    /// When each was written to last.
+    /// Returns the time of the last write to each disk.
     pub fn written(&self) -> Vec<Option<SystemTime>> {
         self.0.iter().map(|path| fs::metadata(path).and_then(|file| file.modified()).ok()).collect()
     }
 
-    /// Makes what the snapshot of that name holds their content.
+    /// Reverts all disks to the snapshot of that name.
     ///
     /// # Errors
-    /// qemu-img cannot; its own words are in the error.
-    pub fn put_back(&self, snapshot: &str) -> Result<()> {
-        self.0.iter().try_for_each(|disk| put_back(disk, snapshot))
+    /// qemu-img fails; the error contains its message.
+    pub fn revert_to(&self, snapshot: &str) -> Result<()> {
+        self.0.iter().try_for_each(|disk| revert(disk, snapshot))
     }
 }
 
-/// Whether the argument is such an option; QEMU accepts one leading dash or two.
+/// Reports whether the argument is one of [`IMAGE_OPTIONS`]; QEMU accepts one leading dash or two.
 fn names_an_image(argument: &str) -> bool {
     let option = argument.strip_prefix("--").or(argument.strip_prefix('-'));
     option.is_some_and(|option| IMAGE_OPTIONS.contains(&option))
 }
 
-/// The qcow2 file that a disk is.
+/// Returns the path of a disk that is a qcow2 file.
 fn file_of(disk: &Disk) -> Result<PathBuf, String> {
     let Some(path) = &disk.path else {
         return Err(format!("the domain's disk {} is no file", disk.target));
@@ -100,9 +98,9 @@ fn file_of(disk: &Disk) -> Result<PathBuf, String> {
     Ok(path.clone())
 }
 
-/// What the disk says of its snapshot of that name: when it was taken, and of how much memory.
+/// Returns the disk's own entry of the snapshot, with its time and the size of its memory, as JSON.
 fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
-    let failed = |why: &str| format!("qemu-img cannot tell of the snapshots in {}: {why}", disk.display());
+    let failed = |why: &str| format!("qemu-img cannot list the snapshots of {}: {why}", disk.display());
     let mut qemu_img = machinery::command("qemu-img");
     qemu_img.args(["info", "-U", "--output=json"]).arg(disk).stdin(Stdio::null());
     let ran = qemu_img.output().map_err(|error| failed(&error.to_string()))?;
@@ -115,11 +113,11 @@ fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
         .ok_or_else(|| format!("the disk {} has no snapshot '{snapshot}'", disk.display()))
 }
 
-fn put_back(disk: &Path, snapshot: &str) -> Result<()> {
+fn revert(disk: &Path, snapshot: &str) -> Result<()> {
     let mut qemu_img = machinery::command("qemu-img");
     qemu_img.args(["snapshot", "-q", "-a", snapshot]).arg(disk).stdin(Stdio::null());
     let failed = |why: String| {
-        let what = format!("qemu-img cannot put the disk {} back to '{snapshot}': {why}", disk.display());
+        let what = format!("qemu-img cannot revert the disk {} to '{snapshot}': {why}", disk.display());
         Err(Error::environment(what).advice("The domain must be off, and nothing else may use its disk"))
     };
     match qemu_img.output() {
@@ -142,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn the_disks_that_a_guest_can_write_to_are_found() {
+    fn disks_are_those_that_the_guest_can_write_to() {
         let one = disk("<driver name='qemu' type='qcow2' cache='none'/><source file='/a/b&apos;s &amp; c'/>");
         assert_eq!(disks_of(&one).unwrap(), Disks(vec!["/a/b's & c".into()]));
         let two = one
@@ -151,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_put_back_is_told() {
+    fn domain_is_refused_when_it_has_state_that_cannot_be_reverted() {
         let good = "<driver name='qemu' type='qcow2'/><source file='/a'/>";
         let add = |inside: &str| disk(good).replace("<devices>", &format!("{inside}<devices>"));
         let argument = |argument: &str| {
@@ -179,10 +177,10 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_not_there_is_told_with_its_path() {
+    fn error_names_the_disk_when_it_does_not_exist() {
         let disks = Disks(vec!["/none/disk.qcow2".into()]);
-        assert!(disks.expect_ours().unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.ensure_writable().unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
-        assert!(disks.put_back("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
+        assert!(disks.revert_to("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
     }
 }

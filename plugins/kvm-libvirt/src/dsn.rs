@@ -1,8 +1,8 @@
-//! Reads a dsn, which tells where libvirt is.
+//! The dsn: the address of libvirt.
 //!
 //! Source: libvirt's docs/uri.rst: `driver[+transport]://[user@][host][:port]/path[?parameters]`.
 
-/// The way in which libvirt is reached.
+/// The transport to libvirt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
     /// A socket on this computer, or no socket at all.
@@ -14,7 +14,7 @@ pub enum Transport {
     Other,
 }
 
-/// Whether libvirt runs on this computer, so that its files and interfaces can be used here.
+/// Reports whether libvirt runs on this computer, so that its files and interfaces are accessible.
 pub fn is_local(dsn: &str) -> bool {
     host(dsn).is_none()
 }
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn dsn_tells_its_transport() {
+    fn dsn_has_a_transport() {
         for (dsn, wanted) in [
             ("qemu:///system", Transport::Local),
             ("qemu+unix:///system", Transport::Local),

@@ -1,4 +1,4 @@
-//! The system error behind an error of libvirt, which the `virt` crate leaves out.
+//! The system error that caused an error of libvirt. The `virt` crate does not pass it on.
 
 use rustix::io::Errno;
 use virt_sys as sys;

@@ -1,7 +1,7 @@
-//! What libvirt's errors mean, and what to do about them.
+//! The meaning of libvirt's errors, and the advice for each.
 //!
-//! libvirt reports a code, the part of it that found the error, and a text. The text is for people, may be
-//! translated, and is kept; the code decides about the advice. Source: libvirt's include/libvirt/virterror.h.
+//! libvirt reports a code, the part of it that failed, and a text. The text is for people and may be translated,
+//! so it is passed on. The code decides about the advice. Source: libvirt's include/libvirt/virterror.h.
 
 use machinery::Error;
 use rustix::io::Errno;
@@ -10,50 +10,48 @@ use virt::error::{ErrorDomain, ErrorNumber};
 use crate::dsn::{self, Transport};
 use crate::errno::last_errno;
 
-/// libvirt's error as one of the interface; `doing` is a phrase such as `look up the domain`.
-pub fn explain(doing: &str, error: &virt::error::Error) -> Error {
-    let said = format!("libvirt cannot {doing}: {}", error.message());
-    if is_lost_link(error) {
-        return Error::environment(said)
-            .advice("libvirtd has gone away or does not answer. Once it does, start the machine anew");
+/// Converts libvirt's error to one of the interface; `operation` is a phrase such as `look up the domain`.
+pub fn explain(operation: &str, error: &virt::error::Error) -> Error {
+    let reason = format!("libvirt cannot {operation}: {}", error.message());
+    if is_connection_error(error) {
+        return Error::environment(reason)
+            .advice("libvirtd has gone away or does not answer. Once it does, start the machine again");
     }
     match error.code().known() {
         Some(ErrorNumber::NoDomain) => {
-            Error::environment(said).advice("Define the domain again, or correct its label")
+            Error::environment(reason).advice("Define the domain again, or correct its label")
         }
         Some(ErrorNumber::AccessDenied | ErrorNumber::AuthFailed) => {
-            Error::environment(said).advice("Give this user the right to it in libvirt's access control")
+            Error::environment(reason).advice("Give this user the permission in libvirt's access control")
         }
-        Some(ErrorNumber::OperationTimeout) => {
-            Error::failed(said).advice("Something else holds the domain: look at it with `virsh domjobinfo`")
-        }
-        _ => Error::failed(said),
+        Some(ErrorNumber::OperationTimeout) => Error::failed(reason)
+            .advice("Another job of the domain is under way: look at it with `virsh domjobinfo`"),
+        _ => Error::failed(reason),
     }
 }
 
-/// Whether the connection itself failed. Source: errors of libvirt's src/rpc, all of which are about
-/// that.
-pub fn is_lost_link(error: &virt::error::Error) -> bool {
+/// Reports whether the connection itself failed. Source: libvirt's src/rpc, whose errors are all about that.
+pub fn is_connection_error(error: &virt::error::Error) -> bool {
     error.domain().is(ErrorDomain::Rpc)
 }
 
-/// A domain that is not there, or is there no more.
+/// Reports whether there is no such domain.
 pub fn is_no_domain(error: &virt::error::Error) -> bool {
     error.code().is(ErrorNumber::NoDomain)
 }
 
-/// A domain that is not running, asked for what only a running one can do.
+/// Reports whether the domain is off, and the operation is one of a running domain.
 pub fn is_off(error: &virt::error::Error) -> bool {
     error.code().is(ErrorNumber::OperationInvalid)
 }
 
-/// Whether libvirt's QEMU driver refuses a definition, or an operation on it. One case is an overlay whose
+/// Reports whether libvirt's QEMU driver refuses a definition, or an operation on it. One case is an overlay whose
 /// file exists already. Source: libvirt's src/qemu/qemu_snapshot.c.
 pub fn is_refused(error: &virt::error::Error) -> bool {
     error.code().is(ErrorNumber::ConfigUnsupported)
 }
 
-/// What this libvirt, or this QEMU, has no way to do.
+/// Reports whether this libvirt, or this QEMU, does not support the operation.
 pub fn is_unsupported(error: &virt::error::Error) -> bool {
     const UNSUPPORTED: [ErrorNumber; 4] = [
         ErrorNumber::ConfigUnsupported,
@@ -69,13 +67,13 @@ fn errno_of(error: &virt::error::Error) -> Option<Errno> {
     error.code().is(ErrorNumber::SystemError).then(last_errno).flatten()
 }
 
-/// Whether nobody listens at libvirtd's socket. Must be called in the thread in which libvirt has failed.
+/// Reports whether no process listens at libvirtd's socket. Must be called in the thread in which libvirt has failed.
 pub fn is_gone(error: &virt::error::Error) -> bool {
     matches!(errno_of(error), Some(Errno::CONNREFUSED | Errno::NOENT | Errno::CONNRESET | Errno::PIPE))
 }
 
 /// Explains a failed connection. Must be called in the thread in which libvirt has failed.
-pub fn not_connected(dsn: &str, error: &virt::error::Error) -> Error {
+pub fn connection_error(dsn: &str, error: &virt::error::Error) -> Error {
     let failed = Error::environment(format!("cannot connect to libvirt at {dsn}: {}", error.message()));
     failed.advice(connection_advice(dsn, error, errno_of(error)))
 }
@@ -102,8 +100,8 @@ fn connection_advice(dsn: &str, error: &virt::error::Error, errno: Option<Errno>
 fn local_advice(error: &virt::error::Error, errno: Option<Errno>) -> String {
     let is_refused = is_forbidden(error) || matches!(errno, Some(Errno::ACCESS | Errno::PERM));
     if is_refused {
-        return "Add the user that runs this host to the group `libvirt` (usermod -aG libvirt USER), and start the \
-                host anew"
+        return "Add the user that run_marker this host to the group `libvirt` (usermod -aG libvirt USER), and restart the \
+                host"
             .to_owned();
     }
     "Start libvirtd (systemctl start libvirtd), or install it (libvirt-daemon-system), or correct the dsn in \
@@ -112,7 +110,7 @@ fn local_advice(error: &virt::error::Error, errno: Option<Errno>) -> String {
 }
 
 /// Returns the advice for an error of ssh, whose message libvirt passes on. OpenSSH translates no messages.
-fn ssh_advice(host: &str, said: &str) -> String {
+fn ssh_advice(host: &str, message: &str) -> String {
     let by_hand = format!("Try `ssh {host} true` by hand, as the user that runs this host");
     let causes = [
         ("Host key verification failed", "ssh does not know that computer's host key, or it has changed"),
@@ -124,10 +122,10 @@ fn ssh_advice(host: &str, said: &str) -> String {
         ("Connection refused", "No ssh server answers there"),
         ("No route to host", "The network does not lead there"),
         ("Network is unreachable", "The network does not lead there"),
-        ("timed out", "The network does not lead there, or a firewall drops what is sent"),
+        ("timed out", "The network does not lead there, or a firewall drops the packets"),
         ("command not found", "The other computer lacks libvirt, or `virt-ssh-helper` and `nc`"),
     ];
-    match causes.into_iter().find(|(words, _)| said.contains(words)) {
+    match causes.into_iter().find(|(words, _)| message.contains(words)) {
         Some((_, cause)) => format!("{cause}. {by_hand}"),
         None => by_hand,
     }
@@ -152,7 +150,7 @@ fn network_advice(
         }
         // libvirt gives no errno if a name has no address.
         None => {
-            format!("Look whether the name {host} has an address (getent hosts {host}), or correct the dsn")
+            format!("Check whether the name {host} has an address (getent hosts {host}), or correct the dsn")
         }
         Some(_) => format!("Look at libvirtd and its log on {host}"),
     }
@@ -179,12 +177,12 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use virt::connect::Connect;
 
-    fn said(dsn: &str) -> String {
+    fn message(dsn: &str) -> String {
         virt::error::clear_error_callback();
         let error = Connect::open(Some(dsn)).unwrap_err();
-        let said = not_connected(dsn, &error).to_string();
-        println!("{said}");
-        said
+        let text = connection_error(dsn, &error).to_string();
+        println!("{text}");
+        text
     }
 
     #[test]
@@ -195,14 +193,14 @@ mod tests {
             ("qemu+tls://127.0.0.1:1/system", "TLS needs certificates"),
             ("qemu+tcp://no-such-name.invalid/system", "the name no-such-name.invalid has an address"),
         ] {
-            let said = said(dsn);
-            assert!(said.contains(words), "no {words:?} in {said}");
+            let text = message(dsn);
+            assert!(text.contains(words), "no {words:?} in {text}");
         }
     }
 
     /// Only the program differs from a real connection: its messages are those of OpenSSH.
     #[test]
-    fn failed_ssh_connection_has_the_advice_for_what_ssh_says() {
+    fn failed_ssh_connection_has_the_advice_for_the_message_of_ssh() {
         let folder = tempfile::tempdir().unwrap();
         let ssh = folder.path().join("ssh");
         for (words, advice) in [
@@ -214,9 +212,9 @@ mod tests {
         ] {
             fs::write(&ssh, format!("#!/bin/sh\ncat >/dev/null &\necho '{words}' >&2\nexit 255\n")).unwrap();
             fs::set_permissions(&ssh, fs::Permissions::from_mode(0o755)).unwrap();
-            let said = said(&format!("qemu+ssh://lab/system?command={}", ssh.display()));
-            assert!(said.contains(advice), "no {advice:?} in {said}");
-            assert!(!said.contains("usermod") && said.contains("ssh lab true"), "{said}");
+            let text = message(&format!("qemu+ssh://lab/system?command={}", ssh.display()));
+            assert!(text.contains(advice), "no {advice:?} in {text}");
+            assert!(!text.contains("usermod") && text.contains("ssh lab true"), "{text}");
         }
     }
 }

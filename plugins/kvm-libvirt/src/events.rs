@@ -1,12 +1,12 @@
-//! libvirt's event loop, and what it tells: wrapped here, once.
+//! libvirt's event loop, and the callbacks of events.
 //!
-//! libvirt has one event loop for a process, which it does not run itself. One thread runs it from
-//! the first connection on, for good: it sleeps until libvirt's socket has something to tell, and
-//! answers keepalive. The `virt` crate has no domain events, so their registration is done here with
-//! `virt-sys`; but for a call each in `save` and `errno`, everything that is `unsafe` in this plugin is here.
+//! libvirt has one event loop for a process, and leaves it to the process to run it. One thread runs it from
+//! the first connection on, until the process ends. The thread sleeps until libvirt's socket has data, and
+//! answers keepalive. The `virt` crate has no domain events, so this module registers them with `virt-sys`.
+//! Except for one call each in `save` and `errno`, all `unsafe` code of the plugin is here.
 //!
-//! A callback runs in the event thread, or, when a connection ends, in the thread that noticed it. What
-//! it calls must be quick and must not call libvirt.
+//! A callback runs in the event thread, or, when a connection ends, in the thread that noticed it. An
+//! [`EventHandler`] must return quickly and must not call libvirt.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,10 +19,10 @@ use virt_sys as sys;
 
 use crate::errors::explain;
 
-/// A broken event loop is tried again, but not at once: it would keep a processor busy.
-const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// The pause after a failure of the event loop. Without it, a broken loop would keep a processor busy.
+const LOOP_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Something that happened to a domain.
+/// An event of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A step in a domain's life. Source: `virDomainEventType` and its details in libvirt's
@@ -30,7 +30,7 @@ pub enum Event {
     Lifecycle {
         /// `VIR_DOMAIN_EVENT_…`
         event: u32,
-        /// `VIR_DOMAIN_EVENT_…_…`, of that event
+        /// `VIR_DOMAIN_EVENT_…_…` of that event
         detail: u32,
     },
     /// The guest was reset, and boots again.
@@ -44,48 +44,48 @@ pub enum Event {
     },
 }
 
-/// Who wants to hear of it.
-pub trait Ears: Send + Sync + 'static {
-    /// Something happened to the domain of that name.
-    fn happened(&self, label: &str, event: Event);
-    /// The connection is closed, not by us.
-    fn closed(&self, why: &str);
+/// A subscriber to the events of one connection.
+pub trait EventHandler: Send + Sync + 'static {
+    /// Handles an event of the domain of that name.
+    fn on_event(&self, label: &str, event: Event);
+    /// Handles the end of the connection, if it was not closed by this process.
+    fn on_close(&self, why: &str);
 }
 
-/// What all callbacks of a connection are given.
-type Opaque = Arc<dyn Ears>;
+/// The argument of all callbacks of a connection.
+type Opaque = Arc<dyn EventHandler>;
 
-/// A connection that is listened to. Dropped, nothing is told any more.
-pub struct Watched {
+/// A connection with event callbacks, until this value is dropped.
+pub struct MonitoredConnection {
     connect: Connect,
     callbacks: Vec<c_int>,
 }
 
-impl Watched {
-    /// Listens to all domains of the connection, and to its end.
+impl MonitoredConnection {
+    /// Registers `handler` for the events of all domains, and for the end of the connection.
     ///
     /// # Errors
-    /// libvirt does not tell events.
-    pub fn new(connect: Connect, ears: Arc<dyn Ears>) -> Result<Watched> {
-        let mut watched = Watched { connect, callbacks: Vec::new() };
+    /// libvirt does not support events.
+    pub fn new(connect: Connect, handler: Arc<dyn EventHandler>) -> Result<MonitoredConnection> {
+        let mut monitored = MonitoredConnection { connect, callbacks: Vec::new() };
         // SAFETY: a lifecycle callback has this type; libvirt casts it back by the event's number.
         let lifecycle = unsafe { std::mem::transmute::<Lifecycle, Generic>(on_lifecycle) };
-        watched.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, &ears)?;
-        watched.register(sys::VIR_DOMAIN_EVENT_ID_REBOOT, on_reset, &ears)?;
+        monitored.register(sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, &handler)?;
+        monitored.register(sys::VIR_DOMAIN_EVENT_ID_REBOOT, on_reset, &handler)?;
         // SAFETY: as above, for a callback of I/O errors.
         let io_error = unsafe { std::mem::transmute::<IoError, Generic>(on_io_error) };
-        watched.register(sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error, &ears)?;
-        watched.register_close(&ears)?;
-        Ok(watched)
+        monitored.register(sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, io_error, &handler)?;
+        monitored.register_close(&handler)?;
+        Ok(monitored)
     }
 
-    /// The connection.
+    /// Returns the connection.
     pub fn connect(&self) -> &Connect {
         &self.connect
     }
 
-    fn register(&mut self, id: sys::virDomainEventID, callback: Generic, ears: &Opaque) -> Result<()> {
-        let opaque = into_opaque(ears);
+    fn register(&mut self, id: sys::virDomainEventID, callback: Generic, handler: &Opaque) -> Result<()> {
+        let opaque = into_opaque(handler);
         // SAFETY: the connection is alive, and `opaque` stays so until libvirt calls `free_opaque`.
         let number = unsafe {
             sys::virConnectDomainEventRegisterAny(
@@ -99,16 +99,16 @@ impl Watched {
         };
         if number < 0 {
             let error = virt::error::Error::last_error();
-            // SAFETY: libvirt has not taken it over, and does not know it any more.
+            // SAFETY: libvirt has refused the pointer and does not keep it.
             unsafe { free_opaque(opaque) };
-            return Err(explain("tell what happens to domains", &error));
+            return Err(explain("report events of domains", &error));
         }
         self.callbacks.push(number);
         Ok(())
     }
 
-    fn register_close(&self, ears: &Opaque) -> Result<()> {
-        let opaque = into_opaque(ears);
+    fn register_close(&self, handler: &Opaque) -> Result<()> {
+        let opaque = into_opaque(handler);
         // SAFETY: as in `register`.
         let result = unsafe {
             sys::virConnectRegisterCloseCallback(
@@ -120,20 +120,20 @@ impl Watched {
         };
         if result < 0 {
             let error = virt::error::Error::last_error();
-            // SAFETY: libvirt has not taken it over.
+            // SAFETY: libvirt has refused the pointer and does not keep it.
             unsafe { free_opaque(opaque) };
-            return Err(explain("tell when its connection ends", &error));
+            return Err(explain("report the end of its connection", &error));
         }
         Ok(())
     }
 }
 
-impl Drop for Watched {
+impl Drop for MonitoredConnection {
     fn drop(&mut self) {
-        // On a connection that is dead libvirtd cannot be told, which fails and does not matter: here
-        // the callbacks are forgotten all the same, and with them the connection's last references.
+        // On a dead connection the request to libvirtd fails, which does not matter: libvirt's client still
+        // removes the callbacks, and with them the connection's last references.
         for callback in &self.callbacks {
-            // SAFETY: the connection is alive, and the number is one it gave.
+            // SAFETY: the connection is alive, and it has returned this number.
             unsafe { sys::virConnectDomainEventDeregisterAny(self.connect.as_ptr(), *callback) };
         }
         // SAFETY: the connection is alive, and this callback was registered with it.
@@ -141,17 +141,17 @@ impl Drop for Watched {
     }
 }
 
-/// Starts the event loop, if it does not run yet. It has to be there before a connection is opened.
+/// Starts the event loop, if it does not run yet. It must run before a connection is opened.
 ///
 /// # Errors
-/// It cannot be started.
+/// The event loop cannot be started.
 pub fn start_loop() -> Result<()> {
     static STARTED: OnceLock<Result<()>> = OnceLock::new();
     STARTED.get_or_init(start_loop_once).clone()
 }
 
 fn start_loop_once() -> Result<()> {
-    // Errors are told by whoever meets them; by itself libvirt would write them to stderr.
+    // The callers report errors. By default libvirt also writes them to stderr.
     virt::error::clear_error_callback();
     virt::event::event_register_default_impl().map_err(|error| explain("make its event loop", &error))?;
     std::thread::Builder::new()
@@ -165,7 +165,7 @@ fn run_loop() {
     loop {
         if let Err(error) = virt::event::event_run_default_impl() {
             tracing::error!(%error, "libvirt's event loop failed and is tried again");
-            std::thread::sleep(AFTER_FAILURE);
+            std::thread::sleep(LOOP_RETRY_PAUSE);
         }
     }
 }
@@ -183,8 +183,7 @@ type IoError = unsafe extern "C" fn(
     *mut c_void,
 );
 
-/// SAFETY: to be called by libvirt only, with what was registered: a living domain and `opaque` from
-/// [`into_opaque`].
+/// SAFETY: only libvirt may call this, with a living domain and the registered `opaque` from [`into_opaque`].
 unsafe extern "C" fn on_lifecycle(
     _: sys::virConnectPtr,
     domain: sys::virDomainPtr,
@@ -193,15 +192,15 @@ unsafe extern "C" fn on_lifecycle(
     opaque: *mut c_void,
 ) -> c_int {
     let event = Event::Lifecycle { event: event.cast_unsigned(), detail: detail.cast_unsigned() };
-    // SAFETY: passed on as libvirt gave them.
-    unsafe { tell(domain, event, opaque) };
+    // SAFETY: the pointers are passed on as libvirt gave them.
+    unsafe { dispatch(domain, event, opaque) };
     0
 }
 
 /// SAFETY: as [`on_lifecycle`].
 unsafe extern "C" fn on_reset(_: sys::virConnectPtr, domain: sys::virDomainPtr, opaque: *mut c_void) {
     // SAFETY: the pointers are passed on as libvirt gave them.
-    unsafe { tell(domain, Event::Reset, opaque) };
+    unsafe { dispatch(domain, Event::Reset, opaque) };
 }
 
 /// SAFETY: as [`on_lifecycle`]; the texts are null or end with a null byte.
@@ -220,11 +219,11 @@ unsafe extern "C" fn on_io_error(
     // SAFETY: libvirt's texts live as long as this call.
     let [path, alias, reason] = [path, alias, reason].map(|text| unsafe { owned(text) });
     let disk = if path.is_empty() { alias } else { path };
-    // SAFETY: passed on as libvirt gave them.
-    unsafe { tell(domain, Event::DiskFailed { disk, reason }, opaque) };
+    // SAFETY: the pointers are passed on as libvirt gave them.
+    unsafe { dispatch(domain, Event::DiskFailed { disk, reason }, opaque) };
 }
 
-/// SAFETY: to be called by libvirt only, with `opaque` from [`into_opaque`].
+/// SAFETY: only libvirt may call this, with `opaque` from [`into_opaque`].
 unsafe extern "C" fn on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {
     let why = match reason.cast_unsigned() {
         sys::VIR_CONNECT_CLOSE_REASON_EOF => "libvirtd has ended",
@@ -232,28 +231,28 @@ unsafe extern "C" fn on_close(_: sys::virConnectPtr, reason: c_int, opaque: *mut
         sys::VIR_CONNECT_CLOSE_REASON_CLIENT => return,
         _ => "the connection broke",
     };
-    // SAFETY: it is alive until `free_opaque`, which libvirt calls after the last callback.
-    let ears = unsafe { &*opaque.cast::<Opaque>() };
-    guarded(|| ears.closed(why));
+    // SAFETY: the handler is alive until `free_opaque`, which libvirt calls after the last callback.
+    let handler = unsafe { &*opaque.cast::<Opaque>() };
+    guarded(|| handler.on_close(why));
 }
 
-/// SAFETY: `domain` is alive, `opaque` is from [`into_opaque`].
-unsafe fn tell(domain: sys::virDomainPtr, event: Event, opaque: *mut c_void) {
+/// Calls the handler. SAFETY: `domain` is alive, `opaque` is from [`into_opaque`].
+unsafe fn dispatch(domain: sys::virDomainPtr, event: Event, opaque: *mut c_void) {
     // SAFETY: the name belongs to the domain, which is alive for this call.
     let label = unsafe { owned(sys::virDomainGetName(domain)) };
-    // SAFETY: it is alive until `free_opaque`, which libvirt calls after the last callback.
-    let ears = unsafe { &*opaque.cast::<Opaque>() };
-    guarded(|| ears.happened(&label, event));
+    // SAFETY: the handler is alive until `free_opaque`, which libvirt calls after the last callback.
+    let handler = unsafe { &*opaque.cast::<Opaque>() };
+    guarded(|| handler.on_event(&label, event));
 }
 
-/// No panic may go through libvirt's code.
+/// Calls the handler, and catches its panics, which must not unwind into libvirt.
 fn guarded(call: impl FnOnce()) {
     if catch_unwind(AssertUnwindSafe(call)).is_err() {
-        tracing::error!("the handling of an event of libvirt has panicked: this is a bug of the plugin");
+        tracing::error!("the handler of an event of libvirt has panicked: this is a bug of the plugin");
     }
 }
 
-/// SAFETY: `text` is null or ends with a null byte.
+/// Copies a text. SAFETY: `text` is null or ends with a null byte.
 unsafe fn owned(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
@@ -262,13 +261,13 @@ unsafe fn owned(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-fn into_opaque(ears: &Opaque) -> *mut c_void {
-    Box::into_raw(Box::new(Arc::clone(ears))).cast()
+fn into_opaque(handler: &Opaque) -> *mut c_void {
+    Box::into_raw(Box::new(Arc::clone(handler))).cast()
 }
 
-/// SAFETY: `opaque` is from [`into_opaque`] and is not used any more.
+/// Drops the argument. SAFETY: `opaque` is from [`into_opaque`] and is not used any more.
 unsafe extern "C" fn free_opaque(opaque: *mut c_void) {
-    // SAFETY: it was a box of that type.
+    // SAFETY: `into_opaque` made it from a box of that type.
     drop(unsafe { Box::from_raw(opaque.cast::<Opaque>()) });
 }
 

@@ -1,6 +1,6 @@
-//! The files of a domain and of its snapshot: whether they exist, and their identities.
+//! The files of a domain and of its snapshot: a check that they exist, and their identities.
 //!
-//! Only files on this computer can be checked. Files that this user may not see are not checked either:
+//! Only files on this computer can be checked. Files that this user may not access are not checked either:
 //! libvirt may run QEMU as another user.
 
 use std::collections::BTreeSet;
@@ -12,7 +12,7 @@ use machinery::{Error, Result};
 use machinery_images::{Chain, FileId, Header};
 
 use crate::description::{Description, Disk};
-use crate::restore::Snapshot;
+use crate::snapshot::Snapshot;
 
 /// Returns the problems of the domain's files that prevent a restore of its snapshot.
 pub fn problems(domain: &Description, snapshot: Option<&Snapshot>) -> Vec<Error> {
@@ -49,6 +49,7 @@ fn chained(domain: &Description) -> impl Iterator<Item = (&Path, Option<&str>)> 
     readable.map(|(path, disk)| (path, Some(disk.format.as_str()).filter(|format| !format.is_empty())))
 }
 
+/// Reports whether the file does not exist.
 fn is_missing(file: &Path) -> bool {
     file.metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
@@ -63,10 +64,10 @@ fn lost_snapshots(domain: &Description, snapshot: &Snapshot) -> Vec<Error> {
     let mut problems: Vec<Error> = lost
         .map(|(path, _)| {
             let what = format!(
-                "libvirt has the snapshot '{name}', and the disk {}, which should hold it, does not",
+                "libvirt has the snapshot '{name}', but the disk {}, which should contain it, does not",
                 path.display()
             );
-            take_anew(what, name)
+            snapshot_problem(what, name)
         })
         .collect();
     let has_memory =
@@ -78,8 +79,8 @@ fn lost_snapshots(domain: &Description, snapshot: &Snapshot) -> Vec<Error> {
         && headers.len() == holders.len()
         && !has_memory
     {
-        let what = format!("libvirt has the snapshot '{name}' with memory, and no disk holds that memory");
-        problems.push(take_anew(what, name));
+        let what = format!("libvirt has the snapshot '{name}' with memory, but no disk contains that memory");
+        problems.push(snapshot_problem(what, name));
     }
     problems
 }
@@ -89,20 +90,19 @@ fn header(disk: &Disk) -> Option<(&Path, Header)> {
     Some((path, Header::read(path).ok()??))
 }
 
-fn take_anew(what: String, name: &str) -> Error {
+fn snapshot_problem(what: String, name: &str) -> Error {
     Error::environment(what).advice(format!(
-        "Put the disk back, or forget the snapshot (virsh snapshot-delete --metadata DOMAIN {name}) and take it anew"
+        "Put the disk back, or delete the snapshot (virsh snapshot-delete --metadata DOMAIN {name}) and take it again"
     ))
 }
 
-/// The files that the domain's content comes from, except those that its guest writes. A change makes another
-/// machine.
+/// The identities of the files that determine the domain's content, except those that its guest writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity(Vec<FileId>);
 
 impl Identity {
     /// Identifies every file that the domain names and every file of a backing chain, as far as this user may
-    /// see them. Disks that the guest can write to change by themselves, so only their bases are included.
+    /// access them. Disks that the guest can write to change by themselves, so only their bases are included.
     pub fn of(domain: &Description) -> Identity {
         let mut files: BTreeSet<PathBuf> = domain.files.iter().cloned().collect();
         files.extend(domain.arguments.iter().flat_map(|argument| named_in(argument)));
@@ -182,7 +182,7 @@ mod tests {
         fs::write(&disk, "x").unwrap();
         fs::write(&iso, "x").unwrap();
         let identity = Identity::of(&domain(&disk, &iso));
-        fs::write(&disk, "what the guest writes").unwrap();
+        fs::write(&disk, "written by the guest").unwrap();
         identity.expect_unchanged().unwrap();
         assert_eq!(Identity::of(&domain(&disk, &iso)), identity);
         fs::write(&iso, "another").unwrap();

@@ -1,17 +1,17 @@
-//! Detects work of somebody else in a domain that is off. Automatic work never destroys it.
+//! Detection of foreign work in a domain that is off: changes by somebody else. Automatic work never destroys
+//! it.
 //!
-//! A revert discards the changes of a disk that no snapshot has, and makes a managed save worthless. That is
-//! right for changes by the host's own runs, and for the work of anybody else only on request. Before the
-//! host prepares a machine automatically, each disk that the guest can write to must therefore meet one of
-//! these conditions:
+//! A revert discards changes of a disk that are in no snapshot, and makes a managed save worthless. That is
+//! right for changes by the host's own runs, and for foreign work only on request. Before the host prepares a
+//! machine automatically, each disk that the guest can write to must meet one of these conditions:
 //!
 //! - The disk has no changes that are in none of its snapshots, so nothing can be lost. This is true after a
 //!   revert without later writes, and after a snapshot that somebody has just taken.
-//! - The disk is the file that the last own run has left, written at the same nanosecond: [`DiskRecord`].
+//! - The disk is the file at the end of the last own run, written at the same nanosecond: [`DiskRecord`].
 //! - The disk is no file whose changes can be seen here (a device, a disk on a network), and libvirt has
 //!   reported no run of anybody else since the last own run ended.
 //!
-//! Any other disk may hold somebody's work.
+//! Any other disk may have foreign work.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,12 +19,12 @@ use std::path::{Path, PathBuf};
 use machinery_images::{FileId, has_unsaved_changes};
 use virt::domain::Domain;
 
+use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::explain;
-use crate::restore;
 use crate::state_files::write_atomically;
 
-/// The disks of one machine, in the state in which the last own run has left them.
+/// A record of one machine's disks at the end of the last own run.
 #[derive(Debug, Clone)]
 pub struct DiskRecord {
     path: PathBuf,
@@ -48,9 +48,9 @@ impl DiskRecord {
         }
     }
 
-    /// Describes the work of somebody else that a revert would discard, for people. The domain is off.
+    /// Describes the foreign work that a revert would discard, for people. The domain is off.
     /// `only_ours` is true if libvirt has reported only own runs since the last own run ended.
-    pub fn foreign_work(&self, domain: &Domain, only_ours: bool) -> Option<String> {
+    pub fn foreign_work(&self, domain: &Domain, only_own_runs: bool) -> Option<String> {
         if has_managed_save(domain) {
             return Some("it has a managed save, which a revert would make worthless".to_owned());
         }
@@ -59,7 +59,7 @@ impl DiskRecord {
             Err(error) => return Some(error.to_string()),
         };
         let known = self.read();
-        disks.iter().find_map(|disk| foreign_changes(disk.as_deref(), &known, only_ours))
+        disks.iter().find_map(|disk| foreign_changes(disk.as_deref(), &known, only_own_runs))
     }
 
     fn read(&self) -> Vec<FileId> {
@@ -76,18 +76,18 @@ impl DiskRecord {
 pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
     let failed = |error| explain("describe the domain", &error);
     let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
-    let described = restore::described(domain)?;
+    let described = domain::described(domain)?;
     let disks = described.writable_disks().map(|disk| disk.path.clone());
     let firmware = &described.firmware;
     let variables = firmware.nvram.clone().filter(|_| firmware.nvram_is_qcow2).map(Some);
     Ok(disks.chain(variables).map(|file| file.filter(|_| is_local(&uri))).collect())
 }
 
-/// Returns the reason why the disk may hold somebody else's work, if it may.
-fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Option<String> {
+/// Returns the reason why the disk may have foreign work, if it may.
+fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_own_runs: bool) -> Option<String> {
     let Some(disk) = disk else {
-        return (!only_ours).then(|| {
-            "a disk of its domain is no file here, so nothing tells who wrote to it last".to_owned()
+        return (!only_own_runs).then(|| {
+            "a disk of its domain is no file on this computer, so the last writer is unknown".to_owned()
         });
     };
     let changes = has_unsaved_changes(disk);
@@ -100,11 +100,9 @@ fn foreign_changes(disk: Option<&Path>, known: &[FileId], only_ours: bool) -> Op
             "its disk {} has changes that are in no snapshot and that no run of this host has made",
             disk.display()
         )),
-        Some(_) => {
-            Some(format!("its disk {} is not as the last run of this host has left it", disk.display()))
-        }
-        None if only_ours => None,
-        None => Some(format!("nothing tells who wrote last to its disk {}", disk.display())),
+        Some(_) => Some(format!("its disk {} was changed after the last run of this host", disk.display())),
+        None if only_own_runs => None,
+        None => Some(format!("the last writer of its disk {} is unknown", disk.display())),
     }
 }
 
@@ -115,11 +113,11 @@ fn file_id(disk: &Path) -> Option<FileId> {
     if is_file { FileId::of_content(disk).ok() } else { None }
 }
 
-/// Whether libvirt has saved the domain's memory, from which the next start would resume.
+/// Reports whether libvirt has saved the domain's memory, from which the next start would resume.
 pub fn has_managed_save(domain: &Domain) -> bool {
     domain.has_managed_save(0).unwrap_or_else(|error| {
         // Some drivers do not support managed saves.
-        tracing::debug!(%error, "libvirt does not tell of a managed save");
+        tracing::debug!(%error, "libvirt does not report managed saves");
         false
     })
 }
@@ -134,18 +132,18 @@ pub fn remove_managed_save(domain: &Domain, machine: &str) -> machinery::Result<
     }
     tracing::warn!(
         machine,
-        "the managed save of its domain is removed: the machine goes back to its snapshot"
+        "the managed save of its domain is removed: the machine is reverted to its snapshot"
     );
     domain.managed_save_remove(0).map_err(|error| explain("remove the managed save", &error))
 }
 
-/// Returns `check`'s finding about the domain, which is off.
+/// Returns the finding of `check` about the domain, which is off.
 pub fn finding(machine: &str, domain: &Domain, state_dir: &Path) -> Option<String> {
     let work = DiskRecord::of(machine, state_dir).foreign_work(domain, true)?;
     Some(format!("machine '{machine}': {}", advice(machine, &work)))
 }
 
-/// Explains the consequences of foreign work for the machine, for people.
+/// Explains the consequences of the foreign work for the machine, for people.
 pub fn advice(machine: &str, work: &str) -> String {
     format!(
         "it is not prepared automatically: {work}. Its next restore discards that, and so does \
@@ -173,11 +171,11 @@ mod tests {
         run("qemu-img", &["snapshot", "-c", "clean"], &image);
         let record = DiskRecord::of("m", folder.path());
         let foreign = || foreign_changes(Some(&image), &record.read(), true);
-        assert_eq!(foreign(), None, "it is as in its snapshot");
+        assert_eq!(foreign(), None, "the disk is unchanged since its snapshot");
         write("2");
         assert!(foreign().unwrap().contains("disk.qcow2"), "{:?}", foreign());
         record.save(&[Some(image.clone()), None]);
-        assert_eq!(foreign(), None, "our own run has left it so");
+        assert_eq!(foreign(), None, "the last changes are of an own run");
         write("3");
         assert!(foreign().is_some());
     }

@@ -1,24 +1,25 @@
-//! Save images: the snapshot's memory in a file of its own, from which a restore reads it faster.
+//! Save images: the snapshot's memory in a file of its own, from which a restore is faster.
 //!
-//! An internal snapshot keeps the memory inside the disk, and libvirt has QEMU read it from there in
-//! small pieces. A domain that libvirt has *saved* is in a plain file, which is read in one go. So a
-//! machine is brought to its snapshot once, saved, and from then on restored from that file, after
-//! `qemu-img` has put the disk back to the snapshot. Measured at the host's socket with libvirt 9.0 and
-//! QEMU 7.2 on two busy cores, turn by turn, medians of 14: a Linux guest with 600 MiB of noise in 1 GiB
-//! takes 0.8 s instead of 2.1 s (at best 0.5 s instead of 1.1 s; a third of the processor time), of which
-//! `qemu-img` has 0.03 s; the micro guest takes 0.26 s either way, which is what it takes to start QEMU.
-//! So nothing is gained with small guests, and `auto` makes no image for them.
+//! An internal snapshot keeps the memory inside the disk, and QEMU reads it from there in small pieces. A
+//! domain that libvirt has *saved* is in a plain file, which QEMU reads in one go. So a machine is reverted to
+//! its snapshot once and saved. From then on it is restored from that file, after `qemu-img` has reverted the
+//! disk.
 //!
-//! The disk stays the domain's own, and not an overlay over it. An overlay would spare `qemu-img` its
-//! work on the disk, but an operator who takes a snapshot of a running machine would take it in a file
-//! that is thrown away, and QEMU's user would have to reach the folder it is in. libvirt's own
-//! disposable disks (`<transient/>`) are none for a domain that is restored: libvirt 9.0 lets it write to
-//! the disk itself.
+//! Measured at the host's socket with libvirt 9.0 and QEMU 7.2 on two busy cores, alternating, medians of 14:
 //!
-//! An image is as good as the snapshot only as long as both are of the same moment and machine. Beside
-//! each image lies a text that describes its origin: the snapshot, the disks, every other file that the domain
-//! names or its disks are based on, and the domain's description. If the text differs from the present state,
-//! the image is not used, and made anew.
+//! - A Linux guest with 600 MiB of noise in 1 GiB takes 0.8 s instead of 2.1 s. The best times are 0.5 s and
+//!   1.1 s; the image takes a third of the processor time. `qemu-img` takes 0.03 s of that.
+//! - The micro guest takes 0.26 s either way, which is the start of QEMU. Small guests gain nothing, so
+//!   `auto` makes no image for them.
+//!
+//! The domain keeps its own disk, without an overlay over it. An overlay would save the work of `qemu-img`.
+//! But a snapshot that an operator takes of a running machine would be in a file that is deleted, and QEMU's
+//! user would need access to its folder. libvirt's own disposable disks (`<transient/>`) do not work for a
+//! restored domain: libvirt 9.0 lets it write to the disk itself.
+//!
+//! An image is valid as long as snapshot and domain are unchanged. Beside each image is a text that describes
+//! its origin: the snapshot, the disks, every other file that the domain names or its disks are based on, and
+//! the domain's description. If the text differs from the present state, the image is not used and made again.
 
 use std::fs;
 use std::io;
@@ -32,62 +33,63 @@ use virt_sys as sys;
 
 use crate::description::Description;
 use crate::disks::Disks;
+use crate::domain::{self, max_memory};
 use crate::errors::explain;
 use crate::files::Identity;
-use crate::restore::Snapshot;
-use crate::{save, standby};
+use crate::save;
+use crate::snapshot::Snapshot;
 
-/// Below this much memory, in bytes, a restore takes about as long without an image.
-const WORTH_IT: u64 = 512 << 20;
+/// A guest with less memory than this, in bytes, gains nothing from an image.
+const MIN_IMAGE_MEMORY: u64 = 512 << 20;
 
-/// What is said about an image that is being made.
+/// The description of an image that is being made.
 const UNFINISHED: &str = "unfinished\n";
 
-/// Whether save images are made: the key `save_images`.
+/// The machines that have save images: the key `instant`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum SaveImages {
-    /// Never.
+pub enum InstantMode {
+    /// No machine.
     Off,
-    /// Wherever it is possible.
+    /// Each machine where an image is possible.
     On,
-    /// Where it is possible, and a restore gains by it.
+    /// Each machine where an image is possible and makes restores faster.
     #[default]
     Auto,
 }
 
-/// The image of one machine, which may be there or not.
+/// The image of one machine. Its files may not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    wish: SaveImages,
-    /// The other computer that libvirt runs on, if it does.
+    mode: InstantMode,
+    /// The computer of libvirt, if it is another one.
     host: Option<String>,
     file: PathBuf,
     about: PathBuf,
 }
 
-/// What an image can be made of, and would be right for.
+/// The origin of an image: the domain at its snapshot.
 pub struct Source {
     disks: Disks,
-    /// To the letter.
+    /// The description of the origin. An image is valid if its own is equal.
     about: String,
 }
 
 impl Source {
-    /// Puts the domain's disks back to the snapshot.
+    /// Reverts the domain's disks to the snapshot.
     ///
     /// # Errors
-    /// qemu-img cannot.
-    pub fn put_back(&self, snapshot: &Snapshot) -> Result<()> {
-        self.disks.put_back(&snapshot.identity.name)
+    /// qemu-img fails.
+    pub fn revert_disks(&self, snapshot: &Snapshot) -> Result<()> {
+        self.disks.revert_to(&snapshot.identity.name)
     }
 }
 
 impl Image {
-    /// The image of that machine, in the folder for them.
-    pub fn of(machine: &str, wish: SaveImages, folder: &Path) -> Image {
+    /// Returns the image of that machine, in the folder for save images.
+    pub fn of(machine: &str, mode: InstantMode, folder: &Path) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
-        Image { wish, host: None, file: file("machinery-image"), about: file("machinery-image-of") }
+        Image { mode, host: None, file: file("machinery-image"), about: file("machinery-image-of") }
     }
 
     /// Returns the image with libvirt's computer set; no save image is made for another computer.
@@ -102,46 +104,46 @@ impl Image {
         Some(format!("save images are made of a libvirt on this computer only, and this one is on {host}"))
     }
 
-    /// Whether the other one is in the same place.
-    pub fn is_where(&self, other: &Image) -> bool {
+    /// Reports whether both images have the same file.
+    pub fn has_same_file(&self, other: &Image) -> bool {
         self.file == other.file
     }
 
-    /// Whether it is never made.
+    /// Reports whether the image is never made.
     pub fn is_off(&self) -> bool {
-        self.wish == SaveImages::Off
+        self.mode == InstantMode::Off
     }
 
-    /// Whether it is to be made at all.
+    /// Expects that the configuration wants an image of that domain.
     ///
     /// # Errors
-    /// Why it is not, for people.
-    pub fn is_worth_it(&self, domain: &Domain) -> Result<(), String> {
-        let largest = standby::largest(domain).map_err(|error| error.to_string())?;
-        match self.wish {
-            SaveImages::Off => Err("save_images is off".to_owned()),
-            SaveImages::Auto if largest < WORTH_IT => {
+    /// It does not; the text says why, for people.
+    pub fn ensure_useful(&self, domain: &Domain) -> Result<(), String> {
+        let largest = max_memory(domain).map_err(|error| error.to_string())?;
+        match self.mode {
+            InstantMode::Off => Err("instant is off".to_owned()),
+            InstantMode::Auto if largest < MIN_IMAGE_MEMORY => {
                 Err("a save image would gain nothing with so little memory".to_owned())
             }
             _ => Ok(()),
         }
     }
 
-    /// Removes one that is not right any more, and makes sure that there is room for another. It is at most
-    /// as large as the memory, and is not to take the last room there is.
+    /// Removes an outdated image, and expects enough space for another one. An image is at most as large as
+    /// the memory, and must leave as much space free.
     ///
     /// # Errors
-    /// There is none, for people.
-    pub fn make_room(&self, domain: &Domain) -> Result<(), String> {
+    /// There is too little space; the text says how much, for people.
+    pub fn ensure_space(&self, domain: &Domain) -> Result<(), String> {
         self.remove();
-        let largest = standby::largest(domain).map_err(|error| error.to_string())?;
+        let largest = max_memory(domain).map_err(|error| error.to_string())?;
         let folder = self.file.parent().unwrap_or(Path::new("/"));
-        let room = rustix::fs::statvfs(folder).map(|all| all.f_bavail.saturating_mul(all.f_frsize));
-        match room {
-            Ok(room) if room >= largest.saturating_mul(2) => Ok(()),
-            Ok(room) => Err(format!(
-                "there is no room for a save image: {} are free in {}, and it leaves as much as it takes, up to {}",
-                format_bytes(room),
+        let space = rustix::fs::statvfs(folder).map(|all| all.f_bavail.saturating_mul(all.f_frsize));
+        match space {
+            Ok(space) if space >= largest.saturating_mul(2) => Ok(()),
+            Ok(space) => Err(format!(
+                "there is not enough space for a save image: {} are free in {}; it takes up to {}, and as much must stay free",
+                format_bytes(space),
                 folder.display(),
                 format_bytes(largest)
             )),
@@ -149,91 +151,90 @@ impl Image {
         }
     }
 
-    /// What an image of that snapshot can be made of.
+    /// Returns the origin of an image of that snapshot.
     ///
     /// # Errors
-    /// Why none is made, for people.
+    /// No image can be made; the text says why, for people.
     pub fn source(&self, domain: &Domain, snapshot: &Snapshot) -> Result<Source, String> {
         if snapshot.description.external || !snapshot.has_memory() {
             return Err("save images are made of internal snapshots with memory only".to_owned());
         }
         if snapshot.identity.name.parse::<u64>().is_ok() {
-            // qemu-img would take it for a snapshot's number first.
-            return Err("the snapshot's name is a number".to_owned());
+            // qemu-img looks for a snapshot of that number first.
+            return Err("the snapshot's name is a number, which qemu-img cannot use as a name".to_owned());
         }
         let xml = domain
             .xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)
             .map_err(|error| explain("describe the domain", &error).to_string())?;
         let description = Description::read(&xml).map_err(|error| error.to_string())?;
         let disks = Disks::of(&description)?;
-        disks.expect_ours()?;
+        disks.ensure_writable()?;
         let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
         let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
         let about = format!("{name}\n{created}\n{}{files}{xml}", disks.described(name)?);
         Ok(Source { disks, about })
     }
 
-    /// Whether it is there, whatever of.
-    pub fn is_there(&self) -> bool {
+    /// Reports whether there is an image, valid or not.
+    pub fn exists(&self) -> bool {
         self.about.exists()
     }
 
-    /// Whether it is there and of that.
+    /// Reports whether there is an image of that origin.
     pub fn is_of(&self, source: &Source) -> bool {
         fs::read_to_string(&self.about).is_ok_and(|about| about == source.about) && self.file.exists()
     }
 
-    /// How large it is, in bytes.
+    /// Returns the size of the image, in bytes.
     pub fn size(&self) -> u64 {
         fs::metadata(&self.file).map_or(0, |file| file.len())
     }
 
-    /// Makes it, of a domain that is off and is off again afterwards.
+    /// Makes the image of a domain that is off. The domain is off again afterwards.
     ///
     /// # Errors
-    /// It cannot be made, or is not wanted any more. The domain may be in any state then.
+    /// The image cannot be made, or `ensure_wanted` fails. The domain may be in any state then.
     pub fn make(
         &self,
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
-        still_wanted: &dyn Fn() -> Result<()>,
+        ensure_wanted: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         self.remove();
         let file = self.file_text()?;
-        // Without a text about it, it is nothing of ours.
+        // A file without a description is not an own image.
         if self.file.exists() {
-            let what = format!("{file} is there already, and no save image that was made here");
-            return Err(Error::environment(what).advice("Move it away, or set another save_dir"));
+            let what = format!("{file} exists, and is not a save image of this host");
+            return Err(Error::environment(what).advice("Move it away, or set another instant_dir"));
         }
         let before = self.source(domain, snapshot).map_err(Error::failed)?.disks;
         let written = before.written();
         snapshot.revert_paused()?;
-        still_wanted()?;
-        // A revert brings the snapshot's description of the domain back, too.
+        ensure_wanted()?;
+        // A revert also restores the domain's description of that time.
         let source = self.source(domain, snapshot).map_err(Error::failed)?;
         if source.disks != before {
-            return Err(Error::failed("the snapshot is of other disks than the domain had until now"));
+            return Err(Error::failed("the snapshot has other disks than the domain had before the revert"));
         }
         if !before.written().iter().zip(&written).all(|(now, then)| now != then) {
             let what = "libvirt has other files under the paths of the domain's disks than this host";
-            return Err(Error::environment(what).advice("Set save_images: off"));
+            return Err(Error::environment(what).advice("Set instant: off"));
         }
-        // Looked up anew, because a reverted domain does not know its new id.
-        let label = domain.name().map_err(|error| explain("tell the domain's name", &error))?;
-        // From here on there is something to remove, whatever becomes of this.
+        // Looked up again, because a reverted domain object does not know its new id.
+        let label = domain.name().map_err(|error| explain("return the domain's name", &error))?;
+        // From here on there may be an unfinished image, which `remove` deletes.
         self.write_about(UNFINISHED)?;
-        save::save(&crate::restore::domain(connect, &label)?, file)?;
+        save::save(&domain::domain(connect, &label)?, file)?;
         self.write_about(&source.about)
     }
 
     fn write_about(&self, text: &str) -> Result<()> {
         fs::write(&self.about, text)
-            .map_err(|error| Error::io("write about a save image to", &self.about, &error))
+            .map_err(|error| Error::io("write the description of a save image to", &self.about, &error))
     }
 
-    /// Starts the domain, which is off, from the image, and leaves it paused. The disks must be put back
-    /// before.
+    /// Starts the domain, which is off, from the image, and leaves it paused. The disks must be reverted first.
     ///
     /// # Errors
     /// The domain cannot be started. It may be in any state then.
@@ -243,9 +244,9 @@ impl Image {
             .map_err(|error| explain("restore the domain from its save image", &error))
     }
 
-    /// Removes it, if it is there. A file without a text about it is somebody else's.
+    /// Removes the image, if there is one. A file without a description is somebody else's.
     pub fn remove(&self) {
-        if !self.is_there() {
+        if !self.exists() {
             return;
         }
         for path in [&self.file, &self.about] {

@@ -1,233 +1,183 @@
-//! The connection to libvirt, which outlives libvirtd.
+//! The connection to libvirt, which survives a restart of libvirtd.
 //!
 //! ```text
 //!            libvirtd ends, keepalive fails
-//!      open ────────────────────────────────▶ lost
-//!       ▲  │                                   │ the listener is told
+//!      open ────────────────────────────────▶ lost: the listener is informed
+//!       ▲  │                                   │
 //!       │  └── close ──▶ closed ◀── close ─────┤
-//!       └──────── opened anew, the listener looks how things stand
+//!       └── reconnected: the listener queries ─┘
+//!           the domains' states
 //! ```
 //!
-//! One connection brings the events of all machines. Calls use other connections, from a [`Pool`], each for
-//! one call at a time. There are two reasons. libvirtd stops reading from a connection with five requests
-//! under way (`max_client_requests` in its libvirtd.conf), including keepalive. Also, libvirt's client fails
-//! if two calls wait on one connection that keepalive finds dead. The second call then waits for ever, the
-//! end of the connection is not reported, and the client crashes when libvirtd goes on; seen with libvirt
-//! 9.0.
+//! One connection brings the events of all machines ([`event_connection`]). Calls use other connections, from
+//! a [`Pool`], each for one call at a time. There are two reasons:
 //!
-//! The keeper, a thread, sleeps until the connection is lost; then it tries to open it anew, in growing
-//! steps, for nothing tells when libvirtd is back. Who wants something of libvirt meanwhile waits for the
-//! keeper, so that a restart of libvirtd, which takes a second, costs no analysis.
+//! - libvirtd stops reading from a connection with five requests under way (`max_client_requests` in its
+//!   libvirtd.conf), including keepalive.
+//! - libvirt's client fails if two calls wait on one connection that keepalive finds dead. The second call
+//!   then waits for ever, the end of the connection is not reported, and the client crashes when libvirtd
+//!   goes on; seen with libvirt 9.0.
 //!
-//! Each attempt to connect has a thread of its own, and a libvirtd or an ssh that hangs never ends it. So the
-//! next attempt waits for the end of the one before. A local attempt ends with its libvirtd. An attempt over
-//! a network may wait for a computer that has been switched off meanwhile, so a few further attempts are made
-//! later.
+//! A call that finds the connection lost waits for the reconnect thread ([`reconnect`]). A restart of
+//! libvirtd takes a second, and so fails no analysis.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+mod event_connection;
+mod pool;
+mod reconnect;
+
+pub use event_connection::Listener;
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Result};
 use virt::connect::Connect;
 
 use crate::call::{self, Call};
-use crate::dsn::is_local;
-use crate::errors::{is_gone, is_lost_link, not_connected};
-use crate::events::{self, Ears, Event, Watched};
+use event_connection::{ConnectionState, EventConnection, shut_down};
+use pool::{Pool, answers};
 
-/// Seconds between two questions whether libvirtd is alive, and how many may go unanswered.
-const KEEPALIVE: (i32, u32) = if cfg!(test) { (1, 1) } else { (5, 4) };
-/// How long an action waits for a libvirtd that is gone.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// The maximum time that an action waits for a libvirtd that is away.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// The time that libvirtd has to answer.
-const ANSWERING: Duration = Duration::from_secs(5);
-/// The time to wait for an attempt to connect over a network before a second one is started.
-const RETRY_BESIDE: Duration = Duration::from_secs(300);
-/// The maximum number of idle connections that are kept for the next calls.
-const MAX_IDLE: usize = 8;
-/// The maximum number of attempts to connect over a network that are under way.
-const MAX_REMOTE_ATTEMPTS: usize = 3;
-/// A libvirtd that has just started takes over the domains that run, after its sockets are there, and
-/// nothing tells when it is done. A domain that is stopped in the middle of that can stay locked, as
-/// was seen with libvirt 11.3. So a new libvirtd is given this time first.
-const SETTLING: Duration = Duration::from_millis(500);
-/// The pauses between two tries to connect grow from this …
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// … to this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who is told what happens.
-pub trait Listener: Send + Sync + 'static {
-    /// Something happened to the domain of that name.
-    fn happened(&self, label: &str, event: Event);
-    /// The connection is lost; what happens from now on is not heard.
-    fn lost(&self, why: &str);
-    /// It is there again.
-    fn back(&self, connect: &Connect);
-}
-
-/// The connection of one dsn.
+/// The connections of one dsn.
 pub struct Link {
-    dsn: String,
+    events: Arc<EventConnection>,
     pool: Arc<Pool>,
-    now: Mutex<Now>,
-    changed: Condvar,
-    /// Ends when the keeper does.
-    keeper: Mutex<Option<Receiver<()>>>,
+    /// Disconnected when the reconnect thread has ended.
+    reconnect_thread: Mutex<Option<Receiver<()>>>,
 }
 
-struct Now {
-    connection: Connection,
-    /// Numbers the connections, so that the end of an old one is not taken for that of a new one.
-    number: u64,
-    listener: Option<Arc<dyn Listener>>,
-    /// Let go by the keeper: not in the event thread, where libvirt is about to use it.
-    dead: Option<Watched>,
-    /// The number of attempts to connect that are under way.
-    attempts: usize,
-    /// The number of attempts that have ended.
-    ended_attempts: u64,
-}
-
-enum Connection {
-    Open(Watched),
-    Lost(String),
-    Closed,
+/// The outcome of an attempt to ask libvirt.
+enum Asked<T, W> {
+    Answered(T),
+    /// The connection failed before the work began.
+    NotAsked {
+        work: W,
+        libvirtd_ended: bool,
+    },
 }
 
 impl Link {
     /// Connects for the first time.
     ///
     /// # Errors
-    /// It cannot be reached, or may not.
+    /// libvirt cannot be reached, or refuses this user.
     pub fn open(dsn: &str, deadline: Deadline) -> Result<Arc<Link>> {
-        let now = Now {
-            connection: Connection::Lost("it was never there".to_owned()),
-            number: 0,
-            listener: None,
-            dead: None,
-            attempts: 0,
-            ended_attempts: 0,
-        };
-        let link = Arc::new(Link {
-            dsn: dsn.to_owned(),
-            pool: Arc::new(Pool::new(dsn)),
-            now: Mutex::new(now),
-            changed: Condvar::new(),
-            keeper: Mutex::new(None),
-        });
-        let opening = Arc::clone(&link);
-        call::within(deadline, &format!("a connection to libvirt at {dsn}"), move || opening.connect())?;
-        Ok(link)
+        let events = EventConnection::new(dsn);
+        let opening = Arc::clone(&events);
+        let waiting_for = format!("a connection to libvirt at {dsn}");
+        call::call_with_timeout(deadline, &waiting_for, move || opening.connect())?;
+        let pool = Arc::clone(&events.pool);
+        Ok(Arc::new(Link { events, pool, reconnect_thread: Mutex::new(None) }))
     }
 
-    /// Tells `listener` from now on, and keeps the connection.
+    /// Subscribes `listener` to the events, and keeps the connection open.
     ///
     /// # Errors
-    /// There is no thread to be had.
-    pub fn listen(self: &Arc<Self>, listener: Arc<dyn Listener>) -> Result<()> {
-        self.lock().listener = Some(listener);
-        let link = Arc::clone(self);
-        let (ends, keeper_ends) = channel();
-        let keep = move || {
-            link.keep();
-            drop(ends);
-        };
-        call::spawn("libvirt-keeper", keep)?;
-        *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper_ends);
+    /// The system cannot start another thread.
+    pub fn listen(&self, listener: Arc<dyn Listener>) -> Result<()> {
+        self.events.lock().listener = Some(listener);
+        let thread_ends = reconnect::start(&self.events)?;
+        *self.reconnect_thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread_ends);
         Ok(())
     }
 
-    /// Where it leads.
+    /// Returns the dsn.
     pub fn dsn(&self) -> &str {
-        &self.dsn
+        &self.events.dsn
     }
 
-    /// Asks something of libvirt; `waiting_for` says what is waited for. A libvirtd that has just ended,
-    /// which the event loop may not have noticed yet, is asked when it is back.
+    /// Asks libvirt; `waiting_for` names the answer in the error of a timeout. If libvirtd has just ended, which
+    /// the event loop may not have noticed yet, the call waits for the next libvirtd.
     ///
     /// # Errors
-    /// There is no connection; the work's own; the deadline passes.
+    /// There is no connection; the work fails; the deadline passes.
     pub fn ask<T, W>(&self, deadline: Deadline, waiting_for: &str, mut work: W) -> Result<T>
     where
         T: Send + 'static,
         W: FnOnce(&Connect) -> Result<T> + Send + 'static,
     {
         loop {
-            let number = self.expect_open(deadline)?;
+            let number = self.wait_for_open(deadline)?;
             let pool = Arc::clone(&self.pool);
-            let asked = call::within(deadline, waiting_for, move || {
+            let asked = call::call_with_timeout(deadline, waiting_for, move || {
                 let connect = match pool.connection(number) {
                     Ok(connect) => connect,
-                    Err(error) if error.is_gone => return Ok(Err((work, true))),
-                    Err(error) => return Err(error.error),
+                    Err(failure) if failure.is_gone => {
+                        return Ok(Asked::NotAsked { work, libvirtd_ended: true });
+                    }
+                    Err(failure) => return Err(failure.error),
                 };
-                if !is_there(&connect) {
-                    return Ok(Err((work, false)));
+                if !answers(&connect) {
+                    return Ok(Asked::NotAsked { work, libvirtd_ended: false });
                 }
-                let told = work(&connect)?;
+                let answer = work(&connect)?;
                 pool.give_back(number, connect);
-                Ok(Ok(told))
+                Ok(Asked::Answered(answer))
             })?;
             match asked {
-                Ok(told) => return Ok(told),
-                Err((unasked, is_gone)) => {
+                Asked::Answered(answer) => return Ok(answer),
+                Asked::NotAsked { work: unasked, libvirtd_ended } => {
                     work = unasked;
-                    if is_gone {
-                        self.lost(number, "libvirtd has ended");
+                    if libvirtd_ended {
+                        self.events.mark_lost(number, "libvirtd has ended");
                     }
                 }
             }
         }
     }
 
-    /// Returns the number of the connection; waits for the connection if it is lost at present.
+    /// Returns the number of the event connection. Waits for the connection if it is lost at present.
     ///
     /// # Errors
     /// The connection does not come back in time.
-    fn expect_open(&self, deadline: Deadline) -> Result<u64> {
+    fn wait_for_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
-        let patience = deadline.within(PATIENCE).remaining();
-        let lost = |now: &mut Now| matches!(now.connection, Connection::Lost(_));
-        let waited = self.changed.wait_timeout_while(self.lock(), patience, lost);
-        let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        match &now.connection {
-            Connection::Open(_) => Ok(now.number),
-            Connection::Closed => Err(shut_down()),
-            Connection::Lost(_) if deadline.passed() => Err(deadline.timeout("the connection to libvirt")),
-            Connection::Lost(why) => {
-                let now = if now.attempts > 0 { "does not answer" } else { "does not come back" };
-                let reason = format!("the connection to libvirt at {} is lost and {now}: {why}", self.dsn);
+        let timeout = deadline.within(RECONNECT_TIMEOUT).remaining();
+        let is_lost = |connection: &ConnectionState| matches!(connection, ConnectionState::Lost(_));
+        let state = self.events.wait_while(timeout, |state| is_lost(&state.connection));
+        match &state.connection {
+            ConnectionState::Open(_) => Ok(state.number),
+            ConnectionState::Closed => Err(shut_down()),
+            ConnectionState::Lost(_) if deadline.passed() => {
+                Err(deadline.timeout("the connection to libvirt"))
+            }
+            ConnectionState::Lost(why) => {
+                let now = if state.attempts > 0 { "does not answer" } else { "does not come back" };
+                let reason = format!("the connection to libvirt at {} is lost and {now}: {why}", self.dsn());
                 Err(Error::environment(reason).advice(
-                    "Start libvirtd (systemctl start libvirtd), or restart it if it hangs. Then start the machine anew",
+                    "Start libvirtd (systemctl start libvirtd), or restart it if it hangs. Then start the machine again",
                 ))
             }
         }
     }
 
-    /// Closes it for good. Once the keeper has ended nobody is told anything any more; a libvirtd that
-    /// hangs may hold it up, and is not waited for beyond the deadline.
+    /// Closes the link for good. Once the reconnect thread has ended, the listener gets no further events. A
+    /// libvirtd that hangs may delay that, and is not waited for beyond the deadline.
     pub fn close(&self, deadline: Deadline) {
-        let closed = std::mem::replace(&mut self.lock().connection, Connection::Closed);
-        self.changed.notify_all();
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let ended = keeper.is_none_or(|ends| {
+        let closed = std::mem::replace(&mut self.events.lock().connection, ConnectionState::Closed);
+        self.events.notify();
+        let thread = self.reconnect_thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ended = thread.is_none_or(|ends| {
             ends.recv_timeout(deadline.remaining()) == Err(RecvTimeoutError::Disconnected)
         });
         let (dead, listener) = {
-            let mut now = self.lock();
-            (now.dead.take(), now.listener.take())
+            let mut state = self.events.lock();
+            (state.dead.take(), state.listener.take())
         };
         let pool = Arc::clone(&self.pool);
-        let letting_go = Call::start(move || {
+        let closing = Call::start(move || {
             drop((closed, dead, listener));
             pool.clear();
             Ok(())
         });
-        let gone = letting_go.is_ok_and(|call| call.wait(deadline.remaining()).is_some());
-        if !ended || !gone {
-            tracing::warn!(dsn = self.dsn, "libvirt does not let go of the connection in time");
+        let is_closed = closing.is_ok_and(|call| call.wait(deadline.remaining()).is_some());
+        if !ended || !is_closed {
+            tracing::warn!(dsn = self.dsn(), "libvirt does not close the connection in time");
         }
     }
 
@@ -235,19 +185,18 @@ impl Link {
     /// call, because a late result matters too.
     ///
     /// # Errors
-    /// The connection for events is lost. A failure to open the call's own connection is the call's error.
+    /// The event connection is lost. A failure to open the call's own connection is the call's error.
     pub fn long_call<T: Send + 'static>(
         &self,
         deadline: Deadline,
         opened: impl FnOnce(Duration) + Send + 'static,
         work: impl FnOnce(&Connect) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        let number = self.expect_open(deadline)?;
+        let number = self.wait_for_open(deadline)?;
         self.start_call(number, opened, work)
     }
 
-    /// Starts a short call. The call gets the [`number`](Link::number) of the connection that brings the
-    /// events.
+    /// Starts a short call. The call gets the [`number`](Link::number) of the event connection.
     ///
     /// # Errors
     /// As [`long_call`](Link::long_call).
@@ -256,7 +205,7 @@ impl Link {
         deadline: Deadline,
         work: impl FnOnce(&Connect, u64) -> Result<T> + Send + 'static,
     ) -> Result<Call<T>> {
-        let number = self.expect_open(deadline)?;
+        let number = self.wait_for_open(deadline)?;
         self.start_call(number, drop, move |connect| work(connect, number))
     }
 
@@ -269,7 +218,7 @@ impl Link {
         let pool = Arc::clone(&self.pool);
         Call::start(move || {
             let begun = Instant::now();
-            let connect = pool.connection(number).map_err(|failed| failed.error)?;
+            let connect = pool.connection(number).map_err(|failure| failure.error)?;
             opened(begun.elapsed());
             let done = work(&connect)?;
             pool.give_back(number, connect);
@@ -277,289 +226,24 @@ impl Link {
         })
     }
 
-    /// Whether libvirtd is away just now, be that noticed yet or not; who wants something has to wait then.
+    /// Reports whether libvirtd is away now, noticed or not. A call would have to wait for it.
     pub fn is_away(&self) -> bool {
         let number = {
-            let now = self.lock();
-            match now.connection {
-                Connection::Open(_) => now.number,
-                Connection::Lost(_) => return true,
-                Connection::Closed => return false,
+            let state = self.events.lock();
+            match state.connection {
+                ConnectionState::Open(_) => state.number,
+                ConnectionState::Lost(_) => return true,
+                ConnectionState::Closed => return false,
             }
         };
-        let answers = self.start_call(number, drop, |connect| Ok(is_there(connect)));
-        let answer = answers.map(|call| call.wait(ANSWERING));
+        let call = self.start_call(number, drop, |connect| Ok(answers(connect)));
+        let answer = call.map(|call| call.wait(ANSWER_TIMEOUT));
         !matches!(answer, Ok(Some(Ok(true))))
     }
 
-    /// The number of the connection that tells what happens. While it stays the same, everything was heard.
+    /// Returns the number of the event connection. While the number stays the same, no event was missed.
     pub fn number(&self) -> u64 {
-        self.lock().number
-    }
-
-    /// Opens the connection.
-    fn connect(self: &Arc<Self>) -> Result<()> {
-        let number = self.lock().number + 1;
-        let watched = self.open_watched(number)?;
-        let connect = watched.connect().clone();
-        let mut now = self.lock();
-        if matches!(now.connection, Connection::Closed) {
-            drop(now);
-            return Err(shut_down());
-        }
-        now.number = number;
-        let before = std::mem::replace(&mut now.connection, Connection::Open(watched));
-        drop(now);
-        drop(before);
-        self.changed.notify_all();
-        // One that ended before it was known here was not noticed by its number.
-        if !connect.is_alive().unwrap_or(true) {
-            self.lost(number, "libvirtd ended at once");
-        }
-        Ok(())
-    }
-
-    fn open_watched(self: &Arc<Self>, number: u64) -> Result<Watched> {
-        events::start_loop()?;
-        let connect = open(&self.dsn).map_err(|failed| failed.error)?;
-        Watched::new(connect, Arc::new(Ear { link: Arc::downgrade(self), number }))
-    }
-
-    /// The keeper's work.
-    fn keep(self: Arc<Self>) {
-        loop {
-            let open = |now: &mut Now| matches!(now.connection, Connection::Open(_));
-            let mut now = self.changed.wait_while(self.lock(), open).unwrap_or_else(PoisonError::into_inner);
-            let Connection::Lost(why) = &now.connection else { return };
-            let why = format!("the connection to libvirt at {} is lost: {why}", self.dsn);
-            let (dead, listener) = (now.dead.take(), now.listener.clone());
-            // Not under the lock: letting go of it calls libvirt.
-            drop(now);
-            drop(dead);
-            tracing::warn!(dsn = self.dsn, why, "libvirt is away");
-            if let Some(listener) = &listener {
-                listener.lost(&why);
-            }
-            if !self.reopen() {
-                return;
-            }
-            tracing::info!(dsn = self.dsn, "libvirt is back");
-            let connect = match &self.lock().connection {
-                Connection::Open(watched) => watched.connect().clone(),
-                _ => continue,
-            };
-            if let Some(listener) = &listener {
-                listener.back(&connect);
-            }
-        }
-    }
-
-    /// Tries until it is open; `false` if it was closed meanwhile.
-    fn reopen(self: &Arc<Self>) -> bool {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            self.attempt(RETRY_BESIDE);
-            if matches!(self.lock().connection, Connection::Open(_)) {
-                return true;
-            }
-            if self.closed_within(pause) {
-                return false;
-            }
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
-    }
-
-    /// Starts an attempt to connect, unless enough are under way. Waits at most `limit` until an attempt has
-    /// ended.
-    fn attempt(self: &Arc<Self>, limit: Duration) {
-        let ended = {
-            let mut now = self.lock();
-            let enough = if is_local(&self.dsn) { 1 } else { MAX_REMOTE_ATTEMPTS };
-            let ended = now.ended_attempts;
-            if now.attempts < enough {
-                now.attempts += 1;
-                drop(now);
-                self.start_attempt();
-            }
-            ended
-        };
-        let pending =
-            |now: &mut Now| now.ended_attempts == ended && matches!(now.connection, Connection::Lost(_));
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, pending);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
-    }
-
-    fn start_attempt(self: &Arc<Self>) {
-        let attempt = Attempt(Arc::clone(self));
-        let connect = move || {
-            if let Err(error) = attempt.0.connect_anew() {
-                tracing::debug!(%error, "libvirt is still away");
-            }
-        };
-        if let Err(error) = call::spawn("libvirt-connect", connect) {
-            tracing::debug!(%error, "no try to connect to libvirt");
-        }
-    }
-
-    /// Connects to libvirtd once it answers, after a pause in which it settles.
-    fn connect_anew(self: &Arc<Self>) -> Result<()> {
-        self.pool.clear();
-        drop(open(&self.dsn).map_err(|failed| failed.error)?);
-        if self.closed_within(SETTLING) || matches!(self.lock().connection, Connection::Open(_)) {
-            return Ok(());
-        }
-        self.connect()
-    }
-
-    /// Waits, unless it is closed for good before that.
-    fn closed_within(&self, time: Duration) -> bool {
-        let still = |now: &mut Now| !matches!(now.connection, Connection::Closed);
-        let waited = self.changed.wait_timeout_while(self.lock(), time, still);
-        let (now, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        matches!(now.connection, Connection::Closed)
-    }
-
-    fn lost(&self, number: u64, why: &str) {
-        let mut now = self.lock();
-        if now.number != number || !matches!(now.connection, Connection::Open(_)) {
-            return;
-        }
-        let open = std::mem::replace(&mut now.connection, Connection::Lost(why.to_owned()));
-        if let Connection::Open(watched) = open {
-            now.dead = Some(watched);
-        }
-        drop(now);
-        self.changed.notify_all();
-    }
-
-    /// Each statement that holds the lock leaves it whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Now> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// An attempt to connect that is under way until this value is dropped.
-struct Attempt(Arc<Link>);
-
-impl Drop for Attempt {
-    fn drop(&mut self) {
-        let mut now = self.0.lock();
-        now.attempts -= 1;
-        now.ended_attempts += 1;
-        drop(now);
-        self.0.changed.notify_all();
-    }
-}
-
-/// Whether somebody is at the other end; a hung libvirtd lets this hang.
-fn is_there(connect: &Connect) -> bool {
-    connect.lib_version().map_or_else(|error| !is_lost_link(&error), |_| true)
-}
-
-/// Connections for calls. Each connection has one call at a time.
-struct Pool {
-    dsn: String,
-    idle: Mutex<Idle>,
-}
-
-#[derive(Default)]
-struct Idle {
-    /// The number of the event connection that was open when these connections were.
-    number: u64,
-    connections: Vec<Connect>,
-}
-
-/// The reason why a connection could not be opened.
-struct NotOpened {
-    error: Error,
-    /// Whether libvirtd has ended.
-    is_gone: bool,
-}
-
-impl Pool {
-    fn new(dsn: &str) -> Self {
-        Pool { dsn: dsn.to_owned(), idle: Mutex::default() }
-    }
-
-    /// Returns an idle connection, or else a new one. The call hangs if libvirtd does.
-    fn connection(&self, number: u64) -> Result<Connect, NotOpened> {
-        while let Some(connect) = self.take(number) {
-            if connect.is_alive().unwrap_or(true) {
-                return Ok(connect);
-            }
-        }
-        open(&self.dsn)
-    }
-
-    fn take(&self, number: u64) -> Option<Connect> {
-        let mut idle = self.lock();
-        if idle.number == number { idle.connections.pop() } else { None }
-    }
-
-    /// Keeps a connection for the next call. Call this only after a call that succeeded: after an error,
-    /// requests may still be under way on the connection.
-    fn give_back(&self, number: u64, connect: Connect) {
-        let mut idle = self.lock();
-        let outdated = if idle.number < number {
-            std::mem::replace(&mut *idle, Idle { number, connections: Vec::new() }).connections
-        } else {
-            Vec::new()
-        };
-        if idle.number == number && idle.connections.len() < MAX_IDLE {
-            idle.connections.push(connect);
-        }
-        drop(idle);
-        drop(outdated);
-    }
-
-    fn clear(&self) {
-        let idle = std::mem::take(&mut self.lock().connections);
-        drop(idle);
-    }
-
-    /// Each statement that holds the lock leaves the value whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Over a network an attempt can fail for itself: an SSH server refuses some of many sessions at once. That says
-/// nothing of the connections that are open.
-fn open(dsn: &str) -> Result<Connect, NotOpened> {
-    let connect = Connect::open(Some(dsn)).map_err(|error| NotOpened {
-        is_gone: is_local(dsn) && is_gone(&error),
-        error: not_connected(dsn, &error),
-    })?;
-    if let Err(error) = connect.set_keep_alive(KEEPALIVE.0, KEEPALIVE.1) {
-        // Drivers inside this process have nobody to ask.
-        tracing::debug!(%error, "no keepalive");
-    }
-    Ok(connect)
-}
-
-fn shut_down() -> Error {
-    Error::failed("the machinery has been shut down")
-}
-
-/// The ears of one connection.
-struct Ear {
-    link: Weak<Link>,
-    number: u64,
-}
-
-impl Ears for Ear {
-    fn happened(&self, label: &str, event: Event) {
-        let Some(link) = self.link.upgrade() else { return };
-        let listener = link.lock().listener.clone();
-        if let Some(listener) = listener {
-            listener.happened(label, event);
-        }
-    }
-
-    fn closed(&self, why: &str) {
-        if let Some(link) = self.link.upgrade() {
-            link.lost(self.number, why);
-        }
+        self.events.lock().number
     }
 }
 
@@ -567,16 +251,17 @@ impl Ears for Ear {
 mod tests {
     use super::*;
     use crate::errors::explain;
+    use crate::events::Event;
     use machinery_testkit::libvirt::Libvirtd;
     use rustix::process::Signal;
     use std::fs;
 
-    struct NullHost;
+    struct NullListener;
 
-    impl Listener for NullHost {
-        fn happened(&self, _: &str, _: Event) {}
-        fn lost(&self, _: &str) {}
-        fn back(&self, _: &Connect) {}
+    impl Listener for NullListener {
+        fn on_event(&self, _: &str, _: Event) {}
+        fn on_connection_lost(&self, _: &str) {}
+        fn on_reconnected(&self, _: &Connect) {}
     }
 
     fn soon() -> Deadline {
@@ -584,7 +269,7 @@ mod tests {
     }
 
     /// Returns the numbers of threads and open files of this process.
-    fn held() -> (usize, usize) {
+    fn resources() -> (usize, usize) {
         let count = |folder| fs::read_dir(folder).unwrap().count();
         (count("/proc/self/task"), count("/proc/self/fd"))
     }
@@ -600,32 +285,31 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(folder.path()).unwrap();
         let link = Link::open(&libvirtd.dsn(), soon()).unwrap();
-        link.listen(Arc::new(NullHost)).unwrap();
+        link.listen(Arc::new(NullListener)).unwrap();
         version(&link).unwrap();
-        let (threads, files) = held();
+        let (threads, files) = resources();
         libvirtd.signal_daemon(Signal::STOP).unwrap();
-        // Makes requests without an answer, and calls that cannot connect, until keepalive finds the link
-        // dead.
+        // Requests without an answer, and calls that cannot connect, until keepalive finds the link dead.
         let at_once = || Deadline::after(Duration::from_millis(1));
         for _ in 0..100 {
-            let asked = link.ask(at_once(), "nothing", |connect| Ok(is_there(connect)));
+            let asked = link.ask(at_once(), "nothing", |connect| Ok(answers(connect)));
             assert!(asked.is_err());
             // The call is abandoned at once.
             let _ = link.long_call(at_once(), |_| (), |_| Ok(()));
         }
         let most = usize::try_from(call::MAX_ABANDONED).unwrap() + 2;
-        assert!(held().0 <= threads + most, "{:?} after {threads}", held());
+        assert!(resources().0 <= threads + most, "{:?} after {threads}", resources());
         // Keepalive finds the link and its calls dead.
-        while link.lock().attempts == 0 {
-            drop(link.changed.wait_timeout(link.lock(), Duration::from_millis(20)).unwrap());
+        while link.events.lock().attempts == 0 {
+            drop(link.events.wait_while(Duration::from_millis(20), |state| state.attempts == 0));
         }
-        let hanging = held();
+        let hanging = resources();
         assert!(hanging.0 <= threads + most && hanging.1 <= files + 4 * most, "{hanging:?}");
         for _ in 0..100 {
-            link.attempt(Duration::from_millis(1));
+            reconnect::attempt(&link.events, Duration::from_millis(1));
         }
-        assert_eq!(link.lock().attempts, 1);
-        let later = held();
+        assert_eq!(link.events.lock().attempts, 1);
+        let later = resources();
         assert!(later.0 <= hanging.0 && later.1 <= hanging.1, "{later:?} after {hanging:?}");
         libvirtd.signal_daemon(Signal::CONT).unwrap();
         version(&link).unwrap();

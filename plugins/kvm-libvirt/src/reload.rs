@@ -1,55 +1,48 @@
 //! A new configuration while machines run.
 //!
-//! All that can be refused is refused first, while nothing has changed. Then what stands by for machines
-//! that change or go is ended, which until the end are those that libvirt's events go to; then what a host
-//! that died may have left of the new ones; then there are new machines.
+//! 1. Refuse: everything that can be wrong is checked first, while nothing has changed.
+//! 2. Discard: the standbys of machines that change or go are ended. Until the commit, libvirt's events still
+//!    go to these machines.
+//! 3. Adopt: runs that an earlier host has left of new machines are ended.
+//! 4. Commit: the new machines replace the old ones, all at once.
 
-use std::sync::Arc;
-
-use machinery::{Deadline, Error, ReloadPlan, Reloadable, Reloaded, Result, Setup, expect_unchanged};
+use machinery::{Deadline, ReloadPlan, Reloaded, Result, Setup, expect_unchanged};
 
 use crate::config::Config;
 use crate::machine::Machine;
-use crate::{Kvm, at_a_time};
+use crate::machines::{Machines, for_each_concurrently};
 
-impl Kvm {
-    /// Takes over a new configuration.
-    ///
-    /// # Errors
-    /// The configuration is wrong, or names another libvirt; libvirt does not answer; a machine that is not in
-    /// use is on; a standby cannot be ended. The machines then stay as they were, but may have to be prepared
-    /// again.
-    pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
-        let config = Config::read(setup)?;
-        expect_unchanged(Some(&setup.config), &["dsn"], self.link.dsn(), &config.dsn)?;
-        config.make_save_dir()?;
-        let make = |keys| {
-            let (budget, link) = (Arc::clone(&self.budget), Arc::clone(&self.link));
-            Arc::new(Machine::new(keys, budget, link, &setup.state_dir, self.host.clone()))
-        };
-        let plan = self.machines.0.plan(&setup.config, config.machines, in_use, make)?;
-        self.with_libvirt(plan.added.clone(), deadline, Machine::find)?;
-        plan.removed.iter().try_for_each(|machine| machine.expect_off(deadline))?;
-        if let Err(error) = self.make_room(&plan, deadline) {
-            for machine in &plan.removed {
-                self.host
-                    .preparation_invalidated(machine.name(), "a new configuration could not be taken over");
-            }
-            return Err(error);
+/// Applies a new configuration.
+///
+/// # Errors
+/// The configuration is wrong, or names another libvirt; libvirt does not answer; a machine that is not in
+/// use is on; a standby cannot be ended. The machines then stay as they were, but may have to be prepared
+/// again.
+pub fn apply(machines: &Machines, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
+    let config = Config::read(setup)?;
+    expect_unchanged(Some(&setup.config), &["dsn"], machines.link.dsn(), &config.dsn)?;
+    config.make_instant_dir()?;
+    let make = |keys| machines.make(keys, &setup.state_dir);
+    let plan = machines.set.plan(&setup.config, config.machines, in_use, make)?;
+    machines.for_each_with_libvirt(plan.added.clone(), deadline, Machine::find)?;
+    plan.removed.iter().try_for_each(|machine| machine.ensure_off(deadline))?;
+    if let Err(error) = discard_and_adopt(machines, &plan, deadline) {
+        for machine in &plan.removed {
+            let why = "a new configuration could not be applied";
+            machines.host.preparation_invalidated(machine.name(), why);
         }
-        let gone = plan.removed.clone();
-        let reloaded = self.machines.0.commit(plan, deadline)?;
-        self.budget.set_limit(config.standby_memory);
-        let machines = self.machines.0.all();
-        gone.iter().for_each(|machine| machine.remove_image(&machines));
-        Ok(reloaded)
+        return Err(error);
     }
+    let removed = plan.removed.clone();
+    let reloaded = machines.set.commit(plan, deadline)?;
+    machines.budget.set_limit(config.standby_memory_limit);
+    let all = machines.set.all();
+    removed.iter().for_each(|machine| machine.remove_image(&all));
+    Ok(reloaded)
+}
 
-    /// Ends what stands by for machines that go, and what is left where new ones come.
-    fn make_room(&self, plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-        match Error::all(at_a_time(&plan.removed, |machine| machine.retire(deadline))) {
-            None => self.with_libvirt(plan.added.clone(), deadline, Machine::take_over),
-            Some(problems) => Err(problems),
-        }
-    }
+/// Discards the standbys of the removed machines, and then adopts the added ones.
+fn discard_and_adopt(machines: &Machines, plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
+    for_each_concurrently(&plan.removed, |machine| machine.discard_standby(deadline))?;
+    machines.adopt(plan.added.clone(), deadline)
 }

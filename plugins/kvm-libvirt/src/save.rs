@@ -1,4 +1,4 @@
-//! Saving a domain to a file of one's choice, which the `virt` crate has no function for.
+//! Saving a domain to a file. The `virt` crate has no function that saves a paused domain as running.
 
 use std::ffi::CString;
 
@@ -11,9 +11,9 @@ use crate::errors::explain;
 /// Saves the domain's state to `path` and ends the domain.
 ///
 /// # Errors
-/// libvirt cannot; the domain may run on then, and a part of the file may be there.
+/// libvirt cannot save the domain. The domain may still be on then, and a part of the file may exist.
 pub fn save(domain: &Domain, path: &str) -> Result<()> {
-    let to = CString::new(path).map_err(|_| Error::failed(format!("{path:?} is no path")))?;
+    let to = CString::new(path).map_err(|_| Error::failed(format!("{path:?} is not a path")))?;
     let flags = sys::VIR_DOMAIN_SAVE_RUNNING;
     // SAFETY: the domain is alive, the path ends with a null byte, and both outlive the call.
     let saved = unsafe { sys::virDomainSaveFlags(domain.as_ptr(), to.as_ptr(), std::ptr::null(), flags) };

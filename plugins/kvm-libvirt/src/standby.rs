@@ -1,17 +1,17 @@
-//! What stands by: a domain that is reverted to its snapshot and paused, so that all of its memory is
-//! loaded and a restore only has to let it run.
+//! The standby: a domain that is reverted to its snapshot and paused, so that its memory is loaded and a restore
+//! only resumes it.
 //!
-//! Until then anything may happen to the domain or to its snapshot. libvirt tells at once what happens
-//! to a domain, as long as the connection is the same. Of snapshots it tells nothing: no event says that
-//! one was deleted, taken anew or made the current one. So a restore asks, and lets the domain run only if
+//! Meanwhile the domain and its snapshot may change. libvirt reports changes of a domain by events, as long as
+//! the connection is the same. It reports no changes of snapshots: no event says that one was deleted, taken
+//! again or made the current one. So a restore checks, and resumes the domain only if
 //!
-//! - the domain still runs under the number that it had, so it is the same QEMU;
-//! - it is still paused as a revert has left it, and not by somebody who has resumed it before;
-//! - the snapshot that a restore goes to has the name and the time of creation of the one it came from;
-//! - no file that the domain names, and none that its disks are based on, was changed or replaced.
+//! - the domain still has the id that it had, so it is the same QEMU;
+//! - it is still paused by the revert, so nobody has resumed it;
+//! - the snapshot to restore has the name and the time of creation of the standby's snapshot;
+//! - no file that the domain names, or that its disks are based on, was changed or replaced.
 //!
-//! That is four questions, which libvirtd answers without asking QEMU, in about a millisecond together;
-//! QEMU takes three to let the micro guest run, and ten for one with 600 MiB in use.
+//! These are four requests, which libvirtd answers without QEMU, in about a millisecond together. QEMU takes
+//! three milliseconds to resume the micro guest, and ten for a guest with 600 MiB in use.
 
 use machinery::{Error, Readiness, RestoreReadiness, Result, Share};
 use virt::connect::Connect;
@@ -23,39 +23,44 @@ use crate::description::Description;
 use crate::dsn::is_local;
 use crate::errors::explain;
 use crate::files;
-use crate::restore::{self, Identity};
+use crate::snapshot::{self, Identity};
 
-/// What tells the domain that stands by from what it may have become.
+/// The identity of a standby: domain, snapshot and files. A changed standby has another one.
 #[derive(Debug, Clone)]
-pub struct Mark {
+pub struct Fingerprint {
     id: u32,
     snapshot: Identity,
     /// The identity of the files; `None` if libvirt is on another computer.
     files: Option<files::Identity>,
 }
 
-/// A domain that stands by.
+/// A standby.
 #[derive(Debug)]
-pub struct Held {
-    pub mark: Mark,
-    /// Why it must not be used any more, if there is a reason.
-    pub doubt: Option<String>,
-    /// The connection by which is heard what happens to it.
-    pub heard_by: u64,
-    /// Its part of the memory that may be held.
+pub struct StandbyDomain {
+    pub fingerprint: Fingerprint,
+    /// Why the standby must not be used, if there is a reason.
+    pub unusable: Option<String>,
+    /// The number of the connection that brings the events of the domain.
+    pub events_from: u64,
+    /// Its part of the memory for standbys.
     share: Share,
 }
 
-impl Held {
-    /// One that was just made; `share` becomes as large as what is really held, where libvirt knows.
-    pub fn new(domain: &Domain, mark: Mark, heard_by: u64, mut share: Share) -> Held {
-        if let Some(bytes) = held(domain) {
+impl StandbyDomain {
+    /// Makes a standby of the domain. Adjusts `share` to the memory that the domain uses, where libvirt knows it.
+    pub fn new(
+        domain: &Domain,
+        fingerprint: Fingerprint,
+        events_from: u64,
+        mut share: Share,
+    ) -> StandbyDomain {
+        if let Some(bytes) = used_memory(domain) {
             share.set_actual(bytes);
         }
-        Held { mark, doubt: None, heard_by, share }
+        StandbyDomain { fingerprint, unusable: None, events_from, share }
     }
 
-    /// What is told of it.
+    /// Returns the readiness to report to the host.
     pub fn ready(&self) -> RestoreReadiness {
         RestoreReadiness {
             mode: Readiness::Standby,
@@ -65,12 +70,12 @@ impl Held {
     }
 }
 
-impl Mark {
-    /// That of a domain which was just reverted, paused.
+impl Fingerprint {
+    /// Takes the fingerprint of a domain that was just reverted and is paused.
     ///
     /// # Errors
-    /// It does not run.
-    pub fn of(domain: &Domain, snapshot: Identity) -> Result<Mark> {
+    /// The domain has ended; libvirt does not answer.
+    pub fn of(domain: &Domain, snapshot: Identity) -> Result<Fingerprint> {
         let id = domain.id().ok_or_else(|| Error::failed("the domain ended while it was reverted"))?;
         let failed = |error| explain("describe the domain", &error);
         let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
@@ -78,27 +83,25 @@ impl Mark {
             true => Some(files::Identity::of(&Description::read(&domain.xml_desc(0).map_err(failed)?)?)),
             false => None,
         };
-        Ok(Mark { id, snapshot, files })
+        Ok(Fingerprint { id, snapshot, files })
     }
 
-    /// The domain, if it is still what it was and what a restore goes to: the snapshot of that name,
-    /// else the current one.
+    /// Returns the domain if it is unchanged, and at the snapshot to restore: the one of that name, else the
+    /// current one.
     ///
     /// # Errors
-    /// What it is that has changed.
+    /// Something has changed; the error says what.
     pub fn check(&self, connect: &Connect, label: &str, wanted: Option<&str>) -> Result<Domain> {
         let domain = connect
             .lookup_domain_by_id(self.id)
-            .map_err(|error| explain("find the domain that stands by", &error))?;
-        if domain.name().ok().as_deref() != Some(label) || !is_as_reverted(&domain)? {
-            return Err(Error::unexpected_state(
-                "somebody has resumed or replaced the domain that stands by",
-            ));
+            .map_err(|error| explain("find the standby's domain", &error))?;
+        if domain.name().ok().as_deref() != Some(label) || !is_paused_by_revert(&domain)? {
+            return Err(Error::unexpected_state("somebody has resumed or replaced the standby"));
         }
-        let now = restore::find(&domain, wanted)?.identity;
+        let now = snapshot::find(&domain, wanted)?.identity;
         if now != self.snapshot {
             let reason = format!(
-                "the snapshot is '{}' of {} now, and what stands by is of '{}' of {}",
+                "the snapshot is '{}' of {} now, and the standby is of '{}' of {}",
                 now.name, now.created, self.snapshot.name, self.snapshot.created
             );
             return Err(Error::unexpected_state(reason));
@@ -108,25 +111,16 @@ impl Mark {
     }
 }
 
-/// Whether it is paused, and by nothing but the revert.
-fn is_as_reverted(domain: &Domain) -> Result<bool> {
-    // Without an answer the state is one that is none.
-    let (state, reason) = domain.state().map_err(|error| explain("tell the domain's state", &error))?;
+/// Reports whether the domain is paused by the revert, and by nothing else.
+fn is_paused_by_revert(domain: &Domain) -> Result<bool> {
+    // If libvirt does not answer, the state is unknown, and so not paused.
+    let (state, reason) = domain.state().map_err(|error| explain("report the domain's state", &error))?;
     let from_snapshot = DomainStateReason::Paused(Enum::Known(DomainPausedReason::FromSnapshot));
     Ok(state == Enum::Known(DomainState::Paused) && reason == Enum::Known(from_snapshot))
 }
 
-/// What the domain may hold at most, in bytes.
-///
-/// # Errors
-/// libvirt cannot be asked.
-pub fn largest(domain: &Domain) -> Result<u64> {
-    let kib = domain.max_memory().map_err(|error| explain("tell how much memory the domain has", &error))?;
-    Ok(kib.saturating_mul(1024))
-}
-
-/// What the running domain holds, in bytes, where libvirt knows.
-fn held(domain: &Domain) -> Option<u64> {
+/// Returns the memory that the running domain uses, in bytes, where libvirt knows it.
+fn used_memory(domain: &Domain) -> Option<u64> {
     let known = domain.memory_stats(0).ok()?;
     let resident = known.iter().find(|stat| stat.tag == sys::VIR_DOMAIN_MEMORY_STAT_RSS)?;
     resident.val.checked_mul(1024)

@@ -1,4 +1,4 @@
-//! Small files in the state folder that stay whole whenever this process or the computer stops.
+//! Small files in the state folder that are replaced atomically, so that a crash leaves no partial content.
 
 use std::fs;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use machinery::{Error, Result};
 use serde::Serialize;
 
-/// Writes a record to a file. At any time the file has either its old content or all of the new one.
+/// Writes a record to a file. At any time the file has either its old content or the complete new one.
 ///
 /// # Errors
 /// The file cannot be written.
@@ -14,10 +14,10 @@ pub fn write_atomically(path: &Path, record: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(record).map_err(|error| {
         Error::failed(format!("a record for {} cannot be written: {error}", path.display()))
     })?;
-    let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(".new");
-    fs::write(&unfinished, text).map_err(|error| Error::io("write", Path::new(&unfinished), &error))?;
-    fs::rename(&unfinished, path).map_err(|error| Error::io("replace", path, &error))
+    let mut new_file = path.as_os_str().to_owned();
+    new_file.push(".new");
+    fs::write(&new_file, text).map_err(|error| Error::io("write", Path::new(&new_file), &error))?;
+    fs::rename(&new_file, path).map_err(|error| Error::io("replace", path, &error))
 }
 
 #[cfg(test)]
@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn record_replaces_the_old_one_and_leaves_nothing_beside_it() {
+    fn record_replaces_the_old_one_and_leaves_no_other_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("m.run");
         for text in ["one", "two"] {

@@ -1,4 +1,7 @@
-//! What libvirt's states and events mean for a machine.
+//! The meaning of libvirt's states and events for a machine.
+//!
+//! libvirt has a state with a reason for each domain, and events with details. Both are mapped to a
+//! [`StateReport`]: a state of the interface, and a reason where the state needs one.
 
 use machinery::{Error, GUEST_POWERED_OFF, Result, State};
 use virt::domain::{
@@ -9,15 +12,14 @@ use virt_sys as sys;
 
 use crate::events::Event;
 
-/// A state, and why it is so where that needs telling.
-pub type Told = (State, String);
+/// A state, and its reason where the state needs one, else an empty text.
+pub type StateReport = (State, String);
 
-/// The state that libvirt tells of a domain. Source: `virDomainState` and its reasons in libvirt's
-/// libvirt-domain.h.
+/// Maps a domain's state. Source: `virDomainState` and its reasons in libvirt's libvirt-domain.h.
 ///
 /// # Errors
-/// It is one that has no name here.
-pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) -> Result<Told> {
+/// The state is unknown to this plugin.
+pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) -> Result<StateReport> {
     let plain = |state| Ok((state, String::new()));
     match state {
         Enum::Known(DomainState::Running | DomainState::Blocked) => plain(State::Running),
@@ -27,48 +29,52 @@ pub fn state_of_domain(state: DomainStateEnum, reason: DomainStateReasonEnum) ->
         Enum::Known(DomainState::Crashed) => Ok((State::Error, "the guest crashed".to_owned())),
         Enum::Known(DomainState::PMSuspended) => plain(State::Suspended),
         other => Err(Error::unexpected_state(format!(
-            "libvirt's domain state {} has no meaning here",
+            "libvirt's domain state {} is unknown to this plugin",
             other.to_raw()
         ))
-        .advice("Stop the machine; if it comes again, this libvirt is too new for this plugin")),
+        .advice("Stop the machine; if the state comes again, this libvirt is too new for this plugin")),
     }
 }
 
-/// A guest is held in the course of things, or because something is wrong with it.
-fn paused(reason: DomainStateReasonEnum) -> Told {
+/// Maps a paused domain: a pause is a step of an action, or the sign of a problem.
+fn paused(reason: DomainStateReasonEnum) -> StateReport {
     let Enum::Known(DomainStateReason::Paused(Enum::Known(reason))) = reason else {
-        return held("for a reason that is unknown here");
+        return paused_error("for a reason that is unknown to this plugin");
     };
     match reason {
         DomainPausedReason::Dump
         | DomainPausedReason::FromSnapshot
         | DomainPausedReason::Snapshot
         | DomainPausedReason::StartingUp => (State::Paused, String::new()),
-        DomainPausedReason::User => held("by somebody else"),
-        DomainPausedReason::Migration => held("while it is migrated"),
-        DomainPausedReason::Save => held("while its state is saved"),
-        DomainPausedReason::IOError => held("because its disk failed. Look at the free space there"),
-        DomainPausedReason::Watchdog => held("because its watchdog expired"),
-        DomainPausedReason::ShuttingDown => held("while it shuts down"),
-        DomainPausedReason::Crashed => held("because it crashed"),
-        DomainPausedReason::PostCopy | DomainPausedReason::PostCopyFailed => held("after a migration"),
-        DomainPausedReason::APIError => held("because libvirt failed at something. Look at libvirtd's log"),
-        DomainPausedReason::Unknown => held("and libvirt does not say why"),
+        DomainPausedReason::User => paused_error("by somebody else"),
+        DomainPausedReason::Migration => paused_error("while it is migrated"),
+        DomainPausedReason::Save => paused_error("while its state is saved"),
+        DomainPausedReason::IOError => paused_error("because its disk failed. Look at the free space there"),
+        DomainPausedReason::Watchdog => paused_error("because its watchdog expired"),
+        DomainPausedReason::ShuttingDown => paused_error("while it shuts down"),
+        DomainPausedReason::Crashed => paused_error("because it crashed"),
+        DomainPausedReason::PostCopy | DomainPausedReason::PostCopyFailed => {
+            paused_error("after a migration")
+        }
+        DomainPausedReason::APIError => {
+            paused_error("because libvirt failed at something. Look at libvirtd's log")
+        }
+        DomainPausedReason::Unknown => paused_error("and libvirt does not say why"),
     }
 }
 
-fn held(why: &str) -> Told {
+fn paused_error(why: &str) -> StateReport {
     (State::Error, format!("the guest is paused {why}"))
 }
 
-/// What an event says about the machine's state; `None` where it says nothing of interest.
-pub fn state_of_event(event: &Event) -> Option<Told> {
+/// Maps an event; `None` if the event does not change the machine's state.
+pub fn state_of_event(event: &Event) -> Option<StateReport> {
     match event {
         Event::DiskFailed { disk, reason } => {
             let reason = if reason.is_empty() { "no reason given" } else { reason };
             let space = if reason == "enospc" { ": no space is left" } else { "" };
-            let told = format!("the disk {disk} failed and the guest was paused ({reason}){space}");
-            Some((State::Error, told))
+            let why = format!("the disk {disk} failed and the guest was paused ({reason}){space}");
+            Some((State::Error, why))
         }
         Event::Lifecycle { event, detail } => lifecycle(*event, *detail),
         // A guest may reboot; it keeps running.
@@ -76,7 +82,7 @@ pub fn state_of_event(event: &Event) -> Option<Told> {
     }
 }
 
-fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<Told> {
+fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<StateReport> {
     Some(match event {
         sys::VIR_DOMAIN_EVENT_STARTED => (State::Running, "somebody started the domain".to_owned()),
         sys::VIR_DOMAIN_EVENT_RESUMED => (State::Running, String::new()),
@@ -89,11 +95,11 @@ fn lifecycle(event: sys::virDomainEventType, detail: u32) -> Option<Told> {
     })
 }
 
-fn suspended(detail: u32) -> Option<Told> {
+fn suspended(detail: u32) -> Option<StateReport> {
     Some(match detail {
-        sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR => held("because its disk failed"),
-        sys::VIR_DOMAIN_EVENT_SUSPENDED_WATCHDOG => held("because its watchdog expired"),
-        sys::VIR_DOMAIN_EVENT_SUSPENDED_API_ERROR => held("because libvirt failed at something"),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR => paused_error("because its disk failed"),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_WATCHDOG => paused_error("because its watchdog expired"),
+        sys::VIR_DOMAIN_EVENT_SUSPENDED_API_ERROR => paused_error("because libvirt failed at something"),
         sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED => (State::Paused, String::new()),
         _ => return None,
     })
@@ -122,12 +128,12 @@ fn stopped(detail: u32) -> &'static str {
     }
 }
 
-/// Whether the domain has ended with this.
+/// Reports whether the domain has ended with the event.
 pub fn is_end(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STOPPED, .. })
 }
 
-/// Whether the event saves the domain's state, so that its run may be resumed.
+/// Reports whether the event saves the domain's state, so that its run may be resumed.
 pub fn is_save(event: &Event) -> bool {
     matches!(
         event,
@@ -138,14 +144,14 @@ pub fn is_save(event: &Event) -> bool {
     )
 }
 
-/// Whether the domain begins to run with the event.
-pub fn is_begin(event: &Event) -> bool {
+/// Reports whether the domain begins to run with the event.
+pub fn is_start(event: &Event) -> bool {
     matches!(event, Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED, .. })
 }
 
-/// Whether it is of those that a revert to a paused domain makes by itself; they may come after it has
-/// returned.
-pub fn is_of_revert(event: &Event) -> bool {
+/// Reports whether the event is a step of a revert to a paused domain. Such an event may arrive after the revert
+/// has returned.
+pub fn is_revert_step(event: &Event) -> bool {
     matches!(
         event,
         Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STARTED | sys::VIR_DOMAIN_EVENT_DEFINED, .. }
@@ -160,7 +166,7 @@ pub fn is_of_revert(event: &Event) -> bool {
 mod tests {
     use super::*;
 
-    fn of(state: u32, reason: i32) -> Result<Told> {
+    fn of(state: u32, reason: i32) -> Result<StateReport> {
         let state = DomainStateEnum::from_raw(state);
         let reason = match state {
             Enum::Known(DomainState::Paused) => {
@@ -173,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn the_states_are_those_of_the_design() {
+    fn state_is_mapped_for_each_state_of_libvirt() {
         let wanted = [
             (1, State::Running),
             (2, State::Running),
@@ -190,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_is_an_error_unless_it_is_in_the_course_of_things() {
+    fn pause_is_an_error_unless_an_action_causes_it() {
         for reason in 0..=15 {
             let (state, why) = of(sys::VIR_DOMAIN_PAUSED, reason).unwrap();
             let harmless = [
@@ -206,11 +212,11 @@ mod tests {
     }
 
     #[test]
-    fn accidents_are_told_with_their_reason() {
-        let told = |event, detail| state_of_event(&Event::Lifecycle { event, detail }).unwrap();
-        let (state, why) = told(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN);
+    fn event_of_an_accident_has_a_reason() {
+        let mapped = |event, detail| state_of_event(&Event::Lifecycle { event, detail }).unwrap();
+        let (state, why) = mapped(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN);
         assert_eq!((state, why.as_str()), (State::Poweroff, "the guest powered itself off"));
-        let (state, why) = told(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_FAILED);
+        let (state, why) = mapped(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_FAILED);
         assert!(state == State::Poweroff && why.contains("QEMU ended"), "{why}");
         let full = Event::DiskFailed { disk: "/d/x.qcow2".into(), reason: "enospc".into() };
         let (state, why) = state_of_event(&full).unwrap();

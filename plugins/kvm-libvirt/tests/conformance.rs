@@ -1,5 +1,5 @@
-//! The kvm machinery keeps every requirement of a machinery, with real domains of a real libvirtd and the
-//! micro guest, whose counter tells exactly where a run began.
+//! The kvm machinery meets every requirement of the interface, with real domains of a real libvirtd. The guest is the
+//! micro guest, whose counter shows exactly where a run began.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -37,7 +37,7 @@ fn spec(lab: &Arc<KvmLab>) -> BackendSpec {
         .counts(restored..=restored, move |_, machine| Ok(counting.machine(machine).first_count(SOON)?))
         .alive(move |_, machine| Ok(living.machine(machine).counts_on(SOON)?))
         .leftovers(move || Ok(littered.leftovers()?))
-        // As a crash would end it.
+        // The same end as by a crash.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
         .timeout(SOON)
 }
@@ -46,7 +46,7 @@ fn with_standby(setup: Setup) -> Setup {
     with_section(setup, "standby: on")
 }
 
-/// The same, with these keys of the machinery's section.
+/// Returns the setup with these keys in the machinery's section.
 fn with_section(mut setup: Setup, keys: &str) -> Setup {
     let text = format!("machineries: {{kvm: {{{keys}}}}}\n");
     setup.host_config = Some(ConfigFile { path: "machinery-host.yaml".into(), text });
@@ -54,35 +54,38 @@ fn with_section(mut setup: Setup, keys: &str) -> Setup {
 }
 
 #[test]
-fn kvm_keeps_every_requirement() {
+fn kvm_meets_the_requirements() {
     let lab = lab();
-    keeps_every_requirement(&lab, &setup(&lab));
+    assert_meets_requirements(&lab, &setup(&lab));
 }
 
 #[test]
-fn kvm_keeps_every_requirement_with_machines_that_stand_by() {
+fn kvm_meets_the_requirements_with_standbys() {
     let lab = lab();
-    keeps_every_requirement(&lab, &with_standby(setup(&lab)));
+    assert_meets_requirements(&lab, &with_standby(setup(&lab)));
 }
 
-/// The image is made for the requirement of `prepare`, and there for all that come later.
+/// The requirement of `prepare` makes the image, and the later ones use it.
 #[test]
-fn kvm_keeps_every_requirement_with_save_images() {
+fn kvm_meets_the_requirements_with_save_images() {
     let lab = lab();
-    let setup = with_section(setup(&lab), "save_images: on");
-    keeps_every_requirement(&lab, &setup);
-    assert!(setup.cache_dir.join("one.machinery-image").exists(), "there was no image to keep them with");
+    let setup = with_section(setup(&lab), "instant: on");
+    assert_meets_requirements(&lab, &setup);
+    assert!(
+        setup.cache_dir.join("one.machinery-image").exists(),
+        "the requirements were checked without an image"
+    );
 }
 
-fn keeps_every_requirement(lab: &Arc<KvmLab>, setup: &Setup) {
-    // Without its disk a domain does not start.
+fn assert_meets_requirements(lab: &Arc<KvmLab>, setup: &Setup) {
+    // A domain does not start without its disk.
     let disk = lab.machine("one").disk.clone();
     let away = disk.with_extension("away");
-    let (lost, found) = ((disk.clone(), away.clone()), (away, disk));
+    let (breaking, repair) = ((disk.clone(), away.clone()), (away, disk));
     let spec = spec(lab).breakage(
         "one",
-        move || Ok(fs::rename(&lost.0, &lost.1)?),
-        move || Ok(fs::rename(&found.0, &found.1)?),
+        move || Ok(fs::rename(&breaking.0, &breaking.1)?),
+        move || Ok(fs::rename(&repair.0, &repair.1)?),
     );
     let plugin = artifacts::plugin("kvm").unwrap();
     let report = conformance::run(&plugin, setup, &spec);
@@ -90,34 +93,34 @@ fn keeps_every_requirement(lab: &Arc<KvmLab>, setup: &Setup) {
     assert!(report.passed(), "{report}");
 }
 
-/// What the leftovers are looked for with finds them when they are there.
+/// The search for leftovers finds the QEMU of a running machine, so it would find a leaked one.
 #[test]
-fn a_running_machine_is_something_that_could_be_left() {
+fn leftovers_are_found_when_a_machine_runs() {
     let lab = lab();
     let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
     let kvm = plugin.load(&setup(&lab), Arc::new(NullHost)).unwrap();
     lab.assert_clean();
     kvm.restore_start("two", Deadline::after(SOON)).unwrap();
     let found = lab.leftovers().unwrap();
-    assert!(found.iter().any(|left| left.contains("qemu-system")), "no QEMU in {found:?}");
+    assert!(found.iter().any(|leftover| leftover.contains("qemu-system")), "no QEMU in {found:?}");
     kvm.stop("two", Deadline::after(SOON)).unwrap();
     lab.assert_clean();
     kvm.shutdown(Deadline::after(SOON)).unwrap();
 }
 
-/// A restore that finds what was prepared gone is a restore all the same.
+/// The restore then reverts to the snapshot.
 #[test]
-fn what_stands_by_may_end_at_any_moment() {
+fn restore_succeeds_when_the_standby_has_ended() {
     let lab = lab();
     let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
     let kvm = plugin.load(&with_standby(setup(&lab)), Arc::new(NullHost)).unwrap();
     let soon = || Deadline::after(SOON);
     for _ in 0..5 {
         kvm.prepare("one", soon()).unwrap();
-        let stood_by = lab.qemu_of("one").unwrap();
-        kill_process(stood_by, Signal::KILL).unwrap();
+        let standby = lab.qemu_of("one").unwrap();
+        kill_process(standby, Signal::KILL).unwrap();
         kvm.restore_start("one", soon()).unwrap();
-        assert_ne!(lab.qemu_of("one").unwrap(), stood_by);
+        assert_ne!(lab.qemu_of("one").unwrap(), standby);
         assert_eq!(lab.machine("one").first_count(SOON).unwrap(), lab.restored_count().unwrap());
         assert_eq!(kvm.state("one", soon()).unwrap(), State::Running);
         kvm.stop("one", soon()).unwrap();

@@ -1,5 +1,4 @@
-//! The kvm machinery takes over a new configuration while machines run, with real domains of a real
-//! libvirtd and the micro guest.
+//! Reloads of the kvm machinery while machines run, with real domains of a real libvirtd and the micro guest.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -24,13 +23,13 @@ fn soon() -> Deadline {
     Deadline::after(SOON)
 }
 
-/// A host that listens to what becomes of machines by itself.
-struct Ears(Mutex<Sender<(String, State)>>);
+/// A host that records the reported states.
+struct EventRecorder(Mutex<Sender<(String, State)>>);
 
-impl HostServices for Ears {
+impl HostServices for EventRecorder {
     fn log(&self, _: LogRecord) {}
     fn state_changed(&self, machine: &str, state: State, _: &str) {
-        // Nobody listens at the end of a test.
+        // The receiver is dropped at the end of a test.
         let _ = self.0.lock().unwrap().send((machine.to_owned(), state));
     }
     fn progress(&self, _: &str, _: f64) {}
@@ -42,10 +41,10 @@ impl HostServices for Ears {
     }
 }
 
-/// A loaded machinery of the machines `one`, `two` and `three`, and the lab that it is of.
+/// A loaded machinery with the machines `one`, `two` and `three`, and its lab.
 struct Loaded {
     kvm: Instance,
-    heard: Receiver<(String, State)>,
+    events: Receiver<(String, State)>,
     lab: KvmLab,
 }
 
@@ -53,12 +52,12 @@ impl Loaded {
     fn new(section: &str, prepare: impl FnOnce(&KvmLab)) -> Self {
         let lab = KvmLab::new(&["one", "two", "three"].map(|name| (name, Guest::Micro))).unwrap();
         prepare(&lab);
-        set(&lab, section);
+        write_section(&lab, section);
         let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
-        let (told, heard) = channel();
+        let (sender, events) = channel();
         let setup = lab.cwd().setup("kvm").unwrap();
-        let kvm = plugin.load(&setup, Arc::new(Ears(Mutex::new(told)))).unwrap();
-        Loaded { kvm, heard, lab }
+        let kvm = plugin.load(&setup, Arc::new(EventRecorder(Mutex::new(sender)))).unwrap();
+        Loaded { kvm, events, lab }
     }
 
     fn reload(&self, in_use: &[&str]) -> machinery::Result<Reloaded> {
@@ -66,16 +65,16 @@ impl Loaded {
         self.kvm.reload(&self.lab.cwd().setup("kvm").unwrap(), &in_use, soon())
     }
 
-    /// What the reload comes to: those changed, and those that are later.
+    /// Reloads, and returns the machines that are changed, and those that are changed later.
     #[track_caller]
     fn reloaded(&self, in_use: &[&str]) -> (String, String) {
         let Reloaded { changed, later } = self.reload(in_use).unwrap();
         (changed.join(" "), later.join(" "))
     }
 
-    /// The reload is refused, in these words.
+    /// Expects that the reload is refused, with these words.
     #[track_caller]
-    fn refused(&self, in_use: &[&str], words: &str) {
+    fn assert_refused(&self, in_use: &[&str], words: &str) {
         let error = self.reload(in_use).unwrap_err().to_string();
         assert!(error.contains(words), "no {words:?} in {error}");
     }
@@ -88,15 +87,15 @@ impl Loaded {
         self.lab.cwd().leave_out("kvm", machine).unwrap();
     }
 
-    /// Prepares the machine; gives the QEMU that stands by.
-    fn stands_by(&self, machine: &str) -> Pid {
+    /// Prepares the machine; returns the QEMU of its standby.
+    fn make_standby(&self, machine: &str) -> Pid {
         self.kvm.prepare(machine, soon()).unwrap();
         self.lab.qemu_of(machine).unwrap()
     }
 
-    /// Starts the machine, from its snapshot; its domain is that of `lab`.
+    /// Restores the machine, whose domain is that of the lab's machine `lab`; returns its QEMU.
     #[track_caller]
-    fn restores_as(&self, machine: &str, lab: &str) -> Pid {
+    fn restore_as(&self, machine: &str, lab: &str) -> Pid {
         self.kvm.restore_start(machine, soon()).unwrap();
         let first = self.lab.machine(lab).first_count(SOON).unwrap();
         assert_eq!(first, self.lab.restored_count().unwrap());
@@ -104,26 +103,26 @@ impl Loaded {
     }
 
     #[track_caller]
-    fn restores(&self, machine: &str) -> Pid {
-        self.restores_as(machine, machine)
+    fn restore(&self, machine: &str) -> Pid {
+        self.restore_as(machine, machine)
     }
 
     fn image(&self, folder: &str, machine: &str) -> PathBuf {
         self.lab.cwd().root().join(folder).join(format!("{machine}.machinery-image"))
     }
 
-    fn ends_well(self) {
+    fn finish(self) {
         self.kvm.shutdown(soon()).unwrap();
         self.lab.assert_clean();
         let files = self.lab.cwd().root().join("state").read_dir().unwrap();
-        let notes =
+        let markers =
             files.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|of| of == "run"));
-        assert_eq!(notes.count(), 0, "there are notes of runs");
+        assert_eq!(markers.count(), 0, "there are run markers");
     }
 }
 
-/// Writes `machinery-host.yaml`, with just these keys of the machinery.
-fn set(lab: &KvmLab, section: &str) {
+/// Writes `machinery-host.yaml` with these keys of the machinery.
+fn write_section(lab: &KvmLab, section: &str) {
     lab.cwd().host_yaml(&format!("machineries: {{kvm: {{{section}}}}}\n")).unwrap();
 }
 
@@ -136,32 +135,35 @@ fn is_alive(process: Pid) -> bool {
 }
 
 #[test]
-fn machines_come_change_and_go_while_another_one_runs() {
+fn machines_are_added_changed_and_removed_while_another_one_runs() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     let yaml = lab.cwd().yaml("kvm").unwrap();
-    let running = loaded.restores("one");
-    let stood_by = loaded.stands_by("two");
+    let running = loaded.restore("one");
+    let standby = loaded.make_standby("two");
     loaded.leave_out("three");
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one", "two"]);
-    // It comes again.
+    // The machine is added again.
     lab.cwd().write_yaml("kvm", &yaml).unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one", "two", "three"]);
-    assert_eq!(lab.qemu_of("two").unwrap(), stood_by, "what has not changed was let go");
-    loaded.restores("three");
+    assert_eq!(lab.qemu_of("two").unwrap(), standby, "the standby of an unchanged machine was discarded");
+    loaded.restore("three");
     kvm.stop("three", soon()).unwrap();
-    // Another one changes, in what it is restored to.
+    // Another machine gets another snapshot.
     lab.change_yaml("  two:\n", "  two:\n    snapshot: clean\n").unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("two", ""));
-    assert!(!is_alive(stood_by) && lab.qemu_of("two").is_err(), "what stood by is still there");
+    assert!(
+        !is_alive(standby) && lab.qemu_of("two").is_err(),
+        "the standby of a changed or removed machine is still on"
+    );
     assert_eq!(kvm.machines().unwrap()[1].snapshot.as_deref(), Some("clean"));
-    loaded.restores("two");
+    loaded.restore("two");
     kvm.stop("two", soon()).unwrap();
-    // Two of them go; of one there is no domain any more.
-    loaded.stands_by("two");
-    loaded.stands_by("three");
+    // Two machines are removed. The domain of one does not exist any more.
+    loaded.make_standby("two");
+    loaded.make_standby("three");
     let label = &lab.machine("three").label;
     lab.libvirtd().virsh(&["destroy", label]).unwrap();
     lab.libvirtd().virsh(&["undefine", label, "--snapshots-metadata"]).unwrap();
@@ -170,94 +172,94 @@ fn machines_come_change_and_go_while_another_one_runs() {
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one"]);
     for name in ["two", "three"] {
-        assert!(lab.qemu_of(name).is_err(), "what stood by is still there");
+        assert!(lab.qemu_of(name).is_err(), "the standby of a changed or removed machine is still on");
         assert_eq!(kvm.restore_start(name, soon()).unwrap_err().kind(), ErrorKind::NoSuchMachine);
     }
-    // Nothing of that was noticed by the one that runs.
+    // The running machine is not affected.
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     assert_eq!(kvm.state("one", soon()).unwrap(), State::Running);
     lab.machine("one").counts_on(SOON).unwrap();
-    loaded.ends_well();
+    loaded.finish();
 }
 
 #[test]
-fn a_machine_in_use_is_changed_once_it_is_free() {
+fn machine_in_use_is_changed_by_a_later_reload() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
-    loaded.stands_by("one");
-    let running = loaded.restores("one");
+    loaded.make_standby("one");
+    let running = loaded.restore("one");
     lab.change_yaml("  one:\n", "  one:\n    tags: [office]\n").unwrap();
     loaded.leave_out("two");
     assert_eq!(loaded.reloaded(&["one", "two"]), text("", "one two"));
     assert_eq!(loaded.names(), ["one", "three", "two"]);
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     lab.machine("one").counts_on(SOON).unwrap();
-    // A host that takes a running machine for one that is off is wrong.
-    loaded.refused(&["two"], "the machine is on");
+    // A reload that would change a running machine is refused.
+    loaded.assert_refused(&["two"], "the machine is on");
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     kvm.stop("one", soon()).unwrap();
     assert_eq!(loaded.reloaded(&["two"]), text("one", "two"));
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     assert_eq!(loaded.names(), ["one", "three"]);
     assert_eq!(kvm.machines().unwrap()[0].tags, ["office"]);
-    loaded.restores("one");
-    loaded.ends_well();
+    loaded.restore("one");
+    loaded.finish();
 }
 
 #[test]
-fn what_cannot_be_taken_over_changes_nothing() {
+fn machines_are_unchanged_when_the_configuration_is_refused() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let lab = &loaded.lab;
-    let running = loaded.restores("one");
-    let stood_by = loaded.stands_by("two");
+    let running = loaded.restore("one");
+    let standby = loaded.make_standby("two");
     let yaml = lab.cwd().yaml("kvm").unwrap();
     let dsn = lab.libvirtd().dsn().to_owned();
     for (old, new, words) in [
         ("  two:", "  two:\n    tgas: []", "machines.two: unknown key `tgas`"),
         (dsn.as_str(), "qemu:///system", "kvm.yaml:1: dsn: dsn is "),
-        // A machine in use may not come by another name.
+        // A machine in use cannot be renamed.
         ("  one:", "  renamed:", "machines.renamed.label: 'lab-one' is in use as the label of machine 'one'"),
     ] {
         lab.change_yaml(old, new).unwrap();
-        // Something that would be taken over without that.
+        // A valid change beside the wrong one.
         loaded.leave_out("three");
-        loaded.refused(&["one"], words);
+        loaded.assert_refused(&["one"], words);
         assert_eq!(loaded.names(), ["one", "two", "three"]);
         assert_eq!(lab.qemu_of("one").unwrap(), running);
-        assert_eq!(lab.qemu_of("two").unwrap(), stood_by);
+        assert_eq!(lab.qemu_of("two").unwrap(), standby);
         lab.cwd().write_yaml("kvm", &yaml).unwrap();
     }
-    loaded.restores("two");
-    loaded.ends_well();
+    loaded.restore("two");
+    loaded.finish();
 }
 
 #[test]
-fn what_happens_to_a_domain_is_told_of_the_machine_that_has_it_now() {
+fn event_of_a_domain_is_reported_for_its_present_machine() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
-    loaded.stands_by("two");
+    loaded.make_standby("two");
     lab.change_yaml("  two:", "  renamed:").unwrap();
     assert_eq!(loaded.reloaded(&[]), text("", ""));
-    let qemu = loaded.restores_as("renamed", "two");
+    let qemu = loaded.restore_as("renamed", "two");
     kill_process(qemu, Signal::KILL).unwrap();
-    let (machine, state) = loaded.heard.recv_timeout(SOON).unwrap();
+    let (machine, state) = loaded.events.recv_timeout(SOON).unwrap();
     assert_eq!((machine.as_str(), state), ("renamed", State::Poweroff));
-    // Of one that is gone, and of its domain, nobody hears.
+    // Events of a removed machine's domain are not reported.
     loaded.leave_out("renamed");
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
     lab.libvirtd().virsh(&["destroy", &lab.machine("two").label]).unwrap();
-    loaded.restores("one");
+    loaded.restore("one");
     kill_process(lab.qemu_of("one").unwrap(), Signal::KILL).unwrap();
-    let (machine, state) = loaded.heard.recv_timeout(SOON).unwrap();
+    let (machine, state) = loaded.events.recv_timeout(SOON).unwrap();
     assert_eq!((machine.as_str(), state), ("one", State::Poweroff));
     assert_eq!(kvm.state("one", soon()).unwrap(), State::Poweroff);
-    loaded.ends_well();
+    loaded.finish();
 }
 
-/// What somebody else has started is not the machine's.
+/// A run that somebody else has started is not the host's.
 #[test]
-fn a_domain_of_somebody_else_goes_on_when_its_machine_goes() {
+fn run_by_hand_goes_on_when_its_machine_is_removed() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let lab = &loaded.lab;
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
@@ -266,16 +268,16 @@ fn a_domain_of_somebody_else_goes_on_when_its_machine_goes() {
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     assert_eq!(lab.qemu_of("two").unwrap(), running);
     lab.libvirtd().virsh(&["destroy", &lab.machine("two").label]).unwrap();
-    loaded.ends_well();
+    loaded.finish();
 }
 
 #[test]
-fn runs_may_end_while_the_configuration_is_taken_over() {
+fn reload_succeeds_when_runs_end_meanwhile() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
-    loaded.restores("one");
-    let killed = loaded.restores("two");
-    loaded.stands_by("three");
+    loaded.restore("one");
+    let killed = loaded.restore("two");
+    loaded.make_standby("three");
     for machine in ["one", "two", "three"] {
         lab.change_yaml(&format!("  {machine}:\n"), &format!("  {machine}:\n    tags: [office]\n")).unwrap();
     }
@@ -285,51 +287,51 @@ fn runs_may_end_while_the_configuration_is_taken_over() {
         loaded.reloaded(&["one", "two"])
     });
     assert_eq!(reloaded, text("three", "one two"));
-    // The host asks again when it has heard of both ends.
-    let mut ended = [loaded.heard.recv_timeout(SOON).unwrap(), loaded.heard.recv_timeout(SOON).unwrap()];
+    // A host reloads again after both ends.
+    let mut ended = [loaded.events.recv_timeout(SOON).unwrap(), loaded.events.recv_timeout(SOON).unwrap()];
     ended.sort_by(|one, other| one.0.cmp(&other.0));
     assert_eq!(ended, [("one".to_owned(), State::Poweroff), ("two".to_owned(), State::Poweroff)]);
     assert_eq!(loaded.reloaded(&[]), text("one two", ""));
     lab.assert_clean();
     for machine in ["one", "two", "three"] {
-        loaded.restores(machine);
+        loaded.restore(machine);
     }
-    loaded.ends_well();
+    loaded.finish();
 }
 
 #[test]
-fn what_is_done_ahead_can_be_changed() {
-    let loaded = Loaded::new("save_images: on", |_| {});
+fn reload_changes_images_and_standbys() {
+    let loaded = Loaded::new("instant: on", |_| {});
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     kvm.prepare("two", soon()).unwrap();
     kvm.prepare("three", soon()).unwrap();
     let here = |machine: &str| loaded.image("cache", machine).exists();
     assert!(here("two") && here("three"));
-    loaded.restores("one");
-    // One that is right stays.
+    loaded.restore("one");
+    // A valid image is kept.
     lab.change_yaml("  two:\n", "  two:\n    tags: [office]\n").unwrap();
     loaded.leave_out("three");
     assert_eq!(loaded.reloaded(&["one"]), text("two", ""));
     assert!(here("two") && !here("three"));
-    loaded.restores("two");
+    loaded.restore("two");
     kvm.stop("two", soon()).unwrap();
-    // They are to be elsewhere.
+    // The images get another folder.
     let folder = lab.cwd().root().join("elsewhere");
-    set(lab, &format!("save_images: on, save_dir: {}", folder.display()));
+    write_section(lab, &format!("instant: on, instant_dir: {}", folder.display()));
     assert_eq!(loaded.reloaded(&["one"]), text("two", "one"));
-    assert!(!here("two"), "it stays where nobody looks for it");
+    assert!(!here("two"), "the image in the old folder was not removed");
     kvm.prepare("two", soon()).unwrap();
     assert!(loaded.image("elsewhere", "two").exists());
-    // One stands by instead, if there is memory for it.
-    set(lab, "save_images: off, standby: on, standby_memory: 1 MiB");
+    // A standby replaces the image, if there is enough memory.
+    write_section(lab, "instant: off, standby: on, standby_memory_limit: 1 MiB");
     assert_eq!(loaded.reloaded(&["one"]), text("two", "one"));
     kvm.prepare("two", soon()).unwrap();
     assert!(lab.qemu_of("two").is_err());
-    set(lab, "save_images: off, standby: on");
+    write_section(lab, "instant: off, standby: on");
     assert_eq!(loaded.reloaded(&["one"]), text("", "one"));
-    let stood_by = loaded.stands_by("two");
-    set(lab, "save_images: off");
+    let standby = loaded.make_standby("two");
+    write_section(lab, "instant: off");
     assert_eq!(loaded.reloaded(&["one"]), text("two", "one"));
-    assert!(!is_alive(stood_by), "it stands by all the same");
-    loaded.ends_well();
+    assert!(!is_alive(standby), "the standby was not discarded");
+    loaded.finish();
 }

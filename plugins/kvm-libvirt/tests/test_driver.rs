@@ -30,7 +30,7 @@ fn loaded(cwd: &ScratchCwd) -> machinery::Result<Instance> {
 }
 
 #[test]
-fn a_domain_of_the_test_driver_is_driven_without_a_hypervisor() {
+fn domain_of_the_test_driver_is_driven_without_a_hypervisor() {
     let cwd = ScratchCwd::new(&[("kvm", YAML)]).unwrap();
     let kvm = loaded(&cwd).unwrap();
     println!("{}", kvm.version(soon()).unwrap());

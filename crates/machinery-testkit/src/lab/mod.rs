@@ -11,6 +11,7 @@
 //! that a run starts. A lab that is dropped ends what is left, and is an error then.
 
 mod kvm;
+mod kvm_fixture;
 mod qemu;
 mod remains;
 mod tiny_disk;
@@ -21,6 +22,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::Ipv4Addr;
 
 pub use kvm::{KvmLab, KvmMachine};
+pub use kvm_fixture::KvmFixture;
 pub use qemu::Lab;
 pub(crate) use remains::processes;
 pub use tiny_disk::TinyDisk;

@@ -1,38 +1,44 @@
-//! A machine's save image: made when there is nothing else to do, and restored from where it is right.
+//! A machine's save image: its creation ahead of a restore, and restores from it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, Readiness, Reloadable, RestoreReadiness, Result};
+use machinery::{Deadline, Error, Readiness, RestoreReadiness, Result};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use super::prepare::{Occasion, expect_wanted};
-use super::{HEARING, Machine};
+use super::base::{END_EVENT_TIMEOUT, Machine};
+use super::conditions::{PrepareTrigger, ensure_not_cancelled};
+use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::images::Source;
-use crate::restore::{self, Snapshot, Start};
+use crate::restore::{self, Start};
+use crate::snapshot::{self, Snapshot};
 
-/// An image that was given up this often, because of time or of something else to do, is not tried again.
-const GIVEN_UP: u32 = 3;
-/// A restore from an image that has used up all its time, and this much, is slower than it should be.
-const TOO_LONG: Duration = Duration::from_secs(60);
+/// The number of cancelled attempts after which no further image is made.
+const MAX_CANCELLED_IMAGES: u32 = 3;
+/// A restore from an image that timed out and took longer than this is slower than a revert.
+const MAX_IMAGE_RESTORE: Duration = Duration::from_secs(60);
 
 impl Machine {
-    /// Starts the domain from its snapshot: from the save image where there is one of it, else by a
-    /// revert.
-    pub(super) fn restored(&self, connect: &Connect, domain: &Domain, given_up: &AtomicBool) -> Result<()> {
-        if !self.keys.image.is_off() && self.keys.image.is_there() {
-            let snapshot = restore::find(domain, self.keys.info.snapshot.as_deref())?;
-            if let Some(source) = self.source_of_image(domain, &snapshot) {
+    /// Starts the domain from its snapshot: from a valid save image if there is one, else by a revert.
+    pub(super) fn start_restored(
+        &self,
+        connect: &Connect,
+        domain: &Domain,
+        cancelled: &AtomicBool,
+    ) -> Result<()> {
+        if !self.keys.image.is_off() && self.keys.image.exists() {
+            let snapshot = snapshot::find(domain, self.wanted_snapshot())?;
+            if let Some(source) = self.valid_source(domain, &snapshot) {
                 let begun = Instant::now();
-                match self.restored_from_image(connect, &source, &snapshot) {
+                match self.restore_from_image(connect, &source, &snapshot) {
                     Ok(()) => return Ok(()),
-                    Err(error) if given_up.load(Ordering::SeqCst) => {
-                        if begun.elapsed() > TOO_LONG {
-                            // A revert may be quicker, the next time.
+                    Err(error) if cancelled.load(Ordering::SeqCst) => {
+                        if begun.elapsed() > MAX_IMAGE_RESTORE {
+                            // The next restore reverts, which may be faster.
                             self.keys.image.remove();
-                            self.lock().no_image = Some("a restore from its image took too long".to_owned());
+                            self.disable_images("a restore from its image took too long");
                         }
                         return Err(error);
                     }
@@ -40,73 +46,74 @@ impl Machine {
                 }
             }
         }
-        self.timed("revert", || {
-            restore::start_paused(domain, self.keys.info.snapshot.as_deref(), Start::Restored)
-        })
+        self.timed("revert", || restore::start_paused(domain, self.wanted_snapshot(), Start::Restored))
     }
 
-    /// What the image is of, if that is what a restore goes to.
-    fn source_of_image(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
+    /// Returns the image's source, if that is the present snapshot and domain.
+    fn valid_source(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
         let source = self.keys.image.source(domain, snapshot);
-        let right = source.ok().filter(|source| self.keys.image.is_of(source));
-        if right.is_none() {
+        let valid = source.ok().filter(|source| self.keys.image.is_of(source));
+        if valid.is_none() {
             tracing::warn!(
-                machine = self.keys.info.name,
-                "its save image is of something else, and not used"
+                machine = self.name(),
+                "its save image is of another snapshot or domain, and not used"
             );
         }
-        right
+        valid
     }
 
-    fn restored_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
-        self.timed("disk", || source.put_back(snapshot))?;
+    fn restore_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
+        self.timed("disk", || source.revert_disks(snapshot))?;
         self.timed("load", || self.keys.image.restore(connect))
     }
 
-    /// One that does not work once is not made again by this host.
+    /// Removes an image that failed. This host makes no other one.
     fn image_failed(&self, domain: &Domain, error: &Error) -> Result<()> {
-        tracing::warn!(machine = self.keys.info.name, %error, "its save image does not work, and is used no more");
-        let before = self.lock().ends;
-        let ended = restore::destroy(domain)?;
+        tracing::warn!(machine = self.name(), %error, "its save image has failed, and is not used any more");
+        let before = self.lock().end_count;
+        let ended = domain::destroy(domain)?;
         if ended {
-            self.hear_end(before, Deadline::after(HEARING));
+            self.wait_for_end(before, Deadline::after(END_EVENT_TIMEOUT));
         }
         self.keys.image.remove();
-        self.lock().no_image = Some(format!("its save image has failed: {error}"));
+        self.disable_images(&format!("its save image has failed: {error}"));
         Ok(())
     }
 
-    /// Sees to it that there is an image, and tells how ready the machine is; `why` says why it does not
-    /// stand by.
-    pub(super) fn have_image(
+    fn disable_images(&self, why: &str) {
+        self.lock().image_disabled = Some(why.to_owned());
+    }
+
+    /// Makes an image unless there is a valid one, and reports the machine's readiness; `why` is the reason
+    /// why there is no standby.
+    pub(super) fn prepare_image(
         &self,
         connect: &Connect,
-        occasion: Occasion,
-        given_up: &AtomicBool,
+        trigger: PrepareTrigger,
+        cancelled: &AtomicBool,
         why: &str,
     ) -> Result<()> {
-        let domain = restore::domain(connect, self.label())?;
+        let domain = domain::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
-        restore::expect_off(&domain)?;
-        let found = self.image_source(&domain);
-        let (snapshot, source) = match found {
+        domain::ensure_off(&domain)?;
+        let (snapshot, source) = match self.image_source(&domain) {
             Ok(found) => found,
             Err(no_image) => {
                 self.keys.image.remove();
-                self.tell_plain(&format!("{why}; {no_image}"));
+                self.report_plain(&format!("{why}; {no_image}"));
                 return Ok(());
             }
         };
         if !self.keys.image.is_of(&source) {
-            if let Some(spares) = self.spares(&domain, occasion) {
-                self.tell_plain(&spares);
+            if let Some(reason) = self.foreign_work_reason(&domain, trigger) {
+                self.report_plain(&reason);
                 return Ok(());
             }
-            if let Err(no_room) = self.keys.image.make_room(&domain) {
-                self.tell_plain(&format!("{why}; {no_room}"));
+            if let Err(no_space) = self.keys.image.ensure_space(&domain) {
+                self.report_plain(&format!("{why}; {no_space}"));
                 return Ok(());
             }
-            self.make_image(connect, &domain, &snapshot, given_up)?;
+            self.make_image(connect, &domain, &snapshot, cancelled)?;
         }
         let ready = RestoreReadiness {
             mode: Readiness::Instant,
@@ -114,56 +121,56 @@ impl Machine {
             memory: 0,
             disk: self.keys.image.size(),
         };
-        self.host.ready(&self.keys.info.name, &ready);
+        self.host.ready(self.name(), &ready);
         Ok(())
     }
 
-    /// What an image is to be of, or why there is none.
+    /// Returns the snapshot and the source of the image to make, or the reason why none is made.
     fn image_source(&self, domain: &Domain) -> std::result::Result<(Snapshot, Source), String> {
-        if let Some(why) = &self.lock().no_image {
+        if let Some(why) = &self.lock().image_disabled {
             return Err(why.clone());
         }
-        self.keys.image.is_worth_it(domain)?;
-        let snapshot =
-            restore::find(domain, self.keys.info.snapshot.as_deref()).map_err(|error| error.to_string())?;
+        self.keys.image.ensure_useful(domain)?;
+        let snapshot = snapshot::find(domain, self.wanted_snapshot()).map_err(|error| error.to_string())?;
         let source = self.keys.image.source(domain, &snapshot)?;
         Ok((snapshot, source))
     }
 
-    /// Noted like a run, because the domain is on meanwhile.
+    /// Makes an image. The domain is on meanwhile, so it is marked like a run.
     fn make_image(
         &self,
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
-        given_up: &AtomicBool,
+        cancelled: &AtomicBool,
     ) -> Result<()> {
-        expect_wanted(given_up)?;
-        let before = self.lock().ends;
+        ensure_not_cancelled(cancelled)?;
+        let before = self.lock().end_count;
         remove_managed_save(domain, self.name())?;
-        self.begin_note(domain)?;
-        let still_wanted = || expect_wanted(given_up);
-        let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &still_wanted));
+        self.begin_marker(domain)?;
+        let ensure_wanted = || ensure_not_cancelled(cancelled);
+        let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &ensure_wanted));
         match &made {
-            Ok(()) => self.is_let_go(true, before, Deadline::after(HEARING)),
-            Err(error) => self.image_not_made(error, given_up),
+            Ok(()) => self.after_standby_end(true, before, Deadline::after(END_EVENT_TIMEOUT)),
+            Err(error) => self.image_not_made(error, cancelled),
         }
         made
     }
 
-    /// What fails once, by nobody's doing, fails each time, and costs time and room on a disk.
-    fn image_not_made(&self, error: &Error, given_up: &AtomicBool) {
+    /// Removes the leftovers of an image that was not made. A failure with a cause inside would
+    /// repeat, so this host then makes no other image.
+    fn image_not_made(&self, error: &Error, cancelled: &AtomicBool) {
         self.keys.image.remove();
         self.preparation_failed();
-        let mut now = self.lock();
-        if given_up.load(Ordering::SeqCst) {
-            now.images_given_up += 1;
-            if now.images_given_up >= GIVEN_UP {
-                now.no_image =
-                    Some("making its save image takes too long: it was given up again and again".to_owned());
+        let mut state = self.lock();
+        if cancelled.load(Ordering::SeqCst) {
+            state.cancelled_images += 1;
+            if state.cancelled_images >= MAX_CANCELLED_IMAGES {
+                let why = "making its save image takes too long: it was cancelled again and again";
+                state.image_disabled = Some(why.to_owned());
             }
-        } else if !now.lost {
-            now.no_image = Some(format!("its save image cannot be made: {error}"));
+        } else if !state.connection_lost {
+            state.image_disabled = Some(format!("its save image cannot be made: {error}"));
         }
     }
 }

@@ -1,571 +1,188 @@
-//! A machine that stands by: how it gets there, and the ways away from it.
+//! The preparation of a machine's next restore: a standby, else a save image.
 //!
-//! ```text
-//!                 ┌── restore_start ──▶ still what it was? ── yes ──▶ resumed, and it is a run
-//!  prepare ──▶ Held                            └── no ──▶ ended, and the snapshot is reverted to
-//!                 ├── stop, norestore_start, shutdown ──▶ ended
-//!                 └── it ends or is resumed by itself, libvirtd ends ──▶ ended, and the host is asked
-//!                                                                        to have it prepared again
-//! ```
-//!
-//! The run note is written before libvirt is asked for the domain, as for a run, so that the next host
-//! ends what this one leaves. It is also what makes sure that only the domain is ended that was started
-//! here: somebody may have started another one meanwhile.
+//! A preparation is hidden work: the host still sees a machine that is off. A stop or a cold start cancels
+//! it, and any other action waits for its end. While libvirt is away, the preparation is postponed.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use machinery::{Deadline, Error, Reloadable, RestoreReadiness, Result, Share, Standby, State};
+use machinery::{Deadline, Result, Share};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
-use super::{Doing, HEARING, Machine, Now};
-use crate::call::Call;
-use crate::errors::{explain, is_no_domain};
-use crate::events::Event;
-use crate::foreign::{self, remove_managed_save};
-use crate::restore::{self, Snapshot};
-use crate::standby::{self, Held, Mark};
-use crate::states::{Told, is_of_revert};
+use super::base::Machine;
+use super::conditions::{PrepareTrigger, ensure_not_cancelled};
+use super::state::Operation;
+use crate::domain;
+use crate::foreign::remove_managed_save;
+use crate::snapshot::{self, Snapshot};
+use crate::standby::{Fingerprint, StandbyDomain};
 
-/// How long it may take to end what has stood by.
-const CLEARING: Duration = Duration::from_secs(30);
-
-/// How long a new libvirtd is given to take a domain over that an old one was loading. One that cannot do
-/// it hangs until the domain is ended.
-const TAKING_OVER: Duration = Duration::from_secs(3);
-
-/// The reason for preparing a restore.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Occasion {
-    /// Somebody has asked for the preparation.
-    Request,
-    /// The host prepares the machine by itself, so no changes of somebody else may be lost.
-    Automatic,
+/// The outcome of an attempt to make a standby.
+enum StandbyOutcome {
+    Ready,
+    /// There is none, for this reason.
+    Unavailable(String),
 }
 
 impl Machine {
-    /// Brings the domain to its snapshot and leaves it paused, for the next restore to let it run.
+    /// Prepares the next restore, as the configuration allows.
     ///
     /// # Errors
-    /// The machine is on; libvirt cannot; it was given up.
-    pub fn prepare(self: &Arc<Self>, occasion: Occasion, deadline: Deadline) -> Result<()> {
-        self.expect_no_run(deadline)?;
-        if let Some(why) = self.why_not()
+    /// The machine is on; libvirt fails; the preparation is cancelled.
+    pub fn prepare(self: &Arc<Self>, trigger: PrepareTrigger, deadline: Deadline) -> Result<()> {
+        self.ensure_no_run(deadline)?;
+        if let Some(why) = self.no_standby_reason()
             && self.keys.image.is_off()
         {
-            // One of a time when it was on.
+            // The image of an earlier configuration.
             self.keys.image.remove();
             let why = [Some(why.to_owned()), self.keys.image.why_none()].into_iter().flatten();
-            self.tell_plain(&why.collect::<Vec<_>>().join("; "));
+            self.report_plain(&why.collect::<Vec<_>>().join("; "));
             return Ok(());
         }
-        // A restore that comes meanwhile would have to wait for libvirt twice.
-        if self.waits_for_libvirt() {
+        // A preparation that waits for libvirt would delay a restore that comes meanwhile.
+        if self.is_postponed() {
             return Ok(());
         }
-        let prepared = self.prepare_with_libvirt(occasion, deadline);
-        // Asking takes time, which there has to be.
-        if prepared.is_err() && !deadline.passed() && self.waits_for_libvirt() {
+        let prepared = self.prepare_with_libvirt(trigger, deadline);
+        // The check for libvirt takes time, which there must be.
+        if prepared.is_err() && !deadline.passed() && self.is_postponed() {
             return Ok(());
         }
         if let Err(error) = &prepared {
-            self.tell_plain(&error.to_string());
+            self.report_plain(&error.to_string());
         }
-        self.look_back(prepared.is_ok());
+        self.handle_events_of_preparation(prepared.is_ok());
         prepared
     }
 
-    /// Whether libvirt is away; then it is prepared when libvirt is back.
-    fn waits_for_libvirt(&self) -> bool {
-        self.lock().waits_for_libvirt = true;
+    /// Postpones the preparation if libvirt is away; returns whether it is.
+    fn is_postponed(&self) -> bool {
+        self.lock().is_postponed = true;
         if self.link.is_away() {
-            self.tell_plain("libvirt is away, and the machine is prepared when it is back");
+            self.report_plain("libvirt is away, and the machine is prepared when it is back");
             return true;
         }
-        self.lock().waits_for_libvirt = false;
+        self.lock().is_postponed = false;
         false
     }
 
-    fn prepare_with_libvirt(self: &Arc<Self>, occasion: Occasion, deadline: Deadline) -> Result<()> {
-        self.end_late_call(deadline)?;
-        let _preparing = self.begin(Doing::Preparing, deadline)?;
-        let given_up = Arc::clone(&self.lock().give_up);
-        let (machine, too_late) = (Arc::clone(self), Arc::clone(&given_up));
+    fn prepare_with_libvirt(self: &Arc<Self>, trigger: PrepareTrigger, deadline: Deadline) -> Result<()> {
+        self.end_abandoned_call(deadline)?;
+        let _preparing = self.begin(Operation::Preparing, deadline)?;
+        let cancelled = Arc::clone(&self.lock().cancel_prepare);
+        let (machine, is_cancelled) = (Arc::clone(self), Arc::clone(&cancelled));
         let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
-            machine.get_ready(connect, occasion, &too_late)
+            machine.prepare_restore(connect, trigger, &is_cancelled)
         })?;
         let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
-            given_up.store(true, Ordering::SeqCst);
+            cancelled.store(true, Ordering::SeqCst);
             Err(self.abandon(call, false, deadline))
         });
-        prepared.and_then(|()| self.still_wants(&given_up))
+        prepared.and_then(|()| self.discard_if_cancelled(&cancelled))
     }
 
-    /// A stop may come when all is prepared, but before that was known to anybody.
-    fn still_wants(&self, given_up: &AtomicBool) -> Result<()> {
-        expect_wanted(given_up).inspect_err(|_| {
-            if self.take_standby("it was given up").is_some() {
+    /// Discards the standby if the preparation was cancelled after its last step.
+    fn discard_if_cancelled(&self, cancelled: &AtomicBool) -> Result<()> {
+        ensure_not_cancelled(cancelled).inspect_err(|_| {
+            if self.take_standby("its preparation was cancelled").is_some() {
                 self.preparation_failed();
             }
         })
     }
 
-    /// Makes up for what was heard while a preparation was under way.
-    fn look_back(self: &Arc<Self>, prepared: bool) {
-        let (doubt, lost, reset) = {
-            let now = self.lock();
-            (now.standby.as_ref().and_then(|held| held.doubt.clone()), now.lost, now.reset)
+    /// Handles the events that arrived while the preparation was under way.
+    fn handle_events_of_preparation(self: &Arc<Self>, prepared: bool) {
+        let (unusable, connection_lost, was_reset) = {
+            let state = self.lock();
+            let unusable = state.standby.as_ref().and_then(|standby| standby.unusable.clone());
+            (unusable, state.connection_lost, state.was_reset)
         };
-        if let Some(doubt) = doubt {
-            self.replace(&doubt);
-        } else if lost && !prepared {
+        if let Some(why) = unusable {
+            self.replace_standby(&why);
+        } else if connection_lost && !prepared {
             self.host
-                .preparation_invalidated(&self.keys.info.name, "libvirtd has ended while it was prepared");
-        } else if reset && !prepared {
-            self.host
-                .preparation_invalidated(&self.keys.info.name, "somebody has reset it while it was prepared");
+                .preparation_invalidated(self.name(), "libvirtd has ended while the machine was prepared");
+        } else if was_reset && !prepared {
+            self.host.preparation_invalidated(
+                self.name(),
+                "somebody has reset the domain while the machine was prepared",
+            );
         }
     }
 
-    /// Why it does not stand by at all.
-    fn why_not(&self) -> Option<&'static str> {
-        match self.keys.standby {
-            Standby::On => None,
-            Standby::Off => Some("standby is off"),
-            Standby::Auto => Some(
-                "standby is not cheap here: it holds all of the guest's memory; set standby: on to have it",
-            ),
-        }
-    }
-
-    /// Expects that nothing of it runs but what stands by, so that the machine can go.
-    ///
-    /// # Errors
-    /// It is on.
-    pub fn expect_off(&self, deadline: Deadline) -> Result<()> {
-        // The host hears of an end a moment before it is noted here.
-        let runs = |now: &mut Now| now.has_run;
-        let patience = deadline.within(HEARING).remaining();
-        let waited = self.news.wait_timeout_while(self.lock(), patience, runs);
-        if !waited.unwrap_or_else(PoisonError::into_inner).0.has_run {
-            return Ok(());
-        }
-        let on = Error::unexpected_state("the machine is on, so it cannot be changed or removed");
-        Err(on.machine(self.name()).advice("Stop it, and reload again"))
-    }
-
-    /// The machine goes: what stands by, or is just being prepared, is let go.
-    ///
-    /// # Errors
-    /// libvirt cannot end it.
-    pub fn retire(&self, deadline: Deadline) -> Result<()> {
-        self.give_up_preparing(deadline);
-        self.end_late_call(deadline)?;
-        let _letting_go = self.begin(Doing::LettingGo, deadline)?;
-        self.take_standby("its configuration has changed, and what stood by was let go with that");
-        // Without a need libvirt is not asked: it may be away.
-        if self.note.is_there() { self.let_go(deadline) } else { Ok(()) }
-    }
-
-    /// Removes its save image, unless one of these machines has it.
-    pub fn remove_image(&self, unless: &[Arc<Machine>]) {
-        if !unless.iter().any(|machine| machine.keys.image.is_where(&self.keys.image)) {
-            self.keys.image.remove();
-        }
-    }
-
-    /// Waits for the event of a run's end: libvirt may say that the run is over before the event arrives.
-    fn expect_no_run(&self, deadline: Deadline) -> Result<()> {
-        let (has_run, _, before) = self.now();
-        let soon = deadline.within(HEARING);
-        if has_run
-            && self.told_state(soon).is_ok_and(|(state, _)| state == State::Poweroff)
-            && !self.hear_end(before, soon)
-        {
-            self.note_end();
-        }
-        match self.has_run() {
-            true => Err(Error::unexpected_state("the machine is running").advice("Stop it first")),
-            false => Ok(()),
-        }
-    }
-
-    fn get_ready(&self, connect: &Connect, occasion: Occasion, given_up: &AtomicBool) -> Result<()> {
-        let why = match self.why_not() {
-            Some(why) => why.to_owned(),
-            None => match self.stand_by(connect, occasion, given_up)? {
-                Some(why) => why,
-                None => return Ok(()),
-            },
-        };
-        self.have_image(connect, occasion, given_up, &why)
-    }
-
-    /// Returns the reason why the domain, which is off, is not reverted. There is one if the revert would
-    /// discard somebody else's work and nobody has asked for that.
-    pub(super) fn spares(&self, domain: &Domain, occasion: Occasion) -> Option<String> {
-        let only_ours = self.lock().only_ours;
-        let work = match occasion {
-            Occasion::Request => None,
-            Occasion::Automatic => self.disks.foreign_work(domain, only_ours),
-        };
-        let why = work.map(|work| foreign::advice(self.name(), &work));
-        let before = std::mem::replace(&mut self.lock().spared, why.clone());
-        if let Some(why) = &why
-            && before != Some(why.clone())
-        {
-            tracing::warn!(machine = self.keys.info.name, "{why}");
-        }
-        why
-    }
-
-    /// Whatever it comes to, nothing is left of it unless the machine stands by; if it does not, that is
-    /// why.
-    fn stand_by(
+    fn prepare_restore(
         &self,
         connect: &Connect,
-        occasion: Occasion,
-        given_up: &AtomicBool,
-    ) -> Result<Option<String>> {
-        if self.stands_by_still(connect) {
-            return Ok(None);
-        }
-        self.take_standby("it is prepared anew");
-        let domain = restore::domain(connect, self.label())?;
-        self.clear_leftover(&domain)?;
-        restore::expect_off(&domain)?;
-        if let Some(why) = self.spares(&domain, occasion) {
-            return Ok(Some(why));
-        }
-        let snapshot = restore::find(&domain, self.keys.info.snapshot.as_deref())?;
-        let share = match self.share_for(&domain, &snapshot)? {
-            Ok(share) => share,
-            Err(why) => return Ok(Some(why)),
+        trigger: PrepareTrigger,
+        cancelled: &AtomicBool,
+    ) -> Result<()> {
+        let why = match self.no_standby_reason() {
+            Some(why) => why.to_owned(),
+            None => match self.prepare_standby(connect, trigger, cancelled)? {
+                StandbyOutcome::Ready => return Ok(()),
+                StandbyOutcome::Unavailable(why) => why,
+            },
         };
-        let loaded = self.load(connect, &domain, &snapshot, share, given_up);
+        self.prepare_image(connect, trigger, cancelled, &why)
+    }
+
+    /// Makes a standby, unless there is a valid one. A failure leaves nothing behind.
+    fn prepare_standby(
+        &self,
+        connect: &Connect,
+        trigger: PrepareTrigger,
+        cancelled: &AtomicBool,
+    ) -> Result<StandbyOutcome> {
+        if self.standby_is_valid(connect) {
+            return Ok(StandbyOutcome::Ready);
+        }
+        self.take_standby("it is prepared again");
+        let domain = domain::domain(connect, self.label())?;
+        self.clear_leftover(&domain)?;
+        domain::ensure_off(&domain)?;
+        if let Some(why) = self.foreign_work_reason(&domain, trigger) {
+            return Ok(StandbyOutcome::Unavailable(why));
+        }
+        let snapshot = snapshot::find(&domain, self.wanted_snapshot())?;
+        if !snapshot.has_memory() {
+            let why = "its snapshot was taken while the domain was off, so there is no memory to load";
+            return Ok(StandbyOutcome::Unavailable(why.to_owned()));
+        }
+        let share = match self.budget.take(domain::max_memory(&domain)?) {
+            Ok(share) => share,
+            Err(why) => return Ok(StandbyOutcome::Unavailable(why)),
+        };
+        let loaded = self.load_standby(connect, &domain, &snapshot, share, cancelled);
         if loaded.is_err() {
             self.preparation_failed();
         }
-        loaded.map(|()| None)
+        loaded.map(|()| StandbyOutcome::Ready)
     }
 
-    /// Its part of the memory for all that stand by, or why it has none.
-    fn share_for(&self, domain: &Domain, snapshot: &Snapshot) -> Result<std::result::Result<Share, String>> {
-        if !snapshot.has_memory() {
-            let why = "its snapshot was taken while the domain was off, so there is no memory to load";
-            return Ok(Err(why.to_owned()));
-        }
-        Ok(self.budget.take(standby::largest(domain)?))
-    }
-
-    fn load(
+    fn load_standby(
         &self,
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
         share: Share,
-        given_up: &AtomicBool,
+        cancelled: &AtomicBool,
     ) -> Result<()> {
-        expect_wanted(given_up)?;
-        let heard_by = self.link.number();
+        ensure_not_cancelled(cancelled)?;
+        let events_from = self.link.number();
         remove_managed_save(domain, self.name())?;
-        self.begin_note(domain)?;
+        self.begin_marker(domain)?;
         self.timed("revert", || snapshot.revert_paused())?;
-        let domain = self.mark(connect)?;
-        let mark = Mark::of(&domain, snapshot.identity.clone())?;
-        let held = Held::new(&domain, mark.clone(), heard_by, share);
-        let ready = held.ready();
-        self.install(held, given_up)?;
-        // Only now, so that what happens after the look is heard.
-        mark.check(connect, self.label(), self.keys.info.snapshot.as_deref())?;
-        self.expect_no_reset()?;
-        self.host.ready(&self.keys.info.name, &ready);
+        let domain = self.mark_run(connect)?;
+        let fingerprint = Fingerprint::of(&domain, snapshot.identity.clone())?;
+        let standby = StandbyDomain::new(&domain, fingerprint.clone(), events_from, share);
+        let ready = standby.ready();
+        self.install(standby, cancelled)?;
+        // After the installation, so that no later event is missed.
+        fingerprint.check(connect, self.label(), self.wanted_snapshot())?;
+        self.ensure_no_reset()?;
+        self.host.ready(self.name(), &ready);
         Ok(())
-    }
-
-    /// A stop that comes before this is obeyed, and one that comes later finds what there is to let go.
-    fn install(&self, held: Held, given_up: &AtomicBool) -> Result<()> {
-        let mut now = self.lock();
-        expect_wanted(given_up)?;
-        now.standby = Some(held);
-        Ok(())
-    }
-
-    /// Ends what a preparation that failed has left. libvirt may have gone away in the middle of it, so
-    /// not by the connection it had.
-    pub(super) fn preparation_failed(&self) {
-        drop(self.lock().standby.take());
-        let label = self.keys.info.label.clone();
-        let settled =
-            self.link.ask(Deadline::after(TAKING_OVER), "libvirt to take the domain over", move |connect| {
-                restore::settle(&restore::domain(connect, &label)?);
-                Ok(())
-            });
-        if let Err(error) = settled {
-            tracing::debug!(machine = self.keys.info.name, %error, "libvirt has not taken the domain over");
-        }
-        if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
-            tracing::warn!(machine = self.keys.info.name, %error, "what a preparation has left stays for now");
-        }
-    }
-
-    fn stands_by_still(&self, connect: &Connect) -> bool {
-        let mark = match &self.lock().standby {
-            Some(Held { mark, doubt: None, .. }) => mark.clone(),
-            _ => return false,
-        };
-        mark.check(connect, self.label(), self.keys.info.snapshot.as_deref()).is_ok()
-    }
-
-    /// Has a preparation that is under way give up. It is waited for by what comes next.
-    pub(super) fn give_up_preparing(&self, deadline: Deadline) {
-        {
-            let now = self.lock();
-            if now.doing != Doing::Preparing {
-                return;
-            }
-            now.give_up.store(true, Ordering::SeqCst);
-        }
-        // What is in the middle of being loaded need not be loaded to its end.
-        self.pull_own_plug(deadline);
-    }
-
-    /// Ends the domain, if it was started here.
-    pub(super) fn pull_own_plug(&self, deadline: Deadline) {
-        if let Err(error) = self.destroy_own(deadline) {
-            tracing::debug!(machine = self.keys.info.name, %error, "the plug is not pulled");
-        }
-    }
-
-    pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
-        let (label, note) = (self.keys.info.label.clone(), self.note.clone());
-        self.link.ask(deadline, "libvirt to end what stands by", move |connect| {
-            match connect.lookup_domain_by_name(&label) {
-                Ok(domain) => Ok(note.is_about(&domain)? && restore::destroy(&domain)?),
-                Err(error) if is_no_domain(&error) => Ok(false),
-                Err(error) => Err(explain("look up the domain", &error)),
-            }
-        })
-    }
-
-    /// Waits until nothing is done that nobody outside has asked for.
-    pub(super) fn wait_for_in_house_work(&self, deadline: Deadline) -> MutexGuard<'_, Now> {
-        let in_house = |now: &mut Now| matches!(now.doing, Doing::Preparing | Doing::LettingGo);
-        let waited = self.news.wait_timeout_while(self.lock(), deadline.remaining(), in_house);
-        waited.unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    /// What stands by, which does so no more; `why` says it.
-    pub(super) fn take_standby(&self, why: &str) -> Option<Held> {
-        let held = self.lock().standby.take()?;
-        self.tell_plain(why);
-        Some(held)
-    }
-
-    /// Lets what stands by run; `false` if it must not, and then it is left for the start to end.
-    pub(super) fn lets_run(self: &Arc<Self>, held: Held, deadline: Deadline) -> Result<bool> {
-        if let Some(doubt) = &held.doubt {
-            tracing::warn!(machine = self.keys.info.name, doubt, "what stands by is not used");
-            return Ok(false);
-        }
-        let given_up = Arc::new(AtomicBool::new(false));
-        let resumed = Arc::new(AtomicBool::new(false));
-        let (machine, too_late, done) = (Arc::clone(self), Arc::clone(&given_up), Arc::clone(&resumed));
-        let call = self.link.short_call(deadline, move |connect, number| {
-            let runs = number == held.heard_by && machine.resume(connect, &held.mark, &too_late);
-            done.store(runs, Ordering::SeqCst);
-            Ok(())
-        })?;
-        match call.wait(deadline.remaining()) {
-            Some(outcome) => outcome.map(|()| resumed.load(Ordering::SeqCst)),
-            None => {
-                given_up.store(true, Ordering::SeqCst);
-                Err(self.abandon(call, true, deadline))
-            }
-        }
-    }
-
-    fn resume(&self, connect: &Connect, mark: &Mark, given_up: &AtomicBool) -> bool {
-        let checked =
-            self.timed("check", || mark.check(connect, self.label(), self.keys.info.snapshot.as_deref()));
-        let domain = match checked {
-            Ok(domain) => domain,
-            Err(error) => return self.is_not_used(&error),
-        };
-        self.lock().has_run = true;
-        // The event of a reset may arrive after the answers to later requests.
-        let resumed = self.timed("resume", || restore::resume(&domain)).and_then(|()| self.expect_no_reset());
-        if let Err(error) = resumed {
-            self.lock().has_run = false;
-            return self.is_not_used(&error);
-        }
-        self.lock().known_to_run = true;
-        if given_up.load(Ordering::SeqCst) {
-            self.end_failed_start(&domain);
-        }
-        true
-    }
-
-    fn is_not_used(&self, why: &Error) -> bool {
-        tracing::warn!(machine = self.keys.info.name, %why, "what stands by is not used");
-        false
-    }
-
-    /// Ends what stood by, or a run that could not be ended when it should have been.
-    pub(super) fn clear_leftover(&self, domain: &Domain) -> Result<()> {
-        if !self.has_run() { self.end_own(domain) } else { Ok(()) }
-    }
-
-    /// Ends what has stood by, and returns when its end was heard.
-    pub(super) fn let_go(&self, deadline: Deadline) -> Result<()> {
-        let before = self.lock().ends;
-        let ended = self.destroy_own(deadline)?;
-        self.is_let_go(ended, before, deadline);
-        Ok(())
-    }
-
-    pub(super) fn end_own(&self, domain: &Domain) -> Result<()> {
-        if self.note.is_about(domain)? {
-            let before = self.lock().ends;
-            let ended = restore::destroy(domain)?;
-            self.is_let_go(ended, before, Deadline::after(HEARING));
-        } else if !domain.is_active().unwrap_or(true) {
-            // What it was about has ended; what somebody starts later is not ours.
-            self.remove_note();
-        }
-        Ok(())
-    }
-
-    pub(super) fn is_let_go(&self, ended: bool, before: u64, deadline: Deadline) {
-        if ended {
-            self.hear_end(before, deadline.within(HEARING));
-        } else {
-            self.lock().disks = None;
-        }
-        self.close_run();
-        // It was not the end of what is being started.
-        self.lock().heard = None;
-    }
-
-    /// Handles a reset, which boots the guest anew. A standby, or a domain that is about to be resumed, has
-    /// lost its snapshot's state. A guest that runs may reboot.
-    pub(super) fn heard_reset(self: &Arc<Self>) {
-        let hidden = {
-            let mut now = self.lock();
-            now.reset = true;
-            now.is_hidden()
-        };
-        if hidden {
-            self.replace("somebody has reset what stood by");
-        }
-    }
-
-    /// Something happened to a domain that nobody outside knows to be there.
-    pub(super) fn heard_in_house(self: &Arc<Self>, event: &Event, (state, reason): &Told) {
-        tracing::debug!(machine = self.keys.info.name, %state, reason, "a step of standing by");
-        if !is_of_revert(event) {
-            self.replace(&format!("what stood by is {state} by itself: {reason}"));
-        }
-    }
-
-    /// Ends what stands by in a thread of its own, and asks for another one.
-    fn replace(self: &Arc<Self>, why: &str) {
-        {
-            let mut now = self.lock();
-            let Some(held) = &mut now.standby else { return };
-            held.doubt = Some(why.to_owned());
-            if now.doing != Doing::Nothing {
-                // Whoever is at it will see.
-                return;
-            }
-            now.standby = None;
-            now.doing = Doing::LettingGo;
-        }
-        let (machine, reason) = (Arc::clone(self), why.to_owned());
-        let replacing = Call::start(move || {
-            machine.let_go_for_another(&reason);
-            Ok(())
-        });
-        if let Err(error) = replacing {
-            tracing::error!(machine = self.keys.info.name, %error, "what stood by is not ended");
-            drop(super::Action(self));
-        }
-    }
-
-    fn let_go_for_another(&self, why: &str) {
-        let letting_go = super::Action(self);
-        self.tell_plain(why);
-        if let Err(error) = self.let_go(Deadline::after(CLEARING)) {
-            tracing::warn!(machine = self.keys.info.name, %error, "what stood by stays for now");
-        }
-        drop(letting_go);
-        match self.told_state(Deadline::after(CLEARING)) {
-            Ok((State::Poweroff, _)) => self.host.preparation_invalidated(&self.keys.info.name, why),
-            // Somebody has started it again, of which nobody was told.
-            Ok((state, reason)) => self.tell_state(state, &reason),
-            Err(error) => tracing::warn!(machine = self.keys.info.name, %error, "what stood by is gone"),
-        }
-    }
-
-    /// What happens to it is not heard any more.
-    pub(super) fn doubt(&self, why: &str) {
-        let mut now = self.lock();
-        now.lost = true;
-        let Some(held) = &mut now.standby else { return };
-        held.doubt = Some(why.to_owned());
-        drop(now);
-        self.tell_plain(why);
-    }
-
-    /// libvirt is there again: what stood by has been out of sight, and what was not prepared because
-    /// libvirt was away can be now.
-    pub(super) fn renew_standby(self: &Arc<Self>) {
-        let (stands_by, idle, waits) = {
-            let mut now = self.lock();
-            let idle = now.doing == Doing::Nothing && !now.has_run;
-            (now.standby.is_some(), idle, std::mem::take(&mut now.waits_for_libvirt))
-        };
-        if stands_by {
-            self.replace("libvirtd has ended meanwhile");
-        } else if waits || idle && self.why_not().is_none() {
-            self.host.preparation_invalidated(&self.keys.info.name, "libvirt was away");
-        }
-    }
-
-    pub(super) fn is_hidden(&self) -> bool {
-        self.late_preparation_has_ended();
-        self.lock().is_hidden()
-    }
-
-    /// Forgets a preparation that nobody waits for once it has ended.
-    fn late_preparation_has_ended(&self) {
-        if self.lock().late.as_ref().is_some_and(|late| !late.is_start) {
-            self.late_call_has_ended(Deadline::after(Duration::ZERO));
-        }
-    }
-
-    /// For looks at a machine: one that stands by is off.
-    ///
-    /// # Errors
-    /// It is.
-    pub(super) fn expect_not_hidden(&self) -> Result<()> {
-        match self.is_hidden() {
-            true => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
-            false => Ok(()),
-        }
-    }
-
-    pub(super) fn tell_plain(&self, why: &str) {
-        let ready = RestoreReadiness { reason: why.to_owned(), ..RestoreReadiness::default() };
-        self.host.ready(&self.keys.info.name, &ready);
-    }
-}
-
-pub(super) fn expect_wanted(given_up: &AtomicBool) -> Result<()> {
-    match given_up.load(Ordering::SeqCst) {
-        true => Err(Error::failed("preparing was given up for something else")),
-        false => Ok(()),
     }
 }

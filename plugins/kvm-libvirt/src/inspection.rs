@@ -1,7 +1,8 @@
-//! Looking at a running machine: its memory, its screen.
+//! Inspection of a running machine: its memory and its screen.
 //!
-//! Both are [`Output`]s: a failure leaves nothing half-done. The dump's file is made by us and then
-//! written by libvirtd, so it keeps our owner and mode; made by libvirtd it would be root's.
+//! Both are written to an [`Output`], so a failure leaves no partial file. The plugin creates the file of a dump,
+//! and libvirtd writes into it. So the file keeps the host's owner and mode; one that libvirtd creates would
+//! belong to root.
 
 use std::io::Write;
 use std::path::Path;
@@ -14,27 +15,27 @@ use virt::domain::Domain;
 use virt::stream::Stream;
 use virt_sys as sys;
 
+use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::{explain, is_unsupported};
 use crate::link::Link;
-use crate::restore;
 
-/// How often the progress of a dump is asked for; its end is an answer.
-const PROGRESS: Duration = Duration::from_millis(250);
-/// A dump that did not make it in time may end within this, so that the machine is free again. It
-/// cannot be ended: libvirt aborts no memory-only dump. Source: its src/qemu/qemu_driver.c.
-const LAST_CHANCE: Duration = Duration::from_secs(1);
-/// If a dump fails and less space than this is free, in bytes, the lack of space is the cause.
-const NO_SPACE: u64 = 1 << 20;
-/// No screen is larger; what is, is no screen.
-const LARGEST_PICTURE: usize = 256 << 20;
+/// The interval between two requests for the progress of a dump.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// The additional time for a dump that timed out, so that the machine is free again. libvirt cannot abort a
+/// memory-only dump. Source: its src/qemu/qemu_driver.c.
+const DUMP_GRACE: Duration = Duration::from_secs(1);
+/// A file system with less free space than this, in bytes, is full.
+const FULL_BELOW: u64 = 1 << 20;
+/// The maximum size of a screenshot, in bytes.
+const MAX_SCREENSHOT: usize = 256 << 20;
 
 const PNG: &[u8] = b"\x89PNG";
 
-/// Writes the guest's memory to `path`, and tells `progress` meanwhile.
+/// Writes the guest's memory to `path`, and reports to `progress` meanwhile.
 ///
 /// # Errors
-/// The machine is off; libvirt is on another host, whose files are not ours; the dump fails.
+/// The machine is off; libvirt is on another computer, and would write the file there; the dump fails.
 pub fn dump_memory(
     link: &Link,
     label: &str,
@@ -53,27 +54,27 @@ pub fn dump_memory(
     let call =
         link.long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
     let outcome = loop {
-        if let Some(outcome) = call.wait(PROGRESS.min(deadline.remaining())) {
+        if let Some(outcome) = call.wait(PROGRESS_INTERVAL.min(deadline.remaining())) {
             break outcome;
         }
         if deadline.passed() {
-            let _ = call.wait(LAST_CHANCE);
+            let _ = call.wait(DUMP_GRACE);
             break Err(deadline.timeout("libvirt to dump the memory"));
         }
         progress(fraction(link, &label, deadline));
     };
-    outcome.map_err(|error| error.detail(&format!("the dump was to go to {}", path.display())))?;
+    outcome.map_err(|error| error.detail(&format!("the dump's file is {}", path.display())))?;
     progress(1.0);
     output.finish()
 }
 
-/// Whether the file system of that file has no space left.
+/// Reports whether the file system of that file is full.
 fn is_full(file: &Path) -> bool {
-    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < NO_SPACE)
+    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < FULL_BELOW)
 }
 
 fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
-    let libvirts = match format {
+    let dump_format = match format {
         DumpFormat::Elf => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_RAW,
         DumpFormat::KdumpZlib => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_KDUMP_ZLIB,
         DumpFormat::WinDmp => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_WIN_DMP,
@@ -81,7 +82,7 @@ fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
     let path = to.to_str().ok_or_else(|| {
         Error::environment(format!("libvirt takes no path that is not UTF-8: {}", to.display()))
     })?;
-    domain.core_dump_with_format(path, libvirts, sys::VIR_DUMP_MEMORY_ONLY).map_err(|error| {
+    domain.core_dump_with_format(path, dump_format, sys::VIR_DUMP_MEMORY_ONLY).map_err(|error| {
         if is_unsupported(&error) {
             let what = format!("the memory dump format '{}' with this libvirt and QEMU", format.as_str());
             return Error::unsupported(&what).detail(error.message());
@@ -91,12 +92,12 @@ fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
     })
 }
 
-/// How far it is, as libvirt's job statistics have it.
+/// Returns the progress of the dump from libvirt's job statistics, from 0 to 1.
 fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
     let label = label.to_owned();
-    let asked = link.ask(deadline, "libvirt to tell how far the dump is", move |connect| {
+    let asked = link.ask(deadline, "libvirt to report the progress of the dump", move |connect| {
         let job = running(connect, &label)?.job_info();
-        job.map_err(|error| explain("tell how far the dump is", &error))
+        job.map_err(|error| explain("report the progress of the dump", &error))
     });
     let Ok(job) = asked else { return 0.0 };
     let known = [(job.data_processed, job.data_total), (job.mem_processed, job.mem_total)];
@@ -107,7 +108,7 @@ fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
     fraction.unwrap_or(0.0)
 }
 
-/// Writes what the guest's screen shows to `path`, as PNG.
+/// Writes the guest's screen to `path`, as PNG.
 ///
 /// # Errors
 /// The machine is off or has no screen; the file cannot be written.
@@ -137,22 +138,22 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
     loop {
         let length = stream.recv(&mut piece).map_err(failed)?;
         let Some(received) = usize::try_from(length).ok().and_then(|length| piece.get(..length)) else {
-            return Err(Error::failed(format!("libvirt's screenshot ended in the middle ({length})")));
+            return Err(Error::failed(format!("libvirt's screenshot is incomplete ({length})")));
         };
         if received.is_empty() {
             stream.finish().map_err(failed)?;
             return Ok(picture);
         }
         picture.extend_from_slice(received);
-        if picture.len() > LARGEST_PICTURE {
-            return Err(Error::failed("libvirt's screenshot does not come to an end"));
+        if picture.len() > MAX_SCREENSHOT {
+            return Err(Error::failed("libvirt's screenshot is larger than any screen"));
         }
     }
 }
 
 fn running(connect: &Connect, label: &str) -> Result<Domain> {
-    let domain = restore::domain(connect, label)?;
-    match domain.is_active().map_err(|error| explain("tell whether the domain runs", &error))? {
+    let domain = domain::domain(connect, label)?;
+    match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
         true => Ok(domain),
         false => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
     }

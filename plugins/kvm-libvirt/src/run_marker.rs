@@ -1,18 +1,18 @@
-//! Records which domains run because of the host, so that the next host knows them.
+//! Markers of the domains that run because of the host, for the next host.
 //!
-//! A domain outlives the host that started it. The next host must end runs that a killed host has left, but
-//! not a domain that an operator has started by hand. So each run has a note, a file in the machinery's state
-//! folder, with a random token; the running domain has the same token in its metadata. Only the live domain
+//! A domain outlives the host that started it. The next host must end the runs of a killed host, but not a
+//! domain that an operator has started by hand. So each run has a marker: a file in the machinery's state
+//! folder, with a random token, and the same token in the metadata of the running domain. Only the live domain
 //! has this metadata: it ends with the run, and a domain that somebody else starts has none. A managed save
-//! keeps the metadata, so a run that was saved and resumed is still known.
+//! keeps the metadata, so a run that was saved and resumed still matches its marker.
 //!
 //! ```text
-//!   note written ─▶ domain started, paused ─▶ token put into it ─▶ marked ─▶ resumed
-//!   └───────── a domain that is on, and does not run, is ours ──┘ └─ one with the token is ours ─▶
+//!   file written ─▶ domain started, paused ─▶ token in its metadata ─▶ file says so ─▶ resumed
+//!   └───── any paused domain matches the marker ───────┘ └── a domain with the token matches ──▶
 //! ```
 //!
-//! The domain does not run until it is marked, so nobody can work in it before. A standby has a note as well,
-//! and becomes a run without a change of the note.
+//! The guest does not run until the domain has the token, so nobody can work in it before. A standby has a
+//! marker as well, and becomes a run without a change of the marker.
 
 use std::fs;
 use std::io;
@@ -25,8 +25,8 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
+use crate::domain;
 use crate::errors::{explain, is_off};
-use crate::restore;
 use crate::state_files::write_atomically;
 
 /// The XML namespace of the token.
@@ -34,15 +34,15 @@ const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/ru
 /// The prefix of that namespace in a domain's description.
 const PREFIX: &str = "machinery";
 
-/// The note of one machine's run.
+/// The marker of one machine's run.
 #[derive(Debug, Clone)]
-pub struct RunNote {
+pub struct RunMarker {
     path: PathBuf,
     /// The content of the file, or the content that could not be written.
     run: Arc<Mutex<Option<Run>>>,
 }
 
-/// The content of a note.
+/// The content of the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Run {
     /// The domain's uuid.
@@ -51,33 +51,33 @@ struct Run {
     token: String,
     /// The boot of this computer in which the run was started.
     boot: String,
-    /// Whether the token is in the metadata.
+    /// True if the token is in the metadata.
     marked: bool,
 }
 
-impl RunNote {
-    /// The note of that machine, in the machinery's state folder.
+impl RunMarker {
+    /// Returns the marker of that machine, in the machinery's state folder.
     pub fn of(machine: &str, state_dir: &Path) -> Self {
-        RunNote { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
+        RunMarker { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
     }
 
     /// Records that the domain is about to be started.
     ///
     /// # Errors
-    /// libvirt cannot name the domain; the kernel gives no token.
+    /// libvirt does not answer; the kernel returns no token.
     pub fn begin(&self, domain: &Domain) -> Result<()> {
-        let uuid = domain.uuid_string().map_err(|error| explain("tell the domain's uuid", &error))?;
-        self.write(Run { uuid, token: kernels("uuid")?, boot: kernels("boot_id")?, marked: false });
+        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
+        self.write(Run { uuid, token: kernel_id("uuid")?, boot: kernel_id("boot_id")?, marked: false });
         Ok(())
     }
 
-    /// Marks the domain, which was started for the noted run and is paused.
+    /// Marks the domain, which was started for this run and is paused.
     ///
     /// # Errors
-    /// The note is gone; libvirt cannot change the metadata.
+    /// The marker is gone; libvirt cannot change the metadata.
     pub fn mark(&self, domain: &Domain) -> Result<()> {
-        let what = || Error::failed(format!("the note of the run in {} is gone", self.path.display()));
-        let run = self.read().ok_or_else(what)?;
+        let gone = || Error::failed(format!("the run marker {} is gone", self.path.display()));
+        let run = self.read().ok_or_else(gone)?;
         let element = format!("<run token='{}'/>", run.token);
         domain
             .set_metadata(
@@ -92,33 +92,33 @@ impl RunNote {
         Ok(())
     }
 
-    /// Whether a run, or what stands by, is noted.
-    pub fn is_there(&self) -> bool {
+    /// Reports whether a run or a standby is recorded.
+    pub fn exists(&self) -> bool {
         self.lock().is_some() || self.path.exists()
     }
 
-    /// Whether the domain is on because of this machinery's host, or of an earlier one.
+    /// Reports whether the domain is on because of this host, or of an earlier one.
     ///
     /// # Errors
     /// libvirt does not answer.
-    pub fn is_about(&self, domain: &Domain) -> Result<bool> {
+    pub fn matches(&self, domain: &Domain) -> Result<bool> {
         let Some(run) = self.read() else { return Ok(false) };
-        let uuid = domain.uuid_string().map_err(|error| explain("tell the domain's uuid", &error))?;
+        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
         if uuid != run.uuid {
             return Ok(false);
         }
         if token_of(domain)?.is_some_and(|metadata| metadata.contains(&run.token)) {
             return Ok(true);
         }
-        Ok(!run.marked && kernels("boot_id")? == run.boot && is_held(domain)?)
+        Ok(!run.marked && kernel_id("boot_id")? == run.boot && is_paused(domain)?)
     }
 
-    /// There is no run any more.
+    /// Removes the marker: the run has ended.
     pub fn remove(&self) {
         *self.lock() = None;
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "cannot remove the note of a run");
+                tracing::warn!(path = %self.path.display(), %error, "cannot remove a run marker");
             }
             _ => {}
         }
@@ -129,10 +129,10 @@ impl RunNote {
         known.or_else(|| serde_json::from_str(&fs::read_to_string(&self.path).ok()?).ok())
     }
 
-    /// Writes the note. A failure is only logged: this host still knows its run.
+    /// Writes the file. A failure is only logged: this host still has the content.
     fn write(&self, run: Run) {
         if let Err(error) = write_atomically(&self.path, &run) {
-            tracing::warn!(%error, "cannot note the run, so it would outlive a host that is killed");
+            tracing::warn!(%error, "cannot write the run marker, so the run would outlive a host that is killed");
         }
         *self.lock() = Some(run);
     }
@@ -149,18 +149,18 @@ fn token_of(domain: &Domain) -> Result<Option<String>> {
     match domain.metadata(kind, Some(NAMESPACE), sys::VIR_DOMAIN_AFFECT_LIVE) {
         Ok(element) => Ok(Some(element)),
         Err(error) if is_off(&error) || error.code().is(ErrorNumber::NoDomainMetadata) => Ok(None),
-        Err(error) => Err(explain("tell the domain's metadata", &error)),
+        Err(error) => Err(explain("return the domain's metadata", &error)),
     }
 }
 
-/// Whether the domain is on, and its guest does not run.
-fn is_held(domain: &Domain) -> Result<bool> {
-    let (state, _) = restore::state(domain)?;
+/// Reports whether the domain is on, and its guest does not run.
+fn is_paused(domain: &Domain) -> Result<bool> {
+    let (state, _) = domain::state(domain)?;
     Ok(!matches!(state, State::Running | State::Poweroff))
 }
 
-/// Returns one of the kernel's random identifiers.
-fn kernels(name: &str) -> Result<String> {
+/// Returns one of the kernel's random identifiers: `uuid` is a new one, `boot_id` the one of this boot.
+fn kernel_id(name: &str) -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random").join(name);
     let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
     Ok(text.trim().to_owned())
@@ -171,32 +171,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn note_outlives_its_host_when_it_is_not_removed() {
+    fn marker_outlives_its_host_when_it_is_not_removed() {
         let folder = tempfile::tempdir().unwrap();
-        let note = || RunNote::of("m", folder.path());
-        assert!(note().read().is_none() && !note().is_there());
+        let marker = || RunMarker::of("m", folder.path());
+        assert!(marker().read().is_none() && !marker().exists());
         let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true };
-        note().write(run.clone());
-        assert_eq!(note().read(), Some(run));
+        marker().write(run.clone());
+        assert_eq!(marker().read(), Some(run));
         fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
-        assert!(note().read().is_none() && note().is_there());
-        note().remove();
-        assert!(!note().is_there());
+        assert!(marker().read().is_none() && marker().exists());
+        marker().remove();
+        assert!(!marker().exists());
     }
 
     #[test]
-    fn note_is_known_to_its_host_when_it_cannot_be_written() {
-        let note = RunNote::of("m", Path::new("/none"));
+    fn marker_is_kept_in_memory_when_it_cannot_be_written() {
+        let marker = RunMarker::of("m", Path::new("/none"));
         let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false };
-        note.write(run.clone());
-        assert_eq!(note.read(), Some(run));
-        note.remove();
-        assert!(!note.is_there());
+        marker.write(run.clone());
+        assert_eq!(marker.read(), Some(run));
+        marker.remove();
+        assert!(!marker.exists());
     }
 
     #[test]
-    fn tokens_differ() {
-        assert_ne!(kernels("uuid").unwrap(), kernels("uuid").unwrap());
-        assert_eq!(kernels("boot_id").unwrap(), kernels("boot_id").unwrap());
+    fn token_differs_for_each_run() {
+        assert_ne!(kernel_id("uuid").unwrap(), kernel_id("uuid").unwrap());
+        assert_eq!(kernel_id("boot_id").unwrap(), kernel_id("boot_id").unwrap());
     }
 }

@@ -1,0 +1,81 @@
+//! The conditions of a preparation: no run, no cancellation, and no foreign work that it would discard.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use machinery::{Deadline, Error, Result, Standby, State};
+use virt::domain::Domain;
+
+use super::base::{END_EVENT_TIMEOUT, Machine};
+use super::state::Activity;
+use crate::foreign;
+
+/// The cause of a preparation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrepareTrigger {
+    /// Somebody has requested the preparation.
+    Request,
+    /// The host prepares the machine by itself, so no changes of somebody else may be lost.
+    Automatic,
+}
+
+/// Expects that the preparation is not cancelled.
+///
+/// # Errors
+/// It is.
+pub fn ensure_not_cancelled(cancelled: &AtomicBool) -> Result<()> {
+    match cancelled.load(Ordering::SeqCst) {
+        true => Err(Error::failed("the preparation was cancelled by another action")),
+        false => Ok(()),
+    }
+}
+
+impl Machine {
+    /// Returns the reason why the configuration allows no standby, if it does not.
+    pub(super) fn no_standby_reason(&self) -> Option<&'static str> {
+        match self.keys.standby {
+            Standby::On => None,
+            Standby::Off => Some("standby is off"),
+            Standby::Auto => {
+                Some("a standby holds all of the guest's memory; set standby: on to have it nevertheless")
+            }
+        }
+    }
+
+    /// Expects that the machine has no run. Waits for the event of a run's end: libvirt may answer that the
+    /// run is over before the event arrives.
+    ///
+    /// # Errors
+    /// The machine runs.
+    pub(super) fn ensure_no_run(&self, deadline: Deadline) -> Result<()> {
+        let Activity { has_run, end_count, .. } = self.activity();
+        let soon = deadline.within(END_EVENT_TIMEOUT);
+        if has_run
+            && self.query_state(soon).is_ok_and(|(state, _)| state == State::Poweroff)
+            && !self.wait_for_end(end_count, soon)
+        {
+            self.record_end();
+        }
+        match self.has_run() {
+            true => Err(Error::unexpected_state("the machine is running").advice("Stop it first")),
+            false => Ok(()),
+        }
+    }
+
+    /// Returns the reason why the domain, which is off, must not be reverted, if there is one: the revert
+    /// would discard somebody else's work, and nobody has requested that.
+    pub(super) fn foreign_work_reason(&self, domain: &Domain, trigger: PrepareTrigger) -> Option<String> {
+        let only_own_runs = self.lock().only_own_runs;
+        let work = match trigger {
+            PrepareTrigger::Request => None,
+            PrepareTrigger::Automatic => self.disk_record.foreign_work(domain, only_own_runs),
+        };
+        let why = work.map(|work| foreign::advice(self.name(), &work));
+        let logged = std::mem::replace(&mut self.lock().logged_foreign_work, why.clone());
+        if let Some(why) = &why
+            && logged.as_ref() != Some(why)
+        {
+            tracing::warn!(machine = self.name(), "{why}");
+        }
+        why
+    }
+}

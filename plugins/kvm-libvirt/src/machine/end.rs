@@ -1,0 +1,162 @@
+//! The ways to end a domain: on request, as a leftover, or because a call timed out.
+//!
+//! An action that ends a run waits for libvirt's answer and for the event of the end. So the event of an end
+//! never arrives in the middle of the next run.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use machinery::{Deadline, Error, Result};
+use virt::domain::Domain;
+
+use super::base::{END_EVENT_TIMEOUT, Machine};
+use super::state::{AbandonedCall, Operation};
+use crate::call::Call;
+use crate::domain;
+use crate::errors::{explain, is_no_domain};
+
+/// The time that a call which timed out has to end. A host waits two seconds beyond the deadline before it
+/// disables the machine.
+pub const CANCEL_TIMEOUT: Duration = Duration::from_millis(1700);
+
+impl Machine {
+    /// Destroys the domain; returns `false` if it was off already.
+    ///
+    /// # Errors
+    /// libvirt cannot end it.
+    pub(super) fn destroy(&self, deadline: Deadline) -> Result<bool> {
+        let label = self.label().to_owned();
+        self.link.ask(deadline, "libvirt to stop the domain", move |connect| {
+            domain::destroy(&domain::domain(connect, &label)?)
+        })
+    }
+
+    /// Destroys the domain if it is an own run or the standby; returns `false` if it is neither.
+    ///
+    /// # Errors
+    /// libvirt cannot end it.
+    pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
+        let (label, marker) = (self.label().to_owned(), self.marker.clone());
+        self.link.ask(deadline, "libvirt to end the standby", move |connect| {
+            match connect.lookup_domain_by_name(&label) {
+                Ok(domain) => Ok(marker.matches(&domain)? && domain::destroy(&domain)?),
+                Err(error) if is_no_domain(&error) => Ok(false),
+                Err(error) => Err(explain("look up the domain", &error)),
+            }
+        })
+    }
+
+    /// Destroys the domain; only logs a failure.
+    pub(super) fn try_destroy(&self, deadline: Deadline) {
+        if let Err(error) = self.destroy(deadline) {
+            tracing::debug!(machine = self.name(), %error, "the domain is not destroyed");
+        }
+    }
+
+    /// Destroys the domain if it is an own run or the standby; only logs a failure.
+    pub(super) fn try_destroy_own(&self, deadline: Deadline) {
+        if let Err(error) = self.destroy_own(deadline) {
+            tracing::debug!(machine = self.name(), %error, "the domain is not destroyed");
+        }
+    }
+
+    /// Ends the standby, and returns after the event of its end.
+    ///
+    /// # Errors
+    /// libvirt cannot end it.
+    pub(super) fn end_standby(&self, deadline: Deadline) -> Result<()> {
+        let before = self.lock().end_count;
+        let ended = self.destroy_own(deadline)?;
+        self.after_standby_end(ended, before, deadline);
+        Ok(())
+    }
+
+    /// Ends a leftover: a standby, or a run that could not be ended in time. An own run is none.
+    ///
+    /// # Errors
+    /// libvirt cannot end it.
+    pub(super) fn clear_leftover(&self, domain: &Domain) -> Result<()> {
+        if self.has_run() {
+            return Ok(());
+        }
+        if self.marker.matches(domain)? {
+            let before = self.lock().end_count;
+            let ended = domain::destroy(domain)?;
+            self.after_standby_end(ended, before, Deadline::after(END_EVENT_TIMEOUT));
+        } else if !domain.is_active().unwrap_or(true) {
+            // The marked run has ended, and a later run is not ours.
+            self.remove_marker();
+        }
+        Ok(())
+    }
+
+    /// Records the end of a standby, after its event if it has `ended` just now.
+    pub(super) fn after_standby_end(&self, ended: bool, before: u64, deadline: Deadline) {
+        if ended {
+            self.wait_for_end(before, deadline.within(END_EVENT_TIMEOUT));
+        } else {
+            self.lock().run_disks = None;
+        }
+        self.close_run();
+        // That event was not a step of the start under way.
+        self.lock().start_event = None;
+    }
+
+    /// Ends the domain of a failed start. A further failure is only logged, because the start's own error is
+    /// the one to return.
+    pub(super) fn end_failed_start(&self, domain: &Domain) {
+        match domain::destroy(domain) {
+            Ok(_) => self.record_end(),
+            Err(error) => {
+                tracing::warn!(machine = self.name(), %error, "the domain of a failed start remains for now");
+            }
+        }
+    }
+
+    /// Cancels the preparation that is under way. The next operation waits for its end.
+    pub(super) fn cancel_prepare(&self, deadline: Deadline) {
+        {
+            let state = self.lock();
+            if state.operation != Operation::Preparing {
+                return;
+            }
+            state.cancel_prepare.store(true, Ordering::SeqCst);
+        }
+        // Ends a domain that is still being loaded.
+        self.try_destroy_own(deadline);
+    }
+
+    /// Ends the domain of a start or a preparation that timed out. Keeps the call if it goes on nevertheless.
+    pub(super) fn abandon(&self, call: Call<()>, is_start: bool, deadline: Deadline) -> Error {
+        let error = deadline.timeout(if is_start { "the domain to run" } else { "the domain to stand by" });
+        let cancelling = Deadline::after(CANCEL_TIMEOUT);
+        if is_start {
+            self.try_destroy(cancelling);
+        } else {
+            self.try_destroy_own(cancelling);
+        }
+        if call.wait(cancelling.remaining()).is_some() {
+            return error;
+        }
+        self.lock().abandoned = Some(AbandonedCall { call: Arc::new(Mutex::new(call)), is_start });
+        error.detail("and libvirt has not finished the call")
+    }
+
+    /// Waits for an abandoned call, and destroys the domain that it may have started.
+    ///
+    /// # Errors
+    /// The call does not end in time.
+    pub(super) fn end_abandoned_call(&self, deadline: Deadline) -> Result<()> {
+        if self.lock().abandoned.is_none() {
+            return Ok(());
+        }
+        self.try_destroy_own(deadline);
+        if self.abandoned_call_has_ended(deadline) {
+            return Ok(());
+        }
+        Err(deadline
+            .timeout("libvirt to finish an earlier start")
+            .advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
+    }
+}

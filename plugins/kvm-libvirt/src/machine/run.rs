@@ -1,0 +1,110 @@
+//! An own run of the machine: its marker, its disks, and its end.
+//!
+//! The run is marked before libvirt is asked to start the domain, and until the run is known to have ended.
+//! So the next host ends a run that a killed host has left.
+
+use machinery::{Error, Result};
+use virt::connect::Connect;
+use virt::domain::Domain;
+
+use super::base::Machine;
+use crate::domain;
+use crate::errors::{explain, is_no_domain};
+use crate::foreign::{DiskFile, disks_of, has_managed_save};
+
+impl Machine {
+    /// Finds the domain; `None` if there is no such domain, which a diagnosis reports.
+    ///
+    /// # Errors
+    /// libvirt does not answer.
+    pub fn find(&self, connect: &Connect) -> Result<Option<Domain>> {
+        match connect.lookup_domain_by_name(self.label()) {
+            Ok(domain) => Ok(Some(domain)),
+            Err(error) if is_no_domain(&error) => Ok(None),
+            Err(error) => Err(explain("look up the domain", &error).machine(self.name())),
+        }
+    }
+
+    /// Finds the domain of a new machine, and ends a run that an earlier host has left.
+    ///
+    /// # Errors
+    /// As [`find`](Machine::find); the run does not end.
+    pub fn adopt(&self, connect: &Connect) -> Result<()> {
+        let Some(domain) = self.find(connect)? else {
+            self.marker.remove();
+            return Ok(());
+        };
+        if self.marker.matches(&domain).map_err(|error| error.machine(self.name()))? {
+            tracing::warn!(machine = self.name(), "a run that an earlier host has left is stopped");
+            let disks = disks_of(&domain).unwrap_or_default();
+            domain::destroy(&domain).map_err(|error| error.machine(self.name()))?;
+            self.record_disks(&disks);
+        } else if domain.is_active().unwrap_or(false) {
+            tracing::warn!(machine = self.name(), "its domain runs already, started by somebody else");
+        }
+        // Somebody may resume an own run that was saved.
+        if !has_managed_save(&domain) {
+            self.marker.remove();
+        }
+        Ok(())
+    }
+
+    /// Records that the domain is about to be started.
+    pub(super) fn begin_marker(&self, domain: &Domain) -> Result<()> {
+        self.lock().was_saved = false;
+        self.marker.begin(domain)
+    }
+
+    /// Marks the domain, which was started and is paused, as an own run. Looks the domain up again, because a
+    /// reverted domain object does not know its new id.
+    pub(super) fn mark_run(&self, connect: &Connect) -> Result<Domain> {
+        let domain = domain::domain(connect, self.label())?;
+        self.marker.mark(&domain)?;
+        let disks = disks_of(&domain)?;
+        self.lock().run_disks = Some(disks);
+        Ok(domain)
+    }
+
+    /// Expects that the domain was not reset since the operation began.
+    ///
+    /// # Errors
+    /// It was, so its guest is not at the snapshot.
+    pub(super) fn ensure_no_reset(&self) -> Result<()> {
+        match self.lock().was_reset {
+            true => Err(Error::unexpected_state("somebody has reset the domain before it was resumed")),
+            false => Ok(()),
+        }
+    }
+
+    /// Records the end of the own run, and wakes the threads that wait for it.
+    pub(super) fn record_end(&self) {
+        self.close_run();
+        self.signal_end();
+    }
+
+    /// Records the end of the own run, if there was one.
+    pub(super) fn close_run(&self) {
+        let disks = self.lock().run_disks.take();
+        if let Some(disks) = disks {
+            self.record_disks(&disks);
+        }
+        self.remove_marker();
+        let mut state = self.lock();
+        state.has_run = false;
+        state.host_knows_running = false;
+    }
+
+    /// Removes the marker of a run that has ended. A run that was saved is still an own run when somebody
+    /// resumes it.
+    pub(super) fn remove_marker(&self) {
+        if !self.lock().was_saved {
+            self.marker.remove();
+        }
+    }
+
+    /// Records the state of the disks at the end of an own run.
+    fn record_disks(&self, disks: &[DiskFile]) {
+        self.disk_record.save(disks);
+        self.lock().only_own_runs = true;
+    }
+}

@@ -1,0 +1,95 @@
+//! The state of a machine, as far as the plugin keeps it. libvirt has the state of the domain.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use crate::call::Call;
+use crate::foreign::DiskFile;
+use crate::standby::StandbyDomain;
+use crate::states::StateReport;
+
+/// A machine's state.
+#[derive(Default)]
+pub struct MachineState {
+    pub operation: Operation,
+    /// True if the domain has an own run, as far as is known.
+    pub has_run: bool,
+    /// The number of ends of runs that libvirt has reported.
+    pub end_count: u64,
+    /// The last event of the start under way.
+    pub start_event: Option<StateReport>,
+    /// A start or a preparation that timed out, until it returns.
+    pub abandoned: Option<AbandonedCall>,
+    /// The domain that stands by for the next restore.
+    pub standby: Option<StandbyDomain>,
+    /// True if the preparation under way is cancelled.
+    pub cancel_prepare: Arc<AtomicBool>,
+    /// The disks of the own run's domain, once the domain is marked.
+    pub run_disks: Option<Vec<DiskFile>>,
+    /// True if libvirt has reported only own runs since the last own run ended.
+    pub only_own_runs: bool,
+    /// True if the last own run was saved, so that somebody may resume it.
+    pub was_saved: bool,
+    /// True if the host knows that the machine runs, so that no report is needed.
+    pub host_knows_running: bool,
+    /// True if the domain was reset since the last operation began.
+    pub was_reset: bool,
+    /// True if the connection was lost since the last operation began.
+    pub connection_lost: bool,
+    /// The foreign work that was last logged as the reason not to prepare the machine.
+    pub logged_foreign_work: Option<String>,
+    /// True if the preparation is postponed until libvirt is back.
+    pub is_postponed: bool,
+    /// Why no save image is made any more, once one has failed.
+    pub image_disabled: Option<String>,
+    /// The number of save images whose creation was cancelled.
+    pub cancelled_images: u32,
+}
+
+impl MachineState {
+    /// Reports whether the domain is hidden from the host: the machine counts as off, although its domain
+    /// may be on.
+    pub fn is_hidden(&self) -> bool {
+        self.operation.is_hidden()
+            || self.standby.is_some()
+            || self.abandoned.as_ref().is_some_and(|call| !call.is_start)
+    }
+
+    pub fn activity(&self) -> Activity {
+        Activity { has_run: self.has_run, operation: self.operation, end_count: self.end_count }
+    }
+}
+
+/// The operation that is under way on a machine. There is at most one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Operation {
+    #[default]
+    Idle,
+    Starting,
+    Stopping,
+    Preparing,
+    /// A standby is ended.
+    Discarding,
+}
+
+impl Operation {
+    /// Reports whether the host has not requested a change of the machine's state.
+    pub fn is_hidden(self) -> bool {
+        matches!(self, Operation::Preparing | Operation::Discarding)
+    }
+}
+
+/// The part of the state that any action changes. Two equal values mean that there was no action between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activity {
+    pub has_run: bool,
+    pub operation: Operation,
+    pub end_count: u64,
+}
+
+/// A start or a preparation that timed out and is still under way.
+#[derive(Clone)]
+pub struct AbandonedCall {
+    pub call: Arc<Mutex<Call<()>>>,
+    pub is_start: bool,
+}

@@ -1,0 +1,197 @@
+//! Save images of real domains. A restore from an image is at the snapshot, with the disk of the snapshot. An image
+//! that is outdated or broken is not used.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use machinery_testkit::guest::Guest;
+use machinery_testkit::lab::{FileWatch, Happens, KvmFixture, KvmLab};
+use machinery_testkit::libvirt::SNAPSHOT;
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+const MICRO: (&str, Guest) = ("m", Guest::Micro);
+const LINUX: Guest = Guest::Linux { ram_mib: 256, noise_mib: 64 };
+const IMAGES: &str = "machineries: {kvm: {instant: on}}\n";
+
+/// Starts a lab with the micro guest, and makes its save image.
+fn with_image() -> KvmFixture {
+    let mut fixture = KvmFixture::new(&[MICRO], IMAGES);
+    prepare_image(&mut fixture);
+    fixture
+}
+
+/// Prepares the machine, expects that it has an image, and returns its readiness.
+fn prepare_image(fixture: &mut KvmFixture) -> Value {
+    fixture.act("prepare");
+    let readiness = fixture.readiness();
+    assert_eq!(readiness["mode"], "instant", "{readiness}; {}", fixture.host.log());
+    readiness
+}
+
+/// Returns the number of restores from an image, and by a revert.
+fn restores(fixture: &KvmFixture) -> (usize, usize) {
+    let log = fixture.host.log();
+    let with_step = |step: &str| {
+        let done = log.lines().filter(|line| line.contains("action=\"restore_start\""));
+        done.filter(|line| line.contains(step)).count()
+    };
+    (with_step("load "), with_step("revert "))
+}
+
+/// Runs a command of `qemu-io` on the machine's disk, and returns its output.
+fn qemu_io(fixture: &KvmFixture, command: &str) -> String {
+    let mut io = Command::new("qemu-io");
+    let disk = &fixture.lab.machine("m").disk;
+    let ran = io.args(["-f", "qcow2", "-c", command]).arg(disk).output().unwrap();
+    String::from_utf8_lossy(&ran.stdout).into_owned()
+}
+
+/// Returns the path of the machine's image.
+fn image(fixture: &KvmFixture) -> PathBuf {
+    let mut found = Vec::new();
+    files_below(fixture.lab.cwd().root(), &mut found);
+    found.retain(|path| path.ends_with("m.machinery-image"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
+}
+
+fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            files_below(&entry.path(), found);
+        } else {
+            found.push(entry.path());
+        }
+    }
+}
+
+#[test]
+fn restore_from_an_image_has_memory_and_disk_of_the_snapshot() {
+    let mut fixture = with_image();
+    let ready = fixture.readiness();
+    assert!(ready["disk"].as_u64() > Some(0) && ready["memory"] == 0, "{ready}");
+    fixture.lab.assert_clean();
+    for _ in 0..5 {
+        // A write as of the run before.
+        qemu_io(&fixture, "write -P 0x5a 64k 512");
+        fixture.restore();
+        fixture.act("stop");
+        let output = qemu_io(&fixture, "read -P 0x5a 64k 512");
+        assert!(
+            output.contains("Pattern verification failed"),
+            "the run had the changes of the one before: {output}"
+        );
+    }
+    assert_eq!(restores(&fixture), (5, 0), "{}", fixture.host.log());
+    // A cold start boots the guest, and leaves the image valid.
+    fixture.act("norestore_start");
+    assert_eq!(fixture.lab.machine("m").first_count(SOON).unwrap(), 1);
+    fixture.act("stop");
+    fixture.restore();
+    fixture.act("stop");
+    assert_eq!(restores(&fixture), (6, 0), "{}", fixture.host.log());
+    // A revert and a run by hand leave the image valid as well.
+    fixture.virsh(&["snapshot-revert", "lab-m", SNAPSHOT, "--running"]);
+    fixture.lab.machine("m").counts_on(SOON).unwrap();
+    fixture.virsh(&["destroy", "lab-m"]);
+    fixture.restore();
+    fixture.act("stop");
+    fixture.finish();
+}
+
+#[test]
+fn changes_of_a_linux_guest_are_discarded_when_an_image_is_restored() {
+    let mut fixture = KvmFixture::new(&[("m", LINUX)], IMAGES);
+    prepare_image(&mut fixture);
+    for _ in 0..3 {
+        fixture.act("restore_start");
+        let marks = fixture.lab.machine("m").marks(SOON).unwrap();
+        assert_eq!((marks.ram.as_str(), marks.disk.as_str()), ("snapshot", "snapshot"));
+        fixture.lab.machine("m").mark("spoilt1", "spoilt2", SOON).unwrap();
+        fixture.act("stop");
+    }
+    assert_eq!(restores(&fixture), (3, 0), "{}", fixture.host.log());
+    fixture.finish();
+}
+
+/// The image survives the host, and is made again when snapshot or domain have changed.
+#[test]
+fn image_is_replaced_when_snapshot_or_domain_change() {
+    let mut fixture = with_image();
+    let made = fs::metadata(image(&fixture)).unwrap().modified().unwrap();
+    assert_eq!(fixture.host.terminate().unwrap().code(), Some(0));
+    let mut fixture = KvmFixture::of(fixture.lab);
+    prepare_image(&mut fixture);
+    assert_eq!(fs::metadata(image(&fixture)).unwrap().modified().unwrap(), made);
+    // Another snapshot, of the same name.
+    fixture.act("restore_start");
+    let later = fixture.lab.restored_count().unwrap() + 20;
+    fixture.lab.machine("m").wait_for_count(later, SOON).unwrap();
+    fixture.virsh(&["snapshot-delete", "lab-m", SNAPSHOT]);
+    fixture.virsh(&["snapshot-create-as", "lab-m", SNAPSHOT]);
+    fixture.act("stop");
+    for _ in 0..2 {
+        fixture.act("restore_start");
+        assert!(fixture.lab.machine("m").first_count(SOON).unwrap() >= later, "it was the old snapshot");
+        fixture.act("stop");
+        prepare_image(&mut fixture);
+    }
+    assert_ne!(fs::metadata(image(&fixture)).unwrap().modified().unwrap(), made);
+    // Another description of the domain.
+    let before = restores(&fixture);
+    let xml = fixture.virsh(&["dumpxml", "--inactive", "--security-info", "lab-m"]);
+    let changed = xml.replace("</name>", "</name><description>another</description>");
+    fixture.lab.libvirtd().virsh_with_file(&["define"], &changed, &[]).unwrap();
+    fixture.act("restore_start");
+    assert_eq!(restores(&fixture), (before.0, before.1 + 1), "{}", fixture.host.log());
+    fixture.act("stop");
+    prepare_image(&mut fixture);
+    fixture.finish();
+}
+
+#[test]
+fn restore_falls_back_to_a_revert_when_the_image_is_broken() {
+    let mut fixture = with_image();
+    fs::write(image(&fixture), "no save image").unwrap();
+    fixture.restore();
+    fixture.act("stop");
+    fixture.act("prepare");
+    let ready = fixture.readiness();
+    assert!(
+        ready["mode"] == "plain" && ready["reason"].as_str().unwrap().contains("image has failed"),
+        "{ready}"
+    );
+    fixture.restore();
+    fixture.act("stop");
+    fixture.finish();
+}
+
+#[test]
+fn unfinished_image_is_removed_by_the_next_host_when_its_host_was_killed() {
+    let lab = KvmLab::new(&[("m", LINUX)]).unwrap();
+    lab.cwd().host_yaml(IMAGES).unwrap();
+    let watch = FileWatch::new(lab.machine("m").disk.parent().unwrap()).unwrap();
+    let mut fixture = KvmFixture::of(lab);
+    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    fixture.host.kill().unwrap();
+    let mut fixture = KvmFixture::of(fixture.lab);
+    assert_eq!(fixture.state(), "poweroff");
+    prepare_image(&mut fixture);
+    fixture.lab.assert_clean();
+    // A stop cancels the creation of an image, too.
+    fs::remove_file(image(&fixture)).unwrap();
+    let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
+    fixture.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
+    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    fixture.act("stop");
+    fixture.lab.assert_clean();
+    assert_eq!(fixture.client.machine("m").unwrap()["disabled"], false);
+    fixture.finish();
+}
