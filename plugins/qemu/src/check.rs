@@ -14,7 +14,7 @@ use crate::images::PLACEHOLDER;
 use crate::needs;
 use crate::resources::Resource;
 use crate::snapshot::Snapshot;
-use crate::template::hindrance;
+use crate::template::unavailable_reason;
 
 /// Less room for disposable disks than this is worth a word: a Windows guest soon writes that much.
 const LITTLE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
@@ -43,8 +43,8 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
     rivals(&config.machines, report);
     needs::try_all(&config.machines, &config.binaries.qemu_system_x86_64, report);
-    if config.machines.iter().any(|machine| machine.ahead.instant) {
-        template_folder(&config.template_dir, report);
+    if config.machines.iter().any(|machine| machine.prepare.instant) {
+        template_folder(&config.instant_dir, report);
     }
     spaces(&config, report);
 }
@@ -97,12 +97,12 @@ fn clean_runs(machine: &MachineFiles, report: &mut Report) {
 
 fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
     let name = &machine.info.name;
-    if !machine.ahead.instant {
+    if !machine.prepare.instant {
         report
             .good(format!("machine '{name}': is restored plainly, because instant restores are off for it"));
         return;
     }
-    match hindrance(&machine.start_args, config.version) {
+    match unavailable_reason(&machine.start_args, config.version) {
         None => report.good(format!("machine '{name}': can be restored instantly")),
         Some(why) => report.warning(format!(
             "machine '{name}': is restored plainly, which takes seconds: {why}. Change that, or set instant: off for it"
@@ -138,7 +138,7 @@ fn template_folder(folder: &Path, report: &mut Report) {
             folder.display(),
             there.display()
         );
-        report.problem(&Error::environment(why).advice("Change its permissions, or set template_dir"));
+        report.problem(&Error::environment(why).advice("Change its permissions, or set instant_dir"));
     }
 }
 
@@ -176,7 +176,7 @@ fn disk_options(name: &str, info: &Value, report: &mut Report) {
 fn spaces(config: &Config, report: &mut Report) {
     let mut folders: Vec<&Path> =
         config.machines.iter().filter_map(|machine| machine.disposable.parent()).collect();
-    folders.extend(config.template_dir.ancestors().find(|folder| folder.is_dir()));
+    folders.extend(config.instant_dir.ancestors().find(|folder| folder.is_dir()));
     folders.sort();
     folders.dedup();
     for folder in folders {
@@ -184,7 +184,7 @@ fn spaces(config: &Config, report: &mut Report) {
         let free = space.f_bavail.saturating_mul(space.f_frsize);
         if free < LITTLE_SPACE {
             report.warning(format!(
-                "only {} MiB are free for disposable disks or templates in {}. Free some, or set disposable_copy_dir and template_dir",
+                "only {} MiB are free for disposable disks or templates in {}. Free some, or set disposable_copy_dir and instant_dir",
                 free / (1024 * 1024),
                 folder.display()
             ));

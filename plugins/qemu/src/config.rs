@@ -57,12 +57,13 @@ struct Section {
     keep_disposable_disks: bool,
     instant: Instant,
     /// Where the templates are; the plugin's folder for caches unless given.
-    template_dir: Option<PathBuf>,
-    #[serde(deserialize_with = "parse_bytes")]
-    template_space: Option<u64>,
+    #[serde(alias = "template_dir")]
+    instant_dir: Option<PathBuf>,
+    #[serde(alias = "template_space", deserialize_with = "parse_bytes")]
+    instant_space_limit: Option<u64>,
     standby: Standby,
-    #[serde(deserialize_with = "parse_bytes")]
-    standby_memory: Option<u64>,
+    #[serde(alias = "standby_memory", deserialize_with = "parse_bytes")]
+    standby_memory_limit: Option<u64>,
     /// What is different for single machines.
     #[serde(deserialize_with = "null_as_default")]
     machines: BTreeMap<String, MachineSection>,
@@ -88,16 +89,16 @@ struct MachineSection {
 
 /// What is to be done ahead of a machine's restores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ahead {
+pub struct PrepareOptions {
     pub instant: bool,
     pub standby: Standby,
 }
 
 impl Section {
-    fn ahead(&self, machine: &str) -> Ahead {
+    fn prepare_options(&self, machine: &str) -> PrepareOptions {
         let own = self.machines.get(machine).copied().unwrap_or_default();
         let instant = own.instant.unwrap_or(self.instant) == Instant::Auto;
-        Ahead { instant, standby: own.standby.unwrap_or(self.standby) }
+        PrepareOptions { instant, standby: own.standby.unwrap_or(self.standby) }
     }
 }
 
@@ -105,11 +106,11 @@ impl Section {
 pub struct Config {
     pub binaries: Binaries,
     pub version: Version,
-    pub template_dir: PathBuf,
+    pub instant_dir: PathBuf,
     /// In bytes.
-    pub template_space: Option<u64>,
+    pub instant_space_limit: Option<u64>,
     /// In bytes.
-    pub standby_memory: Option<u64>,
+    pub standby_memory_limit: Option<u64>,
     pub machines: Vec<MachineFiles>,
 }
 
@@ -130,7 +131,7 @@ pub struct MachineFiles {
     /// machines.
     pub own_interface: Option<String>,
     pub keep_disk: bool,
-    pub ahead: Ahead,
+    pub prepare: PrepareOptions,
     pub allow_shared_writes: bool,
 }
 
@@ -215,38 +216,38 @@ impl Config {
         let section: Section = setup.section("qemu").map_err(&mut note).unwrap_or_default();
         let file = &setup.config;
         let qemu: QemuFile = file.parse().map_err(&mut note).ok()?;
-        let mut look = Look { file, problems };
-        look.section(setup.host_config.as_ref(), &section, &qemu.machines);
-        look.interface(&["interface"], &qemu.interface);
-        look.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
-        let version = look.version(&qemu.binaries.qemu_system_x86_64);
+        let mut validator = Validator { file, problems };
+        validator.section(setup.host_config.as_ref(), &section, &qemu.machines);
+        validator.interface(&["interface"], &qemu.interface);
+        validator.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
+        let version = validator.version(&qemu.binaries.qemu_system_x86_64);
         let folder = qemu.disposable_copy_dir.as_deref().map(Path::new);
         if let Some(folder) = folder {
-            look.writable(&["disposable_copy_dir"], folder);
+            validator.writable(&["disposable_copy_dir"], folder);
         }
-        look.duplicates(&qemu.machines);
+        validator.duplicates(&qemu.machines);
         let machine =
-            |machine: &Configured<OwnKeys>| look.machine(machine, &qemu.interface, folder, &section);
+            |machine: &Configured<OwnKeys>| validator.machine(machine, &qemu.interface, folder, &section);
         let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
-        look.overlays(&qemu.machines, &machines);
+        validator.overlays(&qemu.machines, &machines);
         Some(Config {
             binaries: qemu.binaries,
             version: version?,
-            template_dir: section.template_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
-            template_space: section.template_space,
-            standby_memory: section.standby_memory,
+            instant_dir: section.instant_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
+            instant_space_limit: section.instant_space_limit,
+            standby_memory_limit: section.standby_memory_limit,
             machines,
         })
     }
 }
 
 /// One look at everything, noting what is wrong.
-struct Look<'a> {
+struct Validator<'a> {
     file: &'a ConfigFile,
     problems: &'a mut Vec<Error>,
 }
 
-impl Look<'_> {
+impl Validator<'_> {
     fn problem(&mut self, key: &[&str], reason: String, advice: &str) {
         self.problems.push(self.file.error(key, reason).advice(advice));
     }
@@ -264,9 +265,9 @@ impl Look<'_> {
             let error = host.error(&["machineries", "qemu", "machines", name], reason);
             self.problems.push(error.advice("Correct the name, or remove the entry"));
         }
-        if let Some(dir) = section.template_dir.as_ref().filter(|dir| !dir.is_absolute()) {
+        if let Some(dir) = section.instant_dir.as_ref().filter(|dir| !dir.is_absolute()) {
             let reason = format!("{} is not an absolute path", dir.display());
-            let error = host.error(&["machineries", "qemu", "template_dir"], reason);
+            let error = host.error(&["machineries", "qemu", "instant_dir"], reason);
             self.problems.push(error.advice("Write the path from / on: the host has no folder of its own"));
         }
     }
@@ -395,7 +396,7 @@ impl Look<'_> {
             machineinfo,
             own_interface: machine.shared.interface.clone(),
             keep_disk: section.keep_disposable_disks,
-            ahead: section.ahead(name),
+            prepare: section.prepare_options(name),
             allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
         })
     }
@@ -470,9 +471,9 @@ pub mod tests {
         let file = ConfigFile { path: "/c/qemu.yaml".into(), text };
         let qemu: QemuFile = file.parse().unwrap();
         let mut problems = Vec::new();
-        let mut look = Look { file: &file, problems: &mut problems };
+        let mut validator = Validator { file: &file, problems: &mut problems };
         let machine = qemu.machines.iter().next().unwrap();
-        let files = look.machine(machine, "lo", None, &Section::default());
+        let files = validator.machine(machine, "lo", None, &Section::default());
         assert_eq!(problems, []);
         files.unwrap()
     }

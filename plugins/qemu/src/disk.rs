@@ -92,9 +92,9 @@ pub fn remove_overlays(first: &Path) -> Result<()> {
 
 /// The empty overlays of a machine's images, each made once.
 #[derive(Debug, Default)]
-pub struct Blanks(Mutex<HashMap<Source, Arc<Blank>>>);
+pub struct OverlayTemplates(Mutex<HashMap<Source, Arc<OverlayTemplate>>>);
 
-impl Blanks {
+impl OverlayTemplates {
     /// Creates an overlay of each image, the first one at `first`. Overlays of an earlier run are replaced.
     ///
     /// # Errors
@@ -124,13 +124,13 @@ impl Blanks {
         image: &Source,
         path: &Path,
         deadline: Deadline,
-    ) -> Result<Arc<Blank>> {
+    ) -> Result<Arc<OverlayTemplate>> {
         let of = file_id(&image.path)?;
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(blank) = known.get(image).filter(|blank| blank.of == of) {
             return Ok(Arc::clone(blank));
         }
-        let blank = Arc::new(Blank::make(qemu_img, machine, image, of, path, deadline)?);
+        let blank = Arc::new(OverlayTemplate::make(qemu_img, machine, image, of, path, deadline)?);
         known.insert(image.clone(), Arc::clone(&blank));
         Ok(blank)
     }
@@ -203,7 +203,7 @@ const BLOCK: usize = 4096;
 
 /// An empty overlay, kept in memory.
 #[derive(Debug)]
-pub struct Blank {
+pub struct OverlayTemplate {
     /// The image that the overlay is based on.
     of: FileId,
     length: u64,
@@ -211,7 +211,7 @@ pub struct Blank {
     blocks: Vec<(u64, Vec<u8>)>,
 }
 
-impl Blank {
+impl OverlayTemplate {
     /// Creates an empty overlay at `path` with `qemu-img`, and reads it; `of` is the image.
     fn make(
         qemu_img: &Path,
@@ -220,7 +220,7 @@ impl Blank {
         of: FileId,
         path: &Path,
         deadline: Deadline,
-    ) -> Result<Blank> {
+    ) -> Result<OverlayTemplate> {
         let made = create(qemu_img, machine, image, path, deadline)?;
         let content = fs::read(&made.path).map_err(|error| Error::io("read", path, &error))?;
         let used = |(number, block): (usize, &[u8])| {
@@ -228,7 +228,7 @@ impl Blank {
             block.iter().any(|byte| *byte != 0).then(|| (at, block.to_vec()))
         };
         let blocks = content.chunks(BLOCK).enumerate().filter_map(used).collect();
-        Ok(Blank { of, length: content.len() as u64, blocks })
+        Ok(OverlayTemplate { of, length: content.len() as u64, blocks })
     }
 
     /// Creates an overlay at `path`; an overlay of an earlier run is replaced.
@@ -281,9 +281,9 @@ mod tests {
         let (disk, first) = (folder.path().join("disk"), folder.path().join("overlay.x"));
         fs::write(&disk, "a disk").unwrap();
         let soon = Deadline::after(Duration::from_secs(10));
-        let (qemu_img, blanks) = (image_maker(folder.path()), Blanks::default());
+        let (qemu_img, overlay_templates) = (image_maker(folder.path()), OverlayTemplates::default());
         let images = [source(&disk), Source { format: Some("raw".into()), ..source(&disk) }];
-        let make = || blanks.overlays(&qemu_img, "m", &images, &first, soon).unwrap();
+        let make = || overlay_templates.overlays(&qemu_img, "m", &images, &first, soon).unwrap();
         for _ in 0..2 {
             let overlays = make();
             for path in overlays.paths() {
@@ -304,7 +304,7 @@ mod tests {
         fs::write(&qemu_img, "#!/bin/sh\nexit 1\n").unwrap();
         drop(make());
         fs::write(&disk, "another").unwrap();
-        assert!(blanks.overlays(&qemu_img, "m", &images, &first, soon).is_err());
+        assert!(overlay_templates.overlays(&qemu_img, "m", &images, &first, soon).is_err());
     }
 
     #[test]
@@ -323,7 +323,8 @@ mod tests {
 
     #[test]
     fn overlay_fails_and_leaves_nothing_when_it_cannot_be_written() {
-        let blank = Blank { of: FileId::of(Path::new("/")).unwrap(), length: 1, blocks: Vec::new() };
+        let blank =
+            OverlayTemplate { of: FileId::of(Path::new("/")).unwrap(), length: 1, blocks: Vec::new() };
         let text = blank.copy_to(Path::new("/none/overlay")).unwrap_err().to_string();
         assert!(text.contains("/none/overlay"), "{text}");
     }

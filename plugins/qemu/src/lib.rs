@@ -20,8 +20,8 @@
 //! | `snapshot`, `disk` | the memory snapshot and the overlays of a run |
 //! | `refusal` | why QEMU refuses a snapshot |
 //! | `steps`, `progress` | how long it takes, how far it is |
-//! | `views` | memory dump and screenshot |
-//! | `leftovers` | what a host that died left behind |
+//! | `inspection` | memory dump and screenshot |
+//! | `run_marker` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
 //! | `resources`, `peers` | resources that only one machine at a time can use, and the machines that claim them |
 //! | `needs` | tests of what machines need of this computer |
@@ -34,8 +34,8 @@ mod diagnose;
 mod disk;
 mod group;
 mod images;
+mod inspection;
 mod launch;
-mod leftovers;
 mod machine;
 mod machineinfo;
 mod needs;
@@ -48,6 +48,7 @@ mod refusal;
 mod reload;
 mod resources;
 mod run;
+mod run_marker;
 mod snapshot;
 mod standby;
 mod states;
@@ -55,7 +56,6 @@ mod stderr;
 mod steps;
 mod template;
 mod version;
-mod views;
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -85,19 +85,19 @@ impl Machinery for Qemu {
         let shared = Arc::new(Shared {
             qemu_img: config.binaries.qemu_img,
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
-            template_dir: config.template_dir,
+            instant_dir: config.instant_dir,
             templates: OnceLock::new(),
             peers: Peers::default(),
-            budget: Budget::new(config.standby_memory),
+            budget: Budget::new(config.standby_memory_limit),
             host,
         });
         let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
         let machines: Vec<Arc<Machine>> = config.machines.into_iter().map(machine).collect();
         // Where none is wanted, those of a time when they were are removed.
-        if machines.iter().any(|machine| machine.is_instant()) || shared.template_dir.is_dir() {
+        if machines.iter().any(|machine| machine.is_instant()) || shared.instant_dir.is_dir() {
             shared.open_templates()?;
         }
-        shared.see_to_templates(&machines, config.template_space);
+        shared.apply_template_settings(&machines, config.instant_space_limit);
         machines.iter().for_each(|machine| machine.clear_leftovers());
         Ok(Qemu { machines: MachineSet::new(machines), shared })
     }
@@ -172,7 +172,7 @@ impl Machinery for Qemu {
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         let machines = self.machines.all();
-        machines.iter().for_each(|machine| machine.hurry());
+        machines.iter().for_each(|machine| machine.begin_discard());
         let stopped = machines.iter().map(|machine| match machine.stop(deadline) {
             Err(error) if error.kind() == machinery::ErrorKind::StateReached => Ok(()),
             other => other.map_err(|error| error.machine(&machine.info().name)),

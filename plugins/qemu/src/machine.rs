@@ -26,23 +26,23 @@ use machinery::{
 };
 use qapi::qmp;
 
-use self::prepare::Unbuildable;
+use self::prepare::BuildFailures;
 use crate::config::MachineFiles;
 use crate::diagnose::{faults, file_warnings};
-use crate::disk::Blanks;
+use crate::disk::OverlayTemplates;
+use crate::inspection;
 use crate::launch::{Memory, Start};
-use crate::leftovers;
 use crate::machineinfo::StartArgs;
 use crate::peers::{Peers, Rival};
 use crate::resources::Resource;
-use crate::run::{Load, NotStarted, Purpose, Run, Stage};
+use crate::run::{Load, Purpose, Run, Stage, StartError};
+use crate::run_marker;
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
 use crate::states::state_of_status;
 use crate::steps::Steps;
 use crate::template::{Build, Identity, Templates};
 use crate::version::Program;
-use crate::views;
 
 /// How long a faster way may take before it is taken for broken: many times what it takes, and little of
 /// the time there is.
@@ -60,7 +60,7 @@ const GIVING_UP: Duration = Duration::from_secs(3);
 pub struct Shared {
     pub qemu_img: PathBuf,
     pub program: Program,
-    pub template_dir: PathBuf,
+    pub instant_dir: PathBuf,
     /// Not opened as long as no machine is to have one, and none has.
     pub templates: OnceLock<Templates>,
     pub peers: Peers,
@@ -76,13 +76,13 @@ impl Shared {
     pub fn open_templates(&self) -> Result<()> {
         if self.templates.get().is_none() {
             // Nobody else opens it meanwhile: the folder has a lock.
-            let _ = self.templates.set(Templates::open(&self.template_dir)?);
+            let _ = self.templates.set(Templates::open(&self.instant_dir)?);
         }
         Ok(())
     }
 
     /// From now on only these machines have templates, which may take that much together.
-    pub fn see_to_templates(&self, machines: &[Arc<Machine>], space: Option<u64>) {
+    pub fn apply_template_settings(&self, machines: &[Arc<Machine>], space: Option<u64>) {
         let Some(templates) = self.templates.get() else { return };
         let instant = machines.iter().filter(|machine| machine.is_instant());
         let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
@@ -101,34 +101,34 @@ pub struct Machine {
     left: Mutex<Option<Error>>,
     socket: PathBuf,
     shared: Arc<Shared>,
-    now: Mutex<Now>,
+    now: Mutex<RunState>,
     /// Wakes those who wait for a preparation to end.
     changed: Condvar,
     /// The empty overlays that a run's overlays are copied from.
-    blanks: Blanks,
+    overlay_templates: OverlayTemplates,
     /// How ready it is when nothing stands by, as far as is known.
     without_standby: Mutex<RestoreReadiness>,
     /// What a template could not be built from.
-    unbuildable: Mutex<Option<Unbuildable>>,
+    build_failures: Mutex<Option<BuildFailures>>,
 }
 
-enum Now {
+enum RunState {
     Off,
     Starting,
     On(Arc<Run>),
     Preparing {
         /// What runs for it.
         run: Option<Arc<Run>>,
-        given_up: bool,
+        cancelled: bool,
     },
     Ready(Box<Standby>),
 }
 
-impl Now {
+impl RunState {
     /// What a machine that is off becomes; gives what stood by.
-    fn become_from_off(&mut self, next: Now) -> Option<Box<Standby>> {
+    fn become_from_off(&mut self, next: RunState) -> Option<Box<Standby>> {
         match std::mem::replace(self, next) {
-            Now::Ready(standby) => Some(standby),
+            RunState::Ready(standby) => Some(standby),
             _ => None,
         }
     }
@@ -168,11 +168,11 @@ impl Machine {
             left: Mutex::new(None),
             socket,
             shared,
-            now: Mutex::new(Now::Off),
+            now: Mutex::new(RunState::Off),
             changed: Condvar::new(),
-            blanks: Blanks::default(),
+            overlay_templates: OverlayTemplates::default(),
             without_standby: Mutex::default(),
-            unbuildable: Mutex::new(None),
+            build_failures: Mutex::new(None),
         });
         machine.shared.peers.add(&machine);
         machine
@@ -184,7 +184,7 @@ impl Machine {
 
     /// Whether it is to have a template.
     pub fn is_instant(&self) -> bool {
-        self.files().ahead.instant
+        self.files().prepare.instant
     }
 
     /// Returns the machine's files.
@@ -196,7 +196,7 @@ impl Machine {
     pub fn clear_leftovers(&self) {
         let program = self.shared.program.path();
         let (files, socket) = (self.files(), &self.socket);
-        let cleared = leftovers::clear(&files.overlays(), socket, program, files.keep_disk);
+        let cleared = run_marker::clear(&files.overlays(), socket, program, files.keep_disk);
         *self.left() = cleared.err();
     }
 
@@ -225,7 +225,7 @@ impl Machine {
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
         // What a machine that is on has is no leftover.
-        if self.left().is_some() && matches!(&*self.lock(), Now::Off) {
+        if self.left().is_some() && matches!(&*self.lock(), RunState::Off) {
             self.clear_leftovers();
         }
         diagnosis.keep(self.left().clone().map_or(Ok(()), Err));
@@ -238,10 +238,10 @@ impl Machine {
 
     pub fn state(&self, deadline: Deadline) -> Result<State> {
         let run = match &*self.lock() {
-            Now::Off | Now::Preparing { .. } | Now::Ready(_) => return Ok(State::Poweroff),
-            Now::Starting => return Ok(State::Starting),
-            Now::On(run) if run.has_just_resumed() => return Ok(State::Running),
-            Now::On(run) => Arc::clone(run),
+            RunState::Off | RunState::Preparing { .. } | RunState::Ready(_) => return Ok(State::Poweroff),
+            RunState::Starting => return Ok(State::Starting),
+            RunState::On(run) if run.has_just_resumed() => return Ok(State::Running),
+            RunState::On(run) => Arc::clone(run),
         };
         match run.execute(&qmp::query_status {}, deadline) {
             Ok(status) => state_of_status(status["status"].as_str().unwrap_or("")),
@@ -266,7 +266,7 @@ impl Machine {
     /// As [`restore_start`](Machine::restore_start).
     pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
         self.start_by(deadline, |standby| {
-            standby.map_or(Ok(()), |standby| standby.let_go(deadline))?;
+            standby.map_or(Ok(()), |standby| standby.end(deadline))?;
             self.run(None, Load::Nothing, deadline)
         })
     }
@@ -275,7 +275,7 @@ impl Machine {
     fn start_by(
         &self,
         deadline: Deadline,
-        way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>,
+        way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, StartError>,
     ) -> Result<()> {
         let standby = self.set_starting(deadline)?;
         let stood_by = standby.is_some();
@@ -283,10 +283,10 @@ impl Machine {
         let started = self.set_started(match (cleared, standby) {
             (Ok(()), standby) => way(standby),
             (Err(error), None) => Err(error.into()),
-            (Err(error), Some(standby)) => standby.let_go(deadline).and(Err(error.into())),
+            (Err(error), Some(standby)) => standby.end(deadline).and(Err(error.into())),
         });
         if stood_by {
-            self.tell_ready();
+            self.report_readiness();
         }
         started
     }
@@ -304,12 +304,12 @@ impl Machine {
     /// start.
     fn discard_rivals(&self, deadline: Deadline) -> Result<()> {
         for Rival { machine: rival, resource } in self.shared.peers.rivals(self) {
-            if rival.is_ahead() {
+            if rival.is_prepared() {
                 let (machine, other) = (self.name(), rival.name());
                 tracing::info!(machine, other, %resource, "the standby of another machine has what this one needs: discarded");
-                let discarded = rival.unprepare(deadline);
+                let discarded = rival.discard_standby(deadline);
                 discarded.map_err(|error| error.detail(&format!("machine '{other}' has {resource}, too")))?;
-                rival.tell_why_plain(format!("machine '{machine}' needed {resource}"));
+                rival.report_standby_lost(format!("machine '{machine}' needed {resource}"));
             }
         }
         Ok(())
@@ -322,40 +322,42 @@ impl Machine {
     }
 
     /// Whether the next restore is prepared or being prepared.
-    fn is_ahead(&self) -> bool {
-        matches!(&*self.lock(), Now::Preparing { .. } | Now::Ready(_))
+    fn is_prepared(&self) -> bool {
+        matches!(&*self.lock(), RunState::Preparing { .. } | RunState::Ready(_))
     }
 
     fn has_qemu(&self) -> bool {
         match &*self.lock() {
-            Now::Off => false,
-            Now::On(run) => !run.has_ended(),
-            Now::Starting | Now::Preparing { .. } | Now::Ready(_) => true,
+            RunState::Off => false,
+            RunState::On(run) => !run.has_ended(),
+            RunState::Starting | RunState::Preparing { .. } | RunState::Ready(_) => true,
         }
     }
 
     /// Gives what stood by, which is the caller's now. Waits while a machine that claims the same resource
     /// discards the standby.
     fn set_starting(&self, deadline: Deadline) -> Result<Option<Box<Standby>>> {
-        let is_discarding = |now: &mut Now| matches!(now, Now::Preparing { given_up: true, .. });
+        let is_discarding = |now: &mut RunState| matches!(now, RunState::Preparing { cancelled: true, .. });
         let waited = self.changed.wait_timeout_while(self.lock(), deadline.remaining(), is_discarding);
         let (mut now, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let running = match &*now {
-            Now::Off | Now::Ready(_) => false,
-            Now::Starting | Now::Preparing { .. } => true,
-            Now::On(run) => !run.has_ended(),
+            RunState::Off | RunState::Ready(_) => false,
+            RunState::Starting | RunState::Preparing { .. } => true,
+            RunState::On(run) => !run.has_ended(),
         };
         if running {
             return Err(Error::unexpected_state("the machine is not powered off").advice("Stop it first"));
         }
-        Ok(now.become_from_off(Now::Starting))
+        Ok(now.become_from_off(RunState::Starting))
     }
 
-    fn set_started(&self, started: Result<Arc<Run>, NotStarted>) -> Result<()> {
+    fn set_started(&self, started: Result<Arc<Run>, StartError>) -> Result<()> {
         let (now, result) = match started {
-            Ok(run) => (Now::On(run), Ok(())),
+            Ok(run) => (RunState::On(run), Ok(())),
             // A QEMU that does not end still has the disk and the socket.
-            Err(NotStarted { error, left, .. }) => (left.map_or(Now::Off, Now::On), Err(error)),
+            Err(StartError { error, still_running, .. }) => {
+                (still_running.map_or(RunState::Off, RunState::On), Err(error))
+            }
         };
         *self.lock() = now;
         result
@@ -366,7 +368,7 @@ impl Machine {
         &self,
         mut standby: Option<Box<Standby>>,
         deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
+    ) -> Result<Arc<Run>, StartError> {
         let identity = self.identity_now(&mut standby, deadline)?;
         if let Some(standby) = standby {
             match self.released(standby, &identity, deadline.within(STANDBY)) {
@@ -398,9 +400,9 @@ impl Machine {
         &self,
         standby: &mut Option<Box<Standby>>,
         deadline: Deadline,
-    ) -> Result<Identity, NotStarted> {
+    ) -> Result<Identity, StartError> {
         self.identity().or_else(|error| {
-            standby.take().map_or(Ok(()), |standby| standby.let_go(deadline))?;
+            standby.take().map_or(Ok(()), |standby| standby.end(deadline))?;
             Err(error.into())
         })
     }
@@ -410,15 +412,15 @@ impl Machine {
         standby: Box<Standby>,
         identity: &Identity,
         deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
+    ) -> Result<Arc<Run>, StartError> {
         let mut steps = self.steps();
-        let_run(standby.take(identity, deadline)?, &mut steps, deadline)
+        resume_run(standby.take(identity, deadline)?, &mut steps, deadline)
     }
 
     /// A way that failed is told, and the next one is gone; unless this one has used up all the time, or its
     /// QEMU does not end.
-    fn no_faster(&self, what: &str, why: NotStarted, deadline: Deadline) -> Result<(), NotStarted> {
-        if why.left.is_some() || deadline.check(what).is_err() {
+    fn no_faster(&self, what: &str, why: StartError, deadline: Deadline) -> Result<(), StartError> {
+        if why.still_running.is_some() || deadline.check(what).is_err() {
             return Err(why);
         }
         tracing::warn!(machine = self.files().info.name, error = %why.error, "{what}");
@@ -426,10 +428,10 @@ impl Machine {
     }
 
     /// A run that was let go.
-    fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+    fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, StartError> {
         let mut steps = self.steps();
         let run = self.paused(&self.files().disposable, memory, load, Purpose::Run, &mut steps, deadline)?;
-        let_run(run, &mut steps, deadline)
+        resume_run(run, &mut steps, deadline)
     }
 
     /// Starts a run that is loaded and paused. Its first overlay is at `first`.
@@ -441,14 +443,14 @@ impl Machine {
         purpose: Purpose,
         steps: &mut Steps<'_>,
         deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
+    ) -> Result<Arc<Run>, StartError> {
         let files = self.files();
         files.args_error.clone().map_or(Ok(()), Err)?;
         self.left().clone().map_or(Ok(()), Err)?;
         files.expect_clean_runs()?;
         let (images, limit) = (files.images(), deadline.within(COMING_UP));
         let (img, name) = (&self.shared.qemu_img, self.name());
-        let mut overlays = self.blanks.overlays(img, name, &images, first, limit)?;
+        let mut overlays = self.overlay_templates.overlays(img, name, &images, first, limit)?;
         overlays.set_keep(files.keep_disk);
         steps.done("overlay");
         let start = Start {
@@ -493,11 +495,11 @@ impl Machine {
     /// It is off already; the process does not end.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
         let Some(run) = self.running() else {
-            self.unprepare(deadline)?;
+            self.discard_standby(deadline)?;
             return Err(off_already());
         };
         run.stop(deadline)?;
-        *self.lock() = Now::Off;
+        *self.lock() = RunState::Off;
         Ok(())
     }
 
@@ -505,12 +507,12 @@ impl Machine {
     ///
     /// # Errors
     /// It is on.
-    pub fn expect_off(&self, deadline: Deadline) -> Result<()> {
-        self.wait_for_an_end(deadline);
+    pub fn ensure_off(&self, deadline: Deadline) -> Result<()> {
+        self.wait_for_pending_end(deadline);
         let is_on = match &*self.lock() {
-            Now::Starting => true,
-            Now::On(run) => !run.has_ended(),
-            Now::Off | Now::Preparing { .. } | Now::Ready(_) => false,
+            RunState::Starting => true,
+            RunState::On(run) => !run.has_ended(),
+            RunState::Off | RunState::Preparing { .. } | RunState::Ready(_) => false,
         };
         if !is_on {
             return Ok(());
@@ -520,9 +522,9 @@ impl Machine {
     }
 
     /// What stands by will have to end: that begins, and is not waited for yet.
-    pub fn hurry(&self) {
-        if let Now::Ready(standby) = &*self.lock() {
-            standby.give_up();
+    pub fn begin_discard(&self) {
+        if let RunState::Ready(standby) = &*self.lock() {
+            standby.terminate();
         }
     }
 
@@ -530,38 +532,40 @@ impl Machine {
     ///
     /// # Errors
     /// The preparation does not give up; the process does not end.
-    pub fn unprepare(&self, deadline: Deadline) -> Result<()> {
+    pub fn discard_standby(&self, deadline: Deadline) -> Result<()> {
         let mut now = self.lock();
-        if let Now::Preparing { run, given_up } = &mut *now {
-            *given_up = true;
-            run.iter().for_each(|run| run.give_up());
+        if let RunState::Preparing { run, cancelled } = &mut *now {
+            *cancelled = true;
+            run.iter().for_each(|run| run.terminate());
         }
-        let goes_on = |now: &mut Now| matches!(now, Now::Preparing { .. });
+        let goes_on = |now: &mut RunState| matches!(now, RunState::Preparing { .. });
         let wait = |now, limit| {
             let waited = self.changed.wait_timeout_while(now, limit, goes_on);
             waited.unwrap_or_else(PoisonError::into_inner)
         };
         let (now, _) = wait(now, deadline.within(GIVING_UP).remaining());
-        if let Now::Preparing { run: Some(run), .. } = &*now {
+        if let RunState::Preparing { run: Some(run), .. } = &*now {
             run.kill();
         }
         let (mut now, late) = wait(now, deadline.remaining());
         if late.timed_out() {
             return Err(deadline.timeout("the preparation to give up"));
         }
-        let Now::Ready(standby) = &*now else { return Ok(()) };
+        let RunState::Ready(standby) = &*now else { return Ok(()) };
         // Until its QEMU has ended, nobody else may use its files.
-        let discarding = Now::Preparing { run: Some(standby.run()), given_up: true };
+        let discarding = RunState::Preparing { run: Some(standby.run()), cancelled: true };
         let standby = now.become_from_off(discarding);
         drop(now);
-        let (next, ended) = match standby.map_or(Ok(()), |standby| standby.let_go(deadline)) {
-            Ok(()) => (Now::Off, Ok(())),
-            Err(NotStarted { error, left, .. }) => (left.map_or(Now::Off, Now::On), Err(error)),
+        let (next, ended) = match standby.map_or(Ok(()), |standby| standby.end(deadline)) {
+            Ok(()) => (RunState::Off, Ok(())),
+            Err(StartError { error, still_running, .. }) => {
+                (still_running.map_or(RunState::Off, RunState::On), Err(error))
+            }
         };
         *self.lock() = next;
         self.changed.notify_all();
         ended?;
-        self.tell_ready();
+        self.report_readiness();
         Ok(())
     }
 
@@ -572,31 +576,31 @@ impl Machine {
     pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
         let run = self.running().ok_or_else(off_already)?;
         run.power_button(deadline)?;
-        *self.lock() = Now::Off;
+        *self.lock() = RunState::Off;
         Ok(())
     }
 
-    /// See [`views::dump_memory`].
+    /// See [`inspection::dump_memory`].
     ///
     /// # Errors
     /// It is off; as there.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         let run = self.running().ok_or_else(off)?;
-        views::dump_memory(&run, &self.files().info.name, path, format, &self.shared.host, deadline)
+        inspection::dump_memory(&run, &self.files().info.name, path, format, &self.shared.host, deadline)
     }
 
-    /// See [`views::screenshot`].
+    /// See [`inspection::screenshot`].
     ///
     /// # Errors
     /// It is off; as there.
     pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
         let run = self.running().ok_or_else(off)?;
-        views::screenshot(&run, path, deadline)
+        inspection::screenshot(&run, path, deadline)
     }
 
     fn running(&self) -> Option<Arc<Run>> {
         match &*self.lock() {
-            Now::On(run) if !run.has_ended() => Some(Arc::clone(run)),
+            RunState::On(run) if !run.has_ended() => Some(Arc::clone(run)),
             _ => None,
         }
     }
@@ -606,23 +610,23 @@ impl Machine {
     /// # Errors
     /// It is on.
     fn set_preparing(&self, deadline: Deadline) -> Result<Option<Box<Standby>>> {
-        self.wait_for_an_end(deadline);
+        self.wait_for_pending_end(deadline);
         let mut now = self.lock();
         match &*now {
-            Now::Off | Now::Ready(_) => {}
-            Now::On(run) if run.has_ended() => {}
+            RunState::Off | RunState::Ready(_) => {}
+            RunState::On(run) if run.has_ended() => {}
             _ => {
                 let on = Error::unexpected_state("the machine is not powered off");
                 return Err(on.advice("It is prepared by itself after its next stop"));
             }
         }
-        Ok(now.become_from_off(Now::Preparing { run: None, given_up: false }))
+        Ok(now.become_from_off(RunState::Preparing { run: None, cancelled: false }))
     }
 
     /// The host hears of the end of a run a moment before it is over.
-    fn wait_for_an_end(&self, deadline: Deadline) {
+    fn wait_for_pending_end(&self, deadline: Deadline) {
         let run = match &*self.lock() {
-            Now::On(run) if run.qmp().is_closed() => Arc::clone(run),
+            RunState::On(run) if run.qmp().is_closed() => Arc::clone(run),
             _ => return,
         };
         run.has_ended_soon(deadline);
@@ -631,39 +635,39 @@ impl Machine {
     /// The preparation is over; tells whether it was given up.
     fn set_prepared(&self, standby: Option<Box<Standby>>, left: Option<Arc<Run>>) -> bool {
         let next = match (standby, left) {
-            (_, Some(left)) => Now::On(left),
-            (Some(standby), None) => Now::Ready(standby),
-            (None, None) => Now::Off,
+            (_, Some(left)) => RunState::On(left),
+            (Some(standby), None) => RunState::Ready(standby),
+            (None, None) => RunState::Off,
         };
         let before = std::mem::replace(&mut *self.lock(), next);
         self.changed.notify_all();
-        matches!(before, Now::Preparing { given_up: true, .. })
+        matches!(before, RunState::Preparing { cancelled: true, .. })
     }
 
     /// What runs for a preparation can be given up.
     fn note_preparing(&self, new: &Arc<Run>) {
-        if let Now::Preparing { run, given_up } = &mut *self.lock() {
+        if let RunState::Preparing { run, cancelled } = &mut *self.lock() {
             *run = Some(Arc::clone(new));
-            if *given_up {
-                new.give_up();
+            if *cancelled {
+                new.terminate();
             }
         }
     }
 
     /// Whether a stop has come while the machine is being prepared.
-    fn is_given_up(&self) -> bool {
-        matches!(&*self.lock(), Now::Preparing { given_up: true, .. })
+    fn is_cancelled(&self) -> bool {
+        matches!(&*self.lock(), RunState::Preparing { cancelled: true, .. })
     }
 
     /// Each statement that holds the lock leaves it whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Now> {
+    fn lock(&self) -> MutexGuard<'_, RunState> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Lets a paused run go on.
-fn let_run(run: Arc<Run>, steps: &mut Steps<'_>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-    run.go_on(deadline).map_err(|error| run.abandon(error, Stage::Run))?;
+fn resume_run(run: Arc<Run>, steps: &mut Steps<'_>, deadline: Deadline) -> Result<Arc<Run>, StartError> {
+    run.resume(deadline).map_err(|error| run.abandon(error, Stage::Run))?;
     steps.done("resume");
     Ok(run)
 }

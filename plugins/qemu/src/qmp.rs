@@ -263,17 +263,17 @@ pub fn wait<T>(
     what: &str,
     pick: impl Fn(&Event) -> Option<T>,
 ) -> Result<T> {
-    wait_telling(events, deadline, what, || (), pick)
+    wait_with_progress(events, deadline, what, || (), pick)
 }
 
 /// How often it is told how far something is.
-const TELLING: Duration = Duration::from_millis(250);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The same; meanwhile `tell` is called now and then.
 ///
 /// # Errors
 /// As [`wait`].
-pub fn wait_telling<T>(
+pub fn wait_with_progress<T>(
     events: &Receiver<Event>,
     deadline: Deadline,
     what: &str,
@@ -281,7 +281,7 @@ pub fn wait_telling<T>(
     pick: impl Fn(&Event) -> Option<T>,
 ) -> Result<T> {
     loop {
-        match events.recv_timeout(TELLING.min(deadline.remaining())) {
+        match events.recv_timeout(PROGRESS_INTERVAL.min(deadline.remaining())) {
             Ok(event) => {
                 if let Some(picked) = pick(&event) {
                     return Ok(picked);

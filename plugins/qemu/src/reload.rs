@@ -24,11 +24,11 @@ impl Qemu {
         self.expect_same(setup, &config)?;
         let make = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared));
         let plan = self.machines.plan(&setup.config, config.machines, in_use, make)?;
-        plan.removed.iter().try_for_each(|machine| machine.expect_off(deadline))?;
+        plan.removed.iter().try_for_each(|machine| machine.ensure_off(deadline))?;
         if plan.machines().iter().any(|machine| machine.is_instant()) {
             self.shared.open_templates()?;
         }
-        if let Err(error) = make_room(&plan, deadline) {
+        if let Err(error) = discard_changed(&plan, deadline) {
             for machine in &plan.removed {
                 self.shared
                     .host
@@ -37,8 +37,8 @@ impl Qemu {
             return Err(error);
         }
         let reloaded = self.machines.commit(plan, deadline)?;
-        self.shared.budget.set_limit(config.standby_memory);
-        self.shared.see_to_templates(&self.machines.all(), config.template_space);
+        self.shared.budget.set_limit(config.standby_memory_limit);
+        self.shared.apply_template_settings(&self.machines.all(), config.instant_space_limit);
         Ok(reloaded)
     }
 
@@ -51,9 +51,9 @@ impl Qemu {
             (file, &["binaries", "qemu_system_x86_64"], shared.program.path(), program),
             (
                 setup.host_config.as_ref(),
-                &["machineries", "qemu", "template_dir"],
-                &shared.template_dir,
-                &config.template_dir,
+                &["machineries", "qemu", "instant_dir"],
+                &shared.instant_dir,
+                &config.instant_dir,
             ),
         ];
         let expect = |(file, key, now, wanted): (_, &[&str], &Path, &Path)| {
@@ -64,11 +64,12 @@ impl Qemu {
 }
 
 /// Ends what stands by for machines that go, and what is left where new ones come.
-fn make_room(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-    plan.removed.iter().for_each(|machine| machine.hurry());
-    let let_go =
-        |machine: &Arc<Machine>| machine.unprepare(deadline).map_err(|error| error.machine(machine.name()));
-    plan.removed.iter().try_for_each(let_go)?;
+fn discard_changed(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
+    plan.removed.iter().for_each(|machine| machine.begin_discard());
+    let end = |machine: &Arc<Machine>| {
+        machine.discard_standby(deadline).map_err(|error| error.machine(machine.name()))
+    };
+    plan.removed.iter().try_for_each(end)?;
     plan.added.iter().for_each(|machine| machine.clear_leftovers());
     Ok(())
 }

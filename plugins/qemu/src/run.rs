@@ -28,7 +28,7 @@ use crate::disk::{self, Overlays};
 use crate::launch::{Start, connect, with_words};
 use crate::process::{End, Handle, Process};
 use crate::progress;
-use crate::qmp::{Event, Qmp, wait, wait_telling};
+use crate::qmp::{Event, Qmp, wait, wait_with_progress};
 use crate::refusal::{self, Refusal};
 use crate::snapshot::{self, Feeder, Format, Snapshot};
 use crate::states::{reason_of_shutdown, state_of_event};
@@ -91,12 +91,12 @@ pub enum Load {
 }
 
 /// A start that failed.
-pub struct NotStarted {
+pub struct StartError {
     pub error: Error,
     /// The stage that failed.
     pub at: Stage,
     /// The run, in the rare case that its QEMU does not end.
-    pub left: Option<Arc<Run>>,
+    pub still_running: Option<Arc<Run>>,
 }
 
 /// The stages of a start.
@@ -110,9 +110,9 @@ pub enum Stage {
     Run,
 }
 
-impl From<Error> for NotStarted {
+impl From<Error> for StartError {
     fn from(error: Error) -> Self {
-        NotStarted { error, at: Stage::Process, left: None }
+        StartError { error, at: Stage::Process, still_running: None }
     }
 }
 
@@ -235,7 +235,7 @@ impl Run {
     ///
     /// # Errors
     /// QEMU does not let it.
-    pub fn go_on(&self, deadline: Deadline) -> Result<()> {
+    pub fn resume(&self, deadline: Deadline) -> Result<()> {
         *self.purpose() = Purpose::Run;
         self.process.begin_step();
         let events = self.qmp.listen();
@@ -317,7 +317,7 @@ impl Run {
         self.qmp.execute(&incoming(uri), deadline)?;
         let reader = if plain { self.process.pid() } else { std::process::id() };
         let tell = || self.host.progress(&self.machine, progress::of(reader, &path));
-        let loaded = wait_telling(&events, deadline, "the snapshot to be loaded", tell, migration_end)
+        let loaded = wait_with_progress(&events, deadline, "the snapshot to be loaded", tell, migration_end)
             .and_then(|outcome| outcome.map_err(Error::failed));
         match loaded {
             Ok(()) => feeder.map_or(Ok(()), |feeder| feeder.finish(true)),
@@ -351,9 +351,9 @@ impl Run {
     }
 
     /// Ends a run whose start failed at that stage, and adds QEMU's own message to the error.
-    pub fn abandon(self: &Arc<Self>, error: Error, at: Stage) -> NotStarted {
+    pub fn abandon(self: &Arc<Self>, error: Error, at: Stage) -> StartError {
         let error = self.end_with_words(error);
-        NotStarted { error, at, left: (!self.has_ended()).then(|| Arc::clone(self)) }
+        StartError { error, at, still_running: (!self.has_ended()).then(|| Arc::clone(self)) }
     }
 
     fn end_with_words(&self, error: Error) -> Error {
@@ -380,13 +380,13 @@ impl Run {
     ///
     /// # Errors
     /// The process does not end.
-    pub fn end(self: &Arc<Self>, deadline: Deadline) -> Result<(), NotStarted> {
-        let left = |error| NotStarted { error, at: Stage::Run, left: Some(Arc::clone(self)) };
+    pub fn end(self: &Arc<Self>, deadline: Deadline) -> Result<(), StartError> {
+        let left = |error| StartError { error, at: Stage::Run, still_running: Some(Arc::clone(self)) };
         self.stop(deadline).map_err(left)
     }
 
     /// Asks the QEMU of a cancelled run to end.
-    pub fn give_up(&self) {
+    pub fn terminate(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.process.terminate();
     }
@@ -401,7 +401,7 @@ impl Run {
         let run = Arc::clone(self);
         let end = move || run.stop(Deadline::after(AFTER_QUIT));
         if std::thread::Builder::new().name("qemu-discard".to_owned()).spawn(end).is_err() {
-            self.give_up();
+            self.terminate();
             self.kill();
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use machinery::{Deadline, Error, Result, Share};
 
-use crate::run::{NotStarted, Run};
+use crate::run::{Run, StartError};
 use crate::template::Identity;
 use machinery_images::FileId;
 
@@ -41,8 +41,8 @@ impl Standby {
     }
 
     /// Asks QEMU to end, without waiting for its end.
-    pub fn give_up(&self) {
-        self.run.give_up();
+    pub fn terminate(&self) {
+        self.run.terminate();
     }
 
     pub fn has_ended(&self) -> bool {
@@ -61,14 +61,14 @@ impl Standby {
     }
 
     /// The run, if it is what a restore would make now. If not, it is let go.
-    pub fn take(mut self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
+    pub fn take(mut self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, StartError> {
         match self.fault(identity) {
             None => {
                 self.taken = true;
                 Ok(Arc::clone(&self.run))
             }
             Some(why) => {
-                self.let_go(deadline)?;
+                self.end(deadline)?;
                 Err(Error::failed(why).into())
             }
         }
@@ -80,7 +80,7 @@ impl Standby {
     }
 
     /// Ends it.
-    pub fn let_go(mut self, deadline: Deadline) -> Result<(), NotStarted> {
+    pub fn end(mut self, deadline: Deadline) -> Result<(), StartError> {
         self.taken = true;
         self.run.end(deadline)
     }

@@ -102,7 +102,7 @@ impl Version {
 }
 
 /// The time that a program has to report its version, or to try something.
-const TELLING: Duration = Duration::from_secs(10);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Runs the program to its end. A program that hangs is killed after a timeout: all machines wait for the
 /// caller.
@@ -117,12 +117,12 @@ pub fn run(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) ->
     // It may have been given up.
     let wait = move || drop(told.send(child.wait_with_output()));
     thread::Builder::new().name("qemu-run".to_owned()).spawn(wait).map_err(failed)?;
-    match output.recv_timeout(TELLING) {
+    match output.recv_timeout(PROGRESS_INTERVAL) {
         Ok(output) => output.map_err(failed),
         Err(_) => {
             // It may have ended just now.
             let _ = pidfd_send_signal(&handle, Signal::KILL);
-            let reason = format!("{} does not end within {TELLING:?}", program.display());
+            let reason = format!("{} does not end within {PROGRESS_INTERVAL:?}", program.display());
             Err(Error::environment(reason).advice("Check that it is QEMU's own binary"))
         }
     }

@@ -17,10 +17,10 @@ use machinery::{Deadline, Error, Readiness, Reloadable, RestoreReadiness, Result
 use super::{INSTANT, Machine};
 use crate::launch::Memory;
 use crate::peers::Rival;
-use crate::run::{Load, NotStarted, Purpose, Run, Stage};
+use crate::run::{Load, Purpose, Run, Stage, StartError};
 use crate::snapshot::{Format, Snapshot};
 use crate::standby::Standby;
-use crate::template::{Build, Identity, NotBuilt, Template, Templates, build, hindrance};
+use crate::template::{Build, BuildError, Identity, Template, Templates, build, unavailable_reason};
 
 /// What a run holds that was restored from a template and is idle, whatever the size of its RAM; measured
 /// with QEMU 7.2 and 10.0. What one really holds is measured when it is there.
@@ -31,7 +31,7 @@ const PACKED: u64 = 3;
 const TRIES: u32 = 3;
 
 /// What a template could not be built from, how often that was tried, and why it failed.
-pub struct Unbuildable {
+pub struct BuildFailures {
     identity: Identity,
     tries: u32,
     why: String,
@@ -44,7 +44,7 @@ const OFF: &str = "instant restores are off (machinery-host.yaml)";
 struct NoTemplate {
     why: String,
     /// What went wrong, where something did.
-    failed: Option<NotStarted>,
+    failed: Option<StartError>,
 }
 
 impl From<String> for NoTemplate {
@@ -65,7 +65,7 @@ impl Machine {
     /// # Errors
     /// The machine is on; what cannot be prepared, or was given up for a stop.
     pub fn prepare(&self, deadline: Deadline) -> Result<()> {
-        self.wait_for_an_end(deadline);
+        self.wait_for_pending_end(deadline);
         let deciding = self.shared.peers.decide();
         let standby = self.set_preparing(deadline)?;
         let rival = self.rival_in_the_way();
@@ -81,16 +81,16 @@ impl Machine {
             Ok(Prepared { standby, ready }) => {
                 self.shared.host.ready(&self.files().info.name, &ready);
                 let has_ended = standby.as_ref().is_some_and(|standby| standby.has_ended());
-                let was_given_up = self.set_prepared(standby, None);
-                if was_given_up || has_ended {
-                    self.tell_ready();
+                let was_cancelled = self.set_prepared(standby, None);
+                if was_cancelled || has_ended {
+                    self.report_readiness();
                 }
-                if was_given_up { Err(given_up()) } else { Ok(()) }
+                if was_cancelled { Err(cancelled()) } else { Ok(()) }
             }
-            Err(NotStarted { error, left, .. }) => {
-                let was_given_up = self.set_prepared(None, left);
-                self.tell_ready();
-                Err(if was_given_up { given_up() } else { error })
+            Err(StartError { error, still_running, .. }) => {
+                let was_cancelled = self.set_prepared(None, still_running);
+                self.report_readiness();
+                Err(if was_cancelled { cancelled() } else { error })
             }
         }
     }
@@ -99,17 +99,17 @@ impl Machine {
         &self,
         mut standby: Option<Box<Standby>>,
         deadline: Deadline,
-    ) -> Result<Prepared, NotStarted> {
+    ) -> Result<Prepared, StartError> {
         let identity = self.identity_now(&mut standby, deadline)?;
         if let Some(standby) = standby {
             if standby.fault(&identity).is_none() {
                 let ready = self.ready_with(&standby);
                 return Ok(Prepared { standby: Some(standby), ready });
             }
-            standby.let_go(deadline)?;
+            standby.end(deadline)?;
         }
         let template = self.template_ahead(&identity, deadline)?;
-        let wanted = match self.files().ahead.standby {
+        let wanted = match self.files().prepare.standby {
             Wanted::Off => false,
             Wanted::On => true,
             Wanted::Auto => template.is_some(),
@@ -141,7 +141,7 @@ impl Machine {
         template: Option<Template>,
         mut share: Share,
         deadline: Deadline,
-    ) -> Result<Standby, NotStarted> {
+    ) -> Result<Standby, StartError> {
         let (memory, load, ram) = match template {
             Some(template) => (Some(template.memory), Load::Devices(template.devices), Some(template.ram)),
             None => (None, Load::Snapshot(self.snapshot()?), None),
@@ -177,7 +177,7 @@ impl Machine {
         &self,
         identity: &Identity,
         deadline: Deadline,
-    ) -> Result<Option<Template>, NotStarted> {
+    ) -> Result<Option<Template>, StartError> {
         let template = match self.why_no_template() {
             Some(why) => Err(NoTemplate::from(why)),
             None => self.found_or_built(identity, deadline),
@@ -208,9 +208,9 @@ impl Machine {
     fn why_no_template(&self) -> Option<String> {
         let Some(templates) = self.templates() else { return Some(OFF.to_owned()) };
         if !templates.fits_into_arguments() {
-            return Some("its template_dir has a comma, quote or backslash in its path".to_owned());
+            return Some("its instant_dir has a comma, quote or backslash in its path".to_owned());
         }
-        hindrance(&self.files().start_args, self.shared.program.version())
+        unavailable_reason(&self.files().start_args, self.shared.program.version())
     }
 
     fn found_or_built(&self, identity: &Identity, deadline: Deadline) -> Result<Template, NoTemplate> {
@@ -226,55 +226,55 @@ impl Machine {
                 let built = self.template(identity);
                 built.ok_or_else(|| "its template was changed as soon as it was built".to_owned().into())
             }
-            Err(NotBuilt::NoRoom(why)) => Err(why.into()),
-            Err(NotBuilt::Failed(failed)) => Err(self.not_built(identity, templates, failed)),
+            Err(BuildError::NoSpace(why)) => Err(why.into()),
+            Err(BuildError::Failed(failed)) => Err(self.not_built(identity, templates, failed)),
         }
     }
 
-    fn not_built(&self, identity: &Identity, templates: &Templates, failed: NotStarted) -> NoTemplate {
-        let NotStarted { error, at, left } = failed;
+    fn not_built(&self, identity: &Identity, templates: &Templates, failed: StartError) -> NoTemplate {
+        let StartError { error, at, still_running } = failed;
         let error = templates.is_full().map_or(error.clone(), |full| error.detail(&full));
         let why = format!("its template could not be built: {}", error.reason());
-        if !self.is_given_up() && at != Stage::Process {
-            self.note_unbuildable(identity, &why);
+        if !self.is_cancelled() && at != Stage::Process {
+            self.note_build_failure(identity, &why);
         }
         let error = error.action("building its template");
-        NoTemplate { why, failed: Some(NotStarted { error, at, left }) }
+        NoTemplate { why, failed: Some(StartError { error, at, still_running }) }
     }
 
     fn not_tried_again(&self, identity: &Identity) -> Option<String> {
-        let unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
+        let build_failures = self.build_failures.lock().unwrap_or_else(PoisonError::into_inner);
         let known =
-            unbuildable.as_ref().filter(|known| known.identity == *identity && known.tries >= TRIES)?;
+            build_failures.as_ref().filter(|known| known.identity == *identity && known.tries >= TRIES)?;
         Some(format!("tried {} times: {}", known.tries, known.why))
     }
 
     /// Drops a template that cannot be loaded; after a few failures no further one is built. A start that
     /// failed for another reason, such as a port that is in use, keeps its template.
-    pub fn template_failed(&self, identity: &Identity, failed: &NotStarted) {
-        if !self.is_given_up() && failed.left.is_none() && self.is_of_template(failed) {
+    pub fn template_failed(&self, identity: &Identity, failed: &StartError) {
+        if !self.is_cancelled() && failed.still_running.is_none() && self.is_of_template(failed) {
             let why = format!("its template could not be loaded: {}", failed.error.reason());
-            self.note_unbuildable(identity, &why);
+            self.note_build_failure(identity, &why);
             self.drop_template(&why);
         }
     }
 
     /// Whether loading failed, or QEMU reports an error about the template's own file.
-    fn is_of_template(&self, failed: &NotStarted) -> bool {
+    fn is_of_template(&self, failed: &StartError) -> bool {
         let ram = self.templates().map(|all| all.ram(&self.files().info.name).display().to_string());
         failed.at == Stage::Load || ram.is_some_and(|ram| failed.error.reason().contains(&ram))
     }
 
     /// Forgets the template's failures after a restore that worked.
     pub fn forget_failures(&self) {
-        *self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.build_failures.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn note_unbuildable(&self, identity: &Identity, why: &str) {
-        let mut unbuildable = self.unbuildable.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = unbuildable.take().filter(|known| known.identity == *identity);
+    fn note_build_failure(&self, identity: &Identity, why: &str) {
+        let mut build_failures = self.build_failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = build_failures.take().filter(|known| known.identity == *identity);
         let tries = before.map_or(0, |known| known.tries) + 1;
-        *unbuildable = Some(Unbuildable { identity: identity.clone(), tries, why: why.to_owned() });
+        *build_failures = Some(BuildFailures { identity: identity.clone(), tries, why: why.to_owned() });
     }
 
     /// The machine's template, if it has one that fits. One that does not is dropped.
@@ -298,17 +298,17 @@ impl Machine {
         if let Err(error) = dropped {
             tracing::warn!(machine = self.files().info.name, %error, "a template of no use stays behind");
         }
-        self.tell_ready();
+        self.report_readiness();
     }
 
     /// Reports to the host why there is no standby any more.
-    pub fn tell_why_plain(&self, why: String) {
+    pub fn report_standby_lost(&self, why: String) {
         self.set_without_standby(|ready| ready.reason = why);
-        self.tell_ready();
+        self.report_readiness();
     }
 
     /// Tells the host how ready the machine is, with nothing that stands by.
-    pub fn tell_ready(&self) {
+    pub fn report_readiness(&self) {
         self.shared.host.ready(&self.files().info.name, &self.without_standby());
     }
 
@@ -333,7 +333,7 @@ impl Build for Machine {
         memory: Option<Memory>,
         load: Load,
         deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
+    ) -> Result<Arc<Run>, StartError> {
         self.goes_on()?;
         self.paused(disk, memory, load, Purpose::Preparation, &mut self.steps(), deadline)
     }
@@ -347,7 +347,7 @@ impl Build for Machine {
     }
 
     fn goes_on(&self) -> Result<()> {
-        if self.is_given_up() { Err(given_up()) } else { Ok(()) }
+        if self.is_cancelled() { Err(cancelled()) } else { Ok(()) }
     }
 
     fn opens_for_writing(&self) -> bool {
@@ -355,6 +355,6 @@ impl Build for Machine {
     }
 }
 
-fn given_up() -> Error {
+fn cancelled() -> Error {
     Error::failed("the preparation was given up, because something else is to be done with the machine")
 }

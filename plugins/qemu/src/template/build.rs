@@ -24,7 +24,7 @@ use rustix::io::Errno;
 use super::{DEVICES, DISK, Identity, RAM, RECORD, Record, Templates, UNFINISHED, checksum, remove};
 use crate::launch::{Memory, Sharing};
 use crate::process::bytes_of;
-use crate::run::{Load, NotStarted, Run, Stage};
+use crate::run::{Load, Run, Stage, StartError};
 use crate::snapshot::{Format, Snapshot};
 use machinery_images::FileId;
 
@@ -41,7 +41,7 @@ pub trait Build {
         memory: Option<Memory>,
         load: Load,
         deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted>;
+    ) -> Result<Arc<Run>, StartError>;
 
     /// What the machine is made from now.
     ///
@@ -69,44 +69,44 @@ pub trait Build {
 const QUESTION: Duration = Duration::from_secs(60);
 
 /// Why there is no template.
-pub enum NotBuilt {
+pub enum BuildError {
     /// There is no room for it now.
-    NoRoom(String),
+    NoSpace(String),
     /// It was tried, and failed.
-    Failed(NotStarted),
+    Failed(StartError),
 }
 
-impl From<NotStarted> for NotBuilt {
-    fn from(why: NotStarted) -> Self {
-        NotBuilt::Failed(why)
+impl From<StartError> for BuildError {
+    fn from(why: StartError) -> Self {
+        BuildError::Failed(why)
     }
 }
 
-impl From<Error> for NotBuilt {
+impl From<Error> for BuildError {
     fn from(error: Error) -> Self {
-        // This error is not one of the process: such an error is a `NotStarted` already.
-        NotBuilt::Failed(NotStarted { error, at: Stage::Run, left: None })
+        // This error is not one of the process: such an error is a `StartError` already.
+        BuildError::Failed(StartError { error, at: Stage::Run, still_running: None })
     }
 }
 
 /// Builds the machine's template. One that it has is replaced.
 ///
 /// # Errors
-/// See [`NotBuilt`]; nothing of it is left then.
+/// See [`BuildError`]; nothing of it is left then.
 pub fn build(
     templates: &Templates,
     machine: &str,
     build: &dyn Build,
     deadline: Deadline,
-) -> Result<(), NotBuilt> {
+) -> Result<(), BuildError> {
     let identity = build.identity()?;
     templates.remove(machine)?;
     let unfinished = templates.begin(machine)?;
     let (block, size) = ask_for_ram(build, &unfinished.disk(), deadline)?;
     let snapshot = build.snapshot()?;
     let needed = likely_size(&snapshot, &identity, size);
-    let _room = templates.reserve_room(needed).map_err(NotBuilt::NoRoom)?;
-    lacks_memory(size).map_or(Ok(()), |why| Err(NotBuilt::NoRoom(why)))?;
+    let _room = templates.reserve_space(needed).map_err(BuildError::NoSpace)?;
+    lacks_memory(size).map_or(Ok(()), |why| Err(BuildError::NoSpace(why)))?;
     let ram = file_in_memory()?;
     let file = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), ram.as_raw_fd()));
     let memory = Memory { file, size, block: block.clone(), sharing: Sharing::Written };
@@ -143,7 +143,7 @@ fn lacks_memory(needed: u64) -> Option<String> {
 }
 
 /// QEMU's name for the machine's RAM, and its size in bytes.
-fn ask_for_ram(build: &dyn Build, disk: &Path, deadline: Deadline) -> Result<(String, u64), NotBuilt> {
+fn ask_for_ram(build: &dyn Build, disk: &Path, deadline: Deadline) -> Result<(String, u64), BuildError> {
     let deadline = deadline.within(QUESTION);
     let run = build.start(disk, None, Load::Nothing, deadline)?;
     let told = ram_of(&run, deadline);
@@ -330,7 +330,7 @@ mod tests {
         assert!(original == copy, "the copy is another");
         assert!(fs::metadata(&path).unwrap().blocks() * 512 <= 16 * PAGE as u64);
         fs::remove_file(&path).unwrap();
-        let given_up = copy_what_is_not_zero(&memory, &path, &|| Err(Error::failed("given up")));
-        assert!(given_up.unwrap_err().to_string().contains("given up"));
+        let cancelled = copy_what_is_not_zero(&memory, &path, &|| Err(Error::failed("given up")));
+        assert!(cancelled.unwrap_err().to_string().contains("given up"));
     }
 }

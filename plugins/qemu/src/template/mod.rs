@@ -5,11 +5,11 @@
 //! a restore loads. QEMU's migration capability `x-ignore-shared` makes and reads that form.
 //!
 //! ```text
-//! <template_dir>/<machine>.template/ram           as large as the guest's RAM, sparse where that is zero
+//! <instant_dir>/<machine>.template/ram           as large as the guest's RAM, sparse where that is zero
 //!                                   devices       a migration stream without RAM
 //!                                   record.json   what it was made from, and how its files were then
-//! <template_dir>/<machine>.unfinished/            one that is being built; renamed when it is whole
-//! <template_dir>/templates.lock                   held by the host whose templates they are
+//! <instant_dir>/<machine>.unfinished/            one that is being built; renamed when it is whole
+//! <instant_dir>/templates.lock                   held by the host whose templates they are
 //!
 //! (none) ── build ──▶ unfinished ── fsync, rename ──▶ whole ──▶ used, again and again
 //!                       │ failure                        │ anything it was made from has changed, a file
@@ -24,12 +24,12 @@
 //! used. Without a template a machine is restored plainly.
 
 mod build;
-mod hindrance;
 mod identity;
+mod unavailable_reason;
 
-pub use build::{Build, NotBuilt, build};
-pub use hindrance::hindrance;
+pub use build::{Build, BuildError, build};
 pub use identity::Identity;
+pub use unavailable_reason::unavailable_reason;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
@@ -115,7 +115,7 @@ impl Templates {
         let lock = File::create(dir.join("templates.lock")).map_err(failed)?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             let reason = format!("another host keeps its templates in {}", dir.display());
-            return Err(Error::environment(reason).advice("Give each host a template_dir of its own"));
+            return Err(Error::environment(reason).advice("Give each host a instant_dir of its own"));
         }
         dir.read_dir().map_err(failed)?;
         let (space, reserved) = (Mutex::new(None), Arc::default());
@@ -207,24 +207,24 @@ impl Templates {
     ///
     /// # Errors
     /// There is none; the text says how much there is.
-    fn reserve_room(&self, needed: u64) -> Result<Room, String> {
+    fn reserve_space(&self, needed: u64) -> Result<SpaceReservation, String> {
         let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.lacks_room(needed, *reserved) {
+        match self.lacks_space(needed, *reserved) {
             Some(why) => Err(why),
             None => {
                 *reserved += needed;
-                Ok(Room { reserved: Arc::clone(&self.reserved), bytes: needed })
+                Ok(SpaceReservation { reserved: Arc::clone(&self.reserved), bytes: needed })
             }
         }
     }
 
-    fn lacks_room(&self, needed: u64, reserved: u64) -> Option<String> {
+    fn lacks_space(&self, needed: u64, reserved: u64) -> Option<String> {
         let taken = self.used().saturating_add(reserved);
         if let Some(space) = self.space()
             && taken.saturating_add(needed) > space
         {
             return Some(format!(
-                "its template would take up to {}, and {} of the {} for templates are taken (template_space)",
+                "its template would take up to {}, and {} of the {} for templates are taken (instant_space_limit)",
                 format_bytes(needed),
                 format_bytes(taken),
                 format_bytes(space)
@@ -234,7 +234,7 @@ impl Templates {
         (needed.saturating_add(reserve) > free).then(|| {
             format!(
                 "its template would take up to {}, and only {} are free in {}, of which {} are to stay free. Free some, \
-                 or set template_dir and template_space",
+                 or set instant_dir and instant_space_limit",
                 format_bytes(needed),
                 format_bytes(free),
                 self.dir.display(),
@@ -266,12 +266,12 @@ impl Templates {
 }
 
 /// Room that is kept for a template that is being built, until this is dropped.
-pub struct Room {
+pub struct SpaceReservation {
     reserved: Arc<Mutex<u64>>,
     bytes: u64,
 }
 
-impl Drop for Room {
+impl Drop for SpaceReservation {
     fn drop(&mut self) {
         *self.reserved.lock().unwrap_or_else(PoisonError::into_inner) -= self.bytes;
     }
@@ -378,8 +378,8 @@ mod tests {
     #[test]
     fn room_is_looked_for_before() {
         let Made { templates, folder: _folder, .. } = made();
-        let refused = |templates: &Templates, needed| templates.reserve_room(needed).err();
-        let room = templates.reserve_room(800 << 20).unwrap();
+        let refused = |templates: &Templates, needed| templates.reserve_space(needed).err();
+        let room = templates.reserve_space(800 << 20).unwrap();
         // What others are about to write counts too.
         assert!(refused(&templates, 800 << 20).unwrap().contains("of the 1 GiB for templates"));
         drop(room);

@@ -28,7 +28,7 @@ const LOCKED: [&str; 3] = ["mem-lock=on", "mem-lock=on-fault", "mlock=on"];
 
 /// Why it cannot, if it cannot. Sources: QEMU's migration/ram.c (`x-ignore-shared`, since 4.0),
 /// hw/core/machine.c (`memory-backend`, since 5.0), softmmu/physmem.c (`ram_block_discard_range`).
-pub fn hindrance(args: &StartArgs, version: Version) -> Option<String> {
+pub fn unavailable_reason(args: &StartArgs, version: Version) -> Option<String> {
     if !version.has_memory_backends() {
         return Some(format!(
             "QEMU {version} cannot map a guest's RAM from a file and load the rest: QEMU 5.0 and newer can"
@@ -93,7 +93,7 @@ mod tests {
 
     fn why(args: &[&str], version: Version) -> Option<String> {
         let args = ["-drive", "file=%DISPOSABLE_DISK_PATH%"].iter().chain(args).map(|arg| (*arg).to_owned());
-        hindrance(&StartArgs::from_args(args), version)
+        unavailable_reason(&StartArgs::from_args(args), version)
     }
 
     #[test]
