@@ -22,7 +22,7 @@ const LITTLE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
 /// Looks at everything.
 pub fn check(setup: &Setup, report: &mut Report) {
     let mut problems = Vec::new();
-    let config = Config::read_noting(setup, &mut problems);
+    let config = Config::read_collecting(setup, &mut problems);
     problems.iter().for_each(|problem| report.problem(problem));
     let Some(config) = config else { return };
     let program = config.binaries.qemu_system_x86_64.display();

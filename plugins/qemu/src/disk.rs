@@ -170,7 +170,7 @@ fn create(
     deadline.check("qemu-img to make the overlay")?;
     let (program, image) = (qemu_img.display(), image.path.display());
     Err(Error::failed(format!("{program} cannot make an overlay of {image} at {}", path.display()))
-        .detail(end.words())
+        .detail(end.output())
         .advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
 }
 

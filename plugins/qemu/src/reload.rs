@@ -1,24 +1,29 @@
 //! A new configuration while machines run.
 //!
-//! All that can be refused is refused first, while nothing has changed. Then what stands by for machines
-//! that change or go is ended, which a new machine may need the disk, the ports or the memory of; then
-//! what a host that died may have left of the new ones; then there are new machines.
+//! ```text
+//! read, validate ─▶ changed machines are off ─▶ discard their standbys ─▶ clear leftovers of new ones ─▶ commit
+//! ```
+//!
+//! Every refusal comes before the first change. The standbys of changed and removed machines are discarded
+//! next, because a new machine may need their disk, ports or memory.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Error, ReloadPlan, Reloadable, Reloaded, Result, Setup, expect_unchanged};
+use machinery::{Deadline, Error, ReloadPlan, Reloaded, Result, Setup, expect_unchanged};
 
 use crate::Qemu;
 use crate::config::Config;
 use crate::machine::Machine;
+use crate::peers::Peer;
 
 impl Qemu {
-    /// Takes over a new configuration.
+    /// Applies a new configuration.
     ///
     /// # Errors
-    /// It is wrong, or asks for what only a start can do; a machine that is not in use is on all the same; what
-    /// stands by cannot be ended. The machines are as they were then, but may have to be prepared again.
+    /// The configuration is wrong, or changes a value that only a start of the host can change. A machine that
+    /// is not in use is on. A standby cannot be ended. The machines are unchanged then, but may have to be
+    /// prepared again.
     pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let config = Config::read(setup)?;
         self.expect_same(setup, &config)?;
@@ -32,17 +37,17 @@ impl Qemu {
             for machine in &plan.removed {
                 self.shared
                     .host
-                    .preparation_invalidated(machine.name(), "a new configuration could not be taken over");
+                    .preparation_invalidated(machine.name(), "a new configuration could not be applied");
             }
             return Err(error);
         }
         let reloaded = self.machines.commit(plan, deadline)?;
         self.shared.budget.set_limit(config.standby_memory_limit);
-        self.shared.apply_template_settings(&self.machines.all(), config.instant_space_limit);
+        self.apply_template_settings(config.instant_space_limit);
         Ok(reloaded)
     }
 
-    /// Expects that what all machines share is as it was.
+    /// Checks that the values which all machines share are unchanged.
     fn expect_same(&self, setup: &Setup, config: &Config) -> Result<()> {
         let (shared, binaries, file) = (&self.shared, &config.binaries, Some(&setup.config));
         let program = &binaries.qemu_system_x86_64;
@@ -63,13 +68,13 @@ impl Qemu {
     }
 }
 
-/// Ends what stands by for machines that go, and what is left where new ones come.
+/// Discards the standbys of changed and removed machines, and clears leftovers of new ones.
 fn discard_changed(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-    plan.removed.iter().for_each(|machine| machine.begin_discard());
-    let end = |machine: &Arc<Machine>| {
+    plan.removed.iter().for_each(|machine| machine.terminate_standby());
+    let discard = |machine: &Arc<Machine>| {
         machine.discard_standby(deadline).map_err(|error| error.machine(machine.name()))
     };
-    plan.removed.iter().try_for_each(end)?;
+    plan.removed.iter().try_for_each(discard)?;
     plan.added.iter().for_each(|machine| machine.clear_leftovers());
     Ok(())
 }
