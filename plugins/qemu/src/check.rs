@@ -25,6 +25,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
     let config = Config::read_collecting(setup, &mut problems);
     problems.iter().for_each(|problem| report.problem(problem));
     let Some(config) = config else { return };
+    config.warnings.iter().for_each(|warning| report.warning(warning));
     let program = config.binaries.qemu_system_x86_64.display();
     let sound = config.machines.iter().filter(|machine| faults(machine).is_empty());
     report.good(format!(

@@ -19,12 +19,12 @@ pub use validator::expect_writable;
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::Configured;
+use machinery::config::{ConfigFile, Configured, renamed_keys};
 use machinery::{Error, Result, Setup};
 
 use crate::version::Version;
 use keys::{Binaries, OwnKeys, QemuFile};
-use section::Section;
+use section::{RENAMED, Section};
 use validator::Validator;
 
 /// The whole configuration, checked.
@@ -37,6 +37,8 @@ pub struct Config {
     /// The limit for all standbys together, in bytes.
     pub standby_memory_limit: Option<u64>,
     pub machines: Vec<MachineFiles>,
+    /// Warnings about keys that were renamed.
+    pub warnings: Vec<String>,
 }
 
 impl Config {
@@ -81,14 +83,19 @@ impl Config {
             instant_space_limit: section.instant_space_limit,
             standby_memory_limit: section.standby_memory_limit,
             machines,
+            warnings: setup.host_config.as_ref().map_or_else(Vec::new, renamed),
         })
     }
+}
+
+/// Returns a warning for each renamed key of this machinery's section.
+fn renamed(host_config: &ConfigFile) -> Vec<String> {
+    renamed_keys(host_config, &["machineries", "qemu"], &RENAMED)
 }
 
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use machinery::config::ConfigFile;
     use std::fs;
 
     /// Creates a machine whose files are in that folder: `disk.qcow2`, `snapshot`, `machineinfo.json`.
@@ -121,5 +128,28 @@ pub mod tests {
         let files = validator.machine(machine, "lo", None, &Section::default());
         assert_eq!(problems, []);
         files.unwrap()
+    }
+    fn host_config(section: &str) -> ConfigFile {
+        let text = format!("machineries:\n  qemu:\n    {section}\n");
+        ConfigFile { path: "/c/machinery-host.yaml".into(), text }
+    }
+
+    #[test]
+    fn section_reads_each_renamed_key_with_a_warning() {
+        for ((old, new), value) in RENAMED.into_iter().zip(["/t", "2 GiB", "3 GiB"]) {
+            let read = |key: &str| {
+                let file = host_config(&format!("{key}: {value}"));
+                let section: Section = file.parse_at(&["machineries", "qemu"]).unwrap().unwrap();
+                (format!("{section:?}"), renamed(&file))
+            };
+            let (before, warnings) = read(old);
+            let (after, none) = read(new);
+            assert_eq!(before, after, "{old}");
+            assert_ne!(before, format!("{:?}", Section::default()), "{old}");
+            let [warning] = &warnings[..] else { panic!("one warning: {warnings:?}") };
+            assert!(warning.contains(old) && warning.contains(&format!("`{new}`")), "{warning}");
+            assert!(warning.starts_with("/c/machinery-host.yaml:3: "), "{warning}");
+            assert_eq!(none, [""; 0]);
+        }
     }
 }

@@ -87,6 +87,7 @@ impl Machinery for Qemu {
 
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let config = Config::read(setup)?;
+        config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shared = Arc::new(Shared {
             qemu_img: config.binaries.qemu_img,
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,

@@ -7,10 +7,18 @@ use machinery::config::null_as_default;
 use machinery::{Standby, parse_bytes};
 use serde::Deserialize;
 
+/// Keys that were renamed, with their new names. The old names are accepted for one release.
+pub const RENAMED: [(&str, &str); 3] = [
+    ("template_dir", "instant_dir"),
+    ("template_space", "instant_space_limit"),
+    ("standby_memory", "standby_memory_limit"),
+];
+
 /// This machinery's section of `machinery-host.yaml`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Section {
+    /// Keeps the overlays after a stop, for inspection.
     pub keep_disposable_disks: bool,
     instant: InstantMode,
     /// The folder of the templates; by default in the plugin's cache folder.
@@ -33,6 +41,8 @@ pub enum InstantMode {
     /// Restores are instant where that is possible.
     #[default]
     Auto,
+    /// As `Auto`: a template has no disadvantage for which a machine would be left out.
+    On,
     /// Each restore reads the whole snapshot.
     Off,
 }
@@ -57,7 +67,7 @@ impl Section {
     /// Returns the options of a machine: its own, else those of all machines.
     pub fn prepare_options(&self, machine: &str) -> PrepareOptions {
         let own = self.machines.get(machine).copied().unwrap_or_default();
-        let instant = own.instant.unwrap_or(self.instant) == InstantMode::Auto;
+        let instant = own.instant.unwrap_or(self.instant) != InstantMode::Off;
         PrepareOptions { instant, standby: own.standby.unwrap_or(self.standby) }
     }
 }
