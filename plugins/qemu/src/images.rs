@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn image_is_found_and_replaced_in_every_spelling() {
+    fn image_is_found_and_replaced_in_each_spelling() {
         let json = r#"{"driver":"raw","node-name":"d","file":{"driver":"file","filename":"/d/x,y"}}"#;
         let json_after = r#"{"driver":"qcow2","file":{"driver":"file","filename":"/o/0"},"node-name":"d"}"#;
         for (option, value, format, after) in [
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_opened_when_there_is_no_medium_or_only_output() {
+    fn arguments_open_no_file_when_there_is_no_medium_or_only_output() {
         for args in [
             ["-drive", "if=none,id=cdrom,readonly=on"],
             ["-drive", "driver=null-co,size=1M,if=ide"],
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_cannot_be_replaced_is_named_with_its_argument() {
+    fn shared_write_is_named_with_its_argument_when_no_overlay_can_replace_it() {
         for (args, what) in [
             (["-drive", "file=/dev/sdb,format=raw"], "the device /dev/sdb"),
             (["-hda", "/dev/vg/win10"], "the device /dev/vg/win10"),
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn images_in_a_file_of_options_are_shared() {
+    fn image_is_a_shared_write_when_it_is_in_a_file_of_options() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("q.cfg");
         let shared = |text: &str| {

@@ -34,7 +34,7 @@ pub struct Start<'a> {
     pub socket: &'a Path,
     /// The guest's RAM, if it is a file of the plugin.
     pub memory: Option<Memory>,
-    /// Whether something will be loaded before the guest runs.
+    /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
 }
 

@@ -30,7 +30,7 @@ pub struct Process {
 pub struct Handle {
     pid: u32,
     pidfd: OwnedFd,
-    /// Whether this plugin has ended the process.
+    /// True if this plugin has ended the process.
     ended: AtomicBool,
     stderr: Stderr,
 }
@@ -163,11 +163,11 @@ impl Process {
     }
 }
 
-/// How a process ended.
+/// The end of a process: its exit status and its output.
 #[derive(Debug, Clone)]
 pub struct End {
     status: Option<ExitStatus>,
-    /// Whether this plugin ended the process.
+    /// True if this plugin ended the process.
     by_plugin: bool,
     /// The output of the last step.
     output: String,

@@ -60,13 +60,13 @@ pub struct Run {
     /// The end of the process, once it has ended.
     end: Mutex<Option<End>>,
     ended: Condvar,
-    /// Whether this plugin ends the run.
+    /// True if this plugin ends the run.
     stopping: AtomicBool,
     /// QEMU's reason for a shutdown of the machine.
     shutdown: Mutex<Option<String>>,
-    /// Whether the guest has ever run.
+    /// True if the guest has ever run.
     has_run: AtomicBool,
-    /// Whether the guest was resumed. Earlier states are steps of the start and not reported.
+    /// True if the guest was resumed. Earlier states are steps of the start and not reported.
     started: AtomicBool,
     purpose: Mutex<Purpose>,
     /// The time of QEMU's last event, if that event was that the guest runs.

@@ -21,7 +21,7 @@ pub struct Standby {
     ram: Option<FileId>,
     /// The standby's share of the memory budget.
     share: Share,
-    /// Whether the run was taken or ended. Otherwise it is ended with the value.
+    /// True if the run was taken or ended. Otherwise it is ended with the value.
     taken: bool,
 }
 

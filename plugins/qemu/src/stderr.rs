@@ -15,8 +15,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{ioctl_fionbio, retry_on_intr};
 
 /// The number of last lines that are kept, and the maximum size of each, in bytes.
-const LINES: usize = 6;
-const LINE: usize = 300;
+const MAX_LINES: usize = 6;
+const MAX_LINE: usize = 300;
 /// The capacity of a pipe, in bytes. Source: pipe(7).
 const PIPE: usize = 64 * 1024;
 
@@ -103,7 +103,7 @@ impl Reader {
         match byte {
             b'\n' => self.end_line(),
             // The rest of a line that is too long is dropped.
-            _ if self.unfinished.len() >= LINE => {}
+            _ if self.unfinished.len() >= MAX_LINE => {}
             _ => self.unfinished.push(byte),
         }
     }
@@ -134,7 +134,7 @@ struct LastLines {
 impl LastLines {
     fn add(&mut self, line: String) {
         let lines = if is_own(&line) && !is_warning(&line) { &mut self.own } else { &mut self.others };
-        if lines.len() == LINES {
+        if lines.len() == MAX_LINES {
             lines.pop_front();
         }
         lines.push_back(line);

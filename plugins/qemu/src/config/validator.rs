@@ -42,7 +42,7 @@ impl Validator<'_> {
         if let Some(dir) = section.instant_dir.as_ref().filter(|dir| !dir.is_absolute()) {
             let reason = format!("{} is not an absolute path", dir.display());
             let error = host.error(&["machineries", "qemu", "instant_dir"], reason);
-            self.problems.push(error.advice("Write the path from / on: the host has no folder of its own"));
+            self.problems.push(error.advice("Write an absolute path: the host has no folder of its own"));
         }
     }
 
@@ -142,11 +142,7 @@ impl Validator<'_> {
         for (name, path) in own.paths() {
             if !Path::new(path).is_absolute() {
                 let reason = format!("{path} is not an absolute path");
-                self.problem(
-                    &key(name),
-                    reason,
-                    "Write the path from / on: the host has no folder of its own",
-                );
+                self.problem(&key(name), reason, "Write an absolute path: the host has no folder of its own");
             }
         }
         let folder = disposables.or(Path::new(&own.qcow2_path).parent()).unwrap_or(Path::new("/"));

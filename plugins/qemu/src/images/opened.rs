@@ -19,9 +19,9 @@ pub struct Opened {
     pub images: Vec<Image>,
     pub sources: Vec<Source>,
     pub shared: Vec<SharedWrite>,
-    /// Whether the placeholder is an image's path, and not only part of a name.
+    /// True if the placeholder is an image's path, and not only part of a name.
     pub has_placeholder: bool,
-    /// Paths that are given without a `/` at their beginning.
+    /// Paths that are written without a `/` at their beginning.
     pub relative: Vec<PathBuf>,
     /// The folder in which QEMU runs, where relative paths start.
     folder: PathBuf,
@@ -48,7 +48,7 @@ struct Node<'a> {
     given: GivenOption<'a>,
     name: String,
     is_read_only: bool,
-    found: NodeContent,
+    content: NodeContent,
 }
 
 impl Opened {
@@ -95,9 +95,9 @@ impl Opened {
         let GivenOption { name, value, .. } = given;
         match name {
             "drive" => self.drive(given, &Options::parse(value, "")),
-            "cdrom" => self.found(named(value), given, true),
+            "cdrom" => self.add(named(value), given, true),
             "readconfig" => self.read_config(given),
-            name if PATHS.contains(&name) => self.found(named(value), given, false),
+            name if PATHS.contains(&name) => self.add(named(value), given, false),
             _ => {
                 self.sources.extend(files_read_by(name, value));
                 self.shared.extend(shared_writes_of(name, value).map(|what| given.shared(what)));
@@ -108,11 +108,12 @@ impl Opened {
     fn drive(&mut self, given: GivenOption<'_>, options: &Options) {
         let is_read_only = ["readonly", "read-only", "snapshot"].iter().any(|key| options.is_on(key))
             || options.get("media") == Some("cdrom");
-        self.found(content(options, "", Spelling::Drive), given, is_read_only);
+        self.add(content(options, "", Spelling::Drive), given, is_read_only);
     }
 
-    fn found(&mut self, found: NodeContent, given: GivenOption<'_>, is_read_only: bool) {
-        match found {
+    /// Adds the content of a node.
+    fn add(&mut self, content: NodeContent, given: GivenOption<'_>, is_read_only: bool) {
+        match content {
             NodeContent::Nothing | NodeContent::Node { .. } => {}
             NodeContent::Placeholder => self.has_placeholder = true,
             NodeContent::File { source, .. } if is_read_only => self.sources.push(source),
@@ -130,9 +131,9 @@ impl Opened {
         let mut users = all.iter().filter(|user| user.is_on(&node.name)).peekable();
         let is_used = users.peek().is_some();
         let has_format =
-            users.clone().any(|user| matches!(user.found, NodeContent::Node { format: Some(_), .. }));
+            users.clone().any(|user| matches!(user.content, NodeContent::Node { format: Some(_), .. }));
         let is_read_only = node.is_read_only || is_used && users.all(|user| user.is_read_only);
-        match &node.found {
+        match &node.content {
             NodeContent::Node { name, format: Some(format), unfit } => {
                 let file = all.iter().find(|file| file.name == *name);
                 if let Some((file, source)) = file.and_then(|file| Some((file, file.plain()?))) {
@@ -141,7 +142,7 @@ impl Opened {
                 }
             }
             NodeContent::File { .. } if has_format && node.plain().is_some() => {}
-            found => self.found(found.clone(), node.given, is_read_only),
+            content => self.add(content.clone(), node.given, is_read_only),
         }
     }
 
@@ -208,17 +209,17 @@ impl<'a> Node<'a> {
             given,
             name: options.get("node-name").unwrap_or_default().to_owned(),
             is_read_only: options.is_on("read-only"),
-            found: content(&options, "", Spelling::Blockdev),
+            content: content(&options, "", Spelling::Blockdev),
         }
     }
 
     fn is_on(&self, node: &str) -> bool {
-        matches!(&self.found, NodeContent::Node { name, .. } if name == node)
+        matches!(&self.content, NodeContent::Node { name, .. } if name == node)
     }
 
     /// Returns the file, if the node is a file and nothing more.
     fn plain(&self) -> Option<&Source> {
-        match &self.found {
+        match &self.content {
             NodeContent::File { source, edits } if matches!(edits[..], [Edit::Wrap(_)]) => Some(source),
             _ => None,
         }

@@ -17,7 +17,7 @@ use crate::steps::Steps;
 /// preparation cannot end these steps earlier.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// How a run is started.
+/// The options of a start.
 pub(super) struct StartOptions<'a> {
     /// The path of the first overlay.
     pub first_overlay: &'a Path,
