@@ -304,7 +304,7 @@ fn a_disk_where_a_disposable_disk_goes_is_told_and_kept() {
 fn a_qemu_that_is_too_old_or_none_is_told() {
     for (version, told) in [
         ("2.10.1", "is QEMU 2.10.1, and 2.11.0 is the oldest that works"),
-        ("unknown", "does not tell a version: QEMU emulator version unknown"),
+        ("unknown", "does not report a version: QEMU emulator version unknown"),
     ] {
         let lab = lab(&["m"]);
         lab.fake_qemu(version, "exit 1").unwrap();
@@ -437,7 +437,7 @@ fn check_and_list_warn_when_a_file_that_arguments_name_is_missing() {
     let host = lab.host().unwrap();
     let listed = host.client().unwrap().machine("m").unwrap()["warnings"].to_string();
     for said in [&check.stdout, &listed] {
-        assert!(said.contains(&missing) && said.contains("Write the path from / on"), "{said}");
+        assert!(said.contains(&missing) && said.contains("Write an absolute path"), "{said}");
     }
     fs::write(lab.folder("m").dir.join("tools.iso"), "iso").unwrap();
     assert!(!lab.run(&["check"]).unwrap().stdout.contains("does not exist"));

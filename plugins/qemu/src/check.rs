@@ -1,4 +1,4 @@
-//! What `check` looks at beyond the configuration: disks, space, KVM.
+//! The command `check`: the configuration, and beyond it disks, space, and KVM.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,23 +14,25 @@ use crate::images::PLACEHOLDER;
 use crate::needs;
 use crate::resources::Resource;
 use crate::snapshot::Snapshot;
-use crate::template::hindrance;
+use crate::template::unavailable_reason;
 
-/// Less room for disposable disks than this is worth a word: a Windows guest soon writes that much.
-const LITTLE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
+/// The free space for disposable disks, in bytes, below which `check` warns: a Windows guest soon writes that
+/// much.
+const MIN_FREE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
 
-/// Looks at everything.
+/// Checks the configuration and the environment.
 pub fn check(setup: &Setup, report: &mut Report) {
     let mut problems = Vec::new();
-    let config = Config::read_noting(setup, &mut problems);
+    let config = Config::read_collecting(setup, &mut problems);
     problems.iter().for_each(|problem| report.problem(problem));
     let Some(config) = config else { return };
+    config.warnings.iter().for_each(|warning| report.warning(warning));
     let program = config.binaries.qemu_system_x86_64.display();
-    let sound = config.machines.iter().filter(|machine| faults(machine).is_empty());
+    let usable = config.machines.iter().filter(|machine| faults(machine).is_empty());
     report.good(format!(
         "qemu: QEMU {} at {program}, {} of {} machines are in order",
         config.version,
-        sound.count(),
+        usable.count(),
         config.machines.len()
     ));
     if config.machines.is_empty() && problems.is_empty() {
@@ -39,17 +41,17 @@ pub fn check(setup: &Setup, report: &mut Report) {
         );
     }
     for machine in &config.machines {
-        look_at(machine, &config, &setup.config, report);
+        check_machine(machine, &config, &setup.config, report);
     }
     rivals(&config.machines, report);
-    needs::try_all(&config.machines, &config.binaries.qemu_system_x86_64, report);
-    if config.machines.iter().any(|machine| machine.ahead.instant) {
-        template_folder(&config.template_dir, report);
+    needs::check_all(&config.machines, &config.binaries.qemu_system_x86_64, report);
+    if config.machines.iter().any(|machine| machine.prepare.instant) {
+        template_folder(&config.instant_dir, report);
     }
     spaces(&config, report);
 }
 
-fn look_at(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &mut Report) {
+fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &mut Report) {
     let name = &machine.info.name;
     let faults = faults(machine);
     for (key, error) in &faults {
@@ -74,7 +76,7 @@ fn look_at(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &
     for warning in file_warnings(machine) {
         report.warning(format!("machine '{name}': {warning}"));
     }
-    how_restored(machine, config, report);
+    report_restore_mode(machine, config, report);
 }
 
 /// Reports machines whose runs find changes of earlier runs.
@@ -95,14 +97,14 @@ fn clean_runs(machine: &MachineFiles, report: &mut Report) {
     }
 }
 
-fn how_restored(machine: &MachineFiles, config: &Config, report: &mut Report) {
+fn report_restore_mode(machine: &MachineFiles, config: &Config, report: &mut Report) {
     let name = &machine.info.name;
-    if !machine.ahead.instant {
+    if !machine.prepare.instant {
         report
             .good(format!("machine '{name}': is restored plainly, because instant restores are off for it"));
         return;
     }
-    match hindrance(&machine.start_args, config.version) {
+    match unavailable_reason(&machine.start_args, config.version) {
         None => report.good(format!("machine '{name}': can be restored instantly")),
         Some(why) => report.warning(format!(
             "machine '{name}': is restored plainly, which takes seconds: {why}. Change that, or set instant: off for it"
@@ -120,7 +122,7 @@ fn rivals(machines: &[MachineFiles], report: &mut Report) {
             if let Some((other, theirs)) = others.iter().find(|(_, theirs)| theirs.clashes(&resource)) {
                 report.warning(format!(
                     "machine '{name}': it claims {resource}, and machine '{other}' {theirs}: they cannot run at the \
-                     same time, and one that stands by is discarded when the other starts. Give each its own in its \
+                     same time, and the standby of one is discarded when the other starts. Give each its own in its \
                      start_args"
                 ));
             }
@@ -129,29 +131,29 @@ fn rivals(machines: &[MachineFiles], report: &mut Report) {
     }
 }
 
-/// It is made when the host starts, in the nearest folder that is there.
+/// Checks the nearest existing folder, in which the host's start creates the templates' folder.
 fn template_folder(folder: &Path, report: &mut Report) {
-    let there = folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder);
-    if !there.is_dir() || access(there, Access::WRITE_OK | Access::EXEC_OK).is_err() {
+    let existing = folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder);
+    if !existing.is_dir() || access(existing, Access::WRITE_OK | Access::EXEC_OK).is_err() {
         let why = format!(
             "qemu: templates cannot be kept in {}: {} is not a folder this user may write to",
             folder.display(),
-            there.display()
+            existing.display()
         );
-        report.problem(&Error::environment(why).advice("Change its permissions, or set template_dir"));
+        report.problem(&Error::environment(why).advice("Change its permissions, or set instant_dir"));
     }
 }
 
-/// What `qemu-img` knows of the disk, also while a machine runs on it.
+/// Returns the information of `qemu-img` about the disk, also while a machine runs.
 fn disk_info(qemu_img: &Path, disk: &Path) -> Result<Value> {
     let output = machinery::command(qemu_img).args(["info", "-U", "--output=json"]).arg(disk).output();
     let output = output.map_err(|error| Error::io("run", qemu_img, &error))?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
+        let message = String::from_utf8_lossy(&output.stderr);
         return Err(Error::configuration(format!(
             "qemu-img cannot read {}: {}",
             disk.display(),
-            said.trim()
+            message.trim()
         ))
         .advice("Restore the disk from a backup, or make the machine anew"));
     }
@@ -176,15 +178,15 @@ fn disk_options(name: &str, info: &Value, report: &mut Report) {
 fn spaces(config: &Config, report: &mut Report) {
     let mut folders: Vec<&Path> =
         config.machines.iter().filter_map(|machine| machine.disposable.parent()).collect();
-    folders.extend(config.template_dir.ancestors().find(|folder| folder.is_dir()));
+    folders.extend(config.instant_dir.ancestors().find(|folder| folder.is_dir()));
     folders.sort();
     folders.dedup();
     for folder in folders {
         let Ok(space) = statvfs(folder) else { continue };
         let free = space.f_bavail.saturating_mul(space.f_frsize);
-        if free < LITTLE_SPACE {
+        if free < MIN_FREE_SPACE {
             report.warning(format!(
-                "only {} MiB are free for disposable disks or templates in {}. Free some, or set disposable_copy_dir and template_dir",
+                "only {} MiB are free for disposable disks or templates in {}. Free some, or set disposable_copy_dir and instant_dir",
                 free / (1024 * 1024),
                 folder.display()
             ));

@@ -1,207 +1,54 @@
-//! `conf/machineries/qemu.yaml`: as types, then as machines that can be started.
+//! The configuration: `conf/machineries/qemu.yaml`, and this machinery's section of `machinery-host.yaml`.
+//!
+//! The configuration is refused as a whole for a wrong key, or for two machines with one disk. The faults of a
+//! single machine's files are found by [`diagnose`](crate::diagnose), so that the host serves all others.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `keys`, `section` | the keys of the two files |
+//! | `machine_files` | one machine, as the rest of the plugin sees it |
+//! | `validator` | the checks |
 
-use std::collections::{BTreeMap, HashMap};
+mod keys;
+mod machine_files;
+mod section;
+mod validator;
+
+pub use machine_files::MachineFiles;
+pub use validator::expect_writable;
+
 use std::path::{Path, PathBuf};
 
-use machinery::config::{
-    ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, text,
-};
-use machinery::{Error, MachineInfo, Result, Setup, Standby, parse_bytes};
-use rustix::fs::{Access, access};
-use serde::Deserialize;
+use machinery::config::{ConfigFile, Configured, renamed_keys};
+use machinery::{Error, Result, Setup};
 
-use crate::disk;
-use crate::images::Source;
-use crate::machineinfo::StartArgs;
 use crate::version::Version;
+use keys::{Binaries, OwnKeys, QemuFile};
+use section::{RENAMED, Section};
+use validator::Validator;
 
-/// The file.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct QemuFile {
-    #[serde(deserialize_with = "text")]
-    interface: String,
-    #[serde(default, deserialize_with = "empty_as_none")]
-    disposable_copy_dir: Option<String>,
-    binaries: Binaries,
-    #[serde(default)]
-    machines: Machines<OwnKeys>,
-}
-
-/// The programs.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Binaries {
-    #[serde(deserialize_with = "text")]
-    pub qemu_img: PathBuf,
-    #[serde(deserialize_with = "text")]
-    pub qemu_system_x86_64: PathBuf,
-}
-
-/// A machine's own keys.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct OwnKeys {
-    #[serde(deserialize_with = "text")]
-    qcow2_path: String,
-    #[serde(deserialize_with = "text")]
-    snapshot_path: String,
-    #[serde(deserialize_with = "text")]
-    machineinfo_path: String,
-}
-
-/// This machinery's section of `machinery-host.yaml`.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Section {
-    keep_disposable_disks: bool,
-    instant: Instant,
-    /// Where the templates are; the plugin's folder for caches unless given.
-    template_dir: Option<PathBuf>,
-    #[serde(deserialize_with = "parse_bytes")]
-    template_space: Option<u64>,
-    standby: Standby,
-    #[serde(deserialize_with = "parse_bytes")]
-    standby_memory: Option<u64>,
-    /// What is different for single machines.
-    #[serde(deserialize_with = "null_as_default")]
-    machines: BTreeMap<String, MachineSection>,
-}
-
-/// Whether restores are instant where they can be.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Instant {
-    #[default]
-    Auto,
-    Off,
-}
-
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct MachineSection {
-    instant: Option<Instant>,
-    standby: Option<Standby>,
-    /// Whether a run may write to files or devices that the next run finds changed.
-    allow_shared_writes: bool,
-}
-
-/// What is to be done ahead of a machine's restores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ahead {
-    pub instant: bool,
-    pub standby: Standby,
-}
-
-impl Section {
-    fn ahead(&self, machine: &str) -> Ahead {
-        let own = self.machines.get(machine).copied().unwrap_or_default();
-        let instant = own.instant.unwrap_or(self.instant) == Instant::Auto;
-        Ahead { instant, standby: own.standby.unwrap_or(self.standby) }
-    }
-}
-
-/// Everything, checked.
+/// The whole configuration, checked.
 pub struct Config {
     pub binaries: Binaries,
     pub version: Version,
-    pub template_dir: PathBuf,
-    /// In bytes.
-    pub template_space: Option<u64>,
-    /// In bytes.
-    pub standby_memory: Option<u64>,
+    pub instant_dir: PathBuf,
+    /// The limit for all templates together, in bytes.
+    pub instant_space_limit: Option<u64>,
+    /// The limit for all standbys together, in bytes.
+    pub standby_memory_limit: Option<u64>,
     pub machines: Vec<MachineFiles>,
-}
-
-/// One machine: what it is, and where its files are. As long as all of it is the same, so is the machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MachineFiles {
-    pub info: MachineInfo,
-    pub disk: PathBuf,
-    pub snapshot: PathBuf,
-    pub disposable: PathBuf,
-    /// The file that `start_args` were read from; QEMU runs in its folder.
-    pub machineinfo: PathBuf,
-    /// The arguments when the configuration was read; empty if they could not be read.
-    pub start_args: StartArgs,
-    /// The reason why the arguments could not be read, if they could not.
-    pub args_error: Option<Error>,
-    /// The interface where the machine's traffic can be captured, if it differs from that of all other
-    /// machines.
-    pub own_interface: Option<String>,
-    pub keep_disk: bool,
-    pub ahead: Ahead,
-    pub allow_shared_writes: bool,
-}
-
-impl MachineFiles {
-    /// Returns the images that each run has an overlay of: the disk, and the images in the arguments.
-    pub fn images(&self) -> Vec<Source> {
-        let disk = Source { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
-        let others = self.start_args.opened().images.iter().map(|image| image.source.clone());
-        std::iter::once(disk).chain(others).collect()
-    }
-
-    /// Returns the paths of a run's overlays, in the order of the images.
-    pub fn overlays(&self) -> Vec<PathBuf> {
-        let count = self.start_args.opened().images.len() + 1;
-        (0..count).map(|n| disk::overlay_path(&self.disposable, n)).collect()
-    }
-
-    /// Describes the writes of a run that the next run would find; `None` if every run is clean.
-    pub fn shared_writes(&self) -> Option<String> {
-        let shared: Vec<String> = self.start_args.opened().shared.iter().map(ToString::to_string).collect();
-        (!shared.is_empty()).then(|| shared.join("; "))
-    }
-
-    /// Returns the warning about a machine whose runs are not clean, if the operator allows that.
-    pub fn shared_writes_warning(&self) -> Option<String> {
-        let shared = self.shared_writes().filter(|_| self.allow_shared_writes)?;
-        Some(format!(
-            "a run leaves its changes to the next one (allow_shared_writes). Its start_args have {shared}"
-        ))
-    }
-
-    /// Refuses a machine whose runs would not be clean, unless the operator allows them.
-    ///
-    /// # Errors
-    /// A run would change something that the next run finds, and the operator has not allowed that.
-    pub fn expect_clean_runs(&self) -> Result<()> {
-        match self.shared_writes().filter(|_| !self.allow_shared_writes) {
-            None => Ok(()),
-            Some(shared) => Err(Error::configuration(format!(
-                "a run would leave its changes to the next one. Its start_args have {shared}"
-            ))
-            .advice(format!(
-                "Remove it, make it read-only (readonly=on), or use an image file, of which each run gets an overlay. \
-                 To accept it, set machineries.qemu.machines.{}.allow_shared_writes: true in machinery-host.yaml",
-                self.info.name
-            ))),
-        }
-    }
-}
-
-impl MachineFiles {
-    /// Returns the folder in which QEMU runs: the machine's own, so relative paths in `start_args` start
-    /// there.
-    pub fn folder(&self) -> &Path {
-        self.machineinfo.parent().unwrap_or(Path::new("/"))
-    }
-
-    /// Whether the arguments in machineinfo.json have changed since they were read.
-    pub fn has_other_args(&self) -> bool {
-        StartArgs::read(&self.machineinfo).is_ok_and(|args| args != self.start_args)
-    }
+    /// Warnings about keys that were renamed.
+    pub warnings: Vec<String>,
 }
 
 impl Config {
-    /// Reads and checks everything.
+    /// Reads and checks the configuration.
     ///
     /// # Errors
     /// All problems at once.
     pub fn read(setup: &Setup) -> Result<Config> {
         let mut problems = Vec::new();
-        let config = Config::read_noting(setup, &mut problems);
+        let config = Config::read_collecting(setup, &mut problems);
         match (config, Error::all(problems)) {
             (Some(config), None) => Ok(config),
             (_, Some(problems)) => Err(problems),
@@ -209,235 +56,41 @@ impl Config {
         }
     }
 
-    /// Reads as far as possible; what is wrong goes to `problems`.
-    pub fn read_noting(setup: &Setup, problems: &mut Vec<Error>) -> Option<Config> {
-        let mut note = |error: Error| problems.push(error);
-        let section: Section = setup.section("qemu").map_err(&mut note).unwrap_or_default();
+    /// Reads the configuration as far as possible, and adds the problems to `problems`.
+    pub fn read_collecting(setup: &Setup, problems: &mut Vec<Error>) -> Option<Config> {
+        let mut add = |error: Error| problems.push(error);
+        let section: Section = setup.section("qemu").map_err(&mut add).unwrap_or_default();
         let file = &setup.config;
-        let qemu: QemuFile = file.parse().map_err(&mut note).ok()?;
-        let mut look = Look { file, problems };
-        look.section(setup.host_config.as_ref(), &section, &qemu.machines);
-        look.interface(&["interface"], &qemu.interface);
-        look.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
-        let version = look.version(&qemu.binaries.qemu_system_x86_64);
+        let qemu: QemuFile = file.parse().map_err(&mut add).ok()?;
+        let mut validator = Validator { file, problems };
+        validator.section(setup.host_config.as_ref(), &section, &qemu.machines);
+        validator.interface(&["interface"], &qemu.interface);
+        validator.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
+        let version = validator.version(&qemu.binaries.qemu_system_x86_64);
         let folder = qemu.disposable_copy_dir.as_deref().map(Path::new);
         if let Some(folder) = folder {
-            look.writable(&["disposable_copy_dir"], folder);
+            validator.writable(&["disposable_copy_dir"], folder);
         }
-        look.duplicates(&qemu.machines);
+        validator.duplicates(&qemu.machines);
         let machine =
-            |machine: &Configured<OwnKeys>| look.machine(machine, &qemu.interface, folder, &section);
+            |machine: &Configured<OwnKeys>| validator.machine(machine, &qemu.interface, folder, &section);
         let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
-        look.overlays(&qemu.machines, &machines);
+        validator.overlays(&qemu.machines, &machines);
         Some(Config {
             binaries: qemu.binaries,
             version: version?,
-            template_dir: section.template_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
-            template_space: section.template_space,
-            standby_memory: section.standby_memory,
+            instant_dir: section.instant_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
+            instant_space_limit: section.instant_space_limit,
+            standby_memory_limit: section.standby_memory_limit,
             machines,
+            warnings: setup.host_config.as_ref().map_or_else(Vec::new, renamed),
         })
     }
 }
 
-/// One look at everything, noting what is wrong.
-struct Look<'a> {
-    file: &'a ConfigFile,
-    problems: &'a mut Vec<Error>,
-}
-
-impl Look<'_> {
-    fn problem(&mut self, key: &[&str], reason: String, advice: &str) {
-        self.problems.push(self.file.error(key, reason).advice(advice));
-    }
-
-    /// An error from elsewhere, about the value of a key.
-    fn about(&mut self, key: &[&str], error: &Error) {
-        self.problems.push(self.file.error(key, error.to_string()));
-    }
-
-    fn section(&mut self, host: Option<&ConfigFile>, section: &Section, machines: &Machines<OwnKeys>) {
-        let Some(host) = host else { return };
-        let known = |name: &str| machines.iter().any(|machine| machine.name == name);
-        for name in section.machines.keys().filter(|name| !known(name)) {
-            let reason = format!("there is no machine '{name}' in {}", self.file.path.display());
-            let error = host.error(&["machineries", "qemu", "machines", name], reason);
-            self.problems.push(error.advice("Correct the name, or remove the entry"));
-        }
-        if let Some(dir) = section.template_dir.as_ref().filter(|dir| !dir.is_absolute()) {
-            let reason = format!("{} is not an absolute path", dir.display());
-            let error = host.error(&["machineries", "qemu", "template_dir"], reason);
-            self.problems.push(error.advice("Write the path from / on: the host has no folder of its own"));
-        }
-    }
-
-    fn interface(&mut self, key: &[&str], name: &str) {
-        self.problems.extend(expect_interface(self.file, key, name).err());
-    }
-
-    fn program(&mut self, key: &[&str], path: &Path) -> bool {
-        let usable = path.is_file() && access(path, Access::EXEC_OK).is_ok();
-        if !usable {
-            let reason = format!("{} is not a program this user may run", path.display());
-            self.problem(key, reason, "Install QEMU (qemu-system-x86 and qemu-utils), or correct the path");
-        }
-        usable
-    }
-
-    fn version(&mut self, program: &Path) -> Option<Version> {
-        let key = ["binaries", "qemu_system_x86_64"];
-        if !self.program(&key, program) {
-            return None;
-        }
-        Version::of(program).map_err(|error| self.about(&key, &error)).ok()
-    }
-
-    fn writable(&mut self, key: &[&str], folder: &Path) {
-        if !folder.is_dir() {
-            let reason = format!("{} is not a folder", folder.display());
-            self.problem(key, reason, "Create it, or correct the path");
-        } else if let Err(error) = expect_writable(folder) {
-            self.about(key, &error);
-        }
-    }
-
-    fn duplicates(&mut self, machines: &Machines<OwnKeys>) {
-        let doubles = machines.duplicates(self.file, |machine| {
-            vec![("ip", Some(&machine.shared.ip)), ("mac_address", machine.shared.mac_address.as_deref())]
-        });
-        self.problems.extend(doubles);
-        let mut seen: HashMap<&str, (&str, &str)> = HashMap::new();
-        for machine in machines.iter() {
-            for (key, path) in machine.own.paths() {
-                if let Some((other, other_key)) = seen.insert(path, (&machine.name, key)) {
-                    let reason = format!("{path} is already the {other_key} of machine '{other}'");
-                    self.problem(
-                        &["machines", &machine.name, key],
-                        reason,
-                        "Give each machine files of its own",
-                    );
-                }
-            }
-        }
-    }
-
-    /// Refuses a configured file at an overlay's path: overlays are replaced and deleted.
-    fn overlays(&mut self, configured: &Machines<OwnKeys>, machines: &[MachineFiles]) {
-        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let overlays = machines.iter().flat_map(|machine| {
-            machine.overlays().into_iter().map(|overlay| (real(&overlay), machine.info.name.as_str()))
-        });
-        let overlays: HashMap<PathBuf, &str> = overlays.collect();
-        let configured = configured.iter().flat_map(|machine| {
-            machine.own.paths().map(|(key, path)| (machine.name.as_str(), key, PathBuf::from(path)))
-        });
-        let opened = machines.iter().flat_map(|machine| {
-            let opened = machine.start_args.opened().paths();
-            opened.map(|path| (machine.info.name.as_str(), "machineinfo_path", path.to_owned()))
-        });
-        for (machine, key, path) in configured.chain(opened) {
-            if let Some(other) = overlays.get(&real(&path)) {
-                let reason = format!("{} is where an overlay of machine '{other}' goes", path.display());
-                let advice = "Give the file another name: an overlay is replaced at each start";
-                self.problem(&["machines", machine, key], reason, advice);
-            }
-        }
-    }
-
-    fn machine(
-        &mut self,
-        machine: &Configured<OwnKeys>,
-        interface: &str,
-        disposables: Option<&Path>,
-        section: &Section,
-    ) -> Option<MachineFiles> {
-        let before = self.problems.len();
-        let name = machine.name.as_str();
-        let own = &machine.own;
-        let architecture = machine.shared.architecture.as_str();
-        if !["amd64", "x86"].contains(&architecture) {
-            let reason = format!("the architecture '{architecture}' is not supported");
-            self.problem(&["machines", name, "architecture"], reason, "Use amd64 or x86");
-        }
-        let key = |key: &'static str| ["machines", name, key];
-        for (name, path) in own.paths() {
-            if !Path::new(path).is_absolute() {
-                let reason = format!("{path} is not an absolute path");
-                self.problem(
-                    &key(name),
-                    reason,
-                    "Write the path from / on: the host has no folder of its own",
-                );
-            }
-        }
-        let folder = disposables.or(Path::new(&own.qcow2_path).parent()).unwrap_or(Path::new("/"));
-        let disposable = disk::path_for(folder, name);
-        self.usable_in_arguments(&key("qcow2_path"), &disposable);
-        let info = MachineInfo::new(
-            name,
-            &machine.shared,
-            own.qcow2_path.clone(),
-            Some(own.snapshot_path.clone()),
-            interface,
-        );
-        let machineinfo = PathBuf::from(&own.machineinfo_path);
-        let (start_args, args_error) = match StartArgs::read(&machineinfo) {
-            Ok(args) => (args, None),
-            Err(error) => (StartArgs::default(), Some(error)),
-        };
-        (self.problems.len() == before).then_some(MachineFiles {
-            info,
-            disk: own.qcow2_path.clone().into(),
-            snapshot: own.snapshot_path.clone().into(),
-            disposable,
-            start_args,
-            args_error,
-            machineinfo,
-            own_interface: machine.shared.interface.clone(),
-            keep_disk: section.keep_disposable_disks,
-            ahead: section.ahead(name),
-            allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
-        })
-    }
-
-    /// The path goes into the middle of QEMU's arguments, where a comma ends a value and a quote or
-    /// backslash would have to be escaped in those written as JSON.
-    fn usable_in_arguments(&mut self, key: &[&str], disposable: &Path) {
-        if disposable.to_string_lossy().contains([',', '"', '\\']) || !disposable.is_absolute() {
-            let reason = format!(
-                "the disposable disk would be {}, which QEMU's arguments cannot hold",
-                disposable.display()
-            );
-            self.problem(
-                key,
-                reason,
-                "Use an absolute path without comma, quote and backslash, or set such a disposable_copy_dir",
-            );
-        }
-    }
-}
-
-impl OwnKeys {
-    fn paths(&self) -> [(&'static str, &str); 3] {
-        [
-            ("qcow2_path", &self.qcow2_path),
-            ("snapshot_path", &self.snapshot_path),
-            ("machineinfo_path", &self.machineinfo_path),
-        ]
-    }
-}
-
-/// Expects that this user can create overlays in the folder.
-///
-/// # Errors
-/// This user may not write there.
-pub fn expect_writable(folder: &Path) -> Result<()> {
-    if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_ok() {
-        return Ok(());
-    }
-    let reason = format!("the folder {} is not writable for this user", folder.display());
-    Err(Error::environment(reason)
-        .advice("Disposable disks are made there: change its permissions, or set disposable_copy_dir"))
+/// Returns a warning for each renamed key of this machinery's section.
+fn renamed(host_config: &ConfigFile) -> Vec<String> {
+    renamed_keys(host_config, &["machineries", "qemu"], &RENAMED)
 }
 
 #[cfg(test)]
@@ -470,10 +123,33 @@ pub mod tests {
         let file = ConfigFile { path: "/c/qemu.yaml".into(), text };
         let qemu: QemuFile = file.parse().unwrap();
         let mut problems = Vec::new();
-        let mut look = Look { file: &file, problems: &mut problems };
+        let mut validator = Validator { file: &file, problems: &mut problems };
         let machine = qemu.machines.iter().next().unwrap();
-        let files = look.machine(machine, "lo", None, &Section::default());
+        let files = validator.machine(machine, "lo", None, &Section::default());
         assert_eq!(problems, []);
         files.unwrap()
+    }
+    fn host_config(section: &str) -> ConfigFile {
+        let text = format!("machineries:\n  qemu:\n    {section}\n");
+        ConfigFile { path: "/c/machinery-host.yaml".into(), text }
+    }
+
+    #[test]
+    fn section_reads_each_renamed_key_with_a_warning() {
+        for ((old, new), value) in RENAMED.into_iter().zip(["/t", "2 GiB", "3 GiB"]) {
+            let read = |key: &str| {
+                let file = host_config(&format!("{key}: {value}"));
+                let section: Section = file.parse_at(&["machineries", "qemu"]).unwrap().unwrap();
+                (format!("{section:?}"), renamed(&file))
+            };
+            let (before, warnings) = read(old);
+            let (after, none) = read(new);
+            assert_eq!(before, after, "{old}");
+            assert_ne!(before, format!("{:?}", Section::default()), "{old}");
+            let [warning] = &warnings[..] else { panic!("one warning: {warnings:?}") };
+            assert!(warning.contains(old) && warning.contains(&format!("`{new}`")), "{warning}");
+            assert!(warning.starts_with("/c/machinery-host.yaml:3: "), "{warning}");
+            assert_eq!(none, [""; 0]);
+        }
     }
 }

@@ -35,7 +35,7 @@ pub fn file_warnings(files: &MachineFiles) -> Vec<String> {
     let (opened, folder) = (files.start_args.opened(), files.folder().display());
     let relative = opened.relative.iter().map(|path| {
         format!(
-            "its start_args name {}, which is taken from {folder}. Write the path from / on",
+            "its start_args name {}, which is taken from {folder}. Write an absolute path",
             path.display()
         )
     });
@@ -92,20 +92,20 @@ mod tests {
         fs::remove_file(&files.snapshot).unwrap();
         files.args_error = StartArgs::read(&folder.path().join("none")).err();
         files.own_interface = Some("br-none".to_owned());
-        let told = found(&files);
-        for (told, expected) in told.iter().zip([
+        let problems = found(&files);
+        for (problem, expected) in problems.iter().zip([
             "interface: the network interface 'br-none' does not exist",
             "qcow2_path: cannot open the image",
             "snapshot_path: cannot read the snapshot",
             "machineinfo_path: cannot read the machineinfo",
         ]) {
-            assert!(told.starts_with(expected), "{told}");
+            assert!(problem.starts_with(expected), "{problem}");
         }
-        assert_eq!(told.len(), 4, "{told:?}");
+        assert_eq!(problems.len(), 4, "{problems:?}");
     }
 
     #[test]
-    fn files_are_warned_of_when_they_are_missing_or_relative() {
+    fn warnings_name_files_that_are_missing_or_relative() {
         let folder = tempfile::tempdir().unwrap();
         let args = |iso: &str| {
             let args = ["-cdrom", iso, "-kernel", "/none/kernel"].map(str::to_owned);
@@ -116,7 +116,7 @@ mod tests {
         };
         fs::write(folder.path().join("x.iso"), "iso").unwrap();
         let [relative, missing] = &file_warnings(&args("x.iso"))[..] else { panic!("two warnings") };
-        assert!(relative.contains("x.iso") && relative.contains("from /"), "{relative}");
+        assert!(relative.contains("x.iso") && relative.contains("absolute path"), "{relative}");
         assert!(missing.contains("/none/kernel, which does not exist"), "{missing}");
         let whole = folder.path().join("x.iso").display().to_string();
         assert_eq!(file_warnings(&args(&whole)).len(), 1);
@@ -133,8 +133,8 @@ mod tests {
             qemu_img.args(options).args([&path(base), &path(image), "1M"]);
             assert!(qemu_img.status().unwrap().success());
         }
-        let told = found(&files).join("\n");
-        assert!(told.starts_with("qcow2_path: ") && told.contains(&path("base")), "{told}");
-        assert!(told.contains(&path("middle")), "{told}");
+        let problems = found(&files).join("\n");
+        assert!(problems.starts_with("qcow2_path: ") && problems.contains(&path("base")), "{problems}");
+        assert!(problems.contains(&path("middle")), "{problems}");
     }
 }

@@ -18,7 +18,7 @@ use machinery_images::FileId;
 use crate::images::Source;
 use crate::process::Process;
 
-/// Where a machine's disposable disk goes. Source: Cuckoo3's `machineries/modules/qemu.py`.
+/// Returns the path of a machine's disposable disk. Source: Cuckoo3's `machineries/modules/qemu.py`.
 pub fn path_for(folder: &Path, machine: &str) -> PathBuf {
     folder.join(format!("{machine}_disposable.qcow2"))
 }
@@ -75,7 +75,7 @@ impl Drop for Overlay {
             return;
         }
         if let Err(error) = remove(&self.path) {
-            tracing::warn!(%error, "an overlay stays behind");
+            tracing::warn!(%error, "cannot remove an overlay");
         }
     }
 }
@@ -85,16 +85,16 @@ impl Drop for Overlay {
 /// # Errors
 /// An overlay exists and cannot be removed.
 pub fn remove_overlays(first: &Path) -> Result<()> {
-    let there = (0..).map(|n| overlay_path(first, n)).take_while(|path| path.exists());
-    let there: Vec<PathBuf> = there.collect();
-    there.iter().rev().try_for_each(|path| remove(path))
+    let existing = (0..).map(|n| overlay_path(first, n)).take_while(|path| path.exists());
+    let existing: Vec<PathBuf> = existing.collect();
+    existing.iter().rev().try_for_each(|path| remove(path))
 }
 
-/// The empty overlays of a machine's images, each made once.
+/// The empty overlays of a machine's images, each created once.
 #[derive(Debug, Default)]
-pub struct Blanks(Mutex<HashMap<Source, Arc<Blank>>>);
+pub struct OverlayTemplates(Mutex<HashMap<Source, Arc<OverlayTemplate>>>);
 
-impl Blanks {
+impl OverlayTemplates {
     /// Creates an overlay of each image, the first one at `first`. Overlays of an earlier run are replaced.
     ///
     /// # Errors
@@ -111,28 +111,28 @@ impl Blanks {
         let mut overlays = Overlays(Vec::new());
         for (n, image) in images.iter().enumerate() {
             let path = overlay_path(first, n);
-            let blank = self.blank(qemu_img, machine, image, &path, deadline)?;
-            overlays.0.push(blank.copy_to(&path)?);
+            let template = self.template(qemu_img, machine, image, &path, deadline)?;
+            overlays.0.push(template.copy_to(&path)?);
         }
         Ok(overlays)
     }
 
-    fn blank(
+    fn template(
         &self,
         qemu_img: &Path,
         machine: &str,
         image: &Source,
         path: &Path,
         deadline: Deadline,
-    ) -> Result<Arc<Blank>> {
+    ) -> Result<Arc<OverlayTemplate>> {
         let of = file_id(&image.path)?;
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(blank) = known.get(image).filter(|blank| blank.of == of) {
-            return Ok(Arc::clone(blank));
+        if let Some(template) = known.get(image).filter(|template| template.of == of) {
+            return Ok(Arc::clone(template));
         }
-        let blank = Arc::new(Blank::make(qemu_img, machine, image, of, path, deadline)?);
-        known.insert(image.clone(), Arc::clone(&blank));
-        Ok(blank)
+        let template = Arc::new(OverlayTemplate::make(qemu_img, machine, image, of, path, deadline)?);
+        known.insert(image.clone(), Arc::clone(&template));
+        Ok(template)
     }
 }
 
@@ -170,7 +170,7 @@ fn create(
     deadline.check("qemu-img to make the overlay")?;
     let (program, image) = (qemu_img.display(), image.path.display());
     Err(Error::failed(format!("{program} cannot make an overlay of {image} at {}", path.display()))
-        .detail(end.words())
+        .detail(end.output())
         .advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
 }
 
@@ -198,20 +198,20 @@ fn probed(path: &Path) -> Result<String> {
     Ok(known.map_or("raw", |(.., format)| format).to_owned())
 }
 
-/// Of the size of the smallest cluster a file system is likely to have.
+/// The unit of zeros that is left out, in bytes: the smallest likely cluster of a file system.
 const BLOCK: usize = 4096;
 
-/// An empty overlay, kept in memory.
+/// An empty overlay, kept in memory, that overlays are copied from.
 #[derive(Debug)]
-pub struct Blank {
+pub struct OverlayTemplate {
     /// The image that the overlay is based on.
     of: FileId,
     length: u64,
-    /// What is not zero, and where.
+    /// The offsets and contents of the blocks that are not zero.
     blocks: Vec<(u64, Vec<u8>)>,
 }
 
-impl Blank {
+impl OverlayTemplate {
     /// Creates an empty overlay at `path` with `qemu-img`, and reads it; `of` is the image.
     fn make(
         qemu_img: &Path,
@@ -220,7 +220,7 @@ impl Blank {
         of: FileId,
         path: &Path,
         deadline: Deadline,
-    ) -> Result<Blank> {
+    ) -> Result<OverlayTemplate> {
         let made = create(qemu_img, machine, image, path, deadline)?;
         let content = fs::read(&made.path).map_err(|error| Error::io("read", path, &error))?;
         let used = |(number, block): (usize, &[u8])| {
@@ -228,14 +228,14 @@ impl Blank {
             block.iter().any(|byte| *byte != 0).then(|| (at, block.to_vec()))
         };
         let blocks = content.chunks(BLOCK).enumerate().filter_map(used).collect();
-        Ok(Blank { of, length: content.len() as u64, blocks })
+        Ok(OverlayTemplate { of, length: content.len() as u64, blocks })
     }
 
     /// Creates an overlay at `path`; an overlay of an earlier run is replaced.
     fn copy_to(&self, path: &Path) -> Result<Overlay> {
         remove(path)?;
         let failed = |error: io::Error| Error::io("make the overlay", path, &error);
-        // Dropped on failure, so half a file does not stay.
+        // Dropping this on failure deletes the incomplete file.
         let new = Overlay { path: path.to_owned(), keep: false };
         let file = File::options().write(true).create_new(true).open(path).map_err(failed)?;
         file.set_len(self.length).map_err(failed)?;
@@ -244,10 +244,10 @@ impl Blank {
     }
 }
 
-/// Removes a file; that there is none is as good.
+/// Removes a file, if it exists.
 ///
 /// # Errors
-/// It is there and stays.
+/// The file exists and cannot be removed.
 pub fn remove(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, &error)),
@@ -261,7 +261,7 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::time::Duration;
 
-    /// A `qemu-img` that makes a file of mostly nothing.
+    /// Creates a `qemu-img` that writes a file with few blocks that are not zero.
     fn image_maker(folder: &Path) -> PathBuf {
         let path = folder.join("qemu-img");
         let script = "#!/bin/sh\nfor last; do :; done\nprintf QFI > \"$last\"\n\
@@ -281,9 +281,9 @@ mod tests {
         let (disk, first) = (folder.path().join("disk"), folder.path().join("overlay.x"));
         fs::write(&disk, "a disk").unwrap();
         let soon = Deadline::after(Duration::from_secs(10));
-        let (qemu_img, blanks) = (image_maker(folder.path()), Blanks::default());
+        let (qemu_img, overlay_templates) = (image_maker(folder.path()), OverlayTemplates::default());
         let images = [source(&disk), Source { format: Some("raw".into()), ..source(&disk) }];
-        let make = || blanks.overlays(&qemu_img, "m", &images, &first, soon).unwrap();
+        let make = || overlay_templates.overlays(&qemu_img, "m", &images, &first, soon).unwrap();
         for _ in 0..2 {
             let overlays = make();
             for path in overlays.paths() {
@@ -300,15 +300,15 @@ mod tests {
             drop(overlays);
             assert!(!first.exists() && !folder.path().join("overlay_2.x").exists());
         }
-        // A blank is made only once, as long as the image is the same.
+        // `qemu-img` runs only once, as long as the image is the same.
         fs::write(&qemu_img, "#!/bin/sh\nexit 1\n").unwrap();
         drop(make());
         fs::write(&disk, "another").unwrap();
-        assert!(blanks.overlays(&qemu_img, "m", &images, &first, soon).is_err());
+        assert!(overlay_templates.overlays(&qemu_img, "m", &images, &first, soon).is_err());
     }
 
     #[test]
-    fn overlays_are_removed_to_the_last_when_they_are_left() {
+    fn overlays_are_all_removed_when_a_host_has_left_them() {
         let folder = tempfile::tempdir().unwrap();
         let first = folder.path().join("m_disposable.qcow2");
         for n in 0..3 {
@@ -323,8 +323,9 @@ mod tests {
 
     #[test]
     fn overlay_fails_and_leaves_nothing_when_it_cannot_be_written() {
-        let blank = Blank { of: FileId::of(Path::new("/")).unwrap(), length: 1, blocks: Vec::new() };
-        let text = blank.copy_to(Path::new("/none/overlay")).unwrap_err().to_string();
+        let template =
+            OverlayTemplate { of: FileId::of(Path::new("/")).unwrap(), length: 1, blocks: Vec::new() };
+        let text = template.copy_to(Path::new("/none/overlay")).unwrap_err().to_string();
         assert!(text.contains("/none/overlay"), "{text}");
     }
 
@@ -337,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn format_is_known_by_its_magic_when_none_is_told() {
+    fn format_is_detected_by_its_magic_when_none_is_given() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image");
         for format in ["raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"] {

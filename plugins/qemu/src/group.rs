@@ -13,46 +13,46 @@ use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process_group};
 
 /// The time that helpers have to end by themselves after their QEMU.
-const HELPERS: Duration = Duration::from_secs(1);
+const HELPER_GRACE: Duration = Duration::from_secs(1);
 /// The time that a process has to end after SIGKILL.
-const AFTER_KILL: Duration = Duration::from_secs(2);
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Waits for the remaining processes in the group of a leader that has ended, and kills them after a timeout.
 pub fn end_rest(leader: Pid) {
-    if wait_for_end(leader, HELPERS) {
+    if wait_for_end(leader, HELPER_GRACE) {
         return;
     }
-    let left = members(leader);
+    let remaining = members(leader);
     tracing::warn!(
         group = number(leader),
-        processes = left.len(),
-        "helpers of QEMU do not end: they are killed"
+        processes = remaining.len(),
+        "helpers of QEMU do not end: killing them"
     );
-    for helper in &left {
+    for helper in &remaining {
         // The helper may have ended by itself.
         let _ = pidfd_send_signal(helper, Signal::KILL);
     }
-    wait_for_end(leader, AFTER_KILL);
+    wait_for_end(leader, KILL_TIMEOUT);
 }
 
 /// Waits until the group is empty; returns `false` if it is not within that time.
-fn wait_for_end(leader: Pid, patience: Duration) -> bool {
-    let until = Instant::now() + patience;
+fn wait_for_end(leader: Pid, timeout: Duration) -> bool {
+    let until = Instant::now() + timeout;
     while is_left(leader) {
         let members = members(leader);
         let Some(one) = members.first() else { return true };
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        let rest = until.saturating_duration_since(Instant::now());
+        if rest.is_zero() {
             return false;
         }
-        let limit = Timespec::try_from(left).ok();
+        let limit = Timespec::try_from(rest).ok();
         // The loop checks the group again, whatever poll returns.
         let _ = retry_on_intr(|| poll(&mut [PollFd::new(one, PollFlags::IN)], limit.as_ref()));
     }
     true
 }
 
-/// Whether the group still exists. While it exists, no new process can get the leader's number. A living
+/// Reports whether the group still exists. While it exists, no new process can get the leader's number. A living
 /// process with that number therefore belongs to another group.
 fn is_left(leader: Pid) -> bool {
     let lives = || stat(leader).is_some_and(|stat| !matches!(fields(&stat).next(), None | Some("Z" | "X")));

@@ -1,7 +1,7 @@
-//! From arguments to a QEMU process whose monitor is connected.
+//! Launches QEMU: from arguments to a process whose monitor is connected.
 //!
-//! QEMU connects its monitor to a socket that we listen on: so nobody has to look again and again
-//! whether the socket is there, and it works with every QEMU back to the oldest.
+//! QEMU connects its monitor to a socket on which the plugin listens. This needs no polling for a socket of
+//! QEMU's, and works with every supported version.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,10 +18,10 @@ use crate::process::{End, Handle, Process};
 use crate::steps::Steps;
 use crate::version::Version;
 
-/// How long a QEMU that fails by itself may take to end.
-const ENDING: Duration = Duration::from_secs(2);
+/// The grace of a QEMU that fails by itself, before it is killed.
+const FAILURE_GRACE: Duration = Duration::from_secs(2);
 
-/// What a run is started with.
+/// The parameters of a new run.
 pub struct Start<'a> {
     pub machine: &'a str,
     pub program: &'a Path,
@@ -32,9 +32,9 @@ pub struct Start<'a> {
     pub args: Vec<String>,
     pub overlays: Overlays,
     pub socket: &'a Path,
-    /// The guest's RAM, if it is a file of ours.
+    /// The guest's RAM, if it is a file of the plugin.
     pub memory: Option<Memory>,
-    /// Whether something will be loaded before the guest runs.
+    /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
 }
 
@@ -48,12 +48,12 @@ pub struct Memory {
     pub sharing: Sharing,
 }
 
-/// What becomes of what the guest writes.
+/// The destination of the guest's writes to its RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// It is written to the file.
+    /// Writes go to the file.
     Written,
-    /// The guest keeps it for itself.
+    /// Writes stay private to the process: the file is mapped copy-on-write.
     Mapped,
 }
 
@@ -71,7 +71,10 @@ impl Memory {
     }
 }
 
-/// Starts QEMU and waits until it has connected its monitor.
+/// Starts QEMU, and waits until it has connected its monitor.
+///
+/// # Errors
+/// QEMU does not start, ends, or does not connect in time. Nothing of it remains then.
 pub fn connect(
     start: &Start<'_>,
     steps: &mut Steps<'_>,
@@ -83,7 +86,7 @@ pub fn connect(
     let listener = UnixListener::bind(socket.address()).map_err(failed)?;
     let connected = launch(start, &socket, listener, steps, deadline);
     if connected.is_err() {
-        // The error at hand is the one to tell.
+        // The first error is the one to report.
         let _ = disk::remove(start.socket);
     }
     connected
@@ -97,7 +100,7 @@ fn launch(
     deadline: Deadline,
 ) -> Result<(Process, UnixStream)> {
     let memory = start.memory.iter().flat_map(|memory| memory.args(start.version));
-    let args = start.args.iter().cloned().chain(our_args(socket, start.incoming)).chain(memory);
+    let args = start.args.iter().cloned().chain(plugin_args(socket, start.incoming)).chain(memory);
     let process = Process::start(start.program, args, start.folder, start.machine)?;
     steps.done("spawn");
     match accept(&listener.into(), process.handle(), deadline) {
@@ -106,19 +109,19 @@ fn launch(
             Ok((process, stream))
         }
         Err(error) => {
-            let grace = if error.kind() == ErrorKind::Failed { ENDING } else { Duration::ZERO };
+            let grace = if error.kind() == ErrorKind::Failed { FAILURE_GRACE } else { Duration::ZERO };
             let end = process.end(grace);
-            Err(with_words(error, &end))
+            Err(with_output(error, &end))
         }
     }
 }
 
-/// What is added to the machine's own arguments.
-fn our_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
+/// Returns the arguments that the plugin adds to the machine's own.
+fn plugin_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
     let address = escaped(&socket.address().display().to_string());
     let chardev = format!("socket,id=cuckoo-monitor,path={address}");
     let mut args = vec!["-chardev", &chardev, "-mon", "chardev=cuckoo-monitor,mode=control"];
-    // Paused until all is ready, on a cold boot too.
+    // The guest stays paused until it is resumed, on a cold boot too.
     args.extend(["-monitor", "none", "-S"]);
     if incoming {
         args.extend(["-incoming", "defer"]);
@@ -126,7 +129,7 @@ fn our_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
     args.into_iter().map(str::to_owned).collect()
 }
 
-/// Waits for that process to connect; others who find the socket are turned away.
+/// Waits for that process to connect. Other processes that connect are rejected.
 fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<UnixStream> {
     let failed = |error: io::Error| Error::environment(format!("cannot wait for QEMU's monitor: {error}"));
     loop {
@@ -144,18 +147,18 @@ fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<Un
         }
         tracing::warn!(
             pid = peer.pid.as_raw_nonzero().get(),
-            "a stranger at the monitor's socket was turned away"
+            "rejected a connection of another process to the monitor's socket"
         );
     }
 }
 
-/// Adds what QEMU said at its end to the error of what was being done.
-pub fn with_words(error: Error, end: &End) -> Error {
-    let words = end.last_words();
-    if words.is_empty() {
+/// Adds QEMU's output and its exit status to the error of a failed start.
+pub fn with_output(error: Error, end: &End) -> Error {
+    let failure = end.failure();
+    if failure.is_empty() {
         return error;
     }
-    error.detail(&words).default_advice(
-        "Look at what QEMU says; start_args in the machine's machineinfo.json are given to it as they are",
+    error.detail(&failure).default_advice(
+        "Look at QEMU's message; QEMU gets the start_args in the machine's machineinfo.json unchanged",
     )
 }

@@ -1,32 +1,33 @@
-//! The `qemu` machinery: QEMU processes, spoken to over QMP, restored by migration from a memory
-//! snapshot.
+//! The `qemu` machinery: QEMU processes, controlled over QMP, restored by migration from a memory snapshot.
 //!
-//! A machine is three files that VMCloak makes: a disk, a memory snapshot, and the arguments QEMU
-//! is started with. A restore makes a disposable disk on top of the disk, starts QEMU paused, has
-//! it load the snapshot as an incoming migration, and lets the guest go on. No disk snapshots are
-//! involved, and no shell. What can be done ahead of that is done ahead: most restores only map a
-//! template, or let a run go that stands by.
+//! A machine consists of three files that VMCloak makes: a disk, a memory snapshot, and the arguments of QEMU.
+//! A restore creates overlays of the disk, starts QEMU with a paused guest, loads the snapshot as an incoming
+//! migration, and resumes the guest. No disk snapshots are involved, and no shell. Most restores are prepared:
+//! they only map a template, or resume a standby.
 //!
-//! | room | what it holds |
+//! | module | content |
 //! | --- | --- |
-//! | `config`, `machineinfo` | the configuration and what is wrong with it |
-//! | `images`, `options` | what the arguments open, and an option's value |
-//! | `machine` | one machine, and its run if it has one; in `prepare`, what is done ahead of its restores |
-//! | `template` | a snapshot in the form that makes a restore instant |
-//! | `run`, `standby` | one run, from the process to its end; one that waits to be let go |
-//! | `launch` | from arguments to a process whose monitor is connected |
-//! | `process`, `qmp`, `states` | the process, the monitor, and what QEMU's states mean |
-//! | `stderr`, `group` | QEMU's output on stderr; the processes that QEMU starts |
-//! | `snapshot`, `disk` | the memory snapshot and the overlays of a run |
-//! | `refusal` | why QEMU refuses a snapshot |
-//! | `steps`, `progress` | how long it takes, how far it is |
-//! | `views` | memory dump and screenshot |
-//! | `leftovers` | what a host that died left behind |
 //! | `reload` | a new configuration while machines run |
-//! | `resources`, `peers` | resources that only one machine at a time can use, and the machines that claim them |
-//! | `needs` | tests of what machines need of this computer |
+//! | `check`, `needs` | the environment, and what machines need of this computer |
+//! | `machine` | one machine and its actions |
+//! | `shared`, `peers` | everything that machines have in common; machines that claim the same resources |
+//! | `run_slot`, `readiness` | one machine's state; its readiness for a restore |
+//! | `standby` | a run that is loaded and paused |
+//! | `template` | a snapshot in the form that makes a restore instant |
+//! | `inspection` | memory dump and screenshot |
+//! | `run` | one run, from its process to its end |
+//! | `launch` | a process whose monitor is connected |
+//! | `qmp`, `states` | the monitor, and the meaning of QEMU's states |
+//! | `refusal` | the reasons why QEMU refuses a snapshot |
+//! | `run_marker` | the runs that a host which died has left |
 //! | `diagnose` | machines that cannot be used, and why |
-//! | `check`, `version` | the environment |
+//! | `resources` | the resources that only one QEMU at a time can use |
+//! | `config` | the configuration and its checks |
+//! | `disk` | the overlays of a run |
+//! | `machineinfo`, `images`, `options` | the arguments, the files that they open, an option's value |
+//! | `process`, `stderr`, `group` | a process, its output, and its helpers |
+//! | `snapshot`, `version` | the memory snapshot; the version of QEMU |
+//! | `steps`, `progress` | the duration of each step; the progress of a load |
 
 mod check;
 mod config;
@@ -34,8 +35,8 @@ mod diagnose;
 mod disk;
 mod group;
 mod images;
+mod inspection;
 mod launch;
-mod leftovers;
 mod machine;
 mod machineinfo;
 mod needs;
@@ -44,10 +45,14 @@ mod peers;
 mod process;
 mod progress;
 mod qmp;
+mod readiness;
 mod refusal;
 mod reload;
 mod resources;
 mod run;
+mod run_marker;
+mod run_slot;
+mod shared;
 mod snapshot;
 mod standby;
 mod states;
@@ -55,7 +60,6 @@ mod stderr;
 mod steps;
 mod template;
 mod version;
-mod views;
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -66,8 +70,9 @@ use machinery::{
 };
 
 use config::Config;
-use machine::{Machine, Shared};
+use machine::Machine;
 use peers::Peers;
+use shared::Shared;
 use version::Program;
 
 machinery::export_machinery!(Qemu);
@@ -82,24 +87,26 @@ impl Machinery for Qemu {
 
     fn load(setup: &Setup, host: Host) -> Result<Self> {
         let config = Config::read(setup)?;
+        config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shared = Arc::new(Shared {
             qemu_img: config.binaries.qemu_img,
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
-            template_dir: config.template_dir,
+            instant_dir: config.instant_dir,
             templates: OnceLock::new(),
             peers: Peers::default(),
-            budget: Budget::new(config.standby_memory),
+            budget: Budget::new(config.standby_memory_limit),
             host,
         });
         let machine = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&shared));
         let machines: Vec<Arc<Machine>> = config.machines.into_iter().map(machine).collect();
-        // Where none is wanted, those of a time when they were are removed.
-        if machines.iter().any(|machine| machine.is_instant()) || shared.template_dir.is_dir() {
+        // A folder that no machine needs any more may contain templates, which are removed.
+        if machines.iter().any(|machine| machine.is_instant()) || shared.instant_dir.is_dir() {
             shared.open_templates()?;
         }
-        shared.see_to_templates(&machines, config.template_space);
-        machines.iter().for_each(|machine| machine.clear_leftovers());
-        Ok(Qemu { machines: MachineSet::new(machines), shared })
+        let qemu = Qemu { machines: MachineSet::new(machines), shared };
+        qemu.apply_template_settings(config.instant_space_limit);
+        qemu.machines.all().iter().for_each(|machine| machine.clear_leftovers());
+        Ok(qemu)
     }
 
     fn check(setup: &Setup, report: &mut Report) {
@@ -163,7 +170,7 @@ impl Machinery for Qemu {
     fn diagnose(&self, machines: &[String], deadline: Deadline) -> Result<Vec<Diagnosis>> {
         let mut diagnoses = Vec::new();
         for machine in machines.iter().filter_map(|name| self.machines.find(name).ok()) {
-            deadline.check("the files of all machines to be looked at")?;
+            deadline.check("the files of all machines to be checked")?;
             diagnoses.push(machine.diagnose());
         }
         diagnoses.retain(Diagnosis::says_anything);
@@ -172,7 +179,7 @@ impl Machinery for Qemu {
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         let machines = self.machines.all();
-        machines.iter().for_each(|machine| machine.hurry());
+        machines.iter().for_each(|machine| machine.terminate_standby());
         let stopped = machines.iter().map(|machine| match machine.stop(deadline) {
             Err(error) if error.kind() == machinery::ErrorKind::StateReached => Ok(()),
             other => other.map_err(|error| error.machine(&machine.info().name)),
@@ -185,8 +192,16 @@ impl Machinery for Qemu {
 }
 
 impl Qemu {
-    /// Does something with the machine of that name, which is named in its errors.
+    /// Runs an action on the machine of that name, and names the machine in errors.
     fn on<T>(&self, name: &str, act: impl FnOnce(&Machine) -> Result<T>) -> Result<T> {
         act(&*self.machines.find(name)?).map_err(|error| error.machine(name))
+    }
+
+    /// Removes the templates of machines that are not to have one, and sets the limit of their disk space.
+    fn apply_template_settings(&self, limit: Option<u64>) {
+        let machines = self.machines.all();
+        let instant = machines.iter().filter(|machine| machine.is_instant());
+        let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
+        self.shared.apply_template_settings(&names, limit);
     }
 }

@@ -1,137 +1,57 @@
-//! One machine: its files, and its run if it has one.
+//! One machine: its files, and its run or standby if it has one.
 //!
-//! ```text
-//!        ┌──────────────── stop, end of the run ───────────────┐
-//!        ▼                                                     │
-//!  ┌──▶ off ── restore_start, norestore_start ─▶ starting ──▶ on
-//!  │     │ prepare                                  ▲
-//!  │     ▼                                          │ restore_start
-//!  │  preparing ─────────▶ ready: one stands by ────┘
-//!  └──── stop ───────────────┘
-//! ```
+//! A machine's state is in [`RunSlot`]. The modules below add the actions:
 //!
-//! All but *starting* and *on* is powered off to the outside. A restore goes the fastest way there is, and
-//! the next slower one if that fails: the run that stands by is let go; the template is mapped; the
-//! snapshot is loaded.
+//! | module | action |
+//! | --- | --- |
+//! | `restore` | restore_start and norestore_start, the fastest way first |
+//! | `prepare` | the template and the standby, ahead of the next restore |
+//! | `end` | stop, power button, discarding a standby |
+//! | `start` | a QEMU with a paused guest, for all of these |
+//! | `templates` | the machine's template: find, build, drop |
 
+mod end;
 mod prepare;
+mod restore;
+mod start;
+mod templates;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use machinery::{
-    Budget, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Reloadable, RestoreReadiness, Result,
-    State, machine_socket,
+    Deadline, Diagnosis, DumpFormat, Error, MachineInfo, Reloadable, Result, State, machine_socket,
 };
-use qapi::qmp;
 
-use self::prepare::Unbuildable;
 use crate::config::MachineFiles;
 use crate::diagnose::{faults, file_warnings};
-use crate::disk::Blanks;
-use crate::launch::{Memory, Start};
-use crate::leftovers;
+use crate::disk::OverlayTemplates;
+use crate::inspection;
 use crate::machineinfo::StartArgs;
-use crate::peers::{Peers, Rival};
+use crate::peers::Peer;
+use crate::readiness::ReadinessReport;
 use crate::resources::Resource;
-use crate::run::{Load, NotStarted, Purpose, Run, Stage};
-use crate::snapshot::Snapshot;
-use crate::standby::Standby;
-use crate::states::state_of_status;
-use crate::steps::Steps;
-use crate::template::{Build, Identity, Templates};
-use crate::version::Program;
-use crate::views;
-
-/// How long a faster way may take before it is taken for broken: many times what it takes, and little of
-/// the time there is.
-const STANDBY: Duration = Duration::from_secs(5);
-const INSTANT: Duration = Duration::from_secs(30);
-
-/// How long QEMU may take to connect its monitor, and `qemu-img` to make a disk. Nothing can end that
-/// before, and who gives up a preparation waits for it.
-const COMING_UP: Duration = Duration::from_secs(50);
-
-/// The time that the QEMU of a cancelled preparation has to end by itself.
-const GIVING_UP: Duration = Duration::from_secs(3);
-
-/// What all machines share.
-pub struct Shared {
-    pub qemu_img: PathBuf,
-    pub program: Program,
-    pub template_dir: PathBuf,
-    /// Not opened as long as no machine is to have one, and none has.
-    pub templates: OnceLock<Templates>,
-    pub peers: Peers,
-    pub budget: Arc<Budget>,
-    pub host: Host,
-}
-
-impl Shared {
-    /// Opens the folder of the templates, unless it is open already.
-    ///
-    /// # Errors
-    /// As [`Templates::open`].
-    pub fn open_templates(&self) -> Result<()> {
-        if self.templates.get().is_none() {
-            // Nobody else opens it meanwhile: the folder has a lock.
-            let _ = self.templates.set(Templates::open(&self.template_dir)?);
-        }
-        Ok(())
-    }
-
-    /// From now on only these machines have templates, which may take that much together.
-    pub fn see_to_templates(&self, machines: &[Arc<Machine>], space: Option<u64>) {
-        let Some(templates) = self.templates.get() else { return };
-        let instant = machines.iter().filter(|machine| machine.is_instant());
-        let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
-        templates.set_space(space);
-        templates.keep_only(&names);
-    }
-}
+use crate::run::Run;
+use crate::run_marker::RunMarker;
+use crate::run_slot::RunSlot;
+use crate::shared::Shared;
+use crate::template::BuildFailures;
 
 pub struct Machine {
     configured: MachineFiles,
     /// The machine's files with its arguments, if these could be read only after the configuration.
-    mended: OnceLock<MachineFiles>,
+    corrected: OnceLock<MachineFiles>,
     /// The resources that the machine claims, once its arguments are known.
     resources: OnceLock<Vec<Resource>>,
     /// The reason why leftovers of a host that died still exist, if they do.
-    left: Mutex<Option<Error>>,
+    leftovers: Mutex<Option<Error>>,
     socket: PathBuf,
     shared: Arc<Shared>,
-    now: Mutex<Now>,
-    /// Wakes those who wait for a preparation to end.
-    changed: Condvar,
+    slot: RunSlot,
     /// The empty overlays that a run's overlays are copied from.
-    blanks: Blanks,
-    /// How ready it is when nothing stands by, as far as is known.
-    without_standby: Mutex<RestoreReadiness>,
-    /// What a template could not be built from.
-    unbuildable: Mutex<Option<Unbuildable>>,
-}
-
-enum Now {
-    Off,
-    Starting,
-    On(Arc<Run>),
-    Preparing {
-        /// What runs for it.
-        run: Option<Arc<Run>>,
-        given_up: bool,
-    },
-    Ready(Box<Standby>),
-}
-
-impl Now {
-    /// What a machine that is off becomes; gives what stood by.
-    fn become_from_off(&mut self, next: Now) -> Option<Box<Standby>> {
-        match std::mem::replace(self, next) {
-            Now::Ready(standby) => Some(standby),
-            _ => None,
-        }
-    }
+    overlay_templates: OverlayTemplates,
+    readiness: ReadinessReport,
+    build_failures: BuildFailures,
 }
 
 impl Reloadable for Machine {
@@ -145,7 +65,7 @@ impl Reloadable for Machine {
         let info = &files.info;
         vec![
             ("qcow2_path", files.disk.to_str()),
-            // One's disk must not be where another's disposable disk goes, either.
+            // A machine's disk must not be at the path of another machine's overlay, either.
             ("qcow2_path", files.disposable.to_str()),
             ("snapshot_path", files.snapshot.to_str()),
             ("ip", Some(&info.ip)),
@@ -158,46 +78,84 @@ impl Reloadable for Machine {
     }
 }
 
+impl Peer for Machine {
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn resources(&self) -> &[Resource] {
+        let files = self.files();
+        if files.args_error.is_some() {
+            return &[];
+        }
+        self.resources.get_or_init(|| Resource::of(files))
+    }
+
+    fn is_prepared(&self) -> bool {
+        self.slot.is_prepared()
+    }
+
+    fn has_qemu(&self) -> bool {
+        self.slot.has_qemu()
+    }
+
+    fn discard_standby(&self, deadline: Deadline) -> Result<()> {
+        if self.slot.discard_standby(deadline)? {
+            self.readiness.report();
+        }
+        Ok(())
+    }
+
+    fn report_standby_lost(&self, why: String) {
+        self.readiness.set_reason(why);
+        self.readiness.report();
+    }
+}
+
 impl Machine {
     pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Arc<Self> {
-        let socket = machine_socket(sockets, "qemu", &files.info.name);
+        let name = &files.info.name;
         let machine = Arc::new(Machine {
+            socket: machine_socket(sockets, "qemu", name),
+            readiness: ReadinessReport::new(&shared.host, name),
             configured: files,
-            mended: OnceLock::new(),
+            corrected: OnceLock::new(),
             resources: OnceLock::new(),
-            left: Mutex::new(None),
-            socket,
+            leftovers: Mutex::new(None),
             shared,
-            now: Mutex::new(Now::Off),
-            changed: Condvar::new(),
-            blanks: Blanks::default(),
-            without_standby: Mutex::default(),
-            unbuildable: Mutex::new(None),
+            slot: RunSlot::default(),
+            overlay_templates: OverlayTemplates::default(),
+            build_failures: BuildFailures::default(),
         });
-        machine.shared.peers.add(&machine);
+        let peer: Arc<dyn Peer> = Arc::clone(&machine) as Arc<dyn Peer>;
+        machine.shared.peers.add(&peer);
         machine
+    }
+
+    pub fn name(&self) -> &str {
+        &self.configured.info.name
     }
 
     pub fn info(&self) -> &MachineInfo {
         &self.files().info
     }
 
-    /// Whether it is to have a template.
+    /// Reports whether the machine is configured to have a template.
     pub fn is_instant(&self) -> bool {
-        self.files().ahead.instant
+        self.files().prepare.instant
     }
 
-    /// Returns the machine's files.
     fn files(&self) -> &MachineFiles {
-        self.mended.get().unwrap_or(&self.configured)
+        self.corrected.get().unwrap_or(&self.configured)
     }
 
     /// Removes leftovers of a host that died. As long as some remain, the machine cannot be used.
     pub fn clear_leftovers(&self) {
         let program = self.shared.program.path();
-        let (files, socket) = (self.files(), &self.socket);
-        let cleared = leftovers::clear(&files.overlays(), socket, program, files.keep_disk);
-        *self.left() = cleared.err();
+        let files = self.files();
+        let marker = RunMarker::new(&self.socket);
+        let cleared = marker.clear_leftovers(&files.overlays(), program, files.keep_disk);
+        *self.leftovers() = cleared.err();
     }
 
     /// Diagnoses the machine by its files as they are now. Arguments that could not be read with the
@@ -208,9 +166,9 @@ impl Machine {
         let now = match StartArgs::read(&files.machineinfo) {
             Err(error) => MachineFiles { args_error: Some(error), ..files.clone() },
             Ok(start_args) if files.args_error.is_some() => {
-                let mended = MachineFiles { start_args, args_error: None, ..files.clone() };
-                // Once `mended` is set, this error no longer occurs.
-                self.mended.get_or_init(|| mended).clone()
+                let corrected = MachineFiles { start_args, args_error: None, ..files.clone() };
+                // Once `corrected` is set, this error no longer occurs.
+                self.corrected.get_or_init(|| corrected).clone()
             }
             Ok(start_args) => {
                 if start_args != files.start_args {
@@ -224,454 +182,45 @@ impl Machine {
         }
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
-        // What a machine that is on has is no leftover.
-        if self.left().is_some() && matches!(&*self.lock(), Now::Off) {
+        // The files of a machine that is on are no leftovers.
+        if self.leftovers().is_some() && self.slot.is_off() {
             self.clear_leftovers();
         }
-        diagnosis.keep(self.left().clone().map_or(Ok(()), Err));
+        diagnosis.keep(self.leftovers().clone().map_or(Ok(()), Err));
         diagnosis
     }
 
-    fn left(&self) -> MutexGuard<'_, Option<Error>> {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    fn leftovers(&self) -> MutexGuard<'_, Option<Error>> {
+        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Returns the machine's state.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
     pub fn state(&self, deadline: Deadline) -> Result<State> {
-        let run = match &*self.lock() {
-            Now::Off | Now::Preparing { .. } | Now::Ready(_) => return Ok(State::Poweroff),
-            Now::Starting => return Ok(State::Starting),
-            Now::On(run) if run.has_just_resumed() => return Ok(State::Running),
-            Now::On(run) => Arc::clone(run),
-        };
-        match run.execute(&qmp::query_status {}, deadline) {
-            Ok(status) => state_of_status(status["status"].as_str().unwrap_or("")),
-            Err(error) => {
-                // A monitor that fails is the first sign of the end.
-                if run.has_ended_soon(deadline) { Ok(State::Poweroff) } else { Err(error) }
-            }
-        }
+        self.slot.state(deadline)
     }
 
-    /// Starts from the snapshot.
+    /// See [`inspection::dump_memory`].
     ///
     /// # Errors
-    /// It runs already; whatever kept it from running.
-    pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_by(deadline, |standby| self.restored(standby, deadline))
-    }
-
-    /// Starts cold.
-    ///
-    /// # Errors
-    /// As [`restore_start`](Machine::restore_start).
-    pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_by(deadline, |standby| {
-            standby.map_or(Ok(()), |standby| standby.let_go(deadline))?;
-            self.run(None, Load::Nothing, deadline)
-        })
-    }
-
-    /// Starts it in that way, which is given what stood by.
-    fn start_by(
-        &self,
-        deadline: Deadline,
-        way: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, NotStarted>,
-    ) -> Result<()> {
-        let standby = self.set_starting(deadline)?;
-        let stood_by = standby.is_some();
-        let cleared = self.discard_rivals(deadline);
-        let started = self.set_started(match (cleared, standby) {
-            (Ok(()), standby) => way(standby),
-            (Err(error), None) => Err(error.into()),
-            (Err(error), Some(standby)) => standby.let_go(deadline).and(Err(error.into())),
-        });
-        if stood_by {
-            self.tell_ready();
-        }
-        started
-    }
-
-    /// Returns the resources that the machine claims; none as long as its arguments cannot be read.
-    pub fn resources(&self) -> &[Resource] {
-        let files = self.files();
-        if files.args_error.is_some() {
-            return &[];
-        }
-        self.resources.get_or_init(|| Resource::of(files))
-    }
-
-    /// Discards the standbys and preparations of machines that claim the same resources, so that this one can
-    /// start.
-    fn discard_rivals(&self, deadline: Deadline) -> Result<()> {
-        for Rival { machine: rival, resource } in self.shared.peers.rivals(self) {
-            if rival.is_ahead() {
-                let (machine, other) = (self.name(), rival.name());
-                tracing::info!(machine, other, %resource, "the standby of another machine has what this one needs: discarded");
-                let discarded = rival.unprepare(deadline);
-                discarded.map_err(|error| error.detail(&format!("machine '{other}' has {resource}, too")))?;
-                rival.tell_why_plain(format!("machine '{machine}' needed {resource}"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Returns a machine that claims the same resource and has a QEMU: it runs, is a standby, or is being
-    /// prepared.
-    fn rival_in_the_way(&self) -> Option<Rival> {
-        self.shared.peers.rivals(self).into_iter().find(|rival| rival.machine.has_qemu())
-    }
-
-    /// Whether the next restore is prepared or being prepared.
-    fn is_ahead(&self) -> bool {
-        matches!(&*self.lock(), Now::Preparing { .. } | Now::Ready(_))
-    }
-
-    fn has_qemu(&self) -> bool {
-        match &*self.lock() {
-            Now::Off => false,
-            Now::On(run) => !run.has_ended(),
-            Now::Starting | Now::Preparing { .. } | Now::Ready(_) => true,
-        }
-    }
-
-    /// Gives what stood by, which is the caller's now. Waits while a machine that claims the same resource
-    /// discards the standby.
-    fn set_starting(&self, deadline: Deadline) -> Result<Option<Box<Standby>>> {
-        let is_discarding = |now: &mut Now| matches!(now, Now::Preparing { given_up: true, .. });
-        let waited = self.changed.wait_timeout_while(self.lock(), deadline.remaining(), is_discarding);
-        let (mut now, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let running = match &*now {
-            Now::Off | Now::Ready(_) => false,
-            Now::Starting | Now::Preparing { .. } => true,
-            Now::On(run) => !run.has_ended(),
-        };
-        if running {
-            return Err(Error::unexpected_state("the machine is not powered off").advice("Stop it first"));
-        }
-        Ok(now.become_from_off(Now::Starting))
-    }
-
-    fn set_started(&self, started: Result<Arc<Run>, NotStarted>) -> Result<()> {
-        let (now, result) = match started {
-            Ok(run) => (Now::On(run), Ok(())),
-            // A QEMU that does not end still has the disk and the socket.
-            Err(NotStarted { error, left, .. }) => (left.map_or(Now::Off, Now::On), Err(error)),
-        };
-        *self.lock() = now;
-        result
-    }
-
-    /// The fastest way there is.
-    fn restored(
-        &self,
-        mut standby: Option<Box<Standby>>,
-        deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
-        let identity = self.identity_now(&mut standby, deadline)?;
-        if let Some(standby) = standby {
-            match self.released(standby, &identity, deadline.within(STANDBY)) {
-                Ok(run) => {
-                    self.forget_failures();
-                    return Ok(run);
-                }
-                Err(why) => self.no_faster("what stood by is not used", why, deadline)?,
-            }
-        }
-        if let Some(template) = self.template(&identity) {
-            let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
-            match self.run(memory, devices, deadline.within(INSTANT)) {
-                Ok(run) => {
-                    self.forget_failures();
-                    return Ok(run);
-                }
-                Err(why) => {
-                    self.template_failed(&identity, &why);
-                    self.no_faster("the template is not used", why, deadline)?;
-                }
-            }
-        }
-        self.run(None, Load::Snapshot(Snapshot::open(&self.files().snapshot)?), deadline)
-    }
-
-    /// What the machine is made from now. Nothing stands by any more if that cannot be told.
-    fn identity_now(
-        &self,
-        standby: &mut Option<Box<Standby>>,
-        deadline: Deadline,
-    ) -> Result<Identity, NotStarted> {
-        self.identity().or_else(|error| {
-            standby.take().map_or(Ok(()), |standby| standby.let_go(deadline))?;
-            Err(error.into())
-        })
-    }
-
-    fn released(
-        &self,
-        standby: Box<Standby>,
-        identity: &Identity,
-        deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
-        let mut steps = self.steps();
-        let_run(standby.take(identity, deadline)?, &mut steps, deadline)
-    }
-
-    /// A way that failed is told, and the next one is gone; unless this one has used up all the time, or its
-    /// QEMU does not end.
-    fn no_faster(&self, what: &str, why: NotStarted, deadline: Deadline) -> Result<(), NotStarted> {
-        if why.left.is_some() || deadline.check(what).is_err() {
-            return Err(why);
-        }
-        tracing::warn!(machine = self.files().info.name, error = %why.error, "{what}");
-        Ok(())
-    }
-
-    /// A run that was let go.
-    fn run(&self, memory: Option<Memory>, load: Load, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        let mut steps = self.steps();
-        let run = self.paused(&self.files().disposable, memory, load, Purpose::Run, &mut steps, deadline)?;
-        let_run(run, &mut steps, deadline)
-    }
-
-    /// Starts a run that is loaded and paused. Its first overlay is at `first`.
-    fn paused(
-        &self,
-        first: &Path,
-        memory: Option<Memory>,
-        load: Load,
-        purpose: Purpose,
-        steps: &mut Steps<'_>,
-        deadline: Deadline,
-    ) -> Result<Arc<Run>, NotStarted> {
-        let files = self.files();
-        files.args_error.clone().map_or(Ok(()), Err)?;
-        self.left().clone().map_or(Ok(()), Err)?;
-        files.expect_clean_runs()?;
-        let (images, limit) = (files.images(), deadline.within(COMING_UP));
-        let (img, name) = (&self.shared.qemu_img, self.name());
-        let mut overlays = self.blanks.overlays(img, name, &images, first, limit)?;
-        overlays.set_keep(files.keep_disk);
-        steps.done("overlay");
-        let start = Start {
-            machine: &files.info.name,
-            program: self.shared.program.path(),
-            folder: files.folder(),
-            version: self.shared.program.version(),
-            args: files.start_args.with_overlays(&overlays.paths()),
-            overlays,
-            socket: &self.socket,
-            memory,
-            incoming: !matches!(load, Load::Nothing),
-        };
-        let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(COMING_UP));
-        let run = begun.map_err(|error| self.note_other_args(error))?;
-        self.note_preparing(&run);
-        let loaded = run.load(load, deadline).map_err(|error| self.note_other_args(error));
-        loaded.map_err(|error| run.abandon(error, Stage::Load))?;
-        steps.done("load");
-        Ok(run)
-    }
-
-    /// Adds a note to an error if the arguments in the file have changed, because that may have corrected the
-    /// error.
-    fn note_other_args(&self, error: Error) -> Error {
-        if !self.files().has_other_args() {
-            return error;
-        }
-        let file = self.files().machineinfo.display();
-        error.advice(format!(
-            "{file} has changed since it was read: reload the configuration (cuckoo-machinery reload)"
-        ))
-    }
-
-    fn steps(&self) -> Steps<'_> {
-        Steps::new(&self.shared.host, self.name())
-    }
-
-    /// Pulls the plug; of a machine that is off, lets go of what was prepared.
-    ///
-    /// # Errors
-    /// It is off already; the process does not end.
-    pub fn stop(&self, deadline: Deadline) -> Result<()> {
-        let Some(run) = self.running() else {
-            self.unprepare(deadline)?;
-            return Err(off_already());
-        };
-        run.stop(deadline)?;
-        *self.lock() = Now::Off;
-        Ok(())
-    }
-
-    /// Expects that nothing of it runs but what stands by, so that the machine can go.
-    ///
-    /// # Errors
-    /// It is on.
-    pub fn expect_off(&self, deadline: Deadline) -> Result<()> {
-        self.wait_for_an_end(deadline);
-        let is_on = match &*self.lock() {
-            Now::Starting => true,
-            Now::On(run) => !run.has_ended(),
-            Now::Off | Now::Preparing { .. } | Now::Ready(_) => false,
-        };
-        if !is_on {
-            return Ok(());
-        }
-        let on = Error::unexpected_state("the machine is on, so it cannot be changed or removed");
-        Err(on.machine(self.name()).advice("Stop it, and reload again"))
-    }
-
-    /// What stands by will have to end: that begins, and is not waited for yet.
-    pub fn hurry(&self) {
-        if let Now::Ready(standby) = &*self.lock() {
-            standby.give_up();
-        }
-    }
-
-    /// Has a preparation give up, and lets go of what stands by.
-    ///
-    /// # Errors
-    /// The preparation does not give up; the process does not end.
-    pub fn unprepare(&self, deadline: Deadline) -> Result<()> {
-        let mut now = self.lock();
-        if let Now::Preparing { run, given_up } = &mut *now {
-            *given_up = true;
-            run.iter().for_each(|run| run.give_up());
-        }
-        let goes_on = |now: &mut Now| matches!(now, Now::Preparing { .. });
-        let wait = |now, limit| {
-            let waited = self.changed.wait_timeout_while(now, limit, goes_on);
-            waited.unwrap_or_else(PoisonError::into_inner)
-        };
-        let (now, _) = wait(now, deadline.within(GIVING_UP).remaining());
-        if let Now::Preparing { run: Some(run), .. } = &*now {
-            run.kill();
-        }
-        let (mut now, late) = wait(now, deadline.remaining());
-        if late.timed_out() {
-            return Err(deadline.timeout("the preparation to give up"));
-        }
-        let Now::Ready(standby) = &*now else { return Ok(()) };
-        // Until its QEMU has ended, nobody else may use its files.
-        let discarding = Now::Preparing { run: Some(standby.run()), given_up: true };
-        let standby = now.become_from_off(discarding);
-        drop(now);
-        let (next, ended) = match standby.map_or(Ok(()), |standby| standby.let_go(deadline)) {
-            Ok(()) => (Now::Off, Ok(())),
-            Err(NotStarted { error, left, .. }) => (left.map_or(Now::Off, Now::On), Err(error)),
-        };
-        *self.lock() = next;
-        self.changed.notify_all();
-        ended?;
-        self.tell_ready();
-        Ok(())
-    }
-
-    /// Presses the power button.
-    ///
-    /// # Errors
-    /// It is off already; the guest does not react.
-    pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
-        let run = self.running().ok_or_else(off_already)?;
-        run.power_button(deadline)?;
-        *self.lock() = Now::Off;
-        Ok(())
-    }
-
-    /// See [`views::dump_memory`].
-    ///
-    /// # Errors
-    /// It is off; as there.
+    /// The machine is off; as there.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
-        let run = self.running().ok_or_else(off)?;
-        views::dump_memory(&run, &self.files().info.name, path, format, &self.shared.host, deadline)
+        let run = self.running()?;
+        inspection::dump_memory(&run, self.name(), path, format, &self.shared.host, deadline)
     }
 
-    /// See [`views::screenshot`].
+    /// See [`inspection::screenshot`].
     ///
     /// # Errors
-    /// It is off; as there.
+    /// The machine is off; as there.
     pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
-        let run = self.running().ok_or_else(off)?;
-        views::screenshot(&run, path, deadline)
+        inspection::screenshot(&*self.running()?, path, deadline)
     }
 
-    fn running(&self) -> Option<Arc<Run>> {
-        match &*self.lock() {
-            Now::On(run) if !run.has_ended() => Some(Arc::clone(run)),
-            _ => None,
-        }
+    fn running(&self) -> Result<Arc<Run>> {
+        let off = || Error::unexpected_state("the machine is powered off").advice("Start it first");
+        self.slot.running().ok_or_else(off)
     }
-
-    /// From now on the machine is being prepared; gives what stands by already.
-    ///
-    /// # Errors
-    /// It is on.
-    fn set_preparing(&self, deadline: Deadline) -> Result<Option<Box<Standby>>> {
-        self.wait_for_an_end(deadline);
-        let mut now = self.lock();
-        match &*now {
-            Now::Off | Now::Ready(_) => {}
-            Now::On(run) if run.has_ended() => {}
-            _ => {
-                let on = Error::unexpected_state("the machine is not powered off");
-                return Err(on.advice("It is prepared by itself after its next stop"));
-            }
-        }
-        Ok(now.become_from_off(Now::Preparing { run: None, given_up: false }))
-    }
-
-    /// The host hears of the end of a run a moment before it is over.
-    fn wait_for_an_end(&self, deadline: Deadline) {
-        let run = match &*self.lock() {
-            Now::On(run) if run.qmp().is_closed() => Arc::clone(run),
-            _ => return,
-        };
-        run.has_ended_soon(deadline);
-    }
-
-    /// The preparation is over; tells whether it was given up.
-    fn set_prepared(&self, standby: Option<Box<Standby>>, left: Option<Arc<Run>>) -> bool {
-        let next = match (standby, left) {
-            (_, Some(left)) => Now::On(left),
-            (Some(standby), None) => Now::Ready(standby),
-            (None, None) => Now::Off,
-        };
-        let before = std::mem::replace(&mut *self.lock(), next);
-        self.changed.notify_all();
-        matches!(before, Now::Preparing { given_up: true, .. })
-    }
-
-    /// What runs for a preparation can be given up.
-    fn note_preparing(&self, new: &Arc<Run>) {
-        if let Now::Preparing { run, given_up } = &mut *self.lock() {
-            *run = Some(Arc::clone(new));
-            if *given_up {
-                new.give_up();
-            }
-        }
-    }
-
-    /// Whether a stop has come while the machine is being prepared.
-    fn is_given_up(&self) -> bool {
-        matches!(&*self.lock(), Now::Preparing { given_up: true, .. })
-    }
-
-    /// Each statement that holds the lock leaves it whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Now> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Lets a paused run go on.
-fn let_run(run: Arc<Run>, steps: &mut Steps<'_>, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-    run.go_on(deadline).map_err(|error| run.abandon(error, Stage::Run))?;
-    steps.done("resume");
-    Ok(run)
-}
-
-fn off_already() -> Error {
-    Error::state_reached("the machine is powered off already")
-}
-
-fn off() -> Error {
-    Error::unexpected_state("the machine is powered off").advice("Start it first")
 }

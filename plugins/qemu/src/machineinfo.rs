@@ -1,8 +1,8 @@
-//! The arguments a machine is started with, from its `machineinfo.json`.
+//! The arguments of a machine's QEMU, from its `machineinfo.json`.
 //!
-//! VMCloak writes that file; by hand it is `{"machine": {"start_args": ["-m", "2048", …]}}`. The
-//! arguments are given to QEMU as they are, but for the disposable disk's place in them. Refused is
-//! what would fight over the machine with this plugin.
+//! VMCloak writes that file; by hand it is `{"machine": {"start_args": ["-m", "2048", …]}}`. QEMU gets the
+//! arguments unchanged, except for the paths of images, which are replaced by overlays. Arguments that conflict
+//! with the plugin's control of the machine are refused.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::images::{Opened, PLACEHOLDER};
 use crate::options::{name_of, walk};
 
-/// Options that cannot stand in `start_args`, and why. Cuckoo3's list, and `-daemonize`.
+/// Options that `start_args` may not contain, and the reasons. Cuckoo3's list, and `-daemonize`.
 const REFUSED: [(&str, &str); 8] = [
     ("incoming", "the snapshot is loaded by this machinery"),
     ("loadvm", "the snapshot is loaded by this machinery"),
@@ -35,13 +35,13 @@ impl StartArgs {
     /// Reads and checks the file.
     ///
     /// # Errors
-    /// It cannot be read, is no JSON, has no `machine.start_args`, or one that cannot be used.
+    /// The file cannot be read, is no JSON, has no `machine.start_args`, or has arguments that are refused.
     pub fn read(path: &Path) -> Result<StartArgs> {
         let text =
             std::fs::read_to_string(path).map_err(|error| Error::io("read the machineinfo", path, &error))?;
         let wrong = |reason: String| Error::configuration(format!("{}: {reason}", path.display()));
         let info: Value = serde_json::from_str(&text).map_err(|error| {
-            wrong(format!("not JSON: {error}")).advice("Have VMCloak write it anew, or correct that line")
+            wrong(format!("not JSON: {error}")).advice("Let VMCloak write it again, or correct that line")
         })?;
         let folder = path.parent().unwrap_or(Path::new("/"));
         StartArgs::of(&info, folder).map_err(|(reason, advice)| wrong(reason).advice(advice))
@@ -76,8 +76,8 @@ impl StartArgs {
         &self.opened
     }
 
-    /// The arguments as they are written, with the placeholder.
-    pub fn as_written(&self) -> &[String] {
+    /// Returns the arguments as they are in the file, with the placeholder.
+    pub fn unchanged(&self) -> &[String] {
         &self.args
     }
 
@@ -86,7 +86,7 @@ impl StartArgs {
         walk(&self.args).map(|(_, name, value)| (name, value))
     }
 
-    /// Unchecked ones, for tests.
+    /// Creates unchecked arguments, for tests.
     #[cfg(test)]
     pub fn from_args(args: impl IntoIterator<Item = String>) -> StartArgs {
         StartArgs::in_folder(args, Path::new("/"))
@@ -99,7 +99,7 @@ impl StartArgs {
         StartArgs { opened: Opened::by(&args, folder), args }
     }
 
-    /// Whether the guest is to run under KVM.
+    /// Reports whether the arguments let the guest run under KVM.
     pub fn wants_kvm(&self) -> bool {
         let accelerates = |arg: &String| arg.split([',', '=']).any(|part| part == "kvm");
         self.args.iter().any(|arg| name_of(arg) == Some("enable-kvm"))
@@ -186,7 +186,7 @@ fn qmp_elsewhere(where_: &str) -> (String, String) {
     )
 }
 
-/// A configuration file of QEMU's can hold a `[mon]` section just as well.
+/// Refuses a file of `-readconfig` that configures a QMP monitor.
 fn check_readconfig(path: &Path) -> Result<(), (String, String)> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         (
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn every_refused_option_is_in_every_spelling() {
+    fn option_is_refused_in_each_spelling() {
         for (name, _) in REFUSED {
             for spelling in
                 [format!("-{name}"), format!("--{name}"), format!("-{name}=x"), format!("--{name}=x,y")]
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn near_misses_pass() {
+    fn argument_is_accepted_when_it_only_resembles_a_refused_one() {
         for arg in [
             "/vms/win10-snapshot/x",
             "virtio-serial,id=a-monitor",
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn qmp_cannot_come_in_by_another_door() {
+    fn qmp_monitor_is_refused_when_mon_or_readconfig_brings_it_in() {
         let args = |mon: &str| of(json!(["-hda", PLACEHOLDER, "-mon", mon]));
         assert!(args("chardev=x,mode=control").unwrap_err().0.contains("QMP"));
         assert!(args("chardev=x,mode=readline").is_ok());
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_of_arguments_is_told() {
+    fn start_args_are_refused_when_they_are_no_list_of_arguments() {
         for (args, expected) in [
             (json!("-m 512"), "a single text"),
             (json!([]), "an empty list"),
@@ -291,14 +291,14 @@ mod tests {
     }
 
     #[test]
-    fn the_disk_goes_into_its_place() {
+    fn overlay_replaces_the_placeholder_of_the_disk() {
         let args = of(json!(["-m", 512, "-drive", format!("file={PLACEHOLDER},format=qcow2")])).unwrap();
         let args = args.with_overlays(&["/d/x.qcow2".to_owned()]);
         assert_eq!(args, ["-m", "512", "-drive", "file=/d/x.qcow2,format=qcow2"]);
     }
 
     #[test]
-    fn kvm_is_known_in_its_spellings() {
+    fn kvm_is_recognized_in_each_spelling() {
         let wants = |args: Value| of(args).unwrap().wants_kvm();
         assert!(wants(json!(["-enable-kvm", PLACEHOLDER])));
         assert!(wants(json!(["-machine", "pc,accel=kvm", PLACEHOLDER])));
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_file_is_named() {
+    fn error_names_the_file_and_the_line_when_it_is_no_json() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("machineinfo.json");
         std::fs::write(&path, "{\"machine\":\n oops").unwrap();

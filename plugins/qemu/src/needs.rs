@@ -1,8 +1,8 @@
 //! Tests what machines need of this computer, before the first run needs it.
 //!
 //! QEMU itself tests KVM and bridges, without a guest: it knows the path of its bridge helper and the
-//! helper's rights, and it reports why the helper fails. A tap is only looked for, because QEMU runs a script
-//! for it and a machine may be using it.
+//! helper's rights, and it reports why the helper fails. A tap is only searched for, because QEMU runs a
+//! script for it and a machine may be using it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -48,7 +48,7 @@ impl fmt::Display for Need {
 }
 
 /// Tests the needs of all machines, each need once.
-pub fn try_all(machines: &[MachineFiles], qemu: &Path, report: &mut Report) {
+pub fn check_all(machines: &[MachineFiles], qemu: &Path, report: &mut Report) {
     let mut needs: BTreeMap<Need, Vec<&str>> = BTreeMap::new();
     for machine in machines {
         for need in of(machine) {
@@ -56,21 +56,21 @@ pub fn try_all(machines: &[MachineFiles], qemu: &Path, report: &mut Report) {
         }
     }
     for (need, machines) in needs {
-        let who = who(&machines);
+        let needed_by = machines_that_need(&machines);
         match (need.attempt(qemu), &need) {
-            (Ok(()), _) => report.good(format!("qemu: {need} can be used, which {who}")),
+            (Ok(()), _) => report.good(format!("qemu: {need} can be used, which {needed_by}")),
             (Err(error), Need::OptionalDevice(_)) => {
-                report.warning(format!("qemu: {need} cannot be used, which {who}: {error}"));
+                report.warning(format!("qemu: {need} cannot be used, which {needed_by}: {error}"));
             }
             (Err(error), _) => {
-                let reason = format!("qemu: {need} cannot be used, which {who}: {error}");
+                let reason = format!("qemu: {need} cannot be used, which {needed_by}: {error}");
                 report.problem(&Error::environment(reason));
             }
         }
     }
 }
 
-fn who(machines: &[&str]) -> String {
+fn machines_that_need(machines: &[&str]) -> String {
     let shown = machines.iter().take(3).map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
     match machines.len() {
         1 => format!("machine {shown} needs"),
@@ -104,7 +104,7 @@ fn of_network(options: &Options, machine: &MachineFiles) -> Vec<Need> {
         let netdev = format!("{kind},id=cuckoo-check{}", keys.collect::<String>());
         return vec![Need::Device("/dev/net/tun"), Need::Bridge(netdev)];
     }
-    // QEMU does not create a tap that somebody else has opened.
+    // QEMU does not create a tap that it gets as a descriptor.
     if kind != "tap" || ["fd", "fds"].iter().any(|key| options.has(key)) {
         return Vec::new();
     }
@@ -137,25 +137,25 @@ impl Need {
             Need::Kvm => {
                 let advice = "Enable virtualisation in the firmware, load the module kvm_intel or kvm_amd, and add this \
                               user to the group `kvm`; or remove KVM from start_args";
-                by_qemu(qemu, &["-accel", "kvm"]).map_err(|error| error.advice(advice))
+                try_with_qemu(qemu, &["-accel", "kvm"]).map_err(|error| error.advice(advice))
             }
             Need::Bridge(netdev) => {
                 let advice = "Create the bridge, allow it in /etc/qemu/bridge.conf (`allow br0`), and give \
                               qemu-bridge-helper the set-user-ID bit (chmod u+s) where the host does not run as root";
-                by_qemu(qemu, &["-netdev", netdev]).map_err(|error| error.advice(advice))
+                try_with_qemu(qemu, &["-netdev", netdev]).map_err(|error| error.advice(advice))
             }
             Need::Tap(_) if geteuid().is_root() => Ok(()),
             Need::Tap(name) => find_interface(name),
             Need::Script(path) => access(path, Access::EXEC_OK).map_err(|error| {
                 Error::io("run", path, &error.into()).advice("Write script=no, or put the script there")
             }),
-            Need::Device(path) | Need::OptionalDevice(path) => opens(Path::new(path)),
+            Need::Device(path) | Need::OptionalDevice(path) => try_open(Path::new(path)),
         }
     }
 }
 
 /// Opens a device: its file can exist without a driver behind it.
-fn opens(device: &Path) -> Result<()> {
+fn try_open(device: &Path) -> Result<()> {
     let opened = File::options().read(true).write(true).open(device);
     opened.map(drop).map_err(|error: io::Error| {
         Error::io("open", device, &error)
@@ -164,15 +164,19 @@ fn opens(device: &Path) -> Result<()> {
 }
 
 /// Starts QEMU with only these arguments. QEMU ends once its machine is set up and described.
-fn by_qemu(qemu: &Path, args: &[&str]) -> Result<()> {
+fn try_with_qemu(qemu: &Path, args: &[&str]) -> Result<()> {
     let empty = ["-M", "none", "-nodefaults", "-display", "none", "-dump-vmstate", "/dev/null"];
     let output = run(qemu, empty.iter().chain(args))?;
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-    Err(Error::environment(if said.is_empty() { format!("QEMU ends with {}", output.status) } else { said }))
+    let message = String::from_utf8_lossy(&output.stderr);
+    let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    Err(Error::environment(if message.is_empty() {
+        format!("QEMU ends with {}", output.status)
+    } else {
+        message
+    }))
 }
 
 #[cfg(test)]
@@ -190,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn needs_are_found_in_every_spelling() {
+    fn needs_are_found_in_each_spelling() {
         let tun = "/dev/net/tun";
         for (args, expected) in [
             (&["-accel", "kvm"][..], &["KVM"][..]),
@@ -216,14 +220,14 @@ mod tests {
         let path = folder.path().join("device");
         let _listener = UnixListener::bind(&path).unwrap();
         assert!(path.exists());
-        let text = opens(&path).unwrap_err().to_string();
+        let text = try_open(&path).unwrap_err().to_string();
         assert!(text.contains("No such device"), "{text}");
     }
 
     #[test]
     fn need_names_the_machines_that_have_it() {
-        assert_eq!(who(&["a"]), "machine 'a' needs");
-        assert_eq!(who(&["a", "b"]), "machines 'a', 'b' need");
-        assert_eq!(who(&["a", "b", "c", "d", "e"]), "machines 'a', 'b', 'c' and 2 more need");
+        assert_eq!(machines_that_need(&["a"]), "machine 'a' needs");
+        assert_eq!(machines_that_need(&["a", "b"]), "machines 'a', 'b' need");
+        assert_eq!(machines_that_need(&["a", "b", "c", "d", "e"]), "machines 'a', 'b', 'c' and 2 more need");
     }
 }

@@ -92,7 +92,7 @@ impl Options {
         Options { pairs, is_json: true, is_unreadable }
     }
 
-    /// Whether the value is JSON that only QEMU can read, so nothing is known of its keys.
+    /// Reports whether the value is JSON that only QEMU can read, so nothing is known of its keys.
     pub fn is_unreadable(&self) -> bool {
         self.is_unreadable
     }
@@ -113,18 +113,18 @@ impl Options {
         self.pairs.iter().filter(|(name, _)| name == key).flat_map(|(_, value)| texts(value)).collect()
     }
 
-    /// Whether a key exists, with any value but null.
+    /// Reports whether a key exists, with any value but null.
     pub fn has(&self, key: &str) -> bool {
         self.value(key).is_some_and(|value| !value.is_null())
     }
 
-    /// Whether a key exists, or any key below it.
+    /// Reports whether a key exists, or any key below it.
     pub fn has_any(&self, key: &str) -> bool {
         let below = |name: &str| name.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
         self.has(key) || self.pairs.iter().any(|(name, _)| below(name))
     }
 
-    /// Whether a switch is on; `None` if there is no such key.
+    /// Reports whether a switch is on; `None` if there is no such key.
     pub fn switch(&self, key: &str) -> Option<bool> {
         Some(match self.value(key)? {
             Value::Bool(on) => *on,
@@ -133,7 +133,7 @@ impl Options {
         })
     }
 
-    /// Whether a switch exists and is on.
+    /// Reports whether a switch exists and is on.
     pub fn is_on(&self, key: &str) -> bool {
         self.switch(key) == Some(true)
     }

@@ -1,4 +1,7 @@
-//! A QEMU process: started, heard on its stderr, ended for sure.
+//! A process of QEMU's programs: its start, its stderr, and its end.
+//!
+//! [`Process`] belongs to one thread, which waits for the end. [`Handle`] is for all others: its pidfd cannot
+//! reach another process, even after the end.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,17 +20,17 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::group;
 use crate::stderr::Stderr;
 
-/// A process that is ours to end and to wait for.
+/// A process of this plugin, which has to be ended and waited for.
 pub struct Process {
     child: Child,
     handle: Arc<Handle>,
 }
 
-/// What other threads may hold of it: valid, and harmless, also after its end.
+/// A process as other threads see it: valid, and harmless, also after its end.
 pub struct Handle {
     pid: u32,
     pidfd: OwnedFd,
-    /// Whether this plugin has ended the process.
+    /// True if this plugin has ended the process.
     ended: AtomicBool,
     stderr: Stderr,
 }
@@ -37,13 +40,13 @@ impl Handle {
         self.pid
     }
 
-    /// What it holds of this computer's memory, in bytes. Source: `Pss` in proc_pid_smaps(5), in KiB.
+    /// Returns the memory that the process holds, in bytes. Source: `Pss` in proc_pid_smaps(5), in KiB.
     pub fn memory(&self) -> Option<u64> {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid)).ok()?;
         bytes_of(&text, "Pss:")
     }
 
-    /// Ends it at once.
+    /// Kills the process.
     pub fn kill(&self) {
         self.end_by(Signal::KILL);
     }
@@ -56,30 +59,31 @@ impl Handle {
 
     fn end_by(&self, signal: Signal) {
         self.ended.store(true, Ordering::SeqCst);
-        // It may have ended by itself.
+        // The process may have ended by itself.
         let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
-    /// Begins a step: if the step fails, the reason is the output from now on.
+    /// Begins a step. If the step fails, its reason is the output from now on.
     pub fn begin_step(&self) {
         self.stderr.begin_step();
     }
 
-    /// Waits until it has ended or `other` can be read; true if it has ended.
+    /// Waits until the process has ended or `other` can be read; returns whether it has ended, and none after
+    /// the timeout.
     pub fn ended_before(&self, other: &OwnedFd, timeout: Duration) -> io::Result<Option<bool>> {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN), PollFd::new(other, PollFlags::IN)];
         let ready = retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout))))?;
         Ok((ready > 0).then(|| sources[1].revents().is_empty()))
     }
 
-    /// Waits until it has ended; false if it has not within the time.
+    /// Waits for the end of the process; returns false after the timeout.
     fn wait(&self, timeout: Duration) -> bool {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
         matches!(retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout)))), Ok(1..))
     }
 }
 
-/// What one of the kernel's tables says in KiB, in bytes.
+/// Returns a value of one of the kernel's tables, which has it in KiB, in bytes.
 pub fn bytes_of(table: &str, key: &str) -> Option<u64> {
     let value = table.lines().find_map(|line| line.strip_prefix(key))?;
     value.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
@@ -90,7 +94,7 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 impl Process {
-    /// Starts the process in the folder `folder`, with nothing on its stdin.
+    /// Starts the process in the folder `folder`, with an empty stdin.
     ///
     /// # Errors
     /// The process cannot be started.
@@ -106,8 +110,8 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            // A group of its own: a signal from the host's terminal is not for it, and what it starts,
-            // should it be a wrapper around QEMU, can be ended with it.
+            // In a group of its own, it gets no signal from the host's terminal, and its children can be ended
+            // with it.
             .process_group(0)
             .spawn()
             .map_err(|error| {
@@ -154,25 +158,26 @@ impl Process {
         if let Some(group) = i32::try_from(self.handle.pid).ok().and_then(Pid::from_raw) {
             group::end_rest(group);
         }
-        End { status, by_us: self.handle.ended.load(Ordering::SeqCst), said: self.handle.stderr.said() }
+        let killed = self.handle.ended.load(Ordering::SeqCst);
+        End { status, by_plugin: killed, output: self.handle.stderr.output() }
     }
 }
 
-/// How a process ended.
+/// The end of a process: its exit status and its output.
 #[derive(Debug, Clone)]
 pub struct End {
     status: Option<ExitStatus>,
-    /// Whether it was us.
-    by_us: bool,
+    /// True if this plugin ended the process.
+    by_plugin: bool,
     /// The output of the last step.
-    said: String,
+    output: String,
 }
 
 impl End {
-    /// For people: how, and what it said.
+    /// Describes the exit status and the output, for people.
     pub fn describe(&self) -> String {
-        let how = match self.status {
-            _ if self.by_us => "QEMU was ended by this machinery".to_owned(),
+        let status = match self.status {
+            _ if self.by_plugin => "QEMU was ended by this machinery".to_owned(),
             Some(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => format!("QEMU exited with code {code}"),
                 (None, Some(signal)) => format!("QEMU was killed by signal {signal}"),
@@ -180,24 +185,24 @@ impl End {
             },
             None => "QEMU ended".to_owned(),
         };
-        if self.said.is_empty() { how } else { format!("{how}: {}", self.said) }
+        if self.output.is_empty() { status } else { format!("{status}: {}", self.output) }
     }
 
     /// Returns the output of the last step.
-    pub fn words(&self) -> &str {
-        &self.said
+    pub fn output(&self) -> &str {
+        &self.output
     }
 
-    /// Describes a failure for people; empty if there is nothing useful to add.
-    pub fn last_words(&self) -> String {
-        match (self.by_us, self.said.is_empty()) {
+    /// Describes a failure, for people; empty if there is nothing useful to report.
+    pub fn failure(&self) -> String {
+        match (self.by_plugin, self.output.is_empty()) {
             (true, true) => String::new(),
-            (true, false) => format!("QEMU says: {}", self.said),
+            (true, false) => format!("QEMU reports: {}", self.output),
             (false, _) => self.describe(),
         }
     }
 
-    /// Whether somebody killed it.
+    /// Reports whether the process was killed by a signal.
     pub fn by_signal(&self) -> bool {
         self.status.is_some_and(|status| status.signal().is_some())
     }
@@ -218,20 +223,20 @@ mod tests {
     }
 
     #[test]
-    fn an_end_is_told_with_its_stderr() {
+    fn end_is_described_with_its_stderr() {
         let end = shell("echo first >&2; echo last >&2; exit 3").end(Duration::from_secs(10));
         assert_eq!(end.describe(), "QEMU exited with code 3: first; last");
         assert!(!end.was_clean());
     }
 
     #[test]
-    fn what_does_not_end_is_ended() {
+    fn process_is_killed_when_it_does_not_end() {
         let end = shell("exec sleep 600").end(Duration::from_millis(20));
         assert_eq!(end.describe(), "QEMU was ended by this machinery");
     }
 
     #[test]
-    fn a_kill_by_others_is_told() {
+    fn end_names_the_signal_when_others_kill_the_process() {
         let process = shell("kill -9 $$");
         assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU was killed by signal 9");
     }
@@ -245,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_is_told_with_the_words_of_its_last_step() {
+    fn end_is_described_with_the_output_of_its_last_step() {
         let script = "echo noise >&2; kill -STOP $$; echo qemu-img: why >&2; echo noise >&2; exit 3";
         let (process, pid) = stopped(script);
         process.handle().begin_step();
@@ -254,11 +259,11 @@ mod tests {
         let (process, _) = stopped("echo noise >&2; kill -STOP $$");
         process.handle().begin_step();
         process.handle().kill();
-        assert_eq!(process.end(Duration::from_secs(10)).last_words(), "");
+        assert_eq!(process.end(Duration::from_secs(10)).failure(), "");
     }
 
     #[test]
-    fn a_helper_ends_by_itself_when_its_process_has_ended() {
+    fn helper_ends_by_itself_when_its_process_has_ended() {
         let folder = tempfile::tempdir().unwrap();
         let script = "mkfifo p; { cat p; : > clean; } & exec 9>p; kill -STOP $$";
         let (process, _) = stopped(&format!("cd {}; {script}", folder.path().display()));
@@ -267,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_helper_is_killed_when_it_does_not_end() {
+    fn helper_is_killed_when_it_does_not_end() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("helper");
         let end = shell(&format!("sleep 600 & echo $! > {}", file.display())).end(Duration::from_secs(10));
@@ -279,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_run_is_named() {
+    fn start_error_names_the_program_when_it_cannot_run() {
         let error = Process::start(Path::new("/none/qemu"), [], Path::new("/"), "m").err().unwrap();
         assert!(error.to_string().contains("/none/qemu"));
     }

@@ -1,10 +1,12 @@
-//! How far a file is read, by whoever reads it. QEMU does not tell how much of a snapshot it has loaded.
+//! The progress of a load: how much of the snapshot's file a process has read.
+//!
+//! QEMU does not report how much of a snapshot it has loaded, but the kernel knows the position in the file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// How much of the file that process has read: 0.0 to 1.0; 0.0 also if it does not have it open. Source:
-/// `pos` in proc_pid_fdinfo(5).
+/// Returns the part of the file that the process has read, from 0.0 to 1.0; 0.0 also if the process does not
+/// have the file open. Source: `pos` in proc_pid_fdinfo(5).
 pub fn of(process: u32, file: &Path) -> f64 {
     position(process, file).zip(fs::metadata(file).ok()).map_or(0.0, |(position, file)| {
         if file.len() == 0 { 0.0 } else { (position as f64 / file.len() as f64).min(1.0) }
@@ -26,7 +28,7 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn what_this_process_reads_is_seen() {
+    fn progress_is_the_position_of_this_process_in_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
         fs::write(&path, [0; 1000]).unwrap();

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! any thread:  execute ─▶ line out … waits for the answer with its id
-//! watcher:     read ─▶ answer ─▶ whoever waits for that id
-//!                   └▶ event  ─▶ the caller of `read`, then everyone who listens
+//! watcher:     read ─▶ answer ─▶ the thread that waits for that id
+//!                   └▶ event  ─▶ the caller of `read`, then all listeners
 //! ```
 //!
 //! Commands are the `qapi` crate's types. Answers and events are read as plain JSON, because a QEMU
@@ -25,10 +25,10 @@ use qapi::{Command, Execute};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 
-/// How long QEMU may take to read a command.
-const SENDING: Duration = Duration::from_secs(5);
+/// The maximum time for QEMU to read a command.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An event of QEMU's.
+/// An event of QEMU.
 #[derive(Debug, Clone)]
 pub struct Event {
     pub name: String,
@@ -51,25 +51,25 @@ struct State {
 }
 
 impl Qmp {
-    /// A monitor behind that stream. Somebody has to [`read`](Qmp::read) it.
+    /// Creates a monitor on that stream. One thread has to [`read`](Qmp::read) it.
     pub fn new(stream: UnixStream) -> Self {
-        // A QEMU that is stopped reads nothing, and its socket fills up in the end.
-        if let Err(error) = stream.set_write_timeout(Some(SENDING)) {
-            tracing::debug!(%error, "sending to QEMU has no time limit");
+        // A stopped QEMU reads nothing, so its socket fills up.
+        if let Err(error) = stream.set_write_timeout(Some(SEND_TIMEOUT)) {
+            tracing::debug!(%error, "cannot set the timeout for sending to QEMU");
         }
         Qmp { stream, next_id: AtomicU64::new(1), state: Mutex::default() }
     }
 
-    /// Reads until QEMU closes the connection; each event is also told to `heard`.
-    pub fn read(&self, mut heard: impl FnMut(&Event)) {
+    /// Reads until QEMU closes the connection. Each event goes to `on_event` first.
+    pub fn read(&self, mut on_event: impl FnMut(&Event)) {
         if let Ok(stream) = self.stream.try_clone() {
             let mut lines = BufReader::new(stream);
             let mut line = Vec::new();
-            // Some ends are an end of file, some a reset: nothing more comes after either.
+            // Both an end of file and a reset are the end of the connection.
             while matches!(lines.read_until(b'\n', &mut line), Ok(length) if length > 0) {
                 match serde_json::from_slice(&line) {
-                    Ok(message) => self.dispatch(message, &mut heard),
-                    Err(error) => tracing::warn!(%error, "QEMU's monitor says something that is no JSON"),
+                    Ok(message) => self.dispatch(message, &mut on_event),
+                    Err(error) => tracing::warn!(%error, "QEMU's monitor sent a line that is not JSON"),
                 }
                 line.clear();
             }
@@ -80,19 +80,19 @@ impl Qmp {
         state.listening.clear();
     }
 
-    fn dispatch(&self, mut message: Value, heard: &mut impl FnMut(&Event)) {
+    fn dispatch(&self, mut message: Value, on_event: &mut impl FnMut(&Event)) {
         if let Some(name) = message["event"].as_str() {
             let event = Event { name: name.to_owned(), data: message["data"].take() };
-            heard(&event);
+            on_event(&event);
             self.lock().listening.retain(|listener| listener.send(event.clone()).is_ok());
         } else if let Some(id) = message["id"].as_u64() {
             let waiting = self.lock().waiting.remove(&id);
-            // Whoever asked may have given up.
+            // The caller may have timed out.
             let _ = waiting.map(|waiting| waiting.send(message));
         }
     }
 
-    /// Commands that are sent at once, and run one after the other.
+    /// Begins a batch of commands that are sent at once and run one after the other.
     pub fn batch(&self) -> Batch<'_> {
         Batch { qmp: self, lines: Vec::new(), answers: Vec::new() }
     }
@@ -105,8 +105,11 @@ impl Qmp {
         self.execute_with(command, None, deadline)
     }
 
-    /// Gives QEMU an open file, and gets the name by which commands know it. `by_name` is false for
-    /// a QEMU whose commands take only numbers.
+    /// Passes an open file to QEMU, and returns its name in commands. `by_name` is false for a QEMU whose commands
+    /// take only numbers.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute).
     pub fn pass(&self, file: BorrowedFd<'_>, by_name: bool, deadline: Deadline) -> Result<String> {
         if by_name {
             let name = format!("file{}", self.next_id.load(Ordering::Relaxed));
@@ -117,12 +120,17 @@ impl Qmp {
             self.execute_with(&qmp::add_fd { fdset_id: None, opaque: None }, Some(file), deadline)?;
         match answer["fd"].as_i64() {
             Some(number) => Ok(number.to_string()),
-            None => Err(Error::failed(format!("QEMU took a file and did not say its number: {answer}"))),
+            None => {
+                Err(Error::failed(format!("QEMU accepted a file but did not report its number: {answer}")))
+            }
         }
     }
 
-    /// Gives QEMU an open file that it can open again by the path that `use_it` gets. QEMU keeps no
-    /// hold of it afterwards.
+    /// Passes an open file to QEMU, which can open the file again by the path that `use_it` gets. QEMU closes
+    /// the file afterwards.
+    ///
+    /// # Errors
+    /// As [`execute`](Qmp::execute), or `use_it` fails.
     pub fn with_path<T>(
         &self,
         file: BorrowedFd<'_>,
@@ -132,7 +140,7 @@ impl Qmp {
         let answer =
             self.execute_with(&qmp::add_fd { fdset_id: None, opaque: None }, Some(file), deadline)?;
         let Some(fdset_id) = answer["fdset-id"].as_i64() else {
-            return Err(Error::failed(format!("QEMU took a file and did not say its set: {answer}")));
+            return Err(Error::failed(format!("QEMU accepted a file but did not report its set: {answer}")));
         };
         let used = use_it(format!("/dev/fdset/{fdset_id}"));
         let removed = self.execute(&qmp::remove_fd { fdset_id, fd: None }, deadline);
@@ -148,7 +156,7 @@ impl Qmp {
         self.batch().with(command)?.run(file, deadline)
     }
 
-    /// The channel on which the answer to the command with that number comes.
+    /// Returns the channel for the answer to the command with that id.
     fn expect_answer(&self, id: u64, command: &str) -> Result<Receiver<Value>> {
         let (sender, answer) = mpsc::channel();
         let mut state = self.lock();
@@ -159,7 +167,7 @@ impl Qmp {
         Ok(answer)
     }
 
-    /// One message: QEMU takes the file that comes with the bytes of its command.
+    /// Sends one message: QEMU takes the file that comes with the bytes of its command.
     fn send(&self, line: &[u8], file: Option<BorrowedFd<'_>>) -> std::io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -174,12 +182,12 @@ impl Qmp {
         Ok(())
     }
 
-    /// Whether nothing more will come: QEMU ends or has ended.
+    /// Reports whether the connection has closed: QEMU ends or has ended.
     pub fn is_closed(&self) -> bool {
         self.lock().closed
     }
 
-    /// Events from now on. The end of the receiver is the end of QEMU.
+    /// Returns the events from now on. The channel closes when QEMU ends.
     pub fn listen(&self) -> Receiver<Event> {
         let (sender, events) = mpsc::channel();
         let mut state = self.lock();
@@ -189,14 +197,14 @@ impl Qmp {
         events
     }
 
-    /// State is whole after each statement that holds the lock, so poison means nothing.
+    /// Each statement that holds the lock leaves a whole state, so poison means nothing.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Commands on their way to QEMU. It reads one after the other, so what does not need an earlier one's
-/// answer need not wait for it.
+/// Commands that are sent together. QEMU runs one after the other, so a command that does not need an earlier
+/// answer need not wait for one.
 pub struct Batch<'a> {
     qmp: &'a Qmp,
     lines: Vec<u8>,
@@ -204,7 +212,7 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// One more.
+    /// Adds a command.
     ///
     /// # Errors
     /// QEMU has ended.
@@ -217,7 +225,7 @@ impl Batch<'_> {
         Ok(self)
     }
 
-    /// Negotiates, which has to come first on a connection.
+    /// Adds the negotiation, which is the first command of a connection.
     ///
     /// # Errors
     /// As [`with`](Batch::with).
@@ -225,10 +233,11 @@ impl Batch<'_> {
         self.with(&qmp::qmp_capabilities { enable: None })
     }
 
-    /// Sends them, with a file for the first that takes one, and waits for all answers; gives the last.
+    /// Sends the commands, with a file for the first command that takes one. Waits for all answers, and returns
+    /// the last one.
     ///
     /// # Errors
-    /// QEMU refuses one, ends, or takes too long.
+    /// QEMU refuses a command, ends, or takes too long.
     pub fn run(self, file: Option<BorrowedFd<'_>>, deadline: Deadline) -> Result<Value> {
         let name = self.answers.first().map_or("nothing", |(name, _)| name);
         self.qmp.send(&self.lines, file).map_err(|error| unsent(name, &error))?;
@@ -253,35 +262,35 @@ fn unsent(command: &str, error: &dyn std::error::Error) -> Error {
     Error::failed(format!("cannot send {command} to QEMU: {error}"))
 }
 
-/// Waits for the first event of which `pick` makes something.
+/// Waits for the first event for which `pick` returns a value. `what` names the event in errors.
 ///
 /// # Errors
-/// QEMU ends before, or it takes too long; `what` says what was waited for.
+/// QEMU ends, or the deadline passes.
 pub fn wait<T>(
     events: &Receiver<Event>,
     deadline: Deadline,
     what: &str,
     pick: impl Fn(&Event) -> Option<T>,
 ) -> Result<T> {
-    wait_telling(events, deadline, what, || (), pick)
+    wait_with_progress(events, deadline, what, || (), pick)
 }
 
-/// How often it is told how far something is.
-const TELLING: Duration = Duration::from_millis(250);
+/// The interval of progress reports.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The same; meanwhile `tell` is called now and then.
+/// Waits like [`wait`], and calls `report` at intervals.
 ///
 /// # Errors
 /// As [`wait`].
-pub fn wait_telling<T>(
+pub fn wait_with_progress<T>(
     events: &Receiver<Event>,
     deadline: Deadline,
     what: &str,
-    tell: impl Fn(),
+    report: impl Fn(),
     pick: impl Fn(&Event) -> Option<T>,
 ) -> Result<T> {
     loop {
-        match events.recv_timeout(TELLING.min(deadline.remaining())) {
+        match events.recv_timeout(PROGRESS_INTERVAL.min(deadline.remaining())) {
             Ok(event) => {
                 if let Some(picked) = pick(&event) {
                     return Ok(picked);
@@ -290,7 +299,7 @@ pub fn wait_telling<T>(
             Err(RecvTimeoutError::Timeout) if deadline.remaining().is_zero() => {
                 return Err(deadline.timeout(what));
             }
-            Err(RecvTimeoutError::Timeout) => tell(),
+            Err(RecvTimeoutError::Timeout) => report(),
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Error::failed(format!("QEMU ended while waiting for {what}")));
             }
@@ -303,12 +312,11 @@ fn ended(command: &str) -> Error {
 }
 
 fn refused(command: &str, error: &Value) -> Error {
-    let said = error["desc"].as_str().unwrap_or("without a reason");
-    let text = format!("QEMU refused {command}: {said}");
+    let reason = error["desc"].as_str().unwrap_or("without a reason");
     if error["class"] == "CommandNotFound" {
         return Error::unsupported(&format!("this (the installed QEMU has no {command})"));
     }
-    Error::failed(text)
+    Error::failed(format!("QEMU refused {command}: {reason}"))
 }
 
 #[cfg(test)]
@@ -317,17 +325,17 @@ mod tests {
     use std::io::Write;
     use std::sync::Arc;
 
-    /// A monitor whose other end is played by the test.
+    /// Creates a monitor whose QEMU is the test. The thread returns the names of the events.
     fn pair() -> (Arc<Qmp>, UnixStream, std::thread::JoinHandle<Vec<String>>) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let qmp = Arc::new(Qmp::new(ours));
+        let (stream, qemu) = UnixStream::pair().unwrap();
+        let qmp = Arc::new(Qmp::new(stream));
         let reader = Arc::clone(&qmp);
-        let heard = std::thread::spawn(move || {
-            let mut heard = Vec::new();
-            reader.read(|event| heard.push(event.name.clone()));
-            heard
+        let events = std::thread::spawn(move || {
+            let mut events = Vec::new();
+            reader.read(|event| events.push(event.name.clone()));
+            events
         });
-        (qmp, theirs, heard)
+        (qmp, qemu, events)
     }
 
     fn soon() -> Deadline {
@@ -347,8 +355,8 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_qemu_is_understood() {
-        let (qmp, mut qemu, heard) = pair();
+    fn unknown_events_and_values_are_read_when_qemu_is_newer() {
+        let (qmp, mut qemu, read) = pair();
         let events = qmp.listen();
         qemu.write_all(
             b"{\"QMP\": {\"version\": {}}}\nnot json\n{\"event\": \"WARP_DRIVE\", \"data\": {\"x\": 1}}\n",
@@ -360,30 +368,30 @@ mod tests {
         let qemu = answers(qemu, strange);
         assert_eq!(qmp.execute(&qmp::query_status {}, soon()).unwrap()["status"], "levitating");
         drop(qemu.join().unwrap());
-        assert_eq!(heard.join().unwrap(), ["WARP_DRIVE"]);
+        assert_eq!(read.join().unwrap(), ["WARP_DRIVE"]);
     }
 
     #[test]
-    fn an_end_is_told_to_all_who_wait() {
-        let (qmp, qemu, heard) = pair();
+    fn waiting_threads_fail_when_qemu_ends() {
+        let (qmp, qemu, read) = pair();
         let events = qmp.listen();
         drop(qemu);
-        heard.join().unwrap();
+        read.join().unwrap();
         assert!(qmp.execute(&qmp::quit {}, soon()).unwrap_err().to_string().contains("ended"));
         assert!(wait(&events, soon(), "running", |_| Some(())).unwrap_err().to_string().contains("running"));
         assert!(wait(&qmp.listen(), soon(), "running", |_| Some(())).is_err());
     }
 
     #[test]
-    fn silence_is_a_timeout() {
-        let (qmp, _qemu, _heard) = pair();
+    fn command_times_out_when_qemu_is_silent() {
+        let (qmp, _qemu, _read) = pair();
         let error = qmp.execute(&qmp::cont {}, Deadline::after(Duration::from_millis(10))).unwrap_err();
         assert_eq!(error.kind(), machinery::ErrorKind::Timeout);
     }
 
     #[test]
-    fn a_refusal_is_told_in_qemus_words() {
-        let (qmp, qemu, _heard) = pair();
+    fn refusal_has_qemus_reason_and_the_command() {
+        let (qmp, qemu, _read) = pair();
         let refusal = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no way\"}, \"id\": ID}\n";
         let qemu = answers(qemu, refusal);
         let text = qmp.execute(&qmp::cont {}, soon()).unwrap_err().to_string();

@@ -105,7 +105,7 @@ fn between<'a>(words: &'a str, before: &str, after: &str) -> Option<&'a str> {
 mod tests {
     use super::*;
 
-    fn told(words: &str) -> String {
+    fn explained(words: &str) -> String {
         match refused(Path::new("/s"), Format::Lz4, words) {
             Refusal::Known(error) | Refusal::Unknown(error) => error.to_string(),
             Refusal::EndsEarly => "ends early".to_owned(),
@@ -146,9 +146,9 @@ mod tests {
             let said = format!(
                 "qemu-system-x86_64: {words}; qemu-system-x86_64: load of migration failed: Invalid argument"
             );
-            let told = told(&said);
-            assert!(told.contains("QEMU refuses the lz4 snapshot /s"), "{told}");
-            assert!(told.contains(cause) && told.contains(cure) && !told.contains("corrupt"), "{told}");
+            let text = explained(&said);
+            assert!(text.contains("QEMU refuses the lz4 snapshot /s"), "{text}");
+            assert!(text.contains(cause) && text.contains(cure) && !text.contains("corrupt"), "{text}");
         }
     }
 
@@ -156,8 +156,9 @@ mod tests {
     fn refusal_is_unknown_when_qemu_gives_no_cause() {
         let early =
             "error while loading state section id 2(ram); load of migration failed: Input/output error";
-        assert_eq!(told(early), "ends early");
-        let unknown = told("Illegal RAM offset 5a5a5a5a5a5a5000; load of migration failed: Invalid argument");
+        assert_eq!(explained(early), "ends early");
+        let unknown =
+            explained("Illegal RAM offset 5a5a5a5a5a5a5000; load of migration failed: Invalid argument");
         assert!(unknown.contains("QEMU refuses") && unknown.contains("backup"), "{unknown}");
     }
 }

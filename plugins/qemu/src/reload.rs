@@ -1,48 +1,53 @@
 //! A new configuration while machines run.
 //!
-//! All that can be refused is refused first, while nothing has changed. Then what stands by for machines
-//! that change or go is ended, which a new machine may need the disk, the ports or the memory of; then
-//! what a host that died may have left of the new ones; then there are new machines.
+//! ```text
+//! read, validate ─▶ changed machines are off ─▶ discard their standbys ─▶ clear leftovers of new ones ─▶ commit
+//! ```
+//!
+//! Every refusal comes before the first change. The standbys of changed and removed machines are discarded
+//! next, because a new machine may need their disk, ports or memory.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Error, ReloadPlan, Reloadable, Reloaded, Result, Setup, expect_unchanged};
+use machinery::{Deadline, Error, ReloadPlan, Reloaded, Result, Setup, expect_unchanged};
 
 use crate::Qemu;
 use crate::config::Config;
 use crate::machine::Machine;
+use crate::peers::Peer;
 
 impl Qemu {
-    /// Takes over a new configuration.
+    /// Applies a new configuration.
     ///
     /// # Errors
-    /// It is wrong, or asks for what only a start can do; a machine that is not in use is on all the same; what
-    /// stands by cannot be ended. The machines are as they were then, but may have to be prepared again.
+    /// The configuration is wrong, or changes a value that only a start of the host can change. A machine that
+    /// is not in use is on. A standby cannot be ended. The machines are unchanged then, but may have to be
+    /// prepared again.
     pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let config = Config::read(setup)?;
         self.expect_same(setup, &config)?;
         let make = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared));
         let plan = self.machines.plan(&setup.config, config.machines, in_use, make)?;
-        plan.removed.iter().try_for_each(|machine| machine.expect_off(deadline))?;
+        plan.removed.iter().try_for_each(|machine| machine.ensure_off(deadline))?;
         if plan.machines().iter().any(|machine| machine.is_instant()) {
             self.shared.open_templates()?;
         }
-        if let Err(error) = make_room(&plan, deadline) {
+        if let Err(error) = discard_changed(&plan, deadline) {
             for machine in &plan.removed {
                 self.shared
                     .host
-                    .preparation_invalidated(machine.name(), "a new configuration could not be taken over");
+                    .preparation_invalidated(machine.name(), "a new configuration could not be applied");
             }
             return Err(error);
         }
         let reloaded = self.machines.commit(plan, deadline)?;
-        self.shared.budget.set_limit(config.standby_memory);
-        self.shared.see_to_templates(&self.machines.all(), config.template_space);
+        self.shared.budget.set_limit(config.standby_memory_limit);
+        self.apply_template_settings(config.instant_space_limit);
         Ok(reloaded)
     }
 
-    /// Expects that what all machines share is as it was.
+    /// Checks that the values which all machines share are unchanged.
     fn expect_same(&self, setup: &Setup, config: &Config) -> Result<()> {
         let (shared, binaries, file) = (&self.shared, &config.binaries, Some(&setup.config));
         let program = &binaries.qemu_system_x86_64;
@@ -51,9 +56,9 @@ impl Qemu {
             (file, &["binaries", "qemu_system_x86_64"], shared.program.path(), program),
             (
                 setup.host_config.as_ref(),
-                &["machineries", "qemu", "template_dir"],
-                &shared.template_dir,
-                &config.template_dir,
+                &["machineries", "qemu", "instant_dir"],
+                &shared.instant_dir,
+                &config.instant_dir,
             ),
         ];
         let expect = |(file, key, now, wanted): (_, &[&str], &Path, &Path)| {
@@ -63,12 +68,13 @@ impl Qemu {
     }
 }
 
-/// Ends what stands by for machines that go, and what is left where new ones come.
-fn make_room(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-    plan.removed.iter().for_each(|machine| machine.hurry());
-    let let_go =
-        |machine: &Arc<Machine>| machine.unprepare(deadline).map_err(|error| error.machine(machine.name()));
-    plan.removed.iter().try_for_each(let_go)?;
+/// Discards the standbys of changed and removed machines, and clears leftovers of new ones.
+fn discard_changed(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
+    plan.removed.iter().for_each(|machine| machine.terminate_standby());
+    let discard = |machine: &Arc<Machine>| {
+        machine.discard_standby(deadline).map_err(|error| error.machine(machine.name()))
+    };
+    plan.removed.iter().try_for_each(discard)?;
     plan.added.iter().for_each(|machine| machine.clear_leftovers());
     Ok(())
 }

@@ -18,12 +18,12 @@ const GDB: u16 = 1234;
 /// A resource that only one QEMU at a time can use, and the argument that claims it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
-    what: What,
+    kind: ResourceKind,
     argument: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum What {
+enum ResourceKind {
     /// A port on an address of this computer; on all addresses if `address` is empty.
     Port {
         protocol: &'static str,
@@ -41,15 +41,17 @@ enum What {
 
 impl fmt::Display for Resource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.what {
-            What::Port { protocol, address, port } if address.is_empty() => {
+        match &self.kind {
+            ResourceKind::Port { protocol, address, port } if address.is_empty() => {
                 write!(f, "the {protocol} port {port}")
             }
-            What::Port { protocol, address, port } => write!(f, "the {protocol} port {address}:{port}"),
-            What::Path(path) => path.display().fmt(f),
-            What::Tap(name) => write!(f, "the tap {name}"),
-            What::Device(name) => write!(f, "the device {name}"),
-            What::Cid(number) => write!(f, "the vsock address {number}"),
+            ResourceKind::Port { protocol, address, port } => {
+                write!(f, "the {protocol} port {address}:{port}")
+            }
+            ResourceKind::Path(path) => path.display().fmt(f),
+            ResourceKind::Tap(name) => write!(f, "the tap {name}"),
+            ResourceKind::Device(name) => write!(f, "the device {name}"),
+            ResourceKind::Cid(number) => write!(f, "the vsock address {number}"),
         }?;
         write!(f, " ({})", self.argument)
     }
@@ -58,26 +60,26 @@ impl fmt::Display for Resource {
 impl Resource {
     /// Returns all resources that the machine claims.
     pub fn of(files: &MachineFiles) -> Vec<Resource> {
-        let mut found = Found { files, argument: String::new(), resources: Vec::new() };
+        let mut found = ResourceFinder { files, argument: String::new(), resources: Vec::new() };
         files.start_args.options().for_each(|(name, value)| found.option(name, value));
         found.resources
     }
 
     /// Returns a key that two resources share if they may clash: a cheap way to find such pairs.
     pub fn key(&self) -> String {
-        match &self.what {
-            What::Port { protocol, port, .. } => format!("{protocol} {port}"),
-            What::Path(path) => path.display().to_string(),
-            What::Tap(name) => format!("tap {name}"),
-            What::Device(name) => format!("device {name}"),
-            What::Cid(number) => format!("vsock {number}"),
+        match &self.kind {
+            ResourceKind::Port { protocol, port, .. } => format!("{protocol} {port}"),
+            ResourceKind::Path(path) => path.display().to_string(),
+            ResourceKind::Tap(name) => format!("tap {name}"),
+            ResourceKind::Device(name) => format!("device {name}"),
+            ResourceKind::Cid(number) => format!("vsock {number}"),
         }
     }
 
-    /// Whether only one of the two resources can be used at a time.
+    /// Reports whether only one of the two resources can be used at a time.
     pub fn clashes(&self, other: &Resource) -> bool {
-        match (&self.what, &other.what) {
-            (What::Port { address: one, .. }, What::Port { address: other_one, .. }) => {
+        match (&self.kind, &other.kind) {
+            (ResourceKind::Port { address: one, .. }, ResourceKind::Port { address: other_one, .. }) => {
                 let overlap = one.is_empty() || other_one.is_empty() || one == other_one;
                 overlap && self.key() == other.key()
             }
@@ -87,14 +89,14 @@ impl Resource {
 }
 
 /// A search through a machine's arguments.
-struct Found<'a> {
+struct ResourceFinder<'a> {
     files: &'a MachineFiles,
     /// The current argument.
     argument: String,
     resources: Vec<Resource>,
 }
 
-impl Found<'_> {
+impl ResourceFinder<'_> {
     fn option(&mut self, name: &str, value: &str) {
         self.argument = format!("-{name} {value}");
         match name {
@@ -124,8 +126,8 @@ impl Found<'_> {
         }
     }
 
-    fn found(&mut self, what: What) {
-        self.resources.push(Resource { what, argument: self.argument.clone() });
+    fn add(&mut self, kind: ResourceKind) {
+        self.resources.push(Resource { kind, argument: self.argument.clone() });
     }
 
     /// Adds a port. Port 0 claims nothing: the kernel chooses a free port.
@@ -136,10 +138,10 @@ impl Found<'_> {
             "localhost" => "127.0.0.1",
             other => other,
         };
-        self.found(What::Port { protocol, address: address.to_owned(), port });
+        self.add(ResourceKind::Port { protocol, address: address.to_owned(), port });
     }
 
-    /// `address:port`
+    /// Adds the port of `address:port`.
     fn endpoint(&mut self, protocol: &'static str, endpoint: &str) {
         let (address, port) = endpoint.rsplit_once(':').unwrap_or(("", endpoint));
         self.port(protocol, address, port.parse().ok());
@@ -150,7 +152,7 @@ impl Found<'_> {
         // QEMUs can share these, or each gets its own.
         let harmless = ["/dev/null", "/dev/zero", "/dev/std", "/dev/fd", "/dev/pts", "/proc/self"];
         if !harmless.iter().any(|start| path.starts_with(start)) {
-            self.found(What::Path(self.files.folder().join(path)));
+            self.add(ResourceKind::Path(self.files.folder().join(path)));
         }
     }
 
@@ -186,7 +188,7 @@ impl Found<'_> {
 
     fn network(&mut self, options: &Options) {
         if let Some(tap) = options.get("ifname").filter(|_| options.get("type") == Some("tap")) {
-            self.found(What::Tap(tap.to_owned()));
+            self.add(ResourceKind::Tap(tap.to_owned()));
         }
         options.all("hostfwd").into_iter().for_each(|rule| self.forward(rule));
         match options.get("type") {
@@ -203,7 +205,7 @@ impl Found<'_> {
         }
     }
 
-    /// `[tcp|udp]:[hostaddr]:hostport-[guestaddr]:guestport`
+    /// Adds the port of a rule `[tcp|udp]:[hostaddr]:hostport-[guestaddr]:guestport`.
     fn forward(&mut self, rule: &str) {
         let Some((host, _)) = rule.split_once('-') else { return };
         let (protocol, endpoint) = host.split_once(':').unwrap_or(("tcp", host));
@@ -255,10 +257,10 @@ impl Found<'_> {
         let named = keys.iter().filter_map(|key| Some(format!("{key}={}", options.get(key)?)));
         let named: Vec<String> = named.collect();
         if !named.is_empty() {
-            self.found(What::Device(named.join(",")));
+            self.add(ResourceKind::Device(named.join(",")));
         }
         if driver.starts_with("vhost-vsock") {
-            options.get("guest-cid").into_iter().for_each(|cid| self.found(What::Cid(cid.to_owned())));
+            options.get("guest-cid").into_iter().for_each(|cid| self.add(ResourceKind::Cid(cid.to_owned())));
         }
     }
 }
@@ -282,7 +284,7 @@ pub mod tests {
     }
 
     #[test]
-    fn resources_are_found_in_every_spelling() {
+    fn resources_are_found_in_each_spelling() {
         for (args, expected) in [
             (&["-vnc", "127.0.0.1:1"][..], &["TCP 5901"][..]),
             (&["-vnc", ":2,websocket=5800,password=on"], &["TCP 5902", "TCP 5800"]),
@@ -315,7 +317,7 @@ pub mod tests {
     }
 
     #[test]
-    fn nothing_is_claimed_when_each_qemu_gets_its_own() {
+    fn resources_are_none_when_each_qemu_gets_its_own() {
         for args in [
             ["-vnc", "none"],
             ["-vnc", ":1,to=9"],

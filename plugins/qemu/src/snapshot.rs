@@ -1,7 +1,7 @@
-//! Memory snapshots: what QEMU's migration wrote to a file, plain or compressed.
+//! Memory snapshots: QEMU's migration stream in a file, plain or compressed.
 //!
-//! The format is recognised by content. A plain one is read by QEMU itself; a compressed one is
-//! decompressed here, into a pipe that QEMU reads. No shell ever sees a path.
+//! The format is recognized by its content. QEMU itself reads a plain snapshot; a compressed one is decompressed
+//! here, into a pipe that QEMU reads. No shell ever sees a path.
 
 use std::fmt;
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use machinery::{Error, Result};
 
-/// How a snapshot's file is written.
+/// The format of a snapshot's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     Plain,
@@ -21,7 +21,7 @@ pub enum Format {
     Zstd,
 }
 
-/// What every snapshot begins with, once it is unpacked.
+/// The first bytes of every snapshot, once it is decompressed.
 const QEVM: &[u8] = b"QEVM";
 
 /// The first bytes of each format. Sources: QEMU's migration/savevm.c (`QEMU_VM_FILE_MAGIC`), RFC
@@ -51,16 +51,17 @@ pub struct Snapshot {
     format: Format,
 }
 
-/// Bytes that are moved at once.
+/// The number of bytes that are moved at once.
 const CHUNK: usize = 256 * 1024;
-/// A larger pipe lets decompression run ahead; beyond this unprivileged users may not go (pipe(7)).
+/// The size of the pipe, in bytes: the maximum for unprivileged users (pipe(7)). Decompression runs ahead by so
+/// much.
 const PIPE: usize = 1024 * 1024;
 
 impl Snapshot {
-    /// Opens the file and recognises its format.
+    /// Opens the file and recognizes its format.
     ///
     /// # Errors
-    /// It cannot be read, is empty, or is no snapshot.
+    /// The file cannot be read, is empty, or is no snapshot.
     pub fn open(path: &Path) -> Result<Snapshot> {
         let failed = |error: io::Error| Error::io("read the snapshot", path, &error);
         let mut file = File::open(path).map_err(failed)?;
@@ -70,9 +71,9 @@ impl Snapshot {
         let start = &start[..length];
         let known = MAGIC.into_iter().find(|(magic, _)| start.starts_with(magic));
         let Some((_, format)) = known else {
-            let what =
+            let content =
                 if start.is_empty() { "is empty".to_owned() } else { format!("begins with {start:02x?}") };
-            let reason = format!("{} {what}, so it is no memory snapshot", path.display());
+            let reason = format!("{} {content}, so it is no memory snapshot", path.display());
             return Err(Error::configuration(reason).advice(
                 "Take the snapshot anew; QEMU's migration stream, plain or packed with gzip, lz4 (frame) or zstd, is read",
             ));
@@ -88,16 +89,16 @@ impl Snapshot {
         &self.path
     }
 
-    /// The plain file, for QEMU to read.
+    /// Returns the plain file, for QEMU to read.
     pub fn into_file(self) -> OwnedFd {
         self.file.into()
     }
 
-    /// Starts to decompress into a pipe. By then it is known that a snapshot comes out: QEMU would
-    /// wait for the first byte of an empty pipe for good.
+    /// Starts to decompress into a pipe, after it has read the first bytes: QEMU would wait forever for the first
+    /// byte of an empty pipe.
     ///
     /// # Errors
-    /// What comes out is no snapshot; no pipe or thread can be had.
+    /// The content is no snapshot, or no pipe or thread can be created.
     pub fn decompress(self) -> Result<(PipeReader, Feeder)> {
         let (path, format) = (self.path.clone(), self.format);
         let unreadable = |error: io::Error| broken(&path, format, &error.to_string());
@@ -128,7 +129,7 @@ impl Snapshot {
             Format::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(file)),
             Format::Zstd => {
                 let mut decoder = zstd::Decoder::with_buffer(file)?;
-                // What `zstd --long=31` makes needs the largest window there is.
+                // A file of `zstd --long=31` needs the largest window.
                 decoder.window_log_max(31)?;
                 Box::new(decoder)
             }
@@ -154,7 +155,7 @@ fn feed(mut source: impl Read, mut pipe: PipeWriter) -> Fed {
     }
 }
 
-/// Whether a snapshot can end with that byte. A snapshot ends with the description of its devices, which is
+/// Reports whether a snapshot can end with that byte. A snapshot ends with the description of its devices, which is
 /// JSON. For a machine type without this description, it ends with an end mark. Source:
 /// `qemu_savevm_state_complete_precopy_non_iterable` in QEMU's migration/savevm.c.
 fn is_end(last: Option<u8>) -> bool {
@@ -192,19 +193,19 @@ fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(length)
 }
 
-/// How feeding the pipe ended.
+/// The outcome of feeding the pipe.
 enum Fed {
-    /// All of the snapshot is in it.
+    /// The pipe has got the whole snapshot.
     Whole,
     /// The whole file was fed, but its end is not the end of a snapshot.
     Cut,
-    /// QEMU closed its end: it has all it wants, or has failed, and says so itself.
+    /// QEMU has closed its end: it has loaded the snapshot, or reports its own failure.
     Unwanted,
     /// The file cannot be decompressed.
     Unreadable(io::Error),
 }
 
-/// The decompression that goes on while QEMU reads.
+/// The decompression, which runs while QEMU reads.
 pub struct Feeder {
     path: PathBuf,
     format: Format,
@@ -212,8 +213,8 @@ pub struct Feeder {
 }
 
 impl Feeder {
-    /// Waits for the end of the feeder, which comes at the latest when QEMU closes its end of the pipe.
-    /// `loaded` is whether QEMU has loaded the snapshot.
+    /// Waits for the end of the decompression, which comes at the latest when QEMU closes its end of the pipe.
+    /// `loaded` is true if QEMU has loaded the snapshot.
     ///
     /// # Errors
     /// The file cannot be decompressed to its end, or ends early.
@@ -269,7 +270,7 @@ mod tests {
         file
     }
 
-    /// All that comes out of a file, as QEMU would read it.
+    /// Returns the decompressed content of a file, as QEMU would read it.
     fn unpack(content: &[u8]) -> Result<Vec<u8>> {
         let file = file(content);
         let (mut reader, feeder) = Snapshot::open(file.path())?.decompress()?;
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn every_format_is_recognised_and_read() {
+    fn snapshot_is_recognized_and_read_in_each_format() {
         let data = data();
         for format in ALL {
             let packed = packed(format, &data);
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_truncated_one_says_so() {
+    fn snapshot_is_reported_as_truncated_when_its_end_is_missing() {
         for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
             let whole = packed(format, &data());
             let text = unpack(&whole[..whole.len() / 2]).unwrap_err().to_string();
@@ -298,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_that_was_cut_before_it_was_packed_is_broken_unless_qemu_has_loaded_it() {
+    fn snapshot_is_broken_when_it_was_cut_before_compression_unless_qemu_has_loaded_it() {
         let data = data();
         for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
             let file = file(&packed(format, &data[..data.len() - 1]));
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flipped_bit_says_so_where_there_is_a_checksum() {
+    fn snapshot_is_refused_by_its_checksum_when_a_bit_flips() {
         let mut whole = packed(Format::Gzip, &data());
         let middle = whole.len() / 2;
         whole[middle] ^= 0x10;
@@ -322,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_packed_has_to_be_a_snapshot() {
+    fn compressed_file_is_refused_when_its_content_is_no_snapshot() {
         for format in [Format::Gzip, Format::Lz4, Format::Zstd] {
             for content in [&b""[..], b"QEV", b"something else"] {
                 let text = unpack(&packed(format, content)).unwrap_err().to_string();
@@ -334,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_leaves_ends_it() {
+    fn decompression_ends_when_the_reader_closes_the_pipe() {
         let file = file(&packed(Format::Zstd, &data()));
         let (reader, feeder) = Snapshot::open(file.path()).unwrap().decompress().unwrap();
         drop(reader);
@@ -342,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_snapshot_is_told() {
+    fn file_is_refused_when_it_is_no_snapshot() {
         for (content, expected) in
             [(&b""[..], "is empty"), (b"PK\x03\x04", "begins with"), (b"Q", "begins with")]
         {

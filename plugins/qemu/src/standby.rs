@@ -1,23 +1,27 @@
-//! A run that stands by: loaded, and paused, until a restore lets it go.
+//! A standby: a run that is loaded and paused, so that a restore only has to resume it.
+//!
+//! A standby belongs to the [`Identity`] that it was loaded from, and to the RAM file that it maps. A restore
+//! checks both and discards a standby that is stale. A dropped standby ends its run.
 
 use std::sync::Arc;
 
 use machinery::{Deadline, Error, Result, Share};
-
-use crate::run::{NotStarted, Run};
-use crate::template::Identity;
 use machinery_images::FileId;
 
-/// A run that is loaded, and paused.
+use crate::run::Run;
+use crate::run::start_error::StartError;
+use crate::template::Identity;
+
+/// A run that is loaded and paused.
 pub struct Standby {
     run: Arc<Run>,
-    /// What it was made from.
+    /// The identity of the machine when the run was loaded.
     identity: Identity,
-    /// The file of its RAM, if that is mapped.
+    /// The RAM file of the template, if the run maps one.
     ram: Option<FileId>,
-    /// What it holds of the memory for machines that stand by.
+    /// The standby's share of the memory budget.
     share: Share,
-    /// Whether somebody has seen to the run. One that nobody has is ended with the value.
+    /// True if the run was taken or ended. Otherwise it is ended with the value.
     taken: bool,
 }
 
@@ -30,27 +34,27 @@ impl Drop for Standby {
 }
 
 impl Standby {
-    /// A run that was made from this, with the file of its RAM if that is mapped.
+    /// Makes a standby of a loaded run.
     pub fn new(run: Arc<Run>, identity: Identity, ram: Option<FileId>, share: Share) -> Self {
         Standby { run, identity, ram, share, taken: false }
     }
 
-    /// What it holds of this computer's memory, in bytes.
+    /// Returns the memory that the standby holds, in bytes.
     pub fn memory(&self) -> u64 {
         self.share.bytes()
     }
 
-    /// Asks QEMU to end, without waiting for its end.
-    pub fn give_up(&self) {
-        self.run.give_up();
+    /// Asks QEMU to end, without waiting for it.
+    pub fn terminate(&self) {
+        self.run.terminate();
     }
 
     pub fn has_ended(&self) -> bool {
         self.run.has_ended()
     }
 
-    /// Why it is of no use, if it is not.
-    pub fn fault(&self, identity: &Identity) -> Option<String> {
+    /// Returns the reason why the standby is stale; none if a restore can use it.
+    pub fn stale_reason(&self, identity: &Identity) -> Option<String> {
         if self.run.has_ended() {
             return Some("it has ended by itself".to_owned());
         }
@@ -60,27 +64,33 @@ impl Standby {
         identity.change_since(&self.identity)
     }
 
-    /// The run, if it is what a restore would make now. If not, it is let go.
-    pub fn take(mut self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, NotStarted> {
-        match self.fault(identity) {
+    /// Returns the run for a restore.
+    ///
+    /// # Errors
+    /// The standby is stale; it is ended then.
+    pub fn take(mut self, identity: &Identity, deadline: Deadline) -> Result<Arc<Run>, StartError> {
+        match self.stale_reason(identity) {
             None => {
                 self.taken = true;
                 Ok(Arc::clone(&self.run))
             }
             Some(why) => {
-                self.let_go(deadline)?;
+                self.end(deadline)?;
                 Err(Error::failed(why).into())
             }
         }
     }
 
-    /// Returns the run, which stays the standby's.
+    /// Returns the run, which remains the standby's.
     pub fn run(&self) -> Arc<Run> {
         Arc::clone(&self.run)
     }
 
-    /// Ends it.
-    pub fn let_go(mut self, deadline: Deadline) -> Result<(), NotStarted> {
+    /// Ends the run.
+    ///
+    /// # Errors
+    /// QEMU does not end.
+    pub fn end(mut self, deadline: Deadline) -> Result<(), StartError> {
         self.taken = true;
         self.run.end(deadline)
     }

@@ -1,10 +1,10 @@
-//! What QEMU's states and events mean for a machine.
+//! The meaning of QEMU's states and events for a machine.
 
 use machinery::{Error, GUEST_POWERED_OFF, Result, State};
 
 use crate::qmp::Event;
 
-/// What an event says about the machine's state. Source: QEMU's qapi/run-state.json, block-core.json.
+/// Returns the machine's state after an event, with the reason; none if the event is not about the state. Source: QEMU's qapi/run-state.json, block-core.json.
 pub fn state_of_event(event: &Event) -> Option<(State, String)> {
     let action = || event.data["action"].as_str().unwrap_or("").to_owned();
     Some(match event.name.as_str() {
@@ -23,8 +23,8 @@ pub fn state_of_event(event: &Event) -> Option<(State, String)> {
     })
 }
 
-/// Why the machine shuts down, if the event says that it does. Source: `ShutdownCause` in QEMU's
-/// qapi/run-state.json; before 4.0 there was only `guest`.
+/// Returns the reason of a shutdown, if the event is one. Source: `ShutdownCause` in QEMU's qapi/run-state.json;
+/// before 4.0 there was only `guest`.
 pub fn reason_of_shutdown(event: &Event) -> Option<String> {
     if event.name != "SHUTDOWN" {
         return None;
@@ -40,10 +40,10 @@ pub fn reason_of_shutdown(event: &Event) -> Option<String> {
     })
 }
 
-/// The state that `query-status` tells. Source: `RunState` in QEMU's qapi/run-state.json.
+/// Returns the machine's state for a status of `query-status`. Source: `RunState` in QEMU's qapi/run-state.json.
 ///
 /// # Errors
-/// It is one that has no name here.
+/// The status is unknown.
 pub fn state_of_status(status: &str) -> Result<State> {
     Ok(match status {
         "running" => State::Running,
@@ -53,8 +53,8 @@ pub fn state_of_status(status: &str) -> Result<State> {
         "shutdown" => State::Stopping,
         "guest-panicked" | "internal-error" | "io-error" | "watchdog" => State::Error,
         other => {
-            return Err(Error::unexpected_state(format!("QEMU's state '{other}' has no meaning here"))
-                .advice("Stop the machine; if it comes again, this QEMU is too new for this plugin"));
+            return Err(Error::unexpected_state(format!("QEMU reports the unknown state '{other}'"))
+                .advice("Stop the machine. If it happens again, this QEMU is too new for this plugin"));
         }
     })
 }
@@ -65,9 +65,9 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn every_state_of_qemu_has_a_meaning() {
+    fn status_of_qemu_has_a_state_unless_it_is_foreign() {
         for status in <qapi::qmp::RunState as qapi::Enum>::NAMES {
-            // A replication and a debugger, which nothing here starts.
+            // States of a replication and of a debugger, which this plugin never starts.
             let foreign = ["colo", "debug"].contains(status);
             assert_ne!(state_of_status(status).is_ok(), foreign, "{status}");
         }
@@ -75,17 +75,17 @@ mod tests {
     }
 
     #[test]
-    fn a_shutdown_is_told_by_its_cause() {
-        let told = |data| reason_of_shutdown(&Event { name: "SHUTDOWN".into(), data }).unwrap();
-        assert!(told(json!({"guest": true, "reason": "guest-shutdown"})).contains("powered itself off"));
-        assert!(told(json!({"guest": true})).contains("powered itself off"));
-        assert!(told(json!({"guest": true, "reason": "guest-reset"})).contains("restarted"));
-        assert!(told(json!({"guest": false, "reason": "host-signal"})).contains("signal"));
+    fn shutdown_has_its_cause_as_reason() {
+        let reason = |data| reason_of_shutdown(&Event { name: "SHUTDOWN".into(), data }).unwrap();
+        assert!(reason(json!({"guest": true, "reason": "guest-shutdown"})).contains("powered itself off"));
+        assert!(reason(json!({"guest": true})).contains("powered itself off"));
+        assert!(reason(json!({"guest": true, "reason": "guest-reset"})).contains("restarted"));
+        assert!(reason(json!({"guest": false, "reason": "host-signal"})).contains("signal"));
         assert!(reason_of_shutdown(&Event { name: "STOP".into(), data: json!({}) }).is_none());
     }
 
     #[test]
-    fn accidents_are_told_with_their_reason() {
+    fn error_state_has_qemus_reason() {
         let event = |name: &str, data| state_of_event(&Event { name: name.into(), data });
         let (state, why) =
             event("BLOCK_IO_ERROR", json!({"action": "stop", "reason": "No space left on device"})).unwrap();

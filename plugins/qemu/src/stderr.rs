@@ -1,4 +1,4 @@
-//! The stderr of QEMU's programs: written to the log, and kept as the reason of a failure.
+//! The stderr of QEMU's programs: logged, and kept as the reason of a failure.
 //!
 //! The program's own messages begin with its name. Source: `error_vreport` in QEMU's util/qemu-error.c. All
 //! other lines come from libraries: on a host without a sound card, a machine with one prints 50 such lines
@@ -15,13 +15,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{ioctl_fionbio, retry_on_intr};
 
 /// The number of last lines that are kept, and the maximum size of each, in bytes.
-const LINES: usize = 6;
-const LINE: usize = 300;
+const MAX_LINES: usize = 6;
+const MAX_LINE: usize = 300;
 /// The capacity of a pipe, in bytes. Source: pipe(7).
 const PIPE: usize = 64 * 1024;
 
 /// A process' stderr.
-pub struct Stderr(Arc<Mutex<Heard>>);
+pub struct Stderr(Arc<Mutex<Reader>>);
 
 impl Stderr {
     /// Follows the pipe to its end.
@@ -31,9 +31,9 @@ impl Stderr {
     pub fn follow(pipe: ChildStderr, machine: &str) -> io::Result<Stderr> {
         ioctl_fionbio(&pipe, true)?;
         let readable = pipe.as_fd().try_clone_to_owned()?;
-        let heard =
-            Heard { pipe, machine: machine.to_owned(), unfinished: Vec::new(), said: Said::default() };
-        let stderr = Stderr(Arc::new(Mutex::new(heard)));
+        let reader =
+            Reader { pipe, machine: machine.to_owned(), unfinished: Vec::new(), lines: LastLines::default() };
+        let stderr = Stderr(Arc::new(Mutex::new(reader)));
         let thread = Stderr(Arc::clone(&stderr.0));
         std::thread::Builder::new()
             .name("qemu-stderr".to_owned())
@@ -41,23 +41,23 @@ impl Stderr {
         Ok(stderr)
     }
 
-    /// Forgets the lines so far: a failure from now on has another cause.
+    /// Drops the lines so far: a failure from now on has another cause.
     pub fn begin_step(&self) {
-        let mut heard = self.lock();
-        heard.read_all();
-        heard.said = Said::default();
+        let mut reader = self.lock();
+        reader.read_all();
+        reader.lines = LastLines::default();
     }
 
     /// Returns the lines since the step began, on one line; only the program's own messages if there are any.
     /// The text is empty if there are no lines.
-    pub fn said(&self) -> String {
-        let mut heard = self.lock();
-        heard.read_all();
-        heard.end_line();
-        heard.said.to_string()
+    pub fn output(&self) -> String {
+        let mut reader = self.lock();
+        reader.read_all();
+        reader.end_line();
+        reader.lines.to_string()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Heard> {
+    fn lock(&self) -> MutexGuard<'_, Reader> {
         // Each statement that holds the lock leaves the value whole, so poison means nothing.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -68,14 +68,15 @@ fn is_readable(pipe: &OwnedFd) -> bool {
     retry_on_intr(|| poll(&mut [PollFd::new(pipe, PollFlags::IN)], None)).is_ok()
 }
 
-struct Heard {
+/// Reads the pipe, and splits the output into lines.
+struct Reader {
     pipe: ChildStderr,
     machine: String,
     unfinished: Vec<u8>,
-    said: Said,
+    lines: LastLines,
 }
 
-impl Heard {
+impl Reader {
     /// Reads the available output; returns `false` at the end.
     fn read(&mut self) -> bool {
         let mut bytes = [0; 4096];
@@ -102,7 +103,7 @@ impl Heard {
         match byte {
             b'\n' => self.end_line(),
             // The rest of a line that is too long is dropped.
-            _ if self.unfinished.len() >= LINE => {}
+            _ if self.unfinished.len() >= MAX_LINE => {}
             _ => self.unfinished.push(byte),
         }
     }
@@ -114,40 +115,41 @@ impl Heard {
         }
         let machine = &self.machine;
         if is_own(&text) {
-            tracing::warn!(machine, text, "QEMU says");
+            tracing::warn!(machine, text, "QEMU's stderr");
         } else {
-            tracing::debug!(machine, text, "QEMU says");
+            tracing::debug!(machine, text, "QEMU's stderr");
         }
-        self.said.add(text);
+        self.lines.add(text);
     }
 }
 
 /// The last lines of a step.
 #[derive(Default)]
-struct Said {
+struct LastLines {
+    /// Messages of the program itself.
     own: VecDeque<String>,
     others: VecDeque<String>,
 }
 
-impl Said {
+impl LastLines {
     fn add(&mut self, line: String) {
         let lines = if is_own(&line) && !is_warning(&line) { &mut self.own } else { &mut self.others };
-        if lines.len() == LINES {
+        if lines.len() == MAX_LINES {
             lines.pop_front();
         }
         lines.push_back(line);
     }
 }
 
-impl std::fmt::Display for Said {
+impl std::fmt::Display for LastLines {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let lines = if self.own.is_empty() { &self.others } else { &self.own };
         f.write_str(&Vec::from_iter(lines.iter().map(String::as_str)).join("; "))
     }
 }
 
-/// Whether the line is a message of a program of QEMU's own. With `-msg timestamp=on` the time precedes the
-/// name.
+/// Reports whether the line is a message of one of QEMU's programs. With `-msg timestamp=on` the time precedes
+/// the name.
 fn is_own(line: &str) -> bool {
     line.split(' ').take(2).any(|word| word.starts_with("qemu-") && word.ends_with(':'))
 }
@@ -160,15 +162,15 @@ fn is_warning(line: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn said<'a>(lines: impl IntoIterator<Item = &'a str>) -> String {
-        let mut said = Said::default();
-        lines.into_iter().for_each(|line| said.add(line.to_owned()));
-        said.to_string()
+    fn output<'a>(lines: impl IntoIterator<Item = &'a str>) -> String {
+        let mut last = LastLines::default();
+        lines.into_iter().for_each(|line| last.add(line.to_owned()));
+        last.to_string()
     }
 
     #[test]
     fn reason_begins_with_qemus_own_messages_when_libraries_print_others() {
-        let words = said([
+        let text = output([
             "qemu: module audio-audio-pa not found, do you want to install qemu-system-gui package?",
             "ALSA lib pcm.c:2666:(snd_pcm_open_noupdate) Unknown PCM default",
             "qemu-system-x86_64: warning: nic rtl8139.0 has no peer",
@@ -177,22 +179,22 @@ mod tests {
             "audio: Failed to create voice `adc'",
         ]);
         assert_eq!(
-            words,
+            text,
             "qemu-system-x86_64: Size mismatch: pc.ram: 0x4000000 != 0x8000000: Invalid argument; \
              qemu-system-x86_64: load of migration failed: Invalid argument"
         );
-        assert_eq!(said(["alsa: no", "and no"]), "alsa: no; and no");
+        assert_eq!(output(["alsa: no", "and no"]), "alsa: no; and no");
     }
 
     #[test]
     fn reason_keeps_the_last_lines_when_there_are_many() {
         let many: Vec<String> = (0..10_000).map(|number| format!("línea {number}")).collect();
-        let words = said(many.iter().map(String::as_str));
-        assert!(words.starts_with("línea 9994; ") && words.ends_with("línea 9999"), "{words}");
+        let text = output(many.iter().map(String::as_str));
+        assert!(text.starts_with("línea 9994; ") && text.ends_with("línea 9999"), "{text}");
     }
 
     #[test]
-    fn qemus_own_words_are_known_behind_a_timestamp() {
+    fn message_of_qemu_is_recognized_behind_a_timestamp() {
         assert!(is_own("2026-11-29T00:58:31.194578Z qemu-system-x86_64: no"));
         assert!(is_own("qemu-img: no") && !is_own("qemu: module audio-audio-pa not found"));
     }

@@ -1,10 +1,10 @@
-//! How long each step of a start takes, told to the host.
+//! The durations of a start's steps, which are reported to the host.
 
 use std::time::Instant;
 
 use machinery::Host;
 
-/// Steps, one after the other.
+/// The steps of a start, one after the other.
 pub struct Steps<'a> {
     host: &'a Host,
     machine: &'a str,
@@ -12,12 +12,12 @@ pub struct Steps<'a> {
 }
 
 impl<'a> Steps<'a> {
-    /// From now on.
+    /// Begins the first step.
     pub fn new(host: &'a Host, machine: &'a str) -> Self {
         Steps { host, machine, since: Instant::now() }
     }
 
-    /// The step of that name has just ended; the next one begins.
+    /// Ends the step of that name, and begins the next one.
     pub fn done(&mut self, step: &str) {
         let now = Instant::now();
         self.host.step(self.machine, step, now - self.since);

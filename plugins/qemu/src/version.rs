@@ -1,4 +1,4 @@
-//! Which QEMU it is. Asked when the plugin is loaded, and again when its program has changed.
+//! The version of QEMU's program: read when the plugin is loaded, and again when the program has changed.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -14,7 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use machinery_images::FileId;
 
-/// A QEMU version. What depends on one is a named question here, with its source.
+/// A QEMU version. Each feature that depends on the version is a method, with its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
     major: u32,
@@ -29,7 +29,10 @@ impl Version {
         Version { major, minor, patch }
     }
 
-    /// Asks the program.
+    /// Runs the program to read its version.
+    ///
+    /// # Errors
+    /// The program cannot be run, reports no version, or is too old.
     pub fn of(program: &Path) -> Result<Version> {
         let output = run(program, ["--version"])?;
         let text = String::from_utf8_lossy(&output.stdout);
@@ -37,7 +40,7 @@ impl Version {
             let said =
                 if text.trim().is_empty() { String::from_utf8_lossy(&output.stderr) } else { text.clone() };
             Error::environment(format!(
-                "{} --version does not tell a version: {}",
+                "{} --version does not report a version: {}",
                 program.display(),
                 said.trim()
             ))
@@ -54,7 +57,7 @@ impl Version {
         Ok(version)
     }
 
-    /// From `QEMU emulator version 7.2.22 (Debian …)`.
+    /// Parses `QEMU emulator version 7.2.22 (Debian …)`.
     fn parse(text: &str) -> Option<Version> {
         let (_, rest) = text.split_once("version ")?;
         let digits: String = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
@@ -65,47 +68,50 @@ impl Version {
         Some(Version::new(major, minor, patch))
     }
 
-    /// Whether `migrate-incoming` reads plain files by `file:`; from then on `fd:` of a plain file
+    /// Reports whether `migrate-incoming` reads plain files by `file:`; from then on `fd:` of a plain file
     /// is deprecated. Source: QEMU's docs/about/deprecated.rst and qapi/migration.json.
     pub fn reads_snapshot_files(self) -> bool {
         self >= Version::new(8, 2, 0)
     }
 
-    /// Whether `migrate-incoming` takes descriptors by the name `getfd` gave them; before, only
+    /// Reports whether `migrate-incoming` takes descriptors by the name `getfd` gave them; before, only
     /// numbers were read. Source: QEMU's migration/fd.c.
     pub fn incoming_by_name(self) -> bool {
         self >= Version::new(4, 1, 0)
     }
 
-    /// Whether a machine's RAM can be a file of ours, and be left out of what is loaded. Sources: QEMU's
+    /// Reports whether a machine's RAM can be a file of the plugin, and be left out of the load. Sources: QEMU's
     /// migration/ram.c (`x-ignore-shared`, since 4.0), hw/core/machine.c (`memory-backend`, since 5.0).
     pub fn has_memory_backends(self) -> bool {
         self >= Version::new(5, 0, 0)
     }
 
-    /// Whether a RAM file can be mapped privately without being opened for writing. Source: `rom` in
+    /// Reports whether a RAM file can be mapped privately without being opened for writing. Source: `rom` in
     /// QEMU's qapi/qom.json, since 8.2.
     pub fn maps_readonly_files(self) -> bool {
         self >= Version::new(8, 2, 0)
     }
 
-    /// Whether RAM that the guest gives back is also taken out of a privately mapped file. Source:
+    /// Reports whether RAM that the guest gives back is also taken out of a privately mapped file. Source:
     /// `ram_block_discard_range` in QEMU's softmmu/physmem.c, changed in 8.2.
     pub fn discards_into_files(self) -> bool {
         self < Version::new(8, 2, 0)
     }
 
-    /// Whether `screendump` writes PNG. Source: qapi/ui.json.
+    /// Reports whether `screendump` writes PNG. Source: qapi/ui.json.
     pub fn screenshots_as_png(self) -> bool {
         self >= Version::new(7, 1, 0)
     }
 }
 
-/// The time that a program has to report its version, or to try something.
-const TELLING: Duration = Duration::from_secs(10);
+/// The maximum time for a program that reports its version or tests a device.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Runs the program to its end. A program that hangs is killed after a timeout: all machines wait for the
-/// caller.
+/// Runs the program to its end. A program that hangs is killed after a timeout, because all machines wait for
+/// the caller.
+///
+/// # Errors
+/// The program cannot be run, or does not end in time.
 pub fn run(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Output> {
     let failed = |error: std::io::Error| Error::io("run", program, &error);
     let mut command = machinery::command(program);
@@ -113,32 +119,32 @@ pub fn run(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) ->
     let child = command.spawn().map_err(failed)?;
     let handle =
         pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(|error| failed(error.into()))?;
-    let (told, output) = mpsc::channel();
-    // It may have been given up.
-    let wait = move || drop(told.send(child.wait_with_output()));
+    let (sender, output) = mpsc::channel();
+    // The caller may have timed out.
+    let wait = move || drop(sender.send(child.wait_with_output()));
     thread::Builder::new().name("qemu-run".to_owned()).spawn(wait).map_err(failed)?;
-    match output.recv_timeout(TELLING) {
+    match output.recv_timeout(PROGRAM_TIMEOUT) {
         Ok(output) => output.map_err(failed),
         Err(_) => {
-            // It may have ended just now.
+            // The program may have ended just now.
             let _ = pidfd_send_signal(&handle, Signal::KILL);
-            let reason = format!("{} does not end within {TELLING:?}", program.display());
+            let reason = format!("{} does not end within {PROGRAM_TIMEOUT:?}", program.display());
             Err(Error::environment(reason).advice("Check that it is QEMU's own binary"))
         }
     }
 }
 
-/// QEMU's program, and which version it is.
+/// QEMU's program and its version.
 pub struct Program {
     path: PathBuf,
     known: Mutex<(Version, FileId)>,
 }
 
 impl Program {
-    /// The one at that path, which is that version now.
+    /// Creates the program at that path, which now has that version.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// The program does not exist.
     pub fn new(path: &Path, version: Version) -> Result<Program> {
         let id = FileId::of(path).map_err(|error| Error::io("look at", path, &error))?;
         Ok(Program { path: path.to_owned(), known: Mutex::new((version, id)) })
@@ -148,11 +154,11 @@ impl Program {
         &self.path
     }
 
-    /// Which version it is, and which file. It is asked only if the file has changed.
+    /// Returns the current version and the file's identity. The program runs only if the file has changed.
     ///
     /// # Errors
-    /// It is not there any more, or does not tell.
-    pub fn now(&self) -> Result<(Version, FileId)> {
+    /// The program does not exist any more, or reports no version.
+    pub fn current(&self) -> Result<(Version, FileId)> {
         let id = FileId::of(&self.path).map_err(|error| Error::io("look at", &self.path, &error))?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.1 != id {
@@ -162,7 +168,7 @@ impl Program {
         Ok(known.clone())
     }
 
-    /// Which version it was when it was last looked at.
+    /// Returns the version at the last call of [`current`](Program::current).
     pub fn version(&self) -> Version {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).0
     }
@@ -180,7 +186,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn versions_are_read_as_distributions_write_them() {
+    fn version_is_parsed_as_distributions_write_it() {
         for (text, version) in [
             ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", Version::new(7, 2, 22)),
             ("QEMU emulator version 2.11.1(Debian 1:2.11+dfsg-1ubuntu7.42)", Version::new(2, 11, 1)),
@@ -200,20 +206,20 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_was_replaced_is_asked_again() {
+    fn version_is_read_again_when_the_program_was_replaced() {
         let (folder, path) = fake("QEMU emulator version 7.2.22");
         let program = Program::new(&path, Version::of(&path).unwrap()).unwrap();
-        let (version, id) = program.now().unwrap();
-        assert_eq!((version, &id), (Version::new(7, 2, 22), &program.now().unwrap().1));
+        let (version, id) = program.current().unwrap();
+        assert_eq!((version, &id), (Version::new(7, 2, 22), &program.current().unwrap().1));
         let (_other, new) = fake("QEMU emulator version 10.0.2");
         std::fs::copy(new, &path).unwrap();
-        assert_eq!(program.now().unwrap().0, Version::new(10, 0, 2));
+        assert_eq!(program.current().unwrap().0, Version::new(10, 0, 2));
         drop(folder);
-        assert!(program.now().unwrap_err().to_string().contains("qemu"));
+        assert!(program.current().unwrap_err().to_string().contains("qemu"));
     }
 
     #[test]
-    fn an_old_one_is_refused_and_a_wrong_binary_told() {
+    fn version_is_refused_when_it_is_old_or_missing() {
         let (_folder, old) = fake("QEMU emulator version 2.10.2");
         let text = Version::of(&old).unwrap_err().to_string();
         assert!(text.contains("2.10.2") && text.contains("2.11.0"), "{text}");

@@ -213,8 +213,8 @@ fn what_cannot_be_taken_over_changes_nothing() {
         stays_so();
     }
     let folder = lab.cwd().root().join("elsewhere");
-    lab.ahead(&format!("{STANDBY}, template_dir: {}", folder.display())).unwrap();
-    loaded.refused(&["one"], "machineries.qemu.template_dir: template_dir is ");
+    lab.ahead(&format!("{STANDBY}, instant_dir: {}", folder.display())).unwrap();
+    loaded.refused(&["one"], "machineries.qemu.instant_dir: instant_dir is ");
     assert!(!folder.exists());
     stays_so();
     lab.ahead(STANDBY).unwrap();
@@ -290,7 +290,7 @@ fn what_is_done_ahead_can_be_changed() {
     let stood_by = loaded.stands_by("two");
     assert!(loaded.has_template("two"));
     // There is no more memory for another one.
-    lab.ahead(&format!("{STANDBY}, standby_memory: 1 MiB")).unwrap();
+    lab.ahead(&format!("{STANDBY}, standby_memory_limit: 1 MiB")).unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("", "one"));
     qemu.prepare("three", soon()).unwrap();
     assert_eq!(loaded.leftovers_of("three"), [""; 0]);

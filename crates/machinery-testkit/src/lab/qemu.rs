@@ -168,7 +168,7 @@ impl Lab {
     /// Writes `machinery-host.yaml` with just these keys of the machinery, and room for templates also where
     /// the disk is nearly full.
     pub fn ahead(&self, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!("machineries: {{qemu: {{template_space: 16 GiB, {qemu}}}}}\n"))
+        self.cwd.host_yaml(&format!("machineries: {{qemu: {{instant_space_limit: 16 GiB, {qemu}}}}}\n"))
     }
 
     /// Where a machine's template is, if it has one.

@@ -1,4 +1,4 @@
-//! What a template, or a machine that stands by, was made from.
+//! The identity of a machine: everything that a template or a standby was made from.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use crate::config::MachineFiles;
 use crate::images::Source;
 use crate::version::Program;
 
-/// Everything that a restored guest depends on. If any of it has changed, what was made from it is stale.
+/// Everything that a restored guest depends on. If any of it has changed, templates and standbys are stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     snapshot: FileId,
@@ -36,18 +36,18 @@ impl Identity {
             FileId::of(path)
                 .map_err(|error| Error::io(&format!("look at the machine's {what},"), path, &error))
         };
-        let (version, program) = program.now()?;
+        let (version, program) = program.current()?;
         Ok(Identity {
             snapshot: id("snapshot", &files.snapshot)?,
             disk: id("disk", &files.disk)?,
             program,
             version: version.to_string(),
-            args: files.start_args.as_written().to_vec(),
+            args: files.start_args.unchanged().to_vec(),
             files: opened(files)?,
         })
     }
 
-    /// What has changed, for people; nothing if it is the same.
+    /// Describes the first change, for people; none if the identities are the same.
     pub fn change_since(&self, earlier: &Identity) -> Option<String> {
         let (now, then) = (self, earlier);
         let change = if now.version != then.version {
@@ -107,7 +107,7 @@ fn id(path: &Path) -> Option<FileId> {
 pub mod tests {
     use super::*;
 
-    /// Of files in that folder.
+    /// Creates an identity of files in that folder.
     pub fn identity(folder: &Path) -> Identity {
         let id = |name: &str| {
             let path = folder.join(name);
@@ -124,33 +124,34 @@ pub mod tests {
         }
     }
 
-    /// The same, as the files are now.
+    /// Returns the identity with the snapshot as it is now.
     pub fn identity_again(folder: &Path, identity: &Identity) -> Identity {
         Identity { snapshot: FileId::of(&folder.join("snapshot")).unwrap(), ..identity.clone() }
     }
 
     #[test]
-    fn every_change_is_told() {
+    fn change_names_the_file_or_the_argument() {
         let folder = tempfile::tempdir().unwrap();
         let then = identity(folder.path());
         assert_eq!(then.change_since(&then), None);
         let other = |name: &str| FileId::of(&folder.path().join(name)).unwrap();
-        let told = |now: Identity| now.change_since(&then).unwrap();
+        let change = |now: Identity| now.change_since(&then).unwrap();
         assert!(
-            told(Identity { version: "10.0.2".into(), ..then.clone() }).contains("was 7.2.0, and is 10.0.2")
+            change(Identity { version: "10.0.2".into(), ..then.clone() })
+                .contains("was 7.2.0, and is 10.0.2")
         );
-        assert!(told(Identity { program: other("disk"), ..then.clone() }).contains("program"));
-        assert!(told(Identity { snapshot: other("disk"), ..then.clone() }).contains("snapshot"));
-        assert!(told(Identity { disk: other("snapshot"), ..then.clone() }).contains("disk"));
+        assert!(change(Identity { program: other("disk"), ..then.clone() }).contains("program"));
+        assert!(change(Identity { snapshot: other("disk"), ..then.clone() }).contains("snapshot"));
+        assert!(change(Identity { disk: other("snapshot"), ..then.clone() }).contains("disk"));
         assert!(
-            told(Identity { args: vec!["-m".into(), "64".into()], ..then.clone() }).contains("start_args")
+            change(Identity { args: vec!["-m".into(), "64".into()], ..then.clone() }).contains("start_args")
         );
         let iso = folder.path().join("iso");
         fs::write(&iso, "new").unwrap();
         let mut now = then.clone();
         now.files.insert(iso.clone(), super::id(&iso));
-        assert!(told(now.clone()).contains("/iso was changed"));
+        assert!(change(now.clone()).contains("/iso was changed"));
         now.files = BTreeMap::new();
-        assert!(told(now).contains("/base was changed"));
+        assert!(change(now).contains("/base was changed"));
     }
 }

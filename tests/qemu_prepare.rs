@@ -392,7 +392,7 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
         disk.path().display()
     );
     wrap_qemu(&lab, &fill);
-    lab.ahead(&format!("{STANDBY}, template_dir: {}", disk.path().display())).unwrap();
+    lab.ahead(&format!("{STANDBY}, instant_dir: {}", disk.path().display())).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
@@ -502,14 +502,14 @@ fn a_file_that_is_away_for_a_moment_leaves_nothing_behind() {
 fn a_folder_that_holds_machines_can_hold_templates() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let machines = lab.folder("m").dir.parent().unwrap().to_owned();
-    lab.ahead(&format!("{INSTANT}, template_dir: {}", machines.display())).unwrap();
+    lab.ahead(&format!("{INSTANT}, instant_dir: {}", machines.display())).unwrap();
     let (mut host, mut client) = served(&lab);
     is_ready(&mut client, "instant");
     assert!(machines.join("m.template/ram").exists());
     restores_by(&lab, &mut client, &host, "instant");
     ends_well(&lab, &mut host);
     // Where none is wanted any more, none stays, and all else does.
-    lab.ahead(&format!("instant: off, standby: off, template_dir: {}", machines.display())).unwrap();
+    lab.ahead(&format!("instant: off, standby: off, instant_dir: {}", machines.display())).unwrap();
     let (mut host, mut client) = served(&lab);
     assert!(!machines.join("m.template").exists());
     restores(&lab, &mut client);
@@ -617,7 +617,7 @@ fn what_stood_by_for_a_host_that_was_killed_is_cleared_away() {
 
 #[test]
 fn standing_by_stays_within_its_memory() {
-    let (lab, mut host, mut client) = prepared("standby: on, standby_memory: 1 MiB");
+    let (lab, mut host, mut client) = prepared("standby: on, standby_memory_limit: 1 MiB");
     let told = ready(&mut client);
     assert_eq!(told["mode"], "instant");
     assert!(told["reason"].as_str().unwrap().contains("standby_memory"), "{told}");
@@ -664,8 +664,8 @@ fn wrong_keys_are_told_with_their_place() {
     for (ahead, words) in [
         ("instant: on", "instant"),
         ("standby: maybe", "standby"),
-        ("standby_memory: 5", "'5' is not a size"),
-        ("template_dir: here", "not an absolute path"),
+        ("standby_memory_limit: 5", "'5' is not a size"),
+        ("instant_dir: here", "not an absolute path"),
         ("machines: {other: {standby: off}}", "there is no machine 'other'"),
         ("machines: {m: {standbye: off}}", "standbye"),
     ] {
@@ -682,7 +682,7 @@ fn wrong_keys_are_told_with_their_place() {
 #[test]
 fn a_place_where_no_template_can_be_is_told_before() {
     let lab = Lab::new(&[MICRO]).unwrap();
-    lab.ahead(&format!("template_dir: {}/below", lab.folder("m").disk.display())).unwrap();
+    lab.ahead(&format!("instant_dir: {}/below", lab.folder("m").disk.display())).unwrap();
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     assert!(check.stdout.contains("templates cannot be kept in"), "{check:?}");
@@ -691,7 +691,7 @@ fn a_place_where_no_template_can_be_is_told_before() {
 #[test]
 fn two_hosts_do_not_share_their_templates() {
     let (lab, other) = (Lab::new(&[MICRO]).unwrap(), Lab::new(&[MICRO]).unwrap());
-    let shared = format!("{INSTANT}, template_dir: {}", lab.cwd().root().join("shared").display());
+    let shared = format!("{INSTANT}, instant_dir: {}", lab.cwd().root().join("shared").display());
     for lab in [&lab, &other] {
         lab.ahead(&shared).unwrap();
     }

@@ -1,14 +1,14 @@
-//! Why a machine cannot have a template, as far as its arguments and its QEMU tell.
+//! The reasons why a machine cannot have a template, by its arguments and its QEMU.
 //!
-//! The RAM of such a machine is not one block of anonymous memory that a file could take the place of,
-//! or something in the machine would write to that file behind the guest's back.
+//! The RAM of such a machine is not one block of anonymous memory that a file can replace, or a device would
+//! write to that file besides the guest.
 
 use serde_json::Value;
 
 use crate::machineinfo::StartArgs;
 use crate::version::Version;
 
-/// Options that go for the guest's RAM themselves, and why that is in the way.
+/// Options that configure the guest's RAM, and the conflict with a template.
 const OPTIONS: [(&str, &str); 4] = [
     ("mem-path", "brings a RAM file of its own"),
     ("mem-prealloc", "touches all of the RAM, which a template leaves alone"),
@@ -16,29 +16,29 @@ const OPTIONS: [(&str, &str); 4] = [
     ("readconfig", "reads arguments from a file, which may hold anything"),
 ];
 
-/// Properties of `-machine` that do.
+/// Properties of `-machine` that configure the guest's RAM, and the conflict.
 const MACHINE: [(&str, &str); 3] = [
     ("memory-backend", "brings a memory backend of its own"),
     ("memory-encryption", "encrypts the RAM"),
     ("confidential-guest-support", "encrypts the RAM"),
 ];
 
-/// What `-overcommit` and `-realtime` say to keep all of the RAM in memory.
+/// Values of `-overcommit` and `-realtime` that keep all of the RAM in memory.
 const LOCKED: [&str; 3] = ["mem-lock=on", "mem-lock=on-fault", "mlock=on"];
 
-/// Why it cannot, if it cannot. Sources: QEMU's migration/ram.c (`x-ignore-shared`, since 4.0),
+/// Returns the reason why a machine cannot have a template; none if it can. Sources: QEMU's migration/ram.c (`x-ignore-shared`, since 4.0),
 /// hw/core/machine.c (`memory-backend`, since 5.0), softmmu/physmem.c (`ram_block_discard_range`).
-pub fn hindrance(args: &StartArgs, version: Version) -> Option<String> {
+pub fn unavailable_reason(args: &StartArgs, version: Version) -> Option<String> {
     if !version.has_memory_backends() {
         return Some(format!(
             "QEMU {version} cannot map a guest's RAM from a file and load the rest: QEMU 5.0 and newer can"
         ));
     }
-    args.options().find_map(|(option, value)| in_the_way(option, value, version))
+    args.options().find_map(|(option, value)| option_reason(option, value, version))
 }
 
-fn in_the_way(option: &str, value: &str, version: Version) -> Option<String> {
-    let told = |why: &str| Some(format!("its start_args have -{option} {value}, which {why}"));
+fn option_reason(option: &str, value: &str, version: Version) -> Option<String> {
+    let reason = |why: &str| Some(format!("its start_args have -{option} {value}, which {why}"));
     if let Some((_, why)) = OPTIONS.iter().find(|(name, _)| *name == option) {
         return Some(format!("its start_args have -{option}, which {why}"));
     }
@@ -46,22 +46,22 @@ fn in_the_way(option: &str, value: &str, version: Version) -> Option<String> {
         "machine" | "M" => {
             let key = |part: &str| part.split('=').next().unwrap_or("").trim().to_owned();
             let found = value.split(',').find_map(|part| MACHINE.iter().find(|(name, _)| *name == key(part)));
-            found.and_then(|(_, why)| told(why))
+            found.and_then(|(_, why)| reason(why))
         }
         "object" if kind(value, "qom-type").starts_with("memory-backend-") => {
-            told("brings a memory backend of its own")
+            reason("brings a memory backend of its own")
         }
-        "netdev" if kind(value, "type") == "vhost-user" => told("shares the RAM with another process"),
+        "netdev" if kind(value, "type") == "vhost-user" => reason("shares the RAM with another process"),
         "overcommit" | "realtime" if value.split(',').any(|part| LOCKED.contains(&part.trim())) => {
-            told("keeps all of the RAM in memory, which a template leaves alone")
+            reason("keeps all of the RAM in memory, which a template leaves alone")
         }
-        "balloon" => device_in_the_way("virtio-balloon", version).and_then(told),
-        "device" => device_in_the_way(&kind(value, "driver"), version).and_then(told),
+        "balloon" => device_reason("virtio-balloon", version).and_then(reason),
+        "device" => device_reason(&kind(value, "driver"), version).and_then(reason),
         _ => None,
     }
 }
 
-fn device_in_the_way(driver: &str, version: Version) -> Option<&'static str> {
+fn device_reason(driver: &str, version: Version) -> Option<&'static str> {
     if driver.starts_with("vhost-user") || driver.starts_with("ivshmem") {
         Some("shares the RAM with another process")
     } else if driver.starts_with("vfio") {
@@ -75,7 +75,7 @@ fn device_in_the_way(driver: &str, version: Version) -> Option<&'static str> {
     }
 }
 
-/// What kind of a thing an option's value describes: its first word, or what the key says.
+/// Returns the kind of the object that an option describes: the value of the key, or else the first word.
 fn kind(value: &str, key: &str) -> String {
     if let Ok(Value::Object(json)) = serde_json::from_str(value) {
         return json.get(key).and_then(Value::as_str).unwrap_or("").to_owned();
@@ -93,11 +93,11 @@ mod tests {
 
     fn why(args: &[&str], version: Version) -> Option<String> {
         let args = ["-drive", "file=%DISPOSABLE_DISK_PATH%"].iter().chain(args).map(|arg| (*arg).to_owned());
-        hindrance(&StartArgs::from_args(args), version)
+        unavailable_reason(&StartArgs::from_args(args), version)
     }
 
     #[test]
-    fn an_ordinary_machine_has_none() {
+    fn reason_is_none_for_an_ordinary_machine() {
         let args = [
             "-machine",
             "q35,accel=kvm",
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn each_one_is_told_by_its_argument() {
+    fn reason_names_the_argument() {
         for args in [
             ["-mem-path", "/dev/hugepages"],
             ["-overcommit", "cpu-pm=on,mem-lock=on"],
@@ -136,14 +136,14 @@ mod tests {
             ["-device", "{\"id\": \"s\", \"driver\": \"ivshmem-plain\"}"],
             ["-netdev", "vhost-user,id=n,chardev=c"],
         ] {
-            let told = why(&args, NEW).unwrap_or_else(|| panic!("{args:?}"));
-            assert!(told.contains(args[0].trim_start_matches('-')), "{told}");
+            let reason = why(&args, NEW).unwrap_or_else(|| panic!("{args:?}"));
+            assert!(reason.contains(args[0].trim_start_matches('-')), "{reason}");
         }
         assert!(why(&["-mem-prealloc"], NEW).unwrap().contains("-mem-prealloc"));
     }
 
     #[test]
-    fn a_balloon_is_one_only_for_an_older_qemu() {
+    fn reason_is_a_balloon_only_when_qemu_is_older() {
         for device in ["virtio-balloon-pci", "virtio-balloon", "virtio-mem-pci,memdev=m"] {
             assert!(why(&["-device", device], OLD).unwrap().contains("holes"), "{device}");
             assert_eq!(why(&["-device", device], NEW), None, "{device}");

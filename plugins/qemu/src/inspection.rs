@@ -1,6 +1,7 @@
-//! Looking at a running machine: its memory, its screen.
+//! Inspects a running machine: memory dump and screenshot.
 //!
-//! Both are [`Output`]s: a failure leaves nothing half-done.
+//! QEMU writes into an open file of the plugin, so owner and mode are the host's. The file appears under its
+//! name only when it is complete.
 
 use std::fs::{self, OpenOptions};
 use std::os::fd::AsFd;
@@ -16,13 +17,13 @@ use serde_json::Value;
 use crate::qmp::Event;
 use crate::run::Run;
 
-/// How often the progress of a dump is asked for; its end is an event.
-const PROGRESS: Duration = Duration::from_millis(250);
+/// The interval at which the progress of a dump is queried. The end of a dump is an event.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Writes the guest's memory to `path`.
 ///
 /// # Errors
-/// The format is not offered by this QEMU, the file cannot be written, the dump fails.
+/// This QEMU does not offer the format, the file cannot be written, or the dump fails.
 pub fn dump_memory(
     run: &Run,
     machine: &str,
@@ -31,25 +32,25 @@ pub fn dump_memory(
     host: &Host,
     deadline: Deadline,
 ) -> Result<()> {
-    let qemus = offered(run, format, deadline)?;
+    let format = supported_format(run, format, deadline)?;
     let status = run.execute(&qmp::query_status {}, deadline)?;
     let output = Output::at(path)?;
-    // By descriptor: QEMU writes into our file, so owner and mode are the caller's.
+    // QEMU gets the file as a descriptor.
     let name = run.qmp().pass(output.file().as_fd(), true, deadline)?;
     let events = run.qmp().listen();
     let dump = qmp::dump_guest_memory {
         paging: false,
         protocol: format!("fd:{name}"),
         detach: Some(true),
-        format: Some(qemus),
+        format: Some(format),
         begin: None,
         length: None,
     };
     run.execute(&dump, deadline)?;
-    let mut dumping = Dumping { goes_on: status["running"] != true, ended: None };
+    let mut dumping = Dumping { is_resumed: status["running"] != true, ended: None };
     let outcome = loop {
-        match events.recv_timeout(PROGRESS.min(deadline.remaining())) {
-            Ok(event) => dumping.heard(&event),
+        match events.recv_timeout(PROGRESS_INTERVAL.min(deadline.remaining())) {
+            Ok(event) => dumping.on_event(&event),
             Err(RecvTimeoutError::Timeout) => {
                 deadline.check("QEMU to dump the memory")?;
                 let status = run.execute(&qmp::query_dump {}, deadline)?;
@@ -59,7 +60,7 @@ pub fn dump_memory(
                 return Err(Error::failed("QEMU ended during the memory dump"));
             }
         }
-        if dumping.goes_on
+        if dumping.is_resumed
             && let Some(outcome) = dumping.ended.take()
         {
             break outcome;
@@ -77,18 +78,19 @@ pub fn dump_memory(
     output.finish()
 }
 
-/// What QEMU has told of a dump. The guest is held meanwhile, and goes on before or after QEMU says
-/// that it has finished.
+/// The progress of a dump, by QEMU's events. QEMU pauses the guest meanwhile, and resumes it before or after
+/// the event that the dump has finished.
 struct Dumping {
-    goes_on: bool,
+    /// True if the guest runs again, or did not run before.
+    is_resumed: bool,
     ended: Option<Result<(), String>>,
 }
 
 impl Dumping {
-    fn heard(&mut self, event: &Event) {
+    fn on_event(&mut self, event: &Event) {
         match event.name.as_str() {
-            "RESUME" => self.goes_on = true,
-            "STOP" => self.goes_on = false,
+            "RESUME" => self.is_resumed = true,
+            "STOP" => self.is_resumed = false,
             "DUMP_COMPLETED" => {
                 let error = event.data["error"].as_str();
                 self.ended = Some(error.map_or(Ok(()), |why| Err(why.to_owned())));
@@ -98,8 +100,8 @@ impl Dumping {
     }
 }
 
-/// The format by QEMU's name, if this QEMU can write it for this guest.
-fn offered(run: &Run, format: DumpFormat, deadline: Deadline) -> Result<qmp::DumpGuestMemoryFormat> {
+/// Returns QEMU's name of the format, if this QEMU can write it for this guest.
+fn supported_format(run: &Run, format: DumpFormat, deadline: Deadline) -> Result<qmp::DumpGuestMemoryFormat> {
     let known = run.execute(&qmp::query_dump_guest_memory_capability {}, deadline)?;
     let names: Vec<&str> =
         known["formats"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
@@ -121,14 +123,14 @@ fn fraction(status: &Value) -> f64 {
     }
 }
 
-/// Writes what the guest's screen shows to `path`, as PNG.
+/// Writes the guest's screen to `path`, as PNG.
 ///
 /// # Errors
-/// The machine has no screen, the file cannot be written.
+/// The machine has no screen, or the file cannot be written.
 pub fn screenshot(run: &Run, path: &Path, deadline: Deadline) -> Result<()> {
     let png = run.version().screenshots_as_png();
     let output = Output::at(path)?;
-    // QEMU wants to open for writing only what was opened so.
+    // QEMU opens the file for writing only, so the descriptor has to be open in the same mode.
     let for_qemu = OpenOptions::new().write(true).open(output.path());
     let for_qemu = for_qemu.map_err(|error| Error::io("write to", path, &error))?;
     run.qmp().with_path(for_qemu.as_fd(), deadline, |filename| {
@@ -136,13 +138,13 @@ pub fn screenshot(run: &Run, path: &Path, deadline: Deadline) -> Result<()> {
         run.execute(&qmp::screendump { filename, format, device: None, head: None }, deadline)
     })?;
     if !png {
-        as_png(&output)?;
+        convert_to_png(&output)?;
     }
     output.finish()
 }
 
-/// For a QEMU that writes PPM only: turns the file into PNG, in place.
-fn as_png(output: &Output) -> Result<()> {
+/// Converts the file from PPM to PNG, in place, for a QEMU that writes only PPM.
+fn convert_to_png(output: &Output) -> Result<()> {
     let failed = |error| Error::io("convert the screenshot for", output.target(), &error);
     let ppm = fs::read(output.path()).map_err(failed)?;
     ppm_to_png(&ppm, fs::File::create(output.path()).map_err(failed)?)

@@ -1,0 +1,73 @@
+//! The section `machineries: {qemu: …}` of `machinery-host.yaml`, as types.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use machinery::config::null_as_default;
+use machinery::{Standby, parse_bytes};
+use serde::Deserialize;
+
+/// Keys that were renamed, with their new names. The old names are accepted for one release.
+pub const RENAMED: [(&str, &str); 3] = [
+    ("template_dir", "instant_dir"),
+    ("template_space", "instant_space_limit"),
+    ("standby_memory", "standby_memory_limit"),
+];
+
+/// This machinery's section of `machinery-host.yaml`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Section {
+    /// Keeps the overlays after a stop, for inspection.
+    pub keep_disposable_disks: bool,
+    instant: InstantMode,
+    /// The folder of the templates; by default in the plugin's cache folder.
+    #[serde(alias = "template_dir")]
+    pub instant_dir: Option<PathBuf>,
+    #[serde(alias = "template_space", deserialize_with = "parse_bytes")]
+    pub instant_space_limit: Option<u64>,
+    standby: Standby,
+    #[serde(alias = "standby_memory", deserialize_with = "parse_bytes")]
+    pub standby_memory_limit: Option<u64>,
+    /// Other values for single machines.
+    #[serde(deserialize_with = "null_as_default")]
+    pub machines: BTreeMap<String, MachineSection>,
+}
+
+/// The mode of restores.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InstantMode {
+    /// Restores are instant where that is possible.
+    #[default]
+    Auto,
+    /// As `Auto`: a template has no disadvantage for which a machine would be left out.
+    On,
+    /// Each restore reads the whole snapshot.
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MachineSection {
+    instant: Option<InstantMode>,
+    standby: Option<Standby>,
+    /// Allows a run to write to files or devices that the next run finds changed.
+    pub allow_shared_writes: bool,
+}
+
+/// The preparations of a machine's restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrepareOptions {
+    pub instant: bool,
+    pub standby: Standby,
+}
+
+impl Section {
+    /// Returns the options of a machine: its own, else those of all machines.
+    pub fn prepare_options(&self, machine: &str) -> PrepareOptions {
+        let own = self.machines.get(machine).copied().unwrap_or_default();
+        let instant = own.instant.unwrap_or(self.instant) != InstantMode::Off;
+        PrepareOptions { instant, standby: own.standby.unwrap_or(self.standby) }
+    }
+}

@@ -1,0 +1,110 @@
+//! Starts a machine: from its snapshot, the fastest way first, or cold.
+//!
+//! A restore resumes the standby, or else maps the template, or else loads the snapshot. If one way fails,
+//! the next slower one follows in the same action.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Result};
+
+use super::Machine;
+use super::start::resume;
+use super::templates::INSTANT_TIMEOUT;
+use crate::run::Run;
+use crate::run::load::Load;
+use crate::run::start_error::StartError;
+use crate::snapshot::Snapshot;
+use crate::standby::Standby;
+use crate::template::Identity;
+
+/// The maximum time to resume a standby: many times its duration, and a small part of an action's deadline.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Machine {
+    /// Starts the machine from its snapshot.
+    ///
+    /// # Errors
+    /// The machine is on, or no way to restore it works.
+    pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
+        self.start_with(deadline, |standby| self.restore(standby, deadline))
+    }
+
+    /// Starts the machine cold.
+    ///
+    /// # Errors
+    /// The machine is on, or QEMU does not start.
+    pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
+        self.start_with(deadline, |standby| {
+            standby.map_or(Ok(()), |standby| standby.end(deadline))?;
+            self.start_running(None, Load::Nothing, deadline)
+        })
+    }
+
+    /// Starts the machine with `start`, which gets the standby.
+    fn start_with(
+        &self,
+        deadline: Deadline,
+        start: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, StartError>,
+    ) -> Result<()> {
+        let standby = self.slot.begin_start(deadline)?;
+        let had_standby = standby.is_some();
+        let discarded = self.shared.peers.discard_rivals(self, deadline);
+        let started = self.slot.finish_start(match (discarded, standby) {
+            (Ok(()), standby) => start(standby),
+            (Err(error), None) => Err(error.into()),
+            (Err(error), Some(standby)) => standby.end(deadline).and(Err(error.into())),
+        });
+        if had_standby {
+            self.readiness.report();
+        }
+        started
+    }
+
+    /// Restores the machine the fastest way that works.
+    fn restore(&self, mut standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Arc<Run>, StartError> {
+        let identity = self.current_identity(&mut standby, deadline)?;
+        if let Some(standby) = standby {
+            match self.resume_standby(standby, &identity, deadline.within(RESUME_TIMEOUT)) {
+                Ok(run) => {
+                    self.build_failures.clear();
+                    return Ok(run);
+                }
+                Err(why) => self.fall_back("the standby is not used", why, deadline)?,
+            }
+        }
+        if let Some(template) = self.template(&identity) {
+            let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
+            match self.start_running(memory, devices, deadline.within(INSTANT_TIMEOUT)) {
+                Ok(run) => {
+                    self.build_failures.clear();
+                    return Ok(run);
+                }
+                Err(why) => {
+                    self.on_template_failed(&identity, &why);
+                    self.fall_back("the template is not used", why, deadline)?;
+                }
+            }
+        }
+        self.start_running(None, Load::Snapshot(Snapshot::open(&self.files().snapshot)?), deadline)
+    }
+
+    fn resume_standby(
+        &self,
+        standby: Box<Standby>,
+        identity: &Identity,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, StartError> {
+        let mut steps = self.steps();
+        resume(standby.take(identity, deadline)?, &mut steps, deadline)
+    }
+
+    /// Logs the failed restore method and falls back to the next one, unless time is up or QEMU still runs.
+    fn fall_back(&self, what: &str, why: StartError, deadline: Deadline) -> Result<(), StartError> {
+        if why.still_running.is_some() || deadline.check(what).is_err() {
+            return Err(why);
+        }
+        tracing::warn!(machine = self.name(), error = %why.error, "{what}");
+        Ok(())
+    }
+}

@@ -1,0 +1,108 @@
+//! Starts a QEMU of the machine whose guest is loaded and paused, and resumes the guest.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Error, Result};
+
+use super::Machine;
+use crate::launch::{Memory, Start};
+use crate::run::load::Load;
+use crate::run::start_error::{Stage, StartError};
+use crate::run::{Purpose, Run};
+use crate::steps::Steps;
+
+/// The maximum time for QEMU to connect its monitor, and for `qemu-img` to make an overlay. A cancelled
+/// preparation cannot end these steps earlier.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(50);
+
+/// The options of a start.
+pub(super) struct StartOptions<'a> {
+    /// The path of the first overlay.
+    pub first_overlay: &'a Path,
+    /// The RAM, if it is a file of the plugin.
+    pub memory: Option<Memory>,
+    pub load: Load,
+    pub purpose: Purpose,
+}
+
+impl Machine {
+    /// Starts a run, and resumes its guest.
+    pub(super) fn start_running(
+        &self,
+        memory: Option<Memory>,
+        load: Load,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, StartError> {
+        let mut steps = self.steps();
+        let first_overlay = &self.files().disposable;
+        let options = StartOptions { first_overlay, memory, load, purpose: Purpose::Run };
+        let run = self.start_paused(options, &mut steps, deadline)?;
+        resume(run, &mut steps, deadline)
+    }
+
+    /// Starts a run that is loaded and paused.
+    pub(super) fn start_paused(
+        &self,
+        options: StartOptions<'_>,
+        steps: &mut Steps<'_>,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, StartError> {
+        let StartOptions { first_overlay, memory, load, purpose } = options;
+        let files = self.files();
+        files.args_error.clone().map_or(Ok(()), Err)?;
+        self.leftovers().clone().map_or(Ok(()), Err)?;
+        files.expect_clean_runs()?;
+        let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
+        let (img, name) = (&self.shared.qemu_img, self.name());
+        let mut overlays = self.overlay_templates.overlays(img, name, &images, first_overlay, limit)?;
+        overlays.set_keep(files.keep_disk);
+        steps.done("overlay");
+        let start = Start {
+            machine: name,
+            program: self.shared.program.path(),
+            folder: files.folder(),
+            version: self.shared.program.version(),
+            args: files.start_args.with_overlays(&overlays.paths()),
+            overlays,
+            socket: &self.socket,
+            memory,
+            incoming: !matches!(load, Load::Nothing),
+        };
+        let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));
+        let run = begun.map_err(|error| self.advise_reload(error))?;
+        self.slot.set_preparing_run(&run);
+        let loaded = run.load(load, deadline).map_err(|error| self.advise_reload(error));
+        loaded.map_err(|error| run.fail_start(error, Stage::Load))?;
+        steps.done("load");
+        Ok(run)
+    }
+
+    /// Adds the advice to reload, if the arguments in the file have changed: that may have corrected the
+    /// error.
+    fn advise_reload(&self, error: Error) -> Error {
+        if !self.files().has_other_args() {
+            return error;
+        }
+        let file = self.files().machineinfo.display();
+        error.advice(format!(
+            "{file} has changed since it was read: reload the configuration (cuckoo-machinery reload)"
+        ))
+    }
+
+    pub(super) fn steps(&self) -> Steps<'_> {
+        Steps::new(&self.shared.host, self.name())
+    }
+}
+
+/// Resumes the guest of a paused run.
+pub(super) fn resume(
+    run: Arc<Run>,
+    steps: &mut Steps<'_>,
+    deadline: Deadline,
+) -> Result<Arc<Run>, StartError> {
+    run.resume(deadline).map_err(|error| run.fail_start(error, Stage::Run))?;
+    steps.done("resume");
+    Ok(run)
+}

@@ -1,0 +1,194 @@
+//! The machine's template: finds, builds and drops it.
+//!
+//! A template that cannot be built or loaded is dropped, and the failure is counted. After a few failures no
+//! further template is built until the machine's identity changes.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Result};
+
+use super::Machine;
+use super::start::StartOptions;
+use crate::launch::Memory;
+use crate::run::load::Load;
+use crate::run::start_error::{Stage, StartError};
+use crate::run::{Purpose, Run};
+use crate::snapshot::Snapshot;
+use crate::standby::Standby;
+use crate::template::{Build, BuildError, Identity, Template, Templates, build, unavailable_reason};
+
+/// The maximum time for a restore from a template: many times its duration, and a small part of an action's
+/// deadline.
+pub(super) const INSTANT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The reason why a machine has no template if its operator wants none.
+const DISABLED: &str = "instant restores are off (machinery-host.yaml)";
+
+/// A template that is missing.
+struct MissingTemplate {
+    why: String,
+    /// The error, if the template is missing because of one.
+    failed: Option<StartError>,
+}
+
+impl From<String> for MissingTemplate {
+    fn from(why: String) -> Self {
+        MissingTemplate { why, failed: None }
+    }
+}
+
+impl Machine {
+    /// Returns the machine's template, which is built if there is none, and notes the machine's readiness.
+    ///
+    /// # Errors
+    /// The template could not be built.
+    pub(super) fn find_or_build_template(
+        &self,
+        identity: &Identity,
+        deadline: Deadline,
+    ) -> Result<Option<Template>, StartError> {
+        let template = match self.template_unavailable_reason() {
+            Some(why) => Err(MissingTemplate::from(why)),
+            None => self.build_if_missing(identity, deadline),
+        };
+        match template {
+            Ok(template) => {
+                self.readiness.set_instant(template.disk);
+                Ok(Some(template))
+            }
+            Err(MissingTemplate { why, failed }) => {
+                self.readiness.set_plain(&why);
+                failed.map_or(Ok(None), Err)
+            }
+        }
+    }
+
+    /// Returns the machine's current identity. Ends the standby if the identity cannot be determined.
+    pub(super) fn current_identity(
+        &self,
+        standby: &mut Option<Box<Standby>>,
+        deadline: Deadline,
+    ) -> Result<Identity, StartError> {
+        self.identity().or_else(|error| {
+            standby.take().map_or(Ok(()), |standby| standby.end(deadline))?;
+            Err(error.into())
+        })
+    }
+
+    /// Returns the machine's template, if it has one that matches. A stale one is dropped.
+    pub(super) fn template(&self, identity: &Identity) -> Option<Template> {
+        match self.templates()?.find(self.name(), identity) {
+            Ok(template) => template,
+            Err(why) => {
+                tracing::info!(machine = self.name(), why, "dropping a stale template");
+                self.drop_template(&why);
+                None
+            }
+        }
+    }
+
+    /// Drops a template that cannot be loaded. A start that failed for another reason, such as a port in use,
+    /// keeps the template.
+    pub(super) fn on_template_failed(&self, identity: &Identity, failed: &StartError) {
+        if !self.slot.is_cancelled() && failed.still_running.is_none() && self.is_template_at_fault(failed) {
+            let why = format!("its template could not be loaded: {}", failed.error.reason());
+            self.build_failures.add(identity, &why);
+            self.drop_template(&why);
+        }
+    }
+
+    /// Reports whether loading failed, or QEMU's error is about the template's RAM file.
+    fn is_template_at_fault(&self, failed: &StartError) -> bool {
+        let ram = self.templates().map(|all| all.ram(self.name()).display().to_string());
+        failed.at == Stage::Load || ram.is_some_and(|ram| failed.error.reason().contains(&ram))
+    }
+
+    fn drop_template(&self, why: &str) {
+        self.readiness.set_plain(why);
+        let dropped = self.templates().map_or(Ok(()), |all| all.remove(self.name()));
+        if let Err(error) = dropped {
+            tracing::warn!(machine = self.name(), %error, "cannot remove a template");
+        }
+        self.readiness.report();
+    }
+
+    /// Returns all templates, if this machine is configured to have one.
+    fn templates(&self) -> Option<&Templates> {
+        self.shared.templates.get().filter(|_| self.is_instant())
+    }
+
+    /// Returns the reason why the machine cannot have a template, or is not configured to have one.
+    fn template_unavailable_reason(&self) -> Option<String> {
+        let Some(templates) = self.templates() else { return Some(DISABLED.to_owned()) };
+        if !templates.fits_into_arguments() {
+            return Some("the path of instant_dir has a comma, quote or backslash".to_owned());
+        }
+        unavailable_reason(&self.files().start_args, self.shared.program.version())
+    }
+
+    fn build_if_missing(&self, identity: &Identity, deadline: Deadline) -> Result<Template, MissingTemplate> {
+        if let Some(template) = self.template(identity) {
+            return Ok(template);
+        }
+        if let Some(why) = self.build_failures.reason_not_to_build(identity) {
+            return Err(why.into());
+        }
+        let templates = self.templates().ok_or_else(|| DISABLED.to_owned())?;
+        match build(templates, self.name(), self, deadline) {
+            Ok(()) => {
+                let built = self.template(identity);
+                built.ok_or_else(|| "its template was changed as soon as it was built".to_owned().into())
+            }
+            Err(BuildError::NoSpace(why)) => Err(why.into()),
+            Err(BuildError::Failed(failed)) => Err(self.on_build_failed(identity, templates, failed)),
+        }
+    }
+
+    fn on_build_failed(
+        &self,
+        identity: &Identity,
+        templates: &Templates,
+        failed: StartError,
+    ) -> MissingTemplate {
+        let StartError { error, at, still_running } = failed;
+        let error = templates.space().full_reason().map_or(error.clone(), |full| error.detail(&full));
+        let why = format!("its template could not be built: {}", error.reason());
+        if !self.slot.is_cancelled() && at != Stage::Process {
+            self.build_failures.add(identity, &why);
+        }
+        let error = error.action("building its template");
+        MissingTemplate { why, failed: Some(StartError { error, at, still_running }) }
+    }
+}
+
+impl Build for Machine {
+    fn start(
+        &self,
+        disk: &Path,
+        memory: Option<Memory>,
+        load: Load,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, StartError> {
+        self.slot.ensure_not_cancelled()?;
+        let options = StartOptions { first_overlay: disk, memory, load, purpose: Purpose::Preparation };
+        self.start_paused(options, &mut self.steps(), deadline)
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        Identity::of(self.files(), &self.shared.program)
+    }
+
+    fn snapshot(&self) -> Result<Snapshot> {
+        Snapshot::open(&self.files().snapshot)
+    }
+
+    fn ensure_wanted(&self) -> Result<()> {
+        self.slot.ensure_not_cancelled()
+    }
+
+    fn opens_for_writing(&self) -> bool {
+        !self.shared.program.version().maps_readonly_files()
+    }
+}

@@ -1,0 +1,50 @@
+//! Templates: a machine's snapshot in the form that makes a restore instant, whatever the size of its RAM.
+//!
+//! A template consists of the guest's RAM as a file, which a restore only maps, and of the state of its
+//! devices, which a restore loads. The RAM is mapped copy-on-write, so its file never changes. The devices
+//! are less than a megabyte. QEMU's migration capability `x-ignore-shared` writes and reads this form.
+//!
+//! ```text
+//! <instant_dir>/<machine>.template/ram           as large as the guest's RAM, sparse where that is zero
+//!                                  devices       a migration stream without RAM
+//!                                  record.json   the template's identity, and the identities of its files
+//! <instant_dir>/<machine>.unfinished/            a template that is being built; renamed when complete
+//! <instant_dir>/templates.lock                   locked by the host that owns the templates
+//!
+//! (none) ── build ──▶ unfinished ── fsync, rename ──▶ complete ──▶ used by each restore
+//!                       │ failure                        │ its identity or one of its files has changed,
+//!                       ▼                                ▼ or QEMU cannot load it
+//!                     (none)                           (none)
+//! ```
+//!
+//! Each template belongs to one [`Identity`], which is checked before each use. A template that does not
+//! match is never used. Without a template a machine is restored plainly.
+//!
+//! The operator may have chosen a folder that holds other files. The plugin therefore removes only files of
+//! these names in folders of these names.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `layout` | the names of the files, and their removal |
+//! | `store` | all templates of a host: find, remove, keep |
+//! | `space` | the disk space of the templates: limit and reservations |
+//! | `build`, `sparse_copy`, `unfinished` | building a template |
+//! | `build_failures` | the failures after which a template is not built again |
+//! | `identity` | everything that a template depends on |
+//! | `unavailable_reason` | machines that cannot have a template |
+
+mod build;
+mod build_failures;
+mod identity;
+mod layout;
+mod space;
+mod sparse_copy;
+mod store;
+mod unavailable_reason;
+mod unfinished;
+
+pub use build::{Build, BuildError, build};
+pub use build_failures::BuildFailures;
+pub use identity::Identity;
+pub use store::{Template, Templates};
+pub use unavailable_reason::unavailable_reason;
