@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::{FileWatch, Happens, KvmLab};
+use machinery_testkit::lab::{FileEvent, FileWatch, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -60,7 +60,7 @@ impl Scene {
 
     /// Waits until the subscriber hears that the machine is in that state, and gives the reason.
     fn hears(&mut self, state: &str) -> String {
-        self.subscriber.hear_state("m", state).unwrap()
+        self.subscriber.wait_for_state("m", state).unwrap()
     }
 
     fn state(&mut self) -> Value {
@@ -219,7 +219,7 @@ fn libvirtd_may_die_in_the_middle_of_a_restore() {
     for delay in [0, 30, 60, 100, 150, 200] {
         let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
         scene.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-        watch.wait(&[Happens::Opened("disk.qcow2")], SOON).unwrap();
+        watch.wait(&[FileEvent::Opened("disk.qcow2")], SOON).unwrap();
         // Not a wait for something: the moments are to differ.
         thread::sleep(Duration::from_millis(delay));
         scene.lab.libvirtd().kill_daemon().unwrap();
@@ -336,7 +336,7 @@ fn a_host_that_dies_in_the_middle_of_a_restore_leaves_nothing_that_the_next_one_
         let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
         scene.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
         // The guest's serial port is made by its QEMU.
-        watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+        watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
         scene.host.kill().unwrap();
         scene = Scene::of(scene.lab);
         assert_eq!(scene.state(), "poweroff");

@@ -64,7 +64,7 @@ fn has_work(lab: &KvmLab) -> bool {
 /// Boots the domain as an operator would; returns its QEMU.
 fn starts_by_hand(lab: &KvmLab) -> Pid {
     lab.libvirtd().virsh(&["start", "lab-m"]).unwrap();
-    lab.machine("m").counts_on(SOON).unwrap();
+    lab.machine("m").wait_for_next_count(SOON).unwrap();
     lab.qemu_of("m").unwrap()
 }
 
@@ -103,7 +103,7 @@ impl Scene {
         };
         let mut ready = self.ready();
         while !is_so(&ready) {
-            let heard = self.subscriber.hear("ready", "m");
+            let heard = self.subscriber.wait_for_event("ready", "m");
             ready = heard.unwrap_or_else(|error| panic!("{how}: {error}; {ready}; {}", self.host.log()));
         }
     }
@@ -118,7 +118,7 @@ impl Scene {
         self.does("restore_start");
         let first = self.lab.machine("m").first_count(SOON).unwrap();
         assert_eq!(first, self.lab.restored_count().unwrap(), "{}", self.host.log());
-        self.lab.machine("m").counts_on(SOON).unwrap();
+        self.lab.machine("m").wait_for_next_count(SOON).unwrap();
     }
 
     #[track_caller]
@@ -180,9 +180,9 @@ fn host_prepares_nothing_automatically_when_a_run_by_hand_has_ended() {
     scene.does("disable_machine");
     scene.does("stop");
     starts_by_hand(&scene.lab);
-    scene.subscriber.hear_state("m", "running").unwrap();
+    scene.subscriber.wait_for_state("m", "running").unwrap();
     scene.virsh(&["destroy", "lab-m"]);
-    scene.subscriber.hear_state("m", "poweroff").unwrap();
+    scene.subscriber.wait_for_state("m", "poweroff").unwrap();
     writes_work(&scene.lab);
     scene.does("enable_machine");
     scene.is_ready("plain", "not prepared automatically");
@@ -245,7 +245,7 @@ fn host_leaves_a_run_by_hand_alone_when_it_ends() {
             scene.does("disable_machine");
         }
         let qemu = starts_by_hand(&scene.lab);
-        scene.subscriber.hear_state("m", "running").unwrap();
+        scene.subscriber.wait_for_state("m", "running").unwrap();
         assert_eq!(scene.client.ask(json!({"action": "shutdown_all"})).unwrap(), good());
         assert_eq!(scene.state(), "running", "shutdown_all has ended it");
         scene.terminates();
@@ -296,17 +296,17 @@ fn host_leaves_a_run_by_hand_alone_when_it_follows_a_run_of_a_killed_host() {
 fn host_leaves_a_run_by_hand_alone_when_its_own_ended_while_libvirtd_was_away() {
     let mut scene = Scene::of(lab(""));
     scene.restores();
-    scene.subscriber.hear_state("m", "running").unwrap();
+    scene.subscriber.wait_for_state("m", "running").unwrap();
     scene.lab.libvirtd().kill_daemon().unwrap();
-    scene.subscriber.hear_state("m", "error").unwrap();
+    scene.subscriber.wait_for_state("m", "error").unwrap();
     kill_process(scene.lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
     // The host is suspended until the operator's run has begun.
     scene.host.signal(Signal::STOP).unwrap();
     scene.lab.libvirtd().start_daemon().unwrap();
     let qemu = starts_by_hand(&scene.lab);
     scene.host.signal(Signal::CONT).unwrap();
-    scene.subscriber.hear_state("m", "poweroff").unwrap();
-    scene.subscriber.hear_state("m", "running").unwrap();
+    scene.subscriber.wait_for_state("m", "poweroff").unwrap();
+    scene.subscriber.wait_for_state("m", "running").unwrap();
     scene.terminates();
     assert_eq!(scene.lab.qemu_of("m").unwrap(), qemu);
     let mut scene = Scene::of(scene.lab);
@@ -369,7 +369,7 @@ fn run_of_ours_is_ended_when_somebody_has_saved_and_resumed_it() {
             scene.virsh(&["managedsave", "lab-m"]);
         } else {
             scene.virsh(&["managedsave", "lab-m"]);
-            scene.subscriber.hear_state("m", "poweroff").unwrap();
+            scene.subscriber.wait_for_state("m", "poweroff").unwrap();
             scene.terminates();
         }
         scene.virsh(&["start", "lab-m"]);
@@ -420,7 +420,7 @@ fn guest_may_reboot_when_it_runs() {
     let qemu = scene.lab.qemu_of("m").unwrap();
     scene.virsh(&["reset", "lab-m"]);
     scene.lab.machine("m").wait_for_count(1, SOON).unwrap();
-    scene.lab.machine("m").counts_on(SOON).unwrap();
+    scene.lab.machine("m").wait_for_next_count(SOON).unwrap();
     assert_eq!((scene.state(), scene.lab.qemu_of("m").unwrap()), (json!("running"), qemu));
     scene.does("stop");
     scene.ends_well();
@@ -435,7 +435,7 @@ fn standby_is_renewed_when_the_guest_powered_itself_off() {
         scene.restores();
         assert_eq!(scene.lab.qemu_of("m").unwrap(), stood_by, "round {round} was not from standby");
         scene.virsh(&["shutdown", "lab-m"]);
-        scene.subscriber.hear_state("m", "poweroff").unwrap();
+        scene.subscriber.wait_for_state("m", "poweroff").unwrap();
     }
     scene.is_ready("standby", "");
     let log = scene.host.log();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::{FileWatch, Happens, KvmLab};
+use machinery_testkit::lab::{FileEvent, FileWatch, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -94,7 +94,7 @@ impl Scene {
     /// Waits until the subscriber hears that the machine is ready in that way.
     fn hears(&mut self, how: &str) -> Value {
         loop {
-            let heard = self.subscriber.hear("ready", "m");
+            let heard = self.subscriber.wait_for_event("ready", "m");
             let ready = heard.unwrap_or_else(|error| panic!("{how}: {error}; {}", self.host.log()));
             if ready["mode"] == how {
                 return ready;
@@ -116,7 +116,7 @@ impl Scene {
         self.does("restore_start");
         let first = self.lab.machine("m").first_count(SOON).unwrap();
         assert_eq!(first, self.lab.restored_count().unwrap());
-        self.lab.machine("m").counts_on(SOON).unwrap();
+        self.lab.machine("m").wait_for_next_count(SOON).unwrap();
     }
 
     /// In good order, with nothing left.
@@ -402,7 +402,7 @@ fn a_preparation_gives_way() {
         let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
         scene.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
         // The guest's serial port is made by its QEMU.
-        watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+        watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
         scene.client.send(&json!({"action": action, "machine": "m", "id": 2})).unwrap();
         let mut answers = [scene.client.next_message().unwrap(), scene.client.next_message().unwrap()];
         answers.sort_by_key(|answer| answer["id"].as_u64());
@@ -420,7 +420,7 @@ fn a_preparation_gives_way() {
     }
     let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
     scene.client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
-    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
     scene.ends_well();
 }
 
@@ -502,7 +502,7 @@ fn an_image_is_restored_at_the_snapshot_with_the_disk_of_the_snapshot() {
     assert_eq!(scene.restored(), (6, 0), "{}", scene.host.log());
     // Nor does an operator who looks what is there.
     scene.virsh(&["snapshot-revert", "lab-m", SNAPSHOT, "--running"]);
-    scene.lab.machine("m").counts_on(SOON).unwrap();
+    scene.lab.machine("m").wait_for_next_count(SOON).unwrap();
     scene.virsh(&["destroy", "lab-m"]);
     scene.restores();
     scene.does("stop");
@@ -582,7 +582,7 @@ fn a_host_that_dies_while_it_makes_an_image_leaves_what_the_next_one_ends() {
     lab.cwd().host_yaml(IMAGES).unwrap();
     let watch = FileWatch::new(lab.machine("m").disk.parent().unwrap()).unwrap();
     let mut scene = Scene::of(lab);
-    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
     scene.host.kill().unwrap();
     let mut scene = Scene::of(scene.lab);
     assert_eq!(scene.state(), "poweroff");
@@ -592,7 +592,7 @@ fn a_host_that_dies_while_it_makes_an_image_leaves_what_the_next_one_ends() {
     fs::remove_file(scene.image()).unwrap();
     let watch = FileWatch::new(scene.lab.machine("m").disk.parent().unwrap()).unwrap();
     scene.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
-    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
     scene.does("stop");
     scene.lab.assert_clean();
     assert_eq!(scene.client.machine("m").unwrap()["disabled"], false);

@@ -42,14 +42,14 @@ fn two_hundred_actions_leave_no_trace() {
     let mut host = lab.host().unwrap();
     rounds(&lab, &host, 1);
     lab.assert_clean();
-    let before = host.holds().unwrap();
+    let before = host.resources().unwrap();
     let begun = Instant::now();
     rounds(&lab, &host, ROUNDS);
     println!("{} actions in {:?}", ROUNDS * 14, begun.elapsed());
     lab.assert_clean();
-    let after = host.holds().unwrap();
+    let after = host.resources().unwrap();
     println!("{before:?}\n{after:?}");
-    after.assert_hardly_more_than(&before);
+    after.assert_no_growth_since(&before);
     assert_eq!(host.terminate().unwrap().code(), Some(0));
     let log = host.log();
     assert!(!log.contains("ERROR"), "{log}");

@@ -80,7 +80,7 @@ fn assert_is_ours(path: &Path) {
 #[test]
 fn a_dump_holds_the_guests_memory_and_is_the_callers() {
     let mut m = running(Guest::Micro);
-    m.lab.machine("m").counts_on(SOON).unwrap();
+    m.lab.machine("m").wait_for_next_count(SOON).unwrap();
     for name in ["dump", "dump", "another dump, with a comma=and such"] {
         let path = m.target(name);
         assert_eq!(m.dump(&path, "elf"), good());
@@ -92,7 +92,7 @@ fn a_dump_holds_the_guests_memory_and_is_the_callers() {
         assert!(count >= Some(m.lab.restored_count().unwrap()), "{count:?}");
         assert_is_ours(&path);
         m.assert_runs_on();
-        m.lab.machine("m").counts_on(SOON).unwrap();
+        m.lab.machine("m").wait_for_next_count(SOON).unwrap();
     }
     m.end();
 }

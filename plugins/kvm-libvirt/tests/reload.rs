@@ -84,8 +84,8 @@ impl Loaded {
         self.kvm.machines().unwrap().into_iter().map(|info| info.name).collect()
     }
 
-    fn leave_out(&self, machine: &str) {
-        self.lab.cwd().leave_out("kvm", machine).unwrap();
+    fn remove_machine(&self, machine: &str) {
+        self.lab.cwd().remove_machine("kvm", machine).unwrap();
     }
 
     /// Prepares the machine; gives the QEMU that stands by.
@@ -142,7 +142,7 @@ fn machines_come_change_and_go_while_another_one_runs() {
     let yaml = lab.cwd().yaml("kvm").unwrap();
     let running = loaded.restores("one");
     let stood_by = loaded.stands_by("two");
-    loaded.leave_out("three");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one", "two"]);
     // It comes again.
@@ -165,8 +165,8 @@ fn machines_come_change_and_go_while_another_one_runs() {
     let label = &lab.machine("three").label;
     lab.libvirtd().virsh(&["destroy", label]).unwrap();
     lab.libvirtd().virsh(&["undefine", label, "--snapshots-metadata"]).unwrap();
-    loaded.leave_out("two");
-    loaded.leave_out("three");
+    loaded.remove_machine("two");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one"]);
     for name in ["two", "three"] {
@@ -176,7 +176,7 @@ fn machines_come_change_and_go_while_another_one_runs() {
     // Nothing of that was noticed by the one that runs.
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     assert_eq!(kvm.state("one", soon()).unwrap(), State::Running);
-    lab.machine("one").counts_on(SOON).unwrap();
+    lab.machine("one").wait_for_next_count(SOON).unwrap();
     loaded.ends_well();
 }
 
@@ -187,11 +187,11 @@ fn a_machine_in_use_is_changed_once_it_is_free() {
     loaded.stands_by("one");
     let running = loaded.restores("one");
     lab.change_yaml("  one:\n", "  one:\n    tags: [office]\n").unwrap();
-    loaded.leave_out("two");
+    loaded.remove_machine("two");
     assert_eq!(loaded.reloaded(&["one", "two"]), text("", "one two"));
     assert_eq!(loaded.names(), ["one", "three", "two"]);
     assert_eq!(lab.qemu_of("one").unwrap(), running);
-    lab.machine("one").counts_on(SOON).unwrap();
+    lab.machine("one").wait_for_next_count(SOON).unwrap();
     // A host that takes a running machine for one that is off is wrong.
     loaded.refused(&["two"], "the machine is on");
     assert_eq!(lab.qemu_of("one").unwrap(), running);
@@ -220,7 +220,7 @@ fn what_cannot_be_taken_over_changes_nothing() {
     ] {
         lab.change_yaml(old, new).unwrap();
         // Something that would be taken over without that.
-        loaded.leave_out("three");
+        loaded.remove_machine("three");
         loaded.refused(&["one"], words);
         assert_eq!(loaded.names(), ["one", "two", "three"]);
         assert_eq!(lab.qemu_of("one").unwrap(), running);
@@ -243,7 +243,7 @@ fn what_happens_to_a_domain_is_told_of_the_machine_that_has_it_now() {
     let (machine, state) = loaded.heard.recv_timeout(SOON).unwrap();
     assert_eq!((machine.as_str(), state), ("renamed", State::Poweroff));
     // Of one that is gone, and of its domain, nobody hears.
-    loaded.leave_out("renamed");
+    loaded.remove_machine("renamed");
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
     lab.libvirtd().virsh(&["destroy", &lab.machine("two").label]).unwrap();
@@ -262,7 +262,7 @@ fn a_domain_of_somebody_else_goes_on_when_its_machine_goes() {
     let lab = &loaded.lab;
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
     let running = lab.qemu_of("two").unwrap();
-    loaded.leave_out("two");
+    loaded.remove_machine("two");
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     assert_eq!(lab.qemu_of("two").unwrap(), running);
     lab.libvirtd().virsh(&["destroy", &lab.machine("two").label]).unwrap();
@@ -308,7 +308,7 @@ fn what_is_done_ahead_can_be_changed() {
     loaded.restores("one");
     // One that is right stays.
     lab.change_yaml("  two:\n", "  two:\n    tags: [office]\n").unwrap();
-    loaded.leave_out("three");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("two", ""));
     assert!(here("two") && !here("three"));
     loaded.restores("two");
