@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use machinery_testkit::host::{self, Ran};
+use machinery_testkit::host::{self, CommandOutput};
 use machinery_testkit::{artifacts, conformance};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -21,28 +21,28 @@ const CONFIG: &str = "machines:\n  \
 /// A folder with what the broken plugin is configured with.
 fn folder(section: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("broken.yaml"), CONFIG).unwrap();
-    let host = format!("machineries: {{broken: {{{section}}}}}\n");
+    fs::write(folder.path().join("nonconforming.yaml"), CONFIG).unwrap();
+    let host = format!("machineries: {{nonconforming: {{{section}}}}}\n");
     fs::write(folder.path().join("machinery-host.yaml"), host).unwrap();
     fs::create_dir(folder.path().join("tmp")).unwrap();
     folder
 }
 
 /// The command in that folder, without a CWD.
-fn run_with(folder: &Path, plugin: &Path, arguments: &[&str]) -> Ran {
+fn run_with(folder: &Path, plugin: &Path, arguments: &[&str]) -> CommandOutput {
     let mut command = Command::new(artifacts::program().unwrap());
     command.env_remove("CUCKOO_CWD").env("HOME", folder).env("TMPDIR", folder.join("tmp"));
     command.arg("conformance").arg(plugin).args(arguments).current_dir(folder);
-    command.args(["--config", "broken.yaml", "--host-config", "machinery-host.yaml"]);
+    command.args(["--config", "nonconforming.yaml", "--host-config", "machinery-host.yaml"]);
     let ran = host::run_command(command).unwrap();
     let left = folder.join("tmp").read_dir().unwrap().count();
     assert_eq!(left, 0, "it leaves something in its scratch folder");
     ran
 }
 
-fn run(section: &str, arguments: &[&str]) -> Ran {
+fn run(section: &str, arguments: &[&str]) -> CommandOutput {
     let folder = folder(section);
-    run_with(folder.path(), &artifacts::plugin("broken").unwrap(), arguments)
+    run_with(folder.path(), &artifacts::plugin("nonconforming").unwrap(), arguments)
 }
 
 #[test]
@@ -60,16 +60,16 @@ fn a_good_plugin_keeps_all_that_can_be_tried() {
 
 #[test]
 fn what_is_broken_is_named() {
-    let ran = run("breaks: screenshot", &[]);
+    let ran = run("violates: screenshot", &[]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     let broken: Vec<&str> = ran.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
     assert_eq!(broken.len(), 1, "{ran:?}");
     assert!(broken[0].starts_with("FAIL  screenshot: "), "{broken:?}");
-    let ran = run("breaks: screenshot", &["--skip", "screenshot"]);
+    let ran = run("violates: screenshot", &["--skip", "screenshot"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(ran.stdout.contains("skip  screenshot: left out"), "{ran:?}");
     let only = ["--only", "restore_start", "--only", "identity", "--machine", "two", "--json"];
-    let ran = run("breaks: restore_start", &only);
+    let ran = run("violates: restore_start", &only);
     let told: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!((ran.code, &told["success"]), (Some(1), &json!(false)));
     let of = |name: &str| {
@@ -86,7 +86,7 @@ fn a_plugin_that_ends_the_process_is_found_and_the_rest_is_tried_all_the_same() 
     for (how, words) in [("abort", "signal 6"), ("exit", "exit code 3")] {
         let only =
             ["--only", "identity", "--only", "restore_start", "--only", "check", "--only", "off_after_load"];
-        let ran = run(&format!("dies_by: {how}"), &only);
+        let ran = run(&format!("ends_by: {how}"), &only);
         assert_eq!(ran.code, Some(1), "{ran:?}");
         for line in [
             "pass  identity",
@@ -102,7 +102,7 @@ fn a_plugin_that_ends_the_process_is_found_and_the_rest_is_tried_all_the_same() 
 #[test]
 fn what_cannot_be_tried_is_told_once() {
     let folder = folder("");
-    let text = folder.path().join("libmachinery_broken.so");
+    let text = folder.path().join("libmachinery_nonconforming.so");
     fs::write(&text, "text").unwrap();
     let ran = run_with(folder.path(), &text, &[]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
@@ -118,7 +118,7 @@ fn what_cannot_be_tried_is_told_once() {
 #[test]
 fn a_wrong_command_line_is_told_and_nothing_is_tried() {
     let folder = folder("");
-    let plugin = artifacts::plugin("broken").unwrap();
+    let plugin = artifacts::plugin("nonconforming").unwrap();
     for (file, arguments, words) in [
         (Path::new("none.so"), vec![], "there is no file none.so"),
         (&plugin, vec!["--only", "no_such"], "there is no requirement 'no_such'"),

@@ -15,7 +15,7 @@ use std::time::Duration;
 use machinery_testkit::capture::{self, Packet};
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::Wire;
+use machinery_testkit::lab::TestNetwork;
 use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
@@ -41,16 +41,16 @@ fn captured_by(tcpdump: &Path, more: &str) -> ScratchCwd {
 }
 
 /// The same with the real one, in a network where it may capture.
-fn really_captured(more: &str) -> Option<(Wire, ScratchCwd)> {
-    let Some(wire) = Wire::new().unwrap() else {
+fn really_captured(more: &str) -> Option<(TestNetwork, ScratchCwd)> {
+    let Some(network) = TestNetwork::new().unwrap() else {
         println!("left out: this user may not capture");
         return None;
     };
-    Some((wire, captured_by(&capture::tcpdump().unwrap(), more)))
+    Some((network, captured_by(&capture::tcpdump().unwrap(), more)))
 }
 
-fn host_on(wire: &Wire, cwd: &ScratchCwd) -> RunningHost {
-    RunningHost::start_with(cwd, |command| wire.around(command)).unwrap()
+fn host_on(network: &TestNetwork, cwd: &ScratchCwd) -> RunningHost {
+    RunningHost::start_with(cwd, |command| network.attach(command)).unwrap()
 }
 
 fn pcap(cwd: &ScratchCwd) -> PathBuf {
@@ -64,21 +64,22 @@ fn lock(client: &mut Client, pcap: &Path) {
 }
 
 /// Lets the two exchange a datagram, and both with the result server and the agent.
-fn talk(wire: &Wire, text: &str) {
-    wire.inside(|| {
-        let [machine, other] = [IP, OTHER].map(|ip| UdpSocket::bind((ip, 0)).unwrap());
-        machine.send_to(text.as_bytes(), other.local_addr().unwrap()).unwrap();
-        other.send_to(text.as_bytes(), machine.local_addr().unwrap()).unwrap();
-        let [server, agent] =
-            [("127.0.0.1", 2042), (IP, 8000)].map(|address| UdpSocket::bind(address).unwrap());
-        machine.send_to(b"results", server.local_addr().unwrap()).unwrap();
-        server.send_to(b"taken", machine.local_addr().unwrap()).unwrap();
-        other.send_to(b"a question", agent.local_addr().unwrap()).unwrap();
-        agent.send_to(b"an answer", other.local_addr().unwrap()).unwrap();
-        // Nothing that is another's.
-        other.send_to(b"not the machine's", server.local_addr().unwrap()).unwrap();
-    })
-    .unwrap();
+fn talk(network: &TestNetwork, text: &str) {
+    network
+        .inside(|| {
+            let [machine, other] = [IP, OTHER].map(|ip| UdpSocket::bind((ip, 0)).unwrap());
+            machine.send_to(text.as_bytes(), other.local_addr().unwrap()).unwrap();
+            other.send_to(text.as_bytes(), machine.local_addr().unwrap()).unwrap();
+            let [server, agent] =
+                [("127.0.0.1", 2042), (IP, 8000)].map(|address| UdpSocket::bind(address).unwrap());
+            machine.send_to(b"results", server.local_addr().unwrap()).unwrap();
+            server.send_to(b"taken", machine.local_addr().unwrap()).unwrap();
+            other.send_to(b"a question", agent.local_addr().unwrap()).unwrap();
+            agent.send_to(b"an answer", other.local_addr().unwrap()).unwrap();
+            // Nothing that is another's.
+            other.send_to(b"not the machine's", server.local_addr().unwrap()).unwrap();
+        })
+        .unwrap();
 }
 
 fn payloads(packets: &[Packet]) -> Vec<String> {
@@ -129,7 +130,7 @@ fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
     subscriber.subscribe().unwrap();
     lock(&mut client, pcap);
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    let told = subscriber.hear("capture_failed", "m").unwrap();
+    let told = subscriber.wait_for_event("capture_failed", "m").unwrap();
     let reason = told["reason"].as_str().unwrap();
     for part in parts.iter().chain(&["'m'"]) {
         assert!(reason.contains(part), "{part:?} is not in: {reason}");
@@ -147,19 +148,19 @@ fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
 
 #[test]
 fn from_each_start_to_each_end_what_the_machine_exchanges_is_in_the_file() {
-    let Some((wire, cwd)) = really_captured("") else { return };
-    let host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("") else { return };
+    let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     for start in ["restore_start", "norestore_start"] {
         for stop in ["stop", "acpi_stop", "unlock"] {
             let (pcap, text) =
                 (cwd.root().join(format!("{start} to {stop}.pcap")), format!("{start} {stop}"));
             lock(&mut client, &pcap);
-            talk(&wire, "too early");
+            talk(&network, "too early");
             assert_eq!(client.act(start, "m").unwrap(), good());
-            talk(&wire, &text);
+            talk(&network, &text);
             assert_eq!(client.act(stop, "m").unwrap(), good());
-            talk(&wire, "too late");
+            talk(&network, "too late");
             assert_captured(&pcap, &[&text]);
             let rest = if stop == "unlock" { "stop" } else { "unlock" };
             assert_eq!(client.act(rest, "m").unwrap(), good());
@@ -170,16 +171,16 @@ fn from_each_start_to_each_end_what_the_machine_exchanges_is_in_the_file() {
 
 #[test]
 fn capture_is_complete_when_tcpdump_has_another_file_name() {
-    let Some((wire, cwd)) = really_captured("") else { return };
+    let Some((network, cwd)) = really_captured("") else { return };
     let (real, renamed) = (capture::tcpdump().unwrap(), cwd.root().join("sniffer of ours"));
     std::os::unix::fs::symlink(&real, &renamed).unwrap();
     let path = |program: &Path| format!("path: {}", program.display());
     cwd.change_cuckoo_yaml(&path(&real), &path(&renamed)).unwrap();
-    let host = host_on(&wire, &cwd);
+    let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    talk(&wire, "renamed");
+    talk(&network, "renamed");
     assert_eq!(client.act("stop", "m").unwrap(), good());
     assert_captured(&pcap(&cwd), &["renamed"]);
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
@@ -187,20 +188,20 @@ fn capture_is_complete_when_tcpdump_has_another_file_name() {
 
 #[test]
 fn a_host_that_ends_ends_its_captures_in_order() {
-    let Some((wire, cwd)) = really_captured("") else { return };
-    let mut host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("") else { return };
+    let mut host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    talk(&wire, "the last words");
+    talk(&network, "the last words");
     assert!(host.terminate().unwrap().success());
     assert_captured(&pcap(&cwd), &["the last words"]);
 }
 
 #[test]
 fn a_start_that_fails_leaves_no_capture() {
-    let Some((wire, cwd)) = really_captured("faults: {restore_start: fail}") else { return };
-    let host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("faults: {restore_start: fail}") else { return };
+    let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], false);
@@ -209,14 +210,14 @@ fn a_start_that_fails_leaves_no_capture() {
 
 #[test]
 fn a_machine_that_turns_itself_off_is_captured_until_its_task_is_done() {
-    let Some((wire, cwd)) = really_captured("dies_after_ms: 1") else { return };
-    let host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("poweroff_after_ms: 1") else { return };
+    let host = host_on(&network, &cwd);
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
     subscriber.subscribe().unwrap();
     lock(&mut client, &pcap(&cwd));
     let _ = client.act("restore_start", "m").unwrap();
-    subscriber.hear_state("m", "poweroff").unwrap();
-    talk(&wire, "what was still under way");
+    subscriber.wait_for_state("m", "poweroff").unwrap();
+    talk(&network, "what was still under way");
     assert_eq!(client.act("stop", "m").unwrap(), good());
     assert_captured(&pcap(&cwd), &["what was still under way"]);
 }
@@ -268,24 +269,24 @@ fn what_is_no_program_is_told() {
 
 #[test]
 fn an_interface_that_is_not_there_is_told() {
-    let Some((wire, cwd)) = really_captured("") else { return };
-    cwd.change_yaml("double", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
-    let host = host_on(&wire, &cwd);
-    wire.cut().unwrap();
+    let Some((network, cwd)) = really_captured("") else { return };
+    cwd.change_yaml("double", "interface: lo", &format!("interface: {}", TestNetwork::TAP)).unwrap();
+    let host = host_on(&network, &cwd);
+    network.remove_tap().unwrap();
     assert_told(&host, &pcap(&cwd), &["there is no interface tap0", "`interface`"]);
 }
 
 #[test]
 fn an_interface_that_goes_away_is_told_at_once() {
-    let Some((wire, cwd)) = really_captured("") else { return };
-    cwd.change_yaml("double", "interface: lo", &format!("interface: {}", Wire::TAP)).unwrap();
-    let host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("") else { return };
+    cwd.change_yaml("double", "interface: lo", &format!("interface: {}", TestNetwork::TAP)).unwrap();
+    let host = host_on(&network, &cwd);
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
     subscriber.subscribe().unwrap();
     lock(&mut client, &pcap(&cwd));
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    wire.cut().unwrap();
-    let told = subscriber.hear("capture_failed", "m").unwrap();
+    network.remove_tap().unwrap();
+    let told = subscriber.wait_for_event("capture_failed", "m").unwrap();
     assert!(told["reason"].as_str().unwrap().contains("the interface tap0 went away"), "{told}");
     let machine = client.machine("m").unwrap();
     assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
@@ -296,9 +297,9 @@ fn an_interface_that_goes_away_is_told_at_once() {
 #[test]
 fn a_file_that_cannot_be_written_is_told() {
     for path in ["no folder/dump.pcap", "a file/dump.pcap", "conf"] {
-        let Some((wire, cwd)) = really_captured("") else { return };
+        let Some((network, cwd)) = really_captured("") else { return };
         cwd.write("a file", "").unwrap();
-        let host = host_on(&wire, &cwd);
+        let host = host_on(&network, &cwd);
         let pcap = cwd.root().join(path);
         let cannot = format!("cannot write {}", pcap.display());
         assert_told(&host, &pcap, &[&cannot, "folder"]);
@@ -307,36 +308,36 @@ fn a_file_that_cannot_be_written_is_told() {
 
 #[test]
 fn a_missing_right_is_told() {
-    let Some((wire, cwd)) = really_captured("") else { return };
+    let Some((network, cwd)) = really_captured("") else { return };
     let real = capture::tcpdump().unwrap().display().to_string();
     let without = format!("exec setpriv --bounding-set=-net_raw --inh-caps=-net_raw -- {real} \"$@\"");
     let tcpdump = cwd.script("tcpdump", &without).unwrap().display().to_string();
     cwd.change_cuckoo_yaml(&real, &tcpdump).unwrap();
-    let host = host_on(&wire, &cwd);
+    let host = host_on(&network, &cwd);
     assert_told(&host, &pcap(&cwd), &["may not capture on lo", "setcap", "Run the host as root"]);
 }
 
 #[test]
 fn an_address_that_is_none_is_told() {
-    let Some((wire, cwd)) = really_captured("") else { return };
+    let Some((network, cwd)) = really_captured("") else { return };
     cwd.change_yaml("double", &format!("ip: {IP}"), "ip: 300.1.2.3").unwrap();
-    let host = host_on(&wire, &cwd);
+    let host = host_on(&network, &cwd);
     assert_told(&host, &pcap(&cwd), &["does not understand the filter", "`ip`"]);
 }
 
 #[test]
 fn a_tcpdump_that_dies_is_told_at_once_and_the_machine_goes_on() {
-    let Some((wire, cwd)) = really_captured("") else { return };
-    let host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("") else { return };
+    let host = host_on(&network, &cwd);
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
     subscriber.subscribe().unwrap();
     let pcap = pcap(&cwd);
     lock(&mut client, &pcap);
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    talk(&wire, "before");
+    talk(&network, "before");
     capture::wait_for(&pcap, SOON, |packets| packets.len() == 2).unwrap();
     kill_process(captor(&pcap).0, Signal::KILL).unwrap();
-    let told = subscriber.hear("capture_failed", "m").unwrap();
+    let told = subscriber.wait_for_event("capture_failed", "m").unwrap();
     assert!(told["reason"].as_str().unwrap().contains("ended by itself"), "{told}");
     let machine = client.machine("m").unwrap();
     assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
@@ -346,19 +347,19 @@ fn a_tcpdump_that_dies_is_told_at_once_and_the_machine_goes_on() {
     assert_captured(&pcap, &["before"]);
     // The next run is captured again.
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    talk(&wire, "after");
+    talk(&network, "after");
     assert_eq!(client.act("stop", "m").unwrap(), good());
     assert_captured(&pcap, &["after"]);
 }
 
 #[test]
 fn a_capture_is_its_tasks_and_not_the_next_ones() {
-    let Some((wire, cwd)) = really_captured("") else { return };
-    let host = host_on(&wire, &cwd);
+    let Some((network, cwd)) = really_captured("") else { return };
+    let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    talk(&wire, "of the first task");
+    talk(&network, "of the first task");
     let next = json!({"action": "lock", "machine": "m", "task_id": "next", "id": 2});
     // Both at once, so that the second is read before the first is answered.
     let both = format!("{}\n{next}\n", json!({"action": "unlock", "machine": "m", "id": 1}));
@@ -378,21 +379,21 @@ fn a_tcpdump_that_hides_what_it_says_is_told_and_ended() {
     cwd.change_cuckoo_yaml("/replaced", &script.display().to_string()).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     assert_told(&host, &pcap(&cwd), &["closed its stderr"]);
-    assert_eq!(host.holds().unwrap().children, "");
+    assert_eq!(host.resources().unwrap().children, "");
 }
 
 #[test]
 fn a_tcpdump_that_warns_is_no_failure() {
-    let Some((wire, cwd)) = really_captured("") else { return };
+    let Some((network, cwd)) = really_captured("") else { return };
     let real = capture::tcpdump().unwrap().display().to_string();
     let script = format!("echo 'tcpdump: WARNING: no promiscuous mode' >&2; exec {real} \"$@\"");
     let script = cwd.script("tcpdump", &script).unwrap();
     cwd.change_cuckoo_yaml(&real, &script.display().to_string()).unwrap();
-    let host = host_on(&wire, &cwd);
+    let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    talk(&wire, "all the same");
+    talk(&network, "all the same");
     assert_eq!(client.act("stop", "m").unwrap(), good());
     assert_captured(&pcap(&cwd), &["all the same"]);
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
@@ -432,27 +433,27 @@ fn a_tcpdump_that_does_not_end_is_killed_and_told() {
 #[test]
 fn a_killed_hosts_capture_is_ended_by_the_next_host_and_can_be_read() {
     for keeps_capturing in [true, false] {
-        let Some((wire, cwd)) = really_captured("") else { return };
+        let Some((network, cwd)) = really_captured("") else { return };
         let pcap = pcap(&cwd);
-        let mut host = host_on(&wire, &cwd);
+        let mut host = host_on(&network, &cwd);
         let mut client = host.client().unwrap();
         lock(&mut client, &pcap);
         assert_eq!(client.act("restore_start", "m").unwrap(), good());
-        talk(&wire, "before");
+        talk(&network, "before");
         capture::wait_for(&pcap, SOON, |packets| packets.len() == 2).unwrap();
         let (_, process) = captor(&pcap);
         host.kill().unwrap();
         if !keeps_capturing {
             cwd.change_cuckoo_yaml("enabled: true", "enabled: false").unwrap();
         }
-        let host = host_on(&wire, &cwd);
+        let host = host_on(&network, &cwd);
         assert_ends(&process);
         assert_captured(&pcap, &["before"]);
         let mut client = host.client().unwrap();
         let machine = client.machine("m").unwrap();
         assert_eq!((&machine["locked"], &machine["locked_by"]), (&json!(true), &json!("t")));
         assert_eq!(client.act("restore_start", "m").unwrap(), good());
-        talk(&wire, "after");
+        talk(&network, "after");
         assert_eq!(client.act("stop", "m").unwrap(), good());
         assert_captured(&pcap, &[if keeps_capturing { "after" } else { "before" }]);
     }
@@ -460,9 +461,9 @@ fn a_killed_hosts_capture_is_ended_by_the_next_host_and_can_be_read() {
 
 #[test]
 fn another_program_with_the_same_file_survives_a_killed_host() {
-    let Some((wire, cwd)) = really_captured("") else { return };
+    let Some((network, cwd)) = really_captured("") else { return };
     let pcap = pcap(&cwd);
-    let mut host = host_on(&wire, &cwd);
+    let mut host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap);
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
@@ -470,7 +471,7 @@ fn another_program_with_the_same_file_survives_a_killed_host() {
     let reader = std::process::Command::new("tail").args(["-f", "-n", "0"]).arg(&pcap).spawn();
     let mut reader = Ended(reader.unwrap());
     host.kill().unwrap();
-    let _host = host_on(&wire, &cwd);
+    let _host = host_on(&network, &cwd);
     assert_ends(&process);
     assert_eq!(reader.0.try_wait().unwrap(), None, "it reads on");
     assert_eq!(capture::writers(&pcap).unwrap(), [Pid::from_child(&reader.0)]);

@@ -14,11 +14,12 @@ fn good() -> Value {
     json!({"success": true})
 }
 
-/// A CWD of the double machinery, and of a wild one with the machine `m`.
+/// A CWD of the double machinery, and of a misbehaving one with the machine `m`.
 fn cwd(keys: &str, faults: &str) -> ScratchCwd {
     let machine = format!("{{ip: 10.9.0.1, platform: linux, os_version: 1, faults: {{{faults}}}}}");
-    let wild = format!("{keys}\nmachines:\n  m: {machine}\n");
-    let cwd = ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("wild", &wild)]).unwrap();
+    let misbehaving = format!("{keys}\nmachines:\n  m: {machine}\n");
+    let cwd =
+        ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("misbehaving", &misbehaving)]).unwrap();
     cwd.host_yaml(LIMITS).unwrap();
     cwd
 }
@@ -32,7 +33,7 @@ fn assert_ended(mut host: RunningHost, cwd: &ScratchCwd, by: &str) {
     assert!(cause.is_some_and(|line| line.contains("ERROR") && line.contains(by)), "{by:?}: {log}");
     let stopped = |line: &str| line.contains("done") && line.contains("machine=\"fine\" action=\"stop\"");
     assert!(log.lines().any(stopped), "{log}");
-    assert!(log.contains("wild machines are let go"), "{log}");
+    assert!(log.contains("misbehaving machines are shut down"), "{log}");
     assert!(!cwd.socket().exists());
 }
 
@@ -43,8 +44,8 @@ fn an_exit_in_a_thread_is_an_end_in_good_order() {
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "fine").unwrap(), good());
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    host.heard("STOPPING=1").unwrap();
-    assert_ended(host, &cwd, "its thread 'wild-exit'");
+    host.wait_for_notification("STOPPING=1").unwrap();
+    assert_ended(host, &cwd, "its thread 'faulty-exit'");
     RunningHost::start(&cwd).unwrap();
 }
 
@@ -56,7 +57,7 @@ fn an_exit_in_a_method_is_an_end_in_good_order_and_a_call_that_never_returns() {
     assert_eq!(client.act("restore_start", "fine").unwrap(), good());
     let answer = client.act("restore_start", "m").unwrap();
     assert!(answer["reason"].as_str().unwrap().contains("did not return"), "{answer}");
-    assert_ended(host, &cwd, "'wild' in a call for the machine 'm'");
+    assert_ended(host, &cwd, "'misbehaving' in a call for the machine 'm'");
     RunningHost::start(&cwd).unwrap();
 }
 
@@ -67,7 +68,7 @@ fn an_exit_in_a_reload_is_told() {
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "fine").unwrap(), good());
     client.send(&json!({"action": "reload"})).unwrap();
-    assert_ended(host, &cwd, "'wild' in reload");
+    assert_ended(host, &cwd, "'misbehaving' in reload");
 }
 
 #[test]
@@ -76,7 +77,7 @@ fn an_exit_in_the_shutdown_is_told() {
     let host = RunningHost::start(&cwd).unwrap();
     assert_eq!(host.client().unwrap().act("restore_start", "fine").unwrap(), good());
     host.signal(rustix::process::Signal::TERM).unwrap();
-    assert_ended(host, &cwd, "'wild' in shutdown");
+    assert_ended(host, &cwd, "'misbehaving' in shutdown");
 }
 
 #[test]
@@ -85,7 +86,7 @@ fn an_exit_before_the_host_serves_is_no_success() {
         let cwd = cwd(&format!("faults: {{{method}: exit}}"), "");
         let ran = host::run(&cwd, &["serve"]).unwrap();
         assert_eq!(ran.code, Some(2), "{ran:?}");
-        let by = format!("{method} of 'wild'");
+        let by = format!("{method} of 'misbehaving'");
         assert!(ran.stderr.contains("a plugin called exit()") && ran.stderr.contains(&by), "{ran:?}");
         assert!(!cwd.socket().exists());
     }
@@ -96,7 +97,7 @@ fn an_exit_in_a_check_is_no_success() {
     let ran = host::run(&cwd("faults: {check: exit}", ""), &["check"]).unwrap();
     assert_eq!(ran.code, Some(2), "{ran:?}");
     assert!(ran.stderr.contains("a plugin called exit()"), "{ran:?}");
-    assert!(ran.stderr.contains("checking 'wild'"), "{ran:?}");
+    assert!(ran.stderr.contains("checking 'misbehaving'"), "{ran:?}");
 }
 
 #[test]
@@ -107,7 +108,7 @@ fn after_an_end_that_nothing_helps_against_the_next_start_serves() {
         let mut client = host.client().unwrap();
         assert_eq!(client.act("restore_start", "fine").unwrap(), good());
         client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-        assert!(client.closed(), "{fault}");
+        assert!(client.wait_for_close(), "{fault}");
         host.wait().unwrap();
         assert!(cwd.socket().exists(), "nobody was there to remove it");
         let mut next = RunningHost::start(&cwd).unwrap();

@@ -318,7 +318,7 @@ fn a_stop_of_a_machine_that_is_off_has_succeeded_already() {
 
 #[test]
 fn a_machine_that_dies_by_itself_is_told_at_once() {
-    let served = served(&[("m", "dies_after_ms: 100")]);
+    let served = served(&[("m", "poweroff_after_ms: 100")]);
     let mut client = served.client();
     client.ask(json!({"action": "subscribe"})).unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());

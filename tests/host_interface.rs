@@ -16,8 +16,8 @@ use std::process::Command;
 use machinery_testkit::artifacts;
 use machinery_testkit::conformance::{self, BackendSpec};
 use machinery_testkit::host::{self, RunningHost};
-use machinery_testkit::outside::{Outside, other_toolchain};
 use machinery_testkit::scratch::ScratchCwd;
+use machinery_testkit::separate_build::{SeparateBuild, other_toolchain};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -35,7 +35,7 @@ fn interfaces() -> PathBuf {
 /// Interface 1.0 with its plugin and its host, built with another compiler if there is one, and optimised,
 /// as today's plugins are not.
 fn of_1_0() -> PathBuf {
-    let build = Outside::of(&interfaces().join("1.0/Cargo.toml"), "interface-1.0").release();
+    let build = SeparateBuild::of(&interfaces().join("1.0/Cargo.toml"), "interface-1.0").release();
     let build = match other_toolchain(OLDEST_RUSTC).unwrap() {
         Some(toolchain) => build.with(&toolchain),
         None => build,
@@ -46,7 +46,7 @@ fn of_1_0() -> PathBuf {
 /// A CWD with the plugin of interface 1.0, which allocates its memory in its own way.
 fn elder() -> ScratchCwd {
     let cwd = ScratchCwd::new(&[("elder", MACHINES)]).unwrap();
-    cwd.plugin_from(&of_1_0().join("libmachinery_elder.so"), "elder").unwrap();
+    cwd.install_plugin_file(&of_1_0().join("libmachinery_elder.so"), "elder").unwrap();
     cwd.host_yaml("machineries: {elder: {motto: as ever}}\n").unwrap();
     cwd
 }
@@ -70,7 +70,7 @@ fn a_plugin_of_interface_1_0_does_all_it_ever_did() {
         (dumped["success"].clone(), fs::read_to_string(&dump).unwrap()),
         (json!(true), "n".to_owned())
     );
-    assert_eq!(client.hear("progress", "n").unwrap()["fraction"], 0.5);
+    assert_eq!(client.wait_for_event("progress", "n").unwrap()["fraction"], 0.5);
     let missing = client.act("screenshot", "n").unwrap();
     assert_eq!(missing["success"], false, "{missing}");
     let refused = client.ask(json!({"action": "screenshot", "machine": "n", "path": path})).unwrap();
@@ -147,13 +147,13 @@ fn a_host_of_interface_1_0_refuses_a_plugin_of_today_and_names_both_versions() {
 
 #[test]
 fn an_incompatible_plugin_is_refused_without_a_line_of_it_being_run() {
-    let cwd = ScratchCwd::new(&[("future", "")]).unwrap();
+    let cwd = ScratchCwd::new(&[("newer_interface", "")]).unwrap();
     let trace = cwd.root().join("was-loaded");
-    let file = artifacts::plugin("future").unwrap();
+    let file = artifacts::plugin("newer_interface").unwrap();
     let run = |mut command: Command| {
         let _ = fs::remove_file(&trace);
         let ran = host::run_command({
-            command.env("MACHINERY_FUTURE_WAS_LOADED", &trace);
+            command.env("NEWER_INTERFACE_WAS_LOADED", &trace);
             command
         });
         (ran.unwrap(), trace.exists())
@@ -178,7 +178,7 @@ fn a_plugin_of_another_compiler_does_the_same() {
         return println!("not tried: rustup has no second compiler of {OLDEST_RUSTC} or later here");
     };
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
-    let build = Outside::of(&manifest, "double").with(&toolchain).release();
+    let build = SeparateBuild::of(&manifest, "double").with(&toolchain).release();
     let folder = build.build(&["-p", "machinery-fixture-double", "--locked"]).unwrap();
     let cwd = ScratchCwd::double(&[("m", ""), ("bad", "faults: {restore_start: panic}")]).unwrap();
     let first = folder.to_str().unwrap().to_owned();

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use machinery_testkit::artifacts;
-use machinery_testkit::host::{self, Ran, RunningHost};
+use machinery_testkit::host::{self, CommandOutput, RunningHost};
 use machinery_testkit::scratch::ScratchCwd;
 use rustix::process::geteuid;
 use serde_json::json;
@@ -53,7 +53,7 @@ impl Installed {
         command
     }
 
-    fn ask_by(&self, user: u32, group: u32, cwd: &ScratchCwd, arguments: &[&str]) -> Ran {
+    fn ask_by(&self, user: u32, group: u32, cwd: &ScratchCwd, arguments: &[&str]) -> CommandOutput {
         let mut command = self.run_by(user, group, cwd);
         command.arg("--json").args(arguments);
         host::run_command(command).unwrap()

@@ -294,7 +294,7 @@ fn while_the_manager_is_disabled_machines_come_back_and_none_goes_out() {
     ] {
         let mut client = served.client();
         assert_eq!(client.ask(request.clone()).unwrap(), disabled, "{request}");
-        assert!(client.closed(), "{request}");
+        assert!(client.wait_for_close(), "{request}");
     }
     assert_eq!(client.act("unlock", "m").unwrap(), good());
     assert_eq!(client.act("unreserve", "other").unwrap(), good());
@@ -368,7 +368,7 @@ fn restores_wait_for_their_turn_and_the_first_comes_first() {
     while client.next_message().unwrap().get("id").is_none() {}
     client.ask(json!({"action": "shutdown_all"})).unwrap();
     // The first `starting` has been heard above.
-    let mut heard = vec![subscriber.hear_state("a", "running").map(|_| "a".to_owned()).unwrap()];
+    let mut heard = vec![subscriber.wait_for_state("a", "running").map(|_| "a".to_owned()).unwrap()];
     heard.extend(beginnings(&mut subscriber, 4));
     assert_eq!((heard.first(), heard.last()), (Some(&"a".to_owned()), Some(&"a".to_owned())), "{heard:?}");
     heard.sort();
@@ -384,7 +384,7 @@ fn who_waits_for_its_turn_is_refused_when_the_host_ends() {
     subscriber.subscribe().unwrap();
     let mut client = host.client().unwrap();
     client.send(&json!({"action": "restore_start", "machine": "a", "id": "a"})).unwrap();
-    subscriber.hear_state("a", "starting").unwrap();
+    subscriber.wait_for_state("a", "starting").unwrap();
     client.send(&json!({"action": "restore_start", "machine": "b", "id": "b"})).unwrap();
     // Answered by the same connection's reader, so the one before has been read.
     client.send(&json!({"action": "version", "id": "read"})).unwrap();
@@ -392,7 +392,7 @@ fn who_waits_for_its_turn_is_refused_when_the_host_ends() {
     let mut late = host.client().unwrap();
     late.ask(json!({"action": "version"})).unwrap();
     host.signal(Signal::TERM).unwrap();
-    host.heard("STOPPING=1").unwrap();
+    host.wait_for_notification("STOPPING=1").unwrap();
     assert_reason(&lock(&mut late, "b", "t"), "shutting down");
     assert!(host.wait().unwrap().success());
     let mut answers: Vec<Value> = (0..2).map(|_| client.next_message().unwrap()).collect();

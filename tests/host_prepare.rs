@@ -46,17 +46,17 @@ fn a_machine_is_prepared_at_start_and_after_each_run() {
         assert_eq!(how(&mut client), "plain");
         assert_eq!(client.act("stop", "m").unwrap()["success"], true);
         // Nobody asks for it: the host prepares it by itself.
-        while client.hear("ready", "m").unwrap()["mode"] != "standby" {}
+        while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}
     }
 }
 
 #[test]
 fn a_machine_that_powers_itself_off_is_prepared_again() {
-    let (host, _cwd) = served(&[("m", "dies_after_ms: 50")]);
+    let (host, _cwd) = served(&[("m", "poweroff_after_ms: 50")]);
     let mut client = prepared(&host);
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
-    client.hear_state("m", "poweroff").unwrap();
-    while client.hear("ready", "m").unwrap()["mode"] != "standby" {}
+    client.wait_for_state("m", "poweroff").unwrap();
+    while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn nothing_is_prepared_while_a_task_has_the_machine() {
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
     assert_eq!(client.act("unlock", "m").unwrap()["success"], true);
     while how(&mut client) != "standby" {
-        client.hear("ready", "m").unwrap();
+        client.wait_for_event("ready", "m").unwrap();
     }
 }
 
@@ -136,7 +136,7 @@ fn a_preparation_that_something_came_before_is_made_up_for() {
     assert_eq!(client.ask(screenshot).unwrap()["success"], false);
     assert_eq!(client.act("stop", "slow1").unwrap()["success"], true);
     while how(&mut client) != "standby" {
-        client.hear("ready", "m").unwrap();
+        client.wait_for_event("ready", "m").unwrap();
     }
 }
 

@@ -97,7 +97,7 @@ fn without_an_action_or_a_machine_the_connection_closes() {
         let mut client = served.client();
         client.send(&request).unwrap();
         assert_eq!(client.next_message().unwrap(), bad("Missing action or machine name"), "{request}");
-        assert!(client.closed(), "{request}");
+        assert!(client.wait_for_close(), "{request}");
     }
 }
 
@@ -108,7 +108,7 @@ fn an_action_that_does_not_exist_closes() {
         let mut client = served.client();
         client.send(&json!({"action": action, "machine": "m"})).unwrap();
         assert_eq!(client.next_message().unwrap(), bad("No such action"), "{action}");
-        assert!(client.closed(), "{action}");
+        assert!(client.wait_for_close(), "{action}");
     }
 }
 
@@ -139,9 +139,9 @@ fn who_is_done_sending_still_gets_its_answers() {
     let served = served(&[("m", "delays_ms: {restore_start: 100}")]);
     let mut client = served.client();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    client.done_sending().unwrap();
+    client.shutdown_write().unwrap();
     assert_eq!(client.next_message().unwrap(), good());
-    assert!(client.closed());
+    assert!(client.wait_for_close());
 }
 
 #[test]
@@ -301,7 +301,7 @@ fn subscribers_that_left_are_let_go() {
     }
     // Also those that have long stopped to send.
     let mut silent: Vec<_> = (0..50).map(|_| subscribed(&served)).collect();
-    silent.iter_mut().for_each(|subscriber| subscriber.done_sending().unwrap());
+    silent.iter_mut().for_each(|subscriber| subscriber.shutdown_write().unwrap());
     (0..100).for_each(|_| assert_open(&mut client));
     drop(silent);
     // Nothing tells when the host has noticed, so it gets the time of a few thousand questions.
@@ -440,7 +440,7 @@ fn a_line_may_have_a_mebibyte_and_no_more() {
     let answer = client.next_message().unwrap();
     assert_eq!(answer["success"], false);
     assert!(answer["reason"].as_str().unwrap().contains("1048576"), "{answer}");
-    assert!(client.closed());
+    assert!(client.wait_for_close());
     assert_open(&mut served.client());
 }
 
@@ -449,8 +449,8 @@ fn half_a_line_is_no_request() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     client.send_bytes(br#"{"action": "restore_start", "machine": "m"}"#).unwrap();
-    client.done_sending().unwrap();
-    assert!(client.closed());
+    client.shutdown_write().unwrap();
+    assert!(client.wait_for_close());
     assert_eq!(served.client().act("state", "m").unwrap()["state"], "poweroff");
 }
 
@@ -510,7 +510,7 @@ fn a_flood_of_connections_keeps_no_other_process_out() {
     let refused = mine.last_mut().unwrap();
     let told = refused.next_message().unwrap();
     assert!(told["reason"].as_str().unwrap().contains("too many connections"), "{told}");
-    assert!(refused.closed());
+    assert!(refused.wait_for_close());
     assert_open(&mut mine[0]);
     let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
     assert_eq!(listed.code, Some(0), "{listed:?}");
@@ -528,7 +528,7 @@ fn connections_count_until_their_answers_are_given() {
     for client in &mut mine {
         // Those beyond the share are closed, and may be by now.
         let _ = client.send(&json!({"action": "restore_start", "machine": "m"}));
-        let _ = client.done_sending();
+        let _ = client.shutdown_write();
     }
     mine.extend((0..600).map(|_| served.client()));
     // Connections are taken in their order, so these have all been.

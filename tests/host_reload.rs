@@ -126,8 +126,8 @@ fn a_configuration_that_is_wrong_changes_nothing_and_says_why() {
         ("conf/cuckoo.yaml", "machineries: [Double]\n".to_owned(), vec!["cuckoo.yaml:1", "Write 'double'"]),
         (
             "conf/cuckoo.yaml",
-            "machineries: [double, neighbour]\n".to_owned(),
-            vec!["double, neighbour", "Restart the host"],
+            "machineries: [double, minimal]\n".to_owned(),
+            vec!["double, minimal", "Restart the host"],
         ),
         (
             "conf/machinery-host.yaml",
@@ -158,18 +158,18 @@ fn a_configuration_that_is_wrong_changes_nothing_and_says_why() {
 #[test]
 fn machineries_take_over_together_or_not_at_all() {
     let other = "machines: {next: {ip: 10.9.0.1, platform: linux, os_version: 12}}\n";
-    let cwd = ScratchCwd::new(&[("double", &double(&[("m", "")])), ("neighbour", other)]).unwrap();
+    let cwd = ScratchCwd::new(&[("double", &double(&[("m", "")])), ("minimal", other)]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     // The second one cannot take over, so the first one has to take the old one back.
     cwd.write_yaml("double", &double(&[("other", "")])).unwrap();
-    cwd.write_yaml("neighbour", &other.replace("next", "last")).unwrap();
+    cwd.write_yaml("minimal", &other.replace("next", "last")).unwrap();
     let refused = reload(&mut client);
-    assert!(refused["reason"].as_str().unwrap().contains("'neighbour'"), "{refused}");
+    assert!(refused["reason"].as_str().unwrap().contains("'minimal'"), "{refused}");
     assert_eq!(names(&mut client), ["m", "next"]);
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
     // A name is used once over all machineries, also from now on.
-    cwd.write_yaml("neighbour", other).unwrap();
+    cwd.write_yaml("minimal", other).unwrap();
     cwd.write_yaml("double", &double(&[("m", ""), ("next", "")])).unwrap();
     let refused = reload(&mut client);
     assert!(refused["reason"].as_str().unwrap().contains("'next'"), "{refused}");
@@ -258,7 +258,7 @@ fn manager_switch_is_logged_only_when_it_changes() {
 #[test]
 fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
-    let file = cwd.plugin("double").unwrap();
+    let file = cwd.install_plugin("double").unwrap();
     let from_cwd = |command: &mut std::process::Command| {
         command.arg("--plugin-dir").arg(cwd.root().join("machineries"));
     };
@@ -303,7 +303,7 @@ fn a_machine_that_stands_by_is_let_go_for_what_is_new() {
     // Its preparation would go on for ten minutes, and gives way.
     cwd.write_yaml("double", &format!("{able}{}", double(&[("m", "tags: [new]")]))).unwrap();
     assert_eq!(reload(&mut client), taken(&[], &["m"], &[], &[]));
-    while client.hear("ready", "m").unwrap()["mode"] != "standby" {}
+    while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
 }
 
@@ -338,9 +338,9 @@ fn a_storm_of_reloads_leaves_nothing_behind() {
         assert_eq!(reload(client)["success"], true);
     };
     (0..20).for_each(|number| round(&mut client, number));
-    let before = host.holds().unwrap();
+    let before = host.resources().unwrap();
     (0..500).for_each(|number| round(&mut client, number));
-    host.holds().unwrap().assert_hardly_more_than(&before);
+    host.resources().unwrap().assert_no_growth_since(&before);
     assert_eq!(client.machine("m").unwrap()["state"], "running");
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
 }

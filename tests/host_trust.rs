@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use machinery_testkit::artifacts;
-use machinery_testkit::host::{self, Ran, RunningHost};
+use machinery_testkit::host::{self, CommandOutput, RunningHost};
 use machinery_testkit::scratch::ScratchCwd;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -27,7 +27,7 @@ const INSECURE: &str = "--allow-insecure-plugins";
 /// A CWD with the plugin `double` in its own folder.
 fn cwd_with_plugin() -> (ScratchCwd, PathBuf) {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
-    let plugin = cwd.plugin("double").unwrap();
+    let plugin = cwd.install_plugin("double").unwrap();
     (cwd, plugin)
 }
 
@@ -38,7 +38,7 @@ fn command(cwd: &ScratchCwd, arguments: &[&str]) -> Command {
     command
 }
 
-fn run(cwd: &ScratchCwd, arguments: &[&str]) -> Ran {
+fn run(cwd: &ScratchCwd, arguments: &[&str]) -> CommandOutput {
     host::run_command(command(cwd, arguments)).unwrap()
 }
 
@@ -184,8 +184,8 @@ fn a_sticky_folder_may_be_passed_and_may_not_hold_a_plugin() {
 #[test]
 fn all_that_is_wrong_with_all_plugins_is_told_at_once() {
     let (cwd, plugin) = cwd_with_plugin();
-    let next = cwd.plugin("neighbour").unwrap();
-    cwd.list(&["double", "neighbour", "quantum"]).unwrap();
+    let next = cwd.install_plugin("minimal").unwrap();
+    cwd.list_machineries(&["double", "minimal", "quantum"]).unwrap();
     for path in [&plugin, &next, &cwd.root().to_owned()] {
         set_mode(path, 0o777);
     }
@@ -301,7 +301,7 @@ fn a_pipe_in_a_plugins_place_is_refused_and_not_waited_for() {
 #[test]
 fn nothing_that_is_not_listed_or_not_trusted_is_ever_opened() {
     let (cwd, listed) = cwd_with_plugin();
-    let unlisted = cwd.plugin("neighbour").unwrap();
+    let unlisted = cwd.install_plugin("minimal").unwrap();
     let opened = |command: &str, code: i32| {
         let watch = inotify::init(CreateFlags::NONBLOCK).unwrap();
         let of_listed = inotify::add_watch(&watch, &listed, WatchFlags::OPEN).unwrap();
@@ -329,13 +329,13 @@ fn nothing_that_is_not_listed_or_not_trusted_is_ever_opened() {
 fn plugins_tells_the_hash_of_what_is_listed_alone() {
     let (cwd, plugin) = cwd_with_plugin();
     let hash = sha256sum(&plugin);
-    let unlisted = cwd.plugin("neighbour").unwrap();
+    let unlisted = cwd.install_plugin("minimal").unwrap();
     let text = run(&cwd, &["plugins"]).stdout;
     let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap();
     for word in ["1.0", &hash, plugin.to_str().unwrap()] {
         assert!(line("double ").contains(word), "{word:?} is not in: {text}");
     }
-    assert!(line("neighbour").contains(unlisted.to_str().unwrap()), "{text}");
+    assert!(line("minimal").contains(unlisted.to_str().unwrap()), "{text}");
     assert!(!text.contains(&sha256sum(&unlisted)), "{text}");
 
     let double = told(&cwd, &[]);

@@ -67,12 +67,12 @@ fn unusable_machine_is_enabled_by_itself_when_a_reload_finds_it_sound() {
     assert!(disabled_reason(&mut client, "broken").is_some());
     fs::write(&needs, "").unwrap();
     assert_eq!(client.ask(reload.clone()).unwrap()["success"], true);
-    client.hear("enabled", "broken").unwrap();
+    client.wait_for_event("enabled", "broken").unwrap();
     assert_eq!(disabled_reason(&mut client, "broken"), None);
     assert_eq!(client.act("restore_start", "broken").unwrap(), done());
     fs::remove_file(&needs).unwrap();
     assert_eq!(client.ask(reload).unwrap()["success"], true);
-    let heard = client.hear("disabled", "broken").unwrap();
+    let heard = client.wait_for_event("disabled", "broken").unwrap();
     assert!(heard["reason"].as_str().unwrap().contains("snapshot"), "{heard}");
     assert_eq!(client.machine("broken").unwrap()["state"], "running", "a run goes on");
     assert_eq!(client.act("stop", "broken").unwrap(), done());

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::guest::Guest;
-use machinery_testkit::lab::{FileWatch, Happens, KvmFixture, KvmLab};
+use machinery_testkit::lab::{FileEvent, FileWatch, KvmFixture, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -166,7 +166,7 @@ fn machine_restores_again_when_libvirtd_died_during_a_restore() {
     for delay in [0, 30, 60, 100, 150, 200] {
         let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
         fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-        watch.wait(&[Happens::Opened("disk.qcow2")], SOON).unwrap();
+        watch.wait(&[FileEvent::Opened("disk.qcow2")], SOON).unwrap();
         // The sleep chooses the moment; it waits for no event.
         thread::sleep(Duration::from_millis(delay));
         fixture.lab.libvirtd().kill_daemon().unwrap();
@@ -284,7 +284,7 @@ fn run_is_ended_by_the_next_host_when_its_host_was_killed_during_a_restore() {
         let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
         fixture.client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
         // QEMU creates the file of the guest's serial port.
-        watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+        watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
         fixture.host.kill().unwrap();
         fixture = KvmFixture::of(fixture.lab);
         assert_eq!(fixture.state(), "poweroff");

@@ -7,7 +7,7 @@ use std::fs;
 use std::process::Command;
 
 use machinery_testkit::guest::Guest;
-use machinery_testkit::host::{self, Ran};
+use machinery_testkit::host::{self, CommandOutput};
 use machinery_testkit::lab::KvmLab;
 use machinery_testkit::libvirt::SNAPSHOT;
 use machinery_testkit::scratch::ScratchCwd;
@@ -16,7 +16,7 @@ const MICRO: (&str, Guest) = ("m", Guest::Micro);
 
 /// Expects that the host refuses to serve, with all of these words.
 #[track_caller]
-fn assert_refused(ran: &Ran, words: &[&str]) {
+fn assert_refused(ran: &CommandOutput, words: &[&str]) {
     assert_eq!(ran.code, Some(2), "{}", ran.stderr);
     for word in words {
         assert!(ran.stderr.contains(word), "{word:?} is not in {}", ran.stderr);

@@ -49,7 +49,7 @@ fn has_work(lab: &KvmLab) -> bool {
 /// Boots the domain as an operator would; returns its QEMU.
 fn start_by_hand(lab: &KvmLab) -> Pid {
     lab.libvirtd().virsh(&["start", "lab-m"]).unwrap();
-    lab.machine("m").counts_on(SOON).unwrap();
+    lab.machine("m").wait_for_next_count(SOON).unwrap();
     lab.qemu_of("m").unwrap()
 }
 
@@ -357,7 +357,7 @@ fn guest_is_kept_when_it_reboots_during_a_run() {
     let qemu = fixture.qemu();
     fixture.virsh(&["reset", "lab-m"]);
     fixture.lab.machine("m").wait_for_count(1, SOON).unwrap();
-    fixture.lab.machine("m").counts_on(SOON).unwrap();
+    fixture.lab.machine("m").wait_for_next_count(SOON).unwrap();
     assert_eq!((fixture.state(), fixture.qemu()), (json!("running"), qemu));
     fixture.act("stop");
     fixture.finish();

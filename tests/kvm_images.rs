@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use machinery_testkit::guest::Guest;
-use machinery_testkit::lab::{FileWatch, Happens, KvmFixture, KvmLab};
+use machinery_testkit::lab::{FileEvent, FileWatch, KvmFixture, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
 use serde_json::{Value, json};
 
@@ -99,7 +99,7 @@ fn restore_from_an_image_has_memory_and_disk_of_the_snapshot() {
     assert_eq!(restores(&fixture), (6, 0), "{}", fixture.host.log());
     // A revert and a run by hand leave the image valid as well.
     fixture.virsh(&["snapshot-revert", "lab-m", SNAPSHOT, "--running"]);
-    fixture.lab.machine("m").counts_on(SOON).unwrap();
+    fixture.lab.machine("m").wait_for_next_count(SOON).unwrap();
     fixture.virsh(&["destroy", "lab-m"]);
     fixture.restore();
     fixture.act("stop");
@@ -179,7 +179,7 @@ fn unfinished_image_is_removed_by_the_next_host_when_its_host_was_killed() {
     lab.cwd().host_yaml(IMAGES).unwrap();
     let watch = FileWatch::new(lab.machine("m").disk.parent().unwrap()).unwrap();
     let mut fixture = KvmFixture::of(lab);
-    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
     fixture.host.kill().unwrap();
     let mut fixture = KvmFixture::of(fixture.lab);
     assert_eq!(fixture.state(), "poweroff");
@@ -189,7 +189,7 @@ fn unfinished_image_is_removed_by_the_next_host_when_its_host_was_killed() {
     fs::remove_file(image(&fixture)).unwrap();
     let watch = FileWatch::new(fixture.lab.machine("m").disk.parent().unwrap()).unwrap();
     fixture.client.send(&json!({"action": "prepare", "machine": "m", "id": 1})).unwrap();
-    watch.wait(&[Happens::Opened("serial.log")], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened("serial.log")], SOON).unwrap();
     fixture.act("stop");
     fixture.lab.assert_clean();
     assert_eq!(fixture.client.machine("m").unwrap()["disabled"], false);

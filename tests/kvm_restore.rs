@@ -76,7 +76,7 @@ fn snapshot_is_restored_when_it_was_taken_of_a_running_paused_or_shut_off_domain
         for _ in 0..2 {
             assert_does(&mut client, "restore_start", "m");
             firsts.push(lab.machine("m").first_count(SOON).unwrap());
-            lab.machine("m").counts_on(SOON).unwrap();
+            lab.machine("m").wait_for_next_count(SOON).unwrap();
             assert_does(&mut client, "stop", "m");
             lab.assert_clean();
         }
@@ -162,7 +162,7 @@ fn external_snapshot_is_restored_or_refused_with_advice_when_libvirt_is_too_old(
     for _ in 0..3 {
         assert_does(&mut client, "restore_start", "m");
         counts.push(machine.first_count(SOON).unwrap());
-        machine.counts_on(SOON).unwrap();
+        machine.wait_for_next_count(SOON).unwrap();
         assert_does(&mut client, "stop", "m");
         lab.assert_clean();
         files.push(fs::read_dir(dir).unwrap().count());
@@ -235,7 +235,7 @@ fn cold_start_has_the_disk_of_the_snapshot() {
 fn host_serves_both_machineries() {
     let qemus = Lab::new(&[("q", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
     let lab = KvmLab::new(&[MICRO]).unwrap();
-    lab.cwd().list(&["qemu", "kvm"]).unwrap();
+    lab.cwd().list_machineries(&["qemu", "kvm"]).unwrap();
     lab.cwd().write_yaml("qemu", &qemus.yaml().unwrap()).unwrap();
     let checked = lab.run(&["check"]).unwrap();
     assert_eq!(checked.code, Some(0), "{}{}", checked.stdout, checked.stderr);

@@ -41,14 +41,14 @@ fn host_has_the_same_resources_after_two_hundred_actions() {
     let mut host = lab.host().unwrap();
     rounds(&lab, &host, 1);
     lab.assert_clean();
-    let before = host.holds().unwrap();
+    let before = host.resources().unwrap();
     let begun = Instant::now();
     rounds(&lab, &host, ROUNDS);
     println!("{} actions in {:?}", ROUNDS * 14, begun.elapsed());
     lab.assert_clean();
-    let after = host.holds().unwrap();
+    let after = host.resources().unwrap();
     println!("{before:?}\n{after:?}");
-    after.assert_hardly_more_than(&before);
+    after.assert_no_growth_since(&before);
     assert_eq!(host.terminate().unwrap().code(), Some(0));
     let log = host.log();
     assert!(!log.contains("ERROR"), "{log}");

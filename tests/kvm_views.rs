@@ -80,7 +80,7 @@ fn assert_is_private(path: &Path) {
 #[test]
 fn dump_has_the_memory_of_the_guest_and_belongs_to_the_caller() {
     let mut m = running(Guest::Micro);
-    m.lab.machine("m").counts_on(SOON).unwrap();
+    m.lab.machine("m").wait_for_next_count(SOON).unwrap();
     for name in ["dump", "dump", "another dump, with a comma=and such"] {
         let path = m.target(name);
         assert_eq!(m.dump(&path, "elf"), good());
@@ -92,7 +92,7 @@ fn dump_has_the_memory_of_the_guest_and_belongs_to_the_caller() {
         assert!(count >= Some(m.lab.restored_count().unwrap()), "{count:?}");
         assert_is_private(&path);
         m.assert_still_runs();
-        m.lab.machine("m").counts_on(SOON).unwrap();
+        m.lab.machine("m").wait_for_next_count(SOON).unwrap();
     }
     m.end();
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::{FileWatch, Happens, Lab, TinyDisk};
+use machinery_testkit::lab::{FileEvent, FileWatch, Lab, TinyDisk};
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::process::{Pid, Signal, kill_process};
@@ -95,11 +95,11 @@ fn a_machine_that_dies_is_told_at_once() {
     let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
     for _ in 0..5 {
         assert_eq!(client.act("restore_start", "m").unwrap(), good());
-        subscriber.hear_state("m", "running").unwrap();
+        subscriber.wait_for_state("m", "running").unwrap();
         let qemu = lab.qemu_of("m").unwrap();
         let begun = Instant::now();
         kill(qemu);
-        let reason = subscriber.hear_state("m", "poweroff").unwrap();
+        let reason = subscriber.wait_for_state("m", "poweroff").unwrap();
         let took = begun.elapsed();
         println!("killed, and heard {took:?} later: {reason}");
         assert!(took < Duration::from_secs(2), "{took:?}");
@@ -117,7 +117,7 @@ fn a_machine_that_dies_is_told_at_once() {
 }
 
 /// Sends a restore, waits for its QEMU to come as far as `steps` tell, and kills it.
-fn killed_in_restore(lab: &Lab, client: &mut Client, steps: &[Happens<'_>]) -> Value {
+fn killed_in_restore(lab: &Lab, client: &mut Client, steps: &[FileEvent<'_>]) -> Value {
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
     watch.wait(steps, SOON).unwrap();
@@ -131,16 +131,16 @@ fn a_machine_that_dies_early_costs_only_its_restore() {
     let mut host = lab.host().unwrap();
     let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
     for _ in 0..5 {
-        let answer = killed_in_restore(&lab, &mut client, &[Happens::Opened(SERIAL)]);
+        let answer = killed_in_restore(&lab, &mut client, &[FileEvent::Opened(SERIAL)]);
         // It may have been up already; then it dies as a running one does.
         match answer["success"].as_bool() {
-            Some(true) => assert!(subscriber.hear_state("m", "poweroff").unwrap().contains("signal 9")),
+            Some(true) => assert!(subscriber.wait_for_state("m", "poweroff").unwrap().contains("signal 9")),
             _ => assert_reason(&answer, &["QEMU ", "restore_start of machine 'm' failed: "]),
         }
         println!("{answer}");
         lab.assert_clean();
         assert_restores(&lab, &mut client);
-        while !subscriber.hear_state("m", "poweroff").unwrap().is_empty() {}
+        while !subscriber.wait_for_state("m", "poweroff").unwrap().is_empty() {}
     }
     assert_ends_well(&lab, &mut host);
 }
@@ -151,7 +151,7 @@ fn a_machine_that_dies_while_it_loads_costs_only_its_restore() {
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for _ in 0..3 {
-        let loading = [Happens::Opened(SERIAL), Happens::Read("memory.snapshot")];
+        let loading = [FileEvent::Opened(SERIAL), FileEvent::Read("memory.snapshot")];
         let answer = killed_in_restore(&lab, &mut client, &loading);
         println!("{answer}");
         assert_eq!(answer["success"], false, "{answer}");
@@ -221,7 +221,7 @@ fn what_a_host_leaves_that_is_killed_in_a_restore_is_cleared_too() {
     let mut killed = lab.host().unwrap();
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
     killed.client().unwrap().send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    watch.wait(&[Happens::Opened(SERIAL), Happens::Read("memory.snapshot")], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened(SERIAL), FileEvent::Read("memory.snapshot")], SOON).unwrap();
     killed.kill().unwrap();
     assert!(!lab.leftovers().unwrap().is_empty());
     let mut host = lab.host().unwrap();
@@ -346,7 +346,7 @@ fn a_host_that_is_told_to_end_in_a_restore_finishes_it() {
     let mut client = host.client().unwrap();
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    watch.wait(&[Happens::Opened(SERIAL)], SOON).unwrap();
+    watch.wait(&[FileEvent::Opened(SERIAL)], SOON).unwrap();
     host.signal(Signal::TERM).unwrap();
     assert_eq!(client.next_message().unwrap(), good());
     assert_eq!(host.wait().unwrap().code(), Some(0), "{}", host.log());

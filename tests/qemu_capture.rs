@@ -14,7 +14,7 @@ use std::time::Duration;
 use machinery_testkit::capture::{self, End, Packet, TCP, UDP};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::{AGENT_PORT, linux};
-use machinery_testkit::lab::{Lab, Wire};
+use machinery_testkit::lab::{Lab, TestNetwork};
 use machinery_testkit::snapshot::SnapshotFormat;
 use serde_json::{Value, json};
 
@@ -22,29 +22,29 @@ const SOON: Duration = Duration::from_secs(60);
 const ICMP: u8 = 1;
 const ARP: u8 = 0;
 
-const RESULT_SERVER: End = (Wire::HOST, 2042);
-const AGENT: End = (Wire::GUEST, AGENT_PORT);
-const COUNTED: End = (Wire::HOST, linux::COUNTED_PORT);
+const RESULT_SERVER: End = (TestNetwork::HOST, 2042);
+const AGENT: End = (TestNetwork::GUEST, AGENT_PORT);
+const COUNTED: End = (TestNetwork::HOST, linux::COUNTED_PORT);
 
 /// Where the test sends to in the guest: the result server's port, but at another address.
-const GREETED: End = (Wire::GUEST, 2042);
+const GREETED: End = (TestNetwork::GUEST, 2042);
 /// Where the guest sends to on the host: the agent's port, but at another address.
-const NO_AGENT: End = (Wire::HOST, AGENT_PORT);
+const NO_AGENT: End = (TestNetwork::HOST, AGENT_PORT);
 
 /// What must have happened until a run has been long enough.
 type Kind = (&'static str, fn(&Packet) -> bool);
 
 const KINDS: [Kind; 11] = [
     ("counted", |p| p.protocol == UDP && goes_to(p, COUNTED)),
-    ("asked for a name", |p| p.protocol == UDP && goes_to(p, (Wire::HOST, 53))),
-    ("refused", |p| p.protocol == ICMP && p.is_from(Wire::HOST)),
+    ("asked for a name", |p| p.protocol == UDP && goes_to(p, (TestNetwork::HOST, 53))),
+    ("refused", |p| p.protocol == ICMP && p.is_from(TestNetwork::HOST)),
     ("greeted", |p| p.protocol == UDP && goes_to(p, GREETED)),
     ("another's agent", |p| p.protocol == TCP && goes_to(p, NO_AGENT)),
-    ("looked for", |p| p.protocol == ARP && p.is_to(Wire::GUEST)),
+    ("looked for", |p| p.protocol == ARP && p.is_to(TestNetwork::GUEST)),
     ("asked the agent", |p| goes_to(p, AGENT)),
-    ("the agent's answer", |p| p.is_with(AGENT) && p.is_from(Wire::GUEST)),
+    ("the agent's answer", |p| p.is_with(AGENT) && p.is_from(TestNetwork::GUEST)),
     ("results", |p| p.protocol == TCP && goes_to(p, RESULT_SERVER)),
-    ("taken results", |p| p.is_with(RESULT_SERVER) && p.is_from(Wire::HOST)),
+    ("taken results", |p| p.is_with(RESULT_SERVER) && p.is_from(TestNetwork::HOST)),
     ("results by datagram", |p| p.protocol == UDP && goes_to(p, RESULT_SERVER)),
 ];
 
@@ -54,7 +54,7 @@ fn goes_to(packet: &Packet, end: End) -> bool {
 
 /// Whether a packet belongs into a task's file.
 fn belongs(packet: &Packet) -> bool {
-    let of_machine = packet.is_from(Wire::GUEST) || packet.is_to(Wire::GUEST);
+    let of_machine = packet.is_from(TestNetwork::GUEST) || packet.is_to(TestNetwork::GUEST);
     of_machine && !packet.is_with(AGENT) && !packet.is_with(RESULT_SERVER)
 }
 
@@ -72,7 +72,7 @@ fn assert_does(client: &mut Client, request: Value) {
 
 /// A lab with a talking machine, unless this user may not make its network.
 fn lab() -> Option<Lab> {
-    let lab = Lab::on_wire("talker", SnapshotFormat::Lz4).unwrap();
+    let lab = Lab::with_network("talker", SnapshotFormat::Lz4).unwrap();
     if lab.is_none() {
         println!("left out: this user may not make a network");
     }
@@ -88,9 +88,9 @@ fn start(client: &mut Client, pcap: &Path) {
 /// Talks with the machine until there was everything.
 fn talk(lab: &Lab) {
     let (machine, dumped) = (lab.folder("talker"), lab.dumped("talker"));
-    let greeting = || UdpSocket::bind((Wire::HOST, 0))?.send_to(b"greetings", GREETED);
-    lab.wire().inside(greeting).unwrap().unwrap();
-    assert_eq!(lab.wire().inside(|| machine.get("/", SOON)).unwrap().unwrap().0, 200);
+    let greeting = || UdpSocket::bind((TestNetwork::HOST, 0))?.send_to(b"greetings", GREETED);
+    lab.network().inside(greeting).unwrap().unwrap();
+    assert_eq!(lab.network().inside(|| machine.get("/", SOON)).unwrap().unwrap().0, 200);
     let complete = |packets: &[Packet]| {
         counts(packets).len() >= 200 && KINDS.iter().all(|(_, is)| packets.iter().any(is))
     };
@@ -130,7 +130,7 @@ fn the_same_holds_for_a_machine_that_stood_by() {
 
 fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
     // Nobody listens to what it is told, but it is told.
-    let _result_server = lab.wire().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
+    let _result_server = lab.network().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for round in 1..=3 {
@@ -152,9 +152,9 @@ fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
 
         let expected: Vec<&Packet> = truth.iter().filter(|packet| belongs(packet)).collect();
         let (sent, received): (Vec<&Packet>, Vec<&Packet>) =
-            captured.iter().partition(|packet| packet.is_from(Wire::GUEST));
+            captured.iter().partition(|packet| packet.is_from(TestNetwork::GUEST));
         let (should_be_sent, should_be_received): (Vec<&Packet>, Vec<&Packet>) =
-            expected.into_iter().partition(|packet| packet.is_from(Wire::GUEST));
+            expected.into_iter().partition(|packet| packet.is_from(TestNetwork::GUEST));
         assert_eq!(counts(&captured), counts(&truth));
         assert_same(&sent, &should_be_sent);
         // What came to a card that was off by then has not passed it.
@@ -190,7 +190,7 @@ fn a_tcpdump_that_takes_its_time_is_waited_for() {
 #[test]
 fn what_a_killed_host_captured_can_be_read_and_its_task_keeps_the_machine() {
     let Some(lab) = lab() else { return };
-    let _result_server = lab.wire().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
+    let _result_server = lab.network().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let pcap = lab.cwd().root().join("dump.pcap");
     let mut host = lab.host().unwrap();
     start(&mut host.client().unwrap(), &pcap);

@@ -65,13 +65,13 @@ fn is_ready(client: &mut Client, how: &str) {
 }
 
 fn hears_ready(client: &mut Client, how: &str) {
-    while client.hear("ready", "m").unwrap()["mode"] != how {}
+    while client.wait_for_event("ready", "m").unwrap()["mode"] != how {}
 }
 
 /// Waits until the host has prepared the machine by itself.
 fn until_ready(client: &mut Client, how: &str) {
     while ready(client)["mode"] != how {
-        client.hear("ready", "m").unwrap();
+        client.wait_for_event("ready", "m").unwrap();
     }
 }
 
@@ -424,7 +424,7 @@ fn slowly_built() -> (Lab, RunningHost, Client) {
 
 fn begin_to_build(client: &mut Client) {
     client.send(&json!({"action": "prepare", "machine": "m", "id": "building"})).unwrap();
-    client.hear("progress", "m").unwrap();
+    client.wait_for_event("progress", "m").unwrap();
 }
 
 #[test]
@@ -594,7 +594,7 @@ fn each_restore_is_from_standby_when_guests_power_themselves_off() {
         restores_by(&lab, &mut client, &host, "standby");
         let mut powers_off = UnixStream::connect(&monitor).unwrap();
         writeln!(powers_off, "system_powerdown").unwrap();
-        let reason = subscriber.hear_state("m", "poweroff").unwrap();
+        let reason = subscriber.wait_for_state("m", "poweroff").unwrap();
         assert_eq!(reason, "the guest powered itself off");
     }
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));

@@ -36,7 +36,7 @@ fn a_guest_runs_on_while_others_come_change_and_go() {
     let lab = Lab::new(&["runs", "stays", "goes"].map(micro)).unwrap();
     lab.ahead(STANDBY).unwrap();
     let whole = lab.yaml().unwrap();
-    lab.cwd().leave_out("qemu", "stays").unwrap();
+    lab.cwd().remove_machine("qemu", "stays").unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
@@ -52,7 +52,7 @@ fn a_guest_runs_on_while_others_come_change_and_go() {
     assert_eq!((lab.qemu_of("runs").unwrap(), lab.qemu_of("goes").unwrap()), (running, waiting));
     // One comes and one goes, with all that stood by for it.
     lab.write_yaml(&whole).unwrap();
-    lab.cwd().leave_out("qemu", "goes").unwrap();
+    lab.cwd().remove_machine("qemu", "goes").unwrap();
     let taken = reload(&mut client);
     assert_eq!((&taken["added"], &taken["removed"]), (&json!(["stays"]), &json!(["goes"])), "{taken}");
     assert!(test_kill_process(waiting).is_err(), "what stood by for a machine that is gone is still there");

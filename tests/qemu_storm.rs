@@ -57,14 +57,14 @@ fn a_storm_of_restores_leaves_no_trace() {
     let mut host = lab.host().unwrap();
     rounds(&lab, &host, 1);
     lab.assert_clean();
-    let before = host.holds().unwrap();
+    let before = host.resources().unwrap();
     let begun = Instant::now();
     let slowest = rounds(&lab, &host, ROUNDS - 1);
     println!("{} restores in {:?}, slowest {slowest:?}", (ROUNDS - 1) * 4, begun.elapsed());
     lab.assert_clean();
-    let after = host.holds().unwrap();
+    let after = host.resources().unwrap();
     println!("{before:?}\n{after:?}");
-    after.assert_hardly_more_than(&before);
+    after.assert_no_growth_since(&before);
     assert_eq!(host.terminate().unwrap().code(), Some(0));
     lab.assert_clean();
     let log = host.log();

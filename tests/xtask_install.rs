@@ -62,7 +62,7 @@ fn install_takes_the_plugins_and_no_fixture_when_a_workspace_was_built() {
 #[test]
 fn installed_program_finds_only_the_plugins_that_were_chosen() {
     let scratch = ScratchCwd::double(&[("m", "")]).unwrap();
-    scratch.list(&["qemu"]).unwrap();
+    scratch.list_machineries(&["qemu"]).unwrap();
     let prefix = scratch.root().join("prefix");
     install(&prefix, &["--plugin", "qemu"]);
     let mut plugins = Command::new(prefix.join("bin/cuckoo-machinery"));

@@ -142,7 +142,7 @@ fn as_oneself() -> Vec<String> {
 fn try_namespace() -> Result<()> {
     let mount = ["mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr/bin:/usr/share", "/usr"];
     output(namespace().args(mount)).map(drop).map_err(|failure| match failure {
-        Failure::Told(said) => Failure::Told(format!(
+        Failure::Message(said) => Failure::Message(format!(
             "cannot lay other files over /usr for the tests alone: {said}\n\
              Root may do this, except in most containers. Other users may where the kernel is 5.11 or \
              newer and lets them make user namespaces; if it is told not to, that is by one of the \

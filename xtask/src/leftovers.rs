@@ -1,7 +1,7 @@
 //! Finding what a run left running.
 //!
 //! Tests start hypervisors, and a machinery that forgets one is broken. A run's processes bear a
-//! mark in their environment, which all that they start inherits. So what is left is told apart from
+//! marker in their environment, which all that they start inherits. So what is left is told apart from
 //! whatever else the user has running meanwhile.
 
 use std::fs;
@@ -18,26 +18,26 @@ const NAME: &str = "CUCKOO_XTASK_RUN";
 /// What was told to end may need this long to be gone.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// The mark of one run.
-pub struct Mark {
+/// The marker of one run.
+pub struct RunMarker {
     value: String,
 }
 
-impl Mark {
-    /// A mark that no other running task has.
+impl RunMarker {
+    /// A marker that no other running task has.
     pub fn new() -> Self {
         Self { value: process::id().to_string() }
     }
 
     /// Marks what `command` will start.
-    pub fn put_on(&self, command: &mut Command) {
+    pub fn apply_to(&self, command: &mut Command) {
         command.env(NAME, &self.value);
     }
 
-    /// Fails if any process with the mark is left.
-    pub fn none_left(&self) -> Result<()> {
+    /// Fails if any process with the marker is left.
+    pub fn check_none_left(&self) -> Result<()> {
         let mut left = Vec::new();
-        for pid in self.bearers()? {
+        for pid in self.marked_processes()? {
             if !ends_within(pid, GRACE)? {
                 left.push(format!("  {pid}  {}", command_line(pid)));
             }
@@ -50,18 +50,18 @@ impl Mark {
             .into())
     }
 
-    fn bearers(&self) -> Result<Vec<Pid>> {
-        let mark = format!("{NAME}={}", self.value);
+    fn marked_processes(&self) -> Result<Vec<Pid>> {
+        let marker = format!("{NAME}={}", self.value);
         let entries = fs::read_dir("/proc").context(|| "cannot list processes in /proc".to_owned())?;
         let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        Ok(pids.filter_map(Pid::from_raw).filter(|pid| bears(*pid, &mark)).collect())
+        Ok(pids.filter_map(Pid::from_raw).filter(|pid| has_marker(*pid, &marker)).collect())
     }
 }
 
 /// Processes of other users, and those that end just now, cannot be read. They are none of ours.
-fn bears(pid: Pid, mark: &str) -> bool {
+fn has_marker(pid: Pid, marker: &str) -> bool {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    environment.split(|byte| *byte == 0).any(|variable| variable == marker.as_bytes())
 }
 
 fn command_line(pid: Pid) -> String {
@@ -79,10 +79,10 @@ mod tests {
 
     /// A marked process, well under way: at its very start its environment cannot be read yet. It ends
     /// with its standard input.
-    fn marked(mark: &Mark) -> Child {
+    fn marked(marker: &RunMarker) -> Child {
         let mut shell = Command::new("sh");
         shell.args(["-c", "echo started; read line"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        mark.put_on(&mut shell);
+        marker.apply_to(&mut shell);
         let mut child = shell.spawn().unwrap();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
         child
@@ -90,13 +90,13 @@ mod tests {
 
     #[test]
     fn what_is_left_is_named_until_it_ends() {
-        let mark = Mark { value: format!("test-{}", process::id()) };
-        assert!(mark.none_left().is_ok());
-        let mut left = marked(&mark);
-        let Failure::Told(message) = mark.none_left().unwrap_err() else { panic!("no message") };
+        let marker = RunMarker { value: format!("test-{}", process::id()) };
+        assert!(marker.check_none_left().is_ok());
+        let mut left = marked(&marker);
+        let Failure::Message(message) = marker.check_none_left().unwrap_err() else { panic!("no message") };
         assert!(message.contains("read line") && message.contains(&left.id().to_string()), "{message}");
         drop(left.stdin.take());
         left.wait().unwrap();
-        assert!(mark.none_left().is_ok());
+        assert!(marker.check_none_left().is_ok());
     }
 }

@@ -15,7 +15,7 @@ pub enum Failure {
     /// A program failed with this code, and said why.
     Step(u8),
     /// Something to say.
-    Told(String),
+    Message(String),
 }
 
 /// A result with a [`Failure`].
@@ -23,10 +23,10 @@ pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
     /// Says what is not said yet.
-    pub fn tell(self) -> ExitCode {
+    pub fn report(self) -> ExitCode {
         match self {
             Self::Step(code) => ExitCode::from(code),
-            Self::Told(message) => {
+            Self::Message(message) => {
                 eprintln!("error: {message}");
                 ExitCode::FAILURE
             }
@@ -36,13 +36,13 @@ impl Failure {
 
 impl From<String> for Failure {
     fn from(message: String) -> Self {
-        Self::Told(message)
+        Self::Message(message)
     }
 }
 
 impl From<machinery_testkit::Error> for Failure {
     fn from(error: machinery_testkit::Error) -> Self {
-        Self::Told(error.to_string())
+        Self::Message(error.to_string())
     }
 }
 
@@ -54,7 +54,7 @@ pub trait Context<T> {
 
 impl<T, E: Display> Context<T> for std::result::Result<T, E> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| Failure::Told(format!("{}: {error}", what())))
+        self.map_err(|error| Failure::Message(format!("{}: {error}", what())))
     }
 }
 

@@ -4,7 +4,7 @@
 //! test runner comes last, so that its summary is the last thing to read.
 
 use crate::backports::Backports;
-use crate::leftovers::Mark;
+use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::run::{Result, cargo, step, succeeds};
 
@@ -34,20 +34,20 @@ pub fn run(options: &Options) -> Result<()> {
         step(&mut cargo(["test", "--workspace", "--all-targets", "--no-run"]))?;
     }
     tell_of_cuckoo3();
-    let mark = Mark::new();
+    let marker = RunMarker::new();
     let tests = test_commands(&options.args).into_iter().try_for_each(|args| {
         let mut tests = cargo(args);
         if let Some(backports) = &backports {
             tests = backports.inside(&tests);
         }
-        mark.put_on(&mut tests);
+        marker.apply_to(&mut tests);
         step(&mut tests)
     });
     // Left by failed tests, it is told as well; theirs is the exit code.
-    let left = mark.none_left();
+    let left = marker.check_none_left();
     match (tests, left) {
         (Err(failed), Err(left)) => {
-            left.tell();
+            left.report();
             Err(failed)
         }
         (tests, left) => tests.and(left),

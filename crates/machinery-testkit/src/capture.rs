@@ -13,7 +13,7 @@ use rustix::process::Pid;
 
 use crate::error::{Context, Error};
 use crate::guest::serial::Watch;
-use crate::host::{self, Ran};
+use crate::host::{self, CommandOutput};
 use crate::{Result, lab};
 
 /// The program that captures, wherever the system has it.
@@ -33,7 +33,7 @@ pub fn writers(pcap: &Path) -> Result<Vec<Pid>> {
 }
 
 /// Lets `tshark` read the file from its beginning to its end.
-pub fn tshark(pcap: &Path) -> Result<Ran> {
+pub fn tshark(pcap: &Path) -> Result<CommandOutput> {
     let mut tshark = Command::new("tshark");
     tshark.args(["-n", "-r"]).arg(pcap);
     host::run_command(tshark)

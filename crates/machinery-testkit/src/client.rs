@@ -63,7 +63,7 @@ impl Client {
     }
 
     /// Says that nothing more will be sent; answers still come.
-    pub fn done_sending(&mut self) -> Result<()> {
+    pub fn shutdown_write(&mut self) -> Result<()> {
         self.stream.shutdown(Shutdown::Write).context(|| "ending to send".to_owned())
     }
 
@@ -106,7 +106,7 @@ impl Client {
     }
 
     /// Waits until a subscriber hears that the machine is in that state, and gives the reason it hears.
-    pub fn hear_state(&mut self, machine: &str, state: &str) -> Result<String> {
+    pub fn wait_for_state(&mut self, machine: &str, state: &str) -> Result<String> {
         loop {
             let event = self.next_message()?;
             if event["event"] == "state" && event["machine"] == machine && event["state"] == state {
@@ -116,7 +116,7 @@ impl Client {
     }
 
     /// Waits until a subscriber hears that event of the machine, and gives it.
-    pub fn hear(&mut self, event: &str, machine: &str) -> Result<Value> {
+    pub fn wait_for_event(&mut self, event: &str, machine: &str) -> Result<Value> {
         loop {
             let heard = self.next_message()?;
             if heard["event"] == event && heard["machine"] == machine {
@@ -135,7 +135,7 @@ impl Client {
 
     /// Waits until the host closes the connection: true. False if it says something instead, or
     /// neither happens.
-    pub fn closed(&mut self) -> bool {
+    pub fn wait_for_close(&mut self) -> bool {
         if !self.waiting.is_empty() {
             return false;
         }

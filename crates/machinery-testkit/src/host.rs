@@ -45,7 +45,7 @@ pub fn command(cwd: &ScratchCwd) -> Result<Command> {
 
 /// A command that has ended.
 #[derive(Debug, Clone)]
-pub struct Ran {
+pub struct CommandOutput {
     /// Its exit code; `None` if a signal ended it.
     pub code: Option<i32>,
     /// What it wrote to standard output.
@@ -55,17 +55,17 @@ pub struct Ran {
 }
 
 /// Runs `cuckoo-machinery` with these arguments to its end.
-pub fn run(cwd: &ScratchCwd, arguments: &[&str]) -> Result<Ran> {
+pub fn run(cwd: &ScratchCwd, arguments: &[&str]) -> Result<CommandOutput> {
     let mut command = command(cwd)?;
     command.args(arguments);
     run_command(command)
 }
 
 /// Runs any command to its end, which must come soon.
-pub fn run_command(command: Command) -> Result<Ran> {
+pub fn run_command(command: Command) -> Result<CommandOutput> {
     let mut process = Process::spawn(command)?;
     let code = process.wait(PATIENCE)?.code();
-    Ok(Ran { code, stdout: process.stdout(), stderr: process.stderr() })
+    Ok(CommandOutput { code, stdout: process.stdout(), stderr: process.stderr() })
 }
 
 /// A host that serves.
@@ -99,12 +99,12 @@ impl RunningHost {
         let mut process = Process::spawn_in(&mut command, dir)?;
         process.guard = Some(Guard::of(&process.child)?);
         let host = RunningHost { process, notify, socket: cwd.socket() };
-        host.heard("READY=1")?;
+        host.wait_for_notification("READY=1")?;
         Ok(host)
     }
 
     /// Waits until it tells its service manager `word`, such as `STOPPING=1`.
-    pub fn heard(&self, word: &str) -> Result<()> {
+    pub fn wait_for_notification(&self, word: &str) -> Result<()> {
         let start = Instant::now();
         loop {
             let mut fds =
@@ -159,8 +159,8 @@ impl RunningHost {
     ///
     /// # Errors
     /// It has ended.
-    pub fn holds(&self) -> Result<Holds> {
-        Holds::of(self.pid())
+    pub fn resources(&self) -> Result<ProcessResources> {
+        ProcessResources::of(self.pid())
     }
 
     /// What it has logged so far.
@@ -171,7 +171,7 @@ impl RunningHost {
 
 /// What a process holds.
 #[derive(Debug, Clone)]
-pub struct Holds {
+pub struct ProcessResources {
     /// Open descriptors.
     pub files: usize,
     /// Threads.
@@ -182,28 +182,28 @@ pub struct Holds {
     pub children: String,
 }
 
-impl Holds {
+impl ProcessResources {
     /// It has no children, and otherwise hardly more than it held `before`: what grows with every round
     /// of many is much more.
     ///
     /// # Panics
     /// It has.
     #[track_caller]
-    pub fn assert_hardly_more_than(&self, before: &Holds) {
+    pub fn assert_no_growth_since(&self, before: &ProcessResources) {
         assert_eq!(self.children, "", "the host has children left");
         assert!(self.files <= before.files + 8, "{before:?}, {self:?}");
         assert!(self.threads <= before.threads + 8, "{before:?}, {self:?}");
         assert!(self.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {self:?}");
     }
 
-    fn of(pid: u32) -> Result<Holds> {
+    fn of(pid: u32) -> Result<ProcessResources> {
         let proc = format!("/proc/{pid}");
         let what = || format!("reading {proc}");
         let list = |name: &str| fs::read_dir(format!("{proc}/{name}")).context(what);
         let tasks: Vec<_> = list("task")?.flatten().collect();
         let status = fs::read_to_string(format!("{proc}/status")).context(what)?;
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-        Ok(Holds {
+        Ok(ProcessResources {
             files: list("fd")?.count(),
             threads: tasks.len(),
             resident_kib: resident.trim().trim_end_matches(" kB").parse().context(what)?,

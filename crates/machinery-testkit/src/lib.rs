@@ -11,12 +11,11 @@
 //!   talks to it. Nothing of them outlives its test.
 //! - [`conformance`]: the requirements of a machinery plugin, as checks that any of them is put to; a
 //!   crate of its own, for those who need no guests.
-//! - [`artifacts`]: where the build has put what they run; [`outside`]: what is built on its own.
+//! - [`artifacts`]: where the build has put what they run; [`separate_build`]: what is built on its own.
 
 pub mod artifacts;
 mod cache;
 pub mod capture;
-pub mod chance;
 pub mod client;
 mod command;
 mod error;
@@ -24,8 +23,9 @@ pub mod guest;
 pub mod host;
 pub mod lab;
 pub mod libvirt;
-pub mod outside;
+pub mod random;
 pub mod scratch;
+pub mod separate_build;
 pub mod snapshot;
 
 pub use error::{Error, Result};

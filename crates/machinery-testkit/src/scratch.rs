@@ -40,7 +40,7 @@ impl ScratchCwd {
         let cwd = ScratchCwd { root: dir.path().join(path), _dir: dir };
         cwd.write(".cuckoocwd", "")?;
         let names: Vec<&str> = machineries.iter().map(|(name, _)| *name).collect();
-        cwd.list(&names)?;
+        cwd.list_machineries(&names)?;
         for (name, text) in machineries {
             cwd.write_yaml(name, text)?;
         }
@@ -48,7 +48,7 @@ impl ScratchCwd {
     }
 
     /// Writes `conf/cuckoo.yaml` anew, with these machineries.
-    pub fn list(&self, machineries: &[&str]) -> Result<()> {
+    pub fn list_machineries(&self, machineries: &[&str]) -> Result<()> {
         let mut text = String::from("machineries:\n");
         for name in machineries {
             text += &format!("- {name}\n");
@@ -76,7 +76,7 @@ impl ScratchCwd {
     }
 
     /// Takes a machine out of the configuration of that machinery, where each key has a line of its own.
-    pub fn leave_out(&self, machinery: &str, machine: &str) -> Result<()> {
+    pub fn remove_machine(&self, machinery: &str, machine: &str) -> Result<()> {
         let (text, begin) = (self.yaml(machinery)?, format!("  {machine}:"));
         let mut inside = false;
         let stays = |line: &&str| {
@@ -123,7 +123,7 @@ impl ScratchCwd {
     }
 
     /// Puts a copy of that file into the CWD's own plugin folder, as the plugin of that machinery.
-    pub fn plugin_from(&self, file: &Path, name: &str) -> Result<PathBuf> {
+    pub fn install_plugin_file(&self, file: &Path, name: &str) -> Result<PathBuf> {
         let what = || format!("copying {} as the plugin '{name}'", file.display());
         let content = fs::read(file).context(what)?;
         let path = format!("machineries/libmachinery_{name}.so");
@@ -132,8 +132,8 @@ impl ScratchCwd {
     }
 
     /// Puts a copy of the plugin that was built for that machinery there.
-    pub fn plugin(&self, name: &str) -> Result<PathBuf> {
-        self.plugin_from(&artifacts::plugin(name)?, name)
+    pub fn install_plugin(&self, name: &str) -> Result<PathBuf> {
+        self.install_plugin_file(&artifacts::plugin(name)?, name)
     }
 
     /// Writes a file, with the folders above it. `path` is relative to the CWD.

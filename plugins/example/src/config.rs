@@ -33,7 +33,7 @@ pub struct OwnKeys {
     pub snapshot: u32,
     /// The guest powers itself off after it has run so long, in milliseconds.
     #[serde(default)]
-    pub lives_ms: Option<u64>,
+    pub poweroff_after_ms: Option<u64>,
 }
 
 impl Config {

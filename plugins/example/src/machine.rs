@@ -156,7 +156,7 @@ impl Machine {
     fn launch(self: &Arc<Self>, start: Start) -> Result<Run> {
         let disk = Disk::make(&self.keys.disk)?;
         let memory = if start == Start::Snapshot { self.keys.own.snapshot } else { 0 };
-        let life = self.keys.own.lives_ms.map(Duration::from_millis);
+        let life = self.keys.own.poweroff_after_ms.map(Duration::from_millis);
         // A guest keeps no machine alive that is gone.
         let machine = Arc::downgrade(self);
         let ended = move |guest: &Arc<Guest>| {

@@ -35,7 +35,7 @@ fn spec(lab: &Arc<KvmLab>) -> BackendSpec {
     let mortal = MACHINES[0];
     BackendSpec::new(&MACHINES)
         .counts(restored..=restored, move |_, machine| Ok(counting.machine(machine).first_count(SOON)?))
-        .alive(move |_, machine| Ok(living.machine(machine).counts_on(SOON)?))
+        .alive(move |_, machine| Ok(living.machine(machine).wait_for_next_count(SOON)?))
         .leftovers(move || Ok(littered.leftovers()?))
         // The same end as by a crash.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))

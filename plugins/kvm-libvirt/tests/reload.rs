@@ -83,8 +83,8 @@ impl Loaded {
         self.kvm.machines().unwrap().into_iter().map(|info| info.name).collect()
     }
 
-    fn leave_out(&self, machine: &str) {
-        self.lab.cwd().leave_out("kvm", machine).unwrap();
+    fn remove_machine(&self, machine: &str) {
+        self.lab.cwd().remove_machine("kvm", machine).unwrap();
     }
 
     /// Prepares the machine; returns the QEMU of its standby.
@@ -141,7 +141,7 @@ fn machines_are_added_changed_and_removed_while_another_one_runs() {
     let yaml = lab.cwd().yaml("kvm").unwrap();
     let running = loaded.restore("one");
     let standby = loaded.make_standby("two");
-    loaded.leave_out("three");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one", "two"]);
     // The machine is added again.
@@ -167,8 +167,8 @@ fn machines_are_added_changed_and_removed_while_another_one_runs() {
     let label = &lab.machine("three").label;
     lab.libvirtd().virsh(&["destroy", label]).unwrap();
     lab.libvirtd().virsh(&["undefine", label, "--snapshots-metadata"]).unwrap();
-    loaded.leave_out("two");
-    loaded.leave_out("three");
+    loaded.remove_machine("two");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one"]);
     for name in ["two", "three"] {
@@ -178,7 +178,7 @@ fn machines_are_added_changed_and_removed_while_another_one_runs() {
     // The running machine is not affected.
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     assert_eq!(kvm.state("one", soon()).unwrap(), State::Running);
-    lab.machine("one").counts_on(SOON).unwrap();
+    lab.machine("one").wait_for_next_count(SOON).unwrap();
     loaded.finish();
 }
 
@@ -189,11 +189,11 @@ fn machine_in_use_is_changed_by_a_later_reload() {
     loaded.make_standby("one");
     let running = loaded.restore("one");
     lab.change_yaml("  one:\n", "  one:\n    tags: [office]\n").unwrap();
-    loaded.leave_out("two");
+    loaded.remove_machine("two");
     assert_eq!(loaded.reloaded(&["one", "two"]), text("", "one two"));
     assert_eq!(loaded.names(), ["one", "three", "two"]);
     assert_eq!(lab.qemu_of("one").unwrap(), running);
-    lab.machine("one").counts_on(SOON).unwrap();
+    lab.machine("one").wait_for_next_count(SOON).unwrap();
     // A reload that would change a running machine is refused.
     loaded.assert_refused(&["two"], "the machine is on");
     assert_eq!(lab.qemu_of("one").unwrap(), running);
@@ -222,7 +222,7 @@ fn machines_are_unchanged_when_the_configuration_is_refused() {
     ] {
         lab.change_yaml(old, new).unwrap();
         // A valid change beside the wrong one.
-        loaded.leave_out("three");
+        loaded.remove_machine("three");
         loaded.assert_refused(&["one"], words);
         assert_eq!(loaded.names(), ["one", "two", "three"]);
         assert_eq!(lab.qemu_of("one").unwrap(), running);
@@ -245,7 +245,7 @@ fn event_of_a_domain_is_reported_for_its_present_machine() {
     let (machine, state) = loaded.events.recv_timeout(SOON).unwrap();
     assert_eq!((machine.as_str(), state), ("renamed", State::Poweroff));
     // Events of a removed machine's domain are not reported.
-    loaded.leave_out("renamed");
+    loaded.remove_machine("renamed");
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
     lab.libvirtd().virsh(&["destroy", &lab.machine("two").label]).unwrap();
@@ -264,7 +264,7 @@ fn run_by_hand_goes_on_when_its_machine_is_removed() {
     let lab = &loaded.lab;
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
     let running = lab.qemu_of("two").unwrap();
-    loaded.leave_out("two");
+    loaded.remove_machine("two");
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     assert_eq!(lab.qemu_of("two").unwrap(), running);
     lab.libvirtd().virsh(&["destroy", &lab.machine("two").label]).unwrap();
@@ -310,7 +310,7 @@ fn reload_changes_images_and_standbys() {
     loaded.restore("one");
     // A valid image is kept.
     lab.change_yaml("  two:\n", "  two:\n    tags: [office]\n").unwrap();
-    loaded.leave_out("three");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("two", ""));
     assert!(here("two") && !here("three"));
     loaded.restore("two");

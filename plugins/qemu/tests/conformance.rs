@@ -43,7 +43,7 @@ fn spec(lab: &Arc<Lab>) -> BackendSpec {
     let mortal = names[0];
     BackendSpec::new(&names)
         .counts(restored..=restored, move |_, machine| Ok(counting.folder(machine).first_count(SOON)?))
-        .alive(move |_, machine| Ok(living.folder(machine).counts_on(SOON)?))
+        .alive(move |_, machine| Ok(living.folder(machine).wait_for_next_count(SOON)?))
         .leftovers(move || Ok(littered.leftovers()?))
         // As a crash would end it.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))

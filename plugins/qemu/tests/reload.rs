@@ -65,8 +65,8 @@ impl Loaded {
         self.qemu.machines().unwrap().into_iter().map(|info| info.name).collect()
     }
 
-    fn leave_out(&self, machine: &str) {
-        self.lab.cwd().leave_out("qemu", machine).unwrap();
+    fn remove_machine(&self, machine: &str) {
+        self.lab.cwd().remove_machine("qemu", machine).unwrap();
     }
 
     /// Prepares the machine; gives the QEMU that stands by.
@@ -111,7 +111,7 @@ fn is_alive(process: Pid) -> bool {
 
 #[test]
 fn machines_come_change_and_go_while_another_one_runs() {
-    let loaded = Loaded::new(STANDBY, |lab| lab.cwd().leave_out("qemu", "three").unwrap());
+    let loaded = Loaded::new(STANDBY, |lab| lab.cwd().remove_machine("qemu", "three").unwrap());
     let (lab, qemu) = (&loaded.lab, &loaded.qemu);
     let running = loaded.restores("one");
     let stood_by = loaded.stands_by("two");
@@ -144,8 +144,8 @@ fn machines_come_change_and_go_while_another_one_runs() {
     loaded.stands_by("three");
     assert_eq!(qemu.stop("three", soon()).unwrap_err().kind(), ErrorKind::StateReached);
     assert!(["two", "three"].iter().all(|name| loaded.has_template(name)));
-    loaded.leave_out("two");
-    loaded.leave_out("three");
+    loaded.remove_machine("two");
+    loaded.remove_machine("three");
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one"]);
     for name in ["two", "three"] {
@@ -156,7 +156,7 @@ fn machines_come_change_and_go_while_another_one_runs() {
     // Nothing of that was noticed by the one that runs.
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     assert_eq!(qemu.state("one", soon()).unwrap(), State::Running);
-    lab.folder("one").counts_on(SOON).unwrap();
+    lab.folder("one").wait_for_next_count(SOON).unwrap();
     loaded.ends_well();
 }
 
@@ -168,11 +168,11 @@ fn a_machine_in_use_is_changed_once_it_is_free() {
     let running = loaded.restores("one");
     // What is in the file of its arguments counts too.
     lab.change_start_args("one", |args| args.extend(["-name".to_owned(), "changed".to_owned()])).unwrap();
-    loaded.leave_out("two");
+    loaded.remove_machine("two");
     assert_eq!(loaded.reloaded(&["one", "two"]), text("", "one two"));
     assert_eq!(loaded.names(), ["one", "three", "two"]);
     assert_eq!(lab.qemu_of("one").unwrap(), running);
-    lab.folder("one").counts_on(SOON).unwrap();
+    lab.folder("one").wait_for_next_count(SOON).unwrap();
     // A host that takes a running machine for one that is off is wrong.
     loaded.refused(&["two"], "the machine is on");
     assert_eq!(lab.qemu_of("one").unwrap(), running);
@@ -208,7 +208,7 @@ fn what_cannot_be_taken_over_changes_nothing() {
     ] {
         lab.change_yaml(old, new).unwrap();
         // Something that would be taken over without that.
-        loaded.leave_out("three");
+        loaded.remove_machine("three");
         loaded.refused(&["one"], words);
         stays_so();
     }

@@ -6,8 +6,8 @@
 use std::fmt::Display;
 
 use super::figures::{Figures, Kind, Place};
-use super::hosted::Mode;
-use super::{at_once, cuckoo3, floor};
+use super::host::Mode;
+use super::{by_hand, cuckoo3, parallel};
 
 const TITLE: &str = "Restoring and stopping machines of each size: median in milliseconds, logarithmic scale";
 const WIDTH: f64 = 800.0;
@@ -32,16 +32,16 @@ fn kinds() -> [(Kind, &'static str); 12] {
     [
         (cuckoo3::RESTORE, CUCKOO3),
         (Mode::Plain.restore(), HOST),
-        (floor::restore(Mode::Plain), BY_HAND),
+        (by_hand::restore(Mode::Plain), BY_HAND),
         (Mode::Instant.restore(), HOST),
-        (floor::restore(Mode::Instant), BY_HAND),
+        (by_hand::restore(Mode::Instant), BY_HAND),
         (Mode::Standby.restore(), HOST),
-        (floor::restore(Mode::Standby), BY_HAND),
-        (at_once::restores(Mode::Instant), HOST),
-        (at_once::restores(Mode::Standby), HOST),
+        (by_hand::restore(Mode::Standby), BY_HAND),
+        (parallel::restores(Mode::Instant), HOST),
+        (parallel::restores(Mode::Standby), HOST),
         (cuckoo3::STOP, CUCKOO3),
         (Mode::Plain.stop(), HOST),
-        (floor::STOP, BY_HAND),
+        (by_hand::STOP, BY_HAND),
     ]
 }
 

@@ -4,22 +4,22 @@ use machinery_testkit::lab::KvmLab;
 use machinery_testkit::libvirt::SNAPSHOT;
 
 use super::figures::{Figures, Kind, Place, size};
-use super::hosted::{self, Mode, Served};
+use super::host::{self, Mode, Served};
 use super::turns::timed;
-use super::{Plan, floor, guest, note, turns};
+use super::{Plan, by_hand, guest, note, turns};
 use crate::run::Result;
 
 /// What a stop takes by hand.
-const DESTROY: Kind = Kind { what: "virsh destroy, until it ends", ..floor::STOP };
+const DESTROY: Kind = Kind { what: "virsh destroy, until it ends", ..by_hand::STOP };
 
 /// What a restore takes by hand.
 fn revert() -> Kind {
-    Kind { what: "virsh snapshot-revert --running, until it ends", ..floor::restore(Mode::Plain) }
+    Kind { what: "virsh snapshot-revert --running, until it ends", ..by_hand::restore(Mode::Plain) }
 }
 
 /// What it takes by hand to let a domain go on that is reverted and paused.
 fn resume() -> Kind {
-    Kind { what: "virsh resume of a domain that is reverted and paused", ..floor::restore(Mode::Standby) }
+    Kind { what: "virsh resume of a domain that is reverted and paused", ..by_hand::restore(Mode::Standby) }
 }
 
 /// Who takes turns.
@@ -53,7 +53,7 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
     let contestants = [Contestant::Virsh].into_iter().chain(modes.map(Contestant::Host)).collect();
     turns::take(contestants, rounds, |contestant, share| match contestant {
         Contestant::Virsh => by_virsh(&lab, share, place, figures),
-        Contestant::Host(mode) => hosted::measure(served, mode, share, place, figures),
+        Contestant::Host(mode) => host::measure(served, mode, share, place, figures),
     })
 }
 

@@ -5,7 +5,7 @@ use machinery_testkit::scratch::ScratchCwd;
 use serde_json::json;
 
 use super::figures::{Figures, Kind, Place, Unit};
-use super::hosted::succeeded;
+use super::host::succeeded;
 use super::turns::timed;
 use super::{Plan, note};
 use crate::run::Result;

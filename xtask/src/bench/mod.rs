@@ -5,11 +5,11 @@
 //!
 //! | module | what is measured | where it begins and ends |
 //! | --- | --- | --- |
-//! | [`floor`] | QEMU by hand: what a restore takes when nothing but QEMU does anything | first step … `RESUME` |
-//! | [`hosted`] | the host: `restore_start` and `stop` over its socket, in each of its [modes](hosted::Mode) | request … answer |
+//! | [`by_hand`] | QEMU by hand: what a restore takes when nothing but QEMU does anything | first step … `RESUME` |
+//! | [`host`] | the host: `restore_start` and `stop` over its socket, in each of its [modes](host::Mode) | request … answer |
 //! | [`qemu`] | both of them, and Cuckoo3, on one machine for each size of RAM | |
 //! | [`cuckoo3`] | Cuckoo3's own manager with its own client, on one of these machines | call … return |
-//! | [`at_once`] | many machines restored at the same moment, and the memory they take | first request … last answer |
+//! | [`parallel`] | many machines restored at the same moment, and the memory they take | first request … last answer |
 //! | [`load`] | actions on a thousand machines in memory: the host without any hypervisor | first request … last answer |
 //! | [`kvm`] | the host with libvirt, beside `virsh` | |
 //!
@@ -18,14 +18,14 @@
 //!
 //! Optimised programs are measured: the task builds them, and goes on as the one beside them.
 
-mod at_once;
+mod by_hand;
 mod chart;
 mod cuckoo3;
 mod figures;
-mod floor;
-mod hosted;
+mod host;
 mod kvm;
 mod load;
+mod parallel;
 mod qemu;
 mod report;
 mod turns;
@@ -40,7 +40,7 @@ use machinery_testkit::artifacts;
 use machinery_testkit::guest::Guest;
 
 use self::figures::Figures;
-use self::hosted::Mode;
+use self::host::Mode;
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
 
@@ -118,7 +118,7 @@ pub fn run(options: &Options) -> Result<()> {
     match options.machinery {
         Machinery::Qemu => {
             qemu::measure(&plan, &mut figures)?;
-            at_once::measure(&plan, &mut figures)?;
+            parallel::measure(&plan, &mut figures)?;
             load::measure(&plan, &mut figures)?;
         }
         Machinery::Kvm => kvm::measure(&plan, &mut figures)?,
@@ -210,7 +210,7 @@ mod tests {
     fn a_chart_has_what_was_measured_and_may_be_empty() {
         let mut figures = Figures::default();
         assert!(!chart::svg(&figures).contains("NaN"));
-        figures.add(figures::Place::Qemu(256), floor::restore(Mode::Standby), 0.4);
+        figures.add(figures::Place::Qemu(256), by_hand::restore(Mode::Standby), 0.4);
         figures.add(figures::Place::Double(1000), load::ACTIONS, 20_000.0);
         let chart = chart::svg(&figures);
         assert!(chart.contains(">0.4 ms<") && chart.contains("floor: standby"), "{chart}");

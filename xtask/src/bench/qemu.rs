@@ -3,10 +3,10 @@
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
 
+use super::by_hand::ByHand;
 use super::cuckoo3::{self, Cuckoo3};
 use super::figures::{Figures, Place, size};
-use super::floor::Floor;
-use super::hosted::{self, Mode, Served};
+use super::host::{self, Mode, Served};
 use super::{Plan, guest, note, turns};
 use crate::run::Result;
 
@@ -46,7 +46,7 @@ fn one_size(plan: &Plan, ram: u32, python: Option<&str>, figures: &mut Figures) 
     if python.is_some() {
         cuckoo3::complete(&lab)?;
     }
-    let floor = Floor::new(lab.qemu(), lab.folder("m"))?;
+    let by_hand = ByHand::new(lab.qemu(), lab.folder("m"))?;
     let served = Served { cwd: lab.cwd(), machinery: "qemu", memory_mib: ram };
     let place = Place::Qemu(ram);
     let rounds = |contestant| match contestant {
@@ -54,8 +54,8 @@ fn one_size(plan: &Plan, ram: u32, python: Option<&str>, figures: &mut Figures) 
         _ => plan.rounds,
     };
     turns::take(contestants(plan, python.is_some()), rounds, |contestant, share| match (contestant, python) {
-        (Contestant::ByHand(mode), _) => floor.measure(mode, share, place, figures),
-        (Contestant::Host(mode), _) => hosted::measure(served, mode, share, place, figures),
+        (Contestant::ByHand(mode), _) => by_hand.measure(mode, share, place, figures),
+        (Contestant::Host(mode), _) => host::measure(served, mode, share, place, figures),
         (Contestant::Cuckoo3, Some(python)) => Cuckoo3::start(python, &lab)?.measure(share, place, figures),
         (Contestant::Cuckoo3, None) => Ok(()),
     })

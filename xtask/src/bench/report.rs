@@ -11,11 +11,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value, json};
 
 use super::figures::{Figure, Figures, Kind, Place, Spread};
-use super::hosted::Mode;
-use super::{cuckoo3, floor};
+use super::host::Mode;
+use super::{by_hand, cuckoo3};
 
 /// With fewer samples, the slowest but one in a hundred is just the slowest.
-const ENOUGH_FOR_P99: usize = 100;
+const MIN_P99_SAMPLES: usize = 100;
 
 /// Something that figures say together.
 struct Ratio {
@@ -61,7 +61,7 @@ pub fn json(figures: &Figures) -> String {
 fn row(figure: &Figure) -> String {
     let (spread, unit) = (figure.spread(), figure.kind.unit.to_string());
     let p99 =
-        if figure.samples.len() < ENOUGH_FOR_P99 { String::new() } else { with_unit(spread.p99, &unit) };
+        if figure.samples.len() < MIN_P99_SAMPLES { String::new() } else { with_unit(spread.p99, &unit) };
     let extremes = format!("{} … {}", number(spread.least), with_unit(spread.most, &unit));
     format!(
         "  {:24}{:>12}  {extremes:>23}{p99:>14}   {} ({}×)",
@@ -97,9 +97,9 @@ fn ratios(figures: &Figures) -> Vec<Ratio> {
         at_place(figures, place, &mut ratios);
     }
     growth(figures, Mode::Instant.restore(), &mut ratios);
-    growth(figures, floor::restore(Mode::Instant), &mut ratios);
+    growth(figures, by_hand::restore(Mode::Instant), &mut ratios);
     pooled_p99(figures, Mode::Standby.restore(), &mut ratios);
-    pooled_p99(figures, floor::restore(Mode::Standby), &mut ratios);
+    pooled_p99(figures, by_hand::restore(Mode::Standby), &mut ratios);
     ratios
 }
 
@@ -108,8 +108,8 @@ fn ratios(figures: &Figures) -> Vec<Ratio> {
 fn pairs() -> Vec<(Kind, Kind)> {
     let modes = [Mode::Plain, Mode::Instant, Mode::Standby];
     let mut pairs: Vec<(Kind, Kind)> = Vec::new();
-    pairs.extend(modes.map(|mode| (mode.restore(), floor::restore(mode))));
-    pairs.extend(modes.map(|mode| (mode.stop(), floor::STOP)));
+    pairs.extend(modes.map(|mode| (mode.restore(), by_hand::restore(mode))));
+    pairs.extend(modes.map(|mode| (mode.stop(), by_hand::STOP)));
     for mode in [Mode::Instant, Mode::Standby] {
         pairs.push((Mode::Plain.restore(), mode.restore()));
         pairs.push((cuckoo3::RESTORE, mode.restore()));
@@ -181,7 +181,7 @@ mod tests {
         let mut figures = Figures::default();
         for (ram, host, by_hand) in [(256, 100.0, 80.0), (1280, 130.0, 90.0)] {
             figures.add(Place::Qemu(ram), Mode::Instant.restore(), host);
-            figures.add(Place::Qemu(ram), floor::restore(Mode::Instant), by_hand);
+            figures.add(Place::Qemu(ram), by_hand::restore(Mode::Instant), by_hand);
         }
         let said: Vec<String> =
             ratios(&figures).iter().map(|it| format!("{:.2} {} {}", it.value, it.unit, it.what)).collect();
@@ -198,8 +198,8 @@ mod tests {
     fn p99_is_shown_where_there_are_enough_samples() {
         let row_of = |count: u8| {
             let mut figures = Figures::default();
-            (1..=count).for_each(|ms| figures.add(Place::Qemu(256), floor::STOP, f64::from(ms)));
-            figures.of(Place::Qemu(256), floor::STOP).map(row).unwrap_or_default()
+            (1..=count).for_each(|ms| figures.add(Place::Qemu(256), by_hand::STOP, f64::from(ms)));
+            figures.of(Place::Qemu(256), by_hand::STOP).map(row).unwrap_or_default()
         };
         assert!(!row_of(99).contains("99.0 ms   QEMU"), "{}", row_of(99));
         assert!(row_of(100).contains("99.0 ms   QEMU"), "{}", row_of(100));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use machinery_testkit::guest::{self, Contact, MachineFolder, Qemu};
+use machinery_testkit::guest::{self, GuestProbe, MachineFolder, Qemu};
 use machinery_testkit::libvirt::{self, Libvirtd};
 use machinery_testkit::snapshot::SnapshotFormat;
 use serde_json::json;
@@ -21,7 +21,7 @@ pub struct Machine {
     /// Its configuration file.
     pub yaml: String,
     /// How its guest is reached.
-    pub contact: Contact,
+    pub probe: GuestProbe,
     /// The folder of its files.
     pub folder: PathBuf,
     /// The files that belong there.
@@ -48,7 +48,7 @@ fn processes(qemu: &Qemu, machine: MachineFolder) -> Machine {
          qcow2_path: {}\n    snapshot_path: {}\n    machineinfo_path: {}\n",
         path(&qemu.img),
         path(&qemu.system),
-        common_keys(&machine.contact),
+        common_keys(&machine.probe),
         path(&machine.disk),
         path(&machine.snapshot),
         path(&machine.machineinfo),
@@ -56,7 +56,7 @@ fn processes(qemu: &Qemu, machine: MachineFolder) -> Machine {
     Machine {
         machinery: "qemu",
         yaml,
-        contact: machine.contact,
+        probe: machine.probe,
         folder: machine.dir,
         files: &["disk.qcow2", "memory.snapshot", "machineinfo.json", "serial.log"],
         _libvirtd: None,
@@ -67,14 +67,14 @@ fn domain(qemu: &Qemu, scratch: &Path, folder: PathBuf) -> Result<Machine> {
     let master = libvirt::master(qemu, GUEST)?;
     let libvirtd = Libvirtd::start(&scratch.join("libvirt"))?;
     fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;
-    let contact = Contact { name: MACHINE.to_owned(), ip: address(), serial: folder.join("serial.log") };
-    master.define(&libvirtd, LABEL, &contact)?;
+    let probe = GuestProbe { name: MACHINE.to_owned(), ip: address(), serial: folder.join("serial.log") };
+    master.define(&libvirtd, LABEL, &probe)?;
     let dsn = json!(libvirtd.dsn());
-    let yaml = format!("dsn: {dsn}\ninterface: lo\n{}    label: {LABEL}\n", common_keys(&contact));
+    let yaml = format!("dsn: {dsn}\ninterface: lo\n{}    label: {LABEL}\n", common_keys(&probe));
     Ok(Machine {
         machinery: "kvm",
         yaml,
-        contact,
+        probe,
         folder,
         files: &["disk.qcow2", "serial.log"],
         _libvirtd: Some(libvirtd),
@@ -82,10 +82,10 @@ fn domain(qemu: &Qemu, scratch: &Path, folder: PathBuf) -> Result<Machine> {
 }
 
 /// The begin of the list of machines, with the keys that all machineries share.
-fn common_keys(contact: &Contact) -> String {
+fn common_keys(probe: &GuestProbe) -> String {
     format!(
         "machines:\n  {MACHINE}:\n    ip: {}\n    platform: linux\n    os_version: \"12\"\n    tags: [demo]\n",
-        contact.ip
+        probe.ip
     )
 }
 

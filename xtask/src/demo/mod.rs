@@ -4,9 +4,9 @@
 //! the machine goes through a few rounds of what a sandbox does all day: restore, look, stop. All
 //! goes over the command line as an operator would use it, so the times are what an operator sees.
 
-mod cuckoo;
+mod cwd;
+mod host;
 mod machine;
-mod scratch;
 mod times;
 
 use std::fs;
@@ -14,12 +14,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use machinery_testkit::guest::{self, Contact, Guest, Qemu};
+use machinery_testkit::guest::{self, Guest, GuestProbe, Qemu};
 
-use self::cuckoo::Cuckoo;
+use self::host::DemoHost;
 use self::machine::Machine;
 use self::times::Times;
-use crate::leftovers::Mark;
+use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
 
@@ -52,16 +52,16 @@ pub fn run(options: &Options) -> Result<()> {
     packages::ensure()?;
     step(&mut cargo(["build", "--workspace"]))?;
     let qemu = Qemu::find()?;
-    let scratch = scratch::Scratch::new()?;
+    let scratch = cwd::DemoCwd::new()?;
     say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
     let (machine, took) = timed(|| machine::make(options.machinery, &qemu, scratch.path()))?;
     note(&format!("ready after {} (it is kept for the next time)", times::shown(took)));
     scratch.configure(&machine)?;
-    let mark = Mark::new();
-    let times = show(&scratch, &machine, &mark)?;
+    let marker = RunMarker::new();
+    let times = show(&scratch, &machine, &marker)?;
     // What a private libvirtd is made of ends with the machine.
     drop(machine);
-    mark.none_left()?;
+    marker.check_none_left()?;
     say("The host has ended, and nothing it started is left: no process, no socket, no disk.");
     println!("\n{times}");
     note("as seen by who types the commands: each starts a program and talks to the host's socket");
@@ -69,33 +69,33 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn show(scratch: &scratch::Scratch, machine: &Machine, mark: &Mark) -> Result<Times> {
+fn show(scratch: &cwd::DemoCwd, machine: &Machine, marker: &RunMarker) -> Result<Times> {
     let program = program_folder()?.join("cuckoo-machinery");
-    let mut cuckoo = Cuckoo::new(&program, scratch.path(), mark);
+    let mut host = DemoHost::new(&program, scratch.path(), marker);
     say("Is all as it should be?");
-    cuckoo.run(["check"])?;
+    host.run(["check"])?;
     say("The host is started.");
-    let ((), took) = timed(|| cuckoo.serve())?;
+    let ((), took) = timed(|| host.serve())?;
     note(&format!("ready after {}", times::shown(took)));
     say("What can be done ahead of a restore is done, which the host does by itself otherwise.");
-    let ((), took) = timed(|| cuckoo.run(["prepare"]))?;
+    let ((), took) = timed(|| host.run(["prepare"]))?;
     note(&format!("ready after {}", times::shown(took)));
-    cuckoo.run(["list"])?;
+    host.run(["list"])?;
     let mut times = Times::new(ROUNDS);
     for round in 1..=ROUNDS {
         say(&format!("Round {round} of {ROUNDS}: restored, looked at, thrown away."));
-        play(&cuckoo, scratch.path(), &machine.contact, round, &mut times)?;
+        play(&host, scratch.path(), &machine.probe, round, &mut times)?;
     }
     say("The host is told to end.");
-    cuckoo.end()?;
-    scratch.nothing_left(machine)?;
+    host.end()?;
+    scratch.check_nothing_left(machine)?;
     Ok(times)
 }
 
 fn play(
-    cuckoo: &Cuckoo<'_>,
+    host: &DemoHost<'_>,
     scratch: &Path,
-    machine: &Contact,
+    machine: &GuestProbe,
     round: usize,
     times: &mut Times,
 ) -> Result<()> {
@@ -105,18 +105,18 @@ fn play(
         times.add(what, round, took);
         Ok(())
     };
-    take("restore-start", &|| cuckoo.run(["restore-start", MACHINE]))?;
+    take("restore-start", &|| host.run(["restore-start", MACHINE]))?;
     take("agent answers", &|| agent_answers(machine))?;
     let picture = pictures()?.join(format!("round-{round}.png")).display().to_string();
-    take("screenshot", &|| cuckoo.run(["screenshot", MACHINE, &picture]))?;
+    take("screenshot", &|| host.run(["screenshot", MACHINE, &picture]))?;
     if round == 1 {
         let dump = scratch.join("memory.elf").display().to_string();
-        take("dump-memory", &|| cuckoo.run(["dump-memory", MACHINE, &dump]))?;
+        take("dump-memory", &|| host.run(["dump-memory", MACHINE, &dump]))?;
     }
-    take("stop", &|| cuckoo.run(["stop", MACHINE]))
+    take("stop", &|| host.run(["stop", MACHINE]))
 }
 
-fn agent_answers(machine: &Contact) -> Result<()> {
+fn agent_answers(machine: &GuestProbe) -> Result<()> {
     let (status, body) = machine.get("/", AGENT_TIMEOUT)?;
     println!("  http://{}:{}/ says {status} {}", machine.ip, guest::AGENT_PORT, body.trim());
     if status == 200 { Ok(()) } else { Err(format!("the agent answers {status} instead of 200").into()) }

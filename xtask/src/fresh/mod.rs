@@ -81,7 +81,7 @@ fn xtask<'a>(task: &[&'a str]) -> Vec<&'a str> {
 
 fn cannot_make(release: &str, failure: &Failure) -> String {
     let why = match failure {
-        Failure::Told(why) => why,
+        Failure::Message(why) => why,
         Failure::Step(_) => "the last command failed",
     };
     format!("cannot make a fresh root of Debian {release}: {why}")

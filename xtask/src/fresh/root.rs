@@ -221,7 +221,9 @@ fn binds(place: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
 fn rust_home(variable: &str, default: &str) -> Result<PathBuf> {
     let default = || env::home_dir().map(|home| home.join(default));
     let home = env::var_os(variable).map(PathBuf::from).or_else(default).filter(|home| home.is_dir());
-    home.ok_or_else(|| Failure::Told(format!("the Rust toolchain is not rustup's: there is no {variable}")))
+    home.ok_or_else(|| {
+        Failure::Message(format!("the Rust toolchain is not rustup's: there is no {variable}"))
+    })
 }
 
 fn sources(release: &str) -> String {

@@ -3,11 +3,11 @@
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
-use super::{Contact, Qemu, Vm};
+use super::{GuestProbe, Qemu, Vm};
 use crate::Result;
 
 /// A machine as VMCloak leaves it. Its files are its own: a test may change, spoil or delete them. It
-/// has its guest's [`Contact`].
+/// has its guest's [`GuestProbe`].
 #[derive(Debug, Clone)]
 pub struct MachineFolder {
     /// The folder that holds all the rest.
@@ -21,7 +21,7 @@ pub struct MachineFolder {
     /// The QEMU arguments in [`MachineFolder::machineinfo`].
     pub start_args: Vec<String>,
     /// How its guest is reached.
-    pub contact: Contact,
+    pub probe: GuestProbe,
 }
 
 impl MachineFolder {
@@ -32,9 +32,9 @@ impl MachineFolder {
 }
 
 impl Deref for MachineFolder {
-    type Target = Contact;
+    type Target = GuestProbe;
 
-    fn deref(&self) -> &Contact {
-        &self.contact
+    fn deref(&self) -> &GuestProbe {
+        &self.probe
     }
 }

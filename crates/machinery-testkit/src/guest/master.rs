@@ -14,11 +14,11 @@ use std::time::Duration;
 use super::recipe::{AGENT_PORT, Network, Recipe};
 use super::serial::{self, Watch};
 use super::vm::Vm;
-use super::{Contact, Guest, MachineFolder, Qemu, linux, micro};
+use super::{Guest, GuestProbe, MachineFolder, Qemu, linux, micro};
 use crate::Result;
 use crate::cache;
 use crate::error::{Context, Error};
-use crate::lab::Wire;
+use crate::lab::TestNetwork;
 use crate::snapshot::SnapshotFormat;
 
 /// A guest may take this long to boot, on a machine that does much else.
@@ -79,13 +79,13 @@ impl Master {
         let start_args = self.recipe.start_args(&dir.join(SERIAL), Some(ip));
         let info = machineinfo(&self.recipe, name, ip, &start_args);
         fs::write(dir.join(MACHINEINFO), format!("{info:#}\n")).context(what)?;
-        let contact = Contact { name: name.to_owned(), ip: ip.to_string(), serial: dir.join(SERIAL) };
+        let probe = GuestProbe { name: name.to_owned(), ip: ip.to_string(), serial: dir.join(SERIAL) };
         Ok(MachineFolder {
             disk: dir.join(DISK),
             snapshot: dir.join(SNAPSHOT),
             machineinfo: dir.join(MACHINEINFO),
             start_args,
-            contact,
+            probe,
             dir,
         })
     }
@@ -101,7 +101,7 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     match recipe {
         Recipe::Micro | Recipe::Vmcloak => write_count(folder, pause_between_counts(&mut vm, &watch)?)?,
         Recipe::Linux { .. } => {
-            vm.hear(&watch, BOOT_TIMEOUT, |said| said.contains(linux::READY).then_some(()))?;
+            vm.wait_for_serial(&watch, BOOT_TIMEOUT, |said| said.contains(linux::READY).then_some(()))?;
             vm.pause()?;
         }
     }
@@ -115,15 +115,16 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
 fn pause_between_counts(vm: &mut Vm, watch: &Watch) -> Result<u32> {
     let mut wanted = SNAPSHOT_COUNT;
     loop {
-        wanted =
-            vm.hear(watch, BOOT_TIMEOUT, |said| serial::counts(said).next_back().filter(|n| *n >= wanted))?;
+        wanted = vm.wait_for_serial(watch, BOOT_TIMEOUT, |said| {
+            serial::counts(said).next_back().filter(|n| *n >= wanted)
+        })?;
         vm.pause()?;
         let count = counter(&vm.memory(micro::MAGIC_ADDRESS, 12)?)?;
-        let said = vm.hear(watch, BOOT_TIMEOUT, |said| Some(said.to_owned()))?;
+        let said = vm.wait_for_serial(watch, BOOT_TIMEOUT, |said| Some(said.to_owned()))?;
         if said.ends_with('\n') && serial::counts(&said).next_back() == Some(count) {
             return Ok(count);
         }
-        vm.go_on()?;
+        vm.cont()?;
         wanted += 1;
     }
 }
@@ -149,7 +150,7 @@ fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String])
         Recipe::Linux { .. } => ("linux", "12"),
     };
     let bridge = match recipe {
-        Recipe::Linux { network: Network::Wire, .. } => Wire::TAP,
+        Recipe::Linux { network: Network::Tap, .. } => TestNetwork::TAP,
         // An interface that every host has.
         _ => "lo",
     };

@@ -17,12 +17,12 @@
 //! saved; a [`MachineFolder`] is one machine made from a master, as an operator would have it. All
 //! of it runs emulated (TCG), without KVM and without rights.
 
-mod contact;
 mod cpio;
 pub mod linux;
 mod machine;
 mod master;
 pub mod micro;
+mod probe;
 pub(crate) mod recipe;
 pub(crate) mod serial;
 mod vm;
@@ -31,9 +31,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-pub use contact::{Contact, Marks};
 pub use machine::MachineFolder;
 pub use master::Master;
+pub use probe::{GuestProbe, Marks};
 pub use recipe::AGENT_PORT;
 pub use vm::{DISK_PLACEHOLDER, Vm};
 
@@ -103,8 +103,8 @@ pub enum Guest {
         /// How much of it is filled with what does not compress, in MiB.
         noise_mib: u32,
     },
-    /// The same on a [`Wire`](crate::lab::Wire), where it talks without end: see [`linux`]. For QEMU only.
-    Talker,
+    /// The same on a [`TestNetwork`](crate::lab::Wire), where it talks without end: see [`linux`]. For QEMU only.
+    TrafficSource,
 }
 
 /// The master of `guest` for `qemu`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder),

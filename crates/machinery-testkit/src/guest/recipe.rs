@@ -8,7 +8,7 @@ use std::process::Command;
 use super::linux::Image;
 use super::{DISK_PLACEHOLDER, Guest, Qemu, micro};
 use crate::error::Context;
-use crate::lab::Wire;
+use crate::lab::TestNetwork;
 use crate::{Result, cache, command};
 
 /// The port on which agents listen, as everywhere in Cuckoo.
@@ -33,8 +33,8 @@ pub enum Recipe {
 pub enum Network {
     /// By QEMU's user networking.
     User,
-    /// By the tap of a [`Wire`].
-    Wire,
+    /// By the tap of a [`TestNetwork`].
+    Tap,
 }
 
 impl Recipe {
@@ -47,7 +47,7 @@ impl Recipe {
             Guest::Micro => Ok(Self::Micro),
             Guest::Vmcloak => Ok(Self::Vmcloak),
             Guest::Linux { ram_mib, noise_mib } => linux(ram_mib, noise_mib, Network::User),
-            Guest::Talker => linux(256, 0, Network::Wire),
+            Guest::TrafficSource => linux(256, 0, Network::Tap),
         }
     }
 
@@ -59,7 +59,7 @@ impl Recipe {
         let guest = match self {
             Self::Micro => "micro".to_owned(),
             Self::Vmcloak => "vmcloak".to_owned(),
-            Self::Linux { network: Network::Wire, .. } => "talker".to_owned(),
+            Self::Linux { network: Network::Tap, .. } => "talker".to_owned(),
             Self::Linux { ram_mib, noise_mib, .. } => format!("linux-{ram_mib}-{noise_mib}"),
         };
         let number = version.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
@@ -156,12 +156,12 @@ fn linux_args(
         }
         // A hub with nobody on it: what is sent is lost. Alone, one of its ports would send nothing. Other
         // than user networking, it is not part of a snapshot.
-        (Network::Wire, None) => ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec(),
-        (Network::Wire, Some(_)) => vec![tap()],
+        (Network::Tap, None) => ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec(),
+        (Network::Tap, Some(_)) => vec![tap()],
     };
     let mut append = format!("console=ttyS0 quiet panic=-1 noise={noise_mib}");
-    if network == Network::Wire {
-        append += &format!(" net={}/24,{},{}", Wire::GUEST, Wire::HOST, Wire::HOST_MAC);
+    if network == Network::Tap {
+        append += &format!(" net={}/24,{},{}", TestNetwork::GUEST, TestNetwork::HOST, TestNetwork::HOST_MAC);
     }
     let mut args = strings(["-m", &ram_mib.to_string(), "-drive", &drive("virtio")]);
     args.extend(strings(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]));
@@ -174,7 +174,7 @@ fn linux_args(
 
 /// Without offloads: some QEMUs' `filter-dump` writes their header down as if it were the packet's.
 fn tap() -> String {
-    format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", Wire::TAP)
+    format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", TestNetwork::TAP)
 }
 
 fn drive(interface: &str) -> String {

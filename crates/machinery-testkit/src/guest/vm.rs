@@ -64,15 +64,20 @@ impl Vm {
 
     /// Starts QEMU and lets the machine go on from the snapshot at `snapshot`.
     pub fn restore(qemu: &Qemu, start_args: &[String], disk: &Path, snapshot: &Path) -> Result<Self> {
-        let mut vm = Self::expecting(qemu, start_args, disk, &[])?;
+        let mut vm = Self::start_for_incoming(qemu, start_args, disk, &[])?;
         vm.load(snapshot)?;
-        vm.go_on()?;
+        vm.cont()?;
         Ok(vm)
     }
 
     /// Starts QEMU, with `more` arguments, for a machine that is [loaded](Self::load) later and is paused
     /// then.
-    pub fn expecting(qemu: &Qemu, start_args: &[String], disk: &Path, more: &[&str]) -> Result<Self> {
+    pub fn start_for_incoming(
+        qemu: &Qemu,
+        start_args: &[String],
+        disk: &Path,
+        more: &[&str],
+    ) -> Result<Self> {
         Self::start(qemu, start_args, disk, &[&["-incoming", "defer", "-S"], more].concat())
     }
 
@@ -84,10 +89,10 @@ impl Vm {
         disk: &Path,
         snapshot: &Path,
     ) -> Result<Self> {
-        let mut vm = Self::expecting(qemu, start_args, disk, &[])?;
+        let mut vm = Self::start_for_incoming(qemu, start_args, disk, &[])?;
         vm.prepare_migration(Ram::Included)?;
         vm.read_from(&format!("exec:cat '{}'", snapshot.display()))?;
-        vm.go_on()?;
+        vm.cont()?;
         Ok(vm)
     }
 
@@ -97,14 +102,14 @@ impl Vm {
     }
 
     /// Lets a paused machine run.
-    pub fn go_on(&mut self) -> Result<()> {
+    pub fn cont(&mut self) -> Result<()> {
         self.run(&qmp::cont {}).map(drop)
     }
 
     /// Lets a paused machine run, and waits until QEMU tells that it does.
     pub fn resume(&mut self) -> Result<()> {
-        self.go_on()?;
-        self.told(|event| matches!(event, qmp::Event::RESUME { .. }).then_some(()))
+        self.cont()?;
+        self.wait_for_event(|event| matches!(event, qmp::Event::RESUME { .. }).then_some(()))
     }
 
     /// Presses the power button.
@@ -131,7 +136,7 @@ impl Vm {
     }
 
     /// Waits for something on the machine's serial port, as long as QEMU lives.
-    pub(super) fn hear<T>(
+    pub(super) fn wait_for_serial<T>(
         &self,
         serial: &Watch,
         timeout: Duration,
@@ -167,11 +172,11 @@ impl Vm {
         let (mut reader, writer) = io::pipe().context(what)?;
         let mut file = File::create(path).context(what)?;
         let copying = thread::spawn(move || io::copy(&mut reader, &mut file));
-        self.give("snapshot", writer.into())?;
+        self.pass_descriptor("snapshot", writer.into())?;
         self.prepare_migration(ram)?;
         let uri = Some("fd:snapshot".to_owned());
         self.run(&qmp::migrate { channels: None, detach: None, resume: None, uri })?;
-        self.migrated()?;
+        self.wait_for_migration()?;
         ended(copying).context(what)
     }
 
@@ -181,7 +186,7 @@ impl Vm {
         let mut stream = snapshot::read(path)?;
         let (reader, mut writer) = io::pipe().context(what)?;
         let copying = thread::spawn(move || io::copy(&mut stream, &mut writer));
-        self.give("snapshot", reader.into())?;
+        self.pass_descriptor("snapshot", reader.into())?;
         self.prepare_migration(Ram::Included)?;
         self.read_from("fd:snapshot")?;
         ended(copying).context(what)
@@ -195,14 +200,14 @@ impl Vm {
             return self.read_from(&format!("file:{}", path.display()));
         }
         let file = File::open(path).context(|| format!("opening {}", path.display()))?;
-        self.give("devices", file.into())?;
+        self.pass_descriptor("devices", file.into())?;
         self.read_from("fd:devices")
     }
 
     fn read_from(&mut self, uri: &str) -> Result<()> {
         let uri = Some(uri.to_owned());
         self.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
-        self.migrated()
+        self.wait_for_migration()
     }
 
     fn start(qemu: &Qemu, start_args: &[String], disk: &Path, more: &[&str]) -> Result<Self> {
@@ -242,7 +247,7 @@ impl Vm {
     }
 
     /// Hands a file descriptor to QEMU, which will know it by `name`.
-    fn give(&mut self, name: &str, fd: OwnedFd) -> Result<()> {
+    fn pass_descriptor(&mut self, name: &str, fd: OwnedFd) -> Result<()> {
         let command = qmp::getfd { fdname: name.to_owned() };
         let line = serde_json::json!({"execute": "getfd", "arguments": command}).to_string();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -269,15 +274,15 @@ impl Vm {
     }
 
     /// Waits for the end of a migration, in or out.
-    fn migrated(&mut self) -> Result<()> {
-        match self.told(migration_end)? {
+    fn wait_for_migration(&mut self) -> Result<()> {
+        match self.wait_for_event(migration_end)? {
             qmp::MigrationStatus::failed => Err(self.failed("migration", "QEMU says it failed")),
             _ => Ok(()),
         }
     }
 
     /// Waits for an event. Those that QEMU has told before count too, once.
-    fn told<T>(&mut self, find: impl Fn(&qmp::Event) -> Option<T>) -> Result<T> {
+    fn wait_for_event<T>(&mut self, find: impl Fn(&qmp::Event) -> Option<T>) -> Result<T> {
         let mut found = self.monitor.events().filter_map(|event| find(&event)).next_back();
         loop {
             match found {

@@ -12,10 +12,10 @@ use std::path::PathBuf;
 
 use rustix::process::Pid;
 
-use super::remains::{self, collect_remains};
+use super::leftovers::{self, collect_files};
 use crate::Result;
 use crate::error::Context;
-use crate::guest::{Contact, Guest, Qemu};
+use crate::guest::{Guest, GuestProbe, Qemu};
 use crate::host::{self, RunningHost};
 use crate::libvirt::{self, Libvirtd};
 use crate::scratch::ScratchCwd;
@@ -30,7 +30,7 @@ pub struct KvmLab {
     machines: Vec<KvmMachine>,
 }
 
-/// A machine that is a domain. It has its guest's [`Contact`].
+/// A machine that is a domain. It has its guest's [`GuestProbe`].
 #[derive(Debug, Clone)]
 pub struct KvmMachine {
     /// The domain's name.
@@ -38,14 +38,14 @@ pub struct KvmMachine {
     /// Its disk, with its snapshot inside.
     pub disk: PathBuf,
     /// How its guest is reached.
-    pub contact: Contact,
+    pub probe: GuestProbe,
 }
 
 impl Deref for KvmMachine {
-    type Target = Contact;
+    type Target = GuestProbe;
 
-    fn deref(&self) -> &Contact {
-        &self.contact
+    fn deref(&self) -> &GuestProbe {
+        &self.probe
     }
 }
 
@@ -66,14 +66,14 @@ impl KvmLab {
     fn define(&self, name: &str, guest: Guest) -> Result<KvmMachine> {
         let dir = self.cwd.root().join("machines").join(name);
         fs::create_dir_all(&dir).context(|| format!("making {}", dir.display()))?;
-        let contact = Contact {
+        let probe = GuestProbe {
             name: name.to_owned(),
             ip: super::address().to_string(),
             serial: dir.join("serial.log"),
         };
         let label = format!("lab-{name}");
-        let disk = libvirt::master(&Qemu::find()?, guest)?.define(&self.libvirtd, &label, &contact)?;
-        Ok(KvmMachine { label, disk, contact })
+        let disk = libvirt::master(&Qemu::find()?, guest)?.define(&self.libvirtd, &label, &probe)?;
+        Ok(KvmMachine { label, disk, probe })
     }
 
     /// Its CWD.
@@ -107,7 +107,7 @@ impl KvmLab {
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.
-    pub fn run(&self, arguments: &[&str]) -> Result<host::Ran> {
+    pub fn run(&self, arguments: &[&str]) -> Result<host::CommandOutput> {
         host::run(&self.cwd, arguments)
     }
 
@@ -118,13 +118,13 @@ impl KvmLab {
 
     /// The QEMU that runs for that machine.
     pub fn qemu_of(&self, name: &str) -> Result<Pid> {
-        remains::qemu_on(&self.machine(name).disk, |command| command.contains("-blockdev"))
+        leftovers::qemu_on(&self.machine(name).disk, |command| command.contains("-blockdev"))
     }
 
     /// What is there because of a run: processes (without host and libvirtd), unfinished files.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left: Vec<_> = self.processes()?.iter().map(|process| format!("{process:?}")).collect();
-        collect_remains(&self.cwd.root().join("machines"), &mut left)?;
+        collect_files(&self.cwd.root().join("machines"), &mut left)?;
         Ok(left)
     }
 
@@ -149,13 +149,13 @@ impl KvmLab {
     }
 
     fn processes(&self) -> Result<Vec<(Pid, String)>> {
-        remains::processes_below(self.cwd.root(), &["cuckoo-machinery", "libvirtd", "unshare"])
+        leftovers::processes_below(self.cwd.root(), &["cuckoo-machinery", "libvirtd", "unshare"])
     }
 }
 
 impl Drop for KvmLab {
     fn drop(&mut self) {
         // What runs on ends with libvirtd's namespace.
-        remains::expect_none(self.leftovers());
+        leftovers::expect_none(self.leftovers());
     }
 }

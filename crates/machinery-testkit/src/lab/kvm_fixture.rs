@@ -76,7 +76,7 @@ impl KvmFixture {
 
     /// Waits for the event of that state, and returns its reason.
     pub fn wait_for_state(&mut self, state: &str) -> String {
-        self.subscriber.hear_state("m", state).unwrap()
+        self.subscriber.wait_for_state("m", state).unwrap()
     }
 
     /// Waits for the event of a readiness with that mode, and returns the readiness.
@@ -108,7 +108,7 @@ impl KvmFixture {
     }
 
     fn next_readiness(&mut self, mode: &str) -> Value {
-        let event = self.subscriber.hear("ready", "m");
+        let event = self.subscriber.wait_for_event("ready", "m");
         event.unwrap_or_else(|error| panic!("no readiness {mode}: {error}; {}", self.host.log()))
     }
 
@@ -127,7 +127,7 @@ impl KvmFixture {
     pub fn restore(&mut self) {
         self.act("restore_start");
         self.assert_at_snapshot();
-        self.lab.machine("m").counts_on(TIMEOUT).unwrap();
+        self.lab.machine("m").wait_for_next_count(TIMEOUT).unwrap();
     }
 
     /// Expects that the micro guest was resumed at the snapshot.

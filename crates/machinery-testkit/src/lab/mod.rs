@@ -4,7 +4,7 @@
 //! - [`KvmLab`]: domains of a private libvirtd.
 //!
 //!
-//! A lab [on a wire](Lab::on_wire) has a network of its own. [`FileWatch`] and [`TinyDisk`] are for
+//! A lab [on a wire](Lab::with_network) has a network of its own. [`FileWatch`] and [`TinyDisk`] are for
 //! accidents.
 //!
 //! What a run leaves is looked for by the lab's folder, which is on the command line of every process
@@ -12,22 +12,22 @@
 
 mod kvm;
 mod kvm_fixture;
+mod leftovers;
+mod network;
 mod qemu;
-mod remains;
 mod tiny_disk;
 mod watch;
-mod wire;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::Ipv4Addr;
 
 pub use kvm::{KvmLab, KvmMachine};
 pub use kvm_fixture::KvmFixture;
+pub(crate) use leftovers::processes;
+pub use network::TestNetwork;
 pub use qemu::Lab;
-pub(crate) use remains::processes;
 pub use tiny_disk::TinyDisk;
-pub use watch::{FileWatch, Happens};
-pub use wire::Wire;
+pub use watch::{FileEvent, FileWatch};
 
 /// A loopback address that most likely nobody else uses. Those that tests write down are in 127.0.
 pub(crate) fn address() -> Ipv4Addr {

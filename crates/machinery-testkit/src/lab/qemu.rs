@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
-use super::Wire;
-use super::remains::{self, collect_remains};
+use super::TestNetwork;
+use super::leftovers::{self, collect_files};
 use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
@@ -30,7 +30,7 @@ pub struct Lab {
     cwd: ScratchCwd,
     qemu: Qemu,
     machines: BTreeMap<String, MachineFolder>,
-    wire: Option<Wire>,
+    network: Option<TestNetwork>,
 }
 
 impl Lab {
@@ -45,15 +45,15 @@ impl Lab {
         Self::make(path, machines, address, None)
     }
 
-    /// A lab in a network of its own, with a [talking](Guest::Talker) machine on its wire; hosts run in
+    /// A lab in a network of its own, with a [talking](Guest::TrafficSource) machine on its network; hosts run in
     /// that network. Its traffic is captured, and QEMU writes it down too, for
     /// [comparison](Lab::dumped). `None` for a user who may not do that.
-    pub fn on_wire(name: &str, format: SnapshotFormat) -> Result<Option<Self>> {
-        let Some(wire) = Wire::new()? else { return Ok(None) };
-        let machines = [(name, Guest::Talker, format)];
-        let lab = Self::make(Path::new("cwd"), &machines, || Wire::GUEST.to_string(), Some(wire))?;
+    pub fn with_network(name: &str, format: SnapshotFormat) -> Result<Option<Self>> {
+        let Some(network) = TestNetwork::new()? else { return Ok(None) };
+        let machines = [(name, Guest::TrafficSource, format)];
+        let lab = Self::make(Path::new("cwd"), &machines, || TestNetwork::GUEST.to_string(), Some(network))?;
         lab.cwd.capture_with(&capture::tcpdump()?)?;
-        let address = format!("listen_ip: {}", Wire::HOST);
+        let address = format!("listen_ip: {}", TestNetwork::HOST);
         lab.cwd.change_cuckoo_yaml("listen_ip: 127.0.0.1", &address)?;
         let dump = format!("filter-dump,id=dump0,netdev=net0,file={}", lab.dumped(name).display());
         lab.change_start_args(name, |args| args.extend(["-object".to_owned(), dump]))?;
@@ -64,7 +64,7 @@ impl Lab {
         path: &Path,
         machines: &[(&str, Guest, SnapshotFormat)],
         address: impl Fn() -> String,
-        wire: Option<Wire>,
+        network: Option<TestNetwork>,
     ) -> Result<Self> {
         let (qemu, cwd) = (Qemu::find()?, ScratchCwd::below(path, &[("qemu", "")])?);
         let folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
@@ -73,7 +73,7 @@ impl Lab {
             Ok(((*name).to_owned(), machine?))
         };
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
-        let lab = Lab { cwd, qemu, machines, wire };
+        let lab = Lab { cwd, qemu, machines, network };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;
         Ok(lab)
@@ -115,16 +115,16 @@ impl Lab {
         }
     }
 
-    /// Its wire.
+    /// Its network.
     ///
     /// # Panics
-    /// It is not [on one](Lab::on_wire).
+    /// It is not [on one](Lab::with_network).
     #[allow(clippy::panic)]
-    pub fn wire(&self) -> &Wire {
-        self.wire.as_ref().unwrap_or_else(|| panic!("the lab is on no wire"))
+    pub fn network(&self) -> &TestNetwork {
+        self.network.as_ref().unwrap_or_else(|| panic!("the lab is on no network"))
     }
 
-    /// What went over a machine's wire in its last run, by QEMU's own account.
+    /// What went over a machine's network in its last run, by QEMU's own account.
     pub fn dumped(&self, name: &str) -> PathBuf {
         self.folder(name).dir.join("dumped.pcap")
     }
@@ -137,14 +137,14 @@ impl Lab {
     /// Starts a host for it.
     pub fn host(&self) -> Result<RunningHost> {
         RunningHost::start_with(&self.cwd, |command| {
-            if let Some(wire) = &self.wire {
-                wire.around(command);
+            if let Some(network) = &self.network {
+                network.attach(command);
             }
         })
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.
-    pub fn run(&self, arguments: &[&str]) -> Result<host::Ran> {
+    pub fn run(&self, arguments: &[&str]) -> Result<host::CommandOutput> {
         host::run(&self.cwd, arguments)
     }
 
@@ -203,14 +203,14 @@ impl Lab {
 
     /// The QEMU that runs for that machine.
     pub fn qemu_of(&self, name: &str) -> Result<Pid> {
-        remains::qemu_on(&self.disposable(name), |command| !command.contains("qemu-img"))
+        leftovers::qemu_on(&self.disposable(name), |command| !command.contains("qemu-img"))
     }
 
     /// What is there because of a run: processes (without the host), disposable disks, monitors'
     /// sockets, unfinished files.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left: Vec<_> = self.processes()?.iter().map(|process| format!("{process:?}")).collect();
-        collect_remains(self.cwd.root(), &mut left)?;
+        collect_files(self.cwd.root(), &mut left)?;
         Ok(left)
     }
 
@@ -226,7 +226,7 @@ impl Lab {
     fn fresh_yaml(&self) -> String {
         let mut text = format!(
             "interface: {}\ndisposable_copy_dir:\nbinaries:\n  qemu_img: {}\n  qemu_system_x86_64: {}\nmachines:\n",
-            if self.wire.is_some() { Wire::TAP } else { "lo" },
+            if self.network.is_some() { TestNetwork::TAP } else { "lo" },
             self.qemu.img.display(),
             self.qemu.system.display()
         );
@@ -246,14 +246,14 @@ impl Lab {
 
     /// All that has the lab on its command line, but for the hosts.
     fn processes(&self) -> Result<Vec<(Pid, String)>> {
-        remains::processes_below(self.cwd.root(), &["cuckoo-machinery"])
+        leftovers::processes_below(self.cwd.root(), &["cuckoo-machinery"])
     }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
         let left = self.leftovers();
-        remains::kill(&self.processes().unwrap_or_default());
-        remains::expect_none(left);
+        leftovers::kill(&self.processes().unwrap_or_default());
+        leftovers::expect_none(left);
     }
 }

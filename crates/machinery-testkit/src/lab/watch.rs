@@ -14,18 +14,18 @@ use crate::error::{Context, Error};
 
 /// Something that happens to a file of a machine's folder.
 #[derive(Debug, Clone, Copy)]
-pub enum Happens<'a> {
+pub enum FileEvent<'a> {
     /// Somebody opens the file of that name.
     Opened(&'a str),
     /// Somebody reads from it.
     Read(&'a str),
 }
 
-impl Happens<'_> {
+impl FileEvent<'_> {
     fn is(self, event: &inotify::Event<'_>) -> bool {
         let (wanted, file) = match self {
-            Happens::Opened(file) => (ReadFlags::OPEN, file),
-            Happens::Read(file) => (ReadFlags::ACCESS, file),
+            FileEvent::Opened(file) => (ReadFlags::OPEN, file),
+            FileEvent::Read(file) => (ReadFlags::ACCESS, file),
         };
         event.events().contains(wanted)
             && event.file_name().is_some_and(|name| name.to_bytes() == file.as_bytes())
@@ -48,14 +48,19 @@ impl FileWatch {
     }
 
     /// Waits until all of this has happened, one after the other.
-    pub fn wait(self, steps: &[Happens<'_>], timeout: Duration) -> Result<()> {
+    pub fn wait(self, steps: &[FileEvent<'_>], timeout: Duration) -> Result<()> {
         let end = Instant::now() + timeout;
         let mut space = [MaybeUninit::uninit(); 4096];
         let mut news = inotify::Reader::new(&self.news, &mut space);
         steps.iter().try_for_each(|step| self.step(*step, &mut news, end))
     }
 
-    fn step(&self, step: Happens<'_>, news: &mut inotify::Reader<'_, &OwnedFd>, end: Instant) -> Result<()> {
+    fn step(
+        &self,
+        step: FileEvent<'_>,
+        news: &mut inotify::Reader<'_, &OwnedFd>,
+        end: Instant,
+    ) -> Result<()> {
         let what = || format!("waiting for {step:?} in {}", self.folder.display());
         loop {
             match news.next() {

@@ -13,7 +13,7 @@ use super::domain::{DISK, Identity, SERIAL, xml};
 use crate::error::{Context, Error};
 use crate::guest::recipe::Recipe;
 use crate::guest::serial::{Watch, counts};
-use crate::guest::{Contact, Guest, Qemu, linux};
+use crate::guest::{Guest, GuestProbe, Qemu, linux};
 use crate::{Result, cache, command};
 
 /// The name of a domain's snapshot.
@@ -41,7 +41,7 @@ pub struct Master {
 
 impl Master {
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
-        if guest == Guest::Talker {
+        if guest == Guest::TrafficSource {
             return Err(Error::new("the talking guest is no domain: there is no wire to libvirt's network"));
         }
         let cache = cache::open(cache)?;
@@ -60,17 +60,17 @@ impl Master {
         fs::read_to_string(&path).context(what)?.parse().context(what)
     }
 
-    /// Defines a domain of the guest, with its snapshot as the current one. Its files are in `contact`'s
+    /// Defines a domain of the guest, with its snapshot as the current one. Its files are in `probe`'s
     /// folder; its agent answers at its address.
-    pub fn define(&self, libvirtd: &Libvirtd, label: &str, contact: &Contact) -> Result<PathBuf> {
-        let dir = contact.serial.parent().unwrap_or(Path::new("/"));
+    pub fn define(&self, libvirtd: &Libvirtd, label: &str, probe: &GuestProbe) -> Result<PathBuf> {
+        let dir = probe.serial.parent().unwrap_or(Path::new("/"));
         let disk = dir.join(DISK);
         fs::copy(self.folder.join(DISK), &disk).context(|| format!("copying {}", disk.display()))?;
         let identity = Identity {
             name: label.to_owned(),
             uuid: uuid(),
             dir: dir.display().to_string(),
-            agent: contact.ip.clone(),
+            agent: probe.ip.clone(),
         };
         libvirtd.virsh_with_file(&["define"], &xml(&self.qemu, &self.recipe, &identity), &[])?;
         let path = self.folder.join(DESCRIPTION);

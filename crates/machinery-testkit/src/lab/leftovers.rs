@@ -1,0 +1,85 @@
+//! What a run may leave: processes, disks, sockets, unfinished files.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::Result;
+use crate::error::{Context, Error};
+
+/// All processes, with their command lines; those that have ended have none.
+pub fn processes() -> Result<Vec<(Pid, String)>> {
+    let entries = fs::read_dir("/proc").context(|| "listing processes".to_owned())?;
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let with_command = |pid: Pid| {
+        let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
+        Some((pid, String::from_utf8_lossy(&command).trim_end_matches('\0').replace('\0', " ")))
+    };
+    Ok(pids.filter_map(Pid::from_raw).filter_map(with_command).collect())
+}
+
+/// All that has the folder on its command line, but for programs of these names.
+pub fn processes_below(root: &Path, without: &[&str]) -> Result<Vec<(Pid, String)>> {
+    let root = root.display().to_string();
+    let is_known = |command: &str| {
+        let program = command.split(' ').next().unwrap_or_default();
+        without.iter().any(|name| Path::new(program).ends_with(name))
+    };
+    let ours = |(_, command): &(Pid, String)| command.contains(&root) && !is_known(command);
+    Ok(processes()?.into_iter().filter(ours).collect())
+}
+
+/// The only process with that disk on its command line that is a QEMU, by the look of it.
+pub fn qemu_on(disk: &Path, is_qemu: impl Fn(&str) -> bool) -> Result<Pid> {
+    let disk = disk.display().to_string();
+    let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && is_qemu(command);
+    let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
+    match found.as_slice() {
+        [(qemu, _)] => Ok(*qemu),
+        other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),
+    }
+}
+
+/// Ends processes that ought not to be there.
+pub fn kill(processes: &[(Pid, String)]) {
+    for (process, _) in processes {
+        // It may have ended meanwhile.
+        let _ = kill_process(*process, Signal::KILL);
+    }
+}
+
+/// For the end of a lab: nothing may be left, unless the test has failed anyway.
+///
+/// # Panics
+/// Something is.
+pub fn expect_none(left: Result<Vec<String>>) {
+    if !std::thread::panicking() {
+        assert_eq!(left, Ok(Vec::new()), "this was left of a run");
+    }
+}
+
+/// Adds the files of runs below `folder` to `left`.
+pub fn collect_files(folder: &Path, left: &mut Vec<String>) -> Result<()> {
+    let what = || format!("looking through {}", folder.display());
+    for entry in fs::read_dir(folder).context(what)? {
+        let entry = entry.context(what)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_folder = entry.file_type().context(what)?.is_dir();
+        if is_folder {
+            collect_files(&entry.path(), left)?;
+        }
+        let is_disk = is_overlay(&name);
+        let is_socket = name.starts_with("qemu_") && name.ends_with(".sock");
+        if name.starts_with(".unfinished-") || !is_folder && (is_disk || is_socket) {
+            left.push(entry.path().display().to_string());
+        }
+    }
+    Ok(())
+}
+
+/// Whether this is an overlay's name: `m_disposable.qcow2`, or `m_disposable_2.qcow2` for another image.
+fn is_overlay(name: &str) -> bool {
+    let number = name.strip_suffix(".qcow2").and_then(|name| name.rsplit_once("_disposable"));
+    number.is_some_and(|(_, number)| number.chars().all(|c| c == '_' || c.is_ascii_digit()))
+}

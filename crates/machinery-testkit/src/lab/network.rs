@@ -1,0 +1,104 @@
+//! A network with one wire in it: the host at one end, a machine at the other.
+//!
+//! It is a network namespace without a name. So tests side by side use the same addresses and the same
+//! tap, and it is gone with the last that uses it, however that ends.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+use crate::error::{Context, Error};
+use crate::{Result, command};
+
+/// A network with one wire in it.
+#[derive(Debug, Clone)]
+pub struct TestNetwork {
+    namespace: Arc<OwnedFd>,
+}
+
+impl TestNetwork {
+    /// The interface at the host's end. A QEMU takes the other one.
+    pub const TAP: &str = "tap0";
+    /// The host's address.
+    pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
+    /// The machine's address.
+    pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 2);
+    /// The host's hardware address, which the machine knows without asking.
+    pub const HOST_MAC: &str = "52:54:00:42:00:01";
+
+    /// A new one; `None` for a user who may not make one, or not capture on it.
+    pub fn new() -> Result<Option<Self>> {
+        // A user may be root of his own processes only; some of root's ways are closed then.
+        let groups = fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
+        if !rustix::process::geteuid().is_root() || groups.trim() == "deny" {
+            return Ok(None);
+        }
+        let namespace = in_a_thread(make)??;
+        Ok(Some(TestNetwork { namespace: Arc::new(namespace) }))
+    }
+
+    /// Lets the command run there: it sees this network's interfaces and no others.
+    pub fn attach(&self, command: &mut Command) {
+        let namespace = Arc::clone(&self.namespace);
+        let enter = move || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            see_its_interfaces()
+        };
+        // SAFETY: between fork and exec only what is async-signal-safe is allowed; these are system
+        // calls, without allocation or lock.
+        unsafe { command.pre_exec(enter) };
+    }
+
+    /// Does something there, such as opening a socket, which belongs to that network from then on.
+    pub fn inside<T: Send>(&self, task: impl FnOnce() -> T + Send) -> Result<T> {
+        in_a_thread(|| {
+            move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))
+                .context(|| "entering a network".to_owned())?;
+            Ok(task())
+        })?
+    }
+
+    /// Removes the wire; what is left of the network has only the loopback interface.
+    pub fn remove_tap(&self) -> Result<()> {
+        self.inside(|| ip(&["link", "delete", Self::TAP]))?
+    }
+}
+
+/// In a thread of its own, so that no other one notices where it has been.
+fn in_a_thread<T: Send>(task: impl FnOnce() -> T + Send) -> Result<T> {
+    thread::scope(|scope| scope.spawn(task).join())
+        .map_err(|_| Error::new("a thread in another network panicked"))
+}
+
+fn make() -> Result<OwnedFd> {
+    let what = || "making a network for a test".to_owned();
+    // SAFETY: only the tables of files are dangerous to part from, and they stay shared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context(what)?;
+    ip(&["link", "set", "lo", "up"])?;
+    ip(&["tuntap", "add", "dev", TestNetwork::TAP, "mode", "tap"])?;
+    ip(&["link", "set", "dev", TestNetwork::TAP, "address", TestNetwork::HOST_MAC])?;
+    ip(&["address", "add", &format!("{}/24", TestNetwork::HOST), "dev", TestNetwork::TAP])?;
+    ip(&["link", "set", "dev", TestNetwork::TAP, "up"])?;
+    File::open("/proc/thread-self/ns/net").map(OwnedFd::from).context(what)
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    command::output(Command::new("ip").args(arguments)).map(drop)
+}
+
+/// `/sys` shows the interfaces of the network in which it was mounted.
+fn see_its_interfaces() -> io::Result<()> {
+    // SAFETY: only the tables of files are dangerous to part from, and they stay shared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+    mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    mount(c"sysfs", c"/sys", c"sysfs", MountFlags::empty(), c"")?;
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! Many clients at once, and ill-mannered ones: each costs itself only.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::{self, Client};
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::random::Rng;
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::{Value, json};
+
+/// The longest line that is taken.
+const LONGEST: usize = 1024 * 1024;
+
+const SOON: Duration = Duration::from_secs(60);
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+/// A host of machines `m0` and on, with its CWD; dropped in this order.
+struct Served {
+    host: RunningHost,
+    _cwd: ScratchCwd,
+}
+
+fn served(machines: usize, keys: &str) -> Served {
+    client::raise_file_limit().unwrap();
+    let names: Vec<String> = (0..machines).map(|index| format!("m{index}")).collect();
+    let machines: Vec<_> = names.iter().map(|name| (name.as_str(), keys)).collect();
+    let cwd = ScratchCwd::double(&machines).unwrap();
+    Served { host: RunningHost::start(&cwd).unwrap(), _cwd: cwd }
+}
+
+impl Served {
+    fn clients(&self, count: usize) -> Vec<Client> {
+        (0..count).map(|_| self.host.client().unwrap()).collect()
+    }
+}
+
+/// Whatever the others do, this one is served.
+fn assert_served(client: &mut Client, machine: &str) {
+    for action in ["restore_start", "state", "stop"] {
+        assert_eq!(client.act(action, machine).unwrap()["success"], true, "{action}");
+    }
+}
+
+/// Asks until it is so; for what nothing tells.
+fn soon(mut is_so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < SOON, "not within {SOON:?}");
+    }
+}
+
+/// A line of that many bytes that is a request.
+fn long_line(length: usize) -> Vec<u8> {
+    let (head, tail) = (br#"{"action": "version", "padding": ""#, br#""}"#);
+    [head.as_slice(), &vec![b'x'; length - head.len() - tail.len()], tail].concat()
+}
+
+#[test]
+fn five_hundred_connections_of_all_manners_are_served_each_for_itself() {
+    let served = served(100, "delays_ms: {restore_start: 20}");
+    let mut normal = served.clients(1).remove(0);
+    let empty = served.host.resources().unwrap();
+    crowd(&served, &mut normal, empty.files);
+    let before = served.host.resources().unwrap();
+    crowd(&served, &mut normal, empty.files);
+    let after = served.host.resources().unwrap();
+    assert!(after.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {after:?}");
+    // How many calls there are at a time is chance; two for each machine, and some, are the most.
+    assert!(after.threads <= 300 && after.children.is_empty(), "{before:?}, {after:?}");
+}
+
+/// Five hundred clients come, and are gone in the end, when the host holds as many files as when it
+/// was `empty`.
+fn crowd(served: &Served, normal: &mut Client, empty: usize) {
+    // Those that never read what they ask for, again and again.
+    let mut deaf = served.clients(100);
+    let list = b"{\"action\": \"list\"}\n".repeat(50);
+    for client in &mut deaf {
+        client.send_bytes(&list).unwrap();
+    }
+    assert_served(normal, "m1");
+
+    // Those that begin a line.
+    let mut halves = served.clients(150);
+    for client in &mut halves {
+        client.send_bytes(b"{\"action\": \"vers").unwrap();
+    }
+    assert_served(normal, "m2");
+
+    // Those with lines as long as they may be, and longer.
+    let mut long = served.clients(60);
+    thread::scope(|scope| {
+        for (index, client) in long.iter_mut().enumerate() {
+            scope.spawn(move || {
+                let too_long = index % 2;
+                // What comes after the limit may not be taken any more.
+                let _ = client.send_line(&long_line(LONGEST + too_long));
+                let answer = client.next_message().unwrap();
+                assert_eq!(answer["success"], too_long == 0, "{answer}");
+                assert!(too_long == 0 || client.wait_for_close());
+            });
+        }
+    });
+    assert_served(normal, "m3");
+
+    // Those that order something and leave.
+    for index in 10..60 {
+        let mut client = served.clients(1).remove(0);
+        client.send(&json!({"action": "restore_start", "machine": format!("m{index}")})).unwrap();
+    }
+    // And all the others, at the same time.
+    let mut polite = served.clients(149);
+    thread::scope(|scope| {
+        for (index, client) in polite.iter_mut().enumerate() {
+            let machine = format!("m{}", 60 + index % 40);
+            scope.spawn(move || {
+                let id = json!(index);
+                client.send(&json!({"action": "state", "machine": machine, "id": id})).unwrap();
+                let answer = client.next_message().unwrap();
+                assert_eq!((&answer["id"], &answer["success"]), (&id, &json!(true)), "{answer}");
+            });
+        }
+    });
+    // The halves become whole.
+    for client in &mut halves {
+        client.send_bytes(b"ion\"}\n").unwrap();
+        assert_eq!(client.next_message().unwrap()["success"], true);
+    }
+    // What was ordered by those who left is done.
+    normal.ask(json!({"action": "wait_idle"})).unwrap();
+    for index in 10..60 {
+        assert_eq!(normal.machine(&format!("m{index}")).unwrap()["state"], "running", "m{index}");
+    }
+    assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), good());
+    drop((deaf, halves, long, polite));
+    // When the host notices that they have left, nothing tells.
+    soon(|| {
+        assert_served(normal, "m4");
+        served.host.resources().unwrap().files <= empty + 8
+    });
+}
+
+#[test]
+fn who_waits_for_idleness_and_leaves_is_forgotten() {
+    let served = served(1, "delays_ms: {restore_start: 20000}");
+    let mut normal = served.clients(1).remove(0);
+    let before = served.host.resources().unwrap();
+    normal.send(&json!({"action": "restore_start", "machine": "m0"})).unwrap();
+    for mut client in served.clients(400) {
+        client.send(&json!({"action": "wait_idle"})).unwrap();
+    }
+    // When the host notices, nothing tells; the machine is busy all the while.
+    soon(|| {
+        assert_eq!(normal.act("state", "m0").unwrap()["state"], "starting");
+        served.host.resources().unwrap().files <= before.files + 8
+    });
+}
+
+#[test]
+fn what_is_said_of_a_request_is_short() {
+    let served = served(1, "");
+    let mut client = served.clients(1).remove(0);
+    let long = "x".repeat(1_000_000);
+    for request in [
+        json!({"action": "dump_memory", "machine": "m0", "path": "/tmp/none", "format": long}),
+        json!({"action": "dump_memory", "machine": "m0", "path": long}),
+        json!({"action": "state", "machine": long}),
+        json!({"action": "acquire", "task_id": "t", "name": long}),
+        json!({"action": "acquire", "task_id": "t", "platform": long}),
+    ] {
+        client.send(&request).unwrap();
+        let line = client.next_line().unwrap();
+        assert!(line.len() < 1000 && line.contains("\"success\":false"), "{line:.1000}");
+    }
+}
+
+#[test]
+fn a_lock_stays_when_its_client_leaves() {
+    let served = served(1, "");
+    let mut client = served.clients(1).remove(0);
+    client.send(&json!({"action": "lock", "machine": "m0", "task_id": "t"})).unwrap();
+    drop(client);
+    let mut other = served.clients(1).remove(0);
+    // Its request is read at some time; nothing tells when.
+    soon(|| other.machine("m0").unwrap()["locked"] == true);
+    let answer = other.ask(json!({"action": "lock", "machine": "m0", "task_id": "other"})).unwrap();
+    assert!(answer["reason"].as_str().unwrap().contains("locked by: t"), "{answer}");
+}
+
+const SEEDS: [&str; 8] = [
+    r#"{"action": "restore_start", "machine": "m0", "id": 1}"#,
+    r#"{"action": "lock", "machine": "m1", "task_id": "t", "pcap_path": "/tmp/none.pcap"}"#,
+    r#"{"action": "unlock", "machine": "m1", "task_id": "t"}"#,
+    r#"{"action": "acquire", "task_id": "t2", "platform": "linux", "tags": ["a"]}"#,
+    r#"{"action": "reserve", "machine": "m2", "task_id": "t"}"#,
+    r#"{"action": "list", "id": {"a": [1, 2.5, null]}}"#,
+    r#"{"action": "disable_machine", "machine": "m1", "reason": "why"}"#,
+    r#"{"action": "stop", "machine": "m0"}"#,
+];
+
+/// One of the seeds with a few bytes changed, dropped or doubled; one line.
+fn mutated(rng: &mut Rng) -> Vec<u8> {
+    let mut line = SEEDS[rng.index(SEEDS.len())].as_bytes().to_vec();
+    for _ in 0..rng.index(4) {
+        if line.is_empty() {
+            break;
+        }
+        let at = rng.index(line.len());
+        match rng.index(4) {
+            0 => line[at] = u8::try_from(rng.index(256)).unwrap(),
+            1 => drop(line.remove(at)),
+            2 => line.truncate(at),
+            _ => line.extend_from_within(at..),
+        }
+    }
+    // Another end would make two of it.
+    line.retain(|byte| *byte != b'\n');
+    line
+}
+
+/// Sends lines until one closes the connection; gives how many there were. Each is answered once.
+fn torment(client: &mut Client, rng: &mut Rng, most: usize) -> usize {
+    for count in 1..=most {
+        client.send_line(&mutated(rng)).unwrap();
+        let answer = client.next_message().unwrap();
+        assert!(answer["success"].is_boolean(), "{answer}");
+        let closing = ["Missing action or machine name", "No such action", "Machinery manager is disabled"];
+        if answer["reason"].as_str().is_some_and(|reason| closing.contains(&reason)) {
+            assert!(client.wait_for_close());
+            return count;
+        }
+    }
+    most
+}
+
+fn lines(host: &RunningHost, rng: &mut Rng, count: usize) {
+    let mut sent = 0;
+    while sent < count {
+        sent += torment(&mut host.client().unwrap(), rng, 100);
+    }
+}
+
+#[test]
+fn thousands_of_mutilated_lines_are_each_answered_and_leave_nothing() {
+    let served = served(3, "");
+    let seed = 0x9e37_79b9_7f4a_7c15;
+    let mut rng = Rng(seed);
+    lines(&served.host, &mut rng, 2_000);
+    let before = served.host.resources().unwrap();
+    lines(&served.host, &mut rng, 20_000);
+    served.host.resources().unwrap().assert_no_growth_since(&before);
+    let mut client = served.host.client().unwrap();
+    for machine in ["m0", "m1", "m2"] {
+        client.act("enable_machine", machine).unwrap();
+        assert_served(&mut client, machine);
+    }
+    assert!(!served.host.log().contains("panicked"));
+}

@@ -1,0 +1,602 @@
+//! What a plugin does that nobody should: in every test the misbehaving machinery misbehaves as it is told, beside
+//! another one that has to go on as if nothing were.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+use machinery_testkit::client::Client;
+use machinery_testkit::host::{self, CommandOutput, RunningHost};
+use machinery_testkit::scratch::{ScratchCwd, double};
+use serde_json::{Value, json};
+
+/// Short, so that what waits for them is soon over.
+const LIMITS: &str = "timeouts: {restore_start: 1, norestore_start: 1, stop: 1, acpi_stop: 1, \
+                      dump_memory: 1, screenshot: 1, prepare: 1, state: 1, shutdown: 1, reload: 1, load: 20}\n";
+
+/// The methods about one machine that a client can ask for, and what state the machine has to be in.
+const METHODS: [(&str, bool); 8] = [
+    ("state", false),
+    ("restore_start", false),
+    ("norestore_start", false),
+    ("prepare", false),
+    ("stop", true),
+    ("acpi_stop", true),
+    ("dump_memory", true),
+    ("screenshot", true),
+];
+
+/// The text of `misbehaving.yaml`: keys of the machinery, and machines with theirs.
+fn misbehaving(keys: &str, machines: &[(&str, &str)]) -> String {
+    let mut text = format!("{keys}\nmachines:\n");
+    for (index, (name, keys)) in machines.iter().enumerate() {
+        let comma = if keys.is_empty() { "" } else { ", " };
+        writeln!(text, "  {name}: {{ip: 10.9.0.{index}, platform: linux, os_version: 1{comma}{keys}}}")
+            .unwrap();
+    }
+    text
+}
+
+/// A CWD of a misbehaving machinery, and of one with the machine `fine`.
+fn cwd(misbehaving: &str) -> ScratchCwd {
+    ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("misbehaving", misbehaving)]).unwrap()
+}
+
+/// A host with its CWD; dropped in this order.
+struct Served {
+    host: RunningHost,
+    cwd: ScratchCwd,
+}
+
+/// A host that soon loses its patience.
+fn serve(misbehaving: &str) -> Served {
+    let cwd = cwd(misbehaving);
+    cwd.host_yaml(LIMITS).unwrap();
+    Served { host: RunningHost::start(&cwd).unwrap(), cwd }
+}
+
+/// A host with all the time in the world, for what takes long.
+fn serve_patiently(misbehaving: &str) -> Served {
+    let cwd = cwd(misbehaving);
+    Served { host: RunningHost::start(&cwd).unwrap(), cwd }
+}
+
+impl Served {
+    fn client(&self) -> Client {
+        self.host.client().unwrap()
+    }
+
+    fn act(&self, client: &mut Client, action: &str, machine: &str) -> Value {
+        let path = self.cwd.root().join("file");
+        client.ask(json!({"action": action, "machine": machine, "path": path})).unwrap()
+    }
+
+    /// The host is well, and so are these machines; it ends when it is told to.
+    #[track_caller]
+    fn assert_well(mut self, machines: &[&str]) {
+        let mut client = self.client();
+        for machine in machines.iter().chain(&["fine"]) {
+            for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
+                assert_eq!(client.act(action, machine).unwrap(), good(), "{action} of {machine}");
+            }
+            assert_eq!(client.act("state", machine).unwrap()["state"], "poweroff");
+            assert_eq!(client.machine(machine).unwrap()["disabled"], false);
+        }
+        drop(client);
+        assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
+        assert!(!self.cwd.socket().exists());
+    }
+}
+
+fn good() -> Value {
+    json!({"success": true})
+}
+
+#[track_caller]
+fn assert_fails(answer: &Value, words: &[&str]) {
+    assert_eq!(answer["success"], false, "{answer}");
+    assert_says(answer["reason"].as_str().unwrap(), words);
+}
+
+#[track_caller]
+fn assert_says(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in: {}", text.chars().take(5000).collect::<String>());
+    }
+}
+
+/// Out of the pool, for the reason that was answered.
+#[track_caller]
+fn assert_disabled(client: &mut Client, machine: &str, answer: &Value) {
+    let listed = client.machine(machine).unwrap();
+    assert_eq!(listed["disabled"], true, "{listed}");
+    assert_eq!(listed["disabled_reason"], answer["reason"]);
+    assert_eq!(listed["errors"].as_array().unwrap().last(), Some(&answer["reason"]));
+}
+
+/// A host of machines that each have this fault in one method, and one more that has none. Each machine
+/// is lost, for a reason that says `words`.
+fn each_method_costs_its_machine(fault: &str, words: &[&str]) {
+    // Of a question at the start of the host, `state` is another test's.
+    let methods: Vec<_> = METHODS.into_iter().filter(|(method, _)| *method != "state").collect();
+    let keys: Vec<_> =
+        methods.iter().map(|(method, _)| (*method, format!("faults: {{{method}: {fault}}}"))).collect();
+    let mut machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
+    machines.push(("tame", ""));
+    let served = serve(&misbehaving("prepare: true", &machines));
+    let mut client = served.client();
+    for (method, needs_running) in methods {
+        if needs_running {
+            assert_eq!(client.act("restore_start", method).unwrap(), good());
+        }
+        let answer = served.act(&mut client, method, method);
+        if method == "prepare" && fault == "hang" {
+            // The host has had it prepared by itself, and is still lost in that.
+            assert_fails(&answer, &["earlier call"]);
+            assert_says(client.machine(method).unwrap()["disabled_reason"].as_str().unwrap(), words);
+            continue;
+        }
+        assert_fails(&answer, words);
+        assert_fails(&answer, &[&format!("{method} of machine '{method}' failed")]);
+        assert_disabled(&mut client, method, &answer);
+    }
+    served.assert_well(&["tame"]);
+}
+
+#[test]
+fn a_panic_in_any_method_costs_the_machine_and_nothing_else() {
+    each_method_costs_its_machine("panic", &["the plugin 'misbehaving' panicked: configured to panic in "]);
+    each_method_costs_its_machine("panic_str", &["the plugin 'misbehaving' panicked: configured to panic."]);
+    each_method_costs_its_machine("panic_bomb", &["the plugin 'misbehaving' panicked: (no message)"]);
+}
+
+#[test]
+fn a_call_that_never_returns_costs_the_machine_and_nothing_else() {
+    each_method_costs_its_machine("hang", &["did not return from the plugin"]);
+}
+
+#[test]
+fn a_text_that_is_none_costs_the_machine_and_nothing_else() {
+    let methods = ["restore_start", "norestore_start"];
+    let keys: Vec<_> = methods.map(|method| (method, format!("faults: {{{method}: invalid_utf8}}"))).into();
+    let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
+    let served = serve(&misbehaving("", &machines));
+    let mut client = served.client();
+    for method in methods {
+        let answer = client.act(method, method).unwrap();
+        assert_fails(&answer, &["the plugin's error makes no sense", r"bad \xff\xfe text"]);
+        assert_disabled(&mut client, method, &answer);
+    }
+    served.assert_well(&[]);
+}
+
+#[test]
+fn a_state_that_is_not_told_costs_the_machine() {
+    let faults = [("panic", "panicked: configured to panic in State"), ("hang", "did not return")];
+    let keys = faults.map(|(fault, _)| (fault, format!("faults: {{state: {fault}}}")));
+    let mut machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
+    machines.push(("tame", ""));
+    let served = serve(&misbehaving("", &machines));
+    let mut client = served.client();
+    for (fault, words) in faults {
+        // The host has asked when it was started.
+        let listed = client.machine(fault).unwrap();
+        assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
+        assert_says(listed["disabled_reason"].as_str().unwrap(), &[words]);
+        client.act("enable_machine", fault).unwrap();
+        let answer = client.act("state", fault).unwrap();
+        assert_fails(&answer, &[words, &format!("querying the state of machine '{fault}' failed")]);
+        assert_disabled(&mut client, fault, &answer);
+    }
+    served.assert_well(&["tame"]);
+}
+
+#[test]
+fn a_panic_in_a_thread_is_in_the_log_and_costs_nothing() {
+    let served = serve(&misbehaving("", &[("m", "faults: {restore_start: thread_panic}")]));
+    assert_eq!(served.client().act("restore_start", "m").unwrap(), good());
+    let log = served.host.log();
+    let line = log.lines().find(|line| line.contains("a thread panics in RestoreStart")).unwrap();
+    assert_says(line, &["machinery=\"misbehaving\"", "faulty-panic", "faults.rs:"]);
+    served.assert_well(&["m"]);
+}
+
+/// A start that fails because of that fault of the machinery, and says so once.
+#[track_caller]
+fn assert_no_start(keys: &str, words: &[&str]) -> CommandOutput {
+    let cwd = cwd(&misbehaving(keys, &[("m", "")]));
+    if keys.contains("hang") {
+        cwd.host_yaml("timeouts: {load: 2, shutdown: 1}\n").unwrap();
+    }
+    let ran = host::run(&cwd, &["serve"]).unwrap();
+    assert_eq!(ran.code, Some(2), "{keys}: {}", ran.stderr);
+    assert_says(&ran.stderr, words);
+    assert_eq!(ran.stderr.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{}", ran.stderr);
+    assert!(!cwd.socket().exists());
+    ran
+}
+
+#[test]
+fn a_panic_before_the_host_serves_is_the_reason_why_it_does_not() {
+    for fault in ["panic", "panic_str", "panic_bomb"] {
+        let what = if fault == "panic_bomb" { "(no message)" } else { "configured to panic" };
+        let words = ["'misbehaving'", "the plugin 'misbehaving' panicked: ", what];
+        for method in ["load", "machines", "capabilities", "version"] {
+            let ran = assert_no_start(&format!("faults: {{{method}: {fault}}}"), &words);
+            let told = if method == "load" { "loading the machinery 'misbehaving'" } else { method };
+            assert_says(&ran.stderr, &[told, "failed: "]);
+        }
+    }
+}
+
+#[test]
+fn what_never_returns_before_the_host_serves_is_the_reason_why_it_does_not() {
+    for method in ["load", "machines", "capabilities", "version"] {
+        let words = [&format!("{method} of 'misbehaving'"), "did not return within", "`timeouts`"];
+        assert_no_start(&format!("faults: {{{method}: hang}}"), &words.map(|word| word as &str));
+    }
+}
+
+#[test]
+fn a_library_that_never_gets_loaded_is_the_reason_why_the_host_does_not_serve() {
+    let cwd = ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("hangs_on_load", "")]).unwrap();
+    cwd.host_yaml("timeouts: {load: 2}\n").unwrap();
+    for command in ["serve", "check", "plugins"] {
+        let ran = host::run(&cwd, &[command]).unwrap();
+        assert_eq!(ran.code, Some(2), "{command}: {ran:?}");
+        let said = format!("{}{}", ran.stdout, ran.stderr);
+        assert_says(
+            &said,
+            &["opening ", "libmachinery_hangs_on_load.so", "did not return within", "`timeouts`"],
+        );
+    }
+}
+
+#[test]
+fn a_machinery_that_will_not_go_does_not_keep_the_host() {
+    for (fault, words) in [("panic", "configured to panic in Drop"), ("panic_bomb", ""), ("hang", "")] {
+        let ran = assert_no_start(
+            &format!("faults: {{version: panic, drop: {fault}}}"),
+            &["version of 'misbehaving'"],
+        );
+        assert_says(&ran.stderr, &["the misbehaving machinery is dropped", words]);
+    }
+    let both = "faults: {version: panic, shutdown: hang}";
+    assert_no_start(
+        both,
+        &["version of 'misbehaving'", "shutdown of 'misbehaving': the plugin did not return"],
+    );
+}
+
+#[test]
+fn a_shutdown_that_fails_in_any_way_does_not_keep_the_host() {
+    for (fault, words) in [
+        ("panic", "the plugin 'misbehaving' panicked: configured to panic in Shutdown"),
+        ("panic_bomb", "the plugin 'misbehaving' panicked"),
+        ("hang", "shutdown: the plugin did not return within"),
+        ("invalid_utf8", r"bad \xff\xfe text"),
+    ] {
+        let mut served = serve(&misbehaving(&format!("faults: {{shutdown: {fault}}}"), &[("m", "")]));
+        served.client().act("restore_start", "m").unwrap();
+        assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
+        assert_says(&served.host.log(), &[words, "machinery=\"misbehaving\""]);
+        assert!(!served.cwd.socket().exists());
+    }
+}
+
+#[test]
+fn a_check_that_fails_in_any_way_is_a_problem_among_others() {
+    for (fault, words) in [
+        ("panic", "the plugin 'misbehaving' panicked: configured to panic in Check"),
+        ("panic_bomb", "the plugin 'misbehaving' panicked"),
+        ("hang", "did not return within"),
+        ("invalid_utf8", r"\xff\xfe"),
+    ] {
+        let cwd = cwd(&misbehaving(&format!("faults: {{check: {fault}}}"), &[("m", "")]));
+        cwd.host_yaml("timeouts: {load: 2}\n").unwrap();
+        let ran = host::run(&cwd, &["check"]).unwrap();
+        assert_eq!(ran.code, Some(2), "{ran:?}");
+        assert_says(&ran.stdout, &["PROBLEM", "checking 'misbehaving'", words, "1 machines in memory"]);
+    }
+}
+
+#[test]
+fn the_end_does_not_wait_for_calls_that_never_return() {
+    let machines = [
+        ("prepared", "faults: {prepare: hang}"),
+        ("stuck", "faults: {stop: hang, prepare: hang}"),
+        ("m", ""),
+    ];
+    let cwd = cwd(&misbehaving("prepare: true", &machines));
+    // The preparation has long to go when the host is told to end.
+    cwd.host_yaml(&LIMITS.replace("prepare: 1", "prepare: 3600")).unwrap();
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    let begun = Instant::now();
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
+    assert!(host.log().contains("machine=\"m\" action=\"stop\""), "{}", host.log());
+}
+
+#[test]
+fn a_stop_does_not_wait_for_ever_for_a_preparation_that_hangs() {
+    let cwd = cwd(&misbehaving("prepare: true", &[("m", "faults: {prepare: hang}")]));
+    cwd.host_yaml(&LIMITS.replace("prepare: 1", "prepare: 3600")).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    client.send(&json!({"action": "prepare", "machine": "m", "id": "hangs"})).unwrap();
+    assert_fails(&client.act("stop", "m").unwrap(), &["earlier call"]);
+    assert_eq!(client.machine("m").unwrap()["disabled"], true);
+    Served { host, cwd }.assert_well(&[]);
+}
+
+#[test]
+fn a_reload_that_fails_in_any_way_changes_nothing() {
+    for (fault, words) in [
+        ("panic", "the plugin 'misbehaving' panicked: configured to panic in Reload"),
+        ("panic_bomb", "the plugin 'misbehaving' panicked"),
+        ("invalid_utf8", r"bad \xff\xfe text"),
+        ("hang", "did not return from the plugin"),
+    ] {
+        let served = serve(&misbehaving(&format!("faults: {{reload: {fault}}}"), &[("m", "")]));
+        let mut client = served.client();
+        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        // The other one takes over, and has to take the old one back.
+        served.cwd.write_yaml("double", &double(&[("fine", ""), ("more", "")])).unwrap();
+        for words in [words, if fault == "hang" { "earlier reload" } else { words }] {
+            let answer = client.ask(json!({"action": "reload"})).unwrap();
+            assert_fails(&answer, &["reloading the machinery 'misbehaving'", words]);
+            let list = client.ask(json!({"action": "list"})).unwrap();
+            assert_eq!(list["machines"].as_array().unwrap().len(), 2, "{list}");
+        }
+        assert_eq!(client.act("stop", "m").unwrap(), good());
+        served.assert_well(&["m"]);
+    }
+}
+
+#[test]
+fn the_end_does_not_wait_for_a_reload_that_never_returns() {
+    let mut served = serve(&misbehaving("faults: {reload: hang}", &[("m", "")]));
+    let mut client = served.client();
+    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    client.subscribe().unwrap();
+    client.send(&json!({"action": "reload"})).unwrap();
+    client.wait_for_event("progress", "m").unwrap();
+    assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
+    assert_says(&served.host.log(), &["nothing has changed", "machine=\"m\" action=\"stop\""]);
+    assert!(!served.cwd.socket().exists());
+}
+
+#[test]
+fn what_a_reload_says_of_machines_that_there_are_not_is_not_told() {
+    for reported in ["terminal_commands", "zero_byte"] {
+        let cwd = cwd(&misbehaving(&format!("reload_reports: {reported}"), &[("m", "")]));
+        // A debugging build on a busy machine takes seconds to read two hundred thousand names.
+        cwd.host_yaml(&LIMITS.replace("reload: 1", "reload: 30")).unwrap();
+        let served = Served { host: RunningHost::start(&cwd).unwrap(), cwd };
+        let mut client = served.client();
+        let answer = client.ask(json!({"action": "reload"})).unwrap();
+        let nothing = json!([]);
+        assert_eq!((&answer["changed"], &answer["deferred"]), (&nothing, &nothing), "{reported}");
+        let log = served.host.log();
+        assert!(log.lines().all(|line| line.len() < 10_000 && !line.starts_with("ERROR")), "{reported}");
+        served.assert_well(&["m"]);
+    }
+}
+
+#[test]
+fn a_machine_that_comes_with_a_reload_costs_no_more_than_itself() {
+    let cwd = cwd(&misbehaving("", &[("m", "")]));
+    // The one that hangs may not take all the time of those behind it.
+    cwd.host_yaml(&LIMITS.replace("reload: 1", "reload: 30")).unwrap();
+    let served = Served { host: RunningHost::start(&cwd).unwrap(), cwd };
+    let mut client = served.client();
+    let machines = [
+        ("fine", ""),
+        ("panics", "faults: {state: panic}"),
+        ("hangs", "faults: {state: hang}"),
+        ("more", ""),
+    ];
+    served.cwd.write_yaml("double", &double(&machines)).unwrap();
+    let answer = client.ask(json!({"action": "reload"})).unwrap();
+    assert_eq!(answer["added"], json!(["panics", "hangs", "more"]), "{answer}");
+    for (machine, words) in [("panics", "the plugin 'double' panicked"), ("hangs", "did not return")] {
+        let listed = client.machine(machine).unwrap();
+        assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
+        let told = format!("querying the state of machine '{machine}' failed");
+        assert_says(listed["disabled_reason"].as_str().unwrap(), &[words, &told]);
+    }
+    served.assert_well(&["m", "more"]);
+}
+
+#[test]
+fn a_plugin_that_goes_on_after_the_end_is_not_heard() {
+    let mut served = serve(&misbehaving("reports_after_shutdown: true", &[("m", ""), ("n", "")]));
+    let mut client = served.client();
+    client.subscribe().unwrap();
+    assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
+    assert!(client.wait_for_close(), "an event of a host that has ended");
+    assert_says(&served.host.log(), &["after the end"]);
+}
+
+#[test]
+fn what_a_plugin_says_by_itself_is_taken_with_care() {
+    let faults = ["invalid_utf8", "zero_byte", "terminal_commands", "ten_megabytes"];
+    let keys = faults.map(|fault| (fault, format!("reports: {fault}")));
+    let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
+    let served = serve_patiently(&misbehaving("", &machines));
+    let before = served.host.resources().unwrap().resident_kib;
+    let mut client = served.client();
+    client.subscribe().unwrap();
+    for (fault, told) in [
+        ("invalid_utf8", r#""bad \xff\xfe text""#),
+        ("zero_byte", "zero \0 byte"),
+        ("terminal_commands", "forged"),
+        ("ten_megabytes", "xxx… (cut, it had 10000000 bytes)"),
+    ] {
+        assert_eq!(client.act("restore_start", fault).unwrap(), good(), "{fault}");
+        assert_eq!(client.wait_for_state(fault, "starting").unwrap(), "");
+        let reason = client.wait_for_state(fault, "paused").unwrap();
+        assert!(reason.contains(told) && reason.len() < 10_000, "{fault}: {} bytes", reason.len());
+        let why = client.wait_for_event("ready", fault).unwrap()["reason"].as_str().unwrap().to_owned();
+        // What is not UTF-8 makes the whole record one that makes no sense.
+        let told = if fault == "invalid_utf8" { r"bad \xff\xfe text" } else { told };
+        assert!(why.contains(told) && why.len() < 10_000, "{fault}: {} bytes", why.len());
+        let listed = client.machine(fault).unwrap();
+        assert_eq!((&listed["disabled"], &listed["state"]), (&json!(false), &json!("running")));
+    }
+    let log = served.host.log();
+    assert!(!log.lines().any(|line| line.starts_with("ERROR")), "a plugin has forged a line");
+    assert!(!log.contains(['\x1b', '\x07', '\r', '\u{9b}', '\0']), "a plugin commands the terminal");
+    assert!(log.lines().all(|line| line.len() < 30_000));
+    assert_says(&log, &[r"\u{1b}[2J", "the log record makes no sense"]);
+    let list = host::run(&served.cwd, &["list"]).unwrap();
+    assert_eq!(list.code, Some(0));
+    assert!(!list.stdout.contains(['\x1b', '\x07', '\r', '\u{9b}', '\0']), "{}", list.stdout);
+    let after = served.host.resources().unwrap().resident_kib;
+    assert!(after < before + 300 * 1024, "{before} KiB, then {after} KiB");
+    served.assert_well(&faults);
+}
+
+#[test]
+fn an_error_of_a_plugin_can_neither_flood_nor_forge() {
+    let faults = ["fifty_megabytes", "terminal_commands", "zero_byte"];
+    let keys = faults.map(|fault| (fault, format!("faults: {{restore_start: {fault}}}")));
+    let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
+    let served = serve_patiently(&misbehaving("", &machines));
+    let mut client = served.client();
+    for (fault, told) in [
+        ("fifty_megabytes", "xxx… (cut, it had 50000000 bytes)"),
+        ("terminal_commands", "\nERROR forged line"),
+        ("zero_byte", "\0"),
+    ] {
+        for _ in 0..3 {
+            client.act("enable_machine", fault).unwrap();
+            let answer = client.act("restore_start", fault).unwrap();
+            assert_fails(&answer, &[told]);
+            assert!(answer.to_string().len() < 10_000);
+            assert_disabled(&mut client, fault, &answer);
+        }
+    }
+    client.act("enable_machine", "terminal_commands").unwrap();
+    let shown = host::run(&served.cwd, &["restore-start", "terminal_commands"]).unwrap();
+    assert_eq!(shown.code, Some(1));
+    assert_says(&shown.stderr, &[r"\u{1b}[2J"]);
+    assert!(!shown.stderr.contains(['\x1b', '\x07', '\r', '\u{9b}']), "{}", shown.stderr);
+    let log = served.host.log();
+    assert!(!log.lines().any(|line| line.starts_with("ERROR")), "a plugin has forged a line");
+    served.assert_well(&[]);
+}
+
+#[test]
+fn a_version_is_a_text_and_not_too_long() {
+    assert_no_start(
+        "faults: {version: invalid_utf8}",
+        &["version of 'misbehaving'", r#""bad \xff\xfe text""#],
+    );
+    for (fault, told) in
+        [("ten_megabytes", "xxx… (cut, it had 10000000 bytes)"), ("zero_byte", "zero \0 byte")]
+    {
+        let served = serve_patiently(&misbehaving(&format!("faults: {{version: {fault}}}"), &[("m", "")]));
+        let answer = served.client().ask(json!({"action": "version"})).unwrap();
+        let version = answer["machineries"]["misbehaving"].as_str().unwrap();
+        assert!(version.contains(told) && version.len() < 10_000, "{} bytes", version.len());
+        served.assert_well(&["m"]);
+    }
+}
+
+#[test]
+fn a_machines_name_is_one() {
+    for (fault, told) in [
+        ("invalid_utf8", r"\xff\xfe"),
+        ("zero_byte", r#""zero \0 byte""#),
+        ("terminal_commands", r"\u{1b}[2J"),
+        ("fifty_megabytes", "xxx… (cut, it had 50000000 bytes)"),
+    ] {
+        let ran =
+            assert_no_start(&format!("faults: {{machines: {fault}}}"), &["machines of 'misbehaving'", told]);
+        assert!(ran.stderr.len() < 10_000 && !ran.stderr.contains('\x1b'), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn an_error_of_a_load_is_cut_too() {
+    let ran = assert_no_start("faults: {load: fifty_megabytes}", &["(cut, it had 50000000 bytes)"]);
+    assert!(ran.stderr.len() < 200_000);
+}
+
+#[test]
+fn what_clients_send_that_is_no_text_costs_them_an_answer() {
+    let served = serve(&misbehaving("", &[("m", "")]));
+    let mut client = served.client();
+    for line in [
+        &b"{\"action\": \"stop\", \"machine\": \"\xff\xfe\"}"[..],
+        b"{\"action\": \"list\", \"ignored\": \"\xc3\"}",
+        b"\x00\x00\x00",
+        b"{\"action\": \"list\"\x00}",
+    ] {
+        client.send_line(line).unwrap();
+        assert_fails(&client.next_message().unwrap(), &["the line is not JSON"]);
+    }
+    assert_fails(&client.act("stop", "m\0").unwrap(), &["Machine with name m\0 does not exist"]);
+    for action in ["dump_memory", "screenshot"] {
+        let request = json!({"action": action, "machine": "m", "path": "/tmp/a\0b"});
+        assert_fails(&client.ask(request).unwrap(), &["'path' is no path", "zero byte"]);
+    }
+    for key in ["pcap_path", "memory_dump_path"] {
+        let request = json!({"action": "lock", "machine": "m", "task_id": "t", key: "/tmp/a\0b"});
+        assert_fails(&client.ask(request).unwrap(), &["is no path"]);
+    }
+    let odd = "t\0\u{1b}[2J\n";
+    let lock = json!({"action": "lock", "machine": "m", "task_id": odd});
+    assert_eq!(client.ask(lock).unwrap()["success"], true);
+    let list = host::run(&served.cwd, &["list"]).unwrap();
+    assert_says(&list.stdout, &[r"locked by t\0\u{1b}[2J"]);
+    let disable = json!({"action": "disable_machine", "machine": "m", "reason": odd});
+    assert_eq!(client.ask(disable).unwrap(), good());
+    assert_eq!(client.machine("m").unwrap()["disabled_reason"], odd);
+    assert_eq!(client.act("enable_machine", "m").unwrap(), good());
+    let unlock = json!({"action": "unlock", "machine": "m", "task_id": odd});
+    assert_eq!(client.ask(unlock).unwrap(), good());
+    assert!(!served.host.log().contains(['\x1b', '\0']));
+    served.assert_well(&["m"]);
+}
+
+#[test]
+fn a_hundred_thousand_machines_are_served() {
+    let mut served = serve_patiently(&misbehaving("extra_machines: 100000", &[("m", "")]));
+    let mut client = served.client();
+    let list = client.ask(json!({"action": "list"})).unwrap();
+    assert_eq!(list["machines"].as_array().unwrap().len(), 100_002);
+    assert_eq!(client.act("restore_start", "extra_99999").unwrap(), good());
+    assert_eq!(client.act("state", "extra_99999").unwrap()["state"], "running");
+    assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
+    let held = served.host.resources().unwrap();
+    assert!(held.resident_kib < 2 * 1024 * 1024 && held.threads < 300, "{held:?}");
+    // A list takes a debugging build seconds, so no more of them.
+    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    assert_eq!(served.host.terminate().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_million_events_cost_a_subscriber_some_of_them_and_the_host_nothing() {
+    let served = serve_patiently(&misbehaving("", &[("m", "progress: 1000000")]));
+    let before = served.host.resources().unwrap().resident_kib;
+    let mut subscriber = served.client();
+    subscriber.subscribe().unwrap();
+    let mut client = served.client();
+    client.act("restore_start", "m").unwrap();
+    let path = served.cwd.root().join("file");
+    client.send(&json!({"action": "dump_memory", "machine": "m", "path": path, "id": "dumps"})).unwrap();
+    let list = client.ask(json!({"action": "list"})).unwrap();
+    assert_eq!(list["machines"].as_array().unwrap().len(), 2);
+    assert_eq!(client.next_message().unwrap()["id"], "dumps");
+    let after = served.host.resources().unwrap().resident_kib;
+    assert!(after < before + 100 * 1024, "{before} KiB, then {after} KiB");
+    while subscriber.next_message().unwrap()["event"] != "lagged" {}
+    drop(subscriber);
+    served.assert_well(&["m"]);
+}

@@ -1,0 +1,43 @@
+//! Two plugins in one host that were built from the same code, with two versions of a library that do not
+//! fit each other, and with a C function of the same name. Each has to have its own of all that.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::json;
+
+/// The text of a twin's configuration.
+fn twin(steps: u32, machine: &str) -> String {
+    format!("steps: {steps}\nmachines:\n  {machine}: {{ip: 10.9.0.1, platform: linux, os_version: 1}}\n")
+}
+
+#[test]
+fn twins_in_one_host_share_nothing() {
+    let twins = [("twin-older", twin(3, "old")), ("twin-newer", twin(40, "new"))];
+    // A plugin's file is named as cargo names it.
+    let cwd = ScratchCwd::new(&twins.each_ref().map(|(name, text)| (*name, text.as_str()))).unwrap();
+    for (name, _) in &twins {
+        cwd.install_plugin(name).unwrap();
+    }
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    let versions = client.ask(json!({"action": "version"})).unwrap()["machineries"].clone();
+    let expected = json!({
+        "twin-older": "shlex 1 quotes \"'\\0'\"; number 1; steps 3, 3",
+        "twin-newer": "shlex 2 says Err(Nul); number 2; steps 40, 40",
+    });
+    assert_eq!(versions, expected);
+    for (machine, name) in [("old", "twin-older"), ("new", "twin-newer")] {
+        let answer = client.act("restore_start", machine).unwrap();
+        assert!(answer["reason"].as_str().unwrap().contains(&format!("{name} starts nothing")), "{answer}");
+        let log = host.log();
+        for said in ["says this", "panics"] {
+            let lines: Vec<_> = log.lines().filter(|line| line.contains(&format!("{name} {said}"))).collect();
+            assert_eq!(lines.len(), 1, "{log}");
+            assert!(lines[0].contains(&format!("machinery=\"{name}\"")), "{}", lines[0]);
+        }
+    }
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+}

@@ -1,0 +1,201 @@
+//! The host, over its socket.
+//!
+//! A mode is measured with a host of its own that is started for it, on the same machine and with the same
+//! configuration but for the mode. Before each restore the host is asked to prepare the machine, and has to
+//! say that it is ready in that mode: otherwise another one would be measured, unnoticed.
+
+use clap::ValueEnum;
+use machinery_testkit::client::Client;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::scratch::ScratchCwd;
+use serde_json::Value;
+
+use super::figures::{Figures, Kind, Place, Unit};
+use super::turns::timed;
+use crate::run::Result;
+
+/// How the host restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// By reading the whole snapshot
+    Plain,
+    /// With the template's RAM file (qemu only)
+    Instant,
+    /// With a machine that was prepared ahead
+    Standby,
+}
+
+/// A client waits 30 seconds for an answer. Preparing may take longer; who asks again meanwhile gets in
+/// line behind it.
+const MAX_PREPARE_ATTEMPTS: usize = 20;
+
+impl Mode {
+    /// What a `restore_start` is in it.
+    pub fn restore(self) -> Kind {
+        let (name, what) = match self {
+            Mode::Plain => (
+                "plain restore_start",
+                "the host, instant and standby off: request until answer at its socket",
+            ),
+            Mode::Instant => {
+                ("instant restore_start", "the host, standby off: request until answer at its socket")
+            }
+            Mode::Standby => {
+                ("standby restore_start", "the host with a standby ready: request until answer at its socket")
+            }
+        };
+        Kind { name, what, unit: Unit::Ms }
+    }
+
+    /// What a `stop` is in it.
+    pub fn stop(self) -> Kind {
+        let name = match self {
+            Mode::Plain => "plain stop",
+            Mode::Instant => "instant stop",
+            Mode::Standby => "standby stop",
+        };
+        Kind { name, what: "the host: request until answer at its socket", unit: Unit::Ms }
+    }
+
+    /// What `list` calls it.
+    fn word(self) -> &'static str {
+        match self {
+            Mode::Plain => "plain",
+            Mode::Instant => "instant",
+            Mode::Standby => "standby",
+        }
+    }
+
+    /// The host's settings, with so much memory for standbys.
+    fn settings(self, machinery: &str, memory_mib: u32) -> String {
+        let standby = if self == Mode::Standby { "on" } else { "off" };
+        let instant = if self == Mode::Plain { "off" } else { "auto" };
+        let keys = match machinery {
+            "qemu" => {
+                let gib = memory_mib.div_ceil(1024) + 1;
+                format!("instant: {instant}, standby: {standby}, standby_memory: {gib}GiB")
+            }
+            _ => format!("standby: {standby}"),
+        };
+        format!("machineries: {{{machinery}: {{{keys}}}}}\n")
+    }
+}
+
+/// The machines of a CWD that are served in some mode.
+#[derive(Clone, Copy)]
+pub struct Served<'a> {
+    /// The CWD.
+    pub cwd: &'a ScratchCwd,
+    /// Whose machines they are.
+    pub machinery: &'static str,
+    /// The RAM of all machines together.
+    pub memory_mib: u32,
+}
+
+/// A host that serves them.
+pub struct Session {
+    mode: Mode,
+    host: RunningHost,
+    client: Client,
+}
+
+impl Session {
+    /// Starts a host.
+    pub fn start(served: Served<'_>, mode: Mode) -> Result<Self> {
+        served.cwd.host_yaml(&mode.settings(served.machinery, served.memory_mib))?;
+        let host = RunningHost::start(served.cwd)?;
+        let client = host.client()?;
+        Ok(Session { mode, host, client })
+    }
+
+    /// Waits until the machine is ready to be restored in this session's mode.
+    pub fn prepare(&mut self, machine: &str) -> Result<()> {
+        if self.mode == Mode::Plain {
+            return Ok(());
+        }
+        let answer = self.prepared(machine)?;
+        succeeded("prepare", &answer)?;
+        let ready = &self.client.machine(machine)?["ready"];
+        if ready["mode"] == self.mode.word() {
+            return Ok(());
+        }
+        Err(format!("the machine {machine} is not ready as {}: {ready}", self.mode.word()).into())
+    }
+
+    fn prepared(&self, machine: &str) -> Result<Value> {
+        let mut last = Err("it was not asked".to_owned().into());
+        for _ in 0..MAX_PREPARE_ATTEMPTS {
+            last = self.host.client()?.act("prepare", machine).map_err(Into::into);
+            if last.is_ok() {
+                break;
+            }
+        }
+        last
+    }
+
+    /// Does something with a machine, and says how many milliseconds it took.
+    pub fn act(&mut self, action: &str, machine: &str) -> Result<f64> {
+        let (answer, took) = timed(|| Ok(self.client.act(action, machine)?))?;
+        succeeded(action, &answer)?;
+        Ok(took)
+    }
+
+    /// The connection.
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
+    /// Ends the host.
+    pub fn end(mut self) -> Result<()> {
+        let status = self.host.terminate()?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(format!("the host ended with {status}; it said:\n{}", self.host.log()).into())
+    }
+}
+
+/// Measures restores and stops of the machine `m` so many times; the first round does not count.
+pub fn measure(
+    served: Served<'_>,
+    mode: Mode,
+    rounds: usize,
+    place: Place,
+    figures: &mut Figures,
+) -> Result<()> {
+    let mut session = Session::start(served, mode)?;
+    for round in 0..=rounds {
+        session.prepare("m")?;
+        let restored = session.act("restore_start", "m")?;
+        let stopped = session.act("stop", "m")?;
+        if round > 0 {
+            figures.add(place, mode.restore(), restored);
+            figures.add(place, mode.stop(), stopped);
+        }
+    }
+    session.end()
+}
+
+/// Fails unless the host's answer says that it did what was asked for.
+pub fn succeeded(action: &str, answer: &Value) -> Result<()> {
+    if answer["success"] == true { Ok(()) } else { Err(format!("{action} failed: {answer}").into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_say_the_mode() {
+        let qemu = |mode: Mode| mode.settings("qemu", 2048);
+        assert_eq!(
+            qemu(Mode::Plain),
+            "machineries: {qemu: {instant: off, standby: off, standby_memory: 3GiB}}\n"
+        );
+        assert_eq!(
+            qemu(Mode::Standby),
+            "machineries: {qemu: {instant: auto, standby: on, standby_memory: 3GiB}}\n"
+        );
+        assert_eq!(Mode::Plain.settings("kvm", 2048), "machineries: {kvm: {standby: off}}\n");
+    }
+}

@@ -1,0 +1,127 @@
+//! The host's program: one that serves, and its one-shot commands.
+//!
+//! The host says that it is ready as it says it to systemd, so nobody has to ask it again and again.
+//! However the demo ends, the host is told to end too, which stops its machines.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::leftovers::RunMarker;
+use crate::process::{ends_within, handle, signal_at_our_end, wait};
+use crate::run::{Context, Result, line};
+
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Stopping a machine may take a minute; a host that ends stops its machines.
+const END_TIMEOUT: Duration = Duration::from_secs(90);
+/// How much of the host's log is shown when something fails.
+const LAST_LINES: usize = 20;
+
+/// The program, used on one CWD.
+pub struct DemoHost<'a> {
+    program: &'a Path,
+    cwd: &'a Path,
+    marker: &'a RunMarker,
+    host: Option<Child>,
+}
+
+impl<'a> DemoHost<'a> {
+    /// `program` on `cwd`; all that it starts bears `mark`.
+    pub fn new(program: &'a Path, cwd: &'a Path, marker: &'a RunMarker) -> Self {
+        Self { program, cwd, marker, host: None }
+    }
+
+    /// Runs a one-shot command; what it prints is seen.
+    pub fn run<'b>(&self, args: impl IntoIterator<Item = &'b str>) -> Result<()> {
+        let mut command = Command::new(self.program);
+        command.args(args);
+        println!("  $ {}", line(&command));
+        command.env("CUCKOO_CWD", self.cwd);
+        self.marker.apply_to(&mut command);
+        let status = command.status().context(|| format!("cannot run {}", self.program.display()))?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(format!("`{}` failed with {status}{}", line(&command), self.log()).into())
+    }
+
+    /// Starts the host and waits until it is ready.
+    pub fn serve(&mut self) -> Result<()> {
+        let what = || "cannot start the host".to_owned();
+        let address = self.cwd.join("ready.sock");
+        let socket = UnixDatagram::bind(&address).context(what)?;
+        let log = File::create(self.log_path()).context(what)?;
+        let mut command = Command::new(self.program);
+        command.arg("--cwd").arg(self.cwd).arg("serve").env("NOTIFY_SOCKET", &address);
+        command.stdin(Stdio::null()).stdout(log.try_clone().context(what)?).stderr(log);
+        self.marker.apply_to(&mut command);
+        // Ctrl-C is for the demo; the host would take a second request to end as one to hurry.
+        command.process_group(0);
+        signal_at_our_end(&mut command, Signal::TERM);
+        let host = self.host.insert(command.spawn().context(what)?);
+        let pid = Pid::from_child(host);
+        if wait_until_ready(&socket, pid)? {
+            return Ok(());
+        }
+        Err(format!("the host did not become ready{}", self.log()).into())
+    }
+
+    /// Tells the host to end, as systemd would, and waits for it.
+    pub fn end(&mut self) -> Result<()> {
+        let Some(mut host) = self.host.take() else { return Ok(()) };
+        let pid = Pid::from_child(&host);
+        let told = kill_process(pid, Signal::TERM).context(|| "cannot tell the host to end".to_owned());
+        let ended = told.and_then(|()| ends_within(pid, END_TIMEOUT));
+        if !matches!(ended, Ok(true)) {
+            // Its failure would only say that the host is gone by now.
+            let _ = host.kill();
+        }
+        let status = host.wait().context(|| "cannot wait for the host".to_owned())?;
+        if !ended? {
+            return Err(
+                format!("the host did not end in {END_TIMEOUT:?}, and was killed{}", self.log()).into()
+            );
+        }
+        if status.success() {
+            return Ok(());
+        }
+        Err(format!("the host ended with {status}{}", self.log()).into())
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.cwd.join("host.log")
+    }
+
+    /// The end of the host's log, to be put behind an error.
+    fn log(&self) -> String {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let last = &lines[lines.len().saturating_sub(LAST_LINES)..];
+        if last.is_empty() { String::new() } else { format!("; the host's log:\n  {}", last.join("\n  ")) }
+    }
+}
+
+impl Drop for DemoHost<'_> {
+    fn drop(&mut self) {
+        if let Err(failure) = self.end() {
+            failure.report();
+        }
+    }
+}
+
+/// Whether the host says that it is ready, before it ends and before the time is up.
+fn wait_until_ready(socket: &UnixDatagram, host: Pid) -> Result<bool> {
+    let Some(end) = handle(host)? else { return Ok(false) };
+    wait(&mut [PollFd::new(socket, PollFlags::IN), PollFd::new(&end, PollFlags::IN)], READY_TIMEOUT)?;
+    let what = || "cannot hear from the host".to_owned();
+    socket.set_nonblocking(true).context(what)?;
+    let mut message = [0; 4096];
+    let length = socket.recv(&mut message).unwrap_or(0);
+    Ok(String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1"))
+}
