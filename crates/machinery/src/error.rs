@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::abi::cut;
+use crate::text::cut;
 
 /// This many problems are told one by one.
 const MOST_PROBLEMS: usize = 200;
@@ -42,6 +42,13 @@ pub enum ErrorKind {
     /// The action was tried and failed.
     #[serde(other)]
     Failed,
+}
+
+impl ErrorKind {
+    /// Reports whether the error shows a fault of the plugin itself, rather than an action that failed.
+    pub fn is_plugin_fault(self) -> bool {
+        matches!(self, ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
+    }
 }
 
 /// Where in a configuration file an error is.
@@ -331,6 +338,16 @@ mod tests {
     fn a_kind_from_a_newer_interface_reads_as_failed() {
         let kind: ErrorKind = serde_json::from_str("\"quantum_decoherence\"").unwrap();
         assert_eq!(kind, ErrorKind::Failed);
+    }
+
+    #[test]
+    fn kind_is_a_plugin_fault_when_the_plugin_panicked_or_misbehaved() {
+        for kind in [ErrorKind::PluginPanicked, ErrorKind::PluginMisbehaved] {
+            assert!(kind.is_plugin_fault(), "{kind:?}");
+        }
+        for kind in [ErrorKind::Failed, ErrorKind::Timeout, ErrorKind::Unsupported, ErrorKind::Environment] {
+            assert!(!kind.is_plugin_fault(), "{kind:?}");
+        }
     }
 
     #[test]

@@ -82,6 +82,7 @@ mod report;
 mod services;
 mod socket;
 mod state;
+mod text;
 
 pub use command::command;
 pub use deadline::Deadline;

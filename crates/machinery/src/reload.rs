@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigFile;
-use crate::{Deadline, Error, Result, Setup};
+use crate::{Deadline, Error, Result};
 
 /// What became of the machines that there were.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,13 +27,6 @@ pub struct Reloaded {
     /// Those that are in use, and that the new configuration changes or removes. They stay as they are;
     /// the host asks once more when they are free.
     pub later: Vec<String>,
-}
-
-/// What a plugin is asked, as it crosses the interface.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct ReloadRequest {
-    pub setup: Setup,
-    pub in_use: Vec<String>,
 }
 
 /// A machine in a [`MachineSet`].
