@@ -49,7 +49,7 @@ impl Diagnosis {
         self.warnings.push(warning.into());
     }
 
-    /// Whether the diagnosis contains an error or a warning.
+    /// Reports whether the diagnosis contains an error or a warning.
     pub fn says_anything(&self) -> bool {
         self.unusable.is_some() || !self.warnings.is_empty()
     }
