@@ -1,38 +1,38 @@
-//! Where the build has put a plugin.
+//! Finds the plugin that the build made.
 //!
-//! | what ran | where the library is |
+//! | command | folder of the library |
 //! | --- | --- |
 //! | `cargo build` | `<target>/<profile>/` |
-//! | `cargo test`, of a library of the types `cdylib` and `rlib` | `<target>/<profile>/deps/`, beside the test itself |
-//! | `cargo test`, of a `cdylib` alone | not built: a test cannot link to it, so cargo sees no need |
+//! | `cargo test`, of a library of the types `cdylib` and `rlib` | `<target>/<profile>/deps/`, beside the test program |
+//! | `cargo test`, of a `cdylib` alone | not built: a test cannot link to it |
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 
-/// The folder of everything that was built: that of the running program, or the one above a test's
-/// `deps`.
+/// Returns the folder of the build: that of the running program, or the one above a test's `deps`.
 ///
 /// # Errors
-/// The running program is in no folder that could be a build's.
+/// The path of the running program is unknown, or has no folder.
 pub fn folder() -> Result<PathBuf> {
     let own = env::current_exe().map_err(|error| {
-        Error::environment(format!("cannot tell which program this is, to find the build's folder: {error}"))
+        Error::environment(format!(
+            "cannot find the folder of the build, because the path of this program is unknown: {error}"
+        ))
     })?;
     let folder = match own.parent() {
         Some(folder) if folder.ends_with("deps") => folder.parent(),
         folder => folder,
     };
     let folder = folder.map(Path::to_owned);
-    folder.ok_or_else(|| Error::environment(format!("{} is not in a build's folder", own.display())))
+    folder.ok_or_else(|| Error::environment(format!("{} is not in the folder of a build", own.display())))
 }
 
-/// The library of the machinery of that name, the one that was built last. Its file has `_` where
-/// the name has `-`, as cargo has it.
+/// Returns the most recently built library of that machinery. Cargo replaces `-` with `_` in library names.
 ///
 /// # Errors
-/// It was not built; the error says how it is.
+/// The library was not built. The error contains the command to build it.
 pub fn plugin(name: &str) -> Result<PathBuf> {
     newest(&folder()?, &format!("libmachinery_{}.so", name.replace('-', "_")))
 }
@@ -57,7 +57,7 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     #[test]
-    fn the_one_that_was_built_last_is_found_wherever_it_is() {
+    fn newest_library_is_found_in_both_folders() {
         let folder = tempfile::tempdir().unwrap();
         let (file, hour) = ("libmachinery_x.so", Duration::from_secs(3600));
         let error = newest(folder.path(), file).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Calls by name, and the bound on them.
+//! The calls of a machinery as values, and the timeout on each call.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -8,7 +8,7 @@ use std::time::Duration;
 use machinery::host::Instance;
 use machinery::{Capabilities, Deadline, DumpFormat};
 
-/// A call that is about one machine.
+/// A call on one machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Call {
     State,
@@ -35,18 +35,18 @@ impl Call {
         }
     }
 
-    pub fn is_offered(&self, able: Capabilities) -> bool {
+    pub fn is_offered(&self, capabilities: Capabilities) -> bool {
         match self {
             Call::State | Call::RestoreStart | Call::Stop => true,
-            Call::NorestoreStart => able.norestore_start,
-            Call::AcpiStop => able.acpi_stop,
-            Call::DumpMemory(..) => able.dump_memory,
-            Call::Screenshot(_) => able.screenshot,
-            Call::Prepare => able.prepare,
+            Call::NorestoreStart => capabilities.norestore_start,
+            Call::AcpiStop => capabilities.acpi_stop,
+            Call::DumpMemory(..) => capabilities.dump_memory,
+            Call::Screenshot(_) => capabilities.screenshot,
+            Call::Prepare => capabilities.prepare,
         }
     }
 
-    /// What it writes.
+    /// Returns the path of the file that the call writes.
     pub fn file(&self) -> Option<&Path> {
         match self {
             Call::DumpMemory(file, _) | Call::Screenshot(file) => Some(file),
@@ -68,29 +68,28 @@ impl Call {
     }
 }
 
-/// Why a piece of work gave no answer.
+/// The reason why a function returned no value.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Silent {
-    /// It is still at it. Its thread stays, for nothing can end it.
-    Hangs,
-    /// It panicked.
+pub enum NoValue {
+    /// The function is still running. Its thread remains, because no thread can be ended from another.
+    TimedOut,
+    /// The function panicked.
     Panicked,
 }
 
-/// Does the work in a thread of its own, which is also how a host calls: no thread that ever called
-/// a plugin is sure to live on.
-pub fn bounded<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Silent> {
-    let (tell, told) = mpsc::channel();
+/// Runs the function in a thread of its own, as the host does: a plugin's call may never return.
+pub fn run_with_timeout<T: Send + 'static>(
+    timeout: Duration,
+    function: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, NoValue> {
+    let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
-        // Nobody listens any more once the limit has passed.
-        let _ = tell.send(work());
+        // The receiver is gone once the timeout has passed.
+        let _ = sender.send(function());
     });
-    told.recv_timeout(limit).map_err(|error| match error {
-        RecvTimeoutError::Timeout => Silent::Hangs,
-        RecvTimeoutError::Disconnected => Silent::Panicked,
+    receiver.recv_timeout(timeout).map_err(|error| match error {
+        RecvTimeoutError::Timeout => NoValue::TimedOut,
+        RecvTimeoutError::Disconnected => NoValue::Panicked,
     })
 }
 
@@ -99,11 +98,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_that_gives_no_answer_is_told_apart() {
+    fn run_with_timeout_distinguishes_a_panic_from_a_timeout() {
         let long = Duration::from_secs(60);
-        assert_eq!(bounded(long, || 1), Ok(1));
-        assert_eq!(bounded(long, || panic!("on purpose")), Err::<(), _>(Silent::Panicked));
-        let (_keep, never) = mpsc::channel::<()>();
-        assert_eq!(bounded(Duration::ZERO, move || never.recv().is_ok()), Err(Silent::Hangs));
+        assert_eq!(run_with_timeout(long, || 1), Ok(1));
+        assert_eq!(run_with_timeout(long, || panic!("on purpose")), Err::<(), _>(NoValue::Panicked));
+        let (_sender, receiver) = mpsc::channel::<()>();
+        let endless = move || receiver.recv().is_ok();
+        assert_eq!(run_with_timeout(Duration::ZERO, endless), Err(NoValue::TimedOut));
     }
 }

@@ -1,4 +1,4 @@
-//! A plugin, all that a host would give it, and what is known of its backend: what one test needs.
+//! A plugin, its setup, and the description of its backend: everything that a test needs.
 
 use std::any::Any;
 use std::fs;
@@ -8,10 +8,12 @@ use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
 use tempfile::TempDir;
 
-use crate::{BackendSpec, Report};
+use crate::report::Report;
+use crate::spec::BackendSpec;
+use crate::suite;
 
-/// A plugin file with a configuration, a scratch folder for its sockets, state and caches, and the
-/// spec. Dropped, it takes the folder with it.
+/// A plugin file with a configuration, a scratch folder for its sockets, state and caches, and the description of
+/// its backend. Dropping it removes the folder.
 pub struct Fixture {
     plugin: PathBuf,
     setup: Setup,
@@ -21,16 +23,16 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// A fixture for the plugin file, with the text of its YAML.
+    /// Creates a fixture for the plugin file, with the text of its YAML configuration.
     ///
     /// # Errors
-    /// The scratch folder cannot be made.
+    /// The scratch folder cannot be created.
     pub fn new(plugin: impl Into<PathBuf>, config: &str, spec: BackendSpec) -> Result<Self> {
         let plugin = plugin.into();
         let folder = tempfile::Builder::new().prefix("machinery-fixture.").tempdir();
         let folder = folder.map_err(|error| {
-            Error::environment(format!("cannot make a scratch folder for {}: {error}", plugin.display()))
-                .advice("Point TMPDIR to a folder that can be written to")
+            Error::environment(format!("cannot create a scratch folder for {}: {error}", plugin.display()))
+                .advice("Set TMPDIR to a writable folder")
         })?;
         let file = folder.path().join(format!("{}.yaml", machinery_of(&plugin)));
         let config = ConfigFile { path: file, text: config.to_owned() };
@@ -38,7 +40,7 @@ impl Fixture {
         Ok(Fixture { plugin, setup, spec, kept: Vec::new(), folder })
     }
 
-    /// The same, with the text of a `machinery-host.yaml`.
+    /// Adds the text of a `machinery-host.yaml`.
     #[must_use]
     pub fn host_config(mut self, text: &str) -> Self {
         let path = self.folder.path().join("machinery-host.yaml");
@@ -46,54 +48,54 @@ impl Fixture {
         self
     }
 
-    /// Keeps something alive as long as the fixture: a folder of disks, a hypervisor of its own.
+    /// Keeps a value alive as long as the fixture, such as a folder of disks or a hypervisor.
     #[must_use]
-    pub fn keep(mut self, what: impl Any) -> Self {
-        self.kept.push(Box::new(what));
+    pub fn keep(mut self, value: impl Any) -> Self {
+        self.kept.push(Box::new(value));
         self
     }
 
-    /// The plugin file.
+    /// Returns the path of the plugin file.
     pub fn plugin(&self) -> &Path {
         &self.plugin
     }
 
-    /// What the plugin is given.
+    /// Returns the setup that the plugin gets.
     pub fn setup(&self) -> &Setup {
         &self.setup
     }
 
-    /// Puts the plugin to every requirement.
+    /// Checks the plugin against every requirement.
     pub fn run(&self) -> Report {
-        crate::run(&self.plugin, &self.setup, &self.spec)
+        suite::run(&self.plugin, &self.setup, &self.spec)
     }
 
-    /// Puts the plugin to the requirements of these names only; a name that is none fails.
+    /// Checks the plugin against the named requirements only. An unknown name fails.
     pub fn run_some(&self, names: &[&str]) -> Report {
-        crate::run_some(&self.plugin, &self.setup, &self.spec, names)
+        suite::run_some(&self.plugin, &self.setup, &self.spec, names)
     }
 }
 
-/// What a host would give a plugin, with all that it may write in this folder.
+/// Creates the setup that a host would pass to the plugin, with all of the plugin's folders in `folder`.
 ///
 /// # Errors
-/// Its folders cannot be made.
+/// The folders cannot be created.
 pub fn setup_in(folder: &Path, config: ConfigFile, host_config: Option<ConfigFile>) -> Result<Setup> {
-    let make = |name: &str| {
+    let create = |name: &str| {
         let path = folder.join(name);
-        let made = fs::create_dir_all(&path);
-        made.map(|()| path.clone()).map_err(|error| Error::io("make the folder", &path, &error))
+        let created = fs::create_dir_all(&path);
+        created.map(|()| path.clone()).map_err(|error| Error::io("create the folder", &path, &error))
     };
     Ok(Setup {
         config,
         host_config,
-        sockets_dir: make("sockets")?,
-        state_dir: make("state")?,
-        cache_dir: make("cache")?,
+        sockets_dir: create("sockets")?,
+        state_dir: create("state")?,
+        cache_dir: create("cache")?,
     })
 }
 
-/// The machinery that a file of this name holds.
+/// Returns the name of the machinery in a file of this name.
 fn machinery_of(plugin: &Path) -> String {
     let stem = plugin.file_stem().unwrap_or_default().to_string_lossy();
     stem.strip_prefix("libmachinery_").unwrap_or(&stem).to_owned()

@@ -2,23 +2,24 @@
 //!
 //! ```text
 //! conformance_tests!(fixture) ─▶ mod requirements { #[test] fn identity … #[test] fn reports }
-//!       each of them: wait for the others ─▶ fixture() ─▶ its requirement ─▶ the fixture goes
+//!       each of them: wait for the locks ─▶ fixture() ─▶ its requirement ─▶ drop the fixture
 //! ```
 //!
-//! A backend has machines, files and addresses that two tests would fight over, and a test runner
-//! starts as many tests as there are processors, some of them (nextest) in processes of their own.
-//! So they wait for each other by locks on files: on the test program, so that not even two fixtures
-//! are there together, and on the plugin, for other programs that test it.
+//! Two tests cannot share the machines, files and addresses of a backend. A test runner starts as many tests as the
+//! computer has processors, and nextest starts each in its own process. The tests therefore wait for two locks on
+//! files. The lock on the test program keeps two fixtures from existing at once. The lock on the plugin excludes
+//! other programs that test it.
 
 use std::env;
 use std::fmt;
 use std::fs::File;
 use std::path::Path;
 
-use crate::{Answer, Fixture};
+use crate::fixture::Fixture;
+use crate::spec::Answer;
 
-/// One test for each requirement, in a module `requirements`. `fixture` is a function that takes nothing and
-/// gives an [`Answer`] with a [`Fixture`]; each test has its own.
+/// Defines one test for each requirement, in a module `requirements`. `fixture` is a function without parameters
+/// that returns an [`Answer`] with a [`Fixture`]; each test calls it.
 ///
 /// ```
 /// use machinery_conformance::{Answer, Fixture, BackendSpec, artifacts};
@@ -35,8 +36,8 @@ macro_rules! conformance_tests {
     ($($fixture:ident)::+) => {
         #[cfg(test)]
         mod requirements {
-            use super::$($fixture)::+ as the_scene;
-            $crate::with_requirements! { $crate::requirement_tests, the_scene }
+            use super::$($fixture)::+ as the_fixture;
+            $crate::with_requirements! { $crate::requirement_tests, the_fixture }
         }
     };
 }
@@ -44,9 +45,9 @@ macro_rules! conformance_tests {
 #[doc(hidden)]
 #[macro_export]
 macro_rules! requirement_tests {
-    ($fixture:ident: $($room:ident::$name:ident $says:literal;)*) => {
+    ($fixture:ident: $($module:ident::$name:ident $meaning:literal;)*) => {
         $(
-            #[doc = $says]
+            #[doc = $meaning]
             #[test]
             fn $name() -> Result<(), $crate::Violation> {
                 $crate::check($fixture, stringify!($name))
@@ -55,7 +56,7 @@ macro_rules! requirement_tests {
     };
 }
 
-/// A requirement that was not kept: the report. A test that returns it fails with just that text.
+/// A violation of a requirement, with the report. A test that returns it fails with only this text.
 pub struct Violation(String);
 
 impl fmt::Display for Violation {
@@ -64,7 +65,7 @@ impl fmt::Display for Violation {
     }
 }
 
-/// What a test runner shows.
+/// A test runner displays this text.
 impl fmt::Debug for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -73,19 +74,20 @@ impl fmt::Debug for Violation {
 
 impl std::error::Error for Violation {}
 
-/// What each test of [`conformance_tests!`](crate::conformance_tests) does: puts the plugin of the
-/// fixture to one requirement, alone of all tests of that plugin. One that is not tried is fine, and the
-/// output says why.
+/// Checks the plugin of the fixture against one requirement, while no other test of that plugin runs. Each test of
+/// [`conformance_tests!`](crate::conformance_tests) calls it. A skipped requirement is no error; the output
+/// contains the reason.
 ///
 /// # Errors
-/// It is broken, or the fixture cannot be made.
+/// The plugin violates the requirement, or the fixture cannot be created.
 pub fn check(fixture: impl FnOnce() -> Answer<Fixture>, requirement: &str) -> Result<(), Violation> {
-    let program = env::current_exe().map_err(|error| Violation(format!("looking for this test: {error}")))?;
-    let _alone_here = lock(&program)?;
-    let fixture = fixture().map_err(|error| Violation(format!("making the fixture: {error}")))?;
-    let _alone_with_the_plugin = lock(fixture.plugin())?;
+    let program = env::current_exe()
+        .map_err(|error| Violation(format!("finding the path of this test program: {error}")))?;
+    let _program_lock = lock(&program)?;
+    let fixture = fixture().map_err(|error| Violation(format!("creating the fixture: {error}")))?;
+    let _plugin_lock = lock(fixture.plugin())?;
     let report = fixture.run_some(&[requirement]);
-    // What it keeps may be shared with those who wait.
+    // The fixture may keep resources that waiting tests need.
     drop(fixture);
     if !report.passed() {
         return Err(Violation(report.to_string()));
@@ -94,8 +96,8 @@ pub fn check(fixture: impl FnOnce() -> Answer<Fixture>, requirement: &str) -> Re
     Ok(())
 }
 
-/// Waits until nobody else has the file; the lock ends with what is returned.
+/// Waits for the lock on the file. Dropping the result releases it.
 fn lock(path: &Path) -> Result<File, Violation> {
     let locked = File::open(path).and_then(|file| file.lock().map(|()| file));
-    locked.map_err(|error| Violation(format!("waiting for {} to be free: {error}", path.display())))
+    locked.map_err(|error| Violation(format!("waiting for the lock on {}: {error}", path.display())))
 }

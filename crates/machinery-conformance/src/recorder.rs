@@ -1,14 +1,14 @@
-//! The host that the suite plays: it listens, and lets a test wait for what it hears.
+//! The host of the suite: it records the plugin's events, and lets a test wait for them.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use machinery::{HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
-/// What the plugin told its host.
+/// An event that the plugin reported to its host.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Heard {
-    Changed {
+pub enum Event {
+    StateChanged {
         machine: String,
         state: State,
     },
@@ -16,27 +16,27 @@ pub enum Heard {
         machine: String,
         fraction: f64,
     },
-    /// Something else about a machine.
-    Note {
+    /// Any other event of a machine.
+    Other {
         machine: String,
-        what: &'static str,
+        service: &'static str,
     },
 }
 
-impl Heard {
-    /// The machine that it is about.
+impl Event {
+    /// Returns the machine of the event.
     pub fn machine(&self) -> &str {
         match self {
-            Heard::Changed { machine, .. }
-            | Heard::Progress { machine, .. }
-            | Heard::Note { machine, .. } => machine,
+            Event::StateChanged { machine, .. }
+            | Event::Progress { machine, .. }
+            | Event::Other { machine, .. } => machine,
         }
     }
 
-    /// In which state the machine has ended, if that is what it says.
+    /// Returns the final state of the machine, if the event reports the end of its run.
     pub fn end_of(&self, wanted: &str) -> Option<State> {
         match self {
-            Heard::Changed { machine, state: state @ (State::Poweroff | State::Error) } => {
+            Event::StateChanged { machine, state: state @ (State::Poweroff | State::Error) } => {
                 (machine == wanted).then_some(*state)
             }
             _ => None,
@@ -46,36 +46,45 @@ impl Heard {
 
 #[derive(Default)]
 pub struct EventRecorder {
-    heard: Mutex<Vec<Heard>>,
-    news: Condvar,
+    events: Mutex<Vec<Event>>,
+    added: Condvar,
 }
 
 impl EventRecorder {
-    /// How much has been heard so far: a mark from which to look on.
-    pub fn mark(&self) -> usize {
+    /// Returns the number of events so far, as a position for [`since`](Self::since) and [`wait`](Self::wait).
+    pub fn position(&self) -> usize {
         self.lock().len()
     }
 
-    /// What has been heard since the mark.
-    pub fn since(&self, mark: usize) -> Vec<Heard> {
-        self.lock().get(mark..).unwrap_or_default().to_vec()
+    /// Returns the events from that position on.
+    pub fn since(&self, position: usize) -> Vec<Event> {
+        self.lock().get(position..).unwrap_or_default().to_vec()
     }
 
-    /// Waits for something that was heard since the mark.
-    pub fn wait<T>(&self, mark: usize, limit: Duration, find: impl Fn(&Heard) -> Option<T>) -> Option<T> {
-        let found = |heard: &[Heard]| heard.iter().skip(mark).find_map(&find);
-        let waited = self.news.wait_timeout_while(self.lock(), limit, |heard| found(heard).is_none());
-        let (heard, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        found(&heard)
+    /// Waits for an event from that position on, until `find` returns a value.
+    pub fn wait<T>(
+        &self,
+        position: usize,
+        timeout: Duration,
+        find: impl Fn(&Event) -> Option<T>,
+    ) -> Option<T> {
+        let found = |events: &[Event]| events.iter().skip(position).find_map(&find);
+        let waited = self.added.wait_timeout_while(self.lock(), timeout, |events| found(events).is_none());
+        let (events, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        found(&events)
     }
 
-    fn hear(&self, heard: Heard) {
-        self.lock().push(heard);
-        self.news.notify_all();
+    fn record(&self, event: Event) {
+        self.lock().push(event);
+        self.added.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Heard>> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    fn record_other(&self, machine: &str, service: &'static str) {
+        self.record(Event::Other { machine: machine.to_owned(), service });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Event>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -83,23 +92,23 @@ impl HostServices for EventRecorder {
     fn log(&self, _: LogRecord) {}
 
     fn state_changed(&self, machine: &str, state: State, _: &str) {
-        self.hear(Heard::Changed { machine: machine.to_owned(), state });
+        self.record(Event::StateChanged { machine: machine.to_owned(), state });
     }
 
     fn progress(&self, machine: &str, fraction: f64) {
-        self.hear(Heard::Progress { machine: machine.to_owned(), fraction });
+        self.record(Event::Progress { machine: machine.to_owned(), fraction });
     }
 
     fn step(&self, machine: &str, _: &str, _: Duration) {
-        self.hear(Heard::Note { machine: machine.to_owned(), what: "step" });
+        self.record_other(machine, "step");
     }
 
     fn ready(&self, machine: &str, _: &RestoreReadiness) {
-        self.hear(Heard::Note { machine: machine.to_owned(), what: "ready" });
+        self.record_other(machine, "ready");
     }
 
     fn preparation_invalidated(&self, machine: &str, _: &str) {
-        self.hear(Heard::Note { machine: machine.to_owned(), what: "preparation_invalidated" });
+        self.record_other(machine, "preparation_invalidated");
     }
 
     fn max_level(&self) -> LogLevel {
@@ -107,7 +116,7 @@ impl HostServices for EventRecorder {
     }
 }
 
-/// A host that does not listen, for tests that call a plugin themselves.
+/// A host that discards all events, for tests that call a plugin themselves.
 pub struct NullHost;
 
 impl HostServices for NullHost {
@@ -128,15 +137,15 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn what_comes_later_is_waited_for_and_what_came_before_is_not_taken() {
+    fn recorder_waits_for_later_events_and_ignores_earlier_ones() {
         let recorder = EventRecorder::default();
         recorder.progress("m", 0.5);
-        let mark = recorder.mark();
+        let position = recorder.position();
         thread::scope(|scope| {
             scope.spawn(|| recorder.state_changed("m", State::Poweroff, ""));
-            let heard = recorder.wait(mark, Duration::from_secs(10), |heard| Some(heard.clone()));
-            assert_eq!(heard, Some(Heard::Changed { machine: "m".into(), state: State::Poweroff }));
+            let event = recorder.wait(position, Duration::from_secs(10), |event| Some(event.clone()));
+            assert_eq!(event, Some(Event::StateChanged { machine: "m".into(), state: State::Poweroff }));
         });
-        assert_eq!(recorder.wait(recorder.mark(), Duration::ZERO, |_| Some(())), None);
+        assert_eq!(recorder.wait(recorder.position(), Duration::ZERO, |_| Some(())), None);
     }
 }

@@ -1,25 +1,25 @@
-//! What came of it: every requirement by name, and what was seen instead where it was not kept.
+//! The results: each requirement by name, with the reason if it failed or was skipped.
 
 use std::fmt;
 
-/// What a requirement comes to.
+/// The result of a check.
 pub(super) type Result<T = (), E = CheckFailure> = std::result::Result<T, E>;
 
-/// A requirement that was not kept, or not seen to be kept.
+/// The reason why a requirement did not pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CheckFailure {
-    /// It was broken: how.
+    /// The plugin violates the requirement, as described.
     Failed(String),
-    /// It was not tried: why not.
+    /// The requirement was not checked, for that reason.
     Skipped(String),
 }
 
-/// One requirement, by name. Shown, it is a line.
+/// The result of one requirement. It is displayed as one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
-    /// Its name.
+    /// The name of the requirement.
     pub name: String,
-    /// Whether it was kept.
+    /// The result.
     pub result: std::result::Result<(), CheckFailure>,
 }
 
@@ -33,40 +33,40 @@ impl Check {
     }
 }
 
-/// All requirements that were asked for. Shown, it is a line for each.
+/// The results of all requested requirements. It is displayed as one line for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     checks: Vec<Check>,
 }
 
 impl Report {
-    /// What these came to.
+    /// Creates a report of these results.
     pub fn new(checks: Vec<Check>) -> Self {
         Report { checks }
     }
 
-    /// The requirements, in the order in which they were tried.
+    /// Returns the results, in the order in which the requirements were checked.
     pub fn checks(&self) -> &[Check] {
         &self.checks
     }
 
-    /// Whether none was broken. One that was not tried does not count against the plugin.
+    /// Reports whether no requirement failed. A skipped requirement is no failure.
     pub fn passed(&self) -> bool {
         !self.checks.iter().any(Check::failed)
     }
 
-    /// The names of those that were broken.
+    /// Returns the names of the requirements that failed.
     pub fn broken(&self) -> Vec<&str> {
-        self.named(Check::failed)
+        self.names_of(Check::failed)
     }
 
-    /// The names of those that were not tried.
+    /// Returns the names of the requirements that were skipped.
     pub fn skipped(&self) -> Vec<&str> {
-        self.named(|check| matches!(check.result, Err(CheckFailure::Skipped(_))))
+        self.names_of(|check| matches!(check.result, Err(CheckFailure::Skipped(_))))
     }
 
-    fn named(&self, which: impl Fn(&Check) -> bool) -> Vec<&str> {
-        self.checks.iter().filter(|check| which(check)).map(|check| check.name.as_str()).collect()
+    fn names_of(&self, filter: impl Fn(&Check) -> bool) -> Vec<&str> {
+        self.checks.iter().filter(|check| filter(check)).map(|check| check.name.as_str()).collect()
     }
 }
 
@@ -86,11 +86,16 @@ impl fmt::Display for Check {
     }
 }
 
-/// Leaves with what was seen instead, unless the condition holds.
+/// Creates the failure of an action with an error.
+pub(super) fn failed(action: &str, error: &(impl fmt::Display + ?Sized)) -> CheckFailure {
+    CheckFailure::Failed(format!("{action}: {error}"))
+}
+
+/// Returns a failure with the formatted text, unless the condition holds.
 macro_rules! demand {
-    ($condition:expr, $($what:tt)+) => {
+    ($condition:expr, $($text:tt)+) => {
         if !$condition {
-            return Err($crate::CheckFailure::Failed(format!($($what)+)));
+            return Err($crate::report::CheckFailure::Failed(format!($($text)+)));
         }
     };
 }

@@ -1,8 +1,7 @@
-//! A machinery, loaded for one requirement, and what can be asked and demanded of it.
+//! A machinery that is loaded for one requirement, and the calls and demands that requirements consist of.
 //!
-//! Two kinds of methods: those that *demand* (`does`, `refuses`, `is`, `nothing_is_left`) are the
-//! sentences that requirements are written in; those that *ask* (`attempt`, `ask`) hand back the
-//! plugin's own answer.
+//! `attempt` and `try_call` return the plugin's own result. All other methods *demand*: they return a failure
+//! unless the plugin does what the method's name says.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,59 +9,62 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use machinery::host::Instance;
-use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, Setup, State};
+use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, State};
 
-use super::Suite;
-use super::call::{Call, Silent, bounded};
-use super::recorder::Heard;
-use super::report::{CheckFailure, Result, demand};
-use super::spec::{Answer, BackendSpec, Counts, OfMachine};
-
-/// How late a call may come back after its deadline. Much more than any plugin needs, so that a
-/// busy machine is not taken for a bad plugin; much less than for ever.
-pub const GRACE: Duration = Duration::from_secs(5);
+use crate::call::Call;
+use crate::plugin_under_test::{GRACE, PluginUnderTest};
+use crate::recorder::Event;
+use crate::report::{CheckFailure, Result, demand, failed};
+use crate::spec::{Answer, BackendSpec, MachineProbe, RunCounts};
 
 pub struct Session<'a> {
-    suite: &'a Suite<'a>,
+    plugin: &'a PluginUnderTest<'a>,
     instance: Arc<Instance>,
-    /// All machines that the plugin lists, and those of them to try things with.
+    /// All machines that the plugin lists.
     listed: Vec<String>,
+    /// The machines to test with.
     machines: Vec<String>,
-    /// What was heard before is not about this session.
-    mark: usize,
+    /// Earlier events belong to other sessions.
+    first_event: usize,
     folder: tempfile::TempDir,
-    /// It was shut down before its time, and is called no more.
-    ended: AtomicBool,
+    /// The requirement has shut the machinery down.
+    shut_down: AtomicBool,
 }
 
 impl<'a> Session<'a> {
-    pub fn load(suite: &'a Suite<'a>) -> Result<Self> {
-        let folder = tempfile::tempdir().map_err(|error| failed("making a folder to work in", &error))?;
-        let mark = suite.recorder.mark();
-        let instance = suite.load_with(suite.setup)?.map_err(|error| failed("load", &error))?;
-        let (instance, ended) = (Arc::new(instance), AtomicBool::new(false));
-        Ok(Session { suite, instance, listed: Vec::new(), machines: Vec::new(), mark, folder, ended })
+    pub fn load(plugin: &'a PluginUnderTest<'a>) -> Result<Self> {
+        let folder = tempfile::tempdir().map_err(|error| failed("creating a scratch folder", &error))?;
+        let first_event = plugin.recorder.position();
+        let instance = plugin.load(plugin.setup)?.map_err(|error| failed("load", &error))?;
+        Ok(Session {
+            plugin,
+            instance: Arc::new(instance),
+            listed: Vec::new(),
+            machines: Vec::new(),
+            first_event,
+            folder,
+            shut_down: AtomicBool::new(false),
+        })
     }
 
-    /// Learns which machines there are, which is the first thing that any host asks.
-    pub fn meet(&mut self) -> Result {
-        let infos = self.answer("machines", |instance, _| instance.machines())?;
-        self.listed = infos.into_iter().map(|info| info.name).collect();
+    /// Reads the list of machines, which is the first call of every host.
+    pub fn list_machines(&mut self) -> Result {
+        self.listed = self.names()?;
         let chosen = &self.spec().machines;
         self.machines = if chosen.is_empty() { self.listed.clone() } else { chosen.clone() };
-        demand!(!self.machines.is_empty(), "the configuration has no machine to try anything with");
+        demand!(!self.machines.is_empty(), "the configuration has no machine to test with");
         Ok(())
     }
 
-    pub fn suite(&self) -> &'a Suite<'a> {
-        self.suite
+    pub fn plugin(&self) -> &'a PluginUnderTest<'a> {
+        self.plugin
     }
 
     pub fn spec(&self) -> &'a BackendSpec {
-        self.suite.spec
+        self.plugin.spec
     }
 
-    /// The machine to try things with where one is enough.
+    /// Returns the machine for tests that need only one.
     pub fn machine(&self) -> &str {
         self.machines.first().map_or("", String::as_str)
     }
@@ -71,7 +73,7 @@ impl<'a> Session<'a> {
         self.machines.iter().map(String::as_str)
     }
 
-    /// A path at which nothing is, in a folder that is there.
+    /// Returns a path in the session's folder, at which no file exists.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -81,265 +83,215 @@ impl<'a> Session<'a> {
     }
 
     pub fn capabilities(&self) -> Result<Capabilities> {
-        self.answer("capabilities", |instance, _| instance.capabilities())
+        self.call("capabilities", |instance, _| instance.capabilities())
     }
 
-    /// Ends the session: every machine is stopped, and nothing may be left, nor have been told that
-    /// makes no sense.
+    /// Ends the session. Demands that every machine can be stopped, that no leftovers remain, and that all events
+    /// were valid.
     pub fn close(self) -> Result {
-        if self.suite.hung.get().is_some() {
-            // The plugin must not be called beside the call that it is still in. That call also
-            // holds the machinery, so it is not dropped under it.
+        if self.plugin.hung_call().is_some() {
+            // The plugin must not be called during the call that hangs. That call also holds the machinery, so
+            // the machinery is not dropped.
             return Ok(());
         }
-        let ended = if self.ended.load(Ordering::Relaxed) { Ok(()) } else { self.end() };
-        let (suite, instance) = (self.suite, self.instance);
-        ended.and(suite.ask("dropping the machinery", GRACE, move || drop(instance)))?;
-        suite.nothing_is_left("after shutdown")?;
-        suite.events_are_valid(self.mark, &self.listed)
+        let ended = if self.shut_down.load(Ordering::Relaxed) { Ok(()) } else { self.shut_down() };
+        let (plugin, instance) = (self.plugin, self.instance);
+        ended.and(plugin.run("dropping the machinery", GRACE, move || drop(instance)))?;
+        plugin.no_leftovers("after shutdown")?;
+        plugin.events_are_valid(self.first_event, &self.listed)
     }
 
     /// Stops all machines and shuts the machinery down, as a host does before it ends.
-    pub fn end(&self) -> Result {
-        self.ended.store(true, Ordering::Relaxed);
-        let stopped = self.stop_all();
-        // Also after a machine that could not be stopped: it may be the last way to be rid of it.
-        stopped.and(self.answer("shutdown", Instance::shutdown))
+    pub fn shut_down(&self) -> Result {
+        self.shut_down.store(true, Ordering::Relaxed);
+        let stopped = self.listed.iter().try_for_each(|machine| self.ensure_off(machine));
+        // Also after a failed stop: shutdown may be the last way to end the machine.
+        stopped.and(self.call("shutdown", Instance::shutdown))
     }
 
-    fn stop_all(&self) -> Result {
-        self.listed.iter().try_for_each(|machine| self.settle(machine))
-    }
-
-    /// Stops a machine of which it is not known whether it runs.
-    pub fn settle(&self, machine: &str) -> Result {
+    /// Stops a machine that may be running or not.
+    pub fn ensure_off(&self, machine: &str) -> Result {
         match self.attempt(&Call::Stop, machine, self.timeout())? {
             Err(error) if error.kind() != ErrorKind::StateReached => Err(failed("stop", &error)),
-            _ => self.is(machine, State::Poweroff),
+            _ => self.has_state(machine, State::Poweroff),
         }
     }
 
-    /// What the plugin says to a call on a machine with that much time for it.
+    /// Makes a call on a machine with that much time, and returns the plugin's result.
     pub fn attempt(&self, call: &Call, machine: &str, limit: Duration) -> Result<machinery::Result<()>> {
         let (call, machine) = (call.clone(), machine.to_owned());
-        let what = format!("{} of {machine} with a deadline of {limit:?}", call.name());
-        self.ask(&what, limit, move |instance, deadline| call.run(instance, &machine, deadline))
+        let action = format!("{} of {machine} with a deadline of {limit:?}", call.name());
+        self.try_call(&action, limit, move |instance, deadline| call.run(instance, &machine, deadline))
     }
 
-    /// What the plugin says to a call that is not about a machine, or that has an answer.
-    pub fn ask<T: Send + 'static>(
+    /// Makes any call with that much time, and returns the plugin's result.
+    pub fn try_call<T: Send + 'static>(
         &self,
-        what: &str,
+        action: &str,
         limit: Duration,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
     ) -> Result<machinery::Result<T>> {
         let instance = Arc::clone(&self.instance);
-        let work = move || call(&instance, Deadline::after(limit));
-        let answer = self.suite.ask(what, limit + GRACE, work)?;
-        match &answer {
-            Err(error) if is_nonsense(error) => Err(failed(what, error)),
-            _ => Ok(answer),
+        let function = move || call(&instance, Deadline::after(limit));
+        let result = self.plugin.run(action, limit + GRACE, function)?;
+        match &result {
+            Err(error) if error.is_plugin_fault() => Err(failed(action, error)),
+            _ => Ok(result),
         }
     }
 
-    /// Demands an answer to a call.
-    pub fn answer<T: Send + 'static>(
+    /// Makes a call, demands that it succeeds, and returns its value.
+    pub fn call<T: Send + 'static>(
         &self,
-        what: &str,
+        action: &str,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.ask(what, self.timeout(), call)?.map_err(|error| failed(what, &error))
+        self.try_call(action, self.timeout(), call)?.map_err(|error| failed(action, &error))
     }
 
     /// Demands that the call succeeds.
-    pub fn does(&self, call: &Call, machine: &str) -> Result {
-        let answer = self.attempt(call, machine, self.timeout())?;
-        answer.map_err(|error| failed(&format!("{} of {machine}", call.name()), &error))
+    pub fn succeeds(&self, call: &Call, machine: &str) -> Result {
+        let result = self.attempt(call, machine, self.timeout())?;
+        result.map_err(|error| failed(&format!("{} of {machine}", call.name()), &error))
     }
 
-    /// Demands that the call is refused, and why.
-    pub fn refuses(&self, call: &Call, machine: &str, kind: ErrorKind) -> Result {
+    /// Demands that the call is refused with an error of that kind.
+    pub fn is_refused(&self, call: &Call, machine: &str, kind: ErrorKind) -> Result {
         let error = self.fails(call, machine)?;
         let name = call.name();
         demand!(
             error.kind() == kind,
-            "{name} of {machine} ought to be refused with {kind:?}, it said: {error:?}"
+            "{name} of {machine} must be refused with {kind:?}, but returned {error:?}"
         );
         Ok(())
     }
 
-    /// Demands that the call fails with something to say, and hands that on.
+    /// Demands that the call fails with a reason, and returns the error.
     pub fn fails(&self, call: &Call, machine: &str) -> Result<Error> {
         let name = call.name();
         match self.attempt(call, machine, self.timeout())? {
-            Ok(()) => Err(CheckFailure::Failed(format!(
-                "{name} of {machine} says it succeeded, and it cannot have"
-            ))),
+            Ok(()) => Err(CheckFailure::Failed(format!("{name} of {machine} must fail, but it succeeded"))),
             Err(error) => {
-                demand!(!error.reason().trim().is_empty(), "{name} of {machine} failed with nothing to say");
+                demand!(!error.reason().trim().is_empty(), "{name} of {machine} failed without a reason");
                 Ok(error)
             }
         }
     }
 
-    /// What the plugin says to the text as its new configuration, while machines are in use.
+    /// Reloads with the text as the configuration and these machines in use; returns the plugin's result.
     pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<machinery::Result<Reloaded>> {
-        let mut setup = self.suite.setup.clone();
+        let mut setup = self.plugin.setup.clone();
         setup.config.text = text.to_owned();
         let in_use: Vec<String> = in_use.iter().map(|&name| name.to_owned()).collect();
         let reload = move |instance: &Instance, deadline| instance.reload(&setup, &in_use, deadline);
-        self.ask("reload", self.timeout(), reload)
+        self.try_call("reload", self.timeout(), reload)
     }
 
-    /// The machines there are now, by name.
+    /// Returns the names of the machines that the plugin lists now.
     pub fn names(&self) -> Result<Vec<String>> {
-        let infos = self.answer("machines", |instance, _| instance.machines())?;
+        let infos = self.call("machines", |instance, _| instance.machines())?;
         Ok(infos.into_iter().map(|info| info.name).collect())
     }
 
     /// Demands that the machine is in that state.
-    pub fn is(&self, machine: &str, state: State) -> Result {
+    pub fn has_state(&self, machine: &str, expected: State) -> Result {
         let name = machine.to_owned();
-        let said = self.answer("state", move |instance, deadline| instance.state(&name, deadline))?;
-        demand!(said == state, "the state of {machine} ought to be {state}, it is {said}");
+        let state = self.call("state", move |instance, deadline| instance.state(&name, deadline))?;
+        demand!(state == expected, "the state of {machine} must be {expected}, but is {state}");
         Ok(())
     }
 
-    /// Restores the machine, and demands that it runs, from its snapshot if that can be seen.
+    /// Restores the machine. Demands that it runs, and that it runs from its snapshot if the spec has counts.
     pub fn restore(&self, machine: &str) -> Result {
-        self.does(&Call::RestoreStart, machine)?;
-        self.is(machine, State::Running)?;
-        if let Some(Counts { restored, look }) = &self.spec().counts {
-            let count = self.count(machine, look)?;
-            demand!(restored.contains(&count), "{machine} was restored and counts {count}, not {restored:?}");
+        self.succeeds(&Call::RestoreStart, machine)?;
+        self.has_state(machine, State::Running)?;
+        if let Some(RunCounts { restored, read }) = &self.spec().counts {
+            let count = self.count(machine, read)?;
+            demand!(
+                restored.contains(&count),
+                "{machine} must run from its snapshot with a count in {restored:?}, but its count is {count}"
+            );
         }
         Ok(())
     }
 
     /// Stops the running machine, and demands that it is off.
     pub fn stop(&self, machine: &str) -> Result {
-        self.does(&Call::Stop, machine)?;
-        self.is(machine, State::Poweroff)
+        self.succeeds(&Call::Stop, machine)?;
+        self.has_state(machine, State::Poweroff)
     }
 
-    /// Demands that the running machine does not run from its snapshot, if that can be seen.
-    pub fn is_cold(&self, machine: &str) -> Result {
-        if let Some(Counts { restored, look }) = &self.spec().counts {
-            let count = self.count(machine, look)?;
+    /// Demands that the running machine does not run from its snapshot, if the spec has counts.
+    pub fn is_cold_started(&self, machine: &str) -> Result {
+        if let Some(RunCounts { restored, read }) = &self.spec().counts {
+            let count = self.count(machine, read)?;
             demand!(
                 !restored.contains(&count),
-                "{machine} was started cold and counts {count}, as if restored"
+                "{machine} must not run from its snapshot after a cold start, but its count is {count}"
             );
         }
         Ok(())
     }
 
-    fn count(&self, machine: &str, look: &OfMachine<u32>) -> Result<u32> {
-        self.probe("looking at the count", machine, look)
+    fn count(&self, machine: &str, read: &MachineProbe<u32>) -> Result<u32> {
+        self.probe("reading the count", machine, read)
     }
 
-    /// Demands that the machine runs, and does not only say so.
-    pub fn lives(&self, machine: &str) -> Result {
-        self.is(machine, State::Running)?;
+    /// Demands that the machine is in the state `running`, and shows a sign of life.
+    pub fn is_alive(&self, machine: &str) -> Result {
+        self.has_state(machine, State::Running)?;
         match &self.spec().alive {
             Some(alive) => self.probe("waiting for a sign of life", machine, alive),
             None => Ok(()),
         }
     }
 
-    /// Demands that nothing of the machines is left on this host.
-    pub fn nothing_is_left(&self, when: &str) -> Result {
-        self.suite.nothing_is_left(when)
+    /// Demands that no leftovers of the machines are on this computer.
+    pub fn no_leftovers(&self, when: &str) -> Result {
+        self.plugin.no_leftovers(when)
     }
 
-    /// Demands that there is nothing at the path, which is in the session's folder, nor anything
-    /// beside it with a longer name: half a file under another name is still half a file.
-    pub fn nothing_is_at(&self, path: &Path) -> Result {
+    /// Demands that no file is at the path, and none beside it whose name contains the same name: an incomplete
+    /// file under another name is also a leftover.
+    pub fn no_file_at(&self, path: &Path) -> Result {
         let wanted = path.file_name().unwrap_or_default().to_string_lossy();
         let entries =
-            self.folder.path().read_dir().map_err(|error| failed("looking into a folder", &error))?;
+            self.folder.path().read_dir().map_err(|error| failed("reading the scratch folder", &error))?;
         let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-        let left: Vec<String> = names.filter(|name| name.contains(&*wanted)).collect();
-        demand!(left.is_empty(), "beside or at {} was left: {}", path.display(), left.join(", "));
+        let files: Vec<String> = names.filter(|name| name.contains(&*wanted)).collect();
+        demand!(
+            files.is_empty(),
+            "at or beside {}, these files remain: {}",
+            path.display(),
+            files.join(", ")
+        );
         Ok(())
     }
 
-    /// Does an author's own deed.
-    pub fn act(&self, what: &str, machine: &str, deed: &dyn Fn() -> Answer<()>) -> Result {
-        deed().map_err(|error| failed(&format!("{what} {machine}"), error.as_ref()))
+    /// Runs a function of the author's, such as the one that breaks a start.
+    pub fn run_hook(&self, action: &str, machine: &str, hook: &dyn Fn() -> Answer<()>) -> Result {
+        hook().map_err(|error| failed(&format!("{action} {machine}"), error.as_ref()))
     }
 
-    /// Waits for something to be heard in this session, or that has been.
-    pub fn wait_to_hear<T>(&self, find: impl Fn(&Heard) -> Option<T>) -> Option<T> {
-        self.suite.recorder.wait(self.mark, self.timeout(), find)
+    /// Waits until `find` returns a value for an event of this session, including earlier events.
+    pub fn wait_for_event<T>(&self, find: impl Fn(&Event) -> Option<T>) -> Option<T> {
+        self.plugin.recorder.wait(self.first_event, self.timeout(), find)
     }
 
-    /// Demands that all that was ever told makes sense.
+    /// Demands that all events of all sessions were valid.
     pub fn events_are_valid(&self) -> Result {
-        self.suite.events_are_valid(0, &self.listed)
+        self.plugin.events_are_valid(0, &self.listed)
     }
 
-    /// What has been heard in this session so far.
-    pub fn heard(&self) -> Vec<Heard> {
-        self.suite.recorder.since(self.mark)
+    /// Returns the events of this session so far.
+    pub fn events(&self) -> Vec<Event> {
+        self.plugin.recorder.since(self.first_event)
     }
 
-    fn probe<T: Send + 'static>(&self, what: &str, machine: &str, look: &OfMachine<T>) -> Result<T> {
-        let what = format!("{what} of {machine}");
-        let (instance, name, look) = (Arc::clone(&self.instance), machine.to_owned(), Arc::clone(look));
-        let seen = self.suite.ask(&what, self.timeout() + GRACE, move || look(&instance, &name))?;
-        seen.map_err(|error| failed(&what, error.as_ref()))
+    fn probe<T: Send + 'static>(&self, action: &str, machine: &str, probe: &MachineProbe<T>) -> Result<T> {
+        let action = format!("{action} of {machine}");
+        let (instance, name, probe) = (Arc::clone(&self.instance), machine.to_owned(), Arc::clone(probe));
+        let result = self.plugin.run(&action, self.timeout() + GRACE, move || probe(&instance, &name))?;
+        result.map_err(|error| failed(&action, error.as_ref()))
     }
-}
-
-impl Suite<'_> {
-    /// What the plugin says to being loaded.
-    pub(super) fn load_with(&self, setup: &Setup) -> Result<machinery::Result<Instance>> {
-        let (plugin, setup, recorder) = (self.plugin.clone(), setup.clone(), Arc::clone(&self.recorder));
-        self.ask("load", self.spec.timeout + GRACE, move || plugin.load(&setup, recorder))
-    }
-
-    /// Does the work with a bound on it; work that goes beyond it is the end of the suite.
-    pub(super) fn ask<T: Send + 'static>(
-        &self,
-        what: &str,
-        limit: Duration,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T> {
-        bounded(limit, work).map_err(|silent| match silent {
-            Silent::Panicked => CheckFailure::Failed(format!("{what}: the test's own code panicked")),
-            Silent::Hangs => {
-                let _ = self.hung.set(what.to_owned());
-                CheckFailure::Failed(format!("{what} has not returned after {limit:?}"))
-            }
-        })
-    }
-
-    pub(super) fn nothing_is_left(&self, when: &str) -> Result {
-        let leftovers = (self.spec.leftovers)();
-        let leftovers = leftovers.map_err(|error| failed("looking for leftovers", error.as_ref()))?;
-        demand!(leftovers.is_empty(), "{when} there is left: {}", leftovers.join(", "));
-        Ok(())
-    }
-
-    /// Demands that what was told since the mark is about these machines, and no nonsense.
-    fn events_are_valid(&self, mark: usize, machines: &[String]) -> Result {
-        for heard in self.recorder.since(mark) {
-            let known = machines.iter().any(|name| name == heard.machine());
-            demand!(known, "this was told, and no machine has this name: {heard:?}");
-            if let Heard::Progress { fraction, .. } = heard {
-                demand!((0.0..=1.0).contains(&fraction), "{heard:?} is not within 0 and 1");
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether the error tells of a plugin that is broken, rather than of a call that failed.
-fn is_nonsense(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
-}
-
-pub fn failed(what: &str, error: &(impl std::fmt::Display + ?Sized)) -> CheckFailure {
-    CheckFailure::Failed(format!("{what}: {error}"))
 }

@@ -1,4 +1,4 @@
-//! Starts other programs.
+//! Starts other programs with the original limit of open files.
 
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt;

@@ -1,11 +1,11 @@
-//! The time a call may take.
+//! The deadline of a call.
 
 use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
 
-/// The moment by which a call has to return. A call that cannot make it returns
-/// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) rather than coming late.
+/// The time by which a call has to return. A call that cannot finish by then returns
+/// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) instead of returning late.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline {
     at: Instant,
@@ -13,44 +13,43 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// A deadline that ends `limit` from now.
+    /// Creates a deadline that passes `limit` from now.
     pub fn after(limit: Duration) -> Self {
-        // A limit beyond what the clock can tell (centuries) is as good as a day.
+        // The clock cannot represent a limit of centuries; one day is long enough.
         let now = Instant::now();
         let at = now.checked_add(limit).unwrap_or(now + Duration::from_secs(86_400));
         Deadline { at, limit }
     }
 
-    /// What is left of it; zero once it has passed.
+    /// Returns the remaining time; zero once the deadline has passed.
     pub fn remaining(self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
     }
 
-    /// Whether it has passed.
+    /// Reports whether the deadline has passed.
     pub fn passed(self) -> bool {
         self.remaining().is_zero()
     }
 
-    /// How long it was when it was set.
+    /// Returns the whole time that the deadline was created with.
     pub fn limit(self) -> Duration {
         self.limit
     }
 
-    /// The sooner of this deadline and one that ends `limit` from now: for a step that gets a share
-    /// of the whole.
+    /// Returns the earlier of this deadline and one that passes `limit` from now, for a step with its own limit.
     pub fn within(self, limit: Duration) -> Deadline {
         if self.remaining() <= limit { self } else { Deadline::after(limit) }
     }
 
-    /// The error for a call that did not make it; `waiting_for` says what did not happen.
+    /// Returns the timeout error of a call; `waiting_for` names the event that did not happen.
     pub fn timeout(self, waiting_for: &str) -> Error {
         Error::timeout(format!("waited {} for {waiting_for}", seconds(self.limit)))
     }
 
-    /// An error once the deadline has passed; `waiting_for` says what did not happen.
+    /// Fails once the deadline has passed; `waiting_for` names the event that did not happen.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) when the deadline has passed.
+    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) if the deadline has passed.
     pub fn check(self, waiting_for: &str) -> Result<()> {
         if self.passed() { Err(self.timeout(waiting_for)) } else { Ok(()) }
     }
@@ -67,14 +66,14 @@ mod tests {
     use crate::ErrorKind;
 
     #[test]
-    fn a_step_never_gets_more_than_the_whole() {
+    fn within_never_exceeds_the_whole_deadline() {
         let whole = Deadline::after(Duration::from_secs(1));
         assert!(whole.within(Duration::from_secs(60)).remaining() <= Duration::from_secs(1));
         assert!(whole.within(Duration::ZERO).passed());
     }
 
     #[test]
-    fn a_passed_deadline_is_a_timeout() {
+    fn check_is_a_timeout_when_the_deadline_has_passed() {
         let error = Deadline::after(Duration::ZERO).check("the guest to run").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Timeout);
         assert!(error.to_string().contains("the guest to run"), "{error}");

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::abi::{LONGEST, cut};
+use crate::text::{MAX_KEPT, cut};
 use crate::{Error, Result};
 
 /// The maximum number of warnings that are kept for a machine.
@@ -49,7 +49,7 @@ impl Diagnosis {
         self.warnings.push(warning.into());
     }
 
-    /// Whether the diagnosis contains an error or a warning.
+    /// Reports whether the diagnosis contains an error or a warning.
     pub fn says_anything(&self) -> bool {
         self.unusable.is_some() || !self.warnings.is_empty()
     }
@@ -58,9 +58,9 @@ impl Diagnosis {
     pub(crate) fn cut(self) -> Self {
         let warnings = self.warnings.into_iter().take(MAX_WARNINGS);
         Diagnosis {
-            machine: cut(self.machine, LONGEST),
-            unusable: self.unusable.map(|error| error.cut(LONGEST)),
-            warnings: warnings.map(|warning| cut(warning, LONGEST)).collect(),
+            machine: cut(self.machine, MAX_KEPT),
+            unusable: self.unusable.map(|error| error.cut(MAX_KEPT)),
+            warnings: warnings.map(|warning| cut(warning, MAX_KEPT)).collect(),
         }
     }
 }
@@ -88,11 +88,11 @@ mod tests {
 
     #[test]
     fn diagnosis_is_cut_when_its_texts_are_too_long() {
-        let long = "x".repeat(2 * LONGEST);
+        let long = "x".repeat(2 * MAX_KEPT);
         let mut diagnosis = Diagnosis::new("m");
         diagnosis.keep::<()>(Err(Error::failed(&long)));
         diagnosis.warnings = vec![long; 2 * MAX_WARNINGS];
         let size = serde_json::to_string(&diagnosis.cut()).unwrap().len();
-        assert!(size < (MAX_WARNINGS + 2) * (LONGEST + 100), "{size}");
+        assert!(size < (MAX_WARNINGS + 2) * (MAX_KEPT + 100), "{size}");
     }
 }

@@ -1,22 +1,22 @@
-//! The one error that crosses the interface.
+//! The error type of the interface.
 //!
-//! A message answers four questions: what was being done, to which machine, what went wrong, and
-//! what to do about it. The kind is for programs (the host decides by it), the rest for people.
+//! A message consists of the action, the machine, the reason and the advice. The host decides by the kind; the
+//! other parts are for people.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::abi::cut;
+use crate::text::cut;
 
-/// This many problems are told one by one.
-const MOST_PROBLEMS: usize = 200;
+/// The maximum number of problems in one message.
+const MAX_PROBLEMS: usize = 200;
 
-/// What a call of the interface returns.
+/// The result of a call of the interface.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What sort of failure it is; the host's rules for an action go by it.
+/// The kind of an error. The host's reaction to a failed action depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -25,38 +25,37 @@ pub enum ErrorKind {
     Configuration,
     /// Something on this host is missing or forbidden: a binary, a permission, an interface.
     Environment,
-    /// The machinery cannot do this at all. The machine stays in use.
+    /// The machinery does not support the action. The machine stays in the pool.
     Unsupported,
-    /// The machine already is in the state the action leads to.
+    /// The machine is already in the state that the action leads to.
     StateReached,
-    /// The machine is in a state from which the action cannot start, or ended in a wrong one.
+    /// The machine is in a state from which the action cannot start, or ended in a wrong state.
     UnexpectedState,
     /// The deadline passed.
     Timeout,
-    /// There is no machine with that name.
+    /// No machine has that name.
     NoSuchMachine,
     /// The plugin's code panicked.
     PluginPanicked,
-    /// The plugin answered something that makes no sense.
+    /// The plugin returned an invalid value.
     PluginMisbehaved,
-    /// The action was tried and failed.
+    /// The action failed.
     #[serde(other)]
     Failed,
 }
 
-/// Where in a configuration file an error is.
+/// The place of an error in a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// The file.
     pub file: PathBuf,
-    /// Counted from 1, when it is known.
+    /// The line, counted from 1, if it is known.
     pub line: Option<usize>,
-    /// The key, dotted from the top of the file, such as `machines.win10.ip`.
+    /// The key with all keys above it, such as `machines.win10.ip`.
     pub key: Option<String>,
 }
 
-/// A failure with its context: what was being done, to which machine, what went wrong, and what to
-/// do about it.
+/// A failure with its context: the action, the machine, the reason and the advice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Error(Box<Parts>);
@@ -72,59 +71,59 @@ struct Parts {
 }
 
 impl Error {
-    /// An error of that kind; `reason` says what went wrong.
+    /// Creates an error of that kind, with its reason.
     pub fn new(kind: ErrorKind, reason: impl Into<String>) -> Self {
         let reason = reason.into();
         Error(Box::new(Parts { kind, reason, action: None, machine: None, place: None, advice: None }))
     }
 
-    /// A wrong configuration.
+    /// Creates an error of a wrong configuration.
     pub fn configuration(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::Configuration, reason)
     }
 
-    /// Something this host lacks or forbids.
+    /// Creates an error of something that this host lacks or forbids.
     pub fn environment(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::Environment, reason)
     }
 
-    /// An action that was tried and failed.
+    /// Creates an error of an action that failed.
     pub fn failed(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::Failed, reason)
     }
 
-    /// A deadline that passed.
+    /// Creates an error of a deadline that passed.
     pub fn timeout(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::Timeout, reason)
     }
 
-    /// A machine in the wrong state.
+    /// Creates an error of a machine in the wrong state.
     pub fn unexpected_state(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::UnexpectedState, reason)
     }
 
-    /// The machine already is where the action would bring it.
+    /// Creates an error of a machine that is already in the state that the action leads to.
     pub fn state_reached(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::StateReached, reason)
     }
 
-    /// Something the machinery cannot do.
+    /// Creates an error of an action or option that the machinery does not support.
     pub fn unsupported(what: &str) -> Self {
         Error::new(ErrorKind::Unsupported, format!("this machinery does not support {what}"))
     }
 
-    /// A name that no machine has.
+    /// Creates an error of a name that no machine has.
     pub fn no_such_machine(name: &str) -> Self {
         Error::new(ErrorKind::NoSuchMachine, format!("Machine with name {name} does not exist"))
     }
 
-    /// An answer of a plugin that makes no sense.
+    /// Creates an error of a plugin that returned an invalid value.
     pub fn misbehaved(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::PluginMisbehaved, reason)
     }
 
-    /// An I/O error on a path; `doing` is a phrase such as `read the snapshot`.
-    pub fn io(doing: &str, path: &Path, error: &std::io::Error) -> Self {
+    /// Creates an error of I/O on a path; `action` is a phrase such as `read the snapshot`.
+    pub fn io(action: &str, path: &Path, error: &std::io::Error) -> Self {
         let advice = match error.kind() {
             std::io::ErrorKind::NotFound => Some("Check that the path is right"),
             std::io::ErrorKind::PermissionDenied => {
@@ -133,24 +132,24 @@ impl Error {
             std::io::ErrorKind::StorageFull => Some("Free some space on that file system"),
             _ => None,
         };
-        let new = Error::environment(format!("cannot {doing} {}: {error}", path.display()));
+        let new = Error::environment(format!("cannot {action} {}: {error}", path.display()));
         match advice {
             Some(advice) => new.advice(advice),
             None => new,
         }
     }
 
-    /// Several problems as one error of the first one's kind; `None` when there are none. Of very many
-    /// the first are told, and how many there are.
+    /// Combines several problems into one error, with the kind of the first; `None` if there are none. A long list
+    /// is cut, and its length is added.
     pub fn all(mut problems: Vec<Error>) -> Option<Self> {
         match problems.len() {
             0 => None,
             1 => problems.pop(),
             count => {
-                let told = problems.iter().take(MOST_PROBLEMS).map(|problem| format!("  - {problem}"));
-                let mut list = told.collect::<Vec<_>>().join("\n");
-                if count > MOST_PROBLEMS {
-                    list += &format!("\n  - and {} more", count - MOST_PROBLEMS);
+                let lines = problems.iter().take(MAX_PROBLEMS).map(|problem| format!("  - {problem}"));
+                let mut list = lines.collect::<Vec<_>>().join("\n");
+                if count > MAX_PROBLEMS {
+                    list += &format!("\n  - and {} more", count - MAX_PROBLEMS);
                 }
                 Some(Error::new(problems[0].kind(), format!("{count} problems:\n{list}")))
             }
@@ -166,14 +165,14 @@ impl Error {
         self
     }
 
-    /// Says what was being done, unless that has been said nearer to the cause.
+    /// Sets the action, unless it is already set nearer to the cause.
     #[must_use]
     pub fn action(mut self, action: impl Into<String>) -> Self {
         self.0.action.get_or_insert_with(|| action.into());
         self
     }
 
-    /// Says to which machine, unless that has been said.
+    /// Sets the machine, unless it is already set.
     #[must_use]
     pub fn machine(mut self, machine: impl Into<String>) -> Self {
         self.0.machine.get_or_insert_with(|| machine.into());
@@ -187,49 +186,49 @@ impl Error {
         self
     }
 
-    /// Sets the advice unless there is one already: for advice that fits many errors.
+    /// Sets the advice, unless it is already set: for advice that fits many errors.
     #[must_use]
     pub fn default_advice(mut self, advice: impl Into<String>) -> Self {
         self.0.advice.get_or_insert_with(|| advice.into());
         self
     }
 
-    /// Says where in a configuration file it is.
+    /// Sets the place in a configuration file, unless it is already set.
     #[must_use]
     pub fn place(mut self, place: Place) -> Self {
         self.0.place.get_or_insert(place);
         self
     }
 
-    /// The same with each of its texts cut to that length, and a note where one was.
-    pub(crate) fn cut(mut self, longest: usize) -> Self {
+    /// Returns the error with each of its texts cut to that length.
+    pub(crate) fn cut(mut self, max: usize) -> Self {
         let Parts { kind: _, reason, action, machine, place, advice } = &mut *self.0;
-        let shorten = |text: &mut String| *text = cut(std::mem::take(text), longest);
+        let shorten = |text: &mut String| *text = cut(std::mem::take(text), max);
         [action, machine, advice].into_iter().flatten().for_each(shorten);
         shorten(reason);
         if let Some(Place { file, line: _, key }) = place {
             key.iter_mut().for_each(shorten);
-            *file = cut(file.to_string_lossy().into_owned(), longest).into();
+            *file = cut(file.to_string_lossy().into_owned(), max).into();
         }
         self
     }
 
-    /// Reports whether the plugin is at fault: it panicked, or its answer was nonsense.
+    /// Reports whether the plugin is at fault: it panicked, or returned an invalid value.
     pub fn is_plugin_fault(&self) -> bool {
         matches!(self.kind(), ErrorKind::PluginPanicked | ErrorKind::PluginMisbehaved)
     }
 
-    /// The kind of failure.
+    /// Returns the kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// What went wrong, without the context.
+    /// Returns the reason, without the context.
     pub fn reason(&self) -> &str {
         &self.0.reason
     }
 
-    /// Where in a configuration file it is, if it is in one.
+    /// Returns the place in a configuration file, if the error has one.
     pub fn placed(&self) -> Option<&Place> {
         self.0.place.as_ref()
     }
@@ -278,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_says_what_which_why_and_what_to_do() {
+    fn message_contains_action_machine_reason_and_advice() {
         let error = Error::failed("QEMU exited with code 1")
             .action("restore_start")
             .machine("win10_1")
@@ -290,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_context_stays() {
+    fn context_is_kept_when_it_is_set_again() {
         let error = Error::failed("x").machine("inner").machine("outer");
         assert_eq!(error.to_string(), "machine 'inner': x");
     }
@@ -313,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_error_starts_with_its_place() {
+    fn configuration_error_starts_with_its_place() {
         let place = Place {
             file: "/c/conf/machineries/qemu.yaml".into(),
             line: Some(7),
@@ -328,13 +327,23 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_from_a_newer_interface_reads_as_failed() {
+    fn kind_is_read_as_failed_when_it_is_unknown() {
         let kind: ErrorKind = serde_json::from_str("\"quantum_decoherence\"").unwrap();
         assert_eq!(kind, ErrorKind::Failed);
     }
 
     #[test]
-    fn a_text_that_is_too_long_is_cut_and_says_so() {
+    fn error_is_a_plugin_fault_when_the_plugin_panicked_or_misbehaved() {
+        for kind in [ErrorKind::PluginPanicked, ErrorKind::PluginMisbehaved] {
+            assert!(Error::new(kind, "x").is_plugin_fault(), "{kind:?}");
+        }
+        for kind in [ErrorKind::Failed, ErrorKind::Timeout, ErrorKind::Unsupported, ErrorKind::Environment] {
+            assert!(!Error::new(kind, "x").is_plugin_fault(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn error_is_cut_when_its_texts_are_too_long() {
         let long = || "x".repeat(1000);
         let place = Place { file: long().into(), line: None, key: Some(long()) };
         let error = Error::failed(long()).action(long()).machine(long()).advice(long()).place(place);
@@ -345,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn several_problems_are_one_error() {
+    fn problems_are_combined_into_one_error() {
         assert_eq!(Error::all(vec![]), None);
         let one = Error::failed("a");
         assert_eq!(Error::all(vec![one.clone()]), Some(one.clone()));

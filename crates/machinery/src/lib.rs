@@ -1,12 +1,12 @@
 //! The interface between a malware sandbox's machinery host and its virtualisation backends.
 //!
-//! A *machinery* drives virtual machines: it brings them to a saved running state, stops them,
-//! looks at them. The host loads each machinery as a plugin, a shared library
-//! `libmachinery_<name>.so`, and calls it across an ABI that outlives compilers.
+//! A *machinery* controls virtual machines: it restores them to a snapshot, stops them, and inspects them. The
+//! host loads each machinery as a plugin, a shared library `libmachinery_<name>.so`. It calls the plugin across an
+//! ABI that does not depend on the compiler.
 //!
 //! # Writing a plugin
 //!
-//! Implement [`Machinery`] in plain Rust and export it; everything about the ABI is generated:
+//! Implement [`Machinery`] in plain Rust and export it. The macro generates everything that the ABI needs:
 //!
 //! ```
 //! use machinery::{Capabilities, Deadline, Error, Host, MachineInfo, Machinery, Result, Setup, State};
@@ -46,24 +46,26 @@
 //! # fn main() {}
 //! ```
 //!
-//! with `crate-type = ["cdylib"]` and a library name of `machinery_<name>`. `cuckoo-machinery new-plugin`
-//! writes such a crate, commented, tested and working, to begin with; `docs/plugins.md` is the guide.
+//! The crate needs `crate-type = ["cdylib"]` and the library name `machinery_<name>`. `cuckoo-machinery new-plugin`
+//! writes such a crate, with comments and tests, as a working start. `docs/plugins.md` is the guide.
 //!
 //! # Where things are
 //!
-//! | module | what it holds |
+//! | module | content |
 //! | --- | --- |
-//! | `plugin` | the [`Machinery`] trait and what a plugin is given: [`Setup`], [`Deadline`] |
-//! | `ready` | how ready a machine is for its next restore, and what that may cost: [`RestoreReadiness`], [`Budget`] |
+//! | `plugin` | the [`Machinery`] trait, its [`Setup`] and its [`MachineInfo`] |
+//! | `deadline` | the deadline of a call: [`Deadline`] |
+//! | `ready` | a machine's readiness for its next restore, and the memory for it: [`RestoreReadiness`], [`Budget`] |
 //! | `reload` | a new configuration while machines run: [`MachineSet`], [`Reloaded`] |
-//! | `diagnosis` | machines that cannot be used, and why: [`Diagnosis`] |
-//! | `socket` | sockets under paths of any length |
-//! | `command` | starts other programs with the limits that the host was started with |
-//! | `services` | the way back, from the plugin to the host: [`Host`] |
-//! | [`config`] | reading YAML with file, line and key in every error; the keys all machineries share |
-//! | `error`, `report`, `state` | the words both sides use |
-//! | `abi` | the stable ABI around it, generated and hidden |
-//! | [`host`] | the host's side: opening a plugin file and calling it |
+//! | `diagnosis` | machines that cannot be used, and the reasons: [`Diagnosis`] |
+//! | `socket` | sockets with paths of any length: [`SocketPath`] |
+//! | `command` | starts other programs with the limits of open files that the host was started with |
+//! | `services` | calls from the plugin to the host: [`Host`] |
+//! | [`config`] | reads YAML, with file, line and key in every error; the keys that all machineries share |
+//! | `error`, `report`, `state` | errors, findings of a check, and machine states: [`Error`], [`Report`], [`State`] |
+//! | `text` | limits on the texts that cross the interface |
+//! | `abi` | the stable ABI, generated and hidden |
+//! | [`host`] | the host's side: opens a plugin file and calls the plugin |
 
 #![warn(missing_docs)]
 
@@ -82,6 +84,7 @@ mod report;
 mod services;
 mod socket;
 mod state;
+mod text;
 
 pub use command::command;
 pub use deadline::Deadline;

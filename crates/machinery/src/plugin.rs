@@ -1,4 +1,4 @@
-//! What a machinery plugin is: one trait, and the things it is given.
+//! The [`Machinery`] trait that a plugin implements, and the types around it.
 
 use std::path::{Path, PathBuf};
 
@@ -12,64 +12,64 @@ use crate::{Deadline, Diagnosis, Error, Host, Reloaded, Report, Result, State};
 /// # The requirements
 ///
 /// - A call blocks until the hypervisor has *confirmed* the new state; the host never polls.
-/// - A call returns by its deadline, with [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) if need be.
-/// - At most one action runs for one machine at a time, any number for different machines.
-///   [`state`](Machinery::state) may come at any moment, also during an action.
-/// - What happens by itself (the guest powers off, the hypervisor dies) is reported at once through
+/// - A call returns by its deadline, with [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) if necessary.
+/// - The host runs at most one action on a machine at a time, and any number on different machines. It may call
+///   [`state`](Machinery::state) at any time, also during an action.
+/// - A change of state without an action (the guest powers off, the hypervisor dies) is reported at once through
 ///   [`Host::state_changed`].
-/// - A failed start leaves nothing behind: no process, socket or disk.
-/// - `restore_start` brings the machine to its snapshot, whatever an earlier run has done.
-/// - A machine that is prepared, or just being prepared, is powered off to the outside. `stop` lets go
-///   of what was prepared and holds memory, and may come while `prepare` runs, which gives up then.
+/// - A failed start has no leftovers: no process, socket or disk.
+/// - `restore_start` restores the machine to its snapshot, whatever the previous run has done.
+/// - A machine is reported as powered off while it is prepared, and afterwards. `stop` discards a standby and frees
+///   its memory. It may be called during `prepare`, which then ends early.
 pub trait Machinery: Sized + Send + Sync + 'static {
-    /// The word for it in Cuckoo's `machineries` list, lowercase; the library is
-    /// `libmachinery_<NAME>.so`, where `_` may stand for `-`.
+    /// The machinery's name in Cuckoo's `machineries` list, lowercase. The library is `libmachinery_<NAME>.so`; it
+    /// may have `_` where the name has `-`.
     const NAME: &'static str;
 
     /// Machineries that cannot share a host with this one.
     const CONFLICTS: &'static [Conflict] = &[];
 
-    /// Reads the configuration and makes ready to work. No machine is started. Leftovers of a host
-    /// that died (processes, disks) are cleared away here.
+    /// Reads the configuration and removes the leftovers of a host that died (processes, disks). It starts no
+    /// machine.
     ///
     /// # Errors
-    /// A configuration that cannot work, or a host that lacks what it needs. All problems at once
-    /// where possible ([`Error::all`]).
+    /// The configuration cannot work, or the computer lacks something that the machinery needs. The error lists all
+    /// problems where possible ([`Error::all`]).
     fn load(setup: &Setup, host: Host) -> Result<Self>;
 
-    /// Looks at configuration and environment without changing anything, and notes all it finds.
-    /// Runs without [`load`](Machinery::load), also beside a running host.
+    /// Checks configuration and environment without changing anything, and adds the findings to the report. It runs
+    /// without [`load`](Machinery::load), also while another host runs.
     fn check(setup: &Setup, report: &mut Report) {
         let _ = (setup, report);
     }
 
-    /// The hypervisor's version, for people.
+    /// Returns the hypervisor's version, for people.
     ///
     /// # Errors
     /// The hypervisor cannot be reached.
     fn version(&self, deadline: Deadline) -> Result<String>;
 
-    /// Which of the optional methods are real.
+    /// Returns the optional methods that the plugin implements.
     fn capabilities(&self) -> Capabilities;
 
-    /// All configured machines, in the order of the configuration. The same until a
+    /// Returns all configured machines, in the order of the configuration. The list only changes with a
     /// [`reload`](Machinery::reload).
     fn machines(&self) -> Vec<MachineInfo>;
 
-    /// The machine's state now, from the hypervisor itself.
+    /// Returns the machine's current state, as the hypervisor reports it.
     ///
     /// # Errors
-    /// The state is not to be had, or is one that has no name here.
+    /// The hypervisor does not report a state, or reports one that [`State`] does not have.
     fn state(&self, machine: &str, deadline: Deadline) -> Result<State>;
 
-    /// Brings a powered-off machine to its snapshot's state and lets it run.
+    /// Restores a powered-off machine to its snapshot and resumes it.
     ///
     /// # Errors
-    /// [`ErrorKind::UnexpectedState`](crate::ErrorKind::UnexpectedState) if it is not powered off;
-    /// whatever kept it from running.
+    /// [`ErrorKind::UnexpectedState`](crate::ErrorKind::UnexpectedState) if the machine is not powered off; any
+    /// reason why it does not run.
     fn restore_start(&self, machine: &str, deadline: Deadline) -> Result<()>;
 
-    /// Starts the machine without its snapshot (cold boot), on a disposable disk all the same.
+    /// Starts the machine without its snapshot (cold boot), also on a disposable disk.
     ///
     /// # Errors
     /// As [`restore_start`](Machinery::restore_start).
@@ -78,33 +78,33 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("norestore_start"))
     }
 
-    /// Pulls the plug. Returns when nothing of the run is left, nor of what stands by for the next one.
+    /// Ends the machine's run at once, without the guest. Returns when neither the run nor a standby has leftovers.
     ///
     /// # Errors
-    /// [`ErrorKind::StateReached`](crate::ErrorKind::StateReached) if it is powered off already.
+    /// [`ErrorKind::StateReached`](crate::ErrorKind::StateReached) if the machine is already powered off.
     fn stop(&self, machine: &str, deadline: Deadline) -> Result<()>;
 
     /// Presses the power button, and returns when the guest has powered off.
     ///
     /// # Errors
-    /// [`ErrorKind::StateReached`](crate::ErrorKind::StateReached) if it is powered off already;
+    /// [`ErrorKind::StateReached`](crate::ErrorKind::StateReached) if the machine is already powered off;
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) if the guest does not react.
     fn acpi_stop(&self, machine: &str, deadline: Deadline) -> Result<()> {
         let _ = (machine, deadline);
         Err(Error::unsupported("acpi_stop"))
     }
 
-    /// Writes the guest's memory to `path`, readable by the caller. The machine runs on afterwards.
-    /// Nothing is left at `path` on failure. Reports [`Host::progress`].
+    /// Writes the guest's memory to `path`, readable by the caller. The machine still runs afterwards. A failed
+    /// dump leaves no file at `path`. The plugin reports [`Host::progress`].
     ///
     /// # Errors
-    /// The machine is off, the format is not known here, the dump failed.
+    /// The machine is off, the format is not supported, or the dump failed.
     fn dump_memory(&self, machine: &str, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         let _ = (machine, path, format, deadline);
         Err(Error::unsupported("dump_memory"))
     }
 
-    /// Writes what the guest's screen shows to `path`, as PNG.
+    /// Writes the guest's screen to `path`, as PNG.
     ///
     /// # Errors
     /// The machine is off or has no screen.
@@ -113,13 +113,13 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("screenshot"))
     }
 
-    /// Does ahead of time all that [`restore_start`](Machinery::restore_start) will need, and tells how
-    /// ready the machine is by [`Host::ready`]. The host calls it for a machine that is powered off
-    /// and that no task has; [`stop`](Machinery::stop) may come meanwhile and ends it. Reports
-    /// [`Host::progress`] where it takes long.
+    /// Prepares the next [`restore_start`](Machinery::restore_start), and reports the machine's readiness by
+    /// [`Host::ready`]. The host calls it for a machine that is powered off and not locked by a task. A
+    /// [`stop`](Machinery::stop) may be called meanwhile, and ends it. A long preparation reports
+    /// [`Host::progress`].
     ///
     /// # Errors
-    /// What cannot be prepared; the next restore does without.
+    /// The preparation failed; the next restore works without it.
     /// [`ErrorKind::UnexpectedState`](crate::ErrorKind::UnexpectedState) if the machine is on.
     fn prepare(&self, machine: &str, deadline: Deadline) -> Result<()> {
         let _ = (machine, deadline);
@@ -140,16 +140,16 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         self.prepare(machine, deadline)
     }
 
-    /// Takes over a new configuration while machines run; a [`MachineSet`](crate::MachineSet) knows how. Since
-    /// interface 1.1.
+    /// Applies a new configuration while machines run; [`MachineSet`](crate::MachineSet) implements most of it.
+    /// Since interface 1.1.
     ///
-    /// The machines `in_use` run, are acted on, or belong to a task: they stay as they are, whatever the
-    /// configuration says of them now, and calls for them may come meanwhile. All others are powered off,
-    /// and are not called until this returns. What stands by for one that changes or goes is let go.
+    /// The machines `in_use` run, have an action, or are locked by a task. They keep their configuration for now,
+    /// and may be called during the reload. All other machines are powered off, and are not called until the reload
+    /// returns. The plugin discards the standby of a machine that changes or is removed.
     ///
     /// # Errors
-    /// A configuration that cannot work, or that asks for what only [`load`](Machinery::load) can do. Then
-    /// nothing has changed.
+    /// The configuration cannot work, or changes a key that only [`load`](Machinery::load) can apply. The machinery
+    /// is then unchanged.
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let _ = (setup, in_use, deadline);
         Err(Error::unsupported("reload"))
@@ -160,11 +160,11 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     ///
     /// The host calls this function for all machines after [`load`](Machinery::load) and each
     /// [`reload`](Machinery::reload). It calls it for one machine when an operator enables that machine. A
-    /// file may have gone or come back in between, so a plugin answers nothing from memory. The machines may
-    /// be in any state, and actions on them may come meanwhile.
+    /// file may have disappeared or come back in between, so a plugin must not cache the result. The machines may
+    /// be in any state, and the host may call actions on them meanwhile.
     ///
     /// [`load`](Machinery::load) and [`reload`](Machinery::reload) refuse a configuration that is wrong as a
-    /// whole. A machine that lacks its disk or snapshot is loaded all the same, and reported here.
+    /// whole. They load a machine without its disk or snapshot, and this function reports it.
     ///
     /// # Errors
     /// The machinery cannot diagnose its machines. The host logs the error and keeps the earlier results.
@@ -177,20 +177,20 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///
     /// # Errors
-    /// What could not be let go.
+    /// A run or a standby could not be ended.
     fn shutdown(&self, deadline: Deadline) -> Result<()>;
 }
 
-/// A machinery that cannot share a host with the one that says so.
+/// A machinery that cannot share a host with the one that declares the conflict.
 #[derive(Debug, Clone, Copy)]
 pub struct Conflict {
-    /// Its name in the `machineries` list.
+    /// The other machinery's name in the `machineries` list.
     pub with: &'static str,
-    /// Why not, for people.
+    /// The reason, for people.
     pub why: &'static str,
 }
 
-/// Which of the optional methods of [`Machinery`] are real.
+/// The optional methods of [`Machinery`] that a plugin implements.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Capabilities {
@@ -206,12 +206,12 @@ pub struct Capabilities {
     pub prepare: bool,
 }
 
-/// A machine as the rest of the sandbox sees it. The names are those of Cuckoo3's `Machine`.
+/// A machine, as the sandbox sees it. The names of the fields are those of Cuckoo3's `Machine`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineInfo {
     /// Unique over all machineries.
     pub name: String,
-    /// What the hypervisor calls it.
+    /// The hypervisor's name for the machine.
     pub label: String,
     /// The guest's address.
     pub ip: String,
@@ -219,13 +219,13 @@ pub struct MachineInfo {
     pub platform: String,
     /// The operating system's version.
     pub os_version: String,
-    /// What is installed in it.
+    /// The software that is installed in the guest.
     pub tags: Vec<String>,
-    /// The saved running state every analysis starts from.
+    /// The snapshot that every analysis starts from.
     pub snapshot: Option<String>,
     /// Lowercase, `amd64` unless configured.
     pub architecture: String,
-    /// Where its traffic can be captured.
+    /// The network interface on which the machine's traffic can be captured.
     pub interface: Option<String>,
     /// The TCP port of Cuckoo's agent in the guest.
     pub agent_port: u16,
@@ -234,8 +234,8 @@ pub struct MachineInfo {
 }
 
 impl MachineInfo {
-    /// Puts the shared keys of a machine together with what only its machinery knows.
-    /// `interface` is the machinery's own, for machines that have none.
+    /// Creates the info from the shared keys of a machine, and the values that only its machinery knows.
+    /// `interface` is the machinery's, for machines without their own.
     pub fn new(
         name: &str,
         config: &MachineConfig,
@@ -258,7 +258,7 @@ impl MachineInfo {
         }
     }
 
-    /// What no two machines of a machinery may have in common, with the keys of the configuration: for
+    /// Returns the values that must be unique among the machines of a machinery, as (key, value): for
     /// [`Reloadable::unique`](crate::Reloadable::unique).
     pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         vec![
@@ -269,21 +269,21 @@ impl MachineInfo {
     }
 }
 
-/// What the memory dump's file looks like.
+/// The format of a memory dump.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DumpFormat {
-    /// An ELF core file; every machinery that can dump can write it.
+    /// An ELF core file. Every machinery with memory dumps supports it.
     #[default]
     Elf,
     /// A zlib-compressed kdump file.
     KdumpZlib,
-    /// A Windows crash dump; needs a guest that provides the header (virtio-win's fwcfg driver).
+    /// A Windows crash dump. The guest has to provide the header (virtio-win's fwcfg driver).
     WinDmp,
 }
 
 impl DumpFormat {
-    /// Its name in the protocol, which is QEMU's.
+    /// Returns the format's name in the protocol, which is QEMU's name.
     pub fn as_str(self) -> &'static str {
         match self {
             DumpFormat::Elf => "elf",
@@ -293,27 +293,27 @@ impl DumpFormat {
     }
 }
 
-/// What the host gives a plugin to start with.
+/// The configuration and folders that the host passes to a plugin.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Setup {
     /// `conf/machineries/<name>.yaml`, read by the plugin itself.
     pub config: ConfigFile,
-    /// `conf/machinery-host.yaml`, if there is one; the plugin's part is
-    /// [`Setup::section`].
+    /// `conf/machinery-host.yaml`, if it exists. The plugin's part is [`Setup::section`].
     pub host_config: Option<ConfigFile>,
-    /// Where sockets go. A path in it may be longer than a socket address can hold.
+    /// The folder for sockets. A path in it may be too long for a socket address; see
+    /// [`SocketPath`](crate::SocketPath).
     pub sockets_dir: PathBuf,
-    /// What has to outlive the host. The plugin's own.
+    /// The plugin's own folder for files that must outlive the host.
     pub state_dir: PathBuf,
-    /// What can be made again. The plugin's own.
+    /// The plugin's own folder for files that can be created again.
     pub cache_dir: PathBuf,
 }
 
 impl Setup {
-    /// The section `machineries.<name>` of `machinery-host.yaml`, or its default.
+    /// Reads the section `machineries.<name>` of `machinery-host.yaml`; returns the default if it does not exist.
     ///
     /// # Errors
-    /// The section does not read as `T`: file, line and key are in the error.
+    /// The section is not a `T`. The error contains file, line and key.
     pub fn section<T>(&self, name: &str) -> Result<T>
     where
         T: for<'de> Deserialize<'de> + Default,

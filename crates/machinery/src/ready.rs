@@ -1,7 +1,7 @@
-//! How the next restore of a machine will go, and what is kept ready for it.
+//! The readiness of machines for their next restore, and the memory for standbys.
 //!
-//! [`Machinery::prepare`](crate::Machinery::prepare) makes a machine ready; a plugin tells how ready
-//! it is by [`Host::ready`](crate::Host::ready), and the host shows it.
+//! [`Machinery::prepare`](crate::Machinery::prepare) prepares a machine. A plugin reports the machine's readiness by
+//! [`Host::ready`](crate::Host::ready), and the host displays it.
 
 use std::fmt;
 use std::fs;
@@ -12,30 +12,30 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::config::checked;
 
-/// How ready a machine is for its next restore.
+/// A machine's readiness for its next restore.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RestoreReadiness {
-    /// How the next restore will go.
+    /// The mode of the next restore.
     pub mode: Readiness,
-    /// Why it will not go better, for people; empty if it cannot.
+    /// The reason why the restore will not be faster, for people; empty if it is the fastest.
     pub reason: String,
-    /// What is held in memory for it, in bytes.
+    /// The memory that is held for it, in bytes.
     pub memory: u64,
-    /// What is kept on disk for it, in bytes.
+    /// The disk space that is held for it, in bytes.
     pub disk: u64,
 }
 
-/// How a restore will go, from the slowest to the fastest.
+/// The mode of a restore, from the slowest to the fastest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Readiness {
-    /// All of the snapshot is read.
+    /// The restore reads the whole snapshot.
     #[default]
     Plain,
-    /// Most of what the snapshot holds is there already, and only mapped.
+    /// The restore maps most of the snapshot from a file, without reading it.
     Instant,
-    /// It is loaded already, and only has to be let go.
+    /// The machine is loaded and paused; a restore only resumes it.
     Standby,
 }
 
@@ -49,27 +49,27 @@ impl fmt::Display for Readiness {
     }
 }
 
-/// Whether machines stand by: the key `standby` in `machinery-host.yaml`.
+/// The key `standby` in `machinery-host.yaml`: it controls which machines get a standby.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Standby {
-    /// Never.
+    /// No machine.
     Off,
-    /// As long as there is memory for it.
+    /// Every machine, as long as the memory limit allows it.
     On,
-    /// Where a machine that stands by costs little.
+    /// The machines whose standby needs little memory.
     #[default]
     Auto,
 }
 
-/// The memory that may be held for machines that stand by.
+/// The memory limit for all standbys.
 #[derive(Debug)]
 pub struct Budget {
     limit: AtomicU64,
     used: Mutex<u64>,
 }
 
-/// What one of them holds of it, until it is dropped.
+/// The part of a [`Budget`] that one standby holds. Dropping it returns the memory.
 #[derive(Debug)]
 pub struct Share {
     budget: Arc<Budget>,
@@ -77,26 +77,26 @@ pub struct Share {
 }
 
 impl Budget {
-    /// One of that many bytes; if not given, of half the memory of this computer.
+    /// Creates a budget of that many bytes; `None` means half the memory of this computer.
     pub fn new(limit: Option<u64>) -> Arc<Budget> {
         Arc::new(Budget { limit: AtomicU64::new(bytes_of(limit)), used: Mutex::new(0) })
     }
 
-    /// From now on it is that large. What is taken stays taken.
+    /// Changes the limit. Existing shares are kept, even if they exceed it.
     pub fn set_limit(&self, limit: Option<u64>) {
         self.limit.store(bytes_of(limit), Ordering::SeqCst);
     }
 
-    /// A share of it.
+    /// Takes a share of that many bytes.
     ///
     /// # Errors
-    /// There is not as much left; the text says how much there is.
+    /// The share would exceed the limit. The text contains the limit and the memory in use.
     pub fn take(self: &Arc<Self>, bytes: u64) -> Result<Share, String> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         let limit = self.limit.load(Ordering::SeqCst);
         if used.saturating_add(bytes) > limit {
             return Err(format!(
-                "standing by would take {} of memory, and {} of the {} for that are taken (standby_memory)",
+                "a standby would need {} of memory, and {} of the {} for standbys are in use (standby_memory_limit)",
                 format_bytes(bytes),
                 format_bytes(*used),
                 format_bytes(limit)
@@ -108,12 +108,12 @@ impl Budget {
 }
 
 impl Share {
-    /// How large it is, in bytes.
+    /// Returns the size of the share, in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Makes it as large as what is really held, which nobody can know before.
+    /// Sets the size to the memory that is actually held, which is only known afterwards.
     pub fn set_actual(&mut self, bytes: u64) {
         let mut used = self.budget.used.lock().unwrap_or_else(PoisonError::into_inner);
         *used = used.saturating_sub(self.bytes).saturating_add(bytes);
@@ -129,20 +129,20 @@ impl Drop for Share {
 }
 
 fn bytes_of(limit: Option<u64>) -> u64 {
-    limit.unwrap_or_else(|| memory_of_this_computer() / 2)
+    limit.unwrap_or_else(|| total_memory() / 2)
 }
 
-/// Source: `MemTotal` in proc_meminfo(5), in KiB. Without it nothing is held.
-fn memory_of_this_computer() -> u64 {
+/// Returns the memory of this computer, or 0 if it is unknown. Source: `MemTotal` in proc_meminfo(5), in KiB.
+fn total_memory() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
-/// What a size can be counted in.
+/// The units of a size.
 const UNITS: [(&str, u64); 3] = [("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
 
-/// A size for people, such as `1.9 GiB`.
+/// Formats a size for people, such as `1.9 GiB`.
 pub fn format_bytes(bytes: u64) -> String {
     let (unit, size) = UNITS.into_iter().rev().find(|(_, size)| bytes >= *size).unwrap_or(UNITS[0]);
     let tenths = bytes.saturating_mul(10) / size;
@@ -153,10 +153,10 @@ pub fn format_bytes(bytes: u64) -> String {
     }
 }
 
-/// Reads a size such as `16 GiB`, in bytes, for a field's `deserialize_with`.
+/// Reads a size such as `16 GiB` as bytes, for a field's `deserialize_with`.
 ///
 /// # Errors
-/// It is none.
+/// The value is not a size.
 pub fn parse_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     checked(deserializer, |text| {
         if text.trim().is_empty() || text == "~" || text == "null" {
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_budget_is_shared_and_given_back() {
+    fn budget_refuses_a_share_when_the_limit_is_reached() {
         let budget = Budget::new(Some(100 << 20));
         let mut first = budget.take(60 << 20).unwrap();
         let refused = budget.take(50 << 20).unwrap_err();
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read_and_written() {
+    fn size_is_read_and_formatted_with_its_unit() {
         let read = |text: &str| serde_yaml::from_str::<Sized>(text).map(|sized| sized.size);
         assert_eq!(read("size: 16 GiB").unwrap(), Some(16 << 30));
         assert_eq!(read("size: 5MiB").unwrap(), Some(5 << 20));

@@ -1,13 +1,13 @@
-//! A new configuration while machines run.
+//! Applies a new configuration while machines run.
 //!
-//! A machinery keeps its machines in a [`MachineSet`]. A reload *plans* first: what the new configuration
-//! says is put beside the machines there are, and nothing changes. Only when all that is new has been
-//! made, and all that is old let go, does the plan take the place of the old list, all at once.
+//! A machinery keeps its machines in a [`MachineSet`]. A reload first compares the new configuration with the current
+//! machines, and makes a [`ReloadPlan`], which changes nothing. The machinery then creates the new machines and
+//! discards the standbys of the old ones. Only the commit replaces the list, in one step.
 //!
 //! ```text
-//!                    │ as it was │ otherwise, or gone │ new
-//!   in use           │ kept      │ kept, for later    │ –
-//!   powered off      │ kept      │ made anew, dropped │ made
+//!                    │ unchanged │ changed      │ removed      │ new
+//!   in use           │ kept      │ kept for now │ kept for now │ –
+//!   powered off      │ kept      │ replaced     │ removed      │ added
 //! ```
 
 use std::fmt::Display;
@@ -16,52 +16,45 @@ use std::sync::{Arc, PoisonError, RwLock};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigFile;
-use crate::{Deadline, Error, Result, Setup};
+use crate::{Deadline, Error, Result};
 
-/// What became of the machines that there were.
+/// The result of a reload for the previous machines.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Reloaded {
-    /// Those that are otherwise now.
+    /// The machines whose configuration has changed.
     pub changed: Vec<String>,
-    /// Those that are in use, and that the new configuration changes or removes. They stay as they are;
-    /// the host asks once more when they are free.
+    /// The machines in use that the new configuration changes or removes. They are unchanged for now; the host
+    /// reloads again when they are free.
     pub later: Vec<String>,
-}
-
-/// What a plugin is asked, as it crosses the interface.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct ReloadRequest {
-    pub setup: Setup,
-    pub in_use: Vec<String>,
 }
 
 /// A machine in a [`MachineSet`].
 pub trait Reloadable {
-    /// All that its configuration says of it.
+    /// The machine's complete configuration.
     type Keys: PartialEq;
 
-    /// Its name, in its keys.
+    /// Returns the name of the machine with these keys.
     fn key_name(keys: &Self::Keys) -> &str;
 
-    /// What no two machines may have in common, as (key, value). A machine in use keeps its own also
-    /// where the new configuration gives them to another one.
+    /// Returns the values that must be unique among the machines, as (key, value). A machine in use keeps its
+    /// values, even if the new configuration gives them to another machine.
     fn unique(keys: &Self::Keys) -> Vec<(&'static str, Option<&str>)>;
 
-    /// What it was made of.
+    /// Returns the keys that the machine was created with.
     fn keys(&self) -> &Self::Keys;
 
-    /// Its name.
+    /// Returns the machine's name.
     fn name(&self) -> &str {
         Self::key_name(self.keys())
     }
 }
 
-/// Expects that a key which only [`load`](crate::Machinery::load) can apply is as it was; the error names
-/// both values. `file` is where the new one stands, if there is such a file.
+/// Expects that a key is unchanged which only [`load`](crate::Machinery::load) can apply. `now` is its current value,
+/// `wanted` its value in the new configuration. `file` is the file of the new value, if there is one.
 ///
 /// # Errors
-/// It is not.
+/// The value has changed. The error contains both values.
 pub fn expect_unchanged(
     file: Option<&ConfigFile>,
     key: &[&str],
@@ -73,42 +66,42 @@ pub fn expect_unchanged(
         return Ok(());
     }
     let name = key.last().copied().unwrap_or_default();
-    let reason = format!("{name} is {now} as long as the host runs, and would be {wanted} now");
+    let reason = format!("{name} stays {now} as long as the host runs, and the new value is {wanted}");
     let error = match file {
         Some(file) => file.error(key, reason),
         None => Error::configuration(reason),
     };
-    Err(error.advice(format!("Restart the host to have it changed, or set it to {now} again")))
+    Err(error.advice(format!("Restart the host to change it, or set it to {now} again")))
 }
 
 /// The machines of a machinery, in the order of the configuration.
 #[derive(Debug)]
 pub struct MachineSet<M>(RwLock<Vec<Arc<M>>>);
 
-/// A roster to be, and what that means for the one there is.
+/// The next list of machines, and its differences from the current one.
 #[derive(Debug)]
 pub struct ReloadPlan<M> {
     machines: Vec<Arc<M>>,
-    /// Machines that are made for it.
+    /// The new machines, which the machinery still has to create.
     pub added: Vec<Arc<M>>,
-    /// Machines that are not in it any more. They are powered off, but may stand by.
+    /// The machines that are no longer in the list. They are powered off, but may have a standby.
     pub removed: Vec<Arc<M>>,
-    /// What became of those there were.
+    /// The result for the previous machines.
     pub outcome: Reloaded,
 }
 
 impl<M: Reloadable> MachineSet<M> {
-    /// A roster of these machines.
+    /// Creates a set of these machines.
     pub fn new(machines: Vec<Arc<M>>) -> Self {
         MachineSet(RwLock::new(machines))
     }
 
-    /// All of them.
+    /// Returns all machines.
     pub fn all(&self) -> Vec<Arc<M>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The machine of that name.
+    /// Returns the machine of that name.
     ///
     /// # Errors
     /// [`ErrorKind::NoSuchMachine`](crate::ErrorKind::NoSuchMachine) if there is none.
@@ -118,11 +111,11 @@ impl<M: Reloadable> MachineSet<M> {
         machine.cloned().ok_or_else(|| Error::no_such_machine(name))
     }
 
-    /// Puts what is wanted, of that file, beside what there is; `make` makes a machine, and must leave all
-    /// others alone.
+    /// Compares the wanted machines, from that file, with the current ones. `make` creates a machine, and must not
+    /// change any other.
     ///
     /// # Errors
-    /// A new machine would have what one in use still has.
+    /// A new machine would have a unique value of a machine in use.
     pub fn plan(
         &self,
         file: &ConfigFile,
@@ -149,24 +142,24 @@ impl<M: Reloadable> MachineSet<M> {
         for machine in old {
             if is_in_use(&machine) { plan.keep(machine) } else { plan.removed.push(machine) }
         }
-        plan.expect_apart(file)?;
+        plan.expect_unique(file)?;
         Ok(plan)
     }
 
-    /// Puts the plan in the place of the old list, unless it is too late for that: the host may have given
-    /// the machines to somebody else by then.
+    /// Replaces the list by that of the plan. After the deadline, the list must not change: the host may have given
+    /// the machines to a task by then.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) when the deadline has passed.
+    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) if the deadline has passed.
     pub fn commit(&self, plan: ReloadPlan<M>, deadline: Deadline) -> Result<Reloaded> {
-        deadline.check("the new configuration to be taken over")?;
+        deadline.check("the new configuration to be applied")?;
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = plan.machines;
         Ok(plan.outcome)
     }
 }
 
 impl<M: Reloadable> ReloadPlan<M> {
-    /// All machines that there will be.
+    /// Returns all machines of the next list.
     pub fn machines(&self) -> &[Arc<M>] {
         &self.machines
     }
@@ -180,30 +173,31 @@ impl<M: Reloadable> ReloadPlan<M> {
         self.machines.push(machine);
     }
 
-    /// One in use, which is to be otherwise later.
+    /// Keeps a machine in use that changes later.
     fn keep(&mut self, machine: Arc<M>) {
         self.outcome.later.push(machine.name().to_owned());
         self.machines.push(machine);
     }
 
-    /// The configuration's own check for what is given twice knows nothing of those that stay as they were.
-    fn expect_apart(&self, file: &ConfigFile) -> Result<()> {
+    /// Compares the new machines with the kept ones, which the check of the new configuration does not know.
+    fn expect_unique(&self, file: &ConfigFile) -> Result<()> {
         let kept = |machine: &&Arc<M>| self.outcome.later.iter().any(|later| later == machine.name());
         let kept: Vec<_> = self.machines.iter().filter(kept).collect();
-        let clashes = |new: &Arc<M>| kept.iter().filter_map(|old| clash(file, new, old)).collect::<Vec<_>>();
-        Error::all(self.added.iter().flat_map(clashes).collect()).map_or(Ok(()), Err)
+        let duplicates =
+            |new: &Arc<M>| kept.iter().filter_map(|old| duplicate(file, new, old)).collect::<Vec<_>>();
+        Error::all(self.added.iter().flat_map(duplicates).collect()).map_or(Ok(()), Err)
     }
 }
 
-/// What the new machine would have of one that stays as it is.
-fn clash<M: Reloadable>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Error> {
+/// Returns an error if the new machine has a unique value of the kept one.
+fn duplicate<M: Reloadable>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Error> {
     let taken = M::unique(old.keys());
     let is_taken = |value: &(_, Option<_>)| value.1.is_some() && taken.contains(value);
     let (key, value) = M::unique(new.keys()).into_iter().find(is_taken)?;
     let (value, old) = (value.unwrap_or_default(), old.name());
     let reason = format!("'{value}' is in use as the {key} of machine '{old}'");
     let error = file.error(&["machines", new.name(), key], reason);
-    Some(error.advice(format!("Reload again when '{old}' is free: until then it stays as it is")))
+    Some(error.advice(format!("Reload again when '{old}' is free: until then it keeps its configuration")))
 }
 
 #[cfg(test)]
@@ -237,14 +231,14 @@ mod tests {
         text.split_whitespace().map(one).collect()
     }
 
-    fn roster(text: &str) -> MachineSet<Machine> {
+    fn set(text: &str) -> MachineSet<Machine> {
         MachineSet::new(keys(text).into_iter().map(|keys| Arc::new(Machine(keys))).collect())
     }
 
-    fn plan(roster: &MachineSet<Machine>, wanted: &str, in_use: &[&str]) -> Result<ReloadPlan<Machine>> {
+    fn plan(set: &MachineSet<Machine>, wanted: &str, in_use: &[&str]) -> Result<ReloadPlan<Machine>> {
         let file = ConfigFile { path: "/c/m.yaml".into(), text: "machines:\n  x:\n    label: 1\n".into() };
         let in_use: Vec<String> = in_use.iter().map(|name| (*name).to_owned()).collect();
-        roster.plan(&file, keys(wanted), &in_use, |keys| Arc::new(Machine(keys)))
+        set.plan(&file, keys(wanted), &in_use, |keys| Arc::new(Machine(keys)))
     }
 
     fn text(machines: &[Arc<Machine>]) -> String {
@@ -252,43 +246,45 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_use_stays_and_all_else_is_as_wanted() {
-        let roster = roster("a1 b2 c3 d4 e5 f6");
-        let kept = roster.find("a").unwrap();
-        let plan = plan(&roster, "g7 f6 b8 a1 c9", &["b", "d", "f"]).unwrap();
-        assert_eq!(text(&roster.all()), "a1 b2 c3 d4 e5 f6 ", "a plan changes nothing");
+    fn plan_keeps_machines_in_use_and_applies_the_rest() {
+        let set = set("a1 b2 c3 d4 e5 f6");
+        let kept = set.find("a").unwrap();
+        let plan = plan(&set, "g7 f6 b8 a1 c9", &["b", "d", "f"]).unwrap();
+        assert_eq!(text(&set.all()), "a1 b2 c3 d4 e5 f6 ", "a plan changes nothing");
         assert_eq!((text(&plan.added), text(&plan.removed)), ("g7 c9 ".into(), "c3 e5 ".into()));
-        let outcome = roster.commit(plan, Deadline::after(Duration::from_secs(60))).unwrap();
-        assert_eq!(text(&roster.all()), "g7 f6 b2 a1 c9 d4 ");
+        let outcome = set.commit(plan, Deadline::after(Duration::from_secs(60))).unwrap();
+        assert_eq!(text(&set.all()), "g7 f6 b2 a1 c9 d4 ");
         assert_eq!(outcome, Reloaded { changed: vec!["c".into()], later: vec!["b".into(), "d".into()] });
-        assert!(Arc::ptr_eq(&kept, &roster.find("a").unwrap()));
-        assert!(roster.find("e").is_err());
+        assert!(Arc::ptr_eq(&kept, &set.find("a").unwrap()));
+        assert!(set.find("e").is_err());
     }
 
     #[test]
-    fn nothing_is_taken_from_a_machine_in_use() {
-        let roster = roster("a1 b2");
+    fn plan_is_refused_when_a_machine_in_use_has_a_unique_value() {
+        let set = set("a1 b2");
         for wanted in ["x1 b2", "a3 x1 b2"] {
-            let text = plan(&roster, wanted, &["a"]).unwrap_err().to_string();
-            let told =
+            let text = plan(&set, wanted, &["a"]).unwrap_err().to_string();
+            let expected =
                 "/c/m.yaml:3: machines.x.label: '1' is in use as the label of machine 'a'. Reload again";
-            assert!(text.starts_with(told), "{text}");
+            assert!(text.starts_with(expected), "{text}");
         }
-        assert!(plan(&roster, "x1 b2", &["b"]).is_ok());
-        assert!(plan(&roster, "x3 b2", &["a"]).is_ok());
+        assert!(plan(&set, "x1 b2", &["b"]).is_ok());
+        assert!(plan(&set, "x3 b2", &["a"]).is_ok());
     }
 
     #[test]
-    fn what_only_a_start_can_change_is_told_with_both_values() {
+    fn expect_unchanged_names_both_values_when_a_key_has_changed() {
         let file = ConfigFile { path: "/c/m.yaml".into(), text: "a: 1\ndsn: b\n".into() };
         assert_eq!(expect_unchanged(Some(&file), &["dsn"], "b", "b"), Ok(()));
         let text = expect_unchanged(Some(&file), &["dsn"], "a", "b").unwrap_err().to_string();
         assert!(
-            text.starts_with("/c/m.yaml:2: dsn: dsn is a as long as the host runs, and would be b"),
+            text.starts_with(
+                "/c/m.yaml:2: dsn: dsn stays a as long as the host runs, and the new value is b"
+            ),
             "{text}"
         );
         assert!(text.contains("Restart the host"), "{text}");
         let text = expect_unchanged(None, &["x", "dir"], "a", "b").unwrap_err().to_string();
-        assert!(text.starts_with("dir is a as long"), "{text}");
+        assert!(text.starts_with("dir stays a as long"), "{text}");
     }
 }

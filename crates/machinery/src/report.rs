@@ -1,68 +1,68 @@
-//! What `check` finds: all of it at once, the good and the bad.
+//! The findings of a `check`, good and bad.
 
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
-/// How bad a finding is.
+/// The level of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// As it should be.
+    /// It works.
     Good,
-    /// Works, with a drawback.
+    /// It works, with a drawback.
     Warning,
-    /// Will not work.
+    /// It does not work.
     Problem,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// How bad it is.
+    /// The level.
     pub level: Level,
-    /// What was found, and what to do about it.
+    /// The finding, with advice.
     pub text: String,
 }
 
-/// The findings of a `check`, in the order they were made.
+/// The findings of a `check`, in the order in which they were added.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     findings: Vec<Finding>,
 }
 
 impl Report {
-    /// Something that is as it should be.
+    /// Adds a finding of something that works.
     pub fn good(&mut self, text: impl Into<String>) {
         self.findings.push(Finding { level: Level::Good, text: text.into() });
     }
 
-    /// Something that works, with a drawback.
+    /// Adds a finding of something that works with a drawback.
     pub fn warning(&mut self, text: impl Into<String>) {
         self.findings.push(Finding { level: Level::Warning, text: text.into() });
     }
 
-    /// Something that will not work.
+    /// Adds a finding of something that does not work.
     pub fn problem(&mut self, error: &Error) {
         self.findings.push(Finding { level: Level::Problem, text: error.to_string() });
     }
 
-    /// Notes a problem if there is one, and hands the value on.
+    /// Adds the error as a problem, or returns the value.
     pub fn keep<T>(&mut self, result: crate::Result<T>) -> Option<T> {
         result.map_err(|error| self.problem(&error)).ok()
     }
 
-    /// Takes over all findings of another report.
+    /// Adds all findings of another report.
     pub fn append(&mut self, other: Report) {
         self.findings.extend(other.findings);
     }
 
-    /// All findings.
+    /// Returns all findings.
     pub fn findings(&self) -> &[Finding] {
         &self.findings
     }
 
-    /// Whether anything will not work.
+    /// Reports whether a finding is a problem.
     pub fn has_problems(&self) -> bool {
         self.findings.iter().any(|finding| finding.level == Level::Problem)
     }

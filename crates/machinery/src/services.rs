@@ -1,4 +1,4 @@
-//! The way back: what a plugin can tell its host.
+//! The services of the host that a plugin can call.
 
 use std::fmt;
 use std::path::Path;
@@ -9,74 +9,72 @@ use serde::{Deserialize, Serialize};
 
 use crate::{RestoreReadiness, State};
 
-/// The reason for a [`State::Poweroff`] of a guest that powered itself off. This is no accident: the host
-/// neither warns of it nor records it as an error.
+/// The reason for a [`State::Poweroff`] of a guest that powered itself off. The host neither logs a warning for it
+/// nor records an error.
 pub const GUEST_POWERED_OFF: &str = "the guest powered itself off";
 
-/// The host's side of [`Host`]; a host implements it, plugins never see it.
+/// The host's side of [`Host`]. A host implements it; plugins do not see it.
 pub trait HostServices: Send + Sync + 'static {
-    /// A line for the log.
+    /// Writes a line to the log.
     fn log(&self, record: LogRecord);
-    /// A machine changed state by itself.
+    /// Reports that a machine changed its state by itself.
     fn state_changed(&self, machine: &str, state: State, reason: &str);
-    /// How far a long action is: 0.0 to 1.0.
+    /// Reports the progress of a long action: 0.0 to 1.0.
     fn progress(&self, machine: &str, fraction: f64);
-    /// A step of an action took that long.
+    /// Reports the duration of a step of an action.
     fn step(&self, machine: &str, step: &str, took: Duration);
-    /// How ready a machine is for its next restore.
+    /// Reports a machine's readiness for its next restore.
     fn ready(&self, machine: &str, ready: &RestoreReadiness);
-    /// A machine should be prepared again, and why.
+    /// Reports that a machine has lost its preparation, and the reason.
     fn preparation_invalidated(&self, machine: &str, reason: &str);
-    /// Records above this level are thrown away, so they need not be made.
+    /// Returns the highest level that the host logs. It discards records above this level.
     fn max_level(&self) -> LogLevel;
 }
 
-/// The services of the host, as a plugin sees them. Cheap to clone, callable from any thread,
-/// harmless after the host has ended.
+/// The services of the host, as a plugin sees them. A plugin can clone it cheaply and call it from any thread. Calls
+/// after the end of the host have no effect.
 ///
-/// The log has no method here: use `tracing`'s macros, whose events arrive in the host's log with
-/// their fields.
+/// The log has no method: use `tracing`'s macros. Their events arrive in the host's log with their fields.
 #[derive(Clone)]
 pub struct Host {
     services: Arc<dyn HostServices>,
 }
 
 impl Host {
-    /// Services that a host implements.
+    /// Creates the plugin's view of a host's services.
     pub fn new(services: Arc<dyn HostServices>) -> Self {
         Host { services }
     }
 
-    /// Services that listen to nobody: for a plugin's own unit tests.
+    /// Creates services that discard every call, for a plugin's own unit tests.
     pub fn detached() -> Self {
-        Host::new(Arc::new(Nobody))
+        Host::new(Arc::new(NoServices))
     }
 
-    /// Reports that the machine changed its state by itself, and why; also during an action. An empty reason
-    /// means that the host has ordered the state. The host warns of a machine that failed or ended for a
-    /// reason, and records that reason as an error, unless it is [`GUEST_POWERED_OFF`].
+    /// Reports that the machine changed its state by itself, and the reason; also during an action. An empty reason
+    /// means that the host has requested the state. If a machine failed or ended for a reason, the host logs a
+    /// warning and records the reason as an error, unless it is [`GUEST_POWERED_OFF`].
     pub fn state_changed(&self, machine: &str, state: State, reason: &str) {
         self.services.state_changed(machine, state, reason);
     }
 
-    /// Tells how far a long action on the machine is: 0.0 to 1.0.
+    /// Reports the progress of a long action on the machine: 0.0 to 1.0.
     pub fn progress(&self, machine: &str, fraction: f64) {
         self.services.progress(machine, fraction.clamp(0.0, 1.0));
     }
 
-    /// Tells how long a step of the action under way took; the host's log and metrics have it.
+    /// Reports the duration of a step of the current action, for the host's log and metrics.
     pub fn step(&self, machine: &str, step: &str, took: Duration) {
         self.services.step(machine, step, took);
     }
 
-    /// Tells how ready the machine is for its next restore, whenever that changes.
+    /// Reports the machine's readiness for its next restore, whenever it changes.
     pub fn ready(&self, machine: &str, ready: &RestoreReadiness) {
         self.services.ready(machine, ready);
     }
 
-    /// Tells that what [`prepare`](crate::Machinery::prepare) made is gone by itself, and why. The host
-    /// prepares the machine again when there is nothing else to do with it, unless that happens again
-    /// and again.
+    /// Reports that the machine has lost its preparation by itself, and the reason. The host prepares the machine
+    /// again when it is idle, unless it loses its preparation repeatedly.
     pub fn preparation_invalidated(&self, machine: &str, reason: &str) {
         self.services.preparation_invalidated(machine, reason);
     }
@@ -92,38 +90,38 @@ impl fmt::Debug for Host {
     }
 }
 
-/// How much a log line matters.
+/// The level of a log record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// Something failed.
     Error,
-    /// Something is odd, and went on.
+    /// Something is unexpected, but work continues.
     Warn,
-    /// What an operator wants to know.
+    /// Information for operators.
     Info,
-    /// What a developer wants to know.
+    /// Information for developers.
     Debug,
-    /// Everything.
+    /// All details.
     Trace,
 }
 
 /// One line of a plugin's log, with its fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LogRecord {
-    /// How much it matters.
+    /// The level.
     pub level: LogLevel,
-    /// The module it comes from.
+    /// The module that logged it.
     pub target: String,
-    /// The text.
+    /// The message.
     pub message: String,
     /// The fields, by name.
     pub fields: serde_json::Map<String, serde_json::Value>,
 }
 
-struct Nobody;
+struct NoServices;
 
-impl HostServices for Nobody {
+impl HostServices for NoServices {
     fn log(&self, _: LogRecord) {}
     fn state_changed(&self, _: &str, _: State, _: &str) {}
     fn progress(&self, _: &str, _: f64) {}
@@ -135,10 +133,10 @@ impl HostServices for Nobody {
     }
 }
 
-/// Whether a path can be handed across the interface: it is text there.
+/// Returns the path as text, as it crosses the interface.
 pub(crate) fn path_text(path: &Path) -> crate::Result<&str> {
     path.to_str().ok_or_else(|| {
         crate::Error::configuration(format!("the path {} is not valid UTF-8", path.display()))
-            .advice("Use a path of plain letters")
+            .advice("Use a path that is valid UTF-8")
     })
 }

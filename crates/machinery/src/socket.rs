@@ -1,4 +1,4 @@
-//! Unix sockets under paths of any length.
+//! Unix sockets with paths of any length.
 
 use std::fs::File;
 use std::io;
@@ -6,35 +6,35 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// A socket's path, and an address for it that fits into a socket address.
+/// The path of a socket, and an equivalent path that fits into a socket address.
 ///
-/// `sockaddr_un` holds 108 bytes with the final NUL (unix(7)), and the folder of a sandbox can be
-/// deeper than that. Then the folder is held open and the address goes through `/proc`, which is
-/// valid in every process of the same user for as long as this value lives.
+/// `sockaddr_un` holds 108 bytes with the final NUL (unix(7)), and the folder of a sandbox can have a longer path.
+/// In that case this value keeps the folder open, and the address is a path in `/proc`. It is valid in every process
+/// of the same user as long as this value exists.
 #[derive(Debug)]
 pub struct SocketPath {
     path: PathBuf,
     folder: Option<File>,
 }
 
-/// The longest path a socket address can hold.
-const LONGEST: usize = 107;
+/// The maximum length of a path in a socket address.
+const MAX_PATH: usize = 107;
 
-/// The longest file name that fits behind `/proc/PID/fd/N/`, with a 7-digit process and a 10-digit
+/// The maximum length of a file name that fits behind `/proc/PID/fd/N/`, with a 7-digit process and a 10-digit
 /// descriptor.
-const LONGEST_NAME: usize = LONGEST - "/proc/1234567/fd/1234567890/".len();
+const MAX_NAME: usize = MAX_PATH - "/proc/1234567/fd/1234567890/".len();
 
 /// Returns the path of a machine's own socket: `<machinery>_<machine>.sock`. If a machine's name is too long
 /// for a socket address, its first part and a hash of the whole name are used. No machine's name contains
 /// `~`.
 pub fn machine_socket(folder: &Path, machinery: &str, machine: &str) -> PathBuf {
     let name = format!("{machinery}_{machine}.sock");
-    if name.len() <= LONGEST_NAME {
+    if name.len() <= MAX_NAME {
         return folder.join(name);
     }
     let end = format!("~{:016x}.sock", hash(machine));
     let start = format!("{machinery}_{machine}");
-    let start = &start[..start.floor_char_boundary(LONGEST_NAME.saturating_sub(end.len()))];
+    let start = &start[..start.floor_char_boundary(MAX_NAME.saturating_sub(end.len()))];
     folder.join(format!("{start}{end}"))
 }
 
@@ -46,7 +46,7 @@ fn hash(text: &str) -> u64 {
 }
 
 impl SocketPath {
-    /// The socket at `path`, whose folder exists.
+    /// Creates the address of the socket at `path`. Its folder must exist.
     ///
     /// # Errors
     /// The path is too long and its folder cannot be opened.
@@ -58,12 +58,12 @@ impl SocketPath {
         Ok(SocketPath { path: path.to_owned(), folder })
     }
 
-    /// Where the socket is.
+    /// Returns the path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What to bind or connect to.
+    /// Returns the path to bind or connect to.
     pub fn address(&self) -> PathBuf {
         match (&self.folder, self.path.file_name()) {
             (Some(folder), Some(name)) => {
@@ -75,9 +75,9 @@ impl SocketPath {
     }
 }
 
-/// Whether a program that knows no way around the limit could not use this path.
+/// Reports whether the path is too long for a socket address.
 fn is_too_long(path: &Path) -> bool {
-    path.as_os_str().as_bytes().len() > LONGEST
+    path.as_os_str().as_bytes().len() > MAX_PATH
 }
 
 #[cfg(test)]
@@ -86,7 +86,7 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     #[test]
-    fn a_long_path_can_be_bound_and_reached() {
+    fn socket_can_be_bound_and_reached_when_its_path_is_long() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("x".repeat(150));
         std::fs::create_dir(&folder).unwrap();
@@ -112,7 +112,7 @@ mod tests {
             UnixListener::bind(socket.address()).unwrap();
             let worst =
                 format!("/proc/4194304/fd/1000000000/{}", path.file_name().unwrap().to_str().unwrap());
-            assert!(worst.len() <= LONGEST, "{worst}");
+            assert!(worst.len() <= MAX_PATH, "{worst}");
         }
         assert!(paths[0] != paths[1], "names that differ at their end have sockets of their own");
     }
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_path_is_its_own_address() {
+    fn address_is_the_path_when_it_is_short() {
         let socket = SocketPath::new(Path::new("/run/x.sock")).unwrap();
         assert_eq!(socket.address(), Path::new("/run/x.sock"));
     }

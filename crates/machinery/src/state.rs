@@ -1,34 +1,34 @@
-//! The states of a machine, in Cuckoo's own strings.
+//! The states of a machine, with Cuckoo's own names.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What a machine is doing. The strings are Cuckoo3's (`cuckoo.common.machines.States`), exactly.
+/// The state of a machine. The names are exactly those of Cuckoo3 (`cuckoo.common.machines.States`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// On its way to `running`.
+    /// The machine is about to be `running`.
     Starting,
     /// The guest's processors run.
     Running,
-    /// The guest's processors are held, and can be resumed.
+    /// The guest's processors are paused, and can be resumed.
     Paused,
-    /// On its way to `poweroff`.
+    /// The machine is about to be `poweroff`.
     Stopping,
-    /// There is no running machine.
+    /// The machine does not run.
     Poweroff,
-    /// The snapshot's state is loaded and the machine does not run yet.
+    /// The snapshot is loaded, and the machine does not run yet.
     Restored,
     /// The guest suspended itself (S3).
     Suspended,
-    /// The machine needs help: crashed guest, I/O error, unknown state.
+    /// The machine has failed: crashed guest, I/O error, unknown state.
     Error,
 }
 
 impl State {
-    /// All states there are.
+    /// All states.
     pub const ALL: [State; 8] = [
         State::Starting,
         State::Running,
@@ -40,7 +40,7 @@ impl State {
         State::Error,
     ];
 
-    /// The string that Cuckoo uses for it.
+    /// Returns Cuckoo's name of the state.
     pub fn as_str(self) -> &'static str {
         match self {
             State::Starting => "starting",
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_state_survives_its_string() {
+    fn state_is_read_from_its_own_name() {
         for state in State::ALL {
             assert_eq!(state.as_str().parse(), Ok(state));
             assert_eq!(serde_json::to_string(&state).unwrap(), format!("\"{state}\""));

@@ -1,4 +1,4 @@
-//! What a machinery writes for its caller: memory dumps and screenshots.
+//! Files that a machinery writes for its caller: memory dumps and screenshots.
 
 use std::fs::{File, Metadata};
 use std::io::BufReader;
@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use machinery::{DumpFormat, State};
 
 use crate::call::Call;
-use crate::recorder::Heard;
-use crate::report::{CheckFailure, Result, demand};
-use crate::session::{Session, failed};
+use crate::recorder::Event;
+use crate::report::{CheckFailure, Result, demand, failed};
+use crate::session::Session;
 
 pub fn dump_memory(session: &Session) -> Result {
     if !session.capabilities()?.dump_memory {
@@ -18,16 +18,16 @@ pub fn dump_memory(session: &Session) -> Result {
     }
     let machine = session.machine();
     let dump = |path: PathBuf| Call::DumpMemory(path, DumpFormat::Elf);
-    is_refused_when_off(session, machine, dump)?;
+    fails_when_off(session, machine, dump)?;
     session.restore(machine)?;
-    let before = session.heard().len();
+    let before = session.events().len();
     let file = session.path("dump");
-    session.does(&dump(file.clone()), machine)?;
-    is_the_callers(&file)?;
-    grows(machine, session.heard().get(before..).unwrap_or_default())?;
-    session.lives(machine)?;
-    needs_a_path(session, machine, dump)?;
-    other_formats(session, machine)
+    session.succeeds(&dump(file.clone()), machine)?;
+    belongs_to_caller(&file)?;
+    progress_grows(machine, session.events().get(before..).unwrap_or_default())?;
+    session.is_alive(machine)?;
+    names_invalid_path(session, machine, dump)?;
+    handles_other_formats(session, machine)
 }
 
 pub fn screenshot(session: &Session) -> Result {
@@ -35,59 +35,59 @@ pub fn screenshot(session: &Session) -> Result {
         return Err(CheckFailure::Skipped("the machinery does not offer screenshot".to_owned()));
     }
     let machine = session.machine();
-    is_refused_when_off(session, machine, Call::Screenshot)?;
+    fails_when_off(session, machine, Call::Screenshot)?;
     session.restore(machine)?;
     let file = session.path("screen.png");
-    session.does(&Call::Screenshot(file.clone()), machine)?;
-    is_the_callers(&file)?;
+    session.succeeds(&Call::Screenshot(file.clone()), machine)?;
+    belongs_to_caller(&file)?;
     is_png(&file)?;
-    session.lives(machine)?;
-    needs_a_path(session, machine, Call::Screenshot)
+    session.is_alive(machine)?;
+    names_invalid_path(session, machine, Call::Screenshot)
 }
 
-/// Nothing is written of a machine that is off.
-fn is_refused_when_off(session: &Session, machine: &str, call: impl Fn(PathBuf) -> Call) -> Result {
-    let file = session.path("of-nothing");
+/// Demands that the call fails for a machine that is off, and writes no file.
+fn fails_when_off(session: &Session, machine: &str, call: impl Fn(PathBuf) -> Call) -> Result {
+    let file = session.path("file-when-off");
     session.fails(&call(file.clone()), machine)?;
-    session.nothing_is_at(&file)?;
-    session.is(machine, State::Poweroff)
+    session.no_file_at(&file)?;
+    session.has_state(machine, State::Poweroff)
 }
 
-/// A path that cannot be written to is named in the error, and costs the machine nothing.
-fn needs_a_path(session: &Session, machine: &str, call: impl Fn(PathBuf) -> Call) -> Result {
-    let folder = session.path("a-folder");
-    std::fs::create_dir(&folder).map_err(|error| failed("making a folder", &error))?;
-    for path in [session.path("no-folder").join("file"), folder.clone()] {
+/// Demands that the error names a path that cannot be written to, and that the machine still runs.
+fn names_invalid_path(session: &Session, machine: &str, call: impl Fn(PathBuf) -> Call) -> Result {
+    let folder = session.path("folder");
+    std::fs::create_dir(&folder).map_err(|error| failed("creating a folder", &error))?;
+    for path in [session.path("no-such-folder").join("file"), folder.clone()] {
         let error = session.fails(&call(path.clone()), machine)?.to_string();
         let path = path.display().to_string();
         demand!(error.contains(&path), "the error does not name the path {path}: {error}");
-        session.lives(machine)?;
+        session.is_alive(machine)?;
     }
     demand!(folder.is_dir(), "the folder at the path was removed");
     Ok(())
 }
 
-/// A format that is not to be had is no reason to lose the machine, or to leave half a file.
-fn other_formats(session: &Session, machine: &str) -> Result {
+/// Demands that the machine still runs after a dump in an unsupported format, and that no file is left.
+fn handles_other_formats(session: &Session, machine: &str) -> Result {
     for format in [DumpFormat::KdumpZlib, DumpFormat::WinDmp] {
         let file = session.path(format.as_str());
         match session.attempt(&Call::DumpMemory(file.clone(), format), machine, session.timeout())? {
-            Ok(()) => is_the_callers(&file)?,
-            Err(_) => session.nothing_is_at(&file)?,
+            Ok(()) => belongs_to_caller(&file)?,
+            Err(_) => session.no_file_at(&file)?,
         }
-        session.lives(machine)?;
+        session.is_alive(machine)?;
     }
     Ok(())
 }
 
-fn is_the_callers(path: &Path) -> Result {
+fn belongs_to_caller(path: &Path) -> Result {
     let file = metadata(path)?;
     let folder = path.parent().map(metadata).transpose()?;
-    demand!(file.is_file() && file.len() > 0, "there is nothing in {}", path.display());
-    // Our own folder tells who we are. Root could read any file, so that it can be read proves little.
-    let ours = folder.is_none_or(|folder| folder.uid() == file.uid());
-    demand!(ours, "{} belongs to user {}, not to the caller", path.display(), file.uid());
-    demand!(file.mode() & 0o400 != 0, "{} is not readable for its owner", path.display());
+    demand!(file.is_file() && file.len() > 0, "{} is not a file, or it is empty", path.display());
+    // The caller owns the folder. A successful read proves little, because root can read any file.
+    let same_owner = folder.is_none_or(|folder| folder.uid() == file.uid());
+    demand!(same_owner, "{} belongs to user {}, not to the caller", path.display(), file.uid());
+    demand!(file.mode() & 0o400 != 0, "{} is not readable by its owner", path.display());
     Ok(())
 }
 
@@ -95,31 +95,31 @@ fn metadata(path: &Path) -> Result<Metadata> {
     path.symlink_metadata().map_err(|error| failed(&path.display().to_string(), &error))
 }
 
-/// Progress is told, and goes one way.
-fn grows(machine: &str, heard: &[Heard]) -> Result {
-    let fractions: Vec<f64> = heard.iter().filter_map(|heard| fraction_of(machine, heard)).collect();
-    demand!(!fractions.is_empty(), "no progress of the dump was told");
+/// Demands that the plugin reported progress, and that it only grew.
+fn progress_grows(machine: &str, events: &[Event]) -> Result {
+    let fractions: Vec<f64> = events.iter().filter_map(|event| fraction_of(machine, event)).collect();
+    demand!(!fractions.is_empty(), "the plugin reported no progress of the dump");
     demand!(
         fractions.iter().all(|at| (0.0..=1.0).contains(at)),
-        "not all of {fractions:?} are within 0 and 1"
+        "the progress must be between 0 and 1, but is {fractions:?}"
     );
-    demand!(fractions.is_sorted(), "the progress goes back: {fractions:?}");
+    demand!(fractions.is_sorted(), "the progress must only grow, but is {fractions:?}");
     Ok(())
 }
 
-fn fraction_of(wanted: &str, heard: &Heard) -> Option<f64> {
-    match heard {
-        Heard::Progress { machine, fraction } if machine == wanted => Some(*fraction),
+fn fraction_of(wanted: &str, event: &Event) -> Option<f64> {
+    match event {
+        Event::Progress { machine, fraction } if machine == wanted => Some(*fraction),
         _ => None,
     }
 }
 
 fn is_png(path: &Path) -> Result {
-    let what = || format!("reading {} as PNG", path.display());
-    let file = File::open(path).map_err(|error| failed(&what(), &error))?;
+    let action = || format!("reading {} as PNG", path.display());
+    let file = File::open(path).map_err(|error| failed(&action(), &error))?;
     let decoder = png::Decoder::new(BufReader::new(file));
-    let mut reader = decoder.read_info().map_err(|error| failed(&what(), &error))?;
+    let mut reader = decoder.read_info().map_err(|error| failed(&action(), &error))?;
     let size = reader.output_buffer_size().unwrap_or_default();
-    reader.next_frame(&mut vec![0; size]).map_err(|error| failed(&what(), &error))?;
+    reader.next_frame(&mut vec![0; size]).map_err(|error| failed(&action(), &error))?;
     Ok(())
 }

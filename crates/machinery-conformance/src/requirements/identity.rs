@@ -1,4 +1,4 @@
-//! What a machinery says of itself and of its configuration.
+//! A machinery's name, machines, capabilities and configuration.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -7,78 +7,84 @@ use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, Level, MachineInfo};
 
 use crate::call::Call;
-use crate::report::{CheckFailure, Result, demand};
-use crate::session::{Session, failed};
+use crate::report::{CheckFailure, Result, demand, failed};
+use crate::session::Session;
 
 pub fn identity(session: &Session) -> Result {
-    let plugin = &session.suite().plugin;
+    let plugin = &session.plugin().plugin;
     let file = plugin.path().file_name().unwrap_or_default().to_string_lossy();
     let name = plugin.name();
-    // Cargo has no `-` in the name of a library.
+    // Cargo replaces `-` with `_` in library names.
     let names = [name.to_owned(), name.replace('-', "_")].map(|name| format!("libmachinery_{name}.so"));
-    demand!(names.contains(&file.to_string()), "the machinery {name:?} is in a file named {file}");
+    demand!(
+        names.contains(&file.to_string()),
+        "the file of the machinery {name:?} must be named after it, but its name is {file}"
+    );
     demand!(is_lowercase(name), "the name {name:?} is not lowercase");
     demand!(!plugin.version().trim().is_empty(), "the plugin has no version");
-    let version = session.answer("version", Instance::version)?;
-    demand!(!version.trim().is_empty(), "version says nothing");
+    let version = session.call("version", Instance::version)?;
+    demand!(!version.trim().is_empty(), "version returns an empty text");
     Ok(())
 }
 
 pub fn machines(session: &Session) -> Result {
     let infos = machine_infos(session)?;
-    infos.iter().try_for_each(is_whole)?;
+    infos.iter().try_for_each(is_complete)?;
     is_unique("name", infos.iter().map(|info| info.name.as_str()))?;
     is_unique("ip", infos.iter().map(|info| info.ip.as_str()))?;
     is_unique("label", infos.iter().map(|info| info.label.as_str()))?;
     is_unique("mac_address", infos.iter().filter_map(|info| info.mac_address.as_deref()))?;
-    let wanted: Vec<&str> = session.machines().collect();
+    let expected: Vec<&str> = session.machines().collect();
     let names = infos.iter().map(|info| info.name.as_str());
-    let found: Vec<&str> = names.filter(|name| wanted.contains(name)).collect();
-    demand!(found == wanted, "the configuration has the machines {wanted:?} in this order, not {found:?}");
-    // A run may change nothing of it.
+    let found: Vec<&str> = names.filter(|name| expected.contains(name)).collect();
+    demand!(found == expected, "the plugin must list the machines {expected:?} in this order, not {found:?}");
+    // A run must not change the list.
     session.restore(session.machine())?;
-    demand!(machine_infos(session)? == infos, "machines has another answer while one runs");
+    demand!(machine_infos(session)? == infos, "machines returns another list while a machine runs");
     Ok(())
 }
 
 pub fn capabilities(session: &Session) -> Result {
-    let able = session.capabilities()?;
+    let capabilities = session.capabilities()?;
     let machine = session.machine();
     session.restore(machine)?;
-    demand!(session.capabilities()? == able, "capabilities has another answer while a machine runs");
-    for call in every_call(session.path("none")).iter().filter(|call| !call.is_offered(able)) {
-        session.refuses(call, machine, ErrorKind::Unsupported)?;
-        session.lives(machine)?;
+    demand!(session.capabilities()? == capabilities, "the capabilities change while a machine runs");
+    for call in every_call(session.path("none")).iter().filter(|call| !call.is_offered(capabilities)) {
+        session.is_refused(call, machine, ErrorKind::Unsupported)?;
+        session.is_alive(machine)?;
     }
-    session.nothing_is_at(&session.path("none"))
+    session.no_file_at(&session.path("none"))
 }
 
 pub fn unknown_machine(session: &Session) -> Result {
-    let able = session.capabilities()?;
+    let capabilities = session.capabilities()?;
     let path = session.path("none");
-    for call in every_call(path.clone()).iter().filter(|call| call.is_offered(able)) {
+    for call in every_call(path.clone()).iter().filter(|call| call.is_offered(capabilities)) {
         for name in ["no-such-machine", "", "../../etc/passwd", "%s%n"] {
-            session.refuses(call, name, ErrorKind::NoSuchMachine)?;
+            session.is_refused(call, name, ErrorKind::NoSuchMachine)?;
         }
     }
-    session.nothing_is_at(&path)
+    session.no_file_at(&path)
 }
 
 pub fn bad_configuration(session: &Session) -> Result {
-    // Two machineries at a time would be one more than a host ever has.
-    session.end()?;
-    let mut setup = session.suite().setup.clone();
+    // A host never loads a machinery twice.
+    session.shut_down()?;
+    let mut setup = session.plugin().setup.clone();
     let file = setup.config.path.display().to_string();
     for text in ["machines: [unclosed", "just words", "no_such_key: 1"] {
         setup.config.text = text.to_owned();
-        match session.suite().load_with(&setup)? {
+        match session.plugin().load(&setup)? {
             Ok(_) => {
                 return Err(CheckFailure::Failed(format!(
-                    "the configuration {text:?} is taken for a good one"
+                    "load must refuse the configuration {text:?}, but it succeeded"
                 )));
             }
             Err(error) => {
-                demand!(error.kind() == ErrorKind::Configuration, "{text:?} is refused as {error:?}");
+                demand!(
+                    error.kind() == ErrorKind::Configuration,
+                    "load must refuse {text:?} with Configuration, but returned {error:?}"
+                );
                 demand!(error.to_string().contains(&file), "the error does not name {file}: {error}");
             }
         }
@@ -89,43 +95,43 @@ pub fn bad_configuration(session: &Session) -> Result {
 pub fn check(session: &Session) -> Result {
     let machine = session.machine();
     session.restore(machine)?;
-    let suite = session.suite();
-    let (plugin, setup, recorder) = (suite.plugin.clone(), suite.setup.clone(), suite.recorder.clone());
-    let report = suite.ask("check", session.timeout(), move || plugin.check(&setup, recorder))?;
+    let plugin = session.plugin();
+    let (opened, setup, recorder) = (plugin.plugin.clone(), plugin.setup.clone(), plugin.recorder.clone());
+    let report = plugin.run("check", session.timeout(), move || opened.check(&setup, recorder))?;
     let report = report.map_err(|error| failed("check", &error))?;
     let problem = report.findings().iter().find(|finding| finding.level == Level::Problem);
-    demand!(problem.is_none(), "check finds a problem with what works: {problem:?}");
-    session.lives(machine)?;
+    demand!(problem.is_none(), "check reports a problem with a configuration that works: {problem:?}");
+    session.is_alive(machine)?;
     session.stop(machine)?;
-    session.nothing_is_left("after a check")
+    session.no_leftovers("after a check")
 }
 
 fn machine_infos(session: &Session) -> Result<Vec<MachineInfo>> {
-    session.answer("machines", |instance, _| instance.machines())
+    session.call("machines", |instance, _| instance.machines())
 }
 
-fn is_whole(info: &MachineInfo) -> Result {
+fn is_complete(info: &MachineInfo) -> Result {
     let name = &info.name;
     demand!(!name.trim().is_empty(), "a machine has no name: {info:?}");
-    demand!(!info.ip.is_empty(), "the machine {name} has no address");
+    demand!(!info.ip.is_empty(), "the machine {name} has no IP address");
     demand!(
         !info.platform.is_empty() && is_lowercase(&info.platform),
-        "the platform of {name} is {:?}",
+        "the platform of {name} must be lowercase and not empty, but is {:?}",
         info.platform
     );
     demand!(
         !info.architecture.is_empty() && is_lowercase(&info.architecture),
-        "the architecture of {name} is {:?}",
+        "the architecture of {name} must be lowercase and not empty, but is {:?}",
         info.architecture
     );
     demand!(info.agent_port > 0, "the agent of {name} has no port");
     Ok(())
 }
 
-fn is_unique<'a>(what: &str, values: impl Iterator<Item = &'a str>) -> Result {
+fn is_unique<'a>(key: &str, values: impl Iterator<Item = &'a str>) -> Result {
     let mut seen = HashSet::new();
-    let again = values.into_iter().find(|value| !seen.insert(*value));
-    demand!(again.is_none(), "two machines have the {what} {again:?}");
+    let duplicate = values.into_iter().find(|value| !seen.insert(*value));
+    demand!(duplicate.is_none(), "two machines have the same {key}: {duplicate:?}");
     Ok(())
 }
 

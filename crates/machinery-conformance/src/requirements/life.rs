@@ -1,4 +1,4 @@
-//! The machinery's own life: loading, ending, and what it tells meanwhile.
+//! The machinery's own life: its load, its shutdown, and its events in between.
 
 use std::time::Duration;
 
@@ -8,37 +8,37 @@ use crate::call::Call;
 use crate::report::Result;
 use crate::session::Session;
 
-/// Time enough to be refused.
-const A_MOMENT: Duration = Duration::from_secs(1);
+/// Enough time for a call that is refused.
+const SHORT_DEADLINE: Duration = Duration::from_secs(1);
 
 pub fn off_after_load(session: &Session) -> Result {
-    session.machines().try_for_each(|machine| session.is(machine, State::Poweroff))?;
-    session.nothing_is_left("after load")
+    session.machines().try_for_each(|machine| session.has_state(machine, State::Poweroff))?;
+    session.no_leftovers("after load")
 }
 
 pub fn shutdown(session: &Session) -> Result {
     let machine = session.machine();
     session.restore(machine)?;
     session.stop(machine)?;
-    session.end()?;
-    session.nothing_is_left("after shutdown")?;
+    session.shut_down()?;
+    session.no_leftovers("after shutdown")?;
     for call in [Call::State, Call::Stop, Call::RestoreStart, Call::Stop] {
-        // Any answer will do, as long as it is one.
-        let _ = session.attempt(&call, machine, A_MOMENT)?;
+        // Any result is acceptable, as long as the call returns.
+        let _ = session.attempt(&call, machine, SHORT_DEADLINE)?;
     }
-    session.nothing_is_left("after calls that came too late")
+    session.no_leftovers("after calls that followed the shutdown")
 }
 
-/// A run with all that there is to tell of. What was told of the requirements before it is looked at
-/// once more, for something of it may have come late.
+/// Makes a run with every kind of event. It also checks the events of earlier requirements again, because some
+/// may have come late.
 pub fn reports(session: &Session) -> Result {
-    let (able, machine) = (session.capabilities()?, session.machine());
-    if able.prepare {
-        session.does(&Call::Prepare, machine)?;
+    let (capabilities, machine) = (session.capabilities()?, session.machine());
+    if capabilities.prepare {
+        session.succeeds(&Call::Prepare, machine)?;
     }
     session.restore(machine)?;
-    if able.dump_memory {
-        session.does(&Call::DumpMemory(session.path("dump"), DumpFormat::Elf), machine)?;
+    if capabilities.dump_memory {
+        session.succeeds(&Call::DumpMemory(session.path("dump"), DumpFormat::Elf), machine)?;
     }
     session.stop(machine)?;
     session.events_are_valid()

@@ -1,106 +1,119 @@
 //! A new configuration while machines run.
 //!
-//! What the suite can change of a configuration that it does not know is which machines there are: in the
-//! files of all machineries they stand under `machines`, by name.
+//! The suite does not know the machinery's keys. It can only add and remove machines, because the files of all
+//! machineries list them by name under `machines`.
 
 use machinery::{ErrorKind, Reloaded};
 use serde_yaml::{Mapping, Value};
 
 use crate::call::Call;
-use crate::report::{CheckFailure, Result, demand};
-use crate::session::{Session, failed};
+use crate::report::{CheckFailure, Result, demand, failed};
+use crate::session::Session;
 
 pub fn reload(session: &Session) -> Result {
-    let whole = session.suite().setup.config.text.as_str();
-    let used = session.machine();
-    session.restore(used)?;
-    match session.reload(whole, &[used])? {
+    let full = session.plugin().setup.config.text.as_str();
+    let first = session.machine();
+    session.restore(first)?;
+    match session.reload(full, &[first])? {
         Err(error) if error.kind() == ErrorKind::Unsupported => {
             return Err(CheckFailure::Skipped("the machinery does not offer reload".to_owned()));
         }
-        outcome => expect(outcome, &[], "what it has already")?,
+        result => expect_deferred(result, &[], "the current configuration")?,
     }
-    session.lives(used)?;
-    a_bad_one_changes_nothing(session, used)?;
-    match session.machines().find(|other| *other != used).zip(shortened(whole, used)) {
-        Some((other, without_used)) => machines_go_and_come(session, other, &without_used),
+    session.is_alive(first)?;
+    invalid_configuration_changes_nothing(session, first)?;
+    match session.machines().find(|other| *other != first).zip(without_machine(full, first)) {
+        Some((other, without_first)) => machines_are_removed_and_added(session, other, &without_first),
         None => Ok(()),
     }
 }
 
-fn a_bad_one_changes_nothing(session: &Session, used: &str) -> Result {
+fn invalid_configuration_changes_nothing(session: &Session, first: &str) -> Result {
     let before = session.names()?;
-    let file = session.suite().setup.config.path.display().to_string();
+    let file = session.plugin().setup.config.path.display().to_string();
     for text in ["machines: [unclosed", "just words", "no_such_key: 1"] {
-        match session.reload(text, &[used])? {
+        match session.reload(text, &[first])? {
             Ok(_) => {
-                return Err(CheckFailure::Failed(format!("reload takes {text:?} for a good configuration")));
+                return Err(CheckFailure::Failed(format!(
+                    "reload must refuse the configuration {text:?}, but it succeeded"
+                )));
             }
             Err(error) => {
                 demand!(error.to_string().contains(&file), "the error does not name {file}: {error}")
             }
         }
-        demand!(session.names()? == before, "{text:?} was refused, and changed the machines");
+        demand!(session.names()? == before, "reload refused {text:?}, but changed the machines");
     }
-    session.lives(used)
+    session.is_alive(first)
 }
 
-/// One that is in use goes when it is not any more; all others go and come at once.
-fn machines_go_and_come(session: &Session, other: &str, without_used: &str) -> Result {
-    let whole = session.suite().setup.config.text.as_str();
-    let (used, all) = (session.machine(), session.names()?);
-    let without_other = shortened(whole, other).unwrap_or_default();
-    expect(session.reload(&without_other, &[used])?, &[], &format!("a configuration without {other}"))?;
-    is_gone(session, other)?;
-    session.lives(used)?;
-    expect(
-        session.reload(without_used, &[used])?,
-        &[used],
-        &format!("a configuration without {used}, which runs"),
-    )?;
-    demand!(session.names()?.iter().any(|name| name == used), "{used} is in use, and gone");
-    session.lives(used)?;
-    session.restore(other)?;
-    session.stop(used)?;
-    expect(
-        session.reload(without_used, &[other])?,
+/// Demands that a machine in use is removed once it is free, and that all others are removed and added at once.
+fn machines_are_removed_and_added(session: &Session, other: &str, without_first: &str) -> Result {
+    let full = session.plugin().setup.config.text.as_str();
+    let (first, all) = (session.machine(), session.names()?);
+    let without_other = without_machine(full, other).unwrap_or_default();
+    expect_deferred(
+        session.reload(&without_other, &[first])?,
         &[],
-        &format!("a configuration without {used}, which is off"),
+        &format!("a configuration without {other}"),
     )?;
-    is_gone(session, used)?;
-    session.lives(other)?;
+    is_removed(session, other)?;
+    session.is_alive(first)?;
+    expect_deferred(
+        session.reload(without_first, &[first])?,
+        &[first],
+        &format!("a configuration without {first}, which runs"),
+    )?;
+    demand!(session.names()?.iter().any(|name| name == first), "{first} is in use, but reload removed it");
+    session.is_alive(first)?;
+    session.restore(other)?;
+    session.stop(first)?;
+    expect_deferred(
+        session.reload(without_first, &[other])?,
+        &[],
+        &format!("a configuration without {first}, which is off"),
+    )?;
+    is_removed(session, first)?;
+    session.is_alive(other)?;
     session.stop(other)?;
-    session.nothing_is_left("after a reload")?;
-    expect(session.reload(whole, &[])?, &[], "the whole configuration again")?;
+    session.no_leftovers("after a reload")?;
+    expect_deferred(session.reload(full, &[])?, &[], "the full configuration")?;
     demand!(
         session.names()? == all,
-        "with the same configuration there are other machines: {:?}",
+        "the machines differ after a reload of the original configuration: {:?}",
         session.names()
     );
-    session.restore(used)
+    session.restore(first)
 }
 
-fn expect(outcome: machinery::Result<Reloaded>, later: &[&str], what: &str) -> Result {
-    let outcome = outcome.map_err(|error| failed(&format!("reload of {what}"), &error))?;
+fn expect_deferred(result: machinery::Result<Reloaded>, deferred: &[&str], what: &str) -> Result {
+    let outcome = result.map_err(|error| failed(&format!("reload of {what}"), &error))?;
     demand!(
         outcome.changed.is_empty(),
-        "reload of {what}: no machine has changed, not {:?}",
+        "reload of {what} must change no machine, but changed {:?}",
         outcome.changed
     );
-    demand!(outcome.later == later, "reload of {what}: {later:?} ought to wait, not {:?}", outcome.later);
+    demand!(
+        outcome.later == deferred,
+        "reload of {what} must defer {deferred:?}, but deferred {:?}",
+        outcome.later
+    );
     Ok(())
 }
 
-fn is_gone(session: &Session, machine: &str) -> Result {
-    demand!(!session.names()?.iter().any(|name| name == machine), "{machine} is still there after a reload");
+fn is_removed(session: &Session, machine: &str) -> Result {
+    demand!(
+        !session.names()?.iter().any(|name| name == machine),
+        "{machine} still exists after a reload without it"
+    );
     for call in [Call::State, Call::RestoreStart, Call::Stop] {
-        session.refuses(&call, machine, ErrorKind::NoSuchMachine)?;
+        session.is_refused(&call, machine, ErrorKind::NoSuchMachine)?;
     }
     Ok(())
 }
 
-/// The configuration without that machine, if it is of the usual shape.
-fn shortened(text: &str, machine: &str) -> Option<String> {
+/// Returns the configuration without that machine, if it has the usual form.
+fn without_machine(text: &str, machine: &str) -> Option<String> {
     let mut file: Mapping = serde_yaml::from_str(text).ok()?;
     let machines = file.get_mut("machines").and_then(Value::as_mapping_mut)?;
     machines.remove(machine)?;

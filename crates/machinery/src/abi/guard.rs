@@ -3,8 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::Reply;
-use super::json::reply;
+use super::json::{Reply, reply};
 use crate::{Error, ErrorKind, Result};
 
 /// Runs a piece of the plugin's code on behalf of the host; a panic becomes an error.

@@ -4,9 +4,11 @@ use abi_stable::std_types::{RResult, RString};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::Reply;
 use super::sanitize::start_of;
-use crate::{Error, Result};
+use crate::{Error, Result, Setup};
+
+/// A result that crosses the border; the error is an [`Error`](crate::Error) as JSON.
+pub(crate) type Reply<T> = RResult<T, RString>;
 
 /// What a plugin says about itself before it is given a configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -24,6 +26,13 @@ pub(crate) struct Manifest {
 pub(crate) struct ManifestConflict {
     pub with: String,
     pub why: String,
+}
+
+/// The arguments of [`Machinery::reload`](crate::Machinery::reload).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ReloadRequest {
+    pub setup: Setup,
+    pub in_use: Vec<String>,
 }
 
 pub(crate) fn to_json<T: Serialize>(record: &T) -> Result<RString> {

@@ -12,14 +12,11 @@ use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RStr, RString};
 
 use super::guard::{guarded, guarded_quiet};
-use super::json::{from_json, to_json};
+use super::json::{Manifest, ManifestConflict, ReloadRequest, Reply, from_json, to_json};
+use super::logging;
 use super::sanitize::text;
 use super::services::host_of;
-use super::{
-    MachineryAbi, MachineryAbi_TO, MachineryObject, Manifest, ManifestConflict, Module, ModuleRef, Reply,
-    ServicesObject, logging,
-};
-use crate::reload::ReloadRequest;
+use super::vtable::{MachineryAbi, MachineryAbi_TO, MachineryObject, Module, ModuleRef, ServicesObject};
 use crate::{Deadline, Host, Machinery, Report, Result, Setup};
 
 /// What the export macro knows about the plugin's package.
@@ -178,4 +175,28 @@ fn path_of(path: RStr<'_>) -> Result<&Path> {
 
 fn after(milliseconds: u64) -> Deadline {
     Deadline::after(Duration::from_millis(milliseconds))
+}
+
+/// Exports a type that implements [`Machinery`](crate::Machinery) as this library's plugin.
+#[macro_export]
+macro_rules! export_machinery {
+    ($plugin:ty) => {
+        const _: () = {
+            /// Read by the host before anything else of this library.
+            // SAFETY: the symbol is this interface's own name, and no other crate defines it.
+            #[unsafe(no_mangle)]
+            pub static MACHINERY_INTERFACE: $crate::abi::InterfaceVersion =
+                $crate::abi::InterfaceVersion::OURS;
+
+            /// The way in, for a host that accepted the version.
+            // SAFETY: as above.
+            #[unsafe(no_mangle)]
+            pub static MACHINERY_PLUGIN: $crate::abi::LibHeader = $crate::abi::plugin::header::<$plugin>();
+
+            impl $crate::abi::plugin::Packaged for $plugin {
+                const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+                const LICENSE: &'static str = env!("CARGO_PKG_LICENSE");
+            }
+        };
+    };
 }

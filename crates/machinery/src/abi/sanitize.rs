@@ -9,13 +9,8 @@ use std::borrow::Cow;
 use abi_stable::std_types::RStr;
 use serde_json::{Map, Value};
 
+use crate::text::{MAX_KEPT, cut};
 use crate::{Error, LogRecord, Result};
-
-/// The longest text of a plugin that is kept, in bytes. Longer ones are cut, and say so.
-pub(crate) const LONGEST: usize = 8 * 1024;
-
-/// The same for what is told once and not kept: all that is wrong with a configuration.
-pub(crate) const LONGEST_TOLD_ONCE: usize = 16 * LONGEST;
 
 /// The most fields of a log record; `tracing` allows no more.
 const FIELDS: usize = 32;
@@ -31,8 +26,8 @@ pub(crate) fn text<'a>(arrived: RStr<'a>, what: &str) -> Result<&'a str> {
 pub(crate) fn kept(arrived: RStr<'_>) -> Cow<'_, str> {
     let bytes = arrived.as_rslice().as_slice();
     match std::str::from_utf8(bytes) {
-        Ok(text) if text.len() <= LONGEST => Cow::Borrowed(text),
-        Ok(text) => Cow::Owned(cut(text.to_owned(), LONGEST)),
+        Ok(text) if text.len() <= MAX_KEPT => Cow::Borrowed(text),
+        Ok(text) => Cow::Owned(cut(text.to_owned(), MAX_KEPT)),
         Err(_) => Cow::Owned(start_of(bytes)),
     }
 }
@@ -43,32 +38,21 @@ pub(crate) fn start_of(bytes: &[u8]) -> String {
     format!("\"{}\"", start.escape_ascii())
 }
 
-/// The text with at most `longest` bytes and a note that it was cut, if it was.
-pub(crate) fn cut(mut text: String, longest: usize) -> String {
-    if text.len() > longest {
-        let length = text.len();
-        text.truncate(text.floor_char_boundary(longest));
-        text.shrink_to_fit();
-        text += &format!("… (cut, it had {length} bytes)");
-    }
-    text
-}
-
 /// The record with all of its parts cut.
 pub(crate) fn cut_record(record: LogRecord) -> LogRecord {
     let fields = record.fields.into_iter().take(FIELDS);
     LogRecord {
         level: record.level,
-        target: cut(record.target, LONGEST),
-        message: cut(record.message, LONGEST),
-        fields: fields.map(|(name, value)| (cut(name, LONGEST), cut_value(value))).collect::<Map<_, _>>(),
+        target: cut(record.target, MAX_KEPT),
+        message: cut(record.message, MAX_KEPT),
+        fields: fields.map(|(name, value)| (cut(name, MAX_KEPT), cut_value(value))).collect::<Map<_, _>>(),
     }
 }
 
 fn cut_value(value: Value) -> Value {
     match value {
-        Value::String(text) => Value::String(cut(text, LONGEST)),
-        Value::Array(_) | Value::Object(_) => Value::String(cut(value.to_string(), LONGEST)),
+        Value::String(text) => Value::String(cut(text, MAX_KEPT)),
+        Value::Array(_) | Value::Object(_) => Value::String(cut(value.to_string(), MAX_KEPT)),
         simple => simple,
     }
 }
@@ -95,12 +79,9 @@ mod tests {
     }
 
     #[test]
-    fn a_long_text_is_cut_between_letters_and_says_so() {
-        let long = "é".repeat(LONGEST);
-        let kept = kept(long.as_str().into());
-        assert!(kept.starts_with("éé") && kept.ends_with("é… (cut, it had 16384 bytes)"), "{kept}");
-        assert!(kept.len() < LONGEST + 100);
-        assert_eq!(cut("short".to_owned(), 5), "short");
+    fn kept_text_is_cut_when_it_is_too_long() {
+        let long = "é".repeat(MAX_KEPT);
+        assert_eq!(kept(long.as_str().into()), cut(long.clone(), MAX_KEPT));
     }
 
     #[test]
@@ -112,6 +93,6 @@ mod tests {
         }
         let record = LogRecord { level: LogLevel::Info, target: long.clone(), message: long.clone(), fields };
         let size = serde_json::to_string(&cut_record(record)).unwrap().len();
-        assert!(size < 70 * (LONGEST + 100), "{size}");
+        assert!(size < 70 * (MAX_KEPT + 100), "{size}");
     }
 }

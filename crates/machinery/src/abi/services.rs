@@ -6,14 +6,15 @@ use std::time::Duration;
 use abi_stable::std_types::RStr;
 
 use super::guard::guarded_quiet;
-use super::json::from_json;
-use super::sanitize::{LONGEST, cut, cut_record, kept};
-use super::{ServicesAbi, ServicesObject};
+use super::json::{from_json, to_json};
+use super::sanitize::{cut_record, kept};
+use super::vtable::{ServicesAbi, ServicesAbi_TO, ServicesObject};
+use crate::text::{MAX_KEPT, cut};
 use crate::{Host, HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
 /// In the host: what a plugin gets.
 pub(crate) fn abi_services(services: Arc<dyn HostServices>) -> ServicesObject {
-    super::ServicesAbi_TO::from_value(ServicesOfHost(services), abi_stable::sabi_trait::TD_Opaque)
+    ServicesAbi_TO::from_value(ServicesOfHost(services), abi_stable::sabi_trait::TD_Opaque)
 }
 
 /// In the plugin: what it makes of that.
@@ -68,7 +69,7 @@ impl ServicesAbi for ServicesOfHost {
                 from_json(ready.as_rslice().as_slice(), "readiness").unwrap_or_else(|error| {
                     RestoreReadiness { reason: error.to_string(), ..RestoreReadiness::default() }
                 });
-            let ready = RestoreReadiness { reason: cut(ready.reason, LONGEST), ..ready };
+            let ready = RestoreReadiness { reason: cut(ready.reason, MAX_KEPT), ..ready };
             self.0.ready(&kept(machine), &ready);
         });
     }
@@ -82,7 +83,7 @@ struct HostOfPlugin(ServicesObject);
 
 impl HostServices for HostOfPlugin {
     fn log(&self, record: LogRecord) {
-        if let Ok(json) = super::json::to_json(&record) {
+        if let Ok(json) = to_json(&record) {
             self.0.log(json.as_rstr());
         }
     }
@@ -100,7 +101,7 @@ impl HostServices for HostOfPlugin {
     }
 
     fn ready(&self, machine: &str, ready: &RestoreReadiness) {
-        if let Ok(json) = super::json::to_json(ready) {
+        if let Ok(json) = to_json(ready) {
             self.0.ready(machine.into(), json.as_rstr());
         }
     }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use serde_yaml::{Error as YamlError, Mapping, Value};
 
-use super::ConfigFile;
+use super::file::ConfigFile;
 use crate::{Error, Place};
 
 /// The maximum number of faults in one report.

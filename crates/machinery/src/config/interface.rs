@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::ConfigFile;
+use super::file::ConfigFile;
 use crate::{Error, Result};
 
 const INTERFACES: &str = "/sys/class/net";

@@ -9,7 +9,8 @@ use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, StrDeserializer};
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 
-use super::{ConfigFile, values};
+use super::file::ConfigFile;
+use super::values;
 use crate::Error;
 
 /// The keys of a machine that all machineries share.

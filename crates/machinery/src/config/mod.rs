@@ -8,6 +8,7 @@ mod faults;
 mod file;
 mod interface;
 mod machines;
+mod parse;
 mod renamed;
 mod values;
 

@@ -2,7 +2,7 @@
 
 use serde_yaml::Mapping;
 
-use super::ConfigFile;
+use super::file::ConfigFile;
 
 /// Returns one message, with file and line, for each old key in the mapping under the keys of `at`.
 ///

@@ -1,8 +1,8 @@
-//! The header of a plugin file, read from the file itself.
+//! Reads the header of a plugin from its file.
 //!
-//! Loading a library runs its initialisers, and the linker maps a file without looking whether it is whole:
-//! touching what is missing kills the process. So what a file is, that all of it is there, and the version
-//! of its interface are read beforehand. Source: the ELF-64 format of the System V ABI.
+//! Loading a library runs its initialisers. The linker also maps a file without checking its length, and an
+//! access to a missing page kills the process. This module therefore checks the file's format and length, and
+//! reads the version of its interface, before the file is loaded. Source: the ELF-64 format of the System V ABI.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,23 +10,23 @@ use std::path::Path;
 use object::read::elf::ElfFile64;
 use object::{Object, ObjectSegment, ObjectSymbol, ReadCache, ReadRef};
 
-use super::OpenError;
+use super::open_error::OpenError;
 use crate::abi::InterfaceVersion;
 
 /// The name of the static that `export_machinery!` defines.
 const SYMBOL: &str = "MACHINERY_INTERFACE";
 
-/// The version of the interface that the plugin was built for.
+/// Returns the version of the interface that the plugin was built for.
 ///
 /// # Errors
-/// It is not a whole library, or no plugin.
+/// The file is not a complete library, or not a plugin.
 pub fn interface_of(path: &Path) -> Result<InterfaceVersion, OpenError> {
     let failed = |error: std::io::Error| OpenError::NotALibrary(error.to_string());
     let file = File::open(path).map_err(failed)?;
     let length = file.metadata().map_err(failed)?.len();
     let cache = ReadCache::new(file);
     let library = ElfFile64::<object::Endianness, _>::parse(&cache)
-        .map_err(|error| OpenError::NotALibrary(format!("it is no whole ELF file: {error}")))?;
+        .map_err(|error| OpenError::NotALibrary(format!("it is not a complete ELF file: {error}")))?;
     expect_whole(&library, length)?;
     let header = bytes_of(&library).ok_or(OpenError::NotAPlugin)?;
     parsed(header)
@@ -51,7 +51,7 @@ fn expect_whole<'data>(
     }
 }
 
-/// The bytes of the header, where the library has one.
+/// Returns the bytes of the header, if the library has one.
 fn bytes_of<'data>(
     library: &ElfFile64<'data, object::Endianness, impl ReadRef<'data>>,
 ) -> Option<&'data [u8]> {

@@ -1,0 +1,85 @@
+//! The plugin that the suite tests, and the guard around all calls of it.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use machinery::Setup;
+use machinery::host::{Instance, Plugin};
+
+use crate::call::{NoValue, run_with_timeout};
+use crate::recorder::{Event, EventRecorder};
+use crate::report::{CheckFailure, Result, demand, failed};
+use crate::spec::BackendSpec;
+
+/// The time that a call may exceed its deadline by. Far more than any plugin needs, so that a slow computer is
+/// not reported as a faulty plugin.
+pub const GRACE: Duration = Duration::from_secs(5);
+
+/// A plugin, its configuration, the specification of its backend, and the events that it reported.
+pub struct PluginUnderTest<'a> {
+    pub plugin: Plugin,
+    pub setup: &'a Setup,
+    pub spec: &'a BackendSpec,
+    pub recorder: Arc<EventRecorder>,
+    /// The call that never returned.
+    hung: OnceLock<String>,
+}
+
+impl<'a> PluginUnderTest<'a> {
+    /// Opens the file. This runs its initialisers, which may never return.
+    pub fn open(file: &Path, setup: &'a Setup, spec: &'a BackendSpec) -> Result<Self, String> {
+        let (path, timeout) = (file.to_owned(), spec.timeout + GRACE);
+        let opened = run_with_timeout(timeout, move || Plugin::open(&path));
+        let opened = opened.map_err(|_| format!("it has not returned after {timeout:?}"))?;
+        let plugin = opened.map_err(|error| error.to_string())?;
+        Ok(PluginUnderTest { plugin, setup, spec, recorder: Arc::default(), hung: OnceLock::new() })
+    }
+
+    /// Loads the machinery, and returns the plugin's own result.
+    pub fn load(&self, setup: &Setup) -> Result<machinery::Result<Instance>> {
+        let (plugin, setup, recorder) = (self.plugin.clone(), setup.clone(), Arc::clone(&self.recorder));
+        self.run("load", self.spec.timeout + GRACE, move || plugin.load(&setup, recorder))
+    }
+
+    /// Runs the function with a timeout. After a timeout, the plugin must not be called any more.
+    pub fn run<T: Send + 'static>(
+        &self,
+        action: &str,
+        timeout: Duration,
+        function: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        run_with_timeout(timeout, function).map_err(|reason| match reason {
+            NoValue::Panicked => CheckFailure::Failed(format!("{action}: the test's own code panicked")),
+            NoValue::TimedOut => {
+                let _ = self.hung.set(action.to_owned());
+                CheckFailure::Failed(format!("{action} has not returned after {timeout:?}"))
+            }
+        })
+    }
+
+    /// Returns the call that never returned, if there is one.
+    pub fn hung_call(&self) -> Option<&str> {
+        self.hung.get().map(String::as_str)
+    }
+
+    /// Demands that no leftovers of the machines are on this computer.
+    pub fn no_leftovers(&self, when: &str) -> Result {
+        let leftovers = (self.spec.leftovers)();
+        let leftovers = leftovers.map_err(|error| failed("finding leftovers", error.as_ref()))?;
+        demand!(leftovers.is_empty(), "{when}, these leftovers exist: {}", leftovers.join(", "));
+        Ok(())
+    }
+
+    /// Demands that the events from that position on are valid, and belong to these machines.
+    pub fn events_are_valid(&self, position: usize, machines: &[String]) -> Result {
+        for event in self.recorder.since(position) {
+            let known = machines.iter().any(|name| name == event.machine());
+            demand!(known, "the plugin reported an event of an unknown machine: {event:?}");
+            if let Event::Progress { fraction, .. } = event {
+                demand!((0.0..=1.0).contains(&fraction), "{event:?} is not between 0 and 1");
+            }
+        }
+        Ok(())
+    }
+}
