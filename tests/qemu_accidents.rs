@@ -1,7 +1,7 @@
-//! What goes wrong with real machines: processes that die or hang, hosts that die, QEMUs that refuse,
-//! files that are spoilt, ports and space that are not there.
+//! Accidents of real machines: processes that die or hang, hosts that die, QEMUs that refuse, damaged files,
+//! missing ports and missing space.
 //!
-//! Whatever it is, the reason tells it, nothing is left, and the machine restores again afterwards.
+//! After each accident the reason names the cause, nothing is left, and the machine restores again.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 const SOON: Duration = Duration::from_secs(60);
 const SERIAL: &str = "serial.log";
 const MICRO: (&str, Guest, SnapshotFormat) = ("m", Guest::Micro, SnapshotFormat::Lz4);
-/// Large enough that its restore takes a while.
+/// A machine whose restore takes a while.
 const LARGE: (&str, Guest, SnapshotFormat) =
     ("m", Guest::Linux { ram_mib: 512, noise_mib: 256 }, SnapshotFormat::Lz4);
 
@@ -43,7 +43,7 @@ fn kill(process: Pid) {
     kill_process(process, Signal::KILL).unwrap();
 }
 
-/// Its action fails, with all of these words in the reason, and nothing is left.
+/// Checks that the action fails with all of these words in the reason, and that nothing is left.
 #[track_caller]
 fn assert_fails(lab: &Lab, client: &mut Client, action: &str, words: &[&str]) -> String {
     let answer = client.act(action, "m").unwrap();
@@ -63,12 +63,12 @@ fn assert_reason(answer: &Value, words: &[&str]) {
     }
 }
 
-/// The machine is as good as new.
+/// Checks that the machine restores to its snapshot, and stops.
 #[track_caller]
 fn assert_restores(lab: &Lab, client: &mut Client) {
     client.act("enable_machine", "m").unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    // The Linux guest says nothing after a restore.
+    // The Linux guest prints nothing after a restore.
     if MICRO.1 == guest_of(lab) {
         assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
     }
@@ -81,7 +81,7 @@ fn guest_of(lab: &Lab) -> Guest {
     if linux { LARGE.1 } else { MICRO.1 }
 }
 
-/// In good order, with everything stopped.
+/// Checks that the host ends with everything stopped.
 #[track_caller]
 fn assert_ends_well(lab: &Lab, host: &mut RunningHost) {
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
@@ -89,7 +89,7 @@ fn assert_ends_well(lab: &Lab, host: &mut RunningHost) {
 }
 
 #[test]
-fn a_machine_that_dies_is_told_at_once() {
+fn death_of_a_machine_is_reported_at_once() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut host = lab.host().unwrap();
     let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
@@ -101,7 +101,7 @@ fn a_machine_that_dies_is_told_at_once() {
         kill(qemu);
         let reason = subscriber.wait_for_state("m", "poweroff").unwrap();
         let took = begun.elapsed();
-        println!("killed, and heard {took:?} later: {reason}");
+        println!("reported {took:?} after the kill: {reason}");
         assert!(took < Duration::from_secs(2), "{took:?}");
         assert!(reason.contains("killed by signal 9"), "{reason}");
         lab.assert_clean();
@@ -116,7 +116,7 @@ fn a_machine_that_dies_is_told_at_once() {
     assert_ends_well(&lab, &mut host);
 }
 
-/// Sends a restore, waits for its QEMU to come as far as `steps` tell, and kills it.
+/// Sends a restore, waits for these steps of its QEMU, and kills it.
 fn killed_in_restore(lab: &Lab, client: &mut Client, steps: &[FileEvent<'_>]) -> Value {
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
@@ -126,13 +126,13 @@ fn killed_in_restore(lab: &Lab, client: &mut Client, steps: &[FileEvent<'_>]) ->
 }
 
 #[test]
-fn a_machine_that_dies_early_costs_only_its_restore() {
+fn restore_fails_and_the_next_works_when_qemu_dies_early() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut host = lab.host().unwrap();
     let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
     for _ in 0..5 {
         let answer = killed_in_restore(&lab, &mut client, &[FileEvent::Opened(SERIAL)]);
-        // It may have been up already; then it dies as a running one does.
+        // The machine may be on already; then its death is an event.
         match answer["success"].as_bool() {
             Some(true) => assert!(subscriber.wait_for_state("m", "poweroff").unwrap().contains("signal 9")),
             _ => assert_reason(&answer, &["QEMU ", "restore_start of machine 'm' failed: "]),
@@ -146,7 +146,7 @@ fn a_machine_that_dies_early_costs_only_its_restore() {
 }
 
 #[test]
-fn a_machine_that_dies_while_it_loads_costs_only_its_restore() {
+fn restore_fails_and_the_next_works_when_qemu_dies_while_it_loads() {
     let lab = Lab::new(&[LARGE]).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -156,7 +156,7 @@ fn a_machine_that_dies_while_it_loads_costs_only_its_restore() {
         println!("{answer}");
         assert_eq!(answer["success"], false, "{answer}");
         assert_reason(&answer, &["killed by signal 9", "restore_start of machine 'm'"]);
-        // Whoever reads it must not throw away a snapshot that is whole.
+        // The reason must not blame a complete snapshot.
         assert!(!answer["reason"].as_str().unwrap().contains("truncated or corrupt"), "{answer}");
         lab.assert_clean();
         assert_restores(&lab, &mut client);
@@ -165,7 +165,7 @@ fn a_machine_that_dies_while_it_loads_costs_only_its_restore() {
 }
 
 #[test]
-fn what_a_killed_host_leaves_is_cleared_by_the_next_one() {
+fn next_host_clears_leftovers_when_a_host_was_killed() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut killed = lab.host().unwrap();
     assert_eq!(killed.client().unwrap().act("restore_start", "m").unwrap(), good());
@@ -182,7 +182,7 @@ fn what_a_killed_host_leaves_is_cleared_by_the_next_one() {
 }
 
 #[test]
-fn machines_of_another_cwd_are_not_touched() {
+fn machine_is_not_touched_when_it_runs_in_another_cwd() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -199,24 +199,24 @@ fn machines_of_another_cwd_are_not_touched() {
 }
 
 #[test]
-fn machines_of_another_manager_are_not_touched() {
+fn machine_is_not_touched_when_another_manager_runs_it() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut killed = lab.host().unwrap();
     assert_eq!(killed.client().unwrap().act("restore_start", "m").unwrap(), good());
     killed.kill().unwrap();
-    // Somebody answers on the socket: then the machines are theirs, whoever started them.
+    // The machines belong to the manager that answers on the socket, even if it has not started them.
     fs::remove_file(lab.cwd().socket()).unwrap();
     let other = UnixListener::bind(lab.cwd().socket()).unwrap();
     let refused = lab.run(&["serve"]).unwrap();
     assert_eq!(refused.code, Some(2), "{refused:?}");
     assert!(refused.stderr.contains("another machinery manager answers"), "{refused:?}");
-    assert_eq!(lab.leftovers().unwrap().len(), 3, "nothing of theirs is touched");
+    assert_eq!(lab.leftovers().unwrap().len(), 3, "leftovers were touched");
     drop(other);
     assert_ends_well(&lab, &mut lab.host().unwrap());
 }
 
 #[test]
-fn what_a_host_leaves_that_is_killed_in_a_restore_is_cleared_too() {
+fn next_host_clears_leftovers_when_a_host_was_killed_in_a_restore() {
     let lab = Lab::new(&[LARGE]).unwrap();
     let mut killed = lab.host().unwrap();
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
@@ -231,7 +231,7 @@ fn what_a_host_leaves_that_is_killed_in_a_restore_is_cleared_too() {
 }
 
 #[test]
-fn a_machine_that_hangs_is_stopped_all_the_same() {
+fn stop_ends_a_machine_when_its_qemu_hangs() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -246,7 +246,7 @@ fn a_machine_that_hangs_is_stopped_all_the_same() {
 }
 
 #[test]
-fn a_qemu_that_refuses_its_arguments_is_quoted() {
+fn reason_quotes_qemu_when_it_refuses_its_arguments() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.change_start_args("m", |args| args.push("-no-such-option".to_owned())).unwrap();
     let mut host = lab.host().unwrap();
@@ -260,7 +260,7 @@ fn a_qemu_that_refuses_its_arguments_is_quoted() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_told_in_qemus_words() {
+fn reason_quotes_qemu_when_a_port_is_in_use() {
     let lab = Lab::new(&[LARGE]).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -272,7 +272,7 @@ fn a_port_that_is_taken_is_told_in_qemus_words() {
     assert_ends_well(&lab, &mut host);
 }
 
-/// A program that is started as QEMU and never speaks to the monitor.
+/// Checks the failure of a program in QEMU's place that never connects the monitor.
 fn assert_no_qemu(script: &str, words: &[&str]) {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.host_yaml("timeouts: {restore_start: 1, norestore_start: 1}", "").unwrap();
@@ -290,14 +290,14 @@ fn assert_no_qemu(script: &str, words: &[&str]) {
 }
 
 #[test]
-fn a_qemu_that_never_speaks_is_given_up() {
+fn start_times_out_when_qemu_never_connects_its_monitor() {
     assert_no_qemu("exec tail -f \"$0\"", &["waited 1.0 s", "QEMU to connect its monitor"]);
-    // Its child still holds its stderr when it is given up, and ends by itself.
+    // Its child still holds its stderr after the timeout, and ends by itself.
     assert_no_qemu("sleep 2 & echo 'thinking' >&2; exec tail -f \"$0\"", &["waited 1.0 s", "thinking"]);
 }
 
 #[test]
-fn a_wrapper_may_become_qemu() {
+fn restore_works_when_a_wrapper_becomes_qemu() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.fake_qemu("7.2.0", &format!("exec {} \"$@\"", lab.qemu().system.display())).unwrap();
     let mut host = lab.host().unwrap();
@@ -307,7 +307,7 @@ fn a_wrapper_may_become_qemu() {
 }
 
 #[test]
-fn a_wrapper_that_stays_is_given_up_with_what_it_started() {
+fn start_fails_and_leaves_nothing_when_a_wrapper_stays_alive() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.host_yaml("timeouts: {restore_start: 2}", "").unwrap();
     lab.fake_qemu("7.2.0", &format!("{} \"$@\"\nexit", lab.qemu().system.display())).unwrap();
@@ -318,14 +318,14 @@ fn a_wrapper_that_stays_is_given_up_with_what_it_started() {
 }
 
 #[test]
-fn a_qemu_that_ends_at_once_is_told() {
+fn reason_has_the_exit_status_when_qemu_ends_at_once() {
     assert_no_qemu("echo 'not today' >&2; exit 3", &["QEMU exited with code 3", "not today"]);
     assert_no_qemu("exit 0", &["QEMU exited with code 0"]);
     assert_no_qemu("kill -SEGV $$", &["QEMU was killed by signal 11"]);
 }
 
 #[test]
-fn a_host_that_is_told_to_end_stops_its_machines() {
+fn host_stops_its_machines_when_it_is_terminated() {
     let formats = SnapshotFormat::ALL.map(|format| (format!("{format:?}").to_lowercase(), format));
     let machines: Vec<_> =
         formats.iter().map(|(name, format)| (name.as_str(), Guest::Micro, *format)).collect();
@@ -340,7 +340,7 @@ fn a_host_that_is_told_to_end_stops_its_machines() {
 }
 
 #[test]
-fn a_host_that_is_told_to_end_in_a_restore_finishes_it() {
+fn host_finishes_a_restore_when_it_is_terminated() {
     let lab = Lab::new(&[LARGE]).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -354,7 +354,7 @@ fn a_host_that_is_told_to_end_in_a_restore_finishes_it() {
 }
 
 #[test]
-fn a_snapshot_that_is_spoilt_is_told() {
+fn reason_names_the_snapshot_when_it_is_damaged() {
     for format in SnapshotFormat::ALL {
         let lab = Lab::new(&[("m", Guest::Micro, format)]).unwrap();
         let mut host = lab.host().unwrap();
@@ -381,9 +381,9 @@ fn a_snapshot_that_is_spoilt_is_told() {
     }
 }
 
-/// Of some of these not a single byte can be unpacked, and QEMU would wait for it for good.
+/// Some of these snapshots decompress to not a single byte, for which QEMU would wait forever.
 #[test]
-fn a_snapshot_that_turns_into_garbage_is_told_at_once() {
+fn restore_fails_at_once_when_the_snapshot_turns_into_garbage() {
     for format in SnapshotFormat::ALL {
         let lab = Lab::new(&[("m", Guest::Micro, format)]).unwrap();
         let mut host = lab.host().unwrap();
@@ -395,9 +395,9 @@ fn a_snapshot_that_turns_into_garbage_is_told_at_once() {
             let begun = Instant::now();
             let path = snapshot.display().to_string();
             let reason = assert_fails(&lab, &mut client, "restore_start", &["snapshot", &path]);
-            println!("told in {:?}: {reason}", begun.elapsed());
-            let tells = ["is truncated or corrupt", "is no memory snapshot"];
-            assert!(tells.iter().any(|words| reason.contains(words)), "{reason}");
+            println!("failed after {:?}: {reason}", begun.elapsed());
+            let causes = ["is truncated or corrupt", "is no memory snapshot"];
+            assert!(causes.iter().any(|words| reason.contains(words)), "{reason}");
             client.act("enable_machine", "m").unwrap();
         }
         fs::write(snapshot, whole).unwrap();
@@ -407,7 +407,7 @@ fn a_snapshot_that_turns_into_garbage_is_told_at_once() {
 }
 
 #[test]
-fn a_disk_that_is_gone_is_told() {
+fn reason_names_the_disk_when_it_is_missing() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -430,10 +430,10 @@ fn a_disk_that_is_gone_is_told() {
 }
 
 #[test]
-fn no_space_for_the_disposable_disk_is_told() {
+fn reason_names_the_folder_when_there_is_no_space_for_the_overlay() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let Some(tiny) = TinyDisk::mount(lab.cwd(), 64).unwrap() else {
-        eprintln!("NOT CHECKED: what happens without space, because this user may not mount a tmpfs");
+        eprintln!("NOT CHECKED: a lack of space, because this user may not mount a tmpfs");
         return;
     };
     let folder = tiny.path().display().to_string();
@@ -511,7 +511,7 @@ fn with_pidfile(lab: &Lab) -> std::path::PathBuf {
 }
 
 #[test]
-fn a_helper_of_qemu_cleans_up_whenever_its_qemu_is_ended() {
+fn helper_of_qemu_cleans_up_when_its_qemu_is_ended() {
     let lab = Lab::new(&[MICRO]).unwrap();
     with_helper(&lab);
     let pidfile = with_pidfile(&lab);
@@ -525,7 +525,7 @@ fn a_helper_of_qemu_cleans_up_whenever_its_qemu_is_ended() {
     let mut client = host.client().unwrap();
     for action in ["stop", "restore_start", "stop"] {
         assert_eq!(client.act("prepare", "m").unwrap(), good());
-        assert!(lock.exists() && pidfile.exists(), "none stands by");
+        assert!(lock.exists() && pidfile.exists(), "there is no standby");
         assert_eq!(client.act("stop", "m").unwrap(), good(), "discarded");
         ended_well("a standby that is discarded");
         assert_eq!(client.act("restore_start", "m").unwrap(), good(), "{action}");

@@ -1,8 +1,8 @@
-//! What a machine sends and receives during a task is in the task's file: from its first packet to its
-//! last, and nothing of what is exchanged with the agent and the result server.
+//! The capture of a task: all of its machine's traffic, from the first packet to the last, except the traffic
+//! with the agent and the result server.
 //!
-//! The guest talks since before its snapshot was made, so it sends the moment it is restored. QEMU
-//! writes down all that passes its card; that is what the capture is measured by.
+//! The guest has sent packets since before its snapshot was taken, so it sends as soon as it is restored. QEMU's
+//! own dump of the network card is the reference for the capture.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -26,12 +26,12 @@ const RESULT_SERVER: End = (TestNetwork::HOST, 2042);
 const AGENT: End = (TestNetwork::GUEST, AGENT_PORT);
 const COUNTED: End = (TestNetwork::HOST, linux::COUNTED_PORT);
 
-/// Where the test sends to in the guest: the result server's port, but at another address.
+/// The test's destination in the guest: the result server's port at another address.
 const GREETED: End = (TestNetwork::GUEST, 2042);
-/// Where the guest sends to on the host: the agent's port, but at another address.
+/// The guest's destination on the host: the agent's port at another address.
 const NO_AGENT: End = (TestNetwork::HOST, AGENT_PORT);
 
-/// What must have happened until a run has been long enough.
+/// A kind of packet that has to occur before a run is long enough.
 type Kind = (&'static str, fn(&Packet) -> bool);
 
 const KINDS: [Kind; 11] = [
@@ -52,13 +52,13 @@ fn goes_to(packet: &Packet, end: End) -> bool {
     packet.ends.is_some_and(|(_, to)| to == end)
 }
 
-/// Whether a packet belongs into a task's file.
+/// Reports whether a packet belongs into a task's capture.
 fn belongs(packet: &Packet) -> bool {
     let of_machine = packet.is_from(TestNetwork::GUEST) || packet.is_to(TestNetwork::GUEST);
     of_machine && !packet.is_with(AGENT) && !packet.is_with(RESULT_SERVER)
 }
 
-/// The numbers that the guest has sent.
+/// Returns the numbers that the guest has sent.
 fn counts(packets: &[Packet]) -> Vec<u32> {
     let counted = packets.iter().filter(|packet| goes_to(packet, COUNTED));
     counted.filter_map(|packet| linux::count_in(&packet.payload)).collect()
@@ -70,22 +70,22 @@ fn assert_does(client: &mut Client, request: Value) {
     assert_eq!(answer["success"], true, "{request}: {answer}");
 }
 
-/// A lab with a talking machine, unless this user may not make its network.
+/// Creates a lab with a machine that sends packets; none if this user may not create its network.
 fn lab() -> Option<Lab> {
     let lab = Lab::with_network("talker", SnapshotFormat::Lz4).unwrap();
     if lab.is_none() {
-        println!("left out: this user may not make a network");
+        println!("NOT CHECKED: this user may not create a network");
     }
     lab
 }
 
-/// Starts the machine, with its traffic to be captured into `pcap`.
+/// Starts the machine, whose traffic is captured into `pcap`.
 fn start(client: &mut Client, pcap: &Path) {
     assert_does(client, json!({"action": "lock", "machine": "talker", "task_id": "t", "pcap_path": pcap}));
     assert_does(client, json!({"action": "restore_start", "machine": "talker"}));
 }
 
-/// Talks with the machine until there was everything.
+/// Exchanges packets with the machine until each kind has occurred.
 fn talk(lab: &Lab) {
     let (machine, dumped) = (lab.folder("talker"), lab.dumped("talker"));
     let greeting = || UdpSocket::bind((TestNetwork::HOST, 0))?.send_to(b"greetings", GREETED);
@@ -101,7 +101,7 @@ fn talk(lab: &Lab) {
     }
 }
 
-/// Nobody writes to the file any more, and it is whole.
+/// Checks that the file is complete, and that no process writes to it.
 fn assert_whole(pcap: &Path, packets: &[Packet]) {
     assert_eq!(capture::writers(pcap).unwrap(), []);
     let ran = capture::tshark(pcap).unwrap();
@@ -111,14 +111,13 @@ fn assert_whole(pcap: &Path, packets: &[Packet]) {
 }
 
 #[test]
-fn a_tasks_file_holds_what_its_machine_sent_and_received_from_the_first_packet_on() {
+fn capture_holds_the_traffic_of_its_machine_from_the_first_packet() {
     let Some(lab) = lab() else { return };
     captures_everything(&lab, |_| {});
 }
 
-/// It has its place on the wire long before the task begins.
 #[test]
-fn the_same_holds_for_a_machine_that_stood_by() {
+fn capture_holds_the_traffic_from_the_first_packet_when_a_standby_is_resumed() {
     let Some(lab) = lab() else { return };
     lab.ahead("instant: auto, standby: on").unwrap();
     captures_everything(&lab, |client| {
@@ -129,7 +128,7 @@ fn the_same_holds_for_a_machine_that_stood_by() {
 }
 
 fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
-    // Nobody listens to what it is told, but it is told.
+    // The server accepts connections and reads nothing.
     let _result_server = lab.network().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -138,16 +137,16 @@ fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
         prepare(&mut client);
         start(&mut client, &pcap);
         talk(lab);
-        // So that no next one stands by yet, which would begin QEMU's account anew.
+        // A new standby would begin a new dump of QEMU.
         assert_does(&mut client, json!({"action": "disable_machine", "machine": "talker", "reason": "read"}));
         assert_does(&mut client, json!({"action": "stop", "machine": "talker"}));
         assert_does(&mut client, json!({"action": "unlock", "machine": "talker"}));
         let [truth, captured] = [&lab.dumped("talker"), &pcap].map(|file| capture::packets(file).unwrap());
         println!("round {round}: {} packets, {} captured", truth.len(), captured.len());
 
-        // It counted before its snapshot was made, and goes on from there.
+        // The guest continues with the count of its snapshot.
         let first = counts(&truth)[0];
-        assert!(first > 1, "the guest begins anew");
+        assert!(first > 1, "the guest has booted");
         assert_eq!(counts(&captured)[0], first, "the first datagram is missing");
 
         let expected: Vec<&Packet> = truth.iter().filter(|packet| belongs(packet)).collect();
@@ -157,7 +156,7 @@ fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
             expected.into_iter().partition(|packet| packet.is_from(TestNetwork::GUEST));
         assert_eq!(counts(&captured), counts(&truth));
         assert_same(&sent, &should_be_sent);
-        // What came to a card that was off by then has not passed it.
+        // Packets to a card that was off by then are not in QEMU's dump.
         assert!(received.iter().all(|packet| belongs(packet)), "{received:?}");
         assert_same(&received[..should_be_received.len().min(received.len())], &should_be_received);
 
@@ -169,9 +168,9 @@ fn captures_everything(lab: &Lab, prepare: impl Fn(&mut Client)) {
 }
 
 #[test]
-fn a_tcpdump_that_takes_its_time_is_waited_for() {
+fn start_waits_for_tcpdump_when_it_is_slow() {
     let Some(lab) = lab() else { return };
-    // Longer than the machine takes to its first packet.
+    // The delay is longer than the machine's time to its first packet.
     let real = capture::tcpdump().unwrap().display().to_string();
     let slow = lab.cwd().script("tcpdump", &format!("sleep 3; exec {real} \"$@\"")).unwrap();
     lab.cwd().change_cuckoo_yaml(&real, &slow.display().to_string()).unwrap();
@@ -188,17 +187,17 @@ fn a_tcpdump_that_takes_its_time_is_waited_for() {
 }
 
 #[test]
-fn what_a_killed_host_captured_can_be_read_and_its_task_keeps_the_machine() {
+fn capture_is_readable_and_the_lock_stays_when_the_host_was_killed() {
     let Some(lab) = lab() else { return };
     let _result_server = lab.network().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let pcap = lab.cwd().root().join("dump.pcap");
     let mut host = lab.host().unwrap();
     start(&mut host.client().unwrap(), &pcap);
-    // What is not in the file yet when it is ended may be lost; that is the last second, at most.
+    // The packets of the last second may be lost when tcpdump is ended.
     let some = |packets: &[Packet]| counts(packets).len() >= 50;
     capture::wait_for(&pcap, SOON, some).unwrap();
     host.kill().unwrap();
-    // The machine is ended as well, so QEMU's account is complete.
+    // The machine has ended as well, so QEMU's dump is complete.
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     lab.assert_clean();
@@ -209,7 +208,7 @@ fn what_a_killed_host_captured_can_be_read_and_its_task_keeps_the_machine() {
     assert!(truth.starts_with(&counts(&packets)), "{:?} is not how {truth:?} begins", counts(&packets));
     let machine = client.machine("talker").unwrap();
     assert_eq!((&machine["locked"], &machine["locked_by"]), (&json!(true), &json!("t")));
-    // The task may go on with it, from the start.
+    // The task can use the machine again.
     assert_does(&mut client, json!({"action": "restore_start", "machine": "talker"}));
     talk(&lab);
     assert_does(&mut client, json!({"action": "stop", "machine": "talker"}));
@@ -218,12 +217,12 @@ fn what_a_killed_host_captured_can_be_read_and_its_task_keeps_the_machine() {
     assert_eq!(captured, truth);
 }
 
-/// The same packets in the same order.
+/// Checks that these are the same packets in the same order.
 #[track_caller]
 fn assert_same(captured: &[&Packet], expected: &[&Packet]) {
     let differ = captured.iter().zip(expected).position(|(captured, expected)| captured != expected);
     if let Some(at) = differ {
         panic!("packet {at} is {:?}, not {:?}", captured[at], expected[at]);
     }
-    assert_eq!(captured.len(), expected.len(), "as far as they go, they are the same");
+    assert_eq!(captured.len(), expected.len(), "one of them has more packets");
 }

@@ -1,4 +1,4 @@
-//! Each run begins clean, whatever the run before has written. Every image that a machine's arguments open
+//! Each run begins clean, whatever the previous run has written. Every image that a machine's arguments open
 //! for writing gets an overlay for each run. A machine with an image that cannot have an overlay is refused.
 //!
 //! QEMU itself writes to the images, by the monitor command `qemu-io`, as a guest's driver would.
@@ -93,7 +93,7 @@ fn write_to(lab: &Lab, machine: &str, drive: &str) {
     }
 }
 
-/// Whether the image holds this pattern, also while a QEMU has the image open.
+/// Reports whether the image holds this pattern, also while a QEMU has the image open.
 fn holds(lab: &Lab, image: &Path, what: &str) -> bool {
     let mut read = Command::new(lab.qemu().img.with_file_name("qemu-io"));
     let read = read.args(["-U", "-r", "-c", what]).arg(image).output().unwrap();
@@ -122,7 +122,7 @@ fn writable_files(lab: &Lab, process: Pid) -> Vec<PathBuf> {
 }
 
 #[test]
-fn run_opens_no_file_for_writing_when_the_arguments_name_images_in_every_spelling() {
+fn run_opens_no_file_for_writing_when_images_are_named_in_each_spelling() {
     let lab = lab(&["m"]);
     let raw = |n: usize| image(&lab, &format!("raw,{n}"), "raw").display().to_string();
     let comma = |path: String| path.replace(',', ",,");
@@ -360,9 +360,14 @@ fn standby_is_made_anew_when_a_file_that_the_arguments_name_was_replaced() {
         fs::rename(&new, file).unwrap();
         let log = host.log().len();
         does(&mut client, "restore_start", "m");
-        assert_ne!(lab.qemu_of("m").unwrap(), standing_by, "{} is the old one", file.display());
-        let told = format!("{} was changed", file.display());
-        assert!(host.log()[log..].contains(&told), "not told: {told}");
+        assert_ne!(
+            lab.qemu_of("m").unwrap(),
+            standing_by,
+            "{} is used although its file was replaced",
+            file.display()
+        );
+        let change = format!("{} was changed", file.display());
+        assert!(host.log()[log..].contains(&change), "not logged: {change}");
         does(&mut client, "stop", "m");
     }
     does(&mut client, "prepare", "m");

@@ -1,8 +1,8 @@
-//! A wrong configuration reaches the operator as an error that says where and what, by `check` and
-//! by `serve` alike, and never as a machine that fails later.
+//! A wrong configuration is reported by `check` and by `serve` alike, with file, line and key, and never as a
+//! machine that fails later.
 //!
-//! What is wrong in which way is tested in the plugin; here it is the whole way, from the file to
-//! the exit code and the words on the terminal.
+//! The plugin's own tests cover the kinds of errors. These tests cover the whole way, from the file to the exit
+//! code and the text on the terminal.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -16,7 +16,7 @@ use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
 use serde_json::{Value, json};
 
-/// Options that cannot stand in `start_args`.
+/// Options that `start_args` may not contain.
 const REFUSED: [&str; 7] = ["incoming", "monitor", "qmp", "qmp-pretty", "loadvm", "no-shutdown", "snapshot"];
 
 fn lab(names: &[&str]) -> Lab {
@@ -24,9 +24,10 @@ fn lab(names: &[&str]) -> Lab {
     Lab::new(&machines).unwrap()
 }
 
-/// `check` and `serve` tell it, all of it, and end with the exit code for a wrong configuration.
+/// Checks that `check` and `serve` report all of these words, and end with the exit code for a wrong
+/// configuration.
 #[track_caller]
-fn assert_told(lab: &Lab, words: &[impl AsRef<str>]) {
+fn assert_refused(lab: &Lab, words: &[impl AsRef<str>]) {
     let (check, serve) = (lab.run(&["check"]).unwrap(), lab.run(&["serve"]).unwrap());
     for (ran, said) in [(&check, &check.stdout), (&serve, &serve.stderr)] {
         assert_eq!(ran.code, Some(2), "{ran:?}");
@@ -36,15 +37,15 @@ fn assert_told(lab: &Lab, words: &[impl AsRef<str>]) {
     }
 }
 
-/// Expects that `check` reports these problems with their places, and that a host disables those machines for
+/// Checks that `check` reports these problems with their places, and that a host disables those machines for
 /// them.
 #[track_caller]
-fn assert_unusable(lab: &Lab, told: &[(&str, &str, impl AsRef<str>)]) {
+fn assert_unusable(lab: &Lab, problems: &[(&str, &str, impl AsRef<str>)]) {
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
-    for (machine, place, reason) in told {
+    for (machine, place, reason) in problems {
         for word in [place, reason.as_ref()] {
             assert!(check.stdout.contains(word), "{word:?} is not in {}", check.stdout);
         }
@@ -55,7 +56,7 @@ fn assert_unusable(lab: &Lab, told: &[(&str, &str, impl AsRef<str>)]) {
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
 }
 
-/// `check` has nothing to complain of, and a host starts.
+/// Checks that `check` reports no problem, and that a host starts.
 #[track_caller]
 fn assert_fine(lab: &Lab) {
     let check = lab.run(&["check"]).unwrap();
@@ -64,35 +65,35 @@ fn assert_fine(lab: &Lab) {
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
 }
 
-/// The line of `qemu.yaml` (from 1) that has `text`.
+/// Returns the number of the first line of `qemu.yaml` with `text`, from 1.
 fn line_of(lab: &Lab, text: &str) -> usize {
     lab.yaml().unwrap().lines().position(|line| line.contains(text)).unwrap() + 1
 }
 
 #[test]
-fn what_the_lab_makes_is_fine() {
+fn configuration_of_the_lab_is_accepted() {
     assert_fine(&lab(&["m", "n"]));
 }
 
 #[test]
-fn every_refused_argument_is_told_in_every_spelling() {
-    // A machine for each: all are told at once.
+fn argument_is_refused_in_each_spelling() {
+    // One machine for each option: all problems are reported at once.
     let lab = lab(&REFUSED);
     for (before, after) in [("-", ""), ("--", ""), ("-", "=x"), ("--", "=x,y=z")] {
         let spelt = |name: &str| format!("{before}{name}{after}");
         for name in REFUSED {
             lab.change_start_args(name, |args| args.push(spelt(name))).unwrap();
         }
-        let told = REFUSED.map(|name| {
+        let problems = REFUSED.map(|name| {
             let path = lab.folder(name).machineinfo.display();
             (name, "", format!("{path}: start_args holds '{}', which is not allowed: ", spelt(name)))
         });
-        assert_unusable(&lab, &told);
+        assert_unusable(&lab, &problems);
     }
 }
 
 #[test]
-fn a_monitor_does_not_come_in_by_another_door() {
+fn qmp_monitor_is_refused_when_mon_or_readconfig_brings_it_in() {
     let lab = lab(&["mon", "readconfig"]);
     let file = lab.cwd().root().join("monitor.cfg");
     fs::write(&file, "[mon \"m\"]\n  mode = \"control\"\n  chardev = \"c\"\n").unwrap();
@@ -102,12 +103,12 @@ fn a_monitor_does_not_come_in_by_another_door() {
     })
     .unwrap();
     let by_file = file.display().to_string();
-    let told = [("mon", "brings in a QMP monitor by '-mon c,mode=control'"), ("readconfig", &by_file)];
-    assert_unusable(&lab, &told.map(|(machine, told)| (machine, "", told)));
+    let problems = [("mon", "brings in a QMP monitor by '-mon c,mode=control'"), ("readconfig", &by_file)];
+    assert_unusable(&lab, &problems.map(|(machine, problem)| (machine, "", problem)));
 }
 
 #[test]
-fn what_only_looks_like_a_refused_argument_is_fine() {
+fn argument_is_accepted_when_it_only_resembles_a_refused_one() {
     let near = [
         "-name",
         "/vms/win10-snapshot/x",
@@ -127,11 +128,11 @@ fn what_only_looks_like_a_refused_argument_is_fine() {
 }
 
 #[test]
-fn arguments_that_are_none_are_told() {
+fn machine_is_unusable_when_its_start_args_are_no_arguments() {
     let lab = lab(&["m"]);
     let path = &lab.folder("m").machineinfo;
     let args = |args: Value| json!({"machine": {"start_args": args}}).to_string();
-    for (info, told) in [
+    for (info, problem) in [
         (args(json!(["-m", "32", "-drive", "file=/own/disk.qcow2"])), DISK_PLACEHOLDER),
         (args(json!("-m 32")), "start_args is a single text, and has to be a list"),
         (args(json!([])), "start_args is an empty list"),
@@ -144,18 +145,18 @@ fn arguments_that_are_none_are_told() {
         fs::write(path, info).unwrap();
         let place =
             format!("qemu.yaml:{}: machines.m.machineinfo_path: ", line_of(&lab, "machineinfo_path:"));
-        assert_unusable(&lab, &[("m", &place, told), ("m", "", &format!("{}: ", path.display()))]);
+        assert_unusable(&lab, &[("m", &place, problem), ("m", "", &format!("{}: ", path.display()))]);
     }
 }
 
 #[test]
-fn a_wrong_yaml_is_told_with_its_line() {
+fn wrong_yaml_is_reported_with_its_line_and_key() {
     let lab = lab(&["m"]);
     let m = lab.folder("m");
     let path = |file: &Path| file.display().to_string();
     let whole = lab.yaml().unwrap();
-    // What stands there, what is put there, the key that is told if it is known, and what is told.
-    for (old, new, key, told) in [
+    // The old text, the new text, the reported key if it is known, and the reported problem.
+    for (old, new, key, problem) in [
         ("interface: lo", "interface: lo: lo", "", "mapping values are not allowed in this context"),
         ("interface: lo", "interface: lo\ncolour: red", "", "unknown key `colour`"),
         ("    ip:", "    colour: red\n    ip:", "machines.m", "unknown key `colour`"),
@@ -182,7 +183,7 @@ fn a_wrong_yaml_is_told_with_its_line() {
         let changed = lab.yaml().unwrap();
         let line = whole.lines().zip(changed.lines()).position(|(old, new)| old != new).unwrap() + 1;
         let place = format!("qemu.yaml:{line}: {key}");
-        assert_told(&lab, &[place.trim_end(), told]);
+        assert_refused(&lab, &[place.trim_end(), problem]);
     }
     lab.write_yaml(&whole).unwrap();
     assert_fine(&lab);
@@ -194,7 +195,7 @@ fn machine_is_unusable_when_one_of_its_files_is_wrong() {
     let m = lab.folder("m");
     let path = |file: &Path| file.display().to_string();
     let whole = lab.yaml().unwrap();
-    for (old, new, key, told) in [
+    for (old, new, key, problem) in [
         ("    ip:", "    interface: br-none\n    ip:", "interface", "'br-none' does not exist"),
         (&path(&m.disk), "/none", "qcow2_path", "cannot open the image /none: No such file"),
         (&path(&m.disk), "/etc/passwd", "qcow2_path", "/etc/passwd is not a qcow2 disk"),
@@ -206,7 +207,7 @@ fn machine_is_unusable_when_one_of_its_files_is_wrong() {
         lab.change_yaml(old, new).unwrap();
         let changed = lab.yaml().unwrap();
         let line = whole.lines().zip(changed.lines()).position(|(old, new)| old != new).unwrap() + 1;
-        assert_unusable(&lab, &[("m", &format!("qemu.yaml:{line}: machines.m.{key}: "), told)]);
+        assert_unusable(&lab, &[("m", &format!("qemu.yaml:{line}: machines.m.{key}: "), problem)]);
     }
 }
 
@@ -265,7 +266,7 @@ fn machine_is_unusable_when_the_base_of_its_disk_is_gone() {
 }
 
 #[test]
-fn what_two_machines_share_is_told_of_the_later_one() {
+fn second_machine_is_refused_when_two_share_a_value() {
     let lab = lab(&["m", "n"]);
     let (m, n) = (lab.folder("m"), lab.folder("n"));
     let path = |file: &Path| file.display().to_string();
@@ -277,54 +278,60 @@ fn what_two_machines_share_is_told_of_the_later_one() {
         (&path(&n.machineinfo), &path(&m.machineinfo), "machineinfo_path"),
     ] {
         lab.write_yaml(&whole.replace(theirs, ours)).unwrap();
-        assert_told(&lab, &[&format!("machines.n.{key}: "), &format!("is already the {key} of machine 'm'")]);
+        assert_refused(
+            &lab,
+            &[&format!("machines.n.{key}: "), &format!("is already the {key} of machine 'm'")],
+        );
     }
     let macs = ["AA:BB:CC:DD:EE:FF", "aa:bb:cc:dd:ee:ff"].map(|mac| format!("\n    mac_address: {mac}"));
     let with_mac = |yaml: &str, ip: &str, mac: &str| yaml.replace(ip, &format!("{ip}{mac}"));
     lab.write_yaml(&with_mac(&with_mac(&whole, &m.ip, &macs[0]), &n.ip, &macs[1])).unwrap();
-    assert_told(&lab, &["'aa:bb:cc:dd:ee:ff' is already the mac_address of machine 'm'"]);
+    assert_refused(&lab, &["'aa:bb:cc:dd:ee:ff' is already the mac_address of machine 'm'"]);
     lab.write_yaml(&whole.replace("  n:\n", "  m:\n")).unwrap();
-    assert_told(&lab, &["machines.m: ", "this machine's name is given twice"]);
+    assert_refused(&lab, &["machines.m: ", "this machine's name is given twice"]);
 }
 
 #[test]
-fn a_disk_where_a_disposable_disk_goes_is_told_and_kept() {
+fn disk_is_refused_and_kept_when_it_is_at_the_path_of_an_overlay() {
     let lab = lab(&["m", "n"]);
-    // As when a disposable disk that was kept is made a machine of its own.
+    // An operator may use a kept overlay as the disk of a new machine.
     let kept = lab.disposable("m");
     let disk = &lab.folder("n").disk;
     fs::rename(disk, &kept).unwrap();
     lab.change_yaml(&disk.display().to_string(), &kept.display().to_string()).unwrap();
-    assert_told(&lab, &["machines.n.qcow2_path: ", "is where an overlay of machine 'm' goes"]);
+    assert_refused(&lab, &["machines.n.qcow2_path: ", "is where an overlay of machine 'm' goes"]);
     assert!(kept.exists());
     fs::rename(&kept, disk).unwrap();
 }
 
 #[test]
-fn a_qemu_that_is_too_old_or_none_is_told() {
-    for (version, told) in [
+fn program_is_refused_when_it_is_an_old_qemu_or_none() {
+    for (version, problem) in [
         ("2.10.1", "is QEMU 2.10.1, and 2.11.0 is the oldest that works"),
         ("unknown", "does not report a version: QEMU emulator version unknown"),
     ] {
         let lab = lab(&["m"]);
         lab.fake_qemu(version, "exit 1").unwrap();
-        assert_told(&lab, &["binaries.qemu_system_x86_64: ", told]);
+        assert_refused(&lab, &["binaries.qemu_system_x86_64: ", problem]);
     }
 }
 
 #[test]
-fn several_problems_are_told_at_once() {
+fn problems_are_reported_at_once_when_there_are_several() {
     let lab = lab(&["m", "n"]);
     lab.change_yaml("interface: lo", "interface: br-none").unwrap();
     lab.change_yaml(&lab.folder("m").snapshot.display().to_string(), "none/snapshot").unwrap();
     lab.change_yaml(&lab.folder("n").ip, &lab.folder("m").ip).unwrap();
     lab.change_start_args("n", |args| args.push("-snapshot".to_owned())).unwrap();
-    assert_told(&lab, &["'br-none'", "none/snapshot is not", "is already the ip of machine 'm'"]);
-    assert!(lab.run(&["check"]).unwrap().stdout.contains("'-snapshot'"), "what one machine lacks, too");
+    assert_refused(&lab, &["'br-none'", "none/snapshot is not", "is already the ip of machine 'm'"]);
+    assert!(
+        lab.run(&["check"]).unwrap().stdout.contains("'-snapshot'"),
+        "the problem of one machine is missing"
+    );
 }
 
 #[test]
-fn machine_starts_when_its_name_is_as_long_as_can_be() {
+fn machine_starts_when_its_name_has_the_maximum_length() {
     let names = ["n".repeat(100), "ж".repeat(50)];
     let lab = lab(&names.each_ref().map(String::as_str));
     assert_eq!(lab.run(&["check"]).unwrap().code, Some(0));
@@ -340,7 +347,7 @@ fn machine_starts_when_its_name_is_as_long_as_can_be() {
 }
 
 #[test]
-fn values_are_read_as_they_are_meant() {
+fn values_are_normalized_when_they_are_read() {
     let lab = lab(&["m", "n"]);
     lab.change_yaml("platform: windows", "platform: WINDOWS").unwrap();
     lab.change_yaml("    ip:", "    architecture: X86\n    mac_address: AA:BB:CC:DD:EE:FF\n    ip:").unwrap();
@@ -380,11 +387,11 @@ fn check_names_each_value_when_cuckoo_reads_it_differently() {
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     let line = line_of(&lab, "mac_address:");
-    for told in [
+    for problem in [
         format!("qemu.yaml:{line}: machines.m.mac_address: Cuckoo3 reads 52:54:00:00:01:01 as 41135040061"),
         "machines.m.architecture: Cuckoo3 refuses an empty value".to_owned(),
     ] {
-        assert!(check.stdout.contains(&told), "{told:?} is not in {}", check.stdout);
+        assert!(check.stdout.contains(&problem), "{problem:?} is not in {}", check.stdout);
     }
     // The host itself parses the text.
     let host = lab.host().unwrap();
@@ -403,7 +410,7 @@ fn example_machine_of_cuckoos_default_file_comes_with_the_advice_to_remove_it() 
     host.terminate().unwrap();
     // A file with an error keeps the host from starting.
     lab.change_yaml("interface: lo", "interface: br-none").unwrap();
-    assert_told(&lab, &["'br-none'", "cuckoo machine delete qemu example1"]);
+    assert_refused(&lab, &["'br-none'", "cuckoo machine delete qemu example1"]);
 }
 
 #[test]
@@ -417,12 +424,12 @@ fn check_tries_kvm_and_bridges_when_arguments_need_them() {
     lab.fake_qemu("7.2.0", &format!("{refuses}\nexec {} \"$@\"", lab.qemu().system.display())).unwrap();
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
-    for told in [
+    for problem in [
         "KVM cannot be used, which machines 'm', 'n' need: no module",
         "-netdev bridge,id=cuckoo-check,br=br-none cannot be used, which machines 'm', 'n' need: ",
         "bridge.conf",
     ] {
-        assert!(check.stdout.contains(told), "{told:?} is not in {}", check.stdout);
+        assert!(check.stdout.contains(problem), "{problem:?} is not in {}", check.stdout);
     }
     lab.assert_clean();
 }

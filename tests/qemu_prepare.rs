@@ -1,5 +1,5 @@
-//! What is done ahead of a restore: templates, and machines that stand by. They are only as good as they
-//! are right: whatever changes, the guest is the snapshot's, and a restore works.
+//! Preparations of a restore: templates and standbys. Whatever changes, a restore works, and the guest begins at
+//! the snapshot.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -26,7 +26,7 @@ const MICRO: (&str, Guest, SnapshotFormat) = ("m", Guest::Micro, SnapshotFormat:
 const INSTANT: &str = "instant: auto, standby: off";
 const STANDBY: &str = "instant: auto, standby: auto";
 
-/// A lab whose machine `m` is prepared this way, with a client of its host.
+/// Creates a lab whose machine `m` is prepared with these options, its host, and a client.
 fn prepared(ahead: &str) -> (Lab, RunningHost, Client) {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.ahead(ahead).unwrap();
@@ -34,7 +34,7 @@ fn prepared(ahead: &str) -> (Lab, RunningHost, Client) {
     (lab, host, client)
 }
 
-/// A host of the lab whose machine is prepared, with a client that hears all.
+/// Starts a host of the lab and prepares its machine. The client subscribes to all events.
 fn served(lab: &Lab) -> (RunningHost, Client) {
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -59,33 +59,33 @@ fn ready(client: &mut Client) -> Value {
 }
 
 #[track_caller]
-fn is_ready(client: &mut Client, how: &str) {
+fn is_ready(client: &mut Client, mode: &str) {
     let ready = ready(client);
-    assert_eq!(ready["mode"], how, "{ready}");
+    assert_eq!(ready["mode"], mode, "{ready}");
 }
 
-fn hears_ready(client: &mut Client, how: &str) {
-    while client.wait_for_event("ready", "m").unwrap()["mode"] != how {}
+fn hears_ready(client: &mut Client, mode: &str) {
+    while client.wait_for_event("ready", "m").unwrap()["mode"] != mode {}
 }
 
 /// Waits until the host has prepared the machine by itself.
-fn until_ready(client: &mut Client, how: &str) {
-    while ready(client)["mode"] != how {
+fn until_ready(client: &mut Client, mode: &str) {
+    while ready(client)["mode"] != mode {
         client.wait_for_event("ready", "m").unwrap();
     }
 }
 
-/// The machine is restored, to exactly the snapshot's moment, and goes on from there.
+/// Restores the machine, and checks that the guest begins at the snapshot and continues.
 #[track_caller]
 fn restores(lab: &Lab, client: &mut Client) {
     does(client, "restore_start");
     let machine = lab.folder("m");
     let first = machine.first_count(SOON).unwrap();
-    assert_eq!(first, lab.restored_count().unwrap(), "not the snapshot's moment");
+    assert_eq!(first, lab.restored_count().unwrap(), "the guest does not begin at the snapshot");
     machine.wait_for_count(first + 1, SOON).unwrap();
 }
 
-/// The same, and by this way.
+/// Does the same, and checks the way of the restore.
 #[track_caller]
 fn restores_by(lab: &Lab, client: &mut Client, host: &RunningHost, way: &str) {
     let before = host.log().len();
@@ -109,13 +109,13 @@ fn hash(path: &Path) -> u32 {
     crc32fast::hash(&fs::read(path).unwrap())
 }
 
-/// Tells this template from one that was built anew.
+/// Returns a value that differs for each template that is built.
 fn made(lab: &Lab) -> (u64, i64) {
     let ram = fs::metadata(lab.template("m").join("ram")).unwrap();
     (ram.ino(), ram.ctime_nsec())
 }
 
-/// A program in QEMU's place that does something first, with `$*` to look at, and is QEMU then.
+/// Puts a program in QEMU's place that runs `first`, with QEMU's arguments in `$*`, and becomes QEMU.
 fn wrap_qemu(lab: &Lab, first: &str) -> PathBuf {
     let qemu = lab.qemu().system.display();
     let path = lab.cwd().script("wrapped-qemu", &format!("{first}\nexec {qemu} \"$@\"")).unwrap();
@@ -127,7 +127,7 @@ fn wrap_qemu(lab: &Lab, first: &str) -> PathBuf {
 }
 
 #[test]
-fn instant_restores_are_the_snapshots_and_leave_the_template_as_it_is() {
+fn instant_restores_begin_at_the_snapshot_and_do_not_change_the_template() {
     let (lab, mut host, mut client) = prepared(INSTANT);
     is_ready(&mut client, "instant");
     let ram = lab.template("m").join("ram");
@@ -145,7 +145,7 @@ fn instant_restores_are_the_snapshots_and_leave_the_template_as_it_is() {
 }
 
 #[test]
-fn what_stands_by_is_off_to_the_outside_and_replaced_after_each_run() {
+fn standby_is_reported_as_powered_off_and_replaced_after_each_run() {
     let (lab, mut host, mut client) = prepared(STANDBY);
     for _ in 0..5 {
         until_ready(&mut client, "standby");
@@ -170,7 +170,7 @@ fn what_stands_by_is_off_to_the_outside_and_replaced_after_each_run() {
     ends_well(&lab, &mut host);
 }
 
-/// The paused guest's memory, by the monitor that its arguments have.
+/// Returns the paused guest's memory, through the monitor in its arguments.
 fn memory(monitor: &Path, mib: u32, into: &Path) -> Vec<u8> {
     let mut stream = BufReader::new(UnixStream::connect(monitor).unwrap());
     let prompt = |stream: &mut BufReader<UnixStream>| {
@@ -192,7 +192,7 @@ fn memory(monitor: &Path, mib: u32, into: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn the_memory_is_byte_for_byte_that_of_a_plain_restore() {
+fn memory_of_an_instant_restore_equals_that_of_a_plain_one() {
     const MIB: u32 = 256;
     let linux = Guest::Linux { ram_mib: MIB, noise_mib: 16 };
     let lab = Lab::new(&[("m", linux, SnapshotFormat::Plain)]).unwrap();
@@ -213,12 +213,12 @@ fn the_memory_is_byte_for_byte_that_of_a_plain_restore() {
         memory
     });
     let [plain, instant] = &mut memories;
-    assert!(plain.iter().filter(|byte| **byte != 0).count() > 16 << 20, "there is nothing in it");
+    assert!(plain.iter().filter(|byte| **byte != 0).count() > 16 << 20, "the memory is empty");
     let different = plain.iter().zip(instant.iter()).position(|(one, other)| one != other);
     assert_eq!((different, plain.len()), (None, instant.len()));
 }
 
-/// A snapshot of the same machine at a later moment.
+/// Takes a snapshot of the same machine at a later moment.
 fn later_snapshot(lab: &Lab) -> PathBuf {
     let (machine, overlay) = (lab.folder("m"), lab.cwd().root().join("later.qcow2"));
     let path = lab.cwd().root().join("later");
@@ -233,7 +233,7 @@ fn later_snapshot(lab: &Lab) -> PathBuf {
 }
 
 #[test]
-fn a_snapshot_that_was_replaced_is_the_one_that_is_restored() {
+fn restore_uses_the_new_snapshot_when_it_was_replaced() {
     for ahead in [INSTANT, STANDBY] {
         let lab = Lab::new(&[MICRO]).unwrap();
         let later = later_snapshot(&lab);
@@ -254,7 +254,7 @@ fn a_snapshot_that_was_replaced_is_the_one_that_is_restored() {
 }
 
 #[test]
-fn what_was_made_for_other_files_is_made_anew() {
+fn template_and_standby_are_made_again_when_a_file_was_changed() {
     type Change = fn(&Lab);
     let changes: [(&str, Change); 3] = [
         ("the machine's disk was changed", |lab| {
@@ -268,7 +268,7 @@ fn what_was_made_for_other_files_is_made_anew() {
             let (content, time) =
                 (fs::read(snapshot).unwrap(), fs::metadata(snapshot).unwrap().modified().unwrap());
             fs::write(snapshot, content).unwrap();
-            // As a tool would do that keeps times.
+            // Some tools keep the times of a file that they write.
             File::options().write(true).open(snapshot).unwrap().set_modified(time).unwrap();
         }),
         ("QEMU's program was replaced", |lab| drop(wrap_qemu(lab, "# another"))),
@@ -281,7 +281,7 @@ fn what_was_made_for_other_files_is_made_anew() {
         let (before, log) = (made(&lab), host.log().len());
         change(&lab);
         restores(&lab, &mut client);
-        assert!(host.log()[log..].contains(words), "not told: {words}");
+        assert!(host.log()[log..].contains(words), "not logged: {words}");
         does(&mut client, "stop");
         prepare(&mut client);
         is_ready(&mut client, "standby");
@@ -294,7 +294,7 @@ fn what_was_made_for_other_files_is_made_anew() {
 }
 
 #[test]
-fn a_template_of_other_arguments_or_another_version_is_not_used_by_the_next_host() {
+fn template_is_built_again_when_arguments_or_version_differ_at_the_next_start() {
     let lab = Lab::new(&[MICRO]).unwrap();
     wrap_qemu(&lab, "");
     lab.ahead(INSTANT).unwrap();
@@ -302,7 +302,7 @@ fn a_template_of_other_arguments_or_another_version_is_not_used_by_the_next_host
     drop(client);
     let mut before = made(&lab);
     ends_well(&lab, &mut host);
-    // The same again is used again.
+    // A template of the same identity is used.
     let (mut host, client) = served(&lab);
     drop(client);
     assert_eq!(made(&lab), before);
@@ -329,7 +329,7 @@ fn a_template_of_other_arguments_or_another_version_is_not_used_by_the_next_host
 }
 
 #[test]
-fn a_template_that_was_harmed_is_dropped_and_the_restore_is_plain() {
+fn restore_is_plain_and_the_template_dropped_when_its_files_are_damaged() {
     type Harm = fn(&Path);
     fn flip_a_bit(path: &Path) {
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -368,7 +368,7 @@ fn a_template_that_was_harmed_is_dropped_and_the_restore_is_plain() {
     }
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
     ends_well(&lab, &mut host);
-    // What stands by has the RAM file mapped, and sees what becomes of it.
+    // A standby maps the RAM file, and sees its changes.
     let (lab, mut host, mut client) = prepared(STANDBY);
     for (what, harm) in &harms[..2] {
         harm(&lab.template("m"));
@@ -383,9 +383,9 @@ fn a_template_that_was_harmed_is_dropped_and_the_restore_is_plain() {
 }
 
 #[test]
-fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
+fn restore_works_without_a_template_when_its_disk_fills_up() {
     let lab = Lab::new(&[MICRO]).unwrap();
-    // Larger than what has to be free.
+    // The disk is larger than the minimum of free space.
     let Some(disk) = TinyDisk::mount(lab.cwd(), 600 << 10).unwrap() else { return };
     let fill = format!(
         "case \"$*\" in *share=on*) dd if=/dev/zero of={}/fill bs=1M 2>/dev/null;; esac",
@@ -396,22 +396,22 @@ fn a_disk_that_fills_up_while_a_template_is_built_costs_the_template_only() {
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
-    // It begins by itself, when there is room.
+    // The build begins by itself, because there is space.
     until_ready(&mut client, "plain");
-    let told = ready(&mut client);
-    assert_eq!(told["mode"], "plain");
-    assert!(told["reason"].as_str().unwrap().contains("is full"), "{told}");
+    let readiness = ready(&mut client);
+    assert_eq!(readiness["mode"], "plain");
+    assert!(readiness["reason"].as_str().unwrap().contains("is full"), "{readiness}");
     restores(&lab, &mut client);
     does(&mut client, "stop");
-    // From now on there is not even room to begin.
+    // From now on a build does not even begin.
     prepare(&mut client);
-    let told = ready(&mut client);
-    assert!(told["reason"].as_str().unwrap().contains("are free in"), "{told}");
+    let readiness = ready(&mut client);
+    assert!(readiness["reason"].as_str().unwrap().contains("are free in"), "{readiness}");
     assert!(!disk.path().join("m.template").exists() && !disk.path().join("m.unfinished").exists());
     ends_well(&lab, &mut host);
 }
 
-/// A lab whose template takes long enough to build to do something meanwhile, and its host.
+/// Creates a lab with a host, whose template takes long enough to build to act meanwhile.
 fn slowly_built() -> (Lab, RunningHost, Client) {
     let linux = Guest::Linux { ram_mib: 256, noise_mib: 64 };
     let lab = Lab::new(&[("m", linux, SnapshotFormat::Gzip)]).unwrap();
@@ -428,12 +428,12 @@ fn begin_to_build(client: &mut Client) {
 }
 
 #[test]
-fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
+fn unfinished_template_is_removed_when_its_host_was_killed() {
     let (lab, mut host, mut client) = slowly_built();
     begin_to_build(&mut client);
     host.kill().unwrap();
     let unfinished = lab.template("m").with_file_name("m.unfinished");
-    assert!(unfinished.exists() && !lab.template("m").exists(), "killed too late for what is tested");
+    assert!(unfinished.exists() && !lab.template("m").exists(), "the host was killed too late for this test");
     let (mut host, mut client) = served(&lab);
     is_ready(&mut client, "standby");
     assert!(!unfinished.exists());
@@ -442,7 +442,7 @@ fn a_host_that_is_killed_while_it_builds_leaves_nothing_that_is_used() {
 }
 
 #[test]
-fn a_build_gives_way_to_a_stop_and_to_the_end_of_the_host() {
+fn build_is_cancelled_by_a_stop_and_by_the_end_of_the_host() {
     let (lab, mut host, mut client) = slowly_built();
     begin_to_build(&mut client);
     does(&mut client, "stop");
@@ -454,7 +454,7 @@ fn a_build_gives_way_to_a_stop_and_to_the_end_of_the_host() {
 }
 
 #[test]
-fn one_that_stands_by_and_dies_is_replaced_but_not_for_ever() {
+fn standby_is_replaced_a_limited_number_of_times_when_it_dies() {
     let (lab, mut host, mut client) = prepared(STANDBY);
     for _ in 0..2 {
         let before = lab.qemu_of("m").unwrap();
@@ -478,9 +478,8 @@ fn one_that_stands_by_and_dies_is_replaced_but_not_for_ever() {
     ends_well(&lab, &mut host);
 }
 
-/// What stands by for files that cannot be looked at is of no use, and does not stay.
 #[test]
-fn a_file_that_is_away_for_a_moment_leaves_nothing_behind() {
+fn standby_is_ended_when_a_file_of_its_machine_is_missing() {
     for action in ["restore_start", "prepare"] {
         let (lab, mut host, mut client) = prepared(STANDBY);
         let snapshot = &lab.folder("m").snapshot;
@@ -497,9 +496,8 @@ fn a_file_that_is_away_for_a_moment_leaves_nothing_behind() {
     }
 }
 
-/// Where machines are, there templates may be too, and nothing of the machines is touched.
 #[test]
-fn a_folder_that_holds_machines_can_hold_templates() {
+fn machines_are_untouched_when_templates_are_in_their_folder() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let machines = lab.folder("m").dir.parent().unwrap().to_owned();
     lab.ahead(&format!("{INSTANT}, instant_dir: {}", machines.display())).unwrap();
@@ -508,7 +506,7 @@ fn a_folder_that_holds_machines_can_hold_templates() {
     assert!(machines.join("m.template/ram").exists());
     restores_by(&lab, &mut client, &host, "instant");
     ends_well(&lab, &mut host);
-    // Where none is wanted any more, none stays, and all else does.
+    // Without instant restores, the template is removed and all other files stay.
     lab.ahead(&format!("instant: off, standby: off, instant_dir: {}", machines.display())).unwrap();
     let (mut host, mut client) = served(&lab);
     assert!(!machines.join("m.template").exists());
@@ -516,9 +514,8 @@ fn a_folder_that_holds_machines_can_hold_templates() {
     ends_well(&lab, &mut host);
 }
 
-/// One that QEMU cannot load is built a few times, and no more.
 #[test]
-fn a_template_that_never_loads_is_not_built_for_ever() {
+fn template_is_built_a_limited_number_of_times_when_it_never_loads() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let qemu = lab.qemu().system.display();
     // With another display adapter, QEMU starts but cannot load the snapshot.
@@ -532,14 +529,14 @@ fn a_template_that_never_loads_is_not_built_for_ever() {
         does(&mut client, "stop");
         prepare(&mut client);
     }
-    let told = ready(&mut client);
-    assert_eq!(told["mode"], "plain");
-    assert!(told["reason"].as_str().unwrap().contains("tried 3 times"), "{told}");
+    let readiness = ready(&mut client);
+    assert_eq!(readiness["mode"], "plain");
+    assert!(readiness["reason"].as_str().unwrap().contains("tried 3 times"), "{readiness}");
     ends_well(&lab, &mut host);
 }
 
 #[test]
-fn one_that_stands_by_and_hangs_is_left_aside() {
+fn restore_is_instant_when_the_standby_hangs() {
     let (lab, mut host, mut client) = prepared(STANDBY);
     kill_process(lab.qemu_of("m").unwrap(), Signal::STOP).unwrap();
     restores_by(&lab, &mut client, &host, "instant");
@@ -548,7 +545,7 @@ fn one_that_stands_by_and_hangs_is_left_aside() {
 }
 
 #[test]
-fn a_stop_and_a_cold_start_let_go_of_what_stands_by() {
+fn standby_is_discarded_by_a_stop_and_by_a_cold_start() {
     let (lab, mut host, mut client) = prepared(STANDBY);
     does(&mut client, "stop");
     lab.assert_clean();
@@ -566,7 +563,7 @@ fn a_stop_and_a_cold_start_let_go_of_what_stands_by() {
 }
 
 #[test]
-fn a_guest_that_powers_itself_off_is_followed_by_one_that_stands_by() {
+fn standby_follows_when_a_guest_powers_itself_off() {
     let (lab, mut host, mut client) = prepared(STANDBY);
     restores(&lab, &mut client);
     does(&mut client, "acpi_stop");
@@ -577,7 +574,7 @@ fn a_guest_that_powers_itself_off_is_followed_by_one_that_stands_by() {
 
 /// Guests power themselves off 25 times, by a power button that is not pressed through the host.
 #[test]
-fn each_restore_is_from_standby_when_guests_power_themselves_off() {
+fn restores_are_from_standby_when_guests_power_themselves_off() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let monitor = lab.cwd().root().join("hmp");
     let chardev = format!("socket,id=hmp,path={},server=on,wait=off", monitor.display());
@@ -603,7 +600,7 @@ fn each_restore_is_from_standby_when_guests_power_themselves_off() {
 }
 
 #[test]
-fn what_stood_by_for_a_host_that_was_killed_is_cleared_away() {
+fn standby_is_ended_by_the_next_host_when_its_host_was_killed() {
     let (lab, mut host, client) = prepared(STANDBY);
     drop(client);
     let left = lab.qemu_of("m").unwrap();
@@ -616,21 +613,21 @@ fn what_stood_by_for_a_host_that_was_killed_is_cleared_away() {
 }
 
 #[test]
-fn standing_by_stays_within_its_memory() {
+fn standby_is_not_made_when_the_memory_limit_is_reached() {
     let (lab, mut host, mut client) = prepared("standby: on, standby_memory_limit: 1 MiB");
-    let told = ready(&mut client);
-    assert_eq!(told["mode"], "instant");
-    assert!(told["reason"].as_str().unwrap().contains("standby_memory"), "{told}");
+    let readiness = ready(&mut client);
+    assert_eq!(readiness["mode"], "instant");
+    assert!(readiness["reason"].as_str().unwrap().contains("standby_memory"), "{readiness}");
     lab.assert_clean();
     restores_by(&lab, &mut client, &host, "instant");
     ends_well(&lab, &mut host);
 }
 
 #[test]
-fn without_a_template_one_stands_by_only_if_that_is_asked_for() {
-    for (ahead, how) in [("instant: off", "plain"), ("instant: off, standby: on", "standby")] {
+fn standby_without_a_template_is_made_only_when_it_is_configured() {
+    for (ahead, mode) in [("instant: off", "plain"), ("instant: off, standby: on", "standby")] {
         let (lab, mut host, mut client) = prepared(ahead);
-        is_ready(&mut client, how);
+        is_ready(&mut client, mode);
         assert!(!lab.template("m").exists());
         restores(&lab, &mut client);
         ends_well(&lab, &mut host);
@@ -642,7 +639,7 @@ fn without_a_template_one_stands_by_only_if_that_is_asked_for() {
 }
 
 #[test]
-fn why_a_machine_has_no_template_is_told_before() {
+fn reason_for_no_template_is_reported_by_check_and_list() {
     let lab = Lab::new(&[MICRO]).unwrap();
     let args = ["-numa", "node,memdev=r", "-object", "memory-backend-ram,id=r,size=32M"];
     lab.change_start_args("m", |all| all.extend(args.map(str::to_owned))).unwrap();
@@ -650,19 +647,19 @@ fn why_a_machine_has_no_template_is_told_before() {
     let check = lab.run(&["check"]).unwrap();
     assert!(check.stdout.contains("is restored plainly") && check.stdout.contains("-numa"), "{check:?}");
     let (mut host, mut client) = served(&lab);
-    let told = ready(&mut client);
-    assert_eq!(told["mode"], "plain");
-    assert!(told["reason"].as_str().unwrap().contains("-numa"), "{told}");
+    let readiness = ready(&mut client);
+    assert_eq!(readiness["mode"], "plain");
+    assert!(readiness["reason"].as_str().unwrap().contains("-numa"), "{readiness}");
     let list = lab.run(&["list"]).unwrap();
     assert!(list.stdout.contains("-numa"), "{list:?}");
     ends_well(&lab, &mut host);
 }
 
 #[test]
-fn wrong_keys_are_told_with_their_place() {
+fn wrong_keys_are_reported_with_their_place() {
     let lab = Lab::new(&[MICRO]).unwrap();
     for (ahead, words) in [
-        ("instant: on", "instant"),
+        ("instant: maybe", "instant"),
         ("standby: maybe", "standby"),
         ("standby_memory_limit: 5", "'5' is not a size"),
         ("instant_dir: here", "not an absolute path"),
@@ -680,7 +677,34 @@ fn wrong_keys_are_told_with_their_place() {
 }
 
 #[test]
-fn a_place_where_no_template_can_be_is_told_before() {
+fn renamed_keys_are_read_and_reported_by_check_and_log() {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    let folder = lab.cwd().root().join("elsewhere");
+    let keys = format!(
+        "standby: on, template_dir: {}, template_space: 16 GiB, standby_memory: 1 MiB",
+        folder.display()
+    );
+    lab.cwd().host_yaml(&format!("machineries: {{qemu: {{{keys}}}}}\n")).unwrap();
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(0), "{check:?}");
+    let (mut host, mut client) = served(&lab);
+    is_ready(&mut client, "instant");
+    assert!(folder.join("m.template").exists());
+    for (old, new) in [
+        ("template_dir", "instant_dir"),
+        ("template_space", "instant_space_limit"),
+        ("standby_memory", "standby_memory_limit"),
+    ] {
+        let warning = format!("machineries.qemu.{old}: this key is now called `{new}`");
+        for text in [&check.stdout, &host.log()] {
+            assert_eq!(text.matches(&warning).count(), 1, "{warning}: {text}");
+        }
+    }
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn check_reports_a_folder_that_cannot_hold_templates() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.ahead(&format!("instant_dir: {}/below", lab.folder("m").disk.display())).unwrap();
     let check = lab.run(&["check"]).unwrap();
@@ -689,7 +713,7 @@ fn a_place_where_no_template_can_be_is_told_before() {
 }
 
 #[test]
-fn two_hosts_do_not_share_their_templates() {
+fn host_is_refused_when_another_host_uses_its_templates() {
     let (lab, other) = (Lab::new(&[MICRO]).unwrap(), Lab::new(&[MICRO]).unwrap());
     let shared = format!("{INSTANT}, instant_dir: {}", lab.cwd().root().join("shared").display());
     for lab in [&lab, &other] {
@@ -701,7 +725,7 @@ fn two_hosts_do_not_share_their_templates() {
     ends_well(&lab, &mut host);
 }
 
-/// A lab of two machines that listen on the same port, which only one QEMU at a time can use.
+/// Creates a lab of two machines that listen on the same port, which only one QEMU at a time can use.
 fn rivals() -> Lab {
     let lab = Lab::new(&["m", "n"].map(|name| (name, Guest::Micro, SnapshotFormat::Lz4))).unwrap();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

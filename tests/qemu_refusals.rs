@@ -1,5 +1,5 @@
-//! Sound snapshots that QEMU refuses: the reason says why and what to do. A failure that has nothing to do
-//! with a template keeps the template.
+//! Intact snapshots that QEMU refuses: the reason has the cause and an advice. A failure that is not about the
+//! template keeps the template.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -35,7 +35,7 @@ fn does(client: &mut Client, action: &str) {
     assert_eq!(act(client, action), json!({"success": true}), "{action}");
 }
 
-/// Expects that the action fails with a one-line reason of sensible size that contains these words.
+/// Checks that the action fails with a one-line reason of sensible size that contains these words.
 #[track_caller]
 fn fails(client: &mut Client, action: &str, words: &[&str]) -> String {
     let answer = act(client, action);
@@ -91,7 +91,7 @@ fn snapshot_is_refused_but_not_called_corrupt_when_its_machine_differs() {
 }
 
 #[test]
-fn template_is_not_built_for_qemus_reason_when_it_refuses_the_snapshot() {
+fn template_is_missing_for_qemus_reason_when_it_refuses_the_snapshot() {
     for (change, words) in OTHERS {
         let lab = Lab::new(&[MICRO]).unwrap();
         lab.change_start_args("m", change).unwrap();

@@ -1,5 +1,5 @@
-//! A new configuration while guests run, with real QEMUs: those go on, and what stands by is neither lost nor
-//! left.
+//! A new configuration while guests run, with real QEMUs: the guests keep running, and no standby is lost or
+//! leaked.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -31,7 +31,7 @@ fn ready(client: &mut Client, machine: &str) -> String {
 }
 
 #[test]
-fn a_guest_runs_on_while_others_come_change_and_go() {
+fn guest_keeps_running_when_a_reload_adds_changes_and_removes_others() {
     let micro = |name| (name, Guest::Micro, SnapshotFormat::Lz4);
     let lab = Lab::new(&["runs", "stays", "goes"].map(micro)).unwrap();
     lab.ahead(STANDBY).unwrap();
@@ -46,19 +46,23 @@ fn a_guest_runs_on_while_others_come_change_and_go() {
     }
     does(&mut client, "restore_start", "runs");
     let (running, waiting) = (lab.qemu_of("runs").unwrap(), lab.qemu_of("goes").unwrap());
-    // What is wrong changes nothing, not even what only stands by.
+    // A wrong configuration changes nothing, not even a standby.
     lab.write_yaml(&whole.replace("qcow2_path", "qcow2_file")).unwrap();
     assert_eq!(reload(&mut client)["success"], false);
     assert_eq!((lab.qemu_of("runs").unwrap(), lab.qemu_of("goes").unwrap()), (running, waiting));
-    // One comes and one goes, with all that stood by for it.
+    // A machine is added, and another one is removed with its standby.
     lab.write_yaml(&whole).unwrap();
     lab.cwd().remove_machine("qemu", "goes").unwrap();
-    let taken = reload(&mut client);
-    assert_eq!((&taken["added"], &taken["removed"]), (&json!(["stays"]), &json!(["goes"])), "{taken}");
-    assert!(test_kill_process(waiting).is_err(), "what stood by for a machine that is gone is still there");
-    assert!(!lab.template("goes").exists(), "so is its template");
+    let reloaded = reload(&mut client);
+    assert_eq!(
+        (&reloaded["added"], &reloaded["removed"]),
+        (&json!(["stays"]), &json!(["goes"])),
+        "{reloaded}"
+    );
+    assert!(test_kill_process(waiting).is_err(), "the standby of a removed machine still exists");
+    assert!(!lab.template("goes").exists(), "the template of a removed machine still exists");
     does(&mut client, "restore_start", "stays");
-    // One in use changes when it is off.
+    // A machine in use is changed once it is off.
     let count = lab.folder("runs").first_count(SOON).unwrap();
     lab.change_start_args("runs", |arguments| arguments.extend(["-name", "renamed"].map(str::to_owned)))
         .unwrap();
@@ -66,7 +70,7 @@ fn a_guest_runs_on_while_others_come_change_and_go() {
     assert_eq!(lab.qemu_of("runs").unwrap(), running);
     lab.folder("runs").wait_for_count(count + 1, SOON).unwrap();
     does(&mut client, "stop", "runs");
-    // The host takes it over by itself.
+    // The host applies the pending change by itself.
     while client.machine("runs").unwrap()["outdated"] == true {
         client.next_message().unwrap();
     }

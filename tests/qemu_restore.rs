@@ -1,8 +1,8 @@
-//! Restoring real machines: each run begins exactly where the snapshot was taken, whatever the run
-//! before it did, and nothing of a run is left after it.
+//! Restores of real machines: each run begins exactly at the snapshot, whatever the previous run did, and nothing
+//! of a run is left after it.
 //!
-//! The micro guest counts, so its first count tells where a run began. The Linux guest has an agent,
-//! and marks in its RAM and on its disk, to be spoilt by a run and whole again in the next.
+//! The micro guest counts, so its first count shows where a run began. The Linux guest has an agent, and marks in
+//! its RAM and on its disk, which a run overwrites and the next run has intact.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 const SOON: Duration = Duration::from_secs(60);
 const LINUX: Guest = Guest::Linux { ram_mib: 256, noise_mib: 16 };
 
-/// A machine for each format, named after it.
+/// One machine for each format, named after the format.
 const FORMATS: [(&str, Guest, SnapshotFormat); 4] = [
     ("plain", Guest::Micro, SnapshotFormat::Plain),
     ("gzip", Guest::Micro, SnapshotFormat::Gzip),
@@ -40,7 +40,7 @@ fn assert_does(client: &mut Client, action: &str, machine: &str) {
     println!("{action} of {machine}: {:?}", begun.elapsed());
 }
 
-/// The guest's first count in this run; it goes on from there.
+/// Returns the guest's first count in this run, and waits for the next one.
 fn first_count(machine: &MachineFolder) -> u32 {
     let first = machine.first_count(SOON).unwrap();
     machine.wait_for_count(first + 1, SOON).unwrap();
@@ -52,13 +52,13 @@ fn exists(process: Pid) -> bool {
 }
 
 #[test]
-fn every_format_restores_to_the_same_moment_every_time() {
+fn restore_begins_at_the_same_moment_in_each_format() {
     let lab = Lab::new(&FORMATS).unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for _ in 0..3 {
         for (name, ..) in FORMATS {
-            // To the byte what Cuckoo's own client sends and reads.
+            // The bytes are those that Cuckoo's own client sends and reads.
             let request = format!(r#"{{"action": "restore_start", "machine": "{name}"}}"#);
             client.send_line(request.as_bytes()).unwrap();
             assert_eq!(client.next_line().unwrap(), r#"{"success":true}"#, "{name}");
@@ -71,7 +71,7 @@ fn every_format_restores_to_the_same_moment_every_time() {
 }
 
 #[test]
-fn a_start_without_the_snapshot_is_a_cold_boot() {
+fn norestore_start_is_a_cold_boot() {
     let lab = Lab::new(&FORMATS[..1]).unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -85,14 +85,14 @@ fn a_start_without_the_snapshot_is_a_cold_boot() {
 }
 
 #[test]
-fn a_stop_is_answered_when_the_process_is_gone() {
+fn stop_is_answered_when_the_process_has_ended() {
     let lab = Lab::new(&FORMATS[2..3]).unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for stop in ["stop", "acpi_stop"] {
         for start in ["restore_start", "norestore_start"] {
             assert_does(&mut client, start, "lz4");
-            // A guest that has not come to its first count has no power button yet.
+            // Before its first count, the guest has no power button.
             first_count(lab.folder("lz4"));
             let qemu = lab.qemu_of("lz4").unwrap();
             assert!(exists(qemu));
@@ -101,11 +101,11 @@ fn a_stop_is_answered_when_the_process_is_gone() {
             lab.assert_clean();
         }
     }
-    assert_eq!(client.act("stop", "lz4").unwrap(), good(), "it is off already");
+    assert_eq!(client.act("stop", "lz4").unwrap(), good(), "the machine is off already");
 }
 
 #[test]
-fn what_a_run_writes_is_gone_in_the_next_one() {
+fn run_begins_clean_when_the_previous_one_has_written() {
     let lab = Lab::new(&[("linux", LINUX, SnapshotFormat::Zstd)]).unwrap();
     let machine = lab.folder("linux");
     let disk = fs::read(&machine.disk).unwrap();
@@ -128,7 +128,7 @@ fn what_a_run_writes_is_gone_in_the_next_one() {
 }
 
 #[test]
-fn a_cwd_may_be_longer_than_a_socket_address() {
+fn restore_works_when_the_cwd_is_longer_than_a_socket_address() {
     let deep = PathBuf::from("a-rather-long-name-of-a-folder".repeat(3)).join("and another one".repeat(4));
     let lab = Lab::below(&deep, &FORMATS).unwrap();
     assert!(lab.cwd().root().as_os_str().len() > 108);
@@ -144,7 +144,7 @@ fn a_cwd_may_be_longer_than_a_socket_address() {
 }
 
 #[test]
-fn a_disk_that_is_kept_is_there_until_the_next_start() {
+fn kept_overlay_exists_until_the_next_start() {
     let lab = Lab::new(&FORMATS[..1]).unwrap();
     lab.host_yaml("", ", keep_disposable_disks: true").unwrap();
     let mut host = lab.host().unwrap();
@@ -154,7 +154,7 @@ fn a_disk_that_is_kept_is_there_until_the_next_start() {
     assert_does(&mut client, "stop", "plain");
     let whole = fs::read(&disk).unwrap();
     assert!(whole.starts_with(b"QFI\xfb"));
-    // A disk that is used once more would not even open.
+    // QEMU could not open this file if the overlay were used again.
     fs::write(&disk, "what an earlier run left").unwrap();
     assert_does(&mut client, "restore_start", "plain");
     assert_eq!(first_count(lab.folder("plain")), lab.restored_count().unwrap());

@@ -1,8 +1,8 @@
-//! Restores, many and at the same time, as a sandbox has them: none fails, each begins where it
-//! should, and the host is afterwards what it was before.
+//! Many restores at the same time, as in a sandbox: none fails, each begins at its snapshot, and the host leaks
+//! nothing.
 //!
-//! Bounds for memory, threads and descriptors are generous: what is looked for is what grows with
-//! every round.
+//! The limits for memory, threads and descriptors are generous: the test searches for leaks that grow with each
+//! round.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -26,7 +26,7 @@ const MACHINES: [(&str, Guest, SnapshotFormat); 4] = [
     ("zstd", Guest::Micro, SnapshotFormat::Zstd),
 ];
 
-/// Rounds on all machines, each with a client of its own. The slowest restore is told.
+/// Runs rounds on all machines, each with a client of its own. Returns the duration of the slowest restore.
 fn rounds(lab: &Lab, host: &RunningHost, rounds: u32) -> Duration {
     let restored = lab.restored_count().unwrap();
     thread::scope(|scope| {
@@ -52,7 +52,7 @@ fn one_round(lab: &Lab, host: &RunningHost, name: &str, restored: u32, round: u3
 }
 
 #[test]
-fn a_storm_of_restores_leaves_no_trace() {
+fn host_leaks_nothing_when_many_restores_run_at_the_same_time() {
     let lab = Lab::new(&MACHINES).unwrap();
     let mut host = lab.host().unwrap();
     rounds(&lab, &host, 1);

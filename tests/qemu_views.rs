@@ -1,5 +1,5 @@
-//! Looking at real machines: memory dumps and screenshots, which belong to the caller and leave the
-//! machine as it was, running and enabled, also where they fail.
+//! Memory dumps and screenshots of real machines: the files belong to the caller, and the machine stays running
+//! and enabled, even if they fail.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -18,10 +18,10 @@ use machinery_testkit::snapshot::SnapshotFormat;
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
-/// Large enough that its dump takes a while.
+/// A guest whose dump takes a while.
 const LARGE: Guest = Guest::Linux { ram_mib: 512, noise_mib: 256 };
 
-/// A running machine, `m`, and what looks at it; dropped in this order.
+/// A running machine `m` with its host and a client, dropped in this order.
 struct Running {
     client: Client,
     host: RunningHost,
@@ -30,7 +30,7 @@ struct Running {
 
 fn running(guest: Guest) -> Running {
     let lab = Lab::new(&[("m", guest, SnapshotFormat::Plain)]).unwrap();
-    // With what the machinery hears of QEMU's end, should it end.
+    // The log then has the reason if QEMU ends.
     let host = RunningHost::start_with(lab.cwd(), |command| {
         command.arg("-v");
     })
@@ -58,7 +58,7 @@ impl Running {
         self.client.ask(json!({"action": "screenshot", "machine": "m", "path": path})).unwrap()
     }
 
-    /// It is in the pool, and the micro guest counts on.
+    /// Checks that the machine is in the pool, and that the micro guest continues to count.
     #[track_caller]
     fn assert_runs_on(&mut self) {
         let listed = self.client.machine("m").unwrap();
@@ -69,7 +69,7 @@ impl Running {
         machine.wait_for_count(machine.last_count().unwrap() + 1, SOON).unwrap();
     }
 
-    /// Nobody else may read it, and nothing unfinished is beside it.
+    /// Checks that other users may not read the file, and that no unfinished file is beside it.
     #[track_caller]
     fn assert_is_ours(&self, path: &Path) {
         let (file, ours) = (fs::metadata(path).unwrap(), fs::metadata(self.lab.cwd().root()).unwrap());
@@ -91,7 +91,7 @@ impl Running {
 }
 
 #[test]
-fn a_dump_holds_the_guests_memory() {
+fn dump_holds_the_memory_of_the_guest() {
     let mut m = running(Guest::Micro);
     m.assert_runs_on();
     for name in ["dump", "dump", "another dump, with a comma=and such"] {
@@ -109,29 +109,32 @@ fn a_dump_holds_the_guests_memory() {
 }
 
 #[test]
-fn a_dumps_progress_is_told() {
+fn dump_reports_its_progress() {
     let mut m = running(LARGE);
     let mut subscriber = m.host.client().unwrap();
     assert_eq!(subscriber.ask(json!({"action": "subscribe"})).unwrap(), good());
     let begun = Instant::now();
     let path = m.target("dump");
     assert_eq!(m.dump(&path, "elf"), good());
-    let mut told = Vec::new();
-    while told.last() != Some(&1.0) {
+    let mut fractions = Vec::new();
+    while fractions.last() != Some(&1.0) {
         let event = subscriber.next_message().unwrap();
         if event["event"] == "progress" {
             assert_eq!(event["machine"], "m");
-            told.push(event["fraction"].as_f64().unwrap());
+            fractions.push(event["fraction"].as_f64().unwrap());
         }
     }
-    println!("512 MiB in {:?}: {told:?}", begun.elapsed());
-    assert!(told.is_sorted() && told.iter().all(|fraction| (0.0..=1.0).contains(fraction)), "{told:?}");
+    println!("512 MiB in {:?}: {fractions:?}", begun.elapsed());
+    assert!(
+        fractions.is_sorted() && fractions.iter().all(|fraction| (0.0..=1.0).contains(fraction)),
+        "{fractions:?}"
+    );
     assert_eq!(m.lab.folder("m").get("/", SOON).unwrap().0, 200);
     m.end();
 }
 
 #[test]
-fn a_format_that_does_not_work_leaves_the_machine_as_it_was() {
+fn machine_is_unchanged_when_a_dump_format_fails() {
     let mut m = running(Guest::Micro);
     for (format, magic) in [("kdump-zlib", &b"makedumpfile"[..]), ("win-dmp", b"PAGEDU64")] {
         let path = m.target(format);
@@ -154,7 +157,7 @@ fn a_format_that_does_not_work_leaves_the_machine_as_it_was() {
 }
 
 #[test]
-fn a_path_that_cannot_be_written_is_told() {
+fn reason_names_the_path_when_it_cannot_be_written() {
     let mut m = running(Guest::Micro);
     let (missing, folder) = (m.target("no/such/folder/file"), m.target("folder"));
     fs::create_dir(&folder).unwrap();
@@ -172,10 +175,10 @@ fn a_path_that_cannot_be_written_is_told() {
 }
 
 #[test]
-fn no_space_for_a_dump_is_told() {
+fn reason_names_the_space_when_a_dump_has_too_little() {
     let mut m = running(Guest::Micro);
     let Some(tiny) = TinyDisk::mount(m.lab.cwd(), 1024).unwrap() else {
-        eprintln!("NOT CHECKED: what happens without space, because this user may not mount a tmpfs");
+        eprintln!("NOT CHECKED: a lack of space, because this user may not mount a tmpfs");
         return;
     };
     let answer = m.dump(&tiny.path().join("dump"), "elf");
@@ -189,7 +192,7 @@ fn no_space_for_a_dump_is_told() {
 }
 
 #[test]
-fn a_screenshot_is_a_png_of_the_guests_screen() {
+fn screenshot_is_a_png_of_the_screen() {
     let mut m = running(Guest::Micro);
     for name in ["shot", "shot", "another, with a comma=and such"] {
         let path = m.target(name);
@@ -207,7 +210,7 @@ fn a_screenshot_is_a_png_of_the_guests_screen() {
 }
 
 #[test]
-fn a_machine_that_is_off_shows_nothing() {
+fn dump_and_screenshot_fail_when_the_machine_is_off() {
     let mut m = running(Guest::Micro);
     assert_eq!(m.client.act("stop", "m").unwrap(), good());
     let path = m.target("file");

@@ -45,8 +45,8 @@ fn does(client: &mut Client, action: &str) {
     assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
 }
 
-/// Restores the machine, and expects the snapshot's moment and the serial port's file in the machine's own
-/// folder.
+/// Restores the machine, and checks that the guest begins at the snapshot and that the serial port's file is in the
+/// machine's own folder.
 #[track_caller]
 fn restores(lab: &Lab, client: &mut Client) {
     does(client, "restore_start");
@@ -62,7 +62,7 @@ fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
     assert_eq!(imported.code, Some(0), "{imported:?}");
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
-    for (ahead, how) in
+    for (ahead, mode) in
         [("instant: off, standby: off", "plain"), ("standby: off", "instant"), ("standby: auto", "standby")]
     {
         lab.ahead(ahead).unwrap();
@@ -71,14 +71,14 @@ fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
         for _ in 0..2 {
             does(&mut client, "prepare");
             let ready = client.machine("m").unwrap()["ready"].clone();
-            assert_eq!(ready["mode"], how, "{ready}");
+            assert_eq!(ready["mode"], mode, "{ready}");
             restores(&lab, &mut client);
             does(&mut client, "stop");
         }
         let list = lab.run(&["list"]).unwrap();
-        let (told, log) = (format!("{}{}", list.stdout, list.stderr), host.log());
+        let (listed, log) = (format!("{}{}", list.stdout, list.stderr), host.log());
         for noise in ["ALSA", "alsa", "qemu-system-gui", "audio"] {
-            assert!(!told.contains(noise) && !log.contains(noise), "{noise}: {told}\n{log}");
+            assert!(!listed.contains(noise) && !log.contains(noise), "{noise}: {listed}\n{log}");
         }
         assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
         assert!(host.terminate().unwrap().success());

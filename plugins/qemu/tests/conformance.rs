@@ -1,5 +1,5 @@
-//! The qemu machinery keeps every requirement of a machinery, with real QEMUs and the micro guest, whose
-//! counter tells exactly where a run began.
+//! The qemu machinery meets all requirements of a machinery, with real QEMUs and the micro guest, whose counter
+//! shows exactly where a run began.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -45,12 +45,12 @@ fn spec(lab: &Arc<Lab>) -> BackendSpec {
         .counts(restored..=restored, move |_, machine| Ok(counting.folder(machine).first_count(SOON)?))
         .alive(move |_, machine| Ok(living.folder(machine).wait_for_next_count(SOON)?))
         .leftovers(move || Ok(littered.leftovers()?))
-        // As a crash would end it.
+        // SIGKILL ends it like a crash.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
         .timeout(SOON)
 }
 
-/// A snapshot, spoilt in every way there is.
+/// Returns damaged versions of a snapshot, each with the kind of damage.
 fn broken_snapshots(path: &Path) -> Vec<(&'static str, Vec<u8>)> {
     let (whole, format) = (fs::read(path).unwrap(), SnapshotFormat::of(path).unwrap());
     let stored = |mut content: &[u8]| {
@@ -64,7 +64,7 @@ fn broken_snapshots(path: &Path) -> Vec<(&'static str, Vec<u8>)> {
         ("garbage behind the beginning", [&whole[..8], &[0x5a; 100_000]].concat()),
         ("something else", stored(&[0x5a; 100_000])),
     ];
-    // A plain one ends in a text that QEMU does not need, so whether that is whole cannot be told.
+    // QEMU does not need the last bytes of a plain snapshot, so their loss goes unnoticed.
     if format != SnapshotFormat::Plain {
         broken.push(("the end cut off", whole[..whole.len() - 100].to_vec()));
         broken.push(("nothing, but well packed", stored(&[])));
@@ -73,27 +73,27 @@ fn broken_snapshots(path: &Path) -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[test]
-fn qemu_keeps_every_requirement() {
-    keeps_every_requirement(&lab());
+fn qemu_meets_the_requirements() {
+    assert_meets_requirements(&lab());
 }
 
 #[test]
-fn qemu_keeps_every_requirement_with_templates() {
+fn qemu_meets_the_requirements_with_templates() {
     let lab = lab();
     lab.ahead("instant: auto, standby: off").unwrap();
     prepare_all(&lab);
-    keeps_every_requirement(&lab);
+    assert_meets_requirements(&lab);
 }
 
 #[test]
-fn qemu_keeps_every_requirement_with_machines_that_stand_by() {
+fn qemu_meets_the_requirements_with_standbys() {
     let lab = lab();
     lab.ahead("instant: auto, standby: on").unwrap();
     prepare_all(&lab);
-    keeps_every_requirement(&lab);
+    assert_meets_requirements(&lab);
 }
 
-/// So that what follows finds templates.
+/// Builds the templates of all machines.
 fn prepare_all(lab: &Lab) {
     let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
     let qemu = plugin.load(&setup(lab), Arc::new(NullHost)).unwrap();
@@ -104,7 +104,7 @@ fn prepare_all(lab: &Lab) {
     lab.assert_clean();
 }
 
-fn keeps_every_requirement(lab: &Arc<Lab>) {
+fn assert_meets_requirements(lab: &Arc<Lab>) {
     let snapshot = lab.folder("gzip").snapshot.clone();
     let whole = fs::read(&snapshot).unwrap();
     let (half, path) = (whole.len() / 2, snapshot.clone());
@@ -117,9 +117,8 @@ fn keeps_every_requirement(lab: &Arc<Lab>) {
     assert!(report.passed(), "{report}");
 }
 
-/// However a snapshot is broken, and in whatever format.
 #[test]
-fn a_broken_snapshot_leaves_nothing_behind() {
+fn failed_start_leaves_nothing_when_a_snapshot_is_damaged() {
     let lab = lab();
     let plugin = artifacts::plugin("qemu").unwrap();
     let mut kept = true;
@@ -139,12 +138,11 @@ fn a_broken_snapshot_leaves_nothing_behind() {
             kept &= report.passed() && report.skipped().is_empty();
         }
     }
-    assert!(kept, "the lines above say which is not noticed");
+    assert!(kept, "the lines above name the damage that is not noticed");
 }
 
-/// What the leftovers are looked for with finds them when they are there.
 #[test]
-fn a_running_machine_is_something_that_could_be_left() {
+fn leftovers_are_found_when_a_machine_runs() {
     let lab = lab();
     let plugin = Plugin::open(&artifacts::plugin("qemu").unwrap()).unwrap();
     let qemu = plugin.load(&setup(&lab), Arc::new(NullHost)).unwrap();

@@ -1,5 +1,4 @@
-//! The qemu machinery takes over a new configuration while machines run, with real QEMUs and the micro
-//! guest.
+//! The qemu machinery reloads its configuration while machines run, with real QEMUs and the micro guest.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -25,7 +24,7 @@ fn soon() -> Deadline {
     Deadline::after(SOON)
 }
 
-/// A loaded machinery of the machines `one`, `two` and `three`, and the lab that it is of.
+/// A loaded machinery of the machines `one`, `two` and `three`, with its lab.
 struct Loaded {
     qemu: Instance,
     lab: Lab,
@@ -47,14 +46,14 @@ impl Loaded {
         self.qemu.reload(&self.lab.cwd().setup("qemu").unwrap(), &in_use, soon())
     }
 
-    /// What the reload comes to: those changed, and those that are later.
+    /// Reloads; returns the changed machines, and the deferred ones.
     #[track_caller]
     fn reloaded(&self, in_use: &[&str]) -> (String, String) {
         let Reloaded { changed, later } = self.reload(in_use).unwrap();
         (changed.join(" "), later.join(" "))
     }
 
-    /// The reload is refused, in these words.
+    /// Checks that the reload is refused with these words.
     #[track_caller]
     fn refused(&self, in_use: &[&str], words: &str) {
         let error = self.reload(in_use).unwrap_err().to_string();
@@ -69,13 +68,13 @@ impl Loaded {
         self.lab.cwd().remove_machine("qemu", machine).unwrap();
     }
 
-    /// Prepares the machine; gives the QEMU that stands by.
-    fn stands_by(&self, machine: &str) -> Pid {
+    /// Prepares the machine, and returns the QEMU of its standby.
+    fn prepare_standby(&self, machine: &str) -> Pid {
         self.qemu.prepare(machine, soon()).unwrap();
         self.lab.qemu_of(machine).unwrap()
     }
 
-    /// Starts the machine, from its snapshot.
+    /// Restores the machine, and checks that the guest begins at the snapshot.
     #[track_caller]
     fn restores(&self, machine: &str) -> Pid {
         self.qemu.restore_start(machine, soon()).unwrap();
@@ -88,7 +87,7 @@ impl Loaded {
         self.lab.cwd().root().join(format!("cache/templates/{machine}.template")).exists()
     }
 
-    /// What is there because of that machine: processes, disk and socket.
+    /// Returns the machine's processes, overlays and sockets.
     fn leftovers_of(&self, machine: &str) -> Vec<String> {
         let names = [format!("/{machine}_disposable"), format!("/qemu_{machine}.sock")];
         let is_of_it = |left: &String| names.iter().any(|name| left.contains(name));
@@ -110,12 +109,12 @@ fn is_alive(process: Pid) -> bool {
 }
 
 #[test]
-fn machines_come_change_and_go_while_another_one_runs() {
+fn machines_are_added_changed_and_removed_while_another_one_runs() {
     let loaded = Loaded::new(STANDBY, |lab| lab.cwd().remove_machine("qemu", "three").unwrap());
     let (lab, qemu) = (&loaded.lab, &loaded.qemu);
     let running = loaded.restores("one");
-    let stood_by = loaded.stands_by("two");
-    // It comes.
+    let standby = loaded.prepare_standby("two");
+    // A machine is added.
     let yaml = lab.yaml().unwrap();
     let three = lab.folder("three");
     let keys = [
@@ -128,20 +127,20 @@ fn machines_come_change_and_go_while_another_one_runs() {
     lab.write_yaml(&(yaml.clone() + &new)).unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("", ""));
     assert_eq!(loaded.names(), ["one", "two", "three"]);
-    assert_eq!(lab.qemu_of("two").unwrap(), stood_by, "what has not changed was let go");
+    assert_eq!(lab.qemu_of("two").unwrap(), standby, "the standby of an unchanged machine was discarded");
     loaded.restores("three");
     qemu.stop("three", soon()).unwrap();
-    // Another one changes, in what is told to the host only.
+    // Another machine changes, in a key that only the host uses.
     lab.change_yaml("  two:\n", "  two:\n    tags: [office]\n").unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("two", ""));
-    assert!(!is_alive(stood_by), "what stood by for the machine as it was is still there");
+    assert!(!is_alive(standby), "the standby of the old configuration still exists");
     assert_eq!(loaded.leftovers_of("two"), [""; 0]);
     assert_eq!(qemu.machines().unwrap()[1].tags, ["office"]);
     loaded.restores("two");
     qemu.stop("two", soon()).unwrap();
-    // Two of them go; one stands by, and the other one only has a template.
-    loaded.stands_by("two");
-    loaded.stands_by("three");
+    // Two machines are removed: one has a standby, the other one only a template.
+    loaded.prepare_standby("two");
+    loaded.prepare_standby("three");
     assert_eq!(qemu.stop("three", soon()).unwrap_err().kind(), ErrorKind::StateReached);
     assert!(["two", "three"].iter().all(|name| loaded.has_template(name)));
     loaded.remove_machine("two");
@@ -150,10 +149,10 @@ fn machines_come_change_and_go_while_another_one_runs() {
     assert_eq!(loaded.names(), ["one"]);
     for name in ["two", "three"] {
         assert_eq!(loaded.leftovers_of(name), [""; 0]);
-        assert!(!loaded.has_template(name), "its template stays");
+        assert!(!loaded.has_template(name), "its template still exists");
         assert_eq!(qemu.restore_start(name, soon()).unwrap_err().kind(), ErrorKind::NoSuchMachine);
     }
-    // Nothing of that was noticed by the one that runs.
+    // The running machine is unaffected.
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     assert_eq!(qemu.state("one", soon()).unwrap(), State::Running);
     lab.folder("one").wait_for_next_count(SOON).unwrap();
@@ -161,43 +160,43 @@ fn machines_come_change_and_go_while_another_one_runs() {
 }
 
 #[test]
-fn a_machine_in_use_is_changed_once_it_is_free() {
+fn machine_in_use_is_changed_when_it_is_free() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let (lab, qemu) = (&loaded.lab, &loaded.qemu);
-    loaded.stands_by("one");
+    loaded.prepare_standby("one");
     let running = loaded.restores("one");
-    // What is in the file of its arguments counts too.
+    // The content of machineinfo.json counts too.
     lab.change_start_args("one", |args| args.extend(["-name".to_owned(), "changed".to_owned()])).unwrap();
     loaded.remove_machine("two");
     assert_eq!(loaded.reloaded(&["one", "two"]), text("", "one two"));
     assert_eq!(loaded.names(), ["one", "three", "two"]);
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     lab.folder("one").wait_for_next_count(SOON).unwrap();
-    // A host that takes a running machine for one that is off is wrong.
+    // The host is wrong if it reports a running machine as free.
     loaded.refused(&["two"], "the machine is on");
     assert_eq!(lab.qemu_of("one").unwrap(), running);
     qemu.stop("one", soon()).unwrap();
     assert_eq!(loaded.reloaded(&["two"]), text("one", "two"));
     assert_eq!(loaded.reloaded(&[]), text("", ""));
     assert_eq!(loaded.names(), ["one", "three"]);
-    loaded.stands_by("one");
+    loaded.prepare_standby("one");
     let restored = loaded.restores("one");
     let command = std::fs::read(format!("/proc/{}/cmdline", restored.as_raw_nonzero())).unwrap();
-    assert!(String::from_utf8_lossy(&command).contains("changed"), "it runs as it was");
+    assert!(String::from_utf8_lossy(&command).contains("changed"), "it runs with the old arguments");
     loaded.ends_well();
 }
 
 #[test]
-fn what_cannot_be_taken_over_changes_nothing() {
+fn reload_changes_nothing_when_it_is_refused() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let lab = &loaded.lab;
     let running = loaded.restores("one");
-    let stood_by = loaded.stands_by("two");
+    let standby = loaded.prepare_standby("two");
     let yaml = lab.yaml().unwrap();
     let stays_so = || {
         assert_eq!(loaded.names(), ["one", "three", "two"]);
         assert_eq!(lab.qemu_of("one").unwrap(), running);
-        assert_eq!(lab.qemu_of("two").unwrap(), stood_by);
+        assert_eq!(lab.qemu_of("two").unwrap(), standby);
         lab.write_yaml(&yaml).unwrap();
     };
     let (disk, image) = (lab.folder("two").disk.display().to_string(), lab.qemu().img.display().to_string());
@@ -207,7 +206,7 @@ fn what_cannot_be_taken_over_changes_nothing() {
         (image.as_str(), "/bin/true", "binaries.qemu_img: qemu_img is "),
     ] {
         lab.change_yaml(old, new).unwrap();
-        // Something that would be taken over without that.
+        // This change alone would be applied.
         loaded.remove_machine("three");
         loaded.refused(&["one"], words);
         stays_so();
@@ -218,7 +217,7 @@ fn what_cannot_be_taken_over_changes_nothing() {
     assert!(!folder.exists());
     stays_so();
     lab.ahead(STANDBY).unwrap();
-    // A machine in use may not come by another name.
+    // A machine in use may not be renamed.
     lab.change_yaml("  one:", "  renamed:").unwrap();
     let disk = lab.folder("one").disk.display();
     loaded.refused(
@@ -233,19 +232,19 @@ fn what_cannot_be_taken_over_changes_nothing() {
 }
 
 #[test]
-fn new_machine_is_unusable_as_long_as_somebody_else_uses_its_disk() {
+fn new_machine_is_unusable_while_another_process_uses_its_disk() {
     let loaded = Loaded::new(STANDBY, |lab| lab.change_yaml("  three:", "  other:").unwrap());
     let lab = &loaded.lab;
     let mut qemu = Command::new(&lab.qemu().system);
     let name = format!("guest={}", lab.disposable("three").display());
     qemu.args(["-S", "-display", "none", "-nodefaults", "-name", &name]).stderr(Stdio::null());
-    let mut stranger = qemu.spawn().unwrap();
+    let mut other = qemu.spawn().unwrap();
     lab.change_yaml("  other:", "  three:").unwrap();
     lab.change_yaml("  two:", "  two:\n    tags: [office]").unwrap();
     let reloaded = loaded.reload(&[]);
     let diagnosed = loaded.qemu.diagnose(&loaded.names(), soon());
-    stranger.kill().unwrap();
-    stranger.wait().unwrap();
+    other.kill().unwrap();
+    other.wait().unwrap();
     assert_eq!(reloaded.unwrap().changed, ["two"]);
     let [three] = &diagnosed.unwrap()[..] else { panic!("one machine is diagnosed") };
     let why = three.unusable.as_ref().unwrap().to_string();
@@ -257,12 +256,12 @@ fn new_machine_is_unusable_as_long_as_somebody_else_uses_its_disk() {
 }
 
 #[test]
-fn runs_may_end_while_the_configuration_is_taken_over() {
+fn reload_works_when_runs_end_meanwhile() {
     let loaded = Loaded::new(STANDBY, |_| {});
     let (lab, qemu) = (&loaded.lab, &loaded.qemu);
     loaded.restores("one");
     let killed = loaded.restores("two");
-    loaded.stands_by("three");
+    loaded.prepare_standby("three");
     for machine in ["one", "two", "three"] {
         lab.change_yaml(&format!("  {machine}:\n"), &format!("  {machine}:\n    tags: [office]\n")).unwrap();
     }
@@ -281,28 +280,28 @@ fn runs_may_end_while_the_configuration_is_taken_over() {
 }
 
 #[test]
-fn what_is_done_ahead_can_be_changed() {
+fn reload_changes_the_preparations() {
     let loaded = Loaded::new("instant: off, standby: off", |_| {});
     let (lab, qemu) = (&loaded.lab, &loaded.qemu);
     loaded.restores("one");
     lab.ahead(STANDBY).unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("three two", "one"));
-    let stood_by = loaded.stands_by("two");
+    let standby = loaded.prepare_standby("two");
     assert!(loaded.has_template("two"));
-    // There is no more memory for another one.
+    // The limit leaves no memory for another standby.
     lab.ahead(&format!("{STANDBY}, standby_memory_limit: 1 MiB")).unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("", "one"));
     qemu.prepare("three", soon()).unwrap();
     assert_eq!(loaded.leftovers_of("three"), [""; 0]);
-    assert_eq!(lab.qemu_of("two").unwrap(), stood_by);
+    assert_eq!(lab.qemu_of("two").unwrap(), standby);
     lab.ahead("instant: off, standby: off, keep_disposable_disks: true").unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("three two", "one"));
-    assert!(!is_alive(stood_by) && !loaded.has_template("two") && !loaded.has_template("three"));
+    assert!(!is_alive(standby) && !loaded.has_template("two") && !loaded.has_template("three"));
     loaded.restores("two");
     qemu.stop("two", soon()).unwrap();
     assert!(lab.disposable("two").exists(), "its disk was not kept");
     lab.ahead("instant: off, standby: off").unwrap();
     assert_eq!(loaded.reloaded(&["one"]), text("three two", ""));
-    assert!(!lab.disposable("two").exists(), "a disk that is kept no more stays");
+    assert!(!lab.disposable("two").exists(), "an overlay that is no longer kept still exists");
     loaded.ends_well();
 }
