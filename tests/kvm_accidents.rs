@@ -1,5 +1,5 @@
-//! Accidents of real domains: a QEMU that dies, a guest that powers off or fills its disk, a libvirtd that dies,
-//! hangs or is away, a host that dies.
+//! Accidents of real domains: a QEMU, a libvirtd or a host that dies; a libvirtd that hangs; a guest that powers off
+//! or fills its disk.
 //!
 //! After each of them the host answers in time, reports the accident, and restores the machine again.
 

@@ -18,8 +18,7 @@
 //! restored domain: libvirt 9.0 lets it write to the disk itself.
 //!
 //! An image is valid as long as snapshot and domain are unchanged. Beside each image is a text that describes
-//! its origin: the snapshot, the disks, every other file that the domain names or its disks are based on, and
-//! the domain's description. If the text differs from the present state, the image is not used and made again.
+//! its origin: the snapshot, the disks, the other files of the domain, and the domain's description. If the text differs from the present state, the image is not used and made again.
 
 use std::fs;
 use std::io;

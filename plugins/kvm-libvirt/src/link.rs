@@ -15,8 +15,8 @@
 //! - libvirtd stops reading from a connection with five requests under way (`max_client_requests` in its
 //!   libvirtd.conf), including keepalive.
 //! - libvirt's client fails if two calls wait on one connection that keepalive finds dead. The second call
-//!   then waits for ever, the end of the connection is not reported, and the client crashes when libvirtd
-//!   goes on; seen with libvirt 9.0.
+//!   then waits for ever, and the end of the connection is not reported. The client crashes when libvirtd
+//!   goes on. Seen with libvirt 9.0.
 //!
 //! A call that finds the connection lost waits for the reconnect thread ([`reconnect`]). A restart of
 //! libvirtd takes a second, and so fails no analysis.

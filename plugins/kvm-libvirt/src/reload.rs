@@ -15,8 +15,8 @@ use crate::machines::{Machines, for_each_concurrently};
 /// Applies a new configuration.
 ///
 /// # Errors
-/// The configuration is wrong, or names another libvirt; libvirt does not answer; a machine that is not in
-/// use is on; a standby cannot be ended. The machines then stay as they were, but may have to be prepared
+/// The configuration is wrong, or names another libvirt; libvirt does not answer. A machine that is not in use
+/// is on; a standby cannot be ended. The machines then stay as they were, but may have to be prepared
 /// again.
 pub fn apply(machines: &Machines, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
     let config = Config::read(setup)?;

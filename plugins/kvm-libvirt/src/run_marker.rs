@@ -2,7 +2,7 @@
 //!
 //! A domain outlives the host that started it. The next host must end the runs of a killed host, but not a
 //! domain that an operator has started by hand. So each run has a marker: a file in the machinery's state
-//! folder, with a random token, and the same token in the metadata of the running domain. Only the live domain
+//! folder, with a random token. The metadata of the running domain has the same token. Only the live domain
 //! has this metadata: it ends with the run, and a domain that somebody else starts has none. A managed save
 //! keeps the metadata, so a run that was saved and resumed still matches its marker.
 //!

@@ -1,9 +1,9 @@
 //! A domain's snapshot: its lookup, and the revert to it.
 //!
 //! A snapshot may have been taken of a running, a paused or a shut-off domain. A revert leaves the domain in
-//! that state, unless libvirt is asked to pause it. A snapshot may keep disk and memory inside the disk's
-//! qcow2 file (internal) or in files beside it (external); libvirt reverts to external ones only from 9.9
-//! on. Source: libvirt's docs/formatsnapshot.rst and NEWS.rst.
+//! that state, unless libvirt is asked to pause it. An internal snapshot keeps disk and memory inside the
+//! disk's qcow2 file, an external one in files beside it. libvirt reverts to external ones from 9.9 on.
+//! Source: libvirt's docs/formatsnapshot.rst and NEWS.rst.
 
 use std::time::Duration;
 

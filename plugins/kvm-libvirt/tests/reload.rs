@@ -49,9 +49,8 @@ struct Loaded {
 }
 
 impl Loaded {
-    fn new(section: &str, prepare: impl FnOnce(&KvmLab)) -> Self {
+    fn new(section: &str) -> Self {
         let lab = KvmLab::new(&["one", "two", "three"].map(|name| (name, Guest::Micro))).unwrap();
-        prepare(&lab);
         write_section(&lab, section);
         let plugin = Plugin::open(&artifacts::plugin("kvm").unwrap()).unwrap();
         let (sender, events) = channel();
@@ -136,7 +135,7 @@ fn is_alive(process: Pid) -> bool {
 
 #[test]
 fn machines_are_added_changed_and_removed_while_another_one_runs() {
-    let loaded = Loaded::new(STANDBY, |_| {});
+    let loaded = Loaded::new(STANDBY);
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     let yaml = lab.cwd().yaml("kvm").unwrap();
     let running = loaded.restore("one");
@@ -184,7 +183,7 @@ fn machines_are_added_changed_and_removed_while_another_one_runs() {
 
 #[test]
 fn machine_in_use_is_changed_by_a_later_reload() {
-    let loaded = Loaded::new(STANDBY, |_| {});
+    let loaded = Loaded::new(STANDBY);
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     loaded.make_standby("one");
     let running = loaded.restore("one");
@@ -208,7 +207,7 @@ fn machine_in_use_is_changed_by_a_later_reload() {
 
 #[test]
 fn machines_are_unchanged_when_the_configuration_is_refused() {
-    let loaded = Loaded::new(STANDBY, |_| {});
+    let loaded = Loaded::new(STANDBY);
     let lab = &loaded.lab;
     let running = loaded.restore("one");
     let standby = loaded.make_standby("two");
@@ -235,7 +234,7 @@ fn machines_are_unchanged_when_the_configuration_is_refused() {
 
 #[test]
 fn event_of_a_domain_is_reported_for_its_present_machine() {
-    let loaded = Loaded::new(STANDBY, |_| {});
+    let loaded = Loaded::new(STANDBY);
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     loaded.make_standby("two");
     lab.change_yaml("  two:", "  renamed:").unwrap();
@@ -260,7 +259,7 @@ fn event_of_a_domain_is_reported_for_its_present_machine() {
 /// A run that somebody else has started is not the host's.
 #[test]
 fn run_by_hand_goes_on_when_its_machine_is_removed() {
-    let loaded = Loaded::new(STANDBY, |_| {});
+    let loaded = Loaded::new(STANDBY);
     let lab = &loaded.lab;
     lab.libvirtd().virsh(&["start", &lab.machine("two").label]).unwrap();
     let running = lab.qemu_of("two").unwrap();
@@ -273,7 +272,7 @@ fn run_by_hand_goes_on_when_its_machine_is_removed() {
 
 #[test]
 fn reload_succeeds_when_runs_end_meanwhile() {
-    let loaded = Loaded::new(STANDBY, |_| {});
+    let loaded = Loaded::new(STANDBY);
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     loaded.restore("one");
     let killed = loaded.restore("two");
@@ -301,7 +300,7 @@ fn reload_succeeds_when_runs_end_meanwhile() {
 
 #[test]
 fn reload_changes_images_and_standbys() {
-    let loaded = Loaded::new("instant: on", |_| {});
+    let loaded = Loaded::new("instant: on");
     let (lab, kvm) = (&loaded.lab, &loaded.kvm);
     kvm.prepare("two", soon()).unwrap();
     kvm.prepare("three", soon()).unwrap();

@@ -1,9 +1,9 @@
-//! A CWD with the kvm machinery, a libvirtd of its own, and domains to do experiments on.
+//! A lab of the kvm machinery: a CWD, a private libvirtd, and domains for tests.
 //!
 //! ```text
-//! <scratch>/cwd/conf/machineries/kvm.yaml     as an operator writes it
-//! <scratch>/cwd/machines/<name>/              a domain's disk, and what its guest says
-//! <scratch>/cwd/libvirt/                      all that belongs to libvirtd
+//! <scratch>/cwd/conf/machineries/kvm.yaml     as of an operator
+//! <scratch>/cwd/machines/<name>/              a domain's disk, and the output of its guest
+//! <scratch>/cwd/libvirt/                      all files of libvirtd
 //! ```
 
 use std::fs;
@@ -20,10 +20,10 @@ use crate::host::{self, RunningHost};
 use crate::libvirt::{self, Libvirtd};
 use crate::scratch::ScratchCwd;
 
-/// Declare it before the hosts that serve it, so that they are gone before it looks what is left.
+/// A lab of the kvm machinery. Declare it before its hosts: they end first, and then it checks for leftovers.
 #[derive(Debug)]
 pub struct KvmLab {
-    // The domains end before their folder goes.
+    // Dropped first: the domains end before their folder is removed.
     libvirtd: Libvirtd,
     cwd: ScratchCwd,
     /// In the order of the configuration.
@@ -50,7 +50,7 @@ impl Deref for KvmMachine {
 }
 
 impl KvmLab {
-    /// A lab with these machines.
+    /// Makes a lab with these machines.
     pub fn new(machines: &[(&str, Guest)]) -> Result<Self> {
         let cwd = ScratchCwd::new(&[("kvm", "")])?;
         let libvirtd = Libvirtd::start(&cwd.root().join("libvirt"))?;
@@ -76,32 +76,32 @@ impl KvmLab {
         Ok(KvmMachine { label, disk, probe })
     }
 
-    /// Its CWD.
+    /// Returns the CWD.
     pub fn cwd(&self) -> &ScratchCwd {
         &self.cwd
     }
 
-    /// Its libvirtd.
+    /// Returns the libvirtd.
     pub fn libvirtd(&self) -> &Libvirtd {
         &self.libvirtd
     }
 
-    /// One of its machines.
+    /// Returns the machine of that name.
     ///
     /// # Panics
-    /// It has no such machine.
+    /// The lab has no such machine.
     #[allow(clippy::panic)]
     pub fn machine(&self, name: &str) -> &KvmMachine {
         let found = self.machines.iter().find(|machine| machine.name == name);
         found.unwrap_or_else(|| panic!("the lab has no machine {name}"))
     }
 
-    /// The first count of a micro guest that was restored.
+    /// Returns the first count of a restored micro guest.
     pub fn restored_count(&self) -> Result<u32> {
         libvirt::master(&Qemu::find()?, Guest::Micro)?.restored_count()
     }
 
-    /// Starts a host for it.
+    /// Starts a host.
     pub fn host(&self) -> Result<RunningHost> {
         RunningHost::start(&self.cwd)
     }
@@ -111,30 +111,30 @@ impl KvmLab {
         host::run(&self.cwd, arguments)
     }
 
-    /// Puts `new` in the place of the first `old` in `kvm.yaml`, where it has to be.
+    /// Replaces the first `old` in `kvm.yaml`, which must be there, by `new`.
     pub fn change_yaml(&self, old: &str, new: &str) -> Result<()> {
         self.cwd.change_yaml("kvm", old, new)
     }
 
-    /// The QEMU that runs for that machine.
+    /// Returns the QEMU of that machine.
     pub fn qemu_of(&self, name: &str) -> Result<Pid> {
         leftovers::qemu_on(&self.machine(name).disk, |command| command.contains("-blockdev"))
     }
 
-    /// What is there because of a run: processes (without host and libvirtd), unfinished files.
+    /// Lists the leftovers of runs: processes, except host and libvirtd, and unfinished files.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left: Vec<_> = self.processes()?.iter().map(|process| format!("{process:?}")).collect();
         collect_files(&self.cwd.root().join("machines"), &mut left)?;
         Ok(left)
     }
 
-    /// Nothing is left of any run.
+    /// Expects that there are no leftovers of runs.
     ///
     /// # Panics
-    /// Something is.
+    /// There are some.
     #[track_caller]
     pub fn assert_clean(&self) {
-        assert_eq!(self.leftovers(), Ok(Vec::new()), "this is left of a run");
+        assert_eq!(self.leftovers(), Ok(Vec::new()), "leftovers of a run");
     }
 
     fn fresh_yaml(&self) -> String {

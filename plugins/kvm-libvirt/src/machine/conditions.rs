@@ -61,8 +61,7 @@ impl Machine {
         }
     }
 
-    /// Returns the reason why the domain, which is off, must not be reverted, if there is one: the revert
-    /// would discard somebody else's work, and nobody has requested that.
+    /// Describes the foreign work in the domain, which is off, if a revert would discard it without a request.
     pub(super) fn foreign_work_reason(&self, domain: &Domain, trigger: PrepareTrigger) -> Option<String> {
         let only_own_runs = self.lock().only_own_runs;
         let work = match trigger {

@@ -157,8 +157,8 @@ impl Machine {
         made
     }
 
-    /// Removes the leftovers of an image that was not made. A failure with a cause inside would
-    /// repeat, so this host then makes no other image.
+    /// Removes the leftovers of an image that was not made. If the failure has
+    /// no cause outside the image, this host makes no other one.
     fn image_not_made(&self, error: &Error, cancelled: &AtomicBool) {
         self.keys.image.remove();
         self.preparation_failed();

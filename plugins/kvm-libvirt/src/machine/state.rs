@@ -20,7 +20,7 @@ pub struct MachineState {
     pub start_event: Option<StateReport>,
     /// A start or a preparation that timed out, until it returns.
     pub abandoned: Option<AbandonedCall>,
-    /// The domain that stands by for the next restore.
+    /// The standby for the next restore.
     pub standby: Option<StandbyDomain>,
     /// True if the preparation under way is cancelled.
     pub cancel_prepare: Arc<AtomicBool>,
