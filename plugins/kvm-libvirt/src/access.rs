@@ -1,8 +1,9 @@
 //! Access of QEMU's user to `/dev/kvm`.
 //!
 //! If the device exists and that user may not open it, domains of type `kvm` do not start. libvirt then also
-//! discards its knowledge about QEMU, and collects it again at each of its starts, which takes seconds. libvirt
-//! names the user, by number, in its capabilities (`<baselabel type='kvm'>`, model `dac`). Source: libvirt's
+//! probes QEMU again at each of its starts, which takes seconds.
+//!
+//! libvirt names the user, by number, in its capabilities (`<baselabel type='kvm'>`, model `dac`). Source: libvirt's
 //! docs/formatcaps.rst and src/qemu/qemu_capabilities.c.
 
 use std::fs;

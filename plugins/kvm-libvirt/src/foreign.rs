@@ -8,8 +8,8 @@
 //! - The disk has no changes that are in none of its snapshots, so nothing can be lost. This is true after a
 //!   revert without later writes, and after a snapshot that somebody has just taken.
 //! - The disk is the file at the end of the last own run, written at the same nanosecond: [`DiskRecord`].
-//! - The disk is no file on this computer (a device, a disk on a network), and libvirt has reported no foreign
-//!   run since the last own run ended.
+//! - The disk is no file on this computer, such as a device, and libvirt has reported only own runs since the
+//!   last own run ended.
 //!
 //! Any other disk may have foreign work.
 

@@ -13,8 +13,8 @@
 //!   `auto` makes no image for them.
 //!
 //! The domain keeps its own disk, without an overlay over it. An overlay would save the work of `qemu-img`.
-//! But a snapshot that an operator takes of a running machine would be in a file that is deleted, and QEMU's
-//! user would need access to its folder. libvirt's own disposable disks (`<transient/>`) do not work for a
+//! But a snapshot that an operator takes of a running machine would be lost with the overlay, and QEMU's user
+//! would need access to its folder. libvirt's own disposable disks (`<transient/>`) do not work for a
 //! restored domain: libvirt 9.0 lets it write to the disk itself.
 //!
 //! An image is valid as long as snapshot and domain are unchanged. Beside each image is a text that describes
@@ -64,14 +64,15 @@ pub struct Image {
     /// The computer of libvirt, if it is another one.
     host: Option<String>,
     file: PathBuf,
-    about: PathBuf,
+    /// The file with the description of the origin.
+    origin_file: PathBuf,
 }
 
 /// The origin of an image: the domain at its snapshot.
 pub struct Source {
     disks: Disks,
     /// The description of the origin. An image is valid if its own is equal.
-    about: String,
+    origin: String,
 }
 
 impl Source {
@@ -88,7 +89,7 @@ impl Image {
     /// Returns the image of that machine, in the folder for save images.
     pub fn of(machine: &str, mode: InstantMode, folder: &Path) -> Image {
         let file = |ending: &str| folder.join(format!("{machine}.{ending}"));
-        Image { mode, host: None, file: file("machinery-image"), about: file("machinery-image-of") }
+        Image { mode, host: None, file: file("machinery-image"), origin_file: file("machinery-image-of") }
     }
 
     /// Returns the image with libvirt's computer set; no save image is made for another computer.
@@ -98,7 +99,7 @@ impl Image {
     }
 
     /// Explains why no save image is made although the configuration allows it, for people.
-    pub fn why_none(&self) -> Option<String> {
+    pub fn unavailable_reason(&self) -> Option<String> {
         let host = self.host.as_ref()?;
         Some(format!("save images are made of a libvirt on this computer only, and this one is on {host}"))
     }
@@ -170,18 +171,19 @@ impl Image {
         disks.ensure_writable()?;
         let (name, created) = (&snapshot.identity.name, &snapshot.identity.created);
         let files = Identity::of(&description).to_text().map_err(|error| error.to_string())?;
-        let about = format!("{name}\n{created}\n{}{files}{xml}", disks.described(name)?);
-        Ok(Source { disks, about })
+        let origin = format!("{name}\n{created}\n{}{files}{xml}", disks.described(name)?);
+        Ok(Source { disks, origin })
     }
 
     /// Reports whether there is an image, valid or not.
     pub fn exists(&self) -> bool {
-        self.about.exists()
+        self.origin_file.exists()
     }
 
     /// Reports whether there is an image of that origin.
-    pub fn is_of(&self, source: &Source) -> bool {
-        fs::read_to_string(&self.about).is_ok_and(|about| about == source.about) && self.file.exists()
+    pub fn has_origin(&self, source: &Source) -> bool {
+        fs::read_to_string(&self.origin_file).is_ok_and(|origin| origin == source.origin)
+            && self.file.exists()
     }
 
     /// Returns the size of the image, in bytes.
@@ -201,7 +203,7 @@ impl Image {
         ensure_wanted: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         self.remove();
-        let file = self.file_text()?;
+        let file = self.path_text()?;
         // A file without a description is not an own image.
         if self.file.exists() {
             let what = format!("{file} exists, and is not a save image of this host");
@@ -223,14 +225,14 @@ impl Image {
         // Looked up again, because a reverted domain object does not know its new id.
         let label = domain.name().map_err(|error| explain("return the domain's name", &error))?;
         // From here on there may be an unfinished image, which `remove` deletes.
-        self.write_about(UNFINISHED)?;
+        self.write_origin(UNFINISHED)?;
         save::save(&domain::domain(connect, &label)?, file)?;
-        self.write_about(&source.about)
+        self.write_origin(&source.origin)
     }
 
-    fn write_about(&self, text: &str) -> Result<()> {
-        fs::write(&self.about, text)
-            .map_err(|error| Error::io("write the description of a save image to", &self.about, &error))
+    fn write_origin(&self, text: &str) -> Result<()> {
+        fs::write(&self.origin_file, text)
+            .map_err(|error| Error::io("write the description of a save image to", &self.origin_file, &error))
     }
 
     /// Starts the domain, which is off, from the image, and leaves it paused. The disks must be reverted first.
@@ -239,7 +241,7 @@ impl Image {
     /// The domain cannot be started. It may be in any state then.
     pub fn restore(&self, connect: &Connect) -> Result<()> {
         connect
-            .restore_domain_flags(self.file_text()?, None, sys::VIR_DOMAIN_SAVE_PAUSED)
+            .restore_domain_flags(self.path_text()?, None, sys::VIR_DOMAIN_SAVE_PAUSED)
             .map_err(|error| explain("restore the domain from its save image", &error))
     }
 
@@ -248,7 +250,7 @@ impl Image {
         if !self.exists() {
             return;
         }
-        for path in [&self.file, &self.about] {
+        for path in [&self.file, &self.origin_file] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(path = %path.display(), %error, "cannot remove a save image");
@@ -258,7 +260,7 @@ impl Image {
         }
     }
 
-    fn file_text(&self) -> Result<&str> {
+    fn path_text(&self) -> Result<&str> {
         self.file.to_str().ok_or_else(|| {
             Error::environment(format!("libvirt takes no path that is not UTF-8: {}", self.file.display()))
         })

@@ -13,8 +13,8 @@ use crate::events::Event;
 use crate::link::{Link, Listener};
 use crate::machine::Machine;
 
-/// The maximum number of machines that are ended at a time. libvirtd executes at most five requests of one
-/// connection at a time, and one of them is for other actions.
+/// The maximum number of machines that are ended at a time. libvirtd executes five requests of one connection
+/// at a time; the fifth is for other actions.
 const MAX_CONCURRENT: usize = 4;
 
 /// All machines, and the parts that they share.

@@ -52,7 +52,7 @@ impl Machine {
     /// Returns the image's source, if that is the present snapshot and domain.
     fn valid_source(&self, domain: &Domain, snapshot: &Snapshot) -> Option<Source> {
         let source = self.keys.image.source(domain, snapshot);
-        let valid = source.ok().filter(|source| self.keys.image.is_of(source));
+        let valid = source.ok().filter(|source| self.keys.image.has_origin(source));
         if valid.is_none() {
             tracing::warn!(
                 machine = self.name(),
@@ -104,7 +104,7 @@ impl Machine {
                 return Ok(());
             }
         };
-        if !self.keys.image.is_of(&source) {
+        if !self.keys.image.has_origin(&source) {
             if let Some(reason) = self.foreign_work_reason(&domain, trigger) {
                 self.report_plain(&reason);
                 return Ok(());

@@ -37,7 +37,7 @@ impl Machine {
         {
             // The image of an earlier configuration.
             self.keys.image.remove();
-            let why = [Some(why.to_owned()), self.keys.image.why_none()].into_iter().flatten();
+            let why = [Some(why.to_owned()), self.keys.image.unavailable_reason()].into_iter().flatten();
             self.report_plain(&why.collect::<Vec<_>>().join("; "));
             return Ok(());
         }
