@@ -37,7 +37,7 @@ pub struct KvmMachine {
     pub label: String,
     /// Its disk, with its snapshot inside.
     pub disk: PathBuf,
-    /// How its guest is reached.
+    /// Its guest, as far as a test can reach it.
     pub probe: GuestProbe,
 }
 
@@ -155,7 +155,7 @@ impl KvmLab {
 
 impl Drop for KvmLab {
     fn drop(&mut self) {
-        // What runs on ends with libvirtd's namespace.
+        // Processes that still run end with libvirtd's namespace.
         leftovers::expect_none(self.leftovers());
     }
 }
