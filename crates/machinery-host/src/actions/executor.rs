@@ -19,24 +19,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, ErrorKind, Result, State};
+use machinery::{Error, ErrorKind, Result, State};
 use tokio::sync::watch;
 
 use super::context::ActionContext;
 use super::metrics::milliseconds;
+use super::plugin_calls::PluginCalls;
 use super::{Action, ActionResult, PrepareOrigin, capture};
 use crate::fleet::Machine;
-use crate::plugin::call::{AbandonedCall, CallResult};
-
-/// The time that a plugin has, at least, to report the state after an action.
-const MIN_STATE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Runs the actions of one machine.
 pub struct ActionExecutor {
     machine: Arc<Machine>,
     context: Arc<ActionContext>,
-    /// A call that has not returned. Until it does, the executor makes no other.
-    abandoned: Option<AbandonedCall>,
+    calls: PluginCalls,
     /// True once the preparation under way has not ended long after its cancellation.
     cancel_overdue: Arc<watch::Sender<bool>>,
 }
@@ -57,7 +53,8 @@ impl From<Error> for Failure {
 impl ActionExecutor {
     /// Returns the executor of that machine.
     pub fn new(machine: Arc<Machine>, context: Arc<ActionContext>) -> Self {
-        ActionExecutor { machine, context, abandoned: None, cancel_overdue: Arc::default() }
+        let calls = PluginCalls::new(Arc::clone(&machine), Arc::clone(&context));
+        ActionExecutor { machine, context, calls, cancel_overdue: Arc::default() }
     }
 
     /// Returns the switch that abandons the preparation under way.
@@ -134,28 +131,25 @@ impl ActionExecutor {
 
     /// Reports whether the machine is off and not locked, and no call into its plugin runs.
     pub fn is_free(&self) -> bool {
-        self.machine.status().is_free() && self.abandoned.is_none()
+        self.machine.status().is_free() && !self.calls.is_abandoned()
     }
 
     /// Refuses an action that cannot succeed, before anything is done: a start would stop a running machine
     /// first.
-    fn ensure_allowed(&mut self, action: &Action) -> Result<(), Failure> {
+    fn ensure_allowed(&self, action: &Action) -> Result<(), Failure> {
         self.expect_no_abandoned_call()?;
         self.expect_supported(action)?;
         self.expect_usable(action)
     }
 
-    fn expect_no_abandoned_call(&mut self) -> Result<(), Failure> {
-        match self.abandoned.take() {
-            Some(call) if !call.is_finished() => {
-                self.abandoned = Some(call);
-                let reason = Error::failed("an earlier call into its plugin has not returned")
-                    .advice("Restart the host to get the machine back");
-                // That call has disabled the machine already, unless an operator has enabled it since.
-                Err(Failure { reason, disable: self.machine.status().availability.disabled.is_none() })
-            }
-            _ => Ok(()),
+    fn expect_no_abandoned_call(&self) -> Result<(), Failure> {
+        if !self.calls.is_abandoned() {
+            return Ok(());
         }
+        let reason = Error::failed("an earlier call into its plugin has not returned")
+            .advice("Restart the host to get the machine back");
+        // That call has disabled the machine already, unless an operator has enabled it since.
+        Err(Failure { reason, disable: self.machine.status().availability.disabled.is_none() })
     }
 
     fn expect_supported(&self, action: &Action) -> Result<(), Failure> {
@@ -196,7 +190,7 @@ impl ActionExecutor {
         }
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
-        let started = self.transition_to(State::Running, action).await;
+        let started = self.calls.transition_to(State::Running, action).await;
         // The plugin may have reported the end of an earlier run meanwhile.
         self.machine.set_own_run();
         // Releases the permit first: the cleanup of a failed start must not delay other restores.
@@ -204,7 +198,7 @@ impl ActionExecutor {
         let Err(error) = started else { return Ok(()) };
         if error.kind() == ErrorKind::Unsupported {
             self.machine.set_state(State::Poweroff);
-        } else if self.abandoned.is_none() {
+        } else if !self.calls.is_abandoned() {
             self.clean_up().await;
         }
         capture::end(&self.machine).await;
@@ -213,7 +207,7 @@ impl ActionExecutor {
 
     /// Stops a machine that runs although no task has it, and ends the capture of a run that ended by itself.
     async fn end_earlier_run(&mut self) -> Result<()> {
-        let before = self.query_state().await?;
+        let before = self.calls.query_state().await?;
         if before != State::Poweroff {
             tracing::warn!(machine = self.machine.name(), state = %before, "the machine runs although no task has it: stopped before the start");
             self.stop().await?;
@@ -254,7 +248,7 @@ impl ActionExecutor {
                 capture::end(&self.machine).await;
                 Ok(())
             }
-            Err(error) if self.abandoned.is_some() => Err(error.into()),
+            Err(error) if self.calls.is_abandoned() => Err(error.into()),
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 self.machine.set_state(before);
                 Err(error.into())
@@ -269,10 +263,10 @@ impl ActionExecutor {
 
     /// Runs an action that ends a run.
     async fn power_off(&mut self, action: &Action) -> Result<()> {
-        let ended = self.transition_to(State::Poweroff, action).await;
-        if ended.is_err() && self.abandoned.is_none() {
+        let ended = self.calls.transition_to(State::Poweroff, action).await;
+        if ended.is_err() && !self.calls.is_abandoned() {
             // The first error is the cause, and the one to report.
-            let _ = self.update_state().await;
+            let _ = self.calls.update_state().await;
         }
         ended
     }
@@ -281,12 +275,9 @@ impl ActionExecutor {
     /// plugin itself is at fault, or where the state is not as before.
     async fn run_read_only(&mut self, action: &Action) -> Result<(), Failure> {
         let before = self.machine.status().state;
-        let (limit, invoked) = (self.limit_of(action), action.clone());
-        let called =
-            self.machine.call(limit, move |machine, deadline| invoke(machine, &invoked, deadline)).await;
-        let Err(reason) = self.record_result(called, action.name()) else { return Ok(()) };
+        let Err(reason) = self.calls.run(action).await else { return Ok(()) };
         let changed =
-            self.abandoned.is_some() || self.update_state().await.is_ok_and(|state| state != before);
+            self.calls.is_abandoned() || self.calls.update_state().await.is_ok_and(|state| state != before);
         Err(Failure { disable: changed || reason.is_plugin_fault(), reason })
     }
 
@@ -298,106 +289,15 @@ impl ActionExecutor {
             // The sender is here, so this cannot fail.
             let _ = overdue.wait_for(|overdue| *overdue).await;
         };
-        let action = Action::Prepare(origin);
-        let limit = self.limit_of(&action);
-        let prepared = self
-            .machine
-            .call_until(cancelled, limit, move |machine, deadline| invoke(machine, &action, deadline))
-            .await;
-        self.record_result(prepared, "prepare").map_err(|reason| Failure {
-            disable: self.abandoned.is_some() || reason.is_plugin_fault(),
+        let prepared = self.calls.run_until(cancelled, &Action::Prepare(origin)).await;
+        prepared.map_err(|reason| Failure {
+            disable: self.calls.is_abandoned() || reason.is_plugin_fault(),
             reason,
         })
-    }
-
-    /// Runs an action, and expects the machine to be in the wanted state afterwards. The same call asks for
-    /// the state, because a machine that has just begun to run keeps this computer busy.
-    async fn transition_to(&mut self, wanted: State, action: &Action) -> Result<()> {
-        let (invoked, limit) = (action.clone(), self.limit_of(action));
-        let max_state_timeout = self.context.timeouts().state.max(MIN_STATE_TIMEOUT);
-        let called = self.machine.call(limit, move |machine, deadline| {
-            match invoke(machine, &invoked, deadline) {
-                Err(error) if error.kind() == ErrorKind::StateReached && wanted == State::Poweroff => {}
-                done => done?,
-            }
-            let reports = machine.status().reports;
-            // An action that took all of its time has a moment left for this.
-            let deadline = Deadline::after(deadline.remaining().clamp(MIN_STATE_TIMEOUT, max_state_timeout));
-            Ok((machine.machinery.instance.state(machine.name(), deadline), reports))
-        });
-        let called = called.await;
-        let (state, reports) = self.record_result(called, action.name())?;
-        self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
-        let state = state?;
-        if state == wanted {
-            return Ok(());
-        }
-        let reason = format!("the machine is in state {state} after it, and {wanted} was expected");
-        Err(Error::unexpected_state(reason).advice("Look at the plugin's lines in the log"))
-    }
-
-    /// Asks the plugin for the state, and records it.
-    async fn update_state(&mut self) -> Result<State> {
-        let reports = self.machine.status().reports;
-        let state = self.query_state().await;
-        if self.abandoned.is_none() {
-            self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
-        }
-        state
-    }
-
-    async fn query_state(&mut self) -> Result<State> {
-        let limit = self.context.timeouts().state;
-        let called = self
-            .machine
-            .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline));
-        let called = called.await;
-        self.record_result(called, "querying the state")
-    }
-
-    fn limit_of(&self, action: &Action) -> Duration {
-        let timeouts = self.context.timeouts();
-        match action {
-            Action::RestoreStart => timeouts.restore_start,
-            Action::NorestoreStart => timeouts.norestore_start,
-            Action::Stop | Action::StopOwn => timeouts.stop,
-            Action::AcpiStop => timeouts.acpi_stop,
-            Action::DumpMemory { .. } => timeouts.dump_memory,
-            Action::Screenshot { .. } => timeouts.screenshot,
-            Action::Prepare(_) => timeouts.prepare,
-        }
-    }
-
-    /// Returns the result of a call; keeps an abandoned call, after which the state is unknown.
-    fn record_result<T>(&mut self, called: CallResult<T>, what: &str) -> Result<T> {
-        match called {
-            CallResult::Returned(result) => result,
-            CallResult::Abandoned(call) => {
-                self.abandoned = Some(call);
-                self.machine.set_state(State::Error);
-                Err(Error::timeout(format!("{what} did not return from the plugin in time"))
-                    .advice("The machine is lost until it does; restart the host to get it back"))
-            }
-        }
     }
 }
 
 /// The failure of an action that the host does not begin.
 fn refused(reason: Error) -> Failure {
     Failure { reason, disable: false }
-}
-
-/// Calls the plugin's method for the action.
-fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> {
-    let (plugin, name) = (&machine.machinery.instance, machine.name());
-    match action {
-        Action::RestoreStart => plugin.restore_start(name, deadline),
-        Action::NorestoreStart => plugin.norestore_start(name, deadline),
-        Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
-        Action::AcpiStop => plugin.acpi_stop(name, deadline),
-        Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
-        Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
-        Action::Prepare(PrepareOrigin::Request) => plugin.prepare(name, deadline),
-        Action::Prepare(PrepareOrigin::Automatic) => plugin.prepare_automatically(name, deadline),
-    }
 }

@@ -13,6 +13,7 @@
 //! | [`worker`] | takes messages from one queue |
 //! | [`preparation`] | a preparation under way, and its cancellation |
 //! | [`executor`] | runs one action by the rules |
+//! | [`plugin_calls`] | the calls into the plugin of one machine |
 //! | [`context`] | what all executors share: settings, permits, failures |
 //! | [`capture`] | begins and ends the capture of a machine's traffic |
 //! | [`diagnose`] | asks plugins which machines they cannot use |
@@ -24,6 +25,7 @@ pub mod diagnose;
 pub mod executor;
 pub mod message;
 pub mod metrics;
+pub mod plugin_calls;
 pub mod preparation;
 pub mod queues;
 pub mod worker;

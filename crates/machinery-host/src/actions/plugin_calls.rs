@@ -1,0 +1,156 @@
+//! The calls into the plugin of one machine, for its actions.
+//!
+//! ```text
+//! no call ─▶ call under way ─▶ returned ─▶ no call
+//!                       └─▶ abandoned: no other call until the plugin returns
+//! ```
+
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Error, ErrorKind, Result, State};
+
+use super::context::ActionContext;
+use super::{Action, PrepareOrigin};
+use crate::fleet::Machine;
+use crate::plugin::call::{AbandonedCall, CallResult};
+
+/// The time that a plugin has, at least, to report the state after an action.
+const MIN_STATE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Calls into the plugin of one machine.
+pub struct PluginCalls {
+    machine: Arc<Machine>,
+    context: Arc<ActionContext>,
+    abandoned: Option<AbandonedCall>,
+}
+
+impl PluginCalls {
+    /// Returns the calls for that machine.
+    pub fn new(machine: Arc<Machine>, context: Arc<ActionContext>) -> Self {
+        PluginCalls { machine, context, abandoned: None }
+    }
+
+    /// Reports whether a call was abandoned and has not returned yet.
+    pub fn is_abandoned(&self) -> bool {
+        self.abandoned.as_ref().is_some_and(|call| !call.is_finished())
+    }
+
+    /// Runs an action.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn run(&mut self, action: &Action) -> Result<()> {
+        self.run_until(pending(), action).await
+    }
+
+    /// Runs an action, and abandons the call as soon as `cancelled` ends.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn run_until(&mut self, cancelled: impl Future<Output = ()>, action: &Action) -> Result<()> {
+        let (invoked, limit) = (action.clone(), self.limit_of(action));
+        let called = self
+            .machine
+            .call_until(cancelled, limit, move |machine, deadline| invoke(machine, &invoked, deadline))
+            .await;
+        self.record_result(called, action.name())
+    }
+
+    /// Runs an action, and expects the machine to be in the wanted state afterwards. The same call asks for
+    /// the state, because a machine that has just begun to run keeps this computer busy.
+    ///
+    /// # Errors
+    /// The plugin's error, or the machine is in another state.
+    pub async fn transition_to(&mut self, wanted: State, action: &Action) -> Result<()> {
+        let (invoked, limit) = (action.clone(), self.limit_of(action));
+        let max_state_timeout = self.context.timeouts().state.max(MIN_STATE_TIMEOUT);
+        let called = self.machine.call(limit, move |machine, deadline| {
+            match invoke(machine, &invoked, deadline) {
+                Err(error) if error.kind() == ErrorKind::StateReached && wanted == State::Poweroff => {}
+                done => done?,
+            }
+            let reports = machine.status().reports;
+            // An action that took all of its time has a moment left for this.
+            let deadline = Deadline::after(deadline.remaining().clamp(MIN_STATE_TIMEOUT, max_state_timeout));
+            Ok((machine.machinery.instance.state(machine.name(), deadline), reports))
+        });
+        let called = called.await;
+        let (state, reports) = self.record_result(called, action.name())?;
+        self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
+        let state = state?;
+        if state == wanted {
+            return Ok(());
+        }
+        let reason = format!("the machine is in state {state} after it, and {wanted} was expected");
+        Err(Error::unexpected_state(reason).advice("Look at the plugin's lines in the log"))
+    }
+
+    /// Asks the plugin for the state, and records it.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn update_state(&mut self) -> Result<State> {
+        let reports = self.machine.status().reports;
+        let state = self.query_state().await;
+        if !self.is_abandoned() {
+            self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
+        }
+        state
+    }
+
+    /// Asks the plugin for the state.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn query_state(&mut self) -> Result<State> {
+        let limit = self.context.timeouts().state;
+        let called = self
+            .machine
+            .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline));
+        let called = called.await;
+        self.record_result(called, "querying the state")
+    }
+
+    fn limit_of(&self, action: &Action) -> Duration {
+        let timeouts = self.context.timeouts();
+        match action {
+            Action::RestoreStart => timeouts.restore_start,
+            Action::NorestoreStart => timeouts.norestore_start,
+            Action::Stop | Action::StopOwn => timeouts.stop,
+            Action::AcpiStop => timeouts.acpi_stop,
+            Action::DumpMemory { .. } => timeouts.dump_memory,
+            Action::Screenshot { .. } => timeouts.screenshot,
+            Action::Prepare(_) => timeouts.prepare,
+        }
+    }
+
+    /// Returns the result of a call; keeps an abandoned call, after which the state is unknown.
+    fn record_result<T>(&mut self, called: CallResult<T>, what: &str) -> Result<T> {
+        match called {
+            CallResult::Returned(result) => result,
+            CallResult::Abandoned(call) => {
+                self.abandoned = Some(call);
+                self.machine.set_state(State::Error);
+                Err(Error::timeout(format!("{what} did not return from the plugin in time"))
+                    .advice("The machine is lost until it does; restart the host to get it back"))
+            }
+        }
+    }
+}
+
+/// Calls the plugin's method for the action.
+fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> {
+    let (plugin, name) = (&machine.machinery.instance, machine.name());
+    match action {
+        Action::RestoreStart => plugin.restore_start(name, deadline),
+        Action::NorestoreStart => plugin.norestore_start(name, deadline),
+        Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
+        Action::AcpiStop => plugin.acpi_stop(name, deadline),
+        Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
+        Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
+        Action::Prepare(PrepareOrigin::Request) => plugin.prepare(name, deadline),
+        Action::Prepare(PrepareOrigin::Automatic) => plugin.prepare_automatically(name, deadline),
+    }
+}
