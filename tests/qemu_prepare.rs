@@ -617,7 +617,7 @@ fn standby_is_not_made_when_the_memory_limit_is_reached() {
     let (lab, mut host, mut client) = prepared("standby: on, standby_memory_limit: 1 MiB");
     let readiness = ready(&mut client);
     assert_eq!(readiness["mode"], "instant");
-    assert!(readiness["reason"].as_str().unwrap().contains("standby_memory"), "{readiness}");
+    assert!(readiness["reason"].as_str().unwrap().contains("standby_memory_limit"), "{readiness}");
     lab.assert_clean();
     restores_by(&lab, &mut client, &host, "instant");
     ends_well(&lab, &mut host);

@@ -56,14 +56,14 @@ fn expect_qcow2(disk: &Path) -> Result<()> {
     }
 }
 
-/// Looks for an image and all of its bases.
+/// Checks that an image and all of its bases exist.
 fn find_chain(image: &Path, format: Option<&str>) -> Result<()> {
     let chain = Chain::of(image, format)?;
     let missing = chain.files.iter().find_map(|file| Some((file, std::fs::metadata(file).err()?)));
     missing.map_or(Ok(()), |(file, error)| Err(Error::io("find a part of the image,", file, &error)))
 }
 
-/// Looks for the machine's overlay folder; a folder for all machines is checked with the configuration.
+/// Checks the machine's overlay folder. A folder for all machines is checked with the configuration.
 fn find_overlay_folder(files: &MachineFiles) -> Result<()> {
     let folder = files.disposable.parent().filter(|folder| files.disk.parent() == Some(folder));
     match folder {

@@ -1,5 +1,5 @@
-//! QEMU's options: which there are among arguments, and the value of one, such as that of `-drive` or
-//! `-blockdev`, in either of its spellings.
+//! QEMU's options: finds them among arguments, and parses the value of one, such as `-drive` or `-blockdev`, in
+//! either of its spellings.
 //!
 //! ```text
 //! file=/d/x.img,format=raw           key=value; a comma within a value is written twice

@@ -41,7 +41,7 @@ pub enum InstantMode {
     /// Restores are instant where that is possible.
     #[default]
     Auto,
-    /// As `Auto`: a template has no disadvantage for which a machine would be left out.
+    /// As `Auto`: this machinery leaves out no machine that can have a template.
     On,
     /// Each restore reads the whole snapshot.
     Off,

@@ -78,7 +78,7 @@ impl Validator<'_> {
         }
     }
 
-    /// Refuses values and files that several machines have.
+    /// Refuses an address or a file that several machines have.
     pub fn duplicates(&mut self, machines: &Machines<OwnKeys>) {
         let doubles = machines.duplicates(self.file, |machine| {
             vec![("ip", Some(&machine.shared.ip)), ("mac_address", machine.shared.mac_address.as_deref())]
@@ -175,8 +175,8 @@ impl Validator<'_> {
         })
     }
 
-    /// The path goes into the middle of QEMU's arguments, where a comma ends a value and a quote or
-    /// backslash would have to be escaped in those written as JSON.
+    /// Refuses an overlay's path that cannot be part of QEMU's arguments. A comma ends a value there; a quote or
+    /// backslash would need an escape in JSON.
     fn usable_in_arguments(&mut self, key: &[&str], disposable: &Path) {
         if disposable.to_string_lossy().contains([',', '"', '\\']) || !disposable.is_absolute() {
             let reason = format!(

@@ -48,8 +48,7 @@ impl Change {
     }
 }
 
-/// Makes the node qcow2. A null in `backing` is left out: it says that the image has no base, but the overlay
-/// has one.
+/// Makes the node qcow2. A null in `backing` is removed, because it means no base, and the overlay has one.
 fn be_qcow2(options: &mut Options, node: &str) {
     options.remove(&format!("{node}backing"));
     let format = if node.is_empty() && options.has("format") { "format" } else { "driver" };

@@ -36,7 +36,7 @@ pub fn files_read_by(name: &str, value: &str) -> Vec<Source> {
     }
     let options = Options::parse(value, implied);
     if options.get("qom-type") == Some("filter-dump") {
-        // QEMU writes its file: a capture, which is another one in each run.
+        // QEMU writes this file: a new capture in each run.
         return Vec::new();
     }
     let named = keys.iter().filter_map(|key| options.get(key)).flat_map(|files| match name {

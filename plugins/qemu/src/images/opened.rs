@@ -34,7 +34,7 @@ pub struct Image {
     changes: Vec<Change>,
 }
 
-/// An option as given.
+/// An option of the arguments.
 #[derive(Clone, Copy)]
 struct GivenOption<'a> {
     /// The index of the argument with its value.

@@ -14,7 +14,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// A file that holds no image.
+    /// Creates a file that holds no image.
     pub fn of(path: &str) -> Source {
         Source { path: path.into(), format: Some("raw".to_owned()) }
     }
