@@ -12,9 +12,9 @@ use std::{env, fs, io};
 use rustix::process::Pid;
 
 use crate::error::{Context, Error};
-use crate::guest::serial::Watch;
+use crate::file_content::{ContentWatch, Wait};
 use crate::host::{self, CommandOutput};
-use crate::{Result, lab};
+use crate::{Result, processes};
 
 /// The program that captures, wherever the system has it.
 pub fn tcpdump() -> Result<PathBuf> {
@@ -28,7 +28,7 @@ pub fn tcpdump() -> Result<PathBuf> {
 /// The processes that have this file on their command line.
 pub fn writers(pcap: &Path) -> Result<Vec<Pid>> {
     let pcap = pcap.display().to_string();
-    let processes = lab::processes()?.into_iter().filter(|(_, command)| command.contains(&pcap));
+    let processes = processes::list()?.into_iter().filter(|(_, command)| command.contains(&pcap));
     Ok(processes.map(|(pid, _)| pid).collect())
 }
 
@@ -125,15 +125,15 @@ pub fn packets(pcap: &Path) -> Result<Vec<Packet>> {
 
 /// Waits until the packets in the file, which need not exist yet, are as they are wanted.
 pub fn wait_for(pcap: &Path, timeout: Duration, wanted: impl Fn(&[Packet]) -> bool) -> Result<Vec<Packet>> {
-    let watch = Watch::new(pcap)?;
+    let watch = ContentWatch::new(pcap)?;
     let mut last = Vec::new();
-    let come = watch.until_it(timeout, None, || {
+    let waited = watch.wait_for(timeout, None, || {
         last = packets(pcap)?;
         Ok(wanted(&last).then_some(()))
     })?;
-    match come {
-        Ok(()) => Ok(last),
-        Err(why) => {
+    match waited {
+        Wait::Found(()) => Ok(last),
+        Wait::GaveUp(why) => {
             let path = pcap.display();
             Err(Error::new(format!("{path} does not get the packets: {why}; there are {}", last.len())))
         }

@@ -27,7 +27,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
 
 use super::Qemu;
-use super::serial::Watch;
+use super::serial::SerialWatch;
 use crate::error::{Context, Error};
 use crate::{Result, snapshot};
 
@@ -138,13 +138,13 @@ impl Vm {
     /// Waits for something on the machine's serial port, as long as QEMU lives.
     pub(super) fn wait_for_serial<T>(
         &self,
-        serial: &Watch,
+        serial: &SerialWatch,
         timeout: Duration,
         find: impl Fn(&str) -> Option<T>,
     ) -> Result<T> {
         let process = self.process()?;
         serial
-            .until(timeout, Some(process.as_fd()), find)
+            .wait_for(timeout, Some(process.as_fd()), find)
             .map_err(|error| self.failed("booting the guest", &error))
     }
 

@@ -201,7 +201,7 @@ impl Libvirtd {
     /// The process of the daemon.
     pub fn daemon(&self) -> Result<Pid> {
         let conf = self.conf().display().to_string();
-        let processes = crate::lab::processes()?;
+        let processes = crate::processes::list()?;
         let found = processes.into_iter().find(|(_, command)| {
             command.split(' ').next().is_some_and(|program| program.ends_with("libvirtd"))
                 && command.contains(&conf)
