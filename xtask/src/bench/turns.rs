@@ -6,8 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::note;
-use crate::run::Result;
+use crate::run::{Result, note};
 
 /// More of them would measure little but starting hosts.
 const TURNS: usize = 5;
