@@ -23,6 +23,7 @@ pub mod linux;
 mod machine;
 mod master;
 pub mod micro;
+mod monitor;
 mod probe;
 mod qemu;
 pub(crate) mod recipe;

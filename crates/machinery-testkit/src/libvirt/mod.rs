@@ -10,6 +10,8 @@
 mod daemon;
 mod domain;
 mod master;
+mod namespaces;
+mod settings;
 
 pub use daemon::Libvirtd;
 pub use master::{Master, SNAPSHOT, master};
