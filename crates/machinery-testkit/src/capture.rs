@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_is_taken_apart() {
+    fn datagram_is_parsed() {
         let packets = in_bytes(&file(&[datagram()])).unwrap();
         let [packet] = packets.as_slice() else { panic!("{packets:?}") };
         assert_eq!(packet.ends, Some(((GUEST, 0x8001), (HOST, 514))));
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_for_an_address_has_ends_too() {
+    fn arp_request_has_ends() {
         let mut frame = vec![0; 42];
         frame[12..14].copy_from_slice(&[8, 6]);
         frame[28..32].copy_from_slice(&HOST.octets());
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_whole_yet_is_left_for_later() {
+    fn incomplete_packet_is_skipped() {
         let whole = file(&[datagram(), datagram()]);
         for length in [0, 10, 24, 30, 50, 24 + 16 + 59] {
             assert_eq!(in_bytes(&whole[..length]).unwrap().len(), 0, "{length}");

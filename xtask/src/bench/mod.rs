@@ -100,7 +100,7 @@ mod tests {
     use crate::bench::host::Mode;
 
     #[test]
-    fn a_chart_has_what_was_measured_and_may_be_empty() {
+    fn chart_shows_measured_values_when_there_are_any() {
         let mut figures = Figures::default();
         assert!(!chart::svg(&figures).contains("NaN"));
         figures.add(figures::Place::Qemu(256), by_hand::restore(Mode::Standby), 0.4);

@@ -68,14 +68,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_whole_lines_are_counts() {
+    fn incomplete_lines_are_not_counted() {
         let output = "0A\r\n00000010\r\n00000011\r\n0000001";
         assert_eq!(counts(output).collect::<Vec<_>>(), [16, 17]);
         assert_eq!(counts("00000012\r").next(), None);
     }
 
     #[test]
-    fn a_line_that_comes_later_is_seen_and_one_that_does_not_is_missed() {
+    fn wait_returns_a_later_line_and_fails_when_none_comes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("serial.log");
         let watch = SerialWatch::new(&path).unwrap();
