@@ -79,7 +79,7 @@ fn is_driven(plugin: &Path, yaml: &str) {
 }
 
 #[test]
-fn a_new_plugin_builds_keeps_every_requirement_and_is_driven_by_the_host() {
+fn new_plugin_builds_and_meets_all_requirements() {
     let dir = tempfile::tempdir().unwrap();
     let (folder, library) = new_plugin(dir.path());
     // The versions that are there.
@@ -98,7 +98,7 @@ fn a_new_plugin_builds_keeps_every_requirement_and_is_driven_by_the_host() {
 }
 
 #[test]
-fn a_new_plugin_is_refused_where_it_would_do_harm() {
+fn new_plugin_is_refused_when_its_name_or_folder_is_taken() {
     let dir = tempfile::tempdir().unwrap();
     let run = |arguments: &[&str]| {
         let mut command = command(artifacts::program().unwrap(), &["new-plugin"]);
@@ -129,7 +129,7 @@ fn quotes() -> Vec<(&'static str, &'static str)> {
 }
 
 #[test]
-fn what_the_guide_quotes_is_in_the_code() {
+fn guide_quotes_match_the_example_plugin() {
     let quotes = quotes();
     assert!(quotes.len() >= 5, "the guide quotes little: {quotes:?}");
     for (file, quote) in quotes {
@@ -149,7 +149,7 @@ fn unindented(text: &str) -> String {
 }
 
 #[test]
-fn the_guide_tells_of_every_requirement() {
+fn guide_lists_all_requirements() {
     let (_, table) = GUIDE.split_once("## Every requirement").unwrap();
     let (table, _) = table.split_once("\n## ").unwrap();
     for requirement in conformance::names() {

@@ -63,7 +63,7 @@ fn long_line(length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn five_hundred_connections_of_all_manners_are_served_each_for_itself() {
+fn well_behaved_client_is_served_when_five_hundred_others_misbehave() {
     let served = served(100, "delays_ms: {restore_start: 20}");
     let mut normal = served.clients(1).remove(0);
     let empty = served.host.resources().unwrap();
@@ -148,7 +148,7 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
 }
 
 #[test]
-fn who_waits_for_idleness_and_leaves_is_forgotten() {
+fn wait_idle_is_cancelled_when_its_client_disconnects() {
     let served = served(1, "delays_ms: {restore_start: 20000}");
     let mut normal = served.clients(1).remove(0);
     let before = served.host.resources().unwrap();
@@ -164,7 +164,7 @@ fn who_waits_for_idleness_and_leaves_is_forgotten() {
 }
 
 #[test]
-fn what_is_said_of_a_request_is_short() {
+fn error_answer_is_short_when_the_request_is_long() {
     let served = served(1, "");
     let mut client = served.clients(1).remove(0);
     let long = "x".repeat(1_000_000);
@@ -182,7 +182,7 @@ fn what_is_said_of_a_request_is_short() {
 }
 
 #[test]
-fn a_lock_stays_when_its_client_leaves() {
+fn lock_is_kept_when_its_client_disconnects() {
     let served = served(1, "");
     let mut client = served.clients(1).remove(0);
     client.send(&json!({"action": "lock", "machine": "m0", "task_id": "t"})).unwrap();
@@ -248,7 +248,7 @@ fn lines(host: &RunningHost, rng: &mut Rng, count: usize) {
 }
 
 #[test]
-fn thousands_of_mutilated_lines_are_each_answered_and_leave_nothing() {
+fn mutated_lines_are_answered_and_resources_do_not_grow() {
     let served = served(3, "");
     let seed = 0x9e37_79b9_7f4a_7c15;
     let mut rng = Rng(seed);

@@ -46,7 +46,7 @@ fn run(section: &str, arguments: &[&str]) -> CommandOutput {
 }
 
 #[test]
-fn a_good_plugin_keeps_all_that_can_be_tried() {
+fn conforming_plugin_passes_all_checks_that_can_run() {
     let ran = run("", &[]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let said: Vec<&str> = ran.stdout.lines().collect();
@@ -59,7 +59,7 @@ fn a_good_plugin_keeps_all_that_can_be_tried() {
 }
 
 #[test]
-fn what_is_broken_is_named() {
+fn violated_requirement_is_named() {
     let ran = run("violates: screenshot", &[]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     let broken: Vec<&str> = ran.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
@@ -82,7 +82,7 @@ fn what_is_broken_is_named() {
 }
 
 #[test]
-fn a_plugin_that_ends_the_process_is_found_and_the_rest_is_tried_all_the_same() {
+fn other_requirements_are_checked_when_a_plugin_ends_the_process() {
     for (how, words) in [("abort", "signal 6"), ("exit", "exit code 3")] {
         let only =
             ["--only", "identity", "--only", "restore_start", "--only", "check", "--only", "off_after_load"];
@@ -100,7 +100,7 @@ fn a_plugin_that_ends_the_process_is_found_and_the_rest_is_tried_all_the_same() 
 }
 
 #[test]
-fn what_cannot_be_tried_is_told_once() {
+fn file_is_reported_once_when_it_is_no_plugin() {
     let folder = folder("");
     let text = folder.path().join("libmachinery_nonconforming.so");
     fs::write(&text, "text").unwrap();
@@ -116,7 +116,7 @@ fn what_cannot_be_tried_is_told_once() {
 }
 
 #[test]
-fn a_wrong_command_line_is_told_and_nothing_is_tried() {
+fn command_line_is_refused_before_any_check_when_it_is_wrong() {
     let folder = folder("");
     let plugin = artifacts::plugin("nonconforming").unwrap();
     for (file, arguments, words) in [

@@ -28,12 +28,12 @@ fn run(python: &str, tests: &str) {
 }
 
 #[test]
-fn the_client_and_the_supervision_of_the_host() {
+fn adapter_tests_pass_when_cuckoo3_is_absent() {
     run("python3", "tests/alone");
 }
 
 #[test]
-fn cuckoo3_on_the_host() {
+fn adapter_tests_pass_when_cuckoo3_is_installed() {
     let Some(python) = std::env::var("CUCKOO3_PYTHON").ok().filter(|python| !python.is_empty()) else {
         eprintln!(
             "SKIPPED: the tests with Cuckoo3. To run them, set CUCKOO3_PYTHON to the Python of an environment \

@@ -147,7 +147,7 @@ fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
 }
 
 #[test]
-fn from_each_start_to_each_end_what_the_machine_exchanges_is_in_the_file() {
+fn capture_holds_exactly_one_run_when_a_machine_starts_and_stops_in_any_way() {
     let Some((network, cwd)) = really_captured("") else { return };
     let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
@@ -187,7 +187,7 @@ fn capture_is_complete_when_tcpdump_has_another_file_name() {
 }
 
 #[test]
-fn a_host_that_ends_ends_its_captures_in_order() {
+fn captures_are_complete_when_the_host_shuts_down() {
     let Some((network, cwd)) = really_captured("") else { return };
     let mut host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
@@ -199,7 +199,7 @@ fn a_host_that_ends_ends_its_captures_in_order() {
 }
 
 #[test]
-fn a_start_that_fails_leaves_no_capture() {
+fn capture_ends_when_a_start_fails() {
     let Some((network, cwd)) = really_captured("faults: {restore_start: fail}") else { return };
     let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
@@ -209,7 +209,7 @@ fn a_start_that_fails_leaves_no_capture() {
 }
 
 #[test]
-fn a_machine_that_turns_itself_off_is_captured_until_its_task_is_done() {
+fn capture_lasts_until_stop_when_the_machine_powers_itself_off() {
     let Some((network, cwd)) = really_captured("poweroff_after_ms: 1") else { return };
     let host = host_on(&network, &cwd);
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
@@ -223,7 +223,7 @@ fn a_machine_that_turns_itself_off_is_captured_until_its_task_is_done() {
 }
 
 #[test]
-fn who_does_not_want_a_capture_gets_none() {
+fn tcpdump_does_not_run_when_no_capture_is_requested_or_enabled() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let asked = cwd.root().join("asked");
     let tcpdump = cwd.script("tcpdump", &format!("echo asked > '{}'", asked.display())).unwrap();
@@ -254,21 +254,21 @@ fn who_does_not_want_a_capture_gets_none() {
 }
 
 #[test]
-fn without_tcpdump_it_is_told_to_install_it() {
+fn capture_failure_advises_to_install_tcpdump_when_it_is_missing() {
     let cwd = captured_by(Path::new("/nowhere/tcpdump"), "");
     let host = RunningHost::start(&cwd).unwrap();
     assert_told(&host, &pcap(&cwd), &["/nowhere/tcpdump", "Install tcpdump", "tcpdump.path"]);
 }
 
 #[test]
-fn what_is_no_program_is_told() {
+fn capture_failure_is_reported_when_tcpdump_is_not_executable() {
     let cwd = captured_by(Path::new("/etc/passwd"), "");
     let host = RunningHost::start(&cwd).unwrap();
     assert_told(&host, &pcap(&cwd), &["/etc/passwd", "tcpdump.path"]);
 }
 
 #[test]
-fn an_interface_that_is_not_there_is_told() {
+fn capture_failure_is_reported_when_the_interface_is_missing() {
     let Some((network, cwd)) = really_captured("") else { return };
     cwd.change_yaml("double", "interface: lo", &format!("interface: {}", TestNetwork::TAP)).unwrap();
     let host = host_on(&network, &cwd);
@@ -277,7 +277,7 @@ fn an_interface_that_is_not_there_is_told() {
 }
 
 #[test]
-fn an_interface_that_goes_away_is_told_at_once() {
+fn capture_failure_is_reported_when_the_interface_disappears() {
     let Some((network, cwd)) = really_captured("") else { return };
     cwd.change_yaml("double", "interface: lo", &format!("interface: {}", TestNetwork::TAP)).unwrap();
     let host = host_on(&network, &cwd);
@@ -295,7 +295,7 @@ fn an_interface_that_goes_away_is_told_at_once() {
 }
 
 #[test]
-fn a_file_that_cannot_be_written_is_told() {
+fn capture_failure_is_reported_when_the_file_cannot_be_written() {
     for path in ["no folder/dump.pcap", "a file/dump.pcap", "conf"] {
         let Some((network, cwd)) = really_captured("") else { return };
         cwd.write("a file", "").unwrap();
@@ -307,7 +307,7 @@ fn a_file_that_cannot_be_written_is_told() {
 }
 
 #[test]
-fn a_missing_right_is_told() {
+fn capture_failure_is_reported_when_tcpdump_lacks_a_capability() {
     let Some((network, cwd)) = really_captured("") else { return };
     let real = capture::tcpdump().unwrap().display().to_string();
     let without = format!("exec setpriv --bounding-set=-net_raw --inh-caps=-net_raw -- {real} \"$@\"");
@@ -318,7 +318,7 @@ fn a_missing_right_is_told() {
 }
 
 #[test]
-fn an_address_that_is_none_is_told() {
+fn capture_failure_is_reported_when_the_address_is_invalid() {
     let Some((network, cwd)) = really_captured("") else { return };
     cwd.change_yaml("double", &format!("ip: {IP}"), "ip: 300.1.2.3").unwrap();
     let host = host_on(&network, &cwd);
@@ -326,7 +326,7 @@ fn an_address_that_is_none_is_told() {
 }
 
 #[test]
-fn a_tcpdump_that_dies_is_told_at_once_and_the_machine_goes_on() {
+fn machine_runs_on_when_tcpdump_dies() {
     let Some((network, cwd)) = really_captured("") else { return };
     let host = host_on(&network, &cwd);
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
@@ -353,7 +353,7 @@ fn a_tcpdump_that_dies_is_told_at_once_and_the_machine_goes_on() {
 }
 
 #[test]
-fn a_capture_is_its_tasks_and_not_the_next_ones() {
+fn capture_is_complete_when_the_next_task_locks_at_once() {
     let Some((network, cwd)) = really_captured("") else { return };
     let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
@@ -372,7 +372,7 @@ fn a_capture_is_its_tasks_and_not_the_next_ones() {
 }
 
 #[test]
-fn a_tcpdump_that_hides_what_it_says_is_told_and_ended() {
+fn tcpdump_is_ended_when_it_closes_its_stderr() {
     let script = "exec 2> /dev/null; exec sleep 1000";
     let cwd = captured_by(Path::new("/replaced"), "");
     let script = cwd.script("tcpdump", script).unwrap();
@@ -383,7 +383,7 @@ fn a_tcpdump_that_hides_what_it_says_is_told_and_ended() {
 }
 
 #[test]
-fn a_tcpdump_that_warns_is_no_failure() {
+fn capture_succeeds_when_tcpdump_warns() {
     let Some((network, cwd)) = really_captured("") else { return };
     let real = capture::tcpdump().unwrap().display().to_string();
     let script = format!("echo 'tcpdump: WARNING: no promiscuous mode' >&2; exec {real} \"$@\"");
@@ -400,7 +400,7 @@ fn a_tcpdump_that_warns_is_no_failure() {
 }
 
 #[test]
-fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
+fn machine_starts_when_tcpdump_never_listens() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     // With a child, which has to go with it.
     let tcpdump = cwd.script("tcpdump", "sh -c 'while true; do sleep 60; done' \"$@\"; true").unwrap();
@@ -411,7 +411,7 @@ fn a_tcpdump_that_never_listens_is_told_and_holds_nothing_up_for_long() {
 }
 
 #[test]
-fn a_tcpdump_that_does_not_end_is_killed_and_told() {
+fn tcpdump_is_killed_when_it_ignores_signals() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let deaf = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
     let tcpdump = cwd.script("tcpdump", deaf).unwrap();
@@ -431,7 +431,7 @@ fn a_tcpdump_that_does_not_end_is_killed_and_told() {
 }
 
 #[test]
-fn a_killed_hosts_capture_is_ended_by_the_next_host_and_can_be_read() {
+fn next_host_ends_captures_when_a_host_was_killed() {
     for keeps_capturing in [true, false] {
         let Some((network, cwd)) = really_captured("") else { return };
         let pcap = pcap(&cwd);

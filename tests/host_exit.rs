@@ -38,7 +38,7 @@ fn assert_ended(mut host: RunningHost, cwd: &ScratchCwd, by: &str) {
 }
 
 #[test]
-fn an_exit_in_a_thread_is_an_end_in_good_order() {
+fn host_shuts_down_when_a_plugin_thread_calls_exit() {
     let cwd = cwd("", "restore_start: thread_exit");
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -50,7 +50,7 @@ fn an_exit_in_a_thread_is_an_end_in_good_order() {
 }
 
 #[test]
-fn an_exit_in_a_method_is_an_end_in_good_order_and_a_call_that_never_returns() {
+fn host_shuts_down_when_a_plugin_method_calls_exit() {
     let cwd = cwd("", "restore_start: exit");
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -62,7 +62,7 @@ fn an_exit_in_a_method_is_an_end_in_good_order_and_a_call_that_never_returns() {
 }
 
 #[test]
-fn an_exit_in_a_reload_is_told() {
+fn host_shuts_down_when_reload_calls_exit() {
     let cwd = cwd("faults: {reload: exit}", "");
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -72,7 +72,7 @@ fn an_exit_in_a_reload_is_told() {
 }
 
 #[test]
-fn an_exit_in_the_shutdown_is_told() {
+fn host_reports_the_plugin_when_shutdown_calls_exit() {
     let cwd = cwd("faults: {shutdown: exit}", "");
     let host = RunningHost::start(&cwd).unwrap();
     assert_eq!(host.client().unwrap().act("restore_start", "fine").unwrap(), good());
@@ -81,7 +81,7 @@ fn an_exit_in_the_shutdown_is_told() {
 }
 
 #[test]
-fn an_exit_before_the_host_serves_is_no_success() {
+fn serve_fails_when_a_plugin_calls_exit_during_startup() {
     for method in ["load", "machines", "capabilities", "version"] {
         let cwd = cwd(&format!("faults: {{{method}: exit}}"), "");
         let ran = host::run(&cwd, &["serve"]).unwrap();
@@ -93,7 +93,7 @@ fn an_exit_before_the_host_serves_is_no_success() {
 }
 
 #[test]
-fn an_exit_in_a_check_is_no_success() {
+fn check_fails_when_a_plugin_calls_exit() {
     let ran = host::run(&cwd("faults: {check: exit}", ""), &["check"]).unwrap();
     assert_eq!(ran.code, Some(2), "{ran:?}");
     assert!(ran.stderr.contains("a plugin called exit()"), "{ran:?}");
@@ -101,7 +101,7 @@ fn an_exit_in_a_check_is_no_success() {
 }
 
 #[test]
-fn after_an_end_that_nothing_helps_against_the_next_start_serves() {
+fn next_host_serves_when_a_plugin_aborted_the_process() {
     for fault in ["exit_at_once", "abort"] {
         let cwd = cwd("", &format!("restore_start: {fault}"));
         let mut host = RunningHost::start(&cwd).unwrap();

@@ -85,7 +85,7 @@ const WORDS: [(&str, &str); 5] = [
 ];
 
 #[test]
-fn a_start_that_goes_wrong_costs_its_machine() {
+fn machine_is_disabled_when_its_start_fails() {
     for start in ["restore_start", "norestore_start"] {
         let faults = WORDS.map(|(fault, _)| (fault, format!("faults: {{{start}: {fault}}}")));
         let machines: Vec<_> = faults.iter().map(|(fault, keys)| (*fault, keys.as_str())).collect();
@@ -108,7 +108,7 @@ fn a_start_that_goes_wrong_costs_its_machine() {
 }
 
 #[test]
-fn a_stop_that_goes_wrong_costs_its_machine() {
+fn machine_is_disabled_when_its_stop_fails() {
     let faults = WORDS.map(|(fault, _)| (fault, format!("faults: {{stop: {fault}}}")));
     let machines: Vec<_> = faults.iter().map(|(fault, keys)| (*fault, keys.as_str())).collect();
     let served = served(&machines);
@@ -130,7 +130,7 @@ fn a_stop_that_goes_wrong_costs_its_machine() {
 }
 
 #[test]
-fn a_power_button_that_does_nothing_is_followed_by_the_plug() {
+fn acpi_stop_falls_back_to_stop_when_the_guest_ignores_it() {
     for fault in ["fail", "timeout", "lie"] {
         let served = served(&[("m", &format!("faults: {{acpi_stop: {fault}}}"))]);
         let mut client = served.client();
@@ -142,7 +142,7 @@ fn a_power_button_that_does_nothing_is_followed_by_the_plug() {
 }
 
 #[test]
-fn a_power_button_that_never_comes_back_costs_the_machine() {
+fn machine_is_disabled_when_acpi_stop_hangs() {
     let served = served(&[("m", "faults: {acpi_stop: hang}")]);
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
@@ -153,7 +153,7 @@ fn a_power_button_that_never_comes_back_costs_the_machine() {
 }
 
 #[test]
-fn a_look_that_fails_costs_the_request_only() {
+fn machine_stays_enabled_when_a_read_only_action_fails() {
     for look in ["dump_memory", "screenshot"] {
         for (fault, costs) in [("fail", false), ("timeout", false), ("panic", true), ("hang", true)] {
             let served = served(&[("m", &format!("faults: {{{look}: {fault}}}"))]);
@@ -174,7 +174,7 @@ fn a_look_that_fails_costs_the_request_only() {
 }
 
 #[test]
-fn a_machine_that_cannot_tell_its_state_is_lost_to_the_pool() {
+fn machine_is_disabled_when_its_state_is_unknown() {
     let served =
         served(&[("m", "faults: {state: fail}, fault_times: 2"), ("blind", "faults: {state: fail}")]);
     let mut client = served.client();
@@ -189,7 +189,7 @@ fn a_machine_that_cannot_tell_its_state_is_lost_to_the_pool() {
 }
 
 #[test]
-fn a_fault_that_is_over_is_over_once_the_machine_is_put_back() {
+fn machine_is_usable_when_it_is_enabled_after_a_transient_fault() {
     for fault in ["fail", "timeout", "panic", "lie"] {
         let served = served(&[("m", &format!("faults: {{restore_start: {fault}}}, fault_times: 1"))]);
         let mut client = served.client();
@@ -202,7 +202,7 @@ fn a_fault_that_is_over_is_over_once_the_machine_is_put_back() {
 }
 
 #[test]
-fn a_machine_whose_call_never_came_back_says_so_from_then_on() {
+fn later_actions_fail_when_an_earlier_call_hangs() {
     let served = served(&[("m", "faults: {restore_start: hang}")]);
     let mut client = served.client();
     assert_fails(&client.act("restore_start", "m").unwrap(), "restart the host");
@@ -214,7 +214,7 @@ fn a_machine_whose_call_never_came_back_says_so_from_then_on() {
 }
 
 #[test]
-fn answers_come_in_the_order_in_which_actions_end() {
+fn answers_are_sent_in_the_order_in_which_actions_end() {
     let served = served(&[("m", "faults: {restore_start: hang}")]);
     let mut client = served.client();
     // Those that wait behind the hung one all fail at once.
@@ -227,7 +227,7 @@ fn answers_come_in_the_order_in_which_actions_end() {
 }
 
 #[test]
-fn a_machine_whose_call_never_came_back_cannot_be_put_back() {
+fn enabled_machine_fails_when_an_earlier_call_hangs() {
     let served = served(&[("m", "faults: {restore_start: hang}")]);
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
@@ -239,7 +239,7 @@ fn a_machine_whose_call_never_came_back_cannot_be_put_back() {
 }
 
 #[test]
-fn the_end_does_not_wait_for_a_call_that_never_comes_back() {
+fn shutdown_completes_when_a_call_hangs() {
     let mut served = served(&[("m", "faults: {stop: hang}"), ("n", "faults: {restore_start: hang}")]);
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
@@ -258,7 +258,7 @@ fn counter(served: &Served, client: &mut Client, machine: &str) -> u64 {
 }
 
 #[test]
-fn a_restore_of_a_machine_that_runs_stops_it_first() {
+fn restore_stops_the_machine_first_when_it_runs() {
     let served = served(&[("m", "snapshot: 1000000")]);
     let mut client = served.client();
     client.act("norestore_start", "m").unwrap();
@@ -273,7 +273,7 @@ fn a_restore_of_a_machine_that_runs_stops_it_first() {
 }
 
 #[test]
-fn a_restore_of_a_machine_that_runs_and_cannot_be_stopped_costs_it() {
+fn machine_is_disabled_when_a_restore_cannot_stop_it() {
     let served = served(&[("m", "faults: {stop: fail}")]);
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
@@ -284,7 +284,7 @@ fn a_restore_of_a_machine_that_runs_and_cannot_be_stopped_costs_it() {
 }
 
 #[test]
-fn what_a_machinery_cannot_do_costs_nothing() {
+fn machine_stays_enabled_when_an_action_is_unsupported() {
     let able =
         "capabilities: {norestore_start: false, acpi_stop: false, dump_memory: false, screenshot: false}\n";
     let cwd = ScratchCwd::new(&[("double", &format!("{able}{}", double(&[("m", "")])))]).unwrap();
@@ -302,7 +302,7 @@ fn what_a_machinery_cannot_do_costs_nothing() {
 }
 
 #[test]
-fn a_stop_of_a_machine_that_is_off_has_succeeded_already() {
+fn stop_succeeds_when_the_machine_is_off() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     client.ask(json!({"action": "subscribe"})).unwrap();
@@ -317,7 +317,7 @@ fn a_stop_of_a_machine_that_is_off_has_succeeded_already() {
 }
 
 #[test]
-fn a_machine_that_dies_by_itself_is_told_at_once() {
+fn event_is_sent_when_a_machine_powers_itself_off() {
     let served = served(&[("m", "poweroff_after_ms: 100")]);
     let mut client = served.client();
     client.ask(json!({"action": "subscribe"})).unwrap();
@@ -340,7 +340,7 @@ fn a_machine_that_dies_by_itself_is_told_at_once() {
 }
 
 #[test]
-fn a_panic_of_a_plugin_is_in_the_log_with_its_place() {
+fn log_shows_the_source_line_when_a_plugin_panics() {
     let served = served(&[("m", "faults: {restore_start: panic}")]);
     served.client().act("restore_start", "m").unwrap();
     let log = served.host.log();
@@ -350,7 +350,7 @@ fn a_panic_of_a_plugin_is_in_the_log_with_its_place() {
 }
 
 #[test]
-fn what_happens_to_one_machine_does_not_slow_down_another() {
+fn machine_is_not_delayed_when_another_hangs() {
     let served = served(&[("m", "faults: {restore_start: hang}")]);
     let mut client = served.client();
     client.send(&json!({"action": "restore_start", "machine": "m", "id": "hung"})).unwrap();

@@ -52,7 +52,7 @@ fn elder() -> ScratchCwd {
 }
 
 #[test]
-fn a_plugin_of_interface_1_0_does_all_it_ever_did() {
+fn interface_1_0_plugin_supports_all_its_actions() {
     let cwd = elder();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -92,7 +92,7 @@ fn a_plugin_of_interface_1_0_does_all_it_ever_did() {
 }
 
 #[test]
-fn what_interface_1_0_did_not_have_is_told_as_unsupported_and_costs_nothing() {
+fn interface_1_0_plugin_stays_usable_when_newer_features_are_requested() {
     let cwd = elder();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -110,7 +110,7 @@ fn what_interface_1_0_did_not_have_is_told_as_unsupported_and_costs_nothing() {
 }
 
 #[test]
-fn a_plugin_of_interface_1_0_keeps_every_requirement() {
+fn interface_1_0_plugin_meets_all_requirements() {
     let cwd = elder();
     let file = cwd.root().join("machineries/libmachinery_elder.so");
     let report = conformance::run(&file, &cwd.setup("elder").unwrap(), &BackendSpec::new(&["m", "n"]));
@@ -118,7 +118,7 @@ fn a_plugin_of_interface_1_0_keeps_every_requirement() {
 }
 
 #[test]
-fn commands_tell_of_which_interface_a_plugin_is() {
+fn commands_show_the_interface_version_of_a_plugin() {
     let cwd = elder();
     let plugins = host::run(&cwd, &["plugins", "--json"]).unwrap();
     let plugins: serde_json::Value = serde_json::from_str(&plugins.stdout).unwrap();
@@ -130,7 +130,7 @@ fn commands_tell_of_which_interface_a_plugin_is() {
 }
 
 #[test]
-fn a_host_of_interface_1_0_refuses_a_plugin_of_today_and_names_both_versions() {
+fn interface_1_0_host_names_both_versions_when_it_refuses_a_newer_plugin() {
     let old = of_1_0().join("elder-host");
     let mut command = Command::new(&old);
     command.arg(artifacts::plugin("double").unwrap());
@@ -146,7 +146,7 @@ fn a_host_of_interface_1_0_refuses_a_plugin_of_today_and_names_both_versions() {
 }
 
 #[test]
-fn an_incompatible_plugin_is_refused_without_a_line_of_it_being_run() {
+fn host_runs_no_code_of_a_plugin_when_its_interface_is_incompatible() {
     let cwd = ScratchCwd::new(&[("newer_interface", "")]).unwrap();
     let trace = cwd.root().join("was-loaded");
     let file = artifacts::plugin("newer_interface").unwrap();
@@ -173,7 +173,7 @@ fn an_incompatible_plugin_is_refused_without_a_line_of_it_being_run() {
 
 /// The double, built by another compiler and optimised, is as good as the one beside the host.
 #[test]
-fn a_plugin_of_another_compiler_does_the_same() {
+fn plugin_works_when_another_compiler_built_it() {
     let Some(toolchain) = other_toolchain(OLDEST_RUSTC).unwrap() else {
         return println!("not tried: rustup has no second compiler of {OLDEST_RUSTC} or later here");
     };
@@ -197,7 +197,7 @@ fn a_plugin_of_another_compiler_does_the_same() {
 
 /// What was released is installed somewhere; changing it here would only hide what breaks there.
 #[test]
-fn interfaces_that_were_released_are_as_they_were() {
+fn released_interfaces_are_unchanged() {
     let known = BTreeMap::from([("1.0", "df405efab4616cd99e65cd93e651884f3fc4f6bb6d2c344fa93c8f4b0654736d")]);
     let folders = fs::read_dir(interfaces()).unwrap().flatten().filter(|entry| entry.path().is_dir());
     let found: BTreeMap<String, String> =

@@ -79,7 +79,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-fn a_stranger_is_kept_out_by_the_mode_and_by_its_credentials() {
+fn host_refuses_other_users_by_socket_mode_and_by_credentials() {
     if !is_root() {
         return;
     }
@@ -98,7 +98,7 @@ fn a_stranger_is_kept_out_by_the_mode_and_by_its_credentials() {
 }
 
 #[test]
-fn the_members_of_the_group_are_let_in() {
+fn host_serves_members_of_the_socket_group() {
     if !is_root() {
         return;
     }
@@ -127,7 +127,7 @@ fn the_members_of_the_group_are_let_in() {
 }
 
 #[test]
-fn root_is_served_by_a_plain_users_host() {
+fn host_serves_root_when_it_runs_as_a_plain_user() {
     if !is_root() {
         return;
     }
@@ -146,7 +146,7 @@ fn root_is_served_by_a_plain_users_host() {
 }
 
 #[test]
-fn a_group_that_does_not_exist_keeps_the_host_from_starting() {
+fn serve_fails_when_the_socket_group_does_not_exist() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.host_yaml("socket_group: no-such-group-here\n").unwrap();
     let ran = host::run(&cwd, &["serve"]).unwrap();

@@ -44,7 +44,7 @@ fn assert_reason(answer: &Value, part: &str) {
 }
 
 #[test]
-fn a_lock_is_one_tasks_alone_until_it_is_given_back() {
+fn lock_is_exclusive_until_it_is_released() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let locked = lock(&mut client, "m", "t1");
@@ -65,7 +65,7 @@ fn a_lock_is_one_tasks_alone_until_it_is_given_back() {
 }
 
 #[test]
-fn a_lock_needs_a_task_and_absolute_paths() {
+fn lock_is_refused_when_task_or_paths_are_invalid() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let mut refused = |more: Value, part: &str| {
@@ -83,7 +83,7 @@ fn a_lock_needs_a_task_and_absolute_paths() {
 }
 
 #[test]
-fn what_is_reserved_is_for_its_task() {
+fn reserved_machine_is_refused_to_other_tasks() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let reserve = |task: &str| json!({"action": "reserve", "machine": "m", "task_id": task});
@@ -101,7 +101,7 @@ fn what_is_reserved_is_for_its_task() {
 }
 
 #[test]
-fn a_disabled_machine_is_nobodys() {
+fn disabled_machine_cannot_be_locked() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let disable = json!({"action": "disable_machine", "machine": "m", "reason": "its disk is full"});
@@ -148,7 +148,7 @@ fn acquire(client: &mut Client, task: &str, wanted: &Value) -> Result<String, St
 }
 
 #[test]
-fn a_task_gets_the_first_available_machine_that_is_as_wanted() {
+fn acquire_returns_the_first_available_match() {
     for (wanted, expected) in [
         (json!({}), "seven"),
         (json!({"name": "", "platform": null, "tags": null}), "seven"),
@@ -167,7 +167,7 @@ fn a_task_gets_the_first_available_machine_that_is_as_wanted() {
 }
 
 #[test]
-fn each_task_gets_a_machine_of_its_own_until_none_is_left() {
+fn acquire_fails_when_all_matches_are_locked() {
     let served = lab();
     let mut client = served.client();
     let wanted = json!({"platform": "windows"});
@@ -181,7 +181,7 @@ fn each_task_gets_a_machine_of_its_own_until_none_is_left() {
 }
 
 #[test]
-fn what_cannot_be_had_is_told_apart() {
+fn acquire_gives_distinct_reasons_when_it_fails() {
     let served = lab();
     let mut client = served.client();
     let mut refused = |wanted: Value| acquire(&mut client, "t2", &wanted).unwrap_err();
@@ -196,7 +196,7 @@ fn what_cannot_be_had_is_told_apart() {
 }
 
 #[test]
-fn who_asks_again_gets_what_it_has_and_then_what_is_reserved_for_it() {
+fn acquire_prefers_the_locked_then_the_reserved_machine_of_a_task() {
     let served = lab();
     let mut client = served.client();
     lock(&mut client, "seven", "other");
@@ -210,7 +210,7 @@ fn who_asks_again_gets_what_it_has_and_then_what_is_reserved_for_it() {
 }
 
 #[test]
-fn two_captures_never_go_into_one_file() {
+fn lock_is_refused_when_another_lock_has_its_pcap_path() {
     let served = lab();
     let mut client = served.client();
     let lock = |machine: &str, task: &str| json!({"action": "lock", "machine": machine, "task_id": task, "pcap_path": "/tmp/none.pcap"});
@@ -221,7 +221,7 @@ fn two_captures_never_go_into_one_file() {
 }
 
 #[test]
-fn a_start_that_was_just_ordered_is_stopped_with_all_others() {
+fn shutdown_all_stops_a_machine_when_its_start_was_just_requested() {
     let served = served(&[("m", "")]);
     for round in 0..30 {
         let mut client = served.client();
@@ -236,7 +236,7 @@ fn a_start_that_was_just_ordered_is_stopped_with_all_others() {
 }
 
 #[test]
-fn many_clients_that_acquire_at_once_never_get_the_same() {
+fn acquire_gives_distinct_machines_to_concurrent_clients() {
     let names: Vec<String> = (0..20).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
     let served = served(&machines);
@@ -256,7 +256,7 @@ fn many_clients_that_acquire_at_once_never_get_the_same() {
 }
 
 #[test]
-fn subscribers_hear_who_gets_and_gives_back() {
+fn subscribers_receive_lock_and_availability_events() {
     let served = served(&[("m", "")]);
     let mut subscriber = served.client();
     subscriber.subscribe().unwrap();
@@ -280,7 +280,7 @@ fn subscribers_hear_who_gets_and_gives_back() {
 }
 
 #[test]
-fn while_the_manager_is_disabled_machines_come_back_and_none_goes_out() {
+fn release_works_and_lock_is_refused_when_the_manager_is_disabled() {
     let served = served(&[("m", ""), ("other", "")]);
     let mut client = served.client();
     lock(&mut client, "m", "t");
@@ -304,7 +304,7 @@ fn while_the_manager_is_disabled_machines_come_back_and_none_goes_out() {
 }
 
 #[test]
-fn idle_is_when_nothing_runs_and_nothing_waits() {
+fn wait_idle_returns_when_no_action_runs_or_is_queued() {
     let served = served(&[("m", "delays_ms: {restore_start: 300, stop: 300}"), ("other", "")]);
     let mut client = served.client();
     assert_eq!(client.ask(json!({"action": "wait_idle"})).unwrap(), good());
@@ -317,7 +317,7 @@ fn idle_is_when_nothing_runs_and_nothing_waits() {
 }
 
 #[test]
-fn a_dump_goes_where_the_task_wants_it() {
+fn dump_memory_uses_the_path_of_the_lock_when_none_is_given() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let path = served.cwd.root().join("memory.dmp");
@@ -348,7 +348,7 @@ fn beginnings(subscriber: &mut Client, count: usize) -> Vec<String> {
 }
 
 #[test]
-fn restores_wait_for_their_turn_and_the_first_comes_first() {
+fn restores_get_permits_in_the_order_of_their_requests() {
     let names = ["a", "b", "c", "d"];
     let cwd = ScratchCwd::double(&names.map(|name| (name, "delays_ms: {restore_start: 150}"))).unwrap();
     cwd.host_yaml("max_parallel_restores: 1\n").unwrap();
@@ -376,7 +376,7 @@ fn restores_wait_for_their_turn_and_the_first_comes_first() {
 }
 
 #[test]
-fn who_waits_for_its_turn_is_refused_when_the_host_ends() {
+fn queued_restore_is_refused_when_the_host_shuts_down() {
     let cwd = ScratchCwd::double(&[("a", "delays_ms: {restore_start: 500}"), ("b", "")]).unwrap();
     cwd.host_yaml("max_parallel_restores: 1\n").unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();

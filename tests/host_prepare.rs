@@ -36,7 +36,7 @@ fn how(client: &mut Client) -> String {
 }
 
 #[test]
-fn a_machine_is_prepared_at_start_and_after_each_run() {
+fn machine_is_prepared_at_startup_and_after_each_run() {
     let (host, _cwd) = served(&[("m", ONLY_PREPARED)]);
     let mut client = prepared(&host);
     for _ in 0..3 {
@@ -51,7 +51,7 @@ fn a_machine_is_prepared_at_start_and_after_each_run() {
 }
 
 #[test]
-fn a_machine_that_powers_itself_off_is_prepared_again() {
+fn machine_is_prepared_again_when_it_powers_itself_off() {
     let (host, _cwd) = served(&[("m", "poweroff_after_ms: 50")]);
     let mut client = prepared(&host);
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
@@ -60,7 +60,7 @@ fn a_machine_that_powers_itself_off_is_prepared_again() {
 }
 
 #[test]
-fn a_stop_lets_go_of_what_was_prepared_for_good() {
+fn stop_discards_the_preparation() {
     let (host, _cwd) = served(&[("m", ""), ("other", "")]);
     let mut client = prepared(&host);
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
@@ -73,14 +73,14 @@ fn a_stop_lets_go_of_what_was_prepared_for_good() {
 }
 
 #[test]
-fn a_restore_waits_for_its_preparation() {
+fn restore_waits_when_the_machine_is_being_prepared() {
     let (host, _cwd) = served(&[("m", &format!("{ONLY_PREPARED}, delays_ms: {{prepare: 300}}"))]);
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true, "{}", host.log());
 }
 
 #[test]
-fn what_has_no_use_for_a_preparation_ends_it() {
+fn preparation_is_cancelled_when_a_stop_or_a_cold_start_is_requested() {
     let (mut host, _cwd) = served(&[("m", FOR_EVER)]);
     let mut client = host.client().unwrap();
     for (action, state) in [("stop", "poweroff"), ("norestore_start", "running"), ("stop", "poweroff")] {
@@ -106,7 +106,7 @@ fn what_has_no_use_for_a_preparation_ends_it() {
 
 /// A task may want to look at what its machine has left.
 #[test]
-fn nothing_is_prepared_while_a_task_has_the_machine() {
+fn preparation_waits_when_the_machine_is_locked() {
     let (host, _cwd) = served(&[("m", ""), ("other", "")]);
     let mut client = prepared(&host);
     let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
@@ -127,7 +127,7 @@ fn nothing_is_prepared_while_a_task_has_the_machine() {
 
 /// What waits for its turn is not forgotten because something else came first.
 #[test]
-fn a_preparation_that_something_came_before_is_made_up_for() {
+fn preparation_is_retried_when_another_action_displaced_it() {
     let (host, _cwd) = served(&[("slow1", FOR_EVER), ("slow2", FOR_EVER), ("m", "")]);
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
@@ -141,7 +141,7 @@ fn a_preparation_that_something_came_before_is_made_up_for() {
 }
 
 #[test]
-fn many_preparations_keep_no_restore_waiting() {
+fn restore_is_not_delayed_when_many_machines_are_being_prepared() {
     let slow: Vec<String> = (0..20).map(|number| format!("slow{number}")).collect();
     let mut machines: Vec<(&str, &str)> = slow.iter().map(|name| (name.as_str(), FOR_EVER)).collect();
     machines.push(("m", FOR_EVER));
@@ -152,7 +152,7 @@ fn many_preparations_keep_no_restore_waiting() {
 }
 
 #[test]
-fn what_cannot_be_prepared_costs_nothing() {
+fn machine_stays_enabled_when_its_preparation_fails() {
     let (host, _cwd) = served(&[("m", "faults: {prepare: fail}, fault_times: 2")]);
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
@@ -164,7 +164,7 @@ fn what_cannot_be_prepared_costs_nothing() {
 }
 
 #[test]
-fn the_command_prepares_all_and_the_list_says_how_ready_they_are() {
+fn prepare_command_prepares_all_machines_when_none_is_named() {
     let (_host, cwd) = served(&[("m", ""), ("n", "")]);
     let ran = host::run(&cwd, &["prepare"]).unwrap();
     assert_eq!(ran.code, Some(0), "{ran:?}");
@@ -174,7 +174,7 @@ fn the_command_prepares_all_and_the_list_says_how_ready_they_are() {
 }
 
 #[test]
-fn actions_are_counted() {
+fn metrics_count_actions_and_failures() {
     let (host, cwd) = served(&[("m", "faults: {stop: fail}, fault_times: 1")]);
     let mut client = prepared(&host);
     client.act("restore_start", "m").unwrap();

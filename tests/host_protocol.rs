@@ -62,7 +62,7 @@ fn assert_open(client: &mut Client) {
 }
 
 #[test]
-fn the_four_actions_answer_with_success_and_nothing_else() {
+fn cuckoos_actions_answer_only_success_when_they_succeed() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
@@ -72,7 +72,7 @@ fn the_four_actions_answer_with_success_and_nothing_else() {
 }
 
 #[test]
-fn a_failure_has_its_reason_and_nothing_else() {
+fn failed_action_answers_only_success_and_reason() {
     let served = served(&[("m", "faults: {restore_start: fail}")]);
     let mut client = served.client();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
@@ -83,7 +83,7 @@ fn a_failure_has_its_reason_and_nothing_else() {
 }
 
 #[test]
-fn without_an_action_or_a_machine_the_connection_closes() {
+fn connection_closes_when_action_or_machine_is_missing() {
     let served = served(&[("m", "")]);
     for request in [
         json!({}),
@@ -102,7 +102,7 @@ fn without_an_action_or_a_machine_the_connection_closes() {
 }
 
 #[test]
-fn an_action_that_does_not_exist_closes() {
+fn connection_closes_when_the_action_is_unknown() {
     let served = served(&[("m", "")]);
     for action in ["explode", "Restore_Start", "restore-start", "stop "] {
         let mut client = served.client();
@@ -113,7 +113,7 @@ fn an_action_that_does_not_exist_closes() {
 }
 
 #[test]
-fn an_unknown_machine_is_named_and_the_connection_stays() {
+fn connection_stays_open_when_the_machine_is_unknown() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     for action in ACTIONS {
@@ -125,7 +125,7 @@ fn an_unknown_machine_is_named_and_the_connection_stays() {
 }
 
 #[test]
-fn who_sends_and_leaves_has_its_action_run() {
+fn action_runs_when_its_client_disconnects() {
     let served = served(&[("m", "delays_ms: {restore_start: 100}")]);
     let mut subscriber = subscribed(&served);
     let mut hasty = served.client();
@@ -135,7 +135,7 @@ fn who_sends_and_leaves_has_its_action_run() {
 }
 
 #[test]
-fn who_is_done_sending_still_gets_its_answers() {
+fn answers_arrive_when_the_client_has_shut_down_its_write_side() {
     let served = served(&[("m", "delays_ms: {restore_start: 100}")]);
     let mut client = served.client();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
@@ -145,7 +145,7 @@ fn who_is_done_sending_still_gets_its_answers() {
 }
 
 #[test]
-fn while_the_manager_is_disabled_only_stop_goes_on() {
+fn stop_is_accepted_when_the_manager_is_disabled() {
     let served = served(&[("m", "")]);
     let mut operator = served.client();
     assert_eq!(operator.act("restore_start", "m").unwrap(), good());
@@ -160,7 +160,7 @@ fn while_the_manager_is_disabled_only_stop_goes_on() {
 }
 
 #[test]
-fn a_slow_machine_does_not_hold_up_a_fast_one() {
+fn fast_machine_answers_first_when_another_is_slow() {
     let served = served(&[("slow", "delays_ms: {restore_start: 1000}"), ("fast", "")]);
     let mut client = served.client();
     for machine in ["slow", "fast"] {
@@ -171,7 +171,7 @@ fn a_slow_machine_does_not_hold_up_a_fast_one() {
 }
 
 #[test]
-fn an_id_comes_back_as_it_was_sent() {
+fn id_is_returned_unchanged() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     for id in [json!("a"), json!(7), json!(-1.5), json!([1, {"x": null}]), json!({"k": "v"}), json!(false)] {
@@ -188,7 +188,7 @@ fn an_id_comes_back_as_it_was_sent() {
 }
 
 #[test]
-fn one_machines_actions_run_in_their_order() {
+fn actions_of_one_machine_run_in_request_order() {
     let served = served(&[("m", "delays_ms: {restore_start: 20, stop: 1}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
@@ -206,7 +206,7 @@ fn one_machines_actions_run_in_their_order() {
 }
 
 #[test]
-fn the_list_has_what_cuckoo_reads_of_a_machine() {
+fn list_has_all_keys_that_cuckoo_reads() {
     let served =
         served(&[("full", "tags: [dotnet, 7], mac_address: AA:BB:CC:DD:EE:FF, interface: br1"), ("m", "")]);
     let mut client = served.client();
@@ -228,7 +228,7 @@ fn the_list_has_what_cuckoo_reads_of_a_machine() {
 }
 
 #[test]
-fn the_list_follows_what_happens() {
+fn list_shows_state_and_errors_when_they_change() {
     let served = served(&[("m", ""), ("bad", "faults: {restore_start: fail}")]);
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
@@ -241,7 +241,7 @@ fn the_list_follows_what_happens() {
 }
 
 #[test]
-fn a_state_can_be_asked_for_also_during_an_action() {
+fn state_is_answered_when_an_action_runs() {
     let served = served(&[("m", "delays_ms: {restore_start: 1000}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
@@ -258,7 +258,7 @@ fn a_state_can_be_asked_for_also_during_an_action() {
 }
 
 #[test]
-fn subscribers_hear_states_progress_and_disabled_machines() {
+fn subscribers_receive_state_progress_and_disabled_events() {
     let served = served(&[("m", ""), ("bad", "faults: {dump_memory: panic}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
@@ -280,7 +280,7 @@ fn subscribers_hear_states_progress_and_disabled_machines() {
 }
 
 #[test]
-fn who_subscribes_twice_is_told_and_hears_everything_once() {
+fn second_subscribe_is_refused_and_events_are_not_duplicated() {
     let served = served(&[("m", "")]);
     let mut client = subscribed(&served);
     assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap()["success"], false);
@@ -291,7 +291,7 @@ fn who_subscribes_twice_is_told_and_hears_everything_once() {
 }
 
 #[test]
-fn subscribers_that_left_are_let_go() {
+fn descriptors_are_closed_when_subscribers_disconnect() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     assert_open(&mut client);
@@ -314,7 +314,7 @@ fn subscribers_that_left_are_let_go() {
 }
 
 #[test]
-fn the_versions_of_everything() {
+fn version_lists_host_interface_and_machineries() {
     let served = served(&[("m", "")]);
     let version = served.client().ask(json!({"action": "version"})).unwrap();
     assert_eq!(version["success"], true);
@@ -323,7 +323,7 @@ fn the_versions_of_everything() {
 }
 
 #[test]
-fn all_machines_are_stopped_at_once() {
+fn shutdown_all_stops_all_machines() {
     let served = served(&[("a", ""), ("b", ""), ("off", ""), ("c", "delays_ms: {restore_start: 300}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
@@ -339,7 +339,7 @@ fn all_machines_are_stopped_at_once() {
 }
 
 #[test]
-fn a_machine_that_cannot_be_stopped_is_told_with_all_others_stopped() {
+fn shutdown_all_stops_other_machines_when_one_fails() {
     let served = served(&[("a", ""), ("stubborn", "faults: {stop: fail}")]);
     let mut client = served.client();
     client.act("restore_start", "a").unwrap();
@@ -351,7 +351,7 @@ fn a_machine_that_cannot_be_stopped_is_told_with_all_others_stopped() {
 }
 
 #[test]
-fn a_disabled_machine_can_be_put_back() {
+fn enable_machine_makes_a_disabled_machine_usable() {
     let served = served(&[("m", "faults: {restore_start: fail}, fault_times: 1")]);
     let mut client = served.client();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], false);
@@ -368,7 +368,7 @@ fn write_to(client: &mut Client, action: &str, path: impl AsRef<Path>) -> Value 
 }
 
 #[test]
-fn memory_and_screen_are_written_where_they_are_asked_for() {
+fn dump_and_screenshot_are_written_to_the_requested_path() {
     let served = served(&[("m", "snapshot: 5000")]);
     let mut client = served.client();
     let [memory, screen] = ["memory dump", "screen.png"].map(|name| served.cwd.root().join(name));
@@ -381,7 +381,7 @@ fn memory_and_screen_are_written_where_they_are_asked_for() {
 }
 
 #[test]
-fn what_cannot_be_written_costs_the_request_only() {
+fn machine_stays_enabled_when_a_dump_cannot_be_written() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let nowhere: PathBuf = served.cwd.root().join("no/such/folder/file");
@@ -408,7 +408,7 @@ fn what_cannot_be_written_costs_the_request_only() {
 }
 
 #[test]
-fn garbage_is_told_and_costs_nobody_else() {
+fn invalid_line_is_answered_with_an_error() {
     let served = served(&[("m", "")]);
     let mut other = served.client();
     let mut client = served.client();
@@ -426,7 +426,7 @@ fn garbage_is_told_and_costs_nobody_else() {
 }
 
 #[test]
-fn a_line_may_have_a_mebibyte_and_no_more() {
+fn line_is_refused_when_it_exceeds_one_mebibyte() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let mut request = json!({"action": "stop", "machine": "m", "pad": ""});
@@ -445,7 +445,7 @@ fn a_line_may_have_a_mebibyte_and_no_more() {
 }
 
 #[test]
-fn half_a_line_is_no_request() {
+fn incomplete_line_is_ignored_when_the_client_disconnects() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     client.send_bytes(br#"{"action": "restore_start", "machine": "m"}"#).unwrap();
@@ -455,7 +455,7 @@ fn half_a_line_is_no_request() {
 }
 
 #[test]
-fn a_request_may_come_byte_by_byte_and_several_at_once() {
+fn requests_are_parsed_when_split_or_joined() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     for byte in b"{\"action\":\"restore_start\",\"machine\":\"m\"}\n" {
@@ -470,7 +470,7 @@ fn a_request_may_come_byte_by_byte_and_several_at_once() {
 }
 
 #[test]
-fn a_client_that_never_reads_costs_itself_only() {
+fn host_memory_is_bounded_when_a_client_never_reads() {
     let served = served(&[("m", "")]);
     let resident = || number(&format!("/proc/{}/status", served.host.pid()), "VmRSS:");
     let before = resident();
@@ -489,7 +489,7 @@ fn a_client_that_never_reads_costs_itself_only() {
 }
 
 #[test]
-fn a_subscriber_that_never_reads_holds_up_nobody() {
+fn actions_are_not_delayed_when_a_subscriber_never_reads() {
     let served = served(&[("m", "")]);
     let _deaf = subscribed(&served);
     let mut client = served.client();
@@ -502,7 +502,7 @@ fn a_subscriber_that_never_reads_holds_up_nobody() {
 }
 
 #[test]
-fn a_flood_of_connections_keeps_no_other_process_out() {
+fn host_serves_other_processes_when_one_floods_it_with_connections() {
     let served = served(&[("m", "")]);
     client::raise_file_limit().unwrap();
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
@@ -521,7 +521,7 @@ fn a_flood_of_connections_keeps_no_other_process_out() {
 }
 
 #[test]
-fn connections_count_until_their_answers_are_given() {
+fn connections_count_against_the_limit_until_their_answers_are_sent() {
     let served = served(&[("m", "delays_ms: {restore_start: 5000}")]);
     client::raise_file_limit().unwrap();
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
@@ -539,7 +539,7 @@ fn connections_count_until_their_answers_are_given() {
 }
 
 #[test]
-fn the_socket_is_its_users_alone() {
+fn socket_is_accessible_to_its_user_only() {
     let served = served(&[("m", "")]);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&served.cwd.socket()), 0o600);

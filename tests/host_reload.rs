@@ -57,7 +57,7 @@ fn hear_reloaded(client: &mut Client) -> Value {
 }
 
 #[test]
-fn machines_come_change_and_go_beside_one_that_runs() {
+fn reload_adds_changes_and_removes_machines_when_another_runs() {
     let (mut host, cwd) = served(&[("runs", ""), ("stays", ""), ("changes", ""), ("goes", "")]);
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "runs").unwrap(), done());
@@ -77,7 +77,7 @@ fn machines_come_change_and_go_beside_one_that_runs() {
 }
 
 #[test]
-fn what_is_new_for_a_machine_in_use_holds_when_it_is_free() {
+fn change_is_deferred_when_the_machine_is_in_use() {
     let (host, cwd) = served(&[("m", ""), ("gone", "")]);
     let mut client = subscribed(&host);
     let locked = json!({"action": "lock", "machine": "m", "task_id": "task"});
@@ -110,7 +110,7 @@ fn what_is_new_for_a_machine_in_use_holds_when_it_is_free() {
 }
 
 #[test]
-fn a_configuration_that_is_wrong_changes_nothing_and_says_why() {
+fn reload_changes_nothing_when_the_configuration_is_invalid() {
     let (host, cwd) = served(&[("m", ""), ("n", "")]);
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
@@ -156,7 +156,7 @@ fn a_configuration_that_is_wrong_changes_nothing_and_says_why() {
 }
 
 #[test]
-fn machineries_take_over_together_or_not_at_all() {
+fn reload_changes_nothing_when_one_machinery_refuses() {
     let other = "machines: {next: {ip: 10.9.0.1, platform: linux, os_version: 12}}\n";
     let cwd = ScratchCwd::new(&[("double", &double(&[("m", "")])), ("minimal", other)]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
@@ -179,7 +179,7 @@ fn machineries_take_over_together_or_not_at_all() {
 }
 
 #[test]
-fn the_signal_reloads_too_and_its_outcome_is_in_the_log() {
+fn sighup_reloads_and_logs_the_outcome() {
     let (host, cwd) = served(&[("m", "")]);
     let mut client = subscribed(&host);
     cwd.write_yaml("double", &double(&[("m", ""), ("n", "")])).unwrap();
@@ -196,7 +196,7 @@ fn the_signal_reloads_too_and_its_outcome_is_in_the_log() {
 }
 
 #[test]
-fn who_has_a_machine_and_why_it_is_disabled_outlives_its_absence() {
+fn availability_is_kept_when_a_machine_is_removed_and_added_again() {
     let (host, cwd) = served(&[("m", ""), ("n", "")]);
     let mut client = host.client().unwrap();
     let disabled = json!({"action": "disable_machine", "machine": "n", "reason": "smells"});
@@ -212,7 +212,7 @@ fn who_has_a_machine_and_why_it_is_disabled_outlives_its_absence() {
 }
 
 #[test]
-fn limits_change_at_once_and_what_takes_a_restart_is_told() {
+fn reload_applies_timeouts_and_reports_settings_that_need_a_restart() {
     let (host, cwd) = served(&[("m", "delays_ms: {restore_start: 600000}")]);
     let mut client = host.client().unwrap();
     cwd.host_yaml("timeouts: {restore_start: 0.1}\nmax_parallel_restores: 7\n").unwrap();
@@ -256,7 +256,7 @@ fn manager_switch_is_logged_only_when_it_changes() {
 }
 
 #[test]
-fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
+fn reload_reports_a_restart_when_a_plugin_file_has_changed() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let file = cwd.install_plugin("double").unwrap();
     let from_cwd = |command: &mut std::process::Command| {
@@ -291,7 +291,7 @@ fn a_new_plugin_file_is_told_and_used_from_the_next_start_on() {
 }
 
 #[test]
-fn a_machine_that_stands_by_is_let_go_for_what_is_new() {
+fn reload_cancels_preparation_when_the_machine_changes() {
     let able = "capabilities: {prepare: true}\n";
     let cwd = ScratchCwd::new(&[(
         "double",
@@ -308,7 +308,7 @@ fn a_machine_that_stands_by_is_let_go_for_what_is_new() {
 }
 
 #[test]
-fn whoever_asks_meanwhile_waits_for_the_end() {
+fn requests_are_answered_when_a_reload_runs() {
     let cwd = ScratchCwd::double(&[("m", ""), ("n", "")]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let (mut asker, mut reloader) = (host.client().unwrap(), host.client().unwrap());
@@ -327,7 +327,7 @@ fn whoever_asks_meanwhile_waits_for_the_end() {
 }
 
 #[test]
-fn a_storm_of_reloads_leaves_nothing_behind() {
+fn host_resources_do_not_grow_when_reloads_repeat() {
     let cwd = ScratchCwd::double(&[("m", ""), ("a", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -346,7 +346,7 @@ fn a_storm_of_reloads_leaves_nothing_behind() {
 }
 
 #[test]
-fn machines_in_use_that_swap_what_they_have_do_so_when_all_are_free() {
+fn deferred_changes_are_applied_together_when_machines_swap_addresses() {
     let (host, cwd) = served(&[("a", ""), ("b", ""), ("c", "")]);
     let mut client = subscribed(&host);
     for machine in ["a", "b", "c"] {
@@ -373,7 +373,7 @@ fn machines_in_use_that_swap_what_they_have_do_so_when_all_are_free() {
 }
 
 #[test]
-fn a_command_whose_output_nobody_takes_ends() {
+fn command_fails_when_its_output_cannot_be_written() {
     let (_host, cwd) = served(&[("m", "")]);
     for _ in 0..5 {
         let mut command = host::command(&cwd).unwrap();

@@ -101,7 +101,7 @@ fn times_of(stat: &str) -> Vec<&str> {
 }
 
 #[test]
-fn list_costs_no_more_for_each_machine_when_there_are_many() {
+fn list_time_per_machine_is_constant_when_there_are_many() {
     // Ten times as many machines, and a tenth of the lists. A cost that grew with the square would be ten
     // times as high.
     let (few, many) = (list_costs(MACHINES / 10, 500), list_costs(MACHINES, 50));
@@ -115,7 +115,7 @@ fn action(number: usize) -> (usize, &'static str) {
 }
 
 #[test]
-fn ten_thousand_actions_on_one_connection_are_all_answered_rightly() {
+fn host_answers_ten_thousand_actions_on_one_connection() {
     let served = many();
     let mut client = served.host.client().unwrap();
     let requests: String = (0..ACTIONS)
@@ -149,7 +149,7 @@ fn ten_thousand_actions_on_one_connection_are_all_answered_rightly() {
 }
 
 #[test]
-fn many_clients_at_once_get_their_own_answers() {
+fn concurrent_clients_get_their_own_answers() {
     let served = many();
     thread::scope(|scope| {
         for client in 0..100 {
@@ -187,7 +187,7 @@ fn doings(host: &RunningHost) -> Vec<(String, u64, String)> {
 }
 
 #[test]
-fn an_idle_host_does_nothing_at_all() {
+fn host_uses_no_processor_time_when_idle() {
     let served = served(&[("m", ""), ("runs", "")]);
     let mut client = served.host.client().unwrap();
     let mut subscriber = served.host.client().unwrap();

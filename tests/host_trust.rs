@@ -89,7 +89,7 @@ fn is_root() -> bool {
 }
 
 #[test]
-fn what_everybody_can_write_to_is_not_loaded() {
+fn plugin_is_refused_when_its_path_is_world_writable() {
     for place in ["machineries/libmachinery_double.so", "machineries", "."] {
         let (cwd, _) = cwd_with_plugin();
         let path = cwd.root().join(place).canonicalize().unwrap();
@@ -104,7 +104,7 @@ fn what_everybody_can_write_to_is_not_loaded() {
 }
 
 #[test]
-fn what_another_group_can_write_to_is_not_loaded() {
+fn plugin_is_refused_when_another_group_can_write_to_its_folder() {
     if !is_root() {
         return;
     }
@@ -120,7 +120,7 @@ fn what_another_group_can_write_to_is_not_loaded() {
 }
 
 #[test]
-fn what_belongs_to_somebody_else_is_not_loaded() {
+fn plugin_is_refused_when_another_user_owns_its_path() {
     if !is_root() {
         return;
     }
@@ -134,7 +134,7 @@ fn what_belongs_to_somebody_else_is_not_loaded() {
 }
 
 #[test]
-fn a_plain_users_host_trusts_that_users_plugins_and_roots_and_no_others() {
+fn plain_users_host_trusts_plugins_of_that_user_and_root() {
     if !is_root() {
         return;
     }
@@ -172,7 +172,7 @@ fn installed() -> TempDir {
 }
 
 #[test]
-fn a_sticky_folder_may_be_passed_and_may_not_hold_a_plugin() {
+fn sticky_folder_is_trusted_only_when_it_does_not_hold_the_plugin() {
     let (cwd, plugin) = cwd_with_plugin();
     set_mode(cwd.root(), 0o1777);
     assert_serves(&cwd);
@@ -182,7 +182,7 @@ fn a_sticky_folder_may_be_passed_and_may_not_hold_a_plugin() {
 }
 
 #[test]
-fn all_that_is_wrong_with_all_plugins_is_told_at_once() {
+fn serve_reports_all_untrusted_plugins_together() {
     let (cwd, plugin) = cwd_with_plugin();
     let next = cwd.install_plugin("minimal").unwrap();
     cwd.list_machineries(&["double", "minimal", "quantum"]).unwrap();
@@ -210,7 +210,7 @@ fn shelve(cwd: &ScratchCwd, plugin: &Path) -> PathBuf {
 }
 
 #[test]
-fn a_link_is_followed_and_told_by_where_it_leads() {
+fn plugins_shows_the_target_when_a_plugin_is_a_link() {
     let (cwd, plugin) = cwd_with_plugin();
     let file = shelve(&cwd, &plugin);
     assert_eq!(told(&cwd, &[])["path"], file.to_str().unwrap());
@@ -220,7 +220,7 @@ fn a_link_is_followed_and_told_by_where_it_leads() {
 }
 
 #[test]
-fn both_ends_of_a_link_have_to_be_safe() {
+fn plugin_is_refused_when_either_end_of_its_link_is_writable() {
     for place in ["machineries", "shelf", "shelf/libmachinery_double-1.2.so"] {
         let (cwd, plugin) = cwd_with_plugin();
         shelve(&cwd, &plugin);
@@ -231,7 +231,7 @@ fn both_ends_of_a_link_have_to_be_safe() {
 }
 
 #[test]
-fn a_link_that_leads_elsewhere_now_is_looked_at_anew() {
+fn plugin_is_refused_when_its_link_has_a_new_untrusted_target() {
     let (cwd, plugin) = cwd_with_plugin();
     shelve(&cwd, &plugin);
     assert_serves(&cwd);
@@ -245,7 +245,7 @@ fn a_link_that_leads_elsewhere_now_is_looked_at_anew() {
 }
 
 #[test]
-fn a_link_to_the_folder_counts_too() {
+fn plugin_is_refused_when_a_link_to_its_folder_is_replaceable() {
     let (cwd, plugin) = cwd_with_plugin();
     let (real, way) = (plugin.parent().unwrap(), cwd.root().join("way"));
     fs::create_dir(&way).unwrap();
@@ -267,7 +267,7 @@ fn a_link_to_the_folder_counts_too() {
 }
 
 #[test]
-fn what_is_refused_is_loaded_if_the_operator_says_so_and_the_log_warns() {
+fn untrusted_plugin_is_loaded_with_a_warning_when_insecure_plugins_are_allowed() {
     let (cwd, plugin) = cwd_with_plugin();
     set_mode(&plugin, 0o777);
     let host = start(&cwd, &[INSECURE]);
@@ -290,7 +290,7 @@ fn what_is_refused_is_loaded_if_the_operator_says_so_and_the_log_warns() {
 }
 
 #[test]
-fn a_pipe_in_a_plugins_place_is_refused_and_not_waited_for() {
+fn pipe_is_refused_without_blocking_when_a_plugin_is_expected() {
     let (cwd, plugin) = cwd_with_plugin();
     fs::remove_file(&plugin).unwrap();
     mknodat(CWD, &plugin, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
@@ -299,7 +299,7 @@ fn a_pipe_in_a_plugins_place_is_refused_and_not_waited_for() {
 }
 
 #[test]
-fn nothing_that_is_not_listed_or_not_trusted_is_ever_opened() {
+fn host_opens_no_plugin_that_is_unlisted_or_untrusted() {
     let (cwd, listed) = cwd_with_plugin();
     let unlisted = cwd.install_plugin("minimal").unwrap();
     let opened = |command: &str, code: i32| {
@@ -326,7 +326,7 @@ fn nothing_that_is_not_listed_or_not_trusted_is_ever_opened() {
 }
 
 #[test]
-fn plugins_tells_the_hash_of_what_is_listed_alone() {
+fn plugins_shows_hashes_of_listed_plugins_only() {
     let (cwd, plugin) = cwd_with_plugin();
     let hash = sha256sum(&plugin);
     let unlisted = cwd.install_plugin("minimal").unwrap();
@@ -366,7 +366,7 @@ fn sha256sum(file: &Path) -> String {
 const ANOTHER: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
 #[test]
-fn where_hashes_are_listed_only_those_are_loaded() {
+fn plugin_is_refused_when_its_hash_is_not_listed() {
     let (cwd, plugin) = cwd_with_plugin();
     let hash = format!("sha256:{}", sha256sum(&plugin));
     let yaml = cwd.root().join("conf/machinery-host.yaml").display().to_string();
@@ -392,7 +392,7 @@ fn where_hashes_are_listed_only_those_are_loaded() {
 }
 
 #[test]
-fn a_listed_plugin_that_has_changed_is_refused() {
+fn plugin_is_refused_when_its_content_has_changed() {
     let (cwd, plugin) = cwd_with_plugin();
     let hash = format!("sha256:{}", sha256sum(&plugin));
     cwd.host_yaml(&format!("plugin_hashes: {{double: '{hash}'}}\n")).unwrap();
@@ -403,7 +403,7 @@ fn a_listed_plugin_that_has_changed_is_refused() {
 }
 
 #[test]
-fn a_hash_that_is_none_is_an_error_of_the_configuration() {
+fn configuration_is_refused_when_a_hash_is_malformed() {
     let (cwd, _) = cwd_with_plugin();
     let yaml = cwd.root().join("conf/machinery-host.yaml").display().to_string();
     for wrong in ["sha256:12", "e3b0c442", "[md5:d41d8cd98f00b204e9800998ecf8427e]"] {

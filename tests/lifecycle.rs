@@ -38,7 +38,7 @@ fn assert_ended_well(host: &mut RunningHost, cwd: &ScratchCwd) {
 }
 
 #[test]
-fn an_idle_host_ends_when_it_is_told_to() {
+fn host_exits_on_sigterm_and_sigint_when_idle() {
     for signal in [Signal::TERM, Signal::INT] {
         let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
         let mut host = RunningHost::start(&cwd).unwrap();
@@ -50,7 +50,7 @@ fn an_idle_host_ends_when_it_is_told_to() {
 }
 
 #[test]
-fn at_the_end_what_runs_is_finished_and_what_waits_is_refused() {
+fn shutdown_finishes_running_actions_and_refuses_queued_ones() {
     let cwd =
         ScratchCwd::double(&[("m", "delays_ms: {restore_start: 500}"), ("n", ""), ("off", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
@@ -85,7 +85,7 @@ fn at_the_end_what_runs_is_finished_and_what_waits_is_refused() {
 }
 
 #[test]
-fn at_the_end_nobody_is_left_without_an_answer() {
+fn shutdown_answers_all_queued_requests() {
     let cwd = ScratchCwd::double(&[("m", "delays_ms: {restore_start: 300}")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = subscribed(&host);
@@ -104,7 +104,7 @@ fn at_the_end_nobody_is_left_without_an_answer() {
 }
 
 #[test]
-fn who_insists_ends_the_host_at_once() {
+fn host_exits_at_once_on_a_second_sigterm() {
     let cwd = ScratchCwd::double(&[("m", "delays_ms: {stop: 40000}")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     host.client().unwrap().act("restore_start", "m").unwrap();
@@ -119,7 +119,7 @@ fn who_insists_ends_the_host_at_once() {
 }
 
 #[test]
-fn a_second_host_on_the_same_cwd_is_refused() {
+fn second_host_is_refused_when_the_cwd_is_served() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let second = host::run(&cwd, &["serve"]).unwrap();
@@ -132,7 +132,7 @@ fn a_second_host_on_the_same_cwd_is_refused() {
 }
 
 #[test]
-fn a_socket_that_another_manager_answers_on_is_left_alone() {
+fn serve_fails_when_another_manager_answers_on_the_socket() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     fs::create_dir_all(cwd.socket().parent().unwrap()).unwrap();
     let _manager = UnixListener::bind(cwd.socket()).unwrap();
@@ -143,7 +143,7 @@ fn a_socket_that_another_manager_answers_on_is_left_alone() {
 }
 
 #[test]
-fn a_killed_hosts_socket_is_replaced() {
+fn stale_socket_is_replaced_when_a_host_was_killed() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut killed = RunningHost::start(&cwd).unwrap();
     killed.kill().unwrap();
@@ -156,7 +156,7 @@ fn a_killed_hosts_socket_is_replaced() {
 }
 
 #[test]
-fn a_cwd_may_be_longer_than_a_socket_address() {
+fn host_serves_when_the_cwd_is_longer_than_a_socket_address() {
     let deep = PathBuf::from("a-rather-long-name-of-a-folder".repeat(4)).join("and another one".repeat(4));
     let cwd = ScratchCwd::below(&deep, &[("double", &double(&[("m", "")]))]).unwrap();
     assert!(cwd.socket().as_os_str().len() > 200);
@@ -171,7 +171,7 @@ fn a_cwd_may_be_longer_than_a_socket_address() {
 }
 
 #[test]
-fn a_cwd_is_found_by_the_environment_too() {
+fn cwd_is_taken_from_the_environment_when_no_option_is_given() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let _host = RunningHost::start(&cwd).unwrap();
     let program = host::command(&cwd).unwrap().get_program().to_owned();
@@ -190,7 +190,7 @@ fn assert_code(cwd: &ScratchCwd, arguments: &[&str], code: i32) -> CommandOutput
 }
 
 #[test]
-fn exit_codes_tell_how_it_went() {
+fn exit_code_shows_the_kind_of_failure() {
     let cwd = ScratchCwd::double(&[("m", ""), ("bad", "faults: {restore_start: fail}")]).unwrap();
     for arguments in [&["list"][..], &["state", "m"], &["restore-start", "m"]] {
         assert!(assert_code(&cwd, arguments, 1).stderr.contains("cuckoo-machinery serve"), "{arguments:?}");
@@ -247,7 +247,7 @@ fn exit_codes_tell_how_it_went() {
 }
 
 #[test]
-fn the_list_tells_why_a_machine_is_not_available() {
+fn list_shows_the_reason_when_a_machine_is_unavailable() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -263,7 +263,7 @@ fn the_list_tells_why_a_machine_is_not_available() {
 }
 
 #[test]
-fn with_json_every_command_writes_one_json_value() {
+fn commands_write_one_json_value_when_json_is_requested() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let json = |arguments: &[&str], code: i32| -> Value {
         let ran = assert_code(&cwd, &[&["--json"], arguments].concat(), code);
@@ -288,7 +288,7 @@ fn with_json_every_command_writes_one_json_value() {
 }
 
 #[test]
-fn the_log_can_be_json_too() {
+fn log_is_json_when_json_is_requested() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start_with(&cwd, |command| {
         command.args(["--log-format", "json"]);

@@ -118,7 +118,7 @@ fn assert_disabled(client: &mut Client, machine: &str, answer: &Value) {
 
 /// A host of machines that each have this fault in one method, and one more that has none. Each machine
 /// is lost, for a reason that says `words`.
-fn each_method_costs_its_machine(fault: &str, words: &[&str]) {
+fn assert_each_method_disables_its_machine(fault: &str, words: &[&str]) {
     // Of a question at the start of the host, `state` is another test's.
     let methods: Vec<_> = METHODS.into_iter().filter(|(method, _)| *method != "state").collect();
     let keys: Vec<_> =
@@ -146,19 +146,28 @@ fn each_method_costs_its_machine(fault: &str, words: &[&str]) {
 }
 
 #[test]
-fn a_panic_in_any_method_costs_the_machine_and_nothing_else() {
-    each_method_costs_its_machine("panic", &["the plugin 'misbehaving' panicked: configured to panic in "]);
-    each_method_costs_its_machine("panic_str", &["the plugin 'misbehaving' panicked: configured to panic."]);
-    each_method_costs_its_machine("panic_bomb", &["the plugin 'misbehaving' panicked: (no message)"]);
+fn machine_is_disabled_when_a_method_panics() {
+    assert_each_method_disables_its_machine(
+        "panic",
+        &["the plugin 'misbehaving' panicked: configured to panic in "],
+    );
+    assert_each_method_disables_its_machine(
+        "panic_str",
+        &["the plugin 'misbehaving' panicked: configured to panic."],
+    );
+    assert_each_method_disables_its_machine(
+        "panic_bomb",
+        &["the plugin 'misbehaving' panicked: (no message)"],
+    );
 }
 
 #[test]
-fn a_call_that_never_returns_costs_the_machine_and_nothing_else() {
-    each_method_costs_its_machine("hang", &["did not return from the plugin"]);
+fn machine_is_disabled_when_a_method_hangs() {
+    assert_each_method_disables_its_machine("hang", &["did not return from the plugin"]);
 }
 
 #[test]
-fn a_text_that_is_none_costs_the_machine_and_nothing_else() {
+fn machine_is_disabled_when_an_error_is_not_utf8() {
     let methods = ["restore_start", "norestore_start"];
     let keys: Vec<_> = methods.map(|method| (method, format!("faults: {{{method}: invalid_utf8}}"))).into();
     let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
@@ -173,7 +182,7 @@ fn a_text_that_is_none_costs_the_machine_and_nothing_else() {
 }
 
 #[test]
-fn a_state_that_is_not_told_costs_the_machine() {
+fn machine_is_disabled_when_its_state_cannot_be_read() {
     let faults = [("panic", "panicked: configured to panic in State"), ("hang", "did not return")];
     let keys = faults.map(|(fault, _)| (fault, format!("faults: {{state: {fault}}}")));
     let mut machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
@@ -194,7 +203,7 @@ fn a_state_that_is_not_told_costs_the_machine() {
 }
 
 #[test]
-fn a_panic_in_a_thread_is_in_the_log_and_costs_nothing() {
+fn thread_panic_is_logged_and_the_machine_stays_enabled() {
     let served = serve(&misbehaving("", &[("m", "faults: {restore_start: thread_panic}")]));
     assert_eq!(served.client().act("restore_start", "m").unwrap(), good());
     let log = served.host.log();
@@ -219,7 +228,7 @@ fn assert_no_start(keys: &str, words: &[&str]) -> CommandOutput {
 }
 
 #[test]
-fn a_panic_before_the_host_serves_is_the_reason_why_it_does_not() {
+fn serve_fails_with_the_panic_when_a_plugin_panics_during_startup() {
     for fault in ["panic", "panic_str", "panic_bomb"] {
         let what = if fault == "panic_bomb" { "(no message)" } else { "configured to panic" };
         let words = ["'misbehaving'", "the plugin 'misbehaving' panicked: ", what];
@@ -232,7 +241,7 @@ fn a_panic_before_the_host_serves_is_the_reason_why_it_does_not() {
 }
 
 #[test]
-fn what_never_returns_before_the_host_serves_is_the_reason_why_it_does_not() {
+fn serve_fails_with_a_timeout_when_a_plugin_hangs_during_startup() {
     for method in ["load", "machines", "capabilities", "version"] {
         let words = [&format!("{method} of 'misbehaving'"), "did not return within", "`timeouts`"];
         assert_no_start(&format!("faults: {{{method}: hang}}"), &words.map(|word| word as &str));
@@ -240,7 +249,7 @@ fn what_never_returns_before_the_host_serves_is_the_reason_why_it_does_not() {
 }
 
 #[test]
-fn a_library_that_never_gets_loaded_is_the_reason_why_the_host_does_not_serve() {
+fn serve_fails_with_a_timeout_when_a_library_initialiser_hangs() {
     let cwd = ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("hangs_on_load", "")]).unwrap();
     cwd.host_yaml("timeouts: {load: 2}\n").unwrap();
     for command in ["serve", "check", "plugins"] {
@@ -255,7 +264,7 @@ fn a_library_that_never_gets_loaded_is_the_reason_why_the_host_does_not_serve() 
 }
 
 #[test]
-fn a_machinery_that_will_not_go_does_not_keep_the_host() {
+fn host_exits_when_dropping_a_machinery_fails() {
     for (fault, words) in [("panic", "configured to panic in Drop"), ("panic_bomb", ""), ("hang", "")] {
         let ran = assert_no_start(
             &format!("faults: {{version: panic, drop: {fault}}}"),
@@ -271,7 +280,7 @@ fn a_machinery_that_will_not_go_does_not_keep_the_host() {
 }
 
 #[test]
-fn a_shutdown_that_fails_in_any_way_does_not_keep_the_host() {
+fn host_exits_when_a_plugins_shutdown_fails() {
     for (fault, words) in [
         ("panic", "the plugin 'misbehaving' panicked: configured to panic in Shutdown"),
         ("panic_bomb", "the plugin 'misbehaving' panicked"),
@@ -287,7 +296,7 @@ fn a_shutdown_that_fails_in_any_way_does_not_keep_the_host() {
 }
 
 #[test]
-fn a_check_that_fails_in_any_way_is_a_problem_among_others() {
+fn check_reports_a_problem_when_a_plugins_check_fails() {
     for (fault, words) in [
         ("panic", "the plugin 'misbehaving' panicked: configured to panic in Check"),
         ("panic_bomb", "the plugin 'misbehaving' panicked"),
@@ -303,7 +312,7 @@ fn a_check_that_fails_in_any_way_is_a_problem_among_others() {
 }
 
 #[test]
-fn the_end_does_not_wait_for_calls_that_never_return() {
+fn host_exits_when_stops_and_preparations_hang() {
     let machines = [
         ("prepared", "faults: {prepare: hang}"),
         ("stuck", "faults: {stop: hang, prepare: hang}"),
@@ -322,7 +331,7 @@ fn the_end_does_not_wait_for_calls_that_never_return() {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_ever_for_a_preparation_that_hangs() {
+fn stop_fails_when_a_preparation_hangs() {
     let cwd = cwd(&misbehaving("prepare: true", &[("m", "faults: {prepare: hang}")]));
     cwd.host_yaml(&LIMITS.replace("prepare: 1", "prepare: 3600")).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
@@ -334,7 +343,7 @@ fn a_stop_does_not_wait_for_ever_for_a_preparation_that_hangs() {
 }
 
 #[test]
-fn a_reload_that_fails_in_any_way_changes_nothing() {
+fn reload_changes_nothing_when_a_plugins_reload_fails() {
     for (fault, words) in [
         ("panic", "the plugin 'misbehaving' panicked: configured to panic in Reload"),
         ("panic_bomb", "the plugin 'misbehaving' panicked"),
@@ -358,7 +367,7 @@ fn a_reload_that_fails_in_any_way_changes_nothing() {
 }
 
 #[test]
-fn the_end_does_not_wait_for_a_reload_that_never_returns() {
+fn host_exits_when_a_reload_hangs() {
     let mut served = serve(&misbehaving("faults: {reload: hang}", &[("m", "")]));
     let mut client = served.client();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
@@ -371,7 +380,7 @@ fn the_end_does_not_wait_for_a_reload_that_never_returns() {
 }
 
 #[test]
-fn what_a_reload_says_of_machines_that_there_are_not_is_not_told() {
+fn reload_ignores_machines_that_do_not_exist() {
     for reported in ["terminal_commands", "zero_byte"] {
         let cwd = cwd(&misbehaving(&format!("reload_reports: {reported}"), &[("m", "")]));
         // A debugging build on a busy machine takes seconds to read two hundred thousand names.
@@ -388,7 +397,7 @@ fn what_a_reload_says_of_machines_that_there_are_not_is_not_told() {
 }
 
 #[test]
-fn a_machine_that_comes_with_a_reload_costs_no_more_than_itself() {
+fn added_machine_is_disabled_when_its_state_cannot_be_read() {
     let cwd = cwd(&misbehaving("", &[("m", "")]));
     // The one that hangs may not take all the time of those behind it.
     cwd.host_yaml(&LIMITS.replace("reload: 1", "reload: 30")).unwrap();
@@ -413,7 +422,7 @@ fn a_machine_that_comes_with_a_reload_costs_no_more_than_itself() {
 }
 
 #[test]
-fn a_plugin_that_goes_on_after_the_end_is_not_heard() {
+fn events_are_dropped_when_a_plugin_sends_them_after_shutdown() {
     let mut served = serve(&misbehaving("reports_after_shutdown: true", &[("m", ""), ("n", "")]));
     let mut client = served.client();
     client.subscribe().unwrap();
@@ -423,7 +432,7 @@ fn a_plugin_that_goes_on_after_the_end_is_not_heard() {
 }
 
 #[test]
-fn what_a_plugin_says_by_itself_is_taken_with_care() {
+fn plugin_events_are_sanitised_and_cut() {
     let faults = ["invalid_utf8", "zero_byte", "terminal_commands", "ten_megabytes"];
     let keys = faults.map(|fault| (fault, format!("reports: {fault}")));
     let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
@@ -462,7 +471,7 @@ fn what_a_plugin_says_by_itself_is_taken_with_care() {
 }
 
 #[test]
-fn an_error_of_a_plugin_can_neither_flood_nor_forge() {
+fn plugin_errors_are_sanitised_and_cut() {
     let faults = ["fifty_megabytes", "terminal_commands", "zero_byte"];
     let keys = faults.map(|fault| (fault, format!("faults: {{restore_start: {fault}}}")));
     let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
@@ -492,7 +501,7 @@ fn an_error_of_a_plugin_can_neither_flood_nor_forge() {
 }
 
 #[test]
-fn a_version_is_a_text_and_not_too_long() {
+fn version_is_sanitised_and_cut() {
     assert_no_start(
         "faults: {version: invalid_utf8}",
         &["version of 'misbehaving'", r#""bad \xff\xfe text""#],
@@ -509,7 +518,7 @@ fn a_version_is_a_text_and_not_too_long() {
 }
 
 #[test]
-fn a_machines_name_is_one() {
+fn serve_fails_when_a_machine_name_is_invalid() {
     for (fault, told) in [
         ("invalid_utf8", r"\xff\xfe"),
         ("zero_byte", r#""zero \0 byte""#),
@@ -523,13 +532,13 @@ fn a_machines_name_is_one() {
 }
 
 #[test]
-fn an_error_of_a_load_is_cut_too() {
+fn load_error_is_cut_when_it_is_too_long() {
     let ran = assert_no_start("faults: {load: fifty_megabytes}", &["(cut, it had 50000000 bytes)"]);
     assert!(ran.stderr.len() < 200_000);
 }
 
 #[test]
-fn what_clients_send_that_is_no_text_costs_them_an_answer() {
+fn request_is_refused_when_it_is_no_text_or_no_path() {
     let served = serve(&misbehaving("", &[("m", "")]));
     let mut client = served.client();
     for line in [
@@ -566,7 +575,7 @@ fn what_clients_send_that_is_no_text_costs_them_an_answer() {
 }
 
 #[test]
-fn a_hundred_thousand_machines_are_served() {
+fn host_serves_a_hundred_thousand_machines() {
     let mut served = serve_patiently(&misbehaving("extra_machines: 100000", &[("m", "")]));
     let mut client = served.client();
     let list = client.ask(json!({"action": "list"})).unwrap();
@@ -582,7 +591,7 @@ fn a_hundred_thousand_machines_are_served() {
 }
 
 #[test]
-fn a_million_events_cost_a_subscriber_some_of_them_and_the_host_nothing() {
+fn host_memory_is_bounded_when_a_plugin_sends_a_million_events() {
     let served = serve_patiently(&misbehaving("", &[("m", "progress: 1000000")]));
     let before = served.host.resources().unwrap().resident_kib;
     let mut subscriber = served.client();

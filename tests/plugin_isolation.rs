@@ -14,7 +14,7 @@ fn twin(steps: u32, machine: &str) -> String {
 }
 
 #[test]
-fn twins_in_one_host_share_nothing() {
+fn plugins_have_separate_libraries_statics_and_hooks_when_their_code_is_the_same() {
     let twins = [("twin-older", twin(3, "old")), ("twin-newer", twin(40, "new"))];
     // A plugin's file is named as cargo names it.
     let cwd = ScratchCwd::new(&twins.each_ref().map(|(name, text)| (*name, text.as_str()))).unwrap();

@@ -37,7 +37,7 @@ fn listing(name: &str) -> ScratchCwd {
 }
 
 #[test]
-fn a_plugin_that_is_nowhere_is_told_with_where_was_looked_and_what_is_there() {
+fn missing_plugin_is_reported_with_searched_folders_and_available_plugins() {
     let cwd = listing("quantum");
     cwd.install_plugin("double").unwrap();
     let built = artifacts::folder().unwrap().display().to_string();
@@ -47,7 +47,7 @@ fn a_plugin_that_is_nowhere_is_told_with_where_was_looked_and_what_is_there() {
 }
 
 #[test]
-fn a_text_is_no_plugin() {
+fn plugin_is_refused_when_it_is_a_text_file() {
     let cwd = listing("letter");
     let path = cwd.root().join("machineries/libmachinery_letter.so");
     cwd.write(&path, "Dear host, please run me.\n").unwrap();
@@ -55,7 +55,7 @@ fn a_text_is_no_plugin() {
 }
 
 #[test]
-fn a_plugin_that_is_cut_short_is_told_and_not_run() {
+fn plugin_is_refused_when_it_is_truncated() {
     let cwd = listing("cut");
     let mut plugin = fs::read(artifacts::plugin("double").unwrap()).unwrap();
     // Its debugging information is at the end, and would not be missed.
@@ -87,7 +87,7 @@ const LACKING: [&str; 4] =
     ["libmachinery_lacking.so", "the shared library libgcc_x.so.1", "not installed", "Install the package"];
 
 #[test]
-fn a_plugin_whose_library_is_missing_costs_only_itself() {
+fn host_serves_other_machineries_when_a_plugin_lacks_a_library() {
     let cwd = ScratchCwd::new(&[("lacking", &double(&[("lost", "")])), ("double", &double(&[("m", "")]))]);
     let cwd = cwd.unwrap();
     put_lacking(&cwd);
@@ -111,7 +111,7 @@ fn a_plugin_whose_library_is_missing_costs_only_itself() {
 }
 
 #[test]
-fn a_plugin_whose_library_is_missing_is_a_problem_to_those_who_look_for_problems() {
+fn check_and_plugins_report_a_plugin_that_lacks_a_library() {
     let cwd = ScratchCwd::new(&[("lacking", ""), ("double", &double(&[("m", "")]))]).unwrap();
     put_lacking(&cwd);
     let check = host::run(&cwd, &["check"]).unwrap();
@@ -126,14 +126,14 @@ fn a_plugin_whose_library_is_missing_is_a_problem_to_those_who_look_for_problems
 }
 
 #[test]
-fn a_host_whose_only_plugin_lacks_its_library_does_not_start() {
+fn serve_fails_when_its_only_plugin_lacks_a_library() {
     let cwd = listing("lacking");
     put_lacking(&cwd);
     assert_refused(&cwd, &LACKING);
 }
 
 #[test]
-fn what_is_wrong_beside_a_plugin_whose_library_is_missing_is_told_with_it() {
+fn serve_reports_a_missing_library_beside_other_problems() {
     let machines = double(&[("m", "")]);
     let cwd = ScratchCwd::new(&[("lacking", ""), ("double", &machines), ("conflicting", "")]).unwrap();
     put_lacking(&cwd);
@@ -143,7 +143,7 @@ fn what_is_wrong_beside_a_plugin_whose_library_is_missing_is_told_with_it() {
 }
 
 #[test]
-fn a_library_of_something_else_is_no_plugin() {
+fn plugin_is_refused_when_it_is_another_library() {
     let cwd = listing("stranger");
     // A library that this very test runs with.
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
@@ -154,7 +154,7 @@ fn a_library_of_something_else_is_no_plugin() {
 }
 
 #[test]
-fn a_plugin_of_another_interface_is_refused_by_its_version_alone() {
+fn plugin_is_refused_when_its_interface_is_newer() {
     let cwd = listing("newer_interface");
     cwd.install_plugin("newer_interface").unwrap();
     // The library has nothing behind its header: any step beyond the version would fail otherwise.
@@ -175,7 +175,7 @@ fn double_of(major: u32, minor: u32) -> Vec<u8> {
 }
 
 #[test]
-fn a_plugin_of_a_newer_minor_or_an_older_major_is_refused() {
+fn plugin_is_refused_when_its_minor_is_newer_or_its_major_is_older() {
     for (major, minor) in [(1, 1000), (0, 9)] {
         let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
         cwd.write("first/libmachinery_double.so", double_of(major, minor)).unwrap();
@@ -190,7 +190,7 @@ fn a_plugin_of_a_newer_minor_or_an_older_major_is_refused() {
 }
 
 #[test]
-fn a_plugin_that_refuses_its_configuration_gives_file_line_key_and_value() {
+fn configuration_error_has_file_line_key_and_value() {
     let good = double(&[("a", ""), ("b", "")]);
     for (change, by, place, words) in [
         ("ip: 10.0.0.2", "ip: 10.0.0.1", ":4: machines.b.ip: ", "'10.0.0.1'"),
@@ -207,7 +207,7 @@ fn a_plugin_that_refuses_its_configuration_gives_file_line_key_and_value() {
 }
 
 #[test]
-fn a_configuration_that_is_missing_is_named() {
+fn serve_names_the_file_when_a_configuration_is_missing() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let file = cwd.root().join("conf/machineries/double.yaml");
     fs::remove_file(&file).unwrap();
@@ -215,7 +215,7 @@ fn a_configuration_that_is_missing_is_named() {
 }
 
 #[test]
-fn machineries_that_do_not_get_along_are_refused_together() {
+fn machineries_are_refused_when_they_conflict() {
     let machines = double(&[("m", "")]);
     for order in [["double", "conflicting"], ["conflicting", "double"]] {
         let cwd = ScratchCwd::new(&[("double", &machines), ("conflicting", "")]).unwrap();
@@ -230,7 +230,7 @@ fn machineries_that_do_not_get_along_are_refused_together() {
 }
 
 #[test]
-fn a_plugin_is_found_under_the_name_that_cargo_gives_its_file() {
+fn plugin_file_has_underscores_when_its_name_has_hyphens() {
     let yaml = "steps: 1\nmachines:\n  m: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
     let cwd = ScratchCwd::new(&[("twin-older", yaml)]).unwrap();
     let file = artifacts::plugin("twin-older").unwrap();
@@ -245,7 +245,7 @@ fn a_plugin_is_found_under_the_name_that_cargo_gives_its_file() {
 }
 
 #[test]
-fn machineries_that_get_along_serve_together() {
+fn host_serves_several_machineries_when_they_do_not_conflict() {
     let other = "machines:\n  next: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
     let cwd = ScratchCwd::new(&[("minimal", other), ("double", &double(&[("m", "")]))]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
@@ -268,7 +268,7 @@ fn with_a_name_used_twice() -> ScratchCwd {
 }
 
 #[test]
-fn a_name_is_used_once_over_all_machineries() {
+fn serve_fails_when_two_machineries_have_a_machine_of_the_same_name() {
     let cwd = with_a_name_used_twice();
     let refused = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(refused.code, Some(2), "{refused:?}");
@@ -278,28 +278,28 @@ fn a_name_is_used_once_over_all_machineries() {
 }
 
 #[test]
-fn a_name_that_is_used_twice_is_found_by_check_too() {
+fn check_fails_when_two_machineries_have_a_machine_of_the_same_name() {
     let check = host::run(&with_a_name_used_twice(), &["check"]).unwrap();
     assert_eq!(check.code, Some(2), "{}", check.stdout);
     assert!(check.stdout.contains("'m'"), "{}", check.stdout);
 }
 
 #[test]
-fn a_machinery_is_listed_in_lowercase() {
+fn machinery_name_is_refused_when_it_has_uppercase_letters() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.list_machineries(&["Double"]).unwrap();
     assert_refused(&cwd, &["cuckoo.yaml:2", "'Double'", "Write 'double'"]);
 }
 
 #[test]
-fn a_file_holds_the_machinery_of_its_name() {
+fn plugin_is_refused_when_its_file_has_another_machinerys_name() {
     let cwd = listing("other");
     let copy = cwd.install_plugin_file(&artifacts::plugin("double").unwrap(), "other").unwrap();
     assert_refused(&cwd, &[copy.to_str().unwrap(), "holds the machinery 'double', not 'other'"]);
 }
 
 #[test]
-fn all_that_is_wrong_is_told_at_once() {
+fn serve_reports_all_plugin_problems_together() {
     let cwd = ScratchCwd::new(&[("quantum", ""), ("newer_interface", ""), ("letter", "")]).unwrap();
     cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
     let text = assert_refused(&cwd, &["'quantum'", "interface 2.0", "libmachinery_letter.so"]);
@@ -307,7 +307,7 @@ fn all_that_is_wrong_is_told_at_once() {
 }
 
 #[test]
-fn only_listed_plugins_are_opened() {
+fn unlisted_plugins_are_not_opened() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
     // Who opens it waits for ever.
@@ -326,7 +326,7 @@ fn only_listed_plugins_are_opened() {
 }
 
 #[test]
-fn the_folders_are_searched_in_their_order() {
+fn plugin_folders_are_searched_in_order() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let built = artifacts::plugin("double").unwrap();
     for folder in ["given", "named", "machineries"] {
@@ -356,7 +356,7 @@ fn the_folders_are_searched_in_their_order() {
 }
 
 #[test]
-fn check_looks_for_the_group_and_for_tcpdump() {
+fn check_verifies_tcpdump_and_the_socket_group() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let checked = |tcpdump: &str, code: i32| {
         cwd.write("conf/cuckoo.yaml", format!("machineries: [double]\ntcpdump: {tcpdump}\n")).unwrap();

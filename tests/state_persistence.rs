@@ -40,7 +40,7 @@ fn ask_well(client: &mut Client, request: Value) {
 }
 
 #[test]
-fn a_killed_host_forgets_nothing() {
+fn availability_is_kept_when_the_host_is_killed() {
     let machines = [("locked", ""), ("reserved", ""), ("broken", "faults: {restore_start: fail}"), ("m", "")];
     let cwd = ScratchCwd::double(&machines).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
@@ -67,7 +67,7 @@ fn a_killed_host_forgets_nothing() {
 }
 
 #[test]
-fn a_host_that_ends_well_forgets_nothing_either() {
+fn availability_is_kept_when_the_host_shuts_down() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     ask_well(&mut host.client().unwrap(), json!({"action": "lock", "machine": "m", "task_id": "t"}));
@@ -77,7 +77,7 @@ fn a_host_that_ends_well_forgets_nothing_either() {
 }
 
 #[test]
-fn a_machine_that_is_away_for_a_while_is_remembered() {
+fn availability_is_kept_when_a_machine_is_not_configured_for_a_while() {
     let cwd = ScratchCwd::double(&[("away", ""), ("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     ask_well(&mut host.client().unwrap(), json!({"action": "disable_machine", "machine": "away"}));
@@ -93,7 +93,7 @@ fn a_machine_that_is_away_for_a_while_is_remembered() {
 }
 
 #[test]
-fn books_that_make_no_sense_are_not_thrown_away() {
+fn serve_fails_and_keeps_the_state_file_when_it_is_invalid() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("operational/generated/machinery-host/machines.json", "{\"format\": 1, \"mach").unwrap();
     let ran = host::run(&cwd, &["serve"]).unwrap();
@@ -103,7 +103,7 @@ fn books_that_make_no_sense_are_not_thrown_away() {
 }
 
 #[test]
-fn a_lock_that_cannot_be_noted_is_not_given() {
+fn lock_is_refused_when_the_state_file_cannot_be_written() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -128,7 +128,7 @@ fn a_lock_that_cannot_be_noted_is_not_given() {
 }
 
 #[test]
-fn what_could_not_be_noted_is_noted_with_the_next_attempt() {
+fn state_is_saved_by_the_next_request_when_a_write_has_failed() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -251,7 +251,7 @@ fn kill_and_compare(kills: usize, seed: u64) {
 }
 
 #[test]
-fn two_hundred_kills_tear_nothing() {
+fn state_file_is_consistent_when_the_host_is_killed_at_random_times() {
     let seed = RandomState::new().hash_one(1) | 1;
     println!("seed {seed}");
     thread::scope(|scope| {

@@ -264,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_apt_would_install_is_read() {
+    fn libraries_are_read_from_apts_simulation() {
         let simulation = "NOTE: This is only a simulation!\nInst liburing2 (2.3-3 Debian:12 [amd64])\n\
                           Inst libvirt-dev [9.0.0] (11.3.0 backports [amd64]) []\n\
                           Inst systemd [252] (254 backports [amd64]) []\n\
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_inside_is_the_same_command() {
+    fn inside_keeps_program_arguments_and_folder() {
         let backports = Backports { folder: PathBuf::from("/cache/back ports") };
         let inside = backports.inside(Command::new("virsh").args(["list", "--all"]).current_dir("/tmp"));
         let words: Vec<_> = inside.get_args().map(|word| word.to_string_lossy()).collect();

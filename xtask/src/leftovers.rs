@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_named_until_it_ends() {
+    fn leftover_process_is_reported_until_it_ends() {
         let marker = RunMarker { value: format!("test-{}", process::id()) };
         assert!(marker.check_none_left().is_ok());
         let mut left = marked(&marker);

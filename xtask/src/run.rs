@@ -65,6 +65,16 @@ pub fn cargo<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
     cargo
 }
 
+/// Returns cargo's arguments for a task of this program.
+pub fn xtask_arguments<'a>(task: &[&'a str]) -> Vec<&'a str> {
+    [&["xtask"], task].concat()
+}
+
+/// Reports progress on standard error, beside results on standard output.
+pub fn note(text: &str) {
+    eprintln!("  {text}");
+}
+
 /// Says `command` and runs it; what it prints is seen as it comes.
 pub fn step(command: &mut Command) -> Result<()> {
     step_as(&line(command), command)

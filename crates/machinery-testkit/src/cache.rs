@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_built_once_and_never_half() {
+    fn folder_is_built_once_and_published_when_complete() {
         let cache = tempfile::tempdir().unwrap();
         fs::create_dir(cache.path().join(".thing-killed")).unwrap();
         assert!(folder(cache.path(), "thing", |_| Err(Error::new("no"))).is_err());
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn builders_side_by_side_build_one() {
+    fn folder_is_built_once_when_builders_run_concurrently() {
         let cache = tempfile::tempdir().unwrap();
         let builds = std::sync::atomic::AtomicUsize::new(0);
         std::thread::scope(|scope| {

@@ -12,9 +12,9 @@ use std::{env, fs, io};
 use rustix::process::Pid;
 
 use crate::error::{Context, Error};
-use crate::guest::serial::Watch;
+use crate::file_content::{ContentWatch, Wait};
 use crate::host::{self, CommandOutput};
-use crate::{Result, lab};
+use crate::{Result, processes};
 
 /// The program that captures, wherever the system has it.
 pub fn tcpdump() -> Result<PathBuf> {
@@ -28,7 +28,7 @@ pub fn tcpdump() -> Result<PathBuf> {
 /// The processes that have this file on their command line.
 pub fn writers(pcap: &Path) -> Result<Vec<Pid>> {
     let pcap = pcap.display().to_string();
-    let processes = lab::processes()?.into_iter().filter(|(_, command)| command.contains(&pcap));
+    let processes = processes::list()?.into_iter().filter(|(_, command)| command.contains(&pcap));
     Ok(processes.map(|(pid, _)| pid).collect())
 }
 
@@ -125,15 +125,15 @@ pub fn packets(pcap: &Path) -> Result<Vec<Packet>> {
 
 /// Waits until the packets in the file, which need not exist yet, are as they are wanted.
 pub fn wait_for(pcap: &Path, timeout: Duration, wanted: impl Fn(&[Packet]) -> bool) -> Result<Vec<Packet>> {
-    let watch = Watch::new(pcap)?;
+    let watch = ContentWatch::new(pcap)?;
     let mut last = Vec::new();
-    let come = watch.until_it(timeout, None, || {
+    let waited = watch.wait_for(timeout, None, || {
         last = packets(pcap)?;
         Ok(wanted(&last).then_some(()))
     })?;
-    match come {
-        Ok(()) => Ok(last),
-        Err(why) => {
+    match waited {
+        Wait::Found(()) => Ok(last),
+        Wait::GaveUp(why) => {
             let path = pcap.display();
             Err(Error::new(format!("{path} does not get the packets: {why}; there are {}", last.len())))
         }
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_is_taken_apart() {
+    fn datagram_is_parsed() {
         let packets = in_bytes(&file(&[datagram()])).unwrap();
         let [packet] = packets.as_slice() else { panic!("{packets:?}") };
         assert_eq!(packet.ends, Some(((GUEST, 0x8001), (HOST, 514))));
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_for_an_address_has_ends_too() {
+    fn arp_request_has_ends() {
         let mut frame = vec![0; 42];
         frame[12..14].copy_from_slice(&[8, 6]);
         frame[28..32].copy_from_slice(&HOST.octets());
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_whole_yet_is_left_for_later() {
+    fn incomplete_packet_is_skipped() {
         let whole = file(&[datagram(), datagram()]);
         for length in [0, 10, 24, 30, 50, 24 + 16 + 59] {
             assert_eq!(in_bytes(&whole[..length]).unwrap().len(), 0, "{length}");

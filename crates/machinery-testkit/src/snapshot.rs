@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_format_round_trips_and_is_recognised() {
+    fn formats_round_trip_and_are_recognised() {
         let plain: Vec<u8> =
             b"QEVM".iter().copied().chain((0..300_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8)).collect();
         let dir = tempfile::tempdir().unwrap();
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_snapshot_is_said_so() {
+    fn snapshot_is_refused_when_its_format_is_unknown() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("memory.snapshot");
         std::fs::write(&path, b"no").unwrap();

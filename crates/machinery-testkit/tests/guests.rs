@@ -27,7 +27,7 @@ fn micro_machine(dir: &Path, qemu: &Qemu, format: SnapshotFormat) -> (Master, Ma
 }
 
 #[test]
-fn a_micro_master_is_built_once() {
+fn micro_master_is_built_once() {
     let cache = tempfile::tempdir().unwrap();
     let qemu = Qemu::find().unwrap();
     let start = Instant::now();
@@ -41,7 +41,7 @@ fn a_micro_master_is_built_once() {
 }
 
 #[test]
-fn a_restored_micro_guest_goes_on_from_the_snapshot_every_time_in_every_format() {
+fn micro_guest_continues_from_the_snapshot_when_restored_from_any_format() {
     let dir = tempfile::tempdir().unwrap();
     let qemu = Qemu::find().unwrap();
     for format in SnapshotFormat::ALL {
@@ -57,7 +57,7 @@ fn a_restored_micro_guest_goes_on_from_the_snapshot_every_time_in_every_format()
 }
 
 #[test]
-fn a_cold_micro_guest_counts_from_one_and_keeps_its_counter_where_it_says() {
+fn micro_guest_counts_from_one_when_booted_cold() {
     let dir = tempfile::tempdir().unwrap();
     let qemu = Qemu::find().unwrap();
     let (_, machine) = micro_machine(dir.path(), &qemu, SnapshotFormat::Plain);
@@ -70,7 +70,7 @@ fn a_cold_micro_guest_counts_from_one_and_keeps_its_counter_where_it_says() {
 }
 
 #[test]
-fn the_power_button_turns_the_micro_guest_off() {
+fn micro_guest_powers_off_when_the_power_button_is_pressed() {
     let dir = tempfile::tempdir().unwrap();
     let qemu = Qemu::find().unwrap();
     let (_, machine) = micro_machine(dir.path(), &qemu, SnapshotFormat::Plain);
@@ -96,14 +96,14 @@ fn machineinfo_has_what_vmcloak_writes() {
 }
 
 #[test]
-fn a_qemu_that_cannot_start_says_why() {
+fn boot_fails_with_qemus_output_when_arguments_are_invalid() {
     let args = ["-machine".to_owned(), "no-such-machine".to_owned()];
     let error = Vm::boot(&Qemu::find().unwrap(), &args, Path::new("/dev/null")).err().unwrap();
     assert!(error.to_string().contains("machine type"), "{error}");
 }
 
 #[test]
-fn a_broken_snapshot_is_refused() {
+fn restore_fails_when_the_snapshot_is_truncated() {
     let dir = tempfile::tempdir().unwrap();
     let qemu = Qemu::find().unwrap();
     let (_, machine) = micro_machine(dir.path(), &qemu, SnapshotFormat::Plain);
@@ -113,7 +113,7 @@ fn a_broken_snapshot_is_refused() {
 
 /// All of the Linux guest in one test: it is the slow one.
 #[test]
-fn the_linux_guest_answers_forgets_its_marks_and_turns_off() {
+fn linux_guest_has_the_snapshots_marks_when_restored() {
     let dir = tempfile::tempdir().unwrap();
     let qemu = Qemu::find().unwrap();
     let start = Instant::now();

@@ -215,7 +215,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     #[test]
-    fn a_machine_goes_on_from_its_template_and_leaves_it_as_it_was() {
+    fn template_is_unchanged_when_machines_run_from_it() {
         let (dir, qemu) = (tempfile::tempdir().unwrap(), Qemu::find().unwrap());
         let master = guest::master(&qemu, Guest::Micro).unwrap();
         let machine = master.machine(dir.path(), "m", "127.0.0.1", SnapshotFormat::Plain).unwrap();
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_is_the_same_and_has_the_same_holes() {
+    fn copy_keeps_content_and_holes() {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));

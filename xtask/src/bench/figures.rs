@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_spread_has_only_values_that_were_measured() {
+    fn spread_has_only_measured_values() {
         let spread = |samples: &[f64]| Spread::of(samples);
         assert_eq!(spread(&[3.0]), Spread { least: 3.0, median: 3.0, p99: 3.0, most: 3.0 });
         assert_eq!(spread(&[4.0, 1.0, 3.0, 2.0]), Spread { least: 1.0, median: 2.0, p99: 4.0, most: 4.0 });
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_of_a_kind_and_place_come_together() {
+    fn samples_are_grouped_by_kind_and_place() {
         let kind = |name| Kind { name, what: "", unit: Unit::Ms };
         let mut figures = Figures::default();
         figures.add(Place::Qemu(256), kind("a"), 1.0);

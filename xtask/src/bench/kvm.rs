@@ -5,9 +5,10 @@ use machinery_testkit::libvirt::SNAPSHOT;
 
 use super::figures::{Figures, Kind, Place, size};
 use super::host::{self, Mode, Served};
+use super::plan::{Plan, guest};
 use super::turns::timed;
-use super::{Plan, by_hand, guest, note, turns};
-use crate::run::Result;
+use super::{by_hand, turns};
+use crate::run::{Result, note};
 
 /// What a stop takes by hand.
 const DESTROY: Kind = Kind { what: "virsh destroy, until it ends", ..by_hand::STOP };

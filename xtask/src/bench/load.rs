@@ -6,9 +6,9 @@ use serde_json::json;
 
 use super::figures::{Figures, Kind, Place, Unit};
 use super::host::succeeded;
+use super::plan::Plan;
 use super::turns::timed;
-use super::{Plan, note};
-use crate::run::Result;
+use crate::run::{Result, note};
 
 const MACHINES: usize = 1000;
 

@@ -26,82 +26,25 @@ mod host;
 mod kvm;
 mod load;
 mod parallel;
+mod plan;
 mod qemu;
 mod report;
 mod turns;
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use clap::ValueEnum;
 use machinery_testkit::artifacts;
-use machinery_testkit::guest::Guest;
 
 use self::figures::Figures;
-use self::host::Mode;
+use self::plan::{Machinery, Plan};
+
+pub use self::plan::Options;
+
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
-
-/// What can be chosen.
-#[derive(clap::Args)]
-pub struct Options {
-    /// The machinery to measure
-    #[arg(long, value_enum, default_value = "qemu")]
-    machinery: Machinery,
-    /// How often each is measured
-    #[arg(long, default_value_t = 15, value_parser = at_least_one)]
-    rounds: usize,
-    /// How often a standby is measured
-    #[arg(long, default_value_t = 50, value_parser = at_least_one)]
-    standby_rounds: usize,
-    /// The guests' RAM, in MiB; half of it holds noise [default: 256,1024,2048,4096; with kvm 1024]
-    #[arg(long, value_delimiter = ',', value_name = "LIST", value_parser = clap::value_parser!(u32).range(256..))]
-    ram: Vec<u32>,
-    /// How many machines are restored at the same moment
-    #[arg(long, default_value_t = 8, value_parser = at_least_one)]
-    machines: usize,
-    /// The host's modes to measure
-    #[arg(
-        long,
-        value_enum,
-        value_delimiter = ',',
-        value_name = "LIST",
-        default_value = "plain,instant,standby"
-    )]
-    modes: Vec<Mode>,
-    /// A check that all can be measured: the smallest guests and few rounds
-    #[arg(long)]
-    quick: bool,
-    /// Writes everything measured there, as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Draws a chart there, as SVG
-    #[arg(long, value_name = "FILE")]
-    svg: Option<PathBuf>,
-}
-
-/// A machinery that can be measured.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Machinery {
-    /// Beside QEMU, started by hand, and Cuckoo3 if $CUCKOO3_PYTHON names a Python that has it
-    Qemu,
-    /// Beside virsh
-    Kvm,
-}
-
-/// How much is measured.
-struct Plan {
-    rounds: usize,
-    standby_rounds: usize,
-    ram: Vec<u32>,
-    machines: usize,
-    /// The RAM of each of them.
-    machines_ram: u32,
-    modes: Vec<Mode>,
-    actions: usize,
-}
 
 /// Measures and shows.
 pub fn run(options: &Options) -> Result<()> {
@@ -143,52 +86,6 @@ fn go_on_optimised() -> Result<()> {
     Err(error).context(|| format!("cannot run {}", program.display()))
 }
 
-impl Plan {
-    fn of(options: &Options) -> Self {
-        let ram = match options.machinery {
-            _ if !options.ram.is_empty() => options.ram.clone(),
-            Machinery::Qemu => vec![256, 1024, 2048, 4096],
-            Machinery::Kvm => vec![1024],
-        };
-        let modes = options.modes.clone();
-        let plan = Plan {
-            rounds: options.rounds,
-            standby_rounds: options.standby_rounds,
-            ram,
-            machines: options.machines,
-            machines_ram: 1024,
-            modes,
-            actions: 10_000,
-        };
-        if options.quick { plan.quick() } else { plan }
-    }
-
-    fn quick(self) -> Self {
-        Plan {
-            rounds: self.rounds.min(2),
-            standby_rounds: self.standby_rounds.min(4),
-            ram: vec![256],
-            machines: self.machines.min(2),
-            machines_ram: 256,
-            actions: 2000,
-            ..self
-        }
-    }
-}
-
-/// A Linux with that much RAM, half of it noise.
-fn guest(ram_mib: u32) -> Guest {
-    Guest::Linux { ram_mib, noise_mib: ram_mib / 2 }
-}
-
-fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("at least 1 is needed".to_owned()),
-        Ok(number) => Ok(number),
-        Err(error) => Err(format!("{error}")),
-    }
-}
-
 fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).context(cannot_write(path))
 }
@@ -197,17 +94,13 @@ fn cannot_write(path: &Path) -> impl FnOnce() -> String {
     move || format!("cannot write {}", path.display())
 }
 
-/// Says what is going on; the results are all that goes to standard output.
-fn note(text: &str) {
-    eprintln!("  {text}");
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::host::Mode;
 
     #[test]
-    fn a_chart_has_what_was_measured_and_may_be_empty() {
+    fn chart_shows_measured_values_when_there_are_any() {
         let mut figures = Figures::default();
         assert!(!chart::svg(&figures).contains("NaN"));
         figures.add(figures::Place::Qemu(256), by_hand::restore(Mode::Standby), 0.4);

@@ -12,9 +12,9 @@ use serde_json::json;
 
 use super::figures::{Figures, Kind, Place, Unit, size};
 use super::host::{Mode, Served, Session, succeeded};
+use super::plan::{Plan, guest};
 use super::turns::{self, timed};
-use super::{Plan, guest, note};
-use crate::run::{Context, Result};
+use crate::run::{Context, Result, note};
 
 /// Of memory, one look is as good as another; and each round takes as long as many others.
 const ROUNDS_EACH: usize = 3;

@@ -7,8 +7,9 @@ use super::by_hand::ByHand;
 use super::cuckoo3::{self, Cuckoo3};
 use super::figures::{Figures, Place, size};
 use super::host::{self, Mode, Served};
-use super::{Plan, guest, note, turns};
-use crate::run::Result;
+use super::plan::{Plan, guest};
+use super::turns;
+use crate::run::{Result, note};
 
 /// Who takes turns.
 #[derive(Clone, Copy)]

@@ -177,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_put_in_relation() {
+    fn ratios_are_computed_from_medians() {
         let mut figures = Figures::default();
         for (ram, host, by_hand) in [(256, 100.0, 80.0), (1280, 130.0, 90.0)] {
             figures.add(Place::Qemu(ram), Mode::Instant.restore(), host);
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn p99_is_shown_where_there_are_enough_samples() {
+    fn p99_is_shown_when_there_are_enough_samples() {
         let row_of = |count: u8| {
             let mut figures = Figures::default();
             (1..=count).for_each(|ms| figures.add(Place::Qemu(256), by_hand::STOP, f64::from(ms)));

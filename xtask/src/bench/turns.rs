@@ -6,8 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::note;
-use crate::run::Result;
+use crate::run::{Result, note};
 
 /// More of them would measure little but starting hosts.
 const TURNS: usize = 5;
@@ -58,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everybody_gets_all_of_its_rounds_and_is_first_in_turn() {
+    fn contestants_get_all_rounds_and_rotate() {
         let mut played = Vec::new();
         let rounds = |contestant| if contestant == 'a' { 7 } else { 5 };
         take(vec!['a', 'b'], rounds, |contestant, share| {

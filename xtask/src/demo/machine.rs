@@ -3,16 +3,30 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use machinery_testkit::guest::{self, GuestProbe, MachineFolder, Qemu};
+use clap::ValueEnum;
+use machinery_testkit::guest::{self, Guest, GuestProbe, MachineFolder, Qemu};
 use machinery_testkit::libvirt::{self, Libvirtd};
 use machinery_testkit::snapshot::SnapshotFormat;
 use serde_json::json;
 
-use super::{GUEST, MACHINE, Machinery, address};
 use crate::run::{Context, Result};
+
+const GUEST: Guest = Guest::Linux { ram_mib: 512, noise_mib: 256 };
+
+/// The machine's name.
+pub const MACHINE: &str = "demo";
 
 /// A domain's name in libvirt, which need not be the machine's.
 const LABEL: &str = "demo-domain";
+
+/// A machinery that can be shown.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Machinery {
+    /// QEMU processes; emulated, so that it works everywhere
+    Qemu,
+    /// Domains of a private libvirtd; emulated too
+    Kvm,
+}
 
 /// A machine, and what an operator would write about it.
 pub struct Machine {
@@ -92,4 +106,10 @@ fn common_keys(probe: &GuestProbe) -> String {
 /// JSON is YAML too, and has a rule for every path.
 fn path(path: &Path) -> serde_json::Value {
     json!(path.to_string_lossy())
+}
+
+/// A loopback address for the agent, another one for each demo that runs.
+fn address() -> String {
+    let id = std::process::id();
+    format!("127.77.{}.{}", id >> 8 & 0xff, (id & 0xff).clamp(1, 254))
 }

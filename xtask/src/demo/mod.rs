@@ -13,22 +13,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
-use machinery_testkit::guest::{self, Guest, GuestProbe, Qemu};
+use machinery_testkit::guest::{self, GuestProbe, Qemu};
 
 use self::host::DemoHost;
-use self::machine::Machine;
+use self::machine::{MACHINE, Machine, Machinery};
 use self::times::Times;
 use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
 
-const GUEST: Guest = Guest::Linux { ram_mib: 512, noise_mib: 256 };
 const ROUNDS: usize = 3;
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// The machine's name.
-const MACHINE: &str = "demo";
 
 /// What can be chosen.
 #[derive(clap::Args)]
@@ -36,15 +31,6 @@ pub struct Options {
     /// The machinery to show
     #[arg(long, value_enum, default_value = "qemu")]
     machinery: Machinery,
-}
-
-/// A machinery that can be shown.
-#[derive(Clone, Copy, ValueEnum)]
-enum Machinery {
-    /// QEMU processes; emulated, so that it works everywhere
-    Qemu,
-    /// Domains of a private libvirtd; emulated too
-    Kvm,
 }
 
 /// Shows the machinery host at work.
@@ -126,12 +112,6 @@ fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
     let start = Instant::now();
     let result = action()?;
     Ok((result, start.elapsed()))
-}
-
-/// A loopback address for the agent, another one for each demo that runs.
-fn address() -> String {
-    let id = std::process::id();
-    format!("127.77.{}.{}", id >> 8 & 0xff, (id & 0xff).clamp(1, 254))
 }
 
 /// Where the workspace's program and plugins are built: beside this very program.

@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_action_has_its_row_and_every_round_its_column() {
+    fn table_has_a_row_per_action_and_a_column_per_round() {
         let mut times = Times::new(2);
         times.add("restore-start", 1, Duration::from_millis(2340));
         times.add("stop", 1, Duration::from_millis(12));

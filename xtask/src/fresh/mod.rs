@@ -16,7 +16,7 @@ mod root;
 use clap::ValueEnum;
 
 use self::root::Root;
-use crate::run::{Failure, Result, cargo, step};
+use crate::run::{Failure, Result, cargo, step, xtask_arguments};
 
 /// The README's commands, without `cargo xtask`.
 const README: [&[&str]; 3] = [&["demo"], &["demo", "--machinery", "kvm"], &["test"]];
@@ -61,7 +61,7 @@ pub fn run(options: &Options) -> Result<()> {
         Ok(root) => tasks.iter().try_for_each(|task| root.run(task)),
         Err(why) if options.or_here => {
             warn(&why);
-            tasks.iter().try_for_each(|task| step(&mut cargo(xtask(task))))
+            tasks.iter().try_for_each(|task| step(&mut cargo(xtask_arguments(task))))
         }
         Err(why) => Err(why.into()),
     }
@@ -72,11 +72,6 @@ fn tasks(chosen: &[String]) -> Vec<Vec<&str>> {
         return README.iter().map(|task| task.to_vec()).collect();
     }
     vec![chosen.iter().map(String::as_str).collect()]
-}
-
-/// Returns cargo's arguments for a task.
-fn xtask<'a>(task: &[&'a str]) -> Vec<&'a str> {
-    [&["xtask"], task].concat()
 }
 
 fn cannot_make(release: &str, failure: &Failure) -> String {
@@ -122,7 +117,7 @@ mod tests {
     fn readme_commands_are_the_tasks_when_none_is_chosen() {
         let readme = include_str!("../../../README.md");
         for task in tasks(&[]) {
-            let command = format!("cargo {}", xtask(&task).join(" "));
+            let command = format!("cargo {}", xtask_arguments(&task).join(" "));
             assert!(readme.contains(&command), "{command}");
         }
     }

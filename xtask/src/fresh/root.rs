@@ -8,11 +8,10 @@ use std::{env, io};
 
 use rustix::process::Signal;
 
-use super::xtask;
 use crate::debian::{self, Archive, KEYRING};
 use crate::packages;
 use crate::process::signal_at_our_end;
-use crate::run::{Context, Failure, Result, cache, is_root, output, step, step_as};
+use crate::run::{Context, Failure, Result, cache, is_root, output, step, step_as, xtask_arguments};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/fresh/enter.sh");
 const CHECKOUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
@@ -89,7 +88,7 @@ impl Root {
 
     /// Runs a task of the clone's own xtask.
     pub fn run(&self, task: &[&str]) -> Result<()> {
-        let words = [&["cargo"], xtask(task).as_slice()].concat();
+        let words = [&["cargo"], xtask_arguments(task).as_slice()].concat();
         let name = format!("{}    (on a fresh Debian {})", words.join(" "), self.release);
         step_as(&name, &mut self.command(&words))
     }

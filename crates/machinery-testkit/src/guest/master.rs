@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::recipe::{AGENT_PORT, Network, Recipe};
-use super::serial::{self, Watch};
+use super::serial::{self, SerialWatch};
 use super::vm::Vm;
 use super::{Guest, GuestProbe, MachineFolder, Qemu, linux, micro};
 use crate::Result;
 use crate::cache;
 use crate::error::{Context, Error};
-use crate::lab::TestNetwork;
+use crate::network::TestNetwork;
 use crate::snapshot::SnapshotFormat;
 
 /// A guest may take this long to boot, on a machine that does much else.
@@ -91,12 +91,23 @@ impl Master {
     }
 }
 
+/// The master of `guest` for `qemu`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder),
+/// made now if it is not there.
+pub fn master(qemu: &Qemu, guest: Guest) -> Result<Master> {
+    Master::in_cache(&cache::default()?, qemu, guest)
+}
+
+/// Like [`master`], in a cache of one's own.
+pub fn master_in(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Master> {
+    Master::in_cache(cache, qemu, guest)
+}
+
 /// Boots the guest in `folder` and saves it there. The disk is used itself, not through an overlay:
 /// what the guest has written to it belongs to the memory that is saved.
 fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     let (disk, serial) = (folder.join(DISK), folder.join(SERIAL));
     recipe.make_disk(qemu, &disk)?;
-    let watch = Watch::new(&serial)?;
+    let watch = SerialWatch::new(&serial)?;
     let mut vm = Vm::boot(qemu, &recipe.start_args(&serial, None), &disk)?;
     match recipe {
         Recipe::Micro | Recipe::Vmcloak => write_count(folder, pause_between_counts(&mut vm, &watch)?)?,
@@ -112,7 +123,7 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
 
 /// Pauses the micro guest when it sleeps, with its last count said in full: so the first count of
 /// a restored machine is known exactly.
-fn pause_between_counts(vm: &mut Vm, watch: &Watch) -> Result<u32> {
+fn pause_between_counts(vm: &mut Vm, watch: &SerialWatch) -> Result<u32> {
     let mut wanted = SNAPSHOT_COUNT;
     loop {
         wanted = vm.wait_for_serial(watch, BOOT_TIMEOUT, |said| {

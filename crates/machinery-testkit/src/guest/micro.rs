@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_boot_sector_is_signed_and_holds_the_counter() {
+    fn boot_sector_has_signature_and_counter() {
         let sector = boot_sector();
         assert_eq!(sector[510..], [0x55, 0xaa]);
         let at = (MAGIC_ADDRESS - LOAD_ADDRESS) as usize;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::recipe::AGENT_PORT;
-use super::serial::{self, Watch};
+use super::serial::{self, SerialWatch};
 use crate::Result;
 use crate::error::{Context, Error};
 
@@ -37,12 +37,12 @@ impl GuestProbe {
     /// The first count that the micro guest says in this run, waited for. Ask after the machine was
     /// started: what an earlier run said stays until then.
     pub fn first_count(&self, timeout: Duration) -> Result<u32> {
-        Watch::new(&self.serial)?.until(timeout, None, |said| serial::counts(said).next())
+        SerialWatch::new(&self.serial)?.wait_for(timeout, None, |said| serial::counts(said).next())
     }
 
     /// The last count that the micro guest has said in this run.
     pub fn last_count(&self) -> Result<u32> {
-        let last = serial::counts(&serial::said(&self.serial)?).next_back();
+        let last = serial::counts(&serial::output(&self.serial)?).next_back();
         last.ok_or_else(|| {
             Error::new(format!("the machine {} has not counted yet ({})", self.name, self.serial.display()))
         })
@@ -50,7 +50,8 @@ impl GuestProbe {
 
     /// Waits until the micro guest has counted to `count` or further in this run.
     pub fn wait_for_count(&self, count: u32, timeout: Duration) -> Result<u32> {
-        Watch::new(&self.serial)?.until(timeout, None, |said| serial::counts(said).find(|n| *n >= count))
+        SerialWatch::new(&self.serial)?
+            .wait_for(timeout, None, |said| serial::counts(said).find(|n| *n >= count))
     }
 
     /// Waits until the micro guest counts on.
@@ -62,7 +63,7 @@ impl GuestProbe {
     /// Waits until the guest has said `text` in this run: [`linux::READY`](super::linux::READY) after a
     /// cold boot, for example.
     pub fn wait_for_text(&self, text: &str, timeout: Duration) -> Result<()> {
-        Watch::new(&self.serial)?.until(timeout, None, |said| said.contains(text).then_some(()))
+        SerialWatch::new(&self.serial)?.wait_for(timeout, None, |said| said.contains(text).then_some(()))
     }
 
     /// The agent's answer to `GET path`: its status and its body.

@@ -8,7 +8,7 @@ use std::process::Command;
 use super::linux::Image;
 use super::{DISK_PLACEHOLDER, Guest, Qemu, micro};
 use crate::error::Context;
-use crate::lab::TestNetwork;
+use crate::network::TestNetwork;
 use crate::{Result, cache, command};
 
 /// The port on which agents listen, as everywhere in Cuckoo.

@@ -11,8 +11,7 @@
 //! The process dies with its [`Vm`], and with the thread that started it.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, IoSlice, Read, Seek, SeekFrom};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -23,19 +22,16 @@ use std::time::Duration;
 
 use qapi::qmp;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
 
 use super::Qemu;
-use super::serial::Watch;
-use crate::error::{Context, Error};
+use super::monitor::{self, Monitor};
+use super::serial::SerialWatch;
+use crate::error::Context;
 use crate::{Result, snapshot};
 
 /// The placeholder for the disk in start arguments.
 pub const DISK_PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
-
-/// No single answer of QEMU's takes longer, not even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Bytes a second. Left alone, QEMU saves at 128 MiB/s, as if a network were in between.
 const BANDWIDTH: u64 = 1 << 40;
@@ -43,8 +39,7 @@ const BANDWIDTH: u64 = 1 << 40;
 /// A running QEMU.
 pub struct Vm {
     child: Child,
-    monitor: qapi::Qmp<qapi::Stream<BufReader<UnixStream>, UnixStream>>,
-    errors: File,
+    monitor: Monitor,
 }
 
 /// What a snapshot has of a machine's RAM.
@@ -98,23 +93,23 @@ impl Vm {
 
     /// Halts the machine; the process stays.
     pub fn pause(&mut self) -> Result<()> {
-        self.run(&qmp::stop {}).map(drop)
+        self.monitor.run(&qmp::stop {}).map(drop)
     }
 
     /// Lets a paused machine run.
     pub fn cont(&mut self) -> Result<()> {
-        self.run(&qmp::cont {}).map(drop)
+        self.monitor.run(&qmp::cont {}).map(drop)
     }
 
     /// Lets a paused machine run, and waits until QEMU tells that it does.
     pub fn resume(&mut self) -> Result<()> {
         self.cont()?;
-        self.wait_for_event(|event| matches!(event, qmp::Event::RESUME { .. }).then_some(()))
+        self.monitor.wait_for_event(|event| matches!(event, qmp::Event::RESUME { .. }).then_some(()))
     }
 
     /// Presses the power button.
     pub fn press_power_button(&mut self) -> Result<()> {
-        self.run(&qmp::system_powerdown {}).map(drop)
+        self.monitor.run(&qmp::system_powerdown {}).map(drop)
     }
 
     /// Waits until QEMU has ended by itself, for `timeout` at most: then it is killed and an error.
@@ -123,7 +118,7 @@ impl Vm {
         let timeout = Timespec::try_from(timeout).context(|| "waiting for QEMU's end".to_owned())?;
         let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
         match ended.context(|| "waiting for QEMU's end".to_owned())? {
-            0 => Err(self.failed("waiting for QEMU's end", "it goes on")),
+            0 => Err(self.monitor.failed("waiting for QEMU's end", "it goes on")),
             _ => self.child.wait().context(|| "waiting for QEMU's end".to_owned()).map(drop),
         }
     }
@@ -131,21 +126,21 @@ impl Vm {
     /// Ends QEMU, whatever the machine does.
     pub fn quit(mut self) -> Result<()> {
         // It may be gone before it has been asked in full, or has answered.
-        let _ = self.run(&qmp::quit {});
-        self.wait(PATIENCE)
+        let _ = self.monitor.run(&qmp::quit {});
+        self.wait(monitor::TIMEOUT)
     }
 
     /// Waits for something on the machine's serial port, as long as QEMU lives.
     pub(super) fn wait_for_serial<T>(
         &self,
-        serial: &Watch,
+        serial: &SerialWatch,
         timeout: Duration,
         find: impl Fn(&str) -> Option<T>,
     ) -> Result<T> {
         let process = self.process()?;
         serial
-            .until(timeout, Some(process.as_fd()), find)
-            .map_err(|error| self.failed("booting the guest", &error))
+            .wait_for(timeout, Some(process.as_fd()), find)
+            .map_err(|error| self.monitor.failed("booting the guest", &error))
     }
 
     /// `length` bytes of the machine's memory, from the physical address `from` on.
@@ -153,7 +148,7 @@ impl Vm {
         let what = || "reading guest memory".to_owned();
         let file = tempfile::NamedTempFile::new().context(what)?;
         let filename = file.path().to_string_lossy().into_owned();
-        self.run(&qmp::pmemsave { filename, val: from, size: length })?;
+        self.monitor.run(&qmp::pmemsave { filename, val: from, size: length })?;
         std::fs::read(file.path()).context(what)
     }
 
@@ -172,10 +167,10 @@ impl Vm {
         let (mut reader, writer) = io::pipe().context(what)?;
         let mut file = File::create(path).context(what)?;
         let copying = thread::spawn(move || io::copy(&mut reader, &mut file));
-        self.pass_descriptor("snapshot", writer.into())?;
+        self.monitor.pass_descriptor("snapshot", writer.into())?;
         self.prepare_migration(ram)?;
         let uri = Some("fd:snapshot".to_owned());
-        self.run(&qmp::migrate { channels: None, detach: None, resume: None, uri })?;
+        self.monitor.run(&qmp::migrate { channels: None, detach: None, resume: None, uri })?;
         self.wait_for_migration()?;
         ended(copying).context(what)
     }
@@ -186,7 +181,7 @@ impl Vm {
         let mut stream = snapshot::read(path)?;
         let (reader, mut writer) = io::pipe().context(what)?;
         let copying = thread::spawn(move || io::copy(&mut stream, &mut writer));
-        self.pass_descriptor("snapshot", reader.into())?;
+        self.monitor.pass_descriptor("snapshot", reader.into())?;
         self.prepare_migration(Ram::Included)?;
         self.read_from("fd:snapshot")?;
         ended(copying).context(what)
@@ -200,13 +195,13 @@ impl Vm {
             return self.read_from(&format!("file:{}", path.display()));
         }
         let file = File::open(path).context(|| format!("opening {}", path.display()))?;
-        self.pass_descriptor("devices", file.into())?;
+        self.monitor.pass_descriptor("devices", file.into())?;
         self.read_from("fd:devices")
     }
 
     fn read_from(&mut self, uri: &str) -> Result<()> {
         let uri = Some(uri.to_owned());
-        self.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
+        self.monitor.run(&qmp::migrate_incoming { channels: None, exit_on_error: None, uri })?;
         self.wait_for_migration()
     }
 
@@ -225,40 +220,18 @@ impl Vm {
         command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null());
         command.stderr(errors.try_clone().context(what)?);
         die_with_this_thread(&mut command);
-        let child = command.spawn().context(what)?;
+        let mut child = command.spawn().context(what)?;
         // The command still holds QEMU's end of the socket: nobody would see it close.
         drop(command);
-        let mut vm = Self { child, monitor: monitor(ours).context(what)?, errors };
-        vm.greet()?;
-        Ok(vm)
-    }
-
-    fn greet(&mut self) -> Result<()> {
-        // qapi takes a greeting for granted; a QEMU that does not like its arguments gives none.
-        let silent = self.monitor.inner_mut().fill_buf().is_ok_and(<[u8]>::is_empty);
-        if silent {
-            return Err(self.failed("starting QEMU", "it ended at once"));
+        match Monitor::connect(ours, errors) {
+            Ok(monitor) => Ok(Self { child, monitor }),
+            Err(error) => {
+                // A QEMU that has ended cannot be killed.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
         }
-        self.monitor.handshake().map(drop).map_err(|error| self.failed("greeting QEMU", &error))
-    }
-
-    fn run<C: qapi::Command>(&mut self, command: &C) -> Result<C::Ok> {
-        self.monitor.execute(command).map_err(|error| self.failed(C::NAME, &error))
-    }
-
-    /// Hands a file descriptor to QEMU, which will know it by `name`.
-    fn pass_descriptor(&mut self, name: &str, fd: OwnedFd) -> Result<()> {
-        let command = qmp::getfd { fdname: name.to_owned() };
-        let line = serde_json::json!({"execute": "getfd", "arguments": command}).to_string();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let fds = [fd.as_fd()];
-        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-        let socket = self.monitor.inner().get_ref_write();
-        let bytes = [IoSlice::new(line.as_bytes())];
-        sendmsg(socket, &bytes, &mut ancillary, SendFlags::empty())
-            .map_err(|error| self.failed("getfd", &error))?;
-        self.monitor.read_response::<qmp::getfd>().map(drop).map_err(|error| self.failed("getfd", &error))
     }
 
     /// Asks for events and for all the speed there is.
@@ -268,38 +241,16 @@ impl Vm {
         if let Ram::Shared = ram {
             capabilities.push(on(qmp::MigrationCapability::x_ignore_shared));
         }
-        self.run(&qmp::migrate_set_capabilities { capabilities })?;
+        self.monitor.run(&qmp::migrate_set_capabilities { capabilities })?;
         let parameters = qmp::MigrateSetParameters { max_bandwidth: Some(BANDWIDTH), ..Default::default() };
-        self.run(&qmp::migrate_set_parameters(parameters)).map(drop)
+        self.monitor.run(&qmp::migrate_set_parameters(parameters)).map(drop)
     }
 
     /// Waits for the end of a migration, in or out.
     fn wait_for_migration(&mut self) -> Result<()> {
-        match self.wait_for_event(migration_end)? {
-            qmp::MigrationStatus::failed => Err(self.failed("migration", "QEMU says it failed")),
+        match self.monitor.wait_for_event(migration_end)? {
+            qmp::MigrationStatus::failed => Err(self.monitor.failed("migration", "QEMU says it failed")),
             _ => Ok(()),
-        }
-    }
-
-    /// Waits for an event. Those that QEMU has told before count too, once.
-    fn wait_for_event<T>(&mut self, find: impl Fn(&qmp::Event) -> Option<T>) -> Result<T> {
-        let mut found = self.monitor.events().filter_map(|event| find(&event)).next_back();
-        loop {
-            match found {
-                Some(found) => return Ok(found),
-                None => found = self.event()?.as_ref().and_then(&find),
-            }
-        }
-    }
-
-    /// The next event, `None` when it is one that this version of `qapi` does not know.
-    fn event(&mut self) -> Result<Option<qmp::Event>> {
-        let mut line = String::new();
-        let read = self.monitor.inner_mut().read_line(&mut line);
-        match read {
-            Ok(0) => Err(self.failed("waiting for an event", "QEMU ended")),
-            Ok(_) => Ok(serde_json::from_str(&line).ok()),
-            Err(error) => Err(self.failed("waiting for an event", &error)),
         }
     }
 
@@ -307,17 +258,6 @@ impl Vm {
         let pid = Pid::from_child(&self.child);
         pidfd_open(pid, PidfdFlags::empty())
             .context(|| format!("watching the QEMU process {}", self.child.id()))
-    }
-
-    /// An error that also tells what QEMU itself complained about.
-    fn failed(&self, doing: &str, why: &(impl std::fmt::Display + ?Sized)) -> Error {
-        let mut complaints = String::new();
-        let mut errors = &self.errors;
-        let read = errors.seek(SeekFrom::Start(0)).and_then(|_| errors.read_to_string(&mut complaints));
-        match (read, complaints.trim()) {
-            (Ok(_), "") | (Err(_), _) => Error::new(format!("{doing}: {why}")),
-            (Ok(_), complaints) => Error::new(format!("{doing}: {why}; QEMU complained: {complaints}")),
-        }
     }
 }
 
@@ -327,11 +267,6 @@ impl Drop for Vm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn monitor(socket: UnixStream) -> io::Result<qapi::Qmp<qapi::Stream<BufReader<UnixStream>, UnixStream>>> {
-    socket.set_read_timeout(Some(PATIENCE))?;
-    Ok(qapi::Qmp::new(qapi::Stream::new(BufReader::new(socket.try_clone()?), socket)))
 }
 
 fn with_disk(start_args: &[String], disk: &Path) -> Vec<String> {

@@ -18,6 +18,7 @@ use crate::error::Context;
 use crate::guest::{Guest, GuestProbe, Qemu};
 use crate::host::{self, RunningHost};
 use crate::libvirt::{self, Libvirtd};
+use crate::network::loopback_address;
 use crate::scratch::ScratchCwd;
 
 /// A lab of the kvm machinery. Declare it before its hosts: they end first, and then it checks for leftovers.
@@ -68,7 +69,7 @@ impl KvmLab {
         fs::create_dir_all(&dir).context(|| format!("making {}", dir.display()))?;
         let probe = GuestProbe {
             name: name.to_owned(),
-            ip: super::address().to_string(),
+            ip: loopback_address().to_string(),
             serial: dir.join("serial.log"),
         };
         let label = format!("lab-{name}");

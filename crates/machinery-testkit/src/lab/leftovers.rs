@@ -5,19 +5,8 @@ use std::path::Path;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::Result;
 use crate::error::{Context, Error};
-
-/// All processes, with their command lines; those that have ended have none.
-pub fn processes() -> Result<Vec<(Pid, String)>> {
-    let entries = fs::read_dir("/proc").context(|| "listing processes".to_owned())?;
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let with_command = |pid: Pid| {
-        let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
-        Some((pid, String::from_utf8_lossy(&command).trim_end_matches('\0').replace('\0', " ")))
-    };
-    Ok(pids.filter_map(Pid::from_raw).filter_map(with_command).collect())
-}
+use crate::{Result, processes};
 
 /// All that has the folder on its command line, but for programs of these names.
 pub fn processes_below(root: &Path, without: &[&str]) -> Result<Vec<(Pid, String)>> {
@@ -27,14 +16,14 @@ pub fn processes_below(root: &Path, without: &[&str]) -> Result<Vec<(Pid, String
         without.iter().any(|name| Path::new(program).ends_with(name))
     };
     let ours = |(_, command): &(Pid, String)| command.contains(&root) && !is_known(command);
-    Ok(processes()?.into_iter().filter(ours).collect())
+    Ok(processes::list()?.into_iter().filter(ours).collect())
 }
 
 /// The only process with that disk on its command line that is a QEMU, by the look of it.
 pub fn qemu_on(disk: &Path, is_qemu: impl Fn(&str) -> bool) -> Result<Pid> {
     let disk = disk.display().to_string();
     let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && is_qemu(command);
-    let found: Vec<_> = processes()?.into_iter().filter(of_it).collect();
+    let found: Vec<_> = processes::list()?.into_iter().filter(of_it).collect();
     match found.as_slice() {
         [(qemu, _)] => Ok(*qemu),
         other => Err(Error::new(format!("{} processes run on {disk}, not one: {other:?}", other.len()))),

@@ -13,24 +13,14 @@
 mod kvm;
 mod kvm_fixture;
 mod leftovers;
-mod network;
 mod qemu;
 mod tiny_disk;
 mod watch;
 
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::net::Ipv4Addr;
-
 pub use kvm::{KvmLab, KvmMachine};
 pub use kvm_fixture::KvmFixture;
-pub(crate) use leftovers::processes;
-pub use network::TestNetwork;
 pub use qemu::Lab;
 pub use tiny_disk::TinyDisk;
 pub use watch::{FileEvent, FileWatch};
 
-/// A loopback address that most likely nobody else uses. Those that tests write down are in 127.0.
-pub(crate) fn address() -> Ipv4Addr {
-    let [a, b, c, ..] = RandomState::new().build_hasher().finish().to_be_bytes();
-    Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254))
-}
+pub use crate::network::TestNetwork;

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
-use super::TestNetwork;
 use super::leftovers::{self, collect_files};
 use crate::error::Context;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
+use crate::network::{TestNetwork, loopback_address};
 use crate::scratch::ScratchCwd;
 use crate::snapshot::SnapshotFormat;
 use crate::{Result, capture};
@@ -41,7 +41,7 @@ impl Lab {
 
     /// A lab in the folder `path` of the scratch folder: for long paths.
     pub fn below(path: &Path, machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Self> {
-        let address = || super::address().to_string();
+        let address = || loopback_address().to_string();
         Self::make(path, machines, address, None)
     }
 

@@ -12,8 +12,9 @@ use super::Libvirtd;
 use super::domain::{DISK, Identity, SERIAL, xml};
 use crate::error::{Context, Error};
 use crate::guest::recipe::Recipe;
-use crate::guest::serial::{Watch, counts};
+use crate::guest::serial::{SerialWatch, counts};
 use crate::guest::{Guest, GuestProbe, Qemu, linux};
+use crate::network::loopback_address;
 use crate::{Result, cache, command};
 
 /// The name of a domain's snapshot.
@@ -81,6 +82,12 @@ impl Master {
     }
 }
 
+/// The master of `guest`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder), made now if it
+/// is not there.
+pub fn master(qemu: &Qemu, guest: Guest) -> Result<Master> {
+    Master::in_cache(&cache::default()?, qemu, guest)
+}
+
 /// Boots the guest in `folder`, and takes its snapshot.
 fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     recipe.make_disk(qemu, &folder.join(DISK))?;
@@ -91,17 +98,17 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
         name: "master".to_owned(),
         uuid: uuid(),
         dir: folder.display().to_string(),
-        agent: crate::lab::address().to_string(),
+        agent: loopback_address().to_string(),
     };
     libvirtd.virsh_with_file(&["define"], &xml(qemu, recipe, &identity), &[])?;
     let serial = folder.join(SERIAL);
-    let watch = Watch::new(&serial)?;
+    let watch = SerialWatch::new(&serial)?;
     libvirtd.virsh(&["start", &identity.name])?;
     let ready = |said: &str| match recipe {
         Recipe::Micro | Recipe::Vmcloak => counts(said).find(|count| *count >= SNAPSHOT_COUNT).map(drop),
         Recipe::Linux { .. } => said.contains(linux::READY).then_some(()),
     };
-    watch.until(BOOT_TIMEOUT, None, ready)?;
+    watch.wait_for(BOOT_TIMEOUT, None, ready)?;
     libvirtd.virsh(&["snapshot-create-as", &identity.name, SNAPSHOT])?;
     libvirtd.virsh(&["destroy", &identity.name])?;
     if let Recipe::Micro | Recipe::Vmcloak = recipe {
@@ -115,9 +122,9 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
 
 /// What a restored guest says first is the same each time.
 fn first_count(libvirtd: &Libvirtd, identity: &Identity, serial: &Path) -> Result<u32> {
-    let watch = Watch::new(serial)?;
+    let watch = SerialWatch::new(serial)?;
     libvirtd.virsh(&["snapshot-revert", &identity.name, SNAPSHOT])?;
-    let count = watch.until(BOOT_TIMEOUT, None, |said| counts(said).next())?;
+    let count = watch.wait_for(BOOT_TIMEOUT, None, |said| counts(said).next())?;
     libvirtd.virsh(&["destroy", &identity.name])?;
     Ok(count)
 }

@@ -10,15 +10,8 @@
 mod daemon;
 mod domain;
 mod master;
+mod namespaces;
+mod settings;
 
 pub use daemon::Libvirtd;
-pub use master::{Master, SNAPSHOT};
-
-use crate::guest::{Guest, Qemu};
-use crate::{Result, cache};
-
-/// The master of `guest`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder), made now if it
-/// is not there.
-pub fn master(qemu: &Qemu, guest: Guest) -> Result<Master> {
-    Master::in_cache(&cache::default()?, qemu, guest)
-}
+pub use master::{Master, SNAPSHOT, master};

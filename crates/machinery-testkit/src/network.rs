@@ -4,6 +4,7 @@
 //! tap, and it is gone with the last that uses it, however that ends.
 
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -101,4 +102,10 @@ fn see_its_interfaces() -> io::Result<()> {
     mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     mount(c"sysfs", c"/sys", c"sysfs", MountFlags::empty(), c"")?;
     Ok(())
+}
+
+/// Returns a random loopback address, outside of 127.0, which tests use for fixed addresses.
+pub(crate) fn loopback_address() -> Ipv4Addr {
+    let [a, b, c, ..] = RandomState::new().build_hasher().finish().to_be_bytes();
+    Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254))
 }
