@@ -157,7 +157,7 @@ pub fn main() -> ! {
         _ => (logging::Format::Human, verbosity - 1),
     };
     logging::start(format, verbosity);
-    exit::guard();
+    exit::start_guard();
     // Output that nobody takes is a panic of the standard library, and must not look like a plugin's exit.
     let code = catch_unwind(AssertUnwindSafe(|| match run(&cli) {
         Ok(code) => code,
