@@ -100,7 +100,7 @@ fn version(rustc: &mut Command) -> Result<String> {
 }
 
 /// Major and minor of a version, wherever they stand in the text.
-fn numbers(text: &str) -> Option<(u32, u32)> {
+pub(crate) fn numbers(text: &str) -> Option<(u32, u32)> {
     let version =
         text.split_whitespace().find(|word| word.starts_with(|first: char| first.is_ascii_digit()))?;
     let mut parts = version.split('.').map(|part| part.parse().ok());

@@ -100,7 +100,8 @@ fn launch(
     deadline: Deadline,
 ) -> Result<(Process, UnixStream)> {
     let memory = start.memory.iter().flat_map(|memory| memory.args(start.version));
-    let args = start.args.iter().cloned().chain(plugin_args(socket, start.incoming)).chain(memory);
+    let args = start.args.iter().cloned().chain(plugin_args(socket, start.incoming));
+    let args = args.chain(sound_args(start.version, &start.args)).chain(memory);
     let process = Process::start(start.program, args, start.folder, start.machine)?;
     steps.done("spawn");
     match accept(&listener.into(), process.handle(), deadline) {
@@ -127,6 +128,18 @@ fn plugin_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
         args.extend(["-incoming", "defer"]);
     }
     args.into_iter().map(str::to_owned).collect()
+}
+
+/// Returns the arguments that give the guest's sound card a silent backend, unless the machine's own arguments name a
+/// backend. A QEMU without a default backend refuses a sound card, as Debian 13's does where no module for sound is
+/// installed. VMCloak's arguments name none. Source: `audio_define_default` in QEMU's audio/audio.c.
+fn sound_args(version: Version, args: &[String]) -> Vec<String> {
+    let names_backend =
+        |arg: &String| matches!(arg.as_str(), "-audio" | "--audio" | "-audiodev" | "--audiodev");
+    if !version.has_default_audio() || args.iter().any(names_backend) {
+        return Vec::new();
+    }
+    ["-audio", "none"].map(str::to_owned).to_vec()
 }
 
 /// Waits for that process to connect. Other processes that connect are rejected.
@@ -161,4 +174,19 @@ pub fn with_output(error: Error, end: &End) -> Error {
     error.detail(&failure).default_advice(
         "Look at QEMU's message; QEMU gets the start_args in the machine's machineinfo.json unchanged",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sound_card_gets_a_silent_backend_when_the_arguments_name_none() {
+        let args = |list: &[&str]| list.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>();
+        let card = args(&["-device", "intel-hda", "-device", "hda-duplex"]);
+        assert_eq!(sound_args(Version::new(10, 0, 8), &card), ["-audio", "none"]);
+        assert!(sound_args(Version::new(7, 2, 22), &card).is_empty());
+        let own = args(&["-audiodev", "pa,id=a", "-device", "hda-duplex,audiodev=a"]);
+        assert!(sound_args(Version::new(10, 0, 8), &own).is_empty());
+    }
 }

@@ -98,6 +98,11 @@ impl Version {
         self < Version::new(8, 2, 0)
     }
 
+    /// Reports whether `-audio` sets the default backend of sound cards. Source: QEMU's system/vl.c, since 8.2.
+    pub fn has_default_audio(self) -> bool {
+        self >= Version::new(8, 2, 0)
+    }
+
     /// Reports whether `screendump` writes PNG. Source: qapi/ui.json.
     pub fn screenshots_as_png(self) -> bool {
         self >= Version::new(7, 1, 0)

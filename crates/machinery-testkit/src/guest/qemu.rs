@@ -47,6 +47,11 @@ impl Qemu {
         Ok(said.lines().next().unwrap_or_default().to_owned())
     }
 
+    /// Reports whether QEMU needs a backend for a sound card, which `-audio none` gives it. Source: QEMU's system/vl.c.
+    pub(super) fn needs_audio_backend(&self) -> Result<bool> {
+        Ok(crate::separate_build::numbers(&self.version()?) >= Some((8, 2)))
+    }
+
     /// Makes `overlay`, a disk that holds what a run writes instead of `disk`.
     pub fn overlay(&self, disk: &Path, overlay: &Path) -> Result<()> {
         let mut create = Command::new(&self.img);

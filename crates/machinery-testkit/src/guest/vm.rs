@@ -211,6 +211,9 @@ impl Vm {
         let errors = tempfile::tempfile().context(what)?;
         let mut command = Command::new(&qemu.system);
         command.args(with_disk(start_args, disk)).args(more);
+        if start_args.iter().any(|arg| arg.starts_with("hda-")) && qemu.needs_audio_backend()? {
+            command.args(["-audio", "none"]);
+        }
         command.args([
             "-chardev",
             "socket,id=testkit-monitor,fd=0",
