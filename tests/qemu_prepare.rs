@@ -467,7 +467,7 @@ fn standby_is_replaced_a_limited_number_of_times_when_it_dies() {
     kill_process(lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
     hears_ready(&mut client, "instant");
     let begun = Instant::now();
-    while !host.log().contains("not made again before the next start") {
+    while !host.log().contains("not prepared again before its next start") {
         assert!(begun.elapsed() < SOON, "{}", host.log());
         is_ready(&mut client, "instant");
     }

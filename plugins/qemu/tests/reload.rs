@@ -203,7 +203,7 @@ fn reload_changes_nothing_when_it_is_refused() {
     for (old, new, words) in [
         ("  two:", "  two:\n    tgas: []", "machines.two: unknown key `tgas`"),
         (disk.as_str(), "none.qcow2", "machines.two.qcow2_path: none.qcow2 is not an absolute path"),
-        (image.as_str(), "/bin/true", "binaries.qemu_img: qemu_img is "),
+        (image.as_str(), "/bin/true", "binaries.qemu_img: qemu_img stays "),
     ] {
         lab.change_yaml(old, new).unwrap();
         // This change alone would be applied.
@@ -213,7 +213,7 @@ fn reload_changes_nothing_when_it_is_refused() {
     }
     let folder = lab.cwd().root().join("elsewhere");
     lab.ahead(&format!("{STANDBY}, instant_dir: {}", folder.display())).unwrap();
-    loaded.refused(&["one"], "machineries.qemu.instant_dir: instant_dir is ");
+    loaded.refused(&["one"], "machineries.qemu.instant_dir: instant_dir stays ");
     assert!(!folder.exists());
     stays_so();
     lab.ahead(STANDBY).unwrap();
