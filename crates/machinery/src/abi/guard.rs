@@ -6,10 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::json::{Reply, reply};
 use crate::{Error, ErrorKind, Result};
 
-/// Runs a piece of the plugin's code on behalf of the host; a panic becomes an error.
+/// Runs the plugin's code for the host; a panic becomes an error.
 ///
-/// Unwind safety is asserted: after a panic the object stays reachable, and a plugin whose own
-/// locks are poisoned answers with errors from then on, which is what its host can handle.
+/// Unwind safety is asserted: the host can still call the object after a panic. A plugin whose locks are poisoned
+/// returns errors from then on, which the host handles.
 pub(crate) fn guarded<T>(plugin: &str, call: impl FnOnce() -> Result<T>) -> Reply<T> {
     let result = catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
         let reason = format!("the plugin '{plugin}' panicked: {}", panic_text(panic));
@@ -20,23 +20,23 @@ pub(crate) fn guarded<T>(plugin: &str, call: impl FnOnce() -> Result<T>) -> Repl
     reply(result)
 }
 
-/// Runs a piece of code that has no way to fail; a panic is dropped (the hook has told it).
+/// Runs code that returns no error; a panic becomes the default. The panic hook has already logged it.
 pub(crate) fn guarded_quiet<T>(default: T, call: impl FnOnce() -> T) -> T {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
-        // For its payload, which may not simply be dropped.
+        // Dropping the payload here could panic.
         let _ = panic_text(panic);
         default
     })
 }
 
-/// The message of a panic.
+/// Returns the message of a panic.
 pub(crate) fn panic_text(panic: Box<dyn Any + Send>) -> String {
     match panic.downcast::<String>() {
         Ok(text) => *text,
         Err(panic) => match panic.downcast::<&'static str>() {
             Ok(text) => (*text).to_owned(),
             Err(other) => {
-                // Dropping a payload of the plugin's own type could panic in its turn.
+                // Dropping a payload of the plugin's own type could panic again.
                 std::mem::forget(other);
                 "(no message)".to_owned()
             }
@@ -50,7 +50,7 @@ mod tests {
     use abi_stable::std_types::RResult;
 
     #[test]
-    fn a_panic_becomes_an_error_with_its_message() {
+    fn panic_becomes_an_error_with_its_message() {
         let reply = guarded::<()>("lucky", || panic!("no {}", "luck"));
         let RResult::RErr(json) = reply else { panic!("an error") };
         let error: Error = serde_json::from_slice(json.as_bytes()).unwrap();
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_is_no_text_is_harmless() {
+    fn payload_is_not_dropped_when_it_is_no_text() {
         struct Bomb;
         impl Drop for Bomb {
             fn drop(&mut self) {

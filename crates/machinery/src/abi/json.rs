@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::sanitize::start_of;
 use crate::{Error, Result, Setup};
 
-/// A result that crosses the border; the error is an [`Error`](crate::Error) as JSON.
+/// A result that crosses the border. The error is an [`Error`](crate::Error) as JSON.
 pub(crate) type Reply<T> = RResult<T, RString>;
 
-/// What a plugin says about itself before it is given a configuration.
+/// A plugin's description of itself, which needs no configuration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Manifest {
     pub name: String,
@@ -21,7 +21,7 @@ pub(crate) struct Manifest {
     pub conflicts: Vec<ManifestConflict>,
 }
 
-/// [`Conflict`](crate::Conflict), owned.
+/// A [`Conflict`](crate::Conflict) with owned texts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ManifestConflict {
     pub with: String,
@@ -41,24 +41,24 @@ pub(crate) fn to_json<T: Serialize>(record: &T) -> Result<RString> {
         .map_err(|error| Error::misbehaved(format!("a record cannot be written as JSON: {error}")))
 }
 
-/// Reads a record that has crossed. Its bytes are not taken for text before they were read.
-pub(crate) fn from_json<T: DeserializeOwned>(json: &[u8], what: &str) -> Result<T> {
+/// Reads a record from the other side. It takes bytes, because the text may be invalid UTF-8.
+pub(crate) fn from_json<T: DeserializeOwned>(json: &[u8], record: &str) -> Result<T> {
     serde_json::from_slice(json).map_err(|error| {
-        Error::misbehaved(format!("the {what} makes no sense ({error}): {}", start_of(json)))
+        Error::misbehaved(format!("the {record} makes no sense ({error}): {}", start_of(json)))
     })
 }
 
-/// What stands for a method that the other side does not have.
-pub(crate) fn unsupported<T>(what: &str) -> Reply<T> {
-    reply(Err(Error::unsupported(what)))
+/// Returns the reply for a method that the other side does not have.
+pub(crate) fn unsupported<T>(method: &str) -> Reply<T> {
+    reply(Err(Error::unsupported(method)))
 }
 
-/// An answer on its way over the border.
+/// Converts a result into a reply.
 pub(crate) fn reply<T>(result: Result<T>) -> Reply<T> {
     match result {
         Ok(value) => RResult::ROk(value),
         Err(error) => {
-            // An error always has a JSON form; should it not, its text is still worth something.
+            // An error always has a JSON form. If it had none, its text would still help.
             let json = to_json(&error).unwrap_or_else(|_| RString::from(error.to_string()));
             RResult::RErr(json)
         }

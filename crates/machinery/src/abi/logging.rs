@@ -1,7 +1,7 @@
-//! A plugin's log. Each plugin carries its own copy of `std` and of `tracing`, so its panic hook
-//! and its dispatcher are its own: both are pointed at the host.
+//! Sends a plugin's log and panics to its host. Each plugin contains its own copy of `std` and of `tracing`, and
+//! therefore has its own panic hook and dispatcher.
 //!
-//! Spans are not carried over; an event brings its own fields.
+//! Only events with their own fields reach the host; spans do not.
 
 use std::fmt;
 use std::sync::{Arc, Once, PoisonError, RwLock};
@@ -13,7 +13,7 @@ use tracing::{Event, Level, Metadata, Subscriber};
 
 use crate::{HostServices, LogLevel, LogRecord};
 
-/// Where this library's log goes: the services of the latest host that loaded it.
+/// The receiver of this library's log: the services of the latest host that loaded it.
 static SINK: RwLock<Option<Arc<dyn HostServices>>> = RwLock::new(None);
 static INSTALL: Once = Once::new();
 
@@ -22,7 +22,7 @@ pub(super) fn send_to(services: &Arc<dyn HostServices>) {
     *SINK.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(services));
     let level = services.max_level();
     INSTALL.call_once(|| {
-        // A second dispatcher could only come from the plugin itself; then its author wants it so.
+        // If a dispatcher is already set, the plugin's author has set it on purpose.
         let _ = tracing::subscriber::set_global_default(ToHost { level });
         std::panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(ToString::to_string).unwrap_or_default();

@@ -1,9 +1,9 @@
 //! The stable ABI, private to `export_machinery!` and the host.
 //!
-//! *Methods* are slots of a vtable that `abi_stable` checks field by field when a plugin is opened;
-//! new ones are added behind the last. *Records* (a setup, the machines, an error) cross as JSON
-//! text; a new field is a new key. So neither breaks plugins that are already built. The rule of what may
-//! change when is `docs/interface.md`, and `tests/interfaces` has what it is tried on.
+//! *Methods* are slots of a vtable. `abi_stable` compares it field by field when a plugin is opened. A new method is
+//! added at the end. *Records* (a setup, the machines, an error) cross the border as JSON. A new field is a new key.
+//! Neither breaks plugins that are already built. `docs/interface.md` lists the permitted changes, and
+//! `tests/interfaces` contains the plugins that test them.
 //!
 //! ```text
 //!            host process                        libmachinery_x.so
@@ -11,18 +11,20 @@
 //!   HostServices  ◀── ServicesAbi  (vtable) ──  services::HostOfPlugin ◀── machinery::Host
 //! ```
 //!
-//! Every arrow between the two columns ends in a panic guard (`guard`): a panic becomes an
-//! [`Error`](crate::Error) and never unwinds across the border, where it would abort the process. And
-//! each text is looked at on sanitize (`sanitize`) before it is believed.
+//! Every arrow between the two columns ends in a panic guard (`guard`). A panic becomes an [`Error`](crate::Error). It
+//! never unwinds across the border, where it would abort the process. The receiving side also checks each text
+//! (`sanitize`) before it uses it.
 //!
-//! # What this cannot stand
+//! # Limits
 //!
-//! A plugin is code in the host's process. What aborts a process aborts the host: a panic while
-//! another one unwinds, a panic in a plugin that was built with `panic = "abort"`, one in the `Drop` of
-//! a panic's payload that a thread of the plugin ended with, an exception of C++ that leaves a plugin,
-//! an overflow of the stack, memory that runs out, a wild pointer. And a call that does not come back
-//! keeps its thread for as long as the process lives; one that does not come back from `dlopen` keeps the
-//! dynamic linker locked as well, and with it every thread of the host that starts.
+//! A plugin is code in the host's process. Everything that aborts a process aborts the host:
+//!
+//! - a panic during another panic's unwinding, or in a plugin that was built with `panic = "abort"`;
+//! - a panic in the `Drop` of the panic payload that a thread of the plugin ended with;
+//! - a C++ exception that leaves a plugin, a stack overflow, an out-of-memory error, an invalid pointer.
+//!
+//! A call that never returns keeps its thread for the lifetime of the process. A call that never returns from
+//! `dlopen` also holds the lock of the dynamic linker, and thus blocks every thread that the host starts.
 
 mod guard;
 mod json;

@@ -1,4 +1,4 @@
-//! The plugin's side of the border: from the vtable into a plain [`Machinery`].
+//! The plugin's side of the border: exports a [`Machinery`], and calls it through the vtable.
 
 use std::mem::ManuallyDrop;
 use std::path::Path;
@@ -19,7 +19,7 @@ use super::services::host_of;
 use super::vtable::{MachineryAbi, MachineryAbi_TO, MachineryObject, Module, ModuleRef, ServicesObject};
 use crate::{Deadline, Host, Machinery, Report, Result, Setup};
 
-/// What the export macro knows about the plugin's package.
+/// The facts about the plugin's package that the export macro adds.
 pub trait Packaged {
     /// The package's version.
     const VERSION: &'static str;
@@ -27,9 +27,9 @@ pub trait Packaged {
     const LICENSE: &'static str;
 }
 
-/// The header that the plugin's library exports.
+/// Creates the header that the plugin's library exports.
 pub const fn header<M: Machinery + Packaged>() -> LibHeader {
-    // SAFETY: `construct` returns what `__call_root_module_loader` made of a `ModuleRef`, so the
+    // SAFETY: `construct` returns the result of `__call_root_module_loader` for a `ModuleRef`, so the
     // erased module is a `ModuleRef`, as `from_constructor::<ModuleRef>` demands.
     unsafe { LibHeader::from_constructor::<ModuleRef>(construct::<M>, CheckTypeLayout::Yes) }
 }
@@ -59,7 +59,7 @@ extern "C" fn manifest<M: Machinery + Packaged>() -> Reply<RString> {
 
 extern "C" fn check<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> Reply<RString> {
     guarded(M::NAME, || {
-        enter(services);
+        connect(services);
         let setup: Setup = from_json(setup.as_rslice().as_slice(), "setup")?;
         let mut report = Report::default();
         M::check(&setup, &mut report);
@@ -69,14 +69,15 @@ extern "C" fn check<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> 
 
 extern "C" fn load<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> Reply<MachineryObject> {
     guarded(M::NAME, || {
-        let host = enter(services);
+        let host = connect(services);
         let setup: Setup = from_json(setup.as_rslice().as_slice(), "setup")?;
         let machinery = M::load(&setup, host)?;
         Ok(MachineryAbi_TO::from_value(Exported(ManuallyDrop::new(machinery)), TD_Opaque))
     })
 }
 
-fn enter(services: ServicesObject) -> Host {
+/// Sends this library's log to the host, and returns the host's services.
+fn connect(services: ServicesObject) -> Host {
     let host = host_of(services);
     logging::send_to(host.services());
     host
@@ -87,14 +88,14 @@ struct Exported<M>(ManuallyDrop<M>);
 impl<M> Drop for Exported<M> {
     fn drop(&mut self) {
         // A panic must not cross the border here either.
-        // SAFETY: this is the only place that drops it, and it runs once.
+        // SAFETY: only this function drops the value, and it runs once.
         guarded_quiet((), || unsafe { ManuallyDrop::drop(&mut self.0) });
     }
 }
 
 impl<M: Machinery> MachineryAbi for Exported<M> {
     fn version(&self, deadline: u64) -> Reply<RString> {
-        guarded(M::NAME, || self.0.version(after(deadline)).map(RString::from))
+        guarded(M::NAME, || self.0.version(deadline_in(deadline)).map(RString::from))
     }
 
     fn capabilities(&self) -> Reply<RString> {
@@ -106,23 +107,25 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
     }
 
     fn state(&self, machine: RStr<'_>, deadline: u64) -> Reply<RString> {
-        guarded(M::NAME, || self.0.state(named(machine)?, after(deadline)).map(|state| state.as_str().into()))
+        guarded(M::NAME, || {
+            self.0.state(name_of(machine)?, deadline_in(deadline)).map(|state| state.as_str().into())
+        })
     }
 
     fn restore_start(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.restore_start(named(machine)?, after(deadline)))
+        guarded(M::NAME, || self.0.restore_start(name_of(machine)?, deadline_in(deadline)))
     }
 
     fn norestore_start(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.norestore_start(named(machine)?, after(deadline)))
+        guarded(M::NAME, || self.0.norestore_start(name_of(machine)?, deadline_in(deadline)))
     }
 
     fn stop(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.stop(named(machine)?, after(deadline)))
+        guarded(M::NAME, || self.0.stop(name_of(machine)?, deadline_in(deadline)))
     }
 
     fn acpi_stop(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.acpi_stop(named(machine)?, after(deadline)))
+        guarded(M::NAME, || self.0.acpi_stop(name_of(machine)?, deadline_in(deadline)))
     }
 
     fn dump_memory(&self, machine: RStr<'_>, path: RStr<'_>, format: RStr<'_>, deadline: u64) -> Reply<()> {
@@ -130,42 +133,42 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
             let format = text(format, "memory dump format")?;
             let format = serde_json::from_value(format.into())
                 .map_err(|_| crate::Error::unsupported(&format!("the memory dump format '{format}'")))?;
-            self.0.dump_memory(named(machine)?, path_of(path)?, format, after(deadline))
+            self.0.dump_memory(name_of(machine)?, path_of(path)?, format, deadline_in(deadline))
         })
     }
 
     fn screenshot(&self, machine: RStr<'_>, path: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.screenshot(named(machine)?, path_of(path)?, after(deadline)))
+        guarded(M::NAME, || self.0.screenshot(name_of(machine)?, path_of(path)?, deadline_in(deadline)))
     }
 
     fn prepare(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.prepare(named(machine)?, after(deadline)))
+        guarded(M::NAME, || self.0.prepare(name_of(machine)?, deadline_in(deadline)))
     }
 
     fn shutdown(&self, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.shutdown(after(deadline)))
+        guarded(M::NAME, || self.0.shutdown(deadline_in(deadline)))
     }
 
     fn reload(&self, request: RStr<'_>, deadline: u64) -> Reply<RString> {
         guarded(M::NAME, || {
             let ReloadRequest { setup, in_use } = from_json(request.as_bytes(), "new configuration")?;
-            to_json(&self.0.reload(&setup, &in_use, after(deadline))?)
+            to_json(&self.0.reload(&setup, &in_use, deadline_in(deadline))?)
         })
     }
 
     fn diagnose(&self, machines: RStr<'_>, deadline: u64) -> Reply<RString> {
         guarded(M::NAME, || {
             let machines: Vec<String> = from_json(machines.as_bytes(), "list of machines")?;
-            to_json(&self.0.diagnose(&machines, after(deadline))?)
+            to_json(&self.0.diagnose(&machines, deadline_in(deadline))?)
         })
     }
 
     fn prepare_automatically(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
-        guarded(M::NAME, || self.0.prepare_automatically(named(machine)?, after(deadline)))
+        guarded(M::NAME, || self.0.prepare_automatically(name_of(machine)?, deadline_in(deadline)))
     }
 }
 
-fn named(machine: RStr<'_>) -> Result<&str> {
+fn name_of(machine: RStr<'_>) -> Result<&str> {
     text(machine, "machine's name")
 }
 
@@ -173,7 +176,7 @@ fn path_of(path: RStr<'_>) -> Result<&Path> {
     text(path, "path").map(Path::new)
 }
 
-fn after(milliseconds: u64) -> Deadline {
+fn deadline_in(milliseconds: u64) -> Deadline {
     Deadline::after(Duration::from_millis(milliseconds))
 }
 
@@ -182,13 +185,13 @@ fn after(milliseconds: u64) -> Deadline {
 macro_rules! export_machinery {
     ($plugin:ty) => {
         const _: () = {
-            /// Read by the host before anything else of this library.
+            /// The version of the interface, which the host reads before it loads the library.
             // SAFETY: the symbol is this interface's own name, and no other crate defines it.
             #[unsafe(no_mangle)]
             pub static MACHINERY_INTERFACE: $crate::abi::InterfaceVersion =
                 $crate::abi::InterfaceVersion::OURS;
 
-            /// The way in, for a host that accepted the version.
+            /// The entry point for a host that accepts the version.
             // SAFETY: as above.
             #[unsafe(no_mangle)]
             pub static MACHINERY_PLUGIN: $crate::abi::LibHeader = $crate::abi::plugin::header::<$plugin>();

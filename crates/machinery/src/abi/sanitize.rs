@@ -1,8 +1,7 @@
-//! Looking at a text that has crossed the border, before it is believed and kept.
+//! Checks texts from the other side of the border before they are used.
 //!
-//! Its type says that it is UTF-8, but that was for the other side to see to, and one that is not
-//! must not become a `str` here. And a text costs whoever keeps it, so what a plugin tells is cut to
-//! a length that can be kept for every machine.
+//! The type `RStr` promises UTF-8, but the other side may break the promise. Invalid UTF-8 must not become a `str`.
+//! Long texts are cut, so that the host can keep them for every machine.
 
 use std::borrow::Cow;
 
@@ -12,19 +11,20 @@ use serde_json::{Map, Value};
 use crate::text::{MAX_KEPT, cut};
 use crate::{Error, LogRecord, Result};
 
-/// The most fields of a log record; `tracing` allows no more.
-const FIELDS: usize = 32;
+/// The maximum number of fields in a log record; `tracing` has the same limit.
+const MAX_FIELDS: usize = 32;
 
-/// The text, if it is one.
-pub(crate) fn text<'a>(arrived: RStr<'a>, what: &str) -> Result<&'a str> {
-    let bytes = arrived.as_rslice().as_slice();
-    std::str::from_utf8(bytes)
-        .map_err(|error| Error::misbehaved(format!("the {what} is no text ({error}): {}", start_of(bytes))))
+/// Returns the text if it is valid UTF-8.
+pub(crate) fn text<'a>(received: RStr<'a>, name: &str) -> Result<&'a str> {
+    let bytes = received.as_rslice().as_slice();
+    std::str::from_utf8(bytes).map_err(|error| {
+        Error::misbehaved(format!("the {name} is not valid UTF-8 ({error}): {}", start_of(bytes)))
+    })
 }
 
-/// The text as it can be kept, whatever it is: for what nobody waits for an answer to.
-pub(crate) fn kept(arrived: RStr<'_>) -> Cow<'_, str> {
-    let bytes = arrived.as_rslice().as_slice();
+/// Returns the text, cut and with invalid UTF-8 escaped: for events, which have no reply for an error.
+pub(crate) fn kept(received: RStr<'_>) -> Cow<'_, str> {
+    let bytes = received.as_rslice().as_slice();
     match std::str::from_utf8(bytes) {
         Ok(text) if text.len() <= MAX_KEPT => Cow::Borrowed(text),
         Ok(text) => Cow::Owned(cut(text.to_owned(), MAX_KEPT)),
@@ -32,15 +32,15 @@ pub(crate) fn kept(arrived: RStr<'_>) -> Cow<'_, str> {
     }
 }
 
-/// The first of these bytes, to be looked at.
+/// Returns the first bytes, escaped, for an error message.
 pub(crate) fn start_of(bytes: &[u8]) -> String {
     let start = &bytes[..bytes.len().min(80)];
     format!("\"{}\"", start.escape_ascii())
 }
 
-/// The record with all of its parts cut.
+/// Cuts every part of the record.
 pub(crate) fn cut_record(record: LogRecord) -> LogRecord {
-    let fields = record.fields.into_iter().take(FIELDS);
+    let fields = record.fields.into_iter().take(MAX_FIELDS);
     LogRecord {
         level: record.level,
         target: cut(record.target, MAX_KEPT),
@@ -62,19 +62,19 @@ mod tests {
     use super::*;
     use crate::{ErrorKind, LogLevel};
 
-    /// A text that is none, as a library in another language may send it.
-    fn no_text() -> RStr<'static> {
-        // SAFETY: wrong on purpose, and only its bytes are looked at.
+    /// Returns invalid UTF-8, which a library in another language may send.
+    fn invalid_text() -> RStr<'static> {
+        // SAFETY: it is invalid on purpose; only its bytes are read.
         unsafe { RStr::from_raw_parts(b"caf\xe9".as_ptr(), 4) }
     }
 
     #[test]
-    fn what_is_no_text_is_told_by_its_bytes() {
-        let error = text(no_text(), "plugin's version").unwrap_err();
+    fn text_is_refused_with_its_bytes_when_it_is_not_utf_8() {
+        let error = text(invalid_text(), "plugin's version").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::PluginMisbehaved);
-        assert!(error.to_string().contains("the plugin's version is no text"), "{error}");
+        assert!(error.to_string().contains("the plugin's version is not valid UTF-8"), "{error}");
         assert!(error.to_string().contains(r#""caf\xe9""#), "{error}");
-        assert_eq!(kept(no_text()), r#""caf\xe9""#);
+        assert_eq!(kept(invalid_text()), r#""caf\xe9""#);
         assert_eq!(text("café".into(), "name").unwrap(), "café");
     }
 
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_cut_in_all_of_its_parts() {
+    fn record_is_cut_in_each_part_when_it_is_too_long() {
         let long = "x".repeat(1 << 20);
         let mut fields = Map::new();
         for index in 0..50 {

@@ -1,4 +1,4 @@
-//! The host's services across the border: out as a vtable, back as a [`Host`](crate::Host).
+//! The host's services at the border: a vtable in the host, a [`Host`](crate::Host) in the plugin.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +12,12 @@ use super::vtable::{ServicesAbi, ServicesAbi_TO, ServicesObject};
 use crate::text::{MAX_KEPT, cut};
 use crate::{Host, HostServices, LogLevel, LogRecord, RestoreReadiness, State};
 
-/// In the host: what a plugin gets.
+/// Wraps the host's services for a plugin. The host calls it.
 pub(crate) fn abi_services(services: Arc<dyn HostServices>) -> ServicesObject {
     ServicesAbi_TO::from_value(ServicesOfHost(services), abi_stable::sabi_trait::TD_Opaque)
 }
 
-/// In the plugin: what it makes of that.
+/// Wraps the services that the plugin got from its host. The plugin calls it.
 pub(crate) fn host_of(services: ServicesObject) -> Host {
     Host::new(Arc::new(HostOfPlugin(services)))
 }
@@ -40,14 +40,14 @@ impl ServicesAbi for ServicesOfHost {
 
     fn state_changed(&self, machine: RStr<'_>, state: RStr<'_>, reason: RStr<'_>) {
         guarded_quiet((), || {
-            // A state without a name here comes from a newer plugin; it can only be told as an error.
+            // An unknown state comes from a newer plugin.
             let known = kept(state).parse().unwrap_or(State::Error);
             self.0.state_changed(&kept(machine), known, &kept(reason));
         });
     }
 
     fn progress(&self, machine: RStr<'_>, fraction: f64) {
-        // One that is no number says nothing.
+        // A NaN carries no information.
         if !fraction.is_nan() {
             guarded_quiet((), || self.0.progress(&kept(machine), fraction.clamp(0.0, 1.0)));
         }
@@ -64,7 +64,7 @@ impl ServicesAbi for ServicesOfHost {
 
     fn ready(&self, machine: RStr<'_>, ready: RStr<'_>) {
         guarded_quiet((), || {
-            // One that a newer plugin knows makes no sense here; its machines are restored all the same.
+            // An unknown mode comes from a newer plugin; the machine can still be restored.
             let ready: RestoreReadiness =
                 from_json(ready.as_rslice().as_slice(), "readiness").unwrap_or_else(|error| {
                     RestoreReadiness { reason: error.to_string(), ..RestoreReadiness::default() }

@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-/// The version of the interface, as plain data that can be read before any code of a plugin runs.
+/// The version of the interface, as plain data: the host reads it before any code of a plugin runs.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InterfaceVersion {
-    /// Tells a machinery plugin from other libraries.
+    /// Distinguishes a machinery plugin from other libraries.
     pub magic: [u8; 16],
-    /// Two interfaces with different majors do not understand each other.
+    /// Interfaces with different major versions are incompatible.
     pub major: u32,
-    /// A host understands plugins of its own minor and all before it.
+    /// A host accepts plugins of its own minor version and of all earlier ones.
     pub minor: u32,
 }
 
@@ -23,7 +23,7 @@ impl InterfaceVersion {
     };
 }
 
-// At compile time, where a panic is a compile error.
+// This runs at compile time, where a panic is a compile error.
 #[allow(clippy::panic)]
 const fn number(digits: &str) -> u32 {
     match u32::from_str_radix(digits, 10) {

@@ -18,7 +18,7 @@ mod sabi {
 
     use crate::abi::json::{Reply, unsupported};
 
-    /// [`Machinery`](crate::Machinery) at the border. Deadlines are in milliseconds from now.
+    /// [`Machinery`](crate::Machinery) at the border. Deadlines are milliseconds from now.
     #[sabi_trait]
     pub trait MachineryAbi: Send + Sync {
         fn version(&self, deadline: u64) -> Reply<RString>;
@@ -38,11 +38,11 @@ mod sabi {
         ) -> Reply<()>;
         fn screenshot(&self, machine: RStr<'_>, path: RStr<'_>, deadline: u64) -> Reply<()>;
         fn prepare(&self, machine: RStr<'_>, deadline: u64) -> Reply<()>;
-        /// The last of interface 1.0. New methods are added at the end, each with a default that answers
-        /// `Unsupported`: it is what a host calls in a plugin that does not have the method.
+        /// The last method of interface 1.0. A new method is added at the end, with a default that returns
+        /// `Unsupported`: the host calls the default for a plugin without the method.
         #[sabi(last_prefix_field)]
         fn shutdown(&self, deadline: u64) -> Reply<()>;
-        /// Since 1.1. Takes a `ReloadRequest`, gives a `Reloaded`.
+        /// Since 1.1. Takes a `ReloadRequest`, and returns a `Reloaded`.
         fn reload(&self, request: RStr<'_>, deadline: u64) -> Reply<RString> {
             let _ = (request, deadline);
             unsupported("reload")
@@ -67,14 +67,13 @@ mod sabi {
         fn max_level(&self) -> u8;
         fn step(&self, machine: RStr<'_>, step: RStr<'_>, milliseconds: f64);
         fn ready(&self, machine: RStr<'_>, ready: RStr<'_>);
-        /// The last of interface 1.0. New methods are added at the end, each with a default that does
-        /// nothing.
+        /// The last method of interface 1.0. A new method is added at the end, with a default that does nothing.
         #[sabi(last_prefix_field)]
         fn preparation_invalidated(&self, machine: RStr<'_>, reason: RStr<'_>);
     }
 }
 
-/// What a plugin's library exports.
+/// The module that a plugin's library exports.
 #[allow(non_camel_case_types, non_local_definitions)]
 mod module {
     use abi_stable::StableAbi;
@@ -88,9 +87,9 @@ mod module {
     #[sabi(kind(Prefix(prefix_ref = ModuleRef)))]
     #[sabi(missing_field(panic))]
     pub struct Module {
-        /// Name, version, licence, conflicts: a [`Manifest`](crate::abi::json::Manifest).
+        /// Returns name, version, licence and conflicts: a [`Manifest`](crate::abi::json::Manifest).
         pub(crate) manifest: extern "C" fn() -> Reply<RString>,
-        /// [`Machinery::check`](crate::Machinery::check): takes a `Setup`, gives a `Report`.
+        /// [`Machinery::check`](crate::Machinery::check): takes a `Setup`, and returns a `Report`.
         pub(crate) check: extern "C" fn(RStr<'_>, ServicesObject) -> Reply<RString>,
         /// [`Machinery::load`](crate::Machinery::load): takes a `Setup`.
         #[sabi(last_prefix_field)]

@@ -41,7 +41,7 @@ pub(super) fn all(file: &ConfigFile, first: &YamlError, read: impl Fn(&str) -> O
     let Some(mut copy): Option<Value> = copy else { return found.swap_remove(0) };
     let mut removed = BTreeSet::new();
     let mut seen = BTreeSet::from([fault.clone()]);
-    while found.len() < MAX_FAULTS && fault.mend(&mut copy, &mut removed) {
+    while found.len() < MAX_FAULTS && fault.repair(&mut copy, &mut removed) {
         let next = serde_yaml::to_string(&copy).ok().and_then(|text| read(&text));
         let Some(next) = next.map(|next| Fault::of(&next)).filter(|next| seen.insert(next.clone())) else {
             break;
@@ -52,7 +52,7 @@ pub(super) fn all(file: &ConfigFile, first: &YamlError, read: impl Fn(&str) -> O
         }
         fault = next;
     }
-    Error::all(found).unwrap_or_else(|| file.error(&[], "it is not of the form that it should have"))
+    Error::all(found).unwrap_or_else(|| file.error(&[], "it does not have the expected form"))
 }
 
 impl Fault {
@@ -97,7 +97,7 @@ impl Fault {
     }
 
     /// Repairs the fault in the copy; returns `false` if that is not possible.
-    fn mend(&self, copy: &mut Value, removed: &mut BTreeSet<Vec<String>>) -> bool {
+    fn repair(&self, copy: &mut Value, removed: &mut BTreeSet<Vec<String>>) -> bool {
         let place = self.place();
         let Some((last, above)) = place.split_last() else { return false };
         let Some(mapping) = mapping_at(copy, above) else { return false };
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn faults_are_reported_together_when_a_file_has_several() {
         let text = "first:\n  nmae: a\n  port: many\n  tags: {a: b}\nsecond: {}\nthird: 1\n";
-        let said = faults(text);
+        let text = faults(text);
         for words in [
             "/c/x.yaml:2: first: unknown key `nmae`",
             "/c/x.yaml:3: first.port: invalid type",
@@ -176,17 +176,17 @@ mod tests {
             "second: missing key `port`",
             "/c/x.yaml:6: unknown key `third`",
         ] {
-            assert!(said.contains(words), "no {words:?} in {said}");
+            assert!(text.contains(words), "no {words:?} in {text}");
         }
         // The port was present, but wrong.
-        assert!(said.starts_with("7 problems:"), "{said}");
+        assert!(text.starts_with("7 problems:"), "{text}");
     }
 
     #[test]
-    fn faults_name_no_type_of_rust() {
+    fn faults_name_no_rust_type() {
         for text in ["- a\n", "first: 7\nsecond: []\n"] {
-            let said = faults(text);
-            assert!(!said.contains("struct") && said.contains("expected keys with their values"), "{said}");
+            let text = faults(text);
+            assert!(!text.contains("struct") && text.contains("expected keys with their values"), "{text}");
         }
         assert!(faults("first: [\n").contains("/c/x.yaml:"));
     }

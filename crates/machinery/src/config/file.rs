@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Place, Result};
 
-/// The text of a YAML file and where it came from.
+/// The path and the text of a YAML file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ConfigFile {
-    /// Where it was read.
+    /// The path of the file.
     pub path: PathBuf,
-    /// What it says.
+    /// The text of the file.
     pub text: String,
 }
 
@@ -22,7 +22,7 @@ impl ConfigFile {
     /// Reads the file.
     ///
     /// # Errors
-    /// It is missing, unreadable, or not UTF-8.
+    /// The file is missing, unreadable, or not UTF-8.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             let mut found = Error::io("read the configuration", path, &error);
@@ -34,7 +34,7 @@ impl ConfigFile {
         Ok(ConfigFile { path: path.to_owned(), text })
     }
 
-    /// An error about the value under `key` (dotted path as parts), with its line.
+    /// Creates an error about the value under `key`, with its line. `key` lists the keys from the top of the file.
     pub fn error(&self, key: &[&str], reason: impl Into<String>) -> Error {
         Error::configuration(reason).place(Place {
             file: self.path.clone(),
@@ -43,8 +43,8 @@ impl ConfigFile {
         })
     }
 
-    /// The line (from 1) on which the value under `key` starts, or that of the nearest key above
-    /// it that is there.
+    /// Returns the line (from 1) on which the value under `key` starts. If the key is missing, it returns the line of
+    /// the nearest key above it.
     pub(super) fn line_of(&self, key: &[&str]) -> Option<usize> {
         (1..=key.len()).rev().find_map(|depth| {
             let line = RefCell::new(None);
@@ -56,7 +56,7 @@ impl ConfigFile {
     }
 }
 
-/// Descends along `path` and fails there on purpose, so that the parser tells the place.
+/// Descends along `path` and fails there on purpose: the parser's error has the line.
 struct Seek<'a> {
     path: &'a [&'a str],
     found: &'a RefCell<Option<()>>,
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_names_file_line_key_and_value() {
+    fn error_names_file_line_key_and_value() {
         let error =
             file("a: 1\nport: nine\n").parse::<std::collections::BTreeMap<String, u16>>().unwrap_err();
         let text = error.to_string();
@@ -147,13 +147,13 @@ mod tests {
     }
 
     #[test]
-    fn a_syntax_error_names_its_line() {
+    fn error_names_the_line_of_wrong_syntax() {
         let error = file("a: 1\nb: [1, 2\nc: 3\n").parse::<serde_yaml::Value>().unwrap_err();
         assert!(error.placed().unwrap().line.is_some(), "{error}");
     }
 
     #[test]
-    fn a_later_error_finds_its_line_again() {
+    fn error_finds_the_line_of_a_key_again() {
         let file = file("# top\nmachines:\n  one:\n    ip: 1\n  two:\n    ip: 1\n    tags: [a,\n      b]\n");
         let line = |key: &[&str]| file.error(key, "x").placed().unwrap().line;
         assert_eq!(line(&["machines", "two", "ip"]), Some(6));

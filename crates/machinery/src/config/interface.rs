@@ -7,18 +7,18 @@ use crate::{Error, Result};
 
 const INTERFACES: &str = "/sys/class/net";
 
-const ADVICE: &str = "Create it first (bridges and taps are the operator's), or name another";
+const ADVICE: &str = "Create the bridge or tap first, or name another interface";
 
-/// Expects that the network interface `name`, the value under `key` of the file, exists on this
-/// host. Interfaces are the operator's, so none is created.
+/// Expects that the network interface `name`, the value under `key` of the file, exists on this computer. The operator
+/// creates interfaces; a plugin never does.
 ///
 /// # Errors
-/// It does not; the error lists those that do.
+/// The interface does not exist; the error lists the existing interfaces.
 pub fn expect_interface(file: &ConfigFile, key: &[&str], name: &str) -> Result<()> {
     find_interface(name).map_err(|error| file.error(key, error.reason()).advice(ADVICE))
 }
 
-/// Expects that a network interface exists on this host.
+/// Expects that a network interface exists on this computer.
 ///
 /// # Errors
 /// The interface does not exist; the error lists the existing interfaces.
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_interface_that_is_not_there_is_told_with_those_that_are() {
+    fn interface_is_refused_with_a_list_when_it_does_not_exist() {
         let file = ConfigFile { path: "/c/x.yaml".into(), text: "interface: br9\n".into() };
         assert!(expect_interface(&file, &["interface"], "lo").is_ok());
         let text = expect_interface(&file, &["interface"], "br9").unwrap_err().to_string();

@@ -1,5 +1,4 @@
-//! The `machines` mapping of a machinery's configuration file: keys that all machineries share,
-//! and the machinery's own beside them.
+//! Reads the `machines` mapping of a machinery's configuration file: the shared keys, and the machinery's own keys.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,8 +12,7 @@ use super::file::ConfigFile;
 use super::values;
 use crate::Error;
 
-/// The keys of a machine that all machineries share.
-/// Source: Cuckoo3's `machineries/config.py`.
+/// The keys of a machine that all machineries share. Source: Cuckoo3's `machineries/config.py`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct MachineConfig {
     /// The static address configured inside the guest.
@@ -22,21 +20,21 @@ pub struct MachineConfig {
     /// The operating system's family, such as `windows`; lowercase.
     #[serde(deserialize_with = "values::lowercase")]
     pub platform: String,
-    /// Always text: a YAML `10` reads as "10".
+    /// The operating system's version. It is always a text: a YAML `10` becomes "10".
     pub os_version: String,
-    /// Lowercase; `amd64` unless given.
+    /// The processor architecture, in lowercase. The default is `amd64`.
     #[serde(default = "amd64", deserialize_with = "values::lowercase")]
     pub architecture: String,
-    /// Where this machine's traffic can be captured, if not at the machinery's interface.
+    /// The network interface for captures of the machine's traffic, if it is not the machinery's.
     #[serde(default, deserialize_with = "values::empty_as_none")]
     pub interface: Option<String>,
-    /// The TCP port of Cuckoo's agent in the guest; 8000 unless given.
+    /// The TCP port of Cuckoo's agent in the guest. The default is 8000.
     #[serde(default = "agent_port", deserialize_with = "agent_port_in")]
     pub agent_port: u16,
-    /// Lowercase, `aa:bb:cc:dd:ee:ff`.
+    /// The MAC address, in lowercase: `aa:bb:cc:dd:ee:ff`.
     #[serde(default, deserialize_with = "mac_address")]
     pub mac_address: Option<String>,
-    /// What is installed in the guest.
+    /// The software that is installed in the guest.
     #[serde(default, deserialize_with = "values::words")]
     pub tags: Vec<String>,
 }
@@ -55,18 +53,18 @@ pub struct Configured<T> {
     pub own: T,
 }
 
-/// All machines of a file, in its order. A name given twice is an error.
+/// All machines of a file, in its order. A duplicate name is an error.
 #[derive(Debug, Clone)]
 pub struct Machines<T>(Vec<Configured<T>>);
 
 impl<T> Machines<T> {
-    /// The machines, in the file's order.
+    /// Returns the machines, in the file's order.
     pub fn iter(&self) -> std::slice::Iter<'_, Configured<T>> {
         self.0.iter()
     }
 
-    /// What has to be unique among the machines and is not. `values` gives each machine's values
-    /// as (key, value); one that is `None` is not compared.
+    /// Returns an error for each duplicate among values that must be unique. `values` returns the values of a machine
+    /// as (key, value); a `None` is not compared.
     pub fn duplicates<'a>(
         &'a self,
         file: &ConfigFile,
@@ -144,7 +142,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for MachinesVisitor<T> {
 /// on some.
 const MAX_NAME: usize = 100;
 
-/// A name becomes part of file and socket names, so it must not be a path.
+/// Reports whether a machine can have that name. It becomes part of file and socket names, so it must not be a path.
 pub(crate) fn is_machine_name(name: &str) -> bool {
     let plain = |c: char| c.is_alphanumeric() || "-_.@+ ".contains(c);
     !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('.') && name.chars().all(plain)
@@ -174,7 +172,7 @@ impl<'de> Deserialize<'de> for MachineName {
     }
 }
 
-/// The keys of one machine, told apart.
+/// The keys of one machine, shared and own.
 struct Keys<T> {
     shared: MachineConfig,
     own: T,
@@ -212,8 +210,8 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for KeysOf<T> {
     }
 }
 
-/// A view of a machine's mapping that keeps the shared keys for itself, so that the machinery's
-/// type can deny unknown fields, and so that the parser's own place stays in every error.
+/// A view of a machine's mapping that collects the shared keys and passes on the rest. The machinery's type can thus
+/// deny unknown fields, and every error keeps the parser's line.
 struct OwnKeys<'a, A> {
     map: A,
     shared: &'a mut serde_yaml::Mapping,
@@ -269,12 +267,12 @@ impl<'de, K: DeserializeSeed<'de>> Visitor<'de> for Sort<'_, K> {
         if let Some(shared) = SHARED_KEYS.into_iter().find(|shared| *shared == key) {
             return Ok(Sorted::Shared(shared));
         }
-        let seed = self.0.take().ok_or_else(|| E::custom("a key was asked for twice"))?;
+        let seed = self.0.take().ok_or_else(|| E::custom("a key was read twice"))?;
         seed.deserialize(StrDeserializer::new(key)).map(Sorted::Own)
     }
 }
 
-/// Checks one shared value where it stands, for the sake of the line in the error.
+/// Checks one shared value during parsing, so that an error has its line.
 struct SharedValue(&'static str);
 
 impl<'de> DeserializeSeed<'de> for SharedValue {
@@ -386,7 +384,7 @@ machines:
     }
 
     #[test]
-    fn every_error_has_its_line_and_key() {
+    fn error_has_its_line_and_key_when_a_machine_is_wrong() {
         for (change, by, expect) in [
             (
                 "    agent_port: 9000",
@@ -436,7 +434,7 @@ machines:
     }
 
     #[test]
-    fn what_must_be_unique_is() {
+    fn duplicates_are_reported_with_line_and_machine() {
         let file = file(&GOOD.replace("10.0.0.2", "10.0.0.1"));
         let machines = file.parse::<Config>().unwrap().machines;
         let errors = machines.duplicates(&file, |machine| {
@@ -458,12 +456,12 @@ machines:
         for good in ["n".repeat(100), "ж".repeat(50)] {
             assert!(named(&good).is_ok(), "{good}");
         }
-        let told = named(&"ж".repeat(51)).unwrap_err().to_string();
-        assert!(told.contains("it has 102 bytes, and may have 100"), "{told}");
+        let text = named(&"ж".repeat(51)).unwrap_err().to_string();
+        assert!(text.contains("it has 102 bytes, and may have 100"), "{text}");
     }
 
     #[test]
-    fn no_machines_is_an_empty_list() {
+    fn machines_are_empty_when_the_key_has_no_value() {
         assert_eq!(file("machines:\n").parse::<Config>().unwrap().machines.iter().count(), 0);
     }
 }

@@ -1,8 +1,7 @@
-//! Reading configuration so that every error names file, line, key and value.
+//! Reads configuration files; every error names file, line, key and value.
 //!
-//! `serde_yaml` knows the line of everything it fails on. What is checked later (a value used
-//! twice, a file that is missing) has lost its line by then, so [`ConfigFile::error`] finds it
-//! again: it walks the text to that key and lets the parser say where it is.
+//! `serde_yaml` knows the line of each of its own errors. Later checks (a duplicate value, a missing file) do not know
+//! the line any more. [`ConfigFile::error`] therefore finds the key in the text again.
 
 mod faults;
 mod file;

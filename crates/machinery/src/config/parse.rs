@@ -11,21 +11,20 @@ use super::file::ConfigFile;
 use crate::Result;
 
 impl ConfigFile {
-    /// The whole file as `T`.
+    /// Reads the whole file as `T`.
     ///
     /// # Errors
-    /// The file is not YAML, or has not the form of `T`. The error lists each fault with line, key and value.
+    /// The file is not YAML, or does not have the form of `T`. The error lists each fault with line, key and value.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         let text = if self.is_blank() { "{}" } else { &self.text };
         let read = |text: &str| serde_yaml::from_str::<T>(text);
         read(text).map_err(|error| faults::all(self, &error, |text| read(text).err()))
     }
 
-    /// What stands under the keys of `path`, as `T`; `None` when the file has no such key or
-    /// nothing stands there.
+    /// Reads the value under the keys of `path` as `T`; `None` if the file has no such key or no value there.
     ///
     /// # Errors
-    /// The file is not YAML, or has not the form of `T`. The error lists each fault with line, key and value.
+    /// The file is not YAML, or does not have the form of `T`. The error lists each fault with line, key and value.
     pub fn parse_at<T: DeserializeOwned>(&self, path: &[&str]) -> Result<Option<T>> {
         if self.is_blank() {
             return Ok(None);
@@ -45,7 +44,7 @@ impl ConfigFile {
     }
 }
 
-/// Descends along `path` and reads what is there as `T`.
+/// Descends along `path` and reads the value there as `T`.
 struct Walk<'a, T> {
     path: &'a [&'a str],
     value: PhantomData<T>,

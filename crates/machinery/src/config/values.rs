@@ -71,7 +71,7 @@ pub fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u16>, D
 /// Reads null as the default.
 ///
 /// # Errors
-/// It is neither null nor a `T`.
+/// The value is neither null nor a `T`.
 pub fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -80,10 +80,10 @@ where
     Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Reads a scalar, as it is written, through `check`.
+/// Reads a scalar as written, and converts it with `check`.
 ///
 /// # Errors
-/// It is not a scalar, or `check` says what is wrong with it; the error has the value's line.
+/// The value is not a scalar, or `check` refuses it. The error has the value's line.
 pub fn checked<'de, D, V>(
     deserializer: D,
     check: impl FnOnce(&str) -> Result<V, String>,
