@@ -7,8 +7,7 @@ use serde_json::Value;
 
 use crate::Header;
 
-/// The longest chain that is followed: a longer one is a loop, or useless because QEMU opens every file of
-/// it.
+/// The maximum number of files in a chain. A longer chain is a loop, or too slow: QEMU opens each of its files.
 const MAX_FILES: usize = 200;
 
 /// All files of an image.
@@ -104,7 +103,7 @@ fn file_in(options: &Value) -> Option<PathBuf> {
 
 fn endless(path: &Path) -> Error {
     let what = format!("the backing chain of {} has more than {MAX_FILES} files", path.display());
-    Error::configuration(what).advice("Look at it with `qemu-img info --backing-chain`: it may be a loop")
+    Error::configuration(what).advice("Inspect it with `qemu-img info --backing-chain`: it may be a loop")
 }
 
 #[cfg(test)]

@@ -24,10 +24,10 @@ const EXTENDED_ENTRIES: u64 = 1 << 4;
 /// The maximum size of a first-level table, in entries; QEMU opens no larger one.
 const MAX_ENTRIES: u64 = (32 << 20) / 8;
 
-/// Whether the qcow2 image at `path` holds changes that are in none of its snapshots. An image without any
-/// content of its own, such as a new overlay, holds none. `None` if the file is no qcow2 image.
+/// Reports whether the qcow2 image at `path` holds changes that are in none of its snapshots. An image without
+/// content of its own, such as a new overlay, has none. Returns `None` if the file is not a qcow2 image.
 ///
-/// Nobody may write to the image during the call.
+/// No program may write to the image during the call.
 ///
 /// # Errors
 /// The file cannot be read, or its header or tables are invalid.
@@ -139,7 +139,7 @@ mod tests {
         for options in ["", " -o compat=0.10", " -o cluster_size=4k", " -o extended_l2=on,cluster_size=32k"] {
             let folder = tempfile::tempdir().unwrap();
             let path = image(folder.path(), options);
-            assert!(has_changes(&path), "{options}: nothing of it is in a snapshot");
+            assert!(has_changes(&path), "{options}: no snapshot has this content");
             qemu_img(folder.path(), "snapshot -c clean i");
             assert!(!has_changes(&path), "{options}");
             for place in ["0", "64k", "512M", "1023M"] {
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_tables_give_an_answer_or_an_error_with_the_file() {
+    fn error_names_the_file_when_its_tables_are_damaged() {
         let folder = tempfile::tempdir().unwrap();
         let path = image(folder.path(), "");
         qemu_img(folder.path(), "snapshot -c clean i");

@@ -1,4 +1,4 @@
-//! Whether a file is still the one it was.
+//! Detects that a file was changed or replaced.
 
 use std::fs::{self, File};
 use std::io;
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// What tells a file from another one, and from itself before a change. The times come from the kernel,
-/// and that of the last change (ctime) cannot be set by anybody.
+/// The identity of a file. It differs from that of any other file, and from that of the same file before a change.
+/// The kernel sets the time of the last change (ctime), and no program can set it back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileId {
     path: PathBuf,
@@ -20,10 +20,10 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// Of the file at that path.
+    /// Identifies the file at that path.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// The metadata of the file cannot be read.
     pub fn of(path: &Path) -> io::Result<FileId> {
         Ok(FileId::new(path, &fs::metadata(path)?))
     }
@@ -38,10 +38,10 @@ impl FileId {
         Ok(FileId { changed: 0, ..FileId::of(path)? })
     }
 
-    /// Of an open file that is at that path.
+    /// Identifies an open file, which is at that path.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// The metadata of the file cannot be read.
     pub fn of_open(path: &Path, file: &File) -> io::Result<FileId> {
         Ok(FileId::new(path, &file.metadata()?))
     }
@@ -58,7 +58,7 @@ impl FileId {
         }
     }
 
-    /// Whether it is still the one that is at its path, unchanged.
+    /// Reports whether the file at the path is still this one, and unchanged.
     pub fn is_still_so(&self) -> bool {
         FileId::of(&self.path).is_ok_and(|now| now == *self)
     }
@@ -68,7 +68,7 @@ impl FileId {
         &self.path
     }
 
-    /// Its size, in bytes.
+    /// Returns the size of the file, in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_was_changed_or_replaced_is_another() {
+    fn file_id_differs_when_the_file_was_changed_or_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
         fs::write(&path, "one").unwrap();
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(FileId::of(&path).unwrap(), before);
         let time = fs::metadata(&path).unwrap().modified().unwrap();
         fs::write(&path, "two").unwrap();
-        // Even if its time is set back.
+        // The identity also differs if the time of modification is set back.
         File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
         assert_ne!(FileId::of(&path).unwrap(), before);
         let other = folder.path().join("g");

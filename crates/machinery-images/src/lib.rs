@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `file_id` | [`FileId`]: detects that a file was changed or replaced |
 //! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
-//! | `changes` | [`has_unsaved_changes`]: whether a qcow2 image holds content that none of its snapshots has |
+//! | `changes` | [`has_unsaved_changes`]: detects content of a qcow2 image that none of its snapshots has |
 //! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
 
 mod chain;

@@ -36,7 +36,7 @@ pub struct Header {
     pub backing: Option<Backing>,
     /// The file with the clusters, if they are in a separate file.
     pub data_file: Option<String>,
-    /// Whether QEMU has marked the image as corrupt; QEMU opens such an image for reading only.
+    /// QEMU has marked the image as corrupt, and opens it for reading only.
     pub corrupt: bool,
     /// The internal snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
@@ -83,7 +83,7 @@ impl Header {
                 "the qcow2 header of {} cannot be read: {error}",
                 path.display()
             ));
-            damaged.advice("Look at it with `qemu-img check`, or replace it from a backup")
+            damaged.advice("Inspect it with `qemu-img check`, or replace it from a backup")
         })
     }
 
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn read_gives_nothing_when_the_file_is_no_qcow2() {
+    fn read_returns_none_when_the_file_is_not_a_qcow2_image() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
         for content in [&b""[..], b"QF", b"just some text"] {

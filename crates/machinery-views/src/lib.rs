@@ -1,11 +1,11 @@
-//! What a plugin writes for its caller: memory dumps and screenshots.
+//! Writes a plugin's files for its caller: memory dumps and screenshots.
 //!
-//! The interface requirements that such a file belongs to the caller, that it appears whole, and that a
-//! failure leaves nothing. An [`Output`] keeps that requirement for any hypervisor: one that is handed a
-//! descriptor, and one that opens a path by itself. A screen that comes as PPM becomes the PNG that
-//! the interface requirements.
+//! The interface requires that such a file belongs to the caller, that it appears only when it is complete, and that
+//! a failure leaves no file. An [`Output`] meets the requirement for any hypervisor: for one that gets a descriptor,
+//! and for one that opens a path by itself. [`ppm_to_png`] converts the screenshot of a hypervisor to the required
+//! PNG.
 //!
-//! Plugins may use this crate or not; it is no part of the interface.
+//! The crate is not part of the interface; plugins need not use it.
 
 #![warn(missing_docs)]
 

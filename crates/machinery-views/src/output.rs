@@ -1,8 +1,8 @@
-//! A file that appears at its place only when it is whole.
+//! A file that appears at its path only when it is complete.
 //!
-//! It is written in a folder of its own beside its target, under a name nobody can foresee, and moved
-//! from there. The folder matters where a hypervisor opens the path by itself: one that comes late,
-//! when nobody waits for the file any more, finds no folder to make it in.
+//! The file is written to a folder of its own beside the target, with an unpredictable name, and then moved. The
+//! folder is needed for a hypervisor that opens the path by itself. If it opens the path after the call was
+//! abandoned, the folder no longer exists, and no file is created.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 const FILE: &str = "file";
 
-/// A file on its way to its target. Dropped before [`finish`](Output::finish), it leaves nothing.
+/// An unfinished file. Dropping it before [`finish`](Output::finish) removes it.
 #[derive(Debug)]
 pub struct Output {
     folder: TempDir,
@@ -23,20 +23,19 @@ pub struct Output {
 }
 
 impl Output {
-    /// Begins a file that is to appear at `target`. It is the caller's, for its owner alone.
+    /// Creates an unfinished file for the path `target`. It belongs to the caller, and only the owner can read it.
     ///
     /// # Errors
-    /// Something that is no file is there already; the folder of the target is missing or not
-    /// writable.
+    /// Something other than a file exists at the path; the folder of the target is missing or not writable.
     pub fn at(target: &Path) -> Result<Output> {
         let failed = |error| Error::io("write to", target, &error);
         let beside = target.parent().ok_or_else(|| failed(io::ErrorKind::IsADirectory.into()))?;
         match std::fs::symlink_metadata(target) {
             Ok(there) if !there.is_file() => Err(Error::environment(format!(
-                "cannot write to {}: something is there that is no file",
+                "cannot write to {}: something exists there that is no file",
                 target.display()
             ))
-            .advice("Name a file, or a path where nothing is")),
+            .advice("Name a file, or a path that does not exist")),
             _ => {
                 let folder = tempfile::Builder::new().prefix(".unfinished-").tempdir_in(beside);
                 let folder = folder.map_err(failed)?;
@@ -48,25 +47,25 @@ impl Output {
         }
     }
 
-    /// The file, open for reading and writing.
+    /// Returns the file, open for reading and writing.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Where it is until it is finished.
+    /// Returns the path of the unfinished file.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join(FILE)
     }
 
-    /// Where it will be.
+    /// Returns the path of the finished file.
     pub fn target(&self) -> &Path {
         &self.target
     }
 
-    /// Moves the file to its target, in the place of a file that was there.
+    /// Moves the file to its target, and replaces an existing file.
     ///
     /// # Errors
-    /// It cannot be moved.
+    /// The file cannot be moved.
     pub fn finish(self) -> Result<()> {
         std::fs::rename(self.path(), &self.target)
             .map_err(|error| Error::io("write to", &self.target, &error))
@@ -79,7 +78,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     #[test]
-    fn what_is_not_finished_is_gone() {
+    fn output_is_removed_when_it_is_not_finished() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("shot.png");
         drop(Output::at(&target).unwrap());
@@ -91,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_not_replaced_by_one() {
+    fn output_is_refused_when_the_target_is_no_file() {
         let folder = tempfile::tempdir().unwrap();
         let text = Output::at(folder.path()).unwrap_err().to_string();
         assert!(text.contains("no file"), "{text}");
@@ -99,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_late_finds_no_folder_to_write_in() {
+    fn path_cannot_be_created_when_the_output_was_dropped() {
         let folder = tempfile::tempdir().unwrap();
         let output = Output::at(&folder.path().join("dump")).unwrap();
         let late = output.path();

@@ -1,18 +1,18 @@
-//! From the PPM that hypervisors write to PNG.
+//! Converts the PPM images that hypervisors write to PNG.
 
 use std::io::Write;
 
 use machinery::{Error, Result};
 
-/// Whether these are the first bytes of a PPM image.
+/// Reports whether these are the first bytes of a PPM image.
 pub fn is_ppm(start: &[u8]) -> bool {
     start.starts_with(b"P6")
 }
 
-/// Writes `ppm` as PNG to `file`. `ppm` is what QEMU makes: `P6`, no comments, 255 levels.
+/// Writes `ppm` as PNG to `file`. `ppm` must have the form that QEMU writes: `P6`, no comments, 255 levels.
 ///
 /// # Errors
-/// It is no such image; the file cannot be written.
+/// `ppm` is not such an image; the file cannot be written.
 pub fn ppm_to_png(ppm: &[u8], file: impl Write) -> Result<()> {
     let wrong = || Error::failed("the hypervisor's screenshot is not a PPM image");
     let (width, height, pixels) = read_ppm(ppm).ok_or_else(wrong)?;
@@ -24,7 +24,7 @@ pub fn ppm_to_png(ppm: &[u8], file: impl Write) -> Result<()> {
     written.map_err(|error| Error::environment(format!("cannot write the screenshot: {error}")))
 }
 
-/// Width, height and pixels.
+/// Returns width, height and pixels.
 fn read_ppm(ppm: &[u8]) -> Option<(u32, u32, &[u8])> {
     let mut rest = ppm.strip_prefix(b"P6")?;
     let mut number = || {
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ppm_becomes_a_png() {
+    fn ppm_becomes_a_png_with_the_same_pixels() {
         let ppm = b"P6\n2 1\n255\n\x01\x02\x03\x0a\x0b\x0c";
         assert!(is_ppm(ppm));
         let mut file = Vec::new();
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn half_an_image_is_none() {
+    fn ppm_is_refused_when_it_is_incomplete() {
         for bytes in
             [&b""[..], b"P6", b"P6\n2 1\n255\n\x01", b"P5\n1 1\n255\nx", b"P6\n99999999 99999999\n255\n"]
         {
