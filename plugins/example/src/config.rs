@@ -1,44 +1,46 @@
 //! `conf/machineries/example.yaml`, as types.
 //!
-//! `machinery::config` reads the keys that all machineries share (`ip`, `platform`, `tags` and so on)
-//! and finds file, line and key for every error. What is here are the keys of this machinery alone.
+//! `machinery::config` reads the keys that all machineries share (`ip`, `platform`, `tags` and so on), and adds file,
+//! line and key to every error. This module defines the keys of this machinery only.
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines, expect_interface, text};
+use machinery::config::{ConfigFile, Configured, Machines, expect_interface, renamed_keys, text};
 use machinery::{Error, MachineInfo, Result, Setup};
 use serde::Deserialize;
 
-/// The file. An unknown key is a typing error that would otherwise be found weeks later.
+/// The file. `deny_unknown_fields` reports a misspelt key at once; it would otherwise be ignored.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Where the traffic of machines can be captured that name no interface of their own.
+    /// The network interface for captures, for machines without their own.
     #[serde(deserialize_with = "text")]
     interface: String,
-    /// Where disposable disks go.
+    /// The folder for disposable disks.
     #[serde(default)]
     disk_dir: Option<PathBuf>,
     machines: Machines<OwnKeys>,
 }
 
-/// One machine's own keys, which stand beside the shared ones.
+/// One machine's own keys, in the same mapping as the shared ones.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OwnKeys {
-    /// What the hypervisor calls it.
+    /// The hypervisor's name for the machine.
     #[serde(deserialize_with = "text")]
     pub label: String,
     /// The number in the snapshot's memory.
     pub snapshot: u32,
-    /// The guest powers itself off after it has run so long, in milliseconds.
-    #[serde(default)]
+    /// The time after which the guest powers itself off, in milliseconds.
+    #[serde(default, alias = "lives_ms")]
     pub poweroff_after_ms: Option<u64>,
 }
 
+/// The keys with a new name, as (old, new). The old name is accepted until the next release.
+const RENAMED: &[(&str, &str)] = &[("lives_ms", "poweroff_after_ms")];
+
 impl Config {
-    /// Reads the file, and tells all that is wrong with it at once: nobody likes to start a host five
-    /// times to learn of five typing errors.
+    /// Reads the file. The error lists all problems, so that the operator can correct them together.
     pub fn read(setup: &Setup) -> Result<Config> {
         let config: Config = setup.config.parse()?;
         match Error::all(config.problems(&setup.config)) {
@@ -47,8 +49,14 @@ impl Config {
         }
     }
 
+    /// Returns a warning for each key that has a new name.
+    pub fn warnings(&self, file: &ConfigFile) -> Vec<String> {
+        let machines = self.machines.iter().filter(|machine| machine.own.poweroff_after_ms.is_some());
+        machines.flat_map(|machine| renamed_keys(file, &["machines", &machine.name], RENAMED)).collect()
+    }
+
     fn problems(&self, file: &ConfigFile) -> Vec<Error> {
-        // What two machines may not have in common. Names are looked after already.
+        // The interface already checks that names are unique.
         let mut problems = self.machines.duplicates(file, |machine| {
             vec![
                 ("ip", Some(&machine.shared.ip)),
@@ -58,16 +66,16 @@ impl Config {
         });
         problems.extend(expect_interface(file, &["interface"], &self.interface).err());
         for machine in self.machines.iter().filter(|machine| !is_file_name(&machine.own.label)) {
-            let reason = format!("'{}' is to be the name of a file", machine.own.label);
+            let reason = format!("'{}' cannot be the name of a file", machine.own.label);
             let error = file.error(&["machines", &machine.name, "label"], reason);
             problems.push(error.advice("Use letters, digits, '-', '_' and '.'"));
         }
         problems
     }
 
-    /// All that is to be known of each machine, in the order of the file.
+    /// Returns the keys of all machines, in the order of the file.
     pub fn keys(self, setup: &Setup) -> Vec<Keys> {
-        // What can be made again has a folder that is this machinery's own.
+        // The cache folder is for files that can be created again.
         let disk_dir = self.disk_dir.unwrap_or_else(|| setup.cache_dir.join("disks"));
         let keys = |Configured { name, shared, own }: Configured<OwnKeys>| {
             let (label, snapshot) = (own.label.clone(), Some(own.snapshot.to_string()));
@@ -78,17 +86,37 @@ impl Config {
     }
 }
 
-/// One machine: what Cuckoo is told of it, and what is needed to drive it. A machine with other keys is
-/// another machine.
+/// The keys of one machine: its info for Cuckoo, and its own keys. A reload replaces a machine whose keys differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys {
     pub info: MachineInfo,
     pub own: OwnKeys,
-    /// Where its disposable disk is while there is a run.
+    /// The path of its disposable disk during a run.
     pub disk: PathBuf,
 }
 
-/// What comes from a file and becomes a path has to be looked at first.
+/// Reports whether the text is a plain file name. A text from a file that becomes part of a path must be checked.
 fn is_file_name(text: &str) -> bool {
     Path::new(text).file_name().is_some_and(|name| name == text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warnings_name_the_line_of_a_key_with_a_new_name() {
+        let machine =
+            |keys: &str| format!("{{label: a, ip: 10.0.0.1, platform: x, os_version: 1, snapshot: 1{keys}}}");
+        let warnings = |keys: &str| {
+            let text = format!("interface: lo\nmachines:\n  a: {}\n", machine(keys));
+            let file = ConfigFile { path: "/c/example.yaml".into(), text };
+            file.parse::<Config>().unwrap().warnings(&file)
+        };
+        assert_eq!(warnings(", poweroff_after_ms: 5"), [""; 0]);
+        let old = warnings(", lives_ms: 5");
+        assert_eq!(old.len(), 1);
+        assert!(old[0].starts_with("/c/example.yaml:3: machines.a.lives_ms: "), "{old:?}");
+        assert!(old[0].contains("`poweroff_after_ms`"), "{old:?}");
+    }
 }

@@ -1,5 +1,5 @@
-//! A disposable disk: what one run writes to. It stands for all that a run has on this host (an overlay,
-//! a socket, a process) and that has to be gone when the run is.
+//! The disposable disk of a run. It represents everything that a run has on this computer (an overlay, a socket, a
+//! process) and that must be removed with the run.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -7,29 +7,28 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 
-/// A disk that is there. It goes with its owner, on whatever way the owner goes: so no start that fails,
-/// at whatever line, can leave it behind.
+/// An existing disk. Dropping it removes the file, so that a failed start cannot leave it behind.
 #[derive(Debug)]
 pub struct Disk {
     path: PathBuf,
 }
 
 impl Disk {
-    /// Makes an empty one, in the place of any other.
-    pub fn make(path: &Path) -> Result<Disk> {
-        fs::write(path, "").map_err(|error| Error::io("make the disposable disk", path, &error))?;
+    /// Creates an empty disk, and replaces an existing one.
+    pub fn create(path: &Path) -> Result<Disk> {
+        fs::write(path, "").map_err(|error| Error::io("create the disposable disk", path, &error))?;
         Ok(Disk { path: path.to_owned() })
     }
 
-    /// Makes the folder for it, and removes what a host that was killed has left there.
-    pub fn clear_place(path: &Path) -> Result<()> {
-        let made = path.parent().map_or(Ok(()), fs::create_dir_all);
-        made.map_err(|error| Error::io("make the folder of the disposable disk", path, &error))?;
+    /// Creates the folder of the disk, and removes the disk of a host that was killed.
+    pub fn remove_leftover(path: &Path) -> Result<()> {
+        let created = path.parent().map_or(Ok(()), fs::create_dir_all);
+        created.map_err(|error| Error::io("create the folder of the disposable disk", path, &error))?;
         match fs::remove_file(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(Error::io("remove the disposable disk", path, &error)),
             Ok(()) => {
-                tracing::info!(disk = %path.display(), "removed what a host before this one has left");
+                tracing::info!(disk = %path.display(), "removed the disposable disk of an earlier host");
                 Ok(())
             }
         }
@@ -39,7 +38,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.path) {
-            tracing::warn!(disk = %self.path.display(), %error, "a disposable disk cannot be removed");
+            tracing::warn!(disk = %self.path.display(), %error, "cannot remove a disposable disk");
         }
     }
 }
@@ -49,16 +48,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_goes_with_its_owner_and_a_leftover_with_the_next_host() {
+    fn disk_is_removed_when_it_is_dropped_or_when_the_next_host_loads() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disks/m");
-        Disk::clear_place(&path).unwrap();
-        drop(Disk::make(&path).unwrap());
+        Disk::remove_leftover(&path).unwrap();
+        drop(Disk::create(&path).unwrap());
         assert!(!path.exists());
-        // A host that is killed drops nothing.
-        std::mem::forget(Disk::make(&path).unwrap());
+        // A killed host drops no value.
+        std::mem::forget(Disk::create(&path).unwrap());
         assert!(path.exists());
-        Disk::clear_place(&path).unwrap();
+        Disk::remove_leftover(&path).unwrap();
         assert!(!path.exists());
     }
 }

@@ -1,15 +1,14 @@
 //! The machinery `example`.
 //!
-//! Its machines exist in memory only, so that there is nothing to install and all of it can be tried out.
-//! To make it a backend, put the real hypervisor in the place of `hypervisor`, and change what is around
-//! it as that needs.
+//! Its machines exist in memory only, so it needs no hypervisor. To make it a backend, replace `hypervisor` by the real
+//! one, and adapt the other modules.
 //!
-//! | file | what it holds |
+//! | module | content |
 //! | --- | --- |
 //! | `config` | the YAML of this machinery, as types |
-//! | `disk` | what a run has on this host, and how it is gone with the run |
-//! | `hypervisor` | the pretended hypervisor: to be thrown away |
-//! | `machine` | one machine: look, act, wait, report |
+//! | `disk` | the files of a run, which are removed with the run |
+//! | `hypervisor` | the simulated hypervisor: replace it |
+//! | `machine` | one machine: check the state, act, wait, report |
 //! | this one | the [`Machinery`] around them |
 
 mod config;
@@ -35,37 +34,40 @@ struct ExampleMachinery {
 }
 
 impl Machinery for ExampleMachinery {
-    /// The word in Cuckoo's list, and in the name of the library.
+    /// The name in Cuckoo's list, and in the name of the library.
     const NAME: &'static str = "example";
 
-    /// Starts no machine. What a host that was killed has left is cleared away: each machine does it.
+    /// Starts no machine. Each machine removes the leftovers of a host that was killed.
     fn load(setup: &Setup, host: Host) -> Result<Self> {
+        let config = Config::read(setup)?;
+        config.warnings(&setup.config).iter().for_each(|warning| tracing::warn!("{warning}"));
         let machine = |keys| Machine::new(keys, host.clone());
-        let machines: Vec<_> = Config::read(setup)?.keys(setup).into_iter().map(machine).collect();
-        machines.iter().try_for_each(|machine| machine.make_ready())?;
+        let machines: Vec<_> = config.keys(setup).into_iter().map(machine).collect();
+        machines.iter().try_for_each(|machine| machine.remove_leftovers())?;
         Ok(ExampleMachinery { machines: MachineSet::new(machines), host })
     }
 
-    /// Looks and changes nothing: a host may be running beside it.
+    /// Changes nothing: another host may be running.
     fn check(setup: &Setup, report: &mut Report) {
         if let Some(config) = report.keep(Config::read(setup)) {
-            report.good(format!("{} machines in memory, which need nothing", config.keys(setup).len()));
+            config.warnings(&setup.config).into_iter().for_each(|warning| report.warning(warning));
+            report.good(format!("{} machines in memory, which need no hypervisor", config.keys(setup).len()));
         }
     }
 
-    /// The hypervisor's version, not the plugin's.
+    /// Returns the hypervisor's version, not the plugin's.
     fn version(&self, _: Deadline) -> Result<String> {
-        Ok("pretended 1.0".to_owned())
+        Ok("simulated 1.0".to_owned())
     }
 
-    /// What is not here is refused by the interface itself.
+    /// The interface refuses the methods that are not listed here.
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             norestore_start: true,
             acpi_stop: true,
             dump_memory: true,
             screenshot: true,
-            // Nothing is gained by preparing machines that are up in a moment.
+            // A preparation is of no use for machines that start at once.
             prepare: false,
         }
     }
@@ -94,7 +96,7 @@ impl Machinery for ExampleMachinery {
         self.machines.find(machine)?.acpi_stop(deadline)
     }
 
-    /// A format that is not to be had costs this action, not the machine.
+    /// An unsupported format fails the action; the machine stays in the pool.
     fn dump_memory(&self, machine: &str, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         let machine = self.machines.find(machine)?;
         match format {
@@ -107,17 +109,16 @@ impl Machinery for ExampleMachinery {
         self.machines.find(machine)?.screenshot(path, deadline)
     }
 
-    /// A new configuration while machines run. First a plan, in which those in use stay as they are; only
-    /// when nothing can fail any more it is followed.
+    /// Plans first, and keeps the machines in use. Commits the plan only when no step can fail any more.
     fn reload(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
         let keys = Config::read(setup)?.keys(setup);
         let machine = |keys| Machine::new(keys, self.host.clone());
         let plan = self.machines.plan(&setup.config, keys, in_use, machine)?;
-        plan.added.iter().try_for_each(|machine| machine.make_ready())?;
+        plan.added.iter().try_for_each(|machine| machine.remove_leftovers())?;
         self.machines.commit(plan, deadline)
     }
 
-    /// The host has stopped the machines; one that it could not stop is not left running either.
+    /// The host has already stopped the machines. This function ends those that it could not stop.
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         for machine in self.machines.all() {
             match machine.stop(deadline) {

@@ -1,7 +1,7 @@
-//! The requirements of a machinery, each a test by its name: `cargo test restore_start` tries that one.
+//! The requirements of a machinery, each a test by its name: `cargo test restore_start` checks that one.
 //!
-//! The suite opens the built library as a host does, and believes nothing: what is below tells it how to
-//! look at this machinery's machines, how to spoil a start, and how to let a machine die.
+//! The suite opens the built library as a host does, and does not trust its results. The functions below inspect this
+//! machinery's machines, break a start, and kill a machine.
 
 use std::fs;
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use machinery_conformance::{Answer, BackendSpec, Fixture, artifacts};
 
 /// The number in the memory of each snapshot.
 const SNAPSHOT: u32 = 1_000_000;
-/// No call that ought to succeed takes so long.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// The timeout of calls that must succeed.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 machinery_conformance::conformance_tests!(fixture);
 
-/// What each test is given: the library, a configuration, and the spec.
+/// Creates the fixture of each test: the library, a configuration, and the description of the backend.
 fn fixture() -> Answer<Fixture> {
     let folder = Arc::new(tempfile::tempdir()?);
     let disks = folder.path().join("disks");
-    let spoilt = folder.path().join("spoilt");
+    let moved = folder.path().join("moved");
     let config = include_str!("conformance.yaml").replace("DISK_DIR", &disks.display().to_string());
-    let [spoil, mend] = [(&disks, &spoilt), (&spoilt, &disks)].map(|(from, to)| {
+    let [break_restore, repair] = [(&disks, &moved), (&moved, &disks)].map(|(from, to)| {
         let (from, to) = (from.clone(), to.clone());
         move || Ok(fs::rename(&from, &to)?)
     });
@@ -32,29 +32,29 @@ fn fixture() -> Answer<Fixture> {
         .counts(SNAPSHOT..=2 * SNAPSHOT, number)
         .alive(number_grows)
         .leftovers(move || {
-            // There is no folder before the first load.
+            // The folder does not exist before the first load.
             let disks = disks.read_dir().into_iter().flatten();
             disks.map(|disk| Ok(disk?.path().display().to_string())).collect()
         })
-        .breakage("one", spoil, mend)
-        // It is configured to die by itself.
+        .breakage("one", break_restore, repair)
+        // Its configuration ends it after 500 ms.
         .death("mortal", || Ok(()))
-        .timeout(PATIENCE);
+        .timeout(TIMEOUT);
     Ok(Fixture::new(artifacts::plugin("example")?, &config, spec)?.keep(folder))
 }
 
-/// The number in the guest's memory: from its snapshot on, or from 0 after a cold start.
+/// Reads the number in the guest's memory. It starts at the snapshot's number, or at 0 after a cold start.
 fn number(plugin: &Instance, machine: &str) -> Answer<u32> {
     let folder = tempfile::tempdir()?;
     let dump = folder.path().join("dump");
-    plugin.dump_memory(machine, &dump, DumpFormat::Elf, Deadline::after(PATIENCE))?;
+    plugin.dump_memory(machine, &dump, DumpFormat::Elf, Deadline::after(TIMEOUT))?;
     Ok(fs::read_to_string(dump)?.trim().parse()?)
 }
 
-/// A guest that lives counts.
+/// Waits until the number of a running guest has grown.
 fn number_grows(plugin: &Instance, machine: &str) -> Answer<()> {
     let before = number(plugin, machine)?;
-    let deadline = Deadline::after(PATIENCE);
+    let deadline = Deadline::after(TIMEOUT);
     while number(plugin, machine)? <= before {
         deadline.check("the number to grow")?;
     }
