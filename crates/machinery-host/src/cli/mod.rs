@@ -248,7 +248,7 @@ fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &PluginSearch) -> Result
     let config = crate::config::Config::read(cwd)?;
     let opened =
         open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
-    check::by_plugin(&opened.plugin, load::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
+    check::check_with_plugin(&opened.plugin, load::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
 }
 
 /// The request of a command that acts on a machine.
