@@ -1,4 +1,4 @@
-//! The other end of the socket: what the one-shot commands use. Blocking, one connection a command.
+//! The blocking client of the host's socket, for the command line. Each command has a connection of its own.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -14,10 +14,10 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the host behind that socket.
+    /// Connects to the host that serves this socket.
     ///
     /// # Errors
-    /// Nobody answers there.
+    /// No host answers.
     pub fn connect(socket: &Path) -> Result<Self> {
         let failed = |error: std::io::Error| {
             Error::environment(format!("no machinery host answers on {}: {error}", socket.display()))
@@ -29,22 +29,22 @@ impl Client {
         Ok(Client { writer, reader })
     }
 
-    /// Sends a request and waits for its answer; events that come before it go to `heard`.
+    /// Sends a request and waits for its reply. `on_event` gets the events that arrive before.
     ///
     /// # Errors
-    /// The host went away, or answered something that is no answer.
-    pub fn ask(&mut self, mut request: Value, mut heard: impl FnMut(&Value)) -> Result<Value> {
+    /// The connection was lost, or the reply is not JSON.
+    pub fn ask(&mut self, mut request: Value, mut on_event: impl FnMut(&Value)) -> Result<Value> {
         let id = json!("ask");
         request["id"] = id.clone();
         self.send(&request)?;
         loop {
             let message = self.next()?;
-            // A client that is not served at all is told so without an id.
-            let is_answer = message.get("id").is_none() && message.get("event").is_none();
-            if is_answer || message.get("id") == Some(&id) {
+            // A rejected client gets a reply without an id.
+            let is_rejection = message.get("id").is_none() && message.get("event").is_none();
+            if is_rejection || message.get("id") == Some(&id) {
                 return Ok(message);
             }
-            heard(&message);
+            on_event(&message);
         }
     }
 
@@ -58,7 +58,7 @@ impl Client {
         match self.reader.read_line(&mut line) {
             Ok(0) => Err(lost("it closed the connection")),
             Ok(_) => serde_json::from_str(&line)
-                .map_err(|error| Error::failed(format!("the host's answer makes no sense: {error}"))),
+                .map_err(|error| Error::failed(format!("the host's answer is not JSON: {error}"))),
             Err(error) => Err(lost(&error.to_string())),
         }
     }

@@ -1,6 +1,6 @@
-//! Cuckoo's working directory, the CWD: where it is, and where things are in it.
+//! Cuckoo's working directory, the CWD, and the paths in it.
 //!
-//! It is marked by a file `.cuckoocwd`. Source: Cuckoo3's `common/storage.py`.
+//! A file `.cuckoocwd` marks the directory. Source: Cuckoo3's `common/storage.py`.
 
 use std::env;
 use std::fs::DirBuilder;
@@ -16,10 +16,10 @@ pub struct Cwd {
 }
 
 impl Cwd {
-    /// The CWD given, or `$CUCKOO_CWD`, or `~/.cuckoocwd`.
+    /// Opens the CWD that was given, else `$CUCKOO_CWD`, else `~/.cuckoocwd`.
     ///
     /// # Errors
-    /// There is none there.
+    /// The folder does not exist or is no CWD.
     pub fn find(given: Option<&Path>) -> Result<Self> {
         let (root, source) = match (given, env::var_os("CUCKOO_CWD"), env::home_dir()) {
             (Some(root), _, _) => (root.to_owned(), "given with --cwd"),
@@ -50,61 +50,61 @@ impl Cwd {
         Ok(Cwd { root })
     }
 
-    /// Its folder, absolute.
+    /// Returns the absolute path of the CWD.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Cuckoo's own configuration.
+    /// Returns the path of Cuckoo's own configuration.
     pub fn cuckoo_yaml(&self) -> PathBuf {
         self.root.join("conf/cuckoo.yaml")
     }
 
-    /// A machinery's configuration.
+    /// Returns the path of a machinery's configuration.
     pub fn machinery_yaml(&self, machinery: &str) -> PathBuf {
         self.root.join("conf/machineries").join(format!("{machinery}.yaml"))
     }
 
-    /// What Cuckoo has no key for; optional.
+    /// Returns the path of the host's own configuration, an optional file.
     pub fn host_yaml(&self) -> PathBuf {
         self.root.join("conf/machinery-host.yaml")
     }
 
-    /// Plugins that belong to this CWD.
+    /// Returns the folder of the plugins of this CWD.
     pub fn plugins(&self) -> PathBuf {
         self.root.join("machineries")
     }
 
-    /// Where all of Cuckoo's sockets are.
+    /// Returns the folder of Cuckoo's sockets.
     pub fn sockets(&self) -> PathBuf {
         self.root.join("operational/sockets")
     }
 
-    /// The socket on which Cuckoo's clients expect the machinery manager.
+    /// Returns the path of the socket on which Cuckoo's clients expect the machinery manager.
     pub fn manager_socket(&self) -> PathBuf {
         self.sockets().join("machinerymanager.sock")
     }
 
-    /// The host's own state.
+    /// Returns the folder of the host's state.
     pub fn state(&self) -> PathBuf {
         self.root.join("operational/generated/machinery-host")
     }
 
-    /// One machinery's state.
+    /// Returns the folder of a machinery's state.
     pub fn machinery_state(&self, machinery: &str) -> PathBuf {
         self.state().join(machinery).join("state")
     }
 
-    /// What one machinery can make again.
+    /// Returns the folder for files that a machinery can make again.
     pub fn machinery_cache(&self, machinery: &str) -> PathBuf {
         self.state().join(machinery).join("cache")
     }
 }
 
-/// Makes a folder with all above it; what is new is the user's alone.
+/// Makes a folder and its missing parents, with access for the user only.
 ///
 /// # Errors
-/// It cannot be made.
+/// A folder cannot be made.
 pub fn make_folder(path: &Path) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cwd_is_known_by_its_mark() {
+    fn cwd_is_found_by_its_marker_file() {
         let folder = tempfile::tempdir().unwrap();
         let error = Cwd::find(Some(folder.path())).unwrap_err().to_string();
         assert!(error.contains("--cwd") && error.contains(".cuckoocwd"), "{error}");

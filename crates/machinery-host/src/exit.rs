@@ -1,23 +1,24 @@
-//! How the process ends: by the host's own word, and not by a plugin's.
+//! Intercepts `exit()` in plugins, so that the host shuts down cleanly.
 //!
-//! A library may call `exit()`, the C function, and so may any thread it has started. The process would
-//! vanish with the code 0, and its machines would run on with nobody to watch them. So the host has a
-//! word to say in `exit()`: a handler, which lets the thread that called it go no further and wakes
-//! another that tells the log who it was. A host that serves is then asked to end as by SIGTERM:
-//! machines are stopped, the socket is removed, plugins let go. Any other command ends at once.
+//! A library, or a thread that it started, may call the C function `exit()`. The process would end with the
+//! exit code 0, and its machines would run on without a host. So the host registers an `atexit` handler. The
+//! handler blocks the calling thread and wakes the guard thread, which logs the caller.
+//!
+//! A host that serves then shuts down as on SIGTERM: it stops the machines, removes the socket and shuts down
+//! the plugins. Every other command ends at once.
 //!
 //! ```text
-//! a plugin: exit(0) ─▶ handler: that thread waits for ever
-//!                          └─▶ guard: log ─▶ serving? ─▶ asked to end ─▶ … ─▶ end(1)
-//!                                                   └─▶ no ─────────────▶ end(2)
+//! plugin: exit(0) ─▶ handler: blocks the calling thread
+//!                        └─▶ guard: logs the caller ─▶ serving? ─▶ shutdown requested ─▶ … ─▶ end(1)
+//!                                                          └─▶ no ─────────────────────────▶ end(2)
 //! ```
 //!
-//! For that the host itself never calls `exit()`, nor returns from `main`: [`end`] is its only way out.
-//! It also spares the end all that libraries have registered for it, while a thread of theirs may be in
-//! the midst of what they would clear away, or hold a lock that they would wait for.
+//! The host itself never calls `exit()` and never returns from `main`: [`end`] is its only way out. [`end`]
+//! also skips the handlers of libraries. A handler could clear away data that a thread of the library uses, or
+//! wait for a lock that such a thread holds.
 //!
-//! Against `_exit()`, `abort()` and a signal there is no help: they end the process at once. The next
-//! start of the host clears away what they have left.
+//! `_exit()`, `abort()` and signals cannot be intercepted: they end the process at once. The next start of the
+//! host removes the leftovers.
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,12 +30,12 @@ use std::time::Duration;
 use rustix::thread::{Pid, gettid};
 use tokio::sync::watch;
 
-/// The exit code of the process. That of `std` cannot be read, and [`end`] has to.
+/// The exit code of the process. [`end`] has to read it, and the exit code of `std` cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExitCode(u8);
 
 impl ExitCode {
-    /// All is done.
+    /// The exit code 0.
     pub const SUCCESS: ExitCode = ExitCode(0);
 }
 
@@ -44,33 +45,33 @@ impl From<u8> for ExitCode {
     }
 }
 
-/// Ends the process, and nothing else.
+/// Ends the process without running any exit handler.
 pub fn end(code: ExitCode) -> ! {
-    // Whoever reads it may be gone, and then it is not missed.
+    // The reader may have closed the pipe; then the output is not needed.
     let _ = std::io::stdout().flush();
-    // SAFETY: it takes a number and does not return.
+    // SAFETY: `_exit` takes a number and does not return.
     unsafe { libc::_exit(code.0.into()) }
 }
 
-/// What threads are at that are in a plugin, for whom they may call `exit()`.
+/// The running calls into plugins, by thread.
 static CALLS: Mutex<Option<HashMap<Pid, String>>> = Mutex::new(None);
 
-/// Who called `exit()`.
-static CALLER: Mutex<Option<String>> = Mutex::new(None);
-static CALLED: Condvar = Condvar::new();
+/// The call or thread that called `exit()`, once one did.
+static EXIT_CALLER: Mutex<Option<String>> = Mutex::new(None);
+static EXIT_CALLED: Condvar = Condvar::new();
 
-/// True once it was called.
-static ASKED: LazyLock<watch::Sender<bool>> = LazyLock::new(|| watch::Sender::new(false));
+/// True once a plugin has called `exit()`.
+static EXIT_REQUESTED: LazyLock<watch::Sender<bool>> = LazyLock::new(|| watch::Sender::new(false));
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// This thread's call into a plugin, until it is dropped.
+/// A call into a plugin by this thread. It ends when this value is dropped.
 pub struct Call(Pid);
 
 impl Call {
-    /// This thread is about to call into a plugin; `what` says for what.
+    /// Records that this thread calls into a plugin. `what` names the plugin and its method.
     pub fn begin(what: &str) -> Self {
         let thread = gettid();
         lock(&CALLS).get_or_insert_default().insert(thread, what.to_owned());
@@ -86,18 +87,18 @@ impl Drop for Call {
     }
 }
 
-/// From now on an `exit()` that is not the host's ends nothing at once.
-pub fn guard() {
-    go_first();
+/// Installs the handler and starts the guard thread.
+pub fn start_guard() {
+    install_atexit_handler();
     let waiting = || {
-        let caller = CALLED.wait_while(lock(&CALLER), |caller| caller.is_none());
+        let caller = EXIT_CALLED.wait_while(lock(&EXIT_CALLER), |caller| caller.is_none());
         let caller = caller.unwrap_or_else(PoisonError::into_inner).clone();
-        // There may be nowhere to write it to any more.
+        // Logging panics if standard error is closed.
         let _ = std::panic::catch_unwind(|| {
             tracing::error!(by = caller, "a plugin called exit(), which ends the host");
         });
-        ASKED.send_replace(true);
-        if ASKED.receiver_count() == 0 {
+        EXIT_REQUESTED.send_replace(true);
+        if EXIT_REQUESTED.receiver_count() == 0 {
             end(ExitCode(2));
         }
     };
@@ -106,28 +107,30 @@ pub fn guard() {
     }
 }
 
-/// Has the host's handler come before those that libraries have registered until now.
-pub fn go_first() {
-    // SAFETY: `called` is a function of this program, which is there for as long as the process is.
-    if unsafe { libc::atexit(called) } != 0 {
+/// Registers the host's handler again, so that it runs before the handlers that libraries have registered until
+/// now.
+pub fn install_atexit_handler() {
+    // SAFETY: `on_exit` is a function of this program, which exists for as long as the process.
+    if unsafe { libc::atexit(on_exit) } != 0 {
         tracing::warn!("a plugin that calls exit() will end the host at once: out of memory");
     }
 }
 
-/// Hears when a plugin has called `exit()`; true once one has.
-pub fn asked() -> watch::Receiver<bool> {
-    ASKED.subscribe()
+/// Subscribes to the request to shut down. The value is true once a plugin has called `exit()`.
+pub fn exit_requested() -> watch::Receiver<bool> {
+    EXIT_REQUESTED.subscribe()
 }
 
-/// Runs on the thread that called `exit()`, whose thread-locals are gone: it can neither log nor panic.
-extern "C" fn called() {
-    // Another thread that calls it meanwhile must not find that there is nothing left to do first.
-    // SAFETY: as in `go_first`.
-    unsafe { libc::atexit(called) };
+/// Blocks the thread that called `exit()`. Its thread-locals are destroyed, so it may neither log nor panic.
+extern "C" fn on_exit() {
+    // If another thread calls `exit()` meanwhile, it has to run this handler too.
+    // SAFETY: as in `install_atexit_handler`.
+    unsafe { libc::atexit(on_exit) };
     let at = lock(&CALLS).as_ref().and_then(|calls| calls.get(&gettid()).cloned());
     let name = || fs::read_to_string("/proc/thread-self/comm").unwrap_or_default();
-    lock(&CALLER).get_or_insert_with(|| at.unwrap_or_else(|| format!("its thread '{}'", name().trim_end())));
-    CALLED.notify_all();
+    lock(&EXIT_CALLER)
+        .get_or_insert_with(|| at.unwrap_or_else(|| format!("its thread '{}'", name().trim_end())));
+    EXIT_CALLED.notify_all();
     loop {
         thread::sleep(Duration::from_secs(3600));
     }

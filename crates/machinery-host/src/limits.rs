@@ -1,4 +1,4 @@
-//! The limit of open files: high for the host, and the original one for every program that the host starts.
+//! The limit of open files: raised for the host, and unchanged for every program that the host starts.
 
 use std::sync::OnceLock;
 
@@ -7,9 +7,11 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// The limit that the host was started with; set once the host has raised its own limit.
 static ORIGINAL: OnceLock<Rlimit> = OnceLock::new();
 
-/// Raises the host's limit. A machine needs a few descriptors and a client one, so the usual limit of 1024 is
-/// soon reached. Each process that is forked from now on, also by a plugin or a library, gets the original
-/// limit; see [`machinery::command`].
+/// Raises the host's limit.
+///
+/// A machine needs a few descriptors and a client one, so the usual limit of 1024 is soon reached. Each
+/// process that is forked from now on gets the original limit, also when a plugin or a library forks it; see
+/// [`machinery::command`].
 pub fn raise_file_limit() {
     let original = getrlimit(Resource::Nofile);
     if ORIGINAL.set(original).is_err() {

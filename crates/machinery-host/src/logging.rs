@@ -1,7 +1,7 @@
-//! Where log lines go: standard error, for people or as JSON.
+//! The log of the host, on standard error, as text or as JSON.
 //!
-//! A line is a line: what comes from plugins, guests and clients stands in it with its control
-//! characters escaped, so that it can neither pass for another line nor command a terminal.
+//! Control characters in text from plugins, guests and clients are escaped. So such text can neither forge
+//! another line nor control a terminal.
 
 use std::borrow::Cow;
 
@@ -12,16 +12,16 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::fmt::format::debug_fn;
 
-/// What a log line looks like.
+/// The format of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// A line for people.
+    /// Text for people.
     Human,
-    /// A JSON object a line.
+    /// One JSON object in each line.
     Json,
 }
 
-/// Starts logging. `verbosity`: 0 shows information, each step above or below one level more or less.
+/// Starts logging. `verbosity` 0 shows the level INFO; each step up or down shows one level more or less.
 pub fn start(format: Format, verbosity: i16) {
     let level = match verbosity {
         ..=-2 => LevelFilter::ERROR,
@@ -34,7 +34,7 @@ pub fn start(format: Format, verbosity: i16) {
         .log_internal_errors(false)
         .with_max_level(level)
         .with_writer(std::io::stderr);
-    // Fails only where a subscriber is set already, as in a test; then that one stays.
+    // Fails only if a subscriber is set already, as in a test.
     let _ = match format {
         Format::Human => {
             let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
@@ -49,7 +49,7 @@ pub fn start(format: Format, verbosity: i16) {
     };
 }
 
-/// The text with its control characters escaped.
+/// Escapes the control characters of a text.
 pub fn on_one_line(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return text.into();
@@ -58,7 +58,7 @@ pub fn on_one_line(text: &str) -> Cow<'_, str> {
     text.chars().map(escape).collect::<String>().into()
 }
 
-/// The level up to which plugins need to make records.
+/// Returns the most detailed level that is logged. Plugins need not make more detailed records.
 pub fn max_level() -> LogLevel {
     match LevelFilter::current().into_level() {
         None | Some(tracing::Level::ERROR) => LogLevel::Error,
@@ -69,8 +69,8 @@ pub fn max_level() -> LogLevel {
     }
 }
 
-/// A line of a plugin's log. Names of fields are fixed when this program is compiled, so of a
-/// plugin's fields `machine` keeps its own name and the others stand together.
+/// Logs a record of a plugin. Field names are fixed when this program is compiled. So `machine` keeps its name,
+/// and `fields` holds all other fields of the plugin.
 pub fn from_plugin(machinery: &str, record: &LogRecord) {
     let machine = record.fields.get("machine").and_then(Value::as_str);
     let others: Vec<String> = record
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_cannot_leave_its_line() {
+    fn on_one_line_escapes_control_characters() {
         assert_eq!(on_one_line("plain, naïve"), "plain, naïve");
         assert_eq!(on_one_line("a\nb\r\t\u{1b}[2J\u{7f}\u{9b}\0"), "a\\nb\\r\\t\\u{1b}[2J\\u{7f}\\u{9b}\\0");
     }

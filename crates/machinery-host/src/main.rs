@@ -1,4 +1,4 @@
-//! `cuckoo-machinery`; everything is in the library.
+//! The program `cuckoo-machinery`. All its code is in the library.
 
 fn main() {
     machinery_host::cli::main()

@@ -70,7 +70,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch) -> Result<Served> {
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
     let fleet = load::load_all(cwd, &config, search, &events)?;
-    exit::go_first();
+    exit::install_atexit_handler();
     let state = StateStore::open(&cwd.state(), Arc::clone(&fleet))?;
     // The captures of a host that was killed. The plugins have powered off its machines.
     capture::end_leftovers(&state.captures(), cwd.root());
@@ -133,7 +133,7 @@ async fn manager(
 }
 
 async fn serve(cwd: &Cwd, peers: &Arc<Peers>, manager: Arc<Manager>) -> Result<Served> {
-    let mut exit = exit::asked();
+    let mut exit = exit::exit_requested();
     let mut end = EndSignals::new()?;
     tokio::spawn(reload_at_signal(Arc::clone(&manager), listen(SignalKind::hangup())?));
     tokio::spawn(apply_pending_changes(Arc::clone(&manager)));

@@ -1,8 +1,7 @@
-//! The tcpdumps of a host that was killed.
+//! Ends the tcpdump processes of a host that was killed.
 //!
-//! They cannot be told by a file with their numbers, which would be a moment late. But their
-//! arguments tell them: a filter as only the host makes it, and the file they write to, which is on
-//! record or in the CWD.
+//! A file with process ids could be out of date, because it is written after the start. So the processes are
+//! found by their arguments: a filter that only the host makes, and a file that is recorded or is in the CWD.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -15,29 +14,30 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::{FILTER, HANDED_OVER};
+use super::settings::{MAX_PACKET_DELAY, is_host_filter};
 
-/// How long one may take to end.
-const ENDING: Duration = Duration::from_secs(5);
+/// The time that a process has to end after a signal.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Ends every process that captures for a host into one of these files, or into that folder.
+/// Ends every process that captures for a host into one of these files or into the CWD.
 pub fn end_leftovers(pcaps: &[PathBuf], cwd: &Path) {
     let Ok(processes) = fs::read_dir("/proc") else { return };
     let names = processes.flatten().filter_map(|process| process.file_name().to_str()?.parse().ok());
-    let left: Vec<_> = names.filter_map(Pid::from_raw).filter_map(|pid| leftover(pid, pcaps, cwd)).collect();
-    if left.is_empty() {
+    let leftovers: Vec<_> =
+        names.filter_map(Pid::from_raw).filter_map(|pid| leftover(pid, pcaps, cwd)).collect();
+    if leftovers.is_empty() {
         return;
     }
-    tracing::warn!(count = left.len(), "the captures of a host that was killed are ended");
-    // There is nobody left whom they could tell that they have read all.
-    std::thread::sleep(HANDED_OVER);
-    for process in left {
+    tracing::warn!(count = leftovers.len(), "ending the captures of a host that was killed");
+    // Their counts cannot be read, so the wait is as long as a packet may take.
+    std::thread::sleep(MAX_PACKET_DELAY);
+    for process in leftovers {
         end(&process);
     }
 }
 
 fn leftover(pid: Pid, pcaps: &[PathBuf], cwd: &Path) -> Option<OwnedFd> {
-    // Opened first: what is read then is of this process and no later one of its number.
+    // Opened first, so that the arguments are not those of a later process with the same id.
     let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
     let arguments = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
     is_leftover(&arguments, pcaps, cwd).then_some(process)
@@ -46,7 +46,7 @@ fn leftover(pid: Pid, pcaps: &[PathBuf], cwd: &Path) -> Option<OwnedFd> {
 fn end(process: &OwnedFd) {
     for signal in [Signal::TERM, Signal::KILL] {
         let sent = pidfd_send_signal(process, signal);
-        let limit = Timespec::try_from(ENDING).ok();
+        let limit = Timespec::try_from(EXIT_TIMEOUT).ok();
         let mut ended = [PollFd::new(process, PollFlags::IN)];
         if sent.is_err() || retry_on_intr(|| poll(&mut ended, limit.as_ref())).is_ok_and(|count| count > 0) {
             return;
@@ -57,12 +57,9 @@ fn end(process: &OwnedFd) {
 fn is_leftover(arguments: &[u8], pcaps: &[PathBuf], cwd: &Path) -> bool {
     let arguments: Vec<&OsStr> =
         arguments.split(|byte| *byte == 0).filter(|word| !word.is_empty()).map(OsStr::from_bytes).collect();
-    let [begins, has] = FILTER;
     let filter = arguments.last().and_then(|last| last.to_str()).unwrap_or("");
     let is_ours = |path: &Path| path.starts_with(cwd) || pcaps.iter().any(|pcap| pcap == path);
-    filter.starts_with(begins)
-        && filter.contains(has)
-        && arguments.windows(2).any(|pair| pair[0] == "-w" && is_ours(Path::new(pair[1])))
+    is_host_filter(filter) && arguments.windows(2).any(|pair| pair[0] == "-w" && is_ours(Path::new(pair[1])))
 }
 
 #[cfg(test)]
@@ -70,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_capture_into_such_a_file_is_a_leftover() {
+    fn leftover_is_a_host_capture_into_a_recorded_file_or_the_cwd() {
         let (pcaps, cwd) = ([PathBuf::from("/data/a.pcap")], Path::new("/cwd"));
         let is_leftover = |arguments: &[u8]| is_leftover(arguments, &pcaps, cwd);
         let filter = b"host 1 and not (dst host 2 and dst port 3)\0";

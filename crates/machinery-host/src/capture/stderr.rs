@@ -1,12 +1,14 @@
-//! What tcpdump says on its stderr, and what is meant.
+//! Interprets the messages of tcpdump on its standard error.
 //!
-//! Source: tcpdump 4.99's `tcpdump.c`, and what libpcap 1.10 says on Linux.
+//! Source: `tcpdump.c` of tcpdump 4.99, and the messages of libpcap 1.10 on Linux.
 
 use std::path::Path;
 
 use machinery::Error;
 
-/// Its way of saying that from now on no packet is missed.
+use super::settings::permission_advice;
+
+/// The message after which tcpdump misses no packet.
 const LISTENING: &str = "listening on ";
 
 /// Splits a line into its parts. tcpdump begins most lines with its own name, which is the name of the file
@@ -15,7 +17,7 @@ fn parts(line: &str) -> impl Iterator<Item = &str> {
     line.split(": ")
 }
 
-/// How many packets there were.
+/// The packet counts of tcpdump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {
     captured: u64,
@@ -24,7 +26,7 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Read from the line that answers SIGUSR1.
+    /// Parses the line that answers SIGUSR1.
     pub fn of(line: &str) -> Option<Self> {
         let number = |what: &str| {
             let part = parts(line).last()?.split(", ").find(|part| part.ends_with(what))?;
@@ -37,23 +39,23 @@ impl Counts {
         })
     }
 
-    /// How many packets were lost because nobody was quick enough, and how many there were.
+    /// Returns the number of lost packets and the number of all packets, if any were lost.
     pub fn lost(&self) -> Option<(u64, u64)> {
         (self.dropped > 0).then_some((self.dropped, self.received))
     }
 
-    /// Whether all that arrived has been written or is lost.
+    /// Reports whether every packet that arrived is written or lost.
     pub fn all_read(&self) -> bool {
         self.captured + self.dropped >= self.received
     }
 }
 
-/// Whether the line says that tcpdump listens.
+/// Reports whether the line means that tcpdump listens.
 pub fn is_listening(line: &str) -> bool {
     line.contains(LISTENING)
 }
 
-/// Whether the line is no error.
+/// Reports whether the line is no error.
 pub fn is_harmless(line: &str) -> bool {
     let starts = [
         LISTENING,
@@ -78,16 +80,17 @@ pub fn is_harmless(line: &str) -> bool {
         || ends.iter().any(|end| line.ends_with(end))
 }
 
-/// What went wrong, by what tcpdump complained of.
-pub fn diagnose(complaints: &[String], tcpdump: &Path, interface: &str, pcap: &Path) -> Error {
-    let words = complaints.join(" ");
+/// Returns the error behind these messages of tcpdump.
+pub fn diagnose(messages: &[String], tcpdump: &Path, interface: &str, pcap: &Path) -> Error {
+    let words = messages.join(" ");
     let has = |parts: &[&str]| parts.iter().any(|part| words.contains(part));
     let error = if has(&[&pcap.display().to_string()]) {
         Error::environment(format!("tcpdump cannot write {}", pcap.display())).advice(
             "Check that its folder exists and is writable for the host's user, and that AppArmor does not confine tcpdump to other folders",
         )
     } else if has(&["permission", "Operation not permitted"]) {
-        Error::environment(format!("tcpdump may not capture on {interface}")).advice(super::no_right(tcpdump))
+        Error::environment(format!("tcpdump may not capture on {interface}"))
+            .advice(permission_advice(tcpdump))
     } else if has(&["No such device", "SIOCGIFHWADDR"]) {
         Error::environment(format!("there is no interface {interface}"))
             .advice("Create it, or correct `interface` in the machinery's configuration")
@@ -113,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_told_apart() {
+    fn diagnose_recognises_each_failure() {
         for (line, expected) in [
             ("tcpdump: virbr7: You don't have permission to perform this capture on that device", "setcap"),
             ("(socket: Operation not permitted)", "may not capture on virbr7"),
@@ -130,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_always_says_is_harmless() {
+    fn usual_lines_are_harmless() {
         for line in [
             "tcpdump: listening on lo, link-type EN10MB (Ethernet), snapshot length 262144 bytes",
             "dropped privs to root",
@@ -161,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_tell_whether_all_is_read() {
+    fn counts_report_unread_and_lost_packets() {
         let line = "tcpdump: 3 packets captured, 4 packets received by filter, 0 packets dropped by kernel";
         assert!(!Counts::of(line).unwrap().all_read());
         let line = "tcpdump: 1 packet captured, 4 packets received by filter, 3 packets dropped by kernel";

@@ -1,4 +1,4 @@
-//! One tcpdump process, from its start to the end of its file.
+//! Runs one tcpdump process, from its start until its file is complete.
 
 use std::io;
 use std::process::Stdio;
@@ -12,21 +12,21 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::settings::{MAX_PACKET_DELAY, MISSING_ADVICE, Settings, Target};
 use super::stderr::{self, Counts};
-use super::{HANDED_OVER, Settings, Target};
 
-/// How long tcpdump may take until it listens.
-const STARTING: Duration = Duration::from_secs(10);
-/// How long it may take to read what has arrived. The machine is off by then, so it is not much.
-const READING: Duration = Duration::from_secs(4);
-/// How long between two questions whether it has all.
-const ASKING: Duration = Duration::from_millis(10);
-/// How long it may take to end.
-const ENDING: Duration = Duration::from_secs(10);
-/// How many of its complaints are remembered.
-const COMPLAINTS: usize = 20;
+/// The time that tcpdump has to listen.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// The time that tcpdump has to read the packets that arrived. The machine is off by then, so few arrive.
+const READ_TIMEOUT: Duration = Duration::from_secs(4);
+/// The pause between two queries for the packet counts.
+const COUNTS_INTERVAL: Duration = Duration::from_millis(10);
+/// The time that tcpdump has to end.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The number of tcpdump's error messages that are kept.
+const MAX_MESSAGES: usize = 20;
 
-/// A capture under way. Dropped, it ends by itself.
+/// A running capture. It ends when this value is dropped.
 #[derive(Debug)]
 pub struct Tcpdump {
     stop: oneshot::Sender<()>,
@@ -34,43 +34,46 @@ pub struct Tcpdump {
 }
 
 impl Tcpdump {
-    /// Starts it, and returns when it listens. If it ends before it is stopped, `died` is told why.
+    /// Starts tcpdump, and returns when it listens. If tcpdump ends before it is stopped, `on_death` gets the
+    /// reason.
     ///
     /// # Errors
-    /// It cannot be started, or does not listen.
+    /// tcpdump cannot be started, or does not listen.
     pub async fn start(
         settings: &Settings,
         target: Target,
-        died: impl FnOnce(&Error) + Send + 'static,
+        on_death: impl FnOnce(&Error) + Send + 'static,
     ) -> Result<Self> {
         let mut process = Process::spawn(settings, target)?;
-        process.listens().await?;
+        process.wait_until_listening().await?;
         let (stop, stopped) = oneshot::channel();
-        Ok(Tcpdump { stop, ended: tokio::spawn(watch(process, stopped, died)) })
+        Ok(Tcpdump { stop, ended: tokio::spawn(watch(process, stopped, on_death)) })
     }
 
-    /// Ends it when it has read all that arrived. The file is complete then.
+    /// Ends tcpdump when it has read all packets that arrived. The file is complete then.
     ///
     /// # Errors
-    /// It did not end in good order. That it had died before has been told.
+    /// tcpdump failed while it was ended. An earlier death was reported to `on_death`.
     pub async fn stop(self) -> Result<()> {
-        // It may have died meanwhile.
+        // The receiver has gone if tcpdump died.
         let _ = self.stop.send(());
-        self.ended.await.unwrap_or_else(|error| Err(Error::failed(format!("its watch panicked: {error}"))))
+        self.ended
+            .await
+            .unwrap_or_else(|error| Err(Error::failed(format!("the capture's task panicked: {error}"))))
     }
 }
 
 async fn watch(
     mut process: Process,
     stopped: oneshot::Receiver<()>,
-    died: impl FnOnce(&Error),
+    on_death: impl FnOnce(&Error),
 ) -> Result<()> {
     tokio::select! {
-        // Also when whoever held it is gone.
+        // Also if the `Tcpdump` was dropped.
         _ = stopped => process.finish().await,
         status = process.end() => {
             let error = process.failure("tcpdump ended by itself", status);
-            died(&error);
+            on_death(&error);
             Ok(())
         }
     }
@@ -79,7 +82,7 @@ async fn watch(
 struct Process {
     child: Child,
     stderr: Lines<BufReader<ChildStderr>>,
-    complaints: Vec<String>,
+    messages: Vec<String>,
     settings: Settings,
     target: Target,
 }
@@ -87,25 +90,25 @@ struct Process {
 impl Process {
     fn spawn(settings: &Settings, target: Target) -> Result<Self> {
         let mut command = Command::from(machinery::command(&settings.tcpdump));
-        // Each packet at once to the file, whole, without looking up names.
+        // Write each packet to the file at once and as a whole, and look up no names.
         command.arg("-i").arg(&target.interface).args(["-U", "-s", "0", "-n"]);
         if geteuid().is_root() {
-            // Some distributions' tcpdump becomes another user, who may not write the file.
+            // In some distributions tcpdump changes to another user, who may not write the file.
             command.args(["-Z", "root"]);
         }
         command.arg("-w").arg(&target.pcap).arg(&target.filter);
-        // A group of its own: a terminal's Ctrl-C is for the host, which ends it in order.
+        // With a process group of its own, tcpdump does not get a terminal's Ctrl-C. The host ends it instead.
         command.env("LC_ALL", "C").process_group(0).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| cannot_start(settings, &error))?;
         let stderr = child.stderr.take().ok_or_else(|| Error::failed("tcpdump has no stderr"))?;
         let stderr = BufReader::new(stderr).lines();
         tracing::debug!(pcap = %target.pcap.display(), filter = target.filter, "tcpdump started");
-        Ok(Process { child, stderr, complaints: Vec::new(), settings: settings.clone(), target })
+        Ok(Process { child, stderr, messages: Vec::new(), settings: settings.clone(), target })
     }
 
-    async fn listens(&mut self) -> Result<()> {
-        let by = Instant::now() + STARTING;
+    async fn wait_until_listening(&mut self) -> Result<()> {
+        let by = Instant::now() + LISTEN_TIMEOUT;
         loop {
             match timeout_at(by, self.line()).await {
                 Ok(Some(line)) if stderr::is_listening(&line) => return Ok(()),
@@ -114,58 +117,60 @@ impl Process {
                     Ok(status) => return Err(self.failure("tcpdump ended at once", status)),
                     Err(_) => {
                         self.kill().await;
-                        let error = "tcpdump closed its stderr, so it cannot be told whether it listens";
+                        let error = "tcpdump closed its stderr without reporting that it listens";
                         return Err(self.diagnosis().detail(error));
                     }
                 },
                 Err(_) => {
                     self.kill().await;
-                    let error = format!("tcpdump does not listen within {STARTING:?}");
+                    let error = format!("tcpdump does not listen within {LISTEN_TIMEOUT:?}");
                     return Err(self.diagnosis().detail(&error));
                 }
             }
         }
     }
 
-    /// The next line it says, or that it will say no more.
+    /// Returns the next line of standard error, or `None` at its end.
     async fn line(&mut self) -> Option<String> {
-        // A line that is no text ends what can be understood of it.
+        // A line that is not UTF-8 counts as the end.
         let line = self.stderr.next_line().await.ok().flatten()?;
-        if !stderr::is_harmless(&line) && self.complaints.len() < COMPLAINTS {
-            self.complaints.push(line.clone());
+        if !stderr::is_harmless(&line) && self.messages.len() < MAX_MESSAGES {
+            self.messages.push(line.clone());
         }
         Some(line)
     }
 
-    /// Waits for its end.
+    /// Waits until the process has ended.
     async fn end(&mut self) -> io::Result<std::process::ExitStatus> {
         while self.line().await.is_some() {}
         self.child.wait().await
     }
 
     async fn finish(mut self) -> Result<()> {
-        let read = timeout(READING, self.reads_all()).await;
+        let read = timeout(READ_TIMEOUT, self.read_all()).await;
         self.terminate();
-        match timeout(ENDING, self.end()).await {
-            Ok(Ok(status)) if status.success() => self.completeness(read.ok().flatten()),
+        match timeout(EXIT_TIMEOUT, self.end()).await {
+            Ok(Ok(status)) if status.success() => self.expect_complete(read.ok().flatten()),
             Ok(status) => Err(self.failure("tcpdump did not end in good order", status)),
             Err(_) => {
                 self.kill().await;
-                Err(self.diagnosis().detail(&format!("it did not end within {ENDING:?} and was killed")))
+                Err(self
+                    .diagnosis()
+                    .detail(&format!("it did not end within {EXIT_TIMEOUT:?} and was killed")))
             }
         }
     }
 
-    /// Whether the file holds all there was, by the last counts.
-    fn completeness(&self, counts: Option<Counts>) -> Result<()> {
+    /// Expects by the last counts that the file holds all packets.
+    fn expect_complete(&self, counts: Option<Counts>) -> Result<()> {
         let pcap = self.target.pcap.display();
-        if !self.complaints.is_empty() {
-            tracing::warn!(%pcap, complaints = ?self.complaints, "tcpdump complained, and ended well");
+        if !self.messages.is_empty() {
+            tracing::warn!(%pcap, messages = ?self.messages, "tcpdump reported problems, and ended without an error");
         }
         let Some(counts) = counts else {
             let error =
                 format!("{pcap} may lack the last packets: they still arrived when the machine was off");
-            return Err(Error::failed(error).advice("Look at who else uses the machine's address"));
+            return Err(Error::failed(error).advice("Check whether another host uses the machine's address"));
         };
         match counts.lost() {
             None => Ok(()),
@@ -177,14 +182,14 @@ impl Process {
         }
     }
 
-    /// Waits until all that has arrived is in the file. There is no event for it. Gives the last counts,
-    /// unless it has ended.
-    async fn reads_all(&mut self) -> Option<Counts> {
+    /// Waits until the file holds all packets that arrived, by polling the counts. Returns the last counts, or `None`
+    /// if tcpdump has ended.
+    async fn read_all(&mut self) -> Option<Counts> {
         let mut last = self.counts().await?;
         let mut since = Instant::now();
-        // The loopback interface counts each packet twice, so there they never agree.
-        while !last.all_read() && since.elapsed() < HANDED_OVER {
-            tokio::time::sleep(ASKING).await;
+        // The loopback interface counts each packet twice, so its counts never agree.
+        while !last.all_read() && since.elapsed() < MAX_PACKET_DELAY {
+            tokio::time::sleep(COUNTS_INTERVAL).await;
             let counts = self.counts().await?;
             if counts != last {
                 (last, since) = (counts, Instant::now());
@@ -193,7 +198,7 @@ impl Process {
         Some(last)
     }
 
-    /// How many packets there are by now, unless it has ended.
+    /// Queries the packet counts. Returns `None` if tcpdump has ended.
     async fn counts(&mut self) -> Option<Counts> {
         self.signal(Signal::USR1);
         loop {
@@ -203,25 +208,26 @@ impl Process {
         }
     }
 
-    /// Asks it to end, with all it has started.
+    /// Sends SIGTERM to tcpdump and its children.
     fn terminate(&self) {
         if let Some(pid) = self.pid() {
-            // An error says that there is nobody left.
+            // An error means that the group has ended.
             let _ = kill_process_group(pid, Signal::TERM);
         }
     }
 
-    /// Kills it with all it has started, for it may be a script around tcpdump.
+    /// Kills tcpdump and its children: the program may be a script that runs tcpdump.
     async fn kill(&mut self) {
         if let Some(pid) = self.pid() {
-            // An error says that there is nobody left.
+            // An error means that the group has ended.
             let _ = kill_process_group(pid, Signal::KILL);
         }
-        // Nothing resists this but a disk that hangs.
-        let _ = timeout(ENDING, self.end()).await;
+        // Only a disk that hangs delays this.
+        let _ = timeout(EXIT_TIMEOUT, self.end()).await;
     }
 
-    /// There is none once it has been waited for, so a signal never hits another process.
+    /// Returns the process id, or `None` once the process has been waited for. So a signal never reaches another
+    /// process.
     fn pid(&self) -> Option<Pid> {
         self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
     }
@@ -230,7 +236,7 @@ impl Process {
         if let Some(pid) = self.pid()
             && let Err(error) = kill_process(pid, signal)
         {
-            tracing::debug!(%error, "tcpdump hears no signal");
+            tracing::debug!(%error, "cannot send a signal to tcpdump");
         }
     }
 
@@ -240,11 +246,11 @@ impl Process {
     }
 
     fn diagnosis(&self) -> Error {
-        stderr::diagnose(&self.complaints, &self.settings.tcpdump, &self.target.interface, &self.target.pcap)
+        stderr::diagnose(&self.messages, &self.settings.tcpdump, &self.target.interface, &self.target.pcap)
     }
 }
 
 fn cannot_start(settings: &Settings, error: &io::Error) -> Error {
     let error = Error::environment(format!("cannot start {}: {error}", settings.tcpdump.display()));
-    error.advice(format!("{}. Then run `cuckoo-machinery reload`", super::NO_TCPDUMP))
+    error.advice(format!("{}. Then run `cuckoo-machinery reload`", MISSING_ADVICE))
 }

@@ -157,7 +157,7 @@ pub fn main() -> ! {
         _ => (logging::Format::Human, verbosity - 1),
     };
     logging::start(format, verbosity);
-    exit::guard();
+    exit::start_guard();
     // Output that nobody takes is a panic of the standard library, and must not look like a plugin's exit.
     let code = catch_unwind(AssertUnwindSafe(|| match run(&cli) {
         Ok(code) => code,
@@ -248,7 +248,7 @@ fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &PluginSearch) -> Result
     let config = crate::config::Config::read(cwd)?;
     let opened =
         open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
-    check::by_plugin(&opened.plugin, load::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
+    check::check_with_plugin(&opened.plugin, load::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
 }
 
 /// The request of a command that acts on a machine.

@@ -1,5 +1,6 @@
-//! `check`: reads everything, tries the environment, says all problems at once. Changes nothing and
-//! needs no running host.
+//! `check`: checks configuration, plugins and environment, and reports all problems at once.
+//!
+//! The command changes nothing and needs no running host.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -25,44 +26,44 @@ use crate::plugin::open::{OpenedPlugin, conflicts, open};
 use crate::plugin::search::PluginSearch;
 use crate::server::peers::Peers;
 
-/// Looks at everything in the CWD.
+/// Checks the CWD, its configuration and its plugins.
 pub fn check(cwd: &Cwd, search: &PluginSearch) -> Report {
     let mut report = Report::default();
     report.good(format!("the CWD is {}", cwd.root().display()));
-    sockets(cwd, &mut report);
-    kvm(Path::new("/dev/kvm"), &mut report);
+    check_sockets(cwd, &mut report);
+    check_kvm(Path::new("/dev/kvm"), &mut report);
     let config = report.keep(Config::read(cwd));
     cuckoo::check(cwd, config.as_ref().map_or(&[], |config| &config.machineries), &mut report);
     if let Some(config) = config {
         report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
         report.keep(Peers::new(config.socket_group.as_deref()));
-        tcpdump(config.capture.as_ref(), &mut report);
+        check_tcpdump(config.capture.as_ref(), &mut report);
         let mut plugins = Vec::new();
         for name in &config.machineries {
             let opened = open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load);
             if let Some(opened) = report.keep(opened.map_err(Error::from)) {
-                machinery(&opened, cwd, &config, &mut report);
+                check_machinery(&opened, cwd, &config, &mut report);
                 plugins.push(opened);
             }
         }
         for conflict in conflicts(&plugins) {
             report.problem(&conflict);
         }
-        same_names(cwd, &config, &mut report);
+        check_names(cwd, &config, &mut report);
     }
     report
 }
 
-fn sockets(cwd: &Cwd, report: &mut Report) {
+fn check_sockets(cwd: &Cwd, report: &mut Report) {
     let socket = cwd.manager_socket();
     if socket.as_os_str().len() > 107 {
         report.warning(format!(
-            "{} is longer than the 107 bytes a socket address can hold: this program finds a way around it, \
-             Cuckoo's own client does not. Move the CWD to a shorter path",
+            "{} is longer than the 107 bytes of a socket address: this program can use it, Cuckoo's own client cannot. \
+             Move the CWD to a shorter path",
             socket.display()
         ));
     }
-    // The folder may not be there yet; what counts is the nearest one that is.
+    // The folder may not exist yet; then its nearest existing parent counts.
     let existing = socket.ancestors().skip(1).find(|folder| folder.exists());
     if let Some(folder) = existing
         && access(folder, Access::WRITE_OK).is_err()
@@ -74,7 +75,7 @@ fn sockets(cwd: &Cwd, report: &mut Report) {
     }
 }
 
-fn kvm(device: &Path, report: &mut Report) {
+fn check_kvm(device: &Path, report: &mut Report) {
     if !device.exists() {
         report.warning(
             "there is no /dev/kvm: guests run in software, many times slower. Enable virtualisation in the \
@@ -96,8 +97,8 @@ fn kvm(device: &Path, report: &mut Report) {
     }
 }
 
-/// Whether traffic can be captured, if it is to be.
-fn tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
+/// Checks that traffic can be captured, if the configuration demands it.
+fn check_tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
     let Some(program) = capture.map(|settings| &settings.tcpdump) else {
         return report.good("traffic is not captured: tcpdump.enabled in cuckoo.yaml is not true");
     };
@@ -105,17 +106,17 @@ fn tcpdump(capture: Option<&capture::Settings>, report: &mut Report) {
     let runs = runs.and_then(|()| if program.is_file() { Ok(()) } else { Err("it is no file".to_owned()) });
     if let Err(why) = runs {
         let reason = format!("cannot run {}: {why}", program.display());
-        return report.problem(&Error::environment(reason).advice(capture::NO_TCPDUMP));
+        return report.problem(&Error::environment(reason).advice(capture::MISSING_ADVICE));
     }
     let has_rights = getxattr(program, "security.capability", &mut [0_u8; 64]).is_ok();
     if !geteuid().is_root() && !has_rights {
-        report.warning(format!("this user may not capture traffic. {}", capture::no_right(program)));
+        report.warning(format!("this user may not capture traffic. {}", capture::permission_advice(program)));
     } else {
         report.good(format!("traffic is captured with {}", program.display()));
     }
 }
 
-fn machinery(
+fn check_machinery(
     OpenedPlugin { plugin, sha256 }: &OpenedPlugin,
     cwd: &Cwd,
     config: &Config,
@@ -129,8 +130,8 @@ fn machinery(
         plugin.path().display()
     ));
     let Some(setup) = report.keep(load::setup(name, cwd, config)) else { return };
-    unwritable(&setup, report);
-    if let Some(found) = report.keep(by_plugin(plugin, setup, config)) {
+    check_folders(&setup, report);
+    if let Some(found) = report.keep(check_with_plugin(plugin, setup, config)) {
         report.append(found);
     }
 }
@@ -138,8 +139,8 @@ fn machinery(
 /// Returns the plugin's findings about this setup.
 ///
 /// # Errors
-/// The plugin fails or does not come back in time.
-pub fn by_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Report> {
+/// The plugin fails or does not return in time.
+pub fn check_with_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Report> {
     let services = Arc::new(Services::new(plugin.name(), Arc::default()));
     let what = format!("checking '{}'", plugin.name());
     let checked = plugin.clone();
@@ -147,7 +148,7 @@ pub fn by_plugin(plugin: &Plugin, setup: Setup, config: &Config) -> Result<Repor
     found.map_err(|error| error.action(what))
 }
 
-fn unwritable(setup: &Setup, report: &mut Report) {
+fn check_folders(setup: &Setup, report: &mut Report) {
     for folder in [&setup.sockets_dir, &setup.state_dir, &setup.cache_dir] {
         if folder.exists() && access(folder.as_path(), Access::WRITE_OK).is_err() {
             report.problem(
@@ -158,11 +159,11 @@ fn unwritable(setup: &Setup, report: &mut Report) {
     }
 }
 
-/// Each plugin knows only its own machines.
-fn same_names(cwd: &Cwd, config: &Config, report: &mut Report) {
+/// Reports machine names that two machineries share: each plugin knows only its own machines.
+fn check_names(cwd: &Cwd, config: &Config, report: &mut Report) {
     let mut seen: HashMap<String, &str> = HashMap::new();
     for machinery in &config.machineries {
-        // What cannot be read was told by its plugin.
+        // The plugin has reported a file that cannot be read.
         let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(machinery)) else { continue };
         let Ok(Some(machines)) = file.parse_at::<Mapping>(&["machines"]) else { continue };
         for name in machines.keys().filter_map(Value::as_str) {
@@ -182,12 +183,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kvm_is_warned_of_when_nothing_is_behind_its_device() {
+    fn kvm_device_causes_a_warning_when_it_has_no_driver() {
         let folder = tempfile::tempdir().unwrap();
         let device = folder.path().join("kvm");
         let _socket = std::os::unix::net::UnixListener::bind(&device).unwrap();
         let mut report = Report::default();
-        kvm(&device, &mut report);
+        check_kvm(&device, &mut report);
         let [finding] = report.findings() else { panic!("one finding") };
         assert_eq!(finding.level, machinery::Level::Warning);
         assert!(finding.text.contains("cannot be opened (No such device"), "{}", finding.text);

@@ -1,7 +1,7 @@
-//! Which plugin files are the right ones, by their SHA-256: the optional list `plugin_hashes` in
-//! `machinery-host.yaml`. Where it is given, nothing is loaded that is not in it.
+//! The SHA-256 of plugin files, and the optional list `plugin_hashes` in `machinery-host.yaml`.
 //!
-//! The hash is that of the file as it is, so that `sha256sum` says the same.
+//! With a list, the host loads only plugins whose hash is listed. The hash is that of the whole file, as
+//! `sha256sum` prints it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,18 +15,18 @@ use sha2::{Digest, Sha256};
 
 /// The key of the list.
 const KEY: &str = "plugin_hashes";
-/// What a hash begins with in the list: there may be others one day.
-const KIND: &str = "sha256:";
+/// The prefix of a hash in the list. It names the algorithm, so that others can be added.
+const PREFIX: &str = "sha256:";
 
 /// The SHA-256 of a plugin file, in lowercase hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileHash(String);
 
 impl FileHash {
-    /// That of a file as it is now.
+    /// Returns the hash of a file as it is now.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The file cannot be read.
     pub fn of(file: &Path) -> Result<Self> {
         let content = fs::read(file).map_err(|error| Error::io("read the plugin", file, &error))?;
         let digest = Sha256::digest(content);
@@ -34,9 +34,9 @@ impl FileHash {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let digits = text.strip_prefix(KIND)?;
-        let right = digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
-        right.then(|| FileHash(digits.to_ascii_lowercase()))
+        let digits = text.strip_prefix(PREFIX)?;
+        let valid = digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        valid.then(|| FileHash(digits.to_ascii_lowercase()))
     }
 }
 
@@ -46,8 +46,8 @@ impl fmt::Display for FileHash {
     }
 }
 
-/// The list: for each machinery the hashes of the files that may be loaded for it. Several make an
-/// upgrade easy.
+/// The hashes of the files that may be loaded for each machinery. Several hashes for a machinery make an upgrade
+/// easy.
 #[derive(Debug, Clone)]
 pub struct AllowList {
     file: ConfigFile,
@@ -55,54 +55,56 @@ pub struct AllowList {
 }
 
 impl AllowList {
-    /// The list that stands in that file. What is wrong in it is added to `problems`.
+    /// Reads the list that was parsed from `file`, and adds its faults to `problems`.
     pub fn read(file: &ConfigFile, list: &Mapping, problems: &mut Vec<Error>) -> Self {
         let mut hashes = HashMap::new();
         for (name, value) in list {
             let name = name.as_str().unwrap_or_default();
-            match listed(value) {
+            match parse_hashes(value) {
                 Ok(listed) => {
                     hashes.insert(name.to_owned(), listed);
                 }
                 Err(wrong) => problems.push(
                     file.error(&[KEY, name], format!("{wrong} is not the hash of a plugin"))
-                        .advice(format!("Write \"{KIND}\" and the 64 hexadecimal digits that `sha256sum` gives, or a list of such")),
+                        .advice(format!("Write \"{PREFIX}\" and the 64 hexadecimal digits that `sha256sum` gives, or a list of such")),
                 ),
             }
         }
         AllowList { file: file.clone(), hashes }
     }
 
-    /// Sees that the plugin file of that machinery, which has this hash, is a right one.
+    /// Expects that a hash is listed for this machinery.
     ///
     /// # Errors
-    /// It is not, with the line to write if it should be.
+    /// The hash is not listed; the error shows the line to add.
     pub fn expect(&self, machinery: &str, plugin: &Path, hash: &FileHash) -> Result<()> {
         let listed = self.hashes.get(machinery).map(Vec::as_slice).unwrap_or_default();
         if listed.contains(hash) {
             return Ok(());
         }
-        let known: Vec<String> = listed.iter().map(|hash| format!("{KIND}{hash}")).collect();
+        let known: Vec<String> = listed.iter().map(|hash| format!("{PREFIX}{hash}")).collect();
         let known = if known.is_empty() { "no hash".to_owned() } else { known.join(", ") };
-        let reason =
-            format!("will not load {}: its hash is {KIND}{hash}, listed for it is {known}", plugin.display());
+        let reason = format!(
+            "refusing to load {}: its hash is {PREFIX}{hash}, listed for it is {known}",
+            plugin.display()
+        );
         let advice = format!(
-            "If this very file is to be trusted, write `{machinery}: \"{KIND}{hash}\"` under `{KEY}`"
+            "If this very file is to be trusted, write `{machinery}: \"{PREFIX}{hash}\"` under `{KEY}`"
         );
         Err(self.file.error(&[KEY, machinery], reason).advice(advice))
     }
 }
 
-/// One hash or a list of them; if it is something else, how that is written.
-fn listed(value: &Value) -> Result<Vec<FileHash>, String> {
-    let one = |value: &Value| value.as_str().and_then(FileHash::parse).ok_or_else(|| written(value));
+/// Parses one hash or a list of hashes. The error is the text of an element that is no hash.
+fn parse_hashes(value: &Value) -> Result<Vec<FileHash>, String> {
+    let one = |value: &Value| value.as_str().and_then(FileHash::parse).ok_or_else(|| yaml_text(value));
     match value {
         Value::Sequence(several) => several.iter().map(one).collect(),
         value => one(value).map(|hash| vec![hash]),
     }
 }
 
-fn written(value: &Value) -> String {
+fn yaml_text(value: &Value) -> String {
     match value.as_str() {
         Some(text) => format!("'{text}'"),
         None => {
@@ -117,7 +119,7 @@ mod tests {
 
     const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
-    /// The list in a file of that text, or what is wrong with it.
+    /// Reads the list in a file with this text, or returns its faults.
     fn list(text: &str) -> Result<AllowList, String> {
         let file = ConfigFile { path: "/c/machinery-host.yaml".into(), text: text.into() };
         let mapping = file.parse_at::<Mapping>(&[KEY]).unwrap().unwrap();
@@ -134,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hash_is_that_of_the_whole_file() {
+    fn file_hash_equals_sha256sum() {
         assert_eq!(hash_of("").to_string(), EMPTY);
         let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(hash_of("abc").to_string(), abc);
@@ -143,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn one_hash_or_several_can_be_listed() {
+    fn allow_list_accepts_one_hash_or_several() {
         let (one, other) = (hash_of(""), hash_of("other"));
         let text = format!(
             "plugin_hashes:\n  a: sha256:{one}\n  b: ['sha256:{other}', \"sha256:{}\"]\n  c: []\n",
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_listed_is_told_with_what_is_and_what_to_write() {
+    fn allow_list_refuses_an_unlisted_file_with_the_line_to_write() {
         let (one, other) = (hash_of(""), hash_of("other"));
         let list = list(&format!("plugin_hashes:\n  a: sha256:{one}\n")).unwrap();
         let text = list.expect("a", Path::new("/p/x.so"), &other).unwrap_err().to_string();
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_hash_is_told_with_how_one_looks() {
+    fn allow_list_refuses_a_value_that_is_no_hash() {
         for wrong in [
             EMPTY,
             "sha256:abc",
