@@ -1,5 +1,5 @@
-//! An author's way, from an empty folder to a plugin that serves: the crate that `new-plugin` writes, outside
-//! of the repository, as it is. And the guide for that way: what it says of the code is in the code.
+//! The way of a plugin's author: the crate that `new-plugin` writes, built outside of the repository, and the
+//! guide, whose quotes must match the code.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -15,11 +15,11 @@ use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::ScratchCwd;
 use serde_json::{Value, json};
 
-/// Cargo has another name for its library, which is the harder case.
+/// A name with a hyphen, which Cargo replaces in library names.
 const NAME: &str = "my-xen";
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// A command of an author, with nothing that the environment of this test would add to it.
+/// Returns an author's command, without environment variables of this test.
 fn command(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command {
     let mut command = Command::new(program);
     for name in ["CUCKOO_CWD", "CUCKOO_MACHINERY_PLUGINS", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET"] {
@@ -29,7 +29,7 @@ fn command(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command 
     command
 }
 
-/// Runs cargo in the author's crate, from what was downloaded to build this repository.
+/// Runs cargo offline in the author's crate.
 fn cargo(folder: &Path, arguments: &[&str]) -> String {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = command(cargo, arguments).arg("--offline").current_dir(folder).output().unwrap();
@@ -38,10 +38,10 @@ fn cargo(folder: &Path, arguments: &[&str]) -> String {
     said.concat()
 }
 
-/// The crate and the name of its library, as `new-plugin` tells them.
+/// Runs `new-plugin`, and returns the folder and the name of the library.
 fn new_plugin(dir: &Path) -> (PathBuf, String) {
     let mut command = command(artifacts::program().unwrap(), &["--json", "new-plugin", NAME]);
-    // Neither a CWD nor a home folder is needed.
+    // The command needs neither a CWD nor a home folder.
     command.env_remove("HOME").arg("--dir").arg(dir).args(["--interface", REPOSITORY]);
     let made = host::run_command(command).unwrap();
     assert_eq!(made.code, Some(0), "{made:?}");
@@ -49,7 +49,7 @@ fn new_plugin(dir: &Path) -> (PathBuf, String) {
     (made["folder"].as_str().unwrap().into(), made["library"].as_str().unwrap().to_owned())
 }
 
-/// Has the host drive a machine of that plugin, dropped in as an author does it.
+/// Asserts that the host drives a machine of the installed plugin.
 fn is_driven(plugin: &Path, yaml: &str) {
     let cwd = ScratchCwd::new(&[(NAME, yaml)]).unwrap();
     let file = Path::new("machineries").join(plugin.file_name().unwrap());
@@ -64,7 +64,7 @@ fn is_driven(plugin: &Path, yaml: &str) {
         assert_eq!(client.act(action, &machine).unwrap(), json!({"success": true}), "{}", host.log());
         assert_eq!(client.machine(&machine).unwrap()["state"], state);
     }
-    // One that runs is no hindrance to another configuration, nor to a clean end.
+    // A running machine prevents neither a reload nor a clean exit.
     assert_eq!(client.act("restore_start", &machine).unwrap(), json!({"success": true}));
     cwd.change_yaml(NAME, &format!("{NAME}_2:"), "another:").unwrap();
     let reload = host::run(&cwd, &["reload"]).unwrap();
@@ -82,7 +82,7 @@ fn is_driven(plugin: &Path, yaml: &str) {
 fn new_plugin_builds_and_meets_all_requirements() {
     let dir = tempfile::tempdir().unwrap();
     let (folder, library) = new_plugin(dir.path());
-    // The versions that are there.
+    // Offline, only these versions are available.
     fs::copy(Path::new(REPOSITORY).join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
     let tested = cargo(&folder, &["test"]);
     for requirement in conformance::names() {
@@ -121,7 +121,7 @@ fn new_plugin_is_refused_when_its_name_or_folder_is_taken() {
 
 const GUIDE: &str = include_str!("../docs/plugins.md");
 
-/// The guide's blocks that begin with "```rust" and a file: the file, and what is quoted of it.
+/// Returns the guide's blocks that begin with "```rust" and a file: the file and the quote.
 fn quotes() -> Vec<(&'static str, &'static str)> {
     let blocks = GUIDE.split("```").skip(1).step_by(2);
     let quoted = blocks.filter_map(|block| block.strip_prefix("rust ")?.split_once('\n'));
@@ -136,14 +136,14 @@ fn guide_quotes_match_the_example_plugin() {
         let path = Path::new(REPOSITORY).join("plugins/example").join(file);
         let code = fs::read_to_string(&path).unwrap();
         let code = unindented(&code);
-        // What is left out is marked.
+        // A mark shows where the guide omits code.
         for part in unindented(quote).split("// …\n") {
             assert!(code.contains(part), "{file} does not have, as the guide says:\n{part}");
         }
     }
 }
 
-/// The guide may show the body of something without what is around it.
+/// Removes indentation: the guide may quote a body without its surroundings.
 fn unindented(text: &str) -> String {
     text.lines().map(|line| format!("{}\n", line.trim_start())).collect()
 }

@@ -1,4 +1,4 @@
-//! Many clients at once, and ill-mannered ones: each costs itself only.
+//! Many clients at once, also misbehaving ones: each affects itself only.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -12,7 +12,7 @@ use machinery_testkit::random::Rng;
 use machinery_testkit::scratch::ScratchCwd;
 use serde_json::{Value, json};
 
-/// The longest line that is taken.
+/// The maximum length of a line.
 const LONGEST: usize = 1024 * 1024;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -21,7 +21,7 @@ fn good() -> Value {
     json!({"success": true})
 }
 
-/// A host of machines `m0` and on, with its CWD; dropped in this order.
+/// A host of machines `m0`, `m1` and so on, with its CWD; dropped in this order.
 struct Served {
     host: RunningHost,
     _cwd: ScratchCwd,
@@ -41,14 +41,14 @@ impl Served {
     }
 }
 
-/// Whatever the others do, this one is served.
+/// Asserts that this client is served.
 fn assert_served(client: &mut Client, machine: &str) {
     for action in ["restore_start", "state", "stop"] {
         assert_eq!(client.act(action, machine).unwrap()["success"], true, "{action}");
     }
 }
 
-/// Asks until it is so; for what nothing tells.
+/// Repeats a question until it is true, where no event shows that.
 fn soon(mut is_so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !is_so() {
@@ -56,7 +56,7 @@ fn soon(mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// A line of that many bytes that is a request.
+/// Returns a valid request of that many bytes.
 fn long_line(length: usize) -> Vec<u8> {
     let (head, tail) = (br#"{"action": "version", "padding": ""#, br#""}"#);
     [head.as_slice(), &vec![b'x'; length - head.len() - tail.len()], tail].concat()
@@ -72,14 +72,14 @@ fn well_behaved_client_is_served_when_five_hundred_others_misbehave() {
     crowd(&served, &mut normal, empty.files);
     let after = served.host.resources().unwrap();
     assert!(after.resident_kib <= before.resident_kib * 3 / 2 + 32 * 1024, "{before:?}, {after:?}");
-    // How many calls there are at a time is chance; two for each machine, and some, are the most.
+    // The number of concurrent calls varies; its maximum is two for each machine, and a few more.
     assert!(after.threads <= 300 && after.children.is_empty(), "{before:?}, {after:?}");
 }
 
-/// Five hundred clients come, and are gone in the end, when the host holds as many files as when it
-/// was `empty`.
+/// Connects five hundred clients, and disconnects them again. Returns when the host has as many open files as
+/// when it was `empty`.
 fn crowd(served: &Served, normal: &mut Client, empty: usize) {
-    // Those that never read what they ask for, again and again.
+    // Clients that never read the answers to their requests.
     let mut deaf = served.clients(100);
     let list = b"{\"action\": \"list\"}\n".repeat(50);
     for client in &mut deaf {
@@ -87,20 +87,20 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
     }
     assert_served(normal, "m1");
 
-    // Those that begin a line.
+    // Clients that send half a line.
     let mut halves = served.clients(150);
     for client in &mut halves {
         client.send_bytes(b"{\"action\": \"vers").unwrap();
     }
     assert_served(normal, "m2");
 
-    // Those with lines as long as they may be, and longer.
+    // Clients with lines of the maximum length, and longer ones.
     let mut long = served.clients(60);
     thread::scope(|scope| {
         for (index, client) in long.iter_mut().enumerate() {
             scope.spawn(move || {
                 let too_long = index % 2;
-                // What comes after the limit may not be taken any more.
+                // The host may close the connection before it has read everything.
                 let _ = client.send_line(&long_line(LONGEST + too_long));
                 let answer = client.next_message().unwrap();
                 assert_eq!(answer["success"], too_long == 0, "{answer}");
@@ -110,12 +110,12 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
     });
     assert_served(normal, "m3");
 
-    // Those that order something and leave.
+    // Clients that send a request and disconnect.
     for index in 10..60 {
         let mut client = served.clients(1).remove(0);
         client.send(&json!({"action": "restore_start", "machine": format!("m{index}")})).unwrap();
     }
-    // And all the others, at the same time.
+    // All other clients, at the same time.
     let mut polite = served.clients(149);
     thread::scope(|scope| {
         for (index, client) in polite.iter_mut().enumerate() {
@@ -128,19 +128,19 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
             });
         }
     });
-    // The halves become whole.
+    // The half lines are completed.
     for client in &mut halves {
         client.send_bytes(b"ion\"}\n").unwrap();
         assert_eq!(client.next_message().unwrap()["success"], true);
     }
-    // What was ordered by those who left is done.
+    // The actions of disconnected clients have run.
     normal.ask(json!({"action": "wait_idle"})).unwrap();
     for index in 10..60 {
         assert_eq!(normal.machine(&format!("m{index}")).unwrap()["state"], "running", "m{index}");
     }
     assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), good());
     drop((deaf, halves, long, polite));
-    // When the host notices that they have left, nothing tells.
+    // No event shows when the host has noticed.
     soon(|| {
         assert_served(normal, "m4");
         served.host.resources().unwrap().files <= empty + 8
@@ -156,7 +156,7 @@ fn wait_idle_is_cancelled_when_its_client_disconnects() {
     for mut client in served.clients(400) {
         client.send(&json!({"action": "wait_idle"})).unwrap();
     }
-    // When the host notices, nothing tells; the machine is busy all the while.
+    // No event shows when the host has noticed; the machine is busy all the time.
     soon(|| {
         assert_eq!(normal.act("state", "m0").unwrap()["state"], "starting");
         served.host.resources().unwrap().files <= before.files + 8
@@ -188,7 +188,7 @@ fn lock_is_kept_when_its_client_disconnects() {
     client.send(&json!({"action": "lock", "machine": "m0", "task_id": "t"})).unwrap();
     drop(client);
     let mut other = served.clients(1).remove(0);
-    // Its request is read at some time; nothing tells when.
+    // No event shows when the host has read the request.
     soon(|| other.machine("m0").unwrap()["locked"] == true);
     let answer = other.ask(json!({"action": "lock", "machine": "m0", "task_id": "other"})).unwrap();
     assert!(answer["reason"].as_str().unwrap().contains("locked by: t"), "{answer}");
@@ -205,7 +205,7 @@ const SEEDS: [&str; 8] = [
     r#"{"action": "stop", "machine": "m0"}"#,
 ];
 
-/// One of the seeds with a few bytes changed, dropped or doubled; one line.
+/// Returns one of the seeds with a few bytes changed, dropped or doubled, as one line.
 fn mutated(rng: &mut Rng) -> Vec<u8> {
     let mut line = SEEDS[rng.index(SEEDS.len())].as_bytes().to_vec();
     for _ in 0..rng.index(4) {
@@ -220,12 +220,12 @@ fn mutated(rng: &mut Rng) -> Vec<u8> {
             _ => line.extend_from_within(at..),
         }
     }
-    // Another end would make two of it.
+    // A line feed would make two lines of it.
     line.retain(|byte| *byte != b'\n');
     line
 }
 
-/// Sends lines until one closes the connection; gives how many there were. Each is answered once.
+/// Sends lines until one of them closes the connection, and returns their number. Each line gets one answer.
 fn torment(client: &mut Client, rng: &mut Rng, most: usize) -> usize {
     for count in 1..=most {
         client.send_line(&mutated(rng)).unwrap();

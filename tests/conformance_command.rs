@@ -1,5 +1,4 @@
-//! `cuckoo-machinery conformance`: a built plugin is put to the requirements without its source, whatever it
-//! does to the process.
+//! `cuckoo-machinery conformance` checks a built plugin without its source, also one that ends the process.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -18,7 +17,7 @@ const CONFIG: &str = "machines:\n  \
     one: {ip: 10.0.0.1, platform: linux, os_version: 12}\n  \
     two: {ip: 10.0.0.2, platform: linux, os_version: 12}\n";
 
-/// A folder with what the broken plugin is configured with.
+/// Creates a folder with the configuration of the nonconforming plugin.
 fn folder(section: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("nonconforming.yaml"), CONFIG).unwrap();
@@ -28,7 +27,7 @@ fn folder(section: &str) -> TempDir {
     folder
 }
 
-/// The command in that folder, without a CWD.
+/// Runs the command in that folder, without a CWD.
 fn run_with(folder: &Path, plugin: &Path, arguments: &[&str]) -> CommandOutput {
     let mut command = Command::new(artifacts::program().unwrap());
     command.env_remove("CUCKOO_CWD").env("HOME", folder).env("TMPDIR", folder.join("tmp"));
@@ -53,7 +52,8 @@ fn conforming_plugin_passes_all_checks_that_can_run() {
     for (line, name) in said.iter().zip(conformance::names()) {
         assert!(line.split([' ', ':']).any(|word| word == name) && !line.starts_with("FAIL"), "{line}");
     }
-    // Without its source nobody knows where a run began, how to spoil a start, or how to end a machine.
+    // Three checks need knowledge of the backend: the begin of a run, a failing start, and the end of a
+    // machine.
     let count = conformance::names().len();
     assert_eq!(*said.last().unwrap(), format!("{} passed, 0 failed, 3 skipped", count - 3), "{ran:?}");
 }

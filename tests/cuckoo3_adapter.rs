@@ -1,8 +1,8 @@
-//! The Python package by which Cuckoo3 uses the host, `integrations/cuckoo3`: its own tests, with the host
-//! that was built here.
+//! The tests of the Python package `integrations/cuckoo3`, by which Cuckoo3 uses the host, with the host that
+//! was built here.
 //!
-//! The tests without Cuckoo3 always run. Those with Cuckoo3 need its packages, which are not on PyPI: they
-//! run when `$CUCKOO3_PYTHON` names the Python of an environment that has them.
+//! The tests without Cuckoo3 always run. The tests with Cuckoo3 run when `$CUCKOO3_PYTHON` names the Python
+//! of an environment with Cuckoo3's packages, which are not on PyPI.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -12,7 +12,7 @@ use std::process::Command;
 
 use machinery_testkit::artifacts;
 
-/// Runs the unit tests in that folder of the package's tests; fails as they do, with what they say.
+/// Runs the unit tests in a folder of the package's tests.
 fn run(python: &str, tests: &str) {
     let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../integrations/cuckoo3");
     artifacts::plugin("double").unwrap();

@@ -1,8 +1,7 @@
-//! Captures of double machines on a loopback interface: when there is one, when it ends, what it holds,
-//! and that what fails of it is told and fails nothing else.
+//! Captures of double machines on a loopback interface: their begin, end, content and failures.
 //!
-//! The real tcpdump needs a user who may capture. For others these tests are left out, and say so; those
-//! with a script in its place are not.
+//! The real tcpdump needs a user who may capture. Other users skip these tests, with a message; tests that
+//! replace tcpdump by a script always run.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -23,16 +22,16 @@ use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// The machine's address, of which a loopback interface has many.
+/// The machine's address, on the loopback interface.
 const IP: &str = "127.66.0.2";
-/// Who talks to it.
+/// The address of the machine's peer.
 const OTHER: &str = "127.66.0.1";
 
 fn good() -> Value {
     json!({"success": true})
 }
 
-/// A CWD with a machine `m` on the interface `lo`, captured by that tcpdump.
+/// Creates a CWD with a machine `m` on the interface `lo`, captured by the given tcpdump.
 fn captured_by(tcpdump: &Path, more: &str) -> ScratchCwd {
     let cwd = ScratchCwd::new(&[("double", &double(&[("m", more)]))]).unwrap();
     cwd.change_yaml("double", "ip: 10.0.0.1", &format!("ip: {IP}")).unwrap();
@@ -40,7 +39,7 @@ fn captured_by(tcpdump: &Path, more: &str) -> ScratchCwd {
     cwd
 }
 
-/// The same with the real one, in a network where it may capture.
+/// Creates the same CWD with the real tcpdump, and a network in which it may capture.
 fn really_captured(more: &str) -> Option<(TestNetwork, ScratchCwd)> {
     let Some(network) = TestNetwork::new().unwrap() else {
         println!("left out: this user may not capture");
@@ -63,7 +62,7 @@ fn lock(client: &mut Client, pcap: &Path) {
     assert_eq!(client.ask(lock).unwrap()["success"], true);
 }
 
-/// Lets the two exchange a datagram, and both with the result server and the agent.
+/// Exchanges datagrams between machine and peer, and with the result server and the agent.
 fn talk(network: &TestNetwork, text: &str) {
     network
         .inside(|| {
@@ -76,7 +75,7 @@ fn talk(network: &TestNetwork, text: &str) {
             server.send_to(b"taken", machine.local_addr().unwrap()).unwrap();
             other.send_to(b"a question", agent.local_addr().unwrap()).unwrap();
             agent.send_to(b"an answer", other.local_addr().unwrap()).unwrap();
-            // Nothing that is another's.
+            // Traffic of others, which the capture must not contain.
             other.send_to(b"not the machine's", server.local_addr().unwrap()).unwrap();
         })
         .unwrap();
@@ -86,7 +85,7 @@ fn payloads(packets: &[Packet]) -> Vec<String> {
     packets.iter().map(|packet| String::from_utf8_lossy(&packet.payload).into_owned()).collect()
 }
 
-/// The file is whole, nobody writes to it any more, and these datagrams are in it, once in each direction.
+/// Asserts that the file is complete and closed, and holds each datagram once in each direction.
 #[track_caller]
 fn assert_captured(pcap: &Path, texts: &[&str]) {
     assert_eq!(capture::writers(pcap).unwrap(), []);
@@ -97,7 +96,8 @@ fn assert_captured(pcap: &Path, texts: &[&str]) {
     assert!(!ran.stderr.contains("cut short") && !ran.stderr.contains("truncated"), "{ran:?}");
 }
 
-/// The process that captures into that file, to be watched. Its children are called the same for a moment.
+/// Returns the process that captures into the file, with its pidfd. Its children briefly have the same
+/// command line.
 fn captor(pcap: &Path) -> (Pid, OwnedFd) {
     let writers = capture::writers(pcap).unwrap();
     let pid = writers.into_iter().min_by_key(|pid| pid.as_raw_nonzero()).unwrap();
@@ -110,20 +110,19 @@ fn assert_ends(process: &OwnedFd) {
     assert_eq!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)), Ok(1), "it goes on");
 }
 
-/// Ends what captures into that file, should it be left by a host that had no time for it. Declare it
-/// before the host.
+/// Kills captures into the file that a test left running. Declare it before the host.
 struct Swept(PathBuf);
 
 impl Drop for Swept {
     fn drop(&mut self) {
         for writer in capture::writers(&self.0).unwrap_or_default() {
-            // Each leads a group of its own, with its children; who has ended meanwhile is none.
+            // Each capture leads its own process group. It may have ended meanwhile.
             let _ = kill_process_group(writer, Signal::KILL);
         }
     }
 }
 
-/// A machine whose capture fails: it starts all the same, and this is told.
+/// Asserts that a machine starts although its capture fails, and that the failure is reported.
 #[track_caller]
 fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
@@ -141,7 +140,7 @@ fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
     assert_eq!((&machine["state"], &machine["disabled"]), (&json!("running"), &json!(false)));
     assert!(host.log().contains("ERROR") && host.log().contains(parts[0]), "{}", host.log());
     assert_eq!(client.act("stop", "m").unwrap(), good());
-    // Told once.
+    // The failure is reported once.
     assert_eq!(client.machine("m").unwrap()["errors"], json!([reason]));
     assert_eq!(capture::writers(pcap).unwrap(), []);
 }
@@ -343,7 +342,7 @@ fn machine_runs_on_when_tcpdump_dies() {
     assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
     assert_eq!(client.act("stop", "m").unwrap(), good());
     assert_eq!(client.machine("m").unwrap()["errors"], json!([told["reason"]]));
-    // Up to there all is saved.
+    // Packets captured earlier are saved.
     assert_captured(&pcap, &["before"]);
     // The next run is captured again.
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
@@ -361,7 +360,7 @@ fn capture_is_complete_when_the_next_task_locks_at_once() {
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
     talk(&network, "of the first task");
     let next = json!({"action": "lock", "machine": "m", "task_id": "next", "id": 2});
-    // Both at once, so that the second is read before the first is answered.
+    // One write, so that the host reads the second request before it answers the first.
     let both = format!("{}\n{next}\n", json!({"action": "unlock", "machine": "m", "id": 1}));
     client.send_bytes(both.as_bytes()).unwrap();
     let mut answers = [client.next_message().unwrap(), client.next_message().unwrap()];
@@ -402,7 +401,7 @@ fn capture_succeeds_when_tcpdump_warns() {
 #[test]
 fn machine_starts_when_tcpdump_never_listens() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
-    // With a child, which has to go with it.
+    // The child has to end with its parent.
     let tcpdump = cwd.script("tcpdump", "sh -c 'while true; do sleep 60; done' \"$@\"; true").unwrap();
     cwd.capture_with(&tcpdump).unwrap();
     let _swept = Swept(pcap(&cwd));
@@ -477,12 +476,12 @@ fn another_program_with_the_same_file_survives_a_killed_host() {
     assert_eq!(capture::writers(&pcap).unwrap(), [Pid::from_child(&reader.0)]);
 }
 
-/// A child that ends with this.
+/// A child process that is killed when dropped.
 struct Ended(std::process::Child);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The child may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

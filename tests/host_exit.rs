@@ -1,5 +1,5 @@
-//! A plugin that ends the process: by `exit()`, of which the host makes an end in good order, and by what
-//! nothing helps against but the next start.
+//! Plugins that end the process: after `exit()` the host shuts down in order; after `_exit()` or an abort the
+//! next host recovers.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -14,7 +14,7 @@ fn good() -> Value {
     json!({"success": true})
 }
 
-/// A CWD of the double machinery, and of a misbehaving one with the machine `m`.
+/// Creates a CWD of the double machinery, and of the misbehaving one with the machine `m`.
 fn cwd(keys: &str, faults: &str) -> ScratchCwd {
     let machine = format!("{{ip: 10.9.0.1, platform: linux, os_version: 1, faults: {{{faults}}}}}");
     let misbehaving = format!("{keys}\nmachines:\n  m: {machine}\n");
@@ -24,7 +24,7 @@ fn cwd(keys: &str, faults: &str) -> ScratchCwd {
     cwd
 }
 
-/// It has ended in good order, with the code 1 and the reason in its log.
+/// Asserts that the host has shut down in order, with exit code 1 and the reason in its log.
 #[track_caller]
 fn assert_ended(mut host: RunningHost, cwd: &ScratchCwd, by: &str) {
     assert_eq!(host.wait().unwrap().code(), Some(1), "{}", host.log());

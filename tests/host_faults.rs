@@ -1,7 +1,7 @@
-//! What goes wrong in a plugin costs one action and one machine, never the host.
+//! Faults of a plugin: each affects one action and one machine, never the host.
 //!
-//! The double machinery does wrong what it is told to do wrong. In every test one more machine is
-//! fine, and has to stay so.
+//! The double machinery is configured with faults. In each test the machine `fine` has none, and must stay
+//! usable.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -11,7 +11,7 @@ use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::{ScratchCwd, double};
 use serde_json::{Value, json};
 
-/// Short, so that what waits for them is soon over.
+/// Short timeouts keep the tests short.
 const LIMITS: &str = "timeouts: {restore_start: 0.3, norestore_start: 0.3, stop: 0.2, acpi_stop: 0.3, \
                       dump_memory: 0.3, screenshot: 0.3}\n";
 
@@ -21,7 +21,7 @@ struct Served {
     cwd: ScratchCwd,
 }
 
-/// A host of these machines and one more, `fine`.
+/// Starts a host with these machines and one more, `fine`.
 fn served(machines: &[(&str, &str)]) -> Served {
     serve(&double(&[machines, &[("fine", "")]].concat()))
 }
@@ -37,7 +37,7 @@ impl Served {
         self.host.client().unwrap()
     }
 
-    /// The host is well, and so is the machine that never did anything wrong.
+    /// Asserts that the host and the machine `fine` work, and that the host exits with code 0.
     fn assert_well(mut self) {
         let mut client = self.client();
         for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
@@ -60,7 +60,7 @@ fn assert_fails(answer: &Value, why: &str) {
     assert!(reason.contains(why), "{why:?} is not in {reason:?}");
 }
 
-/// Out of the pool, for the reason that was answered.
+/// Asserts that the machine is disabled, for the reason that was answered.
 #[track_caller]
 fn assert_disabled(client: &mut Client, machine: &str, answer: &Value) {
     let listed = client.machine(machine).unwrap();
@@ -75,7 +75,7 @@ fn assert_enabled(client: &mut Client, machine: &str, state: &str) {
     assert_eq!((&listed["disabled"], &listed["state"]), (&json!(false), &json!(state)), "{listed}");
 }
 
-/// What each fault says of itself.
+/// The faults, with the words of their errors.
 const WORDS: [(&str, &str); 5] = [
     ("fail", "configured to fail"),
     ("timeout", "waited 0.3 s"),
@@ -178,7 +178,7 @@ fn machine_is_disabled_when_its_state_is_unknown() {
     let served =
         served(&[("m", "faults: {state: fail}, fault_times: 2"), ("blind", "faults: {state: fail}")]);
     let mut client = served.client();
-    // The host has asked once when it started.
+    // The host has read the state once, at startup.
     assert_eq!(client.machine("m").unwrap()["state"], "error");
     assert_fails(&client.act("state", "m").unwrap(), "configured to fail");
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
@@ -217,7 +217,7 @@ fn later_actions_fail_when_an_earlier_call_hangs() {
 fn answers_are_sent_in_the_order_in_which_actions_end() {
     let served = served(&[("m", "faults: {restore_start: hang}")]);
     let mut client = served.client();
-    // Those that wait behind the hung one all fail at once.
+    // The requests queued behind the hung one fail together.
     for id in 0..10 {
         client.send(&json!({"action": "restore_start", "machine": "m", "id": id})).unwrap();
     }
@@ -244,12 +244,12 @@ fn shutdown_completes_when_a_call_hangs() {
     let mut client = served.client();
     client.act("restore_start", "m").unwrap();
     client.act("restore_start", "n").unwrap();
-    // The stop of `m` hangs in the host's own end.
+    // The stop of `m` hangs during the host's shutdown.
     assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
     assert!(!served.cwd.socket().exists());
 }
 
-/// The machine's counter, which tells a restore from a cold start.
+/// Returns the machine's counter, which differs between a restore and a cold start.
 fn counter(served: &Served, client: &mut Client, machine: &str) -> u64 {
     let path = served.cwd.root().join("counter");
     let answer = client.ask(json!({"action": "dump_memory", "machine": machine, "path": path})).unwrap();
@@ -310,7 +310,7 @@ fn stop_succeeds_when_the_machine_is_off() {
         assert_eq!(client.act(action, "m").unwrap(), good(), "{action}");
         assert_enabled(&mut client, "m", "poweroff");
     }
-    // The next thing that is told is the start.
+    // No event precedes that of the start.
     client.act("restore_start", "m").unwrap();
     assert_eq!(client.next_message().unwrap()["state"], "starting");
     served.assert_well();

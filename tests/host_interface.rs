@@ -1,9 +1,7 @@
-//! An interface that lasts: plugins that are installed somewhere are still loaded, those of an interface
-//! that is too new are refused without a line of them being run, and what a plugin was built with does not
-//! matter.
+//! The stability of the interface: installed plugins still load, plugins of a newer interface are refused
+//! without running their code, and the compiler of a plugin does not matter.
 //!
-//! `tests/interfaces` has the interfaces of old. What is built here is built once, and found again by the
-//! next run of these tests.
+//! `tests/interfaces` has the released interfaces. Their builds are kept for the next run of these tests.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -21,7 +19,7 @@ use machinery_testkit::separate_build::{SeparateBuild, other_toolchain};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-/// The oldest compiler that can be used.
+/// The oldest supported compiler.
 const OLDEST_RUSTC: &str = env!("CARGO_PKG_RUST_VERSION");
 
 const MACHINES: &str = "machines:\n  \
@@ -32,8 +30,8 @@ fn interfaces() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("interfaces")
 }
 
-/// Interface 1.0 with its plugin and its host, built with another compiler if there is one, and optimised,
-/// as today's plugins are not.
+/// Builds interface 1.0 with its plugin and its host: optimised, unlike today's plugins, and with another
+/// compiler if there is one.
 fn of_1_0() -> PathBuf {
     let build = SeparateBuild::of(&interfaces().join("1.0/Cargo.toml"), "interface-1.0").release();
     let build = match other_toolchain(OLDEST_RUSTC).unwrap() {
@@ -43,7 +41,7 @@ fn of_1_0() -> PathBuf {
     build.build(&["--workspace", "--locked"]).unwrap()
 }
 
-/// A CWD with the plugin of interface 1.0, which allocates its memory in its own way.
+/// Creates a CWD with the plugin of interface 1.0, which has an allocator of its own.
 fn elder() -> ScratchCwd {
     let cwd = ScratchCwd::new(&[("elder", MACHINES)]).unwrap();
     cwd.install_plugin_file(&of_1_0().join("libmachinery_elder.so"), "elder").unwrap();
@@ -81,7 +79,7 @@ fn interface_1_0_plugin_supports_all_its_actions() {
     assert_eq!((&ready["mode"], &ready["reason"]), (&json!("instant"), &json!("as ready as ever")));
     let metrics = client.ask(json!({"action": "metrics"})).unwrap().to_string();
     assert!(metrics.contains("\"wake\""), "{metrics}");
-    // The host prepares a machine automatically by the `prepare` of interface 1.0.
+    // The host prepares machines automatically, also those of interface 1.0.
     assert!(
         host.log().contains("action=\"prepare\"") && !host.log().contains("not prepared"),
         "{}",
@@ -97,7 +95,7 @@ fn interface_1_0_plugin_stays_usable_when_newer_features_are_requested() {
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
-    // Nothing is new for it, so there is nothing it would have to do.
+    // The configuration is unchanged, so the plugin need not support a reload.
     assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
     cwd.write_yaml("elder", &MACHINES.replace("10.0.0.2", "10.0.0.3")).unwrap();
     let refused = client.ask(json!({"action": "reload"})).unwrap();
@@ -165,13 +163,13 @@ fn host_runs_no_code_of_a_plugin_when_its_interface_is_incompatible() {
         assert_eq!((refused.code, was_loaded), (Some(2), false), "{refused:?}");
         assert!(format!("{refused:?}").contains("interface 2.0"), "{refused:?}");
     }
-    // It would leave its trace if it was loaded.
+    // The fixture does write its file when it is loaded.
     let mut command = Command::new("/bin/true");
     command.env("LD_PRELOAD", &file);
     assert!(run(command).1, "the fixture does not tell when it is loaded");
 }
 
-/// The double, built by another compiler and optimised, is as good as the one beside the host.
+/// The plugin is optimised, too.
 #[test]
 fn plugin_works_when_another_compiler_built_it() {
     let Some(toolchain) = other_toolchain(OLDEST_RUSTC).unwrap() else {
@@ -195,7 +193,7 @@ fn plugin_works_when_another_compiler_built_it() {
     assert_eq!(client.act("stop", "m").unwrap(), json!({"success": true}));
 }
 
-/// What was released is installed somewhere; changing it here would only hide what breaks there.
+/// Released interfaces are installed somewhere; a change here would only hide an incompatibility.
 #[test]
 fn released_interfaces_are_unchanged() {
     let known = BTreeMap::from([("1.0", "df405efab4616cd99e65cd93e651884f3fc4f6bb6d2c344fa93c8f4b0654736d")]);
@@ -206,7 +204,7 @@ fn released_interfaces_are_unchanged() {
     assert_eq!(found, known, "an interface that was released has been changed");
 }
 
-/// Of all files below the folder, with their names.
+/// Returns the checksum of all files below the folder, and of their names.
 fn checksum(folder: &Path) -> String {
     let mut folders = vec![folder.to_owned()];
     let mut files = Vec::new();

@@ -1,5 +1,5 @@
-//! Who may use the socket. Being somebody else takes root; as a plain user, these tests see only
-//! what a plain user can, and say so.
+//! Access to the socket. Only root can act as another user; plain users skip most of these tests, with a
+//! message.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -16,7 +16,7 @@ use rustix::process::geteuid;
 use serde_json::json;
 use tempfile::TempDir;
 
-/// Nobody, and a group that Debian has for it. Neither owns anything.
+/// Debian's `nobody` and its group, which own nothing.
 const NOBODY: u32 = 65_534;
 const NOGROUP: &str = "nogroup";
 /// A user and a group without names.
@@ -30,8 +30,7 @@ fn is_root() -> bool {
     root
 }
 
-/// The program and a plugin at a place where everybody can go; those that were built may be where
-/// only root can.
+/// Copies of the program and a plugin in a folder that all users can read.
 struct Installed(TempDir);
 
 impl Installed {
@@ -44,7 +43,7 @@ impl Installed {
         Installed(bin)
     }
 
-    /// The program for that CWD, run by another user.
+    /// Returns the program's command for the CWD, run by another user.
     fn run_by(&self, user: u32, group: u32, cwd: &ScratchCwd) -> Command {
         let mut command = Command::new("setpriv");
         command.args([format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".to_owned()]);
@@ -64,7 +63,7 @@ fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
-/// A CWD that others can pass on their way to the socket.
+/// Creates a CWD whose socket other users can reach.
 fn open_cwd() -> ScratchCwd {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("operational/sockets/.keep", "").unwrap();
@@ -88,7 +87,7 @@ fn host_refuses_other_users_by_socket_mode_and_by_credentials() {
     let refused = installed.ask_by(STRANGER, STRANGER, &cwd, &["restore-start", "m"]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(refused.stdout.contains("Permission denied"), "{refused:?}");
-    // Somebody has opened the mode.
+    // The mode no longer protects the socket.
     set_mode(&cwd.socket(), 0o666);
     let told = installed.ask_by(STRANGER, STRANGER, &cwd, &["restore-start", "m"]);
     assert_eq!(told.code, Some(1), "{told:?}");
@@ -110,7 +109,7 @@ fn host_serves_members_of_the_socket_group() {
     let ask = |user, group| installed.ask_by(user, group, &cwd, &["list"]);
     let served = ask(STRANGER, NOBODY);
     assert_eq!(served.code, Some(0), "{served:?}");
-    // Whichever of its groups it is.
+    // The socket's group may be any of the client's supplementary groups.
     let mut member = Command::new("setpriv");
     member.args([
         format!("--reuid={STRANGER}"),

@@ -1,4 +1,4 @@
-//! Who has which machine: locks, reservations, the choice of a machine, and waiting for one's turn.
+//! Allocation of machines: locks, reservations, acquire, and the order of restores.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -53,7 +53,7 @@ fn lock_is_exclusive_until_it_is_released() {
     assert_eq!((&locked["machine"]["locked"], &locked["machine"]["locked_by"]), (&json!(true), &json!("t1")));
     let taken = "Machine m is unavailable and cannot be locked. Machine is locked by: t1";
     assert_eq!(lock(&mut served.client(), "m", "t2"), bad(taken));
-    // An answer can be lost on the way, so the same question has the same answer.
+    // A client repeats a request whose answer was lost, so a repeated lock succeeds.
     assert_eq!(lock(&mut client, "m", "t1"), locked);
     let wrong = json!({"action": "unlock", "machine": "m", "task_id": "t2"});
     assert_reason(&client.ask(wrong).unwrap(), "Machine is locked by: t1");
@@ -118,7 +118,7 @@ fn disabled_machine_cannot_be_locked() {
     assert_eq!(lock(&mut client, "m", "t")["success"], true);
 }
 
-/// Machines as a lab has them.
+/// The machines of a lab.
 const LAB: &str = "
 interface: lo
 machines:
@@ -133,7 +133,7 @@ fn lab() -> Served {
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
 }
 
-/// The name of the machine that a task gets, or why it gets none.
+/// Returns the name of the acquired machine, or the reason of the failure.
 fn acquire(client: &mut Client, task: &str, wanted: &Value) -> Result<String, String> {
     let mut request = json!({"action": "acquire", "task_id": task});
     request.as_object_mut().unwrap().extend(wanted.as_object().unwrap().clone());
@@ -328,7 +328,7 @@ fn dump_memory_uses_the_path_of_the_lock_when_none_is_given() {
     assert!(path.is_file());
 }
 
-/// The names of the machines that begin to run, in their order.
+/// Returns the names of the machines that start, in their order.
 fn beginnings(subscriber: &mut Client, count: usize) -> Vec<String> {
     let mut begun = Vec::new();
     let mut starting = 0;
@@ -363,11 +363,11 @@ fn restores_get_permits_in_the_order_of_their_requests() {
         client.send(&json!({"action": "restore_start", "machine": name})).unwrap();
     }
     assert_eq!(client.next_message().unwrap(), good());
-    // All others wait by now. Who comes again stands behind them.
+    // All others wait by now. A later request is queued behind them.
     client.send(&json!({"action": "restore_start", "machine": "a", "id": "again"})).unwrap();
     while client.next_message().unwrap().get("id").is_none() {}
     client.ask(json!({"action": "shutdown_all"})).unwrap();
-    // The first `starting` has been heard above.
+    // The first `starting` event was received above.
     let mut heard = vec![subscriber.wait_for_state("a", "running").map(|_| "a".to_owned()).unwrap()];
     heard.extend(beginnings(&mut subscriber, 4));
     assert_eq!((heard.first(), heard.last()), (Some(&"a".to_owned()), Some(&"a".to_owned())), "{heard:?}");
@@ -386,7 +386,7 @@ fn queued_restore_is_refused_when_the_host_shuts_down() {
     client.send(&json!({"action": "restore_start", "machine": "a", "id": "a"})).unwrap();
     subscriber.wait_for_state("a", "starting").unwrap();
     client.send(&json!({"action": "restore_start", "machine": "b", "id": "b"})).unwrap();
-    // Answered by the same connection's reader, so the one before has been read.
+    // The same reader answers this request, so the host has read the one before.
     client.send(&json!({"action": "version", "id": "read"})).unwrap();
     assert_eq!(client.next_message().unwrap()["id"], "read");
     let mut late = host.client().unwrap();

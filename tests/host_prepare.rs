@@ -1,5 +1,5 @@
-//! Preparing restores ahead of time, with machines in memory: when it is done, what it gives way to, and
-//! what is told of it.
+//! Preparation of restores, with machines in memory: when it happens, when it is cancelled, and how it is
+//! reported.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -14,7 +14,7 @@ use serde_json::json;
 
 /// Longer than any test waits.
 const FOR_EVER: &str = "delays_ms: {prepare: 600000}";
-/// A restore that fails, unless it was prepared.
+/// A restore that fails, unless the machine is prepared.
 const ONLY_PREPARED: &str = "faults: {restore_start: fail}";
 
 fn served(machines: &[(&str, &str)]) -> (RunningHost, ScratchCwd) {
@@ -23,7 +23,7 @@ fn served(machines: &[(&str, &str)]) -> (RunningHost, ScratchCwd) {
     (RunningHost::start(&cwd).unwrap(), cwd)
 }
 
-/// A client that hears all, and a machine that is prepared.
+/// Returns a subscribed client, with the machine `m` prepared.
 fn prepared(host: &RunningHost) -> Client {
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
@@ -45,7 +45,7 @@ fn machine_is_prepared_at_startup_and_after_each_run() {
         assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
         assert_eq!(how(&mut client), "plain");
         assert_eq!(client.act("stop", "m").unwrap()["success"], true);
-        // Nobody asks for it: the host prepares it by itself.
+        // The host prepares the machine without a request.
         while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}
     }
 }
@@ -65,7 +65,7 @@ fn stop_discards_the_preparation() {
     let mut client = prepared(&host);
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
     assert_eq!(how(&mut client), "plain");
-    // Time for the host to prepare it, if it wanted to: as much as another machine's preparation takes.
+    // Another machine's preparation takes as long as an unwanted one of `m` would.
     assert_eq!(client.act("prepare", "other").unwrap()["success"], true);
     assert_eq!(how(&mut client), "plain");
     assert_eq!(client.act("prepare", "m").unwrap()["success"], true);
@@ -104,7 +104,7 @@ fn preparation_is_cancelled_when_a_stop_or_a_cold_start_is_requested() {
     assert!(begun.elapsed() < Duration::from_secs(60), "the end waits for a preparation");
 }
 
-/// A task may want to look at what its machine has left.
+/// A task may inspect its machine after the run.
 #[test]
 fn preparation_waits_when_the_machine_is_locked() {
     let (host, _cwd) = served(&[("m", ""), ("other", "")]);
@@ -114,10 +114,10 @@ fn preparation_waits_when_the_machine_is_locked() {
     for action in ["restore_start", "stop"] {
         assert_eq!(client.act(action, "m").unwrap()["success"], true);
     }
-    // As much time as another machine's preparation takes.
+    // Another machine's preparation takes as long as an unwanted one of `m` would.
     assert_eq!(client.act("prepare", "other").unwrap()["success"], true);
     assert_eq!(how(&mut client), "plain");
-    // A stop that a task gives to be sure costs nothing.
+    // A repeated stop has no effect.
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
     assert_eq!(client.act("unlock", "m").unwrap()["success"], true);
     while how(&mut client) != "standby" {
@@ -125,13 +125,13 @@ fn preparation_waits_when_the_machine_is_locked() {
     }
 }
 
-/// What waits for its turn is not forgotten because something else came first.
+/// A queued preparation is kept when another action comes first.
 #[test]
 fn preparation_is_retried_when_another_action_displaced_it() {
     let (host, _cwd) = served(&[("slow1", FOR_EVER), ("slow2", FOR_EVER), ("m", "")]);
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
-    // The first two have all the turns there are.
+    // The first two machines hold all prepare permits.
     let screenshot = json!({"action": "screenshot", "machine": "m", "path": "/tmp/never-written.png"});
     assert_eq!(client.ask(screenshot).unwrap()["success"], false);
     assert_eq!(client.act("stop", "slow1").unwrap()["success"], true);
@@ -147,7 +147,7 @@ fn restore_is_not_delayed_when_many_machines_are_being_prepared() {
     machines.push(("m", FOR_EVER));
     let (host, _cwd) = served(&machines);
     let mut client = host.client().unwrap();
-    // Its own has not begun: those before it in the list have the turns, and keep them.
+    // The machines before it in the list hold all prepare permits, so its own preparation is queued.
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true, "{}", host.log());
 }
 
@@ -156,7 +156,7 @@ fn machine_stays_enabled_when_its_preparation_fails() {
     let (host, _cwd) = served(&[("m", "faults: {prepare: fail}, fault_times: 2")]);
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
-    // One that runs is left alone.
+    // A running machine is not prepared.
     assert_eq!(client.act("prepare", "m").unwrap()["success"], false);
     let machine = client.machine("m").unwrap();
     assert_eq!((&machine["disabled"], &machine["state"]), (&json!(false), &json!("running")));

@@ -1,6 +1,6 @@
-//! The socket protocol, message by message, over the real socket of a real host.
+//! The socket protocol, message by message, over the socket of a running host.
 //!
-//! What Cuckoo's clients rely on is compared whole: an answer with one key more is a failure here.
+//! Messages that Cuckoo's clients read are compared whole: an additional key is a failure.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -50,13 +50,13 @@ fn subscribed(served: &Served) -> Client {
     client
 }
 
-/// Waits for a machine's state to be told.
+/// Waits for the state event of a machine.
 fn hear_state(subscriber: &mut Client, machine: &str, state: &str) {
     let told = json!({"event": "state", "machine": machine, "state": state});
     while subscriber.next_message().unwrap() != told {}
 }
 
-/// The connection is still of use.
+/// Asserts that the connection is open.
 fn assert_open(client: &mut Client) {
     assert_eq!(client.ask(json!({"action": "version"})).unwrap()["success"], true);
 }
@@ -192,7 +192,7 @@ fn actions_of_one_machine_run_in_request_order() {
     let served = served(&[("m", "delays_ms: {restore_start: 20, stop: 1}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
-    // A start that came before its stop would find the machine running, and stop it once more.
+    // A start that overtook its stop would stop the machine once more.
     for (id, action) in ["restore_start", "stop"].iter().cycle().take(20).enumerate() {
         client.send(&json!({"action": action, "machine": "m", "id": id})).unwrap();
     }
@@ -299,12 +299,12 @@ fn descriptors_are_closed_when_subscribers_disconnect() {
     for _ in 0..50 {
         drop(subscribed(&served));
     }
-    // Also those that have long stopped to send.
+    // Some clients have shut down their write side long before.
     let mut silent: Vec<_> = (0..50).map(|_| subscribed(&served)).collect();
     silent.iter_mut().for_each(|subscriber| subscriber.shutdown_write().unwrap());
     (0..100).for_each(|_| assert_open(&mut client));
     drop(silent);
-    // Nothing tells when the host has noticed, so it gets the time of a few thousand questions.
+    // No event shows when the host has noticed, so the test allows the time of many requests.
     let noticed = (0..5000).any(|_| {
         assert_open(&mut client);
         open_files(&served.host) <= before
@@ -329,7 +329,7 @@ fn shutdown_all_stops_all_machines() {
     let mut client = served.client();
     client.act("restore_start", "a").unwrap();
     client.act("norestore_start", "b").unwrap();
-    // Also one that is only just starting.
+    // One machine is still starting.
     client.send(&json!({"action": "restore_start", "machine": "c", "id": "c"})).unwrap();
     hear_state(&mut subscriber, "c", "starting");
     assert_eq!(client.ask(json!({"action": "shutdown_all"})).unwrap(), good());
@@ -435,7 +435,7 @@ fn line_is_refused_when_it_exceeds_one_mebibyte() {
     client.send(&request).unwrap();
     assert_eq!(client.next_message().unwrap(), good());
 
-    // The host may close before it has taken everything.
+    // The host may close the connection before it has read everything.
     let _ = client.send_bytes(&vec![b' '; 2 * 1024 * 1024]);
     let answer = client.next_message().unwrap();
     assert_eq!(answer["success"], false);
@@ -476,7 +476,7 @@ fn host_memory_is_bounded_when_a_client_never_reads() {
     let before = resident();
     let mut deaf = UnixStream::connect(served.cwd.socket()).unwrap();
     deaf.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
-    // Until the host takes no more of it.
+    // Until the host's queue is full.
     let full = loop {
         if let Err(error) = deaf.write_all(b"{\"action\": \"list\"}\n") {
             break error;
@@ -506,7 +506,7 @@ fn host_serves_other_processes_when_one_floods_it_with_connections() {
     let served = served(&[("m", "")]);
     client::raise_file_limit().unwrap();
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
-    // What is beyond one process's share is closed, and the rest is of use.
+    // Connections beyond the limit of one process are closed; the others stay open.
     let refused = mine.last_mut().unwrap();
     let told = refused.next_message().unwrap();
     assert!(told["reason"].as_str().unwrap().contains("too many connections"), "{told}");
@@ -514,7 +514,7 @@ fn host_serves_other_processes_when_one_floods_it_with_connections() {
     assert_open(&mut mine[0]);
     let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
     assert_eq!(listed.code, Some(0), "{listed:?}");
-    // Who lets go gets in again; when the host notices, nothing tells.
+    // A closed connection frees its permit. No event shows when the host has noticed.
     drop(mine);
     let again = (0..10_000).any(|_| served.client().ask(json!({"action": "version"})).is_ok());
     assert!(again);
@@ -526,12 +526,12 @@ fn connections_count_against_the_limit_until_their_answers_are_sent() {
     client::raise_file_limit().unwrap();
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
     for client in &mut mine {
-        // Those beyond the share are closed, and may be by now.
+        // Connections beyond the limit may be closed already.
         let _ = client.send(&json!({"action": "restore_start", "machine": "m"}));
         let _ = client.shutdown_write();
     }
     mine.extend((0..600).map(|_| served.client()));
-    // Connections are taken in their order, so these have all been.
+    // The host accepts connections in order, so it has seen all of these.
     let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
     assert_eq!(listed.code, Some(0), "{listed:?}");
     let open = open_files(&served.host);
@@ -550,7 +550,7 @@ fn open_files(host: &RunningHost) -> usize {
     fs::read_dir(format!("/proc/{}/fd", host.pid())).unwrap().count()
 }
 
-/// The number behind that word in a file of `/proc`.
+/// Returns the number after `word` in a file of `/proc`.
 fn number(path: &str, word: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap();
     let rest = text.lines().find_map(|line| line.strip_prefix(word)).unwrap();

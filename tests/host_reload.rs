@@ -1,5 +1,4 @@
-//! A new configuration while the host serves: what changes at once, what waits for a machine to be free, and
-//! that a bad one changes nothing.
+//! Reload of the configuration: immediate changes, deferred changes, and refused configurations.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -28,7 +27,7 @@ fn reload(client: &mut Client) -> Value {
     client.ask(json!({"action": "reload"})).unwrap()
 }
 
-/// What a reload that succeeds answers.
+/// Returns the answer of a successful reload.
 fn taken(added: &[&str], changed: &[&str], removed: &[&str], later: &[&str]) -> Value {
     let machines =
         json!({"added": added, "changed": changed, "removed": removed, "deferred": later, "later": later});
@@ -92,11 +91,11 @@ fn change_is_deferred_when_the_machine_is_in_use() {
     }
     let listed = host::run(&cwd, &["list"]).unwrap();
     assert!(listed.stdout.contains("its new configuration waits until it is free"), "{}", listed.stdout);
-    // Its task still has it as it was.
+    // The task's machine is unchanged.
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
     assert_eq!(client.act("stop", "m").unwrap(), done());
     assert_eq!(client.machine("m").unwrap()["tags"], json!([]));
-    // Half a file is of no interest now: what was read before is taken over.
+    // The host applies the configuration that it read before, not this invalid file.
     cwd.write_yaml("double", "machines: [").unwrap();
     assert_eq!(hear_reloaded(&mut client)["deferred"], json!(["m", "gone"]));
     assert_eq!(client.ask(json!({"action": "unlock", "machine": "m"})).unwrap(), done());
@@ -161,14 +160,14 @@ fn reload_changes_nothing_when_one_machinery_refuses() {
     let cwd = ScratchCwd::new(&[("double", &double(&[("m", "")])), ("minimal", other)]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    // The second one cannot take over, so the first one has to take the old one back.
+    // The second machinery refuses, so the first one must roll back.
     cwd.write_yaml("double", &double(&[("other", "")])).unwrap();
     cwd.write_yaml("minimal", &other.replace("next", "last")).unwrap();
     let refused = reload(&mut client);
     assert!(refused["reason"].as_str().unwrap().contains("'minimal'"), "{refused}");
     assert_eq!(names(&mut client), ["m", "next"]);
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
-    // A name is used once over all machineries, also from now on.
+    // Machine names are unique over all machineries.
     cwd.write_yaml("minimal", other).unwrap();
     cwd.write_yaml("double", &double(&[("m", ""), ("next", "")])).unwrap();
     let refused = reload(&mut client);
@@ -188,7 +187,7 @@ fn sighup_reloads_and_logs_the_outcome() {
     assert_eq!(client.act("restore_start", "n").unwrap(), done());
     cwd.write_yaml("double", "machines: [").unwrap();
     host.signal(Signal::HUP).unwrap();
-    // A reload waits for the one before it.
+    // This reload waits for the one before it.
     assert_eq!(reload(&mut client)["success"], false);
     assert!(host.log().contains("not reloaded: nothing has changed"), "{}", host.log());
     let command = host::run(&cwd, &["reload", "--json"]).unwrap();
@@ -262,7 +261,7 @@ fn reload_reports_a_restart_when_a_plugin_file_has_changed() {
     let from_cwd = |command: &mut std::process::Command| {
         command.arg("--plugin-dir").arg(cwd.root().join("machineries"));
     };
-    // The folder of what was built would be searched before.
+    // The build folder would be searched first.
     let mut command = std::process::Command::new(artifacts::program().unwrap());
     command.arg("--cwd").arg(cwd.root());
     let host = RunningHost::start_with(&cwd, |given| {
@@ -273,7 +272,7 @@ fn reload_reports_a_restart_when_a_plugin_file_has_changed() {
     let host = host.unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(reload(&mut client)["restart_required"], json!([]));
-    // The same once more is nothing new.
+    // A copy with the same content is not reported.
     let (copy, mut content) = (file.with_extension("new"), fs::read(&file).unwrap());
     let replace = |content: &[u8]| {
         fs::write(&copy, content).unwrap();
@@ -300,7 +299,7 @@ fn reload_cancels_preparation_when_the_machine_changes() {
     let cwd = cwd.unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = subscribed(&host);
-    // Its preparation would go on for ten minutes, and gives way.
+    // The preparation would take ten minutes, and is cancelled.
     cwd.write_yaml("double", &format!("{able}{}", double(&[("m", "tags: [new]")]))).unwrap();
     assert_eq!(reload(&mut client), taken(&[], &["m"], &[], &[]));
     while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}

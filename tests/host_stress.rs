@@ -1,7 +1,7 @@
-//! Many machines, many actions, and no work at all: what the host costs.
+//! The host's resource use with many machines, with many actions, and when idle.
 //!
-//! Bounds are for a debug build on a busy machine, and generous; the numbers are printed
-//! (`--nocapture`). The tests here take turns, for they measure.
+//! Bounds allow for a debug build on a busy machine. The measured numbers are printed (`--nocapture`). These
+//! tests run one after the other.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 const MACHINES: usize = 1000;
 const ACTIONS: usize = 10_000;
 
-/// A host with its CWD, and the right to measure; dropped in this order.
+/// A host with its CWD, and the exclusive right to measure; dropped in this order.
 struct Served {
     host: RunningHost,
     _cwd: ScratchCwd,
@@ -28,18 +28,18 @@ struct Served {
 
 fn served(machines: &[(&str, &str)]) -> Served {
     static TURN: Mutex<()> = Mutex::new(());
-    // A test that failed has nothing more to measure.
+    // A failed test no longer measures.
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let cwd = ScratchCwd::double(machines).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), _cwd: cwd, _turn: turn }
 }
 
-/// A host with [`MACHINES`] machines.
+/// Starts a host with [`MACHINES`] machines.
 fn many() -> Served {
     with_machines(MACHINES)
 }
 
-/// Machines `m0` and on; every third one's restore fails.
+/// Starts a host with machines `m0`, `m1` and so on; the restore of every third one fails.
 fn with_machines(count: usize) -> Served {
     let names: Vec<String> = (0..count).map(|index| format!("m{index}")).collect();
     let keys = |index: usize| if fails(index) { "faults: {restore_start: fail}" } else { "" };
@@ -52,7 +52,7 @@ fn fails(machine: usize) -> bool {
     machine.is_multiple_of(3)
 }
 
-/// How long a list of that many machines takes.
+/// Measures the duration of a list of that many machines.
 fn list_time(client: &mut Client, machines: usize) -> Duration {
     let begun = Instant::now();
     client.send(&json!({"action": "list"})).unwrap();
@@ -63,7 +63,7 @@ fn list_time(client: &mut Client, machines: usize) -> Duration {
     took
 }
 
-/// The processor time of the host for a number of lists.
+/// Returns the host's processor time for a number of lists.
 fn list_costs(machines: usize, lists: usize) -> Duration {
     let served = with_machines(machines);
     let mut client = served.host.client().unwrap();
@@ -80,35 +80,35 @@ fn resident_kb(host: &RunningHost) -> u64 {
     number(&fs::read_to_string(format!("/proc/{}/status", host.pid())).unwrap(), "VmRSS:")
 }
 
-/// The number behind that word in a file of `/proc`.
+/// Returns the number after `word` in a file of `/proc`.
 fn number(text: &str, word: &str) -> u64 {
     let rest = text.lines().find_map(|line| line.strip_prefix(word)).unwrap();
     rest.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// The processor time a process has used; what else the machine is doing does not change it.
+/// Returns a process's processor time, which does not depend on the machine's load.
 fn processor_time(host: &RunningHost) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{}/stat", host.pid())).unwrap();
     let ticks: u64 = times_of(&stat).iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
-    // A tick is 10 ms, to programs, on every Linux.
+    // A tick is 10 ms for programs, on every Linux.
     Duration::from_millis(ticks * 10)
 }
 
-/// The 14th and 15th field of a `stat`, time in the program and in the kernel; the second field is a
-/// name in brackets that may hold anything.
+/// Returns the 14th and 15th field of a `stat`: time in the program and in the kernel. The second field is a
+/// name in parentheses with arbitrary content.
 fn times_of(stat: &str) -> Vec<&str> {
     stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2).collect()
 }
 
 #[test]
 fn list_time_per_machine_is_constant_when_there_are_many() {
-    // Ten times as many machines, and a tenth of the lists. A cost that grew with the square would be ten
-    // times as high.
+    // Ten times as many machines, and a tenth of the lists. A quadratic algorithm would take ten times as
+    // long.
     let (few, many) = (list_costs(MACHINES / 10, 500), list_costs(MACHINES, 50));
     assert!(many < few * 4, "{few:?} with few machines, {many:?} with many");
 }
 
-/// The action with that number: machines in turn, on each of them restore and stop in turn.
+/// Returns the action with that number: machines in order, each alternately restored and stopped.
 fn action(number: usize) -> (usize, &'static str) {
     let name = if (number / MACHINES).is_multiple_of(2) { "restore_start" } else { "stop" };
     (number % MACHINES, name)
@@ -156,7 +156,7 @@ fn concurrent_clients_get_their_own_answers() {
             let mut connection = served.host.client().unwrap();
             scope.spawn(move || {
                 for round in 0..20 {
-                    // Machines that do not fail: 1, 4, 7 and so on, each client its own.
+                    // Machines whose restore succeeds: 1, 4, 7 and so on, one for each client.
                     let machine = format!("m{}", client * 3 + 1);
                     for action in ["restore_start", "stop"] {
                         let id = format!("{client}/{round}/{action}");
@@ -170,7 +170,7 @@ fn concurrent_clients_get_their_own_answers() {
     });
 }
 
-/// What a process has done so far: times it slept and woke, and the time it used.
+/// Returns each thread's context switches and processor time.
 fn doings(host: &RunningHost) -> Vec<(String, u64, String)> {
     let tasks = fs::read_dir(format!("/proc/{}/task", host.pid())).unwrap();
     let mut doings: Vec<_> = tasks
@@ -193,8 +193,7 @@ fn host_uses_no_processor_time_when_idle() {
     let mut subscriber = served.host.client().unwrap();
     subscriber.ask(json!({"action": "subscribe"})).unwrap();
     client.act("restore_start", "runs").unwrap();
-    // The one place where time itself is what is waited for. The runtime keeps a thread that made
-    // a call for 10 s, to use it again.
+    // Time itself is the condition here. The runtime keeps an idle thread for 10 s.
     thread::sleep(Duration::from_secs(11));
     let before = doings(&served.host);
     thread::sleep(Duration::from_secs(3));

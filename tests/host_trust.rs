@@ -1,6 +1,5 @@
-//! Loading is trust: the host looks at a plugin before it runs its code. It refuses what others could have
-//! changed, and what is not in the list of hashes where there is one. Giving files away takes root; as a
-//! plain user, these tests leave that out and say so.
+//! Trust in plugins: the host checks owner, mode and hash of a plugin before it runs its code. Only root can
+//! give files to others; plain users skip those tests, with a message.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -24,14 +23,14 @@ use tempfile::TempDir;
 const STRANGER: u32 = 54_321;
 const INSECURE: &str = "--allow-insecure-plugins";
 
-/// A CWD with the plugin `double` in its own folder.
+/// Creates a CWD with the plugin `double` in its own plugin folder.
 fn cwd_with_plugin() -> (ScratchCwd, PathBuf) {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let plugin = cwd.install_plugin("double").unwrap();
     (cwd, plugin)
 }
 
-/// `cuckoo-machinery` for that CWD, with the CWD's own plugins before those that were built.
+/// Returns `cuckoo-machinery` for the CWD, which searches the CWD's plugin folder before the build folder.
 fn command(cwd: &ScratchCwd, arguments: &[&str]) -> Command {
     let mut command = Command::new(artifacts::program().unwrap());
     command.env_remove("CUCKOO_MACHINERY_PLUGINS").arg("--cwd").arg(cwd.root()).args(arguments);
@@ -46,14 +45,14 @@ fn start(cwd: &ScratchCwd, arguments: &[&str]) -> RunningHost {
     RunningHost::start_with(cwd, |built| *built = command(cwd, &[arguments, &["serve"]].concat())).unwrap()
 }
 
-/// What `plugins` tells of the one that is listed.
+/// Returns the output of `plugins` for the listed plugin.
 fn told(cwd: &ScratchCwd, arguments: &[&str]) -> Value {
     let ran = run(cwd, &[arguments, &["plugins", "--json"]].concat());
     let plugins: Value = serde_json::from_str(&ran.stdout).unwrap();
     plugins["listed"][0].clone()
 }
 
-/// The host does not start, and says all of `words` once; so do `check` and `plugins`.
+/// Asserts that `serve`, `check` and `plugins` fail, each with all of `words`.
 #[track_caller]
 fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
     let serve = run(cwd, &["serve"]);
@@ -97,7 +96,7 @@ fn plugin_is_refused_when_its_path_is_world_writable() {
         let what = format!("everybody can write to {}, mode 0777", path.display());
         let advice = format!("`chmod o-w {}`", path.display());
         assert_refused(&cwd, &["libmachinery_double.so", &what, &advice, INSECURE]);
-        // The advice is right.
+        // The advised command solves the problem.
         set_mode(&path, 0o755);
         assert_serves(&cwd);
     }
@@ -114,7 +113,7 @@ fn plugin_is_refused_when_another_group_can_write_to_its_folder() {
     set_mode(folder, 0o775);
     let advice = format!("`chmod g-w {}`", folder.display());
     assert_refused(&cwd, &["the group 54321 can write to", &advice]);
-    // That of root is as good as root.
+    // Root's group is trusted like root.
     chown(folder, None, Some(0)).unwrap();
     assert_serves(&cwd);
 }
@@ -163,7 +162,7 @@ fn plain_users_host_trusts_plugins_of_that_user_and_root() {
     }
 }
 
-/// The program at a place where everybody can go; the one that was built may be where only root can.
+/// Copies the program to a folder that all users can read.
 fn installed() -> TempDir {
     let bin = tempfile::Builder::new().prefix("machinery-bin.").tempdir().unwrap();
     set_mode(bin.path(), 0o755);
@@ -199,7 +198,7 @@ fn serve_reports_all_untrusted_plugins_together() {
     assert_eq!(serve.stderr.matches(&of_the_folder).count(), 2, "{}", serve.stderr);
 }
 
-/// Has the CWD's plugin be a link to `shelf/libmachinery_double-1.2.so`, and gives that file.
+/// Replaces the CWD's plugin by a link to `shelf/libmachinery_double-1.2.so`, and returns that file.
 fn shelve(cwd: &ScratchCwd, plugin: &Path) -> PathBuf {
     let shelf = cwd.root().join("shelf");
     fs::create_dir(&shelf).unwrap();
@@ -256,7 +255,7 @@ fn plugin_is_refused_when_a_link_to_its_folder_is_replaceable() {
     set_mode(&way, 0o777);
     let refused = told(&cwd, &dir)["error"].as_str().unwrap().to_owned();
     assert!(refused.contains(&format!("everybody can write to {},", way.display())), "{refused}");
-    // Where only its owner can replace it.
+    // In a sticky folder only the owner can replace the link.
     set_mode(&way, 0o1777);
     assert_eq!(told(&cwd, &dir)["path"], plugin.to_str().unwrap());
     if is_root() {
@@ -283,7 +282,7 @@ fn untrusted_plugin_is_loaded_with_a_warning_when_insecure_plugins_are_allowed()
         assert_eq!(ran.code, Some(0), "{ran:?}");
         assert!(ran.stderr.contains("everybody can write to"), "{ran:?}");
     }
-    // One that is safe costs no warning.
+    // A trusted plugin causes no warning.
     set_mode(&plugin, 0o755);
     let ran = run(&cwd, &[INSECURE, "plugins"]);
     assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{ran:?}");
@@ -362,7 +361,7 @@ fn sha256sum(file: &Path) -> String {
     told.stdout.split_whitespace().next().unwrap().to_owned()
 }
 
-/// The hash of nothing.
+/// The hash of an empty file.
 const ANOTHER: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
 #[test]
@@ -381,10 +380,10 @@ fn plugin_is_refused_when_its_hash_is_not_listed() {
         let listed = format!("listed for it is {listed}");
         let its = format!("its hash is {hash}");
         assert_refused(&cwd, &[&yaml, place, plugin.to_str().unwrap(), &its, &listed, &line]);
-        // That others may have changed it is another matter.
+        // The option for insecure plugins does not disable hashes.
         assert_eq!(run(&cwd, &[INSECURE, "serve"]).code, Some(2));
     }
-    // As the advice has it, and as it is during an upgrade.
+    // The advised line, and two hashes during an upgrade.
     for list in [format!("{{double: \"{hash}\"}}"), format!("{{double: ['{ANOTHER}', '{hash}']}}")] {
         cwd.host_yaml(&format!("plugin_hashes: {list}\n")).unwrap();
         assert_serves(&cwd);

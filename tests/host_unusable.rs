@@ -1,5 +1,5 @@
-//! Machines that their plugin cannot use: the host serves the others, and enables each machine once it is
-//! sound again.
+//! Machines that their plugin cannot use: the host serves the others, and enables each machine when it is
+//! usable again.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -12,7 +12,7 @@ use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::{ScratchCwd, double};
 use serde_json::{Value, json};
 
-/// Creates a CWD with a machine `broken` whose file is missing, and a sound one. Returns the file's path,
+/// Creates a CWD with a machine `broken` whose file is missing, and a usable one. Returns the file's path,
 /// too.
 fn cwd() -> (ScratchCwd, PathBuf) {
     let cwd = ScratchCwd::double(&[]).unwrap();
@@ -112,7 +112,7 @@ fn machine_disabled_by_an_operator_stays_so_when_a_reload_finds_it_sound() {
 fn unusable_machine_is_sound_at_the_next_start_when_its_file_is_back() {
     let (cwd, needs) = cwd();
     let mut host = RunningHost::start(&cwd).unwrap();
-    // A lock makes the host write its file of all machines' availability.
+    // A lock makes the host write its state file.
     let lock = json!({"action": "lock", "machine": "sound", "task_id": "t"});
     assert_eq!(host.client().unwrap().ask(lock).unwrap()["success"], true);
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());

@@ -1,4 +1,4 @@
-//! The host's life: one for each CWD, an end in good order, and a command line that tells how it went.
+//! The host's lifecycle: one host for each CWD, orderly shutdown, and exit codes of the command line.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -64,7 +64,7 @@ fn shutdown_finishes_running_actions_and_refuses_queued_ones() {
     host.signal(Signal::TERM).unwrap();
     host.wait_for_notification("STOPPING=1").unwrap();
 
-    // Who is connected may ask on, and is told.
+    // Connected clients still get answers.
     let answer = client.act("restore_start", "off").unwrap();
     assert!(answer["reason"].as_str().unwrap().contains("shutting down"), "{answer}");
     let mut answers = [client.next_message().unwrap(), client.next_message().unwrap()];
@@ -125,7 +125,7 @@ fn second_host_is_refused_when_the_cwd_is_served() {
     let second = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(second.code, Some(2), "{second:?}");
     assert!(second.stderr.contains("another host already serves this CWD"), "{second:?}");
-    // The first one has not noticed.
+    // The first host is not affected.
     assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), good());
     host.terminate().unwrap();
     RunningHost::start(&cwd).unwrap();
@@ -180,7 +180,7 @@ fn cwd_is_taken_from_the_environment_when_no_option_is_given() {
     assert_eq!(host::run_command(command).unwrap().code, Some(0));
 }
 
-/// Exit code of a command, with what it said should that be another.
+/// Runs a command and asserts its exit code.
 #[track_caller]
 fn assert_code(cwd: &ScratchCwd, arguments: &[&str], code: i32) -> CommandOutput {
     let ran = host::run(cwd, arguments).unwrap();

@@ -1,5 +1,5 @@
-//! What a plugin does that nobody should: in every test the misbehaving machinery misbehaves as it is told, beside
-//! another one that has to go on as if nothing were.
+//! Faults of a plugin that no plugin should have. The misbehaving machinery is configured with them; the
+//! double machinery beside it must stay usable.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -12,11 +12,11 @@ use machinery_testkit::host::{self, CommandOutput, RunningHost};
 use machinery_testkit::scratch::{ScratchCwd, double};
 use serde_json::{Value, json};
 
-/// Short, so that what waits for them is soon over.
+/// Short timeouts keep the tests short.
 const LIMITS: &str = "timeouts: {restore_start: 1, norestore_start: 1, stop: 1, acpi_stop: 1, \
                       dump_memory: 1, screenshot: 1, prepare: 1, state: 1, shutdown: 1, reload: 1, load: 20}\n";
 
-/// The methods about one machine that a client can ask for, and what state the machine has to be in.
+/// The methods that a client can request for a machine; true if the machine has to run.
 const METHODS: [(&str, bool); 8] = [
     ("state", false),
     ("restore_start", false),
@@ -28,7 +28,7 @@ const METHODS: [(&str, bool); 8] = [
     ("screenshot", true),
 ];
 
-/// The text of `misbehaving.yaml`: keys of the machinery, and machines with theirs.
+/// Returns the text of `misbehaving.yaml`, with keys of the machinery and of its machines.
 fn misbehaving(keys: &str, machines: &[(&str, &str)]) -> String {
     let mut text = format!("{keys}\nmachines:\n");
     for (index, (name, keys)) in machines.iter().enumerate() {
@@ -39,7 +39,7 @@ fn misbehaving(keys: &str, machines: &[(&str, &str)]) -> String {
     text
 }
 
-/// A CWD of a misbehaving machinery, and of one with the machine `fine`.
+/// Creates a CWD of the misbehaving machinery, and of the double with the machine `fine`.
 fn cwd(misbehaving: &str) -> ScratchCwd {
     ScratchCwd::new(&[("double", &double(&[("fine", "")])), ("misbehaving", misbehaving)]).unwrap()
 }
@@ -50,14 +50,14 @@ struct Served {
     cwd: ScratchCwd,
 }
 
-/// A host that soon loses its patience.
+/// Starts a host with short timeouts.
 fn serve(misbehaving: &str) -> Served {
     let cwd = cwd(misbehaving);
     cwd.host_yaml(LIMITS).unwrap();
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
 }
 
-/// A host with all the time in the world, for what takes long.
+/// Starts a host with default timeouts.
 fn serve_patiently(misbehaving: &str) -> Served {
     let cwd = cwd(misbehaving);
     Served { host: RunningHost::start(&cwd).unwrap(), cwd }
@@ -73,7 +73,7 @@ impl Served {
         client.ask(json!({"action": action, "machine": machine, "path": path})).unwrap()
     }
 
-    /// The host is well, and so are these machines; it ends when it is told to.
+    /// Asserts that the host and these machines work, and that the host exits with code 0.
     #[track_caller]
     fn assert_well(mut self, machines: &[&str]) {
         let mut client = self.client();
@@ -107,7 +107,7 @@ fn assert_says(text: &str, words: &[&str]) {
     }
 }
 
-/// Out of the pool, for the reason that was answered.
+/// Asserts that the machine is disabled, for the reason that was answered.
 #[track_caller]
 fn assert_disabled(client: &mut Client, machine: &str, answer: &Value) {
     let listed = client.machine(machine).unwrap();
@@ -116,10 +116,9 @@ fn assert_disabled(client: &mut Client, machine: &str, answer: &Value) {
     assert_eq!(listed["errors"].as_array().unwrap().last(), Some(&answer["reason"]));
 }
 
-/// A host of machines that each have this fault in one method, and one more that has none. Each machine
-/// is lost, for a reason that says `words`.
+/// Asserts that each machine with this fault in one method is disabled, for a reason with `words`.
 fn assert_each_method_disables_its_machine(fault: &str, words: &[&str]) {
-    // Of a question at the start of the host, `state` is another test's.
+    // The host reads each state at startup; another test has that fault.
     let methods: Vec<_> = METHODS.into_iter().filter(|(method, _)| *method != "state").collect();
     let keys: Vec<_> =
         methods.iter().map(|(method, _)| (*method, format!("faults: {{{method}: {fault}}}"))).collect();
@@ -133,7 +132,7 @@ fn assert_each_method_disables_its_machine(fault: &str, words: &[&str]) {
         }
         let answer = served.act(&mut client, method, method);
         if method == "prepare" && fault == "hang" {
-            // The host has had it prepared by itself, and is still lost in that.
+            // The host's own preparation of the machine hangs already.
             assert_fails(&answer, &["earlier call"]);
             assert_says(client.machine(method).unwrap()["disabled_reason"].as_str().unwrap(), words);
             continue;
@@ -190,7 +189,7 @@ fn machine_is_disabled_when_its_state_cannot_be_read() {
     let served = serve(&misbehaving("", &machines));
     let mut client = served.client();
     for (fault, words) in faults {
-        // The host has asked when it was started.
+        // The host has read the state at startup.
         let listed = client.machine(fault).unwrap();
         assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
         assert_says(listed["disabled_reason"].as_str().unwrap(), &[words]);
@@ -212,7 +211,7 @@ fn thread_panic_is_logged_and_the_machine_stays_enabled() {
     served.assert_well(&["m"]);
 }
 
-/// A start that fails because of that fault of the machinery, and says so once.
+/// Asserts that `serve` fails because of this fault, with one error.
 #[track_caller]
 fn assert_no_start(keys: &str, words: &[&str]) -> CommandOutput {
     let cwd = cwd(&misbehaving(keys, &[("m", "")]));
@@ -319,7 +318,7 @@ fn host_exits_when_stops_and_preparations_hang() {
         ("m", ""),
     ];
     let cwd = cwd(&misbehaving("prepare: true", &machines));
-    // The preparation has long to go when the host is told to end.
+    // The preparation would take an hour.
     cwd.host_yaml(&LIMITS.replace("prepare: 1", "prepare: 3600")).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
@@ -353,7 +352,7 @@ fn reload_changes_nothing_when_a_plugins_reload_fails() {
         let served = serve(&misbehaving(&format!("faults: {{reload: {fault}}}"), &[("m", "")]));
         let mut client = served.client();
         assert_eq!(client.act("restore_start", "m").unwrap(), good());
-        // The other one takes over, and has to take the old one back.
+        // The other machinery applies its change, and has to roll back.
         served.cwd.write_yaml("double", &double(&[("fine", ""), ("more", "")])).unwrap();
         for words in [words, if fault == "hang" { "earlier reload" } else { words }] {
             let answer = client.ask(json!({"action": "reload"})).unwrap();
@@ -383,7 +382,7 @@ fn host_exits_when_a_reload_hangs() {
 fn reload_ignores_machines_that_do_not_exist() {
     for reported in ["terminal_commands", "zero_byte"] {
         let cwd = cwd(&misbehaving(&format!("reload_reports: {reported}"), &[("m", "")]));
-        // A debugging build on a busy machine takes seconds to read two hundred thousand names.
+        // A debug build on a busy machine takes seconds to read two hundred thousand names.
         cwd.host_yaml(&LIMITS.replace("reload: 1", "reload: 30")).unwrap();
         let served = Served { host: RunningHost::start(&cwd).unwrap(), cwd };
         let mut client = served.client();
@@ -399,7 +398,7 @@ fn reload_ignores_machines_that_do_not_exist() {
 #[test]
 fn added_machine_is_disabled_when_its_state_cannot_be_read() {
     let cwd = cwd(&misbehaving("", &[("m", "")]));
-    // The one that hangs may not take all the time of those behind it.
+    // The hanging machine must leave time for those behind it.
     cwd.host_yaml(&LIMITS.replace("reload: 1", "reload: 30")).unwrap();
     let served = Served { host: RunningHost::start(&cwd).unwrap(), cwd };
     let mut client = served.client();
@@ -451,7 +450,7 @@ fn plugin_events_are_sanitised_and_cut() {
         let reason = client.wait_for_state(fault, "paused").unwrap();
         assert!(reason.contains(told) && reason.len() < 10_000, "{fault}: {} bytes", reason.len());
         let why = client.wait_for_event("ready", fault).unwrap()["reason"].as_str().unwrap().to_owned();
-        // What is not UTF-8 makes the whole record one that makes no sense.
+        // Invalid UTF-8 makes the whole record invalid.
         let told = if fault == "invalid_utf8" { r"bad \xff\xfe text" } else { told };
         assert!(why.contains(told) && why.len() < 10_000, "{fault}: {} bytes", why.len());
         let listed = client.machine(fault).unwrap();
@@ -585,7 +584,7 @@ fn host_serves_a_hundred_thousand_machines() {
     assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
     let held = served.host.resources().unwrap();
     assert!(held.resident_kib < 2 * 1024 * 1024 && held.threads < 300, "{held:?}");
-    // A list takes a debugging build seconds, so no more of them.
+    // A list takes a debug build seconds, so the test requests no more of them.
     assert_eq!(client.act("restore_start", "fine").unwrap(), good());
     assert_eq!(served.host.terminate().unwrap().code(), Some(0));
 }

@@ -1,5 +1,5 @@
-//! Two plugins in one host that were built from the same code, with two versions of a library that do not
-//! fit each other, and with a C function of the same name. Each has to have its own of all that.
+//! Two plugins in one host that have the same code, incompatible versions of a library, and a C function of
+//! the same name. Each has its own copy of all of them.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -8,7 +8,7 @@ use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::ScratchCwd;
 use serde_json::json;
 
-/// The text of a twin's configuration.
+/// Returns the text of a twin's configuration.
 fn twin(steps: u32, machine: &str) -> String {
     format!("steps: {steps}\nmachines:\n  {machine}: {{ip: 10.9.0.1, platform: linux, os_version: 1}}\n")
 }
@@ -16,7 +16,7 @@ fn twin(steps: u32, machine: &str) -> String {
 #[test]
 fn plugins_have_separate_libraries_statics_and_hooks_when_their_code_is_the_same() {
     let twins = [("twin-older", twin(3, "old")), ("twin-newer", twin(40, "new"))];
-    // A plugin's file is named as cargo names it.
+    // Cargo replaces `-` with `_` in library names; both are accepted.
     let cwd = ScratchCwd::new(&twins.each_ref().map(|(name, text)| (*name, text.as_str()))).unwrap();
     for (name, _) in &twins {
         cwd.install_plugin(name).unwrap();

@@ -1,5 +1,5 @@
-//! What keeps a host from starting: one clear error for each, and nothing half started. And what does
-//! not: a plugin whose library is missing, beside others.
+//! Loading of plugins: each problem is one clear error, and the host does not start. Only a plugin that lacks
+//! a shared library is left out, if others load.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -13,7 +13,7 @@ use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 
-/// The host does not start, and says all of `words`. `check` says it too.
+/// Asserts that `serve` and `check` fail, each with all of `words`. Returns the output of `serve`.
 #[track_caller]
 fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
     let serve = host::run(cwd, &["serve"]).unwrap();
@@ -31,7 +31,7 @@ fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
     serve.stderr
 }
 
-/// A CWD that lists one machinery, with a configuration that nobody will read.
+/// Creates a CWD that lists one machinery, whose configuration is not read.
 fn listing(name: &str) -> ScratchCwd {
     ScratchCwd::new(&[(name, "machines: {}\n")]).unwrap()
 }
@@ -58,13 +58,13 @@ fn plugin_is_refused_when_it_is_a_text_file() {
 fn plugin_is_refused_when_it_is_truncated() {
     let cwd = listing("cut");
     let mut plugin = fs::read(artifacts::plugin("double").unwrap()).unwrap();
-    // Its debugging information is at the end, and would not be missed.
+    // Debugging information is at the end, so cutting that alone would have no effect.
     plugin.truncate(100_000);
     cwd.write("machineries/libmachinery_cut.so", plugin).unwrap();
     assert_refused(&cwd, &["libmachinery_cut.so"]);
 }
 
-/// The double plugin with all of these bytes replaced by others of the same length.
+/// Returns the double plugin with all of these bytes replaced by others of the same length.
 fn double_with(old: &[u8], new: &[u8]) -> Vec<u8> {
     let mut plugin = fs::read(artifacts::plugin("double").unwrap()).unwrap();
     let at: Vec<_> = (0..plugin.len() - old.len()).filter(|at| plugin[*at..].starts_with(old)).collect();
@@ -75,14 +75,14 @@ fn double_with(old: &[u8], new: &[u8]) -> Vec<u8> {
     plugin
 }
 
-/// Puts a plugin `lacking` into the CWD: a whole one, but it needs a library that nobody has.
+/// Puts a plugin `lacking` into the CWD, which needs a library that does not exist.
 fn put_lacking(cwd: &ScratchCwd) {
-    // The table of needed libraries and that of their versions share this text.
+    // The tables of needed libraries and of their versions share this text.
     let plugin = double_with(b"libgcc_s.so.1\0", b"libgcc_x.so.1\0");
     cwd.write("machineries/libmachinery_lacking.so", plugin).unwrap();
 }
 
-/// What is said of it.
+/// The words of its error.
 const LACKING: [&str; 4] =
     ["libmachinery_lacking.so", "the shared library libgcc_x.so.1", "not installed", "Install the package"];
 
@@ -145,7 +145,7 @@ fn serve_reports_a_missing_library_beside_other_problems() {
 #[test]
 fn plugin_is_refused_when_it_is_another_library() {
     let cwd = listing("stranger");
-    // A library that this very test runs with.
+    // A library that this test is linked to.
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     let library = maps.lines().filter_map(|line| line.find('/').map(|at| &line[at..]));
     let library = library.into_iter().find(|path| path.contains("/libgcc_s.so")).unwrap();
@@ -157,14 +157,14 @@ fn plugin_is_refused_when_it_is_another_library() {
 fn plugin_is_refused_when_its_interface_is_newer() {
     let cwd = listing("newer_interface");
     cwd.install_plugin("newer_interface").unwrap();
-    // The library has nothing behind its header: any step beyond the version would fail otherwise.
+    // The library consists of its header, so any step after the version check would fail otherwise.
     let text =
         assert_refused(&cwd, &["libmachinery_newer_interface.so", "built for machinery interface 2.0"]);
     assert!(text.contains("this host speaks 1."), "{text}");
     assert!(!text.contains("MACHINERY_PLUGIN"), "{text}");
 }
 
-/// The double plugin, saying it was built for that interface.
+/// Returns the double plugin with another interface version in its header.
 fn double_of(major: u32, minor: u32) -> Vec<u8> {
     let header = |major: u32, minor: u32| {
         [&b"cuckoo-machinery"[..], &major.to_ne_bytes(), &minor.to_ne_bytes()].concat()
@@ -179,7 +179,7 @@ fn plugin_is_refused_when_its_minor_is_newer_or_its_major_is_older() {
     for (major, minor) in [(1, 1000), (0, 9)] {
         let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
         cwd.write("first/libmachinery_double.so", double_of(major, minor)).unwrap();
-        // Before the plugins that were built.
+        // This folder is searched before the build folder.
         let mut command = Command::new(artifacts::program().unwrap());
         command.arg("--cwd").arg(cwd.root()).arg("--plugin-dir").arg(cwd.root().join("first")).arg("serve");
         let refused = host::run_command(command).unwrap();
@@ -256,12 +256,12 @@ fn host_serves_several_machineries_when_they_do_not_conflict() {
     }
     let version = client.ask(json!({"action": "version"})).unwrap();
     assert_eq!(version["machineries"]["minimal"], "next door");
-    // What it did not implement is told as unsupported, and costs nothing.
+    // An unsupported action fails, and the machine stays enabled.
     assert_eq!(client.act("acpi_stop", "next").unwrap()["success"], false);
     assert_eq!(client.machine("next").unwrap()["disabled"], false);
 }
 
-/// A CWD of two machineries that both have a machine `m`.
+/// Creates a CWD of two machineries that both have a machine `m`.
 fn with_a_name_used_twice() -> ScratchCwd {
     let other = "machines:\n  m: {ip: 10.9.0.1, platform: linux, os_version: 12}\n";
     ScratchCwd::new(&[("double", &double(&[("m", "")])), ("minimal", other)]).unwrap()
@@ -310,7 +310,7 @@ fn serve_reports_all_plugin_problems_together() {
 fn unlisted_plugins_are_not_opened() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.write("machineries/libmachinery_letter.so", "no").unwrap();
-    // Who opens it waits for ever.
+    // Opening the pipe blocks for ever.
     let pipe = cwd.root().join("machineries/libmachinery_pipe.so");
     mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let host = RunningHost::start(&cwd).unwrap();

@@ -1,4 +1,4 @@
-//! What a host knows of its machines outlives it, however it ends.
+//! Persistence of locks, reservations and disabled machines, however the host ends.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -20,7 +20,7 @@ fn books(cwd: &ScratchCwd) -> PathBuf {
     cwd.root().join("operational/generated/machinery-host/machines.json")
 }
 
-/// What stands in the list of who has a machine.
+/// Returns a machine's availability, as `list` shows it.
 fn standing(machine: &Value) -> Value {
     let keys = ["locked", "locked_by", "reserved", "reserved_by", "disabled", "disabled_reason"];
     keys.iter()
@@ -59,7 +59,7 @@ fn availability_is_kept_when_the_host_is_killed() {
     let mut client = host.client().unwrap();
     assert_eq!(standings(&mut client), before);
     assert_eq!(before[2]["disabled"], true);
-    // Of the task not only its name.
+    // The paths of the lock are kept, too.
     ask_well(&mut client, json!({"action": "restore_start", "machine": "locked"}));
     ask_well(&mut client, json!({"action": "dump_memory", "machine": "locked"}));
     assert!(dump.is_file());
@@ -107,7 +107,7 @@ fn lock_is_refused_when_the_state_file_cannot_be_written() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    // Where the new file would be written is a folder. Root is not stopped by permissions.
+    // A folder blocks the temporary file: root is not restricted by permissions.
     let obstacle = books(&cwd).with_extension("json.new");
     fs::create_dir(&obstacle).unwrap();
     let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
@@ -120,7 +120,7 @@ fn lock_is_refused_when_the_state_file_cannot_be_written() {
     assert_eq!(client.machine("m").unwrap()["reserved"], false);
     fs::remove_dir(&obstacle).unwrap();
     ask_well(&mut client, lock.clone());
-    // Who has it already keeps it, even if that cannot be written once more.
+    // A task keeps its lock when a repeated request cannot be saved.
     fs::create_dir(&obstacle).unwrap();
     assert_eq!(client.ask(lock).unwrap()["success"], false);
     assert_eq!(client.machine("m").unwrap()["locked_by"], "t");
@@ -148,15 +148,14 @@ const KILLS: usize = 200;
 const HOSTS: usize = 4;
 const MACHINES: usize = 3;
 
-/// What one client knows of its machine: what was answered last, and what was asked after it and not
-/// answered, because the host was killed.
+/// A client's knowledge of its machine: the last answered change, and the unanswered request after it.
 #[derive(Debug, Clone)]
 struct Known {
     answered: Value,
     asked: Option<Value>,
 }
 
-/// Does one thing after the other with a machine until the host is gone.
+/// Changes a machine's availability again and again, until the host is killed.
 fn keep_busy(client: &mut Client, machine: &str, rng: &mut Rng, known: &mut Known) {
     loop {
         let task = format!("t{}", rng.below(1000));
@@ -167,7 +166,7 @@ fn keep_busy(client: &mut Client, machine: &str, rng: &mut Rng, known: &mut Know
             _ => ("disabled", "disabled_reason", ["disable_machine", "enable_machine"]),
         };
         let is_on = expected[on] == true;
-        // What is not available can only be given back.
+        // An unavailable machine can only be released.
         if !is_on
             && (expected["disabled"] == true || expected["reserved"] == true || expected["locked"] == true)
         {
@@ -189,7 +188,7 @@ fn keep_busy(client: &mut Client, machine: &str, rng: &mut Rng, known: &mut Know
     }
 }
 
-/// What the file says of the machines, in the words of the list.
+/// Returns the availability of all machines in the state file, in the words of `list`.
 fn on_disk(cwd: &ScratchCwd) -> BTreeMap<String, Value> {
     let text = match fs::read_to_string(books(cwd)) {
         Ok(text) => text,
@@ -217,7 +216,7 @@ fn plain() -> Value {
     })
 }
 
-/// Kills a busy host again and again, and compares what is on disk with what its clients were told.
+/// Kills a busy host repeatedly, and compares the state file with its answers to clients.
 fn kill_and_compare(kills: usize, seed: u64) {
     let names: Vec<String> = (0..MACHINES).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
@@ -237,7 +236,7 @@ fn kill_and_compare(kills: usize, seed: u64) {
                 let (mut client, mut rng) = (host.client().unwrap(), Rng(rng.below(u64::MAX) | 1));
                 scope.spawn(move || keep_busy(&mut client, name, &mut rng, known));
             }
-            // A random moment is what this is about.
+            // The kill comes at a random moment.
             thread::sleep(Duration::from_micros(rng.below(40_000)));
             host.kill().unwrap();
         });
