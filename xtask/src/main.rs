@@ -13,8 +13,10 @@ mod install;
 mod leftovers;
 mod packages;
 mod process;
+mod prose;
 mod run;
 mod test;
+mod tracked;
 
 use std::process::ExitCode;
 
@@ -34,6 +36,8 @@ enum Task {
     Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
+    /// Find phrases that the rules for prose forbid in comments, documents, messages and names of tests
+    Prose(prose::Options),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +47,7 @@ fn main() -> ExitCode {
         Task::Install(options) => install::run(&options),
         Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Prose(options) => prose::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus};
 
+/// The workspace's folder.
+pub const CHECKOUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
 /// Why a task ended early.
 #[derive(Debug)]
 pub enum Failure {
@@ -61,7 +64,7 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
 /// Cargo, in the workspace's folder: the one that runs this task, else the one in `$PATH`.
 pub fn cargo<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(args).current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    cargo.args(args).current_dir(CHECKOUT);
     cargo
 }
 
