@@ -1,4 +1,4 @@
-//! What the host itself reads: a few keys of Cuckoo's `cuckoo.yaml`, and `machinery-host.yaml`.
+//! The configuration of the host: a few keys of Cuckoo's `cuckoo.yaml`, and `machinery-host.yaml`.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -14,27 +14,27 @@ use crate::capture;
 use crate::cwd::Cwd;
 use crate::plugin::checksum::AllowList;
 
-/// Everything the host's files say.
+/// The content of both files.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The machineries to load, as listed.
     pub machineries: Vec<String>,
-    /// How long each action may take.
+    /// The time limits of the calls into plugins.
     pub timeouts: Timeouts,
-    /// How many restores may go on at a time.
+    /// The number of restores that may run at the same time.
     pub max_parallel_restores: NonZeroUsize,
-    /// The group whose members may use the socket, beside the host's own user and root.
+    /// The group whose members may use the socket, in addition to the host's user and root.
     pub socket_group: Option<String>,
-    /// Which plugin files may be loaded; all that can be trusted, if there is no such list.
+    /// The plugin files that may be loaded. Without a list, every trusted file may be loaded.
     pub plugin_hashes: Option<AllowList>,
-    /// How to capture traffic; none if it is not to be captured.
+    /// The settings of captures, or `None` if traffic is not captured.
     pub capture: Option<capture::Settings>,
-    /// `machinery-host.yaml`, if there is one; plugins read their sections of it.
+    /// The file `machinery-host.yaml`, if it exists. Each plugin reads its section.
     pub host_file: Option<ConfigFile>,
 }
 
-/// How long each call into a plugin may take; in the file, in seconds. The defaults are Cuckoo3's for its
-/// four actions.
+/// The time limit of each call into a plugin. The file gives seconds. The defaults of Cuckoo3's four actions are
+/// Cuckoo3's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
@@ -65,7 +65,7 @@ pub struct Timeouts {
     /// For [`Machinery::state`](machinery::Machinery::state).
     #[serde(deserialize_with = "seconds")]
     pub state: Duration,
-    /// For [`Machinery::load`](machinery::Machinery::load), which may clear away leftovers or wait for its
+    /// For [`Machinery::load`](machinery::Machinery::load), which may remove leftovers or wait for its
     /// hypervisor, and for [`Machinery::check`](machinery::Machinery::check).
     #[serde(deserialize_with = "seconds")]
     pub load: Duration,
@@ -92,19 +92,19 @@ impl Default for Timeouts {
     }
 }
 
-/// The longest limit that can be given: a day.
-const LONGEST: f64 = 86_400.0;
+/// The longest time limit, in seconds: a day.
+const MAX_TIMEOUT: f64 = 86_400.0;
 
 fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     checked(deserializer, |text| {
-        let seconds = text.parse().ok().filter(|seconds| *seconds > 0.0 && *seconds <= LONGEST);
+        let seconds = text.parse().ok().filter(|seconds| *seconds > 0.0 && *seconds <= MAX_TIMEOUT);
         seconds.map(Duration::from_secs_f64).ok_or_else(|| {
             format!("{text} is not a time limit: give seconds, more than 0 and at most 86400 (a day)")
         })
     })
 }
 
-/// The part of `cuckoo.yaml` that is read; all other keys are Cuckoo's.
+/// The keys of `cuckoo.yaml` that the host reads.
 #[derive(Debug, Deserialize)]
 struct CuckooFile {
     #[serde(default, deserialize_with = "words")]
@@ -115,7 +115,7 @@ struct CuckooFile {
     resultserver: ResultServerKeys,
 }
 
-/// Without this section nothing is captured. Cuckoo3 itself insists on it.
+/// The section `tcpdump`. Cuckoo3 demands it; the host captures nothing without it.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct TcpdumpKeys {
@@ -135,7 +135,7 @@ struct ResultServerKeys {
 }
 
 /// Cuckoo3's default for `tcpdump.path`.
-const TCPDUMP: &str = "/usr/bin/tcpdump";
+const DEFAULT_TCPDUMP: &str = "/usr/bin/tcpdump";
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -146,15 +146,15 @@ struct HostFile {
     max_parallel_restores: Option<NonZeroUsize>,
     #[serde(default)]
     socket_group: Option<String>,
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "present")]
     plugin_hashes: Option<serde_yaml::Mapping>,
-    /// Read by the plugins.
+    /// The sections that the plugins read.
     #[serde(default, deserialize_with = "null_as_default")]
     machineries: serde_yaml::Mapping,
 }
 
-/// A list with nothing in it is a list: nothing is in it.
-fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<serde_yaml::Mapping>, D::Error> {
+/// Reads a key without a value as an empty list, not as a missing one.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<serde_yaml::Mapping>, D::Error> {
     null_as_default(deserializer).map(Some)
 }
 
@@ -162,29 +162,29 @@ impl Config {
     /// Reads both files.
     ///
     /// # Errors
-    /// Everything that is wrong in them, with file, line and key.
+    /// Every fault of the files, with file, line and key.
     pub fn read(cwd: &Cwd) -> Result<Config> {
         let mut problems = Vec::new();
         let cuckoo_file = ConfigFile::read(&cwd.cuckoo_yaml())?;
-        let cuckoo = parsed::<CuckooFile>(&cuckoo_file, &mut problems);
+        let cuckoo = parse::<CuckooFile>(&cuckoo_file, &mut problems);
         let host_file = match cwd.host_yaml() {
-            // A link into nothing is a mistake, and no missing file.
+            // A dangling link is an error, and not a missing file.
             path if path.symlink_metadata().is_ok() => Some(ConfigFile::read(&path)?),
             _ => None,
         };
         let host =
-            host_file.as_ref().and_then(|file| parsed::<HostFile>(file, &mut problems)).unwrap_or_default();
+            host_file.as_ref().and_then(|file| parse::<HostFile>(file, &mut problems)).unwrap_or_default();
         let (machineries, capture) = match cuckoo {
             Some(cuckoo) => {
-                names(&cuckoo_file, &cuckoo.machineries, &mut problems);
-                let capture = capture_of(&cuckoo_file, &cuckoo, &mut problems);
+                check_names(&cuckoo_file, &cuckoo.machineries, &mut problems);
+                let capture = capture_settings(&cuckoo_file, &cuckoo, &mut problems);
                 (cuckoo.machineries, capture)
             }
             None => (Vec::new(), None),
         };
         let mut plugin_hashes = None;
         if let Some(file) = &host_file {
-            sections(file, &host, &machineries);
+            warn_of_unlisted_sections(file, &host, &machineries);
             plugin_hashes = host.plugin_hashes.map(|list| AllowList::read(file, &list, &mut problems));
         }
         match Error::all(problems) {
@@ -202,7 +202,7 @@ impl Config {
     }
 }
 
-fn parsed<T: DeserializeOwned>(file: &ConfigFile, problems: &mut Vec<Error>) -> Option<T> {
+fn parse<T: DeserializeOwned>(file: &ConfigFile, problems: &mut Vec<Error>) -> Option<T> {
     file.parse().map_err(|error| problems.push(error)).ok()
 }
 
@@ -210,7 +210,7 @@ fn cores() -> NonZeroUsize {
     thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-fn names(file: &ConfigFile, names: &[String], problems: &mut Vec<Error>) {
+fn check_names(file: &ConfigFile, names: &[String], problems: &mut Vec<Error>) {
     let wrong = |reason: String, advice: &str| file.error(&["machineries"], reason).advice(advice);
     if names.is_empty() {
         problems.push(wrong("no machinery is listed".into(), "List at least one, such as `- qemu`"));
@@ -234,7 +234,7 @@ fn names(file: &ConfigFile, names: &[String], problems: &mut Vec<Error>) {
     }
 }
 
-fn capture_of(
+fn capture_settings(
     file: &ConfigFile,
     cuckoo: &CuckooFile,
     problems: &mut Vec<Error>,
@@ -244,21 +244,21 @@ fn capture_of(
     }
     let result_server = &cuckoo.resultserver;
     let ip = result_server.listen_ip.as_deref();
-    // It becomes a part of tcpdump's filter.
+    // The address becomes a part of tcpdump's filter.
     if let Some(ip) = ip.filter(|ip| !ip.chars().all(|c| c.is_ascii_alphanumeric() || ".:-".contains(c))) {
         let error = file.error(&["resultserver", "listen_ip"], format!("'{ip}' is not an address"));
         problems.push(error.advice("Give the IP address that guests send their results to"));
     }
     Some(capture::Settings {
-        tcpdump: cuckoo.tcpdump.path.clone().unwrap_or_else(|| Path::new(TCPDUMP).into()),
+        tcpdump: cuckoo.tcpdump.path.clone().unwrap_or_else(|| Path::new(DEFAULT_TCPDUMP).into()),
         result_server: ip.map(str::to_owned).zip(result_server.listen_port),
     })
 }
 
-fn sections(file: &ConfigFile, host: &HostFile, machineries: &[String]) {
+fn warn_of_unlisted_sections(file: &ConfigFile, host: &HostFile, machineries: &[String]) {
     for name in host.machineries.keys().filter_map(serde_yaml::Value::as_str) {
         if !machineries.iter().any(|listed| listed == name) {
-            tracing::warn!(machinery = name, file = %file.path.display(), "has a section, but is not listed in cuckoo.yaml");
+            tracing::warn!(machinery = name, file = %file.path.display(), "machinery has a section, but is not listed in cuckoo.yaml");
         }
     }
 }
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn other_keys_are_cuckoos_and_ignored() {
+    fn config_ignores_other_keys_of_cuckoo_yaml() {
         let (_folder, cwd) = cwd("machineries:\n- qemu\n- kvm\nremote_storage: {x: [1]}\n", None);
         let config = Config::read(&cwd).unwrap();
         assert_eq!(config.machineries, ["qemu", "kvm"]);
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn traffic_is_captured_only_where_that_is_wanted() {
+    fn capture_is_off_unless_tcpdump_is_enabled() {
         let capture = |cuckoo: &str| {
             let (_folder, cwd) = cwd(&format!("machineries: [qemu]\n{cuckoo}"), None);
             Config::read(&cwd).unwrap().capture
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn cuckoo_yaml_is_read_as_cuckoo_reads_it() {
+    fn config_reads_cuckoo_yaml_as_cuckoo_does() {
         let read = |cuckoo: &str| {
             let (_folder, cwd) = cwd(cuckoo, None);
             Config::read(&cwd).unwrap()
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn restores_are_bounded_by_the_cores_unless_told() {
+    fn max_parallel_restores_defaults_to_the_number_of_cores() {
         let (_folder, cwd1) = cwd("machineries: [qemu]\n", None);
         assert_eq!(Config::read(&cwd1).unwrap().max_parallel_restores, cores());
         let (_folder, cwd2) = cwd("machineries: [qemu]\n", Some("max_parallel_restores: 7\n"));
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_of_hashes_that_is_empty_is_a_list() {
+    fn plugin_hashes_are_a_list_when_empty() {
         let list = |host: &str| {
             let (_folder, cwd) = cwd("machineries: [qemu]\n", Some(host));
             Config::read(&cwd).unwrap().plugin_hashes
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_lowercase_and_the_error_shows_how() {
+    fn machinery_name_with_capitals_is_refused_with_the_lowercase_name() {
         let text = error("a: 1\nmachineries: [QEMU]\n", None);
         assert!(
             text.contains("cuckoo.yaml:2: machineries: 'QEMU'") && text.contains("Write 'qemu'"),
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn every_problem_is_told_at_once() {
+    fn config_reports_each_fault_at_once() {
         let text = error("machineries: [qemu, qemu, '../x']\n", Some("timeouts: {stop: -1}\n"));
         for expected in ["listed twice", "'../x' is not", "timeouts.stop: -1 is not"] {
             assert!(text.contains(expected), "{expected}: {text}");
