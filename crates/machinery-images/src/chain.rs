@@ -30,8 +30,8 @@ impl Chain {
     /// ignores the backing file of a `raw` image.
     ///
     /// # Errors
-    /// A file of the chain is missing or cannot be read (the error names it, and the file that refers to it),
-    /// or the chain does not end.
+    /// A file of the chain is missing or unreadable; the error names it, and the file that refers to it. Or the chain
+    /// does not end.
     pub fn of(path: &Path, format: Option<&str>) -> Result<Chain> {
         let mut chain = Chain { files: Vec::new(), remote: None };
         let mut next = Some((path.to_owned(), format.map(str::to_owned)));

@@ -158,13 +158,13 @@ mod tests {
         let line = |key: &[&str]| file.error(key, "x").placed().unwrap().line;
         assert_eq!(line(&["machines", "two", "ip"]), Some(6));
         assert_eq!(line(&["machines", "two", "tags"]), Some(7));
-        // A key that is missing is shown where it belongs.
+        // A missing key has the line of the key above it.
         assert_eq!(line(&["machines", "two", "label"]), line(&["machines", "two"]));
         assert_eq!(line(&["nothing"]), None);
     }
 
     #[test]
-    fn a_section_is_read_with_the_lines_of_the_whole() {
+    fn section_is_read_with_the_lines_of_the_file() {
         let file = file("other: {a: b}\nmachineries:\n  qemu:\n    port: 9\n  kvm:\n    prot: 9\n");
         assert_eq!(file.parse_at::<Port>(&["machineries", "qemu"]).unwrap(), Some(Port { port: 9 }));
         assert_eq!(file.parse_at::<Port>(&["machineries", "xen"]).unwrap(), None);
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_is_an_empty_mapping() {
+    fn file_is_an_empty_mapping_when_it_is_empty() {
         for text in ["", "# only a comment\n", "---\n"] {
             assert_eq!(file(text).parse_at::<Port>(&["machineries", "qemu"]).unwrap(), None);
             assert!(file(text).parse::<Port>().unwrap_err().to_string().contains("missing key `port`"));
