@@ -1,12 +1,11 @@
-//! A newer QEMU and a newer libvirt than the system's, to see that both work.
+//! Tests with a newer QEMU and libvirt than the system's.
 //!
-//! They are QEMU 10.0 and libvirt 11.3 from Debian's bookworm-backports, unpacked into the user's cache
-//! folder together with the libraries that this system lacks. Nothing is installed, and apt's own lists
-//! and caches stay as they are.
+//! These are QEMU 10.0 and libvirt 11.3 from Debian's bookworm-backports. They are unpacked into the user's
+//! cache folder, together with the libraries that this system lacks. Nothing is installed, and apt's own
+//! lists and caches are unchanged.
 //!
-//! Debian compiles its paths into both: where their drivers are, their firmware, their descriptions of
-//! CPUs. So the tests run in a mount namespace of their own, in which what is unpacked lies over /usr.
-//! All that they start finds it where it would be if it were installed, and nobody else sees it.
+//! Debian compiles the paths of drivers, firmware and CPU descriptions into both. The tests therefore run in
+//! a mount namespace of their own, where the unpacked files are mounted over /usr.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +17,7 @@ use crate::run::{Context, Failure, Result, cache, is_root, output};
 
 const RELEASE: &str = "bookworm-backports";
 
-/// Where packages come from: what these depend on may be in any of them.
+/// The sources of the packages and their dependencies.
 const SOURCES: [(Archive, &str); 4] = [
     (Archive::Main, "bookworm"),
     (Archive::Main, "bookworm-updates"),
@@ -26,7 +25,7 @@ const SOURCES: [(Archive, &str); 4] = [
     (Archive::Main, RELEASE),
 ];
 
-/// Unpacked always, even where the system has its own: they go with each other.
+/// Packages that are always unpacked: their versions must match each other.
 const OWN: [&str; 18] = [
     "qemu-system-x86",
     "qemu-system-common",
@@ -48,15 +47,15 @@ const OWN: [&str; 18] = [
     "libvirt-daemon-driver-storage",
 ];
 
-/// Debian 12 has these names at its root as links to folders below /usr, packages as folders.
+/// Debian 12 has these names at its root as links to folders below /usr; packages have them as folders.
 const MERGED: [&str; 3] = ["bin", "lib", "sbin"];
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/backports.sh");
 
-/// The programs, as tests look for them. A plain user's path lacks the folder of libvirtd.
+/// The programs that tests use. A plain user's path lacks the folder of libvirtd.
 const PROGRAMS: [&str; 4] = ["qemu-system-x86_64", "qemu-img", "/usr/sbin/libvirtd", "virsh"];
 
-/// Makes QEMU load all its modules.
+/// Arguments with which QEMU loads all its modules.
 const LOAD_MODULES: [&str; 7] = ["-machine", "none", "-nodefaults", "-display", "none", "-device", "help"];
 
 /// The unpacked packages.
@@ -65,7 +64,7 @@ pub struct Backports {
 }
 
 impl Backports {
-    /// Those in the cache folder, fetched now if need be.
+    /// Returns the packages in the cache folder, and fetches them if they are missing.
     pub fn new() -> Result<Self> {
         try_namespace()?;
         let folder = cache("backports")?;
@@ -75,15 +74,15 @@ impl Backports {
         let lock = File::create(folder.with_added_extension("lock")).context(what)?;
         lock.lock().context(what)?;
         let backports = Self { folder };
-        // An update of the system can take away a library that was there when they were unpacked.
+        // An update of the system may have removed a library that the packages need.
         let versions = backports.versions().or_else(|_| backports.fetch())?;
-        // Told as they are found: a program of another folder in the path may come first.
+        // A program of another folder in the path may come first.
         eprintln!("The tests will run with these:\n  {}", versions.join("\n  "));
         Ok(backports)
     }
 
-    /// `command` in a namespace of its own, where what is unpacked lies over /usr. Program, arguments and
-    /// folder are kept; variables are for the new command to have.
+    /// Returns `command` in a mount namespace of its own, with the unpacked files over /usr. Keeps the
+    /// program, its arguments and its folder, but no variables of `command`.
     pub fn inside(&self, command: &Command) -> Command {
         let mut inside = namespace();
         inside.args(["sh", SCRIPT]).arg(&self.folder).args(as_oneself());
@@ -91,12 +90,12 @@ impl Backports {
         if let Some(folder) = command.get_current_dir() {
             inside.current_dir(folder);
         }
-        // A QEMU that was chosen by hand would be tested instead of this one.
+        // This variable would select another QEMU.
         inside.env_remove("CUCKOO_TEST_QEMU_DIR");
         inside
     }
 
-    /// What the programs say of their versions, if all can be used.
+    /// Returns the versions of the programs, if all programs run.
     fn versions(&self) -> Result<Vec<String>> {
         output(&mut self.inside(Command::new(PROGRAMS[0]).args(LOAD_MODULES)))?;
         let version = |program| {
@@ -117,8 +116,8 @@ impl Backports {
     }
 }
 
-/// What starts a command in a mount namespace of its own. Who is not root is root in there: only
-/// root mounts.
+/// Starts a command in a mount namespace of its own. A plain user becomes root there, because only root
+/// mounts.
 fn namespace() -> Command {
     let mut command = Command::new("unshare");
     command.arg("--mount");
@@ -128,8 +127,8 @@ fn namespace() -> Command {
     command
 }
 
-/// What turns the root of a namespace back into the user who is not root outside of it. Otherwise
-/// libvirtd would take itself for the system's.
+/// Returns the command that turns a namespace's root back into the plain user. As root, libvirtd would start
+/// as the system's.
 fn as_oneself() -> Vec<String> {
     if is_root() {
         return Vec::new();
@@ -138,7 +137,7 @@ fn as_oneself() -> Vec<String> {
     vec!["unshare".to_owned(), format!("--map-user={user}"), format!("--map-group={group}")]
 }
 
-/// Fails, before anything is fetched, if nothing can be laid over /usr here.
+/// Fails, before anything is fetched, if this user cannot mount over /usr.
 fn try_namespace() -> Result<()> {
     let mount = ["mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr/bin:/usr/share", "/usr"];
     output(namespace().args(mount)).map(drop).map_err(|failure| match failure {
@@ -166,7 +165,7 @@ fn unpack(into: &Path) -> Result<()> {
     MERGED.into_iter().try_for_each(|name| merge(&into.join(name), &into.join("usr").join(name)))
 }
 
-/// Moves what is in `from`, if it is there, into `into`.
+/// Moves the content of `from`, if it exists, into `into`.
 fn merge(from: &Path, into: &Path) -> Result<()> {
     if !from.is_dir() {
         return Ok(());
@@ -184,12 +183,12 @@ fn replace(new: tempfile::TempDir, folder: &Path) -> Result<()> {
     }
     fs::set_permissions(new.path(), Permissions::from_mode(0o755)).context(what)?;
     fs::rename(new.path(), folder).context(what)?;
-    // Nothing is left under the old name, so there is nothing to remove.
+    // The folder no longer has its temporary name.
     let _ = new.keep();
     Ok(())
 }
 
-/// apt-get with sources, lists and caches of its own.
+/// An apt-get with its own sources, lists and caches.
 struct Apt {
     work: tempfile::TempDir,
 }
@@ -222,7 +221,7 @@ impl Apt {
             format!("Dir::State::lists={}", at("lists")),
             format!("Dir::Cache={}", at("")),
             format!("Dir::Cache::archives={}", at("archives")),
-            // The folder is this user's alone; apt's own user could not write to it.
+            // Only this user can write to the folder; apt's own user could not.
             "APT::Sandbox::User=".to_owned(),
             "APT::Get::AllowUnauthenticated=false".to_owned(),
         ] {
@@ -232,14 +231,14 @@ impl Apt {
         command
     }
 
-    /// The libraries that an installation would bring to this system.
+    /// Returns the libraries that an installation would add to this system.
     fn lacking_libraries(&self) -> Result<Vec<String>> {
         let mut args = vec!["install", "-s", "--no-install-recommends", "-t", RELEASE];
         args.extend(OWN);
         Ok(libraries(&output(&mut self.get(&args))?))
     }
 
-    /// The package files of `packages`.
+    /// Downloads packages, and returns their files.
     fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
         let mut args = vec!["download", "-t", RELEASE];
         args.extend(packages.iter().map(String::as_str));
@@ -250,10 +249,10 @@ impl Apt {
     }
 }
 
-/// The libraries in apt-get's simulation, whose lines are like `Inst name [old] (new …)`.
+/// Returns the libraries in apt-get's simulation, whose lines are like `Inst name [old] (new …)`.
 ///
-/// An installation would bring more, such as another systemd, for services that nobody starts here.
-/// Headers stay those that the tests were built with.
+/// Other packages, such as another systemd, serve services that the tests do not start. Headers stay those of
+/// the build.
 fn libraries(simulation: &str) -> Vec<String> {
     let names = simulation.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next());
     names.filter(|name| name.starts_with("lib") && !name.ends_with("-dev")).map(str::to_owned).collect()

@@ -1,4 +1,5 @@
-//! `cargo xtask install`: copies the program and its plugins into the folders where they are looked for.
+//! `cargo xtask install`: copies the program and its plugins into the folders where the program searches for
+//! them.
 //!
 //! | in the prefix | what |
 //! | --- | --- |
@@ -25,7 +26,7 @@ pub struct Options {
     /// Install only this plugin; can be given several times
     #[arg(long = "plugin", value_name = "NAME", default_values = ["qemu", "kvm"])]
     plugins: Vec<Plugin>,
-    /// Install what cargo has put into this folder before, instead of building it
+    /// Install the results of an earlier build in this folder, instead of building
     #[arg(long, value_name = "DIR")]
     from: Option<PathBuf>,
 }
@@ -104,7 +105,7 @@ fn files(built: &Path, plugins: &[Plugin]) -> Vec<(&'static str, PathBuf, PathBu
     files
 }
 
-/// Whether only root can write to the folder, or to its nearest existing parent.
+/// Reports whether only root can write to the folder, or to its nearest existing parent.
 fn needs_sudo(folder: &Path) -> bool {
     let existing = folder.ancestors().find(|folder| folder.exists());
     !is_root() && existing.is_some_and(|folder| access(folder, Access::WRITE_OK).is_err())

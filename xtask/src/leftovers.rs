@@ -1,8 +1,7 @@
-//! Finding what a run left running.
+//! Processes that a run has left running.
 //!
-//! Tests start hypervisors, and a machinery that forgets one is broken. A run's processes bear a
-//! marker in their environment, which all that they start inherits. So what is left is told apart from
-//! whatever else the user has running meanwhile.
+//! Tests start hypervisors, and a machinery must end all of them. The processes of a run inherit a marker in
+//! their environment, which distinguishes them from other processes of the user.
 
 use std::fs;
 use std::process::{self, Command};
@@ -15,7 +14,7 @@ use crate::run::{Context, Result};
 
 const NAME: &str = "CUCKOO_XTASK_RUN";
 
-/// What was told to end may need this long to be gone.
+/// The maximum time between SIGTERM and a process's end.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// The marker of one run.
@@ -24,12 +23,12 @@ pub struct RunMarker {
 }
 
 impl RunMarker {
-    /// A marker that no other running task has.
+    /// Makes a marker that no other running task has.
     pub fn new() -> Self {
         Self { value: process::id().to_string() }
     }
 
-    /// Marks what `command` will start.
+    /// Marks the processes that `command` will start.
     pub fn apply_to(&self, command: &mut Command) {
         command.env(NAME, &self.value);
     }
@@ -58,7 +57,8 @@ impl RunMarker {
     }
 }
 
-/// Processes of other users, and those that end just now, cannot be read. They are none of ours.
+/// Reports whether a process has the marker. Processes of other users, and those that are ending, cannot be
+/// read; they do not have it.
 fn has_marker(pid: Pid, marker: &str) -> bool {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     environment.split(|byte| *byte == 0).any(|variable| variable == marker.as_bytes())
@@ -77,8 +77,7 @@ mod tests {
     use super::*;
     use crate::run::Failure;
 
-    /// A marked process, well under way: at its very start its environment cannot be read yet. It ends
-    /// with its standard input.
+    /// Starts a marked process, and waits until its environment can be read. It ends with its standard input.
     fn marked(marker: &RunMarker) -> Child {
         let mut shell = Command::new("sh");
         shell.args(["-c", "echo started; read line"]).stdin(Stdio::piped()).stdout(Stdio::piped());

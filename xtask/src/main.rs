@@ -1,8 +1,7 @@
-//! `cargo xtask`: what developers and CI run, in Rust instead of scripts.
+//! `cargo xtask`: the tasks of developers and CI.
 //!
-//! Each task brings a bare machine to where it needs it: system packages first ([`packages`]), then
-//! the build, then the task itself. A task says every command that it runs, and ends with the exit
-//! code of the one that failed.
+//! Each task works on a bare computer: it installs system packages ([`packages`]), builds, and then does its
+//! work. It shows every command that it runs, and exits with the code of the one that failed.
 
 mod backports;
 mod bench;

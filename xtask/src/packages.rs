@@ -1,9 +1,8 @@
 //! The system packages that tests and demo need.
 //!
-//! What counts is whether a program runs, not where it comes from: a QEMU built by hand is as good
-//! as the distribution's. Only what does not run is installed, with apt-get where there is one;
-//! elsewhere it is only named. A C compiler is no matter here, because Rust cannot link without one.
-//! Packages that only start services are not among them: the tests start a libvirtd of their own.
+//! A program counts as installed if it runs, also a QEMU built by hand. Packages of missing programs are
+//! installed by apt-get; without it, they are only listed. A C compiler is present, because Rust cannot link
+//! without one. Packages that only start services are not needed: the tests start their own libvirtd.
 
 use std::fs;
 use std::path::Path;
@@ -13,13 +12,13 @@ use std::time::Duration;
 use crate::debian::KEYRING;
 use crate::run::{Failure, Result, is_root, output, step, succeeds};
 
-/// Something needed, and what it is for.
+/// A need, and its purpose.
 struct Need {
     what: &'static str,
-    /// A program that succeeds with these arguments if it is there.
+    /// A program that succeeds with these arguments if the need is met.
     program: &'static str,
     args: &'static [&'static str],
-    /// What to install if it does not.
+    /// The packages that meet the need.
     packages: &'static [&'static str],
     why: &'static str,
 }
@@ -45,7 +44,7 @@ const NEEDS: [Need; 9] = [
         what: "libvirtd",
         program: "libvirtd",
         args: VERSION,
-        // Debian puts the driver of QEMU into a package of its own.
+        // Debian has a separate package for QEMU's driver.
         packages: &["libvirt-daemon", "libvirt-daemon-driver-qemu"],
         why: "runs test machines for the kvm machinery",
     },
@@ -93,7 +92,7 @@ const NEEDS: [Need; 9] = [
     },
 ];
 
-/// The packages that making a fresh root needs.
+/// The needs of a fresh root.
 const ROOT_NEEDS: [Need; 3] = [
     Need {
         what: "debootstrap",
@@ -119,7 +118,7 @@ const ROOT_NEEDS: [Need; 3] = [
 ];
 
 impl Need {
-    /// Whether it is there. A plain user's path lacks the folder of the system's daemons.
+    /// Reports whether the need is met. A plain user's path lacks the folder of the system's daemons.
     fn is_met(&self) -> bool {
         let daemon = Path::new("/usr/sbin").join(self.program);
         let mut places = [Path::new(self.program), &daemon].into_iter();
@@ -127,13 +126,13 @@ impl Need {
     }
 }
 
-/// Both are built from one source, and a newer one of one breaks an older one of the other.
+/// Both packages have one source. Different versions of them do not work together.
 const QEMU: [&str; 2] = ["qemu-system-x86", "qemu-utils"];
 
-/// The test guests' kernel. It is downloaded, not installed, but apt must know where it is.
+/// The test guests' kernel. It is downloaded, not installed, but apt must find it.
 const KERNEL: &str = "linux-image-cloud-amd64";
 
-/// Mirrors drop superseded packages; lists older than this may name what is gone.
+/// Older lists may name packages that mirrors have dropped.
 const LISTS_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Installs the missing packages for tests and demo. Afterwards apt's lists of packages are up to date.
@@ -161,8 +160,8 @@ fn runs(program: &str) -> bool {
     succeeds(Command::new(program).arg("--version"))
 }
 
-/// Brings apt's lists up to date for those who download from them, where that asks for no password.
-/// Who has the guests already can do without, so a failure is only told.
+/// Updates apt's lists, from which test guests are made, if that needs no password. A failure is not fatal:
+/// the guests may exist already.
 fn refresh() -> Result<()> {
     let current = !lists_are_old() && succeeds(Command::new("apt-cache").args(["show", KERNEL]));
     if current || !is_root() {
@@ -206,7 +205,7 @@ fn install(missing: &[&Need]) -> Result<()> {
     }
 }
 
-/// The packages as apt-get is to install them: those of QEMU together, and of one version.
+/// Returns apt-get's names of the packages: those of QEMU together, with one version.
 fn packages(missing: &[&Need]) -> Result<Vec<String>> {
     let (qemu, others): (Vec<&str>, Vec<&str>) =
         missing.iter().flat_map(|need| need.packages).partition(|package| QEMU.contains(package));
@@ -218,7 +217,7 @@ fn packages(missing: &[&Need]) -> Result<Vec<String>> {
     Ok(packages)
 }
 
-/// The version of `package` that apt would install.
+/// Returns the version of `package` that apt would install.
 fn candidate(package: &str) -> Result<String> {
     let policy = output(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C"))?;
     let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
@@ -228,7 +227,7 @@ fn candidate(package: &str) -> Result<String> {
     })
 }
 
-/// The program that runs apt-get with the rights to install, if there is one.
+/// Returns the program that runs apt-get with the required privileges, if there is one.
 fn rights() -> Option<&'static str> {
     match is_root() {
         true => Some("env"),
@@ -236,14 +235,14 @@ fn rights() -> Option<&'static str> {
     }
 }
 
-/// apt-get by way of `rights`, without questions.
+/// Returns an apt-get command that asks no questions.
 fn apt_get(rights: &str, args: &[&str]) -> Command {
     let mut command = Command::new(rights);
     if rights == "sudo" {
-        // sudo keeps no variables, and may refuse to be given some.
+        // sudo keeps no variables, and may refuse new ones.
         command.arg("env");
     }
-    // Another apt-get at work, as on a machine that has just booted, is waited for.
+    // Waits for another apt-get, which often runs after a boot.
     command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]);
     command.args(args);
     command

@@ -1,4 +1,4 @@
-//! Waits for a process, a child or not, without polling; and starts processes that end with this one.
+//! Waits for processes without polling, and starts processes that end with this one.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -11,7 +11,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_de
 
 use crate::run::{Context, Result};
 
-/// What readies itself for reading when the process ends; `None` when it has ended.
+/// Returns a descriptor that becomes readable when the process ends; `None` if it has ended.
 pub fn handle(pid: Pid) -> Result<Option<OwnedFd>> {
     match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(handle) => Ok(Some(handle)),
@@ -28,13 +28,13 @@ pub fn signal_at_our_end(command: &mut Command, signal: Signal) {
     unsafe { command.pre_exec(set) };
 }
 
-/// Whether the process has ended within `timeout`.
+/// Reports whether the process ends within `timeout`.
 pub fn ends_within(pid: Pid, timeout: Duration) -> Result<bool> {
     let Some(handle) = handle(pid)? else { return Ok(true) };
     wait(&mut [PollFd::new(&handle, PollFlags::IN)], timeout)
 }
 
-/// Waits until one of them is ready, and says whether one is.
+/// Waits until one of the descriptors is ready, and reports whether one is.
 pub fn wait(ready: &mut [PollFd<'_>], timeout: Duration) -> Result<bool> {
     let end = Instant::now() + timeout;
     let count = retry_on_intr(|| {

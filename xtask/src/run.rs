@@ -1,7 +1,7 @@
-//! Running other programs, and failing as they do.
+//! Commands of a task.
 //!
-//! A program that fails has said why itself. So nothing is added to it, and what a test runner says
-//! last stays last; only its exit code is handed on.
+//! A command that fails has reported the reason itself. The task therefore adds nothing, and exits with the
+//! command's code.
 
 use std::env;
 use std::fmt::Display;
@@ -12,12 +12,12 @@ use std::process::{Command, ExitCode, ExitStatus};
 /// The workspace's folder.
 pub const CHECKOUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// Why a task ended early.
+/// The reason why a task failed.
 #[derive(Debug)]
 pub enum Failure {
-    /// A program failed with this code, and said why.
+    /// A command failed with this code, and has reported the reason.
     Step(u8),
-    /// Something to say.
+    /// A message to report.
     Message(String),
 }
 
@@ -25,7 +25,7 @@ pub enum Failure {
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
-    /// Says what is not said yet.
+    /// Reports the message, if there is one, and returns the exit code.
     pub fn report(self) -> ExitCode {
         match self {
             Self::Step(code) => ExitCode::from(code),
@@ -49,9 +49,9 @@ impl From<machinery_testkit::Error> for Failure {
     }
 }
 
-/// Says what was being done when something failed.
+/// Adds the failed operation to an error.
 pub trait Context<T> {
-    /// Turns the failure into "`what`: the failure".
+    /// Turns the error into "`what`: the error".
     fn context(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 
@@ -61,7 +61,7 @@ impl<T, E: Display> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// Cargo, in the workspace's folder: the one that runs this task, else the one in `$PATH`.
+/// Returns cargo in the workspace's folder: the one that runs this task, or the one in `$PATH`.
 pub fn cargo<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(args).current_dir(CHECKOUT);
@@ -78,19 +78,19 @@ pub fn note(text: &str) {
     eprintln!("  {text}");
 }
 
-/// Says `command` and runs it; what it prints is seen as it comes.
+/// Shows `command` and runs it, with its output.
 pub fn step(command: &mut Command) -> Result<()> {
     step_as(&line(command), command)
 }
 
-/// Runs a step like [`step`], for a command that needs a better name than its own words.
+/// Runs a step like [`step`], with a better name than the command line.
 pub fn step_as(name: &str, command: &mut Command) -> Result<()> {
     eprintln!("\n==> {name}");
     let status = command.status().context(|| format!("cannot run `{}`", line(command)))?;
     if status.success() { Ok(()) } else { Err(Failure::Step(code(status))) }
 }
 
-/// What `command` prints; its failure tells what it printed as errors.
+/// Returns the output of `command`; its failure contains its standard error.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.output().context(|| format!("cannot run `{}`", line(command)))?;
     if output.status.success() {
@@ -100,17 +100,17 @@ pub fn output(command: &mut Command) -> Result<String> {
     Err(format!("`{}` failed with {}: {}", line(command), output.status, said.trim()).into())
 }
 
-/// Whether `command` runs and succeeds. What it prints is of no interest.
+/// Reports whether `command` runs and succeeds. Discards its output.
 pub fn succeeds(command: &mut Command) -> bool {
     command.output().is_ok_and(|output| output.status.success())
 }
 
-/// Whether this runs as root.
+/// Reports whether this process runs as root.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// The user's cache folder for `name`.
+/// Returns the user's cache folder for `name`.
 pub fn cache(name: &str) -> Result<PathBuf> {
     let home = || env::home_dir().map(|home| home.join(".cache"));
     let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
@@ -118,14 +118,14 @@ pub fn cache(name: &str) -> Result<PathBuf> {
     Ok(cache.join("cuckoo-machinery").join(name))
 }
 
-/// The command as one would type it.
+/// Returns the command line.
 pub fn line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// As shells have it: 128 and the signal for a program that was killed.
+/// Returns a shell's exit code: 128 and the signal for a killed program.
 fn code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)

@@ -1,14 +1,14 @@
-//! `cargo xtask test`: all that must hold before a change goes in, quickest checks first.
+//! `cargo xtask test`: all checks of a change, quickest first.
 //!
-//! The workspace is built before its tests, because they run the program and load the plugins. The
-//! test runner comes last, so that its summary is the last thing to read.
+//! The tests run the program and load the plugins, so the workspace is built before them. The test runner
+//! comes last, so that its summary ends the output.
 
 use crate::backports::Backports;
 use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::run::{Result, cargo, step, succeeds};
 
-/// What can be chosen.
+/// Options of `cargo xtask test`.
 #[derive(clap::Args)]
 pub struct Options {
     /// Test with QEMU 10.0 and libvirt 11.3 of Debian's bookworm-backports instead of the system's;
@@ -43,7 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
         marker.apply_to(&mut tests);
         step(&mut tests)
     });
-    // Left by failed tests, it is told as well; theirs is the exit code.
+    // Failed tests may leave processes, which are reported too; the exit code is the tests'.
     let left = marker.check_none_left();
     match (tests, left) {
         (Err(failed), Err(left)) => {
@@ -54,7 +54,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// A test runner shows nothing of a test that succeeds, and one that is skipped succeeds.
+/// A test runner hides the output of a successful test, and a skipped test succeeds.
 fn tell_of_cuckoo3() {
     if std::env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
         eprintln!(

@@ -1,8 +1,7 @@
-//! Where the build has put the program and the plugins.
+//! The built program and plugins.
 //!
-//! A program runs as `<target>/<profile>/<name>`, and what it looks for lies beside it; a test runs
-//! in the folder `deps` there. Cargo builds no programs of other packages for a test, and of its own
-//! libraries only what the test can link to, so the rest has to be built first, and the error says so.
+//! A program runs as `<target>/<profile>/<name>`, beside the plugins; a test runs in the folder `deps` there.
+//! Cargo builds no programs of other packages for a test, so they must be built first. The errors say so.
 
 use std::path::PathBuf;
 
@@ -11,18 +10,17 @@ use machinery_conformance::artifacts;
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// The folder of everything that was built.
+/// Returns the folder of the build's results.
 pub fn folder() -> Result<PathBuf> {
     artifacts::folder().context(|| "looking for the build's folder".to_owned())
 }
 
-/// The plugin of that machinery, the one that was built last. Its file has `_` where the name has
-/// `-`, as cargo has it.
+/// Returns the plugin of that machinery that was built last. Its file has `_` where the name has `-`.
 pub fn plugin(name: &str) -> Result<PathBuf> {
     artifacts::plugin(name).context(|| format!("looking for the plugin '{name}'"))
 }
 
-/// The program `cuckoo-machinery`.
+/// Returns the path of the program `cuckoo-machinery`.
 pub fn program() -> Result<PathBuf> {
     let path = folder()?.join("cuckoo-machinery");
     if path.exists() {

@@ -1,8 +1,7 @@
-//! Folders that are dear to make, made once and shared by all test runs.
+//! Folders that take long to make. They are made once, and shared by all test runs.
 //!
-//! A folder is built under another name, with a file lock held, and renamed when it is whole. So
-//! test runs side by side make it once, one waiting for the other, and a build that is killed
-//! leaves nothing that could be taken for whole: its remains are removed by the next one.
+//! A folder is built under a temporary name, under a file lock, and renamed when it is complete. Concurrent
+//! test runs wait for the lock. The next build removes leftovers of a killed one.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -13,7 +12,7 @@ use std::{env, io};
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// `$CUCKOO_TESTKIT_CACHE`, else `cuckoo-machinery-testkit` in the user's cache folder.
+/// Returns `$CUCKOO_TESTKIT_CACHE`, or `cuckoo-machinery-testkit` in the user's cache folder.
 pub fn default() -> Result<PathBuf> {
     let user = || {
         let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
@@ -24,21 +23,21 @@ pub fn default() -> Result<PathBuf> {
     chosen.ok_or_else(|| Error::new("there is no place for test guests: set CUCKOO_TESTKIT_CACHE or HOME"))
 }
 
-/// Makes the folder `cache` if it is not there, and gives its real path.
+/// Makes the folder `cache` if it does not exist, and returns its real path.
 pub fn open(cache: &Path) -> Result<PathBuf> {
     let what = || format!("opening the cache {}", cache.display());
     fs::create_dir_all(cache).context(what)?;
     cache.canonicalize().context(what)
 }
 
-/// A short name for `content`: another content has another one.
+/// Returns a short name for `content`, which differs for other content.
 pub fn fingerprint<T: Hash + ?Sized>(content: &T) -> String {
     let mut hasher = DefaultHasher::new();
     content.hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }
 
-/// The folder `name` in `cache`, filled by `build` if it is not there yet.
+/// Returns the folder `name` in `cache`; `build` fills it if it does not exist.
 pub fn folder(cache: &Path, name: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let folder = cache.join(name);
     if folder.is_dir() {
@@ -57,7 +56,7 @@ pub fn folder(cache: &Path, name: &str, build: impl FnOnce(&Path) -> Result<()>)
     Ok(folder)
 }
 
-/// The file `name` in `folder`, written by `write` if it is not there yet.
+/// Returns the file `name` in `folder`; `write` writes it if it does not exist.
 pub fn file(folder: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<PathBuf> {
     let file = folder.join(name);
     if file.is_file() {
@@ -80,12 +79,12 @@ pub fn file(folder: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Resu
 
 fn publish(building: tempfile::TempDir, folder: &Path) -> Result<()> {
     fs::rename(building.path(), folder).context(|| format!("publishing {}", folder.display()))?;
-    // Nothing is left under the old name, so there is nothing to remove.
+    // The folder no longer has its temporary name.
     let _ = building.keep();
     Ok(())
 }
 
-/// Waits for the lock of `name` in `folder`. It is held until the file is dropped.
+/// Waits for the lock of `name` in `folder`, which is held until the file is dropped.
 fn lock(folder: &Path, name: &str) -> Result<File> {
     let path = folder.join(format!(".{name}.lock"));
     let what = || format!("locking {}", path.display());
@@ -95,7 +94,7 @@ fn lock(folder: &Path, name: &str) -> Result<File> {
     Ok(file)
 }
 
-/// Removes what killed builds left. The lock is held, so nobody is at work there.
+/// Removes leftovers of killed builds. The caller holds the lock, so no build is running.
 fn remove_leftovers(folder: &Path, prefix: &str) -> Result<()> {
     let what = || format!("clearing {}", folder.display());
     for entry in fs::read_dir(folder).context(what)? {

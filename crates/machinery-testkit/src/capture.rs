@@ -1,7 +1,7 @@
-//! Files of captured packets, and who writes them.
+//! Capture files, and the processes that write them.
 //!
-//! They are read here to know what is in them packet by packet, also while they are still written, and
-//! by `tshark`, which knows whether they are as they should be.
+//! This module parses single packets, also of a file that is still being written. `tshark` validates whole
+//! files.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -16,49 +16,48 @@ use crate::file_content::{ContentWatch, Wait};
 use crate::host::{self, CommandOutput};
 use crate::{Result, processes};
 
-/// The program that captures, wherever the system has it.
+/// Returns the path of tcpdump.
 pub fn tcpdump() -> Result<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    // A plain user's path lacks the folder of the administrator's programs.
+    // A plain user's path lacks the administrator's folders.
     let folders = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
     let found = folders.map(|folder| folder.join("tcpdump")).find(|path| path.is_file());
     found.ok_or_else(|| Error::new("there is no tcpdump: install it"))
 }
 
-/// The processes that have this file on their command line.
+/// Returns the processes that have this file on their command line.
 pub fn writers(pcap: &Path) -> Result<Vec<Pid>> {
     let pcap = pcap.display().to_string();
     let processes = processes::list()?.into_iter().filter(|(_, command)| command.contains(&pcap));
     Ok(processes.map(|(pid, _)| pid).collect())
 }
 
-/// Lets `tshark` read the file from its beginning to its end.
+/// Lets `tshark` read the whole file.
 pub fn tshark(pcap: &Path) -> Result<CommandOutput> {
     let mut tshark = Command::new("tshark");
     tshark.args(["-n", "-r"]).arg(pcap);
     host::run_command(tshark)
 }
 
-/// One end of a conversation; what has no ports has 0.
+/// One end of a conversation; the port is 0 in protocols without ports.
 pub type End = (Ipv4Addr, u16);
 
 /// A packet.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Packet {
-    /// Who sent it and who is to have it; not known of what is neither IPv4 nor ARP.
+    /// Sender and receiver; `None` in packets that are neither IPv4 nor ARP.
     pub ends: Option<(End, End)>,
-    /// What is in it: TCP, UDP, ICMP, …; 0 for what is not IPv4.
+    /// The protocol number, such as that of TCP, UDP or ICMP; 0 in packets that are not IPv4.
     pub protocol: u8,
-    /// What it carries, behind the header of UDP; of others, behind that of IPv4.
+    /// The content behind the header of UDP; in other protocols behind that of IPv4.
     pub payload: Vec<u8>,
-    /// All of it. Checksums of TCP and UDP are left out: the card may compute them later than a capture
-    /// sees the packet.
+    /// The whole packet. Checksums of TCP and UDP are zeroed: the card may compute them after the capture.
     pub frame: Vec<u8>,
 }
 
-/// TCP, as a packet's protocol.
+/// The protocol number of TCP.
 pub const TCP: u8 = 6;
-/// UDP, as a packet's protocol.
+/// The protocol number of UDP.
 pub const UDP: u8 = 17;
 
 const ETHERNET: usize = 14;
@@ -79,7 +78,7 @@ impl Packet {
     fn ipv4(frame: &[u8]) -> Option<Self> {
         let mut frame = frame.to_vec();
         let body = ETHERNET + usize::from(frame.get(ETHERNET)? & 0x0f) * 4;
-        // What comes after it fills the frame up.
+        // Padding follows.
         let end = ETHERNET + usize::from(number(&frame, ETHERNET + 2)?);
         frame.truncate(end);
         let protocol = *frame.get(ETHERNET + 9)?;
@@ -98,23 +97,23 @@ impl Packet {
         Some(Packet { ends: Some((from, to)), protocol, payload, frame })
     }
 
-    /// Whether one of its ends is this one, by its port.
+    /// Reports whether one of its ends is this one.
     pub fn is_with(&self, end: End) -> bool {
         self.ends.is_some_and(|(from, to)| from == end || to == end)
     }
 
-    /// Whether it goes from that address.
+    /// Reports whether it comes from that address.
     pub fn is_from(&self, address: Ipv4Addr) -> bool {
         self.ends.is_some_and(|((from, _), _)| from == address)
     }
 
-    /// Whether it goes to that address.
+    /// Reports whether it goes to that address.
     pub fn is_to(&self, address: Ipv4Addr) -> bool {
         self.ends.is_some_and(|(_, (to, _))| to == address)
     }
 }
 
-/// The packets in the file, in their order. Of one that is just being written, nothing is told.
+/// Returns the packets in the file, in their order, without an incomplete last one.
 pub fn packets(pcap: &Path) -> Result<Vec<Packet>> {
     match fs::read(pcap) {
         Ok(bytes) => in_bytes(&bytes).context(|| format!("reading {}", pcap.display())),
@@ -123,7 +122,7 @@ pub fn packets(pcap: &Path) -> Result<Vec<Packet>> {
     }
 }
 
-/// Waits until the packets in the file, which need not exist yet, are as they are wanted.
+/// Waits until `wanted` accepts the packets in the file, which need not exist yet.
 pub fn wait_for(pcap: &Path, timeout: Duration, wanted: impl Fn(&[Packet]) -> bool) -> Result<Vec<Packet>> {
     let watch = ContentWatch::new(pcap)?;
     let mut last = Vec::new();
@@ -140,7 +139,7 @@ pub fn wait_for(pcap: &Path, timeout: Duration, wanted: impl Fn(&[Packet]) -> bo
     }
 }
 
-/// The file is as `tcpdump` and QEMU write it here: in this machine's order of bytes, of Ethernet.
+/// Parses a capture of Ethernet packets in this machine's byte order, as `tcpdump` and QEMU write it here.
 fn in_bytes(bytes: &[u8]) -> Result<Vec<Packet>> {
     let word = |at: usize| bytes.get(at..)?.first_chunk().map(|word| u32::from_ne_bytes(*word));
     let (Some(magic), Some(link)) = (word(0), word(20)) else { return Ok(Vec::new()) };
@@ -174,7 +173,7 @@ mod tests {
     const HOST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
     const GUEST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 2);
 
-    /// A datagram with the payload `hi`, and padding to the shortest frame there is.
+    /// Returns a datagram with the payload `hi`, padded to the minimum frame length.
     fn datagram() -> Vec<u8> {
         let mut frame = vec![0; 60];
         frame[12..14].copy_from_slice(&[8, 0]);

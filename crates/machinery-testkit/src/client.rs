@@ -1,5 +1,5 @@
-//! A client of the host's socket that can also misbehave: it sends bytes as they are given, and
-//! every wait has an end.
+//! A client of the host's socket that can also misbehave: it sends arbitrary bytes, and every wait has a
+//! timeout.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, ErrorKind, Write};
@@ -15,22 +15,22 @@ use serde_json::{Value, json};
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// What takes longer than this is taken for stuck.
+/// The maximum time of an answer or an event.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Lets this process hold as many connections as it may, each of which has two descriptors here.
+/// Raises this process's limit of open files; a connection has two descriptors here.
 pub fn raise_file_limit() -> Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).context(|| "raising the limit of open files".to_owned())
 }
 
-/// One connection.
+/// A connection.
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
-    /// What came while [`ask`](Client::ask) waited for something else.
+    /// Messages that arrived while [`ask`](Client::ask) waited for an answer.
     waiting: VecDeque<Value>,
     asked: u64,
 }
@@ -47,27 +47,27 @@ impl Client {
         Ok(Client { stream, reader, waiting: VecDeque::new(), asked: 0 })
     }
 
-    /// Sends a request as it is.
+    /// Sends a request unchanged.
     pub fn send(&mut self, request: &Value) -> Result<()> {
         self.send_line(request.to_string().as_bytes())
     }
 
-    /// Sends a line, whatever is in it.
+    /// Sends a line of arbitrary bytes.
     pub fn send_line(&mut self, line: &[u8]) -> Result<()> {
         self.send_bytes(&[line, b"\n"].concat())
     }
 
-    /// Sends bytes, be they lines or not.
+    /// Sends arbitrary bytes.
     pub fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream.write_all(bytes).context(|| "sending to the host".to_owned())
     }
 
-    /// Says that nothing more will be sent; answers still come.
+    /// Shuts down the write side; answers still arrive.
     pub fn shutdown_write(&mut self) -> Result<()> {
         self.stream.shutdown(Shutdown::Write).context(|| "ending to send".to_owned())
     }
 
-    /// The next message, be it an answer or an event.
+    /// Returns the next message, an answer or an event.
     pub fn next_message(&mut self) -> Result<Value> {
         match self.waiting.pop_front() {
             Some(message) => Ok(message),
@@ -75,8 +75,8 @@ impl Client {
         }
     }
 
-    /// Sends a request with an `id` of its own and waits for its answer, which is given without the
-    /// id. Other messages are kept for [`next_message`](Client::next_message).
+    /// Sends a request with an `id`, waits for its answer, and returns the answer without the id.
+    /// [`next_message`](Client::next_message) returns other messages later.
     pub fn ask(&mut self, mut request: Value) -> Result<Value> {
         self.asked += 1;
         let id = json!(format!("asked-{}", self.asked));
@@ -94,18 +94,18 @@ impl Client {
         }
     }
 
-    /// Asks for an action on a machine.
+    /// Requests an action on a machine.
     pub fn act(&mut self, action: &str, machine: &str) -> Result<Value> {
         self.ask(json!({"action": action, "machine": machine}))
     }
 
-    /// Asks for the events from now on.
+    /// Subscribes to events.
     pub fn subscribe(&mut self) -> Result<()> {
         let answer = self.ask(json!({"action": "subscribe"}))?;
         if answer["success"] == true { Ok(()) } else { Err(Error::new(format!("no events: {answer}"))) }
     }
 
-    /// Waits until a subscriber hears that the machine is in that state, and gives the reason it hears.
+    /// Waits for the event of that machine's state, and returns its reason.
     pub fn wait_for_state(&mut self, machine: &str, state: &str) -> Result<String> {
         loop {
             let event = self.next_message()?;
@@ -115,7 +115,7 @@ impl Client {
         }
     }
 
-    /// Waits until a subscriber hears that event of the machine, and gives it.
+    /// Waits for an event of that kind and machine, and returns it.
     pub fn wait_for_event(&mut self, event: &str, machine: &str) -> Result<Value> {
         loop {
             let heard = self.next_message()?;
@@ -125,7 +125,7 @@ impl Client {
         }
     }
 
-    /// What `list` says of one machine.
+    /// Returns the entry of one machine in `list`.
     pub fn machine(&mut self, name: &str) -> Result<Value> {
         let mut list = self.ask(json!({"action": "list"}))?;
         let machines = list["machines"].as_array_mut().into_iter().flatten();
@@ -133,20 +133,19 @@ impl Client {
         machine.ok_or_else(|| Error::new(format!("the list has no machine '{name}'")))
     }
 
-    /// Waits until the host closes the connection: true. False if it says something instead, or
-    /// neither happens.
+    /// Waits for the host to close the connection. Returns false if a message arrives, or the wait times out.
     pub fn wait_for_close(&mut self) -> bool {
         if !self.waiting.is_empty() {
             return false;
         }
         match self.reader.fill_buf() {
             Ok(bytes) => bytes.is_empty(),
-            // With bytes of ours that it had not read yet.
+            // The host had not read all bytes.
             Err(error) => error.kind() == ErrorKind::ConnectionReset,
         }
     }
 
-    /// The next line as it came, without its end.
+    /// Returns the next line, without its line feed.
     pub fn next_line(&mut self) -> Result<String> {
         let mut line = String::new();
         let read = match self.reader.read_line(&mut line) {

@@ -1,11 +1,11 @@
-//! Running a tool to its end.
+//! Commands that run to their end.
 
 use std::process::Command;
 
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// What `command` wrote to its standard output; its failure tells what it wrote to its error output.
+/// Returns the command's standard output; its failure contains its standard error.
 pub fn output(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output().context(|| format!("running {name} (is it installed?)"))?;

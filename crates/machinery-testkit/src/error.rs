@@ -1,11 +1,11 @@
-//! One error for the whole kit: a message.
+//! The testkit's error: a message.
 //!
-//! Nobody handles a testkit failure by kind; somebody reads it in a test's output. So it is a
-//! sentence that says what was being done, to what, why it failed and what to do.
+//! No caller handles a failure by kind; a developer reads it in a test's output. The message has the
+//! operation, its object, the reason, and the advice.
 
 use std::fmt::Display;
 
-/// What went wrong, in full.
+/// A failure, as a whole sentence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
@@ -19,9 +19,9 @@ impl Error {
     }
 }
 
-/// Says what was being done when something failed.
+/// Adds the failed operation to an error.
 pub(crate) trait Context<T> {
-    /// Turns the failure into "`what`: the failure".
+    /// Turns the error into "`what`: the error".
     fn context(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 

@@ -24,7 +24,7 @@ use crate::{Result, artifacts};
 pub use crate::process::{CommandOutput, run_command};
 pub use crate::resources::ProcessResources;
 
-/// `cuckoo-machinery` for that CWD, with the plugins that were built.
+/// Returns the command `cuckoo-machinery` for that CWD, with the built plugins.
 pub fn command(cwd: &ScratchCwd) -> Result<Command> {
     let mut command = Command::new(artifacts::program()?);
     command.env_remove("CUCKOO_CWD").env_remove("CUCKOO_MACHINERY_PLUGINS").env_remove("NOTIFY_SOCKET");
@@ -53,13 +53,13 @@ impl RunningHost {
         Self::start_with(cwd, |_| ())
     }
 
-    /// Starts a host; `change` may add to its command line (which ends in `serve`) and environment.
+    /// Starts a host; `change` may change its command line (which ends in `serve`) and environment.
     pub fn start_with(cwd: &ScratchCwd, change: impl FnOnce(&mut Command)) -> Result<Self> {
         let mut command = command(cwd)?;
         command.arg("serve");
         change(&mut command);
         let what = || "making a notify socket".to_owned();
-        // Its own folder is short; the CWD may be too long for an address.
+        // The CWD's path may be too long for a socket address.
         let dir = process::make_folder()?;
         let address = dir.path().join("notify");
         let notify = UnixDatagram::bind(&address).context(what)?;
@@ -74,7 +74,7 @@ impl RunningHost {
         Ok(host)
     }
 
-    /// Waits until it tells its service manager `word`, such as `STOPPING=1`.
+    /// Waits for the notification `word` to the service manager, such as `STOPPING=1`.
     pub fn wait_for_notification(&self, word: &str) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -94,47 +94,47 @@ impl RunningHost {
         }
     }
 
-    /// A new connection to it.
+    /// Connects to the host.
     pub fn client(&self) -> Result<Client> {
         Client::connect(&self.socket)
     }
 
-    /// Sends it a signal.
+    /// Sends the host a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.process.signal(signal)
     }
 
-    /// Waits for its end.
+    /// Waits for the host's end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         self.process.wait(TIMEOUT)
     }
 
-    /// Asks it to end, as a service manager does, and waits until it has.
+    /// Sends SIGTERM, and waits for the host's end.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
         self.wait()
     }
 
-    /// Kills it, and waits until it is gone.
+    /// Kills the host, and waits for its end.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::KILL)?;
         self.wait()
     }
 
-    /// Its process.
+    /// Returns the host's process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
     }
 
-    /// What its process holds now.
+    /// Returns the resources of the host's process.
     ///
     /// # Errors
-    /// It has ended.
+    /// The host has ended.
     pub fn resources(&self) -> Result<ProcessResources> {
         ProcessResources::of(self.pid())
     }
 
-    /// What it has logged so far.
+    /// Returns the host's log.
     pub fn log(&self) -> String {
         self.process.stderr()
     }

@@ -1,17 +1,17 @@
-//! What the tests of the whole workspace stand on.
+//! Tools for the tests of the whole workspace.
 //!
-//! - [`guest`]: analysis machines to test with, made on the spot: a boot sector that is up in a
-//!   quarter of a second, and a small Linux with an agent, a disk and a network. No image is kept
-//!   in the repository and nothing is installed.
-//! - [`snapshot`]: the formats in which a memory snapshot may be stored.
-//! - [`libvirt`]: a libvirtd of one's own, and such machines as its domains.
-//! - [`lab`]: all of it together, for experiments.
-//! - [`capture`]: what was captured of a network, packet by packet.
-//! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client that
-//!   talks to it. Nothing of them outlives its test.
-//! - [`conformance`]: the requirements of a machinery plugin, as checks that any of them is put to; a
-//!   crate of its own, for those who need no guests.
-//! - [`artifacts`]: where the build has put what they run; [`separate_build`]: what is built on its own.
+//! - [`guest`]: analysis machines, made on demand: a boot sector that is up in a quarter of a second, and a
+//! small Linux with an agent, a disk and a network. The repository contains no image, and nothing is
+//! installed.
+//! - [`snapshot`]: the formats of a memory snapshot.
+//! - [`libvirt`]: a private libvirtd, with such machines as its domains.
+//! - [`lab`]: a CWD with such machines.
+//! - [`capture`]: capture files, packet by packet.
+//! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client. They end with
+//! their test.
+//! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
+//! guests.
+//! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;
 mod cache;
@@ -32,6 +32,7 @@ mod resources;
 pub mod scratch;
 pub mod separate_build;
 pub mod snapshot;
+mod version;
 
 pub use error::{Error, Result};
 pub use machinery_conformance as conformance;

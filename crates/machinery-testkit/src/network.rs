@@ -1,7 +1,7 @@
-//! A network with one wire in it: the host at one end, a machine at the other.
+//! A network of the host and one machine.
 //!
-//! It is a network namespace without a name. So tests side by side use the same addresses and the same
-//! tap, and it is gone with the last that uses it, however that ends.
+//! It is a network namespace without a name. Concurrent tests can therefore use the same addresses and the
+//! same tap. The namespace ends with its last user.
 
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -19,25 +19,25 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
 use crate::error::{Context, Error};
 use crate::{Result, command};
 
-/// A network with one wire in it.
+/// A network of the host and one machine, connected by a tap.
 #[derive(Debug, Clone)]
 pub struct TestNetwork {
     namespace: Arc<OwnedFd>,
 }
 
 impl TestNetwork {
-    /// The interface at the host's end. A QEMU takes the other one.
+    /// The host's interface. A QEMU opens the other end.
     pub const TAP: &str = "tap0";
     /// The host's address.
     pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
     /// The machine's address.
     pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 2);
-    /// The host's hardware address, which the machine knows without asking.
+    /// The host's hardware address, which the machine has as a static entry.
     pub const HOST_MAC: &str = "52:54:00:42:00:01";
 
-    /// A new one; `None` for a user who may not make one, or not capture on it.
+    /// Makes a network; `None` for a user who may not make one, or not capture on it.
     pub fn new() -> Result<Option<Self>> {
-        // A user may be root of his own processes only; some of root's ways are closed then.
+        // Root of a user namespace lacks some privileges.
         let groups = fs::read_to_string("/proc/self/setgroups").unwrap_or_default();
         if !rustix::process::geteuid().is_root() || groups.trim() == "deny" {
             return Ok(None);
@@ -46,7 +46,7 @@ impl TestNetwork {
         Ok(Some(TestNetwork { namespace: Arc::new(namespace) }))
     }
 
-    /// Lets the command run there: it sees this network's interfaces and no others.
+    /// Makes the command run in the network: it sees the network's interfaces only.
     pub fn attach(&self, command: &mut Command) {
         let namespace = Arc::clone(&self.namespace);
         let enter = move || {
@@ -58,7 +58,7 @@ impl TestNetwork {
         unsafe { command.pre_exec(enter) };
     }
 
-    /// Does something there, such as opening a socket, which belongs to that network from then on.
+    /// Runs a task in the network. A socket that it opens belongs to the network from then on.
     pub fn inside<T: Send>(&self, task: impl FnOnce() -> T + Send) -> Result<T> {
         in_a_thread(|| {
             move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))
@@ -67,13 +67,13 @@ impl TestNetwork {
         })?
     }
 
-    /// Removes the wire; what is left of the network has only the loopback interface.
+    /// Removes the tap; only the loopback interface is left.
     pub fn remove_tap(&self) -> Result<()> {
         self.inside(|| ip(&["link", "delete", Self::TAP]))?
     }
 }
 
-/// In a thread of its own, so that no other one notices where it has been.
+/// Runs a task in a thread of its own, whose namespace ends with it.
 fn in_a_thread<T: Send>(task: impl FnOnce() -> T + Send) -> Result<T> {
     thread::scope(|scope| scope.spawn(task).join())
         .map_err(|_| Error::new("a thread in another network panicked"))
@@ -81,7 +81,7 @@ fn in_a_thread<T: Send>(task: impl FnOnce() -> T + Send) -> Result<T> {
 
 fn make() -> Result<OwnedFd> {
     let what = || "making a network for a test".to_owned();
-    // SAFETY: only the tables of files are dangerous to part from, and they stay shared.
+    // SAFETY: unsharing the table of files would be dangerous; it stays shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context(what)?;
     ip(&["link", "set", "lo", "up"])?;
     ip(&["tuntap", "add", "dev", TestNetwork::TAP, "mode", "tap"])?;
@@ -95,16 +95,16 @@ fn ip(arguments: &[&str]) -> Result<()> {
     command::output(Command::new("ip").args(arguments)).map(drop)
 }
 
-/// `/sys` shows the interfaces of the network in which it was mounted.
+/// Mounts `/sys` anew, which shows the interfaces of the network in which it was mounted.
 fn see_its_interfaces() -> io::Result<()> {
-    // SAFETY: only the tables of files are dangerous to part from, and they stay shared.
+    // SAFETY: unsharing the table of files would be dangerous; it stays shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     mount_change(c"/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     mount(c"sysfs", c"/sys", c"sysfs", MountFlags::empty(), c"")?;
     Ok(())
 }
 
-/// Returns a random loopback address, outside of 127.0, which tests use for fixed addresses.
+/// Returns a random loopback address outside of 127.0, which has the fixed addresses of tests.
 pub(crate) fn loopback_address() -> Ipv4Addr {
     let [a, b, c, ..] = RandomState::new().build_hasher().finish().to_be_bytes();
     Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254))

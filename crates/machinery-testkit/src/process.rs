@@ -26,44 +26,44 @@ pub const TIMEOUT: Duration = Duration::from_secs(60);
 /// The time between SIGTERM and SIGKILL for a process whose owner is dropped.
 const TERMINATION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A command that has ended.
+/// The outcome of a command.
 #[derive(Debug, Clone)]
 pub struct CommandOutput {
-    /// Its exit code; `None` if a signal ended it.
+    /// The exit code; `None` if a signal ended it.
     pub code: Option<i32>,
-    /// What it wrote to standard output.
+    /// The standard output.
     pub stdout: String,
-    /// What it wrote to standard error.
+    /// The standard error.
     pub stderr: String,
 }
 
-/// Runs any command to its end, which must come soon.
+/// Runs any command to its end, with a timeout.
 pub fn run_command(command: Command) -> Result<CommandOutput> {
     let mut process = Process::spawn(command)?;
     let code = process.wait(TIMEOUT)?.code();
     Ok(CommandOutput { code, stdout: process.stdout(), stderr: process.stderr() })
 }
 
-/// A child whose output goes to files, so that it never waits for a reader.
+/// A child process whose output goes to files, so that it never waits for a reader.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
     fd: OwnedFd,
-    /// Its end, once it was waited for; from then on its number may be another's.
+    /// The exit status, once waited for; the process id may be reused from then on.
     ended: Option<ExitStatus>,
     guard: Option<Guard>,
     dir: TempDir,
 }
 
-/// Tells a host to end when this process is gone. The kernel would tell it each time that a thread ends
-/// which is its parent by then; and who is told twice ends at once, in no order.
+/// Sends a host SIGTERM when this process ends. The kernel's parent-death signal would be sent again whenever
+/// a parent thread ends, and a second SIGTERM makes the host exit at once.
 #[derive(Debug)]
 struct Guard(Child);
 
 impl Guard {
     fn of(host: &Child) -> Result<Self> {
         let mut sh = Command::new("sh");
-        // It reads to the end of a pipe which this process holds open.
+        // The shell reads a pipe that this process holds open.
         sh.args(["-c", r#"read -r _; kill -TERM "$1""#, "guard", &host.id().to_string()]);
         sh.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         sh.spawn().map(Guard).context(|| "guarding a host".to_owned())
@@ -72,7 +72,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // What fails here has ended already.
+        // The shell may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -89,7 +89,7 @@ impl Process {
         let stderr = File::create(dir.path().join("stderr")).context(what)?;
         let started = command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).process_group(0).spawn();
         let child = started.context(|| format!("starting {}", command.get_program().display()))?;
-        // Nobody has waited for the child yet, so its number is still its own.
+        // The child has not been waited for, so its process id is valid.
         let fd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
             .context(|| format!("watching the process {}", child.id()))?;
         Ok(Process { child, fd, ended: None, guard: None, dir })
@@ -130,7 +130,7 @@ impl Process {
             let said = format!("{}{}", self.stdout(), self.stderr());
             return Err(Error::new(format!("the process does not end within {limit:?}. It said:\n{said}")));
         }
-        // From then on its number may be another's.
+        // The process id may be reused after the wait.
         self.guard = None;
         let status = self.child.wait().context(|| "waiting for the process".to_owned())?;
         self.ended = Some(status);
@@ -156,7 +156,7 @@ impl Drop for Process {
         if self.ended.is_some() {
             return;
         }
-        // What fails here has ended already, which is what is wanted.
+        // The process may have ended already.
         let _ = self.signal(Signal::TERM);
         let _ = self.ends_within(TERMINATION_TIMEOUT);
         let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);

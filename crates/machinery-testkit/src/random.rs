@@ -1,11 +1,11 @@
-//! Chance that can be repeated.
+//! Reproducible random numbers.
 
-/// Numbers that are random enough, and the same for the same seed, which must not be 0.
+/// A generator with a seed, which must not be 0.
 #[derive(Debug, Clone)]
 pub struct Rng(pub u64);
 
 impl Rng {
-    /// The next number, below `limit`. Source: Marsaglia's xorshift64.
+    /// Returns the next number, below `limit`. Source: Marsaglia's xorshift64.
     pub fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -13,7 +13,7 @@ impl Rng {
         self.0 % limit
     }
 
-    /// The same, for places in a list of that length.
+    /// Returns a random index of a list of that length.
     pub fn index(&mut self, length: usize) -> usize {
         self.below(length as u64) as usize
     }

@@ -1,29 +1,29 @@
-//! The resources that a process holds.
+//! The resources of a process.
 
 use std::fs;
 
 use crate::Result;
 use crate::error::Context;
 
-/// What a process holds.
+/// The resources of a process.
 #[derive(Debug, Clone)]
 pub struct ProcessResources {
     /// Open descriptors.
     pub files: usize,
     /// Threads.
     pub threads: usize,
-    /// Memory that is its own or shared, in KiB.
+    /// Resident memory, own and shared, in KiB.
     pub resident_kib: usize,
-    /// The numbers of its children, with spaces between.
+    /// The process ids of its children, separated by spaces.
     pub children: String,
 }
 
 impl ProcessResources {
-    /// It has no children, and otherwise hardly more than it held `before`: what grows with every round
-    /// of many is much more.
+    /// Asserts that there are no children, and hardly more resources than `before`. A leak in each of many
+    /// rounds exceeds the tolerance.
     ///
     /// # Panics
-    /// It has.
+    /// There are.
     #[track_caller]
     pub fn assert_no_growth_since(&self, before: &ProcessResources) {
         assert_eq!(self.children, "", "the host has children left");
@@ -47,7 +47,7 @@ impl ProcessResources {
             files: list("fd")?.count(),
             threads: tasks.len(),
             resident_kib: resident.trim().trim_end_matches(" kB").parse().context(what)?,
-            // A thread may end meanwhile; its children are another's then.
+            // The children of a thread that ends meanwhile belong to another one.
             children: tasks
                 .iter()
                 .map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default())

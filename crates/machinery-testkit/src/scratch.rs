@@ -1,4 +1,4 @@
-//! A Cuckoo working directory for one test, removed with the test.
+//! A Cuckoo working directory (CWD) for one test, removed with the test.
 
 use std::fmt::Write;
 use std::fs;
@@ -15,7 +15,7 @@ use crate::{Result, artifacts};
 const CUCKOO_YAML: &str = "conf/cuckoo.yaml";
 const HOST_YAML: &str = "conf/machinery-host.yaml";
 
-/// A CWD. Declare it before the hosts that serve it, so that they are gone before it goes.
+/// A CWD. Declare it before the hosts that serve it, so that it is removed after they have ended.
 #[derive(Debug)]
 pub struct ScratchCwd {
     _dir: TempDir,
@@ -23,17 +23,17 @@ pub struct ScratchCwd {
 }
 
 impl ScratchCwd {
-    /// A CWD that lists these machineries, each with the text of its configuration.
+    /// Makes a CWD that lists these machineries, each with the text of its configuration.
     pub fn new(machineries: &[(&str, &str)]) -> Result<Self> {
         Self::below(Path::new("cwd"), machineries)
     }
 
-    /// A CWD of the double machinery, with [`double`] machines.
+    /// Makes a CWD of the double machinery, with [`double`] machines.
     pub fn double(machines: &[(&str, &str)]) -> Result<Self> {
         Self::new(&[("double", &double(machines))])
     }
 
-    /// A CWD as [`new`](Self::new) makes it, in the folder `path` of the scratch folder: for long paths.
+    /// Makes a CWD like [`new`](Self::new) in the folder `path` of the scratch folder, for long paths.
     pub fn below(path: &Path, machineries: &[(&str, &str)]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("machinery-cwd.").tempdir();
         let dir = dir.context(|| "making a scratch CWD".to_owned())?;
@@ -47,7 +47,7 @@ impl ScratchCwd {
         Ok(cwd)
     }
 
-    /// Writes `conf/cuckoo.yaml` anew, with these machineries.
+    /// Writes `conf/cuckoo.yaml` with these machineries.
     pub fn list_machineries(&self, machineries: &[&str]) -> Result<()> {
         let mut text = String::from("machineries:\n");
         for name in machineries {
@@ -58,24 +58,23 @@ impl ScratchCwd {
         self.write(CUCKOO_YAML, &text)
     }
 
-    /// What the configuration of that machinery says.
+    /// Returns the text of a machinery's configuration.
     pub fn yaml(&self, machinery: &str) -> Result<String> {
         let path = self.root.join(yaml_of(machinery));
         fs::read_to_string(&path).context(|| format!("reading {}", path.display()))
     }
 
-    /// Writes the configuration of that machinery anew.
+    /// Replaces the text of a machinery's configuration.
     pub fn write_yaml(&self, machinery: &str, text: &str) -> Result<()> {
         self.write(yaml_of(machinery), text)
     }
 
-    /// Puts `new` in the place of the first `old` in the configuration of that machinery, where it has
-    /// to be.
+    /// Replaces the first `old` in a machinery's configuration by `new`. Fails if there is none.
     pub fn change_yaml(&self, machinery: &str, old: &str, new: &str) -> Result<()> {
         self.change(&yaml_of(machinery), old, new)
     }
 
-    /// Takes a machine out of the configuration of that machinery, where each key has a line of its own.
+    /// Removes a machine from a machinery's configuration, in which each key has a line of its own.
     pub fn remove_machine(&self, machinery: &str, machine: &str) -> Result<()> {
         let (text, begin) = (self.yaml(machinery)?, format!("  {machine}:"));
         let mut inside = false;
@@ -87,7 +86,7 @@ impl ScratchCwd {
         self.write_yaml(machinery, &(left.join("\n") + "\n"))
     }
 
-    /// As [`change_yaml`](Self::change_yaml), in `conf/cuckoo.yaml`.
+    /// Replaces the first `old` in `conf/cuckoo.yaml` by `new`. Fails if there is none.
     pub fn change_cuckoo_yaml(&self, old: &str, new: &str) -> Result<()> {
         self.change(CUCKOO_YAML, old, new)
     }
@@ -101,14 +100,14 @@ impl ScratchCwd {
         self.write(path, text.replacen(old, new, 1))
     }
 
-    /// Has traffic captured, by that program.
+    /// Enables captures by that program.
     pub fn capture_with(&self, tcpdump: &Path) -> Result<()> {
         let path = format!("path: {}", tcpdump.display());
         self.change_cuckoo_yaml("enabled: false", "enabled: true")?;
         self.change_cuckoo_yaml("path: /usr/bin/tcpdump", &path)
     }
 
-    /// Writes a program, a shell script.
+    /// Writes an executable shell script.
     pub fn script(&self, name: &str, script: &str) -> Result<PathBuf> {
         self.write(name, format!("#!/bin/sh\n{script}\n"))?;
         let path = self.root.join(name);
@@ -122,7 +121,7 @@ impl ScratchCwd {
         self.write(HOST_YAML, text)
     }
 
-    /// Puts a copy of that file into the CWD's own plugin folder, as the plugin of that machinery.
+    /// Copies a file into the CWD's plugin folder, as the plugin of that machinery.
     pub fn install_plugin_file(&self, file: &Path, name: &str) -> Result<PathBuf> {
         let what = || format!("copying {} as the plugin '{name}'", file.display());
         let content = fs::read(file).context(what)?;
@@ -131,12 +130,12 @@ impl ScratchCwd {
         Ok(self.root.join(path))
     }
 
-    /// Puts a copy of the plugin that was built for that machinery there.
+    /// Copies the built plugin of that machinery into the CWD's plugin folder.
     pub fn install_plugin(&self, name: &str) -> Result<PathBuf> {
         self.install_plugin_file(&artifacts::plugin(name)?, name)
     }
 
-    /// Writes a file, with the folders above it. `path` is relative to the CWD.
+    /// Writes a file, and makes the folders above it. `path` is relative to the CWD.
     pub fn write(&self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<()> {
         let path = self.root.join(path);
         let what = || format!("writing {}", path.display());
@@ -144,12 +143,12 @@ impl ScratchCwd {
         fs::write(&path, content).context(what)
     }
 
-    /// Its folder.
+    /// Returns its folder.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// What a host would give the plugin of that machinery.
+    /// Returns the setup that a host would pass to that machinery's plugin.
     pub fn setup(&self, machinery: &str) -> Result<Setup> {
         let folder = |name: &str| {
             let folder = self.root.join(name);
@@ -167,7 +166,7 @@ impl ScratchCwd {
         })
     }
 
-    /// Where the host's socket is, once it runs.
+    /// Returns the path of the host's socket.
     pub fn socket(&self) -> PathBuf {
         self.root.join("operational/sockets/machinerymanager.sock")
     }
@@ -177,8 +176,8 @@ fn yaml_of(machinery: &str) -> String {
     format!("conf/machineries/{machinery}.yaml")
 }
 
-/// The text of `double.yaml` for these machines: names, and YAML to follow the keys that are needed
-/// (such as `faults: {stop: fail}`; may be empty).
+/// Returns the text of `double.yaml` for these machines: names, and further YAML keys such as `faults: {stop:
+/// fail}`.
 pub fn double(machines: &[(&str, &str)]) -> String {
     let mut text = String::from("interface: lo\nmachines:\n");
     for (index, (name, more)) in machines.iter().enumerate() {

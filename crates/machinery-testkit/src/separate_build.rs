@@ -1,25 +1,26 @@
-//! Builds on their own: crates outside the workspace, and with other compilers.
+//! Builds of crates outside the workspace, and by other compilers.
 //!
-//! They go to a folder of their own below the build's, so that a second build has little to do.
+//! Their results are kept in a folder of their own below the build's.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::error::{Context, Error};
+use crate::version::numbers;
 use crate::{Result, artifacts};
 
-/// A build of a crate by itself.
+/// A separate build of a crate.
 #[derive(Debug)]
 pub struct SeparateBuild {
     manifest: PathBuf,
-    /// A name for it, and for its folder.
+    /// The name of its folder.
     name: String,
     toolchain: Option<String>,
     release: bool,
 }
 
 impl SeparateBuild {
-    /// A build of the crate or workspace with that `Cargo.toml`; `name` is that of its folder.
+    /// Describes a build of the crate or workspace with that `Cargo.toml`; `name` is the name of its folder.
     pub fn of(manifest: &Path, name: &str) -> Self {
         SeparateBuild {
             manifest: manifest.to_owned(),
@@ -29,21 +30,21 @@ impl SeparateBuild {
         }
     }
 
-    /// With that one of rustup's toolchains.
+    /// Uses that toolchain of rustup.
     #[must_use]
     pub fn with(mut self, toolchain: &str) -> Self {
         self.toolchain = Some(toolchain.to_owned());
         self
     }
 
-    /// Optimised.
+    /// Builds with optimisations.
     #[must_use]
     pub fn release(mut self) -> Self {
         self.release = true;
         self
     }
 
-    /// Builds what these arguments of `cargo build` name, and gives the folder in which it is then.
+    /// Runs `cargo build` with these arguments, and returns the folder of its results.
     pub fn build(&self, arguments: &[&str]) -> Result<PathBuf> {
         let target = self.target()?;
         let mut command = self.cargo();
@@ -69,15 +70,15 @@ impl SeparateBuild {
     fn cargo(&self) -> Command {
         let Some(toolchain) = &self.toolchain else { return Command::new("cargo") };
         let mut command = Command::new("rustup");
-        // Of the compiler that this test was built with.
+        // These variables select the compiler of this test.
         command.env_remove("RUSTUP_TOOLCHAIN").env_remove("RUSTC").env_remove("RUSTDOC");
         command.args(["run", toolchain, "cargo"]);
         command
     }
 }
 
-/// One of rustup's toolchains that has another compiler than the one that is used here, if there is one,
-/// and it is new enough for `at_least`, such as `1.91`.
+/// Returns a toolchain of rustup with another compiler than this one, of the version `at_least` (such as
+/// `1.91`) or newer, if there is one.
 pub fn other_toolchain(at_least: &str) -> Result<Option<String>> {
     let own = version(&mut Command::new("rustc"))?;
     let Ok(list) = Command::new("rustup").args(["toolchain", "list", "--quiet"]).output() else {
@@ -97,24 +98,4 @@ pub fn other_toolchain(at_least: &str) -> Result<Option<String>> {
 fn version(rustc: &mut Command) -> Result<String> {
     let ran = rustc.arg("--version").output().context(|| format!("running {rustc:?}"))?;
     Ok(String::from_utf8_lossy(&ran.stdout).trim().to_owned())
-}
-
-/// Major and minor of a version, wherever they stand in the text.
-pub(crate) fn numbers(text: &str) -> Option<(u32, u32)> {
-    let version =
-        text.split_whitespace().find(|word| word.starts_with(|first: char| first.is_ascii_digit()))?;
-    let mut parts = version.split('.').map(|part| part.parse().ok());
-    Some((parts.next()??, parts.next()??))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_compared_as_numbers() {
-        assert_eq!(numbers("rustc 1.97.0-nightly (e50aa6fba 2026-05-19)"), Some((1, 97)));
-        assert!(numbers("rustc 1.101.0 (x)") > numbers("1.91"));
-        assert_eq!(numbers("rustc"), None);
-    }
 }

@@ -1,8 +1,7 @@
-//! The formats in which a memory snapshot may be stored.
+//! The formats of a memory snapshot.
 //!
-//! A snapshot is a QEMU migration stream. Operators compress it, because RAM compresses well, and
-//! a machinery recognises the format by content. Here both directions are simple streams, so that
-//! a snapshot larger than memory is no trouble.
+//! A snapshot is a QEMU migration stream, often compressed. A machinery detects the format by content.
+//! Reading and writing are streams, so a snapshot may be larger than memory.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
@@ -11,7 +10,7 @@ use std::path::Path;
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// How a memory snapshot is stored.
+/// The format of a memory snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SnapshotFormat {
     /// The migration stream as QEMU writes it.
@@ -25,10 +24,10 @@ pub enum SnapshotFormat {
 }
 
 impl SnapshotFormat {
-    /// Every format there is.
+    /// All formats.
     pub const ALL: [Self; 4] = [Self::Plain, Self::Gzip, Self::Lz4, Self::Zstd];
 
-    /// The first bytes of a file in this format.
+    /// Returns the first bytes of a file in this format.
     pub fn magic(self) -> &'static [u8] {
         match self {
             Self::Plain => b"QEVM",
@@ -38,7 +37,7 @@ impl SnapshotFormat {
         }
     }
 
-    /// The customary ending of a file's name, empty for [`SnapshotFormat::Plain`].
+    /// Returns the usual suffix of a file's name, empty for [`SnapshotFormat::Plain`].
     pub fn suffix(self) -> &'static str {
         match self {
             Self::Plain => "",
@@ -48,7 +47,7 @@ impl SnapshotFormat {
         }
     }
 
-    /// The format of the file at `path`, by its content.
+    /// Detects the format of the file at `path` by its content.
     pub fn of(path: &Path) -> Result<Self> {
         format_of(&mut open(path)?, path)
     }
@@ -68,7 +67,7 @@ impl SnapshotFormat {
     }
 }
 
-/// The migration stream in the file at `path`, whatever its format.
+/// Opens the migration stream in the file at `path`, in any format.
 pub fn read(path: &Path) -> Result<Box<dyn Read + Send>> {
     let mut file = open(path)?;
     let format = format_of(&mut file, path)?;
@@ -102,7 +101,7 @@ fn format_of(file: &mut File, path: &Path) -> Result<SnapshotFormat> {
     })
 }
 
-/// Copies all of `from` through `writer`, then ends the format properly.
+/// Copies all of `from` through `writer`, then ends the format.
 fn finish<W: Write, I: Write>(
     from: &mut impl Read,
     mut writer: W,

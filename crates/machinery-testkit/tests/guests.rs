@@ -1,4 +1,4 @@
-//! The test guests, with a real QEMU and no plugin: what the rest of the tests take for granted.
+//! The test guests, with QEMU and without a plugin.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -111,7 +111,7 @@ fn restore_fails_when_the_snapshot_is_truncated() {
     assert!(machine.restore(&qemu, &machine.disk).is_err());
 }
 
-/// All of the Linux guest in one test: it is the slow one.
+/// One test for the whole Linux guest, which is slow to boot.
 #[test]
 fn linux_guest_has_the_snapshots_marks_when_restored() {
     let dir = tempfile::tempdir().unwrap();

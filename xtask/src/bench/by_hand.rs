@@ -1,8 +1,8 @@
-//! The floor: what restores and stops take when nothing but QEMU does anything.
+//! The floor: restores and stops by QEMU alone.
 //!
-//! Whatever drives QEMU cannot be faster than this, so it is the yardstick for the host in each of its
-//! modes. For an instant restore there is a *template*, made once: the machine's RAM as a file, and the
-//! state of its devices as another. It is made and used here without any code of the host.
+//! No program that drives QEMU can be faster, so the floor is the baseline of the host in each of its modes.
+//! An instant restore uses a *template*, made once: a file with the machine's RAM and one with its devices.
+//! No code of the host is involved.
 //!
 //! ```text
 //! make:     QEMU with the file as its shared RAM ─▶ load the snapshot ─▶ save the devices ─▶ quit
@@ -22,7 +22,7 @@ use super::host::Mode;
 use super::turns::timed;
 use crate::run::{Context, Result};
 
-/// What a restore takes that does what the host does in that mode.
+/// Returns the kind of a restore by hand that corresponds to the mode.
 pub fn restore(mode: Mode) -> Kind {
     let (name, what) = match mode {
         Mode::Plain => (
@@ -40,26 +40,26 @@ pub fn restore(mode: Mode) -> Kind {
     Kind { name, what, unit: Unit::Ms }
 }
 
-/// What a stop takes.
+/// The duration of a stop.
 pub const STOP: Kind =
     Kind { name: "floor: stop", what: "QEMU by hand: quit, until the process has ended", unit: Unit::Ms };
 
-/// QEMU before this version cannot map a file read-only as its RAM, and takes files only as descriptors.
+/// Earlier QEMUs cannot map a file read-only as RAM, and load devices from descriptors only.
 const OPENS_FILES_SINCE: (u32, u32) = (8, 2);
 
-/// A machine, with what is needed to restore it by hand.
+/// A machine, with the files to restore it by hand.
 pub struct ByHand<'a> {
     qemu: &'a Qemu,
     machine: &'a MachineFolder,
     template: Template,
-    /// An overlay that nobody has written to.
+    /// An empty overlay.
     blank: PathBuf,
-    /// The one of a run.
+    /// The overlay of a run.
     overlay: PathBuf,
 }
 
 impl<'a> ByHand<'a> {
-    /// That of `machine`, whose template is made now.
+    /// Makes the template of `machine`.
     pub fn new(qemu: &'a Qemu, machine: &'a MachineFolder) -> Result<Self> {
         let folder = machine.dir.join("floor");
         fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;
@@ -71,7 +71,7 @@ impl<'a> ByHand<'a> {
         Ok(by_hand)
     }
 
-    /// Measures restores and stops so many times; the first round does not count.
+    /// Measures restores and stops; the first round does not count.
     pub fn measure(&self, mode: Mode, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
         for round in 0..=rounds {
             let (vm, restored) = match mode {
@@ -88,9 +88,9 @@ impl<'a> ByHand<'a> {
         Ok(())
     }
 
-    /// The running machine, and how many milliseconds that took.
+    /// Restores the machine, and returns the milliseconds.
     fn plain(&self) -> Result<(Vm, f64)> {
-        // There is one: that of the template's making, at first.
+        // The template's QEMU has left an overlay, too.
         fs::remove_file(&self.overlay).context(|| format!("cannot remove {}", self.overlay.display()))?;
         timed(|| {
             self.qemu.overlay(&self.machine.disk, &self.overlay)?;
@@ -113,7 +113,7 @@ impl<'a> ByHand<'a> {
         Ok((vm, took))
     }
 
-    /// The machine, loaded from its template.
+    /// Returns the machine, loaded from its template and paused.
     fn paused(&self) -> Result<Vm> {
         let mut vm =
             self.start(if self.template.by_name { "share=off,readonly=on,rom=off" } else { "share=off" })?;
@@ -128,7 +128,7 @@ impl<'a> ByHand<'a> {
         Ok(vm.quit()?)
     }
 
-    /// QEMU with the template's file as its RAM, on an overlay of its own.
+    /// Starts QEMU with the template's file as its RAM, on an overlay of its own.
     fn start(&self, how: &str) -> Result<Vm> {
         copy(&self.blank, &self.overlay).context(|| format!("cannot copy {}", self.blank.display()))?;
         let args = self.template.args(how);
@@ -137,18 +137,18 @@ impl<'a> ByHand<'a> {
     }
 }
 
-/// A machine's RAM as a file, and the state of its devices.
+/// Files of a machine's RAM and of its devices.
 struct Template {
     ram: PathBuf,
-    /// As QEMU is told it.
+    /// The size of the RAM, as QEMU's argument.
     size: String,
     devices: PathBuf,
-    /// Whether this QEMU takes files by their name.
+    /// QEMU opens files by their name.
     by_name: bool,
 }
 
 impl Template {
-    /// Where the machine's template is, or will be.
+    /// Returns the paths of a machine's template.
     fn of(qemu: &Qemu, machine: &MachineFolder, folder: &Path) -> Result<Self> {
         let args = &machine.start_args;
         let size = args.iter().skip_while(|arg| *arg != "-m").nth(1);
@@ -161,7 +161,7 @@ impl Template {
         })
     }
 
-    /// QEMU's arguments for having it as RAM.
+    /// Returns QEMU's arguments for the file as RAM.
     fn args(&self, how: &str) -> [String; 4] {
         // A comma ends an option's value unless it is doubled.
         let path = self.ram.to_string_lossy().replace(',', ",,");
@@ -170,7 +170,7 @@ impl Template {
     }
 }
 
-/// The first two numbers of the version in what QEMU says of it.
+/// Returns the first two numbers of QEMU's version.
 fn version(said: &str) -> Result<(u32, u32)> {
     let number = said.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
     let mut parts = number.unwrap_or_default().split('.').map(str::parse);
@@ -180,7 +180,7 @@ fn version(said: &str) -> Result<(u32, u32)> {
     }
 }
 
-/// Copies a file without its holes; where the file system can, both share what they have in common.
+/// Copies a file with its holes; shares blocks if the file system can.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let (from, to) = (File::open(from)?, File::create(to)?);
     if ioctl_ficlone(&to, &from).is_ok() {

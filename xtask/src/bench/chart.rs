@@ -1,7 +1,6 @@
-//! The medians as a picture: a bar each, by size of RAM, on a logarithmic scale.
+//! The chart of medians: one bar each, by size of RAM, on a logarithmic scale.
 //!
-//! Nobody knows on which background it is looked at. So it has none of its own, and only colours that are
-//! far enough from black and from white.
+//! The chart has no background, and only colours that are visible on black and on white.
 
 use std::fmt::Display;
 
@@ -11,10 +10,10 @@ use super::{by_hand, cuckoo3, parallel};
 
 const TITLE: &str = "Restoring and stopping machines of each size: median in milliseconds, logarithmic scale";
 const WIDTH: f64 = 800.0;
-/// Where bars begin, and how long they get; values stand behind them.
+/// The begin of the bars, and their maximum length; values follow them.
 const BARS: (f64, f64) = (200.0, 500.0);
 const BAR: f64 = 16.0;
-/// The name of a group, and the space above it.
+/// The height of a group's name, with the space above it.
 const GROUP: f64 = 34.0;
 const HEAD: f64 = 60.0;
 const TEXT: &str = "#7d8590";
@@ -27,7 +26,7 @@ const LEGEND: [(&str, &str, f64); 3] = [
     ("Cuckoo3's own manager and client", CUCKOO3, 460.0),
 ];
 
-/// What is drawn, from the top down.
+/// Returns the bars of a group, from top to bottom.
 fn kinds() -> [(Kind, &'static str); 12] {
     [
         (cuckoo3::RESTORE, CUCKOO3),
@@ -45,9 +44,9 @@ fn kinds() -> [(Kind, &'static str); 12] {
     ]
 }
 
-/// The name of a bar, its milliseconds and its colour.
+/// The name, the milliseconds and the colour of a bar.
 type Bar = (&'static str, f64, &'static str);
-/// The picture, as SVG.
+/// Returns the chart as SVG.
 pub fn svg(figures: &Figures) -> String {
     let groups: Vec<(Place, Vec<Bar>)> =
         figures.places().into_iter().map(|place| (place, bars(figures, place))).collect();
@@ -85,13 +84,13 @@ fn head() -> String {
     text(0.0, 16.0, "start", 14, &TITLE) + &LEGEND.map(entry).concat()
 }
 
-/// The powers of ten between which everything is.
+/// The powers of ten that enclose all values.
 struct Scale(f64, f64);
 
 impl Scale {
     fn of(values: impl Iterator<Item = f64>) -> Self {
         let powers = values.map(f64::log10).fold((f64::MAX, f64::MIN), |(a, b), it| (it.min(a), it.max(b)));
-        // Nothing at all is between two of them as well.
+        // Without values, any two will do.
         if powers.0 > powers.1 { Scale(0.0, 1.0) } else { Scale(powers.0.floor(), powers.1.floor() + 1.0) }
     }
 
@@ -114,7 +113,7 @@ fn rect(x: f64, y: f64, width: f64, height: f64, colour: &str) -> String {
     format!("<rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"{height}\" fill=\"{colour}\"/>\n")
 }
 
-/// Text without characters that XML takes for its own.
+/// Returns a text element. The text must not contain characters of XML's own.
 fn text(x: f64, y: f64, anchor: &str, size: u8, text: &dyn Display) -> String {
     format!("<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{text}</text>\n")
 }

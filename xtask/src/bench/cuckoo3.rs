@@ -1,8 +1,8 @@
-//! Cuckoo3's own machinery manager with its own client, on the same machine as everybody else.
+//! Cuckoo3's own machinery manager and client, on the same machine as the host.
 //!
-//! It runs as Cuckoo3 runs it, in a process of its own Python, which a small script (`cuckoo3.py`) has
-//! do what it is told line by line. It reads the machine from the same configuration file as the host. No
-//! host runs meanwhile: there is one socket, and one guest that listens at the machine's address.
+//! The manager runs in a process of its own Python, driven line by line through the script `cuckoo3.py`. It
+//! reads the host's configuration file of the machine. No host runs meanwhile: both use the same socket and
+//! address.
 
 use std::env;
 use std::fs::{self, File};
@@ -15,13 +15,13 @@ use machinery_testkit::lab::Lab;
 use super::figures::{Figures, Kind, Place, Unit};
 use crate::run::{Context, Failure, Result};
 
-/// What a `restore_start` takes.
+/// The duration of a `restore_start`.
 pub const RESTORE: Kind = Kind {
     name: "Cuckoo3 restore_start",
     what: "Cuckoo3's own manager: call until return of its own client",
     unit: Unit::Ms,
 };
-/// What a `stop` takes.
+/// The duration of a `stop`.
 pub const STOP: Kind = Kind {
     name: "Cuckoo3 stop",
     what: "Cuckoo3's own manager: call until return of its own client",
@@ -30,30 +30,30 @@ pub const STOP: Kind = Kind {
 
 const SCRIPT: &str = include_str!("cuckoo3.py");
 
-/// The Python that has Cuckoo3, if one is named.
+/// Returns the Python with Cuckoo3, if `$CUCKOO3_PYTHON` names one.
 pub fn python() -> Option<String> {
     env::var("CUCKOO3_PYTHON").ok().filter(|python| !python.is_empty())
 }
 
-/// Gives the lab's only machine the keys that Cuckoo3 does not do without.
+/// Adds the keys that Cuckoo3 requires to the lab's only machine.
 pub fn complete(lab: &Lab) -> Result<()> {
     let keys = "    os_version: \"10\"\n    architecture: amd64\n    tags: [bench]\n";
     Ok(lab.change_yaml("    os_version: 10\n", keys)?)
 }
 
-/// A manager for a lab's machine `m`.
+/// A manager of a lab's machine `m`.
 pub struct Cuckoo3<'a> {
     lab: &'a Lab,
     python: Child,
-    /// Closed, it ends.
+    /// The manager ends when this is closed.
     orders: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
-    /// What it says beside that.
+    /// The path of the manager's log.
     errors: PathBuf,
 }
 
 impl<'a> Cuckoo3<'a> {
-    /// Starts it and waits until it listens.
+    /// Starts the manager and waits until it listens.
     pub fn start(python: &str, lab: &'a Lab) -> Result<Self> {
         let what = || format!("cannot start {python}, which CUCKOO3_PYTHON names");
         let errors = lab.cwd().root().join("cuckoo3.log");
@@ -70,7 +70,7 @@ impl<'a> Cuckoo3<'a> {
         if said == "ready" { Ok(cuckoo3) } else { Err(cuckoo3.failed(&said)) }
     }
 
-    /// Measures restores and stops so many times; the first round does not count.
+    /// Measures restores and stops; the first round does not count.
     pub fn measure(mut self, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
         for round in 0..=rounds {
             let restored = self.act("restore_start")?;
@@ -83,7 +83,7 @@ impl<'a> Cuckoo3<'a> {
         self.end()
     }
 
-    /// In milliseconds.
+    /// Runs an action, and returns the milliseconds.
     fn act(&mut self, action: &str) -> Result<f64> {
         let what = || format!("cannot have Cuckoo3 do {action}");
         if let Some(orders) = &mut self.orders {
@@ -119,7 +119,7 @@ impl<'a> Cuckoo3<'a> {
 
 impl Drop for Cuckoo3<'_> {
     fn drop(&mut self) {
-        // It stops its machine, and ends. What it does not do, the lab finds.
+        // The manager stops its machine and ends. The lab finds leftovers.
         drop(self.orders.take());
         let _ = self.python.wait();
         let disk = self.lab.disposable("m");

@@ -1,59 +1,59 @@
-//! What was measured: samples, each of a kind, at a place.
+//! Measured samples, by kind and place.
 
 use std::fmt;
 
 use serde_json::{Value, json};
 
-/// All that a run has measured, in the order in which it came to each kind.
+/// The samples of a benchmark, in the order of their kinds' first ones.
 #[derive(Default)]
 pub struct Figures {
-    /// What was measured with: names and their values.
+    /// The environment of the benchmark: names and values.
     pub about: Vec<(&'static str, String)>,
     all: Vec<Figure>,
 }
 
 /// The samples of one kind at one place.
 pub struct Figure {
-    /// Where.
+    /// The place.
     pub place: Place,
-    /// What.
+    /// The kind.
     pub kind: Kind,
-    /// In the order in which they came.
+    /// The samples, in the order of their measurement.
     pub samples: Vec<f64>,
 }
 
-/// What is measured. Two with the same name are the same.
+/// The kind of a measurement, identified by its name.
 #[derive(Clone, Copy)]
 pub struct Kind {
-    /// Short, for tables.
+    /// A short name, for tables.
     pub name: &'static str,
-    /// In words.
+    /// A description.
     pub what: &'static str,
-    /// What its numbers count.
+    /// The unit of the samples.
     pub unit: Unit,
 }
 
-/// What a number counts.
+/// The unit of a number.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// Milliseconds.
     Ms,
     /// Mebibytes.
     MiB,
-    /// Times in a second.
+    /// Number per second.
     PerSecond,
 }
 
-/// On which machines something is measured.
+/// The machines of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// One QEMU process with that much RAM.
     Qemu(u32),
     /// One domain of libvirt with that much RAM.
     Kvm(u32),
-    /// So many QEMU processes with that much RAM each.
+    /// A number of QEMU processes with that much RAM each.
     AtOnce(usize, u32),
-    /// So many machines of the double machinery.
+    /// A number of machines of the double machinery.
     Double(usize),
 }
 
@@ -65,21 +65,21 @@ impl Figures {
             self.all.push(Figure { place, kind, samples: Vec::new() });
             self.all.len() - 1
         });
-        // Of a thousandth of anything here, the rest is noise.
+        // Further digits are noise.
         self.all[index].samples.push((sample * 1000.0).round() / 1000.0);
     }
 
-    /// Those of one kind at one place, if there are any.
+    /// Returns the samples of one kind at one place.
     pub fn of(&self, place: Place, kind: Kind) -> Option<&Figure> {
         self.all.iter().find(|figure| figure.is(place, kind))
     }
 
-    /// The median of those.
+    /// Returns their median.
     pub fn median(&self, place: Place, kind: Kind) -> Option<f64> {
         Some(self.of(place, kind)?.spread().median)
     }
 
-    /// All places, in the order in which they were measured.
+    /// Returns all places, in the order of their measurement.
     pub fn places(&self) -> Vec<Place> {
         let mut places: Vec<Place> = Vec::new();
         for figure in &self.all {
@@ -90,18 +90,18 @@ impl Figures {
         places
     }
 
-    /// All of one place.
+    /// Returns all samples of one place.
     pub fn at(&self, place: Place) -> impl Iterator<Item = &Figure> {
         self.all.iter().filter(move |figure| figure.place == place)
     }
 
-    /// All samples of one kind, wherever they were taken, as if they were of one figure.
+    /// Returns all samples of one kind, at all places.
     pub fn pooled(&self, kind: Kind) -> Vec<f64> {
         let of_kind = |figure: &&Figure| figure.kind.name == kind.name;
         self.all.iter().filter(of_kind).flat_map(|figure| figure.samples.iter().copied()).collect()
     }
 
-    /// Everything.
+    /// Returns all samples as JSON.
     pub fn json(&self) -> Vec<Value> {
         self.all.iter().map(Figure::json).collect()
     }
@@ -112,7 +112,7 @@ impl Figure {
         self.place == place && self.kind.name == kind.name
     }
 
-    /// What the samples have in common.
+    /// Returns the distribution of the samples.
     pub fn spread(&self) -> Spread {
         Spread::of(&self.samples)
     }
@@ -136,25 +136,25 @@ impl Figure {
     }
 }
 
-/// What samples have in common.
+/// The distribution of samples.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Spread {
-    /// The smallest.
+    /// The minimum.
     pub least: f64,
-    /// The one in the middle.
+    /// The median.
     pub median: f64,
-    /// The one that 99 of 100 do not exceed.
+    /// The 99th percentile.
     pub p99: f64,
-    /// The largest.
+    /// The maximum.
     pub most: f64,
 }
 
 impl Spread {
-    /// That of `samples`; not a number where there are none.
+    /// Computes the distribution of `samples`; NaN if there are none.
     pub fn of(samples: &[f64]) -> Self {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
-        // The nearest rank: a value that was measured, none in between.
+        // The nearest rank is a measured value, not an interpolated one.
         let at = |rank: usize| sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN);
         let count = sorted.len();
         Spread {
@@ -187,7 +187,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// An amount of memory as people say it.
+/// Returns an amount of memory as text.
 pub fn size(mib: u32) -> String {
     if mib.is_multiple_of(1024) { format!("{} GiB", mib / 1024) } else { format!("{mib} MiB") }
 }

@@ -1,8 +1,8 @@
 //! The host, over its socket.
 //!
-//! A mode is measured with a host of its own that is started for it, on the same machine and with the same
-//! configuration but for the mode. Before each restore the host is asked to prepare the machine, and has to
-//! say that it is ready in that mode: otherwise another one would be measured, unnoticed.
+//! Each mode has a host of its own, with the same machine and configuration except for the mode. Before each
+//! restore the host prepares the machine, and must report the mode, so that no other mode is measured by
+//! mistake.
 
 use clap::ValueEnum;
 use machinery_testkit::client::Client;
@@ -14,7 +14,7 @@ use super::figures::{Figures, Kind, Place, Unit};
 use super::turns::timed;
 use crate::run::Result;
 
-/// How the host restores.
+/// The host's mode of restores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
     /// By reading the whole snapshot
@@ -25,12 +25,11 @@ pub enum Mode {
     Standby,
 }
 
-/// A client waits 30 seconds for an answer. Preparing may take longer; who asks again meanwhile gets in
-/// line behind it.
+/// A client waits 30 seconds for an answer. A longer preparation takes several requests.
 const MAX_PREPARE_ATTEMPTS: usize = 20;
 
 impl Mode {
-    /// What a `restore_start` is in it.
+    /// Returns the kind of a `restore_start` in this mode.
     pub fn restore(self) -> Kind {
         let (name, what) = match self {
             Mode::Plain => (
@@ -47,7 +46,7 @@ impl Mode {
         Kind { name, what, unit: Unit::Ms }
     }
 
-    /// What a `stop` is in it.
+    /// Returns the kind of a `stop` in this mode.
     pub fn stop(self) -> Kind {
         let name = match self {
             Mode::Plain => "plain stop",
@@ -57,7 +56,7 @@ impl Mode {
         Kind { name, what: "the host: request until answer at its socket", unit: Unit::Ms }
     }
 
-    /// What `list` calls it.
+    /// Returns the mode's name in `list`.
     fn word(self) -> &'static str {
         match self {
             Mode::Plain => "plain",
@@ -66,7 +65,7 @@ impl Mode {
         }
     }
 
-    /// The host's settings, with so much memory for standbys.
+    /// Returns the host's configuration, with that much memory for standbys.
     fn settings(self, machinery: &str, memory_mib: u32) -> String {
         let standby = if self == Mode::Standby { "on" } else { "off" };
         let instant = if self == Mode::Plain { "off" } else { "auto" };
@@ -81,18 +80,18 @@ impl Mode {
     }
 }
 
-/// The machines of a CWD that are served in some mode.
+/// The machines that a host serves.
 #[derive(Clone, Copy)]
 pub struct Served<'a> {
     /// The CWD.
     pub cwd: &'a ScratchCwd,
-    /// Whose machines they are.
+    /// The machinery of the machines.
     pub machinery: &'static str,
     /// The RAM of all machines together.
     pub memory_mib: u32,
 }
 
-/// A host that serves them.
+/// A host that serves the machines.
 pub struct Session {
     mode: Mode,
     host: RunningHost,
@@ -108,7 +107,7 @@ impl Session {
         Ok(Session { mode, host, client })
     }
 
-    /// Waits until the machine is ready to be restored in this session's mode.
+    /// Waits until the machine is ready in this session's mode.
     pub fn prepare(&mut self, machine: &str) -> Result<()> {
         if self.mode == Mode::Plain {
             return Ok(());
@@ -133,19 +132,19 @@ impl Session {
         last
     }
 
-    /// Does something with a machine, and says how many milliseconds it took.
+    /// Runs an action on a machine, and returns the milliseconds.
     pub fn act(&mut self, action: &str, machine: &str) -> Result<f64> {
         let (answer, took) = timed(|| Ok(self.client.act(action, machine)?))?;
         succeeded(action, &answer)?;
         Ok(took)
     }
 
-    /// The connection.
+    /// Returns the connection.
     pub fn client(&mut self) -> &mut Client {
         &mut self.client
     }
 
-    /// Ends the host.
+    /// Shuts the host down.
     pub fn end(mut self) -> Result<()> {
         let status = self.host.terminate()?;
         if status.success() {
@@ -155,7 +154,7 @@ impl Session {
     }
 }
 
-/// Measures restores and stops of the machine `m` so many times; the first round does not count.
+/// Measures restores and stops of the machine `m`; the first round does not count.
 pub fn measure(
     served: Served<'_>,
     mode: Mode,
@@ -176,7 +175,7 @@ pub fn measure(
     session.end()
 }
 
-/// Fails unless the host's answer says that it did what was asked for.
+/// Fails unless the host's answer is a success.
 pub fn succeeded(action: &str, answer: &Value) -> Result<()> {
     if answer["success"] == true { Ok(()) } else { Err(format!("{action} failed: {answer}").into()) }
 }

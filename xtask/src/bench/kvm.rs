@@ -10,20 +10,20 @@ use super::turns::timed;
 use super::{by_hand, turns};
 use crate::run::{Result, note};
 
-/// What a stop takes by hand.
+/// The duration of a stop by hand.
 const DESTROY: Kind = Kind { what: "virsh destroy, until it ends", ..by_hand::STOP };
 
-/// What a restore takes by hand.
+/// The duration of a restore by hand.
 fn revert() -> Kind {
     Kind { what: "virsh snapshot-revert --running, until it ends", ..by_hand::restore(Mode::Plain) }
 }
 
-/// What it takes by hand to let a domain go on that is reverted and paused.
+/// The duration of a resume by hand of a reverted and paused domain.
 fn resume() -> Kind {
     Kind { what: "virsh resume of a domain that is reverted and paused", ..by_hand::restore(Mode::Standby) }
 }
 
-/// Who takes turns.
+/// The contestants that take turns.
 #[derive(Clone, Copy)]
 enum Contestant {
     Virsh,
@@ -49,7 +49,7 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
         Contestant::Host(Mode::Standby) => plan.standby_rounds,
         _ => plan.rounds,
     };
-    // libvirt's domains have no templates.
+    // Domains of libvirt have no templates.
     let modes = plan.modes.iter().copied().filter(|mode| *mode != Mode::Instant);
     let contestants = [Contestant::Virsh].into_iter().chain(modes.map(Contestant::Host)).collect();
     turns::take(contestants, rounds, |contestant, share| match contestant {
@@ -58,7 +58,7 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
     })
 }
 
-/// The first round does not count.
+/// Measures with virsh; the first round does not count.
 fn by_virsh(lab: &KvmLab, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
     let label = lab.machine("m").label.as_str();
     let virsh =

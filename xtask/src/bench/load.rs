@@ -1,4 +1,4 @@
-//! What the host itself costs: actions on machines in memory, which take no time.
+//! The host's own costs: actions on machines in memory, which take no time.
 
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::ScratchCwd;
@@ -12,14 +12,14 @@ use crate::run::{Result, note};
 
 const MACHINES: usize = 1000;
 
-/// How many actions a second.
+/// The number of actions per second.
 pub const ACTIONS: Kind = Kind {
     name: "actions",
     what: "the host with machines in memory: restore_start and stop in turn, over one connection, all sent at once",
     unit: Unit::PerSecond,
 };
 
-/// Measures it; the first round does not count.
+/// Measures the host; the first round does not count.
 pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
     note(&format!("{MACHINES} machines in memory"));
     let names: Vec<String> = (0..MACHINES).map(|number| format!("m{number}")).collect();
@@ -40,7 +40,7 @@ pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// All machines are started, then all are stopped, then started again.
+/// Returns the requests: all machines are started, then stopped, then started again.
 fn requests(count: usize) -> String {
     let request = |number: usize| {
         let action = if (number / MACHINES).is_multiple_of(2) { "restore_start" } else { "stop" };

@@ -1,7 +1,7 @@
-//! `cargo xtask bench`: how fast the host is, beside the hypervisor alone and beside Cuckoo3.
+//! `cargo xtask bench`: the speed of the host, beside the hypervisor alone and beside Cuckoo3.
 //!
-//! Times say little across computers. So all is measured in one run, on the same machines, and what is
-//! compared takes turns: whatever else the computer does meanwhile hits all alike.
+//! Times of different computers are hardly comparable. All contestants are therefore measured in one run, on
+//! the same machines. They take turns, so that other load of the computer affects all of them alike.
 //!
 //! | module | what is measured | where it begins and ends |
 //! | --- | --- | --- |
@@ -13,10 +13,10 @@
 //! | [`load`] | actions on a thousand machines in memory: the host without any hypervisor | first request … last answer |
 //! | [`kvm`] | the host with libvirt, beside `virsh` | |
 //!
-//! Half of each guest's RAM is noise, so that it is neither skipped as zeroes nor compressed. All that is
-//! measured ends in [`figures`]; [`report`] shows it as a table and as JSON, [`chart`] as a picture.
+//! Half of each guest's RAM is noise, which QEMU can neither skip as zeroes nor compress. [`figures`] has the
+//! measured samples; [`report`] shows them as a table and as JSON, [`chart`] as a picture.
 //!
-//! Optimised programs are measured: the task builds them, and goes on as the one beside them.
+//! The task builds optimised programs, and replaces itself by the optimised task beside them.
 
 mod by_hand;
 mod chart;
@@ -46,13 +46,13 @@ pub use self::plan::Options;
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
 
-/// Measures and shows.
+/// Measures, and shows the figures.
 pub fn run(options: &Options) -> Result<()> {
     if cfg!(debug_assertions) {
         packages::ensure()?;
         return go_on_optimised();
     }
-    // A place that cannot be written to is told before all is measured for nothing.
+    // A path that cannot be written is reported before the measurements.
     for path in [&options.json, &options.svg].into_iter().flatten() {
         File::options().append(true).create(true).open(path).context(cannot_write(path))?;
     }
@@ -76,8 +76,8 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds all of the workspace optimised, and replaces this process by the task that was built with it:
-/// programs and plugins are looked for beside the one that runs.
+/// Builds an optimised workspace, and replaces this process by the task in it. Programs and plugins are
+/// searched beside the running one.
 fn go_on_optimised() -> Result<()> {
     step(&mut cargo(["build", "--release", "--workspace"]))?;
     let debug = artifacts::folder()?;

@@ -1,4 +1,4 @@
-//! Many machines restored at the same moment, and the memory that they take.
+//! Many machines restored at the same moment, and their memory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,13 +16,13 @@ use super::plan::{Plan, guest};
 use super::turns::{self, timed};
 use crate::run::{Context, Result, note};
 
-/// Of memory, one look is as good as another; and each round takes as long as many others.
+/// A round takes long, and samples of memory hardly differ, so there are fewer rounds.
 const ROUNDS_EACH: usize = 3;
 
-/// A restored guest has something to do at first.
+/// The time until a restored guest is idle.
 const IDLE_AFTER: Duration = Duration::from_secs(3);
 
-/// How long it takes until all are restored.
+/// Returns the kind of the time until all machines are restored.
 pub fn restores(mode: Mode) -> Kind {
     let name = match mode {
         Mode::Plain => "all restored, plain",
@@ -33,7 +33,7 @@ pub fn restores(mode: Mode) -> Kind {
     Kind { name, what, unit: Unit::Ms }
 }
 
-/// What a machine takes of the memory.
+/// Returns the kind of a machine's memory.
 pub fn memory(mode: Mode) -> Kind {
     let name = match mode {
         Mode::Plain => "memory of one, plain",
@@ -44,7 +44,7 @@ pub fn memory(mode: Mode) -> Kind {
     Kind { name, what, unit: Unit::MiB }
 }
 
-/// Measures it in each mode.
+/// Measures each mode.
 pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
     let (count, ram) = (plan.machines, plan.machines_ram);
     note(&format!("{count} machines of {} are made", size(ram)));
@@ -66,7 +66,7 @@ struct ParallelMachines<'a> {
 }
 
 impl ParallelMachines<'_> {
-    /// The first round does not count.
+    /// Measures a mode; the first round does not count.
     fn measure(&self, mode: Mode, rounds: usize, figures: &mut Figures) -> Result<()> {
         let (lab, place) = (self.lab, self.place);
         let served = Served { cwd: lab.cwd(), machinery: "qemu", memory_mib: self.memory_mib };
@@ -85,7 +85,7 @@ impl ParallelMachines<'_> {
     }
 }
 
-/// Sends an action for every machine, in one piece, and waits until all have been answered.
+/// Requests an action for every machine at once, waits for all answers, and returns the milliseconds.
 fn all(session: &mut Session, action: &str, lab: &Lab) -> Result<f64> {
     let lines: String = lab
         .names()
@@ -99,7 +99,7 @@ fn all(session: &mut Session, action: &str, lab: &Lab) -> Result<f64> {
     Ok(took)
 }
 
-/// In MiB.
+/// Returns the memory of each machine, in MiB.
 fn memory_of_each(lab: &Lab) -> Result<f64> {
     let mut kib = 0.0;
     let machines = lab.names().count();
@@ -113,12 +113,12 @@ fn memory_of_each(lab: &Lab) -> Result<f64> {
     Ok(kib / 1024.0 / machines as f64)
 }
 
-/// The folders in `/proc` of the processes of that program that have the folder on their command line.
+/// Returns the folders in `/proc` of that program's processes with `folder` on their command line.
 fn processes(program: &Path, folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir("/proc").context(|| "cannot list processes in /proc".to_owned())?;
     let (program, folder) = (program.to_string_lossy(), folder.to_string_lossy());
     let is_one = |process: &PathBuf| {
-        // What has no command line has ended, or is the kernel's.
+        // A process without a command line has ended, or is the kernel's.
         let line = fs::read(process.join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line);
         line.split('\0').next() == Some(&program) && line.contains(&*folder)
@@ -126,7 +126,7 @@ fn processes(program: &Path, folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries.flatten().map(|entry| entry.path()).filter(is_one).collect())
 }
 
-/// A process's memory, in which each page counts as its share of those that have it.
+/// Returns a process's memory, in which each page is divided by the number of processes that share it.
 fn proportional_kib(process: &Path) -> Result<f64> {
     let path = process.join("smaps_rollup");
     let what = || format!("cannot read {}", path.display());

@@ -8,22 +8,22 @@ use machinery_testkit::guest::Guest;
 use super::host::Mode;
 use crate::run::Result;
 
-/// What can be chosen.
+/// Options of `cargo xtask bench`.
 #[derive(clap::Args)]
 pub struct Options {
     /// The machinery to measure
     #[arg(long, value_enum, default_value = "qemu")]
     pub machinery: Machinery,
-    /// How often each is measured
+    /// Number of rounds of each measurement
     #[arg(long, default_value_t = 15, value_parser = at_least_one)]
     pub rounds: usize,
-    /// How often a standby is measured
+    /// Number of rounds of a standby
     #[arg(long, default_value_t = 50, value_parser = at_least_one)]
     pub standby_rounds: usize,
     /// The guests' RAM, in MiB; half of it holds noise [default: 256,1024,2048,4096; with kvm 1024]
     #[arg(long, value_delimiter = ',', value_name = "LIST", value_parser = clap::value_parser!(u32).range(256..))]
     pub ram: Vec<u32>,
-    /// How many machines are restored at the same moment
+    /// Number of machines that are restored at the same moment
     #[arg(long, default_value_t = 8, value_parser = at_least_one)]
     pub machines: usize,
     /// The host's modes to measure
@@ -35,13 +35,13 @@ pub struct Options {
         default_value = "plain,instant,standby"
     )]
     pub modes: Vec<Mode>,
-    /// A check that all can be measured: the smallest guests and few rounds
+    /// Only check that everything can be measured, with the smallest guests and few rounds
     #[arg(long)]
     pub quick: bool,
-    /// Writes everything measured there, as JSON
+    /// Write all samples to this file, as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Draws a chart there, as SVG
+    /// Draw a chart into this file, as SVG
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 }
@@ -55,13 +55,13 @@ pub enum Machinery {
     Kvm,
 }
 
-/// How much is measured.
+/// The extent of the measurements.
 pub struct Plan {
     pub rounds: usize,
     pub standby_rounds: usize,
     pub ram: Vec<u32>,
     pub machines: usize,
-    /// The RAM of each of them.
+    /// The RAM of each of these machines.
     pub machines_ram: u32,
     pub modes: Vec<Mode>,
     pub actions: usize,
@@ -100,7 +100,7 @@ impl Plan {
     }
 }
 
-/// A Linux with that much RAM, half of it noise.
+/// Returns a Linux guest with that much RAM, half of it noise.
 pub fn guest(ram_mib: u32) -> Guest {
     Guest::Linux { ram_mib, noise_mib: ram_mib / 2 }
 }

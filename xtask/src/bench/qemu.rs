@@ -11,7 +11,7 @@ use super::plan::{Plan, guest};
 use super::turns;
 use crate::run::{Result, note};
 
-/// Who takes turns.
+/// The contestants that take turns.
 #[derive(Clone, Copy)]
 enum Contestant {
     ByHand(Mode),
@@ -19,8 +19,8 @@ enum Contestant {
     Cuckoo3,
 }
 
-/// The RAM of the machine that Cuckoo3 is measured with, if it is among the sizes. Its times are made of
-/// whole seconds that it waits, so one size tells enough.
+/// The RAM of the machine for Cuckoo3, if it is among the sizes. Cuckoo3 waits whole seconds, so one size is
+/// enough.
 const CUCKOO3_RAM: u32 = 2048;
 
 /// Measures all sizes.

@@ -1,7 +1,6 @@
-//! What was measured, as a table for people and as JSON for programs.
+//! The figures as a table and as JSON.
 //!
-//! Beside the figures stand the ratios that matter: times are those of the computer that measured, ratios
-//! travel further.
+//! Ratios come with the figures: they are comparable across computers, times are not.
 
 use std::fmt::Write;
 use std::fs;
@@ -14,19 +13,19 @@ use super::figures::{Figure, Figures, Kind, Place, Spread};
 use super::host::Mode;
 use super::{by_hand, cuckoo3};
 
-/// With fewer samples, the slowest but one in a hundred is just the slowest.
+/// With fewer samples, the 99th percentile is the maximum.
 const MIN_P99_SAMPLES: usize = 100;
 
-/// Something that figures say together.
+/// A value computed from several figures.
 struct Ratio {
-    /// In words.
+    /// The description.
     what: String,
     value: f64,
-    /// What it counts.
+    /// The unit.
     unit: &'static str,
 }
 
-/// Everything measured, with the ratios.
+/// Returns the figures and ratios as a table.
 pub fn table(figures: &Figures) -> String {
     let mut text = String::new();
     for (name, value) in about(figures) {
@@ -47,7 +46,7 @@ pub fn table(figures: &Figures) -> String {
     text
 }
 
-/// Everything measured, with all samples.
+/// Returns all samples and the ratios as JSON.
 pub fn json(figures: &Figures) -> String {
     let about: Map<String, Value> =
         about(figures).into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
@@ -72,7 +71,7 @@ fn row(figure: &Figure) -> String {
     )
 }
 
-/// The computer, and what else the figures depend on.
+/// Returns the computer and other conditions of the measurements.
 fn about(figures: &Figures) -> Vec<(&'static str, String)> {
     let first_with = |file: &str, key: &str| {
         let text = fs::read_to_string(file).unwrap_or_default();
@@ -103,8 +102,8 @@ fn ratios(figures: &Figures) -> Vec<Ratio> {
     ratios
 }
 
-/// What is compared at each place: each of the first takes how many times as long as the second. Kinds by
-/// hand have the same names for every machinery.
+/// Returns the compared kinds: each first one in relation to the second. Kinds by hand have the same names
+/// for every machinery.
 fn pairs() -> Vec<(Kind, Kind)> {
     let modes = [Mode::Plain, Mode::Instant, Mode::Standby];
     let mut pairs: Vec<(Kind, Kind)> = Vec::new();
@@ -127,7 +126,7 @@ fn at_place(figures: &Figures, place: Place, ratios: &mut Vec<Ratio>) {
     }
 }
 
-/// How much more a restore takes for each GiB of RAM, from the smallest machine to the largest.
+/// Adds the growth of a restore's time for each GiB of RAM, from the smallest machine to the largest.
 fn growth(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
     let mut medians: Vec<(u32, f64)> = Vec::new();
     for place in figures.places() {
@@ -145,7 +144,7 @@ fn growth(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
     }
 }
 
-/// Over all sizes, because few of one are not a hundred.
+/// Adds the 99th percentile over all sizes, because one size has too few samples.
 fn pooled_p99(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
     let samples = figures.pooled(kind);
     if !samples.is_empty() {
@@ -158,7 +157,7 @@ fn with_unit(value: f64, unit: &str) -> String {
     format!("{} {unit}", number(value))
 }
 
-/// In three digits or more.
+/// Returns a number with three digits or more.
 fn number(value: f64) -> String {
     match value {
         value if value < 10.0 => format!("{value:.2}"),

@@ -1,18 +1,17 @@
-//! Taking turns.
+//! Turns of the contestants.
 //!
-//! The rounds of everything that is compared are spread over a few turns, and in each turn somebody else
-//! is first. Before its share each one does a round that does not count: a host that has just started,
-//! and files that others have pushed out of memory, are what it would be about.
+//! The rounds of all contestants are distributed over a few turns, each of which starts with another
+//! contestant. Each share begins with a round that does not count, because a new host or cold files would
+//! affect it.
 
 use std::time::{Duration, Instant};
 
 use crate::run::{Result, note};
 
-/// More of them would measure little but starting hosts.
+/// More turns would mostly measure the start of hosts.
 const TURNS: usize = 5;
 
-/// Has each of the contestants do its share of its rounds in each turn: `play` is given the rounds of a
-/// share.
+/// Calls `play` with each contestant's share of rounds in each turn.
 pub fn take<C: Copy>(
     mut contestants: Vec<C>,
     rounds: impl Fn(C) -> usize,
@@ -23,7 +22,7 @@ pub fn take<C: Copy>(
         for contestant in &contestants {
             let share = share(rounds(*contestant), turn);
             if share > 0 {
-                // What one leaves to be written would slow the next.
+                // Unwritten data of one contestant would slow the next.
                 rustix::fs::sync();
                 play(*contestant, share)?;
             }
@@ -35,19 +34,19 @@ pub fn take<C: Copy>(
     Ok(())
 }
 
-/// How many of the rounds are for that turn; the first has some of everything.
+/// Returns the number of rounds in that turn; the first turn has some of every contestant.
 fn share(rounds: usize, turn: usize) -> usize {
     (rounds * (turn + 1)).div_ceil(TURNS) - (rounds * turn).div_ceil(TURNS)
 }
 
-/// Does something that may fail, and says how long it took, in milliseconds.
+/// Runs an action, and returns its milliseconds.
 pub fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
     let begun = Instant::now();
     let done = action()?;
     Ok((done, ms(begun.elapsed())))
 }
 
-/// In milliseconds.
+/// Returns a duration in milliseconds.
 pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }

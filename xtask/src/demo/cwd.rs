@@ -1,4 +1,4 @@
-//! A Cuckoo CWD for the time of the demo.
+//! The demo's Cuckoo CWD.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ pub struct DemoCwd {
 }
 
 impl DemoCwd {
-    /// An empty CWD.
+    /// Makes an empty CWD.
     pub fn new() -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("cuckoo-demo-").tempdir();
         let scratch = Self { folder: folder.context(|| "cannot make a folder for the demo".to_owned())? };
@@ -20,19 +20,19 @@ impl DemoCwd {
         Ok(scratch)
     }
 
-    /// Its folder.
+    /// Returns its folder.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Writes the configuration that an operator would write for `machine`.
+    /// Writes the configuration of `machine`.
     pub fn configure(&self, machine: &Machine) -> Result<()> {
         let cuckoo = CUCKOO.replace("MACHINERY", machine.machinery);
         self.write("conf/cuckoo.yaml", &cuckoo)?;
         self.write(&format!("conf/machineries/{}.yaml", machine.machinery), &machine.yaml)
     }
 
-    /// Fails if a host that has ended left a socket, or a file of a run beside those of `machine`.
+    /// Fails if an ended host left a socket, or a file of a run beside those of `machine`.
     pub fn check_nothing_left(&self, machine: &Machine) -> Result<()> {
         let mut left = files(&self.path().join("operational/sockets"));
         let is_known = |path: &PathBuf| machine.files.iter().any(|name| path.ends_with(name));

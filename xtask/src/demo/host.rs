@@ -1,7 +1,7 @@
-//! The host's program: one that serves, and its one-shot commands.
+//! The demo's host: one that serves, and its one-shot commands.
 //!
-//! The host says that it is ready as it says it to systemd, so nobody has to ask it again and again.
-//! However the demo ends, the host is told to end too, which stops its machines.
+//! The host reports that it is ready as it reports it to systemd. When the demo ends in any way, the host
+//! gets SIGTERM, and stops its machines.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
@@ -18,12 +18,12 @@ use crate::process::{ends_within, handle, signal_at_our_end, wait};
 use crate::run::{Context, Result, line};
 
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
-/// Stopping a machine may take a minute; a host that ends stops its machines.
+/// A host stops its machines at its end, each of which may take a minute.
 const END_TIMEOUT: Duration = Duration::from_secs(90);
-/// How much of the host's log is shown when something fails.
+/// The number of lines of the host's log in an error.
 const LAST_LINES: usize = 20;
 
-/// The program, used on one CWD.
+/// The host's program, used on one CWD.
 pub struct DemoHost<'a> {
     program: &'a Path,
     cwd: &'a Path,
@@ -32,12 +32,12 @@ pub struct DemoHost<'a> {
 }
 
 impl<'a> DemoHost<'a> {
-    /// `program` on `cwd`; all that it starts bears `mark`.
+    /// Uses `program` on `cwd`; all its processes get `marker`.
     pub fn new(program: &'a Path, cwd: &'a Path, marker: &'a RunMarker) -> Self {
         Self { program, cwd, marker, host: None }
     }
 
-    /// Runs a one-shot command; what it prints is seen.
+    /// Runs a one-shot command; its output is shown.
     pub fn run<'b>(&self, args: impl IntoIterator<Item = &'b str>) -> Result<()> {
         let mut command = Command::new(self.program);
         command.args(args);
@@ -61,7 +61,7 @@ impl<'a> DemoHost<'a> {
         command.arg("--cwd").arg(self.cwd).arg("serve").env("NOTIFY_SOCKET", &address);
         command.stdin(Stdio::null()).stdout(log.try_clone().context(what)?).stderr(log);
         self.marker.apply_to(&mut command);
-        // Ctrl-C is for the demo; the host would take a second request to end as one to hurry.
+        // Ctrl-C is for the demo; a host exits at once on a second signal.
         command.process_group(0);
         signal_at_our_end(&mut command, Signal::TERM);
         let host = self.host.insert(command.spawn().context(what)?);
@@ -72,14 +72,14 @@ impl<'a> DemoHost<'a> {
         Err(format!("the host did not become ready{}", self.log()).into())
     }
 
-    /// Tells the host to end, as systemd would, and waits for it.
+    /// Sends SIGTERM, as systemd does, and waits for the host's end.
     pub fn end(&mut self) -> Result<()> {
         let Some(mut host) = self.host.take() else { return Ok(()) };
         let pid = Pid::from_child(&host);
         let told = kill_process(pid, Signal::TERM).context(|| "cannot tell the host to end".to_owned());
         let ended = told.and_then(|()| ends_within(pid, END_TIMEOUT));
         if !matches!(ended, Ok(true)) {
-            // Its failure would only say that the host is gone by now.
+            // The host may have ended meanwhile.
             let _ = host.kill();
         }
         let status = host.wait().context(|| "cannot wait for the host".to_owned())?;
@@ -98,7 +98,7 @@ impl<'a> DemoHost<'a> {
         self.cwd.join("host.log")
     }
 
-    /// The end of the host's log, to be put behind an error.
+    /// Returns the end of the host's log, as a suffix of an error.
     fn log(&self) -> String {
         let log = fs::read_to_string(self.log_path()).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
@@ -115,7 +115,7 @@ impl Drop for DemoHost<'_> {
     }
 }
 
-/// Whether the host says that it is ready, before it ends and before the time is up.
+/// Reports whether the host gets ready, before it ends and before the timeout.
 fn wait_until_ready(socket: &UnixDatagram, host: Pid) -> Result<bool> {
     let Some(end) = handle(host)? else { return Ok(false) };
     wait(&mut [PollFd::new(socket, PollFlags::IN), PollFd::new(&end, PollFlags::IN)], READY_TIMEOUT)?;

@@ -1,4 +1,4 @@
-//! The machine that the demo shows, made for the machinery that is to drive it.
+//! The demo's machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ const GUEST: Guest = Guest::Linux { ram_mib: 512, noise_mib: 256 };
 /// The machine's name.
 pub const MACHINE: &str = "demo";
 
-/// A domain's name in libvirt, which need not be the machine's.
+/// The domain's name in libvirt, which differs from the machine's.
 const LABEL: &str = "demo-domain";
 
-/// A machinery that can be shown.
+/// A machinery of the demo.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Machinery {
     /// QEMU processes; emulated, so that it works everywhere
@@ -28,23 +28,23 @@ pub enum Machinery {
     Kvm,
 }
 
-/// A machine, and what an operator would write about it.
+/// A machine, with an operator's configuration of it.
 pub struct Machine {
-    /// The word in the `machineries` list.
+    /// The name in the `machineries` list.
     pub machinery: &'static str,
-    /// Its configuration file.
+    /// The configuration file.
     pub yaml: String,
-    /// How its guest is reached.
+    /// The probe of its guest.
     pub probe: GuestProbe,
     /// The folder of its files.
     pub folder: PathBuf,
     /// The files that belong there.
     pub files: &'static [&'static str],
-    /// The libvirtd that has it, as long as it lives.
+    /// The libvirtd of the domain; it ends when dropped.
     _libvirtd: Option<Libvirtd>,
 }
 
-/// Makes it below `scratch`.
+/// Makes the machine below `scratch`.
 pub fn make(machinery: Machinery, qemu: &Qemu, scratch: &Path) -> Result<Machine> {
     let folder = scratch.join("vms").join(MACHINE);
     match machinery {
@@ -95,7 +95,7 @@ fn domain(qemu: &Qemu, scratch: &Path, folder: PathBuf) -> Result<Machine> {
     })
 }
 
-/// The begin of the list of machines, with the keys that all machineries share.
+/// Returns the begin of the list of machines, with the keys that all machineries share.
 fn common_keys(probe: &GuestProbe) -> String {
     format!(
         "machines:\n  {MACHINE}:\n    ip: {}\n    platform: linux\n    os_version: \"12\"\n    tags: [demo]\n",
@@ -103,12 +103,12 @@ fn common_keys(probe: &GuestProbe) -> String {
     )
 }
 
-/// JSON is YAML too, and has a rule for every path.
+/// Returns a path as JSON, which is also YAML, and quotes every path.
 fn path(path: &Path) -> serde_json::Value {
     json!(path.to_string_lossy())
 }
 
-/// A loopback address for the agent, another one for each demo that runs.
+/// Returns a loopback address for the agent, another one for each running demo.
 fn address() -> String {
     let id = std::process::id();
     format!("127.77.{}.{}", id >> 8 & 0xff, (id & 0xff).clamp(1, 254))

@@ -1,8 +1,8 @@
-//! `cargo xtask demo`: the machinery host at work, on a machine that has nothing yet.
+//! `cargo xtask demo`: the machinery host at work, on a computer without anything installed.
 //!
-//! A small Linux is made into an analysis machine, the host serves it from a folder of its own, and
-//! the machine goes through a few rounds of what a sandbox does all day: restore, look, stop. All
-//! goes over the command line as an operator would use it, so the times are what an operator sees.
+//! The demo makes a small Linux into an analysis machine, and serves it from a CWD of its own. A few rounds
+//! show a sandbox's work: restore, inspect, stop. All actions are commands, so the times are those of an
+//! operator.
 
 mod cwd;
 mod host;
@@ -25,7 +25,7 @@ use crate::run::{Context, Result, cargo, step};
 const ROUNDS: usize = 3;
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What can be chosen.
+/// Options of `cargo xtask demo`.
 #[derive(clap::Args)]
 pub struct Options {
     /// The machinery to show
@@ -45,7 +45,7 @@ pub fn run(options: &Options) -> Result<()> {
     scratch.configure(&machine)?;
     let marker = RunMarker::new();
     let times = show(&scratch, &machine, &marker)?;
-    // What a private libvirtd is made of ends with the machine.
+    // A private libvirtd ends with the machine.
     drop(machine);
     marker.check_none_left()?;
     say("The host has ended, and nothing it started is left: no process, no socket, no disk.");
@@ -114,13 +114,13 @@ fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
     Ok((result, start.elapsed()))
 }
 
-/// Where the workspace's program and plugins are built: beside this very program.
+/// Returns the folder of the program and its plugins, which is that of this program.
 fn program_folder() -> Result<PathBuf> {
     let this = std::env::current_exe().context(|| "cannot find the build folder".to_owned())?;
     Ok(this.parent().unwrap_or(&this).to_owned())
 }
 
-/// Where the screenshots are kept: in the build folder, so that `cargo clean` removes them.
+/// Returns the folder of the screenshots, which `cargo clean` removes.
 fn pictures() -> Result<PathBuf> {
     let folder = program_folder()?.join("demo");
     fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;

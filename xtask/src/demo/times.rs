@@ -1,21 +1,21 @@
-//! The table of times that ends the demo: a row for each action, a column for each round.
+//! The demo's table of times: a row for each action, a column for each round.
 
 use std::fmt;
 use std::time::Duration;
 
-/// What was measured.
+/// Measured times.
 pub struct Times {
     rounds: usize,
     rows: Vec<(&'static str, Vec<Option<Duration>>)>,
 }
 
 impl Times {
-    /// Nothing measured yet.
+    /// Makes an empty table.
     pub fn new(rounds: usize) -> Self {
         Self { rounds, rows: Vec::new() }
     }
 
-    /// In `round`, counted from 1, `action` took this long.
+    /// Adds the duration of `action` in `round`, counted from 1.
     pub fn add(&mut self, action: &'static str, round: usize, took: Duration) {
         let known = self.rows.iter().position(|(name, _)| *name == action);
         let row = known.unwrap_or_else(|| {
@@ -42,7 +42,7 @@ impl fmt::Display for Times {
     }
 }
 
-/// A time in three digits or so.
+/// Returns a time with about three digits.
 pub fn shown(time: Duration) -> String {
     match time.as_secs_f64() {
         seconds if seconds < 1.0 => format!("{:.0} ms", seconds * 1000.0),

@@ -1,14 +1,14 @@
-# Runs a command with a folder as its root. It is for mount and process namespaces of its own:
+# Runs a command with a folder as its root. For mount and process namespaces of its own:
 #
 #     unshare --mount --pid --fork sh enter.sh ROOT [FROM TO]… -- COMMAND…
 #
-# Each file or folder FROM of the system is seen as TO, which has to be in the root already.
+# Each file or folder FROM of the system is mounted at TO, which must exist in the root.
 set -eu
 root=$1
 shift
 
-# A root that can be entered this way has to be a mount point. So has the root in which `unshare` works:
-# it makes the mounts of the new namespace private from the root on.
+# The new root must be a mount point. So must the root in which `unshare` works: it makes the mounts of the
+# new namespace private from the root on.
 mount --bind "$root" "$root"
 while [ "$1" != -- ]; do
     mount --bind "$1" "$root$2"
@@ -26,6 +26,6 @@ pivot_root . mnt
 umount -l /mnt
 cd
 
-# No `exec`: the first process of a process namespace has to reap what others leave, as this shell does.
+# No `exec`: the first process of a process namespace must reap orphans, as this shell does.
 "$@"
 exit

@@ -1,8 +1,8 @@
 //! `cargo xtask fresh`: runs the README's commands as on a machine without any dependencies.
 //!
 //! The task makes a minimal Debian in a folder, with only a Rust toolchain and a C compiler in it. The
-//! commands run with that folder as their root, in a clone of this checkout. A package that they forget to
-//! install is therefore missing, whatever the surrounding system has.
+//! commands run with that folder as their root, in a clone of this checkout. A package that they fail to
+//! install is therefore missing, even if the surrounding system has it.
 //!
 //! ```text
 //! <cache>/fresh/<release>/base/       what debootstrap makes, once

@@ -1,7 +1,7 @@
-//! A writer for the `newc` cpio format: what the Linux kernel takes as an initramfs.
+//! A writer of the `newc` cpio format, the format of an initramfs.
 //!
-//! Each entry is a header of thirteen 8-digit hex numbers, a name and the content, both padded to
-//! four bytes. A last entry, `TRAILER!!!`, ends the archive.
+//! Each entry is a header of thirteen 8-digit hex numbers, a name and the content, both padded to four bytes.
+//! The entry `TRAILER!!!` ends the archive.
 
 /// An archive under construction.
 #[derive(Default)]
@@ -16,7 +16,7 @@ impl Archive {
         self.entry(name, 0o040755, &[]);
     }
 
-    /// Adds a file that may be executed.
+    /// Adds an executable file.
     pub fn program(&mut self, name: &str, content: &[u8]) {
         self.entry(name, 0o100755, content);
     }
@@ -26,7 +26,7 @@ impl Archive {
         self.entry(name, 0o100644, content);
     }
 
-    /// The whole archive.
+    /// Ends the archive and returns it.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);
         self.bytes

@@ -1,15 +1,14 @@
 //! The Linux guest: a real operating system with an agent, a disk and a network.
 //!
-//! It is Debian's cloud kernel and a static busybox in an initramfs, both taken from Debian's
-//! packages with `apt-get download` and unpacked with `dpkg-deb`; nothing is installed. Its user
-//! space is a few shell scripts beside this file. On port 8000 it answers as an agent would, the
-//! power button turns it off, and a run can leave marks in its RAM and on its disk, which must be
-//! gone after the next restore.
+//! The guest is Debian's cloud kernel and a static busybox in an initramfs. Both come from Debian's packages,
+//! by `apt-get download` and `dpkg-deb`; nothing is installed. Its user space is the shell scripts beside
+//! this file. An agent answers on port 8000, and the power button turns the guest off. A run can leave marks
+//! in RAM and on the disk, which must not be there after the next restore.
 //!
-//! On a wire it talks to the host without end, also while its snapshot is made: so a restored one
-//! sends from its first moment on. Every few milliseconds a datagram with a running number goes to
-//! [`COUNTED_PORT`]; beside it there are questions for names, tries to reach other ports, and all the
-//! time something for the result server.
+//! On a [`TestNetwork`](crate::lab::TestNetwork) it sends traffic without end, also while its snapshot is
+//! made. A restored guest therefore sends from its first moment. Every few milliseconds a datagram with a
+//! running number goes to [`COUNTED_PORT`]. It also sends DNS queries, connects to other ports, and sends
+//! data to the result server.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,8 +19,7 @@ use super::cpio::Archive;
 use crate::error::{Context, Error};
 use crate::{Result, cache, command};
 
-/// Kernel modules in the order in which they need each other. One that is not there is taken to be
-/// built into the kernel.
+/// Kernel modules in the order of their dependencies. A missing module is built into the kernel.
 const MODULES: [&str; 11] = [
     "virtio_ring",
     "virtio",
@@ -36,7 +34,7 @@ const MODULES: [&str; 11] = [
     "evdev",
 ];
 
-/// What the agent's `GET /` says.
+/// The agent's answer to `GET /`.
 const INDEX: &str = "{\"message\": \"Test guest agent\", \"version\": \"0.1\", \"features\": []}\n";
 const HTTPD_CONF: &str = "I:index.json\n.json:application/json\n";
 const INIT: &str = include_str!("linux/init.sh");
@@ -44,37 +42,37 @@ const MARK: &str = include_str!("linux/mark.sh");
 const MARKS: &str = include_str!("linux/marks.sh");
 const TALK: &str = include_str!("linux/talk.sh");
 
-/// The line on the serial console with which the guest says that it is up and idle.
+/// The line on the serial console that shows that the guest is up and idle.
 pub const READY: &str = "guest ready";
 
-/// The host's UDP port to which the talking guest counts.
+/// The host's UDP port to which the guest counts.
 pub const COUNTED_PORT: u16 = 514;
 
-/// The number in such a datagram.
+/// Returns the number in such a datagram.
 pub fn count_in(datagram: &[u8]) -> Option<u32> {
     std::str::from_utf8(datagram).ok()?.split_whitespace().next_back()?.parse().ok()
 }
 
-/// A kernel and its initramfs, in the cache: what QEMU boots directly.
+/// A kernel and its initramfs, in the cache. QEMU boots them directly.
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
     folder: PathBuf,
 }
 
 impl Image {
-    /// The image in `cache`, made now if it is not there. Only then is a network needed.
+    /// Returns the image in `cache`. Makes it if it does not exist, which needs a network.
     pub(crate) fn in_cache(cache: &Path) -> Result<Self> {
         let content = cache::fingerprint(&[INDEX, HTTPD_CONF, INIT, MARK, MARKS, TALK, &MODULES.join(" ")]);
         let folder = cache::folder(cache, &format!("linux-image-{content}"), build)?;
         Ok(Self { folder })
     }
 
-    /// The kernel, for `-kernel`.
+    /// Returns the kernel, for `-kernel`.
     pub(crate) fn kernel(&self) -> PathBuf {
         self.folder.join("vmlinuz")
     }
 
-    /// The initramfs, for `-initrd`.
+    /// Returns the initramfs, for `-initrd`.
     pub(crate) fn initramfs(&self) -> PathBuf {
         self.folder.join("initramfs")
     }
@@ -94,7 +92,7 @@ fn build(folder: &Path) -> Result<()> {
     fs::write(&path, archive).context(|| format!("writing {}", path.display()))
 }
 
-/// The package that holds the kernel: `linux-image-cloud-amd64` only names the newest.
+/// Returns the package of the kernel: `linux-image-cloud-amd64` only depends on the newest.
 fn kernel_package() -> Result<String> {
     let depends = command::output(Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]))?;
     let mut names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
@@ -146,7 +144,7 @@ fn is_module(file: &str, module: &str) -> bool {
     stem.is_some_and(|stem| stem.replace('-', "_") == module)
 }
 
-/// The first plain file below `folder` whose name is `wanted`.
+/// Returns the first plain file below `folder` whose name is `wanted`.
 fn find(folder: &Path, wanted: impl Fn(&str) -> bool + Copy) -> Result<Option<PathBuf>> {
     let what = || format!("looking through {}", folder.display());
     for entry in fs::read_dir(folder).context(what)? {

@@ -1,4 +1,4 @@
-//! A machine's folder.
+//! The folder of a machine.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 use super::{GuestProbe, Qemu, Vm};
 use crate::Result;
 
-/// A machine as VMCloak leaves it. Its files are its own: a test may change, spoil or delete them. It
-/// has its guest's [`GuestProbe`].
+/// A machine as VMCloak makes it. It has copies of all files, which a test may change or delete.
 #[derive(Debug, Clone)]
 pub struct MachineFolder {
-    /// The folder that holds all the rest.
+    /// The folder of the files below.
     pub dir: PathBuf,
-    /// The disk that the snapshot belongs to. Runs write to an overlay of it, never to it.
+    /// The snapshot's disk. Runs write to an overlay of it.
     pub disk: PathBuf,
     /// The memory snapshot.
     pub snapshot: PathBuf,
@@ -20,12 +19,12 @@ pub struct MachineFolder {
     pub machineinfo: PathBuf,
     /// The QEMU arguments in [`MachineFolder::machineinfo`].
     pub start_args: Vec<String>,
-    /// How its guest is reached.
+    /// The probe of its guest.
     pub probe: GuestProbe,
 }
 
 impl MachineFolder {
-    /// Restores the machine with nothing but QEMU, on `disk` (an overlay, if it is to be kept).
+    /// Restores the machine with QEMU alone, on `disk`, which may be an overlay.
     pub fn restore(&self, qemu: &Qemu, disk: &Path) -> Result<Vm> {
         Vm::restore(qemu, &self.start_args, disk, &self.snapshot)
     }

@@ -1,9 +1,8 @@
 //! Masters, and the machine folders made from them.
 //!
-//! A *master* is a guest that was booted once, with one QEMU version, and saved: a disk and a
-//! memory snapshot that fit each other. It takes seconds, so it is made once and kept in a cache.
-//! A *machine folder* is what an operator has: `disk.qcow2`, `memory.snapshot` and
-//! `machineinfo.json`, as VMCloak leaves them. It has copies of its own, so a test may spoil them.
+//! A *master* is a guest that was booted and saved by one QEMU version: a disk and a memory snapshot that
+//! belong together. It is made once and cached. A *machine folder* is an operator's machine as VMCloak makes
+//! it: `disk.qcow2`, `memory.snapshot` and `machineinfo.json`.
 
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -21,10 +20,10 @@ use crate::error::{Context, Error};
 use crate::network::TestNetwork;
 use crate::snapshot::SnapshotFormat;
 
-/// A guest may take this long to boot, on a machine that does much else.
+/// The maximum time of a boot, on a busy machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The micro guest's snapshot is made when it has counted this far, so that no cold boot looks like it.
+/// The count at which the micro guest's snapshot is made. A cold boot starts at 1.
 const SNAPSHOT_COUNT: u32 = 16;
 
 const DISK: &str = "disk.qcow2";
@@ -33,7 +32,7 @@ const MACHINEINFO: &str = "machineinfo.json";
 const SERIAL: &str = "serial.log";
 const COUNT: &str = "count";
 
-/// A guest, booted once and saved.
+/// A guest that was booted and saved.
 #[derive(Debug, Clone)]
 pub struct Master {
     recipe: Recipe,
@@ -41,7 +40,7 @@ pub struct Master {
 }
 
 impl Master {
-    /// The master of `guest` in `cache`, made now if it is not there.
+    /// Returns the master of `guest` in `cache`, and makes it if it does not exist.
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
         let cache = cache::open(cache)?;
         let recipe = Recipe::of(guest, &cache)?;
@@ -49,8 +48,8 @@ impl Master {
         Ok(Self { recipe, folder })
     }
 
-    /// The micro guest's count at the moment of the snapshot. The first count of a restored machine is
-    /// the next one. An error for another guest, which does not count.
+    /// Returns the micro guest's count in the snapshot. A restored machine continues with the next one. Fails
+    /// for a guest that does not count.
     pub fn snapshot_count(&self) -> Result<u32> {
         let path = self.folder.join(COUNT);
         let count = fs::read_to_string(&path)
@@ -58,7 +57,7 @@ impl Master {
         count.parse().context(|| format!("reading the snapshot's count, {}", path.display()))
     }
 
-    /// The snapshot in the cache, in `format`. Not to be changed: all test runs share it.
+    /// Returns the snapshot in the cache, in `format`. All test runs share it, so it must not be changed.
     pub fn snapshot(&self, format: SnapshotFormat) -> Result<PathBuf> {
         let plain = self.folder.join(SNAPSHOT);
         let name = format!("{SNAPSHOT}{}", format.suffix());
@@ -67,8 +66,8 @@ impl Master {
         })
     }
 
-    /// Makes the machine `name` in the folder `dir`, with `ip` (a loopback address of its own) to reach
-    /// its agent and its snapshot stored as `format`.
+    /// Makes the machine `name` in the folder `dir`. Its agent answers at `ip`, a loopback address; its
+    /// snapshot is stored as `format`.
     pub fn machine(&self, dir: &Path, name: &str, ip: &str, format: SnapshotFormat) -> Result<MachineFolder> {
         let what = || format!("making the machine {name} in {}", dir.display());
         let ip: Ipv4Addr = ip.parse().context(|| format!("reading the machine {name}'s address {ip:?}"))?;
@@ -91,19 +90,19 @@ impl Master {
     }
 }
 
-/// The master of `guest` for `qemu`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder),
-/// made now if it is not there.
+/// Returns the master of `guest` for `qemu` from `$CUCKOO_TESTKIT_CACHE`, or the user's cache folder. Makes
+/// it if it does not exist.
 pub fn master(qemu: &Qemu, guest: Guest) -> Result<Master> {
     Master::in_cache(&cache::default()?, qemu, guest)
 }
 
-/// Like [`master`], in a cache of one's own.
+/// Returns a master like [`master`], from another cache.
 pub fn master_in(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Master> {
     Master::in_cache(cache, qemu, guest)
 }
 
-/// Boots the guest in `folder` and saves it there. The disk is used itself, not through an overlay:
-/// what the guest has written to it belongs to the memory that is saved.
+/// Boots the guest in `folder` and saves it there. The guest writes to the disk without an overlay, so that
+/// the disk matches the memory.
 fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     let (disk, serial) = (folder.join(DISK), folder.join(SERIAL));
     recipe.make_disk(qemu, &disk)?;
@@ -121,8 +120,8 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     fs::remove_file(&serial).context(|| format!("removing {}", serial.display()))
 }
 
-/// Pauses the micro guest when it sleeps, with its last count said in full: so the first count of
-/// a restored machine is known exactly.
+/// Pauses the micro guest when it sleeps and has printed its last count completely. The first count of a
+/// restored machine is then known exactly.
 fn pause_between_counts(vm: &mut Vm, watch: &SerialWatch) -> Result<u32> {
     let mut wanted = SNAPSHOT_COUNT;
     loop {
@@ -140,7 +139,7 @@ fn pause_between_counts(vm: &mut Vm, watch: &SerialWatch) -> Result<u32> {
     }
 }
 
-/// The count in the micro guest's memory, from its magic on.
+/// Returns the count in the micro guest's memory, which starts with its magic.
 fn counter(memory: &[u8]) -> Result<u32> {
     let count = memory.strip_prefix(&micro::MAGIC).and_then(|rest| rest.first_chunk::<4>());
     let count =
@@ -156,13 +155,13 @@ fn write_count(folder: &Path, count: u32) -> Result<()> {
 fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String]) -> serde_json::Value {
     let [_, a, b, c] = ip.octets();
     let (os_name, os_version) = match recipe {
-        // What sandboxes ask for most.
+        // The most common analysis system.
         Recipe::Micro | Recipe::Vmcloak => ("windows", "10"),
         Recipe::Linux { .. } => ("linux", "12"),
     };
     let bridge = match recipe {
         Recipe::Linux { network: Network::Tap, .. } => TestNetwork::TAP,
-        // An interface that every host has.
+        // An interface of every host.
         _ => "lo",
     };
     serde_json::json!({"machine": {

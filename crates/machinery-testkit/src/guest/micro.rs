@@ -1,13 +1,11 @@
 //! The micro guest: a machine in one boot sector.
 //!
-//! Up in a quarter of a second under TCG with 32 MiB, it has just enough to prove what a machinery
-//! does to it. At each timer tick it counts, and prints the count on COM1 as eight hex digits and
-//! CRLF: a restored machine goes on from the snapshot's count, a cold boot starts at 1. The power
-//! button turns it off. In between it sleeps in `hlt`.
+//! It is up in a quarter of a second under TCG with 32 MiB. At each timer tick it counts, and prints the
+//! count on COM1 as eight hex digits and CRLF. A restored machine continues from the snapshot's count, a cold
+//! boot starts at 1. The power button turns it off. Between ticks it sleeps in `hlt`.
 //!
-//! It is assembled here, by the compiler, from the source below. The addresses that it uses are
-//! those of [`LOAD_ADDRESS`], where every PC firmware puts a boot sector. The power management
-//! ports are the ones SeaBIOS gives to QEMU's `pc` machines (PM base 0x600):
+//! The compiler assembles it from the source below, for [`LOAD_ADDRESS`], where a PC's firmware loads a boot
+//! sector. The power management ports are those that SeaBIOS gives to QEMU's `pc` machines (PM base 0x600):
 //!
 //! | port | register | used |
 //! | --- | --- | --- |
@@ -18,10 +16,10 @@
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("the micro guest is x86 code, put together by an x86 assembler: build the testkit for x86_64");
 
-/// Where the firmware loads a boot sector.
+/// The address at which the firmware loads a boot sector.
 pub const LOAD_ADDRESS: u64 = 0x7c00;
 
-/// The eight bytes right before the counter, by which a memory dump is known to be this guest's.
+/// The eight bytes before the counter, which identify this guest in a memory dump.
 pub const MAGIC: [u8; 8] = *b"MICROCNT";
 
 /// The physical address of the counter, a little-endian 32-bit number.
@@ -30,15 +28,15 @@ pub const COUNTER_ADDRESS: u64 = LOAD_ADDRESS + 0x1f0;
 /// The physical address of [`MAGIC`].
 pub const MAGIC_ADDRESS: u64 = COUNTER_ADDRESS - MAGIC.len() as u64;
 
-/// The boot sector, ready to be the first sector of a disk.
+/// Returns the boot sector, the first sector of a disk.
 pub fn boot_sector() -> [u8; 512] {
     // SAFETY: the assembly below defines this symbol as exactly 512 initialised bytes in a
     // read-only section (the assembler refuses to move back in `.org` if they were more).
     unsafe { machinery_testkit_micro_guest }
 }
 
-/// The counter in a memory dump, if it is one of this guest. Other copies of the boot sector, in the
-/// firmware's buffers, have a counter that does not count.
+/// Returns the counter in a memory dump of this guest. The firmware's buffers have copies of the boot sector,
+/// whose counters do not change.
 pub fn counter_in(dump: &[u8]) -> Option<u32> {
     let after_magic = dump.windows(12).filter_map(|bytes| bytes.strip_prefix(&MAGIC));
     after_magic.filter_map(|count| Some(u32::from_le_bytes(count.try_into().ok()?))).max()

@@ -1,4 +1,4 @@
-//! Analysis machines to test with, made on the spot.
+//! Analysis machines for tests, made on demand.
 //!
 //! ```no_run
 //! use machinery_testkit::guest::{self, Guest, Qemu};
@@ -13,9 +13,9 @@
 //! # Ok(()) }
 //! ```
 //!
-//! A *guest* is what runs ([`micro`], [`linux`]); a [`Master`] is a guest that was booted once and
-//! saved; a [`MachineFolder`] is one machine made from a master, as an operator would have it. All
-//! of it runs emulated (TCG), without KVM and without rights.
+//! A *guest* is the software in a machine ([`micro`], [`linux`]). A [`Master`] is a guest that was booted
+//! once and saved. A [`MachineFolder`] is one machine made from a master, as an operator would have it. All
+//! of them are emulated (TCG), and need neither KVM nor privileges.
 
 mod cpio;
 mod kind;

@@ -1,7 +1,6 @@
-//! How a test hears a running guest, and speaks to it.
+//! Access to a running guest, independent of the machinery that drives it.
 //!
-//! A guest tells on its serial port what it does; the Linux guest also answers as an agent would. It
-//! does so whatever drives the machine.
+//! A guest reports its progress on its serial port; the Linux guest also answers requests to its agent.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -13,18 +12,18 @@ use super::serial::{self, SerialWatch};
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// A machine's guest, as a test meets it.
+/// The observable sides of a machine's guest: its serial port and its agent.
 #[derive(Debug, Clone)]
 pub struct GuestProbe {
     /// The machine's name.
     pub name: String,
-    /// The loopback address at which the agent answers (Linux guest).
+    /// The loopback address of the agent (Linux guest).
     pub ip: String,
-    /// What the guest said on its serial port. Every QEMU that is started for the machine begins it anew.
+    /// The file of the serial port. Every QEMU of the machine truncates it at its start.
     pub serial: PathBuf,
 }
 
-/// What the Linux guest has in its RAM and on its disk. In the snapshot both are `snapshot`.
+/// The marks in the Linux guest's RAM and on its disk. In the snapshot both are `snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Marks {
     /// The mark in RAM.
@@ -34,13 +33,13 @@ pub struct Marks {
 }
 
 impl GuestProbe {
-    /// The first count that the micro guest says in this run, waited for. Ask after the machine was
-    /// started: what an earlier run said stays until then.
+    /// Waits for the micro guest's first count in this run. Call it after the start: the output of an earlier
+    /// run stays until then.
     pub fn first_count(&self, timeout: Duration) -> Result<u32> {
         SerialWatch::new(&self.serial)?.wait_for(timeout, None, |said| serial::counts(said).next())
     }
 
-    /// The last count that the micro guest has said in this run.
+    /// Returns the micro guest's last count in this run.
     pub fn last_count(&self) -> Result<u32> {
         let last = serial::counts(&serial::output(&self.serial)?).next_back();
         last.ok_or_else(|| {
@@ -54,19 +53,19 @@ impl GuestProbe {
             .wait_for(timeout, None, |said| serial::counts(said).find(|n| *n >= count))
     }
 
-    /// Waits until the micro guest counts on.
+    /// Waits for the micro guest's next count.
     pub fn wait_for_next_count(&self, timeout: Duration) -> Result<()> {
         self.first_count(timeout)?;
         self.wait_for_count(self.last_count()? + 1, timeout).map(drop)
     }
 
-    /// Waits until the guest has said `text` in this run: [`linux::READY`](super::linux::READY) after a
-    /// cold boot, for example.
+    /// Waits until the guest has printed `text` in this run, such as [`linux::READY`](super::linux::READY)
+    /// after a cold boot.
     pub fn wait_for_text(&self, text: &str, timeout: Duration) -> Result<()> {
         SerialWatch::new(&self.serial)?.wait_for(timeout, None, |said| said.contains(text).then_some(()))
     }
 
-    /// The agent's answer to `GET path`: its status and its body.
+    /// Returns the status and the body of the agent's answer to `GET path`.
     pub fn get(&self, path: &str, timeout: Duration) -> Result<(u16, String)> {
         let what = || format!("asking the agent of {} for {path}", self.name);
         let mut agent = TcpStream::connect((self.ip.as_str(), AGENT_PORT)).context(what)?;
@@ -84,14 +83,13 @@ impl GuestProbe {
         self.asked_marks(&format!("/cgi-bin/mark?ram={ram}&disk={disk}"), timeout)
     }
 
-    /// Lets the Linux guest write that many MiB to its disk, which goes on after this. It takes them from
-    /// its noise, which has to be as much. A guest that is stopped for it may not come to answer any
-    /// more, so its answer is waited for but not needed.
+    /// Makes the Linux guest write that many MiB of its noise to its disk, also after this call. An answer is
+    /// not required: a full disk may have stopped the guest.
     pub fn fill_disk(&self, mib: u32) {
         let _ = self.get(&format!("/cgi-bin/mark?fill={mib}"), Duration::from_secs(5));
     }
 
-    /// The marks in the Linux guest's RAM and on its disk.
+    /// Reads the marks in the Linux guest's RAM and on its disk.
     pub fn marks(&self, timeout: Duration) -> Result<Marks> {
         self.asked_marks("/cgi-bin/marks", timeout)
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::error::Error;
-use crate::{Result, command};
+use crate::{Result, command, version};
 
 /// The programs of one QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,8 +17,7 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// The QEMU to test with: that in `$CUCKOO_TEST_QEMU_DIR` (its `bin`, else its `usr/bin`), else
-    /// the one in `$PATH`.
+    /// Finds the QEMU for tests: in `$CUCKOO_TEST_QEMU_DIR` (its `bin` or `usr/bin`), or in `$PATH`.
     pub fn find() -> Result<Self> {
         match env::var_os("CUCKOO_TEST_QEMU_DIR").filter(|folder| !folder.is_empty()) {
             Some(dir) => Self::in_folders(&["bin", "usr/bin"].map(|bin| Path::new(&dir).join(bin))),
@@ -41,18 +40,19 @@ impl Qemu {
         Ok(Self { system: program("qemu-system-x86_64")?, img: program("qemu-img")? })
     }
 
-    /// The first line of what `--version` says.
+    /// Returns the first line of the output of `--version`.
     pub fn version(&self) -> Result<String> {
         let said = command::output(Command::new(&self.system).arg("--version"))?;
         Ok(said.lines().next().unwrap_or_default().to_owned())
     }
 
-    /// Reports whether QEMU needs a backend for a sound card, which `-audio none` gives it. Source: QEMU's system/vl.c.
+    /// Reports whether QEMU needs a backend for a sound card, which `-audio none` gives it. Source: QEMU's
+    /// system/vl.c.
     pub(super) fn needs_audio_backend(&self) -> Result<bool> {
-        Ok(crate::separate_build::numbers(&self.version()?) >= Some((8, 2)))
+        Ok(version::numbers(&self.version()?) >= Some((8, 2)))
     }
 
-    /// Makes `overlay`, a disk that holds what a run writes instead of `disk`.
+    /// Makes `overlay`, an overlay of `disk`.
     pub fn overlay(&self, disk: &Path, overlay: &Path) -> Result<()> {
         let mut create = Command::new(&self.img);
         create.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([disk, overlay]);

@@ -1,4 +1,4 @@
-//! What a guest is made of: a disk, and the arguments that QEMU starts with.
+//! The parts of a guest: a disk, and QEMU's arguments.
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
@@ -11,13 +11,13 @@ use crate::error::Context;
 use crate::network::TestNetwork;
 use crate::{Result, cache, command};
 
-/// The port on which agents listen, as everywhere in Cuckoo.
+/// The port of agents, Cuckoo's default.
 pub const AGENT_PORT: u16 = 8000;
 
-/// Changed when masters made by an older testkit must not be used any more.
+/// Increment it to invalidate masters of an older testkit.
 const GENERATION: u32 = 2;
 
-/// A guest with all that it needs at hand.
+/// A guest with all files that it needs.
 #[derive(Debug, Clone)]
 pub enum Recipe {
     /// See [`Guest::Micro`].
@@ -28,17 +28,17 @@ pub enum Recipe {
     Linux { image: Image, ram_mib: u32, noise_mib: u32, network: Network },
 }
 
-/// How a guest is connected.
+/// The network of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Network {
-    /// By QEMU's user networking.
+    /// QEMU's user networking.
     User,
-    /// By the tap of a [`TestNetwork`].
+    /// The tap of a [`TestNetwork`].
     Tap,
 }
 
 impl Recipe {
-    /// The recipe of `guest`, with what it needs in `cache`.
+    /// Returns the recipe of `guest`, whose files are in `cache`.
     pub fn of(guest: Guest, cache: &Path) -> Result<Self> {
         let linux = |ram_mib, noise_mib, network| {
             Ok(Self::Linux { image: Image::in_cache(cache)?, ram_mib, noise_mib, network })
@@ -51,7 +51,7 @@ impl Recipe {
         }
     }
 
-    /// A name for what comes out of it with `qemu`: another guest, QEMU or testkit has another one.
+    /// Returns a name that differs for another guest, QEMU or testkit.
     pub fn name(&self, qemu: &Qemu) -> Result<String> {
         let version = qemu.version()?;
         let args = self.start_args(Path::new("serial.log"), None);
@@ -66,7 +66,7 @@ impl Recipe {
         Ok(format!("{guest}-qemu-{}-{content}", number.unwrap_or("unknown")))
     }
 
-    /// Makes the disk that the guest boots with for the first time.
+    /// Makes the disk of the guest's first boot.
     pub fn make_disk(&self, qemu: &Qemu, disk: &Path) -> Result<()> {
         let raw = disk.with_extension("raw");
         let what = || format!("making {}", raw.display());
@@ -83,9 +83,8 @@ impl Recipe {
         fs::remove_file(&raw).context(|| format!("removing {}", raw.display()))
     }
 
-    /// The QEMU arguments. `agent` is where the agent's port appears on this host; without it (while
-    /// the snapshot is made) it appears nowhere, so that builds side by side do not collide, and a guest
-    /// for a wire is on none.
+    /// Returns QEMU's arguments. The agent's port is forwarded from the address `agent`. Without an address,
+    /// while the snapshot is made, no port is forwarded, so that concurrent builds do not collide.
     pub fn start_args(&self, serial: &Path, agent: Option<Ipv4Addr>) -> Vec<String> {
         let serial = format!("file:{}", serial.display());
         if let Self::Vmcloak = self {
@@ -154,8 +153,8 @@ fn linux_args(
         (Network::User, Some(ip)) => {
             vec![format!("user,id=net0,hostfwd=tcp:{ip}:{AGENT_PORT}-:{AGENT_PORT}")]
         }
-        // A hub with nobody on it: what is sent is lost. Alone, one of its ports would send nothing. Other
-        // than user networking, it is not part of a snapshot.
+        // A hub without another member discards all packets. It needs a second port to send at all. Unlike
+        // user networking, it is not part of a snapshot.
         (Network::Tap, None) => ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec(),
         (Network::Tap, Some(_)) => vec![tap()],
     };
@@ -166,13 +165,13 @@ fn linux_args(
     let mut args = strings(["-m", &ram_mib.to_string(), "-drive", &drive("virtio")]);
     args.extend(strings(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]));
     args.extend(strings(["-append", &append]));
-    // Without its boot ROM, which nobody boots from, the card starts faster.
+    // The card starts faster without its boot ROM.
     args.extend(netdevs.iter().flat_map(|netdev| strings(["-netdev", netdev])));
     args.extend(strings(["-device", "virtio-net-pci,netdev=net0,romfile="]));
     args
 }
 
-/// Without offloads: some QEMUs' `filter-dump` writes their header down as if it were the packet's.
+/// Returns a tap without offloads: some QEMUs' `filter-dump` writes the offload header as part of the packet.
 fn tap() -> String {
     format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", TestNetwork::TAP)
 }

@@ -1,14 +1,13 @@
 //! One QEMU process, driven by hand.
 //!
-//! It is the little that making a snapshot needs, and the yardstick for a restore: no plugin, no
-//! host, just QEMU and its monitor. The monitor is one end of a socket pair, given to QEMU as its
-//! standard input: so there is no path to choose, and its end is QEMU's end. Snapshots go through
-//! pipes, which every QEMU version takes as `fd:`.
+//! It makes snapshots, and is the baseline for restores: QEMU and its monitor, without plugin and host. The
+//! monitor is one end of a socket pair, which QEMU gets as its standard input. It therefore needs no path,
+//! and closes when QEMU ends. Snapshots pass through pipes, as `fd:`, which every QEMU version supports.
 //!
-//! RAM that is a file shared with QEMU need not be in a snapshot: then only the devices are
+//! RAM that is a file shared with QEMU need not be in a snapshot. Only the devices are then
 //! [saved](Vm::save_devices), and [loaded](Vm::load_devices) into a QEMU that maps the file.
 //!
-//! The process dies with its [`Vm`], and with the thread that started it.
+//! The process is killed with its [`Vm`], and with the thread that started it.
 
 use std::fs::File;
 use std::io;
@@ -33,7 +32,7 @@ use crate::{Result, snapshot};
 /// The placeholder for the disk in start arguments.
 pub const DISK_PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
 
-/// Bytes a second. Left alone, QEMU saves at 128 MiB/s, as if a network were in between.
+/// Bytes per second. QEMU's default, 128 MiB/s, is meant for a network.
 const BANDWIDTH: u64 = 1 << 40;
 
 /// A running QEMU.
@@ -42,22 +41,22 @@ pub struct Vm {
     monitor: Monitor,
 }
 
-/// What a snapshot has of a machine's RAM.
+/// The part of a machine's RAM that a snapshot contains.
 #[derive(Clone, Copy)]
 enum Ram {
-    /// All.
+    /// The whole RAM.
     Included,
-    /// Only what is in no file that is shared with QEMU.
+    /// RAM that is not in a file shared with QEMU.
     Shared,
 }
 
 impl Vm {
-    /// Starts QEMU with a machine's start arguments and `disk` in the place of the disposable disk.
+    /// Starts QEMU with a machine's start arguments, and `disk` as the disposable disk.
     pub fn boot(qemu: &Qemu, start_args: &[String], disk: &Path) -> Result<Self> {
         Self::start(qemu, start_args, disk, &[])
     }
 
-    /// Starts QEMU and lets the machine go on from the snapshot at `snapshot`.
+    /// Starts QEMU and runs the machine from the snapshot at `snapshot`.
     pub fn restore(qemu: &Qemu, start_args: &[String], disk: &Path, snapshot: &Path) -> Result<Self> {
         let mut vm = Self::start_for_incoming(qemu, start_args, disk, &[])?;
         vm.load(snapshot)?;
@@ -65,8 +64,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Starts QEMU, with `more` arguments, for a machine that is [loaded](Self::load) later and is paused
-    /// then.
+    /// Starts QEMU, with `more` arguments, for a machine that is [loaded](Self::load) later and then paused.
     pub fn start_for_incoming(
         qemu: &Qemu,
         start_args: &[String],
@@ -76,8 +74,8 @@ impl Vm {
         Self::start(qemu, start_args, disk, &[&["-incoming", "defer", "-S"], more].concat())
     }
 
-    /// Restores the way it is done by hand: the plain snapshot at `snapshot` comes in through `cat`.
-    /// The yardstick for a restore.
+    /// Restores like an operator at a shell: QEMU reads the plain snapshot through `cat`. The baseline for
+    /// plain restores.
     pub fn restore_through_cat(
         qemu: &Qemu,
         start_args: &[String],
@@ -91,17 +89,17 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Halts the machine; the process stays.
+    /// Pauses the machine.
     pub fn pause(&mut self) -> Result<()> {
         self.monitor.run(&qmp::stop {}).map(drop)
     }
 
-    /// Lets a paused machine run.
+    /// Resumes a paused machine.
     pub fn cont(&mut self) -> Result<()> {
         self.monitor.run(&qmp::cont {}).map(drop)
     }
 
-    /// Lets a paused machine run, and waits until QEMU tells that it does.
+    /// Resumes a paused machine, and waits for QEMU's event.
     pub fn resume(&mut self) -> Result<()> {
         self.cont()?;
         self.monitor.wait_for_event(|event| matches!(event, qmp::Event::RESUME { .. }).then_some(()))
@@ -112,7 +110,7 @@ impl Vm {
         self.monitor.run(&qmp::system_powerdown {}).map(drop)
     }
 
-    /// Waits until QEMU has ended by itself, for `timeout` at most: then it is killed and an error.
+    /// Waits until QEMU has ended. Kills it after `timeout`, and fails.
     pub fn wait(mut self, timeout: Duration) -> Result<()> {
         let process = self.process()?;
         let timeout = Timespec::try_from(timeout).context(|| "waiting for QEMU's end".to_owned())?;
@@ -123,14 +121,14 @@ impl Vm {
         }
     }
 
-    /// Ends QEMU, whatever the machine does.
+    /// Ends QEMU in any state of the machine.
     pub fn quit(mut self) -> Result<()> {
-        // It may be gone before it has been asked in full, or has answered.
+        // QEMU may end before it answers.
         let _ = self.monitor.run(&qmp::quit {});
         self.wait(monitor::TIMEOUT)
     }
 
-    /// Waits for something on the machine's serial port, as long as QEMU lives.
+    /// Waits for output on the machine's serial port, while QEMU runs.
     pub(super) fn wait_for_serial<T>(
         &self,
         serial: &SerialWatch,
@@ -143,7 +141,7 @@ impl Vm {
             .map_err(|error| self.monitor.failed("booting the guest", &error))
     }
 
-    /// `length` bytes of the machine's memory, from the physical address `from` on.
+    /// Returns `length` bytes of the machine's memory from the physical address `from`.
     pub fn memory(&mut self, from: u64, length: u64) -> Result<Vec<u8>> {
         let what = || "reading guest memory".to_owned();
         let file = tempfile::NamedTempFile::new().context(what)?;
@@ -157,7 +155,7 @@ impl Vm {
         self.write(path, Ram::Included)
     }
 
-    /// Writes the paused machine's state to the file at `path`, without the RAM that is a shared file.
+    /// Writes the paused machine's state to the file at `path`, without RAM in a shared file.
     pub fn save_devices(&mut self, path: &Path) -> Result<()> {
         self.write(path, Ram::Shared)
     }
@@ -187,8 +185,8 @@ impl Vm {
         ended(copying).context(what)
     }
 
-    /// Loads what [`save_devices`](Self::save_devices) wrote, in the quickest way: QEMU reads the file
-    /// itself. Since 8.2 it knows files `by_name`; before, it takes one that is open.
+    /// Loads the file of [`save_devices`](Self::save_devices). QEMU reads it itself: since 8.2 `by_name`,
+    /// earlier from a descriptor.
     pub fn load_devices(&mut self, path: &Path, by_name: bool) -> Result<()> {
         self.prepare_migration(Ram::Shared)?;
         if by_name {
@@ -224,7 +222,7 @@ impl Vm {
         command.stderr(errors.try_clone().context(what)?);
         die_with_this_thread(&mut command);
         let mut child = command.spawn().context(what)?;
-        // The command still holds QEMU's end of the socket: nobody would see it close.
+        // The command still holds QEMU's end of the socket, which would stay open when QEMU ends.
         drop(command);
         match Monitor::connect(ours, errors) {
             Ok(monitor) => Ok(Self { child, monitor }),
@@ -237,7 +235,7 @@ impl Vm {
         }
     }
 
-    /// Asks for events and for all the speed there is.
+    /// Enables events, and removes the bandwidth limit.
     fn prepare_migration(&mut self, ram: Ram) -> Result<()> {
         let on = |capability| qmp::MigrationCapabilityStatus { capability, state: true };
         let mut capabilities = vec![on(qmp::MigrationCapability::events)];
@@ -249,7 +247,7 @@ impl Vm {
         self.monitor.run(&qmp::migrate_set_parameters(parameters)).map(drop)
     }
 
-    /// Waits for the end of a migration, in or out.
+    /// Waits for the end of an incoming or outgoing migration.
     fn wait_for_migration(&mut self) -> Result<()> {
         match self.monitor.wait_for_event(migration_end)? {
             qmp::MigrationStatus::failed => Err(self.monitor.failed("migration", "QEMU says it failed")),
@@ -266,7 +264,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // It may have ended already, which is as good.
+        // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -285,7 +283,7 @@ fn die_with_this_thread(command: &mut Command) {
     unsafe { command.pre_exec(ask) };
 }
 
-/// How a migration ended, if the event tells that.
+/// Returns the final status of a migration, if the event has it.
 fn migration_end(event: &qmp::Event) -> Option<qmp::MigrationStatus> {
     use qmp::MigrationStatus::{completed, failed};
     match event {

@@ -1,4 +1,4 @@
-//! What a run may leave: processes, disks, sockets, unfinished files.
+//! Leftovers of runs: processes, disks, sockets, unfinished files.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::error::{Context, Error};
 use crate::{Result, processes};
 
-/// All that has the folder on its command line, but for programs of these names.
+/// Returns all processes with the folder on their command line, except programs with these names.
 pub fn processes_below(root: &Path, without: &[&str]) -> Result<Vec<(Pid, String)>> {
     let root = root.display().to_string();
     let is_known = |command: &str| {
@@ -19,7 +19,7 @@ pub fn processes_below(root: &Path, without: &[&str]) -> Result<Vec<(Pid, String
     Ok(processes::list()?.into_iter().filter(ours).collect())
 }
 
-/// The only process with that disk on its command line that is a QEMU, by the look of it.
+/// Returns the only process with that disk on its command line for which `is_qemu` is true.
 pub fn qemu_on(disk: &Path, is_qemu: impl Fn(&str) -> bool) -> Result<Pid> {
     let disk = disk.display().to_string();
     let of_it = |(_, command): &(Pid, String)| command.contains(&disk) && is_qemu(command);
@@ -30,18 +30,18 @@ pub fn qemu_on(disk: &Path, is_qemu: impl Fn(&str) -> bool) -> Result<Pid> {
     }
 }
 
-/// Ends processes that ought not to be there.
+/// Kills processes.
 pub fn kill(processes: &[(Pid, String)]) {
     for (process, _) in processes {
-        // It may have ended meanwhile.
+        // The process may have ended meanwhile.
         let _ = kill_process(*process, Signal::KILL);
     }
 }
 
-/// For the end of a lab: nothing may be left, unless the test has failed anyway.
+/// Expects that a lab has no leftovers, unless the test has failed anyway.
 ///
 /// # Panics
-/// Something is.
+/// There are leftovers.
 pub fn expect_none(left: Result<Vec<String>>) {
     if !std::thread::panicking() {
         assert_eq!(left, Ok(Vec::new()), "this was left of a run");
@@ -67,7 +67,8 @@ pub fn collect_files(folder: &Path, left: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
-/// Whether this is an overlay's name: `m_disposable.qcow2`, or `m_disposable_2.qcow2` for another image.
+/// Reports whether this is an overlay's name: `m_disposable.qcow2`, or `m_disposable_2.qcow2` of another
+/// image.
 fn is_overlay(name: &str) -> bool {
     let number = name.strip_suffix(".qcow2").and_then(|name| name.rsplit_once("_disposable"));
     number.is_some_and(|(_, number)| number.chars().all(|c| c == '_' || c.is_ascii_digit()))

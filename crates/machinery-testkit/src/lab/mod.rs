@@ -1,14 +1,13 @@
-//! Labs: a CWD with a machinery and machines to do experiments on.
+//! Labs: a CWD with a machinery and machines for tests.
 //!
-//! - [`Lab`]: QEMU processes, as the qemu machinery drives them.
+//! - [`Lab`]: QEMU processes of the qemu machinery.
 //! - [`KvmLab`]: domains of a private libvirtd.
 //!
+//! A lab [with a network](Lab::with_network) has a [`TestNetwork`] of its own. [`FileWatch`] and [`TinyDisk`]
+//! help to cause failures at a given moment.
 //!
-//! A lab [on a wire](Lab::with_network) has a network of its own. [`FileWatch`] and [`TinyDisk`] are for
-//! accidents.
-//!
-//! What a run leaves is looked for by the lab's folder, which is on the command line of every process
-//! that a run starts. A lab that is dropped ends what is left, and is an error then.
+//! Each process of a run has the lab's folder on its command line, by which the lab finds leftovers. A lab
+//! that is dropped kills leftover processes, and panics if there are leftovers.
 
 mod kvm;
 mod kvm_fixture;

@@ -1,13 +1,13 @@
-//! A CWD with the qemu machinery and machines to do experiments on.
+//! A CWD with the qemu machinery and machines for tests.
 //!
 //! ```text
-//! <scratch>/cwd/conf/machineries/qemu.yaml     as an operator writes it
-//! <scratch>/cwd/machines/<name>/               a machine as VMCloak leaves it
+//! <scratch>/cwd/conf/machineries/qemu.yaml     the configuration of an operator
+//! <scratch>/cwd/machines/<name>/               a machine as VMCloak makes it
 //! ```
 //!
-//! A run's processes have that folder on their command lines, and its disks and sockets are in it.
-//! So what a run leaves is found here, whoever started it, also when the host was killed in between.
-//! A lab that is dropped ends what is left, and is an error then: nothing may be left.
+//! Each process of a run has that folder on its command line, and each disk and socket is in it. The lab
+//! finds leftovers by that, also of a killed host. A lab that is dropped kills leftover processes, and panics
+//! if there are leftovers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +24,7 @@ use crate::scratch::ScratchCwd;
 use crate::snapshot::SnapshotFormat;
 use crate::{Result, capture};
 
-/// Declare it before the hosts that serve it, so that they are gone before it looks what is left.
+/// A lab. Declare it before the hosts that serve it, so that they end before the lab looks for leftovers.
 #[derive(Debug)]
 pub struct Lab {
     cwd: ScratchCwd,
@@ -34,20 +34,19 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A lab with these machines.
+    /// Makes a lab with these machines.
     pub fn new(machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Self> {
         Self::below(Path::new("cwd"), machines)
     }
 
-    /// A lab in the folder `path` of the scratch folder: for long paths.
+    /// Makes a lab in the folder `path` of the scratch folder, for long paths.
     pub fn below(path: &Path, machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Self> {
         let address = || loopback_address().to_string();
         Self::make(path, machines, address, None)
     }
 
-    /// A lab in a network of its own, with a [talking](Guest::TrafficSource) machine on its network; hosts run in
-    /// that network. Its traffic is captured, and QEMU writes it down too, for
-    /// [comparison](Lab::dumped). `None` for a user who may not do that.
+    /// Makes a lab whose hosts and [machine](Guest::TrafficSource) run in a network of their own. Traffic is
+    /// captured; QEMU [dumps](Lab::dumped) it, too, for comparison. `None` for a user who may not do that.
     pub fn with_network(name: &str, format: SnapshotFormat) -> Result<Option<Self>> {
         let Some(network) = TestNetwork::new()? else { return Ok(None) };
         let machines = [(name, Guest::TrafficSource, format)];
@@ -79,30 +78,30 @@ impl Lab {
         Ok(lab)
     }
 
-    /// Its CWD.
+    /// Returns the CWD.
     pub fn cwd(&self) -> &ScratchCwd {
         &self.cwd
     }
 
-    /// The QEMU that its machines run on.
+    /// Returns the QEMU of its machines.
     pub fn qemu(&self) -> &Qemu {
         &self.qemu
     }
 
-    /// The folder of one of its machines.
+    /// Returns the folder of a machine.
     ///
     /// # Panics
-    /// It has no such machine.
+    /// There is no such machine.
     pub fn folder(&self, name: &str) -> &MachineFolder {
         &self.machines[name]
     }
 
-    /// The names of its machines.
+    /// Returns the names of its machines.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.machines.keys().map(String::as_str)
     }
 
-    /// Where a machine's disposable disk is while it runs.
+    /// Returns the path of a machine's overlay during a run.
     pub fn disposable(&self, name: &str) -> PathBuf {
         self.folder(name).dir.join(format!("{name}_disposable.qcow2"))
     }
@@ -115,26 +114,26 @@ impl Lab {
         }
     }
 
-    /// Its network.
+    /// Returns the network of the lab.
     ///
     /// # Panics
-    /// It is not [on one](Lab::with_network).
+    /// The lab was not made [with one](Lab::with_network).
     #[allow(clippy::panic)]
     pub fn network(&self) -> &TestNetwork {
         self.network.as_ref().unwrap_or_else(|| panic!("the lab is on no network"))
     }
 
-    /// What went over a machine's network in its last run, by QEMU's own account.
+    /// Returns the path of QEMU's own dump of a machine's traffic in its last run.
     pub fn dumped(&self, name: &str) -> PathBuf {
         self.folder(name).dir.join("dumped.pcap")
     }
 
-    /// The first count of a micro guest that was restored.
+    /// Returns the first count of a restored micro guest.
     pub fn restored_count(&self) -> Result<u32> {
         Ok(guest::master(&self.qemu, Guest::Micro)?.snapshot_count()? + 1)
     }
 
-    /// Starts a host for it.
+    /// Starts a host for the lab.
     pub fn host(&self) -> Result<RunningHost> {
         RunningHost::start_with(&self.cwd, |command| {
             if let Some(network) = &self.network {
@@ -148,30 +147,29 @@ impl Lab {
         host::run(&self.cwd, arguments)
     }
 
-    /// What `qemu.yaml` says.
+    /// Returns the text of `qemu.yaml`.
     pub fn yaml(&self) -> Result<String> {
         self.cwd.yaml("qemu")
     }
 
-    /// Writes `qemu.yaml` anew.
+    /// Replaces the text of `qemu.yaml`.
     pub fn write_yaml(&self, text: &str) -> Result<()> {
         self.cwd.write_yaml("qemu", text)
     }
 
-    /// Writes `machinery-host.yaml`, with keys of the host and, after a comma, of the machinery. Nothing
-    /// is done ahead of a restore, so that a machine that is off has left nothing; for what is done ahead,
-    /// see [`ahead`](Lab::ahead).
+    /// Writes `machinery-host.yaml`, with keys of the host and, after a comma, of the machinery. Preparation
+    /// is off, so that a machine that is off has no files; [`ahead`](Lab::ahead) enables it.
     pub fn host_yaml(&self, host: &str, qemu: &str) -> Result<()> {
         self.cwd.host_yaml(&format!("{host}\nmachineries: {{qemu: {{instant: off, standby: off{qemu}}}}}\n"))
     }
 
-    /// Writes `machinery-host.yaml` with just these keys of the machinery, and room for templates also where
-    /// the disk is nearly full.
+    /// Writes `machinery-host.yaml` with these keys of the machinery, and a fixed space limit for templates,
+    /// also where the disk is nearly full.
     pub fn ahead(&self, qemu: &str) -> Result<()> {
         self.cwd.host_yaml(&format!("machineries: {{qemu: {{instant_space_limit: 16 GiB, {qemu}}}}}\n"))
     }
 
-    /// Where a machine's template is, if it has one.
+    /// Returns the path of a machine's template, if it has one.
     pub fn template(&self, name: &str) -> PathBuf {
         self.cwd
             .root()
@@ -179,7 +177,7 @@ impl Lab {
             .join(format!("{name}.template"))
     }
 
-    /// Puts `new` in the place of the first `old` in `qemu.yaml`, where it has to be.
+    /// Replaces the first `old` in `qemu.yaml` by `new`. Fails if there is none.
     pub fn change_yaml(&self, old: &str, new: &str) -> Result<()> {
         self.cwd.change_yaml("qemu", old, new)
     }
@@ -193,7 +191,7 @@ impl Lab {
         fs::write(&machine.machineinfo, info).context(|| format!("changing the arguments of {name}"))
     }
 
-    /// Puts a shell script in QEMU's place. Asked for its version, it says `version`.
+    /// Replaces QEMU by a shell script, which prints `version` as its version.
     pub fn fake_qemu(&self, version: &str, script: &str) -> Result<()> {
         let text =
             format!("[ \"$1\" = --version ] && echo 'QEMU emulator version {version}' && exit\n{script}");
@@ -201,23 +199,23 @@ impl Lab {
         self.change_yaml(&self.qemu.system.display().to_string(), &path.display().to_string())
     }
 
-    /// The QEMU that runs for that machine.
+    /// Returns the running QEMU of that machine.
     pub fn qemu_of(&self, name: &str) -> Result<Pid> {
         leftovers::qemu_on(&self.disposable(name), |command| !command.contains("qemu-img"))
     }
 
-    /// What is there because of a run: processes (without the host), disposable disks, monitors'
-    /// sockets, unfinished files.
+    /// Returns the leftovers of runs: processes (without the host), overlays, monitors' sockets, unfinished
+    /// files.
     pub fn leftovers(&self) -> Result<Vec<String>> {
         let mut left: Vec<_> = self.processes()?.iter().map(|process| format!("{process:?}")).collect();
         collect_files(self.cwd.root(), &mut left)?;
         Ok(left)
     }
 
-    /// Nothing is left of any run.
+    /// Asserts that there are no leftovers.
     ///
     /// # Panics
-    /// Something is.
+    /// There are leftovers.
     #[track_caller]
     pub fn assert_clean(&self) {
         assert_eq!(self.leftovers(), Ok(Vec::new()), "this is left of a run");
@@ -244,7 +242,7 @@ impl Lab {
         text
     }
 
-    /// All that has the lab on its command line, but for the hosts.
+    /// Returns all processes with the lab on their command line, except hosts.
     fn processes(&self) -> Result<Vec<(Pid, String)>> {
         leftovers::processes_below(self.cwd.root(), &["cuckoo-machinery"])
     }

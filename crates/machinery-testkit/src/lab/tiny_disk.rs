@@ -1,4 +1,4 @@
-//! A very small file system, to see what happens when it is full.
+//! A very small file system, for tests of a full disk.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use crate::error::Context;
 use crate::scratch::ScratchCwd;
 use crate::{Result, host};
 
-/// A very small file system, to see what happens when it is full.
+/// A very small file system, for tests of a full disk.
 pub struct TinyDisk {
     path: PathBuf,
 }
 
 impl TinyDisk {
-    /// Mounts one in the CWD; `None` where this user may not mount.
+    /// Mounts one in the CWD; `None` for a user who may not mount.
     pub fn mount(cwd: &ScratchCwd, kib: u32) -> Result<Option<Self>> {
         let path = cwd.root().join("tiny");
         fs::create_dir_all(&path).context(|| format!("making {}", path.display()))?;
@@ -25,7 +25,7 @@ impl TinyDisk {
         Ok((mounted.code == Some(0)).then_some(TinyDisk { path }))
     }
 
-    /// Its folder.
+    /// Returns its folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -33,7 +33,7 @@ impl TinyDisk {
 
 impl Drop for TinyDisk {
     fn drop(&mut self) {
-        // Lazily: a process that is just ending may still have a file on it open.
+        // A lazy unmount: a process that is ending may still have an open file.
         let mut umount = Command::new("umount");
         umount.arg("--lazy").arg(&self.path);
         let unmounted = host::run_command(umount);

@@ -1,4 +1,4 @@
-//! What happens to the files of a folder, waited for.
+//! Waiting for access to files.
 
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -12,12 +12,12 @@ use rustix::io::{Errno, retry_on_intr};
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// Something that happens to a file of a machine's folder.
+/// An access to a file of a folder.
 #[derive(Debug, Clone, Copy)]
 pub enum FileEvent<'a> {
-    /// Somebody opens the file of that name.
+    /// A process opens the file of that name.
     Opened(&'a str),
-    /// Somebody reads from it.
+    /// A process reads the file of that name.
     Read(&'a str),
 }
 
@@ -32,14 +32,14 @@ impl FileEvent<'_> {
     }
 }
 
-/// What happens to the files of a folder, from the moment on at which this was made.
+/// Records access to the files of a folder.
 pub struct FileWatch {
     folder: PathBuf,
     news: OwnedFd,
 }
 
 impl FileWatch {
-    /// Watches a folder.
+    /// Starts to watch a folder.
     pub fn new(folder: &Path) -> Result<Self> {
         let what = || format!("watching {}", folder.display());
         let news = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).context(what)?;
@@ -47,7 +47,7 @@ impl FileWatch {
         Ok(FileWatch { folder: folder.to_owned(), news })
     }
 
-    /// Waits until all of this has happened, one after the other.
+    /// Waits until all of these events have occurred, in this order.
     pub fn wait(self, steps: &[FileEvent<'_>], timeout: Duration) -> Result<()> {
         let end = Instant::now() + timeout;
         let mut space = [MaybeUninit::uninit(); 4096];

@@ -31,7 +31,8 @@ use crate::{Result, cache, command};
 /// The maximum time that libvirtd may take to start, in seconds: libvirtd may query QEMU's capabilities.
 const START_TIMEOUT: &str = "120";
 
-/// A running libvirtd, or one that was killed and can be started again. Dropped, nothing of it is left.
+/// A running libvirtd, or one that was killed and can be started again. When it is dropped, all its processes
+/// end.
 #[derive(Debug)]
 pub struct Libvirtd {
     folder: PathBuf,
@@ -39,7 +40,7 @@ pub struct Libvirtd {
 }
 
 impl Libvirtd {
-    /// Starts one with all that is its own in `folder`, which must have a short path.
+    /// Starts a libvirtd whose files are in `folder`, which must have a short path.
     pub fn start(folder: &Path) -> Result<Self> {
         let daemon = Self::without_daemon(folder)?;
         let known = learnt()?;
@@ -64,12 +65,12 @@ impl Libvirtd {
         Ok(Libvirtd { folder, namespaces })
     }
 
-    /// Starts the daemon after it was killed, and waits until it serves.
+    /// Starts the daemon after a kill, and waits until it serves.
     pub fn start_daemon(&self) -> Result<()> {
         self.launch(&[])
     }
 
-    /// Restarts the daemon so that it also listens on TCP, and returns the dsn for that.
+    /// Restarts the daemon so that it also listens on TCP, and returns the DSN for that.
     pub fn listens_on_tcp(&self) -> Result<String> {
         let what = || "having libvirtd listen on TCP".to_owned();
         let free =
@@ -88,7 +89,7 @@ impl Libvirtd {
     fn launch(&self, more: &[&str]) -> Result<()> {
         let (conf, pid) = (self.conf(), self.folder.join("libvirtd.pid"));
         let logged = fs::read(self.log()).map_or(0, |log| log.len());
-        // It goes to the background by itself, once its sockets are there.
+        // libvirtd goes to the background when its sockets exist.
         let daemon = ["libvirtd", "--daemon", "--config", &text(&conf), "--pid-file", &text(&pid)];
         self.inside(&[&daemon[..], more].concat()).and_then(|_| self.wait_until_it_serves()).map_err(
             |error| {
@@ -108,12 +109,12 @@ impl Libvirtd {
         self.inside(&["timeout", START_TIMEOUT, "virsh", "--connect", &self.dsn(), "uri"]).map(drop)
     }
 
-    /// Runs a program to its end where the daemon is: with its view of files and processes.
+    /// Runs a program to its end in the daemon's namespaces.
     pub fn inside(&self, program: &[&str]) -> Result<String> {
         command::output(&mut self.namespaces.enter(&self.folder, program)?)
     }
 
-    /// Kills the daemon, and waits until it is gone. Its domains run on.
+    /// Kills the daemon, and waits for its end. Its domains run on.
     pub fn kill_daemon(&self) -> Result<()> {
         let pid = self.daemon()?;
         let what = || format!("killing libvirtd, process {pid}");
@@ -131,7 +132,7 @@ impl Libvirtd {
         kill_process(pid, signal).context(|| format!("signalling libvirtd, process {pid}"))
     }
 
-    /// The process of the daemon.
+    /// Returns the daemon's process.
     pub fn daemon(&self) -> Result<Pid> {
         let conf = self.conf().display().to_string();
         let processes = crate::processes::list()?;
@@ -142,17 +143,17 @@ impl Libvirtd {
         found.map(|(pid, _)| pid).ok_or_else(|| Error::new(format!("no libvirtd runs with {conf}")))
     }
 
-    /// What to connect to.
+    /// Returns the DSN of the daemon.
     pub fn dsn(&self) -> String {
         format!("qemu:///{}?socket={}", kind(), self.folder.join("sockets/libvirt-sock").display())
     }
 
-    /// Runs `virsh` with these arguments, and gives what it says.
+    /// Runs `virsh` with these arguments, and returns its output.
     pub fn virsh(&self, arguments: &[&str]) -> Result<String> {
         command::output(Command::new("virsh").args(["--quiet", "--connect", &self.dsn()]).args(arguments))
     }
 
-    /// Defines something by its description: `define`, or `snapshot-create NAME`.
+    /// Defines an object by its description: `define`, or `snapshot-create NAME`.
     pub fn virsh_with_file(&self, arguments: &[&str], text: &str, more: &[&str]) -> Result<String> {
         let file = tempfile::NamedTempFile::new_in(&self.folder);
         let what = || "writing a description for virsh".to_owned();
@@ -164,7 +165,7 @@ impl Libvirtd {
         self.virsh(&all)
     }
 
-    /// Where the daemon writes what it has to say.
+    /// Returns the path of the daemon's log.
     pub fn log(&self) -> PathBuf {
         self.folder.join("libvirtd.log")
     }
@@ -174,12 +175,12 @@ impl Libvirtd {
     }
 }
 
-/// Returns which kind of libvirtd this user runs.
+/// Returns the kind of libvirtd that this user runs.
 fn kind() -> &'static str {
     if geteuid().is_root() { "system" } else { "session" }
 }
 
-/// libvirtd starts faster with what another one has learnt about this QEMU.
+/// Returns the folder of capabilities. libvirtd starts faster with those that another one has probed.
 fn capabilities() -> &'static str {
     match geteuid().is_root() {
         true => "var/cache/libvirt/qemu/capabilities",
@@ -187,8 +188,8 @@ fn capabilities() -> &'static str {
     }
 }
 
-/// The folder with what libvirtd has learnt about the QEMUs here, made now if need be. libvirtd itself
-/// sees when it is outdated.
+/// Returns the folder of capabilities in the cache, and probes them if there are none. libvirtd detects
+/// outdated ones.
 fn learnt() -> Result<PathBuf> {
     let version =
         command::output(Command::new("libvirtd").arg("--version").env("PATH", administrators_path()))?;

@@ -5,23 +5,23 @@ use std::path::Path;
 use crate::guest::Qemu;
 use crate::guest::recipe::{AGENT_PORT, Recipe};
 
-/// What tells one domain of a guest from another.
+/// The values that differ between domains of one guest.
 #[derive(Debug, Clone)]
 pub struct Identity {
-    /// Its name in libvirt.
+    /// The name in libvirt.
     pub name: String,
     pub uuid: String,
-    /// The folder of its disk and of what it says, as text.
+    /// The folder of its disk and its serial port, as text.
     pub dir: String,
-    /// The address at which its agent answers.
+    /// The address of its agent.
     pub agent: String,
 }
 
 pub const DISK: &str = "disk.qcow2";
 pub const SERIAL: &str = "serial.log";
 
-/// The description of the domain, for `virsh define`. It is the same machine as the recipe's QEMU
-/// arguments make, as far as the guest can tell.
+/// Returns the domain's description for `virsh define`. To the guest it is the same machine as that of the
+/// recipe's QEMU arguments.
 pub fn xml(qemu: &Qemu, recipe: &Recipe, identity: &Identity) -> String {
     let Identity { name, uuid, dir, agent } = identity;
     let emulator = text(&qemu.system);
@@ -58,7 +58,7 @@ pub fn xml(qemu: &Qemu, recipe: &Recipe, identity: &Identity) -> String {
     )
 }
 
-/// libvirt forwards no ports of user networking without further programs, QEMU does.
+/// Forwards the agent's port by QEMU: libvirt needs further programs for that.
 fn network(agent: &str) -> String {
     format!(
         "<qemu:commandline><qemu:arg value='-netdev'/>\
@@ -68,7 +68,7 @@ fn network(agent: &str) -> String {
     )
 }
 
-/// A path in XML.
+/// Returns a path as XML text.
 fn text(path: &Path) -> String {
     path.display().to_string().replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;")
 }

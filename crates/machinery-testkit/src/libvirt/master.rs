@@ -1,7 +1,7 @@
 //! Masters: guests with a snapshot, made once.
 //!
-//! The snapshot is inside the disk, as libvirt makes it; its description names the domain, its folder
-//! and its number, which are put in anew for each domain that is made from it.
+//! The snapshot is inside the disk. Its description has the domain's name, folder and UUID, which are
+//! replaced for each domain.
 
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -20,13 +20,13 @@ use crate::{Result, cache, command};
 /// The name of a domain's snapshot.
 pub const SNAPSHOT: &str = "clean";
 
-/// A guest may take this long to boot, on a machine that does much else.
+/// The maximum time of a boot, on a busy machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// The micro guest's snapshot is made when it has counted this far, so that no cold boot looks like it.
+/// The count at which the micro guest's snapshot is made. A cold boot starts at 1.
 const SNAPSHOT_COUNT: u32 = 64;
 
-/// Changed when masters made by an older testkit must not be used any more.
+/// Increment it to invalidate masters of an older testkit.
 const GENERATION: u32 = 1;
 
 const DESCRIPTION: &str = "snapshot.xml";
@@ -54,15 +54,15 @@ impl Master {
         Ok(Master { qemu: qemu.clone(), recipe, folder })
     }
 
-    /// The first count of the micro guest when it is restored.
+    /// Returns the first count of the micro guest after a restore.
     pub fn restored_count(&self) -> Result<u32> {
         let path = self.folder.join(COUNT);
         let what = || format!("reading {}", path.display());
         fs::read_to_string(&path).context(what)?.parse().context(what)
     }
 
-    /// Defines a domain of the guest, with its snapshot as the current one. Its files are in `probe`'s
-    /// folder; its agent answers at its address.
+    /// Defines a domain of the guest, with its snapshot as the current one. Its files are in the folder of
+    /// `probe`, and its agent answers at the address of `probe`.
     pub fn define(&self, libvirtd: &Libvirtd, label: &str, probe: &GuestProbe) -> Result<PathBuf> {
         let dir = probe.serial.parent().unwrap_or(Path::new("/"));
         let disk = dir.join(DISK);
@@ -82,8 +82,8 @@ impl Master {
     }
 }
 
-/// The master of `guest`, from `$CUCKOO_TESTKIT_CACHE` (else the user's cache folder), made now if it
-/// is not there.
+/// Returns the master of `guest` from `$CUCKOO_TESTKIT_CACHE`, or the user's cache folder. Makes it if it
+/// does not exist.
 pub fn master(qemu: &Qemu, guest: Guest) -> Result<Master> {
     Master::in_cache(&cache::default()?, qemu, guest)
 }
@@ -91,7 +91,7 @@ pub fn master(qemu: &Qemu, guest: Guest) -> Result<Master> {
 /// Boots the guest in `folder`, and takes its snapshot.
 fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     recipe.make_disk(qemu, &folder.join(DISK))?;
-    // Sockets have short paths only, and a cache may have a long one.
+    // A cache's path may be too long for libvirtd's sockets.
     let work = tempfile::tempdir().context(|| "making a folder for libvirtd".to_owned())?;
     let libvirtd = Libvirtd::start(work.path())?;
     let identity = Identity {
@@ -120,7 +120,7 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     fs::remove_file(&serial).context(|| format!("removing {}", serial.display()))
 }
 
-/// What a restored guest says first is the same each time.
+/// Returns the first count after a restore, which is always the same.
 fn first_count(libvirtd: &Libvirtd, identity: &Identity, serial: &Path) -> Result<u32> {
     let watch = SerialWatch::new(serial)?;
     libvirtd.virsh(&["snapshot-revert", &identity.name, SNAPSHOT])?;
@@ -142,7 +142,7 @@ fn placeholders() -> Identity {
     }
 }
 
-/// The description with another identity in it.
+/// Replaces the identity in a description.
 fn replaced(description: &str, old: &Identity, new: &Identity) -> String {
     let name = |identity: &Identity| format!("<name>{}</name>", identity.name);
     let pairs = [(&old.uuid, &new.uuid), (&old.dir, &new.dir), (&old.agent, &new.agent)];
@@ -150,7 +150,7 @@ fn replaced(description: &str, old: &Identity, new: &Identity) -> String {
     pairs.into_iter().fold(named, |text, (old, new)| text.replace(old, new))
 }
 
-/// A number that no other domain has.
+/// Returns a random UUID.
 fn uuid() -> String {
     let random = || RandomState::new().build_hasher().finish();
     let (a, b) = (random(), random());

@@ -15,8 +15,8 @@ use crate::error::{Context, Error};
 /// The maximum time until a killed process has ended.
 pub const KILL_TIMEOUT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
 
-/// What the init does, with the daemon's folder as its argument. The folders are made where a package
-/// that has not been configured has left them out; `/run` is an empty one of its own.
+/// The script of the namespaces' init; its argument is the daemon's folder. It makes folders that an
+/// unconfigured package lacks, and mounts an empty `/run`.
 const INIT: &str = r#"
 set -e
 if [ "$(id -u)" = 0 ]; then
@@ -69,7 +69,7 @@ impl Namespaces {
         Ok(enter)
     }
 
-    /// The init of the namespaces, by its number outside of them.
+    /// Returns the init of the namespaces, by its number outside of them.
     fn init(&self) -> Result<u32> {
         let unshare = self.unshare.id();
         let path = format!("/proc/{unshare}/task/{unshare}/children");
@@ -83,17 +83,18 @@ impl Drop for Namespaces {
     fn drop(&mut self) {
         let init = self.init().ok().and_then(|init| Pid::from_raw(init.cast_signed()));
         let init = init.and_then(|init| pidfd_open(init, PidfdFlags::empty()).ok());
-        // Its child ends with it, and with that all in its namespace. It ignores milder signals.
+        // The init is killed with its parent, and all processes of its namespace with the init. It ignores
+        // SIGTERM.
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
         if let Some(init) = init {
-            // An init has ended when all others in its namespace have.
+            // An init ends after all other processes of its namespace.
             let _ = poll(&mut [PollFd::new(&init, PollFlags::IN)], Some(&KILL_TIMEOUT));
         }
     }
 }
 
-/// Starts the namespaces, and waits until all is in its place there.
+/// Starts the namespaces, and waits until all folders are mounted.
 fn unshare(folder: &Path) -> Result<Child> {
     let what = || "making namespaces for a private libvirtd".to_owned();
     let mut unshare = Command::new("unshare");
@@ -127,7 +128,7 @@ fn unshare(folder: &Path) -> Result<Child> {
     )))
 }
 
-/// Where libvirtd is, also for those who have no administrator's path.
+/// Returns a PATH with the administrator's folders, which a plain user's lacks.
 pub fn administrators_path() -> String {
     format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
 }

@@ -8,10 +8,10 @@ use rustix::process::geteuid;
 use crate::Result;
 use crate::error::Context;
 
-/// QEMU runs as the user who runs the tests, without anything that needs a system around it.
+/// QEMU runs as the user of the tests, without services of the system.
 const QEMU_CONF: &str = "security_driver = \"none\"\nstdio_handler = \"file\"\n";
 
-/// Root has to say so; nobody else could choose.
+/// Root must be configured; other users have no choice.
 const QEMU_CONF_OF_ROOT: &str = "\
 user = \"root\"
 group = \"root\"

@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# The whole user space of the Linux test guest. It ends up asleep, waiting for the power button.
+# The user space of the Linux test guest. At its end it sleeps until the power button is pressed.
 
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
@@ -8,14 +8,14 @@ mount -t sysfs none /sys
 mount -t devtmpfs none /dev
 mount -t tmpfs -o size=100% none /tmp
 
-# Named so that they sort in the order in which they need each other.
+# The names sort in the order of the dependencies.
 for module in /modules/*; do
     insmod "$module"
 done
 
-# `net=ADDRESS/BITS,HOST,MAC` on the kernel's command line: a wire with nobody but that host on it,
-# to whom the guest talks. The host need not be there yet. Else it is QEMU's user networking, which is
-# always the same.
+# `net=ADDRESS/BITS,HOST,MAC` on the kernel's command line: a network with only that host, to which the guest
+# sends traffic. The host need not exist yet. Without it, the guest has QEMU's user networking, whose
+# addresses are fixed.
 net=$(sed -n 's/.*\bnet=\([^ ]*\).*/\1/p' /proc/cmdline)
 ip link set lo up
 ip link set eth0 up
@@ -30,9 +30,8 @@ else
     ip route add default via 10.0.2.2
 fi
 
-# `noise=MIB` on the kernel's command line: RAM that does not compress. Random bytes are dear when
-# the processor is emulated, so one block of them is repeated; it is larger than what gzip, lz4 and
-# zstd look back.
+# `noise=MIB` on the kernel's command line: incompressible RAM. Random bytes are slow on an emulated
+# processor, so one block of them is repeated. The block is larger than the windows of gzip, lz4 and zstd.
 noise=$(sed -n 's/.*\bnoise=\([0-9]*\).*/\1/p' /proc/cmdline)
 noise=${noise:-0}
 block=16
@@ -46,7 +45,7 @@ if [ "$block" -gt 0 ]; then
     done > /tmp/noise.more
 fi
 
-# What a restored machine must show again.
+# A restored machine must show these marks.
 QUERY_STRING='ram=snapshot&disk=snapshot' /www/cgi-bin/mark > /dev/null
 
 httpd -p 8000 -h /www -c /etc/httpd.conf
@@ -55,7 +54,7 @@ for event in /sys/class/input/event*; do
     [ "$(cat "$event/device/name")" = 'Power Button' ] && button=/dev/input/${event##*/}
 done
 
-# Who talks is ready when that is well under way.
+# The snapshot is made while traffic flows.
 while [ -n "$net" ] && [ "$(cat /sys/class/net/eth0/statistics/tx_packets)" -lt 100 ]; do
     usleep 10000
 done

@@ -1,6 +1,6 @@
 #!/bin/sh
-# /cgi-bin/mark?ram=X&disk=Y: leaves X in RAM and Y on the disk, for good, before it answers.
-# /cgi-bin/mark?fill=N: goes on to write N MiB to the disk, behind the mark.
+# /cgi-bin/mark?ram=X&disk=Y: writes X to RAM and Y to the disk before it answers.
+# /cgi-bin/mark?fill=N: writes N MiB to the disk, behind the mark, also after the answer.
 IFS='&'
 for pair in $QUERY_STRING; do
     value=${pair#*=}

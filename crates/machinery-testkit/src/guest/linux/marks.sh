@@ -1,5 +1,5 @@
 #!/bin/sh
-# /cgi-bin/marks: what RAM and the disk hold now. The disk is asked, not the kernel's cache of it.
+# /cgi-bin/marks: shows the marks in RAM and on the disk. It reads the disk, not the kernel's cache.
 blockdev --flushbufs /dev/vda
 read -r ram < /tmp/mark
 read -r disk < /dev/vda
