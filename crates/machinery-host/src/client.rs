@@ -33,8 +33,8 @@ impl Client {
     ///
     /// # Errors
     /// The connection was lost, or the reply is not JSON.
-    pub fn ask(&mut self, mut request: Value, mut on_event: impl FnMut(&Value)) -> Result<Value> {
-        let id = json!("ask");
+    pub fn request(&mut self, mut request: Value, mut on_event: impl FnMut(&Value)) -> Result<Value> {
+        let id = json!("request");
         request["id"] = id.clone();
         self.send(&request)?;
         loop {

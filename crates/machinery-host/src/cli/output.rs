@@ -1,12 +1,8 @@
-//! What a person sees, and the JSON for those who are none.
+//! Prints the results of commands, as text or as JSON.
 
 use std::borrow::Cow;
-use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use machinery::{Error, Level, Report, Result, format_bytes};
 use machinery_conformance::{Check, CheckFailure, meaning};
 use serde_json::{Value, json};
@@ -16,7 +12,7 @@ use crate::commands::new_plugin::NewPlugin;
 use crate::logging::on_one_line;
 use crate::plugin::open::OpenedPlugin;
 
-/// A failure.
+/// Prints an error.
 pub fn error(error: &Error, json: bool) {
     if json {
         println!("{}", json!({"success": false, "reason": error.to_string()}));
@@ -25,12 +21,12 @@ pub fn error(error: &Error, json: bool) {
     }
 }
 
-/// The lines of a text, without what commands a terminal.
+/// Escapes the control characters of each line.
 fn plain_lines(text: &str) -> String {
     text.lines().map(on_one_line).collect::<Vec<_>>().join("\n")
 }
 
-/// A crate that was written, and how to go on with it.
+/// Prints the folder of a new plugin and the next steps.
 pub fn new_plugin(new: &NewPlugin, json: bool) {
     let NewPlugin { folder, library } = new;
     if json {
@@ -38,16 +34,16 @@ pub fn new_plugin(new: &NewPlugin, json: bool) {
         return;
     }
     println!(
-        "made {folder}, a plugin that works as it is. To see it, and to put it into a CWD:\n\n\
+        "created {folder}, a working plugin. Test it, build it and install it into a CWD:\n\n\
          cd {folder} && cargo test\n\
          cargo build --release\n\
          install -D target/release/{library} ~/.cuckoocwd/machineries/{library}\n\n\
-         Its README.md goes on from there.",
+         Its README.md describes the next steps.",
         folder = folder.display()
     );
 }
 
-/// What the requirements of the interface are.
+/// Prints the requirements of the interface.
 pub fn requirements(json: bool) {
     let all: Vec<(&str, &str)> = machinery_conformance::names()
         .into_iter()
@@ -62,21 +58,21 @@ pub fn requirements(json: bool) {
     println!("{}", table(&rows));
 }
 
-/// What has come of a requirement, as soon as it is known.
+/// Prints the result of a requirement.
 pub fn requirement(check: &Check, json: bool) {
     if !json {
         println!("{}", plain_lines(&check.to_string()));
     }
 }
 
-/// Which requirements a plugin keeps.
+/// Prints the summary of a conformance run.
 pub fn conformance(report: &machinery_conformance::Report, json: bool) {
-    let (broken, skipped) = (report.broken().len(), report.skipped().len());
+    let (failed, skipped) = (report.broken().len(), report.skipped().len());
     if json {
         let requirements: Vec<Value> = report.checks().iter().map(as_json).collect();
-        return println!("{}", json!({"success": broken == 0, "requirements": requirements}));
+        return println!("{}", json!({"success": failed == 0, "requirements": requirements}));
     }
-    println!("\n{} passed, {broken} failed, {skipped} skipped", report.checks().len() - broken - skipped);
+    println!("\n{} passed, {failed} failed, {skipped} skipped", report.checks().len() - failed - skipped);
 }
 
 fn as_json(check: &Check) -> Value {
@@ -88,7 +84,7 @@ fn as_json(check: &Check) -> Value {
     json!({"name": check.name, "result": result, "why": why})
 }
 
-/// The findings of a check.
+/// Prints the findings of a check.
 pub fn report(report: &Report, json: bool) {
     if json {
         println!("{}", json!({"success": !report.has_problems(), "findings": report.findings()}));
@@ -108,10 +104,10 @@ pub fn report(report: &Report, json: bool) {
     println!("\n{}, {}", counted(problems, "problem"), counted(warnings, "warning"));
 }
 
-/// All machines, as a table.
+/// Prints all machines as a table.
 pub fn machines(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {
-        return plain(answer, json);
+        return reply(answer, json);
     }
     let mut rows =
         vec![["NAME", "STATE", "RESTORE", "MACHINERY", "IP", "PLATFORM", "TAGS", "NOTE"].map(str::to_owned)];
@@ -132,20 +128,20 @@ pub fn machines(answer: &Value, json: bool) {
         ]);
     }
     println!("{}", table(&rows));
-    if let Some(costs) = costs(&answer["machines"]) {
-        println!("\n{costs}");
+    if let Some(usage) = prepared_usage(&answer["machines"]) {
+        println!("\n{usage}");
     }
 }
 
-/// What is held for restores to come, if anything is.
-fn costs(machines: &Value) -> Option<String> {
+/// Returns the memory and the disk space that prepared restores use, if they use any.
+fn prepared_usage(machines: &Value) -> Option<String> {
     let ready = || machines.as_array().into_iter().flatten().map(|machine| &machine["ready"]);
     let sum = |key: &str| ready().filter_map(|ready| ready[key].as_u64()).sum::<u64>();
-    let standing_by = ready().filter(|ready| ready["mode"] == json!("standby")).count();
+    let standbys = ready().filter(|ready| ready["mode"] == json!("standby")).count();
     let (memory, disk) = (sum("memory"), sum("disk"));
     (memory > 0 || disk > 0).then(|| {
         format!(
-            "{standing_by} standing by, which holds {} of memory; {} of templates on disk",
+            "standbys: {standbys}, using {} of memory; templates: {} on disk",
             format_bytes(memory),
             format_bytes(disk)
         )
@@ -157,7 +153,7 @@ fn costs(machines: &Value) -> Option<String> {
 fn note(machine: &Value) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
     let pending = machine["change_pending"] == json!(true);
-    let pending = pending.then(|| "its new configuration waits until it is free".to_owned());
+    let pending = pending.then(|| "its new configuration applies once it is idle".to_owned());
     let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
         let by = if *is == "disabled" { ":" } else { " by" };
         format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
@@ -173,7 +169,7 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or("")
 }
 
-/// Columns as wide as their widest cell; the last is not padded.
+/// Formats rows as columns, each as wide as its widest cell. The last column is not padded.
 fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| on_one_line(cell))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
@@ -186,10 +182,10 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// How often each action was done, as a table.
+/// Prints the metrics as a table.
 pub fn metrics(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {
-        return plain(answer, json);
+        return reply(answer, json);
     }
     let heads = ["MACHINERY", "ACTION", "STEP", "COUNT", "FAILED", "MEAN", "LONGEST"];
     let mut rows = vec![heads.map(str::to_owned)];
@@ -210,23 +206,24 @@ pub fn metrics(answer: &Value, json: bool) {
     println!("{}", table(&rows));
 }
 
-/// A machine's state.
+/// Prints the state of a machine.
 pub fn state(answer: &Value, json: bool) {
     match answer["state"].as_str() {
         Some(state) if !json => println!("{state}"),
-        _ => plain(answer, json),
+        _ => reply(answer, json),
     }
 }
 
-/// What a new configuration has come to.
+/// Prints the changes of a reload.
 pub fn reloaded(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {
-        return plain(answer, json);
+        return reply(answer, json);
     }
     let texts = |key: &str| {
         answer[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>()
     };
-    let kinds = [("added", ""), ("changed", ""), ("removed", ""), ("deferred", " (in use: when it is free)")];
+    let kinds =
+        [("added", ""), ("changed", ""), ("removed", ""), ("deferred", " (in use: applies once it is idle)")];
     for key in texts("settings") {
         println!("changed   {key}: the next actions use it");
     }
@@ -246,8 +243,8 @@ pub fn reloaded(answer: &Value, json: bool) {
     }
 }
 
-/// An answer that has nothing to show but success or its reason.
-fn plain(answer: &Value, json: bool) {
+/// Prints a reply without a text form: the reason of a failure, or all of it as JSON.
+pub fn reply(answer: &Value, json: bool) {
     if json {
         let mut answer = answer.clone();
         if let Some(object) = answer.as_object_mut() {
@@ -259,7 +256,7 @@ fn plain(answer: &Value, json: bool) {
     }
 }
 
-/// What was imported.
+/// Prints the outcome of an import.
 pub fn imported(imported: &Imported, json: bool) {
     if json {
         println!("{}", json!({"success": true, "added": imported.added, "skipped": imported.skipped}));
@@ -273,7 +270,7 @@ pub fn imported(imported: &Imported, json: bool) {
     }
 }
 
-/// The plugins that are listed, and those that are there.
+/// Prints the configured plugins and the other plugins in the folders.
 pub fn plugins(listed: &[(String, Result<OpenedPlugin>)], others: &[(String, PathBuf)], json: bool) {
     if json {
         return plugins_as_json(listed, others);
@@ -320,81 +317,12 @@ fn plugins_as_json(listed: &[(String, Result<OpenedPlugin>)], others: &[(String,
     println!("{}", json!({"listed": listed, "not_listed": others}));
 }
 
-/// An action under way. On a terminal, one that takes over a second shows that it goes on, and how
-/// far it is where the machinery tells.
-pub struct Progress {
-    what: String,
-    machine: Value,
-    begun: Instant,
-    json: bool,
-    bar: ProgressBar,
-    /// Dropped when the action has ended.
-    ended: Option<mpsc::Sender<()>>,
-}
-
-/// From when on it is worth a line.
-const NOTICEABLE: Duration = Duration::from_secs(1);
-
-impl Progress {
-    /// The progress of that request.
-    pub fn new(request: &Value, json: bool) -> Self {
-        let text = |key: &str| request[key].as_str().unwrap_or("").to_owned();
-        let what = format!("{} {}", text("action"), text("machine"));
-        let bar = ProgressBar::hidden().with_message(what.clone());
-        style(&bar, "{spinner} {msg} {elapsed}");
-        let ended = (!json && std::io::stderr().is_terminal()).then(|| show_later(bar.clone()));
-        Progress { what, machine: request["machine"].clone(), begun: Instant::now(), json, bar, ended }
-    }
-
-    /// Takes note of an event.
-    pub fn heard(&mut self, event: &Value) {
-        if event["event"] != json!("progress") || event["machine"] != self.machine {
-            return;
-        }
-        if self.bar.length().is_none() {
-            self.bar.set_length(1000);
-            style(&self.bar, "{msg} {bar:40} {percent}% {elapsed}");
-        }
-        let thousandths = event["fraction"].as_f64().unwrap_or(0.0).clamp(0.0, 1.0) * 1000.0;
-        self.bar.set_position(thousandths as u64);
-    }
-
-    /// Shows how it ended.
-    pub fn done(mut self, answer: &Value) {
-        self.ended.take();
-        self.bar.finish_and_clear();
-        if !self.json && answer["success"] == json!(true) {
-            println!("{}: done in {:.1?}", self.what, self.begun.elapsed());
-        }
-        plain(answer, self.json);
-    }
-}
-
-/// Shows the bar in a second, unless what is returned is dropped before.
-fn show_later(bar: ProgressBar) -> mpsc::Sender<()> {
-    let (ended, end) = mpsc::channel();
-    std::thread::spawn(move || {
-        if end.recv_timeout(NOTICEABLE) == Err(RecvTimeoutError::Timeout) {
-            bar.set_draw_target(ProgressDrawTarget::stderr());
-            bar.enable_steady_tick(Duration::from_millis(100));
-        }
-    });
-    ended
-}
-
-fn style(bar: &ProgressBar, template: &str) {
-    // Only a template of our own making could be wrong, and then the one before does.
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_table_lines_up() {
+    fn table_aligns_columns_and_escapes_cells() {
         let rows = [["A", "BB"], ["ccc", "d"]].map(|row| row.map(str::to_owned));
         assert_eq!(table(&rows), "A    BB\nccc  d");
         let rows = [["a\u{1b}[2J\nb".to_owned()]];

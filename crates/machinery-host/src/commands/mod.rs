@@ -1,4 +1,4 @@
-//! The commands that need no running host.
+//! The commands that need no running host: `check`, `conformance`, `import` and `new-plugin`.
 
 pub mod check;
 pub mod conformance;

@@ -1,18 +1,18 @@
-//! `cuckoo-machinery import vmcloak`: machines that VMCloak made become entries of `qemu.yaml`.
+//! `import vmcloak`: adds the machines that VMCloak made to `qemu.yaml`.
 //!
-//! The file belongs to its operator, and has comments. So it is not read, changed and written anew;
-//! one block of text is put in where the `machines` mapping ends. What a parser makes of the text
-//! before and after must then differ by the new machines and by nothing else, or the file is left
-//! alone.
+//! The file is the operator's and has comments. So the import inserts one block of text at the end of the
+//! `machines` mapping and leaves all other text as it is. Then it parses the text before and after. Both must
+//! differ by the new machines only; otherwise the file stays unchanged.
 //!
 //! ```text
 //! folders ─▶ read each machineinfo.json ─▶ new, unchanged or in conflict? ─▶ insert ─▶ verify ─▶ check ─▶ replace
 //!            (vmcloak)                      (here)                           (text)   (here)    (plugin) (replace)
 //! ```
 //!
-//! Nothing is written before everything has been checked, and what is in conflict stops the whole
-//! import: half an import would be one more thing to find out about.
+//! The file is written after all checks have passed. One machine in conflict stops the whole import, so that no
+//! partial import remains.
 
+mod outcome;
 mod replace;
 mod text;
 mod vmcloak;
@@ -22,69 +22,54 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, Machines, empty_as_none};
 use machinery::{Error, Level, Report, Result};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
+use outcome::collect_all;
+pub use outcome::{Imported, Skipped};
 use vmcloak::Machine;
 
-/// What a new `qemu.yaml` starts from.
+/// The initial text of a new `qemu.yaml`.
 const DEFAULT: &str = include_str!("../../../../../conf/machineries/qemu.yaml");
 
-/// What no two machines may share.
+/// The keys whose values no two machines may share.
 const UNIQUE: [&str; 5] = ["ip", "mac_address", "qcow2_path", "snapshot_path", "machineinfo_path"];
 
-/// What an import did.
-#[derive(Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Imported {
-    /// The names of the machines that are in the file now, and were not before.
-    pub added: Vec<String>,
-    /// What was left as it is.
-    pub skipped: Vec<Skipped>,
-}
-
-/// A machine that was not added, although nothing is wrong with it.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct Skipped {
-    /// The machine's name; of an unfinished one, its folder's.
-    pub name: String,
-    /// Why, for people.
-    pub reason: String,
-}
-
-/// Asks the plugin `qemu` to check content before it is written.
+/// Asks the plugin `qemu` to check the content of the file before it is written.
 pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
 
-/// Adds the machines of VMCloak's folders to `qemu.yaml`. A folder is a machine's own or one that
-/// holds such folders. A machine that is in the file already, just so, is skipped. What the plugin
-/// refuses in a machine's arguments, the import refuses; if there is no plugin to ask, it only warns.
+/// Adds the machines of VMCloak's folders to `qemu.yaml`.
+///
+/// A folder is a machine's own folder, or holds such folders. A machine with an equal entry in the file is skipped.
+/// The import refuses arguments that the plugin refuses. Without a plugin, the import only warns.
 ///
 /// # Errors
-/// A folder without machines, a `machineinfo.json` that is incomplete or has arguments that the plugin
-/// refuses, a machine that is in the file but differs, an address or file that two machines would share,
-/// a file that cannot be edited. The file is then as it was.
+/// A folder has no machines. A `machineinfo.json` is incomplete, or the plugin refuses its arguments. A machine
+/// differs from its entry in the file. Two machines would share an address or a file. The text cannot be edited.
+/// The file stays unchanged then.
 pub fn vmcloak(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
     import(qemu_yaml, folders, check).map_err(|error| error.action("import"))
 }
 
 fn import(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
-    let file = current(qemu_yaml)?;
-    let known = file.parse::<Known>()?.machines;
+    let file = read_or_default(qemu_yaml)?;
+    let known = file.parse::<ExistingMachines>()?.machines;
     let found = vmcloak::find(folders)?;
-    let machines = every(found.files.iter().map(|path| vmcloak::read(path).and_then(Candidate::new)))?;
+    let machines = collect_all(found.files.iter().map(|path| vmcloak::read(path).and_then(Candidate::new)))?;
 
-    let mut skipped = found.unfinished;
-    let new = sort(&file, &known, machines, &mut skipped)?;
+    let mut skipped: Vec<Skipped> = found.unfinished.iter().map(|folder| unfinished(folder)).collect();
+    let new = new_machines(&file, &known, machines, &mut skipped)?;
     if !new.is_empty() {
         let text = text::insert(&file, &new)?;
         verify(&file, &text, &new)?;
-        accepted(check(ConfigFile { path: file.path, text: text.clone() }), &new)?;
+        expect_accepted(check(ConfigFile { path: file.path, text: text.clone() }), &new)?;
         replace::replace(qemu_yaml, &text)?;
     }
     Ok(Imported { added: new.into_iter().map(|machine| machine.name).collect(), skipped })
 }
 
-/// The file as it is, or the commented default where there is none.
-fn current(path: &Path) -> Result<ConfigFile> {
+/// Reads the file, or returns the commented default if the file is missing or empty.
+fn read_or_default(path: &Path) -> Result<ConfigFile> {
     if path.exists() {
         let file = ConfigFile::read(path)?;
         if !file.text.trim().is_empty() {
@@ -94,9 +79,9 @@ fn current(path: &Path) -> Result<ConfigFile> {
     Ok(ConfigFile { path: path.to_owned(), text: DEFAULT.to_owned() })
 }
 
-/// The part of `qemu.yaml` that an import compares with, read as the machinery reads it.
+/// The machines of a `qemu.yaml`, read as the machinery reads them.
 #[derive(Deserialize)]
-struct Known {
+struct ExistingMachines {
     #[serde(default)]
     machines: Machines<Paths>,
 }
@@ -111,26 +96,26 @@ struct Paths {
     machineinfo_path: Option<String>,
 }
 
-/// A machine to import, beside what the machinery will read of its entry.
+/// A machine to import, and its entry as the machinery will read it.
 struct Candidate {
     machine: Machine,
     entry: Configured<Paths>,
 }
 
 impl Candidate {
-    /// Reads the entry as the machinery will: what it would refuse is better refused now.
+    /// Reads the entry as the machinery will, so that the import refuses values that the machinery would refuse.
     fn new(machine: Machine) -> Result<Self> {
-        let file = ConfigFile { path: machine.source.clone(), text: text::alone(&machine) };
-        let entries = file.parse::<Known>().map_err(|error| machine.refused(&error))?.machines;
+        let file = ConfigFile { path: machine.source.clone(), text: text::single_machine(&machine) };
+        let entries = file.parse::<ExistingMachines>().map_err(|error| machine.refused(&error))?.machines;
         match entries.into_iter().next() {
             Some(entry) => Ok(Candidate { machine, entry }),
-            None => Err(machine.error("name", "it makes no entry")),
+            None => Err(machine.error("name", "no entry can be made of this name")),
         }
     }
 }
 
-/// The machines that are new. Those the file has already are skipped, the rest are errors.
-fn sort(
+/// Returns the machines that are new, and adds equal entries of the file to `skipped`. All other machines are errors.
+fn new_machines(
     file: &ConfigFile,
     known: &Machines<Paths>,
     candidates: Vec<Candidate>,
@@ -141,7 +126,7 @@ fn sort(
     for candidate in candidates {
         let name = &candidate.machine.name;
         if let Some(old) = known.iter().find(|old| old.name == *name) {
-            match differing(old, &candidate.entry) {
+            match differing_keys(old, &candidate.entry) {
                 keys if keys.is_empty() => skipped.push(unchanged(name)),
                 keys => problems.push(differs(file, &candidate.machine, &keys)),
             }
@@ -152,7 +137,7 @@ fn sort(
             continue;
         }
         let others = known.iter().chain(new.iter().map(|other| &other.entry));
-        problems.extend(others.filter_map(|other| clash(&candidate, other)));
+        problems.extend(others.filter_map(|other| conflict(&candidate, other)));
         new.push(candidate);
     }
     match Error::all(problems) {
@@ -161,17 +146,25 @@ fn sort(
     }
 }
 
+fn unfinished(folder: &Path) -> Skipped {
+    let name = folder.file_name().unwrap_or(folder.as_os_str()).display().to_string();
+    Skipped { name, reason: format!("its folder has no {}", vmcloak::FILE_NAME) }
+}
+
 fn unchanged(name: &str) -> Skipped {
-    Skipped { name: name.to_owned(), reason: "it is there already, unchanged".to_owned() }
+    Skipped { name: name.to_owned(), reason: "qemu.yaml has this machine already, unchanged".to_owned() }
 }
 
 fn differs(file: &ConfigFile, machine: &Machine, keys: &[&str]) -> Error {
-    file.error(&["machines", &machine.name], format!("it is there already, with another {}", keys.join(", ")))
-        .machine(&machine.name)
-        .advice(format!(
-            "Remove this entry to have it made anew from {}, or leave that folder out of the import",
-            machine.source.display()
-        ))
+    file.error(
+        &["machines", &machine.name],
+        format!("the file has this machine already, with another {}", keys.join(", ")),
+    )
+    .machine(&machine.name)
+    .advice(format!(
+        "Remove this entry to import it again from {}, or leave that folder out of the import",
+        machine.source.display()
+    ))
 }
 
 fn same_name(machine: &Machine, twin: &Machine) -> Error {
@@ -180,8 +173,8 @@ fn same_name(machine: &Machine, twin: &Machine) -> Error {
         .advice("Import only one of the two, or give one another name in its machineinfo.json")
 }
 
-/// An error if the two would share what no two machines may.
-fn clash(candidate: &Candidate, other: &Configured<Paths>) -> Option<Error> {
+/// Returns an error if both machines have the same value for one of the [`UNIQUE`] keys.
+fn conflict(candidate: &Candidate, other: &Configured<Paths>) -> Option<Error> {
     let (ours, theirs) = (values(&candidate.entry), values(other));
     let mut shared = ours.iter().filter(|value| UNIQUE.contains(&value.0) && !value.1.is_empty());
     let (key, value) = shared.find(|value| theirs.contains(value))?;
@@ -189,19 +182,19 @@ fn clash(candidate: &Candidate, other: &Configured<Paths>) -> Option<Error> {
     Some(
         candidate
             .machine
-            .error(vmcloak::name_of(key), reason)
+            .error(vmcloak::vmcloak_key(key), reason)
             .advice(format!("Give each machine its own {key}, or leave one of the two out")),
     )
 }
 
-/// The keys in which two entries differ.
-fn differing(old: &Configured<Paths>, new: &Configured<Paths>) -> Vec<&'static str> {
+/// Returns the keys in which two entries differ.
+fn differing_keys(old: &Configured<Paths>, new: &Configured<Paths>) -> Vec<&'static str> {
     let pairs = values(old).into_iter().zip(values(new));
     pairs.filter(|(old, new)| old != new).map(|(_, (key, _))| key).collect()
 }
 
-/// All keys of an entry in a form that can be compared: paths resolved, and tags sorted, because
-/// VMCloak writes them in a random order.
+/// Returns the keys of an entry in a comparable form. Paths are resolved, and tags are sorted because VMCloak writes
+/// them in random order.
 fn values(machine: &Configured<Paths>) -> [(&'static str, String); 11] {
     let Configured { name: _, shared, own } = machine;
     let mut tags = shared.tags.clone();
@@ -226,7 +219,7 @@ fn resolved(path: Option<&String>) -> String {
     fs::canonicalize(path).map_or_else(|_| path.clone(), |real| real.display().to_string())
 }
 
-/// The new text must say what the old one said and the new machines, and nothing else.
+/// Expects that the new text differs from the old one by these machines only.
 fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     let mut expected: Mapping = file.parse()?;
     let section = expected.entry("machines".into()).or_insert(Value::Null);
@@ -238,13 +231,13 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     }
     match serde_yaml::from_str::<Mapping>(text) {
         Ok(got) if got == expected => Ok(()),
-        _ => Err(text::not_editable(file, "it is written in a way that text cannot safely be added to")),
+        _ => Err(text::not_editable(file, "text cannot be added safely to a file of this form")),
     }
 }
 
-/// Expects that the plugin accepts the arguments of all new machines. Other findings, such as a missing
-/// bridge, are left to `check`.
-fn accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
+/// Expects that the plugin accepts the arguments of all new machines. The command `check` reports other problems, such
+/// as a missing bridge.
+fn expect_accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
     let report = match checked {
         Ok(report) => report,
         Err(error) => {
@@ -258,16 +251,6 @@ fn accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
     let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
     let refused = problems.filter(|finding| new.iter().any(|machine| is_about(&finding.text, machine)));
     Error::all(refused.map(|finding| Error::configuration(&finding.text)).collect()).map_or(Ok(()), Err)
-}
-
-/// All results, or all errors as one.
-fn every<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
-    let mut problems = Vec::new();
-    let kept = results.filter_map(|result| result.map_err(|error| problems.push(error)).ok()).collect();
-    match Error::all(problems) {
-        None => Ok(kept),
-        Some(problems) => Err(problems),
-    }
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ impl Scratch {
         fs::read_to_string(self.yaml()).unwrap()
     }
 
-    /// Makes a machine as VMCloak does; `change` is laid over its description, null removes a key.
+    /// Makes a machine as VMCloak does. `change` overrides keys of its description; null removes a key.
     fn machine(&self, folder: &str, ip: &str, change: serde_json::Value) -> PathBuf {
         let path = self.path(folder);
         fs::create_dir_all(&path).unwrap();
@@ -53,18 +53,18 @@ impl Scratch {
     }
 
     fn import(&self, folders: &[PathBuf]) -> Result<Imported> {
-        vmcloak(&self.yaml(), folders, &finds_nothing)
+        vmcloak(&self.yaml(), folders, &accept)
     }
 
-    /// Imports `win10` and `win7` into a file; returns its text then.
+    /// Imports `win10` and `win7` into a file and returns the new text.
     fn imported(yaml: &str) -> String {
         let scratch = Scratch::new(yaml);
-        let folders = [two(&scratch)];
+        let folders = [two_machines(&scratch)];
         assert_eq!(scratch.import(&folders).unwrap().added, ["win10", "win7"], "{yaml:?}");
         scratch.text().replace(scratch.0.path().to_str().unwrap(), "/S")
     }
 
-    /// Fails to import, and leaves the file alone.
+    /// Expects that the import fails and leaves the file unchanged.
     fn fails(&self, folders: &[PathBuf]) -> String {
         let before = self.text();
         let error = self.import(folders).unwrap_err().to_string();
@@ -74,14 +74,14 @@ impl Scratch {
 }
 
 /// A check that finds no problem.
-fn finds_nothing(_: ConfigFile) -> Result<Report> {
+fn accept(_: ConfigFile) -> Result<Report> {
     Ok(Report::default())
 }
 
 #[test]
 fn import_is_refused_when_the_plugin_refuses_the_arguments() {
     let scratch = Scratch::new("machines:\n");
-    let folders = [two(&scratch)];
+    let folders = [two_machines(&scratch)];
     let before = scratch.text();
     let finds = |key: &'static str| {
         move |file: ConfigFile| {
@@ -101,14 +101,14 @@ fn import_is_refused_when_the_plugin_refuses_the_arguments() {
     assert_eq!(vmcloak(&scratch.yaml(), &folders, &finds("interface")).unwrap().added.len(), 2);
 }
 
-/// A folder of two machines.
-fn two(scratch: &Scratch) -> PathBuf {
+/// Makes a folder of two machines.
+fn two_machines(scratch: &Scratch) -> PathBuf {
     scratch.machine("vms/win10", "10.0.0.1", json!({"mac": "00:19:3C:CE:71:E2"}));
     scratch.machine("vms/win7", "10.0.0.2", json!({"os_version": 7, "tags": []}));
     scratch.path("vms")
 }
 
-/// What an import of [`two`] writes, with `outer` and `inner` indentation.
+/// Returns the text that an import of [`two_machines`] writes, with `outer` and `inner` indentation.
 fn block(outer: &str, inner: &str, newline: &str) -> String {
     let lines = [
         "Owin10:",
@@ -147,8 +147,8 @@ fn block2() -> String {
 }
 
 #[test]
-fn the_block_goes_where_the_mapping_ends_and_nothing_else_changes() {
-    // The place is marked with «».
+fn import_inserts_at_the_end_of_the_mapping_and_changes_nothing_else() {
+    // `«»` marks the position of the new machines.
     for yaml in [
         "machines:\n«»",
         "machines:\n«»\n# the end\n",
@@ -165,7 +165,7 @@ fn the_block_goes_where_the_mapping_ends_and_nothing_else_changes() {
 }
 
 #[test]
-fn an_empty_mapping_becomes_one_with_machines() {
+fn import_fills_an_empty_mapping() {
     for (yaml, head, tail) in [
         ("machines: {}\n", "machines:\n", ""),
         ("machines: { }   # none yet\ninterface: br0\n", "machines:   # none yet\n", "interface: br0\n"),
@@ -180,7 +180,7 @@ fn an_empty_mapping_becomes_one_with_machines() {
 }
 
 #[test]
-fn the_indentation_of_the_file_is_kept() {
+fn import_keeps_the_indentation_of_the_file() {
     let old = "machines:\n    old:\n      ip: 1.1.1.1\n      platform: a\n      os_version: 8\n";
     assert_eq!(Scratch::imported(old), format!("{old}{}", block("    ", "      ", "\n")));
     let old = "binaries:\n    a: b\nmachines:\n";
@@ -190,21 +190,21 @@ fn the_indentation_of_the_file_is_kept() {
 }
 
 #[test]
-fn line_ends_of_windows_are_kept() {
+fn import_keeps_windows_line_ends() {
     let old = "interface: br0\r\nmachines: {}\r\n";
     let new = format!("interface: br0\r\nmachines:\r\n{}", block("  ", "    ", "\r\n"));
     assert_eq!(Scratch::imported(old), new);
 }
 
 #[test]
-fn an_empty_or_missing_file_starts_from_the_commented_default() {
+fn import_starts_from_the_commented_default_when_the_file_is_empty_or_missing() {
     let new = Scratch::imported(" \n");
     assert!(new.starts_with(&DEFAULT[..DEFAULT.find("machines: {}").unwrap()]), "{new}");
     assert!(new.ends_with(&block2()), "{new}");
 
     let scratch = Scratch::new("");
     let deep = scratch.path("conf/machineries/qemu.yaml");
-    vmcloak(&deep, &[two(&scratch)], &finds_nothing).unwrap();
+    vmcloak(&deep, &[two_machines(&scratch)], &accept).unwrap();
     assert_eq!(fs::read_to_string(&deep).unwrap(), scratch_text(&scratch, &new));
     assert_eq!(fs::metadata(&deep).unwrap().mode() & 0o077, 0o044 & !umask(&scratch));
 }
@@ -220,7 +220,7 @@ fn umask(scratch: &Scratch) -> u32 {
 }
 
 #[test]
-fn what_cannot_be_edited_is_left_alone() {
+fn import_leaves_the_file_unchanged_when_it_cannot_be_edited() {
     for yaml in [
         "machines: {a: {ip: 1.1.1.1, platform: a, os_version: 8}}\n",
         "machines: {\n}\n",
@@ -231,28 +231,28 @@ fn what_cannot_be_edited_is_left_alone() {
         "machines:\r  old:\r    ip: 1.1.1.1\r    platform: a\r    os_version: 8\r",
     ] {
         let scratch = Scratch::new(yaml);
-        let error = scratch.fails(&[two(&scratch)]);
+        let error = scratch.fails(&[two_machines(&scratch)]);
         assert!(error.contains("qemu.yaml") && error.contains("The file is as it was"), "{yaml}: {error}");
     }
 }
 
 #[test]
-fn a_file_the_machinery_could_not_read_is_told_with_its_line() {
+fn import_reports_the_line_when_the_machinery_could_not_read_the_file() {
     let scratch = Scratch::new("machines:\n  old:\n    platform: a\n    ip:\n");
-    let error = scratch.fails(&[two(&scratch)]);
+    let error = scratch.fails(&[two_machines(&scratch)]);
     assert!(
         error.starts_with("import failed: ")
             && error.contains("qemu.yaml:4: machines.old.ip: a value is needed"),
         "{error}"
     );
     let scratch = Scratch::new("machines: [a]\n");
-    assert!(scratch.fails(&[two(&scratch)]).contains("qemu.yaml:1: machines: "));
+    assert!(scratch.fails(&[two_machines(&scratch)]).contains("qemu.yaml:1: machines: "));
 }
 
 #[test]
-fn a_second_import_changes_nothing() {
+fn second_import_changes_nothing() {
     let scratch = Scratch::new("machines:\n");
-    let folder = two(&scratch);
+    let folder = two_machines(&scratch);
     scratch.import(std::slice::from_ref(&folder)).unwrap();
     let (text, inode) = (scratch.text(), fs::metadata(scratch.yaml()).unwrap().ino());
     let again = scratch.import(&[folder]).unwrap();
@@ -264,7 +264,7 @@ fn a_second_import_changes_nothing() {
 }
 
 #[test]
-fn an_entry_that_says_the_same_in_other_words_is_unchanged() {
+fn equal_entry_in_another_notation_is_unchanged() {
     let scratch = Scratch::new("");
     let tags = json!({"tags": ["b", "a"], "mac": "AA:BB:CC:DD:EE:FF"});
     let folder = scratch.machine("win10", "10.0.0.1", tags);
@@ -277,9 +277,9 @@ fn an_entry_that_says_the_same_in_other_words_is_unchanged() {
 }
 
 #[test]
-fn an_entry_that_differs_is_an_error_and_nothing_is_written() {
+fn import_is_refused_when_an_entry_differs() {
     let scratch = Scratch::new("machines:\n");
-    scratch.import(&[two(&scratch)]).unwrap();
+    scratch.import(&[two_machines(&scratch)]).unwrap();
     scratch.machine("vms/win10", "10.0.0.9", json!({"tags": ["office"], "mac": "00:19:3C:CE:71:E2"}));
     scratch.machine("vms/win11", "10.0.0.3", json!({}));
     let error = scratch.fails(&[scratch.path("vms")]);
@@ -289,10 +289,10 @@ fn an_entry_that_differs_is_an_error_and_nothing_is_written() {
 }
 
 #[test]
-fn what_two_machines_would_share_is_told_with_both_names() {
+fn import_is_refused_with_both_names_when_machines_share_a_value() {
     let old = "machines:\n  old:\n    ip: 10.0.0.2\n    platform: a\n    os_version: 8\n";
     let scratch = Scratch::new(old);
-    let error = scratch.fails(&[two(&scratch)]);
+    let error = scratch.fails(&[two_machines(&scratch)]);
     assert!(error.contains("win7/machineinfo.json: machine.ip: '10.0.0.2' is"), "{error}");
     assert!(error.contains("'10.0.0.2' is already the ip of machine 'old'"), "{error}");
 
@@ -316,7 +316,7 @@ fn what_two_machines_would_share_is_told_with_both_names() {
 }
 
 #[test]
-fn all_missing_keys_are_named_at_once_and_all_folders_are_looked_at() {
+fn import_reports_the_faults_of_each_folder_at_once() {
     let scratch = Scratch::new("machines:\n");
     let broken = scratch.machine("vms/a", "1.1.1.1", json!({"bridge": null, "start_args": null, "disk": ""}));
     scratch.machine("vms/b", "1.1.1.2", json!({}));
@@ -338,7 +338,7 @@ fn all_missing_keys_are_named_at_once_and_all_folders_are_looked_at() {
 }
 
 #[test]
-fn values_the_machinery_would_refuse_are_refused() {
+fn import_refuses_values_that_the_machinery_would_refuse() {
     for (change, expected) in [
         (json!({"name": "../x"}), "machine.name: '../x' cannot be"),
         (json!({"agent_port": 70000}), "machine.agent_port: '70000' is not a TCP port"),
@@ -355,7 +355,7 @@ fn values_the_machinery_would_refuse_are_refused() {
 }
 
 #[test]
-fn texts_stay_texts() {
+fn imported_texts_stay_texts() {
     let scratch = Scratch::new("machines:\n");
     let odd = json!({"name": "10", "os_version": "18.10", "os_name": "NO", "agent_port": "8001",
         "tags": ["on", "a, b", "- x", "0x1", "é\"\\", "# y", 7, "1:30", "~"]});
@@ -376,12 +376,12 @@ fn texts_stay_texts() {
 }
 
 #[test]
-fn a_folder_is_a_machine_or_holds_machines() {
+fn import_accepts_a_machine_folder_and_a_folder_of_machines() {
     let scratch = Scratch::new("machines:\n");
-    let all = two(&scratch);
+    let all = two_machines(&scratch);
     fs::create_dir(scratch.path("vms/half")).unwrap();
     fs::write(scratch.path("vms/file"), "").unwrap();
-    // Named twice, in two ways.
+    // The folder of win10 is given twice, in two ways.
     let imported = scratch.import(&[all.join("win10"), all]).unwrap();
     assert_eq!(imported.added, ["win10", "win7"]);
     assert_eq!(imported.skipped.len(), 1);
@@ -394,12 +394,12 @@ fn a_folder_is_a_machine_or_holds_machines() {
 }
 
 #[test]
-fn mode_and_link_of_the_file_are_kept_and_nothing_is_left_beside_it() {
+fn import_keeps_mode_and_link_and_leaves_no_other_file() {
     let scratch = Scratch::new("machines:\n");
     fs::set_permissions(scratch.yaml(), fs::Permissions::from_mode(0o640)).unwrap();
     let link = scratch.path("link.yaml");
     std::os::unix::fs::symlink("qemu.yaml", &link).unwrap();
-    vmcloak(&link, &[two(&scratch)], &finds_nothing).unwrap();
+    vmcloak(&link, &[two_machines(&scratch)], &accept).unwrap();
     assert!(link.is_symlink());
     assert!(scratch.text().contains("win10"));
     assert_eq!(fs::metadata(scratch.yaml()).unwrap().mode() & 0o777, 0o640);
@@ -407,17 +407,18 @@ fn mode_and_link_of_the_file_are_kept_and_nothing_is_left_beside_it() {
 }
 
 #[test]
-fn a_file_that_cannot_be_written_is_an_error() {
+fn import_fails_when_the_file_cannot_be_written() {
     let scratch = Scratch::new("");
-    let error =
-        vmcloak(Path::new("/proc/none/qemu.yaml"), &[two(&scratch)], &finds_nothing).unwrap_err().to_string();
+    let error = vmcloak(Path::new("/proc/none/qemu.yaml"), &[two_machines(&scratch)], &accept)
+        .unwrap_err()
+        .to_string();
     assert!(error.starts_with("import failed: cannot write /proc/none/qemu.yaml"), "{error}");
 }
 
 #[test]
-fn the_default_can_be_read_and_its_example_can_be_used() {
+fn default_file_and_its_example_are_valid() {
     let file = |text: String| ConfigFile { path: "qemu.yaml".into(), text };
-    let known = file(DEFAULT.to_owned()).parse::<Known>().unwrap();
+    let known = file(DEFAULT.to_owned()).parse::<ExistingMachines>().unwrap();
     assert_eq!(known.machines.iter().count(), 0);
     let (head, example) = DEFAULT.split_once("machines: {}").unwrap();
     let example: Vec<&str> = example
@@ -425,7 +426,8 @@ fn the_default_can_be_read_and_its_example_can_be_used() {
         .skip_while(|line| !line.contains("# win10_1:"))
         .filter_map(|line| line.get(4..))
         .collect();
-    let known = file(format!("{head}machines:\n  {}\n", example.join("\n  "))).parse::<Known>().unwrap();
+    let known =
+        file(format!("{head}machines:\n  {}\n", example.join("\n  "))).parse::<ExistingMachines>().unwrap();
     let machines: Vec<_> = known.machines.into_iter().collect();
     assert_eq!((machines[0].name.as_str(), machines[0].shared.os_version.as_str()), ("win10_1", "10"));
 }

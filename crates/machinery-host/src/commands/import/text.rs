@@ -1,20 +1,20 @@
-//! Putting machines into the text of a `qemu.yaml` without touching the rest of it.
+//! Inserts machines into the text of a `qemu.yaml` and leaves all other text as it is.
 //!
-//! A key in the first column is always a key of the top level, whatever else the file holds, so
-//! lines are enough to find the `machines` mapping and its end:
+//! A key in the first column is always a key of the top level. So the `machines` mapping and its end can be
+//! found line by line:
 //!
 //! ```text
-//! machines:            ◀ nothing, {} or null behind it; anything else is refused
+//! machines:            ◀ followed by nothing, {} or null; anything else is refused
 //!   win10_1:
 //!     ip: 10.0.0.1
-//!   # a last comment   ◀ new machines go below the last line that is indented
+//!   # a last comment   ◀ new machines are inserted below the last indented line
 //!
-//! # about other        ◀ what starts in the first column belongs to the next key
+//! # about other        ◀ a comment in the first column belongs to the next key
 //! other: 1
 //! ```
 //!
-//! What this cannot see through (anchors, several documents, …) the caller notices, because it
-//! parses the result.
+//! Anchors, several documents and the like are not recognised here. The caller parses the result and so detects
+//! them.
 
 use std::ops::Range;
 
@@ -27,29 +27,29 @@ use super::vmcloak::Machine;
 
 const KEY: &str = "machines";
 
-/// The file's text with the machines at the end of its `machines` mapping.
+/// Returns the file's text with the machines added to the end of its `machines` mapping.
 pub fn insert(file: &ConfigFile, machines: &[Machine]) -> Result<String> {
     let text = &file.text;
     let newline = if text.contains("\r\n") { "\r\n" } else { "\n" };
     let Some(section) = Section::find(text) else {
         let indent = first_indent(text).unwrap_or(2);
         let block = render(machines, indent, indent, newline);
-        return Ok(format!("{text}{}{KEY}:{newline}{block}", line_end(text, newline)));
+        return Ok(format!("{text}{}{KEY}:{newline}{block}", missing_newline(text, newline)));
     };
-    if !is_nothing(&text[section.value.clone()]) {
+    if !is_empty_value(&text[section.value.clone()]) {
         return Err(not_editable(file, "the machines are not written as an indented block"));
     }
     let before = format!("{}{}", &text[..section.value.start], &text[section.value.end..section.end]);
     let block = render(machines, section.indent, section.step, newline);
-    Ok(format!("{before}{}{block}{}", line_end(&before, newline), &text[section.end..]))
+    Ok(format!("{before}{}{block}{}", missing_newline(&before, newline), &text[section.end..]))
 }
 
-/// The text of a file that holds this machine only.
-pub fn alone(machine: &Machine) -> String {
+/// Returns the text of a file with this machine only.
+pub fn single_machine(machine: &Machine) -> String {
     format!("{KEY}:\n{}", render(std::slice::from_ref(machine), 2, 2, "\n"))
 }
 
-/// The file is left alone, and its operator has to do something about it.
+/// Returns the error for a file that the import cannot edit.
 pub fn not_editable(file: &ConfigFile, reason: &str) -> Error {
     file.error(&[KEY], reason).advice(
         "The file is as it was. Write `machines:` in the first column of a line of its own, with each machine \
@@ -57,13 +57,13 @@ pub fn not_editable(file: &ConfigFile, reason: &str) -> Error {
     )
 }
 
-/// Where the `machines` mapping is.
+/// The position of the `machines` mapping in the text.
 struct Section {
-    /// What stands behind the colon, without a comment.
+    /// The text after the colon, without a comment.
     value: Range<usize>,
-    /// Where the next machine goes.
+    /// The position of the next machine.
     end: usize,
-    /// How far a machine's name is indented, and its keys further than that.
+    /// The indentation of a machine's name, and the further indentation of its keys.
     indent: usize,
     step: usize,
 }
@@ -84,7 +84,7 @@ impl Section {
     }
 }
 
-/// Each line, with its end, and where it starts.
+/// Returns the lines with their line ends, and the start of each line.
 fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.split_inclusive('\n').scan(0, |at, line| {
         let start = *at;
@@ -93,7 +93,7 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// How wide the key and its colon are, if the line starts with the key we look for.
+/// Returns the width of the key `machines` and its colon, if the line starts with this key.
 fn key_width(line: &str) -> Option<usize> {
     let quoted = [KEY.to_owned(), format!("\"{KEY}\""), format!("'{KEY}'")];
     let rest = quoted.iter().find_map(|key| line.strip_prefix(key.as_str()))?;
@@ -104,12 +104,12 @@ fn key_width(line: &str) -> Option<usize> {
     })
 }
 
-/// The value behind a colon, up to its comment or to the end of its text.
+/// Returns the text of a value without its comment.
 fn without_comment(value: &str) -> &str {
     value.find(" #").map_or(value, |at| &value[..at]).trim_end()
 }
 
-fn is_nothing(value: &str) -> bool {
+fn is_empty_value(value: &str) -> bool {
     matches!(value.replace(' ', "").as_str(), "" | "{}" | "~" | "null" | "Null" | "NULL")
 }
 
@@ -117,7 +117,7 @@ fn is_top_level(line: &str) -> bool {
     !line.trim().is_empty() && !line.starts_with([' ', '\t', '#'])
 }
 
-/// How far a line is indented; an empty one is not.
+/// Returns the indentation of a line, which is 0 for an empty line.
 fn indent_of(line: &str) -> usize {
     if line.trim().is_empty() { 0 } else { line.len() - line.trim_start().len() }
 }
@@ -130,8 +130,8 @@ fn first_indent(text: &str) -> Option<usize> {
     lines(text).find_map(|(_, line)| content_indent(line))
 }
 
-/// What has to be added so that the next text starts on a line of its own.
-fn line_end<'a>(text: &str, newline: &'a str) -> &'a str {
+/// Returns the line end to add to `text`, or nothing if it ends with one.
+fn missing_newline<'a>(text: &str, newline: &'a str) -> &'a str {
     if text.is_empty() || text.ends_with('\n') { "" } else { newline }
 }
 
@@ -141,18 +141,18 @@ fn render(machines: &[Machine], indent: usize, step: usize, newline: &str) -> St
     for machine in machines {
         lines.push(format!("{outer}{}:{newline}", scalar(&machine.name)));
         let keys = machine.keys.iter();
-        lines.extend(keys.map(|(key, value)| format!("{inner}{key}: {}{newline}", shown(key, value))));
+        lines.extend(keys.map(|(key, value)| format!("{inner}{key}: {}{newline}", value_text(key, value))));
     }
     lines.concat()
 }
 
-fn shown(key: &str, value: &Value) -> String {
+fn value_text(key: &str, value: &Value) -> String {
     match value {
-        // Most versions look like numbers; so that all look alike, all are in quotes.
+        // Most versions look like numbers. All are quoted, so that all look alike.
         Value::String(text) if key == "os_version" => quoted(text),
         Value::String(text) => scalar(text),
         Value::Sequence(list) => {
-            let items: Vec<String> = list.iter().map(|item| shown(key, item)).collect();
+            let items: Vec<String> = list.iter().map(|item| value_text(key, item)).collect();
             format!("[{}]", items.join(", "))
         }
         Value::Number(number) => number.to_string(),
@@ -160,8 +160,8 @@ fn shown(key: &str, value: &Value) -> String {
     }
 }
 
-/// Plain only where no YAML parser could take it for anything but this text. Cuckoo's own reads
-/// YAML 1.1, where `no` is a boolean and `10:20:30` a number.
+/// Returns the text as a scalar, without quotes only if every YAML parser reads it as this text. Cuckoo's parser
+/// reads YAML 1.1, in which `no` is a boolean and `10:20:30` a number.
 fn scalar(text: &str) -> String {
     let first = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/');
     let rest = text.chars().all(|c| c.is_ascii_alphanumeric() || "/_.-".contains(c));
@@ -170,7 +170,7 @@ fn scalar(text: &str) -> String {
     if plain { text.to_owned() } else { quoted(text) }
 }
 
-/// A JSON string is a double-quoted YAML string.
+/// Returns the text in double quotes: a JSON string is a YAML string too.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }

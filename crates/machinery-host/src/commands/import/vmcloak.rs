@@ -1,6 +1,7 @@
-//! What VMCloak leaves behind: a folder for each machine, with its disk, its memory snapshot and
-//! `machineinfo.json`, which VMCloak writes last. A folder without it is a machine that is not
-//! finished.
+//! Reads the machines that VMCloak made.
+//!
+//! VMCloak makes a folder for each machine, with its disk, its memory snapshot and `machineinfo.json`. It writes
+//! `machineinfo.json` last, so a machine without this file is unfinished.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -10,13 +11,13 @@ use machinery::{Error, Place, Result};
 use serde_json::Value as Json;
 use serde_yaml::Value;
 
-use super::{Skipped, every};
+use super::outcome::collect_all;
 
-const FILE_NAME: &str = "machineinfo.json";
+/// The name of the file that describes a machine.
+pub const FILE_NAME: &str = "machineinfo.json";
 
-/// The keys under `machine` in a `machineinfo.json` that an import needs. `mac` is not among them:
-/// a machine works without.
-const NEEDED: [&str; 11] = [
+/// The keys under `machine` in a `machineinfo.json` that an import needs. The key `mac` is optional.
+const REQUIRED_KEYS: [&str; 11] = [
     "name",
     "ip",
     "agent_port",
@@ -30,8 +31,8 @@ const NEEDED: [&str; 11] = [
     "start_args",
 ];
 
-/// Keys that have another name in `qemu.yaml`: that name, and VMCloak's.
-const RENAMED: [(&str, &str); 5] = [
+/// The keys with another name in `qemu.yaml`: that name first, then VMCloak's.
+const RENAMED_KEYS: [(&str, &str); 5] = [
     ("qcow2_path", "disk"),
     ("snapshot_path", "memory_snapshot"),
     ("platform", "os_name"),
@@ -39,22 +40,24 @@ const RENAMED: [(&str, &str); 5] = [
     ("mac_address", "mac"),
 ];
 
-/// VMCloak's name for a key of `qemu.yaml`.
-pub fn name_of(key: &str) -> &str {
-    RENAMED.iter().find(|renamed| renamed.0 == key).map_or(key, |renamed| renamed.1)
+/// Returns VMCloak's name of a key in `qemu.yaml`.
+pub fn vmcloak_key(key: &str) -> &str {
+    RENAMED_KEYS.iter().find(|renamed| renamed.0 == key).map_or(key, |renamed| renamed.1)
 }
 
-/// What the folders hold.
+/// The machines in VMCloak's folders.
 #[derive(Default)]
 pub struct Found {
+    /// The `machineinfo.json` files.
     pub files: Vec<PathBuf>,
-    pub unfinished: Vec<Skipped>,
+    /// The folders without such a file.
+    pub unfinished: Vec<PathBuf>,
 }
 
-/// The `machineinfo.json` files of the folders, each once.
+/// Finds the machines in the folders, each once.
 pub fn find(folders: &[PathBuf]) -> Result<Found> {
     let mut found = Found::default();
-    for part in every(folders.iter().map(|folder| find_in(folder)))? {
+    for part in collect_all(folders.iter().map(|folder| find_in(folder)))? {
         found.files.extend(part.files);
         found.unfinished.extend(part.unfinished);
     }
@@ -71,7 +74,7 @@ fn find_in(folder: &Path) -> Result<Found> {
     let mut found = Found::default();
     for inner in folders_in(folder).map_err(|error| Error::io("look into the folder", folder, &error))? {
         let file = inner.join(FILE_NAME);
-        if file.is_file() { found.files.push(file) } else { found.unfinished.push(unfinished(&inner)) }
+        if file.is_file() { found.files.push(file) } else { found.unfinished.push(inner) }
     }
     if found.files.is_empty() {
         let reason = format!("there is no {FILE_NAME} in {} or in a folder in it", folder.display());
@@ -93,38 +96,34 @@ fn folders_in(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-fn unfinished(folder: &Path) -> Skipped {
-    let name = folder.file_name().unwrap_or(folder.as_os_str()).display().to_string();
-    Skipped { name, reason: format!("its folder has no {FILE_NAME}") }
-}
-
-/// A machine to add: its entry in `qemu.yaml`, and where it comes from.
+/// A machine to add to `qemu.yaml`.
 #[derive(Debug)]
 pub struct Machine {
+    /// The machine's name.
     pub name: String,
-    /// Its `machineinfo.json`.
+    /// The machine's `machineinfo.json`.
     pub source: PathBuf,
     /// The keys of the entry, in the order in which they are written.
     pub keys: Vec<(&'static str, Value)>,
 }
 
 impl Machine {
-    /// The entry as the parser will see it.
+    /// Returns the entry as a parser reads it.
     pub fn entry(&self) -> Value {
         Value::Mapping(self.keys.iter().map(|(key, value)| ((*key).into(), value.clone())).collect())
     }
 
-    /// An error about one of VMCloak's keys of it.
+    /// Returns an error about one of the machine's keys, by VMCloak's name.
     pub fn error(&self, key: &str, reason: impl Into<String>) -> Error {
         about(&self.source, key, reason).machine(&self.name)
     }
 
-    /// An error that the entry raised, told about the file that it was made from.
+    /// Converts an error about the entry into an error about the `machineinfo.json`.
     pub fn refused(&self, error: &Error) -> Error {
         let place = error.placed().and_then(|place| place.key.as_deref());
         let key = place.and_then(|key| key.rsplit('.').next()).unwrap_or("name");
         let known = self.keys.iter().any(|(own, _)| *own == key);
-        self.error(if known { name_of(key) } else { "name" }, error.reason())
+        self.error(if known { vmcloak_key(key) } else { "name" }, error.reason())
     }
 }
 
@@ -133,24 +132,24 @@ fn about(file: &Path, key: &str, reason: impl Into<String>) -> Error {
     Error::configuration(reason).place(Place { file: file.to_owned(), line: None, key })
 }
 
-/// Reads one `machineinfo.json` and looks whether the files it names are there.
+/// Reads a `machineinfo.json` and expects that its files exist.
 pub fn read(path: &Path) -> Result<Machine> {
     let path = std::path::absolute(path).map_err(|error| Error::io("find", path, &error))?;
     let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
-    let info: Json = serde_json::from_str(&text).map_err(|error| no_json(&path, &error))?;
+    let info: Json = serde_json::from_str(&text).map_err(|error| not_json(&path, &error))?;
     let Some(Json::Object(keys)) = info.get("machine") else {
         let place = Place { file: path, line: None, key: Some("machine".to_owned()) };
         return Err(Error::configuration("there is no description of a machine under this key")
             .place(place)
-            .advice("Check that VMCloak made this file, and make the machine's snapshot anew if it did"));
+            .advice("Check that VMCloak made this file; if it did, make the machine's snapshot again"));
     };
     Description { path: &path, keys }.machine()
 }
 
-fn no_json(path: &Path, error: &serde_json::Error) -> Error {
+fn not_json(path: &Path, error: &serde_json::Error) -> Error {
     Error::configuration(format!("this is not JSON: {error}"))
         .place(Place { file: path.to_owned(), line: Some(error.line()), key: None })
-        .advice("Check that VMCloak made this file, and that it is whole")
+        .advice("Check that VMCloak made this file, and that it is complete")
 }
 
 /// The keys under `machine`.
@@ -161,8 +160,8 @@ struct Description<'a> {
 
 impl Description<'_> {
     fn machine(&self) -> Result<Machine> {
-        self.nothing_missing()?;
-        self.start_args()?;
+        self.expect_required_keys()?;
+        self.expect_start_args()?;
         let mut keys = vec![
             ("qcow2_path", self.file("disk")?),
             ("snapshot_path", self.file("memory_snapshot")?),
@@ -185,15 +184,15 @@ impl Description<'_> {
         self.keys.get(key).is_some_and(|value| !value.is_null() && value != "")
     }
 
-    fn nothing_missing(&self) -> Result<()> {
-        let missing: Vec<&str> = NEEDED.into_iter().filter(|key| !self.has(key)).collect();
+    fn expect_required_keys(&self) -> Result<()> {
+        let missing: Vec<&str> = REQUIRED_KEYS.into_iter().filter(|key| !self.has(key)).collect();
         if missing.is_empty() {
             return Ok(());
         }
         let place = Place { file: self.path.to_owned(), line: None, key: Some("machine".to_owned()) };
         Err(Error::configuration(format!("these keys are missing: {}", missing.join(", ")))
             .place(place)
-            .advice("Make the machine's snapshot anew with a current VMCloak, or add the keys"))
+            .advice("Make the machine's snapshot again with a current VMCloak, or add the keys"))
     }
 
     fn error(&self, key: &str, reason: impl Into<String>) -> Error {
@@ -230,12 +229,12 @@ impl Description<'_> {
     }
 
     /// Expects a non-empty list of start arguments; the plugin checks their content.
-    fn start_args(&self) -> Result<()> {
+    fn expect_start_args(&self) -> Result<()> {
         match &self.keys["start_args"] {
             Json::Array(list) if !list.is_empty() => Ok(()),
             _ => Err(self
                 .error("start_args", "this must be a list of QEMU's arguments, and not be empty")
-                .advice("Make the machine's snapshot anew")),
+                .advice("Make the machine's snapshot again")),
         }
     }
 
@@ -247,7 +246,7 @@ impl Description<'_> {
             Ok(_) => Err(self.error(key, format!("{} is not a file", path.display()))),
             Err(error) => Err(self
                 .error(key, format!("cannot read {}: {error}", path.display()))
-                .advice("Check that the machine's folder is whole, and yours to read")),
+                .advice("Check that the machine's folder is complete and readable for this user")),
         }
     }
 

@@ -1,0 +1,137 @@
+//! The arguments of the command line. The docs of each item are its help text.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::commands::conformance::Conformance;
+use crate::cwd::Cwd;
+use crate::logging;
+use crate::plugin::search::{self, PluginSearch};
+
+/// Restore, start and stop the analysis machines of a Cuckoo sandbox
+#[derive(Parser)]
+#[command(name = "cuckoo-machinery", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The options of every command.
+#[derive(Args)]
+pub struct Global {
+    /// Cuckoo's working directory [default: $CUCKOO_CWD, then ~/.cuckoocwd]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub cwd: Option<PathBuf>,
+    /// Search this folder for plugins before all others; can be repeated
+    #[arg(long = "plugin-dir", global = true, value_name = "DIR")]
+    pub plugin_dirs: Vec<PathBuf>,
+    /// Load plugins that other users could modify, with a warning
+    #[arg(long, global = true)]
+    pub allow_insecure_plugins: bool,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Log more; twice: everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Log less; twice: only errors
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub quiet: u8,
+}
+
+impl Global {
+    /// Returns the search for plugins in this CWD.
+    pub fn search(&self, cwd: &Cwd) -> PluginSearch {
+        PluginSearch {
+            folders: search::folders(&self.plugin_dirs, cwd),
+            allow_insecure: self.allow_insecure_plugins,
+        }
+    }
+}
+
+/// The commands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Load the machineries and serve Cuckoo's socket until SIGTERM or SIGINT
+    Serve {
+        /// Format of log lines
+        #[arg(long, value_enum, default_value = "human")]
+        log_format: logging::Format,
+    },
+    /// Check configuration and environment, and report all problems
+    Check,
+    /// List all machines
+    List,
+    /// Show a machine's state
+    State { machine: String },
+    /// Restore a machine to its snapshot and resume it
+    RestoreStart { machine: String },
+    /// Start a machine without restoring its snapshot
+    NorestoreStart { machine: String },
+    /// Power a machine off at once
+    Stop { machine: String },
+    /// Shut a machine down by its power button (ACPI)
+    AcpiStop { machine: String },
+    /// Write the memory of a running machine to a file
+    DumpMemory {
+        machine: String,
+        path: PathBuf,
+        /// Format of the file
+        #[arg(long, default_value = "elf", value_parser = ["elf", "kdump-zlib", "win-dmp"])]
+        format: String,
+    },
+    /// Write the screen of a running machine to a PNG file
+    Screenshot { machine: String, path: PathBuf },
+    /// Prepare the next restore of machines ahead of time
+    Prepare {
+        /// The machines to prepare [default: all]
+        machines: Vec<String>,
+    },
+    /// Show the number and the duration of each action and its steps
+    Metrics,
+    /// Reload the configuration of the running host
+    Reload,
+    /// Return a disabled machine to the pool
+    EnableMachine { machine: String },
+    /// Take a machine out of the pool
+    DisableMachine {
+        machine: String,
+        /// Reason to show in the list of machines
+        reason: Option<String>,
+    },
+    /// Force-release a machine's lock
+    Unlock { machine: String },
+    /// List configured and available plugins
+    Plugins,
+    /// Import machines from another tool
+    #[command(subcommand)]
+    Import(Import),
+    /// Check a built plugin against each requirement of the interface
+    Conformance(Conformance),
+    /// Create the crate of a new plugin
+    NewPlugin {
+        /// Name in the machineries list: lowercase letters, digits, '-' and '_'
+        name: String,
+        /// Folder in which the crate's folder is created
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        dir: PathBuf,
+        /// Checkout or git repository of cuckoo-machinery to build against [default: the repository of
+        /// this program]
+        #[arg(long, value_name = "PATH-OR-GIT-URL")]
+        interface: Option<String>,
+    },
+}
+
+/// The tools whose machines can be imported.
+#[derive(Subcommand)]
+pub enum Import {
+    /// Import machines that VMCloak made into conf/machineries/qemu.yaml
+    Vmcloak {
+        /// Folders of machines, or folders that hold such folders
+        #[arg(required = true)]
+        folders: Vec<PathBuf>,
+    },
+}
