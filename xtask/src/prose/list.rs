@@ -2,7 +2,7 @@
 
 use fancy_regex::{Regex, RegexBuilder};
 
-use super::{Finding, Kind, Text};
+use super::text::{Finding, Kind, Text};
 use crate::run::{Context, Result};
 
 /// The list of this repository.
