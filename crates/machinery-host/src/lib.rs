@@ -1,30 +1,35 @@
-//! The machinery host.
+//! The machinery host: loads machinery plugins and serves Cuckoo's socket.
 //!
-//! The way of one action, in one direction:
+//! A request passes through these modules, and its reply and events go back to the connection:
 //!
 //! ```text
-//! socket ─▶ server::connection ─▶ server::protocol ─▶ actions::worker ─▶ actions::rules ─▶ plugin
-//!                   ▲                                        │
-//!                   └──────────── answer, events ◀───────────┘
+//! socket ─▶ server::connection ─▶ server::dispatch ─▶ manager ─▶ actions::worker ─▶ actions::executor
+//!                  ▲                     │                                                │
+//!                  └── reply, events ────┘                            plugin ◀── plugin::call
 //! ```
 //!
-//! | room | what it holds |
+//! A module imports only modules below it, in this order:
+//!
+//! | module | content |
 //! | --- | --- |
-//! | [`cwd`], [`config`] | where Cuckoo's working directory is, and what its files say |
-//! | [`load`] | loads the listed machineries |
-//! | [`fleet`] | the machines of all machineries, what is known of each, and who has it |
-//! | [`events`] | what subscribers hear |
-//! | [`capture`] | the traffic of a task's machine, into the task's file |
-//! | [`actions`] | one worker for each machine, and the rules of an action |
-//! | [`server`] | the socket and its protocol |
-//! | [`serve`] | the life of the host: load, serve, end |
-//! | [`reload`] | a new configuration while it serves |
-//! | [`client`] | the other end of the socket, for the command line |
-//! | [`plugin`], [`exit`] | bounded calls into plugins, and plugins that end the process |
-//! | [`cuckoo`] | where Cuckoo3 reads its own files differently |
-//! | [`commands`] | commands that need no running host |
 //! | [`cli`] | the command line |
-//! | [`logging`] | where log lines go |
+//! | [`serve`] | the life of the host: load, serve, shut down |
+//! | [`commands`] | the commands that need no running host |
+//! | [`server`] | the socket and its protocol |
+//! | [`manager`] | the shared state, and a method for each request |
+//! | [`reload`] | a new configuration while the host serves |
+//! | [`actions`] | the actions on machines, with a worker for each machine |
+//! | [`load`] | from the configuration to a fleet of loaded machineries |
+//! | [`fleet`] | the machines of all machineries, with their states and locks |
+//! | [`config`] | the configuration of the host |
+//! | [`plugin`] | search, trust and opening of plugins, and the bounded calls into them |
+//! | [`capture`] | the capture of a machine's traffic |
+//! | [`cuckoo`] | the values that Cuckoo3 reads differently from the host |
+//! | [`events`] | the events for subscribers |
+//! | [`client`] | the blocking client of the socket |
+//! | [`cwd`] | the paths in Cuckoo's working directory |
+//! | [`exit`] | plugins that call `exit()` |
+//! | `limits`, [`logging`] | the limit of open files, and the log |
 
 pub mod actions;
 pub mod capture;

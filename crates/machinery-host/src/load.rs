@@ -28,8 +28,8 @@ use crate::plugin::search::{PluginFile, PluginSearch};
 /// The time that a query to a plugin may take while it is loaded.
 const MAX_QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Opens the listed plugins, and expects no conflict between them. Plugins whose libraries are missing are left
-/// out, unless none remains.
+/// Opens the listed plugins, and expects no conflict between them. A plugin with a missing library is left out, unless
+/// no plugin remains.
 fn open_all(config: &Config, search: &PluginSearch) -> Result<Vec<OpenedPlugin>> {
     let mut plugins = Vec::new();
     let mut left_out = Vec::new();
@@ -52,7 +52,7 @@ fn open_all(config: &Config, search: &PluginSearch) -> Result<Vec<OpenedPlugin>>
         tracing::error!(
             machinery,
             %error,
-            "left out with all its machines: install what is missing and start the host anew"
+            "machinery left out with all its machines: install the missing library and start the host anew"
         );
     }
     Ok(plugins)
@@ -80,7 +80,7 @@ pub fn setup_with(file: ConfigFile, name: &str, cwd: &Cwd, config: &Config) -> S
 /// Loads the listed machineries and their machines.
 ///
 /// # Errors
-/// All faults at once. The machineries that were loaded by then are shut down again.
+/// All faults at once. The host shuts down the machineries that were loaded by then.
 pub fn load_all(cwd: &Cwd, config: &Config, search: &PluginSearch, events: &Events) -> Result<Arc<Fleet>> {
     let fleet = Arc::new(Fleet::default());
     let mut loaded = Vec::new();
@@ -105,7 +105,7 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &PluginSearch, events: &Even
     if let Some(problems) = Error::all(problems) {
         for (machinery, _) in loaded {
             let name = machinery.name.clone();
-            shut_down(&name, Arc::clone(&machinery.instance), config.timeouts.shutdown);
+            shutdown_plugin(&name, Arc::clone(&machinery.instance), config.timeouts.shutdown);
         }
         return Err(problems);
     }
@@ -142,7 +142,7 @@ fn load(
             Ok((Arc::new(machinery), infos))
         }
         Err(error) => {
-            shut_down(name, instance, limits.shutdown);
+            shutdown_plugin(name, instance, limits.shutdown);
             Err(error)
         }
     }
@@ -177,7 +177,7 @@ fn query<T: Send + 'static>(
 }
 
 /// Shuts down a machinery that the host does not start with.
-fn shut_down(name: &str, instance: Arc<Instance>, limit: Duration) {
+fn shutdown_plugin(name: &str, instance: Arc<Instance>, limit: Duration) {
     let result = call_blocking(limit, &format!("shutdown of '{name}'"), move || {
         let done = instance.shutdown(Deadline::after(limit));
         // On this thread, because dropping the plugin may block too.
@@ -185,7 +185,7 @@ fn shut_down(name: &str, instance: Arc<Instance>, limit: Duration) {
         done
     });
     if let Err(error) = result {
-        tracing::warn!(machinery = name, %error, "did not shut down");
+        tracing::warn!(machinery = name, %error, "the plugin did not shut down");
     }
 }
 
@@ -226,7 +226,7 @@ pub fn machines(
             if disable {
                 machine.disable(&reason);
             } else {
-                tracing::warn!(machine = machine.name(), reason, "its state is unknown");
+                tracing::warn!(machine = machine.name(), reason, "the state of the machine is unknown");
             }
         }
         Arc::new(machine)

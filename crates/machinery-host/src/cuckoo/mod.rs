@@ -1,8 +1,8 @@
 //! Finds the places where Cuckoo3 reads its own files differently from this host.
 //!
 //! ```text
-//! file ─▶ events of a YAML parser, which know how a scalar is written
-//!              ─▶ each scalar that the host reads: what it is to Cuckoo3, what it is here ─▶ findings
+//! file ─▶ events of a YAML parser, with the notation of each scalar
+//!              ─▶ each scalar that the host reads: its value for Cuckoo3, its value for the host ─▶ findings
 //! ```
 //!
 //! The node of Cuckoo3 reads the same files as the host, with a parser of YAML 1.1 (`yaml11`) and type
@@ -280,7 +280,7 @@ impl<'a> Scalar<'a> {
     }
 }
 
-/// Whether Python's `int()` accepts the text.
+/// Reports whether Python's `int()` accepts the text.
 fn is_python_int(text: &str) -> bool {
     let text = text.trim();
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn each_value_is_named_when_cuckoo_reads_it_differently() {
+    fn value_is_reported_when_cuckoo_reads_it_differently() {
         for (text, expected) in [
             ("machines: {a: {os_version: 18.10}}", "a.os_version: Cuckoo3 reads 18.10 as 18.1, the host"),
             ("machines: {a: {os_version: 010}}", "a.os_version: Cuckoo3 reads 010 as 8,"),
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_named_when_both_read_the_same() {
+    fn report_is_empty_when_both_read_the_same() {
         let machinery = "\
 interface: br0
 disposable_copy_dir:

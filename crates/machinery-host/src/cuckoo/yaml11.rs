@@ -62,12 +62,12 @@ fn is_digit_or_line(byte: u8) -> bool {
     byte.is_ascii_digit() || byte == b'_'
 }
 
-/// Whether the text consists of digits and `_`, and its first character is in `first`.
+/// Reports whether the text consists of digits and `_`, and its first character is in `first`.
 fn is_number(text: &str, first: std::ops::RangeInclusive<u8>) -> bool {
     text.bytes().next().is_some_and(|byte| first.contains(&byte)) && is_all(text, is_digit_or_line)
 }
 
-/// Whether the text holds the later places of a base-60 number, such as `54:00` in `52:54:00`.
+/// Reports whether the text holds the later places of a base-60 number, such as `54:00` in `52:54:00`.
 fn is_base_60(rest: &str) -> bool {
     let place = |place: &str| match place.as_bytes() {
         [ones] => ones.is_ascii_digit(),
@@ -170,7 +170,7 @@ fn date(written: &str) -> Option<Plain> {
     Some(if exists { Plain::Date { as_written } } else { Plain::Invalid })
 }
 
-/// Whether the text is a time of day that follows a date: `T1:02:03.4`, `  1:02:03 +01:00`.
+/// Reports whether the text is a time of day that follows a date: `T1:02:03.4`, `  1:02:03 +01:00`.
 fn is_time(text: &str) -> bool {
     let clock = text.strip_prefix(['T', 't']).unwrap_or_else(|| text.trim_start_matches([' ', '\t']));
     let end = clock.find(|c: char| !c.is_ascii_digit() && c != ':').unwrap_or(clock.len());

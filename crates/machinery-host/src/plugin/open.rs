@@ -60,7 +60,7 @@ pub fn open(
         .ok_or_else(|| OpenFailure::Wrong(search::not_found(name, &plugins.folders)))?;
     let (path, sha256) = search::trusted(name, &found, plugins, allowed).map_err(OpenFailure::Wrong)?;
     let file = path.clone();
-    // The initialisers of a library are code too, which may never return.
+    // The library's initialisers may never return.
     let opened =
         call_blocking(limit, &format!("opening {}", path.display()), move || Ok(Plugin::open(&file)));
     let plugin = opened.map_err(OpenFailure::Wrong)?.map_err(|error| OpenFailure::of(&path, &error))?;

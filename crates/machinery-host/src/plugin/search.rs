@@ -74,7 +74,7 @@ pub fn is_listed(file: &str, listed: &[String]) -> bool {
     listed.iter().any(|name| name == file || name.replace('-', "_") == file)
 }
 
-/// Resolves the path of a file that was found, and returns the file and its hash.
+/// Expects that a plugin file is trusted, and returns its resolved path and its hash.
 ///
 /// # Errors
 /// Others could have changed the file, or it is not on the list of hashes.

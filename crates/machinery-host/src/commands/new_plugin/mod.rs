@@ -1,7 +1,7 @@
-//! `new-plugin`: a crate of an author's own, that builds and keeps every requirement as it is.
+//! `new-plugin`: creates the crate of a working plugin, which meets every requirement of the interface.
 //!
-//! Its code is the plugin `example`, file by file, under another name: so it is tested here with
-//! everything else, and cannot be older than the interface it is for.
+//! The code is that of the plugin `example`, file by file, with another name. So this repository tests it, and it
+//! always matches the interface.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -9,13 +9,12 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 
-/// Where the interface comes from, unless told.
+/// The default source of the interface.
 const REPOSITORY: &str = env!("CARGO_PKG_REPOSITORY");
-/// Names that would be taken for what the product has already: its machineries, its crates.
-const TAKEN: [&str; 7] = ["qemu", "kvm", "example", "conformance", "host", "testkit", "views"];
+/// The names of machineries and crates of this repository.
+const RESERVED_NAMES: [&str; 7] = ["qemu", "kvm", "example", "conformance", "host", "testkit", "views"];
 
-/// What is written, by its place in the crate. In all of it, the name of the example stands for the
-/// new one.
+/// The files of the crate, by path. Paths and texts have the name of the example, which is replaced.
 const FILES: [(&str, &str); 10] = [
     ("src/lib.rs", include_str!("../../../../../plugins/example/src/lib.rs")),
     ("src/config.rs", include_str!("../../../../../plugins/example/src/config.rs")),
@@ -33,35 +32,34 @@ const MANIFEST: &str = include_str!("manifest.toml");
 /// A crate that was written.
 #[derive(Debug, Clone)]
 pub struct NewPlugin {
-    /// Its folder.
+    /// The folder of the crate.
     pub folder: PathBuf,
-    /// The file that its build makes.
+    /// The name of the library that the build makes.
     pub library: String,
 }
 
-/// Writes the crate `machinery-<name>` into `dir`. `interface` is where its dependencies come from: a
-/// checkout of this repository or the URL of one.
+/// Creates the crate `machinery-<name>` in `dir`. `interface` is the source of its dependencies: a checkout of this
+/// repository, or the URL of a git repository.
 ///
 /// # Errors
-/// The name cannot be a machinery's, or is taken; there is such a folder; `interface` is no checkout.
-/// No folder of that crate is left then.
+/// The name is invalid or reserved, the folder exists, or `interface` is no checkout. The folder is removed again.
 pub fn new_plugin(name: &str, dir: &Path, interface: Option<&str>) -> Result<NewPlugin> {
     check_name(name)?;
     let interface = Interface::from(interface.unwrap_or(REPOSITORY))?;
     let dir = std::path::absolute(dir).map_err(|error| Error::io("find the folder", dir, &error))?;
     let folder = dir.join(format!("machinery-{name}"));
-    make_new(&folder)?;
+    create_folder(&folder)?;
     match write(name, &folder, &interface) {
         Ok(()) => Ok(NewPlugin { library: library(name), folder }),
         Err(error) => {
-            // The folder is this call's own. That it cannot be removed is no more than was told already.
+            // This call has created the folder. The first error matters more than a failure to remove it.
             let _ = fs::remove_dir_all(&folder);
             Err(error)
         }
     }
 }
 
-/// The rules of the `machineries` list, and a first letter: the name becomes that of a type, too.
+/// Expects a name for the `machineries` list that starts with a letter: it becomes the name of a type too.
 fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_';
     let wrong = |why: &str| Error::configuration(format!("'{name}' cannot be a new machinery's name: {why}"));
@@ -69,13 +67,13 @@ fn check_name(name: &str) -> Result<()> {
         return Err(wrong("it is not a word of Cuckoo's machineries list")
             .advice("Use lowercase letters, digits, '-' and '_', a letter first"));
     }
-    if TAKEN.contains(&name) {
+    if RESERVED_NAMES.contains(&name) {
         return Err(wrong("cuckoo-machinery has one of that name").advice("Choose another name"));
     }
     Ok(())
 }
 
-/// Where the crates of the interface come from.
+/// The source of the interface's crates.
 enum Interface {
     Git(String),
     Checkout(String),
@@ -88,7 +86,7 @@ impl Interface {
         }
         let root = Path::new(given).canonicalize().ok();
         let root = root.filter(|root| root.join("crates/machinery/Cargo.toml").is_file());
-        // The manifest is text.
+        // The manifest is text, so the path must be text.
         let root = root.and_then(|root| root.to_str().map(str::to_owned));
         root.map(Interface::Checkout).ok_or_else(|| {
             Error::configuration(format!("{given} is no checkout of cuckoo-machinery")).advice(
@@ -98,7 +96,7 @@ impl Interface {
         })
     }
 
-    /// The manifest, with the place of each of its crates.
+    /// Returns the manifest with the source of each crate of the interface.
     fn fill(&self, manifest: &str) -> String {
         let line = |line: &str| match line.split_once(" = { INTERFACE }") {
             Some((name, _)) => format!("{name} = {{ {} }}\n", self.source(name)),
@@ -115,12 +113,12 @@ impl Interface {
     }
 }
 
-/// As TOML has it, which for text is as JSON has it.
+/// Returns the text as a TOML string, which looks like a JSON string.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-fn make_new(folder: &Path) -> Result<()> {
+fn create_folder(folder: &Path) -> Result<()> {
     if let Some(above) = folder.parent() {
         fs::create_dir_all(above).map_err(|error| Error::io("make the folder", above, &error))?;
     }
@@ -145,13 +143,13 @@ fn write(name: &str, folder: &Path, interface: &Interface) -> Result<()> {
     Ok(())
 }
 
-/// The text with the example's name replaced. In the name of a library cargo has `_` for `-`.
+/// Replaces the name of the example in a text. Cargo replaces `-` with `_` in library names.
 fn renamed(text: &str, name: &str) -> String {
-    let in_files = name.replace('-', "_");
+    let in_libraries = name.replace('-', "_");
     let mut parts = text.split("example");
     let mut new = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        new += if new.ends_with("machinery_") { &in_files } else { name };
+        new += if new.ends_with("machinery_") { &in_libraries } else { name };
         new += part;
     }
     new.replace("Example", &camel_case(name))
@@ -186,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_code_has_the_new_name_everywhere() {
+    fn new_plugin_has_the_new_name_everywhere() {
         let dir = tempfile::tempdir().unwrap();
         let new = new_plugin("my-counterexample_2", &dir.path().join("new"), Some(HERE)).unwrap();
         assert_eq!(new.library, "libmachinery_my_counterexample_2.so");
@@ -202,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interface_comes_from_the_repository_unless_told() {
+    fn interface_comes_from_this_repository_by_default() {
         let dir = tempfile::tempdir().unwrap();
         let manifest = |name: &str, interface| {
             read(&new_plugin(name, dir.path(), interface).unwrap().folder, "Cargo.toml")
@@ -217,13 +215,13 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_told_and_leaves_nothing() {
+    fn new_plugin_leaves_no_folder_when_an_argument_is_invalid() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["", "Xen", "../xen", "9p", "-x", "x y", "xën"] {
             let text = error(name, dir.path(), None);
             assert!(text.contains(&format!("'{name}' cannot")) && text.contains("lowercase"), "{text}");
         }
-        for name in TAKEN {
+        for name in RESERVED_NAMES {
             assert!(error(name, dir.path(), None).contains("has one of that name"));
         }
         for interface in
@@ -236,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_there_is_left_as_it_is() {
+    fn existing_folder_is_left_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("machinery-xen");
         fs::create_dir(&folder).unwrap();
@@ -246,9 +244,9 @@ mod tests {
         assert_eq!(folder.read_dir().unwrap().count(), 1);
     }
 
-    /// The manifest is written by hand, and must not be behind what the example is built with.
+    /// The manifest is written by hand, so its dependencies are compared with the example's.
     #[test]
-    fn the_manifest_has_the_examples_dependencies_in_the_workspaces_versions() {
+    fn manifest_has_the_examples_dependencies_in_the_workspaces_versions() {
         let example = include_str!("../../../../../plugins/example/Cargo.toml");
         let workspace = include_str!("../../../../../Cargo.toml");
         let (_, dependencies) = example.split_once("[dependencies]").unwrap();
