@@ -61,7 +61,7 @@ fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
         assert_eq!(ran.code, Some(2), "{ran:?}");
         for word in words {
             let output = format!("{}{}", ran.stdout, ran.stderr);
-            assert!(output.contains(word), "{word:?} is not in: {said}");
+            assert!(output.contains(word), "{word:?} is not in: {output}");
         }
     }
     let errors = serve.stderr.lines().filter(|line| line.starts_with("error: ")).count();
@@ -157,8 +157,8 @@ fn plain_users_host_trusts_plugins_of_that_user_and_root() {
     }
     for (folder_of, file_of) in [(STRANGER, 1), (1, STRANGER), (1, 0)] {
         let (code, output) = opened(folder_of, file_of);
-        assert_eq!(code, Some(2), "{said}");
-        assert!(output.contains("belongs to the user 1,"), "{said}");
+        assert_eq!(code, Some(2), "{output}");
+        assert!(output.contains("belongs to the user 1,"), "{output}");
     }
 }
 
@@ -413,7 +413,7 @@ fn configuration_is_refused_when_a_hash_is_malformed() {
             assert_eq!(ran.code, Some(2), "{ran:?}");
             let output = format!("{}{}", ran.stdout, ran.stderr);
             for word in [&place, "is not the hash of a plugin", "64 hexadecimal digits"] {
-                assert!(output.contains(word), "{word:?} is not in: {said}");
+                assert!(output.contains(word), "{word:?} is not in: {output}");
             }
         }
     }
