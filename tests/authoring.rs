@@ -33,9 +33,9 @@ fn command(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command 
 fn cargo(folder: &Path, arguments: &[&str]) -> String {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = command(cargo, arguments).arg("--offline").current_dir(folder).output().unwrap();
-    let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
-    assert!(output.status.success(), "cargo {arguments:?}:\n{}{}", said[0], said[1]);
-    said.concat()
+    let texts = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(output.status.success(), "cargo {arguments:?}:\n{}{}", texts[0], texts[1]);
+    texts.concat()
 }
 
 /// Runs `new-plugin`, and returns the folder and the name of the library.

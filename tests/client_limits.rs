@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 /// The maximum length of a line.
 const LONGEST: usize = 1024 * 1024;
 
-const SOON: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
@@ -52,7 +52,7 @@ fn assert_served(client: &mut Client, machine: &str) {
 fn soon(mut is_so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !is_so() {
-        assert!(begun.elapsed() < SOON, "not within {SOON:?}");
+        assert!(begun.elapsed() < TIMEOUT, "not within {TIMEOUT:?}");
     }
 }
 
@@ -80,9 +80,9 @@ fn well_behaved_client_is_served_when_five_hundred_others_misbehave() {
 /// when it was `empty`.
 fn crowd(served: &Served, normal: &mut Client, empty: usize) {
     // Clients that never read the answers to their requests.
-    let mut deaf = served.clients(100);
+    let mut unread = served.clients(100);
     let list = b"{\"action\": \"list\"}\n".repeat(50);
-    for client in &mut deaf {
+    for client in &mut unread {
         client.send_bytes(&list).unwrap();
     }
     assert_served(normal, "m1");
@@ -138,8 +138,8 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
     for index in 10..60 {
         assert_eq!(normal.machine(&format!("m{index}")).unwrap()["state"], "running", "m{index}");
     }
-    assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), good());
-    drop((deaf, halves, long, polite));
+    assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), success());
+    drop((unread, halves, long, polite));
     // No event shows when the host has noticed.
     soon(|| {
         assert_served(normal, "m4");

@@ -48,14 +48,14 @@ fn run(section: &str, arguments: &[&str]) -> CommandOutput {
 fn conforming_plugin_passes_all_checks_that_can_run() {
     let ran = run("", &[]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    let said: Vec<&str> = ran.stdout.lines().collect();
-    for (line, name) in said.iter().zip(conformance::names()) {
+    let output: Vec<&str> = ran.stdout.lines().collect();
+    for (line, name) in output.iter().zip(conformance::names()) {
         assert!(line.split([' ', ':']).any(|word| word == name) && !line.starts_with("FAIL"), "{line}");
     }
     // Three checks need knowledge of the backend: the begin of a run, a failing start, and the end of a
     // machine.
     let count = conformance::names().len();
-    assert_eq!(*said.last().unwrap(), format!("{} passed, 0 failed, 3 skipped", count - 3), "{ran:?}");
+    assert_eq!(*output.last().unwrap(), format!("{} passed, 0 failed, 3 skipped", count - 3), "{ran:?}");
 }
 
 #[test]
@@ -70,15 +70,15 @@ fn violated_requirement_is_named() {
     assert!(ran.stdout.contains("skip  screenshot: left out"), "{ran:?}");
     let only = ["--only", "restore_start", "--only", "identity", "--machine", "two", "--json"];
     let ran = run("violates: restore_start", &only);
-    let told: Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!((ran.code, &told["success"]), (Some(1), &json!(false)));
+    let reported: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((ran.code, &reported["success"]), (Some(1), &json!(false)));
     let of = |name: &str| {
-        let requirements = told["requirements"].as_array().unwrap();
+        let requirements = reported["requirements"].as_array().unwrap();
         requirements.iter().find(|requirement| requirement["name"] == name).cloned().unwrap_or_default()
     };
     assert_eq!(of("identity"), json!({"name": "identity", "result": "pass", "why": ""}));
     assert_eq!(of("restore_start")["result"], "fail");
-    assert!(of("restore_start")["why"].as_str().unwrap().contains("two"), "{told}");
+    assert!(of("restore_start")["why"].as_str().unwrap().contains("two"), "{reported}");
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn other_requirements_are_checked_when_a_plugin_ends_the_process() {
             &format!("FAIL  check: the process ended in it, with {words}"),
             "pass  off_after_load",
         ] {
-            assert!(ran.stdout.lines().any(|said| said == line), "{line:?} is not in {ran:?}");
+            assert!(ran.stdout.lines().any(|said| output == line), "{line:?} is not in {ran:?}");
         }
     }
 }

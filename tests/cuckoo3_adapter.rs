@@ -21,7 +21,7 @@ fn run(python: &str, tests: &str) {
     command.args(["-B", "-W", "error::ResourceWarning", "-m", "unittest", "discover", "-v", "-t", "."]);
     command.args(["-s", tests]).current_dir(package).env("CUCKOO_MACHINERY", artifacts::program().unwrap());
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {python}: {error}"));
-    let said = String::from_utf8_lossy(&output.stderr);
+    let output = String::from_utf8_lossy(&output.stderr);
     print!("{}", String::from_utf8_lossy(&output.stdout));
     assert!(output.status.success(), "{command:?}:\n{said}");
     eprint!("{said}");

@@ -20,14 +20,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The machine's address, on the loopback interface.
 const IP: &str = "127.66.0.2";
 /// The address of the machine's peer.
 const OTHER: &str = "127.66.0.1";
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
@@ -106,7 +106,7 @@ fn captor(pcap: &Path) -> (Pid, OwnedFd) {
 
 #[track_caller]
 fn assert_ends(process: &OwnedFd) {
-    let limit = Timespec::try_from(SOON).unwrap();
+    let limit = Timespec::try_from(TIMEOUT).unwrap();
     assert_eq!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)), Ok(1), "it goes on");
 }
 
@@ -124,13 +124,13 @@ impl Drop for Swept {
 
 /// Asserts that a machine starts although its capture fails, and that the failure is reported.
 #[track_caller]
-fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
+fn assert_reported(host: &RunningHost, pcap: &Path, parts: &[&str]) {
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
     subscriber.subscribe().unwrap();
     lock(&mut client, pcap);
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    let told = subscriber.wait_for_event("capture_failed", "m").unwrap();
-    let reason = told["reason"].as_str().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    let reported = subscriber.wait_for_event("capture_failed", "m").unwrap();
+    let reason = reported["reason"].as_str().unwrap();
     for part in parts.iter().chain(&["'m'"]) {
         assert!(reason.contains(part), "{part:?} is not in: {reason}");
     }
@@ -139,7 +139,7 @@ fn assert_told(host: &RunningHost, pcap: &Path, parts: &[&str]) {
     assert_eq!(machine["errors"], json!([reason]));
     assert_eq!((&machine["state"], &machine["disabled"]), (&json!("running"), &json!(false)));
     assert!(host.log().contains("ERROR") && host.log().contains(parts[0]), "{}", host.log());
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     // The failure is reported once.
     assert_eq!(client.machine("m").unwrap()["errors"], json!([reason]));
     assert_eq!(capture::writers(pcap).unwrap(), []);
@@ -156,13 +156,13 @@ fn capture_holds_exactly_one_run_when_a_machine_starts_and_stops_in_any_way() {
                 (cwd.root().join(format!("{start} to {stop}.pcap")), format!("{start} {stop}"));
             lock(&mut client, &pcap);
             talk(&network, "too early");
-            assert_eq!(client.act(start, "m").unwrap(), good());
+            assert_eq!(client.act(start, "m").unwrap(), success());
             talk(&network, &text);
-            assert_eq!(client.act(stop, "m").unwrap(), good());
+            assert_eq!(client.act(stop, "m").unwrap(), success());
             talk(&network, "too late");
             assert_captured(&pcap, &[&text]);
             let rest = if stop == "unlock" { "stop" } else { "unlock" };
-            assert_eq!(client.act(rest, "m").unwrap(), good());
+            assert_eq!(client.act(rest, "m").unwrap(), success());
         }
     }
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
@@ -178,9 +178,9 @@ fn capture_is_complete_when_tcpdump_has_another_file_name() {
     let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     talk(&network, "renamed");
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_captured(&pcap(&cwd), &["renamed"]);
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
 }
@@ -191,7 +191,7 @@ fn captures_are_complete_when_the_host_shuts_down() {
     let mut host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     talk(&network, "the last words");
     assert!(host.terminate().unwrap().success());
     assert_captured(&pcap(&cwd), &["the last words"]);
@@ -217,7 +217,7 @@ fn capture_lasts_until_stop_when_the_machine_powers_itself_off() {
     let _ = client.act("restore_start", "m").unwrap();
     subscriber.wait_for_state("m", "poweroff").unwrap();
     talk(&network, "what was still under way");
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_captured(&pcap(&cwd), &["what was still under way"]);
 }
 
@@ -235,11 +235,11 @@ fn tcpdump_does_not_run_when_no_capture_is_requested_or_enabled() {
             assert_eq!(client.ask(lock.clone()).unwrap()["success"], true);
         }
         for start in ["restore_start", "norestore_start"] {
-            assert_eq!(client.act(start, "m").unwrap(), good());
-            assert_eq!(client.act("stop", "m").unwrap(), good());
+            assert_eq!(client.act(start, "m").unwrap(), success());
+            assert_eq!(client.act("stop", "m").unwrap(), success());
         }
         if lock.is_some() {
-            assert_eq!(client.act("unlock", "m").unwrap(), good());
+            assert_eq!(client.act("unlock", "m").unwrap(), success());
         }
         assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
     };
@@ -256,14 +256,14 @@ fn tcpdump_does_not_run_when_no_capture_is_requested_or_enabled() {
 fn capture_failure_advises_to_install_tcpdump_when_it_is_missing() {
     let cwd = captured_by(Path::new("/nowhere/tcpdump"), "");
     let host = RunningHost::start(&cwd).unwrap();
-    assert_told(&host, &pcap(&cwd), &["/nowhere/tcpdump", "Install tcpdump", "tcpdump.path"]);
+    assert_reported(&host, &pcap(&cwd), &["/nowhere/tcpdump", "Install tcpdump", "tcpdump.path"]);
 }
 
 #[test]
 fn capture_failure_is_reported_when_tcpdump_is_not_executable() {
     let cwd = captured_by(Path::new("/etc/passwd"), "");
     let host = RunningHost::start(&cwd).unwrap();
-    assert_told(&host, &pcap(&cwd), &["/etc/passwd", "tcpdump.path"]);
+    assert_reported(&host, &pcap(&cwd), &["/etc/passwd", "tcpdump.path"]);
 }
 
 #[test]
@@ -272,7 +272,7 @@ fn capture_failure_is_reported_when_the_interface_is_missing() {
     cwd.change_yaml("double", "interface: lo", &format!("interface: {}", TestNetwork::TAP)).unwrap();
     let host = host_on(&network, &cwd);
     network.remove_tap().unwrap();
-    assert_told(&host, &pcap(&cwd), &["there is no interface tap0", "`interface`"]);
+    assert_reported(&host, &pcap(&cwd), &["there is no interface tap0", "`interface`"]);
 }
 
 #[test]
@@ -283,13 +283,13 @@ fn capture_failure_is_reported_when_the_interface_disappears() {
     let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
     subscriber.subscribe().unwrap();
     lock(&mut client, &pcap(&cwd));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     network.remove_tap().unwrap();
-    let told = subscriber.wait_for_event("capture_failed", "m").unwrap();
-    assert!(told["reason"].as_str().unwrap().contains("the interface tap0 went away"), "{told}");
+    let reported = subscriber.wait_for_event("capture_failed", "m").unwrap();
+    assert!(reported["reason"].as_str().unwrap().contains("the interface tap0 went away"), "{reported}");
     let machine = client.machine("m").unwrap();
-    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([reported["reason"]])));
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_captured(&pcap(&cwd), &[]);
 }
 
@@ -301,7 +301,7 @@ fn capture_failure_is_reported_when_the_file_cannot_be_written() {
         let host = host_on(&network, &cwd);
         let pcap = cwd.root().join(path);
         let cannot = format!("cannot write {}", pcap.display());
-        assert_told(&host, &pcap, &[&cannot, "folder"]);
+        assert_reported(&host, &pcap, &[&cannot, "folder"]);
     }
 }
 
@@ -313,7 +313,7 @@ fn capture_failure_is_reported_when_tcpdump_lacks_a_capability() {
     let tcpdump = cwd.script("tcpdump", &without).unwrap().display().to_string();
     cwd.change_cuckoo_yaml(&real, &tcpdump).unwrap();
     let host = host_on(&network, &cwd);
-    assert_told(&host, &pcap(&cwd), &["may not capture on lo", "setcap", "Run the host as root"]);
+    assert_reported(&host, &pcap(&cwd), &["may not capture on lo", "setcap", "Run the host as root"]);
 }
 
 #[test]
@@ -321,7 +321,7 @@ fn capture_failure_is_reported_when_the_address_is_invalid() {
     let Some((network, cwd)) = really_captured("") else { return };
     cwd.change_yaml("double", &format!("ip: {IP}"), "ip: 300.1.2.3").unwrap();
     let host = host_on(&network, &cwd);
-    assert_told(&host, &pcap(&cwd), &["does not understand the filter", "`ip`"]);
+    assert_reported(&host, &pcap(&cwd), &["does not understand the filter", "`ip`"]);
 }
 
 #[test]
@@ -332,22 +332,22 @@ fn machine_runs_on_when_tcpdump_dies() {
     subscriber.subscribe().unwrap();
     let pcap = pcap(&cwd);
     lock(&mut client, &pcap);
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     talk(&network, "before");
-    capture::wait_for(&pcap, SOON, |packets| packets.len() == 2).unwrap();
+    capture::wait_for(&pcap, TIMEOUT, |packets| packets.len() == 2).unwrap();
     kill_process(captor(&pcap).0, Signal::KILL).unwrap();
-    let told = subscriber.wait_for_event("capture_failed", "m").unwrap();
-    assert!(told["reason"].as_str().unwrap().contains("ended by itself"), "{told}");
+    let reported = subscriber.wait_for_event("capture_failed", "m").unwrap();
+    assert!(reported["reason"].as_str().unwrap().contains("ended by itself"), "{reported}");
     let machine = client.machine("m").unwrap();
-    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([told["reason"]])));
-    assert_eq!(client.act("stop", "m").unwrap(), good());
-    assert_eq!(client.machine("m").unwrap()["errors"], json!([told["reason"]]));
+    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([reported["reason"]])));
+    assert_eq!(client.act("stop", "m").unwrap(), success());
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([reported["reason"]]));
     // Packets captured earlier are saved.
     assert_captured(&pcap, &["before"]);
     // The next run is captured again.
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     talk(&network, "after");
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_captured(&pcap, &["after"]);
 }
 
@@ -357,7 +357,7 @@ fn capture_is_complete_when_the_next_task_locks_at_once() {
     let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     talk(&network, "of the first task");
     let next = json!({"action": "lock", "machine": "m", "task_id": "next", "id": 2});
     // One write, so that the host reads the second request before it answers the first.
@@ -377,7 +377,7 @@ fn tcpdump_is_ended_when_it_closes_its_stderr() {
     let script = cwd.script("tcpdump", script).unwrap();
     cwd.change_cuckoo_yaml("/replaced", &script.display().to_string()).unwrap();
     let host = RunningHost::start(&cwd).unwrap();
-    assert_told(&host, &pcap(&cwd), &["closed its stderr"]);
+    assert_reported(&host, &pcap(&cwd), &["closed its stderr"]);
     assert_eq!(host.resources().unwrap().children, "");
 }
 
@@ -391,9 +391,9 @@ fn capture_succeeds_when_tcpdump_warns() {
     let host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     talk(&network, "all the same");
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_captured(&pcap(&cwd), &["all the same"]);
     assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
 }
@@ -406,22 +406,22 @@ fn machine_starts_when_tcpdump_never_listens() {
     cwd.capture_with(&tcpdump).unwrap();
     let _swept = Swept(pcap(&cwd));
     let host = RunningHost::start(&cwd).unwrap();
-    assert_told(&host, &pcap(&cwd), &["does not listen"]);
+    assert_reported(&host, &pcap(&cwd), &["does not listen"]);
 }
 
 #[test]
 fn tcpdump_is_killed_when_it_ignores_signals() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
-    let deaf = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
-    let tcpdump = cwd.script("tcpdump", deaf).unwrap();
+    let unread = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
+    let tcpdump = cwd.script("tcpdump", unread).unwrap();
     cwd.capture_with(&tcpdump).unwrap();
     let _swept = Swept(pcap(&cwd));
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap(&cwd));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     let (_, process) = captor(&pcap(&cwd));
-    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_ends(&process);
     let errors = client.machine("m").unwrap()["errors"].clone();
     assert_eq!(errors.as_array().unwrap().len(), 1, "{errors}");
@@ -437,9 +437,9 @@ fn next_host_ends_captures_when_a_host_was_killed() {
         let mut host = host_on(&network, &cwd);
         let mut client = host.client().unwrap();
         lock(&mut client, &pcap);
-        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        assert_eq!(client.act("restore_start", "m").unwrap(), success());
         talk(&network, "before");
-        capture::wait_for(&pcap, SOON, |packets| packets.len() == 2).unwrap();
+        capture::wait_for(&pcap, TIMEOUT, |packets| packets.len() == 2).unwrap();
         let (_, process) = captor(&pcap);
         host.kill().unwrap();
         if !keeps_capturing {
@@ -451,9 +451,9 @@ fn next_host_ends_captures_when_a_host_was_killed() {
         let mut client = host.client().unwrap();
         let machine = client.machine("m").unwrap();
         assert_eq!((&machine["locked"], &machine["locked_by"]), (&json!(true), &json!("t")));
-        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        assert_eq!(client.act("restore_start", "m").unwrap(), success());
         talk(&network, "after");
-        assert_eq!(client.act("stop", "m").unwrap(), good());
+        assert_eq!(client.act("stop", "m").unwrap(), success());
         assert_captured(&pcap, &[if keeps_capturing { "after" } else { "before" }]);
     }
 }
@@ -465,7 +465,7 @@ fn another_program_with_the_same_file_survives_a_killed_host() {
     let mut host = host_on(&network, &cwd);
     let mut client = host.client().unwrap();
     lock(&mut client, &pcap);
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     let (_, process) = captor(&pcap);
     let reader = std::process::Command::new("tail").args(["-f", "-n", "0"]).arg(&pcap).spawn();
     let mut reader = Ended(reader.unwrap());

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 const LIMITS: &str = "timeouts: {restore_start: 0.5, stop: 5, reload: 0.5, shutdown: 0.5}\n";
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
@@ -42,7 +42,7 @@ fn host_shuts_down_when_a_plugin_thread_calls_exit() {
     let cwd = cwd("", "restore_start: thread_exit");
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    assert_eq!(client.act("restore_start", "fine").unwrap(), success());
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
     host.wait_for_notification("STOPPING=1").unwrap();
     assert_ended(host, &cwd, "its thread 'faulty-exit'");
@@ -54,7 +54,7 @@ fn host_shuts_down_when_a_plugin_method_calls_exit() {
     let cwd = cwd("", "restore_start: exit");
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    assert_eq!(client.act("restore_start", "fine").unwrap(), success());
     let answer = client.act("restore_start", "m").unwrap();
     assert!(answer["reason"].as_str().unwrap().contains("did not return"), "{answer}");
     assert_ended(host, &cwd, "'misbehaving' in a call for the machine 'm'");
@@ -66,7 +66,7 @@ fn host_shuts_down_when_reload_calls_exit() {
     let cwd = cwd("faults: {reload: exit}", "");
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    assert_eq!(client.act("restore_start", "fine").unwrap(), success());
     client.send(&json!({"action": "reload"})).unwrap();
     assert_ended(host, &cwd, "'misbehaving' in reload");
 }
@@ -75,7 +75,7 @@ fn host_shuts_down_when_reload_calls_exit() {
 fn host_reports_the_plugin_when_shutdown_calls_exit() {
     let cwd = cwd("faults: {shutdown: exit}", "");
     let host = RunningHost::start(&cwd).unwrap();
-    assert_eq!(host.client().unwrap().act("restore_start", "fine").unwrap(), good());
+    assert_eq!(host.client().unwrap().act("restore_start", "fine").unwrap(), success());
     host.signal(rustix::process::Signal::TERM).unwrap();
     assert_ended(host, &cwd, "'misbehaving' in shutdown");
 }
@@ -106,13 +106,13 @@ fn next_host_serves_when_a_plugin_aborted_the_process() {
         let cwd = cwd("", &format!("restore_start: {fault}"));
         let mut host = RunningHost::start(&cwd).unwrap();
         let mut client = host.client().unwrap();
-        assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+        assert_eq!(client.act("restore_start", "fine").unwrap(), success());
         client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
         assert!(client.wait_for_close(), "{fault}");
         host.wait().unwrap();
         assert!(cwd.socket().exists(), "nobody was there to remove it");
         let mut next = RunningHost::start(&cwd).unwrap();
-        assert_eq!(next.client().unwrap().act("restore_start", "fine").unwrap(), good());
+        assert_eq!(next.client().unwrap().act("restore_start", "fine").unwrap(), success());
         assert_eq!(next.terminate().unwrap().code(), Some(0));
     }
 }

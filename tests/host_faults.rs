@@ -41,7 +41,7 @@ impl Served {
     fn assert_well(mut self) {
         let mut client = self.client();
         for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
-            assert_eq!(client.act(action, "fine").unwrap(), good(), "{action}");
+            assert_eq!(client.act(action, "fine").unwrap(), success(), "{action}");
         }
         assert_eq!(client.machine("fine").unwrap()["disabled"], false);
         drop(client);
@@ -49,7 +49,7 @@ impl Served {
     }
 }
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
@@ -114,7 +114,7 @@ fn machine_is_disabled_when_its_stop_fails() {
     let served = served(&machines);
     let mut client = served.client();
     for (fault, words) in WORDS {
-        assert_eq!(client.act("restore_start", fault).unwrap(), good());
+        assert_eq!(client.act("restore_start", fault).unwrap(), success());
         let answer = client.act("stop", fault).unwrap();
         let words = match fault {
             "timeout" => "waited 0.2 s",
@@ -135,7 +135,7 @@ fn acpi_stop_falls_back_to_stop_when_the_guest_ignores_it() {
         let served = served(&[("m", &format!("faults: {{acpi_stop: {fault}}}"))]);
         let mut client = served.client();
         client.act("restore_start", "m").unwrap();
-        assert_eq!(client.act("acpi_stop", "m").unwrap(), good(), "{fault}");
+        assert_eq!(client.act("acpi_stop", "m").unwrap(), success(), "{fault}");
         assert_enabled(&mut client, "m", "poweroff");
         served.assert_well();
     }
@@ -181,7 +181,7 @@ fn machine_is_disabled_when_its_state_is_unknown() {
     // The host has read the state once, at startup.
     assert_eq!(client.machine("m").unwrap()["state"], "error");
     assert_fails(&client.act("state", "m").unwrap(), "configured to fail");
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     let answer = client.act("restore_start", "blind").unwrap();
     assert_fails(&answer, "configured to fail");
     assert_disabled(&mut client, "blind", &answer);
@@ -195,7 +195,7 @@ fn machine_is_usable_when_it_is_enabled_after_a_transient_fault() {
         let mut client = served.client();
         assert_eq!(client.act("restore_start", "m").unwrap()["success"], false, "{fault}");
         client.act("enable_machine", "m").unwrap();
-        assert_eq!(client.act("restore_start", "m").unwrap(), good(), "{fault}");
+        assert_eq!(client.act("restore_start", "m").unwrap(), success(), "{fault}");
         assert_enabled(&mut client, "m", "running");
         served.assert_well();
     }
@@ -253,7 +253,7 @@ fn shutdown_completes_when_a_call_hangs() {
 fn counter(served: &Served, client: &mut Client, machine: &str) -> u64 {
     let path = served.cwd.root().join("counter");
     let answer = client.ask(json!({"action": "dump_memory", "machine": machine, "path": path})).unwrap();
-    assert_eq!(answer, good());
+    assert_eq!(answer, success());
     std::fs::read_to_string(&path).unwrap().split_whitespace().last().unwrap().parse().unwrap()
 }
 
@@ -264,9 +264,9 @@ fn restore_stops_the_machine_first_when_it_runs() {
     client.act("norestore_start", "m").unwrap();
     assert!(counter(&served, &mut client, "m") < 1_000_000);
     client.ask(json!({"action": "subscribe"})).unwrap();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    let told: Vec<_> = (0..4).map(|_| client.next_message().unwrap()["state"].clone()).collect();
-    assert_eq!(told, ["stopping", "poweroff", "starting", "running"]);
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    let reported: Vec<_> = (0..4).map(|_| client.next_message().unwrap()["state"].clone()).collect();
+    assert_eq!(reported, ["stopping", "poweroff", "starting", "running"]);
     assert!(counter(&served, &mut client, "m") > 1_000_000);
     assert_enabled(&mut client, "m", "running");
     served.assert_well();
@@ -292,7 +292,7 @@ fn machine_stays_enabled_when_an_action_is_unsupported() {
     let mut client = host.client().unwrap();
     assert_fails(&client.act("norestore_start", "m").unwrap(), "does not support norestore_start");
     assert_enabled(&mut client, "m", "poweroff");
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     for action in ["acpi_stop", "dump_memory", "screenshot", "norestore_start"] {
         let request = json!({"action": action, "machine": "m", "path": cwd.root().join("file")});
         let answer = client.ask(request).unwrap();
@@ -307,7 +307,7 @@ fn stop_succeeds_when_the_machine_is_off() {
     let mut client = served.client();
     client.ask(json!({"action": "subscribe"})).unwrap();
     for action in ["stop", "acpi_stop"] {
-        assert_eq!(client.act(action, "m").unwrap(), good(), "{action}");
+        assert_eq!(client.act(action, "m").unwrap(), success(), "{action}");
         assert_enabled(&mut client, "m", "poweroff");
     }
     // No event precedes that of the start.
@@ -321,21 +321,21 @@ fn event_is_sent_when_a_machine_powers_itself_off() {
     let served = served(&[("m", "poweroff_after_ms: 100")]);
     let mut client = served.client();
     client.ask(json!({"action": "subscribe"})).unwrap();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    let told: Vec<_> = (0..3).map(|_| client.next_message().unwrap()).collect();
-    assert_eq!([&told[0]["state"], &told[1]["state"]], ["starting", "running"]);
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    let reported: Vec<_> = (0..3).map(|_| client.next_message().unwrap()).collect();
+    assert_eq!([&reported[0]["state"], &reported[1]["state"]], ["starting", "running"]);
     let died = json!({
         "event": "state", "machine": "m", "state": "poweroff", "reason": "the machine powered itself off",
     });
-    assert_eq!(told[2], died);
+    assert_eq!(reported[2], died);
     assert_enabled(&mut client, "m", "poweroff");
     let errors = client.machine("m").unwrap()["errors"].clone();
     let error = "machine 'm': the state became poweroff by itself: the machine powered itself off";
     assert_eq!(errors, json!([error]));
     let log = served.host.log();
     assert!(log.lines().any(|line| line.contains("WARN") && line.contains("powered itself off")), "{log}");
-    assert_eq!(client.act("stop", "m").unwrap(), good());
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("stop", "m").unwrap(), success());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     served.assert_well();
 }
 

@@ -166,7 +166,7 @@ fn host_runs_no_code_of_a_plugin_when_its_interface_is_incompatible() {
     // The fixture does write its file when it is loaded.
     let mut command = Command::new("/bin/true");
     command.env("LD_PRELOAD", &file);
-    assert!(run(command).1, "the fixture does not tell when it is loaded");
+    assert!(run(command).1, "the fixture writes no file when it is loaded");
 }
 
 /// The plugin is optimised, too.

@@ -89,10 +89,10 @@ fn host_refuses_other_users_by_socket_mode_and_by_credentials() {
     assert!(refused.stdout.contains("Permission denied"), "{refused:?}");
     // The mode no longer protects the socket.
     set_mode(&cwd.socket(), 0o666);
-    let told = installed.ask_by(STRANGER, STRANGER, &cwd, &["restore-start", "m"]);
-    assert_eq!(told.code, Some(1), "{told:?}");
+    let reported = installed.ask_by(STRANGER, STRANGER, &cwd, &["restore-start", "m"]);
+    assert_eq!(reported.code, Some(1), "{reported:?}");
     let reason = "user 54321 may not use the machinery host: it is for user 0, root";
-    assert!(told.stdout.contains(reason), "{told:?}");
+    assert!(reported.stdout.contains(reason), "{reported:?}");
     assert_eq!(host.client().unwrap().machine("m").unwrap()["state"], "poweroff");
 }
 

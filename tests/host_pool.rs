@@ -26,11 +26,11 @@ impl Served {
     }
 }
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
-fn bad(reason: &str) -> Value {
+fn failure(reason: &str) -> Value {
     json!({"success": false, "reason": reason})
 }
 
@@ -52,16 +52,16 @@ fn lock_is_exclusive_until_it_is_released() {
     assert_eq!(locked["machine"], client.machine("m").unwrap());
     assert_eq!((&locked["machine"]["locked"], &locked["machine"]["locked_by"]), (&json!(true), &json!("t1")));
     let taken = "Machine m is unavailable and cannot be locked. Machine is locked by: t1";
-    assert_eq!(lock(&mut served.client(), "m", "t2"), bad(taken));
+    assert_eq!(lock(&mut served.client(), "m", "t2"), failure(taken));
     // A client repeats a request whose answer was lost, so a repeated lock succeeds.
     assert_eq!(lock(&mut client, "m", "t1"), locked);
     let wrong = json!({"action": "unlock", "machine": "m", "task_id": "t2"});
     assert_reason(&client.ask(wrong).unwrap(), "Machine is locked by: t1");
     let unlock = json!({"action": "unlock", "machine": "m", "task_id": "t1"});
-    assert_eq!(client.ask(unlock.clone()).unwrap(), good());
-    assert_eq!(client.ask(unlock).unwrap(), bad("Cannot unlock machine m. Machine is not locked."));
+    assert_eq!(client.ask(unlock.clone()).unwrap(), success());
+    assert_eq!(client.ask(unlock).unwrap(), failure("Cannot unlock machine m. Machine is not locked."));
     assert_eq!(lock(&mut client, "m", "t2")["success"], true);
-    assert_eq!(client.act("unlock", "m").unwrap(), good());
+    assert_eq!(client.act("unlock", "m").unwrap(), success());
 }
 
 #[test]
@@ -87,15 +87,15 @@ fn reserved_machine_is_refused_to_other_tasks() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let reserve = |task: &str| json!({"action": "reserve", "machine": "m", "task_id": task});
-    assert_eq!(client.ask(reserve("t1")).unwrap(), good());
+    assert_eq!(client.ask(reserve("t1")).unwrap(), success());
     assert_reason(&client.ask(reserve("t2")).unwrap(), "cannot be reserved. Machine is reserved by t1");
     let machine = client.machine("m").unwrap();
     assert_eq!((&machine["reserved"], &machine["reserved_by"]), (&json!(true), &json!("t1")));
     let taken = "Machine m is unavailable and cannot be locked. Machine is reserved by t1";
-    assert_eq!(lock(&mut client, "m", "t2"), bad(taken));
+    assert_eq!(lock(&mut client, "m", "t2"), failure(taken));
     assert_eq!(lock(&mut client, "m", "t1")["success"], true);
-    assert_eq!(client.act("unlock", "m").unwrap(), good());
-    assert_eq!(client.act("unreserve", "m").unwrap(), good());
+    assert_eq!(client.act("unlock", "m").unwrap(), success());
+    assert_eq!(client.act("unreserve", "m").unwrap(), success());
     assert_reason(&client.act("unreserve", "m").unwrap(), "Machine is not reserved");
     assert_eq!(lock(&mut client, "m", "t2")["success"], true);
 }
@@ -105,7 +105,7 @@ fn disabled_machine_cannot_be_locked() {
     let served = served(&[("m", "")]);
     let mut client = served.client();
     let disable = json!({"action": "disable_machine", "machine": "m", "reason": "its disk is full"});
-    assert_eq!(client.ask(disable).unwrap(), good());
+    assert_eq!(client.ask(disable).unwrap(), success());
     let machine = client.machine("m").unwrap();
     assert_eq!(
         (&machine["disabled"], &machine["disabled_reason"]),
@@ -113,8 +113,8 @@ fn disabled_machine_cannot_be_locked() {
     );
     let taken =
         "Machine m is unavailable and cannot be locked. Machine is disabled. Reason: its disk is full";
-    assert_eq!(lock(&mut client, "m", "t"), bad(taken));
-    assert_eq!(client.act("enable_machine", "m").unwrap(), good());
+    assert_eq!(lock(&mut client, "m", "t"), failure(taken));
+    assert_eq!(client.act("enable_machine", "m").unwrap(), success());
     assert_eq!(lock(&mut client, "m", "t")["success"], true);
 }
 
@@ -176,7 +176,7 @@ fn acquire_fails_when_all_matches_are_locked() {
     assert_eq!(next("t1").as_deref(), Ok("seven"));
     assert_eq!(next("t2").as_deref(), Ok("eleven"));
     assert!(next("t3").unwrap_err().starts_with("No machine is available"));
-    assert_eq!(served.client().act("unlock", "seven").unwrap(), good());
+    assert_eq!(served.client().act("unlock", "seven").unwrap(), success());
     assert_eq!(next("t3").as_deref(), Ok("seven"));
 }
 
@@ -202,10 +202,10 @@ fn acquire_prefers_the_locked_then_the_reserved_machine_of_a_task() {
     lock(&mut client, "seven", "other");
     let mut next = |task: &str| acquire(&mut client, task, &json!({"platform": "windows"}));
     assert_eq!(next("t").as_deref(), Ok("ten"));
-    assert_eq!(served.client().act("unlock", "seven").unwrap(), good());
+    assert_eq!(served.client().act("unlock", "seven").unwrap(), success());
     assert_eq!(next("t").as_deref(), Ok("ten"));
     let reserve = json!({"action": "reserve", "machine": "eleven", "task_id": "t2"});
-    assert_eq!(served.client().ask(reserve).unwrap(), good());
+    assert_eq!(served.client().ask(reserve).unwrap(), success());
     assert_eq!(next("t2").as_deref(), Ok("eleven"));
 }
 
@@ -286,7 +286,7 @@ fn release_works_and_lock_is_refused_when_the_manager_is_disabled() {
     lock(&mut client, "m", "t");
     client.ask(json!({"action": "reserve", "machine": "other", "task_id": "t"})).unwrap();
     client.ask(json!({"action": "disable"})).unwrap();
-    let disabled = bad("Machinery manager is disabled");
+    let disabled = failure("Machinery manager is disabled");
     for request in [
         json!({"action": "lock", "machine": "other", "task_id": "t"}),
         json!({"action": "reserve", "machine": "other", "task_id": "t"}),
@@ -296,9 +296,9 @@ fn release_works_and_lock_is_refused_when_the_manager_is_disabled() {
         assert_eq!(client.ask(request.clone()).unwrap(), disabled, "{request}");
         assert!(client.wait_for_close(), "{request}");
     }
-    assert_eq!(client.act("unlock", "m").unwrap(), good());
-    assert_eq!(client.act("unreserve", "other").unwrap(), good());
-    assert_eq!(client.ask(json!({"action": "wait_idle"})).unwrap(), good());
+    assert_eq!(client.act("unlock", "m").unwrap(), success());
+    assert_eq!(client.act("unreserve", "other").unwrap(), success());
+    assert_eq!(client.ask(json!({"action": "wait_idle"})).unwrap(), success());
     client.ask(json!({"action": "enable"})).unwrap();
     assert_eq!(lock(&mut client, "m", "t2")["success"], true);
 }
@@ -307,7 +307,7 @@ fn release_works_and_lock_is_refused_when_the_manager_is_disabled() {
 fn wait_idle_returns_when_no_action_runs_or_is_queued() {
     let served = served(&[("m", "delays_ms: {restore_start: 300, stop: 300}"), ("other", "")]);
     let mut client = served.client();
-    assert_eq!(client.ask(json!({"action": "wait_idle"})).unwrap(), good());
+    assert_eq!(client.ask(json!({"action": "wait_idle"})).unwrap(), success());
     for (id, action) in ["restore_start", "stop", "wait_idle"].iter().enumerate() {
         client.send(&json!({"action": action, "machine": "m", "id": id})).unwrap();
     }
@@ -324,7 +324,7 @@ fn dump_memory_uses_the_path_of_the_lock_when_none_is_given() {
     client.act("restore_start", "m").unwrap();
     assert_reason(&client.act("dump_memory", "m").unwrap(), "Missing path");
     client.ask(json!({"action": "lock", "machine": "m", "task_id": "t", "memory_dump_path": path})).unwrap();
-    assert_eq!(client.act("dump_memory", "m").unwrap(), good());
+    assert_eq!(client.act("dump_memory", "m").unwrap(), success());
     assert!(path.is_file());
 }
 
@@ -362,7 +362,7 @@ fn restores_get_permits_in_the_order_of_their_requests() {
     for name in &names[1..] {
         client.send(&json!({"action": "restore_start", "machine": name})).unwrap();
     }
-    assert_eq!(client.next_message().unwrap(), good());
+    assert_eq!(client.next_message().unwrap(), success());
     // All others wait by now. A later request is queued behind them.
     client.send(&json!({"action": "restore_start", "machine": "a", "id": "again"})).unwrap();
     while client.next_message().unwrap().get("id").is_none() {}

@@ -36,24 +36,24 @@ impl Served {
     }
 }
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
-fn bad(reason: &str) -> Value {
+fn failure(reason: &str) -> Value {
     json!({"success": false, "reason": reason})
 }
 
 fn subscribed(served: &Served) -> Client {
     let mut client = served.client();
-    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), good());
+    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), success());
     client
 }
 
 /// Waits for the state event of a machine.
 fn hear_state(subscriber: &mut Client, machine: &str, state: &str) {
-    let told = json!({"event": "state", "machine": machine, "state": state});
-    while subscriber.next_message().unwrap() != told {}
+    let reported = json!({"event": "state", "machine": machine, "state": state});
+    while subscriber.next_message().unwrap() != reported {}
 }
 
 /// Asserts that the connection is open.
@@ -78,7 +78,7 @@ fn failed_action_answers_only_success_and_reason() {
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
     assert_eq!(
         client.next_message().unwrap(),
-        bad("restore_start of machine 'm' failed: configured to fail")
+        failure("restore_start of machine 'm' failed: configured to fail")
     );
 }
 
@@ -96,7 +96,7 @@ fn connection_closes_when_action_or_machine_is_missing() {
     ] {
         let mut client = served.client();
         client.send(&request).unwrap();
-        assert_eq!(client.next_message().unwrap(), bad("Missing action or machine name"), "{request}");
+        assert_eq!(client.next_message().unwrap(), failure("Missing action or machine name"), "{request}");
         assert!(client.wait_for_close(), "{request}");
     }
 }
@@ -107,7 +107,7 @@ fn connection_closes_when_the_action_is_unknown() {
     for action in ["explode", "Restore_Start", "restore-start", "stop "] {
         let mut client = served.client();
         client.send(&json!({"action": action, "machine": "m"})).unwrap();
-        assert_eq!(client.next_message().unwrap(), bad("No such action"), "{action}");
+        assert_eq!(client.next_message().unwrap(), failure("No such action"), "{action}");
         assert!(client.wait_for_close(), "{action}");
     }
 }
@@ -121,7 +121,7 @@ fn connection_stays_open_when_the_machine_is_unknown() {
         assert_eq!(answer["success"], false);
         assert!(answer["reason"].as_str().unwrap().contains("ghost"), "{answer}");
     }
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn answers_arrive_when_the_client_has_shut_down_its_write_side() {
     let mut client = served.client();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
     client.shutdown_write().unwrap();
-    assert_eq!(client.next_message().unwrap(), good());
+    assert_eq!(client.next_message().unwrap(), success());
     assert!(client.wait_for_close());
 }
 
@@ -148,15 +148,15 @@ fn answers_arrive_when_the_client_has_shut_down_its_write_side() {
 fn stop_is_accepted_when_the_manager_is_disabled() {
     let served = served(&[("m", "")]);
     let mut operator = served.client();
-    assert_eq!(operator.act("restore_start", "m").unwrap(), good());
-    assert_eq!(operator.ask(json!({"action": "disable"})).unwrap(), good());
+    assert_eq!(operator.act("restore_start", "m").unwrap(), success());
+    assert_eq!(operator.ask(json!({"action": "disable"})).unwrap(), success());
     for action in ["restore_start", "norestore_start", "acpi_stop", "dump_memory", "screenshot"] {
         let answer = served.client().act(action, "m").unwrap();
-        assert_eq!(answer, bad("Machinery manager is disabled"), "{action}");
+        assert_eq!(answer, failure("Machinery manager is disabled"), "{action}");
     }
-    assert_eq!(served.client().act("stop", "m").unwrap(), good());
-    assert_eq!(operator.ask(json!({"action": "enable"})).unwrap(), good());
-    assert_eq!(operator.act("restore_start", "m").unwrap(), good());
+    assert_eq!(served.client().act("stop", "m").unwrap(), success());
+    assert_eq!(operator.ask(json!({"action": "enable"})).unwrap(), success());
+    assert_eq!(operator.act("restore_start", "m").unwrap(), success());
 }
 
 #[test]
@@ -200,8 +200,8 @@ fn actions_of_one_machine_run_in_request_order() {
         assert_eq!(client.next_message().unwrap(), json!({"success": true, "id": id}));
     }
     for state in ["starting", "running", "stopping", "poweroff"].iter().cycle().take(40) {
-        let told = json!({"event": "state", "machine": "m", "state": state});
-        assert_eq!(subscriber.next_message().unwrap(), told);
+        let reported = json!({"event": "state", "machine": "m", "state": state});
+        assert_eq!(subscriber.next_message().unwrap(), reported);
     }
 }
 
@@ -251,7 +251,7 @@ fn state_is_answered_when_an_action_runs() {
     starter.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
     hear_state(&mut subscriber, "m", "starting");
     assert_eq!(state(), json!({"success": true, "state": "starting"}));
-    assert_eq!(starter.next_message().unwrap(), good());
+    assert_eq!(starter.next_message().unwrap(), success());
     assert_eq!(state(), json!({"success": true, "state": "running"}));
     let unknown = client.act("state", "ghost").unwrap();
     assert!(unknown["reason"].as_str().unwrap().contains("ghost"), "{unknown}");
@@ -286,8 +286,8 @@ fn second_subscribe_is_refused_and_events_are_not_duplicated() {
     assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap()["success"], false);
     client.act("restore_start", "m").unwrap();
     client.act("stop", "m").unwrap();
-    let told: Vec<_> = (0..4).map(|_| client.next_message().unwrap()["state"].clone()).collect();
-    assert_eq!(told, ["starting", "running", "stopping", "poweroff"]);
+    let reported: Vec<_> = (0..4).map(|_| client.next_message().unwrap()["state"].clone()).collect();
+    assert_eq!(reported, ["starting", "running", "stopping", "poweroff"]);
 }
 
 #[test]
@@ -332,7 +332,7 @@ fn shutdown_all_stops_all_machines() {
     // One machine is still starting.
     client.send(&json!({"action": "restore_start", "machine": "c", "id": "c"})).unwrap();
     hear_state(&mut subscriber, "c", "starting");
-    assert_eq!(client.ask(json!({"action": "shutdown_all"})).unwrap(), good());
+    assert_eq!(client.ask(json!({"action": "shutdown_all"})).unwrap(), success());
     for machine in ["a", "b", "off", "c"] {
         assert_eq!(client.act("state", machine).unwrap()["state"], "poweroff", "{machine}");
     }
@@ -356,10 +356,10 @@ fn enable_machine_makes_a_disabled_machine_usable() {
     let mut client = served.client();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], false);
     assert_eq!(client.machine("m").unwrap()["disabled"], true);
-    assert_eq!(client.act("enable_machine", "m").unwrap(), good());
+    assert_eq!(client.act("enable_machine", "m").unwrap(), success());
     let machine = client.machine("m").unwrap();
     assert_eq!((&machine["disabled"], &machine["disabled_reason"]), (&json!(false), &json!("")));
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     assert!(client.act("enable_machine", "ghost").unwrap()["reason"].as_str().unwrap().contains("ghost"));
 }
 
@@ -373,8 +373,8 @@ fn dump_and_screenshot_are_written_to_the_requested_path() {
     let mut client = served.client();
     let [memory, screen] = ["memory dump", "screen.png"].map(|name| served.cwd.root().join(name));
     client.act("restore_start", "m").unwrap();
-    assert_eq!(write_to(&mut client, "dump_memory", &memory), good());
-    assert_eq!(write_to(&mut client, "screenshot", &screen), good());
+    assert_eq!(write_to(&mut client, "dump_memory", &memory), success());
+    assert_eq!(write_to(&mut client, "screenshot", &screen), success());
     assert!(fs::read_to_string(&memory).unwrap().starts_with("counter 50"));
     assert!(fs::read(&screen).unwrap().starts_with(b"\x89PNG"));
     assert_eq!(client.act("state", "m").unwrap()["state"], "running");
@@ -421,7 +421,7 @@ fn invalid_line_is_answered_with_an_error() {
         assert_eq!(answer["success"], false, "{line:?}");
         assert!(answer["reason"].as_str().unwrap().contains("JSON"), "{line:?}: {answer}");
     }
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     assert_open(&mut other);
 }
 
@@ -433,7 +433,7 @@ fn line_is_refused_when_it_exceeds_one_mebibyte() {
     let short = request.to_string().len();
     request["pad"] = json!("x".repeat(1024 * 1024 - short));
     client.send(&request).unwrap();
-    assert_eq!(client.next_message().unwrap(), good());
+    assert_eq!(client.next_message().unwrap(), success());
 
     // The host may close the connection before it has read everything.
     let _ = client.send_bytes(&vec![b' '; 2 * 1024 * 1024]);
@@ -461,11 +461,11 @@ fn requests_are_parsed_when_split_or_joined() {
     for byte in b"{\"action\":\"restore_start\",\"machine\":\"m\"}\n" {
         client.send_bytes(&[*byte]).unwrap();
     }
-    assert_eq!(client.next_message().unwrap(), good());
+    assert_eq!(client.next_message().unwrap(), success());
     let stop = "{\"action\":\"stop\",\"machine\":\"m\"}\n";
     client.send_bytes(stop.repeat(3).as_bytes()).unwrap();
     for _ in 0..3 {
-        assert_eq!(client.next_message().unwrap(), good());
+        assert_eq!(client.next_message().unwrap(), success());
     }
 }
 
@@ -474,29 +474,29 @@ fn host_memory_is_bounded_when_a_client_never_reads() {
     let served = served(&[("m", "")]);
     let resident = || number(&format!("/proc/{}/status", served.host.pid()), "VmRSS:");
     let before = resident();
-    let mut deaf = UnixStream::connect(served.cwd.socket()).unwrap();
-    deaf.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+    let mut unread = UnixStream::connect(served.cwd.socket()).unwrap();
+    unread.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
     // Until the host's queue is full.
     let full = loop {
-        if let Err(error) = deaf.write_all(b"{\"action\": \"list\"}\n") {
+        if let Err(error) = unread.write_all(b"{\"action\": \"list\"}\n") {
             break error;
         }
     };
     assert_eq!(full.kind(), ErrorKind::WouldBlock);
     let mut client = served.client();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     assert!(resident() < before + 50_000, "{before} kB before, {} kB now", resident());
 }
 
 #[test]
 fn actions_are_not_delayed_when_a_subscriber_never_reads() {
     let served = served(&[("m", "")]);
-    let _deaf = subscribed(&served);
+    let _unread = subscribed(&served);
     let mut client = served.client();
     for round in 0..2000 {
         for action in ["restore_start", "stop"] {
             client.send(&json!({"action": action, "machine": "m"})).unwrap();
-            assert_eq!(client.next_message().unwrap(), good(), "round {round}");
+            assert_eq!(client.next_message().unwrap(), success(), "round {round}");
         }
     }
 }
@@ -508,8 +508,8 @@ fn host_serves_other_processes_when_one_floods_it_with_connections() {
     let mut mine: Vec<_> = (0..600).map(|_| served.client()).collect();
     // Connections beyond the limit of one process are closed; the others stay open.
     let refused = mine.last_mut().unwrap();
-    let told = refused.next_message().unwrap();
-    assert!(told["reason"].as_str().unwrap().contains("too many connections"), "{told}");
+    let reported = refused.next_message().unwrap();
+    assert!(reported["reason"].as_str().unwrap().contains("too many connections"), "{reported}");
     assert!(refused.wait_for_close());
     assert_open(&mut mine[0]);
     let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();

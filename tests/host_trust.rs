@@ -46,7 +46,7 @@ fn start(cwd: &ScratchCwd, arguments: &[&str]) -> RunningHost {
 }
 
 /// Returns the output of `plugins` for the listed plugin.
-fn told(cwd: &ScratchCwd, arguments: &[&str]) -> Value {
+fn listed_plugin(cwd: &ScratchCwd, arguments: &[&str]) -> Value {
     let ran = run(cwd, &[arguments, &["plugins", "--json"]].concat());
     let plugins: Value = serde_json::from_str(&ran.stdout).unwrap();
     plugins["listed"][0].clone()
@@ -56,12 +56,12 @@ fn told(cwd: &ScratchCwd, arguments: &[&str]) -> Value {
 #[track_caller]
 fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
     let serve = run(cwd, &["serve"]);
-    let told = [&serve, &run(cwd, &["check"]), &run(cwd, &["plugins"])];
-    for ran in told {
+    let reported = [&serve, &run(cwd, &["check"]), &run(cwd, &["plugins"])];
+    for ran in reported {
         assert_eq!(ran.code, Some(2), "{ran:?}");
         for word in words {
-            let said = format!("{}{}", ran.stdout, ran.stderr);
-            assert!(said.contains(word), "{word:?} is not in: {said}");
+            let output = format!("{}{}", ran.stdout, ran.stderr);
+            assert!(output.contains(word), "{word:?} is not in: {output}");
         }
     }
     let errors = serve.stderr.lines().filter(|line| line.starts_with("error: ")).count();
@@ -156,9 +156,9 @@ fn plain_users_host_trusts_plugins_of_that_user_and_root() {
         assert_eq!(opened(folder_of, file_of).0, Some(0));
     }
     for (folder_of, file_of) in [(STRANGER, 1), (1, STRANGER), (1, 0)] {
-        let (code, said) = opened(folder_of, file_of);
-        assert_eq!(code, Some(2), "{said}");
-        assert!(said.contains("belongs to the user 1,"), "{said}");
+        let (code, output) = opened(folder_of, file_of);
+        assert_eq!(code, Some(2), "{output}");
+        assert!(output.contains("belongs to the user 1,"), "{output}");
     }
 }
 
@@ -212,7 +212,7 @@ fn shelve(cwd: &ScratchCwd, plugin: &Path) -> PathBuf {
 fn plugins_shows_the_target_when_a_plugin_is_a_link() {
     let (cwd, plugin) = cwd_with_plugin();
     let file = shelve(&cwd, &plugin);
-    assert_eq!(told(&cwd, &[])["path"], file.to_str().unwrap());
+    assert_eq!(listed_plugin(&cwd, &[])["path"], file.to_str().unwrap());
     let host = start(&cwd, &[]);
     let maps = fs::read_to_string(format!("/proc/{}/maps", host.pid())).unwrap();
     assert!(maps.contains(file.to_str().unwrap()), "{maps}");
@@ -251,16 +251,16 @@ fn plugin_is_refused_when_a_link_to_its_folder_is_replaceable() {
     symlink(real, way.join("plugins")).unwrap();
     let given = way.join("plugins");
     let dir = ["--plugin-dir", given.to_str().unwrap()];
-    assert_eq!(told(&cwd, &dir)["path"], plugin.to_str().unwrap());
+    assert_eq!(listed_plugin(&cwd, &dir)["path"], plugin.to_str().unwrap());
     set_mode(&way, 0o777);
-    let refused = told(&cwd, &dir)["error"].as_str().unwrap().to_owned();
+    let refused = listed_plugin(&cwd, &dir)["error"].as_str().unwrap().to_owned();
     assert!(refused.contains(&format!("everybody can write to {},", way.display())), "{refused}");
     // In a sticky folder only the owner can replace the link.
     set_mode(&way, 0o1777);
-    assert_eq!(told(&cwd, &dir)["path"], plugin.to_str().unwrap());
+    assert_eq!(listed_plugin(&cwd, &dir)["path"], plugin.to_str().unwrap());
     if is_root() {
         std::os::unix::fs::lchown(&given, Some(STRANGER), None).unwrap();
-        let refused = told(&cwd, &dir)["error"].as_str().unwrap().to_owned();
+        let refused = listed_plugin(&cwd, &dir)["error"].as_str().unwrap().to_owned();
         assert!(refused.contains(&format!("{} belongs to the user 54321", given.display())), "{refused}");
     }
 }
@@ -337,7 +337,7 @@ fn plugins_shows_hashes_of_listed_plugins_only() {
     assert!(line("minimal").contains(unlisted.to_str().unwrap()), "{text}");
     assert!(!text.contains(&sha256sum(&unlisted)), "{text}");
 
-    let double = told(&cwd, &[]);
+    let double = listed_plugin(&cwd, &[]);
     assert_eq!(double["sha256"], hash);
     for key in ["name", "version", "interface", "license", "path"] {
         assert!(double[key].is_string(), "{double}");
@@ -348,7 +348,7 @@ fn plugins_shows_hashes_of_listed_plugins_only() {
     assert!(loaded.contains(&format!("sha256={hash}")), "{loaded}");
 
     set_mode(&plugin, 0o777);
-    let refused = told(&cwd, &[]);
+    let refused = listed_plugin(&cwd, &[]);
     assert!(refused["error"].as_str().unwrap().contains("everybody can write to"), "{refused}");
     assert_eq!(refused["sha256"], Value::Null);
     assert!(!run(&cwd, &["plugins"]).stderr.contains(&hash));
@@ -357,8 +357,8 @@ fn plugins_shows_hashes_of_listed_plugins_only() {
 fn sha256sum(file: &Path) -> String {
     let mut command = Command::new("sha256sum");
     command.arg(file);
-    let told = host::run_command(command).unwrap();
-    told.stdout.split_whitespace().next().unwrap().to_owned()
+    let reported = host::run_command(command).unwrap();
+    reported.stdout.split_whitespace().next().unwrap().to_owned()
 }
 
 /// The hash of an empty file.
@@ -411,9 +411,9 @@ fn configuration_is_refused_when_a_hash_is_malformed() {
         for command in ["serve", "check", "plugins"] {
             let ran = run(&cwd, &[command]);
             assert_eq!(ran.code, Some(2), "{ran:?}");
-            let said = format!("{}{}", ran.stdout, ran.stderr);
+            let output = format!("{}{}", ran.stdout, ran.stderr);
             for word in [&place, "is not the hash of a plugin", "64 hexadecimal digits"] {
-                assert!(said.contains(word), "{word:?} is not in: {said}");
+                assert!(output.contains(word), "{word:?} is not in: {output}");
             }
         }
     }

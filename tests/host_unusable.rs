@@ -42,8 +42,8 @@ fn host_serves_other_machines_when_one_lacks_its_snapshot() {
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "sound").unwrap(), done());
-    let told = disabled_reason(&mut client, "broken").unwrap();
-    assert!(told.contains(needs.to_str().unwrap()), "{told}");
+    let reported = disabled_reason(&mut client, "broken").unwrap();
+    assert!(reported.contains(needs.to_str().unwrap()), "{reported}");
     for action in ["restore_start", "norestore_start"] {
         let refused = client.act(action, "broken").unwrap();
         assert!(

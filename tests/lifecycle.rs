@@ -15,19 +15,19 @@ use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
 fn subscribed(host: &RunningHost) -> Client {
     let mut client = host.client().unwrap();
-    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), good());
+    assert_eq!(client.ask(json!({"action": "subscribe"})).unwrap(), success());
     client
 }
 
 fn hear_state(subscriber: &mut Client, machine: &str, state: &str) {
-    let told = json!({"event": "state", "machine": machine, "state": state});
-    while subscriber.next_message().unwrap() != told {}
+    let reported = json!({"event": "state", "machine": machine, "state": state});
+    while subscriber.next_message().unwrap() != reported {}
 }
 
 #[track_caller]
@@ -56,7 +56,7 @@ fn shutdown_finishes_running_actions_and_refuses_queued_ones() {
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = subscribed(&host);
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "n").unwrap(), good());
+    assert_eq!(client.act("restore_start", "n").unwrap(), success());
     for id in ["runs", "waits"] {
         client.send(&json!({"action": "restore_start", "machine": "m", "id": id})).unwrap();
     }
@@ -126,7 +126,7 @@ fn second_host_is_refused_when_the_cwd_is_served() {
     assert_eq!(second.code, Some(2), "{second:?}");
     assert!(second.stderr.contains("another host already serves this CWD"), "{second:?}");
     // The first host is not affected.
-    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), good());
+    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), success());
     host.terminate().unwrap();
     RunningHost::start(&cwd).unwrap();
 }
@@ -150,7 +150,7 @@ fn stale_socket_is_replaced_when_a_host_was_killed() {
     assert!(cwd.socket().exists());
     assert_eq!(host::run(&cwd, &["list"]).unwrap().code, Some(1));
     let mut host = RunningHost::start(&cwd).unwrap();
-    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), good());
+    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), success());
     host.signal(Signal::TERM).unwrap();
     assert_ended_well(&mut host, &cwd);
 }
@@ -161,7 +161,7 @@ fn host_serves_when_the_cwd_is_longer_than_a_socket_address() {
     let cwd = ScratchCwd::below(&deep, &[("double", &double(&[("m", "")]))]).unwrap();
     assert!(cwd.socket().as_os_str().len() > 200);
     let mut host = RunningHost::start(&cwd).unwrap();
-    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), good());
+    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap(), success());
     let stopped = host::run(&cwd, &["stop", "m"]).unwrap();
     assert_eq!(stopped.code, Some(0), "{stopped:?}");
     let second = host::run(&cwd, &["serve"]).unwrap();
@@ -274,9 +274,9 @@ fn commands_write_one_json_value_when_json_is_requested() {
     let screen = cwd.root().join("screen").display().to_string();
     assert_eq!(json(&["list"], 0)["machines"][0]["name"], "m");
     assert_eq!(json(&["state", "m"], 0), json!({"success": true, "state": "poweroff"}));
-    assert_eq!(json(&["restore-start", "m"], 0), good());
-    assert_eq!(json(&["screenshot", "m", &screen], 0), good());
-    assert_eq!(json(&["stop", "m"], 0), good());
+    assert_eq!(json(&["restore-start", "m"], 0), success());
+    assert_eq!(json(&["screenshot", "m", &screen], 0), success());
+    assert_eq!(json(&["stop", "m"], 0), success());
     let failed = json(&["stop", "ghost"], 1);
     assert!(failed["reason"].as_str().unwrap().contains("ghost"), "{failed}");
     assert_eq!(json(&["check"], 0)["success"], true);

@@ -79,7 +79,7 @@ impl Served {
         let mut client = self.client();
         for machine in machines.iter().chain(&["fine"]) {
             for action in ["restore_start", "stop", "norestore_start", "acpi_stop"] {
-                assert_eq!(client.act(action, machine).unwrap(), good(), "{action} of {machine}");
+                assert_eq!(client.act(action, machine).unwrap(), success(), "{action} of {machine}");
             }
             assert_eq!(client.act("state", machine).unwrap()["state"], "poweroff");
             assert_eq!(client.machine(machine).unwrap()["disabled"], false);
@@ -90,18 +90,18 @@ impl Served {
     }
 }
 
-fn good() -> Value {
+fn success() -> Value {
     json!({"success": true})
 }
 
 #[track_caller]
 fn assert_fails(answer: &Value, words: &[&str]) {
     assert_eq!(answer["success"], false, "{answer}");
-    assert_says(answer["reason"].as_str().unwrap(), words);
+    assert_contains(answer["reason"].as_str().unwrap(), words);
 }
 
 #[track_caller]
-fn assert_says(text: &str, words: &[&str]) {
+fn assert_contains(text: &str, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{word:?} is not in: {}", text.chars().take(5000).collect::<String>());
     }
@@ -128,13 +128,13 @@ fn assert_each_method_disables_its_machine(fault: &str, words: &[&str]) {
     let mut client = served.client();
     for (method, needs_running) in methods {
         if needs_running {
-            assert_eq!(client.act("restore_start", method).unwrap(), good());
+            assert_eq!(client.act("restore_start", method).unwrap(), success());
         }
         let answer = served.act(&mut client, method, method);
         if method == "prepare" && fault == "hang" {
             // The host's own preparation of the machine hangs already.
             assert_fails(&answer, &["earlier call"]);
-            assert_says(client.machine(method).unwrap()["disabled_reason"].as_str().unwrap(), words);
+            assert_contains(client.machine(method).unwrap()["disabled_reason"].as_str().unwrap(), words);
             continue;
         }
         assert_fails(&answer, words);
@@ -192,7 +192,7 @@ fn machine_is_disabled_when_its_state_cannot_be_read() {
         // The host has read the state at startup.
         let listed = client.machine(fault).unwrap();
         assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
-        assert_says(listed["disabled_reason"].as_str().unwrap(), &[words]);
+        assert_contains(listed["disabled_reason"].as_str().unwrap(), &[words]);
         client.act("enable_machine", fault).unwrap();
         let answer = client.act("state", fault).unwrap();
         assert_fails(&answer, &[words, &format!("querying the state of machine '{fault}' failed")]);
@@ -204,10 +204,10 @@ fn machine_is_disabled_when_its_state_cannot_be_read() {
 #[test]
 fn thread_panic_is_logged_and_the_machine_stays_enabled() {
     let served = serve(&misbehaving("", &[("m", "faults: {restore_start: thread_panic}")]));
-    assert_eq!(served.client().act("restore_start", "m").unwrap(), good());
+    assert_eq!(served.client().act("restore_start", "m").unwrap(), success());
     let log = served.host.log();
     let line = log.lines().find(|line| line.contains("a thread panics in RestoreStart")).unwrap();
-    assert_says(line, &["machinery=\"misbehaving\"", "faulty-panic", "faults.rs:"]);
+    assert_contains(line, &["machinery=\"misbehaving\"", "faulty-panic", "faults.rs:"]);
     served.assert_well(&["m"]);
 }
 
@@ -220,7 +220,7 @@ fn assert_no_start(keys: &str, words: &[&str]) -> CommandOutput {
     }
     let ran = host::run(&cwd, &["serve"]).unwrap();
     assert_eq!(ran.code, Some(2), "{keys}: {}", ran.stderr);
-    assert_says(&ran.stderr, words);
+    assert_contains(&ran.stderr, words);
     assert_eq!(ran.stderr.lines().filter(|line| line.starts_with("error: ")).count(), 1, "{}", ran.stderr);
     assert!(!cwd.socket().exists());
     ran
@@ -233,8 +233,8 @@ fn serve_fails_with_the_panic_when_a_plugin_panics_during_startup() {
         let words = ["'misbehaving'", "the plugin 'misbehaving' panicked: ", what];
         for method in ["load", "machines", "capabilities", "version"] {
             let ran = assert_no_start(&format!("faults: {{{method}: {fault}}}"), &words);
-            let told = if method == "load" { "loading the machinery 'misbehaving'" } else { method };
-            assert_says(&ran.stderr, &[told, "failed: "]);
+            let reported = if method == "load" { "loading the machinery 'misbehaving'" } else { method };
+            assert_contains(&ran.stderr, &[reported, "failed: "]);
         }
     }
 }
@@ -254,9 +254,9 @@ fn serve_fails_with_a_timeout_when_a_library_initialiser_hangs() {
     for command in ["serve", "check", "plugins"] {
         let ran = host::run(&cwd, &[command]).unwrap();
         assert_eq!(ran.code, Some(2), "{command}: {ran:?}");
-        let said = format!("{}{}", ran.stdout, ran.stderr);
-        assert_says(
-            &said,
+        let output = format!("{}{}", ran.stdout, ran.stderr);
+        assert_contains(
+            &output,
             &["opening ", "libmachinery_hangs_on_load.so", "did not return within", "`timeouts`"],
         );
     }
@@ -269,7 +269,7 @@ fn host_exits_when_dropping_a_machinery_fails() {
             &format!("faults: {{version: panic, drop: {fault}}}"),
             &["version of 'misbehaving'"],
         );
-        assert_says(&ran.stderr, &["the misbehaving machinery is dropped", words]);
+        assert_contains(&ran.stderr, &["the misbehaving machinery is dropped", words]);
     }
     let both = "faults: {version: panic, shutdown: hang}";
     assert_no_start(
@@ -289,7 +289,7 @@ fn host_exits_when_a_plugins_shutdown_fails() {
         let mut served = serve(&misbehaving(&format!("faults: {{shutdown: {fault}}}"), &[("m", "")]));
         served.client().act("restore_start", "m").unwrap();
         assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
-        assert_says(&served.host.log(), &[words, "machinery=\"misbehaving\""]);
+        assert_contains(&served.host.log(), &[words, "machinery=\"misbehaving\""]);
         assert!(!served.cwd.socket().exists());
     }
 }
@@ -306,7 +306,7 @@ fn check_reports_a_problem_when_a_plugins_check_fails() {
         cwd.host_yaml("timeouts: {load: 2}\n").unwrap();
         let ran = host::run(&cwd, &["check"]).unwrap();
         assert_eq!(ran.code, Some(2), "{ran:?}");
-        assert_says(&ran.stdout, &["PROBLEM", "checking 'misbehaving'", words, "1 machines in memory"]);
+        assert_contains(&ran.stdout, &["PROBLEM", "checking 'misbehaving'", words, "1 machines in memory"]);
     }
 }
 
@@ -322,7 +322,7 @@ fn host_exits_when_stops_and_preparations_hang() {
     cwd.host_yaml(&LIMITS.replace("prepare: 1", "prepare: 3600")).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     let begun = Instant::now();
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
     assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
@@ -351,7 +351,7 @@ fn reload_changes_nothing_when_a_plugins_reload_fails() {
     ] {
         let served = serve(&misbehaving(&format!("faults: {{reload: {fault}}}"), &[("m", "")]));
         let mut client = served.client();
-        assert_eq!(client.act("restore_start", "m").unwrap(), good());
+        assert_eq!(client.act("restore_start", "m").unwrap(), success());
         // The other machinery applies its change, and has to roll back.
         served.cwd.write_yaml("double", &double(&[("fine", ""), ("more", "")])).unwrap();
         for words in [words, if fault == "hang" { "earlier reload" } else { words }] {
@@ -360,7 +360,7 @@ fn reload_changes_nothing_when_a_plugins_reload_fails() {
             let list = client.ask(json!({"action": "list"})).unwrap();
             assert_eq!(list["machines"].as_array().unwrap().len(), 2, "{list}");
         }
-        assert_eq!(client.act("stop", "m").unwrap(), good());
+        assert_eq!(client.act("stop", "m").unwrap(), success());
         served.assert_well(&["m"]);
     }
 }
@@ -369,12 +369,12 @@ fn reload_changes_nothing_when_a_plugins_reload_fails() {
 fn host_exits_when_a_reload_hangs() {
     let mut served = serve(&misbehaving("faults: {reload: hang}", &[("m", "")]));
     let mut client = served.client();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
     client.subscribe().unwrap();
     client.send(&json!({"action": "reload"})).unwrap();
     client.wait_for_event("progress", "m").unwrap();
     assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
-    assert_says(&served.host.log(), &["nothing has changed", "machine=\"m\" action=\"stop\""]);
+    assert_contains(&served.host.log(), &["nothing has changed", "machine=\"m\" action=\"stop\""]);
     assert!(!served.cwd.socket().exists());
 }
 
@@ -414,8 +414,8 @@ fn added_machine_is_disabled_when_its_state_cannot_be_read() {
     for (machine, words) in [("panics", "the plugin 'double' panicked"), ("hangs", "did not return")] {
         let listed = client.machine(machine).unwrap();
         assert_eq!((&listed["disabled"], &listed["state"]), (&json!(true), &json!("error")), "{listed}");
-        let told = format!("querying the state of machine '{machine}' failed");
-        assert_says(listed["disabled_reason"].as_str().unwrap(), &[words, &told]);
+        let reported = format!("querying the state of machine '{machine}' failed");
+        assert_contains(listed["disabled_reason"].as_str().unwrap(), &[words, &reported]);
     }
     served.assert_well(&["m", "more"]);
 }
@@ -427,7 +427,7 @@ fn events_are_dropped_when_a_plugin_sends_them_after_shutdown() {
     client.subscribe().unwrap();
     assert_eq!(served.host.terminate().unwrap().code(), Some(0), "{}", served.host.log());
     assert!(client.wait_for_close(), "an event of a host that has ended");
-    assert_says(&served.host.log(), &["after the end"]);
+    assert_contains(&served.host.log(), &["after the end"]);
 }
 
 #[test]
@@ -439,20 +439,20 @@ fn plugin_events_are_sanitised_and_cut() {
     let before = served.host.resources().unwrap().resident_kib;
     let mut client = served.client();
     client.subscribe().unwrap();
-    for (fault, told) in [
+    for (fault, expected) in [
         ("invalid_utf8", r#""bad \xff\xfe text""#),
         ("zero_byte", "zero \0 byte"),
         ("terminal_commands", "forged"),
         ("ten_megabytes", "xxx… (cut, it had 10000000 bytes)"),
     ] {
-        assert_eq!(client.act("restore_start", fault).unwrap(), good(), "{fault}");
+        assert_eq!(client.act("restore_start", fault).unwrap(), success(), "{fault}");
         assert_eq!(client.wait_for_state(fault, "starting").unwrap(), "");
         let reason = client.wait_for_state(fault, "paused").unwrap();
-        assert!(reason.contains(told) && reason.len() < 10_000, "{fault}: {} bytes", reason.len());
+        assert!(reason.contains(expected) && reason.len() < 10_000, "{fault}: {} bytes", reason.len());
         let why = client.wait_for_event("ready", fault).unwrap()["reason"].as_str().unwrap().to_owned();
         // Invalid UTF-8 makes the whole record invalid.
-        let told = if fault == "invalid_utf8" { r"bad \xff\xfe text" } else { told };
-        assert!(why.contains(told) && why.len() < 10_000, "{fault}: {} bytes", why.len());
+        let expected = if fault == "invalid_utf8" { r"bad \xff\xfe text" } else { expected };
+        assert!(why.contains(expected) && why.len() < 10_000, "{fault}: {} bytes", why.len());
         let listed = client.machine(fault).unwrap();
         assert_eq!((&listed["disabled"], &listed["state"]), (&json!(false), &json!("running")));
     }
@@ -460,7 +460,7 @@ fn plugin_events_are_sanitised_and_cut() {
     assert!(!log.lines().any(|line| line.starts_with("ERROR")), "a plugin has forged a line");
     assert!(!log.contains(['\x1b', '\x07', '\r', '\u{9b}', '\0']), "a plugin commands the terminal");
     assert!(log.lines().all(|line| line.len() < 30_000));
-    assert_says(&log, &[r"\u{1b}[2J", "the log record makes no sense"]);
+    assert_contains(&log, &[r"\u{1b}[2J", "the log record makes no sense"]);
     let list = host::run(&served.cwd, &["list"]).unwrap();
     assert_eq!(list.code, Some(0));
     assert!(!list.stdout.contains(['\x1b', '\x07', '\r', '\u{9b}', '\0']), "{}", list.stdout);
@@ -476,7 +476,7 @@ fn plugin_errors_are_sanitised_and_cut() {
     let machines: Vec<_> = keys.iter().map(|(name, keys)| (*name, keys.as_str())).collect();
     let served = serve_patiently(&misbehaving("", &machines));
     let mut client = served.client();
-    for (fault, told) in [
+    for (fault, expected) in [
         ("fifty_megabytes", "xxx… (cut, it had 50000000 bytes)"),
         ("terminal_commands", "\nERROR forged line"),
         ("zero_byte", "\0"),
@@ -484,7 +484,7 @@ fn plugin_errors_are_sanitised_and_cut() {
         for _ in 0..3 {
             client.act("enable_machine", fault).unwrap();
             let answer = client.act("restore_start", fault).unwrap();
-            assert_fails(&answer, &[told]);
+            assert_fails(&answer, &[expected]);
             assert!(answer.to_string().len() < 10_000);
             assert_disabled(&mut client, fault, &answer);
         }
@@ -492,7 +492,7 @@ fn plugin_errors_are_sanitised_and_cut() {
     client.act("enable_machine", "terminal_commands").unwrap();
     let shown = host::run(&served.cwd, &["restore-start", "terminal_commands"]).unwrap();
     assert_eq!(shown.code, Some(1));
-    assert_says(&shown.stderr, &[r"\u{1b}[2J"]);
+    assert_contains(&shown.stderr, &[r"\u{1b}[2J"]);
     assert!(!shown.stderr.contains(['\x1b', '\x07', '\r', '\u{9b}']), "{}", shown.stderr);
     let log = served.host.log();
     assert!(!log.lines().any(|line| line.starts_with("ERROR")), "a plugin has forged a line");
@@ -505,27 +505,29 @@ fn version_is_sanitised_and_cut() {
         "faults: {version: invalid_utf8}",
         &["version of 'misbehaving'", r#""bad \xff\xfe text""#],
     );
-    for (fault, told) in
+    for (fault, expected) in
         [("ten_megabytes", "xxx… (cut, it had 10000000 bytes)"), ("zero_byte", "zero \0 byte")]
     {
         let served = serve_patiently(&misbehaving(&format!("faults: {{version: {fault}}}"), &[("m", "")]));
         let answer = served.client().ask(json!({"action": "version"})).unwrap();
         let version = answer["machineries"]["misbehaving"].as_str().unwrap();
-        assert!(version.contains(told) && version.len() < 10_000, "{} bytes", version.len());
+        assert!(version.contains(expected) && version.len() < 10_000, "{} bytes", version.len());
         served.assert_well(&["m"]);
     }
 }
 
 #[test]
 fn serve_fails_when_a_machine_name_is_invalid() {
-    for (fault, told) in [
+    for (fault, expected) in [
         ("invalid_utf8", r"\xff\xfe"),
         ("zero_byte", r#""zero \0 byte""#),
         ("terminal_commands", r"\u{1b}[2J"),
         ("fifty_megabytes", "xxx… (cut, it had 50000000 bytes)"),
     ] {
-        let ran =
-            assert_no_start(&format!("faults: {{machines: {fault}}}"), &["machines of 'misbehaving'", told]);
+        let ran = assert_no_start(
+            &format!("faults: {{machines: {fault}}}"),
+            &["machines of 'misbehaving'", expected],
+        );
         assert!(ran.stderr.len() < 10_000 && !ran.stderr.contains('\x1b'), "{}", ran.stderr);
     }
 }
@@ -562,13 +564,13 @@ fn request_is_refused_when_it_is_no_text_or_no_path() {
     let lock = json!({"action": "lock", "machine": "m", "task_id": odd});
     assert_eq!(client.ask(lock).unwrap()["success"], true);
     let list = host::run(&served.cwd, &["list"]).unwrap();
-    assert_says(&list.stdout, &[r"locked by t\0\u{1b}[2J"]);
+    assert_contains(&list.stdout, &[r"locked by t\0\u{1b}[2J"]);
     let disable = json!({"action": "disable_machine", "machine": "m", "reason": odd});
-    assert_eq!(client.ask(disable).unwrap(), good());
+    assert_eq!(client.ask(disable).unwrap(), success());
     assert_eq!(client.machine("m").unwrap()["disabled_reason"], odd);
-    assert_eq!(client.act("enable_machine", "m").unwrap(), good());
+    assert_eq!(client.act("enable_machine", "m").unwrap(), success());
     let unlock = json!({"action": "unlock", "machine": "m", "task_id": odd});
-    assert_eq!(client.ask(unlock).unwrap(), good());
+    assert_eq!(client.ask(unlock).unwrap(), success());
     assert!(!served.host.log().contains(['\x1b', '\0']));
     served.assert_well(&["m"]);
 }
@@ -579,13 +581,13 @@ fn host_serves_a_hundred_thousand_machines() {
     let mut client = served.client();
     let list = client.ask(json!({"action": "list"})).unwrap();
     assert_eq!(list["machines"].as_array().unwrap().len(), 100_002);
-    assert_eq!(client.act("restore_start", "extra_99999").unwrap(), good());
+    assert_eq!(client.act("restore_start", "extra_99999").unwrap(), success());
     assert_eq!(client.act("state", "extra_99999").unwrap()["state"], "running");
     assert_eq!(client.ask(json!({"action": "reload"})).unwrap()["success"], true);
     let held = served.host.resources().unwrap();
     assert!(held.resident_kib < 2 * 1024 * 1024 && held.threads < 300, "{held:?}");
     // A list takes a debug build seconds, so the test requests no more of them.
-    assert_eq!(client.act("restore_start", "fine").unwrap(), good());
+    assert_eq!(client.act("restore_start", "fine").unwrap(), success());
     assert_eq!(served.host.terminate().unwrap().code(), Some(0));
 }
 

@@ -93,10 +93,10 @@ fn host_serves_other_machineries_when_a_plugin_lacks_a_library() {
     put_lacking(&cwd);
     let mut host = RunningHost::start(&cwd).unwrap();
     let log = host.log();
-    let told: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
-    assert_eq!(told.len(), 1, "{log}");
+    let reported: Vec<_> = log.lines().filter(|line| line.contains("ERROR")).collect();
+    assert_eq!(reported.len(), 1, "{log}");
     for word in LACKING.iter().chain(&["machinery=\"lacking\"", "left out", "start the host anew"]) {
-        assert!(told[0].contains(word), "{word:?} is not in: {}", told[0]);
+        assert!(reported[0].contains(word), "{word:?} is not in: {}", reported[0]);
     }
 
     let list = host::run(&cwd, &["list"]).unwrap();

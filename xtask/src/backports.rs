@@ -142,11 +142,10 @@ fn try_namespace() -> Result<()> {
     let mount = ["mount", "-t", "overlay", "overlay", "-o", "lowerdir=/usr/bin:/usr/share", "/usr"];
     output(namespace().args(mount)).map(drop).map_err(|failure| match failure {
         Failure::Message(said) => Failure::Message(format!(
-            "cannot lay other files over /usr for the tests alone: {said}\n\
-             Root may do this, except in most containers. Other users may where the kernel is 5.11 or \
-             newer and lets them make user namespaces; if it is told not to, that is by one of the \
-             settings kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns and \
-             user.max_user_namespaces"
+            "cannot mount other files over /usr for the tests alone: {said}\n\
+             Root may do this, except in most containers. Other users may do it with kernel 5.11 or newer, \
+             if they may make user namespaces. The settings kernel.unprivileged_userns_clone, \
+             kernel.apparmor_restrict_unprivileged_userns and user.max_user_namespaces can forbid that"
         )),
         failure @ Failure::Step(_) => failure,
     })

@@ -30,10 +30,10 @@ pub fn run(options: &Options) -> Result<()> {
     step(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     step(&mut cargo(["build", "--workspace"]))?;
     if backports.is_some() {
-        // Built here, with the system's files; among the others nothing is left to build.
+        // The tests are built with the system's files, before the others are mounted.
         step(&mut cargo(["test", "--workspace", "--all-targets", "--no-run"]))?;
     }
-    tell_of_cuckoo3();
+    announce_skipped_cuckoo3_tests();
     let marker = RunMarker::new();
     let tests = test_commands(&options.args).into_iter().try_for_each(|args| {
         let mut tests = cargo(args);
@@ -55,11 +55,11 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// A test runner hides the output of a successful test, and a skipped test succeeds.
-fn tell_of_cuckoo3() {
+fn announce_skipped_cuckoo3_tests() {
     if std::env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
         eprintln!(
             "\nThe tests with Cuckoo3 will be skipped. To run them, set CUCKOO3_PYTHON to the Python of an \
-             environment that has it: integrations/cuckoo3/README.md tells how to make one."
+             environment that has it: integrations/cuckoo3/README.md shows how to make one."
         );
     }
 }

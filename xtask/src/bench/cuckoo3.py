@@ -2,9 +2,8 @@
 
     python cuckoo3.py CWD MACHINE
 
-Writes `ready`, then for each action that comes as a line on standard input the seconds that the client
-waited for it. Ends with its input, after it has stopped the machines. What is measured is what Cuckoo3's
-task flow waits for: the client's call, from begin to return.
+Writes `ready`. Runs each action that it reads as a line from standard input, and writes the seconds of the
+client's call, for which Cuckoo3's task flow waits. Stops the machines and ends with its input.
 """
 
 import sys

@@ -76,8 +76,8 @@ impl<'a> DemoHost<'a> {
     pub fn end(&mut self) -> Result<()> {
         let Some(mut host) = self.host.take() else { return Ok(()) };
         let pid = Pid::from_child(&host);
-        let told = kill_process(pid, Signal::TERM).context(|| "cannot tell the host to end".to_owned());
-        let ended = told.and_then(|()| ends_within(pid, END_TIMEOUT));
+        let signalled = kill_process(pid, Signal::TERM).context(|| "cannot send the host SIGTERM".to_owned());
+        let ended = signalled.and_then(|()| ends_within(pid, END_TIMEOUT));
         if !matches!(ended, Ok(true)) {
             // The host may have ended meanwhile.
             let _ = host.kill();

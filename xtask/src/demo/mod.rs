@@ -41,16 +41,16 @@ pub fn run(options: &Options) -> Result<()> {
     let scratch = cwd::DemoCwd::new()?;
     say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
     let (machine, took) = timed(|| machine::make(options.machinery, &qemu, scratch.path()))?;
-    note(&format!("ready after {} (it is kept for the next time)", times::shown(took)));
+    note(&format!("ready after {} (it is cached)", times::shown(took)));
     scratch.configure(&machine)?;
     let marker = RunMarker::new();
     let times = show(&scratch, &machine, &marker)?;
     // A private libvirtd ends with the machine.
     drop(machine);
     marker.check_none_left()?;
-    say("The host has ended, and nothing it started is left: no process, no socket, no disk.");
+    say("The host has ended, and left no process, no socket and no disk.");
     println!("\n{times}");
-    note("as seen by who types the commands: each starts a program and talks to the host's socket");
+    note("times of the commands: each starts a program and connects to the host's socket");
     note(&format!("screenshots: {}", pictures()?.display()));
     Ok(())
 }
@@ -58,21 +58,21 @@ pub fn run(options: &Options) -> Result<()> {
 fn show(scratch: &cwd::DemoCwd, machine: &Machine, marker: &RunMarker) -> Result<Times> {
     let program = program_folder()?.join("cuckoo-machinery");
     let mut host = DemoHost::new(&program, scratch.path(), marker);
-    say("Is all as it should be?");
+    say("Configuration and environment are checked.");
     host.run(["check"])?;
     say("The host is started.");
     let ((), took) = timed(|| host.serve())?;
     note(&format!("ready after {}", times::shown(took)));
-    say("What can be done ahead of a restore is done, which the host does by itself otherwise.");
+    say("The machine is prepared for its next restore, which the host also does by itself.");
     let ((), took) = timed(|| host.run(["prepare"]))?;
     note(&format!("ready after {}", times::shown(took)));
     host.run(["list"])?;
     let mut times = Times::new(ROUNDS);
     for round in 1..=ROUNDS {
-        say(&format!("Round {round} of {ROUNDS}: restored, looked at, thrown away."));
+        say(&format!("Round {round} of {ROUNDS}: restore, inspect, stop."));
         play(&host, scratch.path(), &machine.probe, round, &mut times)?;
     }
-    say("The host is told to end.");
+    say("The host gets SIGTERM.");
     host.end()?;
     scratch.check_nothing_left(machine)?;
     Ok(times)

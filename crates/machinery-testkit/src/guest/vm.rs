@@ -116,7 +116,7 @@ impl Vm {
         let timeout = Timespec::try_from(timeout).context(|| "waiting for QEMU's end".to_owned())?;
         let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
         match ended.context(|| "waiting for QEMU's end".to_owned())? {
-            0 => Err(self.monitor.failed("waiting for QEMU's end", "it goes on")),
+            0 => Err(self.monitor.failed("waiting for QEMU's end", "it still runs")),
             _ => self.child.wait().context(|| "waiting for QEMU's end".to_owned()).map(drop),
         }
     }

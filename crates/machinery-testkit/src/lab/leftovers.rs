@@ -44,7 +44,7 @@ pub fn kill(processes: &[(Pid, String)]) {
 /// There are leftovers.
 pub fn expect_none(left: Result<Vec<String>>) {
     if !std::thread::panicking() {
-        assert_eq!(left, Ok(Vec::new()), "this was left of a run");
+        assert_eq!(left, Ok(Vec::new()), "leftovers of a run");
     }
 }
 

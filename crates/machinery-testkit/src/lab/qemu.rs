@@ -120,7 +120,7 @@ impl Lab {
     /// The lab was not made [with one](Lab::with_network).
     #[allow(clippy::panic)]
     pub fn network(&self) -> &TestNetwork {
-        self.network.as_ref().unwrap_or_else(|| panic!("the lab is on no network"))
+        self.network.as_ref().unwrap_or_else(|| panic!("the lab has no network"))
     }
 
     /// Returns the path of QEMU's own dump of a machine's traffic in its last run.
@@ -218,7 +218,7 @@ impl Lab {
     /// There are leftovers.
     #[track_caller]
     pub fn assert_clean(&self) {
-        assert_eq!(self.leftovers(), Ok(Vec::new()), "this is left of a run");
+        assert_eq!(self.leftovers(), Ok(Vec::new()), "leftovers of a run");
     }
 
     fn fresh_yaml(&self) -> String {

@@ -121,7 +121,7 @@ impl Libvirtd {
         let process = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
         kill_process(pid, Signal::KILL).context(what)?;
         match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&KILL_TIMEOUT)).context(what)? {
-            0 => Err(Error::new(format!("{}: it goes on", what()))),
+            0 => Err(Error::new(format!("{}: it still runs", what()))),
             _ => Ok(()),
         }
     }

@@ -43,7 +43,7 @@ pub struct Master {
 impl Master {
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
         if guest == Guest::TrafficSource {
-            return Err(Error::new("the talking guest is no domain: there is no wire to libvirt's network"));
+            return Err(Error::new("the traffic source cannot be a domain: a domain has no test network"));
         }
         let cache = cache::open(cache)?;
         let recipe = Recipe::of(guest, &cache)?;
