@@ -4,7 +4,7 @@ use std::fmt;
 
 use fancy_regex::Regex;
 
-use super::{Kind, Text};
+use super::text::{Kind, Text};
 
 /// A measured word: its name, its pattern, and the most occurrences per 1,000 words of prose.
 const MEASURED: [(&str, &str, f64); 3] = [

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use super::{Text, markup, rust};
+use super::text::Text;
+use super::{markup, rust};
 use crate::run::{Context, Result};
 use crate::tracked;
 

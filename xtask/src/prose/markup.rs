@@ -1,6 +1,6 @@
 //! The texts of files that are not Rust: paragraphs of Markdown, comments that begin with `#`.
 
-use super::{Kind, Text};
+use super::text::{Kind, Text};
 
 /// Divides Markdown into paragraphs. Headings, list items and table rows are paragraphs of their own.
 pub fn markdown(content: &str) -> Vec<Text> {

@@ -8,12 +8,14 @@ mod files;
 mod list;
 mod markup;
 mod rust;
+mod text;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use self::counts::Counts;
-use self::list::List;
+use self::list::{Finding, List};
+use self::text::Text;
 use crate::run::{CHECKOUT, Result};
 
 /// Options of `cargo xtask prose`.
@@ -27,34 +29,6 @@ pub struct Options {
     checkout: PathBuf,
     /// Check only files that begin with one of these paths, relative to the checkout [default: all files]
     paths: Vec<String>,
-}
-
-/// A place in a file where a phrase was found.
-#[derive(Debug, PartialEq)]
-struct Finding {
-    path: String,
-    line: usize,
-    phrase: String,
-    suggestion: String,
-}
-
-/// The kind of a text.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
-    /// A paragraph of a comment or document.
-    Prose,
-    /// A string literal, or a line of code in a file that is not Rust.
-    Code,
-    /// The name of a test function.
-    TestName,
-}
-
-/// A piece of a file that the check reads.
-#[derive(Debug, PartialEq)]
-struct Text {
-    kind: Kind,
-    /// The lines, without comment signs, and their numbers.
-    lines: Vec<(usize, String)>,
 }
 
 /// Runs the check, or counts.

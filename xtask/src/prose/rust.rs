@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use fancy_regex::Regex;
 
 use super::markup::paragraphs;
-use super::{Kind, Text};
+use super::text::{Kind, Text};
 
 /// Divides Rust source into the texts that readers see.
 pub fn texts(source: &str) -> Vec<Text> {
