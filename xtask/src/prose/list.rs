@@ -2,11 +2,20 @@
 
 use fancy_regex::{Regex, RegexBuilder};
 
-use super::text::{Finding, Kind, Text};
+use super::text::{Kind, Text};
 use crate::run::{Context, Result};
 
 /// The list of this repository.
 pub const PHRASES: &str = include_str!("../../prose.txt");
+
+/// A place in a file where a phrase was found.
+#[derive(Debug, PartialEq)]
+pub struct Finding {
+    pub path: String,
+    pub line: usize,
+    pub phrase: String,
+    pub suggestion: String,
+}
 
 /// Forbidden phrases.
 pub struct List {

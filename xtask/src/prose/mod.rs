@@ -14,8 +14,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use self::counts::Counts;
-use self::list::List;
-use self::text::{Finding, Text};
+use self::list::{Finding, List};
+use self::text::Text;
 use crate::run::{CHECKOUT, Result};
 
 /// Options of `cargo xtask prose`.

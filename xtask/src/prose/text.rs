@@ -1,13 +1,4 @@
-//! What the check reads, and what it finds.
-
-/// A place in a file where a phrase was found.
-#[derive(Debug, PartialEq)]
-pub struct Finding {
-    pub path: String,
-    pub line: usize,
-    pub phrase: String,
-    pub suggestion: String,
-}
+//! The texts that the check reads, whatever file they are from.
 
 /// The kind of a text.
 #[derive(Clone, Copy, Debug, PartialEq)]
