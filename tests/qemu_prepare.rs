@@ -1,4 +1,4 @@
-//! Preparations of a restore: templates and standbys. Whatever changes, a restore works, and the guest begins at
+//! Preparations of a restore: templates and standbys. A restore works after every change, and the guest begins at
 //! the snapshot.
 
 // Clippy's own exemption for tests leaves out their helpers.

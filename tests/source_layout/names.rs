@@ -2,7 +2,7 @@
 
 use crate::tree::{Binding, FileId, ModuleId, Tree};
 
-/// What a path leads to.
+/// The target of a path.
 #[derive(Clone, Copy)]
 pub enum Target {
     Module(ModuleId),

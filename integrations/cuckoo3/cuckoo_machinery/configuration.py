@@ -2,8 +2,8 @@
 
 Cuckoo3 refuses a name in `machineries` for which it has no module, and reads the configuration of every
 machinery that is listed. Both would keep out the backends that the host takes in as plugins. So a name is
-left to the host, which refuses one without a plugin and says why, and Cuckoo3 reads what it knows. What
-it knows it still checks, so that a CWD that works here works without the host, too.
+left to the host, which refuses one without a plugin and says why, and Cuckoo3 reads the machineries that
+it knows. It still checks those, so that a CWD that works here works without the host, too.
 """
 
 from cuckoo import config as cuckoo_config

@@ -15,7 +15,7 @@ import json
 import socket
 import time
 
-# How long the host may take to answer what needs no hypervisor, in seconds.
+# The time that the host has for a reply that needs no hypervisor, in seconds.
 ANSWER = 30
 
 _ids = itertools.count(1)
@@ -30,7 +30,7 @@ class OutOfReach(HostError):
 
 
 class Overdue(OutOfReach):
-    """It did not answer in time. What was asked for may still happen."""
+    """The host did not reply in time. The action may still happen."""
 
 
 class Refused(HostError):
@@ -171,7 +171,7 @@ def ask(path, message, timeout=ANSWER):
         return _ask(connection, message, timeout)
 
 
-def tell(path, message):
+def send(path, message):
     """Sends one message and leaves; the host does what it says."""
     with Connection(path) as connection:
         connection.send(message)

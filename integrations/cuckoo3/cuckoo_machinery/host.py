@@ -39,14 +39,14 @@ OPTIONS_VARIABLE = "CUCKOO_MACHINERY_OPTIONS"
 
 # All in seconds.
 START_LIMIT = 120
-# A host stops its machines first, which takes up to a minute, and then its plugins let go.
+# A host stops its machines first, which takes up to a minute, and then shuts its plugins down.
 END_LIMIT = 100
-# How long a host that somebody else runs may take to come back.
+# The time that a host which somebody else runs has to come back, in seconds.
 COMEBACK = 5
 # A host that ran this long has not failed to start.
 STEADY = 60
 LONGEST_PAUSE = 30
-# How often to look for another's host that comes or goes: it cannot tell us.
+# The pause between two checks for a host that somebody else starts or ends: it cannot notify us.
 LOOK_AGAIN = 0.2
 
 
@@ -73,7 +73,7 @@ def more_options():
 
 
 class Listener:
-    """Who wants to know about a host. All calls come from one thread at a time."""
+    """Receives notifications about a host. All calls come from one thread at a time."""
 
     def attached(self):
         """A host answers, anew perhaps: nothing that was known about it need be true any more."""
@@ -100,7 +100,7 @@ class Host:
 
     @property
     def is_own(self):
-        """Whether the host was started here."""
+        """Returns whether the host was started here."""
         return self._child is not None
 
     def attach(self):
@@ -111,7 +111,7 @@ class Host:
         self._thread.start()
 
     def detach(self):
-        """Lets go of the host. One that was started here is ended. May be called at any time."""
+        """Releases the host, and ends it if it was started here. May be called at any time."""
         self._ending.set()
         with self._attached:
             self._attached.notify_all()
@@ -184,7 +184,7 @@ class Host:
                 self._bring_up(COMEBACK)
                 self._listen()
             except Exception as error:
-                # Whatever it was, the next attempt may be better.
+                # The next attempt may succeed.
                 what = f"The machinery host did not come back: {error}"
             else:
                 self._log.warning(f"The machinery host {self._whose()} is attached")
@@ -291,7 +291,7 @@ class Child:
     def _run(self, command):
         self.log_path.parent.mkdir(exist_ok=True)
         with open(self.log_path, "ab") as log:
-            self._log_start = log.tell()
+            self._log_start = os.fstat(log.fileno()).st_size
             return subprocess.Popen(
                 command,
                 env={**os.environ, "NOTIFY_SOCKET": self._address},
@@ -312,7 +312,7 @@ class Child:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def has_ended(self):
-        """Whether its process is gone."""
+        """Returns whether its process has ended."""
         return self._ended.is_set()
 
     def is_ready(self, limit):
@@ -344,7 +344,7 @@ class Child:
         return in_order
 
     def failure(self):
-        """What it said before it ended."""
+        """Returns the last lines of its log."""
         with open(self.log_path, "rb") as log:
             log.seek(self._log_start)
             said = log.read().decode(errors="replace").strip()

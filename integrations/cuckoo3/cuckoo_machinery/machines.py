@@ -1,7 +1,7 @@
 """Cuckoo3's list of machines, as a mirror of the host's.
 
-Who has which machine, and which are out of the pool, is the host's knowledge: it outlives both the node
-and the host. The node's `MachinesList` becomes a mirror of it:
+The host knows the locks of machines, and which are out of the pool. This outlives both the node and the
+host. The node's `MachinesList` becomes a mirror of it:
 
     acquire_available, release, mark_disabled ─▶ host ─▶ event ─▶ mirror ─▶ find, get_available, …
 
@@ -18,7 +18,7 @@ from cuckoo.common.storage import TaskPaths
 
 from .connection import HostError, Refused
 
-# How long the mirror may lag behind an answer, in seconds.
+# The time that the mirror may lag behind a reply, in seconds.
 ECHO = 5
 
 # With these the host says that there is no such machine to be had now; its other refusals are failures.
@@ -82,7 +82,7 @@ class HostedMachines(MachinesList):
     # For the manager
 
     def is_of_this_node(self, task_id):
-        """Whether the task has got its machine here."""
+        """Returns whether the task has its machine here."""
         return task_id in self._tasks
 
     def forget_tasks(self):

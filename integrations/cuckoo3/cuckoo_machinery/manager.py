@@ -1,4 +1,4 @@
-"""What Cuckoo3's node expects of its machinery manager, done by the host.
+"""The machinery manager that Cuckoo3's node expects, implemented by the host.
 
     node starts ─▶ attach ─▶ what an earlier node left is stopped and unlocked ─▶ tasks
     reset       ─▶ disable ─▶ wait_work_done ─▶ shutdown_all ─▶ enable: locks that are left are released

@@ -10,7 +10,7 @@ from cuckoo.common import taskflow
 from cuckoo.common.clients import ActionFailedError, MachineryManagerClient, ServerResponseError
 from cuckoo.node.taskrunner import TaskRunner
 
-from .connection import HostError, Overdue, ask, tell
+from .connection import HostError, Overdue, ask, send
 
 
 class WaitingClient(MachineryManagerClient):
@@ -21,7 +21,7 @@ class WaitingClient(MachineryManagerClient):
         message = {"action": action, "machine": machine_name}
         try:
             if not wait_response:
-                return tell(self.sockpath, message)
+                return send(self.sockpath, message)
             answer = ask(self.sockpath, message, timeout if timeout > 0 else None)
         except Overdue as error:
             raise ActionFailedError(

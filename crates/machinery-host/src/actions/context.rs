@@ -1,4 +1,4 @@
-//! What all executors share: settings, permits, and the record of failures.
+//! The context of all executors: settings, permits, and the record of failures.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -15,7 +15,7 @@ use crate::fleet::state_file::StateStore;
 /// The number of restores that are prepared at a time, at most: machines that run now come first.
 const MAX_PREPARATIONS: usize = 2;
 
-/// What all executors share.
+/// The settings, permits and records that all executors share.
 pub struct ActionContext {
     settings: RwLock<ActionSettings>,
     /// One permit for each restore that may run. Waiting restores get them in order of arrival.

@@ -1,4 +1,4 @@
-//! What a worker's queue carries: requests for actions, and pauses.
+//! The messages in a worker's queue: requests for actions, and pauses.
 //!
 //! ```text
 //! request ─▶ waits ─▶ runs ─▶ its responder gets the result

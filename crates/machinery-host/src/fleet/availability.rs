@@ -1,4 +1,4 @@
-//! Whether a task can have a machine.
+//! The rules by which a task can have a machine.
 //!
 //! A machine is *available* to a task if it is not disabled, not reserved for another task and not locked.
 //! The words, their order and the reasons are those of Cuckoo3's `common/machines.py`. Beyond that, a task
@@ -23,7 +23,7 @@ pub struct TaskLock {
     pub memory_dump_path: Option<PathBuf>,
 }
 
-/// Who has a machine, and whether it is in the pool. This outlives the host.
+/// The lock and the reservation of a machine, and its place in the pool. They outlive the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Availability {
     /// The lock of the task that has the machine.

@@ -20,7 +20,7 @@ pub struct Status {
     pub state: State,
     /// True while an action runs.
     pub busy: bool,
-    /// Who has the machine, and whether it is in the pool.
+    /// The lock and the reservation of the machine, and its place in the pool.
     pub availability: Availability,
     /// The latest errors, oldest first.
     pub errors: Vec<String>,

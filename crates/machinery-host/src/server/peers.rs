@@ -98,19 +98,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_that_does_not_exist_is_told() {
+    fn peers_refuse_group_that_does_not_exist() {
         let error = Peers::new(Some("no-such-group-here")).unwrap_err().to_string();
         assert!(error.contains("socket_group") && error.contains("groupadd"), "{error}");
     }
 
     #[tokio::test]
-    async fn the_own_user_is_admitted() {
+    async fn peers_admit_the_hosts_own_user() {
         let (one, _other) = UnixStream::pair().unwrap();
         assert_eq!(Peers::new(None).unwrap().admit(&one), Ok(()));
     }
 
     #[tokio::test]
-    async fn the_groups_of_a_client_are_its_own() {
+    async fn supplementary_groups_of_a_client_are_read() {
         let (one, _other) = UnixStream::pair().unwrap();
         let mut own: Vec<_> = rustix::process::getgroups().unwrap().iter().map(|gid| gid.as_raw()).collect();
         let mut told = supplementary(&one).unwrap();

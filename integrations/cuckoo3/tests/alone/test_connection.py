@@ -8,7 +8,7 @@ import time
 import unittest
 from pathlib import Path
 
-from cuckoo_machinery.connection import Client, HostError, OutOfReach, Overdue, Refused, ask, tell
+from cuckoo_machinery.connection import Client, HostError, OutOfReach, Overdue, Refused, ask, send
 from tests.support import LIMIT, FakeHost, make_cwd, start_other_host
 
 
@@ -95,7 +95,7 @@ class WithAHost(unittest.TestCase):
     def test_an_action_that_was_only_told_runs(self):
         events = self.client.subscribe()
         self.addCleanup(events.close)
-        tell(self.client.path, {"action": "restore_start", "machine": "m3"})
+        send(self.client.path, {"action": "restore_start", "machine": "m3"})
         states = [event["state"] for _, event in zip(range(2), events)]
         self.assertEqual(states, ["starting", "running"])
 
