@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn warnings_name_the_line_of_a_key_with_a_new_name() {
+    fn old_key_is_reported_with_its_line_and_its_new_name() {
         let machine =
             |keys: &str| format!("{{label: a, ip: 10.0.0.1, platform: x, os_version: 1, snapshot: 1{keys}}}");
         let warnings = |keys: &str| {
