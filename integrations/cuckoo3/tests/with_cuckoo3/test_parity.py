@@ -24,9 +24,9 @@ from cuckoo.node.machinery import MachineryManager
 from cuckoo.node.taskrunner import TaskRunner
 
 from cuckoo_machinery import taskrunner
-from cuckoo_machinery.connection import Client, Connection, OutOfReach, ask
+from cuckoo_machinery.connection import Client, Connection, Unreachable, ask
 from cuckoo_machinery.taskrunner import HostedTaskRunner, WaitingClient
-from tests.support import LIMIT, FakeHost, make_cwd, start_other_host, write_machines
+from tests.support import TIMEOUT, FakeHost, make_cwd, start_other_host, write_machines
 
 FAULTS = {
     "good": [],
@@ -88,12 +88,12 @@ class CuckoosManager:
         self._thread = threading.Thread(target=self._manager.start)
         self._thread.start()
         case.addCleanup(self._end)
-        listening.wait(LIMIT)
+        listening.wait(TIMEOUT)
 
     def _end(self):
         self._manager.stop()
         for thread in [self._thread, *self._manager.workers]:
-            thread.join(LIMIT)
+            thread.join(TIMEOUT)
 
     def disable(self):
         self._manager.disable()
@@ -105,7 +105,7 @@ class CuckoosManager:
 
     def wait_for(self, name, state):
         """Waits until the machine has come to that state."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + TIMEOUT
         while self.fate(name)[1] != state and time.monotonic() < deadline:
             self._manager.wait_work_done()
 
@@ -164,13 +164,13 @@ def talk(path, *messages):
 
         def answer(message):
             connection.send(message)
-            answer = connection.receive(time.monotonic() + LIMIT)
+            answer = connection.receive(time.monotonic() + TIMEOUT)
             return answer["success"], kind(answer.get("reason", ""))
 
         answers = [answer(message) for message in messages]
         try:
             answer({"action": "stop", "machine": "good"})
-        except OutOfReach:
+        except Unreachable:
             return answers, "closed"
         return answers, "open"
 
