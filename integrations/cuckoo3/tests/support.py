@@ -1,4 +1,4 @@
-"""Shared by the tests: a CWD of the double machinery, somebody else's host, and ears."""
+"""What the tests share: a CWD of the double machinery, somebody else's host, and recorder."""
 
 import os
 import queue
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cuckoo_machinery.host import Child, Listener, find_program
 
-# The time limit of every wait. No test is about speed.
-LIMIT = 60
+# How long anything may take that has to happen. Nothing here is about speed.
+TIMEOUT = 60
 
 CUCKOO_YAML = """\
 machineries:
@@ -57,12 +57,12 @@ def start_other_host(case, root):
     """A host of that CWD that is not the adapter's, ended with the test if not before."""
     host = Child(find_program(), root)
     case.addCleanup(host.end)
-    case.assertTrue(host.is_ready(LIMIT), host.failure)
+    case.assertTrue(host.is_ready(TIMEOUT), host.failure)
     return host
 
 
 def is_there(pid):
-    """Returns whether there is such a process."""
+    """Whether there is such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -77,29 +77,29 @@ def wait_until_gone(pid):
     except ProcessLookupError:
         return
     try:
-        if not select.select([watched], [], [], LIMIT)[0]:
+        if not select.select([watched], [], [], TIMEOUT)[0]:
             raise AssertionError(f"process {pid} has not ended")
     finally:
         os.close(watched)
 
 
-class Ears(Listener):
+class EventRecorder(Listener):
     """Hears a host, and waits for what it has to say."""
 
     def __init__(self):
-        self._told = queue.Queue()
+        self._events = queue.Queue()
 
     def attached(self):
-        self._told.put({"event": "attached"})
+        self._events.put({"event": "attached"})
 
     def heard(self, event):
-        self._told.put(event)
+        self._events.put(event)
 
     def wait_for(self, kind, **keys):
         """The next event like that; others are forgotten."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + TIMEOUT
         while True:
-            event = self._told.get(timeout=max(0.001, deadline - time.monotonic()))
+            event = self._events.get(timeout=max(0.001, deadline - time.monotonic()))
             if event["event"] == kind and keys.items() <= event.items():
                 return event
 

@@ -8,8 +8,8 @@ import time
 import unittest
 from pathlib import Path
 
-from cuckoo_machinery.connection import Client, HostError, OutOfReach, Overdue, Refused, ask, send
-from tests.support import LIMIT, FakeHost, make_cwd, start_other_host
+from cuckoo_machinery.connection import Client, HostError, Unreachable, TimedOut, Refused, ask, send
+from tests.support import TIMEOUT, FakeHost, make_cwd, start_other_host
 
 
 class WithAFakeHost(unittest.TestCase):
@@ -21,7 +21,7 @@ class WithAFakeHost(unittest.TestCase):
         return Client(path)
 
     def test_nobody_answers(self):
-        with self.assertRaises(OutOfReach) as caught:
+        with self.assertRaises(Unreachable) as caught:
             Client("/none/such.sock").request("list")
         self.assertIn("/none/such.sock", str(caught.exception))
         self.assertIn("cuckoo-machinery serve", str(caught.exception))
@@ -45,11 +45,11 @@ class WithAFakeHost(unittest.TestCase):
         for answer in (None, b'{"succ'):
             lines = iter([answer, None])
             client = self.client(lambda _, lines=lines: next(lines))
-            with self.assertRaises(OutOfReach):
+            with self.assertRaises(Unreachable):
                 client.request("list", timeout=0.2)
 
     def test_a_host_that_does_not_answer_is_overdue(self):
-        with self.assertRaises(Overdue):
+        with self.assertRaises(TimedOut):
             self.client(lambda _: b"").request("list", timeout=0.05)
 
     def test_what_is_not_the_protocol_is_told(self):
@@ -84,7 +84,7 @@ class WithAHost(unittest.TestCase):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(LIMIT)
+            thread.join(TIMEOUT)
         self.assertEqual([got.get(block=False) for _ in range(80)], ["running"] * 80)
 
     def test_a_refusal_says_what_was_refused_and_why(self):
@@ -112,23 +112,23 @@ class WithAHost(unittest.TestCase):
                 events.close()
             else:
                 self.host.end()
-            reader.join(LIMIT)
+            reader.join(TIMEOUT)
             self.assertFalse(reader.is_alive(), end)
             events.close()
 
     def test_reconnecting_is_asking_again(self):
         self.assertTrue(self.client.request("version")["success"])
         self.host.end()
-        with self.assertRaises(OutOfReach):
+        with self.assertRaises(Unreachable):
             self.client.request("version")
         start_other_host(self, self.cwd)
         self.assertTrue(self.client.request("version")["success"])
 
     def test_an_answer_is_waited_for_no_longer_than_said(self):
         began = time.monotonic()
-        with self.assertRaises(OutOfReach):
+        with self.assertRaises(Unreachable):
             ask(self.client.path, {"action": "restore_start", "machine": "m1"}, timeout=0)
-        self.assertLess(time.monotonic() - began, LIMIT)
+        self.assertLess(time.monotonic() - began, TIMEOUT)
 
 
 if __name__ == "__main__":

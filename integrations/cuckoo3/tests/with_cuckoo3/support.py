@@ -1,4 +1,4 @@
-"""Shared by the tests with Cuckoo3: a CWD that Cuckoo3 made, work for a node, and a node that runs."""
+"""What the tests with Cuckoo3 share: a CWD that Cuckoo3 made, work for a node, and a node that runs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import yaml
 from cuckoo.common import startup, storage
 from cuckoo.common.strictcontainer import Analysis, Settings, SubmittedURL, TargetURL, Task
 
-from tests.support import LIMIT, write_machines
+from tests.support import TIMEOUT, write_machines
 
 PACKAGE = Path(__file__).resolve().parents[2]
 PORT = 8090
@@ -110,8 +110,8 @@ class Node:
         self._case = case
         self._key = yaml.safe_load((root / "conf" / "distributed.yaml").read_text())["node_settings"]["api_key"]
         self.root = root
-        self.output = tempfile.TemporaryFile()
-        case.addCleanup(self.output.close)
+        self._log = tempfile.TemporaryFile()
+        case.addCleanup(self._log.close)
         program = f"import sys; from cuckoo_machinery.commands import {command}; sys.argv[0] = '{command}'; {command}()"
         args = args or ("-h", address(0), "-p", str(PORT))
         environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "TMPDIR": str(root.parent)}
@@ -119,50 +119,50 @@ class Node:
             [sys.executable, "-c", program, "--cwd", str(root), "-d", *args],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=self.output,
+            stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         case.addCleanup(self.end)
 
     def end(self):
-        """Ends it as an operator does; kills its processes if that does not work."""
+        """Ends it as an operator does; kills what is left of it if that does not work."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(LIMIT)
+            return self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            raise AssertionError(f"the node did not end:\n{self.said()}") from None
+            raise AssertionError(f"the node did not end:\n{self.output()}") from None
 
-    def said(self):
+    def output(self):
         """All it has written."""
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
 
-    def wait_until_it_says(self, words):
-        """Returns when it has written that; there is no event for it."""
-        deadline = time.monotonic() + LIMIT
-        while words not in self.said():
-            self._case.assertLess(time.monotonic(), deadline, f"{words!r} is not in:\n{self.said()}")
+    def wait_for_output(self, words):
+        """Returns when it has written that; there is nothing that would tell."""
+        deadline = time.monotonic() + TIMEOUT
+        while words not in self.output():
+            self._case.assertLess(time.monotonic(), deadline, f"{words!r} is not in:\n{self.output()}")
             time.sleep(0.05)
 
     def wait_until_it_answers(self):
-        """Returns when its API replies; there is no event for it."""
-        deadline = time.monotonic() + LIMIT
+        """Returns when its API answers; there is nothing that would tell."""
+        deadline = time.monotonic() + TIMEOUT
         while True:
             try:
                 return self.ask("GET", "/ping")
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError(f"the node does not answer:\n{self.said()}") from None
+                    raise AssertionError(f"the node does not answer:\n{self.output()}") from None
                 time.sleep(0.1)
 
     def ask(self, method, path, body=None):
         """The status and the body of its answer."""
         try:
-            with self._open(method, path, body, LIMIT) as answer:
+            with self._open(method, path, body, TIMEOUT) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -176,7 +176,7 @@ class Node:
 
     def wait_for_machine(self, name, **keys):
         """Returns when it shows the machine like that. It hears of it as we do, sooner or later."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + TIMEOUT
         while not keys.items() <= self.machines()[name].items():
             self._case.assertLess(time.monotonic(), deadline, f"the node shows {self.machines()[name]}")
             time.sleep(0.05)
@@ -188,7 +188,7 @@ class Node:
 
     def events(self):
         """Its event stream, from now on."""
-        return EventStream(self._case, self._open("GET", "/events", None, LIMIT))
+        return EventStream(self._case, self._open("GET", "/events", None, TIMEOUT))
 
     def _open(self, method, path, body, timeout):
         headers = {"Authorization": f"token {self._key}", "Content-Type": "application/json"}
@@ -197,10 +197,10 @@ class Node:
 
 
 class EventStream:
-    """The events that a node sends to Cuckoo3's main process."""
+    """What a node tells Cuckoo3's main process."""
 
     def __init__(self, case, stream):
-        self._told = queue.Queue()
+        self._events = queue.Queue()
         self._stream = stream
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -208,14 +208,14 @@ class EventStream:
         try:
             for line in self._stream:
                 if line.startswith(b"data:"):
-                    self._told.put(json.loads(line[5:]))
+                    self._events.put(json.loads(line[5:]))
         except OSError:
             pass
 
     def wait_for(self, **keys):
         """The next event with these keys."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + TIMEOUT
         while True:
-            event = self._told.get(timeout=max(0.001, deadline - time.monotonic()))
+            event = self._events.get(timeout=max(0.001, deadline - time.monotonic()))
             if keys.items() <= event.items():
                 return event

@@ -14,7 +14,7 @@ from cuckoo.common.safelist import safelistdb
 from cuckoo.common.storage import Paths
 
 from cuckoo_machinery.host import Host
-from tests.support import Ears, start_other_host
+from tests.support import EventRecorder, start_other_host
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, add_task, address, make_cuckoo_cwd
 
 try:
@@ -26,7 +26,7 @@ TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
 
 
 def make_databases():
-    """Does the same as `cuckoomigrate database all` for a new CWD."""
+    """What `cuckoomigrate database all` does for a new CWD."""
     startup.init_database(migration_check=False)
     dbms.cleanup()
     startup.init_safelist_db(migration_check=False)
@@ -61,19 +61,19 @@ class Main(unittest.TestCase):
         # Of somebody else, so that it can be heard from the start.
         other = start_other_host(self, self.cwd)
         # Two tasks, side by side: each is listened to by itself.
-        ears, of_the_other = Ears(), Ears()
-        for listener in (of_the_other, ears):
+        recorder, other_recorder = EventRecorder(), EventRecorder()
+        for listener in (other_recorder, recorder):
             observer = Host(self.cwd, listener)
             self.addCleanup(observer.detach)
             observer.attach()
         main = Node(self, self.cwd, "cuckoo", "--cancel-abandoned")
-        ears.wait_for("locked", machine="good", task_id=TASK)
-        ears.wait_for("state", machine="good", state="running")
+        recorder.wait_for("locked", machine="good", task_id=TASK)
+        recorder.wait_for("state", machine="good", state="running")
         Agent(self, address(1))
-        ears.wait_for("unlocked", machine="good")
-        of_the_other.wait_for("disabled", machine="bad")
-        main.wait_until_it_says("Received machine disable event")
-        self.assertEqual(main.end(), 0, main.said())
+        recorder.wait_for("unlocked", machine="good")
+        other_recorder.wait_for("disabled", machine="bad")
+        main.wait_for_output("Received machine disable event")
+        self.assertEqual(main.end(), 0, main.output())
         self.assertTrue(observer.client.request("list")["machines"][1]["disabled"])
         self.assertFalse(other.has_ended())
         # Cuckoo3 leaves the socket of a worker that did not start.

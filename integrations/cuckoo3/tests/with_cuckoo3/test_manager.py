@@ -1,4 +1,4 @@
-"""The node's parts: a manager, and the mirror of the host's machines."""
+"""What the node has: a manager, and the mirror of the host's machines."""
 
 import os
 import signal
@@ -21,9 +21,9 @@ from cuckoo.common.storage import Paths, TaskPaths
 
 from cuckoo_machinery import manager as module
 from cuckoo_machinery.configuration import accept_all_machineries
-from cuckoo_machinery.connection import OutOfReach, Refused
+from cuckoo_machinery.connection import Unreachable, Refused
 from cuckoo_machinery.manager import HostedManager, start_machinerymanager
-from tests.support import Ears, start_other_host, write_machines
+from tests.support import EventRecorder, start_other_host, write_machines
 from tests.with_cuckoo3.support import change_yaml, make_cuckoo_cwd, process_behind
 
 TASK = "20260101-ABCDEF_1"
@@ -36,34 +36,34 @@ MACHINES = {
 }  # fmt: skip
 
 
-class HeardManager(HostedManager):
-    """A manager whose ears can be waited for."""
+class RecordingManager(HostedManager):
+    """A manager whose recorder can be waited for."""
 
     def __init__(self, nodectx):
         super().__init__(nodectx)
-        self.ears = Ears()
+        self.recorder = EventRecorder()
 
     def attached(self):
         super().attached()
-        self.ears.attached()
+        self.recorder.attached()
 
     def heard(self, event):
         super().heard(event)
-        self.ears.heard(event)
+        self.recorder.heard(event)
 
 
 class ManagerTest(unittest.TestCase):
     def setUp(self):
         self.cwd = make_cuckoo_cwd(self, MACHINES)
         self.disabled = []
-        infostream = SimpleNamespace(disabled_machine=lambda *reported: self.disabled.append(reported))
+        infostream = SimpleNamespace(disabled_machine=lambda *told: self.disabled.append(told))
         self.nodectx = SimpleNamespace(node=SimpleNamespace(infostream=infostream))
 
     def start(self):
-        manager = HeardManager(self.nodectx)
-        self.addCleanup(manager.let_go)
+        manager = RecordingManager(self.nodectx)
+        self.addCleanup(manager.detach)
         manager.start()
-        manager.ears.wait_for("attached")
+        manager.recorder.wait_for("attached")
         self.request = manager.host.client.request
         return manager
 
@@ -149,7 +149,7 @@ class Machines(ManagerTest):
         manager.stop()
         with self.assertRaisesRegex(MachineListError, "being stopped"):
             machines.acquire_available(OTHER_TASK, "lin_1")
-        manager.let_go()
+        manager.detach()
         manager.machines._closed = False
         with self.assertRaisesRegex(MachineListError, "machinerymanager.sock"):
             machines.acquire_available(OTHER_TASK, "lin_1")
@@ -168,15 +168,15 @@ class Machines(ManagerTest):
         manager = self.start()
         win = manager.machines.get_by_name("win")
         self.request("reserve", machine="win", task_id="somebody")
-        manager.ears.wait_for("reserved")
+        manager.recorder.wait_for("reserved")
         self.assertEqual((win.reserved_by, win.unavailable_reason), ("somebody", "Machine is reserved by somebody"))
         self.request("lock", machine="win", task_id="somebody")
         self.request("restore_start", machine="win")
-        manager.ears.wait_for("state", state="running")
+        manager.recorder.wait_for("state", state="running")
         self.assertEqual((win.locked_by, win.state), ("somebody", "running"))
         self.request("unlock", machine="win")
         self.request("unreserve", machine="win")
-        manager.ears.wait_for("unreserved")
+        manager.recorder.wait_for("unreserved")
         self.assertTrue(win.available)
         manager.heard({"event": "lost", "count": 3})
         self.assertIs(manager.machines.get_by_name("win"), win)
@@ -187,7 +187,7 @@ class Machines(ManagerTest):
         yaml = self.cwd / "conf" / "machineries" / "double.yaml"
         change_yaml(yaml, lambda values: values["machines"]["win"].update(tags=["new"]))
         self.request("reload")
-        manager.ears.wait_for("reloaded")
+        manager.recorder.wait_for("reloaded")
         self.assertEqual((manager.machines.get_by_name("win"), list(win.tags)), (win, ["new"]))
 
     def test_a_machine_out_of_the_pool_and_back(self):
@@ -197,7 +197,7 @@ class Machines(ManagerTest):
         self.assertEqual((win.disabled, win.disable_reason), (True, "looks strange"))
         self.assertIsNone(manager.machines.acquire_available(TASK, "win"))
         self.request("enable_machine", machine="win")
-        manager.ears.wait_for("enabled")
+        manager.recorder.wait_for("enabled")
         self.assertTrue(win.available)
         self.assertIs(manager.machines.acquire_available(TASK, "win"), win)
 
@@ -220,7 +220,7 @@ class Manager(ManagerTest):
         manager = self.start()
         with self.assertRaises(Refused) as caught:
             self.request("restore_start", machine="lin_2")
-        manager.ears.wait_for("disabled", machine="lin_2")
+        manager.recorder.wait_for("disabled", machine="lin_2")
         self.assertEqual([name for name, _ in self.disabled], ["lin_2"])
         self.assertIn(self.disabled[0][1], caught.exception.reason)
 
@@ -228,7 +228,7 @@ class Manager(ManagerTest):
         self.nodectx.node = None
         manager = self.start()
         self.request("disable_machine", machine="win", reason="early")
-        manager.ears.wait_for("disabled")
+        manager.recorder.wait_for("disabled")
         self.assertEqual(self.disabled, [])
         self.assertFalse(manager.machines.copy().get_by_name("win").available)
 
@@ -243,7 +243,7 @@ class Manager(ManagerTest):
         manager.wait_work_done()
         manager.shutdown_all()
         manager.enable()
-        manager.ears.wait_for("unlocked", machine="win")
+        manager.recorder.wait_for("unlocked", machine="win")
         self.assertEqual((machine.state, machine.locked), ("poweroff", False))
         self.assertEqual(manager.machines.get_by_name("lin_1").locked_by, "by hand")
         self.request("restore_start", machine="win")
@@ -260,7 +260,7 @@ class Manager(ManagerTest):
         # Waits for the host.
         machines.release(lin)
         self.assertFalse(lin.locked)
-        manager.ears.wait_for("attached")
+        manager.recorder.wait_for("attached")
         self.assertEqual((win.locked_by, win.state), (TASK, "poweroff"))
         self.assertIs(machines.get_by_name("win"), win)
         self.assertFalse(machines.get_by_name("lin_2").locked)
@@ -274,14 +274,14 @@ class Manager(ManagerTest):
         lin = manager.machines.get_by_name("lin_1")
         write_machines(self.cwd, {"new": {}, "lin_1": {"ip": "10.9.9.9"}})
         self.kill_host(manager)
-        manager.ears.wait_for("attached")
+        manager.recorder.wait_for("attached")
         self.assertEqual(self.names(manager.machines.machines), ["new", "lin_1"])
         self.assertIs(manager.machines.get_by_name("lin_1"), lin)
         self.assertEqual(lin.ip, "10.9.9.9")
 
     def test_nothing_is_raised_into_a_reset(self):
         manager = self.start()
-        with mock.patch.object(manager.host.client, "request", side_effect=OutOfReach("gone")):
+        with mock.patch.object(manager.host.client, "request", side_effect=Unreachable("gone")):
             manager.disable()
             manager.wait_work_done()
             manager.shutdown_all()
@@ -298,8 +298,8 @@ class Manager(ManagerTest):
         machine = manager.machines.acquire_available(TASK, "win")
         with mock.patch.object(module.log, "error") as error:
             self.request("restore_start", machine="win")
-            reason = manager.ears.wait_for("capture_failed")["reason"]
-            manager.ears.wait_for("state", state="running")
+            reason = manager.recorder.wait_for("capture_failed")["reason"]
+            manager.recorder.wait_for("state", state="running")
         error.assert_called_once_with("Network capture failed", machine="win", error=reason)
         self.assertEqual((machine.state, machine.errors[-1]), ("running", reason))
 
@@ -307,20 +307,20 @@ class Manager(ManagerTest):
         with mock.patch.object(module.shutdown, "register_shutdown") as register:
             start_machinerymanager(self.nodectx)
         manager = self.nodectx.machinery_manager
-        self.addCleanup(manager.let_go)
+        self.addCleanup(manager.detach)
         self.assertEqual(
             register.mock_calls,
             [
                 mock.call(manager.stop),
                 mock.call(manager.shutdown_all, order=999),
-                mock.call(manager.let_go, order=1000),
+                mock.call(manager.detach, order=1000),
             ],
         )
         host = process_behind(manager.host.client.path)
         manager.stop()
         manager.shutdown_all()
         self.assertEqual(process_behind(manager.host.client.path), host)
-        manager.let_go()
+        manager.detach()
         self.assertEqual(os.listdir(self.cwd / "operational" / "sockets"), [])
 
     def test_a_host_of_others_is_left_to_them_as_it_was(self):
@@ -329,7 +329,7 @@ class Manager(ManagerTest):
         manager.machines.acquire_available(TASK, "win")
         manager.stop()
         manager.shutdown_all()
-        manager.let_go()
+        manager.detach()
         self.assertFalse(other.has_ended())
         self.assertEqual([machine["locked"] for machine in self.request("list")["machines"]], [False] * 3)
 
@@ -340,7 +340,7 @@ class Manager(ManagerTest):
         manager = self.nodectx.machinery_manager
         manager.stop()
         manager.shutdown_all()
-        manager.let_go()
+        manager.detach()
 
 
 class Configuration(ManagerTest):
@@ -353,7 +353,7 @@ class Configuration(ManagerTest):
         startup.load_configuration("cuckoo.yaml")
         startup._load_machinery_configs()
         self.assertEqual(config.cfg("cuckoo", "machineries"), ["double"])
-        # Cuckoo3 still checks the machineries that it knows.
+        # What Cuckoo3 knows it still checks.
         change_yaml(self.cwd / "conf" / "cuckoo.yaml", lambda values: values.update(machineries=["double", "qemu"]))
         startup.load_configuration("cuckoo.yaml")
         with self.assertRaisesRegex(StartupError, "qemu.yaml"):

@@ -24,9 +24,9 @@ from cuckoo.node.machinery import MachineryManager
 from cuckoo.node.taskrunner import TaskRunner
 
 from cuckoo_machinery import taskrunner
-from cuckoo_machinery.connection import Client, Connection, OutOfReach, ask
+from cuckoo_machinery.connection import Client, Connection, Unreachable, ask
 from cuckoo_machinery.taskrunner import HostedTaskRunner, WaitingClient
-from tests.support import LIMIT, FakeHost, make_cwd, start_other_host, write_machines
+from tests.support import TIMEOUT, FakeHost, make_cwd, start_other_host, write_machines
 
 FAULTS = {
     "good": [],
@@ -88,24 +88,24 @@ class CuckoosManager:
         self._thread = threading.Thread(target=self._manager.start)
         self._thread.start()
         case.addCleanup(self._end)
-        listening.wait(LIMIT)
+        listening.wait(TIMEOUT)
 
     def _end(self):
         self._manager.stop()
         for thread in [self._thread, *self._manager.workers]:
-            thread.join(LIMIT)
+            thread.join(TIMEOUT)
 
     def disable(self):
         self._manager.disable()
 
     def fate(self, name):
-        """Returns the machine's state and reasons."""
+        """What has become of the machine."""
         machine = self._manager.machines.get_by_name(name)
         return machine.disabled, machine.machinery.state(machine)
 
     def wait_for(self, name, state):
         """Waits until the machine has come to that state."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + TIMEOUT
         while self.fate(name)[1] != state and time.monotonic() < deadline:
             self._manager.wait_work_done()
 
@@ -129,7 +129,7 @@ class OurHost:
         self._client.request("disable")
 
     def fate(self, name):
-        """Returns the machine's state and reasons."""
+        """What has become of the machine."""
         machines = {machine["name"]: machine for machine in self._client.request("list")["machines"]}
         return machines[name]["disabled"], machines[name]["state"]
 
@@ -140,7 +140,7 @@ class OurHost:
 
 
 def outcome(act, *args, **keys):
-    """Returns the result for Cuckoo3's task flow."""
+    """What Cuckoo3's task flow would learn from it."""
     try:
         act(*args, **keys)
     except ActionFailedError as error:
@@ -164,20 +164,20 @@ def talk(path, *messages):
 
         def answer(message):
             connection.send(message)
-            answer = connection.receive(time.monotonic() + LIMIT)
+            answer = connection.receive(time.monotonic() + TIMEOUT)
             return answer["success"], kind(answer.get("reason", ""))
 
         answers = [answer(message) for message in messages]
         try:
             answer({"action": "stop", "machine": "good"})
-        except OutOfReach:
+        except Unreachable:
             return answers, "closed"
         return answers, "open"
 
 
 class Parity(unittest.TestCase):
     def both(self, case):
-        """Compares the results of a case with Cuckoo3's manager and with the host."""
+        """What the case gives against Cuckoo3's manager, which the host has to give as well."""
         with self.subTest(case=case.__name__):
             expected = case(CuckoosManager(self))
             self.assertEqual(case(OurHost(self)), expected)
