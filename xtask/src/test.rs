@@ -15,7 +15,8 @@ pub struct Options {
     /// they are unpacked into the user's cache folder, not installed
     #[arg(long)]
     backports: bool,
-    /// For the test runner: `cargo nextest run` where it is installed, else `cargo test`
+    /// For the test runner, `cargo nextest run` where it is installed, else `cargo test`. With a NAME or
+    /// `-E FILTER` first, only the tests of that name run, without the other checks
     #[arg(last = true)]
     args: Vec<String>,
 }
@@ -24,10 +25,9 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     packages::ensure()?;
     let backports = if options.backports { Some(Backports::new()?) } else { None };
-    step(&mut cargo(["fmt", "--all", "--check"]))?;
-    step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
-    let mut doc = cargo(["doc", "--no-deps", "-p", "machinery", "-p", "machinery-host"]);
-    step(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
+    if !selects_tests(&options.args) {
+        check_source()?;
+    }
     step(&mut cargo(["build", "--workspace"]))?;
     if backports.is_some() {
         // The tests are built with the system's files, before the others are mounted.
@@ -64,13 +64,30 @@ fn announce_skipped_cuckoo3_tests() {
     }
 }
 
-fn test_commands(args: &[String]) -> [Vec<&str>; 2] {
-    let documentation = vec!["test", "--workspace", "--doc"];
+/// Returns the arguments of cargo for the test runs: the examples in the documentation, and all other tests.
+fn test_commands(args: &[String]) -> Vec<Vec<&str>> {
     let mut tests = if succeeds(&mut cargo(["nextest", "--version"])) {
         vec!["nextest", "run", "--workspace"]
     } else {
         vec!["test", "--workspace", "--all-targets"]
     };
     tests.extend(args.iter().map(String::as_str));
-    [documentation, tests]
+    let documentation = vec!["test", "--workspace", "--doc"];
+    if selects_tests(args) { vec![tests] } else { vec![documentation, tests] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_checks_are_skipped_when_the_arguments_name_a_test() {
+        let selects =
+            |args: &[&str]| selects_tests(&args.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert!(selects(&["host_refuses_plugin"]));
+        assert!(selects(&["-E", "test(host)"]));
+        assert!(!selects(&[]));
+        assert!(!selects(&["--no-fail-fast"]));
+        assert!(!selects(&["--profile", "ci"]));
+    }
 }

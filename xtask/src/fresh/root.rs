@@ -39,7 +39,7 @@ const NETWORK: [&str; 6] = [
 ];
 
 /// Environment variables that are kept. The names of proxies are also written in capitals.
-const VARIABLES: [&str; 12] = [
+const VARIABLES: [&str; 13] = [
     "http_proxy",
     "https_proxy",
     "all_proxy",
@@ -47,6 +47,7 @@ const VARIABLES: [&str; 12] = [
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
     "RUSTUP_TOOLCHAIN",
+    "RUSTUP_AUTO_INSTALL",
     "RUST_BACKTRACE",
     "CARGO_BUILD_JOBS",
     "CI",

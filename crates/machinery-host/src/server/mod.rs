@@ -6,13 +6,13 @@
 //!
 //! | file | content |
 //! | --- | --- |
-//! | [`listener`] | binds the socket and accepts connections |
-//! | [`connection`] | one client's connection |
-//! | [`dispatch`] | from a request to the manager, and back to the reply |
-//! | [`outbox`] | the lines on their way to the client |
-//! | [`protocol`], [`reply`] | the two directions of the protocol |
-//! | [`framing`] | reads lines |
-//! | [`limits`], [`peers`] | how many connections, and whose |
+//! | `listener` | binds the socket and accepts connections |
+//! | `connection` | one client's connection |
+//! | `dispatch` | from a request to the manager, and back to the reply |
+//! | `outbox` | the lines on their way to the client |
+//! | `protocol`, `reply` | the two directions of the protocol |
+//! | `framing` | reads lines |
+//! | `limits`, `peers` | how many connections, and whose |
 
 mod connection;
 mod dispatch;

@@ -1,4 +1,4 @@
-//! The protocol: parses a line into a request. [`reply`](super::reply) has the other direction.
+//! The protocol: parses a line into a request. `reply.rs` has the other direction.
 //!
 //! Cuckoo3's part (`restore_start`, `norestore_start`, `stop`, `acpi_stop`) is identical with Cuckoo3's: the
 //! order of the checks, the reasons, and whether the connection closes after a reason. Source:
