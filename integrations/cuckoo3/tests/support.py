@@ -1,4 +1,4 @@
-"""What the tests share: a CWD of the double machinery, somebody else's host, and recorder."""
+"""Shared by the tests: a CWD of the double machinery, somebody else's host, and recorder."""
 
 import os
 import queue
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cuckoo_machinery.host import Child, Listener, find_program
 
-# How long anything may take that has to happen. Nothing here is about speed.
+# The time limit of every wait. No test is about speed.
 TIMEOUT = 60
 
 CUCKOO_YAML = """\
@@ -62,7 +62,7 @@ def start_other_host(case, root):
 
 
 def is_there(pid):
-    """Whether there is such a process."""
+    """Returns whether there is such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

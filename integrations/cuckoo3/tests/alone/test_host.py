@@ -1,4 +1,4 @@
-"""A host is found or started, and is there until it is let go."""
+"""A host is found or started, and stays until it is released."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What the tests with Cuckoo3 share: a CWD that Cuckoo3 made, work for a node, and a node that runs."""
+"""Shared by the tests with Cuckoo3: a CWD that Cuckoo3 made, work for a node, and a node that runs."""
 
 import json
 import os
@@ -126,7 +126,7 @@ class Node:
         case.addCleanup(self.end)
 
     def end(self):
-        """Ends it as an operator does; kills what is left of it if that does not work."""
+        """Ends it as an operator does; kills its processes if that does not work."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -142,14 +142,14 @@ class Node:
         return self._log.read().decode(errors="replace")
 
     def wait_for_output(self, words):
-        """Returns when it has written that; there is nothing that would tell."""
+        """Returns when it has written that; there is no event for it."""
         deadline = time.monotonic() + TIMEOUT
         while words not in self.output():
             self._case.assertLess(time.monotonic(), deadline, f"{words!r} is not in:\n{self.output()}")
             time.sleep(0.05)
 
     def wait_until_it_answers(self):
-        """Returns when its API answers; there is nothing that would tell."""
+        """Returns when its API replies; there is no event for it."""
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
@@ -197,7 +197,7 @@ class Node:
 
 
 class EventStream:
-    """What a node tells Cuckoo3's main process."""
+    """The events that a node sends to Cuckoo3's main process."""
 
     def __init__(self, case, stream):
         self._events = queue.Queue()

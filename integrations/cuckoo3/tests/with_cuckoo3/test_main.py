@@ -26,7 +26,7 @@ TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
 
 
 def make_databases():
-    """What `cuckoomigrate database all` does for a new CWD."""
+    """Does the same as `cuckoomigrate database all` for a new CWD."""
     startup.init_database(migration_check=False)
     dbms.cleanup()
     startup.init_safelist_db(migration_check=False)

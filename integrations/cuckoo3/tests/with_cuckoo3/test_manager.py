@@ -1,4 +1,4 @@
-"""What the node has: a manager, and the mirror of the host's machines."""
+"""The node's parts: a manager, and the mirror of the host's machines."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ class ManagerTest(unittest.TestCase):
     def setUp(self):
         self.cwd = make_cuckoo_cwd(self, MACHINES)
         self.disabled = []
-        infostream = SimpleNamespace(disabled_machine=lambda *told: self.disabled.append(told))
+        infostream = SimpleNamespace(disabled_machine=lambda *reported: self.disabled.append(reported))
         self.nodectx = SimpleNamespace(node=SimpleNamespace(infostream=infostream))
 
     def start(self):
@@ -353,7 +353,7 @@ class Configuration(ManagerTest):
         startup.load_configuration("cuckoo.yaml")
         startup._load_machinery_configs()
         self.assertEqual(config.cfg("cuckoo", "machineries"), ["double"])
-        # What Cuckoo3 knows it still checks.
+        # Cuckoo3 still checks the machineries that it knows.
         change_yaml(self.cwd / "conf" / "cuckoo.yaml", lambda values: values.update(machineries=["double", "qemu"]))
         startup.load_configuration("cuckoo.yaml")
         with self.assertRaisesRegex(StartupError, "qemu.yaml"):

@@ -82,12 +82,12 @@ class ATask(NodeTest):
         self.assertFalse(node.machines()["good"]["locked"])
         self.assertEqual(node.ask("GET", f"/task/{TASKS[0]}")[0], 200)
 
-        # One that misbehaves is taken out, and main is told.
+        # A machine that misbehaves is disabled, and main is notified.
         self.assertEqual(node.start_task(TASKS[2], "bad")[0], 200)
-        told = events.wait_for(type="machine_disabled", machine_name="bad")
+        reported = events.wait_for(type="machine_disabled", machine_name="bad")
         events.wait_for(type="task_state", task_id=TASKS[2], state="task_failed")
         self.assertTrue(node.machines()["bad"]["disabled"])
-        self.assertEqual(node.machines()["bad"]["disabled_reason"], told["reason"])
+        self.assertEqual(node.machines()["bad"]["disabled_reason"], reported["reason"])
 
         self.assertEqual(node.start_task(TASKS[3], "nope")[0], 400)
         self.assert_nothing_is_abandoned(node, host)

@@ -99,7 +99,7 @@ class CuckoosManager:
         self._manager.disable()
 
     def fate(self, name):
-        """What has become of the machine."""
+        """Returns the machine's state and reasons."""
         machine = self._manager.machines.get_by_name(name)
         return machine.disabled, machine.machinery.state(machine)
 
@@ -129,7 +129,7 @@ class OurHost:
         self._client.request("disable")
 
     def fate(self, name):
-        """What has become of the machine."""
+        """Returns the machine's state and reasons."""
         machines = {machine["name"]: machine for machine in self._client.request("list")["machines"]}
         return machines[name]["disabled"], machines[name]["state"]
 
@@ -140,7 +140,7 @@ class OurHost:
 
 
 def outcome(act, *args, **keys):
-    """What Cuckoo3's task flow would learn from it."""
+    """Returns the result for Cuckoo3's task flow."""
     try:
         act(*args, **keys)
     except ActionFailedError as error:
@@ -177,7 +177,7 @@ def talk(path, *messages):
 
 class Parity(unittest.TestCase):
     def both(self, case):
-        """What the case gives against Cuckoo3's manager, which the host has to give as well."""
+        """Compares the results of a case with Cuckoo3's manager and with the host."""
         with self.subTest(case=case.__name__):
             expected = case(CuckoosManager(self))
             self.assertEqual(case(OurHost(self)), expected)
