@@ -64,6 +64,19 @@ fn announce_skipped_cuckoo3_tests() {
     }
 }
 
+/// Returns whether the arguments begin with the name of a test or a filter.
+fn selects_tests(args: &[String]) -> bool {
+    args.first().is_some_and(|first| !first.starts_with('-') || first.starts_with("-E"))
+}
+
+/// Runs the checks that need no test.
+fn check_source() -> Result<()> {
+    step(&mut cargo(["fmt", "--all", "--check"]))?;
+    step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    let mut doc = cargo(["doc", "--no-deps", "--workspace", "--lib"]);
+    step(doc.env("RUSTDOCFLAGS", "-D warnings"))
+}
+
 /// Returns the arguments of cargo for the test runs: the examples in the documentation, and all other tests.
 fn test_commands(args: &[String]) -> Vec<Vec<&str>> {
     let mut tests = if succeeds(&mut cargo(["nextest", "--version"])) {
