@@ -6,6 +6,7 @@
 use crate::backports::Backports;
 use crate::leftovers::RunMarker;
 use crate::packages;
+use crate::prose;
 use crate::run::{Result, cargo, step, succeeds};
 
 /// Options of `cargo xtask test`.
@@ -71,6 +72,7 @@ fn selects_tests(args: &[String]) -> bool {
 
 /// Runs the checks that need no test.
 fn check_source() -> Result<()> {
+    prose::check()?;
     step(&mut cargo(["fmt", "--all", "--check"]))?;
     step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     let mut doc = cargo(["doc", "--no-deps", "--workspace", "--lib"]);

@@ -31,6 +31,11 @@ pub struct Options {
     paths: Vec<String>,
 }
 
+/// Checks the whole checkout.
+pub fn check() -> Result<()> {
+    run(&Options { counts: false, checkout: CHECKOUT.into(), paths: Vec::new() })
+}
+
 /// Runs the check, or counts.
 pub fn run(options: &Options) -> Result<()> {
     if options.counts {
