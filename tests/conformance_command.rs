@@ -94,7 +94,7 @@ fn other_requirements_are_checked_when_a_plugin_ends_the_process() {
             &format!("FAIL  check: the process ended in it, with {words}"),
             "pass  off_after_load",
         ] {
-            assert!(ran.stdout.lines().any(|said| output == line), "{line:?} is not in {ran:?}");
+            assert!(ran.stdout.lines().any(|output| output == line), "{line:?} is not in {ran:?}");
         }
     }
 }

@@ -21,10 +21,10 @@ fn run(python: &str, tests: &str) {
     command.args(["-B", "-W", "error::ResourceWarning", "-m", "unittest", "discover", "-v", "-t", "."]);
     command.args(["-s", tests]).current_dir(package).env("CUCKOO_MACHINERY", artifacts::program().unwrap());
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {python}: {error}"));
-    let output = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     print!("{}", String::from_utf8_lossy(&output.stdout));
-    assert!(output.status.success(), "{command:?}:\n{said}");
-    eprint!("{said}");
+    assert!(output.status.success(), "{command:?}:\n{stderr}");
+    eprint!("{stderr}");
 }
 
 #[test]

@@ -1,18 +1,17 @@
 """The programs `cuckoonode-hosted` and `cuckoo-hosted`.
 
-They are Cuckoo3's `cuckoonode` and `cuckoo`, with the same arguments, after a few of Cuckoo3's names have
-been given another value:
+They run Cuckoo3's `cuckoonode` and `cuckoo` with the same arguments, after replacing these names of Cuckoo3:
 
-| name in Cuckoo3                                 | becomes                                        |
+| name in Cuckoo3                                 | replacement                                    |
 | ----------------------------------------------- | ---------------------------------------------- |
 | `cuckoo.node.startup.start_machinerymanager`    | `manager.start_machinerymanager`               |
 | `cuckoo.node.taskrunner.TaskRunner`             | `taskrunner.HostedTaskRunner`                  |
-| `cuckoo.config.Machinery.constraints`           | takes any name                                 |
-| `cuckoo.common.startup._load_machinery_configs` | reads those that Cuckoo3 knows                 |
-| `cuckoo.startup.start_processing_handler`       | first: `workers.HostedWorkReceiver` is used    |
+| `cuckoo.config.Machinery.constraints`           | accepts any name                               |
+| `cuckoo.common.startup._load_machinery_configs` | reads the machineries that Cuckoo3 knows       |
+| `cuckoo.startup.start_processing_handler`       | uses `workers.HostedWorkReceiver`              |
 
-Cuckoo3 looks all of them up when it uses them. Should another version of Cuckoo3 not have one of them,
-that is said at once, instead of running with half of it.
+Cuckoo3 looks up each name at its use. If a version of Cuckoo3 lacks a name, the programs fail at once, instead
+of running with some of the replacements.
 """
 
 import sys
@@ -28,7 +27,7 @@ _REPLACED = (
 
 
 def cuckoonode():
-    """Cuckoo3's node, on the machinery host."""
+    """Runs Cuckoo3's node on the machinery host."""
     _use_the_host(_REPLACED)
     from cuckoo.node.main import main
 
@@ -36,7 +35,7 @@ def cuckoonode():
 
 
 def cuckoo():
-    """Cuckoo3's main process with its own node, on the machinery host."""
+    """Runs Cuckoo3's main process and its own node on the machinery host."""
     _use_the_host((*_REPLACED, ("cuckoo.startup", "start_processing_handler")))
     _use_hosted_workers()
     from cuckoo.main import main
@@ -63,7 +62,7 @@ def _use_hosted_workers():
     original = startup.start_processing_handler
 
     def start_processing_handler(cuckooctx):
-        # Loads much, and most commands of `cuckoo` process nothing.
+        # This import is slow, and most commands of `cuckoo` process nothing.
         from . import workers
 
         workers.use_hosted_workers()
@@ -82,6 +81,6 @@ def _expect(module, name):
         )
     if not hasattr(found, name):
         sys.exit(
-            f"This Cuckoo3 has no {module}.{name}, in whose place cuckoo-machinery puts its own. "
-            "Its version does not fit: use Cuckoo3's own programs, or another version of cuckoo-machinery"
+            f"This Cuckoo3 has no {module}.{name}, which cuckoo-machinery replaces. "
+            "Its version is not supported: use Cuckoo3's own programs, or another version of cuckoo-machinery"
         )

@@ -1,9 +1,9 @@
 """Machineries that Cuckoo3 does not know.
 
-Cuckoo3 refuses a name in `machineries` for which it has no module, and reads the configuration of every
-machinery that is listed. Both would keep out the backends that the host takes in as plugins. So a name is
-left to the host, which refuses one without a plugin and says why, and Cuckoo3 reads what it knows. What
-it knows it still checks, so that a CWD that works here works without the host, too.
+Cuckoo3 refuses a name in `machineries` for which it has no module, and reads the configuration of each listed
+machinery. Both would exclude the host's plugins. Cuckoo3 therefore accepts every name, and reads only the
+configurations that it knows. The host refuses a name without a plugin, with the reason. Cuckoo3 still
+checks the machineries that it knows, so that the CWD also works without the host.
 """
 
 from cuckoo import config as cuckoo_config
@@ -12,7 +12,7 @@ from cuckoo.machineries import config as machineries_config
 
 
 def accept_all_machineries():
-    """From now on, in this process."""
+    """Makes this process accept all machineries."""
     cuckoo_config.Machinery.constraints = config.String.constraints
     startup._load_machinery_configs = _load_known_machinery_configs
 

@@ -1,13 +1,13 @@
 """Requests to the machinery host, and the events it sends.
 
-The host answers on a Unix socket with one JSON object a line (docs/protocol.md). Each request here has
-a connection of its own, which costs less than a tenth of a millisecond: so requests of many threads do
-not wait for each other, and there is no connection to repair after a restart of the host.
+The host answers on a Unix socket with one JSON object per line (docs/protocol.md). Each request has its own
+connection, which takes less than a tenth of a millisecond. Requests of several threads therefore do not wait
+for each other, and no connection has to be repaired after a restart of the host.
 
     Client.request ──▶ connect ─▶ send ─▶ wait for the answer ─▶ close
     Client.subscribe ─▶ connect ─▶ send ─▶ Subscription: event, event, … until either side closes
 
-Reading waits in the kernel until something arrives, the time is up or the host is gone.
+A read waits in the kernel until data arrives, the timeout passes or the host ends.
 """
 
 import itertools
@@ -15,26 +15,26 @@ import json
 import socket
 import time
 
-# How long the host may take to answer what needs no hypervisor, in seconds.
-ANSWER = 30
+# The timeout of requests that need no hypervisor, in seconds.
+ANSWER_TIMEOUT = 30
 
 _ids = itertools.count(1)
 
 
 class HostError(Exception):
-    """Something with the machinery host did not work."""
+    """A failure of the machinery host or of the connection to it."""
 
 
-class OutOfReach(HostError):
-    """No host answers, or it went away before it answered, or it did not answer in time."""
+class Unreachable(HostError):
+    """No host answers, or it ended before it answered, or it did not answer in time."""
 
 
-class Overdue(OutOfReach):
-    """It did not answer in time. What was asked for may still happen."""
+class TimedOut(Unreachable):
+    """The host did not answer in time. The action may still run."""
 
 
 class Refused(HostError):
-    """The host answered that it cannot, or will not. `reason` is the host's own."""
+    """The host refused the request, or the action failed. `reason` is the host's own."""
 
     def __init__(self, what, reason):
         super().__init__(f"The machinery host cannot {what}: {reason}")
@@ -52,7 +52,7 @@ class Connection:
             self._socket.connect(str(path))
         except OSError as error:
             self._socket.close()
-            raise OutOfReach(
+            raise Unreachable(
                 f"No machinery host answers on {path}: {error}. Is `cuckoo-machinery serve` running?"
             ) from error
 
@@ -63,11 +63,11 @@ class Connection:
         self.close()
 
     def close(self):
-        """Ends the connection. A thread that reads from it is woken."""
+        """Closes the connection, and wakes a thread that reads from it."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # the host was first
+            pass  # the host has closed it already
         self._socket.close()
 
     def send(self, message):
@@ -78,20 +78,20 @@ class Connection:
             raise self._lost(error) from error
 
     def receive(self, deadline=None):
-        """The next message; waits for it until `deadline` (of `time.monotonic`), or for ever."""
+        """Returns the next message; waits until `deadline` (of `time.monotonic`), or for ever."""
         while b"\n" not in self._received:
             self._received += self._read(deadline)
         line, self._received = self._received.split(b"\n", 1)
         try:
             message = json.loads(line)
         except ValueError as error:
-            raise HostError(f"What answers on {self._path} does not speak JSON: {line[:200]!r}") from error
+            raise HostError(f"The process that answers on {self._path} does not send JSON: {line[:200]!r}") from error
         if not isinstance(message, dict):
-            raise HostError(f"What answers on {self._path} does not send JSON objects: {line[:200]!r}")
+            raise HostError(f"The process that answers on {self._path} does not send JSON objects: {line[:200]!r}")
         return message
 
     def answer(self, identity, deadline=None):
-        """The answer to the request with that id. A host that is too busy answers without one."""
+        """Returns the answer to the request with that id. An overloaded host answers without an id."""
         while True:
             message = self.receive(deadline)
             if "event" not in message and message.get("id", identity) == identity:
@@ -101,12 +101,12 @@ class Connection:
     def _read(self, deadline):
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
-            raise self._overdue()
+            raise self._timed_out()
         try:
             self._socket.settimeout(left)
             data = self._socket.recv(65536)
         except socket.timeout:
-            raise self._overdue() from None
+            raise self._timed_out() from None
         except OSError as error:
             raise self._lost(error) from error
         if not data:
@@ -114,14 +114,14 @@ class Connection:
         return data
 
     def _lost(self, why):
-        return OutOfReach(f"The connection to the machinery host on {self._path} is lost: {why}")
+        return Unreachable(f"The connection to the machinery host on {self._path} is lost: {why}")
 
-    def _overdue(self):
-        return Overdue(f"The machinery host on {self._path} has not answered in time")
+    def _timed_out(self):
+        return TimedOut(f"The machinery host on {self._path} has not answered in time")
 
 
 class Subscription:
-    """The host's events, one after the other, until the connection ends."""
+    """Iterates over the host's events, until the connection ends."""
 
     def __init__(self, connection):
         self._connection = connection
@@ -134,45 +134,45 @@ class Subscription:
                 return
 
     def close(self):
-        """Ends it, also while another thread waits for the next event."""
+        """Ends the subscription, also while another thread waits for the next event."""
         self._connection.close()
 
 
 class Client:
-    """Asks the host whose socket is `path`. May be used by any number of threads at once."""
+    """A client of the host whose socket is `path`. Any number of threads may use it at once."""
 
     def __init__(self, path):
         self.path = path
 
-    def request(self, action, timeout=ANSWER, **keys):
-        """The host's answer to `action`, which has succeeded.
+    def request(self, action, timeout=ANSWER_TIMEOUT, **keys):
+        """Returns the host's answer to `action`, if it is a success.
 
-        Raises `Refused` if it has not, and `OutOfReach` if there is no answer within `timeout` seconds
-        (None: wait as long as the host is there).
+        Raises `Refused` for another answer, and `Unreachable` if there is none within `timeout` seconds (None:
+        wait as long as the host runs).
         """
         message = {"action": action, **{key: value for key, value in keys.items() if value is not None}}
         return _succeeded(message, ask(self.path, message, timeout))
 
     def subscribe(self):
-        """The host's events from now on."""
+        """Subscribes to the host's events."""
         connection = Connection(self.path)
         try:
             message = {"action": "subscribe"}
-            _succeeded(message, _ask(connection, message, ANSWER))
+            _succeeded(message, _ask(connection, message, ANSWER_TIMEOUT))
         except HostError:
             connection.close()
             raise
         return Subscription(connection)
 
 
-def ask(path, message, timeout=ANSWER):
-    """Sends one message to the host whose socket is `path`, and returns its answer, whatever it is."""
+def ask(path, message, timeout=ANSWER_TIMEOUT):
+    """Sends one message to the host whose socket is `path`, and returns its answer, also a failure."""
     with Connection(path) as connection:
         return _ask(connection, message, timeout)
 
 
-def tell(path, message):
-    """Sends one message and leaves; the host does what it says."""
+def send(path, message):
+    """Sends one message without waiting for the answer."""
     with Connection(path) as connection:
         connection.send(message)
 

@@ -1,20 +1,20 @@
-"""A machinery host for one CWD: found or started, and kept running.
+"""The machinery host of one CWD: found or started, and supervised.
 
     attach ─▶ does a host answer? ──yes──▶ used ────────┐
                       │ no                              ▼
-                      └─▶ started, READY=1 ─────▶ attached: events are heard
+                      └─▶ started, READY=1 ─────▶ attached: events arrive
                                ▲                        │ the connection ends
                                │                        ▼
-                 no host came back ◀── a pause ◀────── gone
-    detach ─▶ a host that was started here is ended with SIGTERM and stops its machines first;
-              one that somebody else runs goes on
+                 no host came back ◀── a pause ◀────── lost
+    detach ─▶ a host that was started here gets SIGTERM, stops its machines and ends;
+              another's host runs on
 
-One thread hears the events. The end of their stream is how the end of a host is noticed, whoever runs
-it. A host that was started here says `READY=1` on a socket of ours, the way of systemd; a thread that
-waits for its process says on the same socket when that ends, so that a start waits for one thing only.
+One thread receives the events. The end of their stream shows the end of any host. A host that was started here
+sends `READY=1` to a socket of this process, as it would to systemd. A thread that waits for the host's process
+reports its end to the same socket, so that a start waits for a single socket.
 
-The host has a session of its own: Ctrl-C in the terminal is for Cuckoo3, which ends in good order and
-then ends the host.
+The host has its own session: Ctrl-C in the terminal reaches only Cuckoo3, which shuts down in order and then
+ends the host.
 """
 
 import fcntl
@@ -30,28 +30,28 @@ import threading
 import time
 from pathlib import Path
 
-from .connection import Client, HostError, OutOfReach, Refused
+from .connection import Client, HostError, Unreachable, Refused
 
 PROGRAM = "cuckoo-machinery"
 PROGRAM_VARIABLE = "CUCKOO_MACHINERY"
-# More options for a host that is started here, as in a shell: `-v --allow-insecure-plugins`.
+# Further options of a host that is started here, quoted as in a shell: `-v --allow-insecure-plugins`.
 OPTIONS_VARIABLE = "CUCKOO_MACHINERY_OPTIONS"
 
 # All in seconds.
-START_LIMIT = 120
-# A host stops its machines first, which takes up to a minute, and then its plugins let go.
-END_LIMIT = 100
-# How long a host that somebody else runs may take to come back.
-COMEBACK = 5
-# A host that ran this long has not failed to start.
-STEADY = 60
-LONGEST_PAUSE = 30
-# How often to look for another's host that comes or goes: it cannot tell us.
-LOOK_AGAIN = 0.2
+START_TIMEOUT = 120
+# A host first stops its machines, which takes up to a minute, and then shuts its plugins down.
+END_TIMEOUT = 100
+# The time in which another's host may come back.
+RESTART_GRACE = 5
+# A host that ran this long was started successfully.
+STABLE_AFTER = 60
+MAX_PAUSE = 30
+# The interval of polling for another's host, which sends no notification.
+POLL_INTERVAL = 0.2
 
 
 def find_program():
-    """The program `cuckoo-machinery`: the one in `$CUCKOO_MACHINERY`, else the one in the PATH."""
+    """Returns the program `cuckoo-machinery`: the one in `$CUCKOO_MACHINERY`, or the one in the PATH."""
     given = os.environ.get(PROGRAM_VARIABLE)
     found = shutil.which(given or PROGRAM)
     if found:
@@ -64,7 +64,7 @@ def find_program():
 
 
 def more_options():
-    """The options in `$CUCKOO_MACHINERY_OPTIONS`, which the host gets beside `--cwd`."""
+    """Returns the options in `$CUCKOO_MACHINERY_OPTIONS`, which the host gets beside `--cwd`."""
     given = os.environ.get(OPTIONS_VARIABLE, "")
     try:
         return shlex.split(given)
@@ -73,17 +73,17 @@ def more_options():
 
 
 class Listener:
-    """Who wants to know about a host. All calls come from one thread at a time."""
+    """Receives events of a host. All calls come from one thread at a time."""
 
     def attached(self):
-        """A host answers, anew perhaps: nothing that was known about it need be true any more."""
+        """Handles a new host, whose state may differ from that of an earlier one."""
 
     def heard(self, event):
-        """An event of the host."""
+        """Handles an event of the host."""
 
 
 class Host:
-    """The host of the CWD `cwd`. `client` asks it."""
+    """The host of the CWD `cwd`. `client` sends it requests."""
 
     def __init__(self, cwd, listener=None, log=None):
         self._cwd = Path(cwd).absolute()
@@ -100,18 +100,18 @@ class Host:
 
     @property
     def is_own(self):
-        """Whether the host was started here."""
+        """Reports whether the host was started here."""
         return self._child is not None
 
     def attach(self):
-        """Sees to it that a host answers, and hears its events from then on."""
-        self._bring_up(comeback=0)
+        """Finds or starts a host, and receives its events from then on."""
+        self._ensure_host(grace=0)
         self._listen()
-        self._thread = threading.Thread(target=self._attend, name="machinery-host", daemon=True)
+        self._thread = threading.Thread(target=self._supervise, name="machinery-host", daemon=True)
         self._thread.start()
 
     def detach(self):
-        """Lets go of the host. One that was started here is ended. May be called at any time."""
+        """Stops the supervision, and ends a host that was started here. May be called at any time."""
         self._ending.set()
         with self._attached:
             self._attached.notify_all()
@@ -119,22 +119,22 @@ class Host:
             self._events.close()
         self._end_child()
         if self._thread:
-            self._thread.join(END_LIMIT)
-            # One that was just being started.
+            self._thread.join(END_TIMEOUT)
+            # A host whose start was under way.
             self._end_child()
 
-    def request_patiently(self, action, patience=30, **keys):
-        """As `client.request`, but asks again when a host that went away is back."""
-        until = time.monotonic() + patience
+    def request_with_retries(self, action, retry_for=30, **keys):
+        """Sends a request like `client.request`, and repeats it when a lost host is back."""
+        until = time.monotonic() + retry_for
         while True:
             before = self._attachments
             try:
                 return self.client.request(action, **keys)
-            except OutOfReach:
-                if not self._comes_back(before, until):
+            except Unreachable:
+                if not self._is_reattached(before, until):
                     raise
 
-    def _comes_back(self, before, until):
+    def _is_reattached(self, before, until):
         def known():
             return self._attachments > before or self._ending.is_set()
 
@@ -155,75 +155,75 @@ class Host:
             self._attachments += 1
             self._attached.notify_all()
 
-    def _attend(self):
+    def _supervise(self):
         while not self._ending.is_set():
             since = time.monotonic()
-            self._hear()
+            self._process_events()
             self._events.close()
-            if time.monotonic() - since >= STEADY:
+            if time.monotonic() - since >= STABLE_AFTER:
                 self._failures = 0
-            self._bring_back()
+            self._reattach()
 
-    def _hear(self):
+    def _process_events(self):
         for event in self._events:
             try:
                 self._listener.heard(event)
             except Exception as error:
-                # One event that cannot be dealt with must not be the end of all.
-                self._log.exception(f"An event of the machinery host was not dealt with: {event}: {error}")
+                # A failure with one event must not end the supervision.
+                self._log.exception(f"An event of the machinery host could not be handled: {event}: {error}")
 
-    def _bring_back(self):
-        what = f"The machinery host {self._whose()} is gone"
+    def _reattach(self):
+        what = f"The machinery host {self._description()} is lost"
         while not self._ending.is_set():
-            pause = min(2**self._failures, LONGEST_PAUSE)
+            pause = min(2**self._failures, MAX_PAUSE)
             self._failures += 1
-            self._log.error(f"{what}. One is looked for in {pause} s, and started if there is none")
+            self._log.error(f"{what}. Looking for a host in {pause} s, and starting one if there is none")
             if self._ending.wait(pause):
                 return
             try:
-                self._bring_up(COMEBACK)
+                self._ensure_host(RESTART_GRACE)
                 self._listen()
             except Exception as error:
-                # Whatever it was, the next attempt may be better.
+                # The next attempt may succeed.
                 what = f"The machinery host did not come back: {error}"
             else:
-                self._log.warning(f"The machinery host {self._whose()} is attached")
+                self._log.warning(f"The machinery host {self._description()} is attached")
                 return
 
-    def _whose(self):
+    def _description(self):
         if self._child:
             return f"of {self._cwd} that was started here (process {self._child.pid})"
         return f"of {self._cwd} that somebody else runs"
 
-    def _bring_up(self, comeback):
-        """Returns when a host answers. Another's, which was there before, gets some time to come back."""
+    def _ensure_host(self, grace):
+        """Finds or starts a host. Another's host has `grace` seconds to come back."""
         begin = time.monotonic()
         while not self._answers():
             waited = time.monotonic() - begin
             if self._ending.is_set():
                 raise HostError("Cuckoo's node is being stopped")
-            if waited > START_LIMIT:
-                raise OutOfReach(
-                    f"A machinery host holds {self._lock_path}, but has not answered for {START_LIMIT} s. "
+            if waited > START_TIMEOUT:
+                raise Unreachable(
+                    f"A machinery host holds {self._lock_path}, but has not answered for {START_TIMEOUT} s. "
                     "Look at its log, or end it"
                 )
-            # A CWD has one host. One that holds it comes up or goes down.
-            if (not self._child and waited < comeback) or self._is_held():
-                self._ending.wait(LOOK_AGAIN)
+            # A CWD has one host. A host with the lock is starting or shutting down.
+            if (not self._child and waited < grace) or self._is_held():
+                self._ending.wait(POLL_INTERVAL)
             else:
                 self._start()
         if self._child and self._child.has_ended():
-            # Somebody was quicker.
+            # Another host was faster.
             self._child = None
 
     def _answers(self):
         try:
             self.client.request("version")
-        except OutOfReach:
+        except Unreachable:
             return False
         except Refused as error:
             raise HostError(
-                f"What answers on {self.client.path} is no machinery host: {error.reason}. "
+                f"The process that answers on {self.client.path} is no machinery host: {error.reason}. "
                 "Stop Cuckoo's own node first, if it runs"
             ) from error
         return True
@@ -242,7 +242,7 @@ class Host:
             return True
         except OSError as error:
             raise HostError(
-                f"The lock of the machinery host cannot be looked at: {error}. "
+                f"The lock of the machinery host cannot be read: {error}. "
                 "Cuckoo's node and the host must be run by the same user"
             ) from error
         return False
@@ -251,14 +251,14 @@ class Host:
         if self._child:
             self._child.end()
         self._child = Child(find_program(), self._cwd, more_options())
-        if self._child.is_ready(START_LIMIT):
+        if self._child.is_ready(START_TIMEOUT):
             self._log.info(
                 f"The machinery host of {self._cwd} is started: process {self._child.pid}, log {self._child.log_path}"
             )
             return
         child, self._child = self._child, None
         child.end()
-        # Of two that are started at the same time, one has to go: no failure, the other is used.
+        # Of two hosts that start at the same time, one fails, and the other is used.
         if not self._is_held():
             raise HostError(f"The machinery host of {self._cwd} could not be started. {child.failure()}")
 
@@ -266,12 +266,12 @@ class Host:
         if self._child and not self._child.end():
             self._log.error(
                 f"The machinery host of {self._cwd}, process {self._child.pid}, did not end within "
-                f"{END_LIMIT} s and was killed. Machines may be left; its next start ends them"
+                f"{END_TIMEOUT} s and was killed. Machines may still run; the next start ends them"
             )
 
 
 class Child:
-    """A host's process."""
+    """The process of a host."""
 
     def __init__(self, program, cwd, options=()):
         self._folder = tempfile.mkdtemp(prefix="cuckoo-machinery.")
@@ -283,7 +283,7 @@ class Child:
             self._notices.bind(self._address)
             self._process = self._run([program, "--cwd", str(cwd), *options, "serve"])
         except OSError as error:
-            self._clear_away()
+            self._remove_files()
             raise HostError(f"The machinery host of {cwd} could not be started: {error}") from error
         self.pid = self._process.pid
         threading.Thread(target=self._wait, name="machinery-host-end", daemon=True).start()
@@ -291,7 +291,7 @@ class Child:
     def _run(self, command):
         self.log_path.parent.mkdir(exist_ok=True)
         with open(self.log_path, "ab") as log:
-            self._log_start = log.tell()
+            self._log_start = log.seek(0, os.SEEK_END)
             return subprocess.Popen(
                 command,
                 env={**os.environ, "NOTIFY_SOCKET": self._address},
@@ -307,16 +307,16 @@ class Child:
             sender.sendto(b"ENDED=1", self._address)
         self._ended.set()
 
-    def _clear_away(self):
+    def _remove_files(self):
         self._notices.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def has_ended(self):
-        """Whether its process is gone."""
+        """Reports whether the process has ended."""
         return self._ended.is_set()
 
     def is_ready(self, limit):
-        """Waits until it answers; false if it ends before, or is not ready within `limit` seconds."""
+        """Waits until the host is ready; false if it ends before, or after `limit` seconds."""
         deadline = time.monotonic() + limit
         while True:
             self._notices.settimeout(max(0.001, deadline - time.monotonic()))
@@ -330,25 +330,25 @@ class Child:
                 return False
 
     def end(self):
-        """Ends it in good order, if it has not ended; false if it had to be killed."""
+        """Shuts the host down, if it runs; false if it had to be killed."""
         try:
             self._process.send_signal(signal.SIGTERM)
         except ProcessLookupError:
-            # It has ended just now; Python before 3.9 sends all the same.
+            # The process has just ended; Python before 3.9 does not detect that.
             pass
-        in_order = self._ended.wait(END_LIMIT)
+        in_order = self._ended.wait(END_TIMEOUT)
         if not in_order:
             self._process.kill()
             self._ended.wait()
-        self._clear_away()
+        self._remove_files()
         return in_order
 
     def failure(self):
-        """What it said before it ended."""
+        """Returns the output of a failed start, and its exit code."""
         with open(self.log_path, "rb") as log:
             log.seek(self._log_start)
-            said = log.read().decode(errors="replace").strip()
+            output = log.read().decode(errors="replace").strip()
         return (
-            f"It said: {said[-2000:] or 'nothing'}\n(exit code {self._process.poll()}; log {self.log_path}; "
+            f"It wrote: {output[-2000:] or 'nothing'}\n(exit code {self._process.poll()}; log {self.log_path}; "
             f"it gets the options in ${OPTIONS_VARIABLE})"
         )

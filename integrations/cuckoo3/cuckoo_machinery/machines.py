@@ -1,13 +1,13 @@
 """Cuckoo3's list of machines, as a mirror of the host's.
 
-Who has which machine, and which are out of the pool, is the host's knowledge: it outlives both the node
-and the host. The node's `MachinesList` becomes a mirror of it:
+The host owns the locks and the availability of machines, which outlive both the node and the host. The node's
+`MachinesList` mirrors them:
 
     acquire_available, release, mark_disabled ─▶ host ─▶ event ─▶ mirror ─▶ find, get_available, …
 
-Only `mirror` and `heard` write to the list, and both are called by the one thread that hears the host. A
-change that was asked for here is waited for in the mirror, so that who releases a machine sees it
-released. `Machine` objects stay the same for as long as the host has a machine of that name.
+Only `mirror` and `heard` write to the list, and only the thread that receives the host's events calls them. A
+requested change returns after the mirror shows it, so that a caller that releases a machine sees it released.
+A `Machine` object stays the same while the host has a machine of that name.
 """
 
 import os
@@ -18,29 +18,29 @@ from cuckoo.common.storage import TaskPaths
 
 from .connection import HostError, Refused
 
-# How long the mirror may lag behind an answer, in seconds.
-ECHO = 5
+# The maximum delay between an answer and the mirror, in seconds.
+MIRROR_TIMEOUT = 5
 
-# With these the host says that there is no such machine to be had now; its other refusals are failures.
+# Reasons of the host for a machine that is not available now. Other reasons are failures.
 _NOT_NOW = ("No machine is ", "Machine {name} is unavailable")
 
 
 class HostedMachines(MachinesList):
-    """The machines of `host`. `on_disabled` is called with the name and reason of each that is lost."""
+    """The machines of `host`. `on_disabled` is called with the name and reason of each disabled machine."""
 
     def __init__(self, host, on_disabled=lambda name, reason: None):
         super().__init__()
         self._host = host
         self._on_disabled = on_disabled
         self._changed = threading.Condition(self._machines_lock)
-        # The tasks of this node that have a machine, or are about to get one.
+        # The tasks of this node that have or request a machine.
         self._tasks = set()
         self._closed = False
 
     # For the node
 
     def acquire_available(self, task_id, name="", platform="", os_version="", tags=frozenset()):
-        """As in Cuckoo3; the host chooses, by the same rules, and locks."""
+        """Acquires a machine as in Cuckoo3. The host chooses by the same rules, and locks."""
         if name:
             self.get_by_name(name)
         if self._closed:
@@ -54,47 +54,47 @@ class HostedMachines(MachinesList):
         if described is None:
             self._tasks.discard(task_id)
             return None
-        return self._settled(described["name"], lambda machine: machine.locked_by == task_id)
+        return self._wait_for_mirror(described["name"], lambda machine: machine.locked_by == task_id)
 
     def release(self, machine):
-        """As in Cuckoo3. Waits for a host that is being started again: what is released here and not
-        there would be lost to every later task."""
+        """Releases a machine as in Cuckoo3. Waits for a host that is being restarted: otherwise the machine
+        would stay locked."""
         task_id = machine.locked_by
         try:
-            self._host.request_patiently("unlock", machine=machine.name, task_id=task_id or None)
+            self._host.request_with_retries("unlock", machine=machine.name, task_id=task_id or None)
         except Refused as error:
-            # The answer to a first attempt may have been lost with the host that gave it.
+            # The answer to an earlier attempt may have been lost with its host.
             if "is not locked" not in error.reason or not task_id:
                 raise MachineListError(error.reason) from error
         except HostError as error:
             raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
         self._tasks.discard(task_id)
-        self._settled(machine.name, lambda machine: machine.locked_by != task_id)
+        self._wait_for_mirror(machine.name, lambda machine: machine.locked_by != task_id)
 
     def mark_disabled(self, machine, reason):
-        """As in Cuckoo3."""
+        """Disables a machine as in Cuckoo3."""
         try:
-            self._host.request_patiently("disable_machine", machine=machine.name, reason=str(reason))
+            self._host.request_with_retries("disable_machine", machine=machine.name, reason=str(reason))
         except HostError as error:
             raise MachineListError(f"Cannot disable machine {machine.name}. {error}") from error
-        self._settled(machine.name, lambda machine: machine.disabled)
+        self._wait_for_mirror(machine.name, lambda machine: machine.disabled)
 
     # For the manager
 
     def is_of_this_node(self, task_id):
-        """Whether the task has got its machine here."""
+        """Reports whether the task got its machine from this node."""
         return task_id in self._tasks
 
     def forget_tasks(self):
-        """None of them has a machine any more."""
+        """Forgets all tasks, which no longer have machines."""
         self._tasks.clear()
 
     def close(self):
-        """No task gets a machine from now on."""
+        """Refuses machines to tasks from now on."""
         self._closed = True
 
     def mirror(self, described):
-        """All machines, as the host describes them. Returns with the mirror the same."""
+        """Replaces the mirror by the host's description of all machines."""
         lost = []
         with self._changed:
             known = {machine.name: machine for machine in self._machines}
@@ -106,7 +106,7 @@ class HostedMachines(MachinesList):
             self._on_disabled(machine.name, machine.disable_reason)
 
     def heard(self, event):
-        """An event about one machine."""
+        """Applies an event of one machine."""
         change = _CHANGES.get(event["event"])
         if not change:
             return
@@ -133,15 +133,15 @@ class HostedMachines(MachinesList):
         except HostError as error:
             raise MachineListError(f"No machine for task {task_id}. {error}") from error
 
-    def _settled(self, name, as_expected):
-        """The machine of that name, once the mirror shows what the host has just said."""
+    def _wait_for_mirror(self, name, as_expected):
+        """Waits until the mirror shows the host's answer, and returns the machine."""
         with self._changed:
-            self._changed.wait_for(lambda: as_expected(self.get_by_name(name)), ECHO)
+            self._changed.wait_for(lambda: as_expected(self.get_by_name(name)), MIRROR_TIMEOUT)
             return self.get_by_name(name)
 
 
 def _paths(task_id):
-    """Where the files of a task's run go; nowhere if the id is not Cuckoo3's."""
+    """Returns the paths of a task's files; none if the id is not Cuckoo3's."""
     try:
         return {
             "pcap_path": os.path.abspath(TaskPaths.pcap(task_id)),
@@ -153,7 +153,7 @@ def _paths(task_id):
 
 def _made(described):
     machine = Machine.from_dict({**described, "interface": described["interface"] or ""})
-    # Machine.from_dict leaves it out.
+    # Machine.from_dict ignores it.
     machine.mac_address = described["mac_address"] or ""
     return machine
 
@@ -164,7 +164,7 @@ def _brought_up_to_date(machine, described, lost):
         return new
     if new.disabled and not machine.disabled:
         lost.append(machine)
-    # The lock is Cuckoo3's own, and may be held.
+    # This lock is Cuckoo3's own, and may be held.
     del new.action_lock
     vars(machine).update(vars(new))
     return machine

@@ -1,36 +1,36 @@
-"""A task runner that waits for the host's answers instead of looking for them once a second.
+"""A task runner that waits for the host's answers instead of polling once a second.
 
-Cuckoo3's client reads, sleeps a second, and reads again: a restore of a tenth of a second takes it a
-second. Its task runner is a process of its own, started anew, so nothing that was replaced in the node is
-replaced there. But it is handed over as an object, whose class that process imports from here; the class
-puts the waiting client where Cuckoo3's task flows look for theirs, and goes on as Cuckoo3's does.
+Cuckoo3's client polls with a pause of a second, so that a restore of a tenth of a second takes a second. The
+task runner is a new process, in which the node's replacements have no effect. The node passes it as a pickled
+object, whose class the new process imports from this module. That class replaces the client of Cuckoo3's task
+flows by the waiting one.
 """
 
 from cuckoo.common import taskflow
 from cuckoo.common.clients import ActionFailedError, MachineryManagerClient, ServerResponseError
 from cuckoo.node.taskrunner import TaskRunner
 
-from .connection import HostError, Overdue, ask, tell
+from .connection import HostError, TimedOut, ask, send
 
 
 class WaitingClient(MachineryManagerClient):
-    """Cuckoo3's client of the machinery manager, with an answer when there is one."""
+    """Cuckoo3's client of the machinery manager, which waits for the answer instead of polling."""
 
     def machine_action(self, action, machine_name, wait_response=True, timeout=120):
-        """As in Cuckoo3: returns when the action has succeeded, or, without `wait_response`, at once."""
+        """Requests an action as in Cuckoo3, and returns after its success; without `wait_response` at once."""
         message = {"action": action, "machine": machine_name}
         try:
             if not wait_response:
-                return tell(self.sockpath, message)
+                return send(self.sockpath, message)
             answer = ask(self.sockpath, message, timeout if timeout > 0 else None)
-        except Overdue as error:
+        except TimedOut as error:
             raise ActionFailedError(
                 f"Response for machine action {action} for {machine_name} took longer than {timeout} seconds"
             ) from error
         except HostError as error:
             raise ActionFailedError(f"Machine action {action} for {machine_name} failed. {error}") from error
         if "success" not in answer:
-            raise ServerResponseError(f"The answer {answer!r} does not say whether it is a success")
+            raise ServerResponseError(f"The answer {answer!r} has no `success`")
         if not answer["success"]:
             reason = answer.get("reason", "")
             raise ActionFailedError(f"Machine action {action} for {machine_name} failed. Reason: {reason}")

@@ -1,7 +1,7 @@
-"""The processes of Cuckoo3 that process results.
+"""Cuckoo3's processing workers.
 
-They read the whole configuration, each by itself, so they too must take machineries that Cuckoo3 does not
-know. As with the task runner, their class is how code of ours gets into them.
+Each worker process reads the whole configuration, so it must also accept machineries that Cuckoo3 does not
+know. The class of the worker runs code of this package in that process, as with the task runner.
 """
 
 from cuckoo import runprocessing
@@ -11,7 +11,7 @@ from .configuration import accept_all_machineries
 
 
 class HostedWorkReceiver(WorkReceiver):
-    """Cuckoo3's worker, which takes all machineries."""
+    """Cuckoo3's worker, which accepts all machineries."""
 
     def start(self):
         """Runs in the worker's process."""
@@ -20,5 +20,5 @@ class HostedWorkReceiver(WorkReceiver):
 
 
 def use_hosted_workers():
-    """From now on, in this process."""
+    """Makes this process start such workers."""
     runprocessing.WorkReceiver = HostedWorkReceiver

@@ -1,7 +1,7 @@
-"""Cuckoo3's main process with its own node, on the host: its scheduler gives a task a machine.
+"""Cuckoo3's main process with its own node, on the host: its scheduler acquires machines for tasks.
 
-The tasks are laid into its queue: the stages before need more of Cuckoo3 than its packages core and
-processing. That those are there is enough for its processing workers to start.
+The tests add tasks to its queue: the stages before it need more of Cuckoo3 than its packages core and
+processing, which are enough for its processing workers.
 """
 
 import os
@@ -14,7 +14,7 @@ from cuckoo.common.safelist import safelistdb
 from cuckoo.common.storage import Paths
 
 from cuckoo_machinery.host import Host
-from tests.support import Ears, start_other_host
+from tests.support import EventRecorder, start_other_host
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, add_task, address, make_cuckoo_cwd
 
 try:
@@ -26,7 +26,7 @@ TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
 
 
 def make_databases():
-    """What `cuckoomigrate database all` does for a new CWD."""
+    """Creates the databases, like `cuckoomigrate database all` for a new CWD."""
     startup.init_database(migration_check=False)
     dbms.cleanup()
     startup.init_safelist_db(migration_check=False)
@@ -37,7 +37,7 @@ def make_databases():
 
 
 def queue_task(root, task_id, platform):
-    """Has Cuckoo3 run a task as soon as it starts."""
+    """Queues a task, which Cuckoo3 runs when it starts."""
     add_task(root, task_id, folder="analyses")
     taskqueue.TaskQueue(Paths.queuedb()).queue_task(
         task_id, "standard", datetime.now(), task_id.split("_")[0], 1, platform, "", set(), None
@@ -55,25 +55,25 @@ class Main(unittest.TestCase):
         )
         make_databases()
 
-    def test_tasks_get_their_machines_and_give_them_back(self):
+    def test_tasks_acquire_and_release_their_machines(self):
         queue_task(self.cwd, TASK, "linux")
         queue_task(self.cwd, OTHER_TASK, "windows")
-        # Of somebody else, so that it can be heard from the start.
+        # Another's host, so that the test receives its events from the start.
         other = start_other_host(self, self.cwd)
-        # Two tasks, side by side: each is listened to by itself.
-        ears, of_the_other = Ears(), Ears()
-        for listener in (of_the_other, ears):
+        # The tasks run concurrently, so each has its own recorder.
+        recorder, other_recorder = EventRecorder(), EventRecorder()
+        for listener in (other_recorder, recorder):
             observer = Host(self.cwd, listener)
             self.addCleanup(observer.detach)
             observer.attach()
         main = Node(self, self.cwd, "cuckoo", "--cancel-abandoned")
-        ears.wait_for("locked", machine="good", task_id=TASK)
-        ears.wait_for("state", machine="good", state="running")
+        recorder.wait_for("locked", machine="good", task_id=TASK)
+        recorder.wait_for("state", machine="good", state="running")
         Agent(self, address(1))
-        ears.wait_for("unlocked", machine="good")
-        of_the_other.wait_for("disabled", machine="bad")
-        main.wait_until_it_says("Received machine disable event")
-        self.assertEqual(main.end(), 0, main.said())
+        recorder.wait_for("unlocked", machine="good")
+        other_recorder.wait_for("disabled", machine="bad")
+        main.wait_for_output("Received machine disable event")
+        self.assertEqual(main.end(), 0, main.output())
         self.assertTrue(observer.client.request("list")["machines"][1]["disabled"])
         self.assertFalse(other.has_ended())
         # Cuckoo3 leaves the socket of a worker that did not start.

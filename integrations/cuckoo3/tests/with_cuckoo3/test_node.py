@@ -1,4 +1,4 @@
-"""Cuckoo3's node, as a process, on the host."""
+"""A process of Cuckoo3's node on the host."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from unittest import mock
 
 from cuckoo_machinery import host as module
 from cuckoo_machinery.host import Host
-from tests.support import LIMIT, Ears, start_other_host, wait_until_gone
+from tests.support import TIMEOUT, EventRecorder, start_other_host, wait_until_gone
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, address, make_cuckoo_cwd, process_behind
 
 TASKS = [f"20260101-ABCDE{number}_1" for number in range(10)]
@@ -35,107 +35,107 @@ class NodeTest(unittest.TestCase):
         return node
 
     def watch(self):
-        """Hears the host of the node, also after that has started it again."""
-        ears = Ears()
-        observer = Host(self.cwd, ears)
+        """Records events of the node's host, also after a restart."""
+        recorder = EventRecorder()
+        observer = Host(self.cwd, recorder)
         self.addCleanup(observer.detach)
-        # It shall never be the one who starts a host.
-        patched = mock.patch.object(module, "COMEBACK", LIMIT)
+        # Only the node may start a host.
+        patched = mock.patch.object(module, "RESTART_GRACE", TIMEOUT)
         patched.start()
         self.addCleanup(patched.stop)
         observer.attach()
-        ears.wait_for("attached")
+        recorder.wait_for("attached")
         self.assertFalse(observer.is_own)
-        return observer.client, ears
+        return observer.client, recorder
 
-    def assert_nothing_is_left(self, node, host):
-        self.assertEqual(node.end(), 0, node.said())
+    def assert_nothing_is_abandoned(self, node, host):
+        self.assertEqual(node.end(), 0, node.output())
         wait_until_gone(host)
-        self.assertEqual(os.listdir(self.sockets), [], node.said())
+        self.assertEqual(os.listdir(self.sockets), [], node.output())
 
 
-class ATask(NodeTest):
-    def test_a_task_has_its_machine_for_as_long_as_it_runs(self):
+class TaskTest(NodeTest):
+    def test_task_holds_its_machine_while_it_runs(self):
         node = self.start_node()
         host = process_behind(self.sockets / "machinerymanager.sock")
         machines = node.machines()
         self.assertEqual(list(machines), ["good", "bad", "other"])
         self.assertEqual(machines["good"]["machinery_name"], "double")
         events = node.events()
-        _, ears = self.watch()
+        _, recorder = self.watch()
 
         self.assertEqual(node.start_task(TASKS[0], "good"), (200, b""))
-        ears.wait_for("locked", machine="good", task_id=TASKS[0])
-        ears.wait_for("state", machine="good", state="running")
+        recorder.wait_for("locked", machine="good", task_id=TASKS[0])
+        recorder.wait_for("state", machine="good", state="running")
         events.wait_for(type="task_state", task_id=TASKS[0], state="task_running")
         self.assertEqual(node.machines()["good"]["locked_by"], TASKS[0])
         node.wait_for_machine("good", state="running")
-        # Nobody else gets it.
+        # Another task does not get it.
         status, body = node.start_task(TASKS[1], "good")
         self.assertEqual(status, 400)
         self.assertIn("not available", json.loads(body)["error"])
 
         Agent(self, address(1))
-        ears.wait_for("state", machine="good", state="poweroff")
-        ears.wait_for("unlocked", machine="good")
+        recorder.wait_for("state", machine="good", state="poweroff")
+        recorder.wait_for("unlocked", machine="good")
         events.wait_for(type="task_state", task_id=TASKS[0], state="task_failed")
         self.assertFalse(node.machines()["good"]["locked"])
         self.assertEqual(node.ask("GET", f"/task/{TASKS[0]}")[0], 200)
 
-        # One that misbehaves is taken out, and main is told.
+        # A machine that fails is disabled, and Cuckoo3's main process is notified.
         self.assertEqual(node.start_task(TASKS[2], "bad")[0], 200)
-        told = events.wait_for(type="machine_disabled", machine_name="bad")
+        event = events.wait_for(type="machine_disabled", machine_name="bad")
         events.wait_for(type="task_state", task_id=TASKS[2], state="task_failed")
         self.assertTrue(node.machines()["bad"]["disabled"])
-        self.assertEqual(node.machines()["bad"]["disabled_reason"], told["reason"])
+        self.assertEqual(node.machines()["bad"]["disabled_reason"], event["reason"])
 
         self.assertEqual(node.start_task(TASKS[3], "nope")[0], 400)
-        self.assert_nothing_is_left(node, host)
+        self.assert_nothing_is_abandoned(node, host)
 
-    def test_a_host_that_is_killed_under_a_task_costs_no_machine(self):
+    def test_machine_stays_enabled_when_the_host_is_killed_during_a_task(self):
         node = self.start_node()
         events = node.events()
-        client, ears = self.watch()
+        client, recorder = self.watch()
         self.assertEqual(node.start_task(TASKS[0], "good")[0], 200)
-        ears.wait_for("state", machine="good", state="running")
+        recorder.wait_for("state", machine="good", state="running")
 
         os.kill(process_behind(client.path), signal.SIGKILL)
-        ears.wait_for("attached")
+        recorder.wait_for("attached")
         self.assertEqual(client.request("list")["machines"][0]["locked_by"], TASKS[0])
         Agent(self, address(1))
-        ears.wait_for("unlocked", machine="good")
+        recorder.wait_for("unlocked", machine="good")
         events.wait_for(type="task_state", task_id=TASKS[0], state="task_failed")
 
         self.assertEqual(node.start_task(TASKS[1], "good")[0], 200)
-        ears.wait_for("state", machine="good", state="running")
+        recorder.wait_for("state", machine="good", state="running")
         events.wait_for(type="task_state", task_id=TASKS[1], state="task_failed")
         self.assertFalse(node.machines()["good"]["locked"])
-        self.assert_nothing_is_left(node, process_behind(client.path))
+        self.assert_nothing_is_abandoned(node, process_behind(client.path))
 
 
-class Life(NodeTest):
-    def test_a_reset_frees_what_tasks_have_left(self):
+class Lifecycle(NodeTest):
+    def test_reset_frees_abandoned_machines(self):
         node = self.start_node()
-        client, ears = self.watch()
-        # As a task does that the node has dropped.
+        client, recorder = self.watch()
+        # A task that the node no longer has.
         client.request("acquire", name="good", task_id=TASKS[0])
         client.request("restore_start", machine="good")
         client.request("acquire", name="other", task_id="somebody else's")
         self.assertEqual(node.ask("POST", "/reset"), (200, b""))
-        ears.wait_for("state", machine="good", state="poweroff")
-        ears.wait_for("unlocked", machine="good")
+        recorder.wait_for("state", machine="good", state="poweroff")
+        recorder.wait_for("unlocked", machine="good")
         machines = {machine["name"]: machine for machine in client.request("list")["machines"]}
         self.assertFalse(machines["good"]["locked"])
         self.assertEqual(machines["other"]["locked_by"], "somebody else's")
         self.assertEqual(node.ask("GET", "/state"), (200, b'{"state": "waiting_main"}'))
         Agent(self, address(1))
         self.assertEqual(node.start_task(TASKS[1], "good")[0], 200)
-        ears.wait_for("state", machine="good", state="running")
-        ears.wait_for("unlocked", machine="good")
+        recorder.wait_for("state", machine="good", state="running")
+        recorder.wait_for("unlocked", machine="good")
 
-    def test_a_running_host_is_used_tidied_up_and_left_running(self):
+    def test_node_frees_abandoned_machines_of_a_running_host(self):
         other = start_other_host(self, self.cwd)
-        client, ears = self.watch()
+        client, recorder = self.watch()
         client.request("acquire", name="good", task_id=TASKS[0])
         client.request("restore_start", machine="good")
         client.request("acquire", name="other", task_id="somebody else's")
@@ -148,21 +148,21 @@ class Life(NodeTest):
         self.assertEqual(machines["bad"]["disabled_reason"], "looked strange")
 
         self.assertEqual(node.start_task(TASKS[1], "good")[0], 200)
-        ears.wait_for("locked", machine="good", task_id=TASKS[1])
-        ears.wait_for("state", machine="good", state="running")
+        recorder.wait_for("locked", machine="good", task_id=TASKS[1])
+        recorder.wait_for("state", machine="good", state="running")
         Agent(self, address(1))
-        self.assertEqual(node.end(), 0, node.said())
+        self.assertEqual(node.end(), 0, node.output())
         self.assertFalse(other.has_ended())
         machines = {machine["name"]: machine for machine in client.request("list")["machines"]}
         self.assertEqual((machines["good"]["locked"], machines["good"]["state"]), (False, "poweroff"))
         self.assertEqual(os.listdir(self.sockets), ["machinerymanager.sock"])
 
-    def test_a_node_that_cannot_have_a_host_says_why_and_leaves_nothing(self):
+    def test_node_fails_with_the_reason_when_no_host_can_start(self):
         yaml = self.cwd / "conf" / "machineries" / "double.yaml"
         yaml.write_text(yaml.read_text().replace("platform", "platfrom"))
         node = Node(self, self.cwd)
-        self.assertNotEqual(node.process.wait(LIMIT), 0)
-        self.assertIn("platfrom", node.said())
+        self.assertNotEqual(node.process.wait(TIMEOUT), 0)
+        self.assertIn("platfrom", node.output())
         self.assertEqual(os.listdir(self.sockets), [])
 
 
