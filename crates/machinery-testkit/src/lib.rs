@@ -1,16 +1,16 @@
 //! Tools for the tests of the whole workspace.
 //!
 //! - [`guest`]: analysis machines, made on demand: a boot sector that is up in a quarter of a second, and a
-//! small Linux with an agent, a disk and a network. The repository contains no image, and nothing is
-//! installed.
+//!   small Linux with an agent, a disk and a network. The repository contains no image, and nothing is
+//!   installed.
 //! - [`snapshot`]: the formats of a memory snapshot.
 //! - [`libvirt`]: a private libvirtd, with such machines as its domains.
 //! - [`lab`]: a CWD with such machines.
 //! - [`capture`]: capture files, packet by packet.
 //! - [`scratch`], [`host`], [`client`]: a CWD, the machinery host that serves it, and a client. They end with
-//! their test.
+//!   their test.
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
-//! guests.
+//!   guests.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;

@@ -291,7 +291,7 @@ class Child:
     def _run(self, command):
         self.log_path.parent.mkdir(exist_ok=True)
         with open(self.log_path, "ab") as log:
-            self._log_start = os.fstat(log.fileno()).st_size
+            self._log_start = log.seek(0, os.SEEK_END)
             return subprocess.Popen(
                 command,
                 env={**os.environ, "NOTIFY_SOCKET": self._address},

@@ -2,7 +2,7 @@
 
     node starts ─▶ attach ─▶ stop and unlock machines of an earlier node ─▶ tasks
     reset       ─▶ disable ─▶ wait_work_done ─▶ shutdown_all ─▶ enable: release abandoned locks
-    node stops  ─▶ stop (10) ─▶ shutdown_all (999) ─▶ let_go (1000): end our own host
+    node stops  ─▶ stop (10) ─▶ shutdown_all (999) ─▶ detach (1000): end our own host
 
 Cuckoo3 forgets its locks when it restarts; the host does not. A machine that is locked by an unknown task of
 Cuckoo3 is therefore free: its task ended with an earlier node. Locks with other names are kept.
@@ -123,7 +123,7 @@ class HostedManager(Listener):
         try:
             self._free_what_is_abandoned()
         except HostError as error:
-            # The next host is freed again when it is attached.
+            # Attaching to the next host frees them.
             log.error("Machines may still be locked for tasks that have ended", error=error)
 
     def _free_what_is_abandoned(self):

@@ -1,4 +1,4 @@
-"""Shared by the tests: a CWD of the double machinery, somebody else's host, and recorder."""
+"""Helpers of the tests: a CWD of the double machinery, another's host, and an event recorder."""
 
 import os
 import queue
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cuckoo_machinery.host import Child, Listener, find_program
 
-# The time limit of every wait. No test is about speed.
+# The timeout of every wait; no test measures speed.
 TIMEOUT = 60
 
 CUCKOO_YAML = """\
@@ -28,7 +28,7 @@ tcpdump:
 
 
 def machines_yaml(machines, more=""):
-    """double.yaml for `machines`: names, and YAML to follow the keys that are needed."""
+    """Returns the text of double.yaml for `machines`: names, and further YAML keys."""
     lines = ["interface: lo", more, "machines:"]
     for number, (name, keys) in enumerate(machines.items(), start=1):
         shared = {"ip": f"10.0.0.{number}", "platform": "linux", "os_version": '"12"'}
@@ -38,7 +38,7 @@ def machines_yaml(machines, more=""):
 
 
 def make_cwd(case, machines=None):
-    """A CWD with these machines, removed with the test."""
+    """Makes a CWD with these machines, removed with the test."""
     root = Path(tempfile.mkdtemp(prefix="machinery-cwd."))
     case.addCleanup(shutil.rmtree, root)
     (root / "conf" / "machineries").mkdir(parents=True)
@@ -49,12 +49,12 @@ def make_cwd(case, machines=None):
 
 
 def write_machines(root, machines, more=""):
-    """Writes double.yaml anew."""
+    """Writes double.yaml."""
     (root / "conf" / "machineries" / "double.yaml").write_text(machines_yaml(machines, more))
 
 
 def start_other_host(case, root):
-    """A host of that CWD that is not the adapter's, ended with the test if not before."""
+    """Starts a host of that CWD that is not the adapter's; it ends with the test, if not earlier."""
     host = Child(find_program(), root)
     case.addCleanup(host.end)
     case.assertTrue(host.is_ready(TIMEOUT), host.failure)
@@ -62,7 +62,7 @@ def start_other_host(case, root):
 
 
 def is_there(pid):
-    """Returns whether there is such a process."""
+    """Reports whether the process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -71,7 +71,7 @@ def is_there(pid):
 
 
 def wait_until_gone(pid):
-    """Waits for the end of a process that need not be a child of this one's."""
+    """Waits for the end of a process, which need not be a child."""
     try:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -84,7 +84,7 @@ def wait_until_gone(pid):
 
 
 class EventRecorder(Listener):
-    """Hears a host, and waits for what it has to say."""
+    """Records the events of a host, and waits for them."""
 
     def __init__(self):
         self._events = queue.Queue()
@@ -96,7 +96,7 @@ class EventRecorder(Listener):
         self._events.put(event)
 
     def wait_for(self, kind, **keys):
-        """The next event like that; others are forgotten."""
+        """Returns the next event of that kind with these keys; drops other events."""
         deadline = time.monotonic() + TIMEOUT
         while True:
             event = self._events.get(timeout=max(0.001, deadline - time.monotonic()))
@@ -105,8 +105,8 @@ class EventRecorder(Listener):
 
 
 class FakeHost:
-    """Listens on the socket of a host and answers each line with what `answers` makes of it: bytes to
-    send, or None to close."""
+    """Listens on the socket of a host. `answers` returns the answer to a line: bytes to send, or None to
+    close the connection."""
 
     def __init__(self, case, path, answers):
         self._answers = answers

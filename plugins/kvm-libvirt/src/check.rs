@@ -196,7 +196,7 @@ fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
     let mut found = Vec::new();
     if described.kind == "qemu" && Path::new(KVM_DEVICE).exists() {
         found.push(Finding::Warning(format!(
-            "machine '{name}': its domain is of the type qemu, which run_marker in software. Where /dev/kvm works, the \
+            "machine '{name}': its domain is of the type qemu, which runs in software. Where /dev/kvm works, the \
              type kvm is many times faster"
         )));
     }

@@ -100,7 +100,7 @@ fn connection_advice(dsn: &str, error: &virt::error::Error, errno: Option<Errno>
 fn local_advice(error: &virt::error::Error, errno: Option<Errno>) -> String {
     let is_refused = is_forbidden(error) || matches!(errno, Some(Errno::ACCESS | Errno::PERM));
     if is_refused {
-        return "Add the user that run_marker this host to the group `libvirt` (usermod -aG libvirt USER), and restart the \
+        return "Add the user that runs this host to the group `libvirt` (usermod -aG libvirt USER), and restart the \
                 host"
             .to_owned();
     }

@@ -1,4 +1,4 @@
-"""Requests and events, with a host that behaves and with one that does not."""
+"""Requests and events, with a host and with a misbehaving fake of one."""
 
 import json
 import queue
@@ -20,13 +20,13 @@ class WithAFakeHost(unittest.TestCase):
         FakeHost(self, path, answers)
         return Client(path)
 
-    def test_nobody_answers(self):
+    def test_request_fails_when_no_host_answers(self):
         with self.assertRaises(Unreachable) as caught:
             Client("/none/such.sock").request("list")
         self.assertIn("/none/such.sock", str(caught.exception))
         self.assertIn("cuckoo-machinery serve", str(caught.exception))
 
-    def test_what_is_not_the_answer_is_passed_over(self):
+    def test_request_ignores_events_and_other_answers(self):
         def answers(line):
             identity = json.loads(line)["id"]
             lines = [{"event": "state"}, {"id": "another", "success": False}, {"id": identity, "success": True}]
@@ -34,31 +34,31 @@ class WithAFakeHost(unittest.TestCase):
 
         self.assertEqual(self.client(answers).request("list"), {"success": True})
 
-    def test_a_host_that_is_too_busy_to_read_answers_without_an_id(self):
+    def test_answer_without_an_id_is_accepted_from_an_overloaded_host(self):
         client = self.client(lambda _: b'{"success": false, "reason": "too many connections"}\n')
         with self.assertRaises(Refused) as caught:
             client.request("stop", machine="win10_1")
         self.assertEqual(caught.exception.reason, "too many connections")
         self.assertIn("stop win10_1", str(caught.exception))
 
-    def test_a_host_that_goes_away_is_out_of_reach(self):
+    def test_request_fails_when_the_host_closes_the_connection(self):
         for answer in (None, b'{"succ'):
             lines = iter([answer, None])
             client = self.client(lambda _, lines=lines: next(lines))
             with self.assertRaises(Unreachable):
                 client.request("list", timeout=0.2)
 
-    def test_a_host_that_does_not_answer_is_overdue(self):
+    def test_request_times_out_when_the_host_does_not_answer(self):
         with self.assertRaises(TimedOut):
             self.client(lambda _: b"").request("list", timeout=0.05)
 
-    def test_what_is_not_the_protocol_is_told(self):
+    def test_request_fails_when_the_answer_is_no_json_object(self):
         for answer in (b"hello\n", b"[1]\n"):
             with self.assertRaises(HostError) as caught:
                 self.client(lambda _, answer=answer: answer).request("list")
             self.assertIn(answer.strip().decode(), str(caught.exception))
 
-    def test_long_answers_arrive_whole(self):
+    def test_long_answers_are_complete(self):
         machines = ["x" * 1000] * 1000
         answer = json.dumps({"success": True, "machines": machines}).encode() + b"\n"
         self.assertEqual(self.client(lambda _: answer).request("list")["machines"], machines)
@@ -87,23 +87,23 @@ class WithAHost(unittest.TestCase):
             thread.join(TIMEOUT)
         self.assertEqual([got.get(block=False) for _ in range(80)], ["running"] * 80)
 
-    def test_a_refusal_says_what_was_refused_and_why(self):
+    def test_refusal_has_the_hosts_reason(self):
         with self.assertRaises(Refused) as caught:
             self.client.request("stop", machine="nope")
         self.assertEqual(caught.exception.reason, "Machine with name nope does not exist")
 
-    def test_an_action_that_was_only_told_runs(self):
+    def test_action_runs_when_its_answer_is_not_awaited(self):
         events = self.client.subscribe()
         self.addCleanup(events.close)
         send(self.client.path, {"action": "restore_start", "machine": "m3"})
         states = [event["state"] for _, event in zip(range(2), events)]
         self.assertEqual(states, ["starting", "running"])
 
-    def test_an_answer_comes_as_it_is(self):
+    def test_ask_returns_the_answer_unchanged(self):
         answer = ask(self.client.path, {"action": "dance", "machine": "m1"})
         self.assertEqual(answer, {"success": False, "reason": "No such action"})
 
-    def test_events_end_with_the_host_and_by_closing(self):
+    def test_events_end_when_the_host_ends_or_the_subscription_closes(self):
         for end in ("close", "host"):
             events = self.client.subscribe()
             reader = threading.Thread(target=list, args=(events,))
@@ -116,7 +116,7 @@ class WithAHost(unittest.TestCase):
             self.assertFalse(reader.is_alive(), end)
             events.close()
 
-    def test_reconnecting_is_asking_again(self):
+    def test_request_succeeds_when_the_host_has_restarted(self):
         self.assertTrue(self.client.request("version")["success"])
         self.host.end()
         with self.assertRaises(Unreachable):
@@ -124,7 +124,7 @@ class WithAHost(unittest.TestCase):
         start_other_host(self, self.cwd)
         self.assertTrue(self.client.request("version")["success"])
 
-    def test_an_answer_is_waited_for_no_longer_than_said(self):
+    def test_ask_returns_within_its_timeout(self):
         began = time.monotonic()
         with self.assertRaises(Unreachable):
             ask(self.client.path, {"action": "restore_start", "machine": "m1"}, timeout=0)

@@ -1,4 +1,4 @@
-"""A host is found or started, and stays until it is released."""
+"""A host is found or started, and supervised until `detach`."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ class HostTest(unittest.TestCase):
 
 
 class Starting(HostTest):
-    def test_it_is_started_if_there_is_none(self):
+    def test_attach_starts_a_host_when_none_runs(self):
         host = self.host()
         host.attach()
         self.assertTrue(host.is_own)
@@ -43,7 +43,7 @@ class Starting(HostTest):
         self.assert_nothing_is_abandoned(pid)
         host.detach()
 
-    def test_one_that_runs_is_used_and_goes_on(self):
+    def test_attach_uses_a_running_host_and_detach_keeps_it(self):
         other = start_other_host(self, self.cwd)
         host = self.host()
         host.attach()
@@ -52,7 +52,7 @@ class Starting(HostTest):
         self.assertTrue(is_there(other.pid))
         self.assertTrue(host.client.request("version")["success"])
 
-    def test_what_was_left_by_one_that_was_killed_is_no_hindrance(self):
+    def test_attach_starts_a_host_when_another_was_killed(self):
         other = start_other_host(self, self.cwd)
         os.kill(other.pid, signal.SIGKILL)
         other.end()
@@ -61,7 +61,7 @@ class Starting(HostTest):
         host.attach()
         self.assertTrue(host.is_own)
 
-    def test_of_many_starters_one_starts_it(self):
+    def test_attach_starts_one_host_when_called_concurrently(self):
         hosts = [self.host() for _ in range(5)]
         failures = []
 
@@ -81,7 +81,7 @@ class Starting(HostTest):
         for host in hosts:
             self.assertTrue(host.client.request("version")["success"])
 
-    def test_the_program_is_missing(self):
+    def test_attach_fails_when_the_program_is_missing(self):
         with mock.patch.dict(os.environ, {"PATH": "/none"}):
             os.environ.pop("CUCKOO_MACHINERY", None)
             with self.assertRaises(HostError) as caught:
@@ -93,20 +93,20 @@ class Starting(HostTest):
                 self.host().attach()
             self.assertIn("/none/such", str(caught.exception))
 
-    def test_the_program_is_found_in_the_path(self):
+    def test_program_is_found_in_the_path(self):
         program = Path(find_program()).absolute()
         with mock.patch.dict(os.environ, {"PATH": f"/none:{program.parent}"}):
             os.environ.pop("CUCKOO_MACHINERY", None)
             self.assertEqual(find_program(), str(program))
 
-    def test_a_host_that_cannot_start_says_why(self):
+    def test_attach_fails_with_the_hosts_output_when_it_cannot_start(self):
         write_machines(self.cwd, {"m": {"platfrom": "linux"}})
         with self.assertRaises(HostError) as caught:
             self.host().attach()
         self.assertIn("platfrom", str(caught.exception))
         self.assertIn("machinery-host.log", str(caught.exception))
 
-    def test_a_program_that_is_no_host_says_nothing(self):
+    def test_attach_fails_with_the_exit_code_when_the_program_is_no_host(self):
         program = self.cwd / "program"
         program.write_text("#!/bin/sh\nexit 3\n")
         program.chmod(stat.S_IRWXU)
@@ -133,13 +133,13 @@ class Starting(HostTest):
             self.assertTrue(host.is_own)
         self.assertIn("DEBUG", (self.cwd / "log/machinery-host.log").read_text())
 
-    def test_options_that_are_quoted_wrongly_are_an_error(self):
+    def test_attach_fails_when_options_are_quoted_wrongly(self):
         with mock.patch.dict(os.environ, {"CUCKOO_MACHINERY_OPTIONS": "--plugin-dir '/x"}):
             with self.assertRaises(HostError) as caught:
                 self.host().attach()
         self.assertIn("$CUCKOO_MACHINERY_OPTIONS", str(caught.exception))
 
-    def test_something_else_on_the_socket_is_told(self):
+    def test_attach_fails_when_another_program_answers(self):
         host = self.host()
         host.client.path.parent.mkdir(parents=True)
         answer = b'{"success": false, "reason": "Missing action or machine name"}\n'
@@ -150,7 +150,7 @@ class Starting(HostTest):
 
 
 class Supervising(HostTest):
-    def test_one_that_is_killed_is_started_again_and_this_is_told(self):
+    def test_own_host_is_restarted_when_it_was_killed(self):
         recorder = EventRecorder()
         host = self.host(recorder)
         host.attach()
@@ -160,7 +160,7 @@ class Supervising(HostTest):
         with self.assertLogs(module.__name__, "ERROR") as logs:
             os.kill(killed, signal.SIGKILL)
             recorder.wait_for("attached")
-        self.assertIn(f"process {killed}) is gone", logs.output[0])
+        self.assertIn(f"process {killed}) is lost", logs.output[0])
         self.assertTrue(host.is_own)
         self.assertNotEqual(host._child.pid, killed)
         self.assertEqual(host.client.request("list")["machines"][0]["locked_by"], "t")
@@ -170,14 +170,14 @@ class Supervising(HostTest):
         host.detach()
         self.assert_nothing_is_abandoned(pid)
 
-    def test_who_can_wait_does_not_notice(self):
+    def test_request_is_retried_when_the_host_was_killed(self):
         host = self.host()
         host.attach()
         host.client.request("acquire", task_id="t", name="m")
         os.kill(host._child.pid, signal.SIGKILL)
         self.assertTrue(host.request_with_retries("unlock", retry_for=TIMEOUT, machine="m")["success"])
 
-    def test_pauses_grow_while_it_keeps_dying(self):
+    def test_pauses_grow_when_restarts_repeat(self):
         recorder = EventRecorder()
         host = self.host(recorder)
         host.attach()
@@ -188,7 +188,7 @@ class Supervising(HostTest):
                 recorder.wait_for("attached")
         self.assertEqual([line.split(" in ")[1][:3] for line in logs.output], ["1 s", "2 s"])
 
-    def test_another_s_host_gets_time_to_come_back(self):
+    def test_another_s_host_is_awaited_when_it_restarts(self):
         recorder = EventRecorder()
         other = start_other_host(self, self.cwd)
         host = self.host(recorder)
@@ -200,7 +200,7 @@ class Supervising(HostTest):
             recorder.wait_for("attached")
         self.assertFalse(host.is_own)
 
-    def test_another_s_host_that_does_not_come_back_is_replaced(self):
+    def test_own_host_is_started_when_another_s_stays_away(self):
         recorder = EventRecorder()
         other = start_other_host(self, self.cwd)
         host = self.host(recorder)
@@ -211,7 +211,7 @@ class Supervising(HostTest):
             recorder.wait_for("attached")
         self.assertTrue(host.is_own)
 
-    def test_what_cannot_be_started_is_tried_again(self):
+    def test_start_is_retried_when_it_fails(self):
         recorder = EventRecorder()
         host = self.host(recorder)
         host.attach()
@@ -219,45 +219,45 @@ class Supervising(HostTest):
         with self.assertLogs(module.__name__, "ERROR") as logs:
             write_machines(self.cwd, {"m": {"platfrom": "linux"}})
             with mock.patch.object(host._log, "error", wraps=host._log.error) as error:
-                told_twice = threading.Event()
-                error.side_effect = lambda _: told_twice.set() if error.call_count == 2 else None
+                reported_twice = threading.Event()
+                error.side_effect = lambda _: reported_twice.set() if error.call_count == 2 else None
                 os.kill(host._child.pid, signal.SIGKILL)
-                self.assertTrue(told_twice.wait(TIMEOUT))
+                self.assertTrue(reported_twice.wait(TIMEOUT))
                 self.assertIn("platfrom", error.call_args[0][0])
-            host._log.error("enough of that")
+            host._log.error("the test changes the configuration")
             write_machines(self.cwd, {"m": {}})
             recorder.wait_for("attached")
         self.assertTrue(logs.output)
 
-    def test_letting_go_ends_the_pause_before_a_start(self):
+    def test_detach_ends_the_pause_before_a_restart(self):
         host = self.host()
         host.attach()
         pid = host._child.pid
         with self.assertLogs(module.__name__, "ERROR"), mock.patch.object(host._ending, "wait") as wait:
-            in_pause, detach = threading.Event(), threading.Event()
+            in_pause, released = threading.Event(), threading.Event()
 
             def pause(_):
                 in_pause.set()
-                return detach.wait(TIMEOUT)
+                return released.wait(TIMEOUT)
 
             wait.side_effect = pause
             os.kill(pid, signal.SIGKILL)
             self.assertTrue(in_pause.wait(TIMEOUT))
             host._ending.set()
-            detach.set()
+            released.set()
             host.detach()
         with self.assertRaises(Unreachable):
             host.client.request("version")
         self.assertFalse(is_there(pid))
 
-    def test_what_a_listener_cannot_deal_with_is_told_and_passed_over(self):
+    def test_events_continue_when_a_listener_raises(self):
         recorder = EventRecorder()
         heard, failing = recorder.heard, threading.Event()
 
         def hear(event):
             if not failing.is_set():
                 failing.set()
-                raise ValueError("no head for this")
+                raise ValueError("the listener failed")
             heard(event)
 
         recorder.heard = hear
@@ -266,7 +266,7 @@ class Supervising(HostTest):
         with self.assertLogs(module.__name__, "ERROR") as logs:
             host.client.request("restore_start", machine="m")
             recorder.wait_for("state", state="running")
-        self.assertIn("no head for this", logs.output[0])
+        self.assertIn("the listener failed", logs.output[0])
 
 
 if __name__ == "__main__":

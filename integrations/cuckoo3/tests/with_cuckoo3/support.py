@@ -1,4 +1,4 @@
-"""Shared by the tests with Cuckoo3: a CWD that Cuckoo3 made, work for a node, and a node that runs."""
+"""Helpers of the tests with Cuckoo3: a CWD that Cuckoo3 made, tasks of a node, and a running node."""
 
 import json
 import os
@@ -29,20 +29,20 @@ AGENT_PORT = 8000
 
 
 def address(number):
-    """A loopback address that no other test process uses: every process has four."""
+    """Returns one of the four loopback addresses of this test process."""
     pid = os.getpid()
     return f"127.{64 + (pid >> 14) % 128}.{(pid >> 6) % 256}.{pid % 64 * 4 + number}"
 
 
 def make_cuckoo_cwd(case, machines):
-    """A CWD that Cuckoo3 has made, with the double machinery; removed with the test."""
+    """Makes a CWD by Cuckoo3, with the double machinery; removed with the test."""
     folder = tempfile.mkdtemp(prefix="machinery-cwd.")
     case.addCleanup(shutil.rmtree, folder)
     root = Path(folder, "cwd")
     storage.cuckoocwd.create(root)
     storage.cuckoocwd.set(root)
     startup.create_configurations()
-    # Cuckoo3 wants the monitor for Windows to be there. None of these tests gets that far.
+    # Cuckoo3 requires the folder of its monitor for Windows, which these tests do not use.
     (root / "monitor").mkdir()
     change_yaml(root / "conf" / "cuckoo.yaml", _for_tests)
     write_machines(root, machines)
@@ -52,7 +52,7 @@ def make_cuckoo_cwd(case, machines):
 def _for_tests(values):
     values["machineries"] = ["double"]
     values["resultserver"]["listen_ip"] = address(0)
-    # It must exist for Cuckoo3, and is not used.
+    # Cuckoo3 requires that it exists, and does not use it.
     values["tcpdump"] = {"enabled": False, "path": "/bin/true"}
 
 
@@ -64,7 +64,7 @@ def change_yaml(path, change):
 
 
 def process_behind(path):
-    """The id of the process that listens on a Unix socket."""
+    """Returns the id of the process that listens on a Unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(path))
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -72,7 +72,7 @@ def process_behind(path):
 
 
 def add_task(root, task_id, folder="nodework"):
-    """Lays the files of a task into the folder where a node looks for its work."""
+    """Writes the files of a task into the folder of a node's tasks."""
     analysis_id, number = task_id.split("_")
     day, identifier = analysis_id.split("-")
     path = root / "storage" / folder / day / identifier
@@ -95,8 +95,8 @@ def add_task(root, task_id, folder="nodework"):
 
 
 class Agent:
-    """Something that listens where a guest's agent would. Cuckoo3 takes the machine for online then, finds
-    that it has nothing to run in it, and ends the task."""
+    """A listener in the place of a guest's agent. Cuckoo3 then considers the machine online, has nothing to run
+    in it, and ends the task."""
 
     def __init__(self, case, ip):
         self._listener = socket.create_server((ip, AGENT_PORT))
@@ -104,7 +104,7 @@ class Agent:
 
 
 class Node:
-    """`cuckoonode-hosted` on a CWD, as a process."""
+    """A process of `cuckoonode-hosted` on a CWD."""
 
     def __init__(self, case, root, command="cuckoonode", *args):
         self._case = case
@@ -126,7 +126,7 @@ class Node:
         case.addCleanup(self.end)
 
     def end(self):
-        """Ends it as an operator does; kills its processes if that does not work."""
+        """Ends the node by SIGTERM; kills its process group after a timeout."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -137,19 +137,19 @@ class Node:
             raise AssertionError(f"the node did not end:\n{self.output()}") from None
 
     def output(self):
-        """All it has written."""
+        """Returns the node's output."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
     def wait_for_output(self, words):
-        """Returns when it has written that; there is no event for it."""
+        """Polls until the output contains these words."""
         deadline = time.monotonic() + TIMEOUT
         while words not in self.output():
             self._case.assertLess(time.monotonic(), deadline, f"{words!r} is not in:\n{self.output()}")
             time.sleep(0.05)
 
     def wait_until_it_answers(self):
-        """Returns when its API replies; there is no event for it."""
+        """Polls until the API answers."""
         deadline = time.monotonic() + TIMEOUT
         while True:
             try:
@@ -160,7 +160,7 @@ class Node:
                 time.sleep(0.1)
 
     def ask(self, method, path, body=None):
-        """The status and the body of its answer."""
+        """Sends a request to the API, and returns the status and the body of the answer."""
         try:
             with self._open(method, path, body, TIMEOUT) as answer:
                 return answer.status, answer.read()
@@ -169,25 +169,25 @@ class Node:
                 return error.code, error.read()
 
     def machines(self):
-        """Its machines, by name."""
+        """Returns the node's machines, by name."""
         status, body = self.ask("GET", "/machines")
         self._case.assertEqual(status, 200)
         return {machine["name"]: machine for machine in json.loads(body)}
 
     def wait_for_machine(self, name, **keys):
-        """Returns when it shows the machine like that. It hears of it as we do, sooner or later."""
+        """Polls until the API shows the machine with these keys."""
         deadline = time.monotonic() + TIMEOUT
         while not keys.items() <= self.machines()[name].items():
             self._case.assertLess(time.monotonic(), deadline, f"the node shows {self.machines()[name]}")
             time.sleep(0.05)
 
     def start_task(self, task_id, machine):
-        """Has it run a task whose files are there."""
+        """Writes a task, and starts it."""
         add_task(self.root, task_id)
         return self.ask("POST", f"/task/{task_id}/start", json.dumps({"machine_name": machine}).encode())
 
     def events(self):
-        """Its event stream, from now on."""
+        """Subscribes to the node's event stream."""
         return EventStream(self._case, self._open("GET", "/events", None, TIMEOUT))
 
     def _open(self, method, path, body, timeout):
@@ -213,7 +213,7 @@ class EventStream:
             pass
 
     def wait_for(self, **keys):
-        """The next event with these keys."""
+        """Returns the next event with these keys."""
         deadline = time.monotonic() + TIMEOUT
         while True:
             event = self._events.get(timeout=max(0.001, deadline - time.monotonic()))

@@ -1,7 +1,7 @@
-"""Cuckoo3's main process with its own node, on the host: its scheduler gives a task a machine.
+"""Cuckoo3's main process with its own node, on the host: its scheduler acquires machines for tasks.
 
-The tasks are laid into its queue: the stages before need more of Cuckoo3 than its packages core and
-processing. That those are there is enough for its processing workers to start.
+The tests add tasks to its queue: the stages before it need more of Cuckoo3 than its packages core and
+processing, which are enough for its processing workers.
 """
 
 import os
@@ -26,7 +26,7 @@ TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
 
 
 def make_databases():
-    """Does the same as `cuckoomigrate database all` for a new CWD."""
+    """Creates the databases, like `cuckoomigrate database all` for a new CWD."""
     startup.init_database(migration_check=False)
     dbms.cleanup()
     startup.init_safelist_db(migration_check=False)
@@ -37,7 +37,7 @@ def make_databases():
 
 
 def queue_task(root, task_id, platform):
-    """Has Cuckoo3 run a task as soon as it starts."""
+    """Queues a task, which Cuckoo3 runs when it starts."""
     add_task(root, task_id, folder="analyses")
     taskqueue.TaskQueue(Paths.queuedb()).queue_task(
         task_id, "standard", datetime.now(), task_id.split("_")[0], 1, platform, "", set(), None
@@ -55,12 +55,12 @@ class Main(unittest.TestCase):
         )
         make_databases()
 
-    def test_tasks_get_their_machines_and_give_them_back(self):
+    def test_tasks_acquire_and_release_their_machines(self):
         queue_task(self.cwd, TASK, "linux")
         queue_task(self.cwd, OTHER_TASK, "windows")
-        # Of somebody else, so that it can be heard from the start.
+        # Another's host, so that the test receives its events from the start.
         other = start_other_host(self, self.cwd)
-        # Two tasks, side by side: each is listened to by itself.
+        # The tasks run concurrently, so each has its own recorder.
         recorder, other_recorder = EventRecorder(), EventRecorder()
         for listener in (other_recorder, recorder):
             observer = Host(self.cwd, listener)

@@ -1,4 +1,4 @@
-"""The node's parts: a manager, and the mirror of the host's machines."""
+"""The node's manager, and its mirror of the host's machines."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ MACHINES = {
 
 
 class RecordingManager(HostedManager):
-    """A manager whose recorder can be waited for."""
+    """A manager that records its events."""
 
     def __init__(self, nodectx):
         super().__init__(nodectx)
@@ -56,7 +56,7 @@ class ManagerTest(unittest.TestCase):
     def setUp(self):
         self.cwd = make_cuckoo_cwd(self, MACHINES)
         self.disabled = []
-        infostream = SimpleNamespace(disabled_machine=lambda *reported: self.disabled.append(reported))
+        infostream = SimpleNamespace(disabled_machine=lambda *event: self.disabled.append(event))
         self.nodectx = SimpleNamespace(node=SimpleNamespace(infostream=infostream))
 
     def start(self):
@@ -75,7 +75,7 @@ class ManagerTest(unittest.TestCase):
 
 
 class Machines(ManagerTest):
-    def test_it_is_a_list_of_cuckoos_machines(self):
+    def test_list_has_cuckoos_machines(self):
         machines = self.start().machines
         self.assertTrue(machines.loaded)
         self.assertEqual((machines.count(), machines.available_count), (3, 3))
@@ -92,7 +92,7 @@ class Machines(ManagerTest):
         with self.assertRaises(KeyError):
             machines.get_by_name("nope")
 
-    def test_it_can_be_dumped_and_read(self):
+    def test_list_can_be_dumped_and_read(self):
         machines = self.start().machines
         dumper = MachineListDumper()
         dumper.add_machinelist(machines)
@@ -103,7 +103,7 @@ class Machines(ManagerTest):
         machines.acquire_available(TASK, "win")
         self.assertTrue(machines.updated)
 
-    def test_machines_are_chosen_as_cuckoo_chooses(self):
+    def test_acquire_chooses_like_cuckoo(self):
         machines = self.start().machines
         for wanted in (
             {"platform": "linux"},
@@ -126,7 +126,7 @@ class Machines(ManagerTest):
                     machines.release(machine)
                     self.assertEqual((machine.locked, machine.locked_by, machine.available), (False, "", True))
 
-    def test_what_another_task_has_is_not_given(self):
+    def test_acquire_fails_when_another_task_has_the_machine(self):
         machines = self.start().machines
         win = machines.acquire_available(TASK, "win")
         self.assertIsNone(machines.acquire_available(OTHER_TASK, "win"))
@@ -136,7 +136,7 @@ class Machines(ManagerTest):
         machines.release(win)
         self.assertIs(machines.acquire_available(OTHER_TASK, "win"), win)
 
-    def test_refusals_are_errors(self):
+    def test_machine_list_error_is_raised_when_the_host_refuses(self):
         manager = self.start()
         machines = manager.machines
         with self.assertRaisesRegex(MachineListError, "not locked"):
@@ -154,7 +154,7 @@ class Machines(ManagerTest):
         with self.assertRaisesRegex(MachineListError, "machinerymanager.sock"):
             machines.acquire_available(OTHER_TASK, "lin_1")
 
-    def test_a_copy_is_an_ordinary_list_of_its_own(self):
+    def test_copy_is_an_independent_list(self):
         machines = self.start().machines
         copy = machines.copy()
         self.assertIs(type(copy), MachinesList)
@@ -164,7 +164,7 @@ class Machines(ManagerTest):
         self.assertEqual(machines.available_count, 3)
         self.assertEqual([machine["locked"] for machine in self.request("list")["machines"]], [False] * 3)
 
-    def test_what_others_do_is_mirrored(self):
+    def test_mirror_shows_changes_of_other_clients(self):
         manager = self.start()
         win = manager.machines.get_by_name("win")
         self.request("reserve", machine="win", task_id="somebody")
@@ -181,7 +181,7 @@ class Machines(ManagerTest):
         manager.heard({"event": "lost", "count": 3})
         self.assertIs(manager.machines.get_by_name("win"), win)
 
-    def test_a_configuration_that_was_reloaded_shows_in_the_list(self):
+    def test_mirror_shows_a_reloaded_configuration(self):
         manager = self.start()
         win = manager.machines.get_by_name("win")
         yaml = self.cwd / "conf" / "machineries" / "double.yaml"
@@ -190,7 +190,7 @@ class Machines(ManagerTest):
         manager.recorder.wait_for("reloaded")
         self.assertEqual((manager.machines.get_by_name("win"), list(win.tags)), (win, ["new"]))
 
-    def test_a_machine_out_of_the_pool_and_back(self):
+    def test_disabled_machine_is_available_when_it_is_enabled(self):
         manager = self.start()
         win = manager.machines.get_by_name("win")
         manager.machines.mark_disabled(win, "looks strange")
@@ -201,14 +201,14 @@ class Machines(ManagerTest):
         self.assertTrue(win.available)
         self.assertIs(manager.machines.acquire_available(TASK, "win"), win)
 
-    def test_the_files_of_a_task_s_run_are_the_task_s(self):
+    def test_dump_is_written_to_the_task_s_folder(self):
         machines = self.start().machines
         TaskPaths.path(TASK).mkdir(parents=True)
         machines.acquire_available(TASK, "win")
         self.request("restore_start", machine="win")
         self.request("dump_memory", machine="win")
         self.assertTrue(TaskPaths.memory_dump(TASK).exists())
-        # Not one of Cuckoo3's: it has no folder.
+        # A task id that is not Cuckoo3's has no folder.
         self.assertEqual(machines.acquire_available("by hand", "lin_1").locked_by, "by hand")
         self.request("restore_start", machine="lin_1")
         with self.assertRaisesRegex(Refused, "path"):
@@ -216,7 +216,7 @@ class Machines(ManagerTest):
 
 
 class Manager(ManagerTest):
-    def test_a_machine_that_misbehaves_is_told_to_the_node(self):
+    def test_node_is_notified_when_a_machine_is_disabled(self):
         manager = self.start()
         with self.assertRaises(Refused) as caught:
             self.request("restore_start", machine="lin_2")
@@ -224,7 +224,7 @@ class Manager(ManagerTest):
         self.assertEqual([name for name, _ in self.disabled], ["lin_2"])
         self.assertIn(self.disabled[0][1], caught.exception.reason)
 
-    def test_there_is_no_node_at_first(self):
+    def test_disabled_machine_is_mirrored_when_there_is_no_node(self):
         self.nodectx.node = None
         manager = self.start()
         self.request("disable_machine", machine="win", reason="early")
@@ -232,7 +232,7 @@ class Manager(ManagerTest):
         self.assertEqual(self.disabled, [])
         self.assertFalse(manager.machines.copy().get_by_name("win").available)
 
-    def test_a_reset(self):
+    def test_reset_stops_and_unlocks_machines_of_tasks(self):
         manager = self.start()
         machine = manager.machines.acquire_available(TASK, "win")
         manager.machines.acquire_available("by hand", "lin_1")
@@ -248,16 +248,16 @@ class Manager(ManagerTest):
         self.assertEqual(manager.machines.get_by_name("lin_1").locked_by, "by hand")
         self.request("restore_start", machine="win")
 
-    def test_a_host_that_is_killed(self):
+    def test_locks_are_kept_when_the_host_is_killed(self):
         manager = self.start()
         machines = manager.machines
         win, lin = machines.acquire_available(TASK, "win"), machines.acquire_available(OTHER_TASK, "lin_1")
         self.request("restore_start", machine="win")
-        # It is the same to the host as one of an earlier node.
+        # A lock of an earlier node's task.
         self.request("lock", machine="lin_2", task_id="20251231-ABCDEF_1")
         manager.disable()
         self.kill_host(manager)
-        # Waits for the host.
+        # The release waits for the host.
         machines.release(lin)
         self.assertFalse(lin.locked)
         manager.recorder.wait_for("attached")
@@ -269,7 +269,7 @@ class Manager(ManagerTest):
         manager.enable()
         manager.wait_work_done()
 
-    def test_a_host_with_other_machines_than_before(self):
+    def test_mirror_is_replaced_when_a_host_has_other_machines(self):
         manager = self.start()
         lin = manager.machines.get_by_name("lin_1")
         write_machines(self.cwd, {"new": {}, "lin_1": {"ip": "10.9.9.9"}})
@@ -279,7 +279,7 @@ class Manager(ManagerTest):
         self.assertIs(manager.machines.get_by_name("lin_1"), lin)
         self.assertEqual(lin.ip, "10.9.9.9")
 
-    def test_nothing_is_raised_into_a_reset(self):
+    def test_reset_raises_nothing_when_the_host_is_unreachable(self):
         manager = self.start()
         with mock.patch.object(manager.host.client, "request", side_effect=Unreachable("gone")):
             manager.disable()
@@ -288,7 +288,7 @@ class Manager(ManagerTest):
             manager.enable()
         self.assertTrue(manager.enabled)
 
-    def test_a_capture_that_fails_is_an_error_in_the_log(self):
+    def test_failed_capture_is_logged(self):
         def capture(values):
             values["tcpdump"] = {"enabled": True, "path": "/bin/false"}
 
@@ -303,7 +303,7 @@ class Manager(ManagerTest):
         error.assert_called_once_with("Network capture failed", machine="win", error=reason)
         self.assertEqual((machine.state, machine.errors[-1]), ("running", reason))
 
-    def test_its_place_in_the_node_s_shutdown(self):
+    def test_manager_is_stopped_in_the_order_of_the_node_s_shutdown(self):
         with mock.patch.object(module.shutdown, "register_shutdown") as register:
             start_machinerymanager(self.nodectx)
         manager = self.nodectx.machinery_manager
@@ -323,7 +323,7 @@ class Manager(ManagerTest):
         manager.detach()
         self.assertEqual(os.listdir(self.cwd / "operational" / "sockets"), [])
 
-    def test_a_host_of_others_is_left_to_them_as_it_was(self):
+    def test_another_s_host_runs_on_when_the_node_stops(self):
         other = start_other_host(self, self.cwd)
         manager = self.start()
         manager.machines.acquire_available(TASK, "win")
@@ -333,7 +333,7 @@ class Manager(ManagerTest):
         self.assertFalse(other.has_ended())
         self.assertEqual([machine["locked"] for machine in self.request("list")["machines"]], [False] * 3)
 
-    def test_a_start_that_fails_is_cuckoo_s_own_error(self):
+    def test_startup_error_is_raised_when_the_host_cannot_start(self):
         write_machines(self.cwd, {"win": {"platfrom": "windows"}})
         with mock.patch.object(module.shutdown, "register_shutdown"), self.assertRaisesRegex(StartupError, "platfrom"):
             start_machinerymanager(self.nodectx)
@@ -344,7 +344,7 @@ class Manager(ManagerTest):
 
 
 class Configuration(ManagerTest):
-    def test_machineries_that_cuckoo_does_not_know(self):
+    def test_unknown_machineries_are_accepted(self):
         with self.assertRaisesRegex(StartupError, "'double' does not exist"):
             startup.load_configuration("cuckoo.yaml")
         for owner, name in ((cuckoo_config.Machinery, "constraints"), (startup, "_load_machinery_configs")):

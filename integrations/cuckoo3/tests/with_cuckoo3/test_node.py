@@ -1,4 +1,4 @@
-"""Cuckoo3's node, as a process, on the host."""
+"""A process of Cuckoo3's node on the host."""
 
 import json
 import os
@@ -35,11 +35,11 @@ class NodeTest(unittest.TestCase):
         return node
 
     def watch(self):
-        """Hears the host of the node, also after that has started it again."""
+        """Records events of the node's host, also after a restart."""
         recorder = EventRecorder()
         observer = Host(self.cwd, recorder)
         self.addCleanup(observer.detach)
-        # It shall never be the one who starts a host.
+        # Only the node may start a host.
         patched = mock.patch.object(module, "RESTART_GRACE", TIMEOUT)
         patched.start()
         self.addCleanup(patched.stop)
@@ -54,8 +54,8 @@ class NodeTest(unittest.TestCase):
         self.assertEqual(os.listdir(self.sockets), [], node.output())
 
 
-class ATask(NodeTest):
-    def test_a_task_has_its_machine_for_as_long_as_it_runs(self):
+class TaskTest(NodeTest):
+    def test_task_holds_its_machine_while_it_runs(self):
         node = self.start_node()
         host = process_behind(self.sockets / "machinerymanager.sock")
         machines = node.machines()
@@ -70,7 +70,7 @@ class ATask(NodeTest):
         events.wait_for(type="task_state", task_id=TASKS[0], state="task_running")
         self.assertEqual(node.machines()["good"]["locked_by"], TASKS[0])
         node.wait_for_machine("good", state="running")
-        # Nobody else gets it.
+        # Another task does not get it.
         status, body = node.start_task(TASKS[1], "good")
         self.assertEqual(status, 400)
         self.assertIn("not available", json.loads(body)["error"])
@@ -82,17 +82,17 @@ class ATask(NodeTest):
         self.assertFalse(node.machines()["good"]["locked"])
         self.assertEqual(node.ask("GET", f"/task/{TASKS[0]}")[0], 200)
 
-        # A machine that misbehaves is disabled, and main is notified.
+        # A machine that fails is disabled, and Cuckoo3's main process is notified.
         self.assertEqual(node.start_task(TASKS[2], "bad")[0], 200)
-        reported = events.wait_for(type="machine_disabled", machine_name="bad")
+        event = events.wait_for(type="machine_disabled", machine_name="bad")
         events.wait_for(type="task_state", task_id=TASKS[2], state="task_failed")
         self.assertTrue(node.machines()["bad"]["disabled"])
-        self.assertEqual(node.machines()["bad"]["disabled_reason"], reported["reason"])
+        self.assertEqual(node.machines()["bad"]["disabled_reason"], event["reason"])
 
         self.assertEqual(node.start_task(TASKS[3], "nope")[0], 400)
         self.assert_nothing_is_abandoned(node, host)
 
-    def test_a_host_that_is_killed_under_a_task_costs_no_machine(self):
+    def test_machine_stays_enabled_when_the_host_is_killed_during_a_task(self):
         node = self.start_node()
         events = node.events()
         client, recorder = self.watch()
@@ -113,11 +113,11 @@ class ATask(NodeTest):
         self.assert_nothing_is_abandoned(node, process_behind(client.path))
 
 
-class Life(NodeTest):
-    def test_a_reset_frees_what_tasks_have_left(self):
+class Lifecycle(NodeTest):
+    def test_reset_frees_abandoned_machines(self):
         node = self.start_node()
         client, recorder = self.watch()
-        # As a task does that the node has dropped.
+        # A task that the node no longer has.
         client.request("acquire", name="good", task_id=TASKS[0])
         client.request("restore_start", machine="good")
         client.request("acquire", name="other", task_id="somebody else's")
@@ -133,7 +133,7 @@ class Life(NodeTest):
         recorder.wait_for("state", machine="good", state="running")
         recorder.wait_for("unlocked", machine="good")
 
-    def test_a_running_host_is_used_tidied_up_and_left_running(self):
+    def test_node_frees_abandoned_machines_of_a_running_host(self):
         other = start_other_host(self, self.cwd)
         client, recorder = self.watch()
         client.request("acquire", name="good", task_id=TASKS[0])
@@ -157,7 +157,7 @@ class Life(NodeTest):
         self.assertEqual((machines["good"]["locked"], machines["good"]["state"]), (False, "poweroff"))
         self.assertEqual(os.listdir(self.sockets), ["machinerymanager.sock"])
 
-    def test_a_node_that_cannot_have_a_host_says_why_and_leaves_nothing(self):
+    def test_node_fails_with_the_reason_when_no_host_can_start(self):
         yaml = self.cwd / "conf" / "machineries" / "double.yaml"
         yaml.write_text(yaml.read_text().replace("platform", "platfrom"))
         node = Node(self, self.cwd)

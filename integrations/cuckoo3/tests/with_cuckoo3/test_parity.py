@@ -1,7 +1,7 @@
-"""Cuckoo3's own client gets from the host what it gets from Cuckoo3's own manager.
+"""Cuckoo3's own client has the same results with the host as with Cuckoo3's own manager.
 
-Each case is run against both, on machines that behave the same, and what the client sees is compared:
-success or failure, the reason, whether the connection stays, and what has become of the machine.
+Each case runs against both, on machines that behave the same. The tests compare success or failure, the reason,
+the connection, and the state of the machine.
 """
 
 import pickle
@@ -99,12 +99,12 @@ class CuckoosManager:
         self._manager.disable()
 
     def fate(self, name):
-        """Returns the machine's state and reasons."""
+        """Returns the machine's availability and state."""
         machine = self._manager.machines.get_by_name(name)
         return machine.disabled, machine.machinery.state(machine)
 
     def wait_for(self, name, state):
-        """Waits until the machine has come to that state."""
+        """Waits until the machine has that state."""
         deadline = time.monotonic() + TIMEOUT
         while self.fate(name)[1] != state and time.monotonic() < deadline:
             self._manager.wait_work_done()
@@ -129,18 +129,18 @@ class OurHost:
         self._client.request("disable")
 
     def fate(self, name):
-        """Returns the machine's state and reasons."""
+        """Returns the machine's availability and state."""
         machines = {machine["name"]: machine for machine in self._client.request("list")["machines"]}
         return machines[name]["disabled"], machines[name]["state"]
 
     def wait_for(self, name, state):
-        """Waits until the machine has come to that state."""
+        """Waits until the machine has that state."""
         wanted = {"event": "state", "machine": name, "state": state}
         next(event for event in self._events if event == wanted)
 
 
 def outcome(act, *args, **keys):
-    """Returns the result for Cuckoo3's task flow."""
+    """Returns the result as Cuckoo3's task flow sees it."""
     try:
         act(*args, **keys)
     except ActionFailedError as error:
@@ -149,7 +149,7 @@ def outcome(act, *args, **keys):
 
 
 def kind(reason):
-    """The reason, without what only one side says. Reasons of their own are both 'cannot' or 'failed'."""
+    """Returns the part of the reason that both sides share."""
     if re.search("support", reason):
         return "not supported"
     if "configured to fail" in reason:
@@ -159,7 +159,7 @@ def kind(reason):
 
 
 def talk(path, *messages):
-    """The answers to these messages on one connection, and whether it is open after them."""
+    """Returns the answers to these messages on one connection, and its state after them."""
     with Connection(path) as connection:
 
         def answer(message):
@@ -177,7 +177,7 @@ def talk(path, *messages):
 
 class Parity(unittest.TestCase):
     def both(self, case):
-        """Compares the results of a case with Cuckoo3's manager and with the host."""
+        """Asserts that a case has the same result with both managers, and returns it."""
         with self.subTest(case=case.__name__):
             expected = case(CuckoosManager(self))
             self.assertEqual(case(OurHost(self)), expected)
@@ -203,7 +203,7 @@ class Parity(unittest.TestCase):
         self.assertEqual(got[0], "success")
         self.assertEqual(got[-2:], ["not supported", (False, "poweroff")])
 
-    def test_failures_of_the_machinery(self):
+    def test_machinery_failures(self):
         def failures(manager):
             client = MachineryManagerClient(manager.path)
             return [
@@ -220,7 +220,7 @@ class Parity(unittest.TestCase):
         self.assertEqual(got[3:5], ["the machinery's own error", True])
         self.assertIn("nope", got[5])
 
-    def test_requests_that_are_refused(self):
+    def test_refused_requests(self):
         refused = [
             {"action": "restore_start"},
             {"machine": "good"},
@@ -237,7 +237,7 @@ class Parity(unittest.TestCase):
         got = self.both(refusals)
         self.assertEqual([state for _, state in got], ["closed"] * 5 + ["open"] * 2)
 
-    def test_a_manager_that_is_disabled(self):
+    def test_disabled_manager(self):
         def disabled(manager):
             client = MachineryManagerClient(manager.path)
             started = outcome(client.restore_start, "good")
@@ -254,7 +254,7 @@ class Parity(unittest.TestCase):
 
         self.assertEqual(self.both(disabled)[1], "Machinery manager is disabled")
 
-    def test_several_requests_on_one_connection(self):
+    def test_requests_on_one_connection(self):
         def several(manager):
             return talk(
                 manager.path,
@@ -266,7 +266,7 @@ class Parity(unittest.TestCase):
 
         self.assertEqual(self.both(several)[1], "open")
 
-    def test_who_sends_and_leaves_is_served(self):
+    def test_client_that_disconnects_is_served(self):
         def leaves(manager):
             client = MachineryManagerClient(manager.path)
             client.restore_start("good", wait_response=False)
@@ -279,12 +279,12 @@ class Parity(unittest.TestCase):
 
 
 class Waiting(unittest.TestCase):
-    """The client that waits sees what Cuckoo3's own sees, sooner."""
+    """The waiting client has the results of Cuckoo3's own, sooner."""
 
     def setUp(self):
         self.host = OurHost(self)
 
-    def test_it_sees_the_same(self):
+    def test_waiting_client_has_the_same_results(self):
         own, waiting = MachineryManagerClient(self.host.path), WaitingClient(self.host.path)
         for action, name in (
             ("restore_start", "good"),
@@ -304,7 +304,7 @@ class Waiting(unittest.TestCase):
                         seen.append(str(error))
                 self.assertEqual(seen[0], seen[1])
 
-    def test_it_waits_less(self):
+    def test_waiting_client_returns_sooner(self):
         took = []
         for client in (MachineryManagerClient(self.host.path), WaitingClient(self.host.path)):
             began = time.monotonic()
@@ -315,13 +315,13 @@ class Waiting(unittest.TestCase):
         print(f"a restore_start of 0.1 s takes Cuckoo3's client {own:.2f} s, and ours {waiting:.2f} s", flush=True)
         self.assertLess(waiting, own / 2)
 
-    def test_sending_only(self):
+    def test_action_runs_when_its_response_is_not_awaited(self):
         events = Client(self.host.path).subscribe()
         self.addCleanup(events.close)
         self.assertIsNone(WaitingClient(self.host.path).restore_start("good", wait_response=False))
         self.assertEqual([event["state"] for _, event in zip(range(2), events)], ["starting", "running"])
 
-    def test_what_does_not_come_fails_the_action(self):
+    def test_action_fails_when_no_answer_comes(self):
         with self.assertRaisesRegex(ActionFailedError, "/none/such.sock"):
             WaitingClient("/none/such.sock").restore_start("good")
         for wait in (True, False):
@@ -331,7 +331,7 @@ class Waiting(unittest.TestCase):
         with at_once, self.assertRaisesRegex(ActionFailedError, "took longer than 120 seconds"):
             WaitingClient(self.host.path).restore_start("good")
 
-    def test_a_host_that_goes_away_fails_the_action(self):
+    def test_action_fails_when_the_host_closes_the_connection(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         path = Path(folder.name, "sock")
@@ -339,7 +339,7 @@ class Waiting(unittest.TestCase):
         with self.assertRaisesRegex(ActionFailedError, "is lost"):
             WaitingClient(path).restore_start("good")
 
-    def test_the_task_runner_s_process_uses_it(self):
+    def test_task_runner_process_uses_the_waiting_client(self):
         runner = pickle.loads(pickle.dumps(HostedTaskRunner("sock", None)))
         original = taskflow.MachineryManagerClient
         self.addCleanup(setattr, taskflow, "MachineryManagerClient", original)
