@@ -93,7 +93,7 @@ pub fn start_guard() {
     let waiting = || {
         let caller = EXIT_CALLED.wait_while(lock(&EXIT_CALLER), |caller| caller.is_none());
         let caller = caller.unwrap_or_else(PoisonError::into_inner).clone();
-        // Logging panics if standard error is closed.
+        // Logging may panic if standard error is closed. The shutdown must go on all the same.
         let _ = std::panic::catch_unwind(|| {
             tracing::error!(by = caller, "a plugin called exit(), which ends the host");
         });

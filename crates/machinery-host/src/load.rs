@@ -38,7 +38,7 @@ fn open_all(config: &Config, search: &PluginSearch) -> Result<Vec<OpenedPlugin>>
         match open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load) {
             Ok(plugin) => plugins.push(plugin),
             Err(OpenFailure::LibraryMissing(error)) => left_out.push((name, error)),
-            Err(OpenFailure::Wrong(error)) => problems.push(error),
+            Err(OpenFailure::Invalid(error)) => problems.push(error),
         }
     }
     problems.extend(conflicts(&plugins));

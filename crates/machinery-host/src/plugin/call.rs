@@ -8,9 +8,9 @@
 //! Every call has a thread of its own, because a plugin may block for ever. A host that serves waits with
 //! [`call`], one that loads or shuts down plugins with [`call_blocking`].
 //!
-//! A library whose initialiser does not return keeps the dynamic linker locked, and every thread that makes
-//! its first thread-local with a destructor waits for that lock. So [`call_blocking`] uses a condition
-//! variable, which needs no thread-local; the channels of `std` do.
+//! A library whose initialiser does not return keeps the dynamic linker locked. Every thread that makes its first
+//! thread-local with a destructor waits for that lock. So [`call_blocking`] uses a condition variable, which
+//! needs no thread-local; the channels of `std` do.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};

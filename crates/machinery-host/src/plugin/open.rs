@@ -24,7 +24,7 @@ pub enum OpenFailure {
     /// The plugin needs a library that is not installed on this host. Only this machinery is left out.
     LibraryMissing(Error),
     /// The plugin is missing or invalid. The host does not start.
-    Wrong(Error),
+    Invalid(Error),
 }
 
 impl OpenFailure {
@@ -32,7 +32,7 @@ impl OpenFailure {
         let reason = format!("cannot use {} as a plugin: {error}", path.display());
         match error {
             OpenError::LibraryMissing { .. } => OpenFailure::LibraryMissing(Error::environment(reason)),
-            _ => OpenFailure::Wrong(Error::configuration(reason)),
+            _ => OpenFailure::Invalid(Error::configuration(reason)),
         }
     }
 }
@@ -41,7 +41,7 @@ impl OpenFailure {
 impl From<OpenFailure> for Error {
     fn from(why: OpenFailure) -> Error {
         match why {
-            OpenFailure::LibraryMissing(error) | OpenFailure::Wrong(error) => error,
+            OpenFailure::LibraryMissing(error) | OpenFailure::Invalid(error) => error,
         }
     }
 }
@@ -57,15 +57,15 @@ pub fn open(
     limit: Duration,
 ) -> Result<OpenedPlugin, OpenFailure> {
     let found = search::find(name, &plugins.folders)
-        .ok_or_else(|| OpenFailure::Wrong(search::not_found(name, &plugins.folders)))?;
-    let (path, sha256) = search::trusted(name, &found, plugins, allowed).map_err(OpenFailure::Wrong)?;
+        .ok_or_else(|| OpenFailure::Invalid(search::not_found(name, &plugins.folders)))?;
+    let (path, sha256) = search::trusted(name, &found, plugins, allowed).map_err(OpenFailure::Invalid)?;
     let file = path.clone();
     // The library's initialisers may never return.
     let opened =
         call_blocking(limit, &format!("opening {}", path.display()), move || Ok(Plugin::open(&file)));
-    let plugin = opened.map_err(OpenFailure::Wrong)?.map_err(|error| OpenFailure::of(&path, &error))?;
+    let plugin = opened.map_err(OpenFailure::Invalid)?.map_err(|error| OpenFailure::of(&path, &error))?;
     if plugin.name() != name {
-        return Err(OpenFailure::Wrong(misnamed(&found, plugin.name(), name)));
+        return Err(OpenFailure::Invalid(misnamed(&found, plugin.name(), name)));
     }
     tracing::debug!(machinery = name, path = %path.display(), version = plugin.version(), "plugin opened");
     Ok(OpenedPlugin { plugin, sha256 })
