@@ -20,4 +20,4 @@ machinery host at run time. It changes no file of Cuckoo3, and affects no progra
 | `commands`      | the programs `cuckoonode-hosted` and `cuckoo-hosted`       | yes           |
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
