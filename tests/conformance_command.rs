@@ -67,7 +67,7 @@ fn violated_requirement_is_named() {
     assert!(broken[0].starts_with("FAIL  screenshot: "), "{broken:?}");
     let ran = run("violates: screenshot", &["--skip", "screenshot"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");
-    assert!(ran.stdout.contains("skip  screenshot: left out"), "{ran:?}");
+    assert!(ran.stdout.contains("skip  screenshot: skipped on the command line"), "{ran:?}");
     let only = ["--only", "restore_start", "--only", "identity", "--machine", "two", "--json"];
     let ran = run("violates: restore_start", &only);
     let reported: Value = serde_json::from_str(&ran.stdout).unwrap();
