@@ -90,7 +90,7 @@ fn change_is_deferred_when_the_machine_is_in_use() {
         assert_eq!(client.machine(machine).unwrap()["change_pending"], true, "{machine}");
     }
     let listed = host::run(&cwd, &["list"]).unwrap();
-    assert!(listed.stdout.contains("its new configuration waits until it is free"), "{}", listed.stdout);
+    assert!(listed.stdout.contains("its new configuration applies once it is idle"), "{}", listed.stdout);
     // The task's machine is unchanged.
     assert_eq!(client.act("restore_start", "m").unwrap(), done());
     assert_eq!(client.act("stop", "m").unwrap(), done());

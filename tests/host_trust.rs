@@ -331,7 +331,7 @@ fn plugins_shows_hashes_of_listed_plugins_only() {
     let unlisted = cwd.install_plugin("minimal").unwrap();
     let text = run(&cwd, &["plugins"]).stdout;
     let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap();
-    for word in ["1.0", &hash, plugin.to_str().unwrap()] {
+    for word in [env!("CARGO_PKG_VERSION"), &hash, plugin.to_str().unwrap()] {
         assert!(line("double ").contains(word), "{word:?} is not in: {text}");
     }
     assert!(line("minimal").contains(unlisted.to_str().unwrap()), "{text}");
