@@ -215,7 +215,7 @@ fn machines_are_unchanged_when_the_configuration_is_refused() {
     let dsn = lab.libvirtd().dsn().to_owned();
     for (old, new, words) in [
         ("  two:", "  two:\n    tgas: []", "machines.two: unknown key `tgas`"),
-        (dsn.as_str(), "qemu:///system", "kvm.yaml:1: dsn: dsn is "),
+        (dsn.as_str(), "qemu:///system", "kvm.yaml:1: dsn: dsn stays "),
         // A machine in use cannot be renamed.
         ("  one:", "  renamed:", "machines.renamed.label: 'lab-one' is in use as the label of machine 'one'"),
     ] {
