@@ -13,7 +13,7 @@ use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
 use rustix::net::SocketFlags;
 
 use crate::disk::{self, Overlays};
-use crate::options::escaped;
+use crate::options::{self, escaped};
 use crate::process::{End, Handle, Process};
 use crate::steps::Steps;
 use crate::version::Version;
@@ -134,9 +134,8 @@ fn plugin_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
 /// backend. A QEMU without a default backend refuses a sound card, as Debian 13's does where no module for sound is
 /// installed. VMCloak's arguments name none. Source: `audio_define_default` in QEMU's audio/audio.c.
 fn sound_args(version: Version, args: &[String]) -> Vec<String> {
-    let names_backend =
-        |arg: &String| matches!(arg.as_str(), "-audio" | "--audio" | "-audiodev" | "--audiodev");
-    if !version.has_default_audio() || args.iter().any(names_backend) {
+    let names_backend = |(_, name, _): (usize, &str, &str)| matches!(name, "audio" | "audiodev");
+    if !version.has_default_audio() || options::walk(args).any(names_backend) {
         return Vec::new();
     }
     ["-audio", "none"].map(str::to_owned).to_vec()
