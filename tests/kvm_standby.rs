@@ -210,6 +210,7 @@ fn standby_is_not_used_when_its_snapshot_was_replaced() {
     fixture.subscribe_again();
     fixture.act("stop");
     fixture.wait_for_mode("standby");
+    let old = fixture.qemu();
     fixture.virsh(&["snapshot-delete", "lab-m", SNAPSHOT]);
     let other = fixture.virsh(&["snapshot-dumpxml", "--security-info", "lab-m", "other"]);
     fixture.virsh(&["snapshot-delete", "lab-m", "other", "--metadata"]);
@@ -219,6 +220,7 @@ fn standby_is_not_used_when_its_snapshot_was_replaced() {
         .virsh_with_file(&["snapshot-create", "lab-m"], &other, &["--redefine", "--current"])
         .unwrap();
     fixture.act("restore_start");
+    assert_ne!(fixture.qemu(), old, "{}", fixture.host.log());
     assert!(fixture.lab.machine("m").first_count(SOON).unwrap() > later - 1, "it was the old snapshot");
     assert!(fixture.host.log().contains("the standby is not used"), "{}", fixture.host.log());
     fixture.subscribe_again();
