@@ -210,12 +210,10 @@ pub fn machines(
     events: &Events,
 ) -> Vec<Arc<Machine>> {
     let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
-    let (instance, count) = (Arc::clone(&machinery.instance), names.len());
+    let instance = Arc::clone(&machinery.instance);
     let what = format!("state of '{}'", machinery.name);
-    let states = call_each(&what, count, limit, all, move |index| match names.get(index) {
-        Some(name) => instance.state(name, Deadline::after(limit)),
-        None => Ok(State::Error),
-    });
+    let states =
+        call_each(&what, names, limit, all, move |name| instance.state(name, Deadline::after(limit)));
     let machine = |(info, answer): (MachineInfo, Result<State>)| {
         let state = *answer.as_ref().unwrap_or(&State::Error);
         let machine = Machine::new(info, Arc::clone(machinery), state, events.clone());

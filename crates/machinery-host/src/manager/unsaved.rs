@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use machinery::{Error, Result};
+use machinery::Error;
 
 use crate::actions::capture;
 use crate::fleet::Machine;
@@ -23,9 +23,9 @@ impl UnsavedChange {
     ///
     /// # Errors
     /// The change cannot be saved; it is made nevertheless.
-    pub async fn save(self) -> Result<()> {
+    pub async fn save(self) -> Result<(), String> {
         capture::end_of_task(&self.machine).await;
-        self.state.save().await.map_err(|error| error.machine(self.machine.name()))
+        self.state.save().await.map_err(|error| error.machine(self.machine.name()).to_string())
     }
 }
 

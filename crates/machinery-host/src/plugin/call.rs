@@ -13,7 +13,6 @@
 //! needs no thread-local; the channels of `std` do.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -82,34 +81,37 @@ pub fn call_blocking<T: Send + 'static>(
     result.unwrap_or_else(|| Err(timed_out(what, limit)))
 }
 
-/// Calls `work` for each index below `count`, in order, and blocks until all have returned. A call may take
-/// `limit` and all calls together `all`. A call that takes longer is abandoned with its thread, and the next calls
-/// get another thread.
-pub fn call_each<T: Send + 'static>(
+/// Calls `work` for each item, in order, and blocks until all calls have returned. A call may take `limit`, and
+/// all calls together `all`. A call that takes longer is abandoned with its thread, and the next calls get another
+/// thread.
+pub fn call_each<I: Send + Sync + 'static, T: Send + 'static>(
     what: &str,
-    count: usize,
+    items: Vec<I>,
     limit: Duration,
     all: Duration,
-    work: impl Fn(usize) -> Result<T> + Send + Sync + 'static,
+    work: impl Fn(&I) -> Result<T> + Send + Sync + 'static,
 ) -> Vec<Result<T>> {
     let end = Instant::now() + all;
-    let work = Arc::new(work);
+    let shared = Arc::new((items, work));
+    let count = shared.0.len();
     let mut results = Vec::new();
     while results.len() < count {
         let limit = (limit + GRACE).min(end.saturating_duration_since(Instant::now()));
-        if !limit.is_zero() {
-            let (work, first) = (Arc::clone(&work), results.len());
-            let (sender, receiver) = sync_channel(0);
-            let running = start(what, move || {
-                // The receiver has gone if a call was abandoned.
-                (first..count).map(|index| work(index)).try_for_each(|result| sender.send(result)).ok();
-                Ok(())
-            });
-            results.extend(std::iter::from_fn(|| receiver.recv_timeout(limit).ok()));
-            results.extend(running.err().map(Err));
-        }
-        if results.len() < count {
+        if limit.is_zero() {
             results.push(Err(timed_out(what, limit)));
+            continue;
+        }
+        let (shared, first) = (Arc::clone(&shared), results.len());
+        let (sender, receiver) = sync_channel(0);
+        let running = start(what, move || {
+            let (items, work) = &*shared;
+            // The receiver has gone if a call was abandoned.
+            items[first..].iter().map(work).try_for_each(|result| sender.send(result)).ok();
+            Ok(())
+        });
+        results.extend(std::iter::from_fn(|| receiver.recv_timeout(limit).ok()));
+        if results.len() < count {
+            results.push(Err(running.err().unwrap_or_else(|| timed_out(what, limit))));
         }
     }
     results
@@ -125,7 +127,6 @@ pub fn timed_out(what: &str, limit: Duration) -> Error {
 /// A call under way. Its thread shares it with the caller.
 struct RunningCall<T> {
     result: Mutex<Option<Result<T>>>,
-    finished: AtomicBool,
     /// Wakes a thread that waits.
     returned: Condvar,
     /// Wakes a task that waits.
@@ -140,7 +141,6 @@ impl<T> RunningCall<T> {
 
     fn finish(&self, result: Result<T>) {
         *self.lock() = Some(result);
-        self.finished.store(true, Ordering::SeqCst);
         self.returned.notify_all();
         self.notify.notify_one();
     }
@@ -158,8 +158,9 @@ trait Finish: Send + Sync {
 }
 
 impl<T: Send> Finish for RunningCall<T> {
+    /// Nobody takes the result of an abandoned call.
     fn is_finished(&self) -> bool {
-        self.finished.load(Ordering::SeqCst)
+        self.lock().is_some()
     }
 }
 
@@ -169,12 +170,8 @@ fn start<T: Send + 'static>(
     what: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<Arc<RunningCall<T>>> {
-    let running = Arc::new(RunningCall {
-        result: Mutex::new(None),
-        finished: AtomicBool::new(false),
-        returned: Condvar::new(),
-        notify: Notify::new(),
-    });
+    let running =
+        Arc::new(RunningCall { result: Mutex::new(None), returned: Condvar::new(), notify: Notify::new() });
     let (at, on_thread) = (what.to_owned(), Arc::clone(&running));
     let thread = thread::Builder::new().name("plugin".to_owned()).spawn(move || {
         let call = exit::Call::begin(&at);

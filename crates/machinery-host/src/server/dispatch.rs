@@ -4,7 +4,6 @@
 //! the worker. A request that changes who has a machine makes the change at once, so that later requests on the
 //! connection see it, and gets its reply when the change is on disk.
 
-use std::fmt::Display;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -50,13 +49,13 @@ impl Dispatcher {
         match request {
             Request::Act(machine, action) => self.submit(&machine, action, id).await,
             Request::State(machine) => self.state(machine, id).await,
-            Request::EnableMachine(machine) => {
-                let enabled = self.manager.enable_machine(machine).await;
-                self.reply_when_saved(enabled, id).await;
-            }
+            Request::EnableMachine(machine) => match self.manager.enable_machine(machine).await {
+                Ok(enabled) => self.reply_when_saved(enabled, id).await,
+                Err(reason) => self.outbox.reply(reply::failure(&reason), id).await,
+            },
             Request::DisableMachine(machine, reason) => {
                 let disabled = self.manager.disable_machine(machine, &reason);
-                self.reply_when_saved(Ok::<_, String>(disabled), id).await;
+                self.reply_when_saved(disabled, id).await;
             }
             Request::Lock(machine, lock) => {
                 let locked = self.manager.lock(machine, lock).await;
@@ -146,21 +145,15 @@ impl Dispatcher {
         }
     }
 
-    async fn reply_when_saved(&self, change: Result<UnsavedChange, impl Display>, id: Id) {
-        match change {
-            Ok(change) => {
-                let saved = async { reply::result(change.save().await.map_err(|error| error.to_string())) };
-                self.outbox.reply_later(id, saved).await;
-            }
-            Err(error) => self.outbox.reply(reply::failure(&error.to_string()), id).await,
-        }
+    async fn reply_when_saved(&self, change: UnsavedChange, id: Id) {
+        self.outbox.reply_later(id, async { reply::result(change.save().await) }).await;
     }
 
     /// Replies to a release. A client repeats a release whose save has failed. Then there is nothing to release
     /// any more, but the save is due.
     async fn reply_when_released(&self, released: Result<UnsavedChange, NotHeld>, id: Id) {
         match released {
-            Ok(change) => self.reply_when_saved(Ok::<_, NotHeld>(change), id).await,
+            Ok(change) => self.reply_when_saved(change, id).await,
             Err(not_held) => {
                 let manager = Arc::clone(&self.manager);
                 let failed = async move {

@@ -3,6 +3,8 @@
 //! Some words of the protocol have new names since 0.2. Replies and events have both names in this release, so
 //! that older clients go on working: see [`with_old_words`].
 
+use std::sync::Arc;
+
 use machinery::{Error, State};
 use serde_json::{Map, Value, json};
 
@@ -69,7 +71,7 @@ pub fn state(state: Result<State, String>) -> Value {
 }
 
 /// The reply to `lock` and `acquire`.
-pub fn locked(locked: Result<std::sync::Arc<Machine>, String>) -> Value {
+pub fn locked(locked: Result<Arc<Machine>, String>) -> Value {
     match locked {
         Ok(locked) => json!({"success": true, "machine": machine(&locked)}),
         Err(reason) => failure(&reason),
