@@ -33,8 +33,8 @@ pub struct Config {
     pub host_file: Option<ConfigFile>,
 }
 
-/// The time limit of each call into a plugin. The file gives seconds. The defaults of Cuckoo3's four actions are
-/// Cuckoo3's.
+/// The time limit of each call into a plugin. The file gives seconds. The defaults of Cuckoo3's four actions
+/// are Cuckoo3's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {

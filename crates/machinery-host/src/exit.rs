@@ -14,11 +14,11 @@
 //! ```
 //!
 //! The host itself never calls `exit()` and never returns from `main`: [`end`] is its only way out. [`end`]
-//! also skips the handlers of libraries. A handler could clear away data that a thread of the library uses, or
-//! wait for a lock that such a thread holds.
+//! also skips the handlers of libraries. A handler could clear away data that a thread of the library uses,
+//! or wait for a lock that such a thread holds.
 //!
-//! `_exit()`, `abort()` and signals cannot be intercepted: they end the process at once. The next start of the
-//! host removes the leftovers.
+//! `_exit()`, `abort()` and signals cannot be intercepted: they end the process at once. The next start of
+//! the host removes the leftovers.
 
 use std::collections::HashMap;
 use std::fs;
@@ -107,8 +107,8 @@ pub fn start_guard() {
     }
 }
 
-/// Registers the host's handler again, so that it runs before the handlers that libraries have registered until
-/// now.
+/// Registers the host's handler again, so that it runs before the handlers that libraries have registered
+/// until now.
 pub fn install_atexit_handler() {
     // SAFETY: `on_exit` is a function of this program, which exists for as long as the process.
     if unsafe { libc::atexit(on_exit) } != 0 {

@@ -28,8 +28,8 @@ use crate::plugin::search::{PluginFile, PluginSearch};
 /// The time that a query to a plugin may take while it is loaded.
 const MAX_QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Opens the listed plugins, and expects no conflict between them. A plugin with a missing library is left out, unless
-/// no plugin remains.
+/// Opens the listed plugins, and expects no conflict between them. A plugin with a missing library is left
+/// out, unless no plugin remains.
 fn open_all(config: &Config, search: &PluginSearch) -> Result<Vec<OpenedPlugin>> {
     let mut plugins = Vec::new();
     let mut left_out = Vec::new();
@@ -200,8 +200,8 @@ fn log_loaded(machinery: &Machinery, infos: &[MachineInfo]) {
     );
 }
 
-/// Makes the machines that a plugin lists, and queries their states: each within `limit`, and all within `all`. A
-/// machine is disabled if the plugin misbehaves in the query.
+/// Makes the machines that a plugin lists, and queries their states: each within `limit`, and all within
+/// `all`. A machine is disabled if the plugin misbehaves in the query.
 pub fn machines(
     machinery: &Arc<Machinery>,
     infos: Vec<MachineInfo>,

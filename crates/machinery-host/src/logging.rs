@@ -69,8 +69,8 @@ pub fn max_level() -> LogLevel {
     }
 }
 
-/// Logs a record of a plugin. Field names are fixed when this program is compiled. So `machine` keeps its name,
-/// and `fields` holds all other fields of the plugin.
+/// Logs a record of a plugin. Field names are fixed when this program is compiled. So `machine` keeps its
+/// name, and `fields` holds all other fields of the plugin.
 pub fn from_plugin(machinery: &str, record: &LogRecord) {
     let machine = record.fields.get("machine").and_then(Value::as_str);
     let others: Vec<String> = record

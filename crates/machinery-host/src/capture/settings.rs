@@ -51,8 +51,8 @@ pub fn filter(ip: &str, ignored: &[&(String, u16)]) -> String {
     filter
 }
 
-/// Reports whether [`filter`] may have made this filter. Every filter of the host ignores the agent, so it has an
-/// exception.
+/// Reports whether [`filter`] may have made this filter. Every filter of the host ignores the agent, so it
+/// has an exception.
 pub fn is_host_filter(filter: &str) -> bool {
     filter.starts_with("host ") && filter.contains(" and not (dst host ")
 }

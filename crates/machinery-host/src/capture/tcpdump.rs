@@ -97,7 +97,8 @@ impl Process {
             command.args(["-Z", "root"]);
         }
         command.arg("-w").arg(&target.pcap).arg(&target.filter);
-        // With a process group of its own, tcpdump does not get a terminal's Ctrl-C. The host ends it instead.
+        // With a process group of its own, tcpdump does not get a terminal's Ctrl-C. The host ends it
+        // instead.
         command.env("LC_ALL", "C").process_group(0).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| cannot_start(settings, &error))?;
@@ -182,8 +183,8 @@ impl Process {
         }
     }
 
-    /// Waits until the file holds all packets that arrived, by polling the counts. Returns the last counts, or `None`
-    /// if tcpdump has ended.
+    /// Waits until the file holds all packets that arrived, by polling the counts. Returns the last counts,
+    /// or `None` if tcpdump has ended.
     async fn read_all(&mut self) -> Option<Counts> {
         let mut last = self.counts().await?;
         let mut since = Instant::now();
@@ -226,8 +227,8 @@ impl Process {
         let _ = timeout(EXIT_TIMEOUT, self.end()).await;
     }
 
-    /// Returns the process id, or `None` once the process has been waited for. So a signal never reaches another
-    /// process.
+    /// Returns the process id, or `None` once the process has been waited for. So a signal never reaches
+    /// another process.
     fn pid(&self) -> Option<Pid> {
         self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()))
     }

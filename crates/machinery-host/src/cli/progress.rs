@@ -12,8 +12,8 @@ use super::output;
 /// The time after which an action shows its progress.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
 
-/// An action under way. On a terminal, an action of more than a second shows a spinner, or a bar if the machinery
-/// reports progress.
+/// An action under way. On a terminal, an action of more than a second shows a spinner, or a bar if the
+/// machinery reports progress.
 pub struct Progress {
     what: String,
     machine: Value,

@@ -1,7 +1,7 @@
 //! Reads plain scalars as Cuckoo3's YAML parser does.
 //!
-//! Cuckoo3 reads its files with PyYAML, which follows YAML 1.1; `serde_yaml` follows YAML 1.2. The patterns are
-//! those of PyYAML 6.0's `resolver.py`, the values those of `SafeConstructor` in its `constructor.py`.
+//! Cuckoo3 reads its files with PyYAML, which follows YAML 1.1; `serde_yaml` follows YAML 1.2. The patterns
+//! are those of PyYAML 6.0's `resolver.py`, the values those of `SafeConstructor` in its `constructor.py`.
 
 /// A plain scalar's value.
 #[derive(Debug, Clone, PartialEq)]

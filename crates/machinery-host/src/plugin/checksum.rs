@@ -46,8 +46,8 @@ impl fmt::Display for FileHash {
     }
 }
 
-/// The hashes of the files that may be loaded for each machinery. Several hashes for a machinery make an upgrade
-/// easy.
+/// The hashes of the files that may be loaded for each machinery. Several hashes for a machinery make an
+/// upgrade easy.
 #[derive(Debug, Clone)]
 pub struct AllowList {
     file: ConfigFile,

@@ -1,8 +1,8 @@
 //! The search for plugin files: from a name in the `machineries` list to a trusted file.
 //!
-//! The folders are searched in order, and the first file of a name counts. The search opens no file: loading a
-//! library runs its code. [`trust`] ensures that nobody else could have changed the file, and [`checksum`](super::checksum) that it
-//! is the one that the operator has listed.
+//! The folders are searched in order, and the first file of a name counts. The search opens no file: loading
+//! a library runs its code. [`trust`] ensures that no other user can change the file.
+//! [`checksum`](super::checksum) ensures that the operator has listed its hash.
 
 use std::env;
 use std::path::{Path, PathBuf};

@@ -9,17 +9,17 @@
 //!
 //! A user who can write to a folder can replace its files. So every folder and every link on the path counts
 //! like the file. Each must belong to root or to the host's user, and no other user may write to it. Two
-//! groups are trusted as well: root's, and the user's private group. A private group has the user's name and no
-//! other members; some systems let it write to all files of the user.
+//! groups are trusted as well: root's, and the user's private group. A private group has the user's name and
+//! no other members; some systems let it write to all files of the user.
 //!
 //! A sticky folder, such as /tmp, lets everybody create files and replace only their own. It may be passed on
 //! the path. It may not hold the plugin or a link to it: anybody could add another file that the search
 //! finds first, such as a hard link to an old plugin.
 //!
-//! **Why checking the path is enough.** The components are checked from / on. A component below a trusted
-//! one can only be replaced by trusted users. So the file at the resolved path stays the checked one
-//! while it is hashed and loaded. Loading `/proc/self/fd/N` instead would not be safer. The library would have
-//! that name in the linker's messages, in debuggers and as its `$ORIGIN`.
+//! **Why checking the path is enough.** The components are checked from / on. A component below a trusted one
+//! can only be replaced by trusted users. So the file at the resolved path stays the checked one while it is
+//! hashed and loaded. Loading `/proc/self/fd/N` instead would not be safer. The library would have that name
+//! in the linker's messages, in debuggers and as its `$ORIGIN`.
 //!
 //! Access lists are not read. Their mask shows in the mode as the group's right, so the rule for groups
 //! mostly covers them.
@@ -40,8 +40,8 @@ const STICKY: u32 = 0o1000;
 const WRITE_BY_GROUP: u32 = 0o020;
 const WRITE_BY_OTHERS: u32 = 0o002;
 
-/// Resolves all links of a machinery's plugin path and expects that only trusted users can change the file. With
-/// `allow_insecure`, an untrusted file causes only a warning in the log.
+/// Resolves all links of a machinery's plugin path and expects that only trusted users can change the file.
+/// With `allow_insecure`, an untrusted file causes only a warning in the log.
 ///
 /// # Errors
 /// Other users can change the file; the error names every place. Or the path leads to no regular file.
@@ -148,8 +148,8 @@ struct Trusted {
 impl Trusted {
     fn by_this_host() -> Self {
         let user = Uid::effective();
-        // In a user namespace without root, root's files belong to another user id. The owner of `/` can replace
-        // everything anyway.
+        // In a user namespace without root, root's files belong to another user id. The owner of `/` can
+        // replace everything anyway.
         let root = Path::new("/").metadata().map_or(0, |found| found.uid());
         let groups = [0].into_iter().chain(private_group(user)).collect();
         Trusted { users: vec![0, user.as_raw(), root], groups }

@@ -9,8 +9,8 @@
 //!            (vmcloak)                      (here)                           (text)   (here)    (plugin) (replace)
 //! ```
 //!
-//! The file is written after all checks have passed. One machine in conflict stops the whole import, so that no
-//! partial import remains.
+//! The file is written after all checks have passed. One machine in conflict stops the whole import, so that
+//! no partial import remains.
 
 mod outcome;
 mod replace;
@@ -40,8 +40,8 @@ pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
 
 /// Adds the machines of VMCloak's folders to `qemu.yaml`.
 ///
-/// A folder is a machine's own folder, or holds such folders. A machine with an equal entry in the file is skipped.
-/// The import refuses arguments that the plugin refuses. Without a plugin, the import only warns.
+/// A folder is a machine's own folder, or holds such folders. A machine with an equal entry in the file is
+/// skipped. The import refuses arguments that the plugin refuses. Without a plugin, the import only warns.
 ///
 /// # Errors
 /// A folder has no machines. A `machineinfo.json` is incomplete, or the plugin refuses its arguments. A machine
@@ -103,7 +103,8 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// Reads the entry as the machinery will, so that the import refuses values that the machinery would refuse.
+    /// Reads the entry as the machinery will, so that the import refuses values that the machinery would
+    /// refuse.
     fn new(machine: Machine) -> Result<Self> {
         let file = ConfigFile { path: machine.source.clone(), text: text::single_machine(&machine) };
         let entries = file.parse::<ExistingMachines>().map_err(|error| machine.refused(&error))?.machines;
@@ -114,7 +115,8 @@ impl Candidate {
     }
 }
 
-/// Returns the machines that are new, and adds equal entries of the file to `skipped`. All other machines are errors.
+/// Returns the machines that are new, and adds equal entries of the file to `skipped`. All other machines are
+/// errors.
 fn new_machines(
     file: &ConfigFile,
     known: &Machines<Paths>,
@@ -193,8 +195,8 @@ fn differing_keys(old: &Configured<Paths>, new: &Configured<Paths>) -> Vec<&'sta
     pairs.filter(|(old, new)| old != new).map(|(_, (key, _))| key).collect()
 }
 
-/// Returns the keys of an entry in a comparable form. Paths are resolved, and tags are sorted because VMCloak writes
-/// them in random order.
+/// Returns the keys of an entry in a comparable form. Paths are resolved, and tags are sorted because VMCloak
+/// writes them in random order.
 fn values(machine: &Configured<Paths>) -> [(&'static str, String); 11] {
     let Configured { name: _, shared, own } = machine;
     let mut tags = shared.tags.clone();
@@ -235,8 +237,8 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     }
 }
 
-/// Expects that the plugin accepts the arguments of all new machines. The command `check` reports other problems, such
-/// as a missing bridge.
+/// Expects that the plugin accepts the arguments of all new machines. The command `check` reports other
+/// problems, such as a missing bridge.
 fn expect_accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
     let report = match checked {
         Ok(report) => report,

@@ -13,8 +13,8 @@
 //! other: 1
 //! ```
 //!
-//! Anchors, several documents and the like are not recognised here. The caller parses the result and so detects
-//! them.
+//! Anchors, several documents and the like are not recognised here. The caller parses the result and so
+//! detects them.
 
 use std::ops::Range;
 
@@ -160,8 +160,8 @@ fn value_text(key: &str, value: &Value) -> String {
     }
 }
 
-/// Returns the text as a scalar, without quotes only if every YAML parser reads it as this text. Cuckoo's parser
-/// reads YAML 1.1, in which `no` is a boolean and `10:20:30` a number.
+/// Returns the text as a scalar, without quotes only if every YAML parser reads it as this text. Cuckoo's
+/// parser reads YAML 1.1, in which `no` is a boolean and `10:20:30` a number.
 fn scalar(text: &str) -> String {
     let first = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/');
     let rest = text.chars().all(|c| c.is_ascii_alphanumeric() || "/_.-".contains(c));

@@ -1,7 +1,7 @@
 //! Reads the machines that VMCloak made.
 //!
-//! VMCloak makes a folder for each machine, with its disk, its memory snapshot and `machineinfo.json`. It writes
-//! `machineinfo.json` last, so a machine without this file is unfinished.
+//! VMCloak makes a folder for each machine, with its disk, its memory snapshot and `machineinfo.json`. It
+//! writes `machineinfo.json` last, so a machine without this file is unfinished.
 
 use std::collections::HashSet;
 use std::fs::{self, File};

@@ -1,7 +1,7 @@
 //! `new-plugin`: creates the crate of a working plugin, which meets every requirement of the interface.
 //!
-//! The code is that of the plugin `example`, file by file, with another name. So this repository tests it, and it
-//! always matches the interface.
+//! The code is that of the plugin `example`, file by file, with another name. So this repository tests it,
+//! and it always matches the interface.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -38,8 +38,8 @@ pub struct NewPlugin {
     pub library: String,
 }
 
-/// Creates the crate `machinery-<name>` in `dir`. `interface` is the source of its dependencies: a checkout of this
-/// repository, or the URL of a git repository.
+/// Creates the crate `machinery-<name>` in `dir`. `interface` is the source of its dependencies: a checkout
+/// of this repository, or the URL of a git repository.
 ///
 /// # Errors
 /// The name is invalid or reserved, the folder exists, or `interface` is no checkout. The folder is removed again.
