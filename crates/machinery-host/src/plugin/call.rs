@@ -231,6 +231,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn call_each_goes_on_with_the_next_item_when_a_call_is_abandoned() {
+        let (release, released) = mpsc::channel::<()>();
+        let released = Mutex::new(released);
+        let work = move |item: &u32| {
+            if *item == 2 {
+                // Fails once the test has ended.
+                let _ = released.lock().unwrap().recv();
+            }
+            Ok(item * 10)
+        };
+        let results = call_each("counting", vec![1, 2, 3], Duration::ZERO, Duration::from_secs(60), work);
+        drop(release);
+        assert_eq!((results[0].as_ref(), results[2].as_ref(), results.len()), (Ok(&10), Ok(&30), 3));
+        assert!(
+            results[1].as_ref().unwrap_err().to_string().starts_with("counting: the plugin did not return")
+        );
+    }
+
     #[tokio::test]
     async fn call_passes_its_deadline_and_returns_the_result() {
         let limit = Duration::from_secs(60);
