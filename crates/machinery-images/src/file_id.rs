@@ -59,7 +59,7 @@ impl FileId {
     }
 
     /// Reports whether the file at the path is still this one, and unchanged.
-    pub fn is_still_so(&self) -> bool {
+    pub fn is_unchanged(&self) -> bool {
         FileId::of(&self.path).is_ok_and(|now| now == *self)
     }
 

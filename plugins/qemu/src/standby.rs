@@ -58,7 +58,7 @@ impl Standby {
         if self.run.has_ended() {
             return Some("it has ended by itself".to_owned());
         }
-        if self.ram.as_ref().is_some_and(|ram| !ram.is_still_so()) {
+        if self.ram.as_ref().is_some_and(|ram| !ram.is_unchanged()) {
             return Some("the RAM file of its template was changed".to_owned());
         }
         identity.change_since(&self.identity)

@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use super::context::ActionContext;
 use super::metrics::milliseconds;
 use super::plugin_calls::PluginCalls;
-use super::{Action, ActionResult, PrepareOrigin, capture};
+use super::{Action, ActionResult, capture};
 use crate::fleet::Machine;
 
 /// Runs the actions of one machine.
@@ -33,8 +33,6 @@ pub struct ActionExecutor {
     machine: Arc<Machine>,
     context: Arc<ActionContext>,
     calls: PluginCalls,
-    /// True once the preparation under way has not ended long after its cancellation.
-    cancel_overdue: Arc<watch::Sender<bool>>,
 }
 
 /// The failure of an action, and whether it disables the machine.
@@ -54,12 +52,12 @@ impl ActionExecutor {
     /// Returns the executor of that machine.
     pub fn new(machine: Arc<Machine>, context: Arc<ActionContext>) -> Self {
         let calls = PluginCalls::new(Arc::clone(&machine), Arc::clone(&context));
-        ActionExecutor { machine, context, calls, cancel_overdue: Arc::default() }
+        ActionExecutor { machine, context, calls }
     }
 
-    /// Returns the switch that abandons the preparation under way.
-    pub fn cancel_overdue(&self) -> Arc<watch::Sender<bool>> {
-        Arc::clone(&self.cancel_overdue)
+    /// Returns the switch that abandons the action under way.
+    pub fn abandon(&self) -> Arc<watch::Sender<bool>> {
+        self.calls.abandon()
     }
 
     /// Returns the machine.
@@ -72,23 +70,19 @@ impl ActionExecutor {
         self.machine.set_busy(true);
         self.machine.clear_steps();
         let begun = Instant::now();
-        let result = match self.ensure_allowed(action) {
-            Ok(()) => self.run(action).await,
-            Err(failure) => Err(failure),
+        let result = match (self.ensure_allowed(action), action) {
+            (Err(failure), _) => Err(failure),
+            (Ok(()), Action::RestoreStart | Action::NorestoreStart) => self.start(action).await,
+            (Ok(()), Action::Stop) => self.stop().await.map_err(Failure::from),
+            (Ok(()), Action::StopOwn) => self.stop_own().await.map_err(Failure::from),
+            (Ok(()), Action::AcpiStop) => self.acpi_stop().await,
+            (Ok(()), Action::DumpMemory { .. } | Action::Screenshot { .. }) => {
+                self.run_read_only(action).await
+            }
+            (Ok(()), Action::Prepare(_)) => self.prepare(action).await,
         };
         self.machine.set_busy(false);
         self.record(action, begun.elapsed(), result).await
-    }
-
-    async fn run(&mut self, action: &Action) -> Result<(), Failure> {
-        match action {
-            Action::RestoreStart | Action::NorestoreStart => self.start(action).await,
-            Action::Stop => Ok(self.stop().await?),
-            Action::StopOwn => Ok(self.stop_own().await?),
-            Action::AcpiStop => self.acpi_stop().await,
-            Action::DumpMemory { .. } | Action::Screenshot { .. } => self.run_read_only(action).await,
-            Action::Prepare(origin) => self.prepare(*origin).await,
-        }
     }
 
     /// Logs and counts an action that has ended, and disables the machine where the failure demands it.
@@ -190,7 +184,7 @@ impl ActionExecutor {
         }
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
-        let started = self.calls.transition_to(State::Running, action).await;
+        let started = self.calls.run(action).await;
         // The plugin may have reported the end of an earlier run meanwhile.
         self.machine.set_own_run();
         // Releases the permit first: the cleanup of a failed start must not delay other restores.
@@ -225,7 +219,10 @@ impl ActionExecutor {
 
     async fn stop(&mut self) -> Result<()> {
         self.set_stopping();
-        let ended = self.power_off(&Action::Stop).await;
+        let ended = self.calls.run(&Action::Stop).await;
+        if ended.is_err() {
+            self.update_state_after_failed_stop().await;
+        }
         capture::end(&self.machine).await;
         ended
     }
@@ -243,7 +240,11 @@ impl ActionExecutor {
     async fn acpi_stop(&mut self) -> Result<(), Failure> {
         let before = self.machine.status().state;
         self.set_stopping();
-        match self.power_off(&Action::AcpiStop).await {
+        let ended = self.calls.run(&Action::AcpiStop).await;
+        if ended.is_err() {
+            self.update_state_after_failed_stop().await;
+        }
+        match ended {
             Ok(()) => {
                 capture::end(&self.machine).await;
                 Ok(())
@@ -261,14 +262,12 @@ impl ActionExecutor {
         }
     }
 
-    /// Runs an action that ends a run.
-    async fn power_off(&mut self, action: &Action) -> Result<()> {
-        let ended = self.calls.transition_to(State::Poweroff, action).await;
-        if ended.is_err() && !self.calls.is_abandoned() {
+    /// Asks the plugin for the state of a machine that may still run.
+    async fn update_state_after_failed_stop(&mut self) {
+        if !self.calls.is_abandoned() {
             // The first error is the cause, and the one to report.
             let _ = self.calls.update_state().await;
         }
-        ended
     }
 
     /// Runs an action that does not change the machine's state. A failure disables the machine only where the
@@ -282,14 +281,8 @@ impl ActionExecutor {
     }
 
     /// Prepares the next restore. A failure is harmless: the next restore works without a preparation.
-    async fn prepare(&mut self, origin: PrepareOrigin) -> Result<(), Failure> {
-        self.cancel_overdue.send_replace(false);
-        let mut overdue = self.cancel_overdue.subscribe();
-        let cancelled = async move {
-            // The sender is here, so this cannot fail.
-            let _ = overdue.wait_for(|overdue| *overdue).await;
-        };
-        let prepared = self.calls.run_until(cancelled, &Action::Prepare(origin)).await;
+    async fn prepare(&mut self, action: &Action) -> Result<(), Failure> {
+        let prepared = self.calls.run(action).await;
         prepared.map_err(|reason| Failure {
             disable: self.calls.is_abandoned() || reason.is_plugin_fault(),
             reason,

@@ -32,7 +32,7 @@ pub mod worker;
 
 use std::path::PathBuf;
 
-use machinery::DumpFormat;
+use machinery::{DumpFormat, State};
 
 /// An action on a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,6 +84,15 @@ impl Action {
             Action::DumpMemory { .. } => "dump_memory",
             Action::Screenshot { .. } => "screenshot",
             Action::Prepare(_) => "prepare",
+        }
+    }
+
+    /// Returns the state of the machine after the action, if the action changes it.
+    pub fn expected_state(&self) -> Option<State> {
+        match self {
+            Action::RestoreStart | Action::NorestoreStart => Some(State::Running),
+            Action::Stop | Action::StopOwn | Action::AcpiStop => Some(State::Poweroff),
+            Action::DumpMemory { .. } | Action::Screenshot { .. } | Action::Prepare(_) => None,
         }
     }
 }

@@ -5,16 +5,16 @@
 //!                       └─▶ abandoned: no other call until the plugin returns
 //! ```
 
-use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, State};
+use tokio::sync::watch;
 
 use super::context::ActionContext;
 use super::{Action, PrepareOrigin};
 use crate::fleet::Machine;
-use crate::plugin::call::{AbandonedCall, CallResult};
+use crate::plugin::call::{AbandonedCall, CallResult, call};
 
 /// The time that a plugin has, at least, to report the state after an action.
 const MIN_STATE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -24,12 +24,14 @@ pub struct PluginCalls {
     machine: Arc<Machine>,
     context: Arc<ActionContext>,
     abandoned: Option<AbandonedCall>,
+    /// True once the action under way has not ended long after its cancellation.
+    abandon: Arc<watch::Sender<bool>>,
 }
 
 impl PluginCalls {
     /// Returns the calls for that machine.
     pub fn new(machine: Arc<Machine>, context: Arc<ActionContext>) -> Self {
-        PluginCalls { machine, context, abandoned: None }
+        PluginCalls { machine, context, abandoned: None, abandon: Arc::default() }
     }
 
     /// Reports whether a call was abandoned and has not returned yet.
@@ -37,53 +39,62 @@ impl PluginCalls {
         self.abandoned.as_ref().is_some_and(|call| !call.is_finished())
     }
 
-    /// Runs an action.
+    /// Returns the switch that abandons the action under way.
+    pub fn abandon(&self) -> Arc<watch::Sender<bool>> {
+        Arc::clone(&self.abandon)
+    }
+
+    /// Runs an action, and expects the machine to be in the action's expected state afterwards. The same call
+    /// asks for the state, because a machine that has just begun to run keeps this computer busy.
     ///
     /// # Errors
-    /// The plugin's error, or the call was abandoned.
+    /// The plugin's error, the call was abandoned, or the machine is in another state.
     pub async fn run(&mut self, action: &Action) -> Result<()> {
-        self.run_until(pending(), action).await
-    }
-
-    /// Runs an action, and abandons the call as soon as `cancelled` ends.
-    ///
-    /// # Errors
-    /// The plugin's error, or the call was abandoned.
-    pub async fn run_until(&mut self, cancelled: impl Future<Output = ()>, action: &Action) -> Result<()> {
-        let (invoked, limit) = (action.clone(), self.limit_of(action));
-        let called = self
-            .machine
-            .call_until(cancelled, limit, move |machine, deadline| invoke(machine, &invoked, deadline))
-            .await;
-        self.record_result(called, action.name())
-    }
-
-    /// Runs an action, and expects the machine to be in the wanted state afterwards. The same call asks for
-    /// the state, because a machine that has just begun to run keeps this computer busy.
-    ///
-    /// # Errors
-    /// The plugin's error, or the machine is in another state.
-    pub async fn transition_to(&mut self, wanted: State, action: &Action) -> Result<()> {
-        let (invoked, limit) = (action.clone(), self.limit_of(action));
+        let (machine, invoked, expected) =
+            (Arc::clone(&self.machine), action.clone(), action.expected_state());
         let max_state_timeout = self.context.timeouts().state.max(MIN_STATE_TIMEOUT);
-        let called = self.machine.call(limit, move |machine, deadline| {
-            match invoke(machine, &invoked, deadline) {
-                Err(error) if error.kind() == ErrorKind::StateReached && wanted == State::Poweroff => {}
+        self.abandon.send_replace(false);
+        let mut abandon = self.abandon.subscribe();
+        // The sender is here, so this cannot fail.
+        let abandoned = async move { drop(abandon.wait_for(|abandon| *abandon).await) };
+        let (what, limit) = (machine.call_name(), self.limit_of(action));
+        let called = call(&what, limit, abandoned, move |deadline| {
+            let (plugin, name) = (&machine.machinery.instance, machine.name());
+            let done = match &invoked {
+                Action::RestoreStart => plugin.restore_start(name, deadline),
+                Action::NorestoreStart => plugin.norestore_start(name, deadline),
+                Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
+                Action::AcpiStop => plugin.acpi_stop(name, deadline),
+                Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
+                Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
+                Action::Prepare(PrepareOrigin::Request) => plugin.prepare(name, deadline),
+                Action::Prepare(PrepareOrigin::Automatic) => plugin.prepare_automatically(name, deadline),
+            };
+            match done {
+                Err(error)
+                    if error.kind() == ErrorKind::StateReached && expected == Some(State::Poweroff) => {}
                 done => done?,
             }
+            let Some(expected) = expected else { return Ok(None) };
             let reports = machine.status().reports;
             // An action that took all of its time has a moment left for this.
             let deadline = Deadline::after(deadline.remaining().clamp(MIN_STATE_TIMEOUT, max_state_timeout));
-            Ok((machine.machinery.instance.state(machine.name(), deadline), reports))
+            Ok(Some((expected, plugin.state(name, deadline), reports)))
         });
-        let called = called.await;
-        let (state, reports) = self.record_result(called, action.name())?;
+        match self.record_result(called.await, action.name())? {
+            Some((expected, state, reports)) => self.record_state(expected, state, reports),
+            None => Ok(()),
+        }
+    }
+
+    /// Records the state that the plugin has answered after an action.
+    fn record_state(&self, expected: State, state: Result<State>, reports: u64) -> Result<()> {
         self.machine.set_answered(*state.as_ref().unwrap_or(&State::Error), reports);
         let state = state?;
-        if state == wanted {
+        if state == expected {
             return Ok(());
         }
-        let reason = format!("the machine is in state {state} after it, and {wanted} was expected");
+        let reason = format!("the machine is in state {state} after it, and {expected} was expected");
         Err(Error::unexpected_state(reason).advice("Look at the plugin's lines in the log"))
     }
 
@@ -137,20 +148,5 @@ impl PluginCalls {
                     .advice("The machine is lost until it does; restart the host to get it back"))
             }
         }
-    }
-}
-
-/// Calls the plugin's method for the action.
-fn invoke(machine: &Machine, action: &Action, deadline: Deadline) -> Result<()> {
-    let (plugin, name) = (&machine.machinery.instance, machine.name());
-    match action {
-        Action::RestoreStart => plugin.restore_start(name, deadline),
-        Action::NorestoreStart => plugin.norestore_start(name, deadline),
-        Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
-        Action::AcpiStop => plugin.acpi_stop(name, deadline),
-        Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
-        Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
-        Action::Prepare(PrepareOrigin::Request) => plugin.prepare(name, deadline),
-        Action::Prepare(PrepareOrigin::Automatic) => plugin.prepare_automatically(name, deadline),
     }
 }

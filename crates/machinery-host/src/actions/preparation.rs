@@ -32,7 +32,7 @@ pub struct Cancellation {
     machine: Arc<Machine>,
     context: Arc<ActionContext>,
     /// Abandons the preparation.
-    overdue: Arc<watch::Sender<bool>>,
+    abandon: Arc<watch::Sender<bool>>,
     /// The time of the next cancellation, if there is to be one.
     next: Option<Instant>,
     /// The time of the first cancellation.
@@ -44,9 +44,9 @@ impl Cancellation {
     pub fn new(
         machine: Arc<Machine>,
         context: Arc<ActionContext>,
-        overdue: Arc<watch::Sender<bool>>,
+        abandon: Arc<watch::Sender<bool>>,
     ) -> Self {
-        Cancellation { machine, context, overdue, next: None, first: None }
+        Cancellation { machine, context, abandon, next: None, first: None }
     }
 
     /// Takes note of a message that arrived during the preparation; `None` is the end of the host.
@@ -68,7 +68,7 @@ impl Cancellation {
         let first = *self.first.get_or_insert_with(Instant::now);
         cancel_prepare(&self.machine, &self.context).await;
         if first.elapsed() >= self.context.timeouts().stop {
-            self.overdue.send_replace(true);
+            self.abandon.send_replace(true);
         }
         // The plugin may not have begun the preparation when the first cancellation came.
         self.next = Some(Instant::now() + CANCEL_INTERVAL);

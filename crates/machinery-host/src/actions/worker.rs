@@ -53,7 +53,14 @@ impl Worker {
     pub async fn run(mut self) {
         loop {
             match self.waiting.pop_front() {
-                Some(Message::Request(request)) => self.run_request(request).await,
+                Some(Message::Request(Request { action, responder, _in_flight })) => {
+                    let result = match action {
+                        _ if self.closing.load(Ordering::SeqCst) => Err(CLOSING.to_owned()),
+                        Action::Prepare(origin) => self.prepare_when_permitted(origin).await,
+                        action => self.executor.execute(&action).await,
+                    };
+                    responder.respond(result);
+                }
                 Some(Message::Pause(pause)) => {
                     if pause.is_retired().await {
                         return self.refuse_the_rest();
@@ -93,17 +100,6 @@ impl Worker {
     fn keep(&mut self, message: Option<Message>) {
         self.queue_closed = message.is_none();
         self.waiting.extend(message);
-    }
-
-    async fn run_request(&mut self, Request { action, responder, _in_flight }: Request) {
-        let result = if self.closing.load(Ordering::SeqCst) {
-            Err(CLOSING.to_owned())
-        } else if let Action::Prepare(origin) = action {
-            self.prepare_when_permitted(origin).await
-        } else {
-            self.executor.execute(&action).await
-        };
-        responder.respond(result);
     }
 
     /// Has a pending change applied, and prepares the next restore unless a message comes first.
@@ -158,8 +154,8 @@ impl Worker {
     /// Prepares the next restore, and cancels that once a message makes it useless.
     async fn prepare(&mut self, origin: PrepareOrigin) -> ActionResult {
         let machine = Arc::clone(self.executor.machine());
-        let overdue = self.executor.cancel_overdue();
-        let mut cancellation = Cancellation::new(machine, Arc::clone(&self.context), overdue);
+        let abandon = self.executor.abandon();
+        let mut cancellation = Cancellation::new(machine, Arc::clone(&self.context), abandon);
         let action = Action::Prepare(origin);
         let mut prepared = pin!(self.executor.execute(&action));
         loop {

@@ -17,19 +17,13 @@ impl Machine {
         limit: Duration,
         work: impl FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
     ) -> CallResult<T> {
-        self.call_until(pending(), limit, work).await
+        let machine = Arc::clone(self);
+        call(&self.call_name(), limit, pending(), move |deadline| work(&machine, deadline)).await
     }
 
-    /// Calls into the machine's plugin, and abandons the call as soon as `cancelled` ends.
-    pub async fn call_until<T: Send + 'static>(
-        self: &Arc<Self>,
-        cancelled: impl Future<Output = ()>,
-        limit: Duration,
-        work: impl FnOnce(&Machine, Deadline) -> Result<T> + Send + 'static,
-    ) -> CallResult<T> {
-        let what = format!("'{}' in a call for the machine '{}'", self.machinery.name, self.name());
-        let machine = Arc::clone(self);
-        call(&what, limit, cancelled, move |deadline| work(&machine, deadline)).await
+    /// Returns the name of a call for this machine, for the log.
+    pub fn call_name(&self) -> String {
+        format!("'{}' in a call for the machine '{}'", self.machinery.name, self.name())
     }
 }
 

@@ -13,11 +13,10 @@ use tokio::task::JoinHandle;
 use super::outbox::{LARGE_SHARE, Outbox};
 use super::protocol::Request;
 use super::reply;
-use crate::actions::Action;
 use crate::actions::message::Responder;
 use crate::fleet::Machine;
 use crate::fleet::availability::NotHeld;
-use crate::manager::{Manager, Refused, UnsavedChange, UnsavedLock};
+use crate::manager::{Manager, Refused, UnsavedChange, UnsavedLock, UnsavedReservation};
 
 /// Dispatches the requests of one client.
 pub struct Dispatcher {
@@ -47,7 +46,11 @@ impl Dispatcher {
     /// Carries out the request, and replies to it.
     pub async fn dispatch(&mut self, request: Request, id: Id) {
         match request {
-            Request::Act(machine, action) => self.submit(&machine, action, id).await,
+            Request::Act(machine, action) => {
+                let slot = self.outbox.slot(1).await;
+                let responder = Responder::new(move |result| slot.fill(reply::result(result), id.as_ref()));
+                self.manager.queues().submit(&machine, action, responder);
+            }
             Request::State(machine) => self.state(machine, id).await,
             Request::EnableMachine(machine) => match self.manager.enable_machine(machine).await {
                 Ok(enabled) => self.reply_when_saved(enabled, id).await,
@@ -65,12 +68,10 @@ impl Dispatcher {
                 let locked = self.manager.acquire(&query, lock).await;
                 self.reply_when_locked(locked, id).await;
             }
-            Request::Reserve(machine, task_id) => match self.manager.reserve(machine, &task_id).await {
-                Ok(reservation) => {
-                    self.outbox.reply_later(id, async { reply::result(reservation.save().await) }).await;
-                }
-                Err(refused) => self.outbox.reply(reply::failure(&refused.to_string()), id).await,
-            },
+            Request::Reserve(machine, task_id) => {
+                let reserved = self.manager.reserve(machine, &task_id).await;
+                self.reply_when_reserved(reserved, id).await;
+            }
             Request::Unlock(machine, task_id) => {
                 let released = self.manager.unlock(machine, task_id.as_deref());
                 self.reply_when_released(released, id).await;
@@ -98,12 +99,6 @@ impl Dispatcher {
                 self.outbox.reply(reply::success(), id).await;
             }
         }
-    }
-
-    async fn submit(&self, machine: &Machine, action: Action, id: Id) {
-        let slot = self.outbox.slot(1).await;
-        let responder = Responder::new(move |result| slot.fill(reply::result(result), id.as_ref()));
-        self.manager.queues().submit(machine, action, responder);
     }
 
     async fn state(&self, machine: Arc<Machine>, id: Id) {
@@ -141,6 +136,15 @@ impl Dispatcher {
     async fn reply_when_locked(&self, locked: Result<UnsavedLock, Refused>, id: Id) {
         match locked {
             Ok(lock) => self.outbox.reply_later(id, async { reply::locked(lock.save().await) }).await,
+            Err(refused) => self.outbox.reply(reply::failure(&refused.to_string()), id).await,
+        }
+    }
+
+    async fn reply_when_reserved(&self, reserved: Result<UnsavedReservation, Refused>, id: Id) {
+        match reserved {
+            Ok(reservation) => {
+                self.outbox.reply_later(id, async { reply::result(reservation.save().await) }).await;
+            }
             Err(refused) => self.outbox.reply(reply::failure(&refused.to_string()), id).await,
         }
     }
