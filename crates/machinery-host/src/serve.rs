@@ -41,6 +41,9 @@ use crate::reload::Reloader;
 use crate::server::listener;
 use crate::server::peers::Peers;
 
+/// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
+/// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
+const MAX_CALLS: usize = 1 << 16;
 /// The time that clients have to read their last replies when the host ends.
 const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
 /// The number of attempts to lock the CWD, and the pause between two of them.
@@ -76,6 +79,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch) -> Result<Served> {
     capture::end_leftovers(&state.captures(), cwd.root());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .max_blocking_threads(MAX_CALLS)
         .build()
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Every call has a thread of its own, because a plugin may block for ever. A host that serves waits with
-//! [`call`], one that loads or shuts down plugins with [`call_blocking`].
+//! [`call`], which takes the thread from the runtime's pool. A host that loads plugins waits with
+//! [`call_blocking`], which starts a thread.
 //!
 //! A library whose initialiser does not return keeps the dynamic linker locked. Every thread that makes its first
 //! thread-local with a destructor waits for that lock. So [`call_blocking`] uses a condition variable, which
@@ -54,11 +55,13 @@ pub async fn call<T: Send + 'static>(
     cancelled: impl Future<Output = ()>,
     work: impl FnOnce(Deadline) -> Result<T> + Send + 'static,
 ) -> CallResult<T> {
+    // The deadline includes the wait for a thread, so a call that was abandoned meanwhile never begins.
     let deadline = Deadline::after(limit);
-    let running = match start(what, move || work(deadline)) {
-        Ok(running) => running,
-        Err(error) => return CallResult::Returned(Err(error)),
-    };
+    let (running, job) = prepare(what, move || {
+        deadline.check("a free thread")?;
+        work(deadline)
+    });
+    tokio::task::spawn_blocking(job);
     tokio::select! {
         result = running.wait() => CallResult::Returned(result),
         () = sleep(limit + GRACE) => CallResult::Abandoned(AbandonedCall(running)),
@@ -164,24 +167,33 @@ impl<T: Send> Finish for RunningCall<T> {
     }
 }
 
-/// Starts `work` on a thread of its own. The guard in a plugin turns the plugin's panics into errors, so a
-/// panic here is the host's own.
-fn start<T: Send + 'static>(
+/// Returns a call of `work`, and the job that runs it. The guard in a plugin turns the plugin's panics into
+/// errors, so a panic here is the host's own.
+fn prepare<T: Send + 'static>(
     what: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<Arc<RunningCall<T>>> {
+) -> (Arc<RunningCall<T>>, impl FnOnce() + Send + 'static) {
     let running =
         Arc::new(RunningCall { result: Mutex::new(None), returned: Condvar::new(), notify: Notify::new() });
     let (at, on_thread) = (what.to_owned(), Arc::clone(&running));
-    let thread = thread::Builder::new().name("plugin".to_owned()).spawn(move || {
+    let job = move || {
         let call = exit::Call::begin(&at);
         let result = catch_unwind(AssertUnwindSafe(work));
         drop(call);
         on_thread.finish(result.unwrap_or_else(|panic| {
             Err(Error::failed(format!("{at}: the host panicked: {}", panic_message(panic))))
         }));
-    });
-    match thread {
+    };
+    (running, job)
+}
+
+/// Starts `work` on a new thread.
+fn start<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<Arc<RunningCall<T>>> {
+    let (running, job) = prepare(what, work);
+    match thread::Builder::new().name("plugin".to_owned()).spawn(job) {
         Ok(_) => Ok(running),
         Err(error) => Err(Error::environment(format!("{what}: cannot start a thread: {error}"))
             .advice("Raise the limit of threads of the host's user or service")),
