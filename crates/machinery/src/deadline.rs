@@ -26,6 +26,12 @@ impl Deadline {
         self.at.saturating_duration_since(Instant::now())
     }
 
+    /// Returns the remaining time, and one millisecond once the deadline has passed: for a function that refuses zero or
+    /// takes it as for ever, such as [`set_read_timeout`](std::os::unix::net::UnixStream::set_read_timeout).
+    pub fn left(self) -> Duration {
+        self.remaining().max(Duration::from_millis(1))
+    }
+
     /// Reports whether the deadline has passed.
     pub fn passed(self) -> bool {
         self.remaining().is_zero()
@@ -70,6 +76,12 @@ mod tests {
         let whole = Deadline::after(Duration::from_secs(1));
         assert!(whole.within(Duration::from_secs(60)).remaining() <= Duration::from_secs(1));
         assert!(whole.within(Duration::ZERO).passed());
+    }
+
+    #[test]
+    fn left_is_never_zero() {
+        assert_eq!(Deadline::after(Duration::ZERO).left(), Duration::from_millis(1));
+        assert!(Deadline::after(Duration::from_secs(60)).left() > Duration::from_secs(1));
     }
 
     #[test]

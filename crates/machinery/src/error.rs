@@ -35,6 +35,10 @@ pub enum ErrorKind {
     Timeout,
     /// No machine has that name.
     NoSuchMachine,
+    /// Another action ended this one, such as a stop a preparation. That is no failure of the machine.
+    Interrupted,
+    /// The machine cannot do this now, such as a screenshot of a paused guest, and is in order.
+    NotNow,
     /// The plugin's code panicked.
     PluginPanicked,
     /// The plugin returned an invalid value.
@@ -105,6 +109,16 @@ impl Error {
     /// Creates an error of a machine that is already in the state that the action leads to.
     pub fn state_reached(reason: impl Into<String>) -> Self {
         Error::new(ErrorKind::StateReached, reason)
+    }
+
+    /// Creates an error of an action that another one has ended.
+    pub fn interrupted(reason: impl Into<String>) -> Self {
+        Error::new(ErrorKind::Interrupted, reason)
+    }
+
+    /// Creates an error of an action that works at another time.
+    pub fn not_now(reason: impl Into<String>) -> Self {
+        Error::new(ErrorKind::NotNow, reason)
     }
 
     /// Creates an error of an action or option that the machinery does not support.

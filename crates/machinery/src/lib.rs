@@ -55,8 +55,8 @@
 //! | --- | --- |
 //! | `plugin` | the [`Machinery`] trait, its [`Setup`] and its [`MachineInfo`] |
 //! | `deadline` | the deadline of a call: [`Deadline`] |
-//! | `ready` | a machine's readiness for its next restore, and the memory for it: [`RestoreReadiness`], [`Budget`] |
-//! | `reload` | a new configuration while machines run: [`MachineSet`], [`Reloaded`] |
+//! | `ready` | a machine's readiness for its next restore: [`RestoreReadiness`] |
+//! | `reload` | the answer to a new configuration while machines run: [`Reloaded`] |
 //! | `diagnosis` | machines that cannot be used, and the reasons: [`Diagnosis`] |
 //! | `socket` | sockets with paths of any length: [`SocketPath`] |
 //! | `command` | starts other programs with the limits of open files that the host was started with |
@@ -91,8 +91,8 @@ pub use deadline::Deadline;
 pub use diagnosis::Diagnosis;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
-pub use ready::{Budget, Readiness, RestoreReadiness, Share, Standby, format_bytes, parse_bytes};
-pub use reload::{MachineSet, ReloadPlan, Reloadable, Reloaded, expect_unchanged};
+pub use ready::{Readiness, RestoreReadiness, format_bytes};
+pub use reload::Reloaded;
 pub use report::{Finding, Level, Report};
 pub use services::{GUEST_POWERED_OFF, Host, HostServices, LogLevel, LogRecord};
 pub use socket::{SocketPath, machine_socket};

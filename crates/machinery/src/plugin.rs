@@ -140,7 +140,7 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         self.prepare(machine, deadline)
     }
 
-    /// Applies a new configuration while machines run; [`MachineSet`](crate::MachineSet) implements most of it.
+    /// Applies a new configuration while machines run. The crate `machinery-backend` implements most of it.
     /// Since interface 1.1.
     ///
     /// The machines `in_use` run, have an action, or are locked by a task. They keep their configuration for now,
@@ -258,8 +258,7 @@ impl MachineInfo {
         }
     }
 
-    /// Returns the values that must be unique among the machines of a machinery, as (key, value): for
-    /// [`Reloadable::unique`](crate::Reloadable::unique).
+    /// Returns the values that must be unique among the machines of a machinery, as (key, value).
     pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         vec![
             ("label", Some(&self.label)),

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, GUEST_POWERED_OFF, Host, Reloadable, Result, State};
-use machinery_views::{Output, ppm_to_png};
+use machinery_backend::{Output, ppm_to_png};
 
 use crate::config::Keys;
 use crate::disk::Disk;

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, Result};
-use machinery_views::{Output, is_ppm, ppm_to_png};
+use machinery_backend::{Output, is_ppm, ppm_to_png};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::stream::Stream;

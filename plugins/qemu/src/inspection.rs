@@ -10,7 +10,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, Host, Result};
-use machinery_views::{Output, ppm_to_png};
+use machinery_backend::{Output, ppm_to_png};
 use qapi::qmp;
 use serde_json::Value;
 

@@ -28,21 +28,21 @@ pub trait Packaged {
 }
 
 /// Creates the header that the plugin's library exports.
-pub const fn header<M: Machinery + Packaged>() -> LibHeader {
+pub const fn header<M: Machinery, P: Packaged>() -> LibHeader {
     // SAFETY: `construct` returns the result of `__call_root_module_loader` for a `ModuleRef`, so the
     // erased module is a `ModuleRef`, as `from_constructor::<ModuleRef>` demands.
-    unsafe { LibHeader::from_constructor::<ModuleRef>(construct::<M>, CheckTypeLayout::Yes) }
+    unsafe { LibHeader::from_constructor::<ModuleRef>(construct::<M, P>, CheckTypeLayout::Yes) }
 }
 
-extern "C" fn construct<M: Machinery + Packaged>() -> RootModuleResult {
-    call_module_loader(module::<M>)
+extern "C" fn construct<M: Machinery, P: Packaged>() -> RootModuleResult {
+    call_module_loader(module::<M, P>)
 }
 
-fn module<M: Machinery + Packaged>() -> ModuleRef {
-    Module { manifest: manifest::<M>, check: check::<M>, load: load::<M> }.leak_into_prefix()
+fn module<M: Machinery, P: Packaged>() -> ModuleRef {
+    Module { manifest: manifest::<M, P>, check: check::<M>, load: load::<M> }.leak_into_prefix()
 }
 
-extern "C" fn manifest<M: Machinery + Packaged>() -> Reply<RString> {
+extern "C" fn manifest<M: Machinery, P: Packaged>() -> Reply<RString> {
     guarded(M::NAME, || {
         let owned = |conflict: &crate::Conflict| ManifestConflict {
             with: conflict.with.to_owned(),
@@ -50,8 +50,8 @@ extern "C" fn manifest<M: Machinery + Packaged>() -> Reply<RString> {
         };
         to_json(&Manifest {
             name: M::NAME.to_owned(),
-            version: M::VERSION.to_owned(),
-            license: M::LICENSE.to_owned(),
+            version: P::VERSION.to_owned(),
+            license: P::LICENSE.to_owned(),
             conflicts: M::CONFLICTS.iter().map(owned).collect(),
         })
     })
@@ -194,9 +194,13 @@ macro_rules! export_machinery {
             /// The entry point for a host that accepts the version.
             // SAFETY: as above.
             #[unsafe(no_mangle)]
-            pub static MACHINERY_PLUGIN: $crate::abi::LibHeader = $crate::abi::plugin::header::<$plugin>();
+            pub static MACHINERY_PLUGIN: $crate::abi::LibHeader =
+                $crate::abi::plugin::header::<$plugin, Package>();
 
-            impl $crate::abi::plugin::Packaged for $plugin {
+            // A type of its own, because the plugin's type may belong to another crate.
+            pub struct Package;
+
+            impl $crate::abi::plugin::Packaged for Package {
                 const VERSION: &'static str = env!("CARGO_PKG_VERSION");
                 const LICENSE: &'static str = env!("CARGO_PKG_LICENSE");
             }

@@ -1,26 +1,32 @@
-//! Overlays: the qcow2 files that one run writes to. Each image that the machine's arguments open for writing
-//! has one overlay. The first overlay, of the machine's disk, is the disposable disk.
+//! Overlays: the qcow2 files that one run writes to. Each image that a run opens for writing has one overlay. The
+//! first overlay, of the machine's disk, is the disposable disk.
 //!
 //! `qemu-img` needs as long to create an overlay as QEMU needs to start, and all empty overlays of one image
 //! are the same. `qemu-img` therefore creates only one, and every run gets a copy of its few blocks that are
 //! not zero.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use machinery::{Deadline, Error, Result};
 use machinery_images::FileId;
 
-use crate::images::Source;
-use crate::process::Process;
+use crate::files::remove;
+use crate::qemu_img::QemuImg;
+use crate::sync::lock;
 
-/// Returns the path of a machine's disposable disk. Source: Cuckoo3's `machineries/modules/qemu.py`.
-pub fn path_for(folder: &Path, machine: &str) -> PathBuf {
-    folder.join(format!("{machine}_disposable.qcow2"))
+/// An image that overlays are based on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ImageFile {
+    /// The path of the file.
+    pub path: PathBuf,
+    /// The format of the file; the file is probed if there is none.
+    pub format: Option<String>,
 }
 
 /// Returns the path of the overlay of a machine's n-th image. `first` is the path of the disk's overlay
@@ -92,7 +98,7 @@ pub fn remove_overlays(first: &Path) -> Result<()> {
 
 /// The empty overlays of a machine's images, each created once.
 #[derive(Debug, Default)]
-pub struct OverlayTemplates(Mutex<HashMap<Source, Arc<OverlayTemplate>>>);
+pub struct OverlayTemplates(Mutex<HashMap<ImageFile, Arc<OverlayTemplate>>>);
 
 impl OverlayTemplates {
     /// Creates an overlay of each image, the first one at `first`. Overlays of an earlier run are replaced.
@@ -101,9 +107,8 @@ impl OverlayTemplates {
     /// An image is no file; `qemu-img` cannot create an overlay of it; an overlay cannot be written.
     pub fn overlays(
         &self,
-        qemu_img: &Path,
-        machine: &str,
-        images: &[Source],
+        qemu_img: &QemuImg,
+        images: &[ImageFile],
         first: &Path,
         deadline: Deadline,
     ) -> Result<Overlays> {
@@ -111,7 +116,7 @@ impl OverlayTemplates {
         let mut overlays = Overlays(Vec::new());
         for (n, image) in images.iter().enumerate() {
             let path = overlay_path(first, n);
-            let template = self.template(qemu_img, machine, image, &path, deadline)?;
+            let template = self.template(qemu_img, image, &path, deadline)?;
             overlays.0.push(template.copy_to(&path)?);
         }
         Ok(overlays)
@@ -119,18 +124,17 @@ impl OverlayTemplates {
 
     fn template(
         &self,
-        qemu_img: &Path,
-        machine: &str,
-        image: &Source,
+        qemu_img: &QemuImg,
+        image: &ImageFile,
         path: &Path,
         deadline: Deadline,
     ) -> Result<Arc<OverlayTemplate>> {
         let of = file_id(&image.path)?;
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.0);
         if let Some(template) = known.get(image).filter(|template| template.of == of) {
             return Ok(Arc::clone(template));
         }
-        let template = Arc::new(OverlayTemplate::make(qemu_img, machine, image, of, path, deadline)?);
+        let template = Arc::new(OverlayTemplate::make(qemu_img, image, of, path, deadline)?);
         known.insert(image.clone(), Arc::clone(&template));
         Ok(template)
     }
@@ -148,30 +152,19 @@ fn file_id(path: &Path) -> Result<FileId> {
 }
 
 /// Creates an overlay with `qemu-img`.
-fn create(
-    qemu_img: &Path,
-    machine: &str,
-    image: &Source,
-    path: &Path,
-    deadline: Deadline,
-) -> Result<Overlay> {
+fn create(qemu_img: &QemuImg, image: &ImageFile, path: &Path, deadline: Deadline) -> Result<Overlay> {
     remove(path)?;
     let format = image.format.clone().map_or_else(|| probed(&image.path), Ok)?;
     // Dropping this on failure deletes the incomplete file.
     let new = Overlay { path: path.to_owned(), keep: false };
     let options =
         ["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-F", &format, "-b"];
-    let files = [&image.path, path].map(|path| path.display().to_string());
-    let args = options.into_iter().map(str::to_owned).chain(files);
-    let end = Process::start(qemu_img, args, Path::new("/"), machine)?.end(deadline.remaining());
-    if end.was_clean() {
-        return Ok(new);
-    }
-    deadline.check("qemu-img to make the overlay")?;
-    let (program, image) = (qemu_img.display(), image.path.display());
-    Err(Error::failed(format!("{program} cannot make an overlay of {image} at {}", path.display()))
-        .detail(end.output())
-        .advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
+    let what = format!("make an overlay of {} at {}", image.path.display(), path.display());
+    let args = options.into_iter().map(OsStr::new).chain([image.path.as_os_str(), path.as_os_str()]);
+    qemu_img.run(&what, args, deadline).map_err(|error| {
+        deadline.check("qemu-img to make the overlay").err().unwrap_or_else(|| error.advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
+    })?;
+    Ok(new)
 }
 
 /// The first bytes of image formats other than raw, and their offsets. Sources: the headers in QEMU's
@@ -203,7 +196,7 @@ const BLOCK: usize = 4096;
 
 /// An empty overlay, kept in memory, that overlays are copied from.
 #[derive(Debug)]
-pub struct OverlayTemplate {
+struct OverlayTemplate {
     /// The image that the overlay is based on.
     of: FileId,
     length: u64,
@@ -214,14 +207,13 @@ pub struct OverlayTemplate {
 impl OverlayTemplate {
     /// Creates an empty overlay at `path` with `qemu-img`, and reads it; `of` is the image.
     fn make(
-        qemu_img: &Path,
-        machine: &str,
-        image: &Source,
+        qemu_img: &QemuImg,
+        image: &ImageFile,
         of: FileId,
         path: &Path,
         deadline: Deadline,
     ) -> Result<OverlayTemplate> {
-        let made = create(qemu_img, machine, image, path, deadline)?;
+        let made = create(qemu_img, image, path, deadline)?;
         let content = fs::read(&made.path).map_err(|error| Error::io("read", path, &error))?;
         let used = |(number, block): (usize, &[u8])| {
             let at = (number * BLOCK) as u64;
@@ -244,17 +236,6 @@ impl OverlayTemplate {
     }
 }
 
-/// Removes a file, if it exists.
-///
-/// # Errors
-/// The file exists and cannot be removed.
-pub fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, &error)),
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -271,8 +252,8 @@ mod tests {
         path
     }
 
-    fn source(path: &Path) -> Source {
-        Source { path: path.to_owned(), format: None }
+    fn source(path: &Path) -> ImageFile {
+        ImageFile { path: path.to_owned(), format: None }
     }
 
     #[test]
@@ -281,9 +262,10 @@ mod tests {
         let (disk, first) = (folder.path().join("disk"), folder.path().join("overlay.x"));
         fs::write(&disk, "a disk").unwrap();
         let soon = Deadline::after(Duration::from_secs(10));
-        let (qemu_img, overlay_templates) = (image_maker(folder.path()), OverlayTemplates::default());
-        let images = [source(&disk), Source { format: Some("raw".into()), ..source(&disk) }];
-        let make = || overlay_templates.overlays(&qemu_img, "m", &images, &first, soon).unwrap();
+        let (program, overlay_templates) = (image_maker(folder.path()), OverlayTemplates::default());
+        let qemu_img = QemuImg::new(&program);
+        let images = [source(&disk), ImageFile { format: Some("raw".into()), ..source(&disk) }];
+        let make = || overlay_templates.overlays(&qemu_img, &images, &first, soon).unwrap();
         for _ in 0..2 {
             let overlays = make();
             for path in overlays.paths() {
@@ -301,10 +283,10 @@ mod tests {
             assert!(!first.exists() && !folder.path().join("overlay_2.x").exists());
         }
         // `qemu-img` runs only once, as long as the image is the same.
-        fs::write(&qemu_img, "#!/bin/sh\nexit 1\n").unwrap();
+        fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
         drop(make());
         fs::write(&disk, "another").unwrap();
-        assert!(overlay_templates.overlays(&qemu_img, "m", &images, &first, soon).is_err());
+        assert!(overlay_templates.overlays(&qemu_img, &images, &first, soon).is_err());
     }
 
     #[test]

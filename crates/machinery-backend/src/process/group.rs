@@ -1,6 +1,6 @@
-//! The process group of a run: QEMU, and the processes that its arguments or a wrapper have started.
+//! The process group of a run: the hypervisor, and the processes that its arguments or a wrapper have started.
 //!
-//! A helper such as `swtpm` ends by itself after QEMU, and cleans up then. A helper that is killed at once
+//! A helper such as `swtpm` ends by itself after its hypervisor, and cleans up then. A helper that is killed at once
 //! may leave a lock or a socket behind that makes the next run fail.
 
 use std::fs;
@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process_group};
 
-/// The time that helpers have to end by themselves after their QEMU.
+/// The time that helpers have to end by themselves after their hypervisor.
 const HELPER_GRACE: Duration = Duration::from_secs(1);
 /// The time that a process has to end after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,7 +26,7 @@ pub fn end_rest(leader: Pid) {
     tracing::warn!(
         group = number(leader),
         processes = remaining.len(),
-        "helpers of QEMU do not end: killing them"
+        "helpers of the process do not end: killing them"
     );
     for helper in &remaining {
         // The helper may have ended by itself.

@@ -1,4 +1,4 @@
-//! Converts the PPM images that hypervisors write to PNG.
+//! Converts the images of hypervisors to PNG.
 
 use std::io::Write;
 
@@ -16,11 +16,19 @@ pub fn is_ppm(start: &[u8]) -> bool {
 pub fn ppm_to_png(ppm: &[u8], file: impl Write) -> Result<()> {
     let wrong = || Error::failed("the hypervisor's screenshot is not a PPM image");
     let (width, height, pixels) = read_ppm(ppm).ok_or_else(wrong)?;
+    rgb_to_png(width, height, pixels, file)
+}
+
+/// Writes pixels as PNG to `file`: red, green and blue of each, row by row from the top.
+///
+/// # Errors
+/// The number of bytes does not match; the file cannot be written.
+pub fn rgb_to_png(width: u32, height: u32, rgb: &[u8], file: impl Write) -> Result<()> {
     let mut encoder = png::Encoder::new(file, width, height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
     let written =
-        encoder.write_header().and_then(|mut png| png.write_image_data(pixels).and_then(|()| png.finish()));
+        encoder.write_header().and_then(|mut png| png.write_image_data(rgb).and_then(|()| png.finish()));
     written.map_err(|error| Error::environment(format!("cannot write the screenshot: {error}")))
 }
 

@@ -1,11 +1,14 @@
 //! The readiness of a machine for its next restore, as it is reported to the host.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use machinery::{Host, Readiness, RestoreReadiness};
 
+use crate::sync::lock;
+
 /// The readiness of one machine. It remembers the readiness without a standby, which holds again once a
 /// standby is used or discarded.
+#[derive(Debug)]
 pub struct ReadinessReport {
     host: Host,
     machine: String,
@@ -13,6 +16,7 @@ pub struct ReadinessReport {
 }
 
 impl ReadinessReport {
+    /// Creates the report of a machine, which is plain for now.
     pub fn new(host: &Host, machine: &str) -> Self {
         ReadinessReport { host: host.clone(), machine: machine.to_owned(), without_standby: Mutex::default() }
     }
@@ -27,6 +31,7 @@ impl ReadinessReport {
         self.host.ready(&self.machine, readiness);
     }
 
+    /// Returns the readiness without a standby.
     pub fn without_standby(&self) -> RestoreReadiness {
         self.lock().clone()
     }
@@ -53,6 +58,6 @@ impl ReadinessReport {
     }
 
     fn lock(&self) -> MutexGuard<'_, RestoreReadiness> {
-        self.without_standby.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.without_standby)
     }
 }

@@ -1,41 +1,45 @@
-//! A process of QEMU's programs: its start, its stderr, and its end.
-//!
-//! [`Process`] belongs to one thread, which waits for the end. [`Handle`] is for all others: its pidfd cannot
-//! reach another process, even after the end.
+//! One process: its start, and its end.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use machinery::{Error, Result};
+use machinery::{Deadline, Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::group;
-use crate::stderr::Stderr;
+use super::console::{Console, LineKind};
+use super::group;
+
+/// The pause between two probes of [`Handle::wait_until`].
+const PROBE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A process of this plugin, which has to be ended and waited for.
+#[derive(Debug)]
 pub struct Process {
     child: Child,
     handle: Arc<Handle>,
 }
 
 /// A process as other threads see it: valid, and harmless, also after its end.
+#[derive(Debug)]
 pub struct Handle {
     pid: u32,
     pidfd: OwnedFd,
     /// True if this plugin has ended the process.
     ended: AtomicBool,
-    stderr: Stderr,
+    program: String,
+    console: Console,
 }
 
 impl Handle {
+    /// Returns the number of the process.
     pub fn pid(&self) -> u32 {
         self.pid
     }
@@ -51,8 +55,7 @@ impl Handle {
         self.end_by(Signal::KILL);
     }
 
-    /// Asks the process to shut down cleanly, as `quit` does, also if its monitor is not connected. Source:
-    /// `qemu_system_killed` in QEMU's softmmu/runstate.c.
+    /// Asks the process to end, with SIGTERM.
     pub fn terminate(&self) {
         self.end_by(Signal::TERM);
     }
@@ -65,7 +68,7 @@ impl Handle {
 
     /// Begins a step. If the step fails, its reason is the output from now on.
     pub fn begin_step(&self) {
-        self.stderr.begin_step();
+        self.console.begin_step();
     }
 
     /// Waits until the process has ended or `other` can be read; returns whether it has ended, and none after
@@ -76,8 +79,37 @@ impl Handle {
         Ok((ready > 0).then(|| sources[1].revents().is_empty()))
     }
 
+    /// Returns the lines of the console since the step began.
+    pub fn last_lines(&self) -> String {
+        self.console.output()
+    }
+
+    /// Waits until `probe` returns a value, for a hypervisor that reports nothing by itself. Between two probes it
+    /// waits for the end of the process, so that a process that dies ends the wait at once.
+    ///
+    /// # Errors
+    /// The process ends, with its last lines; the deadline passes; `probe` fails.
+    pub fn wait_until<T>(
+        &self,
+        deadline: Deadline,
+        waiting_for: &str,
+        mut probe: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
+        loop {
+            if let Some(value) = probe()? {
+                return Ok(value);
+            }
+            deadline.check(waiting_for).map_err(|error| error.detail(&self.last_lines()))?;
+            if self.wait(deadline.within(PROBE_INTERVAL).remaining()) {
+                let reason =
+                    format!("{} has ended while the machinery waited for {waiting_for}", self.program);
+                return Err(Error::failed(reason).detail(&self.last_lines()));
+            }
+        }
+    }
+
     /// Waits for the end of the process; returns false after the timeout.
-    fn wait(&self, timeout: Duration) -> bool {
+    pub fn wait(&self, timeout: Duration) -> bool {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
         matches!(retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout)))), Ok(1..))
     }
@@ -94,57 +126,96 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 impl Process {
-    /// Starts the process in the folder `folder`, with an empty stdin.
+    /// Starts the process with an empty stdin, as the leader of a group of its own. Its stderr becomes its console, and
+    /// its stdout is discarded; `kind_of` classifies the lines of the console. Make the command with
+    /// [`machinery::command`].
     ///
     /// # Errors
     /// The process cannot be started.
-    pub fn start(
-        program: &Path,
-        args: impl IntoIterator<Item = String>,
-        folder: &Path,
+    pub fn start(mut command: Command, machine: &str, kind_of: fn(&str) -> LineKind) -> Result<Process> {
+        command.stdout(Stdio::null());
+        let (console, stderr) =
+            io::pipe().map_err(|error| Error::environment(format!("cannot make a pipe: {error}")))?;
+        command.stderr(stderr);
+        Process::spawn(command, console.into(), machine, kind_of)
+    }
+
+    /// Starts the process as [`start`](Process::start) does, with its stdout in its console as well.
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_with_stdout(
+        mut command: Command,
         machine: &str,
+        kind_of: fn(&str) -> LineKind,
     ) -> Result<Process> {
-        let mut child = machinery::command(program)
-            .args(args)
-            .current_dir(folder)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            // In a group of its own, it gets no signal from the host's terminal, and its children can be ended
-            // with it.
-            .process_group(0)
-            .spawn()
-            .map_err(|error| {
-                let failed = Error::io("run", program, &error);
-                if folder.is_dir() {
-                    failed
-                } else {
-                    failed.detail(&format!("there is no folder {}", folder.display()))
-                }
-            })?;
+        let failed = |error: io::Error| Error::environment(format!("cannot make a pipe: {error}"));
+        let (console, stderr) = io::pipe().map_err(failed)?;
+        command.stdout(stderr.try_clone().map_err(failed)?).stderr(stderr);
+        Process::spawn(command, console.into(), machine, kind_of)
+    }
+
+    fn spawn(
+        mut command: Command,
+        console: OwnedFd,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Process> {
+        // In a group of its own, it gets no signal from the host's terminal, and its children can be ended with it.
+        let spawned = command.stdin(Stdio::null()).process_group(0).spawn();
+        let program = Path::new(command.get_program()).to_owned();
+        let mut child = spawned.map_err(|error| {
+            let failed = Error::io("run", &program, &error);
+            match command.get_current_dir().filter(|folder| !folder.is_dir()) {
+                Some(folder) => failed.detail(&format!("there is no folder {}", folder.display())),
+                None => failed,
+            }
+        })?;
+        // The command holds the writing end of the console, which would never end.
+        drop(command);
         let pidfd = i32::try_from(child.id())
             .ok()
             .and_then(Pid::from_raw)
             .ok_or(io::ErrorKind::InvalidInput.into())
             .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        let stderr = child
-            .stderr
-            .take()
-            .ok_or(io::ErrorKind::BrokenPipe.into())
-            .and_then(|pipe| Stderr::follow(pipe, machine));
-        match (pidfd, stderr) {
-            (Ok(pidfd), Ok(stderr)) => {
-                let handle = Handle { pid: child.id(), pidfd, ended: AtomicBool::new(false), stderr };
+        let console = Console::follow(console, machine, kind_of);
+        match (pidfd, console) {
+            (Ok(pidfd), Ok(console)) => {
+                let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let ended = AtomicBool::new(false);
+                let handle = Handle { pid: child.id(), pidfd, ended, program: name, console };
                 Ok(Process { child, handle: Arc::new(handle) })
             }
             (Err(error), _) | (_, Err(error)) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                Err(Error::environment(format!("cannot watch the QEMU process: {error}")))
+                Err(Error::environment(format!("cannot watch the process {}: {error}", program.display())))
             }
         }
     }
 
+    /// Starts a thread that waits for the end of the process, reaps it, and calls `on_end`. A process with a monitor
+    /// has such a thread already, and calls [`end`](Process::end) in it.
+    ///
+    /// # Errors
+    /// The thread cannot be started. The process is ended then.
+    pub fn watch(self, on_end: impl FnOnce(End) + Send + 'static) -> Result<Arc<Handle>> {
+        let handle = Arc::clone(&self.handle);
+        let watched = std::thread::Builder::new().name("process-watcher".to_owned()).spawn(move || {
+            // A signal may interrupt the wait.
+            while !self.handle.wait(Duration::MAX) {}
+            on_end(self.end(Duration::ZERO));
+        });
+        match watched {
+            Ok(_) => Ok(handle),
+            Err(error) => {
+                handle.kill();
+                Err(Error::environment(format!("cannot start a thread to watch {}: {error}", handle.program)))
+            }
+        }
+    }
+
+    /// Returns the handle for other threads.
     pub fn handle(&self) -> &Arc<Handle> {
         &self.handle
     }
@@ -159,13 +230,16 @@ impl Process {
             group::end_rest(group);
         }
         let killed = self.handle.ended.load(Ordering::SeqCst);
-        End { status, by_plugin: killed, output: self.handle.stderr.output() }
+        let (program, output) = (self.handle.program.clone(), self.handle.console.output());
+        End { program, status, by_plugin: killed, output }
     }
 }
 
 /// The end of a process: its exit status and its output.
 #[derive(Debug, Clone)]
 pub struct End {
+    /// The name of the program.
+    program: String,
     status: Option<ExitStatus>,
     /// True if this plugin ended the process.
     by_plugin: bool,
@@ -174,16 +248,22 @@ pub struct End {
 }
 
 impl End {
+    /// Gives the program a name for people, such as `QEMU`.
+    pub fn named(self, program: &str) -> End {
+        End { program: program.to_owned(), ..self }
+    }
+
     /// Describes the exit status and the output, for people.
     pub fn describe(&self) -> String {
+        let program = &self.program;
         let status = match self.status {
-            _ if self.by_plugin => "QEMU was ended by this machinery".to_owned(),
+            _ if self.by_plugin => format!("{program} was ended by this machinery"),
             Some(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => format!("QEMU exited with code {code}"),
-                (None, Some(signal)) => format!("QEMU was killed by signal {signal}"),
-                (None, None) => "QEMU ended".to_owned(),
+                (Some(code), _) => format!("{program} exited with code {code}"),
+                (None, Some(signal)) => format!("{program} was killed by signal {signal}"),
+                (None, None) => format!("{program} ended"),
             },
-            None => "QEMU ended".to_owned(),
+            None => format!("{program} ended"),
         };
         if self.output.is_empty() { status } else { format!("{status}: {}", self.output) }
     }
@@ -197,7 +277,7 @@ impl End {
     pub fn failure(&self) -> String {
         match (self.by_plugin, self.output.is_empty()) {
             (true, true) => String::new(),
-            (true, false) => format!("QEMU reports: {}", self.output),
+            (true, false) => format!("{} reports: {}", self.program, self.output),
             (false, _) => self.describe(),
         }
     }
@@ -207,6 +287,7 @@ impl End {
         self.status.is_some_and(|status| status.signal().is_some())
     }
 
+    /// Reports whether the process exited with code 0.
     pub fn was_clean(&self) -> bool {
         self.status.is_some_and(|status| status.success())
     }
@@ -218,27 +299,35 @@ mod tests {
     use rustix::process::{WaitId, WaitIdOptions, kill_process, waitid};
 
     fn shell(script: &str) -> Process {
-        let args = ["-c".to_owned(), script.to_owned()];
-        Process::start(Path::new("/bin/sh"), args, Path::new("/"), "m").unwrap()
+        let mut command = machinery::command(Path::new("/bin/sh"));
+        command.arg("-c").arg(script);
+        Process::start(
+            command,
+            "m",
+            |line| {
+                if line.contains(": ") { LineKind::Failure } else { LineKind::Other }
+            },
+        )
+        .unwrap()
     }
 
     #[test]
     fn end_is_described_with_its_stderr() {
         let end = shell("echo first >&2; echo last >&2; exit 3").end(Duration::from_secs(10));
-        assert_eq!(end.describe(), "QEMU exited with code 3: first; last");
+        assert_eq!(end.describe(), "sh exited with code 3: first; last");
         assert!(!end.was_clean());
     }
 
     #[test]
     fn process_is_killed_when_it_does_not_end() {
         let end = shell("exec sleep 600").end(Duration::from_millis(20));
-        assert_eq!(end.describe(), "QEMU was ended by this machinery");
+        assert_eq!(end.describe(), "sh was ended by this machinery");
     }
 
     #[test]
     fn end_names_the_signal_when_others_kill_the_process() {
         let process = shell("kill -9 $$");
-        assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU was killed by signal 9");
+        assert_eq!(process.end(Duration::from_secs(10)).describe(), "sh was killed by signal 9");
     }
 
     /// Starts the script, and waits until its process has stopped itself.
@@ -255,7 +344,7 @@ mod tests {
         let (process, pid) = stopped(script);
         process.handle().begin_step();
         kill_process(pid, Signal::CONT).unwrap();
-        assert_eq!(process.end(Duration::from_secs(10)).describe(), "QEMU exited with code 3: qemu-img: why");
+        assert_eq!(process.end(Duration::from_secs(10)).describe(), "sh exited with code 3: qemu-img: why");
         let (process, _) = stopped("echo noise >&2; kill -STOP $$");
         process.handle().begin_step();
         process.handle().kill();
@@ -285,7 +374,12 @@ mod tests {
 
     #[test]
     fn start_error_names_the_program_when_it_cannot_run() {
-        let error = Process::start(Path::new("/none/qemu"), [], Path::new("/"), "m").err().unwrap();
+        let none = || machinery::command(Path::new("/none/qemu"));
+        let error = Process::start(none(), "m", |_| LineKind::Other).unwrap_err();
         assert!(error.to_string().contains("/none/qemu"));
+        let mut elsewhere = machinery::command(Path::new("/bin/sh"));
+        elsewhere.current_dir("/none/folder");
+        let error = Process::start(elsewhere, "m", |_| LineKind::Other).unwrap_err();
+        assert!(error.to_string().contains("there is no folder /none/folder"), "{error}");
     }
 }

@@ -1,0 +1,121 @@
+//! Files of a machinery: replaced atomically, removed, locked, and the space for them.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use machinery::{Error, Result};
+use rustix::fs::statvfs;
+use serde::Serialize;
+
+/// Writes a record to a file. At any time the file has either its old content or the complete new one.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn replace_json(path: &Path, record: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(record).map_err(|error| {
+        Error::failed(format!("a record for {} cannot be written: {error}", path.display()))
+    })?;
+    replace(path, text.as_bytes())
+}
+
+/// Writes a file. At any time the file has either its old content or the complete new one.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let mut new_file = path.as_os_str().to_owned();
+    new_file.push(".new");
+    fs::write(&new_file, content).map_err(|error| Error::io("write", Path::new(&new_file), &error))?;
+    fs::rename(&new_file, path).map_err(|error| Error::io("replace", path, &error))
+}
+
+/// Removes a file, if it exists.
+///
+/// # Errors
+/// The file exists and cannot be removed.
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, &error)),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the space that is free for this user on the file system of `path`, in bytes. Source: statvfs(3).
+///
+/// # Errors
+/// The file system does not answer.
+pub fn free_space(path: &Path) -> io::Result<u64> {
+    let space = statvfs(path)?;
+    Ok(space.f_bavail.saturating_mul(space.f_frsize))
+}
+
+/// The number of attempts to lock a file, and the pause between two of them. A process that another thread is
+/// starting holds the descriptors of this one for a moment.
+const LOCK_TRIES: u32 = 10;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// A lock that one host of this computer at a time can hold. The kernel releases it when the host ends, however it
+/// ends.
+#[derive(Debug)]
+pub struct HostLock {
+    _file: File,
+}
+
+impl HostLock {
+    /// Locks the file at `path`, which is created if it does not exist. The error of a lock that another host holds is
+    /// `held`.
+    ///
+    /// # Errors
+    /// Another host holds the lock; the file cannot be created.
+    pub fn take(path: &Path, held: impl FnOnce() -> Error) -> Result<HostLock> {
+        let file = File::create(path).map_err(|error| Error::io("make the lock", path, &error))?;
+        for attempt in 1.. {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if attempt < LOCK_TRIES => sleep(LOCK_PAUSE),
+                Err(TryLockError::WouldBlock) => return Err(held()),
+                Err(TryLockError::Error(error)) => return Err(Error::io("lock", path, &error)),
+            }
+        }
+        Ok(HostLock { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn record_replaces_the_old_one_and_leaves_no_other_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.run");
+        for text in ["one", "two"] {
+            replace_json(&path, &text).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), format!("\"{text}\""));
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let error = replace_json(&folder.path().join("none/m.run"), &"x").unwrap_err().to_string();
+        assert!(error.contains("none/m.run.new"), "{error}");
+    }
+
+    #[test]
+    fn lock_is_refused_while_another_has_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let held = || Error::environment("another host has it");
+        let first = HostLock::take(&path, held).unwrap();
+        assert_eq!(HostLock::take(&path, held).unwrap_err().to_string(), "another host has it");
+        drop(first);
+        HostLock::take(&path, held).unwrap();
+    }
+
+    #[test]
+    fn remove_succeeds_when_there_is_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(remove(&folder.path().join("none")), Ok(()));
+        assert!(remove(folder.path()).unwrap_err().to_string().starts_with("cannot remove"));
+    }
+}

@@ -1,0 +1,57 @@
+//! The toolkit of a machinery plugin: the parts that every backend needs, apart from its hypervisor.
+//!
+//! The crate is not part of the interface, and a plugin need not use it. It has two layers, which can be used apart:
+//!
+//! - An [`Adapter`] around [`Shared`] and [`Backend`] implements [`Machinery`](machinery::Machinery) for a backend that
+//!   thinks in single machines: it finds the machine of a name, names it in errors, applies a new configuration, and ends
+//!   all machines.
+//! - Parts for the machines themselves: processes, files, preparations, outputs.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `adapter` | [`Adapter`], [`Shared`], [`Backend`]: a `Machinery` of single machines |
+//! | `machine_set` | [`MachineSet`]: the machines, and a new configuration while they run |
+//! | `work` | [`Work`]: what one machine does now, and the cancellation of a preparation |
+//! | [`process`] | processes, their console, their end, and the leftovers of a killed host |
+//! | `run_folder` | [`RunFolder`]: the folder of one run, which is removed with the run |
+//! | `overlay`, `qemu_img` | [`OverlayTemplates`], [`QemuImg`]: disposable disks |
+//! | [`files`] | files that are replaced atomically, locks, free space |
+//! | `output` | [`Output`]: the file of a dump or a screenshot, which appears only when it is complete |
+//! | `picture`, [`rfb`] | PNG from PPM or pixels, and the screen of a VNC server |
+//! | [`elf`] | a memory dump as an ELF core file |
+//! | `budget`, `readiness`, `steps` | [`Budget`], [`ReadinessReport`], [`Steps`]: memory for standbys, and reports to the host |
+//! | [`refuse`] | errors of actions that a machine's state does not allow |
+//! | [`sync`], [`concurrent`] | locks and waits; the same action on many machines |
+
+#![warn(missing_docs)]
+
+mod adapter;
+mod budget;
+pub mod concurrent;
+pub mod elf;
+pub mod files;
+mod machine_set;
+mod output;
+mod overlay;
+mod picture;
+pub mod process;
+mod qemu_img;
+mod readiness;
+pub mod refuse;
+pub mod rfb;
+mod run_folder;
+mod steps;
+pub mod sync;
+mod work;
+
+pub use adapter::{Adapter, Backend, PrepareOrigin, Shared};
+pub use budget::{Budget, Share, Standby, parse_bytes};
+pub use machine_set::{MachineSet, ReloadPlan, Reloadable, expect_unchanged};
+pub use output::Output;
+pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
+pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
+pub use qemu_img::QemuImg;
+pub use readiness::ReadinessReport;
+pub use run_folder::RunFolder;
+pub use steps::Steps;
+pub use work::{Cancellation, Operation, UnderWay, Work, WorkState};

@@ -1,0 +1,65 @@
+//! Runs a program to its end, with a time limit: for a version, or for a test of a device.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use machinery::{Deadline, Error, Result};
+use rustix::process::{Pid, Signal, kill_process_group};
+
+/// Runs the program to its end, and returns its output. A program that hangs is killed at the deadline with its
+/// children. Make the command with [`machinery::command`].
+///
+/// # Errors
+/// The program cannot be run, or does not end in time.
+pub fn output(mut command: Command, deadline: Deadline) -> Result<Output> {
+    let program = PathBuf::from(command.get_program());
+    let failed = |error: io::Error| Error::io("run", &program, &error);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let child = command.spawn().map_err(failed)?;
+    let group = Pid::from_child(&child);
+    let (sender, output) = mpsc::channel();
+    // The caller may have timed out.
+    let wait = move || drop(sender.send(child.wait_with_output()));
+    thread::Builder::new().name("program-output".to_owned()).spawn(wait).map_err(failed)?;
+    match output.recv_timeout(deadline.remaining()) {
+        Ok(output) => output.map_err(failed),
+        Err(_) => {
+            // The thread reaps the program after this, so the number still belongs to it, unless it has just ended.
+            let _ = kill_process_group(group, Signal::KILL);
+            let reason = format!("{} does not end within {:?}", program.display(), deadline.limit());
+            Err(Error::environment(reason).advice("Check that it is the right program"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    fn shell(script: &str, limit: Duration) -> Result<Output> {
+        let mut command = machinery::command(Path::new("/bin/sh"));
+        command.args(["-c", script]);
+        output(command, Deadline::after(limit))
+    }
+
+    #[test]
+    fn output_has_both_streams_and_the_exit_code() {
+        let output = shell("echo out; echo err >&2; exit 3", Duration::from_secs(60)).unwrap();
+        assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"out\n"[..], &b"err\n"[..]));
+        assert_eq!(output.status.code(), Some(3));
+    }
+
+    #[test]
+    fn program_is_killed_with_its_children_when_it_hangs() {
+        let begun = Instant::now();
+        let error = shell("sleep 600 & wait", Duration::from_millis(50)).unwrap_err().to_string();
+        assert!(error.starts_with("/bin/sh does not end within 50ms"), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+}

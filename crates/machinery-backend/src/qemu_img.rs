@@ -1,0 +1,75 @@
+//! `qemu-img`, with a time limit for each call.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use machinery::{Deadline, Error, Result};
+use serde_json::Value;
+
+use crate::process;
+
+/// The program `qemu-img`.
+#[derive(Debug, Clone)]
+pub struct QemuImg {
+    program: PathBuf,
+}
+
+impl QemuImg {
+    /// Uses the program at that path, or of that name.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        QemuImg { program: program.into() }
+    }
+
+    /// Returns the path or the name of the program.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Runs the program. `what` names the purpose, such as `make an overlay of /d/disk.qcow2`.
+    ///
+    /// # Errors
+    /// The program cannot be run, does not end in time, or reports a failure. It is killed at the deadline.
+    pub fn run(
+        &self,
+        what: &str,
+        args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+        deadline: Deadline,
+    ) -> Result<Vec<u8>> {
+        let mut command = machinery::command(&self.program);
+        command.args(args);
+        let output = process::output(command, deadline)?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        let reason = format!("{} cannot {what}", self.program.display());
+        Err(Error::failed(reason).detail(String::from_utf8_lossy(&output.stderr).trim()))
+    }
+
+    /// Returns the description of an image, as `qemu-img info` prints it. It does not open the image for writing, so
+    /// the image may be in use.
+    ///
+    /// # Errors
+    /// As [`run`](QemuImg::run); the output is no JSON.
+    pub fn info(&self, image: &Path, deadline: Deadline) -> Result<Value> {
+        let args = ["info", "--output=json", "--force-share"].map(OsStr::new);
+        let what = format!("describe {}", image.display());
+        let output = self.run(&what, args.into_iter().chain([image.as_os_str()]), deadline)?;
+        serde_json::from_slice(&output).map_err(|error| {
+            Error::failed(format!("{} cannot {what}: its output is no JSON: {error}", self.program.display()))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn info_has_the_programs_message_when_the_image_is_missing() {
+        let deadline = Deadline::after(Duration::from_secs(60));
+        let error = QemuImg::new("qemu-img").info(Path::new("/none/disk"), deadline).unwrap_err().to_string();
+        assert!(error.starts_with("qemu-img cannot describe /none/disk"), "{error}");
+        assert!(error.contains("No such file"), "{error}");
+    }
+}
