@@ -62,6 +62,15 @@ impl Client {
         self.stream.write_all(bytes).context(|| "sending to the host".to_owned())
     }
 
+    /// Sends bytes until the host reads no more of them for a second, or has closed the connection.
+    pub fn flood(&mut self, bytes: &[u8]) -> Result<()> {
+        let set = self.stream.set_write_timeout(Some(Duration::from_secs(1)));
+        set.context(|| "limiting the time to send".to_owned())?;
+        // A failure is the end of the flood.
+        let _ = self.stream.write_all(bytes);
+        Ok(())
+    }
+
     /// Shuts down the write side; answers still arrive.
     pub fn shutdown_write(&mut self) -> Result<()> {
         self.stream.shutdown(Shutdown::Write).context(|| "ending to send".to_owned())

@@ -13,6 +13,11 @@ use super::worker::Worker;
 use super::{Action, CLOSING, REMOVED};
 use crate::fleet::Machine;
 
+/// The number of requests for one machine that may wait or run.
+const MAX_REQUESTS: usize = 64;
+/// The reason for refusing a further request.
+const FULL: &str = "64 requests for this machine wait or run already: wait for their replies";
+
 /// The queue of one machine.
 struct Queue {
     messages: mpsc::UnboundedSender<Message>,
@@ -63,6 +68,9 @@ impl Queues {
     /// Submits an action to the machine's queue. The action runs even if nobody waits for its result.
     pub fn submit(&self, machine: &Machine, action: Action, responder: Responder) {
         match self.queues().get(machine.name()) {
+            Some(queue) if *queue.in_flight.borrow() >= MAX_REQUESTS => {
+                responder.respond(Err(FULL.to_owned()))
+            }
             Some(queue) => {
                 let in_flight = InFlightGuard::new([&queue.in_flight, &self.in_flight]);
                 // A worker that has ended drops the request, which responds.

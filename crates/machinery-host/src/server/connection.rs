@@ -33,7 +33,7 @@ const HANGUP_INTERVAL: Duration = Duration::from_secs(2);
 pub async fn serve(stream: UnixStream, manager: Arc<Manager>, permit: ConnectionPermit) {
     let (reader, writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
-    let (outbox, outbound) = Outbox::new();
+    let (outbox, outbound) = Outbox::new(permit.budget());
     let mut writing = tokio::spawn(outbox::write(writer, outbound, permit));
     let mut ended = manager.ended().subscribe();
     let hangup = watch::Sender::new(false);
@@ -104,7 +104,7 @@ impl Connection {
         let (enabled, manager) = (self.manager.is_enabled(), &self.manager);
         match protocol::request(&object, enabled, |name| manager.find(name)) {
             Ok(request) => {
-                self.dispatcher.dispatch(request, id).await;
+                self.dispatcher.dispatch(request, id, line.len()).await;
                 Ok(())
             }
             Err(refusal) => self.refuse(refusal, id).await,

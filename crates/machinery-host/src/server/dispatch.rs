@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::outbox::{LARGE_SHARE, Outbox};
+use super::outbox::{MACHINE, Outbox};
 use super::protocol::Request;
 use super::reply;
 use crate::actions::message::Responder;
@@ -43,11 +43,11 @@ impl Dispatcher {
         Dispatcher { manager, outbox, subscription: None, hangup }
     }
 
-    /// Carries out the request, and replies to it.
-    pub async fn dispatch(&mut self, request: Request, id: Id) {
+    /// Carries out the request, whose line has that many bytes, and replies to it.
+    pub async fn dispatch(&mut self, request: Request, id: Id, length: usize) {
         match request {
             Request::Act(machine, action) => {
-                let slot = self.outbox.slot(1).await;
+                let slot = self.outbox.slot(length).await;
                 let responder = Responder::new(move |result| slot.fill(reply::result(result), id.as_ref()));
                 self.manager.queues().submit(&machine, action, responder);
             }
@@ -83,8 +83,9 @@ impl Dispatcher {
             Request::WaitIdle => self.wait_idle(id).await,
             Request::Reload => self.reload(id).await,
             Request::List => {
-                let slot = self.outbox.slot(LARGE_SHARE).await;
-                slot.fill(reply::list(&self.manager.roster()), id.as_ref());
+                let roster = self.manager.roster();
+                let slot = self.outbox.slot(MACHINE + roster.machines().len() * 1024).await;
+                slot.fill(reply::list(&roster), id.as_ref());
             }
             Request::Version => self.outbox.reply(reply::version(&self.manager.roster()), id).await,
             Request::Metrics => self.outbox.reply(reply::metrics(self.manager.metrics()), id).await,

@@ -107,7 +107,7 @@ pub async fn serve(
                     connections.spawn(admit(stream, Arc::clone(peers), Arc::clone(manager), permit));
                 }
                 None => {
-                    tracing::warn!("a connection was refused: its process holds too many");
+                    tracing::warn!("a connection was refused: its process or user holds too many");
                     // A client that cannot be written to at once sees its connection closed.
                     let _ = stream.try_write(TOO_MANY);
                 }

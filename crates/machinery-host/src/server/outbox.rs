@@ -1,30 +1,27 @@
 //! The lines on their way to one client.
 //!
-//! Every line needs a share of a fixed budget, which is taken before the line is made and returned when it is
-//! written. While a client does not read, its budget runs out: nothing more is read from it, and no event is
-//! made for it. So its cost is bounded, and nobody else waits for it: a reply only enters a queue.
+//! Every line needs a share of its connection's budget, which is taken before the line is made and returned when it is
+//! written: see [`limits`](super::limits). While a client does not read, its budget runs out: nothing more is read from
+//! it, and no event is made for it. Nobody else waits for it: a reply only enters a queue.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
 use tokio::time::timeout;
 
-use super::limits::ConnectionPermit;
+use super::limits::{ClientBudget, ConnectionPermit, MemoryShare};
 use super::reply;
 use crate::events::Event;
 
-/// The budget of one client: requests under way, and lines that wait to be written.
-const MAX_LINES: u32 = 16_384;
-/// The share of a reply about all machines, which can be long.
-pub const LARGE_SHARE: u32 = MAX_LINES / 4;
-/// The share of a reply that may describe one machine, with its latest errors.
-const MEDIUM_SHARE: u32 = 32;
+/// The memory of a request and a short reply besides the request's own text, in bytes.
+const SHORT: usize = 512;
+/// The memory of a reply that may describe one machine, with its latest errors, in bytes.
+pub const MACHINE: usize = 16 * 1024;
 /// A client that reads nothing for this long is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -32,44 +29,44 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct OutboundLine {
     /// An empty line closes the connection.
     line: Vec<u8>,
-    _share: OwnedSemaphorePermit,
+    _share: MemoryShare,
 }
 
 /// Where replies and events for one client enter.
 #[derive(Clone)]
 pub struct Outbox {
     lines: UnboundedSender<OutboundLine>,
-    budget: Arc<Semaphore>,
+    budget: ClientBudget,
 }
 
 impl Outbox {
     /// Returns an outbox, and the lines to write.
-    pub fn new() -> (Outbox, UnboundedReceiver<OutboundLine>) {
+    pub fn new(budget: ClientBudget) -> (Outbox, UnboundedReceiver<OutboundLine>) {
         let (lines, outbound) = mpsc::unbounded_channel();
-        (Outbox { lines, budget: Arc::new(Semaphore::new(MAX_LINES as usize)) }, outbound)
+        (Outbox { lines, budget }, outbound)
     }
 
     /// Sends a reply.
     pub async fn reply(&self, reply: Value, id: Option<Value>) {
-        self.slot(1).await.fill(reply, id.as_ref());
+        self.slot(0).await.fill(reply, id.as_ref());
     }
 
     /// Sends a reply and closes the connection.
     pub async fn reply_and_close(&self, reply: Value, id: Option<Value>) {
         self.reply(reply, id).await;
-        self.slot(1).await.send(Vec::new());
+        self.slot(0).await.send(Vec::new());
     }
 
     /// Sends a reply once it is there, without delaying the requests that follow.
     pub async fn reply_later(&self, id: Option<Value>, reply: impl Future<Output = Value> + Send + 'static) {
-        let slot = self.slot(MEDIUM_SHARE).await;
+        let slot = self.slot(MACHINE).await;
         tokio::spawn(async move { slot.fill(reply.await, id.as_ref()) });
     }
 
-    /// Waits for a slot with this share of the budget.
-    pub async fn slot(&self, share: u32) -> ReplySlot {
-        let share = Arc::clone(&self.budget).acquire_many_owned(share).await;
-        ReplySlot { lines: self.lines.clone(), share: share.ok() }
+    /// Waits for a slot of a request that holds `bytes`, or of a reply that has about as many.
+    pub async fn slot(&self, bytes: usize) -> ReplySlot {
+        let share = self.budget.share(bytes.saturating_add(SHORT)).await;
+        ReplySlot { lines: self.lines.clone(), share }
     }
 
     /// Forwards events until it is aborted, with its connection.
@@ -81,7 +78,8 @@ impl Outbox {
                 Err(RecvError::Closed) => return,
             };
             for line in lines {
-                self.slot(1).await.fill(line, None);
+                let line = reply::line(line, None);
+                self.slot(line.len()).await.send(line);
             }
         }
     }
@@ -90,8 +88,7 @@ impl Outbox {
 /// A slot for one line to the client.
 pub struct ReplySlot {
     lines: UnboundedSender<OutboundLine>,
-    /// None only while the connection is closed.
-    share: Option<OwnedSemaphorePermit>,
+    share: MemoryShare,
 }
 
 impl ReplySlot {
@@ -101,10 +98,8 @@ impl ReplySlot {
     }
 
     fn send(self, line: Vec<u8>) {
-        if let Some(share) = self.share {
-            // The client may have left.
-            let _ = self.lines.send(OutboundLine { line, _share: share });
-        }
+        // The client may have left.
+        let _ = self.lines.send(OutboundLine { line, _share: self.share });
     }
 }
 
@@ -112,19 +107,31 @@ impl ReplySlot {
 pub async fn write(
     mut writer: OwnedWriteHalf,
     mut outbound: UnboundedReceiver<OutboundLine>,
-    _permit: ConnectionPermit,
+    permit: ConnectionPermit,
 ) {
+    let why = tokio::select! {
+        why = write_lines(&mut writer, &mut outbound) => why,
+        () = permit.closed() => Some("a client does not read its replies, and the memory for its user is used up"),
+    };
+    if let Some(why) = why {
+        tracing::warn!("{why}: its connection is closed");
+    }
+}
+
+/// Writes lines to the client; returns the reason for closing the connection, if it is one for the log.
+async fn write_lines(
+    writer: &mut OwnedWriteHalf,
+    outbound: &mut UnboundedReceiver<OutboundLine>,
+) -> Option<&'static str> {
     while let Some(OutboundLine { line, _share }) = outbound.recv().await {
         if line.is_empty() {
-            return;
+            return None;
         }
         match timeout(WRITE_TIMEOUT, writer.write_all(&line)).await {
             Ok(Ok(())) => {}
-            Ok(Err(_)) => return,
-            Err(_) => {
-                tracing::warn!("a client reads nothing: its connection is closed");
-                return;
-            }
+            Ok(Err(_)) => return None,
+            Err(_) => return Some("a client reads nothing"),
         }
     }
+    None
 }
