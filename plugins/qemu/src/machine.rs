@@ -1,41 +1,39 @@
 //! One machine: its files, and its run or standby if it has one.
 //!
-//! A machine's state is in [`RunSlot`]. The modules below add the actions:
-//!
-//! | module | action |
+//! | module | content |
 //! | --- | --- |
+//! | `state` | the run and the standby, and who may change them |
 //! | `restore` | restore_start and norestore_start, the fastest way first |
 //! | `prepare` | the template and the standby, ahead of the next restore |
-//! | `end` | stop, power button, discarding a standby |
+//! | `stop` | stop, power button, discarding a standby |
 //! | `start` | a QEMU with a paused guest, for all of these |
 //! | `templates` | the machine's template: find, build, drop |
 
-mod end;
 mod prepare;
 mod restore;
 mod start;
+mod state;
+mod stop;
 mod templates;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use machinery::{
-    Deadline, Diagnosis, DumpFormat, Error, MachineInfo, Reloadable, Result, State, machine_socket,
+use machinery::{Deadline, Diagnosis, DumpFormat, Error, MachineInfo, Result, State, machine_socket};
+use machinery_backend::sync::lock;
+use machinery_backend::{
+    Backend, OverlayTemplates, PrepareOrigin, ReadinessReport, Reloadable, Work, refuse,
 };
 
 use crate::config::MachineFiles;
 use crate::diagnose::{faults, file_warnings};
-use crate::disk::OverlayTemplates;
-use crate::inspection;
 use crate::machineinfo::StartArgs;
 use crate::peers::Peer;
-use crate::readiness::ReadinessReport;
+use crate::prepare::{BuildFailures, Identity};
 use crate::resources::Resource;
-use crate::run::Run;
-use crate::run_marker::RunMarker;
-use crate::run_slot::RunSlot;
-use crate::shared::Shared;
-use crate::template::BuildFailures;
+use crate::shared::Qemu;
+use crate::{inspect, leftovers};
+use state::MachineState;
 
 pub struct Machine {
     configured: MachineFiles,
@@ -46,8 +44,8 @@ pub struct Machine {
     /// The reason why leftovers of a host that died still exist, if they do.
     leftovers: Mutex<Option<Error>>,
     socket: PathBuf,
-    shared: Arc<Shared>,
-    slot: RunSlot,
+    shared: Arc<Qemu>,
+    work: Arc<Work<MachineState>>,
     /// The empty overlays that a run's overlays are copied from.
     overlay_templates: OverlayTemplates,
     readiness: ReadinessReport,
@@ -92,18 +90,15 @@ impl Peer for Machine {
     }
 
     fn is_prepared(&self) -> bool {
-        self.slot.is_prepared()
+        self.has_preparation()
     }
 
     fn has_qemu(&self) -> bool {
-        self.slot.has_qemu()
+        self.is_on() || self.has_preparation()
     }
 
     fn discard_standby(&self, deadline: Deadline) -> Result<()> {
-        if self.slot.discard_standby(deadline)? {
-            self.readiness.report();
-        }
-        Ok(())
+        self.discard(deadline)
     }
 
     fn report_standby_lost(&self, why: String) {
@@ -112,8 +107,75 @@ impl Peer for Machine {
     }
 }
 
+impl Backend for Machine {
+    type Shared = Qemu;
+
+    fn info(&self) -> &MachineInfo {
+        &self.files().info
+    }
+
+    fn state(self: &Arc<Self>, deadline: Deadline) -> Result<State> {
+        self.current_state(deadline)
+    }
+
+    fn restore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.start_from_snapshot(deadline)
+    }
+
+    fn norestore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.start_cold(deadline)
+    }
+
+    fn stop(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.pull_the_plug(deadline)
+    }
+
+    fn acpi_stop(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.press_power_button(deadline)
+    }
+
+    fn dump_memory(self: &Arc<Self>, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+        inspect::dump_memory(&*self.running()?, path, format, deadline)
+    }
+
+    fn screenshot(self: &Arc<Self>, path: &Path, deadline: Deadline) -> Result<()> {
+        inspect::screenshot(&*self.running()?, path, deadline)
+    }
+
+    fn prepare(self: &Arc<Self>, _: PrepareOrigin, deadline: Deadline) -> Result<()> {
+        self.prepare_restore(deadline)
+    }
+
+    fn diagnose(&self) -> Diagnosis {
+        self.diagnose_files()
+    }
+
+    fn clear_leftovers(&self) -> Result<()> {
+        let files = self.files();
+        let program = self.shared.program.path();
+        let cleared = leftovers::clear(&self.socket, &files.overlays(), program, files.keep_disk);
+        // As long as some remain, only this machine cannot be used.
+        *lock(&self.leftovers) = cleared.err();
+        Ok(())
+    }
+
+    fn ensure_off(&self, deadline: Deadline) -> Result<()> {
+        self.wait_for_pending_end(deadline);
+        if self.is_on() { Err(refuse::on_in_reload(self.name())) } else { Ok(()) }
+    }
+
+    fn begin_end(&self) {
+        self.terminate_standby();
+    }
+
+    fn discard_standby(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.discard(deadline)
+    }
+}
+
 impl Machine {
-    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Shared>) -> Arc<Self> {
+    /// Creates the machine, whose socket is in the folder `sockets`.
+    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Qemu>) -> Arc<Self> {
         let name = &files.info.name;
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
@@ -123,7 +185,7 @@ impl Machine {
             resources: OnceLock::new(),
             leftovers: Mutex::new(None),
             shared,
-            slot: RunSlot::default(),
+            work: Work::new(MachineState::default()),
             overlay_templates: OverlayTemplates::default(),
             build_failures: BuildFailures::default(),
         });
@@ -136,10 +198,6 @@ impl Machine {
         &self.configured.info.name
     }
 
-    pub fn info(&self) -> &MachineInfo {
-        &self.files().info
-    }
-
     /// Reports whether the machine is configured to have a template.
     pub fn is_instant(&self) -> bool {
         self.files().prepare.instant
@@ -149,18 +207,9 @@ impl Machine {
         self.corrected.get().unwrap_or(&self.configured)
     }
 
-    /// Removes leftovers of a host that died. As long as some remain, the machine cannot be used.
-    pub fn clear_leftovers(&self) {
-        let program = self.shared.program.path();
-        let files = self.files();
-        let marker = RunMarker::new(&self.socket);
-        let cleared = marker.clear_leftovers(&files.overlays(), program, files.keep_disk);
-        *self.leftovers() = cleared.err();
-    }
-
     /// Diagnoses the machine by its files as they are now. Arguments that could not be read with the
     /// configuration are read as soon as that is possible.
-    pub fn diagnose(&self) -> Diagnosis {
+    fn diagnose_files(&self) -> Diagnosis {
         let mut diagnosis = Diagnosis::new(self.name());
         let files = self.files();
         let now = match StartArgs::read(&files.machineinfo) {
@@ -183,44 +232,22 @@ impl Machine {
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
         // The files of a machine that is on are no leftovers.
-        if self.leftovers().is_some() && self.slot.is_off() {
-            self.clear_leftovers();
+        if self.usable().is_err() && self.is_idle_without_qemu() {
+            diagnosis.keep(self.clear_leftovers());
         }
-        diagnosis.keep(self.leftovers().clone().map_or(Ok(()), Err));
+        diagnosis.keep(self.usable());
         diagnosis
     }
 
-    fn leftovers(&self) -> MutexGuard<'_, Option<Error>> {
-        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns the machine's state.
+    /// Checks that no leftovers of a host that died remain.
     ///
     /// # Errors
-    /// QEMU does not answer.
-    pub fn state(&self, deadline: Deadline) -> Result<State> {
-        self.slot.state(deadline)
+    /// Some remain; the error has the reason.
+    fn usable(&self) -> Result<()> {
+        lock(&self.leftovers).clone().map_or(Ok(()), Err)
     }
 
-    /// See [`inspection::dump_memory`].
-    ///
-    /// # Errors
-    /// The machine is off; as there.
-    pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
-        let run = self.running()?;
-        inspection::dump_memory(&run, self.name(), path, format, &self.shared.host, deadline)
-    }
-
-    /// See [`inspection::screenshot`].
-    ///
-    /// # Errors
-    /// The machine is off; as there.
-    pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
-        inspection::screenshot(&*self.running()?, path, deadline)
-    }
-
-    fn running(&self) -> Result<Arc<Run>> {
-        let off = || Error::unexpected_state("the machine is powered off").advice("Start it first");
-        self.slot.running().ok_or_else(off)
+    fn identity(&self) -> Result<Identity> {
+        Identity::of(self.files(), &self.shared.program)
     }
 }
