@@ -7,7 +7,8 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `config`, `reload` | the configuration and its checks; what a new one cannot change |
+//! | `config` | the configuration and its checks |
+//! | `reload` | the load, and a new configuration while machines run |
 //! | `check`, `needs`, `diagnose` | the environment, what machines need of it, and machines that cannot be used |
 //! | `shared`, `peers` | everything that machines have in common; machines that claim the same resources |
 //! | `machine` | one machine and its actions |
@@ -50,4 +51,7 @@ mod standby;
 mod states;
 mod version;
 
-machinery::export_machinery!(machinery_backend::Adapter<shared::Qemu>);
+use machinery_backend::Adapter;
+use shared::Qemu;
+
+machinery::export_machinery!(Adapter<Qemu>);

@@ -1,18 +1,15 @@
-//! Everything that the machines of one host have in common, as the toolkit's [`Adapter`](machinery_backend::Adapter)
-//! needs it.
+//! Everything that the machines of one host have in common.
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use machinery::{Capabilities, Deadline, Host, Report, Result, Setup};
-use machinery_backend::{Budget, MachineSet, QemuImg, ReloadPlan, Shared};
+use machinery::{Host, Result};
+use machinery_backend::{Budget, QemuImg};
 
-use crate::config::{Config, MachineFiles};
-use crate::machine::Machine;
+use crate::config::Config;
 use crate::peers::Peers;
 use crate::prepare::Templates;
 use crate::version::Program;
-use crate::{check, reload};
 
 /// Everything that the machines of one host have in common.
 pub struct Qemu {
@@ -26,24 +23,12 @@ pub struct Qemu {
     pub host: Host,
 }
 
-impl Shared for Qemu {
-    const NAME: &'static str = "qemu";
-    type Machine = Machine;
-    type Config = Config;
-
-    fn read(setup: &Setup) -> Result<Config> {
-        Config::read(setup)
-    }
-
-    fn take_machines(config: &mut Config) -> Vec<MachineFiles> {
-        std::mem::take(&mut config.machines)
-    }
-
-    fn warnings(_: &Setup, config: &Config) -> Vec<String> {
-        config.warnings.clone()
-    }
-
-    fn open(_: &Setup, config: &Config, host: Host) -> Result<Self> {
+impl Qemu {
+    /// Opens what the machines of this configuration share.
+    ///
+    /// # Errors
+    /// QEMU's program does not exist; as [`Templates::open`].
+    pub fn new(config: &Config, host: Host) -> Result<Qemu> {
         let qemu = Qemu {
             qemu_img: QemuImg::new(&config.binaries.qemu_img),
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
@@ -60,63 +45,11 @@ impl Shared for Qemu {
         Ok(qemu)
     }
 
-    fn host(&self) -> &Host {
-        &self.host
-    }
-
-    fn machine(self: &Arc<Self>, setup: &Setup, files: MachineFiles) -> Arc<Machine> {
-        Machine::new(files, &setup.sockets_dir, Arc::clone(self))
-    }
-
-    fn check(setup: &Setup, report: &mut Report) {
-        check::check(setup, report);
-    }
-
-    fn version(&self, _: Deadline) -> Result<String> {
-        Ok(format!("QEMU {}", self.program.version()))
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            norestore_start: true,
-            acpi_stop: true,
-            dump_memory: true,
-            screenshot: true,
-            prepare: true,
-        }
-    }
-
-    fn ready(
-        self: &Arc<Self>,
-        machines: &Arc<MachineSet<Machine>>,
-        config: Config,
-        _: Deadline,
-    ) -> Result<()> {
-        self.apply_template_settings(&config, &machines.all());
-        Ok(())
-    }
-
-    fn expect_unchanged(&self, setup: &Setup, config: &Config) -> Result<()> {
-        reload::expect_unchanged(self, setup, config)
-    }
-
-    fn get_ready(&self, _: &Config, plan: &ReloadPlan<Machine>, _: Deadline) -> Result<()> {
-        let wants_template = plan.machines().iter().any(|machine| machine.is_instant());
-        if wants_template { self.open_templates() } else { Ok(()) }
-    }
-
-    fn committed(&self, config: &Config, _: &[Arc<Machine>], machines: &[Arc<Machine>]) {
-        self.budget.set_limit(config.standby_memory_limit);
-        self.apply_template_settings(config, machines);
-    }
-}
-
-impl Qemu {
     /// Opens the folder of the templates, unless it is open.
     ///
     /// # Errors
     /// As [`Templates::open`].
-    fn open_templates(&self) -> Result<()> {
+    pub fn open_templates(&self) -> Result<()> {
         if self.templates.get().is_none() {
             // No other thread opens the folder meanwhile: the folder has a lock.
             let _ = self.templates.set(Templates::open(&self.instant_dir)?);
@@ -124,11 +57,10 @@ impl Qemu {
         Ok(())
     }
 
-    /// Removes the templates of machines that are not to have one, and sets the limit of their disk space.
-    fn apply_template_settings(&self, config: &Config, machines: &[Arc<Machine>]) {
+    /// Removes the templates of all machines but these, and sets the limit of their disk space, in bytes.
+    pub fn apply_template_settings(&self, machines: &[&str], limit: Option<u64>) {
         let Some(templates) = self.templates.get() else { return };
-        let instant = machines.iter().filter(|machine| machine.is_instant());
-        templates.space().set_limit(config.instant_space_limit);
-        templates.keep_only(&instant.map(|machine| machine.name()).collect::<Vec<_>>());
+        templates.space().set_limit(limit);
+        templates.keep_only(machines);
     }
 }

@@ -11,9 +11,9 @@
 use machinery::{Deadline, Error, RestoreReadiness, Result};
 use machinery_backend::{Operation, Share, Standby as StandbyMode};
 
-use super::Machine;
+use super::base::Machine;
+use super::start::INSTANT_TIMEOUT;
 use super::state::{MachineOperation, finish};
-use super::templates::INSTANT_TIMEOUT;
 use crate::peers::Rival;
 use crate::prepare::{Build, Identity, Template};
 use crate::restore::Load;

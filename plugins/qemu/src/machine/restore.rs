@@ -9,10 +9,9 @@ use std::time::Duration;
 use machinery::{Deadline, Result};
 use machinery_backend::Operation;
 
-use super::Machine;
-use super::start::resume;
+use super::base::Machine;
+use super::start::{INSTANT_TIMEOUT, resume};
 use super::state::{MachineOperation, MachineState, finish};
-use super::templates::INSTANT_TIMEOUT;
 use crate::prepare::Identity;
 use crate::restore::Load;
 use crate::run::Run;

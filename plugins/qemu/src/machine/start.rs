@@ -7,7 +7,7 @@ use std::time::Duration;
 use machinery::{Deadline, Error, Result};
 use machinery_backend::Steps;
 
-use super::Machine;
+use super::base::Machine;
 use super::state::{MachineOperation, end_when_cancelled};
 use crate::launch::{Memory, Start};
 use crate::restore::Load;
@@ -17,6 +17,10 @@ use crate::run::{Purpose, Run};
 /// The maximum time for QEMU to connect its monitor, and for `qemu-img` to make an overlay. A cancelled
 /// preparation cannot end these steps earlier.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(50);
+
+/// The maximum time for a restore from a template: many times its duration, and a small part of an action's
+/// deadline.
+pub(super) const INSTANT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The options of a start.
 pub(super) struct StartOptions<'a> {

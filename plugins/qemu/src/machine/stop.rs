@@ -1,11 +1,16 @@
 //! Ends a machine's run, or discards its standby.
 
-use machinery::{Deadline, ErrorKind, Result};
-use machinery_backend::{Operation, refuse};
+use std::time::Duration;
 
-use super::Machine;
-use super::state::{MachineOperation, finish};
+use machinery::{Deadline, ErrorKind, Result};
+use machinery_backend::{Operation, WorkState, refuse};
+
+use super::base::Machine;
+use super::state::{MachineOperation, MachineState, finish};
 use crate::standby::Standby;
+
+/// The grace of the QEMU of a cancelled preparation, before it is killed.
+const CANCEL_GRACE: Duration = Duration::from_secs(3);
 
 impl Machine {
     /// Pulls the plug. Of a machine that is off, cancels the preparation and discards the standby.
@@ -65,5 +70,22 @@ impl Machine {
         finish(discarding, standby.end(deadline).map(|()| None))?;
         self.readiness.report();
         Ok(())
+    }
+
+    /// Cancels a preparation. The next operation waits for its end.
+    pub(super) fn cancel_preparation(&self, deadline: Deadline) {
+        if !self.work.cancel_preparation() {
+            return;
+        }
+        let is_preparing = |state: &WorkState<MachineState>| state.operation() == Operation::Preparing;
+        let state = self.work.wait_while(deadline.within(CANCEL_GRACE), is_preparing);
+        let hanging = if is_preparing(&state) { state.begun.upgrade() } else { None };
+        drop(state);
+        hanging.iter().for_each(|run| run.kill());
+    }
+
+    /// Asks the QEMU of the standby to end, without waiting for it.
+    pub(super) fn terminate_standby(&self) {
+        self.work.lock().standby.iter().for_each(|standby| standby.terminate());
     }
 }

@@ -5,11 +5,10 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use machinery::{Deadline, Result};
 
-use super::Machine;
+use super::base::Machine;
 use super::prepare::Preparation;
 use super::start::StartOptions;
 use crate::launch::Memory;
@@ -19,10 +18,6 @@ use crate::run::start_error::{Stage, StartError};
 use crate::run::{Purpose, Run};
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
-
-/// The maximum time for a restore from a template: many times its duration, and a small part of an action's
-/// deadline.
-pub(super) const INSTANT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The reason why a machine has no template if its operator wants none.
 const DISABLED: &str = "instant restores are off (machinery-host.yaml)";
