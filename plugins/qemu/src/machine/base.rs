@@ -74,7 +74,7 @@ impl Peer for Machine {
     }
 
     fn has_qemu(&self) -> bool {
-        self.is_on() || self.has_preparation()
+        self.uses_resources()
     }
 
     fn discard_standby(&self, deadline: Deadline) -> Result<()> {
@@ -125,7 +125,7 @@ impl Machine {
     ///
     /// # Errors
     /// Some remain; the error has the reason.
-    pub(super) fn usable(&self) -> Result<()> {
+    pub(super) fn expect_no_leftovers(&self) -> Result<()> {
         lock(&self.leftovers).clone().map_or(Ok(()), Err)
     }
 

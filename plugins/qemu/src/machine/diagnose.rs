@@ -34,10 +34,10 @@ impl Machine {
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
         // The files of a machine that is on are no leftovers.
-        if self.usable().is_err() && self.is_idle_without_qemu() {
+        if self.expect_no_leftovers().is_err() && self.is_idle_without_qemu() {
             diagnosis.keep(self.clear_leftovers());
         }
-        diagnosis.keep(self.usable());
+        diagnosis.keep(self.expect_no_leftovers());
         diagnosis
     }
 }

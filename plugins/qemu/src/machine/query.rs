@@ -66,6 +66,13 @@ impl Machine {
         state.operation() == Operation::Idle && state.run.is_none() && state.standby.is_none()
     }
 
+    /// Reports whether the machine has a QEMU, or is about to have one.
+    pub(super) fn uses_resources(&self) -> bool {
+        let state = self.work.lock();
+        let is_busy = state.operation() == Operation::Starting || state.operation().is_hidden();
+        is_busy || state.standby.is_some() || state.running().is_some()
+    }
+
     /// Reports whether the next restore is prepared or being prepared.
     pub(super) fn has_preparation(&self) -> bool {
         let state = self.work.lock();

@@ -59,7 +59,7 @@ impl Machine {
         let StartOptions { first_overlay, memory, load, purpose } = options;
         let files = self.files();
         files.args_error.clone().map_or(Ok(()), Err)?;
-        self.usable()?;
+        self.expect_no_leftovers()?;
         files.expect_clean_runs()?;
         let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
         let (img, name) = (&self.shared.qemu_img, self.name());

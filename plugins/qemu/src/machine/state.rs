@@ -1,4 +1,5 @@
-//! The state of one machine: its run, and its standby. The operation under way is in the [`Work`](machinery_backend::Work) around them.
+//! The state of one machine: its run, and its standby. The operation under way is in the
+//! [`Work`](machinery_backend::Work) around them.
 //!
 //! ```text
 //!   run │ standby │ the machine is
