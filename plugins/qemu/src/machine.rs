@@ -3,7 +3,7 @@
 //! | module | content |
 //! | --- | --- |
 //! | `base`, `state` | the machine; its run and its standby |
-//! | `query`, `diagnose` | what it does at the moment; whether it can be used |
+//! | `query`, `diagnose` | its present state; its faults |
 //! | `restore` | restore_start and norestore_start, the fastest way first |
 //! | `prepare`, `templates` | the template and the standby, ahead of the next restore |
 //! | `stop` | stop, power button, discarding a standby |
