@@ -363,6 +363,11 @@ impl End {
         }
     }
 
+    /// Reports whether this plugin has ended the process.
+    pub fn was_requested(&self) -> bool {
+        self.by_plugin
+    }
+
     /// Reports whether the process was killed by a signal.
     pub fn by_signal(&self) -> bool {
         self.status.is_some_and(|status| status.signal().is_some())

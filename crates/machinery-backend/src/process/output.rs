@@ -31,7 +31,7 @@ pub fn output(mut command: Command, deadline: Deadline) -> Result<Output> {
             // The thread reaps the program after this, so the number still belongs to it, unless it has just ended.
             let _ = kill_process_group(group, Signal::KILL);
             let reason = format!("{} does not end within {:?}", program.display(), deadline.limit());
-            Err(Error::environment(reason).advice("Check that it is the right program"))
+            Err(Error::timeout(reason).advice("Check that it is the right program"))
         }
     }
 }
@@ -58,7 +58,9 @@ mod tests {
     #[test]
     fn program_is_killed_with_its_children_when_it_hangs() {
         let begun = Instant::now();
-        let error = shell("sleep 600 & wait", Duration::from_millis(50)).unwrap_err().to_string();
+        let error = shell("sleep 600 & wait", Duration::from_millis(50)).unwrap_err();
+        assert_eq!(error.kind(), machinery::ErrorKind::Timeout);
+        let error = error.to_string();
         assert!(error.starts_with("/bin/sh does not end within 50ms"), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(60));
     }
