@@ -284,6 +284,24 @@ fn machine_is_disabled_when_a_restore_cannot_stop_it() {
 }
 
 #[test]
+fn action_costs_nothing_when_it_works_at_another_time() {
+    let served = served(&[("m", "faults: {screenshot: not_now, norestore_start: not_now}")]);
+    let mut client = served.client();
+    assert_fails(&client.act("norestore_start", "m").unwrap(), "configured to work later");
+    assert_enabled(&mut client, "m", "poweroff");
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    let path = served.cwd.root().join("file");
+    let answer = client.ask(json!({"action": "screenshot", "machine": "m", "path": path})).unwrap();
+    assert_fails(&answer, "configured to work later");
+    assert_enabled(&mut client, "m", "running");
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+    let metrics = client.ask(json!({"action": "metrics"})).unwrap().to_string();
+    assert!(metrics.contains("\"failed\":0") && !metrics.contains("\"failed\":1"), "{metrics}");
+    let log = served.host.log();
+    assert!(!log.contains("ERROR"), "{log}");
+}
+
+#[test]
 fn machine_stays_enabled_when_an_action_is_unsupported() {
     let able =
         "capabilities: {norestore_start: false, acpi_stop: false, dump_memory: false, screenshot: false}\n";

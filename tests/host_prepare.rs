@@ -97,6 +97,11 @@ fn preparation_is_cancelled_when_a_stop_or_a_cold_start_is_requested() {
         "{answers:?}"
     );
     assert_eq!(client.machine("m").unwrap()["disabled"], false);
+    let log = host.log();
+    assert!(
+        log.contains("the preparation was cancelled by another action") && !log.contains("WARN"),
+        "{log}"
+    );
     client.send(&json!({"action": "prepare", "machine": "m"})).unwrap();
     let begun = Instant::now();
     host.signal(Signal::TERM).unwrap();

@@ -5,14 +5,17 @@
 //! abandoned, the folder no longer exists, and no file is created.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use machinery::{Error, Result};
+use machinery::{Deadline, Error, Result};
 use tempfile::TempDir;
 
 const FILE: &str = "file";
+
+/// The number of bytes that are copied between two checks of the deadline.
+const COPY_CHUNK: u64 = 16 << 20;
 
 /// An unfinished file. Dropping it before [`finish`](Output::finish) removes it.
 #[derive(Debug)]
@@ -62,6 +65,26 @@ impl Output {
         &self.target
     }
 
+    /// Copies a file that the hypervisor has written by itself. `progress` gets the part that is copied, from 0 to 1.
+    ///
+    /// # Errors
+    /// The source cannot be read; the file cannot be written; the deadline passes.
+    pub fn copy_from(&self, source: &Path, deadline: Deadline, mut progress: impl FnMut(f64)) -> Result<()> {
+        let failed = |error| Error::io("copy", source, &error);
+        let mut from = File::open(source).map_err(failed)?;
+        let length = from.metadata().map_err(failed)?.len();
+        let mut copied = 0;
+        loop {
+            progress(if length == 0 { 1.0 } else { (copied as f64 / length as f64).min(1.0) });
+            let chunk = io::copy(&mut (&mut from).take(COPY_CHUNK), &mut &self.file).map_err(failed)?;
+            if chunk == 0 {
+                return Ok(());
+            }
+            copied += chunk;
+            deadline.check("a file to be copied")?;
+        }
+    }
+
     /// Moves the file to its target, and replaces an existing file.
     ///
     /// # Errors
@@ -76,6 +99,7 @@ impl Output {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
+    use std::time::Duration;
 
     #[test]
     fn output_is_removed_when_it_is_not_finished() {
@@ -87,6 +111,21 @@ mod tests {
         assert!(target.is_file());
         assert_eq!(target.metadata().unwrap().mode() & 0o777, 0o600);
         assert_eq!(folder.path().read_dir().unwrap().count(), 1);
+    }
+
+    #[test]
+    fn file_is_copied_until_the_deadline() {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, target) = (folder.path().join("source"), folder.path().join("dump"));
+        std::fs::write(&source, "memory").unwrap();
+        let output = Output::at(&target).unwrap();
+        let mut parts = Vec::new();
+        output.copy_from(&source, Deadline::after(Duration::from_secs(60)), |part| parts.push(part)).unwrap();
+        output.finish().unwrap();
+        assert_eq!((std::fs::read(&target).unwrap(), parts), (b"memory".to_vec(), vec![0.0, 1.0]));
+        let output = Output::at(&target).unwrap();
+        let late = output.copy_from(&source, Deadline::after(Duration::ZERO), |_| ()).unwrap_err();
+        assert_eq!(late.kind(), machinery::ErrorKind::Timeout);
     }
 
     #[test]

@@ -41,9 +41,16 @@ struct Failure {
     disable: bool,
 }
 
+impl Failure {
+    /// Reports whether nothing is wrong: another action ended this one, or it works at another time.
+    fn is_harmless(&self) -> bool {
+        !self.disable && matches!(self.reason.kind(), ErrorKind::Interrupted | ErrorKind::NotNow)
+    }
+}
+
 impl From<Error> for Failure {
     fn from(reason: Error) -> Self {
-        let disable = reason.kind() != ErrorKind::Unsupported;
+        let disable = !matches!(reason.kind(), ErrorKind::Unsupported | ErrorKind::NotNow);
         Failure { reason, disable }
     }
 }
@@ -88,14 +95,18 @@ impl ActionExecutor {
     /// Logs and counts an action that has ended, and disables the machine where the failure demands it.
     async fn record(&self, action: &Action, took: Duration, result: Result<(), Failure>) -> ActionResult {
         let (machine, name) = (self.machine.name(), action.name());
-        let steps = self.count(name, took, result.is_err());
+        let failed = result.as_ref().is_err_and(|failure| !failure.is_harmless());
+        let steps = self.count(name, took, failed);
         let took_ms = milliseconds(took);
+        let harmless = result.is_err() && !failed;
         let Err(Failure { reason, disable }) = result else {
             tracing::info!(machine, action = name, took_ms, steps, "done");
             return Ok(());
         };
         let reason = reason.action(name).machine(machine).to_string();
-        if matches!(action, Action::Prepare(_)) && !disable {
+        if harmless {
+            tracing::info!(machine, action = name, took_ms, steps, reason, "not done");
+        } else if matches!(action, Action::Prepare(_)) && !disable {
             // The next restore works without a preparation, and the plugin has reported the readiness.
             tracing::warn!(machine, took_ms, steps, reason, "not prepared");
         } else {
