@@ -7,7 +7,7 @@ use std::time::Duration;
 use machinery::Setup;
 use machinery::host::{Instance, Plugin};
 
-use crate::call::{NoValue, run_with_timeout};
+use crate::call::{NoValue, Outcome, run_with_timeout};
 use crate::recorder::{Event, EventRecorder};
 use crate::report::{CheckFailure, Result, demand, failed};
 use crate::spec::BackendSpec;
@@ -37,9 +37,9 @@ impl<'a> PluginUnderTest<'a> {
     }
 
     /// Loads the machinery, and returns the plugin's own result.
-    pub fn load(&self, setup: &Setup) -> Result<machinery::Result<Instance>> {
+    pub fn load(&self, setup: &Setup) -> Result<Outcome<Instance>> {
         let (plugin, setup, recorder) = (self.plugin.clone(), setup.clone(), Arc::clone(&self.recorder));
-        self.run("load", self.spec.timeout + GRACE, move || plugin.load(&setup, recorder))
+        self.run("load", self.spec.timeout + GRACE, move || plugin.load(&setup, recorder).into())
     }
 
     /// Runs the function with a timeout. After a timeout, the plugin must not be called any more.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use machinery::host::Instance;
 use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, State};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::plugin_under_test::{GRACE, PluginUnderTest};
 use crate::recorder::Event;
 use crate::report::{CheckFailure, Result, demand, failed};
@@ -35,7 +35,7 @@ impl<'a> Session<'a> {
     pub fn load(plugin: &'a PluginUnderTest<'a>) -> Result<Self> {
         let folder = tempfile::tempdir().map_err(|error| failed("creating a scratch folder", &error))?;
         let first_event = plugin.recorder.position();
-        let instance = plugin.load(plugin.setup)?.map_err(|error| failed("load", &error))?;
+        let instance = plugin.load(plugin.setup)?.expect_success("load")?;
         Ok(Session {
             plugin,
             instance: Arc::new(instance),
@@ -112,13 +112,13 @@ impl<'a> Session<'a> {
     /// Stops a machine that may be running or not.
     pub fn ensure_off(&self, machine: &str) -> Result {
         match self.attempt(&Call::Stop, machine, self.timeout())? {
-            Err(error) if error.kind() != ErrorKind::StateReached => Err(failed("stop", &error)),
+            Outcome::Refusal(error) if error.kind() != ErrorKind::StateReached => Err(failed("stop", &error)),
             _ => self.has_state(machine, State::Poweroff),
         }
     }
 
     /// Makes a call on a machine with that much time, and returns the plugin's result.
-    pub fn attempt(&self, call: &Call, machine: &str, limit: Duration) -> Result<machinery::Result<()>> {
+    pub fn attempt(&self, call: &Call, machine: &str, limit: Duration) -> Result<Outcome> {
         let (call, machine) = (call.clone(), machine.to_owned());
         let action = format!("{} of {machine} with a deadline of {limit:?}", call.name());
         self.try_call(&action, limit, move |instance, deadline| call.run(instance, &machine, deadline))
@@ -130,12 +130,12 @@ impl<'a> Session<'a> {
         action: &str,
         limit: Duration,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
-    ) -> Result<machinery::Result<T>> {
+    ) -> Result<Outcome<T>> {
         let instance = Arc::clone(&self.instance);
         let function = move || call(&instance, Deadline::after(limit));
-        let result = self.plugin.run(action, limit + GRACE, function)?;
+        let result = self.plugin.run(action, limit + GRACE, function)?.into();
         match &result {
-            Err(error) if error.is_plugin_fault() => Err(failed(action, error)),
+            Outcome::Refusal(error) if error.is_plugin_fault() => Err(failed(action, error)),
             _ => Ok(result),
         }
     }
@@ -146,13 +146,13 @@ impl<'a> Session<'a> {
         action: &str,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.try_call(action, self.timeout(), call)?.map_err(|error| failed(action, &error))
+        self.try_call(action, self.timeout(), call)?.expect_success(action)
     }
 
     /// Demands that the call succeeds.
     pub fn succeeds(&self, call: &Call, machine: &str) -> Result {
-        let result = self.attempt(call, machine, self.timeout())?;
-        result.map_err(|error| failed(&format!("{} of {machine}", call.name()), &error))
+        let outcome = self.attempt(call, machine, self.timeout())?;
+        outcome.expect_success(&format!("{} of {machine}", call.name()))
     }
 
     /// Demands that the call is refused with an error of that kind.
@@ -170,8 +170,10 @@ impl<'a> Session<'a> {
     pub fn fails(&self, call: &Call, machine: &str) -> Result<Error> {
         let name = call.name();
         match self.attempt(call, machine, self.timeout())? {
-            Ok(()) => Err(CheckFailure::Failed(format!("{name} of {machine} must fail, but it succeeded"))),
-            Err(error) => {
+            Outcome::Success(()) => {
+                Err(CheckFailure::Failed(format!("{name} of {machine} must fail, but it succeeded")))
+            }
+            Outcome::Refusal(error) => {
                 demand!(!error.reason().trim().is_empty(), "{name} of {machine} failed without a reason");
                 Ok(error)
             }
@@ -179,7 +181,7 @@ impl<'a> Session<'a> {
     }
 
     /// Reloads with the text as the configuration and these machines in use; returns the plugin's result.
-    pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<machinery::Result<Reloaded>> {
+    pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<Outcome<Reloaded>> {
         let mut setup = self.plugin.setup.clone();
         setup.config.text = text.to_owned();
         let in_use: Vec<String> = in_use.iter().map(|&name| name.to_owned()).collect();

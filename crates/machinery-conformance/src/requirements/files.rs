@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::{DumpFormat, State};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::recorder::Event;
 use crate::report::{CheckFailure, Result, demand, failed};
 use crate::session::Session;
@@ -72,8 +72,8 @@ fn handles_other_formats(session: &Session, machine: &str) -> Result {
     for format in [DumpFormat::KdumpZlib, DumpFormat::WinDmp] {
         let file = session.path(format.as_str());
         match session.attempt(&Call::DumpMemory(file.clone(), format), machine, session.timeout())? {
-            Ok(()) => belongs_to_caller(&file)?,
-            Err(_) => session.no_file_at(&file)?,
+            Outcome::Success(()) => belongs_to_caller(&file)?,
+            Outcome::Refusal(_) => session.no_file_at(&file)?,
         }
         session.is_alive(machine)?;
     }

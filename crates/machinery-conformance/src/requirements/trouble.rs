@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, State};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::report::{CheckFailure, Result, demand, failed};
 use crate::session::Session;
 use crate::spec::Death;
@@ -143,9 +143,9 @@ fn longer_limit(session: &Session, limit: Duration) -> Result<Duration> {
 /// Reports whether the call succeeded in time. Demands that any other result is a timeout.
 fn finished_in_time(session: &Session, call: &Call, machine: &str, limit: Duration) -> Result<bool> {
     match session.attempt(call, machine, limit)? {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::Timeout => Ok(false),
-        Err(error) => Err(failed(
+        Outcome::Success(()) => Ok(true),
+        Outcome::Refusal(error) if error.kind() == ErrorKind::Timeout => Ok(false),
+        Outcome::Refusal(error) => Err(failed(
             &format!("{} with a deadline of {limit:?} must succeed or time out, but returned", call.name()),
             &error,
         )),
@@ -154,7 +154,7 @@ fn finished_in_time(session: &Session, call: &Call, machine: &str, limit: Durati
 
 fn version_with_zero_deadline(session: &Session) -> Result {
     match session.try_call("version", Duration::ZERO, Instance::version)? {
-        Err(error) if error.kind() != ErrorKind::Timeout => {
+        Outcome::Refusal(error) if error.kind() != ErrorKind::Timeout => {
             Err(failed("version with a deadline of zero", &error))
         }
         _ => Ok(()),
