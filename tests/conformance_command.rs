@@ -76,7 +76,7 @@ fn violated_requirement_is_named() {
         let requirements = reported["requirements"].as_array().unwrap();
         requirements.iter().find(|requirement| requirement["name"] == name).cloned().unwrap_or_default()
     };
-    assert_eq!(of("identity"), json!({"name": "identity", "result": "pass", "why": ""}));
+    assert_eq!(of("identity"), json!({"name": "identity", "result": "pass", "why": "", "notes": []}));
     assert_eq!(of("restore_start")["result"], "fail");
     assert!(of("restore_start")["why"].as_str().unwrap().contains("two"), "{reported}");
 }

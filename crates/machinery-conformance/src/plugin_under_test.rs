@@ -1,7 +1,7 @@
 //! The plugin that the suite tests, and the guard around all calls of it.
 
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use machinery::Setup;
@@ -24,6 +24,7 @@ pub struct PluginUnderTest<'a> {
     pub recorder: Arc<EventRecorder>,
     /// The call that never returned.
     hung: OnceLock<String>,
+    notes: Mutex<Vec<String>>,
 }
 
 impl<'a> PluginUnderTest<'a> {
@@ -33,7 +34,14 @@ impl<'a> PluginUnderTest<'a> {
         let opened = run_with_timeout(timeout, move || Plugin::open(&path));
         let opened = opened.map_err(|_| format!("it has not returned after {timeout:?}"))?;
         let plugin = opened.map_err(|error| error.to_string())?;
-        Ok(PluginUnderTest { plugin, setup, spec, recorder: Arc::default(), hung: OnceLock::new() })
+        Ok(PluginUnderTest {
+            plugin,
+            setup,
+            spec,
+            recorder: Arc::default(),
+            hung: OnceLock::new(),
+            notes: Mutex::default(),
+        })
     }
 
     /// Loads the machinery, and returns the plugin's own result.
@@ -56,6 +64,26 @@ impl<'a> PluginUnderTest<'a> {
                 CheckFailure::Failed(format!("{action} has not returned after {timeout:?}"))
             }
         })
+    }
+
+    /// Applies a rule that plugins of interface 1.0 did not have to follow: their violation is a note, and no failure.
+    pub fn since_1_1(&self, result: Result) -> Result {
+        match result {
+            Err(CheckFailure::Failed(how)) if self.plugin.interface() == "1.0" => {
+                self.notes().push(how);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Returns the notes since the last call.
+    pub fn take_notes(&self) -> Vec<String> {
+        std::mem::take(&mut self.notes())
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Vec<String>> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the call that never returned, if there is one.

@@ -38,8 +38,7 @@ pub fn meaning(name: &str) -> Option<&'static str> {
 
 fn check_all(plugin: &PluginUnderTest<'_>, names: &[&str]) -> Report {
     let known = REQUIREMENTS.iter().filter(|requirement| names.contains(&requirement.name));
-    let mut checks: Vec<_> =
-        known.map(|requirement| Check::new(requirement.name, check_one(plugin, requirement))).collect();
+    let mut checks: Vec<_> = known.map(|requirement| check_one(plugin, requirement)).collect();
     let skipped = plugin.spec.skip.iter().map(|(name, _)| name.as_str());
     let unknown = names.iter().copied().chain(skipped).filter(|name| meaning(name).is_none());
     checks.extend(
@@ -49,7 +48,12 @@ fn check_all(plugin: &PluginUnderTest<'_>, names: &[&str]) -> Report {
     Report::new(checks)
 }
 
-fn check_one(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Result {
+fn check_one(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Check {
+    let result = result_of(plugin, requirement);
+    Check { notes: plugin.take_notes(), ..Check::new(requirement.name, result) }
+}
+
+fn result_of(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Result {
     if let Some(reason) = plugin.spec.skip_reason(requirement.name) {
         return Err(CheckFailure::Skipped(reason.to_owned()));
     }

@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use machinery::Deadline;
+use machinery_views::write_core;
 
 /// The time to load a guest.
 const LOAD_TIME: Duration = Duration::from_millis(60);
@@ -81,9 +82,9 @@ impl Guest {
         self.change(Status::Running, Status::Off);
     }
 
-    /// Writes the memory.
-    pub fn dump(&self, mut to: impl Write) -> io::Result<()> {
-        writeln!(to, "{}", self.number())
+    /// Writes the memory as an ELF core file.
+    pub fn dump(&self, to: impl Write) -> io::Result<()> {
+        write_core(self.number().to_string().as_bytes(), to)
     }
 
     /// Returns the screen as PPM: a grey that depends on the number.

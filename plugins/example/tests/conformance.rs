@@ -48,7 +48,10 @@ fn number(plugin: &Instance, machine: &str) -> Answer<u32> {
     let folder = tempfile::tempdir()?;
     let dump = folder.path().join("dump");
     plugin.dump_memory(machine, &dump, DumpFormat::Elf, Deadline::after(TIMEOUT))?;
-    Ok(fs::read_to_string(dump)?.trim().parse()?)
+    // The memory is behind the headers, which end with zeros.
+    let dump = fs::read(dump)?;
+    let memory = dump.rsplit(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(std::str::from_utf8(memory)?.parse()?)
 }
 
 /// Waits until the number of a running guest has grown.

@@ -81,7 +81,7 @@ fn as_json(check: &Check) -> Value {
         Err(CheckFailure::Failed(how)) => ("fail", how.as_str()),
         Err(CheckFailure::Skipped(why)) => ("skip", why.as_str()),
     };
-    json!({"name": check.name, "result": result, "why": why})
+    json!({"name": check.name, "result": result, "why": why, "notes": check.notes})
 }
 
 /// Prints the findings of a check.

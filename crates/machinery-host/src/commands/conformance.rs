@@ -64,6 +64,7 @@ struct Outcome {
     name: String,
     failed: Option<String>,
     skipped: Option<String>,
+    notes: Vec<String>,
 }
 
 impl Outcome {
@@ -73,12 +74,12 @@ impl Outcome {
             Err(CheckFailure::Failed(how)) => (Some(how.clone()), None),
             Err(CheckFailure::Skipped(why)) => (None, Some(why.clone())),
         };
-        Outcome { name: check.name.clone(), failed, skipped }
+        Outcome { name: check.name.clone(), failed, skipped, notes: check.notes.clone() }
     }
 
     fn into_check(self) -> Check {
         let failure = self.failed.map(CheckFailure::Failed).or(self.skipped.map(CheckFailure::Skipped));
-        Check { name: self.name, result: failure.map_or(Ok(()), Err) }
+        Check { notes: self.notes, ..Check::new(&self.name, failure.map_or(Ok(()), Err)) }
     }
 }
 
@@ -122,7 +123,7 @@ pub fn run(options: &Conformance, allow_insecure: bool, on_check: impl Fn(&Check
 
 fn skipped(requirement: &str) -> Check {
     let why = CheckFailure::Skipped("skipped on the command line".to_owned());
-    Check { name: requirement.to_owned(), result: Err(why) }
+    Check::new(requirement, Err(why))
 }
 
 fn is_among(names: &[String], name: &str) -> bool {
@@ -168,7 +169,7 @@ fn ended_early(requirement: &str, status: ExitStatus) -> Check {
         None => format!("exit code {}", status.code().unwrap_or_default()),
     };
     let failure = CheckFailure::Failed(format!("the process ended in it, with {how}"));
-    Check { name: requirement.to_owned(), result: Err(failure) }
+    Check::new(requirement, Err(failure))
 }
 
 /// Checks the requirements in this process, and writes the first outcome to the file.
