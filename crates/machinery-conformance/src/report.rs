@@ -68,6 +68,21 @@ impl Report {
         self.names_of(|check| matches!(check.result, Err(CheckFailure::Skipped(_))))
     }
 
+    /// Returns the numbers of results as one line, with the name and reason of each skipped requirement.
+    pub fn summary(&self) -> String {
+        let (failed, skipped) = (self.broken().len(), self.skipped().len());
+        let mut summary =
+            format!("{} passed, {failed} failed, {skipped} skipped", self.checks.len() - failed - skipped);
+        let reasons = self.checks.iter().filter_map(|check| match &check.result {
+            Err(CheckFailure::Skipped(why)) => Some(format!("{} ({why})", check.name)),
+            _ => None,
+        });
+        if skipped > 0 {
+            summary += &format!(": {}", reasons.collect::<Vec<_>>().join(", "));
+        }
+        summary
+    }
+
     fn names_of(&self, filter: impl Fn(&Check) -> bool) -> Vec<&str> {
         self.checks.iter().filter(|check| filter(check)).map(|check| check.name.as_str()).collect()
     }

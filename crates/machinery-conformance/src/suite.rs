@@ -4,8 +4,9 @@ use std::path::Path;
 
 use machinery::Setup;
 
+use crate::keep;
 use crate::plugin_under_test::PluginUnderTest;
-use crate::report::{Check, CheckFailure, Report, Result};
+use crate::report::{Check, CheckFailure, Report, Result, failed};
 use crate::requirements::{REQUIREMENTS, Requirement};
 use crate::session::Session;
 use crate::spec::BackendSpec;
@@ -60,8 +61,15 @@ fn result_of(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Result 
     if let Some(call) = plugin.hung_call() {
         return Err(CheckFailure::Skipped(format!("the plugin is still in {call}")));
     }
-    let mut session = Session::load(plugin)?;
+    let folder = tempfile::tempdir().map_err(|error| failed("creating a scratch folder", &error))?;
+    let result = in_session(plugin, folder.path(), requirement);
+    keep::unless_passed(result, folder)
+}
+
+fn in_session(plugin: &PluginUnderTest<'_>, folder: &Path, requirement: &Requirement) -> Result {
+    let mut session = Session::load(plugin, folder)?;
     let result = session.list_machines().and_then(|()| (requirement.check)(&session));
+    let result = if requirement.since_1_1 { plugin.since_1_1(result) } else { result };
     let closed = session.close();
     // The first failure is the cause of the later ones.
     result.and(closed)

@@ -110,7 +110,7 @@ pub enum Command {
     #[command(subcommand)]
     Import(Import),
     /// Check a built plugin against each requirement of the interface
-    Conformance(Conformance),
+    Conformance(Box<Conformance>),
     /// Create the crate of a new plugin
     NewPlugin {
         /// Name in the machineries list: lowercase letters, digits, '-' and '_'

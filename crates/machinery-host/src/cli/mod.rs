@@ -69,6 +69,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(options) => {
+            if let Some(request) = &options.host_process {
+                return Ok(ExitCode::from(u8::from(!machinery_conformance::run_host_process(request))));
+            }
             let on_check = |check: &_| output::requirement(check, global.json);
             let report = conformance::run(options, global.allow_insecure_plugins, on_check)?;
             output::conformance(&report, global.json);
