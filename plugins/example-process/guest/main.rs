@@ -57,11 +57,12 @@ fn run(mut number: u32) -> Result<(), String> {
     let memory = File::create("memory").map_err(|error| format!("cannot create the memory: {error}"))?;
     let failed = |error: io::Error| format!("cannot write to the memory: {error}");
     memory.set_len(MEMORY).map_err(failed)?;
+    let count = |number: u32| memory.write_all_at(&number.to_le_bytes(), 0).map_err(failed);
+    count(number)?;
     let commands = commands();
     let (mut running, mut tick) = (false, Instant::now());
     say("loaded")?;
     loop {
-        memory.write_all_at(&number.to_le_bytes(), 0).map_err(failed)?;
         match commands.recv_timeout(tick.saturating_duration_since(Instant::now())) {
             Ok(command) => match command.split_once(' ').unwrap_or((&command, "")) {
                 ("resume", "") => {
@@ -75,7 +76,10 @@ fn run(mut number: u32) -> Result<(), String> {
             },
             Err(RecvTimeoutError::Timeout) => {
                 tick = Instant::now() + TICK;
-                number = number.wrapping_add(u32::from(running));
+                if running {
+                    number = number.wrapping_add(1);
+                    count(number)?;
+                }
             }
             // The host has died. A real hypervisor runs on as well.
             Err(RecvTimeoutError::Disconnected) => thread::sleep(TICK),

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ const NUMBER: usize = 4096;
 /// The timeout of calls that must succeed.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-machinery_conformance::conformance_tests!(fixture);
+machinery_conformance::conformance_main!(fixture);
 
 /// Creates the fixture of each test: the library, a configuration, and the description of the backend.
 fn fixture() -> Answer<Fixture> {
@@ -32,8 +33,8 @@ fn fixture() -> Answer<Fixture> {
     let config = include_str!("conformance.yaml")
         .replace("PROGRAM", env!("CARGO_BIN_EXE_example-process-guest"))
         .replace("FOLDER", &folder.path().display().to_string());
-    let (one, two, all) = (snapshot("one"), snapshot("two"), folder.path().to_owned());
-    let repaired = one.clone();
+    let (one, two, three) = (snapshot("one"), snapshot("two"), snapshot("three"));
+    let (repaired, resumed, all) = (one.clone(), three.clone(), folder.path().to_owned());
     let spec = BackendSpec::new(&["one", "two", "three"])
         .counts(SNAPSHOT..=2 * SNAPSHOT, number)
         .alive(number_grows)
@@ -44,6 +45,7 @@ fn fixture() -> Answer<Fixture> {
             move || Ok(fs::write(&repaired, SNAPSHOT.to_string())?),
         )
         .death("two", move || guests(&two).try_for_each(|guest| Ok(guest.end()?)))
+        .pause("three", move || signal(&three, "-STOP"), move || signal(&resumed, "-CONT"))
         .timeout(TIMEOUT);
     Ok(Fixture::new(artifacts::plugin("example-process")?, &config, spec)?.keep(folder))
 }
@@ -56,6 +58,13 @@ fn guests(path: &Path) -> impl Iterator<Item = RunningProcess> {
             && process.args().nth(1) == Some(b"--restore")
     };
     leftovers().filter(is_guest)
+}
+
+/// Sends a signal to the process of that snapshot.
+fn signal(snapshot: &Path, signal: &str) -> Answer<()> {
+    let guests = guests(snapshot).map(|guest| guest.number().to_string());
+    let sent = Command::new("kill").arg(signal).args(guests).status()?;
+    if sent.success() { Ok(()) } else { Err("kill has failed".into()) }
 }
 
 /// Reads the number in the guest's memory. It starts at the snapshot's number, or at 0 after a cold start.

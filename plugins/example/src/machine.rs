@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, GUEST_POWERED_OFF, MachineInfo, Result, State};
-use machinery_backend::elf::{self, Architecture, Segment};
+use machinery_backend::elf::{self, Architecture};
 use machinery_backend::{
     Backend, Operation, Output, Reloadable, RunFolder, Shared, Work, refuse, rgb_to_png,
 };
@@ -110,8 +110,7 @@ impl Backend for Machine {
         let output = Output::at(path)?;
         let host = self.shared.host();
         host.progress(self.name(), 0.0);
-        let mut segments = [Segment { address: 0, length: memory.len() as u64, memory: &mut &memory[..] }];
-        elf::write_core(output.file(), Architecture::X86_64, &mut segments)
+        elf::write_memory(output.file(), Architecture::X86_64, &memory)
             .map_err(|error| Error::io("dump the memory to", path, &error))?;
         deadline.check("the memory to be dumped")?;
         host.progress(self.name(), 1.0);

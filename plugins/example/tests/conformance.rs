@@ -16,7 +16,7 @@ const SNAPSHOT: u32 = 1_000_000;
 /// The timeout of calls that must succeed.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-machinery_conformance::conformance_tests!(fixture);
+machinery_conformance::conformance_main!(fixture);
 
 /// Creates the fixture of each test: the library, a configuration, and the description of the backend.
 fn fixture() -> Answer<Fixture> {
