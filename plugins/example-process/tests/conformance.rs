@@ -45,7 +45,7 @@ fn fixture() -> Answer<Fixture> {
             move || Ok(fs::write(&repaired, SNAPSHOT.to_string())?),
         )
         .death("two", move || guests(&two).try_for_each(|guest| Ok(guest.end()?)))
-        .pause("three", move || signal(&three, "-STOP"), move || signal(&resumed, "-CONT"))
+        .pause("three", move || pause(&three), move || signal(&resumed, "-CONT"))
         .timeout(TIMEOUT);
     Ok(Fixture::new(artifacts::plugin("example-process")?, &config, spec)?.keep(folder))
 }
@@ -58,6 +58,16 @@ fn guests(path: &Path) -> impl Iterator<Item = RunningProcess> {
             && process.args().nth(1) == Some(b"--restore")
     };
     leftovers().filter(is_guest)
+}
+
+/// Stops the process of that snapshot. A process that is busy stops some time after the signal.
+fn pause(snapshot: &Path) -> Answer<()> {
+    signal(snapshot, "-STOP")?;
+    let deadline = Deadline::after(TIMEOUT);
+    while !guests(snapshot).all(|guest| guest.is_stopped()) {
+        deadline.check("the process to stop")?;
+    }
+    Ok(())
 }
 
 /// Sends a signal to the process of that snapshot.

@@ -79,9 +79,13 @@ impl Handle {
         let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
-    /// Begins a step. If the step fails, its reason is the output from now on.
+    /// Begins a step. If the step fails, its reason is the output from now on. A prompt that the process has printed
+    /// before is no answer of this step.
     pub fn begin_step(&self) {
-        self.console.begin_step();
+        match self.commands {
+            Some(_) => self.console.begin_answer(),
+            None => self.console.begin_step(),
+        }
     }
 
     /// Waits until the process has ended or `other` can be read; returns whether it has ended, and none after
@@ -418,6 +422,15 @@ mod tests {
         assert_eq!(handle.wait_for_line("load", deadline).unwrap(), "loaded");
         assert_eq!(handle.ask("again", "loaded", deadline).unwrap(), "loaded again");
         assert_eq!(handle.wait_for_line("<shell:", deadline).unwrap(), "<shell:2>");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn answer_is_not_the_prompt_before_the_command() {
+        let process = talking_shell("printf '<1> '; read a; echo $a; printf '<2> '; read a");
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        assert_eq!(handle.wait_for_line("<", deadline).unwrap(), "<1>");
+        assert_eq!(handle.ask("next", "<", deadline).unwrap(), "<2>");
         process.end(Duration::ZERO);
     }
 

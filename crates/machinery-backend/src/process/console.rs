@@ -67,6 +67,14 @@ impl Console {
         reader.lines = LastLines::default();
     }
 
+    /// Drops the prompt that the process has printed, as well as the lines so far: the next one answers a command.
+    pub fn begin_answer(&self) {
+        let mut reader = self.lock();
+        reader.read_all();
+        reader.end_line();
+        reader.lines = LastLines::default();
+    }
+
     /// Waits from now on for a line with that text. A line of the current step counts too.
     pub fn expect(&self, text: &str) {
         self.lock().expect(text);
