@@ -36,7 +36,7 @@ const REPLY: &str = "machinery-host-process: ";
 const FIRST_RUNS: usize = 2;
 /// The time that the plugin has to free the resources of its last run.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
-/// The interval of counts in this time. No event tells the number of resources.
+/// The interval of counts in this time. No event reports the number of resources.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The task of a host process, which is passed in a file.
