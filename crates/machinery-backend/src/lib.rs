@@ -13,6 +13,7 @@
 //! | `machine_set` | [`MachineSet`]: the machines, and a new configuration while they run |
 //! | `work` | [`Work`]: what one machine does now, and the cancellation of a preparation |
 //! | [`process`] | processes, their console, their end, and the leftovers of a killed host |
+//! | `process_machine` | [`ProcessMachine`]: a machine that is one process, with its run, its standby and its end |
 //! | `run_folder` | [`RunFolder`]: the folder of one run, which is removed with the run |
 //! | `overlay`, `qemu_img` | [`OverlayTemplates`], [`QemuImg`]: disposable disks |
 //! | [`files`] | files that are replaced atomically, locks, free space |
@@ -35,6 +36,7 @@ mod output;
 mod overlay;
 mod picture;
 pub mod process;
+mod process_machine;
 mod qemu_img;
 mod readiness;
 pub mod refuse;
@@ -50,6 +52,7 @@ pub use machine_set::{MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use output::Output;
 pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
+pub use process_machine::{Guest, GuestProcess, ProcessMachine};
 pub use qemu_img::QemuImg;
 pub use readiness::ReadinessReport;
 pub use run_folder::RunFolder;

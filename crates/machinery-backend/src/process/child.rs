@@ -1,12 +1,12 @@
 //! One process: its start, and its end.
 
-use std::io;
+use std::io::{self, PipeReader, PipeWriter, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
@@ -16,6 +16,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::console::{Console, LineKind};
 use super::group;
+use crate::sync::lock;
 
 /// The pause between two probes of [`Handle::wait_until`].
 const PROBE_INTERVAL: Duration = Duration::from_millis(5);
@@ -36,6 +37,8 @@ pub struct Handle {
     ended: AtomicBool,
     program: String,
     console: Console,
+    /// The process's stdin, if it takes commands there.
+    commands: Option<Mutex<PipeWriter>>,
 }
 
 impl Handle {
@@ -60,15 +63,29 @@ impl Handle {
         self.end_by(Signal::TERM);
     }
 
+    /// Interrupts the process, with SIGINT, as Ctrl-C in its console does.
+    pub fn interrupt(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::INT);
+    }
+
+    /// Reports whether a signal or a debugger has stopped the process: its guest stands still then.
+    pub fn is_stopped(&self) -> bool {
+        group::is_stopped(self.pid)
+    }
+
     fn end_by(&self, signal: Signal) {
         self.ended.store(true, Ordering::SeqCst);
         // The process may have ended by itself.
         let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
-    /// Begins a step. If the step fails, its reason is the output from now on.
+    /// Begins a step. If the step fails, its reason is the output from now on. A prompt that the process has printed
+    /// before is no answer of this step.
     pub fn begin_step(&self) {
-        self.console.begin_step();
+        match self.commands {
+            Some(_) => self.console.begin_answer(),
+            None => self.console.begin_step(),
+        }
     }
 
     /// Waits until the process has ended or `other` can be read; returns whether it has ended, and none after
@@ -108,6 +125,41 @@ impl Handle {
         }
     }
 
+    /// Waits for a line of the console with that text since the step began, or for a prompt with it.
+    ///
+    /// # Errors
+    /// As [`wait_until`](Handle::wait_until).
+    pub fn wait_for_line(&self, text: &str, deadline: Deadline) -> Result<String> {
+        self.console.expect(text);
+        let waiting_for = format!("'{text}' on the console of {}", self.program);
+        self.wait_until(deadline, &waiting_for, || Ok(self.console.expected_line()))
+    }
+
+    /// Begins a step, sends a command to the process's stdin, and waits for a line or a prompt with the text `answer`.
+    /// One thread at a time may ask. The process was started by
+    /// [`start_with_commands`](Process::start_with_commands).
+    ///
+    /// # Errors
+    /// The process takes no commands. As [`wait_until`](Handle::wait_until).
+    pub fn ask(&self, command: &str, answer: &str, deadline: Deadline) -> Result<String> {
+        self.begin_step();
+        self.send(command)?;
+        self.wait_for_line(answer, deadline)
+    }
+
+    /// Sends a command to the process's stdin, and waits for no answer.
+    ///
+    /// # Errors
+    /// The process takes no commands, or has ended.
+    pub fn send(&self, command: &str) -> Result<()> {
+        let failed = |why: &dyn std::fmt::Display| {
+            let reason = format!("cannot send '{command}' to {}: {why}", self.program);
+            Error::failed(reason).detail(&self.last_lines())
+        };
+        let commands = self.commands.as_ref().ok_or_else(|| failed(&"it takes no commands"))?;
+        lock(commands).write_all(format!("{command}\n").as_bytes()).map_err(|error| failed(&error))
+    }
+
     /// Waits for the end of the process; returns false after the timeout.
     pub fn wait(&self, timeout: Duration) -> bool {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
@@ -119,6 +171,14 @@ impl Handle {
 pub fn bytes_of(table: &str, key: &str) -> Option<u64> {
     let value = table.lines().find_map(|line| line.strip_prefix(key))?;
     value.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+fn pipe() -> Result<(PipeReader, PipeWriter)> {
+    io::pipe().map_err(|error| no_pipe(&error))
+}
+
+fn no_pipe(error: &io::Error) -> Error {
+    Error::environment(format!("cannot make a pipe: {error}"))
 }
 
 fn timespec(duration: Duration) -> Timespec {
@@ -133,11 +193,9 @@ impl Process {
     /// # Errors
     /// The process cannot be started.
     pub fn start(mut command: Command, machine: &str, kind_of: fn(&str) -> LineKind) -> Result<Process> {
-        command.stdout(Stdio::null());
-        let (console, stderr) =
-            io::pipe().map_err(|error| Error::environment(format!("cannot make a pipe: {error}")))?;
-        command.stderr(stderr);
-        Process::spawn(command, console.into(), machine, kind_of)
+        let (console, stderr) = pipe()?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        Process::spawn(command, console.into(), None, machine, kind_of)
     }
 
     /// Starts the process as [`start`](Process::start) does, with its stdout in its console as well.
@@ -149,20 +207,46 @@ impl Process {
         machine: &str,
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Process> {
-        let failed = |error: io::Error| Error::environment(format!("cannot make a pipe: {error}"));
-        let (console, stderr) = io::pipe().map_err(failed)?;
-        command.stdout(stderr.try_clone().map_err(failed)?).stderr(stderr);
-        Process::spawn(command, console.into(), machine, kind_of)
+        command.stdin(Stdio::null());
+        Process::spawn_with_stdout(command, None, machine, kind_of)
+    }
+
+    /// Starts the process as [`start_with_stdout`](Process::start_with_stdout) does. It takes commands on its stdin:
+    /// [`Handle::ask`].
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_with_commands(
+        mut command: Command,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Process> {
+        let (stdin, commands) = pipe()?;
+        command.stdin(stdin);
+        Process::spawn_with_stdout(command, Some(commands), machine, kind_of)
+    }
+
+    fn spawn_with_stdout(
+        mut command: Command,
+        commands: Option<PipeWriter>,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Process> {
+        let (console, stderr) = pipe()?;
+        let stdout = stderr.try_clone().map_err(|error| no_pipe(&error))?;
+        command.stdout(stdout).stderr(stderr);
+        Process::spawn(command, console.into(), commands, machine, kind_of)
     }
 
     fn spawn(
         mut command: Command,
         console: OwnedFd,
+        commands: Option<PipeWriter>,
         machine: &str,
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Process> {
         // In a group of its own, it gets no signal from the host's terminal, and its children can be ended with it.
-        let spawned = command.stdin(Stdio::null()).process_group(0).spawn();
+        let spawned = command.process_group(0).spawn();
         let program = Path::new(command.get_program()).to_owned();
         let mut child = spawned.map_err(|error| {
             let failed = Error::io("run", &program, &error);
@@ -183,7 +267,8 @@ impl Process {
             (Ok(pidfd), Ok(console)) => {
                 let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 let ended = AtomicBool::new(false);
-                let handle = Handle { pid: child.id(), pidfd, ended, program: name, console };
+                let commands = commands.map(Mutex::new);
+                let handle = Handle { pid: child.id(), pidfd, ended, program: name, console, commands };
                 Ok(Process { child, handle: Arc::new(handle) })
             }
             (Err(error), _) | (_, Err(error)) => {
@@ -282,6 +367,11 @@ impl End {
         }
     }
 
+    /// Reports whether this plugin has ended the process.
+    pub fn was_requested(&self) -> bool {
+        self.by_plugin
+    }
+
     /// Reports whether the process was killed by a signal.
     pub fn by_signal(&self) -> bool {
         self.status.is_some_and(|status| status.signal().is_some())
@@ -318,6 +408,54 @@ mod tests {
         assert!(!end.was_clean());
     }
 
+    fn talking_shell(script: &str) -> Process {
+        let mut command = machinery::command(Path::new("/bin/sh"));
+        command.arg("-c").arg(script);
+        Process::start_with_commands(command, "m", |_| LineKind::Other).unwrap()
+    }
+
+    #[test]
+    fn answer_is_found_when_more_lines_follow_or_its_line_does_not_end() {
+        let lines = "echo loaded $a; for n in 1 2 3 4 5 6 7 8; do echo noise; done";
+        let process = talking_shell(&format!("{lines}; read a; {lines}; printf '<shell:2> '; read b"));
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        assert_eq!(handle.wait_for_line("load", deadline).unwrap(), "loaded");
+        assert_eq!(handle.ask("again", "loaded", deadline).unwrap(), "loaded again");
+        assert_eq!(handle.wait_for_line("<shell:", deadline).unwrap(), "<shell:2>");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn answer_is_not_the_prompt_before_the_command() {
+        let process = talking_shell("printf '<1> '; read a; echo $a; printf '<2> '; read a");
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        assert_eq!(handle.wait_for_line("<", deadline).unwrap(), "<1>");
+        assert_eq!(handle.ask("next", "<", deadline).unwrap(), "<2>");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn answer_fails_with_the_last_words_when_the_process_dies() {
+        let process = talking_shell("read a; echo cannot load >&2; exit 1");
+        let error = process.handle().ask("load", "loaded", Deadline::after(Duration::from_secs(60)));
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("sh has ended while") && text.contains("cannot load"), "{text}");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn command_is_refused_when_the_process_takes_none_or_has_ended() {
+        let process = shell("exec sleep 600");
+        let text = process.handle().send("load").unwrap_err().to_string();
+        assert!(text.contains("cannot send 'load' to sh: it takes no commands"), "{text}");
+        process.end(Duration::ZERO);
+        let process = talking_shell("exit 1");
+        assert!(process.handle().wait(Duration::from_secs(60)));
+        let text = process.handle().send("load").unwrap_err().to_string();
+        assert!(text.contains("cannot send 'load' to sh: Broken pipe"), "{text}");
+        process.end(Duration::ZERO);
+    }
+
     #[test]
     fn process_is_killed_when_it_does_not_end() {
         let end = shell("exec sleep 600").end(Duration::from_millis(20));
@@ -349,6 +487,17 @@ mod tests {
         process.handle().begin_step();
         process.handle().kill();
         assert_eq!(process.end(Duration::from_secs(10)).failure(), "");
+    }
+
+    #[test]
+    fn process_is_stopped_until_it_continues() {
+        let (process, pid) = stopped("kill -STOP $$; echo on >&2; exec sleep 600");
+        assert!(process.handle().is_stopped());
+        kill_process(pid, Signal::CONT).unwrap();
+        process.handle().wait_for_line("on", Deadline::after(Duration::from_secs(60))).unwrap();
+        assert!(!process.handle().is_stopped());
+        process.handle().interrupt();
+        assert_eq!(process.end(Duration::from_secs(60)).describe(), "sh was killed by signal 2: on");
     }
 
     #[test]

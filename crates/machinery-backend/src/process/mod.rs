@@ -13,6 +13,8 @@
 //!   with it.
 //! - No child is to die with the host by `PR_SET_PDEATHSIG`: that signal follows the *thread* that started the child,
 //!   and the host's threads come and go. The next host ends [`leftovers`] instead.
+//! - A hypervisor that takes commands on its console gets them by [`Handle::ask`], which returns its answer, or its last
+//!   words if it dies.
 //! - A pipe is read to its end, so that a child that writes a lot neither blocks nor gets SIGPIPE, and only the last
 //!   lines are kept.
 

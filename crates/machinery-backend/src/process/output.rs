@@ -40,7 +40,7 @@ pub fn output(mut command: Command, deadline: Deadline) -> Result<Output> {
             let _ = output.recv_timeout(KILL_TIMEOUT);
             group::end_rest(leader);
             let reason = format!("{} does not end within {:?}", program.display(), deadline.limit());
-            Err(Error::environment(reason).advice("Check that it is the right program"))
+            Err(Error::timeout(reason).advice("Check that it is the right program"))
         }
     }
 }
@@ -68,7 +68,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("pids");
         let script = format!("sleep 600 & echo $$ $! > {}; wait", file.display());
-        let error = shell(&script, Duration::from_secs(1)).unwrap_err().to_string();
+        let error = shell(&script, Duration::from_secs(1)).unwrap_err();
+        assert_eq!(error.kind(), machinery::ErrorKind::Timeout);
+        let error = error.to_string();
         assert!(error.starts_with("/bin/sh does not end within 1s"), "{error}");
         let pids = std::fs::read_to_string(file).unwrap();
         assert_eq!(pids.split_whitespace().count(), 2, "{pids}");
