@@ -14,13 +14,13 @@ use virt::domain::Domain;
 use crate::access::{self, KVM_DEVICE, Permissions};
 use crate::compare;
 use crate::config::{Config, renamed_keys_of};
+use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::{self, is_local};
 use crate::errors::explain;
 use crate::files;
 use crate::foreign;
-use crate::link::Link;
-use crate::run_marker::RunMarker;
+use crate::leftovers::RunMarker;
 use crate::snapshot::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 
 /// The time that libvirt has to answer all requests.
@@ -56,9 +56,9 @@ pub fn check(setup: &Setup, report: &mut Report) {
         );
     }
     let deadline = Deadline::after(CHECK_TIMEOUT);
-    let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
+    let Some(connection) = report.keep(Connection::open(&config.dsn, deadline)) else { return };
     let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
-    let found = link.ask(deadline, "libvirt to describe the domains", move |connect| {
+    let found = connection.ask(deadline, "libvirt to describe the domains", move |connect| {
         let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
         found.extend(kvm_access(connect, &config.dsn));
         found.extend(remote_limits(&config));
@@ -69,7 +69,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
         found.extend(compare::shared_disks(connect, &infos).into_iter().map(Finding::Problem));
         Ok(found)
     });
-    link.close(deadline);
+    connection.close(deadline);
     for finding in report.keep(found).into_iter().flatten() {
         match finding {
             Finding::Good(text) => report.good(text),
@@ -220,7 +220,7 @@ fn kvm_access(connect: &Connect, dsn: &str) -> Option<Finding> {
         return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM_DEVICE}")));
     }
     Some(Finding::Warning(format!(
-        "kvm: libvirt run_marker QEMU as user {name}, which may not use {KVM_DEVICE}: domains of the type kvm do not start, \
+        "kvm: libvirt runs QEMU as user {name}, which may not use {KVM_DEVICE}: domains of the type kvm do not start, \
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
     )))

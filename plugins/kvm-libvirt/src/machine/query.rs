@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use machinery::{Deadline, DumpFormat, Error, Result, State};
+use machinery::{Deadline, DumpFormat, Result, State};
+use machinery_backend::{Operation, refuse};
 
 use super::base::Machine;
-use super::state::Operation;
-use crate::inspection;
+use crate::inspect;
 
 impl Machine {
     /// Returns the machine's state.
@@ -15,7 +15,7 @@ impl Machine {
     /// libvirt does not answer.
     pub fn state(&self, deadline: Deadline) -> Result<State> {
         deadline.check("libvirt to report the domain's state")?;
-        if self.lock().operation == Operation::Starting {
+        if self.lock().operation() == Operation::Starting {
             return Ok(State::Starting);
         }
         if self.is_hidden() {
@@ -32,28 +32,28 @@ impl Machine {
         Ok(state)
     }
 
-    /// Writes the guest's memory to a file: [`inspection::dump_memory`].
+    /// Writes the guest's memory to a file: [`inspect::dump_memory`].
     ///
     /// # Errors
     /// The machine is off; the dump fails.
     pub fn dump_memory(&self, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         self.ensure_visible()?;
-        let progress = |fraction| self.host.progress(self.name(), fraction);
-        inspection::dump_memory(&self.link, self.label(), path, format, &progress, deadline)
+        let progress = |fraction| self.shared.host.progress(self.name(), fraction);
+        inspect::dump_memory(&self.shared.connection, self.label(), path, format, &progress, deadline)
     }
 
-    /// Writes the guest's screen to a file: [`inspection::screenshot`].
+    /// Writes the guest's screen to a file: [`inspect::screenshot`].
     ///
     /// # Errors
     /// The machine is off; the screenshot fails.
     pub fn screenshot(&self, path: &Path, deadline: Deadline) -> Result<()> {
         self.ensure_visible()?;
-        inspection::screenshot(&self.link, self.label(), path, deadline)
+        inspect::screenshot(&self.shared.connection, self.label(), path, deadline)
     }
 
     fn ensure_visible(&self) -> Result<()> {
         match self.is_hidden() {
-            true => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
+            true => Err(refuse::off()),
             false => Ok(()),
         }
     }

@@ -1,14 +1,12 @@
 //! The stop of a machine, and its end in a reload.
 
-use std::sync::Arc;
-
-use machinery::{Deadline, Error, Result, State};
+use machinery::{Deadline, Result, State};
+use machinery_backend::{Operation, refuse};
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
-use super::state::Operation;
 use crate::domain;
 use crate::errors::{explain, is_off};
 
@@ -19,31 +17,31 @@ impl Machine {
     /// The machine is off already; libvirt cannot end the domain.
     pub fn stop(&self, deadline: Deadline) -> Result<()> {
         // The host also stops a machine to cancel its preparation. That must not end somebody else's run.
-        let is_preparing = self.lock().operation == Operation::Preparing;
+        let is_preparing = self.lock().operation() == Operation::Preparing;
         self.stop_by(if is_preparing { Self::destroy_own } else { Self::destroy }, deadline)
     }
 
-    /// Stops the domain, if it is an own run.
+    /// Ends the own run or the standby, if there is one.
     ///
     /// # Errors
     /// As [`stop`](Machine::stop).
-    pub fn stop_own(&self, deadline: Deadline) -> Result<()> {
-        self.stop_by(Self::destroy_own, deadline)
+    pub fn end(&self, deadline: Deadline) -> Result<()> {
+        if self.has_anything_to_end() { self.stop_by(Self::destroy_own, deadline) } else { Ok(()) }
     }
 
     fn stop_by(&self, destroy: fn(&Self, Deadline) -> Result<bool>, deadline: Deadline) -> Result<()> {
         self.cancel_prepare(deadline);
         self.end_abandoned_call(deadline)?;
-        let _stopping = self.begin(Operation::Stopping, deadline)?;
+        let mut stopping = self.begin(Operation::Stopping, deadline)?;
         if self.take_standby("it was stopped, which has discarded its standby").is_some() {
-            self.lock().operation = Operation::Discarding;
+            stopping.continue_as(Operation::Discarding);
             self.end_standby(deadline)?;
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         let before = self.lock().end_count;
         if !destroy(self, deadline)? {
             self.record_end();
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         if !self.wait_for_end(before, deadline.within(END_EVENT_TIMEOUT)) {
             tracing::debug!(machine = self.name(), "stopped, and libvirt has sent no event");
@@ -60,17 +58,18 @@ impl Machine {
     pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
         self.end_abandoned_call(deadline)?;
         if self.is_hidden() {
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         let _stopping = self.begin(Operation::Stopping, deadline)?;
         let before = self.lock().end_count;
         let label = self.label().to_owned();
-        let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
-            press_power_button(&domain::domain(connect, &label)?)
-        })?;
+        let pressed =
+            self.shared.connection.ask(deadline, "libvirt to press the power button", move |connect| {
+                press_power_button(&domain::domain(connect, &label)?)
+            })?;
         if !pressed {
             self.record_end();
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         match self.wait_for_end(before, deadline) {
             true => Ok(()),
@@ -84,12 +83,10 @@ impl Machine {
     /// The machine is on.
     pub fn ensure_off(&self, deadline: Deadline) -> Result<()> {
         // The host receives the event of an end a moment before the end is recorded here.
-        let timeout = deadline.within(END_EVENT_TIMEOUT).remaining();
-        if !self.wait_while(timeout, |state| state.has_run).has_run {
-            return Ok(());
+        match self.work.wait_while(deadline.within(END_EVENT_TIMEOUT), |state| state.has_run).has_run {
+            true => Err(refuse::on_in_reload(self.name())),
+            false => Ok(()),
         }
-        let on = Error::unexpected_state("the machine is on, so it cannot be changed or removed");
-        Err(on.machine(self.name()).advice("Stop it, and reload again"))
     }
 
     /// Discards the standby, and cancels a preparation, before a reload replaces or removes the machine.
@@ -103,13 +100,6 @@ impl Machine {
         self.take_standby("its configuration has changed, which has discarded its standby");
         // Without a marker there is no standby, and no need to ask libvirt, which may be away.
         if self.marker.exists() { self.end_standby(deadline) } else { Ok(()) }
-    }
-
-    /// Removes the save image, unless one of these machines uses it.
-    pub fn remove_image(&self, unless: &[Arc<Machine>]) {
-        if !unless.iter().any(|machine| machine.keys.image.has_same_file(&self.keys.image)) {
-            self.keys.image.remove();
-        }
     }
 }
 
@@ -126,8 +116,4 @@ fn press_power_button(domain: &Domain) -> Result<bool> {
         Err(error) if is_off(&error) => Ok(false),
         Err(error) => Err(explain("press the power button", &error)),
     }
-}
-
-fn already_off() -> Error {
-    Error::state_reached("the machine is powered off already")
 }

@@ -9,16 +9,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, Result};
-use machinery_backend::{Output, is_ppm, ppm_to_png};
+use machinery_backend::{Output, files, is_ppm, ppm_to_png, refuse};
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::stream::Stream;
 use virt_sys as sys;
 
+use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::{explain, is_unsupported};
-use crate::link::Link;
 
 /// The interval between two requests for the progress of a dump.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -37,22 +37,22 @@ const PNG: &[u8] = b"\x89PNG";
 /// # Errors
 /// The machine is off; libvirt is on another computer, and would write the file there; the dump fails.
 pub fn dump_memory(
-    link: &Link,
+    connection: &Connection,
     label: &str,
     path: &Path,
     format: DumpFormat,
     progress: &dyn Fn(f64),
     deadline: Deadline,
 ) -> Result<()> {
-    if !is_local(link.dsn()) {
-        let what = format!("dump_memory over {}, which would write to that host's disk", link.dsn());
+    if !is_local(connection.dsn()) {
+        let what = format!("dump_memory over {}, which would write to that host's disk", connection.dsn());
         return Err(Error::unsupported(&what));
     }
     let output = Output::at(path)?;
     let (label, to) = (label.to_owned(), output.path());
     let dumped = label.clone();
-    let call =
-        link.long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
+    let call = connection
+        .long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
     let outcome = loop {
         if let Some(outcome) = call.wait(PROGRESS_INTERVAL.min(deadline.remaining())) {
             break outcome;
@@ -61,7 +61,7 @@ pub fn dump_memory(
             let _ = call.wait(DUMP_GRACE);
             break Err(deadline.timeout("libvirt to dump the memory"));
         }
-        progress(fraction(link, &label, deadline));
+        progress(fraction(connection, &label, deadline));
     };
     outcome.map_err(|error| error.detail(&format!("the dump's file is {}", path.display())))?;
     progress(1.0);
@@ -70,7 +70,7 @@ pub fn dump_memory(
 
 /// Reports whether the file system of that file is full.
 fn is_full(file: &Path) -> bool {
-    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < FULL_BELOW)
+    files::free_space(file).is_ok_and(|space| space < FULL_BELOW)
 }
 
 fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
@@ -93,9 +93,9 @@ fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
 }
 
 /// Returns the progress of the dump from libvirt's job statistics, from 0 to 1.
-fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
+fn fraction(connection: &Connection, label: &str, deadline: Deadline) -> f64 {
     let label = label.to_owned();
-    let asked = link.ask(deadline, "libvirt to report the progress of the dump", move |connect| {
+    let asked = connection.ask(deadline, "libvirt to report the progress of the dump", move |connect| {
         let job = running(connect, &label)?.job_info();
         job.map_err(|error| explain("report the progress of the dump", &error))
     });
@@ -112,11 +112,11 @@ fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
 ///
 /// # Errors
 /// The machine is off or has no screen; the file cannot be written.
-pub fn screenshot(link: &Link, label: &str, path: &Path, deadline: Deadline) -> Result<()> {
+pub fn screenshot(connection: &Connection, label: &str, path: &Path, deadline: Deadline) -> Result<()> {
     let output = Output::at(path)?;
     let label = label.to_owned();
     let picture =
-        link.ask(deadline, "libvirt to take a screenshot", move |connect| picture(connect, &label))?;
+        connection.ask(deadline, "libvirt to take a screenshot", move |connect| picture(connect, &label))?;
     let mut file = output.file();
     if is_ppm(&picture) {
         ppm_to_png(&picture, file)?;
@@ -155,6 +155,6 @@ fn running(connect: &Connect, label: &str) -> Result<Domain> {
     let domain = domain::domain(connect, label)?;
     match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
         true => Ok(domain),
-        false => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
+        false => Err(refuse::off()),
     }
 }
