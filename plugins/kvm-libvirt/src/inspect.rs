@@ -11,14 +11,15 @@ use std::time::Duration;
 use machinery::{Deadline, DumpFormat, Error, Result};
 use machinery_backend::{Output, files, is_ppm, ppm_to_png, refuse};
 use virt::connect::Connect;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainState};
+use virt::enumutil::Enum;
 use virt::stream::Stream;
 use virt_sys as sys;
 
 use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::is_local;
-use crate::errors::{explain, is_unsupported};
+use crate::errors::{explain, is_off, is_unsupported};
 
 /// The interval between two requests for the progress of a dump.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -132,7 +133,7 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
     let failed = |error| explain("take a screenshot", &error);
     let domain = running(connect, label)?;
     let stream = Stream::new(connect, 0).map_err(failed)?;
-    domain.screenshot(&stream, 0, 0).map_err(failed)?;
+    domain.screenshot(&stream, 0, 0).map_err(|error| no_screenshot(&domain, &error))?;
     let mut picture = Vec::new();
     let mut piece = vec![0; 256 << 10];
     loop {
@@ -151,10 +152,47 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
     }
 }
 
+/// Explains a failed screenshot. A guest that is paused is in order, and has a screen again later.
+fn no_screenshot(domain: &Domain, error: &virt::error::Error) -> Error {
+    let failed = explain("take a screenshot", error);
+    match domain.state() {
+        Ok((Enum::Known(DomainState::Paused | DomainState::PMSuspended), _)) if is_off(error) => {
+            Error::not_now(failed.reason()).advice("Take it when the guest runs again")
+        }
+        Ok((Enum::Known(DomainState::Shutoff), _)) => refuse::off(),
+        _ => failed,
+    }
+}
+
 fn running(connect: &Connect, label: &str) -> Result<Domain> {
     let domain = domain::domain(connect, label)?;
     match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
         true => Ok(domain),
         false => Err(refuse::off()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinery::ErrorKind;
+
+    /// libvirt's test driver has a domain in memory, and the errors that other drivers return.
+    #[test]
+    fn screenshot_is_not_possible_now_when_libvirt_refuses_it_of_a_paused_guest() {
+        virt::error::clear_error_callback();
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let domain = running(&connect, "test").unwrap();
+        let other = connect.lookup_domain_by_name("none").unwrap_err();
+        domain.destroy().unwrap();
+        let refused = domain.destroy().unwrap_err();
+        assert_eq!(no_screenshot(&domain, &refused).kind(), ErrorKind::UnexpectedState);
+        domain.create().unwrap();
+        assert_eq!(no_screenshot(&domain, &refused).kind(), ErrorKind::Failed);
+        domain.suspend().unwrap();
+        let error = no_screenshot(&domain, &refused);
+        assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
+        assert!(error.to_string().contains(refused.message()), "{error}");
+        assert_ne!(no_screenshot(&domain, &other).kind(), ErrorKind::NotNow);
     }
 }

@@ -22,7 +22,7 @@
 //! | `conditions` | the conditions of a preparation |
 //! | `standby` | the standby: resume, replacement, end |
 //! | `image` | the save image |
-//! | `prepare`, `restore`, `stop`, `query` | the host's actions |
+//! | `prepare`, `restore`, `stop` | the longer actions of the host; the others are here |
 //! | `events` | the events of the domain and of the connection |
 
 mod base;
@@ -31,7 +31,6 @@ mod end;
 mod events;
 mod image;
 mod prepare;
-mod query;
 mod restore;
 mod run;
 mod standby;
@@ -44,10 +43,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use machinery::{Deadline, DumpFormat, MachineInfo, Result, State};
-use machinery_backend::{Backend, PrepareOrigin, Reloadable};
+use machinery_backend::{Backend, Operation, PrepareOrigin, Reloadable, refuse};
 
 use crate::config::Keys;
+use crate::inspect;
+use crate::restore::Start;
 use crate::shared::Kvm;
+use base::END_EVENT_TIMEOUT;
 
 impl Reloadable for Machine {
     type Keys = Keys;
@@ -69,50 +71,74 @@ impl Backend for Machine {
     type Shared = Kvm;
 
     fn info(&self) -> &MachineInfo {
-        Machine::info(self)
+        &self.keys.info
     }
 
     fn state(self: &Arc<Self>, deadline: Deadline) -> Result<State> {
-        Machine::state(self, deadline)
+        deadline.check("libvirt to report the domain's state")?;
+        if self.lock().operation() == Operation::Starting {
+            return Ok(State::Starting);
+        }
+        if self.is_hidden() {
+            return Ok(State::Poweroff);
+        }
+        if !self.abandoned_call_has_ended(deadline) {
+            return Ok(State::Starting);
+        }
+        let (state, why) = self.query_state(deadline)?;
+        if state == State::Error {
+            // The answer carries no reason, and this state needs one.
+            self.report_state(state, &why);
+        }
+        Ok(state)
     }
 
     fn restore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        Machine::restore_start(self, deadline)
+        self.start(Start::Restored, deadline)
     }
 
     fn norestore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        Machine::norestore_start(self, deadline)
+        self.start(Start::Cold, deadline)
     }
 
     fn stop(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        Machine::stop(self, deadline)
+        // The host also stops a machine to cancel its preparation. That must not end somebody else's run.
+        let is_preparing = self.lock().operation() == Operation::Preparing;
+        self.stop_by(if is_preparing { Machine::destroy_own } else { Machine::destroy }, deadline)
     }
 
     fn acpi_stop(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        Machine::acpi_stop(self, deadline)
+        self.press_power_button(deadline)
     }
 
     fn dump_memory(self: &Arc<Self>, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
-        Machine::dump_memory(self, path, format, deadline)
+        self.ensure_visible()?;
+        let progress = |fraction| self.shared.host.progress(self.name(), fraction);
+        inspect::dump_memory(&self.shared.connection, self.label(), path, format, &progress, deadline)
     }
 
     fn screenshot(self: &Arc<Self>, path: &Path, deadline: Deadline) -> Result<()> {
-        Machine::screenshot(self, path, deadline)
+        self.ensure_visible()?;
+        inspect::screenshot(&self.shared.connection, self.label(), path, deadline)
     }
 
     fn prepare(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
-        Machine::prepare(self, origin, deadline)
+        self.prepare_next(origin, deadline)
     }
 
     fn ensure_off(&self, deadline: Deadline) -> Result<()> {
-        Machine::ensure_off(self, deadline)
+        // The host receives the event of an end a moment before the end is recorded here.
+        match self.work.wait_while(deadline.within(END_EVENT_TIMEOUT), |state| state.has_run).has_run {
+            true => Err(refuse::on_in_reload(self.name())),
+            false => Ok(()),
+        }
     }
 
     fn discard_standby(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        Machine::discard_standby(self, deadline)
+        self.discard(deadline)
     }
 
     fn end(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        Machine::end(self, deadline)
+        if self.has_anything_to_end() { self.stop_by(Machine::destroy_own, deadline) } else { Ok(()) }
     }
 }

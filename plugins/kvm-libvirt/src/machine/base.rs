@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-use machinery::{Deadline, MachineInfo, Result, State};
-use machinery_backend::{Operation, ReadinessReport, Steps, UnderWay, Work, WorkState};
+use machinery::{Deadline, Result, State};
+use machinery_backend::{Operation, ReadinessReport, Steps, UnderWay, Work, WorkState, refuse};
 use virt::connect::Connect;
 
 use super::state::{Activity, MachineState, is_hidden};
@@ -38,10 +38,6 @@ impl Machine {
         Machine { keys, shared, marker, disk_record, readiness, work: Work::new(MachineState::default()) }
     }
 
-    pub fn info(&self) -> &MachineInfo {
-        &self.keys.info
-    }
-
     pub(super) fn name(&self) -> &str {
         &self.keys.info.name
     }
@@ -70,6 +66,14 @@ impl Machine {
     pub(super) fn is_hidden(&self) -> bool {
         self.forget_ended_preparation();
         is_hidden(&self.lock())
+    }
+
+    /// Expects that the domain is not hidden.
+    ///
+    /// # Errors
+    /// It is, so the machine counts as off.
+    pub(super) fn ensure_visible(&self) -> Result<()> {
+        if self.is_hidden() { Err(refuse::off()) } else { Ok(()) }
     }
 
     /// Begins an operation, after the hidden work that is under way.

@@ -28,7 +28,7 @@ impl Machine {
     ///
     /// # Errors
     /// The machine is on; libvirt fails; the preparation is cancelled.
-    pub fn prepare(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
+    pub(super) fn prepare_next(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
         self.ensure_no_run(deadline)?;
         if let Some(why) = self.no_standby_reason()
             && self.keys.image.is_off()

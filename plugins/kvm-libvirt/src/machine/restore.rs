@@ -13,23 +13,11 @@ use crate::foreign::remove_managed_save;
 use crate::restore::{self, Start};
 
 impl Machine {
-    /// Starts the machine from its snapshot.
+    /// Starts the machine.
     ///
     /// # Errors
     /// The machine is not off; the domain does not run in time.
-    pub fn restore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        self.start(Start::Restored, deadline)
-    }
-
-    /// Boots the machine, with the disk of its snapshot.
-    ///
-    /// # Errors
-    /// As [`restore_start`](Machine::restore_start).
-    pub fn norestore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        self.start(Start::Cold, deadline)
-    }
-
-    fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
+    pub(super) fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
         if how == Start::Cold {
             self.cancel_prepare(deadline);
         }
