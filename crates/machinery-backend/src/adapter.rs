@@ -268,6 +268,8 @@ pub struct Adapter<S: Shared> {
 
 /// The time that a load has for the leftovers of a killed host.
 const LOAD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+/// The time that a load which has failed has to close what the machines share.
+const CLOSE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(8);
 
 impl<S: Shared> Machinery for Adapter<S> {
     const NAME: &'static str = S::NAME;
@@ -285,7 +287,8 @@ impl<S: Shared> Machinery for Adapter<S> {
         match ready {
             Ok(()) => Ok(Adapter { machines: set, shared }),
             Err(error) => {
-                shared.close(deadline);
+                // The time of the load may be over.
+                shared.close(Deadline::after(CLOSE_TIMEOUT));
                 Err(error)
             }
         }
