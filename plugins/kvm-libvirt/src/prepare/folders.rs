@@ -11,7 +11,7 @@ use machinery::{Error, Result};
 use machinery_backend::files::HostLock;
 use machinery_backend::sync::lock;
 
-use super::Image;
+use super::image::Image;
 
 /// The file in the folder that is locked.
 const LOCK: &str = "machinery-images.lock";
@@ -73,15 +73,15 @@ fn take(folder: &Path) -> Result<HostLock> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::InstantMode;
+    use super::super::image::InstantMode;
     use super::*;
     use std::os::unix::fs::symlink;
 
     /// Makes an image as of an earlier host.
     fn image(folder: &Path, mode: InstantMode) -> Image {
         let image = Image::of("m", mode, folder);
-        for file in [&image.file, &image.origin_file] {
-            fs::write(file, "x").unwrap();
+        for file in ["m.machinery-image", "m.machinery-image-of"] {
+            fs::write(folder.join(file), "x").unwrap();
         }
         image
     }
