@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use machinery::config::{Configured, Machines, expect_interface, text};
 use machinery::{Error, MachineInfo, Result, Setup};
-use machinery_backend::{Standby, parse_bytes};
+use machinery_backend::{MachineKeys, Standby, parse_bytes};
 use serde::Deserialize;
 
 /// The file. `deny_unknown_fields` reports a misspelt key at once; it would otherwise be ignored.
@@ -52,6 +52,12 @@ pub struct Keys {
     pub program: PathBuf,
     pub snapshot: PathBuf,
     pub standby: bool,
+}
+
+impl MachineKeys for Keys {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
 }
 
 impl Config {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Diagnosis, DumpFormat, Error, MachineInfo, Result, State};
+use machinery::{Deadline, Diagnosis, DumpFormat, Error, Result, State};
 use machinery_backend::{Backend, Output, PrepareOrigin, ProcessMachine, Reloadable};
 
 use crate::config::Keys;
@@ -32,23 +32,9 @@ impl Reloadable for Machine {
     fn keys(&self) -> &Keys {
         &self.keys
     }
-
-    fn key_name(keys: &Keys) -> &str {
-        &keys.info.name
-    }
-
-    fn unique(keys: &Keys) -> Vec<(&'static str, Option<&str>)> {
-        keys.info.unique()
-    }
 }
 
 impl Backend for Machine {
-    type Shared = ExampleProcess;
-
-    fn info(&self) -> &MachineInfo {
-        &self.keys.info
-    }
-
     fn state(self: &Arc<Self>, _: Deadline) -> Result<State> {
         Ok(self.process.state())
     }
