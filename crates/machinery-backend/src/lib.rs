@@ -9,7 +9,7 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `adapter` | [`Adapter`], [`Shared`], [`Backend`]: a `Machinery` of single machines |
+//! | `adapter`, `backend` | [`Adapter`], [`Shared`], [`Backend`]: a `Machinery` of single machines |
 //! | `machine_set` | [`MachineSet`]: the machines, and a new configuration while they run |
 //! | `work` | [`Work`]: what one machine does now, and the cancellation of a preparation |
 //! | [`process`] | processes, their console, their end, and the leftovers of a killed host |
@@ -27,6 +27,7 @@
 #![warn(missing_docs)]
 
 mod adapter;
+mod backend;
 mod budget;
 pub mod concurrent;
 pub mod elf;
@@ -46,7 +47,8 @@ mod steps;
 pub mod sync;
 mod work;
 
-pub use adapter::{Adapter, Backend, PrepareOrigin, Shared};
+pub use adapter::Adapter;
+pub use backend::{Backend, PrepareOrigin, Shared};
 pub use budget::{Budget, Share, Standby, parse_bytes};
 pub use machine_set::{MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use output::Output;

@@ -8,7 +8,7 @@
 //! the suite.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ const REPLY: &str = "machinery-host-process: ";
 const FIRST_RUNS: usize = 2;
 /// The time that the plugin has to free the resources of its last run.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
-/// The interval of counts in this time. No event tells the number of resources.
+/// The interval of counts in this time. No event reports the number of resources.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The task of a host process, which is passed in a file.
@@ -90,9 +90,12 @@ impl HostProcess {
         let (sender, replies) = mpsc::channel();
         let output = child.stdout.take();
         thread::spawn(move || {
-            let lines = output.into_iter().flat_map(|output| BufReader::new(output).lines());
-            let texts = lines.map_while(io::Result::ok);
-            for reply in texts.filter_map(|line| serde_json::from_str(line.strip_prefix(REPLY)?).ok()) {
+            // The plugin may print anything.
+            let lines = output.into_iter().flat_map(|output| BufReader::new(output).split(b'\n'));
+            let replies = lines
+                .map_while(io::Result::ok)
+                .filter_map(|line| serde_json::from_slice(line.strip_prefix(REPLY.as_bytes())?).ok());
+            for reply in replies {
                 // The suite may not wait any more.
                 let _ = sender.send(reply);
             }
@@ -157,7 +160,9 @@ fn read(file: &Path) -> machinery::Result<Request> {
 
 fn send(reply: &Reply) {
     // A reply is made of strings, so it can be written. The leading line break ends a line of the plugin's.
-    println!("\n{REPLY}{}", serde_json::to_string(reply).unwrap_or_default());
+    let text = serde_json::to_string(reply).unwrap_or_default();
+    // The suite may have ended. This process then ends with its input, after it has shut the plugin down.
+    let _ = writeln!(io::stdout(), "\n{REPLY}{text}");
 }
 
 fn work(request: &Request) -> machinery::Result<()> {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 
-/// A process. Its start time tells it from a later one with the same id.
+/// A process. Its start time distinguishes it from a later one with the same id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
     pub id: u32,

@@ -20,11 +20,13 @@
 
 mod child;
 mod console;
+mod end;
 mod group;
 mod leftovers;
 mod output;
 
-pub use child::{End, Handle, Process, bytes_of};
+pub use child::{Handle, Process, bytes_of};
 pub use console::{Console, LineKind};
+pub use end::End;
 pub use leftovers::{RunningProcess, leftovers};
 pub use output::output;

@@ -18,24 +18,26 @@
 //! restored domain: libvirt 9.0 lets it write to the disk itself.
 //!
 //! An image is valid as long as snapshot and domain are unchanged. Beside each image is a text that describes
-//! its origin: the snapshot, the disks, the other files of the domain, and the domain's description. If the text differs from the present state, the image is not used and made again.
+//! its origin: the snapshot, the disks, the other files of the domain, and the domain's description. If the text
+//! differs from the present state, the image is not used and made again. No other host uses the folder of the images
+//! meanwhile: [`ImageFolders`](super::ImageFolders).
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result, format_bytes};
+use machinery_backend::{Cancellation, files};
 use serde::Deserialize;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt_sys as sys;
 
+use super::disks::Disks;
+use super::save;
 use crate::description::Description;
-use crate::disks::Disks;
 use crate::domain::{self, max_memory};
 use crate::errors::explain;
 use crate::files::Identity;
-use crate::save;
 use crate::snapshot::Snapshot;
 
 /// A guest with less memory than this, in bytes, gains nothing from an image.
@@ -109,6 +111,11 @@ impl Image {
         self.file == other.file
     }
 
+    /// Returns the folder of the image.
+    pub fn folder(&self) -> &Path {
+        self.file.parent().unwrap_or(Path::new("/"))
+    }
+
     /// Reports whether the image is never made.
     pub fn is_off(&self) -> bool {
         self.mode == InstantMode::Off
@@ -137,9 +144,8 @@ impl Image {
     pub fn ensure_space(&self, domain: &Domain) -> Result<(), String> {
         self.remove();
         let largest = max_memory(domain).map_err(|error| error.to_string())?;
-        let folder = self.file.parent().unwrap_or(Path::new("/"));
-        let space = rustix::fs::statvfs(folder).map(|all| all.f_bavail.saturating_mul(all.f_frsize));
-        match space {
+        let folder = self.folder();
+        match files::free_space(folder) {
             Ok(space) if space >= largest.saturating_mul(2) => Ok(()),
             Ok(space) => Err(format!(
                 "there is not enough space for a save image: {} are free in {}; it takes up to {}, and as much must stay free",
@@ -194,13 +200,13 @@ impl Image {
     /// Makes the image of a domain that is off. The domain is off again afterwards.
     ///
     /// # Errors
-    /// The image cannot be made, or `ensure_wanted` fails. The domain may be in any state then.
+    /// The image cannot be made, or the preparation is cancelled. The domain may be in any state then.
     pub fn make(
         &self,
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
-        ensure_wanted: &dyn Fn() -> Result<()>,
+        cancellation: &Cancellation,
     ) -> Result<()> {
         self.remove();
         let file = self.path_text()?;
@@ -212,7 +218,7 @@ impl Image {
         let before = self.source(domain, snapshot).map_err(Error::failed)?.disks;
         let written = before.written();
         snapshot.revert_paused()?;
-        ensure_wanted()?;
+        cancellation.ensure_wanted()?;
         // A revert also restores the domain's description of that time.
         let source = self.source(domain, snapshot).map_err(Error::failed)?;
         if source.disks != before {
@@ -250,13 +256,9 @@ impl Image {
         if !self.exists() {
             return;
         }
-        for path in [&self.file, &self.origin_file] {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %path.display(), %error, "cannot remove a save image");
-                }
-                _ => {}
-            }
+        for error in [&self.file, &self.origin_file].into_iter().filter_map(|path| files::remove(path).err())
+        {
+            tracing::warn!(%error, "a save image remains");
         }
     }
 

@@ -6,8 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use machinery::{Error, Result};
-
-use crate::disk;
+use machinery_backend::remove_overlays;
 
 pub const RAM: &str = "ram";
 pub const DEVICES: &str = "devices";
@@ -29,7 +28,7 @@ pub const UNFINISHED: &str = ".unfinished";
 /// The folder stays.
 pub fn remove(folder: &Path) -> Result<()> {
     let removed = FILES.iter().try_for_each(|name| fs::remove_file(folder.join(name)).or_else(ignore_absent));
-    disk::remove_overlays(&folder.join(DISK))?;
+    remove_overlays(&folder.join(DISK))?;
     let removed = removed.and_then(|()| fs::remove_dir(folder).or_else(ignore_absent));
     removed.map_err(|error| Error::io("remove the template", folder, &error))
 }

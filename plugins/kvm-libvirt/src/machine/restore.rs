@@ -1,54 +1,40 @@
 //! The start of a machine: a restore from its standby, its save image or its snapshot, or a cold boot.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use machinery::{Deadline, Error, Result, State};
+use machinery_backend::{Cancellation, Operation};
 use virt::connect::Connect;
 
 use super::base::Machine;
 use super::end::CANCEL_TIMEOUT;
-use super::state::Operation;
 use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::restore::{self, Start};
 
 impl Machine {
-    /// Starts the machine from its snapshot.
+    /// Starts the machine.
     ///
     /// # Errors
     /// The machine is not off; the domain does not run in time.
-    pub fn restore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        self.start(Start::Restored, deadline)
-    }
-
-    /// Boots the machine, with the disk of its snapshot.
-    ///
-    /// # Errors
-    /// As [`restore_start`](Machine::restore_start).
-    pub fn norestore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
-        self.start(Start::Cold, deadline)
-    }
-
-    fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
+    pub(super) fn start(self: &Arc<Self>, how: Start, deadline: Deadline) -> Result<()> {
         if how == Start::Cold {
             self.cancel_prepare(deadline);
         }
         self.end_abandoned_call(deadline)?;
-        let _starting = self.begin(Operation::Starting, deadline)?;
+        let starting = self.begin(Operation::Starting, deadline)?;
         if let Some(standby) = self.take_standby("its next restore is not prepared yet")
             && how == Start::Restored
-            && self.resume_standby(standby, deadline)?
+            && self.resume_standby(standby, starting.cancellation(), deadline)?
         {
             return self.ensure_no_end(deadline);
         }
-        let cancelled = Arc::new(AtomicBool::new(false));
-        let (machine, is_cancelled) = (Arc::clone(self), Arc::clone(&cancelled));
-        let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
-            machine.start_domain(connect, how, &is_cancelled)
+        let (machine, cancellation) = (Arc::clone(self), starting.cancellation().clone());
+        let call = self.shared.connection.long_call(deadline, self.connect_step(), move |connect| {
+            machine.start_domain(connect, how, &cancellation)
         })?;
         let Some(started) = call.wait(deadline.remaining()) else {
-            cancelled.store(true, Ordering::SeqCst);
+            starting.cancellation().cancel();
             return Err(self.abandon(call, true, deadline));
         };
         started?;
@@ -56,10 +42,10 @@ impl Machine {
     }
 
     /// Starts the domain, marks it and resumes it. From the first marker on the run is an own one.
-    fn start_domain(&self, connect: &Connect, how: Start, cancelled: &AtomicBool) -> Result<()> {
+    fn start_domain(&self, connect: &Connect, how: Start, cancellation: &Cancellation) -> Result<()> {
         let domain = domain::domain(connect, self.label())?;
         // A libvirtd that hung can answer long after the start has failed.
-        if cancelled.load(Ordering::SeqCst) {
+        if cancellation.is_cancelled() {
             return Err(Error::failed("the start was cancelled, because libvirt did not answer in time"));
         }
         self.clear_leftover(&domain)?;
@@ -68,11 +54,14 @@ impl Machine {
         self.begin_marker(&domain)?;
         self.lock().has_run = true;
         let started = match how {
-            Start::Restored => self.start_restored(connect, &domain, cancelled),
-            Start::Cold => self.timed("boot", || restore::start_paused(&domain, self.wanted_snapshot(), how)),
+            Start::Restored => self.start_restored(connect, &domain, cancellation),
+            Start::Cold => {
+                let boot = || restore::start_paused(&domain, self.wanted_snapshot(), how);
+                self.steps().timed("boot", boot)
+            }
         };
         let started = started.and_then(|()| self.mark_and_resume(connect));
-        if started.is_err() || cancelled.load(Ordering::SeqCst) {
+        if started.is_err() || cancellation.is_cancelled() {
             self.end_failed_start(&domain);
         }
         started

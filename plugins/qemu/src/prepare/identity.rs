@@ -5,11 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
+use machinery_backend::ImageFile;
 use machinery_images::{Chain, FileId};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineFiles;
-use crate::images::Source;
 use crate::version::Program;
 
 /// Everything that a restored guest depends on. If any of it has changed, templates and standbys are stale.
@@ -93,7 +93,7 @@ fn opened(machine: &MachineFiles) -> Result<BTreeMap<PathBuf, Option<FileId>>> {
     Ok(files)
 }
 
-fn chain(source: &Source) -> Result<Vec<PathBuf>> {
+fn chain(source: &ImageFile) -> Result<Vec<PathBuf>> {
     Chain::of(&source.path, source.format.as_deref()).map(|chain| chain.files)
 }
 

@@ -13,13 +13,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use machinery::{Deadline, Error, ErrorKind, Result};
+use machinery_backend::process::End;
 use qapi::qmp::{self, MigrationCapability};
 
-use super::{EXIT_GRACE, Run};
-use crate::process::End;
 use crate::progress;
 use crate::qmp::{Event, wait, wait_with_progress};
 use crate::refusal::{self, Refusal};
+use crate::run::{EXIT_GRACE, Run};
 use crate::snapshot::{self, Feeder, Format, Snapshot};
 
 /// The memory that is loaded before the guest runs.
@@ -44,9 +44,9 @@ impl Run {
     /// # Errors
     /// QEMU refuses it, or takes too long. The run still exists then.
     pub fn load(&self, load: Load, deadline: Deadline) -> Result<()> {
-        self.qmp.batch().negotiating()?.run(None, deadline)?;
+        self.qmp().batch().negotiating()?.run(None, deadline)?;
         // A QEMU that answers has already reported all problems of its devices.
-        self.process.begin_step();
+        self.process().begin_step();
         match load {
             Load::Nothing => Ok(()),
             Load::Snapshot(snapshot) => self.load_snapshot(snapshot, deadline),
@@ -56,9 +56,9 @@ impl Run {
 
     /// Loads a template's devices. The commands go out together, and only the end is waited for.
     fn load_devices(&self, devices: Devices, deadline: Deadline) -> Result<()> {
-        let events = self.qmp.listen();
+        let events = self.qmp().listen();
         let capabilities = capabilities(&[MigrationCapability::events, MigrationCapability::x_ignore_shared]);
-        let batch = self.qmp.batch().with(&capabilities)?;
+        let batch = self.qmp().batch().with(&capabilities)?;
         match self.file_uri(&devices.path) {
             Some(uri) => batch.with(&incoming(uri))?.run(None, deadline)?,
             None => {
@@ -78,17 +78,14 @@ impl Run {
     /// QEMU cannot, or takes too long.
     pub fn save_devices(&self, path: &Path, deadline: Deadline) -> Result<()> {
         let file = File::create_new(path).map_err(|error| Error::io("make", path, &error))?;
-        self.process.begin_step();
-        self.qmp.execute(&capabilities(&[MigrationCapability::x_ignore_shared]), deadline)?;
-        let events = self.qmp.listen();
+        self.process().begin_step();
+        self.execute(&capabilities(&[MigrationCapability::x_ignore_shared]), deadline)?;
+        let events = self.qmp().listen();
         let uri = match self.file_uri(path) {
             Some(uri) => uri,
             None => self.pass(file.into(), deadline)?,
         };
-        self.qmp.execute(
-            &qmp::migrate { uri: Some(uri), channels: None, detach: None, resume: None },
-            deadline,
-        )?;
+        self.execute(&qmp::migrate { uri: Some(uri), channels: None, detach: None, resume: None }, deadline)?;
         wait(&events, deadline, "the devices to be saved", migration_end)?
             .map_err(|why| Error::failed(format!("the devices cannot be saved to {}: {why}", path.display())))
     }
@@ -97,12 +94,12 @@ impl Run {
     fn file_uri(&self, path: &Path) -> Option<String> {
         // QEMU reads `,offset=` in a file's name as an option.
         let nameable = !path.to_string_lossy().contains(",offset=");
-        (nameable && self.version.reads_snapshot_files()).then(|| format!("file:{}", path.display()))
+        (nameable && self.version().reads_snapshot_files()).then(|| format!("file:{}", path.display()))
     }
 
     fn load_snapshot(&self, snapshot: Snapshot, deadline: Deadline) -> Result<()> {
-        self.qmp.execute(&capabilities(&[MigrationCapability::events]), deadline)?;
-        let events = self.qmp.listen();
+        self.execute(&capabilities(&[MigrationCapability::events]), deadline)?;
+        let events = self.qmp().listen();
         let (path, format) = (snapshot.path().to_owned(), snapshot.format());
         let plain = format == Format::Plain;
         let (uri, feeder) = if !plain {
@@ -113,9 +110,9 @@ impl Run {
         } else {
             (self.pass(snapshot.into_file(), deadline)?, None)
         };
-        self.qmp.execute(&incoming(uri), deadline)?;
-        let reader = if plain { self.process.pid() } else { std::process::id() };
-        let report = || self.host.progress(&self.machine, progress::of(reader, &path));
+        self.execute(&incoming(uri), deadline)?;
+        let reader = if plain { self.process().pid() } else { std::process::id() };
+        let report = || self.host().progress(self.machine(), progress::of(reader, &path));
         let loaded =
             wait_with_progress(&events, deadline, "the snapshot to be loaded", report, migration_end)
                 .and_then(|outcome| outcome.map_err(Error::failed));
@@ -152,7 +149,7 @@ impl Run {
     }
 
     fn pass(&self, file: OwnedFd, deadline: Deadline) -> Result<String> {
-        let name = self.qmp.pass(file.as_fd(), self.version.incoming_by_name(), deadline)?;
+        let name = self.qmp().pass(file.as_fd(), self.version().incoming_by_name(), deadline)?;
         Ok(format!("fd:{name}"))
     }
 }

@@ -1,9 +1,11 @@
 //! The disk space of the templates: a limit for all of them, and reservations of those being built.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use machinery::format_bytes;
+use machinery_backend::files::free_space;
+use machinery_backend::sync::lock;
 use rustix::fs::statvfs;
 
 use super::layout::size_on_disk;
@@ -94,7 +96,7 @@ impl TemplateSpace {
     }
 
     fn free(&self) -> u64 {
-        statvfs(&self.dir).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+        free_space(&self.dir).unwrap_or(0)
     }
 
     /// Describes a full disk; `None` if there is space. A QEMU that cannot write its RAM only reports that
@@ -108,10 +110,6 @@ impl TemplateSpace {
         let entries = self.dir.read_dir().into_iter().flatten().flatten();
         entries.map(|entry| size_on_disk(&entry.path())).sum()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

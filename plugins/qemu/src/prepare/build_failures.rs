@@ -1,7 +1,9 @@
 //! The failures of a machine's template. After a few of them, the template is not built again until its
 //! identity changes.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
+
+use machinery_backend::sync::lock;
 
 use super::identity::Identity;
 
@@ -23,7 +25,7 @@ struct Failures {
 impl BuildFailures {
     /// Adds a failure. Failures of another identity are dropped.
     pub fn add(&self, identity: &Identity, why: &str) {
-        let mut failures = self.lock();
+        let mut failures = lock(&self.0);
         let before = failures.take().filter(|known| known.identity == *identity);
         let tries = before.map_or(0, |known| known.tries) + 1;
         *failures = Some(Failures { identity: identity.clone(), tries, why: why.to_owned() });
@@ -31,7 +33,7 @@ impl BuildFailures {
 
     /// Returns the reason not to build a template of this identity again, if there is one.
     pub fn reason_not_to_build(&self, identity: &Identity) -> Option<String> {
-        let failures = self.lock();
+        let failures = lock(&self.0);
         let known =
             failures.as_ref().filter(|known| known.identity == *identity && known.tries >= MAX_TRIES)?;
         Some(format!("tried {} times: {}", known.tries, known.why))
@@ -39,18 +41,14 @@ impl BuildFailures {
 
     /// Drops all failures, after a restore that worked.
     pub fn clear(&self) {
-        *self.lock() = None;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Failures>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.0) = None;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::template::identity::tests::identity;
+    use crate::prepare::identity::tests::identity;
 
     #[test]
     fn build_is_refused_after_the_maximum_of_failures_until_one_works() {

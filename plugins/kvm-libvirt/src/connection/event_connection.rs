@@ -6,7 +6,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use machinery::{Error, Result};
+use machinery::{Deadline, Error, Result};
+use machinery_backend::sync;
 use virt::connect::Connect;
 
 use super::pool::{self, Pool};
@@ -26,11 +27,11 @@ pub trait Listener: Send + Sync + 'static {
 pub struct EventConnection {
     pub dsn: String,
     pub pool: Arc<Pool>,
-    state: Mutex<LinkState>,
+    state: Mutex<EventState>,
     changed: Condvar,
 }
 
-pub struct LinkState {
+pub struct EventState {
     pub connection: ConnectionState,
     /// The number of the newest connection.
     pub number: u64,
@@ -53,7 +54,7 @@ pub enum ConnectionState {
 
 impl EventConnection {
     pub fn new(dsn: &str) -> Arc<Self> {
-        let state = LinkState {
+        let state = EventState {
             connection: ConnectionState::Lost("it has never been open".to_owned()),
             number: 0,
             listener: None,
@@ -121,23 +122,23 @@ impl EventConnection {
 
     /// Waits until the connection is closed for good, at most for `limit`; returns whether it is.
     pub fn is_closed_within(&self, limit: Duration) -> bool {
-        let state = self.wait_while(limit, |state| !matches!(state.connection, ConnectionState::Closed));
+        let is_open = |state: &EventState| !matches!(state.connection, ConnectionState::Closed);
+        let state = self.wait_while(Deadline::after(limit), is_open);
         matches!(state.connection, ConnectionState::Closed)
     }
 
-    /// Waits while the condition is true, at most for `limit`.
+    /// Waits while the condition is true, at most until the deadline.
     pub fn wait_while(
         &self,
-        limit: Duration,
-        mut condition: impl FnMut(&LinkState) -> bool,
-    ) -> MutexGuard<'_, LinkState> {
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, |state| condition(state));
-        waited.unwrap_or_else(PoisonError::into_inner).0
+        deadline: Deadline,
+        condition: impl Fn(&EventState) -> bool,
+    ) -> MutexGuard<'_, EventState> {
+        sync::wait_while(&self.changed, self.lock(), deadline, |state| condition(state))
     }
 
     /// Waits until the connection is not open.
-    pub fn wait_until_not_open(&self) -> MutexGuard<'_, LinkState> {
-        let open = |state: &mut LinkState| matches!(state.connection, ConnectionState::Open(_));
+    pub fn wait_until_not_open(&self) -> MutexGuard<'_, EventState> {
+        let open = |state: &mut EventState| matches!(state.connection, ConnectionState::Open(_));
         self.changed.wait_while(self.lock(), open).unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -146,13 +147,12 @@ impl EventConnection {
         self.changed.notify_all();
     }
 
-    /// Each statement that holds the lock leaves the value whole, so poison means nothing.
-    pub fn lock(&self) -> MutexGuard<'_, LinkState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn lock(&self) -> MutexGuard<'_, EventState> {
+        sync::lock(&self.state)
     }
 }
 
-/// The error of a call after the link was closed.
+/// The error of a call after the connection was closed.
 pub fn shut_down() -> Error {
     Error::failed("the machinery has been shut down")
 }

@@ -28,10 +28,11 @@ mod reconnect;
 pub use event_connection::Listener;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Result};
+use machinery_backend::sync::lock;
 use virt::connect::Connect;
 
 use crate::call::{self, Call};
@@ -44,7 +45,7 @@ const RECONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The connections of one dsn.
-pub struct Link {
+pub struct Connection {
     events: Arc<EventConnection>,
     pool: Arc<Pool>,
     /// Disconnected when the reconnect thread has ended.
@@ -61,18 +62,18 @@ enum Asked<T, W> {
     },
 }
 
-impl Link {
+impl Connection {
     /// Connects for the first time.
     ///
     /// # Errors
     /// libvirt cannot be reached, or refuses this user.
-    pub fn open(dsn: &str, deadline: Deadline) -> Result<Arc<Link>> {
+    pub fn open(dsn: &str, deadline: Deadline) -> Result<Arc<Connection>> {
         let events = EventConnection::new(dsn);
         let opening = Arc::clone(&events);
         let waiting_for = format!("a connection to libvirt at {dsn}");
         call::call_with_timeout(deadline, &waiting_for, move || opening.connect())?;
         let pool = Arc::clone(&events.pool);
-        Ok(Arc::new(Link { events, pool, reconnect_thread: Mutex::new(None) }))
+        Ok(Arc::new(Connection { events, pool, reconnect_thread: Mutex::new(None) }))
     }
 
     /// Subscribes `listener` to the events, and keeps the connection open.
@@ -82,7 +83,7 @@ impl Link {
     pub fn listen(&self, listener: Arc<dyn Listener>) -> Result<()> {
         self.events.lock().listener = Some(listener);
         let thread_ends = reconnect::start(&self.events)?;
-        *self.reconnect_thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread_ends);
+        *lock(&self.reconnect_thread) = Some(thread_ends);
         Ok(())
     }
 
@@ -137,7 +138,7 @@ impl Link {
     /// The connection does not come back in time.
     fn wait_for_open(&self, deadline: Deadline) -> Result<u64> {
         deadline.check("the connection to libvirt")?;
-        let timeout = deadline.within(RECONNECT_TIMEOUT).remaining();
+        let timeout = deadline.within(RECONNECT_TIMEOUT);
         let is_lost = |connection: &ConnectionState| matches!(connection, ConnectionState::Lost(_));
         let state = self.events.wait_while(timeout, |state| is_lost(&state.connection));
         match &state.connection {
@@ -156,12 +157,12 @@ impl Link {
         }
     }
 
-    /// Closes the link for good. Once the reconnect thread has ended, the listener gets no further events. A
+    /// Closes the connection for good. Once the reconnect thread has ended, the listener gets no further events. A
     /// libvirtd that hangs may delay that, and is not waited for beyond the deadline.
     pub fn close(&self, deadline: Deadline) {
         let closed = std::mem::replace(&mut self.events.lock().connection, ConnectionState::Closed);
         self.events.notify();
-        let thread = self.reconnect_thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = lock(&self.reconnect_thread).take();
         let ended = thread.is_none_or(|ends| {
             ends.recv_timeout(deadline.remaining()) == Err(RecvTimeoutError::Disconnected)
         });
@@ -196,10 +197,10 @@ impl Link {
         self.start_call(number, opened, work)
     }
 
-    /// Starts a short call. The call gets the [`number`](Link::number) of the event connection.
+    /// Starts a short call. The call gets the [`number`](Connection::number) of the event connection.
     ///
     /// # Errors
-    /// As [`long_call`](Link::long_call).
+    /// As [`long_call`](Connection::long_call).
     pub fn short_call<T: Send + 'static>(
         &self,
         deadline: Deadline,
@@ -274,45 +275,46 @@ mod tests {
         (count("/proc/self/task"), count("/proc/self/fd"))
     }
 
-    fn version(link: &Link) -> Result<u32> {
-        link.ask(soon(), "a version", |connect| {
+    fn version(connection: &Connection) -> Result<u32> {
+        connection.ask(soon(), "a version", |connect| {
             connect.lib_version().map_err(|error| explain("answer", &error))
         })
     }
 
     #[test]
-    fn link_holds_no_more_threads_and_files_when_libvirtd_hangs_longer() {
+    fn connection_holds_no_more_threads_and_files_when_libvirtd_hangs_longer() {
         let folder = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(folder.path()).unwrap();
-        let link = Link::open(&libvirtd.dsn(), soon()).unwrap();
-        link.listen(Arc::new(NullListener)).unwrap();
-        version(&link).unwrap();
+        let connection = Connection::open(&libvirtd.dsn(), soon()).unwrap();
+        connection.listen(Arc::new(NullListener)).unwrap();
+        version(&connection).unwrap();
         let (threads, files) = resources();
         libvirtd.signal_daemon(Signal::STOP).unwrap();
-        // Requests without an answer, and calls that cannot connect, until keepalive finds the link dead.
+        // Requests without an answer, and calls that cannot connect, until keepalive finds the connection dead.
         let at_once = || Deadline::after(Duration::from_millis(1));
         for _ in 0..100 {
-            let asked = link.ask(at_once(), "nothing", |connect| Ok(answers(connect)));
+            let asked = connection.ask(at_once(), "nothing", |connect| Ok(answers(connect)));
             assert!(asked.is_err());
             // The call is abandoned at once.
-            let _ = link.long_call(at_once(), |_| (), |_| Ok(()));
+            let _ = connection.long_call(at_once(), |_| (), |_| Ok(()));
         }
         let most = usize::try_from(call::MAX_ABANDONED).unwrap() + 2;
         assert!(resources().0 <= threads + most, "{:?} after {threads}", resources());
-        // Keepalive finds the link and its calls dead.
-        while link.events.lock().attempts == 0 {
-            drop(link.events.wait_while(Duration::from_millis(20), |state| state.attempts == 0));
+        // Keepalive finds the connection and its calls dead.
+        while connection.events.lock().attempts == 0 {
+            let pause = Deadline::after(Duration::from_millis(20));
+            drop(connection.events.wait_while(pause, |state| state.attempts == 0));
         }
         let hanging = resources();
         assert!(hanging.0 <= threads + most && hanging.1 <= files + 4 * most, "{hanging:?}");
         for _ in 0..100 {
-            reconnect::attempt(&link.events, Duration::from_millis(1));
+            reconnect::attempt(&connection.events, Duration::from_millis(1));
         }
-        assert_eq!(link.events.lock().attempts, 1);
+        assert_eq!(connection.events.lock().attempts, 1);
         let later = resources();
         assert!(later.0 <= hanging.0 && later.1 <= hanging.1, "{later:?} after {hanging:?}");
         libvirtd.signal_daemon(Signal::CONT).unwrap();
-        version(&link).unwrap();
-        link.close(soon());
+        version(&connection).unwrap();
+        connection.close(soon());
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-use machinery::{Deadline, DumpFormat, Error, Host, Result};
+use machinery::{Deadline, DumpFormat, Error, Result};
 use machinery_backend::{Output, ppm_to_png};
 use qapi::qmp;
 use serde_json::Value;
@@ -24,14 +24,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 ///
 /// # Errors
 /// This QEMU does not offer the format, the file cannot be written, or the dump fails.
-pub fn dump_memory(
-    run: &Run,
-    machine: &str,
-    path: &Path,
-    format: DumpFormat,
-    host: &Host,
-    deadline: Deadline,
-) -> Result<()> {
+pub fn dump_memory(run: &Run, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
     let format = supported_format(run, format, deadline)?;
     let status = run.execute(&qmp::query_status {}, deadline)?;
     let output = Output::at(path)?;
@@ -54,7 +47,7 @@ pub fn dump_memory(
             Err(RecvTimeoutError::Timeout) => {
                 deadline.check("QEMU to dump the memory")?;
                 let status = run.execute(&qmp::query_dump {}, deadline)?;
-                host.progress(machine, fraction(&status));
+                run.host().progress(run.machine(), fraction(&status));
             }
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Error::failed("QEMU ended during the memory dump"));
@@ -74,7 +67,7 @@ pub fn dump_memory(
             failed
         }
     })?;
-    host.progress(machine, 1.0);
+    run.host().progress(run.machine(), 1.0);
     output.finish()
 }
 

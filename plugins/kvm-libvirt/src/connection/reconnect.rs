@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use machinery::Result;
+use machinery::{Deadline, Result};
 
 use super::event_connection::{ConnectionState, EventConnection};
 use super::pool;
@@ -103,7 +103,7 @@ pub fn attempt(connection: &Arc<EventConnection>, limit: Duration) {
         }
         ended
     };
-    drop(connection.wait_while(limit, |state| {
+    drop(connection.wait_while(Deadline::after(limit), |state| {
         state.ended_attempts == ended && matches!(state.connection, ConnectionState::Lost(_))
     }));
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result, format_bytes};
+use machinery_backend::process::bytes_of;
 use qapi::qmp;
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -23,9 +24,8 @@ use super::sparse_copy::sparse_copy;
 use super::store::Templates;
 use super::unfinished::Unfinished;
 use crate::launch::{Memory, Sharing};
-use crate::process::bytes_of;
+use crate::restore::Load;
 use crate::run::Run;
-use crate::run::load::Load;
 use crate::run::start_error::{Stage, StartError};
 use crate::snapshot::{Format, Snapshot};
 

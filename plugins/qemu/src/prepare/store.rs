@@ -6,21 +6,21 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
+use machinery_backend::files::HostLock;
 use machinery_images::FileId;
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
 use super::layout::{COMPLETE, DEVICES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
 use super::space::TemplateSpace;
 use crate::launch::{Memory, Sharing};
-use crate::run::load::Devices;
+use crate::restore::Devices;
 
 /// All templates of a host.
 pub struct Templates {
     dir: PathBuf,
     space: TemplateSpace,
-    _lock: File,
+    _lock: HostLock,
 }
 
 /// A template that was checked just now, and matches.
@@ -54,11 +54,10 @@ impl Templates {
     pub fn open(dir: &Path) -> Result<Templates> {
         let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
-        let lock = File::create(dir.join("templates.lock")).map_err(failed)?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            let reason = format!("another host keeps its templates in {}", dir.display());
-            return Err(Error::environment(reason).advice("Give each host an instant_dir of its own"));
-        }
+        let lock = HostLock::take(&dir.join("templates.lock"), || {
+            Error::environment(format!("another host keeps its templates in {}", dir.display()))
+                .advice("Give each host an instant_dir of its own")
+        })?;
         dir.read_dir().map_err(failed)?;
         let templates = Templates { dir: dir.to_owned(), space: TemplateSpace::new(dir), _lock: lock };
         templates.remove_all(|name| name.ends_with(UNFINISHED));

@@ -15,11 +15,12 @@
 //! marker as well, and becomes a run without a change of the marker.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use machinery::{Error, Result, State};
+use machinery_backend::files;
+use machinery_backend::sync::lock;
 use serde::{Deserialize, Serialize};
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
@@ -27,7 +28,6 @@ use virt_sys as sys;
 
 use crate::domain;
 use crate::errors::{explain, is_off};
-use crate::state_files::write_atomically;
 
 /// The XML namespace of the token.
 const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/run/1";
@@ -94,7 +94,7 @@ impl RunMarker {
 
     /// Reports whether a run or a standby is recorded.
     pub fn exists(&self) -> bool {
-        self.lock().is_some() || self.path.exists()
+        lock(&self.run).is_some() || self.path.exists()
     }
 
     /// Reports whether the domain is on because of this host, or of an earlier one.
@@ -115,31 +115,23 @@ impl RunMarker {
 
     /// Removes the marker: the run has ended.
     pub fn remove(&self) {
-        *self.lock() = None;
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "cannot remove a run marker");
-            }
-            _ => {}
+        *lock(&self.run) = None;
+        if let Err(error) = files::remove(&self.path) {
+            tracing::warn!(%error, "a run marker remains");
         }
     }
 
     fn read(&self) -> Option<Run> {
-        let known = self.lock().clone();
+        let known = lock(&self.run).clone();
         known.or_else(|| serde_json::from_str(&fs::read_to_string(&self.path).ok()?).ok())
     }
 
     /// Writes the file. A failure is only logged: this host still has the content.
     fn write(&self, run: Run) {
-        if let Err(error) = write_atomically(&self.path, &run) {
+        if let Err(error) = files::replace_json(&self.path, &run) {
             tracing::warn!(%error, "cannot write the run marker, so the run would outlive a host that is killed");
         }
-        *self.lock() = Some(run);
-    }
-
-    /// Each statement that holds the lock leaves the value whole, so poison means nothing.
-    fn lock(&self) -> MutexGuard<'_, Option<Run>> {
-        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.run) = Some(run);
     }
 }
 

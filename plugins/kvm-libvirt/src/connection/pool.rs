@@ -3,9 +3,10 @@
 //! A call takes an idle connection, or opens one. A call that succeeds returns its connection to the pool.
 //! Idle connections belong to one number of the event connection: those of an older number are dropped.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use machinery::{Error, Result};
+use machinery_backend::sync::lock;
 use virt::connect::Connect;
 
 use crate::dsn::is_local;
@@ -78,9 +79,8 @@ impl Pool {
         drop(idle);
     }
 
-    /// Each statement that holds the lock leaves the value whole, so poison means nothing.
     fn lock(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.idle)
     }
 }
 

@@ -93,7 +93,7 @@ impl Drop for Unfinished {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::template::identity;
+    use crate::prepare::identity;
     use std::path::Path;
 
     struct Made {

@@ -9,16 +9,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, Result};
-use machinery_backend::{Output, is_ppm, ppm_to_png};
+use machinery_backend::{Output, files, is_ppm, ppm_to_png, refuse};
 use virt::connect::Connect;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainState};
+use virt::enumutil::Enum;
 use virt::stream::Stream;
 use virt_sys as sys;
 
+use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::is_local;
-use crate::errors::{explain, is_unsupported};
-use crate::link::Link;
+use crate::errors::{explain, is_off, is_unsupported};
 
 /// The interval between two requests for the progress of a dump.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -37,22 +38,22 @@ const PNG: &[u8] = b"\x89PNG";
 /// # Errors
 /// The machine is off; libvirt is on another computer, and would write the file there; the dump fails.
 pub fn dump_memory(
-    link: &Link,
+    connection: &Connection,
     label: &str,
     path: &Path,
     format: DumpFormat,
     progress: &dyn Fn(f64),
     deadline: Deadline,
 ) -> Result<()> {
-    if !is_local(link.dsn()) {
-        let what = format!("dump_memory over {}, which would write to that host's disk", link.dsn());
+    if !is_local(connection.dsn()) {
+        let what = format!("dump_memory over {}, which would write to that host's disk", connection.dsn());
         return Err(Error::unsupported(&what));
     }
     let output = Output::at(path)?;
     let (label, to) = (label.to_owned(), output.path());
     let dumped = label.clone();
-    let call =
-        link.long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
+    let call = connection
+        .long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
     let outcome = loop {
         if let Some(outcome) = call.wait(PROGRESS_INTERVAL.min(deadline.remaining())) {
             break outcome;
@@ -61,7 +62,7 @@ pub fn dump_memory(
             let _ = call.wait(DUMP_GRACE);
             break Err(deadline.timeout("libvirt to dump the memory"));
         }
-        progress(fraction(link, &label, deadline));
+        progress(fraction(connection, &label, deadline));
     };
     outcome.map_err(|error| error.detail(&format!("the dump's file is {}", path.display())))?;
     progress(1.0);
@@ -70,7 +71,7 @@ pub fn dump_memory(
 
 /// Reports whether the file system of that file is full.
 fn is_full(file: &Path) -> bool {
-    rustix::fs::statvfs(file).is_ok_and(|system| system.f_bavail.saturating_mul(system.f_frsize) < FULL_BELOW)
+    files::free_space(file).is_ok_and(|space| space < FULL_BELOW)
 }
 
 fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
@@ -93,9 +94,9 @@ fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
 }
 
 /// Returns the progress of the dump from libvirt's job statistics, from 0 to 1.
-fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
+fn fraction(connection: &Connection, label: &str, deadline: Deadline) -> f64 {
     let label = label.to_owned();
-    let asked = link.ask(deadline, "libvirt to report the progress of the dump", move |connect| {
+    let asked = connection.ask(deadline, "libvirt to report the progress of the dump", move |connect| {
         let job = running(connect, &label)?.job_info();
         job.map_err(|error| explain("report the progress of the dump", &error))
     });
@@ -112,11 +113,11 @@ fn fraction(link: &Link, label: &str, deadline: Deadline) -> f64 {
 ///
 /// # Errors
 /// The machine is off or has no screen; the file cannot be written.
-pub fn screenshot(link: &Link, label: &str, path: &Path, deadline: Deadline) -> Result<()> {
+pub fn screenshot(connection: &Connection, label: &str, path: &Path, deadline: Deadline) -> Result<()> {
     let output = Output::at(path)?;
     let label = label.to_owned();
     let picture =
-        link.ask(deadline, "libvirt to take a screenshot", move |connect| picture(connect, &label))?;
+        connection.ask(deadline, "libvirt to take a screenshot", move |connect| picture(connect, &label))?;
     let mut file = output.file();
     if is_ppm(&picture) {
         ppm_to_png(&picture, file)?;
@@ -132,7 +133,7 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
     let failed = |error| explain("take a screenshot", &error);
     let domain = running(connect, label)?;
     let stream = Stream::new(connect, 0).map_err(failed)?;
-    domain.screenshot(&stream, 0, 0).map_err(failed)?;
+    domain.screenshot(&stream, 0, 0).map_err(|error| no_screenshot(&domain, &error))?;
     let mut picture = Vec::new();
     let mut piece = vec![0; 256 << 10];
     loop {
@@ -151,10 +152,47 @@ fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
     }
 }
 
+/// Explains a failed screenshot. A guest that is paused is in order, and has a screen again later.
+fn no_screenshot(domain: &Domain, error: &virt::error::Error) -> Error {
+    let failed = explain("take a screenshot", error);
+    match domain.state() {
+        Ok((Enum::Known(DomainState::Paused | DomainState::PMSuspended), _)) if is_off(error) => {
+            Error::not_now(failed.reason()).advice("Take it when the guest runs again")
+        }
+        Ok((Enum::Known(DomainState::Shutoff), _)) => refuse::off(),
+        _ => failed,
+    }
+}
+
 fn running(connect: &Connect, label: &str) -> Result<Domain> {
     let domain = domain::domain(connect, label)?;
     match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
         true => Ok(domain),
-        false => Err(Error::unexpected_state("the machine is powered off").advice("Start it first")),
+        false => Err(refuse::off()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinery::ErrorKind;
+
+    /// libvirt's test driver has a domain in memory, and the errors that other drivers return.
+    #[test]
+    fn screenshot_is_not_possible_now_when_libvirt_refuses_it_of_a_paused_guest() {
+        virt::error::clear_error_callback();
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let domain = running(&connect, "test").unwrap();
+        let other = connect.lookup_domain_by_name("none").unwrap_err();
+        domain.destroy().unwrap();
+        let refused = domain.destroy().unwrap_err();
+        assert_eq!(no_screenshot(&domain, &refused).kind(), ErrorKind::UnexpectedState);
+        domain.create().unwrap();
+        assert_eq!(no_screenshot(&domain, &refused).kind(), ErrorKind::Failed);
+        domain.suspend().unwrap();
+        let error = no_screenshot(&domain, &refused);
+        assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
+        assert!(error.to_string().contains(refused.message()), "{error}");
+        assert_ne!(no_screenshot(&domain, &other).kind(), ErrorKind::NotNow);
     }
 }

@@ -3,15 +3,22 @@
 //! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` reverts a disk to it, as
 //! libvirt does for a domain that is off. A save image needs that: libvirt restores its memory only.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use machinery::{Error, Result};
+use machinery::{Deadline, Result};
+use machinery_backend::QemuImg;
 use serde_json::Value;
 
 use crate::description::{Description, Disk};
+
+/// The time that `qemu-img` has to list the snapshots of a disk.
+const INFO_TIMEOUT: Duration = Duration::from_secs(30);
+/// The time that `qemu-img` has to revert a disk. A revert that is killed leaves a disk that is reverted in part, until
+/// the next revert. So this is far longer than a revert takes, and the restore that waits for it may time out before.
+const REVERT_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The disks of a domain that its guest can write to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +59,10 @@ impl Disks {
     /// # Errors
     /// A disk cannot be read, or has no such snapshot; the text is for people.
     pub fn described(&self, snapshot: &str) -> Result<String, String> {
-        let one = |path: &PathBuf| Ok(format!("{}\n{}\n", path.display(), entry(path, snapshot)?));
+        let one = |path: &PathBuf| {
+            let entry = entry(&qemu_img(), path, snapshot, Deadline::after(INFO_TIMEOUT))?;
+            Ok(format!("{}\n{entry}\n", path.display()))
+        };
         self.0.iter().map(one).collect()
     }
 
@@ -77,7 +87,8 @@ impl Disks {
     /// # Errors
     /// qemu-img fails; the error contains its message.
     pub fn revert_to(&self, snapshot: &str) -> Result<()> {
-        self.0.iter().try_for_each(|disk| revert(disk, snapshot))
+        let revert = |disk: &PathBuf| revert(&qemu_img(), disk, snapshot, Deadline::after(REVERT_TIMEOUT));
+        self.0.iter().try_for_each(revert)
     }
 }
 
@@ -98,14 +109,13 @@ fn file_of(disk: &Disk) -> Result<PathBuf, String> {
     Ok(path.clone())
 }
 
+fn qemu_img() -> QemuImg {
+    QemuImg::new("qemu-img")
+}
+
 /// Returns the disk's own entry of the snapshot, with its time and the size of its memory, as JSON.
-fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
-    let failed = |why: &str| format!("qemu-img cannot list the snapshots of {}: {why}", disk.display());
-    let mut qemu_img = machinery::command("qemu-img");
-    qemu_img.args(["info", "-U", "--output=json"]).arg(disk).stdin(Stdio::null());
-    let ran = qemu_img.output().map_err(|error| failed(&error.to_string()))?;
-    let info: Value = serde_json::from_slice(&ran.stdout)
-        .map_err(|_| failed(String::from_utf8_lossy(&ran.stderr).trim()))?;
+fn entry(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -> Result<String, String> {
+    let info = qemu_img.info(disk, deadline).map_err(|error| error.to_string())?;
     let entries = info["snapshots"].as_array().into_iter().flatten();
     let found = entries.into_iter().find(|entry| entry["name"] == snapshot);
     found
@@ -113,23 +123,18 @@ fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
         .ok_or_else(|| format!("the disk {} has no snapshot '{snapshot}'", disk.display()))
 }
 
-fn revert(disk: &Path, snapshot: &str) -> Result<()> {
-    let mut qemu_img = machinery::command("qemu-img");
-    qemu_img.args(["snapshot", "-q", "-a", snapshot]).arg(disk).stdin(Stdio::null());
-    let failed = |why: String| {
-        let what = format!("qemu-img cannot revert the disk {} to '{snapshot}': {why}", disk.display());
-        Err(Error::environment(what).advice("The domain must be off, and nothing else may use its disk"))
-    };
-    match qemu_img.output() {
-        Ok(ran) if ran.status.success() => Ok(()),
-        Ok(ran) => failed(String::from_utf8_lossy(&ran.stderr).trim().to_owned()),
-        Err(error) => failed(error.to_string()),
-    }
+fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -> Result<()> {
+    let what = format!("revert the disk {} to '{snapshot}'", disk.display());
+    let args = ["snapshot", "-q", "-a", snapshot].map(OsStr::new);
+    let reverted = qemu_img.run(&what, args.into_iter().chain([disk.as_os_str()]), deadline);
+    let advice = "The domain must be off, and nothing else may use its disk";
+    reverted.map(drop).map_err(|error| error.advice(advice))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn disks_of(xml: &str) -> Result<Disks, String> {
         Disks::of(&Description::read(xml).unwrap())
@@ -182,5 +187,19 @@ mod tests {
         assert!(disks.ensure_writable().unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
         assert!(disks.revert_to("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
+    }
+
+    #[test]
+    fn error_is_a_failure_when_qemu_img_hangs() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("qemu-img");
+        fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let hangs = QemuImg::new(&program);
+        let (disk, soon) = (Path::new("/none/disk.qcow2"), || Deadline::after(Duration::from_millis(50)));
+        let why = entry(&hangs, disk, "clean", soon()).unwrap_err();
+        assert!(why.contains("does not end within 50ms"), "{why}");
+        let why = revert(&hangs, disk, "clean", soon()).unwrap_err().to_string();
+        assert!(why.contains("does not end within 50ms") && why.contains("must be off"), "{why}");
     }
 }
