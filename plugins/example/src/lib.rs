@@ -7,9 +7,11 @@
 //! | --- | --- |
 //! | `config` | the YAML of this machinery, as types |
 //! | `hypervisor` | the simulated hypervisor: replace it |
-//! | `shared` | the machinery: its name, its configuration, and everything that its machines share |
 //! | `machine` | one machine: check the state, act, wait, report |
+//! | `shared` | everything that the machines share |
+//! | `adapter` | the machinery: its name, its configuration, its checks |
 
+mod adapter;
 mod config;
 mod hypervisor;
 mod machine;

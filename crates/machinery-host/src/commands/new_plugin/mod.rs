@@ -159,8 +159,8 @@ mod tests {
         assert!(new.folder.ends_with("new/machinery-my-counterexample_2"));
         let lib = read(&new.folder, "src/lib.rs");
         assert!(lib.contains("export_machinery!(Adapter<shared::MyCounterexample2>)"), "{lib}");
-        let shared = read(&new.folder, "src/shared.rs");
-        assert!(shared.contains(r#"NAME: &'static str = "my-counterexample_2""#), "{shared}");
+        let adapter = read(&new.folder, "src/adapter.rs");
+        assert!(adapter.contains(r#"NAME: &'static str = "my-counterexample_2""#), "{adapter}");
         assert!(read(&new.folder, "README.md").contains("release/libmachinery_my_counterexample_2.so"));
         assert!(read(&new.folder, "my-counterexample_2.yaml").contains("  my-counterexample_2_1:"));
         let manifest = read(&new.folder, "Cargo.toml");
@@ -173,7 +173,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let new = new_plugin(&Template::PROCESS, "my-xen", dir.path(), Some(HERE)).unwrap();
         assert_eq!(new.library, "libmachinery_my_xen.so");
-        let files = ["src/lib.rs", "src/shared.rs", "guest/main.rs", "tests/conformance.rs", "my-xen.yaml"];
+        let files = ["src/lib.rs", "src/adapter.rs", "guest/main.rs", "tests/conformance.rs", "my-xen.yaml"];
         for file in files.into_iter().chain(["README.md", "Cargo.toml"]) {
             let text = read(&new.folder, file);
             let lower = text.to_lowercase();

@@ -17,6 +17,7 @@ impl Template {
         manifest: include_str!("memory/manifest.toml"),
         files: &[
             ("src/lib.rs", include_str!("../../../../../plugins/example/src/lib.rs")),
+            ("src/adapter.rs", include_str!("../../../../../plugins/example/src/adapter.rs")),
             ("src/config.rs", include_str!("../../../../../plugins/example/src/config.rs")),
             ("src/hypervisor.rs", include_str!("../../../../../plugins/example/src/hypervisor.rs")),
             ("src/machine.rs", include_str!("../../../../../plugins/example/src/machine.rs")),
@@ -35,6 +36,7 @@ impl Template {
         manifest: include_str!("process/manifest.toml"),
         files: &[
             ("src/lib.rs", include_str!("../../../../../plugins/example-process/src/lib.rs")),
+            ("src/adapter.rs", include_str!("../../../../../plugins/example-process/src/adapter.rs")),
             ("src/config.rs", include_str!("../../../../../plugins/example-process/src/config.rs")),
             ("src/hypervisor.rs", include_str!("../../../../../plugins/example-process/src/hypervisor.rs")),
             ("src/machine.rs", include_str!("../../../../../plugins/example-process/src/machine.rs")),
