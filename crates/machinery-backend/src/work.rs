@@ -1,4 +1,4 @@
-//! What one machine does now, and its data, under one lock.
+//! The work of one machine: the operation under way and the data, under one lock.
 //!
 //! ```text
 //!          ┌── begin(Starting) ───▶ starting ───┐
@@ -44,7 +44,7 @@ impl Operation {
     }
 }
 
-/// What one machine does now, and its data.
+/// The work of one machine: the operation under way and the data.
 #[derive(Debug, Default)]
 pub struct Work<T> {
     state: Mutex<WorkState<T>>,
