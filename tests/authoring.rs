@@ -38,11 +38,11 @@ fn cargo(folder: &Path, arguments: &[&str]) -> String {
     texts.concat()
 }
 
-/// Runs `new-plugin`, and returns the folder and the name of the library.
-fn new_plugin(dir: &Path) -> (PathBuf, String) {
+/// Runs `new-plugin` with these options, and returns the folder and the name of the library.
+fn new_plugin(dir: &Path, options: &[&str]) -> (PathBuf, String) {
     let mut command = command(artifacts::program().unwrap(), &["--json", "new-plugin", NAME]);
     // The command needs neither a CWD nor a home folder.
-    command.env_remove("HOME").arg("--dir").arg(dir).args(["--interface", REPOSITORY]);
+    command.env_remove("HOME").arg("--dir").arg(dir).args(["--interface", REPOSITORY]).args(options);
     let made = host::run_command(command).unwrap();
     assert_eq!(made.code, Some(0), "{made:?}");
     let made: Value = serde_json::from_str(&made.stdout).unwrap();
@@ -74,27 +74,58 @@ fn is_driven(plugin: &Path, yaml: &str) {
     assert!(host.terminate().unwrap().success());
     let log = host.log();
     assert!(!log.contains("ERROR") && !log.contains("WARN"), "{log}");
-    let disks = format!("operational/generated/machinery-host/{NAME}/cache/disks");
-    assert_eq!(cwd.root().join(disks).read_dir().unwrap().count(), 0, "{log}");
+    let runs = cwd.root().join(format!("operational/generated/machinery-host/{NAME}/state"));
+    assert_eq!(runs.read_dir().unwrap().count(), 0, "{log}");
+}
+
+/// Builds the crate in its folder, tests it, and drives it in a host. `yaml` completes the configuration.
+fn is_sound(folder: &Path, library: &str, result: &str, yaml: impl Fn(&Path, String) -> String) {
+    // Offline, only these versions are available.
+    fs::copy(Path::new(REPOSITORY).join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
+    let tested = cargo(folder, &["test"]);
+    for requirement in conformance::names() {
+        let is_its_own = |line: &&str| {
+            line.strip_prefix("test ").is_some_and(|line| line.starts_with(&format!("{requirement} ")))
+        };
+        let line = tested.lines().find(is_its_own).unwrap_or_default();
+        assert!(line.ends_with("... ok") || line.contains("... ignored ("), "{requirement}: {tested}");
+    }
+    assert!(!tested.contains("warning"), "{tested}");
+    // No failure hides in a skipped requirement.
+    assert!(tested.contains(result), "{tested}");
+    // The name is also a part of another name.
+    let tested = cargo(folder, &["test", "restore_start"]);
+    assert!(tested.contains("\n1 passed, 0 failed, 0 skipped\n"), "{tested}");
+    cargo(folder, &["clippy", "--all-targets", "--", "-D", "warnings"]);
+
+    let text = fs::read_to_string(folder.join(format!("{NAME}.yaml"))).unwrap();
+    for (profile, arguments) in [("debug", &["build"][..]), ("release", &["build", "--release"])] {
+        cargo(folder, arguments);
+        let built = folder.join("target").join(profile);
+        is_driven(&built.join(library), &yaml(&built, text.clone()));
+    }
 }
 
 #[test]
 fn new_plugin_builds_and_meets_all_requirements() {
     let dir = tempfile::tempdir().unwrap();
-    let (folder, library) = new_plugin(dir.path());
-    // Offline, only these versions are available.
-    fs::copy(Path::new(REPOSITORY).join("Cargo.lock"), folder.join("Cargo.lock")).unwrap();
-    let tested = cargo(&folder, &["test"]);
-    for requirement in conformance::names() {
-        assert!(tested.contains(&format!("requirements::{requirement} ... ok")), "{requirement}: {tested}");
-    }
-    assert!(!tested.contains("warning"), "{tested}");
+    let (folder, library) = new_plugin(dir.path(), &[]);
+    is_sound(&folder, &library, "26 passed, 0 failed, 4 skipped: prepare (", |_, yaml| yaml);
+}
 
-    let yaml = fs::read_to_string(folder.join(format!("{NAME}.yaml"))).unwrap();
-    for (profile, arguments) in [("debug", &["build"][..]), ("release", &["build", "--release"])] {
-        cargo(&folder, arguments);
-        is_driven(&folder.join("target").join(profile).join(&library), &yaml);
-    }
+#[test]
+fn new_plugin_of_processes_builds_and_meets_all_requirements() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, library) = new_plugin(dir.path(), &["--process"]);
+    fs::write(dir.path().join("snapshot"), "1000").unwrap();
+    is_sound(&folder, &library, "\n30 passed, 0 failed, 0 skipped\n", |built, yaml| {
+        let installed = format!("/srv/{NAME}");
+        let program = yaml.replace(
+            &format!("{installed}/{NAME}-guest"),
+            &built.join(format!("{NAME}-guest")).display().to_string(),
+        );
+        program.replace(&installed, &dir.path().display().to_string())
+    });
 }
 
 #[test]
@@ -121,7 +152,7 @@ fn new_plugin_is_refused_when_its_name_or_folder_is_taken() {
 
 const GUIDE: &str = include_str!("../docs/plugins.md");
 
-/// Returns the guide's blocks that begin with "```rust" and a file: the file and the quote.
+/// Returns the guide's blocks that begin with "```rust" and a file below `plugins`: the file and the quote.
 fn quotes() -> Vec<(&'static str, &'static str)> {
     let blocks = GUIDE.split("```").skip(1).step_by(2);
     let quoted = blocks.filter_map(|block| block.strip_prefix("rust ")?.split_once('\n'));
@@ -129,11 +160,11 @@ fn quotes() -> Vec<(&'static str, &'static str)> {
 }
 
 #[test]
-fn guide_quotes_match_the_example_plugin() {
+fn guide_quotes_match_the_example_plugins() {
     let quotes = quotes();
     assert!(quotes.len() >= 5, "the guide quotes little: {quotes:?}");
     for (file, quote) in quotes {
-        let path = Path::new(REPOSITORY).join("plugins/example").join(file);
+        let path = Path::new(REPOSITORY).join("plugins").join(file);
         let code = fs::read_to_string(&path).unwrap();
         let code = unindented(&code);
         // A mark shows where the guide omits code.

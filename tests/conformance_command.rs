@@ -27,12 +27,19 @@ fn folder(section: &str) -> TempDir {
     folder
 }
 
-/// Runs the command in that folder, without a CWD.
-fn run_with(folder: &Path, plugin: &Path, arguments: &[&str]) -> CommandOutput {
+/// Returns the command in that folder, without a CWD.
+fn command(folder: &Path, plugin: &Path) -> Command {
     let mut command = Command::new(artifacts::program().unwrap());
-    command.env_remove("CUCKOO_CWD").env("HOME", folder).env("TMPDIR", folder.join("tmp"));
-    command.arg("conformance").arg(plugin).args(arguments).current_dir(folder);
+    command.env_remove("CUCKOO_CWD").env_remove("MACHINERY_KEEP").env("HOME", folder);
+    command.env("TMPDIR", folder.join("tmp")).arg("conformance").arg(plugin).current_dir(folder);
     command.args(["--config", "nonconforming.yaml", "--host-config", "machinery-host.yaml"]);
+    command
+}
+
+/// Runs the command in that folder, and expects that it leaves no file.
+fn run_with(folder: &Path, plugin: &Path, arguments: &[&str]) -> CommandOutput {
+    let mut command = command(folder, plugin);
+    command.args(arguments);
     let ran = host::run_command(command).unwrap();
     let left = folder.join("tmp").read_dir().unwrap().count();
     assert_eq!(left, 0, "it leaves something in its scratch folder");
@@ -52,10 +59,13 @@ fn conforming_plugin_passes_all_checks_that_can_run() {
     for (line, name) in output.iter().zip(conformance::names()) {
         assert!(line.split([' ', ':']).any(|word| word == name) && !line.starts_with("FAIL"), "{line}");
     }
-    // Three checks need knowledge of the backend: the begin of a run, a failing start, and the end of a
-    // machine.
-    let count = conformance::names().len();
-    assert_eq!(*output.last().unwrap(), format!("{} passed, 0 failed, 3 skipped", count - 3), "{ran:?}");
+    // Four checks need knowledge of the backend: the begin of a run, a failing start, the end of a machine, and a
+    // pause.
+    let summary = format!("{} passed, 0 failed, 4 skipped: ", conformance::names().len() - 4);
+    let reasons = output.last().unwrap().strip_prefix(&summary).unwrap();
+    for name in ["clean_every_time (", "failed_start (", "death (", "live_state ("] {
+        assert!(reasons.contains(name), "{ran:?}");
+    }
 }
 
 #[test]
@@ -76,9 +86,78 @@ fn violated_requirement_is_named() {
         let requirements = reported["requirements"].as_array().unwrap();
         requirements.iter().find(|requirement| requirement["name"] == name).cloned().unwrap_or_default()
     };
-    assert_eq!(of("identity"), json!({"name": "identity", "result": "pass", "why": ""}));
+    assert_eq!(of("identity"), json!({"name": "identity", "result": "pass", "why": "", "notes": []}));
     assert_eq!(of("restore_start")["result"], "fail");
     assert!(of("restore_start")["why"].as_str().unwrap().contains("two"), "{reported}");
+}
+
+#[test]
+fn run_folder_in_the_state_folder_is_found_without_knowledge_of_the_backend() {
+    let ran = run("violates: run_folder", &["--only", "stop"]);
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(
+        ran.stdout.contains("FAIL  stop: after stop, these folders or sockets of a run exist: "),
+        "{ran:?}"
+    );
+    assert!(ran.stdout.contains("/state/one-1\n"), "{ran:?}");
+}
+
+const STATE: &str = "\"$MACHINERY_SCRATCH/state\"";
+
+#[test]
+fn shell_commands_replace_knowledge_of_the_backend() {
+    let [spoilt, paused] = ["spoilt", "$MACHINERY_MACHINE.paused"].map(|name| format!("{STATE}/{name}"));
+    let [breaking, mend] = ["touch", "rm"].map(|command| format!("{command} {spoilt}"));
+    let [pause, resume] = ["touch", "rm"].map(|command| format!("{command} {paused}"));
+    let leftovers = format!("ls {STATE} | grep .run");
+    let options = ["--break", &breaking, "--mend", &mend, "--pause", &pause, "--resume", &resume];
+    let options =
+        [&options[..], &["--leftovers", &leftovers, "--only", "failed_start", "--only", "stop"]].concat();
+    let options = [&options[..], &["--only", "live_state"]].concat();
+    let ran = run("", &options);
+    assert_eq!(
+        ran.stdout,
+        "pass  stop\npass  failed_start\npass  live_state\n\n3 passed, 0 failed, 0 skipped\n"
+    );
+    let ran = run("violates: live_state", &options);
+    assert!(ran.stdout.contains("FAIL  live_state: one was paused without the plugin"), "{ran:?}");
+    let ran = run("violates: stop", &options);
+    assert!(ran.stdout.contains("FAIL  stop: after stop, these leftovers exist: one.run"), "{ran:?}");
+    let ran = run("", &["--only", "death", "--kill", "exit 3"]);
+    assert!(ran.stdout.contains("FAIL  death: killing one: `exit 3` ended with exit status: 3"), "{ran:?}");
+    let ran = run("", &["--only", "stop", "--leftovers", "no-such-program"]);
+    assert!(ran.stdout.contains("FAIL  stop: finding leftovers: `no-such-program` ended with"), "{ran:?}");
+}
+
+#[test]
+fn death_is_checked_when_a_command_kills_a_machine() {
+    let folder = folder("");
+    let mortal = CONFIG.replacen("os_version: 12", "os_version: 12, mortal: true", 1);
+    fs::write(folder.path().join("nonconforming.yaml"), mortal).unwrap();
+    let plugin = artifacts::plugin("nonconforming").unwrap();
+    // The configuration kills it.
+    let ran = run_with(folder.path(), &plugin, &["--only", "death", "--kill", "true"]);
+    assert_eq!(ran.stdout, "pass  death\n\n1 passed, 0 failed, 0 skipped\n");
+}
+
+#[test]
+fn leak_is_searched_in_as_many_runs_as_given() {
+    let ran = run("violates: leaks_thread", &["--only", "no_leaks", "--rounds", "12"]);
+    assert!(ran.stdout.contains("FAIL  no_leaks: after 12 runs, the host has 12 more threads"), "{ran:?}");
+}
+
+#[test]
+fn scratch_folder_of_a_failed_check_is_kept_on_request() {
+    let folder = folder("violates: stop");
+    let mut command = command(folder.path(), &artifacts::plugin("nonconforming").unwrap());
+    command.env("MACHINERY_KEEP", "1").args(["--only", "stop", "--only", "identity"]);
+    command.args(["--leftovers", &format!("ls {STATE} | grep .run")]);
+    let ran = host::run_command(command).unwrap();
+    let kept: Vec<&str> = ran.stdout.lines().filter_map(|line| line.trim().strip_prefix("kept ")).collect();
+    let in_tmp = folder.path().join("tmp").read_dir().unwrap().map(|entry| entry.unwrap().path());
+    assert_eq!(in_tmp.collect::<Vec<_>>(), [Path::new(kept.last().unwrap())], "{ran:?}");
+    let run_file = Command::new("find").args([kept.last().unwrap(), "-name", "one.run"]).output().unwrap();
+    assert_eq!(run_file.stdout.iter().filter(|byte| **byte == b'\n').count(), 1, "{ran:?}");
 }
 
 #[test]
@@ -124,6 +203,8 @@ fn command_line_is_refused_before_any_check_when_it_is_wrong() {
         (&plugin, vec!["--only", "no_such"], "there is no requirement 'no_such'"),
         (&plugin, vec!["--skip", "no_such"], "conformance --list"),
         (&plugin, vec!["--timeout", "soon"], "--timeout"),
+        (&plugin, vec!["--break", "true"], "--mend"),
+        (&plugin, vec!["--resume", "true"], "--pause"),
     ] {
         let ran = run_with(folder.path(), file, &arguments);
         assert_eq!(ran.code, Some(2), "{ran:?}");

@@ -126,4 +126,14 @@ fn long_function_is_reported() {
 fn result_within_result_is_reported() {
     let code = "type R = Result<Result<(), ()>, ()>;\n#[cfg(test)]\nmod tests { type R = Result<Result<(), ()>, ()>; }";
     assert_only(&found(&[("lib.rs", code)], "lib"), &["lib.rs:1: a Result within a Result"]);
+    for qualified in [
+        "fn f() -> Result<std::result::Result<(), ()>, ()> { Ok(Ok(())) }",
+        "type R = std::result::Result<Result<(), ()>, ()>;",
+        "type R = std::io::Result<other::Result<\n()>>;",
+        "struct S { field: Vec<Result<other::Result<()>>> }",
+        "fn f() { let _ = g::<Result<other::Result<()>>>(); }",
+    ] {
+        assert_only(&found(&[("lib.rs", qualified)], "lib"), &["lib.rs:1: a Result within a Result"]);
+    }
+    assert_eq!(found(&[("lib.rs", "type R = Result<Option<Result<(), ()>>, Other<()>>;")], "lib"), [""; 0]);
 }

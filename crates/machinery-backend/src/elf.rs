@@ -42,6 +42,15 @@ pub struct Segment<'a> {
     pub memory: &'a mut dyn Read,
 }
 
+/// Writes memory that begins at the physical address 0 as a core file. The file ends with the memory.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_memory(file: impl Write, architecture: Architecture, mut memory: &[u8]) -> io::Result<()> {
+    let length = memory.len() as u64;
+    write_core(file, architecture, &mut [Segment { address: 0, length, memory: &mut memory }])
+}
+
 /// Writes the segments as a core file.
 ///
 /// # Errors
@@ -124,6 +133,16 @@ mod tests {
         assert_eq!(addresses, [0, 1 << 32]);
         let contents: Vec<&[u8]> = core.segments().map(|segment| segment.data().unwrap()).collect();
         assert_eq!(contents, [&[1; 5000][..], &[2; 100]]);
+    }
+
+    #[test]
+    fn core_ends_with_its_only_memory() {
+        let mut file = Vec::new();
+        write_memory(&mut file, Architecture::Arm64, b"memory").unwrap();
+        let core = ElfFile64::<object::Endianness>::parse(&*file).unwrap();
+        let contents: Vec<&[u8]> = core.segments().map(|segment| segment.data().unwrap()).collect();
+        assert_eq!(contents, [b"memory"]);
+        assert!(file.ends_with(b"memory"));
     }
 
     #[test]

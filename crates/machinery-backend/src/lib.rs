@@ -9,10 +9,12 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `adapter` | [`Adapter`], [`Shared`], [`Backend`]: a `Machinery` of single machines |
+//! | `adapter` | [`Adapter`]: a `Machinery` of single machines |
+//! | `shared`, `backend` | [`Shared`], [`Backend`]: what an author writes about all machines, and about one |
 //! | `machine_set` | [`MachineSet`]: the machines, and a new configuration while they run |
-//! | `work` | [`Work`]: what one machine does now, and the cancellation of a preparation |
+//! | `work` | [`Work`]: the operation under way on one machine, and the cancellation of a preparation |
 //! | [`process`] | processes, their console, their end, and the leftovers of a killed host |
+//! | `process_machine` | [`ProcessMachine`]: a machine that is one process, with its run, its standby and its end |
 //! | `run_folder` | [`RunFolder`]: the folder of one run, which is removed with the run |
 //! | `overlay`, `qemu_img` | [`OverlayTemplates`], [`QemuImg`]: disposable disks |
 //! | [`files`] | files that are replaced atomically, locks, free space |
@@ -26,6 +28,7 @@
 #![warn(missing_docs)]
 
 mod adapter;
+mod backend;
 mod budget;
 pub mod concurrent;
 pub mod elf;
@@ -35,23 +38,28 @@ mod output;
 mod overlay;
 mod picture;
 pub mod process;
+mod process_machine;
 mod qemu_img;
 mod readiness;
 pub mod refuse;
 pub mod rfb;
 mod run_folder;
+mod shared;
 mod steps;
 pub mod sync;
 mod work;
 
-pub use adapter::{Adapter, Backend, PrepareOrigin, Shared};
+pub use adapter::Adapter;
+pub use backend::{Backend, PrepareOrigin};
 pub use budget::{Budget, Share, Standby, parse_bytes};
-pub use machine_set::{MachineSet, ReloadPlan, Reloadable, expect_unchanged};
+pub use machine_set::{MachineKeys, MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use output::Output;
 pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
+pub use process_machine::{Guest, GuestProcess, ProcessMachine};
 pub use qemu_img::QemuImg;
 pub use readiness::ReadinessReport;
 pub use run_folder::RunFolder;
+pub use shared::Shared;
 pub use steps::Steps;
 pub use work::{Cancellation, Operation, UnderWay, Work, WorkState};

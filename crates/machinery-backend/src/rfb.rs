@@ -1,8 +1,11 @@
 //! Reads the screen of a VNC server, for a hypervisor that has no command for a screenshot.
 //!
 //! ```text
-//! version ─▶ security: none ─▶ init ─▶ pixel format, encoding ─▶ one full update ─▶ pixels
+//! version ─▶ security: none ─▶ init ─▶ encoding ─▶ one full update ─▶ pixels
 //! ```
+//!
+//! The pixels stay in the server's own format, because not every server can change it. Only a server without true colours is
+//! asked for another one.
 //!
 //! The server belongs to a machine that runs malware, so each length that it sends has a limit. Source: RFC 6143.
 
@@ -20,6 +23,41 @@ const MAX_TEXT: u32 = 64 * 1024;
 const SECURITY_NONE: u8 = 1;
 /// The pixel format: 32 bits a pixel, 24 of colour, little-endian, true colour, 255 levels, red 16, green 8, blue 0.
 const PIXEL_FORMAT: [u8; 16] = [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
+
+/// The format of pixels with true colours.
+#[derive(Debug, Clone, Copy)]
+struct Format {
+    bytes: usize,
+    big_endian: bool,
+    /// The highest value of red, green and blue, and the place of its lowest bit.
+    colors: [(u32, u8); 3],
+}
+
+impl Format {
+    /// Reads the record of the protocol; returns none for a format without true colours.
+    fn from_record(record: [u8; 16]) -> Option<Format> {
+        let [bits, _, big_endian, true_color, maxima @ .., red, green, blue, _, _, _] = record;
+        let max = |n: usize| u32::from(u16::from_be_bytes([maxima[2 * n], maxima[2 * n + 1]]));
+        let colors = [(max(0), red), (max(1), green), (max(2), blue)];
+        let is_valid = matches!(bits, 8 | 16 | 32)
+            && true_color != 0
+            && colors.iter().all(|(max, shift)| *max > 0 && *shift < bits);
+        is_valid.then(|| Format { bytes: usize::from(bits / 8), big_endian: big_endian != 0, colors })
+    }
+
+    /// Returns red, green and blue of a pixel, with 255 as the highest value.
+    fn rgb(self, pixel: &[u8]) -> [u8; 3] {
+        let value = |value: u32, byte: &u8| (value << 8) | u32::from(*byte);
+        let value = match self.big_endian {
+            true => pixel.iter().fold(0, value),
+            false => pixel.iter().rev().fold(0, value),
+        };
+        self.colors.map(|(max, shift)| {
+            let level = ((value >> shift) & max).min(max) * 255 / max;
+            u8::try_from(level).unwrap_or(u8::MAX)
+        })
+    }
+}
 
 /// The content of a screen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,10 +106,14 @@ impl<S: Read + Write> Server<S> {
         if width > MAX_SIDE || height > MAX_SIDE {
             return Err(invalid(format!("a screen of {width}×{height} pixels is too large")));
         }
-        self.skip(16)?;
+        let own = Format::from_record(self.bytes()?);
         let name = self.u32()?;
         self.skip_text(name)?;
-        self.stream.write_all(&[&[0, 0, 0, 0][..], &PIXEL_FORMAT].concat())?;
+        if own.is_none() {
+            self.stream.write_all(&[&[0, 0, 0, 0][..], &PIXEL_FORMAT].concat())?;
+        }
+        let wanted = || Format::from_record(PIXEL_FORMAT).ok_or_else(|| invalid("the format has no colours"));
+        let format = own.map_or_else(wanted, Ok)?;
         // One encoding: raw.
         self.stream.write_all(&[2, 0, 0, 1, 0, 0, 0, 0])?;
         let [wide, high] = [width, height].map(u16::to_be_bytes);
@@ -81,7 +123,7 @@ impl<S: Read + Write> Server<S> {
         let mut screen = Screen { width, height, rgb: vec![0; pixels * 3] };
         let mut missing = pixels;
         while missing > 0 {
-            missing = missing.saturating_sub(self.message(&mut screen)?);
+            missing = missing.saturating_sub(self.message(&mut screen, format)?);
         }
         Ok(screen)
     }
@@ -117,7 +159,7 @@ impl<S: Read + Write> Server<S> {
     }
 
     /// Reads one message, and returns the number of pixels that it has.
-    fn message(&mut self, screen: &mut Screen) -> io::Result<usize> {
+    fn message(&mut self, screen: &mut Screen, format: Format) -> io::Result<usize> {
         if self.deadline.passed() {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -125,7 +167,7 @@ impl<S: Read + Write> Server<S> {
             0 => {
                 self.skip(1)?;
                 let rectangles = self.u16()?;
-                (0..rectangles).map(|_| self.rectangle(screen)).sum()
+                (0..rectangles).map(|_| self.rectangle(screen, format)).sum()
             }
             // A bell.
             2 => Ok(0),
@@ -139,20 +181,20 @@ impl<S: Read + Write> Server<S> {
         }
     }
 
-    fn rectangle(&mut self, screen: &mut Screen) -> io::Result<usize> {
+    fn rectangle(&mut self, screen: &mut Screen, format: Format) -> io::Result<usize> {
         let [x, y, width, height] = [self.u16()?, self.u16()?, self.u16()?, self.u16()?];
         let fits =
             |start: u16, length: u16, side: u16| start.checked_add(length).is_some_and(|end| end <= side);
         if self.u32()? != 0 || !fits(x, width, screen.width) || !fits(y, height, screen.height) {
             return Err(invalid("it sends a rectangle that was not requested"));
         }
-        let mut row = vec![0; usize::from(width) * 4];
+        let mut row = vec![0; usize::from(width) * format.bytes];
         for line in y..y + height {
             self.stream.read_exact(&mut row)?;
             let start = (usize::from(line) * usize::from(screen.width) + usize::from(x)) * 3;
             let target = &mut screen.rgb[start..start + usize::from(width) * 3];
-            for (rgb, bgrx) in target.chunks_exact_mut(3).zip(row.chunks_exact(4)) {
-                rgb.copy_from_slice(&[bgrx[2], bgrx[1], bgrx[0]]);
+            for (rgb, pixel) in target.chunks_exact_mut(3).zip(row.chunks_exact(format.bytes)) {
+                rgb.copy_from_slice(&format.rgb(pixel));
             }
         }
         Ok(usize::from(width) * usize::from(height))
@@ -229,6 +271,19 @@ mod tests {
         &[2],
         &[0, 0, 0, 1, 0, 0, 0, 1, 0, 2, 0, 1, 0, 0, 0, 0, 9, 8, 7, 0, 12, 11, 10, 0],
     ];
+
+    #[test]
+    fn pixels_are_read_in_the_servers_own_format() {
+        let format = |record| Format::from_record(record).unwrap();
+        // Bochs: 8 bits, 3 of red, 3 of green, 2 of blue from the lowest bit.
+        let bochs = format([8, 8, 1, 1, 0, 7, 0, 7, 0, 3, 0, 3, 6, 0, 0, 0]);
+        assert_eq!(bochs.rgb(&[0b01_000_111]), [255, 0, 85]);
+        let high_color = format([16, 16, 1, 1, 0, 31, 0, 63, 0, 31, 11, 5, 0, 0, 0, 0]);
+        assert_eq!(high_color.rgb(&[0xf8, 0x1f]), [255, 0, 255]);
+        assert_eq!(format(PIXEL_FORMAT).rgb(&[1, 2, 3, 0]), [3, 2, 1]);
+        assert!(Format::from_record([0; 16]).is_none(), "a server with a table of colours");
+        assert!(Format::from_record([8, 8, 1, 1, 0, 0, 0, 7, 0, 3, 0, 3, 6, 0, 0, 0]).is_none());
+    }
 
     #[test]
     fn screen_is_read_with_each_version_of_the_protocol() {

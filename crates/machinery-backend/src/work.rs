@@ -1,4 +1,4 @@
-//! What one machine does now, and its data, under one lock.
+//! The work of one machine: the operation under way and the data, under one lock.
 //!
 //! ```text
 //!          ┌── begin(Starting) ───▶ starting ───┐
@@ -15,7 +15,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use machinery::{Deadline, Error, Result};
 
@@ -44,7 +44,7 @@ impl Operation {
     }
 }
 
-/// What one machine does now, and its data.
+/// The work of one machine: the operation under way and the data.
 #[derive(Debug, Default)]
 pub struct Work<T> {
     state: Mutex<WorkState<T>>,
@@ -91,6 +91,13 @@ impl<T> Work<T> {
     /// Locks the operation and the data. Call [`notify`](Work::notify) after a change that others wait for.
     pub fn lock(&self) -> MutexGuard<'_, WorkState<T>> {
         lock(&self.state)
+    }
+
+    /// Locks the operation and the data as soon as no operation is under way. The thread that handles the end of a run
+    /// calls it: the operation under way decides first about the run.
+    pub fn lock_when_idle(&self) -> MutexGuard<'_, WorkState<T>> {
+        let busy = |state: &mut WorkState<T>| state.operation != Operation::Idle;
+        self.changed.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wakes the threads that wait for a change.
@@ -295,6 +302,17 @@ mod tests {
         let late = Deadline::after(Duration::from_millis(5));
         let error = work.begin(Operation::Stopping, late, |_| Ok(())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Timeout);
+    }
+
+    #[test]
+    fn end_of_a_run_is_handled_when_the_operation_under_way_has_ended() {
+        let work = Work::new(0);
+        let (starting, ()) = work.begin(Operation::Starting, soon(), |_| Ok(())).unwrap();
+        let other = Arc::clone(&work);
+        let end = thread::spawn(move || **other.lock_when_idle());
+        starting.commit(|data| *data = 1).unwrap();
+        drop(starting);
+        assert_eq!(end.join().unwrap(), 1);
     }
 
     #[test]

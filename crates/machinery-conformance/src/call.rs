@@ -6,7 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use machinery::host::Instance;
-use machinery::{Capabilities, Deadline, DumpFormat};
+use machinery::{Capabilities, Deadline, DumpFormat, Error};
+
+use crate::report::{CheckFailure, failed};
 
 /// A call on one machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +66,32 @@ impl Call {
             Call::DumpMemory(path, format) => instance.dump_memory(machine, path, *format, deadline),
             Call::Screenshot(path) => instance.screenshot(machine, path, deadline),
             Call::Prepare => instance.prepare(machine, deadline),
+        }
+    }
+}
+
+/// The plugin's own result of a call that returned.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome<T = ()> {
+    Success(T),
+    Refusal(Error),
+}
+
+impl<T> Outcome<T> {
+    /// Demands that the call succeeded, and returns its value.
+    pub fn expect_success(self, action: &str) -> Result<T, CheckFailure> {
+        match self {
+            Outcome::Success(value) => Ok(value),
+            Outcome::Refusal(error) => Err(failed(action, &error)),
+        }
+    }
+}
+
+impl<T> From<machinery::Result<T>> for Outcome<T> {
+    fn from(result: machinery::Result<T>) -> Self {
+        match result {
+            Ok(value) => Outcome::Success(value),
+            Err(error) => Outcome::Refusal(error),
         }
     }
 }

@@ -3,13 +3,14 @@
 use std::any::Any;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
 use tempfile::TempDir;
 
 use crate::report::Report;
-use crate::spec::BackendSpec;
+use crate::spec::{BackendSpec, Program};
 use crate::suite;
 
 /// A plugin file with a configuration, a scratch folder for its sockets, state and caches, and the description of
@@ -53,6 +54,24 @@ impl Fixture {
     pub fn keep(mut self, value: impl Any) -> Self {
         self.kept.push(Box::new(value));
         self
+    }
+
+    /// Sets the program that becomes a host process, unless the spec has one.
+    pub(super) fn set_host_program(&mut self, program: Program) {
+        self.spec.host_program.get_or_insert(program);
+    }
+
+    /// Keeps the scratch folder, and the folders that the author has given to [`keep`](Self::keep); returns the scratch
+    /// folder.
+    pub(super) fn keep_folders(self) -> PathBuf {
+        for value in self.kept {
+            match value.downcast::<TempDir>() {
+                Ok(folder) => drop(folder.keep()),
+                // The last owner would remove the folder.
+                Err(value) => drop(value.downcast::<Arc<TempDir>>().map(std::mem::forget)),
+            }
+        }
+        self.folder.keep()
     }
 
     /// Returns the path of the plugin file.
@@ -99,4 +118,21 @@ pub fn setup_in(folder: &Path, config: ConfigFile, host_config: Option<ConfigFil
 fn machinery_of(plugin: &Path) -> String {
     let stem = plugin.file_stem().unwrap_or_default().to_string_lossy();
     stem.strip_prefix("libmachinery_").unwrap_or(&stem).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_remain_when_they_are_kept() {
+        let [own, shared] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let paths = [own.path().to_owned(), shared.path().to_owned()];
+        let fixture = Fixture::new("libmachinery_x.so", "", BackendSpec::new(&[])).unwrap();
+        let scratch = fixture.keep(own).keep(Arc::new(shared)).keep(1).keep_folders();
+        for folder in paths.iter().chain([&scratch]) {
+            assert!(folder.is_dir(), "{} is gone", folder.display());
+            fs::remove_dir_all(folder).unwrap();
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use machinery::{HostServices, LogLevel, LogRecord, RestoreReadiness, State};
+use machinery::{HostServices, LogLevel, LogRecord, Readiness, RestoreReadiness, State};
 
 /// An event that the plugin reported to its host.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +15,14 @@ pub enum Event {
     Progress {
         machine: String,
         fraction: f64,
+    },
+    Ready {
+        machine: String,
+        mode: Readiness,
+        reason: String,
+    },
+    PreparationInvalidated {
+        machine: String,
     },
     /// Any other event of a machine.
     Other {
@@ -29,7 +37,21 @@ impl Event {
         match self {
             Event::StateChanged { machine, .. }
             | Event::Progress { machine, .. }
+            | Event::Ready { machine, .. }
+            | Event::PreparationInvalidated { machine }
             | Event::Other { machine, .. } => machine,
+        }
+    }
+
+    /// Returns the mode of the machine's next restore and its reason, if the event reports them. A lost preparation
+    /// means a plain restore.
+    pub fn readiness_of(&self, wanted: &str) -> Option<(Readiness, String)> {
+        match self {
+            Event::Ready { machine, mode, reason } if machine == wanted => Some((*mode, reason.clone())),
+            Event::PreparationInvalidated { machine } if machine == wanted => {
+                Some((Readiness::Plain, String::new()))
+            }
+            _ => None,
         }
     }
 
@@ -103,12 +125,13 @@ impl HostServices for EventRecorder {
         self.record_other(machine, "step");
     }
 
-    fn ready(&self, machine: &str, _: &RestoreReadiness) {
-        self.record_other(machine, "ready");
+    fn ready(&self, machine: &str, readiness: &RestoreReadiness) {
+        let (mode, reason) = (readiness.mode, readiness.reason.clone());
+        self.record(Event::Ready { machine: machine.to_owned(), mode, reason });
     }
 
     fn preparation_invalidated(&self, machine: &str, _: &str) {
-        self.record_other(machine, "preparation_invalidated");
+        self.record(Event::PreparationInvalidated { machine: machine.to_owned() });
     }
 
     fn max_level(&self) -> LogLevel {

@@ -14,18 +14,21 @@ pub enum CheckFailure {
     Skipped(String),
 }
 
-/// The result of one requirement. It is displayed as one line.
+/// The result of one requirement. It is displayed as one line, and another one for each note.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Check {
     /// The name of the requirement.
     pub name: String,
     /// The result.
     pub result: std::result::Result<(), CheckFailure>,
+    /// The violations that are no failure, because the plugin was built for an interface without that rule.
+    pub notes: Vec<String>,
 }
 
 impl Check {
-    pub(super) fn new(name: &str, result: Result) -> Self {
-        Check { name: name.to_owned(), result }
+    /// Creates the result of a requirement, without notes.
+    pub fn new(name: &str, result: std::result::Result<(), CheckFailure>) -> Self {
+        Check { name: name.to_owned(), result, notes: Vec::new() }
     }
 
     fn failed(&self) -> bool {
@@ -65,6 +68,21 @@ impl Report {
         self.names_of(|check| matches!(check.result, Err(CheckFailure::Skipped(_))))
     }
 
+    /// Returns the numbers of results as one line, with the name and reason of each skipped requirement.
+    pub fn summary(&self) -> String {
+        let (failed, skipped) = (self.broken().len(), self.skipped().len());
+        let mut summary =
+            format!("{} passed, {failed} failed, {skipped} skipped", self.checks.len() - failed - skipped);
+        let reasons = self.checks.iter().filter_map(|check| match &check.result {
+            Err(CheckFailure::Skipped(why)) => Some(format!("{} ({why})", check.name)),
+            _ => None,
+        });
+        if skipped > 0 {
+            summary += &format!(": {}", reasons.collect::<Vec<_>>().join(", "));
+        }
+        summary
+    }
+
     fn names_of(&self, filter: impl Fn(&Check) -> bool) -> Vec<&str> {
         self.checks.iter().filter(|check| filter(check)).map(|check| check.name.as_str()).collect()
     }
@@ -82,7 +100,8 @@ impl fmt::Display for Check {
             Ok(()) => write!(f, "pass  {}", self.name),
             Err(CheckFailure::Failed(how)) => write!(f, "FAIL  {}: {how}", self.name),
             Err(CheckFailure::Skipped(why)) => write!(f, "skip  {}: {why}", self.name),
-        }
+        }?;
+        self.notes.iter().try_for_each(|note| write!(f, "\nnote  {}: {note}", self.name))
     }
 }
 

@@ -4,41 +4,42 @@
 //! unless the plugin does what the method's name says.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use machinery::host::Instance;
-use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, State};
+use machinery::{Capabilities, Deadline, Error, ErrorKind, Reloaded, Setup, State};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::plugin_under_test::{GRACE, PluginUnderTest};
 use crate::recorder::Event;
 use crate::report::{CheckFailure, Result, demand, failed};
-use crate::spec::{Answer, BackendSpec, MachineProbe, RunCounts};
+use crate::spec::{BackendSpec, Hook, MachineProbe, RunCounts};
 
 pub struct Session<'a> {
     plugin: &'a PluginUnderTest<'a>,
-    instance: Arc<Instance>,
+    /// None once it is dropped.
+    instance: Mutex<Option<Arc<Instance>>>,
     /// All machines that the plugin lists.
     listed: Vec<String>,
     /// The machines to test with.
     machines: Vec<String>,
     /// Earlier events belong to other sessions.
     first_event: usize,
-    folder: tempfile::TempDir,
+    folder: &'a Path,
     /// The requirement has shut the machinery down.
     shut_down: AtomicBool,
 }
 
 impl<'a> Session<'a> {
-    pub fn load(plugin: &'a PluginUnderTest<'a>) -> Result<Self> {
-        let folder = tempfile::tempdir().map_err(|error| failed("creating a scratch folder", &error))?;
+    /// Loads the machinery. Files of the session go into the folder.
+    pub fn load(plugin: &'a PluginUnderTest<'a>, folder: &'a Path) -> Result<Self> {
         let first_event = plugin.recorder.position();
-        let instance = plugin.load(plugin.setup)?.map_err(|error| failed("load", &error))?;
+        let instance = plugin.load(plugin.setup)?.expect_success("load")?;
         Ok(Session {
             plugin,
-            instance: Arc::new(instance),
+            instance: Mutex::new(Some(Arc::new(instance))),
             listed: Vec::new(),
             machines: Vec::new(),
             first_event,
@@ -69,13 +70,23 @@ impl<'a> Session<'a> {
         self.machines.first().map_or("", String::as_str)
     }
 
+    /// Returns the machine of a function of the author's, which is the first machine by default.
+    pub fn machine_or<'m>(&'m self, chosen: &'m Option<String>) -> &'m str {
+        chosen.as_deref().unwrap_or(self.machine())
+    }
+
     pub fn machines(&self) -> impl Iterator<Item = &str> {
         self.machines.iter().map(String::as_str)
     }
 
+    /// Returns the folder for files of the session.
+    pub fn folder(&self) -> &'a Path {
+        self.folder
+    }
+
     /// Returns a path in the session's folder, at which no file exists.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.folder.join(name)
     }
 
     pub fn timeout(&self) -> Duration {
@@ -94,11 +105,16 @@ impl<'a> Session<'a> {
             // the machinery is not dropped.
             return Ok(());
         }
+        self.unload()?;
+        self.plugin.no_leftovers("after shutdown")?;
+        self.plugin.events_are_valid(self.first_event, &self.listed)
+    }
+
+    /// Shuts the machinery down, and drops it. Another host can then load it.
+    pub fn unload(&self) -> Result {
         let ended = if self.shut_down.load(Ordering::Relaxed) { Ok(()) } else { self.shut_down() };
-        let (plugin, instance) = (self.plugin, self.instance);
-        ended.and(plugin.run("dropping the machinery", GRACE, move || drop(instance)))?;
-        plugin.no_leftovers("after shutdown")?;
-        plugin.events_are_valid(self.first_event, &self.listed)
+        let instance = self.instance.lock().unwrap_or_else(PoisonError::into_inner).take();
+        ended.and(self.plugin.run("dropping the machinery", GRACE, move || drop(instance)))
     }
 
     /// Stops all machines and shuts the machinery down, as a host does before it ends.
@@ -112,13 +128,13 @@ impl<'a> Session<'a> {
     /// Stops a machine that may be running or not.
     pub fn ensure_off(&self, machine: &str) -> Result {
         match self.attempt(&Call::Stop, machine, self.timeout())? {
-            Err(error) if error.kind() != ErrorKind::StateReached => Err(failed("stop", &error)),
+            Outcome::Refusal(error) if error.kind() != ErrorKind::StateReached => Err(failed("stop", &error)),
             _ => self.has_state(machine, State::Poweroff),
         }
     }
 
     /// Makes a call on a machine with that much time, and returns the plugin's result.
-    pub fn attempt(&self, call: &Call, machine: &str, limit: Duration) -> Result<machinery::Result<()>> {
+    pub fn attempt(&self, call: &Call, machine: &str, limit: Duration) -> Result<Outcome> {
         let (call, machine) = (call.clone(), machine.to_owned());
         let action = format!("{} of {machine} with a deadline of {limit:?}", call.name());
         self.try_call(&action, limit, move |instance, deadline| call.run(instance, &machine, deadline))
@@ -130,12 +146,12 @@ impl<'a> Session<'a> {
         action: &str,
         limit: Duration,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
-    ) -> Result<machinery::Result<T>> {
-        let instance = Arc::clone(&self.instance);
+    ) -> Result<Outcome<T>> {
+        let instance = self.instance()?;
         let function = move || call(&instance, Deadline::after(limit));
-        let result = self.plugin.run(action, limit + GRACE, function)?;
+        let result = self.plugin.run(action, limit + GRACE, function)?.into();
         match &result {
-            Err(error) if error.is_plugin_fault() => Err(failed(action, error)),
+            Outcome::Refusal(error) if error.is_plugin_fault() => Err(failed(action, error)),
             _ => Ok(result),
         }
     }
@@ -146,13 +162,13 @@ impl<'a> Session<'a> {
         action: &str,
         call: impl FnOnce(&Instance, Deadline) -> machinery::Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.try_call(action, self.timeout(), call)?.map_err(|error| failed(action, &error))
+        self.try_call(action, self.timeout(), call)?.expect_success(action)
     }
 
     /// Demands that the call succeeds.
     pub fn succeeds(&self, call: &Call, machine: &str) -> Result {
-        let result = self.attempt(call, machine, self.timeout())?;
-        result.map_err(|error| failed(&format!("{} of {machine}", call.name()), &error))
+        let outcome = self.attempt(call, machine, self.timeout())?;
+        outcome.expect_success(&format!("{} of {machine}", call.name()))
     }
 
     /// Demands that the call is refused with an error of that kind.
@@ -170,8 +186,10 @@ impl<'a> Session<'a> {
     pub fn fails(&self, call: &Call, machine: &str) -> Result<Error> {
         let name = call.name();
         match self.attempt(call, machine, self.timeout())? {
-            Ok(()) => Err(CheckFailure::Failed(format!("{name} of {machine} must fail, but it succeeded"))),
-            Err(error) => {
+            Outcome::Success(()) => {
+                Err(CheckFailure::Failed(format!("{name} of {machine} must fail, but it succeeded")))
+            }
+            Outcome::Refusal(error) => {
                 demand!(!error.reason().trim().is_empty(), "{name} of {machine} failed without a reason");
                 Ok(error)
             }
@@ -179,9 +197,14 @@ impl<'a> Session<'a> {
     }
 
     /// Reloads with the text as the configuration and these machines in use; returns the plugin's result.
-    pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<machinery::Result<Reloaded>> {
+    pub fn reload(&self, text: &str, in_use: &[&str]) -> Result<Outcome<Reloaded>> {
         let mut setup = self.plugin.setup.clone();
         setup.config.text = text.to_owned();
+        self.reload_setup(setup, in_use)
+    }
+
+    /// Reloads with the setup and these machines in use; returns the plugin's result.
+    pub fn reload_setup(&self, setup: Setup, in_use: &[&str]) -> Result<Outcome<Reloaded>> {
         let in_use: Vec<String> = in_use.iter().map(|&name| name.to_owned()).collect();
         let reload = move |instance: &Instance, deadline| instance.reload(&setup, &in_use, deadline);
         self.try_call("reload", self.timeout(), reload)
@@ -255,8 +278,7 @@ impl<'a> Session<'a> {
     /// file under another name is also a leftover.
     pub fn no_file_at(&self, path: &Path) -> Result {
         let wanted = path.file_name().unwrap_or_default().to_string_lossy();
-        let entries =
-            self.folder.path().read_dir().map_err(|error| failed("reading the scratch folder", &error))?;
+        let entries = self.folder.read_dir().map_err(|error| failed("reading the scratch folder", &error))?;
         let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
         let files: Vec<String> = names.filter(|name| name.contains(&*wanted)).collect();
         demand!(
@@ -269,13 +291,18 @@ impl<'a> Session<'a> {
     }
 
     /// Runs a function of the author's, such as the one that breaks a start.
-    pub fn run_hook(&self, action: &str, machine: &str, hook: &dyn Fn() -> Answer<()>) -> Result {
-        hook().map_err(|error| failed(&format!("{action} {machine}"), error.as_ref()))
+    pub fn run_hook(&self, action: &str, machine: &str, hook: &Hook) -> Result {
+        hook(machine).map_err(|error| failed(&format!("{action} {machine}"), error.as_ref()))
     }
 
-    /// Waits until `find` returns a value for an event of this session, including earlier events.
-    pub fn wait_for_event<T>(&self, find: impl Fn(&Event) -> Option<T>) -> Option<T> {
-        self.plugin.recorder.wait(self.first_event, self.timeout(), find)
+    /// Waits until `find` returns a value for an event after the first `events` events of this session.
+    pub fn wait_for_event<T>(
+        &self,
+        events: usize,
+        limit: Duration,
+        find: impl Fn(&Event) -> Option<T>,
+    ) -> Option<T> {
+        self.plugin.recorder.wait(self.first_event + events, limit, find)
     }
 
     /// Demands that all events of all sessions were valid.
@@ -288,9 +315,14 @@ impl<'a> Session<'a> {
         self.plugin.recorder.since(self.first_event)
     }
 
+    fn instance(&self) -> Result<Arc<Instance>> {
+        let instance = self.instance.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        instance.ok_or_else(|| CheckFailure::Failed("the suite has dropped the machinery".to_owned()))
+    }
+
     fn probe<T: Send + 'static>(&self, action: &str, machine: &str, probe: &MachineProbe<T>) -> Result<T> {
         let action = format!("{action} of {machine}");
-        let (instance, name, probe) = (Arc::clone(&self.instance), machine.to_owned(), Arc::clone(probe));
+        let (instance, name, probe) = (self.instance()?, machine.to_owned(), Arc::clone(probe));
         let result = self.plugin.run(&action, self.timeout() + GRACE, move || probe(&instance, &name))?;
         result.map_err(|error| failed(&action, error.as_ref()))
     }

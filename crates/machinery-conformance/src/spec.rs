@@ -1,7 +1,9 @@
 //! The author's description of the backend: facts that the suite cannot know, and does not take from the plugin.
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +13,9 @@ use machinery::host::Instance;
 pub type Answer<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 pub(super) type MachineProbe<T> = Arc<dyn Fn(&Instance, &str) -> Answer<T> + Send + Sync>;
-type LeftoverSearch = Arc<dyn Fn() -> Answer<Vec<String>> + Send + Sync>;
-type Hook = Box<dyn Fn() -> Answer<()> + Send + Sync>;
+pub(super) type LeftoverSearch = Arc<dyn Fn() -> Answer<Vec<String>> + Send + Sync>;
+/// A function that gets the name of a machine.
+pub(super) type Hook = Box<dyn Fn(&str) -> Answer<()> + Send + Sync>;
 
 /// The description of a backend. The suite skips requirements for which the description lacks a function.
 pub struct BackendSpec {
@@ -22,6 +25,8 @@ pub struct BackendSpec {
     pub(super) leftovers: LeftoverSearch,
     pub(super) breakage: Option<Breakage>,
     pub(super) death: Option<Death>,
+    pub(super) pause: Option<Pause>,
+    pub(super) host_program: Option<Program>,
     pub(super) rounds: usize,
     pub(super) timeout: Duration,
     pub(super) skip: Vec<(String, String)>,
@@ -35,15 +40,34 @@ pub(super) struct RunCounts {
 
 /// A machine whose next restore can be made to fail.
 pub(super) struct Breakage {
-    pub machine: String,
+    /// None is the first machine of the suite; as below.
+    pub machine: Option<String>,
     pub break_restore: Hook,
     pub repair: Hook,
 }
 
 /// A machine that can be killed.
 pub(super) struct Death {
-    pub machine: String,
+    pub machine: Option<String>,
     pub kill: Hook,
+}
+
+/// A machine that can be paused without the plugin.
+pub(super) struct Pause {
+    pub machine: Option<String>,
+    pub pause: Hook,
+    pub resume: Hook,
+}
+
+/// A program that becomes a host process with a further argument, the path of the request.
+#[derive(Debug, Clone)]
+pub(super) struct Program {
+    pub path: PathBuf,
+    pub arguments: Vec<OsString>,
+}
+
+fn hook(function: impl Fn() -> Answer<()> + Send + Sync + 'static) -> Hook {
+    Box::new(move |_| function())
 }
 
 impl BackendSpec {
@@ -58,6 +82,8 @@ impl BackendSpec {
             leftovers: Arc::new(|| Ok(Vec::new())),
             breakage: None,
             death: None,
+            pause: None,
+            host_program: None,
             rounds: 3,
             timeout: Duration::from_secs(60),
             skip: Vec::new(),
@@ -102,16 +128,41 @@ impl BackendSpec {
         break_restore: impl Fn() -> Answer<()> + Send + Sync + 'static,
         repair: impl Fn() -> Answer<()> + Send + Sync + 'static,
     ) -> Self {
-        let (machine, break_restore) = (machine.to_owned(), Box::new(break_restore));
-        self.breakage = Some(Breakage { machine, break_restore, repair: Box::new(repair) });
+        let machine = Some(machine.to_owned());
+        self.breakage = Some(Breakage { machine, break_restore: hook(break_restore), repair: hook(repair) });
         self
     }
 
-    /// Sets the function that ends the running `machine` without the plugin. The machine need not be one of the
-    /// suite's machines.
+    /// Sets the function that ends the running `machine` without the plugin, and returns when it has ended or soon
+    /// will. The machine need not be one of the suite's machines.
     #[must_use]
     pub fn death(mut self, machine: &str, kill: impl Fn() -> Answer<()> + Send + Sync + 'static) -> Self {
-        self.death = Some(Death { machine: machine.to_owned(), kill: Box::new(kill) });
+        self.death = Some(Death { machine: Some(machine.to_owned()), kill: hook(kill) });
+        self
+    }
+
+    /// Sets the functions that pause the running `machine` without the plugin, and that resume it: by the
+    /// hypervisor's own tool, or by SIGSTOP and SIGCONT to its process. The machine need not be one of the suite's
+    /// machines.
+    #[must_use]
+    pub fn pause(
+        mut self,
+        machine: &str,
+        pause: impl Fn() -> Answer<()> + Send + Sync + 'static,
+        resume: impl Fn() -> Answer<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.pause =
+            Some(Pause { machine: Some(machine.to_owned()), pause: hook(pause), resume: hook(resume) });
+        self
+    }
+
+    /// Sets the program that becomes a host process of its own with these arguments and the path of a request:
+    /// `cuckoo-machinery conformance --host-process`. Tests of
+    /// [`conformance_main!`](crate::conformance_main) need none, because the test program itself is used.
+    #[must_use]
+    pub fn host_program(mut self, path: impl Into<PathBuf>, arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(OsString::from).collect();
+        self.host_program = Some(Program { path: path.into(), arguments });
         self
     }
 
@@ -122,7 +173,8 @@ impl BackendSpec {
         self
     }
 
-    /// Sets the number of rounds of a requirement that may pass by chance. The default is 3, the minimum 1.
+    /// Sets the number of rounds of a requirement that may pass by chance. The default is 3, the minimum 1. A hundred
+    /// rounds are a soak test.
     #[must_use]
     pub fn rounds(mut self, rounds: usize) -> Self {
         self.rounds = rounds.max(1);

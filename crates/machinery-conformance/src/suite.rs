@@ -4,8 +4,9 @@ use std::path::Path;
 
 use machinery::Setup;
 
+use crate::keep;
 use crate::plugin_under_test::PluginUnderTest;
-use crate::report::{Check, CheckFailure, Report, Result};
+use crate::report::{Check, CheckFailure, Report, Result, failed};
 use crate::requirements::{REQUIREMENTS, Requirement};
 use crate::session::Session;
 use crate::spec::BackendSpec;
@@ -38,8 +39,7 @@ pub fn meaning(name: &str) -> Option<&'static str> {
 
 fn check_all(plugin: &PluginUnderTest<'_>, names: &[&str]) -> Report {
     let known = REQUIREMENTS.iter().filter(|requirement| names.contains(&requirement.name));
-    let mut checks: Vec<_> =
-        known.map(|requirement| Check::new(requirement.name, check_one(plugin, requirement))).collect();
+    let mut checks: Vec<_> = known.map(|requirement| check_one(plugin, requirement)).collect();
     let skipped = plugin.spec.skip.iter().map(|(name, _)| name.as_str());
     let unknown = names.iter().copied().chain(skipped).filter(|name| meaning(name).is_none());
     checks.extend(
@@ -49,15 +49,27 @@ fn check_all(plugin: &PluginUnderTest<'_>, names: &[&str]) -> Report {
     Report::new(checks)
 }
 
-fn check_one(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Result {
+fn check_one(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Check {
+    let result = result_of(plugin, requirement);
+    Check { notes: plugin.take_notes(), ..Check::new(requirement.name, result) }
+}
+
+fn result_of(plugin: &PluginUnderTest<'_>, requirement: &Requirement) -> Result {
     if let Some(reason) = plugin.spec.skip_reason(requirement.name) {
         return Err(CheckFailure::Skipped(reason.to_owned()));
     }
     if let Some(call) = plugin.hung_call() {
         return Err(CheckFailure::Skipped(format!("the plugin is still in {call}")));
     }
-    let mut session = Session::load(plugin)?;
+    let folder = tempfile::tempdir().map_err(|error| failed("creating a scratch folder", &error))?;
+    let result = in_session(plugin, folder.path(), requirement);
+    keep::unless_passed(result, folder)
+}
+
+fn in_session(plugin: &PluginUnderTest<'_>, folder: &Path, requirement: &Requirement) -> Result {
+    let mut session = Session::load(plugin, folder)?;
     let result = session.list_machines().and_then(|()| (requirement.check)(&session));
+    let result = if requirement.since_1_1 { plugin.since_1_1(result) } else { result };
     let closed = session.close();
     // The first failure is the cause of the later ones.
     result.and(closed)

@@ -36,4 +36,3 @@ mod version;
 
 pub use error::{Error, Result};
 pub use machinery_conformance as conformance;
-pub use machinery_conformance::conformance_tests;

@@ -3,22 +3,23 @@
 //! `machinery::config` reads the keys that all machineries share (`ip`, `platform`, `tags` and so on), and adds file,
 //! line and key to every error. This module defines the keys of this machinery only.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use machinery::config::{ConfigFile, Configured, Machines, expect_interface, renamed_keys, text};
 use machinery::{Error, MachineInfo, Result, Setup};
+use machinery_backend::MachineKeys;
 use serde::Deserialize;
 
 /// The file. `deny_unknown_fields` reports a misspelt key at once; it would otherwise be ignored.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Config {
+struct File {
     /// The network interface for captures, for machines without their own.
     #[serde(deserialize_with = "text")]
     interface: String,
-    /// The folder for disposable disks.
-    #[serde(default)]
-    disk_dir: Option<PathBuf>,
+    /// The folder for the folders of runs.
+    #[serde(default, alias = "disk_dir")]
+    run_dir: Option<PathBuf>,
     machines: Machines<OwnKeys>,
 }
 
@@ -37,22 +38,33 @@ pub struct OwnKeys {
 }
 
 /// The keys with a new name, as (old, new). The old name is accepted until the next release.
-const RENAMED: &[(&str, &str)] = &[("lives_ms", "poweroff_after_ms")];
+const RENAMED: &[(&str, &str)] = &[("lives_ms", "poweroff_after_ms"), ("disk_dir", "run_dir")];
+
+/// The configuration, which is valid.
+#[derive(Debug)]
+pub struct Config {
+    /// The keys of all machines, in the order of the file.
+    pub keys: Vec<Keys>,
+    pub warnings: Vec<String>,
+}
 
 impl Config {
     /// Reads the file. The error lists all problems, so that the operator can correct them together.
     pub fn read(setup: &Setup) -> Result<Config> {
-        let config: Config = setup.config.parse()?;
-        match Error::all(config.problems(&setup.config)) {
-            None => Ok(config),
-            Some(problems) => Err(problems),
+        let file: File = setup.config.parse()?;
+        if let Some(problems) = Error::all(file.problems(&setup.config)) {
+            return Err(problems);
         }
+        Ok(Config { warnings: file.warnings(&setup.config), keys: file.keys(setup) })
     }
+}
 
+impl File {
     /// Returns a warning for each key that has a new name.
-    pub fn warnings(&self, file: &ConfigFile) -> Vec<String> {
-        let machines = self.machines.iter().filter(|machine| machine.own.poweroff_after_ms.is_some());
-        machines.flat_map(|machine| renamed_keys(file, &["machines", &machine.name], RENAMED)).collect()
+    fn warnings(&self, file: &ConfigFile) -> Vec<String> {
+        let machines = self.machines.iter().map(|machine| vec!["machines", &machine.name]);
+        let places = machines.chain([Vec::new()]);
+        places.flat_map(|place| renamed_keys(file, &place, RENAMED)).collect()
     }
 
     fn problems(&self, file: &ConfigFile) -> Vec<Error> {
@@ -65,22 +77,15 @@ impl Config {
             ]
         });
         problems.extend(expect_interface(file, &["interface"], &self.interface).err());
-        for machine in self.machines.iter().filter(|machine| !is_file_name(&machine.own.label)) {
-            let reason = format!("'{}' cannot be the name of a file", machine.own.label);
-            let error = file.error(&["machines", &machine.name, "label"], reason);
-            problems.push(error.advice("Use letters, digits, '-', '_' and '.'"));
-        }
         problems
     }
 
-    /// Returns the keys of all machines, in the order of the file.
-    pub fn keys(self, setup: &Setup) -> Vec<Keys> {
-        // The cache folder is for files that can be created again.
-        let disk_dir = self.disk_dir.unwrap_or_else(|| setup.cache_dir.join("disks"));
+    fn keys(self, setup: &Setup) -> Vec<Keys> {
+        let run_dir = self.run_dir.unwrap_or_else(|| setup.state_dir.clone());
         let keys = |Configured { name, shared, own }: Configured<OwnKeys>| {
             let (label, snapshot) = (own.label.clone(), Some(own.snapshot.to_string()));
-            let disk = disk_dir.join(&label);
-            Keys { info: MachineInfo::new(&name, &shared, label, snapshot, &self.interface), own, disk }
+            let info = MachineInfo::new(&name, &shared, label, snapshot, &self.interface);
+            Keys { info, own, run_dir: run_dir.clone() }
         };
         self.machines.into_iter().map(keys).collect()
     }
@@ -91,13 +96,14 @@ impl Config {
 pub struct Keys {
     pub info: MachineInfo,
     pub own: OwnKeys,
-    /// The path of its disposable disk during a run.
-    pub disk: PathBuf,
+    /// The folder that has the folder of its run.
+    pub run_dir: PathBuf,
 }
 
-/// Reports whether the text is a plain file name. A text from a file that becomes part of a path must be checked.
-fn is_file_name(text: &str) -> bool {
-    Path::new(text).file_name().is_some_and(|name| name == text)
+impl MachineKeys for Keys {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
 }
 
 #[cfg(test)]
@@ -111,7 +117,7 @@ mod tests {
         let warnings = |keys: &str| {
             let text = format!("interface: lo\nmachines:\n  a: {}\n", machine(keys));
             let file = ConfigFile { path: "/c/example.yaml".into(), text };
-            file.parse::<Config>().unwrap().warnings(&file)
+            file.parse::<File>().unwrap().warnings(&file)
         };
         assert_eq!(warnings(", poweroff_after_ms: 5"), [""; 0]);
         let old = warnings(", lives_ms: 5");

@@ -9,17 +9,21 @@
 //!
 //! A guest's memory is one number. It grows while the guest runs, so the number shows where the run began.
 
-use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use machinery::Deadline;
+use machinery_backend::sync::{lock, wait_while};
 
 /// The time to load a guest.
 const LOAD_TIME: Duration = Duration::from_millis(60);
 /// The interval at which the number grows.
 const TICK: Duration = Duration::from_millis(10);
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// The width and the height of the screen, in pixels.
+pub const SCREEN: u32 = 16;
 
 /// The status of a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,12 +65,12 @@ impl Guest {
     }
 
     pub fn status(&self) -> Status {
-        self.lock().status
+        lock(&self.state).status
     }
 
     /// Waits until the guest has that status or is off, or until the deadline; returns its status.
     pub fn wait_for(&self, wanted: Status, deadline: Deadline) -> Status {
-        self.wait_while(deadline.remaining(), |status| status != wanted && status != Status::Off)
+        self.wait_while(deadline, |status| status != wanted && status != Status::Off)
     }
 
     /// Ends the guest at once.
@@ -81,33 +85,34 @@ impl Guest {
         self.change(Status::Running, Status::Off);
     }
 
-    /// Writes the memory.
-    pub fn dump(&self, mut to: impl Write) -> io::Result<()> {
-        writeln!(to, "{}", self.number())
+    /// Returns the memory.
+    pub fn memory(&self) -> [u8; 4] {
+        self.number().to_le_bytes()
     }
 
-    /// Returns the screen as PPM: a grey that depends on the number.
+    /// Returns the pixels of the screen: a grey that depends on the number.
     pub fn screen(&self) -> Vec<u8> {
-        let [grey, ..] = self.number().to_le_bytes();
-        [b"P6\n16 16\n255\n".as_slice(), &[grey; 16 * 16 * 3]].concat()
+        let [grey, ..] = self.memory();
+        vec![grey; (SCREEN * SCREEN * 3) as usize]
     }
 
     fn number(&self) -> u32 {
-        let elapsed = self.lock().running_since.map(|since| since.elapsed()).unwrap_or_default();
+        let elapsed = lock(&self.state).running_since.map(|since| since.elapsed()).unwrap_or_default();
         let ticks = u32::try_from(elapsed.as_millis() / TICK.as_millis()).unwrap_or(u32::MAX);
         self.memory.saturating_add(ticks)
     }
 
     /// Runs the guest in its own thread.
     fn run(&self, poweroff_after: Option<Duration>) {
-        self.wait_while(LOAD_TIME, |status| status == Status::Loading);
+        self.wait_while(Deadline::after(LOAD_TIME), |status| status == Status::Loading);
         self.change(Status::Loading, Status::Running);
-        self.wait_while(poweroff_after.unwrap_or(Duration::MAX), |status| status == Status::Running);
+        let end = Deadline::after(poweroff_after.unwrap_or(FOREVER));
+        self.wait_while(end, |status| status == Status::Running);
         self.change(Status::Running, Status::Off);
     }
 
     fn change(&self, from: Status, to: Status) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if state.status == from {
             state.status = to;
             state.running_since = (to == Status::Running).then(Instant::now);
@@ -115,13 +120,7 @@ impl Guest {
         }
     }
 
-    fn wait_while(&self, timeout: Duration, condition: impl Fn(Status) -> bool) -> Status {
-        let waited = self.changed.wait_timeout_while(self.lock(), timeout, |state| condition(state.status));
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        state.status
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn wait_while(&self, deadline: Deadline, condition: impl Fn(Status) -> bool) -> Status {
+        wait_while(&self.changed, lock(&self.state), deadline, |state| condition(state.status)).status
     }
 }

@@ -16,25 +16,25 @@ const SNAPSHOT: u32 = 1_000_000;
 /// The timeout of calls that must succeed.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-machinery_conformance::conformance_tests!(fixture);
+machinery_conformance::conformance_main!(fixture);
 
 /// Creates the fixture of each test: the library, a configuration, and the description of the backend.
 fn fixture() -> Answer<Fixture> {
     let folder = Arc::new(tempfile::tempdir()?);
-    let disks = folder.path().join("disks");
-    let moved = folder.path().join("moved");
-    let config = include_str!("conformance.yaml").replace("DISK_DIR", &disks.display().to_string());
-    let [break_restore, repair] = [(&disks, &moved), (&moved, &disks)].map(|(from, to)| {
-        let (from, to) = (from.clone(), to.clone());
-        move || Ok(fs::rename(&from, &to)?)
-    });
+    let [runs, moved] = ["runs", "moved"].map(|name| folder.path().join(name));
+    fs::create_dir(&runs)?;
+    let config = include_str!("conformance.yaml").replace("RUN_DIR", &runs.display().to_string());
+    let (broken, repaired) = ((runs.clone(), moved.clone()), (runs.clone(), moved));
+    // A file at the path of the folder makes every start fail.
+    let break_restore = move || Ok(fs::rename(&broken.0, &broken.1).and_then(|()| fs::write(&broken.0, ""))?);
+    let repair =
+        move || Ok(fs::remove_file(&repaired.0).and_then(|()| fs::rename(&repaired.1, &repaired.0))?);
     let spec = BackendSpec::new(&["one", "two", "three"])
         .counts(SNAPSHOT..=2 * SNAPSHOT, number)
         .alive(number_grows)
         .leftovers(move || {
-            // The folder does not exist before the first load.
-            let disks = disks.read_dir().into_iter().flatten();
-            disks.map(|disk| Ok(disk?.path().display().to_string())).collect()
+            let runs = runs.read_dir().into_iter().flatten();
+            runs.map(|run| Ok(run?.path().display().to_string())).collect()
         })
         .breakage("one", break_restore, repair)
         // Its configuration ends it after 500 ms.
@@ -48,7 +48,10 @@ fn number(plugin: &Instance, machine: &str) -> Answer<u32> {
     let folder = tempfile::tempdir()?;
     let dump = folder.path().join("dump");
     plugin.dump_memory(machine, &dump, DumpFormat::Elf, Deadline::after(TIMEOUT))?;
-    Ok(fs::read_to_string(dump)?.trim().parse()?)
+    // The memory is the end of the core file.
+    let core = fs::read(dump)?;
+    let number = core.last_chunk().ok_or("the dump is empty")?;
+    Ok(u32::from_le_bytes(*number))
 }
 
 /// Waits until the number of a running guest has grown.

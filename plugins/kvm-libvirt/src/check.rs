@@ -1,6 +1,6 @@
 //! The checks of `cuckoo-machinery check`: libvirt, its QEMU, and each domain with its snapshot.
 //!
-//! Each check returns [`Finding`]s. They are collected on one connection to libvirt, and reported at the end.
+//! The findings are collected on one connection to libvirt.
 
 use std::fs;
 use std::path::Path;
@@ -14,24 +14,17 @@ use virt::domain::Domain;
 use crate::access::{self, KVM_DEVICE, Permissions};
 use crate::compare;
 use crate::config::{Config, renamed_keys_of};
+use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::{self, is_local};
 use crate::errors::explain;
 use crate::files;
 use crate::foreign;
-use crate::link::Link;
-use crate::run_marker::RunMarker;
+use crate::leftovers::RunMarker;
 use crate::snapshot::{self, EXTERNAL_REVERTS, Snapshot, version_text};
 
 /// The time that libvirt has to answer all requests.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// A finding about one machine, or about libvirt.
-enum Finding {
-    Good(String),
-    Warning(String),
-    Problem(Error),
-}
 
 /// Returns the versions of libvirt and of its hypervisor, for people.
 ///
@@ -56,63 +49,59 @@ pub fn check(setup: &Setup, report: &mut Report) {
         );
     }
     let deadline = Deadline::after(CHECK_TIMEOUT);
-    let Some(link) = report.keep(Link::open(&config.dsn, deadline)) else { return };
+    let Some(connection) = report.keep(Connection::open(&config.dsn, deadline)) else { return };
     let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
-    let found = link.ask(deadline, "libvirt to describe the domains", move |connect| {
-        let mut found = vec![Finding::Good(format!("kvm: {} at {}", versions(connect)?, config.dsn))];
-        found.extend(kvm_access(connect, &config.dsn));
-        found.extend(remote_limits(&config));
-        found.extend(broken_reverts(connect));
-        let machines = config.machines.iter();
-        found.extend(machines.flat_map(|keys| check_machine(connect, &keys.info, &file, &state_dir)));
+    let found = connection.ask(deadline, "libvirt to describe the domains", move |connect| {
+        let mut report = Report::default();
+        report.good(format!("kvm: {} at {}", versions(connect)?, config.dsn));
+        check_access(connect, &config.dsn, &mut report);
+        let warnings = [remote_limits(&config), broken_reverts(connect)].into_iter().flatten();
+        warnings.for_each(|warning| report.warning(warning));
         let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
-        found.extend(compare::shared_disks(connect, &infos).into_iter().map(Finding::Problem));
-        Ok(found)
+        infos.iter().for_each(|info| check_machine(connect, info, &file, &state_dir, &mut report));
+        compare::shared_disks(connect, &infos).iter().for_each(|problem| report.problem(problem));
+        Ok(report)
     });
-    link.close(deadline);
-    for finding in report.keep(found).into_iter().flatten() {
-        match finding {
-            Finding::Good(text) => report.good(text),
-            Finding::Warning(text) => report.warning(text),
-            Finding::Problem(error) => report.problem(&error),
-        }
-    }
+    connection.close(deadline);
+    report.keep(found).into_iter().for_each(|found| report.append(found));
 }
 
 /// Checks one machine.
-fn check_machine(connect: &Connect, info: &MachineInfo, file: &ConfigFile, state_dir: &Path) -> Vec<Finding> {
+fn check_machine(
+    connect: &Connect,
+    info: &MachineInfo,
+    file: &ConfigFile,
+    state_dir: &Path,
+    report: &mut Report,
+) {
     let name = &info.name;
     let domain = match domain::domain(connect, &info.label) {
         Ok(domain) => domain,
-        Err(error) => {
-            let key = ["machines", name, "label"];
-            return vec![Finding::Problem(file.error(&key, error.to_string()))];
-        }
+        Err(error) => return report.problem(&file.error(&["machines", name, "label"], error.to_string())),
     };
-    let problem = |error: Error| Finding::Problem(error.machine(name));
-    let mut found = Vec::new();
-    let snapshot = snapshot::find(&domain, info.snapshot.as_deref());
-    match &snapshot {
-        Ok(snapshot) => found.extend(snapshot_findings(connect, name, snapshot)),
-        Err(error) => found.push(problem(error.clone())),
+    let snapshot = snapshot::find(&domain, info.snapshot.as_deref()).map_err(|error| error.machine(name));
+    let snapshot = report.keep(snapshot);
+    if let Some(snapshot) = &snapshot {
+        check_snapshot(connect, name, snapshot, report);
     }
-    found.extend(file_problems(connect, &domain, snapshot.as_ref().ok()).into_iter().map(problem));
+    for problem in file_problems(connect, &domain, snapshot.as_ref()) {
+        report.problem(&problem.machine(name));
+    }
     match domain::state(&domain) {
         Ok((State::Poweroff, _)) => {
-            found.extend(foreign::finding(name, &domain, state_dir).map(Finding::Warning));
+            foreign::finding(name, &domain, state_dir).into_iter().for_each(|work| report.warning(work));
         }
         Ok((State::Paused, _)) if RunMarker::of(name, state_dir).matches(&domain).unwrap_or(false) => {
-            found.push(Finding::Good(format!("machine '{name}': it has a standby for its next restore")));
+            report.good(format!("machine '{name}': it has a standby for its next restore"));
         }
-        Ok((state, why)) => found.push(Finding::Warning(format!(
+        Ok((state, why)) => report.warning(format!(
             "machine '{name}': its domain is {state} now {why}, and its next start stops it first"
-        ))),
-        Err(error) => found.push(problem(error)),
+        )),
+        Err(error) => report.problem(&error.machine(name)),
     }
-    found.extend(domain_findings(name, &domain));
+    check_definition(name, &domain, report);
     let warnings = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
-    found.extend(warnings.into_iter().map(|text| Finding::Warning(format!("machine '{name}': {text}"))));
-    found
+    warnings.iter().for_each(|text| report.warning(format!("machine '{name}': {text}")));
 }
 
 /// Returns the problems of the domain's and the snapshot's files, if these are on this computer.
@@ -136,28 +125,28 @@ pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
 }
 
 /// Lists the features that a libvirt on another computer does not support.
-fn remote_limits(config: &Config) -> Option<Finding> {
+fn remote_limits(config: &Config) -> Option<String> {
     let host = dsn::host(&config.dsn)?;
-    Some(Finding::Warning(format!(
+    Some(format!(
         "kvm: libvirt is on {host}. Restores, stops, standby and screenshots work; there are no save images, memory \
          dumps and captures of traffic, because files and interfaces are those of {host}, which is not checked"
-    )))
+    ))
 }
 
 /// Warns of [`snapshot::BROKEN_REVERTS`]. libvirt does not report patches, so its version decides about this
 /// warning.
-fn broken_reverts(connect: &Connect) -> Option<Finding> {
+fn broken_reverts(connect: &Connect) -> Option<String> {
     let version = connect.lib_version().ok()?;
     let system = fs::read_to_string("/etc/os-release").unwrap_or_default();
     if connect.uri().is_ok_and(|uri| is_local(&uri)) && is_fixed(version, &system) {
         return None;
     }
     snapshot::BROKEN_REVERTS.contains(&version).then(|| {
-        Finding::Warning(format!(
+        format!(
             "kvm: libvirt {} cannot revert to internal snapshots of every domain, unless its distribution has fixed \
              it (it is fixed in 11.4). Try `virsh snapshot-revert` once; upgrade libvirt if that fails",
             version_text(version)
-        ))
+        )
     })
 }
 
@@ -167,63 +156,59 @@ fn is_fixed(version: u32, os_release: &str) -> bool {
 }
 
 /// Describes the snapshot, and checks that it can be restored.
-fn snapshot_findings(connect: &Connect, name: &str, snapshot: &Snapshot) -> Vec<Finding> {
+fn check_snapshot(connect: &Connect, name: &str, snapshot: &Snapshot, report: &mut Report) {
     let kind = if snapshot.description.external { "external" } else { "internal" };
-    let text = format!(
+    report.good(format!(
         "machine '{name}': snapshot '{}', {kind}, of the domain when it was {}",
         snapshot.identity.name, snapshot.description.state
-    );
-    let mut found = vec![Finding::Good(text)];
+    ));
     let version = connect.lib_version().unwrap_or(EXTERNAL_REVERTS);
     if let Some(reason) = snapshot::not_revertible(snapshot, version) {
         let firmware = snapshot.description.domain.as_ref().map(|domain| domain.firmware.clone());
         let advice = snapshot::advice(version, &firmware.unwrap_or_default());
-        found.push(Finding::Problem(Error::environment(reason).machine(name).advice(advice)));
+        report.problem(&Error::environment(reason).machine(name).advice(advice));
     }
     if !snapshot.has_memory() {
-        found.push(Finding::Warning(format!(
+        report.warning(format!(
             "machine '{name}': its snapshot has no memory (it was taken while the domain was off, or with \
              --disk-only), so each restore boots the guest. \
              Take one of the running guest, with Cuckoo's agent waiting in it"
-        )));
+        ));
     }
-    found
 }
 
 /// Checks the domain's definition.
-fn domain_findings(name: &str, domain: &Domain) -> Vec<Finding> {
+fn check_definition(name: &str, domain: &Domain, report: &mut Report) {
     let described = domain::described(domain).unwrap_or_default();
-    let mut found = Vec::new();
     if described.kind == "qemu" && Path::new(KVM_DEVICE).exists() {
-        found.push(Finding::Warning(format!(
+        report.warning(format!(
             "machine '{name}': its domain is of the type qemu, which runs in software. Where /dev/kvm works, the \
              type kvm is many times faster"
-        )));
+        ));
     }
     if !domain.is_persistent().unwrap_or(true) {
         let reason = "its domain has no definition, so it does not exist any more once it is stopped";
-        found.push(Finding::Problem(
-            Error::environment(reason).machine(name).advice("Define it with `virsh define`"),
-        ));
+        let problem = Error::environment(reason).machine(name).advice("Define it with `virsh define`");
+        report.problem(&problem);
     }
-    found
 }
 
 /// Checks the [`access`] to `/dev/kvm`.
-fn kvm_access(connect: &Connect, dsn: &str) -> Option<Finding> {
-    let device = Permissions::of(Path::new(KVM_DEVICE)).filter(|_| dsn.starts_with("qemu:///"))?;
-    let user = access::user_of_qemu(&connect.capabilities().ok()?)?;
+fn check_access(connect: &Connect, dsn: &str, report: &mut Report) {
+    let device = Permissions::of(Path::new(KVM_DEVICE)).filter(|_| dsn.starts_with("qemu:///"));
+    let user = || access::user_of_qemu(&connect.capabilities().ok()?);
+    let Some((device, user)) = device.and_then(|device| Some((device, user()?))) else { return };
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let group = fs::read_to_string("/etc/group").unwrap_or_default();
     let name = access::name_of(user.uid, &passwd).map_or_else(|| user.uid.to_string(), str::to_owned);
     if device.allow(user, &access::groups_of(&name, &group)) {
-        return Some(Finding::Good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM_DEVICE}")));
+        return report.good(format!("kvm: libvirt's QEMU, as user {name}, may use {KVM_DEVICE}"));
     }
-    Some(Finding::Warning(format!(
-        "kvm: libvirt run_marker QEMU as user {name}, which may not use {KVM_DEVICE}: domains of the type kvm do not start, \
+    report.warning(format!(
+        "kvm: libvirt runs QEMU as user {name}, which may not use {KVM_DEVICE}: domains of the type kvm do not start, \
          and libvirtd takes seconds longer at each of its starts. Add the user to the group `kvm` (usermod -aG \
          kvm {name}) and give the device to that group (mode 0660), then restart libvirtd"
-    )))
+    ));
 }
 
 #[cfg(test)]

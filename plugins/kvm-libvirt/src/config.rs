@@ -5,17 +5,17 @@
 //! are equal is unchanged.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use machinery::config::{
     ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, renamed_keys, text,
 };
-use machinery::{Error, MachineInfo, Result, Setup, Standby};
+use machinery::{Error, MachineInfo, Result, Setup};
+use machinery_backend::{MachineKeys, Standby};
 use serde::Deserialize;
 
 use crate::dsn::{self, is_local};
-use crate::images::{Image, InstantMode};
+use crate::prepare::{Image, InstantMode};
 
 /// The path of this machinery's section in `machinery-host.yaml`.
 const SECTION: [&str; 2] = ["machineries", "kvm"];
@@ -55,7 +55,7 @@ struct Section {
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
     /// The maximum memory of all standbys together, in bytes.
-    #[serde(alias = "standby_memory", deserialize_with = "machinery::parse_bytes")]
+    #[serde(alias = "standby_memory", deserialize_with = "machinery_backend::parse_bytes")]
     standby_memory_limit: Option<u64>,
     /// True if machines without a standby have a save image.
     #[serde(alias = "save_images", deserialize_with = "null_as_default")]
@@ -100,6 +100,12 @@ pub struct Keys {
     pub image: Image,
 }
 
+impl MachineKeys for Keys {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
+}
+
 impl Config {
     /// Reads and checks the configuration.
     ///
@@ -138,16 +144,9 @@ impl Config {
         }
     }
 
-    /// Makes the folder for save images, unless they are off.
-    ///
-    /// # Errors
-    /// The folder cannot be made.
-    pub fn make_instant_dir(&self) -> Result<()> {
-        if self.instant == InstantMode::Off {
-            return Ok(());
-        }
-        fs::create_dir_all(&self.instant_dir)
-            .map_err(|error| Error::io("make the folder for save images", &self.instant_dir, &error))
+    /// Returns the folder for save images, unless they are off.
+    pub fn image_folder(&self) -> Option<&Path> {
+        (self.instant != InstantMode::Off).then_some(self.instant_dir.as_path())
     }
 }
 

@@ -16,13 +16,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use machinery_backend::files;
 use machinery_images::{FileId, has_unsaved_changes};
 use virt::domain::Domain;
 
 use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::explain;
-use crate::state_files::write_atomically;
 
 /// A record of one machine's disks at the end of the last own run.
 #[derive(Debug, Clone)]
@@ -43,7 +43,7 @@ impl DiskRecord {
     /// the host then does not prepare the machine automatically.
     pub fn save(&self, disks: &[DiskFile]) {
         let states: Vec<FileId> = disks.iter().flatten().filter_map(|disk| file_id(disk)).collect();
-        if let Err(error) = write_atomically(&self.path, &states) {
+        if let Err(error) = files::replace_json(&self.path, &states) {
             tracing::warn!(%error, "the disks' state after the run is not recorded");
         }
     }

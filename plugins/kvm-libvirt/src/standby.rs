@@ -13,7 +13,8 @@
 //! These are four requests, which libvirtd answers without QEMU, in about a millisecond together. QEMU takes
 //! three milliseconds to resume the micro guest, and ten for a guest with 600 MiB in use.
 
-use machinery::{Error, Readiness, RestoreReadiness, Result, Share};
+use machinery::{Error, Result};
+use machinery_backend::Share;
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
@@ -60,13 +61,9 @@ impl StandbyDomain {
         StandbyDomain { fingerprint, unusable: None, events_from, share }
     }
 
-    /// Returns the readiness to report to the host.
-    pub fn ready(&self) -> RestoreReadiness {
-        RestoreReadiness {
-            mode: Readiness::Standby,
-            memory: self.share.bytes(),
-            ..RestoreReadiness::default()
-        }
+    /// Returns the memory of the standby, in bytes.
+    pub fn memory(&self) -> u64 {
+        self.share.bytes()
     }
 }
 

@@ -12,7 +12,7 @@ use machinery::config::ConfigFile;
 use machinery::host::Plugin;
 use machinery::{Deadline, Setup, State};
 use machinery_testkit::artifacts;
-use machinery_testkit::conformance::{self, BackendSpec, NullHost};
+use machinery_testkit::conformance::{self, Answer, BackendSpec, NullHost};
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::KvmLab;
 use rustix::process::{Signal, kill_process};
@@ -31,7 +31,7 @@ fn setup(lab: &KvmLab) -> Setup {
 
 fn spec(lab: &Arc<KvmLab>) -> BackendSpec {
     let restored = lab.restored_count().unwrap();
-    let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
+    let [counting, living, littered, killing, pausing, resuming] = [(); 6].map(|()| Arc::clone(lab));
     let mortal = MACHINES[0];
     BackendSpec::new(&MACHINES)
         .counts(restored..=restored, move |_, machine| Ok(counting.machine(machine).first_count(SOON)?))
@@ -39,7 +39,13 @@ fn spec(lab: &Arc<KvmLab>) -> BackendSpec {
         .leftovers(move || Ok(littered.leftovers()?))
         // The same end as by a crash.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
+        .pause(mortal, move || virsh(&pausing, "suspend", mortal), move || virsh(&resuming, "resume", mortal))
+        .host_program(artifacts::program().unwrap(), conformance::HOST_PROCESS)
         .timeout(SOON)
+}
+
+fn virsh(lab: &KvmLab, command: &str, machine: &str) -> Answer<()> {
+    Ok(lab.libvirtd().virsh(&[command, &lab.machine(machine).label]).map(drop)?)
 }
 
 fn with_standby(setup: Setup) -> Setup {

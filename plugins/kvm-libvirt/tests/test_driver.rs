@@ -50,3 +50,22 @@ fn domain_of_the_test_driver_is_driven_without_a_hypervisor() {
     let error = kvm.state("m", soon()).unwrap_err().to_string();
     assert!(error.contains("has been shut down"), "{error}");
 }
+
+/// Each host has a CWD of its own, and a machine of the same name, whose image would have the same path.
+#[test]
+fn host_is_refused_when_another_host_uses_its_image_folder() {
+    let images = tempfile::tempdir().unwrap();
+    let cwd = || {
+        let cwd = ScratchCwd::new(&[("kvm", YAML)]).unwrap();
+        let section = format!("instant: on, instant_dir: {}", images.path().display());
+        cwd.host_yaml(&format!("machineries: {{kvm: {{{section}}}}}\n")).unwrap();
+        cwd
+    };
+    let (own, other) = (cwd(), cwd());
+    let first = loaded(&own).unwrap();
+    let error = loaded(&other).err().unwrap().to_string();
+    assert!(error.contains("another host keeps its save images in"), "{error}");
+    first.shutdown(soon()).unwrap();
+    let second = loaded(&other).unwrap();
+    second.shutdown(soon()).unwrap();
+}

@@ -2,23 +2,28 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use machinery::config::ConfigFile;
-use machinery::{Error, Report, Result, Setup};
-use rustix::fs::{Access, access, statvfs};
+use machinery::{Deadline, Error, Report, Result, Setup};
+use machinery_backend::QemuImg;
+use machinery_backend::files::free_space;
+use rustix::fs::{Access, access};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
 use crate::diagnose::{faults, file_warnings};
 use crate::images::PLACEHOLDER;
 use crate::needs;
+use crate::prepare::unavailable_reason;
 use crate::resources::Resource;
 use crate::snapshot::Snapshot;
-use crate::template::unavailable_reason;
 
 /// The free space for disposable disks, in bytes, below which `check` warns: a Windows guest soon writes that
 /// much.
 const MIN_FREE_SPACE: u64 = 2 * 1024 * 1024 * 1024;
+/// The maximum time for `qemu-img` to describe a disk.
+const DISK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Checks the configuration and the environment.
 pub fn check(setup: &Setup, report: &mut Report) {
@@ -146,19 +151,8 @@ fn template_folder(folder: &Path, report: &mut Report) {
 
 /// Returns the information of `qemu-img` about the disk, also while a machine runs.
 fn disk_info(qemu_img: &Path, disk: &Path) -> Result<Value> {
-    let output = machinery::command(qemu_img).args(["info", "-U", "--output=json"]).arg(disk).output();
-    let output = output.map_err(|error| Error::io("run", qemu_img, &error))?;
-    if !output.status.success() {
-        let message = String::from_utf8_lossy(&output.stderr);
-        return Err(Error::configuration(format!(
-            "qemu-img cannot read {}: {}",
-            disk.display(),
-            message.trim()
-        ))
-        .advice("Restore the disk from a backup, or make the machine anew"));
-    }
-    serde_json::from_slice(&output.stdout)
-        .map_err(|error| Error::environment(format!("qemu-img info makes no sense: {error}")))
+    let info = QemuImg::new(qemu_img).info(disk, Deadline::after(DISK_TIMEOUT));
+    info.map_err(|error| error.default_advice("Restore the disk from a backup, or make the machine anew"))
 }
 
 fn disk_options(name: &str, info: &Value, report: &mut Report) {
@@ -182,8 +176,7 @@ fn spaces(config: &Config, report: &mut Report) {
     folders.sort();
     folders.dedup();
     for folder in folders {
-        let Ok(space) = statvfs(folder) else { continue };
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
+        let Ok(free) = free_space(folder) else { continue };
         if free < MIN_FREE_SPACE {
             report.warning(format!(
                 "only {} MiB are free for disposable disks or templates in {}. Free some, or set disposable_copy_dir and instant_dir",

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! -drive file=/d/x.img,format=raw   ─▶ Image: each run gets an overlay, named in the file's place
-//! -cdrom /d/x.iso, -kernel, …       ─▶ Source: part of the identity of a template
+//! -cdrom /d/x.iso, -kernel, …       ─▶ ImageFile: part of the identity of a template
 //! -fsdev local,path=/d, -tpmdev, …  ─▶ SharedWrite: the next run finds the changes
 //! ```
 //!
@@ -16,20 +16,20 @@
 //! | `node` | the content of one block node, in every spelling |
 //! | `edit` | the changes of an argument when an overlay replaces an image |
 //! | `files_read`, `shared_writes` | the other options |
-//! | `source` | a file, and its format |
 
 mod edit;
 mod files_read;
 mod node;
 mod opened;
 mod shared_writes;
-mod source;
 
+pub use node::PLACEHOLDER;
 pub use opened::Opened;
-pub use source::{PLACEHOLDER, Source};
 
 #[cfg(test)]
 mod tests {
+    use machinery_backend::ImageFile;
+
     use super::*;
     use std::path::Path;
 
@@ -161,7 +161,7 @@ mod tests {
             assert_eq!(after[4 - at], r#"{"driver":"qcow2","file":"s","node-name":"f","read-only":false}"#);
         }
         let args = ["-blockdev", file, "-blockdev", "raw,file=s,node-name=f,read-only=on"];
-        assert_eq!(opened(&args).sources, [Source { path: "/d/x".into(), format: Some("raw".into()) }]);
+        assert_eq!(opened(&args).sources, [ImageFile { path: "/d/x".into(), format: Some("raw".into()) }]);
         assert_eq!(overlaid(&args), args);
     }
 

@@ -10,16 +10,19 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
+use machinery_backend::process::{End, Handle, Process};
+use machinery_backend::{Overlays, Steps, files};
 use rustix::net::SocketFlags;
 
-use crate::disk::{self, Overlays};
+use crate::console::kind_of;
 use crate::options::{self, escaped};
-use crate::process::{End, Handle, Process};
-use crate::steps::Steps;
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
 const FAILURE_GRACE: Duration = Duration::from_secs(2);
+
+/// The name of the program in reasons.
+pub const QEMU: &str = "QEMU";
 
 /// The parameters of a new run.
 pub struct Start<'a> {
@@ -75,19 +78,15 @@ impl Memory {
 ///
 /// # Errors
 /// QEMU does not start, ends, or does not connect in time. Nothing of it remains then.
-pub fn connect(
-    start: &Start<'_>,
-    steps: &mut Steps<'_>,
-    deadline: Deadline,
-) -> Result<(Process, UnixStream)> {
+pub fn connect(start: &Start<'_>, steps: &mut Steps, deadline: Deadline) -> Result<(Process, UnixStream)> {
     let failed = |error: io::Error| Error::io("make the monitor's socket", start.socket, &error);
-    disk::remove(start.socket)?;
+    files::remove(start.socket)?;
     let socket = SocketPath::new(start.socket).map_err(failed)?;
     let listener = UnixListener::bind(socket.address()).map_err(failed)?;
     let connected = launch(start, &socket, listener, steps, deadline);
     if connected.is_err() {
         // The first error is the one to report.
-        let _ = disk::remove(start.socket);
+        let _ = files::remove(start.socket);
     }
     connected
 }
@@ -96,13 +95,15 @@ fn launch(
     start: &Start<'_>,
     socket: &SocketPath,
     listener: UnixListener,
-    steps: &mut Steps<'_>,
+    steps: &mut Steps,
     deadline: Deadline,
 ) -> Result<(Process, UnixStream)> {
     let memory = start.memory.iter().flat_map(|memory| memory.args(start.version));
     let args = start.args.iter().cloned().chain(plugin_args(socket, start.incoming));
     let args = args.chain(sound_args(start.version, &start.args)).chain(memory);
-    let process = Process::start(start.program, args, start.folder, start.machine)?;
+    let mut command = machinery::command(start.program);
+    command.args(args).current_dir(start.folder);
+    let process = Process::start(command, start.machine, kind_of)?;
     steps.done("spawn");
     match accept(&listener.into(), process.handle(), deadline) {
         Ok(stream) => {
@@ -111,8 +112,7 @@ fn launch(
         }
         Err(error) => {
             let grace = if error.kind() == ErrorKind::Failed { FAILURE_GRACE } else { Duration::ZERO };
-            let end = process.end(grace);
-            Err(with_output(error, &end))
+            Err(with_output(error, &process.end(grace).named(QEMU)))
         }
     }
 }

@@ -3,9 +3,10 @@
 //! Only one QEMU at a time can use a resource. A start therefore discards the standbys of rivals, and a
 //! preparation is put off while a rival has a QEMU.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use machinery::{Deadline, Result};
+use machinery_backend::sync::lock;
 
 use crate::resources::Resource;
 
@@ -94,10 +95,10 @@ impl Peers {
 
     /// Locks the decision whether a machine can be prepared: one machine at a time decides.
     pub fn decide(&self) -> MutexGuard<'_, ()> {
-        self.deciding.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.deciding)
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Weak<dyn Peer>>> {
-        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.machines)
     }
 }

@@ -1,63 +1,87 @@
-//! A new configuration while machines run.
+//! The machinery as a whole: its load, and a new configuration while machines run.
 //!
-//! ```text
-//! read, validate ─▶ changed machines are off ─▶ discard their standbys ─▶ clear leftovers of new ones ─▶ commit
-//! ```
-//!
-//! Every refusal comes before the first change. The standbys of changed and removed machines are discarded
-//! next, because a new machine may need their disk, ports or memory.
+//! The [`Adapter`](machinery_backend::Adapter) has the order of the steps. The standbys of changed and removed machines
+//! are discarded before the commit, because a new machine may need their disk, ports or memory. Limits are no keys of a
+//! machine: a smaller one discards nothing.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Error, ReloadPlan, Reloaded, Result, Setup, expect_unchanged};
+use machinery::{Capabilities, Deadline, Error, Host, Report, Result, Setup};
+use machinery_backend::{MachineSet, ReloadPlan, Shared, expect_unchanged};
 
-use crate::Qemu;
-use crate::config::Config;
+use crate::check;
+use crate::config::{Config, MachineFiles};
 use crate::machine::Machine;
-use crate::peers::Peer;
+use crate::shared::Qemu;
 
-impl Qemu {
-    /// Applies a new configuration.
-    ///
-    /// # Errors
-    /// The configuration is wrong, or changes a value that only a start of the host can change. A machine that
-    /// is not in use is on. A standby cannot be ended. The machines are unchanged then, but may have to be
-    /// prepared again.
-    pub(crate) fn apply(&self, setup: &Setup, in_use: &[String], deadline: Deadline) -> Result<Reloaded> {
-        let config = Config::read(setup)?;
-        self.expect_same(setup, &config)?;
-        let make = |files| Machine::new(files, &setup.sockets_dir, Arc::clone(&self.shared));
-        let plan = self.machines.plan(&setup.config, config.machines, in_use, make)?;
-        plan.removed.iter().try_for_each(|machine| machine.ensure_off(deadline))?;
-        if plan.machines().iter().any(|machine| machine.is_instant()) {
-            self.shared.open_templates()?;
-        }
-        if let Err(error) = discard_changed(&plan, deadline) {
-            for machine in &plan.removed {
-                self.shared
-                    .host
-                    .preparation_invalidated(machine.name(), "a new configuration could not be applied");
-            }
-            return Err(error);
-        }
-        let reloaded = self.machines.commit(plan, deadline)?;
-        self.shared.budget.set_limit(config.standby_memory_limit);
-        self.apply_template_settings(config.instant_space_limit);
-        Ok(reloaded)
+impl Shared for Qemu {
+    const NAME: &'static str = "qemu";
+    type Machine = Machine;
+    type Config = Config;
+
+    fn read(setup: &Setup) -> Result<Config> {
+        Config::read(setup)
     }
 
-    /// Checks that the values which all machines share are unchanged.
-    fn expect_same(&self, setup: &Setup, config: &Config) -> Result<()> {
-        let (shared, binaries, file) = (&self.shared, &config.binaries, Some(&setup.config));
+    fn take_machines(config: &mut Config) -> Vec<MachineFiles> {
+        std::mem::take(&mut config.machines)
+    }
+
+    fn warnings(_: &Setup, config: &Config) -> Vec<String> {
+        config.warnings.clone()
+    }
+
+    fn open(_: &Setup, config: &Config, host: Host) -> Result<Self> {
+        Qemu::new(config, host)
+    }
+
+    fn host(&self) -> &Host {
+        &self.host
+    }
+
+    fn machine(self: &Arc<Self>, setup: &Setup, files: MachineFiles) -> Arc<Machine> {
+        Machine::new(files, &setup.sockets_dir, Arc::clone(self))
+    }
+
+    fn check(setup: &Setup, report: &mut Report) {
+        check::check(setup, report);
+    }
+
+    fn version(&self, _: Deadline) -> Result<String> {
+        Ok(format!("QEMU {}", self.program.version()))
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            norestore_start: true,
+            acpi_stop: true,
+            dump_memory: true,
+            screenshot: true,
+            prepare: true,
+        }
+    }
+
+    fn ready(
+        self: &Arc<Self>,
+        machines: &Arc<MachineSet<Machine>>,
+        config: Config,
+        _: Deadline,
+    ) -> Result<()> {
+        apply_template_settings(self, &config, &machines.all());
+        Ok(())
+    }
+
+    fn expect_unchanged(&self, setup: &Setup, config: &Config) -> Result<()> {
+        let (binaries, file) = (&config.binaries, Some(&setup.config));
         let program = &binaries.qemu_system_x86_64;
         let checks = [
-            (file, &["binaries", "qemu_img"][..], &*shared.qemu_img, &*binaries.qemu_img),
-            (file, &["binaries", "qemu_system_x86_64"], shared.program.path(), program),
+            (file, &["binaries", "qemu_img"][..], self.qemu_img.program(), &*binaries.qemu_img),
+            (file, &["binaries", "qemu_system_x86_64"], self.program.path(), program),
             (
                 setup.host_config.as_ref(),
                 &["machineries", "qemu", "instant_dir"],
-                &shared.instant_dir,
+                &self.instant_dir,
                 &config.instant_dir,
             ),
         ];
@@ -66,15 +90,20 @@ impl Qemu {
         };
         Error::all(checks.into_iter().filter_map(expect).collect()).map_or(Ok(()), Err)
     }
+
+    fn get_ready(&self, _: &Config, plan: &ReloadPlan<Machine>, _: Deadline) -> Result<()> {
+        let wants_template = plan.machines().iter().any(|machine| machine.is_instant());
+        if wants_template { self.open_templates() } else { Ok(()) }
+    }
+
+    fn committed(&self, config: &Config, _: &[Arc<Machine>], machines: &[Arc<Machine>]) {
+        self.budget.set_limit(config.standby_memory_limit);
+        apply_template_settings(self, config, machines);
+    }
 }
 
-/// Discards the standbys of changed and removed machines, and clears leftovers of new ones.
-fn discard_changed(plan: &ReloadPlan<Machine>, deadline: Deadline) -> Result<()> {
-    plan.removed.iter().for_each(|machine| machine.terminate_standby());
-    let discard = |machine: &Arc<Machine>| {
-        machine.discard_standby(deadline).map_err(|error| error.machine(machine.name()))
-    };
-    plan.removed.iter().try_for_each(discard)?;
-    plan.added.iter().for_each(|machine| machine.clear_leftovers());
-    Ok(())
+fn apply_template_settings(qemu: &Qemu, config: &Config, machines: &[Arc<Machine>]) {
+    let instant = machines.iter().filter(|machine| machine.is_instant());
+    let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
+    qemu.apply_template_settings(&names, config.instant_space_limit);
 }

@@ -8,42 +8,40 @@
 //! ```
 //!
 //! A standby is powered off for everybody but this plugin, so its states are not reported. When a standby
-//! ends by itself, the host gets the event that a preparation is lost.
+//! ends by itself, the host gets the event that a preparation is lost, and its memory is free for other standbys.
 //!
 //! One thread per run, the watcher, reads the monitor and waits for the process. It does all of the cleanup,
 //! whoever ended the run, and before anybody learns of the end.
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `load` | the memory that the guest continues from, and saving its devices |
 //! | `end` | the ways to end a run |
 //! | `start_error` | a start that failed, and at which stage |
 
 pub mod end;
-pub mod load;
 pub mod start_error;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Host, RestoreReadiness, Result, State};
+use machinery_backend::process::{End, Handle, Process};
+use machinery_backend::sync::{lock, wait_while};
+use machinery_backend::{Overlays, Share, Steps, files};
 use qapi::qmp;
 use serde_json::Value;
 
-use crate::disk::{self, Overlays};
-use crate::launch::{Start, connect};
-use crate::process::{End, Handle, Process};
+use crate::launch::{QEMU, Start, connect};
 use crate::qmp::{Event, Qmp, wait};
 use crate::states::{reason_of_shutdown, state_of_event};
-use crate::steps::Steps;
 use crate::version::Version;
 
 /// The grace of a QEMU whose monitor has closed, before it is killed.
 const MONITOR_CLOSED_GRACE: Duration = Duration::from_secs(2);
 /// The grace of a QEMU that ends by itself, and again of one that was asked to end.
-const EXIT_GRACE: Duration = Duration::from_millis(200);
+pub const EXIT_GRACE: Duration = Duration::from_millis(200);
 /// The maximum time between SIGKILL and the end of the process.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time for which QEMU's event that the guest runs replaces a query. In the guest's first moments QEMU
@@ -79,8 +77,13 @@ pub enum Purpose {
     Run,
     /// The run builds a template, or loads a standby.
     Preparation,
-    /// A later restore resumes the guest. The value is the machine's readiness without this standby.
-    Standby(RestoreReadiness),
+    /// A later restore resumes the guest.
+    Standby {
+        /// The machine's readiness without this standby.
+        without: RestoreReadiness,
+        /// The standby's share of the memory budget.
+        share: Option<Share>,
+    },
 }
 
 impl Run {
@@ -91,7 +94,7 @@ impl Run {
     pub fn begin(
         start: Start<'_>,
         purpose: Purpose,
-        steps: &mut Steps<'_>,
+        steps: &mut Steps,
         host: &Host,
         deadline: Deadline,
     ) -> Result<Arc<Run>> {
@@ -126,19 +129,19 @@ impl Run {
     /// Reads the monitor to its end, cleans up, and reports the end. Runs in the watcher thread.
     fn watch(&self, process: Process, mut overlays: Overlays, socket: &Path) {
         self.qmp.read(|event| self.on_event(event));
-        let end = process.end(MONITOR_CLOSED_GRACE);
+        let end = process.end(MONITOR_CLOSED_GRACE).named(QEMU);
         if !matches!(*self.purpose(), Purpose::Run) {
             overlays.set_keep(false);
         }
         drop(overlays);
-        if let Err(error) = disk::remove(socket) {
+        if let Err(error) = files::remove(socket) {
             tracing::warn!(machine = self.machine, %error, "cannot remove the monitor's socket");
         }
         self.report_end(end);
     }
 
     fn report_end(&self, end: End) {
-        let shutdown = self.shutdown.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let shutdown = lock(&self.shutdown).take();
         let reason = match (self.stopping.load(Ordering::SeqCst), shutdown) {
             (true, _) => String::new(),
             (false, Some(shutdown)) if end.was_clean() => shutdown,
@@ -150,33 +153,39 @@ impl Run {
             Purpose::Run if self.has_run.load(Ordering::SeqCst) => {
                 self.host.state_changed(&self.machine, State::Poweroff, &reason);
             }
-            Purpose::Run | Purpose::Preparation | Purpose::Standby(_) => {}
+            Purpose::Run | Purpose::Preparation | Purpose::Standby { .. } => {}
         }
-        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+        // An action that waits for the end may need the memory for another standby.
+        if let Purpose::Standby { share, .. } = &mut *self.purpose() {
+            share.take();
+        }
+        *lock(&self.end) = Some(end);
         self.ended.notify_all();
         // The host may prepare the machine at once, so `end` has to be set by now.
-        if let Purpose::Standby(without) = &*self.purpose()
+        let purpose = std::mem::replace(&mut *self.purpose(), Purpose::Preparation);
+        if let Purpose::Standby { without, .. } = purpose
             && !self.stopping.load(Ordering::SeqCst)
         {
-            self.host.ready(&self.machine, without);
+            self.host.ready(&self.machine, &without);
             self.host.preparation_invalidated(&self.machine, &reason);
         }
     }
 
     fn purpose(&self) -> MutexGuard<'_, Purpose> {
-        self.purpose.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.purpose)
     }
 
-    /// Marks the loaded run as a standby; `without` is the machine's readiness without it.
-    pub fn set_standby(&self, without: RestoreReadiness) {
-        *self.purpose() = Purpose::Standby(without);
+    /// Makes the loaded run a standby with that share of the memory budget, which it holds until the guest is resumed
+    /// or the run ends. `without` is the machine's readiness without it.
+    pub fn set_standby(&self, without: RestoreReadiness, share: Share) {
+        *self.purpose() = Purpose::Standby { without, share: Some(share) };
     }
 
     /// Reports a change of state that nobody requested.
     fn on_event(&self, event: &Event) {
         tracing::trace!(machine = self.machine, event = event.name, data = %event.data, "QEMU event");
         if let Some(why) = reason_of_shutdown(event) {
-            *self.shutdown.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+            *lock(&self.shutdown) = Some(why);
         }
         let resumes = event.name == "RESUME";
         self.has_run.fetch_or(resumes, Ordering::SeqCst);
@@ -208,7 +217,7 @@ impl Run {
     }
 
     fn resumed(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.resumed.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.resumed)
     }
 
     /// Runs a command of the monitor.
@@ -219,10 +228,16 @@ impl Run {
         self.qmp.execute(command, deadline)
     }
 
-    /// Returns the memory that the process holds, in bytes. Pages that several processes share count in
-    /// part.
-    pub fn memory(&self) -> Option<u64> {
-        self.process.memory()
+    pub fn machine(&self) -> &str {
+        &self.machine
+    }
+
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    pub fn process(&self) -> &Handle {
+        &self.process
     }
 
     pub fn qmp(&self) -> &Qmp {
@@ -243,9 +258,8 @@ impl Run {
         self.wait_end(Duration::ZERO).is_some()
     }
 
-    fn wait_end(&self, timeout: Duration) -> Option<End> {
-        let end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.ended.wait_timeout_while(end, timeout, |end| end.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.clone()
+    /// Waits for the end of the run; returns none after the timeout.
+    pub fn wait_end(&self, timeout: Duration) -> Option<End> {
+        wait_while(&self.ended, lock(&self.end), Deadline::after(timeout), |end| end.is_none()).clone()
     }
 }

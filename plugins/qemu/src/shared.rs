@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use machinery::{Budget, Host, Result};
+use machinery::{Host, Result};
+use machinery_backend::{Budget, QemuImg};
 
+use crate::config::Config;
 use crate::peers::Peers;
-use crate::template::Templates;
+use crate::prepare::Templates;
 use crate::version::Program;
 
 /// Everything that the machines of one host have in common.
-pub struct Shared {
-    pub qemu_img: PathBuf,
+pub struct Qemu {
+    pub qemu_img: QemuImg,
     pub program: Program,
     pub instant_dir: PathBuf,
     /// The templates. The folder is opened only if a machine wants a template or has had one.
@@ -21,7 +23,28 @@ pub struct Shared {
     pub host: Host,
 }
 
-impl Shared {
+impl Qemu {
+    /// Opens what the machines of this configuration share.
+    ///
+    /// # Errors
+    /// QEMU's program does not exist; as [`Templates::open`].
+    pub fn new(config: &Config, host: Host) -> Result<Qemu> {
+        let qemu = Qemu {
+            qemu_img: QemuImg::new(&config.binaries.qemu_img),
+            program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
+            instant_dir: config.instant_dir.clone(),
+            templates: OnceLock::new(),
+            peers: Peers::default(),
+            budget: Budget::new(config.standby_memory_limit),
+            host,
+        };
+        // A folder that no machine needs any more may contain templates, which are removed.
+        if config.machines.iter().any(|machine| machine.prepare.instant) || qemu.instant_dir.is_dir() {
+            qemu.open_templates()?;
+        }
+        Ok(qemu)
+    }
+
     /// Opens the folder of the templates, unless it is open.
     ///
     /// # Errors

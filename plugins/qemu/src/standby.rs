@@ -5,22 +5,22 @@
 
 use std::sync::Arc;
 
-use machinery::{Deadline, Error, Result, Share};
+use machinery::{Deadline, Error, Result};
 use machinery_images::FileId;
 
+use crate::prepare::Identity;
 use crate::run::Run;
 use crate::run::start_error::StartError;
-use crate::template::Identity;
 
-/// A run that is loaded and paused.
+/// A run that is loaded and paused. The run has the standby's share of the memory budget.
 pub struct Standby {
     run: Arc<Run>,
     /// The identity of the machine when the run was loaded.
     identity: Identity,
     /// The RAM file of the template, if the run maps one.
     ram: Option<FileId>,
-    /// The standby's share of the memory budget.
-    share: Share,
+    /// The memory that the standby holds, in bytes.
+    memory: u64,
     /// True if the run was taken or ended. Otherwise it is ended with the value.
     taken: bool,
 }
@@ -35,13 +35,13 @@ impl Drop for Standby {
 
 impl Standby {
     /// Makes a standby of a loaded run.
-    pub fn new(run: Arc<Run>, identity: Identity, ram: Option<FileId>, share: Share) -> Self {
-        Standby { run, identity, ram, share, taken: false }
+    pub fn new(run: Arc<Run>, identity: Identity, ram: Option<FileId>, memory: u64) -> Self {
+        Standby { run, identity, ram, memory, taken: false }
     }
 
     /// Returns the memory that the standby holds, in bytes.
     pub fn memory(&self) -> u64 {
-        self.share.bytes()
+        self.memory
     }
 
     /// Asks QEMU to end, without waiting for it.
@@ -79,11 +79,6 @@ impl Standby {
                 Err(Error::failed(why).into())
             }
         }
-    }
-
-    /// Returns the run, which remains the standby's.
-    pub fn run(&self) -> Arc<Run> {
-        Arc::clone(&self.run)
     }
 
     /// Ends the run.

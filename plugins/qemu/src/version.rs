@@ -3,15 +3,13 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
-use std::sync::mpsc;
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::process::Output;
+use std::sync::Mutex;
 use std::time::Duration;
 
-use machinery::{Error, Result};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-
+use machinery::{Deadline, Error, Result};
+use machinery_backend::process::output;
+use machinery_backend::sync::lock;
 use machinery_images::FileId;
 
 /// A QEMU version. Each feature that depends on the version is a method, with its source.
@@ -118,25 +116,9 @@ const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);
 /// # Errors
 /// The program cannot be run, or does not end in time.
 pub fn run(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<Output> {
-    let failed = |error: std::io::Error| Error::io("run", program, &error);
     let mut command = machinery::command(program);
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().map_err(failed)?;
-    let handle =
-        pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(|error| failed(error.into()))?;
-    let (sender, output) = mpsc::channel();
-    // The caller may have timed out.
-    let wait = move || drop(sender.send(child.wait_with_output()));
-    thread::Builder::new().name("qemu-run".to_owned()).spawn(wait).map_err(failed)?;
-    match output.recv_timeout(PROGRAM_TIMEOUT) {
-        Ok(output) => output.map_err(failed),
-        Err(_) => {
-            // The program may have ended just now.
-            let _ = pidfd_send_signal(&handle, Signal::KILL);
-            let reason = format!("{} does not end within {PROGRAM_TIMEOUT:?}", program.display());
-            Err(Error::environment(reason).advice("Check that it is QEMU's own binary"))
-        }
-    }
+    command.args(args);
+    output(command, Deadline::after(PROGRAM_TIMEOUT))
 }
 
 /// QEMU's program and its version.
@@ -165,7 +147,7 @@ impl Program {
     /// The program does not exist any more, or reports no version.
     pub fn current(&self) -> Result<(Version, FileId)> {
         let id = FileId::of(&self.path).map_err(|error| Error::io("look at", &self.path, &error))?;
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(&self.known);
         if known.1 != id {
             *known = (Version::of(&self.path)?, id);
             tracing::info!(version = %known.0, "QEMU's program was replaced");
@@ -175,7 +157,7 @@ impl Program {
 
     /// Returns the version at the last call of [`current`](Program::current).
     pub fn version(&self) -> Version {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).0
+        lock(&self.known).0
     }
 }
 

@@ -39,7 +39,7 @@ fn setup(lab: &Lab) -> Setup {
 fn spec(lab: &Arc<Lab>) -> BackendSpec {
     let names: Vec<&str> = MACHINES.iter().map(|(name, ..)| *name).collect();
     let restored = lab.restored_count().unwrap();
-    let [counting, living, littered, killing] = [(); 4].map(|()| Arc::clone(lab));
+    let [counting, living, littered, killing, pausing, resuming] = [(); 6].map(|()| Arc::clone(lab));
     let mortal = names[0];
     BackendSpec::new(&names)
         .counts(restored..=restored, move |_, machine| Ok(counting.folder(machine).first_count(SOON)?))
@@ -47,6 +47,13 @@ fn spec(lab: &Arc<Lab>) -> BackendSpec {
         .leftovers(move || Ok(littered.leftovers()?))
         // SIGKILL ends it like a crash.
         .death(mortal, move || Ok(kill_process(killing.qemu_of(mortal)?, Signal::KILL)?))
+        // A stopped QEMU does not answer.
+        .pause(
+            mortal,
+            move || Ok(kill_process(pausing.qemu_of(mortal)?, Signal::STOP)?),
+            move || Ok(kill_process(resuming.qemu_of(mortal)?, Signal::CONT)?),
+        )
+        .host_program(artifacts::program().unwrap(), conformance::HOST_PROCESS)
         .timeout(SOON)
 }
 

@@ -1,24 +1,21 @@
 //! One process: its start, and its end.
 
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::retry_on_intr;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use machinery::{Error, Result};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::console::{Console, LineKind};
+use super::end::End;
 use super::group;
-
-/// The pause between two probes of [`Handle::wait_until`].
-const PROBE_INTERVAL: Duration = Duration::from_millis(5);
+use super::handle::Handle;
 
 /// A process of this plugin, which has to be ended and waited for.
 #[derive(Debug)]
@@ -27,102 +24,12 @@ pub struct Process {
     handle: Arc<Handle>,
 }
 
-/// A process as other threads see it: valid, and harmless, also after its end.
-#[derive(Debug)]
-pub struct Handle {
-    pid: u32,
-    pidfd: OwnedFd,
-    /// True if this plugin has ended the process.
-    ended: AtomicBool,
-    program: String,
-    console: Console,
+fn pipe() -> Result<(PipeReader, PipeWriter)> {
+    io::pipe().map_err(|error| no_pipe(&error))
 }
 
-impl Handle {
-    /// Returns the number of the process.
-    pub fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// Returns the memory that the process holds, in bytes. Source: `Pss` in proc_pid_smaps(5), in KiB.
-    pub fn memory(&self) -> Option<u64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid)).ok()?;
-        bytes_of(&text, "Pss:")
-    }
-
-    /// Kills the process.
-    pub fn kill(&self) {
-        self.end_by(Signal::KILL);
-    }
-
-    /// Asks the process to end, with SIGTERM.
-    pub fn terminate(&self) {
-        self.end_by(Signal::TERM);
-    }
-
-    fn end_by(&self, signal: Signal) {
-        self.ended.store(true, Ordering::SeqCst);
-        // The process may have ended by itself.
-        let _ = pidfd_send_signal(&self.pidfd, signal);
-    }
-
-    /// Begins a step. If the step fails, its reason is the output from now on.
-    pub fn begin_step(&self) {
-        self.console.begin_step();
-    }
-
-    /// Waits until the process has ended or `other` can be read; returns whether it has ended, and none after
-    /// the timeout.
-    pub fn ended_before(&self, other: &OwnedFd, timeout: Duration) -> io::Result<Option<bool>> {
-        let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN), PollFd::new(other, PollFlags::IN)];
-        let ready = retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout))))?;
-        Ok((ready > 0).then(|| sources[1].revents().is_empty()))
-    }
-
-    /// Returns the lines of the console since the step began.
-    pub fn last_lines(&self) -> String {
-        self.console.output()
-    }
-
-    /// Waits until `probe` returns a value, for a hypervisor that reports nothing by itself. Between two probes it
-    /// waits for the end of the process, so that a process that dies ends the wait at once.
-    ///
-    /// # Errors
-    /// The process ends, with its last lines; the deadline passes; `probe` fails.
-    pub fn wait_until<T>(
-        &self,
-        deadline: Deadline,
-        waiting_for: &str,
-        mut probe: impl FnMut() -> Result<Option<T>>,
-    ) -> Result<T> {
-        loop {
-            if let Some(value) = probe()? {
-                return Ok(value);
-            }
-            deadline.check(waiting_for).map_err(|error| error.detail(&self.last_lines()))?;
-            if self.wait(deadline.within(PROBE_INTERVAL).remaining()) {
-                let reason =
-                    format!("{} has ended while the machinery waited for {waiting_for}", self.program);
-                return Err(Error::failed(reason).detail(&self.last_lines()));
-            }
-        }
-    }
-
-    /// Waits for the end of the process; returns false after the timeout.
-    pub fn wait(&self, timeout: Duration) -> bool {
-        let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        matches!(retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout)))), Ok(1..))
-    }
-}
-
-/// Returns a value of one of the kernel's tables, which has it in KiB, in bytes.
-pub fn bytes_of(table: &str, key: &str) -> Option<u64> {
-    let value = table.lines().find_map(|line| line.strip_prefix(key))?;
-    value.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
-fn timespec(duration: Duration) -> Timespec {
-    Timespec::try_from(duration).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })
+fn no_pipe(error: &io::Error) -> Error {
+    Error::environment(format!("cannot make a pipe: {error}"))
 }
 
 impl Process {
@@ -133,11 +40,9 @@ impl Process {
     /// # Errors
     /// The process cannot be started.
     pub fn start(mut command: Command, machine: &str, kind_of: fn(&str) -> LineKind) -> Result<Process> {
-        command.stdout(Stdio::null());
-        let (console, stderr) =
-            io::pipe().map_err(|error| Error::environment(format!("cannot make a pipe: {error}")))?;
-        command.stderr(stderr);
-        Process::spawn(command, console.into(), machine, kind_of)
+        let (console, stderr) = pipe()?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        Process::spawn(command, console.into(), None, machine, kind_of)
     }
 
     /// Starts the process as [`start`](Process::start) does, with its stdout in its console as well.
@@ -149,20 +54,46 @@ impl Process {
         machine: &str,
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Process> {
-        let failed = |error: io::Error| Error::environment(format!("cannot make a pipe: {error}"));
-        let (console, stderr) = io::pipe().map_err(failed)?;
-        command.stdout(stderr.try_clone().map_err(failed)?).stderr(stderr);
-        Process::spawn(command, console.into(), machine, kind_of)
+        command.stdin(Stdio::null());
+        Process::spawn_with_stdout(command, None, machine, kind_of)
+    }
+
+    /// Starts the process as [`start_with_stdout`](Process::start_with_stdout) does. It takes commands on its stdin:
+    /// [`Handle::ask`].
+    ///
+    /// # Errors
+    /// The process cannot be started.
+    pub fn start_with_commands(
+        mut command: Command,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Process> {
+        let (stdin, commands) = pipe()?;
+        command.stdin(stdin);
+        Process::spawn_with_stdout(command, Some(commands), machine, kind_of)
+    }
+
+    fn spawn_with_stdout(
+        mut command: Command,
+        commands: Option<PipeWriter>,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Process> {
+        let (console, stderr) = pipe()?;
+        let stdout = stderr.try_clone().map_err(|error| no_pipe(&error))?;
+        command.stdout(stdout).stderr(stderr);
+        Process::spawn(command, console.into(), commands, machine, kind_of)
     }
 
     fn spawn(
         mut command: Command,
         console: OwnedFd,
+        commands: Option<PipeWriter>,
         machine: &str,
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Process> {
         // In a group of its own, it gets no signal from the host's terminal, and its children can be ended with it.
-        let spawned = command.stdin(Stdio::null()).process_group(0).spawn();
+        let spawned = command.process_group(0).spawn();
         let program = Path::new(command.get_program()).to_owned();
         let mut child = spawned.map_err(|error| {
             let failed = Error::io("run", &program, &error);
@@ -183,7 +114,8 @@ impl Process {
             (Ok(pidfd), Ok(console)) => {
                 let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 let ended = AtomicBool::new(false);
-                let handle = Handle { pid: child.id(), pidfd, ended, program: name, console };
+                let commands = commands.map(Mutex::new);
+                let handle = Handle { pid: child.id(), pidfd, ended, program: name, console, commands };
                 Ok(Process { child, handle: Arc::new(handle) })
             }
             (Err(error), _) | (_, Err(error)) => {
@@ -235,68 +167,11 @@ impl Process {
     }
 }
 
-/// The end of a process: its exit status and its output.
-#[derive(Debug, Clone)]
-pub struct End {
-    /// The name of the program.
-    program: String,
-    status: Option<ExitStatus>,
-    /// True if this plugin ended the process.
-    by_plugin: bool,
-    /// The output of the last step.
-    output: String,
-}
-
-impl End {
-    /// Gives the program a name for people, such as `QEMU`.
-    pub fn named(self, program: &str) -> End {
-        End { program: program.to_owned(), ..self }
-    }
-
-    /// Describes the exit status and the output, for people.
-    pub fn describe(&self) -> String {
-        let program = &self.program;
-        let status = match self.status {
-            _ if self.by_plugin => format!("{program} was ended by this machinery"),
-            Some(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => format!("{program} exited with code {code}"),
-                (None, Some(signal)) => format!("{program} was killed by signal {signal}"),
-                (None, None) => format!("{program} ended"),
-            },
-            None => format!("{program} ended"),
-        };
-        if self.output.is_empty() { status } else { format!("{status}: {}", self.output) }
-    }
-
-    /// Returns the output of the last step.
-    pub fn output(&self) -> &str {
-        &self.output
-    }
-
-    /// Describes a failure, for people; empty if there is nothing useful to report.
-    pub fn failure(&self) -> String {
-        match (self.by_plugin, self.output.is_empty()) {
-            (true, true) => String::new(),
-            (true, false) => format!("{} reports: {}", self.program, self.output),
-            (false, _) => self.describe(),
-        }
-    }
-
-    /// Reports whether the process was killed by a signal.
-    pub fn by_signal(&self) -> bool {
-        self.status.is_some_and(|status| status.signal().is_some())
-    }
-
-    /// Reports whether the process exited with code 0.
-    pub fn was_clean(&self) -> bool {
-        self.status.is_some_and(|status| status.success())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::process::{WaitId, WaitIdOptions, kill_process, waitid};
+    use machinery::Deadline;
+    use rustix::process::{Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
     fn shell(script: &str) -> Process {
         let mut command = machinery::command(Path::new("/bin/sh"));
@@ -316,6 +191,54 @@ mod tests {
         let end = shell("echo first >&2; echo last >&2; exit 3").end(Duration::from_secs(10));
         assert_eq!(end.describe(), "sh exited with code 3: first; last");
         assert!(!end.was_clean());
+    }
+
+    fn talking_shell(script: &str) -> Process {
+        let mut command = machinery::command(Path::new("/bin/sh"));
+        command.arg("-c").arg(script);
+        Process::start_with_commands(command, "m", |_| LineKind::Other).unwrap()
+    }
+
+    #[test]
+    fn answer_is_found_when_more_lines_follow_or_its_line_does_not_end() {
+        let lines = "echo loaded $a; for n in 1 2 3 4 5 6 7 8; do echo noise; done";
+        let process = talking_shell(&format!("{lines}; read a; {lines}; printf '<shell:2> '; read b"));
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        assert_eq!(handle.wait_for_line("load", deadline).unwrap(), "loaded");
+        assert_eq!(handle.ask("again", "loaded", deadline).unwrap(), "loaded again");
+        assert_eq!(handle.wait_for_line("<shell:", deadline).unwrap(), "<shell:2>");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn answer_is_not_the_prompt_before_the_command() {
+        let process = talking_shell("printf '<1> '; read a; echo $a; printf '<2> '; read a");
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        assert_eq!(handle.wait_for_line("<", deadline).unwrap(), "<1>");
+        assert_eq!(handle.ask("next", "<", deadline).unwrap(), "<2>");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn answer_fails_with_the_last_words_when_the_process_dies() {
+        let process = talking_shell("read a; echo cannot load >&2; exit 1");
+        let error = process.handle().ask("load", "loaded", Deadline::after(Duration::from_secs(60)));
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("sh has ended while") && text.contains("cannot load"), "{text}");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn command_is_refused_when_the_process_takes_none_or_has_ended() {
+        let process = shell("exec sleep 600");
+        let text = process.handle().send("load").unwrap_err().to_string();
+        assert!(text.contains("cannot send 'load' to sh: it takes no commands"), "{text}");
+        process.end(Duration::ZERO);
+        let process = talking_shell("exit 1");
+        assert!(process.handle().wait(Duration::from_secs(60)));
+        let text = process.handle().send("load").unwrap_err().to_string();
+        assert!(text.contains("cannot send 'load' to sh: Broken pipe"), "{text}");
+        process.end(Duration::ZERO);
     }
 
     #[test]
@@ -349,6 +272,17 @@ mod tests {
         process.handle().begin_step();
         process.handle().kill();
         assert_eq!(process.end(Duration::from_secs(10)).failure(), "");
+    }
+
+    #[test]
+    fn process_is_stopped_until_it_continues() {
+        let (process, pid) = stopped("kill -STOP $$; echo on >&2; exec sleep 600");
+        assert!(process.handle().is_stopped());
+        kill_process(pid, Signal::CONT).unwrap();
+        process.handle().wait_for_line("on", Deadline::after(Duration::from_secs(60))).unwrap();
+        assert!(!process.handle().is_stopped());
+        process.handle().interrupt();
+        assert_eq!(process.end(Duration::from_secs(60)).describe(), "sh was killed by signal 2: on");
     }
 
     #[test]

@@ -50,6 +50,7 @@ impl Console {
             kind_of,
             unfinished: Vec::new(),
             lines: LastLines::default(),
+            awaited: None,
         };
         let console = Console(Arc::new(Mutex::new(reader)));
         let thread = console.clone();
@@ -64,6 +65,26 @@ impl Console {
         let mut reader = self.lock();
         reader.read_all();
         reader.lines = LastLines::default();
+    }
+
+    /// Drops the prompt that the process has printed, as well as the lines so far: the next one answers a command.
+    pub fn begin_answer(&self) {
+        let mut reader = self.lock();
+        reader.read_all();
+        reader.end_line();
+        reader.lines = LastLines::default();
+    }
+
+    /// Waits from now on for a line with that text. A line of the current step counts too.
+    pub fn expect(&self, text: &str) {
+        self.lock().expect(text);
+    }
+
+    /// Returns the line that [`expect`](Console::expect) waits for, if it has come. A prompt counts before its line ends.
+    pub fn expected_line(&self) -> Option<String> {
+        let mut reader = self.lock();
+        reader.read_all();
+        reader.expected_line()
     }
 
     /// Returns the lines since the step began, on one line; only the program's own messages if there are any.
@@ -93,6 +114,14 @@ struct Reader {
     kind_of: fn(&str) -> LineKind,
     unfinished: Vec<u8>,
     lines: LastLines,
+    awaited: Option<Awaited>,
+}
+
+/// A line that somebody waits for.
+#[derive(Debug)]
+struct Awaited {
+    text: String,
+    line: Option<String>,
 }
 
 impl Reader {
@@ -137,7 +166,28 @@ impl Reader {
             LineKind::Failure | LineKind::Warning => tracing::warn!(machine, text, "the process reports"),
             LineKind::Other => tracing::debug!(machine, text, "the process reports"),
         }
+        if let Some(awaited) = &mut self.awaited
+            && awaited.line.is_none()
+            && text.contains(&awaited.text)
+        {
+            awaited.line = Some(text.clone());
+        }
         self.lines.add(text, kind);
+    }
+
+    fn expect(&mut self, text: &str) {
+        let known = self.lines.failures.iter().chain(&self.lines.others);
+        let line = known.into_iter().find(|line| line.contains(text)).cloned();
+        self.awaited = Some(Awaited { text: text.to_owned(), line });
+    }
+
+    fn expected_line(&self) -> Option<String> {
+        let awaited = self.awaited.as_ref()?;
+        let prompt = || {
+            let prompt = String::from_utf8_lossy(&self.unfinished);
+            prompt.contains(&awaited.text).then(|| prompt.trim().to_owned())
+        };
+        awaited.line.clone().or_else(prompt)
     }
 }
 

@@ -59,6 +59,12 @@ fn is_left(leader: Pid) -> bool {
     test_kill_process_group(leader).is_ok() && !lives()
 }
 
+/// Reports whether the process is stopped by a signal or a debugger.
+pub fn is_stopped(process: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    matches!(fields(&stat).next(), Some("T" | "t"))
+}
+
 /// Returns the living processes of the group.
 fn members(leader: Pid) -> Vec<OwnedFd> {
     let Ok(entries) = Path::new("/proc").read_dir() else { return Vec::new() };

@@ -74,6 +74,11 @@ impl RunningProcess {
         self.folder.as_deref() == Some(folder)
     }
 
+    /// Reports whether a signal or a debugger has stopped the process.
+    pub fn is_stopped(&self) -> bool {
+        group::is_stopped(self.number().cast_unsigned())
+    }
+
     /// Asks the process to end, so that its helpers end too, and kills it if it does not.
     ///
     /// # Errors

@@ -6,8 +6,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use machinery::{DumpFormat, State};
+use object::{Object, ObjectKind, ObjectSegment, ReadCache};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::recorder::Event;
 use crate::report::{CheckFailure, Result, demand, failed};
 use crate::session::Session;
@@ -24,6 +25,7 @@ pub fn dump_memory(session: &Session) -> Result {
     let file = session.path("dump");
     session.succeeds(&dump(file.clone()), machine)?;
     belongs_to_caller(&file)?;
+    session.plugin().since_1_1(is_core_file(&file))?;
     progress_grows(machine, session.events().get(before..).unwrap_or_default())?;
     session.is_alive(machine)?;
     names_invalid_path(session, machine, dump)?;
@@ -72,8 +74,8 @@ fn handles_other_formats(session: &Session, machine: &str) -> Result {
     for format in [DumpFormat::KdumpZlib, DumpFormat::WinDmp] {
         let file = session.path(format.as_str());
         match session.attempt(&Call::DumpMemory(file.clone(), format), machine, session.timeout())? {
-            Ok(()) => belongs_to_caller(&file)?,
-            Err(_) => session.no_file_at(&file)?,
+            Outcome::Success(()) => belongs_to_caller(&file)?,
+            Outcome::Refusal(_) => session.no_file_at(&file)?,
         }
         session.is_alive(machine)?;
     }
@@ -112,6 +114,21 @@ fn fraction_of(wanted: &str, event: &Event) -> Option<f64> {
         Event::Progress { machine, fraction } if machine == wanted => Some(*fraction),
         _ => None,
     }
+}
+
+/// Demands an ELF core file whose segments are all in the file.
+fn is_core_file(path: &Path) -> Result {
+    let action = || format!("reading {} as an ELF core file", path.display());
+    let file = File::open(path).map_err(|error| failed(&action(), &error))?;
+    let length = file.metadata().map_err(|error| failed(&action(), &error))?.len();
+    let content = ReadCache::new(file);
+    let core = object::File::parse(&content).map_err(|error| failed(&action(), &error))?;
+    demand!(core.kind() == ObjectKind::Core, "the dump must be an ELF core file, but is {:?}", core.kind());
+    let ends = core.segments().map(|segment| segment.file_range()).map(|(at, size)| at.saturating_add(size));
+    let end = ends.max().unwrap_or_default();
+    demand!(end > 0, "the dump is an ELF core file without memory");
+    demand!(end <= length, "the dump ends at {length}, but its segments end at {end}");
+    Ok(())
 }
 
 fn is_png(path: &Path) -> Result {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, Level, MachineInfo};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::report::{CheckFailure, Result, demand, failed};
 use crate::session::Session;
 
@@ -75,12 +75,12 @@ pub fn bad_configuration(session: &Session) -> Result {
     for text in ["machines: [unclosed", "just words", "no_such_key: 1"] {
         setup.config.text = text.to_owned();
         match session.plugin().load(&setup)? {
-            Ok(_) => {
+            Outcome::Success(_) => {
                 return Err(CheckFailure::Failed(format!(
                     "load must refuse the configuration {text:?}, but it succeeded"
                 )));
             }
-            Err(error) => {
+            Outcome::Refusal(error) => {
                 demand!(
                     error.kind() == ErrorKind::Configuration,
                     "load must refuse {text:?} with Configuration, but returned {error:?}"

@@ -6,8 +6,8 @@
 use machinery::{ErrorKind, Reloaded};
 use serde_yaml::{Mapping, Value};
 
-use crate::call::Call;
-use crate::report::{CheckFailure, Result, demand, failed};
+use crate::call::{Call, Outcome};
+use crate::report::{CheckFailure, Result, demand};
 use crate::session::Session;
 
 pub fn reload(session: &Session) -> Result {
@@ -15,10 +15,10 @@ pub fn reload(session: &Session) -> Result {
     let first = session.machine();
     session.restore(first)?;
     match session.reload(full, &[first])? {
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
+        Outcome::Refusal(error) if error.kind() == ErrorKind::Unsupported => {
             return Err(CheckFailure::Skipped("the machinery does not offer reload".to_owned()));
         }
-        result => expect_deferred(result, &[], "the current configuration")?,
+        outcome => expect_deferred(outcome, &[], "the current configuration")?,
     }
     session.is_alive(first)?;
     invalid_configuration_changes_nothing(session, first)?;
@@ -33,12 +33,12 @@ fn invalid_configuration_changes_nothing(session: &Session, first: &str) -> Resu
     let file = session.plugin().setup.config.path.display().to_string();
     for text in ["machines: [unclosed", "just words", "no_such_key: 1"] {
         match session.reload(text, &[first])? {
-            Ok(_) => {
+            Outcome::Success(_) => {
                 return Err(CheckFailure::Failed(format!(
                     "reload must refuse the configuration {text:?}, but it succeeded"
                 )));
             }
-            Err(error) => {
+            Outcome::Refusal(error) => {
                 demand!(error.to_string().contains(&file), "the error does not name {file}: {error}")
             }
         }
@@ -86,8 +86,8 @@ fn machines_are_removed_and_added(session: &Session, other: &str, without_first:
     session.restore(first)
 }
 
-fn expect_deferred(result: machinery::Result<Reloaded>, deferred: &[&str], what: &str) -> Result {
-    let outcome = result.map_err(|error| failed(&format!("reload of {what}"), &error))?;
+fn expect_deferred(outcome: Outcome<Reloaded>, deferred: &[&str], what: &str) -> Result {
+    let outcome = outcome.expect_success(&format!("reload of {what}"))?;
     demand!(
         outcome.changed.is_empty(),
         "reload of {what} must change no machine, but changed {:?}",

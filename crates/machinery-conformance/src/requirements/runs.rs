@@ -32,7 +32,7 @@ pub fn stop(session: &Session) -> Result {
 
 pub fn clean_every_time(session: &Session) -> Result {
     if session.spec().counts.is_none() {
-        return Err(CheckFailure::Skipped("the spec has no counts to show where a run began".to_owned()));
+        return Err(CheckFailure::Skipped("nothing shows where a run began: BackendSpec::counts".to_owned()));
     }
     for _ in 0..session.spec().rounds {
         session.machines().try_for_each(|machine| one_run(session, machine))?;

@@ -5,16 +5,21 @@ use std::time::{Duration, Instant};
 use machinery::host::Instance;
 use machinery::{DumpFormat, ErrorKind, State};
 
-use crate::call::Call;
+use crate::call::{Call, Outcome};
 use crate::report::{CheckFailure, Result, demand, failed};
 use crate::session::Session;
-use crate::spec::Death;
+use crate::spec::{Death, Hook, Pause};
+
+/// The time after which an event is late, and the time of a call that need not succeed.
+const LATE: Duration = Duration::from_secs(2);
 
 pub fn failed_start(session: &Session) -> Result {
     let Some(breakage) = &session.spec().breakage else {
-        return Err(CheckFailure::Skipped("the spec has no breakage to make a start fail".to_owned()));
+        return Err(CheckFailure::Skipped(
+            "nothing makes a start fail: BackendSpec::breakage, or --break and --mend".to_owned(),
+        ));
     };
-    let machine = breakage.machine.as_str();
+    let machine = session.machine_or(&breakage.machine);
     session.run_hook("breaking the restore of", machine, &breakage.break_restore)?;
     let result = fails_cleanly(session, machine);
     session.run_hook("repairing", machine, &breakage.repair)?;
@@ -59,22 +64,64 @@ fn no_machine_is_unusable(session: &Session, when: &str) -> Result {
 
 pub fn death(session: &Session) -> Result {
     let Some(Death { machine, kill }) = &session.spec().death else {
-        return Err(CheckFailure::Skipped("the spec has no death to kill a machine".to_owned()));
+        return Err(CheckFailure::Skipped(
+            "nothing kills a machine: BackendSpec::death, or --kill".to_owned(),
+        ));
     };
+    let machine = session.machine_or(machine);
+    let mut waits = Vec::new();
+    for _ in 0..session.spec().rounds {
+        let wait = is_killed(session, machine, kill)?;
+        // One good round is enough: a busy computer can delay any single event.
+        if wait < LATE {
+            return session.restore(machine);
+        }
+        waits.push(format!("{wait:?}"));
+    }
+    let how = format!("the end of {machine} was reported late, after {}", waits.join(", "));
+    session.plugin().since_1_1(Err(CheckFailure::Failed(how)))
+}
+
+/// Kills the machine in a run. Returns the time until the plugin reported its end.
+fn is_killed(session: &Session, machine: &str, kill: &Hook) -> Result<Duration> {
+    let before = session.events().len();
     session.succeeds(&Call::RestoreStart, machine)?;
     session.run_hook("killing", machine, kill)?;
-    let state = end_is_reported(session, machine)?;
+    let began = Instant::now();
+    let end = session.wait_for_event(before, session.timeout(), |event| event.end_of(machine));
+    let wait = began.elapsed();
+    let Some(state) = end else {
+        let how = format!("{machine} died, but the plugin reported no state_changed");
+        return Err(CheckFailure::Failed(how));
+    };
     session.has_state(machine, state)?;
     session.ensure_off(machine)?;
     session.no_leftovers("after a machine died and was stopped")?;
-    session.restore(machine)
+    Ok(wait)
 }
 
-fn end_is_reported(session: &Session, machine: &str) -> Result<State> {
-    let end = session.wait_for_event(|event| event.end_of(machine));
-    end.ok_or_else(|| {
-        CheckFailure::Failed(format!("{machine} died, but the plugin reported no state_changed"))
-    })
+/// Pauses the machine without the plugin. A state from the plugin's memory is still `running`. A hypervisor that does
+/// not answer is no violation, because it may be paused with its guest.
+pub fn live_state(session: &Session) -> Result {
+    let Some(Pause { machine, pause, resume }) = &session.spec().pause else {
+        return Err(CheckFailure::Skipped(
+            "nothing pauses a machine: BackendSpec::pause, or --pause and --resume".to_owned(),
+        ));
+    };
+    let machine = session.machine_or(machine);
+    session.succeeds(&Call::RestoreStart, machine)?;
+    // A plugin may answer the first call from the event of the start.
+    session.has_state(machine, State::Running)?;
+    session.run_hook("pausing", machine, pause)?;
+    let name = machine.to_owned();
+    let state = session.try_call("state", LATE, move |instance, deadline| instance.state(&name, deadline));
+    session.run_hook("resuming", machine, resume)?;
+    demand!(
+        !matches!(state?, Outcome::Success(State::Running)),
+        "{machine} was paused without the plugin, but its state is still running"
+    );
+    session.has_state(machine, State::Running)?;
+    session.stop(machine)
 }
 
 /// Repeats each start with a longer deadline, from zero on, until it succeeds: the deadline then passes at every
@@ -143,9 +190,9 @@ fn longer_limit(session: &Session, limit: Duration) -> Result<Duration> {
 /// Reports whether the call succeeded in time. Demands that any other result is a timeout.
 fn finished_in_time(session: &Session, call: &Call, machine: &str, limit: Duration) -> Result<bool> {
     match session.attempt(call, machine, limit)? {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::Timeout => Ok(false),
-        Err(error) => Err(failed(
+        Outcome::Success(()) => Ok(true),
+        Outcome::Refusal(error) if error.kind() == ErrorKind::Timeout => Ok(false),
+        Outcome::Refusal(error) => Err(failed(
             &format!("{} with a deadline of {limit:?} must succeed or time out, but returned", call.name()),
             &error,
         )),
@@ -154,7 +201,7 @@ fn finished_in_time(session: &Session, call: &Call, machine: &str, limit: Durati
 
 fn version_with_zero_deadline(session: &Session) -> Result {
     match session.try_call("version", Duration::ZERO, Instance::version)? {
-        Err(error) if error.kind() != ErrorKind::Timeout => {
+        Outcome::Refusal(error) if error.kind() != ErrorKind::Timeout => {
             Err(failed("version with a deadline of zero", &error))
         }
         _ => Ok(()),

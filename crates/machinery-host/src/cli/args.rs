@@ -110,7 +110,7 @@ pub enum Command {
     #[command(subcommand)]
     Import(Import),
     /// Check a built plugin against each requirement of the interface
-    Conformance(Conformance),
+    Conformance(Box<Conformance>),
     /// Create the crate of a new plugin
     NewPlugin {
         /// Name in the machineries list: lowercase letters, digits, '-' and '_'
@@ -118,8 +118,11 @@ pub enum Command {
         /// Folder in which the crate's folder is created
         #[arg(long, value_name = "DIR", default_value = ".")]
         dir: PathBuf,
-        /// Checkout or git repository of cuckoo-machinery to build against [default: the repository of
-        /// this program]
+        /// Write machines that are processes of a hypervisor, instead of machines in memory
+        #[arg(long)]
+        process: bool,
+        /// Checkout or git repository of cuckoo-machinery to build against; of a repository, the revision of
+        /// this program is used [default: the repository of this program]
         #[arg(long, value_name = "PATH-OR-GIT-URL")]
         interface: Option<String>,
     },

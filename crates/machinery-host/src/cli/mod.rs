@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::commands::conformance;
-use crate::commands::{check, import, new_plugin};
+use crate::commands::new_plugin::{self, Template};
+use crate::commands::{check, import};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
 use crate::load;
@@ -59,8 +60,9 @@ pub fn main() -> ! {
 fn run(cli: &Cli) -> Result<ExitCode> {
     let global = &cli.global;
     match &cli.command {
-        Command::NewPlugin { name, dir, interface } => {
-            let new = new_plugin::new_plugin(name, dir, interface.as_deref())?;
+        Command::NewPlugin { name, dir, process, interface } => {
+            let template = if *process { Template::PROCESS } else { Template::MEMORY };
+            let new = new_plugin::new_plugin(&template, name, dir, interface.as_deref())?;
             output::new_plugin(&new, global.json);
             Ok(ExitCode::SUCCESS)
         }
@@ -69,6 +71,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(options) => {
+            if let Some(request) = &options.host_process {
+                return Ok(ExitCode::from(u8::from(!machinery_conformance::run_host_process(request))));
+            }
             let on_check = |check: &_| output::requirement(check, global.json);
             let report = conformance::run(options, global.allow_insecure_plugins, on_check)?;
             output::conformance(&report, global.json);

@@ -67,12 +67,11 @@ pub fn requirement(check: &Check, json: bool) {
 
 /// Prints the summary of a conformance run.
 pub fn conformance(report: &machinery_conformance::Report, json: bool) {
-    let (failed, skipped) = (report.broken().len(), report.skipped().len());
     if json {
         let requirements: Vec<Value> = report.checks().iter().map(as_json).collect();
-        return println!("{}", json!({"success": failed == 0, "requirements": requirements}));
+        return println!("{}", json!({"success": report.passed(), "requirements": requirements}));
     }
-    println!("\n{} passed, {failed} failed, {skipped} skipped", report.checks().len() - failed - skipped);
+    println!("\n{}", plain_lines(&report.summary()));
 }
 
 fn as_json(check: &Check) -> Value {
@@ -81,7 +80,7 @@ fn as_json(check: &Check) -> Value {
         Err(CheckFailure::Failed(how)) => ("fail", how.as_str()),
         Err(CheckFailure::Skipped(why)) => ("skip", why.as_str()),
     };
-    json!({"name": check.name, "result": result, "why": why})
+    json!({"name": check.name, "result": result, "why": why, "notes": check.notes})
 }
 
 /// Prints the findings of a check.

@@ -20,7 +20,10 @@ use std::time::Duration;
 use clap::Args;
 use machinery::config::ConfigFile;
 use machinery::{Error, Result};
-use machinery_conformance::{BackendSpec, Check, CheckFailure, Report, names, run_some, setup_in};
+use machinery_conformance::{
+    BackendSpec, Check, CheckFailure, Commands, HOST_PROCESS, Report, keeps_folders, names, run_some,
+    setup_in,
+};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -30,10 +33,10 @@ use crate::plugin::trust;
 #[derive(Debug, Clone, Args)]
 pub struct Conformance {
     /// The plugin, a shared library
-    #[arg(required_unless_present = "list")]
+    #[arg(required_unless_present_any = ["list", "host_process"])]
     file: Option<PathBuf>,
     /// The plugin's configuration file, as in conf/machineries
-    #[arg(long, value_name = "YAML", required_unless_present = "list")]
+    #[arg(long, value_name = "YAML", required_unless_present_any = ["list", "host_process"])]
     config: Option<PathBuf>,
     /// A machinery-host.yaml with a section for the plugin
     #[arg(long, value_name = "YAML")]
@@ -50,12 +53,63 @@ pub struct Conformance {
     /// Time limit of each call that has to succeed
     #[arg(long, alias = "patience", value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
+    /// Rounds of requirements that may pass by chance; 100 are a soak test
+    #[arg(long, value_name = "NUMBER", default_value_t = 3)]
+    rounds: usize,
+    /// Shell command that ends the running machine $MACHINERY_MACHINE
+    #[arg(long, value_name = "COMMAND")]
+    kill: Option<String>,
+    /// Shell command that makes restores of $MACHINERY_MACHINE fail
+    #[arg(long = "break", value_name = "COMMAND", requires = "mend")]
+    breaking: Option<String>,
+    /// Shell command that repairs the effect of --break
+    #[arg(long, value_name = "COMMAND", requires = "breaking")]
+    mend: Option<String>,
+    /// Shell command that pauses the running machine $MACHINERY_MACHINE
+    #[arg(long, value_name = "COMMAND", requires = "resume")]
+    pause: Option<String>,
+    /// Shell command that resumes a machine after --pause
+    #[arg(long, value_name = "COMMAND", requires = "pause")]
+    resume: Option<String>,
+    /// Shell command that prints each leftover of a run as a line
+    #[arg(long, value_name = "COMMAND")]
+    leftovers: Option<String>,
     /// List the requirements, and check none
     #[arg(long)]
     pub list: bool,
+    /// Run the plugin for this request: for a child process that is killed, or whose resources are counted
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub host_process: Option<PathBuf>,
     /// Write the outcome to this file: for a child process
     #[arg(long, hide = true, value_name = "FILE")]
     outcome: Option<PathBuf>,
+}
+
+impl Conformance {
+    /// Returns the given shell commands, each with its option.
+    fn commands(&self) -> Vec<(&str, &str)> {
+        let given = [
+            ("--kill", &self.kill),
+            ("--break", &self.breaking),
+            ("--mend", &self.mend),
+            ("--pause", &self.pause),
+            ("--resume", &self.resume),
+            ("--leftovers", &self.leftovers),
+        ];
+        given.into_iter().filter_map(|(option, command)| Some((option, command.as_deref()?))).collect()
+    }
+
+    /// Returns the shell commands as functions of the backend spec.
+    fn author_commands(&self, scratch: &Path) -> Commands {
+        let pair = |[first, second]: [&Option<String>; 2]| Some([first.clone()?, second.clone()?]);
+        Commands {
+            kill: self.kill.clone(),
+            breakage: pair([&self.breaking, &self.mend]),
+            pause: pair([&self.pause, &self.resume]),
+            leftovers: self.leftovers.clone(),
+            scratch: scratch.to_owned(),
+        }
+    }
 }
 
 /// The result of a requirement, as a child process writes it.
@@ -64,6 +118,7 @@ struct Outcome {
     name: String,
     failed: Option<String>,
     skipped: Option<String>,
+    notes: Vec<String>,
 }
 
 impl Outcome {
@@ -73,12 +128,12 @@ impl Outcome {
             Err(CheckFailure::Failed(how)) => (Some(how.clone()), None),
             Err(CheckFailure::Skipped(why)) => (None, Some(why.clone())),
         };
-        Outcome { name: check.name.clone(), failed, skipped }
+        Outcome { name: check.name.clone(), failed, skipped, notes: check.notes.clone() }
     }
 
     fn into_check(self) -> Check {
         let failure = self.failed.map(CheckFailure::Failed).or(self.skipped.map(CheckFailure::Skipped));
-        Check { name: self.name, result: failure.map_or(Ok(()), Err) }
+        Check { notes: self.notes, ..Check::new(&self.name, failure.map_or(Ok(()), Err)) }
     }
 }
 
@@ -122,7 +177,7 @@ pub fn run(options: &Conformance, allow_insecure: bool, on_check: impl Fn(&Check
 
 fn skipped(requirement: &str) -> Check {
     let why = CheckFailure::Skipped("skipped on the command line".to_owned());
-    Check { name: requirement.to_owned(), result: Err(why) }
+    Check::new(requirement, Err(why))
 }
 
 fn is_among(names: &[String], name: &str) -> bool {
@@ -148,10 +203,9 @@ fn check_in_child(options: &Conformance, file: &Path, config: &Path, requirement
     child.arg("conformance").arg(file).arg("--config").arg(config);
     child.args(options.host_config.iter().flat_map(|file| ["--host-config".into(), file.clone()]));
     child.args(options.machines.iter().flat_map(|name| ["--machine", name]));
-    child
-        .args(["--timeout", &options.timeout.to_string(), "--only", requirement])
-        .arg("--outcome")
-        .arg(&outcome);
+    child.args(options.commands().into_iter().flat_map(|(option, command)| [option, command]));
+    child.args(["--timeout", &options.timeout.to_string(), "--rounds", &options.rounds.to_string()]);
+    child.args(["--only", requirement]).arg("--outcome").arg(&outcome);
     // So temporary files are removed with the folder, even if the child cannot remove them.
     child.env("TMPDIR", folder.path());
     // The outcome is in the file. The plugin may print anything.
@@ -159,7 +213,11 @@ fn check_in_child(options: &Conformance, file: &Path, config: &Path, requirement
     let status =
         child.status().map_err(|error| Error::environment(format!("cannot start {child:?}: {error}")))?;
     let written = fs::read(&outcome).ok().and_then(|text| serde_json::from_slice::<Outcome>(&text).ok());
-    Ok(written.map_or_else(|| ended_early(requirement, status), Outcome::into_check))
+    let mut check = written.map_or_else(|| ended_early(requirement, status), Outcome::into_check);
+    if let (Err(CheckFailure::Failed(how)), true) = (&mut check.result, keeps_folders()) {
+        how.push_str(&format!("\n      kept {}", folder.keep().display()));
+    }
+    Ok(check)
 }
 
 fn ended_early(requirement: &str, status: ExitStatus) -> Check {
@@ -168,7 +226,7 @@ fn ended_early(requirement: &str, status: ExitStatus) -> Check {
         None => format!("exit code {}", status.code().unwrap_or_default()),
     };
     let failure = CheckFailure::Failed(format!("the process ended in it, with {how}"));
-    Check { name: requirement.to_owned(), result: Err(failure) }
+    Check::new(requirement, Err(failure))
 }
 
 /// Checks the requirements in this process, and writes the first outcome to the file.
@@ -177,9 +235,19 @@ fn check_and_write(options: &Conformance, file: &Path, config: &Path, outcome: &
     let host_config = options.host_config.as_deref().map(ConfigFile::read).transpose()?;
     let setup = setup_in(folder.path(), ConfigFile::read(config)?, host_config)?;
     let machines: Vec<&str> = options.machines.iter().map(String::as_str).collect();
-    let spec = BackendSpec::new(&machines).timeout(Duration::from_secs(options.timeout));
+    let own = env::current_exe()
+        .map_err(|error| Error::environment(format!("cannot find this program: {error}")))?;
+    let spec = BackendSpec::new(&machines)
+        .timeout(Duration::from_secs(options.timeout))
+        .rounds(options.rounds)
+        .host_program(own, HOST_PROCESS)
+        .commands(&options.author_commands(folder.path()));
     let only: Vec<&str> = options.only.iter().map(String::as_str).collect();
     let report = run_some(file, &setup, &spec, &only);
+    if keeps_folders() && !report.passed() {
+        // The folder is in that of the parent process, which reports it.
+        let _ = folder.keep();
+    }
     if let Some(check) = report.checks().first() {
         let text = serde_json::to_vec(&Outcome::of(check))
             .map_err(|error| Error::failed(format!("an outcome cannot be written as JSON: {error}")))?;

@@ -1,33 +1,12 @@
-//! The conditions of a preparation: no run, no cancellation, and no foreign work that it would discard.
+//! The conditions of a preparation: no run, and no foreign work that it would discard.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use machinery::{Deadline, Error, Result, Standby, State};
+use machinery::{Deadline, Error, Result, State};
+use machinery_backend::{PrepareOrigin, Standby};
 use virt::domain::Domain;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
 use super::state::Activity;
 use crate::foreign;
-
-/// The cause of a preparation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PrepareTrigger {
-    /// Somebody has requested the preparation.
-    Request,
-    /// The host prepares the machine by itself, so no changes of somebody else may be lost.
-    Automatic,
-}
-
-/// Expects that the preparation is not cancelled.
-///
-/// # Errors
-/// It is.
-pub fn ensure_not_cancelled(cancelled: &AtomicBool) -> Result<()> {
-    match cancelled.load(Ordering::SeqCst) {
-        true => Err(Error::failed("the preparation was cancelled by another action")),
-        false => Ok(()),
-    }
-}
 
 impl Machine {
     /// Returns the reason why the configuration allows no standby, if it does not.
@@ -62,11 +41,11 @@ impl Machine {
     }
 
     /// Describes the foreign work in the domain, which is off, if a revert would discard it without a request.
-    pub(super) fn foreign_work_reason(&self, domain: &Domain, trigger: PrepareTrigger) -> Option<String> {
+    pub(super) fn foreign_work_reason(&self, domain: &Domain, origin: PrepareOrigin) -> Option<String> {
         let only_own_runs = self.lock().only_own_runs;
-        let work = match trigger {
-            PrepareTrigger::Request => None,
-            PrepareTrigger::Automatic => self.disk_record.foreign_work(domain, only_own_runs),
+        let work = match origin {
+            PrepareOrigin::Request => None,
+            PrepareOrigin::Automatic => self.disk_record.foreign_work(domain, only_own_runs),
         };
         let why = work.map(|work| foreign::advice(self.name(), &work));
         let logged = std::mem::replace(&mut self.lock().logged_foreign_work, why.clone());

@@ -3,7 +3,6 @@
 //! An action that ends a run waits for libvirt's answer and for the event of the end. So the event of an end
 //! never arrives in the middle of the next run.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use machinery::{Deadline, Error, Result};
 use virt::domain::Domain;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
-use super::state::{AbandonedCall, Operation};
+use super::state::AbandonedCall;
 use crate::call::Call;
 use crate::domain;
 use crate::errors::{explain, is_no_domain};
@@ -27,7 +26,7 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy(&self, deadline: Deadline) -> Result<bool> {
         let label = self.label().to_owned();
-        self.link.ask(deadline, "libvirt to stop the domain", move |connect| {
+        self.shared.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
             domain::destroy(&domain::domain(connect, &label)?)
         })
     }
@@ -38,7 +37,7 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
         let (label, marker) = (self.label().to_owned(), self.marker.clone());
-        self.link.ask(deadline, "libvirt to end the standby", move |connect| {
+        self.shared.connection.ask(deadline, "libvirt to end the standby", move |connect| {
             match connect.lookup_domain_by_name(&label) {
                 Ok(domain) => Ok(marker.matches(&domain)? && domain::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
@@ -116,15 +115,10 @@ impl Machine {
 
     /// Cancels the preparation that is under way. The next operation waits for its end.
     pub(super) fn cancel_prepare(&self, deadline: Deadline) {
-        {
-            let state = self.lock();
-            if state.operation != Operation::Preparing {
-                return;
-            }
-            state.cancel_prepare.store(true, Ordering::SeqCst);
+        if self.work.cancel_preparation() {
+            // Ends a domain that is still being loaded.
+            self.try_destroy_own(deadline);
         }
-        // Ends a domain that is still being loaded.
-        self.try_destroy_own(deadline);
     }
 
     /// Ends the domain of a start or a preparation that timed out. Keeps the call if it goes on nevertheless.

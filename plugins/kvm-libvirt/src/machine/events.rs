@@ -6,11 +6,12 @@
 use std::sync::Arc;
 
 use machinery::State;
+use machinery_backend::Operation;
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use super::base::Machine;
-use super::state::{Activity, Operation};
+use super::state::{Activity, is_hidden};
 use crate::domain;
 use crate::events::Event;
 use crate::states::{StateReport, is_end, is_revert_step, is_save, is_start, state_of_event};
@@ -23,7 +24,7 @@ impl Machine {
         }
         let Some(report) = state_of_event(&event) else { return };
         let mut state = self.lock();
-        let (operation, hidden) = (state.operation, state.is_hidden());
+        let (operation, hidden) = (state.operation(), is_hidden(&state));
         if operation == Operation::Starting {
             state.start_event = Some(report.clone());
         }
@@ -71,7 +72,7 @@ impl Machine {
         let hidden = {
             let mut state = self.lock();
             state.was_reset = true;
-            state.is_hidden()
+            is_hidden(&state)
         };
         if hidden {
             self.replace_standby("somebody has reset the standby");

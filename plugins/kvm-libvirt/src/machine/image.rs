@@ -1,17 +1,16 @@
 //! A machine's save image: its creation ahead of a restore, and restores from it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use machinery::{Deadline, Error, Readiness, RestoreReadiness, Result};
+use machinery::{Deadline, Error, Result};
+use machinery_backend::{Cancellation, PrepareOrigin};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
-use super::conditions::{PrepareTrigger, ensure_not_cancelled};
 use crate::domain;
 use crate::foreign::remove_managed_save;
-use crate::images::Source;
+use crate::prepare::Source;
 use crate::restore::{self, Start};
 use crate::snapshot::{self, Snapshot};
 
@@ -26,7 +25,7 @@ impl Machine {
         &self,
         connect: &Connect,
         domain: &Domain,
-        cancelled: &AtomicBool,
+        cancellation: &Cancellation,
     ) -> Result<()> {
         if !self.keys.image.is_off() && self.keys.image.exists() {
             let snapshot = snapshot::find(domain, self.wanted_snapshot())?;
@@ -34,7 +33,7 @@ impl Machine {
                 let begun = Instant::now();
                 match self.restore_from_image(connect, &source, &snapshot) {
                     Ok(()) => return Ok(()),
-                    Err(error) if cancelled.load(Ordering::SeqCst) => {
+                    Err(error) if cancellation.is_cancelled() => {
                         if begun.elapsed() > MAX_IMAGE_RESTORE {
                             // The next restore reverts, which may be faster.
                             self.keys.image.remove();
@@ -46,7 +45,8 @@ impl Machine {
                 }
             }
         }
-        self.timed("revert", || restore::start_paused(domain, self.wanted_snapshot(), Start::Restored))
+        let revert = || restore::start_paused(domain, self.wanted_snapshot(), Start::Restored);
+        self.steps().timed("revert", revert)
     }
 
     /// Returns the image's source, if that is the present snapshot and domain.
@@ -63,8 +63,8 @@ impl Machine {
     }
 
     fn restore_from_image(&self, connect: &Connect, source: &Source, snapshot: &Snapshot) -> Result<()> {
-        self.timed("disk", || source.revert_disks(snapshot))?;
-        self.timed("load", || self.keys.image.restore(connect))
+        self.steps().timed("disk", || source.revert_disks(snapshot))?;
+        self.steps().timed("load", || self.keys.image.restore(connect))
     }
 
     /// Removes an image that failed. This host makes no other one.
@@ -81,6 +81,7 @@ impl Machine {
     }
 
     fn disable_images(&self, why: &str) {
+        self.readiness.set_plain(why);
         self.lock().image_disabled = Some(why.to_owned());
     }
 
@@ -89,8 +90,8 @@ impl Machine {
     pub(super) fn prepare_image(
         &self,
         connect: &Connect,
-        trigger: PrepareTrigger,
-        cancelled: &AtomicBool,
+        origin: PrepareOrigin,
+        cancellation: &Cancellation,
         why: &str,
     ) -> Result<()> {
         let domain = domain::domain(connect, self.label())?;
@@ -105,7 +106,7 @@ impl Machine {
             }
         };
         if !self.keys.image.has_origin(&source) {
-            if let Some(reason) = self.foreign_work_reason(&domain, trigger) {
+            if let Some(reason) = self.foreign_work_reason(&domain, origin) {
                 self.report_plain(&reason);
                 return Ok(());
             }
@@ -113,15 +114,10 @@ impl Machine {
                 self.report_plain(&format!("{why}; {no_space}"));
                 return Ok(());
             }
-            self.make_image(connect, &domain, &snapshot, cancelled)?;
+            self.make_image(connect, &domain, &snapshot, cancellation)?;
         }
-        let ready = RestoreReadiness {
-            mode: Readiness::Instant,
-            reason: why.to_owned(),
-            memory: 0,
-            disk: self.keys.image.size(),
-        };
-        self.host.ready(self.name(), &ready);
+        self.readiness.set_instant(self.keys.image.size());
+        self.report_no_standby(why);
         Ok(())
     }
 
@@ -142,28 +138,28 @@ impl Machine {
         connect: &Connect,
         domain: &Domain,
         snapshot: &Snapshot,
-        cancelled: &AtomicBool,
+        cancellation: &Cancellation,
     ) -> Result<()> {
-        ensure_not_cancelled(cancelled)?;
+        cancellation.ensure_wanted()?;
         let before = self.lock().end_count;
         remove_managed_save(domain, self.name())?;
         self.begin_marker(domain)?;
-        let ensure_wanted = || ensure_not_cancelled(cancelled);
-        let made = self.timed("save", || self.keys.image.make(connect, domain, snapshot, &ensure_wanted));
+        let make = || self.keys.image.make(connect, domain, snapshot, cancellation);
+        let made = self.steps().timed("save", make);
         match &made {
             Ok(()) => self.after_standby_end(true, before, Deadline::after(END_EVENT_TIMEOUT)),
-            Err(error) => self.image_not_made(error, cancelled),
+            Err(error) => self.image_not_made(error, cancellation),
         }
         made
     }
 
     /// Removes the leftovers of an image that was not made. If the failure has
     /// no cause outside the image, this host makes no other one.
-    fn image_not_made(&self, error: &Error, cancelled: &AtomicBool) {
+    fn image_not_made(&self, error: &Error, cancellation: &Cancellation) {
         self.keys.image.remove();
         self.preparation_failed();
         let mut state = self.lock();
-        if cancelled.load(Ordering::SeqCst) {
+        if cancellation.is_cancelled() {
             state.cancelled_images += 1;
             if state.cancelled_images >= MAX_CANCELLED_IMAGES {
                 let why = "making its save image takes too long: it was cancelled again and again";

@@ -4,15 +4,13 @@
 //! it, and any other action waits for its end. While libvirt is away, the preparation is postponed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use machinery::{Deadline, Result, Share};
+use machinery::{Deadline, Result};
+use machinery_backend::{Cancellation, Operation, PrepareOrigin, Share};
 use virt::connect::Connect;
 use virt::domain::Domain;
 
 use super::base::Machine;
-use super::conditions::{PrepareTrigger, ensure_not_cancelled};
-use super::state::Operation;
 use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::snapshot::{self, Snapshot};
@@ -30,13 +28,13 @@ impl Machine {
     ///
     /// # Errors
     /// The machine is on; libvirt fails; the preparation is cancelled.
-    pub fn prepare(self: &Arc<Self>, trigger: PrepareTrigger, deadline: Deadline) -> Result<()> {
+    pub(super) fn prepare_next(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
         self.ensure_no_run(deadline)?;
         if let Some(why) = self.no_standby_reason()
             && self.keys.image.is_off()
         {
             // The image of an earlier configuration.
-            self.keys.image.remove();
+            self.shared.images.remove(&self.keys.image);
             let why = [Some(why.to_owned()), self.keys.image.unavailable_reason()].into_iter().flatten();
             self.report_plain(&why.collect::<Vec<_>>().join("; "));
             return Ok(());
@@ -45,7 +43,7 @@ impl Machine {
         if self.is_postponed() {
             return Ok(());
         }
-        let prepared = self.prepare_with_libvirt(trigger, deadline);
+        let prepared = self.prepare_with_libvirt(origin, deadline);
         // The check for libvirt takes time, which there must be.
         if prepared.is_err() && !deadline.passed() && self.is_postponed() {
             return Ok(());
@@ -60,7 +58,7 @@ impl Machine {
     /// Postpones the preparation if libvirt is away; returns whether it is.
     fn is_postponed(&self) -> bool {
         self.lock().is_postponed = true;
-        if self.link.is_away() {
+        if self.shared.connection.is_away() {
             self.report_plain("libvirt is away, and the machine is prepared when it is back");
             return true;
         }
@@ -68,28 +66,31 @@ impl Machine {
         false
     }
 
-    fn prepare_with_libvirt(self: &Arc<Self>, trigger: PrepareTrigger, deadline: Deadline) -> Result<()> {
+    fn prepare_with_libvirt(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
         self.end_abandoned_call(deadline)?;
-        let _preparing = self.begin(Operation::Preparing, deadline)?;
-        let cancelled = Arc::clone(&self.lock().cancel_prepare);
-        let (machine, is_cancelled) = (Arc::clone(self), Arc::clone(&cancelled));
-        let call = self.link.long_call(deadline, self.connect_step(), move |connect| {
-            machine.prepare_restore(connect, trigger, &is_cancelled)
+        let preparing = self.begin(Operation::Preparing, deadline)?;
+        let (machine, cancellation) = (Arc::clone(self), preparing.cancellation().clone());
+        let call = self.shared.connection.long_call(deadline, self.connect_step(), move |connect| {
+            machine.prepare_restore(connect, origin, &cancellation)
         })?;
-        let prepared = call.wait(deadline.remaining()).unwrap_or_else(|| {
-            cancelled.store(true, Ordering::SeqCst);
-            Err(self.abandon(call, false, deadline))
-        });
-        prepared.and_then(|()| self.discard_if_cancelled(&cancelled))
+        let Some(prepared) = call.wait(deadline.remaining()) else {
+            preparing.cancellation().cancel();
+            return Err(self.abandon(call, false, deadline));
+        };
+        self.discard_if_cancelled(preparing.cancellation(), prepared)
     }
 
-    /// Discards the standby if the preparation was cancelled after its last step.
-    fn discard_if_cancelled(&self, cancelled: &AtomicBool) -> Result<()> {
-        ensure_not_cancelled(cancelled).inspect_err(|_| {
-            if self.take_standby("its preparation was cancelled").is_some() {
-                self.preparation_failed();
-            }
-        })
+    /// Discards the standby if the preparation was cancelled after its last step. A step that the cancellation has
+    /// ended fails with an error of libvirt's, which is not the cause.
+    fn discard_if_cancelled(&self, cancellation: &Cancellation, prepared: Result<()>) -> Result<()> {
+        let Err(interrupted) = cancellation.ensure_wanted() else { return prepared };
+        if let Err(error) = prepared {
+            tracing::debug!(machine = self.name(), %error, "the preparation was cancelled");
+        }
+        if self.take_standby("its preparation was cancelled").is_some() {
+            self.preparation_failed();
+        }
+        Err(interrupted)
     }
 
     /// Handles the events that arrived while the preparation was under way.
@@ -102,38 +103,34 @@ impl Machine {
         if let Some(why) = unusable {
             self.replace_standby(&why);
         } else if connection_lost && !prepared {
-            self.host
-                .preparation_invalidated(self.name(), "libvirtd has ended while the machine was prepared");
+            self.request_another("libvirtd has ended while the machine was prepared");
         } else if was_reset && !prepared {
-            self.host.preparation_invalidated(
-                self.name(),
-                "somebody has reset the domain while the machine was prepared",
-            );
+            self.request_another("somebody has reset the domain while the machine was prepared");
         }
     }
 
     fn prepare_restore(
         &self,
         connect: &Connect,
-        trigger: PrepareTrigger,
-        cancelled: &AtomicBool,
+        origin: PrepareOrigin,
+        cancellation: &Cancellation,
     ) -> Result<()> {
         let why = match self.no_standby_reason() {
             Some(why) => why.to_owned(),
-            None => match self.prepare_standby(connect, trigger, cancelled)? {
+            None => match self.prepare_standby(connect, origin, cancellation)? {
                 StandbyOutcome::Ready => return Ok(()),
                 StandbyOutcome::Unavailable(why) => why,
             },
         };
-        self.prepare_image(connect, trigger, cancelled, &why)
+        self.prepare_image(connect, origin, cancellation, &why)
     }
 
     /// Makes a standby, unless there is a valid one. A failure leaves nothing behind.
     fn prepare_standby(
         &self,
         connect: &Connect,
-        trigger: PrepareTrigger,
-        cancelled: &AtomicBool,
+        origin: PrepareOrigin,
+        cancellation: &Cancellation,
     ) -> Result<StandbyOutcome> {
         if self.standby_is_valid(connect) {
             return Ok(StandbyOutcome::Ready);
@@ -142,7 +139,7 @@ impl Machine {
         let domain = domain::domain(connect, self.label())?;
         self.clear_leftover(&domain)?;
         domain::ensure_off(&domain)?;
-        if let Some(why) = self.foreign_work_reason(&domain, trigger) {
+        if let Some(why) = self.foreign_work_reason(&domain, origin) {
             return Ok(StandbyOutcome::Unavailable(why));
         }
         let snapshot = snapshot::find(&domain, self.wanted_snapshot())?;
@@ -150,11 +147,11 @@ impl Machine {
             let why = "its snapshot was taken while the domain was off, so there is no memory to load";
             return Ok(StandbyOutcome::Unavailable(why.to_owned()));
         }
-        let share = match self.budget.take(domain::max_memory(&domain)?) {
+        let share = match self.shared.budget.take(domain::max_memory(&domain)?) {
             Ok(share) => share,
             Err(why) => return Ok(StandbyOutcome::Unavailable(why)),
         };
-        let loaded = self.load_standby(connect, &domain, &snapshot, share, cancelled);
+        let loaded = self.load_standby(connect, &domain, &snapshot, share, cancellation);
         if loaded.is_err() {
             self.preparation_failed();
         }
@@ -167,22 +164,22 @@ impl Machine {
         domain: &Domain,
         snapshot: &Snapshot,
         share: Share,
-        cancelled: &AtomicBool,
+        cancellation: &Cancellation,
     ) -> Result<()> {
-        ensure_not_cancelled(cancelled)?;
-        let events_from = self.link.number();
+        cancellation.ensure_wanted()?;
+        let events_from = self.shared.connection.number();
         remove_managed_save(domain, self.name())?;
         self.begin_marker(domain)?;
-        self.timed("revert", || snapshot.revert_paused())?;
+        self.steps().timed("revert", || snapshot.revert_paused())?;
         let domain = self.mark_run(connect)?;
         let fingerprint = Fingerprint::of(&domain, snapshot.identity.clone())?;
         let standby = StandbyDomain::new(&domain, fingerprint.clone(), events_from, share);
-        let ready = standby.ready();
-        self.install(standby, cancelled)?;
+        let ready = self.readiness.with_standby(standby.memory());
+        self.install(standby, cancellation)?;
         // After the installation, so that no later event is missed.
         fingerprint.check(connect, self.label(), self.wanted_snapshot())?;
         self.ensure_no_reset()?;
-        self.host.ready(self.name(), &ready);
+        self.readiness.report_as(&ready);
         Ok(())
     }
 }

@@ -16,11 +16,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result, State};
+use machinery_backend::{Cancellation, Operation, UnderWay};
 use virt::connect::Connect;
 
-use super::base::{Machine, OperationGuard};
-use super::conditions::ensure_not_cancelled;
-use super::state::Operation;
+use super::base::Machine;
+use super::state::MachineState;
 use crate::call::Call;
 use crate::domain;
 use crate::standby::{Fingerprint, StandbyDomain};
@@ -35,9 +35,9 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 impl Machine {
     /// Stores the standby, unless its preparation is cancelled: a stop before this cancels it, and a later one
     /// finds the standby.
-    pub(super) fn install(&self, standby: StandbyDomain, cancelled: &AtomicBool) -> Result<()> {
+    pub(super) fn install(&self, standby: StandbyDomain, cancellation: &Cancellation) -> Result<()> {
         let mut state = self.lock();
-        ensure_not_cancelled(cancelled)?;
+        cancellation.ensure_wanted()?;
         state.standby = Some(standby);
         Ok(())
     }
@@ -45,7 +45,7 @@ impl Machine {
     /// Takes the standby out of the state, and reports to the host why there is none any more.
     pub(super) fn take_standby(&self, why: &str) -> Option<StandbyDomain> {
         let standby = self.lock().standby.take()?;
-        self.report_plain(why);
+        self.report_no_standby(why);
         Some(standby)
     }
 
@@ -65,46 +65,52 @@ impl Machine {
     pub(super) fn resume_standby(
         self: &Arc<Self>,
         standby: StandbyDomain,
+        cancellation: &Cancellation,
         deadline: Deadline,
     ) -> Result<bool> {
         if let Some(reason) = &standby.unusable {
             tracing::warn!(machine = self.name(), reason, "the standby is not used");
             return Ok(false);
         }
-        let cancelled = Arc::new(AtomicBool::new(false));
         let resumed = Arc::new(AtomicBool::new(false));
-        let (machine, is_cancelled, done) = (Arc::clone(self), Arc::clone(&cancelled), Arc::clone(&resumed));
-        let call = self.link.short_call(deadline, move |connect, number| {
+        let (machine, is_wanted, done) = (Arc::clone(self), cancellation.clone(), Arc::clone(&resumed));
+        let call = self.shared.connection.short_call(deadline, move |connect, number| {
             let runs = number == standby.events_from
-                && machine.resume_unchanged(connect, &standby.fingerprint, &is_cancelled);
+                && machine.resume_unchanged(connect, &standby.fingerprint, &is_wanted);
             done.store(runs, Ordering::SeqCst);
             Ok(())
         })?;
         match call.wait(deadline.remaining()) {
             Some(outcome) => outcome.map(|()| resumed.load(Ordering::SeqCst)),
             None => {
-                cancelled.store(true, Ordering::SeqCst);
+                cancellation.cancel();
                 Err(self.abandon(call, true, deadline))
             }
         }
     }
 
-    fn resume_unchanged(&self, connect: &Connect, fingerprint: &Fingerprint, cancelled: &AtomicBool) -> bool {
-        let checked =
-            self.timed("check", || fingerprint.check(connect, self.label(), self.wanted_snapshot()));
+    fn resume_unchanged(
+        &self,
+        connect: &Connect,
+        fingerprint: &Fingerprint,
+        cancellation: &Cancellation,
+    ) -> bool {
+        let mut steps = self.steps();
+        let check = || fingerprint.check(connect, self.label(), self.wanted_snapshot());
+        let checked = steps.timed("check", check);
         let domain = match checked {
             Ok(domain) => domain,
             Err(error) => return self.log_unused(&error),
         };
         self.lock().has_run = true;
         // The event of a reset may arrive after the answers to later requests.
-        let resumed = self.timed("resume", || domain::resume(&domain)).and_then(|()| self.ensure_no_reset());
+        let resumed = steps.timed("resume", || domain::resume(&domain)).and_then(|()| self.ensure_no_reset());
         if let Err(error) = resumed {
             self.lock().has_run = false;
             return self.log_unused(&error);
         }
         self.lock().host_knows_running = true;
-        if cancelled.load(Ordering::SeqCst) {
+        if cancellation.is_cancelled() {
             self.end_failed_start(&domain);
         }
         true
@@ -121,10 +127,11 @@ impl Machine {
         drop(self.lock().standby.take());
         let label = self.label().to_owned();
         let deadline = Deadline::after(SETTLE_TIMEOUT);
-        let settled = self.link.ask(deadline, "libvirt to reconnect to the domain", move |connect| {
-            domain::settle(&domain::domain(connect, &label)?);
-            Ok(())
-        });
+        let settled =
+            self.shared.connection.ask(deadline, "libvirt to reconnect to the domain", move |connect| {
+                domain::settle(&domain::domain(connect, &label)?);
+                Ok(())
+            });
         if let Err(error) = settled {
             tracing::debug!(machine = self.name(), %error, "libvirt has not reconnected to the domain");
         }
@@ -135,43 +142,43 @@ impl Machine {
 
     /// Ends the standby in a thread of its own, and asks the host for another one.
     pub(super) fn replace_standby(self: &Arc<Self>, why: &str) {
-        {
-            let mut state = self.lock();
-            let Some(standby) = &mut state.standby else { return };
-            standby.unusable = Some(why.to_owned());
-            if state.operation != Operation::Idle {
-                // The operation under way sees that the standby is unusable.
-                return;
-            }
-            state.standby = None;
-            state.operation = Operation::Discarding;
+        match &mut self.lock().standby {
+            Some(standby) => standby.unusable = Some(why.to_owned()),
+            None => return,
         }
+        // An operation that is under way sees that the standby is unusable.
+        let take = |state: &mut MachineState| Ok(state.standby.take());
+        let begun = self.work.begin(Operation::Discarding, Deadline::after(Duration::ZERO), take);
+        let Ok((discarding, Some(_))) = begun else { return };
         let (machine, reason) = (Arc::clone(self), why.to_owned());
         let replacing = Call::start(move || {
-            machine.end_and_request_another(&reason);
+            machine.end_and_request_another(discarding, &reason);
             Ok(())
         });
         if let Err(error) = replacing {
             tracing::error!(machine = self.name(), %error, "the unusable standby is not ended");
-            drop(OperationGuard(self));
         }
     }
 
-    fn end_and_request_another(&self, why: &str) {
-        let discarding = OperationGuard(self);
-        self.report_plain(why);
+    fn end_and_request_another(&self, discarding: UnderWay<MachineState>, why: &str) {
+        self.report_no_standby(why);
         if let Err(error) = self.end_standby(Deadline::after(CLEANUP_TIMEOUT)) {
             tracing::warn!(machine = self.name(), %error, "the unusable standby remains for now");
         }
         drop(discarding);
         match self.query_state(Deadline::after(CLEANUP_TIMEOUT)) {
-            Ok((State::Poweroff, _)) => self.host.preparation_invalidated(self.name(), why),
+            Ok((State::Poweroff, _)) => self.request_another(why),
             // Somebody has started the domain again, whose events were hidden.
             Ok((state, reason)) => self.report_state(state, &reason),
             Err(error) => {
                 tracing::warn!(machine = self.name(), %error, "the standby has ended, the domain's state is unknown");
             }
         }
+    }
+
+    /// Asks the host to prepare the machine again.
+    pub(super) fn request_another(&self, why: &str) {
+        self.shared.host.preparation_invalidated(self.name(), why);
     }
 
     /// Makes the standby unusable, because the events of its domain are lost.
@@ -181,7 +188,7 @@ impl Machine {
         let Some(standby) = &mut state.standby else { return };
         standby.unusable = Some(why.to_owned());
         drop(state);
-        self.report_plain(why);
+        self.report_no_standby(why);
     }
 
     /// Replaces the standby, or asks for one, after libvirt is back: events were lost meanwhile, and a
@@ -189,13 +196,13 @@ impl Machine {
     pub(super) fn renew_standby(self: &Arc<Self>) {
         let (has_standby, is_idle, was_postponed) = {
             let mut state = self.lock();
-            let is_idle = state.operation == Operation::Idle && !state.has_run;
+            let is_idle = state.operation() == Operation::Idle && !state.has_run;
             (state.standby.is_some(), is_idle, std::mem::take(&mut state.is_postponed))
         };
         if has_standby {
             self.replace_standby("libvirtd has ended meanwhile");
         } else if was_postponed || is_idle && self.no_standby_reason().is_none() {
-            self.host.preparation_invalidated(self.name(), "libvirt was away");
+            self.request_another("libvirt was away");
         }
     }
 }

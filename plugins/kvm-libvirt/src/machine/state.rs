@@ -1,7 +1,8 @@
 //! The state of a machine, as far as the plugin keeps it. libvirt has the state of the domain.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+
+use machinery_backend::{Operation, WorkState};
 
 use crate::call::Call;
 use crate::foreign::DiskFile;
@@ -11,7 +12,6 @@ use crate::states::StateReport;
 /// A machine's state.
 #[derive(Default)]
 pub struct MachineState {
-    pub operation: Operation,
     /// True if the domain has an own run, as far as is known.
     pub has_run: bool,
     /// The number of ends of runs that libvirt has reported.
@@ -22,8 +22,6 @@ pub struct MachineState {
     pub abandoned: Option<AbandonedCall>,
     /// The standby for the next restore.
     pub standby: Option<StandbyDomain>,
-    /// True if the preparation under way is cancelled.
-    pub cancel_prepare: Arc<AtomicBool>,
     /// The disks of the own run's domain, once the domain is marked.
     pub run_disks: Option<Vec<DiskFile>>,
     /// True if libvirt has reported only own runs since the last own run ended.
@@ -47,36 +45,20 @@ pub struct MachineState {
 }
 
 impl MachineState {
-    /// Reports whether the domain is hidden from the host: the machine counts as off, although its domain
-    /// may be on.
-    pub fn is_hidden(&self) -> bool {
-        self.operation.is_hidden()
-            || self.standby.is_some()
-            || self.abandoned.as_ref().is_some_and(|call| !call.is_start)
-    }
-
-    pub fn activity(&self) -> Activity {
-        Activity { has_run: self.has_run, operation: self.operation, end_count: self.end_count }
+    /// Forgets the events of earlier operations: another one begins.
+    pub fn forget_events(&mut self) {
+        self.start_event = None;
+        self.was_reset = false;
+        self.connection_lost = false;
     }
 }
 
-/// The operation that is under way on a machine. There is at most one.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Operation {
-    #[default]
-    Idle,
-    Starting,
-    Stopping,
-    Preparing,
-    /// A standby is ended.
-    Discarding,
-}
-
-impl Operation {
-    /// Reports whether the host has not requested a change of the machine's state.
-    pub fn is_hidden(self) -> bool {
-        matches!(self, Operation::Preparing | Operation::Discarding)
-    }
+/// Reports whether the domain is hidden from the host: the machine counts as off, although its domain may be
+/// on.
+pub fn is_hidden(state: &WorkState<MachineState>) -> bool {
+    state.operation().is_hidden()
+        || state.standby.is_some()
+        || state.abandoned.as_ref().is_some_and(|call| !call.is_start)
 }
 
 /// The part of the state that any action changes. Two equal values mean that there was no action between.
@@ -85,6 +67,12 @@ pub struct Activity {
     pub has_run: bool,
     pub operation: Operation,
     pub end_count: u64,
+}
+
+impl Activity {
+    pub fn of(state: &WorkState<MachineState>) -> Activity {
+        Activity { has_run: state.has_run, operation: state.operation(), end_count: state.end_count }
+    }
 }
 
 /// A start or a preparation that timed out and is still under way.

@@ -1,49 +1,38 @@
-//! The stop of a machine, and its end in a reload.
+//! The stop of a machine, and the end of its standby in a reload.
 
-use std::sync::Arc;
-
-use machinery::{Deadline, Error, Result, State};
+use machinery::{Deadline, Result, State};
+use machinery_backend::{Operation, refuse};
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
-use super::state::Operation;
 use crate::domain;
 use crate::errors::{explain, is_off};
 
 impl Machine {
-    /// Stops the domain at once. Discards the standby, and cancels a preparation.
+    /// Ends the run by `destroy`, which returns `false` if there is none. Discards the standby, and cancels a
+    /// preparation.
     ///
     /// # Errors
     /// The machine is off already; libvirt cannot end the domain.
-    pub fn stop(&self, deadline: Deadline) -> Result<()> {
-        // The host also stops a machine to cancel its preparation. That must not end somebody else's run.
-        let is_preparing = self.lock().operation == Operation::Preparing;
-        self.stop_by(if is_preparing { Self::destroy_own } else { Self::destroy }, deadline)
-    }
-
-    /// Stops the domain, if it is an own run.
-    ///
-    /// # Errors
-    /// As [`stop`](Machine::stop).
-    pub fn stop_own(&self, deadline: Deadline) -> Result<()> {
-        self.stop_by(Self::destroy_own, deadline)
-    }
-
-    fn stop_by(&self, destroy: fn(&Self, Deadline) -> Result<bool>, deadline: Deadline) -> Result<()> {
+    pub(super) fn stop_by(
+        &self,
+        destroy: fn(&Self, Deadline) -> Result<bool>,
+        deadline: Deadline,
+    ) -> Result<()> {
         self.cancel_prepare(deadline);
         self.end_abandoned_call(deadline)?;
-        let _stopping = self.begin(Operation::Stopping, deadline)?;
+        let mut stopping = self.begin(Operation::Stopping, deadline)?;
         if self.take_standby("it was stopped, which has discarded its standby").is_some() {
-            self.lock().operation = Operation::Discarding;
+            stopping.continue_as(Operation::Discarding);
             self.end_standby(deadline)?;
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         let before = self.lock().end_count;
         if !destroy(self, deadline)? {
             self.record_end();
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         if !self.wait_for_end(before, deadline.within(END_EVENT_TIMEOUT)) {
             tracing::debug!(machine = self.name(), "stopped, and libvirt has sent no event");
@@ -57,20 +46,21 @@ impl Machine {
     ///
     /// # Errors
     /// The machine is off already; the guest does not react in time.
-    pub fn acpi_stop(&self, deadline: Deadline) -> Result<()> {
+    pub(super) fn press_power_button(&self, deadline: Deadline) -> Result<()> {
         self.end_abandoned_call(deadline)?;
         if self.is_hidden() {
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         let _stopping = self.begin(Operation::Stopping, deadline)?;
         let before = self.lock().end_count;
         let label = self.label().to_owned();
-        let pressed = self.link.ask(deadline, "libvirt to press the power button", move |connect| {
-            press_power_button(&domain::domain(connect, &label)?)
-        })?;
+        let pressed =
+            self.shared.connection.ask(deadline, "libvirt to press the power button", move |connect| {
+                press(&domain::domain(connect, &label)?)
+            })?;
         if !pressed {
             self.record_end();
-            return Err(already_off());
+            return Err(refuse::off_already());
         }
         match self.wait_for_end(before, deadline) {
             true => Ok(()),
@@ -78,25 +68,11 @@ impl Machine {
         }
     }
 
-    /// Expects that the machine has no run, so that a reload can replace or remove it.
-    ///
-    /// # Errors
-    /// The machine is on.
-    pub fn ensure_off(&self, deadline: Deadline) -> Result<()> {
-        // The host receives the event of an end a moment before the end is recorded here.
-        let timeout = deadline.within(END_EVENT_TIMEOUT).remaining();
-        if !self.wait_while(timeout, |state| state.has_run).has_run {
-            return Ok(());
-        }
-        let on = Error::unexpected_state("the machine is on, so it cannot be changed or removed");
-        Err(on.machine(self.name()).advice("Stop it, and reload again"))
-    }
-
     /// Discards the standby, and cancels a preparation, before a reload replaces or removes the machine.
     ///
     /// # Errors
     /// libvirt cannot end the standby.
-    pub fn discard_standby(&self, deadline: Deadline) -> Result<()> {
+    pub(super) fn discard(&self, deadline: Deadline) -> Result<()> {
         self.cancel_prepare(deadline);
         self.end_abandoned_call(deadline)?;
         let _discarding = self.begin(Operation::Discarding, deadline)?;
@@ -104,17 +80,10 @@ impl Machine {
         // Without a marker there is no standby, and no need to ask libvirt, which may be away.
         if self.marker.exists() { self.end_standby(deadline) } else { Ok(()) }
     }
-
-    /// Removes the save image, unless one of these machines uses it.
-    pub fn remove_image(&self, unless: &[Arc<Machine>]) {
-        if !unless.iter().any(|machine| machine.keys.image.has_same_file(&self.keys.image)) {
-            self.keys.image.remove();
-        }
-    }
 }
 
 /// Presses the power button; returns `false` if the domain is off.
-fn press_power_button(domain: &Domain) -> Result<bool> {
+fn press(domain: &Domain) -> Result<bool> {
     // Without this flag libvirt may ask an agent in the guest first.
     let pressed = match domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
         // Some drivers know no flags.
@@ -126,8 +95,4 @@ fn press_power_button(domain: &Domain) -> Result<bool> {
         Err(error) if is_off(&error) => Ok(false),
         Err(error) => Err(explain("press the power button", &error)),
     }
-}
-
-fn already_off() -> Error {
-    Error::state_reached("the machine is powered off already")
 }

@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, MachineInfo, Result};
+use machinery_backend::{ImageFile, MachineKeys, overlay_path};
 
 use super::section::PrepareOptions;
-use crate::disk;
-use crate::images::Source;
 use crate::machineinfo::StartArgs;
 
 /// One machine of the configuration. A reload replaces the machine if any of this has changed.
@@ -30,10 +29,28 @@ pub struct MachineFiles {
     pub allow_shared_writes: bool,
 }
 
+impl MachineKeys for MachineFiles {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
+
+    fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
+        let info = &self.info;
+        vec![
+            ("qcow2_path", self.disk.to_str()),
+            // A machine's disk must not be at the path of another machine's overlay, either.
+            ("qcow2_path", self.disposable.to_str()),
+            ("snapshot_path", self.snapshot.to_str()),
+            ("ip", Some(&info.ip)),
+            ("mac_address", info.mac_address.as_deref()),
+        ]
+    }
+}
+
 impl MachineFiles {
     /// Returns the images that each run has an overlay of: the disk, and the images in the arguments.
-    pub fn images(&self) -> Vec<Source> {
-        let disk = Source { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
+    pub fn images(&self) -> Vec<ImageFile> {
+        let disk = ImageFile { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
         let others = self.start_args.opened().images.iter().map(|image| image.source.clone());
         std::iter::once(disk).chain(others).collect()
     }
@@ -41,7 +58,7 @@ impl MachineFiles {
     /// Returns the paths of a run's overlays, in the order of the images.
     pub fn overlays(&self) -> Vec<PathBuf> {
         let count = self.start_args.opened().images.len() + 1;
-        (0..count).map(|n| disk::overlay_path(&self.disposable, n)).collect()
+        (0..count).map(|n| overlay_path(&self.disposable, n)).collect()
     }
 
     /// Describes the writes of a run that the next run would find; `None` if every run is clean.

@@ -10,7 +10,6 @@ use rustix::fs::{Access, access};
 use super::keys::OwnKeys;
 use super::machine_files::MachineFiles;
 use super::section::Section;
-use crate::disk;
 use crate::machineinfo::StartArgs;
 use crate::version::Version;
 
@@ -146,7 +145,8 @@ impl Validator<'_> {
             }
         }
         let folder = disposables.or(Path::new(&own.qcow2_path).parent()).unwrap_or(Path::new("/"));
-        let disposable = disk::path_for(folder, name);
+        // Source: Cuckoo3's `machineries/modules/qemu.py`.
+        let disposable = folder.join(format!("{name}_disposable.qcow2"));
         self.usable_in_arguments(&key("qcow2_path"), &disposable);
         let info = MachineInfo::new(
             name,

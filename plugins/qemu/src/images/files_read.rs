@@ -1,6 +1,7 @@
 //! The files that QEMU only reads because of an option.
 
-use super::source::Source;
+use machinery_backend::ImageFile;
+
 use crate::options::Options;
 
 /// Options that name files which are only read: the option, the key of its first word, and the keys of files.
@@ -22,17 +23,17 @@ const READS: [(&str, &str, &[&str]); 14] = [
 ];
 
 /// Returns the files that QEMU reads because of an option.
-pub fn files_read_by(name: &str, value: &str) -> Vec<Source> {
+pub fn files_read_by(name: &str, value: &str) -> Vec<ImageFile> {
     let name = if name == "M" { "machine" } else { name };
     let Some((_, implied, keys)) = READS.iter().find(|(option, ..)| *option == name) else {
         return Vec::new();
     };
     if name == "initrd" {
         // The value lists several modules, each with its arguments.
-        return value.split(',').filter_map(|module| module.split(' ').next()).map(Source::of).collect();
+        return value.split(',').filter_map(|module| module.split(' ').next()).map(plain_file).collect();
     }
     if keys.is_empty() {
-        return vec![Source::of(value)];
+        return vec![plain_file(value)];
     }
     let options = Options::parse(value, implied);
     if options.get("qom-type") == Some("filter-dump") {
@@ -43,5 +44,10 @@ pub fn files_read_by(name: &str, value: &str) -> Vec<Source> {
         "acpitable" => files.split(':').collect(),
         _ => vec![files],
     });
-    named.filter(|file| !file.is_empty()).map(Source::of).collect()
+    named.filter(|file| !file.is_empty()).map(plain_file).collect()
+}
+
+/// Returns a file that holds no image.
+pub fn plain_file(path: &str) -> ImageFile {
+    ImageFile { path: path.into(), format: Some("raw".to_owned()) }
 }

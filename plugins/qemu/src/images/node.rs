@@ -1,8 +1,12 @@
 //! The content of a block node: the value of `-drive`, `-blockdev` and the like, down to its file.
 
+use machinery_backend::ImageFile;
+
 use super::edit::Edit;
-use super::source::{PLACEHOLDER, Source};
 use crate::options::Options;
+
+/// The placeholder for the path of the disk's overlay. Source: Cuckoo3's `machineries/modules/qemu.py`.
+pub const PLACEHOLDER: &str = "%DISPOSABLE_DISK_PATH%";
 
 /// Image formats that an overlay can be based on.
 const FORMATS: [&str; 12] =
@@ -32,7 +36,7 @@ pub enum NodeContent {
         unfit: Option<String>,
     },
     File {
-        source: Source,
+        source: ImageFile,
         edits: Vec<Edit>,
     },
     /// Content that no overlay can be based on.
@@ -99,8 +103,8 @@ impl NodeContent {
     /// Sets the format of a file, if `given` gives one, and the edits that put an overlay in the file's place.
     fn in_format(self, given: Option<&str>, edits: Vec<Edit>) -> NodeContent {
         match self {
-            NodeContent::File { source: Source { path, format }, .. } => NodeContent::File {
-                source: Source { path, format: given.map(str::to_owned).or(format) },
+            NodeContent::File { source: ImageFile { path, format }, .. } => NodeContent::File {
+                source: ImageFile { path, format: given.map(str::to_owned).or(format) },
                 edits,
             },
             other => other,
@@ -133,7 +137,7 @@ fn local(path: &str) -> NodeContent {
         PLACEHOLDER => NodeContent::Placeholder,
         _ if is_device => NodeContent::Other(format!("writes to the device {path} itself")),
         _ => {
-            let source = Source { path: path.into(), format: None };
+            let source = ImageFile { path: path.into(), format: None };
             NodeContent::File { source, edits: vec![Edit::Argument] }
         }
     }

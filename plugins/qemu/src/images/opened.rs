@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use machinery_backend::ImageFile;
+
 use super::edit::{Change, Edit};
-use super::files_read::files_read_by;
+use super::files_read::{files_read_by, plain_file};
 use super::node::{NodeContent, Spelling, content, named};
 use super::shared_writes::{SharedWrite, shared_writes_of};
-use super::source::Source;
 use crate::options::{Options, walk};
 
 /// Options whose value is an image's path and nothing else.
@@ -17,7 +18,7 @@ const PATHS: [&str; 9] = ["hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdbl
 pub struct Opened {
     /// The images that each run needs an overlay of.
     pub images: Vec<Image>,
-    pub sources: Vec<Source>,
+    pub sources: Vec<ImageFile>,
     pub shared: Vec<SharedWrite>,
     /// True if the placeholder is an image's path, and not only part of a name.
     pub has_placeholder: bool,
@@ -30,7 +31,7 @@ pub struct Opened {
 /// An image that a run would write to, and the place where the arguments name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    pub source: Source,
+    pub source: ImageFile,
     changes: Vec<Change>,
 }
 
@@ -137,7 +138,7 @@ impl Opened {
             NodeContent::Node { name, format: Some(format), unfit } => {
                 let file = all.iter().find(|file| file.name == *name);
                 if let Some((file, source)) = file.and_then(|file| Some((file, file.plain()?))) {
-                    let source = Source { format: Some(format.clone()), ..source.clone() };
+                    let source = ImageFile { format: Some(format.clone()), ..source.clone() };
                     self.file_in_format(node, unfit.as_ref(), file, source, is_read_only);
                 }
             }
@@ -151,7 +152,7 @@ impl Opened {
         node: &Node<'_>,
         unfit: Option<&String>,
         file: &Node<'_>,
-        source: Source,
+        source: ImageFile,
         is_read_only: bool,
     ) {
         if is_read_only {
@@ -169,7 +170,7 @@ impl Opened {
 
     /// Reads a file of options. Such a file is not rewritten, so an image in it cannot be replaced.
     fn read_config(&mut self, given: GivenOption<'_>) {
-        self.sources.push(Source::of(given.value));
+        self.sources.push(plain_file(given.value));
         let text = std::fs::read_to_string(self.folder.join(given.value)).unwrap_or_default();
         let mut inner = Opened::default();
         for (group, options) in sections(&text) {
@@ -218,7 +219,7 @@ impl<'a> Node<'a> {
     }
 
     /// Returns the file, if the node is a file and nothing more.
-    fn plain(&self) -> Option<&Source> {
+    fn plain(&self) -> Option<&ImageFile> {
         match &self.content {
             NodeContent::File { source, edits } if matches!(edits[..], [Edit::Wrap(_)]) => Some(source),
             _ => None,

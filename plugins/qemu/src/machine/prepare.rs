@@ -8,23 +8,31 @@
 //! Only a machine that is off can be prepared. Its arguments may name resources that exist only once, such as
 //! a tap device. The standby is therefore in the place of the next run, and every other action discards it.
 
-use machinery::{Deadline, Error, RestoreReadiness, Result, Share, Standby as StandbyMode};
+use machinery::{Deadline, Error, RestoreReadiness, Result};
+use machinery_backend::{Operation, Share, Standby as StandbyMode};
 
-use super::Machine;
-use super::templates::INSTANT_TIMEOUT;
+use super::base::Machine;
+use super::start::INSTANT_TIMEOUT;
+use super::state::{MachineOperation, finish};
 use crate::peers::Rival;
-use crate::run::load::Load;
+use crate::prepare::{Build, Identity, Template};
+use crate::restore::Load;
 use crate::run::start_error::StartError;
-use crate::run_slot::RunSlot;
 use crate::snapshot::Format;
 use crate::standby::Standby;
-use crate::template::{Build, Identity, Template};
 
 /// The memory that a standby with a template holds while it is idle, in bytes, whatever the size of its RAM.
 /// Measured with QEMU 7.2 and 10.0. The real value is measured once the standby exists.
 const MEMORY_WITH_TEMPLATE: u64 = 64 << 20;
 /// The maximum ratio of a guest's memory and its compressed snapshot.
 const COMPRESSION_RATIO: u64 = 3;
+
+/// A preparation under way.
+pub(super) struct Preparation<'a> {
+    pub machine: &'a Machine,
+    pub operation: &'a MachineOperation,
+    pub deadline: Deadline,
+}
 
 /// The outcome of a preparation.
 struct Prepared {
@@ -37,74 +45,72 @@ impl Machine {
     ///
     /// # Errors
     /// The machine is on; the template or the standby fails; another action cancels the preparation.
-    pub fn prepare(&self, deadline: Deadline) -> Result<()> {
+    pub(super) fn prepare_restore(&self, deadline: Deadline) -> Result<()> {
+        self.wait_for_pending_end(deadline);
+        // All other machines wait for the decision below.
+        self.wait_for_hidden_work(deadline);
         let deciding = self.shared.peers.decide();
-        let standby = self.slot.begin_prepare(deadline)?;
+        let begun = self.work.begin(Operation::Preparing, deadline, |state| {
+            let standby = state.take_standby();
+            standby.map_err(|on| on.advice("It is prepared by itself after its next stop"))
+        });
         let rival = self.shared.peers.rival_with_qemu(self);
         drop(deciding);
+        let (operation, standby) = begun?;
+        let preparation = Preparation { machine: self, operation: &operation, deadline };
         let prepared = match rival {
             // A template cannot be built either: building starts a QEMU with all arguments.
             Some(Rival { machine, resource }) if standby.is_none() => {
                 Ok(self.without_standby(format!("machine '{}' has {resource}, too", machine.name())))
             }
-            _ => self.prepared(standby, deadline),
+            _ => preparation.prepare(standby),
         };
-        match prepared {
-            Ok(Prepared { standby, readiness }) => {
-                self.readiness.report_as(&readiness);
-                let has_ended = standby.as_ref().is_some_and(|standby| standby.has_ended());
-                let was_cancelled = self.slot.finish_prepare(standby, None);
-                if was_cancelled || has_ended {
-                    self.readiness.report();
-                }
-                if was_cancelled { Err(RunSlot::cancelled()) } else { Ok(()) }
-            }
-            Err(StartError { error, still_running, .. }) => {
-                let was_cancelled = self.slot.finish_prepare(None, still_running);
-                self.readiness.report();
-                Err(if was_cancelled { RunSlot::cancelled() } else { error })
-            }
+        let installed = prepared.and_then(|prepared| preparation.install(prepared));
+        let outcome = finish(&operation, installed.map(|()| None));
+        if outcome.is_err() {
+            self.readiness.report();
+            operation.cancellation().ensure_wanted()?;
         }
-    }
-
-    fn prepared(
-        &self,
-        mut standby: Option<Box<Standby>>,
-        deadline: Deadline,
-    ) -> Result<Prepared, StartError> {
-        let identity = self.current_identity(&mut standby, deadline)?;
-        if let Some(standby) = standby {
-            if standby.stale_reason(&identity).is_none() {
-                let readiness = self.readiness.with_standby(standby.memory());
-                return Ok(Prepared { standby: Some(standby), readiness });
-            }
-            standby.end(deadline)?;
-        }
-        let template = self.find_or_build_template(&identity, deadline)?;
-        let wanted = match self.files().prepare.standby {
-            StandbyMode::Off => false,
-            StandbyMode::On => true,
-            StandbyMode::Auto => template.is_some(),
-        };
-        if !wanted {
-            return Ok(Prepared { standby: None, readiness: self.readiness.without_standby() });
-        }
-        if self.files().keep_disk {
-            // The overlays of a standby would replace the kept overlays of the last run.
-            return Ok(self.without_standby("no standby, because disposable disks are kept".to_owned()));
-        }
-        let share = match self.shared.budget.take(self.likely_memory(&identity, template.as_ref())?) {
-            Ok(share) => share,
-            Err(why) => return Ok(self.without_standby(why)),
-        };
-        let standby = self.load_standby(identity, template, share, deadline)?;
-        let readiness = self.readiness.with_standby(standby.memory());
-        Ok(Prepared { standby: Some(Box::new(standby)), readiness })
+        outcome
     }
 
     fn without_standby(&self, why: String) -> Prepared {
         self.readiness.set_reason(why);
         Prepared { standby: None, readiness: self.readiness.without_standby() }
+    }
+}
+
+impl Preparation<'_> {
+    fn prepare(&self, mut standby: Option<Box<Standby>>) -> Result<Prepared, StartError> {
+        let (machine, deadline) = (self.machine, self.deadline);
+        let identity = machine.current_identity(&mut standby, deadline)?;
+        if let Some(standby) = standby {
+            if standby.stale_reason(&identity).is_none() {
+                let readiness = machine.readiness.with_standby(standby.memory());
+                return Ok(Prepared { standby: Some(standby), readiness });
+            }
+            standby.end(deadline)?;
+        }
+        let template = self.find_or_build_template(&identity)?;
+        let wanted = match machine.files().prepare.standby {
+            StandbyMode::Off => false,
+            StandbyMode::On => true,
+            StandbyMode::Auto => template.is_some(),
+        };
+        if !wanted {
+            return Ok(Prepared { standby: None, readiness: machine.readiness.without_standby() });
+        }
+        if machine.files().keep_disk {
+            // The overlays of a standby would replace the kept overlays of the last run.
+            return Ok(machine.without_standby("no standby, because disposable disks are kept".to_owned()));
+        }
+        let share = match machine.shared.budget.take(self.likely_memory(&identity, template.as_ref())?) {
+            Ok(share) => share,
+            Err(why) => return Ok(machine.without_standby(why)),
+        };
+        let standby = self.load_standby(identity, template, share)?;
+        let readiness = machine.readiness.with_standby(standby.memory());
+        Ok(Prepared { standby: Some(Box::new(standby)), readiness })
     }
 
     fn load_standby(
@@ -112,28 +118,28 @@ impl Machine {
         identity: Identity,
         template: Option<Template>,
         mut share: Share,
-        deadline: Deadline,
     ) -> Result<Standby, StartError> {
         let (memory, load, ram) = match template {
             Some(template) => (Some(template.memory), Load::Devices(template.devices), Some(template.ram)),
             None => (None, Load::Snapshot(self.snapshot()?), None),
         };
-        let mapped = ram.is_some();
-        let limit = if mapped { deadline.within(INSTANT_TIMEOUT) } else { deadline };
-        let started = self.start(&self.files().disposable, memory, load, limit);
+        let (machine, mapped) = (self.machine, ram.is_some());
+        let limit = if mapped { self.deadline.within(INSTANT_TIMEOUT) } else { self.deadline };
+        let started = self.start(&machine.files().disposable, memory, load, limit);
         let run = started.inspect_err(|failed| {
-            if mapped {
-                self.on_template_failed(&identity, failed);
+            if mapped && !self.operation.cancellation().is_cancelled() {
+                machine.on_template_failed(&identity, failed);
             }
         })?;
-        if let Some(bytes) = run.memory() {
+        if let Some(bytes) = run.process().memory() {
             share.set_actual(bytes);
         }
-        run.set_standby(self.readiness.without_standby());
+        let memory = share.bytes();
+        run.set_standby(machine.readiness.without_standby(), share);
         if run.has_ended() {
             return Err(Error::failed("QEMU ended as soon as the standby was loaded").into());
         }
-        Ok(Standby::new(run, identity, ram, share))
+        Ok(Standby::new(run, identity, ram, memory))
     }
 
     fn likely_memory(&self, identity: &Identity, template: Option<&Template>) -> Result<u64> {
@@ -141,6 +147,25 @@ impl Machine {
             Some(_) => MEMORY_WITH_TEMPLATE,
             None if self.snapshot()?.format() == Format::Plain => identity.snapshot_size(),
             None => identity.snapshot_size().saturating_mul(COMPRESSION_RATIO),
+        })
+    }
+
+    /// Puts the standby into place and reports the machine's readiness.
+    ///
+    /// # Errors
+    /// The preparation was cancelled; the standby is ended then.
+    fn install(&self, prepared: Prepared) -> Result<(), StartError> {
+        let Prepared { mut standby, readiness } = prepared;
+        self.machine.readiness.report_as(&readiness);
+        // The event of an end before that report was too early.
+        let has_ended = standby.as_ref().is_some_and(|standby| standby.has_ended());
+        let installed = self.operation.commit(|state| state.standby = standby.take());
+        if has_ended {
+            self.machine.readiness.report();
+        }
+        installed.or_else(|cancelled| {
+            standby.map_or(Ok(()), |standby| standby.end(self.deadline))?;
+            Err(cancelled.into())
         })
     }
 }

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Result};
+use machinery_backend::Operation;
 
-use super::Machine;
-use super::start::resume;
-use super::templates::INSTANT_TIMEOUT;
+use super::base::Machine;
+use super::start::{INSTANT_TIMEOUT, resume};
+use super::state::{MachineOperation, MachineState, finish};
+use crate::prepare::Identity;
+use crate::restore::Load;
 use crate::run::Run;
-use crate::run::load::Load;
 use crate::run::start_error::StartError;
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
-use crate::template::Identity;
 
 /// The maximum time to resume a standby: many times its duration, and a small part of an action's deadline.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,18 +27,19 @@ impl Machine {
     ///
     /// # Errors
     /// The machine is on, or no way to restore it works.
-    pub fn restore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_with(deadline, |standby| self.restore(standby, deadline))
+    pub(super) fn start_from_snapshot(&self, deadline: Deadline) -> Result<()> {
+        self.start_with(deadline, |starting, standby| self.restore(starting, standby, deadline))
     }
 
     /// Starts the machine cold.
     ///
     /// # Errors
     /// The machine is on, or QEMU does not start.
-    pub fn norestore_start(&self, deadline: Deadline) -> Result<()> {
-        self.start_with(deadline, |standby| {
+    pub(super) fn start_cold(&self, deadline: Deadline) -> Result<()> {
+        self.cancel_preparation(deadline);
+        self.start_with(deadline, |starting, standby| {
             standby.map_or(Ok(()), |standby| standby.end(deadline))?;
-            self.start_running(None, Load::Nothing, deadline)
+            self.start_running(starting, None, Load::Nothing, deadline)
         })
     }
 
@@ -45,16 +47,19 @@ impl Machine {
     fn start_with(
         &self,
         deadline: Deadline,
-        start: impl FnOnce(Option<Box<Standby>>) -> Result<Arc<Run>, StartError>,
+        start: impl FnOnce(&MachineOperation, Option<Box<Standby>>) -> Result<Arc<Run>, StartError>,
     ) -> Result<()> {
-        let standby = self.slot.begin_start(deadline)?;
+        let (starting, standby) =
+            self.work.begin(Operation::Starting, deadline, MachineState::take_standby)?;
         let had_standby = standby.is_some();
         let discarded = self.shared.peers.discard_rivals(self, deadline);
-        let started = self.slot.finish_start(match (discarded, standby) {
-            (Ok(()), standby) => start(standby),
+        let started = match (discarded, standby) {
+            (Ok(()), standby) => start(&starting, standby),
             (Err(error), None) => Err(error.into()),
             (Err(error), Some(standby)) => standby.end(deadline).and(Err(error.into())),
-        });
+        };
+        let started = finish(&starting, started.map(Some));
+        drop(starting);
         if had_standby {
             self.readiness.report();
         }
@@ -62,7 +67,12 @@ impl Machine {
     }
 
     /// Restores the machine the fastest way that works.
-    fn restore(&self, mut standby: Option<Box<Standby>>, deadline: Deadline) -> Result<Arc<Run>, StartError> {
+    fn restore(
+        &self,
+        starting: &MachineOperation,
+        mut standby: Option<Box<Standby>>,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>, StartError> {
         let identity = self.current_identity(&mut standby, deadline)?;
         if let Some(standby) = standby {
             match self.resume_standby(standby, &identity, deadline.within(RESUME_TIMEOUT)) {
@@ -75,7 +85,7 @@ impl Machine {
         }
         if let Some(template) = self.template(&identity) {
             let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
-            match self.start_running(memory, devices, deadline.within(INSTANT_TIMEOUT)) {
+            match self.start_running(starting, memory, devices, deadline.within(INSTANT_TIMEOUT)) {
                 Ok(run) => {
                     self.build_failures.clear();
                     return Ok(run);
@@ -86,7 +96,8 @@ impl Machine {
                 }
             }
         }
-        self.start_running(None, Load::Snapshot(Snapshot::open(&self.files().snapshot)?), deadline)
+        let snapshot = Snapshot::open(&self.files().snapshot)?;
+        self.start_running(starting, None, Load::Snapshot(snapshot), deadline)
     }
 
     fn resume_standby(

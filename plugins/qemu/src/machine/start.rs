@@ -5,17 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
+use machinery_backend::Steps;
 
-use super::Machine;
+use super::base::Machine;
+use super::state::{MachineOperation, end_when_cancelled};
 use crate::launch::{Memory, Start};
-use crate::run::load::Load;
+use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
 use crate::run::{Purpose, Run};
-use crate::steps::Steps;
 
 /// The maximum time for QEMU to connect its monitor, and for `qemu-img` to make an overlay. A cancelled
 /// preparation cannot end these steps earlier.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(50);
+
+/// The maximum time for a restore from a template: many times its duration, and a small part of an action's
+/// deadline.
+pub(super) const INSTANT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The options of a start.
 pub(super) struct StartOptions<'a> {
@@ -31,6 +36,7 @@ impl Machine {
     /// Starts a run, and resumes its guest.
     pub(super) fn start_running(
         &self,
+        starting: &MachineOperation,
         memory: Option<Memory>,
         load: Load,
         deadline: Deadline,
@@ -38,25 +44,26 @@ impl Machine {
         let mut steps = self.steps();
         let first_overlay = &self.files().disposable;
         let options = StartOptions { first_overlay, memory, load, purpose: Purpose::Run };
-        let run = self.start_paused(options, &mut steps, deadline)?;
+        let run = self.start_paused(starting, options, &mut steps, deadline)?;
         resume(run, &mut steps, deadline)
     }
 
     /// Starts a run that is loaded and paused.
     pub(super) fn start_paused(
         &self,
+        operation: &MachineOperation,
         options: StartOptions<'_>,
-        steps: &mut Steps<'_>,
+        steps: &mut Steps,
         deadline: Deadline,
     ) -> Result<Arc<Run>, StartError> {
         let StartOptions { first_overlay, memory, load, purpose } = options;
         let files = self.files();
         files.args_error.clone().map_or(Ok(()), Err)?;
-        self.leftovers().clone().map_or(Ok(()), Err)?;
+        self.expect_no_leftovers()?;
         files.expect_clean_runs()?;
         let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
         let (img, name) = (&self.shared.qemu_img, self.name());
-        let mut overlays = self.overlay_templates.overlays(img, name, &images, first_overlay, limit)?;
+        let mut overlays = self.overlay_templates.overlays(img, &images, first_overlay, limit)?;
         overlays.set_keep(files.keep_disk);
         steps.done("overlay");
         let start = Start {
@@ -72,7 +79,7 @@ impl Machine {
         };
         let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));
         let run = begun.map_err(|error| self.advise_reload(error))?;
-        self.slot.set_preparing_run(&run);
+        end_when_cancelled(operation, &run);
         let loaded = run.load(load, deadline).map_err(|error| self.advise_reload(error));
         loaded.map_err(|error| run.fail_start(error, Stage::Load))?;
         steps.done("load");
@@ -91,17 +98,13 @@ impl Machine {
         ))
     }
 
-    pub(super) fn steps(&self) -> Steps<'_> {
+    pub(super) fn steps(&self) -> Steps {
         Steps::new(&self.shared.host, self.name())
     }
 }
 
 /// Resumes the guest of a paused run.
-pub(super) fn resume(
-    run: Arc<Run>,
-    steps: &mut Steps<'_>,
-    deadline: Deadline,
-) -> Result<Arc<Run>, StartError> {
+pub(super) fn resume(run: Arc<Run>, steps: &mut Steps, deadline: Deadline) -> Result<Arc<Run>, StartError> {
     run.resume(deadline).map_err(|error| run.fail_start(error, Stage::Run))?;
     steps.done("resume");
     Ok(run)

@@ -5,23 +5,19 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use machinery::{Deadline, Result};
 
-use super::Machine;
+use super::base::Machine;
+use super::prepare::Preparation;
 use super::start::StartOptions;
 use crate::launch::Memory;
-use crate::run::load::Load;
+use crate::prepare::{Build, BuildError, Identity, Template, Templates, build, unavailable_reason};
+use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
 use crate::run::{Purpose, Run};
 use crate::snapshot::Snapshot;
 use crate::standby::Standby;
-use crate::template::{Build, BuildError, Identity, Template, Templates, build, unavailable_reason};
-
-/// The maximum time for a restore from a template: many times its duration, and a small part of an action's
-/// deadline.
-pub(super) const INSTANT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The reason why a machine has no template if its operator wants none.
 const DISABLED: &str = "instant restores are off (machinery-host.yaml)";
@@ -40,31 +36,6 @@ impl From<String> for MissingTemplate {
 }
 
 impl Machine {
-    /// Returns the machine's template, which is built if there is none, and notes the machine's readiness.
-    ///
-    /// # Errors
-    /// The template could not be built.
-    pub(super) fn find_or_build_template(
-        &self,
-        identity: &Identity,
-        deadline: Deadline,
-    ) -> Result<Option<Template>, StartError> {
-        let template = match self.template_unavailable_reason() {
-            Some(why) => Err(MissingTemplate::from(why)),
-            None => self.build_if_missing(identity, deadline),
-        };
-        match template {
-            Ok(template) => {
-                self.readiness.set_instant(template.disk);
-                Ok(Some(template))
-            }
-            Err(MissingTemplate { why, failed }) => {
-                self.readiness.set_plain(&why);
-                failed.map_or(Ok(None), Err)
-            }
-        }
-    }
-
     /// Returns the machine's current identity. Ends the standby if the identity cannot be determined.
     pub(super) fn current_identity(
         &self,
@@ -92,7 +63,7 @@ impl Machine {
     /// Drops a template that cannot be loaded. A start that failed for another reason, such as a port in use,
     /// keeps the template.
     pub(super) fn on_template_failed(&self, identity: &Identity, failed: &StartError) {
-        if !self.slot.is_cancelled() && failed.still_running.is_none() && self.is_template_at_fault(failed) {
+        if failed.still_running.is_none() && self.is_template_at_fault(failed) {
             let why = format!("its template could not be loaded: {}", failed.error.reason());
             self.build_failures.add(identity, &why);
             self.drop_template(&why);
@@ -127,18 +98,42 @@ impl Machine {
         }
         unavailable_reason(&self.files().start_args, self.shared.program.version())
     }
+}
 
-    fn build_if_missing(&self, identity: &Identity, deadline: Deadline) -> Result<Template, MissingTemplate> {
-        if let Some(template) = self.template(identity) {
+impl Preparation<'_> {
+    /// Returns the machine's template, which is built if there is none, and notes the machine's readiness.
+    ///
+    /// # Errors
+    /// The template could not be built.
+    pub(super) fn find_or_build_template(&self, identity: &Identity) -> Result<Option<Template>, StartError> {
+        let template = match self.machine.template_unavailable_reason() {
+            Some(why) => Err(MissingTemplate::from(why)),
+            None => self.build_if_missing(identity),
+        };
+        match template {
+            Ok(template) => {
+                self.machine.readiness.set_instant(template.disk);
+                Ok(Some(template))
+            }
+            Err(MissingTemplate { why, failed }) => {
+                self.machine.readiness.set_plain(&why);
+                failed.map_or(Ok(None), Err)
+            }
+        }
+    }
+
+    fn build_if_missing(&self, identity: &Identity) -> Result<Template, MissingTemplate> {
+        let machine = self.machine;
+        if let Some(template) = machine.template(identity) {
             return Ok(template);
         }
-        if let Some(why) = self.build_failures.reason_not_to_build(identity) {
+        if let Some(why) = machine.build_failures.reason_not_to_build(identity) {
             return Err(why.into());
         }
-        let templates = self.templates().ok_or_else(|| DISABLED.to_owned())?;
-        match build(templates, self.name(), self, deadline) {
+        let templates = machine.templates().ok_or_else(|| DISABLED.to_owned())?;
+        match build(templates, machine.name(), self, self.deadline) {
             Ok(()) => {
-                let built = self.template(identity);
+                let built = machine.template(identity);
                 built.ok_or_else(|| "its template was changed as soon as it was built".to_owned().into())
             }
             Err(BuildError::NoSpace(why)) => Err(why.into()),
@@ -155,15 +150,15 @@ impl Machine {
         let StartError { error, at, still_running } = failed;
         let error = templates.space().full_reason().map_or(error.clone(), |full| error.detail(&full));
         let why = format!("its template could not be built: {}", error.reason());
-        if !self.slot.is_cancelled() && at != Stage::Process {
-            self.build_failures.add(identity, &why);
+        if !self.operation.cancellation().is_cancelled() && at != Stage::Process {
+            self.machine.build_failures.add(identity, &why);
         }
         let error = error.action("building its template");
         MissingTemplate { why, failed: Some(StartError { error, at, still_running }) }
     }
 }
 
-impl Build for Machine {
+impl Build for Preparation<'_> {
     fn start(
         &self,
         disk: &Path,
@@ -171,24 +166,24 @@ impl Build for Machine {
         load: Load,
         deadline: Deadline,
     ) -> Result<Arc<Run>, StartError> {
-        self.slot.ensure_not_cancelled()?;
+        self.ensure_wanted()?;
         let options = StartOptions { first_overlay: disk, memory, load, purpose: Purpose::Preparation };
-        self.start_paused(options, &mut self.steps(), deadline)
+        self.machine.start_paused(self.operation, options, &mut self.machine.steps(), deadline)
     }
 
     fn identity(&self) -> Result<Identity> {
-        Identity::of(self.files(), &self.shared.program)
+        self.machine.identity()
     }
 
     fn snapshot(&self) -> Result<Snapshot> {
-        Snapshot::open(&self.files().snapshot)
+        Snapshot::open(&self.machine.files().snapshot)
     }
 
     fn ensure_wanted(&self) -> Result<()> {
-        self.slot.ensure_not_cancelled()
+        self.operation.cancellation().ensure_wanted()
     }
 
     fn opens_for_writing(&self) -> bool {
-        !self.shared.program.version().maps_readonly_files()
+        !self.machine.shared.program.version().maps_readonly_files()
     }
 }

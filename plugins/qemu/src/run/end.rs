@@ -36,7 +36,7 @@ impl Run {
     }
 
     /// Asks QEMU to end, so that its helpers end too, and kills it if it does not end soon.
-    pub(super) fn end_soon(&self) {
+    pub fn end_soon(&self) {
         self.process.terminate();
         if self.wait_end(EXIT_GRACE).is_none() {
             self.process.kill();
@@ -53,7 +53,8 @@ impl Run {
         self.stop(deadline).map_err(still_running)
     }
 
-    /// Asks QEMU to end, without waiting for it.
+    /// Asks QEMU to end, as `quit` does, also if its monitor is not connected. Does not wait for the end. Source:
+    /// `qemu_system_killed` in QEMU's softmmu/runstate.c.
     pub fn terminate(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.process.terminate();

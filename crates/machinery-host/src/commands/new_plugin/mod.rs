@@ -1,7 +1,9 @@
 //! `new-plugin`: creates the crate of a working plugin, which meets every requirement of the interface.
 //!
-//! The code is that of the plugin `example`, file by file, with another name. So this repository tests it,
-//! and it always matches the interface.
+//! The code is that of a plugin of this repository, file by file, with another name. So this repository tests it, and it
+//! always matches the interface.
+
+mod template;
 
 use std::fs;
 use std::io::ErrorKind;
@@ -9,25 +11,15 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 
+pub use template::Template;
+
 /// The default source of the interface.
 const REPOSITORY: &str = env!("CARGO_PKG_REPOSITORY");
+/// The revision that this program was built from, as `tag = "…"` or `rev = "…"`. The build script has found it.
+const REVISION: &str = env!("CUCKOO_MACHINERY_REVISION");
 /// The names of machineries and crates of this repository.
-const RESERVED_NAMES: [&str; 7] = ["qemu", "kvm", "example", "conformance", "host", "testkit", "views"];
-
-/// The files of the crate, by path. Paths and texts have the name of the example, which is replaced.
-const FILES: [(&str, &str); 10] = [
-    ("src/lib.rs", include_str!("../../../../../plugins/example/src/lib.rs")),
-    ("src/config.rs", include_str!("../../../../../plugins/example/src/config.rs")),
-    ("src/disk.rs", include_str!("../../../../../plugins/example/src/disk.rs")),
-    ("src/hypervisor.rs", include_str!("../../../../../plugins/example/src/hypervisor.rs")),
-    ("src/machine.rs", include_str!("../../../../../plugins/example/src/machine.rs")),
-    ("tests/conformance.rs", include_str!("../../../../../plugins/example/tests/conformance.rs")),
-    ("tests/conformance.yaml", include_str!("../../../../../plugins/example/tests/conformance.yaml")),
-    ("example.yaml", include_str!("../../../../../conf/machineries/example.yaml")),
-    ("README.md", include_str!("README.md")),
-    (".gitignore", "/target\n"),
-];
-const MANIFEST: &str = include_str!("manifest.toml");
+const RESERVED_NAMES: [&str; 9] =
+    ["qemu", "kvm", "example", "example-process", "backend", "conformance", "host", "images", "testkit"];
 
 /// A crate that was written.
 #[derive(Debug, Clone)]
@@ -39,18 +31,18 @@ pub struct NewPlugin {
 }
 
 /// Creates the crate `machinery-<name>` in `dir`. `interface` is the source of its dependencies: a checkout
-/// of this repository, or the URL of a git repository.
+/// of this repository, or the URL of a git repository. Of a repository, the crate gets the revision of this program.
 ///
 /// # Errors
 /// The name is invalid or reserved, the folder exists, or `interface` is no checkout. The folder is removed again.
-pub fn new_plugin(name: &str, dir: &Path, interface: Option<&str>) -> Result<NewPlugin> {
+pub fn new_plugin(template: &Template, name: &str, dir: &Path, interface: Option<&str>) -> Result<NewPlugin> {
     check_name(name)?;
     let interface = Interface::from(interface.unwrap_or(REPOSITORY))?;
     let dir = std::path::absolute(dir).map_err(|error| Error::io("find the folder", dir, &error))?;
     let folder = dir.join(format!("machinery-{name}"));
     create_folder(&folder)?;
-    match write(name, &folder, &interface) {
-        Ok(()) => Ok(NewPlugin { library: library(name), folder }),
+    match write(template, name, &folder, &interface) {
+        Ok(()) => Ok(NewPlugin { library: template.library(name), folder }),
         Err(error) => {
             // This call has created the folder. The first error matters more than a failure to remove it.
             let _ = fs::remove_dir_all(&folder);
@@ -107,7 +99,7 @@ impl Interface {
 
     fn source(&self, name: &str) -> String {
         match self {
-            Interface::Git(url) => format!("git = {}", quoted(url)),
+            Interface::Git(url) => format!("git = {}, {REVISION}", quoted(url)),
             Interface::Checkout(root) => format!("path = {}", quoted(&format!("{root}/crates/{name}"))),
         }
     }
@@ -131,40 +123,15 @@ fn create_folder(folder: &Path) -> Result<()> {
     })
 }
 
-fn write(name: &str, folder: &Path, interface: &Interface) -> Result<()> {
-    let files = FILES.map(|(path, text)| (renamed(path, name), renamed(text, name)));
-    let manifest = interface.fill(&renamed(MANIFEST, name));
-    for (path, text) in files.into_iter().chain([("Cargo.toml".to_owned(), manifest)]) {
+fn write(template: &Template, name: &str, folder: &Path, interface: &Interface) -> Result<()> {
+    let manifest = interface.fill(&template.renamed(template.manifest, name));
+    for (path, text) in template.renamed_files(name).chain([("Cargo.toml".to_owned(), manifest)]) {
         let path = folder.join(path);
         let written = path.parent().map_or(Ok(()), fs::create_dir_all);
         let written = written.and_then(|()| fs::write(&path, text));
         written.map_err(|error| Error::io("write", &path, &error))?;
     }
     Ok(())
-}
-
-/// Replaces the name of the example in a text. Cargo replaces `-` with `_` in library names.
-fn renamed(text: &str, name: &str) -> String {
-    let in_libraries = name.replace('-', "_");
-    let mut parts = text.split("example");
-    let mut new = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        new += if new.ends_with("machinery_") { &in_libraries } else { name };
-        new += part;
-    }
-    new.replace("Example", &camel_case(name))
-}
-
-fn camel_case(name: &str) -> String {
-    let capital = |word: &str| match word.split_at_checked(1) {
-        Some((first, rest)) => first.to_uppercase() + rest,
-        None => String::new(),
-    };
-    name.split(['-', '_']).map(capital).collect()
-}
-
-fn library(name: &str) -> String {
-    renamed("libmachinery_example.so", name)
 }
 
 #[cfg(test)]
@@ -174,7 +141,7 @@ mod tests {
     const HERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
     fn error(name: &str, dir: &Path, interface: Option<&str>) -> String {
-        let error = new_plugin(name, dir, interface).unwrap_err();
+        let error = new_plugin(&Template::MEMORY, name, dir, interface).unwrap_err();
         assert_eq!(error.kind(), machinery::ErrorKind::Configuration, "{error}");
         error.to_string()
     }
@@ -186,32 +153,55 @@ mod tests {
     #[test]
     fn new_plugin_has_the_new_name_everywhere() {
         let dir = tempfile::tempdir().unwrap();
-        let new = new_plugin("my-counterexample_2", &dir.path().join("new"), Some(HERE)).unwrap();
+        let name = "my-counterexample_2";
+        let new = new_plugin(&Template::MEMORY, name, &dir.path().join("new"), Some(HERE)).unwrap();
         assert_eq!(new.library, "libmachinery_my_counterexample_2.so");
         assert!(new.folder.ends_with("new/machinery-my-counterexample_2"));
         let lib = read(&new.folder, "src/lib.rs");
-        assert!(lib.contains("export_machinery!(MyCounterexample2Machinery)"), "{lib}");
-        assert!(lib.contains(r#"NAME: &'static str = "my-counterexample_2""#), "{lib}");
+        assert!(lib.contains("export_machinery!(Adapter<shared::MyCounterexample2>)"), "{lib}");
+        let adapter = read(&new.folder, "src/adapter.rs");
+        assert!(adapter.contains(r#"NAME: &'static str = "my-counterexample_2""#), "{adapter}");
         assert!(read(&new.folder, "README.md").contains("release/libmachinery_my_counterexample_2.so"));
         assert!(read(&new.folder, "my-counterexample_2.yaml").contains("  my-counterexample_2_1:"));
         let manifest = read(&new.folder, "Cargo.toml");
         assert!(manifest.contains(r#"name = "machinery-my-counterexample_2""#), "{manifest}");
-        assert!(manifest.contains("/crates/machinery-views\" }"), "{manifest}");
+        assert!(manifest.contains("/crates/machinery-backend\" }"), "{manifest}");
     }
 
     #[test]
-    fn interface_comes_from_this_repository_by_default() {
+    fn new_plugin_of_processes_has_the_new_name_everywhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let new = new_plugin(&Template::PROCESS, "my-xen", dir.path(), Some(HERE)).unwrap();
+        assert_eq!(new.library, "libmachinery_my_xen.so");
+        let files = ["src/lib.rs", "src/adapter.rs", "guest/main.rs", "tests/conformance.rs", "my-xen.yaml"];
+        for file in files.into_iter().chain(["README.md", "Cargo.toml"]) {
+            let text = read(&new.folder, file);
+            let lower = text.to_lowercase();
+            assert!(!lower.contains("example-process") && !lower.contains("example_process"), "{text}");
+        }
+        let lib = read(&new.folder, "src/lib.rs");
+        assert!(lib.contains("export_machinery!(Adapter<shared::MyXen>)"), "{lib}");
+        assert!(read(&new.folder, "Cargo.toml").contains(r#"name = "my-xen-guest""#));
+        assert!(read(&new.folder, "README.md").contains("release/libmachinery_my_xen.so"));
+    }
+
+    #[test]
+    fn interface_comes_from_the_revision_of_this_program() {
         let dir = tempfile::tempdir().unwrap();
         let manifest = |name: &str, interface| {
-            read(&new_plugin(name, dir.path(), interface).unwrap().folder, "Cargo.toml")
+            read(&new_plugin(&Template::MEMORY, name, dir.path(), interface).unwrap().folder, "Cargo.toml")
         };
-        let own = manifest("own", None);
-        assert!(own.contains(&format!("machinery = {{ git = \"{REPOSITORY}\" }}")), "{own}");
-        let other = manifest("other", Some("https://forge/example.git"));
+        let (kind, revision) = REVISION.split_once(" = ").unwrap();
         assert!(
-            other.contains(r#"machinery-conformance = { git = "https://forge/example.git" }"#),
-            "{other}"
+            ["tag", "rev"].contains(&kind) && revision.starts_with('"') && revision.len() > 5,
+            "{REVISION}"
         );
+        let own = manifest("own", None);
+        assert!(own.contains(&format!("machinery = {{ git = \"{REPOSITORY}\", {REVISION} }}")), "{own}");
+        let other = manifest("other", Some("https://forge/example.git"));
+        let expected =
+            format!(r#"machinery-conformance = {{ git = "https://forge/example.git", {REVISION} }}"#);
+        assert!(other.contains(&expected), "{other}");
     }
 
     #[test]
@@ -242,26 +232,5 @@ mod tests {
         assert!(error("xen", dir.path(), None).contains("is there already"));
         assert_eq!(read(&folder, "work"), "of weeks");
         assert_eq!(folder.read_dir().unwrap().count(), 1);
-    }
-
-    /// The manifest is written by hand, so its dependencies are compared with the example's.
-    #[test]
-    fn manifest_has_the_examples_dependencies_in_the_workspaces_versions() {
-        let example = include_str!("../../../../../plugins/example/Cargo.toml");
-        let workspace = include_str!("../../../../../Cargo.toml");
-        let (_, dependencies) = example.split_once("[dependencies]").unwrap();
-        let names: Vec<&str> =
-            dependencies.lines().filter_map(|line| line.strip_suffix(".workspace = true")).collect();
-        assert!(names.len() >= 5, "{names:?}");
-        for name in names {
-            let beginning = format!("{name} = ");
-            let line = workspace.lines().find(|line| line.starts_with(&beginning)).unwrap();
-            let own = if line.contains("path = ") { "{ INTERFACE }" } else { &line[beginning.len()..] };
-            assert!(MANIFEST.contains(&format!("\n{beginning}{own}\n")), "{line}");
-        }
-        for key in ["edition", "rust-version"] {
-            let line = workspace.lines().find(|line| line.starts_with(key)).unwrap();
-            assert!(MANIFEST.lines().any(|own| own == line), "{line}");
-        }
     }
 }

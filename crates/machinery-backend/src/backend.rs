@@ -1,0 +1,116 @@
+//! The part of an author that is about one machine, for the [`Adapter`](crate::Adapter).
+
+use std::path::Path;
+use std::sync::Arc;
+
+use machinery::{Deadline, Diagnosis, DumpFormat, Error, Result, State};
+
+use crate::machine_set::Reloadable;
+
+/// The origin of a preparation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrepareOrigin {
+    /// Somebody has requested the preparation.
+    Request,
+    /// The host prepares the machine by itself, so no changes of somebody else may be lost.
+    Automatic,
+}
+
+/// One machine. The methods with the name of an action are those of [`Machinery`](machinery::Machinery) for this machine.
+pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
+    /// See [`Machinery::state`](machinery::Machinery::state).
+    ///
+    /// # Errors
+    /// The hypervisor does not answer.
+    fn state(self: &Arc<Self>, deadline: Deadline) -> Result<State>;
+
+    /// See [`Machinery::restore_start`](machinery::Machinery::restore_start).
+    ///
+    /// # Errors
+    /// The machine is on, or does not start.
+    fn restore_start(self: &Arc<Self>, deadline: Deadline) -> Result<()>;
+
+    /// See [`Machinery::norestore_start`](machinery::Machinery::norestore_start).
+    ///
+    /// # Errors
+    /// The machine is on, or does not start.
+    fn norestore_start(self: &Arc<Self>, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("norestore_start"))
+    }
+
+    /// See [`Machinery::stop`](machinery::Machinery::stop). It ends a standby, and cancels a preparation.
+    ///
+    /// # Errors
+    /// The machine is off already, or does not end.
+    fn stop(self: &Arc<Self>, deadline: Deadline) -> Result<()>;
+
+    /// See [`Machinery::acpi_stop`](machinery::Machinery::acpi_stop).
+    ///
+    /// # Errors
+    /// The machine is off already, or its guest does not react.
+    fn acpi_stop(self: &Arc<Self>, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("acpi_stop"))
+    }
+
+    /// See [`Machinery::dump_memory`](machinery::Machinery::dump_memory).
+    ///
+    /// # Errors
+    /// The machine is off; the format is not supported; the dump fails.
+    fn dump_memory(self: &Arc<Self>, _path: &Path, _format: DumpFormat, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("dump_memory"))
+    }
+
+    /// See [`Machinery::screenshot`](machinery::Machinery::screenshot).
+    ///
+    /// # Errors
+    /// The machine is off; the screenshot fails.
+    fn screenshot(self: &Arc<Self>, _path: &Path, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("screenshot"))
+    }
+
+    /// See [`Machinery::prepare`](machinery::Machinery::prepare).
+    ///
+    /// # Errors
+    /// The machine is on; the preparation fails or is cancelled.
+    fn prepare(self: &Arc<Self>, _origin: PrepareOrigin, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("prepare"))
+    }
+
+    /// Returns what makes the machine unusable, and its warnings.
+    fn diagnose(&self) -> Diagnosis {
+        Diagnosis::new(self.name())
+    }
+
+    /// Ends the leftovers of a killed host, before the first start.
+    ///
+    /// # Errors
+    /// A leftover does not end.
+    fn clear_leftovers(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Expects that the machine is off, so that a reload can change or remove it. It may have a standby.
+    ///
+    /// # Errors
+    /// The machine is on: [`refuse::on_in_reload`](crate::refuse::on_in_reload).
+    fn ensure_off(&self, deadline: Deadline) -> Result<()>;
+
+    /// Asks the machine's standby to end, without waiting for it: the ends of many machines then take as long as one.
+    fn begin_end(&self) {}
+
+    /// Cancels a preparation and ends the standby, for a reload.
+    ///
+    /// # Errors
+    /// The standby does not end.
+    fn discard_standby(self: &Arc<Self>, _deadline: Deadline) -> Result<()> {
+        Ok(())
+    }
+
+    /// Ends the machine's own run and standby, for a shutdown.
+    ///
+    /// # Errors
+    /// The machine does not end. A machine that is off already is no failure.
+    fn end(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.stop(deadline)
+    }
+}

@@ -1,0 +1,198 @@
+//! Inspection of a running machine: its memory and its screen.
+//!
+//! Both are written to an [`Output`], so a failure leaves no partial file. The plugin creates the file of a dump,
+//! and libvirtd writes into it. So the file keeps the host's owner and mode; one that libvirtd creates would
+//! belong to root.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use machinery::{Deadline, DumpFormat, Error, Result};
+use machinery_backend::{Output, files, is_ppm, ppm_to_png, refuse};
+use virt::connect::Connect;
+use virt::domain::{Domain, DomainState};
+use virt::enumutil::Enum;
+use virt::stream::Stream;
+use virt_sys as sys;
+
+use crate::connection::Connection;
+use crate::domain;
+use crate::dsn::is_local;
+use crate::errors::{explain, is_off, is_unsupported};
+
+/// The interval between two requests for the progress of a dump.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// The additional time for a dump that timed out, so that the machine is free again. libvirt cannot abort a
+/// memory-only dump. Source: its src/qemu/qemu_driver.c.
+const DUMP_GRACE: Duration = Duration::from_secs(1);
+/// A file system with less free space than this, in bytes, is full.
+const FULL_BELOW: u64 = 1 << 20;
+/// The maximum size of a screenshot, in bytes.
+const MAX_SCREENSHOT: usize = 256 << 20;
+
+const PNG: &[u8] = b"\x89PNG";
+
+/// Writes the guest's memory to `path`, and reports to `progress` meanwhile.
+///
+/// # Errors
+/// The machine is off; libvirt is on another computer, and would write the file there; the dump fails.
+pub fn dump_memory(
+    connection: &Connection,
+    label: &str,
+    path: &Path,
+    format: DumpFormat,
+    progress: &dyn Fn(f64),
+    deadline: Deadline,
+) -> Result<()> {
+    if !is_local(connection.dsn()) {
+        let what = format!("dump_memory over {}, which would write to that host's disk", connection.dsn());
+        return Err(Error::unsupported(&what));
+    }
+    let output = Output::at(path)?;
+    let (label, to) = (label.to_owned(), output.path());
+    let dumped = label.clone();
+    let call = connection
+        .long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
+    let outcome = loop {
+        if let Some(outcome) = call.wait(PROGRESS_INTERVAL.min(deadline.remaining())) {
+            break outcome;
+        }
+        if deadline.passed() {
+            let _ = call.wait(DUMP_GRACE);
+            break Err(deadline.timeout("libvirt to dump the memory"));
+        }
+        progress(fraction(connection, &label, deadline));
+    };
+    outcome.map_err(|error| error.detail(&format!("the dump's file is {}", path.display())))?;
+    progress(1.0);
+    output.finish()
+}
+
+/// Reports whether the file system of that file is full.
+fn is_full(file: &Path) -> bool {
+    files::free_space(file).is_ok_and(|space| space < FULL_BELOW)
+}
+
+fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
+    let dump_format = match format {
+        DumpFormat::Elf => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_RAW,
+        DumpFormat::KdumpZlib => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_KDUMP_ZLIB,
+        DumpFormat::WinDmp => sys::VIR_DOMAIN_CORE_DUMP_FORMAT_WIN_DMP,
+    };
+    let path = to.to_str().ok_or_else(|| {
+        Error::environment(format!("libvirt takes no path that is not UTF-8: {}", to.display()))
+    })?;
+    domain.core_dump_with_format(path, dump_format, sys::VIR_DUMP_MEMORY_ONLY).map_err(|error| {
+        if is_unsupported(&error) {
+            let what = format!("the memory dump format '{}' with this libvirt and QEMU", format.as_str());
+            return Error::unsupported(&what).detail(error.message());
+        }
+        let failed = explain("dump the memory", &error);
+        if is_full(to) { failed.advice("Free some space on that file system") } else { failed }
+    })
+}
+
+/// Returns the progress of the dump from libvirt's job statistics, from 0 to 1.
+fn fraction(connection: &Connection, label: &str, deadline: Deadline) -> f64 {
+    let label = label.to_owned();
+    let asked = connection.ask(deadline, "libvirt to report the progress of the dump", move |connect| {
+        let job = running(connect, &label)?.job_info();
+        job.map_err(|error| explain("report the progress of the dump", &error))
+    });
+    let Ok(job) = asked else { return 0.0 };
+    let known = [(job.data_processed, job.data_total), (job.mem_processed, job.mem_total)];
+    let fraction = known.into_iter().find_map(|pair| match pair {
+        (Some(done), Some(total)) if total > 0 => Some(done as f64 / total as f64),
+        _ => None,
+    });
+    fraction.unwrap_or(0.0)
+}
+
+/// Writes the guest's screen to `path`, as PNG.
+///
+/// # Errors
+/// The machine is off or has no screen; the file cannot be written.
+pub fn screenshot(connection: &Connection, label: &str, path: &Path, deadline: Deadline) -> Result<()> {
+    let output = Output::at(path)?;
+    let label = label.to_owned();
+    let picture =
+        connection.ask(deadline, "libvirt to take a screenshot", move |connect| picture(connect, &label))?;
+    let mut file = output.file();
+    if is_ppm(&picture) {
+        ppm_to_png(&picture, file)?;
+    } else if picture.starts_with(PNG) {
+        file.write_all(&picture).map_err(|error| Error::io("write the screenshot to", path, &error))?;
+    } else {
+        return Err(Error::failed("libvirt's screenshot is neither a PNG nor a PPM image"));
+    }
+    output.finish()
+}
+
+fn picture(connect: &Connect, label: &str) -> Result<Vec<u8>> {
+    let failed = |error| explain("take a screenshot", &error);
+    let domain = running(connect, label)?;
+    let stream = Stream::new(connect, 0).map_err(failed)?;
+    domain.screenshot(&stream, 0, 0).map_err(|error| no_screenshot(&domain, &error))?;
+    let mut picture = Vec::new();
+    let mut piece = vec![0; 256 << 10];
+    loop {
+        let length = stream.recv(&mut piece).map_err(failed)?;
+        let Some(received) = usize::try_from(length).ok().and_then(|length| piece.get(..length)) else {
+            return Err(Error::failed(format!("libvirt's screenshot is incomplete ({length})")));
+        };
+        if received.is_empty() {
+            stream.finish().map_err(failed)?;
+            return Ok(picture);
+        }
+        picture.extend_from_slice(received);
+        if picture.len() > MAX_SCREENSHOT {
+            return Err(Error::failed("libvirt's screenshot is larger than any screen"));
+        }
+    }
+}
+
+/// Explains a failed screenshot. A guest that is paused is in order, and has a screen again later.
+fn no_screenshot(domain: &Domain, error: &virt::error::Error) -> Error {
+    let failed = explain("take a screenshot", error);
+    match domain.state() {
+        Ok((Enum::Known(DomainState::Paused | DomainState::PMSuspended), _)) if is_off(error) => {
+            Error::not_now(failed.reason()).advice("Take it when the guest runs again")
+        }
+        Ok((Enum::Known(DomainState::Shutoff), _)) => refuse::off(),
+        _ => failed,
+    }
+}
+
+fn running(connect: &Connect, label: &str) -> Result<Domain> {
+    let domain = domain::domain(connect, label)?;
+    match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
+        true => Ok(domain),
+        false => Err(refuse::off()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use machinery::ErrorKind;
+
+    /// libvirt's test driver has a domain in memory, and the errors that other drivers return.
+    #[test]
+    fn screenshot_is_not_possible_now_when_libvirt_refuses_it_of_a_paused_guest() {
+        virt::error::clear_error_callback();
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let domain = running(&connect, "test").unwrap();
+        let other = connect.lookup_domain_by_name("none").unwrap_err();
+        domain.destroy().unwrap();
+        let refused = domain.destroy().unwrap_err();
+        assert_eq!(no_screenshot(&domain, &refused).kind(), ErrorKind::UnexpectedState);
+        domain.create().unwrap();
+        assert_eq!(no_screenshot(&domain, &refused).kind(), ErrorKind::Failed);
+        domain.suspend().unwrap();
+        let error = no_screenshot(&domain, &refused);
+        assert_eq!(error.kind(), ErrorKind::NotNow, "{error}");
+        assert!(error.to_string().contains(refused.message()), "{error}");
+        assert_ne!(no_screenshot(&domain, &other).kind(), ErrorKind::NotNow);
+    }
+}

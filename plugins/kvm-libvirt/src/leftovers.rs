@@ -1,0 +1,194 @@
+//! Markers of the domains that run because of the host, for the next host.
+//!
+//! A domain outlives the host that started it. The next host must end the runs of a killed host, but not a
+//! domain that an operator has started by hand. So each run has a marker: a file in the machinery's state
+//! folder, with a random token. The metadata of the running domain has the same token. Only the live domain
+//! has this metadata: it ends with the run, and a domain that somebody else starts has none. A managed save
+//! keeps the metadata, so a run that was saved and resumed still matches its marker.
+//!
+//! ```text
+//!   file written ─▶ domain started, paused ─▶ token in its metadata ─▶ file says so ─▶ resumed
+//!   └───── any paused domain matches the marker ───────┘ └── a domain with the token matches ──▶
+//! ```
+//!
+//! The guest does not run until the domain has the token, so nobody can work in it before. A standby has a
+//! marker as well, and becomes a run without a change of the marker.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use machinery::{Error, Result, State};
+use machinery_backend::files;
+use machinery_backend::sync::lock;
+use serde::{Deserialize, Serialize};
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
+use virt_sys as sys;
+
+use crate::domain;
+use crate::errors::{explain, is_off};
+
+/// The XML namespace of the token.
+const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/run/1";
+/// The prefix of that namespace in a domain's description.
+const PREFIX: &str = "machinery";
+
+/// The marker of one machine's run.
+#[derive(Debug, Clone)]
+pub struct RunMarker {
+    path: PathBuf,
+    /// The content of the file, or the content that could not be written.
+    run: Arc<Mutex<Option<Run>>>,
+}
+
+/// The content of the file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Run {
+    /// The domain's uuid.
+    uuid: String,
+    /// The token in the domain's metadata during this run.
+    token: String,
+    /// The boot of this computer in which the run was started.
+    boot: String,
+    /// True if the token is in the metadata.
+    marked: bool,
+}
+
+impl RunMarker {
+    /// Returns the marker of that machine, in the machinery's state folder.
+    pub fn of(machine: &str, state_dir: &Path) -> Self {
+        RunMarker { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
+    }
+
+    /// Records that the domain is about to be started.
+    ///
+    /// # Errors
+    /// libvirt does not answer; the kernel returns no token.
+    pub fn begin(&self, domain: &Domain) -> Result<()> {
+        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
+        self.write(Run { uuid, token: kernel_id("uuid")?, boot: kernel_id("boot_id")?, marked: false });
+        Ok(())
+    }
+
+    /// Marks the domain, which was started for this run and is paused.
+    ///
+    /// # Errors
+    /// The marker is gone; libvirt cannot change the metadata.
+    pub fn mark(&self, domain: &Domain) -> Result<()> {
+        let gone = || Error::failed(format!("the run marker {} is gone", self.path.display()));
+        let run = self.read().ok_or_else(gone)?;
+        let element = format!("<run token='{}'/>", run.token);
+        domain
+            .set_metadata(
+                sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed(),
+                Some(&element),
+                Some(PREFIX),
+                Some(NAMESPACE),
+                sys::VIR_DOMAIN_AFFECT_LIVE,
+            )
+            .map_err(|error| explain("mark the domain", &error))?;
+        self.write(Run { marked: true, ..run });
+        Ok(())
+    }
+
+    /// Reports whether a run or a standby is recorded.
+    pub fn exists(&self) -> bool {
+        lock(&self.run).is_some() || self.path.exists()
+    }
+
+    /// Reports whether the domain is on because of this host, or of an earlier one.
+    ///
+    /// # Errors
+    /// libvirt does not answer.
+    pub fn matches(&self, domain: &Domain) -> Result<bool> {
+        let Some(run) = self.read() else { return Ok(false) };
+        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
+        if uuid != run.uuid {
+            return Ok(false);
+        }
+        if token_of(domain)?.is_some_and(|metadata| metadata.contains(&run.token)) {
+            return Ok(true);
+        }
+        Ok(!run.marked && kernel_id("boot_id")? == run.boot && is_paused(domain)?)
+    }
+
+    /// Removes the marker: the run has ended.
+    pub fn remove(&self) {
+        *lock(&self.run) = None;
+        if let Err(error) = files::remove(&self.path) {
+            tracing::warn!(%error, "a run marker remains");
+        }
+    }
+
+    fn read(&self) -> Option<Run> {
+        let known = lock(&self.run).clone();
+        known.or_else(|| serde_json::from_str(&fs::read_to_string(&self.path).ok()?).ok())
+    }
+
+    /// Writes the file. A failure is only logged: this host still has the content.
+    fn write(&self, run: Run) {
+        if let Err(error) = files::replace_json(&self.path, &run) {
+            tracing::warn!(%error, "cannot write the run marker, so the run would outlive a host that is killed");
+        }
+        *lock(&self.run) = Some(run);
+    }
+}
+
+/// Returns the token's element in the metadata of the domain, if the domain is on and has one.
+fn token_of(domain: &Domain) -> Result<Option<String>> {
+    let kind = sys::VIR_DOMAIN_METADATA_ELEMENT.cast_signed();
+    match domain.metadata(kind, Some(NAMESPACE), sys::VIR_DOMAIN_AFFECT_LIVE) {
+        Ok(element) => Ok(Some(element)),
+        Err(error) if is_off(&error) || error.code().is(ErrorNumber::NoDomainMetadata) => Ok(None),
+        Err(error) => Err(explain("return the domain's metadata", &error)),
+    }
+}
+
+/// Reports whether the domain is on, and its guest does not run.
+fn is_paused(domain: &Domain) -> Result<bool> {
+    let (state, _) = domain::state(domain)?;
+    Ok(!matches!(state, State::Running | State::Poweroff))
+}
+
+/// Returns one of the kernel's random identifiers: `uuid` is a new one, `boot_id` the one of this boot.
+fn kernel_id(name: &str) -> Result<String> {
+    let path = Path::new("/proc/sys/kernel/random").join(name);
+    let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
+    Ok(text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marker_outlives_its_host_when_it_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let marker = || RunMarker::of("m", folder.path());
+        assert!(marker().read().is_none() && !marker().exists());
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true };
+        marker().write(run.clone());
+        assert_eq!(marker().read(), Some(run));
+        fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
+        assert!(marker().read().is_none() && marker().exists());
+        marker().remove();
+        assert!(!marker().exists());
+    }
+
+    #[test]
+    fn marker_is_kept_in_memory_when_it_cannot_be_written() {
+        let marker = RunMarker::of("m", Path::new("/none"));
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false };
+        marker.write(run.clone());
+        assert_eq!(marker.read(), Some(run));
+        marker.remove();
+        assert!(!marker.exists());
+    }
+
+    #[test]
+    fn token_differs_for_each_run() {
+        assert_ne!(kernel_id("uuid").unwrap(), kernel_id("uuid").unwrap());
+        assert_eq!(kernel_id("boot_id").unwrap(), kernel_id("boot_id").unwrap());
+    }
+}

@@ -1,0 +1,205 @@
+//! The disks of a domain, and their revert without libvirt.
+//!
+//! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` reverts a disk to it, as
+//! libvirt does for a domain that is off. A save image needs that: libvirt restores its memory only.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use machinery::{Deadline, Result};
+use machinery_backend::QemuImg;
+use serde_json::Value;
+
+use crate::description::{Description, Disk};
+
+/// The time that `qemu-img` has to list the snapshots of a disk.
+const INFO_TIMEOUT: Duration = Duration::from_secs(30);
+/// The time that `qemu-img` has to revert a disk. A revert that is killed leaves a disk that is reverted in part, until
+/// the next revert. So this is far longer than a revert takes, and the restore that waits for it may time out before.
+const REVERT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// The disks of a domain that its guest can write to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disks(Vec<PathBuf>);
+
+/// QEMU's options for an image or a folder that a guest may write to. Source: `qemu-system-x86_64 -help`.
+const IMAGE_OPTIONS: [&str; 14] = [
+    "blockdev", "drive", "fda", "fdb", "fsdev", "hda", "hdb", "hdc", "hdd", "mtdblock", "pflash", "sd",
+    "tpmdev", "virtfs",
+];
+
+impl Disks {
+    /// Returns the disks of a domain.
+    ///
+    /// # Errors
+    /// A disk cannot be reverted by `qemu-img`, or the domain has other state that a guest can change.
+    pub fn of(domain: &Description) -> Result<Disks, String> {
+        let others = [
+            (domain.firmware.nvram.is_some(), "variables of its firmware"),
+            (domain.has_tpm, "a TPM"),
+            (domain.has_nvdimm, "a memory device with a file"),
+        ];
+        if let Some((_, what)) = others.into_iter().find(|(has_it, _)| *has_it) {
+            return Err(format!("the domain has {what}, which a save image does not contain"));
+        }
+        if let Some(option) = domain.arguments.iter().find(|argument| names_an_image(argument)) {
+            return Err(format!(
+                "the domain's <qemu:commandline> has {option}: libvirt does not know that image, \
+                 and a restore from a save image would not revert it"
+            ));
+        }
+        domain.writable_disks().map(file_of).collect::<Result<_, _>>().map(Disks)
+    }
+
+    /// Describes the disks as text: the path of each, and its own entry of the snapshot of that name. A disk
+    /// that was replaced has another entry.
+    ///
+    /// # Errors
+    /// A disk cannot be read, or has no such snapshot; the text is for people.
+    pub fn described(&self, snapshot: &str) -> Result<String, String> {
+        let one = |path: &PathBuf| {
+            let entry = entry(&qemu_img(), path, snapshot, Deadline::after(INFO_TIMEOUT))?;
+            Ok(format!("{}\n{entry}\n", path.display()))
+        };
+        self.0.iter().map(one).collect()
+    }
+
+    /// Expects that this process may write to all disks.
+    ///
+    /// # Errors
+    /// It may not; the text is for people.
+    pub fn ensure_writable(&self) -> Result<(), String> {
+        self.0.iter().try_for_each(|path| {
+            let opened = File::options().read(true).write(true).open(path).map(drop);
+            opened.map_err(|error| format!("the host may not write to the disk {}: {error}", path.display()))
+        })
+    }
+
+    /// Returns the time of the last write to each disk.
+    pub fn written(&self) -> Vec<Option<SystemTime>> {
+        self.0.iter().map(|path| fs::metadata(path).and_then(|file| file.modified()).ok()).collect()
+    }
+
+    /// Reverts all disks to the snapshot of that name.
+    ///
+    /// # Errors
+    /// qemu-img fails; the error contains its message.
+    pub fn revert_to(&self, snapshot: &str) -> Result<()> {
+        let revert = |disk: &PathBuf| revert(&qemu_img(), disk, snapshot, Deadline::after(REVERT_TIMEOUT));
+        self.0.iter().try_for_each(revert)
+    }
+}
+
+/// Reports whether the argument is one of [`IMAGE_OPTIONS`]; QEMU accepts one leading dash or two.
+fn names_an_image(argument: &str) -> bool {
+    let option = argument.strip_prefix("--").or(argument.strip_prefix('-'));
+    option.is_some_and(|option| IMAGE_OPTIONS.contains(&option))
+}
+
+/// Returns the path of a disk that is a qcow2 file.
+fn file_of(disk: &Disk) -> Result<PathBuf, String> {
+    let Some(path) = &disk.path else {
+        return Err(format!("the domain's disk {} is no file", disk.target));
+    };
+    if disk.format != "qcow2" || !disk.is_plain {
+        return Err(format!("the disk {} is no qcow2 file of this domain alone", path.display()));
+    }
+    Ok(path.clone())
+}
+
+fn qemu_img() -> QemuImg {
+    QemuImg::new("qemu-img")
+}
+
+/// Returns the disk's own entry of the snapshot, with its time and the size of its memory, as JSON.
+fn entry(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -> Result<String, String> {
+    let info = qemu_img.info(disk, deadline).map_err(|error| error.to_string())?;
+    let entries = info["snapshots"].as_array().into_iter().flatten();
+    let found = entries.into_iter().find(|entry| entry["name"] == snapshot);
+    found
+        .map(Value::to_string)
+        .ok_or_else(|| format!("the disk {} has no snapshot '{snapshot}'", disk.display()))
+}
+
+fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -> Result<()> {
+    let what = format!("revert the disk {} to '{snapshot}'", disk.display());
+    let args = ["snapshot", "-q", "-a", snapshot].map(OsStr::new);
+    let reverted = qemu_img.run(&what, args.into_iter().chain([disk.as_os_str()]), deadline);
+    let advice = "The domain must be off, and nothing else may use its disk";
+    reverted.map(drop).map_err(|error| error.advice(advice))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn disks_of(xml: &str) -> Result<Disks, String> {
+        Disks::of(&Description::read(xml).unwrap())
+    }
+
+    fn disk(inside: &str) -> String {
+        format!("<domain><devices><disk type='file' device='disk'>{inside}</disk></devices></domain>")
+    }
+
+    #[test]
+    fn disks_are_those_that_the_guest_can_write_to() {
+        let one = disk("<driver name='qemu' type='qcow2' cache='none'/><source file='/a/b&apos;s &amp; c'/>");
+        assert_eq!(disks_of(&one).unwrap(), Disks(vec!["/a/b's & c".into()]));
+        let two = one
+            .replace("</devices>", "<disk type='file' device='cdrom'><driver type='raw'/></disk></devices>");
+        assert_eq!(disks_of(&two), disks_of(&one));
+    }
+
+    #[test]
+    fn domain_is_refused_when_it_has_state_that_cannot_be_reverted() {
+        let good = "<driver name='qemu' type='qcow2'/><source file='/a'/>";
+        let add = |inside: &str| disk(good).replace("<devices>", &format!("{inside}<devices>"));
+        let argument = |argument: &str| {
+            add(&format!(
+                "<q:commandline xmlns:q='x'><q:arg value='{argument}'/><q:arg value='x'/></q:commandline>"
+            ))
+        };
+        for (xml, words) in [
+            (disk(&good.replace("qcow2", "raw")), "/a is no qcow2 file"),
+            (
+                disk("<driver name='qemu' type='qcow2'/><source protocol='nbd'/><target dev='vda'/>"),
+                "vda is no file",
+            ),
+            (disk(&format!("{good}<shareable/>")), "of this domain alone"),
+            (add("<os><nvram>/n</nvram></os>"), "firmware"),
+            (add("<memory model='nvdimm'><source><path>/n</path></source></memory>"), "memory device"),
+            (argument("-drive"), "<qemu:commandline> has -drive"),
+            (argument("--blockdev"), "<qemu:commandline> has --blockdev"),
+            (argument("-pflash"), "<qemu:commandline> has -pflash"),
+        ] {
+            let why = disks_of(&xml).unwrap_err();
+            assert!(why.contains(words), "no {words:?} in {why}");
+        }
+        assert!(disks_of(&argument("-netdev")).is_ok());
+    }
+
+    #[test]
+    fn error_names_the_disk_when_it_does_not_exist() {
+        let disks = Disks(vec!["/none/disk.qcow2".into()]);
+        assert!(disks.ensure_writable().unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.described("clean").unwrap_err().contains("/none/disk.qcow2"));
+        assert!(disks.revert_to("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
+    }
+
+    #[test]
+    fn error_is_a_failure_when_qemu_img_hangs() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("qemu-img");
+        fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let hangs = QemuImg::new(&program);
+        let (disk, soon) = (Path::new("/none/disk.qcow2"), || Deadline::after(Duration::from_millis(50)));
+        let why = entry(&hangs, disk, "clean", soon()).unwrap_err();
+        assert!(why.contains("does not end within 50ms"), "{why}");
+        let why = revert(&hangs, disk, "clean", soon()).unwrap_err().to_string();
+        assert!(why.contains("does not end within 50ms") && why.contains("must be off"), "{why}");
+    }
+}

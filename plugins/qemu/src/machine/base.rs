@@ -1,0 +1,119 @@
+//! A machine: its files, its state, and everything that its actions share.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use machinery::{Deadline, Error, Result, machine_socket};
+use machinery_backend::sync::lock;
+use machinery_backend::{OverlayTemplates, ReadinessReport, Reloadable, Work};
+
+use super::state::MachineState;
+use crate::config::MachineFiles;
+use crate::peers::Peer;
+use crate::prepare::{BuildFailures, Identity};
+use crate::resources::Resource;
+use crate::shared::Qemu;
+
+/// One machine.
+pub struct Machine {
+    pub(super) configured: MachineFiles,
+    /// The machine's files with its arguments, if these could be read only after the configuration.
+    pub(super) corrected: OnceLock<MachineFiles>,
+    /// The resources that the machine claims, once its arguments are known.
+    pub(super) resources: OnceLock<Vec<Resource>>,
+    /// The reason why leftovers of a host that died still exist, if they do.
+    pub(super) leftovers: Mutex<Option<Error>>,
+    pub(super) socket: PathBuf,
+    pub(super) shared: Arc<Qemu>,
+    pub(super) work: Arc<Work<MachineState>>,
+    /// The empty overlays that a run's overlays are copied from.
+    pub(super) overlay_templates: OverlayTemplates,
+    pub(super) readiness: ReadinessReport,
+    pub(super) build_failures: BuildFailures,
+}
+
+impl Reloadable for Machine {
+    type Keys = MachineFiles;
+
+    fn keys(&self) -> &MachineFiles {
+        self.files()
+    }
+}
+
+impl Peer for Machine {
+    fn name(&self) -> &str {
+        self.name()
+    }
+
+    fn resources(&self) -> &[Resource] {
+        let files = self.files();
+        if files.args_error.is_some() {
+            return &[];
+        }
+        self.resources.get_or_init(|| Resource::of(files))
+    }
+
+    fn is_prepared(&self) -> bool {
+        self.has_preparation()
+    }
+
+    fn has_qemu(&self) -> bool {
+        self.uses_resources()
+    }
+
+    fn discard_standby(&self, deadline: Deadline) -> Result<()> {
+        self.discard(deadline)
+    }
+
+    fn report_standby_lost(&self, why: String) {
+        self.readiness.set_reason(why);
+        self.readiness.report();
+    }
+}
+
+impl Machine {
+    /// Creates the machine, whose socket is in the folder `sockets`.
+    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Qemu>) -> Arc<Self> {
+        let name = &files.info.name;
+        let machine = Arc::new(Machine {
+            socket: machine_socket(sockets, "qemu", name),
+            readiness: ReadinessReport::new(&shared.host, name),
+            configured: files,
+            corrected: OnceLock::new(),
+            resources: OnceLock::new(),
+            leftovers: Mutex::new(None),
+            shared,
+            work: Work::new(MachineState::default()),
+            overlay_templates: OverlayTemplates::default(),
+            build_failures: BuildFailures::default(),
+        });
+        let peer: Arc<dyn Peer> = Arc::clone(&machine) as Arc<dyn Peer>;
+        machine.shared.peers.add(&peer);
+        machine
+    }
+
+    pub fn name(&self) -> &str {
+        &self.configured.info.name
+    }
+
+    /// Reports whether the machine is configured to have a template.
+    pub fn is_instant(&self) -> bool {
+        self.files().prepare.instant
+    }
+
+    pub(super) fn files(&self) -> &MachineFiles {
+        self.corrected.get().unwrap_or(&self.configured)
+    }
+
+    /// Checks that no leftovers of a host that died remain.
+    ///
+    /// # Errors
+    /// Some remain; the error has the reason.
+    pub(super) fn expect_no_leftovers(&self) -> Result<()> {
+        lock(&self.leftovers).clone().map_or(Ok(()), Err)
+    }
+
+    pub(super) fn identity(&self) -> Result<Identity> {
+        Identity::of(self.files(), &self.shared.program)
+    }
+}

@@ -1,0 +1,147 @@
+//! All templates of a host, in one folder that no other host uses.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use machinery::{Error, Result};
+use machinery_backend::files::HostLock;
+use machinery_images::FileId;
+use serde::{Deserialize, Serialize};
+
+use super::identity::Identity;
+use super::layout::{COMPLETE, DEVICES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
+use super::space::TemplateSpace;
+use crate::launch::{Memory, Sharing};
+use crate::restore::Devices;
+
+/// All templates of a host.
+pub struct Templates {
+    dir: PathBuf,
+    space: TemplateSpace,
+    _lock: HostLock,
+}
+
+/// A template that was checked just now, and matches.
+pub struct Template {
+    /// The RAM, to be mapped.
+    pub memory: Memory,
+    /// The state of the devices.
+    pub devices: Devices,
+    /// The identity of the RAM's file. A QEMU that maps the file sees its changes.
+    pub ram: FileId,
+    /// The template's disk space, in bytes.
+    pub disk: u64,
+}
+
+/// The content of a template's record: the identities of the machine and of the template's files.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub identity: Identity,
+    /// QEMU's name for the machine's RAM.
+    pub block: String,
+    pub ram: FileId,
+    pub devices: FileId,
+    pub devices_crc32: u32,
+}
+
+impl Templates {
+    /// Opens the folder `dir`, which is created if it does not exist. Unfinished templates are removed.
+    ///
+    /// # Errors
+    /// The folder cannot be used, or another host uses it.
+    pub fn open(dir: &Path) -> Result<Templates> {
+        let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+        let lock = HostLock::take(&dir.join("templates.lock"), || {
+            Error::environment(format!("another host keeps its templates in {}", dir.display()))
+                .advice("Give each host an instant_dir of its own")
+        })?;
+        dir.read_dir().map_err(failed)?;
+        let templates = Templates { dir: dir.to_owned(), space: TemplateSpace::new(dir), _lock: lock };
+        templates.remove_all(|name| name.ends_with(UNFINISHED));
+        Ok(templates)
+    }
+
+    /// Removes the templates of all machines but these.
+    pub fn keep_only(&self, machines: &[&str]) {
+        let is_other = |machine: &str| !machines.contains(&machine);
+        self.remove_all(|name| name.strip_suffix(COMPLETE).is_some_and(is_other));
+    }
+
+    fn remove_all(&self, is_removed: impl Fn(&str) -> bool) {
+        for entry in self.dir.read_dir().into_iter().flatten().flatten() {
+            if is_removed(&entry.file_name().to_string_lossy()) {
+                // The operator may have a folder whose name looks like a template's.
+                let _ = remove(&entry.path())
+                    .inspect_err(|error| tracing::warn!(%error, "a folder named like a template stays"));
+            }
+        }
+    }
+
+    pub fn space(&self) -> &TemplateSpace {
+        &self.space
+    }
+
+    /// Reports whether the folder's path can be part of QEMU's arguments, as a machine's disk is.
+    pub fn fits_into_arguments(&self) -> bool {
+        !self.dir.to_string_lossy().contains([',', '"', '\\'])
+    }
+
+    /// Returns the folder of the machine's template.
+    pub(super) fn folder(&self, machine: &str) -> PathBuf {
+        self.dir.join(format!("{machine}{COMPLETE}"))
+    }
+
+    /// Returns the folder in which the machine's template is built.
+    pub(super) fn unfinished_folder(&self, machine: &str) -> PathBuf {
+        self.dir.join(format!("{machine}{UNFINISHED}"))
+    }
+
+    /// Returns the path of the RAM file of the machine's template.
+    pub fn ram(&self, machine: &str) -> PathBuf {
+        self.folder(machine).join(RAM)
+    }
+
+    /// Returns the machine's template, if it has one that belongs to this identity.
+    ///
+    /// # Errors
+    /// The machine has a template that cannot be used any more; the text has the reason.
+    pub fn find(&self, machine: &str, identity: &Identity) -> Result<Option<Template>, String> {
+        let folder = self.folder(machine);
+        let text = match fs::read(folder.join(RECORD)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(format!("its record cannot be read: {error}")),
+        };
+        let record: Record =
+            serde_json::from_slice(&text).map_err(|error| format!("its record makes no sense: {error}"))?;
+        if let Some(change) = identity.change_since(&record.identity) {
+            return Err(change);
+        }
+        let unreadable = |error: io::Error| format!("it cannot be read: {error}");
+        let (ram, path) = (folder.join(RAM), folder.join(DEVICES));
+        if FileId::of(&ram).map_err(unreadable)? != record.ram {
+            return Err("its RAM file was changed".to_owned());
+        }
+        let mut file = File::open(&path).map_err(unreadable)?;
+        if FileId::of_open(&path, &file).map_err(unreadable)? != record.devices
+            || checksum(&mut file).map_err(unreadable)? != record.devices_crc32
+        {
+            return Err("its device file was changed".to_owned());
+        }
+        let memory =
+            Memory { file: ram, size: record.ram.size(), block: record.block, sharing: Sharing::Mapped };
+        let (ram, disk) = (record.ram, size_on_disk(&folder));
+        Ok(Some(Template { memory, devices: Devices { path, file }, ram, disk }))
+    }
+
+    /// Removes the machine's template, if there is one.
+    ///
+    /// # Errors
+    /// The template stays.
+    pub fn remove(&self, machine: &str) -> Result<()> {
+        remove(&self.folder(machine))
+    }
+}
