@@ -11,7 +11,7 @@
 //! | --- | --- |
 //! | `adapter`, `backend` | [`Adapter`], [`Shared`], [`Backend`]: a `Machinery` of single machines |
 //! | `machine_set` | [`MachineSet`]: the machines, and a new configuration while they run |
-//! | `work` | [`Work`]: what one machine does now, and the cancellation of a preparation |
+//! | `work` | [`Work`]: the operation under way on one machine, and the cancellation of a preparation |
 //! | [`process`] | processes, their console, their end, and the leftovers of a killed host |
 //! | `process_machine` | [`ProcessMachine`]: a machine that is one process, with its run, its standby and its end |
 //! | `run_folder` | [`RunFolder`]: the folder of one run, which is removed with the run |

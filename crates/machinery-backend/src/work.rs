@@ -1,4 +1,4 @@
-//! What one machine does now, and its data, under one lock.
+//! The operation under way on one machine, and its data, under one lock.
 //!
 //! ```text
 //!          ┌── begin(Starting) ───▶ starting ───┐
@@ -44,7 +44,7 @@ impl Operation {
     }
 }
 
-/// What one machine does now, and its data.
+/// The operation under way on one machine, and its data.
 #[derive(Debug, Default)]
 pub struct Work<T> {
     state: Mutex<WorkState<T>>,
