@@ -16,14 +16,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use std::time::Duration;
+
 use machinery::{
     Capabilities, Conflict, Deadline, Diagnosis, DumpFormat, ErrorKind, Host, MachineInfo, Machinery,
     Reloaded, Report, Result, Setup, State,
 };
 
-use crate::backend::{Backend, PrepareOrigin, Shared};
+use crate::backend::{Backend, PrepareOrigin};
 use crate::concurrent;
 use crate::machine_set::{MachineSet, ReloadPlan, Reloadable};
+use crate::shared::Shared;
 
 /// The [`Machinery`] around machines: `machinery::export_machinery!(Adapter<Shared>)`.
 #[derive(Debug)]
@@ -33,9 +36,9 @@ pub struct Adapter<S: Shared> {
 }
 
 /// The time that a load has for the leftovers of a killed host.
-const LOAD_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time that a load which has failed has to close what the machines share.
-const CLOSE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(8);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
 impl<S: Shared> Machinery for Adapter<S> {
     const NAME: &'static str = S::NAME;

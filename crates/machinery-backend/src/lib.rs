@@ -9,7 +9,8 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `adapter`, `backend` | [`Adapter`], [`Shared`], [`Backend`]: a `Machinery` of single machines |
+//! | `adapter` | [`Adapter`]: a `Machinery` of single machines |
+//! | `shared`, `backend` | [`Shared`], [`Backend`]: what an author writes about all machines, and about one |
 //! | `machine_set` | [`MachineSet`]: the machines, and a new configuration while they run |
 //! | `work` | [`Work`]: the operation under way on one machine, and the cancellation of a preparation |
 //! | [`process`] | processes, their console, their end, and the leftovers of a killed host |
@@ -43,14 +44,15 @@ mod readiness;
 pub mod refuse;
 pub mod rfb;
 mod run_folder;
+mod shared;
 mod steps;
 pub mod sync;
 mod work;
 
 pub use adapter::Adapter;
-pub use backend::{Backend, PrepareOrigin, Shared};
+pub use backend::{Backend, PrepareOrigin};
 pub use budget::{Budget, Share, Standby, parse_bytes};
-pub use machine_set::{MachineSet, ReloadPlan, Reloadable, expect_unchanged};
+pub use machine_set::{MachineKeys, MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use output::Output;
 pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
@@ -58,5 +60,6 @@ pub use process_machine::{Guest, GuestProcess, ProcessMachine};
 pub use qemu_img::QemuImg;
 pub use readiness::ReadinessReport;
 pub use run_folder::RunFolder;
+pub use shared::Shared;
 pub use steps::Steps;
 pub use work::{Cancellation, Operation, UnderWay, Work, WorkState};

@@ -14,26 +14,36 @@ use std::fmt::Display;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use machinery::config::ConfigFile;
-use machinery::{Deadline, Error, Reloaded, Result};
+use machinery::{Deadline, Error, MachineInfo, Reloaded, Result};
+
+/// The complete configuration of one machine. A reload replaces a machine whose keys have changed.
+pub trait MachineKeys: PartialEq {
+    /// Returns the machine's description.
+    fn info(&self) -> &MachineInfo;
+
+    /// Returns the values that must be unique among the machines, as (key, value). A machine in use keeps its
+    /// values, even if the new configuration gives them to another machine.
+    fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
+        self.info().unique()
+    }
+}
 
 /// A machine in a [`MachineSet`].
 pub trait Reloadable {
     /// The machine's complete configuration.
-    type Keys: PartialEq;
-
-    /// Returns the name of the machine with these keys.
-    fn key_name(keys: &Self::Keys) -> &str;
-
-    /// Returns the values that must be unique among the machines, as (key, value). A machine in use keeps its
-    /// values, even if the new configuration gives them to another machine.
-    fn unique(keys: &Self::Keys) -> Vec<(&'static str, Option<&str>)>;
+    type Keys: MachineKeys;
 
     /// Returns the keys that the machine was created with.
     fn keys(&self) -> &Self::Keys;
 
+    /// Returns the machine's description.
+    fn info(&self) -> &MachineInfo {
+        self.keys().info()
+    }
+
     /// Returns the machine's name.
     fn name(&self) -> &str {
-        Self::key_name(self.keys())
+        &self.info().name
     }
 }
 
@@ -119,7 +129,7 @@ impl<M: Reloadable> MachineSet<M> {
         };
         let is_in_use = |machine: &Arc<M>| in_use.iter().any(|used| used == machine.name());
         for keys in wanted {
-            let found = old.iter().position(|machine| machine.name() == M::key_name(&keys));
+            let found = old.iter().position(|machine| machine.name() == keys.info().name);
             match found.map(|at| old.remove(at)) {
                 Some(machine) if *machine.keys() == keys => plan.machines.push(machine),
                 Some(machine) if is_in_use(&machine) => plan.keep(machine),
@@ -178,9 +188,9 @@ impl<M: Reloadable> ReloadPlan<M> {
 
 /// Returns an error if the new machine has a unique value of the kept one.
 fn duplicate<M: Reloadable>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Error> {
-    let taken = M::unique(old.keys());
+    let taken = old.keys().unique();
     let is_taken = |value: &(_, Option<_>)| value.1.is_some() && taken.contains(value);
-    let (key, value) = M::unique(new.keys()).into_iter().find(is_taken)?;
+    let (key, value) = new.keys().unique().into_iter().find(is_taken)?;
     let (value, old) = (value.unwrap_or_default(), old.name());
     let reason = format!("'{value}' is in use as the {key} of machine '{old}'");
     let error = file.error(&["machines", new.name(), key], reason);
@@ -190,9 +200,17 @@ fn duplicate<M: Reloadable>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
+    use machinery::config::MachineConfig;
     use std::time::Duration;
 
-    type Keys = (String, String);
+    #[derive(Debug, PartialEq)]
+    struct Keys(MachineInfo);
+
+    impl MachineKeys for Keys {
+        fn info(&self) -> &MachineInfo {
+            &self.0
+        }
+    }
 
     #[derive(Debug)]
     struct Machine(Keys);
@@ -200,21 +218,22 @@ mod tests {
     impl Reloadable for Machine {
         type Keys = Keys;
 
-        fn key_name(keys: &Keys) -> &str {
-            &keys.0
-        }
-
-        fn unique(keys: &Keys) -> Vec<(&'static str, Option<&str>)> {
-            vec![("label", Some(&keys.1)), ("mac_address", None)]
-        }
-
         fn keys(&self) -> &Keys {
             &self.0
         }
     }
 
+    /// Returns the keys of a machine `a` with the label `1` for the word `a1`.
+    fn one(word: &str) -> Keys {
+        let config: MachineConfig = serde_yaml::from_str(&format!(
+            "{{ip: 10.0.0.{}, platform: linux, os_version: 12}}",
+            word.as_bytes()[0]
+        ))
+        .unwrap();
+        Keys(MachineInfo::new(&word[..1], &config, word[1..].to_owned(), None, "lo"))
+    }
+
     fn keys(text: &str) -> Vec<Keys> {
-        let one = |word: &str| (word[..1].to_owned(), word[1..].to_owned());
         text.split_whitespace().map(one).collect()
     }
 
@@ -229,7 +248,7 @@ mod tests {
     }
 
     fn text(machines: &[Arc<Machine>]) -> String {
-        machines.iter().map(|machine| format!("{}{} ", machine.0.0, machine.0.1)).collect()
+        machines.iter().map(|machine| format!("{}{} ", machine.name(), machine.info().label)).collect()
     }
 
     #[test]

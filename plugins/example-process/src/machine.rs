@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Diagnosis, DumpFormat, Error, MachineInfo, Result, State};
+use machinery::{Deadline, Diagnosis, DumpFormat, Error, Result, State};
 use machinery_backend::{Backend, Output, PrepareOrigin, ProcessMachine, Reloadable};
 
 use crate::config::Keys;
@@ -19,7 +19,7 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(keys: Keys, shared: &Arc<ExampleProcess>) -> Arc<Self> {
-        let hypervisor = Hypervisor { program: keys.program.clone() };
+        let hypervisor = Hypervisor { program: shared.program.clone() };
         let process = ProcessMachine::new(&shared.host, &keys.info.name, &shared.state_dir, hypervisor);
         Arc::new(Machine { keys, shared: Arc::clone(shared), process })
     }
@@ -32,23 +32,9 @@ impl Reloadable for Machine {
     fn keys(&self) -> &Keys {
         &self.keys
     }
-
-    fn key_name(keys: &Keys) -> &str {
-        &keys.info.name
-    }
-
-    fn unique(keys: &Keys) -> Vec<(&'static str, Option<&str>)> {
-        keys.info.unique()
-    }
 }
 
 impl Backend for Machine {
-    type Shared = ExampleProcess;
-
-    fn info(&self) -> &MachineInfo {
-        &self.keys.info
-    }
-
     fn state(self: &Arc<Self>, _: Deadline) -> Result<State> {
         Ok(self.process.state())
     }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use machinery::config::{ConfigFile, Configured, Machines, expect_interface, renamed_keys, text};
 use machinery::{Error, MachineInfo, Result, Setup};
+use machinery_backend::MachineKeys;
 use serde::Deserialize;
 
 /// The file. `deny_unknown_fields` reports a misspelt key at once; it would otherwise be ignored.
@@ -97,6 +98,12 @@ pub struct Keys {
     pub own: OwnKeys,
     /// The folder that has the folder of its run.
     pub run_dir: PathBuf,
+}
+
+impl MachineKeys for Keys {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
 }
 
 #[cfg(test)]

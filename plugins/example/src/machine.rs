@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, DumpFormat, Error, GUEST_POWERED_OFF, MachineInfo, Result, State};
+use machinery::{Deadline, DumpFormat, Error, GUEST_POWERED_OFF, Result, State};
 use machinery_backend::elf::{self, Architecture};
 use machinery_backend::{
     Backend, Operation, Output, Reloadable, RunFolder, Shared, Work, refuse, rgb_to_png,
@@ -49,27 +49,12 @@ impl Drop for Run {
 /// The values that a reload compares.
 impl Reloadable for Machine {
     type Keys = Keys;
-
-    fn key_name(keys: &Keys) -> &str {
-        &keys.info.name
-    }
-
-    fn unique(keys: &Keys) -> Vec<(&'static str, Option<&str>)> {
-        keys.info.unique()
-    }
-
     fn keys(&self) -> &Keys {
         &self.keys
     }
 }
 
 impl Backend for Machine {
-    type Shared = Example;
-
-    fn info(&self) -> &MachineInfo {
-        &self.keys.info
-    }
-
     /// Returns the hypervisor's status as a state of Cuckoo's. It does not wait for an action.
     fn state(self: &Arc<Self>, _: Deadline) -> Result<State> {
         let work = self.work.lock();

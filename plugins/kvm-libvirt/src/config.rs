@@ -11,7 +11,7 @@ use machinery::config::{
     ConfigFile, Configured, Machines, empty_as_none, expect_interface, null_as_default, renamed_keys, text,
 };
 use machinery::{Error, MachineInfo, Result, Setup};
-use machinery_backend::Standby;
+use machinery_backend::{MachineKeys, Standby};
 use serde::Deserialize;
 
 use crate::dsn::{self, is_local};
@@ -98,6 +98,12 @@ pub struct Keys {
     /// True if the machine has a standby.
     pub standby: Standby,
     pub image: Image,
+}
+
+impl MachineKeys for Keys {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
 }
 
 impl Config {

@@ -42,38 +42,22 @@ pub use base::Machine;
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, DumpFormat, MachineInfo, Result, State};
+use machinery::{Deadline, DumpFormat, Result, State};
 use machinery_backend::{Backend, Operation, PrepareOrigin, Reloadable, refuse};
 
 use crate::config::Keys;
 use crate::inspect;
 use crate::restore::Start;
-use crate::shared::Kvm;
 use base::END_EVENT_TIMEOUT;
 
 impl Reloadable for Machine {
     type Keys = Keys;
-
-    fn key_name(keys: &Keys) -> &str {
-        &keys.info.name
-    }
-
-    fn unique(keys: &Keys) -> Vec<(&'static str, Option<&str>)> {
-        keys.info.unique()
-    }
-
     fn keys(&self) -> &Keys {
         &self.keys
     }
 }
 
 impl Backend for Machine {
-    type Shared = Kvm;
-
-    fn info(&self) -> &MachineInfo {
-        &self.keys.info
-    }
-
     fn state(self: &Arc<Self>, deadline: Deadline) -> Result<State> {
         deadline.check("libvirt to report the domain's state")?;
         if self.lock().operation() == Operation::Starting {

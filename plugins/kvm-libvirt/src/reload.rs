@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Capabilities, Deadline, Diagnosis, Error, Host, Report, Result, Setup};
-use machinery_backend::{Backend, MachineSet, ReloadPlan, Reloadable, Shared, expect_unchanged};
+use machinery_backend::{MachineSet, ReloadPlan, Reloadable, Shared, expect_unchanged};
 use virt::connect::Connect;
 
 use crate::check;

@@ -1,4 +1,4 @@
-//! What a host that was killed has left of a machine: its QEMU, its overlays, and the monitor's socket.
+//! The leftovers of a host that was killed: a QEMU, its overlays, and the monitor's socket.
 //!
 //! The monitor's socket of the machine, on QEMU's command line, marks a run. A CWD has only one host at a time, so a
 //! process with the marker is a run that no host watches any more: it is ended. A process that merely uses the same

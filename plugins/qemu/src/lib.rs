@@ -9,16 +9,16 @@
 //! | --- | --- |
 //! | `config` | the configuration and its checks |
 //! | `reload` | the load, and a new configuration while machines run |
-//! | `check`, `needs`, `diagnose` | the environment, what machines need of it, and machines that cannot be used |
+//! | `check`, `needs`, `diagnose` | the environment, the needs of machines, and machines that cannot be used |
 //! | `shared`, `peers` | everything that machines have in common; machines that claim the same resources |
 //! | `machine` | one machine and its actions |
 //! | `prepare` | templates: snapshots in the form that makes a restore instant |
 //! | `standby` | a run that is loaded and paused |
 //! | `restore`, `progress`, `refusal` | loads a snapshot or a template; its progress; why QEMU refuses a snapshot |
 //! | `inspect` | memory dump and screenshot |
-//! | `leftovers` | what a host that was killed has left |
+//! | `leftovers` | the leftovers of a host that was killed |
 //! | `run` | one run, from its process to its end |
-//! | `launch`, `console` | a process whose monitor is connected; what it prints |
+//! | `launch`, `console` | a process whose monitor is connected; its output |
 //! | `qmp`, `states` | the monitor, and the meaning of QEMU's states |
 //! | `resources` | the resources that only one QEMU at a time can use |
 //! | `machineinfo`, `images`, `options` | the arguments, the files that they open, an option's value |

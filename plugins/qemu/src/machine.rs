@@ -3,7 +3,7 @@
 //! | module | content |
 //! | --- | --- |
 //! | `base`, `state` | the machine; its run and its standby |
-//! | `query`, `diagnose` | what it does at the moment; whether it can be used |
+//! | `query`, `diagnose` | its present state; its faults |
 //! | `restore` | restore_start and norestore_start, the fastest way first |
 //! | `prepare`, `templates` | the template and the standby, ahead of the next restore |
 //! | `stop` | stop, power button, discarding a standby |
@@ -22,22 +22,15 @@ mod templates;
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Diagnosis, DumpFormat, MachineInfo, Result, State};
+use machinery::{Deadline, Diagnosis, DumpFormat, Result, State};
 use machinery_backend::sync::lock;
 use machinery_backend::{Backend, PrepareOrigin, refuse};
 
-use crate::shared::Qemu;
 use crate::{inspect, leftovers};
 
 pub use base::Machine;
 
 impl Backend for Machine {
-    type Shared = Qemu;
-
-    fn info(&self) -> &MachineInfo {
-        &self.files().info
-    }
-
     fn state(self: &Arc<Self>, deadline: Deadline) -> Result<State> {
         self.current_state(deadline)
     }

@@ -155,7 +155,7 @@ impl Run {
             }
             Purpose::Run | Purpose::Preparation | Purpose::Standby { .. } => {}
         }
-        // Whoever waits for the end may need the memory.
+        // An action that waits for the end may need the memory for another standby.
         if let Purpose::Standby { share, .. } = &mut *self.purpose() {
             share.take();
         }

@@ -1,4 +1,4 @@
-//! What one machine does changes what it and others may do meanwhile, with real QEMUs and the micro guest.
+//! The state of one machine decides which actions it and others can do meanwhile, with real QEMUs and the micro guest.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -23,7 +23,7 @@ fn soon() -> Deadline {
     Deadline::after(SOON)
 }
 
-/// A host that is told of lost preparations.
+/// A host that forwards the events of lost preparations.
 struct Losses(Mutex<Sender<String>>);
 
 impl HostServices for Losses {

@@ -1,4 +1,4 @@
-//! The end of a process: how it ended, and its last output.
+//! How a process has ended.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;

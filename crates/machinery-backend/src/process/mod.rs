@@ -22,11 +22,13 @@ mod child;
 mod console;
 mod end;
 mod group;
+mod handle;
 mod leftovers;
 mod output;
 
-pub use child::{Handle, Process, bytes_of};
+pub use child::Process;
 pub use console::{Console, LineKind};
 pub use end::End;
+pub use handle::{Handle, bytes_of};
 pub use leftovers::{RunningProcess, leftovers};
 pub use output::output;

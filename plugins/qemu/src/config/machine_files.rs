@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, MachineInfo, Result};
-use machinery_backend::{ImageFile, overlay_path};
+use machinery_backend::{ImageFile, MachineKeys, overlay_path};
 
 use super::section::PrepareOptions;
 use crate::machineinfo::StartArgs;
@@ -27,6 +27,24 @@ pub struct MachineFiles {
     pub keep_disk: bool,
     pub prepare: PrepareOptions,
     pub allow_shared_writes: bool,
+}
+
+impl MachineKeys for MachineFiles {
+    fn info(&self) -> &MachineInfo {
+        &self.info
+    }
+
+    fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
+        let info = &self.info;
+        vec![
+            ("qcow2_path", self.disk.to_str()),
+            // A machine's disk must not be at the path of another machine's overlay, either.
+            ("qcow2_path", self.disposable.to_str()),
+            ("snapshot_path", self.snapshot.to_str()),
+            ("ip", Some(&info.ip)),
+            ("mac_address", info.mac_address.as_deref()),
+        ]
+    }
 }
 
 impl MachineFiles {

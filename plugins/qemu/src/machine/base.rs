@@ -35,22 +35,6 @@ pub struct Machine {
 impl Reloadable for Machine {
     type Keys = MachineFiles;
 
-    fn key_name(files: &MachineFiles) -> &str {
-        &files.info.name
-    }
-
-    fn unique(files: &MachineFiles) -> Vec<(&'static str, Option<&str>)> {
-        let info = &files.info;
-        vec![
-            ("qcow2_path", files.disk.to_str()),
-            // A machine's disk must not be at the path of another machine's overlay, either.
-            ("qcow2_path", files.disposable.to_str()),
-            ("snapshot_path", files.snapshot.to_str()),
-            ("ip", Some(&info.ip)),
-            ("mac_address", info.mac_address.as_deref()),
-        ]
-    }
-
     fn keys(&self) -> &MachineFiles {
         self.files()
     }

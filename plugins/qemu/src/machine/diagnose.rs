@@ -1,4 +1,4 @@
-//! Whether the machine can be used.
+//! Diagnoses whether the machine can be used.
 
 use machinery::Diagnosis;
 use machinery_backend::Backend;

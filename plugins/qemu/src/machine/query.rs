@@ -1,4 +1,4 @@
-//! What a machine does at the moment.
+//! The present state of a machine.
 
 use std::sync::Arc;
 
