@@ -220,6 +220,17 @@ mod tests {
     }
 
     #[test]
+    fn interrupt_is_repeated_when_the_process_loses_it() {
+        let script =
+            "trap 'lost=$lost.; [ $lost = .. ] && echo held' INT; echo running; while :; do read a; done";
+        let process = talking_shell(script);
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        handle.wait_for_line("running", deadline).unwrap();
+        assert_eq!(handle.interrupt_until("held", deadline).unwrap(), "held");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
     fn answer_fails_with_the_last_words_when_the_process_dies() {
         let process = talking_shell("read a; echo cannot load >&2; exit 1");
         let error = process.handle().ask("load", "loaded", Deadline::after(Duration::from_secs(60)));

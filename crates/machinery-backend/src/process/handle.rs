@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result};
+use machinery::{Deadline, Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -17,6 +17,8 @@ use crate::sync::lock;
 
 /// The pause between two probes of [`Handle::wait_until`].
 const PROBE_INTERVAL: Duration = Duration::from_millis(5);
+/// The pause between two interrupts of [`Handle::interrupt_until`].
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(300);
 
 /// A process as other threads see it: valid, and harmless, also after its end.
 #[derive(Debug)]
@@ -135,6 +137,22 @@ impl Handle {
         self.begin_step();
         self.send(command)?;
         self.wait_for_line(answer, deadline)
+    }
+
+    /// Begins a step, interrupts the process, and waits for a line or a prompt with the text `answer`. A debugger loses an
+    /// interrupt that comes while it begins to continue, so the interrupt is repeated.
+    ///
+    /// # Errors
+    /// As [`wait_until`](Handle::wait_until).
+    pub fn interrupt_until(&self, answer: &str, deadline: Deadline) -> Result<String> {
+        self.begin_step();
+        loop {
+            self.interrupt();
+            match self.wait_for_line(answer, deadline.within(INTERRUPT_INTERVAL)) {
+                Err(error) if error.kind() == ErrorKind::Timeout && !deadline.passed() => {}
+                answered => return answered,
+            }
+        }
     }
 
     /// Sends a command to the process's stdin, and waits for no answer.
