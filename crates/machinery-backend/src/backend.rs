@@ -1,4 +1,4 @@
-//! What an author writes about one machine, for the [`Adapter`](crate::Adapter).
+//! The part of an author that is about one machine, for the [`Adapter`](crate::Adapter).
 
 use std::path::Path;
 use std::sync::Arc;

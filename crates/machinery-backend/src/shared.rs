@@ -1,4 +1,4 @@
-//! What an author writes about all machines of a machinery, for the [`Adapter`](crate::Adapter).
+//! The part of an author that is about all machines of a machinery, for the [`Adapter`](crate::Adapter).
 
 use std::sync::Arc;
 

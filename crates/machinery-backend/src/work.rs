@@ -1,4 +1,4 @@
-//! The operation under way on one machine, and its data, under one lock.
+//! The work of one machine: the operation under way and the data, under one lock.
 //!
 //! ```text
 //!          ┌── begin(Starting) ───▶ starting ───┐
@@ -44,7 +44,7 @@ impl Operation {
     }
 }
 
-/// The operation under way on one machine, and its data.
+/// The work of one machine: the operation under way and the data.
 #[derive(Debug, Default)]
 pub struct Work<T> {
     state: Mutex<WorkState<T>>,

@@ -1,4 +1,4 @@
-//! How a process has ended.
+//! The end of a process: its exit status and its last output.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;

@@ -60,7 +60,7 @@ impl Handle {
         let _ = pidfd_send_signal(&self.pidfd, Signal::INT);
     }
 
-    /// Reports whether a signal or a debugger has stopped the process: its guest stands still then.
+    /// Reports whether a signal or a debugger has stopped the process. Its guest does not run then.
     pub fn is_stopped(&self) -> bool {
         group::is_stopped(self.pid)
     }

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! [`Process`] belongs to one thread, which waits for the end and reaps it. [`Handle`] is for all others: its pidfd
-//! cannot reach another process, even after the end. Traps that it avoids:
+//! cannot reach another process, even after the end. Each of these is easily done wrong, and is done here:
 //!
 //! - A child gets the limit of open files that the host was started with, and not the host's raised one
 //!   ([`machinery::command`]).

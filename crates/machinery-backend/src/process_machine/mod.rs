@@ -272,7 +272,7 @@ mod tests {
     use std::thread;
     use tempfile::TempDir;
 
-    /// A guest that loads, waits for its resumption, and runs until a line ends it.
+    /// A guest that loads, waits for its resumption, and runs until the next command ends it.
     const GUEST: &str = "echo loaded; read a; echo running; read a; exit 0";
 
     struct Shell(Mutex<String>);
