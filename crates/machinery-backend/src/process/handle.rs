@@ -110,6 +110,10 @@ impl Handle {
             }
             deadline.check(waiting_for).map_err(|error| error.detail(&self.last_lines()))?;
             if self.wait(deadline.within(PROBE_INTERVAL).remaining()) {
+                // It may have done its work just before its end.
+                if let Some(value) = probe()? {
+                    return Ok(value);
+                }
                 let reason =
                     format!("{} has ended while the machinery waited for {waiting_for}", self.program);
                 return Err(Error::failed(reason).detail(&self.last_lines()));
@@ -123,6 +127,10 @@ impl Handle {
     /// As [`wait_until`](Handle::wait_until).
     pub fn wait_for_line(&self, text: &str, deadline: Deadline) -> Result<String> {
         self.console.expect(text);
+        self.wait_for_expected(text, deadline)
+    }
+
+    fn wait_for_expected(&self, text: &str, deadline: Deadline) -> Result<String> {
         let waiting_for = format!("'{text}' on the console of {}", self.program);
         self.wait_until(deadline, &waiting_for, || Ok(self.console.expected_line()))
     }
@@ -135,8 +143,10 @@ impl Handle {
     /// The process takes no commands. As [`wait_until`](Handle::wait_until).
     pub fn ask(&self, command: &str, answer: &str, deadline: Deadline) -> Result<String> {
         self.begin_step();
+        // The answer may come, and be followed by many lines, before this thread goes on.
+        self.console.expect(answer);
         self.send(command)?;
-        self.wait_for_line(answer, deadline)
+        self.wait_for_expected(answer, deadline)
     }
 
     /// Begins a step, interrupts the process, and waits for a line or a prompt with the text `answer`. A debugger loses an
