@@ -137,7 +137,7 @@ impl Handle {
 
     /// Begins a step, sends a command to the process's stdin, and waits for a line or a prompt with the text `answer`.
     /// One thread at a time may ask. The process was started by
-    /// [`start_with_commands`](Process::start_with_commands).
+    /// [`start_with_commands`](super::Process::start_with_commands).
     ///
     /// # Errors
     /// The process takes no commands. As [`wait_until`](Handle::wait_until).
