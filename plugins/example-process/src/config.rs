@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use machinery::config::{Configured, Machines, expect_interface, text};
-use machinery::{Error, MachineInfo, Result, Setup};
-use machinery_backend::{MachineKeys, Standby, parse_bytes};
+use machinery::{Error, MachineInfo, Result, Setup, parse_bytes};
+use machinery_backend::{MachineKeys, Standby};
 use serde::Deserialize;
 
 /// The file. `deny_unknown_fields` reports a misspelt key at once; it would otherwise be ignored.
