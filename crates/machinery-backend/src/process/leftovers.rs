@@ -33,9 +33,7 @@ pub struct RunningProcess {
 
 /// Returns all processes of which this user may read the command line.
 pub fn leftovers() -> impl Iterator<Item = RunningProcess> {
-    let entries = Path::new("/proc").read_dir().into_iter().flatten();
-    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    numbers.filter_map(|number| RunningProcess::at(Pid::from_raw(number)?))
+    group::pids().filter_map(RunningProcess::at)
 }
 
 impl RunningProcess {
