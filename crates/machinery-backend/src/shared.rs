@@ -39,9 +39,6 @@ pub trait Shared: Sized + Send + Sync + 'static {
     /// The machinery cannot work on this host.
     fn open(setup: &Setup, config: &Self::Config, host: Host) -> Result<Self>;
 
-    /// Returns the host.
-    fn host(&self) -> &Host;
-
     /// Makes a machine. It must not change anything: a plan of a reload calls it.
     fn machine(
         self: &Arc<Self>,

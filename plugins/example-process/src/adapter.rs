@@ -33,10 +33,6 @@ impl Shared for ExampleProcess {
         Ok(ExampleProcess { host, state_dir, budget: Budget::new(config.standby_memory_limit), program })
     }
 
-    fn host(&self) -> &Host {
-        &self.host
-    }
-
     fn machine(self: &Arc<Self>, _: &Setup, keys: Keys) -> Arc<Machine> {
         Machine::new(keys, self)
     }
