@@ -59,6 +59,10 @@ impl RunFolder {
     /// A process does not end; the folder cannot be removed.
     pub fn clear_leftovers(state_dir: &Path, machine: &str) -> Result<()> {
         let path = RunFolder::path_of(state_dir, machine)?;
+        // The folder outlives the process, and a search through all processes for each machine would delay a load.
+        if !path.exists() {
+            return Ok(());
+        }
         for process in leftovers().filter(|process| process.has_variable(VARIABLE, path.as_os_str())) {
             tracing::warn!(machine, pid = process.number(), "ending a process of a host that died");
             process.end()?;
