@@ -32,7 +32,7 @@ fn command(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Command 
 /// Runs cargo offline in the author's crate.
 fn cargo(folder: &Path, arguments: &[&str]) -> String {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = command(cargo, arguments).arg("--offline").current_dir(folder).output().unwrap();
+    let output = command(cargo, &["--offline"]).args(arguments).current_dir(folder).output().unwrap();
     let texts = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
     assert!(output.status.success(), "cargo {arguments:?}:\n{}{}", texts[0], texts[1]);
     texts.concat()

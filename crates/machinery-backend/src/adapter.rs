@@ -15,7 +15,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-
 use std::time::Duration;
 
 use machinery::{
@@ -33,6 +32,7 @@ use crate::shared::Shared;
 pub struct Adapter<S: Shared> {
     machines: Arc<MachineSet<S::Machine>>,
     shared: Arc<S>,
+    host: Host,
 }
 
 /// The time that a load has for the leftovers of a killed host.
@@ -48,13 +48,13 @@ impl<S: Shared> Machinery for Adapter<S> {
         let deadline = Deadline::after(LOAD_TIMEOUT);
         let mut config = S::read(setup)?;
         S::warnings(setup, &config).iter().for_each(|warning| tracing::warn!("{warning}"));
-        let shared = Arc::new(S::open(setup, &config, host)?);
+        let shared = Arc::new(S::open(setup, &config, host.clone())?);
         let keys = S::take_machines(&mut config);
         let machines: Vec<_> = keys.into_iter().map(|keys| shared.machine(setup, keys)).collect();
         let set = Arc::new(MachineSet::new(machines.clone()));
         let ready = shared.adopt(&machines, deadline).and_then(|()| shared.ready(&set, config, deadline));
         match ready {
-            Ok(()) => Ok(Adapter { machines: set, shared }),
+            Ok(()) => Ok(Adapter { machines: set, shared, host }),
             Err(error) => {
                 // The time of the load may be over.
                 shared.close(Deadline::after(CLOSE_TIMEOUT));
@@ -131,8 +131,7 @@ impl<S: Shared> Machinery for Adapter<S> {
             }
             Err(error) => {
                 let why = "a new configuration could not be applied";
-                gone.iter()
-                    .for_each(|machine| self.shared.host().preparation_invalidated(machine.name(), why));
+                gone.iter().for_each(|machine| self.host.preparation_invalidated(machine.name(), why));
                 Err(error)
             }
         }

@@ -4,10 +4,10 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use machinery::config::checked;
 use machinery::format_bytes;
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 
+use crate::process::bytes_of;
 use crate::sync::lock;
 
 /// The key `standby` in `machinery-host.yaml`: it controls which machines get a standby.
@@ -40,12 +40,12 @@ pub struct Share {
 impl Budget {
     /// Creates a budget of that many bytes; `None` means half the memory of this computer.
     pub fn new(limit: Option<u64>) -> Arc<Budget> {
-        Arc::new(Budget { limit: AtomicU64::new(bytes_of(limit)), used: Mutex::new(0) })
+        Arc::new(Budget { limit: AtomicU64::new(or_half_of_memory(limit)), used: Mutex::new(0) })
     }
 
     /// Changes the limit. Existing shares are kept, even if they exceed it.
     pub fn set_limit(&self, limit: Option<u64>) {
-        self.limit.store(bytes_of(limit), Ordering::SeqCst);
+        self.limit.store(or_half_of_memory(limit), Ordering::SeqCst);
     }
 
     /// Takes a share of that many bytes.
@@ -89,36 +89,14 @@ impl Drop for Share {
     }
 }
 
-fn bytes_of(limit: Option<u64>) -> u64 {
+fn or_half_of_memory(limit: Option<u64>) -> u64 {
     limit.unwrap_or_else(|| total_memory() / 2)
 }
 
-/// Returns the memory of this computer, or 0 if it is unknown. Source: `MemTotal` in proc_meminfo(5), in KiB.
+/// Returns the memory of this computer, or 0 if it is unknown. Source: `MemTotal` in proc_meminfo(5).
 fn total_memory() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
-}
-
-/// The units of a size.
-const UNITS: [(&str, u64); 3] = [("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
-
-/// Reads a size such as `16 GiB` as bytes, for a field's `deserialize_with`.
-///
-/// # Errors
-/// The value is not a size.
-pub fn parse_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    checked(deserializer, |text| {
-        if text.trim().is_empty() || text == "~" || text == "null" {
-            return Ok(None);
-        }
-        let number_and_unit = UNITS.iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?, size)));
-        let bytes =
-            number_and_unit.and_then(|(number, size)| number.trim().parse::<u64>().ok()?.checked_mul(*size));
-        bytes.map(Some).ok_or_else(|| {
-            format!("'{text}' is not a size: write a whole number of MiB, GiB or TiB, such as 16 GiB")
-        })
-    })
+    let table = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    bytes_of(&table, "MemTotal:").unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -141,23 +119,5 @@ mod tests {
         drop(all);
         assert!(budget.take(50 << 20).is_ok());
         assert!(Budget::new(None).take(1 << 20).is_ok());
-    }
-
-    #[derive(Debug, Deserialize)]
-    struct Sized {
-        #[serde(default, deserialize_with = "parse_bytes")]
-        size: Option<u64>,
-    }
-
-    #[test]
-    fn size_is_read_with_its_unit() {
-        let read = |text: &str| serde_yaml::from_str::<Sized>(text).map(|sized| sized.size);
-        assert_eq!(read("size: 16 GiB").unwrap(), Some(16 << 30));
-        assert_eq!(read("size: 5MiB").unwrap(), Some(5 << 20));
-        assert_eq!(read("size:").unwrap(), None);
-        assert_eq!(read("{}").unwrap(), None);
-        for wrong in ["size: 16", "size: 1.5 GiB", "size: -1 GiB", "size: 16 GB", "size: [1]"] {
-            assert!(read(wrong).is_err(), "{wrong}");
-        }
     }
 }

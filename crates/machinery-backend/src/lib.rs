@@ -51,7 +51,7 @@ mod work;
 
 pub use adapter::Adapter;
 pub use backend::{Backend, PrepareOrigin};
-pub use budget::{Budget, Share, Standby, parse_bytes};
+pub use budget::{Budget, Share, Standby};
 pub use machine_set::{MachineKeys, MachineSet, ReloadPlan, Reloadable, expect_unchanged};
 pub use output::Output;
 pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};

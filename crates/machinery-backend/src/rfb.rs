@@ -85,7 +85,7 @@ pub fn screenshot(stream: impl Read + Write, file: impl Write, deadline: Deadlin
 /// # Errors
 /// As [`screenshot`].
 pub fn read_screen(stream: impl Read + Write, deadline: Deadline) -> Result<Screen> {
-    let mut server = Server { stream, deadline };
+    let mut server = Server { stream: Timed { stream, deadline } };
     server.read_screen().map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => deadline.timeout("the VNC server to answer"),
         _ => Error::failed(format!("cannot read the screen of the VNC server: {error}")),
@@ -93,8 +93,33 @@ pub fn read_screen(stream: impl Read + Write, deadline: Deadline) -> Result<Scre
 }
 
 struct Server<S> {
+    stream: Timed<S>,
+}
+
+/// A stream that can be read until the deadline. The timeout of the stream's own reads bounds a single one, and a server
+/// may send one byte at a time.
+struct Timed<S> {
     stream: S,
     deadline: Deadline,
+}
+
+impl<S: Read> Read for Timed<S> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if self.deadline.passed() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.read(bytes)
+    }
+}
+
+impl<S: Write> Write for Timed<S> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
 }
 
 impl<S: Read + Write> Server<S> {
@@ -160,9 +185,6 @@ impl<S: Read + Write> Server<S> {
 
     /// Reads one message, and returns the number of pixels that it has.
     fn message(&mut self, screen: &mut Screen, format: Format) -> io::Result<usize> {
-        if self.deadline.passed() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
         match self.u8()? {
             0 => {
                 self.skip(1)?;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use machinery::{Capabilities, Conflict, Deadline, Diagnosis, Host, Report, Result, Setup};
 
 use crate::backend::Backend;
+use crate::concurrent;
 use crate::machine_set::{MachineSet, ReloadPlan, Reloadable};
 
 /// Everything that the machines of a machinery share.
@@ -38,9 +39,6 @@ pub trait Shared: Sized + Send + Sync + 'static {
     /// The machinery cannot work on this host.
     fn open(setup: &Setup, config: &Self::Config, host: Host) -> Result<Self>;
 
-    /// Returns the host.
-    fn host(&self) -> &Host;
-
     /// Makes a machine. It must not change anything: a plan of a reload calls it.
     fn machine(
         self: &Arc<Self>,
@@ -65,7 +63,7 @@ pub trait Shared: Sized + Send + Sync + 'static {
     /// # Errors
     /// A leftover does not end; the load or the reload fails then.
     fn adopt(&self, machines: &[Arc<Self::Machine>], _deadline: Deadline) -> Result<()> {
-        machines.iter().try_for_each(|machine| machine.clear_leftovers())
+        concurrent::for_each(machines, |machine| machine.clear_leftovers())
     }
 
     /// Ends a load: all machines exist and are off.

@@ -91,7 +91,7 @@ mod tests {
             children(process::id()).into_iter().filter(|child| child.id == id).collect();
         assert_eq!(running(&child).len(), 1);
         descendants(id).iter().for_each(|sleep| {
-            let killed = Command::new("kill").arg(sleep.id.to_string()).status().unwrap();
+            let killed = Command::new("sh").args(["-c", &format!("kill {}", sleep.id)]).status().unwrap();
             assert!(killed.success());
         });
         shell.kill().unwrap();

@@ -91,7 +91,7 @@ pub use deadline::Deadline;
 pub use diagnosis::Diagnosis;
 pub use error::{Error, ErrorKind, Place, Result};
 pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Setup};
-pub use ready::{Readiness, RestoreReadiness, format_bytes};
+pub use ready::{Readiness, RestoreReadiness, format_bytes, parse_bytes};
 pub use reload::Reloaded;
 pub use report::{Finding, Level, Report};
 pub use services::{GUEST_POWERED_OFF, Host, HostServices, LogLevel, LogRecord};

@@ -5,7 +5,9 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::config::checked;
 
 /// A machine's readiness for its next restore.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +60,24 @@ pub fn format_bytes(bytes: u64) -> String {
     }
 }
 
+/// Reads a size such as `16 GiB` as bytes, for a field's `deserialize_with`.
+///
+/// # Errors
+/// The value is not a size.
+pub fn parse_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    checked(deserializer, |text| {
+        if text.trim().is_empty() || text == "~" || text == "null" {
+            return Ok(None);
+        }
+        let number_and_unit = UNITS.iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?, size)));
+        let bytes =
+            number_and_unit.and_then(|(number, size)| number.trim().parse::<u64>().ok()?.checked_mul(*size));
+        bytes.map(Some).ok_or_else(|| {
+            format!("'{text}' is not a size: write a whole number of MiB, GiB or TiB, such as 16 GiB")
+        })
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -69,5 +89,23 @@ mod tests {
             ("1 GiB".into(), "1.8 GiB".into())
         );
         assert_eq!((format_bytes(0), format_bytes(3 << 19)), ("0 MiB".into(), "1.5 MiB".into()));
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Sized {
+        #[serde(default, deserialize_with = "parse_bytes")]
+        size: Option<u64>,
+    }
+
+    #[test]
+    fn size_is_read_with_its_unit() {
+        let read = |text: &str| serde_yaml::from_str::<Sized>(text).map(|sized| sized.size);
+        assert_eq!(read("size: 16 GiB").unwrap(), Some(16 << 30));
+        assert_eq!(read("size: 5MiB").unwrap(), Some(5 << 20));
+        assert_eq!(read("size:").unwrap(), None);
+        assert_eq!(read("{}").unwrap(), None);
+        for wrong in ["size: 16", "size: 1.5 GiB", "size: -1 GiB", "size: 16 GB", "size: [1]"] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Capabilities, Deadline, Host, Report, Result, Setup};
-use machinery_backend::{Budget, Shared};
+use machinery_backend::{Budget, Shared, expect_unchanged};
 
 use crate::config::{Config, Keys};
 use crate::hypervisor;
@@ -33,10 +33,6 @@ impl Shared for ExampleProcess {
         Ok(ExampleProcess { host, state_dir, budget: Budget::new(config.standby_memory_limit), program })
     }
 
-    fn host(&self) -> &Host {
-        &self.host
-    }
-
     fn machine(self: &Arc<Self>, _: &Setup, keys: Keys) -> Arc<Machine> {
         Machine::new(keys, self)
     }
@@ -62,6 +58,12 @@ impl Shared for ExampleProcess {
             screenshot: true,
             prepare: true,
         }
+    }
+
+    /// The version is that of the program at the load.
+    fn expect_unchanged(&self, setup: &Setup, config: &Config) -> Result<()> {
+        let (now, wanted) = (self.program.display(), config.program.display());
+        expect_unchanged(Some(&setup.config), &["program"], now, wanted)
     }
 
     /// The other keys are parts of each machine's keys, so the reload replaces machines for which they have changed.

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use machinery::config::{Configured, Machines, expect_interface, text};
-use machinery::{Error, MachineInfo, Result, Setup};
-use machinery_backend::{MachineKeys, Standby, parse_bytes};
+use machinery::{Error, MachineInfo, Result, Setup, parse_bytes};
+use machinery_backend::{MachineKeys, Standby};
 use serde::Deserialize;
 
 /// The file. `deny_unknown_fields` reports a misspelt key at once; it would otherwise be ignored.
@@ -49,7 +49,6 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys {
     pub info: MachineInfo,
-    pub program: PathBuf,
     pub snapshot: PathBuf,
     pub standby: bool,
 }
@@ -76,7 +75,6 @@ impl Config {
             let snapshot = Some(own.snapshot.display().to_string());
             Keys {
                 info: MachineInfo::new(&name, &shared, name.clone(), snapshot, &interface),
-                program: program.clone(),
                 snapshot: own.snapshot,
                 standby: section.standby != Standby::Off,
             }

@@ -19,7 +19,7 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(keys: Keys, shared: &Arc<ExampleProcess>) -> Arc<Self> {
-        let hypervisor = Hypervisor { program: keys.program.clone() };
+        let hypervisor = Hypervisor { program: shared.program.clone() };
         let process = ProcessMachine::new(&shared.host, &keys.info.name, &shared.state_dir, hypervisor);
         Arc::new(Machine { keys, shared: Arc::clone(shared), process })
     }

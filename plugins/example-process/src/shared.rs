@@ -1,4 +1,4 @@
-//! The parts that the machines share.
+//! Everything that the machines share.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use machinery::Host;
 use machinery_backend::Budget;
 
-/// The parts that the machines share.
+/// Everything that the machines share.
 pub struct ExampleProcess {
     pub host: Host,
     /// The folder that has the folders of runs.

@@ -8,7 +8,6 @@ use std::time::Duration;
 use machinery::host::{Instance, Plugin};
 use machinery::{Deadline, ErrorKind, State};
 use machinery_backend::RunFolder;
-use machinery_backend::process::leftovers;
 use machinery_conformance::{BackendSpec, Fixture, NullHost, artifacts};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -47,9 +46,10 @@ fn run_of_a_killed_host_is_ended_by_the_next_load() -> Outcome {
     let fixture = fixture(folder.path(), "1000")?;
     let run = RunFolder::create(&fixture.setup().state_dir, "one")?;
     let mut command = machinery::command(env!("CARGO_BIN_EXE_example-process-guest"));
-    let mut guest = command.current_dir(run.path()).stdin(std::process::Stdio::null()).spawn()?;
-    let is_guest = || leftovers().any(|process| process.runs_in(run.path()));
-    assert!(is_guest());
+    run.enter(&mut command);
+    // The guest ends when its commands end.
+    let mut guest = command.stdin(std::process::Stdio::piped()).spawn()?;
+    let _commands = guest.stdin.take();
     let reaper = std::thread::spawn(move || guest.wait());
     let plugin = load(&fixture)?;
     let status = reaper.join().map_err(|_| "the reaper has panicked")??;

@@ -73,7 +73,9 @@ fn pause(snapshot: &Path) -> Answer<()> {
 /// Sends a signal to the process of that snapshot.
 fn signal(snapshot: &Path, signal: &str) -> Answer<()> {
     let guests = guests(snapshot).map(|guest| guest.number().to_string());
-    let sent = Command::new("kill").arg(signal).args(guests).status()?;
+    // The shell has `kill` on every system; the program of that name may be missing.
+    let mut kill = Command::new("sh");
+    let sent = kill.args(["-c", "kill \"$@\"", "sh", signal]).args(guests).status()?;
     if sent.success() { Ok(()) } else { Err("kill has failed".into()) }
 }
 

@@ -31,10 +31,6 @@ impl Shared for Example {
         Ok(Example { host })
     }
 
-    fn host(&self) -> &Host {
-        &self.host
-    }
-
     fn machine(self: &Arc<Self>, _: &Setup, keys: Keys) -> Arc<Machine> {
         Machine::new(keys, self)
     }

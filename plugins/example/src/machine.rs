@@ -18,9 +18,7 @@ use std::time::Duration;
 
 use machinery::{Deadline, DumpFormat, Error, GUEST_POWERED_OFF, Result, State};
 use machinery_backend::elf::{self, Architecture};
-use machinery_backend::{
-    Backend, Operation, Output, Reloadable, RunFolder, Shared, Work, refuse, rgb_to_png,
-};
+use machinery_backend::{Backend, Operation, Output, Reloadable, RunFolder, Work, refuse, rgb_to_png};
 
 use crate::config::Keys;
 use crate::hypervisor::{Guest, SCREEN, Status};
@@ -93,7 +91,7 @@ impl Backend for Machine {
         }
         let memory = self.running_guest()?.memory();
         let output = Output::at(path)?;
-        let host = self.shared.host();
+        let host = &self.shared.host;
         host.progress(self.name(), 0.0);
         elf::write_memory(output.file(), Architecture::X86_64, &memory)
             .map_err(|error| Error::io("dump the memory to", path, &error))?;

@@ -1,8 +1,8 @@
-//! The parts that the machines share.
+//! Everything that the machines share.
 
 use machinery::Host;
 
-/// The parts that the machines share. A real backend has its connection here.
+/// Everything that the machines share. A real backend has its connection here.
 pub struct Example {
     pub host: Host,
 }

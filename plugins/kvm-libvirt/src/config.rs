@@ -55,7 +55,7 @@ struct Section {
     #[serde(deserialize_with = "null_as_default")]
     standby: Standby,
     /// The maximum memory of all standbys together, in bytes.
-    #[serde(alias = "standby_memory", deserialize_with = "machinery_backend::parse_bytes")]
+    #[serde(alias = "standby_memory", deserialize_with = "machinery::parse_bytes")]
     standby_memory_limit: Option<u64>,
     /// True if machines without a standby have a save image.
     #[serde(alias = "save_images", deserialize_with = "null_as_default")]

@@ -45,10 +45,6 @@ impl Shared for Kvm {
         Kvm::new(config, host, Deadline::after(OPEN_TIMEOUT))
     }
 
-    fn host(&self) -> &Host {
-        &self.host
-    }
-
     fn machine(self: &Arc<Self>, setup: &Setup, keys: Keys) -> Arc<Machine> {
         Arc::new(Machine::new(keys, Arc::clone(self), &setup.state_dir))
     }

@@ -36,10 +36,6 @@ impl Shared for Qemu {
         Qemu::new(config, host)
     }
 
-    fn host(&self) -> &Host {
-        &self.host
-    }
-
     fn machine(self: &Arc<Self>, setup: &Setup, files: MachineFiles) -> Arc<Machine> {
         Machine::new(files, &setup.sockets_dir, Arc::clone(self))
     }

@@ -104,11 +104,7 @@ impl Process {
         })?;
         // The command holds the writing end of the console, which would never end.
         drop(command);
-        let pidfd = i32::try_from(child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .ok_or(io::ErrorKind::InvalidInput.into())
-            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).map_err(io::Error::from);
         let console = Console::follow(console, machine, kind_of);
         match (pidfd, console) {
             (Ok(pidfd), Ok(console)) => {
@@ -158,9 +154,7 @@ impl Process {
             self.handle.kill();
         }
         let status = self.child.wait().ok();
-        if let Some(group) = i32::try_from(self.handle.pid).ok().and_then(Pid::from_raw) {
-            group::end_rest(group);
-        }
+        group::end_rest(Pid::from_child(&self.child));
         let killed = self.handle.ended.load(Ordering::SeqCst);
         let (program, output) = (self.handle.program.clone(), self.handle.console.output());
         End { program, status, by_plugin: killed, output }
@@ -216,6 +210,17 @@ mod tests {
         let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
         assert_eq!(handle.wait_for_line("<", deadline).unwrap(), "<1>");
         assert_eq!(handle.ask("next", "<", deadline).unwrap(), "<2>");
+        process.end(Duration::ZERO);
+    }
+
+    #[test]
+    fn interrupt_is_repeated_when_the_process_loses_it() {
+        let script =
+            "trap 'lost=$lost.; [ $lost = .. ] && echo held' INT; echo running; while :; do read a; done";
+        let process = talking_shell(script);
+        let (handle, deadline) = (process.handle(), Deadline::after(Duration::from_secs(60)));
+        handle.wait_for_line("running", deadline).unwrap();
+        assert_eq!(handle.interrupt_until("held", deadline).unwrap(), "held");
         process.end(Duration::ZERO);
     }
 

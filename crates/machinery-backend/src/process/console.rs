@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{ioctl_fionbio, retry_on_intr};
@@ -18,6 +19,10 @@ use crate::sync::lock;
 /// The number of last lines that are kept, and the maximum size of each, in bytes.
 const MAX_LINES: usize = 6;
 const MAX_LINE: usize = 300;
+/// The number of lines of a step of which somebody may expect one.
+const MAX_STEP_LINES: usize = 400;
+/// The time after which an unfinished line is a prompt.
+const PROMPT_DELAY: Duration = Duration::from_millis(10);
 /// The capacity of a pipe, in bytes. Source: pipe(7).
 const PIPE: usize = 64 * 1024;
 
@@ -49,6 +54,7 @@ impl Console {
             machine: machine.to_owned(),
             kind_of,
             unfinished: Vec::new(),
+            last_read: Instant::now(),
             lines: LastLines::default(),
             awaited: None,
         };
@@ -113,6 +119,7 @@ struct Reader {
     machine: String,
     kind_of: fn(&str) -> LineKind,
     unfinished: Vec<u8>,
+    last_read: Instant,
     lines: LastLines,
     awaited: Option<Awaited>,
 }
@@ -132,6 +139,7 @@ impl Reader {
             Ok(0) => false,
             Ok(length) => {
                 bytes[..length].iter().for_each(|byte| self.take(*byte));
+                self.last_read = Instant::now();
                 true
             }
             Err(error) => matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
@@ -149,7 +157,8 @@ impl Reader {
 
     fn take(&mut self, byte: u8) {
         match byte {
-            b'\n' => self.end_line(),
+            // A progress display overwrites its line.
+            b'\n' | b'\r' => self.end_line(),
             // The rest of a line that is too long is dropped.
             _ if self.unfinished.len() >= MAX_LINE => {}
             _ => self.unfinished.push(byte),
@@ -176,8 +185,7 @@ impl Reader {
     }
 
     fn expect(&mut self, text: &str) {
-        let known = self.lines.failures.iter().chain(&self.lines.others);
-        let line = known.into_iter().find(|line| line.contains(text)).cloned();
+        let line = self.lines.all.iter().find(|line| line.contains(text)).cloned();
         self.awaited = Some(Awaited { text: text.to_owned(), line });
     }
 
@@ -185,7 +193,9 @@ impl Reader {
         let awaited = self.awaited.as_ref()?;
         let prompt = || {
             let prompt = String::from_utf8_lossy(&self.unfinished);
-            prompt.contains(&awaited.text).then(|| prompt.trim().to_owned())
+            // The rest of a line may be on its way.
+            let is_prompt = self.last_read.elapsed() >= PROMPT_DELAY && prompt.contains(&awaited.text);
+            is_prompt.then(|| prompt.trim().to_owned())
         };
         awaited.line.clone().or_else(prompt)
     }
@@ -196,16 +206,23 @@ impl Reader {
 struct LastLines {
     failures: VecDeque<String>,
     others: VecDeque<String>,
+    /// All lines, of which somebody may expect one.
+    all: VecDeque<String>,
 }
 
 impl LastLines {
     fn add(&mut self, line: String, kind: LineKind) {
         let lines = if kind == LineKind::Failure { &mut self.failures } else { &mut self.others };
-        if lines.len() == MAX_LINES {
-            lines.pop_front();
-        }
-        lines.push_back(line);
+        push(lines, line.clone(), MAX_LINES);
+        push(&mut self.all, line, MAX_STEP_LINES);
     }
+}
+
+fn push(lines: &mut VecDeque<String>, line: String, max: usize) {
+    if lines.len() == max {
+        lines.pop_front();
+    }
+    lines.push_back(line);
 }
 
 impl std::fmt::Display for LastLines {

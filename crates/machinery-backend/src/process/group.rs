@@ -65,11 +65,15 @@ pub fn is_stopped(process: u32) -> bool {
     matches!(fields(&stat).next(), Some("T" | "t"))
 }
 
+/// Returns the numbers of all processes of this computer.
+pub fn pids() -> impl Iterator<Item = Pid> {
+    let entries = Path::new("/proc").read_dir().into_iter().flatten().flatten();
+    entries.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?))
+}
+
 /// Returns the living processes of the group.
 fn members(leader: Pid) -> Vec<OwnedFd> {
-    let Ok(entries) = Path::new("/proc").read_dir() else { return Vec::new() };
-    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    numbers.filter_map(|number| member(Pid::from_raw(number)?, leader)).collect()
+    pids().filter_map(|pid| member(pid, leader)).collect()
 }
 
 fn member(pid: Pid, leader: Pid) -> Option<OwnedFd> {

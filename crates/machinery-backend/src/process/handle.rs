@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result};
+use machinery::{Deadline, Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -17,6 +17,8 @@ use crate::sync::lock;
 
 /// The pause between two probes of [`Handle::wait_until`].
 const PROBE_INTERVAL: Duration = Duration::from_millis(5);
+/// The pause between two interrupts of [`Handle::interrupt_until`].
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(300);
 
 /// A process as other threads see it: valid, and harmless, also after its end.
 #[derive(Debug)]
@@ -108,6 +110,10 @@ impl Handle {
             }
             deadline.check(waiting_for).map_err(|error| error.detail(&self.last_lines()))?;
             if self.wait(deadline.within(PROBE_INTERVAL).remaining()) {
+                // It may have done its work just before its end.
+                if let Some(value) = probe()? {
+                    return Ok(value);
+                }
                 let reason =
                     format!("{} has ended while the machinery waited for {waiting_for}", self.program);
                 return Err(Error::failed(reason).detail(&self.last_lines()));
@@ -121,20 +127,42 @@ impl Handle {
     /// As [`wait_until`](Handle::wait_until).
     pub fn wait_for_line(&self, text: &str, deadline: Deadline) -> Result<String> {
         self.console.expect(text);
+        self.wait_for_expected(text, deadline)
+    }
+
+    fn wait_for_expected(&self, text: &str, deadline: Deadline) -> Result<String> {
         let waiting_for = format!("'{text}' on the console of {}", self.program);
         self.wait_until(deadline, &waiting_for, || Ok(self.console.expected_line()))
     }
 
     /// Begins a step, sends a command to the process's stdin, and waits for a line or a prompt with the text `answer`.
     /// One thread at a time may ask. The process was started by
-    /// [`start_with_commands`](Process::start_with_commands).
+    /// [`start_with_commands`](super::Process::start_with_commands).
     ///
     /// # Errors
     /// The process takes no commands. As [`wait_until`](Handle::wait_until).
     pub fn ask(&self, command: &str, answer: &str, deadline: Deadline) -> Result<String> {
         self.begin_step();
+        // The answer may come, and be followed by many lines, before this thread goes on.
+        self.console.expect(answer);
         self.send(command)?;
-        self.wait_for_line(answer, deadline)
+        self.wait_for_expected(answer, deadline)
+    }
+
+    /// Begins a step, interrupts the process, and waits for a line or a prompt with the text `answer`. A debugger loses an
+    /// interrupt that comes while it begins to continue, so the interrupt is repeated.
+    ///
+    /// # Errors
+    /// As [`wait_until`](Handle::wait_until).
+    pub fn interrupt_until(&self, answer: &str, deadline: Deadline) -> Result<String> {
+        self.begin_step();
+        loop {
+            self.interrupt();
+            match self.wait_for_line(answer, deadline.within(INTERRUPT_INTERVAL)) {
+                Err(error) if error.kind() == ErrorKind::Timeout && !deadline.passed() => {}
+                answered => return answered,
+            }
+        }
     }
 
     /// Sends a command to the process's stdin, and waits for no answer.

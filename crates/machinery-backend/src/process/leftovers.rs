@@ -1,9 +1,10 @@
 //! The processes that a killed host has left.
 //!
 //! A process outlives a host that was killed, and the next host ends it before it starts a machine. The machinery
-//! recognizes its own processes by a path on their command line, or by their folder: a run's socket, disk or
-//! [run folder](crate::RunFolder).
+//! recognizes its own processes by a path on their command line, such as that of a socket, or by their environment, as a
+//! [run folder](crate::RunFolder) does.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -27,15 +28,12 @@ pub struct RunningProcess {
     pid: Pid,
     handle: OwnedFd,
     program: Option<PathBuf>,
-    folder: Option<PathBuf>,
     args: Vec<Vec<u8>>,
 }
 
 /// Returns all processes of which this user may read the command line.
 pub fn leftovers() -> impl Iterator<Item = RunningProcess> {
-    let entries = Path::new("/proc").read_dir().into_iter().flatten();
-    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    numbers.filter_map(|number| RunningProcess::at(Pid::from_raw(number)?))
+    group::pids().filter_map(RunningProcess::at)
 }
 
 impl RunningProcess {
@@ -45,8 +43,8 @@ impl RunningProcess {
         let proc = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
         let command = fs::read(proc.join("cmdline")).ok()?;
         let args = command.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect();
-        let [program, folder] = ["exe", "cwd"].map(|link| fs::read_link(proc.join(link)).ok());
-        Some(RunningProcess { pid, handle, program, folder, args })
+        let program = fs::read_link(proc.join("exe")).ok();
+        Some(RunningProcess { pid, handle, program, args })
     }
 
     /// Returns the number of the process.
@@ -69,9 +67,12 @@ impl RunningProcess {
         self.args().any(|arg| contains_path(arg, path.as_os_str().as_bytes()))
     }
 
-    /// Reports whether the process runs in the folder.
-    pub fn runs_in(&self, folder: &Path) -> bool {
-        self.folder.as_deref() == Some(folder)
+    /// Reports whether the process was started with that variable in its environment. That of another user's process
+    /// cannot be read, and counts as without.
+    pub fn has_variable(&self, name: &str, value: &OsStr) -> bool {
+        let environment = fs::read(format!("/proc/{}/environ", self.number())).unwrap_or_default();
+        let wanted = [name.as_bytes(), b"=", value.as_bytes()].concat();
+        environment.split(|byte| *byte == 0).any(|entry| entry == wanted)
     }
 
     /// Reports whether a signal or a debugger has stopped the process.
@@ -139,17 +140,21 @@ mod tests {
     }
 
     #[test]
-    fn process_is_found_by_its_folder_and_ended_with_its_group() {
+    fn process_is_found_by_its_environment_and_ended_with_its_group() {
         let folder = tempfile::tempdir().unwrap();
         let mut command = machinery::command(Path::new("/bin/sh"));
         // The first process ignores the request to end.
-        command.args(["-c", "trap '' TERM; sleep 600 & echo ready; wait"]).current_dir(folder.path());
+        command.args(["-c", "trap '' TERM; sleep 600 & echo ready; wait"]).env("MARK", folder.path());
         let process = Process::start_with_stdout(command, "m", |_| LineKind::Other).unwrap();
         let handle = process.handle();
         let ready = || Ok((handle.last_lines() == "ready").then_some(()));
         let deadline = machinery::Deadline::after(Duration::from_secs(60));
         handle.wait_until(deadline, "the shell to be ready", ready).unwrap();
-        let found = || leftovers().filter(|process| process.runs_in(folder.path())).collect::<Vec<_>>();
+        let found = || {
+            leftovers()
+                .filter(|process| process.has_variable("MARK", folder.path().as_os_str()))
+                .collect::<Vec<_>>()
+        };
         let leader = found().into_iter().find(|found| found.number() == handle.pid().cast_signed()).unwrap();
         let end = std::thread::spawn(move || leader.end());
         assert_eq!(process.end(Duration::from_secs(60)).describe(), "sh was killed by signal 9: ready");

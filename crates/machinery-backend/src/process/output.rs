@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use super::group;
 
 /// The time that the program has to end after SIGKILL.
-const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+const KILL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Runs the program to its end, and returns its output. A program that hangs is killed at the deadline with its
 /// children. Make the command with [`machinery::command`].
@@ -30,7 +30,11 @@ pub fn output(mut command: Command, deadline: Deadline) -> Result<Output> {
     let (sender, output) = mpsc::channel();
     // The caller may have timed out.
     let wait = move || drop(sender.send(child.wait_with_output()));
-    thread::Builder::new().name("program-output".to_owned()).spawn(wait).map_err(failed)?;
+    let waiting = thread::Builder::new().name("program-output".to_owned()).spawn(wait);
+    waiting.map_err(|error| {
+        let _ = kill_process_group(leader, Signal::KILL);
+        failed(error)
+    })?;
     match output.recv_timeout(deadline.remaining()) {
         Ok(output) => output.map_err(failed),
         Err(_) => {

@@ -18,7 +18,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, ErrorKind, Host, Result, State};
+use machinery::{Deadline, Error, ErrorKind, Host, Result, State};
 use machinery_images::FileId;
 
 use crate::budget::Share;
@@ -57,6 +57,10 @@ pub trait GuestProcess: Send + Sync + 'static {
     /// The process ends, or does not resume the guest in time.
     fn resume(&self, guest: &Guest, deadline: Deadline) -> Result<()>;
 }
+
+/// The maximum time to resume a standby, after which the snapshot is loaded: many times its duration, and a small part of
+/// an action's deadline.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A machine that is one process. The methods with the name of an action are those of
 /// [`Backend`](crate::Backend).
@@ -103,7 +107,8 @@ impl<P: GuestProcess> ProcessMachine<P> {
                 }
             })?;
         let mut steps = Steps::new(&self.slot.host, &self.slot.machine);
-        let resumed = standby.map(|standby| self.resume(&standby, &mut steps, deadline));
+        let resumed =
+            standby.map(|standby| self.resume(&standby, &mut steps, deadline.within(RESUME_TIMEOUT)));
         let started = match resumed {
             Some(Ok(())) => Ok(()),
             Some(Err(error)) if deadline.passed() => Err(error),
@@ -166,7 +171,8 @@ impl<P: GuestProcess> ProcessMachine<P> {
     }
 
     /// Loads the snapshot, and leaves the guest paused: a standby, which a restore only resumes. `share` takes the memory
-    /// for it, or returns why there is no standby.
+    /// for it, or returns why there is no standby. A later restore compares the snapshot's file with that of the standby,
+    /// and nothing else: give a snapshot of several files a file that changes with each of them.
     ///
     /// # Errors
     /// The machine is on; the guest is not loaded in time; another action cancels the preparation.
@@ -196,6 +202,7 @@ impl<P: GuestProcess> ProcessMachine<P> {
         };
         self.load_standby(&preparing, snapshot, share, deadline).map_err(|error| {
             self.slot.clean_up();
+            self.slot.readiness.report();
             preparing.cancellation().ensure_wanted().err().unwrap_or(error)
         })
     }
@@ -209,8 +216,13 @@ impl<P: GuestProcess> ProcessMachine<P> {
     ) -> Result<()> {
         let mut steps = Steps::new(&self.slot.host, &self.slot.machine);
         let guest = self.launch(Some(snapshot), deadline)?;
-        let cancelled = Arc::clone(&guest);
-        preparing.cancellation().on_cancel(move || cancelled.kill());
+        // The cancellation outlives the preparation, and must not hold the descriptors of its guest.
+        let cancelled = Arc::downgrade(&guest);
+        preparing.cancellation().on_cancel(move || {
+            if let Some(guest) = cancelled.upgrade() {
+                guest.kill();
+            }
+        });
         self.process.wait_until_loaded(&guest, deadline)?;
         steps.done("load");
         share.set_actual(guest.memory().unwrap_or(share.bytes()));
@@ -219,7 +231,11 @@ impl<P: GuestProcess> ProcessMachine<P> {
         preparing.cancellation().ensure_wanted()?;
         self.slot.readiness.set_plain("");
         self.slot.readiness.report_as(&readiness);
-        Ok(())
+        // Its end may have been reported before its readiness.
+        if self.slot.is_standby(&guest) {
+            return Ok(());
+        }
+        Err(Error::failed("the standby has just ended").detail(&guest.last_lines()))
     }
 
     /// Expects that the machine is off, for a reload. It may have a standby.

@@ -73,7 +73,8 @@ pub enum Phase {
 impl Current {
     /// Reports whether the process is a standby of the snapshot as it is now.
     pub fn is_standby_of(&self, snapshot: &Path) -> bool {
-        self.phase == Phase::Standby && self.snapshot == FileId::of(snapshot).ok()
+        let now = FileId::of(snapshot).ok();
+        self.phase == Phase::Standby && now.is_some() && self.snapshot == now
     }
 }
 
@@ -85,6 +86,8 @@ impl Slot {
         match (work.operation(), running) {
             (Operation::Starting, _) => State::Starting,
             (Operation::Stopping, Some(_)) => State::Stopping,
+            // The process has ended, and its helpers are about to.
+            (_, Some(current)) if current.guest.wait(Duration::ZERO) => State::Stopping,
             (_, Some(current)) if current.guest.is_stopped() => State::Paused,
             (_, Some(_)) => State::Running,
             // The host regards a standby, and the work on it, as powered off.
@@ -98,8 +101,18 @@ impl Slot {
     /// The machine is off.
     pub fn running(&self) -> Result<Arc<Guest>> {
         let work = self.work.lock();
-        let running = work.as_ref().filter(|current| current.phase == Phase::Running);
+        let runs =
+            |current: &&Current| current.phase == Phase::Running && !current.guest.wait(Duration::ZERO);
+        let running = work.as_ref().filter(runs);
         running.map(|current| Arc::clone(&current.guest)).ok_or_else(refuse::off)
+    }
+
+    /// Reports whether that guest is a standby, and lives.
+    pub fn is_standby(&self, guest: &Arc<Guest>) -> bool {
+        let work = self.work.lock();
+        let is_same =
+            |current: &Current| current.phase == Phase::Standby && Arc::ptr_eq(&current.guest, guest);
+        work.as_ref().is_some_and(is_same) && !guest.wait(Duration::ZERO)
     }
 
     /// Starts the process in that folder. The lock makes its end wait until the process is known here.
@@ -111,7 +124,7 @@ impl Slot {
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Arc<Guest>> {
         let path = folder.path().to_owned();
-        command.current_dir(&path);
+        folder.enter(&mut command);
         // A process must not keep a removed machine in memory.
         let slot = Arc::downgrade(self);
         let mut current = self.work.lock();
@@ -134,6 +147,11 @@ impl Slot {
         let mut work = self.work.lock();
         let phase = work.take().map(|current| current.phase);
         match (phase, work.operation()) {
+            // The action that has requested this end did not wait for it: its time was up.
+            (Some(Phase::Running), Operation::Idle) if end.was_requested() => {
+                self.host.state_changed(&self.machine, State::Poweroff, "");
+            }
+            (Some(Phase::Standby), Operation::Idle) if end.was_requested() => self.readiness.report(),
             _ if end.was_requested() => {}
             (Some(Phase::Running), operation) if operation != Operation::Stopping => {
                 let reason = if end.was_clean() { GUEST_POWERED_OFF.to_owned() } else { end.describe() };

@@ -50,7 +50,7 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(reason: Error) -> Self {
-        let disable = !matches!(reason.kind(), ErrorKind::Unsupported | ErrorKind::NotNow);
+        let disable = reason.kind() != ErrorKind::Unsupported;
         Failure { reason, disable }
     }
 }
@@ -201,13 +201,15 @@ impl ActionExecutor {
         // Releases the permit first: the cleanup of a failed start must not delay other restores.
         drop(permit);
         let Err(error) = started else { return Ok(()) };
-        if error.kind() == ErrorKind::Unsupported {
+        let mut failure = Failure::from(error);
+        if failure.reason.kind() == ErrorKind::Unsupported {
             self.machine.set_state(State::Poweroff);
         } else if !self.calls.is_abandoned() {
-            self.clean_up().await;
+            let is_off = self.clean_up().await;
+            failure.disable &= !(is_off && failure.reason.kind() == ErrorKind::NotNow);
         }
         capture::end(&self.machine).await;
-        Err(error.into())
+        Err(failure)
     }
 
     /// Stops a machine that runs although no task has it, and ends the capture of a run that ended by itself.
@@ -221,11 +223,13 @@ impl ActionExecutor {
         Ok(())
     }
 
-    /// Stops a machine whose start has failed.
-    async fn clean_up(&mut self) {
-        if let Err(error) = self.stop().await {
+    /// Stops a machine whose start has failed; reports whether it is off.
+    async fn clean_up(&mut self) -> bool {
+        let stopped = self.stop().await;
+        if let Err(error) = &stopped {
             tracing::error!(machine = self.machine.name(), %error, "the machine cannot be stopped after its failed start");
         }
+        stopped.is_ok()
     }
 
     async fn stop(&mut self) -> Result<()> {

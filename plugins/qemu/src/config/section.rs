@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use machinery::config::null_as_default;
-use machinery_backend::{Standby, parse_bytes};
+use machinery::parse_bytes;
+use machinery_backend::Standby;
 use serde::Deserialize;
 
 /// Keys that were renamed, with their new names. The old names are accepted for one release.

@@ -27,6 +27,7 @@ impl Template {
             ("example.yaml", include_str!("../../../../../conf/machineries/example.yaml")),
             ("README.md", include_str!("memory/README.md")),
             (".gitignore", "/target\n"),
+            ("clippy.toml", include_str!("../../../../../clippy.toml")),
         ],
     };
 
@@ -54,6 +55,7 @@ impl Template {
             ("example-process.yaml", include_str!("process/example-process.yaml")),
             ("README.md", include_str!("process/README.md")),
             (".gitignore", "/target\n"),
+            ("clippy.toml", include_str!("../../../../../clippy.toml")),
         ],
     };
 
