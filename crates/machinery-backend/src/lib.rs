@@ -18,6 +18,7 @@
 //! | `run_folder` | [`RunFolder`]: the folder of one run, which is removed with the run |
 //! | `overlay`, `qemu_img` | [`OverlayTemplates`], [`QemuImg`]: disposable disks |
 //! | [`files`] | files that are replaced atomically, locks, free space |
+//! | [`jail`] | the confinement of a hypervisor's process |
 //! | `output` | [`Output`]: the file of a dump or a screenshot, which appears only when it is complete |
 //! | `picture`, [`rfb`] | PNG from PPM or pixels, and the screen of a VNC server |
 //! | [`elf`] | a memory dump as an ELF core file |
@@ -33,6 +34,7 @@ mod budget;
 pub mod concurrent;
 pub mod elf;
 pub mod files;
+pub mod jail;
 mod machine_set;
 mod output;
 mod overlay;

@@ -46,7 +46,8 @@ pub fn enter(policy: &Policy, program: &OsString, args: &[OsString]) -> JailErro
     match confine(policy, Path::new(program)) {
         Ok(()) => {
             let mut command = Command::new(program);
-            let error = command.args(args).env_clear().envs(ENVIRONMENT).exec();
+            let own = policy.environment.iter().map(|(name, value)| (name, value));
+            let error = command.args(args).env_clear().envs(ENVIRONMENT).envs(own).exec();
             JailError { step: "execute the program", why: format!("{}: {error}", program.display()) }
         }
         Err(error) => error,

@@ -68,7 +68,7 @@ fn programs(policy: &Policy, own: u32) -> Result<Vec<BpfProgram>, Error> {
     for call in [libc::SYS_tkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo] {
         denied.push((call, Vec::new()));
     }
-    denied.push((libc::SYS_socket, denied_sockets(policy.network)?));
+    denied.push((libc::SYS_socket, denied_sockets(policy)?));
     let mut filters = vec![filter(denied, libc::EPERM)?];
     if !policy.spawn {
         filters.push(filter(new_processes()?, libc::EPERM)?);
@@ -79,12 +79,17 @@ fn programs(policy: &Policy, own: u32) -> Result<Vec<BpfProgram>, Error> {
 }
 
 /// Denies each family of sockets that the policy does not allow. A pair of sockets reaches nobody else.
-fn denied_sockets(network: Network) -> Result<Vec<SeccompRule>, Error> {
-    let families = [libc::AF_INET, libc::AF_INET6].map(|family| (0, SeccompCmpOp::Ne, family as u64));
-    match network {
-        Network::None => Ok(Vec::new()),
-        Network::Internet => Ok(vec![rule(&families)?]),
+fn denied_sockets(policy: &Policy) -> Result<Vec<SeccompRule>, Error> {
+    let mut allowed: Vec<i32> = Vec::new();
+    if policy.network != Network::None {
+        allowed.extend([libc::AF_INET, libc::AF_INET6]);
     }
+    if !policy.sockets.is_empty() {
+        allowed.push(libc::AF_UNIX);
+    }
+    let families: Vec<_> = allowed.into_iter().map(|family| (0, SeccompCmpOp::Ne, family as u64)).collect();
+    // A rule without a condition is not allowed, and a call without a rule is denied always.
+    if families.is_empty() { Ok(Vec::new()) } else { Ok(vec![rule(&families)?]) }
 }
 
 /// Denies new processes, and allows new threads.

@@ -12,6 +12,8 @@ pub struct Policy {
     pub read: Vec<PathBuf>,
     /// Files that the process may write, and folders below which it may create, write and remove files.
     pub write: Vec<PathBuf>,
+    /// Folders in which the process may make Unix sockets. It may connect to any Unix socket then that its user reaches.
+    pub sockets: Vec<PathBuf>,
     /// Devices that the process may use, such as `/dev/kvm`.
     pub devices: Vec<PathBuf>,
     /// Descriptors that the process inherits, besides 0, 1 and 2.
@@ -20,6 +22,8 @@ pub struct Policy {
     pub network: Network,
     /// TCP ports that the process may listen on.
     pub listen: Vec<u16>,
+    /// Variables that the process gets besides `PATH` and `LANG`.
+    pub environment: Vec<(String, String)>,
     /// True if the process may start other programs.
     pub spawn: bool,
     /// The limits of the process.
@@ -39,6 +43,8 @@ pub enum Network {
     /// No socket at all, except those that the process inherits.
     #[default]
     None,
+    /// Sockets of IPv4 and IPv6 that listen on the ports of the policy, and connect nowhere by TCP.
+    Listen,
     /// Sockets of IPv4 and IPv6: for a hypervisor that translates its guest's connections by itself.
     Internet,
 }

@@ -1,0 +1,229 @@
+//! The jail of a hypervisor's process: which layers hold for a machine, and the command that runs in it.
+//!
+//! Malware that escapes from its guest is code inside the hypervisor's process. The helper program of the crate
+//! `machinery-jail` confines that process before the hypervisor begins, and this module decides what the helper does:
+//!
+//! ```text
+//! Jail (mode, user, what this host offers) + Policy (what the machine needs) ─▶ Confinement ─▶ command
+//! ```
+//!
+//! | layer | needs | content |
+//! | --- | --- | --- |
+//! | A | the helper, Landlock, seccomp | files, system calls, descriptors, environment, limits |
+//! | B | root | a user of the machine's own, an IPC namespace, a network namespace where the machine needs none |
+//! | C | a delegated cgroup | limits for the whole run, and its end as a whole |
+//!
+//! A layer that cannot be applied is left out with a reason. [`JailMode::Strict`] refuses a machine without A and B.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `users` | the user of each machine |
+//! | `reach` | whether a user can reach a file |
+//! | `layers` | which layers hold, and why not the others |
+//! | `cgroup` | the cgroup of a run |
+
+mod cgroup;
+mod layers;
+mod reach;
+mod users;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use command_fds::{CommandFdExt, FdMapping};
+use machinery::{Error, Result};
+use machinery_jail::{PROGRAM, Support};
+use serde::Deserialize;
+
+pub use cgroup::Cgroup;
+pub use layers::Layers;
+pub use machinery_jail::{Limits, Network, Policy, User};
+pub use users::UserRange;
+
+/// Whether the processes of a machine are confined.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JailMode {
+    /// With each layer that can be applied.
+    #[default]
+    Auto,
+    /// With layers A and B at least: a machine without them does not start.
+    Strict,
+    /// Not at all.
+    Off,
+}
+
+/// The jail of one machine.
+#[derive(Debug, Clone)]
+pub struct Jail {
+    mode: JailMode,
+    host: HostSupport,
+    /// The machine's own user, if this host can give it one.
+    user: Option<User>,
+    cgroup: std::result::Result<Cgroup, String>,
+}
+
+/// What this computer offers.
+#[derive(Debug, Clone)]
+struct HostSupport {
+    kernel: Support,
+    helper: Option<PathBuf>,
+}
+
+/// A jail with what the machine needs: the layers that hold, and the policy of the helper.
+#[derive(Debug, Clone)]
+pub struct Confinement {
+    helper: Option<PathBuf>,
+    policy: Policy,
+    layers: Layers,
+    cgroup: Option<Cgroup>,
+}
+
+impl HostSupport {
+    fn find() -> &'static HostSupport {
+        static FOUND: OnceLock<HostSupport> = OnceLock::new();
+        FOUND.get_or_init(|| HostSupport { kernel: Support::of_this_host(), helper: helper() })
+    }
+}
+
+/// Returns the helper program: beside the program of this process, or beside the folder of a test's program.
+fn helper() -> Option<PathBuf> {
+    let own = std::env::current_exe().ok()?;
+    let folders = own.ancestors().skip(1).take(2);
+    folders.map(|folder| folder.join(PROGRAM)).find(|helper| helper.is_file())
+}
+
+impl Jail {
+    /// Creates the jail of a machine. `key` distinguishes the machine from all others of this computer: the path of a
+    /// file of its own.
+    pub fn new(mode: JailMode, key: &Path, users: UserRange) -> Jail {
+        let host = HostSupport::find().clone();
+        let user = (mode != JailMode::Off && host.kernel.root).then(|| users.user_of(key));
+        Jail { mode, host, user, cgroup: Cgroup::of(key) }
+    }
+
+    /// Returns the user of the machine's processes, if this host can give the machine one of its own.
+    pub fn user(&self) -> Option<&User> {
+        self.user.as_ref()
+    }
+
+    /// Combines the jail with what the machine needs.
+    ///
+    /// # Errors
+    /// The mode is strict, and layer A or B does not hold.
+    pub fn confine(&self, policy: Policy) -> Result<Confinement> {
+        let confinement = self.as_far_as_possible(policy);
+        match confinement.layers.missing_in_strict().filter(|_| self.mode == JailMode::Strict) {
+            None => Ok(confinement),
+            Some(missing) => Err(Error::environment(format!("the jail is strict, and {missing}"))
+                .advice("Change that, or set jail: auto for the machine in machinery-host.yaml")),
+        }
+    }
+
+    /// Returns the layers that hold for a machine with that policy.
+    pub fn layers(&self, policy: Policy) -> Layers {
+        self.as_far_as_possible(policy).layers
+    }
+
+    fn as_far_as_possible(&self, mut policy: Policy) -> Confinement {
+        let Some(helper) = self.host.helper.clone().filter(|_| self.mode != JailMode::Off) else {
+            let why = match self.mode {
+                JailMode::Off => "jail: off (machinery-host.yaml)".to_owned(),
+                _ => format!("the program {PROGRAM} is not beside the host's program"),
+            };
+            return Confinement { helper: None, policy, layers: Layers::none(&why), cgroup: None };
+        };
+        let user = self.user_for(&policy);
+        policy.own_network &= user.is_ok();
+        policy.user = user.as_ref().ok().cloned();
+        if policy.user.is_none() {
+            // A limit of processes counts those of all machines and of the host, if they have the same user.
+            policy.limits.processes = None;
+        }
+        policy.cgroup = self.cgroup.as_ref().ok().map(|cgroup| cgroup.path().to_owned());
+        let layers = Layers {
+            a: self.host.kernel.missing_in_a().map(str::to_owned),
+            b: user.err(),
+            c: self.cgroup.as_ref().err().cloned(),
+        };
+        Confinement { helper: Some(helper), policy, layers, cgroup: self.cgroup.clone().ok() }
+    }
+
+    /// Returns the machine's user with the groups of its devices, or the reason why the machine cannot have one.
+    fn user_for(&self, policy: &Policy) -> std::result::Result<User, String> {
+        let missing = || self.host.kernel.missing_in_b().unwrap_or("the host does not run as root");
+        let mut user = self.user.clone().ok_or_else(|| missing().to_owned())?;
+        let group = |device: &PathBuf| std::fs::metadata(device).ok().map(|found| found.gid());
+        user.groups = policy.devices.iter().filter_map(group).filter(|group| *group != 0).collect();
+        user.groups.dedup();
+        for path in &policy.read {
+            reach::expect_readable(path, &user)?;
+        }
+        for path in policy.write.iter().chain(&policy.sockets) {
+            reach::expect_reachable(path)?;
+        }
+        Ok(user)
+    }
+}
+
+impl Confinement {
+    /// Returns the layers that hold.
+    pub fn layers(&self) -> &Layers {
+        &self.layers
+    }
+
+    /// Reports whether the process runs in the helper.
+    pub fn is_confined(&self) -> bool {
+        self.helper.is_some()
+    }
+
+    /// Returns the cgroup that the process joins.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
+    /// Gives a file or folder that the host has made to the machine's user.
+    ///
+    /// # Errors
+    /// The owner cannot be changed.
+    pub fn give(&self, path: &Path) -> Result<()> {
+        let Some(user) = &self.policy.user else { return Ok(()) };
+        chown(path, Some(user.uid), Some(user.gid))
+            .map_err(|error| Error::io("give to the machine's user", path, &error))
+    }
+
+    /// Returns the command that runs the program in the jail, with these descriptors under these numbers.
+    ///
+    /// # Errors
+    /// The policy cannot be passed on, or two descriptors have the same number.
+    pub fn command(&self, program: &Path, descriptors: Vec<(OwnedFd, i32)>) -> Result<Command> {
+        let mut command = match &self.helper {
+            None => {
+                let mut command = machinery::command(program);
+                command.envs(self.policy.environment.iter().map(|(name, value)| (name, value)));
+                command
+            }
+            Some(helper) => {
+                let mut policy = self.policy.clone();
+                policy.descriptors.extend(descriptors.iter().map(|(_, number)| *number));
+                let policy = serde_json::to_string(&policy);
+                let policy = policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
+                let mut command = machinery::command(helper);
+                command.arg(policy).arg(program);
+                command
+            }
+        };
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.make()?;
+        }
+        let mappings = descriptors.into_iter();
+        let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
+        command
+            .fd_mappings(mappings)
+            .map_err(|error| Error::failed(format!("cannot pass the descriptors on: {error}")))?;
+        Ok(command)
+    }
+}
