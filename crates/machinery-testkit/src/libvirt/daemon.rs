@@ -7,28 +7,30 @@
 //!
 //! The process namespace ends with its owner, whatever a test does, and so do libvirtd and every QEMU in it.
 //! The first process of the namespace also reaps QEMUs that have ended; libvirtd waits for that when it stops
-//! a domain. [`namespaces`](super::namespaces) makes both namespaces, and [`settings`](super::settings) the
-//! configuration in them.
+//! a domain. [`namespaces`](super::namespaces) makes both namespaces, [`settings`](super::settings) the
+//! configuration in them, and [`supervisor`](super::supervisor) the daemon.
 //!
 //! ```text
-//! unshare ─▶ init (sleeps) ─┬─ libvirtd, started and killed at will
-//!                           └─ QEMUs, which outlive libvirtd as they always do
+//! unshare ─▶ init (sleeps) ─── QEMUs, which outlive libvirtd as they always do
+//! nsenter ─▶ supervisor ─▶ libvirtd, started and killed at will
 //! ```
 
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open};
 
 use super::namespaces::{KILL_TIMEOUT, Namespaces, administrators_path};
 use super::settings;
+use super::supervisor::Supervisor;
 use crate::error::{Context, Error};
 use crate::{Result, cache, command};
 
-/// The maximum time that libvirtd may take to start, in seconds: libvirtd may query QEMU's capabilities.
+/// The maximum time that libvirtd may take until it answers, in seconds: libvirtd may query QEMU's capabilities.
 const START_TIMEOUT: &str = "120";
 
 /// A running libvirtd, or one that was killed and can be started again. When it is dropped, all its processes
@@ -36,7 +38,10 @@ const START_TIMEOUT: &str = "120";
 #[derive(Debug)]
 pub struct Libvirtd {
     folder: PathBuf,
+    // Dropped first: its end also ends the supervisor.
     namespaces: Namespaces,
+    /// The supervisor of a daemon that was started.
+    supervisor: Mutex<Option<Supervisor>>,
 }
 
 impl Libvirtd {
@@ -62,7 +67,7 @@ impl Libvirtd {
         let folder = folder.canonicalize().context(what)?;
         settings::write(&folder)?;
         let namespaces = Namespaces::new(&folder)?;
-        Ok(Libvirtd { folder, namespaces })
+        Ok(Libvirtd { folder, namespaces, supervisor: Mutex::new(None) })
     }
 
     /// Starts the daemon after a kill, and waits until it serves.
@@ -87,26 +92,29 @@ impl Libvirtd {
     }
 
     fn launch(&self, more: &[&str]) -> Result<()> {
-        let (conf, pid) = (self.conf(), self.folder.join("libvirtd.pid"));
         let logged = fs::read(self.log()).map_or(0, |log| log.len());
-        // libvirtd goes to the background when its sockets exist.
-        let daemon = ["libvirtd", "--daemon", "--config", &text(&conf), "--pid-file", &text(&pid)];
-        self.inside(&[&daemon[..], more].concat()).and_then(|_| self.wait_until_it_serves()).map_err(
-            |error| {
-                // A libvirtd that fails closes its sockets before its process ends.
-                let _ = self.kill_daemon();
-                let log = fs::read(self.log()).unwrap_or_default();
-                let log = String::from_utf8_lossy(log.get(logged..).unwrap_or_default()).into_owned();
-                Error::new(format!("libvirtd did not start; its log:\n{log}{error}"))
-            },
-        )
+        let started = Supervisor::start(&self.namespaces, &self.folder, &self.conf(), more);
+        let serves = started.and_then(|supervisor| {
+            *self.supervisor() = Some(supervisor);
+            self.wait_until_it_serves()
+        });
+        serves.map_err(|error| {
+            // A libvirtd that fails closes its sockets before its process ends.
+            let _ = self.kill_daemon();
+            let log = fs::read(self.log()).unwrap_or_default();
+            let log = String::from_utf8_lossy(log.get(logged..).unwrap_or_default()).into_owned();
+            Error::new(format!("libvirtd did not start; its log:\n{log}{error}"))
+        })
     }
 
-    /// Waits until libvirtd answers a client. libvirtd creates its sockets before its drivers, and ends if a
-    /// driver fails. It answers once all drivers work, so a client that connects earlier gets an answer then
-    /// or sees libvirtd end.
+    /// Waits until libvirtd answers a client. libvirtd makes its sockets before its drivers, and ends if a driver fails.
+    /// It answers once all drivers work, so a client that connects earlier gets an answer then or sees libvirtd end.
     fn wait_until_it_serves(&self) -> Result<()> {
         self.inside(&["timeout", START_TIMEOUT, "virsh", "--connect", &self.dsn(), "uri"]).map(drop)
+    }
+
+    fn supervisor(&self) -> MutexGuard<'_, Option<Supervisor>> {
+        self.supervisor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a program to its end in the daemon's namespaces.
@@ -120,10 +128,12 @@ impl Libvirtd {
         let what = || format!("killing libvirtd, process {pid}");
         let process = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
         kill_process(pid, Signal::KILL).context(what)?;
-        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&KILL_TIMEOUT)).context(what)? {
-            0 => Err(Error::new(format!("{}: it still runs", what()))),
-            _ => Ok(()),
+        if poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&KILL_TIMEOUT)).context(what)? == 0 {
+            return Err(Error::new(format!("{}: it still runs", what())));
         }
+        // The supervisor ends with a libvirtd that was killed.
+        drop(self.supervisor().take());
+        Ok(())
     }
 
     /// Sends the daemon a signal.
@@ -215,10 +225,6 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect())
 }
 
-fn text(path: &Path) -> String {
-    path.display().to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,5 +249,22 @@ mod tests {
         let error = daemon.start_daemon().unwrap_err().to_string();
         assert!(error.contains("nowhere"), "{error}");
         assert!(daemon.daemon().is_err(), "libvirtd runs on");
+    }
+
+    /// libvirt 9.0 crashes when a domain is destroyed at one moment of its start. A system starts it again.
+    #[test]
+    fn libvirtd_is_started_again_when_it_crashes_and_not_when_it_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let libvirtd = Libvirtd::without_daemon(folder.path()).unwrap();
+        libvirtd.start_daemon().unwrap();
+        let first = libvirtd.daemon().unwrap();
+        libvirtd.signal_daemon(Signal::SEGV).unwrap();
+        libvirtd.supervisor().as_mut().unwrap().wait_until_ready().unwrap();
+        assert_ne!(libvirtd.daemon().unwrap(), first);
+        libvirtd.virsh(&["uri"]).unwrap();
+        libvirtd.kill_daemon().unwrap();
+        assert!(libvirtd.daemon().is_err(), "libvirtd runs on");
+        libvirtd.start_daemon().unwrap();
+        libvirtd.virsh(&["uri"]).unwrap();
     }
 }

@@ -11,6 +11,7 @@ mod domain;
 mod master;
 mod namespaces;
 mod settings;
+mod supervisor;
 
 pub use daemon::Libvirtd;
 pub use master::{Master, SNAPSHOT, master};
