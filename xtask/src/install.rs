@@ -80,7 +80,9 @@ pub fn run(options: &Options) -> Result<()> {
 /// Builds a release; returns the folder with the results.
 fn build(plugins: &[Plugin]) -> Result<PathBuf> {
     let packages = plugins.iter().flat_map(|plugin| ["-p", plugin.package()]);
-    step(&mut cargo(["build", "--release", "-p", "machinery-host"].into_iter().chain(packages)))?;
+    step(&mut cargo(
+        ["build", "--release", "-p", "machinery-host", "-p", "machinery-jail"].into_iter().chain(packages),
+    ))?;
     // Cargo has built this program into a folder beside that of the release.
     let own = std::env::current_exe().context(|| "looking for the build's folder".to_owned())?;
     let target =
@@ -90,10 +92,11 @@ fn build(plugins: &[Plugin]) -> Result<PathBuf> {
 
 /// Returns each file's mode, its path, and its target below the prefix.
 fn files(built: &Path, plugins: &[Plugin]) -> Vec<(&'static str, PathBuf, PathBuf)> {
-    let program = "cuckoo-machinery";
+    let programs = ["cuckoo-machinery", "cuckoo-machinery-jail"];
     let conf = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../conf"));
     let share = Path::new("share/cuckoo-machinery/conf");
-    let mut files = vec![("755", built.join(program), Path::new("bin").join(program))];
+    let mut files: Vec<_> =
+        programs.map(|program| ("755", built.join(program), Path::new("bin").join(program))).into();
     for plugin in plugins {
         let library = format!("libmachinery_{}.so", plugin.name());
         files.push(("644", built.join(&library), Path::new("lib/cuckoo-machinery").join(library)));

@@ -76,7 +76,8 @@ impl<S: Shared> Machinery for Adapter<S> {
     }
 
     fn machines(&self) -> Vec<MachineInfo> {
-        self.machines.all().iter().map(|machine| machine.info().clone()).collect()
+        let info = |machine: &Arc<S::Machine>| MachineInfo { jail: machine.jail(), ..machine.info().clone() };
+        self.machines.all().iter().map(info).collect()
     }
 
     fn state(&self, machine: &str, deadline: Deadline) -> Result<State> {

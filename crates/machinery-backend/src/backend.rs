@@ -81,6 +81,11 @@ pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
         Diagnosis::new(self.name())
     }
 
+    /// Returns how the machine's hypervisor is confined, for people; none if the machinery does not confine it.
+    fn jail(&self) -> Option<String> {
+        None
+    }
+
     /// Ends the leftovers of a killed host, before the first start.
     ///
     /// # Errors

@@ -61,7 +61,7 @@ pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
 pub use process_machine::{Guest, GuestProcess, ProcessMachine};
 pub use qemu_img::QemuImg;
 pub use readiness::ReadinessReport;
-pub use run_folder::RunFolder;
+pub use run_folder::{RUN_VARIABLE, RunFolder};
 pub use shared::Shared;
 pub use steps::Steps;
 pub use work::{Cancellation, Operation, UnderWay, Work, WorkState};

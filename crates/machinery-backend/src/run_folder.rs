@@ -17,8 +17,9 @@ use crate::process::leftovers;
 /// The suffix of a run folder in the state folder. It follows the whole name, so that no two machines share a folder.
 const SUFFIX: &str = ".run";
 
-/// The variable of the environment that has the path of the folder.
-const VARIABLE: &str = "CUCKOO_MACHINERY_RUN_FOLDER";
+/// The variable of the environment that marks the processes of a run: the path of its folder, or of another file that only
+/// this machine has.
+pub const RUN_VARIABLE: &str = "CUCKOO_MACHINERY_RUN_FOLDER";
 
 /// The folder of one run. Dropping the value removes the folder.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl RunFolder {
 
     /// Has the command run in the folder, and marks its process as one of this run.
     pub fn enter(&self, command: &mut Command) {
-        command.current_dir(&self.path).env(VARIABLE, &self.path);
+        command.current_dir(&self.path).env(RUN_VARIABLE, &self.path);
     }
 
     /// Returns the path of the folder.
@@ -63,7 +64,7 @@ impl RunFolder {
         if !path.exists() {
             return Ok(());
         }
-        for process in leftovers().filter(|process| process.has_variable(VARIABLE, path.as_os_str())) {
+        for process in leftovers().filter(|process| process.has_variable(RUN_VARIABLE, path.as_os_str())) {
             tracing::warn!(machine, pid = process.number(), "ending a process of a host that died");
             process.end()?;
         }

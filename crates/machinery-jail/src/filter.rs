@@ -68,7 +68,9 @@ fn programs(policy: &Policy, own: u32) -> Result<Vec<BpfProgram>, Error> {
     for call in [libc::SYS_tkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo] {
         denied.push((call, Vec::new()));
     }
-    denied.push((libc::SYS_socket, denied_sockets(policy)?));
+    if policy.network != Network::Any {
+        denied.push((libc::SYS_socket, denied_sockets(policy)?));
+    }
     let mut filters = vec![filter(denied, libc::EPERM)?];
     if !policy.spawn {
         filters.push(filter(new_processes()?, libc::EPERM)?);

@@ -34,7 +34,7 @@ pub fn restrict(policy: &Policy, program: &Path) -> Result<(), Error> {
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::BindTcp)?
         .scope(Scope::from_all(NEWEST))?;
-    if policy.network != Network::Internet {
+    if !matches!(policy.network, Network::Internet | Network::Any) {
         ruleset = ruleset.handle_access(AccessNet::ConnectTcp)?;
     }
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
@@ -49,12 +49,8 @@ pub fn restrict(policy: &Policy, program: &Path) -> Result<(), Error> {
     }
     rules = allow(rules, program, AccessFs::ReadFile | AccessFs::Execute)?;
     let socket = AccessFs::MakeSock | AccessFs::RemoveFile;
-    let own = [
-        (&policy.read, read),
-        (&policy.write, write),
-        (&policy.devices, device),
-        (&policy.sockets, socket),
-    ];
+    let own =
+        [(&policy.read, read), (&policy.write, write), (&policy.devices, device), (&policy.sockets, socket)];
     for (paths, access) in own {
         for path in paths {
             rules = allow(rules, path, access)?;

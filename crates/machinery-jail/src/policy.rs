@@ -45,6 +45,8 @@ pub enum Network {
     None,
     /// Sockets of IPv4 and IPv6 that listen on the ports of the policy, and connect nowhere by TCP.
     Listen,
+    /// Sockets of every family: for a program that captures packets.
+    Any,
     /// Sockets of IPv4 and IPv6: for a hypervisor that translates its guest's connections by itself.
     Internet,
 }

@@ -9,14 +9,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::{env, io};
 
+use rustix::process::geteuid;
+
 use crate::Result;
 use crate::error::{Context, Error};
 
-/// Returns `$CUCKOO_TESTKIT_CACHE`, or `cuckoo-machinery-testkit` in the user's cache folder.
+/// The folder of root's guests, whose own folder is closed to the users that a jail gives to machines.
+const SYSTEM_CACHE: &str = "/var/cache";
+
+/// Returns `$CUCKOO_TESTKIT_CACHE`, or `cuckoo-machinery-testkit` in the cache folder of the system for root, and of the
+/// user otherwise.
 pub fn default() -> Result<PathBuf> {
     let user = || {
         let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        let cache = cache.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cache")));
+        let own = || match geteuid().is_root() {
+            true => Some(PathBuf::from(SYSTEM_CACHE)),
+            false => Some(Path::new(&env::var_os("HOME")?).join(".cache")),
+        };
+        let cache = cache.or_else(own);
         Some(cache?.join("cuckoo-machinery-testkit"))
     };
     let chosen = env::var_os("CUCKOO_TESTKIT_CACHE").map(PathBuf::from).or_else(user);
@@ -52,6 +62,8 @@ pub fn folder(cache: &Path, name: &str, build: impl FnOnce(&Path) -> Result<()>)
     let building = tempfile::Builder::new().prefix(&unfinished).tempdir_in(cache);
     let building = building.context(|| format!("making a folder in {}", cache.display()))?;
     build(building.path())?;
+    fs::set_permissions(building.path(), fs::Permissions::from_mode(0o755))
+        .context(|| format!("opening {name}"))?;
     publish(building, &folder)?;
     Ok(folder)
 }

@@ -37,6 +37,9 @@ impl ScratchCwd {
     pub fn below(path: &Path, machineries: &[(&str, &str)]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("machinery-cwd.").tempdir();
         let dir = dir.context(|| "making a scratch CWD".to_owned())?;
+        // The machines' own users reach their files, as those of an operator.
+        let open = fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711));
+        open.context(|| "opening a scratch CWD".to_owned())?;
         let cwd = ScratchCwd { root: dir.path().join(path), _dir: dir };
         cwd.write(".cuckoocwd", "")?;
         let names: Vec<&str> = machineries.iter().map(|(name, _)| *name).collect();
@@ -89,6 +92,11 @@ impl ScratchCwd {
     /// Replaces the first `old` in `conf/cuckoo.yaml` by `new`. Fails if there is none.
     pub fn change_cuckoo_yaml(&self, old: &str, new: &str) -> Result<()> {
         self.change(CUCKOO_YAML, old, new)
+    }
+
+    /// Replaces the first `old` in `machinery-host.yaml`, which must be there, by `new`.
+    pub fn change_host_yaml(&self, old: &str, new: &str) -> Result<()> {
+        self.change(HOST_YAML, old, new)
     }
 
     fn change(&self, path: &str, old: &str, new: &str) -> Result<()> {

@@ -231,6 +231,9 @@ pub struct MachineInfo {
     pub agent_port: u16,
     /// Lowercase, with colons.
     pub mac_address: Option<String>,
+    /// How the hypervisor of the machine is confined, for people; none if the machinery does not confine it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jail: Option<String>,
 }
 
 impl MachineInfo {
@@ -255,6 +258,7 @@ impl MachineInfo {
             interface: Some(config.interface.clone().unwrap_or_else(|| interface.to_owned())),
             agent_port: config.agent_port,
             mac_address: config.mac_address.clone(),
+            jail: None,
         }
     }
 

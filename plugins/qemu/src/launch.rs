@@ -1,21 +1,31 @@
 //! Launches QEMU: from arguments to a process whose monitor is connected.
 //!
-//! QEMU connects its monitor to a socket on which the plugin listens. This needs no polling for a socket of
-//! QEMU's, and works with every supported version.
+//! The plugin makes the monitor's socket, connects to it, and has QEMU inherit the socket that listens. This needs no
+//! polling for a socket of QEMU's, works in a jail that cannot make sockets, and leaves the socket's path to a later
+//! host, which can connect as well.
+//!
+//! | number in QEMU | descriptor |
+//! | --- | --- |
+//! | 3 | the monitor's socket, which listens |
+//! | 4 | the guest's RAM, if it is a file of the plugin |
+//! | 5 … | taps |
 
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
+use machinery_backend::jail::Confinement;
 use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::{Overlays, Steps, files};
-use rustix::net::SocketFlags;
 
 use crate::console::kind_of;
-use crate::options::{self, escaped};
+use crate::jail::{Passed, SANDBOX, pass_taps};
+use crate::options;
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
@@ -23,6 +33,11 @@ const FAILURE_GRACE: Duration = Duration::from_secs(2);
 
 /// The name of the program in reasons.
 pub const QEMU: &str = "QEMU";
+
+/// The numbers of the descriptors in QEMU.
+const MONITOR: i32 = 3;
+const RAM: i32 = 4;
+const FIRST_TAP: i32 = 5;
 
 /// The parameters of a new run.
 pub struct Start<'a> {
@@ -39,11 +54,12 @@ pub struct Start<'a> {
     pub memory: Option<Memory>,
     /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
+    pub confinement: Confinement,
 }
 
 /// A file that is the guest's RAM.
 pub struct Memory {
-    pub file: PathBuf,
+    pub file: File,
     /// In bytes.
     pub size: u64,
     /// QEMU's name for the machine's RAM block: the snapshot's RAM is loaded into a block of that name.
@@ -54,59 +70,81 @@ pub struct Memory {
 /// The destination of the guest's writes to its RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// Writes go to the file.
+    /// Writes go to the file, which is in memory.
     Written,
     /// Writes stay private to the process: the file is mapped copy-on-write.
     Mapped,
 }
 
+/// The path under which QEMU opens its RAM. Error messages of QEMU have it, too.
+pub const RAM_PATH: &str = "/proc/self/fd/4";
+
 impl Memory {
     fn args(&self, version: Version) -> Vec<String> {
-        let file = escaped(&self.file.display().to_string());
         let sharing = match self.sharing {
             Sharing::Written => "share=on",
             Sharing::Mapped if version.maps_readonly_files() => "share=off,readonly=on,rom=off",
             Sharing::Mapped => "share=off",
         };
         let (block, size) = (&self.block, self.size);
-        let object = format!("memory-backend-file,id={block},mem-path={file},size={size},{sharing}");
+        let object = format!("memory-backend-file,id={block},mem-path={RAM_PATH},size={size},{sharing}");
         vec!["-object".to_owned(), object, "-machine".to_owned(), format!("memory-backend={block}")]
+    }
+
+    /// Has the jail allow that QEMU opens the file. Of a file in memory, the kernel allows it always.
+    fn allow(&self, confinement: &mut Confinement, version: Version) {
+        if self.sharing == Sharing::Mapped {
+            confinement.allow_reopening(RAM, !version.maps_readonly_files());
+        }
     }
 }
 
-/// Starts QEMU, and waits until it has connected its monitor.
+/// Starts QEMU, and waits until its monitor answers.
 ///
 /// # Errors
-/// QEMU does not start, ends, or does not connect in time. Nothing of it remains then.
-pub fn connect(start: &Start<'_>, steps: &mut Steps, deadline: Deadline) -> Result<(Process, UnixStream)> {
+/// QEMU does not start, ends, or does not answer in time. Nothing of it remains then.
+pub fn connect(
+    start: &mut Start<'_>,
+    steps: &mut Steps,
+    deadline: Deadline,
+) -> Result<(Process, UnixStream)> {
     let failed = |error: io::Error| Error::io("make the monitor's socket", start.socket, &error);
     files::remove(start.socket)?;
     let socket = SocketPath::new(start.socket).map_err(failed)?;
     let listener = UnixListener::bind(socket.address()).map_err(failed)?;
-    let connected = launch(start, &socket, listener, steps, deadline);
+    // QEMU serves one connection at a time. This one waits in the socket's queue before any other can.
+    let stream = UnixStream::connect(socket.address()).map_err(failed)?;
+    let connected = launch(start, listener, stream, steps, deadline);
     if connected.is_err() {
         // The first error is the one to report.
         let _ = files::remove(start.socket);
+        end_cgroup(&start.confinement);
     }
     connected
 }
 
+/// Ends what a process has left in its cgroup, if it had one.
+pub fn end_cgroup(confinement: &Confinement) {
+    if let Some(cgroup) = confinement.cgroup() {
+        cgroup.end();
+    }
+}
+
 fn launch(
-    start: &Start<'_>,
-    socket: &SocketPath,
+    start: &mut Start<'_>,
     listener: UnixListener,
+    stream: UnixStream,
     steps: &mut Steps,
     deadline: Deadline,
 ) -> Result<(Process, UnixStream)> {
-    let memory = start.memory.iter().flat_map(|memory| memory.args(start.version));
-    let args = start.args.iter().cloned().chain(plugin_args(socket, start.incoming));
-    let args = args.chain(sound_args(start.version, &start.args)).chain(memory);
-    let mut command = machinery::command(start.program);
-    command.args(args).current_dir(start.folder);
-    let process = Process::start(command, start.machine, kind_of)?;
+    let process = Process::start(command(start, listener, deadline)?, start.machine, kind_of)?;
     steps.done("spawn");
-    match accept(&listener.into(), process.handle(), deadline) {
-        Ok(stream) => {
+    match wait_for_greeting(
+        &stream.as_fd().try_clone_to_owned().map_err(no_monitor)?,
+        process.handle(),
+        deadline,
+    ) {
+        Ok(()) => {
             steps.done("monitor");
             Ok((process, stream))
         }
@@ -117,10 +155,32 @@ fn launch(
     }
 }
 
+/// Returns the command that runs QEMU in its jail.
+fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) -> Result<Command> {
+    let mut descriptors: Vec<(OwnedFd, i32)> = vec![(listener.into(), MONITOR)];
+    let mut args = start.args.clone();
+    if start.confinement.is_confined() {
+        let passed = pass_taps(args, FIRST_TAP, deadline)?;
+        let Passed { args: with_taps, descriptors: taps } = passed;
+        args = with_taps;
+        args.extend(SANDBOX.map(str::to_owned));
+        descriptors.extend(taps);
+    }
+    args.extend(plugin_args(start.incoming));
+    args.extend(sound_args(start.version, &start.args));
+    if let Some(memory) = start.memory.take() {
+        args.extend(memory.args(start.version));
+        memory.allow(&mut start.confinement, start.version);
+        descriptors.push((memory.file.into(), RAM));
+    }
+    let mut command = start.confinement.command(start.program, descriptors)?;
+    command.args(args).current_dir(start.folder);
+    Ok(command)
+}
+
 /// Returns the arguments that the plugin adds to the machine's own.
-fn plugin_args(socket: &SocketPath, incoming: bool) -> Vec<String> {
-    let address = escaped(&socket.address().display().to_string());
-    let chardev = format!("socket,id=cuckoo-monitor,path={address}");
+fn plugin_args(incoming: bool) -> Vec<String> {
+    let chardev = format!("socket,id=cuckoo-monitor,fd={MONITOR},server=on,wait=off");
     let mut args = vec!["-chardev", &chardev, "-mon", "chardev=cuckoo-monitor,mode=control"];
     // The guest stays paused until it is resumed, on a cold boot too.
     args.extend(["-monitor", "none", "-S"]);
@@ -141,27 +201,17 @@ fn sound_args(version: Version, args: &[String]) -> Vec<String> {
     ["-audio", "none"].map(str::to_owned).to_vec()
 }
 
-/// Waits for that process to connect. Other processes that connect are rejected.
-fn accept(listener: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<UnixStream> {
-    let failed = |error: io::Error| Error::environment(format!("cannot wait for QEMU's monitor: {error}"));
-    loop {
-        match process.ended_before(listener, deadline.remaining()).map_err(failed)? {
-            None => return Err(deadline.timeout("QEMU to connect its monitor")),
-            Some(true) => return Err(Error::failed("QEMU ended before its monitor was connected")),
-            Some(false) => {}
-        }
-        let stream = UnixStream::from(
-            rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(|e| failed(e.into()))?,
-        );
-        let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
-        if peer.pid.as_raw_nonzero().get().cast_unsigned() == process.pid() {
-            return Ok(stream);
-        }
-        tracing::warn!(
-            pid = peer.pid.as_raw_nonzero().get(),
-            "rejected a connection of another process to the monitor's socket"
-        );
+/// Waits for the first line of the monitor.
+fn wait_for_greeting(stream: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<()> {
+    match process.ended_before(stream, deadline.remaining()).map_err(no_monitor)? {
+        None => Err(deadline.timeout("QEMU to answer on its monitor")),
+        Some(true) => Err(Error::failed("QEMU ended before its monitor answered")),
+        Some(false) => Ok(()),
     }
+}
+
+fn no_monitor(error: io::Error) -> Error {
+    Error::environment(format!("cannot wait for QEMU's monitor: {error}"))
 }
 
 /// Adds QEMU's output and its exit status to the error of a failed start.

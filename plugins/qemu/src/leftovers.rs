@@ -1,8 +1,10 @@
 //! The leftovers of a host that was killed: a QEMU, its overlays, and the monitor's socket.
 //!
-//! The monitor's socket of the machine, on QEMU's command line, marks a run. A CWD has only one host at a time, so a
-//! process with the marker is a run that no host watches any more: it is ended. A process that merely uses the same
-//! overlay belongs to somebody else: it is reported and not touched.
+//! Every process of a run has the path of the machine's monitor in its environment, and belongs to the machine's own user
+//! where the host is root. A CWD has only one host at a time, so such a process is of a run that no host watches any more:
+//! it is ended. A process that merely uses the same overlay belongs to somebody else: it is reported and not touched.
+//!
+//! Code inside a QEMU can change its environment, and cannot change its user.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -10,16 +12,29 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 use machinery_backend::process::{RunningProcess, leftovers};
-use machinery_backend::{files, remove_overlays};
+use machinery_backend::{RUN_VARIABLE, files, remove_overlays};
 
-/// Ends runs of the machine with that socket that no host watches, and removes their overlays (the first one is
-/// `overlays[0]`) and their socket.
+/// Ends runs of the machine with that socket, or of its own user, that no host watches, and removes their overlays (the
+/// first one is `overlays[0]`) and their socket.
 ///
 /// # Errors
 /// Somebody else uses an overlay, a process does not end, or a file cannot be removed.
-pub fn clear(socket: &Path, overlays: &[PathBuf], program: &Path, keep_overlays: bool) -> Result<()> {
+pub fn clear(
+    socket: &Path,
+    user: Option<u32>,
+    overlays: &[PathBuf],
+    program: &Path,
+    keep_overlays: bool,
+) -> Result<()> {
+    // The socket outlives the process, so without one there is nothing to end.
+    let has_run = socket.exists();
+    let is_ours = |process: &RunningProcess| {
+        has_run
+            && (process.has_variable(RUN_VARIABLE, socket.as_os_str())
+                || user.is_some_and(|user| process.user() == Some(user)))
+    };
     for process in leftovers() {
-        if process.uses(socket) || process.args().any(|arg| is_named_by_dead_host(socket, arg)) {
+        if is_ours(&process) {
             tracing::warn!(pid = process.number(), socket = %socket.display(), "ending a QEMU of a host that died");
             process.end()?;
         } else if is_qemu(&process, program)
@@ -38,36 +53,9 @@ pub fn clear(socket: &Path, overlays: &[PathBuf], program: &Path, keep_overlays:
     }
 }
 
-/// Reports whether the argument names the socket through `/proc` of a host that is dead. A host does so if the path is
-/// too long for an address.
-fn is_named_by_dead_host(socket: &Path, arg: &[u8]) -> bool {
-    let named = std::str::from_utf8(arg).ok();
-    let named =
-        named.and_then(|arg| arg.strip_prefix("socket,id=cuckoo-monitor,path=/proc/")?.split_once('/'));
-    let Some(((host, path), name)) = named.zip(socket.file_name()) else { return false };
-    Path::new(path).file_name() == Some(name) && !Path::new("/proc").join(host).exists()
-}
-
 /// Reports whether the process is a QEMU: the configured one, or one that a wrapper has started.
 fn is_qemu(process: &RunningProcess, configured: &Path) -> bool {
     let Some(own) = process.program() else { return false };
     let is_named_so = own.file_name().is_some_and(|name| name.as_bytes().starts_with(b"qemu-system"));
     is_named_so || fs::canonicalize(configured).is_ok_and(|configured| configured == own)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn socket_is_recognized_behind_a_dead_host_when_its_path_is_long() {
-        let is_named = |path: &str| {
-            let arg = format!("socket,id=cuckoo-monitor,path={path}");
-            is_named_by_dead_host(Path::new("/c/sockets/qemu_m.sock"), arg.as_bytes())
-        };
-        assert!(is_named("/proc/999999999/fd/9/qemu_m.sock"));
-        assert!(!is_named("/proc/999999999/fd/9/qemu_n.sock"));
-        assert!(!is_named(&format!("/proc/{}/fd/9/qemu_m.sock", std::process::id())));
-        assert!(!is_named("/other/sockets/qemu_m.sock"));
-    }
 }

@@ -16,6 +16,7 @@
 //! | `standby` | a run that is loaded and paused |
 //! | `restore`, `progress`, `refusal` | loads a snapshot or a template; its progress; why QEMU refuses a snapshot |
 //! | `inspect` | memory dump and screenshot |
+//! | `jail` | what a machine's QEMU may do |
 //! | `leftovers` | the leftovers of a host that was killed |
 //! | `run` | one run, from its process to its end |
 //! | `launch`, `console` | a process whose monitor is connected; its output |
@@ -30,6 +31,7 @@ mod console;
 mod diagnose;
 mod images;
 mod inspect;
+mod jail;
 mod launch;
 mod leftovers;
 mod machine;

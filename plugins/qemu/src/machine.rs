@@ -67,10 +67,15 @@ impl Backend for Machine {
         self.diagnose_files()
     }
 
+    fn jail(&self) -> Option<String> {
+        Some(self.layers().to_string())
+    }
+
     fn clear_leftovers(&self) -> Result<()> {
         let files = self.files();
         let program = self.shared.program.path();
-        let cleared = leftovers::clear(&self.socket, &files.overlays(), program, files.keep_disk);
+        let user = self.jail.user().map(|user| user.uid);
+        let cleared = leftovers::clear(&self.socket, user, &files.overlays(), program, files.keep_disk);
         // As long as some remain, only this machine cannot be used.
         *lock(&self.leftovers) = cleared.err();
         Ok(())

@@ -48,3 +48,4 @@ pub use build_failures::BuildFailures;
 pub use identity::Identity;
 pub use store::{Template, Templates};
 pub use unavailable_reason::unavailable_reason;
+pub use unfinished::Opener;

@@ -5,7 +5,7 @@
 //! chardev/char.c (`qemu_chr_parse_compat`), net/slirp.c (`slirp_hostfwd`).
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::config::MachineFiles;
 use crate::options::Options;
@@ -30,8 +30,10 @@ enum ResourceKind {
         address: String,
         port: u16,
     },
-    /// A socket, or a file that QEMU writes.
-    Path(PathBuf),
+    /// A file that QEMU writes.
+    File(PathBuf),
+    /// A socket that QEMU makes.
+    Socket(PathBuf),
     Tap(String),
     /// A device of this computer.
     Device(String),
@@ -48,7 +50,7 @@ impl fmt::Display for Resource {
             ResourceKind::Port { protocol, address, port } => {
                 write!(f, "the {protocol} port {address}:{port}")
             }
-            ResourceKind::Path(path) => path.display().fmt(f),
+            ResourceKind::File(path) | ResourceKind::Socket(path) => path.display().fmt(f),
             ResourceKind::Tap(name) => write!(f, "the tap {name}"),
             ResourceKind::Device(name) => write!(f, "the device {name}"),
             ResourceKind::Cid(number) => write!(f, "the vsock address {number}"),
@@ -69,7 +71,7 @@ impl Resource {
     pub fn key(&self) -> String {
         match &self.kind {
             ResourceKind::Port { protocol, port, .. } => format!("{protocol} {port}"),
-            ResourceKind::Path(path) => path.display().to_string(),
+            ResourceKind::File(path) | ResourceKind::Socket(path) => path.display().to_string(),
             ResourceKind::Tap(name) => format!("tap {name}"),
             ResourceKind::Device(name) => format!("device {name}"),
             ResourceKind::Cid(number) => format!("vsock {number}"),
@@ -84,6 +86,25 @@ impl Resource {
                 overlap && self.key() == other.key()
             }
             (one, other) => one == other,
+        }
+    }
+
+    /// Returns the path of a file that QEMU writes.
+    pub fn file(&self) -> Option<&Path> {
+        if let ResourceKind::File(path) = &self.kind { Some(path) } else { None }
+    }
+
+    /// Returns the path of a socket that QEMU makes.
+    pub fn socket(&self) -> Option<&Path> {
+        if let ResourceKind::Socket(path) = &self.kind { Some(path) } else { None }
+    }
+
+    /// Returns the protocol, in capitals, and the number of a port that QEMU listens on.
+    pub fn port(&self) -> Option<(&'static str, u16)> {
+        if let ResourceKind::Port { protocol, port, .. } = &self.kind {
+            Some((protocol, *port))
+        } else {
+            None
         }
     }
 }
@@ -152,14 +173,19 @@ impl ResourceFinder<'_> {
         // QEMUs can share these, or each gets its own.
         let harmless = ["/dev/null", "/dev/zero", "/dev/std", "/dev/fd", "/dev/pts", "/proc/self"];
         if !harmless.iter().any(|start| path.starts_with(start)) {
-            self.add(ResourceKind::Path(self.files.folder().join(path)));
+            self.add(ResourceKind::File(self.files.folder().join(path)));
         }
+    }
+
+    fn socket(&mut self, path: Option<&str>) {
+        let Some(path) = path.filter(|path| !path.is_empty()) else { return };
+        self.add(ResourceKind::Socket(self.files.folder().join(path)));
     }
 
     fn vnc(&mut self, options: &Options) {
         let Some(display) = options.get("vnc").filter(|display| *display != "none") else { return };
         if let Some(path) = display.strip_prefix("unix:") {
-            return self.path(Some(path));
+            return self.socket(Some(path));
         }
         // A server with `to` looks for any free port, and a reverse connection to a viewer opens none.
         if options.has("to") || options.is_on("reverse") {
@@ -179,7 +205,7 @@ impl ResourceFinder<'_> {
     fn spice(&mut self, options: &Options) {
         let address = options.get("addr").unwrap_or_default();
         if options.is_on("unix") {
-            return self.path(Some(address));
+            return self.socket(Some(address));
         }
         for key in ["port", "tls-port"] {
             self.port("TCP", address, options.get(key).and_then(|port| port.parse().ok()));
@@ -197,7 +223,7 @@ impl ResourceFinder<'_> {
                 options.get("localaddr").into_iter().for_each(|endpoint| self.endpoint("UDP", endpoint));
             }
             Some("stream") if options.is_on("server") => {
-                self.path(options.get("addr.path"));
+                self.socket(options.get("addr.path"));
                 let address = options.get("addr.host").unwrap_or_default();
                 self.port("TCP", address, options.get("addr.port").and_then(|port| port.parse().ok()));
             }
@@ -217,7 +243,7 @@ impl ResourceFinder<'_> {
             Some("socket") if options.is_on("server") => {
                 let port = options.get("port").and_then(|port| port.parse().ok());
                 self.port("TCP", options.get("host").unwrap_or_default(), port);
-                self.path(options.get("path"));
+                self.socket(options.get("path"));
             }
             Some("udp") => {
                 let port = options.get("localport").and_then(|port| port.parse().ok());
@@ -240,7 +266,7 @@ impl ResourceFinder<'_> {
             Some(("tcp" | "telnet" | "tn3270" | "websocket", endpoint)) if is_server => {
                 self.endpoint("TCP", endpoint);
             }
-            Some(("unix", path)) if is_server => self.path(Some(path)),
+            Some(("unix", path)) if is_server => self.socket(Some(path)),
             Some(("file" | "pipe", path)) => self.path(Some(path)),
             _ if backend.starts_with("/dev/") => self.path(Some(backend)),
             _ => {}

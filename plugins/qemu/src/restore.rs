@@ -59,14 +59,14 @@ impl Run {
         let events = self.qmp().listen();
         let capabilities = capabilities(&[MigrationCapability::events, MigrationCapability::x_ignore_shared]);
         let batch = self.qmp().batch().with(&capabilities)?;
-        match self.file_uri(&devices.path) {
-            Some(uri) => batch.with(&incoming(uri))?.run(None, deadline)?,
-            None => {
+        let batch = match self.version().reads_snapshot_files() {
+            true => batch.with(&file_set())?.with(&incoming(FILE_SET_URI.to_owned()))?,
+            false => {
                 let name = qmp::getfd { fdname: "devices".to_owned() };
-                let batch = batch.with(&name)?.with(&incoming("fd:devices".to_owned()))?;
-                batch.run(Some(devices.file.as_fd()), deadline)?
+                batch.with(&name)?.with(&incoming("fd:devices".to_owned()))?
             }
         };
+        batch.run(Some(devices.file.as_fd()), deadline)?;
         wait(&events, deadline, "the template to be loaded", migration_end)?.map_err(|why| {
             Error::failed(format!("the template's {} cannot be loaded: {why}", devices.path.display()))
         })
@@ -81,20 +81,10 @@ impl Run {
         self.process().begin_step();
         self.execute(&capabilities(&[MigrationCapability::x_ignore_shared]), deadline)?;
         let events = self.qmp().listen();
-        let uri = match self.file_uri(path) {
-            Some(uri) => uri,
-            None => self.pass(file.into(), deadline)?,
-        };
+        let uri = self.pass_file(file.into(), deadline)?;
         self.execute(&qmp::migrate { uri: Some(uri), channels: None, detach: None, resume: None }, deadline)?;
         wait(&events, deadline, "the devices to be saved", migration_end)?
             .map_err(|why| Error::failed(format!("the devices cannot be saved to {}: {why}", path.display())))
-    }
-
-    /// Returns the URI by which QEMU opens the file; none if QEMU needs a descriptor.
-    fn file_uri(&self, path: &Path) -> Option<String> {
-        // QEMU reads `,offset=` in a file's name as an option.
-        let nameable = !path.to_string_lossy().contains(",offset=");
-        (nameable && self.version().reads_snapshot_files()).then(|| format!("file:{}", path.display()))
     }
 
     fn load_snapshot(&self, snapshot: Snapshot, deadline: Deadline) -> Result<()> {
@@ -105,10 +95,8 @@ impl Run {
         let (uri, feeder) = if !plain {
             let (pipe, feeder) = snapshot.decompress()?;
             (self.pass(pipe.into(), deadline)?, Some(feeder))
-        } else if let Some(uri) = self.file_uri(&path) {
-            (uri, None)
         } else {
-            (self.pass(snapshot.into_file(), deadline)?, None)
+            (self.pass_file(snapshot.into_file(), deadline)?, None)
         };
         self.execute(&incoming(uri), deadline)?;
         let reader = if plain { self.process().pid() } else { std::process::id() };
@@ -148,10 +136,28 @@ impl Run {
         }
     }
 
+    /// Passes a plain file to QEMU, and returns its URI.
+    fn pass_file(&self, file: OwnedFd, deadline: Deadline) -> Result<String> {
+        if !self.version().reads_snapshot_files() {
+            return self.pass(file, deadline);
+        }
+        self.qmp().batch().with(&file_set())?.run(Some(file.as_fd()), deadline)?;
+        Ok(FILE_SET_URI.to_owned())
+    }
+
     fn pass(&self, file: OwnedFd, deadline: Deadline) -> Result<String> {
         let name = self.qmp().pass(file.as_fd(), self.version().incoming_by_name(), deadline)?;
         Ok(format!("fd:{name}"))
     }
+}
+
+/// The number of the set of descriptors that has the file of a migration, and the URI by which QEMU opens it. A QEMU in
+/// its jail can open no file by its path. Source: `qemu_open_internal` in QEMU's util/osdep.c.
+const FILE_SET: i64 = 1000;
+const FILE_SET_URI: &str = "file:/dev/fdset/1000";
+
+fn file_set() -> qmp::add_fd {
+    qmp::add_fd { fdset_id: Some(FILE_SET), opaque: None }
 }
 
 fn capabilities(on: &[MigrationCapability]) -> qmp::migrate_set_capabilities {

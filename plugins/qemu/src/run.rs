@@ -33,7 +33,7 @@ use machinery_backend::{Overlays, Share, Steps, files};
 use qapi::qmp;
 use serde_json::Value;
 
-use crate::launch::{QEMU, Start, connect};
+use crate::launch::{QEMU, Start, connect, end_cgroup};
 use crate::qmp::{Event, Qmp, wait};
 use crate::states::{reason_of_shutdown, state_of_event};
 use crate::version::Version;
@@ -92,13 +92,13 @@ impl Run {
     /// # Errors
     /// QEMU does not start. Nothing of the run remains then.
     pub fn begin(
-        start: Start<'_>,
+        mut start: Start<'_>,
         purpose: Purpose,
         steps: &mut Steps,
         host: &Host,
         deadline: Deadline,
     ) -> Result<Arc<Run>> {
-        let (process, stream) = connect(&start, steps, deadline)?;
+        let (process, stream) = connect(&mut start, steps, deadline)?;
         let run = Arc::new(Run {
             machine: start.machine.to_owned(),
             host: host.clone(),
@@ -114,11 +114,15 @@ impl Run {
             purpose: Mutex::new(purpose),
             resumed: Mutex::new(None),
         });
-        let (watched, socket) = (Arc::clone(&run), start.socket.to_owned());
+        let (watched, socket, confinement) = (Arc::clone(&run), start.socket.to_owned(), start.confinement);
         let handle = Arc::clone(&run.process);
         std::thread::Builder::new()
             .name("qemu-watcher".to_owned())
-            .spawn(move || watched.watch(process, start.overlays, &socket))
+            .spawn(move || {
+                let end = watched.watch(process);
+                end_cgroup(&confinement);
+                watched.clean_up(end, start.overlays, &socket);
+            })
             .map_err(|error| {
                 handle.kill();
                 Error::environment(format!("cannot start a thread to watch QEMU: {error}"))
@@ -126,10 +130,14 @@ impl Run {
         Ok(run)
     }
 
-    /// Reads the monitor to its end, cleans up, and reports the end. Runs in the watcher thread.
-    fn watch(&self, process: Process, mut overlays: Overlays, socket: &Path) {
+    /// Reads the monitor to its end, and returns the end of the process. Runs in the watcher thread.
+    fn watch(&self, process: Process) -> End {
         self.qmp.read(|event| self.on_event(event));
-        let end = process.end(MONITOR_CLOSED_GRACE).named(QEMU);
+        process.end(MONITOR_CLOSED_GRACE).named(QEMU)
+    }
+
+    /// Cleans up after the end of the process, and reports the end. Runs in the watcher thread.
+    fn clean_up(&self, end: End, mut overlays: Overlays, socket: &Path) {
         if !matches!(*self.purpose(), Purpose::Run) {
             overlays.set_keep(false);
         }

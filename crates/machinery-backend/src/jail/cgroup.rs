@@ -64,7 +64,8 @@ impl Cgroup {
 
 /// Returns the cgroup that is delegated to this process, which is ready for the cgroups of machines.
 fn delegated() -> std::result::Result<PathBuf, String> {
-    let none = |why: &str| format!("no cgroup v2 is delegated to the host ({why}; see Delegate= in its unit)");
+    let none =
+        |why: &str| format!("no cgroup v2 is delegated to the host ({why}; see Delegate= in its unit)");
     let own = fs::read_to_string("/proc/self/cgroup").map_err(|error| none(&error.to_string()))?;
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or_else(|| none("it is in none"))?;
     let own = Path::new("/sys/fs/cgroup").join(own);
@@ -73,14 +74,16 @@ fn delegated() -> std::result::Result<PathBuf, String> {
     if !is_delegated(&delegated) {
         return Err(none(&format!("{} is not", delegated.display())));
     }
-    prepare(&delegated).map_err(|error| format!("the cgroup {} cannot be used: {error}", delegated.display()))?;
+    prepare(&delegated)
+        .map_err(|error| format!("the cgroup {} cannot be used: {error}", delegated.display()))?;
     Ok(delegated)
 }
 
 fn is_delegated(folder: &Path) -> bool {
     let mut value = [0_u8; 8];
     ["user.delegate", "trusted.delegate"].into_iter().any(|name| {
-        rustix::fs::getxattr(folder, name, &mut value[..]).is_ok_and(|length| value.get(..length) == Some(b"1"))
+        rustix::fs::getxattr(folder, name, &mut value[..])
+            .is_ok_and(|length| value.get(..length) == Some(b"1"))
     })
 }
 

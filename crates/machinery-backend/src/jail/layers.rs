@@ -23,13 +23,16 @@ impl Layers {
     /// Returns the reason why a strict jail refuses the machine, if it does.
     pub fn missing_in_strict(&self) -> Option<String> {
         let missing = [("A", &self.a), ("B", &self.b)];
-        missing.into_iter().find_map(|(name, why)| Some(format!("layer {name} does not hold: {}", why.as_ref()?)))
+        missing
+            .into_iter()
+            .find_map(|(name, why)| Some(format!("layer {name} does not hold: {}", why.as_ref()?)))
     }
 
     /// Returns the names of the layers that hold, such as `A+B`; `off` if none does.
     pub fn names(&self) -> String {
         let all = [("A", &self.a), ("B", &self.b), ("C", &self.c)];
-        let hold: Vec<&str> = all.into_iter().filter(|(_, why)| why.is_none()).map(|(name, _)| name).collect();
+        let hold: Vec<&str> =
+            all.into_iter().filter(|(_, why)| why.is_none()).map(|(name, _)| name).collect();
         if hold.is_empty() { "off".to_owned() } else { hold.join("+") }
     }
 }

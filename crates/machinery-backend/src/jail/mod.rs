@@ -21,10 +21,12 @@
 //! | `reach` | whether a user can reach a file |
 //! | `layers` | which layers hold, and why not the others |
 //! | `cgroup` | the cgroup of a run |
+//! | [`taps`] | taps that the host opens in the hypervisor's place |
 
 mod cgroup;
 mod layers;
 mod reach;
+pub mod taps;
 mod users;
 
 use std::os::fd::OwnedFd;
@@ -195,6 +197,12 @@ impl Confinement {
             .map_err(|error| Error::io("give to the machine's user", path, &error))
     }
 
+    /// Allows the process to open the file of a descriptor that it inherits once more, by `/proc/self/fd`.
+    pub fn allow_reopening(&mut self, number: i32, for_writing: bool) {
+        let path = PathBuf::from(format!("/proc/self/fd/{number}"));
+        if for_writing { self.policy.write.push(path) } else { self.policy.read.push(path) }
+    }
+
     /// Returns the command that runs the program in the jail, with these descriptors under these numbers.
     ///
     /// # Errors
@@ -210,7 +218,8 @@ impl Confinement {
                 let mut policy = self.policy.clone();
                 policy.descriptors.extend(descriptors.iter().map(|(_, number)| *number));
                 let policy = serde_json::to_string(&policy);
-                let policy = policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
+                let policy =
+                    policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
                 let mut command = machinery::command(helper);
                 command.arg(policy).arg(program);
                 command
@@ -225,5 +234,49 @@ impl Confinement {
             .fd_mappings(mappings)
             .map_err(|error| Error::failed(format!("cannot pass the descriptors on: {error}")))?;
         Ok(command)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the jail of a machine on a computer that offers this.
+    fn jail(mode: JailMode, landlock: bool, root: bool) -> Jail {
+        let kernel = Support { landlock, seccomp: true, root };
+        let user = root.then(|| UserRange::default().user_of(Path::new("/vms/m/disk.qcow2")));
+        let host = HostSupport { kernel, helper: Some("/usr/bin/cuckoo-machinery-jail".into()) };
+        Jail { mode, host, user, cgroup: Err("no cgroup".to_owned()) }
+    }
+
+    #[test]
+    fn jail_is_incomplete_and_says_so_when_the_kernel_has_no_landlock() {
+        let confinement = jail(JailMode::Auto, false, true).confine(Policy::default()).unwrap();
+        assert!(confinement.is_confined());
+        let layers = confinement.layers().to_string();
+        assert!(layers.starts_with("B; not A: the kernel has no Landlock"), "{layers}");
+        let refused = jail(JailMode::Strict, false, true).confine(Policy::default()).unwrap_err().to_string();
+        assert!(refused.contains("layer A does not hold: the kernel has no Landlock"), "{refused}");
+        assert!(refused.contains("jail: auto"), "{refused}");
+    }
+
+    #[test]
+    fn jail_gives_no_user_and_no_limit_of_processes_when_the_host_is_not_root() {
+        let limits = Limits { processes: Some(9), ..Limits::default() };
+        let policy = Policy { limits, own_network: true, ..Policy::default() };
+        let confinement = jail(JailMode::Auto, true, false).confine(policy.clone()).unwrap();
+        assert_eq!(confinement.layers().names(), "A");
+        let confined = &confinement.policy;
+        assert_eq!((&confined.user, confined.own_network, confined.limits.processes), (&None, false, None));
+        assert!(jail(JailMode::Strict, true, false).confine(policy).is_err());
+    }
+
+    #[test]
+    fn nothing_is_confined_when_the_jail_is_off() {
+        let confinement = jail(JailMode::Off, true, true).confine(Policy::default()).unwrap();
+        assert!(!confinement.is_confined());
+        assert_eq!(confinement.layers().names(), "off");
+        let command = confinement.command(Path::new("/usr/bin/qemu"), Vec::new()).unwrap();
+        assert_eq!(command.get_program(), "/usr/bin/qemu");
     }
 }

@@ -52,7 +52,8 @@ fn hash(key: &Path) -> u32 {
 impl<'de> Deserialize<'de> for UserRange {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         checked(deserializer, |text| {
-            let wrong = || format!("'{text}' is no range of users: write FIRST-LAST, such as 1900000000-1900065535");
+            let wrong =
+                || format!("'{text}' is no range of users: write FIRST-LAST, such as 1900000000-1900065535");
             let (first, last) = text.split_once('-').ok_or_else(wrong)?;
             let number = |text: &str| text.trim().parse::<u32>().map_err(|_| wrong());
             let (first, last) = (number(first)?, number(last)?);

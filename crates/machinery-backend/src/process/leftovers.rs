@@ -75,6 +75,13 @@ impl RunningProcess {
         environment.split(|byte| *byte == 0).any(|entry| entry == wanted)
     }
 
+    /// Returns the number of the user of the process; none after its end. Source: `Uid` in proc_pid_status(5).
+    pub fn user(&self) -> Option<u32> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.number())).ok()?;
+        let numbers = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+        numbers.split_whitespace().next()?.parse().ok()
+    }
+
     /// Reports whether a signal or a debugger has stopped the process.
     pub fn is_stopped(&self) -> bool {
         group::is_stopped(self.number().cast_unsigned())

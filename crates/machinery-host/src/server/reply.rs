@@ -138,6 +138,7 @@ fn machine(machine: &Machine) -> Value {
         "interface": info.interface,
         "agent_port": info.agent_port,
         "mac_address": info.mac_address,
+        "jail": info.jail,
         "machinery_name": machine.machinery.name,
         "state": status.state,
         "locked": availability.lock.is_some(),

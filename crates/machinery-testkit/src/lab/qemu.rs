@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Pid;
 
@@ -31,6 +32,8 @@ pub struct Lab {
     qemu: Qemu,
     machines: BTreeMap<String, MachineFolder>,
     network: Option<TestNetwork>,
+    /// True if a test has switched the jail off.
+    has_no_jail: AtomicBool,
 }
 
 impl Lab {
@@ -72,7 +75,7 @@ impl Lab {
             Ok(((*name).to_owned(), machine?))
         };
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
-        let lab = Lab { cwd, qemu, machines, network };
+        let lab = Lab { cwd, qemu, machines, network, has_no_jail: AtomicBool::new(false) };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;
         Ok(lab)
@@ -160,13 +163,19 @@ impl Lab {
     /// Writes `machinery-host.yaml`, with keys of the host and, after a comma, of the machinery. Preparation
     /// is off, so that a machine that is off has no files; [`ahead`](Lab::ahead) enables it.
     pub fn host_yaml(&self, host: &str, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!("{host}\nmachineries: {{qemu: {{instant: off, standby: off{qemu}}}}}\n"))
+        self.cwd.host_yaml(&format!(
+            "{host}\nmachineries: {{qemu: {{{}instant: off, standby: off{qemu}}}}}\n",
+            self.own_keys()
+        ))
     }
 
     /// Writes `machinery-host.yaml` with these keys of the machinery, and a fixed space limit for templates,
     /// also where the disk is nearly full.
     pub fn ahead(&self, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!("machineries: {{qemu: {{instant_space_limit: 16 GiB, {qemu}}}}}\n"))
+        self.cwd.host_yaml(&format!(
+            "machineries: {{qemu: {{{}instant_space_limit: 16 GiB, {qemu}}}}}\n",
+            self.own_keys()
+        ))
     }
 
     /// Returns the path of a machine's template, if it has one.
@@ -191,12 +200,27 @@ impl Lab {
         fs::write(&machine.machineinfo, info).context(|| format!("changing the arguments of {name}"))
     }
 
-    /// Replaces QEMU by a shell script, which prints `version` as its version.
+    /// Replaces QEMU by a shell script, which prints `version` as its version. The script needs files that no QEMU needs,
+    /// so it has no jail.
     pub fn fake_qemu(&self, version: &str, script: &str) -> Result<()> {
         let text =
             format!("[ \"$1\" = --version ] && echo 'QEMU emulator version {version}' && exit\n{script}");
+        self.without_jail()?;
         let path = self.cwd.script("fake-qemu", &text)?;
         self.change_yaml(&self.qemu.system.display().to_string(), &path.display().to_string())
+    }
+
+    /// Switches the jail of all machines off, also in a `machinery-host.yaml` that is written later.
+    pub fn without_jail(&self) -> Result<()> {
+        if self.has_no_jail.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.cwd.change_host_yaml("qemu: {", &format!("qemu: {{{}", self.own_keys()))
+    }
+
+    /// Returns the keys of the machinery that a test does not write.
+    fn own_keys(&self) -> &'static str {
+        if self.has_no_jail.load(Ordering::Relaxed) { "jail: off, " } else { "" }
     }
 
     /// Returns the running QEMU of that machine.

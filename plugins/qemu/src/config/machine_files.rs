@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, MachineInfo, Result};
+use machinery_backend::jail::{JailMode, UserRange};
 use machinery_backend::{ImageFile, MachineKeys, overlay_path};
 
 use super::section::PrepareOptions;
@@ -27,6 +28,9 @@ pub struct MachineFiles {
     pub keep_disk: bool,
     pub prepare: PrepareOptions,
     pub allow_shared_writes: bool,
+    pub jail: JailMode,
+    /// The users of the machines, where the host is root.
+    pub jail_users: UserRange,
 }
 
 impl MachineKeys for MachineFiles {

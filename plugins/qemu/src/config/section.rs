@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use machinery::config::null_as_default;
 use machinery::parse_bytes;
 use machinery_backend::Standby;
+use machinery_backend::jail::{JailMode, UserRange};
 use serde::Deserialize;
 
 /// Keys that were renamed, with their new names. The old names are accepted for one release.
@@ -30,6 +31,9 @@ pub struct Section {
     standby: Standby,
     #[serde(alias = "standby_memory", deserialize_with = "parse_bytes")]
     pub standby_memory_limit: Option<u64>,
+    jail: JailMode,
+    /// The users of the machines, where the host is root.
+    pub jail_users: UserRange,
     /// Other values for single machines.
     #[serde(deserialize_with = "null_as_default")]
     pub machines: BTreeMap<String, MachineSection>,
@@ -53,6 +57,7 @@ pub enum InstantMode {
 pub struct MachineSection {
     instant: Option<InstantMode>,
     standby: Option<Standby>,
+    jail: Option<JailMode>,
     /// Allows a run to write to files or devices that the next run finds changed.
     pub allow_shared_writes: bool,
 }
@@ -70,5 +75,10 @@ impl Section {
         let own = self.machines.get(machine).copied().unwrap_or_default();
         let instant = own.instant.unwrap_or(self.instant) != InstantMode::Off;
         PrepareOptions { instant, standby: own.standby.unwrap_or(self.standby) }
+    }
+
+    /// Returns the confinement of a machine: its own, else that of all machines.
+    pub fn jail_of(&self, machine: &str) -> JailMode {
+        self.machines.get(machine).and_then(|own| own.jail).unwrap_or(self.jail)
     }
 }

@@ -172,6 +172,8 @@ impl Validator<'_> {
             keep_disk: section.keep_disposable_disks,
             prepare: section.prepare_options(name),
             allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
+            jail: section.jail_of(name),
+            jail_users: section.jail_users,
         })
     }
 

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use machinery::{Deadline, Error, Result, machine_socket};
+use machinery_backend::jail::{Jail, Layers};
 use machinery_backend::sync::lock;
 use machinery_backend::{OverlayTemplates, ReadinessReport, Reloadable, Work};
 
 use super::state::MachineState;
 use crate::config::MachineFiles;
+use crate::jail::policy_of;
 use crate::peers::Peer;
 use crate::prepare::{BuildFailures, Identity};
 use crate::resources::Resource;
@@ -24,6 +26,7 @@ pub struct Machine {
     /// The reason why leftovers of a host that died still exist, if they do.
     pub(super) leftovers: Mutex<Option<Error>>,
     pub(super) socket: PathBuf,
+    pub(super) jail: Jail,
     pub(super) shared: Arc<Qemu>,
     pub(super) work: Arc<Work<MachineState>>,
     /// The empty overlays that a run's overlays are copied from.
@@ -78,6 +81,8 @@ impl Machine {
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
             readiness: ReadinessReport::new(&shared.host, name),
+            // The disk belongs to this machine alone, on the whole computer.
+            jail: Jail::new(files.jail, &files.disk, files.jail_users),
             configured: files,
             corrected: OnceLock::new(),
             resources: OnceLock::new(),
@@ -111,6 +116,12 @@ impl Machine {
     /// Some remain; the error has the reason.
     pub(super) fn expect_no_leftovers(&self) -> Result<()> {
         lock(&self.leftovers).clone().map_or(Ok(()), Err)
+    }
+
+    /// Returns the layers of the jail that hold for the machine.
+    pub(super) fn layers(&self) -> Layers {
+        let files = self.files();
+        self.jail.layers(policy_of(files, self.shared.program.path(), files.overlays()))
     }
 
     pub(super) fn identity(&self) -> Result<Identity> {

@@ -1,15 +1,19 @@
 //! Starts a QEMU of the machine whose guest is loaded and paused, and resumes the guest.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
-use machinery_backend::Steps;
+use machinery_backend::jail::Confinement;
+use machinery_backend::{Overlays, RUN_VARIABLE, Steps};
 
 use super::base::Machine;
 use super::state::{MachineOperation, end_when_cancelled};
+use crate::jail::policy_of;
 use crate::launch::{Memory, Start};
+use crate::resources::Resource;
 use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
 use crate::run::{Purpose, Run};
@@ -66,6 +70,7 @@ impl Machine {
         let mut overlays = self.overlay_templates.overlays(img, &images, first_overlay, limit)?;
         overlays.set_keep(files.keep_disk);
         steps.done("overlay");
+        let confinement = self.confine(&overlays)?;
         let start = Start {
             machine: name,
             program: self.shared.program.path(),
@@ -76,6 +81,7 @@ impl Machine {
             socket: &self.socket,
             memory,
             incoming: !matches!(load, Load::Nothing),
+            confinement,
         };
         let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));
         let run = begun.map_err(|error| self.advise_reload(error))?;
@@ -84,6 +90,27 @@ impl Machine {
         loaded.map_err(|error| run.fail_start(error, Stage::Load))?;
         steps.done("load");
         Ok(run)
+    }
+
+    /// Returns the jail of a run with these overlays, which belong to the machine's user from now on. The other files that
+    /// QEMU writes are made if they do not exist: in the jail, QEMU makes no file.
+    fn confine(&self, overlays: &Overlays) -> Result<Confinement> {
+        let files = self.files();
+        let overlays: Vec<PathBuf> = overlays.paths().into_iter().map(PathBuf::from).collect();
+        let mut policy = policy_of(files, self.shared.program.path(), overlays.clone());
+        policy.environment.push((RUN_VARIABLE.to_owned(), self.socket.display().to_string()));
+        let confinement = self.jail.confine(policy)?;
+        if !confinement.is_confined() {
+            return Ok(confinement);
+        }
+        let written = Resource::of(files);
+        for path in written.iter().filter_map(Resource::file) {
+            let made = File::options().append(true).create(true).open(path);
+            made.map_err(|error| Error::io("make a file of the start_args,", path, &error))?;
+            confinement.give(path)?;
+        }
+        overlays.iter().try_for_each(|overlay| confinement.give(overlay))?;
+        Ok(confinement)
     }
 
     /// Adds the advice to reload, if the arguments in the file have changed: that may have corrected the

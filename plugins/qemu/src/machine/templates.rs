@@ -11,8 +11,8 @@ use machinery::{Deadline, Result};
 use super::base::Machine;
 use super::prepare::Preparation;
 use super::start::StartOptions;
-use crate::launch::Memory;
-use crate::prepare::{Build, BuildError, Identity, Template, Templates, build, unavailable_reason};
+use crate::launch::{Memory, RAM_PATH};
+use crate::prepare::{Build, BuildError, Identity, Opener, Template, Templates, build, unavailable_reason};
 use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
 use crate::run::{Purpose, Run};
@@ -63,7 +63,7 @@ impl Machine {
     /// Drops a template that cannot be loaded. A start that failed for another reason, such as a port in use,
     /// keeps the template.
     pub(super) fn on_template_failed(&self, identity: &Identity, failed: &StartError) {
-        if failed.still_running.is_none() && self.is_template_at_fault(failed) {
+        if failed.still_running.is_none() && Machine::is_template_at_fault(failed) {
             let why = format!("its template could not be loaded: {}", failed.error.reason());
             self.build_failures.add(identity, &why);
             self.drop_template(&why);
@@ -71,9 +71,8 @@ impl Machine {
     }
 
     /// Reports whether loading failed, or QEMU's error is about the template's RAM file.
-    fn is_template_at_fault(&self, failed: &StartError) -> bool {
-        let ram = self.templates().map(|all| all.ram(self.name()).display().to_string());
-        failed.at == Stage::Load || ram.is_some_and(|ram| failed.error.reason().contains(&ram))
+    fn is_template_at_fault(failed: &StartError) -> bool {
+        failed.at == Stage::Load || failed.error.reason().contains(RAM_PATH)
     }
 
     fn drop_template(&self, why: &str) {
@@ -183,7 +182,8 @@ impl Build for Preparation<'_> {
         self.operation.cancellation().ensure_wanted()
     }
 
-    fn opens_for_writing(&self) -> bool {
-        !self.machine.shared.program.version().maps_readonly_files()
+    fn opener(&self) -> Opener {
+        let group = self.machine.jail.user().map(|user| user.gid);
+        Opener { group, writes: !self.machine.shared.program.version().maps_readonly_files() }
     }
 }

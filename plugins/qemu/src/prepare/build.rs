@@ -9,8 +9,8 @@
 //! ```
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::identity::Identity;
 use super::sparse_copy::sparse_copy;
 use super::store::Templates;
-use super::unfinished::Unfinished;
+use super::unfinished::{Opener, Unfinished};
 use crate::launch::{Memory, Sharing};
 use crate::restore::Load;
 use crate::run::Run;
@@ -62,8 +62,8 @@ pub trait Build {
     /// The build was cancelled.
     fn ensure_wanted(&self) -> Result<()>;
 
-    /// Reports whether the RAM file has to stay writable for its owner, because this QEMU opens it so.
-    fn opens_for_writing(&self) -> bool;
+    /// Returns who opens the RAM file, and how.
+    fn opener(&self) -> Opener;
 }
 
 /// The maximum time for a QEMU that only reports its RAM block.
@@ -111,7 +111,7 @@ pub fn build(
     let _reservation = templates.space().reserve(needed).map_err(BuildError::NoSpace)?;
     memory_shortage(size).map_or(Ok(()), |why| Err(BuildError::NoSpace(why)))?;
     let ram = file_in_memory()?;
-    let file = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), ram.as_raw_fd()));
+    let file = ram.try_clone().map_err(|error| no_memory(&error))?;
     let memory = Memory { file, size, block: block.clone(), sharing: Sharing::Written };
     let run = build.start(&unfinished.disk(), Some(memory), Load::Snapshot(snapshot), deadline)?;
     let saved = run.save_devices(&unfinished.devices(), deadline);
@@ -124,7 +124,7 @@ pub fn build(
     if let Some(change) = build.identity()?.change_since(&identity) {
         return Err(Error::failed(format!("{change} while its template was built")).into());
     }
-    unfinished.publish(identity, &block, build.opens_for_writing())?;
+    unfinished.publish(identity, &block, build.opener())?;
     Ok(())
 }
 
@@ -171,8 +171,11 @@ fn ram_of(run: &Run, deadline: Deadline) -> Result<(String, u64)> {
 
 fn file_in_memory() -> Result<File> {
     let made = memfd_create("template", MemfdFlags::CLOEXEC);
-    let made = made.map_err(|error| Error::environment(format!("cannot make a file in memory: {error}")))?;
-    Ok(made.into())
+    Ok(made.map_err(|error| no_memory(&error.into()))?.into())
+}
+
+fn no_memory(error: &io::Error) -> Error {
+    Error::environment(format!("cannot make a file in memory: {error}"))
 }
 
 /// Returns the maximum size of the template, in bytes. Zeros take no space, and a plain snapshot has none.

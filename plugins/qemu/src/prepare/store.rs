@@ -99,11 +99,6 @@ impl Templates {
         self.dir.join(format!("{machine}{UNFINISHED}"))
     }
 
-    /// Returns the path of the RAM file of the machine's template.
-    pub fn ram(&self, machine: &str) -> PathBuf {
-        self.folder(machine).join(RAM)
-    }
-
     /// Returns the machine's template, if it has one that belongs to this identity.
     ///
     /// # Errors
@@ -121,8 +116,9 @@ impl Templates {
             return Err(change);
         }
         let unreadable = |error: io::Error| format!("it cannot be read: {error}");
-        let (ram, path) = (folder.join(RAM), folder.join(DEVICES));
-        if FileId::of(&ram).map_err(unreadable)? != record.ram {
+        let (ram_path, path) = (folder.join(RAM), folder.join(DEVICES));
+        let ram = File::open(&ram_path).map_err(unreadable)?;
+        if FileId::of_open(&ram_path, &ram).map_err(unreadable)? != record.ram {
             return Err("its RAM file was changed".to_owned());
         }
         let mut file = File::open(&path).map_err(unreadable)?;
@@ -133,8 +129,8 @@ impl Templates {
         }
         let memory =
             Memory { file: ram, size: record.ram.size(), block: record.block, sharing: Sharing::Mapped };
-        let (ram, disk) = (record.ram, size_on_disk(&folder));
-        Ok(Some(Template { memory, devices: Devices { path, file }, ram, disk }))
+        let disk = size_on_disk(&folder);
+        Ok(Some(Template { memory, devices: Devices { path, file }, ram: record.ram, disk }))
     }
 
     /// Removes the machine's template, if there is one.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::PathBuf;
 
 use machinery::{Error, Result};
@@ -11,6 +11,15 @@ use machinery_images::FileId;
 use super::identity::Identity;
 use super::layout::{DEVICES, DISK, RAM, RECORD, checksum, remove};
 use super::store::{Record, Templates};
+
+/// Who opens a template's RAM file, and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Opener {
+    /// The group of the machine's own user, if it has one.
+    pub group: Option<u32>,
+    /// True if QEMU opens the file for writing, although it maps it privately.
+    pub writes: bool,
+}
 
 /// A template that is being built. Dropping the value removes the files, unless they were published.
 pub struct Unfinished {
@@ -47,15 +56,20 @@ impl Unfinished {
     ///
     /// # Errors
     /// The files cannot be written to the disk.
-    pub fn publish(self, identity: Identity, block: &str, writable: bool) -> Result<()> {
-        self.write_to_disk(identity, block, writable)
+    pub fn publish(self, identity: Identity, block: &str, opener: Opener) -> Result<()> {
+        self.write_to_disk(identity, block, opener)
             .map_err(|error| Error::io("publish the template", &self.published_as, &error))
     }
 
-    fn write_to_disk(&self, identity: Identity, block: &str, writable: bool) -> io::Result<()> {
-        let mode = |writable| Permissions::from_mode(if writable { 0o600 } else { 0o400 });
-        for (path, writable) in [(self.ram(), writable), (self.devices(), false)] {
-            fs::set_permissions(&path, mode(writable))?;
+    fn write_to_disk(&self, identity: Identity, block: &str, opener: Opener) -> io::Result<()> {
+        let (owner, group) = if opener.writes { (0o600, 0o060) } else { (0o400, 0o040) };
+        let mode = owner | opener.group.map_or(0, |_| group);
+        if let Some(group) = opener.group {
+            chown(self.ram(), None, Some(group))?;
+        }
+        // QEMU gets the devices as an open file.
+        for (path, mode) in [(self.ram(), mode), (self.devices(), 0o400)] {
+            fs::set_permissions(&path, Permissions::from_mode(mode))?;
             File::open(&path)?.sync_all()?;
         }
         // The identities have the paths after the rename, which changes nothing else of the files.
@@ -116,7 +130,7 @@ mod tests {
         let unfinished = Unfinished::begin(&templates, "m").unwrap();
         File::create(unfinished.ram()).unwrap().set_len(1 << 20).unwrap();
         fs::write(unfinished.devices(), "the devices").unwrap();
-        unfinished.publish(identity.clone(), "pc.ram", false).unwrap();
+        unfinished.publish(identity.clone(), "pc.ram", Opener::default()).unwrap();
         Made { folder, templates, identity }
     }
 

@@ -1,0 +1,280 @@
+//! The jail of the qemu machinery: code inside QEMU reaches nothing.
+//!
+//! A probe in QEMU's place makes the attempts of `docs/security.md`, with real files, sockets and processes of a lab. Each
+//! attempt succeeds with `jail: off`, so that each test can fail.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::net::{TcpListener, UdpSocket};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::path::{Path, PathBuf};
+
+use machinery_testkit::artifacts;
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use serde_json::{Value, json};
+
+/// EPERM, EACCES, and ESRCH of a process that another user cannot see.
+const DENIED: [&str; 3] = ["1", "13", "3"];
+
+const MODES: [&str; 2] = ["auto", "strict"];
+
+fn lab(names: &[&str]) -> Lab {
+    let machines: Vec<_> = names.iter().map(|name| (*name, Guest::Micro, SnapshotFormat::Lz4)).collect();
+    Lab::new(&machines).unwrap()
+}
+
+fn served(lab: &Lab) -> (RunningHost, Client) {
+    let host = lab.host().unwrap();
+    let client = host.client().unwrap();
+    (host, client)
+}
+
+#[track_caller]
+fn does(client: &mut Client, action: &str, machine: &str) {
+    let answer = client.act(action, machine).unwrap();
+    assert_eq!(answer, json!({"success": true}), "{action} of {machine}");
+}
+
+/// A lab whose QEMU is the probe, and everything that the attempts are about.
+struct Host {
+    lab: Lab,
+    _sockets: Vec<UnixListener>,
+    tcp: TcpListener,
+    udp: UdpSocket,
+    abstract_name: String,
+}
+
+impl Host {
+    fn new() -> Host {
+        let lab = lab(&["m", "other"]);
+        let root = lab.cwd().root();
+        let probe = root.join("probe");
+        fs::copy(artifacts::folder().unwrap().join("jail-probe"), &probe).unwrap();
+        fs::set_permissions(&probe, Permissions::from_mode(0o755)).unwrap();
+        lab.change_yaml(&lab.qemu().system.display().to_string(), &probe.display().to_string()).unwrap();
+        fs::create_dir_all(root.join("machineries")).unwrap();
+        fs::write(root.join("secret"), "secret").unwrap();
+        let attempts = lab.folder("m").dir.join("attempts");
+        lab.change_start_args("m", |args| args.extend(["-cdrom".into(), attempts.display().to_string()])).unwrap();
+        let abstract_name = format!("qemu-jail-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&abstract_name).unwrap();
+        let sockets =
+            vec![UnixListener::bind_addr(&address).unwrap(), UnixListener::bind(root.join("libvirt-sock")).unwrap()];
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        Host { lab, _sockets: sockets, tcp, udp, abstract_name }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.lab.cwd().root().join(name)
+    }
+
+    /// Returns the attempts that the jail denies, for a host process of that number.
+    fn attempts(&self, host: u32) -> Vec<String> {
+        let other = self.lab.folder("other");
+        let named = |attempt: &str, path: &Path| format!("{attempt}={}", path.display());
+        vec![
+            named("write", &other.disk),
+            named("write", &other.snapshot),
+            named("write", &self.lab.folder("m").disk),
+            named("write", &self.path("conf/machineries/qemu.yaml")),
+            named("create", &self.path("machineries/libmachinery_evil.so")),
+            named("create", &self.lab.folder("m").dir.join("new")),
+            named("connect", &self.path("operational/sockets/machinerymanager.sock")),
+            named("connect", &self.path("libvirt-sock")),
+            named("read", &self.path("secret")),
+            named("list", self.lab.cwd().root()),
+            "read=/etc/shadow".to_owned(),
+            format!("abstract={}", self.abstract_name),
+            format!("tcp={}", self.tcp.local_addr().unwrap()),
+            format!("udp={}", self.udp.local_addr().unwrap()),
+            "listen=127.0.0.1:0".to_owned(),
+            format!("trace={host}"),
+            format!("memory={host}"),
+            format!("signal={host}"),
+            "signal-group".to_owned(),
+            "fork".to_owned(),
+            "namespace".to_owned(),
+        ]
+    }
+
+    fn jail(&self, mode: &str) {
+        self.lab.host_yaml("", &format!(", jail: {mode}")).unwrap();
+    }
+
+    /// Has the probe make the attempts, and returns the end of each.
+    fn report(&self, attempts: impl FnOnce(u32) -> Vec<String>) -> BTreeMap<String, String> {
+        // The arguments name the file, so it has to exist.
+        let file = self.lab.folder("m").dir.join("attempts");
+        fs::write(&file, "").unwrap();
+        let (mut host, mut client) = served(&self.lab);
+        fs::write(&file, attempts(host.pid()).join("\n")).unwrap();
+        does(&mut client, "restore_start", "m");
+        let report = fs::read_to_string(&self.lab.folder("m").serial).unwrap();
+        does(&mut client, "stop", "m");
+        assert!(host.terminate().unwrap().success());
+        let line = |line: &str| line.rsplit_once(": ").map(|(attempt, end)| (attempt.into(), end.into())).unwrap();
+        report.lines().map(line).collect()
+    }
+}
+
+#[test]
+fn attempts_succeed_when_the_jail_is_off() {
+    let host = Host::new();
+    host.jail("off");
+    let report = host.report(|pid| host.attempts(pid));
+    assert_eq!(report.len(), host.attempts(0).len(), "{report:?}");
+    for (attempt, end) in report {
+        assert_eq!(end, "ok", "{attempt}");
+    }
+}
+
+#[test]
+fn attempts_are_denied_when_the_jail_is_on() {
+    let host = Host::new();
+    for mode in MODES {
+        host.jail(mode);
+        let report = host.report(|pid| host.attempts(pid));
+        assert_eq!(report.len(), host.attempts(0).len(), "{report:?}");
+        for (attempt, end) in report {
+            assert!(DENIED.contains(&end.as_str()), "{attempt} under {mode}: {end}");
+        }
+    }
+}
+
+/// Without a user of its own, layer A alone denies everything.
+#[test]
+fn attempts_are_denied_when_the_machine_has_no_user_of_its_own() {
+    let host = Host::new();
+    let closed = host.lab.cwd().root().parent().unwrap();
+    fs::set_permissions(closed, Permissions::from_mode(0o700)).unwrap();
+    host.jail("auto");
+    let report = host.report(|pid| host.attempts(pid));
+    for (attempt, end) in report {
+        assert!(DENIED.contains(&end.as_str()), "{attempt}: {end}");
+    }
+}
+
+fn listed(client: &mut Client, machine: &str) -> Value {
+    client.machine(machine).unwrap()
+}
+
+/// Returns a line of a process's status.
+fn status(pid: rustix::process::Pid, key: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn qemu_has_no_rights_and_no_descriptors_of_the_host() {
+    let lab = lab(&["m", "other"]);
+    lab.host_yaml("", ", jail: strict").unwrap();
+    let (mut host, mut client) = served(&lab);
+    for machine in ["m", "other"] {
+        does(&mut client, "restore_start", machine);
+    }
+    let processes = ["m", "other"].map(|machine| lab.qemu_of(machine).unwrap());
+    let users = processes.map(|pid| status(pid, "Uid:"));
+    assert_ne!(users[0], users[1], "two machines share a user");
+    for (pid, user) in processes.into_iter().zip(&users) {
+        assert!(!user.split(' ').any(|uid| uid == "0"), "{user}");
+        assert_eq!(status(pid, "Groups:"), "");
+        for (key, expected) in [("NoNewPrivs:", "1"), ("Seccomp:", "2"), ("CapEff:", "0000000000000000")] {
+            assert_eq!(status(pid, key), expected, "{key}");
+        }
+        assert_descriptors_are_its_own(&lab, pid);
+    }
+    let inode = |pid: rustix::process::Pid, kind: &str| {
+        fs::metadata(format!("/proc/{}/ns/{kind}", pid.as_raw_nonzero())).unwrap().ino()
+    };
+    let own = rustix::process::getpid();
+    assert_ne!(inode(processes[0], "ipc"), inode(own, "ipc"));
+    assert_ne!(inode(processes[0], "net"), inode(own, "net"));
+    assert!(listed(&mut client, "m")["jail"].as_str().unwrap().starts_with("A+B"), "{}", listed(&mut client, "m"));
+    assert!(host.terminate().unwrap().success());
+}
+
+/// No descriptor leads to a file outside of the machine's folder, and none can write to its disk.
+fn assert_descriptors_are_its_own(lab: &Lab, pid: rustix::process::Pid) {
+    for entry in fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(target) = fs::read_link(&path) else { continue };
+        let info = path.display().to_string().replace("/fd/", "/fdinfo/");
+        let info = fs::read_to_string(info).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap_or_default();
+        let writes = flags.trim().chars().last().is_some_and(|digit| digit == '1' || digit == '2');
+        let is_below = target.starts_with(lab.cwd().root());
+        let disks = ["m", "other"].map(|machine| lab.folder(machine).disk.clone());
+        assert!(!(writes && disks.contains(&target)), "{target:?} is open for writing");
+        let harmless = ["/dev/null", "/dev/urandom", "pipe:", "socket:", "anon_inode:", "/memfd:"];
+        let is_harmless = harmless.iter().any(|start| target.to_string_lossy().starts_with(start));
+        let is_system = !writes && (target.starts_with("/usr") || target.starts_with("/var/cache"));
+        assert!(is_below || is_harmless || is_system, "{target:?}");
+    }
+}
+
+/// A machine of another user's files: a strict jail refuses it, and says why.
+#[test]
+fn machine_is_refused_when_the_jail_is_strict_and_its_files_are_closed() {
+    let lab = lab(&["m"]);
+    let closed = lab.cwd().root().parent().unwrap().to_owned();
+    fs::set_permissions(&closed, Permissions::from_mode(0o700)).unwrap();
+    lab.host_yaml("", ", jail: strict").unwrap();
+    let checked = lab.run(&["check"]).unwrap();
+    assert!(checked.stdout.contains("layer B does not hold"), "{}", checked.stdout);
+    let (mut host, mut client) = served(&lab);
+    let reason = client.act("restore_start", "m").unwrap()["reason"].as_str().unwrap().to_owned();
+    let why = format!("the folder {} is closed to other users", closed.display());
+    assert!(reason.contains("the jail is strict") && reason.contains(&why), "{reason}");
+    assert!(listed(&mut client, "m")["jail"].as_str().unwrap().contains(&why));
+    assert!(host.terminate().unwrap().success());
+}
+
+/// Code inside a real QEMU, as that of malware which has escaped: a plugin of its emulator.
+#[test]
+fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
+    for (mode, is_denied) in [("off", false), ("auto", true), ("strict", true)] {
+        let host = Host::new();
+        let (lab, m) = (&host.lab, host.lab.folder("m"));
+        let probe = host.path("probe");
+        lab.change_yaml(&probe.display().to_string(), &lab.qemu().system.display().to_string()).unwrap();
+        let (library, report) = (host.path("libjail_probe.so"), m.dir.join("report"));
+        fs::copy(artifacts::folder().unwrap().join("libjail_probe.so"), &library).unwrap();
+        fs::write(m.dir.join("attempts"), "").unwrap();
+        fs::write(&report, "").unwrap();
+        let shown = |path: &Path| path.display().to_string();
+        let attempts = shown(&m.dir.join("attempts"));
+        let plugin =
+            format!("file={},attempts={attempts},report={}", shown(&library), shown(&report));
+        // The report is a file that QEMU may write, as the log of a serial port is.
+        lab.change_start_args("m", |args| {
+            args.extend(["-plugin", &plugin, "-cdrom", &attempts].map(str::to_owned));
+            let log = format!("file,id=report,path={},append=on", shown(&report));
+            args.extend(["-chardev".to_owned(), log]);
+        })
+        .unwrap();
+        lab.host_yaml("", &format!(", jail: {mode}, machines: {{m: {{unsafe_start_args: true}}}}")).unwrap();
+        let (mut running, mut client) = served(lab);
+        let attempts = host.attempts(running.pid()).join("\n");
+        fs::write(m.dir.join("attempts"), attempts).unwrap();
+        does(&mut client, "norestore_start", "m");
+        let said = fs::read_to_string(&report).unwrap();
+        does(&mut client, "stop", "m");
+        assert!(running.terminate().unwrap().success());
+        assert_eq!(said.lines().count(), host.attempts(0).len(), "{said}");
+        for line in said.lines() {
+            let (attempt, end) = line.rsplit_once(": ").unwrap();
+            assert_eq!(DENIED.contains(&end), is_denied, "{attempt} under {mode}: {end}");
+        }
+    }
+}
