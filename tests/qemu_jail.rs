@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::net::{TcpListener, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use machinery_testkit::artifacts;
 use machinery_testkit::client::Client;
@@ -64,11 +65,14 @@ impl Host {
         fs::create_dir_all(root.join("machineries")).unwrap();
         fs::write(root.join("secret"), "secret").unwrap();
         let attempts = lab.folder("m").dir.join("attempts");
-        lab.change_start_args("m", |args| args.extend(["-cdrom".into(), attempts.display().to_string()])).unwrap();
+        lab.change_start_args("m", |args| args.extend(["-cdrom".into(), attempts.display().to_string()]))
+            .unwrap();
         let abstract_name = format!("qemu-jail-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&abstract_name).unwrap();
-        let sockets =
-            vec![UnixListener::bind_addr(&address).unwrap(), UnixListener::bind(root.join("libvirt-sock")).unwrap()];
+        let sockets = vec![
+            UnixListener::bind_addr(&address).unwrap(),
+            UnixListener::bind(root.join("libvirt-sock")).unwrap(),
+        ];
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         Host { lab, _sockets: sockets, tcp, udp, abstract_name }
@@ -113,16 +117,27 @@ impl Host {
 
     /// Has the probe make the attempts, and returns the end of each.
     fn report(&self, attempts: impl FnOnce(u32) -> Vec<String>) -> BTreeMap<String, String> {
+        self.report_of_host(|_| (), attempts)
+    }
+
+    /// As [`report`](Host::report), with a host whose command was changed.
+    fn report_of_host(
+        &self,
+        change: impl FnOnce(&mut Command),
+        attempts: impl FnOnce(u32) -> Vec<String>,
+    ) -> BTreeMap<String, String> {
         // The arguments name the file, so it has to exist.
         let file = self.lab.folder("m").dir.join("attempts");
         fs::write(&file, "").unwrap();
-        let (mut host, mut client) = served(&self.lab);
+        let mut host = RunningHost::start_with(self.lab.cwd(), change).unwrap();
+        let mut client = host.client().unwrap();
         fs::write(&file, attempts(host.pid()).join("\n")).unwrap();
         does(&mut client, "restore_start", "m");
         let report = fs::read_to_string(&self.lab.folder("m").serial).unwrap();
         does(&mut client, "stop", "m");
         assert!(host.terminate().unwrap().success());
-        let line = |line: &str| line.rsplit_once(": ").map(|(attempt, end)| (attempt.into(), end.into())).unwrap();
+        let line =
+            |line: &str| line.rsplit_once(": ").map(|(attempt, end)| (attempt.into(), end.into())).unwrap();
         report.lines().map(line).collect()
     }
 }
@@ -164,6 +179,54 @@ fn attempts_are_denied_when_the_machine_has_no_user_of_its_own() {
     }
 }
 
+/// A user who owns nothing.
+const STRANGER: u32 = 54321;
+
+/// Gives everything below the folder to that user.
+fn give(folder: &Path, user: u32) {
+    chown(folder, Some(user), Some(user)).unwrap();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            give(&path, user);
+        } else {
+            chown(&path, Some(user), Some(user)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn attempts_are_denied_when_the_host_is_a_plain_user() {
+    let bin = tempfile::Builder::new().prefix("machinery-bin.").tempdir().unwrap();
+    fs::set_permissions(bin.path(), Permissions::from_mode(0o755)).unwrap();
+    for file in ["cuckoo-machinery", "cuckoo-machinery-jail", "libmachinery_qemu.so"] {
+        fs::copy(artifacts::folder().unwrap().join(file), bin.path().join(file)).unwrap();
+    }
+    for (mode, is_denied) in [("off", false), ("auto", true)] {
+        let host = Host::new();
+        host.jail(mode);
+        give(host.lab.cwd().root(), STRANGER);
+        let as_stranger = |command: &mut Command| {
+            let mut plain = Command::new("setpriv");
+            plain.args([
+                format!("--reuid={STRANGER}"),
+                format!("--regid={STRANGER}"),
+                "--clear-groups".into(),
+            ]);
+            plain.arg(bin.path().join("cuckoo-machinery")).args(command.get_args()).current_dir("/");
+            *command = plain;
+        };
+        // A plain user reads no secrets of root, with or without a jail.
+        let attempts =
+            |pid| host.attempts(pid).into_iter().filter(|attempt| attempt != "read=/etc/shadow").collect();
+        let report = host.report_of_host(as_stranger, attempts);
+        assert!(report.len() + 1 >= host.attempts(0).len(), "{report:?}");
+        for (attempt, end) in report {
+            assert_eq!(DENIED.contains(&end.as_str()), is_denied, "{attempt} under {mode}: {end}");
+        }
+    }
+}
+
 fn listed(client: &mut Client, machine: &str) -> Value {
     client.machine(machine).unwrap()
 }
@@ -200,7 +263,11 @@ fn qemu_has_no_rights_and_no_descriptors_of_the_host() {
     let own = rustix::process::getpid();
     assert_ne!(inode(processes[0], "ipc"), inode(own, "ipc"));
     assert_ne!(inode(processes[0], "net"), inode(own, "net"));
-    assert!(listed(&mut client, "m")["jail"].as_str().unwrap().starts_with("A+B"), "{}", listed(&mut client, "m"));
+    assert!(
+        listed(&mut client, "m")["jail"].as_str().unwrap().starts_with("A+B"),
+        "{}",
+        listed(&mut client, "m")
+    );
     assert!(host.terminate().unwrap().success());
 }
 
@@ -254,8 +321,7 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
         fs::write(&report, "").unwrap();
         let shown = |path: &Path| path.display().to_string();
         let attempts = shown(&m.dir.join("attempts"));
-        let plugin =
-            format!("file={},attempts={attempts},report={}", shown(&library), shown(&report));
+        let plugin = format!("file={},attempts={attempts},report={}", shown(&library), shown(&report));
         // The report is a file that QEMU may write, as the log of a serial port is.
         lab.change_start_args("m", |args| {
             args.extend(["-plugin", &plugin, "-cdrom", &attempts].map(str::to_owned));
@@ -277,4 +343,55 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
             assert_eq!(DENIED.contains(&end), is_denied, "{attempt} under {mode}: {end}");
         }
     }
+}
+
+/// Returns a script that mounts cgroup v2 in the folder, for itself alone, and continues with `more`.
+fn in_cgroups(folder: &Path, more: &str) -> String {
+    let folder = folder.display();
+    format!("mkdir -p {folder} && mount -t cgroup2 none {folder} && cd {folder} && {more}")
+}
+
+/// A host whose cgroup is delegated, as systemd does it for `Delegate=yes`.
+#[test]
+fn run_is_in_a_cgroup_that_ends_with_it_also_when_the_host_is_killed() {
+    let lab = lab(&["m"]);
+    let (mount, name) = (lab.cwd().root().join("cgroups"), format!("machinery-test-{}", std::process::id()));
+    let probe = artifacts::folder().unwrap().join("jail-probe");
+    let delegate = format!(
+        "mkdir -p {name} && {} delegate={name} && echo $$ > {name}/cgroup.procs && exec \"$@\"",
+        probe.display()
+    );
+    let delegated = || {
+        RunningHost::start_with(lab.cwd(), |command| {
+            let mut unshare = Command::new("unshare");
+            unshare.args(["--mount", "sh", "-c", &in_cgroups(&mount, &delegate), "sh"]);
+            unshare.arg(command.get_program()).args(command.get_args());
+            *command = unshare;
+        })
+        .unwrap()
+    };
+    let mut host = delegated();
+    let mut client = host.client().unwrap();
+    does(&mut client, "restore_start", "m");
+    assert!(
+        listed(&mut client, "m")["jail"].as_str().unwrap().starts_with("A+B+C"),
+        "{}",
+        listed(&mut client, "m")
+    );
+    let cgroup = |pid: rustix::process::Pid| {
+        fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero())).unwrap()
+    };
+    let qemu = lab.qemu_of("m").unwrap();
+    assert!(cgroup(qemu).contains(&format!("0::/{name}/m")), "{}", cgroup(qemu));
+    host.kill().unwrap();
+    let mut host = delegated();
+    assert!(lab.qemu_of("m").is_err(), "QEMU runs on");
+    let mut client = host.client().unwrap();
+    does(&mut client, "restore_start", "m");
+    does(&mut client, "stop", "m");
+    assert!(host.terminate().unwrap().success());
+    // No cgroup of the machine is left.
+    let remove = in_cgroups(&mount, &format!("rmdir {name}/host {name}"));
+    let removed = Command::new("unshare").args(["--mount", "sh", "-c", &remove]).output().unwrap();
+    assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
 }

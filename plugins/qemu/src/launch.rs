@@ -24,8 +24,8 @@ use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::{Overlays, Steps, files};
 
 use crate::console::kind_of;
-use crate::jail::{Passed, SANDBOX, pass_taps};
 use crate::options;
+use crate::taps::{Passed, pass_taps};
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
@@ -33,6 +33,11 @@ const FAILURE_GRACE: Duration = Duration::from_secs(2);
 
 /// The name of the program in reasons.
 pub const QEMU: &str = "QEMU";
+
+/// QEMU's own filter of system calls, beside the jail's. libvirt uses the same. Source: `-sandbox` in QEMU's
+/// qemu-options.hx.
+const SANDBOX: [&str; 2] =
+    ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"];
 
 /// The numbers of the descriptors in QEMU.
 const MONITOR: i32 = 3;

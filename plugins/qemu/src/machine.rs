@@ -74,6 +74,7 @@ impl Backend for Machine {
     fn clear_leftovers(&self) -> Result<()> {
         let files = self.files();
         let program = self.shared.program.path();
+        self.jail.end_leftovers();
         let user = self.jail.user().map(|user| user.uid);
         let cleared = leftovers::clear(&self.socket, user, &files.overlays(), program, files.keep_disk);
         // As long as some remain, only this machine cannot be used.

@@ -9,15 +9,21 @@
 //! <delegated>/m-<machine>  the processes of a run
 //! ```
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use machinery::{Error, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 /// The maximum number of processes and threads of a run.
 const PROCESSES: &str = "1024";
+
+/// The time that processes have to end after `cgroup.kill`.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The cgroup of a machine's runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,12 +60,41 @@ impl Cgroup {
         if !self.0.exists() {
             return;
         }
-        // Since Linux 5.14. Source: Documentation/admin-guide/cgroup-v2.rst.
-        let killed = fs::write(self.0.join("cgroup.kill"), "1");
-        if let Err(error) = killed.and_then(|()| fs::remove_dir(&self.0)) {
-            tracing::debug!(%error, cgroup = %self.0.display(), "the cgroup stays");
+        if let Err(error) = self.kill_and_remove() {
+            tracing::warn!(%error, cgroup = %self.0.display(), "cannot end a cgroup");
         }
     }
+
+    fn kill_and_remove(&self) -> io::Result<()> {
+        let mut events = File::open(self.0.join("cgroup.events"))?;
+        // Since Linux 5.14. Source: Documentation/admin-guide/cgroup-v2.rst.
+        fs::write(self.0.join("cgroup.kill"), "1")?;
+        let until = Instant::now() + KILL_TIMEOUT;
+        while is_populated(&mut events)? {
+            let rest = until.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Err(io::Error::other("its processes do not end"));
+            }
+            let limit = Timespec::try_from(rest).ok();
+            retry_on_intr(|| poll(&mut [PollFd::new(&events, PollFlags::PRI)], limit.as_ref()))?;
+        }
+        fs::remove_dir(&self.0)
+    }
+}
+
+/// Reads whether the cgroup has processes. After that, `poll` reports the next change.
+fn is_populated(events: &mut File) -> io::Result<bool> {
+    let mut text = String::new();
+    events.seek(SeekFrom::Start(0))?;
+    events.read_to_string(&mut text)?;
+    Ok(text.contains("populated 1"))
+}
+
+/// Returns the folder where cgroup v2 is mounted. Source: proc_mounts(5).
+fn mounted() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let is_cgroup = |line: &&str| line.split(' ').nth(2) == Some("cgroup2");
+    mounts.lines().find(is_cgroup)?.split(' ').nth(1).map(PathBuf::from)
 }
 
 /// Returns the cgroup that is delegated to this process, which is ready for the cgroups of machines.
@@ -68,7 +103,7 @@ fn delegated() -> std::result::Result<PathBuf, String> {
         |why: &str| format!("no cgroup v2 is delegated to the host ({why}; see Delegate= in its unit)");
     let own = fs::read_to_string("/proc/self/cgroup").map_err(|error| none(&error.to_string()))?;
     let own = own.lines().find_map(|line| line.strip_prefix("0::/")).ok_or_else(|| none("it is in none"))?;
-    let own = Path::new("/sys/fs/cgroup").join(own);
+    let own = mounted().ok_or_else(|| none("it is not mounted"))?.join(own);
     // After a restart within its unit, the host is in the cgroup below already.
     let delegated = if own.ends_with("host") { own.parent().unwrap_or(&own).to_owned() } else { own };
     if !is_delegated(&delegated) {

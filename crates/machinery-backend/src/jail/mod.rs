@@ -112,6 +112,13 @@ impl Jail {
         self.user.as_ref()
     }
 
+    /// Ends what a killed host has left in the machine's cgroup.
+    pub fn end_leftovers(&self) {
+        if let Ok(cgroup) = &self.cgroup {
+            cgroup.end();
+        }
+    }
+
     /// Combines the jail with what the machine needs.
     ///
     /// # Errors

@@ -66,6 +66,7 @@ mod tests {
         let file = folder.path().join("disk");
         fs::write(&file, "").unwrap();
         set(&file, 0o644);
+        set(folder.path(), 0o700);
         let user = User { uid: 7, gid: 7, groups: Vec::new() };
         let why = |path: &Path| expect_readable(path, &user).err().unwrap_or_default();
         assert!(why(&file).contains("chmod o+x"), "{}", why(&file));
