@@ -11,7 +11,7 @@ use std::fs::{self, Permissions};
 use std::net::{TcpListener, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -49,6 +49,7 @@ fn does(client: &mut Client, action: &str, machine: &str) {
 struct Host {
     lab: Lab,
     _sockets: Vec<UnixListener>,
+    _log: UnixDatagram,
     tcp: TcpListener,
     udp: UdpSocket,
     abstract_name: String,
@@ -75,7 +76,8 @@ impl Host {
         ];
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        Host { lab, _sockets: sockets, tcp, udp, abstract_name }
+        let log = UnixDatagram::bind(lab.cwd().root().join("log")).unwrap();
+        Host { lab, _sockets: sockets, _log: log, tcp, udp, abstract_name }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -95,6 +97,7 @@ impl Host {
             named("create", &self.lab.folder("m").dir.join("new")),
             named("connect", &self.path("operational/sockets/machinerymanager.sock")),
             named("connect", &self.path("libvirt-sock")),
+            named("datagram", &self.path("log")),
             named("read", &self.path("secret")),
             named("list", self.lab.cwd().root()),
             "read=/etc/shadow".to_owned(),
@@ -105,6 +108,7 @@ impl Host {
             format!("trace={host}"),
             format!("memory={host}"),
             format!("signal={host}"),
+            format!("limits={host}"),
             "signal-group".to_owned(),
             "fork".to_owned(),
             "namespace".to_owned(),

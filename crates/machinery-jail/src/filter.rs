@@ -11,7 +11,7 @@ use seccompiler::{
 use crate::policy::{Network, Policy};
 
 /// Calls that are denied whatever their arguments are.
-const DENIED: [i64; 34] = [
+const DENIED: [i64; 41] = [
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -46,7 +46,17 @@ const DENIED: [i64; 34] = [
     libc::SYS_swapon,
     libc::SYS_reboot,
     libc::SYS_personality,
+    libc::SYS_pidfd_open,
+    libc::SYS_process_madvise,
+    libc::SYS_setpriority,
+    libc::SYS_ioprio_set,
+    libc::SYS_migrate_pages,
+    libc::SYS_move_pages,
+    libc::SYS_process_mrelease,
 ];
+
+/// The bits of a socket's type without its flags. Source: `SOCK_TYPE_MASK` in the kernel's linux/net.h.
+const SOCKET_TYPES: u64 = 0xf;
 
 /// Installs the filter for this process and its children. No new privileges must be set before.
 ///
@@ -56,6 +66,8 @@ pub fn install(policy: &Policy) -> Result<(), Error> {
     for program in programs(policy, std::process::id())? {
         seccompiler::apply_filter(&program)?;
     }
+    #[cfg(target_arch = "x86_64")]
+    seccompiler::apply_filter(&x32::denied())?;
     Ok(())
 }
 
@@ -65,6 +77,12 @@ fn programs(policy: &Policy, own: u32) -> Result<Vec<BpfProgram>, Error> {
     for call in [libc::SYS_kill, libc::SYS_tgkill] {
         denied.push((call, vec![rule(&[(0, SeccompCmpOp::Ne, own.into())])?]));
     }
+    // 0 is the process itself.
+    let others = [(0, SeccompCmpOp::Ne, 0), (0, SeccompCmpOp::Ne, own.into())];
+    denied.push((libc::SYS_prlimit64, vec![rule(&others)?]));
+    // A pair of datagram sockets, other than one of streams, sends to any path.
+    let datagrams = (1, SeccompCmpOp::MaskedEq(SOCKET_TYPES), libc::SOCK_DGRAM as u64);
+    denied.push((libc::SYS_socketpair, vec![rule(&[datagrams])?]));
     for call in [libc::SYS_tkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo] {
         denied.push((call, Vec::new()));
     }
@@ -115,4 +133,23 @@ fn filter(denied: Vec<(i64, Vec<SeccompRule>)>, errno: i32) -> Result<BpfProgram
     let deny = SeccompAction::Errno(errno.cast_unsigned());
     let filter = SeccompFilter::new(denied.into_iter().collect(), SeccompAction::Allow, deny, architecture)?;
     Ok(filter.try_into()?)
+}
+
+/// The calls of the x32 interface, which have other numbers and the same architecture: a filter by numbers does not see
+/// them. Source: `__X32_SYSCALL_BIT` in the kernel's asm/unistd.h.
+#[cfg(target_arch = "x86_64")]
+mod x32 {
+    use seccompiler::{BpfProgram, sock_filter};
+
+    const FIRST: u32 = 0x4000_0000;
+
+    /// Returns a filter that denies all calls of that interface. It is written in the instructions of the kernel's
+    /// linux/bpf_common.h and linux/seccomp.h, because the library compares no numbers of calls.
+    pub fn denied() -> BpfProgram {
+        let load_number = sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+        let is_below = sock_filter { code: 0x35, jt: 0, jf: 1, k: FIRST };
+        let deny = sock_filter { code: 0x06, jt: 0, jf: 0, k: 0x0005_0000 | libc::EPERM.cast_unsigned() };
+        let allow = sock_filter { code: 0x06, jt: 0, jf: 0, k: 0x7fff_0000 };
+        vec![load_number, is_below, deny, allow]
+    }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -74,6 +74,7 @@ fn assert_allowed(policy: &Policy, attempts: &[String]) {
 struct Host {
     folder: TempDir,
     _sockets: Vec<UnixListener>,
+    _log: UnixDatagram,
     tcp: TcpListener,
     udp: UdpSocket,
     abstract_name: String,
@@ -94,7 +95,8 @@ impl Host {
         ];
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        Host { folder, _sockets: sockets, tcp, udp, abstract_name }
+        let log = UnixDatagram::bind(folder.path().join("log.sock")).unwrap();
+        Host { folder, _sockets: sockets, _log: log, tcp, udp, abstract_name }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -135,6 +137,7 @@ fn sockets_of_others_are_denied() {
     let host = Host::new();
     let attempts = [
         host.attempt("connect", "host.sock"),
+        host.attempt("datagram", "log.sock"),
         format!("abstract={}", host.abstract_name),
         format!("tcp={}", host.tcp.local_addr().unwrap()),
         format!("udp={}", host.udp.local_addr().unwrap()),
@@ -175,6 +178,8 @@ fn other_processes_are_out_of_reach() {
         format!("signal={own}"),
         format!("trace={own}"),
         format!("memory={own}"),
+        format!("limits={own}"),
+        "priority".to_owned(),
         "signal-group".to_owned(),
         "fork".to_owned(),
         "userfaultfd".to_owned(),
@@ -184,6 +189,9 @@ fn other_processes_are_out_of_reach() {
     let session = jailed(&host.policy(), &["session".to_owned()]);
     assert_denied(&host.policy(), &attempts);
     assert_eq!(session["session"], "1");
+    // A kernel without the x32 interface has none of its calls (ENOSYS), with or without a jail.
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(jailed(&host.policy(), &["x32".to_owned()])["x32"], "1");
     assert_allowed(&host.policy(), &["thread".to_owned(), "signal-self".to_owned()]);
 }
 

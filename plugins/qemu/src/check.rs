@@ -1,6 +1,6 @@
 //! The command `check`: the configuration, and beyond it disks, space, and KVM.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use machinery::config::ConfigFile;
 use machinery::{Deadline, Error, Report, Result, Setup};
 use machinery_backend::QemuImg;
 use machinery_backend::files::free_space;
-use machinery_backend::jail::{Jail, Layers};
+use machinery_backend::jail::Jail;
 use rustix::fs::{Access, access};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
 use crate::diagnose::{faults, file_warnings};
 use crate::images::PLACEHOLDER;
-use crate::jail::policy_of;
+use crate::jail::{groups, policy_of};
 use crate::needs;
 use crate::prepare::unavailable_reason;
 use crate::resources::Resource;
@@ -89,25 +89,20 @@ fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, rep
 
 /// Reports the layers of the jail that hold, once for all machines with the same ones.
 fn jails(config: &Config, report: &mut Report) {
-    let mut found: BTreeMap<String, (Layers, Vec<&str>)> = BTreeMap::new();
+    let mut confined = Vec::new();
     for machine in config.machines.iter().filter(|machine| machine.args_error.is_none()) {
         let jail = Jail::new(machine.jail, &machine.disk, machine.jail_users);
         let policy = policy_of(machine, &config.binaries.qemu_system_x86_64, machine.overlays());
         let name = machine.info.name.as_str();
-        let layers = jail.layers(policy.clone());
-        if let Err(error) = jail.confine(policy) {
-            report.problem(&error.action(&format!("confining machine '{name}'")));
-        } else {
-            found.entry(layers.to_string()).or_insert_with(|| (layers, Vec::new())).1.push(name);
+        match jail.confine(policy) {
+            Ok(confinement) => confined.push((name, confinement.layers().clone())),
+            Err(error) => report.problem(&error.action(&format!("confining machine '{name}'"))),
         }
     }
-    for (layers, machines) in found.into_values() {
-        let names = machines.iter().take(3).map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
-        let more = machines.len().checked_sub(3).filter(|more| *more > 0);
-        let more = more.map_or_else(String::new, |more| format!(" and {more} more"));
+    for (layers, machines) in groups(confined.into_iter()) {
         match &layers.a {
-            None => report.good(format!("the QEMU of {names}{more} is confined: layers {layers}")),
-            Some(_) => report.warning(format!("the QEMU of {names}{more} is not confined: {layers}")),
+            None => report.good(format!("the QEMU of {machines} is confined: layers {layers}")),
+            Some(_) => report.warning(format!("the QEMU of {machines} is not confined: {layers}")),
         }
     }
 }

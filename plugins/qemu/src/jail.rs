@@ -3,9 +3,10 @@
 //! Everything that QEMU opens by a path is named in its arguments or made by this plugin. Everything else QEMU gets as a
 //! descriptor: the monitor's socket, the RAM, snapshots, and [taps](crate::taps).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use machinery_backend::jail::{Limits, Network, Policy};
+use machinery_backend::jail::{Layers, Limits, Network, Policy};
 use machinery_images::{Chain, Header};
 
 use crate::config::MachineFiles;
@@ -22,6 +23,9 @@ const EXTRA_FILE_SIZE: u64 = 4 << 30;
 
 /// The folders beside a QEMU that is not the system's, from which it reads firmware and libraries.
 const DATA_FOLDERS: [&str; 4] = ["share/qemu", "share/seabios", "lib", "lib64"];
+
+/// The number of machines of a group that a text names.
+const SHOWN: usize = 3;
 
 /// Returns what the machine's QEMU may do, apart from what it gets as descriptors.
 pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -> Policy {
@@ -41,6 +45,23 @@ pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -
         limits: Limits { file_size: max_file_size(files), processes: Some(THREADS) },
         ..Policy::default()
     }
+}
+
+/// Groups machines by the layers of the jail that hold for them, and returns the text of each group: its machines and its
+/// layers.
+pub fn groups<'a>(machines: impl Iterator<Item = (&'a str, Layers)>) -> Vec<(Layers, String)> {
+    let mut found: BTreeMap<String, (Layers, Vec<&str>)> = BTreeMap::new();
+    for (name, layers) in machines {
+        found.entry(layers.to_string()).or_insert_with(|| (layers, Vec::new())).1.push(name);
+    }
+    let text = |(layers, names): (Layers, Vec<&str>)| {
+        let shown = names.iter().take(SHOWN).map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ");
+        match names.len().saturating_sub(SHOWN) {
+            0 => (layers, shown),
+            more => (layers, format!("{shown} and {more} more")),
+        }
+    };
+    found.into_values().map(text).collect()
 }
 
 /// Returns the files that QEMU reads.

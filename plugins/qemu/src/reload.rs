@@ -12,6 +12,7 @@ use machinery_backend::{MachineSet, ReloadPlan, Shared, expect_unchanged};
 
 use crate::check;
 use crate::config::{Config, MachineFiles};
+use crate::jail::groups;
 use crate::machine::Machine;
 use crate::shared::Qemu;
 
@@ -65,6 +66,7 @@ impl Shared for Qemu {
         _: Deadline,
     ) -> Result<()> {
         apply_template_settings(self, &config, &machines.all());
+        log_jails(&machines.all());
         Ok(())
     }
 
@@ -95,6 +97,17 @@ impl Shared for Qemu {
     fn committed(&self, config: &Config, _: &[Arc<Machine>], machines: &[Arc<Machine>]) {
         self.budget.set_limit(config.standby_memory_limit);
         apply_template_settings(self, config, machines);
+        log_jails(machines);
+    }
+}
+
+/// Logs the layers of the jail that hold, once for all machines with the same ones.
+fn log_jails(machines: &[Arc<Machine>]) {
+    for (layers, machines) in groups(machines.iter().map(|machine| (machine.name(), machine.layers()))) {
+        match layers.a {
+            None => tracing::info!(machines, %layers, "each QEMU is confined"),
+            Some(_) => tracing::warn!(machines, %layers, "QEMU is not confined"),
+        }
     }
 }
 

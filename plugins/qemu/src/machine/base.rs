@@ -119,7 +119,7 @@ impl Machine {
     }
 
     /// Returns the layers of the jail that hold for the machine.
-    pub(super) fn layers(&self) -> Layers {
+    pub fn layers(&self) -> Layers {
         let files = self.files();
         self.jail.layers(policy_of(files, self.shared.program.path(), files.overlays()))
     }
