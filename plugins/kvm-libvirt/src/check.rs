@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
+use machinery::trust::expect_trusted;
 use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -47,6 +48,9 @@ pub fn check(setup: &Setup, report: &mut Report) {
         report.warning(
             "kvm: no machine is configured. Add some to kvm.yaml: a name, and the label of a domain",
         );
+    }
+    if let Some(folder) = config.image_folder() {
+        report.keep(expect_trusted(folder).map_err(|error| error.action("checking instant_dir")));
     }
     let deadline = Deadline::after(CHECK_TIMEOUT);
     let Some(connection) = report.keep(Connection::open(&config.dsn, deadline)) else { return };
