@@ -15,6 +15,7 @@ use virt::domain::Domain;
 use crate::access::{self, KVM_DEVICE, Permissions};
 use crate::compare;
 use crate::config::{Config, renamed_keys_of};
+use crate::confinement;
 use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::{self, is_local};
@@ -36,7 +37,7 @@ pub fn versions(connect: &Connect) -> Result<String> {
     let libvirt = version_text(connect.lib_version().map_err(failed)?);
     let hypervisor = version_text(connect.hyp_version().map_err(failed)?);
     let uri = connect.uri().map_err(failed)?;
-    let driver = uri.split([':', '+']).next().unwrap_or_default();
+    let driver = dsn::driver(&uri);
     Ok(format!("libvirt {libvirt}, {driver} {hypervisor}"))
 }
 
@@ -59,6 +60,8 @@ pub fn check(setup: &Setup, report: &mut Report) {
         let mut report = Report::default();
         report.good(format!("kvm: {} at {}", versions(connect)?, config.dsn));
         check_access(connect, &config.dsn, &mut report);
+        let labels = config.machines.iter().map(|keys| keys.info.label.as_str());
+        confinement::check(connect, labels, &mut report);
         let warnings = [remote_limits(&config), broken_reverts(connect)].into_iter().flatten();
         warnings.for_each(|warning| report.warning(warning));
         let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();
