@@ -11,6 +11,7 @@ use machinery_testkit::host::{self, CommandOutput};
 use machinery_testkit::lab::KvmLab;
 use machinery_testkit::libvirt::SNAPSHOT;
 use machinery_testkit::scratch::ScratchCwd;
+use rustix::process::geteuid;
 
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
 
@@ -282,4 +283,66 @@ fn check_warns_when_the_user_of_qemu_may_not_use_the_kvm_device() {
     let words =
         if open { "as user nobody, may use /dev/kvm" } else { "as user nobody, which may not use /dev/kvm" };
     assert!(checked.stdout.contains(words), "no {words:?} in {}", checked.stdout);
+}
+
+/// Adds settings to libvirt's `qemu.conf`, and restarts libvirtd.
+fn configure_libvirt(lab: &KvmLab, settings: &str) {
+    let path = lab.cwd().root().join("libvirt/etc/libvirt/qemu.conf");
+    let lines = fs::read_to_string(&path).unwrap();
+    let is_set = |line: &str| {
+        let key = |line: &str| line.split(" = ").next().unwrap_or_default().to_owned();
+        settings.lines().any(|new| key(new) == key(line))
+    };
+    let kept: String = lines.lines().filter(|line| !is_set(line)).map(|line| format!("{line}\n")).collect();
+    fs::write(&path, kept + settings).unwrap();
+    lab.libvirtd().kill_daemon().unwrap();
+    lab.libvirtd().start_daemon().unwrap();
+}
+
+#[test]
+fn check_shows_how_libvirt_confines_qemu_and_warns_of_what_is_missing() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    let (code, output) = checked(&lab);
+    assert_eq!(code, Some(0));
+    if !geteuid().is_root() {
+        // A plain user's libvirt is that of a session.
+        assert_contains(
+            &output,
+            &["a session's libvirt runs QEMU with all rights of this user", "qemu:///system"],
+        );
+        return;
+    }
+    assert_contains(
+        &output,
+        &[
+            "no security driver",
+            "security_driver in /etc/libvirt/qemu.conf",
+            "runs QEMU as root",
+            "while no domain runs",
+        ],
+    );
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+    // As root, a QEMU has all capabilities, and libvirt's seccomp filter.
+    let output = checked(&lab).1;
+    assert_contains(&output, &["the QEMU of lab-m has the capabilities", "clear_emulator_capabilities = 1"]);
+    assert!(!output.contains("no seccomp filter"), "{output}");
+    assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+    drop(host);
+
+    configure_libvirt(&lab, "seccomp_sandbox = 0\n");
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
+    let (code, output) = checked(&lab);
+    assert_eq!(code, Some(0));
+    assert_contains(&output, &["no seccomp filter (seccomp_sandbox = 1)", "the right to new privileges"]);
+    assert_eq!(client.act("stop", "m").unwrap()["success"], true);
+    drop(host);
+
+    configure_libvirt(&lab, "user = \"+54321\"\ngroup = \"+54322\"\n");
+    let output = checked(&lab).1;
+    assert_contains(&output, &["runs all QEMUs as the user 54321 and the group 54322"]);
+    assert!(!output.contains("as root"), "{output}");
 }

@@ -7,6 +7,7 @@ mod backports;
 mod bench;
 mod debian;
 mod demo;
+mod deny;
 mod fresh;
 mod install;
 mod leftovers;
@@ -35,6 +36,8 @@ enum Task {
     Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
+    /// Check the dependencies by the rules in deny.toml; installs cargo-deny if it is missing
+    Deny(deny::Options),
     /// Find phrases that the rules for prose forbid in comments, documents, messages and names of tests
     Prose(prose::Options),
 }
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Task::Install(options) => install::run(&options),
         Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Deny(options) => deny::run(&options),
         Task::Prose(options) => prose::run(&options),
     };
     match result {

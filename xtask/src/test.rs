@@ -4,6 +4,7 @@
 //! comes last, so that its summary ends the output.
 
 use crate::backports::Backports;
+use crate::deny;
 use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::prose;
@@ -75,6 +76,7 @@ fn check_source() -> Result<()> {
     prose::check()?;
     step(&mut cargo(["fmt", "--all", "--check"]))?;
     step(&mut cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    deny::run_if_installed()?;
     let mut doc = cargo(["doc", "--no-deps", "--workspace", "--lib"]);
     step(doc.env("RUSTDOCFLAGS", "-D warnings"))
 }

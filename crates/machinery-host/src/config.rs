@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use machinery::config::{ConfigFile, checked, empty_as_none, flag, null_as_default, port, words};
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
@@ -162,14 +163,14 @@ impl Config {
     /// Reads both files.
     ///
     /// # Errors
-    /// Every fault of the files, with file, line and key.
+    /// Every fault of the files, with file, line and key. Other users could change a file, or tcpdump.
     pub fn read(cwd: &Cwd) -> Result<Config> {
         let mut problems = Vec::new();
-        let cuckoo_file = ConfigFile::read(&cwd.cuckoo_yaml())?;
+        let cuckoo_file = ConfigFile::read_trusted(&cwd.cuckoo_yaml())?;
         let cuckoo = parse::<CuckooFile>(&cuckoo_file, &mut problems);
         let host_file = match cwd.host_yaml() {
             // A dangling link is an error, and not a missing file.
-            path if path.symlink_metadata().is_ok() => Some(ConfigFile::read(&path)?),
+            path if path.symlink_metadata().is_ok() => Some(ConfigFile::read_trusted(&path)?),
             _ => None,
         };
         let host =
@@ -249,10 +250,11 @@ fn capture_settings(
         let error = file.error(&["resultserver", "listen_ip"], format!("'{ip}' is not an address"));
         problems.push(error.advice("Give the IP address that guests send their results to"));
     }
-    Some(capture::Settings {
-        tcpdump: cuckoo.tcpdump.path.clone().unwrap_or_else(|| Path::new(DEFAULT_TCPDUMP).into()),
-        result_server: ip.map(str::to_owned).zip(result_server.listen_port),
-    })
+    let tcpdump = cuckoo.tcpdump.path.clone().unwrap_or_else(|| Path::new(DEFAULT_TCPDUMP).into());
+    if let Err(untrusted) = expect_trusted(&tcpdump) {
+        problems.push(file.error(&["tcpdump", "path"], untrusted.to_string()));
+    }
+    Some(capture::Settings { tcpdump, result_server: ip.map(str::to_owned).zip(result_server.listen_port) })
 }
 
 fn warn_of_unlisted_sections(file: &ConfigFile, host: &HostFile, machineries: &[String]) {

@@ -61,9 +61,9 @@ fn open_all(config: &Config, search: &PluginSearch) -> Result<Vec<OpenedPlugin>>
 /// Returns the setup of the machinery: what its plugin gets from the host.
 ///
 /// # Errors
-/// The configuration file of the machinery cannot be read.
+/// The configuration file of the machinery cannot be read, or other users could change it.
 pub fn setup(name: &str, cwd: &Cwd, config: &Config) -> Result<Setup> {
-    Ok(setup_with(ConfigFile::read(&cwd.machinery_yaml(name))?, name, cwd, config))
+    Ok(setup_with(ConfigFile::read_trusted(&cwd.machinery_yaml(name))?, name, cwd, config))
 }
 
 /// Returns the setup of the machinery with this configuration file.

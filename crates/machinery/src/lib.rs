@@ -63,6 +63,7 @@
 //! | `services` | calls from the plugin to the host: [`Host`] |
 //! | [`config`] | reads YAML, with file, line and key in every error; the keys that all machineries share |
 //! | `error`, `report`, `state` | errors, findings of a check, and machine states: [`Error`], [`Report`], [`State`] |
+//! | [`trust`] | files that decide which code runs, and the users who can change them |
 //! | `text` | limits on the texts that cross the interface |
 //! | `abi` | the stable ABI, generated and hidden |
 //! | [`host`] | the host's side: opens a plugin file and calls the plugin |
@@ -85,6 +86,7 @@ mod services;
 mod socket;
 mod state;
 mod text;
+pub mod trust;
 
 pub use command::command;
 pub use deadline::Deadline;

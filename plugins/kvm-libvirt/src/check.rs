@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
+use machinery::trust::expect_trusted;
 use machinery::{Deadline, Diagnosis, Error, MachineInfo, Report, Result, Setup, State};
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -14,6 +15,7 @@ use virt::domain::Domain;
 use crate::access::{self, KVM_DEVICE, Permissions};
 use crate::compare;
 use crate::config::{Config, renamed_keys_of};
+use crate::confinement;
 use crate::connection::Connection;
 use crate::domain;
 use crate::dsn::{self, is_local};
@@ -35,7 +37,7 @@ pub fn versions(connect: &Connect) -> Result<String> {
     let libvirt = version_text(connect.lib_version().map_err(failed)?);
     let hypervisor = version_text(connect.hyp_version().map_err(failed)?);
     let uri = connect.uri().map_err(failed)?;
-    let driver = uri.split([':', '+']).next().unwrap_or_default();
+    let driver = dsn::driver(&uri);
     Ok(format!("libvirt {libvirt}, {driver} {hypervisor}"))
 }
 
@@ -48,6 +50,9 @@ pub fn check(setup: &Setup, report: &mut Report) {
             "kvm: no machine is configured. Add some to kvm.yaml: a name, and the label of a domain",
         );
     }
+    if let Some(folder) = config.image_folder() {
+        report.keep(expect_trusted(folder).map_err(|error| error.action("checking instant_dir")));
+    }
     let deadline = Deadline::after(CHECK_TIMEOUT);
     let Some(connection) = report.keep(Connection::open(&config.dsn, deadline)) else { return };
     let (file, state_dir) = (setup.config.clone(), setup.state_dir.clone());
@@ -55,6 +60,8 @@ pub fn check(setup: &Setup, report: &mut Report) {
         let mut report = Report::default();
         report.good(format!("kvm: {} at {}", versions(connect)?, config.dsn));
         check_access(connect, &config.dsn, &mut report);
+        let labels = config.machines.iter().map(|keys| keys.info.label.as_str());
+        confinement::check(connect, labels, &mut report);
         let warnings = [remote_limits(&config), broken_reverts(connect)].into_iter().flatten();
         warnings.for_each(|warning| report.warning(warning));
         let infos: Vec<&MachineInfo> = config.machines.iter().map(|keys| &keys.info).collect();

@@ -28,6 +28,17 @@ pub fn host(dsn: &str) -> Option<&str> {
     Some(&host[..end.unwrap_or(host.len())]).filter(|host| !matches!(*host, "" | "localhost"))
 }
 
+/// Returns the driver of libvirt, such as `qemu`.
+pub fn driver(dsn: &str) -> &str {
+    dsn.split([':', '+']).next().unwrap_or_default()
+}
+
+/// Reports whether libvirt is that of a user, and not that of the system.
+pub fn is_session(dsn: &str) -> bool {
+    let path = dsn.split_once("://").and_then(|(_, rest)| rest.split_once('/'));
+    path.is_some_and(|(_, path)| path.split(['?', '#']).next() == Some("session"))
+}
+
 /// Returns the transport that libvirt uses. The default for another computer is TLS.
 pub fn transport(dsn: &str) -> Transport {
     let scheme = dsn.split_once("://").map_or("", |(scheme, _)| scheme);
@@ -80,5 +91,16 @@ mod tests {
         ] {
             assert_eq!(transport(dsn), wanted, "{dsn}");
         }
+    }
+
+    #[test]
+    fn session_is_recognized_by_the_path() {
+        for dsn in ["qemu:///session", "qemu:///session?socket=/x/system", "qemu+ssh://lab/session"] {
+            assert!(is_session(dsn), "{dsn}");
+        }
+        for dsn in ["qemu:///system", "qemu:///system?socket=/x/session", "test:///default"] {
+            assert!(!is_session(dsn), "{dsn}");
+        }
+        assert_eq!((driver("qemu+ssh://lab/system"), driver("test:///default")), ("qemu", "test"));
     }
 }

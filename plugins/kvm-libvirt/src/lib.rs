@@ -30,13 +30,14 @@
 //! | `events`, `prepare/save`, `errno` | libvirt's event loop, saving to a file, the system's errors: all `unsafe` code |
 //! | `states`, `errors` | the meaning of libvirt's states, events and errors |
 //! | `description`, `files` | libvirt's XML as types, and the files that it names |
-//! | `check`, `compare`, `access` | the checks of `cuckoo-machinery check` |
+//! | `check`, `compare`, `access`, `confinement` | the checks of `cuckoo-machinery check`, among them how libvirt confines QEMU |
 
 mod access;
 mod call;
 mod check;
 mod compare;
 mod config;
+mod confinement;
 mod connection;
 mod description;
 mod domain;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
+use machinery::trust::expect_trusted;
 use machinery::{Deadline, Error, Report, Result, Setup};
 use machinery_backend::QemuImg;
 use machinery_backend::files::free_space;
@@ -161,6 +162,7 @@ fn rivals(machines: &[MachineFiles], report: &mut Report) {
 
 /// Checks the nearest existing folder, in which the host's start creates the templates' folder.
 fn template_folder(folder: &Path, report: &mut Report) {
+    report.keep(expect_trusted(folder).map_err(|error| error.action("checking instant_dir")));
     let existing = folder.ancestors().find(|folder| folder.exists()).unwrap_or(folder);
     if !existing.is_dir() || access(existing, Access::WRITE_OK | Access::EXEC_OK).is_err() {
         let why = format!(

@@ -15,7 +15,7 @@ mod section;
 mod validator;
 
 pub use machine_files::MachineFiles;
-pub use validator::expect_writable;
+pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};
 
@@ -65,17 +65,19 @@ impl Config {
         let mut validator = Validator { file, problems };
         validator.section(setup.host_config.as_ref(), &section, &qemu.machines);
         validator.interface(&["interface"], &qemu.interface);
-        validator.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
+        // A program that is not trusted must not run, so `check` ends with such a configuration.
+        let is_trusted = validator.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
         let version = validator.version(&qemu.binaries.qemu_system_x86_64);
         let folder = qemu.disposable_copy_dir.as_deref().map(Path::new);
         if let Some(folder) = folder {
-            validator.writable(&["disposable_copy_dir"], folder);
+            validator.overlay_folder(&["disposable_copy_dir"], folder);
         }
         validator.duplicates(&qemu.machines);
         let machine =
             |machine: &Configured<OwnKeys>| validator.machine(machine, &qemu.interface, folder, &section);
         let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
         validator.overlays(&qemu.machines, &machines);
+        is_trusted.then_some(())?;
         Some(Config {
             binaries: qemu.binaries,
             version: version?,

@@ -9,7 +9,7 @@ use machinery::config::find_interface;
 use machinery::{Error, Result};
 use machinery_images::{Chain, Header};
 
-use crate::config::{MachineFiles, expect_writable};
+use crate::config::{MachineFiles, expect_overlay_folder};
 use crate::snapshot::Snapshot;
 
 /// Returns the faults that make the machine unusable, each with the key of `qemu.yaml` that the fault is
@@ -67,7 +67,7 @@ fn find_chain(image: &Path, format: Option<&str>) -> Result<()> {
 fn find_overlay_folder(files: &MachineFiles) -> Result<()> {
     let folder = files.disposable.parent().filter(|folder| files.disk.parent() == Some(folder));
     match folder {
-        Some(folder) if folder.is_dir() => expect_writable(folder),
+        Some(folder) if folder.is_dir() => expect_overlay_folder(folder),
         _ => Ok(()),
     }
 }

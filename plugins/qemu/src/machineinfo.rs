@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use serde_json::Value;
 
@@ -35,8 +36,10 @@ impl StartArgs {
     /// Reads and checks the file.
     ///
     /// # Errors
-    /// The file cannot be read, is no JSON, has no `machine.start_args`, or has arguments that are refused.
+    /// The file cannot be read, is no JSON, has no `machine.start_args`, or has arguments that are refused. Other users
+    /// could change it.
     pub fn read(path: &Path) -> Result<StartArgs> {
+        expect_trusted(path)?;
         let text =
             std::fs::read_to_string(path).map_err(|error| Error::io("read the machineinfo", path, &error))?;
         let wrong = |reason: String| Error::configuration(format!("{}: {reason}", path.display()));

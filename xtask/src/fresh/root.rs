@@ -9,6 +9,7 @@ use std::{env, io};
 use rustix::process::Signal;
 
 use crate::debian::{self, Archive, KEYRING};
+use crate::deny;
 use crate::packages;
 use crate::process::signal_at_our_end;
 use crate::run::{Context, Failure, Result, cache, is_root, output, step, step_as, xtask_arguments};
@@ -24,7 +25,9 @@ const CLONE: &str = "/root/cuckoo-machinery";
 
 const RUSTUP_HOME: &str = "/opt/rustup";
 const CARGO_HOME: &str = "/opt/cargo";
-const NEXTEST: &str = "/usr/local/bin/cargo-nextest";
+/// Tools of this system that take minutes to build, and their paths in the root.
+const TOOLS: [(&str, &str); 2] =
+    [("cargo-nextest", "/usr/local/bin/cargo-nextest"), ("cargo-deny", "/usr/local/bin/cargo-deny")];
 const PATH: &str = "/opt/cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Files of this system that configure its network, except apt's own settings. A file that does not exist is
@@ -39,7 +42,7 @@ const NETWORK: [&str; 6] = [
 ];
 
 /// Environment variables that are kept. The names of proxies are also written in capitals.
-const VARIABLES: [&str; 13] = [
+const VARIABLES: [&str; 14] = [
     "http_proxy",
     "https_proxy",
     "all_proxy",
@@ -49,6 +52,7 @@ const VARIABLES: [&str; 13] = [
     "RUSTUP_TOOLCHAIN",
     "RUSTUP_AUTO_INSTALL",
     "RUST_BACKTRACE",
+    deny::VARIABLE,
     "CARGO_BUILD_JOBS",
     "CI",
     "NO_COLOR",
@@ -211,9 +215,10 @@ fn binds(place: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
         binds.push((place.join(name), to));
     }
     let path = env::var_os("PATH").unwrap_or_default();
-    let nextest =
-        env::split_paths(&path).map(|folder| folder.join("cargo-nextest")).find(|path| path.is_file());
-    binds.extend(nextest.map(|nextest| (nextest, NEXTEST)));
+    for (tool, to) in TOOLS {
+        let found = env::split_paths(&path).map(|folder| folder.join(tool)).find(|path| path.is_file());
+        binds.extend(found.map(|found| (found, to)));
+    }
     Ok(binds)
 }
 

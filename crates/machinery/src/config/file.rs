@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::trust::expect_trusted;
 use crate::{Error, Place, Result};
 
 /// The path and the text of a YAML file.
@@ -32,6 +33,15 @@ impl ConfigFile {
             found
         })?;
         Ok(ConfigFile { path: path.to_owned(), text })
+    }
+
+    /// Reads a file that decides which code runs, such as one that names programs.
+    ///
+    /// # Errors
+    /// Other users could change the file; as [`read`](ConfigFile::read).
+    pub fn read_trusted(path: &Path) -> Result<Self> {
+        expect_trusted(path)?;
+        ConfigFile::read(path)
     }
 
     /// Creates an error about the value under `key`, with its line. `key` lists the keys from the top of the file.

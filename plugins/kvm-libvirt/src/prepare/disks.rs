@@ -2,20 +2,23 @@
 //!
 //! An internal snapshot is in each of the domain's disks. `qemu-img snapshot -a` reverts a disk to it, as
 //! libvirt does for a domain that is off. A save image needs that: libvirt restores its memory only.
+//!
+//! The run before has written to the disk, and code that has escaped into QEMU may have rewritten its header. So the
+//! disk is read by memory-safe code only, and `qemu-img` gets it with all the nodes that it may open: this file as
+//! qcow2, and no backing file. A revert needs none. A header that names another file than before makes the save image
+//! outdated.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use machinery::{Deadline, Result};
 use machinery_backend::QemuImg;
-use serde_json::Value;
+use machinery_images::Header;
+use serde_json::json;
 
 use crate::description::{Description, Disk};
 
-/// The time that `qemu-img` has to list the snapshots of a disk.
-const INFO_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time that `qemu-img` has to revert a disk. A revert that is killed leaves a disk that is reverted in part, until
 /// the next revert. So this is far longer than a revert takes, and the restore that waits for it may time out before.
 const REVERT_TIMEOUT: Duration = Duration::from_secs(600);
@@ -53,14 +56,14 @@ impl Disks {
         domain.writable_disks().map(file_of).collect::<Result<_, _>>().map(Disks)
     }
 
-    /// Describes the disks as text: the path of each, and its own entry of the snapshot of that name. A disk
-    /// that was replaced has another entry.
+    /// Describes the disks as text: the path of each, its own entry of the snapshot of that name, and the files that
+    /// its header names. A disk that was replaced has another entry.
     ///
     /// # Errors
     /// A disk cannot be read, or has no such snapshot; the text is for people.
     pub fn described(&self, snapshot: &str) -> Result<String, String> {
         let one = |path: &PathBuf| {
-            let entry = entry(&qemu_img(), path, snapshot, Deadline::after(INFO_TIMEOUT))?;
+            let entry = entry(path, snapshot)?;
             Ok(format!("{}\n{entry}\n", path.display()))
         };
         self.0.iter().map(one).collect()
@@ -113,20 +116,23 @@ fn qemu_img() -> QemuImg {
     QemuImg::new("qemu-img")
 }
 
-/// Returns the disk's own entry of the snapshot, with its time and the size of its memory, as JSON.
-fn entry(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -> Result<String, String> {
-    let info = qemu_img.info(disk, deadline).map_err(|error| error.to_string())?;
-    let entries = info["snapshots"].as_array().into_iter().flatten();
-    let found = entries.into_iter().find(|entry| entry["name"] == snapshot);
-    found
-        .map(Value::to_string)
-        .ok_or_else(|| format!("the disk {} has no snapshot '{snapshot}'", disk.display()))
+/// Returns the disk's own entry of the snapshot, with its time and the size of its memory, and the disk's backing file.
+fn entry(disk: &Path, snapshot: &str) -> Result<String, String> {
+    let header = Header::read(disk).map_err(|error| error.to_string())?;
+    let header = header.ok_or_else(|| format!("the disk {} is no qcow2 file", disk.display()))?;
+    if header.data_file.is_some() {
+        return Err(format!("the disk {} has its content in another file", disk.display()));
+    }
+    let entry = header.snapshot(snapshot);
+    let entry = entry.ok_or_else(|| format!("the disk {} has no snapshot '{snapshot}'", disk.display()))?;
+    Ok(format!("{entry:?} {:?}", header.backing))
 }
 
 fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -> Result<()> {
     let what = format!("revert the disk {} to '{snapshot}'", disk.display());
-    let args = ["snapshot", "-q", "-a", snapshot].map(OsStr::new);
-    let reverted = qemu_img.run(&what, args.into_iter().chain([disk.as_os_str()]), deadline);
+    let nodes = json!({"driver": "qcow2", "file": {"driver": "file", "filename": disk.to_string_lossy()}, "backing": null});
+    let args = ["snapshot", "-q", "-a", snapshot].map(str::to_owned);
+    let reverted = qemu_img.run(&what, args.into_iter().chain([format!("json:{nodes}")]), deadline);
     let advice = "The domain must be off, and nothing else may use its disk";
     reverted.map(drop).map_err(|error| error.advice(advice))
 }
@@ -134,6 +140,7 @@ fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
     use std::os::unix::fs::PermissionsExt;
 
     fn disks_of(xml: &str) -> Result<Disks, String> {
@@ -189,6 +196,49 @@ mod tests {
         assert!(disks.revert_to("clean").unwrap_err().to_string().contains("/none/disk.qcow2"));
     }
 
+    /// Makes a disk over a base, with the snapshot `clean`, and returns its path and that of the base.
+    fn disk_over_base(folder: &Path) -> (PathBuf, PathBuf) {
+        let (base, disk) = (folder.join("base.qcow2"), folder.join("it's a \"disk\".qcow2"));
+        let qemu_img = |args: &[&str]| {
+            let ran = std::process::Command::new("qemu-img").args(args).output().unwrap();
+            assert!(ran.status.success(), "{ran:?}");
+        };
+        let (base_text, disk_text) = (base.to_str().unwrap(), disk.to_str().unwrap());
+        qemu_img(&["create", "-q", "-f", "qcow2", base_text, "1M"]);
+        qemu_img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base_text, disk_text]);
+        qemu_img(&["snapshot", "-c", "clean", disk_text]);
+        (disk, base)
+    }
+
+    #[test]
+    fn revert_opens_no_other_file_when_the_header_names_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, base) = disk_over_base(folder.path());
+        fs::remove_file(&base).unwrap();
+        // A process that opens a pipe waits for its other end.
+        mknodat(CWD, &base, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        revert(&qemu_img(), &disk, "clean", Deadline::after(Duration::from_secs(20))).unwrap();
+        assert!(revert(&qemu_img(), &disk, "other", Deadline::after(REVERT_TIMEOUT)).is_err());
+    }
+
+    #[test]
+    fn description_changes_when_the_header_names_another_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, base) = disk_over_base(folder.path());
+        let disks = Disks(vec![disk.clone()]);
+        let before = disks.described("clean").unwrap();
+        assert_eq!(disks.described("clean").unwrap(), before);
+        assert!(disks.described("other").unwrap_err().contains("no snapshot 'other'"));
+        let content = fs::read(&disk).unwrap();
+        let at = content.windows(10).position(|part| part == b"base.qcow2").unwrap();
+        let rewritten = [&content[..at], b"evil.qcow2", &content[at + 10..]].concat();
+        fs::write(&disk, rewritten).unwrap();
+        let after = disks.described("clean").unwrap();
+        assert!(before.contains(base.to_str().unwrap()) && after.contains("evil.qcow2"), "{after}");
+        fs::write(&disk, b"raw").unwrap();
+        assert!(disks.described("clean").unwrap_err().contains("is no qcow2 file"));
+    }
+
     #[test]
     fn error_is_a_failure_when_qemu_img_hangs() {
         let folder = tempfile::tempdir().unwrap();
@@ -197,8 +247,6 @@ mod tests {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
         let hangs = QemuImg::new(&program);
         let (disk, soon) = (Path::new("/none/disk.qcow2"), || Deadline::after(Duration::from_millis(50)));
-        let why = entry(&hangs, disk, "clean", soon()).unwrap_err();
-        assert!(why.contains("does not end within 50ms"), "{why}");
         let why = revert(&hangs, disk, "clean", soon()).unwrap_err().to_string();
         assert!(why.contains("does not end within 50ms") && why.contains("must be off"), "{why}");
     }

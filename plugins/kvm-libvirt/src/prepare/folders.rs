@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use machinery_backend::files::HostLock;
 use machinery_backend::sync::lock;
@@ -24,8 +25,9 @@ impl ImageFolders {
     /// Opens the folder, unless it is open already. Makes it if it does not exist.
     ///
     /// # Errors
-    /// Another host uses the folder; it cannot be made.
+    /// Another host uses the folder; it cannot be made; other users could change what is in it.
     pub fn open(&self, folder: &Path) -> Result<()> {
+        expect_trusted(folder).map_err(|error| error.action("opening instant_dir"))?;
         fs::create_dir_all(folder)
             .map_err(|error| Error::io("make the folder for save images", folder, &error))?;
         let mut open = lock(&self.0);

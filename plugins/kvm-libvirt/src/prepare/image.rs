@@ -25,6 +25,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result, format_bytes};
 use machinery_backend::{Cancellation, files};
 use serde::Deserialize;
@@ -186,10 +187,17 @@ impl Image {
         self.origin_file.exists()
     }
 
-    /// Reports whether there is an image of that origin.
+    /// Reports whether there is an image of that origin, which only trusted users could have changed.
     pub fn has_origin(&self, source: &Source) -> bool {
-        fs::read_to_string(&self.origin_file).is_ok_and(|origin| origin == source.origin)
-            && self.file.exists()
+        let has_origin = fs::read_to_string(&self.origin_file).is_ok_and(|origin| origin == source.origin);
+        has_origin && self.file.exists() && self.is_trusted()
+    }
+
+    fn is_trusted(&self) -> bool {
+        let judged = [&self.file, &self.origin_file].into_iter().map(|path| expect_trusted(path));
+        let untrusted =
+            judged.filter_map(Result::err).inspect(|error| tracing::warn!(%error, "save image not used"));
+        untrusted.count() == 0
     }
 
     /// Returns the size of the image, in bytes.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, Machines, expect_interface};
+use machinery::trust::expect_trusted;
 use machinery::{Error, MachineInfo, Result};
 use rustix::fs::{Access, access};
 
@@ -49,17 +50,22 @@ impl Validator<'_> {
         self.problems.extend(expect_interface(self.file, key, name).err());
     }
 
-    /// Checks that the file can be executed.
+    /// Refuses a file or a folder that other users could change.
+    pub fn trusted(&mut self, key: &[&str], path: &Path) -> bool {
+        expect_trusted(path).map_err(|error| self.about(key, &error)).is_ok()
+    }
+
+    /// Checks that the file can be executed, and that no other user could change it.
     pub fn program(&mut self, key: &[&str], path: &Path) -> bool {
         let usable = path.is_file() && access(path, Access::EXEC_OK).is_ok();
         if !usable {
             let reason = format!("{} is not a program this user may run", path.display());
             self.problem(key, reason, "Install QEMU (qemu-system-x86 and qemu-utils), or correct the path");
         }
-        usable
+        usable && self.trusted(key, path)
     }
 
-    /// Returns the version of QEMU's program.
+    /// Returns the version of QEMU's program, which runs only if it is trusted.
     pub fn version(&mut self, program: &Path) -> Option<Version> {
         let key = ["binaries", "qemu_system_x86_64"];
         if !self.program(&key, program) {
@@ -68,11 +74,12 @@ impl Validator<'_> {
         Version::of(program).map_err(|error| self.about(&key, &error)).ok()
     }
 
-    pub fn writable(&mut self, key: &[&str], folder: &Path) {
+    /// Checks that overlays can be made in the folder, and that no other user could put a link in their place.
+    pub fn overlay_folder(&mut self, key: &[&str], folder: &Path) {
         if !folder.is_dir() {
             let reason = format!("{} is not a folder", folder.display());
             self.problem(key, reason, "Create it, or correct the path");
-        } else if let Err(error) = expect_writable(folder) {
+        } else if let Err(error) = expect_overlay_folder(folder) {
             self.about(key, &error);
         }
     }
@@ -194,11 +201,12 @@ impl Validator<'_> {
     }
 }
 
-/// Checks that this user can create overlays in the folder.
+/// Checks that only trusted users, and this one, can create overlays in the folder.
 ///
 /// # Errors
-/// This user may not write there.
-pub fn expect_writable(folder: &Path) -> Result<()> {
+/// This user may not write there, or others may.
+pub fn expect_overlay_folder(folder: &Path) -> Result<()> {
+    expect_trusted(folder)?;
     if access(folder, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK).is_ok() {
         return Ok(());
     }

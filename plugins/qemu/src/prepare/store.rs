@@ -5,13 +5,14 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use machinery_backend::files::HostLock;
 use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
-use super::layout::{COMPLETE, DEVICES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
+use super::layout::{COMPLETE, DEVICES, FILES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
 use super::space::TemplateSpace;
 use crate::launch::{Memory, Sharing};
 use crate::restore::Devices;
@@ -50,8 +51,9 @@ impl Templates {
     /// Opens the folder `dir`, which is created if it does not exist. Unfinished templates are removed.
     ///
     /// # Errors
-    /// The folder cannot be used, or another host uses it.
+    /// The folder cannot be used, another host uses it, or other users could change what is in it.
     pub fn open(dir: &Path) -> Result<Templates> {
+        expect_trusted(dir).map_err(|error| error.action("opening instant_dir"))?;
         let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
         let lock = HostLock::take(&dir.join("templates.lock"), || {
@@ -105,6 +107,10 @@ impl Templates {
     /// The machine has a template that cannot be used any more; the text has the reason.
     pub fn find(&self, machine: &str, identity: &Identity) -> Result<Option<Template>, String> {
         let folder = self.folder(machine);
+        // The files of an earlier time may belong to others, although nobody can add files now.
+        for name in FILES {
+            expect_trusted(&folder.join(name)).map_err(|error| error.to_string())?;
+        }
         let text = match fs::read(folder.join(RECORD)) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
