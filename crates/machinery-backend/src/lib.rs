@@ -59,7 +59,7 @@ pub use output::Output;
 pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
 pub use process_machine::{Guest, GuestProcess, ProcessMachine};
-pub use qemu_img::QemuImg;
+pub use qemu_img::{ImageFiles, QemuImg};
 pub use readiness::ReadinessReport;
 pub use run_folder::{RUN_VARIABLE, RunFolder};
 pub use shared::Shared;

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use machinery::{Deadline, Error, Result};
-use machinery_images::FileId;
+use machinery_images::{Chain, FileId};
 
 use crate::files::remove;
-use crate::qemu_img::QemuImg;
+use crate::qemu_img::{ImageFiles, QemuImg};
 use crate::sync::lock;
 
 /// An image that overlays are based on.
@@ -161,7 +161,11 @@ fn create(qemu_img: &QemuImg, image: &ImageFile, path: &Path, deadline: Deadline
         ["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,cluster_size=2M", "-F", &format, "-b"];
     let what = format!("make an overlay of {} at {}", image.path.display(), path.display());
     let args = options.into_iter().map(OsStr::new).chain([image.path.as_os_str(), path.as_os_str()]);
-    qemu_img.run(&what, args, deadline).map_err(|error| {
+    // The program may write to this file, and make no other.
+    File::create_new(path).map_err(|error| Error::io("make the overlay", path, &error))?;
+    let read = Chain::of(&image.path, Some(&format))?.files;
+    let files = ImageFiles { read, written: vec![path.to_owned()] };
+    qemu_img.run(&what, args, files, deadline).map_err(|error| {
         deadline.check("qemu-img to make the overlay").err().unwrap_or_else(|| error.advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))
     })?;
     Ok(new)
@@ -239,6 +243,7 @@ impl OverlayTemplate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jail::JailMode;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::time::Duration;
 
@@ -263,7 +268,7 @@ mod tests {
         fs::write(&disk, "a disk").unwrap();
         let soon = Deadline::after(Duration::from_secs(10));
         let (program, overlay_templates) = (image_maker(folder.path()), OverlayTemplates::default());
-        let qemu_img = QemuImg::new(&program);
+        let qemu_img = QemuImg::new(&program).with_jail(JailMode::Off);
         let images = [source(&disk), ImageFile { format: Some("raw".into()), ..source(&disk) }];
         let make = || overlay_templates.overlays(&qemu_img, &images, &first, soon).unwrap();
         for _ in 0..2 {

@@ -1,4 +1,7 @@
-//! `qemu-img`, with a time limit for each call.
+//! `qemu-img`, in a jail and with a time limit for each call.
+//!
+//! A run may have written to the image, so the image may attack the program that reads it. The program may open the
+//! files of its call, and nothing else.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -6,18 +9,36 @@ use std::path::{Path, PathBuf};
 use machinery::{Deadline, Error, Result};
 use serde_json::Value;
 
+use crate::jail::{Jail, JailMode, Policy};
 use crate::process;
 
 /// The program `qemu-img`.
 #[derive(Debug, Clone)]
 pub struct QemuImg {
     program: PathBuf,
+    jail: JailMode,
+}
+
+/// The files that a call may open.
+#[derive(Debug, Clone, Default)]
+pub struct ImageFiles {
+    /// Files that are only read: an image with its chain.
+    pub read: Vec<PathBuf>,
+    /// Files that are written. They have to exist.
+    pub written: Vec<PathBuf>,
 }
 
 impl QemuImg {
     /// Uses the program at that path, or of that name.
     pub fn new(program: impl Into<PathBuf>) -> Self {
-        QemuImg { program: program.into() }
+        QemuImg { program: program.into(), jail: JailMode::Auto }
+    }
+
+    /// Uses the program with another jail.
+    #[must_use]
+    pub fn with_jail(mut self, jail: JailMode) -> Self {
+        self.jail = jail;
+        self
     }
 
     /// Returns the path or the name of the program.
@@ -25,7 +46,8 @@ impl QemuImg {
         &self.program
     }
 
-    /// Runs the program. `what` names the purpose, such as `make an overlay of /d/disk.qcow2`.
+    /// Runs the program, which may open these files. `what` names the purpose, such as
+    /// `make an overlay of /d/disk.qcow2`.
     ///
     /// # Errors
     /// The program cannot be run, does not end in time, or reports a failure. It is killed at the deadline.
@@ -33,9 +55,11 @@ impl QemuImg {
         &self,
         what: &str,
         args: impl IntoIterator<Item = impl AsRef<OsStr>>,
+        files: ImageFiles,
         deadline: Deadline,
     ) -> Result<Vec<u8>> {
-        let mut command = machinery::command(&self.program);
+        let policy = Policy { read: files.read, write: files.written, ..Policy::default() };
+        let mut command = Jail::of_a_tool(self.jail).confine(policy)?.command(&self.program, Vec::new())?;
         command.args(args);
         let output = process::output(command, deadline)?;
         if output.status.success() {
@@ -53,7 +77,8 @@ impl QemuImg {
     pub fn info(&self, image: &Path, deadline: Deadline) -> Result<Value> {
         let args = ["info", "--output=json", "--force-share"].map(OsStr::new);
         let what = format!("describe {}", image.display());
-        let output = self.run(&what, args.into_iter().chain([image.as_os_str()]), deadline)?;
+        let files = ImageFiles { read: vec![image.to_owned()], ..ImageFiles::default() };
+        let output = self.run(&what, args.into_iter().chain([image.as_os_str()]), files, deadline)?;
         serde_json::from_slice(&output).map_err(|error| {
             Error::failed(format!("{} cannot {what}: its output is no JSON: {error}", self.program.display()))
         })

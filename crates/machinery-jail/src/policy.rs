@@ -57,6 +57,8 @@ pub enum Network {
 pub struct Limits {
     /// The maximum size of a file that the process writes, in bytes.
     pub file_size: Option<u64>,
+    /// The maximum memory, in bytes. The cgroup of layer C has this limit.
+    pub memory: Option<u64>,
     /// The maximum number of processes and threads of the process's user. Only for a user of its own.
     pub processes: Option<u64>,
 }

@@ -74,7 +74,7 @@ fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, rep
         ));
     }
     let has_disk = faults.iter().all(|(key, _)| *key != "qcow2_path");
-    let info = has_disk.then(|| disk_info(&config.binaries.qemu_img, &machine.disk));
+    let info = has_disk.then(|| disk_info(config, &machine.disk));
     if let Some(info) = info.and_then(|info| report.keep(info)) {
         disk_options(name, &info, report);
     }
@@ -175,8 +175,9 @@ fn template_folder(folder: &Path, report: &mut Report) {
 }
 
 /// Returns the information of `qemu-img` about the disk, also while a machine runs.
-fn disk_info(qemu_img: &Path, disk: &Path) -> Result<Value> {
-    let info = QemuImg::new(qemu_img).info(disk, Deadline::after(DISK_TIMEOUT));
+fn disk_info(config: &Config, disk: &Path) -> Result<Value> {
+    let qemu_img = QemuImg::new(&config.binaries.qemu_img).with_jail(config.jail);
+    let info = qemu_img.info(disk, Deadline::after(DISK_TIMEOUT));
     info.map_err(|error| error.default_advice("Restore the disk from a backup, or make the machine anew"))
 }
 

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, renamed_keys};
 use machinery::{Error, Result, Setup};
+use machinery_backend::jail::JailMode;
 
 use crate::version::Version;
 use keys::{Binaries, OwnKeys, QemuFile};
@@ -36,6 +37,8 @@ pub struct Config {
     pub instant_space_limit: Option<u64>,
     /// The limit for all standbys together, in bytes.
     pub standby_memory_limit: Option<u64>,
+    /// The jail of programs that run for all machines.
+    pub jail: JailMode,
     pub machines: Vec<MachineFiles>,
     /// Warnings about keys that were renamed.
     pub warnings: Vec<String>,
@@ -83,6 +86,7 @@ impl Config {
             version: version?,
             instant_dir: section.instant_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
             instant_space_limit: section.instant_space_limit,
+            jail: section.jail,
             standby_memory_limit: section.standby_memory_limit,
             machines,
             warnings: setup.host_config.as_ref().map_or_else(Vec::new, renamed),

@@ -1,7 +1,7 @@
 //! What a machine's QEMU may do: the policy of its jail, from its arguments.
 //!
 //! Everything that QEMU opens by a path is named in its arguments or made by this plugin. Everything else QEMU gets as a
-//! descriptor: the monitor's socket, the RAM, snapshots, and [taps](crate::taps).
+//! descriptor: the monitor's socket, the RAM, snapshots, taps, and [sockets](crate::passed).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use machinery_images::{Chain, Header};
 
 use crate::config::MachineFiles;
 use crate::options::Options;
+use crate::passed::sockets;
 use crate::resources::Resource;
 
 /// The maximum number of QEMU's threads: one for each processor of the guest, and at most 64 for input and output of each
@@ -20,6 +21,9 @@ const THREADS: u64 = 1024;
 /// The size that a file of a run may have beyond the size of the machine's largest disk, in bytes: qcow2's own data, or a
 /// log.
 const EXTRA_FILE_SIZE: u64 = 4 << 30;
+
+/// The memory that QEMU may use beyond the guest's RAM and a quarter of it, in bytes: video memory, caches, translated code.
+const EXTRA_MEMORY: u64 = 2 << 30;
 
 /// The folders beside a QEMU that is not the system's, from which it reads firmware and libraries.
 const DATA_FOLDERS: [&str; 4] = ["share/qemu", "share/seabios", "lib", "lib64"];
@@ -31,18 +35,24 @@ const SHOWN: usize = 3;
 pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -> Policy {
     let resources = Resource::of(files);
     let written = resources.iter().filter_map(Resource::file).map(Path::to_owned);
-    let sockets = resources.iter().filter_map(Resource::socket).filter_map(Path::parent);
+    let passed = sockets(files.start_args.options(), files.folder());
+    let own = resources.iter().filter_map(Resource::socket);
+    let own = own.filter(|path| !passed.iter().any(|passed| passed == path)).filter_map(Path::parent);
     let (network, listen) = network_of(files, &resources);
     let needs_host_network = network != Network::None;
     Policy {
         read: read_by(files, program),
         write: overlays.into_iter().chain(written).collect(),
-        sockets: sockets.map(Path::to_owned).collect(),
+        sockets: own.map(Path::to_owned).collect(),
         devices: devices_of(files),
         network,
         listen,
         own_network: !needs_host_network,
-        limits: Limits { file_size: max_file_size(files), processes: Some(THREADS) },
+        limits: Limits {
+            file_size: max_file_size(files),
+            memory: memory_of(files).and_then(|ram| (ram / 4).checked_add(EXTRA_MEMORY)?.checked_add(ram)),
+            processes: Some(THREADS),
+        },
         ..Policy::default()
     }
 }
@@ -155,6 +165,25 @@ fn devices_of(files: &MachineFiles) -> Vec<PathBuf> {
     devices.into_iter().map(PathBuf::from).filter(|device| device.exists()).collect()
 }
 
+/// Returns the guest's RAM, in bytes. Source: `-m` in QEMU's qemu-options.hx: MiB without a unit, 128 MiB without the
+/// option.
+fn memory_of(files: &MachineFiles) -> Option<u64> {
+    let given = files.start_args.options().filter(|(name, _)| *name == "m").last();
+    let Some((_, value)) = given else { return Some(128 << 20) };
+    let options = Options::parse(value, "size");
+    // A guest that can get more memory later has a higher limit.
+    let size = options.get("maxmem").or(options.get("size"))?;
+    let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match size.get(digits.len()..)?.to_ascii_uppercase().as_str() {
+        "" | "M" | "MB" | "MIB" => 1 << 20,
+        "G" | "GB" | "GIB" => 1 << 30,
+        "T" | "TB" | "TIB" => 1 << 40,
+        "K" | "KB" | "KIB" => 1 << 10,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(unit)
+}
+
 fn max_file_size(files: &MachineFiles) -> Option<u64> {
     let size = |path: &Path| match Header::read(path) {
         Ok(Some(header)) => Some(header.size),
@@ -163,4 +192,57 @@ fn max_file_size(files: &MachineFiles) -> Option<u64> {
     let largest = files.images().iter().filter_map(|image| size(&image.path)).max()?;
     // Each cluster may be written once for the guest and once for a snapshot inside the image.
     largest.checked_mul(2)?.checked_add(EXTRA_FILE_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::tests::machine_in;
+    use crate::machineinfo::StartArgs;
+
+    /// Returns the policy of a machine with these arguments, and its folder.
+    fn policy(args: &[&str]) -> (Policy, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let start_args = StartArgs::in_folder(args.iter().map(|&arg| arg.to_owned()), folder.path());
+        let files = MachineFiles { start_args, ..machine_in(folder.path()) };
+        (policy_of(&files, Path::new("/opt/qemu/bin/qemu"), files.overlays()), folder)
+    }
+
+    #[test]
+    fn network_is_none_unless_the_arguments_use_one() {
+        let network = |args: &[&str]| {
+            let policy = policy(args).0;
+            (policy.network, policy.listen, policy.own_network)
+        };
+        assert_eq!(network(&["-nodefaults"]), (Network::None, vec![], true));
+        assert_eq!(network(&["-nic", "tap,ifname=tap0,script=no"]), (Network::None, vec![], true));
+        assert_eq!(network(&["-m", "32"]), (Network::Internet, vec![], false), "the default card");
+        let user = ["-netdev", "user,id=n,hostfwd=tcp:127.0.0.1:2222-:22"];
+        assert_eq!(network(&user), (Network::Internet, vec![2222], false));
+        assert_eq!(network(&["-nodefaults", "-vnc", ":1"]), (Network::Listen, vec![5901], false));
+        assert_eq!(network(&["-nodefaults", "-vnc", "none"]).0, Network::None);
+        let client = ["-nodefaults", "-chardev", "socket,id=c,host=1.2.3.4,port=5"];
+        assert_eq!(network(&client).0, Network::Internet);
+    }
+
+    #[test]
+    fn written_files_are_those_of_the_arguments_and_the_overlays() {
+        let args =
+            ["-serial", "file:serial.log", "-vnc", "unix:s/vnc", "-chardev", "socket,id=c,path=c,server=on"];
+        let (policy, folder) = policy(&args);
+        let path = |name: &str| folder.path().join(name);
+        assert_eq!(policy.write, [path("m_disposable.qcow2"), path("serial.log")]);
+        assert_eq!(policy.sockets, [path("s")]);
+        assert!(policy.read.contains(&path("disk.qcow2")), "{:?}", policy.read);
+    }
+
+    #[test]
+    fn memory_is_read_with_every_unit() {
+        let limit = |args: &[&str]| policy(args).0.limits.memory.map(|limit| limit - EXTRA_MEMORY);
+        for two in [&["-m", "2048"], &["-m", "2G"], &["-m", "size=2048M"], &["-m", "1G,maxmem=2G"]] {
+            assert_eq!(limit(two), Some((2 << 30) + (512 << 20)), "{two:?}");
+        }
+        assert_eq!(limit(&["-S"]), Some(160 << 20));
+        assert_eq!(limit(&["-m", "what"]), None);
+    }
 }

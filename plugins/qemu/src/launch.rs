@@ -8,13 +8,13 @@
 //! | --- | --- |
 //! | 3 | the monitor's socket, which listens |
 //! | 4 | the guest's RAM, if it is a file of the plugin |
-//! | 5 … | taps |
+//! | 5 … | taps and sockets of the machine's own arguments |
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use machinery_backend::{Overlays, Steps, files};
 
 use crate::console::kind_of;
 use crate::options;
-use crate::taps::{Passed, pass_taps};
+use crate::passed::{Passed, pass};
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
@@ -42,7 +42,7 @@ const SANDBOX: [&str; 2] =
 /// The numbers of the descriptors in QEMU.
 const MONITOR: i32 = 3;
 const RAM: i32 = 4;
-const FIRST_TAP: i32 = 5;
+const FIRST_PASSED: i32 = 5;
 
 /// The parameters of a new run.
 pub struct Start<'a> {
@@ -60,6 +60,8 @@ pub struct Start<'a> {
     /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
     pub confinement: Confinement,
+    /// The sockets that the plugin makes in QEMU's place.
+    pub sockets: Vec<PathBuf>,
 }
 
 /// A file that is the guest's RAM.
@@ -123,6 +125,7 @@ pub fn connect(
     if connected.is_err() {
         // The first error is the one to report.
         let _ = files::remove(start.socket);
+        start.sockets.iter().for_each(|socket| drop(files::remove(socket)));
         end_cgroup(&start.confinement);
     }
     connected
@@ -165,11 +168,11 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
     let mut descriptors: Vec<(OwnedFd, i32)> = vec![(listener.into(), MONITOR)];
     let mut args = start.args.clone();
     if start.confinement.is_confined() {
-        let passed = pass_taps(args, FIRST_TAP, deadline)?;
-        let Passed { args: with_taps, descriptors: taps } = passed;
-        args = with_taps;
+        let passed = pass(args, FIRST_PASSED, start.folder, deadline)?;
+        let Passed { args: with_numbers, descriptors: opened } = passed;
+        args = with_numbers;
         args.extend(SANDBOX.map(str::to_owned));
-        descriptors.extend(taps);
+        descriptors.extend(opened);
     }
     args.extend(plugin_args(start.incoming));
     args.extend(sound_args(start.version, &start.args));

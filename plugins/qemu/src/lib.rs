@@ -19,7 +19,7 @@
 //! | `jail` | what a machine's QEMU may do |
 //! | `leftovers` | the leftovers of a host that was killed |
 //! | `run` | one run, from its process to its end |
-//! | `launch`, `console`, `taps` | a process whose monitor is connected; its output; its taps |
+//! | `launch`, `console`, `passed` | a process whose monitor is connected; its output; what it inherits |
 //! | `qmp`, `states` | the monitor, and the meaning of QEMU's states |
 //! | `resources` | the resources that only one QEMU at a time can use |
 //! | `machineinfo`, `images`, `options` | the arguments, the files that they open, an option's value |
@@ -38,6 +38,7 @@ mod machine;
 mod machineinfo;
 mod needs;
 mod options;
+mod passed;
 mod peers;
 mod prepare;
 mod progress;
@@ -51,7 +52,6 @@ mod shared;
 mod snapshot;
 mod standby;
 mod states;
-mod taps;
 mod version;
 
 use machinery_backend::Adapter;

@@ -21,7 +21,7 @@
 pub mod end;
 pub mod start_error;
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -114,14 +114,15 @@ impl Run {
             purpose: Mutex::new(purpose),
             resumed: Mutex::new(None),
         });
-        let (watched, socket, confinement) = (Arc::clone(&run), start.socket.to_owned(), start.confinement);
+        let (watched, confinement) = (Arc::clone(&run), start.confinement);
+        let sockets: Vec<PathBuf> = start.sockets.into_iter().chain([start.socket.to_owned()]).collect();
         let handle = Arc::clone(&run.process);
         std::thread::Builder::new()
             .name("qemu-watcher".to_owned())
             .spawn(move || {
                 let end = watched.watch(process);
                 end_cgroup(&confinement);
-                watched.clean_up(end, start.overlays, &socket);
+                watched.clean_up(end, start.overlays, &sockets);
             })
             .map_err(|error| {
                 handle.kill();
@@ -137,13 +138,13 @@ impl Run {
     }
 
     /// Cleans up after the end of the process, and reports the end. Runs in the watcher thread.
-    fn clean_up(&self, end: End, mut overlays: Overlays, socket: &Path) {
+    fn clean_up(&self, end: End, mut overlays: Overlays, sockets: &[PathBuf]) {
         if !matches!(*self.purpose(), Purpose::Run) {
             overlays.set_keep(false);
         }
         drop(overlays);
-        if let Err(error) = files::remove(socket) {
-            tracing::warn!(machine = self.machine, %error, "cannot remove the monitor's socket");
+        for error in sockets.iter().filter_map(|socket| files::remove(socket).err()) {
+            tracing::warn!(machine = self.machine, %error, "cannot remove a socket");
         }
         self.report_end(end);
     }

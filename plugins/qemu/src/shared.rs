@@ -30,7 +30,7 @@ impl Qemu {
     /// QEMU's program does not exist; as [`Templates::open`].
     pub fn new(config: &Config, host: Host) -> Result<Qemu> {
         let qemu = Qemu {
-            qemu_img: QemuImg::new(&config.binaries.qemu_img),
+            qemu_img: QemuImg::new(&config.binaries.qemu_img).with_jail(config.jail),
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
             instant_dir: config.instant_dir.clone(),
             templates: OnceLock::new(),

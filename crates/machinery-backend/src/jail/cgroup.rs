@@ -16,11 +16,9 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use machinery::{Error, Result};
+use machinery_jail::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
-
-/// The maximum number of processes and threads of a run.
-const PROCESSES: &str = "1024";
 
 /// The time that processes have to end after `cgroup.kill`.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,16 +41,21 @@ impl Cgroup {
         &self.0
     }
 
-    /// Makes the cgroup, if it does not exist.
-    pub(super) fn make(&self) -> Result<()> {
+    /// Makes the cgroup with these limits, if it does not exist.
+    pub(super) fn make(&self, limits: &Limits) -> Result<()> {
         let failed = |error: io::Error| Error::io("make the cgroup", &self.0, &error);
         match fs::create_dir(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
             _ => {}
         }
-        // A kernel without this controller has no such file.
-        let limit = self.0.join("pids.max");
-        if limit.exists() { fs::write(limit, PROCESSES).map_err(failed) } else { Ok(()) }
+        for (name, limit) in [("pids.max", limits.processes), ("memory.max", limits.memory)] {
+            let file = self.0.join(name);
+            // A cgroup without the controller has no such file.
+            if let Some(limit) = limit.filter(|_| file.exists()) {
+                fs::write(file, limit.to_string()).map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 
     /// Kills all processes of the cgroup, and removes it.

@@ -81,6 +81,8 @@ pub struct Confinement {
     helper: Option<PathBuf>,
     policy: Policy,
     layers: Layers,
+    /// The limits of the cgroup, also of a process that has not the limits of a user.
+    limits: Limits,
     cgroup: Option<Cgroup>,
 }
 
@@ -98,6 +100,16 @@ fn helper() -> Option<PathBuf> {
     folders.map(|folder| folder.join(PROGRAM)).find(|helper| helper.is_file())
 }
 
+/// Returns the path of a program that may be given by its name, as the shell finds it. The jail has another `PATH`.
+fn found_in_path(program: &Path) -> PathBuf {
+    if program.components().count() > 1 {
+        return program.to_owned();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|folder| folder.join(program));
+    places.find(|place| place.is_file()).unwrap_or_else(|| program.to_owned())
+}
+
 impl Jail {
     /// Creates the jail of a machine. `key` distinguishes the machine from all others of this computer: the path of a
     /// file of its own.
@@ -105,6 +117,14 @@ impl Jail {
         let host = HostSupport::find().clone();
         let user = (mode != JailMode::Off && host.kernel.root).then(|| users.user_of(key));
         Jail { mode, host, user, cgroup: Cgroup::of(key) }
+    }
+
+    /// Creates the jail of a program that runs for a moment and is the host's own: it keeps the host's user. A strict jail
+    /// is about machines.
+    pub fn of_a_tool(mode: JailMode) -> Jail {
+        let mode = if mode == JailMode::Strict { JailMode::Auto } else { mode };
+        let cgroup = Err("the program runs for the host".to_owned());
+        Jail { mode, host: HostSupport::find().clone(), user: None, cgroup }
     }
 
     /// Returns the user of the machine's processes, if this host can give the machine one of its own.
@@ -138,12 +158,13 @@ impl Jail {
     }
 
     fn as_far_as_possible(&self, mut policy: Policy) -> Confinement {
+        let limits = policy.limits.clone();
         let Some(helper) = self.host.helper.clone().filter(|_| self.mode != JailMode::Off) else {
             let why = match self.mode {
                 JailMode::Off => "jail: off (machinery-host.yaml)".to_owned(),
                 _ => format!("the program {PROGRAM} is not beside the host's program"),
             };
-            return Confinement { helper: None, policy, layers: Layers::none(&why), cgroup: None };
+            return Confinement { helper: None, policy, layers: Layers::none(&why), limits, cgroup: None };
         };
         let user = self.user_for(&policy);
         policy.own_network &= user.is_ok();
@@ -158,7 +179,7 @@ impl Jail {
             b: user.err(),
             c: self.cgroup.as_ref().err().cloned(),
         };
-        Confinement { helper: Some(helper), policy, layers, cgroup: self.cgroup.clone().ok() }
+        Confinement { helper: Some(helper), policy, layers, limits, cgroup: self.cgroup.clone().ok() }
     }
 
     /// Returns the machine's user with the groups of its devices, or the reason why the machine cannot have one.
@@ -171,8 +192,11 @@ impl Jail {
         for path in &policy.read {
             reach::expect_readable(path, &user)?;
         }
-        for path in policy.write.iter().chain(&policy.sockets) {
+        for path in &policy.write {
             reach::expect_reachable(path)?;
+        }
+        for folder in &policy.sockets {
+            reach::expect_writable(folder)?;
         }
         Ok(user)
     }
@@ -228,12 +252,12 @@ impl Confinement {
                 let policy =
                     policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
                 let mut command = machinery::command(helper);
-                command.arg(policy).arg(program);
+                command.arg(policy).arg(found_in_path(program));
                 command
             }
         };
         if let Some(cgroup) = &self.cgroup {
-            cgroup.make()?;
+            cgroup.make(&self.limits)?;
         }
         let mappings = descriptors.into_iter();
         let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();

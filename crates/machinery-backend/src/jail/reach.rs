@@ -10,6 +10,7 @@ use std::path::Path;
 use machinery_jail::User;
 
 const READ: u32 = 0o4;
+const WRITE: u32 = 0o2;
 const SEARCH: u32 = 0o1;
 
 /// Expects that the user can read the file.
@@ -42,6 +43,21 @@ pub fn expect_reachable(path: &Path) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Expects that the user can make files in the folder.
+///
+/// # Errors
+/// The reason why not.
+pub fn expect_writable(folder: &Path) -> Result<(), String> {
+    expect_reachable(folder)?;
+    match fs::metadata(folder) {
+        Ok(found) if !is_allowed(&found, WRITE | SEARCH) => Err(format!(
+            "its start_args make a socket in {}, where other users may make none",
+            folder.display()
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn is_allowed(found: &Metadata, wanted: u32) -> bool {

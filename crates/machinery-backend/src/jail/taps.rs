@@ -27,12 +27,12 @@ struct Request {
     padding: [u8; 22],
 }
 
-/// Opens the tap of that name, which has to exist for a user who is not root. It has the header that virtio uses, as
-/// QEMU's own taps have. Source: `tap_open` in QEMU's net/tap-linux.c.
+/// Opens the tap of that name, which has to exist for a user who is not root; with the header that virtio uses, if
+/// `has_header`. Source: `tap_open` in QEMU's net/tap-linux.c.
 ///
 /// # Errors
 /// The tap cannot be opened, for example because another process has it.
-pub fn open(name: &str) -> Result<OwnedFd> {
+pub fn open(name: &str, has_header: bool) -> Result<OwnedFd> {
     let failed = |error: &io::Error| {
         Error::environment(format!("cannot open the tap {name}: {error}"))
             .advice("Create it (ip tuntap add), and check that no other machine uses it")
@@ -40,7 +40,7 @@ pub fn open(name: &str) -> Result<OwnedFd> {
     let device = Path::new("/dev/net/tun");
     let tun = File::options().read(true).write(true).open(device);
     let tun = tun.map_err(|error| Error::io("open", device, &error))?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | if has_header { libc::IFF_VNET_HDR } else { 0 };
     let flags = libc::c_short::try_from(flags).unwrap_or_default();
     let mut request = Request { name: [0; NAME_SIZE], flags, padding: [0; 22] };
     match request.name.get_mut(..name.len()).filter(|_| name.len() < NAME_SIZE) {

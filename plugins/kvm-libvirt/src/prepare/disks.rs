@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use machinery::{Deadline, Result};
-use machinery_backend::QemuImg;
+use machinery_backend::{ImageFiles, QemuImg};
 use machinery_images::Header;
 use serde_json::json;
 
@@ -132,7 +132,8 @@ fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -
     let what = format!("revert the disk {} to '{snapshot}'", disk.display());
     let nodes = json!({"driver": "qcow2", "file": {"driver": "file", "filename": disk.to_string_lossy()}, "backing": null});
     let args = ["snapshot", "-q", "-a", snapshot].map(str::to_owned);
-    let reverted = qemu_img.run(&what, args.into_iter().chain([format!("json:{nodes}")]), deadline);
+    let files = ImageFiles { written: vec![disk.to_owned()], ..ImageFiles::default() };
+    let reverted = qemu_img.run(&what, args.into_iter().chain([format!("json:{nodes}")]), files, deadline);
     let advice = "The domain must be off, and nothing else may use its disk";
     reverted.map(drop).map_err(|error| error.advice(advice))
 }
@@ -140,6 +141,7 @@ fn revert(qemu_img: &QemuImg, disk: &Path, snapshot: &str, deadline: Deadline) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use machinery_backend::jail::JailMode;
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     use std::os::unix::fs::PermissionsExt;
 
@@ -245,7 +247,7 @@ mod tests {
         let program = folder.path().join("qemu-img");
         fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
-        let hangs = QemuImg::new(&program);
+        let hangs = QemuImg::new(&program).with_jail(JailMode::Off);
         let (disk, soon) = (Path::new("/none/disk.qcow2"), || Deadline::after(Duration::from_millis(50)));
         let why = revert(&hangs, disk, "clean", soon()).unwrap_err().to_string();
         assert!(why.contains("does not end within 50ms") && why.contains("must be off"), "{why}");

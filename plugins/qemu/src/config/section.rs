@@ -31,7 +31,7 @@ pub struct Section {
     standby: Standby,
     #[serde(alias = "standby_memory", deserialize_with = "parse_bytes")]
     pub standby_memory_limit: Option<u64>,
-    jail: JailMode,
+    pub jail: JailMode,
     /// The users of the machines, where the host is root.
     pub jail_users: UserRange,
     /// Other values for single machines.

@@ -13,6 +13,7 @@ use super::base::Machine;
 use super::state::{MachineOperation, end_when_cancelled};
 use crate::jail::policy_of;
 use crate::launch::{Memory, Start};
+use crate::passed::sockets;
 use crate::resources::Resource;
 use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
@@ -81,6 +82,7 @@ impl Machine {
             socket: &self.socket,
             memory,
             incoming: !matches!(load, Load::Nothing),
+            sockets: sockets(files.start_args.options(), files.folder()),
             confinement,
         };
         let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));

@@ -15,7 +15,7 @@ pub const RECORD: &str = "record.json";
 pub const DISK: &str = "disk";
 /// All files that a template's folder may contain, besides overlays. The record is removed first, because
 /// without it the other files are no template.
-pub const FILES: [&str; 3] = [RECORD, RAM, DEVICES];
+const FILES: [&str; 3] = [RECORD, RAM, DEVICES];
 
 /// The suffix of a complete template's folder.
 pub const COMPLETE: &str = ".template";

@@ -12,7 +12,7 @@ use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
-use super::layout::{COMPLETE, DEVICES, FILES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
+use super::layout::{COMPLETE, DEVICES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
 use super::space::TemplateSpace;
 use crate::launch::{Memory, Sharing};
 use crate::restore::Devices;
@@ -107,8 +107,9 @@ impl Templates {
     /// The machine has a template that cannot be used any more; the text has the reason.
     pub fn find(&self, machine: &str, identity: &Identity) -> Result<Option<Template>, String> {
         let folder = self.folder(machine);
-        // The files of an earlier time may belong to others, although nobody can add files now.
-        for name in FILES {
+        // The files of an earlier time may belong to others, although nobody can add files now. The machine's own user may
+        // have the right to write the RAM, because an older QEMU opens it so; the record has the time of its last change.
+        for name in [RECORD, DEVICES] {
             expect_trusted(&folder.join(name)).map_err(|error| error.to_string())?;
         }
         let text = match fs::read(folder.join(RECORD)) {
