@@ -311,7 +311,7 @@ fn start_fails_and_leaves_nothing_when_a_wrapper_stays_alive() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.host_yaml("timeouts: {restore_start: 2}", "").unwrap();
     lab.fake_qemu("7.2.0", &format!("{} \"$@\"\nexit", lab.qemu().system.display())).unwrap();
-    lab.cwd().change_host_yaml("jail: off, ", "").unwrap();
+    lab.set_jail("auto").unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     println!("{}", assert_fails(&lab, &mut client, "restore_start", &["QEMU exited", "fork"]));
@@ -477,7 +477,7 @@ fn children_have_the_limit_of_open_files_that_the_host_was_started_with() {
         file
     };
     // The wrappers write files.
-    lab.without_jail().unwrap();
+    lab.set_jail("off").unwrap();
     let limits = [given("qemu-img", &lab.qemu().img), given("qemu-system", &lab.qemu().system)];
     let mut host = host_with_limit(&lab, 321);
     let mut client = host.client().unwrap();
@@ -517,7 +517,7 @@ fn with_pidfile(lab: &Lab) -> std::path::PathBuf {
 fn helper_of_qemu_cleans_up_when_its_qemu_is_ended() {
     let lab = Lab::new(&[MICRO]).unwrap();
     // The helper is another process.
-    lab.without_jail().unwrap();
+    lab.set_jail("off").unwrap();
     with_helper(&lab);
     let pidfile = with_pidfile(&lab);
     lab.ahead("instant: auto, standby: auto").unwrap();

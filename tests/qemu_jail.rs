@@ -115,8 +115,8 @@ impl Host {
         ]
     }
 
-    fn jail(&self, mode: &str) {
-        self.lab.host_yaml("", &format!(", jail: {mode}")).unwrap();
+    fn jail(&self, mode: &'static str) {
+        self.lab.set_jail(mode).unwrap();
     }
 
     /// Has the probe make the attempts, and returns the end of each.
@@ -245,7 +245,7 @@ fn status(pid: rustix::process::Pid, key: &str) -> String {
 #[test]
 fn qemu_has_no_rights_and_no_descriptors_of_the_host() {
     let lab = lab(&["m", "other"]);
-    lab.host_yaml("", ", jail: strict").unwrap();
+    lab.set_jail("strict").unwrap();
     let (mut host, mut client) = served(&lab);
     for machine in ["m", "other"] {
         does(&mut client, "restore_start", machine);
@@ -300,7 +300,7 @@ fn machine_is_refused_when_the_jail_is_strict_and_its_files_are_closed() {
     let lab = lab(&["m"]);
     let closed = lab.cwd().root().parent().unwrap().to_owned();
     fs::set_permissions(&closed, Permissions::from_mode(0o700)).unwrap();
-    lab.host_yaml("", ", jail: strict").unwrap();
+    lab.set_jail("strict").unwrap();
     let checked = lab.run(&["check"]).unwrap();
     assert!(checked.stdout.contains("layer B does not hold"), "{}", checked.stdout);
     let (mut host, mut client) = served(&lab);
@@ -333,7 +333,8 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
             args.extend(["-chardev".to_owned(), log]);
         })
         .unwrap();
-        lab.host_yaml("", &format!(", jail: {mode}, machines: {{m: {{unsafe_start_args: true}}}}")).unwrap();
+        lab.set_jail(mode).unwrap();
+        lab.host_yaml("", ", machines: {m: {unsafe_start_args: true}}").unwrap();
         let (mut running, mut client) = served(lab);
         let attempts = host.attempts(running.pid()).join("\n");
         fs::write(m.dir.join("attempts"), attempts).unwrap();

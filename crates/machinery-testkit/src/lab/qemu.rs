@@ -12,8 +12,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use machinery_jail::Support;
 use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
@@ -32,8 +33,8 @@ pub struct Lab {
     qemu: Qemu,
     machines: BTreeMap<String, MachineFolder>,
     network: Option<TestNetwork>,
-    /// True if a test has switched the jail off.
-    has_no_jail: AtomicBool,
+    /// The jail of all machines: the strictest that this computer allows, unless a test changes it.
+    jail: Mutex<&'static str>,
 }
 
 impl Lab {
@@ -75,7 +76,7 @@ impl Lab {
             Ok(((*name).to_owned(), machine?))
         };
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
-        let lab = Lab { cwd, qemu, machines, network, has_no_jail: AtomicBool::new(false) };
+        let lab = Lab { cwd, qemu, machines, network, jail: Mutex::new(strictest_jail()) };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;
         Ok(lab)
@@ -165,7 +166,7 @@ impl Lab {
     pub fn host_yaml(&self, host: &str, qemu: &str) -> Result<()> {
         self.cwd.host_yaml(&format!(
             "{host}\nmachineries: {{qemu: {{{}instant: off, standby: off{qemu}}}}}\n",
-            self.own_keys()
+            self.jail_key()
         ))
     }
 
@@ -174,7 +175,7 @@ impl Lab {
     pub fn ahead(&self, qemu: &str) -> Result<()> {
         self.cwd.host_yaml(&format!(
             "machineries: {{qemu: {{{}instant_space_limit: 16 GiB, {qemu}}}}}\n",
-            self.own_keys()
+            self.jail_key()
         ))
     }
 
@@ -205,22 +206,21 @@ impl Lab {
     pub fn fake_qemu(&self, version: &str, script: &str) -> Result<()> {
         let text =
             format!("[ \"$1\" = --version ] && echo 'QEMU emulator version {version}' && exit\n{script}");
-        self.without_jail()?;
+        self.set_jail("off")?;
         let path = self.cwd.script("fake-qemu", &text)?;
         self.change_yaml(&self.qemu.system.display().to_string(), &path.display().to_string())
     }
 
-    /// Switches the jail of all machines off, also in a `machinery-host.yaml` that is written later.
-    pub fn without_jail(&self) -> Result<()> {
-        if self.has_no_jail.swap(true, Ordering::Relaxed) {
-            return Ok(());
-        }
-        self.cwd.change_host_yaml("qemu: {", &format!("qemu: {{{}", self.own_keys()))
+    /// Changes the jail of all machines: `auto`, `strict`, or `off`. It also applies to a `machinery-host.yaml` that is
+    /// written later.
+    pub fn set_jail(&self, mode: &'static str) -> Result<()> {
+        let before = self.jail_key();
+        *self.jail.lock().unwrap_or_else(PoisonError::into_inner) = mode;
+        self.cwd.change_host_yaml(&before, &self.jail_key())
     }
 
-    /// Returns the keys of the machinery that a test does not write.
-    fn own_keys(&self) -> &'static str {
-        if self.has_no_jail.load(Ordering::Relaxed) { "jail: off, " } else { "" }
+    fn jail_key(&self) -> String {
+        format!("jail: {}, ", self.jail.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Returns the running QEMU of that machine.
@@ -270,6 +270,11 @@ impl Lab {
     fn processes(&self) -> Result<Vec<(Pid, String)>> {
         leftovers::processes_below(self.cwd.root(), &["cuckoo-machinery"])
     }
+}
+
+/// Returns `strict` for root, and `auto` for a user who can give no machine a user of its own.
+fn strictest_jail() -> &'static str {
+    if Support::of_this_host().missing_in_b().is_none() { "strict" } else { "auto" }
 }
 
 impl Drop for Lab {
