@@ -22,6 +22,7 @@
 //! | `picture`, [`rfb`] | PNG from PPM or pixels, and the screen of a VNC server |
 //! | [`elf`] | a memory dump as an ELF core file |
 //! | `budget`, `readiness`, `steps` | [`Budget`], [`ReadinessReport`], [`Steps`]: memory for standbys, and reports to the host |
+//! | `space` | [`DiskSpace`]: the free space that runs leave |
 //! | `rate` | [`RateLimit`], [`LogLimit`]: a limit for what a guest can cause as often as it likes |
 //! | [`refuse`] | errors of actions that a machine's state does not allow |
 //! | [`sync`], [`concurrent`] | locks and waits; the same action on many machines |
@@ -47,6 +48,7 @@ pub mod refuse;
 pub mod rfb;
 mod run_folder;
 mod shared;
+mod space;
 mod steps;
 pub mod sync;
 mod work;
@@ -64,5 +66,6 @@ pub use rate::{LogLimit, RateLimit};
 pub use readiness::ReadinessReport;
 pub use run_folder::RunFolder;
 pub use shared::Shared;
+pub use space::{DiskSpace, DiskWriter};
 pub use steps::Steps;
 pub use work::{Cancellation, Operation, UnderWay, Work, WorkState};
