@@ -20,7 +20,7 @@ pub use validator::expect_writable;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, renamed_keys};
-use machinery::{Error, Result, Setup};
+use machinery::{Error, FreeSpaceReserve, Result, Setup};
 
 use crate::version::Version;
 use keys::{Binaries, OwnKeys, QemuFile};
@@ -36,6 +36,7 @@ pub struct Config {
     pub instant_space_limit: Option<u64>,
     /// The limit for all standbys together, in bytes.
     pub standby_memory_limit: Option<u64>,
+    pub free_space_reserve: FreeSpaceReserve,
     pub machines: Vec<MachineFiles>,
     /// Warnings about keys that were renamed.
     pub warnings: Vec<String>,
@@ -60,6 +61,7 @@ impl Config {
     pub fn read_collecting(setup: &Setup, problems: &mut Vec<Error>) -> Option<Config> {
         let mut add = |error: Error| problems.push(error);
         let section: Section = setup.section("qemu").map_err(&mut add).unwrap_or_default();
+        let free_space_reserve = FreeSpaceReserve::read(setup).map_err(&mut add).unwrap_or_default();
         let file = &setup.config;
         let qemu: QemuFile = file.parse().map_err(&mut add).ok()?;
         let mut validator = Validator { file, problems };
@@ -82,6 +84,7 @@ impl Config {
             instant_dir: section.instant_dir.unwrap_or_else(|| setup.cache_dir.join("templates")),
             instant_space_limit: section.instant_space_limit,
             standby_memory_limit: section.standby_memory_limit,
+            free_space_reserve,
             machines,
             warnings: setup.host_config.as_ref().map_or_else(Vec::new, renamed),
         })
