@@ -294,6 +294,33 @@ fn capture_failure_is_reported_when_the_interface_disappears() {
 }
 
 #[test]
+fn capture_ends_with_a_valid_file_when_it_reaches_its_limit() {
+    let Some((network, cwd)) = really_captured("") else { return };
+    cwd.host_yaml("capture_size_limit: 1 MiB\n").unwrap();
+    let host = host_on(&network, &cwd);
+    let (mut client, mut subscriber) = (host.client().unwrap(), host.client().unwrap());
+    subscriber.subscribe().unwrap();
+    let pcap = pcap(&cwd);
+    lock(&mut client, &pcap);
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    let long = "x".repeat(50_000);
+    (0..20).for_each(|_| talk(&network, &long));
+    let reported = subscriber.wait_for_event("capture_failed", "m").unwrap();
+    let reason = reported["reason"].as_str().unwrap();
+    assert!(reason.contains("has reached the limit of 1 MiB"), "{reason}");
+    assert!(reason.contains("capture_size_limit"), "{reason}");
+    assert_eq!(capture::writers(&pcap).unwrap(), []);
+    talk(&network, "too late");
+    let packets = capture::packets(&pcap).unwrap();
+    assert!(packets.len() >= 20 && !payloads(&packets).contains(&"too late".to_owned()));
+    let ran = capture::tshark(&pcap).unwrap();
+    assert!(!ran.stderr.contains("cut short") && !ran.stderr.contains("truncated"), "{ran:?}");
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([reason])));
+    assert_eq!(client.act("stop", "m").unwrap(), success());
+}
+
+#[test]
 fn capture_failure_is_reported_when_the_file_cannot_be_written() {
     for path in ["no folder/dump.pcap", "a file/dump.pcap", "conf"] {
         let Some((network, cwd)) = really_captured("") else { return };

@@ -23,6 +23,8 @@
 //! | `picture`, [`rfb`] | PNG from PPM or pixels, and the screen of a VNC server |
 //! | [`elf`] | a memory dump as an ELF core file |
 //! | `budget`, `readiness`, `steps` | [`Budget`], [`ReadinessReport`], [`Steps`]: memory for standbys, and reports to the host |
+//! | `space` | [`DiskSpace`]: the free space that runs leave |
+//! | `rate` | [`RateLimit`], [`LogLimit`]: a limit for what a guest can cause as often as it likes |
 //! | [`refuse`] | errors of actions that a machine's state does not allow |
 //! | [`sync`], [`concurrent`] | locks and waits; the same action on many machines |
 
@@ -42,11 +44,13 @@ mod picture;
 pub mod process;
 mod process_machine;
 mod qemu_img;
+mod rate;
 mod readiness;
 pub mod refuse;
 pub mod rfb;
 mod run_folder;
 mod shared;
+mod space;
 mod steps;
 pub mod sync;
 mod work;
@@ -60,8 +64,10 @@ pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_ov
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};
 pub use process_machine::{Guest, GuestProcess, ProcessMachine};
 pub use qemu_img::{ImageFiles, QemuImg};
+pub use rate::{LogLimit, RateLimit};
 pub use readiness::ReadinessReport;
 pub use run_folder::{RUN_VARIABLE, RunFolder};
 pub use shared::Shared;
+pub use space::{DiskSpace, DiskWriter};
 pub use steps::Steps;
 pub use work::{Cancellation, Operation, UnderWay, Work, WorkState};

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use machinery::config::{ConfigFile, checked, empty_as_none, flag, null_as_default, port, words};
 use machinery::trust::expect_trusted;
-use machinery::{Error, Result};
+use machinery::{Error, FreeSpaceReserve, Result, parse_bytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
 use crate::capture;
+use crate::capture::space::DEFAULT_LIMIT;
 use crate::cwd::Cwd;
 use crate::plugin::checksum::AllowList;
 
@@ -28,6 +29,8 @@ pub struct Config {
     pub socket_group: Option<String>,
     /// The plugin files that may be loaded. Without a list, every trusted file may be loaded.
     pub plugin_hashes: Option<AllowList>,
+    /// The space that stays free on each file system that runs and captures write to.
+    pub free_space_reserve: FreeSpaceReserve,
     /// The settings of captures, or `None` if traffic is not captured.
     pub capture: Option<capture::Settings>,
     /// The file `machinery-host.yaml`, if it exists. Each plugin reads its section.
@@ -149,6 +152,10 @@ struct HostFile {
     socket_group: Option<String>,
     #[serde(default, deserialize_with = "present")]
     plugin_hashes: Option<serde_yaml::Mapping>,
+    #[serde(default)]
+    free_space_reserve: FreeSpaceReserve,
+    #[serde(default, deserialize_with = "parse_bytes")]
+    capture_size_limit: Option<u64>,
     /// The sections that the plugins read.
     #[serde(default, deserialize_with = "null_as_default")]
     machineries: serde_yaml::Mapping,
@@ -178,7 +185,7 @@ impl Config {
         let (machineries, capture) = match cuckoo {
             Some(cuckoo) => {
                 check_names(&cuckoo_file, &cuckoo.machineries, &mut problems);
-                let capture = capture_settings(&cuckoo_file, &cuckoo, &mut problems);
+                let capture = capture_settings(&cuckoo_file, &cuckoo, &host, &mut problems);
                 (cuckoo.machineries, capture)
             }
             None => (Vec::new(), None),
@@ -195,6 +202,7 @@ impl Config {
                 max_parallel_restores: host.max_parallel_restores.unwrap_or_else(cores),
                 socket_group: host.socket_group,
                 plugin_hashes,
+                free_space_reserve: host.free_space_reserve,
                 capture,
                 host_file,
             }),
@@ -238,6 +246,7 @@ fn check_names(file: &ConfigFile, names: &[String], problems: &mut Vec<Error>) {
 fn capture_settings(
     file: &ConfigFile,
     cuckoo: &CuckooFile,
+    host: &HostFile,
     problems: &mut Vec<Error>,
 ) -> Option<capture::Settings> {
     if !cuckoo.tcpdump.enabled {
@@ -254,7 +263,12 @@ fn capture_settings(
     if let Err(untrusted) = expect_trusted(&tcpdump) {
         problems.push(file.error(&["tcpdump", "path"], untrusted.to_string()));
     }
-    Some(capture::Settings { tcpdump, result_server: ip.map(str::to_owned).zip(result_server.listen_port) })
+    Some(capture::Settings {
+        tcpdump,
+        result_server: ip.map(str::to_owned).zip(result_server.listen_port),
+        limit: Some(host.capture_size_limit.unwrap_or(DEFAULT_LIMIT)).filter(|limit| *limit > 0),
+        reserve: host.free_space_reserve,
+    })
 }
 
 fn warn_of_unlisted_sections(file: &ConfigFile, host: &HostFile, machineries: &[String]) {
@@ -307,6 +321,8 @@ mod tests {
         let expected = capture::Settings {
             tcpdump: "/usr/bin/tcpdump".into(),
             result_server: Some(("10.0.0.1".into(), 2042)),
+            limit: Some(1 << 30),
+            reserve: FreeSpaceReserve::default(),
         };
         assert_eq!(settings, Some(expected));
         let text = error(
@@ -333,6 +349,8 @@ mod tests {
         let expected = capture::Settings {
             tcpdump: "/opt/tcpdump".into(),
             result_server: Some(("10.0.0.1".into(), 2042)),
+            limit: Some(1 << 30),
+            reserve: FreeSpaceReserve::default(),
         };
         assert_eq!(config.capture, Some(expected));
         assert_eq!(read("machineries: [' qemu ', ~, kvm]\n").machineries, ["qemu", "kvm"]);
@@ -390,5 +408,19 @@ mod tests {
         assert!(error("machineries: [\n", None).contains("cuckoo.yaml:"));
         let text = error("machineries: [qemu]\n", Some("timeouts: {restore: 1}\n"));
         assert!(text.contains("machinery-host.yaml:1: timeouts: unknown key `restore`"), "{text}");
+    }
+
+    #[test]
+    fn limits_of_captures_are_read() {
+        let read = |host: &str| {
+            let (_folder, cwd) = cwd("machineries: [qemu]\ntcpdump: {enabled: true}\n", Some(host));
+            let config = Config::read(&cwd).unwrap();
+            assert_eq!(config.free_space_reserve, config.capture.clone().unwrap().reserve);
+            (config.capture.unwrap().limit, config.free_space_reserve.on(1 << 50))
+        };
+        assert_eq!(read("capture_size_limit: 5 MiB\nfree_space_reserve: 3 GiB\n"), (Some(5 << 20), 3 << 30));
+        assert_eq!(read("capture_size_limit: 0\nfree_space_reserve: 0\n"), (None, 0));
+        let text = error("machineries: [qemu]\n", Some("free_space_reserve: 3\n"));
+        assert!(text.contains("free_space_reserve: '3' is not a size"), "{text}");
     }
 }

@@ -56,6 +56,7 @@
 //! | `plugin` | the [`Machinery`] trait, its [`Setup`] and its [`MachineInfo`] |
 //! | `deadline` | the deadline of a call: [`Deadline`] |
 //! | `ready` | a machine's readiness for its next restore: [`RestoreReadiness`] |
+//! | `reserve` | the disk space that stays free: [`FreeSpaceReserve`] |
 //! | `reload` | the answer to a new configuration while machines run: [`Reloaded`] |
 //! | `diagnosis` | machines that cannot be used, and the reasons: [`Diagnosis`] |
 //! | `socket` | sockets with paths of any length: [`SocketPath`] |
@@ -82,6 +83,7 @@ mod plugin;
 mod ready;
 mod reload;
 mod report;
+mod reserve;
 mod services;
 mod socket;
 mod state;
@@ -96,6 +98,7 @@ pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery, Set
 pub use ready::{Readiness, RestoreReadiness, format_bytes, parse_bytes};
 pub use reload::Reloaded;
 pub use report::{Finding, Level, Report};
+pub use reserve::FreeSpaceReserve;
 pub use services::{GUEST_POWERED_OFF, Host, HostServices, LogLevel, LogRecord};
 pub use socket::{SocketPath, machine_socket};
 pub use state::State;

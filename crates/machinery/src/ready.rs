@@ -60,7 +60,7 @@ pub fn format_bytes(bytes: u64) -> String {
     }
 }
 
-/// Reads a size such as `16 GiB` as bytes, for a field's `deserialize_with`.
+/// Reads a size such as `16 GiB` as bytes, and `0` without a unit, for a field's `deserialize_with`.
 ///
 /// # Errors
 /// The value is not a size.
@@ -68,6 +68,9 @@ pub fn parse_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
     checked(deserializer, |text| {
         if text.trim().is_empty() || text == "~" || text == "null" {
             return Ok(None);
+        }
+        if text == "0" {
+            return Ok(Some(0));
         }
         let number_and_unit = UNITS.iter().find_map(|(unit, size)| Some((text.strip_suffix(unit)?, size)));
         let bytes =
@@ -102,6 +105,7 @@ mod tests {
         let read = |text: &str| serde_yaml::from_str::<Sized>(text).map(|sized| sized.size);
         assert_eq!(read("size: 16 GiB").unwrap(), Some(16 << 30));
         assert_eq!(read("size: 5MiB").unwrap(), Some(5 << 20));
+        assert_eq!((read("size: 0").unwrap(), read("size: 0 GiB").unwrap()), (Some(0), Some(0)));
         assert_eq!(read("size:").unwrap(), None);
         assert_eq!(read("{}").unwrap(), None);
         for wrong in ["size: 16", "size: 1.5 GiB", "size: -1 GiB", "size: 16 GB", "size: [1]"] {

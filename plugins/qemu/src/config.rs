@@ -20,7 +20,7 @@ pub use validator::expect_overlay_folder;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Configured, renamed_keys};
-use machinery::{Error, Result, Setup};
+use machinery::{Error, FreeSpaceReserve, Result, Setup};
 use machinery_backend::jail::JailMode;
 
 use crate::version::Version;
@@ -39,6 +39,7 @@ pub struct Config {
     pub standby_memory_limit: Option<u64>,
     /// The jail of programs that run for all machines.
     pub jail: JailMode,
+    pub free_space_reserve: FreeSpaceReserve,
     pub machines: Vec<MachineFiles>,
     /// Warnings about keys that were renamed.
     pub warnings: Vec<String>,
@@ -63,6 +64,7 @@ impl Config {
     pub fn read_collecting(setup: &Setup, problems: &mut Vec<Error>) -> Option<Config> {
         let mut add = |error: Error| problems.push(error);
         let section: Section = setup.section("qemu").map_err(&mut add).unwrap_or_default();
+        let free_space_reserve = FreeSpaceReserve::read(setup).map_err(&mut add).unwrap_or_default();
         let file = &setup.config;
         let qemu: QemuFile = file.parse().map_err(&mut add).ok()?;
         let mut validator = Validator { file, problems };
@@ -88,6 +90,7 @@ impl Config {
             instant_space_limit: section.instant_space_limit,
             jail: section.jail,
             standby_memory_limit: section.standby_memory_limit,
+            free_space_reserve,
             machines,
             warnings: setup.host_config.as_ref().map_or_else(Vec::new, renamed),
         })

@@ -52,6 +52,7 @@ impl Backend for Machine {
     }
 
     fn dump_memory(self: &Arc<Self>, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+        self.shared.space.check(path.parent().unwrap_or(path))?;
         inspect::dump_memory(&*self.running()?, path, format, deadline)
     }
 

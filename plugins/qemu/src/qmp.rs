@@ -8,33 +8,42 @@
 //!
 //! Commands are the `qapi` crate's types. Answers and events are read as plain JSON, because a QEMU
 //! newer than that crate's schema knows events and values that its types do not.
+//!
+//! Code in QEMU may be an attacker's, so everything that this plugin keeps of QEMU's output has a limit. A QEMU that
+//! sends too long a line is killed.
+
+mod events;
+mod lines;
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, IoSlice};
+use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result};
+use machinery_backend::RateLimit;
 use machinery_backend::sync::lock;
 use qapi::qmp;
 use qapi::{Command, Execute};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 
+use lines::Lines;
+
+pub use events::{Event, wait, wait_with_progress};
+
 /// The maximum time for QEMU to read a command.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An event of QEMU.
-#[derive(Debug, Clone)]
-pub struct Event {
-    pub name: String,
-    pub data: Value,
-}
+/// The maximum length of an event, in bytes. QEMU's own have some hundred.
+const MAX_EVENT: usize = 16 << 10;
+/// The number of events that wait for a listener. Later ones are lost to a listener that reads nothing.
+const MAX_WAITING_EVENTS: usize = 128;
 
 /// A connection to a monitor.
 pub struct Qmp {
@@ -47,8 +56,10 @@ pub struct Qmp {
 struct State {
     /// No more answers will come.
     closed: bool,
+    /// The limit that QEMU has exceeded.
+    violation: Option<String>,
     waiting: HashMap<u64, Sender<Value>>,
-    listening: Vec<Sender<Event>>,
+    listening: Vec<SyncSender<Event>>,
 }
 
 impl Qmp {
@@ -61,36 +72,59 @@ impl Qmp {
         Qmp { stream, next_id: AtomicU64::new(1), state: Mutex::default() }
     }
 
-    /// Reads until QEMU closes the connection. Each event goes to `on_event` first.
-    pub fn read(&self, mut on_event: impl FnMut(&Event)) {
-        if let Ok(stream) = self.stream.try_clone() {
-            let mut lines = BufReader::new(stream);
-            let mut line = Vec::new();
-            // Both an end of file and a reset are the end of the connection.
-            while matches!(lines.read_until(b'\n', &mut line), Ok(length) if length > 0) {
-                match serde_json::from_slice(&line) {
-                    Ok(message) => self.dispatch(message, &mut on_event),
-                    Err(error) => tracing::warn!(%error, "QEMU's monitor sent a line that is not JSON"),
-                }
-                line.clear();
-            }
-        }
+    /// Reads until QEMU closes the connection. Each event goes to `on_event` first, which returns the limit that QEMU
+    /// exceeds with it.
+    ///
+    /// # Errors
+    /// QEMU has exceeded a limit, so it is to be killed. The text is the reason.
+    pub fn read(&self, mut on_event: impl FnMut(&Event) -> Result<(), String>) -> Result<(), String> {
+        let read = self.stream.try_clone().map_or(Ok(()), |stream| self.read_lines(stream, &mut on_event));
         let mut state = self.lock();
         state.closed = true;
+        state.violation = read.clone().err();
         state.waiting.clear();
         state.listening.clear();
+        read
     }
 
-    fn dispatch(&self, mut message: Value, on_event: &mut impl FnMut(&Event)) {
+    fn read_lines(
+        &self,
+        stream: UnixStream,
+        on_event: &mut impl FnMut(&Event) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let (mut lines, mut warnings) = (Lines::new(stream), RateLimit::default());
+        while let Some(line) = lines.next()? {
+            match serde_json::from_slice(line) {
+                Ok(message) => self.dispatch(message, line.len(), on_event)?,
+                Err(error) if warnings.admits() => {
+                    tracing::warn!(%error, "QEMU's monitor sent a line that is not JSON");
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn dispatch(
+        &self,
+        mut message: Value,
+        length: usize,
+        on_event: &mut impl FnMut(&Event) -> Result<(), String>,
+    ) -> Result<(), String> {
         if let Some(name) = message["event"].as_str() {
+            if length > MAX_EVENT {
+                return Err(format!("its monitor sent an event of more than {} KiB", MAX_EVENT >> 10));
+            }
             let event = Event { name: name.to_owned(), data: message["data"].take() };
-            on_event(&event);
-            self.lock().listening.retain(|listener| listener.send(event.clone()).is_ok());
+            on_event(&event)?;
+            let listens = |sent| !matches!(sent, Err(TrySendError::Disconnected(_)));
+            self.lock().listening.retain(|listener| listens(listener.try_send(event.clone())));
         } else if let Some(id) = message["id"].as_u64() {
             let waiting = self.lock().waiting.remove(&id);
             // The caller may have timed out.
             let _ = waiting.map(|waiting| waiting.send(message));
         }
+        Ok(())
     }
 
     /// Begins a batch of commands that are sent at once and run one after the other.
@@ -162,7 +196,7 @@ impl Qmp {
         let (sender, answer) = mpsc::channel();
         let mut state = self.lock();
         if state.closed {
-            return Err(ended(command));
+            return Err(ended(command, state.violation.as_deref()));
         }
         state.waiting.insert(id, sender);
         Ok(answer)
@@ -188,9 +222,9 @@ impl Qmp {
         self.lock().closed
     }
 
-    /// Returns the events from now on. The channel closes when QEMU ends.
+    /// Returns the events from now on. The channel closes when QEMU ends. It has a limit: read it soon.
     pub fn listen(&self) -> Receiver<Event> {
-        let (sender, events) = mpsc::channel();
+        let (sender, events) = mpsc::sync_channel(MAX_WAITING_EVENTS);
         let mut state = self.lock();
         if !state.closed {
             state.listening.push(sender);
@@ -251,7 +285,9 @@ impl Batch<'_> {
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(deadline.timeout(&format!("QEMU to answer {name}")));
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err(ended(name)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(ended(name, self.qmp.lock().violation.as_deref()));
+                }
             };
         }
         Ok(last)
@@ -262,53 +298,11 @@ fn unsent(command: &str, error: &dyn std::error::Error) -> Error {
     Error::failed(format!("cannot send {command} to QEMU: {error}"))
 }
 
-/// Waits for the first event for which `pick` returns a value. `what` names the event in errors.
-///
-/// # Errors
-/// QEMU ends, or the deadline passes.
-pub fn wait<T>(
-    events: &Receiver<Event>,
-    deadline: Deadline,
-    what: &str,
-    pick: impl Fn(&Event) -> Option<T>,
-) -> Result<T> {
-    wait_with_progress(events, deadline, what, || (), pick)
-}
-
-/// The interval of progress reports.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
-
-/// Waits like [`wait`], and calls `report` at intervals.
-///
-/// # Errors
-/// As [`wait`].
-pub fn wait_with_progress<T>(
-    events: &Receiver<Event>,
-    deadline: Deadline,
-    what: &str,
-    report: impl Fn(),
-    pick: impl Fn(&Event) -> Option<T>,
-) -> Result<T> {
-    loop {
-        match events.recv_timeout(PROGRESS_INTERVAL.min(deadline.remaining())) {
-            Ok(event) => {
-                if let Some(picked) = pick(&event) {
-                    return Ok(picked);
-                }
-            }
-            Err(RecvTimeoutError::Timeout) if deadline.remaining().is_zero() => {
-                return Err(deadline.timeout(what));
-            }
-            Err(RecvTimeoutError::Timeout) => report(),
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(Error::failed(format!("QEMU ended while waiting for {what}")));
-            }
-        }
+fn ended(command: &str, violation: Option<&str>) -> Error {
+    match violation {
+        None => Error::failed(format!("QEMU ended before it answered {command}")),
+        Some(why) => Error::failed(format!("QEMU was killed before it answered {command}: {why}")),
     }
-}
-
-fn ended(command: &str) -> Error {
-    Error::failed(format!("QEMU ended before it answered {command}"))
 }
 
 fn refused(command: &str, error: &Value) -> Error {
@@ -322,18 +316,23 @@ fn refused(command: &str, error: &Value) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{BufRead, BufReader, Write};
     use std::sync::Arc;
 
+    type Reader = std::thread::JoinHandle<Result<Vec<String>, String>>;
+
     /// Creates a monitor whose QEMU is the test. The thread returns the names of the events.
-    fn pair() -> (Arc<Qmp>, UnixStream, std::thread::JoinHandle<Vec<String>>) {
+    fn pair() -> (Arc<Qmp>, UnixStream, Reader) {
         let (stream, qemu) = UnixStream::pair().unwrap();
         let qmp = Arc::new(Qmp::new(stream));
         let reader = Arc::clone(&qmp);
         let events = std::thread::spawn(move || {
             let mut events = Vec::new();
-            reader.read(|event| events.push(event.name.clone()));
-            events
+            let read = reader.read(|event| {
+                events.push(event.name.clone());
+                Ok(())
+            });
+            read.map(|()| events)
         });
         (qmp, qemu, events)
     }
@@ -368,7 +367,7 @@ mod tests {
         let qemu = answers(qemu, strange);
         assert_eq!(qmp.execute(&qmp::query_status {}, soon()).unwrap()["status"], "levitating");
         drop(qemu.join().unwrap());
-        assert_eq!(read.join().unwrap(), ["WARP_DRIVE"]);
+        assert_eq!(read.join().unwrap().unwrap(), ["WARP_DRIVE"]);
     }
 
     #[test]
@@ -376,7 +375,7 @@ mod tests {
         let (qmp, qemu, read) = pair();
         let events = qmp.listen();
         drop(qemu);
-        read.join().unwrap();
+        read.join().unwrap().unwrap();
         assert!(qmp.execute(&qmp::quit {}, soon()).unwrap_err().to_string().contains("ended"));
         assert!(wait(&events, soon(), "running", |_| Some(())).unwrap_err().to_string().contains("running"));
         assert!(wait(&qmp.listen(), soon(), "running", |_| Some(())).is_err());
@@ -397,5 +396,35 @@ mod tests {
         let text = qmp.execute(&qmp::cont {}, soon()).unwrap_err().to_string();
         assert!(text.contains("no way") && text.contains("cont"), "{text}");
         drop(qemu.join().unwrap());
+    }
+
+    #[test]
+    fn monitor_is_given_up_with_the_reason_when_qemu_does_not_end_its_line() {
+        let (qmp, mut qemu, read) = pair();
+        let asked = Arc::clone(&qmp);
+        let asking =
+            std::thread::spawn(move || asked.execute(&qmp::cont {}, soon()).unwrap_err().to_string());
+        // The reader hangs up in the middle of it.
+        let _ = qemu.write_all(&vec![b'x'; lines::MAX_LINE + 1]);
+        assert!(read.join().unwrap().unwrap_err().contains("4 MiB"));
+        let text = asking.join().unwrap();
+        assert!(text.contains("cont: its monitor sent more than 4 MiB"), "{text}");
+    }
+
+    #[test]
+    fn event_is_refused_when_it_is_long() {
+        let (_qmp, mut qemu, read) = pair();
+        writeln!(qemu, "{{\"event\": \"X\", \"data\": \"{}\"}}", "x".repeat(MAX_EVENT)).unwrap();
+        assert!(read.join().unwrap().unwrap_err().contains("event of more than 16 KiB"));
+    }
+
+    #[test]
+    fn waiting_events_are_bounded_when_the_listener_reads_nothing() {
+        let (qmp, mut qemu, read) = pair();
+        let events = qmp.listen();
+        qemu.write_all(&b"{\"event\": \"X\"}\n".repeat(MAX_WAITING_EVENTS * 10)).unwrap();
+        drop(qemu);
+        assert_eq!(read.join().unwrap().unwrap().len(), MAX_WAITING_EVENTS * 10);
+        assert_eq!(events.iter().count(), MAX_WAITING_EVENTS);
     }
 }

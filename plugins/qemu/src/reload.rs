@@ -96,6 +96,7 @@ impl Shared for Qemu {
 
     fn committed(&self, config: &Config, _: &[Arc<Machine>], machines: &[Arc<Machine>]) {
         self.budget.set_limit(config.standby_memory_limit);
+        self.space.set_reserve(config.free_space_reserve);
         apply_template_settings(self, config, machines);
         log_jails(machines);
     }

@@ -23,19 +23,19 @@ pub mod start_error;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Host, RestoreReadiness, Result, State};
 use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::sync::{lock, wait_while};
-use machinery_backend::{Overlays, Share, Steps, files};
+use machinery_backend::{DiskWriter, Overlays, Share, Steps, files};
 use qapi::qmp;
 use serde_json::Value;
 
 use crate::launch::{QEMU, Start, connect, end_cgroup};
 use crate::qmp::{Event, Qmp, wait};
-use crate::states::{reason_of_shutdown, state_of_event};
+use crate::states::{ReportLimit, reason_of_shutdown, state_of_event};
 use crate::version::Version;
 
 /// The grace of a QEMU whose monitor has closed, before it is killed.
@@ -62,6 +62,12 @@ pub struct Run {
     stopping: AtomicBool,
     /// QEMU's reason for a shutdown of the machine.
     shutdown: Mutex<Option<String>>,
+    /// The limit that the run has exceeded, for which this plugin has killed it.
+    condemned: Mutex<Option<String>>,
+    /// The overlays that QEMU writes to.
+    writes: Vec<PathBuf>,
+    /// The states that QEMU may report.
+    reports: Mutex<ReportLimit>,
     /// True if the guest has ever run.
     has_run: AtomicBool,
     /// True if the guest was resumed. Earlier states are steps of the start and not reported.
@@ -109,6 +115,9 @@ impl Run {
             ended: Condvar::new(),
             stopping: AtomicBool::new(false),
             shutdown: Mutex::new(None),
+            condemned: Mutex::new(None),
+            writes: start.overlays.paths().into_iter().map(PathBuf::from).collect(),
+            reports: Mutex::default(),
             has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
             purpose: Mutex::new(purpose),
@@ -133,7 +142,9 @@ impl Run {
 
     /// Reads the monitor to its end, and returns the end of the process. Runs in the watcher thread.
     fn watch(&self, process: Process) -> End {
-        self.qmp.read(|event| self.on_event(event));
+        if let Err(why) = self.qmp.read(|event| self.on_event(event)) {
+            self.condemn(why);
+        }
         process.end(MONITOR_CLOSED_GRACE).named(QEMU)
     }
 
@@ -150,11 +161,12 @@ impl Run {
     }
 
     fn report_end(&self, end: End) {
-        let shutdown = lock(&self.shutdown).take();
-        let reason = match (self.stopping.load(Ordering::SeqCst), shutdown) {
-            (true, _) => String::new(),
-            (false, Some(shutdown)) if end.was_clean() => shutdown,
-            (false, _) => end.describe(),
+        let (shutdown, condemned) = (lock(&self.shutdown).take(), lock(&self.condemned).take());
+        let reason = match (self.stopping.load(Ordering::SeqCst), condemned, shutdown) {
+            (true, ..) => String::new(),
+            (false, Some(why), _) => format!("{QEMU} was killed: {why}"),
+            (false, None, Some(shutdown)) if end.was_clean() => shutdown,
+            (false, ..) => end.describe(),
         };
         tracing::debug!(machine = self.machine, reason, end = end.describe(), "the run has ended");
         match &*self.purpose() {
@@ -190,8 +202,23 @@ impl Run {
         *self.purpose() = Purpose::Standby { without, share: Some(share) };
     }
 
+    /// Kills a QEMU that has exceeded a limit. The end of the run is reported with that reason.
+    pub fn condemn(&self, why: String) {
+        lock(&self.condemned).get_or_insert(why);
+        self.process.kill();
+    }
+
+    /// Returns the run for the watch of the free space.
+    pub fn as_disk_writer(self: &Arc<Self>) -> Weak<dyn DiskWriter> {
+        let run: Arc<dyn DiskWriter> = Arc::clone(self) as Arc<dyn DiskWriter>;
+        Arc::downgrade(&run)
+    }
+
     /// Reports a change of state that nobody requested.
-    fn on_event(&self, event: &Event) {
+    ///
+    /// # Errors
+    /// QEMU reports its state too often. The text has the reason.
+    fn on_event(&self, event: &Event) -> Result<(), String> {
         tracing::trace!(machine = self.machine, event = event.name, data = %event.data, "QEMU event");
         if let Some(why) = reason_of_shutdown(event) {
             *lock(&self.shutdown) = Some(why);
@@ -199,10 +226,12 @@ impl Run {
         let resumes = event.name == "RESUME";
         self.has_run.fetch_or(resumes, Ordering::SeqCst);
         *self.resumed() = resumes.then(Instant::now);
-        let Some((state, reason)) = state_of_event(event) else { return };
+        let Some((state, reason)) = state_of_event(event) else { return Ok(()) };
+        lock(&self.reports).admit(state)?;
         if self.started.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
             self.host.state_changed(&self.machine, state, &reason);
         }
+        Ok(())
     }
 
     /// Resumes the guest, and returns once it runs.
@@ -270,5 +299,15 @@ impl Run {
     /// Waits for the end of the run; returns none after the timeout.
     pub fn wait_end(&self, timeout: Duration) -> Option<End> {
         wait_while(&self.ended, lock(&self.end), Deadline::after(timeout), |end| end.is_none()).clone()
+    }
+}
+
+impl DiskWriter for Run {
+    fn files(&self) -> Vec<PathBuf> {
+        if self.has_ended() { Vec::new() } else { self.writes.clone() }
+    }
+
+    fn end_for(&self, reason: String) {
+        self.condemn(reason);
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use machinery::{Host, Result};
-use machinery_backend::{Budget, QemuImg};
+use machinery_backend::{Budget, DiskSpace, QemuImg};
 
 use crate::config::Config;
 use crate::peers::Peers;
@@ -20,6 +20,8 @@ pub struct Qemu {
     pub templates: OnceLock<Templates>,
     pub peers: Peers,
     pub budget: Arc<Budget>,
+    /// The free space of the file systems that runs write to.
+    pub space: Arc<DiskSpace>,
     pub host: Host,
 }
 
@@ -36,6 +38,7 @@ impl Qemu {
             templates: OnceLock::new(),
             peers: Peers::default(),
             budget: Budget::new(config.standby_memory_limit),
+            space: DiskSpace::new(config.free_space_reserve),
             host,
         };
         // A folder that no machine needs any more may contain templates, which are removed.

@@ -1,6 +1,9 @@
 //! The meaning of QEMU's states and events for a machine.
 
+use std::time::Duration;
+
 use machinery::{Error, GUEST_POWERED_OFF, Result, State};
+use machinery_backend::RateLimit;
 
 use crate::qmp::Event;
 
@@ -21,6 +24,37 @@ pub fn state_of_event(event: &Event) -> Option<(State, String)> {
         }
         _ => return None,
     })
+}
+
+/// The states that a QEMU may report: a flood of them would fill the host's log, and keep its subscribers busy. A guest
+/// changes its state by a suspend or a wakeup, of which each takes a moment.
+pub struct ReportLimit {
+    states: RateLimit,
+    /// Each of these is a warning in the host's log.
+    accidents: RateLimit,
+}
+
+impl Default for ReportLimit {
+    fn default() -> Self {
+        ReportLimit {
+            states: RateLimit::new(100, Duration::from_millis(20)),
+            accidents: RateLimit::default(),
+        }
+    }
+}
+
+impl ReportLimit {
+    /// Counts a report.
+    ///
+    /// # Errors
+    /// There are too many. The text has the reason.
+    pub fn admit(&mut self, state: State) -> Result<(), String> {
+        let is_accident = matches!(state, State::Error | State::Suspended);
+        if self.states.admits() && (!is_accident || self.accidents.admits()) {
+            return Ok(());
+        }
+        Err(format!("it reports its state too often, the last time as {state}"))
+    }
 }
 
 /// Returns the reason of a shutdown, if the event is one. Source: `ShutdownCause` in QEMU's qapi/run-state.json;
@@ -93,5 +127,16 @@ mod tests {
         assert!(why.contains("No space left"), "{why}");
         assert!(event("BLOCK_IO_ERROR", json!({"action": "report"})).is_none());
         assert!(event("NEWER_THAN_US", json!({})).is_none());
+    }
+
+    #[test]
+    fn reports_are_refused_when_qemu_floods_them() {
+        let count = |state| {
+            let mut limit = ReportLimit::default();
+            (0..1000).take_while(|_| limit.admit(state).is_ok()).count()
+        };
+        // A slow computer admits some more meanwhile.
+        assert!((100..900).contains(&count(State::Running)));
+        assert!((20..90).contains(&count(State::Error)));
     }
 }

@@ -3,6 +3,9 @@
 //!
 //! A hypervisor's own messages are mixed with lines of libraries: on a host without a sound card, a machine with one
 //! prints 50 such lines at each start. The [`LineKind`] that the author gives to each line keeps them apart.
+//!
+//! A guest may make its hypervisor print as much as it likes, and code in the hypervisor does so, too. A line is
+//! therefore cut, few lines are kept, and the log gets few lines: 20 at once, and then one a second.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -14,11 +17,16 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{ioctl_fionbio, retry_on_intr};
 
+use crate::rate::LogLimit;
 use crate::sync::lock;
 
+/// The maximum size of a line, in bytes. The rest of a longer line is dropped.
+const MAX_LINE: usize = 4096;
+/// The mark of a line that was cut.
+const CUT: &str = " …";
 /// The number of last lines that are kept, and the maximum size of each, in bytes.
 const MAX_LINES: usize = 6;
-const MAX_LINE: usize = 300;
+const MAX_KEPT_LINE: usize = 300;
 /// The number of lines of a step of which somebody may expect one.
 const MAX_STEP_LINES: usize = 400;
 /// The time after which an unfinished line is a prompt.
@@ -54,15 +62,19 @@ impl Console {
             machine: machine.to_owned(),
             kind_of,
             unfinished: Vec::new(),
+            is_cut: false,
+            failures_logged: LogLimit::default(),
+            others_logged: LogLimit::default(),
             last_read: Instant::now(),
             lines: LastLines::default(),
             awaited: None,
         };
         let console = Console(Arc::new(Mutex::new(reader)));
         let thread = console.clone();
-        std::thread::Builder::new()
-            .name("console".to_owned())
-            .spawn(move || while is_readable(&readable) && thread.lock().read() {})?;
+        std::thread::Builder::new().name("console".to_owned()).spawn(move || {
+            while is_readable(&readable) && thread.lock().read() {}
+            thread.lock().end();
+        })?;
         Ok(console)
     }
 
@@ -119,6 +131,10 @@ struct Reader {
     machine: String,
     kind_of: fn(&str) -> LineKind,
     unfinished: Vec<u8>,
+    /// True if the unfinished line is longer than what is kept of it.
+    is_cut: bool,
+    failures_logged: LogLimit,
+    others_logged: LogLimit,
     last_read: Instant,
     lines: LastLines,
     awaited: Option<Awaited>,
@@ -138,7 +154,15 @@ impl Reader {
         match self.pipe.read(&mut bytes) {
             Ok(0) => false,
             Ok(length) => {
-                bytes[..length].iter().for_each(|byte| self.take(*byte));
+                // A progress display overwrites its line.
+                let ends_line = |byte: &u8| matches!(byte, b'\n' | b'\r');
+                bytes[..length].split_inclusive(ends_line).for_each(|part| match part.split_last() {
+                    Some((last, rest)) if ends_line(last) => {
+                        self.take(rest);
+                        self.end_line();
+                    }
+                    _ => self.take(part),
+                });
                 self.last_read = Instant::now();
                 true
             }
@@ -155,26 +179,22 @@ impl Reader {
         }
     }
 
-    fn take(&mut self, byte: u8) {
-        match byte {
-            // A progress display overwrites its line.
-            b'\n' | b'\r' => self.end_line(),
-            // The rest of a line that is too long is dropped.
-            _ if self.unfinished.len() >= MAX_LINE => {}
-            _ => self.unfinished.push(byte),
-        }
+    /// Adds a part of a line. The rest of a line that is too long is dropped.
+    fn take(&mut self, part: &[u8]) {
+        let kept = part.len().min(MAX_LINE - self.unfinished.len());
+        self.unfinished.extend_from_slice(&part[..kept]);
+        self.is_cut |= kept < part.len();
     }
 
     fn end_line(&mut self) {
         let text = String::from_utf8_lossy(&std::mem::take(&mut self.unfinished)).trim().to_owned();
+        let is_cut = std::mem::take(&mut self.is_cut);
         if text.is_empty() {
             return;
         }
-        let (machine, kind) = (&self.machine, (self.kind_of)(&text));
-        match kind {
-            LineKind::Failure | LineKind::Warning => tracing::warn!(machine, text, "the process reports"),
-            LineKind::Other => tracing::debug!(machine, text, "the process reports"),
-        }
+        let kind = (self.kind_of)(&text);
+        self.log(&text, if is_cut { CUT } else { "" }, kind);
+        let text = shortened(text, is_cut);
         if let Some(awaited) = &mut self.awaited
             && awaited.line.is_none()
             && text.contains(&awaited.text)
@@ -182,6 +202,30 @@ impl Reader {
             awaited.line = Some(text.clone());
         }
         self.lines.add(text, kind);
+    }
+
+    fn log(&mut self, text: &str, cut: &str, kind: LineKind) {
+        let machine = &self.machine;
+        if kind == LineKind::Other {
+            // Lines that are not logged take nothing from those that are.
+            if tracing::enabled!(tracing::Level::DEBUG)
+                && let Some(suppressed) = self.others_logged.admit()
+            {
+                log_suppressed(machine, suppressed);
+                tracing::debug!(machine, text = format!("{text}{cut}"), "the process reports");
+            }
+        } else if let Some(suppressed) = self.failures_logged.admit() {
+            log_suppressed(machine, suppressed);
+            tracing::warn!(machine, text = format!("{text}{cut}"), "the process reports");
+        }
+    }
+
+    /// Logs at the end how many lines are not in the log.
+    fn end(&mut self) {
+        self.end_line();
+        for limit in [&mut self.failures_logged, &mut self.others_logged] {
+            log_suppressed(&self.machine, limit.take_suppressed());
+        }
     }
 
     fn expect(&mut self, text: &str) {
@@ -199,6 +243,21 @@ impl Reader {
         };
         awaited.line.clone().or_else(prompt)
     }
+}
+
+fn log_suppressed(machine: &str, lines: u64) {
+    if lines > 0 {
+        tracing::warn!(machine, "… {lines} lines suppressed: the process reports more than a line a second");
+    }
+}
+
+/// Returns the part of a line that is kept.
+fn shortened(mut line: String, is_cut: bool) -> String {
+    if is_cut || line.len() > MAX_KEPT_LINE {
+        line.truncate(line.floor_char_boundary(MAX_KEPT_LINE));
+        line.push_str(CUT);
+    }
+    line
 }
 
 /// The last lines of a step.
@@ -235,6 +294,7 @@ impl std::fmt::Display for LastLines {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     fn kind_of(line: &str) -> LineKind {
         if line.starts_with("hypervisor: ") { LineKind::Failure } else { LineKind::Other }
@@ -258,5 +318,38 @@ mod tests {
         let many: Vec<String> = (0..10_000).map(|number| format!("línea {number}")).collect();
         let text = output(many.iter().map(String::as_str));
         assert!(text.starts_with("línea 9994; ") && text.ends_with("línea 9999"), "{text}");
+    }
+
+    /// Follows a pipe that the test writes to.
+    fn console() -> (Console, std::io::PipeWriter) {
+        let (reader, writer) = io::pipe().unwrap();
+        (Console::follow(reader.into(), "m", kind_of).unwrap(), writer)
+    }
+
+    #[test]
+    fn line_is_cut_and_marked_when_it_does_not_end() {
+        let (console, mut process) = console();
+        // More than the pipe holds, so that the console has read most of it afterwards.
+        process.write_all(&b"x".repeat(10 * PIPE)).unwrap();
+        assert!(console.lock().unfinished.capacity() <= 2 * MAX_LINE);
+        process.write_all("\nhypervisor: ".as_bytes()).unwrap();
+        process.write_all("ü".repeat(3000).as_bytes()).unwrap();
+        drop(process);
+        let text = console.output();
+        assert!(text.starts_with("hypervisor: ü") && text.ends_with("ü …"), "{text}");
+        assert!(text.len() < MAX_KEPT_LINE + 10, "{text}");
+        let others: usize = console.lock().lines.others.iter().map(String::len).sum();
+        assert!(others < MAX_KEPT_LINE + 10, "{others}");
+    }
+
+    #[test]
+    fn last_lines_are_kept_when_the_log_leaves_them_out() {
+        let (console, mut process) = console();
+        for number in 0..10_000 {
+            writeln!(process, "hypervisor: {number}").unwrap();
+        }
+        let text = console.output();
+        assert!(text.ends_with("hypervisor: 9998; hypervisor: 9999"), "{text}");
+        assert!(console.lock().failures_logged.take_suppressed() > 9_000);
     }
 }

@@ -10,20 +10,21 @@ use std::sync::Arc;
 
 use machinery::{Error, Result};
 
+use crate::capture::space::Captures;
 use crate::capture::tcpdump::Tcpdump;
 use crate::capture::{Settings, Target, filter};
 use crate::fleet::Machine;
 use crate::fleet::machine::Capture;
 
 /// Begins to capture if a task has locked the machine and wants a capture. Returns when tcpdump listens.
-pub async fn begin(machine: &Arc<Machine>, settings: &Settings) {
+pub async fn begin(machine: &Arc<Machine>, settings: &Settings, captures: &Arc<Captures>) {
     let mut capture = machine.capture.lock().await;
     let Some(lock) = machine.task_lock() else { return };
     let Some(pcap) = lock.pcap_path.clone() else { return };
     let begun = match target(machine, settings, pcap) {
         Ok(target) => {
             let reporter = Arc::clone(machine);
-            Tcpdump::start(settings, target, move |error| reporter.capture_failed(error)).await
+            Tcpdump::start(settings, target, captures, move |error| reporter.capture_failed(error)).await
         }
         Err(error) => Err(error),
     };

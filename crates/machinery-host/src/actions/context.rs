@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use machinery::{Error, Result};
+use machinery::{Error, FreeSpaceReserve, Result};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use super::CLOSING;
 use super::metrics::Metrics;
 use crate::capture;
+use crate::capture::space::Captures;
 use crate::config::{Config, Timeouts};
 use crate::fleet::Machine;
 use crate::fleet::state_file::StateStore;
@@ -22,6 +23,8 @@ pub struct ActionContext {
     restores: Semaphore,
     /// The same for preparations, which therefore never delay a restore.
     preparations: Arc<Semaphore>,
+    /// The captures under way.
+    pub captures: Arc<Captures>,
     /// Counts and durations of actions.
     pub metrics: Arc<Metrics>,
     state: Arc<StateStore>,
@@ -36,12 +39,18 @@ pub struct ActionSettings {
     pub timeouts: Timeouts,
     /// How to capture traffic, if it is to be captured.
     pub capture: Option<capture::Settings>,
+    /// The space that stays free. The machineries have it from the same file.
+    reserve: FreeSpaceReserve,
 }
 
 impl ActionSettings {
     /// Returns the settings in this configuration.
     pub fn of(config: &Config) -> Self {
-        ActionSettings { timeouts: config.timeouts, capture: config.capture.clone() }
+        ActionSettings {
+            timeouts: config.timeouts,
+            capture: config.capture.clone(),
+            reserve: config.free_space_reserve,
+        }
     }
 
     /// Returns the configuration keys whose values differ in `new`.
@@ -52,6 +61,8 @@ impl ActionSettings {
             ("timeouts", self.timeouts != new.timeouts),
             ("tcpdump.enabled", old_capture.is_some() != new_capture.is_some()),
             ("tcpdump.path", both.is_some_and(|(old, new)| old.tcpdump != new.tcpdump)),
+            ("capture_size_limit", both.is_some_and(|(old, new)| old.limit != new.limit)),
+            (FreeSpaceReserve::KEY, self.reserve != new.reserve),
             ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
         ];
         keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key.to_owned()).collect()
@@ -66,6 +77,7 @@ impl ActionContext {
             settings: RwLock::new(ActionSettings::of(config)),
             restores: Semaphore::new(permits),
             preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
+            captures: Arc::default(),
             metrics,
             state,
             pending_change: Notify::new(),

@@ -191,7 +191,7 @@ impl ActionExecutor {
             _ => None,
         };
         if let Some(settings) = context.settings().capture {
-            capture::begin(&self.machine, &settings).await;
+            capture::begin(&self.machine, &settings, &context.captures).await;
         }
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();

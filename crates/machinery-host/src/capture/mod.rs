@@ -6,10 +6,11 @@
 //! ```
 //!
 //! `actions::capture` begins and ends the capture of a machine. [`tcpdump`] runs one process, and `stderr`
-//! interprets its messages. `leftovers` ends the processes of a host that was killed.
+//! interprets its messages. `space` ends a capture that is too large. `leftovers` ends the processes of a host that was killed.
 
 mod leftovers;
 mod settings;
+pub mod space;
 mod stderr;
 pub mod tcpdump;
 

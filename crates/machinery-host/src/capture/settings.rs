@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use machinery::FreeSpaceReserve;
+
 /// The longest time that the kernel keeps a packet before tcpdump gets it.
 ///
 /// The kernel hands packets over when a block is full, and after a second at the latest, because tcpdump asks
@@ -27,6 +29,10 @@ pub struct Settings {
     pub tcpdump: PathBuf,
     /// The address and port of `resultserver` in `cuckoo.yaml`. Their traffic is left out.
     pub result_server: Option<(String, u16)>,
+    /// The size of a capture, in bytes, at most. Without it, nothing limits a capture.
+    pub limit: Option<u64>,
+    /// The space that captures leave free.
+    pub reserve: FreeSpaceReserve,
 }
 
 /// The traffic of one machine, and the file that gets it.

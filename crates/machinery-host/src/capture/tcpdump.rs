@@ -1,7 +1,9 @@
 //! Runs one tcpdump process, from its start until its file is complete.
 
+use std::fs::File;
 use std::io;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Error, Result};
@@ -13,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::settings::{MAX_PACKET_DELAY, MISSING_ADVICE, Settings, Target};
+use super::space::{Captures, Watched};
 use super::stderr::{self, Counts};
 
 /// The time that tcpdump has to listen.
@@ -34,20 +37,25 @@ pub struct Tcpdump {
 }
 
 impl Tcpdump {
-    /// Starts tcpdump, and returns when it listens. If tcpdump ends before it is stopped, `on_death` gets the
-    /// reason.
+    /// Starts tcpdump, and returns when it listens. If tcpdump ends before it is stopped, or its file becomes too
+    /// large, `on_death` gets the reason.
     ///
     /// # Errors
     /// tcpdump cannot be started, or does not listen.
     pub async fn start(
         settings: &Settings,
         target: Target,
+        captures: &Arc<Captures>,
         on_death: impl FnOnce(&Error) + Send + 'static,
     ) -> Result<Self> {
         let mut process = Process::spawn(settings, target)?;
         process.wait_until_listening().await?;
+        let pcap = process.target.pcap.clone();
+        // A script in tcpdump's place may write elsewhere.
+        let file = File::open(&pcap).ok();
+        let watched = file.map(|file| captures.add(file, &pcap, settings.limit, settings.reserve));
         let (stop, stopped) = oneshot::channel();
-        Ok(Tcpdump { stop, ended: tokio::spawn(watch(process, stopped, on_death)) })
+        Ok(Tcpdump { stop, ended: tokio::spawn(watch(process, stopped, watched, on_death)) })
     }
 
     /// Ends tcpdump when it has read all packets that arrived. The file is complete then.
@@ -66,6 +74,7 @@ impl Tcpdump {
 async fn watch(
     mut process: Process,
     stopped: oneshot::Receiver<()>,
+    watched: Option<Watched>,
     on_death: impl FnOnce(&Error),
 ) -> Result<()> {
     tokio::select! {
@@ -76,6 +85,19 @@ async fn watch(
             on_death(&error);
             Ok(())
         }
+        why = exceeded(watched) => {
+            process.end_early().await;
+            on_death(&why);
+            Ok(())
+        }
+    }
+}
+
+/// Waits until the capture has to end; returns the reason.
+async fn exceeded(watched: Option<Watched>) -> Error {
+    match watched {
+        Some(watched) => watched.exceeded().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -145,6 +167,14 @@ impl Process {
     async fn end(&mut self) -> io::Result<std::process::ExitStatus> {
         while self.line().await.is_some() {}
         self.child.wait().await
+    }
+
+    /// Ends tcpdump at once, although packets arrive. Its file has only whole packets.
+    async fn end_early(mut self) {
+        self.terminate();
+        if timeout(EXIT_TIMEOUT, self.end()).await.is_err() {
+            self.kill().await;
+        }
     }
 
     async fn finish(mut self) -> Result<()> {

@@ -160,6 +160,7 @@ mod tests {
             interface: None,
             agent_port: 8000,
             mac_address: None,
+            jail: None,
         }
     }
 

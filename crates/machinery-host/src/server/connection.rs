@@ -78,8 +78,8 @@ impl Connection {
     /// Reads and handles lines until the connection is to be closed.
     async fn read(&mut self, reader: &mut BufReader<OwnedReadHalf>) {
         loop {
-            let handled = match framing::next(reader).await {
-                Ok(Line::Whole(line)) => self.handle(&line).await,
+            let handled = match framing::next(reader, self.outbox.budget()).await {
+                Ok(Line::Whole(line)) => self.handle(line).await,
                 Ok(Line::TooLong) => {
                     let reason = format!("a line may have {} bytes at most", framing::MAX_LINE);
                     return self.outbox.reply_and_close(reply::failure(&reason), None).await;
@@ -92,8 +92,11 @@ impl Connection {
         }
     }
 
-    async fn handle(&mut self, line: &[u8]) -> Result<(), Closed> {
-        let object = match protocol::object(line) {
+    async fn handle(&mut self, line: Vec<u8>) -> Result<(), Closed> {
+        let (length, object) = (line.len(), protocol::object(&line));
+        // Only what the protocol accepts is kept while the reply waits: a client that does not read may send much.
+        drop(line);
+        let object = match object {
             Ok(object) => object,
             Err(refusal) => return self.refuse(refusal, None).await,
         };
@@ -102,9 +105,11 @@ impl Connection {
             Err(refusal) => return self.refuse(refusal, None).await,
         };
         let (enabled, manager) = (self.manager.is_enabled(), &self.manager);
-        match protocol::request(&object, enabled, |name| manager.find(name)) {
+        let request = protocol::request(&object, enabled, |name| manager.find(name));
+        drop(object);
+        match request {
             Ok(request) => {
-                self.dispatcher.dispatch(request, id, line.len()).await;
+                self.dispatcher.dispatch(request, id, length).await;
                 Ok(())
             }
             Err(refusal) => self.refuse(refusal, id).await,

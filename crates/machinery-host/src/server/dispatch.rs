@@ -84,7 +84,7 @@ impl Dispatcher {
             Request::Reload => self.reload(id).await,
             Request::List => {
                 let roster = self.manager.roster();
-                let slot = self.outbox.slot(MACHINE + roster.machines().len() * 1024).await;
+                let slot = self.outbox.large_slot(MACHINE + roster.machines().len() * 1024).await;
                 slot.fill(reply::list(&roster), id.as_ref());
             }
             Request::Version => self.outbox.reply(reply::version(&self.manager.roster()), id).await,

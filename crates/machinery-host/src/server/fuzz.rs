@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use tokio::io::BufReader;
 
 use super::framing::{self, Line};
+use super::limits::ClientBudget;
 use super::protocol::{self, Refusal, Request};
 
 /// Values with a meaning in the protocol.
@@ -149,8 +150,8 @@ proptest! {
     fn framing_splits_bytes_at_newlines_in_chunks_of_any_size(bytes in vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..500), chunk in 1..50_usize) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut reader = BufReader::with_capacity(chunk, bytes.as_slice());
-        let mut read = Vec::new();
-        while let Line::Whole(line) = runtime.block_on(framing::next(&mut reader)).unwrap() {
+        let (mut read, budget) = (Vec::new(), ClientBudget::default());
+        while let Line::Whole(line) = runtime.block_on(framing::next(&mut reader, &budget)).unwrap() {
             read.push(line);
         }
         let mut expected: Vec<_> = bytes.split(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();

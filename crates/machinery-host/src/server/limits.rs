@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::net::UnixStream;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 /// The number of connections that one process may have.
 const MAX_PER_PROCESS: usize = 512;
@@ -21,6 +21,9 @@ const MAX_CONNECTIONS: usize = 2048;
 const MAX_CONNECTION_BYTES: usize = 8 << 20;
 /// The memory that the requests and replies of one user's connections may hold, in bytes.
 const MAX_USER_BYTES: usize = 64 << 20;
+
+/// The number of long lines of one user that are read at the same time.
+const MAX_LONG_LINES: usize = 16;
 
 /// Counts connections by the process and the user at their other end.
 #[derive(Default)]
@@ -73,8 +76,7 @@ pub struct ConnectionPermit {
 impl ConnectionPermit {
     /// Returns the budget of the connection.
     pub fn budget(&self) -> ClientBudget {
-        let own = Arc::new(Semaphore::new(MAX_CONNECTION_BYTES));
-        ClientBudget { own, user: Arc::clone(&self.budget), number: self.number }
+        ClientBudget { user: Arc::clone(&self.budget), number: self.number, ..ClientBudget::default() }
     }
 
     /// Waits until the connection is to be closed, because it holds most of a budget that is exceeded.
@@ -99,9 +101,16 @@ impl Drop for ConnectionPermit {
 }
 
 /// The memory that all connections of one user hold.
-#[derive(Default)]
 struct UserBudget {
     connections: Mutex<HashMap<u64, Usage>>,
+    /// One permit for each long line that may be read at the same time.
+    long_lines: Semaphore,
+}
+
+impl Default for UserBudget {
+    fn default() -> Self {
+        UserBudget { connections: Mutex::default(), long_lines: Semaphore::new(MAX_LONG_LINES) }
+    }
 }
 
 /// The memory that one connection holds.
@@ -156,6 +165,13 @@ pub struct ClientBudget {
     number: u64,
 }
 
+impl Default for ClientBudget {
+    fn default() -> Self {
+        let own = Arc::new(Semaphore::new(MAX_CONNECTION_BYTES));
+        ClientBudget { own, user: Arc::default(), number: 0 }
+    }
+}
+
 /// A share of a budget. Dropping it returns the memory.
 pub struct MemoryShare {
     user: Arc<UserBudget>,
@@ -169,10 +185,42 @@ impl ClientBudget {
     /// Waits for a share of that many bytes. A larger share than half of the budget counts as half of it.
     pub async fn share(&self, bytes: usize) -> MemoryShare {
         let bytes = bytes.min(MAX_CONNECTION_BYTES / 2);
-        let count = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.share_as(bytes, bytes).await
+    }
+
+    /// Waits for a share of a reply that is long and takes time to make, and has about that many bytes. It takes a
+    /// quarter of the connection's budget, so that a client which does not read has few of them made.
+    pub async fn large_share(&self, bytes: usize) -> MemoryShare {
+        self.share_as(MAX_CONNECTION_BYTES / 4, bytes).await
+    }
+
+    /// Waits for a share that takes `own` of the connection's budget, and `bytes` of the user's.
+    async fn share_as(&self, own: usize, bytes: usize) -> MemoryShare {
+        let count = u32::try_from(own).unwrap_or(u32::MAX);
         let own = Arc::clone(&self.own).acquire_many_owned(count).await.ok();
         self.user.add(self.number, bytes);
         MemoryShare { user: Arc::clone(&self.user), number: self.number, bytes, _own: own }
+    }
+
+    /// Waits for the permit to read a long line. Other long lines of the user wait meanwhile, and short ones do not.
+    pub async fn long_line(&self) -> Option<SemaphorePermit<'_>> {
+        self.user.long_lines.acquire().await.ok()
+    }
+
+    /// Returns the number of long lines that may be read now.
+    #[cfg(test)]
+    pub fn free_long_lines(&self) -> usize {
+        self.user.long_lines.available_permits()
+    }
+}
+
+impl MemoryShare {
+    /// Counts the share as that many bytes of the user's budget: a reply may be longer or shorter than expected. Nobody
+    /// waits for that, but the budget may be exceeded by it.
+    pub fn resize(&mut self, bytes: usize) {
+        self.user.subtract(self.number, self.bytes);
+        self.user.add(self.number, bytes);
+        self.bytes = bytes;
     }
 }
 
@@ -240,5 +288,24 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(1), budget.share(1)).await.is_err());
         drop(shares);
         budget.share(1).await;
+    }
+
+    #[tokio::test]
+    async fn share_of_a_user_is_the_real_size_once_it_is_known() {
+        let counter = Arc::new(ConnectionCounter::default());
+        let (permit, _other) = permit(&counter).unwrap();
+        let used = || permit.budget.lock().values().map(|usage| usage.bytes).sum::<usize>();
+        let budget = permit.budget();
+        let mut shares = Vec::new();
+        for _ in 0..4 {
+            shares.push(budget.large_share(1 << 20).await);
+        }
+        assert!(tokio::time::timeout(Duration::from_millis(1), budget.large_share(1)).await.is_err());
+        assert_eq!(used(), 4 << 20);
+        shares[0].resize(5 << 20);
+        shares[1].resize(1 << 10);
+        assert_eq!(used(), (7 << 20) + (1 << 10));
+        drop(shares);
+        assert_eq!(used(), 0);
     }
 }

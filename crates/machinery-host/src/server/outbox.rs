@@ -69,6 +69,16 @@ impl Outbox {
         ReplySlot { lines: self.lines.clone(), share }
     }
 
+    /// Waits for a slot of a reply that is long, and has about that many bytes.
+    pub async fn large_slot(&self, bytes: usize) -> ReplySlot {
+        ReplySlot { lines: self.lines.clone(), share: self.budget.large_share(bytes).await }
+    }
+
+    /// Returns the budget of the connection.
+    pub fn budget(&self) -> &ClientBudget {
+        &self.budget
+    }
+
     /// Forwards events until it is aborted, with its connection.
     pub async fn forward(self, mut events: broadcast::Receiver<Event>) {
         loop {
@@ -97,7 +107,8 @@ impl ReplySlot {
         self.send(reply::line(reply, id));
     }
 
-    fn send(self, line: Vec<u8>) {
+    fn send(mut self, line: Vec<u8>) {
+        self.share.resize(line.len());
         // The client may have left.
         let _ = self.lines.send(OutboundLine { line, _share: self.share });
     }

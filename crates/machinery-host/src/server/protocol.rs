@@ -73,11 +73,32 @@ impl Refusal {
     }
 }
 
+/// The number of values in a line, at most. A value takes many times its text in memory.
+const MAX_VALUES: usize = 10_000;
+
+/// Returns a number that the values of this JSON do not exceed. Separators within texts do not count.
+fn count_values(line: &[u8]) -> usize {
+    let (mut count, mut in_text, mut escaped) = (1, false, false);
+    for byte in line {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b',' | b'[' | b'{' if !in_text => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
 /// Parses a line into an object.
 ///
 /// # Errors
-/// The line is not JSON, or not an object.
+/// The line is not JSON, not an object, or has too many values.
 pub fn object(line: &[u8]) -> Result<Map<String, Value>, Refusal> {
+    if count_values(line) > MAX_VALUES {
+        return Err(Refusal::open(format!("the line has more than {MAX_VALUES} values")));
+    }
     match serde_json::from_slice(line) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(_) => {
@@ -312,6 +333,16 @@ mod tests {
             assert!(!refusal.close && refusal.reason.contains("JSON"), "{line:?}: {refusal:?}");
         }
         assert!(object(&[0xff, 0xfe]).is_err());
+    }
+
+    #[test]
+    fn line_with_too_many_values_is_refused_and_keeps_connection() {
+        let line = |values: usize| format!("{{\"tags\": [{}\"a\"]}}", "1,".repeat(values));
+        let refusal = object(line(MAX_VALUES).as_bytes()).unwrap_err();
+        assert!(!refusal.close && refusal.reason.contains("10000 values"), "{refusal:?}");
+        object(line(MAX_VALUES - 10).as_bytes()).unwrap();
+        let text = format!("{{\"reason\": \"\\\\\\\"{}\"}}", ",[{".repeat(MAX_VALUES));
+        object(text.as_bytes()).unwrap();
     }
 
     #[test]

@@ -46,6 +46,7 @@ impl Machine {
     /// # Errors
     /// The machine is on; the template or the standby fails; another action cancels the preparation.
     pub(super) fn prepare_restore(&self, deadline: Deadline) -> Result<()> {
+        self.expect_free_space()?;
         self.wait_for_pending_end(deadline);
         // All other machines wait for the decision below.
         self.wait_for_hidden_work(deadline);

@@ -49,6 +49,7 @@ impl Machine {
         deadline: Deadline,
         start: impl FnOnce(&MachineOperation, Option<Box<Standby>>) -> Result<Arc<Run>, StartError>,
     ) -> Result<()> {
+        self.expect_free_space()?;
         let (starting, standby) =
             self.work.begin(Operation::Starting, deadline, MachineState::take_standby)?;
         let had_standby = standby.is_some();
@@ -58,6 +59,7 @@ impl Machine {
             (Err(error), None) => Err(error.into()),
             (Err(error), Some(standby)) => standby.end(deadline).and(Err(error.into())),
         };
+        let started = started.inspect(|run| self.shared.space.watch(run.as_disk_writer()));
         let started = finish(&starting, started.map(Some));
         drop(starting);
         if had_standby {

@@ -127,6 +127,17 @@ impl Machine {
         ))
     }
 
+    /// Checks that the file system of the overlays has free space.
+    ///
+    /// # Errors
+    /// It has less than the reserve.
+    pub(super) fn expect_free_space(&self) -> Result<()> {
+        let folder = self.files().disposable.parent().unwrap_or(Path::new("/"));
+        self.shared.space.check(folder).inspect_err(|error| {
+            tracing::warn!(machine = self.name(), %error, "no run is started");
+        })
+    }
+
     pub(super) fn steps(&self) -> Steps {
         Steps::new(&self.shared.host, self.name())
     }
