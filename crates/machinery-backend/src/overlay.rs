@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -233,7 +233,8 @@ impl OverlayTemplate {
         let failed = |error: io::Error| Error::io("make the overlay", path, &error);
         // Dropping this on failure deletes the incomplete file.
         let new = Overlay { path: path.to_owned(), keep: false };
-        let file = File::options().write(true).create_new(true).open(path).map_err(failed)?;
+        // It has what the guest writes.
+        let file = File::options().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
         file.set_len(self.length).map_err(failed)?;
         self.blocks.iter().try_for_each(|(at, block)| file.write_all_at(block, *at)).map_err(failed)?;
         Ok(new)

@@ -106,9 +106,22 @@ impl Cwd {
 /// # Errors
 /// A folder cannot be made.
 pub fn make_folder(path: &Path) -> Result<()> {
+    make(path, 0o700)
+}
+
+/// Makes a folder and its missing parents. Others can reach the files that they know and may read, as a machine's own user
+/// does, and see no list of them.
+///
+/// # Errors
+/// A folder cannot be made.
+pub fn make_reachable_folder(path: &Path) -> Result<()> {
+    make(path, 0o711)
+}
+
+fn make(path: &Path, mode: u32) -> Result<()> {
     DirBuilder::new()
         .recursive(true)
-        .mode(0o700)
+        .mode(mode)
         .create(path)
         .map_err(|error| Error::io("make the folder", path, &error))
 }

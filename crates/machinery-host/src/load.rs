@@ -17,7 +17,7 @@ use machinery::{Capabilities, Deadline, Error, HostServices, MachineInfo, Result
 
 use crate::config::{Config, Timeouts};
 use crate::cuckoo;
-use crate::cwd::{Cwd, make_folder};
+use crate::cwd::{Cwd, make_reachable_folder};
 use crate::events::Events;
 use crate::fleet::services::Services;
 use crate::fleet::{Fleet, Machine, Machinery, Roster};
@@ -126,7 +126,7 @@ fn load(
 ) -> Result<(Arc<Machinery>, Vec<MachineInfo>)> {
     let setup = setup(plugin.name(), cwd, config)?;
     for folder in [&setup.sockets_dir, &setup.state_dir, &setup.cache_dir] {
-        make_folder(folder)?;
+        make_reachable_folder(folder)?;
     }
     let (name, limits) = (plugin.name(), &config.timeouts);
     let loading = plugin.clone();

@@ -27,7 +27,7 @@ use crate::actions::metrics::Metrics;
 use crate::actions::queues::Queues;
 use crate::capture;
 use crate::config::Config;
-use crate::cwd::{Cwd, make_folder};
+use crate::cwd::{Cwd, make_folder, make_reachable_folder};
 use crate::events::Events;
 use crate::exit;
 use crate::fleet::state_file::StateStore;
@@ -64,7 +64,7 @@ pub enum Served {
 /// The host cannot start: configuration, plugins, or socket.
 pub fn run(cwd: &Cwd, search: &PluginSearch) -> Result<Served> {
     let config = Config::read(cwd)?;
-    make_folder(&cwd.state())?;
+    make_reachable_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
     let _lock = lock(&cwd.state())?;
     // Before any plugin removes what it takes for the leftovers of a host that died.

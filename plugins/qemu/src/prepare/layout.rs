@@ -17,6 +17,10 @@ pub const DISK: &str = "disk";
 /// without it the other files are no template.
 const FILES: [&str; 3] = [RECORD, RAM, DEVICES];
 
+/// The mode of the folders of templates. The machine's own user reaches its overlay there, and each file has a mode of its
+/// own.
+pub const FOLDER_MODE: u32 = 0o711;
+
 /// The suffix of a complete template's folder.
 pub const COMPLETE: &str = ".template";
 /// The suffix of the folder of a template that is being built.

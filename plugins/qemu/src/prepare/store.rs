@@ -12,7 +12,9 @@ use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
-use super::layout::{COMPLETE, DEVICES, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk};
+use super::layout::{
+    COMPLETE, DEVICES, FOLDER_MODE, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk,
+};
 use super::space::TemplateSpace;
 use crate::launch::{Memory, Sharing};
 use crate::restore::Devices;
@@ -55,7 +57,7 @@ impl Templates {
     pub fn open(dir: &Path) -> Result<Templates> {
         expect_trusted(dir).map_err(|error| error.action("opening instant_dir"))?;
         let failed = |error: io::Error| Error::io("use the folder of the templates,", dir, &error);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+        fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(dir).map_err(failed)?;
         let lock = HostLock::take(&dir.join("templates.lock"), || {
             Error::environment(format!("another host keeps its templates in {}", dir.display()))
                 .advice("Give each host an instant_dir of its own")

@@ -9,7 +9,7 @@ use machinery::{Error, Result};
 use machinery_images::FileId;
 
 use super::identity::Identity;
-use super::layout::{DEVICES, DISK, RAM, RECORD, checksum, remove};
+use super::layout::{DEVICES, DISK, FOLDER_MODE, RAM, RECORD, checksum, remove};
 use super::store::{Record, Templates};
 
 /// Who opens a template's RAM file, and how.
@@ -35,7 +35,7 @@ impl Unfinished {
     pub fn begin(templates: &Templates, machine: &str) -> Result<Unfinished> {
         let folder = templates.unfinished_folder(machine);
         remove(&folder)?;
-        let made = fs::DirBuilder::new().mode(0o700).create(&folder);
+        let made = fs::DirBuilder::new().mode(FOLDER_MODE).create(&folder);
         made.map_err(|error| Error::io("make the template's folder", &folder, &error))?;
         Ok(Unfinished { folder, published_as: templates.folder(machine) })
     }
