@@ -18,9 +18,9 @@ impl TinyDisk {
     pub fn mount(cwd: &ScratchCwd, kib: u32) -> Result<Option<Self>> {
         let path = cwd.root().join("tiny");
         fs::create_dir_all(&path).context(|| format!("making {}", path.display()))?;
-        let size = format!("size={kib}k");
+        let options = format!("size={kib}k,mode=0700");
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&path);
+        mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&path);
         let mounted = host::run_command(mount)?;
         Ok((mounted.code == Some(0)).then_some(TinyDisk { path }))
     }
