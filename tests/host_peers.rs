@@ -21,6 +21,8 @@ const NOBODY: u32 = 65_534;
 const NOGROUP: &str = "nogroup";
 /// A user and a group without names.
 const STRANGER: u32 = 54_321;
+/// A user without a name, as which a host runs. The kernel also shows `nobody` for unknown owners.
+const PLAIN: u32 = 54_322;
 
 fn is_root() -> bool {
     let root = geteuid().is_root();
@@ -132,14 +134,14 @@ fn host_serves_root_when_it_runs_as_a_plain_user() {
     }
     let (cwd, installed) = (open_cwd(), Installed::new());
     for path in [".", "operational", "operational/sockets"] {
-        chown(cwd.root().join(path), Some(NOBODY), None).unwrap();
+        chown(cwd.root().join(path), Some(PLAIN), None).unwrap();
     }
     let host = RunningHost::start_with(&cwd, |command| {
-        *command = installed.run_by(NOBODY, NOBODY, &cwd);
+        *command = installed.run_by(PLAIN, PLAIN, &cwd);
         command.arg("serve");
     });
     let host = host.unwrap();
-    assert_eq!(fs::metadata(cwd.socket()).unwrap().uid(), NOBODY);
+    assert_eq!(fs::metadata(cwd.socket()).unwrap().uid(), PLAIN);
     let answer = host.client().unwrap().act("restore_start", "m").unwrap();
     assert_eq!(answer, json!({"success": true}));
 }

@@ -269,13 +269,16 @@ impl Trusted {
         let shown = format!("{path} belongs to the user {uid}");
         if !self.has_unmapped {
             let text = format!(
-                "{shown}, which the kernel also shows for unknown owners (`chown -h root {path}`; a host that runs as                  this user needs one of its own)"
+                "{shown}, which the kernel also shows for unknown owners (`chown -h root {path}`; a host that runs as \
+                 this user needs one of its own)"
             );
             return Some(Issue { text, is_unknown: false });
         }
         (*kind != Kind::Folder).then(|| Issue {
             text: format!(
-                "{shown}, which the kernel shows for every owner that this user namespace does not map, so anybody may                  own it (run the host outside of the namespace, map the owner, or use a copy that belongs to the                  host's user)"
+                "{shown}, which the kernel shows for every owner that this user namespace does not map, so anybody may \
+                 own it (run the host outside of the namespace, map the owner, or use a copy that belongs to the \
+                 host's user)"
             ),
             is_unknown: true,
         })
