@@ -9,9 +9,10 @@
 //! finds leftovers by that, also of a killed host. A lab that is dropped kills leftover processes, and panics
 //! if there are leftovers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::process::Pid;
 
@@ -31,6 +32,28 @@ pub struct Lab {
     qemu: Qemu,
     machines: BTreeMap<String, MachineFolder>,
     network: Option<TestNetwork>,
+    settings: Mutex<HostSettings>,
+}
+
+/// The content of `machinery-host.yaml`.
+#[derive(Debug, Default)]
+struct HostSettings {
+    /// Keys of the host, and keys of the machinery.
+    keys: (String, String),
+    /// The machines whose unsafe arguments are accepted.
+    unsafe_args: BTreeSet<String>,
+}
+
+impl HostSettings {
+    fn text(&self) -> String {
+        let ((host, qemu), machines) = (&self.keys, &self.unsafe_args);
+        let accepted = machines.iter().map(|name| format!("{name}: {{unsafe_start_args: true}}"));
+        let machines = match accepted.collect::<Vec<_>>().join(", ") {
+            none if none.is_empty() => none,
+            accepted => format!(", machines: {{{accepted}}}"),
+        };
+        format!("{host}\nmachineries: {{qemu: {{{qemu}{machines}}}}}\n")
+    }
 }
 
 impl Lab {
@@ -72,7 +95,7 @@ impl Lab {
             Ok(((*name).to_owned(), machine?))
         };
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
-        let lab = Lab { cwd, qemu, machines, network };
+        let lab = Lab { cwd, qemu, machines, network, settings: Mutex::default() };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;
         Ok(lab)
@@ -160,13 +183,30 @@ impl Lab {
     /// Writes `machinery-host.yaml`, with keys of the host and, after a comma, of the machinery. Preparation
     /// is off, so that a machine that is off has no files; [`ahead`](Lab::ahead) enables it.
     pub fn host_yaml(&self, host: &str, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!("{host}\nmachineries: {{qemu: {{instant: off, standby: off{qemu}}}}}\n"))
+        self.write_settings(|settings| {
+            settings.keys = (host.to_owned(), format!("instant: off, standby: off{qemu}"));
+        })
+    }
+
+    /// Accepts unsafe arguments of a machine, now and in each later `machinery-host.yaml`.
+    pub fn accept_unsafe_args(&self, name: &str) -> Result<()> {
+        self.write_settings(|settings| {
+            settings.unsafe_args.insert(name.to_owned());
+        })
+    }
+
+    fn write_settings(&self, change: impl FnOnce(&mut HostSettings)) -> Result<()> {
+        let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut settings);
+        self.cwd.host_yaml(&settings.text())
     }
 
     /// Writes `machinery-host.yaml` with these keys of the machinery, and a fixed space limit for templates,
     /// also where the disk is nearly full.
     pub fn ahead(&self, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!("machineries: {{qemu: {{instant_space_limit: 16 GiB, {qemu}}}}}\n"))
+        self.write_settings(|settings| {
+            settings.keys = (String::new(), format!("instant_space_limit: 16 GiB, {qemu}"));
+        })
     }
 
     /// Returns the path of a machine's template, if it has one.
