@@ -55,6 +55,8 @@ pub struct MachineSection {
     standby: Option<Standby>,
     /// Allows a run to write to files or devices that the next run finds changed.
     pub allow_shared_writes: bool,
+    /// Accepts arguments that are not in the list of safe ones.
+    pub unsafe_start_args: bool,
 }
 
 /// The preparations of a machine's restores.

@@ -172,6 +172,7 @@ impl Validator<'_> {
             keep_disk: section.keep_disposable_disks,
             prepare: section.prepare_options(name),
             allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
+            unsafe_start_args: section.machines.get(name).is_some_and(|own| own.unsafe_start_args),
         })
     }
 
