@@ -249,6 +249,7 @@ fn stop_ends_a_machine_when_its_qemu_hangs() {
 fn reason_quotes_qemu_when_it_refuses_its_arguments() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.change_start_args("m", |args| args.push("-no-such-option".to_owned())).unwrap();
+    lab.accept_unsafe_args("m").unwrap();
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for start in ["restore_start", "norestore_start"] {
@@ -417,7 +418,7 @@ fn reason_names_the_disk_when_it_is_missing() {
     fs::rename(disk, &away).unwrap();
     let path = disk.display().to_string();
     for start in ["restore_start", "norestore_start"] {
-        let words = ["look at the machine's", &path, "No such file or directory"];
+        let words = [path.as_str(), "No such file or directory"];
         println!("{}", assert_fails(&lab, &mut client, start, &words));
         let refused = client.act("enable_machine", "m").unwrap();
         assert_reason(&refused, &["cannot be used yet", &path]);
@@ -507,7 +508,7 @@ fn with_helper(lab: &Lab) {
 
 /// Adds a pidfile, which QEMU removes only when it ends cleanly.
 fn with_pidfile(lab: &Lab) -> std::path::PathBuf {
-    let file = lab.cwd().root().join("pidfile");
+    let file = lab.folder("m").dir.join("qemu.pid");
     let argument = file.display().to_string();
     lab.change_start_args("m", |args| args.extend(["-pidfile".to_owned(), argument])).unwrap();
     file

@@ -65,6 +65,7 @@ fn add_args(lab: &Lab, machine: &str, args: &[String]) {
         own.extend(["-chardev", &chardev, "-mon", "chardev=hmp,mode=readline"].map(str::to_owned));
     })
     .unwrap();
+    lab.accept_unsafe_args(machine).unwrap();
 }
 
 fn args<const N: usize>(args: [&str; N]) -> Vec<String> {
@@ -324,7 +325,7 @@ fn machine_runs_with_shared_writes_when_its_operator_allows_them() {
     let lab = lab(&["m"]);
     let shared = args(["-fsdev", "local,id=f,path=/tmp,security_model=none"]);
     lab.change_start_args("m", |own| own.extend(shared)).unwrap();
-    lab.host_yaml("", ", machines: {m: {allow_shared_writes: true}}").unwrap();
+    lab.host_yaml("", ", machines: {m: {allow_shared_writes: true, unsafe_start_args: true}}").unwrap();
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     assert!(check.stdout.contains("allow_shared_writes"), "{}", check.stdout);
@@ -401,7 +402,7 @@ fn import_is_refused_when_the_machines_runs_cannot_be_clean() {
         assert!(import.stderr.contains(word), "{word} is not in {}", import.stderr);
     }
     assert_eq!(lab.yaml().unwrap(), empty);
-    lab.host_yaml("", ", machines: {m: {allow_shared_writes: true}}").unwrap();
+    lab.host_yaml("", ", machines: {m: {allow_shared_writes: true, unsafe_start_args: true}}").unwrap();
     let import = lab.run(&["import", "vmcloak", &folder]).unwrap();
     assert_eq!(import.code, Some(0), "{import:?}");
     assert!(lab.yaml().unwrap().contains("  m:"));

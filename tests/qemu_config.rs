@@ -117,6 +117,7 @@ fn argument_is_accepted_when_it_only_resembles_a_refused_one() {
         "-append",
         "file=/x/-incoming,format=raw",
         "-incomingx",
+        "x",
         "-snapshot-not",
         "snapshot",
         "-name=qmp",
@@ -124,6 +125,7 @@ fn argument_is_accepted_when_it_only_resembles_a_refused_one() {
     ];
     let lab = lab(&["m"]);
     lab.change_start_args("m", |args| args.extend(near.map(str::to_owned))).unwrap();
+    lab.accept_unsafe_args("m").unwrap();
     assert_fine(&lab);
 }
 

@@ -334,7 +334,7 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
         })
         .unwrap();
         lab.set_jail(mode).unwrap();
-        lab.host_yaml("", ", machines: {m: {unsafe_start_args: true}}").unwrap();
+        lab.accept_unsafe_args("m").unwrap();
         let (mut running, mut client) = served(lab);
         let attempts = host.attempts(running.pid()).join("\n");
         fs::write(m.dir.join("attempts"), attempts).unwrap();

@@ -110,6 +110,7 @@ fn template_is_missing_for_qemus_reason_when_it_refuses_the_snapshot() {
 #[test]
 fn reload_is_advised_when_machineinfo_was_corrected_after_it_was_read() {
     let lab = Lab::new(&[MICRO]).unwrap();
+    lab.accept_unsafe_args("m").unwrap();
     for (wrong, words) in [(&["-m", "64"], "Size mismatch"), (&["-no-such", "option"], "invalid option")] {
         lab.change_start_args("m", |args| args.extend(wrong.map(str::to_owned))).unwrap();
         let mut host = lab.host().unwrap();

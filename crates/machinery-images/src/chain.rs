@@ -42,7 +42,8 @@ impl Chain {
                 return Err(endless(path));
             }
             let Some(header) = header else { break };
-            if let Some(Reference::File(data)) = header.data_file.map(|name| resolve(&name, &image)) {
+            let data_file = header.data_file.filter(|name| !name.is_empty());
+            if let Some(Reference::File(data)) = data_file.map(|name| resolve(&name, &image)) {
                 chain.files.push(data);
             }
             match header.backing.map(|backing| (resolve(&backing.file, &image), backing.format)) {

@@ -9,13 +9,19 @@
 //! | `qcow2` | [`Header`]: a qcow2 image's size, backing file, data file and internal snapshots |
 //! | `changes` | [`has_unsaved_changes`]: detects content of a qcow2 image that none of its snapshots has |
 //! | `chain` | [`Chain`]: all files that an image consists of, down to its base |
+//! | `trusted` | [`TrustedChain`]: the same, and refuses an image that leaves what its guest may read |
+//! | `format` | [`probe_format`]: the format of an image, by its first bytes |
 
 mod chain;
 mod changes;
 mod file_id;
+mod format;
 mod qcow2;
+mod trusted;
 
 pub use chain::Chain;
 pub use changes::has_unsaved_changes;
 pub use file_id::FileId;
+pub use format::probe_format;
 pub use qcow2::{Backing, Header, MAGIC, Snapshot};
+pub use trusted::{ChainRules, TrustedChain};

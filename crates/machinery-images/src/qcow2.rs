@@ -34,7 +34,7 @@ pub struct Header {
     pub size: u64,
     /// The image that this image is an overlay of.
     pub backing: Option<Backing>,
-    /// The file with the clusters, if they are in a separate file.
+    /// The file with the clusters, if they are in a separate file; empty if the header does not name the file.
     pub data_file: Option<String>,
     /// QEMU has marked the image as corrupt, and opens it for reading only.
     pub corrupt: bool,
@@ -105,13 +105,15 @@ impl Reader<'_> {
         let (incompatible, length) =
             if version == 3 { (self.u64(72)?, u64::from(self.u32(100)?)) } else { (0, V2_LENGTH) };
         let extensions = self.extensions(length)?;
-        let extension =
-            |wanted: u32| extensions.iter().find(|(kind, _)| *kind == wanted).map(|(_, value)| value.clone());
+        // QEMU uses the last extension of a type.
+        let extension = |wanted: u32| {
+            extensions.iter().rev().find(|(kind, _)| *kind == wanted).map(|(_, value)| value.clone())
+        };
         let backing = self.backing_file()?;
         Ok(Header {
             size: self.u64(24)?,
             backing: backing.map(|file| Backing { file, format: extension(BACKING_FORMAT) }),
-            data_file: if incompatible & DATA_FILE == 0 { None } else { extension(DATA_FILE_NAME) },
+            data_file: (incompatible & DATA_FILE != 0).then(|| extension(DATA_FILE_NAME).unwrap_or_default()),
             corrupt: incompatible & CORRUPT != 0,
             snapshots: self.snapshots()?,
         })

@@ -53,7 +53,9 @@ pub fn check(setup: &Setup, report: &mut Report) {
     }
     jails(&config, report);
     rivals(&config.machines, report);
-    needs::check_all(&config.machines, &config.binaries.qemu_system_x86_64, report);
+    // QEMU tries the needs of a machine with the machine's own arguments.
+    let tried = config.machines.iter().filter(|machine| machine.expect_safe_args().is_ok());
+    needs::check_all(tried, &config.binaries.qemu_system_x86_64, report);
     if config.machines.iter().any(|machine| machine.prepare.instant) {
         template_folder(&config.instant_dir, report);
     }
@@ -111,6 +113,9 @@ fn jails(config: &Config, report: &mut Report) {
 /// Reports machines whose runs find changes of earlier runs.
 fn clean_runs(machine: &MachineFiles, report: &mut Report) {
     let (name, opened) = (&machine.info.name, machine.start_args.opened());
+    if let Some(warning) = machine.unsafe_args_warning() {
+        report.warning(format!("machine '{name}': {warning}"));
+    }
     if let Some(warning) = machine.shared_writes_warning() {
         report.warning(format!("machine '{name}': {warning}"));
     }

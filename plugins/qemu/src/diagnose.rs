@@ -7,7 +7,8 @@ use std::path::Path;
 
 use machinery::config::find_interface;
 use machinery::{Error, Result};
-use machinery_images::{Chain, Header};
+use machinery_backend::ImageFile;
+use machinery_images::Header;
 
 use crate::config::{MachineFiles, expect_overlay_folder};
 use crate::snapshot::Snapshot;
@@ -16,16 +17,20 @@ use crate::snapshot::Snapshot;
 /// about.
 pub fn faults(files: &MachineFiles) -> Vec<(&'static str, Error)> {
     let interface = files.own_interface.as_deref().map_or(Ok(()), find_interface);
-    let other_images = files.start_args.opened().images.iter().map(|image| &image.source);
+    let opened = files.start_args.opened();
+    let read = opened.sources.iter().filter(|source| source.path.is_file());
+    let other_images = opened.images.iter().map(|image| &image.source).chain(read);
+    let disk = ImageFile { path: files.disk.clone(), format: Some("qcow2".to_owned()) };
     let tests = [
         ("interface", interface),
-        ("qcow2_path", expect_qcow2(&files.disk).and_then(|()| find_chain(&files.disk, Some("qcow2")))),
+        ("qcow2_path", find_chain(files, &disk).and_then(|()| expect_qcow2(&files.disk))),
         ("snapshot_path", Snapshot::open(&files.snapshot).map(drop)),
         ("machineinfo_path", files.args_error.clone().map_or(Ok(()), Err)),
+        ("machineinfo_path", files.expect_safe_args()),
         ("machineinfo_path", files.expect_clean_runs()),
         ("qcow2_path", find_overlay_folder(files)),
     ];
-    let images = other_images.map(|image| find_chain(&image.path, image.format.as_deref()));
+    let images = other_images.map(|image| find_chain(files, image));
     let tests = tests.into_iter().chain(images.map(|test| ("machineinfo_path", test)));
     tests.filter_map(|(key, test)| test.err().map(|error| (key, error))).collect()
 }
@@ -56,11 +61,9 @@ fn expect_qcow2(disk: &Path) -> Result<()> {
     }
 }
 
-/// Checks that an image and all of its bases exist.
-fn find_chain(image: &Path, format: Option<&str>) -> Result<()> {
-    let chain = Chain::of(image, format)?;
-    let missing = chain.files.iter().find_map(|file| Some((file, std::fs::metadata(file).err()?)));
-    missing.map_or(Ok(()), |(file, error)| Err(Error::io("find a part of the image,", file, &error)))
+/// Checks that an image and all of its bases exist and may be opened.
+fn find_chain(files: &MachineFiles, image: &ImageFile) -> Result<()> {
+    files.chain_of(image).map(drop)
 }
 
 /// Checks the machine's overlay folder. A folder for all machines is checked with the configuration.
@@ -120,6 +123,42 @@ mod tests {
         assert!(missing.contains("/none/kernel, which does not exist"), "{missing}");
         let whole = folder.path().join("x.iso").display().to_string();
         assert_eq!(file_warnings(&args(&whole)).len(), 1);
+    }
+
+    #[test]
+    fn chain_has_each_file_that_qemu_reads_and_faults_name_unsafe_arguments() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let machine = |args: &[&str]| {
+            let args = args.iter().map(|arg| (*arg).to_owned());
+            MachineFiles {
+                start_args: StartArgs::in_folder(args, folder.path()),
+                ..machine_in(folder.path())
+            }
+        };
+        let mut files = machine(&["-cdrom", "x.iso", "-hdb", "second", "-bios", "missing.bin"]);
+        fs::write(path("x.iso"), "iso").unwrap();
+        fs::write(path("base"), vec![0; 4096]).unwrap();
+        let mut qemu_img = std::process::Command::new("qemu-img");
+        qemu_img.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base"]).arg(path("second"));
+        assert!(qemu_img.status().unwrap().success());
+        let chain = ["base", "disk.qcow2", "missing.bin", "second", "x.iso"].map(path);
+        assert_eq!(files.chain().unwrap(), chain);
+        assert_eq!(found(&files), [""; 0]);
+        files = machine(&["-plugin", "x.so", "-cdrom", "/etc/passwd"]);
+        let [fault] = &found(&files)[..] else { panic!("one fault") };
+        for word in [
+            "machineinfo_path: ",
+            "-plugin x.so: it runs",
+            "/etc/passwd: ",
+            "machines.m.unsafe_start_args: true",
+        ] {
+            assert!(fault.contains(word), "{word} is not in {fault}");
+        }
+        assert_eq!(files.unsafe_args_warning(), None);
+        files.unsafe_start_args = true;
+        assert_eq!(found(&files), [""; 0]);
+        assert!(files.unsafe_args_warning().unwrap().contains("-plugin x.so"));
     }
 
     #[test]

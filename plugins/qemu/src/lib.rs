@@ -23,8 +23,10 @@
 //! | `qmp`, `states` | the monitor, and the meaning of QEMU's states |
 //! | `resources` | the resources that only one QEMU at a time can use |
 //! | `machineinfo`, `images`, `options` | the arguments, the files that they open, an option's value |
+//! | `allowed` | the list of safe arguments |
 //! | `snapshot`, `version` | the memory snapshot; the version of QEMU |
 
+mod allowed;
 mod check;
 mod config;
 mod console;

@@ -11,7 +11,7 @@ use machinery::{Error, Result};
 use serde_json::Value;
 
 use crate::images::{Opened, PLACEHOLDER};
-use crate::options::{name_of, walk};
+use crate::options::{name_of, read_options_file, walk};
 
 /// Options that `start_args` may not contain, and the reasons. Cuckoo3's list, and `-daemonize`.
 const REFUSED: [(&str, &str); 8] = [
@@ -191,7 +191,7 @@ fn qmp_elsewhere(where_: &str) -> (String, String) {
 
 /// Refuses a file of `-readconfig` that configures a QMP monitor.
 fn check_readconfig(path: &Path) -> Result<(), (String, String)> {
-    let text = std::fs::read_to_string(path).map_err(|error| {
+    let text = read_options_file(path).map_err(|error| {
         (
             format!("the file of -readconfig, {}, cannot be read: {error}", path.display()),
             "Correct its path or permissions".to_owned(),

@@ -48,7 +48,7 @@ impl fmt::Display for Need {
 }
 
 /// Tests the needs of all machines, each need once.
-pub fn check_all(machines: &[MachineFiles], qemu: &Path, report: &mut Report) {
+pub fn check_all<'a>(machines: impl Iterator<Item = &'a MachineFiles>, qemu: &Path, report: &mut Report) {
     let mut needs: BTreeMap<Need, Vec<&str>> = BTreeMap::new();
     for machine in machines {
         for need in of(machine) {

@@ -9,7 +9,8 @@
 //! Sources: QEMU's util/qemu-option.c (`opts_do_parse`), util/keyval.c, qobject/block-qdict.c
 //! (`qdict_flatten`).
 
-use std::fmt;
+use std::path::Path;
+use std::{fmt, fs, io};
 
 use serde_json::{Map, Value};
 
@@ -111,6 +112,11 @@ impl Options {
     /// Returns all texts under a key that may occur several times; in JSON it is a list of `{"str": …}`.
     pub fn all(&self, key: &str) -> Vec<&str> {
         self.pairs.iter().filter(|(name, _)| name == key).flat_map(|(_, value)| texts(value)).collect()
+    }
+
+    /// Returns all keys with their values, also of keys that occur several times.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.pairs.iter().map(|(key, value)| (key.as_str(), value))
     }
 
     /// Reports whether a key exists, with any value but null.
@@ -251,19 +257,39 @@ fn insert(object: &mut Map<String, Value>, key: &str, value: &Value) {
     }
 }
 
+/// The maximum size of a file of options, in bytes.
+const MAX_OPTIONS_FILE: u64 = 1 << 20;
+
+/// Reads a file of options, such as that of `-readconfig`.
+///
+/// # Errors
+/// The file cannot be read, is no regular file, or is too large.
+pub fn read_options_file(path: &Path) -> io::Result<String> {
+    let metadata = fs::metadata(path)?;
+    if !metadata.is_file() || metadata.len() > MAX_OPTIONS_FILE {
+        return Err(io::Error::other("it is no file of options"));
+    }
+    fs::read_to_string(path)
+}
+
 /// Returns the options among the arguments: the index of the argument after the option, the option's name,
-/// and that argument. An argument that belongs to no option is a disk, as with `-hda`.
+/// and that argument. An argument that belongs to no option is a disk, as with `-hda`. The argument after an option
+/// with a value is the value, even if it begins with a dash. Source: `qemu_init` in QEMU's system/vl.c.
 pub fn walk(args: &[String]) -> impl Iterator<Item = (usize, &str, &str)> {
     let mut is_value = false;
     args.iter().enumerate().filter_map(move |(index, arg)| {
-        let Some(name) = name_of(arg) else {
-            let found = (!is_value).then_some((index, "hda", arg.as_str()));
-            is_value = false;
-            return found;
-        };
-        is_value = !FLAGS.contains(&name);
+        if std::mem::take(&mut is_value) {
+            return None;
+        }
+        let Some(name) = name_of(arg) else { return Some((index, "hda", arg.as_str())) };
+        is_value = !is_flag(name);
         Some((index + 1, name, args.get(index + 1).map_or("", String::as_str)))
     })
+}
+
+/// Reports whether an option has no value.
+pub fn is_flag(name: &str) -> bool {
+    FLAGS.contains(&name)
 }
 
 /// Returns the name of an option, without its one or two dashes and its `=value`; none if it is no option.

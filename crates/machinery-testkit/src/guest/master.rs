@@ -75,7 +75,16 @@ impl Master {
         let dir = dir.canonicalize().context(what)?;
         fs::copy(self.folder.join(DISK), dir.join(DISK)).context(what)?;
         fs::copy(self.snapshot(format)?, dir.join(SNAPSHOT)).context(what)?;
-        let start_args = self.recipe.start_args(&dir.join(SERIAL), Some(ip));
+        let mut start_args = self.recipe.start_args(&dir.join(SERIAL), Some(ip));
+        // The arguments of a machine name files in the machine's own folder only.
+        for file in self.recipe.boot_files() {
+            let own = dir.join(file.file_name().unwrap_or_default());
+            fs::copy(&file, &own).context(what)?;
+            start_args
+                .iter_mut()
+                .filter(|arg| Path::new(arg.as_str()) == file)
+                .for_each(|arg| *arg = own.display().to_string());
+        }
         let info = machineinfo(&self.recipe, name, ip, &start_args);
         fs::write(dir.join(MACHINEINFO), format!("{info:#}\n")).context(what)?;
         let probe = GuestProbe { name: name.to_owned(), ip: ip.to_string(), serial: dir.join(SERIAL) };

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::linux::Image;
@@ -81,6 +81,14 @@ impl Recipe {
             .args([raw.as_path(), disk]);
         command::output(&mut convert)?;
         fs::remove_file(&raw).context(|| format!("removing {}", raw.display()))
+    }
+
+    /// Returns the files that the guest boots from, besides its disk.
+    pub fn boot_files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Micro | Self::Vmcloak => Vec::new(),
+            Self::Linux { image, .. } => vec![image.kernel(), image.initramfs()],
+        }
     }
 
     /// Returns QEMU's arguments. The agent's port is forwarded from the address `agent`. Without an address,

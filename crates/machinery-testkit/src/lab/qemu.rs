@@ -9,7 +9,7 @@
 //! finds leftovers by that, also of a killed host. A lab that is dropped kills leftover processes, and panics
 //! if there are leftovers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -33,8 +33,38 @@ pub struct Lab {
     qemu: Qemu,
     machines: BTreeMap<String, MachineFolder>,
     network: Option<TestNetwork>,
+    settings: Mutex<HostSettings>,
+}
+
+/// The content of `machinery-host.yaml`.
+#[derive(Debug)]
+struct HostSettings {
     /// The jail of all machines: the strictest that this computer allows, unless a test changes it.
-    jail: Mutex<&'static str>,
+    jail: &'static str,
+    /// Keys of the host, and keys of the machinery.
+    keys: (String, String),
+    /// The machines whose unsafe arguments are accepted.
+    unsafe_args: BTreeSet<String>,
+}
+
+impl Default for HostSettings {
+    fn default() -> Self {
+        let strict = Support::of_this_host().missing_in_b().is_none();
+        let jail = if strict { "strict" } else { "auto" };
+        HostSettings { jail, keys: Default::default(), unsafe_args: BTreeSet::new() }
+    }
+}
+
+impl HostSettings {
+    fn text(&self) -> String {
+        let ((host, qemu), machines) = (&self.keys, &self.unsafe_args);
+        let accepted = machines.iter().map(|name| format!("{name}: {{unsafe_start_args: true}}"));
+        let machines = match accepted.collect::<Vec<_>>().join(", ") {
+            none if none.is_empty() => none,
+            accepted => format!(", machines: {{{accepted}}}"),
+        };
+        format!("{host}\nmachineries: {{qemu: {{jail: {}, {qemu}{machines}}}}}\n", self.jail)
+    }
 }
 
 impl Lab {
@@ -76,7 +106,7 @@ impl Lab {
             Ok(((*name).to_owned(), machine?))
         };
         let machines = machines.iter().map(folder).collect::<Result<_>>()?;
-        let lab = Lab { cwd, qemu, machines, network, jail: Mutex::new(strictest_jail()) };
+        let lab = Lab { cwd, qemu, machines, network, settings: Mutex::default() };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;
         Ok(lab)
@@ -164,19 +194,30 @@ impl Lab {
     /// Writes `machinery-host.yaml`, with keys of the host and, after a comma, of the machinery. Preparation
     /// is off, so that a machine that is off has no files; [`ahead`](Lab::ahead) enables it.
     pub fn host_yaml(&self, host: &str, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!(
-            "{host}\nmachineries: {{qemu: {{{}instant: off, standby: off{qemu}}}}}\n",
-            self.jail_key()
-        ))
+        self.write_settings(|settings| {
+            settings.keys = (host.to_owned(), format!("instant: off, standby: off{qemu}"));
+        })
+    }
+
+    /// Accepts unsafe arguments of a machine, now and in each later `machinery-host.yaml`.
+    pub fn accept_unsafe_args(&self, name: &str) -> Result<()> {
+        self.write_settings(|settings| {
+            settings.unsafe_args.insert(name.to_owned());
+        })
+    }
+
+    fn write_settings(&self, change: impl FnOnce(&mut HostSettings)) -> Result<()> {
+        let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut settings);
+        self.cwd.host_yaml(&settings.text())
     }
 
     /// Writes `machinery-host.yaml` with these keys of the machinery, and a fixed space limit for templates,
     /// also where the disk is nearly full.
     pub fn ahead(&self, qemu: &str) -> Result<()> {
-        self.cwd.host_yaml(&format!(
-            "machineries: {{qemu: {{{}instant_space_limit: 16 GiB, {qemu}}}}}\n",
-            self.jail_key()
-        ))
+        self.write_settings(|settings| {
+            settings.keys = (String::new(), format!("instant_space_limit: 16 GiB, {qemu}"));
+        })
     }
 
     /// Returns the path of a machine's template, if it has one.
@@ -211,16 +252,9 @@ impl Lab {
         self.change_yaml(&self.qemu.system.display().to_string(), &path.display().to_string())
     }
 
-    /// Changes the jail of all machines: `auto`, `strict`, or `off`. It also applies to a `machinery-host.yaml` that is
-    /// written later.
+    /// Changes the jail of all machines, now and in each later `machinery-host.yaml`: `auto`, `strict`, or `off`.
     pub fn set_jail(&self, mode: &'static str) -> Result<()> {
-        let before = self.jail_key();
-        *self.jail.lock().unwrap_or_else(PoisonError::into_inner) = mode;
-        self.cwd.change_host_yaml(&before, &self.jail_key())
-    }
-
-    fn jail_key(&self) -> String {
-        format!("jail: {}, ", self.jail.lock().unwrap_or_else(PoisonError::into_inner))
+        self.write_settings(|settings| settings.jail = mode)
     }
 
     /// Returns the running QEMU of that machine.
@@ -270,11 +304,6 @@ impl Lab {
     fn processes(&self) -> Result<Vec<(Pid, String)>> {
         leftovers::processes_below(self.cwd.root(), &["cuckoo-machinery"])
     }
-}
-
-/// Returns `strict` for root, and `auto` for a user who can give no machine a user of its own.
-fn strictest_jail() -> &'static str {
-    if Support::of_this_host().missing_in_b().is_none() { "strict" } else { "auto" }
 }
 
 impl Drop for Lab {

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 use machinery::{Error, MachineInfo, Result};
 use machinery_backend::jail::{JailMode, UserRange};
 use machinery_backend::{ImageFile, MachineKeys, overlay_path};
+use machinery_images::{ChainRules, TrustedChain, probe_format};
+use rustix::process::geteuid;
 
 use super::section::PrepareOptions;
+use crate::allowed::{Area, Refusal, refusals};
 use crate::machineinfo::StartArgs;
 
 /// One machine of the configuration. A reload replaces the machine if any of this has changed.
@@ -31,6 +34,7 @@ pub struct MachineFiles {
     pub jail: JailMode,
     /// The users of the machines, where the host is root.
     pub jail_users: UserRange,
+    pub unsafe_start_args: bool,
 }
 
 impl MachineKeys for MachineFiles {
@@ -97,6 +101,77 @@ impl MachineFiles {
         }
     }
 
+    /// Returns the arguments that are not in the list of safe ones.
+    fn refused_args(&self) -> Vec<Refusal> {
+        let (opened, area) = (self.start_args.opened(), self.area());
+        let mut refused = refusals(self.start_args.unchanged(), &area);
+        let files = opened.images.iter().map(|image| &image.source).chain(&opened.sources);
+        let readable = files.filter(|file| !area.may_read(&file.path) && is_read_as_it_is(file));
+        refused.extend(readable.map(|file| Refusal::of_file(&file.path)));
+        refused
+    }
+
+    /// Returns the warning about a machine with unsafe arguments, if the operator accepts them.
+    pub fn unsafe_args_warning(&self) -> Option<String> {
+        let refused = if self.unsafe_start_args { self.refused_args() } else { Vec::new() };
+        (!refused.is_empty())
+            .then(|| format!("its unsafe arguments are accepted (unsafe_start_args): {}", listed(&refused)))
+    }
+
+    /// Refuses a machine with arguments that are not in the list of safe ones, unless the operator accepts them.
+    ///
+    /// # Errors
+    /// The machine has such arguments; the error names each with the reason.
+    pub fn expect_safe_args(&self) -> Result<()> {
+        let refused = if self.unsafe_start_args { Vec::new() } else { self.refused_args() };
+        if refused.is_empty() {
+            return Ok(());
+        }
+        Err(Error::configuration(format!("start_args has unsafe arguments: {}", listed(&refused))).advice(
+            format!(
+                "Remove them. If you trust whoever made this machine, set \
+             machineries.qemu.machines.{}.unsafe_start_args: true in machinery-host.yaml",
+                self.info.name
+            ),
+        ))
+    }
+
+    /// Returns all files that QEMU reads for the machine: the backing chains of its images, and the other files that
+    /// its arguments name. A file that QEMU itself will report as missing is among them.
+    ///
+    /// # Errors
+    /// A file of a chain breaks a [rule](TrustedChain::of), is missing, or cannot be read.
+    pub fn chain(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for image in self.images() {
+            files.append(&mut self.chain_of(&image)?.files);
+        }
+        for source in &self.start_args.opened().sources {
+            match source.path.is_file() {
+                true => files.append(&mut self.chain_of(source)?.files),
+                false => files.push(source.path.clone()),
+            }
+        }
+        files.sort();
+        files.dedup();
+        Ok(files)
+    }
+
+    /// Resolves the backing chain of one image.
+    ///
+    /// # Errors
+    /// As [`chain`](MachineFiles::chain).
+    pub fn chain_of(&self, image: &ImageFile) -> Result<TrustedChain> {
+        // Host and root may change the files; nobody else can between this check and QEMU.
+        let owners = vec![0, geteuid().as_raw()];
+        let rules = ChainRules { owners, raw_folders: self.area().readable() };
+        TrustedChain::of(&image.path, image.format.as_deref(), &rules)
+    }
+
+    fn area(&self) -> Area {
+        Area::new(self.folder(), &self.disk)
+    }
+
     /// Returns the folder in which QEMU runs: the machine's own, so relative paths in `start_args` start
     /// there.
     pub fn folder(&self) -> &Path {
@@ -107,4 +182,16 @@ impl MachineFiles {
     pub fn has_other_args(&self) -> bool {
         StartArgs::read(&self.machineinfo).is_ok_and(|args| args != self.start_args)
     }
+}
+
+/// Reports whether the guest reads the bytes of the file, and not those of an image in it.
+fn is_read_as_it_is(file: &ImageFile) -> bool {
+    match file.format.as_deref() {
+        Some(format) => format == "raw",
+        None => !file.path.is_file() || probe_format(&file.path).map_or(true, |format| format == "raw"),
+    }
+}
+
+fn listed(refused: &[Refusal]) -> String {
+    refused.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

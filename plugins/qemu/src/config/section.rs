@@ -60,6 +60,8 @@ pub struct MachineSection {
     jail: Option<JailMode>,
     /// Allows a run to write to files or devices that the next run finds changed.
     pub allow_shared_writes: bool,
+    /// Accepts arguments that are not in the list of safe ones.
+    pub unsafe_start_args: bool,
 }
 
 /// The preparations of a machine's restores.

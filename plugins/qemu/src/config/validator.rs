@@ -181,6 +181,7 @@ impl Validator<'_> {
             allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
             jail: section.jail_of(name),
             jail_users: section.jail_users,
+            unsafe_start_args: section.machines.get(name).is_some_and(|own| own.unsafe_start_args),
         })
     }
 

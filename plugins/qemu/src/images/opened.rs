@@ -8,7 +8,7 @@ use super::edit::{Change, Edit};
 use super::files_read::{files_read_by, plain_file};
 use super::node::{NodeContent, Spelling, content, named};
 use super::shared_writes::{SharedWrite, shared_writes_of};
-use crate::options::{Options, walk};
+use crate::options::{Options, read_options_file, walk};
 
 /// Options whose value is an image's path and nothing else.
 const PATHS: [&str; 9] = ["hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash"];
@@ -171,7 +171,7 @@ impl Opened {
     /// Reads a file of options. Such a file is not rewritten, so an image in it cannot be replaced.
     fn read_config(&mut self, given: GivenOption<'_>) {
         self.sources.push(plain_file(given.value));
-        let text = std::fs::read_to_string(self.folder.join(given.value)).unwrap_or_default();
+        let text = read_options_file(&self.folder.join(given.value)).unwrap_or_default();
         let mut inner = Opened::default();
         for (group, options) in sections(&text) {
             let within = GivenOption { name: &group, value: "", ..given };

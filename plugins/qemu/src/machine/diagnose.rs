@@ -31,6 +31,7 @@ impl Machine {
         for (_, error) in faults(&now) {
             diagnosis.keep::<()>(Err(error));
         }
+        now.unsafe_args_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         now.shared_writes_warning().into_iter().for_each(|warning| diagnosis.warn(warning));
         file_warnings(&now).into_iter().for_each(|warning| diagnosis.warn(warning));
         // The files of a machine that is on are no leftovers.

@@ -65,7 +65,10 @@ impl Machine {
         let files = self.files();
         files.args_error.clone().map_or(Ok(()), Err)?;
         self.expect_no_leftovers()?;
+        files.expect_safe_args()?;
         files.expect_clean_runs()?;
+        // Before any program opens an image.
+        files.chain()?;
         let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
         let (img, name) = (&self.shared.qemu_img, self.name());
         let mut overlays = self.overlay_templates.overlays(img, &images, first_overlay, limit)?;

@@ -5,8 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
-use machinery_backend::ImageFile;
-use machinery_images::{Chain, FileId};
+use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
 use crate::config::MachineFiles;
@@ -80,21 +79,7 @@ impl Identity {
 
 /// Returns all files that the machine's images and arguments name, down to the last base of each.
 fn opened(machine: &MachineFiles) -> Result<BTreeMap<PathBuf, Option<FileId>>> {
-    let mut files = BTreeMap::new();
-    for image in machine.images() {
-        let chain = chain(&image)?;
-        files.extend(chain.into_iter().map(|path| (path.clone(), id(&path))));
-    }
-    for source in &machine.start_args.opened().sources {
-        // QEMU itself reports a file that it cannot open.
-        let chain = chain(source).unwrap_or_else(|_| vec![source.path.clone()]);
-        files.extend(chain.into_iter().map(|path| (path.clone(), id(&path))));
-    }
-    Ok(files)
-}
-
-fn chain(source: &ImageFile) -> Result<Vec<PathBuf>> {
-    Chain::of(&source.path, source.format.as_deref()).map(|chain| chain.files)
+    Ok(machine.chain()?.into_iter().map(|path| (path.clone(), id(&path))).collect())
 }
 
 /// Returns a file's identity; `None` for a folder or a device, whose identity does not reveal a change of
