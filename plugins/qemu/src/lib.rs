@@ -34,6 +34,7 @@ mod launch;
 mod leftovers;
 mod machine;
 mod machineinfo;
+mod memory;
 mod needs;
 mod options;
 mod peers;
