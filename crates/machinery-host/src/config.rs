@@ -252,6 +252,7 @@ fn capture_settings(
     Some(capture::Settings {
         tcpdump: cuckoo.tcpdump.path.clone().unwrap_or_else(|| Path::new(DEFAULT_TCPDUMP).into()),
         result_server: ip.map(str::to_owned).zip(result_server.listen_port),
+        limit: None,
     })
 }
 
@@ -305,6 +306,7 @@ mod tests {
         let expected = capture::Settings {
             tcpdump: "/usr/bin/tcpdump".into(),
             result_server: Some(("10.0.0.1".into(), 2042)),
+            limit: None,
         };
         assert_eq!(settings, Some(expected));
         let text = error(
@@ -331,6 +333,7 @@ mod tests {
         let expected = capture::Settings {
             tcpdump: "/opt/tcpdump".into(),
             result_server: Some(("10.0.0.1".into(), 2042)),
+            limit: None,
         };
         assert_eq!(config.capture, Some(expected));
         assert_eq!(read("machineries: [' qemu ', ~, kvm]\n").machineries, ["qemu", "kvm"]);

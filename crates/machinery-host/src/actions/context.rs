@@ -8,6 +8,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use super::CLOSING;
 use super::metrics::Metrics;
 use crate::capture;
+use crate::client_file::Folders;
 use crate::config::{Config, Timeouts};
 use crate::fleet::Machine;
 use crate::fleet::state_file::StateStore;
@@ -25,6 +26,8 @@ pub struct ActionContext {
     /// Counts and durations of actions.
     pub metrics: Arc<Metrics>,
     state: Arc<StateStore>,
+    /// The folders that the files of clients may be in.
+    pub folders: Folders,
     /// Notified when a machine with a pending change is free.
     pub pending_change: Notify,
 }
@@ -60,7 +63,7 @@ impl ActionSettings {
 
 impl ActionContext {
     /// Returns a context for a host with this configuration.
-    pub fn new(config: &Config, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
+    pub fn new(config: &Config, folders: Folders, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
         let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
         ActionContext {
             settings: RwLock::new(ActionSettings::of(config)),
@@ -68,6 +71,7 @@ impl ActionContext {
             preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
             metrics,
             state,
+            folders,
             pending_change: Notify::new(),
         }
     }
