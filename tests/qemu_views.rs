@@ -30,13 +30,17 @@ struct Running {
 
 fn running(guest: Guest) -> Running {
     let lab = Lab::new(&[("m", guest, SnapshotFormat::Plain)]).unwrap();
+    running_in(lab, "restore_start")
+}
+
+fn running_in(lab: Lab, start: &str) -> Running {
     // The log then has the reason if QEMU ends.
     let host = RunningHost::start_with(lab.cwd(), |command| {
         command.arg("-v");
     })
     .unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act(start, "m").unwrap(), good());
     Running { client, host, lab }
 }
 
@@ -168,6 +172,25 @@ fn qemu_never_has_the_file_of_a_dump_or_a_screenshot() {
         assert!(!files.iter().any(|(_, meta)| is_same(meta)), "{files:?}");
         assert_eq!(pipes_of(&files), before, "{files:?}");
     }
+    m.end();
+}
+
+#[test]
+fn dump_is_cut_off_when_it_is_larger_than_the_memory_in_the_arguments() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Plain)]).unwrap();
+    // A graphics card with more memory than the plugin expects of all graphics cards.
+    let card = ["-device".to_owned(), "secondary-vga,vgamem_mb=512".to_owned()];
+    lab.change_start_args("m", |args| args.extend(card)).unwrap();
+    // The snapshot has no such card.
+    let mut m = running_in(lab, "norestore_start");
+    m.assert_runs_on();
+    let path = m.target("dump");
+    let answer = m.dump(&path, "elf");
+    let reason = answer["reason"].as_str().unwrap();
+    assert!(reason.contains("more than 301989888 bytes were written"), "{reason}");
+    assert!(!path.exists());
+    m.assert_nothing_unfinished();
+    m.assert_runs_on();
     m.end();
 }
 
