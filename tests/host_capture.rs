@@ -17,7 +17,7 @@ use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::TestNetwork;
 use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, kill_process_group, pidfd_open};
 use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -322,14 +322,86 @@ fn capture_ends_with_a_valid_file_when_it_reaches_its_limit() {
 
 #[test]
 fn capture_failure_is_reported_when_the_file_cannot_be_written() {
-    for path in ["no folder/dump.pcap", "a file/dump.pcap", "conf"] {
+    for (path, why) in
+        [("no folder/dump.pcap", "folder"), ("a file/dump.pcap", "folder"), ("conf", "no file")]
+    {
         let Some((network, cwd)) = really_captured("") else { return };
         cwd.write("a file", "").unwrap();
         let host = host_on(&network, &cwd);
         let pcap = cwd.root().join(path);
-        let cannot = format!("cannot write {}", pcap.display());
-        assert_reported(&host, &pcap, &[&cannot, "folder"]);
+        let cannot = format!("cannot write to {}", pcap.display());
+        assert_reported(&host, &pcap, &[&cannot, why]);
     }
+}
+
+#[test]
+fn capture_failure_is_reported_when_the_path_is_a_symbolic_link() {
+    let Some((network, cwd)) = really_captured("") else { return };
+    cwd.write("secret", "kept").unwrap();
+    std::os::unix::fs::symlink("secret", pcap(&cwd)).unwrap();
+    let host = host_on(&network, &cwd);
+    assert_reported(&host, &pcap(&cwd), &["cannot write to", "symbolic link"]);
+    assert_eq!(std::fs::read(cwd.root().join("secret")).unwrap(), b"kept");
+}
+
+#[test]
+fn tcpdump_has_another_user_and_no_rights_when_the_host_is_root() {
+    if !geteuid().is_root() {
+        println!("left out: only root changes the user of tcpdump");
+        return;
+    }
+    let Some((network, cwd)) = really_captured("") else { return };
+    let host = host_on(&network, &cwd);
+    let mut client = host.client().unwrap();
+    lock(&mut client, &pcap(&cwd));
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    let process = captor(&pcap(&cwd)).0.as_raw_nonzero();
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let value = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    for key in ["CapEff:", "CapPrm:", "CapInh:", "CapAmb:"] {
+        assert_eq!(value(key), ["0000000000000000"], "{status}");
+    }
+    assert!(value("Uid:").iter().chain(&value("Gid:")).all(|number| number != "0"), "{status}");
+    // It has only pipes and its socket, and not the file.
+    for descriptor in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().flatten() {
+        let opened = std::fs::read_link(descriptor.path()).unwrap().display().to_string();
+        assert!(!opened.starts_with(cwd.root().to_str().unwrap()), "{opened}");
+    }
+    talk(&network, "without rights");
+    assert_eq!(client.act("stop", "m").unwrap(), success());
+    assert_captured(&pcap(&cwd), &["without rights"]);
+}
+
+#[test]
+fn capture_is_written_into_a_passed_file_or_pipe() {
+    let Some((network, cwd)) = really_captured("") else { return };
+    let host = host_on(&network, &cwd);
+    let mut client = host.client().unwrap();
+    let lock = json!({"action": "lock", "machine": "m", "task_id": "t", "fd": true});
+    std::fs::write(pcap(&cwd), [b'x'; 100_000]).unwrap();
+    let file = std::fs::File::options().write(true).open(pcap(&cwd)).unwrap();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    for descriptor in [OwnedFd::from(file), writer.into()] {
+        assert_eq!(client.ask_with(lock.clone(), &descriptor).unwrap()["success"], true);
+        drop(descriptor);
+        // A second start overwrites a file.
+        for text in ["first", "passed"] {
+            assert_eq!(client.act("restore_start", "m").unwrap(), success());
+            talk(&network, text);
+            assert_eq!(client.act("stop", "m").unwrap(), success());
+        }
+        assert_eq!(client.act("unlock", "m").unwrap(), success());
+    }
+    assert_captured(&pcap(&cwd), &["passed"]);
+    let mut piped = Vec::new();
+    std::io::Read::read_to_end(&mut reader, &mut piped).unwrap();
+    // Both captures, one behind the other.
+    let second = std::fs::read(pcap(&cwd)).unwrap().len();
+    assert!(piped.len() >= 2 * second - 20, "{} and {second} bytes", piped.len());
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
 }
 
 #[test]

@@ -118,6 +118,37 @@ fn dump_belongs_to_the_caller_when_the_folder_does_not() {
 }
 
 #[test]
+fn qemu_never_has_the_file_of_a_dump() {
+    let mut m = running(Guest::Linux { ram_mib: 512, noise_mib: 256 });
+    let folder = format!("/proc/{}/fd", m.lab.qemu_of("m").unwrap().as_raw_nonzero());
+    let opened = || -> Vec<String> {
+        let entries = fs::read_dir(&folder).unwrap().flatten();
+        entries.filter_map(|entry| Some(fs::read_link(entry.path()).ok()?.display().to_string())).collect()
+    };
+    let mut subscriber = m.host.client().unwrap();
+    subscriber.subscribe().unwrap();
+    let path = m.target("dump");
+    m.client.send(&json!({"action": "dump_memory", "machine": "m", "path": path, "id": "dump"})).unwrap();
+    loop {
+        let event = subscriber.next_message().unwrap();
+        if event["event"] == "progress" {
+            let opened = opened();
+            // The pipe is beside the file.
+            assert!(!opened.iter().any(|path| path.ends_with("/file")), "{opened:?}");
+            if event["fraction"] == 1.0 {
+                break;
+            }
+        }
+    }
+    assert_eq!(m.client.next_message().unwrap()["success"], true);
+    let opened = opened();
+    assert!(!opened.iter().any(|opened| opened.contains(".unfinished-")), "{opened:?}");
+    assert!(fs::read(&path).unwrap().starts_with(b"\x7fELF"));
+    m.assert_still_runs();
+    m.end();
+}
+
+#[test]
 fn progress_of_a_long_dump_is_reported() {
     let mut m = running(Guest::Linux { ram_mib: 512, noise_mib: 256 });
     let mut subscriber = m.host.client().unwrap();

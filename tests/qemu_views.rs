@@ -30,13 +30,17 @@ struct Running {
 
 fn running(guest: Guest) -> Running {
     let lab = Lab::new(&[("m", guest, SnapshotFormat::Plain)]).unwrap();
+    running_in(lab, "restore_start")
+}
+
+fn running_in(lab: Lab, start: &str) -> Running {
     // The log then has the reason if QEMU ends.
     let host = RunningHost::start_with(lab.cwd(), |command| {
         command.arg("-v");
     })
     .unwrap();
     let mut client = host.client().unwrap();
-    assert_eq!(client.act("restore_start", "m").unwrap(), good());
+    assert_eq!(client.act(start, "m").unwrap(), good());
     Running { client, host, lab }
 }
 
@@ -105,6 +109,88 @@ fn dump_holds_the_memory_of_the_guest() {
         m.assert_is_ours(&path);
         m.assert_runs_on();
     }
+    m.end();
+}
+
+/// The descriptors of QEMU that lead to files, with their paths.
+fn files_of_qemu(m: &Running) -> Vec<(PathBuf, fs::Metadata)> {
+    let folder = format!("/proc/{}/fd", m.lab.qemu_of("m").unwrap().as_raw_nonzero());
+    let entries = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    // A descriptor may be closed meanwhile.
+    entries.filter_map(|path| Some((fs::read_link(&path).ok()?, fs::metadata(&path).ok()?))).collect()
+}
+
+#[test]
+fn dump_and_screenshot_are_written_into_passed_descriptors() {
+    let mut m = running(Guest::Micro);
+    let path = m.target("passed");
+    for (action, magic) in [("dump_memory", &b"\x7fELF"[..]), ("screenshot", b"\x89PNG")] {
+        let file = File::create(&path).unwrap();
+        let request = json!({"action": action, "machine": "m", "fd": true});
+        assert_eq!(m.client.ask_with(request, &file).unwrap(), good());
+        assert!(fs::read(&path).unwrap().starts_with(magic));
+        m.assert_nothing_unfinished();
+    }
+    m.assert_runs_on();
+    m.end();
+}
+
+#[test]
+fn qemu_never_has_the_file_of_a_dump_or_a_screenshot() {
+    let mut m = running(LARGE);
+    let (dump, screen) = (m.target("dump"), m.target("screen.png"));
+    let pipes_of = |files: &[(PathBuf, fs::Metadata)]| {
+        files.iter().filter(|(path, _)| path.to_string_lossy().starts_with("pipe:")).count()
+    };
+    let before = pipes_of(&files_of_qemu(&m));
+    let mut subscriber = m.host.client().unwrap();
+    subscriber.subscribe().unwrap();
+    let request = json!({"action": "dump_memory", "machine": "m", "path": dump, "id": "dump"});
+    m.client.send(&request).unwrap();
+    let mut pipes = 0;
+    loop {
+        let event = subscriber.next_message().unwrap();
+        if event["event"] == "progress" {
+            let files = files_of_qemu(&m);
+            assert!(
+                files.iter().all(|(path, _)| !path.to_string_lossy().contains(".unfinished-")),
+                "{files:?}"
+            );
+            pipes = pipes.max(pipes_of(&files));
+            if event["fraction"] == 1.0 {
+                break;
+            }
+        }
+    }
+    println!("{before} pipes before the dump, {pipes} during it");
+    assert_eq!(m.client.next_message().unwrap()["success"], true);
+    assert_eq!(m.screenshot(&screen), good());
+    for path in [&dump, &screen] {
+        let file = fs::metadata(path).unwrap();
+        let files = files_of_qemu(&m);
+        let is_same = |meta: &fs::Metadata| (meta.dev(), meta.ino()) == (file.dev(), file.ino());
+        assert!(!files.iter().any(|(_, meta)| is_same(meta)), "{files:?}");
+        assert_eq!(pipes_of(&files), before, "{files:?}");
+    }
+    m.end();
+}
+
+#[test]
+fn dump_is_cut_off_when_it_is_larger_than_the_memory_in_the_arguments() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Plain)]).unwrap();
+    // A graphics card with more memory than the plugin expects of all graphics cards.
+    let card = ["-device".to_owned(), "secondary-vga,vgamem_mb=512".to_owned()];
+    lab.change_start_args("m", |args| args.extend(card)).unwrap();
+    // The snapshot has no such card.
+    let mut m = running_in(lab, "norestore_start");
+    m.assert_runs_on();
+    let path = m.target("dump");
+    let answer = m.dump(&path, "elf");
+    let reason = answer["reason"].as_str().unwrap();
+    assert!(reason.contains("more than 301989888 bytes were written"), "{reason}");
+    assert!(!path.exists());
+    m.assert_nothing_unfinished();
+    m.assert_runs_on();
     m.end();
 }
 

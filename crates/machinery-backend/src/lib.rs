@@ -20,6 +20,8 @@
 //! | [`files`] | files that are replaced atomically, locks, free space |
 //! | [`jail`] | the confinement of a hypervisor's process |
 //! | `output` | [`Output`]: the file of a dump or a screenshot, which appears only when it is complete |
+//! | `intake` | [`Intake`]: a pipe through which a hypervisor writes such a file |
+//! | `memory_file` | [`MemoryFile`]: a file in memory that a hypervisor writes, such as a screenshot |
 //! | `picture`, [`rfb`] | PNG from PPM or pixels, and the screen of a VNC server |
 //! | [`elf`] | a memory dump as an ELF core file |
 //! | `budget`, `readiness`, `steps` | [`Budget`], [`ReadinessReport`], [`Steps`]: memory for standbys, and reports to the host |
@@ -36,8 +38,10 @@ mod budget;
 pub mod concurrent;
 pub mod elf;
 pub mod files;
+mod intake;
 pub mod jail;
 mod machine_set;
+mod memory_file;
 mod output;
 mod overlay;
 mod picture;
@@ -58,7 +62,9 @@ mod work;
 pub use adapter::Adapter;
 pub use backend::{Backend, PrepareOrigin};
 pub use budget::{Budget, Share, Standby};
+pub use intake::{Copying, Intake};
 pub use machine_set::{MachineKeys, MachineSet, ReloadPlan, Reloadable, expect_unchanged};
+pub use memory_file::MemoryFile;
 pub use output::Output;
 pub use overlay::{ImageFile, OverlayTemplates, Overlays, overlay_path, remove_overlays};
 pub use picture::{is_ppm, ppm_to_png, rgb_to_png};

@@ -1,10 +1,14 @@
 //! The blocking client of the host's socket, for the command line. Each command has a connection of its own.
 
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use machinery::{Error, Result, SocketPath};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 /// A connection to a running host.
@@ -33,10 +37,23 @@ impl Client {
     ///
     /// # Errors
     /// The connection was lost, or the reply is not JSON.
-    pub fn request(&mut self, mut request: Value, mut on_event: impl FnMut(&Value)) -> Result<Value> {
+    pub fn request(&mut self, request: Value, on_event: impl FnMut(&Value)) -> Result<Value> {
+        self.request_with(request, None, on_event)
+    }
+
+    /// Sends a request as [`request`](Client::request) does, and passes the file with it.
+    ///
+    /// # Errors
+    /// As [`request`](Client::request).
+    pub fn request_with(
+        &mut self,
+        mut request: Value,
+        file: Option<&File>,
+        mut on_event: impl FnMut(&Value),
+    ) -> Result<Value> {
         let id = json!("request");
         request["id"] = id.clone();
-        self.send(&request)?;
+        self.send(&request, file)?;
         loop {
             let message = self.next()?;
             // A rejected client gets a reply without an id.
@@ -48,9 +65,18 @@ impl Client {
         }
     }
 
-    fn send(&mut self, request: &Value) -> Result<()> {
+    fn send(&mut self, request: &Value, file: Option<&File>) -> Result<()> {
         let line = format!("{request}\n");
-        self.writer.write_all(line.as_bytes()).map_err(|error| lost(&error.to_string()))
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let files: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+        if !files.is_empty() {
+            ancillary.push(SendAncillaryMessage::ScmRights(&files));
+        }
+        let sent =
+            sendmsg(&self.writer, &[IoSlice::new(line.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)
+                .map_err(|error| lost(&error.to_string()))?;
+        self.writer.write_all(&line.as_bytes()[sent..]).map_err(|error| lost(&error.to_string()))
     }
 
     fn next(&mut self) -> Result<Value> {

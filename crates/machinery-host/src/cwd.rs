@@ -90,6 +90,16 @@ impl Cwd {
         self.root.join("operational/generated/machinery-host")
     }
 
+    /// Returns the folder of Cuckoo's analyses.
+    pub fn storage(&self) -> PathBuf {
+        self.root.join("storage")
+    }
+
+    /// Returns the host's folder for unfinished files of clients.
+    pub fn staging(&self) -> PathBuf {
+        self.state().join("unfinished")
+    }
+
     /// Returns the folder of a machinery's state.
     pub fn machinery_state(&self, machinery: &str) -> PathBuf {
         self.state().join(machinery).join("state")

@@ -24,6 +24,7 @@
 //! | [`config`] | the configuration of the host |
 //! | [`plugin`] | search, trust and opening of plugins, and the bounded calls into them |
 //! | [`capture`] | the capture of a machine's traffic |
+//! | [`client_file`] | the files that clients pass or name |
 //! | [`cuckoo`] | the values that Cuckoo3 reads differently from the host |
 //! | [`events`] | the events for subscribers |
 //! | [`client`] | the blocking client of the socket |
@@ -35,6 +36,7 @@ pub mod actions;
 pub mod capture;
 pub mod cli;
 pub mod client;
+pub mod client_file;
 pub mod commands;
 pub mod config;
 pub mod cuckoo;

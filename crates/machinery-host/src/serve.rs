@@ -26,6 +26,7 @@ use crate::actions::diagnose::diagnose_all;
 use crate::actions::metrics::Metrics;
 use crate::actions::queues::Queues;
 use crate::capture;
+use crate::client_file::Folders;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder, make_reachable_folder};
 use crate::events::Events;
@@ -67,6 +68,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch) -> Result<Served> {
     make_reachable_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
     let _lock = lock(&cwd.state())?;
+    Folders::of(cwd).prepare()?;
     // Before any plugin removes what it takes for the leftovers of a host that died.
     listener::expect_no_other(&cwd.manager_socket())?;
     limits::raise_file_limit();
@@ -120,7 +122,8 @@ async fn manager(
     events: Events,
 ) -> Result<Manager> {
     let metrics = Arc::new(Metrics::default());
-    let context = Arc::new(ActionContext::new(&config, Arc::clone(&metrics), Arc::clone(&state)));
+    let context =
+        Arc::new(ActionContext::new(&config, Folders::of(cwd), Arc::clone(&metrics), Arc::clone(&state)));
     let queues = Arc::new(Queues::new(context));
     diagnose_all(&fleet.roster(), config.timeouts.load).await;
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));

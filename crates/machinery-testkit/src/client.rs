@@ -2,13 +2,16 @@
 //! timeout.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, ErrorKind, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use machinery::SocketPath;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
@@ -62,6 +65,25 @@ impl Client {
         self.stream.write_all(bytes).context(|| "sending to the host".to_owned())
     }
 
+    /// Sends arbitrary bytes in one message, with these descriptors.
+    pub fn send_with(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(Error::new("too many descriptors"));
+        }
+        let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
+            .context(|| "passing descriptors to the host".to_owned())?;
+        self.send_bytes(&bytes[sent..])
+    }
+
+    /// Sends a request with an `id` and a descriptor, and waits for its answer, as [`ask`](Client::ask) does.
+    pub fn ask_with(&mut self, request: Value, descriptor: impl AsFd) -> Result<Value> {
+        let (id, line) = self.with_id(request);
+        self.send_with(&line, &[descriptor.as_fd()])?;
+        self.answer(&id)
+    }
+
     /// Sends bytes until the host reads no more of them for a second, or has closed the connection.
     pub fn flood(&mut self, bytes: &[u8]) -> Result<()> {
         let set = self.stream.set_write_timeout(Some(Duration::from_secs(1)));
@@ -86,14 +108,24 @@ impl Client {
 
     /// Sends a request with an `id`, waits for its answer, and returns the answer without the id.
     /// [`next_message`](Client::next_message) returns other messages later.
-    pub fn ask(&mut self, mut request: Value) -> Result<Value> {
+    pub fn ask(&mut self, request: Value) -> Result<Value> {
+        let (id, line) = self.with_id(request);
+        self.send_bytes(&line)?;
+        self.answer(&id)
+    }
+
+    /// Returns a new `id`, and the line of the request with it.
+    fn with_id(&mut self, mut request: Value) -> (Value, Vec<u8>) {
         self.asked += 1;
         let id = json!(format!("asked-{}", self.asked));
         request["id"] = id.clone();
-        self.send(&request)?;
+        (id, format!("{request}\n").into_bytes())
+    }
+
+    fn answer(&mut self, id: &Value) -> Result<Value> {
         loop {
             let mut message = self.receive()?;
-            if message.get("id") == Some(&id) {
+            if message.get("id") == Some(id) {
                 if let Some(object) = message.as_object_mut() {
                     object.remove("id");
                 }

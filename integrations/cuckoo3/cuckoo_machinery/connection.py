@@ -7,9 +7,13 @@ for each other, and no connection has to be repaired after a restart of the host
     Client.request ──▶ connect ─▶ send ─▶ wait for the answer ─▶ close
     Client.subscribe ─▶ connect ─▶ send ─▶ Subscription: event, event, … until either side closes
 
+A request may pass an open file, which the host writes in place of a path. The file then belongs to this process's user,
+whichever user the host is. A host that knows no descriptors ignores the file and uses the path.
+
 A read waits in the kernel until data arrives, the timeout passes or the host ends.
 """
 
+import array
 import itertools
 import json
 import socket
@@ -70,10 +74,16 @@ class Connection:
             pass  # the host has closed it already
         self._socket.close()
 
-    def send(self, message):
-        """Sends one message."""
+    def send(self, message, file=None):
+        """Sends one message; passes `file`, an open file or its descriptor, if there is one."""
+        line = json.dumps(message).encode() + b"\n"
         try:
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            if file is not None:
+                number = file if isinstance(file, int) else file.fileno()
+                # socket.send_fds is new in Python 3.9.
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [number]))
+                line = line[self._socket.sendmsg([line], [rights]) :]
+            self._socket.sendall(line)
         except OSError as error:
             raise self._lost(error) from error
 
@@ -144,14 +154,15 @@ class Client:
     def __init__(self, path):
         self.path = path
 
-    def request(self, action, timeout=ANSWER_TIMEOUT, **keys):
+    def request(self, action, timeout=ANSWER_TIMEOUT, file=None, **keys):
         """Returns the host's answer to `action`, if it is a success.
 
+        The host writes into `file`, an open file or its descriptor, in place of the file that `keys` name.
         Raises `Refused` for another answer, and `Unreachable` if there is none within `timeout` seconds (None:
         wait as long as the host runs).
         """
         message = {"action": action, **{key: value for key, value in keys.items() if value is not None}}
-        return _succeeded(message, ask(self.path, message, timeout))
+        return _succeeded(message, ask(self.path, message, timeout, file))
 
     def subscribe(self):
         """Subscribes to the host's events."""
@@ -165,10 +176,10 @@ class Client:
         return Subscription(connection)
 
 
-def ask(path, message, timeout=ANSWER_TIMEOUT):
+def ask(path, message, timeout=ANSWER_TIMEOUT, file=None):
     """Sends one message to the host whose socket is `path`, and returns its answer, also a failure."""
     with Connection(path) as connection:
-        return _ask(connection, message, timeout)
+        return _ask(connection, message, timeout, file)
 
 
 def send(path, message):
@@ -177,10 +188,11 @@ def send(path, message):
         connection.send(message)
 
 
-def _ask(connection, message, timeout):
+def _ask(connection, message, timeout, file=None):
     identity = next(_ids)
     deadline = None if timeout is None else time.monotonic() + timeout
-    connection.send({**message, "id": identity})
+    passed = {} if file is None else {"fd": True}
+    connection.send({**message, **passed, "id": identity}, file)
     return connection.answer(identity, deadline)
 
 

@@ -69,6 +69,8 @@ class HostedMachines(MachinesList):
         except HostError as error:
             raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
         self._tasks.discard(task_id)
+        # Nothing was captured, if captures are disabled, and Cuckoo3 does not expect an empty file.
+        _remove_if_empty(_paths(task_id).get("pcap_path"))
         self._wait_for_mirror(machine.name, lambda machine: machine.locked_by != task_id)
 
     def mark_disabled(self, machine, reason):
@@ -124,8 +126,13 @@ class HostedMachines(MachinesList):
 
     def _ask_for_one(self, task_id, name, platform, os_version, tags):
         wanted = {"name": name} if name else {"platform": platform, "os_version": os_version, "tags": list(tags)}
+        paths = _paths(task_id)
         try:
-            return self._host.client.request("acquire", task_id=task_id, **wanted, **_paths(task_id))["machine"]
+            with _CaptureFile(paths.get("pcap_path")) as file:
+                request = self._host.client.request
+                machine = request("acquire", file=file.descriptor, task_id=task_id, **wanted, **paths)["machine"]
+                file.keep()
+            return machine
         except Refused as error:
             if error.reason.startswith(tuple(text.format(name=name) for text in _NOT_NOW)):
                 return None
@@ -149,6 +156,42 @@ def _paths(task_id):
         }
     except ValueError:
         return {}
+
+
+class _CaptureFile:
+    """The file of a task's capture, open for the host, with this process's rights. Without a path, or in a folder
+    that does not exist, there is no file, and the host gets only the path."""
+
+    def __init__(self, path):
+        self._path = path
+        self._is_kept = False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self.descriptor = os.open(path, flags, 0o644) if path else None
+        except OSError:
+            self.descriptor = None
+
+    def keep(self):
+        """Keeps the file: the host has it."""
+        self._is_kept = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.descriptor is None:
+            return
+        os.close(self.descriptor)
+        if not self._is_kept:
+            _remove_if_empty(self._path)
+
+
+def _remove_if_empty(path):
+    try:
+        if path and os.path.getsize(path) == 0:
+            os.remove(path)
+    except OSError:
+        pass  # there is none, or Cuckoo3 has moved it
 
 
 def _made(described):

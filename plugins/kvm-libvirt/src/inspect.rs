@@ -1,15 +1,15 @@
 //! Inspection of a running machine: its memory and its screen.
 //!
-//! Both are written to an [`Output`], so a failure leaves no partial file. The plugin creates the file of a dump,
-//! and libvirtd writes into it. So the file keeps the host's owner and mode; one that libvirtd creates would
-//! belong to root.
+//! Both are written to an [`Output`], so a failure leaves no partial file. libvirtd passes the file of a dump to QEMU,
+//! which may keep it open. So libvirtd gets a named pipe, and the plugin copies from it into the file: QEMU cannot
+//! change the file later or fill the disk. The file belongs to the host's user.
 
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use machinery::{Deadline, DumpFormat, Error, Result};
-use machinery_backend::{Output, files, is_ppm, ppm_to_png, refuse};
+use machinery::{Deadline, DumpFormat, Error, ErrorKind, Result};
+use machinery_backend::{Intake, Output, is_ppm, ppm_to_png, refuse};
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainState};
 use virt::enumutil::Enum;
@@ -26,10 +26,15 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 /// The additional time for a dump that timed out, so that the machine is free again. libvirt cannot abort a
 /// memory-only dump. Source: its src/qemu/qemu_driver.c.
 const DUMP_GRACE: Duration = Duration::from_secs(1);
-/// A file system with less free space than this, in bytes, is full.
-const FULL_BELOW: u64 = 1 << 20;
+/// The time that libvirtd and QEMU have to close the pipe of a dump that has failed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// The memory that a dump may have beside that of the guest: the headers, the firmware, and the memory of graphics
+/// cards.
+const DUMP_OVERHEAD: u64 = 256 << 20;
+/// The name of the pipe, in the folder of the unfinished file.
+const PIPE: &str = "pipe";
 /// The maximum size of a screenshot, in bytes.
-const MAX_SCREENSHOT: usize = 256 << 20;
+const MAX_SCREENSHOT: usize = 64 << 20;
 
 const PNG: &[u8] = b"\x89PNG";
 
@@ -50,10 +55,14 @@ pub fn dump_memory(
         return Err(Error::unsupported(&what));
     }
     let output = Output::at(path)?;
-    let (label, to) = (label.to_owned(), output.path());
-    let dumped = label.clone();
+    let limit = max_dump(connection, label, deadline)?;
+    let to = output.path().with_file_name(PIPE);
+    let file = output.file().try_clone().map_err(|error| Error::io("write to", path, &error))?;
+    let copying = Intake::at(&to)?.copy_to(file, limit)?;
+    let (label, dumped) = (label.to_owned(), label.to_owned());
     let call = connection
         .long_call(deadline, drop, move |connect| dump(&running(connect, &dumped)?, &to, format))?;
+    let mut reached = 0.0;
     let outcome = loop {
         if let Some(outcome) = call.wait(PROGRESS_INTERVAL.min(deadline.remaining())) {
             break outcome;
@@ -62,16 +71,32 @@ pub fn dump_memory(
             let _ = call.wait(DUMP_GRACE);
             break Err(deadline.timeout("libvirt to dump the memory"));
         }
-        progress(fraction(connection, &label, deadline));
+        // libvirt reports nothing any more once QEMU has ended the dump.
+        reached = f64::max(reached, fraction(connection, &label, deadline));
+        progress(reached);
     };
-    outcome.map_err(|error| error.detail(&format!("the dump's file is {}", path.display())))?;
-    progress(1.0);
-    output.finish()
+    let patience = if outcome.is_ok() { deadline } else { deadline.within(CLOSE_TIMEOUT) };
+    let copied = copying.finish("QEMU", patience);
+    let failed = |error: Error| error.detail(&format!("the dump's file is {}", path.display()));
+    match (copied, outcome) {
+        (Ok(_), Ok(())) => {
+            progress(1.0);
+            output.finish()
+        }
+        // A copy that fails closes the pipe, so that QEMU fails, too.
+        (Err(error), Err(_)) if error.kind() != ErrorKind::Timeout => Err(failed(error)),
+        (Err(error), Ok(())) | (_, Err(error)) => Err(failed(error)),
+    }
 }
 
-/// Reports whether the file system of that file is full.
-fn is_full(file: &Path) -> bool {
-    files::free_space(file).is_ok_and(|space| space < FULL_BELOW)
+/// Returns the size of a dump of that domain, in bytes, at most, by its definition.
+fn max_dump(connection: &Connection, label: &str, deadline: Deadline) -> Result<u64> {
+    let label = label.to_owned();
+    connection.ask(deadline, "libvirt to report the size of the memory", move |connect| {
+        let kib = running(connect, &label)?.max_memory();
+        let kib = kib.map_err(|error| explain("report the size of the memory", &error))?;
+        Ok(kib.saturating_mul(1024).saturating_add(DUMP_OVERHEAD))
+    })
 }
 
 fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
@@ -88,8 +113,7 @@ fn dump(domain: &Domain, to: &Path, format: DumpFormat) -> Result<()> {
             let what = format!("the memory dump format '{}' with this libvirt and QEMU", format.as_str());
             return Error::unsupported(&what).detail(error.message());
         }
-        let failed = explain("dump the memory", &error);
-        if is_full(to) { failed.advice("Free some space on that file system") } else { failed }
+        explain("dump the memory", &error)
     })
 }
 

@@ -1,16 +1,17 @@
 //! Inspects a running machine: memory dump and screenshot.
 //!
-//! QEMU writes into an open file of the plugin, so owner and mode are the host's. The file appears under its
-//! name only when it is complete.
+//! QEMU writes a dump into a pipe and a screenshot into a file in memory, and the plugin copies them into the file. So QEMU
+//! never has the file, and cannot change it later or fill the disk. The file appears under its name only when it is
+//! complete.
 
-use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use machinery::{Deadline, DumpFormat, Error, Result};
-use machinery_backend::{Output, ppm_to_png};
+use machinery::{Deadline, DumpFormat, Error, ErrorKind, Result};
+use machinery_backend::{Intake, MemoryFile, Output, ppm_to_png};
 use qapi::qmp;
 use serde_json::Value;
 
@@ -20,16 +21,24 @@ use crate::run::Run;
 /// The interval at which the progress of a dump is queried. The end of a dump is an event.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Writes the guest's memory to `path`.
+/// The size of a screenshot as QEMU writes it, in bytes, at most.
+const MAX_PICTURE: u64 = 64 << 20;
+/// The time that QEMU has to close the pipe of a dump that has failed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Writes the guest's memory to `path`, as far as it has at most `limit` bytes.
 ///
 /// # Errors
-/// This QEMU does not offer the format, the file cannot be written, or the dump fails.
-pub fn dump_memory(run: &Run, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
+/// This QEMU does not offer the format, the file cannot be written, or the dump fails or is too large.
+pub fn dump_memory(run: &Run, path: &Path, format: DumpFormat, limit: u64, deadline: Deadline) -> Result<()> {
     let format = supported_format(run, format, deadline)?;
     let status = run.execute(&qmp::query_status {}, deadline)?;
     let output = Output::at(path)?;
-    // QEMU gets the file as a descriptor.
-    let name = run.qmp().pass(output.file().as_fd(), true, deadline)?;
+    let (intake, for_qemu) = Intake::new()?;
+    let name = run.qmp().pass(for_qemu.as_fd(), true, deadline)?;
+    drop(for_qemu);
+    let file = output.file().try_clone().map_err(|error| Error::io("write to", path, &error))?;
+    let copying = intake.copy_to(file, limit)?;
     let events = run.qmp().listen();
     let dump = qmp::dump_guest_memory {
         paging: false,
@@ -39,9 +48,42 @@ pub fn dump_memory(run: &Run, path: &Path, format: DumpFormat, deadline: Deadlin
         begin: None,
         length: None,
     };
-    run.execute(&dump, deadline)?;
-    let mut dumping = Dumping { is_resumed: status["running"] != true, ended: None };
-    let outcome = loop {
+    if let Err(error) = run.execute(&dump, deadline) {
+        // A QEMU that has taken the pipe has no pipe of that name any more.
+        let _ = run.execute(&qmp::closefd { fdname: name }, deadline);
+        return Err(error);
+    }
+    let dumping = Dumping { is_resumed: status["running"] != true, ended: None };
+    let failure = wait_for_end(run, &events, dumping, deadline)?;
+    let copied = match &failure {
+        None => copying.finish("QEMU", deadline),
+        Some(_) => copying.finish("QEMU", deadline.within(CLOSE_TIMEOUT)),
+    };
+    match (copied, failure) {
+        (Ok(_), None) => {
+            run.host().progress(run.machine(), 1.0);
+            output.finish()
+        }
+        // A copy that fails closes the pipe, so that QEMU fails, too.
+        (Err(error), None) => Err(error),
+        (Err(error), Some(_)) if error.kind() != ErrorKind::Timeout => Err(not_dumped(path, error.reason())),
+        (_, Some(why)) => Err(not_dumped(path, &why)),
+    }
+}
+
+fn not_dumped(path: &Path, why: &str) -> Error {
+    let failed = Error::failed(format!("QEMU cannot dump the memory to {}: {why}", path.display()));
+    if why.contains("No space left") { failed.advice("Free some space on that file system") } else { failed }
+}
+
+/// Waits until QEMU has ended the dump and resumed the guest. Returns QEMU's reason if the dump has failed.
+fn wait_for_end(
+    run: &Run,
+    events: &Receiver<Event>,
+    mut dumping: Dumping,
+    deadline: Deadline,
+) -> Result<Option<String>> {
+    loop {
         match events.recv_timeout(PROGRESS_INTERVAL.min(deadline.remaining())) {
             Ok(event) => dumping.on_event(&event),
             Err(RecvTimeoutError::Timeout) => {
@@ -56,19 +98,9 @@ pub fn dump_memory(run: &Run, path: &Path, format: DumpFormat, deadline: Deadlin
         if dumping.is_resumed
             && let Some(outcome) = dumping.ended.take()
         {
-            break outcome;
+            return Ok(outcome.err());
         }
-    };
-    outcome.map_err(|why| {
-        let failed = Error::failed(format!("QEMU cannot dump the memory to {}: {why}", path.display()));
-        if why.contains("No space left") {
-            failed.advice("Free some space on that file system")
-        } else {
-            failed
-        }
-    })?;
-    run.host().progress(run.machine(), 1.0);
-    output.finish()
+    }
 }
 
 /// The progress of a dump, by QEMU's events. QEMU pauses the guest meanwhile, and resumes it before or after
@@ -123,22 +155,20 @@ fn fraction(status: &Value) -> f64 {
 pub fn screenshot(run: &Run, path: &Path, deadline: Deadline) -> Result<()> {
     let png = run.version().screenshots_as_png();
     let output = Output::at(path)?;
+    let memory = MemoryFile::new()?;
     // QEMU opens the file for writing only, so the descriptor has to be open in the same mode.
-    let for_qemu = OpenOptions::new().write(true).open(output.path());
-    let for_qemu = for_qemu.map_err(|error| Error::io("write to", path, &error))?;
-    run.qmp().with_path(for_qemu.as_fd(), deadline, |filename| {
+    let for_qemu = memory.for_writing()?;
+    let taken = run.qmp().with_path(for_qemu.as_fd(), deadline, |filename| {
         let format = png.then_some(qmp::ImageFormat::png);
         run.execute(&qmp::screendump { filename, format, device: None, head: None }, deadline)
-    })?;
-    if !png {
-        convert_to_png(&output)?;
+    });
+    let picture = memory.take(MAX_PICTURE);
+    taken?;
+    let (picture, mut file) = (picture?, output.file());
+    if png {
+        file.write_all(&picture).map_err(|error| Error::io("write the screenshot to", path, &error))?;
+    } else {
+        ppm_to_png(&picture, file)?;
     }
     output.finish()
-}
-
-/// Converts the file from PPM to PNG, in place, for a QEMU that writes only PPM.
-fn convert_to_png(output: &Output) -> Result<()> {
-    let failed = |error| Error::io("convert the screenshot for", output.target(), &error);
-    let ppm = fs::read(output.path()).map_err(failed)?;
-    ppm_to_png(&ppm, fs::File::create(output.path()).map_err(failed)?)
 }

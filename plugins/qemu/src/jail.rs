@@ -10,6 +10,7 @@ use machinery_backend::jail::{Layers, Limits, Network, Policy};
 use machinery_images::{Chain, Header};
 
 use crate::config::MachineFiles;
+use crate::memory::of_guest;
 use crate::options::Options;
 use crate::passed::sockets;
 use crate::resources::Resource;
@@ -50,7 +51,8 @@ pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -
         own_network: !needs_host_network,
         limits: Limits {
             file_size: max_file_size(files),
-            memory: memory_of(files).and_then(|ram| (ram / 4).checked_add(EXTRA_MEMORY)?.checked_add(ram)),
+            memory: of_guest(&files.start_args)
+                .and_then(|ram| (ram / 4).checked_add(EXTRA_MEMORY)?.checked_add(ram)),
             processes: Some(THREADS),
         },
         ..Policy::default()
@@ -165,25 +167,6 @@ fn devices_of(files: &MachineFiles) -> Vec<PathBuf> {
     devices.into_iter().map(PathBuf::from).filter(|device| device.exists()).collect()
 }
 
-/// Returns the guest's RAM, in bytes. Source: `-m` in QEMU's qemu-options.hx: MiB without a unit, 128 MiB without the
-/// option.
-fn memory_of(files: &MachineFiles) -> Option<u64> {
-    let given = files.start_args.options().filter(|(name, _)| *name == "m").last();
-    let Some((_, value)) = given else { return Some(128 << 20) };
-    let options = Options::parse(value, "size");
-    // A guest that can get more memory later has a higher limit.
-    let size = options.get("maxmem").or(options.get("size"))?;
-    let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit: u64 = match size.get(digits.len()..)?.to_ascii_uppercase().as_str() {
-        "" | "M" | "MB" | "MIB" => 1 << 20,
-        "G" | "GB" | "GIB" => 1 << 30,
-        "T" | "TB" | "TIB" => 1 << 40,
-        "K" | "KB" | "KIB" => 1 << 10,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(unit)
-}
-
 fn max_file_size(files: &MachineFiles) -> Option<u64> {
     let size = |path: &Path| match Header::read(path) {
         Ok(Some(header)) => Some(header.size),
@@ -234,15 +217,5 @@ mod tests {
         assert_eq!(policy.write, [path("m_disposable.qcow2"), path("serial.log")]);
         assert_eq!(policy.sockets, [path("s")]);
         assert!(policy.read.contains(&path("disk.qcow2")), "{:?}", policy.read);
-    }
-
-    #[test]
-    fn memory_is_read_with_every_unit() {
-        let limit = |args: &[&str]| policy(args).0.limits.memory.map(|limit| limit - EXTRA_MEMORY);
-        for two in [&["-m", "2048"], &["-m", "2G"], &["-m", "size=2048M"], &["-m", "1G,maxmem=2G"]] {
-            assert_eq!(limit(two), Some((2 << 30) + (512 << 20)), "{two:?}");
-        }
-        assert_eq!(limit(&["-S"]), Some(160 << 20));
-        assert_eq!(limit(&["-m", "what"]), None);
     }
 }

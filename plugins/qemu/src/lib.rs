@@ -38,6 +38,7 @@ mod launch;
 mod leftovers;
 mod machine;
 mod machineinfo;
+mod memory;
 mod needs;
 mod options;
 mod passed;

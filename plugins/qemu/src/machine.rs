@@ -26,7 +26,7 @@ use machinery::{Deadline, Diagnosis, DumpFormat, Result, State};
 use machinery_backend::sync::lock;
 use machinery_backend::{Backend, PrepareOrigin, refuse};
 
-use crate::{inspect, leftovers};
+use crate::{inspect, leftovers, memory};
 
 pub use base::Machine;
 
@@ -53,7 +53,8 @@ impl Backend for Machine {
 
     fn dump_memory(self: &Arc<Self>, path: &Path, format: DumpFormat, deadline: Deadline) -> Result<()> {
         self.shared.space.check(path.parent().unwrap_or(path))?;
-        inspect::dump_memory(&*self.running()?, path, format, deadline)
+        let limit = memory::max_dump(&self.files().start_args);
+        inspect::dump_memory(&*self.running()?, path, format, limit, deadline)
     }
 
     fn screenshot(self: &Arc<Self>, path: &Path, deadline: Deadline) -> Result<()> {

@@ -7,31 +7,70 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use machinery::{Error, Result};
 
+use super::inspection::within;
 use crate::capture::space::Captures;
 use crate::capture::tcpdump::Tcpdump;
+use crate::capture::writer::CaptureFile;
 use crate::capture::{Settings, Target, filter};
+use crate::client_file::{ClientFile, Folders};
 use crate::fleet::Machine;
+use crate::fleet::availability::TaskLock;
 use crate::fleet::machine::Capture;
 
+/// The time that the file of a capture has to be opened.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Begins to capture if a task has locked the machine and wants a capture. Returns when tcpdump listens.
-pub async fn begin(machine: &Arc<Machine>, settings: &Settings, captures: &Arc<Captures>) {
+pub async fn begin(machine: &Arc<Machine>, settings: &Settings, folders: &Folders, captures: &Arc<Captures>) {
     let mut capture = machine.capture.lock().await;
     let Some(lock) = machine.task_lock() else { return };
-    let Some(pcap) = lock.pcap_path.clone() else { return };
-    let begun = match target(machine, settings, pcap) {
-        Ok(target) => {
-            let reporter = Arc::clone(machine);
-            Tcpdump::start(settings, target, captures, move |error| reporter.capture_failed(error)).await
-        }
-        Err(error) => Err(error),
-    };
-    match begun {
-        Ok(tcpdump) => *capture = Some(Capture { lock, tcpdump }),
+    match start(machine, settings, folders, captures, &lock).await {
+        Ok(Some(tcpdump)) => *capture = Some(Capture { lock, tcpdump }),
+        Ok(None) => {}
         Err(error) => machine.capture_failed(&error),
     }
+}
+
+/// Starts tcpdump, if the task wants a capture.
+async fn start(
+    machine: &Arc<Machine>,
+    settings: &Settings,
+    folders: &Folders,
+    captures: &Arc<Captures>,
+    lock: &TaskLock,
+) -> Result<Option<Tcpdump>> {
+    let Some(file) = lock.pcap() else {
+        return if lock.pcap_passed { Err(lost_descriptor()) } else { Ok(None) };
+    };
+    // A passed file has no path. Its mark is a path in the CWD.
+    let pcap = lock.pcap_path.clone().unwrap_or_else(|| folders.staging.join("passed descriptor"));
+    let (target, folders) = (target(machine, settings, pcap)?, folders.clone());
+    let file = within(OPEN_TIMEOUT, "open the file of the capture", move || open(file, &folders)).await?;
+    let reporter = Arc::clone(machine);
+    let tcpdump =
+        Tcpdump::start(settings, target, file, captures, move |error| reporter.capture_failed(error));
+    Ok(Some(tcpdump.await?))
+}
+
+fn open(file: ClientFile, folders: &Folders) -> Result<CaptureFile> {
+    match file {
+        ClientFile::Passed(file) => Ok(CaptureFile::Passed(file)),
+        ClientFile::Named(named) => {
+            let opened = named.open(folders).map_err(|error| {
+                error.default_advice("Check that its folder exists and is writable for the host's user")
+            });
+            Ok(CaptureFile::Opened(opened?))
+        }
+    }
+}
+
+fn lost_descriptor() -> Error {
+    Error::failed("the descriptor for the capture was lost with an earlier host")
+        .advice("Lock the machine again, with the same task, and pass another descriptor")
 }
 
 /// Ends the machine's capture, if there is one. Its file is complete then.

@@ -9,6 +9,7 @@ use super::CLOSING;
 use super::metrics::Metrics;
 use crate::capture;
 use crate::capture::space::Captures;
+use crate::client_file::Folders;
 use crate::config::{Config, Timeouts};
 use crate::fleet::Machine;
 use crate::fleet::state_file::StateStore;
@@ -28,6 +29,8 @@ pub struct ActionContext {
     /// Counts and durations of actions.
     pub metrics: Arc<Metrics>,
     state: Arc<StateStore>,
+    /// The folders that the files of clients may be in.
+    pub folders: Folders,
     /// Notified when a machine with a pending change is free.
     pub pending_change: Notify,
 }
@@ -71,7 +74,7 @@ impl ActionSettings {
 
 impl ActionContext {
     /// Returns a context for a host with this configuration.
-    pub fn new(config: &Config, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
+    pub fn new(config: &Config, folders: Folders, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
         let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
         ActionContext {
             settings: RwLock::new(ActionSettings::of(config)),
@@ -80,6 +83,7 @@ impl ActionContext {
             captures: Arc::default(),
             metrics,
             state,
+            folders,
             pending_change: Notify::new(),
         }
     }

@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use super::context::ActionContext;
 use super::metrics::milliseconds;
 use super::plugin_calls::PluginCalls;
-use super::{Action, ActionResult, capture};
+use super::{Action, ActionResult, capture, inspection};
 use crate::fleet::Machine;
 
 /// Runs the actions of one machine.
@@ -191,7 +191,7 @@ impl ActionExecutor {
             _ => None,
         };
         if let Some(settings) = context.settings().capture {
-            capture::begin(&self.machine, &settings, &context.captures).await;
+            capture::begin(&self.machine, &settings, &context.folders, &context.captures).await;
         }
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
@@ -289,7 +289,8 @@ impl ActionExecutor {
     /// plugin itself is at fault, or where the state is not as before.
     async fn run_read_only(&mut self, action: &Action) -> Result<(), Failure> {
         let before = self.machine.status().state;
-        let Err(reason) = self.calls.run(action).await else { return Ok(()) };
+        let folders = &self.context.folders;
+        let Err(reason) = inspection::run(&mut self.calls, action, folders).await else { return Ok(()) };
         let changed =
             self.calls.is_abandoned() || self.calls.update_state().await.is_ok_and(|state| state != before);
         Err(Failure { disable: changed || reason.is_plugin_fault(), reason })

@@ -13,6 +13,7 @@
 //! | [`worker`] | takes messages from one queue |
 //! | [`preparation`] | a preparation under way, and its cancellation |
 //! | [`executor`] | runs one action by the rules |
+//! | [`inspection`] | a dump or a screenshot, from the plugin to the client |
 //! | [`plugin_calls`] | the calls into the plugin of one machine |
 //! | [`context`] | what all executors share: settings, permits, failures |
 //! | [`capture`] | begins and ends the capture of a machine's traffic |
@@ -23,6 +24,7 @@ pub mod capture;
 pub mod context;
 pub mod diagnose;
 pub mod executor;
+pub mod inspection;
 pub mod message;
 pub mod metrics;
 pub mod plugin_calls;
@@ -30,9 +32,9 @@ pub mod preparation;
 pub mod queues;
 pub mod worker;
 
-use std::path::PathBuf;
-
 use machinery::{DumpFormat, State};
+
+use crate::client_file::{ClientFile, Content};
 
 /// An action on a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,14 +50,14 @@ pub enum Action {
     /// See [`Machinery::dump_memory`](machinery::Machinery::dump_memory).
     DumpMemory {
         /// The file to write.
-        path: PathBuf,
+        file: ClientFile,
         /// The format of the file.
         format: DumpFormat,
     },
     /// See [`Machinery::screenshot`](machinery::Machinery::screenshot).
     Screenshot {
         /// The file to write.
-        path: PathBuf,
+        file: ClientFile,
     },
     /// Stops the machine if the host has started its run, and leaves every other run alone.
     StopOwn,
@@ -84,6 +86,15 @@ impl Action {
             Action::DumpMemory { .. } => "dump_memory",
             Action::Screenshot { .. } => "screenshot",
             Action::Prepare(_) => "prepare",
+        }
+    }
+
+    /// Returns the file that the action writes, and the content that it must have.
+    pub fn output(&self) -> Option<(&ClientFile, Content)> {
+        match self {
+            Action::DumpMemory { file, .. } => Some((file, Content::Dump)),
+            Action::Screenshot { file } => Some((file, Content::Picture)),
+            _ => None,
         }
     }
 

@@ -5,6 +5,7 @@
 //!                       └─▶ abandoned: no other call until the plugin returns
 //! ```
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +40,11 @@ impl PluginCalls {
         self.abandoned.as_ref().is_some_and(|call| !call.is_finished())
     }
 
+    /// Reports whether the machine is recorded as powered off.
+    pub fn is_off(&self) -> bool {
+        self.machine.status().state == State::Poweroff
+    }
+
     /// Returns the switch that abandons the action under way.
     pub fn abandon(&self) -> Arc<watch::Sender<bool>> {
         Arc::clone(&self.abandon)
@@ -50,6 +56,14 @@ impl PluginCalls {
     /// # Errors
     /// The plugin's error, the call was abandoned, or the machine is in another state.
     pub async fn run(&mut self, action: &Action) -> Result<()> {
+        self.run_into(action, PathBuf::new()).await
+    }
+
+    /// Runs an action as [`run`](PluginCalls::run) does. An action that writes a file writes it to `path`.
+    ///
+    /// # Errors
+    /// As [`run`](PluginCalls::run).
+    pub async fn run_into(&mut self, action: &Action, path: PathBuf) -> Result<()> {
         let (machine, invoked, expected) =
             (Arc::clone(&self.machine), action.clone(), action.expected_state());
         let max_state_timeout = self.context.timeouts().state.max(MIN_STATE_TIMEOUT);
@@ -65,8 +79,8 @@ impl PluginCalls {
                 Action::NorestoreStart => plugin.norestore_start(name, deadline),
                 Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
                 Action::AcpiStop => plugin.acpi_stop(name, deadline),
-                Action::DumpMemory { path, format } => plugin.dump_memory(name, path, *format, deadline),
-                Action::Screenshot { path } => plugin.screenshot(name, path, deadline),
+                Action::DumpMemory { format, .. } => plugin.dump_memory(name, &path, *format, deadline),
+                Action::Screenshot { .. } => plugin.screenshot(name, &path, deadline),
                 Action::Prepare(PrepareOrigin::Request) => plugin.prepare(name, deadline),
                 Action::Prepare(PrepareOrigin::Automatic) => plugin.prepare_automatically(name, deadline),
             };
@@ -124,7 +138,8 @@ impl PluginCalls {
         self.record_result(called, "querying the state")
     }
 
-    fn limit_of(&self, action: &Action) -> Duration {
+    /// Returns the timeout of the action.
+    pub fn limit_of(&self, action: &Action) -> Duration {
         let timeouts = self.context.timeouts();
         match action {
             Action::RestoreStart => timeouts.restore_start,

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::settings::{MAX_PACKET_DELAY, is_host_filter};
+use super::settings::{MARK, MAX_PACKET_DELAY, is_host_filter};
 
 /// The time that a process has to end after a signal.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -59,7 +59,9 @@ fn is_leftover(arguments: &[u8], pcaps: &[PathBuf], cwd: &Path) -> bool {
         arguments.split(|byte| *byte == 0).filter(|word| !word.is_empty()).map(OsStr::from_bytes).collect();
     let filter = arguments.last().and_then(|last| last.to_str()).unwrap_or("");
     let is_ours = |path: &Path| path.starts_with(cwd) || pcaps.iter().any(|pcap| pcap == path);
-    is_host_filter(filter) && arguments.windows(2).any(|pair| pair[0] == "-w" && is_ours(Path::new(pair[1])))
+    // An earlier host had tcpdump open the file.
+    let is_mark = |option: &OsStr| option == MARK || option == "-w";
+    is_host_filter(filter) && arguments.windows(2).any(|pair| is_mark(pair[0]) && is_ours(Path::new(pair[1])))
 }
 
 #[cfg(test)]
@@ -72,6 +74,8 @@ mod tests {
         let is_leftover = |arguments: &[u8]| is_leftover(arguments, &pcaps, cwd);
         let filter = b"host 1 and not (dst host 2 and dst port 3)\0";
         assert!(is_leftover(&[b"tcpdump\0-U\0-w\0/data/a.pcap\0".as_slice(), filter].concat()));
+        assert!(is_leftover(&[b"tcpdump\0-z\0/data/a.pcap\0-w\0-\0".as_slice(), filter].concat()));
+        assert!(!is_leftover(&[b"tcpdump\0-z\0/data/b.pcap\0-w\0-\0".as_slice(), filter].concat()));
         assert!(is_leftover(&[b"tcpdump\0-U\0-w\0/cwd/storage/b.pcap\0".as_slice(), filter].concat()));
         assert!(!is_leftover(&[b"tcpdump\0-U\0-w\0/data/a.pcap2\0".as_slice(), filter].concat()));
         assert!(!is_leftover(b"tcpdump\0-U\0-w\0/cwd/a.pcap\0host 1\0"));

@@ -5,14 +5,21 @@
 //!                                     └─ tcpdump dies: reported at once, the machine goes on
 //! ```
 //!
-//! `actions::capture` begins and ends the capture of a machine. [`tcpdump`] runs one process, and `stderr`
-//! interprets its messages. `space` ends a capture that is too large. `leftovers` ends the processes of a host that was killed.
+//! ```text
+//! network ─▶ tcpdump, as a user without rights ─▶ pipe ─▶ the host copies whole packets ─▶ file
+//! ```
+//!
+//! `actions::capture` begins and ends the capture of a machine. [`tcpdump`] runs one process, and `stderr` reads and
+//! interprets its messages. [`writer`] copies its output up to the limit, and `user` chooses its user. `space` ends a
+//! capture when its disk is nearly full. `leftovers` ends the processes of a host that was killed.
 
 mod leftovers;
 mod settings;
 pub mod space;
 mod stderr;
 pub mod tcpdump;
+mod user;
+pub mod writer;
 
 pub use leftovers::end_leftovers;
 pub use settings::{MISSING_ADVICE, Settings, Target, filter, permission_advice};

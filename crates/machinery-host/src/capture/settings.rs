@@ -12,6 +12,10 @@ use machinery::FreeSpaceReserve;
 /// offloads, such as a guest's, holds only a few dozen packets, and a burst is lost.
 pub const MAX_PACKET_DELAY: Duration = Duration::from_millis(1200);
 
+/// The option whose value marks a tcpdump of the host with the file of its capture. tcpdump uses the value only with
+/// `-C` or `-G`. Source: `tcpdump.c` of tcpdump 4.99 and 5.0.
+pub const MARK: &str = "-z";
+
 /// The advice for a host without tcpdump.
 pub const MISSING_ADVICE: &str =
     "Install tcpdump, or correct `tcpdump.path` in cuckoo.yaml, or set `tcpdump.enabled: false`";
@@ -35,14 +39,14 @@ pub struct Settings {
     pub reserve: FreeSpaceReserve,
 }
 
-/// The traffic of one machine, and the file that gets it.
+/// The traffic of one machine, and the name of the file that gets it.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The network interface.
     pub interface: String,
     /// The filter, in the syntax of pcap-filter(7).
     pub filter: String,
-    /// The file to write.
+    /// The file, for messages and for [`end_leftovers`](super::end_leftovers). tcpdump does not open it.
     pub pcap: PathBuf,
 }
 

@@ -1,7 +1,7 @@
-//! The size of captures, and the free space of their file system.
+//! The free space of the file systems that captures are written to.
 //!
-//! A capture grows as long as its guest sends. It ends at its limit. It also ends when the file system has less than half
-//! of the free-space reserve: the machineries have ended runs before that, and it did not help. Then the largest capture
+//! A capture grows as long as its guest sends, up to its limit. It ends earlier when the file system has less than half of
+//! the free-space reserve: the machineries have ended runs before that, and it did not help. Then the largest capture
 //! ends, and another one for each further sixteenth of the reserve that is used up.
 
 use std::collections::HashMap;
@@ -40,8 +40,6 @@ pub struct Watched {
     file: Arc<File>,
     /// The name of the file, for messages.
     name: PathBuf,
-    /// The maximum size of the file, in bytes.
-    limit: Option<u64>,
     reserve: FreeSpaceReserve,
 }
 
@@ -53,16 +51,10 @@ impl Drop for Watched {
 
 impl Captures {
     /// Adds a capture into that open file, whose name is for messages.
-    pub fn add(
-        self: &Arc<Self>,
-        file: File,
-        name: &Path,
-        limit: Option<u64>,
-        reserve: FreeSpaceReserve,
-    ) -> Watched {
+    pub fn add(self: &Arc<Self>, file: File, name: &Path, reserve: FreeSpaceReserve) -> Watched {
         let file = Arc::new(file);
         self.lock().files.push(Arc::clone(&file));
-        Watched { captures: Arc::clone(self), file, name: name.to_owned(), limit, reserve }
+        Watched { captures: Arc::clone(self), file, name: name.to_owned(), reserve }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -89,11 +81,6 @@ impl Watched {
     /// Returns the reason to end the capture, if there is one.
     fn look(&self) -> Option<Error> {
         let (meta, name) = (self.file.metadata().ok()?, self.name.display());
-        if let Some(limit) = self.limit.filter(|limit| meta.len() >= *limit) {
-            let limit = format_bytes(limit);
-            let reason = format!("{name} has reached the limit of {limit}, and has no later packets");
-            return Some(Error::failed(reason).advice("Raise capture_size_limit in machinery-host.yaml"));
-        }
         let system = fstatvfs(&*self.file).ok()?;
         let bytes = |blocks: u64| blocks.saturating_mul(system.f_frsize);
         let (free, reserve) = (bytes(system.f_bavail), self.reserve.on(bytes(system.f_blocks)));
@@ -136,29 +123,18 @@ impl State {
 mod tests {
     use super::*;
 
-    fn watched(captures: &Arc<Captures>, bytes: usize, limit: Option<u64>, reserve: &str) -> Watched {
+    fn watched(captures: &Arc<Captures>, bytes: usize, reserve: &str) -> Watched {
         let mut file = tempfile::tempfile().unwrap();
         std::io::Write::write_all(&mut file, &vec![1; bytes]).unwrap();
         let reserve = serde_json::from_value(serde_json::json!(reserve)).unwrap();
-        captures.add(file, Path::new("/d/dump.pcap"), limit, reserve)
-    }
-
-    #[tokio::test]
-    async fn capture_has_to_end_when_it_reaches_its_limit() {
-        let captures = Arc::new(Captures::default());
-        assert!(watched(&captures, 1000, Some(1001), "0").look().is_none());
-        assert!(watched(&captures, 1000, None, "0").look().is_none());
-        let why = watched(&captures, 1000, Some(1000), "0").exceeded().await.to_string();
-        assert!(why.starts_with("/d/dump.pcap has reached the limit of 0 MiB"), "{why}");
-        assert!(why.contains("capture_size_limit"), "{why}");
-        assert!(captures.lock().files.is_empty());
+        captures.add(file, Path::new("/d/dump.pcap"), reserve)
     }
 
     #[test]
     fn largest_capture_alone_has_to_end_when_the_space_is_short_and_shrinks_no_more() {
         let captures = Arc::new(Captures::default());
-        let small = watched(&captures, 10, None, "1000000 TiB");
-        let large = watched(&captures, 1000, None, "1000000 TiB");
+        let small = watched(&captures, 10, "1000000 TiB");
+        let large = watched(&captures, 1000, "1000000 TiB");
         assert!(small.look().is_none());
         let why = large.look().unwrap().to_string();
         assert!(why.contains("are free on its file system, less than 500000 TiB"), "{why}");

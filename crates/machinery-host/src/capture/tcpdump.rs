@@ -2,21 +2,25 @@
 
 use std::fs::File;
 use std::io;
+use std::pin::Pin;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Error, Result};
+use machinery::{Error, Result, format_bytes};
+use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::{Pid, Signal, geteuid, kill_process, kill_process_group};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::io::BufReader;
 use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::settings::{MAX_PACKET_DELAY, MISSING_ADVICE, Settings, Target};
+use super::settings::{MARK, MAX_PACKET_DELAY, MISSING_ADVICE, Settings, Target};
 use super::space::{Captures, Watched};
-use super::stderr::{self, Counts};
+use super::stderr::{self, Counts, Lines};
+use super::user;
+use super::writer::{self, CaptureFile, Copied};
 
 /// The time that tcpdump has to listen.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,6 +30,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(4);
 const COUNTS_INTERVAL: Duration = Duration::from_millis(10);
 /// The time that tcpdump has to end.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The size of the pipe from tcpdump, in bytes: the traffic that waits while the disk is busy.
+const PIPE_SIZE: usize = 1 << 20;
 /// The number of tcpdump's error messages that are kept.
 const MAX_MESSAGES: usize = 20;
 
@@ -37,25 +43,28 @@ pub struct Tcpdump {
 }
 
 impl Tcpdump {
-    /// Starts tcpdump, and returns when it listens. If tcpdump ends before it is stopped, or its file becomes too
-    /// large, `on_death` gets the reason.
+    /// Starts tcpdump, whose packets are copied into `file`, and returns when it listens. If the capture ends before it is
+    /// stopped, `on_death` gets the reason: tcpdump has ended, the file has its limit, or its disk is nearly full.
     ///
     /// # Errors
     /// tcpdump cannot be started, or does not listen.
     pub async fn start(
         settings: &Settings,
         target: Target,
+        file: CaptureFile,
         captures: &Arc<Captures>,
         on_death: impl FnOnce(&Error) + Send + 'static,
     ) -> Result<Self> {
-        let mut process = Process::spawn(settings, target)?;
+        let (mut process, packets) = Process::spawn(settings, target)?;
+        let (limit, pcap) = (settings.limit, process.target.pcap.clone());
+        // A pipe takes no space.
+        let copy = file.file().and_then(File::try_clone).ok().filter(is_regular);
+        let watched = copy.map(|file| captures.add(file, &pcap, settings.reserve));
+        let copying = tokio::task::spawn_blocking(move || writer::copy(packets, file.file()?, limit));
+        let copying = Box::pin(async { copying.await.unwrap_or_else(|panic| Err(io::Error::other(panic))) });
         process.wait_until_listening().await?;
-        let pcap = process.target.pcap.clone();
-        // A script in tcpdump's place may write elsewhere.
-        let file = File::open(&pcap).ok();
-        let watched = file.map(|file| captures.add(file, &pcap, settings.limit, settings.reserve));
         let (stop, stopped) = oneshot::channel();
-        Ok(Tcpdump { stop, ended: tokio::spawn(watch(process, stopped, watched, on_death)) })
+        Ok(Tcpdump { stop, ended: tokio::spawn(watch(process, copying, watched, stopped, on_death)) })
     }
 
     /// Ends tcpdump when it has read all packets that arrived. The file is complete then.
@@ -71,26 +80,43 @@ impl Tcpdump {
     }
 }
 
+/// The copy of the packets into the file, on a thread of its own.
+type Copying = Pin<Box<dyn Future<Output = io::Result<Copied>> + Send>>;
+
 async fn watch(
     mut process: Process,
-    stopped: oneshot::Receiver<()>,
+    mut copying: Copying,
     watched: Option<Watched>,
+    stopped: oneshot::Receiver<()>,
     on_death: impl FnOnce(&Error),
 ) -> Result<()> {
-    tokio::select! {
+    let error = tokio::select! {
         // Also if the `Tcpdump` was dropped.
-        _ = stopped => process.finish().await,
+        _ = stopped => return process.finish(copying).await,
         status = process.end() => {
-            let error = process.failure("tcpdump ended by itself", status);
-            on_death(&error);
-            Ok(())
+            // The packets that tcpdump has written are still copied.
+            let _ = timeout(EXIT_TIMEOUT, copying).await;
+            process.failure("tcpdump ended by itself", status)
         }
+        copied = &mut copying => match process.expect_copied(copied) {
+            Ok(()) => {
+                let status = timeout(EXIT_TIMEOUT, process.end()).await;
+                process.failure("tcpdump ended by itself", status.unwrap_or_else(|late| Err(late.into())))
+            }
+            Err(error) => {
+                process.end_early().await;
+                error
+            }
+        },
         why = exceeded(watched) => {
             process.end_early().await;
-            on_death(&why);
-            Ok(())
+            // The packets that tcpdump has written are still copied.
+            let _ = timeout(EXIT_TIMEOUT, copying).await;
+            why
         }
-    }
+    };
+    on_death(&error);
+    Ok(())
 }
 
 /// Waits until the capture has to end; returns the reason.
@@ -110,24 +136,30 @@ struct Process {
 }
 
 impl Process {
-    fn spawn(settings: &Settings, target: Target) -> Result<Self> {
+    /// Starts tcpdump. Returns the process, and the pipe with its packets.
+    fn spawn(settings: &Settings, target: Target) -> Result<(Self, File)> {
         let mut command = Command::from(machinery::command(&settings.tcpdump));
         // Write each packet to the file at once and as a whole, and look up no names.
         command.arg("-i").arg(&target.interface).args(["-U", "-s", "0", "-n"]);
         if geteuid().is_root() {
-            // In some distributions tcpdump changes to another user, who may not write the file.
-            command.args(["-Z", "root"]);
+            command.args(["-Z", user::of_tcpdump()]);
         }
-        command.arg("-w").arg(&target.pcap).arg(&target.filter);
+        command.arg(MARK).arg(&target.pcap).args(["-w", "-"]).arg(&target.filter);
         // With a process group of its own, tcpdump does not get a terminal's Ctrl-C. The host ends it
         // instead.
         command.env("LC_ALL", "C").process_group(0).kill_on_drop(true);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| cannot_start(settings, &error))?;
-        let stderr = child.stderr.take().ok_or_else(|| Error::failed("tcpdump has no stderr"))?;
-        let stderr = BufReader::new(stderr).lines();
+        let no_pipe = || Error::failed("tcpdump has no pipe for its output");
+        let stderr = Lines::new(BufReader::new(child.stderr.take().ok_or_else(no_pipe)?));
+        let packets = child.stdout.take().ok_or_else(no_pipe)?.into_owned_fd();
+        let packets = packets.map_err(|error| cannot_start(settings, &error))?;
+        if let Err(error) = fcntl_setpipe_size(&packets, PIPE_SIZE) {
+            tracing::debug!(%error, "the pipe from tcpdump keeps its size");
+        }
         tracing::debug!(pcap = %target.pcap.display(), filter = target.filter, "tcpdump started");
-        Ok(Process { child, stderr, messages: Vec::new(), settings: settings.clone(), target })
+        let process = Process { child, stderr, messages: Vec::new(), settings: settings.clone(), target };
+        Ok((process, File::from(packets)))
     }
 
     async fn wait_until_listening(&mut self) -> Result<()> {
@@ -155,8 +187,7 @@ impl Process {
 
     /// Returns the next line of standard error, or `None` at its end.
     async fn line(&mut self) -> Option<String> {
-        // A line that is not UTF-8 counts as the end.
-        let line = self.stderr.next_line().await.ok().flatten()?;
+        let line = self.stderr.next().await?;
         if !stderr::is_harmless(&line) && self.messages.len() < MAX_MESSAGES {
             self.messages.push(line.clone());
         }
@@ -169,19 +200,23 @@ impl Process {
         self.child.wait().await
     }
 
-    /// Ends tcpdump at once, although packets arrive. Its file has only whole packets.
-    async fn end_early(mut self) {
+    /// Ends tcpdump at once, although packets arrive.
+    async fn end_early(&mut self) {
         self.terminate();
         if timeout(EXIT_TIMEOUT, self.end()).await.is_err() {
             self.kill().await;
         }
     }
 
-    async fn finish(mut self) -> Result<()> {
+    async fn finish(mut self, copying: Copying) -> Result<()> {
         let read = timeout(READ_TIMEOUT, self.read_all()).await;
         self.terminate();
         match timeout(EXIT_TIMEOUT, self.end()).await {
-            Ok(Ok(status)) if status.success() => self.expect_complete(read.ok().flatten()),
+            Ok(Ok(status)) if status.success() => {
+                let copied = timeout(EXIT_TIMEOUT, copying).await;
+                self.expect_copied(copied.unwrap_or_else(|late| Err(late.into())))?;
+                self.expect_complete(read.ok().flatten())
+            }
             Ok(status) => Err(self.failure("tcpdump did not end in good order", status)),
             Err(_) => {
                 self.kill().await;
@@ -189,6 +224,21 @@ impl Process {
                     .diagnosis()
                     .detail(&format!("it did not end within {EXIT_TIMEOUT:?} and was killed")))
             }
+        }
+    }
+
+    /// Expects that all packets of tcpdump were copied.
+    fn expect_copied(&self, copied: io::Result<Copied>) -> Result<()> {
+        let pcap = self.target.pcap.display();
+        match copied {
+            Ok(Copied::All) => Ok(()),
+            Ok(Copied::UpToLimit) => {
+                let limit = format_bytes(self.settings.limit.unwrap_or_default());
+                let reason = format!("{pcap} has reached the limit of {limit}, and has no later packets");
+                Err(Error::failed(reason).advice("Raise capture_size_limit in machinery-host.yaml"))
+            }
+            Err(error) => Err(Error::environment(format!("cannot write {pcap}: {error}"))
+                .advice("Check the space on its file system, or read the passed pipe faster")),
         }
     }
 
@@ -277,8 +327,12 @@ impl Process {
     }
 
     fn diagnosis(&self) -> Error {
-        stderr::diagnose(&self.messages, &self.settings.tcpdump, &self.target.interface, &self.target.pcap)
+        stderr::diagnose(&self.messages, &self.settings.tcpdump, &self.target.interface)
     }
+}
+
+fn is_regular(file: &File) -> bool {
+    file.metadata().is_ok_and(|found| found.is_file())
 }
 
 fn cannot_start(settings: &Settings, error: &io::Error) -> Error {

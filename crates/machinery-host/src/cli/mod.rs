@@ -5,11 +5,12 @@
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
+mod file;
 mod output;
 mod progress;
 
+use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 
 use clap::Parser;
 use machinery::config::ConfigFile;
@@ -28,6 +29,7 @@ use crate::plugin::open::open;
 use crate::plugin::search::{self, PluginSearch};
 use crate::serve::{self, Served};
 use args::{Cli, Command, Global, Import};
+use file::NewFile;
 use progress::Progress;
 
 /// Runs the command, prints its result, and ends the process.
@@ -126,7 +128,15 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             output::reloaded(&answer, global.json);
             Ok(exit_code(&answer))
         }
-        other => run_action(cwd, &request(other)?, global.json),
+        Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {
+            let new = NewFile::at(path)?;
+            let code = run_action(cwd, &request(command)?, Some(new.file()), global.json)?;
+            if code == ExitCode::SUCCESS {
+                new.finish()?;
+            }
+            Ok(code)
+        }
+        other => run_action(cwd, &request(other)?, None, global.json),
     }
 }
 
@@ -151,23 +161,13 @@ fn request(command: &Command) -> Result<Value> {
             json!({"action": "disable_machine", "machine": machine, "reason": reason})
         }
         Command::Unlock { machine } => simple("unlock", machine),
-        Command::DumpMemory { machine, path, format } => {
-            json!({"action": "dump_memory", "machine": machine, "path": absolute(path)?, "format": format})
+        Command::DumpMemory { machine, format, .. } => {
+            json!({"action": "dump_memory", "machine": machine, "fd": true, "format": format})
         }
-        Command::Screenshot { machine, path } => {
-            json!({"action": "screenshot", "machine": machine, "path": absolute(path)?})
+        Command::Screenshot { machine, .. } => {
+            json!({"action": "screenshot", "machine": machine, "fd": true})
         }
         _ => return Err(Error::failed("this command does not act on a machine: a bug of the command line")),
-    })
-}
-
-/// Returns the absolute path as text: the host has another working directory, and requests are text.
-fn absolute(path: &Path) -> Result<String> {
-    let absolute =
-        std::path::absolute(path).map_err(|error| Error::io("find the folder of", path, &error))?;
-    absolute.into_os_string().into_string().map_err(|path| {
-        Error::configuration(format!("the path {} is not valid UTF-8", path.display()))
-            .advice("Give the path of another file")
     })
 }
 
@@ -175,12 +175,13 @@ fn send_request(cwd: &Cwd, request: Value) -> Result<Value> {
     Client::connect(&cwd.manager_socket())?.request(request, |_| ())
 }
 
-fn run_action(cwd: &Cwd, request: &Value, json: bool) -> Result<ExitCode> {
+/// Runs an action, which may write the file, and shows its progress.
+fn run_action(cwd: &Cwd, request: &Value, file: Option<&File>, json: bool) -> Result<ExitCode> {
     let mut client = Client::connect(&cwd.manager_socket())?;
     let mut progress = Progress::new(request, json);
     let mut answer = client.request(json!({"action": "subscribe"}), |_| ())?;
     if answer["success"] == json!(true) {
-        answer = client.request(request.clone(), |event| progress.on_event(event))?;
+        answer = client.request_with(request.clone(), file, |event| progress.on_event(event))?;
     }
     progress.done(&answer);
     Ok(exit_code(&answer))
@@ -196,7 +197,7 @@ fn prepare(cwd: &Cwd, machines: &[String], json: bool) -> Result<ExitCode> {
     }
     let mut worst = ExitCode::SUCCESS;
     for machine in machines {
-        let code = run_action(cwd, &json!({"action": "prepare", "machine": machine}), json)?;
+        let code = run_action(cwd, &json!({"action": "prepare", "machine": machine}), None, json)?;
         if code != ExitCode::SUCCESS {
             worst = code;
         }

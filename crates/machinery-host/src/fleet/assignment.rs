@@ -24,8 +24,10 @@ impl Machine {
     /// The machine is not available to that task. A lock that the task has already is no error.
     pub fn lock(&self, lock: &TaskLock) -> Result<bool, Unavailable> {
         let mut status = self.lock_status();
-        if status.availability.lock.as_ref() == Some(lock) && status.availability.disabled_reason().is_none()
-        {
+        let own = status.availability.lock.as_ref();
+        let is_repeated = own.is_some_and(|own| own.is_repeated_by(lock));
+        if is_repeated && status.availability.disabled_reason().is_none() {
+            status.availability.lock = Some(lock.clone());
             return Ok(false);
         }
         if let Some(reason) = status.availability.unavailable_reason(&lock.task_id) {

@@ -10,8 +10,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::client_file::{ClientFile, NamedFile, Owner, PassedFile};
+
 /// A task's lock on a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskLock {
     /// The task that has the machine.
     pub task_id: String,
@@ -21,6 +23,39 @@ pub struct TaskLock {
     /// The file for a memory dump whose request names no file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_dump_path: Option<PathBuf>,
+    /// The user who has named the paths, unless that is root or the host's user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
+    /// True if the task has passed a descriptor for the captured traffic.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pcap_passed: bool,
+    /// That descriptor. It is lost when the host ends.
+    #[serde(skip)]
+    pub pcap_file: Option<PassedFile>,
+}
+
+impl TaskLock {
+    /// Returns the file for a memory dump whose request names no file.
+    pub fn memory_dump(&self) -> Option<ClientFile> {
+        let named = |path| ClientFile::Named(NamedFile { path, owner: self.owner });
+        self.memory_dump_path.clone().map(named)
+    }
+
+    /// Returns the file for the captured traffic: the passed one, or else the named one.
+    pub fn pcap(&self) -> Option<ClientFile> {
+        let named = |path| ClientFile::Named(NamedFile { path, owner: self.owner });
+        let passed = self.pcap_file.clone().map(ClientFile::Passed);
+        passed.or_else(|| self.pcap_path.clone().map(named))
+    }
+
+    /// Reports whether this lock is `other` again. A lock whose descriptor was lost with an earlier host may get
+    /// another one.
+    pub fn is_repeated_by(&self, other: &TaskLock) -> bool {
+        if self.pcap_passed && self.pcap_file.is_none() {
+            return *self == TaskLock { pcap_file: None, ..other.clone() };
+        }
+        self == other
+    }
 }
 
 /// The lock and the reservation of a machine, and its place in the pool. They outlive the host.
@@ -106,7 +141,7 @@ impl Availability {
     /// Returns the rank of the machine for this lock: 0 if the task has it, 1 if it is reserved, 2 otherwise.
     pub fn affinity(&self, lock: &TaskLock) -> u8 {
         match self {
-            Availability { lock: Some(own), .. } if own == lock => 0,
+            Availability { lock: Some(own), .. } if own.is_repeated_by(lock) => 0,
             Availability { reserved_by: Some(task), .. } if *task == lock.task_id => 1,
             _ => 2,
         }
@@ -129,7 +164,7 @@ mod tests {
     use super::*;
 
     fn task_lock(task_id: &str) -> TaskLock {
-        TaskLock { task_id: task_id.into(), pcap_path: None, memory_dump_path: None }
+        TaskLock { task_id: task_id.into(), ..TaskLock::default() }
     }
 
     #[test]

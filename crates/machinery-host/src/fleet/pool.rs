@@ -63,6 +63,12 @@ pub enum AcquireError {
         /// The file of both.
         path: PathBuf,
     },
+    /// Two captures would overwrite each other.
+    #[error("Machine {other} is locked with the same passed file for its capture: pass another one")]
+    PcapPassed {
+        /// The machine with the other capture.
+        other: String,
+    },
 }
 
 impl Fleet {
@@ -102,7 +108,9 @@ impl Fleet {
         for machine in matching {
             match roster.allocate(machine, lock) {
                 Ok(new) => return Ok((Arc::clone(machine), new)),
-                Err(error @ AcquireError::PcapTaken { .. }) => return Err(error),
+                Err(error @ (AcquireError::PcapTaken { .. } | AcquireError::PcapPassed { .. })) => {
+                    return Err(error);
+                }
                 Err(error) => last = Some(error),
             }
         }
@@ -119,12 +127,17 @@ impl Roster {
     fn allocate(&self, machine: &Arc<Machine>, lock: &TaskLock) -> Result<bool, AcquireError> {
         self.expect_member(machine)?;
         let others = self.machines().iter().filter(|other| !Arc::ptr_eq(other, machine));
-        if let Some(path) = &lock.pcap_path
-            && let Some(other) = others
-                .into_iter()
-                .find(|other| other.task_lock().is_some_and(|of| of.pcap_path.as_ref() == Some(path)))
-        {
-            return Err(AcquireError::PcapTaken { other: other.name().to_owned(), path: path.clone() });
+        for other in others {
+            let Some(of_other) = other.task_lock() else { continue };
+            let other = other.name().to_owned();
+            if let Some(path) =
+                lock.pcap_path.clone().filter(|path| of_other.pcap_path.as_ref() == Some(path))
+            {
+                return Err(AcquireError::PcapTaken { other, path });
+            }
+            if lock.pcap_file.is_some() && lock.pcap_file == of_other.pcap_file {
+                return Err(AcquireError::PcapPassed { other });
+            }
         }
         Ok(machine.lock(lock)?)
     }

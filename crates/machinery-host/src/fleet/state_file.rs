@@ -180,7 +180,7 @@ mod tests {
     #[tokio::test]
     async fn save_keeps_entries_of_machines_that_are_not_configured() {
         let folder = tempfile::tempdir().unwrap();
-        let lock = TaskLock { task_id: "t".into(), pcap_path: Some("/p".into()), memory_dump_path: None };
+        let lock = TaskLock { task_id: "t".into(), pcap_path: Some("/p".into()), ..TaskLock::default() };
         let availability = Availability { lock: Some(lock), ..Availability::default() };
         let machines = BTreeMap::from([("away".to_owned(), availability)]);
         let path = folder.path().join("machines.json");

@@ -15,6 +15,7 @@
 mod unsaved;
 
 use std::error::Error as StdError;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -90,6 +91,11 @@ impl Manager {
     /// Returns the reloader of the configuration.
     pub fn reloader(&self) -> &Reloader {
         &self.reloader
+    }
+
+    /// Returns the folder below which every client may name files.
+    pub fn storage(&self) -> &Path {
+        &self.queues.context().folders.storage
     }
 
     /// Subscribes to all later events.

@@ -1,6 +1,8 @@
 //! Property tests: the protocol parses any input without a panic, and its replies are bounded. The inputs are
 //! random and their number is fixed; `PROPTEST_CASES` sets another number.
 
+use std::path::Path;
+
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use serde_json::{Map, Value};
@@ -8,7 +10,7 @@ use tokio::io::BufReader;
 
 use super::framing::{self, Line};
 use super::limits::ClientBudget;
-use super::protocol::{self, Refusal, Request};
+use super::protocol::{self, Refusal, Request, Sender};
 
 /// Values with a meaning in the protocol.
 const WORDS: &[&str] = &[
@@ -49,6 +51,7 @@ const KEYS: &[&str] = &[
     "pcap_path",
     "memory_dump_path",
     "path",
+    "fd",
     "format",
     "name",
     "platform",
@@ -122,7 +125,8 @@ proptest! {
         if let Err(refusal) = protocol::id(&object) {
             assert_bounded(&refusal);
         }
-        match protocol::request(&object, enabled, |_| None) {
+        let sender = Sender { owner: None, file: None, storage: Path::new("/cwd/storage") };
+        match protocol::request(&object, enabled, &sender, |_| None) {
             Err(refusal) => assert_bounded(&refusal),
             Ok(Request::Acquire(_, lock)) => {
                 prop_assert!(enabled);

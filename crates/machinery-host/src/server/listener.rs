@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use super::limits::{ConnectionCounter, ConnectionPermit};
 use super::peers::Peers;
 use super::{connection, reply};
+use crate::client_file::DescriptorBudget;
 use crate::manager::Manager;
 
 /// The time that a rejected client has to read the reason.
@@ -98,13 +99,16 @@ pub async fn serve(
     connections: &mut JoinSet<()>,
 ) {
     let counter = Arc::new(ConnectionCounter::default());
+    let descriptors = Arc::new(DescriptorBudget::default());
     loop {
         // Drops the entries of connections that have ended.
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => match counter.permit(&stream) {
                 Some(permit) => {
-                    connections.spawn(admit(stream, Arc::clone(peers), Arc::clone(manager), permit));
+                    let (peers, manager, descriptors) =
+                        (Arc::clone(peers), Arc::clone(manager), Arc::clone(&descriptors));
+                    connections.spawn(admit(stream, peers, manager, permit, descriptors));
                 }
                 None => {
                     tracing::warn!("a connection was refused: its process or user holds too many");
@@ -122,9 +126,15 @@ pub async fn serve(
 }
 
 /// Serves the client, if its user may use the socket.
-async fn admit(stream: UnixStream, peers: Arc<Peers>, manager: Arc<Manager>, permit: ConnectionPermit) {
+async fn admit(
+    stream: UnixStream,
+    peers: Arc<Peers>,
+    manager: Arc<Manager>,
+    permit: ConnectionPermit,
+    descriptors: Arc<DescriptorBudget>,
+) {
     match peers.admit(&stream) {
-        Ok(()) => connection::serve(stream, manager, permit).await,
+        Ok(peer) => connection::serve(stream, manager, permit, peer, descriptors).await,
         Err(reason) => {
             tracing::warn!(reason, "a client was refused");
             reject(stream, &reason).await;

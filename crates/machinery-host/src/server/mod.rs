@@ -12,6 +12,7 @@
 //! | `outbox` | the lines on their way to the client |
 //! | `protocol`, `reply` | the two directions of the protocol |
 //! | `framing` | reads lines |
+//! | `receive` | reads bytes and descriptors |
 //! | `limits`, `peers` | how many connections, and whose |
 
 mod connection;
@@ -24,4 +25,5 @@ pub mod listener;
 mod outbox;
 pub mod peers;
 pub mod protocol;
+mod receive;
 mod reply;

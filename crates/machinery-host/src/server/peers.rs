@@ -10,6 +10,17 @@ use machinery::{Error, Result};
 use nix::unistd::{Group, Uid};
 use tokio::net::UnixStream;
 
+use crate::client_file::Owner;
+
+/// The user at the other end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// The number of the user.
+    pub uid: u32,
+    /// The user as the owner of files, unless it is root or the host's own user.
+    pub owner: Option<Owner>,
+}
+
 /// The users that may use the socket.
 #[derive(Debug, Clone)]
 pub struct Peers {
@@ -32,16 +43,18 @@ impl Peers {
         self.group.as_ref().map(|group| group.gid.as_raw())
     }
 
-    /// Expects that the client's user may use the socket.
+    /// Expects that the client's user may use the socket, and returns that user.
     ///
     /// # Errors
     /// The user may not; the reason is for the client.
-    pub fn admit(&self, stream: &UnixStream) -> Result<(), String> {
+    pub fn admit(&self, stream: &UnixStream) -> Result<Peer, String> {
         let peer = stream.peer_cred().map_err(|error| format!("cannot find out your user: {error}"))?;
         let uid = Uid::from_raw(peer.uid());
         let is_member = |gid| peer.gid() == gid || supplementary(stream).is_ok_and(|all| all.contains(&gid));
-        if uid == self.own || uid.is_root() || self.gid().is_some_and(is_member) {
-            return Ok(());
+        let is_trusted = uid == self.own || uid.is_root();
+        if is_trusted || self.gid().is_some_and(is_member) {
+            let owner = Owner { uid: peer.uid(), gid: peer.gid() };
+            return Ok(Peer { uid: peer.uid(), owner: (!is_trusted).then_some(owner) });
         }
         let members = match &self.group {
             Some(group) => format!(" and the members of the group {}", group.name),
@@ -106,7 +119,8 @@ mod tests {
     #[tokio::test]
     async fn peers_admit_the_hosts_own_user() {
         let (one, _other) = UnixStream::pair().unwrap();
-        assert_eq!(Peers::new(None).unwrap().admit(&one), Ok(()));
+        let uid = rustix::process::geteuid().as_raw();
+        assert_eq!(Peers::new(None).unwrap().admit(&one), Ok(Peer { uid, owner: None }));
     }
 
     #[tokio::test]

@@ -4,13 +4,14 @@
 //! order of the checks, the reasons, and whether the connection closes after a reason. Source:
 //! `MachineryManager.handle_message` in Cuckoo3's `node/machinery.py`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use machinery::{DumpFormat, Error};
 use serde_json::{Map, Value, json};
 
 use crate::actions::{Action, PrepareOrigin};
+use crate::client_file::{ClientFile, NamedFile, Owner, PassedFile};
 use crate::fleet::Machine;
 use crate::fleet::availability::TaskLock;
 use crate::fleet::pool::MachineQuery;
@@ -54,6 +55,16 @@ pub enum Request {
     SetEnabled(bool),
 }
 
+/// The sender of a request.
+pub struct Sender<'a> {
+    /// The client's user, unless that is root or the host's user.
+    pub owner: Option<Owner>,
+    /// The file that the client has passed with the request.
+    pub file: Option<PassedFile>,
+    /// The folder below which every client may name files.
+    pub storage: &'a Path,
+}
+
 /// A line that is no valid request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
@@ -64,7 +75,8 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn open(reason: impl Into<String>) -> Self {
+    /// Returns a refusal that keeps the connection.
+    pub fn open(reason: impl Into<String>) -> Self {
         Refusal { reason: reason.into(), close: false }
     }
 
@@ -134,6 +146,7 @@ pub fn id(object: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
 pub fn request(
     object: &Map<String, Value>,
     enabled: bool,
+    sender: &Sender<'_>,
     find: impl Fn(&str) -> Option<Arc<Machine>>,
 ) -> Result<Request, Refusal> {
     let text = |key: &str| object.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
@@ -148,7 +161,7 @@ pub fn request(
         if object.contains_key("machine") {
             return Err(Refusal::open("'acquire' takes the machine's name as 'name', and not as 'machine'"));
         }
-        return Ok(Request::Acquire(query(object)?, task_lock(object)?));
+        return Ok(Request::Acquire(query(object)?, task_lock(object, sender)?));
     }
     let (Some(action), Some(name)) = (action, text("machine")) else {
         return Err(Refusal::closing("Missing action or machine name"));
@@ -162,20 +175,18 @@ pub fn request(
         "stop" => act(Action::Stop),
         "acpi_stop" => act(Action::AcpiStop),
         "dump_memory" => {
-            let path = match path(object, "path")? {
-                Some(path) => path,
-                None => {
-                    machine.task_lock().and_then(|lock| lock.memory_dump_path).ok_or_else(missing_path)?
-                }
-            };
-            act(Action::DumpMemory { path, format: format(object)? })
+            let of_lock = || machine.task_lock().and_then(|lock| lock.memory_dump());
+            let file = client_file(object, sender)?.or_else(of_lock).ok_or_else(missing_path)?;
+            act(Action::DumpMemory { file, format: format(object)? })
         }
-        "screenshot" => act(Action::Screenshot { path: path(object, "path")?.ok_or_else(missing_path)? }),
+        "screenshot" => {
+            act(Action::Screenshot { file: client_file(object, sender)?.ok_or_else(missing_path)? })
+        }
         "prepare" => act(Action::Prepare(PrepareOrigin::Request)),
         "state" => Ok(Request::State(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
-        "lock" => Ok(Request::Lock(machine, task_lock(object)?)),
+        "lock" => Ok(Request::Lock(machine, task_lock(object, sender)?)),
         "unlock" => Ok(Request::Unlock(machine, optional_task_id(object)?)),
         "reserve" => Ok(Request::Reserve(machine, task_id(object)?)),
         "unreserve" => Ok(Request::Unreserve(machine)),
@@ -232,8 +243,42 @@ fn path(object: &Map<String, Value>, key: &str) -> Result<Option<PathBuf>, Refus
     }
 }
 
+/// Reports whether a descriptor was passed with the request.
+///
+/// # Errors
+/// The key is neither true nor false.
+pub fn has_descriptor(object: &Map<String, Value>) -> Result<bool, Refusal> {
+    match object.get("fd") {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(passed)) => Ok(*passed),
+        Some(_) => Err(Refusal::open("'fd' must be true or false")),
+    }
+}
+
+/// Returns a key's path, if the sender may name it.
+fn allowed_path(
+    object: &Map<String, Value>,
+    key: &str,
+    sender: &Sender<'_>,
+) -> Result<Option<PathBuf>, Refusal> {
+    let path = path(object, key)?;
+    if let (Some(path), Some(owner)) = (&path, sender.owner) {
+        owner.expect_below(path, sender.storage).map_err(|error| Refusal::open(error.to_string()))?;
+    }
+    Ok(path)
+}
+
+/// Returns the file that the client has passed, or else named.
+fn client_file(object: &Map<String, Value>, sender: &Sender<'_>) -> Result<Option<ClientFile>, Refusal> {
+    if let Some(file) = &sender.file {
+        return Ok(Some(ClientFile::Passed(file.clone())));
+    }
+    let path = allowed_path(object, "path", sender)?;
+    Ok(path.map(|path| ClientFile::Named(NamedFile { path, owner: sender.owner })))
+}
+
 fn missing_path() -> Refusal {
-    Refusal::open("Missing path: this action needs an absolute 'path' to write to")
+    Refusal::open("Missing path: this action needs an absolute 'path' to write to, or a descriptor and 'fd'")
 }
 
 fn optional_task_id(object: &Map<String, Value>) -> Result<Option<String>, Refusal> {
@@ -250,11 +295,18 @@ fn task_id(object: &Map<String, Value>) -> Result<String, Refusal> {
     optional_task_id(object)?.ok_or_else(missing)
 }
 
-fn task_lock(object: &Map<String, Value>) -> Result<TaskLock, Refusal> {
+fn task_lock(object: &Map<String, Value>, sender: &Sender<'_>) -> Result<TaskLock, Refusal> {
     Ok(TaskLock {
         task_id: task_id(object)?,
-        pcap_path: path(object, "pcap_path")?,
-        memory_dump_path: path(object, "memory_dump_path")?,
+        pcap_path: match sender.file {
+            // The path is only a name then, and is checked again before it is used.
+            Some(_) => path(object, "pcap_path")?,
+            None => allowed_path(object, "pcap_path", sender)?,
+        },
+        memory_dump_path: allowed_path(object, "memory_dump_path", sender)?,
+        owner: sender.owner,
+        pcap_passed: sender.file.is_some(),
+        pcap_file: sender.file.clone(),
     })
 }
 
@@ -291,9 +343,13 @@ fn format(object: &Map<String, Value>) -> Result<DumpFormat, Refusal> {
 mod tests {
     use super::*;
 
+    fn sender() -> Sender<'static> {
+        Sender { owner: None, file: None, storage: Path::new("/cwd/storage") }
+    }
+
     fn refused(line: &str, enabled: bool) -> Refusal {
         let object = object(line.as_bytes()).unwrap();
-        request(&object, enabled, |_| None).err().unwrap()
+        request(&object, enabled, &sender(), |_| None).err().unwrap()
     }
 
     #[test]
@@ -323,7 +379,7 @@ mod tests {
         assert_eq!(refused("{}", false), disabled);
         assert_ne!(refused(r#"{"action": "stop", "machine": "m"}"#, false), disabled);
         let list = object(br#"{"action": "list"}"#).unwrap();
-        assert!(request(&list, false, |_| None).is_ok());
+        assert!(request(&list, false, &sender(), |_| None).is_ok());
     }
 
     #[test]
@@ -343,6 +399,28 @@ mod tests {
         object(line(MAX_VALUES - 10).as_bytes()).unwrap();
         let text = format!("{{\"reason\": \"\\\\\\\"{}\"}}", ",[{".repeat(MAX_VALUES));
         object(text.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn paths_of_other_users_are_refused_outside_of_storage() {
+        let sender = Sender { owner: Some(Owner { uid: 7, gid: 7 }), ..sender() };
+        let acquire = |path: &str| {
+            let line = json!({"action": "acquire", "task_id": "t", "pcap_path": path}).to_string();
+            request(&object(line.as_bytes()).unwrap(), true, &sender, |_| None)
+        };
+        assert!(acquire("/cwd/storage/analyses/dump.pcap").is_ok());
+        for path in ["/etc/passwd", "/cwd/storage/../conf", "/cwd/storage", "/cwd/storage/a/../../x"] {
+            let refusal = acquire(path).err().unwrap();
+            assert!(refusal.reason.contains("user 7 may not") && !refusal.close, "{refusal:?}");
+        }
+    }
+
+    #[test]
+    fn fd_is_refused_when_it_is_no_switch() {
+        for (fd, expected) in [(json!(true), Some(true)), (json!(null), Some(false)), (json!(3), None)] {
+            let object = json!({"fd": fd});
+            assert_eq!(has_descriptor(object.as_object().unwrap()).ok(), expected);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 """Requests and events, with a host and with a misbehaving fake of one."""
 
 import json
+import os
 import queue
 import tempfile
 import threading
@@ -69,6 +70,36 @@ class WithAHost(unittest.TestCase):
         self.cwd = make_cwd(self, {f"m{number}": {} for number in range(8)})
         self.client = Client(self.cwd / "operational/sockets/machinerymanager.sock")
         self.host = start_other_host(self, self.cwd)
+
+    def test_dump_is_written_into_a_passed_file(self):
+        self.client.request("restore_start", machine="m1")
+        with tempfile.TemporaryFile() as file:
+            self.client.request("dump_memory", machine="m1", file=file)
+            self.assertEqual(os.pread(file.fileno(), 4, 0), b"\x7fELF")
+            # The host writes from the beginning.
+            self.client.request("screenshot", machine="m1", file=file.fileno())
+            self.assertEqual(os.pread(file.fileno(), 4, 0), b"\x89PNG")
+
+    def test_capture_gets_a_passed_file(self):
+        with tempfile.TemporaryFile() as file:
+            self.client.request("lock", machine="m1", task_id="t", file=file)
+            with self.assertRaisesRegex(Refused, "same passed file"):
+                self.client.request("lock", machine="m2", task_id="t2", file=file)
+
+    def test_host_that_knows_no_descriptors_uses_the_path(self):
+        lines = []
+
+        def answers(line):
+            lines.append(json.loads(line))
+            return json.dumps({"success": True, "id": lines[-1]["id"]}).encode() + b"\n"
+
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = Path(folder.name, "sock")
+        FakeHost(self, path, answers)
+        with tempfile.TemporaryFile() as file:
+            Client(path).request("screenshot", machine="m", file=file, path="/x")
+        self.assertEqual((lines[0]["path"], lines[0]["fd"]), ("/x", True))
 
     def test_threads_get_their_own_answers(self):
         names = [f"m{number}" for number in range(8)]

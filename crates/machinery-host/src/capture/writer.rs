@@ -1,0 +1,216 @@
+//! Copies tcpdump's output into the file of a capture.
+//!
+//! tcpdump writes to a pipe, so it needs no right to the file. Only whole packets are copied: whenever a capture ends,
+//! also at its limit or by the death of tcpdump, its file is complete. Source of the format: pcap-savefile(5).
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+
+use crate::client_file::PassedFile;
+
+/// The length of the file's header, and of the header of a packet, in bytes.
+const FILE_HEADER: usize = 24;
+const PACKET_HEADER: usize = 16;
+/// The length of a packet, in bytes, at most. Source: `MAXIMUM_SNAPLEN` in libpcap's pcap-int.h.
+const MAX_PACKET: usize = 256 << 10;
+/// The number of bytes that are read at once.
+const CHUNK: usize = 64 << 10;
+
+/// The file of a capture.
+#[derive(Debug)]
+pub enum CaptureFile {
+    /// A file that the host has opened.
+    Opened(File),
+    /// A file or a pipe that the task has passed.
+    Passed(PassedFile),
+}
+
+impl CaptureFile {
+    /// Returns the file. A passed file is truncated.
+    ///
+    /// # Errors
+    /// The file cannot be truncated.
+    pub fn file(&self) -> io::Result<&File> {
+        match self {
+            CaptureFile::Opened(file) => Ok(file),
+            CaptureFile::Passed(file) => file.rewound(),
+        }
+    }
+}
+
+/// The end of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Copied {
+    /// tcpdump has ended.
+    All,
+    /// The next packet would exceed the limit.
+    UpToLimit,
+}
+
+/// Copies whole packets, as they arrive, until the end of `tcpdump` or the limit.
+///
+/// # Errors
+/// `tcpdump` cannot be read or is no capture; the file cannot be written.
+pub fn copy(mut tcpdump: impl Read, mut file: impl Write, limit: Option<u64>) -> io::Result<Copied> {
+    let mut packets = Packets::default();
+    let mut left = limit.unwrap_or(u64::MAX);
+    loop {
+        if !packets.read(&mut tcpdump)? {
+            return Ok(Copied::All);
+        }
+        let whole = packets.whole(left)?;
+        file.write_all(packets.take(whole.length).as_slice())?;
+        left -= whole.length as u64;
+        if whole.limit_reached {
+            return Ok(Copied::UpToLimit);
+        }
+    }
+}
+
+/// The bytes that were read and not written.
+#[derive(Default)]
+struct Packets {
+    bytes: Vec<u8>,
+    /// True if the lengths have the other byte order than this computer. `None` before the file's header.
+    swapped: Option<bool>,
+}
+
+/// The whole packets at the begin of the bytes.
+struct Whole {
+    length: usize,
+    limit_reached: bool,
+}
+
+impl Packets {
+    /// Reads what there is. Returns false at the end.
+    fn read(&mut self, from: &mut impl Read) -> io::Result<bool> {
+        let length = self.bytes.len();
+        self.bytes.resize(length + CHUNK, 0);
+        let read = loop {
+            match from.read(&mut self.bytes[length..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read,
+            }
+        };
+        self.bytes.truncate(length + *read.as_ref().unwrap_or(&0));
+        Ok(read? > 0)
+    }
+
+    /// Returns the length of the whole packets, as far as they fit into `left` bytes.
+    fn whole(&mut self, left: u64) -> io::Result<Whole> {
+        let mut length = 0;
+        loop {
+            let next = match self.swapped {
+                None => self.file_header()?,
+                Some(swapped) => self.packet(length, swapped)?,
+            };
+            let Some(next) = next else { return Ok(Whole { length, limit_reached: false }) };
+            if (length + next) as u64 > left {
+                return Ok(Whole { length, limit_reached: true });
+            }
+            length += next;
+        }
+    }
+
+    /// Returns the length of the file's header, if it is there.
+    fn file_header(&mut self) -> io::Result<Option<usize>> {
+        if self.bytes.len() < FILE_HEADER {
+            return Ok(None);
+        }
+        // Microseconds, and nanoseconds.
+        let is_magic = |number| matches!(number, 0xa1b2_c3d4 | 0xa1b2_3c4d);
+        let magic = self.number(0).unwrap_or(0);
+        self.swapped = match (is_magic(magic), is_magic(magic.swap_bytes())) {
+            (true, _) => Some(false),
+            (_, true) => Some(true),
+            _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "tcpdump's output is no capture")),
+        };
+        Ok(Some(FILE_HEADER))
+    }
+
+    /// Returns the length of the packet at that place with its header, if it is there as a whole.
+    fn packet(&self, at: usize, swapped: bool) -> io::Result<Option<usize>> {
+        let Some(captured) = self.number(at + 8) else { return Ok(None) };
+        let captured = if swapped { captured.swap_bytes() } else { captured } as usize;
+        if captured > MAX_PACKET {
+            let error = format!("tcpdump's output is no capture: a packet of {captured} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+        let length = PACKET_HEADER + captured;
+        Ok((self.bytes.len() >= at + length).then_some(length))
+    }
+
+    fn number(&self, at: usize) -> Option<u32> {
+        self.bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+    }
+
+    fn take(&mut self, length: usize) -> Vec<u8> {
+        let rest = self.bytes.split_off(length);
+        std::mem::replace(&mut self.bytes, rest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn capture(lengths: &[u32], order: impl Fn(u32) -> [u8; 4]) -> Vec<u8> {
+        let mut bytes = order(0xa1b2_c3d4).to_vec();
+        bytes.resize(FILE_HEADER, 0);
+        for length in lengths {
+            bytes.extend([[0; 4], [0; 4], order(*length), order(*length)].concat());
+            bytes.resize(bytes.len() + *length as usize, 7);
+        }
+        bytes
+    }
+
+    /// Returns one byte more at each read, as slow as a reader can be.
+    struct Slow<'a>(&'a [u8]);
+
+    impl Read for Slow<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let length = self.0.len().min(1);
+            self.0.read(&mut buffer[..length])
+        }
+    }
+
+    #[test]
+    fn capture_is_copied_in_both_byte_orders_and_in_pieces_of_any_size() {
+        for order in [u32::to_le_bytes, u32::to_be_bytes] {
+            let bytes = capture(&[0, 1, 100, 70_000], order);
+            for copied in [
+                |bytes: &[u8], file: &mut Vec<u8>| copy(bytes, file, None),
+                |bytes: &[u8], file: &mut Vec<u8>| copy(Slow(bytes), file, None),
+            ] {
+                let mut file = Vec::new();
+                assert_eq!(copied(&bytes, &mut file).unwrap(), Copied::All);
+                assert!(file == bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn capture_ends_with_a_whole_packet_when_its_limit_or_its_end_is_reached() {
+        let bytes = capture(&[100, 100, 100], u32::to_ne_bytes);
+        let length = |packets: usize| FILE_HEADER + packets * 116;
+        for (limit, packets) in [(length(2), 2), (length(3) - 1, 2), (length(1), 1), (30, 0)] {
+            let mut file = Vec::new();
+            assert_eq!(copy(&*bytes, &mut file, Some(limit as u64)).unwrap(), Copied::UpToLimit);
+            assert_eq!(file.len(), length(packets));
+        }
+        let mut file = Vec::new();
+        assert_eq!(copy(&bytes[..length(2) + 50], &mut file, Some(1 << 20)).unwrap(), Copied::All);
+        assert_eq!(file.len(), length(2));
+        assert_eq!(copy(&*bytes, Vec::new(), Some(bytes.len() as u64)).unwrap(), Copied::All);
+    }
+
+    #[test]
+    fn copy_fails_when_the_output_is_no_capture() {
+        let mut huge = capture(&[], u32::to_ne_bytes);
+        huge.extend([[0; 4], [0; 4], [0xff; 4], [0xff; 4]].concat());
+        for bytes in [vec![b'x'; 100], huge] {
+            let error = copy(&*bytes, Vec::new(), None).unwrap_err();
+            assert!(error.to_string().contains("no capture"), "{error}");
+        }
+    }
+}
