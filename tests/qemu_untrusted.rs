@@ -94,6 +94,11 @@ fn unsafe_arguments_run_when_the_operator_accepts_them() {
     let lab = lab(&[("m", Guest::Vmcloak)]);
     let marker = add_script(&lab, "m");
     lab.accept_unsafe_args("m").unwrap();
+    // A jail starts no helper of the arguments, whether the operator accepts them or not.
+    let (mut jailed, mut client) = served(&lab);
+    assert_eq!(client.act("norestore_start", "m").unwrap()["success"], false);
+    assert!(jailed.terminate().unwrap().success() && !marker.exists());
+    lab.set_jail("off").unwrap();
     let (mut host, mut client) = served(&lab);
     let machine = client.machine("m").unwrap();
     assert!(machine["warnings"].to_string().contains("unsafe_start_args"), "{machine}");

@@ -88,7 +88,7 @@ impl DiskSpace {
         match self.space(path) {
             Ok(space) if space.is_short() => Err(Error::not_now(space.describe(path))
                 .advice("Free some space there, or lower free_space_reserve in machinery-host.yaml")),
-            // Whoever uses a path that is missing reports that better.
+            // A caller that uses a missing path reports that better.
             _ => Ok(()),
         }
     }

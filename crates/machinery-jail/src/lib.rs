@@ -22,7 +22,7 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `policy` | [`Policy`]: what a process may do |
+//! | `policy` | [`Policy`]: the rights of a process |
 //! | `apply` | [`enter`]: the steps above |
 //! | `filter` | the seccomp filter |
 //! | `paths` | the Landlock rules |

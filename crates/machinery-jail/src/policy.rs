@@ -1,10 +1,10 @@
-//! What a confined process may do. Everything else is denied.
+//! The rights of a confined process. Everything else is denied.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// What a confined process may do.
+/// The rights of a confined process.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {

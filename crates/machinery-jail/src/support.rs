@@ -5,7 +5,7 @@ use std::path::Path;
 
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
 
-/// What this host can apply.
+/// The parts of the layers that this host can apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Support {
     /// True if the kernel has Landlock and it is enabled.

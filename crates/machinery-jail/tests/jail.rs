@@ -196,7 +196,7 @@ fn other_processes_are_out_of_reach() {
 }
 
 #[test]
-fn only_the_descriptors_of_the_policy_are_inherited() {
+fn descriptors_are_inherited_only_if_the_policy_has_them() {
     let host = Host::new();
     let files =
         [host.path("secret"), host.path("other.qcow2")].map(|path| std::fs::File::open(path).unwrap());

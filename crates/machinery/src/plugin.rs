@@ -231,7 +231,7 @@ pub struct MachineInfo {
     pub agent_port: u16,
     /// Lowercase, with colons.
     pub mac_address: Option<String>,
-    /// How the hypervisor of the machine is confined, for people; none if the machinery does not confine it.
+    /// The confinement of the machine's hypervisor, for people; none if the machinery does not confine it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jail: Option<String>,
 }

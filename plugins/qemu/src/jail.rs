@@ -1,4 +1,4 @@
-//! What a machine's QEMU may do: the policy of its jail, from its arguments.
+//! The policy of a machine's jail, from its arguments: the rights of its QEMU.
 //!
 //! Everything that QEMU opens by a path is named in its arguments or made by this plugin. Everything else QEMU gets as a
 //! descriptor: the monitor's socket, the RAM, snapshots, taps, and [sockets](crate::passed).
@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use machinery_backend::jail::{Layers, Limits, Network, Policy};
-use machinery_images::{Chain, Header};
+use machinery_images::Header;
 
 use crate::config::MachineFiles;
 use crate::memory::of_guest;
@@ -78,25 +78,12 @@ pub fn groups<'a>(machines: impl Iterator<Item = (&'a str, Layers)>) -> Vec<(Lay
 
 /// Returns the files that QEMU reads.
 fn read_by(files: &MachineFiles, program: &Path) -> Vec<PathBuf> {
-    let chain = |path: &Path, format: Option<&str>| {
-        // A chain that cannot be resolved makes the machine unusable, with a reason of its own.
-        Chain::of(path, format).map_or_else(|_| Vec::new(), |chain| chain.files)
-    };
-    let images = files.images();
-    let images = images.iter().flat_map(|image| chain(&image.path, image.format.as_deref()));
-    let opened = files.start_args.opened();
-    let sources = opened.sources.iter().flat_map(|source| {
-        let found = chain(&source.path, source.format.as_deref());
-        if found.is_empty() { vec![source.path.clone()] } else { found }
-    });
+    // A chain that breaks a rule makes the machine unusable, with a reason of its own.
+    let chain = files.chain().unwrap_or_default();
     let prefix = program.parent().and_then(Path::parent).filter(|prefix| *prefix != Path::new("/"));
     let data = prefix.into_iter().flat_map(|prefix| DATA_FOLDERS.map(|folder| prefix.join(folder)));
-    let own = std::iter::once(program.to_owned());
-    let mut read: Vec<PathBuf> =
-        own.chain(images).chain(sources).chain(data).filter(|path| path.exists()).collect();
-    read.sort();
-    read.dedup();
-    read
+    let all = std::iter::once(program.to_owned()).chain(chain).chain(data);
+    all.filter(|path| path.exists()).collect()
 }
 
 /// Returns the network that the arguments use, and the TCP ports on which QEMU listens.

@@ -16,7 +16,7 @@
 //! | `standby` | a run that is loaded and paused |
 //! | `restore`, `progress`, `refusal` | loads a snapshot or a template; its progress; why QEMU refuses a snapshot |
 //! | `inspect` | memory dump and screenshot |
-//! | `jail` | what a machine's QEMU may do |
+//! | `jail` | the rights of a machine's QEMU |
 //! | `leftovers` | the leftovers of a host that was killed |
 //! | `run` | one run, from its process to its end |
 //! | `launch`, `console`, `passed` | a process whose monitor is connected; its output; what it inherits |

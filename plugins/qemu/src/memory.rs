@@ -1,6 +1,6 @@
 //! The size of a guest's memory, by the machine's arguments.
 //!
-//! A QEMU that malware has taken over reports any size, so the limit of a dump comes from the arguments. Source: `-m` in
+//! A QEMU that malware controls reports any size, so the limit of a dump comes from the arguments. Source: `-m` in
 //! QEMU's qemu-options.hx, and its default in hw/core/machine.c.
 
 use crate::machineinfo::StartArgs;
@@ -19,7 +19,7 @@ pub fn max_dump(args: &StartArgs) -> u64 {
     of_guest(args).map_or(UNKNOWN, |size| size.saturating_add(OVERHEAD).min(UNKNOWN))
 }
 
-/// Returns the memory that the guest may have, in bytes; `None` if the arguments do not tell.
+/// Returns the memory that the guest may have, in bytes; `None` if the arguments do not show it.
 pub fn of_guest(args: &StartArgs) -> Option<u64> {
     // A file of `-readconfig` may have the size.
     if args.options().any(|(name, _)| name == "readconfig") {

@@ -1,4 +1,4 @@
-//! What the plugin opens in QEMU's place: taps, and sockets that listen. A jailed QEMU neither opens `/dev/net/tun`, nor
+//! Taps, and sockets that listen: the plugin opens them in QEMU's place. A jailed QEMU neither opens `/dev/net/tun`, nor
 //! starts a helper, nor makes a socket.
 //!
 //! ```text
@@ -118,9 +118,15 @@ fn open(options: &Options, deadline: Deadline) -> Result<Option<OwnedFd>> {
 fn of_bridge(options: &Options, deadline: Deadline) -> Result<OwnedFd> {
     let bridge = options.get("br").unwrap_or(BRIDGE);
     let found = HELPERS.into_iter().find(|helper| Path::new(helper).exists());
-    let helper = options.get("helper").or(found).ok_or_else(|| {
+    let helper = found.ok_or_else(|| {
         Error::environment("QEMU's helper for bridges is not installed")
             .advice(format!("Install it ({})", HELPERS[0]))
     })?;
+    // The host itself runs the helper, with the host's rights.
+    if options.get("helper").is_some_and(|own| own != helper) {
+        let reason = format!("a jailed machine has no helper for bridges but {helper}");
+        return Err(Error::configuration(reason)
+            .advice("Remove helper= from its start_args, or set jail: off for the machine"));
+    }
     taps::in_bridge(Path::new(helper), bridge, deadline)
 }

@@ -45,7 +45,7 @@ pub use layers::Layers;
 pub use machinery_jail::{Limits, Network, Policy, User};
 pub use users::UserRange;
 
-/// Whether the processes of a machine are confined.
+/// The mode of a machine's jail.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum JailMode {
@@ -68,7 +68,7 @@ pub struct Jail {
     cgroup: std::result::Result<Cgroup, String>,
 }
 
-/// What this computer offers.
+/// The support for jails on this computer.
 #[derive(Debug, Clone)]
 struct HostSupport {
     kernel: Support,
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_confined_when_the_jail_is_off() {
+    fn process_is_not_confined_when_the_jail_is_off() {
         let confinement = jail(JailMode::Off, true, true).confine(Policy::default()).unwrap();
         assert!(!confinement.is_confined());
         assert_eq!(confinement.layers().names(), "off");

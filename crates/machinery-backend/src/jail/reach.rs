@@ -1,4 +1,4 @@
-//! Whether the user of a machine can reach a file, by the file's mode and those of its folders.
+//! The files that the user of a machine can reach, by their modes and those of their folders.
 //!
 //! The files of a machine belong to the operator, so nobody changes their modes. A user who cannot reach them does not
 //! get the machine. Access control lists are not looked at.

@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_machine_has_a_user_of_its_own_and_keeps_it() {
+    fn machine_has_a_user_of_its_own_and_keeps_it() {
         let range = UserRange { first: 100_000, count: 3 };
         let of = |name: &str| range.user_of(Path::new(name)).uid;
         let users = ["/c/a", "/c/b", "/c/c"].map(of);

@@ -5,7 +5,7 @@ use machinery_backend::ImageFile;
 use crate::options::Options;
 
 /// Options that name files which are only read: the option, the key of its first word, and the keys of files.
-const READS: [(&str, &str, &[&str]); 14] = [
+const READS: [(&str, &str, &[&str]); 15] = [
     ("kernel", "", &[]),
     ("dtb", "", &[]),
     ("bios", "", &[]),
@@ -20,6 +20,7 @@ const READS: [(&str, &str, &[&str]); 14] = [
     ("object", "qom-type", &["file", "mem-path"]),
     ("machine", "type", &["kernel", "initrd", "dtb", "firmware"]),
     ("boot", "order", &["splash"]),
+    ("plugin", "file", &["file"]),
 ];
 
 /// Returns the files that QEMU reads because of an option.

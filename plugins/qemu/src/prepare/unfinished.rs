@@ -12,7 +12,7 @@ use super::identity::Identity;
 use super::layout::{DEVICES, DISK, FOLDER_MODE, RAM, RECORD, checksum, remove};
 use super::store::{Record, Templates};
 
-/// Who opens a template's RAM file, and how.
+/// The way in which QEMU opens a template's RAM file.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Opener {
     /// The group of the machine's own user, if it has one.
