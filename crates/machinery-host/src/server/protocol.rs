@@ -97,7 +97,7 @@ fn count_values(line: &[u8]) -> usize {
 /// The line is not JSON, not an object, or has too many values.
 pub fn object(line: &[u8]) -> Result<Map<String, Value>, Refusal> {
     if count_values(line) > MAX_VALUES {
-        return Err(Refusal::open(format!("the line has more than {MAX_VALUES} values")));
+        return Err(Refusal::open(format!("the line has more than {MAX_VALUES} JSON values")));
     }
     match serde_json::from_slice(line) {
         Ok(Value::Object(object)) => Ok(object),
@@ -339,7 +339,7 @@ mod tests {
     fn line_with_too_many_values_is_refused_and_keeps_connection() {
         let line = |values: usize| format!("{{\"tags\": [{}\"a\"]}}", "1,".repeat(values));
         let refusal = object(line(MAX_VALUES).as_bytes()).unwrap_err();
-        assert!(!refusal.close && refusal.reason.contains("10000 values"), "{refusal:?}");
+        assert!(!refusal.close && refusal.reason.contains("10000 JSON values"), "{refusal:?}");
         object(line(MAX_VALUES - 10).as_bytes()).unwrap();
         let text = format!("{{\"reason\": \"\\\\\\\"{}\"}}", ",[{".repeat(MAX_VALUES));
         object(text.as_bytes()).unwrap();
