@@ -22,6 +22,9 @@ const MAX_CONNECTION_BYTES: usize = 8 << 20;
 /// The memory that the requests and replies of one user's connections may hold, in bytes.
 const MAX_USER_BYTES: usize = 64 << 20;
 
+/// The part of the user's budget that one share counts as, in bytes, at most. The longest list alone does not exceed the
+/// budget.
+const MAX_SHARE: usize = MAX_USER_BYTES / 2;
 /// The number of long lines of one user that are read at the same time.
 const MAX_LONG_LINES: usize = 16;
 
@@ -196,7 +199,7 @@ impl ClientBudget {
 
     /// Waits for a share that takes `own` of the connection's budget, and `bytes` of the user's.
     async fn share_as(&self, own: usize, bytes: usize) -> MemoryShare {
-        let count = u32::try_from(own).unwrap_or(u32::MAX);
+        let (count, bytes) = (u32::try_from(own).unwrap_or(u32::MAX), bytes.min(MAX_SHARE));
         let own = Arc::clone(&self.own).acquire_many_owned(count).await.ok();
         self.user.add(self.number, bytes);
         MemoryShare { user: Arc::clone(&self.user), number: self.number, bytes, _own: own }
@@ -218,6 +221,7 @@ impl MemoryShare {
     /// Counts the share as that many bytes of the user's budget: a reply may be longer or shorter than expected. Nobody
     /// waits for that, but the budget may be exceeded by it.
     pub fn resize(&mut self, bytes: usize) {
+        let bytes = bytes.min(MAX_SHARE);
         self.user.subtract(self.number, self.bytes);
         self.user.add(self.number, bytes);
         self.bytes = bytes;
@@ -298,13 +302,14 @@ mod tests {
         let budget = permit.budget();
         let mut shares = Vec::new();
         for _ in 0..4 {
-            shares.push(budget.large_share(1 << 20).await);
+            shares.push(budget.large_share(1 << 30).await);
         }
         assert!(tokio::time::timeout(Duration::from_millis(1), budget.large_share(1)).await.is_err());
-        assert_eq!(used(), 4 << 20);
+        assert_eq!(used(), 4 * MAX_SHARE);
         shares[0].resize(5 << 20);
         shares[1].resize(1 << 10);
-        assert_eq!(used(), (7 << 20) + (1 << 10));
+        shares[2].resize(1 << 30);
+        assert_eq!(used(), (5 << 20) + (1 << 10) + 2 * MAX_SHARE);
         drop(shares);
         assert_eq!(used(), 0);
     }
