@@ -1,6 +1,6 @@
 //! The size of a guest's memory, by the machine's arguments.
 //!
-//! A QEMU that malware has taken over reports any size, so the limit of a dump comes from the arguments. Source: `-m` in
+//! A QEMU that runs the code of malware reports any size, so the limit of a dump comes from the arguments. Source: `-m` in
 //! QEMU's qemu-options.hx, and its default in hw/core/machine.c.
 
 use crate::machineinfo::StartArgs;
