@@ -97,7 +97,11 @@ impl Host {
             named("create", &self.lab.folder("m").dir.join("new")),
             named("connect", &self.path("operational/sockets/machinerymanager.sock")),
             named("connect", &self.path("libvirt-sock")),
+            named("chmod", &other.disk),
+            named("chown", &other.disk),
+            named("attribute", &other.disk),
             named("datagram", &self.path("log")),
+            named("raw-pair", &self.path("log")),
             named("read", &self.path("secret")),
             named("list", self.lab.cwd().root()),
             "read=/etc/shadow".to_owned(),
@@ -109,6 +113,7 @@ impl Host {
             format!("memory={host}"),
             format!("signal={host}"),
             format!("limits={host}"),
+            format!("schedule={host}"),
             "signal-group".to_owned(),
             "fork".to_owned(),
             "namespace".to_owned(),
@@ -387,7 +392,7 @@ fn run_is_in_a_cgroup_that_ends_with_it_also_when_the_host_is_killed() {
         fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero())).unwrap()
     };
     let qemu = lab.qemu_of("m").unwrap();
-    assert!(cgroup(qemu).contains(&format!("0::/{name}/m")), "{}", cgroup(qemu));
+    assert!(cgroup(qemu).contains(&format!("0::/{name}/machine-")), "{}", cgroup(qemu));
     host.kill().unwrap();
     let mut host = delegated();
     assert!(lab.qemu_of("m").is_err(), "QEMU runs on");

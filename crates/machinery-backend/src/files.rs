@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
@@ -30,6 +31,17 @@ pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
     new_file.push(".new");
     fs::write(&new_file, content).map_err(|error| Error::io("write", Path::new(&new_file), &error))?;
     fs::rename(&new_file, path).map_err(|error| Error::io("replace", path, &error))
+}
+
+/// Removes a socket, if it exists. A file of another kind stays, because a socket's path may be a mistake.
+///
+/// # Errors
+/// The socket cannot be removed.
+pub fn remove_socket(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => remove(path),
+        _ => Ok(()),
+    }
 }
 
 /// Removes a file, if it exists.

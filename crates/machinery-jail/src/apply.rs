@@ -12,10 +12,13 @@ use std::process::Command;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::thread::set_no_new_privs;
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+};
 
-use crate::policy::{Policy, User};
+use crate::policy::{Network, Policy, User};
 use crate::{filter, paths};
 
 /// The environment of a confined process.
@@ -61,10 +64,15 @@ fn confine(policy: &Policy, program: &Path) -> Result<(), JailError> {
     }
     keep_descriptors(&policy.descriptors).map_err(failed("close the descriptors"))?;
     set_limits(policy).map_err(failed("set the limits"))?;
-    if let Some(user) = &policy.user {
+    if has(CapabilitySet::SYS_ADMIN) {
         let network = if policy.own_network { CloneFlags::CLONE_NEWNET } else { CloneFlags::empty() };
-        unshare(CloneFlags::CLONE_NEWIPC | network).map_err(failed("make the namespaces"))?;
+        let ipc = if policy.network == Network::Any { CloneFlags::empty() } else { CloneFlags::CLONE_NEWIPC };
+        unshare(ipc | network).map_err(failed("make the namespaces"))?;
+    }
+    if let Some(user) = &policy.user {
         become_user(user).map_err(failed("change the user"))?;
+    } else if policy.network != Network::Any {
+        drop_capabilities().map_err(failed("drop the capabilities"))?;
     }
     set_no_new_privs(true).map_err(failed("give up new privileges"))?;
     paths::restrict(policy, program).map_err(failed("restrict the files"))?;
@@ -90,6 +98,30 @@ fn set_limits(policy: &Policy) -> nix::Result<()> {
     let set = |resource, limit: Option<u64>| limit.map_or(Ok(()), |limit| setrlimit(resource, limit, limit));
     set(Resource::RLIMIT_FSIZE, policy.limits.file_size)?;
     set(Resource::RLIMIT_NPROC, policy.limits.processes)
+}
+
+fn has(capability: CapabilitySet) -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(capability))
+}
+
+/// Drops all capabilities, of a root too that stays root: a program that it executes gets none.
+fn drop_capabilities() -> rustix::io::Result<()> {
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    if has(CapabilitySet::SETPCAP) {
+        for capability in CapabilitySet::all().iter() {
+            // A capability that the kernel does not know is in no set.
+            match remove_capability_from_bounding_set(capability) {
+                Err(Errno::INVAL) | Ok(()) => {}
+                failed => return failed,
+            }
+        }
+    }
+    clear_ambient_capability_set()?;
+    set_capabilities(None, none)
 }
 
 /// Gives up root for good: the kernel clears all capabilities when the last of the three numbers leaves 0.

@@ -38,7 +38,7 @@ mod support;
 
 pub use apply::{JailError, enter};
 pub use policy::{Limits, Network, Policy, User};
-pub use support::Support;
+pub use support::{NOT_ROOT, Support};
 
 /// The name of the helper program, which is installed beside the host.
 pub const PROGRAM: &str = "cuckoo-machinery-jail";

@@ -21,6 +21,18 @@ const SYSTEM: [&str; 7] = ["/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.
 /// Devices that every process may use.
 const SYSTEM_DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
 
+/// Files that the resolution of names reads. QEMU answers its guest's queries for names by `resolv.conf`. Source: nss(5),
+/// and `get_dns_addr` in libslirp.
+const NAMES: [&str; 7] = [
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/nsswitch.conf",
+    "/etc/host.conf",
+    "/etc/gai.conf",
+    "/etc/services",
+    "/etc/protocols",
+];
+
 /// A failure of one of the steps, for people.
 type Error = Box<dyn std::error::Error>;
 
@@ -47,8 +59,13 @@ pub fn restrict(policy: &Policy, program: &Path) -> Result<(), Error> {
     for path in SYSTEM_DEVICES.map(Path::new) {
         rules = allow(rules, path, device)?;
     }
+    if policy.network != Network::None {
+        for path in NAMES.map(Path::new).into_iter().filter(|path| path.exists()) {
+            rules = allow(rules, path, read)?;
+        }
+    }
     rules = allow(rules, program, AccessFs::ReadFile | AccessFs::Execute)?;
-    let socket = AccessFs::MakeSock | AccessFs::RemoveFile;
+    let socket = AccessFs::MakeSock.into();
     let own =
         [(&policy.read, read), (&policy.write, write), (&policy.devices, device), (&policy.sockets, socket)];
     for (paths, access) in own {

@@ -4,6 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+use rustix::thread::{CapabilitySet, capabilities};
+
+/// The reason why a host without the rights of root applies no layer B.
+pub const NOT_ROOT: &str = "the host does not run as root";
 
 /// The parts of the layers that this host can apply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +26,7 @@ impl Support {
         Support {
             landlock: has_landlock(),
             seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
-            root: rustix::process::geteuid().is_root() && is_initial_user_namespace(),
+            root: is_initial_user_namespace() && has_capabilities(),
         }
     }
 
@@ -37,7 +41,7 @@ impl Support {
 
     /// Returns the reason why layer B cannot be applied, if it cannot.
     pub fn missing_in_b(&self) -> Option<&'static str> {
-        (!self.root).then_some("the host does not run as root")
+        (!self.root).then_some(NOT_ROOT)
     }
 }
 
@@ -45,6 +49,13 @@ impl Support {
 fn has_landlock() -> bool {
     let ruleset = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
     ruleset.handle_access(AccessFs::Execute).and_then(Ruleset::create).is_ok()
+}
+
+/// Reports whether this process has the capabilities of layer B. Root in a container may lack them.
+fn has_capabilities() -> bool {
+    let needed =
+        CapabilitySet::SYS_ADMIN | CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::CHOWN;
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(needed))
 }
 
 /// Reports whether user 0 is the kernel's root, and not that of a user namespace. Source: user_namespaces(7).

@@ -127,6 +127,10 @@ fn files_of_others_are_denied() {
         host.attempt("create", "machineries/libmachinery_evil.so"),
         host.attempt("list", ""),
         "read=/etc/shadow".to_owned(),
+        host.attempt("chmod", "other.qcow2"),
+        host.attempt("chown", "other.qcow2"),
+        host.attempt("times", "own.qcow2"),
+        host.attempt("attribute", "other.qcow2"),
     ];
     assert_denied(&host.policy(), &attempts);
     assert_allowed(&host.policy(), &[host.attempt("read", "base.qcow2"), host.attempt("write", "own.qcow2")]);
@@ -138,6 +142,7 @@ fn sockets_of_others_are_denied() {
     let attempts = [
         host.attempt("connect", "host.sock"),
         host.attempt("datagram", "log.sock"),
+        host.attempt("raw-pair", "log.sock"),
         format!("abstract={}", host.abstract_name),
         format!("tcp={}", host.tcp.local_addr().unwrap()),
         format!("udp={}", host.udp.local_addr().unwrap()),
@@ -179,6 +184,8 @@ fn other_processes_are_out_of_reach() {
         format!("trace={own}"),
         format!("memory={own}"),
         format!("limits={own}"),
+        format!("schedule={own}"),
+        "owner".to_owned(),
         "priority".to_owned(),
         "signal-group".to_owned(),
         "fork".to_owned(),

@@ -104,6 +104,10 @@ fn jails(config: &Config, report: &mut Report) {
     }
     for (layers, machines) in groups(confined.into_iter()) {
         match &layers.a {
+            None if layers.is_weakened_by_machine() => {
+                report
+                    .warning(format!("the QEMU of {machines} is less confined than others: layers {layers}"));
+            }
             None => report.good(format!("the QEMU of {machines} is confined: layers {layers}")),
             Some(_) => report.warning(format!("the QEMU of {machines} is not confined: {layers}")),
         }

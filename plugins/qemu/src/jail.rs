@@ -26,6 +26,10 @@ const EXTRA_FILE_SIZE: u64 = 4 << 30;
 /// The memory that QEMU may use beyond the guest's RAM and a quarter of it, in bytes: video memory, caches, translated code.
 const EXTRA_MEMORY: u64 = 2 << 30;
 
+/// The port of the first VNC display, and the number of ports that a server may try.
+const VNC: u16 = 5900;
+const MAX_FREE_PORTS: u16 = 100;
+
 /// The folders beside a QEMU that is not the system's, from which it reads firmware and libraries.
 const DATA_FOLDERS: [&str; 4] = ["share/qemu", "share/seabios", "lib", "lib64"];
 
@@ -45,7 +49,7 @@ pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -
         read: read_by(files, program),
         write: overlays.into_iter().chain(written).collect(),
         sockets: own.map(Path::to_owned).collect(),
-        devices: devices_of(files),
+        devices: devices_of(files, &resources),
         network,
         listen,
         own_network: !needs_host_network,
@@ -93,6 +97,7 @@ fn network_of(files: &MachineFiles, resources: &[Resource]) -> (Network, Vec<u16
         ports.iter().filter(|(protocol, _)| *protocol == "TCP").map(|(_, port)| *port).collect();
     listen.sort_unstable();
     listen.dedup();
+    listen.extend(files.start_args.options().flat_map(|(name, value)| free_ports_of(name, value)));
     let mut names_network = false;
     let mut connects = false;
     let mut listens = !ports.is_empty();
@@ -109,7 +114,6 @@ fn network_of(files: &MachineFiles, resources: &[Resource]) -> (Network, Vec<u16
                 let is_remote = options.has("host") && options.get("backend") == Some("socket");
                 connects |= options.get("backend") == Some("udp") || is_remote && !options.is_on("server");
             }
-            // A server that looks for a free port.
             "vnc" | "spice" => listens |= !value.starts_with("none") && !value.starts_with("unix:"),
             _ => {}
         }
@@ -124,8 +128,23 @@ fn network_of(files: &MachineFiles, resources: &[Resource]) -> (Network, Vec<u16
     (network, listen)
 }
 
+/// Returns the ports among which a VNC server looks for a free one. Source: `to` of `-vnc` in QEMU's qemu-options.hx.
+fn free_ports_of(name: &str, value: &str) -> Vec<u16> {
+    let options = match (name, value.strip_prefix("vnc=")) {
+        ("vnc", _) => Options::parse(value, "vnc"),
+        ("display", Some(value)) => Options::parse(value, "vnc"),
+        _ => return Vec::new(),
+    };
+    let display = options.get("vnc").and_then(|vnc| vnc.rsplit(':').next()?.parse::<u16>().ok());
+    let Some((first, last)) = display.zip(options.get("to").and_then(|to| to.parse::<u16>().ok())) else {
+        return Vec::new();
+    };
+    let port = |display: u16| VNC.checked_add(display);
+    (first..=last.min(first.saturating_add(MAX_FREE_PORTS))).filter_map(port).collect()
+}
+
 /// Returns the devices that the arguments name.
-fn devices_of(files: &MachineFiles) -> Vec<PathBuf> {
+fn devices_of(files: &MachineFiles, resources: &[Resource]) -> Vec<PathBuf> {
     let mut devices: Vec<&str> = Vec::new();
     if files.start_args.wants_kvm() {
         devices.push("/dev/kvm");
@@ -149,9 +168,12 @@ fn devices_of(files: &MachineFiles) -> Vec<PathBuf> {
             _ => {}
         }
     }
+    let own = resources.iter().filter_map(Resource::device).map(Path::to_owned);
+    let mut devices: Vec<PathBuf> = devices.into_iter().map(PathBuf::from).chain(own).collect();
     devices.sort_unstable();
     devices.dedup();
-    devices.into_iter().map(PathBuf::from).filter(|device| device.exists()).collect()
+    devices.retain(|device| device.exists());
+    devices
 }
 
 fn max_file_size(files: &MachineFiles) -> Option<u64> {
@@ -160,8 +182,9 @@ fn max_file_size(files: &MachineFiles) -> Option<u64> {
         _ => std::fs::metadata(path).ok().map(|found| found.len()),
     };
     let largest = files.images().iter().filter_map(|image| size(&image.path)).max()?;
-    // Each cluster may be written once for the guest and once for a snapshot inside the image.
-    largest.checked_mul(2)?.checked_add(EXTRA_FILE_SIZE)
+    // Each cluster may be written once for the guest and once for a snapshot inside the image. The guest's RAM may be a
+    // file in memory.
+    largest.checked_mul(2)?.max(of_guest(&files.start_args)?).checked_add(EXTRA_FILE_SIZE)
 }
 
 #[cfg(test)]

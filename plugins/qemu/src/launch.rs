@@ -60,6 +60,8 @@ pub struct Start<'a> {
     /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
     pub confinement: Confinement,
+    /// The files that the run writes.
+    pub writes: Vec<PathBuf>,
     /// The sockets that the plugin makes in QEMU's place.
     pub sockets: Vec<PathBuf>,
 }
@@ -117,6 +119,8 @@ pub fn connect(
 ) -> Result<(Process, UnixStream)> {
     let failed = |error: io::Error| Error::io("make the monitor's socket", start.socket, &error);
     files::remove(start.socket)?;
+    // A jailed QEMU removes no socket of an earlier run.
+    start.sockets.iter().try_for_each(|socket| files::remove_socket(socket))?;
     let socket = SocketPath::new(start.socket).map_err(failed)?;
     let listener = UnixListener::bind(socket.address()).map_err(failed)?;
     // QEMU serves one connection at a time. This one waits in the socket's queue before any other can.
@@ -125,7 +129,7 @@ pub fn connect(
     if connected.is_err() {
         // The first error is the one to report.
         let _ = files::remove(start.socket);
-        start.sockets.iter().for_each(|socket| drop(files::remove(socket)));
+        start.sockets.iter().for_each(|socket| drop(files::remove_socket(socket)));
         end_cgroup(&start.confinement);
     }
     connected

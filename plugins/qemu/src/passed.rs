@@ -15,8 +15,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use machinery::config::find_interface;
 use machinery::{Deadline, Error, Result, SocketPath};
-use machinery_backend::files;
 use machinery_backend::jail::taps;
 
 use crate::options::Options;
@@ -81,10 +81,9 @@ pub fn pass(args: Vec<String>, first: i32, folder: &Path, deadline: Deadline) ->
     Ok(passed)
 }
 
-/// Makes a socket that listens, in place of one that an earlier run has left.
+/// Makes a socket that listens.
 fn listen(path: &Path) -> Result<OwnedFd> {
     let failed = |error: io::Error| Error::io("make a socket of the start_args,", path, &error);
-    files::remove(path)?;
     let address = SocketPath::new(path).map_err(failed)?;
     Ok(UnixListener::bind(address.address()).map_err(failed)?.into())
 }
@@ -107,7 +106,11 @@ fn open(options: &Options, deadline: Deadline) -> Result<Option<OwnedFd>> {
         Some("tap") if options.has("fd") || options.has("fds") => Ok(None),
         Some("tap") if helper.is_some() => of_bridge(options, deadline).map(Some),
         Some("tap") => match options.get("ifname") {
-            Some(name) => taps::open(name, has_header).map(Some),
+            Some(name) => {
+                // A host that is root would make one that does not exist, which nobody has connected to anything.
+                find_interface(name)?;
+                taps::open(name, has_header).map(Some)
+            }
             None => Err(Error::configuration("a tap in the start_args has no name")
                 .advice("Write ifname=NAME of a tap that exists, or set jail: off for the machine")),
         },

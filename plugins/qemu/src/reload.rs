@@ -105,7 +105,10 @@ impl Shared for Qemu {
 /// Logs the layers of the jail that hold, once for all machines with the same ones.
 fn log_jails(machines: &[Arc<Machine>]) {
     for (layers, machines) in groups(machines.iter().map(|machine| (machine.name(), machine.layers()))) {
-        match layers.a {
+        match &layers.a {
+            None if layers.is_weakened_by_machine() => {
+                tracing::warn!(machines, %layers, "QEMU is less confined than that of others");
+            }
             None => tracing::info!(machines, %layers, "each QEMU is confined"),
             Some(_) => tracing::warn!(machines, %layers, "QEMU is not confined"),
         }

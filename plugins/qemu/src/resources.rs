@@ -91,7 +91,20 @@ impl Resource {
 
     /// Returns the path of a file that QEMU writes.
     pub fn file(&self) -> Option<&Path> {
-        if let ResourceKind::File(path) = &self.kind { Some(path) } else { None }
+        if let ResourceKind::File(path) = &self.kind {
+            Some(path.as_path()).filter(|path| !is_device(path))
+        } else {
+            None
+        }
+    }
+
+    /// Returns the path of a device that QEMU writes to, such as a serial port.
+    pub fn device(&self) -> Option<&Path> {
+        if let ResourceKind::File(path) = &self.kind {
+            Some(path.as_path()).filter(|path| is_device(path))
+        } else {
+            None
+        }
     }
 
     /// Returns the path of a socket that QEMU makes.
@@ -107,6 +120,10 @@ impl Resource {
             None
         }
     }
+}
+
+fn is_device(path: &Path) -> bool {
+    path.starts_with("/dev") && !path.starts_with("/dev/shm")
 }
 
 /// A search through a machine's arguments.
@@ -239,6 +256,7 @@ impl ResourceFinder<'_> {
     }
 
     fn chardev(&mut self, options: &Options) {
+        self.path(options.get("logfile"));
         match options.get("backend") {
             Some("socket") if options.is_on("server") => {
                 let port = options.get("port").and_then(|port| port.parse().ok());

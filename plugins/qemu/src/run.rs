@@ -64,7 +64,7 @@ pub struct Run {
     shutdown: Mutex<Option<String>>,
     /// The limit that the run has exceeded, for which this plugin has killed it.
     condemned: Mutex<Option<String>>,
-    /// The overlays that QEMU writes to.
+    /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,
@@ -116,7 +116,7 @@ impl Run {
             stopping: AtomicBool::new(false),
             shutdown: Mutex::new(None),
             condemned: Mutex::new(None),
-            writes: start.overlays.paths().into_iter().map(PathBuf::from).collect(),
+            writes: start.writes,
             reports: Mutex::default(),
             has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
@@ -154,7 +154,7 @@ impl Run {
             overlays.set_keep(false);
         }
         drop(overlays);
-        for error in sockets.iter().filter_map(|socket| files::remove(socket).err()) {
+        for error in sockets.iter().filter_map(|socket| files::remove_socket(socket).err()) {
             tracing::warn!(machine = self.machine, %error, "cannot remove a socket");
         }
         self.report_end(end);

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! <delegated>/host         this process
-//! <delegated>/m-<machine>  the processes of a run
+//! <delegated>/machine-…    the processes of a run
 //! ```
 
 use std::fs::{self, File};
@@ -32,8 +32,7 @@ impl Cgroup {
     pub(super) fn of(key: &Path) -> std::result::Result<Cgroup, String> {
         static DELEGATED: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
         let delegated = DELEGATED.get_or_init(delegated).clone()?;
-        let name: String = key.to_string_lossy().chars().map(|c| if c == '/' { '-' } else { c }).collect();
-        Ok(Cgroup(delegated.join(format!("m{name}"))))
+        Ok(Cgroup(delegated.join(format!("machine-{:016x}", hash(key)))))
     }
 
     /// Returns the path of the cgroup's folder.
@@ -83,6 +82,12 @@ impl Cgroup {
         }
         fs::remove_dir(&self.0)
     }
+}
+
+/// Computes FNV-1a with 64 bits: the same in every build, because a later host ends the runs of an earlier one.
+fn hash(key: &Path) -> u64 {
+    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    key.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix)
 }
 
 /// Reads whether the cgroup has processes. After that, `poll` reports the next change.

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use machinery_jail::NOT_ROOT;
+
 /// The layers of one machine: for each the reason why it does not hold, if it does not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layers {
@@ -26,6 +28,11 @@ impl Layers {
         missing
             .into_iter()
             .find_map(|(name, why)| Some(format!("layer {name} does not hold: {}", why.as_ref()?)))
+    }
+
+    /// Reports whether a layer does not hold for this machine, although this host applies it to others.
+    pub fn is_weakened_by_machine(&self) -> bool {
+        self.a.is_none() && self.b.as_deref().is_some_and(|why| why != NOT_ROOT)
     }
 
     /// Returns the names of the layers that hold, such as `A+B`; `off` if none does.

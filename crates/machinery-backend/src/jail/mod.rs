@@ -29,13 +29,15 @@ mod reach;
 pub mod taps;
 mod users;
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
 use command_fds::{CommandFdExt, FdMapping};
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use machinery_jail::{PROGRAM, Support};
 use serde::Deserialize;
@@ -44,6 +46,9 @@ pub use cgroup::Cgroup;
 pub use layers::Layers;
 pub use machinery_jail::{Limits, Network, Policy, User};
 pub use users::UserRange;
+
+/// The reason why a program of the host has neither a user nor a cgroup.
+const NOT_A_MACHINE: &str = "the program runs for the host";
 
 /// The mode of a machine's jail.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -63,8 +68,9 @@ pub enum JailMode {
 pub struct Jail {
     mode: JailMode,
     host: HostSupport,
-    /// The machine's own user, if this host can give it one.
-    user: Option<User>,
+    /// The machine's own user, or the reason why it has none.
+    user: std::result::Result<User, String>,
+    /// The cgroup of the machine's runs, or the reason why it has none.
     cgroup: std::result::Result<Cgroup, String>,
 }
 
@@ -72,7 +78,7 @@ pub struct Jail {
 #[derive(Debug, Clone)]
 struct HostSupport {
     kernel: Support,
-    helper: Option<PathBuf>,
+    helper: Result<PathBuf>,
 }
 
 /// A jail with what the machine needs: the layers that hold, and the policy of the helper.
@@ -93,11 +99,22 @@ impl HostSupport {
     }
 }
 
-/// Returns the helper program: beside the program of this process, or beside the folder of a test's program.
-fn helper() -> Option<PathBuf> {
-    let own = std::env::current_exe().ok()?;
-    let folders = own.ancestors().skip(1).take(2);
-    folders.map(|folder| folder.join(PROGRAM)).find(|helper| helper.is_file())
+/// Returns the helper program: beside the program of this process, or of one that Cargo has built into `deps` for tests.
+fn helper() -> Result<PathBuf> {
+    let own = std::env::current_exe()
+        .map_err(|error| Error::environment(format!("cannot find the host's own program: {error}")))?;
+    let folder = own.parent().unwrap_or(Path::new("/"));
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
+    let helper = folder.join(PROGRAM);
+    if !helper.is_file() {
+        return Err(Error::environment(format!(
+            "there is no program {}, which confines QEMU",
+            helper.display()
+        ))
+        .advice("Install it beside the host's program, or set jail: off in machinery-host.yaml"));
+    }
+    expect_trusted(&helper)?;
+    Ok(helper)
 }
 
 /// Returns the path of a program that may be given by its name, as the shell finds it. The jail has another `PATH`.
@@ -115,7 +132,11 @@ impl Jail {
     /// file of its own.
     pub fn new(mode: JailMode, key: &Path, users: UserRange) -> Jail {
         let host = HostSupport::find().clone();
-        let user = (mode != JailMode::Off && host.kernel.root).then(|| users.user_of(key));
+        let user = match host.kernel.missing_in_b() {
+            Some(why) => Err(why.to_owned()),
+            None if mode == JailMode::Off => Err("the jail is off".to_owned()),
+            None => users.user_of(key).map_err(|error| format!("it has no user of its own: {error}")),
+        };
         Jail { mode, host, user, cgroup: Cgroup::of(key) }
     }
 
@@ -123,13 +144,13 @@ impl Jail {
     /// is about machines.
     pub fn of_a_tool(mode: JailMode) -> Jail {
         let mode = if mode == JailMode::Strict { JailMode::Auto } else { mode };
-        let cgroup = Err("the program runs for the host".to_owned());
-        Jail { mode, host: HostSupport::find().clone(), user: None, cgroup }
+        let cgroup = Err(NOT_A_MACHINE.to_owned());
+        Jail { mode, host: HostSupport::find().clone(), user: Err(NOT_A_MACHINE.to_owned()), cgroup }
     }
 
     /// Returns the user of the machine's processes, if this host can give the machine one of its own.
     pub fn user(&self) -> Option<&User> {
-        self.user.as_ref()
+        self.user.as_ref().ok()
     }
 
     /// Ends what a killed host has left in the machine's cgroup.
@@ -142,8 +163,11 @@ impl Jail {
     /// Combines the jail with what the machine needs.
     ///
     /// # Errors
-    /// The mode is strict, and layer A or B does not hold.
+    /// The mode is strict, and layer A or B does not hold; the helper program is missing.
     pub fn confine(&self, policy: Policy) -> Result<Confinement> {
+        if self.mode != JailMode::Off {
+            self.host.helper.clone()?;
+        }
         let confinement = self.as_far_as_possible(policy);
         match confinement.layers.missing_in_strict().filter(|_| self.mode == JailMode::Strict) {
             None => Ok(confinement),
@@ -159,15 +183,24 @@ impl Jail {
 
     fn as_far_as_possible(&self, mut policy: Policy) -> Confinement {
         let limits = policy.limits.clone();
-        let Some(helper) = self.host.helper.clone().filter(|_| self.mode != JailMode::Off) else {
-            let why = match self.mode {
-                JailMode::Off => "jail: off (machinery-host.yaml)".to_owned(),
-                _ => format!("the program {PROGRAM} is not beside the host's program"),
-            };
-            return Confinement { helper: None, policy, layers: Layers::none(&why), limits, cgroup: None };
+        let helper = match (&self.host.helper, self.mode) {
+            (_, JailMode::Off) => Err("jail: off (machinery-host.yaml)".to_owned()),
+            (helper, _) => helper.clone().map_err(|error| error.reason().to_string()),
+        };
+        let helper = match helper {
+            Ok(helper) => helper,
+            Err(why) => {
+                return Confinement {
+                    helper: None,
+                    policy,
+                    layers: Layers::none(&why),
+                    limits,
+                    cgroup: None,
+                };
+            }
         };
         let user = self.user_for(&policy);
-        policy.own_network &= user.is_ok();
+        policy.own_network &= self.host.kernel.root;
         policy.user = user.as_ref().ok().cloned();
         if policy.user.is_none() {
             // A limit of processes counts those of all machines and of the host, if they have the same user.
@@ -184,13 +217,15 @@ impl Jail {
 
     /// Returns the machine's user with the groups of its devices, or the reason why the machine cannot have one.
     fn user_for(&self, policy: &Policy) -> std::result::Result<User, String> {
-        let missing = || self.host.kernel.missing_in_b().unwrap_or("the host does not run as root");
-        let mut user = self.user.clone().ok_or_else(|| missing().to_owned())?;
+        let mut user = self.user.clone()?;
         let group = |device: &PathBuf| std::fs::metadata(device).ok().map(|found| found.gid());
         user.groups = policy.devices.iter().filter_map(group).filter(|group| *group != 0).collect();
         user.groups.dedup();
         for path in &policy.read {
             reach::expect_readable(path, &user)?;
+        }
+        for device in &policy.devices {
+            reach::expect_usable(device, &user)?;
         }
         for path in &policy.write {
             reach::expect_reachable(path)?;
@@ -218,13 +253,13 @@ impl Confinement {
         self.cgroup.as_ref()
     }
 
-    /// Gives a file or folder that the host has made to the machine's user.
+    /// Gives an open file to the machine's user. `path` is for messages.
     ///
     /// # Errors
     /// The owner cannot be changed.
-    pub fn give(&self, path: &Path) -> Result<()> {
+    pub fn give(&self, file: &File, path: &Path) -> Result<()> {
         let Some(user) = &self.policy.user else { return Ok(()) };
-        chown(path, Some(user.uid), Some(user.gid))
+        fchown(file, Some(user.uid), Some(user.gid))
             .map_err(|error| Error::io("give to the machine's user", path, &error))
     }
 
@@ -247,6 +282,10 @@ impl Confinement {
             }
             Some(helper) => {
                 let mut policy = self.policy.clone();
+                if let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.make(&self.limits)) {
+                    tracing::warn!(%error, "a run has no cgroup");
+                    policy.cgroup = None;
+                }
                 policy.descriptors.extend(descriptors.iter().map(|(_, number)| *number));
                 let policy = serde_json::to_string(&policy);
                 let policy =
@@ -256,9 +295,6 @@ impl Confinement {
                 command
             }
         };
-        if let Some(cgroup) = &self.cgroup {
-            cgroup.make(&self.limits)?;
-        }
         let mappings = descriptors.into_iter();
         let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
         command
@@ -275,8 +311,9 @@ mod tests {
     /// Returns the jail of a machine on a computer that offers this.
     fn jail(mode: JailMode, landlock: bool, root: bool) -> Jail {
         let kernel = Support { landlock, seccomp: true, root };
-        let user = root.then(|| UserRange::default().user_of(Path::new("/vms/m/disk.qcow2")));
-        let host = HostSupport { kernel, helper: Some("/usr/bin/cuckoo-machinery-jail".into()) };
+        let user = User { uid: 70_000, gid: 70_000, groups: Vec::new() };
+        let user = if root { Ok(user) } else { Err("the host does not run as root".to_owned()) };
+        let host = HostSupport { kernel, helper: Ok("/usr/bin/cuckoo-machinery-jail".into()) };
         Jail { mode, host, user, cgroup: Err("no cgroup".to_owned()) }
     }
 
@@ -300,6 +337,17 @@ mod tests {
         let confined = &confinement.policy;
         assert_eq!((&confined.user, confined.own_network, confined.limits.processes), (&None, false, None));
         assert!(jail(JailMode::Strict, true, false).confine(policy).is_err());
+    }
+
+    #[test]
+    fn jail_is_refused_when_the_helper_is_missing() {
+        let missing = || Err(Error::environment("there is no program helper"));
+        for mode in [JailMode::Auto, JailMode::Strict] {
+            let jail = jail(mode, true, true);
+            let jail = Jail { host: HostSupport { helper: missing(), ..jail.host.clone() }, ..jail };
+            assert!(jail.confine(Policy::default()).unwrap_err().to_string().contains("no program helper"));
+            assert_eq!(jail.layers(Policy::default()).names(), "off");
+        }
     }
 
     #[test]

@@ -45,6 +45,20 @@ pub fn expect_reachable(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
+/// Expects that the user can use the device.
+///
+/// # Errors
+/// The reason why not.
+pub fn expect_usable(device: &Path, user: &User) -> Result<(), String> {
+    expect_reachable(device)?;
+    let Ok(found) = fs::metadata(device) else { return Ok(()) };
+    let wanted = if found.is_dir() { READ | SEARCH } else { READ | WRITE };
+    if is_allowed(&found, wanted) || allows_group(&found, wanted, user) {
+        return Ok(());
+    }
+    Err(format!("{} can be used by its owner only (give it a group, and chmod g+rw)", device.display()))
+}
+
 /// Expects that the user can make files in the folder.
 ///
 /// # Errors

@@ -1,14 +1,20 @@
 //! The user of each machine: a number that belongs to nobody else.
+//!
+//! All hosts of a computer take their users from a folder with a file for each number that is given away. The file has the
+//! machine's key, which is the path of its disk. The folder is empty after a boot.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 
 use machinery::config::checked;
 use machinery_jail::User;
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Deserializer};
 
-use crate::sync::lock;
+/// The folder of the users that are given away. Only root writes there.
+const GIVEN: &str = "/run/cuckoo-machinery-users";
 
 /// The numbers of the users that machines get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,22 +31,48 @@ impl Default for UserRange {
     }
 }
 
-/// The users that this process has given away, and for which machine.
-static GIVEN: Mutex<Option<HashMap<u32, PathBuf>>> = Mutex::new(None);
-
 impl UserRange {
-    /// Returns the user of the machine with that key. It is the same in every process, unless two keys want the same
-    /// number: then the later one gets the next free number.
-    pub fn user_of(self, key: &Path) -> User {
-        let mut given = lock(&GIVEN);
-        let given = given.get_or_insert_default();
-        let wanted = hash(key) % self.count;
-        let number = |step: u32| self.first + (wanted + step) % self.count;
-        let is_free = |uid: &u32| given.get(uid).is_none_or(|of| of == key);
-        let uid = (0..self.count).map(number).find(is_free).unwrap_or_else(|| number(0));
-        given.insert(uid, key.to_owned());
-        User { uid, gid: uid, groups: Vec::new() }
+    /// Returns the user of the machine with that key. It is the same for every host of this computer, unless two keys want
+    /// the same number: then the later one gets the next free number.
+    ///
+    /// # Errors
+    /// The folder of the users cannot be used, or all numbers are given away.
+    pub fn user_of(self, key: &Path) -> io::Result<User> {
+        self.user_in(Path::new(GIVEN), key)
     }
+
+    fn user_in(self, folder: &Path, key: &Path) -> io::Result<User> {
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        let lock = File::create(folder.join("lock"))?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        let wanted = hash(key) % self.count;
+        for step in 0..self.count {
+            let uid = self.first + (wanted + step) % self.count;
+            if claim(&folder.join(uid.to_string()), key)? {
+                return Ok(User { uid, gid: uid, groups: Vec::new() });
+            }
+        }
+        Err(io::Error::other("all users of jail_users are given away"))
+    }
+}
+
+/// Writes the key into the file of a number, unless another machine has the number. A machine whose disk is gone has none.
+fn claim(file: &Path, key: &Path) -> io::Result<bool> {
+    let mut file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(file)?;
+    let mut owner = Vec::new();
+    file.read_to_end(&mut owner)?;
+    let key = key.as_os_str().as_encoded_bytes();
+    if owner == key {
+        return Ok(true);
+    }
+    let owner = String::from_utf8_lossy(&owner).into_owned();
+    if !owner.is_empty() && Path::new(&owner).exists() {
+        return Ok(false);
+    }
+    file.set_len(0)?;
+    file.rewind()?;
+    file.write_all(key)?;
+    Ok(true)
 }
 
 /// Computes FNV-1a with 32 bits: the same in every build, because the files of a machine keep their owner.
@@ -69,14 +101,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn machine_has_a_user_of_its_own_and_keeps_it() {
-        let range = UserRange { first: 100_000, count: 3 };
-        let of = |name: &str| range.user_of(Path::new(name)).uid;
-        let users = ["/c/a", "/c/b", "/c/c"].map(of);
-        assert_eq!(["/c/a", "/c/b", "/c/c"].map(of), users);
-        let mut sorted = users;
+    fn machine_has_a_user_of_its_own_until_its_disk_is_gone() {
+        let (folder, range) = (tempfile::tempdir().unwrap(), UserRange { first: 100_000, count: 3 });
+        let disks = ["a", "b", "c", "d"].map(|name| folder.path().join(name));
+        disks.iter().for_each(|disk| fs::write(disk, "").unwrap());
+        let given = folder.path().join("given");
+        let of = |disk: &Path| range.user_in(&given, disk).map(|user| user.uid);
+        let first = [0, 1, 2].map(|index| of(&disks[index]).unwrap());
+        assert_eq!([0, 1, 2].map(|index| of(&disks[index]).unwrap()), first);
+        let mut sorted = first;
         sorted.sort_unstable();
         assert_eq!(sorted, [100_000, 100_001, 100_002]);
+        assert!(of(&disks[3]).unwrap_err().to_string().contains("given away"));
+        fs::remove_file(&disks[1]).unwrap();
+        assert_eq!(of(&disks[3]).unwrap(), first[1]);
     }
 
     #[test]

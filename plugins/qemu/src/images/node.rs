@@ -39,6 +39,8 @@ pub enum NodeContent {
         source: ImageFile,
         edits: Vec<Edit>,
     },
+    /// A file that no overlay can be based on, and the reason.
+    Unfit(ImageFile, String),
     /// Content that no overlay can be based on.
     Other(String),
 }
@@ -94,7 +96,10 @@ fn below(options: &Options, node: &str, spelling: Spelling, format: Option<&str>
         _ => return content(options, &key("file."), spelling),
     };
     match (found, unfit) {
-        (NodeContent::File { .. }, Some(unfit)) => NodeContent::Other(unfit),
+        (NodeContent::File { source: ImageFile { path, format }, .. }, Some(unfit)) => {
+            let format = given.map(str::to_owned).or(format);
+            NodeContent::Unfit(ImageFile { path, format }, unfit)
+        }
         (found, _) => found.in_format(given, vec![Edit::File(name), Edit::Format(node.to_owned())]),
     }
 }

@@ -122,6 +122,8 @@ impl Opened {
                 let changes = edits.into_iter().map(|edit| given.change(edit)).collect();
                 self.images.push(Image { source, changes });
             }
+            NodeContent::Unfit(source, _) if is_read_only => self.sources.push(source),
+            NodeContent::Unfit(_, what) => self.shared.push(given.shared(what)),
             NodeContent::Other(_) if is_read_only => {}
             NodeContent::Other(what) => self.shared.push(given.shared(what)),
         }

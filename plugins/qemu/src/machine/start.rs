@@ -1,19 +1,22 @@
 //! Starts a QEMU of the machine whose guest is loaded and paused, and resumes the guest.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use machinery::trust::expect_trusted;
 use machinery::{Deadline, Error, Result};
 use machinery_backend::jail::Confinement;
 use machinery_backend::{Overlays, RUN_VARIABLE, Steps};
+use rustix::fs::OFlags;
 
 use super::base::Machine;
 use super::state::{MachineOperation, end_when_cancelled};
 use crate::jail::policy_of;
 use crate::launch::{Memory, Start};
-use crate::passed::sockets;
 use crate::resources::Resource;
 use crate::restore::Load;
 use crate::run::start_error::{Stage, StartError};
@@ -74,18 +77,22 @@ impl Machine {
         let mut overlays = self.overlay_templates.overlays(img, &images, first_overlay, limit)?;
         overlays.set_keep(files.keep_disk);
         steps.done("overlay");
-        let confinement = self.confine(&overlays)?;
+        let resources = Resource::of(files);
+        let confinement = self.confine(&overlays, &resources)?;
+        let files_of =
+            |path: fn(&Resource) -> Option<&Path>| resources.iter().filter_map(path).map(Path::to_owned);
         let start = Start {
             machine: name,
             program: self.shared.program.path(),
             folder: files.folder(),
             version: self.shared.program.version(),
             args: files.start_args.with_overlays(&overlays.paths()),
+            writes: overlays.paths().into_iter().map(PathBuf::from).chain(files_of(Resource::file)).collect(),
             overlays,
             socket: &self.socket,
             memory,
             incoming: !matches!(load, Load::Nothing),
-            sockets: sockets(files.start_args.options(), files.folder()),
+            sockets: files_of(Resource::socket).collect(),
             confinement,
         };
         let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));
@@ -99,7 +106,7 @@ impl Machine {
 
     /// Returns the jail of a run with these overlays, which belong to the machine's user from now on. The other files that
     /// QEMU writes are made if they do not exist: in the jail, QEMU makes no file.
-    fn confine(&self, overlays: &Overlays) -> Result<Confinement> {
+    fn confine(&self, overlays: &Overlays, resources: &[Resource]) -> Result<Confinement> {
         let files = self.files();
         let overlays: Vec<PathBuf> = overlays.paths().into_iter().map(PathBuf::from).collect();
         let mut policy = policy_of(files, self.shared.program.path(), overlays.clone());
@@ -108,13 +115,13 @@ impl Machine {
         if !confinement.is_confined() {
             return Ok(confinement);
         }
-        let written = Resource::of(files);
-        for path in written.iter().filter_map(Resource::file) {
-            let made = File::options().append(true).create(true).open(path);
-            made.map_err(|error| Error::io("make a file of the start_args,", path, &error))?;
-            confinement.give(path)?;
+        for path in resources.iter().filter_map(Resource::file) {
+            make_file(path, &confinement)?;
         }
-        overlays.iter().try_for_each(|overlay| confinement.give(overlay))?;
+        for overlay in &overlays {
+            let file = File::open(overlay).map_err(|error| Error::io("open the overlay", overlay, &error))?;
+            confinement.give(&file, overlay)?;
+        }
         Ok(confinement)
     }
 
@@ -144,6 +151,28 @@ impl Machine {
     pub(super) fn steps(&self) -> Steps {
         Steps::new(&self.shared.host, self.name())
     }
+}
+
+/// Makes a file that QEMU writes, if it does not exist, and gives it to the machine's user. A pipe stays as it is. A link is
+/// refused: the host must not give away the file behind it.
+fn make_file(path: &Path, confinement: &Confinement) -> Result<()> {
+    let failed = |error: io::Error| Error::io("make a file of the start_args,", path, &error);
+    if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_fifo()) {
+        return Ok(());
+    }
+    if let Some(folder) = path.parent() {
+        expect_trusted(folder)?;
+    }
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mut options = File::options();
+    options.append(true).create(true).mode(0o600).custom_flags(flags.bits().cast_signed());
+    let file = options.open(path).map_err(failed)?;
+    let found = file.metadata().map_err(failed)?;
+    if !found.is_file() || found.nlink() != 1 {
+        return Err(Error::configuration(format!("{} is no file of its own", path.display()))
+            .advice("Name another file in the start_args"));
+    }
+    confinement.give(&file, path)
 }
 
 /// Resumes the guest of a paused run.
