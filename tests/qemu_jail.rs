@@ -26,6 +26,9 @@ use serde_json::{Value, json};
 /// EPERM, EACCES, and ESRCH of a process that another user cannot see.
 const DENIED: [&str; 3] = ["1", "13", "3"];
 
+/// Attempts for which QEMU's `-sandbox` kills QEMU.
+const KILLED: [&str; 3] = ["fork", "namespace", "schedule"];
+
 const MODES: [&str; 2] = ["auto", "strict"];
 
 fn lab(names: &[&str]) -> Lab {
@@ -341,13 +344,15 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
         lab.set_jail(mode).unwrap();
         lab.accept_unsafe_args("m").unwrap();
         let (mut running, mut client) = served(lab);
-        let attempts = host.attempts(running.pid()).join("\n");
-        fs::write(m.dir.join("attempts"), attempts).unwrap();
+        // QEMU's own filter kills QEMU for some of them.
+        let mut attempts = host.attempts(running.pid());
+        attempts.retain(|attempt| !KILLED.iter().any(|killed| attempt.starts_with(killed)));
+        fs::write(m.dir.join("attempts"), attempts.join("\n")).unwrap();
         does(&mut client, "norestore_start", "m");
         let said = fs::read_to_string(&report).unwrap();
         does(&mut client, "stop", "m");
         assert!(running.terminate().unwrap().success());
-        assert_eq!(said.lines().count(), host.attempts(0).len(), "{said}");
+        assert_eq!(said.lines().count(), attempts.len(), "{said}");
         for line in said.lines() {
             let (attempt, end) = line.rsplit_once(": ").unwrap();
             assert_eq!(DENIED.contains(&end), is_denied, "{attempt} under {mode}: {end}");

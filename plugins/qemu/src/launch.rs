@@ -22,6 +22,7 @@ use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
 use machinery_backend::jail::Confinement;
 use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::{Overlays, Steps, files};
+use rustix::net::{RecvFlags, recv};
 
 use crate::console::kind_of;
 use crate::options;
@@ -217,9 +218,15 @@ fn sound_args(version: Version, args: &[String]) -> Vec<String> {
 fn wait_for_greeting(stream: &OwnedFd, process: &Handle, deadline: Deadline) -> Result<()> {
     match process.ended_before(stream, deadline.remaining()).map_err(no_monitor)? {
         None => Err(deadline.timeout("QEMU to answer on its monitor")),
-        Some(true) => Err(Error::failed("QEMU ended before its monitor answered")),
-        Some(false) => Ok(()),
+        Some(false) if has_data(stream) => Ok(()),
+        // The end of QEMU closes its socket, which can be read then.
+        Some(_) => Err(Error::failed("QEMU ended before its monitor answered")),
     }
+}
+
+fn has_data(stream: &OwnedFd) -> bool {
+    let mut byte = [0_u8; 1];
+    matches!(recv(stream, &mut byte, RecvFlags::PEEK), Ok((1.., _)))
 }
 
 fn no_monitor(error: io::Error) -> Error {
