@@ -74,7 +74,7 @@ pub fn refusals(args: &[String], area: &Area) -> Vec<Refusal> {
         };
         let checked = match option.trim_start_matches('-') == name {
             // The monitor that the machinery appends.
-            true if value.contains(MONITOR) && !is_flag(name) => {
+            true if names_monitor(value) && !is_flag(name) => {
                 Err(Danger::ControlsQemu.describe().to_owned())
             }
             true if is_flag(name) || index < args.len() => checker.option(name, value),
@@ -84,6 +84,12 @@ pub fn refusals(args: &[String], area: &Area) -> Vec<Refusal> {
         checked.err().map(|why| Refusal { argument: shown, why })
     });
     refused.collect()
+}
+
+/// Reports whether the value names the machinery's own monitor, also with JSON's escapes.
+fn names_monitor(value: &str) -> bool {
+    let json = || serde_json::from_str::<Value>(value).map(|json| json.to_string()).unwrap_or_default();
+    value.contains(MONITOR) || value.starts_with('{') && json().contains(MONITOR)
 }
 
 fn shown(option: &str, name: &str, value: &str) -> String {

@@ -170,6 +170,8 @@ mod tests {
         for (option, value, source) in [
             ("-cdrom", "/d/x.iso", "/d/x.iso"),
             ("-drive", "file=/d/x,readonly=on,if=pflash,format=raw", "/d/x"),
+            // No overlay can have the size, and a file that is only read needs none.
+            ("-drive", "file=/d/x,format=raw,size=512,readonly=on", "/d/x"),
             ("-drive", "file=/d/x,media=cdrom", "/d/x"),
             ("-drive", "file=/d/x,snapshot=on", "/d/x"),
             ("-blockdev", "qcow2,node-name=d,read-only=on,file.driver=file,file.filename=/d/x", "/d/x"),

@@ -345,6 +345,7 @@ fn option_is_refused_when_it_controls_qemu_or_leaves_its_jail() {
         ["-serial", "mon:stdio"],
         ["-accel", "qtest"],
         ["-serial", "chardev:cuckoo-monitor"],
+        ["-device", r#"{"driver":"isa-serial","chardev":"cuckoo\u002dmonitor"}"#],
         ["-chardev", "null,id=cuckoo-monitor"],
     ] {
         assert_refused(&args, "controls QEMU");
