@@ -165,7 +165,7 @@ fn create(qemu_img: &QemuImg, image: &ImageFile, path: &Path, deadline: Deadline
     let args = options.into_iter().map(OsStr::new).chain([image.path.as_os_str(), path.as_os_str()]);
     // The program may write to this file, and make no other.
     File::create_new(path).map_err(|error| Error::io("make the overlay", path, &error))?;
-    let read = Chain::of(&image.path, Some(&format))?.files;
+    let read = Chain::of(&image.path, Some(format))?.files;
     let files = ImageFiles { read, written: vec![path.to_owned()] };
     qemu_img.run(&what, args, files, deadline).map_err(|error| {
         deadline.check("qemu-img to make the overlay").err().unwrap_or_else(|| error.advice("Check the space and permissions of the overlay's folder, and that the image is whole and in that format"))

@@ -74,9 +74,7 @@ pub fn refusals(args: &[String], area: &Area) -> Vec<Refusal> {
         };
         let checked = match option.trim_start_matches('-') == name {
             // The monitor that the machinery appends.
-            true if names_monitor(value) && !is_flag(name) => {
-                Err(Danger::ControlsQemu.describe().to_owned())
-            }
+            true if names_monitor(value) && !is_flag(name) => Err(Danger::ControlsQemu.describe().to_owned()),
             true if is_flag(name) || index < args.len() => checker.option(name, value),
             true => Err("its value is missing".to_owned()),
             false => Err("QEMU knows no option in this spelling".to_owned()),

@@ -99,7 +99,7 @@ fn jails(config: &Config, report: &mut Report) {
         let name = machine.info.name.as_str();
         match jail.confine(policy) {
             Ok(confinement) => confined.push((name, confinement.layers().clone())),
-            Err(error) => report.problem(&error.action(&format!("confining machine '{name}'"))),
+            Err(error) => report.problem(&error.action(format!("confining machine '{name}'"))),
         }
     }
     for (layers, machines) in groups(confined.into_iter()) {
