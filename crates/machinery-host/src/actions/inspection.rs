@@ -33,7 +33,7 @@ pub async fn run(calls: &mut PluginCalls, action: &Action, folders: &Folders) ->
     calls.run_into(action, staged.path()).await?;
     within(limit, "write the file", move || {
         staged.check(content)?;
-        staged.hand_over()
+        staged.hand_over(limit)
     })
     .await
 }

@@ -160,11 +160,12 @@ impl PassedFile {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
-    async fn checked(descriptor: impl Into<OwnedFd>) -> Result<PassedFile, String> {
+    /// Returns the file of a descriptor, as that of a client.
+    pub async fn checked(descriptor: impl Into<OwnedFd>) -> Result<PassedFile, String> {
         let budget = Arc::new(DescriptorBudget::default());
         let permit = budget.permits(7, 1).unwrap().remove(0);
         Descriptor::new(descriptor.into(), permit).checked().await

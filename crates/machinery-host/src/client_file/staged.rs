@@ -6,14 +6,16 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use machinery::{Error, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, open, openat, renameat, renameat_with};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use tempfile::TempDir;
 
 use super::folders::Folders;
@@ -29,6 +31,9 @@ const MAX_SIDE: u32 = 1 << 15;
 /// The size of a memory dump, in bytes, at most. The host does not know a machine's memory; its plugin does, and has
 /// the narrower limit.
 const MAX_DUMP: u64 = 256 << 30;
+
+/// The number of bytes that a pipe takes at once when `poll` reports it as writable. Source: `PIPE_BUF` in pipe(7).
+const PIPE_CHUNK: usize = 4096;
 
 /// The content that a file must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,15 +131,16 @@ impl Staged {
         }
     }
 
-    /// Gives the file to the client. This blocks as long as a client's descriptor does.
+    /// Gives the file to the client. A passed pipe has to be read within `limit`: as long as nobody reads it, the file takes
+    /// space.
     ///
     /// # Errors
     /// The file cannot be moved or written.
-    pub fn hand_over(self) -> Result<()> {
+    pub fn hand_over(self, limit: Duration) -> Result<()> {
         match &self.target {
             Target::Passed(file) => {
-                let copied = file.rewound().and_then(|mut to| io::copy(&mut self.open_io()?, &mut to));
-                copied.map(drop).map_err(|error| {
+                let copied = file.rewound().and_then(|to| copy_into(self.open_io()?, to, limit));
+                copied.map_err(|error| {
                     Error::environment(format!("cannot write to the passed descriptor: {error}"))
                 })
             }
@@ -196,6 +202,31 @@ impl Staged {
     }
 }
 
+/// Copies the file into a file or a pipe of a client.
+fn copy_into(mut from: File, mut to: &File, limit: Duration) -> io::Result<()> {
+    if to.metadata()?.is_file() {
+        return io::copy(&mut from, &mut to).map(drop);
+    }
+    let until = Instant::now() + limit;
+    let mut chunk = [0; PIPE_CHUNK];
+    loop {
+        let length = from.read(&mut chunk)?;
+        let Some(data) = chunk.get(..length).filter(|data| !data.is_empty()) else { return Ok(()) };
+        wait_until_writable(to, until)?;
+        to.write_all(data)?;
+    }
+}
+
+/// Waits until a chunk can be written to the pipe without blocking.
+fn wait_until_writable(pipe: &File, until: Instant) -> io::Result<()> {
+    let rest = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+    let mut pipe = [PollFd::new(pipe, PollFlags::OUT)];
+    match retry_on_intr(|| poll(&mut pipe, rest.as_ref()))? {
+        0 => Err(io::Error::new(io::ErrorKind::TimedOut, "nobody reads it")),
+        _ => Ok(()),
+    }
+}
+
 /// Moves a file to its target. A new name must not exist.
 fn place(
     folder: impl rustix::fd::AsFd + Copy,
@@ -232,9 +263,11 @@ fn expect_png(file: File) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::named::Owner;
+    use super::super::passed::tests::checked;
     use super::*;
     use std::os::unix::fs::{MetadataExt, symlink};
 
+    const SOON: Duration = Duration::from_secs(60);
     const SOMEBODY: Owner = Owner { uid: 54_321, gid: 54_321 };
 
     /// A CWD with the folder of a task.
@@ -260,7 +293,7 @@ mod tests {
             let staged = self.file(path, owner).stage(&self.folders)?;
             fs::write(staged.path(), "memory").unwrap();
             staged.check(Content::Dump)?;
-            staged.hand_over()
+            staged.hand_over(SOON)
         }
 
         #[track_caller]
@@ -270,6 +303,37 @@ mod tests {
             let capture = capture.open(&self.folders).unwrap_err().to_string();
             println!("{dump}\n{capture}");
         }
+    }
+
+    #[tokio::test]
+    async fn file_takes_no_space_any_more_when_nobody_reads_the_passed_pipe() {
+        let scratch = scratch();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let file = ClientFile::Passed(checked(writer).await.unwrap());
+        let staged = file.stage(&scratch.folders).unwrap();
+        fs::write(staged.path(), vec![7; 1 << 20]).unwrap();
+        let error = staged.hand_over(Duration::from_millis(50)).unwrap_err().to_string();
+        assert!(error.contains("nobody reads it"), "{error}");
+        assert_eq!(fs::read_dir(&scratch.folders.staging).unwrap().count(), 0);
+        drop(reader);
+    }
+
+    #[tokio::test]
+    async fn pipe_gets_the_whole_file_when_it_is_read() {
+        let scratch = scratch();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let read = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).unwrap();
+            all
+        });
+        let content: Vec<u8> = (0..1_000_003).map(|number: u32| number as u8).collect();
+        let file = ClientFile::Passed(checked(writer).await.unwrap());
+        let staged = file.stage(&scratch.folders).unwrap();
+        fs::write(staged.path(), &content).unwrap();
+        staged.hand_over(SOON).unwrap();
+        drop(file);
+        assert_eq!(read.join().unwrap(), content);
     }
 
     #[test]
@@ -363,7 +427,7 @@ mod tests {
         fs::write(staged.path(), "memory").unwrap();
         fs::rename(&task, &moved).unwrap();
         symlink("../conf", &task).unwrap();
-        staged.hand_over().unwrap();
+        staged.hand_over(SOON).unwrap();
         assert_eq!(fs::read(moved.join("file")).unwrap(), b"memory");
         assert_eq!(fs::read_dir(scratch.root.path().join("conf")).unwrap().count(), 0);
     }
