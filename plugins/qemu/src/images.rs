@@ -102,14 +102,10 @@ mod tests {
             ("-nographic", "/d/x,y", None, "/o/0"),
             ("-drive", "file=/d/x,,y", None, "file=/o/0,driver=qcow2"),
             ("-drive", "file=/d/x,,y,format=raw,id=d", Some("raw"), "id=d,file=/o/0,format=qcow2"),
+            ("-drive", "file=/d/x,snapshot=on", None, "file=/o/0,driver=qcow2"),
             ("-drive", "id=d,noreadonly,file=/d/x,,y", None, "id=d,readonly=off,file=/o/0,driver=qcow2"),
             ("-drive", "driver=vmdk,file=file:/d/x,,y", Some("vmdk"), "file=/o/0,driver=qcow2"),
-            (
-                "-drive",
-                "file.filename=/d/x,,y,snapshot=off",
-                None,
-                "snapshot=off,file.filename=/o/0,driver=qcow2",
-            ),
+            ("-drive", "file.filename=/d/x,,y,snapshot=off", None, "file.filename=/o/0,driver=qcow2"),
             (
                 "-drive",
                 r#"file=json:{"driver":"qcow2",,"file":{"filename":"/d/x,,y"}},if=ide"#,
@@ -173,7 +169,6 @@ mod tests {
             // No overlay can have the size, and a file that is only read needs none.
             ("-drive", "file=/d/x,format=raw,size=512,readonly=on", "/d/x"),
             ("-drive", "file=/d/x,media=cdrom", "/d/x"),
-            ("-drive", "file=/d/x,snapshot=on", "/d/x"),
             ("-blockdev", "qcow2,node-name=d,read-only=on,file.driver=file,file.filename=/d/x", "/d/x"),
             ("-kernel", "/d/x", "/d/x"),
             ("-bios", "/d/x", "/d/x"),

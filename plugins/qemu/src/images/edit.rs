@@ -51,6 +51,9 @@ impl Change {
 /// Makes the node qcow2. A null in `backing` is removed, because it means no base, and the overlay has one.
 fn be_qcow2(options: &mut Options, node: &str) {
     options.remove(&format!("{node}backing"));
+    if node.is_empty() {
+        options.remove("snapshot");
+    }
     let format = if node.is_empty() && options.has("format") { "format" } else { "driver" };
     options.set(&format!("{node}{format}"), "qcow2");
 }

@@ -107,7 +107,8 @@ impl Opened {
     }
 
     fn drive(&mut self, given: GivenOption<'_>, options: &Options) {
-        let is_read_only = ["readonly", "read-only", "snapshot"].iter().any(|key| options.is_on(key))
+        // With `snapshot`, the overlay takes the place of a file that QEMU would make itself.
+        let is_read_only = ["readonly", "read-only"].iter().any(|key| options.is_on(key))
             || options.get("media") == Some("cdrom");
         self.add(content(options, "", Spelling::Drive), given, is_read_only);
     }
