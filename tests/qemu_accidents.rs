@@ -24,6 +24,8 @@ use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 const SERIAL: &str = "serial.log";
+/// The events until QEMU has begun: the host opens the file first, to give it to the machine's user.
+const QEMU_BEGINS: [FileEvent<'_>; 2] = [FileEvent::Opened(SERIAL), FileEvent::Opened(SERIAL)];
 const MICRO: (&str, Guest, SnapshotFormat) = ("m", Guest::Micro, SnapshotFormat::Lz4);
 /// A machine whose restore takes a while.
 const LARGE: (&str, Guest, SnapshotFormat) =
@@ -131,7 +133,7 @@ fn restore_fails_and_the_next_works_when_qemu_dies_early() {
     let mut host = lab.host().unwrap();
     let (mut subscriber, mut client) = (subscribed(&host), host.client().unwrap());
     for _ in 0..5 {
-        let answer = killed_in_restore(&lab, &mut client, &[FileEvent::Opened(SERIAL)]);
+        let answer = killed_in_restore(&lab, &mut client, &QEMU_BEGINS);
         // The machine may be on already; then its death is an event.
         match answer["success"].as_bool() {
             Some(true) => assert!(subscriber.wait_for_state("m", "poweroff").unwrap().contains("signal 9")),
@@ -151,7 +153,7 @@ fn restore_fails_and_the_next_works_when_qemu_dies_while_it_loads() {
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for _ in 0..3 {
-        let loading = [FileEvent::Opened(SERIAL), FileEvent::Read("memory.snapshot")];
+        let loading = [QEMU_BEGINS[0], QEMU_BEGINS[1], FileEvent::Read("memory.snapshot")];
         let answer = killed_in_restore(&lab, &mut client, &loading);
         println!("{answer}");
         assert_eq!(answer["success"], false, "{answer}");
@@ -221,7 +223,7 @@ fn next_host_clears_leftovers_when_a_host_was_killed_in_a_restore() {
     let mut killed = lab.host().unwrap();
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
     killed.client().unwrap().send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    watch.wait(&[FileEvent::Opened(SERIAL), FileEvent::Read("memory.snapshot")], SOON).unwrap();
+    watch.wait(&[QEMU_BEGINS[0], QEMU_BEGINS[1], FileEvent::Read("memory.snapshot")], SOON).unwrap();
     killed.kill().unwrap();
     assert!(!lab.leftovers().unwrap().is_empty());
     let mut host = lab.host().unwrap();
@@ -348,7 +350,7 @@ fn host_finishes_a_restore_when_it_is_terminated() {
     let mut client = host.client().unwrap();
     let watch = FileWatch::new(&lab.folder("m").dir).unwrap();
     client.send(&json!({"action": "restore_start", "machine": "m"})).unwrap();
-    watch.wait(&[FileEvent::Opened(SERIAL)], SOON).unwrap();
+    watch.wait(&QEMU_BEGINS, SOON).unwrap();
     host.signal(Signal::TERM).unwrap();
     assert_eq!(client.next_message().unwrap(), good());
     assert_eq!(host.wait().unwrap().code(), Some(0), "{}", host.log());
