@@ -177,6 +177,11 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
         let Passed { args: with_numbers, descriptors: opened } = passed;
         args = with_numbers;
         args.extend(SANDBOX.map(str::to_owned));
+        if !start.version.has_default_audio() && !names_sound_backend(&start.args) {
+            // An older QEMU tries one backend after the other, and one of them crashes where it can open no device. Source:
+            // `audio_init` in QEMU's audio/audio.c, and audio/audio_legacy.c, before 8.2.
+            start.confinement.set_variable("QEMU_AUDIO_DRV", "none");
+        }
         descriptors.extend(opened);
     }
     args.extend(plugin_args(start.incoming));
@@ -207,11 +212,14 @@ fn plugin_args(incoming: bool) -> Vec<String> {
 /// backend. A QEMU without a default backend refuses a sound card, as Debian 13's does where no module for sound is
 /// installed. VMCloak's arguments name none. Source: `audio_define_default` in QEMU's audio/audio.c.
 fn sound_args(version: Version, args: &[String]) -> Vec<String> {
-    let names_backend = |(_, name, _): (usize, &str, &str)| matches!(name, "audio" | "audiodev");
-    if !version.has_default_audio() || options::walk(args).any(names_backend) {
+    if !version.has_default_audio() || names_sound_backend(args) {
         return Vec::new();
     }
     ["-audio", "none"].map(str::to_owned).to_vec()
+}
+
+fn names_sound_backend(args: &[String]) -> bool {
+    options::walk(args).any(|(_, name, _)| matches!(name, "audio" | "audiodev"))
 }
 
 /// Waits for the first line of the monitor.

@@ -263,6 +263,11 @@ impl Confinement {
             .map_err(|error| Error::io("give to the machine's user", path, &error))
     }
 
+    /// Sets a variable of the process's environment.
+    pub fn set_variable(&mut self, name: &str, value: &str) {
+        self.policy.environment.push((name.to_owned(), value.to_owned()));
+    }
+
     /// Allows the process to open the file of a descriptor that it inherits once more, by `/proc/self/fd`.
     pub fn allow_reopening(&mut self, number: i32, for_writing: bool) {
         let path = PathBuf::from(format!("/proc/self/fd/{number}"));
