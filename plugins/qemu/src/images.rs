@@ -102,7 +102,7 @@ mod tests {
             ("-nographic", "/d/x,y", None, "/o/0"),
             ("-drive", "file=/d/x,,y", None, "file=/o/0,driver=qcow2"),
             ("-drive", "file=/d/x,,y,format=raw,id=d", Some("raw"), "id=d,file=/o/0,format=qcow2"),
-            ("-drive", "file=/d/x,snapshot=on", None, "file=/o/0,driver=qcow2"),
+            ("-drive", "file=/d/x,,y,snapshot=on", None, "file=/o/0,driver=qcow2"),
             ("-drive", "id=d,noreadonly,file=/d/x,,y", None, "id=d,readonly=off,file=/o/0,driver=qcow2"),
             ("-drive", "driver=vmdk,file=file:/d/x,,y", Some("vmdk"), "file=/o/0,driver=qcow2"),
             ("-drive", "file.filename=/d/x,,y,snapshot=off", None, "file.filename=/o/0,driver=qcow2"),

@@ -141,7 +141,9 @@ impl Staged {
             Target::Passed(file) => {
                 let copied = file.rewound().and_then(|to| copy_into(self.open_io()?, to, limit));
                 copied.map_err(|error| {
-                    Error::environment(format!("cannot write to the passed descriptor: {error}"))
+                    Error::environment(format!("cannot write to the passed descriptor: {error}")).advice(
+                        "Read a passed pipe until its end, or check the space of the passed file's disk",
+                    )
                 })
             }
             Target::Beside(path) => fs::rename(self.path(), path).map_err(|error| cannot_write(path, &error)),

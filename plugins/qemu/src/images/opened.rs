@@ -110,7 +110,9 @@ impl Opened {
         // With `snapshot`, the overlay takes the place of a file that QEMU would make itself.
         let is_read_only = ["readonly", "read-only"].iter().any(|key| options.is_on(key))
             || options.get("media") == Some("cdrom");
-        self.add(content(options, "", Spelling::Drive), given, is_read_only);
+        let content = content(options, "", Spelling::Drive);
+        let is_discarded = options.is_on("snapshot") && matches!(content, NodeContent::Other(_));
+        self.add(content, given, is_read_only || is_discarded);
     }
 
     /// Adds the content of a node.
