@@ -319,6 +319,16 @@ fn machine_is_refused_when_the_jail_is_strict_and_its_files_are_closed() {
     assert!(host.terminate().unwrap().success());
 }
 
+/// Copies the probe for QEMU's emulator, with the version of the interface that this QEMU takes.
+fn copy_plugin(to: &Path, qemu: &str) {
+    let mut library = fs::read(artifacts::folder().unwrap().join("libjail_probe.so")).unwrap();
+    let marker = b"version of probe";
+    let at = library.windows(marker.len()).position(|bytes| bytes == marker).unwrap() - size_of::<i32>();
+    let number: i32 = if qemu.contains("version 7.") || qemu.contains("version 8.") { 1 } else { 2 };
+    library[at..at + size_of::<i32>()].copy_from_slice(&number.to_ne_bytes());
+    fs::write(to, library).unwrap();
+}
+
 /// Code inside a real QEMU, as that of malware which has escaped: a plugin of its emulator.
 #[test]
 fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
@@ -328,7 +338,7 @@ fn code_in_qemu_is_denied_what_it_may_do_without_a_jail() {
         let probe = host.path("probe");
         lab.change_yaml(&probe.display().to_string(), &lab.qemu().system.display().to_string()).unwrap();
         let (library, report) = (host.path("libjail_probe.so"), m.dir.join("report"));
-        fs::copy(artifacts::folder().unwrap().join("libjail_probe.so"), &library).unwrap();
+        copy_plugin(&library, &lab.qemu().version().unwrap());
         fs::write(m.dir.join("attempts"), "").unwrap();
         fs::write(&report, "").unwrap();
         let shown = |path: &Path| path.display().to_string();

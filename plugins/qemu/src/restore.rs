@@ -77,7 +77,9 @@ impl Run {
     /// # Errors
     /// QEMU cannot, or takes too long.
     pub fn save_devices(&self, path: &Path, deadline: Deadline) -> Result<()> {
-        let file = File::create_new(path).map_err(|error| Error::io("make", path, &error))?;
+        // QEMU takes a file only in the mode in which it would open it: for writing alone.
+        let file = File::options().write(true).create_new(true).open(path);
+        let file = file.map_err(|error| Error::io("make", path, &error))?;
         self.process().begin_step();
         self.execute(&capabilities(&[MigrationCapability::x_ignore_shared]), deadline)?;
         let events = self.qmp().listen();
