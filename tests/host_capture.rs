@@ -39,6 +39,11 @@ fn captured_by(tcpdump: &Path, more: &str) -> ScratchCwd {
     cwd
 }
 
+/// Lets a program in tcpdump's place start others.
+fn unconfined(cwd: &ScratchCwd) {
+    cwd.host_yaml("capture_jail: off\n").unwrap();
+}
+
 /// Creates the same CWD with the real tcpdump, and a network in which it may capture.
 fn really_captured(more: &str) -> Option<(TestNetwork, ScratchCwd)> {
     let Some(network) = TestNetwork::new().unwrap() else {
@@ -365,6 +370,11 @@ fn tcpdump_has_another_user_and_no_rights_when_the_host_is_root() {
         assert_eq!(value(key), ["0000000000000000"], "{status}");
     }
     assert!(value("Uid:").iter().chain(&value("Gid:")).all(|number| number != "0"), "{status}");
+    assert_eq!(
+        (value("NoNewPrivs:"), value("Seccomp:")),
+        (vec!["1".to_owned()], vec!["2".to_owned()]),
+        "{status}"
+    );
     // It has only pipes and its socket, and not the file.
     for descriptor in std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().flatten() {
         let opened = std::fs::read_link(descriptor.path()).unwrap().display().to_string();
@@ -373,6 +383,30 @@ fn tcpdump_has_another_user_and_no_rights_when_the_host_is_root() {
     talk(&network, "without rights");
     assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_captured(&pcap(&cwd), &["without rights"]);
+}
+
+#[test]
+fn tcpdump_reads_and_writes_no_file_unless_its_jail_is_off() {
+    if !geteuid().is_root() {
+        println!("left out: tcpdump of a plain user is not confined");
+        return;
+    }
+    for (more, is_confined) in [("", true), ("capture_jail: off\n", false)] {
+        let cwd = captured_by(Path::new("/replaced"), "");
+        cwd.host_yaml(more).unwrap();
+        cwd.write("secret", "of the host\n").unwrap();
+        let (secret, made) = (cwd.root().join("secret"), cwd.root().join("made"));
+        let read = format!("read -r line < '{}' && echo \"tcpdump: $line\" >&2", secret.display());
+        let attempts = format!("{read}; : > '{}'", made.display());
+        let script = cwd.script("tcpdump", &attempts).unwrap();
+        cwd.change_cuckoo_yaml("/replaced", &script.display().to_string()).unwrap();
+        let host = RunningHost::start(&cwd).unwrap();
+        let mut client = host.client().unwrap();
+        lock(&mut client, &pcap(&cwd));
+        assert_eq!(client.act("restore_start", "m").unwrap(), success());
+        let errors = client.machine("m").unwrap()["errors"].to_string();
+        assert_eq!((errors.contains("of the host"), made.exists()), (!is_confined, !is_confined), "{errors}");
+    }
 }
 
 #[test]
@@ -503,6 +537,7 @@ fn machine_starts_when_tcpdump_never_listens() {
     // The child has to end with its parent.
     let tcpdump = cwd.script("tcpdump", "sh -c 'while true; do sleep 60; done' \"$@\"; true").unwrap();
     cwd.capture_with(&tcpdump).unwrap();
+    unconfined(&cwd);
     let _swept = Swept(pcap(&cwd));
     let host = RunningHost::start(&cwd).unwrap();
     assert_reported(&host, &pcap(&cwd), &["does not listen"]);
@@ -514,6 +549,7 @@ fn tcpdump_is_killed_when_it_ignores_signals() {
     let unread = "trap '' TERM USR1; echo 'tcpdump: listening on lo' >&2; while true; do sleep 60; done";
     let tcpdump = cwd.script("tcpdump", unread).unwrap();
     cwd.capture_with(&tcpdump).unwrap();
+    unconfined(&cwd);
     let _swept = Swept(pcap(&cwd));
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();

@@ -156,6 +156,8 @@ struct HostFile {
     free_space_reserve: FreeSpaceReserve,
     #[serde(default, deserialize_with = "parse_bytes")]
     capture_size_limit: Option<u64>,
+    #[serde(default)]
+    capture_jail: capture::Jail,
     /// The sections that the plugins read.
     #[serde(default, deserialize_with = "null_as_default")]
     machineries: serde_yaml::Mapping,
@@ -266,6 +268,7 @@ fn capture_settings(
     Some(capture::Settings {
         tcpdump,
         result_server: ip.map(str::to_owned).zip(result_server.listen_port),
+        jail: host.capture_jail,
         limit: Some(host.capture_size_limit.unwrap_or(DEFAULT_LIMIT)).filter(|limit| *limit > 0),
         reserve: host.free_space_reserve,
     })
@@ -323,6 +326,7 @@ mod tests {
             result_server: Some(("10.0.0.1".into(), 2042)),
             limit: Some(1 << 30),
             reserve: FreeSpaceReserve::default(),
+            jail: capture::Jail::Auto,
         };
         assert_eq!(settings, Some(expected));
         let text = error(
@@ -351,6 +355,7 @@ mod tests {
             result_server: Some(("10.0.0.1".into(), 2042)),
             limit: Some(1 << 30),
             reserve: FreeSpaceReserve::default(),
+            jail: capture::Jail::Auto,
         };
         assert_eq!(config.capture, Some(expected));
         assert_eq!(read("machineries: [' qemu ', ~, kvm]\n").machineries, ["qemu", "kvm"]);

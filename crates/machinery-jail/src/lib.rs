@@ -26,19 +26,19 @@
 //! | `apply` | [`enter`]: the steps above |
 //! | `filter` | the seccomp filter |
 //! | `paths` | the Landlock rules |
+//! | `installed` | the place of the helper program |
 //! | `support` | [`Support`]: the layers that this host can apply |
 
 #![warn(missing_docs)]
 
 mod apply;
 mod filter;
+mod installed;
 mod paths;
 mod policy;
 mod support;
 
 pub use apply::{JailError, enter};
+pub use installed::{PROGRAM, installed};
 pub use policy::{Limits, Network, Policy, User};
 pub use support::{NOT_ROOT, Support};
-
-/// The name of the helper program, which is installed beside the host.
-pub const PROGRAM: &str = "cuckoo-machinery-jail";

@@ -4,7 +4,7 @@
 //! here, into a pipe that QEMU reads. No shell ever sees a path.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufReader, PipeReader, PipeWriter, Read, Seek, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -64,6 +64,11 @@ impl Snapshot {
     /// The file cannot be read, is empty, or is no snapshot.
     pub fn open(path: &Path) -> Result<Snapshot> {
         let failed = |error: io::Error| Error::io("read the snapshot", path, &error);
+        // To open a pipe would wait for its writer.
+        if !fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(Error::configuration(format!("{} is not a file", path.display()))
+                .advice("Name the file that QEMU saved the machine's state into"));
+        }
         let mut file = File::open(path).map_err(failed)?;
         let mut start = [0; 4];
         let length = read_up_to(&mut file, &mut start).map_err(failed)?;
@@ -351,6 +356,10 @@ mod tests {
             let text = Snapshot::open(file.path()).err().unwrap().to_string();
             assert!(text.contains(expected) && text.contains("no memory snapshot"), "{text}");
         }
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert!(Snapshot::open(&pipe).err().unwrap().to_string().contains("is not a file"));
         assert!(Snapshot::open(Path::new("/none/m")).err().unwrap().to_string().contains("/none/m"));
     }
 }

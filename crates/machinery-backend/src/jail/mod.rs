@@ -39,7 +39,7 @@ use std::sync::OnceLock;
 use command_fds::{CommandFdExt, FdMapping};
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
-use machinery_jail::{PROGRAM, Support};
+use machinery_jail::Support;
 use serde::Deserialize;
 
 pub use cgroup::Cgroup;
@@ -99,20 +99,12 @@ impl HostSupport {
     }
 }
 
-/// Returns the helper program: beside the program of this process, or of one that Cargo has built into `deps` for tests.
+/// Returns the helper program, which nobody but root and the host's user may have changed.
 fn helper() -> Result<PathBuf> {
-    let own = std::env::current_exe()
-        .map_err(|error| Error::environment(format!("cannot find the host's own program: {error}")))?;
-    let folder = own.parent().unwrap_or(Path::new("/"));
-    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
-    let helper = folder.join(PROGRAM);
-    if !helper.is_file() {
-        return Err(Error::environment(format!(
-            "there is no program {}, which confines QEMU",
-            helper.display()
-        ))
-        .advice("Install it beside the host's program, or set jail: off in machinery-host.yaml"));
-    }
+    let helper = machinery_jail::installed().map_err(|error| {
+        Error::environment(format!("{error}, which confines QEMU"))
+            .advice("Install it beside the host's program, or set jail: off in machinery-host.yaml")
+    })?;
     expect_trusted(&helper)?;
     Ok(helper)
 }

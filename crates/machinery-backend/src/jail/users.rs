@@ -41,7 +41,34 @@ impl UserRange {
         self.user_in(Path::new(GIVEN), key)
     }
 
+    /// Expects that the file gives no number of the range to an account, or to an account's containers. Sources: passwd(5),
+    /// subuid(5).
+    fn expect_free(self, file: &str, text: &str) -> io::Result<()> {
+        let is_taken = |line: &&str| {
+            let mut fields = line.split(':').skip(1);
+            let (first, second) = (fields.next(), fields.next());
+            let number = |field: Option<&str>| field.and_then(|field| field.parse::<u64>().ok());
+            let taken = match (number(first), number(second)) {
+                (Some(first), Some(count)) => first..first.saturating_add(count),
+                (None, Some(uid)) => uid..uid + 1,
+                _ => return false,
+            };
+            let own = u64::from(self.first)..u64::from(self.first) + u64::from(self.count);
+            taken.start < own.end && own.start < taken.end
+        };
+        match text.lines().find(is_taken) {
+            None => Ok(()),
+            Some(line) => Err(io::Error::other(format!(
+                "{file} gives numbers of jail_users to others ({line}): set jail_users to numbers that nobody has"
+            ))),
+        }
+    }
+
     fn user_in(self, folder: &Path, key: &Path) -> io::Result<User> {
+        for file in ["/etc/passwd", "/etc/subuid", "/etc/subgid"] {
+            // A computer may have none.
+            self.expect_free(file, &fs::read_to_string(file).unwrap_or_default())?;
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         let lock = File::create(folder.join("lock"))?;
         flock(&lock, FlockOperation::LockExclusive)?;
@@ -120,6 +147,16 @@ mod tests {
     #[test]
     fn user_never_changes() {
         assert_eq!(hash(Path::new("a")), 0xe40c_292c, "the published value of FNV-1a");
+    }
+
+    #[test]
+    fn range_is_refused_when_an_account_or_its_containers_have_its_numbers() {
+        let range = UserRange { first: 200_000, count: 10 };
+        let refused = |file: &str, text: &str| range.expect_free(file, text).is_err();
+        assert!(refused("/etc/passwd", "root:x:0:0::/:/bin/sh\nmalory:x:200003:7::/:/bin/sh\n"));
+        assert!(!refused("/etc/passwd", "root:x:0:0::/:/bin/sh\nalice:x:200010:200003::/:/bin/sh\n\n"));
+        assert!(refused("/etc/subuid", "alice:165536:65536\n"));
+        assert!(!refused("/etc/subuid", "alice:100000:65536\nbob:200010:1\n"));
     }
 
     #[test]

@@ -65,6 +65,7 @@ impl ActionSettings {
             ("tcpdump.enabled", old_capture.is_some() != new_capture.is_some()),
             ("tcpdump.path", both.is_some_and(|(old, new)| old.tcpdump != new.tcpdump)),
             ("capture_size_limit", both.is_some_and(|(old, new)| old.limit != new.limit)),
+            ("capture_jail", both.is_some_and(|(old, new)| old.jail != new.jail)),
             (FreeSpaceReserve::KEY, self.reserve != new.reserve),
             ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
         ];

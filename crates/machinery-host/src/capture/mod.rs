@@ -10,9 +10,10 @@
 //! ```
 //!
 //! `actions::capture` begins and ends the capture of a machine. [`tcpdump`] runs one process, and `stderr` reads and
-//! interprets its messages. [`writer`] copies its output up to the limit, and `user` chooses its user. `space` ends a
+//! interprets its messages. [`writer`] copies its output up to the limit, `user` chooses its user, and `jail` confines it. `space` ends a
 //! capture when its disk is nearly full. `leftovers` ends the processes of a host that was killed.
 
+mod jail;
 mod leftovers;
 mod settings;
 pub mod space;
@@ -22,4 +23,4 @@ mod user;
 pub mod writer;
 
 pub use leftovers::end_leftovers;
-pub use settings::{MISSING_ADVICE, Settings, Target, filter, permission_advice};
+pub use settings::{Jail, MISSING_ADVICE, Settings, Target, filter, permission_advice};

@@ -1,9 +1,12 @@
 //! The settings of a capture: the program, the interface, the filter and the file.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use machinery::FreeSpaceReserve;
+use machinery::{Error, FreeSpaceReserve};
+
+use serde::Deserialize;
 
 /// The longest time that the kernel keeps a packet before tcpdump gets it.
 ///
@@ -26,6 +29,17 @@ pub fn permission_advice(tcpdump: &Path) -> String {
     format!("Run the host as root, or give tcpdump the right: setcap cap_net_raw,cap_net_admin=eip {program}")
 }
 
+/// The value of `capture_jail`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Jail {
+    /// Confined where that is possible.
+    #[default]
+    Auto,
+    /// Not at all: for a program in tcpdump's place that starts others.
+    Off,
+}
+
 /// The settings that all machines share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -37,6 +51,16 @@ pub struct Settings {
     pub limit: Option<u64>,
     /// The space that captures leave free.
     pub reserve: FreeSpaceReserve,
+    /// The confinement of tcpdump.
+    pub jail: Jail,
+}
+
+impl Settings {
+    /// Returns the failure of a tcpdump that cannot be started for this reason.
+    pub fn cannot_start(&self, error: &io::Error) -> Error {
+        Error::environment(format!("cannot start {}: {error}", self.tcpdump.display()))
+            .advice(format!("{MISSING_ADVICE}. Then run `cuckoo-machinery reload`"))
+    }
 }
 
 /// The traffic of one machine, and the name of the file that gets it.

@@ -16,11 +16,11 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::settings::{MARK, MAX_PACKET_DELAY, MISSING_ADVICE, Settings, Target};
+use super::settings::{MARK, MAX_PACKET_DELAY, Settings, Target};
 use super::space::{Captures, Watched};
 use super::stderr::{self, Counts, Lines};
-use super::user;
 use super::writer::{self, CaptureFile, Copied};
+use super::{jail, user};
 
 /// The time that tcpdump has to listen.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -138,7 +138,7 @@ struct Process {
 impl Process {
     /// Starts tcpdump. Returns the process, and the pipe with its packets.
     fn spawn(settings: &Settings, target: Target) -> Result<(Self, File)> {
-        let mut command = Command::from(machinery::command(&settings.tcpdump));
+        let mut command = Command::from(jail::command(settings)?);
         // Write each packet to the file at once and as a whole, and look up no names.
         command.arg("-i").arg(&target.interface).args(["-U", "-s", "0", "-n"]);
         if geteuid().is_root() {
@@ -149,11 +149,11 @@ impl Process {
         // instead.
         command.env("LC_ALL", "C").process_group(0).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| cannot_start(settings, &error))?;
+        let mut child = command.spawn().map_err(|error| settings.cannot_start(&error))?;
         let no_pipe = || Error::failed("tcpdump has no pipe for its output");
         let stderr = Lines::new(BufReader::new(child.stderr.take().ok_or_else(no_pipe)?));
         let packets = child.stdout.take().ok_or_else(no_pipe)?.into_owned_fd();
-        let packets = packets.map_err(|error| cannot_start(settings, &error))?;
+        let packets = packets.map_err(|error| settings.cannot_start(&error))?;
         if let Err(error) = fcntl_setpipe_size(&packets, PIPE_SIZE) {
             tracing::debug!(%error, "the pipe from tcpdump keeps its size");
         }
@@ -333,9 +333,4 @@ impl Process {
 
 fn is_regular(file: &File) -> bool {
     file.metadata().is_ok_and(|found| found.is_file())
-}
-
-fn cannot_start(settings: &Settings, error: &io::Error) -> Error {
-    let error = Error::environment(format!("cannot start {}: {error}", settings.tcpdump.display()));
-    error.advice(format!("{}. Then run `cuckoo-machinery reload`", MISSING_ADVICE))
 }

@@ -324,13 +324,16 @@ fn import_reports_the_faults_of_each_folder_at_once() {
     scratch.machine("vms/c", "1.1.1.3", json!({"memory_snapshot": "gone"}));
     scratch.machine("vms/d", "1.1.1.4", json!({}));
     fs::write(scratch.path("vms/d/machineinfo.json"), "{\"machine\": []}").unwrap();
+    let piped = scratch.machine("vms/e", "1.1.1.5", json!({"memory_snapshot": "pipe"}));
+    assert!(std::process::Command::new("mkfifo").arg(piped.join("pipe")).status().unwrap().success());
     let error = scratch.fails(&[scratch.path("vms")]);
     for expected in [
-        "4 problems",
+        "5 problems",
         "a/machineinfo.json: machine: these keys are missing: bridge, disk, start_args",
         "b/machineinfo.json:2: this is not JSON",
         "c/machineinfo.json: machine.memory_snapshot: cannot read",
         "d/machineinfo.json: machine: there is no description",
+        "pipe is not a file",
     ] {
         assert!(error.contains(expected), "{expected}: {error}");
     }

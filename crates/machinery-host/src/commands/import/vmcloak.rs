@@ -240,10 +240,14 @@ impl Description<'_> {
 
     fn file(&self, key: &str) -> Result<Value> {
         let path = self.path.with_file_name(self.text(key)?);
-        let opened = File::open(&path).and_then(|file| file.metadata());
+        // A pipe would have the open wait.
+        let opened = fs::metadata(&path).and_then(|found| match found.is_file() {
+            true => File::open(&path).map(|_| true),
+            false => Ok(false),
+        });
         match opened {
-            Ok(metadata) if metadata.is_file() => self.path_text(&path),
-            Ok(_) => Err(self.error(key, format!("{} is not a file", path.display()))),
+            Ok(true) => self.path_text(&path),
+            Ok(false) => Err(self.error(key, format!("{} is not a file", path.display()))),
             Err(error) => Err(self
                 .error(key, format!("cannot read {}: {error}", path.display()))
                 .advice("Check that the machine's folder is complete and readable for this user")),

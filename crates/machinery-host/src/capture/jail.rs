@@ -1,0 +1,48 @@
+//! Confines tcpdump: it opens no file beside those of the system, and starts no program.
+//!
+//! tcpdump opens the interface as root and then changes to a [user](super::user) without rights, behind the same helper
+//! that confines hypervisors. Without root it gets its right to capture from its file, and no confined process may gain a
+//! right in that way, so it runs unconfined then.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use machinery::trust::expect_trusted;
+use machinery::{Error, Result};
+use machinery_jail::{Network, Policy};
+use rustix::fs::{Access, access};
+use rustix::process::geteuid;
+
+use super::settings::{Jail, Settings};
+
+/// Files that tcpdump reads: accounts, to change its user, and what the kernel says of interfaces. Source: libpcap's
+/// pcap-linux.c.
+const READ: [&str; 4] = ["/etc/passwd", "/etc/group", "/sys/class/net", "/sys/devices"];
+
+/// Returns the command that runs tcpdump.
+///
+/// # Errors
+/// tcpdump cannot be executed; the helper program is missing.
+pub fn command(settings: &Settings) -> Result<Command> {
+    access(&settings.tcpdump, Access::EXEC_OK).map_err(|error| settings.cannot_start(&error.into()))?;
+    if settings.jail == Jail::Off || !geteuid().is_root() {
+        return Ok(machinery::command(&settings.tcpdump));
+    }
+    let helper = machinery_jail::installed().map_err(|error| {
+        Error::environment(format!("{error}, which confines tcpdump"))
+            .advice("Install it beside the host's program, or set capture_jail: off in machinery-host.yaml")
+    })?;
+    expect_trusted(&helper)?;
+    let read = READ.map(PathBuf::from).into_iter().filter(|path| path.exists());
+    let policy = Policy {
+        read: read.collect(),
+        network: Network::Any,
+        environment: vec![("LC_ALL".to_owned(), "C".to_owned())],
+        ..Policy::default()
+    };
+    let policy = serde_json::to_string(&policy);
+    let policy = policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
+    let mut command = machinery::command(&helper);
+    command.arg(policy).arg(&settings.tcpdump);
+    Ok(command)
+}
