@@ -309,7 +309,7 @@ fn capture_ends_with_a_valid_file_when_it_reaches_its_limit() {
     lock(&mut client, &pcap);
     assert_eq!(client.act("restore_start", "m").unwrap(), success());
     let long = "x".repeat(50_000);
-    (0..20).for_each(|_| talk(&network, &long));
+    (0..40).for_each(|_| talk(&network, &long));
     let reported = subscriber.wait_for_event("capture_failed", "m").unwrap();
     let reason = reported["reason"].as_str().unwrap();
     assert!(reason.contains("has reached the limit of 1 MiB"), "{reason}");
