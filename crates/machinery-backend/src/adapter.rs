@@ -7,7 +7,9 @@
 //! load      read ─▶ open ─▶ make the machines ─▶ end leftovers ─▶ ready
 //! action    find the machine ─▶ act ─▶ name the machine in the error
 //! reload    read ─▶ compare ─▶ plan ─▶ last refusals │ discard the gone ─▶ end leftovers of the new ─▶ commit
+//! adopt     find the machine ─▶ adopt its run
 //! shutdown  end all machines, a few at a time ─▶ close
+//! hand_over leave all machines, a few at a time ─▶ close
 //! ```
 //!
 //! Every refusal of a reload comes before its first change, which is the bar in the picture. The gone are discarded before
@@ -18,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{
-    Capabilities, Conflict, Deadline, Diagnosis, DumpFormat, ErrorKind, Host, MachineInfo, Machinery,
+    Capabilities, Conflict, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, Host, MachineInfo, Machinery,
     Reloaded, Report, Result, Setup, State,
 };
 
@@ -52,8 +54,10 @@ impl<S: Shared> Machinery for Adapter<S> {
         let keys = S::take_machines(&mut config);
         let machines: Vec<_> = keys.into_iter().map(|keys| shared.machine(setup, keys)).collect();
         let set = Arc::new(MachineSet::new(machines.clone()));
-        let ready = shared.adopt(&machines, deadline).and_then(|()| shared.ready(&set, config, deadline));
-        match ready {
+        // `adopt` ends those that it cannot adopt.
+        let are_left = setup.adopts && S::ADOPTS;
+        let ended = if are_left { Ok(()) } else { shared.end_leftovers(&machines, deadline) };
+        match ended.and_then(|()| shared.ready(&set, config, deadline)) {
             Ok(()) => Ok(Adapter { machines: set, shared, host }),
             Err(error) => {
                 // The time of the load may be over.
@@ -145,15 +149,23 @@ impl<S: Shared> Machinery for Adapter<S> {
         Ok(diagnoses)
     }
 
+    fn adopt(&self, machine: &str, deadline: Deadline) -> Result<bool> {
+        if !S::ADOPTS {
+            return Err(Error::unsupported("adopt"));
+        }
+        self.on(machine, |machine| machine.adopt(deadline))
+    }
+
+    fn hand_over(&self, deadline: Deadline) -> Result<()> {
+        if !S::ADOPTS {
+            return Err(Error::unsupported("hand_over"));
+        }
+        self.leave(deadline, |machine| machine.hand_over(deadline))
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
-        let machines = self.machines.all();
-        machines.iter().for_each(|machine| machine.begin_end());
-        let ended = concurrent::for_each(&machines, |machine| match machine.end(deadline) {
-            Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
-            ended => ended,
-        });
-        self.shared.close(deadline);
-        ended
+        self.machines.all().iter().for_each(|machine| machine.begin_end());
+        self.leave(deadline, |machine| machine.end(deadline))
     }
 }
 
@@ -163,11 +175,25 @@ impl<S: Shared> Adapter<S> {
         act(&self.machines.find(name)?).map_err(|error| error.machine(name))
     }
 
+    /// Calls `leave` for all machines, a few at a time, and closes what they share.
+    fn leave(
+        &self,
+        deadline: Deadline,
+        leave: impl Fn(&Arc<S::Machine>) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let left = concurrent::for_each(&self.machines.all(), |machine| match leave(machine) {
+            Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
+            left => left,
+        });
+        self.shared.close(deadline);
+        left
+    }
+
     /// Applies the plan of a reload.
     fn apply(&self, plan: ReloadPlan<S::Machine>, deadline: Deadline) -> Result<Reloaded> {
         plan.removed.iter().for_each(|machine| machine.begin_end());
         concurrent::for_each(&plan.removed, |machine| machine.discard_standby(deadline))?;
-        self.shared.adopt(&plan.added, deadline)?;
+        self.shared.end_leftovers(&plan.added, deadline)?;
         self.machines.commit(plan, deadline)
     }
 }

@@ -94,6 +94,22 @@ pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
         Ok(())
     }
 
+    /// See [`Machinery::adopt`](machinery::Machinery::adopt). The default adopts nothing.
+    ///
+    /// # Errors
+    /// A run cannot be adopted; a leftover does not end.
+    fn adopt(self: &Arc<Self>, _deadline: Deadline) -> Result<bool> {
+        self.clear_leftovers().map(|()| false)
+    }
+
+    /// Leaves the machine's run and standby to the next host. The default ends them.
+    ///
+    /// # Errors
+    /// A preparation does not end.
+    fn hand_over(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.end(deadline)
+    }
+
     /// Expects that the machine is off, so that a reload can change or remove it. It may have a standby.
     ///
     /// # Errors

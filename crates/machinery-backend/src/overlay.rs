@@ -56,6 +56,11 @@ struct Overlay {
 }
 
 impl Overlays {
+    /// Takes over the overlays of a run that an earlier host has started.
+    pub fn adopt(paths: &[PathBuf]) -> Overlays {
+        Overlays(paths.iter().map(|path| Overlay { path: path.clone(), keep: false }).collect())
+    }
+
     /// Sets whether the files are kept when the value is dropped.
     pub fn set_keep(&mut self, keep: bool) {
         self.0.iter_mut().for_each(|overlay| overlay.keep = keep);

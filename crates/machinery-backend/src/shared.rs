@@ -14,6 +14,8 @@ pub trait Shared: Sized + Send + Sync + 'static {
     const NAME: &'static str;
     /// See [`Machinery::CONFLICTS`](machinery::Machinery::CONFLICTS).
     const CONFLICTS: &'static [Conflict] = &[];
+    /// True if the machines adopt what an earlier host has left: [`Backend::adopt`], [`Backend::hand_over`].
+    const ADOPTS: bool = false;
     /// One machine.
     type Machine: Backend;
     /// The configuration, which is valid.
@@ -62,7 +64,7 @@ pub trait Shared: Sized + Send + Sync + 'static {
     ///
     /// # Errors
     /// A leftover does not end; the load or the reload fails then.
-    fn adopt(&self, machines: &[Arc<Self::Machine>], _deadline: Deadline) -> Result<()> {
+    fn end_leftovers(&self, machines: &[Arc<Self::Machine>], _deadline: Deadline) -> Result<()> {
         concurrent::for_each(machines, |machine| machine.clear_leftovers())
     }
 

@@ -111,6 +111,7 @@ pub fn setup_in(folder: &Path, config: ConfigFile, host_config: Option<ConfigFil
         sockets_dir: create("sockets")?,
         state_dir: create("state")?,
         cache_dir: create("cache")?,
+        adopts: false,
     })
 }
 

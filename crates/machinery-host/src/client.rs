@@ -65,6 +65,11 @@ impl Client {
         }
     }
 
+    /// Waits until the host closes the connection.
+    pub fn wait_for_close(&mut self) {
+        while self.next().is_ok() {}
+    }
+
     fn send(&mut self, request: &Value, file: Option<&File>) -> Result<()> {
         let line = format!("{request}\n");
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

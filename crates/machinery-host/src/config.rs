@@ -31,6 +31,8 @@ pub struct Config {
     pub plugin_hashes: Option<AllowList>,
     /// The space that stays free on each file system that runs and captures write to.
     pub free_space_reserve: FreeSpaceReserve,
+    /// True if the host adopts the runs of an earlier one.
+    pub adopts: bool,
     /// The settings of captures, or `None` if traffic is not captured.
     pub capture: Option<capture::Settings>,
     /// The file `machinery-host.yaml`, if it exists. Each plugin reads its section.
@@ -141,6 +143,17 @@ struct ResultServerKeys {
 /// Cuckoo3's default for `tcpdump.path`.
 const DEFAULT_TCPDUMP: &str = "/usr/bin/tcpdump";
 
+/// Whether the host adopts the runs of an earlier one.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Adoption {
+    /// It adopts those of machineries that support it.
+    #[default]
+    Auto,
+    /// It ends them.
+    Off,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct HostFile {
@@ -154,6 +167,8 @@ struct HostFile {
     plugin_hashes: Option<serde_yaml::Mapping>,
     #[serde(default)]
     free_space_reserve: FreeSpaceReserve,
+    #[serde(default)]
+    adopt: Adoption,
     #[serde(default, deserialize_with = "parse_bytes")]
     capture_size_limit: Option<u64>,
     #[serde(default)]
@@ -205,6 +220,7 @@ impl Config {
                 socket_group: host.socket_group,
                 plugin_hashes,
                 free_space_reserve: host.free_space_reserve,
+                adopts: host.adopt == Adoption::Auto,
                 capture,
                 host_file,
             }),

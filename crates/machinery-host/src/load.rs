@@ -9,11 +9,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
 use machinery::host::Instance;
-use machinery::{Capabilities, Deadline, Error, HostServices, MachineInfo, Result, Setup, State};
+use machinery::{Capabilities, Deadline, Error, ErrorKind, HostServices, MachineInfo, Result, Setup, State};
 
 use crate::config::{Config, Timeouts};
 use crate::cuckoo;
@@ -74,6 +75,7 @@ pub fn setup_with(file: ConfigFile, name: &str, cwd: &Cwd, config: &Config) -> S
         sockets_dir: cwd.sockets(),
         state_dir: cwd.machinery_state(name),
         cache_dir: cwd.machinery_cache(name),
+        adopts: false,
     }
 }
 
@@ -111,11 +113,45 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &PluginSearch, events: &Even
     }
     let machineries = loaded.iter().map(|(machinery, _)| Arc::clone(machinery)).collect();
     let limits = &config.timeouts;
-    let machines = loaded
-        .into_iter()
-        .flat_map(|(machinery, infos)| machines(&machinery, infos, limits.state, limits.load, events));
+    let machines = loaded.into_iter().flat_map(|(machinery, infos)| {
+        let adopted = adopt(&machinery, infos.iter().map(|info| info.name.clone()).collect(), config);
+        let machines = machines(&machinery, infos, limits.state, limits.load, events);
+        machines.iter().zip(adopted).for_each(|(machine, adopted)| record_adoption(machine, adopted));
+        machines
+    });
     fleet.set(Roster::new(machineries, machines.collect()));
     Ok(fleet)
+}
+
+/// Has the plugin adopt the runs that an earlier host has left. Returns for each machine whether there was one.
+fn adopt(machinery: &Arc<Machinery>, names: Vec<String>, config: &Config) -> Vec<Result<bool>> {
+    if !config.adopts {
+        return Vec::new();
+    }
+    let (instance, limits) = (Arc::clone(&machinery.instance), &config.timeouts);
+    let (what, limit) = (format!("adopt of '{}'", machinery.name), limits.stop);
+    let adopt = move |name: &String| instance.adopt(name, Deadline::after(limit));
+    let adopted = call_each(&what, names, limit, limits.load, adopt);
+    let is_unsupported =
+        |adopted: &Result<bool>| matches!(adopted, Err(error) if error.kind() == ErrorKind::Unsupported);
+    if adopted.iter().any(is_unsupported) {
+        return Vec::new();
+    }
+    machinery.adopts.store(true, Ordering::SeqCst);
+    adopted
+}
+
+/// Records the outcome of an adoption. The errors of the machine tell the task that its run is lost.
+fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>) {
+    match adopted {
+        Ok(true) => machine.set_own_run(),
+        Ok(false) => {}
+        Err(error) => {
+            let error = error.action("adopting the run of an earlier host").machine(machine.name());
+            tracing::warn!(machine = machine.name(), %error, "its run is lost");
+            machine.add_error(&error.to_string());
+        }
+    }
 }
 
 fn load(
@@ -124,7 +160,7 @@ fn load(
     config: &Config,
     services: Arc<dyn HostServices>,
 ) -> Result<(Arc<Machinery>, Vec<MachineInfo>)> {
-    let setup = setup(plugin.name(), cwd, config)?;
+    let setup = Setup { adopts: config.adopts, ..setup(plugin.name(), cwd, config)? };
     for folder in [&setup.sockets_dir, &setup.state_dir, &setup.cache_dir] {
         make_reachable_folder(folder)?;
     }
@@ -137,7 +173,8 @@ fn load(
         Ok((capabilities, version, infos)) => {
             let plugin = PluginFile { path: plugin.path().to_owned(), sha256: sha256.clone() };
             let (name, diagnosing) = (name.to_owned(), Arc::default());
-            let machinery = Machinery { name, capabilities, version, instance, plugin, diagnosing };
+            let adopts = AtomicBool::new(false);
+            let machinery = Machinery { name, capabilities, version, instance, plugin, diagnosing, adopts };
             log_loaded(&machinery, &infos);
             Ok((Arc::new(machinery), infos))
         }

@@ -5,22 +5,29 @@
 //!     SIGHUP ─▶ the configuration is read again (see `reload`)
 //!     SIGTERM, SIGINT ─▶ no new action ─▶ running actions end ─▶ own runs end ─▶ plugins shut down
 //!                                                                      ─▶ socket removed ─▶ exit 0
+//!     SIGUSR2 ─▶ no new action ─▶ running actions end ─▶ plugins hand over ─▶ the program is executed again
 //! ```
+//!
+//! After SIGUSR2, the new program has the same process number and the same socket, and adopts the runs of the old one. With
+//! `--handover`, SIGTERM leaves them in the same way, and ends the host: the next start adopts them.
 //!
 //! A plugin that calls `exit()` triggers the same shutdown, with exit code 1: see [`exit`].
 
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use command_fds::{CommandFdExt, FdMapping};
 use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use sd_notify::NotifyState;
-use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 
+use crate::actions::Ending;
+use crate::actions::capture::resume;
 use crate::actions::context::ActionContext;
 use crate::actions::diagnose::diagnose_all;
 use crate::actions::metrics::Metrics;
@@ -52,7 +59,10 @@ const LOCK_ATTEMPTS: u32 = 10;
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The end of a host that has served.
+#[derive(Debug)]
 pub enum Served {
+    /// The host has handed everything over. The socket still listens for the new program.
+    Replaced(std::os::unix::net::UnixListener),
     /// The host has shut everything down.
     Cleanly,
     /// The end had a fault.
@@ -63,14 +73,20 @@ pub enum Served {
 ///
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
-pub fn run(cwd: &Cwd, search: &PluginSearch) -> Result<Served> {
+pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served> {
+    // An upgrade replaces the file of this program.
+    let program = std::env::current_exe()
+        .map_err(|error| Error::environment(format!("cannot find the host's own program: {error}")))?;
+    let inherited = listener::inherited(&cwd.manager_socket())?;
     let config = Config::read(cwd)?;
     make_reachable_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
     let _lock = lock(&cwd.state())?;
     Folders::of(cwd).prepare()?;
     // Before any plugin removes what it takes for the leftovers of a host that died.
-    listener::expect_no_other(&cwd.manager_socket())?;
+    if inherited.is_none() {
+        listener::expect_no_other(&cwd.manager_socket())?;
+    }
     limits::raise_file_limit();
     let events = Events::default();
     let peers = Arc::new(Peers::new(config.socket_group.as_deref())?);
@@ -86,11 +102,32 @@ pub fn run(cwd: &Cwd, search: &PluginSearch) -> Result<Served> {
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
         let manager = Arc::new(manager(cwd, search, config, fleet, state, events).await?);
-        serve(cwd, &peers, manager).await
+        serve(cwd, &peers, manager, inherited, hands_over).await
     });
     // A plugin's call that never returns must not delay the end.
     runtime.shutdown_background();
-    result
+    match result {
+        Ok(Served::Replaced(listener)) => Err(execute_again(&program, listener)),
+        result => result,
+    }
+}
+
+/// Executes the host's program, which may be a newer one, with the same arguments and the same socket. Returns only if that
+/// fails.
+fn execute_again(program: &Path, listener: std::os::unix::net::UnixListener) -> Error {
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::failed(format!("cannot execute {}: {error}", program.display()))
+            .advice("Start the host again: it adopts the runs")
+    };
+    let mut command = machinery::command(program);
+    command.args(std::env::args_os().skip(1));
+    // The protocol of sd_listen_fds(3). The process keeps its number.
+    command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
+    let mapping = FdMapping { parent_fd: listener.into(), child_fd: listener::FIRST_INHERITED };
+    match command.fd_mappings(vec![mapping]) {
+        Ok(command) => failed(&command.exec()),
+        Err(error) => failed(&error),
+    }
 }
 
 /// Locks the CWD for one host. The lock ends with the process.
@@ -126,6 +163,7 @@ async fn manager(
         Arc::new(ActionContext::new(&config, Folders::of(cwd), Arc::clone(&metrics), Arc::clone(&state)));
     let queues = Arc::new(Queues::new(context));
     diagnose_all(&fleet.roster(), config.timeouts.load).await;
+    resume_adopted_runs(&fleet, queues.context()).await;
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));
     let reloader = Reloader::new(
         cwd.clone(),
@@ -139,47 +177,93 @@ async fn manager(
     Ok(Manager::new(fleet, queues, reloader, metrics, state, events))
 }
 
-async fn serve(cwd: &Cwd, peers: &Arc<Peers>, manager: Arc<Manager>) -> Result<Served> {
+/// Continues what an earlier host did for the runs that this one has adopted.
+async fn resume_adopted_runs(fleet: &Fleet, context: &ActionContext) {
+    let settings = context.settings();
+    for machine in fleet.roster().machines().iter().filter(|machine| machine.status().own_run) {
+        if let Some(capture) = &settings.capture {
+            resume(machine, capture, &context.folders, &context.captures).await;
+        }
+        // A report that came before the machine was known is lost.
+        let limit = settings.timeouts.state;
+        let (reports, called) = (machine.status().reports, machine.call(limit, |machine, deadline| {
+            machine.machinery.instance.state(machine.name(), deadline)
+        }));
+        if let CallResult::Returned(Ok(state)) = called.await {
+            machine.set_answered(state, reports);
+        }
+    }
+}
+
+async fn serve(
+    cwd: &Cwd,
+    peers: &Arc<Peers>,
+    manager: Arc<Manager>,
+    inherited: Option<std::os::unix::net::UnixListener>,
+    hands_over: bool,
+) -> Result<Served> {
     let mut exit = exit::exit_requested();
-    let mut end = EndSignals::new()?;
+    let mut end = EndSignals::new(hands_over)?;
     tokio::spawn(reload_at_signal(Arc::clone(&manager), listen(SignalKind::hangup())?));
     tokio::spawn(apply_pending_changes(Arc::clone(&manager)));
     let socket = cwd.manager_socket();
-    let listener: UnixListener = listener::bind(&socket, peers)?;
+    let listener = match inherited {
+        Some(inherited) => listener::of(inherited, &socket)?,
+        None => listener::bind(&socket, peers)?,
+    };
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
     let mut connections = JoinSet::new();
-    tokio::select! {
-        () = listener::serve(&listener, peers, &manager, &mut connections) => {}
-        which = end.received() => tracing::info!(signal = which, "asked to end: machines are stopped"),
+    let asked = tokio::select! {
+        () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
+        asked = end.received() => asked,
+        () = manager.replacement() => Asked::Replace,
         // The sender lives as long as the process.
-        _ = exit.wait_for(|exit| *exit) => tracing::info!("machines are stopped"),
-    }
+        _ = exit.wait_for(|exit| *exit) => Asked::Stop,
+    };
+    let ending = if asked == Asked::Stop { Ending::Stop } else { Ending::HandOver };
     // First, so that no action is accepted from a client that knows of the end.
-    let workers = manager.queues().close();
-    notify(NotifyState::Stopping);
-    listener::remove(&socket);
-    Ok(tokio::select! {
-        () = drain(&manager, workers, connections) => {
-            tracing::info!("ended");
-            if *exit.borrow() {
-                Served::With(Error::failed("a plugin called exit(): see the log for which"))
-            } else {
-                Served::Cleanly
-            }
+    let mut workers = manager.queues().close(ending);
+    if asked != Asked::Replace {
+        notify(NotifyState::Stopping);
+        listener::remove(&socket);
+    }
+    let drained = async {
+        // A plugin must not be shut down while it applies a configuration.
+        let finished = async {
+            manager.reloader().idle().await;
+            while workers.join_next().await.is_some() {}
+        };
+        match asked {
+            // Clients hear that they have to ask again.
+            Asked::Replace => tokio::select! {
+                () = listener::serve(&listener, peers, &manager, &mut connections) => {}
+                () = finished => {}
+            },
+            Asked::Stop | Asked::HandOver => finished.await,
         }
-        which = end.received() => {
-            let error = Error::failed(format!("asked to end once more by {which}: machines may be left"));
-            Served::With(error.advice("The next start of the host clears them away"))
+        drain(&manager, ending, connections).await;
+    };
+    tokio::select! {
+        () = drained => {}
+        _ = end.received() => {
+            let error = Error::failed("asked to end once more: machines may be left");
+            return Ok(Served::With(error.advice("The next start of the host adopts them, or clears them away")));
         }
-    })
+    }
+    tracing::info!("ended");
+    if *exit.borrow() {
+        return Ok(Served::With(Error::failed("a plugin called exit(): see the log for which")));
+    }
+    if asked != Asked::Replace {
+        return Ok(Served::Cleanly);
+    }
+    let listener = listener.into_std();
+    listener.map(Served::Replaced).map_err(|error| Error::io("keep the socket", &socket, &error))
 }
 
-/// Waits for running actions and last replies, and shuts the plugins down.
-async fn drain(manager: &Manager, mut workers: JoinSet<()>, mut connections: JoinSet<()>) {
-    // A plugin must not be shut down while it applies a configuration.
-    manager.reloader().idle().await;
-    while workers.join_next().await.is_some() {}
+/// Waits for last replies, and shuts the plugins down, or has them hand over.
+async fn drain(manager: &Manager, ending: Ending, mut connections: JoinSet<()>) {
     manager.ended().send_replace(true);
     let last_replies = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(LAST_REPLIES_TIMEOUT, last_replies).await.is_err() {
@@ -187,22 +271,23 @@ async fn drain(manager: &Manager, mut workers: JoinSet<()>, mut connections: Joi
     }
     let limit = manager.queues().context().timeouts().shutdown;
     for machinery in manager.roster().machineries() {
-        shut_down(machinery, limit).await;
+        let hands_over = ending == Ending::HandOver && machinery.adopts();
+        end_plugin(machinery, hands_over, limit).await;
     }
 }
 
-async fn shut_down(machinery: &Arc<Machinery>, limit: Duration) {
-    let name = &machinery.name;
-    let called =
-        machinery.call("shutdown", limit, |machinery, deadline| machinery.instance.shutdown(deadline));
-    match called.await {
-        CallResult::Returned(Ok(())) => {}
-        CallResult::Returned(Err(error)) => tracing::error!(machinery = name, %error, "did not shut down"),
-        CallResult::Abandoned(_) => {
-            let error = call::timed_out("shutdown", limit);
-            tracing::error!(machinery = name, %error, "did not shut down");
-        }
-    }
+async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duration) {
+    let (name, what) = (&machinery.name, if hands_over { "hand_over" } else { "shutdown" });
+    let called = machinery.call(what, limit, move |machinery, deadline| match hands_over {
+        true => machinery.instance.hand_over(deadline),
+        false => machinery.instance.shutdown(deadline),
+    });
+    let error = match called.await {
+        CallResult::Returned(Ok(())) => return,
+        CallResult::Returned(Err(error)) => error,
+        CallResult::Abandoned(_) => call::timed_out(what, limit),
+    };
+    tracing::error!(machinery = name, %error, "{what} failed");
 }
 
 fn notify(state: NotifyState<'_>) {
@@ -231,24 +316,45 @@ async fn apply_pending_changes(manager: Arc<Manager>) {
     }
 }
 
+/// What a signal asks the host to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// To end with all of its machines.
+    Stop,
+    /// To end, and to leave its machines to the next host.
+    HandOver,
+    /// To execute its program again, which adopts its machines.
+    Replace,
+}
+
 /// The signals that end the host.
 struct EndSignals {
     terminate: Signal,
     interrupt: Signal,
+    replace: Signal,
+    hands_over: bool,
 }
 
 impl EndSignals {
-    fn new() -> Result<Self> {
+    fn new(hands_over: bool) -> Result<Self> {
         Ok(EndSignals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
+            replace: listen(SignalKind::user_defined2())?,
+            hands_over,
         })
     }
 
-    async fn received(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+    async fn received(&mut self) -> Asked {
+        let (signal, asked) = tokio::select! {
+            _ = self.terminate.recv() => ("SIGTERM", if self.hands_over { Asked::HandOver } else { Asked::Stop }),
+            _ = self.interrupt.recv() => ("SIGINT", Asked::Stop),
+            _ = self.replace.recv() => ("SIGUSR2", Asked::Replace),
+        };
+        match asked {
+            Asked::Stop => tracing::info!(signal, "asked to end: machines are stopped"),
+            Asked::HandOver | Asked::Replace => tracing::info!(signal, "machines are left to the next host"),
         }
+        asked
     }
 }

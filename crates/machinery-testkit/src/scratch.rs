@@ -171,6 +171,7 @@ impl ScratchCwd {
             sockets_dir: folder("sockets")?,
             state_dir: folder("state")?,
             cache_dir: folder("cache")?,
+            adopts: false,
         })
     }
 

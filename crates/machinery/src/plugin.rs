@@ -30,7 +30,7 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     const CONFLICTS: &'static [Conflict] = &[];
 
     /// Reads the configuration and removes the leftovers of a host that died (processes, disks). It starts no
-    /// machine.
+    /// machine. Where [`Setup::adopts`] is true, a plugin with [`adopt`](Machinery::adopt) leaves them for that method.
     ///
     /// # Errors
     /// The configuration cannot work, or the computer lacks something that the machinery needs. The error lists all
@@ -173,6 +173,30 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Ok(Vec::new())
     }
 
+    /// Adopts the run that an earlier host has left of the machine: from now on it is as if this plugin had started it.
+    /// The host calls this function once for each machine after a [`load`](Machinery::load) with [`Setup::adopts`], and
+    /// before any action. Returns false if there was no run; a standby is adopted as well, and is no run. Everything
+    /// else that is left of the machine is removed. Since interface 1.1.
+    ///
+    /// The plugin adopts only what is certainly its own, by something that code in the hypervisor cannot forge.
+    ///
+    /// # Errors
+    /// There was a run, and it cannot be adopted: it has ended meanwhile, or the plugin has ended it.
+    fn adopt(&self, machine: &str, deadline: Deadline) -> Result<bool> {
+        let _ = (machine, deadline);
+        Err(Error::unsupported("adopt"))
+    }
+
+    /// Ends the plugin's part in this host, and leaves runs and standbys for [`adopt`](Machinery::adopt) by the next host.
+    /// It is called in the place of [`shutdown`](Machinery::shutdown), and no action follows. Since interface 1.1.
+    ///
+    /// # Errors
+    /// A preparation under way does not end.
+    fn hand_over(&self, deadline: Deadline) -> Result<()> {
+        let _ = deadline;
+        Err(Error::unsupported("hand_over"))
+    }
+
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///
@@ -310,6 +334,9 @@ pub struct Setup {
     pub state_dir: PathBuf,
     /// The plugin's own folder for files that can be created again.
     pub cache_dir: PathBuf,
+    /// True if the host calls [`Machinery::adopt`] for each machine after the load.
+    #[serde(default)]
+    pub adopts: bool,
 }
 
 impl Setup {

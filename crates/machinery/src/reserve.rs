@@ -45,6 +45,7 @@ mod tests {
             sockets_dir: "/".into(),
             state_dir: "/".into(),
             cache_dir: "/".into(),
+            adopts: false,
         };
         FreeSpaceReserve::read(&setup).map(|reserve| reserve.on(10 << 30))
     }

@@ -230,6 +230,7 @@ mod tests {
             sockets_dir: "/none".into(),
             state_dir: "/none".into(),
             cache_dir: "/none".into(),
+            adopts: false,
         }
     }
 

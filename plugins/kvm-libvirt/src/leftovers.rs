@@ -1,6 +1,6 @@
 //! Markers of the domains that run because of the host, for the next host.
 //!
-//! A domain outlives the host that started it. The next host must end the runs of a killed host, but not a
+//! A domain outlives the host that started it. The next host adopts the runs of a killed host, or ends them, but not a
 //! domain that an operator has started by hand. So each run has a marker: a file in the machinery's state
 //! folder, with a random token. The metadata of the running domain has the same token. Only the live domain
 //! has this metadata: it ends with the run, and a domain that somebody else starts has none. A managed save
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The guest does not run until the domain has the token, so nobody can work in it before. A standby has a
-//! marker as well, and becomes a run without a change of the marker.
+//! marker as well. A later host adopts a domain whose guest was resumed, and ends every other one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,6 +53,9 @@ struct Run {
     boot: String,
     /// True if the token is in the metadata.
     marked: bool,
+    /// True if the guest was resumed: the domain is no standby, and its start is not under way.
+    #[serde(default)]
+    resumed: bool,
 }
 
 impl RunMarker {
@@ -67,7 +70,7 @@ impl RunMarker {
     /// libvirt does not answer; the kernel returns no token.
     pub fn begin(&self, domain: &Domain) -> Result<()> {
         let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
-        self.write(Run { uuid, token: kernel_id("uuid")?, boot: kernel_id("boot_id")?, marked: false });
+        self.write(Run { uuid, token: kernel_id("uuid")?, boot: kernel_id("boot_id")?, marked: false, resumed: false });
         Ok(())
     }
 
@@ -90,6 +93,18 @@ impl RunMarker {
             .map_err(|error| explain("mark the domain", &error))?;
         self.write(Run { marked: true, ..run });
         Ok(())
+    }
+
+    /// Records that the guest was resumed.
+    pub fn resumed(&self) {
+        if let Some(run) = self.read() {
+            self.write(Run { resumed: true, ..run });
+        }
+    }
+
+    /// Reports whether the guest of the recorded run was resumed.
+    pub fn is_resumed(&self) -> bool {
+        self.read().is_some_and(|run| run.resumed)
     }
 
     /// Reports whether a run or a standby is recorded.
@@ -167,7 +182,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let marker = || RunMarker::of("m", folder.path());
         assert!(marker().read().is_none() && !marker().exists());
-        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true };
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true, resumed: false };
         marker().write(run.clone());
         assert_eq!(marker().read(), Some(run));
         fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
@@ -179,7 +194,7 @@ mod tests {
     #[test]
     fn marker_is_kept_in_memory_when_it_cannot_be_written() {
         let marker = RunMarker::of("m", Path::new("/none"));
-        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false };
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false, resumed: false };
         marker.write(run.clone());
         assert_eq!(marker.read(), Some(run));
         marker.remove();

@@ -45,6 +45,8 @@ use std::sync::Arc;
 use machinery::{Deadline, DumpFormat, Result, State};
 use machinery_backend::{Backend, Operation, PrepareOrigin, Reloadable, refuse};
 
+use virt::connect::Connect;
+
 use crate::config::Keys;
 use crate::inspect;
 use crate::restore::Start;
@@ -120,6 +122,17 @@ impl Backend for Machine {
 
     fn discard_standby(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
         self.discard(deadline)
+    }
+
+    fn adopt(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
+        let machine = Arc::clone(self);
+        let adopt = move |connect: &Connect| machine.adopt_run(connect);
+        self.shared.connection.ask(deadline, "libvirt to find the domain", adopt)
+    }
+
+    fn hand_over(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        // The next host cannot know what happens to a standby meanwhile.
+        if self.has_run() { Ok(()) } else { self.end(deadline) }
     }
 
     fn end(self: &Arc<Self>, deadline: Deadline) -> Result<()> {

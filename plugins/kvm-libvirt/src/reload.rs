@@ -26,6 +26,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 
 impl Shared for Kvm {
     const NAME: &'static str = "kvm";
+    const ADOPTS: bool = true;
     type Machine = Machine;
     type Config = Config;
 
@@ -67,8 +68,8 @@ impl Shared for Kvm {
         }
     }
 
-    fn adopt(&self, machines: &[Arc<Machine>], deadline: Deadline) -> Result<()> {
-        for_each(self, machines, deadline, Machine::adopt)
+    fn end_leftovers(&self, machines: &[Arc<Machine>], deadline: Deadline) -> Result<()> {
+        for_each(self, machines, deadline, Machine::end_leftover_run)
     }
 
     fn ready(

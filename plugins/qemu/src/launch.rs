@@ -27,6 +27,7 @@ use rustix::net::{RecvFlags, recv};
 use crate::console::kind_of;
 use crate::options;
 use crate::passed::{Passed, pass};
+use crate::run::record::RecordFile;
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
@@ -65,6 +66,7 @@ pub struct Start<'a> {
     pub writes: Vec<PathBuf>,
     /// The sockets that the plugin makes in QEMU's place.
     pub sockets: Vec<PathBuf>,
+    pub record: RecordFile,
 }
 
 /// A file that is the guest's RAM.
@@ -137,7 +139,7 @@ pub fn connect(
 }
 
 /// Ends what a process has left in its cgroup, if it had one.
-pub fn end_cgroup(confinement: &Confinement) {
+fn end_cgroup(confinement: &Confinement) {
     if let Some(cgroup) = confinement.cgroup() {
         cgroup.end();
     }
@@ -220,6 +222,18 @@ fn sound_args(version: Version, args: &[String]) -> Vec<String> {
 
 fn names_sound_backend(args: &[String]) -> bool {
     options::walk(args).any(|(_, name, _)| matches!(name, "audio" | "audiodev"))
+}
+
+/// Connects to the monitor of a QEMU that an earlier host has started.
+///
+/// # Errors
+/// QEMU has ended, or does not answer in time.
+pub fn reconnect(socket: &Path, process: &Handle, deadline: Deadline) -> Result<UnixStream> {
+    let failed = |error: io::Error| Error::io("connect to the monitor's socket", socket, &error);
+    let address = SocketPath::new(socket).map_err(failed)?;
+    let stream = UnixStream::connect(address.address()).map_err(failed)?;
+    wait_for_greeting(&stream.as_fd().try_clone_to_owned().map_err(no_monitor)?, process, deadline)?;
+    Ok(stream)
 }
 
 /// Waits for the first line of the monitor.

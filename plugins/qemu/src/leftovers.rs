@@ -2,26 +2,44 @@
 //!
 //! Every process of a run has the path of the machine's monitor in its environment, and belongs to the machine's own user
 //! where the host is root. A CWD has only one host at a time, so such a process is of a run that no host watches any more:
-//! it is ended. A process that merely uses the same overlay belongs to somebody else: it is reported and not touched.
+//! it is ended, unless this host [adopts](crate::machine) it. A process that merely uses the same overlay belongs to somebody else: it is reported and not touched.
 //!
-//! Code inside a QEMU can change its environment, and cannot change its user.
+//! Code inside a QEMU can change its environment, and cannot change its user. The record of the run has the process, too.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
-use machinery_backend::process::{RunningProcess, leftovers};
+use machinery_backend::process::{ProcessIdentity, RunningProcess, leftovers};
 use machinery_backend::{RUN_VARIABLE, files, remove_overlays};
 
-/// Ends runs of the machine with that socket, or of its own user, that no host watches, and removes their overlays (the
-/// first one is `overlays[0]`) and their socket.
+/// What marks the processes of a machine, beside their environment.
+pub struct Owner {
+    /// The machine's own user.
+    pub user: Option<u32>,
+    /// The process of the last run.
+    pub recorded: Option<ProcessIdentity>,
+}
+
+impl Owner {
+    fn has(&self, process: &RunningProcess) -> bool {
+        let is_recorded = |identity: &ProcessIdentity| {
+            identity.number() == process.number() && identity.open().is_some()
+        };
+        self.user.is_some_and(|user| process.user() == Some(user))
+            || self.recorded.as_ref().is_some_and(is_recorded)
+    }
+}
+
+/// Ends runs of the machine with that socket or that owner that no host watches, and removes their overlays (the first
+/// one is `overlays[0]`) and their socket.
 ///
 /// # Errors
 /// Somebody else uses an overlay, a process does not end, or a file cannot be removed.
 pub fn clear(
     socket: &Path,
-    user: Option<u32>,
+    owner: &Owner,
     overlays: &[PathBuf],
     program: &Path,
     keep_overlays: bool,
@@ -31,7 +49,7 @@ pub fn clear(
     let is_ours = |process: &RunningProcess| {
         has_run
             && (process.has_variable(RUN_VARIABLE, socket.as_os_str())
-                || user.is_some_and(|user| process.user() == Some(user)))
+                || owner.has(process))
     };
     for process in leftovers() {
         if is_ours(&process) {

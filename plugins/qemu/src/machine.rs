@@ -7,8 +7,10 @@
 //! | `restore` | restore_start and norestore_start, the fastest way first |
 //! | `prepare`, `templates` | the template and the standby, ahead of the next restore |
 //! | `stop` | stop, power button, discarding a standby |
+//! | `adopt` | a run or a standby of an earlier host, and leaving them to the next one |
 //! | `start` | a QEMU with a paused guest, for all of these |
 
+mod adopt;
 mod base;
 mod diagnose;
 mod prepare;
@@ -77,11 +79,25 @@ impl Backend for Machine {
         let files = self.files();
         let program = self.shared.program.path();
         self.jail.end_leftovers();
-        let user = self.jail.user().map(|user| user.uid);
-        let cleared = leftovers::clear(&self.socket, user, &files.overlays(), program, files.keep_disk);
+        let owner = leftovers::Owner {
+            user: self.jail.user().map(|user| user.uid),
+            recorded: self.record.read().map(|(_, record)| record.process),
+        };
+        let cleared = leftovers::clear(&self.socket, &owner, &files.overlays(), program, files.keep_disk);
+        if cleared.is_ok() {
+            self.record.remove();
+        }
         // As long as some remain, only this machine cannot be used.
         *lock(&self.leftovers) = cleared.err();
         Ok(())
+    }
+
+    fn adopt(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
+        self.adopt_run(deadline)
+    }
+
+    fn hand_over(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.leave(deadline)
     }
 
     fn ensure_off(&self, deadline: Deadline) -> Result<()> {

@@ -18,6 +18,7 @@ use crate::shared::Qemu;
 
 impl Shared for Qemu {
     const NAME: &'static str = "qemu";
+    const ADOPTS: bool = true;
     type Machine = Machine;
     type Config = Config;
 
@@ -38,7 +39,7 @@ impl Shared for Qemu {
     }
 
     fn machine(self: &Arc<Self>, setup: &Setup, files: MachineFiles) -> Arc<Machine> {
-        Machine::new(files, &setup.sockets_dir, Arc::clone(self))
+        Machine::new(files, &setup.sockets_dir, &setup.state_dir, Arc::clone(self))
     }
 
     fn check(setup: &Setup, report: &mut Report) {

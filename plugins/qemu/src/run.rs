@@ -16,24 +16,31 @@
 //! | module | content |
 //! | --- | --- |
 //! | `end` | the ways to end a run |
+//! | `record` | what the next host has to know, to adopt the run |
 //! | `start_error` | a start that failed, and at which stage |
 
 pub mod end;
+pub mod record;
 pub mod start_error;
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Host, RestoreReadiness, Result, State};
+use machinery_backend::jail::Cgroup;
 use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::sync::{lock, wait_while};
 use machinery_backend::{DiskWriter, Overlays, Share, Steps, files};
 use qapi::qmp;
 use serde_json::Value;
 
-use crate::launch::{QEMU, Start, connect, end_cgroup};
+use record::{Record, RecordFile, StandbyRecord};
+use start_error::Stage;
+
+use crate::launch::{QEMU, Start, connect};
 use crate::qmp::{Event, Qmp, wait};
 use crate::states::{ReportLimit, reason_of_shutdown, state_of_event};
 use crate::version::Version;
@@ -66,6 +73,7 @@ pub struct Run {
     condemned: Mutex<Option<String>>,
     /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
+    record: RecordFile,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,
     /// True if the guest has ever run.
@@ -75,6 +83,19 @@ pub struct Run {
     purpose: Mutex<Purpose>,
     /// The time of QEMU's last event, if that event was that the guest runs.
     resumed: Mutex<Option<Instant>>,
+}
+
+/// What a run consists of, beside its process.
+pub struct Parts {
+    pub machine: String,
+    pub version: Version,
+    pub overlays: Overlays,
+    /// The files that QEMU writes, the overlays among them.
+    pub writes: Vec<PathBuf>,
+    /// The sockets that are removed with the run.
+    pub sockets: Vec<PathBuf>,
+    pub cgroup: Option<Cgroup>,
+    pub record: RecordFile,
 }
 
 /// The purpose of a run.
@@ -105,33 +126,75 @@ impl Run {
         deadline: Deadline,
     ) -> Result<Arc<Run>> {
         let (process, stream) = connect(&mut start, steps, deadline)?;
-        let run = Arc::new(Run {
+        let parts = Parts {
             machine: start.machine.to_owned(),
+            version: start.version,
+            overlays: start.overlays,
+            writes: start.writes,
+            sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
+            cgroup: start.confinement.cgroup().cloned(),
+            record: start.record,
+        };
+        if let Some(identity) = process.identity() {
+            parts.record.begin(&Record::new(identity, &parts));
+        }
+        Run::watched(process, stream, parts, purpose, host)
+    }
+
+    /// Continues a run whose guest an earlier host has resumed, or that an earlier host has loaded as a standby.
+    ///
+    /// # Errors
+    /// The thread cannot be started, or QEMU does not answer. The run is ended then.
+    pub fn adopt(
+        process: Process,
+        stream: UnixStream,
+        parts: Parts,
+        host: &Host,
+        deadline: Deadline,
+    ) -> Result<Arc<Run>> {
+        let run = Run::watched(process, stream, parts, Purpose::Preparation, host)?;
+        match run.qmp.batch().negotiating().and_then(|batch| batch.run(None, deadline)) {
+            Ok(_) => Ok(run),
+            Err(error) => Err(run.fail_start(error, Stage::Run).error),
+        }
+    }
+
+    /// Watches the process in a thread of its own.
+    fn watched(
+        process: Process,
+        stream: UnixStream,
+        parts: Parts,
+        purpose: Purpose,
+        host: &Host,
+    ) -> Result<Arc<Run>> {
+        let Parts { machine, version, overlays, writes, sockets, cgroup, record } = parts;
+        let run = Arc::new(Run {
+            machine,
             host: host.clone(),
             qmp: Qmp::new(stream),
             process: Arc::clone(process.handle()),
-            version: start.version,
+            version,
             end: Mutex::new(None),
             ended: Condvar::new(),
             stopping: AtomicBool::new(false),
             shutdown: Mutex::new(None),
             condemned: Mutex::new(None),
-            writes: start.writes,
+            writes,
+            record,
             reports: Mutex::default(),
             has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
             purpose: Mutex::new(purpose),
             resumed: Mutex::new(None),
         });
-        let (watched, confinement) = (Arc::clone(&run), start.confinement);
-        let sockets: Vec<PathBuf> = start.sockets.into_iter().chain([start.socket.to_owned()]).collect();
+        let watched = Arc::clone(&run);
         let handle = Arc::clone(&run.process);
         std::thread::Builder::new()
             .name("qemu-watcher".to_owned())
             .spawn(move || {
                 let end = watched.watch(process);
-                end_cgroup(&confinement);
-                watched.clean_up(end, start.overlays, &sockets);
+                cgroup.iter().for_each(Cgroup::end);
+                watched.clean_up(end, overlays, &sockets);
             })
             .map_err(|error| {
                 handle.kill();
@@ -157,6 +220,7 @@ impl Run {
         for error in sockets.iter().filter_map(|socket| files::remove_socket(socket).err()) {
             tracing::warn!(machine = self.machine, %error, "cannot remove a socket");
         }
+        self.record.remove();
         self.report_end(end);
     }
 
@@ -198,7 +262,8 @@ impl Run {
 
     /// Makes the loaded run a standby with that share of the memory budget, which it holds until the guest is resumed
     /// or the run ends. `without` is the machine's readiness without it.
-    pub fn set_standby(&self, without: RestoreReadiness, share: Share) {
+    pub fn set_standby(&self, without: RestoreReadiness, share: Share, record: StandbyRecord) {
+        self.record.set_standby(record);
         *self.purpose() = Purpose::Standby { without, share: Some(share) };
     }
 
@@ -245,7 +310,16 @@ impl Run {
         self.qmp.execute(&qmp::cont {}, deadline)?;
         wait(&events, deadline, "the guest to run", |event| (event.name == "RESUME").then_some(()))?;
         self.started.store(true, Ordering::SeqCst);
+        self.record.set_running();
         Ok(())
+    }
+
+    /// Makes an adopted run one whose guest was resumed.
+    pub fn set_adopted(&self) {
+        *self.purpose() = Purpose::Run;
+        self.has_run.store(true, Ordering::SeqCst);
+        self.started.store(true, Ordering::SeqCst);
+        self.record.set_running();
     }
 
     /// Reports whether QEMU's last event, a moment ago, was that the guest runs. True for one call only.

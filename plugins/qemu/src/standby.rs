@@ -64,6 +64,11 @@ impl Standby {
         identity.change_since(&self.identity)
     }
 
+    /// Leaves the run to the next host.
+    pub fn leave(mut self) {
+        self.taken = true;
+    }
+
     /// Returns the run for a restore.
     ///
     /// # Errors

@@ -11,9 +11,10 @@ use machinery::{Deadline, Error, Result};
 use machinery_backend::process::output;
 use machinery_backend::sync::lock;
 use machinery_images::FileId;
+use serde::{Deserialize, Serialize};
 
 /// A QEMU version. Each feature that depends on the version is a method, with its source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version {
     major: u32,
     minor: u32,

@@ -145,6 +145,11 @@ impl Jail {
         self.user.as_ref().ok()
     }
 
+    /// Returns the cgroup of the machine's runs, if they have one.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref().ok()
+    }
+
     /// Ends what a killed host has left in the machine's cgroup.
     pub fn end_leftovers(&self) {
         if let Ok(cgroup) = &self.cgroup {

@@ -1,7 +1,9 @@
 //! One process: its start, and its end.
 
+use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -16,11 +18,13 @@ use super::console::{Console, LineKind};
 use super::end::End;
 use super::group;
 use super::handle::Handle;
+use super::identity::ProcessIdentity;
 
 /// A process of this plugin, which has to be ended and waited for.
 #[derive(Debug)]
 pub struct Process {
-    child: Child,
+    /// The child; none of an adopted process.
+    child: Option<Child>,
     handle: Arc<Handle>,
 }
 
@@ -112,7 +116,7 @@ impl Process {
                 let ended = AtomicBool::new(false);
                 let commands = commands.map(Mutex::new);
                 let handle = Handle { pid: child.id(), pidfd, ended, program: name, console, commands };
-                Ok(Process { child, handle: Arc::new(handle) })
+                Ok(Process { child: Some(child), handle: Arc::new(handle) })
             }
             (Err(error), _) | (_, Err(error)) => {
                 let _ = child.kill();
@@ -120,6 +124,44 @@ impl Process {
                 Err(Error::environment(format!("cannot watch the process {}: {error}", program.display())))
             }
         }
+    }
+
+    /// Adopts a process that an earlier host has started; none if it has ended. Its stderr becomes its console, where this
+    /// user may read it.
+    ///
+    /// # Errors
+    /// The thread of the console cannot be started.
+    pub fn adopt(
+        identity: &ProcessIdentity,
+        program: &str,
+        machine: &str,
+        kind_of: fn(&str) -> LineKind,
+    ) -> Result<Option<Process>> {
+        let number = identity.number();
+        // Opening the pipe again makes a reader of it. Source: proc_pid_fd(5).
+        let stderr = File::open(format!("/proc/{number}/fd/2")).ok();
+        let stderr = stderr.filter(|file| file.metadata().is_ok_and(|found| found.file_type().is_fifo()));
+        let Some(pidfd) = identity.open() else { return Ok(None) };
+        let console = match stderr {
+            Some(stderr) => stderr.into(),
+            // Nothing is ever read from it.
+            None => pipe()?.0.into(),
+        };
+        let console = Console::follow(console, machine, kind_of).map_err(|error| {
+            Error::environment(format!("cannot watch the process {number}: {error}"))
+        })?;
+        let (pid, ended, program) = (number.cast_unsigned(), AtomicBool::new(false), program.to_owned());
+        let handle = Handle { pid, pidfd, ended, program, console, commands: None };
+        Ok(Some(Process { child: None, handle: Arc::new(handle) }))
+    }
+
+    /// Returns the identity of the process, by which a later host can adopt it.
+    pub fn identity(&self) -> Option<ProcessIdentity> {
+        ProcessIdentity::of(self.pid()?)
+    }
+
+    fn pid(&self) -> Option<Pid> {
+        Pid::from_raw(self.handle.pid.cast_signed())
     }
 
     /// Starts a thread that waits for the end of the process, reaps it, and calls `on_end`. A process with a monitor
@@ -153,8 +195,11 @@ impl Process {
         if !self.handle.wait(grace) {
             self.handle.kill();
         }
-        let status = self.child.wait().ok();
-        group::end_rest(Pid::from_child(&self.child));
+        let status = match &mut self.child {
+            Some(child) => child.wait().ok(),
+            None => self.handle.reap(),
+        };
+        self.pid().into_iter().for_each(group::end_rest);
         let killed = self.handle.ended.load(Ordering::SeqCst);
         let (program, output) = (self.handle.program.clone(), self.handle.console.output());
         End { program, status, by_plugin: killed, output }

@@ -55,8 +55,18 @@ fn wait_for_end(leader: Pid, timeout: Duration) -> bool {
 /// Reports whether the group still exists. While it exists, no new process can get the leader's number. A living
 /// process with that number therefore belongs to another group.
 fn is_left(leader: Pid) -> bool {
-    let lives = || stat(leader).is_some_and(|stat| !matches!(fields(&stat).next(), None | Some("Z" | "X")));
-    test_kill_process_group(leader).is_ok() && !lives()
+    test_kill_process_group(leader).is_ok() && !is_living(leader)
+}
+
+/// Reports whether the process has not ended. One that has may not have been reaped yet.
+pub fn is_living(process: Pid) -> bool {
+    stat(process).is_some_and(|stat| !matches!(fields(&stat).next(), None | Some("Z" | "X")))
+}
+
+/// Returns the time of the process's start, in clock ticks since the boot.
+pub fn started(process: Pid) -> Option<u64> {
+    // The field 22; the first of `fields` is the field 3.
+    fields(&stat(process)?).nth(19)?.parse().ok()
 }
 
 /// Reports whether the process is stopped by a signal or a debugger.

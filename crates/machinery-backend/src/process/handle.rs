@@ -1,7 +1,9 @@
 //! A process as other threads see it.
 
 use std::io::{self, PipeWriter, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -9,7 +11,7 @@ use std::time::Duration;
 use machinery::{Deadline, Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 use super::console::Console;
 use super::group;
@@ -182,6 +184,18 @@ impl Handle {
     pub fn wait(&self, timeout: Duration) -> bool {
         let mut sources = [PollFd::new(&self.pidfd, PollFlags::IN)];
         matches!(retry_on_intr(|| poll(&mut sources, Some(&timespec(timeout)))), Ok(1..))
+    }
+}
+
+impl Handle {
+    /// Waits for the end of a process without a [`Child`](std::process::Child), and returns its exit status. Only the
+    /// parent learns it: this process is that of a child from before it executed a newer host.
+    pub(super) fn reap(&self) -> Option<ExitStatus> {
+        while !self.wait(Duration::MAX) {}
+        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED).ok()??;
+        // The layout of wait(2).
+        let code = status.exit_status().map(|code| (code & 0xff) << 8);
+        code.or(status.terminating_signal()).map(ExitStatus::from_raw)
     }
 }
 

@@ -12,7 +12,8 @@
 //! - A child leads a process group of its own. A signal of the host's terminal does not reach it, and its helpers end
 //!   with it.
 //! - No child is to die with the host by `PR_SET_PDEATHSIG`: that signal follows the *thread* that started the child,
-//!   and the host's threads come and go. The next host ends [`leftovers`] instead.
+//!   and the host's threads come and go. The next host adopts the child by its [`ProcessIdentity`]
+//!   ([`Process::adopt`]), or ends [`leftovers`].
 //! - A hypervisor that takes commands on its console gets them by [`Handle::ask`], which returns its answer, or its last
 //!   words if it dies.
 //! - A pipe is read to its end, so that a child that writes a lot neither blocks nor gets SIGPIPE, and only the last
@@ -23,6 +24,7 @@ mod console;
 mod end;
 mod group;
 mod handle;
+mod identity;
 mod leftovers;
 mod output;
 
@@ -30,5 +32,6 @@ pub use child::Process;
 pub use console::{Console, LineKind};
 pub use end::End;
 pub use handle::{Handle, bytes_of};
+pub use identity::ProcessIdentity;
 pub use leftovers::{RunningProcess, leftovers};
 pub use output::output;

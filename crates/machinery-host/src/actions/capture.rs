@@ -16,7 +16,7 @@ use crate::capture::space::Captures;
 use crate::capture::tcpdump::Tcpdump;
 use crate::capture::writer::CaptureFile;
 use crate::capture::{Settings, Target, filter};
-use crate::client_file::{ClientFile, Folders};
+use crate::client_file::{ClientFile, Existing, Folders};
 use crate::fleet::Machine;
 use crate::fleet::availability::TaskLock;
 use crate::fleet::machine::Capture;
@@ -26,9 +26,36 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Begins to capture if a task has locked the machine and wants a capture. Returns when tcpdump listens.
 pub async fn begin(machine: &Arc<Machine>, settings: &Settings, folders: &Folders, captures: &Arc<Captures>) {
+    run(machine, settings, folders, captures, Existing::Truncated).await;
+}
+
+/// Continues the capture of a run that an earlier host has started, and reports the gap. Returns when tcpdump listens.
+pub async fn resume(
+    machine: &Arc<Machine>,
+    settings: &Settings,
+    folders: &Folders,
+    captures: &Arc<Captures>,
+) {
+    let pcap = machine.task_lock().and_then(|lock| lock.pcap_path);
+    let written = pcap.as_ref().and_then(|pcap| std::fs::metadata(pcap).ok()?.modified().ok());
+    run(machine, settings, folders, captures, Existing::Kept).await;
+    let Some(pcap) = pcap else { return };
+    let gap = written.and_then(|written| written.elapsed().ok()).unwrap_or_default().as_secs_f64();
+    let (pcap, what) = (pcap.display(), "no packets of the time between two hosts");
+    let error = format!("{pcap} has {what}; the last one before is {gap:.1} seconds old");
+    machine.capture_failed(&Error::failed(error));
+}
+
+async fn run(
+    machine: &Arc<Machine>,
+    settings: &Settings,
+    folders: &Folders,
+    captures: &Arc<Captures>,
+    content: Existing,
+) {
     let mut capture = machine.capture.lock().await;
     let Some(lock) = machine.task_lock() else { return };
-    match start(machine, settings, folders, captures, &lock).await {
+    match start(machine, settings, folders, captures, &lock, content).await {
         Ok(Some(tcpdump)) => *capture = Some(Capture { lock, tcpdump }),
         Ok(None) => {}
         Err(error) => machine.capture_failed(&error),
@@ -42,6 +69,7 @@ async fn start(
     folders: &Folders,
     captures: &Arc<Captures>,
     lock: &TaskLock,
+    content: Existing,
 ) -> Result<Option<Tcpdump>> {
     let Some(file) = lock.pcap() else {
         return if lock.pcap_passed { Err(lost_descriptor()) } else { Ok(None) };
@@ -49,22 +77,25 @@ async fn start(
     // A passed file has no path. Its mark is a path in the CWD.
     let pcap = lock.pcap_path.clone().unwrap_or_else(|| folders.staging.join("passed descriptor"));
     let (target, folders) = (target(machine, settings, pcap)?, folders.clone());
-    let file = within(OPEN_TIMEOUT, "open the file of the capture", move || open(file, &folders)).await?;
-    let reporter = Arc::clone(machine);
+    let opened = within(OPEN_TIMEOUT, "open the file of the capture", move || open(file, &folders, content));
+    let (file, reporter) = (opened.await?, Arc::clone(machine));
     let tcpdump =
         Tcpdump::start(settings, target, file, captures, move |error| reporter.capture_failed(error));
     Ok(Some(tcpdump.await?))
 }
 
-fn open(file: ClientFile, folders: &Folders) -> Result<CaptureFile> {
-    match file {
-        ClientFile::Passed(file) => Ok(CaptureFile::Passed(file)),
-        ClientFile::Named(named) => {
-            let opened = named.open(folders).map_err(|error| {
-                error.default_advice("Check that its folder exists and is writable for the host's user")
-            });
-            Ok(CaptureFile::Opened(opened?))
-        }
+fn open(file: ClientFile, folders: &Folders, content: Existing) -> Result<CaptureFile> {
+    let named = match file {
+        ClientFile::Passed(file) => return Ok(CaptureFile::Passed(file)),
+        ClientFile::Named(named) => named,
+    };
+    let opened = named.open(folders, content).map_err(|error| {
+        error.default_advice("Check that its folder exists and is writable for the host's user")
+    })?;
+    match content {
+        Existing::Truncated => Ok(CaptureFile::Opened(opened)),
+        Existing::Kept => CaptureFile::continued(opened)
+            .map_err(|error| Error::io("continue the capture in", &named.path, &error)),
     }
 }
 

@@ -111,8 +111,18 @@ impl Action {
 /// The result of an action; the error is the reason that the client reads.
 pub type ActionResult = Result<(), String>;
 
+/// The way in which the host ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Its machines end with it.
+    Stop,
+    /// The next host adopts its machines, where their machinery supports that.
+    HandOver,
+}
+
 /// The reason for refusing an action while the host ends.
-pub const CLOSING: &str = "the machinery host is shutting down and takes no new action";
+pub const CLOSING: &str =
+    "the machinery host is shutting down and takes no new action: ask again when it is back";
 
 /// The reason for refusing an action on a machine that is not configured any more.
 pub const REMOVED: &str = "the machine was removed from the configuration";

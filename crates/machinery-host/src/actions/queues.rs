@@ -1,8 +1,7 @@
 //! The queues of all machines: where requests for actions enter.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -10,7 +9,7 @@ use tokio::task::JoinSet;
 use super::context::ActionContext;
 use super::message::{InFlightGuard, Message, Pause, Pausing, Request, Responder};
 use super::worker::Worker;
-use super::{Action, CLOSING, REMOVED};
+use super::{Action, CLOSING, Ending, REMOVED};
 use crate::fleet::Machine;
 
 /// The number of requests for one machine that may wait or run.
@@ -28,7 +27,7 @@ struct Queue {
 /// The queues of all machines, and their workers.
 pub struct Queues {
     queues: Mutex<HashMap<String, Queue>>,
-    closing: Arc<AtomicBool>,
+    closing: Arc<OnceLock<Ending>>,
     context: Arc<ActionContext>,
     /// The number of requests that wait or run, of all machines.
     in_flight: watch::Sender<usize>,
@@ -112,7 +111,7 @@ impl Queues {
 
     /// Returns the reason for refusing new actions, if the host ends.
     pub fn closing(&self) -> Option<&'static str> {
-        self.closing.load(Ordering::SeqCst).then_some(CLOSING)
+        self.closing.get().map(|_| CLOSING)
     }
 
     /// Waits until no action waits or runs.
@@ -121,10 +120,11 @@ impl Queues {
         let _ = self.in_flight.subscribe().wait_for(|count| *count == 0).await;
     }
 
-    /// Closes all queues. Waiting requests fail. Each worker finishes its present action, powers its machine
-    /// off, and ends. The returned set is empty when every worker has ended.
-    pub fn close(&self) -> JoinSet<()> {
-        self.closing.store(true, Ordering::SeqCst);
+    /// Closes all queues. Waiting requests fail. Each worker finishes its present action, powers its machine off unless
+    /// the next host adopts it, and ends. The returned set is empty when every worker has ended.
+    pub fn close(&self, ending: Ending) -> JoinSet<()> {
+        // A host ends once.
+        let _ = self.closing.set(ending);
         self.context.close();
         self.queues().clear();
         std::mem::take(&mut self.workers.lock().unwrap_or_else(PoisonError::into_inner))

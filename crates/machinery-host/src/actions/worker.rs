@@ -4,15 +4,14 @@
 //! idle ─▶ request: run it ─▶ idle
 //!      ─▶ idle work: have a pending change applied, prepare the next restore ─▶ idle
 //!      ─▶ pause: wait ─▶ idle, or retired with the machine
-//!      ─▶ queue closed: power the host's own run off ─▶ ended
+//!      ─▶ queue closed: power the host's own run off, or leave it to the next host ─▶ ended
 //! ```
 //!
 //! Requests precede idle work. Messages that arrive during a preparation wait in their order.
 
 use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use machinery::State;
 use tokio::sync::mpsc;
@@ -21,7 +20,7 @@ use super::context::ActionContext;
 use super::executor::ActionExecutor;
 use super::message::{Message, Request};
 use super::preparation::{Cancellation, USELESS};
-use super::{Action, ActionResult, CLOSING, PrepareOrigin, REMOVED, capture};
+use super::{Action, ActionResult, CLOSING, Ending, PrepareOrigin, REMOVED, capture};
 use crate::fleet::Machine;
 
 /// The worker of one machine.
@@ -33,8 +32,8 @@ pub struct Worker {
     waiting: VecDeque<Message>,
     /// True once the queue is closed.
     queue_closed: bool,
-    /// True once the host ends.
-    closing: Arc<AtomicBool>,
+    /// The way in which the host ends, once it does.
+    closing: Arc<OnceLock<Ending>>,
 }
 
 impl Worker {
@@ -43,7 +42,7 @@ impl Worker {
         machine: Arc<Machine>,
         context: Arc<ActionContext>,
         messages: mpsc::UnboundedReceiver<Message>,
-        closing: Arc<AtomicBool>,
+        closing: Arc<OnceLock<Ending>>,
     ) -> Self {
         let executor = ActionExecutor::new(machine, Arc::clone(&context));
         Worker { executor, context, messages, waiting: VecDeque::new(), queue_closed: false, closing }
@@ -55,7 +54,7 @@ impl Worker {
             match self.waiting.pop_front() {
                 Some(Message::Request(Request { action, responder, _in_flight })) => {
                     let result = match action {
-                        _ if self.closing.load(Ordering::SeqCst) => Err(CLOSING.to_owned()),
+                        _ if self.closing.get().is_some() => Err(CLOSING.to_owned()),
                         Action::Prepare(origin) => self.prepare_when_permitted(origin).await,
                         action => self.executor.execute(&action).await,
                     };
@@ -71,7 +70,11 @@ impl Worker {
                 None => self.wait().await,
             }
         }
-        self.power_off().await;
+        let is_left = self.closing.get() == Some(&Ending::HandOver);
+        if !(is_left && self.executor.machine().machinery.adopts()) {
+            self.power_off().await;
+        }
+        capture::end(self.executor.machine()).await;
     }
 
     /// Refuses all requests: the machine has been removed.
@@ -183,6 +186,5 @@ impl Worker {
             let (machine, state) = (self.executor.machine().name(), status.state);
             tracing::warn!(machine, %state, "left as it is: the host has not started it");
         }
-        capture::end(self.executor.machine()).await;
     }
 }

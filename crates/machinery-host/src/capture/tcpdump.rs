@@ -60,7 +60,7 @@ impl Tcpdump {
         // A pipe takes no space.
         let copy = file.file().and_then(File::try_clone).ok().filter(is_regular);
         let watched = copy.map(|file| captures.add(file, &pcap, settings.reserve));
-        let copying = tokio::task::spawn_blocking(move || writer::copy(packets, file.file()?, limit));
+        let copying = tokio::task::spawn_blocking(move || writer::copy_into(packets, &file, limit));
         let copying = Box::pin(async { copying.await.unwrap_or_else(|panic| Err(io::Error::other(panic))) });
         process.wait_until_listening().await?;
         let (stop, stopped) = oneshot::channel();

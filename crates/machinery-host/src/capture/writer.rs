@@ -4,7 +4,7 @@
 //! also at its limit or by the death of tcpdump, its file is complete. Source of the format: pcap-savefile(5).
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 
 use crate::client_file::PassedFile;
 
@@ -21,18 +21,32 @@ const CHUNK: usize = 64 << 10;
 pub enum CaptureFile {
     /// A file that the host has opened.
     Opened(File),
+    /// A file with packets from an earlier host, which stay. It is written from its position on.
+    Continued(File),
     /// A file or a pipe that the task has passed.
     Passed(PassedFile),
 }
 
 impl CaptureFile {
+    /// Makes the file of an earlier host one that can be continued: it ends with its last whole packet, and is written from
+    /// there on. A file without any packets is begun anew.
+    ///
+    /// # Errors
+    /// The file cannot be read or truncated.
+    pub fn continued(mut file: File) -> io::Result<CaptureFile> {
+        let length = whole_length(&mut file)?;
+        file.set_len(length)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(if length == 0 { CaptureFile::Opened(file) } else { CaptureFile::Continued(file) })
+    }
+
     /// Returns the file. A passed file is truncated.
     ///
     /// # Errors
     /// The file cannot be truncated.
     pub fn file(&self) -> io::Result<&File> {
         match self {
-            CaptureFile::Opened(file) => Ok(file),
+            CaptureFile::Opened(file) | CaptureFile::Continued(file) => Ok(file),
             CaptureFile::Passed(file) => file.rewound(),
         }
     }
@@ -51,20 +65,62 @@ pub enum Copied {
 ///
 /// # Errors
 /// `tcpdump` cannot be read or is no capture; the file cannot be written.
-pub fn copy(mut tcpdump: impl Read, mut file: impl Write, limit: Option<u64>) -> io::Result<Copied> {
+pub fn copy_into(tcpdump: impl Read, file: &CaptureFile, limit: Option<u64>) -> io::Result<Copied> {
+    let limit = limit.unwrap_or(u64::MAX);
+    match file {
+        CaptureFile::Continued(file) => {
+            copy(tcpdump, file, limit.saturating_sub(file.metadata()?.len()), FILE_HEADER)
+        }
+        _ => copy(tcpdump, file.file()?, limit, 0),
+    }
+}
+
+/// Copies as [`copy_into`] does, without the first `omitted` bytes.
+fn copy(mut tcpdump: impl Read, mut file: impl Write, limit: u64, mut omitted: usize) -> io::Result<Copied> {
     let mut packets = Packets::default();
-    let mut left = limit.unwrap_or(u64::MAX);
+    let mut left = limit.saturating_add(omitted as u64);
     loop {
         if !packets.read(&mut tcpdump)? {
             return Ok(Copied::All);
         }
         let whole = packets.whole(left)?;
-        file.write_all(packets.take(whole.length).as_slice())?;
+        let bytes = packets.take(whole.length);
+        file.write_all(bytes.get(omitted..).unwrap_or_default())?;
+        omitted = omitted.saturating_sub(bytes.len());
         left -= whole.length as u64;
         if whole.limit_reached {
             return Ok(Copied::UpToLimit);
         }
     }
+}
+
+/// Returns the length of the whole packets of a capture with its header; 0 if the file has no such header.
+fn whole_length(file: &mut File) -> io::Result<u64> {
+    let end = file.seek(SeekFrom::End(0))?;
+    file.rewind()?;
+    let (mut reader, mut packets) = (BufReader::new(&*file), Packets::default());
+    packets.bytes.resize(FILE_HEADER, 0);
+    if end < FILE_HEADER as u64 || reader.read_exact(&mut packets.bytes).is_err() {
+        return Ok(0);
+    }
+    if packets.file_header().is_err() {
+        return Ok(0);
+    }
+    let swapped = packets.swapped.unwrap_or(false);
+    let mut length = FILE_HEADER as u64;
+    packets.bytes.resize(PACKET_HEADER, 0);
+    while length + PACKET_HEADER as u64 <= end {
+        reader.read_exact(&mut packets.bytes)?;
+        let captured = packets.number(8).unwrap_or(0);
+        let captured = u64::from(if swapped { captured.swap_bytes() } else { captured });
+        let next = length + PACKET_HEADER as u64 + captured;
+        if next > end || captured > MAX_PACKET as u64 {
+            break;
+        }
+        length = next;
+        reader.seek_relative(captured.cast_signed())?;
+    }
+    Ok(length)
 }
 
 /// The bytes that were read and not written.
@@ -179,8 +235,8 @@ mod tests {
         for order in [u32::to_le_bytes, u32::to_be_bytes] {
             let bytes = capture(&[0, 1, 100, 70_000], order);
             for copied in [
-                |bytes: &[u8], file: &mut Vec<u8>| copy(bytes, file, None),
-                |bytes: &[u8], file: &mut Vec<u8>| copy(Slow(bytes), file, None),
+                |bytes: &[u8], file: &mut Vec<u8>| copy(bytes, file, u64::MAX, 0),
+                |bytes: &[u8], file: &mut Vec<u8>| copy(Slow(bytes), file, u64::MAX, 0),
             ] {
                 let mut file = Vec::new();
                 assert_eq!(copied(&bytes, &mut file).unwrap(), Copied::All);
@@ -195,13 +251,41 @@ mod tests {
         let length = |packets: usize| FILE_HEADER + packets * 116;
         for (limit, packets) in [(length(2), 2), (length(3) - 1, 2), (length(1), 1), (30, 0)] {
             let mut file = Vec::new();
-            assert_eq!(copy(&*bytes, &mut file, Some(limit as u64)).unwrap(), Copied::UpToLimit);
+            assert_eq!(copy(&*bytes, &mut file, limit as u64, 0).unwrap(), Copied::UpToLimit);
             assert_eq!(file.len(), length(packets));
         }
         let mut file = Vec::new();
-        assert_eq!(copy(&bytes[..length(2) + 50], &mut file, Some(1 << 20)).unwrap(), Copied::All);
+        assert_eq!(copy(&bytes[..length(2) + 50], &mut file, 1 << 20, 0).unwrap(), Copied::All);
         assert_eq!(file.len(), length(2));
-        assert_eq!(copy(&*bytes, Vec::new(), Some(bytes.len() as u64)).unwrap(), Copied::All);
+        assert_eq!(copy(&*bytes, Vec::new(), bytes.len() as u64, 0).unwrap(), Copied::All);
+    }
+
+    #[test]
+    fn capture_continues_after_its_last_whole_packet_and_within_its_limit() {
+        let (first, second) = (capture(&[10, 20], u32::to_ne_bytes), capture(&[30], u32::to_ne_bytes));
+        for cut in [0, 3, 25] {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&first).unwrap();
+            file.write_all(&second[FILE_HEADER..FILE_HEADER + cut]).unwrap();
+            let file = CaptureFile::continued(file).unwrap();
+            assert_eq!(copy_into(&*second, &file, None).unwrap(), Copied::All);
+            let (mut content, mut file) = (Vec::new(), file.file().unwrap());
+            file.rewind().unwrap();
+            file.read_to_end(&mut content).unwrap();
+            assert!(content == capture(&[10, 20, 30], u32::to_ne_bytes));
+            file.rewind().unwrap();
+            let file = CaptureFile::continued(file.try_clone().unwrap()).unwrap();
+            let full = content.len() as u64;
+            assert_eq!(copy_into(&*second, &file, Some(full)).unwrap(), Copied::UpToLimit);
+        }
+        for nothing in [&b""[..], b"no capture at all, but longer than a header"] {
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(nothing).unwrap();
+            let file = CaptureFile::continued(file).unwrap();
+            assert!(matches!(file, CaptureFile::Opened(_)));
+            copy_into(&*second, &file, None).unwrap();
+            assert_eq!(file.file().unwrap().metadata().unwrap().len(), second.len() as u64);
+        }
     }
 
     #[test]
@@ -209,7 +293,7 @@ mod tests {
         let mut huge = capture(&[], u32::to_ne_bytes);
         huge.extend([[0; 4], [0; 4], [0xff; 4], [0xff; 4]].concat());
         for bytes in [vec![b'x'; 100], huge] {
-            let error = copy(&*bytes, Vec::new(), None).unwrap_err();
+            let error = copy(&*bytes, Vec::new(), u64::MAX, 0).unwrap_err();
             assert!(error.to_string().contains("no capture"), "{error}");
         }
     }

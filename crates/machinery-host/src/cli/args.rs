@@ -60,7 +60,12 @@ pub enum Command {
         /// Format of log lines
         #[arg(long, value_enum, default_value = "human")]
         log_format: logging::Format,
+        /// At SIGTERM, leave running machines to the next start of the host instead of stopping them
+        #[arg(long)]
+        handover: bool,
     },
+    /// Have the running host execute its program again, which may be a newer one: no running machine ends
+    Upgrade,
     /// Check configuration and environment, and report all problems
     Check,
     /// List all machines

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::commands::conformance;
 use crate::commands::new_plugin::{self, Template};
-use crate::commands::{check, import};
+use crate::commands::{check, import, upgrade};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
 use crate::load;
@@ -37,7 +37,7 @@ pub fn main() -> ! {
     let cli = Cli::parse();
     let verbosity = i16::from(cli.global.verbose) - i16::from(cli.global.quiet);
     let (format, verbosity) = match &cli.command {
-        Command::Serve { log_format } => (*log_format, verbosity),
+        Command::Serve { log_format, .. } => (*log_format, verbosity),
         // A command prints its result, so it logs only warnings and errors.
         _ => (logging::Format::Human, verbosity - 1),
     };
@@ -88,8 +88,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 /// Runs a command that needs a CWD.
 fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     match command {
-        Command::Serve { .. } => Ok(match serve::run(cwd, &global.search(cwd))? {
-            Served::Cleanly => ExitCode::SUCCESS,
+        Command::Serve { handover, .. } => Ok(match serve::run(cwd, &global.search(cwd), *handover)? {
+            Served::Cleanly | Served::Replaced(_) => ExitCode::SUCCESS,
             Served::With(error) => {
                 output::error(&error, global.json);
                 ExitCode::from(1)
@@ -126,6 +126,16 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         Command::Reload => {
             let answer = send_request(cwd, json!({"action": "reload"}))?;
             output::reloaded(&answer, global.json);
+            Ok(exit_code(&answer))
+        }
+        Command::Upgrade => {
+            let report = check::check(cwd, &global.search(cwd));
+            if report.has_problems() {
+                output::report(&report, global.json);
+                return Ok(ExitCode::from(2));
+            }
+            let answer = upgrade::upgrade(&cwd.manager_socket())?;
+            output::upgraded(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {

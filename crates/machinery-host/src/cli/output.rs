@@ -213,6 +213,14 @@ pub fn state(answer: &Value, json: bool) {
     }
 }
 
+/// Prints the result of an upgrade.
+pub fn upgraded(answer: &Value, json: bool) {
+    match answer["version"].as_str().filter(|_| !json) {
+        Some(version) => println!("the host is cuckoo-machinery {version} now"),
+        None => reply(answer, json),
+    }
+}
+
 /// Prints the changes of a reload.
 pub fn reloaded(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {

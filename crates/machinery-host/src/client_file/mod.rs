@@ -28,6 +28,6 @@ mod passed;
 mod staged;
 
 pub use folders::Folders;
-pub use named::{NamedFile, Owner};
+pub use named::{Existing, NamedFile, Owner};
 pub use passed::{Descriptor, DescriptorBudget, DescriptorPermit, PassedFile};
 pub use staged::{ClientFile, Content, Staged};

@@ -76,6 +76,26 @@ fn below<'a>(path: &'a Path, storage: &Path) -> Option<&'a Path> {
         .then_some(rest)
 }
 
+/// The content of a file that exists already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It is removed.
+    Truncated,
+    /// It stays, and can be read.
+    Kept,
+}
+
+impl Existing {
+    fn flags(self) -> OFlags {
+        let access = if self == Existing::Kept { OFlags::RDWR } else { OFlags::WRONLY };
+        access | OFlags::NOFOLLOW | OFlags::CLOEXEC
+    }
+
+    fn apply(self, file: impl AsFd) -> Result<(), Errno> {
+        if self == Existing::Truncated { ftruncate(file, 0) } else { Ok(()) }
+    }
+}
+
 /// The resolution of a client's path.
 const BENEATH: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
@@ -97,15 +117,15 @@ impl NamedFile {
         Ok(Parent { folder, name, owner, path: self.path.clone() })
     }
 
-    /// Opens the file for a capture, and truncates it. A missing file is created.
+    /// Opens the file for a capture. A missing file is created.
     ///
     /// # Errors
     /// The file cannot be created; something else than a regular file exists at the path; another user's file does, or
     /// one with other names.
-    pub fn open(&self, folders: &Folders) -> Result<File> {
+    pub fn open(&self, folders: &Folders, content: Existing) -> Result<File> {
         match self.owner {
-            None => open_any(&self.path),
-            Some(owner) => self.parent(owner, folders)?.open(),
+            None => open_any(&self.path, content),
+            Some(owner) => self.parent(owner, folders)?.open(content),
         }
     }
 }
@@ -155,9 +175,9 @@ impl Parent {
         .advice("Name a path that does not exist, or pass an open descriptor with `fd`"))
     }
 
-    fn open(&self) -> Result<File> {
+    fn open(&self, content: Existing) -> Result<File> {
         let failed = |error: Errno| refused(&self.path, error);
-        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = content.flags();
         let new = flags | OFlags::CREATE | OFlags::EXCL;
         match openat2(&self.folder, &self.name, new, Mode::from_raw_mode(0o600), BENEATH) {
             Ok(file) => {
@@ -170,7 +190,7 @@ impl Parent {
                 let file =
                     openat2(&self.folder, &self.name, there, Mode::empty(), BENEATH).map_err(failed)?;
                 self.expect_own(&fstat(&file).map_err(failed)?)?;
-                ftruncate(&file, 0).map_err(failed)?;
+                content.apply(&file).map_err(failed)?;
                 Ok(File::from(file))
             }
             Err(error) => Err(failed(error)),
@@ -178,17 +198,17 @@ impl Parent {
     }
 }
 
-/// Opens a file that root or the host's user has named, and truncates it.
-fn open_any(path: &Path) -> Result<File> {
+/// Opens a file that root or the host's user has named.
+fn open_any(path: &Path, content: Existing) -> Result<File> {
     let failed = |error: Errno| refused(path, error);
-    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let flags = content.flags() | OFlags::NONBLOCK;
     let file = match open(path, flags | OFlags::CREATE | OFlags::EXCL, Mode::from_raw_mode(0o644)) {
         Err(Errno::EXIST) => open(path, flags, Mode::empty()),
         opened => opened,
     };
     let file = file.map_err(failed)?;
     expect_regular(&fstat(&file).map_err(failed)?, path)?;
-    ftruncate(&file, 0).map_err(failed)?;
+    content.apply(&file).map_err(failed)?;
     Ok(File::from(file))
 }
 

@@ -264,7 +264,7 @@ fn expect_png(file: File) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::named::Owner;
+    use super::super::named::{Existing, Owner};
     use super::super::passed::tests::checked;
     use super::*;
     use std::os::unix::fs::{MetadataExt, symlink};
@@ -302,7 +302,7 @@ mod tests {
         fn assert_refused(&self, path: &str) {
             let dump = self.write(path, Some(SOMEBODY)).unwrap_err().to_string();
             let ClientFile::Named(capture) = self.file(path, Some(SOMEBODY)) else { panic!("not named") };
-            let capture = capture.open(&self.folders).unwrap_err().to_string();
+            let capture = capture.open(&self.folders, Existing::Truncated).unwrap_err().to_string();
             println!("{dump}\n{capture}");
         }
     }
@@ -413,7 +413,7 @@ mod tests {
         symlink("secret", scratch.root.path().join("link")).unwrap();
         assert!(scratch.write("link", None).unwrap_err().to_string().contains("is no file"));
         let ClientFile::Named(capture) = scratch.file("link", None) else { panic!("not named") };
-        let refused = capture.open(&scratch.folders).unwrap_err().to_string();
+        let refused = capture.open(&scratch.folders, Existing::Truncated).unwrap_err().to_string();
         assert!(refused.contains("symbolic link"), "{refused}");
         assert_eq!(fs::read(scratch.root.path().join("secret")).unwrap(), b"kept");
         scratch.write("secret", None).unwrap();

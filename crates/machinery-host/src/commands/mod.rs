@@ -1,6 +1,7 @@
-//! The commands that need no running host: `check`, `conformance`, `import` and `new-plugin`.
+//! The commands that are more than a request: `check`, `conformance`, `import`, `new-plugin` and `upgrade`.
 
 pub mod check;
 pub mod conformance;
 pub mod import;
 pub mod new_plugin;
+pub mod upgrade;

@@ -1,6 +1,7 @@
 //! A loaded machinery.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use machinery::Capabilities;
 use machinery::host::Instance;
@@ -21,4 +22,14 @@ pub struct Machinery {
     pub plugin: PluginFile,
     /// Held while the plugin diagnoses machines.
     pub diagnosing: Arc<tokio::sync::Mutex<()>>,
+    /// See [`adopts`](Machinery::adopts).
+    pub adopts: AtomicBool,
+}
+
+impl Machinery {
+    /// Reports whether the next host adopts the runs of this one: the plugin supports it, and the configuration does not
+    /// forbid it.
+    pub fn adopts(&self) -> bool {
+        self.adopts.load(Ordering::SeqCst)
+    }
 }

@@ -18,9 +18,10 @@ use std::error::Error as StdError;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::UNIX_EPOCH;
 
 use machinery::{Error, Result, State};
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 
 use crate::actions::diagnose::diagnose_one;
 use crate::actions::message::Responder;
@@ -52,6 +53,10 @@ pub struct Manager {
     enabled: AtomicBool,
     /// True once nothing more happens: connections write their last replies and close.
     ended: watch::Sender<bool>,
+    /// Notified when a client has asked for a newer host.
+    replacement: Notify,
+    /// The time of the host's start, in milliseconds since 1970.
+    started: u128,
 }
 
 impl Manager {
@@ -65,7 +70,14 @@ impl Manager {
         events: Events,
     ) -> Self {
         let (enabled, ended) = (AtomicBool::new(true), watch::Sender::new(false));
-        Manager { fleet, queues, reloader, metrics, state, events, enabled, ended }
+        let started = UNIX_EPOCH.elapsed().unwrap_or_default().as_millis();
+        let replacement = Notify::new();
+        Manager { fleet, queues, reloader, metrics, state, events, enabled, ended, replacement, started }
+    }
+
+    /// Returns the time of the host's start, in milliseconds since 1970.
+    pub fn started(&self) -> u128 {
+        self.started
     }
 
     /// Returns the machine of that name.
@@ -186,6 +198,16 @@ impl Manager {
             failures.extend(result.err());
         }
         if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
+    }
+
+    /// Has the host execute its program again.
+    pub fn replace(&self) {
+        self.replacement.notify_one();
+    }
+
+    /// Waits for [`replace`](Manager::replace).
+    pub async fn replacement(&self) {
+        self.replacement.notified().await;
     }
 
     /// Puts the machine back into the pool.

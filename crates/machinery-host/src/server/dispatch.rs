@@ -87,13 +87,20 @@ impl Dispatcher {
                 let slot = self.outbox.large_slot(MACHINE + roster.machines().len() * 1024).await;
                 slot.fill(reply::list(&roster), id.as_ref());
             }
-            Request::Version => self.outbox.reply(reply::version(&self.manager.roster()), id).await,
+            Request::Version => {
+                let version = reply::version(&self.manager.roster(), self.manager.started());
+                self.outbox.reply(version, id).await;
+            }
             Request::Metrics => self.outbox.reply(reply::metrics(self.manager.metrics()), id).await,
             Request::Subscribe => self.subscribe(id).await,
             Request::ShutdownAll => {
                 let manager = Arc::clone(&self.manager);
                 let stopped = async move { reply::result(manager.shutdown_all().await) };
                 self.outbox.reply_later(id, stopped).await;
+            }
+            Request::Upgrade => {
+                self.outbox.reply(reply::success(), id).await;
+                self.manager.replace();
             }
             Request::SetEnabled(enabled) => {
                 self.manager.set_enabled(enabled);

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use listenfd::ListenFd;
 use machinery::{Error, Result, SocketPath};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -41,6 +42,28 @@ pub fn expect_no_other(path: &Path) -> Result<()> {
             .advice("Stop it first: it may be Cuckoo's own, or another `cuckoo-machinery serve`"));
     }
     Ok(())
+}
+
+/// The number of the first descriptor that a service manager, or an earlier host, passes. Source: sd_listen_fds(3).
+pub const FIRST_INHERITED: i32 = 3;
+
+/// Returns the manager's socket, if this process was started with it.
+///
+/// # Errors
+/// The process was started with something else.
+pub fn inherited(path: &Path) -> Result<Option<std::os::unix::net::UnixListener>> {
+    let taken = ListenFd::from_env().take_unix_listener(0);
+    taken.map_err(|error| Error::io("inherit the socket", path, &error))
+}
+
+/// Returns the socket for this host's threads.
+///
+/// # Errors
+/// The socket cannot be used.
+pub fn of(inherited: std::os::unix::net::UnixListener, path: &Path) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io("use the inherited socket", path, &error);
+    inherited.set_nonblocking(true).map_err(failed)?;
+    UnixListener::from_std(inherited).map_err(failed)
 }
 
 /// Binds the manager's socket, for those peers alone. The socket listens before its name appears.

@@ -53,6 +53,8 @@ pub enum Request {
     ShutdownAll,
     /// Disable or enable the manager.
     SetEnabled(bool),
+    /// Execute the host's program again.
+    Upgrade,
 }
 
 /// The sender of a request.
@@ -153,6 +155,12 @@ pub fn request(
     let action = text("action");
     if let Some(request) = action.and_then(of_all_machines) {
         return Ok(request);
+    }
+    if action == Some("upgrade") {
+        return match sender.owner {
+            None => Ok(Request::Upgrade),
+            Some(_) => Err(Refusal::open("only root and the host's own user may upgrade the host")),
+        };
     }
     if !enabled && !action.is_some_and(is_accepted_while_disabled) {
         return Err(Refusal::closing("Machinery manager is disabled"));

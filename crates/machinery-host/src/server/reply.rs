@@ -96,8 +96,8 @@ pub fn list(roster: &Roster) -> Value {
     json!({"success": true, "machines": machines})
 }
 
-/// The reply to `version`.
-pub fn version(roster: &Roster) -> Value {
+/// The reply to `version`. `started` distinguishes a host from the one that it has replaced.
+pub fn version(roster: &Roster, started: u128) -> Value {
     let machineries: Map<String, Value> = roster
         .machineries()
         .iter()
@@ -107,6 +107,7 @@ pub fn version(roster: &Roster) -> Value {
         "success": true,
         "version": env!("CARGO_PKG_VERSION"),
         "interface": machinery::host::interface_version(),
+        "started": u64::try_from(started).unwrap_or(u64::MAX),
         "machineries": machineries,
     })
 }

@@ -166,6 +166,14 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
     fn prepare_automatically(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
         guarded(M::NAME, || self.0.prepare_automatically(name_of(machine)?, deadline_in(deadline)))
     }
+
+    fn adopt(&self, machine: RStr<'_>, deadline: u64) -> Reply<RString> {
+        guarded(M::NAME, || to_json(&self.0.adopt(name_of(machine)?, deadline_in(deadline))?))
+    }
+
+    fn hand_over(&self, deadline: u64) -> Reply<()> {
+        guarded(M::NAME, || self.0.hand_over(deadline_in(deadline)))
+    }
 }
 
 fn name_of(machine: RStr<'_>) -> Result<&str> {

@@ -56,6 +56,16 @@ mod sabi {
         fn prepare_automatically(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
             self.prepare(machine, deadline)
         }
+        /// Since 1.1. Returns whether there was a run.
+        fn adopt(&self, machine: RStr<'_>, deadline: u64) -> Reply<RString> {
+            let _ = (machine, deadline);
+            unsupported("adopt")
+        }
+        /// Since 1.1.
+        fn hand_over(&self, deadline: u64) -> Reply<()> {
+            let _ = deadline;
+            unsupported("hand_over")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.

@@ -167,6 +167,23 @@ impl Instance {
         Ok(diagnoses.into_iter().map(Diagnosis::cut).collect())
     }
 
+    /// See [`Machinery::adopt`](crate::Machinery::adopt).
+    ///
+    /// # Errors
+    /// The plugin's; a plugin of interface 1.0 does not support it.
+    pub fn adopt(&self, machine: &str, deadline: Deadline) -> Result<bool> {
+        let adopted = into_result(self.object.adopt(machine.into(), ms(deadline)))?;
+        from_json(adopted.as_bytes(), "plugin's adoption")
+    }
+
+    /// See [`Machinery::hand_over`](crate::Machinery::hand_over).
+    ///
+    /// # Errors
+    /// As [`adopt`](Instance::adopt).
+    pub fn hand_over(&self, deadline: Deadline) -> Result<()> {
+        into_result(self.object.hand_over(ms(deadline)))
+    }
+
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
     ///
     /// # Errors

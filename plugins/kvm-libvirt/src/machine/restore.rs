@@ -71,6 +71,7 @@ impl Machine {
         let domain = self.mark_run(connect)?;
         self.ensure_no_reset()?;
         domain::ensure_running(&domain)?;
+        self.marker.resumed();
         self.lock().host_knows_running = true;
         Ok(())
     }

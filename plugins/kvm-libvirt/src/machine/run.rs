@@ -1,7 +1,7 @@
 //! An own run of the machine: its marker, its disks, and its end.
 //!
 //! The run is marked before libvirt is asked to start the domain, and until the run is known to have ended.
-//! So the next host ends a run that a killed host has left.
+//! So the next host knows a run that a killed host has left.
 
 use machinery::{Error, Result};
 use virt::connect::Connect;
@@ -25,11 +25,33 @@ impl Machine {
         }
     }
 
+    /// Finds the domain, and adopts the run that an earlier host has left; returns whether there was one. Ends everything
+    /// else that is left.
+    ///
+    /// # Errors
+    /// As [`find`](Machine::find); the run has ended.
+    pub(super) fn adopt_run(&self, connect: &Connect) -> Result<bool> {
+        let resumed = self.marker.is_resumed();
+        let Some(domain) = self.find(connect)?.filter(|_| resumed) else {
+            return self.end_leftover_run(connect).map(|()| false);
+        };
+        let is_on = domain.is_active().map_err(|error| explain("report the domain's state", &error))?;
+        if !is_on || !self.marker.matches(&domain)? {
+            self.end_leftover_run(connect)?;
+            return Err(Error::failed("its domain has ended while no host watched it"));
+        }
+        let disks = disks_of(&domain)?;
+        let mut state = self.lock();
+        (state.has_run, state.run_disks) = (true, Some(disks));
+        tracing::info!(machine = self.name(), "the run of an earlier host is adopted");
+        Ok(true)
+    }
+
     /// Finds the domain of a new machine, and ends a run that an earlier host has left.
     ///
     /// # Errors
     /// As [`find`](Machine::find); the run does not end.
-    pub fn adopt(&self, connect: &Connect) -> Result<()> {
+    pub fn end_leftover_run(&self, connect: &Connect) -> Result<()> {
         let Some(domain) = self.find(connect)? else {
             self.marker.remove();
             return Ok(());

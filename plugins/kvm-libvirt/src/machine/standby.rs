@@ -8,8 +8,8 @@
 //!                                                                asked to prepare the machine again
 //! ```
 //!
-//! The run marker covers a standby as well. So the next host ends a standby that this one leaves, and only
-//! the own domain is ended: somebody may have started another one meanwhile.
+//! The run marker covers a standby as well. So the next host ends a standby that this one leaves, because no event told
+//! it what happened to the domain meanwhile. Only the own domain is ended: somebody may have started another one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,6 +109,7 @@ impl Machine {
             self.lock().has_run = false;
             return self.log_unused(&error);
         }
+        self.marker.resumed();
         self.lock().host_knows_running = true;
         if cancellation.is_cancelled() {
             self.end_failed_start(&domain);

@@ -14,6 +14,7 @@ use crate::jail::policy_of;
 use crate::peers::Peer;
 use crate::prepare::{BuildFailures, Identity};
 use crate::resources::Resource;
+use crate::run::record::RecordFile;
 use crate::shared::Qemu;
 
 /// One machine.
@@ -26,6 +27,7 @@ pub struct Machine {
     /// The reason why leftovers of a host that died still exist, if they do.
     pub(super) leftovers: Mutex<Option<Error>>,
     pub(super) socket: PathBuf,
+    pub(super) record: RecordFile,
     pub(super) jail: Jail,
     pub(super) shared: Arc<Qemu>,
     pub(super) work: Arc<Work<MachineState>>,
@@ -75,11 +77,12 @@ impl Peer for Machine {
 }
 
 impl Machine {
-    /// Creates the machine, whose socket is in the folder `sockets`.
-    pub fn new(files: MachineFiles, sockets: &Path, shared: Arc<Qemu>) -> Arc<Self> {
+    /// Creates the machine, whose socket and records are in these folders.
+    pub fn new(files: MachineFiles, sockets: &Path, state: &Path, shared: Arc<Qemu>) -> Arc<Self> {
         let name = &files.info.name;
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
+            record: RecordFile::of(name, state),
             readiness: ReadinessReport::new(&shared.host, name),
             // The disk belongs to this machine alone, on the whole computer.
             jail: Jail::new(files.jail, &files.disk, files.jail_users),

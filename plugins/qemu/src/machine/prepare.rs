@@ -17,6 +17,7 @@ use super::state::{MachineOperation, finish};
 use crate::peers::Rival;
 use crate::prepare::{Build, Identity, Template};
 use crate::restore::Load;
+use crate::run::record::StandbyRecord;
 use crate::run::start_error::StartError;
 use crate::snapshot::Format;
 use crate::standby::Standby;
@@ -139,7 +140,8 @@ impl Preparation<'_> {
             share.set_actual(bytes);
         }
         let memory = share.bytes();
-        run.set_standby(machine.readiness.without_standby(), share);
+        let record = StandbyRecord { identity: identity.clone(), ram: ram.clone(), memory };
+        run.set_standby(machine.readiness.without_standby(), share, record);
         if run.has_ended() {
             return Err(Error::failed("QEMU ended as soon as the standby was loaded").into());
         }

@@ -94,6 +94,7 @@ impl Machine {
             incoming: !matches!(load, Load::Nothing),
             sockets: files_of(Resource::socket).collect(),
             confinement,
+            record: self.record.clone(),
         };
         let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));
         let run = begun.map_err(|error| self.advise_reload(error))?;

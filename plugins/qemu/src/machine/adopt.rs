@@ -1,0 +1,148 @@
+//! Adopts the run or the standby that an earlier host has left, and leaves them to the next host.
+//!
+//! ```text
+//! record ─▶ its process lives ─▶ its monitor answers ─┬─ the guest was resumed ─▶ the machine is on
+//!    │              │                    │            └─ a fresh standby, and memory for it ─▶ standby
+//!    └──────────────┴────────────────────┴──────────────── otherwise: ended, everything removed
+//! ```
+//!
+//! The process is recognized by its [identity](machinery_backend::process::ProcessIdentity), which code inside QEMU
+//! cannot forge. The monitor's socket lies in a folder where only the host makes sockets, so what answers there is that
+//! process, or one that has inherited the socket from it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use machinery::{Deadline, Error, Result, State};
+use machinery_backend::process::Process;
+use machinery_backend::{Backend, Operation, Overlays};
+use qapi::qmp;
+
+use super::base::Machine;
+use super::state::{MachineOperation, finish};
+use crate::console::kind_of;
+use crate::launch::{QEMU, reconnect};
+use crate::run::record::{Progress, Record, StandbyRecord};
+use crate::run::{Parts, Run};
+use crate::standby::Standby;
+use crate::states::state_of_status;
+
+/// The time that a QEMU has to answer a new host. A busy one answers after its work at hand.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Machine {
+    /// Adopts the machine's run, or its standby, and removes everything else that is left of it; returns whether there was
+    /// a run.
+    ///
+    /// # Errors
+    /// There was a run that cannot be adopted; it has ended, or is ended.
+    pub(super) fn adopt_run(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
+        let (progress, record) = match self.record.read() {
+            Some((progress, record)) if progress != Progress::Starting => (progress, record),
+            _ => return self.clear_leftovers().map(|()| false),
+        };
+        let (operation, ()) = self.work.begin(Operation::Starting, deadline, |_| Ok(()))?;
+        let adopted = self.connected(&record, deadline);
+        let adopted = adopted.and_then(|run| self.continued(&operation, progress, record, run, deadline));
+        drop(operation);
+        let Err(error) = adopted else { return adopted };
+        self.clear_leftovers()?;
+        match progress {
+            Progress::Running => Err(error),
+            Progress::Standby | Progress::Starting => {
+                tracing::info!(machine = self.name(), %error, "the standby of an earlier host is not used");
+                Ok(false)
+            }
+        }
+    }
+
+    /// Returns the run of that record, whose monitor answers.
+    fn connected(&self, record: &Record, deadline: Deadline) -> Result<Arc<Run>> {
+        let process = Process::adopt(&record.process, QEMU, self.name(), kind_of)?;
+        let ended = || Error::failed("QEMU has ended while no host watched it");
+        let (process, deadline) = (process.ok_or_else(ended)?, deadline.within(ANSWER_TIMEOUT));
+        let stream = match reconnect(&self.socket, process.handle(), deadline) {
+            Ok(stream) => stream,
+            Err(error) => {
+                process.end(Duration::ZERO);
+                return Err(error);
+            }
+        };
+        let mut overlays = Overlays::adopt(&record.overlays);
+        overlays.set_keep(self.files().keep_disk);
+        let parts = Parts {
+            machine: self.name().to_owned(),
+            version: record.version,
+            overlays,
+            writes: record.writes.clone(),
+            sockets: record.sockets.clone(),
+            cgroup: self.jail.cgroup().cloned(),
+            record: self.record.clone(),
+        };
+        Run::adopt(process, stream, parts, &self.shared.host, deadline)
+    }
+
+    /// Makes the run that of the machine, or its standby; returns whether its guest was resumed.
+    fn continued(
+        &self,
+        operation: &MachineOperation,
+        progress: Progress,
+        record: Record,
+        run: Arc<Run>,
+        deadline: Deadline,
+    ) -> Result<bool> {
+        let status = run.execute(&qmp::query_status {}, deadline)?;
+        let state = state_of_status(status["status"].as_str().unwrap_or(""))?;
+        // An earlier host may have died between the resumption and its record.
+        if progress == Progress::Standby && state == State::Paused {
+            let standby = self.standby_of(Arc::clone(&run), record.standby);
+            let standby = standby.or_else(|error| {
+                finish(operation, run.end(deadline).map(|()| None))?;
+                Err(error)
+            })?;
+            let readiness = self.readiness.with_standby(standby.memory());
+            operation.lock().standby = Some(Box::new(standby));
+            self.readiness.report_as(&readiness);
+            return Ok(false);
+        }
+        run.set_adopted();
+        self.shared.space.watch(run.as_disk_writer());
+        operation.lock().run = Some(run);
+        tracing::info!(machine = self.name(), %state, "the run of an earlier host is adopted");
+        Ok(true)
+    }
+
+    /// Makes a standby of an adopted run.
+    ///
+    /// # Errors
+    /// It is stale, or there is no memory for it.
+    fn standby_of(&self, run: Arc<Run>, record: Option<StandbyRecord>) -> Result<Standby> {
+        let record = record.ok_or_else(|| Error::failed("its record does not tell what it was loaded from"))?;
+        let identity = self.identity()?;
+        if let Some(template) = self.template(&identity) {
+            self.readiness.set_instant(template.disk);
+        }
+        let share = self.shared.budget.take(record.memory).map_err(Error::environment)?;
+        run.set_standby(self.readiness.without_standby(), share, record.clone());
+        let standby = Standby::new(run, record.identity, record.ram, record.memory);
+        match standby.stale_reason(&identity) {
+            None => Ok(standby),
+            Some(why) => {
+                standby.leave();
+                Err(Error::failed(why))
+            }
+        }
+    }
+
+    /// Leaves the run and the standby to the next host, and ends a preparation.
+    ///
+    /// # Errors
+    /// The preparation does not end in time.
+    pub(super) fn leave(&self, deadline: Deadline) -> Result<()> {
+        self.cancel_preparation(deadline);
+        let (_leaving, standby) =
+            self.work.begin(Operation::Discarding, deadline, |state| Ok(state.standby.take()))?;
+        standby.into_iter().for_each(|standby| standby.leave());
+        Ok(())
+    }
+}

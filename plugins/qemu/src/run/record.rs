@@ -1,0 +1,152 @@
+//! The record of a run, by which the next host adopts it.
+//!
+//! The name of the file tells how far the run is. A change is one rename, so that it costs a restore nothing.
+//!
+//! ```text
+//! begin ─▶ MACHINE.starting ─┬─ loaded, to wait ─▶ MACHINE.standby ─┬─ resumed ─▶ MACHINE.run ─▶ removed with the run
+//!                            └───────────────────────────────────────┘
+//! ```
+//!
+//! A host that dies in between leaves the earlier name. A run in preparation, and a start that nobody has been told of,
+//! are ended by the next host.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use machinery::Result;
+use machinery_backend::files;
+use machinery_backend::process::ProcessIdentity;
+use machinery_images::FileId;
+use serde::{Deserialize, Serialize};
+
+use super::Parts;
+use crate::prepare::Identity;
+use crate::version::Version;
+
+/// The format of the file. A host does not adopt a run of another format.
+const FORMAT: u32 = 1;
+
+/// What the next host has to know of a run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    format: u32,
+    pub process: ProcessIdentity,
+    /// The version of QEMU, which may be replaced while the run lasts.
+    pub version: Version,
+    pub overlays: Vec<PathBuf>,
+    /// The files that QEMU writes, the overlays among them.
+    pub writes: Vec<PathBuf>,
+    /// The sockets that are removed with the run.
+    pub sockets: Vec<PathBuf>,
+    /// What a standby was loaded from.
+    pub standby: Option<StandbyRecord>,
+}
+
+/// What a standby was loaded from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StandbyRecord {
+    pub identity: Identity,
+    pub ram: Option<FileId>,
+    /// The memory that the standby holds, in bytes.
+    pub memory: u64,
+}
+
+/// How far a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    Starting,
+    Standby,
+    Running,
+}
+
+/// The place of a machine's record.
+#[derive(Debug, Clone)]
+pub struct RecordFile {
+    folder: PathBuf,
+    machine: String,
+}
+
+impl RecordFile {
+    /// Returns the place of the machine's record in that folder.
+    pub fn of(machine: &str, folder: &Path) -> RecordFile {
+        RecordFile { folder: folder.to_owned(), machine: machine.to_owned() }
+    }
+
+    /// Records a run that begins.
+    pub fn begin(&self, record: &Record) {
+        self.written(files::replace_json(&self.path(Progress::Starting), record));
+    }
+
+    /// Records that the run is a standby.
+    pub fn set_standby(&self, standby: StandbyRecord) {
+        let Some(record) = read(&self.path(Progress::Starting)) else { return };
+        let record = Record { standby: Some(standby), ..record };
+        self.written(files::replace_json(&self.path(Progress::Starting), &record));
+        self.rename(Progress::Starting, Progress::Standby);
+    }
+
+    /// Records that the guest runs.
+    pub fn set_running(&self) {
+        if !self.rename(Progress::Standby, Progress::Running) {
+            self.rename(Progress::Starting, Progress::Running);
+        }
+    }
+
+    /// Returns the record that there is, and how far its run was.
+    pub fn read(&self) -> Option<(Progress, Record)> {
+        let all = [Progress::Running, Progress::Standby, Progress::Starting];
+        all.into_iter().find_map(|progress| Some((progress, read(&self.path(progress))?)))
+    }
+
+    /// Removes the record: the run has ended.
+    pub fn remove(&self) {
+        for progress in [Progress::Starting, Progress::Standby, Progress::Running] {
+            if let Err(error) = files::remove(&self.path(progress)) {
+                tracing::warn!(machine = self.machine, %error, "the record of a run remains");
+            }
+        }
+    }
+
+    fn path(&self, progress: Progress) -> PathBuf {
+        let kind = match progress {
+            Progress::Starting => "starting",
+            Progress::Standby => "standby",
+            Progress::Running => "run",
+        };
+        self.folder.join(format!("{}.{kind}", self.machine))
+    }
+
+    fn rename(&self, from: Progress, to: Progress) -> bool {
+        fs::rename(self.path(from), self.path(to)).is_ok()
+    }
+
+    fn written(&self, written: Result<()>) {
+        if let Err(error) = written {
+            let machine = &self.machine;
+            tracing::warn!(machine, %error, "the run would end with this host: its record cannot be written");
+        }
+    }
+}
+
+impl Record {
+    /// Returns the record of a run of that process.
+    pub fn new(process: ProcessIdentity, parts: &Parts) -> Record {
+        Record {
+            format: FORMAT,
+            process,
+            version: parts.version,
+            overlays: parts.overlays.paths().into_iter().map(PathBuf::from).collect(),
+            writes: parts.writes.clone(),
+            sockets: parts.sockets.clone(),
+            standby: None,
+        }
+    }
+}
+
+fn read(path: &Path) -> Option<Record> {
+    let text = fs::read_to_string(path).ok()?;
+    let record: Record = serde_json::from_str(&text)
+        .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "a record cannot be read"))
+        .ok()?;
+    (record.format == FORMAT).then_some(record)
+}

@@ -1,0 +1,326 @@
+//! Runs and standbys that outlive their host, and the next host that adopts them.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+const MICRO: (&str, Guest, SnapshotFormat) = ("m", Guest::Micro, SnapshotFormat::Lz4);
+
+/// Makes a lab with the machine `m`, which has these keys.
+fn lab(qemu: &str) -> Lab {
+    let lab = Lab::new(&[MICRO]).unwrap();
+    lab.ahead(qemu).unwrap();
+    lab
+}
+
+fn served(lab: &Lab) -> (RunningHost, Client) {
+    let host = lab.host().unwrap();
+    let client = host.client().unwrap();
+    (host, client)
+}
+
+#[track_caller]
+fn does(client: &mut Client, action: &str) {
+    assert_eq!(client.act(action, "m").unwrap(), json!({"success": true}), "{action}");
+}
+
+fn lock(client: &mut Client) {
+    let request = json!({"action": "lock", "machine": "m", "task_id": "t"});
+    assert_eq!(client.ask(request).unwrap(), json!({"success": true}));
+}
+
+#[track_caller]
+fn is_lost(machine: &Value, why: &str) {
+    let errors = machine["errors"].to_string();
+    assert_eq!(machine["state"], "poweroff", "{machine}");
+    assert!(errors.contains("adopting the run of an earlier host") && errors.contains(why), "{errors}");
+}
+
+/// Starts the machine for a task, kills the host, and returns the machine's QEMU.
+fn abandoned(lab: &Lab) -> Pid {
+    let (mut host, mut client) = served(lab);
+    lock(&mut client);
+    does(&mut client, "restore_start");
+    lab.folder("m").first_count(SOON).unwrap();
+    host.kill().unwrap();
+    lab.qemu_of("m").unwrap()
+}
+
+fn ends_well(lab: &Lab, host: &mut RunningHost) {
+    assert!(host.terminate().unwrap().success());
+    lab.assert_clean();
+}
+
+#[test]
+fn run_is_adopted_and_goes_on_when_its_host_was_killed() {
+    for jail in ["strict", "auto", "off"] {
+        let lab = lab("instant: auto, standby: off");
+        lab.set_jail(jail).unwrap();
+        let qemu = abandoned(&lab);
+        let machine = lab.folder("m");
+        machine.wait_for_next_count(SOON).unwrap();
+        let (mut host, mut client) = served(&lab);
+        let (run, errors) = (client.machine("m").unwrap(), json!([]));
+        assert_eq!((&run["state"], &run["locked_by"], &run["errors"]), (&json!("running"), &json!("t"), &errors));
+        assert_eq!(lab.qemu_of("m").unwrap(), qemu, "{jail}");
+        machine.wait_for_next_count(SOON).unwrap();
+        let picture = lab.cwd().root().join("storage/picture.png");
+        fs::create_dir_all(picture.parent().unwrap()).unwrap();
+        let request = json!({"action": "screenshot", "machine": "m", "path": picture});
+        assert_eq!(client.ask(request).unwrap(), json!({"success": true}));
+        let dump = lab.cwd().root().join("dump");
+        let request = json!({"action": "dump_memory", "machine": "m", "path": dump});
+        assert_eq!(client.ask(request).unwrap(), json!({"success": true}));
+        does(&mut client, "stop");
+        lab.assert_clean();
+        does(&mut client, "restore_start");
+        assert_eq!(machine.first_count(SOON).unwrap(), lab.restored_count().unwrap());
+        ends_well(&lab, &mut host);
+    }
+}
+
+#[test]
+fn end_of_an_adopted_run_is_reported_at_once() {
+    let lab = lab("instant: off, standby: off");
+    let qemu = abandoned(&lab);
+    let (mut host, mut client) = served(&lab);
+    client.subscribe().unwrap();
+    kill_process(qemu, Signal::KILL).unwrap();
+    assert!(client.wait_for_state("m", "poweroff").unwrap().contains("QEMU"));
+    lab.assert_clean();
+    does(&mut client, "restore_start");
+    does(&mut client, "acpi_stop");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn guest_powers_an_adopted_run_off() {
+    let lab = lab("instant: off, standby: off");
+    abandoned(&lab);
+    let (mut host, mut client) = served(&lab);
+    does(&mut client, "acpi_stop");
+    assert_eq!(client.machine("m").unwrap()["errors"], json!([]));
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn run_outlives_several_hosts() {
+    let lab = lab("instant: auto, standby: off");
+    let qemu = abandoned(&lab);
+    for _ in 0..3 {
+        let (mut host, mut client) = served(&lab);
+        assert_eq!(client.machine("m").unwrap()["state"], "running");
+        host.kill().unwrap();
+    }
+    let (mut host, mut client) = served(&lab);
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    does(&mut client, "stop");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn lost_run_is_told_when_qemu_died_while_no_host_watched() {
+    let lab = lab("instant: auto, standby: off");
+    let qemu = abandoned(&lab);
+    kill_process(qemu, Signal::KILL).unwrap();
+    let (mut host, mut client) = served(&lab);
+    is_lost(&client.machine("m").unwrap(), "QEMU has ended while no host watched it");
+    lab.assert_clean();
+    does(&mut client, "restore_start");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn run_is_ended_when_its_record_is_of_another_process() {
+    for change in [
+        |record: &mut Value| record["process"]["started"] = json!(1),
+        |record: &mut Value| record["process"]["pid"] = json!(1),
+        |record: &mut Value| record["process"]["boot"] = json!("another"),
+    ] {
+        let lab = lab("instant: off, standby: off");
+        abandoned(&lab);
+        let path = record(&lab, "run");
+        let mut content: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut content);
+        fs::write(&path, content.to_string()).unwrap();
+        let (mut host, mut client) = served(&lab);
+        is_lost(&client.machine("m").unwrap(), "QEMU has ended");
+        lab.assert_clean();
+        ends_well(&lab, &mut host);
+    }
+}
+
+fn record(lab: &Lab, kind: &str) -> PathBuf {
+    lab.cwd().root().join(format!("operational/generated/machinery-host/qemu/m.{kind}"))
+}
+
+#[test]
+fn frozen_run_is_ended_and_told() {
+    let lab = lab("instant: off, standby: off");
+    let qemu = abandoned(&lab);
+    kill_process(qemu, Signal::STOP).unwrap();
+    let (mut host, mut client) = served(&lab);
+    is_lost(&client.machine("m").unwrap(), "QEMU to answer on its monitor");
+    lab.assert_clean();
+    does(&mut client, "restore_start");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn run_is_ended_when_adoption_is_off() {
+    let lab = lab("instant: off, standby: off");
+    abandoned(&lab);
+    lab.host_yaml("adopt: off\n", "").unwrap();
+    let (mut host, mut client) = served(&lab);
+    assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
+    lab.assert_clean();
+    ends_well(&lab, &mut host);
+}
+
+/// Waits until the host has made a standby of the machine.
+fn until_standby(client: &mut Client) {
+    client.subscribe().unwrap();
+    while client.machine("m").unwrap()["ready"]["mode"] != "standby" {
+        client.wait_for_event("ready", "m").unwrap();
+    }
+}
+
+#[test]
+fn standby_is_adopted_and_restores_the_machine() {
+    let lab = lab("instant: auto, standby: auto");
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    let qemu = lab.qemu_of("m").unwrap();
+    host.kill().unwrap();
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    does(&mut client, "restore_start");
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
+    host.kill().unwrap();
+    let (mut host, mut client) = served(&lab);
+    assert_eq!(client.machine("m").unwrap()["state"], "running", "a standby that became a run");
+    does(&mut client, "stop");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn stale_standby_is_not_adopted() {
+    let lab = lab("instant: auto, standby: auto");
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    let qemu = lab.qemu_of("m").unwrap();
+    host.kill().unwrap();
+    let snapshot = lab.folder("m").snapshot.clone();
+    let copy = snapshot.with_extension("copy");
+    fs::copy(&snapshot, &copy).unwrap();
+    fs::rename(&copy, &snapshot).unwrap();
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    assert_ne!(lab.qemu_of("m").unwrap(), qemu);
+    does(&mut client, "restore_start");
+    assert_eq!(lab.folder("m").first_count(SOON).unwrap(), lab.restored_count().unwrap());
+    ends_well(&lab, &mut host);
+}
+
+/// Waits until the host has executed its program again, and returns a client of the new one.
+fn replaced(host: &RunningHost) -> Client {
+    host.wait_for_notification("READY=1").unwrap();
+    host.client().unwrap()
+}
+
+#[test]
+fn host_is_replaced_under_running_guests_and_answers_all_the_time() {
+    let lab = lab("instant: auto, standby: off");
+    let (mut host, mut client) = served(&lab);
+    lock(&mut client);
+    does(&mut client, "restore_start");
+    let (qemu, pid) = (lab.qemu_of("m").unwrap(), host.pid());
+    let before = client.ask(json!({"action": "version"})).unwrap();
+    let upgraded = lab.run(&["upgrade"]).unwrap();
+    assert_eq!(upgraded.code, Some(0), "{upgraded:?}");
+    assert!(upgraded.stdout.contains("the host is cuckoo-machinery"), "{upgraded:?}");
+    assert!(client.wait_for_close());
+    let mut client = host.client().unwrap();
+    let after = client.ask(json!({"action": "version"})).unwrap();
+    assert_ne!(before["started"], after["started"]);
+    assert_eq!((lab.qemu_of("m").unwrap(), host.pid()), (qemu, pid));
+    let machine = client.machine("m").unwrap();
+    assert_eq!((&machine["state"], &machine["locked_by"]), (&json!("running"), &json!("t")));
+    lab.folder("m").wait_for_next_count(SOON).unwrap();
+    // The QEMU is still a child of this process, and is reaped.
+    does(&mut client, "stop");
+    assert_eq!(host.resources().unwrap().children, "");
+    host.signal(Signal::USR2).unwrap();
+    drop(client);
+    let mut client = replaced(&host);
+    does(&mut client, "restore_start");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn action_under_way_is_finished_and_a_later_one_is_told_to_ask_again_when_the_host_is_replaced() {
+    let lab = lab("instant: auto, standby: off");
+    let (mut host, mut client) = served(&lab);
+    let mut other = host.client().unwrap();
+    does(&mut client, "restore_start");
+    client.send(&json!({"action": "acpi_stop", "machine": "m", "id": 1})).unwrap();
+    client.send(&json!({"action": "restore_start", "machine": "m", "id": 2})).unwrap();
+    other.subscribe().unwrap();
+    client.send(&json!({"action": "upgrade", "id": 3})).unwrap();
+    let mut answers = [(); 3].map(|()| client.next_message().unwrap());
+    answers.sort_by_key(|answer| answer["id"].as_u64());
+    assert_eq!(answers[0], json!({"success": true, "id": 1}));
+    assert_eq!(answers[2], json!({"success": true, "id": 3}));
+    let refused = answers[1]["reason"].as_str().unwrap_or_default();
+    assert!(answers[1]["success"] == json!(true) || refused.contains("ask again"), "{answers:?}");
+    let mut client = replaced(&host);
+    let _ = client.act("stop", "m").unwrap();
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn run_is_left_by_sigterm_when_the_host_hands_over_and_stopped_otherwise() {
+    let lab = lab("instant: auto, standby: auto");
+    let mut host = RunningHost::start_with(lab.cwd(), |command| {
+        command.arg("--handover");
+    })
+    .unwrap();
+    let mut client = host.client().unwrap();
+    until_standby(&mut client);
+    does(&mut client, "restore_start");
+    let qemu = lab.qemu_of("m").unwrap();
+    assert!(host.terminate().unwrap().success());
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    let (mut host, mut client) = served(&lab);
+    assert_eq!(client.machine("m").unwrap()["state"], "running");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn standby_is_left_to_the_new_host_when_the_host_is_replaced() {
+    let lab = lab("instant: auto, standby: auto");
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    let qemu = lab.qemu_of("m").unwrap();
+    host.signal(Signal::USR2).unwrap();
+    let mut client = replaced(&host);
+    until_standby(&mut client);
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    does(&mut client, "restore_start");
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    ends_well(&lab, &mut host);
+}
