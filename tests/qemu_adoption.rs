@@ -73,7 +73,10 @@ fn run_is_adopted_and_goes_on_when_its_host_was_killed() {
         machine.wait_for_next_count(SOON).unwrap();
         let (mut host, mut client) = served(&lab);
         let (run, errors) = (client.machine("m").unwrap(), json!([]));
-        assert_eq!((&run["state"], &run["locked_by"], &run["errors"]), (&json!("running"), &json!("t"), &errors));
+        assert_eq!(
+            (&run["state"], &run["locked_by"], &run["errors"]),
+            (&json!("running"), &json!("t"), &errors)
+        );
         assert_eq!(lab.qemu_of("m").unwrap(), qemu, "{jail}");
         machine.wait_for_next_count(SOON).unwrap();
         let picture = lab.cwd().root().join("storage/picture.png");
@@ -131,7 +134,7 @@ fn run_outlives_several_hosts() {
 }
 
 #[test]
-fn lost_run_is_told_when_qemu_died_while_no_host_watched() {
+fn lost_run_is_reported_when_qemu_died_while_no_host_watched() {
     let lab = lab("instant: auto, standby: off");
     let qemu = abandoned(&lab);
     kill_process(qemu, Signal::KILL).unwrap();
@@ -167,7 +170,7 @@ fn record(lab: &Lab, kind: &str) -> PathBuf {
 }
 
 #[test]
-fn frozen_run_is_ended_and_told() {
+fn frozen_run_is_ended_and_reported() {
     let lab = lab("instant: off, standby: off");
     let qemu = abandoned(&lab);
     kill_process(qemu, Signal::STOP).unwrap();
@@ -272,7 +275,7 @@ fn host_is_replaced_under_running_guests_and_answers_all_the_time() {
 }
 
 #[test]
-fn action_under_way_is_finished_and_a_later_one_is_told_to_ask_again_when_the_host_is_replaced() {
+fn action_under_way_is_finished_and_a_later_one_has_to_ask_again_when_the_host_is_replaced() {
     let lab = lab("instant: auto, standby: off");
     let (mut host, mut client) = served(&lab);
     let mut other = host.client().unwrap();

@@ -176,11 +176,7 @@ impl<S: Shared> Adapter<S> {
     }
 
     /// Calls `leave` for all machines, a few at a time, and closes what they share.
-    fn leave(
-        &self,
-        deadline: Deadline,
-        leave: impl Fn(&Arc<S::Machine>) -> Result<()> + Sync,
-    ) -> Result<()> {
+    fn leave(&self, deadline: Deadline, leave: impl Fn(&Arc<S::Machine>) -> Result<()> + Sync) -> Result<()> {
         let left = concurrent::for_each(&self.machines.all(), |machine| match leave(machine) {
             Err(error) if error.kind() == ErrorKind::StateReached => Ok(()),
             left => left,

@@ -56,7 +56,7 @@ struct Overlay {
 }
 
 impl Overlays {
-    /// Takes over the overlays of a run that an earlier host has started.
+    /// Adopts the overlays of a run that an earlier host has started.
     pub fn adopt(paths: &[PathBuf]) -> Overlays {
         Overlays(paths.iter().map(|path| Overlay { path: path.clone(), keep: false }).collect())
     }

@@ -143,7 +143,7 @@ struct ResultServerKeys {
 /// Cuckoo3's default for `tcpdump.path`.
 const DEFAULT_TCPDUMP: &str = "/usr/bin/tcpdump";
 
-/// Whether the host adopts the runs of an earlier one.
+/// The value of `adopt`.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Adoption {

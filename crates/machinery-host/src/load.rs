@@ -141,7 +141,7 @@ fn adopt(machinery: &Arc<Machinery>, names: Vec<String>, config: &Config) -> Vec
     adopted
 }
 
-/// Records the outcome of an adoption. The errors of the machine tell the task that its run is lost.
+/// Records the outcome of an adoption. A task finds in the errors of its machine that its run is lost.
 fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>) {
     match adopted {
         Ok(true) => machine.set_own_run(),

@@ -186,9 +186,11 @@ async fn resume_adopted_runs(fleet: &Fleet, context: &ActionContext) {
         }
         // A report that came before the machine was known is lost.
         let limit = settings.timeouts.state;
-        let (reports, called) = (machine.status().reports, machine.call(limit, |machine, deadline| {
-            machine.machinery.instance.state(machine.name(), deadline)
-        }));
+        let (reports, called) = (
+            machine.status().reports,
+            machine
+                .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline)),
+        );
         if let CallResult::Returned(Ok(state)) = called.await {
             machine.set_answered(state, reports);
         }
@@ -316,7 +318,7 @@ async fn apply_pending_changes(manager: Arc<Manager>) {
     }
 }
 
-/// What a signal asks the host to do.
+/// The request in a signal, or of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Asked {
     /// To end with all of its machines.

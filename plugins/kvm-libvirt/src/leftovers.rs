@@ -70,7 +70,13 @@ impl RunMarker {
     /// libvirt does not answer; the kernel returns no token.
     pub fn begin(&self, domain: &Domain) -> Result<()> {
         let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
-        self.write(Run { uuid, token: kernel_id("uuid")?, boot: kernel_id("boot_id")?, marked: false, resumed: false });
+        self.write(Run {
+            uuid,
+            token: kernel_id("uuid")?,
+            boot: kernel_id("boot_id")?,
+            marked: false,
+            resumed: false,
+        });
         Ok(())
     }
 
@@ -194,7 +200,8 @@ mod tests {
     #[test]
     fn marker_is_kept_in_memory_when_it_cannot_be_written() {
         let marker = RunMarker::of("m", Path::new("/none"));
-        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false, resumed: false };
+        let run =
+            Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false, resumed: false };
         marker.write(run.clone());
         assert_eq!(marker.read(), Some(run));
         marker.remove();

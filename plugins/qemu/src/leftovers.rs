@@ -14,7 +14,7 @@ use machinery::{Error, Result};
 use machinery_backend::process::{ProcessIdentity, RunningProcess, leftovers};
 use machinery_backend::{RUN_VARIABLE, files, remove_overlays};
 
-/// What marks the processes of a machine, beside their environment.
+/// The marks of a machine's processes, beside their environment.
 pub struct Owner {
     /// The machine's own user.
     pub user: Option<u32>,
@@ -24,9 +24,8 @@ pub struct Owner {
 
 impl Owner {
     fn has(&self, process: &RunningProcess) -> bool {
-        let is_recorded = |identity: &ProcessIdentity| {
-            identity.number() == process.number() && identity.open().is_some()
-        };
+        let is_recorded =
+            |identity: &ProcessIdentity| identity.number() == process.number() && identity.open().is_some();
         self.user.is_some_and(|user| process.user() == Some(user))
             || self.recorded.as_ref().is_some_and(is_recorded)
     }
@@ -47,9 +46,7 @@ pub fn clear(
     // The socket outlives the process, so without one there is nothing to end.
     let has_run = socket.exists();
     let is_ours = |process: &RunningProcess| {
-        has_run
-            && (process.has_variable(RUN_VARIABLE, socket.as_os_str())
-                || owner.has(process))
+        has_run && (process.has_variable(RUN_VARIABLE, socket.as_os_str()) || owner.has(process))
     };
     for process in leftovers() {
         if is_ours(&process) {

@@ -85,7 +85,7 @@ pub struct Run {
     resumed: Mutex<Option<Instant>>,
 }
 
-/// What a run consists of, beside its process.
+/// The parts of a run, beside its process.
 pub struct Parts {
     pub machine: String,
     pub version: Version,

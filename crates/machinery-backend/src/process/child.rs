@@ -147,9 +147,8 @@ impl Process {
             // Nothing is ever read from it.
             None => pipe()?.0.into(),
         };
-        let console = Console::follow(console, machine, kind_of).map_err(|error| {
-            Error::environment(format!("cannot watch the process {number}: {error}"))
-        })?;
+        let console = Console::follow(console, machine, kind_of)
+            .map_err(|error| Error::environment(format!("cannot watch the process {number}: {error}")))?;
         let (pid, ended, program) = (number.cast_unsigned(), AtomicBool::new(false), program.to_owned());
         let handle = Handle { pid, pidfd, ended, program, console, commands: None };
         Ok(Some(Process { child: None, handle: Arc::new(handle) }))

@@ -60,8 +60,8 @@ impl End {
         self.status.is_some_and(|status| status.signal().is_some())
     }
 
-    /// Reports whether the process exited with code 0, as far as that is known: the kernel tells the exit status of an
-    /// adopted process to its parent alone.
+    /// Reports whether the process exited with code 0, as far as that is known: only the parent of an adopted
+    /// process can read its exit status.
     pub fn was_clean(&self) -> bool {
         self.status.is_none_or(|status| status.success())
     }

@@ -8,8 +8,8 @@
 //!                                                                asked to prepare the machine again
 //! ```
 //!
-//! The run marker covers a standby as well. So the next host ends a standby that this one leaves, because no event told
-//! it what happened to the domain meanwhile. Only the own domain is ended: somebody may have started another one.
+//! The run marker covers a standby as well. So the next host ends a standby that this one leaves, because it got
+//! no events of the domain meanwhile. Only the own domain is ended: somebody may have started another one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -117,7 +117,7 @@ impl Machine {
     /// # Errors
     /// It is stale, or there is no memory for it.
     fn standby_of(&self, run: Arc<Run>, record: Option<StandbyRecord>) -> Result<Standby> {
-        let record = record.ok_or_else(|| Error::failed("its record does not tell what it was loaded from"))?;
+        let record = record.ok_or_else(|| Error::failed("its record does not have its origin"))?;
         let identity = self.identity()?;
         if let Some(template) = self.template(&identity) {
             self.readiness.set_instant(template.disk);

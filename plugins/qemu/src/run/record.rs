@@ -1,14 +1,14 @@
 //! The record of a run, by which the next host adopts it.
 //!
-//! The name of the file tells how far the run is. A change is one rename, so that it costs a restore nothing.
+//! The name of the file is the progress of the run. A change is one rename, so that it costs a restore nothing.
 //!
 //! ```text
 //! begin ─▶ MACHINE.starting ─┬─ loaded, to wait ─▶ MACHINE.standby ─┬─ resumed ─▶ MACHINE.run ─▶ removed with the run
 //!                            └───────────────────────────────────────┘
 //! ```
 //!
-//! A host that dies in between leaves the earlier name. A run in preparation, and a start that nobody has been told of,
-//! are ended by the next host.
+//! A host that dies in between leaves the earlier name. The next host ends a run in preparation, and a start
+//! that was under way.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ use crate::version::Version;
 /// The format of the file. A host does not adopt a run of another format.
 const FORMAT: u32 = 1;
 
-/// What the next host has to know of a run.
+/// The facts about a run that the next host needs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
     format: u32,
@@ -38,11 +38,11 @@ pub struct Record {
     pub writes: Vec<PathBuf>,
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
-    /// What a standby was loaded from.
+    /// The origin of a standby.
     pub standby: Option<StandbyRecord>,
 }
 
-/// What a standby was loaded from.
+/// The origin of a standby: its machine and its template when it was loaded.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StandbyRecord {
     pub identity: Identity,
@@ -51,7 +51,7 @@ pub struct StandbyRecord {
     pub memory: u64,
 }
 
-/// How far a run is.
+/// The progress of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
     Starting,
