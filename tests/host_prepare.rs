@@ -35,6 +35,13 @@ fn how(client: &mut Client) -> String {
     client.machine("m").unwrap()["ready"]["mode"].as_str().unwrap_or("unknown").to_owned()
 }
 
+/// Waits until the machine is prepared. An event may be of an earlier preparation.
+fn until_prepared(client: &mut Client) {
+    while how(client) != "standby" {
+        client.wait_for_event("ready", "m").unwrap();
+    }
+}
+
 #[test]
 fn machine_is_prepared_at_startup_and_after_each_run() {
     let (host, _cwd) = served(&[("m", ONLY_PREPARED)]);
@@ -46,7 +53,7 @@ fn machine_is_prepared_at_startup_and_after_each_run() {
         assert_eq!(how(&mut client), "plain");
         assert_eq!(client.act("stop", "m").unwrap()["success"], true);
         // The host prepares the machine without a request.
-        while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}
+        until_prepared(&mut client);
     }
 }
 
@@ -56,7 +63,7 @@ fn machine_is_prepared_again_when_it_powers_itself_off() {
     let mut client = prepared(&host);
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
     client.wait_for_state("m", "poweroff").unwrap();
-    while client.wait_for_event("ready", "m").unwrap()["mode"] != "standby" {}
+    until_prepared(&mut client);
 }
 
 #[test]

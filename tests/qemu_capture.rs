@@ -174,6 +174,7 @@ fn start_waits_for_tcpdump_when_it_is_slow() {
     let real = capture::tcpdump().unwrap().display().to_string();
     let slow = lab.cwd().script("tcpdump", &format!("sleep 3; exec {real} \"$@\"")).unwrap();
     lab.cwd().change_cuckoo_yaml(&real, &slow.display().to_string()).unwrap();
+    lab.host_yaml("capture_jail: off\n", "").unwrap();
     let pcap = lab.cwd().root().join("dump.pcap");
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();

@@ -3,17 +3,19 @@
 //! It is a network namespace without a name. Concurrent tests can therefore use the same addresses and the
 //! same tap. The namespace ends with its last user.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::error::{Context, Error};
@@ -65,6 +67,34 @@ impl TestNetwork {
                 .context(|| "entering a network".to_owned())?;
             Ok(task())
         })?
+    }
+
+    /// Makes a bridge.
+    pub fn add_bridge(&self, name: &str) -> Result<()> {
+        self.inside(|| {
+            ip(&["link", "add", name, "type", "bridge"])?;
+            ip(&["link", "set", "dev", name, "up"])
+        })?
+    }
+
+    /// Returns the interfaces of a bridge, as `ip` lists them.
+    pub fn members(&self, bridge: &str) -> Result<String> {
+        self.inside(|| command::output(Command::new("ip").args(["-o", "link", "show", "master", bridge])))?
+    }
+
+    /// Lets QEMU's helper use the bridge, for a command that [runs in the network](TestNetwork::attach). Nobody else sees
+    /// the permission: it is in a copy of `/etc`, which this makes in the folder `scratch`.
+    pub fn allow_bridge(&self, command: &mut Command, name: &str, scratch: &Path) -> Result<()> {
+        let etc = scratch.join("etc");
+        command::output(Command::new("cp").args(["-a", "/etc"]).arg(&etc))?;
+        let what = || format!("allowing the bridge {name}");
+        fs::create_dir_all(etc.join("qemu")).context(what)?;
+        fs::write(etc.join("qemu/bridge.conf"), format!("allow {name}\n")).context(what)?;
+        let etc = CString::new(etc.into_os_string().into_encoded_bytes()).context(what)?;
+        let see = move || Ok(mount_bind(etc.as_c_str(), c"/etc")?);
+        // SAFETY: as in `attach`; the path was allocated before.
+        unsafe { command.pre_exec(see) };
+        Ok(())
     }
 
     /// Removes the tap; only the loopback interface is left.
