@@ -38,7 +38,7 @@ fn does(client: &mut Client, action: &str) {
 
 fn lock(client: &mut Client) {
     let request = json!({"action": "lock", "machine": "m", "task_id": "t"});
-    assert_eq!(client.ask(request).unwrap(), json!({"success": true}));
+    assert_eq!(client.ask(request).unwrap()["success"], true);
 }
 
 #[track_caller]
