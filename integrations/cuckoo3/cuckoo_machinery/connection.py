@@ -22,6 +22,12 @@ import time
 # The timeout of requests that need no hypervisor, in seconds.
 ANSWER_TIMEOUT = 30
 
+# A part of the reason for which a host that ends refuses an action.
+ASK_AGAIN = "ask again when it is back"
+
+# The pause before a message is repeated, in seconds.
+RETRY_INTERVAL = 0.2
+
 _ids = itertools.count(1)
 
 
@@ -31,6 +37,10 @@ class HostError(Exception):
 
 class Unreachable(HostError):
     """No host answers, or it ended before it answered, or it did not answer in time."""
+
+
+class Lost(Unreachable):
+    """The host closed the connection before it answered."""
 
 
 class TimedOut(Unreachable):
@@ -124,7 +134,7 @@ class Connection:
         return data
 
     def _lost(self, why):
-        return Unreachable(f"The connection to the machinery host on {self._path} is lost: {why}")
+        return Lost(f"The connection to the machinery host on {self._path} is lost: {why}")
 
     def _timed_out(self):
         return TimedOut(f"The machinery host on {self._path} has not answered in time")
@@ -177,9 +187,26 @@ class Client:
 
 
 def ask(path, message, timeout=ANSWER_TIMEOUT, file=None):
-    """Sends one message to the host whose socket is `path`, and returns its answer, also a failure."""
-    with Connection(path) as connection:
-        return _ask(connection, message, timeout, file)
+    """Sends one message to the host whose socket is `path`, and returns its answer, also a failure.
+
+    A host that is about to be replaced takes no action. The message is then repeated until the new host answers. Such a
+    host also closes connections whose message it has not read, so a message is repeated once on a new connection.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    was_lost = False
+    while True:
+        left = None if deadline is None else deadline - time.monotonic()
+        try:
+            with Connection(path) as connection:
+                answer = _ask(connection, message, left, file)
+        except Lost:
+            if was_lost:
+                raise
+            was_lost = True
+            continue
+        if ASK_AGAIN not in (answer.get("reason") or "") or (left is not None and left <= RETRY_INTERVAL):
+            return answer
+        time.sleep(RETRY_INTERVAL)
 
 
 def send(path, message):

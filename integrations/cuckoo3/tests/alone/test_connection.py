@@ -1,5 +1,6 @@
 """Requests and events, with a host and with a misbehaving fake of one."""
 
+import itertools
 import json
 import os
 import queue
@@ -9,7 +10,7 @@ import time
 import unittest
 from pathlib import Path
 
-from cuckoo_machinery.connection import Client, HostError, Unreachable, TimedOut, Refused, ask, send
+from cuckoo_machinery.connection import ASK_AGAIN, Client, HostError, Unreachable, TimedOut, Refused, ask, send
 from tests.support import TIMEOUT, FakeHost, make_cwd, start_other_host
 
 
@@ -48,6 +49,18 @@ class WithAFakeHost(unittest.TestCase):
             client = self.client(lambda _, lines=lines: next(lines))
             with self.assertRaises(Unreachable):
                 client.request("list", timeout=0.2)
+
+    def test_request_is_repeated_when_the_host_is_about_to_be_replaced(self):
+        refused = {"success": False, "reason": f"the host is shutting down: {ASK_AGAIN}"}
+        lines = iter([refused, refused, {"success": True}, refused])
+        client = self.client(lambda _: json.dumps(next(lines)).encode() + b"\n")
+        self.assertEqual(client.request("restore_start", machine="m"), {"success": True})
+        with self.assertRaises(Refused):
+            client.request("restore_start", machine="m", timeout=0.1)
+
+    def test_request_is_repeated_once_when_its_connection_is_lost(self):
+        lines = iter([None, b'{"success": true}\n'])
+        self.assertEqual(self.client(lambda _: next(lines)).request("list"), {"success": True})
 
     def test_request_times_out_when_the_host_does_not_answer(self):
         with self.assertRaises(TimedOut):
@@ -117,6 +130,31 @@ class WithAHost(unittest.TestCase):
         for thread in threads:
             thread.join(TIMEOUT)
         self.assertEqual([got.get(block=False) for _ in range(80)], ["running"] * 80)
+
+    def test_requests_succeed_while_the_host_is_replaced(self):
+        stop, failures, count = threading.Event(), [], itertools.count()
+
+        def request():
+            while not stop.is_set():
+                try:
+                    self.client.request("list")
+                    next(count)
+                except HostError as error:
+                    failures.append(error)
+
+        threads = [threading.Thread(target=request) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            before = self.client.request("version")["started"]
+            self.client.request("upgrade")
+            while self.client.request("version")["started"] == before:
+                pass
+        stop.set()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        self.assertEqual(failures, [])
+        self.assertGreater(next(count), 10)
 
     def test_refusal_has_the_hosts_reason(self):
         with self.assertRaises(Refused) as caught:
