@@ -141,6 +141,9 @@ fn host_prepares_automatically_when_its_own_run_was_the_last_to_write() {
         if ["terminate", "kill"].contains(&end) {
             fixture = KvmFixture::of(fixture.lab);
         }
+        if end == "kill" {
+            fixture.act("stop");
+        }
         fixture.wait_for_readiness("standby", "");
         assert!(!fixture.host.log().contains("not prepared automatically"), "{end}: {}", fixture.host.log());
     }
