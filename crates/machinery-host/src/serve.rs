@@ -126,6 +126,7 @@ async fn manager(
         Arc::new(ActionContext::new(&config, Folders::of(cwd), Arc::clone(&metrics), Arc::clone(&state)));
     let queues = Arc::new(Queues::new(context));
     diagnose_all(&fleet.roster(), config.timeouts.load).await;
+    queues.context().disable_quarantined(&fleet.roster()).await;
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));
     let reloader = Reloader::new(
         cwd.clone(),

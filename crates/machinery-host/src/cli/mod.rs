@@ -1,11 +1,12 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, and `progress` shows an action under way.
+//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, and `progress` shows an action under way.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
 mod file;
+mod machines;
 mod output;
 mod progress;
 
@@ -109,7 +110,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         Command::List => {
             let answer = send_request(cwd, json!({"action": "list"}))?;
-            output::machines(&answer, global.json);
+            machines::machines(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::State { machine } => {

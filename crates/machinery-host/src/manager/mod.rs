@@ -30,6 +30,7 @@ use crate::actions::{Action, ActionResult};
 use crate::events::{Event, Events, ReloadSummary};
 use crate::fleet::availability::{NotHeld, TaskLock};
 use crate::fleet::pool::{AcquireError, MachineQuery};
+use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Fleet, Machine, Roster};
 use crate::plugin::call::CallResult;
@@ -125,7 +126,7 @@ impl Manager {
     /// by one client at a time.
     ///
     /// # Errors
-    /// The plugin failed. A plugin that does not return, or misbehaves, disables the machine.
+    /// The plugin failed. A plugin that does not return, or misbehaves, takes the machine out of the pool.
     pub async fn machine_state(&self, machine: &Arc<Machine>) -> Result<State, String> {
         let known = machine.status();
         let query = if known.busy { None } else { machine.start_state_query() };
@@ -136,18 +137,16 @@ impl Manager {
             let _query = query;
             machine.machinery.instance.state(machine.name(), deadline)
         });
-        let (error, disable) = match called.await {
+        let error = match called.await {
             CallResult::Returned(Ok(state)) => return Ok(state),
-            CallResult::Returned(Err(error)) => {
-                let disable = error.is_plugin_fault();
-                (error, disable)
-            }
-            CallResult::Abandoned(_) => (Error::timeout("it did not return from the plugin"), true),
+            CallResult::Returned(Err(error)) => error,
+            CallResult::Abandoned(_) => Error::misbehaved("it did not return from the plugin"),
         };
+        let kind = error.kind();
         let reason = error.action("querying the state").machine(machine.name()).to_string();
-        if disable {
+        if is_plugin_fault(kind) {
             machine.add_error(&reason);
-            context.disable(machine, &reason).await;
+            context.take_out(machine, kind, &reason).await;
         }
         Err(reason)
     }

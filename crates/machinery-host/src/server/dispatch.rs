@@ -88,7 +88,9 @@ impl Dispatcher {
                 slot.fill(reply::list(&roster), id.as_ref());
             }
             Request::Version => self.outbox.reply(reply::version(&self.manager.roster()), id).await,
-            Request::Metrics => self.outbox.reply(reply::metrics(self.manager.metrics()), id).await,
+            Request::Metrics => {
+                self.outbox.reply(reply::metrics(self.manager.metrics(), &self.manager.roster()), id).await
+            }
             Request::Subscribe => self.subscribe(id).await,
             Request::ShutdownAll => {
                 let manager = Arc::clone(&self.manager);
