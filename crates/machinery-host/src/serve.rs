@@ -41,6 +41,7 @@ use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
 use crate::server::listener;
 use crate::server::peers::Peers;
+use crate::watchdog;
 
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
@@ -149,6 +150,9 @@ async fn serve(cwd: &Cwd, peers: &Arc<Peers>, manager: Arc<Manager>) -> Result<S
     let listener: UnixListener = listener::bind(&socket, peers)?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
+    if let Some(interval) = sd_notify::watchdog_enabled() {
+        tokio::spawn(watch(interval, Arc::clone(&manager)));
+    }
     let mut connections = JoinSet::new();
     tokio::select! {
         () = listener::serve(&listener, peers, &manager, &mut connections) => {}
@@ -204,6 +208,13 @@ async fn shut_down(machinery: &Arc<Machinery>, limit: Duration) {
             tracing::error!(machinery = name, %error, "did not shut down");
         }
     }
+}
+
+/// Reports to systemd that the host answers, also while it ends.
+async fn watch(interval: Duration, manager: Arc<Manager>) {
+    let ping = || notify(NotifyState::Watchdog);
+    let error = watchdog::run(interval, || watchdog::prove(Arc::clone(&manager)), ping).await;
+    tracing::error!(%error, "systemd's watchdog gets no more reports");
 }
 
 fn notify(state: NotifyState<'_>) {

@@ -256,6 +256,18 @@ impl Manager {
         self.state.flush_pending().await;
     }
 
+    /// Takes and releases each lock that a request needs. A host with a deadlock does not return.
+    pub fn pass_all_locks(&self) {
+        self.fleet.pass_allocation_lock();
+        self.state.pass_locks();
+        self.queues.pass_locks();
+        for machine in self.fleet.roster().machines() {
+            // Takes the lock of its status.
+            machine.status();
+            machine.info();
+        }
+    }
+
     fn unsaved(&self, machine: Arc<Machine>) -> UnsavedChange {
         UnsavedChange { machine, state: Arc::clone(&self.state) }
     }
