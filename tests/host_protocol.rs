@@ -258,7 +258,7 @@ fn state_is_answered_when_an_action_runs() {
 }
 
 #[test]
-fn subscribers_receive_state_progress_and_disabled_events() {
+fn subscribers_receive_state_progress_disabled_and_quarantined_events() {
     let served = served(&[("m", ""), ("bad", "faults: {dump_memory: panic}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
@@ -275,6 +275,10 @@ fn subscribers_receive_state_progress_and_disabled_events() {
     let answer = client.ask(json!({"action": "dump_memory", "machine": "bad", "path": path})).unwrap();
     let disabled = json!({"event": "disabled", "machine": "bad", "reason": answer["reason"]});
     assert_eq!(hear(), disabled);
+    let quarantined = json!({
+        "event": "quarantined", "machine": "bad", "reason": answer["reason"], "tries": 0, "next_try_in": 5,
+    });
+    assert_eq!(hear(), quarantined);
     client.act("enable_machine", "bad").unwrap();
     assert_eq!(hear(), json!({"event": "enabled", "machine": "bad"}));
 }

@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
@@ -60,16 +60,26 @@ impl Healing {
         let healed = self.subscriber.wait_for_event("healed", "m").unwrap();
         println!("{healed}");
         assert_eq!(healed["tries"], 1, "{}", self.host.log());
-        assert!(healed["seconds"].as_u64().unwrap() <= 10, "{healed}");
         let listed = self.client.machine("m").unwrap();
         assert_eq!((&listed["disabled"], &listed["state"]), (&json!(false), &json!("poweroff")));
+        // The first pause is 5 s, and the try takes about as long as a restore and a stop take now: together less than
+        // 10 s on a computer that is not busy.
+        let begun = Instant::now();
+        self.assert_restores();
+        let usual = begun.elapsed().as_secs() + 1;
+        assert!(healed["seconds"].as_u64().unwrap() <= 6 + 3 * usual, "{healed}, and usually {usual} s");
+    }
+
+    #[track_caller]
+    fn assert_restores(&mut self) {
+        assert_eq!(self.client.act("restore_start", "m").unwrap(), good());
+        assert_eq!(self.client.act("stop", "m").unwrap(), good());
     }
 
     /// Asserts that the machine restores, and that the host ends and leaves nothing.
     #[track_caller]
     fn assert_ends_well(mut self) {
-        assert_eq!(self.client.act("restore_start", "m").unwrap(), good());
-        assert_eq!(self.client.act("stop", "m").unwrap(), good());
+        self.assert_restores();
         assert_eq!(self.host.terminate().unwrap().code(), Some(0), "{}", self.host.log());
         self.lab.assert_clean();
     }
@@ -139,11 +149,12 @@ fn machine_is_in_the_pool_again_when_qemu_is_killed_between_its_first_step_and_t
         let lab = Lab::new(&[MICRO]).unwrap();
         lab.ahead(&format!("instant: {instant}, standby: off")).unwrap();
         let mut healing = Healing::new(lab);
-        if instant == "on" {
-            assert_eq!(healing.client.act("prepare", "m").unwrap(), good());
-        }
         let folder = healing.lab.folder("m").dir.clone();
         for _ in 0..2 {
+            if instant == "on" {
+                // Also waits for the preparation that the host makes by itself.
+                assert_eq!(healing.client.act("prepare", "m").unwrap(), good());
+            }
             let answer = healing.killed_in_restore(&folder, &QEMU_BEGINS);
             if answer["success"] == false {
                 healing.assert_heals(&answer);
@@ -152,8 +163,7 @@ fn machine_is_in_the_pool_again_when_qemu_is_killed_between_its_first_step_and_t
                 println!("{instant}: {answer}");
                 assert_eq!(healing.client.machine("m").unwrap()["disabled"], false);
             }
-            assert_eq!(healing.client.act("restore_start", "m").unwrap(), good());
-            assert_eq!(healing.client.act("stop", "m").unwrap(), good());
+            healing.assert_restores();
         }
         assert_eq!(healing.host.terminate().unwrap().code(), Some(0), "{}", healing.host.log());
     }

@@ -26,6 +26,7 @@ impl ActionExecutor {
         let state = self.calls.query_state().await?;
         if state != State::Poweroff && !self.machine.status().own_run {
             self.machine.set_answered(state, self.machine.status().reports);
+            self.machine.leave_alone();
             return Err(refused(Error::not_now("the machine runs, and the host has not started it")));
         }
         self.start(&Action::RestoreStart).await?;

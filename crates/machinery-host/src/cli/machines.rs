@@ -78,9 +78,12 @@ fn note(machine: &Value, now: u64) -> String {
 fn quarantine(quarantine: &Value, now: u64) -> Option<String> {
     let tries = quarantine["tries"].as_u64()?;
     let tried = if tries == 1 { "once".to_owned() } else { format!("{tries} times") };
-    let next = duration(quarantine["next_try_in"].as_u64().unwrap_or(0));
+    let next = match quarantine["next_try_in"].as_u64() {
+        Some(seconds) => format!("again in {}", duration(seconds)),
+        None => "and not again, because somebody else has started it".to_owned(),
+    };
     let age = age(&quarantine["since"], now).unwrap_or_default();
-    Some(format!("in quarantine for {age}: tried {tried}, again in {next}"))
+    Some(format!("in quarantine for {age}: tried {tried}, {next}"))
 }
 
 /// Returns the time since that moment, which is in seconds since 1970.

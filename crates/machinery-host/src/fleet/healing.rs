@@ -71,10 +71,11 @@ impl Machine {
         let status = self.lock_status();
         let availability = &status.availability;
         let runs = !matches!(status.state, State::Poweroff | State::Error);
-        let is_left_alone = availability.lock.is_some()
+        let is_needed = availability.lock.is_some()
             || availability.unusable.is_some()
             || runs && (status.started_well || !status.own_run);
-        availability.quarantine.as_ref().filter(|_| !is_left_alone).map(|quarantine| quarantine.next_try)
+        let quarantine = availability.quarantine.as_ref().filter(|quarantine| !quarantine.is_left_alone);
+        quarantine.filter(|_| !is_needed).map(|quarantine| quarantine.next_try)
     }
 
     /// Records a failed try. The machine stays in quarantine until the next one, or is disabled.
@@ -95,6 +96,11 @@ impl Machine {
         let (tries, next_try_in) = (quarantine.tries, quarantine.next_try_in());
         tracing::warn!(machine = self.name(), tries, next_try_in, reason, "not healed: tried again later");
         self.send_quarantined(&status);
+    }
+
+    /// Records that somebody else runs a machine in quarantine. It is not tried any more.
+    pub fn leave_alone(&self) {
+        self.lock_status().leave_alone(self.name());
     }
 
     /// Postpones the next try, which cannot be made now.

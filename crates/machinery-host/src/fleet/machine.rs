@@ -120,6 +120,9 @@ impl Machine {
             // Before the event: a subscriber may ask for the errors at once.
             status.add_error(what.detail(reason).machine(self.name()).to_string());
         }
+        if !status.own_run && !matches!(state, State::Poweroff | State::Error | State::Stopping) {
+            status.leave_alone(self.name());
+        }
         self.record_state(status, state, reason);
     }
 

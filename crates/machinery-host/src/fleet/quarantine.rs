@@ -68,6 +68,10 @@ pub struct Quarantine {
     /// The number of failed tries.
     #[serde(default)]
     pub tries: u32,
+    /// True if somebody else has started the machine since. A try would discard the changes of that run, so there is
+    /// none before an operator enables the machine.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_left_alone: bool,
     /// The time of the next try. A new host determines it anew.
     #[serde(skip, default = "Instant::now")]
     pub next_try: Instant,
@@ -77,7 +81,8 @@ impl Quarantine {
     /// Returns the quarantine of a machine that has failed now.
     pub fn new(reason: &str) -> Self {
         let next_try = Instant::now() + pause_after(0);
-        Quarantine { reason: reason.to_owned(), since: unix_now(), tries: 0, next_try }
+        let (reason, since) = (reason.to_owned(), unix_now());
+        Quarantine { reason, since, tries: 0, is_left_alone: false, next_try }
     }
 
     /// Returns the quarantine that an earlier host has saved. Its tries are kept, and the next one is soon.
@@ -100,7 +105,7 @@ impl Quarantine {
 
     /// Begins anew: the machine's configuration has changed.
     pub fn restart(&mut self) {
-        (self.tries, self.next_try) = (0, Instant::now());
+        (self.tries, self.is_left_alone, self.next_try) = (0, false, Instant::now());
     }
 
     /// Returns the seconds until the next try, rounded up. The try may have to wait longer: for the end of a lock, of

@@ -119,6 +119,18 @@ impl Status {
         }
     }
 
+    /// Leaves a machine in quarantine alone, because somebody else has started it.
+    pub fn leave_alone(&mut self, machine: &str) {
+        let quarantine = self.availability.quarantine.as_mut();
+        if let Some(quarantine) = quarantine.filter(|quarantine| !quarantine.is_left_alone) {
+            tracing::warn!(
+                machine,
+                "somebody else has started it: not tried any more before `enable-machine`"
+            );
+            quarantine.is_left_alone = true;
+        }
+    }
+
     fn begin_run(&mut self) {
         self.run_begin.get_or_insert_with(|| RunBegin { unix: unix_now(), instant: Instant::now() });
     }

@@ -129,7 +129,7 @@ fn quarantine(quarantine: &Quarantine) -> Value {
     json!({
         "reason": quarantine.reason,
         "tries": quarantine.tries,
-        "next_try_in": quarantine.next_try_in(),
+        "next_try_in": (!quarantine.is_left_alone).then(|| quarantine.next_try_in()),
         "since": quarantine.since,
     })
 }
