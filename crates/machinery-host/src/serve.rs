@@ -170,16 +170,12 @@ async fn serve(
 ) -> Result<Served> {
     let mut exit = exit::exit_requested();
     let mut end = EndSignals::new(hands_over)?;
-    tokio::spawn(reload_at_signal(Arc::clone(&manager), listen(SignalKind::hangup())?));
-    tokio::spawn(apply_pending_changes(Arc::clone(&manager)));
+    work_in_background(&manager)?;
     let socket = cwd.manager_socket();
     let inherited = inherited.map(|inherited| listener::of(inherited, &socket));
     let listener = inherited.unwrap_or_else(|| listener::bind(&socket, peers))?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
-    if let Some(interval) = sd_notify::watchdog_enabled() {
-        tokio::spawn(watch(interval, Arc::clone(&manager)));
-    }
     let mut connections = JoinSet::new();
     let asked = tokio::select! {
         () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
@@ -221,6 +217,16 @@ async fn serve(
         Asked::Stop | Asked::HandOver => Ok(Served::Cleanly),
         Asked::Replace => listener::kept(listener, &socket).map(Served::Replaced),
     }
+}
+
+/// Starts what goes on beside the requests of clients.
+fn work_in_background(manager: &Arc<Manager>) -> Result<()> {
+    tokio::spawn(reload_at_signal(Arc::clone(manager), listen(SignalKind::hangup())?));
+    tokio::spawn(apply_pending_changes(Arc::clone(manager)));
+    if let Some(interval) = sd_notify::watchdog_enabled() {
+        tokio::spawn(watch(interval, Arc::clone(manager)));
+    }
+    Ok(())
 }
 
 /// Waits until no reload and no action is under way. A plugin must not be shut down while it applies a configuration.
