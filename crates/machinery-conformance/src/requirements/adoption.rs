@@ -9,7 +9,7 @@
 //! Each way to leave a run follows each start: the count of a restored run shows that it was not booted again, and that of
 //! a cold start shows that it was not restored again.
 
-use machinery::{ErrorKind, Setup, State};
+use machinery::{DumpFormat, ErrorKind, Setup, State};
 
 use super::own_host::{adopt, offers_adopt, prepared_beside, running};
 use crate::call::{Call, Outcome};
@@ -41,7 +41,11 @@ pub fn adoption(session: &Session) -> Result {
         in_next_host(session, |next| is_continued(next, machine, start, when))?;
     }
     match &session.spec().death {
-        Some(Death { machine, kill }) => dead_run_is_refused(session, session.machine_or(machine), kill),
+        Some(Death { machine, kill }) => {
+            let machine = session.machine_or(machine);
+            later_death_is_reported(session, machine, kill)?;
+            dead_run_is_refused(session, machine, kill)
+        }
         None => Ok(()),
     }
 }
@@ -57,19 +61,28 @@ fn in_next_host<T>(session: &Session, check: impl FnOnce(&Session) -> Result<T>)
     closed.map(|()| value)
 }
 
-/// Demands that the machine goes on in the run of its earlier host, which began with that start, and that it is a machine
-/// like any other.
-fn is_continued(session: &Session, machine: &str, start: Start, when: &str) -> Result {
+/// Adopts all machines, as a host does. Demands that this one runs, and no other.
+fn is_adopted(session: &Session, machine: &str, when: &str) -> Result {
     let adopted = adopt(session, machine)?.expect_success(&format!("adopt of {machine} {when}"))?;
     demand!(adopted, "{machine} ran on {when}, but adopt returned false");
     others_have_no_run(session, machine)?;
-    session.has_state(machine, State::Running)?;
+    session.has_state(machine, State::Running)
+}
+
+/// Demands that the machine goes on in the run of its earlier host, which began with that start, and that it is a machine
+/// like any other.
+fn is_continued(session: &Session, machine: &str, start: Start, when: &str) -> Result {
+    is_adopted(session, machine, when)?;
     match start {
         Start::Restored => session.is_restored(machine)?,
         Start::Cold => session.is_cold_started(machine)?,
     }
     session.is_alive(machine)?;
     session.is_refused(&Call::RestoreStart, machine, ErrorKind::UnexpectedState)?;
+    // The guest of a cold start may have no picture yet.
+    if start == Start::Restored {
+        writes_files(session, machine, when)?;
+    }
     session.is_alive(machine)?;
     let end = session.events().into_iter().find(|event| event.end_of(machine).is_some());
     demand!(end.is_none(), "{machine} runs {when}, but the plugin reported its end: {end:?}");
@@ -78,6 +91,14 @@ fn is_continued(session: &Session, machine: &str, start: Start, when: &str) -> R
     other.map_or(Ok(()), |other| one_run(session, other))?;
     session.stop(machine)?;
     restores_as_usual(session, machine, "after stop of an adopted run")
+}
+
+fn writes_files(session: &Session, machine: &str, when: &str) -> Result {
+    let capabilities = session.capabilities()?;
+    let path = |what: &str| session.path(&format!("{what} {when}"));
+    let calls = [Call::Screenshot(path("screenshot")), Call::DumpMemory(path("dump"), DumpFormat::Elf)];
+    let mut offered = calls.iter().filter(|call| call.is_offered(capabilities));
+    offered.try_for_each(|call| session.succeeds(call, machine))
 }
 
 /// Demands that nothing is left of the machine, and that it restores and stops.
@@ -93,7 +114,7 @@ fn one_run(session: &Session, machine: &str) -> Result {
     session.stop(machine)
 }
 
-/// Adopts all other machines, as a host does. Demands that they have no run.
+/// Adopts all other machines. Demands that they have no run.
 fn others_have_no_run(session: &Session, machine: &str) -> Result {
     for other in session.listed().iter().filter(|other| *other != machine) {
         let adopted = adopt(session, other)?.expect_success(&format!("adopt of {other}"))?;
@@ -101,6 +122,24 @@ fn others_have_no_run(session: &Session, machine: &str) -> Result {
         session.has_state(other, State::Poweroff)?;
     }
     Ok(())
+}
+
+/// Demands that the plugin watches an adopted run.
+fn later_death_is_reported(session: &Session, machine: &str, kill: &Hook) -> Result {
+    running(session, machine, Start::Restored, None)?.kill()?;
+    in_next_host(session, |next| {
+        is_adopted(next, machine, "after its host was killed")?;
+        next.run_hook("killing", machine, kill)?;
+        ends_by_itself(next, machine)?;
+        restores_as_usual(next, machine, "after an adopted run has died")
+    })
+}
+
+/// Demands that the end of an adopted run is reported.
+fn ends_by_itself(session: &Session, machine: &str) -> Result {
+    let end = session.wait_for_event(0, session.timeout(), |event| event.end_of(machine));
+    demand!(end.is_some(), "{machine} died after adopt, but the plugin reported no state_changed");
+    session.ensure_off(machine)
 }
 
 /// Demands that `adopt` returns an error for a run that has died after its host. One round with an error is enough: the
@@ -126,11 +165,7 @@ fn is_refused(session: &Session, machine: &str) -> Result<bool> {
             return Err(failed(&format!("adopt of {machine} failed without a reason"), error));
         }
         Outcome::Refusal(_) => session.has_state(machine, State::Poweroff)?,
-        Outcome::Success(true) => {
-            let end = session.wait_for_event(0, session.timeout(), |event| event.end_of(machine));
-            demand!(end.is_some(), "{machine} died, but the plugin adopted it and reported no state_changed");
-            session.ensure_off(machine)?;
-        }
+        Outcome::Success(true) => ends_by_itself(session, machine)?,
         Outcome::Success(false) => {
             let how = format!("{machine} was killed while no host watched it, but adopt returned false");
             return Err(CheckFailure::Failed(how));
