@@ -219,8 +219,8 @@ fn list_has_all_keys_that_cuckoo_reads() {
         "tags": ["dotnet", "7"], "snapshot": "1000", "architecture": "amd64", "interface": "br1",
         "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "jail": null, "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
-        "disabled": false, "disabled_reason": "", "errors": [], "ready": null, "change_pending": false, "outdated": false,
-        "warnings": [],
+        "disabled": false, "disabled_reason": "", "quarantine": null, "locked_since": null, "running_since": null,
+        "errors": [], "ready": null, "change_pending": false, "outdated": false, "warnings": [],
     });
     assert_eq!(list["machines"][0], full);
     let plain = &list["machines"][1];
@@ -258,7 +258,7 @@ fn state_is_answered_when_an_action_runs() {
 }
 
 #[test]
-fn subscribers_receive_state_progress_and_disabled_events() {
+fn subscribers_receive_state_progress_disabled_and_quarantined_events() {
     let served = served(&[("m", ""), ("bad", "faults: {dump_memory: panic}")]);
     let mut subscriber = subscribed(&served);
     let mut client = served.client();
@@ -275,6 +275,10 @@ fn subscribers_receive_state_progress_and_disabled_events() {
     let answer = client.ask(json!({"action": "dump_memory", "machine": "bad", "path": path})).unwrap();
     let disabled = json!({"event": "disabled", "machine": "bad", "reason": answer["reason"]});
     assert_eq!(hear(), disabled);
+    let quarantined = json!({
+        "event": "quarantined", "machine": "bad", "reason": answer["reason"], "tries": 0, "next_try_in": 5,
+    });
+    assert_eq!(hear(), quarantined);
     client.act("enable_machine", "bad").unwrap();
     assert_eq!(hear(), json!({"event": "enabled", "machine": "bad"}));
 }

@@ -245,11 +245,45 @@ fn action_times_out_when_libvirtd_hangs() {
     fixture.finish();
 }
 
-/// The next host ends the run of a killed host, but not a run that an operator has started, until a restore is
+/// The next host adopts the run of a killed host.
+#[test]
+fn run_is_adopted_by_the_next_host_when_its_host_was_killed() {
+    for instant in ["off", "on"] {
+        let yaml = format!("machineries: {{kvm: {{instant: {instant}}}}}\n");
+        let mut fixture = KvmFixture::new(&[MICRO], &yaml);
+        let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
+        assert_eq!(fixture.client.ask(lock).unwrap()["success"], true);
+        fixture.act("restore_start");
+        let qemu = fixture.qemu();
+        fixture.host.kill().unwrap();
+        let mut fixture = KvmFixture::of(fixture.lab);
+        let machine = fixture.client.machine("m").unwrap();
+        assert_eq!((&machine["state"], &machine["errors"]), (&json!("running"), &json!([])), "{machine}");
+        assert_eq!((fixture.qemu(), &machine["locked_by"]), (qemu, &json!("t")));
+        fixture.lab.machine("m").wait_for_next_count(SOON).unwrap();
+        let path = fixture.lab.cwd().root().join("dump");
+        let dump = json!({"action": "dump_memory", "machine": "m", "path": path});
+        assert_eq!(fixture.client.ask(dump).unwrap(), json!({"success": true}));
+        kill_process(qemu, Signal::KILL).unwrap();
+        fixture.wait_for_state("poweroff");
+        fixture.restore();
+        fixture.host.kill().unwrap();
+        fixture.virsh(&["destroy", "lab-m"]);
+        let mut fixture = KvmFixture::of(fixture.lab);
+        let machine = fixture.client.machine("m").unwrap();
+        assert_eq!(machine["state"], "poweroff", "{machine}");
+        let lost = "its domain has ended while no host watched it";
+        assert!(machine["errors"].to_string().contains(lost), "{machine}");
+        assert_restores(&mut fixture);
+        fixture.finish();
+    }
+}
+
+/// Without adoption, the next host ends the run of a killed host, but not a run that an operator has started, until a restore is
 /// requested.
 #[test]
-fn run_is_ended_by_the_next_host_when_its_host_was_killed() {
-    let mut fixture = KvmFixture::new(&[MICRO], "");
+fn run_is_ended_by_the_next_host_when_adoption_is_off() {
+    let mut fixture = KvmFixture::new(&[MICRO], "adopt: off\n");
     fixture.act("restore_start");
     let qemu = fixture.qemu();
     fixture.host.kill().unwrap();

@@ -12,7 +12,7 @@ use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::{KvmFixture, KvmLab};
 use machinery_testkit::libvirt::SNAPSHOT;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 const MICRO: (&str, Guest) = ("m", Guest::Micro);
@@ -141,6 +141,9 @@ fn host_prepares_automatically_when_its_own_run_was_the_last_to_write() {
         if ["terminate", "kill"].contains(&end) {
             fixture = KvmFixture::of(fixture.lab);
         }
+        if end == "kill" {
+            fixture.act("stop");
+        }
         fixture.wait_for_readiness("standby", "");
         assert!(!fixture.host.log().contains("not prepared automatically"), "{end}: {}", fixture.host.log());
     }
@@ -190,6 +193,35 @@ fn host_leaves_a_run_by_hand_alone_when_it_ends() {
         fixture.act("stop");
         fixture.finish();
     }
+}
+
+/// A try would discard the work on the disk.
+#[test]
+fn host_leaves_a_machine_in_quarantine_alone_when_an_operator_has_started_it() {
+    let usual = "machineries: {kvm: {instant: off}}\n";
+    let mut fixture = KvmFixture::of(lab(&format!("timeouts: {{restore_start: 0.001}}\n{usual}")));
+    // There is no try before the end of the lock.
+    let lock = json!({"action": "lock", "machine": "m", "task_id": "t"});
+    assert_eq!(fixture.client.ask(lock).unwrap()["success"], true);
+    let reason = fixture.ask_refused(json!({"action": "restore_start", "machine": "m"}));
+    start_by_hand(&fixture.lab);
+    fixture.wait_for_state("running");
+    let listed = fixture.client.machine("m").unwrap();
+    assert_eq!(listed["quarantine"]["next_try_in"], Value::Null, "{reason}: {listed}");
+    fixture.lab.libvirtd().virsh(&["destroy", "lab-m"]).unwrap();
+    fixture.wait_for_state("poweroff");
+    write_work(&fixture.lab);
+    fixture.act("unlock");
+    fixture.lab.cwd().host_yaml(usual).unwrap();
+    // A reload wakes the worker, which has nothing to do.
+    assert_eq!(fixture.client.ask(json!({"action": "reload"})).unwrap()["success"], true);
+    assert_eq!(fixture.client.machine("m").unwrap()["quarantine"]["next_try_in"], Value::Null);
+    assert!(has_work(&fixture.lab), "a try has discarded the work");
+    assert!(fixture.host.log().contains("not tried any more"), "{}", fixture.host.log());
+    fixture.act("enable_machine");
+    fixture.act("restore_start");
+    fixture.act("stop");
+    fixture.finish();
 }
 
 #[test]

@@ -167,13 +167,14 @@ fn restore_fails_and_the_next_works_when_qemu_dies_while_it_loads() {
 }
 
 #[test]
-fn next_host_clears_leftovers_when_a_host_was_killed() {
+fn next_host_clears_leftovers_when_a_host_was_killed_and_adoption_is_off() {
     let lab = Lab::new(&[MICRO]).unwrap();
+    lab.host_yaml("adopt: off\n", "").unwrap();
     let mut killed = lab.host().unwrap();
     assert_eq!(killed.client().unwrap().act("restore_start", "m").unwrap(), good());
     killed.kill().unwrap();
     let left = lab.leftovers().unwrap();
-    assert_eq!(left.len(), 3, "a process, its disk and its socket: {left:?}");
+    assert_eq!(left.len(), 4, "a process, its disk, its socket and its record: {left:?}");
     let mut host = lab.host().unwrap();
     lab.assert_clean();
     assert!(host.log().contains("ending a QEMU of a host that died"), "{}", host.log());
@@ -212,7 +213,7 @@ fn machine_is_not_touched_when_another_manager_runs_it() {
     let refused = lab.run(&["serve"]).unwrap();
     assert_eq!(refused.code, Some(2), "{refused:?}");
     assert!(refused.stderr.contains("another machinery manager answers"), "{refused:?}");
-    assert_eq!(lab.leftovers().unwrap().len(), 3, "leftovers were touched");
+    assert_eq!(lab.leftovers().unwrap().len(), 4, "leftovers were touched");
     drop(other);
     assert_ends_well(&lab, &mut lab.host().unwrap());
 }
@@ -339,7 +340,7 @@ fn host_stops_its_machines_when_it_is_terminated() {
     for name in lab.names() {
         assert_eq!(client.act("restore_start", name).unwrap(), good());
     }
-    assert_eq!(lab.leftovers().unwrap().len(), 3 * 4);
+    assert_eq!(lab.leftovers().unwrap().len(), 4 * 4);
     assert_ends_well(&lab, &mut host);
 }
 

@@ -166,7 +166,7 @@ fn run_is_ended_when_its_record_is_of_another_process() {
 }
 
 fn record(lab: &Lab, kind: &str) -> PathBuf {
-    lab.cwd().root().join(format!("operational/generated/machinery-host/qemu/m.{kind}"))
+    lab.cwd().root().join(format!("operational/generated/machinery-host/qemu/state/m.{kind}"))
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn host_is_replaced_under_running_guests_and_answers_all_the_time() {
     assert_eq!(upgraded.code, Some(0), "{upgraded:?}");
     assert!(upgraded.stdout.contains("the host is cuckoo-machinery"), "{upgraded:?}");
     assert!(client.wait_for_close());
-    let mut client = host.client().unwrap();
+    let mut client = replaced(&host);
     let after = client.ask(json!({"action": "version"})).unwrap();
     assert_ne!(before["started"], after["started"]);
     assert_eq!((lab.qemu_of("m").unwrap(), host.pid()), (qemu, pid));

@@ -380,6 +380,7 @@ fn in_cgroups(folder: &Path, more: &str) -> String {
 #[test]
 fn run_is_in_a_cgroup_that_ends_with_it_also_when_the_host_is_killed() {
     let lab = lab(&["m"]);
+    lab.host_yaml("adopt: off\n", "").unwrap();
     let (mount, name) = (lab.cwd().root().join("cgroups"), format!("machinery-test-{}", std::process::id()));
     let probe = artifacts::folder().unwrap().join("jail-probe");
     let delegate = format!(

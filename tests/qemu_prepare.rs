@@ -607,19 +607,6 @@ fn restores_are_from_standby_when_guests_power_themselves_off() {
 }
 
 #[test]
-fn standby_is_ended_by_the_next_host_when_its_host_was_killed() {
-    let (lab, mut host, client) = prepared(STANDBY);
-    drop(client);
-    let left = lab.qemu_of("m").unwrap();
-    host.kill().unwrap();
-    assert_eq!(lab.qemu_of("m").unwrap(), left);
-    let (mut host, mut client) = served(&lab);
-    assert_ne!(lab.qemu_of("m").unwrap(), left);
-    restores_by(&lab, &mut client, &host, "standby");
-    ends_well(&lab, &mut host);
-}
-
-#[test]
 fn standby_is_not_made_when_the_memory_limit_is_reached() {
     let (lab, mut host, mut client) = prepared("standby: on, standby_memory_limit: 1 MiB");
     let readiness = ready(&mut client);

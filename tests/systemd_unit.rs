@@ -43,6 +43,15 @@ fn unit_is_accepted_alone_and_with_its_drop_in() {
 }
 
 #[test]
+fn unit_has_a_watchdog_that_restarts_the_host() {
+    let lines: Vec<&str> = UNIT.lines().collect();
+    // `on-failure` includes the watchdog. Source: systemd.service(5).
+    for setting in ["Type=notify", "NotifyAccess=main", "WatchdogSec=60", "Restart=on-failure"] {
+        assert!(lines.contains(&setting), "{setting}");
+    }
+}
+
+#[test]
 fn unit_delegates_its_control_group_and_leaves_it_writable() {
     let lines: Vec<&str> = UNIT.lines().filter(|line| !line.starts_with('#')).collect();
     assert!(lines.contains(&"Delegate=cpu memory pids"));

@@ -33,10 +33,25 @@ pub struct Config {
     pub free_space_reserve: FreeSpaceReserve,
     /// True if the host adopts the runs of an earlier one.
     pub adopts: bool,
+    /// The consequence of a failure that may pass by itself.
+    pub heal: Heal,
+    /// The longest time that a run may last.
+    pub max_run: Option<Duration>,
     /// The settings of captures, or `None` if traffic is not captured.
     pub capture: Option<capture::Settings>,
     /// The file `machinery-host.yaml`, if it exists. Each plugin reads its section.
     pub host_file: Option<ConfigFile>,
+}
+
+/// The value of `heal`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Heal {
+    /// A machine that fails by an accident is tried again, until it works.
+    #[default]
+    Auto,
+    /// A machine that fails is disabled.
+    Off,
 }
 
 /// The time limit of each call into a plugin. The file gives seconds. The defaults of Cuckoo3's four actions
@@ -110,6 +125,23 @@ fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Er
     })
 }
 
+/// The largest value of `max_run`, in seconds: a year.
+const MAX_MAX_RUN: f64 = 31_536_000.0;
+
+fn max_run<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    checked(deserializer, |text| {
+        if matches!(text.trim(), "" | "~" | "null") {
+            return Ok(None);
+        }
+        let seconds = text.parse().ok().filter(|seconds| *seconds > 0.0 && *seconds <= MAX_MAX_RUN);
+        seconds.map(|seconds| Some(Duration::from_secs_f64(seconds))).ok_or_else(|| {
+            format!(
+                "{text} is not the length of a run: give seconds, more than 0 and at most 31536000 (a year)"
+            )
+        })
+    })
+}
+
 /// The keys of `cuckoo.yaml` that the host reads.
 #[derive(Debug, Deserialize)]
 struct CuckooFile {
@@ -161,6 +193,10 @@ struct HostFile {
     timeouts: Timeouts,
     #[serde(default)]
     max_parallel_restores: Option<NonZeroUsize>,
+    #[serde(default)]
+    heal: Heal,
+    #[serde(default, deserialize_with = "max_run")]
+    max_run: Option<Duration>,
     #[serde(default)]
     socket_group: Option<String>,
     #[serde(default, deserialize_with = "present")]
@@ -221,6 +257,8 @@ impl Config {
                 plugin_hashes,
                 free_space_reserve: host.free_space_reserve,
                 adopts: host.adopt == Adoption::Auto,
+                heal: host.heal,
+                max_run: host.max_run,
                 capture,
                 host_file,
             }),
@@ -443,5 +481,22 @@ mod tests {
         assert_eq!(read("capture_size_limit: 0\nfree_space_reserve: 0\n"), (None, 0));
         let text = error("machineries: [qemu]\n", Some("free_space_reserve: 3\n"));
         assert!(text.contains("free_space_reserve: '3' is not a size"), "{text}");
+    }
+
+    #[test]
+    fn heal_and_max_run_are_read_and_have_defaults() {
+        let read = |host: &str| {
+            let (_folder, cwd) = cwd("machineries: [qemu]\n", Some(host));
+            let config = Config::read(&cwd).unwrap();
+            (config.heal, config.max_run)
+        };
+        assert_eq!(read("socket_group: x\n"), (Heal::Auto, None));
+        assert_eq!(read("max_run:\n"), (Heal::Auto, None));
+        assert_eq!(read("heal: auto\nmax_run: ~\n"), (Heal::Auto, None));
+        assert_eq!(read("heal: off\nmax_run: 0.5\n"), (Heal::Off, Some(Duration::from_millis(500))));
+        for (text, expected) in [("heal: perhaps\n", "perhaps"), ("max_run: 0\n", "0 is not the length")] {
+            let error = error("machineries: [qemu]\n", Some(text));
+            assert!(error.contains(expected), "{error}");
+        }
     }
 }

@@ -58,6 +58,26 @@ pub enum Event {
         /// The machine.
         machine: String,
     },
+    /// A failure has put the machine into quarantine, or a try to heal it has failed.
+    Quarantined {
+        /// The machine.
+        machine: String,
+        /// The reason.
+        reason: String,
+        /// The number of failed tries.
+        tries: u32,
+        /// The seconds until the next try.
+        next_try_in: u64,
+    },
+    /// A try has worked, and the machine has left its quarantine.
+    Healed {
+        /// The machine.
+        machine: String,
+        /// The number of tries, with the one that has worked.
+        tries: u32,
+        /// The seconds since the failure.
+        seconds: u64,
+    },
     /// A task has locked the machine.
     Locked {
         /// The machine.

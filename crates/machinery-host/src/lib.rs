@@ -17,6 +17,7 @@
 //! | [`commands`] | the commands that need no running host |
 //! | [`server`] | the socket and its protocol |
 //! | [`manager`] | the shared state, and a method for each request |
+//! | [`watchdog`] | proves to systemd that the host answers |
 //! | [`reload`] | a new configuration while the host serves |
 //! | [`actions`] | the actions on machines, with a worker for each machine |
 //! | [`load`] | from the configuration to a fleet of loaded machineries |
@@ -52,3 +53,4 @@ pub mod plugin;
 pub mod reload;
 pub mod serve;
 pub mod server;
+pub mod watchdog;

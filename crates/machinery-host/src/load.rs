@@ -16,10 +16,11 @@ use machinery::config::ConfigFile;
 use machinery::host::Instance;
 use machinery::{Capabilities, Deadline, Error, ErrorKind, HostServices, MachineInfo, Result, Setup, State};
 
-use crate::config::{Config, Timeouts};
+use crate::config::{Config, Heal, Timeouts};
 use crate::cuckoo;
 use crate::cwd::{Cwd, make_reachable_folder};
 use crate::events::Events;
+use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::services::Services;
 use crate::fleet::{Fleet, Machine, Machinery, Roster};
 use crate::plugin::call::{GRACE, call_blocking, call_each};
@@ -115,7 +116,7 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &PluginSearch, events: &Even
     let limits = &config.timeouts;
     let machines = loaded.into_iter().flat_map(|(machinery, infos)| {
         let adopted = adopt(&machinery, infos.iter().map(|info| info.name.clone()).collect(), config);
-        let machines = machines(&machinery, infos, limits.state, limits.load, events);
+        let machines = machines(&machinery, infos, limits.state, limits.load, config.heal, events);
         machines.iter().zip(adopted).for_each(|(machine, adopted)| record_adoption(machine, adopted));
         machines
     });
@@ -144,7 +145,7 @@ fn adopt(machinery: &Arc<Machinery>, names: Vec<String>, config: &Config) -> Vec
 /// Records the outcome of an adoption. A task finds in the errors of its machine that its run is lost.
 fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>) {
     match adopted {
-        Ok(true) => machine.set_own_run(),
+        Ok(true) => machine.set_adopted(),
         Ok(false) => {}
         Err(error) => {
             let error = error.action("adopting the run of an earlier host").machine(machine.name());
@@ -238,12 +239,13 @@ fn log_loaded(machinery: &Machinery, infos: &[MachineInfo]) {
 }
 
 /// Makes the machines that a plugin lists, and queries their states: each within `limit`, and all within
-/// `all`. A machine is disabled if the plugin misbehaves in the query.
+/// `all`. A machine leaves the pool if the plugin misbehaves in the query.
 pub fn machines(
     machinery: &Arc<Machinery>,
     infos: Vec<MachineInfo>,
     limit: Duration,
     all: Duration,
+    heal: Heal,
     events: &Events,
 ) -> Vec<Arc<Machine>> {
     let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
@@ -255,11 +257,11 @@ pub fn machines(
         let state = *answer.as_ref().unwrap_or(&State::Error);
         let machine = Machine::new(info, Arc::clone(machinery), state, events.clone());
         if let Err(error) = answer {
-            let disable = error.is_plugin_fault();
+            let kind = error.kind();
             let reason = error.action("querying the state").machine(machine.name()).to_string();
             machine.add_error(&reason);
-            if disable {
-                machine.disable(&reason);
+            if is_plugin_fault(kind) {
+                machine.take_out(kind, &reason, heal);
             } else {
                 tracing::warn!(machine = machine.name(), reason, "the state of the machine is unknown");
             }

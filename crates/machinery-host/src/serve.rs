@@ -13,21 +13,22 @@
 //!
 //! A plugin that calls `exit()` triggers the same shutdown, with exit code 1: see [`exit`].
 
+mod end;
+mod signals;
+
 use std::fs::File;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use command_fds::{CommandFdExt, FdMapping};
 use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use sd_notify::NotifyState;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
 
 use crate::actions::Ending;
-use crate::actions::capture::resume;
+use crate::actions::adoption::resume_adopted_runs;
 use crate::actions::context::ActionContext;
 use crate::actions::diagnose::diagnose_all;
 use crate::actions::metrics::Metrics;
@@ -38,22 +39,22 @@ use crate::config::Config;
 use crate::cwd::{Cwd, make_folder, make_reachable_folder};
 use crate::events::Events;
 use crate::exit;
+use crate::fleet::Fleet;
 use crate::fleet::state_file::StateStore;
-use crate::fleet::{Fleet, Machinery};
 use crate::limits;
 use crate::load;
 use crate::manager::Manager;
-use crate::plugin::call::{self, CallResult};
 use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
 use crate::server::listener;
 use crate::server::peers::Peers;
+use crate::watchdog;
+use end::{drain, execute_again};
+use signals::{Asked, EndSignals, listen};
 
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
 const MAX_CALLS: usize = 1 << 16;
-/// The time that clients have to read their last replies when the host ends.
-const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
 /// The number of attempts to lock the CWD, and the pause between two of them.
 const LOCK_ATTEMPTS: u32 = 10;
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
@@ -112,24 +113,6 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
     }
 }
 
-/// Executes the host's program, which may be a newer one, with the same arguments and the same socket. Returns only if that
-/// fails.
-fn execute_again(program: &Path, listener: std::os::unix::net::UnixListener) -> Error {
-    let failed = |error: &dyn std::fmt::Display| {
-        Error::failed(format!("cannot execute {}: {error}", program.display()))
-            .advice("Start the host again: it adopts the runs")
-    };
-    let mut command = machinery::command(program);
-    command.args(std::env::args_os().skip(1));
-    // The protocol of sd_listen_fds(3). The process keeps its number.
-    command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
-    let mapping = FdMapping { parent_fd: listener.into(), child_fd: listener::FIRST_INHERITED };
-    match command.fd_mappings(vec![mapping]) {
-        Ok(command) => failed(&command.exec()),
-        Err(error) => failed(&error),
-    }
-}
-
 /// Locks the CWD for one host. The lock ends with the process.
 fn lock(state: &Path) -> Result<File> {
     let path = state.join("lock");
@@ -164,6 +147,7 @@ async fn manager(
     let queues = Arc::new(Queues::new(context));
     diagnose_all(&fleet.roster(), config.timeouts.load).await;
     resume_adopted_runs(&fleet, queues.context()).await;
+    queues.context().disable_quarantined(&fleet.roster()).await;
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));
     let reloader = Reloader::new(
         cwd.clone(),
@@ -175,26 +159,6 @@ async fn manager(
         events.clone(),
     )?;
     Ok(Manager::new(fleet, queues, reloader, metrics, state, events))
-}
-
-/// Continues what an earlier host did for the runs that this one has adopted.
-async fn resume_adopted_runs(fleet: &Fleet, context: &ActionContext) {
-    let settings = context.settings();
-    for machine in fleet.roster().machines().iter().filter(|machine| machine.status().own_run) {
-        if let Some(capture) = &settings.capture {
-            resume(machine, capture, &context.folders, &context.captures).await;
-        }
-        // A report that came before the machine was known is lost.
-        let limit = settings.timeouts.state;
-        let (reports, called) = (
-            machine.status().reports,
-            machine
-                .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline)),
-        );
-        if let CallResult::Returned(Ok(state)) = called.await {
-            machine.set_answered(state, reports);
-        }
-    }
 }
 
 async fn serve(
@@ -209,12 +173,13 @@ async fn serve(
     tokio::spawn(reload_at_signal(Arc::clone(&manager), listen(SignalKind::hangup())?));
     tokio::spawn(apply_pending_changes(Arc::clone(&manager)));
     let socket = cwd.manager_socket();
-    let listener = match inherited {
-        Some(inherited) => listener::of(inherited, &socket)?,
-        None => listener::bind(&socket, peers)?,
-    };
+    let inherited = inherited.map(|inherited| listener::of(inherited, &socket));
+    let listener = inherited.unwrap_or_else(|| listener::bind(&socket, peers))?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
+    if let Some(interval) = sd_notify::watchdog_enabled() {
+        tokio::spawn(watch(interval, Arc::clone(&manager)));
+    }
     let mut connections = JoinSet::new();
     let asked = tokio::select! {
         () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
@@ -225,17 +190,13 @@ async fn serve(
     };
     let ending = if asked == Asked::Stop { Ending::Stop } else { Ending::HandOver };
     // First, so that no action is accepted from a client that knows of the end.
-    let mut workers = manager.queues().close(ending);
+    let workers = manager.queues().close(ending);
     if asked != Asked::Replace {
         notify(NotifyState::Stopping);
         listener::remove(&socket);
     }
     let drained = async {
-        // A plugin must not be shut down while it applies a configuration.
-        let finished = async {
-            manager.reloader().idle().await;
-            while workers.join_next().await.is_some() {}
-        };
+        let finished = finish(&manager, workers);
         match asked {
             // Clients hear that they have to ask again.
             Asked::Replace => tokio::select! {
@@ -250,56 +211,35 @@ async fn serve(
         () = drained => {}
         _ = end.received() => {
             let error = Error::failed("asked to end once more: machines may be left");
-            return Ok(Served::With(error.advice("The next start of the host adopts them, or clears them away")));
+            return Ok(Served::With(error.advice("The next start adopts them, or clears them away")));
         }
     }
     tracing::info!("ended");
-    if *exit.borrow() {
-        return Ok(Served::With(Error::failed("a plugin called exit(): see the log for which")));
-    }
-    if asked != Asked::Replace {
-        return Ok(Served::Cleanly);
-    }
-    let listener = listener.into_std();
-    listener.map(Served::Replaced).map_err(|error| Error::io("keep the socket", &socket, &error))
-}
-
-/// Waits for last replies, and shuts the plugins down, or has them hand over.
-async fn drain(manager: &Manager, ending: Ending, mut connections: JoinSet<()>) {
-    manager.ended().send_replace(true);
-    let last_replies = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(LAST_REPLIES_TIMEOUT, last_replies).await.is_err() {
-        tracing::warn!("some clients do not read their last replies");
-    }
-    let limit = manager.queues().context().timeouts().shutdown;
-    for machinery in manager.roster().machineries() {
-        let hands_over = ending == Ending::HandOver && machinery.adopts();
-        end_plugin(machinery, hands_over, limit).await;
+    let exit_called = *exit.borrow();
+    match asked {
+        _ if exit_called => Ok(Served::With(Error::failed("a plugin called exit(): see the log for which"))),
+        Asked::Stop | Asked::HandOver => Ok(Served::Cleanly),
+        Asked::Replace => listener::kept(listener, &socket).map(Served::Replaced),
     }
 }
 
-async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duration) {
-    let (name, what) = (&machinery.name, if hands_over { "hand_over" } else { "shutdown" });
-    let called = machinery.call(what, limit, move |machinery, deadline| match hands_over {
-        true => machinery.instance.hand_over(deadline),
-        false => machinery.instance.shutdown(deadline),
-    });
-    let error = match called.await {
-        CallResult::Returned(Ok(())) => return,
-        CallResult::Returned(Err(error)) => error,
-        CallResult::Abandoned(_) => call::timed_out(what, limit),
-    };
-    tracing::error!(machinery = name, %error, "{what} failed");
+/// Waits until no reload and no action is under way. A plugin must not be shut down while it applies a configuration.
+async fn finish(manager: &Manager, mut workers: JoinSet<()>) {
+    manager.reloader().idle().await;
+    while workers.join_next().await.is_some() {}
+}
+
+/// Reports to systemd that the host answers, also while it ends.
+async fn watch(interval: Duration, manager: Arc<Manager>) {
+    let ping = || notify(NotifyState::Watchdog);
+    let error = watchdog::run(interval, || watchdog::prove(Arc::clone(&manager)), ping).await;
+    tracing::error!(%error, "systemd's watchdog gets no more reports");
 }
 
 fn notify(state: NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::warn!(%error, "cannot notify systemd");
     }
-}
-
-fn listen(kind: SignalKind) -> Result<Signal> {
-    signal(kind).map_err(|error| Error::environment(format!("cannot listen to signals: {error}")))
 }
 
 /// Reloads the configuration at each SIGHUP, until the host ends.
@@ -315,48 +255,5 @@ async fn apply_pending_changes(manager: Arc<Manager>) {
     loop {
         manager.queues().context().pending_change.notified().await;
         manager.reloader().apply_pending_changes().await;
-    }
-}
-
-/// The request in a signal, or of a client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asked {
-    /// To end with all of its machines.
-    Stop,
-    /// To end, and to leave its machines to the next host.
-    HandOver,
-    /// To execute its program again, which adopts its machines.
-    Replace,
-}
-
-/// The signals that end the host.
-struct EndSignals {
-    terminate: Signal,
-    interrupt: Signal,
-    replace: Signal,
-    hands_over: bool,
-}
-
-impl EndSignals {
-    fn new(hands_over: bool) -> Result<Self> {
-        Ok(EndSignals {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            replace: listen(SignalKind::user_defined2())?,
-            hands_over,
-        })
-    }
-
-    async fn received(&mut self) -> Asked {
-        let (signal, asked) = tokio::select! {
-            _ = self.terminate.recv() => ("SIGTERM", if self.hands_over { Asked::HandOver } else { Asked::Stop }),
-            _ = self.interrupt.recv() => ("SIGINT", Asked::Stop),
-            _ = self.replace.recv() => ("SIGUSR2", Asked::Replace),
-        };
-        match asked {
-            Asked::Stop => tracing::info!(signal, "asked to end: machines are stopped"),
-            Asked::HandOver | Asked::Replace => tracing::info!(signal, "machines are left to the next host"),
-        }
-        asked
     }
 }

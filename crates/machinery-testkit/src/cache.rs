@@ -57,7 +57,7 @@ pub fn folder(cache: &Path, name: &str, build: impl FnOnce(&Path) -> Result<()>)
     if folder.is_dir() {
         return Ok(folder);
     }
-    let unfinished = format!(".{name}-");
+    let unfinished = unfinished(name);
     remove_leftovers(cache, &unfinished)?;
     let building = tempfile::Builder::new().prefix(&unfinished).tempdir_in(cache);
     let building = building.context(|| format!("making a folder in {}", cache.display()))?;
@@ -78,7 +78,7 @@ pub fn file(folder: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Resu
     if file.is_file() {
         return Ok(file);
     }
-    let unfinished = format!(".{name}-");
+    let unfinished = unfinished(name);
     remove_leftovers(folder, &unfinished)?;
     let what = || format!("making {}", file.display());
     let readable = fs::Permissions::from_mode(0o644);
@@ -87,6 +87,11 @@ pub fn file(folder: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Resu
     write(writing.as_file_mut()).context(what)?;
     writing.persist(&file).context(what)?;
     Ok(file)
+}
+
+/// Returns the beginning of a temporary name, which that of no other entry begins with.
+fn unfinished(name: &str) -> String {
+    format!(".{name}.unfinished-")
 }
 
 fn publish(building: tempfile::TempDir, folder: &Path) -> Result<()> {
@@ -128,17 +133,27 @@ mod tests {
     #[test]
     fn folder_is_built_once_and_published_when_complete() {
         let cache = tempfile::tempdir().unwrap();
-        fs::create_dir(cache.path().join(".thing-killed")).unwrap();
+        fs::create_dir(cache.path().join(".thing.unfinished-killed")).unwrap();
         assert!(folder(cache.path(), "thing", |_| Err(Error::new("no"))).is_err());
         assert!(!cache.path().join("thing").exists());
         for _ in 0..2 {
             let built = folder(cache.path(), "thing", |at| {
                 fs::write(at.join("a"), "b").context(String::new)?;
-                assert!(!cache.path().join(".thing-killed").exists());
+                assert!(!cache.path().join(".thing.unfinished-killed").exists());
                 Ok(())
             });
             assert_eq!(fs::read_to_string(built.unwrap().join("a")).unwrap(), "b");
         }
+    }
+
+    #[test]
+    fn build_of_another_folder_goes_on_when_its_name_begins_in_the_same_way() {
+        let cache = tempfile::tempdir().unwrap();
+        let longer = folder(cache.path(), "thing-of-steel", |at| {
+            folder(cache.path(), "thing", |_| Ok(()))?;
+            fs::write(at.join("a"), "b").context(String::new)
+        });
+        assert!(longer.unwrap().join("a").exists());
     }
 
     #[test]

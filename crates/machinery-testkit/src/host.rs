@@ -10,7 +10,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
@@ -23,6 +24,9 @@ use crate::{Result, artifacts};
 
 pub use crate::process::{CommandOutput, run_command};
 pub use crate::resources::ProcessResources;
+
+/// The pause between two looks at the log, for whose lines there is no event.
+const LOG_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Returns the command `cuckoo-machinery` for that CWD, with the built plugins.
 pub fn command(cwd: &ScratchCwd) -> Result<Command> {
@@ -90,6 +94,34 @@ impl RunningHost {
             } else {
                 let what = if fds[1].revents().is_empty() { "did not come" } else { "the host ended first" };
                 return Err(Error::new(format!("waiting for {word}: {what}. It said:\n{}", self.log())));
+            }
+        }
+    }
+
+    /// Returns the next notification to the service manager, unless none comes within that time.
+    pub fn next_notification(&self, limit: Duration) -> Result<Option<String>> {
+        let mut fds = [PollFd::new(&self.notify, PollFlags::IN)];
+        process::wait_for(&mut fds, limit)?;
+        if fds[0].revents().is_empty() {
+            return Ok(None);
+        }
+        let mut message = [0; 4096];
+        let length = self.notify.recv(&mut message).context(|| "waiting for a notification".to_owned())?;
+        Ok(Some(String::from_utf8_lossy(&message[..length]).into_owned()))
+    }
+
+    /// Waits for a line of the log with these words, and returns it.
+    pub fn wait_for_log(&self, words: &[&str]) -> Result<String> {
+        let start = Instant::now();
+        loop {
+            let log = self.log();
+            let line = log.lines().find(|line| words.iter().all(|word| line.contains(word)));
+            match line {
+                Some(line) => return Ok(line.to_owned()),
+                None if start.elapsed() > TIMEOUT => {
+                    return Err(Error::new(format!("no line of the log has {words:?}. It said:\n{log}")));
+                }
+                None => thread::sleep(LOG_INTERVAL),
             }
         }
     }

@@ -222,6 +222,7 @@ def _disabled(machine, event):
 
 
 def _enabled(machine, _):
+    # By an operator, or because the machine has healed. The events of a quarantine come beside `disabled` and this one.
     machine.disabled = False
     machine.disable_reason = ""
 

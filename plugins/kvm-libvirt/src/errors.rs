@@ -62,6 +62,13 @@ pub fn is_unsupported(error: &virt::error::Error) -> bool {
     error.code().is_known_and(|code| UNSUPPORTED.contains(&code))
 }
 
+/// Reports whether libvirt or QEMU refuses to load a snapshot, which is not as they need it. libvirt passes on QEMU's
+/// message. Sources: libvirt's src/qemu/qemu_monitor_text.c and qemu_process.c, QEMU's migration/savevm.c.
+pub fn is_unloadable(error: &virt::error::Error) -> bool {
+    let says = ["while loading VM state", "load of migration failed", "does not have the requested snapshot"];
+    is_unsupported(error) || says.iter().any(|said| error.message().contains(said))
+}
+
 /// Returns the system's error, if there was one. Must be called in the thread in which libvirt has failed.
 fn errno_of(error: &virt::error::Error) -> Option<Errno> {
     error.code().is(ErrorNumber::SystemError).then(last_errno).flatten()

@@ -53,9 +53,10 @@ struct Run {
     boot: String,
     /// True if the token is in the metadata.
     marked: bool,
-    /// True if the guest was resumed: the domain is no standby, and its start is not under way.
+    /// The domain's id once the guest was resumed: the domain is no standby, and its start is not under way. A run that
+    /// somebody has saved and resumed has another id.
     #[serde(default)]
-    resumed: bool,
+    resumed: Option<u32>,
 }
 
 impl RunMarker {
@@ -75,7 +76,7 @@ impl RunMarker {
             token: kernel_id("uuid")?,
             boot: kernel_id("boot_id")?,
             marked: false,
-            resumed: false,
+            resumed: None,
         });
         Ok(())
     }
@@ -102,15 +103,15 @@ impl RunMarker {
     }
 
     /// Records that the guest was resumed.
-    pub fn resumed(&self) {
+    pub fn set_resumed(&self, domain: &Domain) {
         if let Some(run) = self.read() {
-            self.write(Run { resumed: true, ..run });
+            self.write(Run { resumed: domain.id(), ..run });
         }
     }
 
-    /// Reports whether the guest of the recorded run was resumed.
-    pub fn is_resumed(&self) -> bool {
-        self.read().is_some_and(|run| run.resumed)
+    /// Returns the id that the domain had when its guest was resumed, if it was.
+    pub fn resumed_id(&self) -> Option<u32> {
+        self.read()?.resumed
     }
 
     /// Reports whether a run or a standby is recorded.
@@ -188,7 +189,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let marker = || RunMarker::of("m", folder.path());
         assert!(marker().read().is_none() && !marker().exists());
-        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true, resumed: false };
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: true, resumed: None };
         marker().write(run.clone());
         assert_eq!(marker().read(), Some(run));
         fs::write(folder.path().join("m.run"), "as an older host wrote it\n").unwrap();
@@ -200,8 +201,7 @@ mod tests {
     #[test]
     fn marker_is_kept_in_memory_when_it_cannot_be_written() {
         let marker = RunMarker::of("m", Path::new("/none"));
-        let run =
-            Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false, resumed: false };
+        let run = Run { uuid: "u".into(), token: "t".into(), boot: "b".into(), marked: false, resumed: None };
         marker.write(run.clone());
         assert_eq!(marker.read(), Some(run));
         marker.remove();

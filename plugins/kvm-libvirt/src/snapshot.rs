@@ -14,7 +14,7 @@ use virt_sys as sys;
 
 use crate::description::{Firmware, SnapshotDescription};
 use crate::domain;
-use crate::errors::{explain, is_refused};
+use crate::errors::{explain, is_refused, is_unloadable};
 
 /// The first libvirt that reverts QEMU's domains to external snapshots. Source: libvirt's NEWS.rst, v9.9.0.
 pub const EXTERNAL_REVERTS: u32 = 9_009_000;
@@ -72,9 +72,9 @@ fn no_snapshot(domain: &Domain, wanted: Option<&str>, error: &virt::error::Error
     };
     let label = domain.name().unwrap_or_default();
     match wanted {
-        Some(name) => Error::environment(format!("the domain '{label}' has no snapshot '{name}': {there}"))
+        Some(name) => Error::configuration(format!("the domain '{label}' has no snapshot '{name}': {there}"))
             .advice("Correct the machine's snapshot, or leave it out to use the domain's current one"),
-        None => Error::environment(format!("the domain '{label}' has no current snapshot: {there}")).advice(
+        None => Error::configuration(format!("the domain '{label}' has no current snapshot: {there}")).advice(
             "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as`; \
              or name one of those it has".to_owned() + &uefi_advice(domain),
         ),
@@ -139,6 +139,8 @@ impl Snapshot {
 
     fn revert_error(&self, error: &virt::error::Error) -> Error {
         let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), error);
+        // Another try would end in the same way.
+        let failed = if is_unloadable(error) { Error::configuration(failed.reason()) } else { failed };
         match self.version() {
             Some(version) if self.description.external && version < EXTERNAL_REVERTS => {
                 let firmware = self.description.domain.as_ref().map(|domain| domain.firmware.clone());

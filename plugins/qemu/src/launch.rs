@@ -27,7 +27,6 @@ use rustix::net::{RecvFlags, recv};
 use crate::console::kind_of;
 use crate::options;
 use crate::passed::{Passed, pass};
-use crate::run::record::RecordFile;
 use crate::version::Version;
 
 /// The grace of a QEMU that fails by itself, before it is killed.
@@ -66,7 +65,6 @@ pub struct Start<'a> {
     pub writes: Vec<PathBuf>,
     /// The sockets that the plugin makes in QEMU's place.
     pub sockets: Vec<PathBuf>,
-    pub record: RecordFile,
 }
 
 /// A file that is the guest's RAM.

@@ -22,7 +22,8 @@ pub enum Refusal {
 
 /// Interprets QEMU's message about a snapshot that it has not loaded.
 pub fn refused(path: &Path, format: Format, words: &str) -> Refusal {
-    let refused = Error::failed(format!("QEMU refuses the {format} snapshot {}", path.display()));
+    let reason = format!("QEMU refuses the {format} snapshot {}", path.display());
+    let refused = if is_accident(words) { Error::failed(reason) } else { Error::configuration(reason) };
     if let Some((why, advice)) = cause(words) {
         return Refusal::Known(refused.detail(&why).advice(advice));
     }
@@ -33,6 +34,14 @@ pub fn refused(path: &Path, format: Format, words: &str) -> Refusal {
         "It was probably taken with other start_args, or with a newer QEMU: use those, or {ANEW}. If the file is damaged, \
          restore it from a backup"
     )))
+}
+
+/// Reports whether QEMU's message is about the computer and not about the snapshot: another try may work. Sources:
+/// strerror(3), and `qemu_kill_report` in QEMU's softmmu/runstate.c.
+fn is_accident(words: &str) -> bool {
+    ["Cannot allocate memory", "No space left on device", "terminating on signal "]
+        .iter()
+        .any(|said| words.contains(said))
 }
 
 /// QEMU's message when a file ends in the middle of a snapshot.
@@ -104,6 +113,7 @@ fn between<'a>(words: &'a str, before: &str, after: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use machinery::ErrorKind;
 
     fn explained(words: &str) -> String {
         match refused(Path::new("/s"), Format::Lz4, words) {
@@ -149,6 +159,25 @@ mod tests {
             let text = explained(&said);
             assert!(text.contains("QEMU refuses the lz4 snapshot /s"), "{text}");
             assert!(text.contains(cause) && text.contains(cure) && !text.contains("corrupt"), "{text}");
+        }
+    }
+
+    #[test]
+    fn refusal_is_an_accident_when_the_computer_is_at_fault() {
+        let kind = |words: &str| match refused(Path::new("/s"), Format::Plain, words) {
+            Refusal::Known(error) | Refusal::Unknown(error) => error.kind(),
+            Refusal::EndsEarly => ErrorKind::Configuration,
+        };
+        for words in [
+            "load of migration failed: Cannot allocate memory",
+            "qemu-system-x86_64: terminating on signal 15 from pid 7 (kill)",
+        ] {
+            assert_eq!(kind(words), ErrorKind::Failed, "{words}");
+        }
+        for words in
+            ["Illegal RAM offset 5a5a5a5a5a5a5000", "savevm: unsupported version 9 for 'pckbd' v3", ""]
+        {
+            assert_eq!(kind(words), ErrorKind::Configuration, "{words}");
         }
     }
 

@@ -44,7 +44,7 @@ impl Run {
     /// # Errors
     /// QEMU refuses it, or takes too long. The run still exists then.
     pub fn load(&self, load: Load, deadline: Deadline) -> Result<()> {
-        self.qmp().batch().negotiating()?.run(None, deadline)?;
+        self.negotiate(deadline)?;
         // A QEMU that answers has already reported all problems of its devices.
         self.process().begin_step();
         match load {

@@ -16,11 +16,15 @@
 //! | module | content |
 //! | --- | --- |
 //! | `end` | the ways to end a run |
+//! | `parts` | the parts and the purpose of a run |
 //! | `record` | what the next host has to know, to adopt the run |
+//! | `resume` | the guest begins to run |
 //! | `start_error` | a start that failed, and at which stage |
 
 pub mod end;
+mod parts;
 pub mod record;
+mod resume;
 pub mod start_error;
 
 use std::os::unix::net::UnixStream;
@@ -34,14 +38,14 @@ use machinery_backend::jail::Cgroup;
 use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::sync::{lock, wait_while};
 use machinery_backend::{DiskWriter, Overlays, Share, Steps, files};
-use qapi::qmp;
 use serde_json::Value;
 
-use record::{Record, RecordFile, StandbyRecord};
-use start_error::Stage;
+use record::{Record, RecordFile};
+
+pub use parts::{Parts, Purpose};
 
 use crate::launch::{QEMU, Start, connect};
-use crate::qmp::{Event, Qmp, wait};
+use crate::qmp::{Event, Qmp};
 use crate::states::{ReportLimit, reason_of_shutdown, state_of_event};
 use crate::version::Version;
 
@@ -85,34 +89,6 @@ pub struct Run {
     resumed: Mutex<Option<Instant>>,
 }
 
-/// The parts of a run, beside its process.
-pub struct Parts {
-    pub machine: String,
-    pub version: Version,
-    pub overlays: Overlays,
-    /// The files that QEMU writes, the overlays among them.
-    pub writes: Vec<PathBuf>,
-    /// The sockets that are removed with the run.
-    pub sockets: Vec<PathBuf>,
-    pub cgroup: Option<Cgroup>,
-    pub record: RecordFile,
-}
-
-/// The purpose of a run.
-pub enum Purpose {
-    /// The guest is resumed at once.
-    Run,
-    /// The run builds a template, or loads a standby.
-    Preparation,
-    /// A later restore resumes the guest.
-    Standby {
-        /// The machine's readiness without this standby.
-        without: RestoreReadiness,
-        /// The standby's share of the memory budget.
-        share: Option<Share>,
-    },
-}
-
 impl Run {
     /// Starts QEMU with a paused guest.
     ///
@@ -120,6 +96,7 @@ impl Run {
     /// QEMU does not start. Nothing of the run remains then.
     pub fn begin(
         mut start: Start<'_>,
+        record: RecordFile,
         purpose: Purpose,
         steps: &mut Steps,
         host: &Host,
@@ -133,30 +110,31 @@ impl Run {
             writes: start.writes,
             sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
             cgroup: start.confinement.cgroup().cloned(),
-            record: start.record,
+            record,
         };
-        if let Some(identity) = process.identity() {
-            parts.record.begin(&Record::new(identity, &parts));
+        if let Some(process) = process.identity() {
+            let overlays = parts.overlays.paths().into_iter().map(PathBuf::from).collect();
+            let (writes, sockets) = (parts.writes.clone(), parts.sockets.clone());
+            parts.record.begin(&Record::new(process, parts.version, overlays, writes, sockets));
         }
         Run::watched(process, stream, parts, purpose, host)
     }
 
-    /// Continues a run whose guest an earlier host has resumed, or that an earlier host has loaded as a standby.
+    /// Continues a run whose guest an earlier host has resumed, or that an earlier host has loaded as a standby. Its
+    /// monitor is not negotiated yet.
     ///
     /// # Errors
-    /// The thread cannot be started, or QEMU does not answer. The run is ended then.
-    pub fn adopt(
-        process: Process,
-        stream: UnixStream,
-        parts: Parts,
-        host: &Host,
-        deadline: Deadline,
-    ) -> Result<Arc<Run>> {
-        let run = Run::watched(process, stream, parts, Purpose::Preparation, host)?;
-        match run.qmp.batch().negotiating().and_then(|batch| batch.run(None, deadline)) {
-            Ok(_) => Ok(run),
-            Err(error) => Err(run.fail_start(error, Stage::Run).error),
-        }
+    /// The thread cannot be started. The run is ended then.
+    pub fn adopt(process: Process, stream: UnixStream, parts: Parts, host: &Host) -> Result<Arc<Run>> {
+        Run::watched(process, stream, parts, Purpose::Preparation, host)
+    }
+
+    /// Negotiates the monitor, which is the first step of each connection.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
+    pub fn negotiate(&self, deadline: Deadline) -> Result<()> {
+        self.qmp.batch().negotiating()?.run(None, deadline).map(drop)
     }
 
     /// Watches the process in a thread of its own.
@@ -262,7 +240,7 @@ impl Run {
 
     /// Makes the loaded run a standby with that share of the memory budget, which it holds until the guest is resumed
     /// or the run ends. `without` is the machine's readiness without it.
-    pub fn set_standby(&self, without: RestoreReadiness, share: Share, record: StandbyRecord) {
+    pub fn set_standby(&self, without: RestoreReadiness, share: Share, record: Value) {
         self.record.set_standby(record);
         *self.purpose() = Purpose::Standby { without, share: Some(share) };
     }
@@ -297,35 +275,6 @@ impl Run {
             self.host.state_changed(&self.machine, state, &reason);
         }
         Ok(())
-    }
-
-    /// Resumes the guest, and returns once it runs.
-    ///
-    /// # Errors
-    /// QEMU does not resume the guest in time.
-    pub fn resume(&self, deadline: Deadline) -> Result<()> {
-        *self.purpose() = Purpose::Run;
-        self.process.begin_step();
-        let events = self.qmp.listen();
-        self.qmp.execute(&qmp::cont {}, deadline)?;
-        wait(&events, deadline, "the guest to run", |event| (event.name == "RESUME").then_some(()))?;
-        self.started.store(true, Ordering::SeqCst);
-        self.record.set_running();
-        Ok(())
-    }
-
-    /// Makes an adopted run one whose guest was resumed.
-    pub fn set_adopted(&self) {
-        *self.purpose() = Purpose::Run;
-        self.has_run.store(true, Ordering::SeqCst);
-        self.started.store(true, Ordering::SeqCst);
-        self.record.set_running();
-    }
-
-    /// Reports whether QEMU's last event, a moment ago, was that the guest runs. True for one call only.
-    pub fn has_just_resumed(&self) -> bool {
-        let resumed = self.resumed().take();
-        resumed.is_some_and(|resumed| resumed.elapsed() < RESUME_EVENT_VALIDITY) && !self.qmp.is_closed()
     }
 
     fn resumed(&self) -> MutexGuard<'_, Option<Instant>> {

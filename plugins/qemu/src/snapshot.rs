@@ -63,7 +63,7 @@ impl Snapshot {
     /// # Errors
     /// The file cannot be read, is empty, or is no snapshot.
     pub fn open(path: &Path) -> Result<Snapshot> {
-        let failed = |error: io::Error| Error::io("read the snapshot", path, &error);
+        let failed = |error: io::Error| unreadable(path, &error);
         // To open a pipe would wait for its writer.
         if !fs::metadata(path).map_err(failed)?.is_file() {
             return Err(Error::configuration(format!("{} is not a file", path.display()))
@@ -106,10 +106,10 @@ impl Snapshot {
     /// The content is no snapshot, or no pipe or thread can be created.
     pub fn decompress(self) -> Result<(PipeReader, Feeder)> {
         let (path, format) = (self.path.clone(), self.format);
-        let unreadable = |error: io::Error| broken(&path, format, &error.to_string());
-        let mut source = self.unpacked().map_err(unreadable)?;
+        let undecoded = |error: io::Error| broken(&path, format, &error.to_string());
+        let mut source = self.unpacked().map_err(undecoded)?;
         let mut start = [0; QEVM.len()];
-        let length = read_up_to(&mut source, &mut start).map_err(unreadable)?;
+        let length = read_up_to(&mut source, &mut start).map_err(undecoded)?;
         if start[..length] != *QEVM {
             let reason =
                 format!("what is packed in the {format} file {} is no memory snapshot", path.display());
@@ -235,9 +235,20 @@ impl Feeder {
     }
 }
 
-/// The error for a snapshot that cannot be loaded to its end.
+/// The error for a snapshot that cannot be opened. A missing file does not return by itself.
+fn unreadable(path: &Path, error: &io::Error) -> Error {
+    let reason = Error::io("read the snapshot", path, error);
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            Error::configuration(reason.reason()).advice("Check that the path is right")
+        }
+        _ => reason,
+    }
+}
+
+/// The error for a snapshot that cannot be loaded to its end. Another try would end in the same way.
 pub fn broken(path: &Path, format: Format, why: &str) -> Error {
-    Error::failed(format!("the {format} snapshot {} is truncated or corrupt: {why}", path.display()))
+    Error::configuration(format!("the {format} snapshot {} is truncated or corrupt: {why}", path.display()))
         .advice("Restore it from a backup, or take the snapshot anew")
 }
 
@@ -300,6 +311,8 @@ mod tests {
             let whole = packed(format, &data());
             let text = unpack(&whole[..whole.len() / 2]).unwrap_err().to_string();
             assert!(text.contains("truncated or corrupt") && text.contains(&format.to_string()), "{text}");
+            let kind = unpack(&whole[..whole.len() / 2]).unwrap_err().kind();
+            assert_eq!(kind, machinery::ErrorKind::Configuration);
         }
     }
 
@@ -360,6 +373,8 @@ mod tests {
         let pipe = folder.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
         assert!(Snapshot::open(&pipe).err().unwrap().to_string().contains("is not a file"));
-        assert!(Snapshot::open(Path::new("/none/m")).err().unwrap().to_string().contains("/none/m"));
+        let missing = Snapshot::open(Path::new("/none/m")).err().unwrap();
+        assert!(missing.to_string().contains("/none/m"));
+        assert_eq!(missing.kind(), machinery::ErrorKind::Configuration);
     }
 }

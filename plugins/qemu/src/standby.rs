@@ -7,10 +7,20 @@ use std::sync::Arc;
 
 use machinery::{Deadline, Error, Result};
 use machinery_images::FileId;
+use serde::{Deserialize, Serialize};
 
 use crate::prepare::Identity;
 use crate::run::Run;
 use crate::run::start_error::StartError;
+
+/// The origin of a standby, for the next host.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StandbyRecord {
+    pub identity: Identity,
+    pub ram: Option<FileId>,
+    /// The memory that the standby holds, in bytes.
+    pub memory: u64,
+}
 
 /// A run that is loaded and paused. The run has the standby's share of the memory budget.
 pub struct Standby {

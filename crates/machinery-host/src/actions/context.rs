@@ -1,8 +1,9 @@
 //! The context of all executors: settings, permits, and the record of failures.
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
-use machinery::{Error, FreeSpaceReserve, Result};
+use machinery::{Error, ErrorKind, FreeSpaceReserve, Result};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use super::CLOSING;
@@ -10,9 +11,9 @@ use super::metrics::Metrics;
 use crate::capture;
 use crate::capture::space::Captures;
 use crate::client_file::Folders;
-use crate::config::{Config, Timeouts};
-use crate::fleet::Machine;
+use crate::config::{Config, Heal, Timeouts};
 use crate::fleet::state_file::StateStore;
+use crate::fleet::{Machine, Roster};
 
 /// The number of restores that are prepared at a time, at most: machines that run now come first.
 const MAX_PREPARATIONS: usize = 2;
@@ -44,6 +45,10 @@ pub struct ActionSettings {
     pub capture: Option<capture::Settings>,
     /// The space that stays free. The machineries have it from the same file.
     reserve: FreeSpaceReserve,
+    /// The consequence of a failure that may pass by itself.
+    pub heal: Heal,
+    /// The longest time that a run may last.
+    pub max_run: Option<Duration>,
 }
 
 impl ActionSettings {
@@ -53,6 +58,8 @@ impl ActionSettings {
             timeouts: config.timeouts,
             capture: config.capture.clone(),
             reserve: config.free_space_reserve,
+            heal: config.heal,
+            max_run: config.max_run,
         }
     }
 
@@ -66,6 +73,8 @@ impl ActionSettings {
             ("tcpdump.path", both.is_some_and(|(old, new)| old.tcpdump != new.tcpdump)),
             ("capture_size_limit", both.is_some_and(|(old, new)| old.limit != new.limit)),
             ("capture_jail", both.is_some_and(|(old, new)| old.jail != new.jail)),
+            ("heal", self.heal != new.heal),
+            ("max_run", self.max_run != new.max_run),
             (FreeSpaceReserve::KEY, self.reserve != new.reserve),
             ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
         ];
@@ -89,9 +98,25 @@ impl ActionContext {
         }
     }
 
-    /// Applies these settings to all later actions.
-    pub fn set(&self, settings: ActionSettings) {
+    /// Applies these settings to all later actions, and to the present runs and quarantines of these machines.
+    pub async fn apply(&self, settings: ActionSettings, roster: &Roster) {
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+        self.disable_quarantined(roster).await;
+        // Each worker waits anew, for the present end of its machine's run.
+        roster.machines().iter().for_each(|machine| machine.notify_idle_work());
+    }
+
+    /// Disables all machines in quarantine if `heal` is off.
+    pub async fn disable_quarantined(&self, roster: &Roster) {
+        if self.settings().heal == Heal::Auto {
+            return;
+        }
+        let disabled = roster.machines().iter().filter(|machine| machine.disable_quarantined());
+        if disabled.count() > 0
+            && let Err(error) = self.state.save().await
+        {
+            tracing::error!(%error, "the disabled machines on disk are old");
+        }
     }
 
     /// Returns the configuration keys whose values differ in `settings`.
@@ -128,12 +153,17 @@ impl ActionContext {
         self.preparations.close();
     }
 
-    /// Disables the machine and saves that.
-    pub async fn disable(&self, machine: &Machine, reason: &str) {
-        machine.disable(reason);
+    /// Takes the machine out of the pool after a failure of this kind, and saves that.
+    pub async fn take_out(&self, machine: &Machine, kind: ErrorKind, reason: &str) {
+        machine.take_out(kind, reason, self.settings().heal);
+        self.save_pool(machine).await;
+    }
+
+    /// Saves that the machine has left the pool, or is back in it.
+    pub async fn save_pool(&self, machine: &Machine) {
         if let Err(error) = self.state.save().await {
             let machine = machine.name();
-            tracing::error!(machine, %error, "the machine is disabled, but only until the host ends");
+            tracing::error!(machine, %error, "the machine's place in the pool is kept only until the host ends");
         }
     }
 }

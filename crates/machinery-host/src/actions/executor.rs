@@ -8,14 +8,19 @@
 //! | acpi_stop | poweroff | fall back to stop |
 //! | dump_memory, screenshot | unchanged | – |
 //! | prepare | poweroff | – |
+//! | heal | poweroff, after a restore | the machine stays in quarantine |
 //!
 //! The rules are Cuckoo3's (`node/machinery.py`), because its clients rely on them, with one difference: a
 //! start stops a machine that runs without a lock, where Cuckoo3 disables the machine. A machine that has the
 //! wanted state already is a success. An action that the machinery does not support fails, and the machine
-//! stays enabled. A plugin that panics, returns nonsense or does not return disables the machine.
+//! stays enabled. A plugin that panics, returns nonsense or does not return takes the machine out of the pool.
+//!
+//! To disable means to take out of the pool: by a quarantine, if the machine can heal by itself
+//! ([`quarantine`](crate::fleet::quarantine)).
 //!
 //! A capture of the traffic lasts from before the start until after the stop.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,43 +28,26 @@ use machinery::{Error, ErrorKind, Result, State};
 use tokio::sync::watch;
 
 use super::context::ActionContext;
-use super::metrics::milliseconds;
+use super::failure::{Failure, refused};
+use super::overdue::ActionClock;
 use super::plugin_calls::PluginCalls;
 use super::{Action, ActionResult, capture, inspection};
 use crate::fleet::Machine;
+use crate::plugin::call::GRACE;
 
 /// Runs the actions of one machine.
 pub struct ActionExecutor {
-    machine: Arc<Machine>,
-    context: Arc<ActionContext>,
-    calls: PluginCalls,
-}
-
-/// The failure of an action, and whether it disables the machine.
-struct Failure {
-    reason: Error,
-    disable: bool,
-}
-
-impl Failure {
-    /// Reports whether nothing is wrong: another action ended this one, or it works at another time.
-    fn is_harmless(&self) -> bool {
-        !self.disable && matches!(self.reason.kind(), ErrorKind::Interrupted | ErrorKind::NotNow)
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(reason: Error) -> Self {
-        let disable = reason.kind() != ErrorKind::Unsupported;
-        Failure { reason, disable }
-    }
+    pub(super) machine: Arc<Machine>,
+    pub(super) context: Arc<ActionContext>,
+    pub(super) calls: PluginCalls,
+    clock: ActionClock,
 }
 
 impl ActionExecutor {
     /// Returns the executor of that machine.
     pub fn new(machine: Arc<Machine>, context: Arc<ActionContext>) -> Self {
         let calls = PluginCalls::new(Arc::clone(&machine), Arc::clone(&context));
-        ActionExecutor { machine, context, calls }
+        ActionExecutor { machine, context, calls, clock: ActionClock::default() }
     }
 
     /// Returns the switch that abandons the action under way.
@@ -72,8 +60,30 @@ impl ActionExecutor {
         &self.machine
     }
 
-    /// Runs an action to its end, and records its result.
+    /// Runs an action to its end, and records its result. An action that takes too long is logged once.
     pub async fn execute(&mut self, action: &Action) -> ActionResult {
+        let (machine, limit) = (Arc::clone(&self.machine), self.total_limit_of(action));
+        let (begun, overdue) = (Instant::now(), self.clock.start(limit));
+        let mut work = pin!(self.execute_now(action));
+        tokio::select! {
+            biased;
+            result = &mut work => return result,
+            () = overdue.wait() => {
+                let (machine, seconds) = (machine.name(), begun.elapsed().as_secs());
+                tracing::warn!(machine, action = action.name(), seconds, "the action takes longer than its limit: its worker is stuck");
+            }
+        }
+        work.await
+    }
+
+    /// Returns the time in which all calls of the action into the plugin end: a start queries the state, stops an
+    /// earlier run, and stops the machine when it fails.
+    fn total_limit_of(&self, action: &Action) -> Duration {
+        let timeouts = self.context.timeouts();
+        self.calls.limit_of(action) + timeouts.state + 2 * timeouts.stop + 4 * GRACE
+    }
+
+    async fn execute_now(&mut self, action: &Action) -> ActionResult {
         self.machine.set_busy(true);
         self.machine.clear_steps();
         let begun = Instant::now();
@@ -82,6 +92,8 @@ impl ActionExecutor {
             (Ok(()), Action::RestoreStart | Action::NorestoreStart) => self.start(action).await,
             (Ok(()), Action::Stop) => self.stop().await.map_err(Failure::from),
             (Ok(()), Action::StopOwn) => self.stop_own().await.map_err(Failure::from),
+            (Ok(()), Action::StopOverrun) => self.stop_overrun().await,
+            (Ok(()), Action::Heal) => self.heal().await,
             (Ok(()), Action::AcpiStop) => self.acpi_stop().await,
             (Ok(()), Action::DumpMemory { .. } | Action::Screenshot { .. }) => {
                 self.run_read_only(action).await
@@ -90,41 +102,6 @@ impl ActionExecutor {
         };
         self.machine.set_busy(false);
         self.record(action, begun.elapsed(), result).await
-    }
-
-    /// Logs and counts an action that has ended, and disables the machine where the failure demands it.
-    async fn record(&self, action: &Action, took: Duration, result: Result<(), Failure>) -> ActionResult {
-        let (machine, name) = (self.machine.name(), action.name());
-        let failed = result.as_ref().is_err_and(|failure| !failure.is_harmless());
-        let steps = self.count(name, took, failed);
-        let took_ms = milliseconds(took);
-        let harmless = result.is_err() && !failed;
-        let Err(Failure { reason, disable }) = result else {
-            tracing::info!(machine, action = name, took_ms, steps, "done");
-            return Ok(());
-        };
-        let reason = reason.action(name).machine(machine).to_string();
-        if harmless {
-            tracing::info!(machine, action = name, took_ms, steps, reason, "not done");
-        } else if matches!(action, Action::Prepare(_)) && !disable {
-            // The next restore works without a preparation, and the plugin has reported the readiness.
-            tracing::warn!(machine, took_ms, steps, reason, "not prepared");
-        } else {
-            tracing::error!(machine, action = name, took_ms, steps, reason, "failed");
-            self.machine.add_error(&reason);
-        }
-        if disable {
-            self.context.disable(&self.machine, &reason).await;
-        }
-        Err(reason)
-    }
-
-    /// Counts an action in the metrics, and returns its steps as text.
-    fn count(&self, action: &'static str, took: Duration, failed: bool) -> String {
-        let steps = self.machine.status().steps;
-        self.context.metrics.count(&self.machine.machinery.name, action, took, &steps, failed);
-        let text = steps.iter().map(|(step, took)| format!("{step} {:.1}", milliseconds(*took)));
-        text.collect::<Vec<_>>().join(", ")
     }
 
     /// Reports whether the next restore may be prepared: the machine is off, in the pool, and not locked. A
@@ -153,14 +130,17 @@ impl ActionExecutor {
         }
         let reason = Error::failed("an earlier call into its plugin has not returned")
             .advice("Restart the host to get the machine back");
-        // That call has disabled the machine already, unless an operator has enabled it since.
-        Err(Failure { reason, disable: self.machine.status().availability.disabled.is_none() })
+        // That call has taken the machine out of the pool already, unless an operator has enabled it since.
+        let availability = self.machine.status().availability;
+        let is_out = availability.disabled.is_some() || availability.quarantine.is_some();
+        Err(Failure { reason, disable: !is_out })
     }
 
     fn expect_supported(&self, action: &Action) -> Result<(), Failure> {
         let able = self.machine.machinery.capabilities;
         let supported = match action {
-            Action::RestoreStart | Action::Stop | Action::StopOwn => true,
+            Action::RestoreStart | Action::Heal => true,
+            Action::Stop | Action::StopOwn | Action::StopOverrun => true,
             Action::NorestoreStart => able.norestore_start,
             Action::AcpiStop => able.acpi_stop,
             Action::DumpMemory { .. } => able.dump_memory,
@@ -172,7 +152,10 @@ impl ActionExecutor {
 
     /// Refuses the action if the plugin has reported that it cannot use the machine.
     fn expect_usable(&self, action: &Action) -> Result<(), Failure> {
-        let starts = matches!(action, Action::RestoreStart | Action::NorestoreStart | Action::Prepare(_));
+        let starts = matches!(
+            action,
+            Action::RestoreStart | Action::NorestoreStart | Action::Prepare(_) | Action::Heal
+        );
         match self.machine.status().availability.unusable.filter(|_| starts) {
             Some(why) => {
                 let reason = Error::environment(format!("the machine cannot be used: {why}"));
@@ -183,11 +166,16 @@ impl ActionExecutor {
         }
     }
 
-    async fn start(&mut self, action: &Action) -> Result<(), Failure> {
+    pub(super) async fn start(&mut self, action: &Action) -> Result<(), Failure> {
         self.end_earlier_run().await?;
         let context = Arc::clone(&self.context);
         let permit = match action {
-            Action::RestoreStart => Some(context.restore_permit().await.map_err(refused)?),
+            Action::RestoreStart => {
+                self.clock.stop();
+                let permit = context.restore_permit().await.map_err(refused)?;
+                self.clock.restart();
+                Some(permit)
+            }
             _ => None,
         };
         if let Some(settings) = context.settings().capture {
@@ -227,12 +215,21 @@ impl ActionExecutor {
     async fn clean_up(&mut self) -> bool {
         let stopped = self.stop().await;
         if let Err(error) = &stopped {
-            tracing::error!(machine = self.machine.name(), %error, "the machine cannot be stopped after its failed start");
+            let machine = self.machine.name();
+            // A try has one warning of its own.
+            match self.machine.status().availability.quarantine {
+                Some(_) => {
+                    tracing::debug!(machine, %error, "the machine cannot be stopped after a failed try")
+                }
+                None => {
+                    tracing::error!(machine, %error, "the machine cannot be stopped after its failed start")
+                }
+            }
         }
         stopped.is_ok()
     }
 
-    async fn stop(&mut self) -> Result<()> {
+    pub(super) async fn stop(&mut self) -> Result<()> {
         self.set_stopping();
         let ended = self.calls.run(&Action::Stop).await;
         if ended.is_err() {
@@ -242,7 +239,7 @@ impl ActionExecutor {
         ended
     }
 
-    async fn stop_own(&mut self) -> Result<()> {
+    pub(super) async fn stop_own(&mut self) -> Result<()> {
         if self.machine.status().own_run { self.stop().await } else { Ok(()) }
     }
 
@@ -304,9 +301,4 @@ impl ActionExecutor {
             reason,
         })
     }
-}
-
-/// The failure of an action that the host does not begin.
-fn refused(reason: Error) -> Failure {
-    Failure { reason, disable: false }
 }

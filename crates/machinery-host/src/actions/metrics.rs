@@ -1,6 +1,7 @@
 //! Counts and durations of actions and their steps, since the start of the host.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +12,11 @@ const MAX_ENTRIES: usize = 1000;
 
 /// The counts of all machineries.
 #[derive(Debug, Default)]
-pub struct Metrics(Mutex<BTreeMap<Key, Tally>>);
+pub struct Metrics {
+    tallies: Mutex<BTreeMap<Key, Tally>>,
+    tries: AtomicU64,
+    healed: AtomicU64,
+}
 
 /// The actions or steps that one entry counts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,7 +55,7 @@ impl Metrics {
         failed: bool,
     ) {
         let key = |step| Key { machinery: machinery.to_owned(), action, step };
-        let mut tallies = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tallies = self.tallies.lock().unwrap_or_else(PoisonError::into_inner);
         tallies.entry(key(None)).or_default().add(took, failed);
         for (step, took) in steps {
             if tallies.len() >= MAX_ENTRIES && !tallies.contains_key(&key(Some(step.clone()))) {
@@ -60,9 +65,20 @@ impl Metrics {
         }
     }
 
+    /// Counts a try to heal a machine, and whether it has worked.
+    pub fn count_try(&self, healed: bool) {
+        self.tries.fetch_add(1, Ordering::Relaxed);
+        self.healed.fetch_add(u64::from(healed), Ordering::Relaxed);
+    }
+
+    /// Returns the numbers of tries and of healed machines.
+    pub fn tries_and_healed(&self) -> (u64, u64) {
+        (self.tries.load(Ordering::Relaxed), self.healed.load(Ordering::Relaxed))
+    }
+
     /// Returns all entries, with times in milliseconds.
     pub fn to_json(&self) -> Value {
-        let tallies = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let tallies = self.tallies.lock().unwrap_or_else(PoisonError::into_inner);
         let one = |(key, tally): (&Key, &Tally)| {
             json!({
                 "machinery": key.machinery,

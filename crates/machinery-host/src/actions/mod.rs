@@ -13,6 +13,11 @@
 //! | [`worker`] | takes messages from one queue |
 //! | [`preparation`] | a preparation under way, and its cancellation |
 //! | [`executor`] | runs one action by the rules |
+//! | [`record`] | records an action that has ended |
+//! | [`failure`] | the failure of an action |
+//! | [`healing`] | tries a machine in quarantine |
+//! | [`overrun`] | stops a run that lasts longer than `max_run` |
+//! | [`overdue`] | notices an action that takes longer than its calls may |
 //! | [`inspection`] | a dump or a screenshot, from the plugin to the client |
 //! | [`plugin_calls`] | the calls into the plugin of one machine |
 //! | [`context`] | what all executors share: settings, permits, failures |
@@ -20,16 +25,22 @@
 //! | [`diagnose`] | asks plugins which machines they cannot use |
 //! | [`metrics`] | counts and durations of actions |
 
+pub mod adoption;
 pub mod capture;
 pub mod context;
 pub mod diagnose;
 pub mod executor;
+pub mod failure;
+pub mod healing;
 pub mod inspection;
 pub mod message;
 pub mod metrics;
+pub mod overdue;
+pub mod overrun;
 pub mod plugin_calls;
 pub mod preparation;
 pub mod queues;
+pub mod record;
 pub mod worker;
 
 use machinery::{DumpFormat, State};
@@ -61,6 +72,10 @@ pub enum Action {
     },
     /// Stops the machine if the host has started its run, and leaves every other run alone.
     StopOwn,
+    /// Stops the host's own run, because it has lasted longer than `max_run`.
+    StopOverrun,
+    /// Restores and stops a machine in quarantine. If that works, the machine is back in the pool.
+    Heal,
     /// See [`Machinery::prepare`](machinery::Machinery::prepare) and
     /// [`Machinery::prepare_automatically`](machinery::Machinery::prepare_automatically).
     Prepare(PrepareOrigin),
@@ -81,10 +96,11 @@ impl Action {
         match self {
             Action::RestoreStart => "restore_start",
             Action::NorestoreStart => "norestore_start",
-            Action::Stop | Action::StopOwn => "stop",
+            Action::Stop | Action::StopOwn | Action::StopOverrun => "stop",
             Action::AcpiStop => "acpi_stop",
             Action::DumpMemory { .. } => "dump_memory",
             Action::Screenshot { .. } => "screenshot",
+            Action::Heal => "heal",
             Action::Prepare(_) => "prepare",
         }
     }
@@ -102,7 +118,9 @@ impl Action {
     pub fn expected_state(&self) -> Option<State> {
         match self {
             Action::RestoreStart | Action::NorestoreStart => Some(State::Running),
-            Action::Stop | Action::StopOwn | Action::AcpiStop => Some(State::Poweroff),
+            Action::Stop | Action::StopOwn | Action::StopOverrun | Action::AcpiStop | Action::Heal => {
+                Some(State::Poweroff)
+            }
             Action::DumpMemory { .. } | Action::Screenshot { .. } | Action::Prepare(_) => None,
         }
     }

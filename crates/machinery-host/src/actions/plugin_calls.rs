@@ -40,6 +40,13 @@ impl PluginCalls {
         self.abandoned.as_ref().is_some_and(|call| !call.is_finished())
     }
 
+    /// Waits until an abandoned call returns, if there is one.
+    pub async fn abandoned_call_ended(&self) {
+        if let Some(call) = self.abandoned.as_ref().filter(|call| !call.is_finished()) {
+            call.finished().await;
+        }
+    }
+
     /// Reports whether the machine is recorded as powered off.
     pub fn is_off(&self) -> bool {
         self.machine.status().state == State::Poweroff
@@ -75,9 +82,9 @@ impl PluginCalls {
         let called = call(&what, limit, abandoned, move |deadline| {
             let (plugin, name) = (&machine.machinery.instance, machine.name());
             let done = match &invoked {
-                Action::RestoreStart => plugin.restore_start(name, deadline),
+                Action::RestoreStart | Action::Heal => plugin.restore_start(name, deadline),
                 Action::NorestoreStart => plugin.norestore_start(name, deadline),
-                Action::Stop | Action::StopOwn => plugin.stop(name, deadline),
+                Action::Stop | Action::StopOwn | Action::StopOverrun => plugin.stop(name, deadline),
                 Action::AcpiStop => plugin.acpi_stop(name, deadline),
                 Action::DumpMemory { format, .. } => plugin.dump_memory(name, &path, *format, deadline),
                 Action::Screenshot { .. } => plugin.screenshot(name, &path, deadline),
@@ -142,9 +149,9 @@ impl PluginCalls {
     pub fn limit_of(&self, action: &Action) -> Duration {
         let timeouts = self.context.timeouts();
         match action {
-            Action::RestoreStart => timeouts.restore_start,
+            Action::RestoreStart | Action::Heal => timeouts.restore_start,
             Action::NorestoreStart => timeouts.norestore_start,
-            Action::Stop | Action::StopOwn => timeouts.stop,
+            Action::Stop | Action::StopOwn | Action::StopOverrun => timeouts.stop,
             Action::AcpiStop => timeouts.acpi_stop,
             Action::DumpMemory { .. } => timeouts.dump_memory,
             Action::Screenshot { .. } => timeouts.screenshot,
@@ -159,7 +166,8 @@ impl PluginCalls {
             CallResult::Abandoned(call) => {
                 self.abandoned = Some(call);
                 self.machine.set_state(State::Error);
-                Err(Error::timeout(format!("{what} did not return from the plugin in time"))
+                // A plugin must return by its deadline.
+                Err(Error::misbehaved(format!("{what} did not return from the plugin in time"))
                     .advice("The machine is lost until it does; restart the host to get it back"))
             }
         }

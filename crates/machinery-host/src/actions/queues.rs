@@ -130,6 +130,12 @@ impl Queues {
         std::mem::take(&mut self.workers.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Takes and releases the locks of the queues.
+    pub fn pass_locks(&self) {
+        drop(self.queues());
+        drop(self.workers.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     fn queues(&self) -> MutexGuard<'_, HashMap<String, Queue>> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }

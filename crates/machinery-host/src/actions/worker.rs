@@ -3,6 +3,7 @@
 //! ```text
 //! idle ─▶ request: run it ─▶ idle
 //!      ─▶ idle work: have a pending change applied, prepare the next restore ─▶ idle
+//!      ─▶ a try is due, or the run has lasted too long: heal, or stop ─▶ idle
 //!      ─▶ pause: wait ─▶ idle, or retired with the machine
 //!      ─▶ queue closed: power the host's own run off, or leave it to the next host ─▶ ended
 //! ```
@@ -90,13 +91,26 @@ impl Worker {
         }
     }
 
-    /// Waits for a message, or for idle work.
+    /// Waits for a message, for idle work, or for a moment at which the host acts by itself.
     async fn wait(&mut self) {
         let machine = Arc::clone(self.executor.machine());
         tokio::select! {
             biased;
             message = self.messages.recv() => self.keep(message),
             () = machine.idle_work() => self.do_idle_work().await,
+            // Its quarantine may have ended in the last moment.
+            () = self.executor.try_due() => if machine.next_try().is_some() {
+                self.execute_own(&Action::Heal).await;
+            },
+            () = self.executor.overrun() => self.execute_own(&Action::StopOverrun).await,
+        }
+    }
+
+    /// Runs an action of the host itself, unless the host ends.
+    async fn execute_own(&mut self, action: &Action) {
+        if self.closing.get().is_none() {
+            // The result is in the log.
+            let _ = self.executor.execute(action).await;
         }
     }
 

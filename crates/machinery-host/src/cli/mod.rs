@@ -1,11 +1,12 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, and `progress` shows an action under way.
+//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, and `progress` shows an action under way.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
 mod file;
+mod machines;
 mod output;
 mod progress;
 
@@ -109,7 +110,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         Command::List => {
             let answer = send_request(cwd, json!({"action": "list"}))?;
-            output::machines(&answer, global.json);
+            machines::machines(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::State { machine } => {
@@ -128,16 +129,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             output::reloaded(&answer, global.json);
             Ok(exit_code(&answer))
         }
-        Command::Upgrade => {
-            let report = check::check(cwd, &global.search(cwd));
-            if report.has_problems() {
-                output::report(&report, global.json);
-                return Ok(ExitCode::from(2));
-            }
-            let answer = upgrade::upgrade(&cwd.manager_socket())?;
-            output::upgraded(&answer, global.json);
-            Ok(exit_code(&answer))
-        }
+        Command::Upgrade => run_upgrade(cwd, global),
         Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {
             let new = NewFile::at(path)?;
             let code = run_action(cwd, &request(command)?, Some(new.file()), global.json)?;
@@ -194,6 +186,18 @@ fn run_action(cwd: &Cwd, request: &Value, file: Option<&File>, json: bool) -> Re
         answer = client.request_with(request.clone(), file, |event| progress.on_event(event))?;
     }
     progress.done(&answer);
+    Ok(exit_code(&answer))
+}
+
+/// Has the running host replace itself, if this program finds no problem.
+fn run_upgrade(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
+    let report = check::check(cwd, &global.search(cwd));
+    if report.has_problems() {
+        output::report(&report, global.json);
+        return Ok(ExitCode::from(2));
+    }
+    let answer = upgrade::upgrade(&cwd.manager_socket())?;
+    output::upgraded(&answer, global.json);
     Ok(exit_code(&answer))
 }
 

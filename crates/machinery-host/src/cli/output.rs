@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
-use machinery::{Error, Level, Report, Result, format_bytes};
+use machinery::{Error, Level, Report, Result};
 use machinery_conformance::{Check, CheckFailure, meaning};
 use serde_json::{Value, json};
 
@@ -103,73 +103,8 @@ pub fn report(report: &Report, json: bool) {
     println!("\n{}, {}", counted(problems, "problem"), counted(warnings, "warning"));
 }
 
-/// Prints all machines as a table.
-pub fn machines(answer: &Value, json: bool) {
-    if json || answer["success"] != json!(true) {
-        return reply(answer, json);
-    }
-    let mut rows =
-        vec![["NAME", "STATE", "RESTORE", "MACHINERY", "IP", "PLATFORM", "TAGS", "NOTE"].map(str::to_owned)];
-    for machine in answer["machines"].as_array().unwrap_or(&Vec::new()) {
-        let text = |key: &str| machine[key].as_str().unwrap_or("").to_owned();
-        let tags: Vec<&str> =
-            machine["tags"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        let platform = format!("{} {} {}", text("platform"), text("os_version"), text("architecture"));
-        rows.push([
-            text("name"),
-            text("state"),
-            machine["ready"]["mode"].as_str().unwrap_or("plain").to_owned(),
-            text("machinery_name"),
-            text("ip"),
-            platform,
-            tags.join(","),
-            note(machine),
-        ]);
-    }
-    println!("{}", table(&rows));
-    if let Some(usage) = prepared_usage(&answer["machines"]) {
-        println!("\n{usage}");
-    }
-}
-
-/// Returns the memory and the disk space that prepared restores use, if they use any.
-fn prepared_usage(machines: &Value) -> Option<String> {
-    let ready = || machines.as_array().into_iter().flatten().map(|machine| &machine["ready"]);
-    let sum = |key: &str| ready().filter_map(|ready| ready[key].as_u64()).sum::<u64>();
-    let standbys = ready().filter(|ready| ready["mode"] == json!("standby")).count();
-    let (memory, disk) = (sum("memory"), sum("disk"));
-    (memory > 0 || disk > 0).then(|| {
-        format!(
-            "standbys: {standbys}, using {} of memory; templates: {} on disk",
-            format_bytes(memory),
-            format_bytes(disk)
-        )
-    })
-}
-
-/// Returns the remarks about a machine: why it is unavailable, why its restores are slow, and its plugin's
-/// warnings.
-fn note(machine: &Value) -> String {
-    let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
-    let pending = machine["change_pending"] == json!(true);
-    let pending = pending.then(|| "its new configuration applies once it is idle".to_owned());
-    let said = keys.iter().filter(|(is, _)| machine[*is] == json!(true)).map(|(is, what)| {
-        let by = if *is == "disabled" { ":" } else { " by" };
-        format!("{is}{by} {}", first_line(machine[*what].as_str().unwrap_or("")))
-    });
-    let why = machine["ready"]["reason"].as_str().filter(|why| !why.is_empty());
-    let why = why.map(|why| format!("restores no faster: {}", first_line(why)));
-    let warnings = machine["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str);
-    let warnings = warnings.map(|warning| format!("warning: {}", first_line(warning)));
-    said.chain(pending).chain(why).chain(warnings).collect::<Vec<_>>().join("; ")
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or("")
-}
-
 /// Formats rows as columns, each as wide as its widest cell. The last column is not padded.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let rows: Vec<_> = rows.iter().map(|row| row.each_ref().map(|cell| on_one_line(cell))).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N).map(width).collect();
@@ -203,6 +138,12 @@ pub fn metrics(answer: &Value, json: bool) {
         ]);
     }
     println!("{}", table(&rows));
+    let quarantine = &answer["quarantine"];
+    let number = |key: &str| quarantine[key].as_u64().unwrap_or(0);
+    if number("machines") > 0 || number("tries") > 0 {
+        let [machines, tries, healed] = ["machines", "tries", "healed"].map(number);
+        println!("\nin quarantine: {machines}; tries: {tries}; healed: {healed}");
+    }
 }
 
 /// Prints the state of a machine.

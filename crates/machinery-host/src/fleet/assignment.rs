@@ -6,6 +6,7 @@ use machinery::Error;
 
 use super::Machine;
 use super::availability::{Availability, NotHeld, TaskLock, Unavailable};
+use super::quarantine::{Quarantine, unix_now};
 use crate::events::Event;
 
 impl Machine {
@@ -13,9 +14,11 @@ impl Machine {
     pub fn restore_availability(&self, availability: Availability) {
         let mut status = self.lock_status();
         // The host may have disabled the machine since its start.
-        let Availability { disabled, unusable, .. } = std::mem::take(&mut status.availability);
+        let Availability { disabled, quarantine, unusable, .. } = std::mem::take(&mut status.availability);
         let disabled = availability.disabled.or(disabled);
-        status.availability = Availability { disabled, unusable, ..availability };
+        let saved = availability.quarantine.map(Quarantine::resumed);
+        let quarantine = saved.or(quarantine).filter(|_| disabled.is_none());
+        status.availability = Availability { disabled, quarantine, unusable, ..availability };
     }
 
     /// Locks the machine for a task. Returns whether the lock is new.
@@ -34,6 +37,7 @@ impl Machine {
             return Err(Unavailable { machine: self.name().to_owned(), wanted: "locked", reason });
         }
         status.availability.lock = Some(lock.clone());
+        status.availability.locked_since = Some(unix_now());
         self.events.send(Event::Locked { machine: self.name().to_owned(), task_id: lock.task_id.clone() });
         Ok(true)
     }
@@ -50,6 +54,7 @@ impl Machine {
             return Err(NotHeld::OfAnother { machine, holder: lock.task_id.clone() });
         }
         status.availability.lock = None;
+        status.availability.locked_since = None;
         self.notify_idle_work();
         self.events.send(Event::Unlocked { machine });
         Ok(())
@@ -92,17 +97,25 @@ impl Machine {
         self.lock_status().availability.lock.clone()
     }
 
-    /// Takes the machine out of the pool.
+    /// Takes the machine out of the pool until an operator enables it.
     pub fn disable(&self, reason: &str) {
         tracing::error!(machine = self.name(), reason, "machine disabled");
         let mut status = self.lock_status();
         status.availability.disabled = Some(reason.to_owned());
+        if status.availability.quarantine.take().is_some() {
+            // The worker waits for the next try.
+            self.notify_idle_work();
+        }
         self.events.send(Event::Disabled { machine: self.name().to_owned(), reason: reason.to_owned() });
     }
 
     /// Puts the machine back into the pool.
     pub fn enable(&self) {
-        if self.lock_status().availability.disabled.take().is_some() {
+        let mut status = self.lock_status();
+        // The operator who enables it has looked at the plugin.
+        status.plugin_faults = 0;
+        let was_disabled = status.availability.disabled.take().is_some();
+        if status.availability.quarantine.take().is_some() || was_disabled {
             tracing::info!(machine = self.name(), "machine enabled");
             self.notify_idle_work();
             self.events.send(Event::Enabled { machine: self.name().to_owned() });
@@ -126,9 +139,9 @@ impl Machine {
             None => tracing::info!(machine = self.name(), "machine can be used again"),
         }
         let before = std::mem::replace(&mut status.availability.unusable, unusable.clone());
-        // A machine that an operator or an error has disabled stays disabled, for the same reason as before.
-        if status.availability.disabled.is_some() {
-            return;
+        // A machine that an operator or an error has taken out of the pool stays out of it, for the same reason.
+        if status.availability.disabled.is_some() || status.availability.quarantine.is_some() {
+            return self.notify_idle_work();
         }
         let machine = self.name().to_owned();
         match unusable {

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::quarantine::Quarantine;
 use crate::client_file::{ClientFile, NamedFile, Owner, PassedFile};
 
 /// A task's lock on a machine.
@@ -64,12 +65,18 @@ pub struct Availability {
     /// The lock of the task that has the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock: Option<TaskLock>,
+    /// The time of the lock, in seconds since 1970, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub locked_since: Option<u64>,
     /// The task that the machine is reserved for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reserved_by: Option<String>,
     /// The reason why an operator or the host has disabled the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disabled: Option<String>,
+    /// The quarantine of a machine that a failure has taken out of the pool, and that the host tries again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quarantine: Option<Quarantine>,
     /// The reason why the plugin cannot use the machine at present. A new host determines this anew.
     #[serde(skip)]
     pub unusable: Option<String>,
@@ -130,12 +137,16 @@ pub enum NotHeld {
 impl Availability {
     /// Reports whether there is nothing to save.
     pub fn is_plain(&self) -> bool {
-        self.lock.is_none() && self.reserved_by.is_none() && self.disabled.is_none()
+        self.lock.is_none()
+            && self.reserved_by.is_none()
+            && self.disabled.is_none()
+            && self.quarantine.is_none()
     }
 
     /// Returns the reason why the machine is out of the pool, if it is.
     pub fn disabled_reason(&self) -> Option<&str> {
-        self.disabled.as_deref().or(self.unusable.as_deref())
+        let failed = self.quarantine.as_ref().map(|quarantine| quarantine.reason.as_str());
+        self.disabled.as_deref().or(failed).or(self.unusable.as_deref())
     }
 
     /// Returns the rank of the machine for this lock: 0 if the task has it, 1 if it is reserved, 2 otherwise.
@@ -173,13 +184,17 @@ mod tests {
             lock: Some(task_lock("a")),
             reserved_by: Some("b".into()),
             disabled: Some("broken".into()),
+            quarantine: Some(Quarantine::new("QEMU was killed")),
             unusable: Some("no snapshot".into()),
+            locked_since: None,
         };
         let why = |availability: &Availability| {
             availability.unavailable_reason("c").map(|reason| reason.to_string())
         };
         assert_eq!(why(&availability).unwrap(), "Machine is disabled. Reason: broken");
         availability.disabled = None;
+        assert_eq!(why(&availability).unwrap(), "Machine is disabled. Reason: QEMU was killed");
+        availability.quarantine = None;
         assert_eq!(why(&availability).unwrap(), "Machine is disabled. Reason: no snapshot");
         availability.unusable = None;
         assert_eq!(why(&availability).unwrap(), "Machine is reserved by b");
@@ -194,5 +209,13 @@ mod tests {
         let availability = Availability { reserved_by: Some("a".into()), ..Availability::default() };
         assert_eq!(availability.unavailable_reason("a"), None);
         assert_eq!(availability.unavailable_reason("b"), Some(Reason::Reserved("a".into())));
+    }
+
+    #[test]
+    fn availability_is_read_when_an_older_host_has_written_it() {
+        let old = r#"{"lock": {"task_id": "t"}, "disabled": "smells", "from the future": 1}"#;
+        let read: Availability = serde_json::from_str(old).unwrap();
+        assert_eq!((read.locked_since, &read.quarantine), (None, &None));
+        assert_eq!((read.lock.unwrap().task_id.as_str(), read.disabled.as_deref()), ("t", Some("smells")));
     }
 }

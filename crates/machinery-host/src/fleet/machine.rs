@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use machinery::{Error, MachineInfo, RestoreReadiness, State};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::Machinery;
 use super::availability::TaskLock;
@@ -119,6 +120,9 @@ impl Machine {
             // Before the event: a subscriber may ask for the errors at once.
             status.add_error(what.detail(reason).machine(self.name()).to_string());
         }
+        if !status.own_run && !matches!(state, State::Poweroff | State::Error | State::Stopping) {
+            status.leave_alone(self.name());
+        }
         self.record_state(status, state, reason);
     }
 
@@ -128,17 +132,39 @@ impl Machine {
         status.own_run = status.state != State::Poweroff;
     }
 
+    /// Marks the current run, if there is one, as adopted from an earlier host. Its age counts from now on.
+    pub fn set_adopted(&self) {
+        self.lock_status().adopt_run();
+    }
+
+    /// Returns the begin of the host's own run, unless the run is to end already.
+    pub fn own_run_to_end(&self) -> Option<Instant> {
+        let status = self.lock_status();
+        let goes_on = status.own_run && status.end_reason.is_none();
+        status.run_begin.filter(|_| goes_on).map(|begin| begin.instant)
+    }
+
+    /// Records that the host ends the present run for this reason. The events of its end have it.
+    pub fn end_run_for(&self, reason: String) {
+        let mut status = self.lock_status();
+        status.end_reason = Some(reason).filter(|_| status.own_run);
+    }
+
     /// Records the state, and sends the event if the state is new.
     fn record_state(&self, mut status: MutexGuard<'_, Status>, state: State, reason: &str) {
         if status.state == state {
             return;
         }
+        let reason = match &status.end_reason {
+            Some(own) if reason.is_empty() => own.clone(),
+            _ => reason.to_owned(),
+        };
         status.set_state(state);
         if state == State::Poweroff {
             self.notify_idle_work();
         }
         // Sent under the lock, so that subscribers receive the changes in their order.
-        self.events.send(Event::State { machine: self.name.clone(), state, reason: reason.to_owned() });
+        self.events.send(Event::State { machine: self.name.clone(), state, reason });
     }
 
     /// Wakes the worker to prepare the next restore, or to have a pending change applied, once no action

@@ -7,6 +7,8 @@
 //! | [`machine`] | one machine: its description, state and readiness |
 //! | [`assignment`] | locks, reservations, disabling: who may use a machine |
 //! | [`status`] | the part of a machine that changes |
+//! | [`quarantine`] | the rules by which a machine heals by itself |
+//! | [`healing`] | a machine's way into its quarantine and out of it |
 //! | [`availability`] | the rules by which a machine is available to a task |
 //! | [`pool`] | allocates machines to tasks |
 //! | [`state_file`] | the availability of all machines, on disk |
@@ -16,9 +18,11 @@
 pub mod assignment;
 pub mod availability;
 pub mod call;
+pub mod healing;
 pub mod machine;
 pub mod machinery;
 pub mod pool;
+pub mod quarantine;
 pub mod roster;
 pub mod services;
 pub mod state_file;

@@ -35,6 +35,18 @@ impl Fleet {
         *self.roster.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(roster);
     }
 
+    /// Holds the lock of the allocation of machines until `released` returns, as a deadlock would.
+    #[cfg(test)]
+    pub fn hold_allocation_lock(&self, released: impl FnOnce()) {
+        let _held = self.allocation_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        released();
+    }
+
+    /// Takes and releases the lock of the allocation of machines.
+    pub fn pass_allocation_lock(&self) {
+        drop(self.allocation_lock.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// Returns the machine of that name.
     pub fn find(&self, name: &str) -> Option<Arc<Machine>> {
         self.roster().find(name).cloned()

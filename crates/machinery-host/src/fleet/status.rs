@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use machinery::{GUEST_POWERED_OFF, RestoreReadiness, State};
+use tokio::time::Instant;
 
 use super::availability::Availability;
+use super::quarantine::unix_now;
 
 /// The number of errors that are kept for one machine.
 const MAX_ERRORS: usize = 20;
@@ -12,6 +14,15 @@ const MAX_ERRORS: usize = 20;
 const MAX_STEPS: usize = 50;
 /// The number of lost preparations after which the host prepares the machine no more before its next start.
 const MAX_LOST_PREPARATIONS: u32 = 3;
+
+/// The begin of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunBegin {
+    /// The time, in seconds since 1970.
+    pub unix: u64,
+    /// The same time, which no change of the clock affects.
+    pub instant: Instant,
+}
 
 /// The state of a machine, and the record of its actions.
 #[derive(Debug, Clone)]
@@ -39,6 +50,14 @@ pub struct Status {
     /// True if the host has started the current run. Only an operator ends a run that somebody else has
     /// started.
     pub own_run: bool,
+    /// The begin of the current run, if the host has seen it.
+    pub run_begin: Option<RunBegin>,
+    /// The reason for which the host ends the current run without a request.
+    pub end_reason: Option<String>,
+    /// True if the current run began with a client's successful start.
+    pub started_well: bool,
+    /// The number of plugin faults in a row.
+    pub plugin_faults: u32,
 }
 
 impl Status {
@@ -56,6 +75,10 @@ impl Status {
             change_pending: false,
             warnings: Vec::new(),
             own_run: false,
+            run_begin: None,
+            end_reason: None,
+            started_well: false,
+            plugin_faults: 0,
         }
     }
 
@@ -83,10 +106,41 @@ impl Status {
     pub fn set_state(&mut self, state: State) {
         self.state = state;
         match state {
-            State::Starting => self.lost_preparations = 0,
-            State::Poweroff => self.own_run = false,
+            State::Starting => {
+                self.lost_preparations = 0;
+                self.begin_run();
+            }
+            State::Poweroff => {
+                (self.own_run, self.started_well) = (false, false);
+                (self.run_begin, self.end_reason) = (None, None);
+            }
+            State::Running => self.begin_run(),
             _ => {}
         }
+    }
+
+    /// Makes the current run one that the host has started.
+    pub fn adopt_run(&mut self) {
+        if self.state != State::Poweroff {
+            (self.own_run, self.started_well) = (true, true);
+            self.begin_run();
+        }
+    }
+
+    /// Leaves a machine in quarantine alone, because somebody else has started it.
+    pub fn leave_alone(&mut self, machine: &str) {
+        let quarantine = self.availability.quarantine.as_mut();
+        if let Some(quarantine) = quarantine.filter(|quarantine| !quarantine.is_left_alone) {
+            tracing::warn!(
+                machine,
+                "somebody else has started it: not tried any more before `enable-machine`"
+            );
+            quarantine.is_left_alone = true;
+        }
+    }
+
+    fn begin_run(&mut self) {
+        self.run_begin.get_or_insert_with(|| RunBegin { unix: unix_now(), instant: Instant::now() });
     }
 
     /// Counts a lost preparation. Returns whether the host prepares the machine again before its next start.

@@ -31,6 +31,7 @@ use crate::actions::{Action, ActionResult};
 use crate::events::{Event, Events, ReloadSummary};
 use crate::fleet::availability::{NotHeld, TaskLock};
 use crate::fleet::pool::{AcquireError, MachineQuery};
+use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Fleet, Machine, Roster};
 use crate::plugin::call::CallResult;
@@ -137,7 +138,7 @@ impl Manager {
     /// by one client at a time.
     ///
     /// # Errors
-    /// The plugin failed. A plugin that does not return, or misbehaves, disables the machine.
+    /// The plugin failed. A plugin that does not return, or misbehaves, takes the machine out of the pool.
     pub async fn machine_state(&self, machine: &Arc<Machine>) -> Result<State, String> {
         let known = machine.status();
         let query = if known.busy { None } else { machine.start_state_query() };
@@ -148,18 +149,16 @@ impl Manager {
             let _query = query;
             machine.machinery.instance.state(machine.name(), deadline)
         });
-        let (error, disable) = match called.await {
+        let error = match called.await {
             CallResult::Returned(Ok(state)) => return Ok(state),
-            CallResult::Returned(Err(error)) => {
-                let disable = error.is_plugin_fault();
-                (error, disable)
-            }
-            CallResult::Abandoned(_) => (Error::timeout("it did not return from the plugin"), true),
+            CallResult::Returned(Err(error)) => error,
+            CallResult::Abandoned(_) => Error::misbehaved("it did not return from the plugin"),
         };
+        let kind = error.kind();
         let reason = error.action("querying the state").machine(machine.name()).to_string();
-        if disable {
+        if is_plugin_fault(kind) {
             machine.add_error(&reason);
-            context.disable(machine, &reason).await;
+            context.take_out(machine, kind, &reason).await;
         }
         Err(reason)
     }
@@ -277,6 +276,18 @@ impl Manager {
     /// Writes the state file again if the last write failed.
     pub async fn flush_pending(&self) {
         self.state.flush_pending().await;
+    }
+
+    /// Takes and releases each lock that a request needs. A host with a deadlock does not return.
+    pub fn pass_all_locks(&self) {
+        self.fleet.pass_allocation_lock();
+        self.state.pass_locks();
+        self.queues.pass_locks();
+        for machine in self.fleet.roster().machines() {
+            // Takes the lock of its status.
+            machine.status();
+            machine.info();
+        }
     }
 
     fn unsaved(&self, machine: Arc<Machine>) -> UnsavedChange {

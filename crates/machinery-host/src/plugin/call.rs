@@ -45,6 +45,13 @@ impl AbandonedCall {
     pub fn is_finished(&self) -> bool {
         self.0.is_finished()
     }
+
+    /// Waits until the call has ended.
+    pub async fn finished(&self) {
+        while !self.is_finished() {
+            self.0.ended().notified().await;
+        }
+    }
 }
 
 /// Calls `work` with `limit` as its deadline, and abandons the call two seconds later, or as soon as
@@ -158,12 +165,18 @@ impl<T> RunningCall<T> {
 
 trait Finish: Send + Sync {
     fn is_finished(&self) -> bool;
+    /// Returns what is notified at the end.
+    fn ended(&self) -> &Notify;
 }
 
 impl<T: Send> Finish for RunningCall<T> {
     /// Nobody takes the result of an abandoned call.
     fn is_finished(&self) -> bool {
         self.lock().is_some()
+    }
+
+    fn ended(&self) -> &Notify {
+        &self.notify
     }
 }
 
@@ -238,9 +251,9 @@ mod tests {
         };
         assert!(!call.is_finished());
         release.send(()).unwrap();
-        while !call.is_finished() {
-            tokio::task::yield_now().await;
-        }
+        call.finished().await;
+        assert!(call.is_finished());
+        call.finished().await;
     }
 
     #[test]

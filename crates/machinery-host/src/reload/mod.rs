@@ -127,7 +127,7 @@ impl Reloader {
         };
         let Applied { setups: old, abandoned } = &mut *applied;
         let summary = self.apply(abandoned, old, &setups, own).await?;
-        context.set(settings);
+        context.apply(settings, &self.fleet.roster()).await;
         applied.setups = setups;
         Ok(summary)
     }
@@ -182,7 +182,7 @@ impl Reloader {
         };
         let (reloaded, infos): (Vec<_>, Vec<_>) =
             answers.into_iter().map(|Answer { reloaded, infos }| (reloaded, infos)).unzip();
-        let next = roster::next(&roster, infos, self.queues.context().timeouts(), &self.events).await;
+        let next = roster::next(&roster, infos, &self.queues.context().settings(), &self.events).await;
         diagnose_all(&next, limit).await;
         let mut summary = if failed.is_none() { own } else { ReloadSummary::default() };
         for (machinery, Reloaded { changed, later }) in roster.machineries().iter().zip(reloaded) {
@@ -234,6 +234,7 @@ impl Reloader {
             machine.set_pending_change(deferred.contains(machine.name()));
             if changed.contains(machine.name()) {
                 machine.set_ready(&RestoreReadiness::default());
+                machine.restart_quarantine();
             }
             if !old.has(machine) {
                 summary.added.push(machine.name().to_owned());

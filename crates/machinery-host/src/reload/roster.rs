@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use machinery::MachineInfo;
 
-use crate::config::Timeouts;
+use crate::actions::context::ActionSettings;
 use crate::events::Events;
 use crate::fleet::{Machine, Machinery, Roster};
 use crate::load;
@@ -14,7 +14,7 @@ use crate::load;
 pub async fn next(
     old: &Roster,
     answers: Vec<Vec<MachineInfo>>,
-    timeouts: Timeouts,
+    settings: &ActionSettings,
     events: &Events,
 ) -> Roster {
     let mut machines = Vec::new();
@@ -22,7 +22,7 @@ pub async fn next(
         let known =
             |info: &MachineInfo| old.find(&info.name).filter(|machine| is_of(machinery, machine)).cloned();
         let added = infos.iter().filter(|info| known(info).is_none()).cloned().collect();
-        let mut added = new_machines(machinery, added, timeouts, events).await.into_iter();
+        let mut added = new_machines(machinery, added, settings, events).await.into_iter();
         for info in infos {
             match known(&info) {
                 Some(machine) => {
@@ -54,12 +54,13 @@ fn is_of(machinery: &Arc<Machinery>, machine: &Machine) -> bool {
 async fn new_machines(
     machinery: &Arc<Machinery>,
     infos: Vec<MachineInfo>,
-    timeouts: Timeouts,
+    settings: &ActionSettings,
     events: &Events,
 ) -> Vec<Arc<Machine>> {
     let (machinery, events) = (Arc::clone(machinery), events.clone());
+    let (timeouts, heal) = (settings.timeouts, settings.heal);
     let made = tokio::task::spawn_blocking(move || {
-        load::machines(&machinery, infos, timeouts.state, timeouts.reload, &events)
+        load::machines(&machinery, infos, timeouts.state, timeouts.reload, heal, &events)
     });
     made.await.unwrap_or_else(|error| {
         tracing::error!(%error, "new machines are left out: this is a bug of the host");

@@ -87,26 +87,34 @@ impl Dispatcher {
                 let slot = self.outbox.large_slot(MACHINE + roster.machines().len() * 1024).await;
                 slot.fill(reply::list(&roster), id.as_ref());
             }
-            Request::Version => {
-                let version = reply::version(&self.manager.roster(), self.manager.started());
-                self.outbox.reply(version, id).await;
-            }
-            Request::Metrics => self.outbox.reply(reply::metrics(self.manager.metrics()), id).await,
+            Request::Version => self.version(id).await,
+            Request::Metrics => self.metrics(id).await,
             Request::Subscribe => self.subscribe(id).await,
             Request::ShutdownAll => {
                 let manager = Arc::clone(&self.manager);
                 let stopped = async move { reply::result(manager.shutdown_all().await) };
                 self.outbox.reply_later(id, stopped).await;
             }
-            Request::Upgrade => {
-                self.outbox.reply(reply::success(), id).await;
-                self.manager.replace();
-            }
+            Request::Upgrade => self.upgrade(id).await,
             Request::SetEnabled(enabled) => {
                 self.manager.set_enabled(enabled);
                 self.outbox.reply(reply::success(), id).await;
             }
         }
+    }
+
+    async fn upgrade(&self, id: Id) {
+        self.outbox.reply(reply::success(), id).await;
+        self.manager.replace();
+    }
+
+    async fn version(&self, id: Id) {
+        let version = reply::version(&self.manager.roster(), self.manager.started());
+        self.outbox.reply(version, id).await;
+    }
+
+    async fn metrics(&self, id: Id) {
+        self.outbox.reply(reply::metrics(self.manager.metrics(), &self.manager.roster()), id).await;
     }
 
     async fn state(&self, machine: Arc<Machine>, id: Id) {

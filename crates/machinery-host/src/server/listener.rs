@@ -66,6 +66,14 @@ pub fn of(inherited: std::os::unix::net::UnixListener, path: &Path) -> Result<Un
     UnixListener::from_std(inherited).map_err(failed)
 }
 
+/// Returns the socket for the program that this process executes next.
+///
+/// # Errors
+/// The socket cannot be used.
+pub fn kept(listener: UnixListener, path: &Path) -> Result<std::os::unix::net::UnixListener> {
+    listener.into_std().map_err(|error| Error::io("keep the socket", path, &error))
+}
+
 /// Binds the manager's socket, for those peers alone. The socket listens before its name appears.
 ///
 /// # Errors

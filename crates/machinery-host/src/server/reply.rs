@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::actions::metrics::Metrics;
 use crate::events::{Event, ReloadSummary};
+use crate::fleet::quarantine::Quarantine;
 use crate::fleet::{Machine, Roster};
 
 /// New words and the old ones that clients may still read.
@@ -113,15 +114,28 @@ pub fn version(roster: &Roster, started: u128) -> Value {
 }
 
 /// The reply to `metrics`.
-pub fn metrics(metrics: &Metrics) -> Value {
+pub fn metrics(metrics: &Metrics, roster: &Roster) -> Value {
     let entries: Vec<Value> = match metrics.to_json() {
         Value::Array(entries) => entries.into_iter().map(with_old_words).collect(),
         _ => Vec::new(),
     };
-    json!({"success": true, "metrics": entries})
+    let in_quarantine = |machine: &&Arc<Machine>| machine.status().availability.quarantine.is_some();
+    let machines = roster.machines().iter().filter(in_quarantine).count();
+    let (tries, healed) = metrics.tries_and_healed();
+    let quarantine = json!({"machines": machines, "tries": tries, "healed": healed});
+    json!({"success": true, "metrics": entries, "quarantine": quarantine})
 }
 
-/// A machine: the keys that Cuckoo3's `Machine.from_dict` reads, and `ready`, `change_pending` and `warnings`.
+fn quarantine(quarantine: &Quarantine) -> Value {
+    json!({
+        "reason": quarantine.reason,
+        "tries": quarantine.tries,
+        "next_try_in": (!quarantine.is_left_alone).then(|| quarantine.next_try_in()),
+        "since": quarantine.since,
+    })
+}
+
+/// A machine: the keys that Cuckoo3's `Machine.from_dict` reads, and our own.
 fn machine(machine: &Machine) -> Value {
     let info = machine.info();
     let status = machine.status();
@@ -144,10 +158,13 @@ fn machine(machine: &Machine) -> Value {
         "state": status.state,
         "locked": availability.lock.is_some(),
         "locked_by": availability.lock.as_ref().map_or("", |lock| &lock.task_id),
+        "locked_since": availability.locked_since,
+        "running_since": status.run_begin.map(|begin| begin.unix),
         "reserved": availability.reserved_by.is_some(),
         "reserved_by": availability.reserved_by.as_deref().unwrap_or(""),
         "disabled": disabled.is_some(),
         "disabled_reason": disabled.unwrap_or(""),
+        "quarantine": availability.quarantine.as_ref().map(quarantine),
         "errors": status.errors,
         "ready": with_old_words(json!(status.ready)),
         "change_pending": status.change_pending,

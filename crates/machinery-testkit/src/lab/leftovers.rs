@@ -61,7 +61,7 @@ pub fn collect_files(folder: &Path, left: &mut Vec<String>) -> Result<()> {
         let is_disk = is_overlay(&name);
         let is_socket = name.starts_with("qemu_") && name.ends_with(".sock");
         let is_record = [".starting", ".standby", ".run"].iter().any(|kind| name.ends_with(kind));
-        let is_socket = is_socket || is_record && folder.ends_with("machinery-host/qemu");
+        let is_socket = is_socket || is_record && folder.ends_with("machinery-host/qemu/state");
         if name.starts_with(".unfinished-") || !is_folder && (is_disk || is_socket) {
             left.push(entry.path().display().to_string());
         }

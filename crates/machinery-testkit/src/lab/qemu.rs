@@ -41,6 +41,8 @@ pub struct Lab {
 struct HostSettings {
     /// The jail of all machines: the strictest that this computer allows, unless a test changes it.
     jail: &'static str,
+    /// The key `heal`. Off, unless a test is about that: a machine that has failed is left as it is.
+    heal: &'static str,
     /// Keys of the host, and keys of the machinery.
     keys: (String, String),
     /// The machines whose unsafe arguments are accepted.
@@ -51,7 +53,7 @@ impl Default for HostSettings {
     fn default() -> Self {
         let strict = Support::of_this_host().missing_in_b().is_none();
         let jail = if strict { "strict" } else { "auto" };
-        HostSettings { jail, keys: Default::default(), unsafe_args: BTreeSet::new() }
+        HostSettings { jail, heal: "off", keys: Default::default(), unsafe_args: BTreeSet::new() }
     }
 }
 
@@ -65,7 +67,10 @@ impl HostSettings {
         };
         // A test does not depend on the free space of its computer, unless it is about that.
         let reserve = if host.contains("free_space_reserve") { "" } else { "free_space_reserve: 0\n" };
-        format!("{reserve}{host}\nmachineries: {{qemu: {{jail: {}, {qemu}{machines}}}}}\n", self.jail)
+        format!(
+            "heal: {}\n{reserve}{host}\nmachineries: {{qemu: {{jail: {}, {qemu}{machines}}}}}\n",
+            self.heal, self.jail
+        )
     }
 }
 
@@ -257,6 +262,11 @@ impl Lab {
     /// Changes the jail of all machines, now and in each later `machinery-host.yaml`: `auto`, `strict`, or `off`.
     pub fn set_jail(&self, mode: &'static str) -> Result<()> {
         self.write_settings(|settings| settings.jail = mode)
+    }
+
+    /// Has machines heal by themselves, now and in each later `machinery-host.yaml`.
+    pub fn heal(&self) -> Result<()> {
+        self.write_settings(|settings| settings.heal = "auto")
     }
 
     /// Returns the running QEMU of that machine.

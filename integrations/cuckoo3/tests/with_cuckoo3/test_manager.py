@@ -224,6 +224,32 @@ class Manager(ManagerTest):
         self.assertEqual([name for name, _ in self.disabled], ["lin_2"])
         self.assertIn(self.disabled[0][1], caught.exception.reason)
 
+    def test_machine_is_disabled_in_quarantine_and_available_when_it_has_healed(self):
+        manager = self.start()
+        lin = manager.machines.get_by_name("lin_2")
+        with self.assertRaises(Refused):
+            self.request("restore_start", machine="lin_2")
+        manager.recorder.wait_for("quarantined", machine="lin_2")
+        self.assertTrue(lin.disabled)
+        self.assertIsNone(manager.machines.acquire_available(TASK, "lin_2"))
+        manager.recorder.wait_for("healed", machine="lin_2")
+        self.assertEqual((lin.available, lin.disabled, lin.disable_reason, lin.state), (True, False, "", "poweroff"))
+        self.assertIs(manager.machines.acquire_available(TASK, "lin_2"), lin)
+        self.assertEqual([name for name, _ in self.disabled], ["lin_2"])
+
+    def test_quarantine_is_mirrored_when_the_host_is_killed(self):
+        write_machines(self.cwd, {**MACHINES, "lin_2": {"faults": "{restore_start: fail}"}})
+        manager = self.start()
+        with self.assertRaises(Refused):
+            self.request("restore_start", machine="lin_2")
+        manager.recorder.wait_for("quarantined", machine="lin_2")
+        write_machines(self.cwd, {**MACHINES, "lin_2": {}})
+        self.kill_host(manager)
+        manager.recorder.wait_for("attached")
+        self.assertTrue(manager.machines.get_by_name("lin_2").disabled)
+        manager.recorder.wait_for("healed", machine="lin_2")
+        self.assertFalse(manager.machines.get_by_name("lin_2").disabled)
+
     def test_disabled_machine_is_mirrored_when_there_is_no_node(self):
         self.nodectx.node = None
         manager = self.start()

@@ -71,7 +71,7 @@ impl Machine {
         let domain = self.mark_run(connect)?;
         self.ensure_no_reset()?;
         domain::ensure_running(&domain)?;
-        self.marker.resumed();
+        self.marker.set_resumed(&domain);
         self.lock().host_knows_running = true;
         Ok(())
     }

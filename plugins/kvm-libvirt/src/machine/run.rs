@@ -31,12 +31,10 @@ impl Machine {
     /// # Errors
     /// As [`find`](Machine::find); the run has ended.
     pub(super) fn adopt_run(&self, connect: &Connect) -> Result<bool> {
-        let resumed = self.marker.is_resumed();
-        let Some(domain) = self.find(connect)?.filter(|_| resumed) else {
+        let Some((domain, id)) = self.find(connect)?.zip(self.marker.resumed_id()) else {
             return self.end_leftover_run(connect).map(|()| false);
         };
-        let is_on = domain.is_active().map_err(|error| explain("report the domain's state", &error))?;
-        if !is_on || !self.marker.matches(&domain)? {
+        if domain.id() != Some(id) || !self.marker.matches(&domain)? {
             self.end_leftover_run(connect)?;
             return Err(Error::failed("its domain has ended while no host watched it"));
         }

@@ -109,7 +109,7 @@ impl Machine {
             self.lock().has_run = false;
             return self.log_unused(&error);
         }
-        self.marker.resumed();
+        self.marker.set_resumed(&domain);
         self.lock().host_knows_running = true;
         if cancellation.is_cancelled() {
             self.end_failed_start(&domain);

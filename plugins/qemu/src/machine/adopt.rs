@@ -17,14 +17,17 @@ use machinery::{Deadline, Error, Result, State};
 use machinery_backend::process::Process;
 use machinery_backend::{Backend, Operation, Overlays};
 use qapi::qmp;
+use serde::Deserialize;
+use serde_json::Value;
 
 use super::base::Machine;
 use super::state::{MachineOperation, finish};
 use crate::console::kind_of;
 use crate::launch::{QEMU, reconnect};
-use crate::run::record::{Progress, Record, StandbyRecord};
+use crate::run::record::{Progress, Record};
+use crate::run::start_error::Stage;
 use crate::run::{Parts, Run};
-use crate::standby::Standby;
+use crate::standby::{Standby, StandbyRecord};
 use crate::states::state_of_status;
 
 /// The time that a QEMU has to answer a new host. A busy one answers after its work at hand.
@@ -79,7 +82,11 @@ impl Machine {
             cgroup: self.jail.cgroup().cloned(),
             record: self.record.clone(),
         };
-        Run::adopt(process, stream, parts, &self.shared.host, deadline)
+        let run = Run::adopt(process, stream, parts, &self.shared.host)?;
+        match run.negotiate(deadline) {
+            Ok(()) => Ok(run),
+            Err(error) => Err(run.fail_start(error, Stage::Run).error),
+        }
     }
 
     /// Makes the run that of the machine, or its standby; returns whether its guest was resumed.
@@ -116,15 +123,17 @@ impl Machine {
     ///
     /// # Errors
     /// It is stale, or there is no memory for it.
-    fn standby_of(&self, run: Arc<Run>, record: Option<StandbyRecord>) -> Result<Standby> {
-        let record = record.ok_or_else(|| Error::failed("its record does not have its origin"))?;
+    fn standby_of(&self, run: Arc<Run>, record: Value) -> Result<Standby> {
+        let origin = StandbyRecord::deserialize(&record);
+        let StandbyRecord { identity: then, ram, memory } =
+            origin.map_err(|error| Error::failed(format!("its record does not have its origin: {error}")))?;
         let identity = self.identity()?;
         if let Some(template) = self.template(&identity) {
             self.readiness.set_instant(template.disk);
         }
-        let share = self.shared.budget.take(record.memory).map_err(Error::environment)?;
-        run.set_standby(self.readiness.without_standby(), share, record.clone());
-        let standby = Standby::new(run, record.identity, record.ram, record.memory);
+        let share = self.shared.budget.take(memory).map_err(Error::environment)?;
+        run.set_standby(self.readiness.without_standby(), share, record);
+        let standby = Standby::new(run, then, ram, memory);
         match standby.stale_reason(&identity) {
             None => Ok(standby),
             Some(why) => {

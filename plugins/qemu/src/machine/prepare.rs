@@ -10,6 +10,7 @@
 
 use machinery::{Deadline, Error, RestoreReadiness, Result};
 use machinery_backend::{Operation, Share, Standby as StandbyMode};
+use serde_json::json;
 
 use super::base::Machine;
 use super::start::INSTANT_TIMEOUT;
@@ -17,10 +18,9 @@ use super::state::{MachineOperation, finish};
 use crate::peers::Rival;
 use crate::prepare::{Build, Identity, Template};
 use crate::restore::Load;
-use crate::run::record::StandbyRecord;
 use crate::run::start_error::StartError;
 use crate::snapshot::Format;
-use crate::standby::Standby;
+use crate::standby::{Standby, StandbyRecord};
 
 /// The memory that a standby with a template holds while it is idle, in bytes, whatever the size of its RAM.
 /// Measured with QEMU 7.2 and 10.0. The real value is measured once the standby exists.
@@ -140,11 +140,12 @@ impl Preparation<'_> {
             share.set_actual(bytes);
         }
         let memory = share.bytes();
-        let record = StandbyRecord { identity: identity.clone(), ram: ram.clone(), memory };
-        run.set_standby(machine.readiness.without_standby(), share, record);
+        let record = StandbyRecord { identity, ram, memory };
+        run.set_standby(machine.readiness.without_standby(), share, json!(record));
         if run.has_ended() {
             return Err(Error::failed("QEMU ended as soon as the standby was loaded").into());
         }
+        let StandbyRecord { identity, ram, memory } = record;
         Ok(Standby::new(run, identity, ram, memory))
     }
 

@@ -94,9 +94,9 @@ impl Machine {
             incoming: !matches!(load, Load::Nothing),
             sockets: files_of(Resource::socket).collect(),
             confinement,
-            record: self.record.clone(),
         };
-        let begun = Run::begin(start, purpose, steps, &self.shared.host, deadline.within(LAUNCH_TIMEOUT));
+        let (record, limit) = (self.record.clone(), deadline.within(LAUNCH_TIMEOUT));
+        let begun = Run::begin(start, record, purpose, steps, &self.shared.host, limit);
         let run = begun.map_err(|error| self.advise_reload(error))?;
         end_when_cancelled(operation, &run);
         let loaded = run.load(load, deadline).map_err(|error| self.advise_reload(error));

@@ -16,11 +16,9 @@ use std::path::{Path, PathBuf};
 use machinery::Result;
 use machinery_backend::files;
 use machinery_backend::process::ProcessIdentity;
-use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::Parts;
-use crate::prepare::Identity;
 use crate::version::Version;
 
 /// The format of the file. A host does not adopt a run of another format.
@@ -38,17 +36,8 @@ pub struct Record {
     pub writes: Vec<PathBuf>,
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
-    /// The origin of a standby.
-    pub standby: Option<StandbyRecord>,
-}
-
-/// The origin of a standby: its machine and its template when it was loaded.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct StandbyRecord {
-    pub identity: Identity,
-    pub ram: Option<FileId>,
-    /// The memory that the standby holds, in bytes.
-    pub memory: u64,
+    /// The origin of a standby; null of every other run.
+    pub standby: Value,
 }
 
 /// The progress of a run.
@@ -78,9 +67,9 @@ impl RecordFile {
     }
 
     /// Records that the run is a standby.
-    pub fn set_standby(&self, standby: StandbyRecord) {
+    pub fn set_standby(&self, standby: Value) {
         let Some(record) = read(&self.path(Progress::Starting)) else { return };
-        let record = Record { standby: Some(standby), ..record };
+        let record = Record { standby, ..record };
         self.written(files::replace_json(&self.path(Progress::Starting), &record));
         self.rename(Progress::Starting, Progress::Standby);
     }
@@ -129,17 +118,15 @@ impl RecordFile {
 }
 
 impl Record {
-    /// Returns the record of a run of that process.
-    pub fn new(process: ProcessIdentity, parts: &Parts) -> Record {
-        Record {
-            format: FORMAT,
-            process,
-            version: parts.version,
-            overlays: parts.overlays.paths().into_iter().map(PathBuf::from).collect(),
-            writes: parts.writes.clone(),
-            sockets: parts.sockets.clone(),
-            standby: None,
-        }
+    /// Returns the record of a run that begins.
+    pub fn new(
+        process: ProcessIdentity,
+        version: Version,
+        overlays: Vec<PathBuf>,
+        writes: Vec<PathBuf>,
+        sockets: Vec<PathBuf>,
+    ) -> Record {
+        Record { format: FORMAT, process, version, overlays, writes, sockets, standby: Value::Null }
     }
 }
 

@@ -1,0 +1,55 @@
+//! Tries a machine in quarantine: a full restore and a stop.
+//!
+//! A try is idle work of the machine's worker, and no client can request it. A request that arrives meanwhile waits,
+//! as behind any action.
+
+use std::future::pending;
+
+use machinery::{Error, ErrorKind, State};
+use tokio::time::sleep_until;
+
+use super::Action;
+use super::executor::ActionExecutor;
+use super::failure::{Failure, refused};
+
+impl ActionExecutor {
+    /// Waits until the machine is to be tried, if it is in quarantine and nobody needs it.
+    pub async fn try_due(&self) {
+        let Some(at) = self.machine.next_try() else { return pending().await };
+        // A machine whose plugin is still busy with it cannot be tried.
+        self.calls.abandoned_call_ended().await;
+        sleep_until(at).await;
+    }
+
+    /// Restores and stops the machine.
+    pub(super) async fn heal(&mut self) -> Result<(), Failure> {
+        let state = self.calls.query_state().await?;
+        if state != State::Poweroff && !self.machine.status().own_run {
+            self.machine.set_answered(state, self.machine.status().reports);
+            self.machine.leave_alone();
+            return Err(refused(Error::not_now("the machine runs, and the host has not started it")));
+        }
+        self.start(&Action::RestoreStart).await?;
+        Ok(self.stop().await?)
+    }
+
+    /// Puts the machine back into the pool after a try that has worked.
+    pub(super) async fn record_healed(&self) {
+        self.context.metrics.count_try(true);
+        if self.machine.try_succeeded().is_some() {
+            self.context.save_pool(&self.machine).await;
+        }
+    }
+
+    /// Records a try that has failed, and when the next one is.
+    pub(super) async fn record_failed_try(&self, kind: ErrorKind, counts: bool, reason: &str) {
+        if !counts && kind != ErrorKind::NotNow {
+            // Nothing was tried, because the host ends, or the plugin cannot use the machine now.
+            tracing::info!(machine = self.machine.name(), reason, "not tried");
+            return self.machine.postpone_try();
+        }
+        self.context.metrics.count_try(false);
+        self.machine.try_failed(kind, reason, self.context.settings().heal);
+        self.context.save_pool(&self.machine).await;
+    }
+}

@@ -1,0 +1,66 @@
+//! The end of a host: of its plugins, and of its process, which may execute a newer program.
+
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use machinery::Error;
+use tokio::task::JoinSet;
+
+use crate::actions::Ending;
+use crate::fleet::Machinery;
+use crate::manager::Manager;
+use crate::plugin::call::{self, CallResult};
+use crate::server::listener;
+
+/// The time that clients have to read their last replies when the host ends.
+const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Waits for last replies, and shuts the plugins down, or has them hand over.
+pub async fn drain(manager: &Manager, ending: Ending, mut connections: JoinSet<()>) {
+    manager.ended().send_replace(true);
+    let last_replies = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(LAST_REPLIES_TIMEOUT, last_replies).await.is_err() {
+        tracing::warn!("some clients do not read their last replies");
+    }
+    let limit = manager.queues().context().timeouts().shutdown;
+    for machinery in manager.roster().machineries() {
+        let hands_over = ending == Ending::HandOver && machinery.adopts();
+        end_plugin(machinery, hands_over, limit).await;
+    }
+}
+
+async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duration) {
+    let (name, what) = (&machinery.name, if hands_over { "hand_over" } else { "shutdown" });
+    let called = machinery.call(what, limit, move |machinery, deadline| match hands_over {
+        true => machinery.instance.hand_over(deadline),
+        false => machinery.instance.shutdown(deadline),
+    });
+    let error = match called.await {
+        CallResult::Returned(Ok(())) => return,
+        CallResult::Returned(Err(error)) => error,
+        CallResult::Abandoned(_) => call::timed_out(what, limit),
+    };
+    tracing::error!(machinery = name, %error, "{what} failed");
+}
+
+/// Executes the host's program, which may be a newer one, with the same arguments and the same socket. Returns only if that
+/// fails.
+pub fn execute_again(program: &Path, listener: UnixListener) -> Error {
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::failed(format!("cannot execute {}: {error}", program.display()))
+            .advice("Start the host again: it adopts the runs")
+    };
+    let mut command = machinery::command(program);
+    command.args(std::env::args_os().skip(1));
+    // The protocol of sd_listen_fds(3). The process keeps its number.
+    command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
+    let mapping = FdMapping { parent_fd: listener.into(), child_fd: listener::FIRST_INHERITED };
+    match command.fd_mappings(vec![mapping]) {
+        Ok(command) => failed(&command.exec()),
+        Err(error) => failed(&error),
+    }
+}

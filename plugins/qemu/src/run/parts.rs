@@ -1,0 +1,38 @@
+//! The parts of a run, and its purpose.
+
+use std::path::PathBuf;
+
+use machinery::RestoreReadiness;
+use machinery_backend::jail::Cgroup;
+use machinery_backend::{Overlays, Share};
+
+use super::record::RecordFile;
+use crate::version::Version;
+
+/// The parts of a run, beside its process.
+pub struct Parts {
+    pub machine: String,
+    pub version: Version,
+    pub overlays: Overlays,
+    /// The files that QEMU writes, the overlays among them.
+    pub writes: Vec<PathBuf>,
+    /// The sockets that are removed with the run.
+    pub sockets: Vec<PathBuf>,
+    pub cgroup: Option<Cgroup>,
+    pub record: RecordFile,
+}
+
+/// The purpose of a run.
+pub enum Purpose {
+    /// The guest is resumed at once.
+    Run,
+    /// The run builds a template, or loads a standby.
+    Preparation,
+    /// A later restore resumes the guest.
+    Standby {
+        /// The machine's readiness without this standby.
+        without: RestoreReadiness,
+        /// The standby's share of the memory budget.
+        share: Option<Share>,
+    },
+}
