@@ -135,8 +135,8 @@ fn death_is_checked_when_a_command_kills_a_machine() {
     let mortal = CONFIG.replacen("os_version: 12", "os_version: 12, mortal: true", 1);
     fs::write(folder.path().join("nonconforming.yaml"), mortal).unwrap();
     let plugin = artifacts::plugin("nonconforming").unwrap();
-    // The configuration kills it.
-    let ran = run_with(folder.path(), &plugin, &["--only", "death", "--kill", "true"]);
+    let kill = format!(": > {STATE}/$MACHINERY_MACHINE.run");
+    let ran = run_with(folder.path(), &plugin, &["--only", "death", "--kill", &kill]);
     assert_eq!(ran.stdout, "pass  death\n\n1 passed, 0 failed, 0 skipped\n");
 }
 

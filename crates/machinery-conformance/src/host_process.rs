@@ -23,7 +23,7 @@ use tempfile::NamedTempFile;
 
 use crate::processes::{self, Process};
 use crate::recorder::NullHost;
-use crate::report::{CheckFailure, Result, failed};
+use crate::report::{CheckFailure, Result, demand, failed};
 use crate::resources::Resources;
 use crate::spec::Program;
 
@@ -32,6 +32,8 @@ pub const HOST_PROCESS: &[&str] = &["conformance", "--host-process"];
 
 /// The mark of a reply. The plugin may print other lines.
 const REPLY: &str = "machinery-host-process: ";
+/// The order to hand over. Without it, the process ends with the suite, and ends its runs.
+const HAND_OVER: &[u8] = b"hand over";
 /// Runs before the first count: they create what the plugin keeps.
 const FIRST_RUNS: usize = 2;
 /// The time that the plugin has to free the resources of its last run.
@@ -52,10 +54,19 @@ pub struct Request {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Job {
-    /// Restores the machine and prepares another one, then waits.
-    Run { prepare: Option<String> },
+    /// Starts the machine and prepares another one, then waits.
+    Run { start: Start, prepare: Option<String> },
     /// Makes runs of the machine, and counts the resources before and after.
     CountResources { rounds: usize },
+}
+
+/// The call that starts the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Start {
+    /// `restore_start`.
+    Restored,
+    /// `norestore_start`.
+    Cold,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -63,6 +74,7 @@ pub enum Reply {
     /// A call has returned, and the job goes on.
     Alive,
     Running,
+    HandedOver,
     /// The resources that grew.
     Counted(Vec<String>),
     Failed(String),
@@ -125,6 +137,17 @@ impl HostProcess {
         }
     }
 
+    /// Has the process hand over, and waits for its end.
+    pub fn hand_over(&mut self) -> Result {
+        let ordered = self.child.stdin.take().map_or(Ok(()), |mut input| input.write_all(HAND_OVER));
+        ordered.map_err(|error| failed("ordering the host to hand over", &error))?;
+        let reply = self.wait()?;
+        demand!(matches!(reply, Reply::HandedOver), "the host process has not handed over: {reply:?}");
+        let ended = self.child.wait().map_err(|error| failed("waiting for the host", &error))?;
+        demand!(ended.success(), "the host of the plugin ended with {ended} after hand_over");
+        Ok(())
+    }
+
     /// Kills the process with SIGKILL. Returns the processes that it had started.
     pub fn kill(&mut self) -> Result<Vec<Process>> {
         let started = processes::descendants(self.child.id());
@@ -170,18 +193,22 @@ fn work(request: &Request) -> machinery::Result<()> {
     let host = Host { request, instance: plugin.load(&request.setup, Arc::new(NullHost))? };
     send(&Reply::Alive);
     match &request.job {
-        Job::Run { prepare } => {
-            if let Some(other) = prepare {
-                host.call(|instance, deadline| instance.prepare(other, deadline))?;
-            }
-            host.call(|instance, deadline| instance.restore_start(&request.machine, deadline))?;
+        Job::Run { start, prepare } => {
+            host.run(*start, prepare.as_deref())?;
             send(&Reply::Running);
         }
         Job::CountResources { rounds } => send(&Reply::Counted(host.count_resources(*rounds)?)),
     }
     // The end of the input is the end of the suite, which then does not kill this process.
-    let _ = io::stdin().read_to_end(&mut Vec::new());
-    host.call(Instance::shutdown)
+    let mut order = Vec::new();
+    let _ = io::stdin().read_to_end(&mut order);
+    if order != HAND_OVER {
+        return host.call(Instance::shutdown);
+    }
+    host.call(Instance::hand_over)?;
+    drop(host);
+    send(&Reply::HandedOver);
+    Ok(())
 }
 
 /// The plugin in the host process.
@@ -198,6 +225,18 @@ impl Host<'_> {
         let result = call(&self.instance, Deadline::after(self.request.timeout));
         send(&Reply::Alive);
         result
+    }
+
+    /// Prepares the other machine, and starts that of the request.
+    fn run(&self, start: Start, prepare: Option<&str>) -> machinery::Result<()> {
+        if let Some(other) = prepare {
+            self.call(|instance, deadline| instance.prepare(other, deadline))?;
+        }
+        let machine = &self.request.machine;
+        self.call(|instance, deadline| match start {
+            Start::Restored => instance.restore_start(machine, deadline),
+            Start::Cold => instance.norestore_start(machine, deadline),
+        })
     }
 
     fn count_resources(&self, rounds: usize) -> machinery::Result<Vec<String>> {

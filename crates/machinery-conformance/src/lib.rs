@@ -40,8 +40,8 @@
 //! `cuckoo-machinery conformance FILE --config YAML` checks a built plugin without any tests. It runs each
 //! requirement in a process of its own.
 //!
-//! Two requirements need a host in a process of its own. `killed_host` kills it during a run, and `no_leaks` counts its
-//! resources. The process is the test program itself, or another [program](BackendSpec::host_program).
+//! Three requirements need a host in a process of its own. `no_leaks` counts its resources. `killed_host` kills it during
+//! a run, and so does `adoption`, which also has it hand over. The process is the test program itself, or another [program](BackendSpec::host_program).
 //!
 //! If the environment has `MACHINERY_KEEP=1`, the scratch folder of a failed check is kept, and the failure names it.
 //!

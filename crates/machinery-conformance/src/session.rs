@@ -35,8 +35,13 @@ pub struct Session<'a> {
 impl<'a> Session<'a> {
     /// Loads the machinery. Files of the session go into the folder.
     pub fn load(plugin: &'a PluginUnderTest<'a>, folder: &'a Path) -> Result<Self> {
+        Session::load_with(plugin, plugin.setup, folder)
+    }
+
+    /// Loads the machinery with that setup.
+    pub fn load_with(plugin: &'a PluginUnderTest<'a>, setup: &Setup, folder: &'a Path) -> Result<Self> {
         let first_event = plugin.recorder.position();
-        let instance = plugin.load(plugin.setup)?.expect_success("load")?;
+        let instance = plugin.load(setup)?.expect_success("load")?;
         Ok(Session {
             plugin,
             instance: Mutex::new(Some(Arc::new(instance))),
@@ -77,6 +82,11 @@ impl<'a> Session<'a> {
 
     pub fn machines(&self) -> impl Iterator<Item = &str> {
         self.machines.iter().map(String::as_str)
+    }
+
+    /// Returns all machines that the plugin lists.
+    pub fn listed(&self) -> &[String] {
+        &self.listed
     }
 
     /// Returns the folder for files of the session.
@@ -228,6 +238,11 @@ impl<'a> Session<'a> {
     pub fn restore(&self, machine: &str) -> Result {
         self.succeeds(&Call::RestoreStart, machine)?;
         self.has_state(machine, State::Running)?;
+        self.is_restored(machine)
+    }
+
+    /// Demands that the running machine runs from its snapshot, if the spec has counts.
+    pub fn is_restored(&self, machine: &str) -> Result {
         if let Some(RunCounts { restored, read }) = &self.spec().counts {
             let count = self.count(machine, read)?;
             demand!(

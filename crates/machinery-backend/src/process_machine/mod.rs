@@ -10,6 +10,9 @@
 //! The author describes the process by [`GuestProcess`]. The process is forgotten in one place only: in `on_end`, when it is
 //! reaped and its folder is removed. Each action that ends a process waits for that, so that nothing is left when an action
 //! has failed. The reason of a failure has the last lines of the process.
+//!
+//! The next load ends a process that a killed host has left: it is not adopted, because the pipes of its console have ended
+//! with that host.
 
 mod slot;
 

@@ -1,6 +1,7 @@
 //! The requirements, by name and in the order in which they are checked. Simple ones come first, so that the first
 //! failure shows the cause.
 
+mod adoption;
 mod files;
 mod identity;
 mod life;
@@ -63,6 +64,7 @@ table! {
     trouble::diagnose "`diagnose` never reports a working machine as unusable, whether it runs or not.";
     own_host::no_leaks "Runs leave no process, thread, descriptor or file." since 1.1;
     own_host::killed_host "`load` removes all leftovers of a host that was killed during a run." since 1.1;
+    adoption::adoption "`adopt` continues the run that an earlier host has left, and returns an error if it was lost." since 1.1;
     life::shutdown "`shutdown` leaves nothing behind, and later calls do no harm.";
     life::reports "All events belong to the machinery's own machines.";
 }

@@ -35,7 +35,9 @@ impl Machine {
         let marker = RunMarker::of(name, state_dir);
         let disk_record = DiskRecord::of(name, state_dir);
         let readiness = ReadinessReport::new(&shared.host, name);
-        Machine { keys, shared, marker, disk_record, readiness, work: Work::new(MachineState::default()) }
+        // Read before any event, which may remove the marker.
+        let state = MachineState { left_run: marker.resumed_id(), ..MachineState::default() };
+        Machine { keys, shared, marker, disk_record, readiness, work: Work::new(state) }
     }
 
     pub(super) fn name(&self) -> &str {

@@ -31,13 +31,18 @@ impl Machine {
     /// # Errors
     /// As [`find`](Machine::find); the run has ended.
     pub(super) fn adopt_run(&self, connect: &Connect) -> Result<bool> {
-        let Some((domain, id)) = self.find(connect)?.zip(self.marker.resumed_id()) else {
+        let left = self.lock().left_run.take();
+        let Some(id) = left else {
             return self.end_leftover_run(connect).map(|()| false);
         };
-        if domain.id() != Some(id) || !self.marker.matches(&domain)? {
-            self.end_leftover_run(connect)?;
-            return Err(Error::failed("its domain has ended while no host watched it"));
-        }
+        let found = self.find(connect)?.filter(|domain| domain.id() == Some(id));
+        let domain = match found {
+            Some(domain) if self.marker.matches(&domain)? => domain,
+            _ => {
+                self.end_leftover_run(connect)?;
+                return Err(Error::failed("its domain has ended while no host watched it"));
+            }
+        };
         let disks = disks_of(&domain)?;
         let mut state = self.lock();
         (state.has_run, state.run_disks) = (true, Some(disks));

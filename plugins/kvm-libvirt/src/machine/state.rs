@@ -14,6 +14,8 @@ use crate::states::StateReport;
 pub struct MachineState {
     /// True if the domain has an own run, as far as is known.
     pub has_run: bool,
+    /// The domain's id in the run that an earlier host has left, until it is adopted.
+    pub left_run: Option<u32>,
     /// The number of ends of runs that libvirt has reported.
     pub end_count: u64,
     /// The last event of the start under way.
