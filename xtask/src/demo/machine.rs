@@ -72,7 +72,7 @@ fn processes(qemu: &Qemu, machine: MachineFolder) -> Machine {
         yaml,
         probe: machine.probe,
         folder: machine.dir,
-        files: &["disk.qcow2", "memory.snapshot", "machineinfo.json", "serial.log"],
+        files: &["disk.qcow2", "memory.snapshot", "machineinfo.json", "serial.log", "vmlinuz", "initramfs"],
         _libvirtd: None,
     }
 }
