@@ -30,6 +30,11 @@ pub fn raise_file_limit() {
     }
 }
 
+/// Gives this process, which is about to execute another program, the limit that it was started with.
+pub fn restore_file_limit() {
+    restore();
+}
+
 extern "C" fn restore() {
     if let Some(original) = ORIGINAL.get() {
         // The child is about to execute another program, so it cannot report an error.

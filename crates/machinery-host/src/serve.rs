@@ -16,8 +16,10 @@
 mod end;
 mod signals;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +29,6 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
 
-use crate::actions::Ending;
 use crate::actions::adoption::resume_adopted_runs;
 use crate::actions::context::ActionContext;
 use crate::actions::diagnose::diagnose_all;
@@ -50,7 +51,7 @@ use crate::server::listener;
 use crate::server::peers::Peers;
 use crate::watchdog;
 use end::{drain, execute_again};
-use signals::{Asked, EndSignals, listen};
+use signals::{Asked, EndSignals, ignore_replacement, listen};
 
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
@@ -75,6 +76,7 @@ pub enum Served {
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
 pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served> {
+    ignore_replacement();
     // An upgrade replaces the file of this program.
     let program = std::env::current_exe()
         .map_err(|error| Error::environment(format!("cannot find the host's own program: {error}")))?;
@@ -184,13 +186,13 @@ async fn serve(
         // The sender lives as long as the process.
         _ = exit.wait_for(|exit| *exit) => Asked::Stop,
     };
-    let ending = if asked == Asked::Stop { Ending::Stop } else { Ending::HandOver };
     // First, so that no action is accepted from a client that knows of the end.
-    let workers = manager.queues().close(ending);
+    let workers = manager.queues().close(asked.ending());
     if asked != Asked::Replace {
         notify(NotifyState::Stopping);
         listener::remove(&socket);
     }
+    let latest = Cell::new(asked);
     let drained = async {
         let finished = finish(&manager, workers);
         match asked {
@@ -201,21 +203,35 @@ async fn serve(
             },
             Asked::Stop | Asked::HandOver => finished.await,
         }
-        drain(&manager, ending, connections).await;
+        drain(&manager, || latest.get().ending(), connections).await;
     };
-    tokio::select! {
-        () = drained => {}
-        _ = end.received() => {
-            let error = Error::failed("asked to end once more: machines may be left");
-            return Ok(Served::With(error.advice("The next start adopts them, or clears them away")));
-        }
+    if !is_drained(drained, &mut end, &latest).await {
+        let error = Error::failed("asked to end once more: machines may be left");
+        return Ok(Served::With(error.advice("The next start adopts them, or clears them away")));
     }
     tracing::info!("ended");
-    let exit_called = *exit.borrow();
-    match asked {
-        _ if exit_called => Ok(Served::With(Error::failed("a plugin called exit(): see the log for which"))),
-        Asked::Stop | Asked::HandOver => Ok(Served::Cleanly),
+    let by_plugin = Error::failed("a plugin called exit(): see the log for which");
+    match latest.get() {
+        _ if *exit.borrow() => Ok(Served::With(by_plugin)),
         Asked::Replace => listener::kept(listener, &socket).map(Served::Replaced),
+        Asked::Stop | Asked::HandOver => {
+            listener::remove(&socket);
+            Ok(Served::Cleanly)
+        }
+    }
+}
+
+/// Waits for the end of the drain. Returns false if the host has to end at once.
+async fn is_drained(drained: impl Future<Output = ()>, end: &mut EndSignals, latest: &Cell<Asked>) -> bool {
+    let mut drained = pin!(drained);
+    loop {
+        tokio::select! {
+            () = &mut drained => return true,
+            next = end.received() => match latest.get().followed_by(next) {
+                Some(asked) => latest.set(asked),
+                None => return false,
+            },
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use machinery::{Error, Result};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::console::{Console, LineKind};
@@ -30,6 +31,16 @@ pub struct Process {
 
 fn pipe() -> Result<(PipeReader, PipeWriter)> {
     io::pipe().map_err(|error| no_pipe(&error))
+}
+
+/// Opens the pipe that is the stderr of a process, for reading. Anything else is left alone: to open a terminal or a pipe
+/// with a name may wait. Source: proc_pid_fd(5).
+fn stderr_of(process: i32) -> Option<File> {
+    let path = format!("/proc/{process}/fd/2");
+    let is_pipe = std::fs::metadata(&path).is_ok_and(|found| found.file_type().is_fifo());
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let open = || File::options().read(true).custom_flags(flags.bits().cast_signed()).open(&path).ok();
+    is_pipe.then(open).flatten()
 }
 
 fn no_pipe(error: &io::Error) -> Error {
@@ -138,14 +149,12 @@ impl Process {
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Option<Process>> {
         let number = identity.number();
-        // Opening the pipe again makes a reader of it. Source: proc_pid_fd(5).
-        let stderr = File::open(format!("/proc/{number}/fd/2")).ok();
-        let stderr = stderr.filter(|file| file.metadata().is_ok_and(|found| found.file_type().is_fifo()));
         let Some(pidfd) = identity.open() else { return Ok(None) };
-        let console = match stderr {
-            Some(stderr) => stderr.into(),
+        let console = match stderr_of(number) {
+            // Only now it is certain that the descriptor was that of this process.
+            Some(stderr) if identity.open().is_some() => stderr.into(),
             // Nothing is ever read from it.
-            None => pipe()?.0.into(),
+            _ => pipe()?.0.into(),
         };
         let console = Console::follow(console, machine, kind_of)
             .map_err(|error| Error::environment(format!("cannot watch the process {number}: {error}")))?;

@@ -1,26 +1,39 @@
 //! Runs of an earlier host that a plugin has adopted, at the start of this host.
 
+use machinery::{Error, State};
+
 use super::capture;
 use super::context::ActionContext;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Machine};
 use crate::plugin::call::CallResult;
 
 /// Continues what an earlier host did for the runs that this one has adopted.
 pub async fn resume_adopted_runs(fleet: &Fleet, context: &ActionContext) {
-    let settings = context.settings();
     for machine in fleet.roster().machines().iter().filter(|machine| machine.status().own_run) {
-        if let Some(settings_of_capture) = &settings.capture {
-            capture::resume(machine, settings_of_capture, &context.folders, &context.captures).await;
-        }
-        // A report that came before the machine was known is lost.
-        let limit = settings.timeouts.state;
-        let (reports, called) = (
-            machine.status().reports,
-            machine
-                .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline)),
-        );
-        if let CallResult::Returned(Ok(state)) = called.await {
-            machine.set_answered(state, reports);
+        // The machine has its lock and its quarantine by now.
+        machine.set_adopted();
+        update_state(machine, context).await;
+        if machine.status().state == State::Poweroff {
+            report_lost(machine);
+        } else if let Some(settings) = &context.settings().capture {
+            capture::resume(machine, settings, &context.folders, &context.captures).await;
         }
     }
+}
+
+/// Asks the plugin for the state: a report that came before the machine was known is lost.
+async fn update_state(machine: &std::sync::Arc<Machine>, context: &ActionContext) {
+    let reports = machine.status().reports;
+    let called = machine.call(context.timeouts().state, |machine, deadline| {
+        machine.machinery.instance.state(machine.name(), deadline)
+    });
+    if let CallResult::Returned(Ok(state)) = called.await {
+        machine.set_answered(state, reports);
+    }
+}
+
+fn report_lost(machine: &Machine) {
+    let error = Error::failed("its run has ended while it was adopted").machine(machine.name()).to_string();
+    tracing::warn!(machine = machine.name(), error, "its run is lost");
+    machine.add_error(&error);
 }

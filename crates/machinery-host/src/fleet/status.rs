@@ -119,10 +119,11 @@ impl Status {
         }
     }
 
-    /// Makes the current run one that the host has started.
+    /// Makes the current run one that the host has started. A run of a machine in quarantine was a try.
     pub fn adopt_run(&mut self) {
         if self.state != State::Poweroff {
-            (self.own_run, self.started_well) = (true, true);
+            self.started_well = self.availability.quarantine.is_none();
+            self.own_run = true;
             self.begin_run();
         }
     }

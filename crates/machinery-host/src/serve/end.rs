@@ -12,15 +12,18 @@ use tokio::task::JoinSet;
 
 use crate::actions::Ending;
 use crate::fleet::Machinery;
+use crate::limits;
 use crate::manager::Manager;
 use crate::plugin::call::{self, CallResult};
 use crate::server::listener;
+
+use super::signals::ignore_replacement;
 
 /// The time that clients have to read their last replies when the host ends.
 const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Waits for last replies, and shuts the plugins down, or has them hand over.
-pub async fn drain(manager: &Manager, ending: Ending, mut connections: JoinSet<()>) {
+pub async fn drain(manager: &Manager, ending: impl Fn() -> Ending, mut connections: JoinSet<()>) {
     manager.ended().send_replace(true);
     let last_replies = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(LAST_REPLIES_TIMEOUT, last_replies).await.is_err() {
@@ -28,7 +31,7 @@ pub async fn drain(manager: &Manager, ending: Ending, mut connections: JoinSet<(
     }
     let limit = manager.queues().context().timeouts().shutdown;
     for machinery in manager.roster().machineries() {
-        let hands_over = ending == Ending::HandOver && machinery.adopts();
+        let hands_over = ending() == Ending::HandOver && machinery.adopts();
         end_plugin(machinery, hands_over, limit).await;
     }
 }
@@ -60,7 +63,12 @@ pub fn execute_again(program: &Path, listener: UnixListener) -> Error {
     command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
     let mapping = FdMapping { parent_fd: listener.into(), child_fd: listener::FIRST_INHERITED };
     match command.fd_mappings(vec![mapping]) {
-        Ok(command) => failed(&command.exec()),
+        Ok(command) => {
+            // No child is forked, which would get the limit.
+            limits::restore_file_limit();
+            ignore_replacement();
+            failed(&command.exec())
+        }
         Err(error) => failed(&error),
     }
 }

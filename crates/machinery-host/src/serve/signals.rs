@@ -1,7 +1,10 @@
 //! The signals that a host reacts to.
 
 use machinery::{Error, Result};
+use nix::sys::signal::SigHandler;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::actions::Ending;
 
 /// The request in a signal, or of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +15,23 @@ pub enum Asked {
     HandOver,
     /// To execute its program again, which adopts its machines.
     Replace,
+}
+
+impl Asked {
+    /// Returns the consequence for the machines.
+    pub fn ending(self) -> Ending {
+        if self == Asked::Stop { Ending::Stop } else { Ending::HandOver }
+    }
+
+    /// Returns the request after a further one, while the host ends; none if the host has to end at once. A stop replaces
+    /// a request that leaves machines running.
+    pub fn followed_by(self, next: Asked) -> Option<Asked> {
+        match (self, next) {
+            (_, Asked::Replace) => Some(self),
+            (Asked::HandOver | Asked::Replace, Asked::Stop) => Some(Asked::Stop),
+            _ => None,
+        }
+    }
 }
 
 /// The signals that end the host.
@@ -51,10 +71,35 @@ impl EndSignals {
     }
 }
 
+/// Ignores SIGUSR2, which otherwise ends a process that does not listen to it yet: this one, or the program that it executes
+/// next.
+pub fn ignore_replacement() {
+    // SAFETY: no handler is installed, so no code runs in a signal's context.
+    let ignored = unsafe { nix::sys::signal::signal(nix::sys::signal::SIGUSR2, SigHandler::SigIgn) };
+    if let Err(error) = ignored {
+        tracing::debug!(%error, "SIGUSR2 is not ignored");
+    }
+}
+
 /// Listens to a signal.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn listen(kind: SignalKind) -> Result<Signal> {
     signal(kind).map_err(|error| Error::environment(format!("cannot listen to signals: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stop_replaces_a_hand_over_and_a_second_stop_ends_at_once() {
+        assert_eq!(Asked::Replace.followed_by(Asked::Replace), Some(Asked::Replace));
+        assert_eq!(Asked::Replace.followed_by(Asked::Stop), Some(Asked::Stop));
+        assert_eq!(Asked::HandOver.followed_by(Asked::Stop), Some(Asked::Stop));
+        assert_eq!(Asked::Stop.followed_by(Asked::Replace), Some(Asked::Stop));
+        assert_eq!(Asked::Stop.followed_by(Asked::Stop), None);
+        assert_eq!(Asked::HandOver.followed_by(Asked::HandOver), None);
+    }
 }

@@ -98,23 +98,42 @@ impl Machine {
         run: Arc<Run>,
         deadline: Deadline,
     ) -> Result<bool> {
+        let continued = self.as_it_was(operation, progress, record, &run, deadline);
+        continued.or_else(|error| {
+            // Waits for the end, so that its cleanup does not meet a start that follows.
+            finish(operation, run.end(deadline).map(|()| None))?;
+            Err(error)
+        })
+    }
+
+    fn as_it_was(
+        &self,
+        operation: &MachineOperation,
+        progress: Progress,
+        record: Record,
+        run: &Arc<Run>,
+        deadline: Deadline,
+    ) -> Result<bool> {
         let status = run.execute(&qmp::query_status {}, deadline)?;
         let state = state_of_status(status["status"].as_str().unwrap_or(""))?;
-        // An earlier host may have died between the resumption and its record.
-        if progress == Progress::Standby && state == State::Paused {
-            let standby = self.standby_of(Arc::clone(&run), record.standby);
-            let standby = standby.or_else(|error| {
-                finish(operation, run.end(deadline).map(|()| None))?;
-                Err(error)
-            })?;
-            let readiness = self.readiness.with_standby(standby.memory());
-            operation.lock().standby = Some(Box::new(standby));
-            self.readiness.report_as(&readiness);
-            return Ok(false);
+        match (progress, state) {
+            (Progress::Standby, State::Paused) => {
+                let standby = self.standby_of(Arc::clone(run), record.standby)?;
+                let readiness = self.readiness.with_standby(standby.memory());
+                operation.lock().standby = Some(Box::new(standby));
+                self.readiness.report_as(&readiness);
+                return Ok(false);
+            }
+            // The earlier host died between the resumption and its record.
+            (Progress::Running, _) | (Progress::Standby, State::Running) => {}
+            (_, other) => return Err(Error::unexpected_state(format!("the standby is {other}"))),
         }
         run.set_adopted();
+        if run.has_ended() {
+            return Err(Error::failed("QEMU has ended as soon as its run was adopted"));
+        }
         self.shared.space.watch(run.as_disk_writer());
-        operation.lock().run = Some(run);
+        operation.lock().run = Some(Arc::clone(run));
         tracing::info!(machine = self.name(), %state, "the run of an earlier host is adopted");
         Ok(true)
     }
