@@ -296,6 +296,39 @@ fn action_under_way_is_finished_and_a_later_one_has_to_ask_again_when_the_host_i
 }
 
 #[test]
+fn second_request_for_a_replacement_is_ignored_and_a_stop_ends_all() {
+    let lab = lab("instant: auto, standby: off");
+    let (mut host, mut client) = served(&lab);
+    does(&mut client, "restore_start");
+    let qemu = lab.qemu_of("m").unwrap();
+    for _ in 0..3 {
+        host.signal(Signal::USR2).unwrap();
+    }
+    let mut client = replaced(&host);
+    assert_eq!(lab.qemu_of("m").unwrap(), qemu);
+    assert_eq!(client.machine("m").unwrap()["state"], "running");
+    host.signal(Signal::USR2).unwrap();
+    host.signal(Signal::TERM).unwrap();
+    assert!(host.wait().unwrap().success());
+    lab.assert_clean();
+}
+
+#[test]
+fn standby_is_not_adopted_when_its_jail_has_changed() {
+    let lab = lab("instant: auto, standby: auto");
+    lab.set_jail("off").unwrap();
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    let qemu = lab.qemu_of("m").unwrap();
+    host.kill().unwrap();
+    lab.set_jail("auto").unwrap();
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    assert_ne!(lab.qemu_of("m").unwrap(), qemu, "the standby has no jail");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
 fn run_is_left_by_sigterm_when_the_host_hands_over_and_stopped_otherwise() {
     let lab = lab("instant: auto, standby: auto");
     let mut host = RunningHost::start_with(lab.cwd(), |command| {

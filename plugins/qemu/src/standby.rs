@@ -18,6 +18,8 @@ use crate::run::start_error::StartError;
 pub struct StandbyRecord {
     pub identity: Identity,
     pub ram: Option<FileId>,
+    /// The checksum of the machine's keys and of its jail, which are no part of the identity.
+    pub keys: u64,
     /// The memory that the standby holds, in bytes.
     pub memory: u64,
 }

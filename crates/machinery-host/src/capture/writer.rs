@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 
 use crate::client_file::PassedFile;
 
@@ -29,12 +30,15 @@ pub enum CaptureFile {
 
 impl CaptureFile {
     /// Makes the file of an earlier host one that can be continued: it ends with its last whole packet, and is written from
-    /// there on. A file without any packets is begun anew.
+    /// there on. An empty file is begun anew.
     ///
     /// # Errors
-    /// The file cannot be read or truncated.
+    /// The file is no capture; it cannot be read or truncated.
     pub fn continued(mut file: File) -> io::Result<CaptureFile> {
         let length = whole_length(&mut file)?;
+        if length == 0 && file.metadata()?.len() >= FILE_HEADER as u64 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its content is no capture"));
+        }
         file.set_len(length)?;
         file.seek(SeekFrom::End(0))?;
         Ok(if length == 0 { CaptureFile::Opened(file) } else { CaptureFile::Continued(file) })
@@ -69,24 +73,30 @@ pub fn copy_into(tcpdump: impl Read, file: &CaptureFile, limit: Option<u64>) -> 
     let limit = limit.unwrap_or(u64::MAX);
     match file {
         CaptureFile::Continued(file) => {
-            copy(tcpdump, file, limit.saturating_sub(file.metadata()?.len()), FILE_HEADER)
+            let mut header = [0; FILE_HEADER];
+            file.read_exact_at(&mut header, 0)?;
+            copy(tcpdump, file, limit.saturating_sub(file.metadata()?.len()), &header)
         }
-        _ => copy(tcpdump, file.file()?, limit, 0),
+        _ => copy(tcpdump, file.file()?, limit, &[]),
     }
 }
 
-/// Copies as [`copy_into`] does, without the first `omitted` bytes.
-fn copy(mut tcpdump: impl Read, mut file: impl Write, limit: u64, mut omitted: usize) -> io::Result<Copied> {
+/// Copies as [`copy_into`] does. The output has to begin with the bytes `known`, which are left out: the file has them.
+fn copy(mut tcpdump: impl Read, mut file: impl Write, limit: u64, mut known: &[u8]) -> io::Result<Copied> {
     let mut packets = Packets::default();
-    let mut left = limit.saturating_add(omitted as u64);
+    let mut left = limit.saturating_add(known.len() as u64);
     loop {
         if !packets.read(&mut tcpdump)? {
             return Ok(Copied::All);
         }
         let whole = packets.whole(left)?;
         let bytes = packets.take(whole.length);
-        file.write_all(bytes.get(omitted..).unwrap_or_default())?;
-        omitted = omitted.saturating_sub(bytes.len());
+        let (expected, rest) = known.split_at(known.len().min(bytes.len()));
+        let new = bytes.strip_prefix(expected).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "its packets are of another kind than those before")
+        })?;
+        file.write_all(new)?;
+        known = rest;
         left -= whole.length as u64;
         if whole.limit_reached {
             return Ok(Copied::UpToLimit);
@@ -235,8 +245,8 @@ mod tests {
         for order in [u32::to_le_bytes, u32::to_be_bytes] {
             let bytes = capture(&[0, 1, 100, 70_000], order);
             for copied in [
-                |bytes: &[u8], file: &mut Vec<u8>| copy(bytes, file, u64::MAX, 0),
-                |bytes: &[u8], file: &mut Vec<u8>| copy(Slow(bytes), file, u64::MAX, 0),
+                |bytes: &[u8], file: &mut Vec<u8>| copy(bytes, file, u64::MAX, &[]),
+                |bytes: &[u8], file: &mut Vec<u8>| copy(Slow(bytes), file, u64::MAX, &[]),
             ] {
                 let mut file = Vec::new();
                 assert_eq!(copied(&bytes, &mut file).unwrap(), Copied::All);
@@ -251,13 +261,13 @@ mod tests {
         let length = |packets: usize| FILE_HEADER + packets * 116;
         for (limit, packets) in [(length(2), 2), (length(3) - 1, 2), (length(1), 1), (30, 0)] {
             let mut file = Vec::new();
-            assert_eq!(copy(&*bytes, &mut file, limit as u64, 0).unwrap(), Copied::UpToLimit);
+            assert_eq!(copy(&*bytes, &mut file, limit as u64, &[]).unwrap(), Copied::UpToLimit);
             assert_eq!(file.len(), length(packets));
         }
         let mut file = Vec::new();
-        assert_eq!(copy(&bytes[..length(2) + 50], &mut file, 1 << 20, 0).unwrap(), Copied::All);
+        assert_eq!(copy(&bytes[..length(2) + 50], &mut file, 1 << 20, &[]).unwrap(), Copied::All);
         assert_eq!(file.len(), length(2));
-        assert_eq!(copy(&*bytes, Vec::new(), bytes.len() as u64, 0).unwrap(), Copied::All);
+        assert_eq!(copy(&*bytes, Vec::new(), bytes.len() as u64, &[]).unwrap(), Copied::All);
     }
 
     #[test]
@@ -278,14 +288,19 @@ mod tests {
             let full = content.len() as u64;
             assert_eq!(copy_into(&*second, &file, Some(full)).unwrap(), Copied::UpToLimit);
         }
-        for nothing in [&b""[..], b"no capture at all, but longer than a header"] {
+        let written = |bytes: &[u8]| {
             let mut file = tempfile::tempfile().unwrap();
-            file.write_all(nothing).unwrap();
-            let file = CaptureFile::continued(file).unwrap();
-            assert!(matches!(file, CaptureFile::Opened(_)));
-            copy_into(&*second, &file, None).unwrap();
-            assert_eq!(file.file().unwrap().metadata().unwrap().len(), second.len() as u64);
-        }
+            file.write_all(bytes).unwrap();
+            CaptureFile::continued(file)
+        };
+        let file = written(b"").unwrap();
+        copy_into(&*second, &file, None).unwrap();
+        assert_eq!(file.file().unwrap().metadata().unwrap().len(), second.len() as u64);
+        assert!(written(b"no capture at all, but longer than a header").is_err());
+        let mut other = first.clone();
+        // The kind of the packets. Source: pcap-savefile(5).
+        other[20] = 7;
+        assert!(copy_into(&*second, &written(&other).unwrap(), None).is_err());
     }
 
     #[test]
@@ -293,7 +308,7 @@ mod tests {
         let mut huge = capture(&[], u32::to_ne_bytes);
         huge.extend([[0; 4], [0; 4], [0xff; 4], [0xff; 4]].concat());
         for bytes in [vec![b'x'; 100], huge] {
-            let error = copy(&*bytes, Vec::new(), u64::MAX, 0).unwrap_err();
+            let error = copy(&*bytes, Vec::new(), u64::MAX, &[]).unwrap_err();
             assert!(error.to_string().contains("no capture"), "{error}");
         }
     }

@@ -144,8 +144,11 @@ impl Machine {
     /// It is stale, or there is no memory for it.
     fn standby_of(&self, run: Arc<Run>, record: Value) -> Result<Standby> {
         let origin = StandbyRecord::deserialize(&record);
-        let StandbyRecord { identity: then, ram, memory } =
+        let StandbyRecord { identity: then, ram, keys, memory } =
             origin.map_err(|error| Error::failed(format!("its record does not have its origin: {error}")))?;
+        if keys != self.checksum() {
+            return Err(Error::failed("the machine's configuration or its jail has changed"));
+        }
         let identity = self.identity()?;
         if let Some(template) = self.template(&identity) {
             self.readiness.set_instant(template.disk);

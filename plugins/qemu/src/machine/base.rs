@@ -1,5 +1,6 @@
 //! A machine: its files, its state, and everything that its actions share.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -125,6 +126,14 @@ impl Machine {
     pub fn layers(&self) -> Layers {
         let files = self.files();
         self.jail.layers(policy_of(files, self.shared.program.path(), files.overlays()))
+    }
+
+    /// Returns the checksum of everything that a reload compares, and of the jail that holds. It is the same for the same
+    /// build of this plugin.
+    pub(super) fn checksum(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        format!("{:?} {:?}", self.files(), self.layers()).hash(&mut hasher);
+        hasher.finish()
     }
 
     pub(super) fn identity(&self) -> Result<Identity> {

@@ -140,12 +140,12 @@ impl Preparation<'_> {
             share.set_actual(bytes);
         }
         let memory = share.bytes();
-        let record = StandbyRecord { identity, ram, memory };
+        let record = StandbyRecord { identity, ram, keys: machine.checksum(), memory };
         run.set_standby(machine.readiness.without_standby(), share, json!(record));
         if run.has_ended() {
             return Err(Error::failed("QEMU ended as soon as the standby was loaded").into());
         }
-        let StandbyRecord { identity, ram, memory } = record;
+        let StandbyRecord { identity, ram, memory, .. } = record;
         Ok(Standby::new(run, identity, ram, memory))
     }
 
