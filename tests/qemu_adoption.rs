@@ -170,6 +170,18 @@ fn record(lab: &Lab, kind: &str) -> PathBuf {
 }
 
 #[test]
+fn run_is_ended_when_its_machine_is_not_configured_any_more() {
+    let lab = Lab::new(&[MICRO, ("n", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
+    let yaml = lab.yaml().unwrap();
+    abandoned(&lab);
+    let (begin, end) = (yaml.find("  m:").unwrap(), yaml.find("  n:").unwrap());
+    lab.write_yaml(&format!("{}{}", &yaml[..begin], &yaml[end..])).unwrap();
+    let (mut host, _client) = served(&lab);
+    lab.assert_clean();
+    ends_well(&lab, &mut host);
+}
+
+#[test]
 fn frozen_run_is_ended_and_reported() {
     let lab = lab("instant: off, standby: off");
     let qemu = abandoned(&lab);

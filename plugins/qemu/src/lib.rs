@@ -18,6 +18,7 @@
 //! | `inspect` | memory dump and screenshot |
 //! | `jail` | the rights of a machine's QEMU |
 //! | `leftovers` | the leftovers of a host that was killed |
+//! | `orphans` | the runs of machines that are not configured any more |
 //! | `run` | one run, from its process to its end |
 //! | `launch`, `console`, `passed` | a process whose monitor is connected; its output; what it inherits |
 //! | `qmp`, `states` | the monitor, and the meaning of QEMU's states |
@@ -41,6 +42,7 @@ mod machineinfo;
 mod memory;
 mod needs;
 mod options;
+mod orphans;
 mod passed;
 mod peers;
 mod prepare;

@@ -14,6 +14,7 @@ use crate::check;
 use crate::config::{Config, MachineFiles};
 use crate::jail::groups;
 use crate::machine::Machine;
+use crate::orphans::end_orphans;
 use crate::shared::Qemu;
 
 impl Shared for Qemu {
@@ -34,8 +35,8 @@ impl Shared for Qemu {
         config.warnings.clone()
     }
 
-    fn open(_: &Setup, config: &Config, host: Host) -> Result<Self> {
-        Qemu::new(config, host)
+    fn open(setup: &Setup, config: &Config, host: Host) -> Result<Self> {
+        Qemu::new(config, &setup.state_dir, host)
     }
 
     fn machine(self: &Arc<Self>, setup: &Setup, files: MachineFiles) -> Arc<Machine> {
@@ -68,6 +69,7 @@ impl Shared for Qemu {
     ) -> Result<()> {
         apply_template_settings(self, &config, &machines.all());
         log_jails(&machines.all());
+        end_orphans(&self.state_dir, |name| machines.find(name).is_ok());
         Ok(())
     }
 

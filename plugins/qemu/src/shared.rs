@@ -1,6 +1,6 @@
 //! Everything that the machines of one host have in common.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use machinery::{Host, Result};
@@ -16,6 +16,8 @@ pub struct Qemu {
     pub qemu_img: QemuImg,
     pub program: Program,
     pub instant_dir: PathBuf,
+    /// The folder of the records of runs.
+    pub state_dir: PathBuf,
     /// The templates. The folder is opened only if a machine wants a template or has had one.
     pub templates: OnceLock<Templates>,
     pub peers: Peers,
@@ -30,11 +32,12 @@ impl Qemu {
     ///
     /// # Errors
     /// QEMU's program does not exist; as [`Templates::open`].
-    pub fn new(config: &Config, host: Host) -> Result<Qemu> {
+    pub fn new(config: &Config, state_dir: &Path, host: Host) -> Result<Qemu> {
         let qemu = Qemu {
             qemu_img: QemuImg::new(&config.binaries.qemu_img).with_jail(config.jail),
             program: Program::new(&config.binaries.qemu_system_x86_64, config.version)?,
             instant_dir: config.instant_dir.clone(),
+            state_dir: state_dir.to_owned(),
             templates: OnceLock::new(),
             peers: Peers::default(),
             budget: Budget::new(config.standby_memory_limit),

@@ -48,6 +48,19 @@ pub enum Progress {
     Running,
 }
 
+impl Progress {
+    const ALL: [Progress; 3] = [Progress::Running, Progress::Standby, Progress::Starting];
+
+    /// Returns the end of the file's name.
+    fn suffix(self) -> &'static str {
+        match self {
+            Progress::Starting => "starting",
+            Progress::Standby => "standby",
+            Progress::Running => "run",
+        }
+    }
+}
+
 /// The place of a machine's record.
 #[derive(Debug, Clone)]
 pub struct RecordFile {
@@ -59,6 +72,23 @@ impl RecordFile {
     /// Returns the place of the machine's record in that folder.
     pub fn of(machine: &str, folder: &Path) -> RecordFile {
         RecordFile { folder: folder.to_owned(), machine: machine.to_owned() }
+    }
+
+    /// Returns the places of all records in that folder, also of machines that are not configured any more.
+    pub fn all(folder: &Path) -> Vec<RecordFile> {
+        let names = fs::read_dir(folder).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let machine = |name: String| {
+            let suffix =
+                |progress: Progress| name.strip_suffix(&format!(".{}", progress.suffix())).map(str::to_owned);
+            Progress::ALL.into_iter().find_map(suffix)
+        };
+        names.filter_map(machine).map(|machine| RecordFile::of(&machine, folder)).collect()
+    }
+
+    /// Returns the name of the machine.
+    pub fn machine(&self) -> &str {
+        &self.machine
     }
 
     /// Records a run that begins.
@@ -83,13 +113,12 @@ impl RecordFile {
 
     /// Returns the record that there is, and how far its run was.
     pub fn read(&self) -> Option<(Progress, Record)> {
-        let all = [Progress::Running, Progress::Standby, Progress::Starting];
-        all.into_iter().find_map(|progress| Some((progress, read(&self.path(progress))?)))
+        Progress::ALL.into_iter().find_map(|progress| Some((progress, read(&self.path(progress))?)))
     }
 
     /// Removes the record: the run has ended.
     pub fn remove(&self) {
-        for progress in [Progress::Starting, Progress::Standby, Progress::Running] {
+        for progress in Progress::ALL {
             if let Err(error) = files::remove(&self.path(progress)) {
                 tracing::warn!(machine = self.machine, %error, "the record of a run remains");
             }
@@ -97,12 +126,7 @@ impl RecordFile {
     }
 
     fn path(&self, progress: Progress) -> PathBuf {
-        let kind = match progress {
-            Progress::Starting => "starting",
-            Progress::Standby => "standby",
-            Progress::Running => "run",
-        };
-        self.folder.join(format!("{}.{kind}", self.machine))
+        self.folder.join(format!("{}.{}", self.machine, progress.suffix()))
     }
 
     fn rename(&self, from: Progress, to: Progress) -> bool {
