@@ -421,3 +421,19 @@ fn run_is_in_a_cgroup_that_ends_with_it_also_when_the_host_is_killed() {
     let removed = Command::new("unshare").args(["--mount", "sh", "-c", &remove]).output().unwrap();
     assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
 }
+
+#[test]
+fn template_is_built_anew_when_the_jail_was_switched_on() {
+    let lab = lab(&["m"]);
+    for jail in ["off", "auto", "off", "strict"] {
+        lab.set_jail(jail).unwrap();
+        lab.ahead("instant: auto, standby: off").unwrap();
+        let (mut host, mut client) = served(&lab);
+        does(&mut client, "prepare", "m");
+        does(&mut client, "restore_start", "m");
+        let ready = listed(&mut client, "m")["ready"].clone();
+        assert_eq!(ready["mode"], "instant", "{jail}: {ready}");
+        assert!(!host.log().contains("the template is not used"), "{jail}: {}", host.log());
+        assert!(host.terminate().unwrap().success());
+    }
+}

@@ -50,7 +50,8 @@ impl Machine {
 
     /// Returns the machine's template, if it has one that matches. A stale one is dropped.
     pub(super) fn template(&self, identity: &Identity) -> Option<Template> {
-        match self.templates()?.find(self.name(), identity) {
+        let found = self.templates()?.find(self.name(), identity);
+        match found.and_then(|found| found.map(|template| template.for_opener(self.opener())).transpose()) {
             Ok(template) => template,
             Err(why) => {
                 tracing::info!(machine = self.name(), why, "dropping a stale template");
@@ -73,6 +74,11 @@ impl Machine {
     /// Reports whether loading failed, or QEMU's error is about the template's RAM file.
     fn is_template_at_fault(failed: &StartError) -> bool {
         failed.at == Stage::Load || failed.error.reason().contains(RAM_PATH)
+    }
+
+    fn opener(&self) -> Opener {
+        let group = self.jail.user().map(|user| user.gid);
+        Opener { group, writes: !self.shared.program.version().maps_readonly_files() }
     }
 
     fn drop_template(&self, why: &str) {
@@ -183,7 +189,6 @@ impl Build for Preparation<'_> {
     }
 
     fn opener(&self) -> Opener {
-        let group = self.machine.jail.user().map(|user| user.gid);
-        Opener { group, writes: !self.machine.shared.program.version().maps_readonly_files() }
+        self.machine.opener()
     }
 }

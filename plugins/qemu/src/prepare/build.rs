@@ -20,9 +20,10 @@ use qapi::qmp;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::identity::Identity;
+use super::opener::Opener;
 use super::sparse_copy::sparse_copy;
 use super::store::Templates;
-use super::unfinished::{Opener, Unfinished};
+use super::unfinished::Unfinished;
 use crate::launch::{Memory, Sharing};
 use crate::restore::Load;
 use crate::run::Run;

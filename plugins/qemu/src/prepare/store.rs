@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use machinery::trust::expect_trusted;
@@ -15,6 +16,7 @@ use super::identity::Identity;
 use super::layout::{
     COMPLETE, DEVICES, FOLDER_MODE, RAM, RECORD, UNFINISHED, checksum, remove, size_on_disk,
 };
+use super::opener::Opener;
 use super::space::TemplateSpace;
 use crate::launch::{Memory, Sharing};
 use crate::restore::Devices;
@@ -47,6 +49,23 @@ pub struct Record {
     pub ram: FileId,
     pub devices: FileId,
     pub devices_crc32: u32,
+}
+
+impl Template {
+    /// Returns the template if QEMU can open its RAM file in this way. A jail that was switched on since the build has
+    /// another user.
+    ///
+    /// # Errors
+    /// QEMU cannot; the text has the reason.
+    pub fn for_opener(self, opener: Opener) -> Result<Template, String> {
+        let Some(group) = opener.group else { return Ok(self) };
+        let found = self.memory.file.metadata().map_err(|error| format!("it cannot be read: {error}"))?;
+        let needed = opener.group_mode();
+        if found.gid() == group && found.mode() & needed == needed {
+            return Ok(self);
+        }
+        Err("it was built for another jail".to_owned())
+    }
 }
 
 impl Templates {

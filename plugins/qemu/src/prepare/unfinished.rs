@@ -10,16 +10,8 @@ use machinery_images::FileId;
 
 use super::identity::Identity;
 use super::layout::{DEVICES, DISK, FOLDER_MODE, RAM, RECORD, checksum, remove};
+use super::opener::Opener;
 use super::store::{Record, Templates};
-
-/// The way in which QEMU opens a template's RAM file.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Opener {
-    /// The group of the machine's own user, if it has one.
-    pub group: Option<u32>,
-    /// True if QEMU opens the file for writing, although it maps it privately.
-    pub writes: bool,
-}
 
 /// A template that is being built. Dropping the value removes the files, unless they were published.
 pub struct Unfinished {
@@ -62,8 +54,8 @@ impl Unfinished {
     }
 
     fn write_to_disk(&self, identity: Identity, block: &str, opener: Opener) -> io::Result<()> {
-        let (owner, group) = if opener.writes { (0o600, 0o060) } else { (0o400, 0o040) };
-        let mode = owner | opener.group.map_or(0, |_| group);
+        let owner = if opener.writes { 0o600 } else { 0o400 };
+        let mode = owner | opener.group.map_or(0, |_| opener.group_mode());
         if let Some(group) = opener.group {
             chown(self.ram(), None, Some(group))?;
         }
