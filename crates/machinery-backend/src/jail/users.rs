@@ -36,8 +36,12 @@ impl UserRange {
     /// the same number: then the later one gets the next free number.
     ///
     /// # Errors
-    /// The folder of the users cannot be used, or all numbers are given away.
+    /// Somebody else has numbers of the range; the folder of the users cannot be used, or all numbers are given away.
     pub fn user_of(self, key: &Path) -> io::Result<User> {
+        for file in ["/etc/passwd", "/etc/subuid", "/etc/subgid"] {
+            // A computer may have none.
+            self.expect_free(file, &fs::read_to_string(file).unwrap_or_default())?;
+        }
         self.user_in(Path::new(GIVEN), key)
     }
 
@@ -65,10 +69,6 @@ impl UserRange {
     }
 
     fn user_in(self, folder: &Path, key: &Path) -> io::Result<User> {
-        for file in ["/etc/passwd", "/etc/subuid", "/etc/subgid"] {
-            // A computer may have none.
-            self.expect_free(file, &fs::read_to_string(file).unwrap_or_default())?;
-        }
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         let lock = File::create(folder.join("lock"))?;
         flock(&lock, FlockOperation::LockExclusive)?;

@@ -19,6 +19,9 @@ use super::settings::{Jail, Settings};
 /// pcap-linux.c.
 const READ: [&str; 4] = ["/etc/passwd", "/etc/group", "/sys/class/net", "/sys/devices"];
 
+/// The language of the messages that the host reads.
+const LOCALE: (&str, &str) = ("LC_ALL", "C");
+
 /// Returns the command that runs tcpdump.
 ///
 /// # Errors
@@ -26,7 +29,9 @@ const READ: [&str; 4] = ["/etc/passwd", "/etc/group", "/sys/class/net", "/sys/de
 pub fn command(settings: &Settings) -> Result<Command> {
     access(&settings.tcpdump, Access::EXEC_OK).map_err(|error| settings.cannot_start(&error.into()))?;
     if settings.jail == Jail::Off || !geteuid().is_root() {
-        return Ok(machinery::command(&settings.tcpdump));
+        let mut command = machinery::command(&settings.tcpdump);
+        command.env(LOCALE.0, LOCALE.1);
+        return Ok(command);
     }
     let helper = machinery_jail::installed().map_err(|error| {
         Error::environment(format!("{error}, which confines tcpdump"))
@@ -37,7 +42,7 @@ pub fn command(settings: &Settings) -> Result<Command> {
     let policy = Policy {
         read: read.collect(),
         network: Network::Any,
-        environment: vec![("LC_ALL".to_owned(), "C".to_owned())],
+        environment: vec![(LOCALE.0.to_owned(), LOCALE.1.to_owned())],
         ..Policy::default()
     };
     let policy = serde_json::to_string(&policy);

@@ -9,9 +9,9 @@
 //! network ─▶ tcpdump, as a user without rights ─▶ pipe ─▶ the host copies whole packets ─▶ file
 //! ```
 //!
-//! `actions::capture` begins and ends the capture of a machine. [`tcpdump`] runs one process, and `stderr` reads and
-//! interprets its messages. [`writer`] copies its output up to the limit, `user` chooses its user, and `jail` confines it. `space` ends a
-//! capture when its disk is nearly full. `leftovers` ends the processes of a host that was killed.
+//! `actions::capture` begins and ends the capture of a machine. [`tcpdump`] runs one process, `user` chooses its user, and
+//! `jail` confines it. `stderr` reads and interprets its messages, and [`writer`] copies its output up to the limit.
+//! `space` ends a capture when its disk is nearly full. `leftovers` ends the processes of a host that was killed.
 
 mod jail;
 mod leftovers;

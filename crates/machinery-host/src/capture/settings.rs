@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use machinery::{Error, FreeSpaceReserve};
-
 use serde::Deserialize;
 
 /// The longest time that the kernel keeps a packet before tcpdump gets it.

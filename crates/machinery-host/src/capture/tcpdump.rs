@@ -147,7 +147,7 @@ impl Process {
         command.arg(MARK).arg(&target.pcap).args(["-w", "-"]).arg(&target.filter);
         // With a process group of its own, tcpdump does not get a terminal's Ctrl-C. The host ends it
         // instead.
-        command.env("LC_ALL", "C").process_group(0).kill_on_drop(true);
+        command.process_group(0).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| settings.cannot_start(&error))?;
         let no_pipe = || Error::failed("tcpdump has no pipe for its output");
