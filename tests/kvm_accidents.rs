@@ -272,7 +272,7 @@ fn run_is_adopted_by_the_next_host_when_its_host_was_killed() {
         let mut fixture = KvmFixture::of(fixture.lab);
         let machine = fixture.client.machine("m").unwrap();
         assert_eq!(machine["state"], "poweroff", "{machine}");
-        let lost = "its domain has ended while no host watched it";
+        let lost = "its domain has ended, or was started anew, while no host watched it";
         assert!(machine["errors"].to_string().contains(lost), "{machine}");
         assert_restores(&mut fixture);
         fixture.finish();
@@ -307,6 +307,38 @@ fn run_is_ended_by_the_next_host_when_adoption_is_off() {
     assert_eq!(fixture.state(), "running");
     assert_restores(&mut fixture);
     fixture.finish();
+}
+
+#[test]
+fn run_goes_on_when_its_host_is_replaced() {
+    let mut fixture = KvmFixture::new(&[MICRO], "");
+    fixture.act("restore_start");
+    let qemu = fixture.qemu();
+    fixture.host.signal(Signal::USR2).unwrap();
+    fixture.host.wait_for_notification("READY=1").unwrap();
+    let mut client = fixture.host.client().unwrap();
+    assert_eq!(client.machine("m").unwrap()["state"], "running");
+    assert_eq!(fixture.qemu(), qemu);
+    fixture.lab.machine("m").wait_for_next_count(SOON).unwrap();
+    assert_eq!(client.act("stop", "m").unwrap(), good());
+    assert_eq!(fixture.host.terminate().unwrap().code(), Some(0));
+    fixture.lab.assert_clean();
+}
+
+#[test]
+fn run_is_ended_when_its_machine_is_not_configured_any_more_or_has_another_domain() {
+    for change in [|yaml: &str| yaml.replace("  m:", "  other:"), |yaml: &str| yaml.replace("lab-m", "lab-n")]
+    {
+        let mut fixture = KvmFixture::of(KvmLab::new(&[MICRO, ("n", Guest::Micro)]).unwrap());
+        fixture.act("restore_start");
+        fixture.host.kill().unwrap();
+        let yaml = fixture.lab.cwd().yaml("kvm").unwrap();
+        let without_n = yaml.split_once("  n:").unwrap().0;
+        fixture.lab.cwd().write_yaml("kvm", &change(without_n)).unwrap();
+        let mut fixture = KvmFixture::of(fixture.lab);
+        fixture.lab.assert_clean();
+        assert_eq!(fixture.host.terminate().unwrap().code(), Some(0));
+    }
 }
 
 /// libvirtd completes a restore after the host that has requested it is killed.

@@ -4,9 +4,11 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
+use machinery_testkit::artifacts;
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
@@ -319,6 +321,159 @@ fn second_request_for_a_replacement_is_ignored() {
     let mut client = replaced(&host);
     assert_eq!(lab.qemu_of("m").unwrap(), qemu);
     assert_eq!(client.machine("m").unwrap()["state"], "running");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn host_serves_on_when_the_program_that_would_replace_it_finds_a_problem() {
+    let lab = lab("instant: auto, standby: off");
+    let (mut host, mut client) = served(&lab);
+    does(&mut client, "restore_start");
+    let yaml = lab.yaml().unwrap();
+    lab.write_yaml("machines: [").unwrap();
+    let refused = lab.run(&["upgrade"]).unwrap();
+    assert!(refused.code != Some(0) && refused.stderr.contains("finds problems"), "{refused:?}");
+    assert!(refused.stderr.contains("qemu.yaml") && refused.stderr.contains("serves on"), "{refused:?}");
+    host.signal(Signal::USR2).unwrap();
+    host.wait_for_log(&["the host is not replaced", "qemu.yaml"]).unwrap();
+    does(&mut client, "stop");
+    lab.write_yaml(&yaml).unwrap();
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn machines_are_stopped_when_a_stop_follows_the_request_for_a_replacement() {
+    for pause in [0, 30, 100, 300] {
+        let lab = lab("instant: auto, standby: off");
+        let (mut host, mut client) = served(&lab);
+        does(&mut client, "restore_start");
+        client.send(&json!({"action": "upgrade", "id": 1})).unwrap();
+        client.next_message().unwrap();
+        // Meets the host as it hands over, as it executes its program, as that loads, and as that serves.
+        std::thread::sleep(Duration::from_millis(pause));
+        assert!(host.terminate().unwrap().success(), "{}", host.log());
+        lab.assert_clean();
+    }
+}
+
+#[test]
+fn socket_is_made_again_when_its_name_was_removed_before_the_host_was_replaced() {
+    let lab = lab("instant: auto, standby: off");
+    let (mut host, _client) = served(&lab);
+    fs::remove_file(lab.cwd().socket()).unwrap();
+    host.signal(Signal::USR2).unwrap();
+    let mut client = replaced(&host);
+    does(&mut client, "restore_start");
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn process_that_ends_while_its_host_is_replaced_is_reaped() {
+    let lab = lab("instant: auto, standby: off");
+    let (mut host, mut client) = served(&lab);
+    does(&mut client, "restore_start");
+    let before = limits_of(&host);
+    let qemu = lab.qemu_of("m").unwrap();
+    // It cannot end before the host has handed over.
+    kill_process(qemu, Signal::STOP).unwrap();
+    client.send(&json!({"action": "upgrade", "id": 1})).unwrap();
+    client.next_message().unwrap();
+    assert!(client.wait_for_close());
+    kill_process(qemu, Signal::KILL).unwrap();
+    let mut client = replaced(&host);
+    assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
+    assert_eq!(host.resources().unwrap().children, "");
+    assert_eq!(limits_of(&host), before);
+    ends_well(&lab, &mut host);
+}
+
+/// Returns the limits of the host's process.
+fn limits_of(host: &RunningHost) -> String {
+    fs::read_to_string(format!("/proc/{}/limits", host.pid())).unwrap()
+}
+
+#[test]
+fn adopted_run_is_stopped_when_it_has_lasted_longer_than_max_run() {
+    let lab = lab("instant: auto, standby: off");
+    abandoned(&lab);
+    let state = lab.cwd().root().join("operational/generated/machinery-host/machines.json");
+    let mut saved: Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    let since = saved["machines"]["m"]["locked_since"].as_u64().unwrap();
+    saved["machines"]["m"]["locked_since"] = json!(since - 3600);
+    fs::write(&state, saved.to_string()).unwrap();
+    lab.host_yaml("max_run: 3000\n", "").unwrap();
+    let (mut host, mut client) = served(&lab);
+    client.subscribe().unwrap();
+    if client.machine("m").unwrap()["state"] != "poweroff" {
+        client.wait_for_state("m", "poweroff").unwrap();
+    }
+    assert!(client.machine("m").unwrap()["errors"].to_string().contains("max_run"));
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn run_is_ended_and_reported_when_its_record_cannot_be_read() {
+    let lab = lab("instant: off, standby: off");
+    abandoned(&lab);
+    fs::write(record(&lab, "run"), "{\"format\": 99}").unwrap();
+    let (mut host, mut client) = served(&lab);
+    is_lost(&client.machine("m").unwrap(), "another version, or is damaged");
+    lab.assert_clean();
+    does(&mut client, "restore_start");
+    ends_well(&lab, &mut host);
+}
+
+/// The programs of a host, in a folder of its own.
+const PROGRAMS: [&str; 3] = ["cuckoo-machinery", "cuckoo-machinery-jail", "libmachinery_qemu.so"];
+
+/// Installs the programs of that folder, as a package does: each replaces the one before by a new file.
+fn install(from: &Path, to: &Path) {
+    for name in PROGRAMS {
+        let new = to.join(format!("{name}.new"));
+        fs::copy(from.join(name), &new).unwrap();
+        fs::rename(&new, to.join(name)).unwrap();
+    }
+}
+
+#[test]
+fn eight_guests_and_a_waiting_client_go_on_through_an_upgrade_and_back() {
+    let names = ["a", "b", "c", "d", "e", "f", "g", "m"];
+    let machines = names.map(|name| (name, Guest::Micro, SnapshotFormat::Lz4));
+    let lab = Lab::new(&machines).unwrap();
+    let programs = lab.cwd().root().join("programs");
+    fs::create_dir(&programs).unwrap();
+    let builds = [artifacts::folder().unwrap(), artifacts::folder().unwrap()];
+    install(&builds[0], &programs);
+    let own = |command: &mut Command| {
+        let mut own = Command::new(programs.join(PROGRAMS[0]));
+        own.env_clear().envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
+        own.arg("--cwd").arg(lab.cwd().root()).arg("--plugin-dir").arg(&programs).arg("serve");
+        *command = own;
+    };
+    let mut host = RunningHost::start_with(lab.cwd(), own).unwrap();
+    let mut client = host.client().unwrap();
+    for name in names {
+        assert_eq!(client.act("restore_start", name).unwrap(), json!({"success": true}), "{name}");
+    }
+    let runs = || names.map(|name| lab.qemu_of(name).unwrap());
+    let before = runs();
+    for build in [&builds[1], &builds[0]] {
+        install(build, &programs);
+        let mut waiting = host.client().unwrap();
+        let dump = lab.cwd().root().join("dump");
+        let request = json!({"action": "dump_memory", "machine": "m", "path": dump, "id": 1});
+        waiting.send(&request).unwrap();
+        while client.machine("m").unwrap()["busy"] != true {}
+        let upgraded = lab.run(&["upgrade"]).unwrap();
+        assert_eq!(upgraded.code, Some(0), "{upgraded:?}");
+        assert_eq!(waiting.next_message().unwrap(), json!({"success": true, "id": 1}));
+        client = replaced(&host);
+        assert_eq!(runs(), before);
+        for name in names {
+            assert_eq!(client.machine(name).unwrap()["state"], "running", "{name}");
+            lab.folder(name).wait_for_next_count(SOON).unwrap();
+        }
+    }
     ends_well(&lab, &mut host);
 }
 

@@ -14,8 +14,10 @@ use std::time::Duration;
 use machinery_testkit::capture::{self, End, Packet, TCP, UDP};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::{AGENT_PORT, linux};
+use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::{Lab, TestNetwork};
 use machinery_testkit::snapshot::SnapshotFormat;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -189,6 +191,21 @@ fn start_waits_for_tcpdump_when_it_is_slow() {
 
 #[test]
 fn capture_continues_and_reports_its_gap_when_the_host_was_killed() {
+    continues_with_next_host(|host, lab| {
+        host.kill().unwrap();
+        *host = lab.host().unwrap();
+    });
+}
+
+#[test]
+fn capture_continues_and_reports_its_gap_when_the_host_is_replaced() {
+    continues_with_next_host(|host, _| {
+        host.signal(Signal::USR2).unwrap();
+        host.wait_for_notification("READY=1").unwrap();
+    });
+}
+
+fn continues_with_next_host(change_host: impl Fn(&mut RunningHost, &Lab)) {
     let Some(lab) = lab() else { return };
     let _result_server = lab.network().inside(|| TcpListener::bind(RESULT_SERVER)).unwrap().unwrap();
     let pcap = lab.cwd().root().join("dump.pcap");
@@ -197,9 +214,8 @@ fn capture_continues_and_reports_its_gap_when_the_host_was_killed() {
     // The packets of the last second may be lost when tcpdump is ended.
     let some = |packets: &[Packet]| counts(packets).len() >= 50;
     capture::wait_for(&pcap, SOON, some).unwrap();
-    host.kill().unwrap();
     let before = counts(&capture::packets(&pcap).unwrap());
-    let host = lab.host().unwrap();
+    change_host(&mut host, &lab);
     let mut client = host.client().unwrap();
     let machine = client.machine("talker").unwrap();
     assert_eq!((&machine["state"], &machine["locked_by"]), (&json!("running"), &json!("t")));

@@ -23,7 +23,7 @@ use crate::events::Events;
 use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::services::Services;
 use crate::fleet::{Fleet, Machine, Machinery, Roster};
-use crate::plugin::call::{GRACE, call_blocking, call_each};
+use crate::plugin::call::{GRACE, call_all, call_blocking, call_each};
 use crate::plugin::open::{OpenFailure, OpenedPlugin, conflicts, open};
 use crate::plugin::search::{PluginFile, PluginSearch};
 
@@ -117,7 +117,10 @@ pub fn load_all(cwd: &Cwd, config: &Config, search: &PluginSearch, events: &Even
     let machines = loaded.into_iter().flat_map(|(machinery, infos)| {
         let adopted = adopt(&machinery, infos.iter().map(|info| info.name.clone()).collect(), config);
         let machines = machines(&machinery, infos, limits.state, limits.load, config.heal, events);
-        machines.iter().zip(adopted).for_each(|(machine, adopted)| record_adoption(machine, adopted));
+        machines
+            .iter()
+            .zip(adopted)
+            .for_each(|(machine, adopted)| record_adoption(machine, adopted, config.heal));
         machines
     });
     fleet.set(Roster::new(machineries, machines.collect()));
@@ -132,25 +135,30 @@ fn adopt(machinery: &Arc<Machinery>, names: Vec<String>, config: &Config) -> Vec
     let (instance, limits) = (Arc::clone(&machinery.instance), &config.timeouts);
     let (what, limit) = (format!("adopt of '{}'", machinery.name), limits.stop);
     let adopt = move |name: &String| instance.adopt(name, Deadline::after(limit));
-    let adopted = call_each(&what, names, limit, limits.load, adopt);
+    let adopted = call_all(&what, names, limit, limits.load, adopt);
     let is_unsupported =
         |adopted: &Result<bool>| matches!(adopted, Err(error) if error.kind() == ErrorKind::Unsupported);
-    if adopted.iter().any(is_unsupported) {
-        return Vec::new();
-    }
-    machinery.adopts.store(true, Ordering::SeqCst);
-    adopted
+    machinery.adopts.store(!adopted.iter().all(is_unsupported), Ordering::SeqCst);
+    let nothing_left = |adopted| if is_unsupported(&adopted) { Ok(false) } else { adopted };
+    adopted.into_iter().map(nothing_left).collect()
 }
 
-/// Records the outcome of an adoption. A task finds in the errors of its machine that its run is lost.
-fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>) {
+/// Records the outcome of an adoption. A task finds in the errors of its machine that its run is lost. A run that could
+/// neither be adopted nor ended is the host's own, and the machine leaves the pool until it is ended.
+fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>, heal: Heal) {
     match adopted {
         Ok(true) => machine.set_adopted(),
         Ok(false) => {}
         Err(error) => {
-            let error = error.action("adopting the run of an earlier host").machine(machine.name());
-            tracing::warn!(machine = machine.name(), %error, "its run is lost");
-            machine.add_error(&error.to_string());
+            let kind = error.kind();
+            let error =
+                error.action("adopting the run of an earlier host").machine(machine.name()).to_string();
+            tracing::warn!(machine = machine.name(), error, "its run is lost");
+            machine.add_error(&error);
+            if machine.status().state != State::Poweroff {
+                machine.set_adopted();
+                machine.take_out(kind, &error, heal);
+            }
         }
     }
 }

@@ -5,11 +5,13 @@
 //!     SIGHUP ─▶ the configuration is read again (see `reload`)
 //!     SIGTERM, SIGINT ─▶ no new action ─▶ running actions end ─▶ own runs end ─▶ plugins shut down
 //!                                                                      ─▶ socket removed ─▶ exit 0
-//!     SIGUSR2 ─▶ no new action ─▶ running actions end ─▶ plugins hand over ─▶ the program is executed again
+//!     SIGUSR2 ─▶ the program is checked ─▶ no new action ─▶ running actions end ─▶ plugins hand over
+//!                                                                      ─▶ the program is executed again
 //! ```
 //!
 //! After SIGUSR2, the new program has the same process number and the same socket, and adopts the runs of the old one. With
-//! `--handover`, SIGTERM leaves them in the same way, and ends the host: the next start adopts them.
+//! `--handover`, SIGTERM leaves them in the same way, and ends the host: the next start adopts them. A host that is asked to
+//! stop when its plugins have handed over already executes its program again, which adopts the machines and stops them.
 //!
 //! A plugin that calls `exit()` triggers the same shutdown, with exit code 1: see [`exit`].
 
@@ -18,6 +20,7 @@ mod signals;
 
 use std::cell::Cell;
 use std::fs::File;
+use std::future::ready;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -29,7 +32,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
 
-use crate::actions::adoption::resume_adopted_runs;
+use crate::actions::adoption::{leave_foreign_runs_alone, resume_adopted_runs};
 use crate::actions::context::ActionContext;
 use crate::actions::diagnose::diagnose_all;
 use crate::actions::metrics::Metrics;
@@ -45,13 +48,14 @@ use crate::fleet::state_file::StateStore;
 use crate::limits;
 use crate::load;
 use crate::manager::Manager;
+use crate::manager::replacement::Replacement;
 use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
 use crate::server::listener;
 use crate::server::peers::Peers;
 use crate::watchdog;
-use end::{drain, execute_again};
-use signals::{Asked, EndSignals, ignore_replacement, listen};
+use end::{NextProgram, drain, execute_again};
+use signals::{Asked, EarlySignals, EndSignals, listen};
 
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
@@ -63,12 +67,18 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 /// The end of a host that has served.
 #[derive(Debug)]
 pub enum Served {
-    /// The host has handed everything over. The socket still listens for the new program.
-    Replaced(std::os::unix::net::UnixListener),
     /// The host has shut everything down.
     Cleanly,
     /// The end had a fault.
     With(Error),
+}
+
+/// The end of the work of a host.
+enum Ended {
+    /// The host ends.
+    Finally(Served),
+    /// The host has handed over, and executes its program again.
+    Again(NextProgram),
 }
 
 /// Serves until a signal or a plugin ends the host.
@@ -76,7 +86,7 @@ pub enum Served {
 /// # Errors
 /// The host cannot start: configuration, plugins, or socket.
 pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served> {
-    ignore_replacement();
+    let signals = EarlySignals::record()?;
     // An upgrade replaces the file of this program.
     let program = std::env::current_exe()
         .map_err(|error| Error::environment(format!("cannot find the host's own program: {error}")))?;
@@ -104,14 +114,17 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         .build()
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
-        let manager = Arc::new(manager(cwd, search, config, fleet, state, events).await?);
-        serve(cwd, &peers, manager, inherited, hands_over).await
+        let replacement = Replacement::new(&program, cwd, search);
+        let manager = manager(cwd, search, config, fleet, state, events, replacement).await?;
+        let (end, asked) = signals.received(hands_over)?;
+        serve(cwd, &peers, Arc::new(manager), inherited, end, asked).await
     });
     // A plugin's call that never returns must not delay the end.
     runtime.shutdown_background();
     match result {
-        Ok(Served::Replaced(listener)) => Err(execute_again(&program, listener)),
-        result => result,
+        Ok(Ended::Again(next)) => Err(execute_again(&program, next)),
+        Ok(Ended::Finally(served)) => Ok(served),
+        Err(error) => Err(error),
     }
 }
 
@@ -142,6 +155,7 @@ async fn manager(
     fleet: Arc<Fleet>,
     state: Arc<StateStore>,
     events: Events,
+    replacement: Replacement,
 ) -> Result<Manager> {
     let metrics = Arc::new(Metrics::default());
     let context =
@@ -149,6 +163,7 @@ async fn manager(
     let queues = Arc::new(Queues::new(context));
     diagnose_all(&fleet.roster(), config.timeouts.load).await;
     resume_adopted_runs(&fleet, queues.context()).await;
+    leave_foreign_runs_alone(&fleet);
     queues.context().disable_quarantined(&fleet.roster()).await;
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));
     let reloader = Reloader::new(
@@ -160,7 +175,7 @@ async fn manager(
         Arc::clone(&state),
         events.clone(),
     )?;
-    Ok(Manager::new(fleet, queues, reloader, metrics, state, events))
+    Ok(Manager::new(fleet, queues, reloader, metrics, state, events, replacement))
 }
 
 async fn serve(
@@ -168,21 +183,22 @@ async fn serve(
     peers: &Arc<Peers>,
     manager: Arc<Manager>,
     inherited: Option<std::os::unix::net::UnixListener>,
-    hands_over: bool,
-) -> Result<Served> {
+    mut end: EndSignals,
+    asked_early: Option<Asked>,
+) -> Result<Ended> {
     let mut exit = exit::exit_requested();
-    let mut end = EndSignals::new(hands_over)?;
     work_in_background(&manager)?;
     let socket = cwd.manager_socket();
-    let inherited = inherited.map(|inherited| listener::of(inherited, &socket));
-    let listener = inherited.unwrap_or_else(|| listener::bind(&socket, peers))?;
+    let listener = listener::open(inherited, &socket, peers)?;
     tracing::info!(socket = %socket.display(), "ready");
     notify(NotifyState::Ready);
     let mut connections = JoinSet::new();
     let asked = tokio::select! {
+        biased;
+        Some(asked) = ready(asked_early) => asked,
         () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
-        asked = end.received() => asked,
-        () = manager.replacement() => Asked::Replace,
+        asked = end.next() => asked,
+        () = manager.replacement().asked() => Asked::Replace,
         // The sender lives as long as the process.
         _ = exit.wait_for(|exit| *exit) => Asked::Stop,
     };
@@ -203,34 +219,38 @@ async fn serve(
             },
             Asked::Stop | Asked::HandOver => finished.await,
         }
-        drain(&manager, || latest.get().ending(), connections).await;
+        drain(&manager, || latest.get().ending(), connections).await
     };
-    if !is_drained(drained, &mut end, &latest).await {
+    let Some(handed_over) = until_drained(drained, &mut end, &latest).await else {
         let error = Error::failed("asked to end once more: machines may be left");
-        return Ok(Served::With(error.advice("The next start adopts them, or clears them away")));
-    }
+        let error = error.advice("The next start adopts them, or clears them away");
+        return Ok(Ended::Finally(Served::With(error)));
+    };
     tracing::info!("ended");
-    let by_plugin = Error::failed("a plugin called exit(): see the log for which");
-    match latest.get() {
-        _ if *exit.borrow() => Ok(Served::With(by_plugin)),
-        Asked::Replace => listener::kept(listener, &socket).map(Served::Replaced),
-        Asked::Stop | Asked::HandOver => {
-            listener::remove(&socket);
-            Ok(Served::Cleanly)
-        }
+    if *exit.borrow() {
+        let by_plugin = Error::failed("a plugin called exit(): see the log for which");
+        return Ok(Ended::Finally(Served::With(by_plugin)));
     }
+    let stop = latest.get() == Asked::Stop;
+    if latest.get() == Asked::Replace || (stop && handed_over) {
+        let listener = listener::kept(listener, &socket)?;
+        return Ok(Ended::Again(NextProgram { listener, stop }));
+    }
+    listener::remove(&socket);
+    Ok(Ended::Finally(Served::Cleanly))
 }
 
-/// Waits for the end of the drain. Returns false if the host has to end at once.
-async fn is_drained(drained: impl Future<Output = ()>, end: &mut EndSignals, latest: &Cell<Asked>) -> bool {
+/// Waits for the end of the drain, and returns its output; none if the host has to end at once.
+async fn until_drained<T>(
+    drained: impl Future<Output = T>,
+    end: &mut EndSignals,
+    latest: &Cell<Asked>,
+) -> Option<T> {
     let mut drained = pin!(drained);
     loop {
         tokio::select! {
-            () = &mut drained => return true,
-            next = end.received() => match latest.get().followed_by(next) {
-                Some(asked) => latest.set(asked),
-                None => return false,
-            },
+            drained = &mut drained => return Some(drained),
+            next = end.next() => latest.set(latest.get().followed_by(next)?),
         }
     }
 }
@@ -238,6 +258,7 @@ async fn is_drained(drained: impl Future<Output = ()>, end: &mut EndSignals, lat
 /// Starts what goes on beside the requests of clients.
 fn work_in_background(manager: &Arc<Manager>) -> Result<()> {
     tokio::spawn(reload_at_signal(Arc::clone(manager), listen(SignalKind::hangup())?));
+    tokio::spawn(replace_at_signal(Arc::clone(manager), listen(SignalKind::user_defined2())?));
     tokio::spawn(apply_pending_changes(Arc::clone(manager)));
     if let Some(interval) = sd_notify::watchdog_enabled() {
         tokio::spawn(watch(interval, Arc::clone(manager)));
@@ -269,6 +290,16 @@ async fn reload_at_signal(manager: Arc<Manager>, mut hangup: Signal) {
     while hangup.recv().await.is_some() {
         // The result is in the log.
         let _ = manager.reload().await;
+    }
+}
+
+/// Replaces the host at SIGUSR2, if the program is fit for it.
+async fn replace_at_signal(manager: Arc<Manager>, mut replace: Signal) {
+    while replace.recv().await.is_some() {
+        tracing::info!(signal = "SIGUSR2", "asked for a replacement: machines are left to the next host");
+        if let Err(error) = manager.replacement().request().await {
+            tracing::error!(%error, "the host is not replaced");
+        }
     }
 }
 

@@ -52,6 +52,7 @@ mod tests {
     use super::*;
     use std::cell::Cell;
     use std::future::{pending, ready};
+    use std::path::Path;
     use std::pin::pin;
     use std::sync::mpsc;
     use tokio::time::{Instant, timeout};
@@ -65,6 +66,7 @@ mod tests {
     use crate::events::Events;
     use crate::fleet::Fleet;
     use crate::fleet::state_file::StateStore;
+    use crate::manager::replacement::Replacement;
     use crate::plugin::search::PluginSearch;
     use crate::reload::Reloader;
 
@@ -86,10 +88,11 @@ mod tests {
             ActionContext::new(&config, Folders::of(&cwd), Arc::clone(&metrics), Arc::clone(&state));
         let queues = Arc::new(Queues::new(Arc::new(context)));
         let (of_fleet, of_queues) = (Arc::clone(&fleet), Arc::clone(&queues));
+        let replacement = Replacement::new(Path::new("/none"), &cwd, &search);
         let reloader =
             Reloader::new(cwd, search, config, of_fleet, of_queues, Arc::clone(&state), events.clone())
                 .unwrap();
-        let manager = Manager::new(Arc::clone(&fleet), queues, reloader, metrics, state, events);
+        let manager = Manager::new(Arc::clone(&fleet), queues, reloader, metrics, state, events, replacement);
         (folder, fleet, Arc::new(manager))
     }
 

@@ -25,6 +25,9 @@ ANSWER_TIMEOUT = 30
 # A part of the reason for which a host that ends refuses an action.
 ASK_AGAIN = "ask again when it is back"
 
+# The time that a host which restarts has to come back, in seconds.
+RESTART_TIMEOUT = 15
+
 # The pause before a message is repeated, in seconds.
 RETRY_INTERVAL = 0.2
 
@@ -186,18 +189,20 @@ class Client:
         return Subscription(connection)
 
 
-def ask(path, message, timeout=ANSWER_TIMEOUT, file=None):
+def ask(path, message, timeout=ANSWER_TIMEOUT, file=None, restart_timeout=0):
     """Sends one message to the host whose socket is `path`, and returns its answer, also a failure.
 
     A host that is about to be replaced takes no action. The message is then repeated until the new host answers. Such a
-    host also closes connections whose message it has not read, so a message is repeated once on a new connection.
+    host also closes connections whose message it has not read, so a message is repeated once on a new connection. That
+    harms nothing: a task may repeat each of its actions. A host that is away has `restart_timeout` seconds to come back.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     was_lost = False
     while True:
         left = None if deadline is None else deadline - time.monotonic()
         try:
-            with Connection(path) as connection:
+            with _connected(path, restart_timeout if left is None else min(left, restart_timeout)) as connection:
+                left = None if deadline is None else deadline - time.monotonic()
                 answer = _ask(connection, message, left, file)
         except Lost:
             if was_lost:
@@ -209,10 +214,21 @@ def ask(path, message, timeout=ANSWER_TIMEOUT, file=None):
         time.sleep(RETRY_INTERVAL)
 
 
-def send(path, message):
-    """Sends one message without waiting for the answer."""
-    with Connection(path) as connection:
+def send(path, message, restart_timeout=0):
+    """Sends one message without waiting for the answer. A host that is away has `restart_timeout` seconds to come back."""
+    with _connected(path, restart_timeout) as connection:
         connection.send(message)
+
+
+def _connected(path, restart_timeout):
+    until = time.monotonic() + restart_timeout
+    while True:
+        try:
+            return Connection(path)
+        except Unreachable:
+            if time.monotonic() + RETRY_INTERVAL > until:
+                raise
+        time.sleep(RETRY_INTERVAL)
 
 
 def _ask(connection, message, timeout, file=None):

@@ -175,7 +175,8 @@ class Host:
     def _reattach(self):
         what = f"The machinery host {self._description()} is lost"
         while not self._ending.is_set():
-            pause = min(2**self._failures, MAX_PAUSE)
+            # A host that has been replaced answers at once.
+            pause = min(2 ** (self._failures - 1), MAX_PAUSE) if self._failures else 0
             self._failures += 1
             self._log.error(f"{what}. Looking for a host in {pause} s, and starting one if there is none")
             if self._ending.wait(pause):

@@ -10,7 +10,7 @@ from cuckoo.common import taskflow
 from cuckoo.common.clients import ActionFailedError, MachineryManagerClient, ServerResponseError
 from cuckoo.node.taskrunner import TaskRunner
 
-from .connection import HostError, TimedOut, ask, send
+from .connection import RESTART_TIMEOUT, HostError, TimedOut, ask, send
 
 
 class WaitingClient(MachineryManagerClient):
@@ -21,8 +21,9 @@ class WaitingClient(MachineryManagerClient):
         message = {"action": action, "machine": machine_name}
         try:
             if not wait_response:
-                return send(self.sockpath, message)
-            answer = ask(self.sockpath, message, timeout if timeout > 0 else None)
+                return send(self.sockpath, message, RESTART_TIMEOUT)
+            limit = timeout if timeout > 0 else None
+            answer = ask(self.sockpath, message, limit, restart_timeout=RESTART_TIMEOUT)
         except TimedOut as error:
             raise ActionFailedError(
                 f"Response for machine action {action} for {machine_name} took longer than {timeout} seconds"

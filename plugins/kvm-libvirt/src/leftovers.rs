@@ -22,15 +22,18 @@ use machinery::{Error, Result, State};
 use machinery_backend::files;
 use machinery_backend::sync::lock;
 use serde::{Deserialize, Serialize};
+use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt_sys as sys;
 
 use crate::domain;
-use crate::errors::{explain, is_off};
+use crate::errors::{explain, is_no_domain, is_off};
 
 /// The XML namespace of the token.
 const NAMESPACE: &str = "https://github.com/cuckoo-machinery/cuckoo-machinery/run/1";
+/// The end of a marker's name.
+const SUFFIX: &str = ".run";
 /// The prefix of that namespace in a domain's description.
 const PREFIX: &str = "machinery";
 
@@ -62,7 +65,7 @@ struct Run {
 impl RunMarker {
     /// Returns the marker of that machine, in the machinery's state folder.
     pub fn of(machine: &str, state_dir: &Path) -> Self {
-        RunMarker { path: state_dir.join(format!("{machine}.run")), run: Arc::default() }
+        RunMarker { path: state_dir.join(format!("{machine}{SUFFIX}")), run: Arc::default() }
     }
 
     /// Records that the domain is about to be started.
@@ -133,6 +136,36 @@ impl RunMarker {
             return Ok(true);
         }
         Ok(!run.marked && kernel_id("boot_id")? == run.boot && is_paused(domain)?)
+    }
+
+    /// Ends the run of another domain than that of this uuid, and removes its marker: the machine has another domain by
+    /// now, or is not configured any more.
+    ///
+    /// # Errors
+    /// libvirt does not answer; the domain does not end.
+    pub fn end_run_elsewhere(&self, connect: &Connect, uuid: Option<&str>) -> Result<()> {
+        let Some(run) = self.read().filter(|run| Some(run.uuid.as_str()) != uuid) else { return Ok(()) };
+        match connect.lookup_domain_by_uuid_string(&run.uuid) {
+            Ok(domain) if self.matches(&domain)? => {
+                let marker = self.path.display();
+                tracing::warn!(%marker, "ending a run whose domain no machine has any more");
+                domain::destroy(&domain)?;
+            }
+            Ok(_) => {}
+            Err(error) if is_no_domain(&error) => {}
+            Err(error) => return Err(explain("look up the domain", &error)),
+        }
+        self.remove();
+        Ok(())
+    }
+
+    /// Returns the markers in that folder that belong to machines which are not known.
+    pub fn others(state_dir: &Path, is_known: impl Fn(&str) -> bool) -> Vec<RunMarker> {
+        let names = fs::read_dir(state_dir).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let machine = |name: String| name.strip_suffix(SUFFIX).map(str::to_owned);
+        let unknown = names.filter_map(machine).filter(|name| !is_known(name));
+        unknown.map(|name| RunMarker::of(&name, state_dir)).collect()
     }
 
     /// Removes the marker: the run has ended.

@@ -42,8 +42,8 @@ impl Shared for Kvm {
         renamed_keys_of(setup)
     }
 
-    fn open(_setup: &Setup, config: &Config, host: Host) -> Result<Self> {
-        Kvm::new(config, host, Deadline::after(OPEN_TIMEOUT))
+    fn open(setup: &Setup, config: &Config, host: Host) -> Result<Self> {
+        Kvm::new(config, &setup.state_dir, host, Deadline::after(OPEN_TIMEOUT))
     }
 
     fn machine(self: &Arc<Self>, setup: &Setup, keys: Keys) -> Arc<Machine> {
@@ -76,8 +76,11 @@ impl Shared for Kvm {
         self: &Arc<Self>,
         machines: &Arc<MachineSet<Machine>>,
         _config: Config,
-        _deadline: Deadline,
+        deadline: Deadline,
     ) -> Result<()> {
+        if let Err(error) = self.end_orphans(|name| machines.find(name).is_ok(), deadline) {
+            tracing::warn!(%error, "runs of machines that are not configured remain");
+        }
         self.connection.listen(Arc::new(Machines(Arc::clone(machines))))
     }
 

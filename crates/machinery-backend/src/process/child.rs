@@ -149,7 +149,10 @@ impl Process {
         kind_of: fn(&str) -> LineKind,
     ) -> Result<Option<Process>> {
         let number = identity.number();
-        let Some(pidfd) = identity.open() else { return Ok(None) };
+        let Some(pidfd) = identity.open() else {
+            identity.reap();
+            return Ok(None);
+        };
         let console = match stderr_of(number) {
             // Only now it is certain that the descriptor was that of this process.
             Some(stderr) if identity.open().is_some() => stderr.into(),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 use serde::{Deserialize, Serialize};
 
 use super::group;
@@ -30,6 +30,16 @@ impl ProcessIdentity {
     /// Returns the number of the process.
     pub fn number(&self) -> i32 {
         self.pid
+    }
+
+    /// Reaps the process if it has ended and is a child from before this process executed a newer host. Nobody else
+    /// does.
+    pub(super) fn reap(&self) {
+        let pid = Pid::from_raw(self.pid).filter(|pid| ProcessIdentity::of(*pid).as_ref() == Some(self));
+        if let Some(pid) = pid {
+            // Not a child: whoever is its parent reaps it.
+            let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+        }
     }
 
     /// Opens the process; none if it has ended.
@@ -65,7 +75,7 @@ mod tests {
         )
         .unwrap();
         assert!(identity.open().is_none());
-        child.wait().unwrap();
+        identity.reap();
         assert_eq!(ProcessIdentity::of(Pid::from_child(&child)), None);
     }
 }

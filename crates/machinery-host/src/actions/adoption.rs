@@ -21,6 +21,17 @@ pub async fn resume_adopted_runs(fleet: &Fleet, context: &ActionContext) {
     }
 }
 
+/// Leaves the machines in quarantine alone that somebody else runs.
+pub fn leave_foreign_runs_alone(fleet: &Fleet) {
+    for machine in fleet.roster().machines() {
+        let status = machine.status();
+        let is_off = matches!(status.state, State::Poweroff | State::Error);
+        if !is_off && !status.own_run {
+            machine.leave_alone();
+        }
+    }
+}
+
 /// Asks the plugin for the state: a report that came before the machine was known is lost.
 async fn update_state(machine: &std::sync::Arc<Machine>, context: &ActionContext) {
     let reports = machine.status().reports;

@@ -167,7 +167,13 @@ impl ActionExecutor {
     }
 
     pub(super) async fn start(&mut self, action: &Action) -> Result<(), Failure> {
-        self.end_earlier_run().await?;
+        let before = self.calls.query_state().await?;
+        self.end_run_in(before).await?;
+        self.start_off(action).await
+    }
+
+    /// Starts a machine that is off.
+    pub(super) async fn start_off(&mut self, action: &Action) -> Result<(), Failure> {
         let context = Arc::clone(&self.context);
         let permit = match action {
             Action::RestoreStart => {
@@ -201,8 +207,7 @@ impl ActionExecutor {
     }
 
     /// Stops a machine that runs although no task has it, and ends the capture of a run that ended by itself.
-    async fn end_earlier_run(&mut self) -> Result<()> {
-        let before = self.calls.query_state().await?;
+    pub(super) async fn end_run_in(&mut self, before: State) -> Result<()> {
         if before != State::Poweroff {
             tracing::warn!(machine = self.machine.name(), state = %before, "the machine runs although no task has it: stopped before the start");
             self.stop().await?;

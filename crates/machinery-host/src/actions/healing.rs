@@ -25,12 +25,19 @@ impl ActionExecutor {
     pub(super) async fn heal(&mut self) -> Result<(), Failure> {
         let state = self.calls.query_state().await?;
         if state != State::Poweroff && !self.machine.status().own_run {
-            self.machine.set_answered(state, self.machine.status().reports);
-            self.machine.leave_alone();
-            return Err(refused(Error::not_now("the machine runs, and the host has not started it")));
+            return Err(self.leave_alone(state).await);
         }
-        self.start(&Action::RestoreStart).await?;
+        self.end_run_in(state).await?;
+        self.start_off(&Action::RestoreStart).await?;
         Ok(self.stop().await?)
+    }
+
+    /// Refuses a try on a machine that somebody else runs: it would discard the changes of that run.
+    pub(super) async fn leave_alone(&self, state: State) -> Failure {
+        self.machine.set_answered(state, self.machine.status().reports);
+        self.machine.leave_alone();
+        self.context.save_pool(&self.machine).await;
+        refused(Error::not_now("the machine runs, and the host has not started it"))
     }
 
     /// Puts the machine back into the pool after a try that has worked.

@@ -48,10 +48,15 @@ impl ActionExecutor {
     }
 
     async fn record_success(&self, action: &Action) {
-        self.machine.reset_plugin_faults();
         match action {
-            Action::RestoreStart | Action::NorestoreStart => self.machine.set_started_well(),
-            Action::Heal => self.record_healed().await,
+            Action::RestoreStart | Action::NorestoreStart => {
+                self.machine.reset_plugin_faults();
+                self.machine.set_started_well();
+            }
+            Action::Heal => {
+                self.machine.reset_plugin_faults();
+                self.record_healed().await;
+            }
             _ => {}
         }
     }

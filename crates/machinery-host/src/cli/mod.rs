@@ -90,7 +90,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     match command {
         Command::Serve { handover, .. } => Ok(match serve::run(cwd, &global.search(cwd), *handover)? {
-            Served::Cleanly | Served::Replaced(_) => ExitCode::SUCCESS,
+            Served::Cleanly => ExitCode::SUCCESS,
             Served::With(error) => {
                 output::error(&error, global.json);
                 ExitCode::from(1)
@@ -189,13 +189,8 @@ fn run_action(cwd: &Cwd, request: &Value, file: Option<&File>, json: bool) -> Re
     Ok(exit_code(&answer))
 }
 
-/// Has the running host replace itself, if this program finds no problem.
+/// Has the running host replace itself.
 fn run_upgrade(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
-    let report = check::check(cwd, &global.search(cwd));
-    if report.has_problems() {
-        output::report(&report, global.json);
-        return Ok(ExitCode::from(2));
-    }
     let answer = upgrade::upgrade(&cwd.manager_socket())?;
     output::upgraded(&answer, global.json);
     Ok(exit_code(&answer))

@@ -132,7 +132,7 @@ impl Machine {
         status.own_run = status.state != State::Poweroff;
     }
 
-    /// Marks the current run, if there is one, as adopted from an earlier host. Its age counts from now on.
+    /// Marks the current run, if there is one, as adopted from an earlier host. Its age counts from its lock.
     pub fn set_adopted(&self) {
         self.lock_status().adopt_run();
     }

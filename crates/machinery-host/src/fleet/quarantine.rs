@@ -105,7 +105,7 @@ impl Quarantine {
 
     /// Begins anew: the machine's configuration has changed.
     pub fn restart(&mut self) {
-        (self.tries, self.is_left_alone, self.next_try) = (0, false, Instant::now());
+        (self.tries, self.next_try) = (0, Instant::now());
     }
 
     /// Returns the seconds until the next try, rounded up. The try may have to wait longer: for the end of a lock, of
@@ -170,9 +170,11 @@ mod tests {
         let mut quarantine = Quarantine::new("x");
         quarantine.count_failed_try("y");
         quarantine.postpone();
+        quarantine.is_left_alone = true;
         assert_eq!((quarantine.tries, quarantine.next_try_in()), (1, 30));
         quarantine.restart();
         assert_eq!((quarantine.tries, quarantine.next_try_in()), (0, 0));
+        assert!(quarantine.is_left_alone, "the run of somebody else goes on");
     }
 
     #[tokio::test(start_paused = true)]

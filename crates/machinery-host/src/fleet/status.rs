@@ -24,6 +24,15 @@ pub struct RunBegin {
     pub instant: Instant,
 }
 
+impl RunBegin {
+    /// Returns the begin at that time, in seconds since 1970.
+    fn at(unix: u64) -> Self {
+        let now = Instant::now();
+        let age = Duration::from_secs(unix_now().saturating_sub(unix));
+        RunBegin { unix, instant: now.checked_sub(age).unwrap_or(now) }
+    }
+}
+
 /// The state of a machine, and the record of its actions.
 #[derive(Debug, Clone)]
 pub struct Status {
@@ -119,11 +128,13 @@ impl Status {
         }
     }
 
-    /// Makes the current run one that the host has started. A run of a machine in quarantine was a try.
+    /// Makes the current run one that the host has started. A run of a machine in quarantine was a try. The begin of the run
+    /// is not known: a task starts its machine soon after it has locked it.
     pub fn adopt_run(&mut self) {
         if self.state != State::Poweroff {
             self.started_well = self.availability.quarantine.is_none();
             self.own_run = true;
+            self.run_begin = self.availability.locked_since.map(RunBegin::at);
             self.begin_run();
         }
     }

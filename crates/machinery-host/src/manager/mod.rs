@@ -12,6 +12,7 @@
 //! | counts and durations | [`Metrics`] |
 //! | subscribers | [`Events`] |
 
+pub mod replacement;
 mod unsaved;
 
 use std::error::Error as StdError;
@@ -21,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::UNIX_EPOCH;
 
 use machinery::{Error, Result, State};
-use tokio::sync::{Notify, broadcast, mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 
 use crate::actions::diagnose::diagnose_one;
 use crate::actions::message::Responder;
@@ -37,6 +38,7 @@ use crate::fleet::{Fleet, Machine, Roster};
 use crate::plugin::call::CallResult;
 use crate::reload::Reloader;
 
+use replacement::Replacement;
 pub use unsaved::{UnsavedChange, UnsavedLock, UnsavedReservation};
 
 /// The reason for refusing a request; its text is for the client.
@@ -54,8 +56,7 @@ pub struct Manager {
     enabled: AtomicBool,
     /// True once nothing more happens: connections write their last replies and close.
     ended: watch::Sender<bool>,
-    /// Notified when a client has asked for a newer host.
-    replacement: Notify,
+    replacement: Replacement,
     /// The time of the host's start, in milliseconds since 1970.
     started: u128,
 }
@@ -69,10 +70,10 @@ impl Manager {
         metrics: Arc<Metrics>,
         state: Arc<StateStore>,
         events: Events,
+        replacement: Replacement,
     ) -> Self {
         let (enabled, ended) = (AtomicBool::new(true), watch::Sender::new(false));
         let started = UNIX_EPOCH.elapsed().unwrap_or_default().as_millis();
-        let replacement = Notify::new();
         Manager { fleet, queues, reloader, metrics, state, events, enabled, ended, replacement, started }
     }
 
@@ -199,14 +200,9 @@ impl Manager {
         if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
     }
 
-    /// Has the host execute its program again.
-    pub fn replace(&self) {
-        self.replacement.notify_one();
-    }
-
-    /// Waits for [`replace`](Manager::replace).
-    pub async fn replacement(&self) {
-        self.replacement.notified().await;
+    /// Returns the replacement of this host by a newer program.
+    pub fn replacement(&self) -> &Replacement {
+        &self.replacement
     }
 
     /// Puts the machine back into the pool.

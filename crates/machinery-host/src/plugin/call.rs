@@ -28,6 +28,8 @@ use crate::exit;
 
 /// A plugin returns by its deadline. A call that is later than this is abandoned.
 pub const GRACE: Duration = Duration::from_secs(2);
+/// The maximum number of calls that [`call_all`] makes at a time.
+const MAX_PARALLEL_CALLS: usize = 16;
 
 /// The end of a call.
 pub enum CallResult<T> {
@@ -125,6 +127,26 @@ pub fn call_each<I: Send + Sync + 'static, T: Send + 'static>(
         }
     }
     results
+}
+
+/// Calls `work` for each item as [`call_each`] does, on several threads at a time. Returns the results in the order of
+/// the items.
+pub fn call_all<T: Send + 'static>(
+    what: &str,
+    items: Vec<String>,
+    limit: Duration,
+    all: Duration,
+    work: impl Fn(&String) -> Result<T> + Clone + Send + Sync + 'static,
+) -> Vec<Result<T>> {
+    let share = items.len().div_ceil(MAX_PARALLEL_CALLS).max(1);
+    thread::scope(|scope| {
+        let call_share = |share: &[String]| {
+            let (share, work) = (share.to_vec(), work.clone());
+            scope.spawn(move || call_each(what, share, limit, all, work))
+        };
+        let threads: Vec<_> = items.chunks(share).map(call_share).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
+    })
 }
 
 /// Returns the error of a call that was abandoned after `limit`.

@@ -17,23 +17,34 @@ use crate::manager::Manager;
 use crate::plugin::call::{self, CallResult};
 use crate::server::listener;
 
-use super::signals::ignore_replacement;
+use super::signals::leave_to_next_program;
 
 /// The time that clients have to read their last replies when the host ends.
 const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Waits for last replies, and shuts the plugins down, or has them hand over.
-pub async fn drain(manager: &Manager, ending: impl Fn() -> Ending, mut connections: JoinSet<()>) {
+/// The program that this process executes next.
+pub struct NextProgram {
+    /// The socket that it inherits.
+    pub listener: UnixListener,
+    /// True if it stops all machines, and ends.
+    pub stop: bool,
+}
+
+/// Waits for last replies, and shuts the plugins down, or has them hand over. Returns whether one has handed over.
+pub async fn drain(manager: &Manager, ending: impl Fn() -> Ending, mut connections: JoinSet<()>) -> bool {
     manager.ended().send_replace(true);
     let last_replies = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(LAST_REPLIES_TIMEOUT, last_replies).await.is_err() {
         tracing::warn!("some clients do not read their last replies");
     }
     let limit = manager.queues().context().timeouts().shutdown;
+    let mut handed_over = false;
     for machinery in manager.roster().machineries() {
         let hands_over = ending() == Ending::HandOver && machinery.adopts();
+        handed_over |= hands_over;
         end_plugin(machinery, hands_over, limit).await;
     }
+    handed_over
 }
 
 async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duration) {
@@ -52,7 +63,7 @@ async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duratio
 
 /// Executes the host's program, which may be a newer one, with the same arguments and the same socket. Returns only if that
 /// fails.
-pub fn execute_again(program: &Path, listener: UnixListener) -> Error {
+pub fn execute_again(program: &Path, next: NextProgram) -> Error {
     let failed = |error: &dyn std::fmt::Display| {
         Error::failed(format!("cannot execute {}: {error}", program.display()))
             .advice("Start the host again: it adopts the runs")
@@ -61,13 +72,15 @@ pub fn execute_again(program: &Path, listener: UnixListener) -> Error {
     command.args(std::env::args_os().skip(1));
     // The protocol of sd_listen_fds(3). The process keeps its number.
     command.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", "1");
-    let mapping = FdMapping { parent_fd: listener.into(), child_fd: listener::FIRST_INHERITED };
+    let mapping = FdMapping { parent_fd: next.listener.into(), child_fd: listener::FIRST_INHERITED };
     match command.fd_mappings(vec![mapping]) {
         Ok(command) => {
             // No child is forked, which would get the limit.
             limits::restore_file_limit();
-            ignore_replacement();
-            failed(&command.exec())
+            match leave_to_next_program(next.stop) {
+                Ok(()) => failed(&command.exec()),
+                Err(error) => failed(&error),
+            }
         }
         Err(error) => failed(&error),
     }

@@ -1,7 +1,21 @@
-//! The signals that a host reacts to.
+//! The signals that end the host.
+//!
+//! ```text
+//! execution ─▶ early: only recorded ─▶ serving: received ─▶ about to execute again: blocked ─▶ execution
+//! ```
+//!
+//! While the host loads, it adopts guests. A signal that ended it there would leave them without a host, so it is
+//! recorded, and obeyed once the host serves. A second signal ends the process at once. Signals stay blocked
+//! and pending from one program to the next. Source: execve(2), signal(7).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use machinery::{Error, Result};
-use nix::sys::signal::SigHandler;
+use nix::sys::signal::{self as nix_signal, SigHandler, SigSet};
+use signal_hook::SigId;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::actions::Ending;
@@ -23,62 +37,121 @@ impl Asked {
         if self == Asked::Stop { Ending::Stop } else { Ending::HandOver }
     }
 
-    /// Returns the request after a further one, while the host ends; none if the host has to end at once. A stop replaces
-    /// a request that leaves machines running.
+    /// Returns the request after a further signal, while the host ends; none if the host has to end at once. A stop
+    /// replaces a request that leaves machines running.
     pub fn followed_by(self, next: Asked) -> Option<Asked> {
         match (self, next) {
-            (_, Asked::Replace) => Some(self),
             (Asked::HandOver | Asked::Replace, Asked::Stop) => Some(Asked::Stop),
+            (Asked::Replace, Asked::HandOver) => Some(Asked::HandOver),
             _ => None,
         }
     }
 }
 
-/// The signals that end the host.
+/// The signals that end the host, before it serves.
+pub struct EarlySignals {
+    terminated: Arc<AtomicBool>,
+    interrupted: Arc<AtomicBool>,
+    handlers: Vec<SigId>,
+}
+
+impl EarlySignals {
+    /// Records the signals from now on, and those that were sent to an earlier program of this process. SIGUSR2, which
+    /// would end the process, is ignored until the host serves.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn record() -> Result<Self> {
+        let mut early =
+            EarlySignals { terminated: Arc::default(), interrupted: Arc::default(), handlers: Vec::new() };
+        let recorded = early.register().and_then(|()| {
+            ignore_replacement()?;
+            Ok(end_signals().thread_unblock()?)
+        });
+        recorded.map_err(|error| no_signals(&error))?;
+        Ok(early)
+    }
+
+    fn register(&mut self) -> std::io::Result<()> {
+        for (number, flag) in [(SIGTERM, &self.terminated), (SIGINT, &self.interrupted)] {
+            // The second of them finds the flag set.
+            self.handlers.push(flag::register_conditional_shutdown(number, 1, Arc::clone(flag))?);
+            self.handlers.push(flag::register(number, Arc::clone(flag))?);
+        }
+        Ok(())
+    }
+
+    /// Returns the receiver of all later signals, and what was asked until now.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn received(self, hands_over: bool) -> Result<(EndSignals, Option<Asked>)> {
+        let signals = EndSignals {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hands_over,
+        };
+        self.handlers.into_iter().for_each(|id| {
+            signal_hook::low_level::unregister(id);
+        });
+        let asked = match (self.interrupted.load(Ordering::SeqCst), self.terminated.load(Ordering::SeqCst)) {
+            (true, _) => Some(signals.asked("SIGINT", Asked::Stop)),
+            (false, true) => Some(signals.asked("SIGTERM", signals.by_terminate())),
+            (false, false) => None,
+        };
+        Ok((signals, asked))
+    }
+}
+
+/// The signals that end the host, while it serves.
 pub struct EndSignals {
     terminate: Signal,
     interrupt: Signal,
-    replace: Signal,
     hands_over: bool,
 }
 
 impl EndSignals {
-    /// Listens to the signals. `hands_over` is about SIGTERM.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn new(hands_over: bool) -> Result<Self> {
-        Ok(EndSignals {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            replace: listen(SignalKind::user_defined2())?,
-            hands_over,
-        })
+    /// Waits for the next of these signals.
+    pub async fn next(&mut self) -> Asked {
+        tokio::select! {
+            _ = self.terminate.recv() => self.asked("SIGTERM", self.by_terminate()),
+            _ = self.interrupt.recv() => self.asked("SIGINT", Asked::Stop),
+        }
     }
 
-    /// Waits for the next of these signals.
-    pub async fn received(&mut self) -> Asked {
-        let (signal, asked) = tokio::select! {
-            _ = self.terminate.recv() => ("SIGTERM", if self.hands_over { Asked::HandOver } else { Asked::Stop }),
-            _ = self.interrupt.recv() => ("SIGINT", Asked::Stop),
-            _ = self.replace.recv() => ("SIGUSR2", Asked::Replace),
-        };
+    fn by_terminate(&self) -> Asked {
+        if self.hands_over { Asked::HandOver } else { Asked::Stop }
+    }
+
+    fn asked(&self, signal: &str, asked: Asked) -> Asked {
         match asked {
             Asked::Stop => tracing::info!(signal, "asked to end: machines are stopped"),
-            Asked::HandOver | Asked::Replace => tracing::info!(signal, "machines are left to the next host"),
+            Asked::HandOver | Asked::Replace => {
+                tracing::info!(signal, "asked to end: machines are left to the next host")
+            }
         }
         asked
     }
 }
 
-/// Ignores SIGUSR2, which otherwise ends a process that does not listen to it yet: this one, or the program that it executes
-/// next.
-pub fn ignore_replacement() {
+/// Leaves all later signals to the program that this process executes next; sends it a stop if that was asked.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn leave_to_next_program(stop: bool) -> std::io::Result<()> {
+    end_signals().thread_block()?;
+    ignore_replacement()?;
+    // With `serve --handover`, SIGTERM is no stop.
+    Ok(if stop { nix_signal::raise(nix_signal::SIGINT) } else { Ok(()) }?)
+}
+
+fn end_signals() -> SigSet {
+    [nix_signal::SIGTERM, nix_signal::SIGINT].into_iter().collect()
+}
+
+fn ignore_replacement() -> nix::Result<()> {
     // SAFETY: no handler is installed, so no code runs in a signal's context.
-    let ignored = unsafe { nix::sys::signal::signal(nix::sys::signal::SIGUSR2, SigHandler::SigIgn) };
-    if let Err(error) = ignored {
-        tracing::debug!(%error, "SIGUSR2 is not ignored");
-    }
+    unsafe { nix_signal::signal(nix_signal::SIGUSR2, SigHandler::SigIgn) }.map(drop)
 }
 
 /// Listens to a signal.
@@ -86,7 +159,11 @@ pub fn ignore_replacement() {
 /// # Errors
 /// The kernel refuses.
 pub fn listen(kind: SignalKind) -> Result<Signal> {
-    signal(kind).map_err(|error| Error::environment(format!("cannot listen to signals: {error}")))
+    signal(kind).map_err(|error| no_signals(&error))
+}
+
+fn no_signals(error: &std::io::Error) -> Error {
+    Error::environment(format!("cannot listen to signals: {error}"))
 }
 
 #[cfg(test)]
@@ -95,10 +172,9 @@ mod tests {
 
     #[test]
     fn stop_replaces_a_hand_over_and_a_second_stop_ends_at_once() {
-        assert_eq!(Asked::Replace.followed_by(Asked::Replace), Some(Asked::Replace));
         assert_eq!(Asked::Replace.followed_by(Asked::Stop), Some(Asked::Stop));
         assert_eq!(Asked::HandOver.followed_by(Asked::Stop), Some(Asked::Stop));
-        assert_eq!(Asked::Stop.followed_by(Asked::Replace), Some(Asked::Stop));
+        assert_eq!(Asked::Replace.followed_by(Asked::HandOver), Some(Asked::HandOver));
         assert_eq!(Asked::Stop.followed_by(Asked::Stop), None);
         assert_eq!(Asked::HandOver.followed_by(Asked::HandOver), None);
     }

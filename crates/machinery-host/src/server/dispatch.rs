@@ -104,8 +104,12 @@ impl Dispatcher {
     }
 
     async fn upgrade(&self, id: Id) {
-        self.outbox.reply(reply::success(), id).await;
-        self.manager.replace();
+        let manager = Arc::clone(&self.manager);
+        let requested = async move {
+            let requested = manager.replacement().request().await;
+            reply::result(requested.map_err(|error| error.to_string()))
+        };
+        self.outbox.reply_later(id, requested).await;
     }
 
     async fn version(&self, id: Id) {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,12 +56,23 @@ pub fn inherited(path: &Path) -> Result<Option<std::os::unix::net::UnixListener>
     taken.map_err(|error| Error::io("inherit the socket", path, &error))
 }
 
-/// Returns the socket for this host's threads.
+/// Returns the inherited socket for this host's threads, or a new one, open to those peers alone. An inherited socket whose
+/// name was removed meanwhile is replaced, because no client would find it.
 ///
 /// # Errors
-/// The socket cannot be used.
-pub fn of(inherited: std::os::unix::net::UnixListener, path: &Path) -> Result<UnixListener> {
+/// The socket can be neither used nor made.
+pub fn open(
+    inherited: Option<std::os::unix::net::UnixListener>,
+    path: &Path,
+    peers: &Peers,
+) -> Result<UnixListener> {
+    let Some(inherited) = inherited else { return bind(path, peers) };
+    if !fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        tracing::warn!(socket = %path.display(), "the inherited socket has no name any more: a new one is made");
+        return bind(path, peers);
+    }
     let failed = |error: io::Error| Error::io("use the inherited socket", path, &error);
+    open_to(peers, path).map_err(failed)?;
     inherited.set_nonblocking(true).map_err(failed)?;
     UnixListener::from_std(inherited).map_err(failed)
 }
@@ -78,7 +89,7 @@ pub fn kept(listener: UnixListener, path: &Path) -> Result<std::os::unix::net::U
 ///
 /// # Errors
 /// The socket cannot be made.
-pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
+fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
     let failed = |error: io::Error| Error::io("make the socket", path, &error);
     if path.as_os_str().len() > MAX_ADDRESS {
         tracing::warn!(
@@ -91,14 +102,19 @@ pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
     let private = tempfile::Builder::new().prefix(".new-").tempdir_in(folder).map_err(failed)?;
     let socket = SocketPath::new(&private.path().join("sock")).map_err(failed)?;
     let listener = UnixListener::bind(socket.address()).map_err(failed)?;
-    let mode = if peers.gid().is_some() { 0o660 } else { 0o600 };
-    chown(socket.path(), None, peers.gid()).map_err(|error| {
+    open_to(peers, socket.path()).map_err(|error| {
         failed(error).advice("The host's user has to be a member of the group `socket_group`, or root")
     })?;
-    fs::set_permissions(socket.path(), fs::Permissions::from_mode(mode)).map_err(failed)?;
     warn_of_closed_folders(path, peers);
     fs::rename(socket.path(), path).map_err(failed)?;
     Ok(listener)
+}
+
+/// Gives those peers alone the right to connect.
+fn open_to(peers: &Peers, socket: &Path) -> io::Result<()> {
+    let mode = if peers.gid().is_some() { 0o660 } else { 0o600 };
+    chown(socket, None, peers.gid())?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(mode))
 }
 
 /// Warns of folders that the group which may use the socket cannot pass.

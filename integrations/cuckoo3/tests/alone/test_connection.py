@@ -193,6 +193,14 @@ class WithAHost(unittest.TestCase):
         start_other_host(self, self.cwd)
         self.assertTrue(self.client.request("version")["success"])
 
+    def test_action_succeeds_when_the_host_restarts_meanwhile(self):
+        self.host.end()
+        restart = threading.Timer(0.3, start_other_host, (self, self.cwd))
+        restart.start()
+        self.addCleanup(restart.join)
+        message = {"action": "restore_start", "machine": "m1"}
+        self.assertEqual(ask(self.client.path, message, restart_timeout=TIMEOUT), {"success": True})
+
     def test_ask_returns_within_its_timeout(self):
         began = time.monotonic()
         with self.assertRaises(Unreachable):

@@ -40,7 +40,9 @@ impl Machine {
             Some(domain) if self.marker.matches(&domain)? => domain,
             _ => {
                 self.end_leftover_run(connect)?;
-                return Err(Error::failed("its domain has ended while no host watched it"));
+                return Err(Error::failed(
+                    "its domain has ended, or was started anew, while no host watched it",
+                ));
             }
         };
         let disks = disks_of(&domain)?;
@@ -56,9 +58,10 @@ impl Machine {
     /// As [`find`](Machine::find); the run does not end.
     pub fn end_leftover_run(&self, connect: &Connect) -> Result<()> {
         let Some(domain) = self.find(connect)? else {
-            self.marker.remove();
-            return Ok(());
+            return self.marker.end_run_elsewhere(connect, None);
         };
+        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
+        self.marker.end_run_elsewhere(connect, Some(&uuid))?;
         if self.marker.matches(&domain).map_err(|error| error.machine(self.name()))? {
             tracing::warn!(machine = self.name(), "a run that an earlier host has left is stopped");
             let disks = disks_of(&domain).unwrap_or_default();

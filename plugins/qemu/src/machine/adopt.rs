@@ -42,7 +42,7 @@ impl Machine {
     pub(super) fn adopt_run(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
         let (progress, record) = match self.record.read() {
             Some((progress, record)) if progress != Progress::Starting => (progress, record),
-            _ => return self.clear_leftovers().map(|()| false),
+            _ => return self.end_what_is_left(),
         };
         let (operation, ()) = self.work.begin(Operation::Starting, deadline, |_| Ok(()))?;
         let adopted = self.connected(&record, deadline);
@@ -56,6 +56,16 @@ impl Machine {
                 tracing::info!(machine = self.name(), %error, "the standby of an earlier host is not used");
                 Ok(false)
             }
+        }
+    }
+
+    /// Ends a start that was under way, or a run whose record this host cannot read. Returns that there is no run.
+    fn end_what_is_left(&self) -> Result<bool> {
+        let is_unreadable = self.record.is_of_run();
+        self.clear_leftovers()?;
+        match is_unreadable {
+            true => Err(Error::failed("its record is that of another version, or is damaged")),
+            false => Ok(false),
         }
     }
 

@@ -106,14 +106,23 @@ impl RecordFile {
 
     /// Records that the guest runs.
     pub fn set_running(&self) {
-        if !self.rename(Progress::Standby, Progress::Running) {
-            self.rename(Progress::Starting, Progress::Running);
+        let renamed = [Progress::Standby, Progress::Starting]
+            .into_iter()
+            .any(|before| self.rename(before, Progress::Running));
+        if !renamed {
+            let machine = &self.machine;
+            tracing::warn!(machine, "the run would end with this host: its record cannot be renamed");
         }
     }
 
     /// Returns the record that there is, and how far its run was.
     pub fn read(&self) -> Option<(Progress, Record)> {
         Progress::ALL.into_iter().find_map(|progress| Some((progress, read(&self.path(progress))?)))
+    }
+
+    /// Reports whether there is a record of a resumed run, also one that this host cannot read.
+    pub fn is_of_run(&self) -> bool {
+        self.path(Progress::Running).exists()
     }
 
     /// Removes the record: the run has ended.
