@@ -39,11 +39,13 @@ fn machines_are_stopped_and_stay_locked_when_their_machinery_cannot_adopt() {
 
 #[test]
 fn waiting_client_hears_to_ask_again_and_then_succeeds_when_the_host_is_replaced() {
-    let (_cwd, mut host, mut client) = served(&[("m", "delays_ms: {restore_start: 500}")]);
+    let (_cwd, mut host, mut client) = served(&[("m", "delays_ms: {restore_start: 2000}")]);
+    let mut other = host.client().unwrap();
+    other.subscribe().unwrap();
     for id in [1, 2] {
         client.send(&json!({"action": "restore_start", "machine": "m", "id": id})).unwrap();
     }
-    while client.machine("m").unwrap()["busy"] != true {}
+    other.wait_for_state("m", "starting").unwrap();
     host.signal(Signal::USR2).unwrap();
     let mut answers = [(); 2].map(|()| client.next_message().unwrap());
     answers.sort_by_key(|answer| answer["id"].as_u64());

@@ -226,7 +226,6 @@ async fn serve(
         let error = error.advice("The next start adopts them, or clears them away");
         return Ok(Ended::Finally(Served::With(error)));
     };
-    tracing::info!("ended");
     if *exit.borrow() {
         let by_plugin = Error::failed("a plugin called exit(): see the log for which");
         return Ok(Ended::Finally(Served::With(by_plugin)));

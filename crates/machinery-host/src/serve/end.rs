@@ -44,6 +44,7 @@ pub async fn drain(manager: &Manager, ending: impl Fn() -> Ending, mut connectio
         handed_over |= hands_over;
         end_plugin(machinery, hands_over, limit).await;
     }
+    tracing::info!("ended");
     handed_over
 }
 
