@@ -20,7 +20,6 @@ mod signals;
 
 use std::cell::Cell;
 use std::fs::File;
-use std::future::ready;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -116,8 +115,8 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
     let result = runtime.block_on(async {
         let replacement = Replacement::new(&program, cwd, search);
         let manager = manager(cwd, search, config, fleet, state, events, replacement).await?;
-        let (end, asked) = signals.received(hands_over)?;
-        serve(cwd, &peers, Arc::new(manager), inherited, end, asked).await
+        let end = signals.into_end_signals(hands_over)?;
+        serve(cwd, &peers, Arc::new(manager), inherited, end).await
     });
     // A plugin's call that never returns must not delay the end.
     runtime.shutdown_background();
@@ -184,7 +183,6 @@ async fn serve(
     manager: Arc<Manager>,
     inherited: Option<std::os::unix::net::UnixListener>,
     mut end: EndSignals,
-    asked_early: Option<Asked>,
 ) -> Result<Ended> {
     let mut exit = exit::exit_requested();
     work_in_background(&manager)?;
@@ -194,8 +192,6 @@ async fn serve(
     notify(NotifyState::Ready);
     let mut connections = JoinSet::new();
     let asked = tokio::select! {
-        biased;
-        Some(asked) = ready(asked_early) => asked,
         () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
         asked = end.next() => asked,
         () = manager.replacement().asked() => Asked::Replace,

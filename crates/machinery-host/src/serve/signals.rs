@@ -8,14 +8,18 @@
 //! recorded, and obeyed once the host serves. A second signal ends the process at once. Signals stay blocked
 //! and pending from one program to the next. Source: execve(2), signal(7).
 
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use machinery::{Error, Result};
 use nix::sys::signal::{self as nix_signal, SigHandler, SigSet};
 use signal_hook::SigId;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use signal_hook::low_level::pipe;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::actions::Ending;
@@ -50,9 +54,10 @@ impl Asked {
 
 /// The signals that end the host, before it serves.
 pub struct EarlySignals {
-    terminated: Arc<AtomicBool>,
-    interrupted: Arc<AtomicBool>,
-    handlers: Vec<SigId>,
+    terminate: StdUnixStream,
+    interrupt: StdUnixStream,
+    /// End the process at a second signal.
+    impatient: Vec<SigId>,
 }
 
 impl EarlySignals {
@@ -62,68 +67,57 @@ impl EarlySignals {
     /// # Errors
     /// The kernel refuses.
     pub fn record() -> Result<Self> {
-        let mut early =
-            EarlySignals { terminated: Arc::default(), interrupted: Arc::default(), handlers: Vec::new() };
-        let recorded = early.register().and_then(|()| {
+        let recorded = || -> std::io::Result<Self> {
+            let mut impatient = Vec::new();
+            let terminate = recorder(SIGTERM, &mut impatient)?;
+            let interrupt = recorder(SIGINT, &mut impatient)?;
             ignore_replacement()?;
-            Ok(end_signals().thread_unblock()?)
-        });
-        recorded.map_err(|error| no_signals(&error))?;
-        Ok(early)
+            end_signals().thread_unblock()?;
+            Ok(EarlySignals { terminate, interrupt, impatient })
+        };
+        recorded().map_err(|error| no_signals(&error))
     }
 
-    fn register(&mut self) -> std::io::Result<()> {
-        for (number, flag) in [(SIGTERM, &self.terminated), (SIGINT, &self.interrupted)] {
-            // The second of them finds the flag set.
-            self.handlers.push(flag::register_conditional_shutdown(number, 1, Arc::clone(flag))?);
-            self.handlers.push(flag::register(number, Arc::clone(flag))?);
-        }
-        Ok(())
-    }
-
-    /// Returns the receiver of all later signals, and what was asked until now.
+    /// Returns all signals from the begin of the record on. Call it on a thread of the runtime.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn received(self, hands_over: bool) -> Result<(EndSignals, Option<Asked>)> {
-        let signals = EndSignals {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            hands_over,
-        };
-        self.handlers.into_iter().for_each(|id| {
+    pub fn into_end_signals(self, hands_over: bool) -> Result<EndSignals> {
+        self.impatient.into_iter().for_each(|id| {
             signal_hook::low_level::unregister(id);
         });
-        let asked = match (self.interrupted.load(Ordering::SeqCst), self.terminated.load(Ordering::SeqCst)) {
-            (true, _) => Some(signals.asked("SIGINT", Asked::Stop)),
-            (false, true) => Some(signals.asked("SIGTERM", signals.by_terminate())),
-            (false, false) => None,
-        };
-        Ok((signals, asked))
+        let stream = |recorded| UnixStream::from_std(recorded).map_err(|error| no_signals(&error));
+        let (terminate, interrupt) = (stream(self.terminate)?, stream(self.interrupt)?);
+        Ok(EndSignals { terminate, interrupt, hands_over })
     }
+}
+
+/// Returns a stream that gets a byte at each signal of that number.
+fn recorder(number: i32, impatient: &mut Vec<SigId>) -> std::io::Result<StdUnixStream> {
+    let once = Arc::new(AtomicBool::new(false));
+    impatient.push(flag::register_conditional_shutdown(number, 1, Arc::clone(&once))?);
+    impatient.push(flag::register(number, once)?);
+    let (reader, writer) = StdUnixStream::pair()?;
+    reader.set_nonblocking(true)?;
+    pipe::register(number, writer)?;
+    Ok(reader)
 }
 
 /// The signals that end the host, while it serves.
 pub struct EndSignals {
-    terminate: Signal,
-    interrupt: Signal,
+    terminate: UnixStream,
+    interrupt: UnixStream,
     hands_over: bool,
 }
 
 impl EndSignals {
     /// Waits for the next of these signals.
     pub async fn next(&mut self) -> Asked {
-        tokio::select! {
-            _ = self.terminate.recv() => self.asked("SIGTERM", self.by_terminate()),
-            _ = self.interrupt.recv() => self.asked("SIGINT", Asked::Stop),
-        }
-    }
-
-    fn by_terminate(&self) -> Asked {
-        if self.hands_over { Asked::HandOver } else { Asked::Stop }
-    }
-
-    fn asked(&self, signal: &str, asked: Asked) -> Asked {
+        let by_terminate = self.by_terminate();
+        let (signal, asked) = tokio::select! {
+            _ = self.terminate.read_u8() => ("SIGTERM", by_terminate),
+            _ = self.interrupt.read_u8() => ("SIGINT", Asked::Stop),
+        };
         match asked {
             Asked::Stop => tracing::info!(signal, "asked to end: machines are stopped"),
             Asked::HandOver | Asked::Replace => {
@@ -131,6 +125,10 @@ impl EndSignals {
             }
         }
         asked
+    }
+
+    fn by_terminate(&self) -> Asked {
+        if self.hands_over { Asked::HandOver } else { Asked::Stop }
     }
 }
 
