@@ -170,22 +170,6 @@ fn concurrent_clients_get_their_own_answers() {
     });
 }
 
-/// Returns each thread's context switches and processor time.
-fn doings(host: &RunningHost) -> Vec<(String, u64, String)> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", host.pid())).unwrap();
-    let mut doings: Vec<_> = tasks
-        .map(|task| {
-            let folder = task.unwrap().path();
-            let status = fs::read_to_string(folder.join("status")).unwrap();
-            let stat = fs::read_to_string(folder.join("stat")).unwrap();
-            let times = times_of(&stat);
-            (folder.display().to_string(), number(&status, "voluntary_ctxt_switches:"), times.join(" "))
-        })
-        .collect();
-    doings.sort();
-    doings
-}
-
 #[test]
 fn host_uses_no_processor_time_when_idle() {
     let served = served(&[("m", ""), ("runs", "")]);
@@ -195,8 +179,8 @@ fn host_uses_no_processor_time_when_idle() {
     client.act("restore_start", "runs").unwrap();
     // Time itself is the condition here. The runtime keeps an idle thread for 10 s.
     thread::sleep(Duration::from_secs(11));
-    let before = doings(&served.host);
+    let before = served.host.activity().unwrap();
     thread::sleep(Duration::from_secs(3));
-    assert_eq!(doings(&served.host), before);
+    assert_eq!(served.host.activity().unwrap(), before);
     println!("idle with {} threads; {} kB", before.len(), resident_kb(&served.host));
 }

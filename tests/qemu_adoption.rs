@@ -97,6 +97,22 @@ fn run_is_adopted_and_goes_on_when_its_host_was_killed() {
 }
 
 #[test]
+fn host_uses_no_processor_time_when_it_has_adopted_a_standby_and_is_idle() {
+    let lab = lab("instant: auto, standby: auto");
+    let (mut host, mut client) = served(&lab);
+    until_standby(&mut client);
+    host.kill().unwrap();
+    let (mut host, client) = served(&lab);
+    drop(client);
+    // Time itself is the condition here. The runtime keeps an idle thread for 10 s.
+    std::thread::sleep(Duration::from_secs(12));
+    let before = host.activity().unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(host.activity().unwrap(), before);
+    ends_well(&lab, &mut host);
+}
+
+#[test]
 fn end_of_an_adopted_run_is_reported_at_once() {
     let lab = lab("instant: off, standby: off");
     let qemu = abandoned(&lab);

@@ -166,6 +166,22 @@ impl RunningHost {
         ProcessResources::of(self.pid())
     }
 
+    /// Returns what each thread of the host has done so far. Equal values mean that none has run meanwhile. Source:
+    /// `/proc/<pid>/schedstat` in the kernel's sched-stats.rst.
+    ///
+    /// # Errors
+    /// The host has ended.
+    pub fn activity(&self) -> Result<Vec<(PathBuf, String)>> {
+        let folder = PathBuf::from(format!("/proc/{}/task", self.pid()));
+        let what = || format!("reading {}", folder.display());
+        let read =
+            |task: PathBuf| Ok((task.clone(), fs::read_to_string(task.join("schedstat")).context(what)?));
+        let tasks = fs::read_dir(&folder).context(what)?.flatten().map(|task| read(task.path()));
+        let mut activity = tasks.collect::<Result<Vec<_>>>()?;
+        activity.sort();
+        Ok(activity)
+    }
+
     /// Returns the host's log.
     pub fn log(&self) -> String {
         self.process.stderr()
