@@ -2,7 +2,8 @@
 //!
 //! Every process of a run has the path of the machine's monitor in its environment, and belongs to the machine's own user
 //! where the host is root. A CWD has only one host at a time, so such a process is of a run that no host watches any more:
-//! it is ended, unless this host [adopts](crate::machine) it. A process that merely uses the same overlay belongs to somebody else: it is reported and not touched.
+//! it is ended, unless this host [adopts](crate::machine) it. A process that merely uses the same overlay belongs to
+//! somebody else: it is reported and not touched.
 //!
 //! Code inside a QEMU can change its environment, and cannot change its user. The record of the run has the process, too.
 

@@ -109,7 +109,7 @@ impl RecordFile {
         let renamed = [Progress::Standby, Progress::Starting]
             .into_iter()
             .any(|before| self.rename(before, Progress::Running));
-        if !renamed {
+        if !renamed && !self.is_of_run() {
             let machine = &self.machine;
             tracing::warn!(machine, "the run would end with this host: its record cannot be renamed");
         }
