@@ -15,6 +15,7 @@ mod packages;
 mod process;
 mod prose;
 mod run;
+mod soak;
 mod test;
 mod tracked;
 
@@ -36,6 +37,8 @@ enum Task {
     Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
     Bench(bench::Options),
+    /// Cause faults in every phase of machines, and check that nothing is lost and nothing is left
+    Soak(soak::Options),
     /// Check the dependencies by the rules in deny.toml; installs cargo-deny if it is missing
     Deny(deny::Options),
     /// Find phrases that the rules for prose forbid in comments, documents, messages and names of tests
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Task::Install(options) => install::run(&options),
         Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Deny(options) => deny::run(&options),
         Task::Prose(options) => prose::run(&options),
     };

@@ -4,7 +4,7 @@
 //! command's code.
 
 use std::env;
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus};
@@ -33,6 +33,15 @@ impl Failure {
                 eprintln!("error: {message}");
                 ExitCode::FAILURE
             }
+        }
+    }
+}
+
+impl Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Step(code) => write!(f, "a command failed with code {code}"),
+            Self::Message(message) => f.write_str(message),
         }
     }
 }

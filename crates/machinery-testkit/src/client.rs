@@ -11,6 +11,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::SocketPath;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
@@ -184,6 +186,16 @@ impl Client {
             // The host had not read all bytes.
             Err(error) => error.kind() == ErrorKind::ConnectionReset,
         }
+    }
+
+    /// Reports whether a message, or the end of the connection, can be read without waiting.
+    pub fn has_message(&self) -> Result<bool> {
+        if !self.waiting.is_empty() || !self.reader.buffer().is_empty() {
+            return Ok(true);
+        }
+        let now = Timespec::default();
+        let ready = retry_on_intr(|| poll(&mut [PollFd::new(&self.stream, PollFlags::IN)], Some(&now)));
+        Ok(ready.context(|| "looking for a message".to_owned())? > 0)
     }
 
     /// Returns the next line, without its line feed.

@@ -11,6 +11,7 @@
 //!   their test.
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
+//! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;
@@ -26,7 +27,7 @@ pub mod lab;
 pub mod libvirt;
 mod network;
 mod process;
-mod processes;
+pub mod processes;
 pub mod random;
 mod resources;
 pub mod scratch;

@@ -9,6 +9,7 @@ use crate::scratch::ScratchCwd;
 use crate::{Result, host};
 
 /// A very small file system, for tests of a full disk.
+#[derive(Debug)]
 pub struct TinyDisk {
     path: PathBuf,
 }
@@ -16,7 +17,12 @@ pub struct TinyDisk {
 impl TinyDisk {
     /// Mounts one in the CWD; `None` for a user who may not mount.
     pub fn mount(cwd: &ScratchCwd, kib: u32) -> Result<Option<Self>> {
-        let path = cwd.root().join("tiny");
+        Self::mount_at(cwd, "tiny", kib)
+    }
+
+    /// Mounts one on that folder of the CWD; `None` for a user who may not mount.
+    pub fn mount_at(cwd: &ScratchCwd, folder: &str, kib: u32) -> Result<Option<Self>> {
+        let path = cwd.root().join(folder);
         fs::create_dir_all(&path).context(|| format!("making {}", path.display()))?;
         let size = format!("size={kib}k,mode=755");
         let mut mount = Command::new("mount");
