@@ -82,6 +82,23 @@ fn watchdog_gets_reports_while_the_host_answers_and_none_while_it_is_frozen() {
 }
 
 #[test]
+fn systemd_gets_reports_while_the_host_executes_its_program_again() {
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let mut host = watched_host(&cwd);
+    host.signal(Signal::USR2).unwrap();
+    host.wait_for_notification("RELOADING=1").unwrap();
+    let mut reports = String::new();
+    while !reports.contains("READY=1") {
+        reports += &host.next_notification(Duration::from_secs(60)).unwrap().unwrap();
+    }
+    // Both are reported before the new program serves.
+    let (loading, _) = reports.split_once("READY=1").unwrap();
+    assert!(loading.contains("EXTEND_TIMEOUT_USEC=") && loading.contains("WATCHDOG=1"), "{reports}");
+    host.wait_for_notification("WATCHDOG=1").unwrap();
+    assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
+}
+
+#[test]
 fn watchdog_gets_no_report_when_systemd_does_not_ask_for_it() {
     let served = served("", &[("m", "")]);
     assert_eq!(served.host.next_notification(LONG).unwrap(), None);

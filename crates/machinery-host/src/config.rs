@@ -220,6 +220,14 @@ fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<serde_ya
 }
 
 impl Config {
+    /// Returns the sum of the limits of loading: for each machinery its file, its load, the adoption and the states, and
+    /// for all together the lock of the CWD and the diagnosis.
+    pub fn loading_limit(&self) -> Duration {
+        let steps =
+            u32::try_from(self.machineries.len()).unwrap_or(u32::MAX).saturating_mul(4).saturating_add(2);
+        self.timeouts.load.saturating_mul(steps)
+    }
+
     /// Reads both files.
     ///
     /// # Errors

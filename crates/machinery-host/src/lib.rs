@@ -31,6 +31,7 @@
 //! | [`client`] | the blocking client of the socket |
 //! | [`cwd`] | the paths in Cuckoo's working directory |
 //! | [`exit`] | plugins that call `exit()` |
+//! | [`service_manager`] | the notifications to systemd |
 //! | `limits`, [`logging`] | the limit of open files, and the log |
 
 pub mod actions;
@@ -53,4 +54,5 @@ pub mod plugin;
 pub mod reload;
 pub mod serve;
 pub mod server;
+pub mod service_manager;
 pub mod watchdog;

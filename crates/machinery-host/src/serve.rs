@@ -27,7 +27,6 @@ use std::time::Duration;
 
 use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
-use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
 
@@ -52,6 +51,7 @@ use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
 use crate::server::listener;
 use crate::server::peers::Peers;
+use crate::service_manager::{self, Loading};
 use crate::watchdog;
 use end::{NextProgram, drain, execute_again};
 use signals::{Asked, EarlySignals, EndSignals, listen};
@@ -93,6 +93,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
     let config = Config::read(cwd)?;
     make_reachable_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
+    let loading = Loading::begin(config.loading_limit())?;
     let _lock = lock(&cwd.state())?;
     Folders::of(cwd).prepare()?;
     // Before any plugin removes what it takes for the leftovers of a host that died.
@@ -116,7 +117,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         let replacement = Replacement::new(&program, cwd, search);
         let manager = manager(cwd, search, config, fleet, state, events, replacement).await?;
         let end = signals.into_end_signals(hands_over)?;
-        serve(cwd, &peers, Arc::new(manager), inherited, end).await
+        serve(cwd, &peers, Arc::new(manager), loading, inherited, end).await
     });
     // A plugin's call that never returns must not delay the end.
     runtime.shutdown_background();
@@ -181,6 +182,7 @@ async fn serve(
     cwd: &Cwd,
     peers: &Arc<Peers>,
     manager: Arc<Manager>,
+    loading: Loading,
     inherited: Option<std::os::unix::net::UnixListener>,
     mut end: EndSignals,
 ) -> Result<Ended> {
@@ -189,7 +191,7 @@ async fn serve(
     let socket = cwd.manager_socket();
     let listener = listener::open(inherited, &socket, peers)?;
     tracing::info!(socket = %socket.display(), "ready");
-    notify(NotifyState::Ready);
+    service_manager::report_ready(loading);
     let mut connections = JoinSet::new();
     let asked = tokio::select! {
         () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
@@ -200,8 +202,10 @@ async fn serve(
     };
     // First, so that no action is accepted from a client that knows of the end.
     let workers = manager.queues().close(asked.ending());
-    if asked != Asked::Replace {
-        notify(NotifyState::Stopping);
+    if asked == Asked::Replace {
+        service_manager::report_replacement();
+    } else {
+        service_manager::report_stopping();
         listener::remove(&socket);
     }
     let latest = Cell::new(asked);
@@ -255,7 +259,7 @@ fn work_in_background(manager: &Arc<Manager>) -> Result<()> {
     tokio::spawn(reload_at_signal(Arc::clone(manager), listen(SignalKind::hangup())?));
     tokio::spawn(replace_at_signal(Arc::clone(manager), listen(SignalKind::user_defined2())?));
     tokio::spawn(apply_pending_changes(Arc::clone(manager)));
-    if let Some(interval) = sd_notify::watchdog_enabled() {
+    if let Some(interval) = service_manager::watchdog_interval() {
         tokio::spawn(watch(interval, Arc::clone(manager)));
     }
     Ok(())
@@ -269,15 +273,9 @@ async fn finish(manager: &Manager, mut workers: JoinSet<()>) {
 
 /// Reports to systemd that the host answers, also while it ends.
 async fn watch(interval: Duration, manager: Arc<Manager>) {
-    let ping = || notify(NotifyState::Watchdog);
-    let error = watchdog::run(interval, || watchdog::prove(Arc::clone(&manager)), ping).await;
+    let prove = || watchdog::prove(Arc::clone(&manager));
+    let error = watchdog::run(interval, prove, service_manager::report_alive).await;
     tracing::error!(%error, "systemd's watchdog gets no more reports");
-}
-
-fn notify(state: NotifyState<'_>) {
-    if let Err(error) = sd_notify::notify(&[state]) {
-        tracing::warn!(%error, "cannot notify systemd");
-    }
 }
 
 /// Reloads the configuration at each SIGHUP, until the host ends.
