@@ -29,7 +29,7 @@
 //! | [`cuckoo`] | the values that Cuckoo3 reads differently from the host |
 //! | [`events`] | the events for subscribers |
 //! | [`client`] | the blocking client of the socket |
-//! | [`cwd`] | the paths in Cuckoo's working directory |
+//! | [`cwd`], [`cwd_lock`] | the paths in Cuckoo's working directory, and its lock |
 //! | [`exit`] | plugins that call `exit()` |
 //! | [`service_manager`] | the notifications to systemd |
 //! | `limits`, [`logging`] | the limit of open files, and the log |
@@ -43,6 +43,7 @@ pub mod commands;
 pub mod config;
 pub mod cuckoo;
 pub mod cwd;
+pub mod cwd_lock;
 pub mod events;
 pub mod exit;
 pub mod fleet;

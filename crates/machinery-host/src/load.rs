@@ -222,8 +222,8 @@ fn query<T: Send + 'static>(
     result.map_err(|error| error.action(what))
 }
 
-/// Shuts down a machinery that the host does not start with.
-fn shutdown_plugin(name: &str, instance: Arc<Instance>, limit: Duration) {
+/// Shuts down a machinery that does not serve.
+pub fn shutdown_plugin(name: &str, instance: Arc<Instance>, limit: Duration) {
     let result = call_blocking(limit, &format!("shutdown of '{name}'"), move || {
         let done = instance.shutdown(Deadline::after(limit));
         // On this thread, because dropping the plugin may block too.

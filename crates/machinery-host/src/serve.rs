@@ -19,14 +19,11 @@ mod end;
 mod signals;
 
 use std::cell::Cell;
-use std::fs::File;
-use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
 
@@ -39,6 +36,7 @@ use crate::capture;
 use crate::client_file::Folders;
 use crate::config::Config;
 use crate::cwd::{Cwd, make_folder, make_reachable_folder};
+use crate::cwd_lock::lock;
 use crate::events::Events;
 use crate::exit;
 use crate::fleet::Fleet;
@@ -59,9 +57,6 @@ use signals::{Asked, EarlySignals, EndSignals, listen};
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
 const MAX_CALLS: usize = 1 << 16;
-/// The number of attempts to lock the CWD, and the pause between two of them.
-const LOCK_ATTEMPTS: u32 = 10;
-const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The end of a host that has served.
 #[derive(Debug)]
@@ -94,7 +89,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
     make_reachable_folder(&cwd.state())?;
     make_folder(&cwd.sockets())?;
     let loading = Loading::begin(config.loading_limit())?;
-    let _lock = lock(&cwd.state())?;
+    let _lock = lock(&cwd.state(), config.timeouts.load)?;
     Folders::of(cwd).prepare()?;
     // Before any plugin removes what it takes for the leftovers of a host that died.
     if inherited.is_none() {
@@ -126,25 +121,6 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         Ok(Ended::Finally(served)) => Ok(served),
         Err(error) => Err(error),
     }
-}
-
-/// Locks the CWD for one host. The lock ends with the process.
-fn lock(state: &Path) -> Result<File> {
-    let path = state.join("lock");
-    let file = File::create(&path).map_err(|error| Error::io("make the lock", &path, &error))?;
-    let is_locked = || flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
-    // A command that only checks for a host has the lock for a moment.
-    let attempt = (0..LOCK_ATTEMPTS).find(|_| {
-        !is_locked() || {
-            std::thread::sleep(LOCK_INTERVAL);
-            false
-        }
-    });
-    attempt.ok_or_else(|| {
-        Error::environment(format!("another host already serves this CWD: it holds {}", path.display()))
-            .advice("Stop it first, or use it: the other commands of cuckoo-machinery talk to it")
-    })?;
-    Ok(file)
 }
 
 /// Builds the shared state, and starts the workers of all machines.

@@ -66,6 +66,8 @@ pub enum Command {
     },
     /// Have the running host execute its program again, which may be a newer one: no running machine ends
     Upgrade,
+    /// End the runs that a host has left, unless a host serves: it has adopted them
+    EndRuns,
     /// Check configuration and environment, and report all problems
     Check,
     /// List all machines

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::commands::conformance;
 use crate::commands::new_plugin::{self, Template};
-use crate::commands::{check, import, upgrade};
+use crate::commands::{check, end_runs, import, upgrade};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
 use crate::load;
@@ -130,6 +130,10 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(exit_code(&answer))
         }
         Command::Upgrade => run_upgrade(cwd, global),
+        Command::EndRuns => {
+            output::ended_runs(end_runs::end_runs(cwd, &global.search(cwd))?, global.json);
+            Ok(ExitCode::SUCCESS)
+        }
         Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {
             let new = NewFile::at(path)?;
             let code = run_action(cwd, &request(command)?, Some(new.file()), global.json)?;

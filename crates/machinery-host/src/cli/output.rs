@@ -162,6 +162,15 @@ pub fn upgraded(answer: &Value, json: bool) {
     }
 }
 
+/// Prints whether the runs of an earlier host were ended.
+pub fn ended_runs(ended: bool, json: bool) {
+    match (json, ended) {
+        (true, _) => println!("{}", json!({"success": true, "ended": ended})),
+        (false, true) => println!("no run of an earlier host remains"),
+        (false, false) => println!("a host serves: it has adopted the runs of the earlier one"),
+    }
+}
+
 /// Prints the changes of a reload.
 pub fn reloaded(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {
