@@ -47,11 +47,22 @@ impl Cgroup {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
             _ => {}
         }
+        self.limit(limits).map_err(failed)
+    }
+
+    /// Sets the limits of a run that goes on. They are lost when no host has the controllers enabled.
+    pub(super) fn limit_again(&self, limits: &Limits) {
+        if let Some(Err(error)) = self.0.exists().then(|| self.limit(limits)) {
+            tracing::warn!(%error, cgroup = %self.0.display(), "cannot limit a run again");
+        }
+    }
+
+    fn limit(&self, limits: &Limits) -> io::Result<()> {
         for (name, limit) in [("pids.max", limits.processes), ("memory.max", limits.memory)] {
             let file = self.0.join(name);
             // A cgroup without the controller has no such file.
             if let Some(limit) = limit.filter(|_| file.exists()) {
-                fs::write(file, limit.to_string()).map_err(failed)?;
+                fs::write(file, limit.to_string())?;
             }
         }
         Ok(())

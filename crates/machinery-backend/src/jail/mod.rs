@@ -145,9 +145,11 @@ impl Jail {
         self.user.as_ref().ok()
     }
 
-    /// Returns the cgroup of the machine's runs, if they have one.
-    pub fn cgroup(&self) -> Option<&Cgroup> {
-        self.cgroup.as_ref().ok()
+    /// Returns the cgroup of a run that an earlier host has started, if it has one, with the limits of that policy.
+    pub fn adopted_cgroup(&self, policy: &Policy) -> Option<Cgroup> {
+        let cgroup = self.cgroup.as_ref().ok()?;
+        cgroup.limit_again(&policy.limits);
+        Some(cgroup.clone())
     }
 
     /// Ends what a killed host has left in the machine's cgroup.

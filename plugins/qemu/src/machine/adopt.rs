@@ -89,7 +89,7 @@ impl Machine {
             overlays,
             writes: record.writes.clone(),
             sockets: record.sockets.clone(),
-            cgroup: self.jail.cgroup().cloned(),
+            cgroup: self.jail.adopted_cgroup(&self.policy()),
             record: self.record.clone(),
         };
         let run = Run::adopt(process, stream, parts, &self.shared.host)?;

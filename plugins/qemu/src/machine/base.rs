@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use machinery::{Deadline, Error, Result, machine_socket};
-use machinery_backend::jail::{Jail, Layers};
+use machinery_backend::jail::{Jail, Layers, Policy};
 use machinery_backend::sync::lock;
 use machinery_backend::{OverlayTemplates, ReadinessReport, Reloadable, Work};
 
@@ -124,8 +124,13 @@ impl Machine {
 
     /// Returns the layers of the jail that hold for the machine.
     pub fn layers(&self) -> Layers {
+        self.jail.layers(self.policy())
+    }
+
+    /// Returns the policy of the machine's jail.
+    pub(super) fn policy(&self) -> Policy {
         let files = self.files();
-        self.jail.layers(policy_of(files, self.shared.program.path(), files.overlays()))
+        policy_of(files, self.shared.program.path(), files.overlays())
     }
 
     /// Returns the checksum of everything that a reload compares, and of the jail that holds. It is the same for the same
