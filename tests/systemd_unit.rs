@@ -1,4 +1,4 @@
-//! The unit for systemd is accepted, alone and with its drop-in.
+//! The units for systemd are accepted, alone and with their drop-in.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -10,15 +10,19 @@ use std::process::Command;
 use machinery_testkit::host;
 
 const UNIT: &str = include_str!("../integrations/systemd/cuckoo-machinery.service");
+const CLEANUP: &str = include_str!("../integrations/systemd/cuckoo-machinery-cleanup.service");
 const DROP_IN: &str = include_str!("../integrations/systemd/plain-user.conf");
 
 /// Returns the messages of `systemd-analyze verify`; `None` where there is no systemd.
 fn verify(folder: &Path) -> Option<String> {
-    let unit = folder.join("cuckoo-machinery.service");
-    // The program need not be installed, and its path is checked.
-    fs::write(&unit, UNIT.replace("/usr/local/bin/cuckoo-machinery", "/bin/true")).unwrap();
     let mut command = Command::new("systemd-analyze");
-    command.arg("verify").arg(&unit);
+    command.arg("verify");
+    for (name, text) in [("cuckoo-machinery", UNIT), ("cuckoo-machinery-cleanup", CLEANUP)] {
+        let unit = folder.join(format!("{name}.service"));
+        // The program need not be installed, and its path is checked.
+        fs::write(&unit, text.replace("/usr/local/bin/cuckoo-machinery", "/bin/true")).unwrap();
+        command.arg(unit);
+    }
     let Ok(ran) = host::run_command(command) else {
         eprintln!("SKIPPED: systemd-analyze is not installed");
         return None;
@@ -29,17 +33,57 @@ fn verify(folder: &Path) -> Option<String> {
 }
 
 #[test]
-fn unit_is_accepted_alone_and_with_its_drop_in() {
+fn units_are_accepted_alone_and_with_their_drop_in() {
     let folder = tempfile::tempdir().unwrap();
     let Some(messages) = verify(folder.path()) else { return };
     assert_eq!(messages, "");
-    let drop_ins = folder.path().join("cuckoo-machinery.service.d");
-    fs::create_dir(&drop_ins).unwrap();
-    fs::write(drop_ins.join("plain-user.conf"), DROP_IN).unwrap();
+    let drop_ins = ["cuckoo-machinery", "cuckoo-machinery-cleanup"]
+        .map(|unit| folder.path().join(format!("{unit}.service.d")));
+    for drop_ins in &drop_ins {
+        fs::create_dir(drop_ins).unwrap();
+        fs::write(drop_ins.join("plain-user.conf"), DROP_IN).unwrap();
+    }
     assert_eq!(verify(folder.path()).unwrap(), "");
     // The control: an unknown key is reported.
-    fs::write(drop_ins.join("wrong.conf"), "[Service]\nNoNewPrivilege=yes\n").unwrap();
-    assert!(verify(folder.path()).unwrap().contains("NoNewPrivilege"));
+    for drop_ins in &drop_ins {
+        fs::write(drop_ins.join("wrong.conf"), "[Service]\nNoNewPrivilege=yes\n").unwrap();
+        assert!(verify(folder.path()).unwrap().contains("NoNewPrivilege"));
+        fs::remove_file(drop_ins.join("wrong.conf")).unwrap();
+    }
+}
+
+/// Returns the settings of a unit's service, without those of these keys.
+fn settings<'a>(unit: &'a str, without: &[&str]) -> Vec<&'a str> {
+    let (_, service) = unit.split_once("[Service]").unwrap();
+    let service = service.split("[Install]").next().unwrap_or(service);
+    let settings = service.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    settings.filter(|line| !without.iter().any(|key| line.starts_with(&format!("{key}=")))).collect()
+}
+
+#[test]
+fn cleanup_is_confined_as_the_host_and_starts_when_no_host_follows() {
+    let of_a_host = [
+        "Type",
+        "NotifyAccess",
+        "ExecStart",
+        "ExecReload",
+        "ExecStopPost",
+        "Restart",
+        "RestartSec",
+        "WatchdogSec",
+        "KillMode",
+        "TimeoutStopSec",
+        "TasksMax",
+        "OOMPolicy",
+        "Delegate",
+    ];
+    let of_the_cleanup = ["Type", "ExecCondition", "ExecStart"];
+    assert_eq!(settings(UNIT, &of_a_host), settings(CLEANUP, &of_the_cleanup));
+    for trigger in ["OnSuccess", "OnFailure"] {
+        assert!(UNIT.lines().any(|line| line == format!("{trigger}=cuckoo-machinery-cleanup.service")));
+    }
+    // A restart of the host comes first.
+    assert!(CLEANUP.lines().any(|line| line == "After=cuckoo-machinery.service"));
 }
 
 #[test]

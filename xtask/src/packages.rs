@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 10] = [
+const NEEDS: [Need; 11] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -82,6 +82,13 @@ const NEEDS: [Need; 10] = [
         args: VERSION,
         packages: &["faketime"],
         why: "makes the clock of a soaked host jump",
+    },
+    Need {
+        what: "systemd",
+        program: "systemctl",
+        args: VERSION,
+        packages: &["systemd"],
+        why: "runs the host's units",
     },
     Need {
         what: "libvirt's development files",
