@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 9] = [
+const NEEDS: [Need; 10] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -75,6 +75,13 @@ const NEEDS: [Need; 9] = [
         args: VERSION,
         packages: &["tshark"],
         why: "reads what was captured",
+    },
+    Need {
+        what: "strace",
+        program: "strace",
+        args: &["-V"],
+        packages: &["strace"],
+        why: "shows the order of system calls",
     },
     Need {
         what: "libvirt's development files",

@@ -11,6 +11,7 @@
 //!   their test.
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
+//! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;
@@ -32,6 +33,7 @@ mod resources;
 pub mod scratch;
 pub mod separate_build;
 pub mod snapshot;
+pub mod trace;
 mod version;
 
 pub use error::{Error, Result};
