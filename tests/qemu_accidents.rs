@@ -538,7 +538,9 @@ fn helper_of_qemu_cleans_up_when_its_qemu_is_ended() {
         assert_eq!(client.act("stop", "m").unwrap(), good(), "discarded");
         ended_well("a standby that is discarded");
         assert_eq!(client.act("restore_start", "m").unwrap(), good(), "{action}");
+        assert!(lock.exists() && pidfile.exists(), "there is no run");
         assert_eq!(client.act("stop", "m").unwrap(), good(), "{action}");
+        ended_well("a run that is stopped");
     }
     assert_eq!(client.act("prepare", "m").unwrap(), good());
     assert_ends_well(&lab, &mut host);
