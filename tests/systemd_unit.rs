@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use machinery_testkit::host;
+use machinery_testkit::requirement;
 
 const UNIT: &str = include_str!("../integrations/systemd/cuckoo-machinery.service");
 const DROP_IN: &str = include_str!("../integrations/systemd/plain-user.conf");
@@ -19,10 +20,7 @@ fn verify(folder: &Path) -> Option<String> {
     fs::write(&unit, UNIT.replace("/usr/local/bin/cuckoo-machinery", "/bin/true")).unwrap();
     let mut command = Command::new("systemd-analyze");
     command.arg("verify").arg(&unit);
-    let Ok(ran) = host::run_command(command) else {
-        eprintln!("SKIPPED: systemd-analyze is not installed");
-        return None;
-    };
+    let ran = requirement::SYSTEMD.or_skip(host::run_command(command).ok())?;
     // A container may lack units that systemd itself needs, which is no message about this one.
     let messages = ran.stderr.lines().filter(|line| line.contains("cuckoo-machinery"));
     Some(messages.map(|line| format!("{line}\n")).collect())

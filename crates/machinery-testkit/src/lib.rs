@@ -11,6 +11,7 @@
 //!   their test.
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
+//! - [`requirement`]: what a test needs of this computer and its user.
 //! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
@@ -29,6 +30,7 @@ mod network;
 mod process;
 mod processes;
 pub mod random;
+pub mod requirement;
 mod resources;
 pub mod scratch;
 pub mod separate_build;
