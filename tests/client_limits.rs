@@ -105,7 +105,7 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
                 let _ = client.send_line(&long_line(LONGEST + too_long));
                 let answer = client.next_message().unwrap();
                 assert_eq!(answer["success"], too_long == 0, "{answer}");
-                assert!(too_long == 0 || client.wait_for_close());
+                assert!(too_long == 0 || client.wait_for_close_after_refusal());
             });
         }
     });
@@ -277,7 +277,7 @@ fn torment(client: &mut Client, rng: &mut Rng, most: usize) -> usize {
         assert!(answer["success"].is_boolean(), "{answer}");
         let closing = ["Missing action or machine name", "No such action", "Machinery manager is disabled"];
         if answer["reason"].as_str().is_some_and(|reason| closing.contains(&reason)) {
-            assert!(client.wait_for_close());
+            assert!(client.wait_for_close_after_refusal());
             return count;
         }
     }

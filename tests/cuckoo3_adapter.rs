@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use machinery_testkit::artifacts;
+use machinery_testkit::requirement;
 
 /// Runs the unit tests in a folder of the package's tests.
 fn run(python: &str, tests: &str) {
@@ -34,13 +35,8 @@ fn adapter_tests_pass_when_cuckoo3_is_absent() {
 
 #[test]
 fn adapter_tests_pass_when_cuckoo3_is_installed() {
-    let Some(python) = std::env::var("CUCKOO3_PYTHON").ok().filter(|python| !python.is_empty()) else {
-        eprintln!(
-            "SKIPPED: the tests with Cuckoo3. To run them, set CUCKOO3_PYTHON to the Python of an environment \
-             that has Cuckoo3 (see integrations/cuckoo3/README.md)"
-        );
-        return;
-    };
+    let python = std::env::var("CUCKOO3_PYTHON").ok().filter(|python| !python.is_empty());
+    let Some(python) = requirement::CUCKOO3.or_skip(python) else { return };
     assert!(Path::new(&python).is_absolute(), "CUCKOO3_PYTHON must be an absolute path, and is {python}");
     run(&python, "tests/with_cuckoo3");
 }

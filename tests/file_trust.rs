@@ -1,6 +1,6 @@
 //! Trust in the files that decide what runs: configuration, programs, arguments, folders of prepared state. A host
 //! refuses a file that another user could change, before it uses it. Only root can give files to others; a plain user
-//! skips those tests, with a message, and tests modes instead.
+//! may skip those tests, and tests modes instead.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -14,23 +14,15 @@ use machinery_testkit::artifacts;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::{self, CommandOutput};
 use machinery_testkit::lab::{KvmLab, Lab};
+use machinery_testkit::requirement::is_root;
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
-use rustix::process::geteuid;
 use tempfile::TempDir;
 
 /// A user and a group without names.
 const STRANGER: u32 = 54_321;
 /// Another one, whose host is tested.
 const PLAIN: u32 = 54_322;
-
-fn is_root() -> bool {
-    let root = geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: only root can give files to others");
-    }
-    root
-}
 
 fn give(path: &Path, user: u32) {
     chown(path, Some(user), None).unwrap();

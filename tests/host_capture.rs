@@ -1,7 +1,7 @@
 //! Captures of double machines on a loopback interface: their begin, end, content and failures.
 //!
-//! The real tcpdump needs a user who may capture. Other users skip these tests, with a message; tests that
-//! replace tcpdump by a script always run.
+//! The real tcpdump needs a user who may capture, by which `requirement` decides. Tests that replace tcpdump by a script
+//! always run.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -16,9 +16,10 @@ use machinery_testkit::capture::{self, Packet};
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::TestNetwork;
+use machinery_testkit::requirement;
 use machinery_testkit::scratch::{ScratchCwd, double};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, kill_process_group, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open};
 use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -47,10 +48,7 @@ fn unconfined(cwd: &ScratchCwd) {
 
 /// Creates the same CWD with the real tcpdump, and a network in which it may capture.
 fn really_captured(more: &str) -> Option<(TestNetwork, ScratchCwd)> {
-    let Some(network) = TestNetwork::new().unwrap() else {
-        println!("left out: this user may not capture");
-        return None;
-    };
+    let network = requirement::NETWORK.or_skip(TestNetwork::new().unwrap())?;
     Some((network, captured_by(&capture::tcpdump().unwrap(), more)))
 }
 
@@ -366,8 +364,7 @@ fn capture_failure_is_reported_when_the_path_is_a_symbolic_link() {
 
 #[test]
 fn tcpdump_has_another_user_and_no_rights_when_the_host_is_root() {
-    if !geteuid().is_root() {
-        println!("left out: only root changes the user of tcpdump");
+    if !requirement::is_root() {
         return;
     }
     let Some((network, cwd)) = really_captured("") else { return };
@@ -402,8 +399,7 @@ fn tcpdump_has_another_user_and_no_rights_when_the_host_is_root() {
 
 #[test]
 fn tcpdump_reads_and_writes_no_file_unless_its_jail_is_off() {
-    if !geteuid().is_root() {
-        println!("left out: tcpdump of a plain user is not confined");
+    if !requirement::is_root() {
         return;
     }
     for (more, is_confined) in [("", true), ("capture_jail: off\n", false)] {

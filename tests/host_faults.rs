@@ -174,6 +174,79 @@ fn machine_stays_enabled_when_a_read_only_action_fails() {
 }
 
 #[test]
+fn machine_is_disabled_when_a_failed_read_only_action_leaves_it_in_another_state() {
+    for action in ["dump_memory", "screenshot"] {
+        let served = served(&[("m", &format!("faults: {{{action}: fail_powered_off}}"))]);
+        let mut client = served.client();
+        assert_eq!(client.act("restore_start", "m").unwrap(), success());
+        let path = served.cwd.root().join("file");
+        let answer = client.ask(json!({"action": action, "machine": "m", "path": path})).unwrap();
+        assert_fails(&answer, "configured to fail");
+        assert_disabled(&mut client, "m", &answer);
+        assert_eq!(client.machine("m").unwrap()["state"], "poweroff", "{action}");
+        served.assert_well();
+    }
+}
+
+/// Each action has its own timeout, and the error names the time that the plugin had.
+#[test]
+fn action_fails_after_its_own_timeout_when_the_plugin_waits() {
+    const TIMEOUTS: [(&str, &str); 8] = [
+        ("restore_start", "0.2"),
+        ("norestore_start", "0.3"),
+        ("stop", "0.4"),
+        ("acpi_stop", "0.5"),
+        ("dump_memory", "0.6"),
+        ("screenshot", "0.7"),
+        ("prepare", "0.8"),
+        ("state", "0.9"),
+    ];
+    // A prepared machine restores without the fault.
+    let faults = TIMEOUTS.map(|(action, _)| {
+        let prepare = if action == "prepare" { "timeout" } else { "fail" };
+        let other = if action == "prepare" { String::new() } else { format!(", {action}: timeout") };
+        (action, format!("faults: {{prepare: {prepare}{other}}}"))
+    });
+    let machines: Vec<_> = faults.iter().map(|(action, keys)| (*action, keys.as_str())).collect();
+    let cwd = ScratchCwd::double(&machines).unwrap();
+    cwd.change_yaml("double", "interface: lo\n", "interface: lo\ncapabilities: {prepare: true}\n").unwrap();
+    let timeouts = TIMEOUTS.map(|(action, seconds)| format!("{action}: {seconds}"));
+    cwd.host_yaml(&format!("heal: off\ntimeouts: {{{}}}\n", timeouts.join(", "))).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    for (action, seconds) in TIMEOUTS {
+        if matches!(action, "stop" | "acpi_stop" | "dump_memory" | "screenshot") {
+            assert_eq!(client.act("norestore_start", action).unwrap(), success());
+        }
+        let path = cwd.root().join("file");
+        let answer = client.ask(json!({"action": action, "machine": action, "path": path})).unwrap();
+        let waited = format!("waited {seconds} s for");
+        if action == "acpi_stop" {
+            // The host stops the machine instead, and logs the reason.
+            assert_eq!(answer, success());
+            host.wait_for_log(&["does not react to its power button", &waited]).unwrap();
+        } else {
+            assert_fails(&answer, &waited);
+        }
+    }
+}
+
+#[test]
+fn restore_is_not_delayed_when_a_failed_start_is_cleaned_up() {
+    let slow = "faults: {restore_start: fail_running}, delays_ms: {stop: 10000}";
+    let cwd = ScratchCwd::double(&[("m", slow), ("n", "")]).unwrap();
+    cwd.host_yaml("max_parallel_restores: 1\n").unwrap();
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let (mut client, mut other) = (host.client().unwrap(), host.client().unwrap());
+    client.subscribe().unwrap();
+    client.send(&json!({"action": "restore_start", "machine": "m", "id": "failed"})).unwrap();
+    client.wait_for_state("m", "stopping").unwrap();
+    assert_eq!(other.act("restore_start", "n").unwrap(), success());
+    assert_eq!(other.machine("m").unwrap()["state"], "stopping", "the restore waited for the cleanup");
+    host.kill().unwrap();
+}
+
+#[test]
 fn machine_is_disabled_when_its_state_is_unknown() {
     let served =
         served(&[("m", "faults: {state: fail}, fault_times: 2"), ("blind", "faults: {state: fail}")]);

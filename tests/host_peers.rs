@@ -1,5 +1,5 @@
-//! Access to the socket. Only root can act as another user; plain users skip most of these tests, with a
-//! message.
+//! Access to the socket. Only root can act as another user; plain users may skip most of these
+//! tests.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -11,8 +11,8 @@ use std::process::Command;
 
 use machinery_testkit::artifacts;
 use machinery_testkit::host::{self, CommandOutput, RunningHost};
+use machinery_testkit::requirement::is_root;
 use machinery_testkit::scratch::ScratchCwd;
-use rustix::process::geteuid;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -23,14 +23,6 @@ const NOGROUP: &str = "nogroup";
 const STRANGER: u32 = 54_321;
 /// A user without a name, as which a host runs. The kernel also shows `nobody` for unknown owners.
 const PLAIN: u32 = 54_322;
-
-fn is_root() -> bool {
-    let root = geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED for the most part: only root can be another user, to see whom the host refuses");
-    }
-    root
-}
 
 /// Copies of the program and a plugin in a folder that all users can read.
 struct Installed(TempDir);

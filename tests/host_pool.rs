@@ -294,7 +294,7 @@ fn release_works_and_lock_is_refused_when_the_manager_is_disabled() {
     ] {
         let mut client = served.client();
         assert_eq!(client.ask(request.clone()).unwrap(), disabled, "{request}");
-        assert!(client.wait_for_close(), "{request}");
+        assert!(client.wait_for_close_after_refusal(), "{request}");
     }
     assert_eq!(client.act("unlock", "m").unwrap(), success());
     assert_eq!(client.act("unreserve", "other").unwrap(), success());

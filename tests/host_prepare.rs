@@ -137,6 +137,24 @@ fn preparation_waits_when_the_machine_is_locked() {
     }
 }
 
+/// A task may inspect a machine that it has just locked, and an operator one that he has just disabled.
+#[test]
+fn machine_is_not_prepared_when_it_is_locked_or_disabled_while_its_preparation_waits() {
+    for request in [
+        json!({"action": "lock", "machine": "m", "task_id": "t"}),
+        json!({"action": "disable_machine", "machine": "m", "reason": "inspected"}),
+    ] {
+        let (host, _cwd) = served(&[("slow1", FOR_EVER), ("slow2", FOR_EVER), ("m", ""), ("n", "")]);
+        let mut client = host.client().unwrap();
+        // The first two machines hold all prepare permits, so the preparation of `m` waits.
+        assert_eq!(client.ask(request.clone()).unwrap()["success"], true);
+        assert_eq!(client.act("stop", "slow1").unwrap()["success"], true);
+        // The permit of this preparation comes after that of `m`.
+        assert_eq!(client.act("prepare", "n").unwrap()["success"], true);
+        assert_ne!(how(&mut client), "standby", "{request}");
+    }
+}
+
 /// A queued preparation is kept when another action comes first.
 #[test]
 fn preparation_is_retried_when_another_action_displaced_it() {

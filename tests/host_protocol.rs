@@ -97,7 +97,7 @@ fn connection_closes_when_action_or_machine_is_missing() {
         let mut client = served.client();
         client.send(&request).unwrap();
         assert_eq!(client.next_message().unwrap(), failure("Missing action or machine name"), "{request}");
-        assert!(client.wait_for_close(), "{request}");
+        assert!(client.wait_for_close_after_refusal(), "{request}");
     }
 }
 
@@ -108,7 +108,7 @@ fn connection_closes_when_the_action_is_unknown() {
         let mut client = served.client();
         client.send(&json!({"action": action, "machine": "m"})).unwrap();
         assert_eq!(client.next_message().unwrap(), failure("No such action"), "{action}");
-        assert!(client.wait_for_close(), "{action}");
+        assert!(client.wait_for_close_after_refusal(), "{action}");
     }
 }
 
@@ -516,7 +516,7 @@ fn host_serves_other_processes_when_one_floods_it_with_connections() {
     let refused = mine.last_mut().unwrap();
     let reported = refused.next_message().unwrap();
     assert!(reported["reason"].as_str().unwrap().contains("too many connections"), "{reported}");
-    assert!(refused.wait_for_close());
+    assert!(refused.wait_for_close_after_refusal());
     assert_open(&mut mine[0]);
     let listed = host::run(&served.cwd, &["list", "--json"]).unwrap();
     assert_eq!(listed.code, Some(0), "{listed:?}");

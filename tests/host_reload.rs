@@ -178,6 +178,59 @@ fn reload_changes_nothing_when_one_machinery_refuses() {
 }
 
 #[test]
+fn plugin_applies_the_old_configuration_again_when_its_reload_fails_halfway() {
+    let other = "machines: {next: {ip: 10.9.0.1, platform: linux, os_version: 12}}\n";
+    for machineries in [["double", "minimal"], ["minimal", "double"]] {
+        let texts = machineries
+            .map(|name| (name, if name == "double" { double(&[("m", "")]) } else { other.into() }));
+        let cwd = ScratchCwd::new(&texts.each_ref().map(|(name, text)| (*name, text.as_str()))).unwrap();
+        let host = RunningHost::start(&cwd).unwrap();
+        let mut client = host.client().unwrap();
+        // The double has applied this configuration when it fails.
+        cwd.write_yaml("double", &format!("reload_fails: true\n{}", double(&[("other", "")]))).unwrap();
+        let refused = reload(&mut client);
+        assert!(refused["reason"].as_str().unwrap().contains("fail after a part"), "{refused}");
+        assert_eq!(client.act("restore_start", "m").unwrap(), done(), "{machineries:?}");
+        assert_eq!(client.act("restore_start", "other").unwrap()["success"], false);
+    }
+}
+
+#[test]
+fn settings_are_unchanged_when_the_reload_is_refused() {
+    let (host, cwd) = served(&[("m", "faults: {restore_start: timeout}")]);
+    let mut client = host.client().unwrap();
+    cwd.host_yaml("timeouts: {restore_start: 0.2}\n").unwrap();
+    assert_eq!(reload(&mut client)["settings"], json!(["timeouts"]));
+    let good = cwd.yaml("double").unwrap();
+    cwd.write_yaml("double", "machines: [").unwrap();
+    cwd.host_yaml("timeouts: {restore_start: 0.4}\nheal: off\nmax_run: 3600\n").unwrap();
+    cwd.change_cuckoo_yaml("enabled: false", "enabled: true").unwrap();
+    let refused = reload(&mut client);
+    assert!(refused["reason"].as_str().unwrap().contains("double.yaml"), "{refused}");
+    let failed = client.act("restore_start", "m").unwrap();
+    assert!(failed["reason"].as_str().unwrap().contains("waited 0.2 s"), "{failed}");
+    // The same settings are news to the host when the plugin accepts its part.
+    cwd.write_yaml("double", &good).unwrap();
+    assert_eq!(reload(&mut client)["settings"], json!(["timeouts", "tcpdump.enabled", "heal", "max_run"]));
+}
+
+#[test]
+fn readiness_is_unknown_when_the_reload_changes_the_machine() {
+    let text = |keys: &str| format!("capabilities: {{prepare: true}}\n{}", double(&[("m", keys), ("n", "")]));
+    let cwd = ScratchCwd::new(&[("double", &text(""))]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    for machine in ["m", "n"] {
+        assert_eq!(client.act("prepare", machine).unwrap(), done());
+    }
+    // The next preparation does not end.
+    cwd.write_yaml("double", &text("delays_ms: {prepare: 600000}")).unwrap();
+    assert_eq!(reload(&mut client), taken(&[], &["m"], &[], &[]));
+    assert_eq!(client.machine("m").unwrap()["ready"]["mode"], "plain");
+    assert_eq!(client.machine("n").unwrap()["ready"]["mode"], "standby");
+}
+
+#[test]
 fn sighup_reloads_and_logs_the_outcome() {
     let (host, cwd) = served(&[("m", "")]);
     let mut client = subscribed(&host);

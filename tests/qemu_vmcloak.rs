@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::{self, Guest};
+use machinery_testkit::host;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
+use machinery_testkit::trace::{self, SystemCall, Trace};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -84,6 +86,24 @@ fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
         assert!(host.terminate().unwrap().success());
         lab.assert_clean();
     }
+}
+
+/// A computer that crashes has the old configuration or the new one.
+#[test]
+fn configuration_is_on_disk_when_an_import_has_ended() {
+    let lab = unpacked();
+    let trace = Trace::new(&["fsync", "rename", "renameat", "renameat2"]).unwrap();
+    let mut import = host::command(lab.cwd()).unwrap();
+    import.args(["import", "vmcloak"]).arg(&lab.folder("m").dir);
+    trace.attach(&mut import);
+    let ran = host::run_command(import).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let calls = trace.finish().unwrap();
+    let is_rename = |call: &SystemCall| call.name.starts_with("rename") && call.args.contains("/qemu.yaml\"");
+    let renamed = calls.iter().position(is_rename).unwrap();
+    let is_synced = |call: &SystemCall| call.name == "fsync" && call.args.contains("/.import-");
+    assert!(calls[..renamed].iter().any(is_synced), "{calls:?}");
+    trace::position(&calls, renamed, "fsync", "/machineries").unwrap();
 }
 
 #[test]

@@ -14,6 +14,7 @@ use machinery_testkit::client::Client;
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::random::Rng;
 use machinery_testkit::scratch::ScratchCwd;
+use machinery_testkit::trace::{self, Trace};
 use serde_json::{Value, json};
 
 fn books(cwd: &ScratchCwd) -> PathBuf {
@@ -142,6 +143,32 @@ fn state_is_saved_by_the_next_request_when_a_write_has_failed() {
     host.kill().unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     assert_eq!(host.client().unwrap().machine("m").unwrap()["locked"], false);
+}
+
+/// A computer that crashes keeps what was synced: first the new file, then its name in the folder.
+#[test]
+fn lock_is_on_disk_when_it_is_answered() {
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let trace =
+        Trace::new(&["fsync", "fdatasync", "rename", "renameat", "renameat2", "sendto", "write"]).unwrap();
+    let mut host = RunningHost::start_with(&cwd, |command| trace.attach(command)).unwrap();
+    let lock = json!({"action": "lock", "machine": "m", "task_id": "of-this-test"});
+    ask_well(&mut host.client().unwrap(), lock);
+    assert!(host.terminate().unwrap().success(), "{}", host.log());
+    let calls = trace.finish().unwrap();
+    let written = calls.iter().position(|call| call.name == "write" && call.args.contains("of-this-test"));
+    let mut at = written.unwrap_or_else(|| panic!("the lock was not written: {calls:?}"));
+    let file = books(&cwd);
+    let folder = file.parent().unwrap().display().to_string();
+    for (name, path) in [
+        ("fsync", file.with_extension("json.new").display().to_string()),
+        ("rename", file.display().to_string()),
+        ("fsync", folder),
+    ] {
+        at = trace::position(&calls, at + 1, name, &path).unwrap();
+    }
+    let answered = calls.iter().skip(at).find(|call| call.args.contains("success"));
+    assert!(answered.is_some(), "the answer came before: {calls:?}");
 }
 
 const KILLS: usize = 200;

@@ -20,9 +20,9 @@ use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
-use machinery_testkit::{artifacts, host};
+use machinery_testkit::{artifacts, host, requirement};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde_json::json;
 
 const HOST: &str = include_str!("../integrations/systemd/cuckoo-machinery.service");
@@ -72,8 +72,7 @@ fn unit(text: &str, lab: &Lab) -> String {
 impl Systemd {
     /// Boots a systemd with the units, and starts the host with a lab of the machine `m`. `None` for a user who may not.
     fn boot(settings: &str) -> Option<Systemd> {
-        if !geteuid().is_root() {
-            eprintln!("SKIPPED: only root can boot a systemd");
+        if !requirement::is_root() {
             return None;
         }
         let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
@@ -203,10 +202,8 @@ impl Systemd {
         let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap().to_owned();
         let (_, below) = own.split_once(&self.cgroup).unwrap();
         let read = self.command(&["cat", &format!("/sys/fs/cgroup{below}/pids.max")]);
-        if read.status.success() {
+        if requirement::CONTROLLERS.is_met(read.status.success()) {
             assert_ne!(String::from_utf8(read.stdout).unwrap().trim(), "max", "{own}");
-        } else {
-            eprintln!("SKIPPED: this computer has no controller for cgroup v2");
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use machinery_testkit::host;
+use machinery_testkit::requirement;
 
 const UNIT: &str = include_str!("../integrations/systemd/cuckoo-machinery.service");
 const CLEANUP: &str = include_str!("../integrations/systemd/cuckoo-machinery-cleanup.service");
@@ -23,10 +24,7 @@ fn verify(folder: &Path) -> Option<String> {
         fs::write(&unit, text.replace("/usr/local/bin/cuckoo-machinery", "/bin/true")).unwrap();
         command.arg(unit);
     }
-    let Ok(ran) = host::run_command(command) else {
-        eprintln!("SKIPPED: systemd-analyze is not installed");
-        return None;
-    };
+    let ran = requirement::SYSTEMD.or_skip(host::run_command(command).ok())?;
     // A container may lack units that systemd itself needs, which is no message about this one.
     let messages = ran.stderr.lines().filter(|line| line.contains("cuckoo-machinery"));
     Some(messages.map(|line| format!("{line}\n")).collect())

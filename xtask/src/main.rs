@@ -15,6 +15,7 @@ mod packages;
 mod process;
 mod prose;
 mod run;
+mod skips;
 mod soak;
 mod test;
 mod tracked;

@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 11] = [
+const NEEDS: [Need; 12] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -89,6 +89,13 @@ const NEEDS: [Need; 11] = [
         args: VERSION,
         packages: &["systemd"],
         why: "runs the host's units",
+    },
+    Need {
+        what: "strace",
+        program: "strace",
+        args: &["-V"],
+        packages: &["strace"],
+        why: "shows the order of system calls",
     },
     Need {
         what: "libvirt's development files",

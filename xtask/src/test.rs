@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all checks of a change, quickest first.
 //!
 //! The tests run the program and load the plugins, so the workspace is built before them. The test runner
-//! comes last, so that its summary ends the output.
+//! comes last, so that its summary ends the output, with the tests that were skipped.
 
 use crate::backports::Backports;
 use crate::deny;
@@ -9,6 +9,7 @@ use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::prose;
 use crate::run::{Result, cargo, step, succeeds};
+use crate::skips::Skips;
 
 /// Options of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -35,7 +36,7 @@ pub fn run(options: &Options) -> Result<()> {
         // The tests are built with the system's files, before the others are mounted.
         step(&mut cargo(["test", "--workspace", "--all-targets", "--no-run"]))?;
     }
-    announce_skipped_cuckoo3_tests();
+    let skips = Skips::new()?;
     let marker = RunMarker::new();
     let tests = test_commands(&options.args).into_iter().try_for_each(|args| {
         let mut tests = cargo(args);
@@ -43,8 +44,10 @@ pub fn run(options: &Options) -> Result<()> {
             tests = backports.inside(&tests);
         }
         marker.apply_to(&mut tests);
+        skips.apply_to(&mut tests);
         step(&mut tests)
     });
+    skips.print();
     // Failed tests may leave processes, which are reported too; the exit code is the tests'.
     let left = marker.check_none_left();
     match (tests, left) {
@@ -53,16 +56,6 @@ pub fn run(options: &Options) -> Result<()> {
             Err(failed)
         }
         (tests, left) => tests.and(left),
-    }
-}
-
-/// A test runner hides the output of a successful test, and a skipped test succeeds.
-fn announce_skipped_cuckoo3_tests() {
-    if std::env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
-        eprintln!(
-            "\nThe tests with Cuckoo3 will be skipped. To run them, set CUCKOO3_PYTHON to the Python of an \
-             environment that has it: integrations/cuckoo3/README.md shows how to make one."
-        );
     }
 }
 

@@ -223,8 +223,7 @@ fn descriptors_are_inherited_only_if_the_policy_has_them() {
 
 #[test]
 fn process_has_a_user_and_a_network_of_its_own_when_the_host_is_root() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: only root can change the user of a process");
+    if !machinery_testkit::requirement::is_root() {
         return;
     }
     let host = Host::new();

@@ -198,6 +198,14 @@ impl Client {
         Ok(ready.context(|| "looking for a message".to_owned())? > 0)
     }
 
+    /// Waits as [`wait_for_close`](Client::wait_for_close) does, after a refusal. A host that serves the connection
+    /// nevertheless answers one more request, so that the test fails at once.
+    pub fn wait_for_close_after_refusal(&mut self) -> bool {
+        // A closed connection takes no request.
+        let _ = self.send(&json!({"action": "version"}));
+        self.wait_for_close()
+    }
+
     /// Returns the next line, without its line feed.
     pub fn next_line(&mut self) -> Result<String> {
         let mut line = String::new();

@@ -5,8 +5,7 @@
 //!      └─▶ the host ended before that: an error with its output
 //! ```
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
@@ -62,19 +61,12 @@ impl RunningHost {
         let mut command = command(cwd)?;
         command.arg("serve");
         change(&mut command);
-        let what = || "making a notify socket".to_owned();
-        // The CWD's path may be too long for a socket address.
         let dir = process::make_folder()?;
-        let address = dir.path().join("notify");
-        let notify = UnixDatagram::bind(&address).context(what)?;
-        // A host may run as another user.
-        fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).context(what)?;
-        fs::set_permissions(&address, Permissions::from_mode(0o666)).context(what)?;
-        command.env("NOTIFY_SOCKET", address);
+        let notify = process::notify_socket(&mut command, &dir)?;
         let mut process = Process::spawn_in(&mut command, dir)?;
         process.end_with_this_process()?;
         let host = RunningHost { process, notify, socket: cwd.socket() };
-        host.wait_for_notification("READY=1")?;
+        host.wait_for_notification(process::READY)?;
         Ok(host)
     }
 

@@ -12,6 +12,8 @@
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
 //! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
+//! - [`requirement`]: what a test needs of this computer and its user.
+//! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;
@@ -29,10 +31,12 @@ mod network;
 mod process;
 pub mod processes;
 pub mod random;
+pub mod requirement;
 mod resources;
 pub mod scratch;
 pub mod separate_build;
 pub mod snapshot;
+pub mod trace;
 mod version;
 
 pub use error::{Error, Result};

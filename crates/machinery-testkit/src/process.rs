@@ -4,11 +4,13 @@
 //! process group. A command also gets SIGTERM when the thread that started it ends; a host when this process
 //! ends, even by SIGKILL.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
@@ -22,6 +24,9 @@ use crate::error::{Context, Error};
 
 /// The maximum duration of a command, of a host's start and of its end.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The notification of a host that serves.
+pub const READY: &str = "READY=1";
 
 /// The time between SIGTERM and SIGKILL for a process whose owner is dropped.
 const TERMINATION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,11 +42,42 @@ pub struct CommandOutput {
     pub stderr: String,
 }
 
-/// Runs any command to its end, with a timeout.
-pub fn run_command(command: Command) -> Result<CommandOutput> {
-    let mut process = Process::spawn(command)?;
-    let code = process.wait(TIMEOUT)?.code();
+/// Runs any command to its end, with a timeout. A host that serves, although it should have refused to, is an error at
+/// once.
+pub fn run_command(mut command: Command) -> Result<CommandOutput> {
+    let dir = make_folder()?;
+    let notify = notify_socket(&mut command, &dir)?;
+    let mut process = Process::spawn_in(end_with_this_thread(&mut command), dir)?;
+    let begun = Instant::now();
+    loop {
+        let mut fds = [PollFd::new(process.fd(), PollFlags::IN), PollFd::new(&notify, PollFlags::IN)];
+        wait_for(&mut fds, TIMEOUT.saturating_sub(begun.elapsed()))?;
+        let [ended, notified] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
+        if ended || !notified {
+            break;
+        }
+        let mut message = [0; 4096];
+        let length = notify.recv(&mut message).context(|| "waiting for a command".to_owned())?;
+        if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == READY) {
+            let said = process.stderr();
+            return Err(Error::new(format!("the host serves, and was to end by itself. It said:\n{said}")));
+        }
+    }
+    let code = process.wait(TIMEOUT.saturating_sub(begun.elapsed()))?.code();
     Ok(CommandOutput { code, stdout: process.stdout(), stderr: process.stderr() })
+}
+
+/// Makes a socket for the command's notifications to the service manager.
+pub fn notify_socket(command: &mut Command, dir: &TempDir) -> Result<UnixDatagram> {
+    let what = || "making a notify socket".to_owned();
+    // The CWD's path may be too long for a socket address.
+    let address = dir.path().join("notify");
+    let notify = UnixDatagram::bind(&address).context(what)?;
+    // A host may run as another user.
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).context(what)?;
+    fs::set_permissions(&address, Permissions::from_mode(0o666)).context(what)?;
+    command.env("NOTIFY_SOCKET", address);
+    Ok(notify)
 }
 
 /// A child process whose output goes to files, so that it never waits for a reader.
@@ -79,10 +115,6 @@ impl Drop for Guard {
 }
 
 impl Process {
-    pub fn spawn(mut command: Command) -> Result<Self> {
-        Self::spawn_in(end_with_this_thread(&mut command), make_folder()?)
-    }
-
     pub fn spawn_in(command: &mut Command, dir: TempDir) -> Result<Self> {
         let what = || format!("starting {}", command.get_program().display());
         let stdout = File::create(dir.path().join("stdout")).context(what)?;

@@ -216,6 +216,7 @@ fn kernel_id(name: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use virt::connect::Connect;
 
     #[test]
     fn marker_outlives_its_host_when_it_is_not_removed() {
@@ -245,5 +246,63 @@ mod tests {
     fn token_differs_for_each_run() {
         assert_ne!(kernel_id("uuid").unwrap(), kernel_id("uuid").unwrap());
         assert_eq!(kernel_id("boot_id").unwrap(), kernel_id("boot_id").unwrap());
+    }
+
+    /// Starts a domain of libvirt's driver for tests, whose domains are in the memory of this process.
+    fn started(connect: &Connect, name: &str) -> Domain {
+        let memory = "<memory unit='MiB'>8</memory>";
+        let xml =
+            format!("<domain type='test'><name>{name}</name>{memory}<os><type>hvm</type></os></domain>");
+        connect.create_domain_xml(&xml, 0).unwrap()
+    }
+
+    #[test]
+    fn marker_matches_only_its_own_domain_in_each_step_of_a_start() {
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let marker = RunMarker::of("m", folder.path());
+        let [own, other] = ["m", "other"].map(|name| started(&connect, name));
+        assert!(!marker.matches(&own).unwrap(), "there is no marker");
+        marker.begin(&own).unwrap();
+        // Both are paused, as any domain is that somebody has just reverted.
+        own.suspend().unwrap();
+        other.suspend().unwrap();
+        assert!(marker.matches(&own).unwrap());
+        assert!(!marker.matches(&other).unwrap(), "it is another domain");
+        own.resume().unwrap();
+        assert!(!marker.matches(&own).unwrap(), "a guest never runs without its token");
+        own.suspend().unwrap();
+        marker.mark(&own).unwrap();
+        own.resume().unwrap();
+        assert!(marker.matches(&own).unwrap(), "it has the token");
+        assert!(!marker.matches(&other).unwrap());
+        assert_eq!(marker.resumed_id(), None);
+        marker.set_resumed(&own);
+        assert_eq!(marker.resumed_id(), own.id());
+        // The next run of the same domain has no token.
+        own.destroy().unwrap();
+        let again = started(&connect, "m");
+        again.suspend().unwrap();
+        assert!(!marker.matches(&again).unwrap());
+        again.destroy().unwrap();
+        other.destroy().unwrap();
+    }
+
+    #[test]
+    fn marker_of_an_earlier_boot_matches_no_paused_domain() {
+        let connect = Connect::open(Some("test:///default")).unwrap();
+        let marker = RunMarker::of("m", Path::new("/none"));
+        let domain = started(&connect, "of-an-earlier-boot");
+        domain.suspend().unwrap();
+        let uuid = domain.uuid_string().unwrap();
+        let boot = kernel_id("boot_id").unwrap();
+        let run = Run { uuid, token: "t".into(), boot, marked: false, resumed: None };
+        marker.write(run.clone());
+        assert!(marker.matches(&domain).unwrap());
+        marker.write(Run { boot: "earlier".into(), ..run.clone() });
+        assert!(!marker.matches(&domain).unwrap());
+        marker.write(Run { marked: true, ..run });
+        assert!(!marker.matches(&domain).unwrap(), "it has lost its token");
+        domain.destroy().unwrap();
     }
 }

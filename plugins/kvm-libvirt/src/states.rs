@@ -223,4 +223,60 @@ mod tests {
         assert!(state == State::Error && why.contains("/d/x.qcow2") && why.contains("no space"), "{why}");
         assert!(state_of_event(&Event::Lifecycle { event: 0, detail: 0 }).is_none());
     }
+
+    #[test]
+    fn lifecycle_event_has_the_state_of_the_machine() {
+        let suspended = sys::VIR_DOMAIN_EVENT_SUSPENDED;
+        for (event, detail, state, reason) in [
+            (sys::VIR_DOMAIN_EVENT_STARTED, 0, Some(State::Running), "somebody"),
+            (sys::VIR_DOMAIN_EVENT_RESUMED, 0, Some(State::Running), ""),
+            (sys::VIR_DOMAIN_EVENT_SHUTDOWN, 0, Some(State::Stopping), "shuts down"),
+            (sys::VIR_DOMAIN_EVENT_PMSUSPENDED, 0, Some(State::Suspended), "suspended itself"),
+            (sys::VIR_DOMAIN_EVENT_CRASHED, 0, Some(State::Error), "crashed"),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED, Some(State::Paused), ""),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR, Some(State::Error), "disk"),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_WATCHDOG, Some(State::Error), "watchdog"),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_API_ERROR, Some(State::Error), "libvirt failed"),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED, None, ""),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_RESTORED, None, ""),
+            (suspended, sys::VIR_DOMAIN_EVENT_SUSPENDED_FROM_SNAPSHOT, None, ""),
+            (sys::VIR_DOMAIN_EVENT_DEFINED, 0, None, ""),
+            (sys::VIR_DOMAIN_EVENT_UNDEFINED, 0, None, ""),
+        ] {
+            let found = state_of_event(&Event::Lifecycle { event, detail });
+            assert_eq!(found.as_ref().map(|(state, _)| *state), state, "{event} {detail}");
+            let text = found.map(|(_, reason)| reason).unwrap_or_default();
+            assert!(
+                text.contains(reason) && (reason.is_empty() == text.is_empty()),
+                "{event} {detail}: {text}"
+            );
+        }
+    }
+
+    #[test]
+    fn end_of_a_domain_has_its_cause_as_reason() {
+        for (detail, reason) in [
+            (sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN, GUEST_POWERED_OFF),
+            (sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED, "destroyed"),
+            (sys::VIR_DOMAIN_EVENT_STOPPED_CRASHED, "crashed"),
+            (sys::VIR_DOMAIN_EVENT_STOPPED_MIGRATED, "migrated"),
+            (sys::VIR_DOMAIN_EVENT_STOPPED_SAVED, "saved"),
+            (sys::VIR_DOMAIN_EVENT_STOPPED_FAILED, "QEMU ended"),
+            (sys::VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT, "reverted"),
+            (99, "ended"),
+        ] {
+            let event = Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_STOPPED, detail };
+            let (state, why) = state_of_event(&event).unwrap();
+            assert!(state == State::Poweroff && why.contains(reason), "{detail}: {why}");
+            assert!(is_end(&event) && !is_start(&event));
+            assert_eq!(is_save(&event), detail == sys::VIR_DOMAIN_EVENT_STOPPED_SAVED, "{detail}");
+        }
+        let down = |detail| {
+            let event = Event::Lifecycle { event: sys::VIR_DOMAIN_EVENT_SHUTDOWN, detail };
+            state_of_event(&event).unwrap().1
+        };
+        assert!(down(sys::VIR_DOMAIN_EVENT_SHUTDOWN_GUEST).contains("guest powers itself off"));
+        assert!(down(sys::VIR_DOMAIN_EVENT_SHUTDOWN_HOST).contains("somebody else"));
+        assert!(state_of_event(&Event::Reset).is_none());
+    }
 }

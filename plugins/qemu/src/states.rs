@@ -98,14 +98,61 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    /// The states of QEMU's statuses. A missing one belongs to a replication or a debugger, which this plugin never starts.
+    const STATUSES: [(&str, State); 14] = [
+        ("running", State::Running),
+        ("inmigrate", State::Starting),
+        ("paused", State::Paused),
+        ("postmigrate", State::Paused),
+        ("prelaunch", State::Paused),
+        ("finish-migrate", State::Paused),
+        ("save-vm", State::Paused),
+        ("restore-vm", State::Paused),
+        ("suspended", State::Suspended),
+        ("shutdown", State::Stopping),
+        ("guest-panicked", State::Error),
+        ("internal-error", State::Error),
+        ("io-error", State::Error),
+        ("watchdog", State::Error),
+    ];
+
     #[test]
     fn status_of_qemu_has_a_state_unless_it_is_foreign() {
         for status in <qapi::qmp::RunState as qapi::Enum>::NAMES {
-            // States of a replication and of a debugger, which this plugin never starts.
-            let foreign = ["colo", "debug"].contains(status);
-            assert_ne!(state_of_status(status).is_ok(), foreign, "{status}");
+            let expected = STATUSES.iter().find(|(name, _)| name == status);
+            assert_eq!(state_of_status(status).ok(), expected.map(|(_, state)| *state), "{status}");
+            assert_eq!(expected.is_none(), ["colo", "debug"].contains(status), "{status}");
         }
         assert!(state_of_status("levitating").unwrap_err().to_string().contains("levitating"));
+    }
+
+    #[test]
+    fn event_of_qemu_has_a_state_when_it_changes_that_of_the_machine() {
+        for (name, data, expected) in [
+            ("RESUME", json!({}), Some(State::Running)),
+            ("SUSPEND", json!({}), Some(State::Suspended)),
+            ("WAKEUP", json!({}), Some(State::Running)),
+            ("SHUTDOWN", json!({"guest": true}), Some(State::Stopping)),
+            ("GUEST_PANICKED", json!({"action": "pause"}), Some(State::Error)),
+            ("GUEST_PANICKED", json!({"action": "run"}), Some(State::Error)),
+            ("MEMORY_FAILURE", json!({}), Some(State::Error)),
+            ("WATCHDOG", json!({"action": "pause"}), Some(State::Error)),
+            ("WATCHDOG", json!({"action": "reset"}), None),
+            ("WATCHDOG", json!({"action": "shutdown"}), None),
+            ("WATCHDOG", json!({"action": "poweroff"}), None),
+            ("WATCHDOG", json!({"action": "debug"}), None),
+            ("WATCHDOG", json!({"action": "none"}), None),
+            ("WATCHDOG", json!({"action": "inject-nmi"}), None),
+            ("BLOCK_IO_ERROR", json!({"action": "stop"}), Some(State::Error)),
+            ("BLOCK_IO_ERROR", json!({"action": "ignore"}), None),
+            ("STOP", json!({}), None),
+            ("RESET", json!({"guest": true}), None),
+        ] {
+            let found = state_of_event(&Event { name: name.into(), data: data.clone() });
+            assert_eq!(found.as_ref().map(|(state, _)| *state), expected, "{name} {data}");
+            let needs_reason = matches!(expected, Some(State::Error | State::Suspended));
+            assert!(!needs_reason || found.is_some_and(|(_, reason)| !reason.is_empty()), "{name} {data}");
+        }
     }
 
     #[test]

@@ -55,6 +55,8 @@ impl ProcessIdentity {
 mod tests {
     use super::*;
 
+    // `reap` is under test, in place of the child's `wait`.
+    #[allow(clippy::zombie_processes)]
     #[test]
     fn process_is_opened_until_it_has_ended_and_no_other_is() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();

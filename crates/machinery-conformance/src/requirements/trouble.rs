@@ -31,9 +31,9 @@ pub fn failed_start(session: &Session) -> Result {
 fn fails_cleanly(session: &Session, machine: &str) -> Result {
     let began = Instant::now();
     let error = session.fails(&Call::RestoreStart, machine)?;
-    // A start that cannot succeed must not wait for its deadline.
+    // A start that cannot succeed must not wait for its deadline, which it may see a moment early.
     demand!(
-        began.elapsed() < session.timeout(),
+        began.elapsed() < session.timeout() * 9 / 10,
         "the failed start of {machine} waited for its deadline: {error}"
     );
     session.has_state(machine, State::Poweroff)?;

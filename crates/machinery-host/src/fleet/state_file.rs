@@ -220,4 +220,23 @@ mod tests {
         fs::create_dir(&missing).unwrap();
         state.save().await.unwrap();
     }
+
+    #[tokio::test]
+    async fn flush_is_repeated_until_the_file_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("missing");
+        let state = StateStore::open(&missing, Arc::default()).unwrap();
+        let path = missing.join("machines.json");
+        state.flush_pending().await;
+        assert!(!state.stale.load(Ordering::SeqCst), "no write has failed");
+        state.save().await.unwrap_err();
+        state.flush_pending().await;
+        assert!(state.stale.load(Ordering::SeqCst), "the flush has failed");
+        fs::create_dir(&missing).unwrap();
+        state.flush_pending().await;
+        assert!(path.exists());
+        fs::remove_file(&path).unwrap();
+        state.flush_pending().await;
+        assert!(!path.exists(), "the file on disk was current");
+    }
 }

@@ -146,3 +146,58 @@ async fn write_lines(
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::task::yield_now;
+
+    /// More than a third of a connection's budget, of which no share is larger than the half.
+    const LONG: usize = 3 << 20;
+
+    fn long_event() -> Event {
+        Event::Disabled { machine: "m".into(), reason: "x".repeat(LONG) }
+    }
+
+    /// Returns the lines that have been made, after all tasks had their turn.
+    async fn made(outbound: &mut UnboundedReceiver<OutboundLine>) -> Vec<OutboundLine> {
+        for _ in 0..10_000 {
+            yield_now().await;
+        }
+        std::iter::from_fn(|| outbound.try_recv().ok()).collect()
+    }
+
+    #[tokio::test]
+    async fn events_wait_for_the_budget_when_the_client_reads_nothing() {
+        let (outbox, mut outbound) = Outbox::new(ClientBudget::default());
+        let (events, subscribed) = broadcast::channel(16);
+        let forwarding = tokio::spawn(outbox.forward(subscribed));
+        for _ in 0..5 {
+            events.send(long_event()).unwrap();
+        }
+        let unread = made(&mut outbound).await;
+        assert_eq!(unread.len(), 2);
+        assert!(made(&mut outbound).await.is_empty(), "an event has no share of the budget");
+        // The client reads.
+        drop(unread);
+        assert_eq!(made(&mut outbound).await.len(), 2);
+        assert_eq!(made(&mut outbound).await.len(), 1);
+        forwarding.abort();
+    }
+
+    #[tokio::test]
+    async fn replies_wait_for_the_budget_when_the_client_reads_nothing() {
+        let (outbox, mut outbound) = Outbox::new(ClientBudget::default());
+        let replying = tokio::spawn(async move {
+            for _ in 0..1000 {
+                outbox.reply_later(None, async { Value::Null }).await;
+            }
+        });
+        let unread = made(&mut outbound).await;
+        assert_eq!(unread.len(), (8 << 20) / (MACHINE + SHORT));
+        drop(unread);
+        assert_eq!(made(&mut outbound).await.len(), (8 << 20) / (MACHINE + SHORT));
+        assert!(made(&mut outbound).await.len() < 100);
+        replying.await.unwrap();
+    }
+}

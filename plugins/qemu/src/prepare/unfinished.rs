@@ -100,6 +100,7 @@ impl Drop for Unfinished {
 mod tests {
     use super::*;
     use crate::prepare::identity;
+    use machinery_testkit::trace;
     use std::path::Path;
 
     struct Made {
@@ -136,6 +137,19 @@ mod tests {
         templates.remove("m").unwrap();
         assert!(templates.find("m", &identity).unwrap().is_none());
         templates.remove("m").unwrap();
+    }
+
+    /// A computer that crashes has a whole template, or none.
+    #[test]
+    fn template_is_on_disk_before_and_after_its_rename() {
+        let publishes = "template_is_found_as_it_was_published_until_it_is_removed";
+        let publishes = format!("prepare::unfinished::tests::{publishes}");
+        let calls = trace::of_test(&publishes, &["fsync", "fdatasync", "rename"]).unwrap();
+        let renamed = trace::position(&calls, 0, "rename", "/m.template").unwrap();
+        for file in [RAM, DEVICES, RECORD] {
+            assert!(trace::position(&calls, 0, "fsync", &format!("/{file}")).unwrap() < renamed, "{file}");
+        }
+        trace::position(&calls, renamed, "fsync", "/templates").unwrap();
     }
 
     #[test]
