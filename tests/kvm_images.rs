@@ -156,25 +156,6 @@ fn image_is_replaced_when_snapshot_or_domain_change() {
     fixture.finish();
 }
 
-/// A revert also restores the domain's description, with the disks of that time. `qemu-img` would revert other ones.
-#[test]
-fn image_is_not_made_when_the_snapshot_has_other_disks_than_the_domain() {
-    let mut fixture = KvmFixture::new(&[MICRO], IMAGES);
-    let disk = fixture.lab.machine("m").disk.clone();
-    let copy = disk.with_file_name("copy.qcow2");
-    fs::copy(&disk, &copy).unwrap();
-    let xml = fixture.virsh(&["dumpxml", "--inactive", "--security-info", "lab-m"]);
-    let changed = xml.replace(disk.to_str().unwrap(), copy.to_str().unwrap());
-    assert_ne!(changed, xml);
-    fixture.lab.libvirtd().virsh_with_file(&["define"], &changed, &[]).unwrap();
-    let refused = fixture.ask_refused(json!({"action": "prepare", "machine": "m"}));
-    assert!(refused.contains("the snapshot has other disks than the domain had"), "{refused}");
-    fixture.act("restore_start");
-    assert_eq!(restores(&fixture), (0, 1), "{}", fixture.host.log());
-    fixture.act("stop");
-    fixture.finish();
-}
-
 #[test]
 fn restore_falls_back_to_a_revert_when_the_image_is_broken() {
     let mut fixture = with_image();

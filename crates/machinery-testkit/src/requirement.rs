@@ -19,7 +19,7 @@ pub const SKIPS: &str = "MACHINERY_SKIPS_FILE";
 pub struct Requirement {
     /// The name in [`ALLOWED`].
     pub name: &'static str,
-    /// What has the requirement, as the end of a sentence that begins with "the test needs".
+    /// The end of the sentence "the test needs …".
     needs: &'static str,
 }
 
