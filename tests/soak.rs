@@ -18,11 +18,11 @@ fn assert_passes(arguments: &[&str]) {
 }
 
 #[test]
-fn nothing_is_lost_or_left_when_each_fault_hits_a_qemu_machine() {
+fn machine_returns_and_leaves_nothing_after_each_fault() {
     assert_passes(&["--machinery", "qemu", "--quick", "--seed", "17"]);
 }
 
 #[test]
-fn nothing_is_lost_or_left_when_faults_hit_a_domain() {
+fn domain_returns_and_leaves_nothing_when_libvirtd_is_killed() {
     assert_passes(&["--machinery", "kvm", "--only", "libvirtd killed", "--rounds", "3", "--seed", "17"]);
 }

@@ -38,6 +38,17 @@ impl ProcessResources {
         has_grown.then(|| format!("before: {before:?}, now: {self:?}"))
     }
 
+    /// Returns the larger one of each resource.
+    #[must_use]
+    pub fn larger(&self, other: &ProcessResources) -> ProcessResources {
+        ProcessResources {
+            files: self.files.max(other.files),
+            threads: self.threads.max(other.threads),
+            resident_kib: self.resident_kib.max(other.resident_kib),
+            children: String::new(),
+        }
+    }
+
     /// Reads the resources of a process.
     ///
     /// # Errors

@@ -171,6 +171,11 @@ impl Fault {
         matches!(self, Fault::HostKilled | Fault::HostTerminated | Fault::HostReplaced | Fault::PluginExits)
     }
 
+    /// Reports whether the guest runs without a host for a moment.
+    pub fn parts_host_and_guest(self) -> bool {
+        matches!(self, Fault::HostKilled | Fault::HostReplaced)
+    }
+
     /// Reports whether a request under way must succeed although the fault occurs.
     pub fn spares_requests(self) -> bool {
         matches!(

@@ -14,11 +14,11 @@ use rustix::fs::{XattrFlags, setxattr};
 
 use crate::run::{Context, Result};
 
-/// The memory that is left above the usage, in bytes.
-const SPACE: u64 = 8 << 20;
+/// The memory that is left above the usage, in bytes. A host that needs more is killed before the hog is there.
+const SPACE: u64 = 32 << 20;
 
 /// Fills memory until the kernel kills it, before any other process.
-const HOG: &str = "echo $$ > \"$1\"; echo 1000 > /proc/self/oom_score_adj; exec tail /dev/zero";
+const HOG: &str = "echo 1000 > /proc/self/oom_score_adj; echo $$ > \"$1\"; exec tail /dev/zero";
 
 /// Enters cgroups, whose files come before `--`, and runs a program.
 const ENTER: &str = "while [ \"$1\" != -- ]; do echo $$ > \"$1\" || exit; shift; done; shift; exec \"$@\"";

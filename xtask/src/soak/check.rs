@@ -18,8 +18,10 @@ use crate::run::{Context, Result};
 
 /// The time in which a machine returns to the pool: the first try comes after 5 s, and the second one after 30 s more.
 const HEALING: Duration = Duration::from_secs(100);
-/// The time in which the leftovers of a preparation go that was cancelled.
-const CLEANING: Duration = Duration::from_secs(10);
+/// The rounds of a host after which its resources count.
+const WARM_UP: usize = 3;
+/// The time in which the leftovers of a cancelled preparation go, and idle threads end.
+const CLEANING: Duration = Duration::from_secs(15);
 
 /// Waits until all machines are in the pool and off, and describes those that are not.
 pub fn wait_for_pool(served: &Served) -> Result<Vec<String>> {
@@ -150,11 +152,38 @@ fn namespaces(served: &Served) -> Result<Vec<String>> {
     Ok(targets.filter(is_namespace).map(|target| format!("the host's namespace {target}")).collect())
 }
 
-/// Compares the host's resources with those after its first round.
+/// Compares the host's resources with those after its first rounds. An idle thread takes a while to end.
 fn resources(served: &mut Served) -> Result<Option<String>> {
-    let now = served.host.resources()?;
-    let before = served.baseline.get_or_insert_with(|| now.clone());
-    Ok(now.growth_since(before).map(|growth| format!("the host has children or has grown: {growth}")))
+    let mut growth = None;
+    if served.rounds < WARM_UP {
+        let now = served.host.resources()?;
+        let largest = served.baseline.take().map_or_else(|| now.clone(), |before| before.larger(&now));
+        (served.baseline, served.rounds) = (Some(largest), served.rounds + 1);
+    }
+    if let Some(before) = &served.baseline {
+        until(CLEANING, || {
+            growth = served.host.resources()?.growth_since(before);
+            Ok(growth.is_none().then_some(()))
+        })?;
+    }
+    Ok(growth.map(|growth| format!("the host has children or has grown: {growth}")))
+}
+
+/// Restores and stops all machines at the same time, again and again. The host must not grow.
+pub fn storm(site: &Site, served: &mut Served, repeats: usize) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    (served.baseline, served.rounds) = (None, 0);
+    for repeat in 0..repeats {
+        found.extend(restore_all(site, served));
+        if repeat < WARM_UP || repeat + 1 == repeats {
+            found.extend(resources(served)?);
+        }
+        if !found.is_empty() {
+            break;
+        }
+    }
+    found.extend(leftovers(site, served)?);
+    Ok(found)
 }
 
 /// Compares the state file with the list.

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::cells::Fault;
-use super::served::{Served, act, ask};
+use super::served::{Served, act, ask, until};
 use super::site::{FAULTY, Site};
 use crate::run::{Context, Result};
 
@@ -33,8 +33,8 @@ pub enum Injected {
     Ended,
     /// The clock of the host is wrong.
     Jumped,
-    /// The host executes its program again; a connection that was open before.
-    Replaced(Client),
+    /// The host executes its program again; a connection that was open before, and the time of its first start.
+    Replaced(Client, Value),
     /// These processes are frozen.
     Frozen(Vec<Pid>),
     /// libvirtd has ended.
@@ -80,8 +80,8 @@ impl Injector<'_> {
     pub fn inject(&mut self) -> Result<Option<Injected>> {
         let (site, machine) = (self.site, self.machine);
         let hit = match self.fault {
-            Fault::QemuKilled => signal_all(site.qemus(machine)?, Signal::KILL),
-            Fault::QemuFrozen => signal_all(site.qemus(machine)?, Signal::STOP),
+            Fault::QemuKilled => signal_all(self.wait_for_qemus()?, Signal::KILL),
+            Fault::QemuFrozen => signal_all(self.wait_for_qemus()?, Signal::STOP),
             Fault::TcpdumpKilled => signal_all(site.tcpdumps(machine)?, Signal::KILL),
             _ => return self.inject_elsewhere().map(Some),
         };
@@ -90,6 +90,15 @@ impl Injector<'_> {
             frozen if self.fault == Fault::QemuFrozen => Some(Injected::Frozen(frozen)),
             _ => Some(Injected::Over),
         })
+    }
+
+    /// Returns the machine's QEMUs. libvirtd makes a QEMU's files before the process.
+    fn wait_for_qemus(&self) -> Result<Vec<Pid>> {
+        let found = until(Duration::from_secs(1), || {
+            let found = self.site.qemus(self.machine)?;
+            Ok((!found.is_empty()).then_some(found))
+        })?;
+        Ok(found.unwrap_or_default())
     }
 
     /// Injects a fault of something other than the machine's own processes.
@@ -137,13 +146,13 @@ impl Injector<'_> {
     }
 
     fn replace_host(&mut self) -> Result<Injected> {
-        let mut client = self.served.client()?;
+        let (mut client, started) = (self.served.client()?, self.served.started()?);
         if self.rng.below(2) == 0 {
             self.signal_host(Signal::USR2)?;
         } else {
             client.send(&json!({"action": "upgrade"}))?;
         }
-        Ok(Injected::Replaced(client))
+        Ok(Injected::Replaced(client, started))
     }
 
     fn kill_libvirtd(&mut self) -> Result<Injected> {

@@ -37,6 +37,8 @@ pub struct Matrix {
     pub rounds: u64,
     pub took: Duration,
     pub violations: Vec<Violation>,
+    /// The longest pause of a guest whose host was away.
+    pub longest_pause: Duration,
     missing: Missing,
     tallies: HashMap<Cell, Tally>,
 }
@@ -45,7 +47,8 @@ impl Matrix {
     /// Makes an empty matrix.
     pub fn new(machinery: Machinery, seed: u64, missing: Missing) -> Self {
         let (violations, tallies) = (Vec::new(), HashMap::new());
-        Matrix { machinery, seed, rounds: 0, took: Duration::ZERO, violations, missing, tallies }
+        let (took, longest_pause) = (Duration::ZERO, Duration::ZERO);
+        Matrix { machinery, seed, rounds: 0, took, violations, longest_pause, missing, tallies }
     }
 
     /// Returns the cells that can be hit.
@@ -72,6 +75,7 @@ impl Matrix {
             tally.misses += 1;
         }
         tally.violations += u32::from(!outcome.found.is_empty());
+        self.longest_pause = self.longest_pause.max(outcome.pause.unwrap_or_default());
         self.rounds += 1;
     }
 

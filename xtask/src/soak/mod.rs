@@ -12,6 +12,7 @@
 //! | [`site`], [`cgroups`], [`clock`], [`served`] | the lab, its cgroups and its clock, and the host that serves it |
 //! | [`phase`], [`traffic`] | bring a phase about |
 //! | [`fault`] | inject a fault |
+//! | [`pulse`] | watch a guest while its host is away |
 //! | [`round`] | one round from the phase to the invariants |
 //! | [`check`] | the invariants |
 //! | [`evidence`], [`matrix`], [`report`], [`chart`] | what was found |
@@ -29,6 +30,7 @@ mod fault;
 mod matrix;
 mod phase;
 mod plan;
+mod pulse;
 mod report;
 mod round;
 mod served;
@@ -108,7 +110,10 @@ pub fn run(options: &Options) -> Result<()> {
         }
         write(options, &matrix)?;
     }
-    soak.end(&mut matrix)?;
+    if matrix.violations.is_empty() {
+        soak.storm(if options.quick { 10 } else { 50 })?;
+    }
+    soak.end(&matrix)?;
     print!("{}", report::table(&matrix));
     match matrix.violations.len() {
         0 => Ok(()),
@@ -146,8 +151,18 @@ impl Soak {
         Soak::begin(options.machinery)
     }
 
+    /// Restores all machines at the same time, many times in one host, which must not grow.
+    fn storm(&mut self, repeats: usize) -> Result<()> {
+        let found = check::storm(&self.site, &mut self.served, repeats)?;
+        if found.is_empty() {
+            note(&format!("all machines restored and stopped {repeats} times at once: nothing is left"));
+            return Ok(());
+        }
+        Err(format!("after {repeats} restores of all machines: {}", found.join("; ")).into())
+    }
+
     /// Ends the host, which must leave nothing.
-    fn end(mut self, matrix: &mut Matrix) -> Result<()> {
+    fn end(mut self, matrix: &Matrix) -> Result<()> {
         let status = self.served.host.terminate()?;
         let left = self.site.leftovers()?;
         let (log, rounds) = (self.served.host.log(), matrix.rounds);

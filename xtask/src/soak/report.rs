@@ -26,6 +26,7 @@ pub fn table(matrix: &Matrix) -> String {
         line(&mut text, &format!("{:22}{}", fault.name(), cells.concat()));
     }
     gaps(matrix, &mut text);
+    line(&mut text, &format!("longest pause of a guest whose host was away: {:?}", matrix.longest_pause));
     for violation in &matrix.violations {
         let (step, folder) = (violation.step, violation.evidence.display());
         line(
@@ -98,6 +99,7 @@ pub fn json(matrix: &Matrix) -> String {
         "seed": matrix.seed,
         "rounds": matrix.rounds,
         "seconds": matrix.took.as_secs(),
+        "longest_pause_ms": matrix.longest_pause.as_millis() as u64,
         "cells": Cell::all().map(cell).collect::<Vec<_>>(),
         "violations": violations,
     });
@@ -122,10 +124,15 @@ pub mod tests {
         let mut matrix = Matrix::new(Machinery::Qemu, 5, Missing::default());
         let cell = Cell { fault: Fault::HostKilled, phase: Phase::Running };
         let step = Step { round: 1, cell, seed: 9 };
-        matrix.count(step, &Outcome { machine: "plain", is_hit: true, found: Vec::new() });
+        matrix.count(step, &Outcome { machine: "plain", is_hit: true, pause: None, found: Vec::new() });
         matrix.count(
             step,
-            &Outcome { machine: "plain", is_hit: false, found: vec!["a disk is left".to_owned()] },
+            &Outcome {
+                machine: "plain",
+                is_hit: false,
+                pause: None,
+                found: vec!["a disk is left".to_owned()],
+            },
         );
         let found = vec!["a disk is left".to_owned()];
         matrix.violations.push(Violation { step, machine: "plain", found, evidence: "/tmp/kept".into() });

@@ -15,6 +15,7 @@ use super::check;
 use super::fault::{Injected, Injector};
 use super::phase::{Director, Reached, SOON, TASK, choose_machine};
 use super::plan::{self, Step};
+use super::pulse::Pulse;
 use super::served::{Served, act, ask, until};
 use super::site::{FAULTY, Site};
 use super::traffic;
@@ -23,6 +24,9 @@ use crate::run::{Context, Result};
 /// A request that is answered before the fault comes is repeated so often.
 const ATTEMPTS: usize = 5;
 
+/// The longest time in which a guest may not count while its host is away.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+
 /// The result of a round.
 #[derive(Debug)]
 pub struct Outcome {
@@ -30,6 +34,8 @@ pub struct Outcome {
     pub machine: &'static str,
     /// True if the fault occurred within the phase.
     pub is_hit: bool,
+    /// The longest pause of a guest whose host was away.
+    pub pause: Option<Duration>,
     /// The violations.
     pub found: Vec<String>,
 }
@@ -42,6 +48,8 @@ struct Round<'a> {
     machine: &'static str,
     rng: Rng,
     is_hit: bool,
+    pulse: Option<Pulse>,
+    pause: Option<Duration>,
     found: Vec<String>,
     /// Connections that stay until the end of the round.
     kept: Vec<Client>,
@@ -53,11 +61,12 @@ pub fn conduct(site: &Site, served: &mut Served, step: Step) -> Outcome {
     let machine = choose_machine(site.machinery, step.cell, &mut rng);
     served.begin_round();
     let (found, kept) = (Vec::new(), Vec::new());
-    let mut round = Round { site, served, step, machine, rng, is_hit: false, found, kept };
+    let (is_hit, pulse, pause) = (false, None, None);
+    let mut round = Round { site, served, step, machine, rng, is_hit, pulse, pause, found, kept };
     if let Err(failure) = round.run() {
         round.found.push(failure.to_string());
     }
-    Outcome { machine, is_hit: round.is_hit, found: round.found }
+    Outcome { machine, is_hit: round.is_hit, pause: round.pause, found: round.found }
 }
 
 impl Round<'_> {
@@ -101,6 +110,7 @@ impl Round<'_> {
                 revision,
             };
             let mut reached = director.reach()?;
+            self.watch_pulse();
             if reached.is_under_way()?
                 && let Some(injected) = self.injector().inject()?
             {
@@ -114,6 +124,14 @@ impl Round<'_> {
             self.release()?;
         }
         Ok(None)
+    }
+
+    /// Watches the guest from now on, if it runs and counts while its host is away.
+    fn watch_pulse(&mut self) {
+        let counts = matches!(self.step.cell.phase, Phase::Running | Phase::Capturing);
+        if counts && self.step.cell.fault.parts_host_and_guest() {
+            self.pulse = Some(Pulse::watch(self.site.probe(self.machine)));
+        }
     }
 
     /// Stops the machine, and releases its lock.
@@ -185,7 +203,7 @@ impl Round<'_> {
                 self.served.host.kill()?;
                 self.start_again()?;
             }
-            Injected::Replaced(client) => self.served.wait_for_replacement(client)?,
+            Injected::Replaced(client, started) => self.served.wait_for_replacement(client, &started)?,
             Injected::Full(fillers) => {
                 for filler in fillers {
                     fs::remove_file(&filler).context(|| format!("cannot remove {}", filler.display()))?;
@@ -249,6 +267,14 @@ impl Round<'_> {
         }
         let probe = self.site.probe(self.machine);
         probe.wait_for_next_count(SOON)?;
+        self.pause = self.pulse.take().map(Pulse::longest);
+        if let Some(pause) = self.pause.filter(|pause| *pause > MAX_PAUSE) {
+            self.found.push(format!("the guest did not count for {pause:?}"));
+        }
+        let is_reported = last["errors"].to_string().contains("no packets of the time between two hosts");
+        if reached.captures && self.step.cell.fault == Fault::HostKilled && !is_reported {
+            self.found.push(format!("the gap of the capture is not reported: {last}"));
+        }
         if reached.captures && self.step.cell.fault != Fault::TcpdumpKilled {
             traffic::talk(&probe.ip, &self.site.pcap(self.machine), "after the fault")?;
         }

@@ -17,8 +17,10 @@ const INTERVAL: Duration = Duration::from_millis(30);
 #[derive(Debug)]
 pub struct Served {
     pub host: RunningHost,
-    /// The host's resources after its first round.
+    /// The host's resources after its first rounds.
     pub baseline: Option<ProcessResources>,
+    /// The number of rounds that are in the baseline.
+    pub rounds: usize,
     /// The length of the host's log at the begin of the round.
     logged: usize,
     /// The logs of the round's earlier hosts.
@@ -28,13 +30,13 @@ pub struct Served {
 impl Served {
     /// Starts a host.
     pub fn start(site: &Site) -> Result<Self> {
-        Ok(Served { host: site.host()?, baseline: None, logged: 0, earlier: String::new() })
+        Ok(Served { host: site.host()?, baseline: None, rounds: 0, logged: 0, earlier: String::new() })
     }
 
     /// Starts another host in the place of one that has ended.
     pub fn start_again(&mut self, site: &Site) -> Result<()> {
         self.earlier = self.log() + "--- the next host\n";
-        (self.baseline, self.logged) = (None, 0);
+        (self.baseline, self.rounds, self.logged) = (None, 0, 0);
         self.host = site.host()?;
         Ok(())
     }
@@ -46,23 +48,25 @@ impl Served {
             return Err(format!("the host ended with {status}").into());
         }
         self.earlier = self.log() + "--- a host with another clock\n";
-        (self.baseline, self.logged) = (None, 0);
+        (self.baseline, self.rounds, self.logged) = (None, 0, 0);
         self.host = site.host_with_clock()?;
         Ok(())
     }
 
     /// Waits until the host has executed its program again, and gets its connections from then on.
-    pub fn wait_for_replacement(&mut self, mut before: Client) -> Result<()> {
-        let limit = Instant::now() + Duration::from_secs(60);
-        // The host closes its connections when it is replaced. Events of others may come first.
-        while before.next_message().is_ok() {
-            if Instant::now() > limit {
-                return Err("the host is not replaced".to_owned().into());
-            }
+    pub fn wait_for_replacement(&mut self, mut before: Client, started: &Value) -> Result<()> {
+        // The host closes its connections when it is replaced. The answer to `upgrade` comes first.
+        while before.next_message().is_ok() {}
+        (self.baseline, self.rounds) = (None, 0);
+        match self.started()? == *started {
+            true => Err("the host is not replaced".to_owned().into()),
+            false => Ok(()),
         }
-        self.baseline = None;
-        self.client()?.ask(json!({"action": "version"}))?;
-        Ok(())
+    }
+
+    /// Returns the time of the host's start.
+    pub fn started(&self) -> Result<Value> {
+        Ok(ask(&mut self.client()?, json!({"action": "version"}))?["started"].take())
     }
 
     /// Connects to the host.

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use machinery_testkit::capture;
 use machinery_testkit::guest::{Guest, GuestProbe};
 use machinery_testkit::host::RunningHost;
-use machinery_testkit::lab::{KvmLab, Lab, TinyDisk};
+use machinery_testkit::lab::{KvmLab, Lab, TestNetwork, TinyDisk};
 use machinery_testkit::libvirt::Libvirtd;
 use machinery_testkit::processes;
 use machinery_testkit::scratch::{ScratchCwd, double};
@@ -22,7 +22,7 @@ use rustix::process::Pid;
 use super::cells::{Machinery, Missing};
 use super::cgroups::Cgroups;
 use super::clock::Clock;
-use crate::run::{Context, Result, is_root};
+use crate::run::{Context, Result};
 
 /// The machines of the real machinery, named after their readiness. With kvm, the plain one is instant, too: a save
 /// image is not a choice of single machines.
@@ -133,7 +133,8 @@ impl Site {
         let name = self.machinery.name();
         self.cwd().list_machineries(&[name, "double"])?;
         match capture::tcpdump() {
-            _ if !is_root() => self.missing.capture = Some("this user may not capture"),
+            // The kit's own network needs the same rights.
+            _ if TestNetwork::new()?.is_none() => self.missing.capture = Some("this user may not capture"),
             Err(_) => self.missing.capture = Some("there is no tcpdump"),
             Ok(tcpdump) => self.cwd().capture_with(&tcpdump)?,
         }

@@ -162,9 +162,10 @@ impl KvmLab {
 
 impl Drop for KvmLab {
     fn drop(&mut self) {
-        // Processes that still run end with libvirtd's namespace.
-        if !self.is_discarded {
-            leftovers::expect_none(self.leftovers());
+        if self.is_discarded {
+            return leftovers::kill(&self.processes().unwrap_or_default());
         }
+        // Processes that still run end with libvirtd's namespace.
+        leftovers::expect_none(self.leftovers());
     }
 }
