@@ -49,6 +49,9 @@ use self::served::Served;
 use self::site::Site;
 use crate::run::{Context, Result, note};
 
+/// The number of restores of all machines at once, if there were as many rounds.
+const MAX_STORM: usize = 50;
+
 /// Options of `cargo xtask soak`.
 #[derive(clap::Args)]
 pub struct Options {
@@ -111,7 +114,7 @@ pub fn run(options: &Options) -> Result<()> {
         write(options, &matrix)?;
     }
     if matrix.violations.is_empty() {
-        soak.storm(if options.quick { 10 } else { 50 })?;
+        soak.storm(usize::try_from(rounds).unwrap_or(MAX_STORM).min(MAX_STORM))?;
     }
     soak.end(&matrix)?;
     print!("{}", report::table(&matrix));
