@@ -156,6 +156,31 @@ fn image_is_replaced_when_snapshot_or_domain_change() {
     fixture.finish();
 }
 
+/// A revert also restores the domain's description, with the disks of that time. `qemu-img` would revert other ones.
+#[test]
+fn image_is_not_made_when_the_snapshot_has_other_disks_than_the_domain() {
+    let lab = KvmLab::new(&[MICRO]).unwrap();
+    lab.cwd().host_yaml(IMAGES).unwrap();
+    let disk = lab.machine("m").disk.clone();
+    let copy = disk.with_file_name("copy.qcow2");
+    fs::copy(&disk, &copy).unwrap();
+    let xml = lab.libvirtd().virsh(&["dumpxml", "--inactive", "--security-info", "lab-m"]).unwrap();
+    let changed = xml.replace(disk.to_str().unwrap(), copy.to_str().unwrap());
+    assert_ne!(changed, xml);
+    lab.libvirtd().virsh_with_file(&["define"], &changed, &[]).unwrap();
+    let mut fixture = KvmFixture::of(lab);
+    // The host may have tried by itself before. Either try fails, and there is no third one.
+    fixture.client.act("prepare", "m").unwrap();
+    fixture.act("prepare");
+    let readiness = fixture.readiness();
+    let reason = readiness["reason"].as_str().unwrap();
+    assert!(readiness["mode"] == "plain" && reason.contains("the snapshot has other disks"), "{readiness}");
+    fixture.act("restore_start");
+    assert_eq!(restores(&fixture), (0, 1), "{}", fixture.host.log());
+    fixture.act("stop");
+    fixture.finish();
+}
+
 #[test]
 fn restore_falls_back_to_a_revert_when_the_image_is_broken() {
     let mut fixture = with_image();
