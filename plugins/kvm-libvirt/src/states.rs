@@ -164,6 +164,8 @@ pub fn is_revert_step(event: &Event) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn of(state: u32, reason: i32) -> Result<StateReport> {
@@ -222,5 +224,67 @@ mod tests {
         let (state, why) = state_of_event(&full).unwrap();
         assert!(state == State::Error && why.contains("/d/x.qcow2") && why.contains("no space"), "{why}");
         assert!(state_of_event(&Event::Lifecycle { event: 0, detail: 0 }).is_none());
+    }
+
+    #[test]
+    fn event_is_mapped_for_each_change_of_a_domain() {
+        let mapped = |event, detail| state_of_event(&Event::Lifecycle { event, detail });
+        let state = |event, detail| mapped(event, detail).map(|(state, _)| state);
+        assert_eq!(state(sys::VIR_DOMAIN_EVENT_STARTED, 0), Some(State::Running));
+        assert_eq!(
+            mapped(sys::VIR_DOMAIN_EVENT_RESUMED, 0),
+            Some((State::Running, String::new())),
+            "the host has ordered it"
+        );
+        assert_eq!(state(sys::VIR_DOMAIN_EVENT_PMSUSPENDED, 0), Some(State::Suspended));
+        assert_eq!(state(sys::VIR_DOMAIN_EVENT_CRASHED, 0), Some(State::Error));
+        for (detail, expected) in [
+            (sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED, Some(State::Paused)),
+            (sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR, Some(State::Error)),
+            (sys::VIR_DOMAIN_EVENT_SUSPENDED_WATCHDOG, Some(State::Error)),
+            (sys::VIR_DOMAIN_EVENT_SUSPENDED_API_ERROR, Some(State::Error)),
+            (sys::VIR_DOMAIN_EVENT_SUSPENDED_FROM_SNAPSHOT, None),
+        ] {
+            assert_eq!(state(sys::VIR_DOMAIN_EVENT_SUSPENDED, detail), expected, "{detail}");
+        }
+    }
+
+    #[test]
+    fn end_of_a_domain_has_a_reason_of_its_own_for_each_cause() {
+        let reasons = |event, state| {
+            (0..=7).map(move |detail| {
+                let (mapped, why) = state_of_event(&Event::Lifecycle { event, detail }).unwrap();
+                assert_eq!(mapped, state);
+                why
+            })
+        };
+        let stopped: BTreeSet<_> = reasons(sys::VIR_DOMAIN_EVENT_STOPPED, State::Poweroff).collect();
+        // The last one is unknown to this plugin.
+        assert_eq!(stopped.len(), 8, "{stopped:?}");
+        let shutdown: Vec<_> = reasons(sys::VIR_DOMAIN_EVENT_SHUTDOWN, State::Stopping).take(3).collect();
+        assert!(shutdown[0].contains("shuts down"), "{shutdown:?}");
+        assert!(shutdown[1].contains("guest") && shutdown[2].contains("somebody else"), "{shutdown:?}");
+    }
+
+    #[test]
+    fn event_is_told_apart_by_its_kind_and_its_detail() {
+        let event = |event, detail| Event::Lifecycle { event, detail };
+        let saved = event(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SAVED);
+        let destroyed = event(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED);
+        let started = event(sys::VIR_DOMAIN_EVENT_STARTED, 0);
+        let paused = event(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED);
+        let failed = event(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR);
+        for (event, expected) in [
+            // Whether it is an end, a save, a start, and a step of a revert.
+            (&saved, [true, true, false, false]),
+            (&destroyed, [true, false, false, false]),
+            (&started, [false, false, true, true]),
+            (&paused, [false, false, false, true]),
+            (&failed, [false, false, false, false]),
+            (&Event::Reset, [false, false, false, false]),
+        ] {
+            let kinds = [is_end(event), is_save(event), is_start(event), is_revert_step(event)];
+            assert_eq!(kinds, expected);
+        }
     }
 }

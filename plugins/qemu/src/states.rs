@@ -139,4 +139,27 @@ mod tests {
         assert!((100..900).contains(&count(State::Running)));
         assert!((20..90).contains(&count(State::Error)));
     }
+
+    #[test]
+    fn event_changes_the_state_only_when_the_guest_runs_on_or_not() {
+        let state = |name: &str, action: &str| {
+            let event = Event { name: name.into(), data: json!({"action": action}) };
+            state_of_event(&event).map(|(state, _)| state)
+        };
+        for (name, action, expected) in [
+            ("RESUME", "", Some(State::Running)),
+            ("SUSPEND", "", Some(State::Suspended)),
+            ("WAKEUP", "", Some(State::Running)),
+            ("SHUTDOWN", "", Some(State::Stopping)),
+            ("GUEST_PANICKED", "pause", Some(State::Error)),
+            ("MEMORY_FAILURE", "ignore", Some(State::Error)),
+            ("WATCHDOG", "pause", Some(State::Error)),
+            ("WATCHDOG", "reset", None),
+            ("WATCHDOG", "shutdown", None),
+            ("WATCHDOG", "none", None),
+            ("STOP", "", None),
+        ] {
+            assert_eq!(state(name, action), expected, "{name} {action}");
+        }
+    }
 }
