@@ -173,11 +173,23 @@ mod tests {
         let foreign = || foreign_changes(Some(&image), &record.read(), true);
         assert_eq!(foreign(), None, "the disk is unchanged since its snapshot");
         write("2");
-        assert!(foreign().unwrap().contains("disk.qcow2"), "{:?}", foreign());
+        let why = foreign().unwrap();
+        assert!(why.contains("disk.qcow2") && why.contains("in no snapshot"), "{why}");
         record.save(&[Some(image.clone()), None]);
         assert_eq!(foreign(), None, "the last changes are of an own run");
         write("3");
         assert!(foreign().is_some());
+    }
+
+    #[test]
+    fn disk_without_snapshots_is_foreign_when_it_changed_after_the_last_own_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.raw");
+        fs::write(&image, [0; 512]).unwrap();
+        let why = foreign_changes(Some(&image), &[], true).unwrap();
+        assert!(why.contains("after the last run of this host"), "{why}");
+        let known = [file_id(&image).unwrap()];
+        assert_eq!(foreign_changes(Some(&image), &known, true), None);
     }
 
     #[test]

@@ -214,15 +214,16 @@ mod tests {
     fn advice_names_a_kind_of_snapshot_that_this_libvirt_can_revert_to() {
         let flash = |nvram_is_qcow2| Firmware { is_flash: true, nvram: None, nvram_is_qcow2 };
         for (version, firmware, words) in [
-            (9_000_000, Firmware::default(), "take an internal snapshot"),
+            (9_000_000, Firmware::default(), "Upgrade libvirt to 9.9 or newer, or take an internal snapshot"),
+            (9_009_000, Firmware::default(), "Or take an internal snapshot"),
             (
                 9_000_000,
                 flash(false),
                 "to 9.9 or newer for external snapshots, or to 10.10 for internal ones",
             ),
             (9_009_000, flash(true), "no internal snapshot: take an external snapshot"),
-            (10_010_000, flash(false), "take an external snapshot (virsh"),
-            (10_010_000, flash(true), "take an internal snapshot"),
+            (10_010_000, flash(false), "or keep the firmware's variables in a qcow2 file"),
+            (10_010_000, flash(true), "Or take an internal snapshot"),
         ] {
             let text = advice(version, &firmware);
             assert!(text.contains(words), "no {words:?} in {text}");

@@ -279,4 +279,26 @@ mod tests {
         assert!(down(sys::VIR_DOMAIN_EVENT_SHUTDOWN_HOST).contains("somebody else"));
         assert!(state_of_event(&Event::Reset).is_none());
     }
+
+    #[test]
+    fn event_is_told_apart_by_its_kind_and_its_detail() {
+        let event = |event, detail| Event::Lifecycle { event, detail };
+        let saved = event(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SAVED);
+        let destroyed = event(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED);
+        let started = event(sys::VIR_DOMAIN_EVENT_STARTED, 0);
+        let paused = event(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED);
+        let failed = event(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR);
+        for (event, expected) in [
+            // Whether it is an end, a save, a start, and a step of a revert.
+            (&saved, [true, true, false, false]),
+            (&destroyed, [true, false, false, false]),
+            (&started, [false, false, true, true]),
+            (&paused, [false, false, false, true]),
+            (&failed, [false, false, false, false]),
+            (&Event::Reset, [false, false, false, false]),
+        ] {
+            let kinds = [is_end(event), is_save(event), is_start(event), is_revert_step(event)];
+            assert_eq!(kinds, expected);
+        }
+    }
 }

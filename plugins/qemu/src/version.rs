@@ -215,4 +215,25 @@ mod tests {
         assert!(Version::of(&other).unwrap_err().to_string().contains("coreutils"));
         assert!(Version::of(Path::new("/none/qemu")).unwrap_err().to_string().contains("/none/qemu"));
     }
+
+    #[test]
+    fn oldest_version_that_works_is_accepted() {
+        let (_folder, oldest) = fake("QEMU emulator version 2.11.0");
+        assert_eq!(Version::of(&oldest).unwrap(), Version::OLDEST);
+    }
+
+    #[test]
+    fn feature_is_used_from_its_version_on() {
+        let first = |has: fn(Version) -> bool, major, minor| {
+            let before = if minor == 0 { (major - 1, 9) } else { (major, minor - 1) };
+            !has(Version::new(before.0, before.1, 99)) && has(Version::new(major, minor, 0))
+        };
+        assert!(first(Version::incoming_by_name, 4, 1));
+        assert!(first(Version::has_memory_backends, 5, 0));
+        assert!(first(Version::screenshots_as_png, 7, 1));
+        assert!(first(Version::reads_snapshot_files, 8, 2));
+        assert!(first(Version::maps_readonly_files, 8, 2));
+        assert!(first(Version::has_default_audio, 8, 2));
+        assert!(first(|version| !version.discards_into_files(), 8, 2));
+    }
 }

@@ -172,10 +172,19 @@ impl Availability {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::client_file::{Descriptor, DescriptorBudget};
 
     fn task_lock(task_id: &str) -> TaskLock {
         TaskLock { task_id: task_id.into(), ..TaskLock::default() }
+    }
+
+    /// Returns a temporary file that a client has passed.
+    async fn passed_file() -> PassedFile {
+        let permit = Arc::new(DescriptorBudget::default()).permits(7, 1).unwrap().remove(0);
+        Descriptor::new(tempfile::tempfile().unwrap().into(), permit).checked().await.unwrap()
     }
 
     #[test]
@@ -217,5 +226,57 @@ mod tests {
         let read: Availability = serde_json::from_str(old).unwrap();
         assert_eq!((read.locked_since, &read.quarantine), (None, &None));
         assert_eq!((read.lock.unwrap().task_id.as_str(), read.disabled.as_deref()), ("t", Some("smells")));
+    }
+
+    #[test]
+    fn availability_is_plain_only_when_there_is_nothing_to_save() {
+        let plain = Availability::default();
+        assert!(plain.is_plain());
+        assert!(Availability { unusable: Some("no snapshot".into()), ..plain.clone() }.is_plain());
+        for saved in [
+            Availability { lock: Some(task_lock("a")), ..plain.clone() },
+            Availability { reserved_by: Some("a".into()), ..plain.clone() },
+            Availability { disabled: Some("broken".into()), ..plain.clone() },
+            Availability { quarantine: Some(Quarantine::new("QEMU was killed")), ..plain.clone() },
+        ] {
+            assert!(!saved.is_plain(), "{saved:?}");
+        }
+    }
+
+    #[test]
+    fn affinity_ranks_own_lock_before_own_reservation_before_anything_else() {
+        let locked = Availability { lock: Some(task_lock("a")), ..Availability::default() };
+        assert_eq!(locked.affinity(&task_lock("a")), 0);
+        assert_eq!(locked.affinity(&task_lock("b")), 2);
+        let other_file = TaskLock { pcap_path: Some("/p".into()), ..task_lock("a") };
+        assert_eq!(locked.affinity(&other_file), 2);
+        let reserved = Availability { reserved_by: Some("a".into()), ..Availability::default() };
+        assert_eq!((reserved.affinity(&task_lock("a")), reserved.affinity(&task_lock("b"))), (1, 2));
+    }
+
+    #[tokio::test]
+    async fn lock_is_repeated_with_another_descriptor_only_when_its_own_was_lost() {
+        let passed = passed_file().await;
+        let other = passed_file().await;
+        let lock = TaskLock { pcap_passed: true, pcap_file: Some(passed), ..task_lock("a") };
+        let repeated = TaskLock { pcap_file: Some(other), ..lock.clone() };
+        assert!(lock.is_repeated_by(&lock) && !lock.is_repeated_by(&repeated));
+        let lost = TaskLock { pcap_file: None, ..lock.clone() };
+        assert!(lost.is_repeated_by(&repeated));
+        assert!(!lost.is_repeated_by(&TaskLock { task_id: "b".into(), ..repeated.clone() }));
+        assert!(!task_lock("a").is_repeated_by(&repeated), "a lock without a capture gets none");
+    }
+
+    #[tokio::test]
+    async fn files_of_a_lock_are_the_passed_one_or_the_named_ones_with_their_owner() {
+        let named = |path: &str| ClientFile::Named(NamedFile { path: path.into(), owner: None });
+        let lock =
+            TaskLock { pcap_path: Some("/p".into()), memory_dump_path: Some("/d".into()), ..task_lock("a") };
+        assert_eq!(format!("{:?}", lock.pcap()), format!("{:?}", Some(named("/p"))));
+        assert_eq!(format!("{:?}", lock.memory_dump()), format!("{:?}", Some(named("/d"))));
+        assert!(task_lock("a").pcap().is_none() && task_lock("a").memory_dump().is_none());
+        let passed = passed_file().await;
+        let lock = TaskLock { pcap_file: Some(passed), ..lock };
+        assert!(matches!(lock.pcap(), Some(ClientFile::Passed(_))));
     }
 }

@@ -187,4 +187,11 @@ mod tests {
         assert_eq!((read.tries, read.since, read.next_try_in()), (4, saved.since, 5));
         assert_eq!(read.reason, "y");
     }
+
+    #[test]
+    fn quarantine_begins_at_the_present_time() {
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let (before, quarantine) = (now(), Quarantine::new("x"));
+        assert!((before..=now()).contains(&quarantine.since), "{}", quarantine.since);
+    }
 }

@@ -239,4 +239,22 @@ mod tests {
         state.flush_pending().await;
         assert!(!path.exists(), "the file on disk was current");
     }
+
+    #[test]
+    fn open_fails_when_the_file_is_there_but_cannot_be_read() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("machines.json")).unwrap();
+        let error = StateStore::open(folder.path(), Arc::default()).err().unwrap().to_string();
+        assert!(error.contains("machines.json"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn captures_include_those_of_machines_that_are_not_configured() {
+        let folder = tempfile::tempdir().unwrap();
+        let text =
+            r#"{"format": 1, "machines": {"away": {"lock": {"task_id": "t", "pcap_path": "/p"}}, "b": {}}}"#;
+        fs::write(folder.path().join("machines.json"), text).unwrap();
+        let state = StateStore::open(folder.path(), Arc::default()).unwrap();
+        assert_eq!(state.captures(), [Path::new("/p")]);
+    }
 }

@@ -176,6 +176,10 @@ pub fn is_accident(state: State, reason: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
+    use super::super::availability::TaskLock;
+    use super::super::quarantine::Quarantine;
     use super::*;
 
     #[test]
@@ -198,5 +202,76 @@ mod tests {
         let mut status = Status::new(State::Poweroff);
         (0..=MAX_ERRORS).for_each(|number| status.add_error(number.to_string()));
         assert_eq!((status.errors.len(), status.errors[0].as_str()), (MAX_ERRORS, "1"));
+    }
+
+    #[test]
+    fn machine_is_free_only_when_it_is_powered_off_and_not_locked() {
+        let mut status = Status::new(State::Poweroff);
+        assert!(status.is_free());
+        status.availability.lock = Some(TaskLock::default());
+        assert!(!status.is_free());
+        assert!(!Status::new(State::Running).is_free());
+    }
+
+    #[test]
+    fn later_steps_are_dropped_when_there_are_too_many() {
+        let mut status = Status::new(State::Poweroff);
+        (0..MAX_STEPS + 2).for_each(|number| status.add_step(&number.to_string(), Duration::ZERO));
+        assert_eq!(status.steps.len(), MAX_STEPS);
+        assert_eq!(status.steps[MAX_STEPS - 1].0, (MAX_STEPS - 1).to_string());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_lasts_from_the_first_start_to_the_poweroff() {
+        let mut status = Status::new(State::Poweroff);
+        status.set_state(State::Starting);
+        let begin = status.run_begin.unwrap();
+        advance(Duration::from_secs(1)).await;
+        status.set_state(State::Running);
+        status.set_state(State::Paused);
+        assert_eq!((status.state, status.run_begin), (State::Paused, Some(begin)));
+        (status.own_run, status.started_well, status.end_reason) = (true, true, Some("max_run".into()));
+        status.set_state(State::Poweroff);
+        assert_eq!((status.own_run, status.started_well), (false, false));
+        assert_eq!((status.run_begin, status.end_reason.clone()), (None, None));
+        // Somebody else has started it: the host sees no start.
+        status.set_state(State::Running);
+        assert!(status.run_begin.is_some());
+    }
+
+    #[test]
+    fn adopted_run_is_one_of_the_host_and_began_when_its_task_locked_the_machine() {
+        let mut off = Status::new(State::Poweroff);
+        off.adopt_run();
+        assert!(!off.own_run && off.run_begin.is_none());
+        let mut status = Status::new(State::Running);
+        status.availability.locked_since = Some(unix_now() - 7);
+        status.adopt_run();
+        assert!(status.own_run && status.started_well);
+        assert!(status.run_begin.is_some_and(|begin| begin.unix <= unix_now() - 7));
+        let mut tried = Status::new(State::Running);
+        tried.availability.quarantine = Some(Quarantine::new("QEMU was killed"));
+        tried.adopt_run();
+        assert!(tried.own_run && !tried.started_well && tried.run_begin.is_some());
+    }
+
+    #[test]
+    fn preparation_is_repeated_until_three_were_lost_since_the_last_start() {
+        let mut status = Status::new(State::Poweroff);
+        for _ in 0..2 {
+            let repeated: [bool; 4] = std::array::from_fn(|_| status.count_lost_preparation());
+            assert_eq!(repeated, [true, true, false, false]);
+            status.set_state(State::Starting);
+        }
+    }
+
+    #[test]
+    fn machine_in_quarantine_is_left_alone_when_somebody_else_has_started_it() {
+        let mut status = Status::new(State::Running);
+        status.leave_alone("m");
+        assert!(status.availability.quarantine.is_none());
+        status.availability.quarantine = Some(Quarantine::new("QEMU was killed"));
+        status.leave_alone("m");
+        assert!(status.availability.quarantine.unwrap().is_left_alone);
     }
 }

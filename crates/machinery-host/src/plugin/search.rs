@@ -120,3 +120,78 @@ impl PluginFile {
         found.is_some_and(|(path, sha256)| path == self.path && sha256 == self.sha256)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Makes folders with these files, and returns the paths of the folders.
+    fn folders(files: [&[&str]; 2]) -> (tempfile::TempDir, Vec<PathBuf>) {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = scratch.path().canonicalize().unwrap();
+        let folders = vec![root.join("first"), root.join("second")];
+        for (folder, names) in folders.iter().zip(files) {
+            fs::create_dir(folder).unwrap();
+            names.iter().for_each(|name| fs::write(folder.join(name), name).unwrap());
+        }
+        (scratch, folders)
+    }
+
+    #[test]
+    fn first_file_of_a_name_counts_when_folders_share_one() {
+        let (_scratch, folders) = folders([
+            &["libmachinery_b.so", "libmachinery_a.so", "libother.so", "libmachinery_c.txt"],
+            &["libmachinery_a.so", "libmachinery_d.so"],
+        ]);
+        let path = |folder: usize, file: &str| folders[folder].join(file);
+        let expected = [
+            ("a".to_owned(), path(0, "libmachinery_a.so")),
+            ("b".to_owned(), path(0, "libmachinery_b.so")),
+            ("d".to_owned(), path(1, "libmachinery_d.so")),
+        ];
+        assert_eq!(available(&folders), expected);
+        for (name, path) in expected {
+            assert_eq!(find(&name, &folders), Some(path));
+        }
+        assert_eq!(find("c", &folders), None);
+    }
+
+    #[test]
+    fn hyphen_of_a_name_is_found_as_an_underscore_of_the_file() {
+        let (_scratch, folders) = folders([&["libmachinery_my_own.so"], &[]]);
+        assert_eq!(find("my-own", &folders), Some(folders[0].join("libmachinery_my_own.so")));
+        let listed = ["my-own".to_owned(), "kvm".to_owned()];
+        for (file, expected) in [("my_own", true), ("my-own", true), ("kvm", true), ("my", false)] {
+            assert_eq!(is_listed(file, &listed), expected, "{file}");
+        }
+    }
+
+    #[test]
+    fn plugin_file_is_current_until_its_path_or_content_changes() {
+        let (_scratch, folders) = folders([&[], &["libmachinery_a.so"]]);
+        let search = PluginSearch { folders: folders.clone(), allow_insecure: true };
+        let (path, sha256) = trusted("a", &folders[1].join("libmachinery_a.so"), &search, None).unwrap();
+        let file = PluginFile { path, sha256 };
+        assert!(file.is_current("a", &search));
+        let first = folders[0].join("libmachinery_a.so");
+        fs::copy(&file.path, &first).unwrap();
+        assert!(!file.is_current("a", &search), "the same content in another file");
+        fs::remove_file(&first).unwrap();
+        fs::write(&file.path, "changed").unwrap();
+        assert!(!file.is_current("a", &search), "another content in the same file");
+        fs::remove_file(&file.path).unwrap();
+        assert!(!file.is_current("a", &search), "no file");
+    }
+
+    #[test]
+    fn search_leaves_out_folders_that_are_missing() {
+        let (_scratch, given) = folders([&[], &[]]);
+        let missing = given[0].join("missing");
+        fs::write(given[1].join(".cuckoocwd"), "").unwrap();
+        let cwd = Cwd::find(Some(&given[1])).unwrap();
+        let found = super::folders(&[missing.clone(), given[0].clone()], &cwd);
+        assert!(found.contains(&given[0]) && !found.contains(&missing), "{found:?}");
+    }
+}

@@ -163,3 +163,41 @@ fn conflicts(machineries: &[Arc<Machinery>], answers: &[Answer]) -> Vec<Error> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use machinery::config::ConfigFile;
+
+    use super::*;
+
+    fn setup(config: &str, host: Option<&str>) -> Setup {
+        let file = |text: &str| ConfigFile { path: "/cwd/file.yaml".into(), text: text.into() };
+        let folder = || "/cwd".into();
+        Setup {
+            config: file(config),
+            host_config: host.map(file),
+            sockets_dir: folder(),
+            state_dir: folder(),
+            cache_dir: folder(),
+            adopts: false,
+        }
+    }
+
+    #[test]
+    fn machinery_is_the_same_only_when_its_file_and_its_section_are() {
+        let section = |value: u32| format!("machineries:\n  m: {{a: {value}}}\n  other: {{b: 1}}\n");
+        let old = setup("x: 1", Some(&section(1)));
+        let moved = section(1).replace("b: 1", "b: 2");
+        assert!(is_same("m", &old, &setup("x: 1", Some(&moved))), "only another section has changed");
+        assert!(!is_same("m", &old, &setup("x: 2", Some(&section(1)))));
+        assert!(!is_same("m", &old, &setup("x: 1", Some(&section(2)))));
+        assert!(!is_same("m", &old, &setup("x: 1", None)));
+    }
+
+    #[test]
+    fn plugin_without_reload_refuses_another_configuration() {
+        assert_eq!(without_reload(true).unwrap(), Reloaded::default());
+        let error = without_reload(false).unwrap_err().to_string();
+        assert!(error.contains("Restart the host"), "{error}");
+    }
+}

@@ -170,3 +170,77 @@ fn read(path: &Path) -> Option<Record> {
         .ok()?;
     (record.format == FORMAT).then_some(record)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::getpid;
+
+    /// Records the beginning of a run of this process.
+    fn begun(machine: &str, folder: &Path) -> RecordFile {
+        let file = RecordFile::of(machine, folder);
+        let overlays = vec![folder.join("overlay")];
+        let process = ProcessIdentity::of(getpid()).unwrap();
+        file.begin(&Record::new(process, Version::new(7, 2, 0), overlays, Vec::new(), Vec::new()));
+        file
+    }
+
+    fn progress(file: &RecordFile) -> Option<Progress> {
+        file.read().map(|(progress, _)| progress)
+    }
+
+    #[test]
+    fn record_has_the_progress_of_its_run_until_the_run_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = begun("m", folder.path());
+        assert_eq!((progress(&file), file.is_of_run()), (Some(Progress::Starting), false));
+        file.set_standby(Value::from("origin"));
+        let (progress_now, record) = file.read().unwrap();
+        assert_eq!((progress_now, file.is_of_run()), (Progress::Standby, false));
+        assert_eq!(record.standby, Value::from("origin"));
+        assert_eq!(record.overlays, [folder.path().join("overlay")]);
+        file.set_running();
+        assert_eq!((progress(&file), file.is_of_run()), (Some(Progress::Running), true));
+        file.remove();
+        assert_eq!((progress(&file), file.is_of_run()), (None, false));
+        assert!(folder.path().read_dir().unwrap().next().is_none());
+    }
+
+    #[test]
+    fn record_of_a_start_becomes_one_of_a_run_without_a_standby() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = begun("m", folder.path());
+        file.set_running();
+        let (progress, record) = file.read().unwrap();
+        assert_eq!((progress, record.standby), (Progress::Running, Value::Null));
+    }
+
+    #[test]
+    fn records_are_listed_with_their_machines_at_each_progress() {
+        let folder = tempfile::tempdir().unwrap();
+        begun("a", folder.path());
+        begun("b.c", folder.path()).set_standby(Value::Null);
+        begun("d", folder.path()).set_running();
+        fs::write(folder.path().join("other.json"), "").unwrap();
+        let all = RecordFile::all(folder.path());
+        let mut machines: Vec<_> = all.iter().map(RecordFile::machine).collect();
+        machines.sort_unstable();
+        assert_eq!(machines, ["a", "b.c", "d"]);
+    }
+
+    #[test]
+    fn record_is_ignored_but_known_when_its_format_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = begun("m", folder.path());
+        let (_, record) = file.read().unwrap();
+        file.begin(&Record { format: FORMAT + 1, ..record });
+        file.set_running();
+        assert!(file.read().is_none() && file.is_of_run());
+    }
+
+    #[test]
+    fn later_host_reads_the_names_of_records_that_this_one_writes() {
+        let suffixes = Progress::ALL.map(Progress::suffix);
+        assert_eq!(suffixes, ["run", "standby", "starting"], "an upgrade adopts by these names");
+    }
+}
