@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn event_is_told_apart_by_its_kind_and_its_detail() {
+    fn event_has_the_kinds_of_its_detail() {
         let event = |event, detail| Event::Lifecycle { event, detail };
         let saved = event(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SAVED);
         let destroyed = event(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED);
@@ -289,7 +289,7 @@ mod tests {
         let paused = event(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED);
         let failed = event(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR);
         for (event, expected) in [
-            // Whether it is an end, a save, a start, and a step of a revert.
+            // In this order: an end, a save, a start, a step of a revert.
             (&saved, [true, true, false, false]),
             (&destroyed, [true, false, false, false]),
             (&started, [false, false, true, true]),
