@@ -21,7 +21,7 @@ pub struct Setup {
     pub state_dir: PathBuf,
     /// The plugin's own folder for files that can be created again.
     pub cache_dir: PathBuf,
-    /// True if the host calls [`Machinery::adopt`] for each machine after the load.
+    /// True if the host calls [`adopt`](crate::Machinery::adopt) for each machine after the load.
     #[serde(default)]
     pub adopts: bool,
 }
