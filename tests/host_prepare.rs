@@ -144,14 +144,26 @@ fn machine_is_not_prepared_when_it_is_locked_or_disabled_while_its_preparation_w
         json!({"action": "lock", "machine": "m", "task_id": "t"}),
         json!({"action": "disable_machine", "machine": "m", "reason": "inspected"}),
     ] {
-        let (host, _cwd) = served(&[("slow1", FOR_EVER), ("slow2", FOR_EVER), ("m", ""), ("n", "")]);
-        let mut client = host.client().unwrap();
-        // The first two machines hold all prepare permits, so the preparation of `m` waits.
+        let (_host, _cwd, mut client) = with_waiting_preparation();
         assert_eq!(client.ask(request.clone()).unwrap()["success"], true);
         assert_eq!(client.act("stop", "slow1").unwrap()["success"], true);
         // The permit of this preparation comes after that of `m`.
         assert_eq!(client.act("prepare", "n").unwrap()["success"], true);
         assert_ne!(how(&mut client), "standby", "{request}");
+    }
+}
+
+/// Serves `slow1` and `slow2`, which hold all prepare permits, `m`, whose preparation waits for one, and `n`.
+fn with_waiting_preparation() -> (RunningHost, ScratchCwd, Client) {
+    loop {
+        let (host, cwd) = served(&[("slow1", FOR_EVER), ("slow2", FOR_EVER), ("m", ""), ("n", "")]);
+        let mut client = host.client().unwrap();
+        let hold = |client: &mut Client, name| client.machine(name).unwrap()["busy"] == true;
+        while !(hold(&mut client, "slow1") && hold(&mut client, "slow2")) {}
+        // The workers begin at the same time, so `m` may have had a permit before.
+        if how(&mut client) != "standby" {
+            return (host, cwd, client);
+        }
     }
 }
 

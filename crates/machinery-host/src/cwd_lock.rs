@@ -2,7 +2,8 @@
 //!
 //! The lock ends with the process.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::thread;
@@ -12,6 +13,8 @@ use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::{Errno, retry_on_intr};
 
+/// The mode of the file: for the host's user.
+const PRIVATE: u32 = 0o600;
 /// The number of attempts to lock the CWD, and the pause between two of them.
 const ATTEMPTS: u32 = 10;
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -78,8 +81,12 @@ pub fn lock_without_host(state: &Path) -> Result<Option<File>> {
     }
 }
 
+/// Opens the file of the lock. Other users cannot: whoever opens it may lock it, and so keep a host from starting.
 fn open(path: &Path) -> Result<File> {
-    File::create(path).map_err(|error| Error::io("make the lock", path, &error))
+    let mut options = File::options();
+    let opened = options.write(true).create(true).truncate(false).mode(PRIVATE).open(path);
+    let closed = opened.and_then(|file| file.set_permissions(Permissions::from_mode(PRIVATE)).map(|()| file));
+    closed.map_err(|error| Error::io("make the lock", path, &error))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@
 //! or wait for a lock that such a thread holds.
 //!
 //! `_exit()`, `abort()` and signals cannot be intercepted: they end the process at once. The next start of
-//! the host removes the leftovers.
+//! the host adopts its runs.
 
 use std::collections::HashMap;
 use std::fs;

@@ -138,13 +138,16 @@ fn adopt(machinery: &Arc<Machinery>, names: Vec<String>, config: &Config) -> Vec
     let adopted = call_all(&what, names, limit, limits.load, adopt);
     let is_unsupported =
         |adopted: &Result<bool>| matches!(adopted, Err(error) if error.kind() == ErrorKind::Unsupported);
-    machinery.adopts.store(!adopted.iter().all(is_unsupported), Ordering::SeqCst);
+    // A machinery without machines may get some by a reload.
+    let adopts = adopted.is_empty() || !adopted.iter().all(is_unsupported);
+    machinery.adopts.store(adopts, Ordering::SeqCst);
     let nothing_left = |adopted| if is_unsupported(&adopted) { Ok(false) } else { adopted };
     adopted.into_iter().map(nothing_left).collect()
 }
 
-/// Records the outcome of an adoption. A task finds in the errors of its machine that its run is lost. A run that could
-/// neither be adopted nor ended is the host's own, and the machine leaves the pool until it is ended.
+/// Records the outcome of an adoption. A task finds in the errors of its machine that its run is lost. A machine leaves the
+/// pool if it is on nevertheless, or if its plugin has not answered. Whose run that is, the host does not know: so it does
+/// not end it, and does not try the machine while it is on.
 fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>, heal: Heal) {
     match adopted {
         Ok(true) => machine.set_adopted(),
@@ -155,8 +158,7 @@ fn record_adoption(machine: &Arc<Machine>, adopted: Result<bool>, heal: Heal) {
                 error.action("adopting the run of an earlier host").machine(machine.name()).to_string();
             tracing::warn!(machine = machine.name(), error, "its run is lost");
             machine.add_error(&error);
-            if machine.status().state != State::Poweroff {
-                machine.set_adopted();
+            if machine.status().state != State::Poweroff || is_plugin_fault(kind) {
                 machine.take_out(kind, &error, heal);
             }
         }

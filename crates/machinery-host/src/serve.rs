@@ -52,7 +52,7 @@ use crate::server::peers::Peers;
 use crate::service_manager::{self, Loading};
 use crate::watchdog;
 use end::{NextProgram, drain, execute_again};
-use signals::{Asked, EarlySignals, EndSignals, listen};
+use signals::{Asked, EarlySignals, EndSignals, Hangup, listen};
 
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
@@ -101,7 +101,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
     let fleet = load::load_all(cwd, &config, search, &events)?;
     exit::install_atexit_handler();
     let state = StateStore::open(&cwd.state(), Arc::clone(&fleet))?;
-    // The captures of a host that was killed. The plugins have powered off its machines.
+    // The captures of a host that was killed. Those of adopted runs begin again.
     capture::end_leftovers(&state.captures(), cwd.root());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -110,9 +110,10 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         .map_err(|error| Error::environment(format!("cannot start the host's threads: {error}")))?;
     let result = runtime.block_on(async {
         let replacement = Replacement::new(&program, cwd, search);
-        let manager = manager(cwd, search, config, fleet, state, events, replacement).await?;
-        let end = signals.into_end_signals(hands_over)?;
-        serve(cwd, &peers, Arc::new(manager), loading, inherited, end).await
+        let manager = Arc::new(manager(cwd, search, config, fleet, state, events, replacement).await?);
+        let (end, hangup) = signals.while_serving(hands_over)?;
+        work_in_background(&manager, hangup)?;
+        serve(cwd, &peers, manager, loading, inherited, end).await
     });
     // A plugin's call that never returns must not delay the end.
     runtime.shutdown_background();
@@ -163,7 +164,6 @@ async fn serve(
     mut end: EndSignals,
 ) -> Result<Ended> {
     let mut exit = exit::exit_requested();
-    work_in_background(&manager)?;
     let socket = cwd.manager_socket();
     let listener = listener::open(inherited, &socket, peers)?;
     tracing::info!(socket = %socket.display(), "ready");
@@ -208,8 +208,8 @@ async fn serve(
     }
     let stop = latest.get() == Asked::Stop;
     if latest.get() == Asked::Replace || (stop && handed_over) {
-        let listener = listener::kept(listener, &socket)?;
-        return Ok(Ended::Again(NextProgram { listener, stop }));
+        let (listener, signals) = (listener::kept(listener, &socket)?, end.into_early()?);
+        return Ok(Ended::Again(NextProgram { listener, stop, signals }));
     }
     listener::remove(&socket);
     Ok(Ended::Finally(Served::Cleanly))
@@ -231,8 +231,8 @@ async fn until_drained<T>(
 }
 
 /// Starts what goes on beside the requests of clients.
-fn work_in_background(manager: &Arc<Manager>) -> Result<()> {
-    tokio::spawn(reload_at_signal(Arc::clone(manager), listen(SignalKind::hangup())?));
+fn work_in_background(manager: &Arc<Manager>, hangup: Hangup) -> Result<()> {
+    tokio::spawn(reload_at_signal(Arc::clone(manager), hangup));
     tokio::spawn(replace_at_signal(Arc::clone(manager), listen(SignalKind::user_defined2())?));
     tokio::spawn(apply_pending_changes(Arc::clone(manager)));
     if let Some(interval) = service_manager::watchdog_interval() {
@@ -255,8 +255,8 @@ async fn watch(interval: Duration, manager: Arc<Manager>) {
 }
 
 /// Reloads the configuration at each SIGHUP, until the host ends.
-async fn reload_at_signal(manager: Arc<Manager>, mut hangup: Signal) {
-    while hangup.recv().await.is_some() {
+async fn reload_at_signal(manager: Arc<Manager>, mut hangup: Hangup) {
+    while hangup.received().await {
         // The result is in the log.
         let _ = manager.reload().await;
     }

@@ -11,6 +11,12 @@
 //!
 //! Without a service manager, nothing is sent.
 
+use std::env;
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,11 +29,26 @@ const EXTENSION: Duration = Duration::from_secs(60);
 /// The maximum time between two reports while the host loads.
 const LOADING_INTERVAL: Duration = Duration::from_secs(10);
 
+/// The time that a service manager has to take a message. Its queue may be full, and nobody may read it any more.
+const SEND_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// Sends these states as one message.
 fn send(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
+    let Some(path) = env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else { return };
+    let message: String = states.iter().map(|state| format!("{state}\n")).collect();
+    if let Err(error) = send_to(path.as_bytes(), message.as_bytes()) {
         tracing::warn!(%error, "cannot notify systemd");
     }
+}
+
+fn send_to(path: &[u8], message: &[u8]) -> io::Result<()> {
+    let address = match path.strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(OsStr::from_bytes(path))?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_write_timeout(Some(SEND_TIMEOUT))?;
+    socket.send_to_addr(message, &address).map(drop)
 }
 
 /// Reports that the host serves, or serves again, and ends the reports that it loads.
@@ -96,17 +117,19 @@ impl Done {
     fn report(&self, limit: Duration, watchdog: Option<Duration>) {
         let interval = watchdog.map_or(LOADING_INTERVAL, |watchdog| LOADING_INTERVAL.min(watchdog / 2));
         let until = Instant::now() + limit;
-        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-        while !*done && Instant::now() < until {
+        let mut done = false;
+        while !done && Instant::now() < until {
             let extension = u32::try_from(EXTENSION.as_micros()).unwrap_or(u32::MAX);
+            // Without the lock, because the message may have to wait.
             send(&[NotifyState::ExtendTimeoutUsec(extension)]);
             if watchdog.is_some() {
                 report_alive();
             }
-            let waited = self.changed.wait_timeout(done, interval);
-            done = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let lock = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+            let waited = self.changed.wait_timeout_while(lock, interval, |done| !*done);
+            done = *waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        if !*done {
+        if !done {
             tracing::error!(limit = ?limit, "the host still loads: systemd gets no more reports");
         }
     }

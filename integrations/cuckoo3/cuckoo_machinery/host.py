@@ -235,10 +235,13 @@ class Host:
 
     def _is_held(self):
         try:
-            with open(self._lock_path) as lock:
+            with open(self._lock_path, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
+        except PermissionError:
+            # The host is another user's, so none can be started here.
+            return True
         except BlockingIOError:
             return True
         except OSError as error:
@@ -267,7 +270,7 @@ class Host:
         if self._child and not self._child.end():
             self._log.error(
                 f"The machinery host of {self._cwd}, process {self._child.pid}, did not end within "
-                f"{END_TIMEOUT} s and was killed. Machines may still run; the next start ends them"
+                f"{END_TIMEOUT} s and was killed. Machines may still run: `cuckoo-machinery end-runs` ends them"
             )
 
 
@@ -305,7 +308,10 @@ class Child:
     def _wait(self):
         self._process.wait()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"ENDED=1", self._address)
+            try:
+                sender.sendto(b"ENDED=1", socket.MSG_DONTWAIT, self._address)
+            except BlockingIOError:
+                pass  # other messages wake the reader
         self._ended.set()
 
     def _remove_files(self):

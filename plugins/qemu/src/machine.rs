@@ -23,6 +23,7 @@ mod templates;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use machinery::{Deadline, Diagnosis, DumpFormat, Result, State};
 use machinery_backend::sync::lock;
@@ -76,6 +77,7 @@ impl Backend for Machine {
     }
 
     fn clear_leftovers(&self) -> Result<()> {
+        self.leftovers_known.store(true, Ordering::SeqCst);
         let files = self.files();
         let program = self.shared.program.path();
         self.jail.end_leftovers();

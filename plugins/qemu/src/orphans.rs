@@ -15,7 +15,14 @@ use crate::run::record::{Record, RecordFile};
 /// Ends the runs of machines that are not configured any more, which no machine adopts.
 pub fn end_orphans(state: &Path, is_known: impl Fn(&str) -> bool) {
     for file in RecordFile::all(state).into_iter().filter(|file| !is_known(file.machine())) {
-        let Some((_, record)) = file.read() else { continue };
+        let Some((_, record)) = file.read() else {
+            let machine = file.machine();
+            tracing::warn!(
+                machine,
+                "a run of a machine that is not configured may remain: its record cannot be read"
+            );
+            continue;
+        };
         if let Err(error) = end(&file, &record) {
             tracing::warn!(machine = file.machine(), %error, "a run of a machine that is not configured remains");
         }

@@ -20,6 +20,9 @@ use machinery_jail::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 
+/// The content of a limit that is not set. Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
+const NO_LIMIT: &str = "max";
+
 /// The time that processes have to end after `cgroup.kill`.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -50,9 +53,17 @@ impl Cgroup {
         self.limit(limits).map_err(failed)
     }
 
-    /// Sets the limits of a run that goes on. They are lost when no host has the controllers enabled.
+    /// Sets the limits of a run that goes on, if they were lost: that happens when nobody has the controllers enabled. A
+    /// guest that has more memory than the present configuration allows keeps it, because the kernel would kill it.
     pub(super) fn limit_again(&self, limits: &Limits) {
-        if let Some(Err(error)) = self.0.exists().then(|| self.limit(limits)) {
+        let read = |name: &str| fs::read_to_string(self.0.join(name)).unwrap_or_default().trim().to_owned();
+        let has_more = |limit: u64| read("memory.current").parse::<u64>().is_ok_and(|used| used >= limit);
+        let limits = Limits {
+            processes: limits.processes.filter(|_| read("pids.max") == NO_LIMIT),
+            memory: limits.memory.filter(|limit| read("memory.max") == NO_LIMIT && !has_more(*limit)),
+            ..Limits::default()
+        };
+        if let Some(Err(error)) = self.0.exists().then(|| self.limit(&limits)) {
             tracing::warn!(%error, cgroup = %self.0.display(), "cannot limit a run again");
         }
     }

@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use machinery::{Error, ErrorKind, FreeSpaceReserve, Result};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::CLOSING;
 use super::metrics::Metrics;
@@ -22,7 +22,7 @@ const MAX_PREPARATIONS: usize = 2;
 pub struct ActionContext {
     settings: RwLock<ActionSettings>,
     /// One permit for each restore that may run. Waiting restores get them in order of arrival.
-    restores: Semaphore,
+    restores: Arc<Semaphore>,
     /// The same for preparations, which therefore never delay a restore.
     preparations: Arc<Semaphore>,
     /// The captures under way.
@@ -88,7 +88,7 @@ impl ActionContext {
         let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
         ActionContext {
             settings: RwLock::new(ActionSettings::of(config)),
-            restores: Semaphore::new(permits),
+            restores: Arc::new(Semaphore::new(permits)),
             preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
             captures: Arc::default(),
             metrics,
@@ -138,8 +138,8 @@ impl ActionContext {
     ///
     /// # Errors
     /// The host ends.
-    pub async fn restore_permit(&self) -> Result<SemaphorePermit<'_>> {
-        self.restores.acquire().await.map_err(|_| Error::failed(CLOSING))
+    pub async fn restore_permit(&self) -> Result<OwnedSemaphorePermit> {
+        Arc::clone(&self.restores).acquire_owned().await.map_err(|_| Error::failed(CLOSING))
     }
 
     /// Waits for a permit to prepare a machine. Returns `None` when the host ends.

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use machinery::{Error, ErrorKind, Result, State};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::context::ActionContext;
 use super::failure::{Failure, refused};
@@ -169,21 +169,28 @@ impl ActionExecutor {
     pub(super) async fn start(&mut self, action: &Action) -> Result<(), Failure> {
         let before = self.calls.query_state().await?;
         self.end_run_in(before).await?;
-        self.start_off(action).await
+        let permit = self.permit(action).await?;
+        self.start_off(action, permit).await
+    }
+
+    /// Waits for the permit of a restore. Another action needs none.
+    pub(super) async fn permit(&self, action: &Action) -> Result<Option<OwnedSemaphorePermit>, Failure> {
+        if *action != Action::RestoreStart {
+            return Ok(None);
+        }
+        self.clock.stop();
+        let permit = self.context.restore_permit().await.map_err(refused)?;
+        self.clock.restart();
+        Ok(Some(permit))
     }
 
     /// Starts a machine that is off.
-    pub(super) async fn start_off(&mut self, action: &Action) -> Result<(), Failure> {
+    pub(super) async fn start_off(
+        &mut self,
+        action: &Action,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), Failure> {
         let context = Arc::clone(&self.context);
-        let permit = match action {
-            Action::RestoreStart => {
-                self.clock.stop();
-                let permit = context.restore_permit().await.map_err(refused)?;
-                self.clock.restart();
-                Some(permit)
-            }
-            _ => None,
-        };
         if let Some(settings) = context.settings().capture {
             capture::begin(&self.machine, &settings, &context.folders, &context.captures).await;
         }

@@ -23,12 +23,14 @@ impl ActionExecutor {
 
     /// Restores and stops the machine.
     pub(super) async fn heal(&mut self) -> Result<(), Failure> {
+        // Before the look at the machine, because the wait has no limit.
+        let permit = self.permit(&Action::RestoreStart).await?;
         let state = self.calls.query_state().await?;
         if state != State::Poweroff && !self.machine.status().own_run {
             return Err(self.leave_alone(state).await);
         }
         self.end_run_in(state).await?;
-        self.start_off(&Action::RestoreStart).await?;
+        self.start_off(&Action::RestoreStart, permit).await?;
         Ok(self.stop().await?)
     }
 

@@ -166,7 +166,7 @@ pub fn upgraded(answer: &Value, json: bool) {
 pub fn ended_runs(ended: bool, json: bool) {
     match (json, ended) {
         (true, _) => println!("{}", json!({"success": true, "ended": ended})),
-        (false, true) => println!("no run of an earlier host remains"),
+        (false, true) => println!("the runs of an earlier host are ended"),
         (false, false) => println!("a host serves: it has adopted the runs of the earlier one"),
     }
 }

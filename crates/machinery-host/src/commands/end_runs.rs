@@ -6,8 +6,9 @@
 //! ```
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use machinery::Result;
+use machinery::{Deadline, Error, Result, State};
 
 use crate::capture;
 use crate::client_file::Folders;
@@ -16,8 +17,10 @@ use crate::cwd::{Cwd, make_folder, make_reachable_folder};
 use crate::cwd_lock::lock_without_host;
 use crate::events::Events;
 use crate::fleet::state_file::StateStore;
+use crate::fleet::{Machinery, Roster};
 use crate::limits;
 use crate::load::{load_all, shutdown_plugin};
+use crate::plugin::call::call_blocking;
 use crate::plugin::search::PluginSearch;
 use crate::server::listener;
 use crate::service_manager::Loading;
@@ -38,8 +41,35 @@ pub fn end_runs(cwd: &Cwd, search: &PluginSearch) -> Result<bool> {
     let fleet = load_all(cwd, &config, search, &Events::default())?;
     let state = StateStore::open(&cwd.state(), Arc::clone(&fleet))?;
     capture::end_leftovers(&state.captures(), cwd.root());
-    for machinery in fleet.roster().machineries() {
+    let roster = fleet.roster();
+    for machinery in roster.machineries() {
+        warn_of_what_remains(machinery, &roster, config.timeouts.load);
         shutdown_plugin(&machinery.name, Arc::clone(&machinery.instance), config.timeouts.shutdown);
     }
-    Ok(true)
+    let is_loaded = |name: &String| roster.machineries().iter().any(|machinery| machinery.name == *name);
+    match config.machineries.iter().find(|name| !is_loaded(name)) {
+        None => Ok(true),
+        Some(name) => {
+            Err(Error::environment(format!("the machinery '{name}' cannot be loaded: its runs may remain"))
+                .advice("Install the library that the log names, and repeat the command"))
+        }
+    }
+}
+
+/// Logs which machines are on nevertheless, and which ones their plugin cannot use.
+fn warn_of_what_remains(machinery: &Arc<Machinery>, roster: &Roster, limit: Duration) {
+    let of_machinery = roster.machines().iter().filter(|machine| machine.machinery.name == machinery.name);
+    let names: Vec<String> = of_machinery.clone().map(|machine| machine.name().to_owned()).collect();
+    for machine in of_machinery.filter(|machine| machine.status().state != State::Poweroff) {
+        let state = machine.status().state;
+        tracing::warn!(machine = machine.name(), %state, "is on: somebody else has started it, or it does not end");
+    }
+    let instance = Arc::clone(&machinery.instance);
+    let diagnose = move || instance.diagnose(&names, Deadline::after(limit));
+    match call_blocking(limit, "looking for leftovers", diagnose) {
+        Ok(found) => {
+            found.into_iter().filter_map(|found| found.unusable).for_each(|why| tracing::warn!("{why}"))
+        }
+        Err(error) => tracing::warn!(machinery = machinery.name, %error, "leftovers are unknown"),
+    }
 }

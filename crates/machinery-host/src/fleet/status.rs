@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use machinery::{GUEST_POWERED_OFF, RestoreReadiness, State};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::time::Instant;
 
 use super::availability::Availability;
@@ -25,10 +26,13 @@ pub struct RunBegin {
 }
 
 impl RunBegin {
-    /// Returns the begin at that time, in seconds since 1970.
+    /// Returns the begin at that time, in seconds since 1970. The clock may have been wrong: no run is older than the
+    /// present boot of this computer.
     fn at(unix: u64) -> Self {
         let now = Instant::now();
-        let age = Duration::from_secs(unix_now().saturating_sub(unix));
+        let uptime = clock_gettime(ClockId::Boottime);
+        let uptime = Duration::from_secs(u64::try_from(uptime.tv_sec).unwrap_or_default());
+        let age = Duration::from_secs(unix_now().saturating_sub(unix)).min(uptime);
         RunBegin { unix, instant: now.checked_sub(age).unwrap_or(now) }
     }
 }

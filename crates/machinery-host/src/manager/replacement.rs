@@ -9,19 +9,27 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
-use tokio::sync::Notify;
+use tokio::process::Command;
+use tokio::sync::{Mutex, Notify};
+use tokio::time::timeout;
 
 use crate::cwd::Cwd;
 use crate::plugin::search::PluginSearch;
+
+/// The time that the check may take: it asks each plugin, and those ask their hypervisors.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The program that replaces this host.
 pub struct Replacement {
     program: PathBuf,
     /// The arguments of its check.
     check: Vec<OsString>,
+    /// Held by a check under way.
+    checking: Mutex<()>,
     asked: Notify,
 }
 
@@ -34,7 +42,8 @@ impl Replacement {
         }
         check.extend(search.allow_insecure.then(|| "--allow-insecure-plugins".into()));
         check.push("check".into());
-        Replacement { program: program.to_owned(), check, asked: Notify::new() }
+        let (program, checking, asked) = (program.to_owned(), Mutex::default(), Notify::new());
+        Replacement { program, check, checking, asked }
     }
 
     /// Asks for the replacement.
@@ -42,9 +51,9 @@ impl Replacement {
     /// # Errors
     /// Others could have changed the program, or its check finds a problem.
     pub async fn request(&self) -> Result<()> {
-        let (program, check) = (self.program.clone(), self.check.clone());
-        let fit = tokio::task::spawn_blocking(move || expect_fit(&program, &check));
-        fit.await.unwrap_or_else(|error| Err(Error::failed(format!("the check failed: {error}"))))?;
+        let _one =
+            self.checking.try_lock().map_err(|_| Error::not_now("another upgrade is being checked"))?;
+        expect_fit(&self.program, &self.check).await?;
         self.asked.notify_one();
         Ok(())
     }
@@ -55,10 +64,15 @@ impl Replacement {
     }
 }
 
-fn expect_fit(program: &Path, check: &[OsString]) -> Result<()> {
+async fn expect_fit(program: &Path, check: &[OsString]) -> Result<()> {
     let unfit = |error: Error| error.advice("The host serves on; repeat the upgrade once that is mended");
     expect_trusted(program).map_err(unfit)?;
-    let checked = machinery::command(program).args(check).output();
+    let mut command = machinery::command(program);
+    command.args(check);
+    // A check that lasts too long is killed and reaped.
+    let output = Command::from(command).kill_on_drop(true).output();
+    let too_long = |_| Error::timeout(format!("its check has not ended within {CHECK_TIMEOUT:?}"));
+    let checked = timeout(CHECK_TIMEOUT, output).await.map_err(|elapsed| unfit(too_long(elapsed)))?;
     let checked = checked.map_err(|error| unfit(Error::io("run", program, &error)))?;
     if checked.status.success() {
         return Ok(());
@@ -71,8 +85,8 @@ fn expect_fit(program: &Path, check: &[OsString]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
-    use std::{fs, time::Duration};
 
     async fn requested(script: &str, mode: u32) -> (Result<()>, bool) {
         let folder = tempfile::tempdir().unwrap();

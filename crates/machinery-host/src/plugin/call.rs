@@ -141,11 +141,18 @@ pub fn call_all<T: Send + 'static>(
     let share = items.len().div_ceil(MAX_PARALLEL_CALLS).max(1);
     thread::scope(|scope| {
         let call_share = |share: &[String]| {
-            let (share, work) = (share.to_vec(), work.clone());
-            scope.spawn(move || call_each(what, share, limit, all, work))
+            let (names, work) = (share.to_vec(), work.clone());
+            let thread = thread::Builder::new().name("calls".to_owned());
+            let started = thread.spawn_scoped(scope, move || call_each(what, names, limit, all, work));
+            (share.len(), started)
         };
-        let threads: Vec<_> = items.chunks(share).map(call_share).collect();
-        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
+        let shares: Vec<_> = items.chunks(share).map(call_share).collect();
+        let results = shares.into_iter().flat_map(|(count, started)| {
+            let returned = started.ok().and_then(|thread| thread.join().ok());
+            let failed = || Error::failed(format!("{what}: the host could not call the plugin"));
+            returned.unwrap_or_else(|| (0..count).map(|_| Err(failed())).collect())
+        });
+        results.collect()
     })
 }
 

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use machinery::Error;
+use machinery::trust::expect_trusted;
+use machinery::{Error, ErrorKind};
 use tokio::task::JoinSet;
 
 use crate::actions::Ending;
@@ -17,7 +18,7 @@ use crate::manager::Manager;
 use crate::plugin::call::{self, CallResult};
 use crate::server::listener;
 
-use super::signals::leave_to_next_program;
+use super::signals::EarlySignals;
 
 /// The time that clients have to read their last replies when the host ends.
 const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
@@ -28,6 +29,8 @@ pub struct NextProgram {
     pub listener: UnixListener,
     /// True if it stops all machines, and ends.
     pub stop: bool,
+    /// The signals of the time until it is executed.
+    pub signals: EarlySignals,
 }
 
 /// Waits for last replies, and shuts the plugins down, or has them hand over. Returns whether one has handed over.
@@ -50,9 +53,15 @@ pub async fn drain(manager: &Manager, ending: impl Fn() -> Ending, mut connectio
 
 async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duration) {
     let (name, what) = (&machinery.name, if hands_over { "hand_over" } else { "shutdown" });
-    let called = machinery.call(what, limit, move |machinery, deadline| match hands_over {
-        true => machinery.instance.hand_over(deadline),
-        false => machinery.instance.shutdown(deadline),
+    let called = machinery.call(what, limit, move |machinery, deadline| {
+        let handed_over = hands_over.then(|| machinery.instance.hand_over(deadline));
+        match handed_over {
+            Some(Err(error)) if error.kind() == ErrorKind::Unsupported => {
+                machinery.instance.shutdown(deadline)
+            }
+            Some(handed_over) => handed_over,
+            None => machinery.instance.shutdown(deadline),
+        }
     });
     let error = match called.await {
         CallResult::Returned(Ok(())) => return,
@@ -65,6 +74,9 @@ async fn end_plugin(machinery: &Arc<Machinery>, hands_over: bool, limit: Duratio
 /// Executes the host's program, which may be a newer one, with the same arguments and the same socket. Returns only if that
 /// fails.
 pub fn execute_again(program: &Path, next: NextProgram) -> Error {
+    if let Err(error) = expect_trusted(program) {
+        return error.advice("Start the host again once that is mended: it adopts the runs");
+    }
     let failed = |error: &dyn std::fmt::Display| {
         Error::failed(format!("cannot execute {}: {error}", program.display()))
             .advice("Start the host again: it adopts the runs")
@@ -78,7 +90,7 @@ pub fn execute_again(program: &Path, next: NextProgram) -> Error {
         Ok(command) => {
             // No child is forked, which would get the limit.
             limits::restore_file_limit();
-            match leave_to_next_program(next.stop) {
+            match next.signals.leave_to_next_program(next.stop) {
                 Ok(()) => failed(&command.exec()),
                 Err(error) => failed(&error),
             }

@@ -1,4 +1,4 @@
-//! The signals that end the host.
+//! The signals to the host.
 //!
 //! ```text
 //! execution ─▶ early: only recorded ─▶ serving: received ─▶ about to execute again: blocked ─▶ execution
@@ -8,6 +8,7 @@
 //! recorded, and obeyed once the host serves. A second signal ends the process at once. Signals stay blocked
 //! and pending from one program to the next. Source: execve(2), signal(7).
 
+use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use machinery::{Error, Result};
 use nix::sys::signal::{self as nix_signal, SigHandler, SigSet};
 use signal_hook::SigId;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::low_level::pipe;
 use tokio::io::AsyncReadExt;
@@ -52,10 +53,12 @@ impl Asked {
     }
 }
 
-/// The signals that end the host, before it serves.
+/// The signals to the host, before it serves.
 pub struct EarlySignals {
     terminate: StdUnixStream,
     interrupt: StdUnixStream,
+    /// None of a host that is about to execute its program again: that one reads the configuration anyway.
+    hangup: Option<StdUnixStream>,
     /// End the process at a second signal.
     impatient: Vec<SigId>,
 }
@@ -69,11 +72,16 @@ impl EarlySignals {
     pub fn record() -> Result<Self> {
         let recorded = || -> std::io::Result<Self> {
             let mut impatient = Vec::new();
-            let terminate = recorder(SIGTERM, &mut impatient)?;
-            let interrupt = recorder(SIGINT, &mut impatient)?;
+            for number in [SIGTERM, SIGINT] {
+                let once = Arc::new(AtomicBool::new(false));
+                impatient.push(flag::register_conditional_shutdown(number, 1, Arc::clone(&once))?);
+                impatient.push(flag::register(number, once)?);
+            }
+            let (terminate, interrupt) = (recorder(SIGTERM)?, recorder(SIGINT)?);
+            let hangup = Some(recorder(SIGHUP)?);
             ignore_replacement()?;
-            end_signals().thread_unblock()?;
-            Ok(EarlySignals { terminate, interrupt, impatient })
+            all_signals().thread_unblock()?;
+            Ok(EarlySignals { terminate, interrupt, hangup, impatient })
         };
         recorded().map_err(|error| no_signals(&error))
     }
@@ -82,25 +90,57 @@ impl EarlySignals {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn into_end_signals(self, hands_over: bool) -> Result<EndSignals> {
+    pub fn while_serving(self, hands_over: bool) -> Result<(EndSignals, Hangup)> {
         self.impatient.into_iter().for_each(|id| {
             signal_hook::low_level::unregister(id);
         });
         let stream = |recorded| UnixStream::from_std(recorded).map_err(|error| no_signals(&error));
         let (terminate, interrupt) = (stream(self.terminate)?, stream(self.interrupt)?);
-        Ok(EndSignals { terminate, interrupt, hands_over })
+        let hangup = Hangup(self.hangup.map(stream).transpose()?);
+        Ok((EndSignals { terminate, interrupt, hands_over }, hangup))
+    }
+
+    /// Leaves all later signals to the program that this process executes next. Sends it a stop if that was asked, or if a
+    /// signal has come since the host has stopped to wait for them.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn leave_to_next_program(mut self, stop: bool) -> std::io::Result<()> {
+        all_signals().thread_block()?;
+        ignore_replacement()?;
+        let mut byte = [0];
+        let has_come =
+            |stream: &mut StdUnixStream, byte: &mut [u8]| stream.read(byte).is_ok_and(|count| count > 0);
+        // With `serve --handover`, SIGTERM is no stop.
+        if stop || has_come(&mut self.interrupt, &mut byte) {
+            nix_signal::raise(nix_signal::SIGINT)?;
+        }
+        if has_come(&mut self.terminate, &mut byte) {
+            nix_signal::raise(nix_signal::SIGTERM)?;
+        }
+        Ok(())
     }
 }
 
 /// Returns a stream that gets a byte at each signal of that number.
-fn recorder(number: i32, impatient: &mut Vec<SigId>) -> std::io::Result<StdUnixStream> {
-    let once = Arc::new(AtomicBool::new(false));
-    impatient.push(flag::register_conditional_shutdown(number, 1, Arc::clone(&once))?);
-    impatient.push(flag::register(number, once)?);
+fn recorder(number: i32) -> std::io::Result<StdUnixStream> {
     let (reader, writer) = StdUnixStream::pair()?;
     reader.set_nonblocking(true)?;
     pipe::register(number, writer)?;
     Ok(reader)
+}
+
+/// The signals that ask for a reload.
+pub struct Hangup(Option<UnixStream>);
+
+impl Hangup {
+    /// Waits for the next one. Returns false if there is none any more.
+    pub async fn received(&mut self) -> bool {
+        match &mut self.0 {
+            Some(stream) => stream.read_u8().await.is_ok(),
+            None => false,
+        }
+    }
 }
 
 /// The signals that end the host, while it serves.
@@ -127,24 +167,23 @@ impl EndSignals {
         asked
     }
 
+    /// Returns the record of the signals that nobody waits for any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn into_early(self) -> Result<EarlySignals> {
+        let stream = |stream: UnixStream| stream.into_std().map_err(|error| no_signals(&error));
+        let (terminate, interrupt) = (stream(self.terminate)?, stream(self.interrupt)?);
+        Ok(EarlySignals { terminate, interrupt, hangup: None, impatient: Vec::new() })
+    }
+
     fn by_terminate(&self) -> Asked {
         if self.hands_over { Asked::HandOver } else { Asked::Stop }
     }
 }
 
-/// Leaves all later signals to the program that this process executes next; sends it a stop if that was asked.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn leave_to_next_program(stop: bool) -> std::io::Result<()> {
-    end_signals().thread_block()?;
-    ignore_replacement()?;
-    // With `serve --handover`, SIGTERM is no stop.
-    Ok(if stop { nix_signal::raise(nix_signal::SIGINT) } else { Ok(()) }?)
-}
-
-fn end_signals() -> SigSet {
-    [nix_signal::SIGTERM, nix_signal::SIGINT].into_iter().collect()
+fn all_signals() -> SigSet {
+    [nix_signal::SIGTERM, nix_signal::SIGINT, nix_signal::SIGHUP].into_iter().collect()
 }
 
 fn ignore_replacement() -> nix::Result<()> {

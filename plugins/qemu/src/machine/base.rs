@@ -2,9 +2,11 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use machinery::{Deadline, Error, Result, machine_socket};
+use machinery_backend::Backend as _;
 use machinery_backend::jail::{Jail, Layers, Policy};
 use machinery_backend::sync::lock;
 use machinery_backend::{OverlayTemplates, ReadinessReport, Reloadable, Work};
@@ -27,6 +29,8 @@ pub struct Machine {
     pub(super) resources: OnceLock<Vec<Resource>>,
     /// The reason why leftovers of a host that died still exist, if they do.
     pub(super) leftovers: Mutex<Option<Error>>,
+    /// True once leftovers were adopted or ended.
+    pub(super) leftovers_known: AtomicBool,
     pub(super) socket: PathBuf,
     pub(super) record: RecordFile,
     pub(super) jail: Jail,
@@ -91,6 +95,7 @@ impl Machine {
             corrected: OnceLock::new(),
             resources: OnceLock::new(),
             leftovers: Mutex::new(None),
+            leftovers_known: AtomicBool::new(false),
             shared,
             work: Work::new(MachineState::default()),
             overlay_templates: OverlayTemplates::default(),
@@ -119,6 +124,10 @@ impl Machine {
     /// # Errors
     /// Some remain; the error has the reason.
     pub(super) fn expect_no_leftovers(&self) -> Result<()> {
+        // The host may have given up before it asked for the adoption.
+        if !self.leftovers_known.load(Ordering::SeqCst) {
+            self.clear_leftovers()?;
+        }
         lock(&self.leftovers).clone().map_or(Ok(()), Err)
     }
 
