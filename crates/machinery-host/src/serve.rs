@@ -208,7 +208,7 @@ async fn serve(
     }
     let stop = latest.get() == Asked::Stop;
     if latest.get() == Asked::Replace || (stop && handed_over) {
-        let (listener, signals) = (listener::kept(listener, &socket)?, end.into_early()?);
+        let (listener, signals) = (listener::kept(listener, &socket)?, end.into_late()?);
         return Ok(Ended::Again(NextProgram { listener, stop, signals }));
     }
     listener::remove(&socket);

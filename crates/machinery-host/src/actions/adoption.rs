@@ -1,5 +1,7 @@
 //! Runs of an earlier host that a plugin has adopted, at the start of this host.
 
+use std::sync::Arc;
+
 use machinery::{Error, State};
 
 use super::capture;
@@ -33,12 +35,9 @@ pub fn leave_foreign_runs_alone(fleet: &Fleet) {
 }
 
 /// Asks the plugin for the state: a report that came before the machine was known is lost.
-async fn update_state(machine: &std::sync::Arc<Machine>, context: &ActionContext) {
+async fn update_state(machine: &Arc<Machine>, context: &ActionContext) {
     let reports = machine.status().reports;
-    let called = machine.call(context.timeouts().state, |machine, deadline| {
-        machine.machinery.instance.state(machine.name(), deadline)
-    });
-    if let CallResult::Returned(Ok(state)) = called.await {
+    if let CallResult::Returned(Ok(state)) = machine.query_state(context.timeouts().state).await {
         machine.set_answered(state, reports);
     }
 }

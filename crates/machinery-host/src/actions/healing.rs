@@ -27,7 +27,7 @@ impl ActionExecutor {
         let permit = self.permit(&Action::RestoreStart).await?;
         let state = self.calls.query_state().await?;
         if state != State::Poweroff && !self.machine.status().own_run {
-            return Err(self.leave_alone(state).await);
+            return Err(self.refuse_foreign_run(state).await);
         }
         self.end_run_in(state).await?;
         self.start_off(&Action::RestoreStart, permit).await?;
@@ -35,7 +35,7 @@ impl ActionExecutor {
     }
 
     /// Refuses a try on a machine that somebody else runs: it would discard the changes of that run.
-    pub(super) async fn leave_alone(&self, state: State) -> Failure {
+    async fn refuse_foreign_run(&self, state: State) -> Failure {
         self.machine.set_answered(state, self.machine.status().reports);
         self.machine.leave_alone();
         self.context.save_pool(&self.machine).await;

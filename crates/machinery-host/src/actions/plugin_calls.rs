@@ -138,10 +138,7 @@ impl PluginCalls {
     /// The plugin's error, or the call was abandoned.
     pub async fn query_state(&mut self) -> Result<State> {
         let limit = self.context.timeouts().state;
-        let called = self
-            .machine
-            .call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline));
-        let called = called.await;
+        let called = self.machine.query_state(limit).await;
         self.record_result(called, "querying the state")
     }
 

@@ -49,16 +49,11 @@ impl ActionExecutor {
 
     async fn record_success(&self, action: &Action) {
         match action {
-            Action::RestoreStart | Action::NorestoreStart => {
-                self.machine.reset_plugin_faults();
-                self.machine.set_started_well();
-            }
-            Action::Heal => {
-                self.machine.reset_plugin_faults();
-                self.record_healed().await;
-            }
-            _ => {}
+            Action::RestoreStart | Action::NorestoreStart => self.machine.set_started_well(),
+            Action::Heal => self.record_healed().await,
+            _ => return,
         }
+        self.machine.reset_plugin_faults();
     }
 
     /// Counts an action in the metrics, and returns its steps as text.

@@ -5,7 +5,7 @@ use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, Result};
+use machinery::{Deadline, Result, State};
 
 use super::{Machine, Machinery};
 use crate::plugin::call::{CallResult, call};
@@ -19,6 +19,11 @@ impl Machine {
     ) -> CallResult<T> {
         let machine = Arc::clone(self);
         call(&self.call_name(), limit, pending(), move |deadline| work(&machine, deadline)).await
+    }
+
+    /// Asks the machine's plugin for the state.
+    pub async fn query_state(self: &Arc<Self>, limit: Duration) -> CallResult<State> {
+        self.call(limit, |machine, deadline| machine.machinery.instance.state(machine.name(), deadline)).await
     }
 
     /// Returns the name of a call for this machine, for the log.

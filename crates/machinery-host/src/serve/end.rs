@@ -18,7 +18,7 @@ use crate::manager::Manager;
 use crate::plugin::call::{self, CallResult};
 use crate::server::listener;
 
-use super::signals::EarlySignals;
+use super::signals::LateSignals;
 
 /// The time that clients have to read their last replies when the host ends.
 const LAST_REPLIES_TIMEOUT: Duration = Duration::from_secs(3);
@@ -30,7 +30,7 @@ pub struct NextProgram {
     /// True if it stops all machines, and ends.
     pub stop: bool,
     /// The signals of the time until it is executed.
-    pub signals: EarlySignals,
+    pub signals: LateSignals,
 }
 
 /// Waits for last replies, and shuts the plugins down, or has them hand over. Returns whether one has handed over.

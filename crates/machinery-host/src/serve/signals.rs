@@ -57,8 +57,7 @@ impl Asked {
 pub struct EarlySignals {
     terminate: StdUnixStream,
     interrupt: StdUnixStream,
-    /// None of a host that is about to execute its program again: that one reads the configuration anyway.
-    hangup: Option<StdUnixStream>,
+    hangup: StdUnixStream,
     /// End the process at a second signal.
     impatient: Vec<SigId>,
 }
@@ -77,8 +76,7 @@ impl EarlySignals {
                 impatient.push(flag::register_conditional_shutdown(number, 1, Arc::clone(&once))?);
                 impatient.push(flag::register(number, once)?);
             }
-            let (terminate, interrupt) = (recorder(SIGTERM)?, recorder(SIGINT)?);
-            let hangup = Some(recorder(SIGHUP)?);
+            let (terminate, interrupt, hangup) = (recorder(SIGTERM)?, recorder(SIGINT)?, recorder(SIGHUP)?);
             ignore_replacement()?;
             all_signals().thread_unblock()?;
             Ok(EarlySignals { terminate, interrupt, hangup, impatient })
@@ -96,29 +94,7 @@ impl EarlySignals {
         });
         let stream = |recorded| UnixStream::from_std(recorded).map_err(|error| no_signals(&error));
         let (terminate, interrupt) = (stream(self.terminate)?, stream(self.interrupt)?);
-        let hangup = Hangup(self.hangup.map(stream).transpose()?);
-        Ok((EndSignals { terminate, interrupt, hands_over }, hangup))
-    }
-
-    /// Leaves all later signals to the program that this process executes next. Sends it a stop if that was asked, or if a
-    /// signal has come since the host has stopped to wait for them.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn leave_to_next_program(mut self, stop: bool) -> std::io::Result<()> {
-        all_signals().thread_block()?;
-        ignore_replacement()?;
-        let mut byte = [0];
-        let has_come =
-            |stream: &mut StdUnixStream, byte: &mut [u8]| stream.read(byte).is_ok_and(|count| count > 0);
-        // With `serve --handover`, SIGTERM is no stop.
-        if stop || has_come(&mut self.interrupt, &mut byte) {
-            nix_signal::raise(nix_signal::SIGINT)?;
-        }
-        if has_come(&mut self.terminate, &mut byte) {
-            nix_signal::raise(nix_signal::SIGTERM)?;
-        }
-        Ok(())
+        Ok((EndSignals { terminate, interrupt, hands_over }, Hangup(stream(self.hangup)?)))
     }
 }
 
@@ -131,15 +107,12 @@ fn recorder(number: i32) -> std::io::Result<StdUnixStream> {
 }
 
 /// The signals that ask for a reload.
-pub struct Hangup(Option<UnixStream>);
+pub struct Hangup(UnixStream);
 
 impl Hangup {
     /// Waits for the next one. Returns false if there is none any more.
     pub async fn received(&mut self) -> bool {
-        match &mut self.0 {
-            Some(stream) => stream.read_u8().await.is_ok(),
-            None => false,
-        }
+        self.0.read_u8().await.is_ok()
     }
 }
 
@@ -171,14 +144,42 @@ impl EndSignals {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn into_early(self) -> Result<EarlySignals> {
+    pub fn into_late(self) -> Result<LateSignals> {
         let stream = |stream: UnixStream| stream.into_std().map_err(|error| no_signals(&error));
-        let (terminate, interrupt) = (stream(self.terminate)?, stream(self.interrupt)?);
-        Ok(EarlySignals { terminate, interrupt, hangup: None, impatient: Vec::new() })
+        Ok(LateSignals { terminate: stream(self.terminate)?, interrupt: stream(self.interrupt)? })
     }
 
     fn by_terminate(&self) -> Asked {
         if self.hands_over { Asked::HandOver } else { Asked::Stop }
+    }
+}
+
+/// The signals that end the host, after it has served.
+pub struct LateSignals {
+    terminate: StdUnixStream,
+    interrupt: StdUnixStream,
+}
+
+impl LateSignals {
+    /// Leaves all later signals to the program that this process executes next. Sends it a stop if that was asked, or if a
+    /// signal has come since the host has stopped to wait for them.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn leave_to_next_program(mut self, stop: bool) -> std::io::Result<()> {
+        all_signals().thread_block()?;
+        ignore_replacement()?;
+        let mut byte = [0];
+        let has_come =
+            |stream: &mut StdUnixStream, byte: &mut [u8]| stream.read(byte).is_ok_and(|count| count > 0);
+        // With `serve --handover`, SIGTERM is no stop.
+        if stop || has_come(&mut self.interrupt, &mut byte) {
+            nix_signal::raise(nix_signal::SIGINT)?;
+        }
+        if has_come(&mut self.terminate, &mut byte) {
+            nix_signal::raise(nix_signal::SIGTERM)?;
+        }
+        Ok(())
     }
 }
 
