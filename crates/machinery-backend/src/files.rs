@@ -33,6 +33,13 @@ pub fn replace(path: &Path, content: &[u8]) -> Result<()> {
     fs::rename(&new_file, path).map_err(|error| Error::io("replace", path, &error))
 }
 
+/// Returns the names of the files in that folder that end in `suffix`, without it. A folder that cannot be listed has none.
+pub fn stems(folder: &Path, suffix: &str) -> Vec<String> {
+    let names = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter_map(|name| name.strip_suffix(suffix).map(str::to_owned)).collect()
+}
+
 /// Removes a socket, if it exists. A file of another kind stays, because a socket's path may be a mistake.
 ///
 /// # Errors

@@ -32,6 +32,14 @@ fn no_domain(connect: &Connect, label: &str) -> Error {
         .advice("Correct the label, or define the domain; `virsh list --all` shows what there is")
 }
 
+/// Returns the domain's uuid.
+///
+/// # Errors
+/// libvirt does not answer.
+pub fn uuid(domain: &Domain) -> Result<String> {
+    domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))
+}
+
 /// Returns the domain's current description.
 ///
 /// # Errors

@@ -73,9 +73,8 @@ impl RunMarker {
     /// # Errors
     /// libvirt does not answer; the kernel returns no token.
     pub fn begin(&self, domain: &Domain) -> Result<()> {
-        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
         self.write(Run {
-            uuid,
+            uuid: domain::uuid(domain)?,
             token: kernel_id("uuid")?,
             boot: kernel_id("boot_id")?,
             marked: false,
@@ -128,8 +127,7 @@ impl RunMarker {
     /// libvirt does not answer.
     pub fn matches(&self, domain: &Domain) -> Result<bool> {
         let Some(run) = self.read() else { return Ok(false) };
-        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
-        if uuid != run.uuid {
+        if domain::uuid(domain)? != run.uuid {
             return Ok(false);
         }
         if token_of(domain)?.is_some_and(|metadata| metadata.contains(&run.token)) {
@@ -161,11 +159,8 @@ impl RunMarker {
 
     /// Returns the markers in that folder that belong to machines which are not known.
     pub fn others(state_dir: &Path, is_known: impl Fn(&str) -> bool) -> Vec<RunMarker> {
-        let names = fs::read_dir(state_dir).into_iter().flatten().flatten();
-        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-        let machine = |name: String| name.strip_suffix(SUFFIX).map(str::to_owned);
-        let unknown = names.filter_map(machine).filter(|name| !is_known(name));
-        unknown.map(|name| RunMarker::of(&name, state_dir)).collect()
+        let machines = files::stems(state_dir, SUFFIX).into_iter().filter(|name| !is_known(name));
+        machines.map(|name| RunMarker::of(&name, state_dir)).collect()
     }
 
     /// Removes the marker: the run has ended.

@@ -23,7 +23,6 @@ mod templates;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use machinery::{Deadline, Diagnosis, DumpFormat, Result, State};
 use machinery_backend::sync::lock;
@@ -77,7 +76,6 @@ impl Backend for Machine {
     }
 
     fn clear_leftovers(&self) -> Result<()> {
-        self.leftovers_known.store(true, Ordering::SeqCst);
         let files = self.files();
         let program = self.shared.program.path();
         self.jail.end_leftovers();
@@ -90,7 +88,7 @@ impl Backend for Machine {
             self.record.remove();
         }
         // As long as some remain, only this machine cannot be used.
-        *lock(&self.leftovers) = cleared.err();
+        *lock(&self.leftovers) = Some(cleared);
         Ok(())
     }
 

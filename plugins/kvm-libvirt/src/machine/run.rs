@@ -60,7 +60,7 @@ impl Machine {
         let Some(domain) = self.find(connect)? else {
             return self.marker.end_run_elsewhere(connect, None);
         };
-        let uuid = domain.uuid_string().map_err(|error| explain("return the domain's uuid", &error))?;
+        let uuid = domain::uuid(&domain)?;
         self.marker.end_run_elsewhere(connect, Some(&uuid))?;
         if self.marker.matches(&domain).map_err(|error| error.machine(self.name()))? {
             tracing::warn!(machine = self.name(), "a run that an earlier host has left is stopped");

@@ -11,11 +11,11 @@
 //! process, or one that has inherited the socket from it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, Result, State};
 use machinery_backend::process::Process;
+use machinery_backend::sync::lock;
 use machinery_backend::{Backend, Operation, Overlays};
 use qapi::qmp;
 use serde::Deserialize;
@@ -41,7 +41,7 @@ impl Machine {
     /// # Errors
     /// There was a run that cannot be adopted; it has ended, or is ended.
     pub(super) fn adopt_run(self: &Arc<Self>, deadline: Deadline) -> Result<bool> {
-        self.leftovers_known.store(true, Ordering::SeqCst);
+        *lock(&self.leftovers) = Some(Ok(()));
         let (progress, record) = match self.record.read() {
             Some((progress, record)) if progress != Progress::Starting => (progress, record),
             _ => return self.end_what_is_left(),

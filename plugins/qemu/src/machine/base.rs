@@ -2,11 +2,10 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use machinery::{Deadline, Error, Result, machine_socket};
-use machinery_backend::Backend as _;
+use machinery::{Deadline, Result, machine_socket};
+use machinery_backend::Backend;
 use machinery_backend::jail::{Jail, Layers, Policy};
 use machinery_backend::sync::lock;
 use machinery_backend::{OverlayTemplates, ReadinessReport, Reloadable, Work};
@@ -27,10 +26,8 @@ pub struct Machine {
     pub(super) corrected: OnceLock<MachineFiles>,
     /// The resources that the machine claims, once its arguments are known.
     pub(super) resources: OnceLock<Vec<Resource>>,
-    /// The reason why leftovers of a host that died still exist, if they do.
-    pub(super) leftovers: Mutex<Option<Error>>,
-    /// True once leftovers were adopted or ended.
-    pub(super) leftovers_known: AtomicBool,
+    /// The leftovers of a host that died: an error if some still exist, and none until they were adopted or ended.
+    pub(super) leftovers: Mutex<Option<Result<()>>>,
     pub(super) socket: PathBuf,
     pub(super) record: RecordFile,
     pub(super) jail: Jail,
@@ -95,7 +92,6 @@ impl Machine {
             corrected: OnceLock::new(),
             resources: OnceLock::new(),
             leftovers: Mutex::new(None),
-            leftovers_known: AtomicBool::new(false),
             shared,
             work: Work::new(MachineState::default()),
             overlay_templates: OverlayTemplates::default(),
@@ -119,16 +115,21 @@ impl Machine {
         self.corrected.get().unwrap_or(&self.configured)
     }
 
+    /// Ends the leftovers that nobody has looked for: the host has given up before it asked for the adoption.
+    ///
+    /// # Errors
+    /// As [`Backend::clear_leftovers`].
+    pub(super) fn clear_unknown_leftovers(&self) -> Result<()> {
+        let known = lock(&self.leftovers).is_some();
+        if known { Ok(()) } else { self.clear_leftovers() }
+    }
+
     /// Checks that no leftovers of a host that died remain.
     ///
     /// # Errors
     /// Some remain; the error has the reason.
     pub(super) fn expect_no_leftovers(&self) -> Result<()> {
-        // The host may have given up before it asked for the adoption.
-        if !self.leftovers_known.load(Ordering::SeqCst) {
-            self.clear_leftovers()?;
-        }
-        lock(&self.leftovers).clone().map_or(Ok(()), Err)
+        lock(&self.leftovers).clone().unwrap_or(Ok(()))
     }
 
     /// Returns the layers of the jail that hold for the machine.

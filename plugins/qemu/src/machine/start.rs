@@ -67,6 +67,7 @@ impl Machine {
         let StartOptions { first_overlay, memory, load, purpose } = options;
         let files = self.files();
         files.args_error.clone().map_or(Ok(()), Err)?;
+        self.clear_unknown_leftovers()?;
         self.expect_no_leftovers()?;
         files.expect_safe_args()?;
         files.expect_clean_runs()?;

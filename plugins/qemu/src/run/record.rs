@@ -76,14 +76,9 @@ impl RecordFile {
 
     /// Returns the places of all records in that folder, also of machines that are not configured any more.
     pub fn all(folder: &Path) -> Vec<RecordFile> {
-        let names = fs::read_dir(folder).into_iter().flatten().flatten();
-        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-        let machine = |name: String| {
-            let suffix =
-                |progress: Progress| name.strip_suffix(&format!(".{}", progress.suffix())).map(str::to_owned);
-            Progress::ALL.into_iter().find_map(suffix)
-        };
-        names.filter_map(machine).map(|machine| RecordFile::of(&machine, folder)).collect()
+        let machines = |progress: Progress| files::stems(folder, &format!(".{}", progress.suffix()));
+        let machines = Progress::ALL.into_iter().flat_map(machines);
+        machines.map(|machine| RecordFile::of(&machine, folder)).collect()
     }
 
     /// Returns the name of the machine.
