@@ -16,11 +16,6 @@ fn served(machines: &[(&str, &str)]) -> (ScratchCwd, RunningHost, Client) {
     (cwd, host, client)
 }
 
-fn replaced(host: &RunningHost) -> Client {
-    host.wait_for_notification("READY=1").unwrap();
-    host.client().unwrap()
-}
-
 #[test]
 fn machines_are_stopped_and_stay_locked_when_their_machinery_cannot_adopt() {
     let (_cwd, mut host, mut client) = served(&[("m", ""), ("n", "")]);
@@ -28,7 +23,7 @@ fn machines_are_stopped_and_stay_locked_when_their_machinery_cannot_adopt() {
     assert_eq!(client.ask(lock).unwrap()["success"], true);
     assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
     host.signal(Signal::USR2).unwrap();
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     let machine = client.machine("m").unwrap();
     assert_eq!((&machine["state"], &machine["locked_by"]), (&json!("poweroff"), &json!("t")));
     for action in ["restore_start", "stop"] {
@@ -51,7 +46,7 @@ fn waiting_client_hears_to_ask_again_and_then_succeeds_when_the_host_is_replaced
     answers.sort_by_key(|answer| answer["id"].as_u64());
     assert_eq!(answers[0], json!({"success": true, "id": 1}));
     assert!(answers[1]["reason"].as_str().unwrap().contains("ask again when it is back"), "{answers:?}");
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), json!({"success": true}));
     assert_eq!(host.terminate().unwrap().code(), Some(0));
 }

@@ -315,8 +315,7 @@ fn run_goes_on_when_its_host_is_replaced() {
     fixture.act("restore_start");
     let qemu = fixture.qemu();
     fixture.host.signal(Signal::USR2).unwrap();
-    fixture.host.wait_for_notification("READY=1").unwrap();
-    let mut client = fixture.host.client().unwrap();
+    let mut client = fixture.host.wait_for_replacement().unwrap();
     assert_eq!(client.machine("m").unwrap()["state"], "running");
     assert_eq!(fixture.qemu(), qemu);
     fixture.lab.machine("m").wait_for_next_count(SOON).unwrap();

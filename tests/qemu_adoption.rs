@@ -269,12 +269,6 @@ fn stale_standby_is_not_adopted() {
     ends_well(&lab, &mut host);
 }
 
-/// Waits until the host has executed its program again, and returns a client of the new one.
-fn replaced(host: &RunningHost) -> Client {
-    host.wait_for_notification("READY=1").unwrap();
-    host.client().unwrap()
-}
-
 #[test]
 fn host_is_replaced_under_running_guests_and_answers_all_the_time() {
     let lab = lab("instant: auto, standby: off");
@@ -287,7 +281,7 @@ fn host_is_replaced_under_running_guests_and_answers_all_the_time() {
     assert_eq!(upgraded.code, Some(0), "{upgraded:?}");
     assert!(upgraded.stdout.contains("the host is cuckoo-machinery"), "{upgraded:?}");
     assert!(client.wait_for_close());
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     let after = client.ask(json!({"action": "version"})).unwrap();
     assert_ne!(before["started"], after["started"]);
     assert_eq!((lab.qemu_of("m").unwrap(), host.pid()), (qemu, pid));
@@ -299,7 +293,7 @@ fn host_is_replaced_under_running_guests_and_answers_all_the_time() {
     assert_eq!(host.resources().unwrap().children, "");
     host.signal(Signal::USR2).unwrap();
     drop(client);
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     does(&mut client, "restore_start");
     ends_well(&lab, &mut host);
 }
@@ -320,7 +314,7 @@ fn action_under_way_is_finished_and_a_later_one_has_to_ask_again_when_the_host_i
     assert_eq!(answers[2], json!({"success": true, "id": 3}));
     let refused = answers[1]["reason"].as_str().unwrap_or_default();
     assert!(answers[1]["success"] == json!(true) || refused.contains("ask again"), "{answers:?}");
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     let _ = client.act("stop", "m").unwrap();
     ends_well(&lab, &mut host);
 }
@@ -334,7 +328,7 @@ fn second_request_for_a_replacement_is_ignored() {
     for _ in 0..3 {
         host.signal(Signal::USR2).unwrap();
     }
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     assert_eq!(lab.qemu_of("m").unwrap(), qemu);
     assert_eq!(client.machine("m").unwrap()["state"], "running");
     ends_well(&lab, &mut host);
@@ -378,7 +372,7 @@ fn socket_is_made_again_when_its_name_was_removed_before_the_host_was_replaced()
     let (mut host, _client) = served(&lab);
     fs::remove_file(lab.cwd().socket()).unwrap();
     host.signal(Signal::USR2).unwrap();
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     does(&mut client, "restore_start");
     ends_well(&lab, &mut host);
 }
@@ -396,7 +390,7 @@ fn process_that_ends_while_its_host_is_replaced_is_reaped() {
     client.next_message().unwrap();
     assert!(client.wait_for_close());
     kill_process(qemu, Signal::KILL).unwrap();
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     assert_eq!(client.machine("m").unwrap()["state"], "poweroff");
     assert_eq!(host.resources().unwrap().children, "");
     assert_eq!(limits_of(&host), before);
@@ -452,14 +446,14 @@ fn install(from: &Path, to: &Path) {
 }
 
 #[test]
-fn eight_guests_and_a_waiting_client_go_on_through_an_upgrade_and_back() {
+fn eight_guests_and_a_waiting_client_go_on_through_two_upgrades() {
     let names = ["a", "b", "c", "d", "e", "f", "g", "m"];
     let machines = names.map(|name| (name, Guest::Micro, SnapshotFormat::Lz4));
     let lab = Lab::new(&machines).unwrap();
     let programs = lab.cwd().root().join("programs");
     fs::create_dir(&programs).unwrap();
-    let builds = [artifacts::folder().unwrap(), artifacts::folder().unwrap()];
-    install(&builds[0], &programs);
+    let build = artifacts::folder().unwrap();
+    install(&build, &programs);
     let own = |command: &mut Command| {
         let mut own = Command::new(programs.join(PROGRAMS[0]));
         own.env_clear().envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
@@ -473,8 +467,8 @@ fn eight_guests_and_a_waiting_client_go_on_through_an_upgrade_and_back() {
     }
     let runs = || names.map(|name| lab.qemu_of(name).unwrap());
     let before = runs();
-    for build in [&builds[1], &builds[0]] {
-        install(build, &programs);
+    for _ in 0..2 {
+        install(&build, &programs);
         let mut waiting = host.client().unwrap();
         let dump = lab.cwd().root().join("dump");
         let request = json!({"action": "dump_memory", "machine": "m", "path": dump, "id": 1});
@@ -482,7 +476,7 @@ fn eight_guests_and_a_waiting_client_go_on_through_an_upgrade_and_back() {
         let upgraded = lab.run(&["upgrade"]).unwrap();
         assert_eq!(upgraded.code, Some(0), "{upgraded:?}");
         assert_eq!(waiting.next_message().unwrap(), json!({"success": true, "id": 1}));
-        client = replaced(&host);
+        client = host.wait_for_replacement().unwrap();
         assert_eq!(runs(), before);
         for name in names {
             assert_eq!(client.machine(name).unwrap()["state"], "running", "{name}");
@@ -532,7 +526,7 @@ fn standby_is_left_to_the_new_host_when_the_host_is_replaced() {
     until_standby(&mut client);
     let qemu = lab.qemu_of("m").unwrap();
     host.signal(Signal::USR2).unwrap();
-    let mut client = replaced(&host);
+    let mut client = host.wait_for_replacement().unwrap();
     until_standby(&mut client);
     assert_eq!(lab.qemu_of("m").unwrap(), qemu);
     does(&mut client, "restore_start");

@@ -198,7 +198,7 @@ fn capture_continues_and_reports_its_gap_when_the_host_was_killed() {
 fn capture_continues_and_reports_its_gap_when_the_host_is_replaced() {
     continues_with_next_host(|host, _| {
         host.signal(Signal::USR2).unwrap();
-        host.wait_for_notification("READY=1").unwrap();
+        host.wait_for_replacement().unwrap();
     });
 }
 

@@ -90,6 +90,12 @@ impl RunningHost {
         }
     }
 
+    /// Waits until the host has executed its program again, and connects to the new one.
+    pub fn wait_for_replacement(&self) -> Result<Client> {
+        self.wait_for_notification(process::READY)?;
+        self.client()
+    }
+
     /// Returns the next notification to the service manager, unless none comes within that time.
     pub fn next_notification(&self, limit: Duration) -> Result<Option<String>> {
         let mut fds = [PollFd::new(&self.notify, PollFlags::IN)];

@@ -35,10 +35,15 @@ impl Served {
 
     /// Starts another host in the place of one that has ended.
     pub fn start_again(&mut self, site: &Site) -> Result<()> {
-        self.earlier = self.log() + "--- the next host\n";
-        (self.baseline, self.rounds, self.logged) = (None, 0, 0);
+        self.forget_host("--- the next host\n");
         self.host = site.host()?;
         Ok(())
+    }
+
+    /// Keeps the log of a host that has ended.
+    fn forget_host(&mut self, next: &str) {
+        self.earlier = self.log() + next;
+        (self.baseline, self.rounds, self.logged) = (None, 0, 0);
     }
 
     /// Ends the host, and starts one whose clock can jump.
@@ -47,8 +52,7 @@ impl Served {
         if !status.success() {
             return Err(format!("the host ended with {status}").into());
         }
-        self.earlier = self.log() + "--- a host with another clock\n";
-        (self.baseline, self.rounds, self.logged) = (None, 0, 0);
+        self.forget_host("--- a host with another clock\n");
         self.host = site.host_with_clock()?;
         Ok(())
     }

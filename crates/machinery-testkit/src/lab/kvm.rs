@@ -162,10 +162,6 @@ impl KvmLab {
 
 impl Drop for KvmLab {
     fn drop(&mut self) {
-        if self.is_discarded {
-            return leftovers::kill(&self.processes().unwrap_or_default());
-        }
-        // Processes that still run end with libvirtd's namespace.
-        leftovers::expect_none(self.leftovers());
+        leftovers::end(self.leftovers(), &self.processes().unwrap_or_default(), self.is_discarded);
     }
 }

@@ -30,8 +30,19 @@ pub fn qemu_on(disk: &Path, is_qemu: impl Fn(&str) -> bool) -> Result<Pid> {
     }
 }
 
-/// Kills processes.
-pub fn kill(processes: &[(Pid, String)]) {
+/// Ends a lab: kills the processes that are left, and expects that there were no leftovers unless somebody has reported
+/// them.
+///
+/// # Panics
+/// As [`expect_none`].
+pub fn end(left: Result<Vec<String>>, processes: &[(Pid, String)], are_reported: bool) {
+    kill(processes);
+    if !are_reported {
+        expect_none(left);
+    }
+}
+
+fn kill(processes: &[(Pid, String)]) {
     for (process, _) in processes {
         // The process may have ended meanwhile.
         let _ = kill_process(*process, Signal::KILL);
@@ -42,7 +53,7 @@ pub fn kill(processes: &[(Pid, String)]) {
 ///
 /// # Panics
 /// There are leftovers.
-pub fn expect_none(left: Result<Vec<String>>) {
+fn expect_none(left: Result<Vec<String>>) {
     if !std::thread::panicking() {
         assert_eq!(left, Ok(Vec::new()), "leftovers of a run");
     }

@@ -326,10 +326,6 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        let left = self.leftovers();
-        leftovers::kill(&self.processes().unwrap_or_default());
-        if !self.is_discarded {
-            leftovers::expect_none(left);
-        }
+        leftovers::end(self.leftovers(), &self.processes().unwrap_or_default(), self.is_discarded);
     }
 }
