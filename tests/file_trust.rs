@@ -226,6 +226,26 @@ fn folders_of_the_machinery_are_refused_when_another_user_owns_them() {
 }
 
 #[test]
+fn state_is_refused_when_another_user_could_replace_it_and_a_sticky_folder_prevents_that() {
+    if !is_root() {
+        return;
+    }
+    for place in ["operational/generated/machinery-host", "operational/generated", "operational"] {
+        let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+        fs::create_dir_all(cwd.root().join("operational/generated/machinery-host")).unwrap();
+        assert_accepted(&cwd);
+        give(&cwd.root().join(place), STRANGER);
+        assert_refused_for_owner(&cwd, &cwd.root().join(place));
+    }
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    fs::create_dir_all(cwd.root().join("operational/generated/machinery-host")).unwrap();
+    for shared in ["operational", "operational/generated"] {
+        fs::set_permissions(cwd.root().join(shared), Permissions::from_mode(0o1777)).unwrap();
+    }
+    assert_accepted(&cwd);
+}
+
+#[test]
 fn template_is_not_used_when_another_user_owns_its_folder() {
     if !is_root() {
         return;

@@ -7,7 +7,9 @@ use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
+use rustix::process::geteuid;
 
 /// An existing CWD.
 #[derive(Debug, Clone)]
@@ -126,6 +128,34 @@ pub fn make_folder(path: &Path) -> Result<()> {
 /// A folder cannot be made.
 pub fn make_reachable_folder(path: &Path) -> Result<()> {
     make(path, 0o711)
+}
+
+/// Makes the folder of the host's state.
+///
+/// # Errors
+/// The folder cannot be made; as [`expect_own_state`].
+pub fn make_state_folder(cwd: &Cwd) -> Result<()> {
+    make_reachable_folder(&cwd.state())?;
+    expect_own_state(cwd)
+}
+
+/// Expects that no other user can replace the folder of the host's state, if the host is root. The host believes what it
+/// finds there: which processes are its own, and which files it has made.
+///
+/// # Errors
+/// Another user could replace it.
+pub fn expect_own_state(cwd: &Cwd) -> Result<()> {
+    // What is not there yet is made by this user, or found to be another one's then.
+    if !geteuid().is_root() || !cwd.state().exists() {
+        return Ok(());
+    }
+    expect_trusted(&cwd.state()).map(drop).map_err(|error| {
+        let folders = ["operational", "operational/generated"];
+        let folders = folders.map(|name| cwd.root().join(name).display().to_string()).join(" ");
+        error.advice(format!(
+            "Cuckoo's user can share them: `chown root {folders}` and `chmod 1777 {folders}`"
+        ))
+    })
 }
 
 fn make(path: &Path, mode: u32) -> Result<()> {

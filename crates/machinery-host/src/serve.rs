@@ -35,7 +35,7 @@ use crate::actions::queues::Queues;
 use crate::capture;
 use crate::client_file::Folders;
 use crate::config::Config;
-use crate::cwd::{Cwd, make_folder, make_reachable_folder};
+use crate::cwd::{Cwd, make_folder, make_state_folder};
 use crate::cwd_lock::lock;
 use crate::events::Events;
 use crate::exit;
@@ -86,7 +86,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         .map_err(|error| Error::environment(format!("cannot find the host's own program: {error}")))?;
     let inherited = listener::inherited(&cwd.manager_socket())?;
     let config = Config::read(cwd)?;
-    make_reachable_folder(&cwd.state())?;
+    make_state_folder(cwd)?;
     make_folder(&cwd.sockets())?;
     let loading = Loading::begin(config.loading_limit())?;
     let _lock = lock(&cwd.state(), config.timeouts.load)?;

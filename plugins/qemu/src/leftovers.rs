@@ -24,11 +24,14 @@ pub struct Owner {
 }
 
 impl Owner {
-    fn has(&self, process: &RunningProcess) -> bool {
-        let is_recorded =
-            |identity: &ProcessIdentity| identity.number() == process.number() && identity.open().is_some();
+    fn is_user_of(&self, process: &RunningProcess) -> bool {
         self.user.is_some_and(|user| process.user() == Some(user))
-            || self.recorded.as_ref().is_some_and(is_recorded)
+    }
+
+    fn has_recorded(&self, process: &RunningProcess) -> bool {
+        let is_process =
+            |identity: &ProcessIdentity| identity.number() == process.number() && identity.open().is_some();
+        self.recorded.as_ref().is_some_and(is_process)
     }
 }
 
@@ -47,7 +50,9 @@ pub fn clear(
     // The socket outlives the process, so without one there is nothing to end.
     let has_run = socket.exists();
     let is_ours = |process: &RunningProcess| {
-        has_run && (process.has_variable(RUN_VARIABLE, socket.as_os_str()) || owner.has(process))
+        owner.has_recorded(process)
+            || has_run
+                && (process.has_variable(RUN_VARIABLE, socket.as_os_str()) || owner.is_user_of(process))
     };
     for process in leftovers() {
         if is_ours(&process) {

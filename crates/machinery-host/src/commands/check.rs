@@ -18,7 +18,7 @@ use serde_yaml::{Mapping, Value};
 use crate::capture;
 use crate::config::Config;
 use crate::cuckoo;
-use crate::cwd::Cwd;
+use crate::cwd::{Cwd, expect_own_state};
 use crate::fleet::services::Services;
 use crate::load;
 use crate::plugin::call::call_blocking;
@@ -31,6 +31,7 @@ pub fn check(cwd: &Cwd, search: &PluginSearch) -> Report {
     let mut report = Report::default();
     report.good(format!("the CWD is {}", cwd.root().display()));
     check_sockets(cwd, &mut report);
+    report.keep(expect_own_state(cwd));
     check_kvm(Path::new("/dev/kvm"), &mut report);
     let config = report.keep(Config::read(cwd));
     cuckoo::check(cwd, config.as_ref().map_or(&[], |config| &config.machineries), &mut report);

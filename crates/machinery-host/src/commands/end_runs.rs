@@ -13,7 +13,7 @@ use machinery::{Deadline, Error, Result, State};
 use crate::capture;
 use crate::client_file::Folders;
 use crate::config::Config;
-use crate::cwd::{Cwd, make_folder, make_reachable_folder};
+use crate::cwd::{Cwd, make_folder, make_state_folder};
 use crate::cwd_lock::lock_without_host;
 use crate::events::Events;
 use crate::fleet::state_file::StateStore;
@@ -31,7 +31,7 @@ use crate::service_manager::Loading;
 /// The configuration cannot be read, a plugin cannot be loaded, or Cuckoo's own manager serves the CWD.
 pub fn end_runs(cwd: &Cwd, search: &PluginSearch) -> Result<bool> {
     let config = Config { adopts: false, ..Config::read(cwd)? };
-    make_reachable_folder(&cwd.state())?;
+    make_state_folder(cwd)?;
     make_folder(&cwd.sockets())?;
     let Some(_lock) = lock_without_host(&cwd.state())? else { return Ok(false) };
     let _loading = Loading::begin(config.loading_limit())?;
