@@ -29,5 +29,7 @@ mod staged;
 
 pub use folders::Folders;
 pub use named::{Existing, NamedFile, Owner};
+#[cfg(test)]
+pub use passed::tests::checked as passed_file;
 pub use passed::{Descriptor, DescriptorBudget, DescriptorPermit, PassedFile};
 pub use staged::{ClientFile, Content, Staged};

@@ -154,3 +154,129 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::events::Events;
+    use crate::fleet::availability::Reason;
+    use crate::fleet::fake_plugin::FakePlugin;
+    use tokio::sync::broadcast::Receiver;
+    use tokio::time::timeout;
+
+    fn machine() -> (Arc<Machine>, Receiver<Event>) {
+        let events = Events::default();
+        let subscriber = events.subscribe();
+        (FakePlugin::default().machine("m", &events), subscriber)
+    }
+
+    fn lock(task_id: &str) -> TaskLock {
+        TaskLock { task_id: task_id.into(), ..TaskLock::default() }
+    }
+
+    fn names(events: &mut Receiver<Event>) -> Vec<String> {
+        std::iter::from_fn(|| events.try_recv().ok())
+            .map(|event| serde_json::to_value(event).unwrap()["event"].as_str().unwrap().to_owned())
+            .collect()
+    }
+
+    async fn is_woken(machine: &Machine) -> bool {
+        timeout(Duration::ZERO, machine.idle_work()).await.is_ok()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lock_is_new_once_and_excludes_other_tasks_until_it_is_released() {
+        let (machine, mut events) = machine();
+        assert_eq!(machine.lock(&lock("1")), Ok(true));
+        assert_eq!(machine.lock(&lock("1")), Ok(false));
+        assert_eq!(machine.lock(&lock("2")).unwrap_err().reason, Reason::Locked("1".into()));
+        assert_eq!(machine.task_lock(), Some(lock("1")));
+        assert!(machine.status().availability.locked_since.is_some());
+        assert_eq!(
+            machine.unlock(Some("2")),
+            Err(NotHeld::OfAnother { machine: "m".into(), holder: "1".into() })
+        );
+        assert!(!is_woken(&machine).await);
+        machine.unlock(Some("1")).unwrap();
+        assert!(is_woken(&machine).await, "the next restore can be prepared");
+        assert_eq!((machine.task_lock(), machine.unlock(None)), (None, Err(NotHeld::NotLocked("m".into()))));
+        machine.lock(&lock("2")).unwrap();
+        machine.unlock(None).unwrap();
+        assert_eq!(names(&mut events), ["locked", "unlocked", "locked", "unlocked"]);
+    }
+
+    #[test]
+    fn lock_is_not_repeated_when_the_machine_is_out_of_the_pool() {
+        let (machine, _) = machine();
+        machine.lock(&lock("1")).unwrap();
+        machine.disable("by hand");
+        assert_eq!(machine.lock(&lock("1")).unwrap_err().reason, Reason::Disabled("by hand".into()));
+    }
+
+    #[test]
+    fn reservation_is_new_once_and_excludes_other_tasks() {
+        let (machine, mut events) = machine();
+        assert_eq!((machine.reserve("1"), machine.reserve("1")), (Ok(true), Ok(false)));
+        assert_eq!(machine.reserve("2").unwrap_err().reason, Reason::Reserved("1".into()));
+        machine.unreserve().unwrap();
+        assert_eq!(machine.unreserve(), Err(NotHeld::NotReserved("m".into())));
+        assert_eq!(names(&mut events), ["reserved", "unreserved"]);
+    }
+
+    #[test]
+    fn restored_availability_keeps_what_this_host_has_found() {
+        let (machine, _) = machine();
+        machine.lock_status().availability.unusable = Some("no disk".into());
+        let quarantine = Some(Quarantine::new("killed"));
+        machine.restore_availability(Availability {
+            lock: Some(lock("1")),
+            quarantine: quarantine.clone(),
+            ..Availability::default()
+        });
+        let availability = machine.status().availability;
+        assert_eq!((availability.unusable.as_deref(), availability.lock), (Some("no disk"), Some(lock("1"))));
+        assert!(availability.quarantine.is_some());
+        machine.disable("panicked");
+        machine.restore_availability(Availability { quarantine, ..Availability::default() });
+        let availability = machine.status().availability;
+        assert_eq!((availability.disabled.as_deref(), availability.quarantine), (Some("panicked"), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn diagnosis_takes_the_machine_out_of_the_pool_and_puts_it_back() {
+        let (machine, mut events) = machine();
+        let no_disk = Error::environment("no disk");
+        for _ in 0..2 {
+            machine.set_diagnosis(Some(&no_disk), vec!["old QEMU".into()]);
+        }
+        assert_eq!(machine.status().warnings, ["old QEMU"]);
+        assert_eq!((names(&mut events), is_woken(&machine).await), (vec!["disabled".into()], false));
+        for _ in 0..2 {
+            machine.set_diagnosis(None, Vec::new());
+        }
+        assert!(is_woken(&machine).await && machine.status().warnings.is_empty());
+        assert_eq!(names(&mut events), ["enabled"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn diagnosis_sends_nothing_when_the_machine_is_out_of_the_pool_already() {
+        let quarantined = |machine: &Machine| {
+            machine.lock_status().availability.quarantine = Some(Quarantine::new("killed"));
+        };
+        let disabled = |machine: &Machine| {
+            machine.lock_status().availability.disabled = Some("by hand".into());
+        };
+        let changes: [&dyn Fn(&Machine); 2] = [&quarantined, &disabled];
+        for change in changes {
+            let (machine, mut events) = machine();
+            change(&machine);
+            machine.set_diagnosis(Some(&Error::environment("no disk")), Vec::new());
+            machine.set_diagnosis(None, Vec::new());
+            assert!(is_woken(&machine).await, "a try may be possible now");
+            assert!(names(&mut events).is_empty());
+        }
+    }
+}

@@ -168,3 +168,158 @@ fn choose(status: &mut Status, kind: ErrorKind, heal: Heal) -> Consequence {
     }
     consequence(kind, status.plugin_faults, heal)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::events::Events;
+    use crate::fleet::availability::TaskLock;
+    use crate::fleet::fake_plugin::FakePlugin;
+    use tokio::sync::broadcast::Receiver;
+    use tokio::time::timeout;
+
+    const ACCIDENT: ErrorKind = ErrorKind::Failed;
+
+    fn failed_machine() -> (Arc<Machine>, Receiver<Event>) {
+        let events = Events::default();
+        let machine = FakePlugin::default().machine("m", &events);
+        machine.take_out(ACCIDENT, "killed", Heal::Auto);
+        (machine, events.subscribe())
+    }
+
+    fn quarantine(machine: &Machine) -> Option<Quarantine> {
+        machine.status().availability.quarantine
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_is_tried_five_seconds_after_its_failure() {
+        let (machine, _) = failed_machine();
+        assert_eq!(machine.next_try(), Some(Instant::now() + Duration::from_secs(5)));
+        assert!(timeout(Duration::ZERO, machine.idle_work()).await.is_ok(), "its worker is woken");
+    }
+
+    #[test]
+    fn machine_is_not_tried_when_somebody_needs_it() {
+        type Change = fn(&mut Status);
+        let lock: Change = |status| status.availability.lock = Some(TaskLock::default());
+        let unusable: Change = |status| status.availability.unusable = Some("no disk".into());
+        let healthy: Change = |status| status.availability.quarantine = None;
+        let left: Change = |status| status.leave_alone("m");
+        let foreign: Change = |status| status.state = State::Running;
+        let tried: Change = |status| (status.state, status.own_run) = (State::Running, true);
+        let started: Change = |status| {
+            (status.state, status.own_run, status.started_well) = (State::Running, true, true);
+        };
+        let broken: Change = |status| (status.state, status.started_well) = (State::Error, true);
+        for (what, change, expected) in [
+            ("locked", lock, false),
+            ("unusable", unusable, false),
+            ("healthy", healthy, false),
+            ("left alone", left, false),
+            ("runs for somebody else", foreign, false),
+            ("runs since a try", tried, true),
+            ("runs for a client", started, false),
+            ("in an unknown state", broken, true),
+        ] {
+            let (machine, _) = failed_machine();
+            change(&mut machine.lock_status());
+            assert_eq!(machine.next_try().is_some(), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn failed_try_counts_and_is_sent() {
+        let (machine, mut events) = failed_machine();
+        machine.try_failed(ACCIDENT, "killed again", Heal::Auto);
+        let quarantine = quarantine(&machine).unwrap();
+        assert_eq!((quarantine.tries, quarantine.reason.as_str()), (1, "killed again"));
+        let event = events.try_recv().unwrap();
+        assert!(matches!(event, Event::Quarantined { tries: 1, next_try_in: 30, .. }), "{event:?}");
+    }
+
+    #[test]
+    fn failed_try_disables_the_machine_when_it_cannot_heal() {
+        let (machine, _) = failed_machine();
+        machine.try_failed(ErrorKind::Configuration, "no such disk", Heal::Auto);
+        assert_eq!(machine.status().availability.disabled.as_deref(), Some("no such disk"));
+        assert!(quarantine(&machine).is_none());
+        machine.try_failed(ACCIDENT, "killed", Heal::Auto);
+        assert!(quarantine(&machine).is_none(), "an operator's disable stays");
+    }
+
+    #[test]
+    fn failed_try_begins_a_new_quarantine_when_an_operator_has_enabled_the_machine() {
+        let (machine, _) = failed_machine();
+        machine.enable();
+        machine.try_failed(ACCIDENT, "killed", Heal::Auto);
+        assert_eq!(quarantine(&machine).unwrap().tries, 0);
+    }
+
+    #[test]
+    fn third_plugin_fault_in_a_row_disables_the_machine() {
+        let (machine, _) = failed_machine();
+        let fault = || machine.take_out(ErrorKind::PluginPanicked, "panicked", Heal::Auto);
+        fault();
+        fault();
+        machine.reset_plugin_faults();
+        fault();
+        fault();
+        assert!(machine.status().availability.disabled.is_none(), "an action has succeeded between them");
+        fault();
+        assert!(machine.status().availability.disabled.is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn postponed_try_counts_no_failure() {
+        let (machine, _) = failed_machine();
+        tokio::time::advance(Duration::from_secs(60)).await;
+        machine.postpone_try();
+        let quarantine = quarantine(&machine).unwrap();
+        assert_eq!((quarantine.tries, quarantine.next_try_in()), (0, 5));
+    }
+
+    #[test]
+    fn machine_is_back_in_the_pool_when_a_try_has_worked() {
+        let (machine, mut events) = failed_machine();
+        machine.try_failed(ACCIDENT, "killed again", Heal::Auto);
+        let _ = events.try_recv();
+        let healed = machine.try_succeeded().unwrap();
+        assert_eq!((healed.tries, machine.status().availability.disabled_reason()), (2, None));
+        assert!(matches!(events.try_recv().unwrap(), Event::Enabled { .. }));
+        assert!(matches!(events.try_recv().unwrap(), Event::Healed { tries: 2, .. }));
+        assert_eq!(machine.try_succeeded(), None);
+    }
+
+    #[test]
+    fn healed_machine_is_not_enabled_while_its_plugin_cannot_use_it() {
+        let (machine, mut events) = failed_machine();
+        machine.lock_status().availability.unusable = Some("no disk".into());
+        machine.try_succeeded().unwrap();
+        assert!(matches!(events.try_recv().unwrap(), Event::Healed { .. }));
+    }
+
+    #[test]
+    fn quarantine_becomes_a_disable_when_heal_is_off() {
+        let (machine, _) = failed_machine();
+        assert!(machine.disable_quarantined() && !machine.disable_quarantined());
+        assert_eq!(machine.status().availability.disabled.as_deref(), Some("killed"));
+    }
+
+    #[test]
+    fn machine_is_left_alone_when_it_runs_for_somebody_else() {
+        let (machine, _) = failed_machine();
+        machine.leave_alone();
+        assert!(quarantine(&machine).unwrap().is_left_alone);
+    }
+
+    #[test]
+    fn run_counts_as_started_well_until_it_fails() {
+        let (machine, _) = failed_machine();
+        machine.set_started_well();
+        assert!(machine.status().started_well);
+        machine.take_out(ACCIDENT, "killed", Heal::Auto);
+        assert!(!machine.status().started_well);
+    }
+}

@@ -250,3 +250,182 @@ impl Machine {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::fake_plugin::{FakePlugin, info};
+    use crate::fleet::quarantine::Quarantine;
+    use machinery::Readiness;
+    use tokio::sync::broadcast::Receiver;
+    use tokio::time::timeout;
+
+    fn machine() -> (Arc<Machine>, Receiver<Event>) {
+        let events = Events::default();
+        let subscriber = events.subscribe();
+        (FakePlugin::default().machine("m", &events), subscriber)
+    }
+
+    /// Returns the states and reasons that were sent since the last time.
+    fn states(events: &mut Receiver<Event>) -> Vec<(State, String)> {
+        std::iter::from_fn(|| events.try_recv().ok())
+            .filter_map(|event| match event {
+                Event::State { state, reason, .. } => Some((state, reason)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Reports whether the worker has been woken since the last time.
+    async fn is_woken(machine: &Machine) -> bool {
+        timeout(Duration::ZERO, machine.idle_work()).await.is_ok()
+    }
+
+    #[test]
+    fn only_one_client_at_a_time_may_query_the_state() {
+        let (machine, _) = machine();
+        let guard = machine.start_state_query();
+        assert!(guard.is_some() && machine.start_state_query().is_none());
+        drop(guard);
+        assert!(machine.start_state_query().is_some());
+    }
+
+    #[test]
+    fn description_is_the_latest_one() {
+        let (machine, _) = machine();
+        machine.set_info(MachineInfo { ip: "10.0.0.9".into(), ..info("m") });
+        assert_eq!(machine.info().ip, "10.0.0.9");
+    }
+
+    #[test]
+    fn answered_state_is_dropped_when_the_plugin_has_reported_meanwhile() {
+        let (machine, mut events) = machine();
+        let reports = machine.status().reports;
+        machine.set_reported(State::Running, "");
+        machine.set_answered(State::Poweroff, reports);
+        assert_eq!(states(&mut events), [(State::Running, String::new())]);
+        machine.set_answered(State::Paused, machine.status().reports);
+        assert_eq!(machine.status().state, State::Paused);
+        // A state that is known already is no event.
+        machine.set_answered(State::Paused, machine.status().reports);
+        assert_eq!(states(&mut events), [(State::Paused, String::new())]);
+    }
+
+    #[test]
+    fn reported_accident_is_an_error_of_the_hosts_own_run_only() {
+        let (machine, _) = machine();
+        let errors = || machine.status().errors;
+        machine.set_reported(State::Running, "");
+        machine.set_reported(State::Poweroff, "somebody has killed it");
+        assert!(errors().is_empty(), "of somebody else");
+        machine.set_state(State::Running);
+        machine.set_own_run();
+        machine.set_reported(State::Paused, "");
+        assert!(errors().is_empty(), "no accident");
+        machine.set_reported(State::Poweroff, "QEMU was killed");
+        assert!(matches!(&errors()[..], [error] if error.contains("QEMU was killed")), "{:?}", errors());
+        machine.set_state(State::Error);
+        machine.set_own_run();
+        machine.set_reported(State::Error, "again");
+        assert_eq!(errors().len(), 1, "the state is no new one");
+    }
+
+    #[test]
+    fn machine_is_left_alone_when_a_run_of_somebody_else_is_reported() {
+        for (state, own, expected) in [
+            (State::Running, false, true),
+            (State::Running, true, false),
+            (State::Poweroff, false, false),
+            (State::Error, false, false),
+            (State::Stopping, false, false),
+        ] {
+            let (machine, _) = machine();
+            let mut status = machine.lock_status();
+            status.availability.quarantine = Some(Quarantine::new("failed"));
+            (status.state, status.own_run) = (State::Paused, own);
+            drop(status);
+            machine.set_reported(state, "");
+            let quarantine = machine.status().availability.quarantine.unwrap();
+            assert_eq!(quarantine.is_left_alone, expected, "{state} {own}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_is_woken_when_the_machine_is_off_and_only_then() {
+        let (machine, _) = machine();
+        machine.set_state(State::Starting);
+        machine.set_state(State::Running);
+        assert!(!is_woken(&machine).await);
+        machine.set_state(State::Poweroff);
+        assert!(is_woken(&machine).await && !is_woken(&machine).await);
+    }
+
+    #[test]
+    fn end_of_a_run_has_the_hosts_reason_where_the_plugin_gives_none() {
+        let (machine, mut events) = machine();
+        let too_long = || "too long".to_owned();
+        machine.end_run_for(too_long());
+        machine.set_state(State::Running);
+        machine.set_own_run();
+        assert_eq!(states(&mut events), [(State::Running, String::new())], "no run was to end");
+        assert!(machine.own_run_to_end().is_some());
+        machine.end_run_for(too_long());
+        assert!(machine.own_run_to_end().is_none(), "it is to end already");
+        machine.set_reported(State::Paused, "no space");
+        machine.set_state(State::Stopping);
+        assert_eq!(states(&mut events), [(State::Paused, "no space".into()), (State::Stopping, too_long())]);
+    }
+
+    #[test]
+    fn adopted_run_is_the_hosts_own() {
+        let (machine, _) = machine();
+        machine.set_state(State::Running);
+        assert!(machine.own_run_to_end().is_none());
+        machine.set_adopted();
+        assert!(machine.own_run_to_end().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_is_woken_when_a_preparation_is_lost_for_the_first_two_times() {
+        let (machine, _) = machine();
+        for expected in [true, true, false] {
+            machine.preparation_lost("QEMU was killed");
+            assert_eq!(is_woken(&machine).await, expected);
+        }
+    }
+
+    #[test]
+    fn readiness_is_sent_only_when_it_changes() {
+        let (machine, mut events) = machine();
+        let ready = |mode| RestoreReadiness { mode, ..RestoreReadiness::default() };
+        for mode in [Readiness::Standby, Readiness::Standby, Readiness::Plain] {
+            machine.set_ready(&ready(mode));
+        }
+        assert_eq!(machine.status().ready, Some(ready(Readiness::Plain)));
+        let sent: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).collect();
+        let modes = sent.iter().map(|event| match event {
+            Event::Ready { ready, .. } => ready.mode,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(modes.collect::<Vec<_>>(), [Readiness::Standby, Readiness::Plain]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_is_woken_when_a_change_is_pending() {
+        let (machine, _) = machine();
+        machine.set_pending_change(true);
+        assert!(machine.has_pending_change() && is_woken(&machine).await);
+        machine.set_pending_change(false);
+        assert!(!machine.has_pending_change() && !is_woken(&machine).await);
+    }
+
+    #[test]
+    fn steps_are_those_of_one_action() {
+        let (machine, _) = machine();
+        let second = Duration::from_secs(1);
+        machine.add_step("spawn", second);
+        machine.clear_steps();
+        machine.add_step("load", second);
+        assert_eq!(machine.status().steps, [("load".to_owned(), second)]);
+    }
+}

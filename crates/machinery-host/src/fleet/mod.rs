@@ -18,6 +18,8 @@
 pub mod assignment;
 pub mod availability;
 pub mod call;
+#[cfg(test)]
+pub mod fake_plugin;
 pub mod healing;
 pub mod machine;
 pub mod machinery;

@@ -159,6 +159,10 @@ impl Roster {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client_file::PassedFile;
+    use crate::client_file::passed_file;
+    use crate::events::Events;
+    use crate::fleet::fake_plugin::FakePlugin;
 
     fn windows() -> MachineInfo {
         MachineInfo {
@@ -210,5 +214,84 @@ mod tests {
     #[test]
     fn query_ignores_version_without_platform() {
         assert!(query("", "7", "", &[]).matches(&windows()));
+    }
+
+    fn fleet(names: &[&str]) -> (FakePlugin, Fleet) {
+        let (plugin, fleet) = (FakePlugin::default(), Fleet::default());
+        let machines = names.iter().map(|name| plugin.machine(name, &Events::default())).collect();
+        fleet.set(Roster::new(Vec::new(), machines));
+        (plugin, fleet)
+    }
+
+    fn lock(task_id: &str, pcap_path: Option<&str>, pcap_file: Option<&PassedFile>) -> TaskLock {
+        TaskLock {
+            task_id: task_id.into(),
+            pcap_path: pcap_path.map(PathBuf::from),
+            pcap_file: pcap_file.cloned(),
+            ..TaskLock::default()
+        }
+    }
+
+    #[test]
+    fn machine_that_was_removed_is_not_given_to_a_task() {
+        let (plugin, fleet) = fleet(&["m"]);
+        let removed = plugin.machine("m", &Events::default());
+        let expected = || AcquireError::NoSuchMachine("m".into());
+        assert_eq!(fleet.lock(&removed, &lock("1", None, None)), Err(expected()));
+        assert_eq!(fleet.reserve(&removed, "1"), Err(expected()));
+        let machine = fleet.find("m").unwrap();
+        assert_eq!((fleet.reserve(&machine, "1"), fleet.reserve(&machine, "1")), (Ok(true), Ok(false)));
+        assert_eq!(fleet.lock(&machine, &lock("1", None, None)), Ok(true));
+        assert_eq!(fleet.lock(&machine, &lock("1", None, None)), Ok(false));
+    }
+
+    #[test]
+    fn two_machines_cannot_capture_into_one_file() {
+        let (_plugin, fleet) = fleet(&["a", "b"]);
+        let [a, b] = ["a", "b"].map(|name| fleet.find(name).unwrap());
+        fleet.lock(&a, &lock("1", Some("/p"), None)).unwrap();
+        let taken = AcquireError::PcapTaken { other: "a".into(), path: "/p".into() };
+        assert_eq!(fleet.lock(&b, &lock("2", Some("/p"), None)), Err(taken));
+        assert_eq!(fleet.lock(&a, &lock("1", Some("/p"), None)), Ok(false), "the same machine");
+        assert_eq!(fleet.lock(&b, &lock("2", Some("/q"), None)), Ok(true), "another file");
+    }
+
+    #[tokio::test]
+    async fn two_machines_cannot_capture_into_one_passed_file() {
+        let (_plugin, fleet) = fleet(&["a", "b"]);
+        let [a, b] = ["a", "b"].map(|name| fleet.find(name).unwrap());
+        let one = passed_file(tempfile::tempfile().unwrap()).await.unwrap();
+        let other = passed_file(tempfile::tempfile().unwrap()).await.unwrap();
+        fleet.lock(&a, &lock("1", None, Some(&one))).unwrap();
+        let taken = AcquireError::PcapPassed { other: "a".into() };
+        assert_eq!(fleet.lock(&b, &lock("2", None, Some(&one))), Err(taken));
+        assert_eq!(fleet.lock(&b, &lock("2", None, Some(&other))), Ok(true), "another file");
+        b.unlock(None).unwrap();
+        a.unlock(None).unwrap();
+        fleet.lock(&a, &lock("1", None, None)).unwrap();
+        assert_eq!(fleet.lock(&b, &lock("2", None, None)), Ok(true), "no file at all");
+    }
+
+    #[test]
+    fn task_gets_its_own_machine_before_a_reserved_one_and_that_before_any_other() {
+        let (_plugin, fleet) = fleet(&["a", "b", "c"]);
+        let any = MachineQuery::default();
+        let acquire = |task: &str| {
+            let acquired = fleet.acquire(&any, &lock(task, None, None));
+            acquired.map(|(machine, new)| (machine.name().to_owned(), new))
+        };
+        fleet.reserve(&fleet.find("b").unwrap(), "1").unwrap();
+        assert_eq!(acquire("1"), Ok(("b".into(), true)));
+        assert_eq!(acquire("1"), Ok(("b".into(), false)));
+        assert_eq!(acquire("2"), Ok(("a".into(), true)));
+        assert_eq!(acquire("3"), Ok(("c".into(), true)));
+        assert_eq!(acquire("4"), Err(AcquireError::NoneAvailable));
+        let named = |name: &str| MachineQuery { name: name.into(), ..MachineQuery::default() };
+        let no_such = AcquireError::NoSuchMachine("x".into());
+        assert_eq!(fleet.acquire(&named("x"), &lock("4", None, None)).err(), Some(no_such));
+        let unavailable = fleet.acquire(&named("a"), &lock("4", None, None)).err();
+        assert!(matches!(unavailable, Some(AcquireError::Unavailable(_))), "{unavailable:?}");
+        let linux = MachineQuery { platform: "linux".into(), ..MachineQuery::default() };
+        assert_eq!(fleet.acquire(&linux, &lock("4", None, None)).err(), Some(AcquireError::NoMatch));
     }
 }

@@ -76,3 +76,33 @@ impl HostServices for Services {
         logging::max_level()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Events;
+    use crate::fleet::Roster;
+    use crate::fleet::fake_plugin::FakePlugin;
+    use tokio::time::timeout;
+
+    #[tokio::test(start_paused = true)]
+    async fn reports_change_only_the_plugins_own_machine() {
+        let (fleet, second) = (Arc::new(Fleet::default()), Duration::from_secs(1));
+        let machine = FakePlugin::default().machine("m", &Events::default());
+        fleet.set(Roster::new(vec![Arc::clone(&machine.machinery)], vec![Arc::clone(&machine)]));
+        let (own, foreign) = (Services::new("fake", Arc::clone(&fleet)), Services::new("other", fleet));
+        let report = |services: &Services| {
+            services.step("m", "spawn", second);
+            services.state_changed("m", State::Running, "");
+            services.preparation_invalidated("m", "QEMU was killed");
+        };
+        report(&foreign);
+        let status = machine.status();
+        assert_eq!((status.state, status.steps.len()), (State::Poweroff, 0));
+        assert!(timeout(Duration::ZERO, machine.idle_work()).await.is_err());
+        report(&own);
+        let status = machine.status();
+        assert_eq!((status.state, status.steps), (State::Running, vec![("spawn".to_owned(), second)]));
+        assert!(timeout(Duration::ZERO, machine.idle_work()).await.is_ok(), "it is prepared again");
+    }
+}

@@ -180,7 +180,9 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::availability::TaskLock;
+    use super::super::fake_plugin::FakePlugin;
     use super::*;
+    use crate::events::Events;
 
     #[tokio::test]
     async fn save_keeps_entries_of_machines_that_are_not_configured() {
@@ -256,5 +258,29 @@ mod tests {
         fs::write(folder.path().join("machines.json"), text).unwrap();
         let state = StateStore::open(folder.path(), Arc::default()).unwrap();
         assert_eq!(state.captures(), [Path::new("/p")]);
+    }
+
+    #[tokio::test]
+    async fn lock_of_a_removed_machine_is_kept_until_the_machine_is_back() {
+        let (folder, plugin) = (tempfile::tempdir().unwrap(), FakePlugin::default());
+        let [locked, plain] = ["locked", "plain"].map(|name| plugin.machine(name, &Events::default()));
+        let lock = TaskLock { task_id: "1".into(), ..TaskLock::default() };
+        locked.lock(&lock).unwrap();
+        let fleet = Arc::<Fleet>::default();
+        fleet.set(Roster::new(Vec::new(), vec![Arc::clone(&locked), Arc::clone(&plain)]));
+        let state = StateStore::open(folder.path(), Arc::clone(&fleet)).unwrap();
+        let saved = || read(&folder.path().join("machines.json")).unwrap().into_keys().collect::<Vec<_>>();
+        state.save().await.unwrap();
+        assert_eq!(saved(), ["locked"]);
+        state.replace_roster(Roster::new(Vec::new(), vec![Arc::clone(&locked)]));
+        assert!(state.others().is_empty(), "only a removed machine that is not as new has an entry");
+        state.replace_roster(Roster::default());
+        assert!(fleet.find("locked").is_none());
+        state.save().await.unwrap();
+        assert_eq!(saved(), ["locked"]);
+        let back = plugin.machine("locked", &Events::default());
+        state.replace_roster(Roster::new(Vec::new(), vec![Arc::clone(&back)]));
+        assert_eq!(back.task_lock(), Some(lock));
+        assert!(state.others().is_empty());
     }
 }

@@ -71,9 +71,13 @@ extern "C" fn load<M: Machinery>(setup: RStr<'_>, services: ServicesObject) -> R
     guarded(M::NAME, || {
         let host = connect(services);
         let setup: Setup = from_json(setup.as_rslice().as_slice(), "setup")?;
-        let machinery = M::load(&setup, host)?;
-        Ok(MachineryAbi_TO::from_value(Exported(ManuallyDrop::new(machinery)), TD_Opaque))
+        M::load(&setup, host).map(object)
     })
+}
+
+/// Returns the object by which a host calls the machinery.
+pub(crate) fn object<M: Machinery>(machinery: M) -> MachineryObject {
+    MachineryAbi_TO::from_value(Exported(ManuallyDrop::new(machinery)), TD_Opaque)
 }
 
 /// Sends this library's log to the host, and returns the host's services.

@@ -4,13 +4,13 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use super::reply::into_result;
-use crate::abi::{MachineryObject, ReloadRequest, from_json, text, to_json};
+use crate::abi::{MachineryObject, ReloadRequest, from_json, plugin, text, to_json};
 use crate::config::is_machine_name;
 use crate::services::path_text;
 use crate::text::{MAX_KEPT, cut};
 use crate::{
-    Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, MachineInfo, Reloaded, Result, Setup,
-    State,
+    Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, MachineInfo, Machinery, Reloaded,
+    Result, Setup, State,
 };
 
 /// A loaded machinery, with the methods of [`Machinery`](crate::Machinery). They return an error and never panic,
@@ -22,6 +22,11 @@ pub struct Instance {
 impl Instance {
     pub(super) fn new(object: MachineryObject) -> Self {
         Instance { object }
+    }
+
+    /// Returns a machinery of this process, without a library. A host tests itself with it.
+    pub fn in_process(machinery: impl Machinery) -> Self {
+        Instance::new(plugin::object(machinery))
     }
 
     /// See [`Machinery::version`](crate::Machinery::version).
