@@ -47,3 +47,60 @@ fn report_lost(machine: &Machine) {
     tracing::warn!(machine = machine.name(), error, "its run is lost");
     machine.add_error(&error);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::Lab;
+    use super::*;
+    use crate::config::Heal;
+    use machinery::ErrorKind;
+
+    #[tokio::test(start_paused = true)]
+    async fn adopted_run_goes_on_with_the_state_that_the_plugin_answers() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        lab.plugin.set_state("m", State::Paused);
+        resume_adopted_runs(&lab.fleet, &lab.context).await;
+        let status = lab.machine.status();
+        assert_eq!((status.state, status.errors.len()), (State::Paused, 0));
+        assert!(status.started_well);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn adopted_run_that_has_ended_meanwhile_is_an_error_of_its_machine() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        lab.plugin.set_state("m", State::Poweroff);
+        resume_adopted_runs(&lab.fleet, &lab.context).await;
+        let status = lab.machine.status();
+        assert_eq!(status.state, State::Poweroff);
+        assert!(status.errors[0].contains("has ended while it was adopted"), "{:?}", status.errors);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_of_somebody_else_is_not_resumed() {
+        let lab = Lab::new("");
+        lab.start_foreign_run();
+        resume_adopted_runs(&lab.fleet, &lab.context).await;
+        assert!(!lab.machine.status().started_well);
+    }
+
+    #[test]
+    fn machine_in_quarantine_is_left_alone_when_somebody_else_runs_it() {
+        for (state, own, expected) in [
+            (State::Running, false, true),
+            (State::Running, true, false),
+            (State::Poweroff, false, false),
+            (State::Error, false, false),
+        ] {
+            let lab = Lab::new("");
+            lab.machine.take_out(ErrorKind::Failed, "killed", Heal::Auto);
+            lab.machine.set_state(state);
+            if own {
+                lab.machine.set_own_run();
+            }
+            leave_foreign_runs_alone(&lab.fleet);
+            assert_eq!(lab.quarantine().unwrap().is_left_alone, expected, "{state} {own}");
+        }
+    }
+}

@@ -167,3 +167,76 @@ impl ActionContext {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::{Lab, configuration};
+    use super::*;
+    use crate::capture::Jail;
+    use tokio::time::timeout;
+
+    fn settings(host_yaml: &str) -> ActionSettings {
+        ActionSettings::of(&configuration(&tempfile::tempdir().unwrap(), host_yaml))
+    }
+
+    #[test]
+    fn differing_names_only_the_keys_whose_values_differ() {
+        let lab = Lab::new("");
+        let differing = |host_yaml: &str| lab.context.differing(&settings(host_yaml));
+        assert!(differing("").is_empty());
+        assert_eq!(differing("timeouts: {stop: 1}"), ["timeouts"]);
+        assert_eq!(differing("heal: off"), ["heal"]);
+        assert_eq!(differing("max_run: 5"), ["max_run"]);
+        assert_eq!(differing("free_space_reserve: 1 GiB"), [FreeSpaceReserve::KEY]);
+    }
+
+    #[test]
+    fn differing_compares_captures_only_when_both_are_enabled() {
+        let capture = |path: &str, port: u16| capture::Settings {
+            tcpdump: path.into(),
+            result_server: Some(("10.0.0.1".into(), port)),
+            limit: None,
+            reserve: FreeSpaceReserve::default(),
+            jail: Jail::Auto,
+        };
+        let with = |capture| ActionSettings { capture, ..settings("") };
+        let (none, one) = (with(None), with(Some(capture("/a", 1))));
+        assert_eq!(none.differing(&one), ["tcpdump.enabled"]);
+        assert!(one.differing(&one).is_empty());
+        assert_eq!(one.differing(&with(Some(capture("/b", 1)))), ["tcpdump.path"]);
+        assert_eq!(one.differing(&with(Some(capture("/a", 2)))), ["resultserver"]);
+        let limited = capture::Settings { limit: Some(1), ..capture("/a", 1) };
+        assert_eq!(one.differing(&with(Some(limited))), ["capture_size_limit"]);
+        let jailed = capture::Settings { jail: Jail::Off, ..capture("/a", 1) };
+        assert_eq!(one.differing(&with(Some(jailed))), ["capture_jail"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_settings_apply_to_present_quarantines_and_runs() {
+        let lab = Lab::new("");
+        lab.context.apply(settings("timeouts: {stop: 7}"), &lab.fleet.roster()).await;
+        assert_eq!(lab.context.timeouts().stop, Duration::from_secs(7));
+        let woken = timeout(Duration::ZERO, lab.machine.idle_work()).await;
+        assert!(woken.is_ok(), "the worker waits for the new end of the run");
+        lab.machine.take_out(ErrorKind::Failed, "killed", Heal::Auto);
+        lab.context.disable_quarantined(&lab.fleet.roster()).await;
+        assert!(lab.quarantine().is_some(), "heal is auto");
+        lab.context.apply(settings("heal: off"), &lab.fleet.roster()).await;
+        assert_eq!((lab.quarantine(), lab.disabled_reason().as_deref()), (None, Some("killed")));
+        assert!(lab.saved().contains("disabled"));
+    }
+
+    #[tokio::test]
+    async fn nothing_is_written_when_no_machine_is_in_quarantine() {
+        let lab = Lab::new("heal: off");
+        lab.context.disable_quarantined(&lab.fleet.roster()).await;
+        assert_eq!(lab.saved(), "");
+    }
+
+    #[tokio::test]
+    async fn failure_is_saved_with_its_consequence() {
+        let lab = Lab::new("heal: off");
+        lab.context.take_out(&lab.machine, ErrorKind::Failed, "killed").await;
+        assert!(lab.saved().contains("\"disabled\": \"killed\""), "{}", lab.saved());
+    }
+}

@@ -76,3 +76,42 @@ async fn ask(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::Lab;
+    use super::*;
+    use machinery::Error;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_is_out_of_the_pool_while_its_plugin_cannot_use_it() {
+        let lab = Lab::new("");
+        lab.plugin.set_unusable("m", Some("no disk"));
+        diagnose_all(&lab.fleet.roster(), LIMIT).await;
+        assert!(lab.disabled_reason().unwrap().contains("no disk"));
+        lab.plugin.fail("diagnose", Error::failed("no answer"));
+        lab.plugin.set_unusable("m", None);
+        assert!(diagnose_one(&lab.machine, LIMIT).await.is_err(), "the earlier result is kept");
+        diagnose_one(&lab.machine, LIMIT).await.unwrap();
+        assert_eq!(lab.disabled_reason(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn diagnosis_has_half_a_minute_at_most() {
+        let lab = Lab::new("");
+        let _release = lab.plugin.block("diagnose");
+        let roster = lab.fleet.roster();
+        let advance = async {
+            lab.plugin.called("diagnose").await;
+            tokio::time::advance(Duration::from_secs(33)).await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = diagnose_all(&roster, 10 * LIMIT) => {}
+            () = advance => unreachable!(),
+        }
+        assert_eq!(lab.disabled_reason(), None);
+    }
+}

@@ -314,3 +314,372 @@ impl ActionExecutor {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::Lab;
+    use super::super::{CLOSING, PrepareOrigin};
+    use super::*;
+    use crate::config::Heal;
+    use crate::fleet::availability::TaskLock;
+    use crate::fleet::fake_plugin::FakePlugin;
+    use machinery::Capabilities;
+
+    const PREPARE: Action = Action::Prepare(PrepareOrigin::Request);
+
+    fn failed() -> Error {
+        Error::failed("QEMU was killed")
+    }
+
+    /// Has `action` abandoned, because the plugin does not return from `method`. Returns what lets it return.
+    async fn abandon(
+        lab: &Lab,
+        executor: &mut ActionExecutor,
+        action: &Action,
+        method: &'static str,
+    ) -> (ActionResult, std::sync::mpsc::Sender<()>) {
+        let release = lab.plugin.block(method);
+        let mut work = pin!(executor.execute(action));
+        let call = async {
+            lab.plugin.called(method).await;
+            tokio::time::advance(Duration::from_secs(7200)).await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            result = &mut work => (result, release),
+            () = call => unreachable!(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn start_runs_the_machine_as_the_hosts_own() {
+        for action in [Action::RestoreStart, Action::NorestoreStart] {
+            let lab = Lab::new("");
+            lab.executor().execute(&action).await.unwrap();
+            assert_eq!(lab.plugin.take_calls(), [action.name()]);
+            let status = lab.machine.status();
+            assert_eq!((status.state, status.busy), (State::Running, false));
+            assert!(status.own_run && status.started_well);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn start_stops_a_machine_that_runs_without_a_task() {
+        let lab = Lab::new("");
+        lab.start_foreign_run();
+        lab.executor().execute(&Action::RestoreStart).await.unwrap();
+        assert_eq!(lab.plugin.take_calls(), ["stop", "restore_start"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_start_stops_the_machine_and_takes_it_out_of_the_pool() {
+        let lab = Lab::new("");
+        lab.plugin.fail("restore_start", failed());
+        let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
+        assert_eq!(lab.plugin.take_calls(), ["restore_start", "stop"]);
+        assert_eq!(lab.quarantine().unwrap().reason, reason);
+        let status = lab.machine.status();
+        assert_eq!((status.state, status.errors), (State::Poweroff, vec![reason]));
+        assert!(lab.saved().contains("QEMU was killed"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn start_that_cannot_be_made_now_leaves_the_machine_in_the_pool_only_when_it_is_off() {
+        for (off, in_pool) in [(true, true), (false, false)] {
+            let lab = Lab::new("");
+            lab.plugin.fail("restore_start", Error::not_now("no space"));
+            if !off {
+                lab.plugin.fail("stop", failed());
+            }
+            lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
+            assert_eq!(lab.quarantine().is_none(), in_pool);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn start_that_is_unsupported_changes_nothing() {
+        let lab = Lab::new("");
+        lab.plugin.fail("norestore_start", Error::unsupported("a cold start"));
+        lab.executor().execute(&Action::NorestoreStart).await.unwrap_err();
+        assert_eq!(lab.plugin.take_calls(), ["norestore_start"]);
+        assert_eq!((lab.machine.status().state, lab.quarantine()), (State::Poweroff, None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn start_fails_when_the_plugin_says_that_the_machine_is_off_already() {
+        let lab = Lab::new("");
+        lab.plugin.fail("restore_start", Error::state_reached("it runs"));
+        lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
+        lab.plugin.fail("stop", Error::state_reached("it is off"));
+        lab.executor().execute(&Action::Stop).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_restore_waits_for_a_permit_and_returns_it_before_its_cleanup() {
+        let lab = Lab::new("max_parallel_restores: 1");
+        let permit = lab.context.restore_permit().await.unwrap();
+        lab.executor().execute(&Action::NorestoreStart).await.unwrap();
+        lab.executor().execute(&Action::Stop).await.unwrap();
+        lab.plugin.fail("restore_start", failed());
+        lab.plugin.take_calls();
+        let mut executor = lab.executor();
+        let mut restore = pin!(executor.execute(&Action::RestoreStart));
+        let hour = Duration::from_secs(3600);
+        assert!(tokio::time::timeout(hour, &mut restore).await.is_err());
+        assert!(lab.plugin.take_calls().is_empty());
+        drop(permit);
+        let release = lab.plugin.block("stop");
+        tokio::select! {
+            result = &mut restore => panic!("{result:?}"),
+            permit = async {
+                lab.plugin.called("stop").await;
+                lab.context.restore_permit().await
+            } => drop(permit.unwrap()),
+        }
+        drop(release);
+        restore.await.unwrap_err();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn restore_is_refused_and_harmless_when_the_host_ends() {
+        let lab = Lab::new("");
+        lab.context.close();
+        let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
+        assert!(reason.contains(CLOSING), "{reason}");
+        assert!(lab.quarantine().is_none() && lab.context.prepare_permit().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_stop_asks_for_the_state_again() {
+        for action in [Action::Stop, Action::AcpiStop] {
+            let lab = Lab::new("");
+            lab.start_own_run();
+            lab.plugin.fail("acpi_stop", failed());
+            lab.plugin.fail("stop", failed());
+            lab.executor().execute(&action).await.unwrap_err();
+            assert_eq!(lab.machine.status().state, State::Running, "{action:?}");
+            assert!(lab.quarantine().is_some());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn host_stops_only_its_own_run_by_itself() {
+        for action in [Action::StopOwn, Action::StopOverrun] {
+            let lab = Lab::new("max_run: 1");
+            lab.start_foreign_run();
+            lab.executor().execute(&action).await.unwrap();
+            assert!(lab.plugin.take_calls().is_empty());
+            lab.machine.set_own_run();
+            lab.executor().execute(&action).await.unwrap();
+            assert_eq!(
+                (lab.plugin.take_calls(), lab.machine.status().state),
+                (vec!["stop".into()], State::Poweroff)
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acpi_stop_falls_back_to_a_stop_when_it_fails() {
+        let is_fault = |kind| [ErrorKind::PluginMisbehaved, ErrorKind::PluginPanicked].contains(&kind);
+        for kind in [ErrorKind::Timeout, ErrorKind::Failed, ErrorKind::PluginMisbehaved] {
+            let lab = Lab::new("");
+            lab.start_own_run();
+            lab.plugin.fail("acpi_stop", Error::new(kind, "no reaction"));
+            let result = lab.executor().execute(&Action::AcpiStop).await;
+            assert_eq!(lab.plugin.take_calls(), ["acpi_stop", "stop"]);
+            assert_eq!(
+                (result.is_err(), lab.quarantine().is_some()),
+                (is_fault(kind), is_fault(kind)),
+                "{kind:?}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acpi_stop_ends_the_run_and_needs_no_stop_when_it_works() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        lab.executor().execute(&Action::AcpiStop).await.unwrap();
+        assert_eq!(
+            (lab.plugin.take_calls(), lab.machine.status().state),
+            (vec!["acpi_stop".into()], State::Poweroff)
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acpi_stop_changes_nothing_when_it_is_unsupported() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        lab.plugin.fail("acpi_stop", Error::unsupported("a power button"));
+        lab.executor().execute(&Action::AcpiStop).await.unwrap_err();
+        assert_eq!(lab.plugin.take_calls(), ["acpi_stop"]);
+        assert_eq!((lab.machine.status().state, lab.quarantine()), (State::Running, None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_other_call_is_made_while_an_abandoned_one_runs() {
+        for (action, method) in [
+            (Action::RestoreStart, "restore_start"),
+            (Action::Stop, "stop"),
+            (Action::AcpiStop, "acpi_stop"),
+            (PREPARE, "prepare"),
+        ] {
+            let lab = Lab::new("");
+            if method.ends_with("stop") {
+                lab.start_own_run();
+            }
+            let mut executor = lab.executor();
+            let (result, release) = abandon(&lab, &mut executor, &action, method).await;
+            assert!(result.unwrap_err().contains("did not return"));
+            assert_eq!(lab.plugin.take_calls(), [method]);
+            assert_eq!(lab.machine.status().state, State::Error, "{method}");
+            assert!(lab.quarantine().is_some() && !executor.is_free() && executor.calls.is_abandoned());
+            let reason = executor.execute(&Action::Stop).await.unwrap_err();
+            assert!(reason.contains("has not returned") && lab.plugin.take_calls().is_empty(), "{reason}");
+            assert!(!lab.quarantine().unwrap().reason.contains("has not returned"), "it is out already");
+            lab.machine.enable();
+            executor.execute(&Action::Stop).await.unwrap_err();
+            assert!(lab.quarantine().unwrap().reason.contains("has not returned"), "out of the pool again");
+            lab.machine.disable("by hand");
+            executor.execute(&Action::Stop).await.unwrap_err();
+            assert_eq!(lab.disabled_reason().as_deref(), Some("by hand"));
+            release.send(()).unwrap();
+            executor.calls.abandoned_call_ended().await;
+            executor.execute(&Action::Stop).await.unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn action_without_its_method_is_refused_and_leaves_the_machine_in_the_pool() {
+        let plugin = FakePlugin::default();
+        plugin.set_capabilities(Capabilities::default());
+        let lab = Lab::with(plugin, "");
+        for action in [Action::NorestoreStart, Action::AcpiStop, lab.dump().0, PREPARE] {
+            lab.executor().execute(&action).await.unwrap_err();
+        }
+        let executor = lab.executor();
+        assert!(lab.plugin.take_calls().is_empty() && lab.quarantine().is_none());
+        assert!(executor.is_free() && !executor.can_prepare());
+        assert_eq!(lab.machine.status().errors.len(), 3, "a preparation is never an error");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_that_its_plugin_cannot_use_can_be_stopped_only() {
+        let lab = Lab::new("");
+        lab.machine.set_diagnosis(Some(&Error::environment("no disk")), Vec::new());
+        for action in [Action::RestoreStart, Action::NorestoreStart, PREPARE, Action::Heal] {
+            let reason = lab.executor().execute(&action).await.unwrap_err();
+            assert!(reason.contains("cannot be used: no disk"), "{reason}");
+        }
+        assert!(lab.plugin.take_calls().is_empty() && lab.quarantine().is_none());
+        lab.executor().execute(&Action::Stop).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn restore_is_prepared_only_when_the_machine_is_free_and_in_the_pool() {
+        let lab = Lab::new("");
+        let executor = lab.executor();
+        assert!(executor.can_prepare() && executor.is_free());
+        lab.machine.lock(&TaskLock::default()).unwrap();
+        assert!(!executor.can_prepare() && !executor.is_free());
+        lab.machine.unlock(None).unwrap();
+        lab.machine.take_out(ErrorKind::Failed, "killed", Heal::Auto);
+        assert!(!executor.can_prepare() && executor.is_free());
+        lab.machine.enable();
+        lab.machine.set_state(State::Running);
+        assert!(!executor.can_prepare() && !executor.is_free());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_dump_takes_the_machine_out_of_the_pool_only_when_its_state_has_changed() {
+        for (state, kind, in_pool) in [
+            (State::Running, ErrorKind::Failed, true),
+            (State::Running, ErrorKind::PluginMisbehaved, false),
+            (State::Paused, ErrorKind::Failed, false),
+        ] {
+            let lab = Lab::new("");
+            lab.start_own_run();
+            lab.plugin.once("dump_memory", move |plugin| {
+                plugin.set_state("m", state);
+                Err(Error::new(kind, "no"))
+            });
+            let (dump, path) = lab.dump();
+            lab.executor().execute(&dump).await.unwrap_err();
+            assert_eq!(
+                (lab.quarantine().is_none(), lab.machine.status().state),
+                (in_pool, state),
+                "{kind:?}"
+            );
+            assert!(!path.exists());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_leaves_the_pool_when_a_dump_does_not_return() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        let ((dump, path), mut executor) = (lab.dump(), lab.executor());
+        let (result, _release) = abandon(&lab, &mut executor, &dump, "dump_memory").await;
+        assert!(
+            result.unwrap_err().contains("did not return") && lab.quarantine().is_some() && !path.exists()
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dump_is_written_to_the_clients_file() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        let (dump, path) = lab.dump();
+        lab.executor().execute(&dump).await.unwrap();
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "dump");
+        assert_eq!(lab.machine.status().state, State::Running);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_preparation_is_no_error_of_the_machine_unless_the_plugin_is_at_fault() {
+        for (kind, is_fault) in [(ErrorKind::Failed, false), (ErrorKind::PluginPanicked, true)] {
+            let lab = Lab::new("");
+            lab.plugin.fail("prepare", Error::new(kind, "no space"));
+            lab.executor().execute(&PREPARE).await.unwrap_err();
+            let errors = lab.machine.status().errors;
+            assert_eq!((lab.quarantine().is_some(), errors.is_empty()), (is_fault, !is_fault), "{kind:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn interrupted_preparation_is_no_failure() {
+        let lab = Lab::new("");
+        lab.plugin.fail("prepare", Error::interrupted("stopped"));
+        lab.plugin.fail("prepare", failed());
+        for _ in 0..2 {
+            lab.executor().execute(&PREPARE).await.unwrap_err();
+        }
+        let entries = lab.context.metrics.to_json();
+        assert_eq!((&entries[0]["count"], &entries[0]["failed"]), (&2.into(), &1.into()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn successful_start_ends_the_row_of_plugin_faults() {
+        let lab = Lab::new("");
+        let mut executor = lab.executor();
+        for expected in [1, 2, 0, 1] {
+            match expected {
+                0 => executor.execute(&Action::RestoreStart).await.unwrap(),
+                _ => {
+                    lab.plugin.fail("stop", Error::misbehaved("nonsense"));
+                    executor.execute(&Action::Stop).await.unwrap_err();
+                }
+            }
+            assert_eq!(lab.machine.status().plugin_faults, expected);
+        }
+    }
+
+    #[test]
+    fn action_is_stuck_when_it_lasts_longer_than_all_of_its_calls() {
+        let lab = Lab::new("timeouts: {restore_start: 100, state: 10, stop: 1}");
+        assert_eq!(
+            lab.executor().total_limit_of(&Action::RestoreStart),
+            Duration::from_secs(112) + 4 * GRACE
+        );
+    }
+}

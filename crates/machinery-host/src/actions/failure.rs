@@ -28,3 +28,29 @@ impl From<Error> for Failure {
 pub fn refused(reason: Error) -> Failure {
     Failure { reason, disable: false }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failure_is_harmless_when_the_machine_stays_in_the_pool_and_another_moment_would_do() {
+        for (kind, disable, expected) in [
+            (ErrorKind::Interrupted, false, true),
+            (ErrorKind::NotNow, false, true),
+            (ErrorKind::NotNow, true, false),
+            (ErrorKind::Failed, false, false),
+            (ErrorKind::Failed, true, false),
+        ] {
+            let reason = Error::new(kind, "no");
+            assert_eq!(Failure { reason, disable }.is_harmless(), expected, "{kind:?} {disable}");
+        }
+    }
+
+    #[test]
+    fn every_failure_but_a_missing_method_takes_the_machine_out_of_the_pool() {
+        assert!(!Failure::from(Error::unsupported("stop")).disable);
+        assert!(Failure::from(Error::failed("killed")).disable);
+        assert!(!refused(Error::failed("the host ends")).disable);
+    }
+}

@@ -62,3 +62,84 @@ impl ActionExecutor {
         self.context.save_pool(&self.machine).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::lab::Lab;
+    use super::*;
+    use crate::config::Heal;
+    use tokio::time::timeout;
+
+    /// Returns a lab whose machine has failed.
+    fn lab() -> Lab {
+        let lab = Lab::new("");
+        lab.machine.take_out(ErrorKind::Failed, "killed", Heal::Auto);
+        lab
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn try_is_due_at_its_time_and_never_for_a_healthy_machine() {
+        let lab = lab();
+        let executor = lab.executor();
+        assert!(timeout(Duration::from_secs(4), executor.try_due()).await.is_err());
+        executor.try_due().await;
+        lab.machine.enable();
+        assert!(timeout(Duration::from_secs(3600), executor.try_due()).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_is_back_in_the_pool_when_a_try_has_worked() {
+        let lab = lab();
+        lab.context.save_pool(&lab.machine).await;
+        lab.machine.take_out(ErrorKind::PluginPanicked, "panicked", Heal::Auto);
+        lab.executor().execute(&Action::Heal).await.unwrap();
+        assert_eq!(lab.plugin.take_calls(), ["restore_start", "stop"]);
+        assert_eq!((lab.quarantine(), lab.machine.status().plugin_faults), (None, 0));
+        assert!(!lab.machine.status().started_well && !lab.saved().contains("killed"));
+        assert_eq!(lab.context.metrics.tries_and_healed(), (1, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_try_counts_and_is_saved() {
+        let lab = lab();
+        lab.plugin.fail("restore_start", Error::failed("killed again"));
+        lab.executor().execute(&Action::Heal).await.unwrap_err();
+        assert_eq!(lab.quarantine().unwrap().tries, 1);
+        assert!(lab.saved().contains("killed again") && lab.machine.status().errors.is_empty());
+        assert_eq!(lab.context.metrics.tries_and_healed(), (1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn try_that_the_plugin_postpones_counts_and_one_that_was_not_made_does_not() {
+        let lab = lab();
+        lab.plugin.fail("restore_start", Error::not_now("no space"));
+        lab.executor().execute(&Action::Heal).await.unwrap_err();
+        assert_eq!(lab.quarantine().unwrap().tries, 1);
+        lab.machine.set_diagnosis(Some(&Error::environment("no disk")), Vec::new());
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        lab.executor().execute(&Action::Heal).await.unwrap_err();
+        let quarantine = lab.quarantine().unwrap();
+        assert_eq!((quarantine.tries, quarantine.next_try_in()), (1, 30));
+        assert_eq!(lab.context.metrics.tries_and_healed(), (1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_of_somebody_else_is_not_ended_by_a_try() {
+        let lab = lab();
+        lab.plugin.set_state("m", State::Running);
+        lab.executor().execute(&Action::Heal).await.unwrap_err();
+        assert!(lab.plugin.take_calls().is_empty());
+        assert!(lab.quarantine().unwrap().is_left_alone && lab.saved().contains("is_left_alone"));
+        assert_eq!(lab.machine.status().state, State::Running);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_of_an_earlier_try_is_ended_by_the_next_one() {
+        let lab = lab();
+        lab.start_own_run();
+        lab.executor().execute(&Action::Heal).await.unwrap();
+        assert_eq!(lab.plugin.take_calls(), ["stop", "restore_start", "stop"]);
+    }
+}

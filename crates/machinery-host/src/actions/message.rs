@@ -147,3 +147,62 @@ impl Paused {
         let _ = self.0.send(());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::PrepareOrigin;
+    use super::*;
+
+    fn request(action: Action) -> Message {
+        let count = watch::Sender::new(0);
+        let _in_flight = InFlightGuard::new([&count, &count]);
+        Message::Request(Request { action, responder: Responder::new(|_| ()), _in_flight })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn preparation_is_useless_at_once_or_when_a_restore_has_waited_for_it() {
+        let (now, later) = (Some(Instant::now()), Some(Instant::now() + MAX_RESTORE_DELAY));
+        for (message, cancels, from) in [
+            (request(Action::Stop), true, now),
+            (request(Action::StopOwn), true, now),
+            (request(Action::NorestoreStart), true, now),
+            (Message::Pause(Pause::new().0), true, now),
+            (request(Action::RestoreStart), false, later),
+            (request(Action::AcpiStop), false, None),
+            (request(Action::Prepare(PrepareOrigin::Request)), false, None),
+        ] {
+            assert_eq!((message.cancels_preparation(), message.cancels_preparation_from()), (cancels, from));
+        }
+    }
+
+    #[test]
+    fn action_counts_for_its_machine_and_for_all_until_it_ends() {
+        let (own, all) = (watch::Sender::new(0), watch::Sender::new(3));
+        let guard = InFlightGuard::new([&own, &all]);
+        assert_eq!((*own.borrow(), *all.borrow()), (1, 4));
+        drop(guard);
+        assert_eq!((*own.borrow(), *all.borrow()), (0, 3));
+    }
+
+    #[tokio::test]
+    async fn paused_worker_is_retired_or_resumes() {
+        for retires in [true, false] {
+            let (pause, pausing) = Pause::new();
+            let worker = tokio::spawn(pause.is_retired());
+            let paused = pausing.reached().await.unwrap();
+            if retires {
+                paused.retire()
+            } else {
+                drop(paused)
+            }
+            assert_eq!(worker.await.unwrap(), retires);
+        }
+    }
+
+    #[tokio::test]
+    async fn pause_of_a_worker_that_has_ended_is_never_reached() {
+        let (pause, pausing) = Pause::new();
+        drop(pause);
+        assert!(pausing.reached().await.is_none());
+    }
+}

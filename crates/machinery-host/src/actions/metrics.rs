@@ -126,4 +126,13 @@ mod tests {
         }
         assert_eq!(metrics.to_json().as_array().unwrap().len(), MAX_ENTRIES);
     }
+
+    #[test]
+    fn metrics_count_tries_and_healed_machines() {
+        let metrics = Metrics::default();
+        for healed in [false, true, false] {
+            metrics.count_try(healed);
+        }
+        assert_eq!(metrics.tries_and_healed(), (3, 1));
+    }
 }

@@ -33,6 +33,8 @@ pub mod executor;
 pub mod failure;
 pub mod healing;
 pub mod inspection;
+#[cfg(test)]
+mod lab;
 pub mod message;
 pub mod metrics;
 pub mod overdue;

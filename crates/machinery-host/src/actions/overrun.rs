@@ -29,3 +29,36 @@ impl ActionExecutor {
         Ok(self.stop_own().await?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::Action;
+    use super::super::lab::Lab;
+    use tokio::time::{Instant, timeout};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[tokio::test(start_paused = true)]
+    async fn run_is_too_long_when_it_has_lasted_max_run() {
+        let lab = Lab::new("max_run: 60");
+        lab.start_own_run();
+        let (begun, mut executor) = (Instant::now(), lab.executor());
+        executor.overrun().await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(60));
+        executor.execute(&Action::StopOverrun).await.unwrap();
+        let errors = lab.machine.status().errors;
+        assert!(errors[0].contains("longer than max_run (60 s)"), "{errors:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_is_never_too_long_when_it_is_not_the_hosts_or_has_no_limit() {
+        let lab = Lab::new("max_run: 60");
+        lab.start_foreign_run();
+        assert!(timeout(HOUR, lab.executor().overrun()).await.is_err());
+        let lab = Lab::new("");
+        lab.start_own_run();
+        assert!(timeout(HOUR, lab.executor().overrun()).await.is_err());
+    }
+}

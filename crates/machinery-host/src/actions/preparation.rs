@@ -94,3 +94,55 @@ async fn cancel_prepare(machine: &Arc<Machine>, context: &ActionContext) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::Lab;
+    use super::super::message::Pause;
+    use super::*;
+    use tokio::time::{advance, timeout};
+
+    fn cancellation(lab: &Lab) -> (Cancellation, watch::Receiver<bool>) {
+        let abandon = Arc::new(watch::Sender::new(false));
+        let abandoned = abandon.subscribe();
+        (Cancellation::new(Arc::clone(&lab.machine), Arc::clone(&lab.context), abandon), abandoned)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn preparation_is_cancelled_again_until_it_is_overdue() {
+        let lab = Lab::new("timeouts: {stop: 1}");
+        let (mut cancellation, abandoned) = cancellation(&lab);
+        assert!(timeout(Duration::from_secs(3600), cancellation.due()).await.is_err(), "nothing cancels it");
+        cancellation.consider(Some(&Message::Pause(Pause::new().0)));
+        let begun = Instant::now();
+        for (number, is_overdue) in [(0, false), (1, false), (2, true)] {
+            cancellation.due().await;
+            assert_eq!(begun.elapsed(), number * CANCEL_INTERVAL);
+            cancellation.cancel().await;
+            assert_eq!((lab.plugin.take_calls(), *abandoned.borrow()), (vec!["stop".into()], is_overdue));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn preparation_is_cancelled_when_the_host_ends() {
+        let lab = Lab::new("");
+        let (mut cancellation, _) = cancellation(&lab);
+        cancellation.consider(None);
+        let begun = Instant::now();
+        cancellation.due().await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        // A later message does not postpone it.
+        advance(Duration::from_secs(1)).await;
+        cancellation.consider(None);
+        cancellation.due().await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_is_not_stopped_instead_of_a_preparation() {
+        let lab = Lab::new("");
+        lab.start_foreign_run();
+        cancellation(&lab).0.cancel().await;
+        assert!(lab.plugin.take_calls().is_empty());
+    }
+}

@@ -140,3 +140,207 @@ impl Queues {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::lab::Lab;
+    use super::super::{ActionResult, PrepareOrigin};
+    use super::*;
+    use machinery::State;
+    use tokio::sync::oneshot;
+    use tokio::time::timeout;
+
+    /// Returns the queues of a lab, with a worker of its machine.
+    fn queues(lab: &Lab) -> Queues {
+        let queues = Queues::new(Arc::clone(&lab.context));
+        queues.add(&lab.machine);
+        queues
+    }
+
+    fn submit(queues: &Queues, lab: &Lab, action: Action) -> oneshot::Receiver<ActionResult> {
+        let (sender, receiver) = oneshot::channel();
+        queues.submit(&lab.machine, action, Responder::new(|result| drop(sender.send(result))));
+        receiver
+    }
+
+    /// Waits until all workers have ended.
+    async fn ended(workers: JoinSet<()>) {
+        assert!(timeout(Duration::from_secs(60), workers.join_all()).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn action_runs_and_responds_with_its_result() {
+        let lab = Lab::new("");
+        let queues = queues(&lab);
+        assert!(!queues.is_busy(&lab.machine));
+        let started = submit(&queues, &lab, Action::RestoreStart);
+        assert!(queues.is_busy(&lab.machine));
+        started.await.unwrap().unwrap();
+        queues.idle().await;
+        assert!(!queues.is_busy(&lab.machine));
+        lab.plugin.fail("stop", machinery::Error::failed("killed"));
+        assert!(submit(&queues, &lab, Action::Stop).await.unwrap().unwrap_err().contains("killed"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn request_is_refused_when_as_many_wait_as_may() {
+        let lab = Lab::new("");
+        let queues = queues(&lab);
+        let waiting: Vec<_> = (0..MAX_REQUESTS).map(|_| submit(&queues, &lab, Action::Stop)).collect();
+        assert_eq!(submit(&queues, &lab, Action::Stop).await.unwrap(), Err(FULL.to_owned()));
+        assert!(timeout(Duration::ZERO, queues.idle()).await.is_err());
+        for result in waiting {
+            result.await.unwrap().unwrap();
+        }
+        queues.idle().await;
+        submit(&queues, &lab, Action::Stop).await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_pauses_only_when_no_action_waits() {
+        let lab = Lab::new("");
+        let queues = queues(&lab);
+        let stopped = submit(&queues, &lab, Action::Stop);
+        assert!(queues.pause(&lab.machine).is_none());
+        stopped.await.unwrap().unwrap();
+        queues.idle().await;
+        let paused = queues.pause(&lab.machine).unwrap().reached().await.unwrap();
+        let mut waiting = submit(&queues, &lab, Action::Stop);
+        assert!(timeout(Duration::from_secs(60), &mut waiting).await.is_err());
+        drop(paused);
+        waiting.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_are_refused_when_the_machine_is_removed() {
+        let lab = Lab::new("");
+        let queues = queues(&lab);
+        let paused = queues.pause(&lab.machine).unwrap().reached().await.unwrap();
+        let waiting = submit(&queues, &lab, Action::Stop);
+        queues.remove(&lab.machine);
+        assert_eq!(submit(&queues, &lab, Action::Stop).await.unwrap(), Err(REMOVED.to_owned()));
+        paused.retire();
+        assert_eq!(waiting.await.unwrap(), Err(REMOVED.to_owned()));
+        assert!(!lab.plugin.take_calls().contains(&"stop".to_owned()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closed_queues_refuse_actions_and_power_the_hosts_own_run_off() {
+        let lab = Lab::new("");
+        let queues = queues(&lab);
+        assert_eq!(queues.closing(), None);
+        lab.start_own_run();
+        let release = lab.plugin.block("acpi_stop");
+        let running = submit(&queues, &lab, Action::AcpiStop);
+        lab.plugin.called("acpi_stop").await;
+        let waiting = submit(&queues, &lab, Action::Stop);
+        let workers = queues.close(Ending::Stop);
+        assert_eq!(queues.closing(), Some(CLOSING));
+        assert_eq!(submit(&queues, &lab, Action::Stop).await.unwrap(), Err(CLOSING.to_owned()));
+        assert!(lab.context.restore_permit().await.is_err());
+        lab.plugin.set_state("m", State::Poweroff);
+        release.send(()).unwrap();
+        running.await.unwrap().unwrap();
+        assert_eq!(waiting.await.unwrap(), Err(CLOSING.to_owned()));
+        ended(workers).await;
+        queues.add(&lab.machine);
+        assert!(queues.pause(&lab.machine).is_none(), "no worker is added any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn run_ends_with_the_host_unless_it_is_of_somebody_else_or_the_next_host_adopts_it() {
+        for (own, ending, adopts, stops) in [
+            (true, Ending::Stop, true, true),
+            (true, Ending::HandOver, false, true),
+            (true, Ending::HandOver, true, false),
+            (false, Ending::Stop, true, false),
+        ] {
+            let lab = Lab::new("");
+            lab.machine.machinery.adopts.store(adopts, std::sync::atomic::Ordering::SeqCst);
+            if own {
+                lab.start_own_run()
+            } else {
+                lab.start_foreign_run()
+            }
+            ended(queues(&lab).close(ending)).await;
+            assert_eq!(
+                lab.plugin.take_calls().contains(&"stop".to_owned()),
+                stops,
+                "{own} {ending:?} {adopts}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn next_restore_is_prepared_by_the_host_and_by_request() {
+        let lab = Lab::new("");
+        let queues = queues(&lab);
+        lab.plugin.called("prepare").await;
+        queues.idle().await;
+        lab.plugin.take_calls();
+        submit(&queues, &lab, Action::Prepare(PrepareOrigin::Request)).await.unwrap().unwrap();
+        assert_eq!(lab.plugin.take_calls(), ["prepare"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn preparation_is_cancelled_when_the_machine_is_to_be_stopped() {
+        let lab = Lab::new("");
+        let release = lab.plugin.block("prepare");
+        let queues = queues(&lab);
+        lab.plugin.called("prepare").await;
+        let plugin = lab.plugin.clone();
+        // The plugin's preparation ends with its cancellation.
+        lab.plugin.once("stop", move |_| {
+            plugin.set_state("m", State::Poweroff);
+            let _ = release.send(());
+            Ok(())
+        });
+        submit(&queues, &lab, Action::Stop).await.unwrap().unwrap();
+        assert_eq!(lab.plugin.take_calls()[..3], ["prepare", "stop", "stop"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn preparation_by_request_is_refused_when_a_stop_waits() {
+        let lab = Lab::new("");
+        let permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let queues = queues(&lab);
+        let prepared = submit(&queues, &lab, Action::Prepare(PrepareOrigin::Request));
+        let stopped = submit(&queues, &lab, Action::Stop);
+        assert!(prepared.await.unwrap().unwrap_err().contains("not prepared"));
+        stopped.await.unwrap().unwrap();
+        assert!(!lab.plugin.take_calls().contains(&"prepare".to_owned()));
+        drop(permits);
+        lab.plugin.called("prepare").await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_has_a_pending_change_applied_when_its_machine_is_free() {
+        let lab = Lab::new("");
+        lab.start_own_run();
+        let queues = queues(&lab);
+        lab.machine.set_pending_change(true);
+        let minute = Duration::from_secs(60);
+        assert!(timeout(minute, lab.context.pending_change.notified()).await.is_err());
+        submit(&queues, &lab, Action::Stop).await.unwrap().unwrap();
+        assert!(timeout(minute, lab.context.pending_change.notified()).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_tries_a_machine_in_quarantine_and_stops_a_run_that_is_too_long() {
+        let lab = Lab::new("max_run: 60");
+        let queues = queues(&lab);
+        lab.machine.take_out(machinery::ErrorKind::Failed, "killed", crate::config::Heal::Auto);
+        lab.plugin.called("restore_start").await;
+        queues.idle().await;
+        assert!(timeout(Duration::from_secs(60), lab.plugin.called("stop")).await.is_ok());
+        while lab.quarantine().is_some() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        submit(&queues, &lab, Action::RestoreStart).await.unwrap().unwrap();
+        lab.plugin.take_calls();
+        lab.plugin.called("stop").await;
+        assert!(lab.machine.status().errors[0].contains("max_run"));
+    }
+}

@@ -11,6 +11,8 @@ use machinery::{
     State,
 };
 
+use tokio::sync::watch;
+
 use super::{Machine, Machinery};
 use crate::events::Events;
 use crate::plugin::checksum::FileHash;
@@ -20,16 +22,20 @@ type Answer = Box<dyn FnOnce(&FakePlugin) -> Result<()> + Send>;
 
 /// The plugin. Its clones share everything.
 #[derive(Clone, Default)]
-pub struct FakePlugin(Arc<Mutex<Script>>);
+pub struct FakePlugin {
+    script: Arc<Mutex<Script>>,
+    /// The methods that were called, without those for states.
+    calls: Arc<watch::Sender<Vec<String>>>,
+}
 
 #[derive(Default)]
 struct Script {
     states: HashMap<String, State>,
-    calls: Vec<String>,
     answers: HashMap<&'static str, VecDeque<Answer>>,
     infos: Vec<MachineInfo>,
     unusable: HashMap<String, String>,
     reloaded: Reloaded,
+    able: Option<Capabilities>,
 }
 
 impl FakePlugin {
@@ -77,9 +83,20 @@ impl FakePlugin {
         (script.infos, script.reloaded) = (infos, reloaded);
     }
 
+    /// Sets the optional methods that the plugin has. Without this, it has all but screenshots.
+    pub fn set_capabilities(&self, able: Capabilities) {
+        self.script().able = Some(able);
+    }
+
+    /// Waits until the plugin is called with that method.
+    pub async fn called(&self, method: &str) {
+        // The sender is here, so this cannot fail.
+        let _ = self.calls.subscribe().wait_for(|calls| calls.iter().any(|call| call == method)).await;
+    }
+
     /// Returns the calls since the last time, without those for states.
     pub fn take_calls(&self) -> Vec<String> {
-        std::mem::take(&mut self.script().calls)
+        self.calls.send_replace(Vec::new())
     }
 
     /// Returns a machinery of this plugin.
@@ -105,14 +122,12 @@ impl FakePlugin {
     }
 
     fn script(&self) -> MutexGuard<'_, Script> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.script.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn answer(&self, method: &'static str, machine: &str, state: Option<State>) -> Result<()> {
-        let mut script = self.script();
-        script.calls.push(method.to_owned());
-        let scripted = script.answers.get_mut(method).and_then(VecDeque::pop_front);
-        drop(script);
+        self.calls.send_modify(|calls| calls.push(method.to_owned()));
+        let scripted = self.script().answers.get_mut(method).and_then(VecDeque::pop_front);
         if let Some(scripted) = scripted {
             return scripted(self);
         }
@@ -155,10 +170,14 @@ impl machinery::Machinery for FakePlugin {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let mut able = Capabilities::default();
-        (able.norestore_start, able.acpi_stop, able.dump_memory) = (true, true, true);
-        able.prepare = true;
-        able
+        let all = Capabilities {
+            norestore_start: true,
+            acpi_stop: true,
+            dump_memory: true,
+            prepare: true,
+            ..Capabilities::default()
+        };
+        self.script().able.unwrap_or(all)
     }
 
     fn machines(&self) -> Vec<MachineInfo> {

@@ -169,6 +169,7 @@ mod tests {
     use machinery::config::ConfigFile;
 
     use super::*;
+    use crate::fleet::fake_plugin::{FakePlugin, info};
 
     fn setup(config: &str, host: Option<&str>) -> Setup {
         let file = |text: &str| ConfigFile { path: "/cwd/file.yaml".into(), text: text.into() };
@@ -199,5 +200,77 @@ mod tests {
         assert_eq!(without_reload(true).unwrap(), Reloaded::default());
         let error = without_reload(false).unwrap_err().to_string();
         assert!(error.contains("Restart the host"), "{error}");
+    }
+
+    /// Returns two machineries with their plugins, and setups whose text is this.
+    fn machineries() -> ([FakePlugin; 2], Vec<Arc<Machinery>>, impl Fn(&str) -> Setups) {
+        let plugins = [FakePlugin::default(), FakePlugin::default()];
+        let names = ["a", "b"];
+        let machineries = names.iter().zip(&plugins).map(|(name, plugin)| plugin.machinery(name)).collect();
+        let setups = move |text: &str| names.map(|name| (name.to_owned(), setup(text, None))).into();
+        (plugins, machineries, setups)
+    }
+
+    async fn apply(
+        machineries: &[Arc<Machinery>],
+        old: &Setups,
+        new: &Setups,
+    ) -> Result<usize, (String, Option<usize>)> {
+        let (limit, mut abandoned) = (Duration::from_secs(60), AbandonedCalls::new());
+        let mut reload = PluginReload { machineries, in_use: Vec::new(), limit, abandoned: &mut abandoned };
+        let applied = reload.apply(old, new).await;
+        applied
+            .map(|answers| answers.len())
+            .map_err(|(error, rolled_back)| (error.to_string(), rolled_back.map(|answers| answers.len())))
+    }
+
+    #[tokio::test]
+    async fn all_plugins_apply_the_old_configuration_again_when_one_fails() {
+        let (plugins, machineries, setups) = machineries();
+        let (old, new) = (setups("old"), setups("new"));
+        assert_eq!(apply(&machineries, &old, &new).await, Ok(2));
+        plugins[1].fail("reload", Error::failed("no such disk"));
+        plugins.iter().for_each(|plugin| drop(plugin.take_calls()));
+        let (error, rolled_back) = apply(&machineries, &old, &new).await.unwrap_err();
+        assert!(error.contains("no such disk") && error.contains("'b'"), "{error}");
+        assert_eq!(rolled_back, Some(2));
+        assert_eq!(plugins.map(|plugin| plugin.take_calls().len()), [2, 2]);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_rolled_back_to_when_a_plugin_does_not_apply_the_old_configuration() {
+        let (plugins, machineries, setups) = machineries();
+        for _ in 0..2 {
+            plugins[0].fail("reload", Error::failed("no such disk"));
+        }
+        let (_, rolled_back) = apply(&machineries, &setups("old"), &setups("new")).await.unwrap_err();
+        assert_eq!(rolled_back, None);
+    }
+
+    #[tokio::test]
+    async fn plugin_without_reload_accepts_only_the_same_configuration() {
+        let (plugins, machineries, setups) = machineries();
+        let unsupported = || plugins[0].fail("reload", Error::unsupported("reload"));
+        unsupported();
+        assert_eq!(apply(&machineries, &setups("old"), &setups("old")).await, Ok(2));
+        unsupported();
+        let (error, _) = apply(&machineries, &setups("old"), &setups("new")).await.unwrap_err();
+        assert!(error.contains("Restart the host"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn configuration_is_refused_when_two_machines_of_a_machinery_share_an_address() {
+        let (plugins, machineries, setups) = machineries();
+        let shared = |name: &str| MachineInfo { ip: "10.0.0.1".into(), ..info(name) };
+        let conflict = async |[a, b]: [Vec<MachineInfo>; 2]| {
+            plugins[0].set_machines(a, Reloaded::default());
+            plugins[1].set_machines(b, Reloaded::default());
+            apply(&machineries, &setups("old"), &setups("new")).await.err().map(|(error, _)| error)
+        };
+        assert_eq!(conflict([vec![shared("m"), info("n")], vec![shared("o")]]).await, None);
+        let error = conflict([vec![shared("m"), shared("n")], Vec::new()]).await.unwrap();
+        assert!(error.contains("ip of machine 'm'"), "{error}");
+        let error = conflict([vec![info("m")], vec![info("m")]]).await.unwrap();
+        assert!(error.contains("'m'"), "{error}");
     }
 }

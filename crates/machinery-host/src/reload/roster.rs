@@ -67,3 +67,47 @@ async fn new_machines(
         Vec::new()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::fake_plugin::{FakePlugin, info};
+    use machinery::State;
+
+    /// Returns the settings of a host without a configuration of its own.
+    fn settings() -> ActionSettings {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("conf")).unwrap();
+        std::fs::write(folder.path().join(".cuckoocwd"), "").unwrap();
+        std::fs::write(folder.path().join("conf/cuckoo.yaml"), "machineries: [fake]\n").unwrap();
+        let cwd = crate::cwd::Cwd::find(Some(folder.path())).unwrap();
+        ActionSettings::of(&crate::config::Config::read(&cwd).unwrap())
+    }
+
+    #[tokio::test]
+    async fn next_roster_keeps_machines_of_the_same_machinery_and_name() {
+        let (plugin, events) = (FakePlugin::default(), Events::default());
+        let kept = plugin.machine("kept", &events);
+        let (first, second) = (Arc::clone(&kept.machinery), plugin.machinery("second"));
+        let moved =
+            Arc::new(Machine::new(info("moved"), Arc::clone(&second), State::Poweroff, events.clone()));
+        let old = Roster::new(
+            vec![Arc::clone(&first), Arc::clone(&second)],
+            vec![Arc::clone(&kept), Arc::clone(&moved)],
+        );
+        plugin.set_state("new", State::Running);
+        let changed = MachineInfo { ip: "10.0.0.9".into(), ..info("kept") };
+        let answers = vec![vec![info("new"), changed, info("moved")], Vec::new()];
+        let next = next(&old, answers, &settings(), &events).await;
+        let names: Vec<_> = next.machines().iter().map(|machine| machine.name()).collect();
+        assert_eq!((names, next.machineries().len()), (vec!["new", "kept", "moved"], 2));
+        assert!(next.has(&kept) && !next.has(&moved), "another machinery has the name now");
+        assert_eq!(
+            (kept.info().ip.as_str(), next.find("new").unwrap().status().state),
+            ("10.0.0.9", State::Running)
+        );
+        let of =
+            |machinery| machines_of(machinery, ["kept", "x", "kept", "new"].map(String::from).into(), &next);
+        assert_eq!((of(&first), of(&second)), (vec!["kept".into(), "new".into()], Vec::<String>::new()));
+    }
+}
