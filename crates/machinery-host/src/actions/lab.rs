@@ -24,6 +24,8 @@ pub struct Lab {
     pub machine: Arc<Machine>,
     pub context: Arc<ActionContext>,
     pub fleet: Arc<Fleet>,
+    pub state: Arc<StateStore>,
+    pub events: Events,
     pub folder: tempfile::TempDir,
 }
 
@@ -37,13 +39,20 @@ impl Lab {
     pub fn with(plugin: FakePlugin, host_yaml: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = configuration(&folder, host_yaml);
-        let machine = plugin.machine("m", &Events::default());
+        let events = Events::default();
+        let machine = plugin.machine("m", &events);
         let fleet = Arc::<Fleet>::default();
         fleet.set(Roster::new(vec![Arc::clone(&machine.machinery)], vec![Arc::clone(&machine)]));
         let state = StateStore::open(folder.path(), Arc::clone(&fleet)).unwrap();
         let folders = Folders { storage: folder.path().into(), staging: folder.path().into() };
-        let context = Arc::new(ActionContext::new(&config, folders, Arc::<Metrics>::default(), state));
-        Lab { plugin, machine, context, fleet, folder }
+        let metrics = Arc::<Metrics>::default();
+        let context = Arc::new(ActionContext::new(&config, folders, metrics, Arc::clone(&state)));
+        Lab { plugin, machine, context, fleet, state, events, folder }
+    }
+
+    /// Returns the CWD of the host.
+    pub fn cwd(&self) -> Cwd {
+        Cwd::find(Some(self.folder.path())).unwrap()
     }
 
     /// Returns an executor of the machine.

@@ -34,7 +34,7 @@ pub mod failure;
 pub mod healing;
 pub mod inspection;
 #[cfg(test)]
-mod lab;
+pub mod lab;
 pub mod message;
 pub mod metrics;
 pub mod overdue;

@@ -343,4 +343,21 @@ mod tests {
         lab.plugin.called("stop").await;
         assert!(lab.machine.status().errors[0].contains("max_run"));
     }
+
+    #[tokio::test]
+    async fn locks_are_passed_only_when_they_are_free() {
+        let lab = Lab::new("");
+        let queues = &queues(&lab);
+        std::thread::scope(|scope| {
+            let held = queues.queues();
+            let (passed, receiver) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                queues.pass_locks();
+                passed.send(()).unwrap();
+            });
+            assert!(receiver.recv_timeout(Duration::from_millis(100)).is_err());
+            drop(held);
+            receiver.recv().unwrap();
+        });
+    }
 }

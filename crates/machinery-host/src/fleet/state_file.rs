@@ -283,4 +283,21 @@ mod tests {
         assert_eq!(back.task_lock(), Some(lock));
         assert!(state.others().is_empty());
     }
+
+    #[test]
+    fn lock_is_passed_only_when_it_is_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateStore::open(folder.path(), Arc::default()).unwrap();
+        std::thread::scope(|scope| {
+            let (held, (passed, receiver)) = (state.others(), std::sync::mpsc::channel());
+            let state = &state;
+            scope.spawn(move || {
+                state.pass_locks();
+                passed.send(()).unwrap();
+            });
+            assert!(receiver.recv_timeout(std::time::Duration::from_millis(100)).is_err());
+            drop(held);
+            receiver.recv().unwrap();
+        });
+    }
 }

@@ -284,3 +284,202 @@ fn expect_same_machineries(old: &Config, new: &Config) -> Result<()> {
         format!("the list of machineries is now {}; the host was started with {}", list(new), list(old));
     Err(Error::configuration(reason).advice("Restart the host to use other machineries"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actions::lab::{Lab, configuration};
+    use crate::actions::message::Responder;
+    use crate::actions::{Action, Ending};
+    use crate::fleet::availability::TaskLock;
+    use crate::fleet::fake_plugin::info;
+    use machinery::{MachineInfo, Readiness};
+    use std::pin::pin;
+    use tokio::sync::oneshot;
+
+    /// Returns a reloader of the lab's fleet, with a worker of each machine. The plugin lists the same machine again.
+    fn reloader(lab: &Lab) -> Reloader {
+        let conf = lab.folder.path().join("conf");
+        std::fs::create_dir_all(conf.join("machineries")).unwrap();
+        std::fs::write(conf.join("machineries/fake.yaml"), "machines: {}\n").unwrap();
+        lab.plugin.set_machines(vec![info("m")], Reloaded::default());
+        let queues = Arc::new(Queues::new(Arc::clone(&lab.context)));
+        queues.add(&lab.machine);
+        let search = PluginSearch { folders: Vec::new(), allow_insecure: false };
+        let started = Config::read(&lab.cwd()).unwrap();
+        let (fleet, state) = (Arc::clone(&lab.fleet), Arc::clone(&lab.state));
+        Reloader::new(lab.cwd(), search, started, fleet, queues, state, lab.events.clone()).unwrap()
+    }
+
+    /// Has the plugin answer the next reloads with these machines.
+    fn answer(lab: &Lab, infos: &[&str], changed: &[&str], later: &[&str]) {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let reloaded = Reloaded { changed: names(changed), later: names(later) };
+        lab.plugin.set_machines(infos.iter().map(|name| info(name)).collect(), reloaded);
+    }
+
+    async fn stop(reloader: &Reloader, machine: &crate::fleet::Machine) -> Result<(), String> {
+        let (sender, result) = oneshot::channel();
+        let responder = Responder::new(|result| drop(sender.send(result)));
+        reloader.queues.submit(machine, Action::Stop, responder);
+        result.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn machines_are_added_and_removed_with_their_workers() {
+        let lab = Lab::new("");
+        let (reloader, mut events) = (reloader(&lab), lab.events.subscribe());
+        answer(&lab, &["new"], &[], &[]);
+        let summary = reloader.reload().await.unwrap();
+        assert_eq!((summary.added, summary.removed), (vec!["new".to_owned()], vec!["m".to_owned()]));
+        let sent = std::iter::from_fn(|| events.try_recv().ok());
+        assert_eq!(sent.filter(|event| matches!(event, Event::Reloaded(_))).count(), 1);
+        assert!(lab.fleet.find("m").is_none());
+        let reason = stop(&reloader, &lab.machine).await.unwrap_err();
+        assert!(reason.contains("removed"), "{reason}");
+        let new = lab.fleet.find("new").unwrap();
+        stop(&reloader, &new).await.unwrap();
+        new.lock(&TaskLock::default()).unwrap();
+        lab.state.save().await.unwrap();
+        assert!(lab.saved().contains("new"));
+    }
+
+    #[tokio::test]
+    async fn changed_machine_is_not_ready_any_more_and_works_again_after_the_reload() {
+        let lab = Lab::new("");
+        let reloader = reloader(&lab);
+        lab.machine.set_ready(&RestoreReadiness { mode: Readiness::Standby, ..RestoreReadiness::default() });
+        answer(&lab, &["m"], &["m", "x"], &["m"]);
+        let summary = reloader.reload().await.unwrap();
+        assert_eq!((summary.changed, summary.deferred), (vec!["m".to_owned()], Vec::<String>::new()));
+        assert_eq!(lab.machine.status().ready, Some(RestoreReadiness::default()));
+        assert!(!lab.machine.has_pending_change(), "a free machine waits for nothing");
+        stop(&reloader, &lab.machine).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn change_of_a_locked_machine_waits_until_the_machine_is_free() {
+        let lab = Lab::new("");
+        let reloader = reloader(&lab);
+        lab.machine.lock(&TaskLock::default()).unwrap();
+        answer(&lab, &["m"], &[], &["m"]);
+        let summary = reloader.reload().await.unwrap();
+        assert!(summary.deferred == ["m"] && lab.machine.has_pending_change());
+        lab.machine.unlock(None).unwrap();
+        lab.plugin.fail("reload", Error::failed("no such disk"));
+        reloader.apply_pending_changes().await;
+        assert!(!lab.machine.has_pending_change(), "it is not tried again and again");
+        lab.machine.set_pending_change(true);
+        answer(&lab, &["m"], &["m"], &[]);
+        reloader.apply_pending_changes().await;
+        assert!(!lab.machine.has_pending_change());
+    }
+
+    #[tokio::test]
+    async fn refused_reload_changes_nothing() {
+        let lab = Lab::new("");
+        let (reloader, mut events) = (reloader(&lab), lab.events.subscribe());
+        configuration(&lab.folder, "max_run: 60");
+        answer(&lab, &["m", "new"], &[], &[]);
+        for _ in 0..2 {
+            lab.plugin.fail("reload", Error::failed("no such disk"));
+        }
+        reloader.reload().await.unwrap_err();
+        assert_eq!((lab.context.settings().max_run, lab.fleet.roster().machines().len()), (None, 1));
+        let reloads = std::iter::from_fn(|| events.try_recv().ok());
+        assert_eq!(reloads.filter(|event| matches!(event, Event::Reloaded(_))).count(), 0);
+        assert_eq!(reloader.reload().await.unwrap().settings, ["max_run"]);
+        assert_eq!(lab.context.settings().max_run, Some(Duration::from_secs(60)));
+    }
+
+    #[tokio::test]
+    async fn changes_that_a_rollback_applies_are_sent() {
+        let lab = Lab::new("");
+        let (reloader, mut events) = (reloader(&lab), lab.events.subscribe());
+        let mut reloads = || {
+            let events = std::iter::from_fn(|| events.try_recv().ok());
+            events.filter(|event| matches!(event, Event::Reloaded(_))).count()
+        };
+        lab.plugin.fail("reload", Error::failed("no such disk"));
+        reloader.reload().await.unwrap_err();
+        assert_eq!(reloads(), 0, "nothing has changed");
+        lab.plugin.fail("reload", Error::failed("no such disk"));
+        answer(&lab, &["m"], &["m"], &[]);
+        reloader.reload().await.unwrap_err();
+        assert_eq!(reloads(), 1);
+        answer(&lab, &["m"], &[], &[]);
+        reloader.reload().await.unwrap();
+        assert_eq!(reloads(), 1, "a reload without changes is an event too");
+    }
+
+    #[tokio::test]
+    async fn restart_is_required_for_what_only_a_start_of_the_host_reads() {
+        let lab = Lab::new("");
+        let reloader = reloader(&lab);
+        let restart_required = async |host_yaml: &str| {
+            configuration(&lab.folder, host_yaml);
+            reloader.reload().await.unwrap().restart_required
+        };
+        let plugin_only = restart_required("").await;
+        assert!(
+            matches!(&plugin_only[..], [change] if change.contains("the plugin of 'fake'")),
+            "{plugin_only:?}"
+        );
+        let permits = restart_required("max_parallel_restores: 1").await;
+        assert!(permits.len() == 2 && permits[0].contains("max_parallel_restores"), "{permits:?}");
+    }
+
+    #[test]
+    fn reload_refuses_another_list_of_machineries() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = configuration(&folder, "");
+        expect_same_machineries(&old, &old).unwrap();
+        let new = Config { machineries: vec!["other".into()], ..old.clone() };
+        let error = expect_same_machineries(&old, &new).unwrap_err().to_string();
+        assert!(error.contains("is now other") && error.contains("started with fake"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn machine_that_is_started_while_its_worker_pauses_is_in_use() {
+        let lab = Lab::new("");
+        let reloader = reloader(&lab);
+        lab.start_own_run();
+        assert!(reloader.pause_free_machines(&lab.fleet.roster()).await.is_empty());
+        lab.machine.set_state(machinery::State::Poweroff);
+        assert_eq!(reloader.pause_free_machines(&lab.fleet.roster()).await.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reloader_is_idle_when_no_reload_runs_and_refuses_one_when_the_host_ends() {
+        let lab = Lab::new("");
+        let reloader = reloader(&lab);
+        let release = lab.plugin.block("reload");
+        let mut reload = pin!(reloader.reload());
+        tokio::select! {
+            result = &mut reload => panic!("{result:?}"),
+            () = reloader.idle() => panic!("a reload runs"),
+            () = lab.plugin.called("reload") => {}
+        }
+        assert!(reloader.allocation.try_read().is_err(), "no machine is allocated meanwhile");
+        release.send(()).unwrap();
+        reload.await.unwrap();
+        reloader.idle().await;
+        drop(reloader.allocation_guard().await);
+        reloader.queues.close(Ending::Stop);
+        reloader.reload().await.unwrap_err();
+        reloader.apply_pending_changes().await;
+        assert_eq!(lab.plugin.take_calls().iter().filter(|call| *call == "reload").count(), 1);
+    }
+
+    #[tokio::test]
+    async fn machine_that_stays_gets_its_new_description_and_diagnosis() {
+        let lab = Lab::new("");
+        let reloader = reloader(&lab);
+        let changed = MachineInfo { ip: "10.0.0.9".into(), ..info("m") };
+        lab.plugin.set_machines(vec![changed], Reloaded::default());
+        lab.plugin.set_unusable("m", Some("no disk"));
+        reloader.reload().await.unwrap();
+        assert_eq!(lab.machine.info().ip, "10.0.0.9");
+        assert!(lab.disabled_reason().unwrap().contains("no disk"));
+    }
+}

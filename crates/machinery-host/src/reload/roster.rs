@@ -71,18 +71,9 @@ async fn new_machines(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::actions::lab::Lab;
     use crate::fleet::fake_plugin::{FakePlugin, info};
     use machinery::State;
-
-    /// Returns the settings of a host without a configuration of its own.
-    fn settings() -> ActionSettings {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("conf")).unwrap();
-        std::fs::write(folder.path().join(".cuckoocwd"), "").unwrap();
-        std::fs::write(folder.path().join("conf/cuckoo.yaml"), "machineries: [fake]\n").unwrap();
-        let cwd = crate::cwd::Cwd::find(Some(folder.path())).unwrap();
-        ActionSettings::of(&crate::config::Config::read(&cwd).unwrap())
-    }
 
     #[tokio::test]
     async fn next_roster_keeps_machines_of_the_same_machinery_and_name() {
@@ -98,7 +89,7 @@ mod tests {
         plugin.set_state("new", State::Running);
         let changed = MachineInfo { ip: "10.0.0.9".into(), ..info("kept") };
         let answers = vec![vec![info("new"), changed, info("moved")], Vec::new()];
-        let next = next(&old, answers, &settings(), &events).await;
+        let next = next(&old, answers, &Lab::new("").context.settings(), &events).await;
         let names: Vec<_> = next.machines().iter().map(|machine| machine.name()).collect();
         assert_eq!((names, next.machineries().len()), (vec!["new", "kept", "moved"], 2));
         assert!(next.has(&kept) && !next.has(&moved), "another machinery has the name now");
