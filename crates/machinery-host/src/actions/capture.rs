@@ -135,3 +135,60 @@ fn target(machine: &Machine, settings: &Settings, pcap: PathBuf) -> Result<Targe
     let ignored: Vec<_> = settings.result_server.iter().chain([&agent]).collect();
     Ok(Target { interface, filter: filter(&info.ip, &ignored), pcap })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::Lab;
+    use super::*;
+    use crate::capture::Jail;
+    use crate::fleet::fake_plugin::info;
+    use machinery::{FreeSpaceReserve, MachineInfo};
+
+    /// Returns the settings of captures by a program that does not exist.
+    fn settings() -> Settings {
+        Settings {
+            tcpdump: "/none/tcpdump".into(),
+            result_server: None,
+            limit: None,
+            reserve: FreeSpaceReserve::default(),
+            jail: Jail::Off,
+        }
+    }
+
+    #[tokio::test]
+    async fn capture_that_fails_is_an_error_of_the_machine_and_nothing_else() {
+        let lab = Lab::new("");
+        let errors = || lab.machine.status().errors;
+        let start =
+            async || begin(&lab.machine, &settings(), &lab.context.folders, &lab.context.captures).await;
+        start().await;
+        lab.machine.lock(&TaskLock::default()).unwrap();
+        start().await;
+        assert!(errors().is_empty(), "nobody wants a capture");
+        lab.machine.unlock(None).unwrap();
+        let pcap_path = Some(lab.folder.path().join("dump.pcap"));
+        lab.machine.lock(&TaskLock { pcap_path, ..TaskLock::default() }).unwrap();
+        start().await;
+        assert!(errors()[0].contains("no interface"), "{:?}", errors());
+        lab.machine.set_info(MachineInfo { interface: Some("lo".into()), ..info("m") });
+        start().await;
+        assert!(errors()[1].contains("cannot start /none/tcpdump"), "{:?}", errors());
+    }
+
+    #[tokio::test]
+    async fn continued_capture_reports_its_gap_only_when_there_is_a_capture() {
+        let lab = Lab::new("");
+        let again =
+            async || resume(&lab.machine, &settings(), &lab.context.folders, &lab.context.captures).await;
+        again().await;
+        assert!(lab.machine.status().errors.is_empty());
+        let pcap_path = Some(lab.folder.path().join("dump.pcap"));
+        lab.machine.lock(&TaskLock { pcap_path, ..TaskLock::default() }).unwrap();
+        again().await;
+        let errors = lab.machine.status().errors;
+        assert!(
+            errors.iter().any(|error| error.contains("no packets of the time between two hosts")),
+            "{errors:?}"
+        );
+    }
+}

@@ -320,10 +320,11 @@ mod tests {
     use super::super::lab::Lab;
     use super::super::{CLOSING, PrepareOrigin};
     use super::*;
+    use crate::client_file::{ClientFile, NamedFile};
     use crate::config::Heal;
     use crate::fleet::availability::TaskLock;
     use crate::fleet::fake_plugin::FakePlugin;
-    use machinery::Capabilities;
+    use machinery::{Capabilities, DumpFormat};
 
     const PREPARE: Action = Action::Prepare(PrepareOrigin::Request);
 
@@ -681,5 +682,19 @@ mod tests {
             lab.executor().total_limit_of(&Action::RestoreStart),
             Duration::from_secs(112) + 4 * GRACE
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_dump_names_the_file_unless_the_machine_is_off() {
+        let lab = Lab::new("");
+        let path = lab.folder.path().join("missing/dump");
+        let file = ClientFile::Named(NamedFile { path, owner: None });
+        let dump = Action::DumpMemory { file, format: DumpFormat::default() };
+        let reason = lab.executor().execute(&dump).await.unwrap_err();
+        assert!(reason.contains("powered off"), "{reason}");
+        lab.start_own_run();
+        let reason = lab.executor().execute(&dump).await.unwrap_err();
+        assert!(reason.contains("missing"), "{reason}");
+        assert!(lab.quarantine().is_none() && lab.plugin.take_calls().is_empty());
     }
 }
