@@ -138,7 +138,7 @@ impl Machine {
             Some(reason) => tracing::error!(machine = self.name(), reason, "machine cannot be used"),
             None => tracing::info!(machine = self.name(), "machine can be used again"),
         }
-        let before = std::mem::replace(&mut status.availability.unusable, unusable.clone());
+        status.availability.unusable.clone_from(&unusable);
         // A machine that an operator or an error has taken out of the pool stays out of it, for the same reason.
         if status.availability.disabled.is_some() || status.availability.quarantine.is_some() {
             return self.notify_idle_work();
@@ -146,11 +146,10 @@ impl Machine {
         let machine = self.name().to_owned();
         match unusable {
             Some(reason) => self.events.send(Event::Disabled { machine, reason }),
-            None if before.is_some() => {
+            None => {
                 self.notify_idle_work();
                 self.events.send(Event::Enabled { machine });
             }
-            None => {}
         }
     }
 }
