@@ -360,4 +360,18 @@ mod tests {
             receiver.recv().unwrap();
         });
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn machine_that_is_locked_while_its_preparation_waits_is_not_prepared() {
+        let lab = Lab::new("");
+        let permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let _queues = queues(&lab);
+        // The clock is paused: this returns when the worker waits.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        lab.machine.lock(&crate::fleet::availability::TaskLock::default()).unwrap();
+        drop(permits);
+        // The worker was first, so it has returned its permit when both are here.
+        let _permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        assert!(lab.plugin.take_calls().is_empty());
+    }
 }
