@@ -311,4 +311,15 @@ mod tests {
         let CallResult::Returned(Ok(remaining)) = called else { panic!("it did not return") };
         assert!(remaining > Duration::ZERO && remaining <= limit);
     }
+
+    #[test]
+    fn calls_on_several_threads_have_their_results_in_the_order_of_the_items() {
+        let items: Vec<String> = (0..3 * MAX_PARALLEL_CALLS).map(|number| number.to_string()).collect();
+        let work = |item: &String| if item == "7" { Err(Error::failed("no")) } else { Ok(item.clone()) };
+        let limit = Duration::from_secs(60);
+        let results = call_all("x", items.clone(), limit, limit, work);
+        let values: Vec<_> =
+            results.into_iter().map(|result| result.unwrap_or_else(|_| "7".into())).collect();
+        assert_eq!(values, items);
+    }
 }
