@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_written_when_no_machine_is_in_quarantine() {
+    async fn state_file_is_not_written_when_no_machine_is_in_quarantine() {
         let lab = Lab::new("heal: off");
         lab.context.disable_quarantined(&lab.fleet.roster()).await;
         assert_eq!(lab.saved(), "");

@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_a_restore_waits_for_a_permit_and_returns_it_before_its_cleanup() {
+    async fn restore_alone_waits_for_a_permit_and_returns_it_before_its_cleanup() {
         let lab = Lab::new("max_parallel_restores: 1");
         let permit = lab.context.restore_permit().await.unwrap();
         lab.executor().execute(&Action::NorestoreStart).await.unwrap();

@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn every_failure_but_a_missing_method_takes_the_machine_out_of_the_pool() {
+    fn failure_takes_the_machine_out_of_the_pool_unless_a_method_is_missing() {
         assert!(!Failure::from(Error::unsupported("stop")).disable);
         assert!(Failure::from(Error::failed("killed")).disable);
         assert!(!refused(Error::failed("the host ends")).disable);

@@ -1,4 +1,4 @@
-//! What unit tests of actions need: a machine of a fake plugin, and the context of its actions.
+//! The fixture of the unit tests of actions: a machine of a fake plugin, and the context of its actions.
 
 use std::path::PathBuf;
 use std::sync::Arc;

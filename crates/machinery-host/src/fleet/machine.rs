@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn only_one_client_at_a_time_may_query_the_state() {
+    fn state_is_queried_by_one_client_at_a_time() {
         let (machine, _) = machine();
         let guard = machine.start_state_query();
         assert!(guard.is_some() && machine.start_state_query().is_none());

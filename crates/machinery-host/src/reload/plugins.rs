@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_plugins_apply_the_old_configuration_again_when_one_fails() {
+    async fn plugins_apply_the_old_configuration_again_when_one_fails() {
         let (plugins, machineries, setups) = machineries();
         let (old, new) = (setups("old"), setups("new"));
         assert_eq!(apply(&machineries, &old, &new).await, Ok(2));
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_rolled_back_to_when_a_plugin_does_not_apply_the_old_configuration() {
+    async fn rollback_has_no_answers_when_a_plugin_does_not_apply_the_old_configuration() {
         let (plugins, machineries, setups) = machineries();
         for _ in 0..2 {
             plugins[0].fail("reload", Error::failed("no such disk"));
