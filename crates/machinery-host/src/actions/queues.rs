@@ -374,4 +374,15 @@ mod tests {
         let _permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
         assert!(lab.plugin.take_calls().is_empty());
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn preparation_that_another_action_has_displaced_is_made_afterwards() {
+        let lab = Lab::new("");
+        let permits = [lab.context.prepare_permit().await, lab.context.prepare_permit().await];
+        let queues = queues(&lab);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        submit(&queues, &lab, Action::AcpiStop).await.unwrap().unwrap();
+        drop(permits);
+        assert!(timeout(Duration::from_secs(60), lab.plugin.called("prepare")).await.is_ok());
+    }
 }
