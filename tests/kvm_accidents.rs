@@ -170,7 +170,7 @@ fn machine_restores_again_when_libvirtd_died_during_a_restore() {
         // The sleep chooses the moment; it waits for no event.
         thread::sleep(Duration::from_millis(delay));
         fixture.lab.libvirtd().kill_daemon().unwrap();
-        fixture.lab.libvirtd().start_daemon().unwrap();
+        fixture.lab.libvirtd().start_daemon_without_lost_starts().unwrap();
         let answer = fixture.client.next_message().unwrap();
         println!("after {delay} ms: {answer}");
         if answer["success"] == false {
@@ -182,6 +182,33 @@ fn machine_restores_again_when_libvirtd_died_during_a_restore() {
         assert_restores(&mut fixture);
     }
     assert!(failed > 0, "libvirtd never died during a restore");
+    fixture.finish();
+}
+
+/// A libvirtd that is killed before it has noted QEMU's process leaves a start that no later one finishes. The domain can
+/// be stopped in no way.
+#[test]
+fn machine_reports_the_way_out_when_libvirt_has_lost_its_start_and_heals_after_it() {
+    let mut fixture = KvmFixture::new(&[MICRO], "timeouts: {stop: 3, restore_start: 6}");
+    fixture.act("restore_start");
+    let qemu = fixture.qemu();
+    fixture.lab.libvirtd().kill_daemon().unwrap();
+    fixture.wait_for_state("error");
+    kill(qemu);
+    fixture.lab.libvirtd().lose_start("lab-m").unwrap();
+    fixture.lab.libvirtd().start_daemon().unwrap();
+    fixture.wait_for_state("paused");
+    let reason = fixture.ask_refused(json!({"action": "stop", "machine": "m"}));
+    assert!(reason.contains("the domain is still starting up"), "{reason}");
+    assert!(
+        reason.contains("libvirt/qemu") && reason.contains("/lab-m.xml, and start libvirtd again"),
+        "{reason}"
+    );
+    assert_ne!(fixture.client.machine("m").unwrap()["quarantine"], Value::Null);
+    fixture.lab.libvirtd().kill_daemon().unwrap();
+    fixture.lab.libvirtd().start_daemon_without_lost_starts().unwrap();
+    fixture.subscriber.wait_for_event("enabled", "m").unwrap();
+    assert_restores(&mut fixture);
     fixture.finish();
 }
 

@@ -2,7 +2,8 @@
 
 use machinery::{Error, Result, State};
 use virt::connect::Connect;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
+use virt::enumutil::Enum;
 
 use crate::description::Description;
 use crate::errors::{explain, is_no_domain, is_off};
@@ -123,6 +124,17 @@ pub fn destroy(domain: &Domain) -> Result<bool> {
         Err(error) if is_off(&error) || is_no_domain(&error) => Ok(false),
         Err(error) => Err(explain("stop the domain", &error)),
     }
+}
+
+/// Reports whether the domain is paused for that reason, and for no other.
+///
+/// # Errors
+/// libvirt does not answer.
+pub fn is_paused(domain: &Domain, because: DomainPausedReason) -> Result<bool> {
+    // If libvirt does not answer, the state is unknown, and so not paused.
+    let (state, reason) = domain.state().map_err(|error| explain("report the domain's state", &error))?;
+    let wanted = DomainStateReason::Paused(Enum::Known(because));
+    Ok(state == Enum::Known(DomainState::Paused) && reason == Enum::Known(wanted))
 }
 
 /// Waits until a libvirtd that has just started has reconnected to the domain. A domain that is stopped

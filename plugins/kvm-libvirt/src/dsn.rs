@@ -39,6 +39,11 @@ pub fn is_session(dsn: &str) -> bool {
     path.is_some_and(|(_, path)| path.split(['?', '#']).next() == Some("session"))
 }
 
+/// Returns the folder of the descriptions of running domains. Source: libvirt's src/qemu/qemu_conf.c.
+pub fn status_folder(dsn: &str) -> &'static str {
+    if is_session(dsn) { "$XDG_RUNTIME_DIR/libvirt/qemu/run" } else { "/run/libvirt/qemu" }
+}
+
 /// Returns the transport that libvirt uses. The default for another computer is TLS.
 pub fn transport(dsn: &str) -> Transport {
     let scheme = dsn.split_once("://").map_or("", |(scheme, _)| scheme);

@@ -16,11 +16,11 @@
 use machinery::{Error, Result};
 use machinery_backend::Share;
 use virt::connect::Connect;
-use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
-use virt::enumutil::Enum;
+use virt::domain::{Domain, DomainPausedReason};
 use virt_sys as sys;
 
 use crate::description::Description;
+use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::explain;
 use crate::files;
@@ -92,7 +92,9 @@ impl Fingerprint {
         let domain = connect
             .lookup_domain_by_id(self.id)
             .map_err(|error| explain("find the standby's domain", &error))?;
-        if domain.name().ok().as_deref() != Some(label) || !is_paused_by_revert(&domain)? {
+        if domain.name().ok().as_deref() != Some(label)
+            || !domain::is_paused(&domain, DomainPausedReason::FromSnapshot)?
+        {
             return Err(Error::unexpected_state("somebody has resumed or replaced the standby"));
         }
         let now = snapshot::find(&domain, wanted)?.identity;
@@ -106,14 +108,6 @@ impl Fingerprint {
         self.files.as_ref().map_or(Ok(()), files::Identity::expect_unchanged)?;
         Ok(domain)
     }
-}
-
-/// Reports whether the domain is paused by the revert, and by nothing else.
-fn is_paused_by_revert(domain: &Domain) -> Result<bool> {
-    // If libvirt does not answer, the state is unknown, and so not paused.
-    let (state, reason) = domain.state().map_err(|error| explain("report the domain's state", &error))?;
-    let from_snapshot = DomainStateReason::Paused(Enum::Known(DomainPausedReason::FromSnapshot));
-    Ok(state == Enum::Known(DomainState::Paused) && reason == Enum::Known(from_snapshot))
 }
 
 /// Returns the memory that the running domain uses, in bytes, where libvirt knows it.

@@ -168,7 +168,7 @@ impl Round<'_> {
                 }
             }
             Injected::NoLibvirtd => {
-                self.site.libvirtd().map_or(Ok(()), |libvirtd| libvirtd.start_daemon())?
+                self.site.libvirtd().map_or(Ok(()), |libvirtd| libvirtd.start_daemon_without_lost_starts())?
             }
             _ => {}
         }

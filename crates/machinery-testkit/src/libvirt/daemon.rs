@@ -33,6 +33,9 @@ use crate::{Result, cache, command};
 /// The maximum time that libvirtd may take until it answers, in seconds: libvirtd may query QEMU's capabilities.
 const START_TIMEOUT: &str = "120";
 
+/// The process of a domain whose start has not got so far.
+const NO_PROCESS: &str = " pid='0'";
+
 /// A running libvirtd, or one that was killed and can be started again. When it is dropped, all its processes
 /// end.
 #[derive(Debug)]
@@ -73,6 +76,34 @@ impl Libvirtd {
     /// Starts the daemon after a kill, and waits until it serves.
     pub fn start_daemon(&self) -> Result<()> {
         self.launch(&[])
+    }
+
+    /// Starts the daemon after a kill, without the starts that the killed one has lost, as
+    /// [`lose_start`](Libvirtd::lose_start) describes.
+    pub fn start_daemon_without_lost_starts(&self) -> Result<()> {
+        for file in files(&self.status_folder())? {
+            if file.extension().is_some_and(|end| end == "xml") && status(&file)?.contains(NO_PROCESS) {
+                fs::remove_file(&file).context(|| format!("removing {}", file.display()))?;
+            }
+        }
+        self.start_daemon()
+    }
+
+    /// Makes a running domain, whose daemon and QEMU were killed, one whose start the daemon had not finished: the file
+    /// names no process. The next daemon neither finishes that start nor stops the domain.
+    pub fn lose_start(&self, label: &str) -> Result<()> {
+        let file = self.status_folder().join(format!("{label}.xml"));
+        let known = status(&file)?;
+        let head =
+            known.split_once("<domstatus ").and_then(|(head, rest)| Some((head, rest.split_once('>')?.1)));
+        let (head, rest) = head.ok_or_else(|| Error::new(format!("{} has no state", file.display())))?;
+        let state = format!("<domstatus state='paused' reason='starting up'{NO_PROCESS}>");
+        let lost = format!("{head}{state}<job type='none' async='start' phase='none'/>{rest}");
+        fs::write(&file, lost).context(|| format!("writing {}", file.display()))
+    }
+
+    fn status_folder(&self) -> PathBuf {
+        self.folder.join(if geteuid().is_root() { "run/libvirt/qemu" } else { "run/libvirt/qemu/run" })
     }
 
     /// Restarts the daemon so that it also listens on TCP, and returns the DSN for that.
@@ -183,6 +214,10 @@ impl Libvirtd {
     fn conf(&self) -> PathBuf {
         self.folder.join("libvirtd.conf")
     }
+}
+
+fn status(file: &Path) -> Result<String> {
+    fs::read_to_string(file).context(|| format!("reading {}", file.display()))
 }
 
 /// Returns the kind of libvirtd that this user runs.

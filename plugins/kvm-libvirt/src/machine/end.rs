@@ -6,18 +6,22 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result};
-use virt::domain::Domain;
+use machinery::{Deadline, Error, ErrorKind, Result};
+use virt::domain::{Domain, DomainPausedReason};
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
 use super::state::AbandonedCall;
 use crate::call::Call;
 use crate::domain;
+use crate::dsn::status_folder;
 use crate::errors::{explain, is_no_domain};
 
 /// The time that a call which timed out has to end. A host waits two seconds beyond the deadline before it
 /// disables the machine.
 pub const CANCEL_TIMEOUT: Duration = Duration::from_millis(1700);
+
+/// The time that libvirt has to report a state after another request has timed out.
+const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl Machine {
     /// Destroys the domain; returns `false` if it was off already.
@@ -26,9 +30,10 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy(&self, deadline: Deadline) -> Result<bool> {
         let label = self.label().to_owned();
-        self.shared.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
+        let destroyed = self.shared.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
             domain::destroy(&domain::domain(connect, &label)?)
-        })
+        });
+        destroyed.map_err(|error| self.explain_timeout(error))
     }
 
     /// Destroys the domain if it is an own run or the standby; returns `false` if it is neither.
@@ -149,8 +154,32 @@ impl Machine {
         if self.abandoned_call_has_ended(deadline) {
             return Ok(());
         }
-        Err(deadline
-            .timeout("libvirt to finish an earlier start")
-            .advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
+        let error = deadline.timeout("libvirt to finish an earlier start");
+        Err(self
+            .explain_timeout(error)
+            .default_advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
+    }
+
+    /// Explains a timeout by a start that libvirt has lost: a libvirtd that ends before it has noted QEMU's process leaves
+    /// a domain whose start the next one never finishes, and which it refuses to stop. Seen with libvirt 9.0: its
+    /// `qemuProcessReconnectHelper` skips a domain without a process.
+    fn explain_timeout(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Timeout {
+            return error;
+        }
+        let label = self.label().to_owned();
+        let look = Deadline::after(LOOK_TIMEOUT);
+        let starting = self.shared.connection.ask(look, "the domain's state", move |connect| {
+            domain::is_paused(&domain::domain(connect, &label)?, DomainPausedReason::StartingUp)
+        });
+        match starting {
+            Ok(true) => error.detail("the domain is still starting up").advice(format!(
+                "If libvirtd ended during that start, it never finishes: stop libvirtd, remove {}/{}.xml, and start \
+                 libvirtd again. Running domains go on meanwhile",
+                status_folder(self.shared.connection.dsn()),
+                self.label()
+            )),
+            _ => error,
+        }
     }
 }

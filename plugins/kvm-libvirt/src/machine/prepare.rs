@@ -4,6 +4,7 @@
 //! it, and any other action waits for its end. While libvirt is away, the preparation is postponed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use machinery::{Deadline, Result};
 use machinery_backend::{Cancellation, Operation, PrepareOrigin, Share};
@@ -15,6 +16,9 @@ use crate::domain;
 use crate::foreign::remove_managed_save;
 use crate::snapshot::{self, Snapshot};
 use crate::standby::{Fingerprint, StandbyDomain};
+
+/// The maximum time that a preparation waits for an earlier call which timed out.
+const EARLIER_CALL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The outcome of an attempt to make a standby.
 enum StandbyOutcome {
@@ -67,7 +71,8 @@ impl Machine {
     }
 
     fn prepare_with_libvirt(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {
-        self.end_abandoned_call(deadline)?;
+        // Nothing can cancel this wait, and a stop needs its time after it.
+        self.end_abandoned_call(deadline.within(EARLIER_CALL_TIMEOUT))?;
         let preparing = self.begin(Operation::Preparing, deadline)?;
         let (machine, cancellation) = (Arc::clone(self), preparing.cancellation().clone());
         let call = self.shared.connection.long_call(deadline, self.connect_step(), move |connect| {
