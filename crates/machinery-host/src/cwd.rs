@@ -145,7 +145,7 @@ pub fn make_state_folder(cwd: &Cwd) -> Result<()> {
 /// # Errors
 /// Another user could replace it.
 pub fn expect_own_state(cwd: &Cwd) -> Result<()> {
-    // What is not there yet is made by this user, or found to be another one's then.
+    // Without the folder, this host makes it.
     if !geteuid().is_root() || !cwd.state().exists() {
         return Ok(());
     }
