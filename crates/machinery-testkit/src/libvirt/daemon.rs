@@ -21,10 +21,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open};
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 
-use super::namespaces::{KILL_TIMEOUT, Namespaces, administrators_path};
+use super::namespaces::{Namespaces, administrators_path};
 use super::settings;
 use super::supervisor::Supervisor;
 use crate::error::{Context, Error};
@@ -155,16 +154,7 @@ impl Libvirtd {
 
     /// Kills the daemon, and waits for its end. Its domains run on.
     pub fn kill_daemon(&self) -> Result<()> {
-        let pid = self.daemon()?;
-        let what = || format!("killing libvirtd, process {pid}");
-        let process = pidfd_open(pid, PidfdFlags::empty()).context(what)?;
-        kill_process(pid, Signal::KILL).context(what)?;
-        if poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&KILL_TIMEOUT)).context(what)? == 0 {
-            return Err(Error::new(format!("{}: it still runs", what())));
-        }
-        // The supervisor ends with a libvirtd that was killed.
-        drop(self.supervisor().take());
-        Ok(())
+        self.supervisor().take().ok_or_else(|| self.no_daemon())?.kill()
     }
 
     /// Sends the daemon a signal.
@@ -175,13 +165,11 @@ impl Libvirtd {
 
     /// Returns the daemon's process.
     pub fn daemon(&self) -> Result<Pid> {
-        let conf = self.conf().display().to_string();
-        let processes = crate::processes::list()?;
-        let found = processes.into_iter().find(|(_, command)| {
-            command.split(' ').next().is_some_and(|program| program.ends_with("libvirtd"))
-                && command.contains(&conf)
-        });
-        found.map(|(pid, _)| pid).ok_or_else(|| Error::new(format!("no libvirtd runs with {conf}")))
+        self.supervisor().as_ref().ok_or_else(|| self.no_daemon())?.daemon()
+    }
+
+    fn no_daemon(&self) -> Error {
+        Error::new(format!("no libvirtd runs with {}", self.conf().display()))
     }
 
     /// Returns the DSN of the daemon.

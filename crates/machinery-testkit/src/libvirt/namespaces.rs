@@ -9,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, geteuid, pidfd_open, set_parent_process_death_signal};
 
-use crate::Result;
 use crate::error::{Context, Error};
+use crate::{Result, processes};
 
 /// The maximum time until a killed process has ended.
 pub const KILL_TIMEOUT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
@@ -56,7 +56,7 @@ impl Namespaces {
 
     /// Returns a command that runs a program to its end in the namespaces.
     pub fn enter(&self, folder: &Path, program: &[&str]) -> Result<Command> {
-        let init = self.init()?.to_string();
+        let init = self.init()?.as_raw_nonzero().to_string();
         let mut enter = Command::new("nsenter");
         enter.args(["--target", &init, "--mount", "--pid"]);
         if !geteuid().is_root() {
@@ -70,19 +70,15 @@ impl Namespaces {
     }
 
     /// Returns the init of the namespaces, by its number outside of them.
-    fn init(&self) -> Result<u32> {
-        let unshare = self.unshare.id();
-        let path = format!("/proc/{unshare}/task/{unshare}/children");
-        let children = fs::read_to_string(&path).context(|| format!("reading {path}"))?;
-        let child = children.split_whitespace().next().and_then(|child| child.parse().ok());
-        child.ok_or_else(|| Error::new("the private libvirtd's namespaces have ended"))
+    fn init(&self) -> Result<Pid> {
+        let init = processes::child(Pid::from_child(&self.unshare))?;
+        init.ok_or_else(|| Error::new("the private libvirtd's namespaces have ended"))
     }
 }
 
 impl Drop for Namespaces {
     fn drop(&mut self) {
-        let init = self.init().ok().and_then(|init| Pid::from_raw(init.cast_signed()));
-        let init = init.and_then(|init| pidfd_open(init, PidfdFlags::empty()).ok());
+        let init = self.init().ok().and_then(|init| pidfd_open(init, PidfdFlags::empty()).ok());
         // The init is killed with its parent, and all processes of its namespace with the init. It ignores
         // SIGTERM.
         let _ = self.unshare.kill();

@@ -9,11 +9,11 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::namespaces::Namespaces;
-use crate::Result;
+use super::namespaces::{KILL_TIMEOUT, Namespaces};
 use crate::error::{Context, Error};
+use crate::{Result, processes};
 
 /// The maximum time until libvirtd has made its sockets.
 const START_TIMEOUT: Timespec = Timespec { tv_sec: 120, tv_nsec: 0 };
@@ -68,6 +68,24 @@ impl Supervisor {
         Ok(supervisor)
     }
 
+    /// Returns libvirtd's process. A process that libvirtd has forked has the same command line until it executes QEMU.
+    pub fn daemon(&self) -> Result<Pid> {
+        processes::child(self.script()?)?.ok_or_else(|| Error::new("libvirtd has ended"))
+    }
+
+    fn script(&self) -> Result<Pid> {
+        let script = processes::child(Pid::from_child(&self.process))?;
+        script.ok_or_else(|| Error::new("the supervisor of libvirtd has ended"))
+    }
+
+    /// Kills libvirtd, and waits for its end.
+    pub fn kill(self) -> Result<()> {
+        let daemon = self.daemon()?;
+        // First, so that it does not start libvirtd again, which may be crashing.
+        kill_and_wait(self.script()?)?;
+        kill_and_wait(daemon)
+    }
+
     /// Waits until libvirtd has made its sockets, also after a crash.
     pub fn wait_until_ready(&mut self) -> Result<()> {
         let what = || "waiting for libvirtd".to_owned();
@@ -90,8 +108,18 @@ impl Supervisor {
 }
 
 impl Drop for Supervisor {
-    /// Waits for the end of the supervisor. Its libvirtd was killed, or its namespace has ended.
+    /// Waits for the end of the supervisor. It was killed, or its namespace has ended.
     fn drop(&mut self) {
         let _ = self.process.wait();
+    }
+}
+
+fn kill_and_wait(process: Pid) -> Result<()> {
+    let what = || format!("killing process {process}");
+    let end = pidfd_open(process, PidfdFlags::empty()).context(what)?;
+    pidfd_send_signal(&end, Signal::KILL).context(what)?;
+    match poll(&mut [PollFd::new(&end, PollFlags::IN)], Some(&KILL_TIMEOUT)).context(what)? {
+        0 => Err(Error::new(format!("{}: it still runs", what()))),
+        _ => Ok(()),
     }
 }
