@@ -14,8 +14,9 @@ use rustix::fs::{XattrFlags, setxattr};
 
 use crate::run::{Context, Result};
 
-/// The memory that is left above the usage, in bytes. A host that needs more is killed before the hog is there.
-const SPACE: u64 = 32 << 20;
+/// The memory that is left above the usage, in bytes: more than a start of a QEMU needs. With less, the kernel kills the host
+/// between the end of the hog and the end of the limit.
+const SPACE: u64 = 128 << 20;
 
 /// Fills memory until the kernel kills it, before any other process.
 const HOG: &str = "echo 1000 > /proc/self/oom_score_adj; echo $$ > \"$1\"; exec tail /dev/zero";
