@@ -186,10 +186,10 @@ fn machine_restores_again_when_libvirtd_died_during_a_restore() {
 }
 
 /// A libvirtd that is killed before it has noted QEMU's process leaves a start that no later one finishes. The domain can
-/// be stopped in no way.
+/// be stopped in no way: libvirt answers after 30 s that it is locked.
 #[test]
 fn machine_reports_the_way_out_when_libvirt_has_lost_its_start_and_heals_after_it() {
-    let mut fixture = KvmFixture::new(&[MICRO], "timeouts: {stop: 3, restore_start: 6}");
+    let mut fixture = KvmFixture::new(&[MICRO], "timeouts: {stop: 50, restore_start: 6}");
     fixture.act("restore_start");
     let qemu = fixture.qemu();
     fixture.lab.libvirtd().kill_daemon().unwrap();

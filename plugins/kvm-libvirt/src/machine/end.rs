@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use machinery::{Deadline, Error, ErrorKind, Result};
+use machinery::{Deadline, Error, Result};
 use virt::domain::{Domain, DomainPausedReason};
 
 use super::base::{END_EVENT_TIMEOUT, Machine};
@@ -20,7 +20,7 @@ use crate::errors::{explain, is_no_domain};
 /// disables the machine.
 pub const CANCEL_TIMEOUT: Duration = Duration::from_millis(1700);
 
-/// The time that libvirt has to report a state after another request has timed out.
+/// The time that libvirt has to report a state after another request has failed.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl Machine {
@@ -33,7 +33,7 @@ impl Machine {
         let destroyed = self.shared.connection.ask(deadline, "libvirt to stop the domain", move |connect| {
             domain::destroy(&domain::domain(connect, &label)?)
         });
-        destroyed.map_err(|error| self.explain_timeout(error))
+        destroyed.map_err(|error| self.explain_lost_start(error))
     }
 
     /// Destroys the domain if it is an own run or the standby; returns `false` if it is neither.
@@ -42,13 +42,15 @@ impl Machine {
     /// libvirt cannot end it.
     pub(super) fn destroy_own(&self, deadline: Deadline) -> Result<bool> {
         let (label, marker) = (self.label().to_owned(), self.marker.clone());
-        self.shared.connection.ask(deadline, "libvirt to end the standby", move |connect| {
-            match connect.lookup_domain_by_name(&label) {
+        let destroyed =
+            self.shared.connection.ask(deadline, "libvirt to end the standby", move |connect| match connect
+                .lookup_domain_by_name(&label)
+            {
                 Ok(domain) => Ok(marker.matches(&domain)? && domain::destroy(&domain)?),
                 Err(error) if is_no_domain(&error) => Ok(false),
                 Err(error) => Err(explain("look up the domain", &error)),
-            }
-        })
+            });
+        destroyed.map_err(|error| self.explain_lost_start(error))
     }
 
     /// Destroys the domain; only logs a failure.
@@ -156,17 +158,14 @@ impl Machine {
         }
         let error = deadline.timeout("libvirt to finish an earlier start");
         Err(self
-            .explain_timeout(error)
+            .explain_lost_start(error)
             .default_advice("Look at libvirtd's log, and restart libvirtd if it hangs"))
     }
 
-    /// Explains a timeout by a start that libvirt has lost: a libvirtd that ends before it has noted QEMU's process leaves
-    /// a domain whose start the next one never finishes, and which it refuses to stop. Seen with libvirt 9.0: its
-    /// `qemuProcessReconnectHelper` skips a domain without a process.
-    fn explain_timeout(&self, error: Error) -> Error {
-        if error.kind() != ErrorKind::Timeout {
-            return error;
-        }
+    /// Explains a failure by a start that libvirt has lost: a libvirtd that ends before it has noted QEMU's process leaves
+    /// a domain whose start the next one never finishes, and which it refuses to stop: after 30 s it answers that it cannot
+    /// lock the domain. Seen with libvirt 9.0: its `qemuProcessReconnectHelper` skips a domain without a process.
+    fn explain_lost_start(&self, error: Error) -> Error {
         let label = self.label().to_owned();
         let look = Deadline::after(LOOK_TIMEOUT);
         let starting = self.shared.connection.ask(look, "the domain's state", move |connect| {
