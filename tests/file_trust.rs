@@ -237,6 +237,23 @@ fn state_is_refused_when_another_user_could_replace_it_and_a_sticky_folder_preve
         give(&cwd.root().join(place), STRANGER);
         assert_refused_for_owner(&cwd, &cwd.root().join(place));
     }
+    // Files that a host of another user has left.
+    for file in ["machines.json", "double/state/m.run"] {
+        let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+        let file = cwd.root().join("operational/generated/machinery-host").join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, "{}").unwrap();
+        give(&file, STRANGER);
+        assert_refused_for_owner(&cwd, &file);
+    }
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let generated = cwd.root().join("operational/generated");
+    fs::create_dir_all(&generated).unwrap();
+    give(&generated, STRANGER);
+    let checked = host::run(&cwd, &["check"]).unwrap();
+    assert!(checked.stdout.contains("other users could replace what the host makes in"), "{checked:?}");
+    assert_eq!(host::run(&cwd, &["serve"]).unwrap().code, Some(2));
+    assert!(!generated.join("machinery-host").exists(), "it is made and then refused");
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     fs::create_dir_all(cwd.root().join("operational/generated/machinery-host")).unwrap();
     for shared in ["operational", "operational/generated"] {

@@ -3,8 +3,8 @@
 //! A file `.cuckoocwd` marks the directory. Source: Cuckoo3's `common/storage.py`.
 
 use std::env;
-use std::fs::DirBuilder;
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use machinery::trust::expect_trusted;
@@ -135,27 +135,60 @@ pub fn make_reachable_folder(path: &Path) -> Result<()> {
 /// # Errors
 /// The folder cannot be made; as [`expect_own_state`].
 pub fn make_state_folder(cwd: &Cwd) -> Result<()> {
+    // Before and after: it may be made in a place that others can change.
+    expect_own_state(cwd)?;
     make_reachable_folder(&cwd.state())?;
     expect_own_state(cwd)
 }
 
-/// Expects that no other user can replace the folder of the host's state, if the host is root. The host believes what it
-/// finds there: which processes are its own, and which files it has made.
+/// Expects that no other user can replace the folder of the host's state, or the files in it, if the host is root. The host
+/// believes what it finds there: which processes are its own, and which files it has made.
 ///
 /// # Errors
 /// Another user could replace it.
 pub fn expect_own_state(cwd: &Cwd) -> Result<()> {
-    // Without the folder, this host makes it.
-    if !geteuid().is_root() || !cwd.state().exists() {
+    if !geteuid().is_root() {
         return Ok(());
     }
-    expect_trusted(&cwd.state()).map(drop).map_err(|error| {
-        let folders = ["operational", "operational/generated"];
-        let folders = folders.map(|name| cwd.root().join(name).display().to_string()).join(" ");
+    let shared = ["operational", "operational/generated"].map(|name| cwd.root().join(name));
+    let state = cwd.state();
+    let trusted = match state.exists() {
+        true => state_files(&state).iter().try_for_each(|path| expect_trusted(path).map(drop)),
+        false => shared.iter().try_for_each(|folder| expect_kept(folder)),
+    };
+    trusted.map_err(|error| {
+        let folders = shared.map(|folder| folder.display().to_string()).join(" ");
         error.advice(format!(
-            "Cuckoo's user can share them: `chown root {folders}` and `chmod 1777 {folders}`"
+            "Cuckoo's user can share them: `chown root {folders}` and `chmod 1777 {folders}`. All files in {} have to \
+             belong to root: `chown -R root` it, or remove it",
+            state.display()
         ))
     })
+}
+
+/// Returns the folder of the state, what is in it, and the state files of the machineries.
+fn state_files(state: &Path) -> Vec<PathBuf> {
+    let entries = |folder: &Path| -> Vec<PathBuf> {
+        fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    };
+    let of_host = entries(state);
+    let of_machineries = of_host.iter().flat_map(|folder| entries(&folder.join("state")));
+    // A folder may be a run's, with the files of its process.
+    let of_machineries: Vec<PathBuf> = of_machineries.filter(|path| !path.is_dir()).collect();
+    [vec![state.to_owned()], of_host, of_machineries].concat()
+}
+
+/// Expects that nobody but root can rename or remove what root makes in a folder, if the folder exists.
+fn expect_kept(folder: &Path) -> Result<()> {
+    const STICKY: u32 = 0o1000;
+    const WRITABLE_BY_OTHERS: u32 = 0o022;
+    let Ok(found) = folder.metadata() else { return Ok(()) };
+    let (uid, mode) = (found.uid(), found.mode());
+    if uid == 0 && (mode & WRITABLE_BY_OTHERS == 0 || mode & STICKY != 0) {
+        return Ok(());
+    }
+    let reason = format!("other users could replace what the host makes in {}", folder.display());
+    Err(Error::configuration(reason))
 }
 
 fn make(path: &Path, mode: u32) -> Result<()> {
