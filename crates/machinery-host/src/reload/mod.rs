@@ -456,6 +456,8 @@ mod tests {
         let release = lab.plugin.block("reload");
         let mut reload = pin!(reloader.reload());
         tokio::select! {
+            // The reload begins before the others are polled.
+            biased;
             result = &mut reload => panic!("{result:?}"),
             () = reloader.idle() => panic!("a reload runs"),
             () = lab.plugin.called("reload") => {}
