@@ -201,7 +201,7 @@ fn machine_reports_the_way_out_when_libvirt_has_lost_its_start_and_heals_after_i
     let reason = fixture.ask_refused(json!({"action": "stop", "machine": "m"}));
     assert!(reason.contains("the domain is still starting up"), "{reason}");
     assert!(
-        reason.contains("libvirt/qemu") && reason.contains("/lab-m.xml, and start libvirtd again"),
+        reason.contains("libvirt/qemu") && reason.contains("/lab-m.xml there, and start libvirtd again"),
         "{reason}"
     );
     assert_ne!(fixture.client.machine("m").unwrap()["quarantine"], Value::Null);

@@ -80,10 +80,10 @@ impl Supervisor {
 
     /// Kills libvirtd, and waits for its end.
     pub fn kill(self) -> Result<()> {
-        let daemon = self.daemon()?;
+        let daemon = self.daemon();
         // First, so that it does not start libvirtd again, which may be crashing.
         kill_and_wait(self.script()?)?;
-        kill_and_wait(daemon)
+        kill_and_wait(daemon?)
     }
 
     /// Waits until libvirtd has made its sockets, also after a crash.

@@ -13,7 +13,7 @@ use super::base::{END_EVENT_TIMEOUT, Machine};
 use super::state::AbandonedCall;
 use crate::call::Call;
 use crate::domain;
-use crate::dsn::status_folder;
+use crate::dsn;
 use crate::errors::{explain, is_no_domain};
 
 /// The time that a call which timed out has to end. A host waits two seconds beyond the deadline before it
@@ -165,19 +165,25 @@ impl Machine {
     /// Explains a failure by a start that libvirt has lost: a libvirtd that ends before it has noted QEMU's process leaves
     /// a domain whose start the next one never finishes, and which it refuses to stop: after 30 s it answers that it cannot
     /// lock the domain. Seen with libvirt 9.0: its `qemuProcessReconnectHelper` skips a domain without a process.
-    fn explain_lost_start(&self, error: Error) -> Error {
+    ///
+    /// It asks libvirt, and so belongs only where an action has no other wait before it.
+    pub(super) fn explain_lost_start(&self, error: Error) -> Error {
         let label = self.label().to_owned();
         let look = Deadline::after(LOOK_TIMEOUT);
         let starting = self.shared.connection.ask(look, "the domain's state", move |connect| {
             domain::is_paused(&domain::domain(connect, &label)?, DomainPausedReason::StartingUp)
         });
         match starting {
-            Ok(true) => error.detail("the domain is still starting up").advice(format!(
-                "If libvirtd ended during that start, it never finishes: stop libvirtd, remove {}/{}.xml, and start \
-                 libvirtd again. Running domains go on meanwhile",
-                status_folder(self.shared.connection.dsn()),
-                self.label()
-            )),
+            Ok(true) => {
+                let dsn = self.shared.connection.dsn();
+                let place = dsn::host(dsn).map(|host| format!(" on {host}")).unwrap_or_default();
+                error.detail("the domain is still starting up").advice(format!(
+                    "If libvirtd ended during that start, it never finishes: stop libvirtd{place}, remove {}/{}.xml there, \
+                     and start libvirtd again. Running domains go on meanwhile",
+                    dsn::status_folder(dsn),
+                    self.label()
+                ))
+            }
             _ => error,
         }
     }

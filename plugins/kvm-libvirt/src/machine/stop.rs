@@ -30,7 +30,7 @@ impl Machine {
             return Err(refuse::off_already());
         }
         let before = self.lock().end_count;
-        if !destroy(self, deadline)? {
+        if !destroy(self, deadline).map_err(|error| self.explain_lost_start(error))? {
             self.record_end();
             return Err(refuse::off_already());
         }
