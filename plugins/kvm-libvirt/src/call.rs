@@ -133,6 +133,7 @@ pub fn call_with_timeout<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_driver::without_other_calls;
     use machinery::ErrorKind;
     use std::sync::mpsc::channel;
 
@@ -151,6 +152,7 @@ mod tests {
     /// The test changes a count that all calls of the process share, so it waits until the count is zero again.
     #[test]
     fn calls_are_refused_when_too_many_were_abandoned() {
+        let _alone = without_other_calls();
         let (go, gone) = channel::<()>();
         let gone = Arc::new(std::sync::Mutex::new(gone));
         let hang = || {

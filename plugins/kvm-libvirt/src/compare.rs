@@ -138,6 +138,7 @@ fn shared(machines: &[(String, Description)]) -> Vec<Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_driver::{TestDomain, connect};
     use machinery::config::MachineConfig;
 
     fn info() -> MachineInfo {
@@ -173,6 +174,64 @@ mod tests {
     }
 
     #[test]
+    fn machine_has_no_warning_when_its_domain_does_not_say_enough() {
+        let known = card("52:54:00:00:00:01", "virbr1", "");
+        assert_eq!(differences(&info(), &[known, card("", "", "")]), [""; 0], "the other card may be right");
+        let unnamed = [card("", "virbr0", "")];
+        assert_eq!(differences(&info(), &unnamed), [""; 0], "libvirt chooses the address");
+        let anywhere = MachineInfo { interface: None, mac_address: None, ..info() };
+        assert_eq!(differences(&anywhere, &[card("52:54:00:00:00:02", "virbr1", "")]), [""; 0]);
+    }
+
+    /// A network of libvirt's test driver, which is removed with this value.
+    struct TestNetwork(virt::network::Network);
+
+    impl Drop for TestNetwork {
+        fn drop(&mut self) {
+            let _ = self.0.destroy();
+        }
+    }
+
+    #[test]
+    fn domain_is_compared_by_its_networks_and_its_autostart() {
+        let connect = connect();
+        let hosts =
+            "<host mac='52:54:00:00:00:09' ip='10.9.0.9'/><host mac='52:54:00:00:00:01' ip='10.9.0.5'/>";
+        let xml = format!(
+            "<network><name>compare</name><bridge name='virbr9'/><ip address='10.9.0.1' netmask='255.255.255.0'>\
+             <dhcp><range start='10.9.0.2' end='10.9.0.9'/>{hosts}</dhcp></ip></network>"
+        );
+        let _network = TestNetwork(connect.create_network_xml(&xml).unwrap());
+        let card = "<interface type='network'><mac address='52:54:00:00:00:01'/><source network='compare'/></interface>";
+        let test = TestDomain::with_devices(card, "compare-network");
+        let warnings = |info: &MachineInfo| warnings(&connect, &test.domain, info).unwrap();
+        let right = MachineInfo { interface: Some("virbr9".to_owned()), ip: "10.9.0.5".to_owned(), ..info() };
+        assert_eq!(warnings(&right), [""; 0]);
+        let [interface, ip] = &warnings(&info())[..] else { panic!("{:?}", warnings(&info())) };
+        assert!(interface.contains("its domain is connected to virbr9"), "{interface}");
+        assert!(ip.contains("libvirt's network gives its domain 10.9.0.5"), "{ip}");
+        test.domain.set_autostart(true).unwrap();
+        let [boot] = &warnings(&right)[..] else { panic!("{:?}", warnings(&right)) };
+        assert!(boot.contains("virsh autostart --disable m"), "{boot}");
+    }
+
+    #[test]
+    fn disks_of_the_domains_are_compared_where_libvirt_is_local() {
+        let disk = "<disk type='file' device='disk'><source file='/none/shared'/><target dev='vda'/></disk>";
+        let test = ["compare-a", "compare-b"].map(|name| TestDomain::with_devices(disk, name));
+        let infos = ["compare-a", "compare-b", "compare-none"].map(|name| MachineInfo {
+            name: name.to_owned(),
+            label: name.to_owned(),
+            ..info()
+        });
+        let found = shared_disks(&test[0].connect, &infos.iter().collect::<Vec<_>>());
+        let [problem] = &found[..] else { panic!("{found:?}") };
+        assert!(
+            problem.to_string().contains("machine 'compare-b': its domain writes to the disk /none/shared")
+        );
+    }
+
+    #[test]
     fn disk_is_a_problem_when_two_machines_write_to_it() {
         let domain = |path: &str, more: &str| {
             let xml = format!(
@@ -187,6 +246,8 @@ mod tests {
             found[0].to_string().starts_with("machine 'b': its domain writes to the disk /d/a"),
             "{found:?}"
         );
+        let shareable = domain("/d/a", "<shareable/>");
+        assert_eq!(shared(&[named("a", shareable.clone()), named("b", shareable)]), []);
         let readonly = domain("/d/a", "<readonly/>");
         assert_eq!(shared(&[named("a", readonly.clone()), named("b", readonly)]), []);
     }

@@ -253,6 +253,7 @@ mod tests {
     use super::*;
     use crate::errors::explain;
     use crate::events::Event;
+    use crate::test_driver::without_other_calls;
     use machinery_testkit::libvirt::Libvirtd;
     use rustix::process::Signal;
     use std::fs;
@@ -283,6 +284,7 @@ mod tests {
 
     #[test]
     fn connection_holds_no_more_threads_and_files_when_libvirtd_hangs_longer() {
+        let _alone = without_other_calls();
         let folder = tempfile::tempdir().unwrap();
         let libvirtd = Libvirtd::start(folder.path()).unwrap();
         let connection = Connection::open(&libvirtd.dsn(), soon()).unwrap();

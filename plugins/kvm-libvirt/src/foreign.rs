@@ -20,6 +20,7 @@ use machinery_backend::files;
 use machinery_images::{FileId, has_unsaved_changes};
 use virt::domain::Domain;
 
+use crate::description::Description;
 use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::explain;
@@ -76,11 +77,15 @@ impl DiskRecord {
 pub fn disks_of(domain: &Domain) -> machinery::Result<Vec<DiskFile>> {
     let failed = |error| explain("describe the domain", &error);
     let uri = domain.connect().and_then(|connect| connect.uri()).map_err(failed)?;
-    let described = domain::described(domain)?;
+    let written = written_files(&domain::described(domain)?);
+    Ok(written.into_iter().map(|file| file.filter(|_| is_local(&uri))).collect())
+}
+
+fn written_files(described: &Description) -> Vec<DiskFile> {
     let disks = described.writable_disks().map(|disk| disk.path.clone());
     let firmware = &described.firmware;
     let variables = firmware.nvram.clone().filter(|_| firmware.nvram_is_qcow2).map(Some);
-    Ok(disks.chain(variables).map(|file| file.filter(|_| is_local(&uri))).collect())
+    disks.chain(variables).collect()
 }
 
 /// Returns the reason why the disk may have foreign work, if it may.
@@ -154,6 +159,7 @@ pub fn advice(machine: &str, work: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_driver::TestDomain;
     use std::process::Command;
 
     fn run(program: &str, args: &[&str], image: &Path) {
@@ -198,5 +204,56 @@ mod tests {
             assert!(foreign_changes(disk, &[], false).is_some(), "{disk:?}");
             assert_eq!(foreign_changes(disk, &[], true), None, "{disk:?}");
         }
+    }
+
+    const DISKS: &str = "\
+        <disk type='file' device='disk'><source file='/none/disk'/><target dev='vda'/></disk>\
+        <disk type='file' device='disk'><source file='/none/data'/><target dev='vdb'/><readonly/></disk>\
+        <disk type='file' device='cdrom'><source file='/none/iso'/><target dev='sda' bus='sata'/></disk>";
+
+    #[test]
+    fn disks_of_a_domain_are_those_that_its_guest_can_write_to() {
+        let test = TestDomain::with_devices(DISKS, "foreign-disks");
+        let disk = Some(PathBuf::from("/none/disk"));
+        assert_eq!(disks_of(&test.domain).unwrap(), std::slice::from_ref(&disk));
+        let written = |nvram: &str| {
+            let firmware = format!("<os><nvram{nvram}>/none/vars</nvram></os>");
+            let xml = format!("<domain>{firmware}<devices>{DISKS}</devices></domain>");
+            written_files(&Description::read(&xml).unwrap())
+        };
+        assert_eq!(written(" format='qcow2'"), [disk.clone(), Some("/none/vars".into())]);
+        assert_eq!(written(""), [disk], "no snapshot holds these variables");
+    }
+
+    #[test]
+    fn domain_has_foreign_work_when_it_is_saved_or_a_disk_may_be_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().join("disk.raw");
+        fs::write(&disk, [0; 512]).unwrap();
+        let devices = DISKS.replace("/none/disk", disk.to_str().unwrap());
+        let test = TestDomain::with_devices(&devices, "foreign-work");
+        let record = DiskRecord::of("m", folder.path());
+        let found = finding("m", &test.domain, folder.path()).unwrap();
+        assert!(found.starts_with("machine 'm': it is not prepared automatically: its disk "), "{found}");
+        assert!(found.contains("`cuckoo-machinery prepare m`"), "{found}");
+        record.save(&disks_of(&test.domain).unwrap());
+        assert_eq!(record.foreign_work(&test.domain, true), None);
+        assert_eq!(finding("m", &test.domain, folder.path()), None);
+        test.start();
+        test.domain.managed_save(0).unwrap();
+        let saved = record.foreign_work(&test.domain, true).unwrap();
+        assert!(saved.contains("a managed save"), "{saved}");
+    }
+
+    #[test]
+    fn managed_save_is_removed_when_there_is_one() {
+        let test = TestDomain::new("foreign-saved");
+        assert!(!has_managed_save(&test.domain));
+        remove_managed_save(&test.domain, "m").unwrap();
+        test.start();
+        test.domain.managed_save(0).unwrap();
+        assert!(has_managed_save(&test.domain));
+        remove_managed_save(&test.domain, "m").unwrap();
+        assert!(!has_managed_save(&test.domain));
     }
 }

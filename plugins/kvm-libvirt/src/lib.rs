@@ -57,6 +57,8 @@ mod shared;
 mod snapshot;
 mod standby;
 mod states;
+#[cfg(test)]
+mod test_driver;
 
 use machinery_backend::Adapter;
 use shared::Kvm;

@@ -30,6 +30,8 @@ mod conditions;
 mod end;
 mod events;
 mod image;
+#[cfg(test)]
+mod lab;
 mod prepare;
 mod restore;
 mod run;

@@ -124,24 +124,26 @@ impl Snapshot {
 
     fn revert_with(&self, flags: sys::virDomainSnapshotRevertFlags) -> Result<()> {
         let mut reverted = self.snapshot.revert(flags);
-        if let Err(error) = &reverted
-            && self.description.external
-            && is_refused(error)
-            && self.version().is_some_and(|version| version >= EXTERNAL_REVERTS)
-        {
-            // libvirt names the overlay of a restore after the current second, and refuses a name whose file
-            // exists. It has no error code for just that.
+        if reverted.as_ref().is_err_and(|error| self.may_work_later(error, self.version())) {
             std::thread::sleep(ANOTHER_SECOND);
             reverted = self.snapshot.revert(flags);
         }
-        reverted.map_err(|error| self.revert_error(&error))
+        reverted.map_err(|error| self.revert_error(&error, self.version()))
     }
 
-    fn revert_error(&self, error: &virt::error::Error) -> Error {
+    /// Reports whether a revert that failed may work in another second: libvirt names the overlay of a restore after the
+    /// current second, and refuses a name whose file exists. It has no error code for just that.
+    fn may_work_later(&self, error: &virt::error::Error, version: Option<u32>) -> bool {
+        self.description.external
+            && is_refused(error)
+            && version.is_some_and(|version| version >= EXTERNAL_REVERTS)
+    }
+
+    fn revert_error(&self, error: &virt::error::Error, version: Option<u32>) -> Error {
         let failed = explain(&format!("revert to the snapshot '{}'", self.identity.name), error);
         // Another try would end in the same way.
         let failed = if is_unloadable(error) { Error::configuration(failed.reason()) } else { failed };
-        match self.version() {
+        match version {
             Some(version) if self.description.external && version < EXTERNAL_REVERTS => {
                 let firmware = self.description.domain.as_ref().map(|domain| domain.firmware.clone());
                 failed.advice(format!(
@@ -209,6 +211,8 @@ pub fn version_text(version: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_driver::TestDomain;
+    use machinery::State;
 
     #[test]
     fn advice_names_a_kind_of_snapshot_that_this_libvirt_can_revert_to() {
@@ -230,6 +234,129 @@ mod tests {
         }
         let old = advice(9_000_000, &flash(false));
         assert!(!old.contains("snapshot-create-as"), "{old}");
+    }
+
+    /// Returns an error of libvirt that is no refusal.
+    fn any_error(domain: &Domain) -> virt::error::Error {
+        Domain::lookup_snapshot_by_name(domain, "none", 0).unwrap_err()
+    }
+
+    /// Returns the error for a definition that libvirt's driver refuses: the domain has no such disk.
+    fn refusal(test: &TestDomain) -> virt::error::Error {
+        let disk = "<disk name='vda' snapshot='internal'/>";
+        let xml = format!("<domainsnapshot><disks>{disk}</disks></domainsnapshot>");
+        test.domain.create_snapshot_xml(&xml, 0).unwrap_err()
+    }
+
+    #[test]
+    fn snapshot_is_the_named_one_or_else_the_current_one() {
+        let test = TestDomain::new("snapshot-find");
+        test.start();
+        test.take_snapshot("first");
+        test.take_snapshot("second");
+        let found = |wanted| find(&test.domain, wanted).unwrap().identity;
+        assert_eq!(found(Some("first")).name, "first");
+        assert_eq!(found(None).name, "second");
+        assert!(found(None).created.parse::<u64>().is_ok_and(|created| created > 0));
+    }
+
+    #[test]
+    fn error_lists_the_snapshots_that_exist_when_there_is_no_such_one() {
+        let test = TestDomain::new("snapshot-missing");
+        let error = |wanted| find(&test.domain, wanted).err().unwrap().to_string();
+        assert!(
+            error(Some("clean")).contains("'snapshot-missing' has no snapshot 'clean': it has none at all")
+        );
+        test.take_snapshot("b").delete(0).unwrap();
+        let current = error(None);
+        assert!(current.contains("has no current snapshot: it has none"), "{current}");
+        assert!(current.contains("or name one of those it has") && !current.contains("Upgrade"), "{current}");
+        test.take_snapshot("b");
+        test.take_snapshot("a");
+        assert!(error(Some("clean")).contains("it has a, b"), "{}", error(Some("clean")));
+    }
+
+    #[test]
+    fn error_advises_about_uefi_when_the_domain_boots_by_it() {
+        let firmware = "<loader readonly='yes' type='pflash'>/f/code</loader><nvram>/f/vars</nvram>";
+        let test = TestDomain::with(firmware, "", "snapshot-uefi");
+        let error = find(&test.domain, None).err().unwrap().to_string();
+        assert!(error.contains("one of those it has. ") && error.contains("UEFI"), "{error}");
+    }
+
+    #[test]
+    fn snapshot_has_memory_when_the_domain_was_on() {
+        let test = TestDomain::new("snapshot-memory");
+        let off = test.take_snapshot("off");
+        test.start();
+        let on = test.take_snapshot("on");
+        assert!(!describe(off).unwrap().has_memory());
+        assert!(describe(on).unwrap().has_memory());
+    }
+
+    #[test]
+    fn revert_leaves_the_domain_paused_or_in_the_state_of_the_snapshot() {
+        let test = TestDomain::new("snapshot-revert");
+        test.start();
+        let snapshot = describe(test.take_snapshot("on")).unwrap();
+        test.domain.destroy().unwrap();
+        snapshot.revert_paused().unwrap();
+        assert_eq!(domain::state(&test.domain).unwrap().0, State::Paused);
+        test.domain.destroy().unwrap();
+        snapshot.revert().unwrap();
+        assert_eq!(domain::state(&test.domain).unwrap().0, State::Running);
+        snapshot.snapshot.delete(0).unwrap();
+        let error = snapshot.revert().unwrap_err().to_string();
+        assert!(error.contains("libvirt cannot revert to the snapshot 'on'"), "{error}");
+    }
+
+    #[test]
+    fn version_of_a_snapshot_is_that_of_its_libvirt() {
+        let test = TestDomain::new("snapshot-version");
+        let snapshot = describe(test.take_snapshot("s")).unwrap();
+        assert_eq!(snapshot.version(), Some(test.connect.lib_version().unwrap()));
+    }
+
+    #[test]
+    fn external_snapshot_is_not_revertible_before_libvirt_9_9() {
+        let test = TestDomain::new("snapshot-external");
+        test.start();
+        let (internal, external) = (test.take_snapshot("i"), test.take_external_snapshot("e"));
+        let (internal, external) = (describe(internal).unwrap(), describe(external).unwrap());
+        let why = not_revertible(&external, EXTERNAL_REVERTS - 1).unwrap();
+        assert!(why.contains("'e' is external, and libvirt 9.8.999 cannot"), "{why}");
+        assert_eq!(not_revertible(&external, EXTERNAL_REVERTS), None);
+        assert_eq!(not_revertible(&internal, EXTERNAL_REVERTS - 1), None);
+        let error = any_error(&test.domain);
+        let advice_for = |snapshot: &Snapshot, version| snapshot.revert_error(&error, version).to_string();
+        let old = advice_for(&external, Some(EXTERNAL_REVERTS - 1));
+        assert!(old.contains("libvirt 9.8.999 cannot revert to those. Upgrade libvirt to 9.9"), "{old}");
+        for (snapshot, version) in [
+            (&external, Some(EXTERNAL_REVERTS)),
+            (&internal, Some(EXTERNAL_REVERTS - 1)),
+            (&internal, Some(BROKEN_REVERTS.start - 1)),
+            (&internal, Some(BROKEN_REVERTS.end)),
+            (&internal, None),
+        ] {
+            let text = advice_for(snapshot, version);
+            assert!(text.contains("`virsh snapshot-revert`"), "{version:?}: {text}");
+        }
+        let broken = advice_for(&internal, Some(BROKEN_REVERTS.start));
+        assert!(broken.contains("libvirt 11.2.0 cannot revert to every internal snapshot"), "{broken}");
+    }
+
+    #[test]
+    fn revert_is_tried_again_only_when_an_overlay_of_the_same_second_may_exist() {
+        let test = TestDomain::new("snapshot-again");
+        test.start();
+        let (internal, external) = (test.take_snapshot("i"), test.take_external_snapshot("e"));
+        let (internal, external) = (describe(internal).unwrap(), describe(external).unwrap());
+        let (refused, other) = (refusal(&test), any_error(&test.domain));
+        assert!(external.may_work_later(&refused, Some(EXTERNAL_REVERTS)));
+        assert!(!external.may_work_later(&refused, Some(EXTERNAL_REVERTS - 1)));
+        assert!(!external.may_work_later(&refused, None));
+        assert!(!external.may_work_later(&other, Some(EXTERNAL_REVERTS)));
+        assert!(!internal.may_work_later(&refused, Some(EXTERNAL_REVERTS)));
     }
 
     #[test]

@@ -16,7 +16,7 @@
 use machinery::{Error, Result};
 use machinery_backend::Share;
 use virt::connect::Connect;
-use virt::domain::{Domain, DomainPausedReason};
+use virt::domain::{Domain, DomainPausedReason, MemoryStat};
 use virt_sys as sys;
 
 use crate::description::Description;
@@ -112,7 +112,73 @@ impl Fingerprint {
 
 /// Returns the memory that the running domain uses, in bytes, where libvirt knows it.
 fn used_memory(domain: &Domain) -> Option<u64> {
-    let known = domain.memory_stats(0).ok()?;
+    resident_memory(&domain.memory_stats(0).ok()?)
+}
+
+fn resident_memory(known: &[MemoryStat]) -> Option<u64> {
     let resident = known.iter().find(|stat| stat.tag == sys::VIR_DOMAIN_MEMORY_STAT_RSS)?;
     resident.val.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_driver::TestDomain;
+    use machinery_backend::Budget;
+
+    /// Returns a domain that is reverted to its snapshot `clean` and paused, with its fingerprint.
+    fn reverted(name: &str) -> (TestDomain, Fingerprint) {
+        let test = TestDomain::new(name);
+        test.start();
+        test.take_snapshot("clean").revert(sys::VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED).unwrap();
+        let snapshot = snapshot::find(&test.domain, None).unwrap();
+        let fingerprint = Fingerprint::of(&test.look_up(), snapshot.identity).unwrap();
+        (test, fingerprint)
+    }
+
+    #[test]
+    fn standby_is_unchanged_until_its_guest_runs() {
+        let (test, fingerprint) = reverted("standby-resumed");
+        let check = |label| fingerprint.check(&test.connect, label, None);
+        assert_eq!(check("standby-resumed").unwrap().name().unwrap(), "standby-resumed");
+        assert!(check("other").unwrap_err().to_string().contains("resumed or replaced"));
+        test.domain.resume().unwrap();
+        assert!(check("standby-resumed").unwrap_err().to_string().contains("resumed or replaced"));
+        test.domain.suspend().unwrap();
+        let error = check("standby-resumed").unwrap_err().to_string();
+        assert!(error.contains("resumed or replaced"), "the guest has run meanwhile: {error}");
+        test.domain.destroy().unwrap();
+        assert!(check("standby-resumed").unwrap_err().to_string().contains("find the standby's domain"));
+        let snapshot = fingerprint.snapshot.clone();
+        let error = Fingerprint::of(&test.look_up(), snapshot).unwrap_err().to_string();
+        assert!(error.contains("ended while it was reverted"), "{error}");
+    }
+
+    #[test]
+    fn standby_is_of_one_snapshot() {
+        let (test, fingerprint) = reverted("standby-snapshot");
+        let label = "standby-snapshot";
+        test.domain.resume().unwrap();
+        test.take_snapshot("second").revert(sys::VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED).unwrap();
+        let now = Fingerprint { id: test.look_up().id().unwrap(), ..fingerprint };
+        now.check(&test.connect, label, Some("clean")).unwrap();
+        let error = now.check(&test.connect, label, None).unwrap_err().to_string();
+        assert!(error.contains("the snapshot is 'second' of "), "{error}");
+    }
+
+    #[test]
+    fn standby_has_its_share_where_libvirt_reports_no_use() {
+        let (test, fingerprint) = reverted("standby-memory");
+        let share = Budget::new(Some(100 << 20)).take(8 << 20).unwrap();
+        assert_eq!(StandbyDomain::new(&test.look_up(), fingerprint, 0, share).memory(), 8 << 20);
+    }
+
+    #[test]
+    fn used_memory_is_what_is_resident() {
+        let stat = |tag, val| MemoryStat { tag, val };
+        let (rss, other) = (sys::VIR_DOMAIN_MEMORY_STAT_RSS, sys::VIR_DOMAIN_MEMORY_STAT_AVAILABLE);
+        assert_eq!(resident_memory(&[stat(other, 1), stat(rss, 7)]), Some(7 << 10));
+        assert_eq!(resident_memory(&[stat(other, 1)]), None);
+        assert_eq!(resident_memory(&[stat(rss, u64::MAX)]), None);
+    }
 }

@@ -130,3 +130,200 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::lab::{MachineLab, StateChange, destroyed, lifecycle, soon, started};
+    use crate::test_driver::connect;
+    use virt_sys as sys;
+
+    fn saved() -> Event {
+        lifecycle(sys::VIR_DOMAIN_EVENT_STOPPED, sys::VIR_DOMAIN_EVENT_STOPPED_SAVED)
+    }
+
+    fn failed() -> Event {
+        lifecycle(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR)
+    }
+
+    fn change(state: State, reason: &str, ends: u64) -> StateChange {
+        StateChange { state, reason: reason.to_owned(), ends }
+    }
+
+    #[test]
+    fn event_of_a_run_is_reported_with_its_reason() {
+        let lab = MachineLab::new("events-run");
+        lab.run();
+        lab.machine.on_event(Event::Reset);
+        lab.machine.on_event(lifecycle(sys::VIR_DOMAIN_EVENT_DEFINED, 0));
+        lab.machine.on_event(started());
+        assert_eq!(lab.host.changes(), [], "a guest may reboot, and the host knows that it runs");
+        lab.machine.on_event(failed());
+        assert_eq!(
+            lab.host.changes(),
+            [change(State::Error, "the guest is paused because its disk failed", 0)]
+        );
+        assert!(lab.machine.lock().start_event.is_none() && lab.machine.has_run());
+    }
+
+    #[test]
+    fn run_that_ends_by_itself_is_closed_before_its_report() {
+        let lab = MachineLab::new("events-end");
+        lab.run();
+        lab.machine.on_event(destroyed());
+        assert_eq!(lab.host.changes(), [change(State::Poweroff, "the domain was destroyed", 1)]);
+        let state = lab.machine.lock();
+        assert!(!state.has_run && state.run_disks.is_none() && state.only_own_runs);
+        assert_eq!((state.end_count, state.was_saved), (1, false));
+        drop(state);
+        assert!(!lab.machine.marker.exists());
+    }
+
+    #[test]
+    fn end_of_a_stopped_run_is_reported_before_the_stop_returns() {
+        let lab = MachineLab::new("events-stop");
+        lab.run();
+        let stopping = lab.machine.begin(Operation::Stopping, soon()).unwrap();
+        lab.machine.on_event(lifecycle(sys::VIR_DOMAIN_EVENT_SHUTDOWN, 0));
+        lab.machine.on_event(destroyed());
+        assert_eq!(lab.host.changes(), [change(State::Poweroff, "", 0)]);
+        assert_eq!(lab.machine.lock().end_count, 1);
+        assert!(!lab.machine.has_run());
+        drop(stopping);
+    }
+
+    #[test]
+    fn event_of_a_start_is_a_step_of_it() {
+        let lab = MachineLab::new("events-start");
+        let starting = lab.machine.begin(Operation::Starting, soon()).unwrap();
+        lab.machine.lock().only_own_runs = true;
+        lab.machine.on_event(started());
+        assert!(lab.machine.lock().only_own_runs, "the host starts the domain");
+        lab.run();
+        assert_eq!(lab.machine.lock().start_event.as_ref().map(|(state, _)| *state), Some(State::Running));
+        lab.machine.on_event(destroyed());
+        assert_eq!(lab.machine.lock().start_event.as_ref().map(|(state, _)| *state), Some(State::Poweroff));
+        assert_eq!(lab.machine.lock().end_count, 1);
+        assert!(lab.machine.has_run() && lab.machine.marker.exists(), "the start handles the end of its run");
+        assert_eq!(lab.host.changes(), []);
+        drop(starting);
+    }
+
+    #[test]
+    fn run_that_was_saved_keeps_its_marker() {
+        let lab = MachineLab::new("events-saved");
+        lab.run();
+        lab.machine.on_event(saved());
+        assert!(lab.machine.lock().was_saved && lab.machine.marker.exists());
+        // The run of somebody else.
+        lab.machine.on_event(started());
+        assert!(!lab.machine.marker.exists());
+        lab.machine.lock().was_saved = false;
+        lab.machine.on_event(saved());
+        assert!(!lab.machine.lock().was_saved);
+    }
+
+    #[test]
+    fn start_by_somebody_else_is_remembered() {
+        let lab = MachineLab::new("events-foreign");
+        let only_own_runs = |event| {
+            lab.machine.lock().only_own_runs = true;
+            lab.machine.on_event(event);
+            lab.machine.lock().only_own_runs
+        };
+        assert!(only_own_runs(destroyed()));
+        assert!(!only_own_runs(started()));
+        assert_eq!(lab.host.states(), [State::Poweroff, State::Running]);
+        lab.run();
+        assert!(only_own_runs(started()) && lab.machine.marker.exists());
+        let stopping = lab.machine.begin(Operation::Stopping, soon()).unwrap();
+        lab.machine.lock().has_run = false;
+        assert!(only_own_runs(started()), "the stop ends that domain");
+        drop(stopping);
+    }
+
+    #[test]
+    fn steps_of_a_revert_do_not_replace_a_standby() {
+        let lab = MachineLab::new("events-steps");
+        lab.prepare();
+        lab.machine.lock().only_own_runs = true;
+        lab.machine.on_event(started());
+        lab.machine
+            .on_event(lifecycle(sys::VIR_DOMAIN_EVENT_SUSPENDED, sys::VIR_DOMAIN_EVENT_SUSPENDED_PAUSED));
+        let state = lab.machine.lock();
+        assert!(state.standby.as_ref().is_some_and(|standby| standby.unusable.is_none()));
+        assert!(state.only_own_runs && state.end_count == 0);
+        drop(state);
+        assert!(lab.machine.marker.exists() && !lab.host.was_invalidated());
+        assert_eq!(lab.host.changes(), []);
+    }
+
+    #[test]
+    fn standby_is_replaced_when_it_does_not_stay_as_it_is() {
+        for (name, event, expected) in [
+            ("events-failed", failed(), "the standby is error by itself: the guest is paused because"),
+            ("events-ended", destroyed(), "the standby is poweroff by itself: the domain was destroyed"),
+            ("events-reset", Event::Reset, "somebody has reset the standby"),
+        ] {
+            let lab = MachineLab::new(name);
+            lab.prepare();
+            let is_end = event == destroyed();
+            lab.machine.on_event(event);
+            assert!(!is_end || lab.machine.lock().end_count >= 1);
+            let reason = lab.host.wait_for_invalidation();
+            assert!(reason.starts_with(expected), "{reason}");
+            assert_eq!(lab.host.changes(), [], "the host does not see a standby");
+            assert!(lab.machine.lock().standby.is_none() && !lab.machine.marker.exists());
+        }
+    }
+
+    #[test]
+    fn run_has_an_error_while_its_connection_is_lost() {
+        let lab = MachineLab::new("events-lost");
+        lab.machine.lock().only_own_runs = true;
+        lab.machine.on_connection_lost("libvirtd has ended");
+        assert!(!lab.machine.lock().only_own_runs);
+        assert_eq!(lab.host.changes(), [], "the machine is off");
+        lab.run();
+        lab.machine.on_connection_lost("libvirtd has ended");
+        assert_eq!(lab.host.changes(), [change(State::Error, "libvirtd has ended", 0)]);
+        lab.machine.on_reconnected(&connect());
+        assert_eq!(lab.host.changes(), [change(State::Running, "", 0)]);
+        let _starting = lab.machine.begin(Operation::Starting, soon()).unwrap();
+        lab.machine.lock().host_knows_running = false;
+        lab.machine.on_reconnected(&connect());
+        assert_eq!(lab.host.changes(), [], "the start itself reports the state");
+    }
+
+    #[test]
+    fn standby_is_replaced_when_its_connection_was_lost() {
+        let lab = MachineLab::new("events-renewed");
+        lab.prepare();
+        lab.machine.on_connection_lost("libvirtd has ended");
+        let unusable = lab.machine.lock().standby.as_ref().and_then(|standby| standby.unusable.clone());
+        assert_eq!(unusable.as_deref(), Some("libvirtd has ended"));
+        lab.machine.on_reconnected(&connect());
+        assert_eq!(lab.host.wait_for_invalidation(), "libvirtd has ended meanwhile");
+        assert_eq!(lab.host.changes(), []);
+    }
+
+    #[test]
+    fn run_that_has_ended_without_an_event_is_reported_after_the_reconnection() {
+        let lab = MachineLab::new("events-unseen");
+        lab.run();
+        lab.domain.domain.destroy().unwrap();
+        lab.machine.on_reconnected(&connect());
+        let ended = "it ended while libvirt was away";
+        assert_eq!(lab.host.changes(), [change(State::Poweroff, ended, 1)]);
+        assert!(!lab.machine.has_run());
+        lab.machine.on_reconnected(&connect());
+        assert_eq!(lab.host.changes(), [], "there is no run any more");
+        lab.run();
+        lab.domain.domain.destroy().unwrap();
+        lab.domain.start();
+        lab.machine.on_reconnected(&connect());
+        let states = lab.host.states();
+        assert_eq!(states, [State::Poweroff, State::Running], "somebody else has started the domain");
+        assert!(!lab.machine.has_run() && !lab.machine.lock().only_own_runs);
+    }
+}

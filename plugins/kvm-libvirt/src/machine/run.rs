@@ -136,3 +136,128 @@ impl Machine {
         self.lock().only_own_runs = true;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::domain::state;
+    use crate::leftovers::RunMarker;
+    use crate::machine::lab::MachineLab;
+    use machinery::State;
+
+    fn is_on(lab: &MachineLab) -> bool {
+        state(&lab.domain.domain).unwrap().0 != State::Poweroff
+    }
+
+    #[test]
+    fn domain_is_found_unless_there_is_none() {
+        let lab = MachineLab::new("run-find");
+        let find = |label: &str| lab.with_label(label).find(&lab.domain.connect);
+        assert_eq!(find("run-find").unwrap().unwrap().name().unwrap(), "run-find");
+        assert!(find("run-find-none").unwrap().is_none());
+        let error = find("not a\0name").err().unwrap().to_string();
+        assert!(error.contains("machine 'run-find': libvirt cannot look up the domain"), "{error}");
+    }
+
+    #[test]
+    fn run_of_an_earlier_host_is_adopted_once() {
+        let mut lab = MachineLab::new("run-adopt");
+        assert!(!lab.machine.adopt_run(&lab.domain.connect).unwrap());
+        lab.run();
+        lab.replace_host();
+        assert!(lab.machine.adopt_run(&lab.domain.connect).unwrap());
+        assert!(is_on(&lab) && lab.machine.marker.exists());
+        let state = lab.machine.lock();
+        assert!(state.has_run && state.run_disks.is_some() && state.left_run.is_none());
+    }
+
+    #[test]
+    fn run_is_not_adopted_when_the_domain_was_started_anew() {
+        let mut lab = MachineLab::new("run-again");
+        lab.run();
+        lab.domain.domain.destroy().unwrap();
+        lab.domain.start();
+        // As a domain that was saved and resumed, it has the token of the run.
+        lab.machine.marker.mark(&lab.domain.look_up()).unwrap();
+        lab.replace_host();
+        let error = lab.machine.adopt_run(&lab.domain.connect).unwrap_err().to_string();
+        assert!(error.contains("has ended, or was started anew"), "{error}");
+        assert!(!is_on(&lab) && !lab.machine.marker.exists() && !lab.machine.has_run());
+        assert!(lab.machine.lock().only_own_runs, "the disks are those of an own run");
+    }
+
+    #[test]
+    fn domain_of_somebody_else_is_neither_adopted_nor_ended() {
+        let mut lab = MachineLab::new("run-other");
+        lab.domain.start();
+        let domain = lab.domain.look_up();
+        lab.machine.marker.begin(&domain).unwrap();
+        // It has the id of the run, and not its token.
+        lab.machine.marker.set_resumed(&domain);
+        lab.replace_host();
+        assert!(lab.machine.adopt_run(&lab.domain.connect).is_err());
+        assert!(is_on(&lab) && !lab.machine.marker.exists() && !lab.machine.has_run());
+        assert!(!lab.machine.lock().only_own_runs);
+    }
+
+    #[test]
+    fn leftover_run_is_ended_and_its_disks_are_recorded() {
+        let mut lab = MachineLab::new("run-left");
+        lab.run();
+        lab.replace_host();
+        lab.machine.end_leftover_run(&lab.domain.connect).unwrap();
+        assert!(!is_on(&lab) && !lab.machine.marker.exists());
+        assert!(lab.machine.lock().only_own_runs);
+    }
+
+    #[test]
+    fn marker_of_a_saved_run_is_kept_for_its_resumption() {
+        let mut lab = MachineLab::new("run-saved");
+        lab.run();
+        lab.domain.domain.managed_save(0).unwrap();
+        lab.replace_host();
+        lab.machine.end_leftover_run(&lab.domain.connect).unwrap();
+        assert!(lab.machine.marker.exists());
+        lab.domain.domain.managed_save_remove(0).unwrap();
+        lab.machine.end_leftover_run(&lab.domain.connect).unwrap();
+        assert!(!lab.machine.marker.exists());
+    }
+
+    #[test]
+    fn marker_is_written_before_the_start_and_removed_with_the_run() {
+        let lab = MachineLab::new("run-marker");
+        lab.machine.lock().was_saved = true;
+        lab.machine.begin_marker(&lab.domain.domain).unwrap();
+        assert!(lab.machine.marker.exists() && !lab.machine.lock().was_saved);
+        lab.domain.start();
+        let domain = lab.machine.mark_run(&lab.domain.connect).unwrap();
+        assert!(lab.machine.marker.matches(&domain).unwrap());
+        assert!(lab.machine.lock().run_disks.is_some());
+        lab.machine.lock().was_saved = true;
+        lab.machine.remove_marker();
+        assert!(lab.machine.marker.exists());
+        lab.machine.lock().was_saved = false;
+        lab.machine.record_end();
+        assert!(!lab.machine.marker.exists());
+        let state = lab.machine.lock();
+        assert!(state.only_own_runs && state.run_disks.is_none() && state.end_count == 1);
+    }
+
+    #[test]
+    fn reset_before_the_resumption_is_an_error() {
+        let lab = MachineLab::new("run-reset");
+        lab.machine.ensure_no_reset().unwrap();
+        lab.machine.lock().was_reset = true;
+        let error = lab.machine.ensure_no_reset().unwrap_err().to_string();
+        assert!(error.contains("somebody has reset the domain"), "{error}");
+    }
+
+    #[test]
+    fn marker_is_read_before_any_event() {
+        let mut lab = MachineLab::new("run-read");
+        lab.run();
+        let id = lab.domain.look_up().id();
+        lab.replace_host();
+        assert_eq!((lab.machine.lock().left_run, id.is_some()), (id, true));
+        assert_eq!(RunMarker::of("run-read", lab.state_dir()).resumed_id(), id);
+    }
+}

@@ -83,3 +83,49 @@ pub struct AbandonedCall {
     pub call: Arc<Mutex<Call<()>>>,
     pub is_start: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::lab::{MachineLab, soon};
+
+    fn abandoned(is_start: bool) -> Option<AbandonedCall> {
+        let call = Call::start(|| Ok(())).unwrap();
+        Some(AbandonedCall { call: Arc::new(Mutex::new(call)), is_start })
+    }
+
+    #[test]
+    fn domain_is_hidden_while_its_next_restore_is_prepared() {
+        let lab = MachineLab::new("state-hidden");
+        let hidden = || is_hidden(&lab.machine.lock());
+        assert!(!hidden());
+        for (operation, expected) in [
+            (Operation::Starting, false),
+            (Operation::Stopping, false),
+            (Operation::Preparing, true),
+            (Operation::Discarding, true),
+        ] {
+            let _under_way = lab.machine.begin(operation, soon()).unwrap();
+            assert_eq!(hidden(), expected, "{operation:?}");
+        }
+        lab.machine.lock().abandoned = abandoned(true);
+        assert!(!hidden(), "a start that goes on");
+        lab.machine.lock().abandoned = abandoned(false);
+        assert!(hidden(), "a preparation that goes on");
+        lab.machine.lock().abandoned = None;
+        lab.prepare();
+        assert!(hidden(), "a standby");
+    }
+
+    #[test]
+    fn operation_begins_without_the_events_of_earlier_ones() {
+        let mut state = MachineState {
+            start_event: Some((machinery::State::Running, String::new())),
+            was_reset: true,
+            connection_lost: true,
+            ..MachineState::default()
+        };
+        state.forget_events();
+        assert!(state.start_event.is_none() && !state.was_reset && !state.connection_lost);
+    }
+}
