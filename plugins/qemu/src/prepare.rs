@@ -47,6 +47,8 @@ mod unfinished;
 pub use build::{Build, BuildError, build};
 pub use build_failures::BuildFailures;
 pub use identity::Identity;
+#[cfg(test)]
+pub use identity::tests::identity as identity_of_a_test;
 pub use opener::Opener;
 pub use store::{Template, Templates};
 pub use unavailable_reason::unavailable_reason;

@@ -22,6 +22,8 @@
 //! | `start_error` | a start that failed, and at which stage |
 
 pub mod end;
+#[cfg(test)]
+pub mod fake_qemu;
 mod parts;
 pub mod record;
 mod resume;

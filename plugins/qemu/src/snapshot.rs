@@ -352,6 +352,30 @@ mod tests {
         }
     }
 
+    /// A source whose first read fails.
+    struct FailsOnce<R>(Option<io::ErrorKind>, R);
+
+    impl<R: Read> Read for FailsOnce<R> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0.take().map_or_else(|| self.1.read(buffer), |kind| Err(kind.into()))
+        }
+    }
+
+    #[test]
+    fn read_is_repeated_when_it_was_interrupted_and_not_when_it_failed() {
+        let fed = |kind| {
+            let (mut reader, writer) = io::pipe().unwrap();
+            let fed = feed(FailsOnce(Some(kind), &b"{}"[..]), writer);
+            let mut read = Vec::new();
+            reader.read_to_end(&mut read).unwrap();
+            (fed, read)
+        };
+        let (interrupted, read) = fed(io::ErrorKind::Interrupted);
+        assert!(matches!(interrupted, Fed::Whole) && read == b"{}");
+        let (failed, read) = fed(io::ErrorKind::InvalidData);
+        assert!(matches!(failed, Fed::Unreadable(_)) && read.is_empty());
+    }
+
     #[test]
     fn decompression_ends_when_the_reader_closes_the_pipe() {
         let file = file(&packed(Format::Zstd, &data()));

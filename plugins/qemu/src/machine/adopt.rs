@@ -189,3 +189,203 @@ impl Machine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command};
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use machinery::{FreeSpaceReserve, Host};
+    use machinery_backend::jail::JailMode;
+    use machinery_backend::process::ProcessIdentity;
+    use machinery_backend::sync::lock;
+    use machinery_backend::{Budget, DiskSpace, QemuImg};
+    use rustix::process::{Pid, Signal, kill_process};
+    use tempfile::TempDir;
+
+    use crate::config::MachineFiles;
+    use crate::config::tests::machine_in;
+    use crate::peers::Peers;
+    use crate::run::fake_qemu::{answer, soon};
+    use crate::shared::Qemu;
+    use crate::version::{Program, Version};
+
+    const MEMORY: u64 = 5 << 20;
+
+    /// A machine, and the QEMU that an earlier host has left: a process that only waits, and a thread at the socket.
+    struct Left {
+        machine: Arc<Machine>,
+        process: ProcessIdentity,
+        child: Child,
+        /// True once a host has connected to the monitor.
+        connected: Arc<AtomicBool>,
+        folder: TempDir,
+    }
+
+    impl Drop for Left {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    impl Left {
+        /// Has a QEMU left whose guest has that status.
+        fn new(progress: Progress, status: &'static str) -> Self {
+            let left = Left::recorded(progress, |_| ());
+            left.serve(status);
+            left
+        }
+
+        /// Has a QEMU left without a monitor. `change` changes the record of its standby.
+        fn recorded(progress: Progress, change: fn(&mut StandbyRecord)) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let machine = machine(folder.path());
+            let child = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+            let process = ProcessIdentity::of(Pid::from_child(&child)).unwrap();
+            let version = Version::new(7, 2, 0);
+            machine.record.begin(&Record::new(process.clone(), version, Vec::new(), Vec::new(), Vec::new()));
+            let (identity, keys) = (machine.identity().unwrap(), machine.checksum());
+            let mut standby = StandbyRecord { identity, ram: None, keys, memory: MEMORY };
+            change(&mut standby);
+            match progress {
+                Progress::Starting => {}
+                Progress::Standby => machine.record.set_standby(serde_json::to_value(&standby).unwrap()),
+                Progress::Running => machine.record.set_running(),
+            }
+            Left { machine, process, child, connected: Arc::default(), folder }
+        }
+
+        /// Answers the next host on the monitor's socket.
+        fn serve(&self, status: &'static str) {
+            let listener = UnixListener::bind(&self.machine.socket).unwrap();
+            let (connected, process) = (Arc::clone(&self.connected), Pid::from_child(&self.child));
+            std::thread::spawn(move || {
+                let (monitor, _) = listener.accept().unwrap();
+                connected.store(true, Ordering::SeqCst);
+                std::io::Write::write_all(&mut &monitor, b"{\"QMP\": {}}\n").unwrap();
+                let kill = || kill_process(process, Signal::KILL).unwrap();
+                answer(&monitor, status, kill);
+            });
+        }
+
+        fn adopt(&self) -> Result<bool> {
+            self.machine.adopt_run(soon())
+        }
+
+        fn is_alive(&self) -> bool {
+            self.process.open().is_some()
+        }
+
+        fn progress(&self) -> Option<Progress> {
+            self.machine.record.read().map(|(progress, _)| progress)
+        }
+
+        fn has_standby(&self) -> bool {
+            self.machine.work.lock().standby.is_some()
+        }
+
+        fn is_removed(&self) -> bool {
+            let nothing = !self.has_standby() && self.machine.work.lock().running().is_none();
+            nothing && !self.is_alive() && self.progress().is_none()
+        }
+    }
+
+    fn machine(folder: &std::path::Path) -> Arc<Machine> {
+        let mut files = MachineFiles { jail: JailMode::Off, ..machine_in(folder) };
+        files.prepare.instant = false;
+        let program = Program::new("/bin/sh".as_ref(), Version::new(7, 2, 0)).unwrap();
+        let shared = Qemu {
+            qemu_img: QemuImg::new("/bin/sh"),
+            program,
+            instant_dir: folder.join("templates"),
+            state_dir: folder.to_owned(),
+            templates: OnceLock::new(),
+            peers: Peers::default(),
+            budget: Budget::new(Some(MEMORY)),
+            space: DiskSpace::new(FreeSpaceReserve::default()),
+            host: Host::detached(),
+        };
+        Machine::new(files, folder, folder, Arc::new(shared))
+    }
+
+    #[test]
+    fn run_of_an_earlier_host_is_adopted_in_each_state_of_its_guest() {
+        for status in ["running", "paused", "suspended"] {
+            let left = Left::new(Progress::Running, status);
+            assert!(left.adopt().unwrap(), "{status}");
+            assert!(left.machine.work.lock().running().is_some() && !left.has_standby());
+            assert!(left.is_alive() && left.progress() == Some(Progress::Running));
+        }
+    }
+
+    #[test]
+    fn run_is_ended_when_its_state_is_unknown() {
+        let left = Left::new(Progress::Running, "levitating");
+        assert!(left.adopt().unwrap_err().to_string().contains("levitating"));
+        assert!(left.is_removed());
+    }
+
+    #[test]
+    fn standby_is_adopted_and_left_to_the_next_host() {
+        let left = Left::new(Progress::Standby, "paused");
+        assert!(!left.adopt().unwrap());
+        assert_eq!(left.machine.work.lock().standby.as_ref().map(|standby| standby.memory()), Some(MEMORY));
+        assert!(left.machine.shared.budget.take(1).is_err(), "it has its share of the memory");
+        left.machine.leave(soon()).unwrap();
+        assert!(!left.has_standby() && left.is_alive());
+        assert_eq!(left.progress(), Some(Progress::Standby));
+    }
+
+    #[test]
+    fn standby_whose_guest_was_just_resumed_is_adopted_as_a_run() {
+        let left = Left::new(Progress::Standby, "running");
+        assert!(left.adopt().unwrap());
+        assert!(left.machine.work.lock().running().is_some() && !left.has_standby());
+        assert_eq!(left.progress(), Some(Progress::Running));
+    }
+
+    #[test]
+    fn standby_is_ended_when_it_cannot_be_used() {
+        let suspended = Left::new(Progress::Standby, "suspended");
+        let other_keys = Left::recorded(Progress::Standby, |standby| standby.keys ^= 1);
+        let too_large = Left::recorded(Progress::Standby, |standby| standby.memory += 1);
+        let stale = Left::recorded(Progress::Standby, |_| ());
+        fs::write(stale.folder.path().join("snapshot"), "QEVM again").unwrap();
+        for left in [&other_keys, &too_large, &stale] {
+            left.serve("paused");
+        }
+        for left in [suspended, other_keys, too_large, stale] {
+            assert!(!left.adopt().unwrap());
+            assert!(left.connected.load(Ordering::SeqCst) && left.is_removed());
+        }
+    }
+
+    #[test]
+    fn start_that_was_under_way_is_ended_without_its_monitor() {
+        let left = Left::new(Progress::Starting, "paused");
+        assert!(!left.adopt().unwrap());
+        assert!(left.is_removed() && !left.connected.load(Ordering::SeqCst));
+        assert!(!left.adopt().unwrap(), "nothing is left");
+        assert!(matches!(*lock(&left.machine.leftovers), Some(Ok(()))));
+    }
+
+    #[test]
+    fn run_is_not_adopted_when_its_record_is_unreadable_or_its_qemu_has_ended() {
+        let damaged = Left::new(Progress::Running, "running");
+        fs::write(damaged.folder.path().join("m.run"), "{}").unwrap();
+        let error = damaged.adopt().unwrap_err().to_string();
+        assert!(error.contains("another version, or is damaged"), "{error}");
+        assert!(!damaged.adopt().unwrap(), "it is known once");
+        let mut ended = Left::new(Progress::Running, "running");
+        ended.child.kill().unwrap();
+        ended.child.wait().unwrap();
+        assert!(ended.adopt().unwrap_err().to_string().contains("ended while no host watched it"));
+        assert!(ended.is_removed());
+    }
+}

@@ -91,6 +91,9 @@ fn id(path: &Path) -> Option<FileId> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::config::tests::machine_in;
+    use crate::version::Version;
+    use std::os::unix::fs::PermissionsExt;
 
     /// Creates an identity of files in that folder.
     pub fn identity(folder: &Path) -> Identity {
@@ -138,5 +141,44 @@ pub mod tests {
         assert!(change(now.clone()).contains("/iso was changed"));
         now.files = BTreeMap::new();
         assert!(change(now).contains("/base was changed"));
+    }
+
+    #[test]
+    fn identity_of_a_machine_has_its_files_and_the_program_with_its_version() {
+        let folder = tempfile::tempdir().unwrap();
+        let machine = machine_in(folder.path());
+        let path = |name: &str| folder.path().join(name);
+        let replace_program = |version: &str| {
+            let script = format!("#!/bin/sh\necho QEMU emulator version {version}\n");
+            fs::write(path("new"), script).unwrap();
+            fs::set_permissions(path("new"), fs::Permissions::from_mode(0o755)).unwrap();
+            fs::rename(path("new"), path("qemu")).unwrap();
+        };
+        replace_program("8.2.0");
+        let program = Program::new(&path("qemu"), Version::new(8, 2, 0)).unwrap();
+        let now = || Identity::of(&machine, &program).unwrap();
+        let then = now();
+        assert_eq!((now().change_since(&then), then.snapshot_size()), (None, 4));
+        let disk = FileId::of(&path("disk.qcow2")).unwrap();
+        assert_eq!(then.files, [(path("disk.qcow2"), Some(disk))].into());
+        assert_eq!(then.args, machine.start_args.unchanged());
+        fs::write(path("snapshot"), "QEVM again").unwrap();
+        assert_eq!(now().change_since(&then).unwrap(), "the machine's snapshot was changed");
+        replace_program("8.2.1");
+        assert_eq!(now().change_since(&then).unwrap(), "QEMU was 8.2.0, and is 8.2.1");
+        fs::remove_file(path("snapshot")).unwrap();
+        let error = Identity::of(&machine, &program).unwrap_err().to_string();
+        assert!(error.contains("look at the machine's snapshot"), "{error}");
+    }
+
+    #[test]
+    fn file_has_an_identity_unless_it_is_a_folder_or_a_device() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(super::id(folder.path()), None);
+        assert_eq!(super::id(Path::new("/dev/null")), None);
+        assert_eq!(super::id(&folder.path().join("none")), None);
+        let file = folder.path().join("file");
+        fs::write(&file, "x").unwrap();
+        assert_eq!(super::id(&file), FileId::of(&file).ok());
     }
 }
