@@ -8,7 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Signal, kill_process};
@@ -115,13 +115,55 @@ impl Drop for DemoHost<'_> {
     }
 }
 
-/// Reports whether the host gets ready, before it ends and before the timeout.
+/// Reports whether the host gets ready, before it ends and before the timeout. It sends other messages while it loads.
 fn wait_until_ready(socket: &UnixDatagram, host: Pid) -> Result<bool> {
     let Some(end) = handle(host)? else { return Ok(false) };
-    wait(&mut [PollFd::new(socket, PollFlags::IN), PollFd::new(&end, PollFlags::IN)], READY_TIMEOUT)?;
-    let what = || "cannot hear from the host".to_owned();
-    socket.set_nonblocking(true).context(what)?;
+    socket.set_nonblocking(true).context(|| "cannot hear from the host".to_owned())?;
+    let timeout = Instant::now() + READY_TIMEOUT;
+    loop {
+        let mut events = [PollFd::new(socket, PollFlags::IN), PollFd::new(&end, PollFlags::IN)];
+        if !wait(&mut events, timeout.saturating_duration_since(Instant::now()))? {
+            return Ok(false);
+        }
+        let has_ended = !events[1].revents().is_empty();
+        if says_ready(socket) || has_ended {
+            return Ok(!has_ended);
+        }
+    }
+}
+
+/// Reads the messages that are there; reports whether one says that the host is ready.
+fn says_ready(socket: &UnixDatagram) -> bool {
     let mut message = [0; 4096];
-    let length = socket.recv(&mut message).unwrap_or(0);
-    Ok(String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1"))
+    while let Ok(length) = socket.recv(&mut message) {
+        if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+            return true;
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_is_ready_when_it_says_so_after_other_messages() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = folder.path().join("ready.sock");
+        let socket = UnixDatagram::bind(&address).unwrap();
+        let host =
+            |script: &str| Command::new("sh").args(["-c", script]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut loads = host("read -r _");
+        let send = |message: &str| socket.send_to(message.as_bytes(), &address).unwrap();
+        send("EXTEND_TIMEOUT_USEC=90000000\nWATCHDOG=1\n");
+        send("READY=1\n");
+        assert!(wait_until_ready(&socket, Pid::from_child(&loads)).unwrap());
+        loads.kill().unwrap();
+        loads.wait().unwrap();
+        let mut ended = host("exit 1");
+        send("EXTEND_TIMEOUT_USEC=90000000\n");
+        assert!(!wait_until_ready(&socket, Pid::from_child(&ended)).unwrap());
+        ended.wait().unwrap();
+    }
 }
