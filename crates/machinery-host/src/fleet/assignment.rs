@@ -156,21 +156,13 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
-    use crate::events::Events;
     use crate::fleet::availability::Reason;
-    use crate::fleet::fake_plugin::FakePlugin;
+    use crate::fleet::fake_plugin::machine;
     use tokio::sync::broadcast::Receiver;
     use tokio::time::timeout;
-
-    fn machine() -> (Arc<Machine>, Receiver<Event>) {
-        let events = Events::default();
-        let subscriber = events.subscribe();
-        (FakePlugin::default().machine("m", &events), subscriber)
-    }
 
     fn lock(task_id: &str) -> TaskLock {
         TaskLock { task_id: task_id.into(), ..TaskLock::default() }

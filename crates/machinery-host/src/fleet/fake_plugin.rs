@@ -10,11 +10,11 @@ use machinery::{
     Capabilities, Deadline, Diagnosis, DumpFormat, Error, Host, MachineInfo, Reloaded, Report, Result, Setup,
     State,
 };
-
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::watch;
 
 use super::{Machine, Machinery};
-use crate::events::Events;
+use crate::events::{Event, Events};
 use crate::plugin::checksum::FileHash;
 use crate::plugin::search::PluginFile;
 
@@ -136,6 +136,13 @@ impl FakePlugin {
         }
         Ok(())
     }
+}
+
+/// Returns the machine `m`, which is powered off, and its later events.
+pub fn machine() -> (Arc<Machine>, Receiver<Event>) {
+    let events = Events::default();
+    let subscriber = events.subscribe();
+    (FakePlugin::default().machine("m", &events), subscriber)
 }
 
 /// Returns the description of a machine with that name, and with addresses of its own.

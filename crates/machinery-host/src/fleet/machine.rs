@@ -254,17 +254,11 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::fake_plugin::{FakePlugin, info};
+    use crate::fleet::fake_plugin::{info, machine};
     use crate::fleet::quarantine::Quarantine;
     use machinery::Readiness;
     use tokio::sync::broadcast::Receiver;
     use tokio::time::timeout;
-
-    fn machine() -> (Arc<Machine>, Receiver<Event>) {
-        let events = Events::default();
-        let subscriber = events.subscribe();
-        (FakePlugin::default().machine("m", &events), subscriber)
-    }
 
     /// Returns the states and reasons that were sent since the last time.
     fn states(events: &mut Receiver<Event>) -> Vec<(State, String)> {

@@ -162,23 +162,10 @@ mod tests {
     use crate::client_file::PassedFile;
     use crate::client_file::passed_file;
     use crate::events::Events;
-    use crate::fleet::fake_plugin::FakePlugin;
+    use crate::fleet::fake_plugin::{FakePlugin, info};
 
     fn windows() -> MachineInfo {
-        MachineInfo {
-            name: "win10_1".into(),
-            label: "win10_1".into(),
-            ip: "10.0.0.1".into(),
-            platform: "windows".into(),
-            os_version: "10".into(),
-            tags: vec!["office".into(), "dotnet".into()],
-            snapshot: None,
-            architecture: "amd64".into(),
-            interface: None,
-            agent_port: 8000,
-            mac_address: None,
-            jail: None,
-        }
+        MachineInfo { tags: vec!["office".into(), "dotnet".into()], ..info("win10_1") }
     }
 
     fn query(platform: &str, os_version: &str, architecture: &str, tags: &[&str]) -> MachineQuery {
