@@ -123,9 +123,11 @@ fn worker_is_named_once_when_it_is_stuck_in_an_action() {
     println!("{}", served.host.wait_for_log(&words).unwrap());
     // Other machines and requests go on meanwhile.
     assert_eq!(served.client().machine("m").unwrap()["disabled"], true);
-    drop(fs::File::open(&pipe).unwrap());
-    assert_eq!(client.next_message().unwrap()["success"], false);
+    // The reader stays until the pipe is removed: the host may open the file again at once.
+    let reader = fs::File::open(&pipe).unwrap();
     fs::remove_file(&pipe).unwrap();
+    drop(reader);
+    assert_eq!(client.next_message().unwrap()["success"], false);
     assert_eq!(client.act("enable_machine", "m").unwrap(), success());
     assert_eq!(client.act("restore_start", "m").unwrap(), success());
     assert_eq!(served.host.log().matches("its worker is stuck").count(), 1);

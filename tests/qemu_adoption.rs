@@ -79,6 +79,8 @@ fn run_is_adopted_and_goes_on_when_its_host_was_killed() {
             (&run["state"], &run["locked_by"], &run["errors"]),
             (&json!("running"), &json!("t"), &errors)
         );
+        let run_error = run["run_errors"][0].as_str().unwrap_or_default();
+        assert!(run_error.contains("another host has taken the machine over"), "{run}");
         assert_eq!(lab.qemu_of("m").unwrap(), qemu, "{jail}");
         machine.wait_for_next_count(SOON).unwrap();
         let picture = lab.cwd().root().join("storage/picture.png");

@@ -1,10 +1,11 @@
 //! The lock of the CWD: exclusive for a host, and shared for a command that ends the runs of a host that is gone.
 //!
-//! The lock ends with the process.
+//! The lock ends with the process. The file has the number of the process of the host that has, or had, the lock.
 
-use std::fs::{File, Permissions};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::process;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::Duration;
@@ -34,36 +35,70 @@ pub fn lock(state: &Path, limit: Duration) -> Result<File> {
         }
     });
     if attempt.is_some() {
-        return Ok(file);
+        return signed(file, &path);
     }
     if flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
         return Err(Error::environment(format!(
-            "another host already serves this CWD: it holds {}",
+            "another host already serves this CWD{}: it holds {}",
+            holder(&path).map(|pid| format!(" as process {pid}")).unwrap_or_default(),
             path.display()
         ))
-        .advice("Stop it first, or use it: the other commands of cuckoo-machinery talk to it"));
+        .advice("Stop it first with `cuckoo-machinery shutdown`, or use it: the other commands of cuckoo-machinery talk to it"));
     }
     tracing::info!("waiting for the end of `cuckoo-machinery end-runs`");
-    wait(file, limit).map_err(|error| error.action(format!("locking {}", path.display())))
+    let locked = wait(file, limit).map_err(|error| error.action(format!("locking {}", path.display())))?;
+    signed(locked, &path)
+}
+
+/// Writes the number of this process into the file, which this process has locked.
+fn signed(file: File, path: &Path) -> Result<File> {
+    let pid = format!("{}\n", process::id());
+    let written = file.set_len(0).and_then(|()| file.write_all_at(pid.as_bytes(), 0));
+    written.map_err(|error| Error::io("write to", path, &error))?;
+    Ok(file)
+}
+
+/// Returns the process that has locked the file, if the file has its number.
+fn holder(path: &Path) -> Option<u32> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Waits until no host serves the CWD.
+///
+/// # Errors
+/// The host has not ended in time.
+pub fn wait_for_end_of_host(state: &Path, limit: Duration) -> Result<()> {
+    let path = state.join("lock");
+    let locked = wait_for(open(&path)?, FlockOperation::LockShared, limit)?;
+    locked.map(drop).ok_or_else(|| {
+        let pid = holder(&path).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+        Error::timeout(format!("the host (process {pid}) has not ended within {limit:?}"))
+            .advice("Look at its log")
+    })
 }
 
 /// Waits for the lock while others have it shared.
 fn wait(file: File, limit: Duration) -> Result<File> {
+    wait_for(file, FlockOperation::LockExclusive, limit)?.ok_or_else(|| {
+        Error::environment(format!("`cuckoo-machinery end-runs` has not ended within {limit:?}"))
+            .advice("Look at its log, or end it: the host adopts the runs that remain")
+    })
+}
+
+/// Waits for a lock. Returns `None` if the time is up.
+fn wait_for(file: File, operation: FlockOperation, limit: Duration) -> Result<Option<File>> {
     let (sender, receiver) = sync_channel(1);
     let locking = move || {
-        let locked = retry_on_intr(|| flock(&file, FlockOperation::LockExclusive));
+        let locked = retry_on_intr(|| flock(&file, operation));
         // The receiver has gone if the time was up.
         let _ = sender.send(locked.map(|()| file));
     };
     let started = thread::Builder::new().name("lock".to_owned()).spawn(locking);
     started.map_err(|error| Error::environment(format!("cannot start a thread: {error}")))?;
     match receiver.recv_timeout(limit) {
-        Ok(Ok(file)) => Ok(file),
+        Ok(Ok(file)) => Ok(Some(file)),
         Ok(Err(error)) => Err(Error::environment(error.to_string())),
-        Err(_) => {
-            Err(Error::environment(format!("`cuckoo-machinery end-runs` has not ended within {limit:?}"))
-                .advice("Look at its log, or end it: the host adopts the runs that remain"))
-        }
+        Err(_) => Ok(None),
     }
 }
 
@@ -100,7 +135,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let _host = lock(folder.path(), SOON).unwrap();
         let refused = lock(folder.path(), SOON).unwrap_err().to_string();
-        assert!(refused.contains("another host already serves this CWD"), "{refused}");
+        let expected = format!("another host already serves this CWD as process {}", process::id());
+        assert!(refused.contains(&expected), "{refused}");
         assert!(lock_without_host(folder.path()).unwrap().is_none());
     }
 
@@ -115,6 +151,19 @@ mod tests {
             let host = scope.spawn(|| lock(folder.path(), SOON));
             drop(ending);
             host.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn end_of_a_host_is_waited_for_until_its_lock_is_released() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = lock(folder.path(), SOON).unwrap();
+        let late = wait_for_end_of_host(folder.path(), Duration::from_millis(10)).unwrap_err().to_string();
+        assert!(late.contains(&format!("process {}", process::id())), "{late}");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wait_for_end_of_host(folder.path(), SOON));
+            drop(host);
+            waiting.join().unwrap().unwrap();
         });
     }
 }

@@ -112,6 +112,15 @@ pub enum Event {
     },
     /// The configuration was reloaded.
     Reloaded(ReloadSummary),
+    /// The run of a task is lost or incomplete.
+    RunError {
+        /// The machine.
+        machine: String,
+        /// The task.
+        task_id: String,
+        /// The reason.
+        reason: String,
+    },
     /// The traffic is not captured, or only in part.
     CaptureFailed {
         /// The machine.

@@ -51,6 +51,7 @@ mod limits;
 pub mod load;
 pub mod logging;
 pub mod manager;
+pub mod origin;
 pub mod plugin;
 pub mod reload;
 pub mod serve;

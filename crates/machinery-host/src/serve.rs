@@ -13,6 +13,8 @@
 //! `--handover`, SIGTERM leaves them in the same way, and ends the host: the next start adopts them. A host that is asked to
 //! stop when its plugins have handed over already executes its program again, which adopts the machines and stops them.
 //!
+//! The request `shutdown` ends the host as SIGTERM does without `--handover`.
+//!
 //! A plugin that calls `exit()` triggers the same shutdown, with exit code 1: see [`exit`].
 
 mod end;
@@ -27,7 +29,7 @@ use machinery::{Error, Result};
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
 
-use crate::actions::adoption::{leave_foreign_runs_alone, resume_adopted_runs};
+use crate::actions::adoption::{leave_foreign_runs_alone, resume_runs};
 use crate::actions::context::ActionContext;
 use crate::actions::diagnose::diagnose_all;
 use crate::actions::metrics::Metrics;
@@ -139,7 +141,7 @@ async fn manager(
         Arc::new(ActionContext::new(&config, Folders::of(cwd), Arc::clone(&metrics), Arc::clone(&state)));
     let queues = Arc::new(Queues::new(context));
     diagnose_all(&fleet.roster(), config.timeouts.load).await;
-    resume_adopted_runs(&fleet, queues.context()).await;
+    resume_runs(&fleet, queues.context()).await;
     leave_foreign_runs_alone(&fleet);
     queues.context().disable_quarantined(&fleet.roster()).await;
     fleet.roster().machines().iter().for_each(|machine| queues.add(machine));
@@ -173,6 +175,7 @@ async fn serve(
         () = listener::serve(&listener, peers, &manager, &mut connections) => Asked::Stop,
         asked = end.next() => asked,
         () = manager.replacement().asked() => Asked::Replace,
+        () = manager.end_asked() => Asked::Stop,
         // The sender lives as long as the process.
         _ = exit.wait_for(|exit| *exit) => Asked::Stop,
     };
@@ -197,7 +200,7 @@ async fn serve(
         }
         drain(&manager, || latest.get().ending(), connections).await
     };
-    let Some(handed_over) = until_drained(drained, &mut end, &latest).await else {
+    let Some(handed_over) = until_drained(drained, &mut end, &latest, &manager).await else {
         let error = Error::failed("asked to end once more: machines may be left");
         let error = error.advice("The next start adopts them, or clears them away");
         return Ok(Ended::Finally(Served::With(error)));
@@ -220,12 +223,15 @@ async fn until_drained<T>(
     drained: impl Future<Output = T>,
     end: &mut EndSignals,
     latest: &Cell<Asked>,
+    manager: &Manager,
 ) -> Option<T> {
     let mut drained = pin!(drained);
     loop {
         tokio::select! {
             drained = &mut drained => return Some(drained),
             next = end.next() => latest.set(latest.get().followed_by(next)?),
+            // Another client than the first one is no reason to end at once.
+            () = manager.end_asked() => latest.set(Asked::Stop),
         }
     }
 }

@@ -1,4 +1,6 @@
-//! Runs of an earlier host that a plugin has adopted, at the start of this host.
+//! Runs of an earlier host, at the start of this host: a plugin has adopted them, or they are lost.
+//!
+//! Both are errors of the run of a task: for some time, nobody watched it.
 
 use std::sync::Arc;
 
@@ -9,17 +11,31 @@ use super::context::ActionContext;
 use crate::fleet::{Fleet, Machine};
 use crate::plugin::call::CallResult;
 
-/// Continues what an earlier host did for the runs that this one has adopted.
-pub async fn resume_adopted_runs(fleet: &Fleet, context: &ActionContext) {
-    for machine in fleet.roster().machines().iter().filter(|machine| machine.status().own_run) {
-        // The machine has its lock and its quarantine by now.
-        machine.set_adopted();
-        update_state(machine, context).await;
-        if machine.status().state == State::Poweroff {
-            report_lost(machine);
-        } else if let Some(settings) = &context.settings().capture {
-            capture::resume(machine, settings, &context.folders, &context.captures).await;
+/// Continues what an earlier host did for the runs that this one has adopted, and reports the others as lost.
+pub async fn resume_runs(fleet: &Fleet, context: &ActionContext) {
+    // The machines have their locks and quarantines by now.
+    for machine in fleet.roster().machines() {
+        if machine.status().own_run {
+            resume(machine, context).await;
+        } else if context.run_marks.has_run(machine) {
+            report_lost(machine, context, "the host has ended during its run, which nobody has continued")
+                .await;
         }
+    }
+}
+
+async fn resume(machine: &Arc<Machine>, context: &ActionContext) {
+    machine.set_adopted();
+    update_state(machine, context).await;
+    if machine.status().state == State::Poweroff {
+        return report_lost(machine, context, "its run has ended while it was adopted").await;
+    }
+    machine.run_failed(&run_error(
+        machine,
+        "another host has taken the machine over during its run, which went on",
+    ));
+    if let Some(settings) = &context.settings().capture {
+        capture::resume(machine, settings, &context.folders, &context.captures).await;
     }
 }
 
@@ -42,10 +58,16 @@ async fn update_state(machine: &Arc<Machine>, context: &ActionContext) {
     }
 }
 
-fn report_lost(machine: &Machine) {
-    let error = Error::failed("its run has ended while it was adopted").machine(machine.name()).to_string();
+async fn report_lost(machine: &Machine, context: &ActionContext, reason: &str) {
+    let error = run_error(machine, reason);
     tracing::warn!(machine = machine.name(), error, "its run is lost");
     machine.add_error(&error);
+    machine.run_failed(&error);
+    context.run_ended(machine).await;
+}
+
+fn run_error(machine: &Machine, reason: &str) -> String {
+    Error::failed(reason).machine(machine.name()).to_string()
 }
 
 #[cfg(test)]
@@ -53,6 +75,7 @@ mod tests {
     use super::super::lab::Lab;
     use super::*;
     use crate::config::Heal;
+    use crate::fleet::availability::TaskLock;
     use machinery::ErrorKind;
 
     #[tokio::test(start_paused = true)]
@@ -60,7 +83,7 @@ mod tests {
         let lab = Lab::new("");
         lab.start_own_run();
         lab.plugin.set_state("m", State::Paused);
-        resume_adopted_runs(&lab.fleet, &lab.context).await;
+        resume_runs(&lab.fleet, &lab.context).await;
         let status = lab.machine.status();
         assert_eq!((status.state, status.errors.len()), (State::Paused, 0));
         assert!(status.started_well);
@@ -71,17 +94,36 @@ mod tests {
         let lab = Lab::new("");
         lab.start_own_run();
         lab.plugin.set_state("m", State::Poweroff);
-        resume_adopted_runs(&lab.fleet, &lab.context).await;
+        resume_runs(&lab.fleet, &lab.context).await;
         let status = lab.machine.status();
         assert_eq!(status.state, State::Poweroff);
         assert!(status.errors[0].contains("has ended while it was adopted"), "{:?}", status.errors);
     }
 
     #[tokio::test(start_paused = true)]
+    async fn run_of_a_task_has_an_error_when_another_host_adopts_it_or_finds_it_ended() {
+        for (adopted, expected) in
+            [(true, "another host has taken the machine over"), (false, "the host has ended during its run")]
+        {
+            let lab = Lab::new("");
+            lab.machine.lock(&TaskLock { task_id: "t".into(), ..TaskLock::default() }).unwrap();
+            lab.context.run_marks.begin(&lab.machine);
+            if adopted {
+                lab.start_own_run();
+            }
+            resume_runs(&lab.fleet, &lab.context).await;
+            let errors = lab.machine.status().availability.run_errors;
+            assert!(matches!(&errors[..], [error] if error.contains(expected)), "{errors:?}");
+            assert_eq!(lab.context.run_marks.has_run(&lab.machine), adopted);
+            assert_eq!(lab.saved().contains("run_errors"), !adopted);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn run_of_somebody_else_is_not_resumed() {
         let lab = Lab::new("");
         lab.start_foreign_run();
-        resume_adopted_runs(&lab.fleet, &lab.context).await;
+        resume_runs(&lab.fleet, &lab.context).await;
         assert!(!lab.machine.status().started_well);
     }
 

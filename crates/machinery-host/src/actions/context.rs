@@ -12,6 +12,7 @@ use crate::capture;
 use crate::capture::space::Captures;
 use crate::client_file::Folders;
 use crate::config::{Config, Heal, Timeouts};
+use crate::fleet::run_marks::RunMarks;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Machine, Roster};
 
@@ -30,6 +31,8 @@ pub struct ActionContext {
     /// Counts and durations of actions.
     pub metrics: Arc<Metrics>,
     state: Arc<StateStore>,
+    /// The runs of tasks.
+    pub run_marks: RunMarks,
     /// The folders that the files of clients may be in.
     pub folders: Folders,
     /// Notified when a machine with a pending change is free.
@@ -92,6 +95,7 @@ impl ActionContext {
             preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
             captures: Arc::default(),
             metrics,
+            run_marks: RunMarks::new(state.run_marks()),
             state,
             folders,
             pending_change: Notify::new(),
@@ -155,8 +159,23 @@ impl ActionContext {
 
     /// Takes the machine out of the pool after a failure of this kind, and saves that.
     pub async fn take_out(&self, machine: &Machine, kind: ErrorKind, reason: &str) {
+        // A client whose start fails has the reason.
+        if machine.status().started_well {
+            machine.run_failed(reason);
+        }
         machine.take_out(kind, reason, self.settings().heal);
         self.save_pool(machine).await;
+    }
+
+    /// Records that the machine's run is over, and saves its errors.
+    pub async fn run_ended(&self, machine: &Machine) {
+        self.run_marks.end(machine);
+        if !machine.status().availability.run_errors.is_empty()
+            && let Err(error) = self.state.save().await
+        {
+            let machine = machine.name();
+            tracing::error!(machine, %error, "the errors of its run are kept only until the host ends");
+        }
     }
 
     /// Saves that the machine has left the pool, or is back in it.

@@ -35,6 +35,9 @@ use super::{Action, ActionResult, capture, inspection};
 use crate::fleet::Machine;
 use crate::plugin::call::GRACE;
 
+/// The error of a run that the host stops together with all others.
+const STOPPED_BY_HOST: &str = "the host has stopped the machine during its run, with all others";
+
 /// Runs the actions of one machine.
 pub struct ActionExecutor {
     pub(super) machine: Arc<Machine>,
@@ -91,7 +94,7 @@ impl ActionExecutor {
             (Err(failure), _) => Err(failure),
             (Ok(()), Action::RestoreStart | Action::NorestoreStart) => self.start(action).await,
             (Ok(()), Action::Stop) => self.stop().await.map_err(Failure::from),
-            (Ok(()), Action::StopOwn) => self.stop_own().await.map_err(Failure::from),
+            (Ok(()), Action::StopOwn) => self.stop_own(STOPPED_BY_HOST).await.map_err(Failure::from),
             (Ok(()), Action::StopOverrun) => self.stop_overrun().await,
             (Ok(()), Action::Heal) => self.heal().await,
             (Ok(()), Action::AcpiStop) => self.acpi_stop().await,
@@ -194,6 +197,7 @@ impl ActionExecutor {
         if let Some(settings) = context.settings().capture {
             capture::begin(&self.machine, &settings, &context.folders, &context.captures).await;
         }
+        context.run_marks.begin(&self.machine);
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
         let started = self.calls.run(action).await;
@@ -209,7 +213,7 @@ impl ActionExecutor {
             let is_off = self.clean_up().await;
             failure.disable &= !(is_off && failure.reason.kind() == ErrorKind::NotNow);
         }
-        capture::end(&self.machine).await;
+        self.run_ended().await;
         Err(failure)
     }
 
@@ -219,8 +223,14 @@ impl ActionExecutor {
             tracing::warn!(machine = self.machine.name(), state = %before, "the machine runs although no task has it: stopped before the start");
             self.stop().await?;
         }
-        capture::end(&self.machine).await;
+        self.run_ended().await;
         Ok(())
+    }
+
+    /// Ends what the host does for a run.
+    async fn run_ended(&self) {
+        capture::end(&self.machine).await;
+        self.context.run_ended(&self.machine).await;
     }
 
     /// Stops a machine whose start has failed; reports whether it is off.
@@ -247,12 +257,17 @@ impl ActionExecutor {
         if ended.is_err() {
             self.update_state_after_failed_stop().await;
         }
-        capture::end(&self.machine).await;
+        self.run_ended().await;
         ended
     }
 
-    pub(super) async fn stop_own(&mut self) -> Result<()> {
-        if self.machine.status().own_run { self.stop().await } else { Ok(()) }
+    /// Stops the host's own run, if there is one, for this reason.
+    pub(super) async fn stop_own(&mut self, reason: &str) -> Result<()> {
+        if !self.machine.status().own_run {
+            return Ok(());
+        }
+        self.machine.run_failed(&Error::failed(reason).machine(self.machine.name()).to_string());
+        self.stop().await
     }
 
     fn set_stopping(&self) {
@@ -270,7 +285,7 @@ impl ActionExecutor {
         }
         match ended {
             Ok(()) => {
-                capture::end(&self.machine).await;
+                self.run_ended().await;
                 Ok(())
             }
             Err(error) if self.calls.is_abandoned() => Err(error.into()),

@@ -25,8 +25,8 @@ impl ActionExecutor {
         let machine = self.machine.name();
         tracing::warn!(machine, reason, "the run is stopped");
         self.machine.add_error(&Error::failed(&*reason).machine(machine).to_string());
-        self.machine.end_run_for(reason);
-        Ok(self.stop_own().await?)
+        self.machine.end_run_for(reason.clone());
+        Ok(self.stop_own(&reason).await?)
     }
 }
 

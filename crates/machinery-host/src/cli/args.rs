@@ -66,6 +66,12 @@ pub enum Command {
     },
     /// Have the running host execute its program again, which may be a newer one: no running machine ends
     Upgrade,
+    /// Show the running host: its process, who has started it, its machines, and the disk space of its templates
+    Status,
+    /// End the running host, with all machines that it has started
+    Shutdown,
+    /// Remove the templates and the state of a host that is not to come back
+    Clean,
     /// End the runs that a host has left, unless a host serves: it has adopted them
     EndRuns,
     /// Check configuration and environment, and report all problems

@@ -41,10 +41,9 @@ pub fn machines(answer: &Value, json: bool) {
 
 /// Returns the memory and the disk space that prepared restores use, if they use any.
 fn prepared_usage(machines: &Value) -> Option<String> {
-    let ready = || machines.as_array().into_iter().flatten().map(|machine| &machine["ready"]);
-    let sum = |key: &str| ready().filter_map(|ready| ready[key].as_u64()).sum::<u64>();
-    let standbys = ready().filter(|ready| ready["mode"] == json!("standby")).count();
-    let (memory, disk) = (sum("memory"), sum("disk"));
+    let machines = machines.as_array()?;
+    let standbys = machines.iter().filter(|machine| machine["ready"]["mode"] == json!("standby")).count();
+    let (memory, disk) = (sum_of_ready(machines, "memory"), sum_of_ready(machines, "disk"));
     (memory > 0 || disk > 0).then(|| {
         format!(
             "standbys: {standbys}, using {} of memory; templates: {} on disk",
@@ -52,6 +51,11 @@ fn prepared_usage(machines: &Value) -> Option<String> {
             format_bytes(disk)
         )
     })
+}
+
+/// Returns the sum of a key of the machines' readiness.
+pub fn sum_of_ready(machines: &[Value], key: &str) -> u64 {
+    machines.iter().filter_map(|machine| machine["ready"][key].as_u64()).sum()
 }
 
 /// Returns the remarks about a machine: why it is unavailable, why its restores are slow, and its plugin's
@@ -87,7 +91,7 @@ fn quarantine(quarantine: &Value, now: u64) -> Option<String> {
 }
 
 /// Returns the time since that moment, which is in seconds since 1970.
-fn age(since: &Value, now: u64) -> Option<String> {
+pub fn age(since: &Value, now: u64) -> Option<String> {
     Some(duration(now.saturating_sub(since.as_u64()?)))
 }
 

@@ -9,6 +9,7 @@ mod file;
 mod machines;
 mod output;
 mod progress;
+mod status;
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::commands::conformance;
 use crate::commands::new_plugin::{self, Template};
-use crate::commands::{check, end_runs, import, upgrade};
+use crate::commands::{check, clean, end_runs, import, shutdown, upgrade};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
 use crate::load;
@@ -130,9 +131,8 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(exit_code(&answer))
         }
         Command::Upgrade => run_upgrade(cwd, global),
-        Command::EndRuns => {
-            output::ended_runs(end_runs::end_runs(cwd, &global.search(cwd))?, global.json);
-            Ok(ExitCode::SUCCESS)
+        Command::Status | Command::Shutdown | Command::Clean | Command::EndRuns => {
+            run_for_host(cwd, command, global)
         }
         Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {
             let new = NewFile::at(path)?;
@@ -143,6 +143,32 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(code)
         }
         other => run_action(cwd, &request(other)?, None, global.json),
+    }
+}
+
+/// Runs a command for a running host, or for what an earlier one has left.
+fn run_for_host(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
+    match command {
+        Command::Status => {
+            let [version, list] =
+                ["version", "list"].map(|action| send_request(cwd, json!({"action": action})));
+            let (version, list) = (version?, list?);
+            status::status(&version, &list, global.json);
+            Ok(exit_code(&list))
+        }
+        Command::Shutdown => {
+            let answer = shutdown::shutdown(cwd)?;
+            output::shut_down(&answer, global.json);
+            Ok(exit_code(&answer))
+        }
+        Command::Clean => {
+            output::cleaned(&clean::clean(cwd, &global.search(cwd))?, global.json);
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => {
+            output::ended_runs(end_runs::end_runs(cwd, &global.search(cwd))?, global.json);
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

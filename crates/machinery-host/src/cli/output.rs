@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
-use machinery::{Error, Level, Report, Result};
+use machinery::{Error, Level, Report, Result, format_bytes};
 use machinery_conformance::{Check, CheckFailure, meaning};
 use serde_json::{Value, json};
 
+use crate::commands::clean::Cleaned;
 use crate::commands::import::Imported;
 use crate::commands::new_plugin::NewPlugin;
 use crate::logging::on_one_line;
@@ -159,6 +160,27 @@ pub fn upgraded(answer: &Value, json: bool) {
     match answer["version"].as_str().filter(|_| !json) {
         Some(version) => println!("the host is cuckoo-machinery {version} now"),
         None => reply(answer, json),
+    }
+}
+
+/// Prints the result of the end of a host.
+pub fn shut_down(answer: &Value, json: bool) {
+    if json || answer["success"] != json!(true) {
+        return reply(answer, json);
+    }
+    println!("the host has ended, with its machines");
+}
+
+/// Prints what was removed of a host's state, and what remains.
+pub fn cleaned(cleaned: &Cleaned, json: bool) {
+    let Cleaned { folder, freed, remaining } = cleaned;
+    if json {
+        println!("{}", json!({"success": true, "folder": folder, "freed": freed, "remaining": remaining}));
+        return;
+    }
+    println!("removed    {} ({})", folder.display(), format_bytes(*freed));
+    for folder in remaining {
+        println!("remaining  {}: remove it if nothing else uses it", folder.display());
     }
 }
 

@@ -1,8 +1,11 @@
-//! The commands that are more than a request: `check`, `conformance`, `end-runs`, `import`, `new-plugin` and `upgrade`.
+//! The commands that are more than a request: `check`, `clean`, `conformance`, `end-runs`, `import`,
+//! `new-plugin`, `shutdown` and `upgrade`.
 
 pub mod check;
+pub mod clean;
 pub mod conformance;
 pub mod end_runs;
 pub mod import;
 pub mod new_plugin;
+pub mod shutdown;
 pub mod upgrade;

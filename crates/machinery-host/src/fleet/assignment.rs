@@ -38,6 +38,7 @@ impl Machine {
         }
         status.availability.lock = Some(lock.clone());
         status.availability.locked_since = Some(unix_now());
+        status.availability.run_errors.clear();
         self.events.send(Event::Locked { machine: self.name().to_owned(), task_id: lock.task_id.clone() });
         Ok(true)
     }

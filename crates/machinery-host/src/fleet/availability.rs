@@ -77,6 +77,9 @@ pub struct Availability {
     /// The quarantine of a machine that a failure has taken out of the pool, and that the host tries again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quarantine: Option<Quarantine>,
+    /// The errors of the run of the task that holds the machine, or held it last: see [`run_errors`](super::run_errors).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub run_errors: Vec<String>,
     /// The reason why the plugin cannot use the machine at present. A new host determines this anew.
     #[serde(skip)]
     pub unusable: Option<String>,
@@ -141,6 +144,7 @@ impl Availability {
             && self.reserved_by.is_none()
             && self.disabled.is_none()
             && self.quarantine.is_none()
+            && self.run_errors.is_empty()
     }
 
     /// Returns the reason why the machine is out of the pool, if it is.
@@ -195,7 +199,7 @@ mod tests {
             disabled: Some("broken".into()),
             quarantine: Some(Quarantine::new("QEMU was killed")),
             unusable: Some("no snapshot".into()),
-            locked_since: None,
+            ..Availability::default()
         };
         let why = |availability: &Availability| {
             availability.unavailable_reason("c").map(|reason| reason.to_string())
@@ -238,6 +242,7 @@ mod tests {
             Availability { reserved_by: Some("a".into()), ..plain.clone() },
             Availability { disabled: Some("broken".into()), ..plain.clone() },
             Availability { quarantine: Some(Quarantine::new("QEMU was killed")), ..plain.clone() },
+            Availability { run_errors: vec!["QEMU was killed".into()], ..plain.clone() },
         ] {
             assert!(!saved.is_plain(), "{saved:?}");
         }

@@ -118,7 +118,9 @@ impl Machine {
             tracing::warn!(machine = self.name(), %state, reason, "its state has changed by itself");
             let what = Error::failed(format!("the state became {state} by itself"));
             // Before the event: a subscriber may ask for the errors at once.
-            status.add_error(what.detail(reason).machine(self.name()).to_string());
+            let error = what.detail(reason).machine(self.name()).to_string();
+            status.add_error(error.clone());
+            self.keep_run_error(&mut status, &error);
         }
         if !status.own_run && !matches!(state, State::Poweroff | State::Error | State::Stopping) {
             status.leave_alone(self.name());
@@ -237,6 +239,7 @@ impl Machine {
         let error = error.clone().action("capturing the traffic").machine(self.name()).to_string();
         tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
         self.add_error(&error);
+        self.run_failed(&error);
         self.events.send(Event::CaptureFailed { machine: self.name.clone(), reason: error });
     }
 

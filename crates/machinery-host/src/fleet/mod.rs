@@ -13,6 +13,8 @@
 //! | [`pool`] | allocates machines to tasks |
 //! | [`state_file`] | the availability of all machines, on disk |
 //! | [`call`] | calls into a machine's plugin |
+//! | [`run_errors`] | the errors of a task's run |
+//! | [`run_marks`] | the runs of tasks, on disk |
 //! | [`services`] | the host services that a plugin calls |
 
 pub mod assignment;
@@ -26,6 +28,8 @@ pub mod machinery;
 pub mod pool;
 pub mod quarantine;
 pub mod roster;
+pub mod run_errors;
+pub mod run_marks;
 pub mod services;
 pub mod state_file;
 pub mod status;

@@ -57,6 +57,11 @@ impl StateStore {
         Ok(Arc::new(StateStore { path, fleet, others, changes, written, stale }))
     }
 
+    /// Returns the folder for the marks of runs. No machinery has a folder of that name.
+    pub fn run_marks(&self) -> PathBuf {
+        self.path.with_extension("runs")
+    }
+
     /// Replaces the roster of the fleet. The entries of removed machines are kept, and given to machines of the
     /// same name that are added later.
     pub fn replace_roster(&self, roster: Roster) {

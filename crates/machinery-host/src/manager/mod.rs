@@ -19,10 +19,9 @@ use std::error::Error as StdError;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::UNIX_EPOCH;
 
 use machinery::{Error, Result, State};
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 
 use crate::actions::diagnose::diagnose_one;
 use crate::actions::message::Responder;
@@ -35,6 +34,7 @@ use crate::fleet::pool::{AcquireError, MachineQuery};
 use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Fleet, Machine, Roster};
+use crate::origin::Origin;
 use crate::plugin::call::CallResult;
 use crate::reload::Reloader;
 
@@ -57,8 +57,9 @@ pub struct Manager {
     /// True once nothing more happens: connections write their last replies and close.
     ended: watch::Sender<bool>,
     replacement: Replacement,
-    /// The time of the host's start, in milliseconds since 1970.
-    started: u128,
+    origin: Origin,
+    /// Notified when a client asks the host to end.
+    end_asked: Notify,
 }
 
 impl Manager {
@@ -73,13 +74,36 @@ impl Manager {
         replacement: Replacement,
     ) -> Self {
         let (enabled, ended) = (AtomicBool::new(true), watch::Sender::new(false));
-        let started = UNIX_EPOCH.elapsed().unwrap_or_default().as_millis();
-        Manager { fleet, queues, reloader, metrics, state, events, enabled, ended, replacement, started }
+        let (origin, end_asked) = (Origin::of_this_process(), Notify::new());
+        Manager {
+            fleet,
+            queues,
+            reloader,
+            metrics,
+            state,
+            events,
+            enabled,
+            ended,
+            replacement,
+            origin,
+            end_asked,
+        }
     }
 
-    /// Returns the time of the host's start, in milliseconds since 1970.
-    pub fn started(&self) -> u128 {
-        self.started
+    /// Returns who has started this host, and when.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// Asks the host to end, with all machines whose runs it has started.
+    pub fn ask_to_end(&self) {
+        tracing::info!("a client asks the host to end");
+        self.end_asked.notify_one();
+    }
+
+    /// Waits until a client asks the host to end.
+    pub async fn end_asked(&self) {
+        self.end_asked.notified().await;
     }
 
     /// Returns the machine of that name.

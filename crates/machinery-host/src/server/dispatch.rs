@@ -96,6 +96,7 @@ impl Dispatcher {
                 self.outbox.reply_later(id, stopped).await;
             }
             Request::Upgrade => self.upgrade(id).await,
+            Request::Shutdown => self.shutdown(id).await,
             Request::SetEnabled(enabled) => {
                 self.manager.set_enabled(enabled);
                 self.outbox.reply(reply::success(), id).await;
@@ -112,8 +113,13 @@ impl Dispatcher {
         self.outbox.reply_later(id, requested).await;
     }
 
+    async fn shutdown(&self, id: Id) {
+        self.outbox.reply(reply::success(), id).await;
+        self.manager.ask_to_end();
+    }
+
     async fn version(&self, id: Id) {
-        let version = reply::version(&self.manager.roster(), self.manager.started());
+        let version = reply::version(&self.manager.roster(), self.manager.origin());
         self.outbox.reply(version, id).await;
     }
 

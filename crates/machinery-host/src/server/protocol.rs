@@ -55,6 +55,8 @@ pub enum Request {
     SetEnabled(bool),
     /// Execute the host's program again.
     Upgrade,
+    /// End the host.
+    Shutdown,
 }
 
 /// The sender of a request.
@@ -153,14 +155,10 @@ pub fn request(
 ) -> Result<Request, Refusal> {
     let text = |key: &str| object.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
     let action = text("action");
-    if let Some(request) = action.and_then(of_all_machines) {
-        return Ok(request);
-    }
-    if action == Some("upgrade") {
-        return match sender.owner {
-            None => Ok(Request::Upgrade),
-            Some(_) => Err(Refusal::open("only root and the host's own user may upgrade the host")),
-        };
+    if let Some(request) = action.and_then(of_the_host) {
+        let is_refused = matches!(request, Request::Upgrade | Request::Shutdown) && sender.owner.is_some();
+        let refusal = || Refusal::open("only root and the host's own user may upgrade the host or end it");
+        return if is_refused { Err(refusal()) } else { Ok(request) };
     }
     if !enabled && !action.is_some_and(is_accepted_while_disabled) {
         return Err(Refusal::closing("Machinery manager is disabled"));
@@ -206,7 +204,7 @@ fn shortened(name: &str) -> String {
     name.chars().take(MAX_ECHO).collect()
 }
 
-fn of_all_machines(action: &str) -> Option<Request> {
+fn of_the_host(action: &str) -> Option<Request> {
     Some(match action {
         "list" => Request::List,
         "version" => Request::Version,
@@ -217,6 +215,8 @@ fn of_all_machines(action: &str) -> Option<Request> {
         "reload" => Request::Reload,
         "disable" => Request::SetEnabled(false),
         "enable" => Request::SetEnabled(true),
+        "upgrade" => Request::Upgrade,
+        "shutdown" => Request::Shutdown,
         _ => return None,
     })
 }

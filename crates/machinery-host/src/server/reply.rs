@@ -12,6 +12,7 @@ use crate::actions::metrics::Metrics;
 use crate::events::{Event, ReloadSummary};
 use crate::fleet::quarantine::Quarantine;
 use crate::fleet::{Machine, Roster};
+use crate::origin::Origin;
 
 /// New words and the old ones that clients may still read.
 const OLD_WORDS: [(&str, &str); 6] = [
@@ -97,8 +98,8 @@ pub fn list(roster: &Roster) -> Value {
     json!({"success": true, "machines": machines})
 }
 
-/// The reply to `version`. `started` distinguishes a host from the one that it has replaced.
-pub fn version(roster: &Roster, started: u128) -> Value {
+/// The reply to `version`.
+pub fn version(roster: &Roster, origin: &Origin) -> Value {
     let machineries: Map<String, Value> = roster
         .machineries()
         .iter()
@@ -108,7 +109,9 @@ pub fn version(roster: &Roster, started: u128) -> Value {
         "success": true,
         "version": env!("CARGO_PKG_VERSION"),
         "interface": machinery::host::interface_version(),
-        "started": u64::try_from(started).unwrap_or(u64::MAX),
+        "pid": origin.pid,
+        "started": origin.started,
+        "started_by": origin.started_by,
         "machineries": machineries,
     })
 }
@@ -166,6 +169,7 @@ fn machine(machine: &Machine) -> Value {
         "disabled_reason": disabled.unwrap_or(""),
         "quarantine": availability.quarantine.as_ref().map(quarantine),
         "errors": status.errors,
+        "run_errors": availability.run_errors,
         "ready": with_old_words(json!(status.ready)),
         "change_pending": status.change_pending,
         "warnings": status.warnings,
