@@ -109,11 +109,15 @@ impl Lab {
         network.add_machines(count)?;
         let names: Vec<_> = (1..=count).map(|number| format!("m{number}")).collect();
         let kinds = (1..=count).map(|number| Guest::Analysis { number, agent });
-        let machines = names.iter().zip(kinds).map(|(name, kind)| (name.as_str(), kind, SnapshotFormat::Plain));
+        let machines =
+            names.iter().zip(kinds).map(|(name, kind)| (name.as_str(), kind, SnapshotFormat::Plain));
         let mut addresses = (1..=count).map(TestNetwork::machine);
         let address = || addresses.next().unwrap_or(TestNetwork::GUEST).to_string();
         let lab = Self::make(Path::new("cwd"), &machines.collect::<Vec<_>>(), address, Some(network))?;
-        lab.change_yaml(&format!("interface: {}", TestNetwork::TAP), &format!("interface: {}", TestNetwork::BRIDGE))?;
+        lab.change_yaml(
+            &format!("interface: {}", TestNetwork::TAP),
+            &format!("interface: {}", TestNetwork::BRIDGE),
+        )?;
         // Cuckoo3 requires more keys than the host.
         let keys = "    os_version: \"10\"\n    architecture: amd64\n    tags: []\n";
         names.iter().try_for_each(|_| lab.change_yaml("    os_version: 10\n", keys))?;

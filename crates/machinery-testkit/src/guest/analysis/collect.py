@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 # Loaded by name, and not by an import.
-CODECS = ("ascii", "hex_codec", "idna", "latin_1", "utf_8")
+CODECS = ("ascii", "cp437", "hex_codec", "idna", "latin_1", "utf_8")
 
 
 def modules(scripts):

@@ -37,7 +37,7 @@ def run_copy(name):
 
 
 def look_up(name):
-    labels = b"".join(bytearray([len(label)]) + label.encode() for label in name.split("."))
+    labels = b"".join(bytes(bytearray([len(label)])) + label.encode() for label in name.split("."))
     query = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     query.settimeout(5)
     for _ in range(3):

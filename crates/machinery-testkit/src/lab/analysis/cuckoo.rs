@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +9,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::AnalysisLab;
+use super::timeline::{LogReader, Timeline};
 use crate::error::{Context, Error};
 use crate::file_content::{ContentWatch, Wait};
 use crate::lab::leftovers;
@@ -35,6 +35,7 @@ pub enum Manager {
 /// A running Cuckoo3. A dropped one ends.
 pub struct Cuckoo {
     process: Process,
+    log: LogReader,
     cwd: PathBuf,
     has_ended: bool,
 }
@@ -46,19 +47,26 @@ impl Cuckoo {
             Manager::Cuckoo => lab.command("cuckoo.main", "main"),
             Manager::Host => hosted(lab)?,
         };
-        command.arg("-d").env("PYTHONDONTWRITEBYTECODE", "1");
+        command.arg("-d");
         lab.lab().network().attach(&mut command);
-        let sockets = cwd.join("operational/sockets");
-        let watch = ContentWatch::new(&sockets.join("statecontroller.sock"))?;
+        let log = cwd.join("log/cuckoo.log");
+        let watch = ContentWatch::new(&log)?;
         let mut process = Process::spawn_in(&mut command, process::make_folder()?)?;
         process.end_with_this_process()?;
-        let cuckoo = Cuckoo { process, cwd: cwd.to_owned(), has_ended: false };
-        // The state controller is started last but one. It accepts submissions.
+        let fd = process.fd().try_clone().context(|| "watching Cuckoo3".to_owned())?;
+        let cuckoo =
+            Cuckoo { process, log: LogReader::start(&log, fd)?, cwd: cwd.to_owned(), has_ended: false };
         let up = watch.wait_for(START_TIMEOUT, Some(cuckoo.fd()), || {
-            Ok(UnixStream::connect(watch.path()).is_ok().then_some(()))
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            // Cuckoo3 runs on without a worker.
+            let failed = said.contains("Worker setup failed").then_some(false);
+            Ok(failed.or(said.contains("Scheduler started").then_some(true)))
         })?;
         match up {
-            Wait::Found(()) => Ok(cuckoo),
+            Wait::Found(true) => Ok(cuckoo),
+            Wait::Found(false) => {
+                Err(Error::new(format!("a worker of Cuckoo3 does not start. {}", cuckoo.log())))
+            }
             Wait::GaveUp(why) => Err(Error::new(format!("Cuckoo3 does not start: {why}. {}", cuckoo.log()))),
         }
     }
@@ -68,6 +76,7 @@ impl Cuckoo {
         self.process.signal(Signal::TERM)?;
         let status = self.process.wait(END_TIMEOUT)?;
         self.has_ended = true;
+        self.log.join();
         match status.success() {
             true => Ok(()),
             false => Err(Error::new(format!("Cuckoo3 ended with {status}. {}", self.log()))),
@@ -79,6 +88,11 @@ impl Cuckoo {
         let host = tail(&self.cwd.join("log/machinery-host.log"));
         let said = format!("{}{}", self.process.stdout(), self.process.stderr());
         format!("Cuckoo3 said:\n{}\nThe host said:\n{host}", last_lines(&said))
+    }
+
+    /// Returns the time line of the task with that analysis id.
+    pub(super) fn timeline(&self, id: &str) -> Option<Timeline> {
+        self.log.timeline(id)
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -94,6 +108,7 @@ impl Drop for Cuckoo {
         // It may have ended already. The rest of a failed test is killed, also a host in its own session.
         let _ = self.process.signal(Signal::TERM);
         let _ = self.process.wait(END_TIMEOUT);
+        self.log.join();
         leftovers::kill(&leftovers::processes_below(&self.cwd, &[]).unwrap_or_default());
     }
 }

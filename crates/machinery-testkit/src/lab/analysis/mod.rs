@@ -12,17 +12,19 @@
 mod cuckoo;
 mod report;
 mod server;
+mod timeline;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
+use std::{env, fs, iter};
 
 use serde_json::Value;
 
 pub use self::cuckoo::{Cuckoo, Manager};
-pub use self::report::{Report, Step, Timeline};
+pub use self::report::Report;
 use self::server::Server;
+pub use self::timeline::{Step, Timeline};
 use super::Lab;
 use crate::error::{Context, Error};
 use crate::file_content::{ContentWatch, Wait};
@@ -33,8 +35,8 @@ use crate::{Result, capture};
 
 /// The duration of a sample's run, after which Cuckoo3 stops the machine. An emulated guest is slow.
 const RUN: Duration = Duration::from_secs(20);
-/// The maximum time from a submission to the report, on a busy computer.
-const ANALYSIS_TIMEOUT: Duration = Duration::from_secs(300);
+/// The maximum time of a wait for a report, behind other analyses on a busy computer.
+const ANALYSIS_TIMEOUT: Duration = Duration::from_secs(900);
 /// The name of the sample. Cuckoo3 runs it as a Windows program.
 pub const SAMPLE_NAME: &str = "invoice.exe";
 
@@ -53,7 +55,6 @@ pub struct Analysis {
     pub id: String,
     /// The content of its sample.
     pub sample: String,
-    submitted: SystemTime,
 }
 
 impl AnalysisLab {
@@ -88,11 +89,21 @@ impl AnalysisLab {
         migrate.args(["database", "all"]);
         succeed(migrate)?;
         cwd.change_cuckoo_yaml("listen_ip: 192.168.30.1", &format!("listen_ip: {}", TestNetwork::HOST))?;
-        cwd.change_cuckoo_yaml("path: /usr/bin/tcpdump", &format!("path: {}", capture::tcpdump()?.display()))?;
+        cwd.change_cuckoo_yaml(
+            "path: /usr/bin/tcpdump",
+            &format!("path: {}", capture::tcpdump()?.display()),
+        )?;
+        // The folders must be there, and may be empty.
+        for signatures in ["network", "windows"] {
+            cwd.write(Path::new("signatures/cuckoo/pattern").join(signatures).join(".keep"), "")?;
+        }
+        // It would send the sample's hash over the internet.
+        cwd.change("conf/processing/virustotal.yaml", "enabled: True", "enabled: False")?;
         let monitor = Path::new("monitor/windows/amd64");
         cwd.write(monitor.join("default"), "threemon")?;
         let threemon = monitor.join("threemon");
-        for (name, file, content) in [("stager", "tmstage.exe", STAGER), ("monitor", "threemon.sys", MONITOR)] {
+        for (name, file, content) in [("stager", "tmstage.exe", STAGER), ("monitor", "threemon.sys", MONITOR)]
+        {
             cwd.write(threemon.join(format!("default_{name}")), "1")?;
             cwd.write(threemon.join(name).join("1").join(file), content)?;
         }
@@ -111,7 +122,8 @@ impl AnalysisLab {
         for token in tokens {
             let path = folder.path().join(token).join(SAMPLE_NAME);
             let sample = SAMPLE.replace("TOKEN", token);
-            let written = fs::create_dir_all(path.with_file_name("")).and_then(|()| fs::write(&path, &sample));
+            let written =
+                fs::create_dir_all(path.with_file_name("")).and_then(|()| fs::write(&path, &sample));
             written.context(|| format!("writing {}", path.display()))?;
             samples.push(sample);
             paths.push(path.to_string_lossy().into_owned());
@@ -120,13 +132,12 @@ impl AnalysisLab {
         let mut args = vec!["submit", "--platform", "windows,10", "--orig-filename", "--timeout", &run];
         args.extend(paths.iter().map(String::as_str));
         let said = self.run_main(&args)?.stdout;
-        let submitted = SystemTime::now();
         let id_of = |path: &String| {
             let line = said.lines().find(|line| line.contains(path.as_str()))?;
             line.split_whitespace().find(|word| word.len() == "20260101-ABCDEF".len() && word.contains('-'))
         };
         let analysis = |(path, sample)| match id_of(path) {
-            Some(id) => Ok(Analysis { id: id.to_owned(), sample, submitted }),
+            Some(id) => Ok(Analysis { id: id.to_owned(), sample }),
             None => Err(Error::new(format!("Cuckoo3 does not accept {path}. It said:\n{said}"))),
         };
         paths.iter().zip(samples).map(analysis).collect()
@@ -145,7 +156,13 @@ impl AnalysisLab {
             Ok(matches!(state, "finished" | "fatal_error" | "no_selected").then(|| state.to_owned()))
         })?;
         match ended {
-            Wait::Found(state) if state == "finished" => Report::read(&folder, analysis.submitted),
+            Wait::Found(state) if state == "finished" => {
+                let timeline = cuckoo.timeline(&analysis.id);
+                let timeline =
+                    timeline.ok_or_else(|| self.failed(analysis, "it is not in Cuckoo3's log", cuckoo))?;
+                Report::read(&folder, timeline)
+                    .map_err(|error| self.failed(analysis, &error.to_string(), cuckoo))
+            }
             Wait::Found(state) => Err(self.failed(analysis, &state, cuckoo)),
             Wait::GaveUp(why) => Err(self.failed(analysis, &why, cuckoo)),
         }
@@ -154,7 +171,11 @@ impl AnalysisLab {
     fn failed(&self, analysis: &Analysis, why: &str, cuckoo: &Cuckoo) -> Error {
         let task = self.folder(&analysis.id).join("task_1/task.log");
         let log = fs::read_to_string(task).unwrap_or_default();
-        Error::new(format!("the analysis {} has no report: {why}. Its log:\n{log}\n{}", analysis.id, cuckoo.log()))
+        Error::new(format!(
+            "the analysis {} has no report: {why}. Its log:\n{log}\n{}",
+            analysis.id,
+            cuckoo.log()
+        ))
     }
 
     fn folder(&self, id: &str) -> PathBuf {
@@ -170,9 +191,16 @@ impl AnalysisLab {
 
     /// Returns the command of a program of Cuckoo3: a function of a module.
     fn command(&self, module: &str, function: &str) -> Command {
-        let program = format!("import sys; from {module} import {function}; sys.argv[0] = 'cuckoo'; {function}()");
+        let program =
+            format!("import sys; from {module} import {function}; sys.argv[0] = 'cuckoo'; {function}()");
         let mut command = Command::new(&self.python);
-        command.args(["-c", &program]);
+        command.args(["-c", &program]).env("PYTHONDONTWRITEBYTECODE", "1");
+        // Cuckoo3 runs programs of its environment.
+        let programs = self.python.parent().unwrap_or(Path::new("")).to_path_buf();
+        let path = env::var_os("PATH").unwrap_or_default();
+        if let Ok(path) = env::join_paths(iter::once(programs).chain(env::split_paths(&path))) {
+            command.env("PATH", path);
+        }
         command.arg("--cwd").arg(self.lab.cwd().root());
         command
     }
