@@ -4,6 +4,7 @@
 //! show a sandbox's work: restore, inspect, stop. All actions are commands, so the times are those of an
 //! operator.
 
+mod analysis;
 mod cwd;
 mod host;
 mod machine;
@@ -31,12 +32,18 @@ pub struct Options {
     /// The machinery to show
     #[arg(long, value_enum, default_value = "qemu")]
     machinery: Machinery,
+    /// Show a whole analysis by Cuckoo3, of the environment that $CUCKOO3_PYTHON names
+    #[arg(long, conflicts_with = "machinery")]
+    analysis: bool,
 }
 
 /// Shows the machinery host at work.
 pub fn run(options: &Options) -> Result<()> {
     packages::ensure()?;
     step(&mut cargo(["build", "--workspace"]))?;
+    if options.analysis {
+        return analysis::show();
+    }
     let qemu = Qemu::find()?;
     let scratch = cwd::DemoCwd::new()?;
     say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
