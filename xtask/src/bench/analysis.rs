@@ -76,7 +76,7 @@ pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
     figures.about.push(("qemu", lab.lab().qemu().version()?));
     lab.run_for(RUN);
     measure_agent(lab.lab(), plan, figures)?;
-    lab.lab().host_yaml("", "")?;
+    lab.lab().ahead("instant: auto, standby: on")?;
     for manager in [Manager::Host, Manager::Cuckoo] {
         note(&format!("{} analyses on {machines} machines: {manager:?}", plan.analyses));
         measure_analyses(&lab, manager, plan, figures)?;
@@ -86,9 +86,6 @@ pub fn measure(plan: &Plan, figures: &mut Figures) -> Result<()> {
 
 fn measure_analyses(lab: &AnalysisLab, manager: Manager, plan: &Plan, figures: &mut Figures) -> Result<()> {
     let place = Place::Analyses(plan.machines);
-    if manager == Manager::Host {
-        lab.lab().ahead("standby: on, instant: auto")?;
-    }
     let cuckoo = lab.start(manager)?;
     let tokens: Vec<_> = (1..=plan.analyses).map(|number| format!("{manager:?}-{number}")).collect();
     let analyses = lab.submit(&tokens.iter().map(String::as_str).collect::<Vec<_>>())?;

@@ -10,6 +10,7 @@
 //! [analysis guests](crate::guest::analysis).
 
 mod cuckoo;
+mod machines;
 mod report;
 mod server;
 mod timeline;
@@ -58,10 +59,11 @@ pub struct Analysis {
 }
 
 impl AnalysisLab {
-    /// Makes a lab with that many machines. `python` is the Python of an environment that has Cuckoo3. `None` for a user
+    /// Makes a lab with that many machines, which are restored instantly or from a standby. `python` is the Python of an environment that has Cuckoo3. `None` for a user
     /// who may not make a network.
     pub fn new(python: &Path, machines: u8, agent: Agent) -> Result<Option<Self>> {
         let Some(lab) = Lab::with_agents(machines, agent)? else { return Ok(None) };
+        lab.ahead("instant: auto, standby: on")?;
         let server = Server::start(lab.network())?;
         let lab = AnalysisLab { lab, python: python.to_owned(), run: RUN, _server: server };
         lab.make_cwd()?;
