@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use machinery_testkit::guest::analysis::{Agent, CUCKOO_AGENT};
 use machinery_testkit::lab::{AnalysisLab, Manager, Report, SAMPLE_NAME};
 
-use super::{note, say, timed, times};
+use super::print::{note, say};
+use super::times::{shown, timed};
 use crate::run::Result;
 
 /// Shows the analysis.
@@ -26,7 +27,7 @@ pub fn show() -> Result<()> {
     });
     let (lab, took) = timed(|| Ok(AnalysisLab::new(&python, 1, agent)?))?;
     let lab = lab.ok_or_else(|| "the demo of an analysis needs root, for a network of its own".to_owned())?;
-    note(&format!("ready after {} (it is cached)", times::shown(took)));
+    note(&format!("ready after {} (it is cached)", shown(took)));
     say("Cuckoo3 is started: its main process, its node, and the machinery host.");
     let cuckoo = lab.start(Manager::Host)?;
     say(&format!("{SAMPLE_NAME} is submitted. It runs for 20 seconds."));

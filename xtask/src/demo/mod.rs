@@ -8,17 +8,19 @@ mod analysis;
 mod cwd;
 mod host;
 mod machine;
+mod print;
 mod times;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use machinery_testkit::guest::{self, GuestProbe, Qemu};
 
 use self::host::DemoHost;
 use self::machine::{MACHINE, Machine, Machinery};
-use self::times::Times;
+use self::print::{note, say};
+use self::times::{Times, timed};
 use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
@@ -115,12 +117,6 @@ fn agent_answers(machine: &GuestProbe) -> Result<()> {
     if status == 200 { Ok(()) } else { Err(format!("the agent answers {status} instead of 200").into()) }
 }
 
-fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
-    let start = Instant::now();
-    let result = action()?;
-    Ok((result, start.elapsed()))
-}
-
 /// Returns the folder of the program and its plugins, which is that of this program.
 fn program_folder() -> Result<PathBuf> {
     let this = std::env::current_exe().context(|| "cannot find the build folder".to_owned())?;
@@ -132,12 +128,4 @@ fn pictures() -> Result<PathBuf> {
     let folder = program_folder()?.join("demo");
     fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)
-}
-
-fn say(text: &str) {
-    println!("\n{text}");
-}
-
-fn note(text: &str) {
-    println!("  {text}");
 }
