@@ -33,6 +33,8 @@ impl Cuckoo {
     /// Starts it in its CWD by that command, and waits until it accepts submissions.
     pub(super) fn start(mut command: Command, cwd: &Path) -> Result<Self> {
         let log = cwd.join("log/cuckoo.log");
+        // An earlier run has the same lines.
+        fs::write(&log, "").context(|| format!("clearing {}", log.display()))?;
         let watch = ContentWatch::new(&log)?;
         let mut process = Process::spawn_in(&mut command, process::make_folder()?)?;
         process.end_with_this_process()?;

@@ -27,8 +27,11 @@ impl Lab {
             &format!("interface: {}", TestNetwork::BRIDGE),
         )?;
         // Cuckoo3 requires more keys than the host.
-        let keys = "    os_version: \"10\"\n    architecture: amd64\n    tags: []\n";
-        names.iter().try_for_each(|_| lab.change_yaml("    os_version: 10\n", keys))?;
+        for number in 1..=count {
+            let mac = format!("    mac_address: \"52:54:00:42:01:{number:02x}\"\n");
+            let keys = "    os_version: \"10\"\n    architecture: amd64\n    tags: []\n".to_owned() + &mac;
+            lab.change_yaml("    os_version: 10\n", &keys)?;
+        }
         Ok(Some(lab))
     }
 }
