@@ -92,6 +92,12 @@ fn measure_analyses(lab: &AnalysisLab, manager: Manager, plan: &Plan, figures: &
     let reports =
         analyses.iter().map(|analysis| Ok(lab.wait(&cuckoo, analysis)?)).collect::<Result<Vec<_>>>()?;
     cuckoo.end()?;
+    if manager == Manager::Cuckoo {
+        // Cuckoo3 leaves the disks of its last runs.
+        for disk in lab.lab().names().map(|name| lab.lab().disposable(name)).filter(|disk| disk.exists()) {
+            std::fs::remove_file(&disk).context(|| format!("removing {}", disk.display()))?;
+        }
+    }
     let ended = |report: &Report| Some(report.timeline.begun + report.timeline.at("report")?);
     let begun = reports.iter().map(|report| report.timeline.begun).min();
     if let (Some(begun), Some(ended)) = (begun, reports.iter().filter_map(ended).max()) {
