@@ -7,6 +7,7 @@
 use clap::ValueEnum;
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::TestNetwork;
 use machinery_testkit::scratch::ScratchCwd;
 use serde_json::Value;
 
@@ -72,11 +73,14 @@ impl Mode {
         let keys = match machinery {
             "qemu" => {
                 let gib = memory_mib.div_ceil(1024) + 1;
-                format!("instant: {instant}, standby: {standby}, standby_memory: {gib}GiB")
+                // The modes are measured also where the disk is nearly full.
+                format!(
+                    "instant: {instant}, instant_space_limit: 64GiB, standby: {standby}, standby_memory: {gib}GiB"
+                )
             }
             _ => format!("standby: {standby}"),
         };
-        format!("machineries: {{{machinery}: {{{keys}}}}}\n")
+        format!("free_space_reserve: 0\nmachineries: {{{machinery}: {{{keys}}}}}\n")
     }
 }
 
@@ -101,8 +105,17 @@ pub struct Session {
 impl Session {
     /// Starts a host.
     pub fn start(served: Served<'_>, mode: Mode) -> Result<Self> {
+        Self::start_in(None, served, mode)
+    }
+
+    /// Starts a host in a network.
+    pub fn start_in(network: Option<&TestNetwork>, served: Served<'_>, mode: Mode) -> Result<Self> {
         served.cwd.host_yaml(&mode.settings(served.machinery, served.memory_mib))?;
-        let host = RunningHost::start(served.cwd)?;
+        let host = RunningHost::start_with(served.cwd, |command| {
+            if let Some(network) = network {
+                network.attach(command);
+            }
+        })?;
         let client = host.client()?;
         Ok(Session { mode, host, client })
     }
@@ -189,12 +202,15 @@ mod tests {
         let qemu = |mode: Mode| mode.settings("qemu", 2048);
         assert_eq!(
             qemu(Mode::Plain),
-            "machineries: {qemu: {instant: off, standby: off, standby_memory: 3GiB}}\n"
+            "free_space_reserve: 0\nmachineries: {qemu: {instant: off, instant_space_limit: 64GiB, standby: off, standby_memory: 3GiB}}\n"
         );
         assert_eq!(
             qemu(Mode::Standby),
-            "machineries: {qemu: {instant: auto, standby: on, standby_memory: 3GiB}}\n"
+            "free_space_reserve: 0\nmachineries: {qemu: {instant: auto, instant_space_limit: 64GiB, standby: on, standby_memory: 3GiB}}\n"
         );
-        assert_eq!(Mode::Plain.settings("kvm", 2048), "machineries: {kvm: {standby: off}}\n");
+        assert_eq!(
+            Mode::Plain.settings("kvm", 2048),
+            "free_space_reserve: 0\nmachineries: {kvm: {standby: off}}\n"
+        );
     }
 }

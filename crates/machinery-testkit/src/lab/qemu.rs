@@ -101,19 +101,20 @@ impl Lab {
         Ok(Some(lab))
     }
 
-    fn make(
+    /// Makes a lab. `address` returns the address of each machine in turn.
+    pub(super) fn make(
         path: &Path,
         machines: &[(&str, Guest, SnapshotFormat)],
-        address: impl Fn() -> String,
+        mut address: impl FnMut() -> String,
         network: Option<TestNetwork>,
     ) -> Result<Self> {
         let (qemu, cwd) = (Qemu::find()?, ScratchCwd::below(path, &[("qemu", "")])?);
-        let folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
+        let mut folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
             let dir = cwd.root().join("machines").join(name);
             let machine = guest::master(&qemu, *guest)?.machine(&dir, name, &address(), *format);
             Ok(((*name).to_owned(), machine?))
         };
-        let machines = machines.iter().map(folder).collect::<Result<_>>()?;
+        let machines = machines.iter().map(&mut folder).collect::<Result<_>>()?;
         let lab = Lab { cwd, qemu, machines, network, settings: Mutex::default(), is_discarded: false };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;
