@@ -22,6 +22,7 @@ from cuckoo.common.storage import TASK_ID_REGEX, cuckoocwd
 from .connection import HostError
 from .host import Host, Listener
 from .machines import HostedMachines
+from .offers import Offers
 
 log = CuckooGlobalLogger(__name__)
 
@@ -40,6 +41,7 @@ class HostedManager(Listener):
         self.enabled = True
         self.host = Host(cuckoocwd.root, self, log)
         self.machines = HostedMachines(self.host, self._report_disabled)
+        self._offers = Offers(self._send_to_main)
         self._is_attached = False
         self._stopping = False
 
@@ -95,17 +97,31 @@ class HostedManager(Listener):
         request = self.host.client.request
         request("enable" if self.enabled else "disable")
         self._free_what_is_abandoned()
-        self.machines.mirror(request("list")["machines"])
+        self._mirror()
 
     def heard(self, event):
         """Applies an event of a machine, of lost events, or of the configuration."""
         kind = event["event"]
         if kind in ("lagged", "lost", "reloaded"):
-            self.machines.mirror(self.host.client.request("list")["machines"])
+            self._mirror()
             return
         if kind == "capture_failed":
             log.error("Network capture failed", machine=event["machine"], error=event["reason"])
+        if kind == "run_error":
+            log.error("Run failed", machine=event["machine"], task_id=event["task_id"], error=event["reason"])
         self.machines.heard(event)
+        self._offer()
+
+    def _mirror(self):
+        self.machines.mirror(self.host.client.request("list")["machines"])
+        self._offer()
+
+    def _offer(self):
+        self._offers.update(self.machines.machines, self.machines.is_of_this_node)
+
+    def _send_to_main(self, message):
+        if self.ctx.node and not self._stopping:
+            self.ctx.node.infostream.receiver.machine_changed(message)
 
     def _report_disabled(self, name, reason):
         log.error("Machine is disabled", machine=name, reason=reason)

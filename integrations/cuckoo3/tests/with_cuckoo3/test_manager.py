@@ -55,8 +55,11 @@ class RecordingManager(HostedManager):
 class ManagerTest(unittest.TestCase):
     def setUp(self):
         self.cwd = make_cuckoo_cwd(self, MACHINES)
-        self.disabled = []
-        infostream = SimpleNamespace(disabled_machine=lambda *event: self.disabled.append(event))
+        self.disabled, self.changes = [], []
+        infostream = SimpleNamespace(
+            disabled_machine=lambda *event: self.disabled.append(event),
+            receiver=SimpleNamespace(machine_changed=self.changes.append),
+        )
         self.nodectx = SimpleNamespace(node=SimpleNamespace(infostream=infostream))
 
     def start(self):
