@@ -9,6 +9,11 @@ They run Cuckoo3's `cuckoonode` and `cuckoo` with the same arguments, after repl
 | `cuckoo.config.Machinery.constraints`           | accepts any name                               |
 | `cuckoo.common.startup._load_machinery_configs` | reads the machineries that Cuckoo3 knows       |
 | `cuckoo.startup.start_processing_handler`       | uses `workers.HostedWorkReceiver`              |
+| `cuckoo.node.webapi.API`, `StateSSE`            | `drain.HostedAPI`, `drain.HostedStateSSE`      |
+| `cuckoo.startup.make_node_api_clients`          | `nodes.make_node_api_clients`                  |
+| `cuckoo.startup.make_remote_node_clients`       | `nodes.make_remote_node_clients`               |
+| `cuckoo.scheduler.StartableTask`, `Scheduler`   | `scheduling.HostedStartableTask` and so on     |
+| `cuckoo.taskqueue.TaskQuery.count_unscheduled`  | `scheduling.count_unscheduled`                 |
 
 Cuckoo3 looks up each name at its use. If a version of Cuckoo3 lacks a name, the programs fail at once, instead
 of running with some of the replacements.
@@ -25,10 +30,25 @@ _REPLACED = (
     ("cuckoo.common.startup", "_load_machinery_configs"),
 )
 
+_REPLACED_IN_NODE = (
+    ("cuckoo.node.webapi", "API"),
+    ("cuckoo.node.webapi", "StateSSE"),
+)
+
+_REPLACED_IN_MAIN = (
+    ("cuckoo.startup", "start_processing_handler"),
+    ("cuckoo.startup", "make_node_api_clients"),
+    ("cuckoo.startup", "make_remote_node_clients"),
+    ("cuckoo.scheduler", "StartableTask"),
+    ("cuckoo.scheduler", "Scheduler"),
+    ("cuckoo.taskqueue", "TaskQuery"),
+)
+
 
 def cuckoonode():
     """Runs Cuckoo3's node on the machinery host."""
-    _use_the_host(_REPLACED)
+    _use_the_host((*_REPLACED, *_REPLACED_IN_NODE))
+    _use_drain()
     from cuckoo.node.main import main
 
     main()
@@ -36,8 +56,9 @@ def cuckoonode():
 
 def cuckoo():
     """Runs Cuckoo3's main process and its own node on the machinery host."""
-    _use_the_host((*_REPLACED, ("cuckoo.startup", "start_processing_handler")))
+    _use_the_host((*_REPLACED, *_REPLACED_IN_MAIN))
     _use_hosted_workers()
+    _use_hosted_nodes()
     from cuckoo.main import main
 
     main()
@@ -69,6 +90,26 @@ def _use_hosted_workers():
         original(cuckooctx)
 
     startup.start_processing_handler = start_processing_handler
+
+
+def _use_drain():
+    from cuckoo.node import webapi
+
+    from . import drain
+
+    webapi.API, webapi.StateSSE = drain.HostedAPI, drain.HostedStateSSE
+
+
+def _use_hosted_nodes():
+    from cuckoo import scheduler, startup, taskqueue
+
+    from . import nodes, scheduling
+
+    startup.make_node_api_clients = nodes.make_node_api_clients
+    startup.make_remote_node_clients = nodes.make_remote_node_clients
+    scheduler.StartableTask = scheduling.HostedStartableTask
+    scheduler.Scheduler = scheduling.HostedScheduler
+    taskqueue.TaskQuery.count_unscheduled = scheduling.count_unscheduled
 
 
 def _expect(module, name):

@@ -87,6 +87,10 @@ class HostedMachines(MachinesList):
         """Reports whether the task got its machine from this node."""
         return task_id in self._tasks
 
+    def has_tasks(self):
+        """Reports whether a task of this node has a machine, or waits for one."""
+        return bool(self._tasks)
+
     def forget_tasks(self):
         """Forgets all tasks, which no longer have machines."""
         self._tasks.clear()

@@ -84,6 +84,12 @@ class HostedManager(Listener):
         self._stopping = True
         self.machines.close()
 
+    def drain(self):
+        """Refuses machines to tasks, and removes them from the main process's list."""
+        self.machines.close()
+        for machine in self.machines.machines:
+            self.ctx.node.infostream.disabled_machine(machine.name, "The node is being drained")
+
     def detach(self):
         """Detaches from the host at the end of Cuckoo3."""
         self.host.detach()
