@@ -9,7 +9,8 @@ They run Cuckoo3's `cuckoonode` and `cuckoo` with the same arguments, after repl
 | `cuckoo.config.Machinery.constraints`           | accepts any name                               |
 | `cuckoo.common.startup._load_machinery_configs` | reads the machineries that Cuckoo3 knows       |
 | `cuckoo.startup.start_processing_handler`       | uses `workers.HostedWorkReceiver`              |
-| `cuckoo.node.webapi.API`, `StateSSE`            | `drain.HostedAPI`, `drain.HostedStateSSE`      |
+| `cuckoo.node.webapi.API`, `StateSSE`            | `remote_node.HostedAPI`, `HostedStateSSE`      |
+| `cuckoo.node.control.TaskResultZipper`          | `remote_node.HostedResultZipper`               |
 | `cuckoo.startup.make_node_api_clients`          | `nodes.make_node_api_clients`                  |
 | `cuckoo.startup.make_remote_node_clients`       | `nodes.make_remote_node_clients`               |
 | `cuckoo.scheduler.StartableTask`, `Scheduler`   | `scheduling.HostedStartableTask` and so on     |
@@ -33,6 +34,7 @@ _REPLACED = (
 _REPLACED_IN_NODE = (
     ("cuckoo.node.webapi", "API"),
     ("cuckoo.node.webapi", "StateSSE"),
+    ("cuckoo.node.control", "TaskResultZipper"),
 )
 
 _REPLACED_IN_MAIN = (
@@ -48,7 +50,7 @@ _REPLACED_IN_MAIN = (
 def cuckoonode():
     """Runs Cuckoo3's node on the machinery host."""
     _use_the_host((*_REPLACED, *_REPLACED_IN_NODE))
-    _use_drain()
+    _use_hosted_node()
     from cuckoo.node.main import main
 
     main()
@@ -92,12 +94,13 @@ def _use_hosted_workers():
     startup.start_processing_handler = start_processing_handler
 
 
-def _use_drain():
-    from cuckoo.node import webapi
+def _use_hosted_node():
+    from cuckoo.node import control, webapi
 
-    from . import drain
+    from . import remote_node
 
-    webapi.API, webapi.StateSSE = drain.HostedAPI, drain.HostedStateSSE
+    webapi.API, webapi.StateSSE = remote_node.HostedAPI, remote_node.HostedStateSSE
+    control.TaskResultZipper = remote_node.HostedResultZipper
 
 
 def _use_hosted_nodes():

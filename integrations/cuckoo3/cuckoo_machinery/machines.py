@@ -69,8 +69,7 @@ class HostedMachines(MachinesList):
         except HostError as error:
             raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
         self._tasks.discard(task_id)
-        # Nothing was captured, if captures are disabled, and Cuckoo3 does not expect an empty file.
-        _remove_if_empty(_paths(task_id).get("pcap_path"))
+        remove_empty_capture(task_id)
         self._wait_for_mirror(machine.name, lambda machine: machine.locked_by != task_id)
 
     def mark_disabled(self, machine, reason):
@@ -149,6 +148,11 @@ class HostedMachines(MachinesList):
         with self._changed:
             self._changed.wait_for(lambda: as_expected(self.get_by_name(name)), MIRROR_TIMEOUT)
             return self.get_by_name(name)
+
+
+def remove_empty_capture(task_id):
+    """Removes a task's capture file if nothing was captured. Cuckoo3 does not expect an empty file."""
+    _remove_if_empty(_paths(task_id).get("pcap_path"))
 
 
 def _paths(task_id):

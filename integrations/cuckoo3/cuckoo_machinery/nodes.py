@@ -101,7 +101,8 @@ class HostedNodeClient(RemoteNodeClient):
             self._events_open = True
             await self.loop_wrapper.newtask(self.events.read, stopper_cb=self.events.stop)
             info = await asyncio.get_running_loop().run_in_executor(None, self._read_info)
-        except (ClientError, NodeActionError) as error:
+        except Exception as error:
+            # The next attempt may succeed.
             log.error(f"Node is away. Trying again in {RETRY_INTERVAL} s", node=self.name, error=error)
             await self.events.close()
             return False

@@ -1,4 +1,4 @@
-"""A node that ends without the loss of a task.
+"""A node of a main process on another computer: its results, and its end without the loss of a task.
 
     SIGUSR1 ─▶ no machines for new tasks ─▶ the tasks end ─▶ their results are fetched ─▶ SIGTERM
     SIGTERM ─▶ the tasks are cut short, without a result ─▶ the main process runs them on another node
@@ -12,10 +12,13 @@ import threading
 import time
 
 from aiohttp import web
+from cuckoo.common.importing import TaskResultZipper
 from cuckoo.common.log import CuckooGlobalLogger
 from cuckoo.common.storage import TaskPaths
 from cuckoo.node.node import NodeTaskStates
 from cuckoo.node.webapi import API, StateSSE
+
+from .machines import remove_empty_capture
 
 log = CuckooGlobalLogger(__name__)
 
@@ -23,6 +26,15 @@ log = CuckooGlobalLogger(__name__)
 FETCH_TIMEOUT = 120
 # The interval of polling for the end of tasks, for which Cuckoo3 has no notification, in seconds.
 POLL_INTERVAL = 0.5
+
+
+class HostedResultZipper(TaskResultZipper):
+    """Packs the result of a task as in Cuckoo3, which happens before the machine is released."""
+
+    def make_zip(self, zip_path):
+        """Packs the result, without an empty capture: Cuckoo3 takes that for a fault of the task."""
+        remove_empty_capture(self.task_id)
+        return super().make_zip(zip_path)
 
 
 class HostedStateSSE(StateSSE):
