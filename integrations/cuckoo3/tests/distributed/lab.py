@@ -172,20 +172,29 @@ class Node:
         values = yaml.safe_load((lab_cwd / "conf" / "machineries" / "qemu.yaml").read_text())
         machines = list(values["machines"].values())[: len(self.network.machines)]
         values["interface"] = "machines"
+        # Cuckoo3 requires more keys than the host.
+        values["disposable_copy_dir"] = values.get("disposable_copy_dir")
+        shared = {"platform": "windows", "os_version": "10", "architecture": "amd64", "tags": []}
         values["machines"] = {
-            f"{self.name}_{number}": {**machine, "ip": address, "platform": "windows", "os_version": "10"}
+            f"{self.name}_{number}": {**machine, "ip": address, "agent_port": AGENT_PORT, **shared}
             for number, (machine, address) in enumerate(zip(machines, self.network.machines))
         }
         (self.root / "conf" / "machineries" / "qemu.yaml").write_text(yaml.safe_dump(values))
+        shutil.copy(lab_cwd / "conf" / "machinery-host.yaml", self.root / "conf")
 
     def start(self):
         """Starts the node."""
+        # A killed node leaves its sockets.
+        for left in (self.root / "operational" / "sockets").iterdir():
+            left.unlink()
         self.program = Program(
             self.root, "cuckoonode", "-h", self.network.address, "-p", str(API_PORT), run=self.network.run
         )
 
     def answers(self):
         """Reports whether the node's API answers."""
+        if self.program.process.poll() is not None:
+            raise AssertionError(f"node {self.name} has ended:\n{self.program.output()}")
         try:
             socket.create_connection((self.network.address, API_PORT), timeout=1).close()
         except OSError:
