@@ -1,21 +1,25 @@
 """The programs `cuckoonode-hosted` and `cuckoo-hosted`.
 
-They run Cuckoo3's `cuckoonode` and `cuckoo` with the same arguments, after replacing these names:
+They run Cuckoo3's `cuckoonode` and `cuckoo` with the same arguments, after replacing these names of Cuckoo3:
 
 | name in Cuckoo3                                 | replacement                                    |
 | ----------------------------------------------- | ---------------------------------------------- |
 | `cuckoo.node.startup.start_machinerymanager`    | `manager.start_machinerymanager`               |
-| `cuckoo.node.startup.start_remote`              | first clears what a killed node has left       |
+| `cuckoo.node.startup.start_remote`              | `startup.clearing_first`                       |
 | `cuckoo.node.taskrunner.TaskRunner`             | `taskrunner.HostedTaskRunner`                  |
-| `cuckoo.node.webapi.StateSSE`                   | `eventstream.HostedStateSSE`                   |
 | `cuckoo.config.Machinery.constraints`           | accepts any name                               |
 | `cuckoo.common.startup._load_machinery_configs` | reads the machineries that Cuckoo3 knows       |
-| `cuckoo.startup.start_cuckoo`, `start_cuckoo_controller` | first clear what a killed process has left |
 | `cuckoo.startup.start_processing_handler`       | uses `workers.HostedWorkReceiver`              |
-| `cuckoo.nodeclient.LocalStreamReceiver`         | `nodeclients.HostedStreamReceiver`             |
-| `cuckoo.nodeclient.LocalNodeClient`             | `nodeclients.HostedLocalNodeClient`            |
-| `cuckoo.nodeclient.RemoteNodeClient`            | `nodeclients.HostedRemoteNodeClient`           |
-| `cuckoo.scheduler.Scheduler`                    | `scheduler.HostedScheduler`                    |
+| `cuckoo.startup.start_cuckoo`                   | `startup.clearing_first`                       |
+| `cuckoo.startup.start_cuckoo_controller`        | `startup.clearing_first`                       |
+| `cuckoo.nodeclient.LocalStreamReceiver`         | `localnode.HostedStreamReceiver`               |
+| `cuckoo.nodeclient.LocalNodeClient`             | `localnode.HostedLocalNodeClient`              |
+| `cuckoo.node.webapi.API`, `StateSSE`            | `remote_node.HostedAPI`, `HostedStateSSE`      |
+| `cuckoo.node.control.TaskResultZipper`          | `remote_node.HostedResultZipper`               |
+| `cuckoo.startup.make_node_api_clients`          | `nodes.make_node_api_clients`                  |
+| `cuckoo.startup.make_remote_node_clients`       | `nodes.make_remote_node_clients`               |
+| `cuckoo.scheduler.StartableTask`, `Scheduler`   | `scheduling.HostedStartableTask` and so on     |
+| `cuckoo.taskqueue.TaskQuery.count_unscheduled`  | `scheduling.count_unscheduled`                 |
 
 In the task runner's process, `cuckoo.common.taskflow.MachineryManagerClient` and `cuckoo.node.taskrunner._FlowRunner`
 are replaced by those of `taskrunner`. `multiprocessing.process.BaseProcess.start` also records the new process.
@@ -27,33 +31,43 @@ of running with some of the replacements.
 import sys
 from importlib import import_module
 
-from .leftovers import MAIN, NODE, InUse, Record, record_workers
+from .leftovers import MAIN, NODE
 
 _REPLACED = (
     ("cuckoo.node.startup", "start_machinerymanager"),
     ("cuckoo.node.startup", "start_remote"),
     ("cuckoo.node.taskrunner", "TaskRunner"),
     ("cuckoo.node.taskrunner", "_FlowRunner"),
-    ("cuckoo.node.webapi", "StateSSE"),
     ("cuckoo.common.taskflow", "MachineryManagerClient"),
     ("cuckoo.common.startup", "init_global_logging"),
     ("cuckoo.config", "Machinery"),
     ("cuckoo.common.startup", "_load_machinery_configs"),
 )
+
+_REPLACED_IN_NODE = (
+    ("cuckoo.node.webapi", "API"),
+    ("cuckoo.node.webapi", "StateSSE"),
+    ("cuckoo.node.control", "TaskResultZipper"),
+)
+
 _REPLACED_IN_MAIN = (
+    ("cuckoo.startup", "start_processing_handler"),
     ("cuckoo.startup", "start_cuckoo"),
     ("cuckoo.startup", "start_cuckoo_controller"),
-    ("cuckoo.startup", "start_processing_handler"),
     ("cuckoo.nodeclient", "LocalStreamReceiver"),
     ("cuckoo.nodeclient", "LocalNodeClient"),
-    ("cuckoo.nodeclient", "RemoteNodeClient"),
+    ("cuckoo.startup", "make_node_api_clients"),
+    ("cuckoo.startup", "make_remote_node_clients"),
+    ("cuckoo.scheduler", "StartableTask"),
     ("cuckoo.scheduler", "Scheduler"),
+    ("cuckoo.taskqueue", "TaskQuery"),
 )
 
 
 def cuckoonode():
     """Runs Cuckoo3's node on the machinery host."""
-    _use_the_host(_REPLACED)
+    _use_the_host((*_REPLACED, *_REPLACED_IN_NODE))
+    _use_hosted_node()
     from cuckoo.node.main import main
 
     main()
@@ -62,7 +76,8 @@ def cuckoonode():
 def cuckoo():
     """Runs Cuckoo3's main process and its own node on the machinery host."""
     _use_the_host((*_REPLACED, *_REPLACED_IN_MAIN))
-    _use_in_main()
+    _use_hosted_workers()
+    _use_hosted_nodes()
     from cuckoo.main import main
 
     main()
@@ -71,34 +86,21 @@ def cuckoo():
 def _use_the_host(replaced):
     for module, name in replaced:
         _expect(module, name)
-    from cuckoo.node import startup, webapi
+    from cuckoo.node import startup
     from cuckoo.node import taskrunner as cuckoo_taskrunner
 
-    from . import configuration, eventstream, manager, taskrunner
+    from . import configuration, manager, taskrunner
+    from .startup import clearing_first
 
     startup.start_machinerymanager = manager.start_machinerymanager
-    startup.start_remote = _clearing_first(startup.start_remote, NODE)
+    startup.start_remote = clearing_first(startup.start_remote, NODE)
     cuckoo_taskrunner.TaskRunner = taskrunner.HostedTaskRunner
-    webapi.StateSSE = eventstream.HostedStateSSE
     configuration.accept_all_machineries()
 
 
-def _use_in_main():
-    from cuckoo import nodeclient, startup
-    from cuckoo import scheduler as cuckoo_scheduler
+def _use_hosted_workers():
+    from cuckoo import startup
 
-    from . import nodeclients, scheduler
-
-    startup.start_cuckoo = _clearing_first(startup.start_cuckoo, NODE, MAIN)
-    startup.start_cuckoo_controller = _clearing_first(startup.start_cuckoo_controller, MAIN)
-    nodeclient.LocalStreamReceiver = nodeclients.HostedStreamReceiver
-    nodeclient.LocalNodeClient = nodeclients.HostedLocalNodeClient
-    nodeclient.RemoteNodeClient = nodeclients.HostedRemoteNodeClient
-    cuckoo_scheduler.Scheduler = scheduler.HostedScheduler
-    _use_hosted_workers(startup)
-
-
-def _use_hosted_workers(startup):
     original = startup.start_processing_handler
 
     def start_processing_handler(cuckooctx):
@@ -111,37 +113,30 @@ def _use_hosted_workers(startup):
     startup.start_processing_handler = start_processing_handler
 
 
-def _clearing_first(original, *roles):
-    """Returns the function `original`, which starts Cuckoo3, after what was left of these roles is cleared."""
+def _use_hosted_node():
+    from cuckoo.node import control, webapi
 
-    def start(*args, **kwargs):
-        from cuckoo.common import startup
+    from . import remote_node
 
-        init_global_logging = startup.init_global_logging
-
-        # It is the first step of each start. The later ones expect that the sockets are free.
-        def init_logging_and_clear(*args, **kwargs):
-            init_global_logging(*args, **kwargs)
-            _clear(roles)
-
-        startup.init_global_logging = init_logging_and_clear
-        original(*args, **kwargs)
-
-    return start
+    webapi.API, webapi.StateSSE = remote_node.HostedAPI, remote_node.HostedStateSSE
+    control.TaskResultZipper = remote_node.HostedResultZipper
 
 
-def _clear(roles):
-    from cuckoo.common.log import CuckooGlobalLogger
-    from cuckoo.common.startup import StartupError
-    from cuckoo.common.storage import cuckoocwd
+def _use_hosted_nodes():
+    from cuckoo import nodeclient, scheduler, startup, taskqueue
 
-    records = [Record(cuckoocwd.root, role, CuckooGlobalLogger(__name__)) for role in roles]
-    try:
-        for record in records:
-            record.claim()
-    except InUse as error:
-        raise StartupError(error) from error
-    record_workers(records)
+    from . import localnode, nodes, scheduling
+    from .startup import clearing_first
+
+    startup.start_cuckoo = clearing_first(startup.start_cuckoo, NODE, MAIN)
+    startup.start_cuckoo_controller = clearing_first(startup.start_cuckoo_controller, MAIN)
+    nodeclient.LocalStreamReceiver = localnode.HostedStreamReceiver
+    nodeclient.LocalNodeClient = localnode.HostedLocalNodeClient
+    startup.make_node_api_clients = nodes.make_node_api_clients
+    startup.make_remote_node_clients = nodes.make_remote_node_clients
+    scheduler.StartableTask = scheduling.HostedStartableTask
+    scheduler.Scheduler = scheduling.HostedScheduler
+    taskqueue.TaskQuery.count_unscheduled = scheduling.count_unscheduled
 
 
 def _expect(module, name):

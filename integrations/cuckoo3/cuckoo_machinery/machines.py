@@ -72,8 +72,7 @@ class HostedMachines(MachinesList):
                 raise MachineListError(error.reason) from error
         except HostError as error:
             raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
-        # Nothing was captured, if captures are disabled, and Cuckoo3 does not expect an empty file.
-        _remove_if_empty(_paths(task_id).get("pcap_path"))
+        remove_empty_capture(task_id)
         self._wait_for_mirror(machine.name, lambda machine: machine.locked_by != task_id)
         self._tasks.discard(task_id)
 
@@ -98,9 +97,18 @@ class HostedMachines(MachinesList):
         """Reports whether the task got its machine from this node."""
         return task_id in self._tasks
 
+    def has_tasks(self):
+        """Reports whether a task of this node has a machine, or waits for one."""
+        return bool(self._tasks)
+
     def forget_tasks(self):
         """Forgets all tasks, which no longer have machines."""
         self._tasks.clear()
+
+    @property
+    def is_closed(self):
+        """Reports whether tasks get no machines any more."""
+        return self._closed
 
     def close(self):
         """Refuses machines to tasks from now on."""
@@ -156,6 +164,11 @@ class HostedMachines(MachinesList):
         with self._changed:
             self._changed.wait_for(lambda: as_expected(self.get_by_name(name)), MIRROR_TIMEOUT)
             return self.get_by_name(name)
+
+
+def remove_empty_capture(task_id):
+    """Removes a task's capture file if nothing was captured. Cuckoo3 does not expect an empty file."""
+    _remove_if_empty(_paths(task_id).get("pcap_path"))
 
 
 def _paths(task_id):

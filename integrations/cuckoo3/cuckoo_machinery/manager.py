@@ -86,6 +86,12 @@ class HostedManager(Listener):
         self._stopping = True
         self.machines.close()
 
+    def drain(self):
+        """Refuses machines to tasks, and removes them from the main process's list."""
+        self.machines.close()
+        for machine in self.machines.machines:
+            self.ctx.node.infostream.disabled_machine(machine.name, "The node is being drained")
+
     def detach(self):
         """Detaches from the host at the end of Cuckoo3."""
         self.host.detach()
@@ -120,7 +126,8 @@ class HostedManager(Listener):
         self._offers.update(self.machines.machines, self.machines.is_of_this_node)
 
     def _send_to_main(self, message):
-        if self.ctx.node and not self._stopping:
+        # A node that drains or ends offers nothing.
+        if self.ctx.node and not self.machines.is_closed:
             self.ctx.node.infostream.receiver.machine_changed(message)
 
     def _report_disabled(self, name, reason):

@@ -18,9 +18,9 @@ as reserved: Cuckoo3 itself never reserves machines, and does not use reserved o
 
 from cuckoo.common.machines import Machine
 
-OFFERED, REMOVED = "machine_offered", "machine_removed"
+OFFERED, REMOVED = KINDS = ("machine_offered", "machine_removed")
 
-# What the main process has on its own, and what does not decide about a task.
+# The main process has its own locks. The others do not decide about a task.
 _OWN = ("locked", "locked_by", "action_lock")
 _IRRELEVANT = ("state", "errors", "locked", "locked_by", "reserved", "reserved_by")
 
@@ -87,6 +87,15 @@ def remove(machines, name):
     with machines._machines_lock:
         machines._machines = [machine for machine in machines.machines if machine.name != name]
         machines.set_updated()
+
+
+def follow(machines, message, is_own):
+    """Applies a message of the node to the main process's list, and returns the name of the machine."""
+    if message["type"] == REMOVED:
+        remove(machines, message["machine_name"])
+        return message["machine_name"]
+    apply(machines, message["machine"], is_own)
+    return message["machine"]["name"]
 
 
 def replace(machines, described, is_own):
