@@ -97,9 +97,10 @@ class HostedNodeAPI(NodeAPIClient):
                 with open(partial, "wb") as file:
                     for chunk in answer.iter_content(chunk_size):
                         file.write(chunk)
-                    size, expected = file.tell(), answer.headers.get("Content-Length")
+                expected = answer.headers.get("Content-Length")
         except requests.RequestException as error:
             raise ClientError(f"The download of the result of task {task_id} failed: {error}") from error
+        size = os.path.getsize(partial)
         if expected is not None and size != int(expected):
             raise ClientError(f"The result of task {task_id} has {expected} bytes, and {size} have arrived")
         os.replace(partial, file_path)
