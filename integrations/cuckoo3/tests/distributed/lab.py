@@ -19,7 +19,7 @@ from tests.support import TIMEOUT
 from tests.with_cuckoo3.support import AGENT_PORT, PACKAGE, change_yaml
 from tests.with_cuckoo3.test_main import make_databases
 
-from .network import MAIN_ADDRESS, RESULT_SERVER, NodeNetwork
+from .network import RESULT_SERVER, NodeNetwork
 
 API_PORT = 8090
 API_KEY = "key of {}"

@@ -88,6 +88,7 @@ class Distributed(unittest.TestCase):
 
     def wait_until_busy(self, node):
         """Waits until both machines of the node have a task."""
+
         def tasks():
             return [task for task in map(self.lab.task, self.analyses) if task and task["state"] == "running"]
 
