@@ -149,10 +149,11 @@ def record_workers(records):
     original = BaseProcess.start
 
     def start(process):
+        # The start removes the target.
+        name = getattr(getattr(process, "_target", None), "__qualname__", process.name)
         original(process)
-        target = getattr(process, "_target", None)
         for record in records:
-            record.add(process.pid, getattr(target, "__qualname__", process.name))
+            record.add(process.pid, name)
 
     BaseProcess.start = start
 

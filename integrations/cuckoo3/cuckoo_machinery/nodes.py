@@ -30,6 +30,7 @@ from cuckoo.common.log import CuckooGlobalLogger
 from cuckoo.common.node import NodeInfo
 from cuckoo.common.startup import StartupError
 from cuckoo.common.storage import Paths, UnixSocketPaths, random_filename
+from cuckoo.node.node import NodeMsgTypes
 from cuckoo.nodeclient import NodeActionError, NodeClientLoop, NodeUnavailableError, RemoteNodeClient
 
 from . import offers
@@ -68,18 +69,18 @@ class HostedNodeClient(RemoteNodeClient):
             await self.loop_wrapper.newtask(self._restore)
 
     async def _heard(self, event):
-        is_offer = event.get("type") in offers.KINDS
-        # A node that is not ready has no tasks. Its list of machines may be older than this change.
-        if self._resetting:
-            self._missed += [event] if is_offer else []
-        elif is_offer:
-            self._follow(event)
-            self.ctx.nodes.ready_cb(self)
-        else:
-            await self._event_msg(event)
+        if not self._resetting:
+            await self._handle(event)
+        elif event.get("type") != NodeMsgTypes.TASK_STATE:
+            # A node that is not ready has no tasks. Its list of machines may be older than this change.
+            self._missed.append(event)
 
-    def _follow(self, event):
+    async def _handle(self, event):
+        if event.get("type") not in offers.KINDS:
+            await self._event_msg(event)
+            return
         self._changes[offers.follow(self.machines, event, self.assigned_tasks.have_task)] += 1
+        self.ctx.nodes.ready_cb(self)
 
     async def _event_read_end(self):
         self._events_open = False
@@ -132,7 +133,7 @@ class HostedNodeClient(RemoteNodeClient):
         self._info = info
         self._resetting = False
         for event in self._missed:
-            self._follow(event)
+            await self._handle(event)
         log.info("Node is ready", node=self.name, machines=info.machines_list.count())
         self.ctx.nodes.ready_cb(self)
         return True

@@ -51,7 +51,7 @@ class HostedFlowRunner(_FlowRunner):
     """Cuckoo3's thread that runs a task, and adds the host's errors of the run to the task's own.
 
     An error is shown in the task's report. A machine that was lost before its stop fails the task, which then has no
-    report and no score: Cuckoo3 shows the error in its place.
+    report and no score: Cuckoo3 shows the error in its place. The first error is the cause of the others.
     """
 
     def stop_machine(self):
@@ -63,15 +63,13 @@ class HostedFlowRunner(_FlowRunner):
         errors = list(described.get("run_errors", ()))
         if described.get("locked_by", self.task.id) not in ("", self.task.id):
             # Its errors are those of another run.
-            errors = [f"task {described['locked_by']} has locked it during the run"]
+            errors = [f"machine '{self.machine.name}': task {described['locked_by']} has locked it during the run"]
             was_alive = False
         for error in errors:
-            self.taskflow.log.error("Run of the machine failed", machine=self.machine.name, error=error)
-            self.errtracker.add_error(f"Machine {self.machine.name}: {error}")
+            self.taskflow.log.error("The run is incomplete", machine=self.machine.name, error=error)
+            self.errtracker.add_error(f"The run is incomplete: {error}")
         if errors and not was_alive and not self.errtracker.has_fatal():
-            self.errtracker.fatal_error(
-                f"Machine {self.machine.name} was lost before the end of the task: {errors[-1]}. Submit it again"
-            )
+            self.errtracker.fatal_error(f"The run was lost before the end of the task: {errors[0]}")
 
     def _described(self):
         """Returns the host's description of the machine; an empty one if there is none."""
@@ -79,7 +77,7 @@ class HostedFlowRunner(_FlowRunner):
             path = self.taskflow.machinery_client.sockpath
             answer = ask(path, {"action": "list"}, ANSWER_TIMEOUT, restart_timeout=RESTART_TIMEOUT)
         except HostError as error:
-            self.errtracker.add_error(f"Machine {self.machine.name}: its run may be incomplete. {error}")
+            self.errtracker.add_error(f"The run may be incomplete: machine '{self.machine.name}' is unknown. {error}")
             return {}
         machines = answer.get("machines", ())
         return next((machine for machine in machines if machine["name"] == self.machine.name), {})
