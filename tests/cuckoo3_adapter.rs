@@ -11,10 +11,9 @@ use std::path::Path;
 use std::process::Command;
 
 use machinery_testkit::artifacts;
-use machinery_testkit::guest::Guest;
-use machinery_testkit::lab::Lab;
+use machinery_testkit::guest::analysis::Agent;
+use machinery_testkit::lab::AnalysisLab;
 use machinery_testkit::requirement;
-use machinery_testkit::snapshot::SnapshotFormat;
 
 /// The network, the mounts and the processes of a test, which end with it.
 const OWN_NAMESPACES: [&str; 10] = [
@@ -65,13 +64,10 @@ fn adapter_tests_pass_when_cuckoo3_is_installed() {
 #[test]
 fn adapter_tests_pass_when_main_has_three_nodes() {
     let Some(python) = python_with_cuckoo3() else { return };
-    if !requirement::NETWORK.is_met(rustix::process::geteuid().is_root()) {
-        return;
-    }
-    let machines = ["one", "two"].map(|name| (name, Guest::Micro, SnapshotFormat::Plain));
-    let lab = Lab::new(&machines).unwrap();
+    let lab = AnalysisLab::new(Path::new(&python), 2, Agent::Own).unwrap();
+    let Some(lab) = requirement::NETWORK.or_skip(lab) else { return };
     let command: Vec<&str> = OWN_NAMESPACES.into_iter().chain(["sh", &python]).collect();
-    run_with(&command, "tests/distributed", &[("QEMU_CWD", lab.cwd().root())]);
+    run_with(&command, "tests/distributed", &[("QEMU_CWD", lab.lab().cwd().root())]);
 }
 
 /// Returns the Python in `$CUCKOO3_PYTHON`; `None` if the test may be skipped.

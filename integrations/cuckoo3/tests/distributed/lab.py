@@ -19,21 +19,38 @@ from tests.support import TIMEOUT
 from tests.with_cuckoo3.support import AGENT_PORT, PACKAGE, change_yaml
 from tests.with_cuckoo3.test_main import make_databases
 
-from .network import RESULT_SERVER, NodeNetwork
+from .network import BRIDGE, RESULT_SERVER, NodeNetwork
 
 API_PORT = 8090
+# The machines of each node.
+MACHINES = 2
 API_KEY = "key of {}"
 AGENT = PACKAGE.parents[1] / "crates/machinery-testkit/src/guest/analysis/agent.py"
 
-# Sends its target to the result server, from its machine's address.
+# Stands in for the machine: runs the sample, and sends what it writes from the machine's address.
 STAGER = """\
 #!{python}
-import json, os, socket
-settings = json.load(open("settings.json"))
-host, port = settings["host"].split(":")
+import json, os, socket, subprocess, sys
+subprocess.run([sys.executable, "payload.dat"], check=True)
+host, port = json.load(open("settings.json"))["host"].split(":")
 server = socket.create_connection((host, int(port)), source_address=(os.environ["MACHINE"], 0))
-server.sendall(b"FILE\\nfiles/proof\\n" + settings["target"].encode())
+server.sendall(b"FILE\\nfiles/proof\\n" + open("proof", "rb").read())
 server.close()
+"""
+
+# The sample, which runs in machines of QEMU and in the place of others. Cuckoo3 takes scripts of Python for programs.
+SAMPLE = """\
+#!/bin/python -S
+import sys
+
+
+def main():
+    with open("proof", "w") as proof:
+        proof.write("{number}")
+
+
+sys.exit(main())
+# {padding}
 """
 
 
@@ -127,14 +144,13 @@ class Program:
 class Node:
     """A node in its own network."""
 
-    def __init__(self, lab, name, number, machinery, machines):
+    def __init__(self, lab, name, machinery):
         self.name = name
-        self.network = NodeNetwork(name, number, machines)
+        self.network = NodeNetwork(name, len(lab.nodes) + 1, MACHINES, their_addresses=machinery == "double")
         self.root = make_cwd(lab.folder, name, [machinery])
         change_yaml(self.root / "conf" / "distributed.yaml", self._set_key)
-        make_monitor(self.root)
         self.program = None
-        self._agents = [self._start_agent(address) for address in self.network.machines]
+        self._agents = []
 
     @property
     def url(self):
@@ -144,6 +160,18 @@ class Node:
     def _set_key(self, values):
         values["node_settings"]["api_key"] = API_KEY.format(self.name)
 
+    def use_doubles(self):
+        """Configures machines in memory, with an agent on the node for each."""
+        shared = {"agent_port": AGENT_PORT, "platform": "windows", "os_version": "10"}
+        names = [f"{self.name}_{number}" for number in range(MACHINES)]
+        machines = {
+            name: {"label": name, "ip": address, **shared} for name, address in zip(names, self.network.machines)
+        }
+        path = self.root / "conf" / "machineries" / "double.yaml"
+        path.write_text(yaml.safe_dump({"interface": BRIDGE, "machines": machines}))
+        make_monitor(self.root)
+        self._agents = [self._start_agent(address) for address in self.network.machines]
+
     def _start_agent(self, address):
         environment = {**os.environ, "MACHINE": address, "TMPDIR": str(self.root.parent)}
         return self.network.run(
@@ -152,35 +180,13 @@ class Node:
             stdin=subprocess.DEVNULL,
         )
 
-    def write_doubles(self):
-        """Writes the configuration of machines in memory."""
-        machines = {
-            f"{self.name}_{number}": {
-                "label": f"{self.name}_{number}",
-                "ip": address,
-                "agent_port": AGENT_PORT,
-                "platform": "windows",
-                "os_version": "10",
-            }
-            for number, address in enumerate(self.network.machines)
-        }
-        path = self.root / "conf" / "machineries" / "double.yaml"
-        path.write_text(yaml.safe_dump({"interface": "machines", "machines": machines}))
-
-    def write_qemu(self, lab_cwd):
-        """Takes machines of QEMU from another CWD."""
-        values = yaml.safe_load((lab_cwd / "conf" / "machineries" / "qemu.yaml").read_text())
-        machines = list(values["machines"].values())[: len(self.network.machines)]
-        values["interface"] = "machines"
-        # Cuckoo3 requires more keys than the host.
-        values["disposable_copy_dir"] = values.get("disposable_copy_dir")
-        shared = {"platform": "windows", "os_version": "10", "architecture": "amd64", "tags": []}
-        values["machines"] = {
-            f"{self.name}_{number}": {**machine, "ip": address, "agent_port": AGENT_PORT, **shared}
-            for number, (machine, address) in enumerate(zip(machines, self.network.machines))
-        }
+    def use_qemu(self, cwd):
+        """Takes the analysis guests of another CWD."""
+        values = yaml.safe_load((cwd / "conf" / "machineries" / "qemu.yaml").read_text())
+        values["machines"] = {f"{self.name}_{name}": machine for name, machine in values["machines"].items()}
         (self.root / "conf" / "machineries" / "qemu.yaml").write_text(yaml.safe_dump(values))
-        shutil.copy(lab_cwd / "conf" / "machinery-host.yaml", self.root / "conf")
+        shutil.copy(cwd / "conf" / "machinery-host.yaml", self.root / "conf")
+        shutil.copytree(cwd / "monitor", self.root / "monitor", dirs_exist_ok=True)
 
     def start(self):
         """Starts the node."""
@@ -220,9 +226,9 @@ class Lab:
         self.nodes = {}
         self.main = None
 
-    def add_node(self, name, machinery, machines):
+    def add_node(self, name, machinery):
         """Makes a node."""
-        self.nodes[name] = node = Node(self, name, len(self.nodes) + 1, machinery, machines)
+        self.nodes[name] = node = Node(self, name, machinery)
         return node
 
     def prepare(self):
@@ -239,17 +245,22 @@ class Lab:
         wait_until(storage.Paths.nodeinfos_dump().exists, "the main process has started")
 
     def submit(self, count, seconds):
-        """Submits URLs, each of which is analysed for that many seconds; returns their analyses."""
-        urls = [f"http://192.0.2.1/{number}" for number in range(count)]
+        """Submits samples, each of which runs for that many seconds; returns their numbers, by analysis."""
+        paths = {}
+        for number in map(str, range(count)):
+            path = self.folder / "samples" / number / "sample.exe"
+            path.parent.mkdir(parents=True)
+            path.write_text(SAMPLE.format(number=number, padding="x" * 200))
+            paths[str(path)] = number
         program = "from cuckoo_machinery.commands import cuckoo; cuckoo()"
-        command = [sys.executable, "-c", program, "--cwd", str(self.root), "submit", "--url"]
-        command += ["--timeout", str(seconds), "--platform", "windows,10", *urls]
+        command = [sys.executable, "-c", program, "--cwd", str(self.root), "submit", "--orig-filename"]
+        command += ["--timeout", str(seconds), "--platform", "windows,10", *paths]
         environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=TIMEOUT)
         self.case.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        analyses = re.findall(r"(\d{8}-\w+) -> ([\w:/.]+)", done.stdout)
-        self.case.assertEqual([url for _, url in analyses], urls, done.stdout + done.stderr)
-        return dict(analyses)
+        analyses = {id: paths[path] for id, path in re.findall(r"(\d{8}-\w+) -> (\S+\.exe)", done.stdout)}
+        self.case.assertEqual(len(analyses), count, done.stdout + done.stderr)
+        return analyses
 
     def task(self, analysis_id):
         """Returns the state of the task of an analysis; `None` while it has none."""

@@ -2,8 +2,8 @@
 
 The test runs in namespaces of its own for network, mounts and processes, so that all of it ends with the test:
 
-    main: this namespace, bridge `lab` 10.77.0.1 ─┬─ link ─ node's namespace, 10.77.0.11, bridge `machines` 10.78.0.1
-                                                  └─ …                                    └─ addresses of its machines
+    main: this namespace, bridge `lab` 10.77.0.1 ─┬─ link ─ node's namespace, 10.77.0.11, bridge `br0` 10.66.0.1
+                                                  └─ …                                    └─ tap1 10.66.0.11 …
 """
 
 import os
@@ -11,8 +11,10 @@ import socket
 import subprocess
 
 MAIN_ADDRESS = "10.77.0.1"
-# The same in each node: the networks of their machines are separate.
-RESULT_SERVER = "10.78.0.1"
+# The network of the testkit's guests. It is the same in each node: the networks of machines are separate.
+BRIDGE = "br0"
+BRIDGE_MAC = "52:54:00:42:00:01"
+RESULT_SERVER = "10.66.0.1"
 
 HOW_TO_RUN = (
     "Run it as root in a network of its own: unshare --net --mount --pid --fork --kill-child --mount-proc "
@@ -38,12 +40,13 @@ def make_main_network():
 
 
 class NodeNetwork:
-    """The network of a node, with addresses for `machines` machines."""
+    """The network of a node with a tap for each of `machines` machines. Machines in memory have no address of their own:
+    the node gets `their_addresses`, so that an agent can listen there."""
 
-    def __init__(self, name, number, machines):
+    def __init__(self, name, number, machines, their_addresses):
         self.name = name
         self.address = f"10.77.0.{10 + number}"
-        self.machines = [f"10.78.0.{10 + machine}" for machine in range(machines)]
+        self.machines = [f"10.66.0.{11 + machine}" for machine in range(machines)]
         self._link = f"to-{name}"
         ip("netns", "add", name)
         ip("link", "add", self._link, "master", "lab", "type", "veth", "peer", "name", "uplink", "netns", name)
@@ -51,13 +54,14 @@ class NodeNetwork:
         self._inside("link", "set", "lo", "up")
         self._inside("address", "add", f"{self.address}/24", "dev", "uplink")
         self._inside("link", "set", "uplink", "up")
-        self._inside("link", "add", "machines", "type", "bridge")
-        for address in (RESULT_SERVER, *self.machines):
-            self._inside("address", "add", f"{address}/24", "dev", "machines")
-        self._inside("link", "set", "machines", "up")
-        for tap in range(machines):
+        self._inside("link", "add", BRIDGE, "type", "bridge")
+        self._inside("link", "set", BRIDGE, "address", BRIDGE_MAC)
+        for address in (RESULT_SERVER, *(self.machines if their_addresses else ())):
+            self._inside("address", "add", f"{address}/24", "dev", BRIDGE)
+        self._inside("link", "set", BRIDGE, "up")
+        for tap in range(1, machines + 1):
             self._inside("tuntap", "add", f"tap{tap}", "mode", "tap")
-            self._inside("link", "set", f"tap{tap}", "master", "machines", "up")
+            self._inside("link", "set", f"tap{tap}", "master", BRIDGE, "up")
 
     def _inside(self, *arguments):
         ip("-n", self.name, *arguments)

@@ -1,7 +1,7 @@
 """A main process with three nodes: each task is reported once, whatever happens to a node.
 
-Two nodes have machines in memory, and one has machines of QEMU, from the CWD in `$QEMU_CWD`. An agent and a stager of
-our own, on the nodes, stand in for those of the machines: each task sends its target to the result server.
+Two nodes have machines in memory, whose agents run on the node. One has analysis guests in QEMU, from the CWD in
+`$QEMU_CWD`. Each sample writes its number into a file, which the result server receives.
 """
 
 import os
@@ -19,8 +19,8 @@ from .lab import Lab, TimeLine, wait_until
 from .network import make_main_network
 
 TASKS = 60
-# The seconds of one analysis.
-SECONDS = 8
+# The seconds of one analysis. An emulated guest is slow.
+SECONDS = 12
 # The longest time in which a node that is cut off is missed, and a node is back. In seconds.
 NOTICED = 120
 
@@ -39,11 +39,9 @@ class Distributed(unittest.TestCase):
         self.times = TimeLine()
         self.lab = Lab(self)
         self.addCleanup(self.show_outputs_after_a_failure)
-        for name, machinery in (("first", "double"), ("second", "double"), ("real", "qemu")):
-            self.lab.add_node(name, machinery, 2)
-        self.lab.nodes["first"].write_doubles()
-        self.lab.nodes["second"].write_doubles()
-        self.lab.nodes["real"].write_qemu(Path(os.environ["QEMU_CWD"]))
+        self.lab.add_node("first", "double").use_doubles()
+        self.lab.add_node("second", "double").use_doubles()
+        self.lab.add_node("real", "qemu").use_qemu(Path(os.environ["QEMU_CWD"]))
         self.lab.prepare()
         self.start(*self.lab.nodes.values())
         self.lab.start_main()
@@ -73,7 +71,7 @@ class Distributed(unittest.TestCase):
         return Counter(REPORTED.findall(self.log))
 
     def wait_for_reports(self, count):
-        wait_until(lambda: len(self.reported()) >= count, f"{count} tasks are reported", 600)
+        wait_until(lambda: len(self.reported()) >= count, f"{count} tasks are reported", 900)
 
     def wait_for_log(self, text, count):
         wait_until(lambda: self.log.count(text) >= count, f"the log has {text!r} {count} times", NOTICED)
@@ -151,7 +149,7 @@ class Distributed(unittest.TestCase):
         """Replaces the node's host while tasks run, which keep their machines."""
         running = self.wait_until_busy(node)
         command = [find_program(), "--cwd", str(node.root), "upgrade"]
-        upgraded = subprocess.run(command, capture_output=True, text=True, timeout=NOTICED)
+        upgraded = subprocess.run(command, check=False, capture_output=True, text=True, timeout=NOTICED)
         self.assertEqual(upgraded.returncode, 0, upgraded.stdout + upgraded.stderr)
         self.times.note(f"{node.name}: host upgraded under {len(running)} tasks")
         return running
@@ -159,12 +157,12 @@ class Distributed(unittest.TestCase):
     def assert_each_task_is_reported_once(self, interrupted, adopted, drained):
         self.assertEqual(set(self.reported().values()), {1})
         runs = self.runs()
-        for analysis, url in self.analyses.items():
+        for analysis, number in self.analyses.items():
             task = self.lab.task(analysis)
             self.assertEqual(task["state"], "reported", f"{task}, on {runs[task['id']]}")
             # An adopted run has a gap, which its report shows.
             self.assertEqual(bool(task["errors"]), task["id"] in adopted, f"{task}")
-            self.assertEqual((task["path"] / "dropped" / "proof").read_text(), url)
+            self.assertEqual((task["path"] / "dropped" / "proof").read_text(), number)
         undisturbed = {task: runs[task] for task in adopted | drained}
         self.assertEqual({len(nodes) for nodes in undisturbed.values()}, {1}, undisturbed)
         repeated = {task: nodes for task, nodes in runs.items() if len(nodes) > 1}
