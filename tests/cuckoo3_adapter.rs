@@ -16,7 +16,10 @@ use machinery_testkit::lab::AnalysisLab;
 use machinery_testkit::requirement;
 
 /// The network, the mounts and the processes of a test, which end with it.
-const OWN_NAMESPACES: [&str; 10] = [
+const OWN_NAMESPACES: [&str; 13] = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
     "unshare",
     "--net",
     "--mount",
