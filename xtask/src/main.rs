@@ -5,6 +5,7 @@
 
 mod backports;
 mod bench;
+mod cuckoo3_env;
 mod debian;
 mod demo;
 mod deny;
@@ -42,6 +43,8 @@ enum Task {
     Soak(soak::Options),
     /// Check the dependencies by the rules in deny.toml; installs cargo-deny if it is missing
     Deny(deny::Options),
+    /// Make a Python environment with Cuckoo3, from the checkout that $CUCKOO3_SOURCE names
+    Cuckoo3Env(cuckoo3_env::Options),
     /// Find phrases that the rules for prose forbid in comments, documents, messages and names of tests
     Prose(prose::Options),
 }
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::Deny(options) => deny::run(&options),
+        Task::Cuckoo3Env(options) => cuckoo3_env::run(&options),
         Task::Prose(options) => prose::run(&options),
     };
     match result {

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use machinery_testkit::guest::analysis::Agent;
 use machinery_testkit::requirement::{ALLOWED, SKIPS};
 
 use crate::run::{CHECKOUT, Context, Result, is_root, succeeds};
@@ -57,6 +58,9 @@ fn missing() -> Vec<&'static str> {
     }
     if env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
         missing.push("cuckoo3");
+    }
+    if !Agent::Cuckoo.is_known() {
+        missing.push("agent");
     }
     // A computer that still uses cgroup v1 has them there, and a container may have none.
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.subtree_control").unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Who has started this host, and when: for an operator who finds it, and for a program that starts hosts.
+//! The program that has started this host, and the time: for an operator who finds the host, and for programs that start hosts.
 
 use std::fs;
 use std::os::unix::process::parent_id;

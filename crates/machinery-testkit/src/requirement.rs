@@ -40,6 +40,13 @@ pub const CUCKOO3: Requirement = Requirement {
     needs: "CUCKOO3_PYTHON, the Python of an environment that has Cuckoo3 (see integrations/cuckoo3/README.md)",
 };
 
+/// Cuckoo's agent for guests.
+pub const AGENT: Requirement = Requirement {
+    name: "agent",
+    needs: "CUCKOO_AGENT, Cuckoo's agent.py 0.10, and CUCKOO_AGENT_PYTHON, a Python 2.7 (see \
+            integrations/cuckoo3/README.md)",
+};
+
 /// Reports whether this user is root. A test that is allowed to skip gets `false`.
 ///
 /// # Panics

@@ -99,7 +99,8 @@ impl ScratchCwd {
         self.change(HOST_YAML, old, new)
     }
 
-    fn change(&self, path: &str, old: &str, new: &str) -> Result<()> {
+    /// Replaces the first `old` in a file of the CWD by `new`. Fails if there is none.
+    pub fn change(&self, path: &str, old: &str, new: &str) -> Result<()> {
         let file = self.root.join(path);
         let text = fs::read_to_string(&file).context(|| format!("reading {}", file.display()))?;
         if !text.contains(old) {

@@ -70,11 +70,11 @@ class HostedNodeAPI(NodeAPIClient):
     async def _start_task(self, task_id, machine_name):
         url = urljoin(self.api_url, f"task/{task_id}/start")
         headers = self.get_headers(encode_token=False)
-        async with aiohttp.ClientSession() as session:
-            async with session.post(url, json={"machine_name": machine_name}, headers=headers) as answer:
-                if answer.status != 200:
-                    kind = APIBadRequestError if answer.status == 400 else APIError
-                    raise kind(f"status {answer.status}: {await answer.text()}")
+        body = {"machine_name": machine_name}
+        async with aiohttp.ClientSession() as session, session.post(url, json=body, headers=headers) as answer:
+            if answer.status != 200:
+                kind = APIBadRequestError if answer.status == 400 else APIError
+                raise kind(f"status {answer.status}: {await answer.text()}")
 
     async def _in_time(self, request, limit):
         try:
@@ -95,11 +95,11 @@ class HostedNodeAPI(NodeAPIClient):
                 if answer.status_code != 200:
                     raise APIError(f"Node {self.name} has no result of task {task_id}: status {answer.status_code}")
                 with open(partial, "wb") as file:
-                    for chunk in answer.iter_content(chunk_size):
-                        file.write(chunk)
-                    size, expected = file.tell(), answer.headers.get("Content-Length")
+                    file.writelines(answer.iter_content(chunk_size))
+                expected = answer.headers.get("Content-Length")
         except requests.RequestException as error:
             raise ClientError(f"The download of the result of task {task_id} failed: {error}") from error
+        size = os.path.getsize(partial)
         if expected is not None and size != int(expected):
             raise ClientError(f"The result of task {task_id} has {expected} bytes, and {size} have arrived")
         os.replace(partial, file_path)

@@ -40,6 +40,9 @@ log = CuckooGlobalLogger(__name__)
 
 # The pause between two attempts to reach a node that is away, in seconds.
 RETRY_INTERVAL = 5
+# Cuckoo3's result retriever sometimes drops one of two requests that come at once.
+FETCH_ATTEMPTS = 3
+FETCH_INTERVAL = 1
 
 
 class HostedNodeClient(RemoteNodeClient):
@@ -259,7 +262,7 @@ class HostedNodeClient(RemoteNodeClient):
         report(task_id=task_id, analysis_id=startable_task.task.analysis_id)
 
     async def _fetch_result(self, task_id):
-        for attempt in (1, 2):
+        for attempt in range(1, FETCH_ATTEMPTS + 1):
             try:
                 request = ResultRetrieverClient.retrieve_result(
                     UnixSocketPaths.result_retriever(), task_id, self.client.name
@@ -269,6 +272,7 @@ class HostedNodeClient(RemoteNodeClient):
                 log.warning("Cannot fetch a result", node=self.name, task_id=task_id, attempt=attempt, error=error)
                 failure = error
             await self.client.expect_answer()
+            await asyncio.sleep(FETCH_INTERVAL)
         raise ClientError(str(failure))
 
 

@@ -18,4 +18,11 @@ pub enum Guest {
     /// Linux on a [`TestNetwork`](crate::lab::TestNetwork), which sends traffic without end: see
     /// [`linux`](super::linux). For QEMU only.
     TrafficSource,
+    /// Linux with an agent that runs samples: see [`analysis`](super::analysis). For QEMU only.
+    Analysis {
+        /// The number of the machine in its [`TestNetwork`](crate::lab::TestNetwork).
+        number: u8,
+        /// The agent.
+        agent: super::analysis::Agent,
+    },
 }

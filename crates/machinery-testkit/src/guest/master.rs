@@ -119,7 +119,7 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     let mut vm = Vm::boot(qemu, &recipe.start_args(&serial, None), &disk)?;
     match recipe {
         Recipe::Micro | Recipe::Vmcloak => write_count(folder, pause_between_counts(&mut vm, &watch)?)?,
-        Recipe::Linux { .. } => {
+        Recipe::Linux { .. } | Recipe::Analysis { .. } => {
             vm.wait_for_serial(&watch, BOOT_TIMEOUT, |said| said.contains(linux::READY).then_some(()))?;
             vm.pause()?;
         }
@@ -165,11 +165,12 @@ fn machineinfo(recipe: &Recipe, name: &str, ip: Ipv4Addr, start_args: &[String])
     let [_, a, b, c] = ip.octets();
     let (os_name, os_version) = match recipe {
         // The most common analysis system.
-        Recipe::Micro | Recipe::Vmcloak => ("windows", "10"),
+        Recipe::Micro | Recipe::Vmcloak | Recipe::Analysis { .. } => ("windows", "10"),
         Recipe::Linux { .. } => ("linux", "12"),
     };
     let bridge = match recipe {
         Recipe::Linux { network: Network::Tap, .. } => TestNetwork::TAP,
+        Recipe::Analysis { .. } => TestNetwork::BRIDGE,
         // An interface of every host.
         _ => "lo",
     };

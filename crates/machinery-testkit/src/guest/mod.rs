@@ -13,10 +13,11 @@
 //! # Ok(()) }
 //! ```
 //!
-//! A *guest* is the software in a machine ([`micro`], [`linux`]). A [`Master`] is a guest that was booted
+//! A *guest* is the software in a machine ([`micro`], [`linux`], [`analysis`]). A [`Master`] is a guest that was booted
 //! once and saved. A [`MachineFolder`] is one machine made from a master, as an operator would have it. All
 //! of them are emulated (TCG), and need neither KVM nor privileges.
 
+pub mod analysis;
 mod cpio;
 mod kind;
 pub mod linux;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::linux::Image;
-use super::{DISK_PLACEHOLDER, Guest, Qemu, micro};
+use super::{DISK_PLACEHOLDER, Guest, Qemu, analysis, micro};
 use crate::error::Context;
 use crate::network::TestNetwork;
 use crate::{Result, cache, command};
@@ -26,6 +26,8 @@ pub enum Recipe {
     Vmcloak,
     /// See [`Guest::Linux`].
     Linux { image: Image, ram_mib: u32, noise_mib: u32, network: Network },
+    /// See [`Guest::Analysis`].
+    Analysis { image: Image, number: u8 },
 }
 
 /// The network of a guest.
@@ -48,6 +50,9 @@ impl Recipe {
             Guest::Vmcloak => Ok(Self::Vmcloak),
             Guest::Linux { ram_mib, noise_mib } => linux(ram_mib, noise_mib, Network::User),
             Guest::TrafficSource => linux(256, 0, Network::Tap),
+            Guest::Analysis { number, agent } => {
+                Ok(Self::Analysis { image: analysis::image(cache, agent)?, number })
+            }
         }
     }
 
@@ -61,6 +66,7 @@ impl Recipe {
             Self::Vmcloak => "vmcloak".to_owned(),
             Self::Linux { network: Network::Tap, .. } => "talker".to_owned(),
             Self::Linux { ram_mib, noise_mib, .. } => format!("linux-{ram_mib}-{noise_mib}"),
+            Self::Analysis { number, .. } => format!("analysis-{number}"),
         };
         let number = version.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
         Ok(format!("{guest}-qemu-{}-{content}", number.unwrap_or("unknown")))
@@ -87,7 +93,9 @@ impl Recipe {
     pub fn boot_files(&self) -> Vec<PathBuf> {
         match self {
             Self::Micro | Self::Vmcloak => Vec::new(),
-            Self::Linux { image, .. } => vec![image.kernel(), image.initramfs()],
+            Self::Linux { image, .. } | Self::Analysis { image, .. } => {
+                vec![image.kernel(), image.initramfs()]
+            }
         }
     }
 
@@ -106,6 +114,7 @@ impl Recipe {
             Self::Linux { image, ram_mib, noise_mib, network } => {
                 linux_args(image, *ram_mib, *noise_mib, *network, agent)
             }
+            Self::Analysis { image, number } => analysis::args(image, *number, agent),
         });
         args
     }
@@ -113,14 +122,14 @@ impl Recipe {
     fn first_sectors(&self) -> Vec<u8> {
         match self {
             Self::Micro | Self::Vmcloak => micro::boot_sector().to_vec(),
-            Self::Linux { .. } => Vec::new(),
+            Self::Linux { .. } | Self::Analysis { .. } => Vec::new(),
         }
     }
 
     fn disk_mib(&self) -> u64 {
         match self {
             Self::Micro | Self::Vmcloak => 1,
-            Self::Linux { .. } => 64,
+            Self::Linux { .. } | Self::Analysis { .. } => 64,
         }
     }
 }
@@ -184,7 +193,7 @@ fn tap() -> String {
     format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", TestNetwork::TAP)
 }
 
-fn drive(interface: &str) -> String {
+pub(super) fn drive(interface: &str) -> String {
     format!("file={DISK_PLACEHOLDER},format=qcow2,if={interface}")
 }
 

@@ -42,7 +42,7 @@ pub fn end(left: Result<Vec<String>>, processes: &[(Pid, String)], are_reported:
     }
 }
 
-fn kill(processes: &[(Pid, String)]) {
+pub(super) fn kill(processes: &[(Pid, String)]) {
     for (process, _) in processes {
         // The process may have ended meanwhile.
         let _ = kill_process(*process, Signal::KILL);

@@ -2,6 +2,7 @@
 //!
 //! - [`Lab`]: QEMU processes of the qemu machinery.
 //! - [`KvmLab`]: domains of a private libvirtd.
+//! - [`AnalysisLab`]: QEMU processes under Cuckoo3, for whole analyses.
 //!
 //! A lab [with a network](Lab::with_network) has a [`TestNetwork`] of its own. [`FileWatch`] and [`TinyDisk`]
 //! help to cause failures at a given moment.
@@ -9,6 +10,7 @@
 //! Each process of a run has the lab's folder on its command line, by which the lab finds leftovers. A lab
 //! that is dropped kills leftover processes, and panics if there are leftovers.
 
+mod analysis;
 mod kvm;
 mod kvm_fixture;
 mod leftovers;
@@ -16,6 +18,7 @@ mod qemu;
 mod tiny_disk;
 mod watch;
 
+pub use analysis::{Analysis, AnalysisLab, Cuckoo, Manager, Report, SAMPLE_NAME, Step, Timeline};
 pub use kvm::{KvmLab, KvmMachine};
 pub use kvm_fixture::KvmFixture;
 pub use qemu::Lab;

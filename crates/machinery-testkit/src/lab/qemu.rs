@@ -19,6 +19,7 @@ use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
 use crate::error::Context;
+use crate::guest::analysis::Agent;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
 use crate::network::{TestNetwork, loopback_address};
@@ -101,19 +102,41 @@ impl Lab {
         Ok(Some(lab))
     }
 
+    /// Makes a lab with [machines of a sandbox](Guest::Analysis), `m1` and so on, in a network of their own. `None` for a
+    /// user who may not make one.
+    pub(super) fn with_agents(count: u8, agent: Agent) -> Result<Option<Self>> {
+        let Some(network) = TestNetwork::new()? else { return Ok(None) };
+        network.add_machines(count)?;
+        let names: Vec<_> = (1..=count).map(|number| format!("m{number}")).collect();
+        let kinds = (1..=count).map(|number| Guest::Analysis { number, agent });
+        let machines =
+            names.iter().zip(kinds).map(|(name, kind)| (name.as_str(), kind, SnapshotFormat::Plain));
+        let mut addresses = (1..=count).map(TestNetwork::machine);
+        let address = || addresses.next().unwrap_or(TestNetwork::GUEST).to_string();
+        let lab = Self::make(Path::new("cwd"), &machines.collect::<Vec<_>>(), address, Some(network))?;
+        lab.change_yaml(
+            &format!("interface: {}", TestNetwork::TAP),
+            &format!("interface: {}", TestNetwork::BRIDGE),
+        )?;
+        // Cuckoo3 requires more keys than the host.
+        let keys = "    os_version: \"10\"\n    architecture: amd64\n    tags: []\n";
+        names.iter().try_for_each(|_| lab.change_yaml("    os_version: 10\n", keys))?;
+        Ok(Some(lab))
+    }
+
     fn make(
         path: &Path,
         machines: &[(&str, Guest, SnapshotFormat)],
-        address: impl Fn() -> String,
+        mut address: impl FnMut() -> String,
         network: Option<TestNetwork>,
     ) -> Result<Self> {
         let (qemu, cwd) = (Qemu::find()?, ScratchCwd::below(path, &[("qemu", "")])?);
-        let folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
+        let mut folder = |(name, guest, format): &(&str, Guest, SnapshotFormat)| {
             let dir = cwd.root().join("machines").join(name);
             let machine = guest::master(&qemu, *guest)?.machine(&dir, name, &address(), *format);
             Ok(((*name).to_owned(), machine?))
         };
-        let machines = machines.iter().map(folder).collect::<Result<_>>()?;
+        let machines = machines.iter().map(&mut folder).collect::<Result<_>>()?;
         let lab = Lab { cwd, qemu, machines, network, settings: Mutex::default(), is_discarded: false };
         lab.write_yaml(&lab.fresh_yaml())?;
         lab.host_yaml("", "")?;

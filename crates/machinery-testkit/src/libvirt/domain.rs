@@ -26,7 +26,9 @@ pub fn xml(qemu: &Qemu, recipe: &Recipe, identity: &Identity) -> String {
     let Identity { name, uuid, dir, agent } = identity;
     let emulator = text(&qemu.system);
     let (memory, bus, boot, network) = match recipe {
-        Recipe::Micro | Recipe::Vmcloak => (32, "target dev='hda' bus='ide'", String::new(), String::new()),
+        Recipe::Micro | Recipe::Vmcloak | Recipe::Analysis { .. } => {
+            (32, "target dev='hda' bus='ide'", String::new(), String::new())
+        }
         Recipe::Linux { image, ram_mib, noise_mib, .. } => {
             let boot = format!(
                 "<kernel>{}</kernel><initrd>{}</initrd><cmdline>console=ttyS0 quiet panic=-1 noise={noise_mib}</cmdline>",

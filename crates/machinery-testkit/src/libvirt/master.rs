@@ -42,8 +42,8 @@ pub struct Master {
 
 impl Master {
     pub(super) fn in_cache(cache: &Path, qemu: &Qemu, guest: Guest) -> Result<Self> {
-        if guest == Guest::TrafficSource {
-            return Err(Error::new("the traffic source cannot be a domain: a domain has no test network"));
+        if let Guest::TrafficSource | Guest::Analysis { .. } = guest {
+            return Err(Error::new(format!("{guest:?} cannot be a domain: a domain has no test network")));
         }
         let cache = cache::open(cache)?;
         let recipe = Recipe::of(guest, &cache)?;
@@ -106,7 +106,7 @@ fn build(qemu: &Qemu, recipe: &Recipe, folder: &Path) -> Result<()> {
     libvirtd.virsh(&["start", &identity.name])?;
     let ready = |said: &str| match recipe {
         Recipe::Micro | Recipe::Vmcloak => counts(said).find(|count| *count >= SNAPSHOT_COUNT).map(drop),
-        Recipe::Linux { .. } => said.contains(linux::READY).then_some(()),
+        Recipe::Linux { .. } | Recipe::Analysis { .. } => said.contains(linux::READY).then_some(()),
     };
     watch.wait_for(BOOT_TIMEOUT, None, ready)?;
     libvirtd.virsh(&["snapshot-create-as", &identity.name, SNAPSHOT])?;

@@ -19,7 +19,7 @@ from tests.support import TIMEOUT
 from tests.with_cuckoo3.support import AGENT_PORT, PACKAGE, change_yaml
 from tests.with_cuckoo3.test_main import make_databases
 
-from .network import MAIN_ADDRESS, RESULT_SERVER, NodeNetwork
+from .network import RESULT_SERVER, NodeNetwork
 
 API_PORT = 8090
 API_KEY = "key of {}"
@@ -101,7 +101,7 @@ class Program:
         self._output = open(root / "output", "ab")
         self.process = run(
             [sys.executable, "-c", program, "--cwd", str(root), "-d", *args],
-            env={**os.environ, "PYTHONPATH": f"{PACKAGE}:/tmp/nodes-stubs", "TMPDIR": str(root.parent), "CUCKOO_CWD": str(root)},
+            env={**os.environ, "PYTHONPATH": str(PACKAGE), "TMPDIR": str(root.parent), "CUCKOO_CWD": str(root)},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -184,9 +184,6 @@ class Node:
 
     def start(self):
         """Starts the node."""
-        # A killed node leaves its sockets.
-        for left in (self.root / "operational" / "sockets").iterdir():
-            left.unlink()
         self.program = Program(
             self.root, "cuckoonode", "-h", self.network.address, "-p", str(API_PORT), run=self.network.run
         )
@@ -247,7 +244,7 @@ class Lab:
         program = "from cuckoo_machinery.commands import cuckoo; cuckoo()"
         command = [sys.executable, "-c", program, "--cwd", str(self.root), "submit", "--url"]
         command += ["--timeout", str(seconds), "--platform", "windows,10", *urls]
-        environment = {**os.environ, "PYTHONPATH": f"{PACKAGE}:/tmp/nodes-stubs"}
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         self.case.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         analyses = re.findall(r"(\d{8}-\w+) -> ([\w:/.]+)", done.stdout)
