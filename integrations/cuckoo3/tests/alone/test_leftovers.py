@@ -49,9 +49,8 @@ class LeftoversTest(unittest.TestCase):
 
     def killed_node(self, command=SLEEPER):
         """Returns the process id of a killed node's worker."""
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED_NODE, str(self.cwd), *command], stdout=subprocess.PIPE, timeout=TIMEOUT
-        )
+        program = [sys.executable, "-c", KILLED_NODE, str(self.cwd), *command]
+        done = subprocess.run(program, check=False, stdout=subprocess.PIPE, timeout=TIMEOUT)
         self.assertEqual(done.returncode, -signal.SIGKILL)
         pid = int(done.stdout)
         self.addCleanup(_kill, pid)

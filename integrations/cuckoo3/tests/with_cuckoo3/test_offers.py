@@ -147,10 +147,8 @@ class Context:
 
 
 class ClientTest(unittest.TestCase):
-    MACHINES = {"m": {"ip": address(1)}, "n": {"ip": address(2)}}
-
     def setUp(self):
-        self.cwd = make_cuckoo_cwd(self, self.MACHINES)
+        self.cwd = make_cuckoo_cwd(self, {"m": {"ip": address(1)}, "n": {"ip": address(2)}})
         self.ctx = Context()
         self.requeued = []
 
