@@ -33,6 +33,7 @@ class HostedLocalNodeClient(LocalNodeClient):
     def __init__(self, cuckooctx, localnode):
         self._following = Lock()
         super().__init__(cuckooctx, localnode)
+        offers.begin(self.machines)
 
     def follow(self):
         """Makes the list of machines equal to the node's, and the scheduler look at it."""

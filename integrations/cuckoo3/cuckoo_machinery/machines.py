@@ -260,7 +260,7 @@ def _unreserved(machine, _):
     machine.clear_reservation()
 
 
-def _failed(machine, event):
+def _run_error(machine, event):
     machine.add_error(event["reason"])
 
 
@@ -272,6 +272,5 @@ _CHANGES = {
     "unlocked": _unlocked,
     "reserved": _reserved,
     "unreserved": _unreserved,
-    "capture_failed": _failed,
-    "run_error": _failed,
+    "run_error": _run_error,
 }

@@ -111,10 +111,9 @@ class HostedManager(Listener):
         if kind in ("lagged", "lost", "reloaded"):
             self._mirror()
             return
-        if kind == "capture_failed":
-            log.error("Network capture failed", machine=event["machine"], error=event["reason"])
+        # A failed capture is one of them.
         if kind == "run_error":
-            log.error("Run failed", machine=event["machine"], task_id=event["task_id"], error=event["reason"])
+            log.error("Run is incomplete", machine=event["machine"], task_id=event["task_id"], error=event["reason"])
         self.machines.heard(event)
         self._offer()
 

@@ -140,8 +140,7 @@ class HostedNodeClient(RemoteNodeClient):
 
     def _read_info(self):
         machines, routes = self._retrieve_machine_list(), self._retrieve_available_routes()
-        # The node has no tasks yet: its locks are other programs'.
-        offers.replace(machines, machines.to_dictlist(), is_own=lambda _: False)
+        offers.begin(machines)
         return NodeInfo(name=self.name, version="", machines_list=machines, routes=routes)
 
     async def _delete_left_files(self):

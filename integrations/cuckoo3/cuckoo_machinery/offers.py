@@ -108,6 +108,14 @@ def replace(machines, described, is_own):
         apply(machines, machine, is_own)
 
 
+def begin(machines):
+    """Prepares a copy of the node's list for the main process, before it has a task: the locks are other programs'."""
+    described = machines.to_dictlist()
+    for machine in machines.machines:
+        machine.clear_lock()
+    replace(machines, described, is_own=lambda _: False)
+
+
 def is_offered(machines, name):
     """Reports whether the node offers the machine, apart from locks of the main process."""
     for machine in machines.machines:

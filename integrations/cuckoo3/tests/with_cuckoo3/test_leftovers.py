@@ -6,7 +6,7 @@ import signal
 import unittest
 
 from cuckoo_machinery.leftovers import start_time
-from tests.support import TIMEOUT, EventRecorder, wait_until_gone
+from tests.support import TIMEOUT, wait_until_gone
 from tests.with_cuckoo3.support import AGENT_PORT, Node, address, make_cuckoo_cwd, process_behind
 from tests.with_cuckoo3.test_node import TASKS
 

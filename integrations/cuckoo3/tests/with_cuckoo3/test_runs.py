@@ -17,11 +17,11 @@ from cuckoo.node import taskrunner as cuckoo_taskrunner
 from cuckoo.node.taskflow import StandardTask
 
 from cuckoo_machinery import taskrunner
-from cuckoo_machinery.connection import Client
+from cuckoo_machinery.connection import Client, Refused
 from cuckoo_machinery.offers import made
 from cuckoo_machinery.taskrunner import HostedFlowRunner, HostedTaskRunner, WaitingClient
 from tests.support import start_other_host
-from tests.with_cuckoo3.support import AGENT_PORT, Agent, add_task, address, change_yaml, make_cuckoo_cwd
+from tests.with_cuckoo3.support import AGENT_PORT, Agent, add_task, address, make_cuckoo_cwd
 
 TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
 
@@ -112,7 +112,7 @@ class Runs(RunTest):
         path = str(self.cwd / "storage" / "picture.png")
 
         def disable():
-            with self.assertRaises(Exception):
+            with self.assertRaises(Refused):
                 self.client.request("screenshot", machine="strange", path=path)
             self.assertEqual(self.client.request("state", machine="strange")["state"], "running")
 
