@@ -42,6 +42,8 @@ pub enum Unit {
     MiB,
     /// Number per second.
     PerSecond,
+    /// Number per hour.
+    PerHour,
 }
 
 /// The machines of a measurement.
@@ -55,6 +57,8 @@ pub enum Place {
     AtOnce(usize, u32),
     /// A number of machines of the double machinery.
     Double(usize),
+    /// A number of machines that Cuckoo3 uses for analyses.
+    Analyses(usize),
 }
 
 impl Figures {
@@ -121,7 +125,7 @@ impl Figure {
         let (machines, ram_mib) = match self.place {
             Place::Qemu(ram) | Place::Kvm(ram) => (1, Some(ram)),
             Place::AtOnce(machines, ram) => (machines, Some(ram)),
-            Place::Double(machines) => (machines, None),
+            Place::Double(machines) | Place::Analyses(machines) => (machines, None),
         };
         json!({
             "place": self.place.to_string(),
@@ -172,6 +176,7 @@ impl fmt::Display for Unit {
             Unit::Ms => "ms",
             Unit::MiB => "MiB",
             Unit::PerSecond => "/s",
+            Unit::PerHour => "/h",
         })
     }
 }
@@ -183,6 +188,7 @@ impl fmt::Display for Place {
             Place::Kvm(ram) => write!(f, "kvm, {}", size(*ram)),
             Place::AtOnce(machines, ram) => write!(f, "qemu, {machines} machines of {} at once", size(*ram)),
             Place::Double(machines) => write!(f, "double, {machines} machines"),
+            Place::Analyses(machines) => write!(f, "analyses by Cuckoo3, {machines} machines"),
         }
     }
 }

@@ -7,6 +7,7 @@
 use clap::ValueEnum;
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
+use machinery_testkit::lab::TestNetwork;
 use machinery_testkit::scratch::ScratchCwd;
 use serde_json::Value;
 
@@ -101,8 +102,17 @@ pub struct Session {
 impl Session {
     /// Starts a host.
     pub fn start(served: Served<'_>, mode: Mode) -> Result<Self> {
+        Self::start_in(None, served, mode)
+    }
+
+    /// Starts a host in a network.
+    pub fn start_in(network: Option<&TestNetwork>, served: Served<'_>, mode: Mode) -> Result<Self> {
         served.cwd.host_yaml(&mode.settings(served.machinery, served.memory_mib))?;
-        let host = RunningHost::start(served.cwd)?;
+        let host = RunningHost::start_with(served.cwd, |command| {
+            if let Some(network) = network {
+                network.attach(command);
+            }
+        })?;
         let client = host.client()?;
         Ok(Session { mode, host, client })
     }

@@ -11,6 +11,7 @@
 //! | [`cuckoo3`] | Cuckoo3's own manager with its own client, on one of these machines | call … return |
 //! | [`parallel`] | many machines restored at the same moment, and the memory they take | first request … last answer |
 //! | [`load`] | actions on a thousand machines in memory: the host without any hypervisor | first request … last answer |
+//! | [`analysis`] | whole analyses by Cuckoo3, and the agent's first answers | |
 //! | [`kvm`] | the host with libvirt, beside `virsh` | |
 //!
 //! Half of each guest's RAM is noise, which QEMU can neither skip as zeroes nor compress. [`figures`] has the
@@ -18,6 +19,7 @@
 //!
 //! The task builds optimised programs, and replaces itself by the optimised task beside them.
 
+mod analysis;
 mod by_hand;
 mod chart;
 mod cuckoo3;
@@ -59,6 +61,7 @@ pub fn run(options: &Options) -> Result<()> {
     let plan = Plan::of(options);
     let mut figures = Figures::default();
     match options.machinery {
+        Machinery::Qemu if options.analysis => analysis::measure(&plan, &mut figures)?,
         Machinery::Qemu => {
             qemu::measure(&plan, &mut figures)?;
             parallel::measure(&plan, &mut figures)?;

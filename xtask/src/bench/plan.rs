@@ -35,6 +35,12 @@ pub struct Options {
         default_value = "plain,instant,standby"
     )]
     pub modes: Vec<Mode>,
+    /// Measure whole analyses by Cuckoo3 instead, of the environment that $CUCKOO3_PYTHON names; uses 4 machines
+    #[arg(long)]
+    pub analysis: bool,
+    /// Number of analyses with each manager
+    #[arg(long, default_value_t = 20, value_parser = at_least_one, requires = "analysis")]
+    pub analyses: usize,
     /// Only check that everything can be measured, with the smallest guests and few rounds
     #[arg(long)]
     pub quick: bool,
@@ -65,6 +71,8 @@ pub struct Plan {
     pub machines_ram: u32,
     pub modes: Vec<Mode>,
     pub actions: usize,
+    /// The number of whole analyses with each manager.
+    pub analyses: usize,
 }
 
 impl Plan {
@@ -79,10 +87,12 @@ impl Plan {
             rounds: options.rounds,
             standby_rounds: options.standby_rounds,
             ram,
-            machines: options.machines,
+            // An analysis has more processes than its machine.
+            machines: if options.analysis { options.machines.min(4) } else { options.machines },
             machines_ram: 1024,
             modes,
             actions: 10_000,
+            analyses: options.analyses,
         };
         if options.quick { plan.quick() } else { plan }
     }
@@ -95,6 +105,7 @@ impl Plan {
             machines: self.machines.min(2),
             machines_ram: 256,
             actions: 2000,
+            analyses: self.analyses.min(4),
             ..self
         }
     }

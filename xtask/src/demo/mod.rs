@@ -4,20 +4,23 @@
 //! show a sandbox's work: restore, inspect, stop. All actions are commands, so the times are those of an
 //! operator.
 
+mod analysis;
 mod cwd;
 mod host;
 mod machine;
+mod print;
 mod times;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use machinery_testkit::guest::{self, GuestProbe, Qemu};
 
 use self::host::DemoHost;
 use self::machine::{MACHINE, Machine, Machinery};
-use self::times::Times;
+use self::print::{note, say};
+use self::times::{Times, timed};
 use crate::leftovers::RunMarker;
 use crate::packages;
 use crate::run::{Context, Result, cargo, step};
@@ -31,12 +34,18 @@ pub struct Options {
     /// The machinery to show
     #[arg(long, value_enum, default_value = "qemu")]
     machinery: Machinery,
+    /// Show a whole analysis by Cuckoo3, of the environment that $CUCKOO3_PYTHON names
+    #[arg(long, conflicts_with = "machinery")]
+    analysis: bool,
 }
 
 /// Shows the machinery host at work.
 pub fn run(options: &Options) -> Result<()> {
     packages::ensure()?;
     step(&mut cargo(["build", "--workspace"]))?;
+    if options.analysis {
+        return analysis::show();
+    }
     let qemu = Qemu::find()?;
     let scratch = cwd::DemoCwd::new()?;
     say("An analysis machine is made: a Linux with 512 MiB of RAM, booted once and saved as it runs.");
@@ -108,12 +117,6 @@ fn agent_answers(machine: &GuestProbe) -> Result<()> {
     if status == 200 { Ok(()) } else { Err(format!("the agent answers {status} instead of 200").into()) }
 }
 
-fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
-    let start = Instant::now();
-    let result = action()?;
-    Ok((result, start.elapsed()))
-}
-
 /// Returns the folder of the program and its plugins, which is that of this program.
 fn program_folder() -> Result<PathBuf> {
     let this = std::env::current_exe().context(|| "cannot find the build folder".to_owned())?;
@@ -125,12 +128,4 @@ fn pictures() -> Result<PathBuf> {
     let folder = program_folder()?.join("demo");
     fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)
-}
-
-fn say(text: &str) {
-    println!("\n{text}");
-}
-
-fn note(text: &str) {
-    println!("  {text}");
 }

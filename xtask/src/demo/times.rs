@@ -1,7 +1,9 @@
 //! The demo's table of times: a row for each action, a column for each round.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use crate::run::Result;
 
 /// Measured times.
 pub struct Times {
@@ -40,6 +42,13 @@ impl fmt::Display for Times {
         }
         Ok(())
     }
+}
+
+/// Runs an action, and returns its duration.
+pub fn timed<T>(action: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+    let start = Instant::now();
+    let result = action()?;
+    Ok((result, start.elapsed()))
 }
 
 /// Returns a time with about three digits.

@@ -10,14 +10,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::iter;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, iter};
 
+use super::DISK_PLACEHOLDER;
+pub use super::agent::{Agent, CUCKOO_AGENT, CUCKOO_AGENT_PYTHON};
 use super::cpio::Archive;
 use super::linux::{self, Image};
-use super::recipe::drive;
 use crate::error::{Context, Error};
 use crate::network::TestNetwork;
 use crate::{Result, cache, command};
@@ -28,61 +29,11 @@ pub const STAGER: &str = include_str!("analysis/stager.py");
 pub const MONITOR: &str = include_str!("analysis/monitor.py");
 /// The sample of an analysis; `TOKEN` is a word that its request to the server contains.
 pub const SAMPLE: &str = include_str!("analysis/sample.py");
-/// Our agent.
-pub const AGENT: &str = include_str!("analysis/agent.py");
 
 const INIT: &str = include_str!("analysis/init.sh");
 const START: &str = include_str!("analysis/start.py");
 const COLLECT: &str = include_str!("analysis/collect.py");
 const RAM_MIB: &str = "256";
-
-/// The variable with the path of Cuckoo's agent 0.10, `agent.py`.
-pub const CUCKOO_AGENT: &str = "CUCKOO_AGENT";
-/// The variable with the path of a Python 2.7, which Cuckoo's agent needs.
-pub const CUCKOO_AGENT_PYTHON: &str = "CUCKOO_AGENT_PYTHON";
-
-/// The agent of an analysis guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Agent {
-    /// The testkit's own.
-    Own,
-    /// Cuckoo's, from the files that [`CUCKOO_AGENT`] and [`CUCKOO_AGENT_PYTHON`] name.
-    Cuckoo,
-}
-
-impl Agent {
-    /// Reports whether the files of the agent are known.
-    pub fn is_known(self) -> bool {
-        match self {
-            Agent::Own => true,
-            Agent::Cuckoo => [CUCKOO_AGENT, CUCKOO_AGENT_PYTHON].iter().all(|name| named(name).is_ok()),
-        }
-    }
-
-    /// Returns its source, and the Python that runs it.
-    fn files(self) -> Result<(String, PathBuf)> {
-        match self {
-            Agent::Own => Ok((AGENT.to_owned(), python3())),
-            Agent::Cuckoo => {
-                let agent = named(CUCKOO_AGENT)?;
-                let source = fs::read_to_string(&agent).context(|| format!("reading {}", agent.display()))?;
-                Ok((source, named(CUCKOO_AGENT_PYTHON)?))
-            }
-        }
-    }
-}
-
-/// Returns the file that a variable names.
-fn named(variable: &str) -> Result<PathBuf> {
-    let path = env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
-    path.ok_or_else(|| Error::new(format!("{variable} names no file")))
-}
-
-/// Returns Debian's Python, which needs few libraries, or the first one in the PATH.
-fn python3() -> PathBuf {
-    let debian = PathBuf::from("/usr/bin/python3");
-    if debian.is_file() { debian } else { "python3".into() }
-}
 
 /// Returns the image of the guest with that agent. Makes it if it does not exist.
 pub(crate) fn image(cache: &Path, agent: Agent) -> Result<Image> {
@@ -143,7 +94,8 @@ pub(crate) fn args(image: &Image, number: u8, agent: Option<Ipv4Addr>) -> Vec<St
     };
     let append = format!("console=ttyS0 quiet panic=-1 address={}/24", TestNetwork::machine(number));
     let device = format!("virtio-net-pci,netdev=net0,romfile=,mac=52:54:00:42:01:{number:02x}");
-    let (kernel, initramfs, drive) = (image.kernel(), image.initramfs(), drive("virtio"));
+    let drive = format!("file={DISK_PLACEHOLDER},format=qcow2,if=virtio");
+    let (kernel, initramfs) = (image.kernel(), image.initramfs());
     let (kernel, initramfs) = (kernel.to_string_lossy(), initramfs.to_string_lossy());
     let mut args = vec!["-m", RAM_MIB, "-drive", &drive, "-kernel", &kernel, "-initrd", &initramfs];
     args.extend(["-append", &append]);

@@ -23,6 +23,6 @@ pub enum Guest {
         /// The number of the machine in its [`TestNetwork`](crate::lab::TestNetwork).
         number: u8,
         /// The agent.
-        agent: super::analysis::Agent,
+        agent: super::agent::Agent,
     },
 }

@@ -193,7 +193,7 @@ fn tap() -> String {
     format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", TestNetwork::TAP)
 }
 
-pub(super) fn drive(interface: &str) -> String {
+fn drive(interface: &str) -> String {
     format!("file={DISK_PLACEHOLDER},format=qcow2,if={interface}")
 }
 

@@ -19,7 +19,6 @@ use rustix::process::Pid;
 
 use super::leftovers::{self, collect_files};
 use crate::error::Context;
-use crate::guest::analysis::Agent;
 use crate::guest::{self, Guest, MachineFolder, Qemu};
 use crate::host::{self, RunningHost};
 use crate::network::{TestNetwork, loopback_address};
@@ -102,29 +101,8 @@ impl Lab {
         Ok(Some(lab))
     }
 
-    /// Makes a lab with [machines of a sandbox](Guest::Analysis), `m1` and so on, in a network of their own. `None` for a
-    /// user who may not make one.
-    pub(super) fn with_agents(count: u8, agent: Agent) -> Result<Option<Self>> {
-        let Some(network) = TestNetwork::new()? else { return Ok(None) };
-        network.add_machines(count)?;
-        let names: Vec<_> = (1..=count).map(|number| format!("m{number}")).collect();
-        let kinds = (1..=count).map(|number| Guest::Analysis { number, agent });
-        let machines =
-            names.iter().zip(kinds).map(|(name, kind)| (name.as_str(), kind, SnapshotFormat::Plain));
-        let mut addresses = (1..=count).map(TestNetwork::machine);
-        let address = || addresses.next().unwrap_or(TestNetwork::GUEST).to_string();
-        let lab = Self::make(Path::new("cwd"), &machines.collect::<Vec<_>>(), address, Some(network))?;
-        lab.change_yaml(
-            &format!("interface: {}", TestNetwork::TAP),
-            &format!("interface: {}", TestNetwork::BRIDGE),
-        )?;
-        // Cuckoo3 requires more keys than the host.
-        let keys = "    os_version: \"10\"\n    architecture: amd64\n    tags: []\n";
-        names.iter().try_for_each(|_| lab.change_yaml("    os_version: 10\n", keys))?;
-        Ok(Some(lab))
-    }
-
-    fn make(
+    /// Makes a lab. `address` returns the address of each machine in turn.
+    pub(super) fn make(
         path: &Path,
         machines: &[(&str, Guest, SnapshotFormat)],
         mut address: impl FnMut() -> String,

@@ -8,29 +8,18 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::AnalysisLab;
 use super::timeline::{LogReader, Timeline};
+use crate::Result;
 use crate::error::{Context, Error};
 use crate::file_content::{ContentWatch, Wait};
 use crate::lab::leftovers;
 use crate::process::{self, Process};
-use crate::{Result, artifacts};
 
 const START_TIMEOUT: Duration = Duration::from_secs(180);
 /// Cuckoo3 waits for its tasks and workers, and the host stops its machines.
 const END_TIMEOUT: Duration = Duration::from_secs(120);
-const ADAPTER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../integrations/cuckoo3");
 /// The number of lines of a log in an error.
 const LAST_LINES: usize = 60;
-
-/// The machinery manager of a Cuckoo3.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Manager {
-    /// The machinery host: `cuckoo-hosted`.
-    Host,
-    /// Cuckoo3's own: `cuckoo`.
-    Cuckoo,
-}
 
 /// A running Cuckoo3. A dropped one ends.
 pub struct Cuckoo {
@@ -41,14 +30,8 @@ pub struct Cuckoo {
 }
 
 impl Cuckoo {
-    pub(super) fn start(lab: &AnalysisLab, manager: Manager) -> Result<Self> {
-        let cwd = lab.lab().cwd().root();
-        let mut command = match manager {
-            Manager::Cuckoo => lab.command("cuckoo.main", "main"),
-            Manager::Host => hosted(lab)?,
-        };
-        command.arg("-d");
-        lab.lab().network().attach(&mut command);
+    /// Starts it in its CWD by that command, and waits until it accepts submissions.
+    pub(super) fn start(mut command: Command, cwd: &Path) -> Result<Self> {
         let log = cwd.join("log/cuckoo.log");
         let watch = ContentWatch::new(&log)?;
         let mut process = Process::spawn_in(&mut command, process::make_folder()?)?;
@@ -111,17 +94,6 @@ impl Drop for Cuckoo {
         self.log.join();
         leftovers::kill(&leftovers::processes_below(&self.cwd, &[]).unwrap_or_default());
     }
-}
-
-/// Returns the command `cuckoo-hosted`, with the host that was built here.
-fn hosted(lab: &AnalysisLab) -> Result<Command> {
-    // The package is not installed in the environment.
-    let mut command = lab.command("cuckoo_machinery.commands", "cuckoo");
-    let plugins = artifacts::folder()?;
-    command.env("PYTHONPATH", fs::canonicalize(ADAPTER).context(|| format!("opening {ADAPTER}"))?);
-    command.env("CUCKOO_MACHINERY", artifacts::program()?);
-    command.env("CUCKOO_MACHINERY_OPTIONS", format!("-v --plugin-dir '{}'", plugins.display()));
-    Ok(command)
 }
 
 fn tail(path: &Path) -> String {

@@ -10,18 +10,22 @@
 //! [analysis guests](crate::guest::analysis).
 
 mod cuckoo;
+mod machines;
+mod programs;
 mod report;
 mod server;
 mod timeline;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use std::{env, fs, iter};
 
 use serde_json::Value;
 
-pub use self::cuckoo::{Cuckoo, Manager};
+pub use self::cuckoo::Cuckoo;
+pub use self::programs::Manager;
+use self::programs::Programs;
 pub use self::report::Report;
 use self::server::Server;
 pub use self::timeline::{Step, Timeline};
@@ -43,7 +47,7 @@ pub const SAMPLE_NAME: &str = "invoice.exe";
 /// A lab with Cuckoo3. Declare it before its [`Cuckoo`].
 pub struct AnalysisLab {
     lab: Lab,
-    python: PathBuf,
+    programs: Programs,
     run: Duration,
     _server: Server,
 }
@@ -58,12 +62,14 @@ pub struct Analysis {
 }
 
 impl AnalysisLab {
-    /// Makes a lab with that many machines. `python` is the Python of an environment that has Cuckoo3. `None` for a user
+    /// Makes a lab with that many machines, which are restored instantly or from a standby. `python` is the Python of an environment that has Cuckoo3. `None` for a user
     /// who may not make a network.
     pub fn new(python: &Path, machines: u8, agent: Agent) -> Result<Option<Self>> {
         let Some(lab) = Lab::with_agents(machines, agent)? else { return Ok(None) };
+        lab.ahead("instant: auto, standby: on")?;
         let server = Server::start(lab.network())?;
-        let lab = AnalysisLab { lab, python: python.to_owned(), run: RUN, _server: server };
+        let programs = Programs { python: python.to_owned(), cwd: lab.cwd().root().to_owned() };
+        let lab = AnalysisLab { lab, programs, run: RUN, _server: server };
         lab.make_cwd()?;
         Ok(Some(lab))
     }
@@ -85,7 +91,7 @@ impl AnalysisLab {
         fs::remove_file(&replaced).context(|| format!("removing {}", replaced.display()))?;
         self.run_main(&["createcwd", "--update-directories"])?;
         self.run_main(&["createcwd", "--regen-configs"])?;
-        let mut migrate = self.command("cuckoo.scripts.migrate", "main");
+        let mut migrate = self.programs.command("cuckoo.scripts.migrate", "main");
         migrate.args(["database", "all"]);
         succeed(migrate)?;
         cwd.change_cuckoo_yaml("listen_ip: 192.168.30.1", &format!("listen_ip: {}", TestNetwork::HOST))?;
@@ -112,7 +118,9 @@ impl AnalysisLab {
 
     /// Starts Cuckoo3, and waits until it accepts submissions.
     pub fn start(&self, manager: Manager) -> Result<Cuckoo> {
-        Cuckoo::start(self, manager)
+        let mut command = self.programs.main(manager)?;
+        self.lab.network().attach(&mut command);
+        Cuckoo::start(command, self.lab.cwd().root())
     }
 
     /// Submits a sample for each of these tokens, which differ.
@@ -184,25 +192,9 @@ impl AnalysisLab {
     }
 
     fn run_main(&self, arguments: &[&str]) -> Result<CommandOutput> {
-        let mut command = self.command("cuckoo.main", "main");
+        let mut command = self.programs.command("cuckoo.main", "main");
         command.args(arguments);
         succeed(command)
-    }
-
-    /// Returns the command of a program of Cuckoo3: a function of a module.
-    fn command(&self, module: &str, function: &str) -> Command {
-        let program =
-            format!("import sys; from {module} import {function}; sys.argv[0] = 'cuckoo'; {function}()");
-        let mut command = Command::new(&self.python);
-        command.args(["-c", &program]).env("PYTHONDONTWRITEBYTECODE", "1");
-        // Cuckoo3 runs programs of its environment.
-        let programs = self.python.parent().unwrap_or(Path::new("")).to_path_buf();
-        let path = env::var_os("PATH").unwrap_or_default();
-        if let Ok(path) = env::join_paths(iter::once(programs).chain(env::split_paths(&path))) {
-            command.env("PATH", path);
-        }
-        command.arg("--cwd").arg(self.lab.cwd().root());
-        command
     }
 }
 
