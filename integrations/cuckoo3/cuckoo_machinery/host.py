@@ -106,6 +106,8 @@ class Host:
     def attach(self):
         """Finds or starts a host, and receives its events from then on."""
         self._ensure_host(grace=0)
+        if not self.is_own:
+            self._log.info(self._use())
         self._listen()
         self._thread = threading.Thread(target=self._supervise, name="machinery-host", daemon=True)
         self._thread.start()
@@ -195,6 +197,15 @@ class Host:
         if self._child:
             return f"of {self._cwd} that was started here (process {self._child.pid})"
         return f"of {self._cwd} that somebody else runs"
+
+    def _use(self):
+        version = self.client.request("version")
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(version.get("started", 0) / 1000))
+        return (
+            f"A machinery host of {self._cwd} that runs already is used: process {version.get('pid', 'unknown')}, "
+            f"since {started}, started by {version.get('started_by') or 'an unknown program'}. It runs on when this "
+            "process ends: `cuckoo-machinery shutdown` ends it"
+        )
 
     def _ensure_host(self, grace):
         """Finds or starts a host. Another's host has `grace` seconds to come back."""

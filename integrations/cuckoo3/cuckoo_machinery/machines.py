@@ -13,10 +13,11 @@ A `Machine` object stays the same while the host has a machine of that name.
 import os
 import threading
 
-from cuckoo.common.machines import Machine, MachineListError, MachinesList
+from cuckoo.common.machines import MachineListError, MachinesList
 from cuckoo.common.storage import TaskPaths
 
 from .connection import HostError, Refused
+from .offers import made
 
 # The maximum delay between an answer and the mirror, in seconds.
 MIRROR_TIMEOUT = 5
@@ -53,6 +54,9 @@ class HostedMachines(MachinesList):
             raise
         if described is None:
             self._tasks.discard(task_id)
+            if name:
+                # The main process looks at the mirror to find out whether the task can have the machine later.
+                self._wait_for_mirror(name, lambda machine: not machine.available)
             return None
         return self._wait_for_mirror(described["name"], lambda machine: machine.locked_by == task_id)
 
@@ -68,10 +72,9 @@ class HostedMachines(MachinesList):
                 raise MachineListError(error.reason) from error
         except HostError as error:
             raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
-        self._tasks.discard(task_id)
-        # Nothing was captured, if captures are disabled, and Cuckoo3 does not expect an empty file.
-        _remove_if_empty(_paths(task_id).get("pcap_path"))
+        remove_empty_capture(task_id)
         self._wait_for_mirror(machine.name, lambda machine: machine.locked_by != task_id)
+        self._tasks.discard(task_id)
 
     def mark_disabled(self, machine, reason):
         """Disables a machine as in Cuckoo3."""
@@ -81,15 +84,31 @@ class HostedMachines(MachinesList):
             raise MachineListError(f"Cannot disable machine {machine.name}. {error}") from error
         self._wait_for_mirror(machine.name, lambda machine: machine.disabled)
 
+    # For the main process in this process
+
+    def described(self):
+        """Returns the description of all machines at one moment."""
+        with self._machines_lock:
+            return self.to_dictlist()
+
     # For the manager
 
     def is_of_this_node(self, task_id):
         """Reports whether the task got its machine from this node."""
         return task_id in self._tasks
 
+    def has_tasks(self):
+        """Reports whether a task of this node has a machine, or waits for one."""
+        return bool(self._tasks)
+
     def forget_tasks(self):
         """Forgets all tasks, which no longer have machines."""
         self._tasks.clear()
+
+    @property
+    def is_closed(self):
+        """Reports whether tasks get no machines any more."""
+        return self._closed
 
     def close(self):
         """Refuses machines to tasks from now on."""
@@ -147,6 +166,11 @@ class HostedMachines(MachinesList):
             return self.get_by_name(name)
 
 
+def remove_empty_capture(task_id):
+    """Removes a task's capture file if nothing was captured. Cuckoo3 does not expect an empty file."""
+    _remove_if_empty(_paths(task_id).get("pcap_path"))
+
+
 def _paths(task_id):
     """Returns the paths of a task's files; none if the id is not Cuckoo3's."""
     try:
@@ -194,15 +218,8 @@ def _remove_if_empty(path):
         pass  # there is none, or Cuckoo3 has moved it
 
 
-def _made(described):
-    machine = Machine.from_dict({**described, "interface": described["interface"] or ""})
-    # Machine.from_dict ignores it.
-    machine.mac_address = described["mac_address"] or ""
-    return machine
-
-
 def _brought_up_to_date(machine, described, lost):
-    new = _made(described)
+    new = made(described)
     if not machine:
         return new
     if new.disabled and not machine.disabled:
@@ -243,7 +260,7 @@ def _unreserved(machine, _):
     machine.clear_reservation()
 
 
-def _capture_failed(machine, event):
+def _run_error(machine, event):
     machine.add_error(event["reason"])
 
 
@@ -255,5 +272,5 @@ _CHANGES = {
     "unlocked": _unlocked,
     "reserved": _reserved,
     "unreserved": _unreserved,
-    "capture_failed": _capture_failed,
+    "run_error": _run_error,
 }

@@ -22,6 +22,7 @@ from cuckoo.common.storage import TASK_ID_REGEX, cuckoocwd
 from .connection import HostError
 from .host import Host, Listener
 from .machines import HostedMachines
+from .offers import Offers
 
 log = CuckooGlobalLogger(__name__)
 
@@ -40,6 +41,7 @@ class HostedManager(Listener):
         self.enabled = True
         self.host = Host(cuckoocwd.root, self, log)
         self.machines = HostedMachines(self.host, self._report_disabled)
+        self._offers = Offers(self._send_to_main)
         self._is_attached = False
         self._stopping = False
 
@@ -84,6 +86,12 @@ class HostedManager(Listener):
         self._stopping = True
         self.machines.close()
 
+    def drain(self):
+        """Refuses machines to tasks, and removes them from the main process's list."""
+        self.machines.close()
+        for machine in self.machines.machines:
+            self.ctx.node.infostream.disabled_machine(machine.name, "The node is being drained")
+
     def detach(self):
         """Detaches from the host at the end of Cuckoo3."""
         self.host.detach()
@@ -95,17 +103,31 @@ class HostedManager(Listener):
         request = self.host.client.request
         request("enable" if self.enabled else "disable")
         self._free_what_is_abandoned()
-        self.machines.mirror(request("list")["machines"])
+        self._mirror()
 
     def heard(self, event):
         """Applies an event of a machine, of lost events, or of the configuration."""
         kind = event["event"]
         if kind in ("lagged", "lost", "reloaded"):
-            self.machines.mirror(self.host.client.request("list")["machines"])
+            self._mirror()
             return
-        if kind == "capture_failed":
-            log.error("Network capture failed", machine=event["machine"], error=event["reason"])
+        # A failed capture is one of them.
+        if kind == "run_error":
+            log.error("Run is incomplete", machine=event["machine"], task_id=event["task_id"], error=event["reason"])
         self.machines.heard(event)
+        self._offer()
+
+    def _mirror(self):
+        self.machines.mirror(self.host.client.request("list")["machines"])
+        self._offer()
+
+    def _offer(self):
+        self._offers.update(self.machines.machines, self.machines.is_of_this_node)
+
+    def _send_to_main(self, message):
+        # A node that drains or ends offers nothing.
+        if self.ctx.node and not self.machines.is_closed:
+            self.ctx.node.infostream.receiver.machine_changed(message)
 
     def _report_disabled(self, name, reason):
         log.error("Machine is disabled", machine=name, reason=reason)

@@ -44,6 +44,8 @@ def make_cuckoo_cwd(case, machines):
     startup.create_configurations()
     # Cuckoo3 requires the folder of its monitor for Windows, which these tests do not use.
     (root / "monitor").mkdir()
+    # Its worker for post-processing requires the folder of its signatures.
+    (root / "signatures" / "cuckoo" / "pattern" / "network").mkdir(parents=True)
     change_yaml(root / "conf" / "cuckoo.yaml", _for_tests)
     write_machines(root, machines)
     return root

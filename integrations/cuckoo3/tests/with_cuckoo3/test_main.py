@@ -5,16 +5,18 @@ processing, which are enough for its processing workers.
 """
 
 import os
+import time
 import unittest
 from datetime import datetime
 
 from cuckoo.common import startup
 from cuckoo.common.db import DBMS, dbms
 from cuckoo.common.safelist import safelistdb
-from cuckoo.common.storage import Paths
+from cuckoo.common.storage import Paths, TaskPaths
+from cuckoo.common.strictcontainer import Task
 
 from cuckoo_machinery.host import Host
-from tests.support import EventRecorder, start_other_host
+from tests.support import TIMEOUT, EventRecorder, start_other_host, write_machines
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, add_task, address, make_cuckoo_cwd
 
 try:
@@ -22,7 +24,7 @@ try:
 except ImportError as error:
     raise unittest.SkipTest(f"Cuckoo3's packages core and processing cannot be loaded: {error}") from None
 
-TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
+TASK, OTHER_TASK, LAST_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1", "20260101-ABCDEH_1"
 
 
 def make_databases():
@@ -46,13 +48,11 @@ def queue_task(root, task_id, platform):
 
 class Main(unittest.TestCase):
     def setUp(self):
-        self.cwd = make_cuckoo_cwd(
-            self,
-            {
-                "good": {"ip": address(1), "agent_port": AGENT_PORT},
-                "bad": {"ip": address(2), "platform": "windows", "faults": "{restore_start: fail}"},
-            },
-        )
+        self.machines = {
+            "good": {"ip": address(1), "agent_port": AGENT_PORT},
+            "bad": {"ip": address(2), "platform": "windows", "faults": "{restore_start: fail}"},
+        }
+        self.cwd = make_cuckoo_cwd(self, self.machines)
         make_databases()
 
     def test_tasks_acquire_and_release_their_machines(self):
@@ -79,6 +79,46 @@ class Main(unittest.TestCase):
         # Cuckoo3 leaves the socket of a worker that did not start.
         left = [name for name in os.listdir(self.cwd / "operational" / "sockets") if not name.startswith("post")]
         self.assertEqual(left, ["machinerymanager.sock"])
+
+    def failed_task(self, task_id):
+        """Polls until the main process has set the task to failed."""
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            task = Task.from_file(TaskPaths.taskjson(task_id))
+            if task.state == "fatal_error":
+                return task
+            self.assertLess(time.monotonic(), deadline, task.to_dict())
+            time.sleep(0.1)
+
+    def test_tasks_get_machines_that_were_not_offered_at_the_start(self):
+        for task_id, platform in ((TASK, "linux"), (OTHER_TASK, "windows"), (LAST_TASK, "darwin")):
+            queue_task(self.cwd, task_id, platform)
+        start_other_host(self, self.cwd)
+        recorder = EventRecorder()
+        observer = Host(self.cwd, recorder)
+        self.addCleanup(observer.detach)
+        observer.attach()
+        request = observer.client.request
+        request("disable_machine", machine="good", reason="strange")
+        request("acquire", name="bad", task_id="somebody")
+        main = Node(self, self.cwd, "cuckoo", "--cancel-abandoned")
+        main.wait_for_output("No available machines")
+        Agent(self, address(1))
+        Agent(self, address(2))
+
+        request("enable_machine", machine="good")
+        recorder.wait_for("locked", machine="good", task_id=TASK)
+        request("unlock", machine="bad")
+        recorder.wait_for("locked", machine="bad", task_id=OTHER_TASK)
+        added = {"ip": address(3), "platform": "darwin", "agent_port": AGENT_PORT, "poweroff_after_ms": 100}
+        write_machines(self.cwd, {**self.machines, "added": added})
+        request("reload")
+        recorder.wait_for("locked", machine="added", task_id=LAST_TASK)
+        # It is lost during the run, which the task shows.
+        reason = recorder.wait_for("run_error", machine="added")["reason"]
+        Agent(self, address(3))
+        self.assertIn(f"The run is incomplete: {reason}", self.failed_task(LAST_TASK).errors.errors)
+        self.assertEqual(main.end(), 0, main.output())
 
 
 if __name__ == "__main__":

@@ -55,8 +55,11 @@ class RecordingManager(HostedManager):
 class ManagerTest(unittest.TestCase):
     def setUp(self):
         self.cwd = make_cuckoo_cwd(self, MACHINES)
-        self.disabled = []
-        infostream = SimpleNamespace(disabled_machine=lambda *event: self.disabled.append(event))
+        self.disabled, self.changes = [], []
+        infostream = SimpleNamespace(
+            disabled_machine=lambda *event: self.disabled.append(event),
+            receiver=SimpleNamespace(machine_changed=self.changes.append),
+        )
         self.nodectx = SimpleNamespace(node=SimpleNamespace(infostream=infostream))
 
     def start(self):
@@ -326,8 +329,8 @@ class Manager(ManagerTest):
             self.request("restore_start", machine="win")
             reason = manager.recorder.wait_for("capture_failed")["reason"]
             manager.recorder.wait_for("state", state="running")
-        error.assert_called_once_with("Network capture failed", machine="win", error=reason)
-        self.assertEqual((machine.state, machine.errors[-1]), ("running", reason))
+        error.assert_called_once_with("Run is incomplete", machine="win", task_id=TASK, error=reason)
+        self.assertEqual((machine.state, machine.errors), ("running", [reason]))
 
     def test_manager_is_stopped_in_the_order_of_the_node_s_shutdown(self):
         with mock.patch.object(module.shutdown, "register_shutdown") as register:

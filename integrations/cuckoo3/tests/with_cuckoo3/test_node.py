@@ -1,9 +1,11 @@
 """A process of Cuckoo3's node on the host."""
 
+import io
 import json
 import os
 import signal
 import unittest
+import zipfile
 from unittest import mock
 
 from cuckoo_machinery import host as module
@@ -105,6 +107,10 @@ class TaskTest(NodeTest):
         Agent(self, address(1))
         recorder.wait_for("unlocked", machine="good")
         events.wait_for(type="task_state", task_id=TASKS[0], state="task_failed")
+        # The main process shows the lost run with the result.
+        with zipfile.ZipFile(io.BytesIO(node.ask("GET", f"/task/{TASKS[0]}")[1])) as result:
+            errors = json.loads(result.read("run_errors.json"))["errors"]
+        self.assertIn("the host has ended during its run", errors[0])
 
         self.assertEqual(node.start_task(TASKS[1], "good")[0], 200)
         recorder.wait_for("state", machine="good", state="running")

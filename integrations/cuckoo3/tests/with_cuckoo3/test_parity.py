@@ -327,7 +327,7 @@ class Waiting(unittest.TestCase):
         for wait in (True, False):
             with self.assertRaises(ActionFailedError):
                 WaitingClient("/none/such.sock").stop("good", wait_response=wait)
-        at_once = mock.patch.object(taskrunner, "ask", lambda path, message, _: ask(path, message, 0))
+        at_once = mock.patch.object(taskrunner, "ask", lambda path, message, _, **keys: ask(path, message, 0, **keys))
         with at_once, self.assertRaisesRegex(ActionFailedError, "took longer than 120 seconds"):
             WaitingClient(self.host.path).restore_start("good")
 

@@ -1,0 +1,55 @@
+"""Cuckoo3's main process as a client of the node in the same process: it follows the machines that the node offers.
+
+    node ─ machine_changed ─▶ HostedStreamReceiver ─▶ HostedLocalNodeClient.follow ─▶ list of machines, scheduler
+
+Another program can lock a machine between the scheduler's choice and the node's lock. The node then refuses the task,
+and Cuckoo3 would fail it. The main process queues the task again, if the node does not offer the machine any more.
+"""
+
+from threading import Lock
+
+from cuckoo.nodeclient import LocalNodeClient, LocalStreamReceiver, NodeActionError, NodeUnavailableError
+
+from . import offers
+
+
+class HostedStreamReceiver(LocalStreamReceiver):
+    """Receives the messages of the node in this process."""
+
+    def machine_changed(self, _):
+        """Follows the node's machines. Before there is a client, its start reads them."""
+        if self.node_client:
+            self.node_client.follow()
+
+    def set_client(self, localnodeclient):
+        """Sets the client, as in Cuckoo3, which may have missed changes."""
+        super().set_client(localnodeclient)
+        localnodeclient.follow()
+
+
+class HostedLocalNodeClient(LocalNodeClient):
+    """The client of the node in this process."""
+
+    def __init__(self, cuckooctx, localnode):
+        self._following = Lock()
+        super().__init__(cuckooctx, localnode)
+        offers.begin(self.machines)
+
+    def follow(self):
+        """Makes the list of machines equal to the node's, and the scheduler look at it."""
+        mirror = self.node.ctx.machinery_manager.machines
+        # An older state of the node must not replace a newer one.
+        with self._following:
+            offers.replace(self.machines, mirror.described(), self.assigned_tasks.have_task)
+        self.ctx.nodes.ready_cb(self)
+
+    def add_task(self, startable_task):
+        """Starts a task as in Cuckoo3. A task whose machine is gone is queued again."""
+        try:
+            super().add_task(startable_task)
+        except NodeActionError as error:
+            self.follow()
+            if offers.is_offered(self.machines, startable_task.machine.name):
+                raise
+            self.assigned_tasks.untrack_assigned(startable_task.task.id)
+            raise NodeUnavailableError(str(error)) from error

@@ -1,0 +1,1 @@
+"""Tests of a main process with several remote nodes, in a network of their own (root only)."""
