@@ -155,7 +155,8 @@ class Hosted(Machinery):
         """Decides about a machine that CAPE takes for dead: its row stays, and is free if the machine is available."""
         label = str(self.options.get(name)[self.LABEL])
         if label in self._runs:
-            self._disable_unanswered(label)
+            with suppress(HostError):
+                self._end(label)
         if self._can_be_reserved(label):
             self.db.unlock_machine(self.db.view_machine_by_label(label))
             log.warning("Machine %s is still available at the host, and stays in the pool", label)
@@ -252,18 +253,6 @@ class Hosted(Machinery):
             log.debug("Machine %s cannot be reserved: %s", label, error)
             return False
         return True
-
-    def _disable_unanswered(self, label):
-        """Ends the run of a machine whose guest did not answer. Unless the run was lost, its next runs would not
-        answer either, so the machine leaves the pool."""
-        try:
-            is_lost = self._run_errors(label)
-            self._end(label)
-            if not is_lost:
-                reason = "CAPE's agent in the guest did not answer in time: check its snapshot and its network"
-                self._ask("disable_machine", machine=label, reason=reason)
-        except HostError as error:
-            log.warning("Machine %s, whose guest did not answer: %s", label, error)
 
     def _end(self, label):
         self._runs.discard(label)
