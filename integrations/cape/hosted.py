@@ -133,14 +133,15 @@ class Hosted(Machinery):
         @raise CuckooOperationalError: if the machine was lost during the run, or the host is away: the task fails.
         """
         is_run = label in self._runs
+        failure = None
         try:
             before = self._status(label)
-            self._ask("stop", timeout=None, machine=label)
+            try:
+                self._ask("stop", timeout=None, machine=label)
+            except Refused as error:
+                failure = error
             errors = self._run_errors(label) if is_run else []
             self._unlock(label)
-        except Refused as error:
-            self._unlock(label)
-            raise CuckooMachineError(str(error)) from error
         except HostError as error:
             self._add_error(label, error)
             raise CuckooOperationalError(f"The outcome of the run on {label} is unknown: {error}") from error
@@ -148,8 +149,10 @@ class Hosted(Machinery):
             self._runs.discard(label)
         for error in errors:
             self._add_error(label, error)
-        if errors and before in (self.POWEROFF, self.ABORTED):
+        if errors and before != self.RUNNING:
             raise CuckooOperationalError(f"Machine {label} was lost during the analysis: {'; '.join(errors)}")
+        if failure:
+            raise CuckooMachineError(str(failure)) from failure
 
     def delete_machine(self, name):
         """Decides about a machine that CAPE takes for dead: its row stays, and is free if the machine is available."""
