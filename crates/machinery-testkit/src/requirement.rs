@@ -40,6 +40,12 @@ pub const CUCKOO3: Requirement = Requirement {
     needs: "CUCKOO3_PYTHON, the Python of an environment that has Cuckoo3 (see integrations/cuckoo3/README.md)",
 };
 
+/// A checkout of CAPEv2, and a Python that has its packages.
+pub const CAPE: Requirement = Requirement {
+    name: "cape",
+    needs: "CAPE_SOURCE, a checkout of CAPEv2, and CAPE_PYTHON, made by `cargo xtask cape-env` (see integrations/cape/README.md)",
+};
+
 /// Reports whether this user is root. A test that is allowed to skip gets `false`.
 ///
 /// # Panics

@@ -93,35 +93,41 @@ class Postgres:
             shutil.rmtree(self._folder)
 
 
-class Host:
-    """The machinery host of a CWD with the double, which ends with the test."""
+def make_cwd(case, machines, more=""):
+    """Makes a CWD with machines of the double, and the text of `machinery-host.yaml`; removed with the test."""
+    root = Path(tempfile.mkdtemp(prefix="machinery-cwd."))
+    case.addCleanup(shutil.rmtree, root)
+    (root / "conf" / "machineries").mkdir(parents=True)
+    (root / ".cuckoocwd").touch()
+    (root / "conf" / "cuckoo.yaml").write_text(
+        f"machineries: [double]\nresultserver: {{listen_ip: {address(0)}, listen_port: 2042}}\n"
+        "tcpdump: {enabled: false, path: /bin/true}\n"
+    )
+    (root / "conf" / "machinery-host.yaml").write_text(more)
+    write_machines(root, machines)
+    return root
 
-    def __init__(self, case, machines, more=""):
-        self.root = Path(tempfile.mkdtemp(prefix="machinery-cwd."))
-        case.addCleanup(shutil.rmtree, self.root)
-        (self.root / "conf" / "machineries").mkdir(parents=True)
-        (self.root / ".cuckoocwd").touch()
-        (self.root / "conf" / "cuckoo.yaml").write_text(
-            f"machineries: [double]\nresultserver: {{listen_ip: {address(0)}, listen_port: 2042}}\n"
-            "tcpdump: {enabled: false, path: /bin/true}\n"
-        )
-        if more:
-            (self.root / "conf" / "machinery-host.yaml").write_text(more)
-        self.configure(machines)
+
+def write_machines(root, machines):
+    """Writes the machines of the double: names, and further YAML keys."""
+    lines = ["interface: lo", "machines:"]
+    for number, (name, keys) in enumerate(machines.items(), start=1):
+        shared = {"label": f"{name}-label", "ip": f"10.0.{number // 200}.{number % 200 + 1}", "platform": "linux"}
+        own = ", ".join(f"{key}: {value}" for key, value in {**shared, "os_version": '"12"', **keys}.items())
+        lines.append(f"  {name}: {{{own}}}")
+    (root / "conf" / "machineries" / "double.yaml").write_text("\n".join(lines) + "\n")
+
+
+class Host:
+    """The machinery host of a CWD, which ends with the test."""
+
+    def __init__(self, case, root):
+        self.root = Path(root)
+        self.client = Client(self.root / "operational" / "sockets" / "machinerymanager.sock", restart_timeout=TIMEOUT)
         self._case = case
         self._child = None
-        self.client = Client(self.root / "operational" / "sockets" / "machinerymanager.sock", restart_timeout=TIMEOUT)
         case.addCleanup(self.end)
         self.start()
-
-    def configure(self, machines):
-        """Writes the machines: names, and further YAML keys."""
-        lines = ["interface: lo", "machines:"]
-        for number, (name, keys) in enumerate(machines.items(), start=1):
-            shared = {"label": f"{name}-label", "ip": f"10.0.{number // 200}.{number % 200 + 1}", "platform": "linux"}
-            own = ", ".join(f"{key}: {value}" for key, value in {**shared, "os_version": '"12"', **keys}.items())
-            lines.append(f"  {name}: {{{own}}}")
-        (self.root / "conf" / "machineries" / "double.yaml").write_text("\n".join(lines) + "\n")
 
     def start(self):
         """Starts the host."""

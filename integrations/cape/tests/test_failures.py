@@ -3,7 +3,7 @@
 
 import unittest
 
-from tests.support import Cape, export
+from tests.support import Cape, export, write_machines
 from tests.test_machines import CapeCase
 
 FAILS_ONCE = {"faults": "{restore_start: fail}", "fault_times": 1}
@@ -194,7 +194,7 @@ class TestCape(CapeCase):
         host = self.start_host({"m1": {}, "m2": {}})
         conf = export(host.root)
         host.end()
-        host.configure({"m1": {"ip": "10.9.9.9"}})
+        write_machines(host.root, {"m1": {"ip": "10.9.9.9"}})
         host.start()
         reason = self.refusal(conf)
         self.assertIn("m1 has another address", reason)

@@ -5,7 +5,7 @@ import unittest
 
 from PIL import Image
 
-from tests.support import Cape, Host, Postgres, export
+from tests.support import Cape, Host, Postgres, export, make_cwd
 
 OWNER = "cape:"
 
@@ -19,7 +19,7 @@ class CapeCase(unittest.TestCase):
         cls.addClassCleanup(cls.postgres.end)
 
     def start_host(self, machines, more=""):
-        self.host = Host(self, machines, more)
+        self.host = Host(self, make_cwd(self, machines, more))
         return self.host
 
     def start_cape(self, **settings):
