@@ -11,7 +11,7 @@ use std::process::Command;
 
 use machinery_testkit::artifacts;
 use machinery_testkit::guest::Guest;
-use machinery_testkit::lab::Lab;
+use machinery_testkit::lab::{Lab, TestNetwork};
 use machinery_testkit::requirement;
 use machinery_testkit::snapshot::SnapshotFormat;
 
@@ -25,16 +25,14 @@ fn cape_python() -> Option<PathBuf> {
     Some(python)
 }
 
-/// Runs a Python module of tests; those of real machines get the CWD.
-fn run(python: &Path, tests: &str, cwd: Option<&Path>) {
+/// Runs a Python module of tests; `change` may change its environment.
+fn run(python: &Path, tests: &str, change: impl FnOnce(&mut Command)) {
     let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../integrations/cape");
     let mut command = Command::new(python);
     // Python must not write into the sources.
     command.args(["-B", "-W", "error::ResourceWarning", "-m", "unittest", "-v", tests]).current_dir(package);
     command.env("CUCKOO_MACHINERY", artifacts::program().unwrap());
-    if let Some(cwd) = cwd {
-        command.env("MACHINERY_CWD", cwd);
-    }
+    change(&mut command);
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {}: {error}", python.display()));
     let stderr = String::from_utf8_lossy(&output.stderr);
     print!("{}", String::from_utf8_lossy(&output.stdout));
@@ -45,16 +43,13 @@ fn run(python: &Path, tests: &str, cwd: Option<&Path>) {
 fn run_on_double(tests: &str) {
     let Some(python) = cape_python() else { return };
     artifacts::plugin("double").unwrap();
-    run(&python, tests, None);
+    run(&python, tests, |_| ());
 }
 
-/// Makes machines of QEMU, which CAPE uses as Linux machines.
-fn lab(guest: Guest, names: &[&str]) -> Lab {
-    let machines: Vec<_> = names.iter().map(|name| (*name, guest, SnapshotFormat::Plain)).collect();
-    let lab = Lab::new(&machines).unwrap();
-    let as_linux = lab.yaml().unwrap().replace("platform: windows", "platform: linux");
-    lab.write_yaml(&as_linux.replace("os_version: 10", "os_version: 12")).unwrap();
-    lab
+/// Returns the text of the lab's `qemu.yaml` with Linux machines: CAPE has an analyser for each platform.
+fn as_linux(lab: &Lab) -> String {
+    let yaml = lab.yaml().unwrap().replace("platform: windows", "platform: linux");
+    yaml.replace("os_version: 10", "os_version: 12")
 }
 
 #[test]
@@ -75,7 +70,33 @@ fn machines_start_when_starts_of_others_hang() {
 #[test]
 fn cape_uses_machines_of_qemu() {
     let Some(python) = cape_python() else { return };
-    let lab = lab(Guest::Micro, &["m1", "m2", "m3"]);
-    run(&python, "tests.on_qemu", Some(lab.cwd().root()));
+    let lab = Lab::new(&["m1", "m2", "m3"].map(|name| (name, Guest::Micro, SnapshotFormat::Plain))).unwrap();
+    lab.write_yaml(&as_linux(&lab)).unwrap();
+    run(&python, "tests.on_qemu", |command| {
+        command.env("MACHINERY_CWD", lab.cwd().root());
+    });
+    lab.assert_clean();
+}
+
+#[test]
+fn linux_analyses_run_in_parallel() {
+    let Some(python) = cape_python() else { return };
+    let Some(network) = TestNetwork::new().unwrap() else {
+        requirement::NETWORK.is_met(false);
+        return;
+    };
+    network.add_machines(2).unwrap();
+    let machines = [1, 2].map(|number| (format!("m{number}"), Guest::Cape { number }));
+    let lab = Lab::new(&machines.each_ref().map(|(name, guest)| (name.as_str(), *guest, SnapshotFormat::Plain))).unwrap();
+    let mut yaml = as_linux(&lab).replace("interface: lo", &format!("interface: {}", TestNetwork::BRIDGE));
+    for (name, number) in [("m1", 1), ("m2", 2)] {
+        yaml = yaml.replace(&format!("ip: {}", lab.folder(name).ip), &format!("ip: {}", TestNetwork::machine(number)));
+    }
+    lab.write_yaml(&yaml).unwrap();
+    lab.cwd().change_cuckoo_yaml("listen_ip: 127.0.0.1", &format!("listen_ip: {}", TestNetwork::HOST)).unwrap();
+    run(&python, "tests.on_linux", |command| {
+        network.attach(command);
+        command.env("MACHINERY_CWD", lab.cwd().root()).env("CAPE_RESULTSERVER", TestNetwork::HOST.to_string());
+    });
     lab.assert_clean();
 }

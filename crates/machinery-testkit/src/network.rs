@@ -34,6 +34,8 @@ impl TestNetwork {
     pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 1);
     /// The machine's address.
     pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 66, 0, 2);
+    /// The bridge of [several machines](TestNetwork::add_machines).
+    pub const BRIDGE: &str = "br0";
     /// The host's hardware address, which the machine has as a static entry.
     pub const HOST_MAC: &str = "52:54:00:42:00:01";
 
@@ -67,6 +69,31 @@ impl TestNetwork {
                 .context(|| "entering a network".to_owned())?;
             Ok(task())
         })?
+    }
+
+    /// Makes the host's interface a bridge of `count` machines, each with [a tap](TestNetwork::tap_of).
+    pub fn add_machines(&self, count: u8) -> Result<()> {
+        self.remove_tap()?;
+        self.add_bridge(Self::BRIDGE)?;
+        self.inside(|| {
+            ip(&["link", "set", "dev", Self::BRIDGE, "address", Self::HOST_MAC])?;
+            ip(&["address", "add", &format!("{}/24", Self::HOST), "dev", Self::BRIDGE])?;
+            for tap in (1..=count).map(Self::tap_of) {
+                ip(&["tuntap", "add", "dev", &tap, "mode", "tap"])?;
+                ip(&["link", "set", "dev", &tap, "master", Self::BRIDGE, "up"])?;
+            }
+            Ok(())
+        })?
+    }
+
+    /// Returns the name of a machine's tap; numbers begin at 1.
+    pub fn tap_of(number: u8) -> String {
+        format!("tap{number}")
+    }
+
+    /// Returns the address of the machine with that number.
+    pub fn machine(number: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 66, 0, 10 + number)
     }
 
     /// Makes a bridge.

@@ -26,6 +26,11 @@ impl Archive {
         self.entry(name, 0o100644, content);
     }
 
+    /// Adds a symbolic link.
+    pub fn link(&mut self, name: &str, target: &str) {
+        self.entry(name, 0o120777, target.as_bytes());
+    }
+
     /// Ends the archive and returns it.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[]);

@@ -20,7 +20,7 @@ use crate::error::{Context, Error};
 use crate::{Result, cache, command};
 
 /// Kernel modules in the order of their dependencies. A missing module is built into the kernel.
-const MODULES: [&str; 11] = [
+pub(super) const MODULES: [&str; 11] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
@@ -67,6 +67,11 @@ impl Image {
         Ok(Self { folder })
     }
 
+    /// Returns the image that is in this folder.
+    pub(super) fn at(folder: PathBuf) -> Self {
+        Self { folder }
+    }
+
     /// Returns the kernel, for `-kernel`.
     pub(crate) fn kernel(&self) -> PathBuf {
         self.folder.join("vmlinuz")
@@ -79,6 +84,11 @@ impl Image {
 }
 
 fn build(folder: &Path) -> Result<()> {
+    build_with(folder, initramfs)
+}
+
+/// Makes an image. `initramfs` makes its user space of the unpacked packages.
+pub(super) fn build_with(folder: &Path, initramfs: impl FnOnce(&Path) -> Result<Vec<u8>>) -> Result<()> {
     let unpacked =
         tempfile::tempdir_in(folder).context(|| format!("making a folder in {}", folder.display()))?;
     for package in [kernel_package()?.as_str(), "busybox-static"] {
@@ -118,25 +128,31 @@ fn initramfs(root: &Path) -> Result<Vec<u8>> {
     for folder in ["bin", "etc", "modules", "www", "www/cgi-bin"] {
         archive.folder(folder);
     }
-    let busybox = ["bin/busybox", "usr/bin/busybox"]
-        .map(|path| root.join(path))
-        .into_iter()
-        .find(|path| path.is_file());
-    let busybox = busybox.ok_or_else(|| Error::new("Debian's busybox-static package holds no busybox"))?;
-    archive.program("bin/busybox", &content(&busybox)?);
     archive.program("init", INIT.as_bytes());
     archive.program("bin/talk", TALK.as_bytes());
     archive.program("www/cgi-bin/mark", MARK.as_bytes());
     archive.program("www/cgi-bin/marks", MARKS.as_bytes());
     archive.file("www/index.json", INDEX.as_bytes());
     archive.file("etc/httpd.conf", HTTPD_CONF.as_bytes());
+    add_system(&mut archive, root)?;
+    Ok(archive.finish())
+}
+
+/// Adds busybox to `bin`, and the kernel modules to `modules`.
+pub(super) fn add_system(archive: &mut Archive, root: &Path) -> Result<()> {
+    let busybox = ["bin/busybox", "usr/bin/busybox"]
+        .map(|path| root.join(path))
+        .into_iter()
+        .find(|path| path.is_file());
+    let busybox = busybox.ok_or_else(|| Error::new("Debian's busybox-static package holds no busybox"))?;
+    archive.program("bin/busybox", &content(&busybox)?);
     for (order, module) in MODULES.iter().enumerate() {
         let file = find(root, |name| is_module(name, module))?;
         if let Some(file) = file {
             archive.file(&format!("modules/{order:02}-{module}.ko"), &content(&file)?);
         }
     }
-    Ok(archive.finish())
+    Ok(())
 }
 
 fn is_module(file: &str, module: &str) -> bool {
@@ -161,7 +177,7 @@ fn find(folder: &Path, wanted: impl Fn(&str) -> bool + Copy) -> Result<Option<Pa
     Ok(None)
 }
 
-fn content(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn content(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).context(|| format!("reading {}", path.display()))
 }
 

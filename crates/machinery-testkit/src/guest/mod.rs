@@ -17,6 +17,7 @@
 //! once and saved. A [`MachineFolder`] is one machine made from a master, as an operator would have it. All
 //! of them are emulated (TCG), and need neither KVM nor privileges.
 
+pub mod cape;
 mod cpio;
 mod kind;
 pub mod linux;
