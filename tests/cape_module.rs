@@ -87,16 +87,25 @@ fn linux_analyses_run_in_parallel() {
     };
     network.add_machines(2).unwrap();
     let machines = [1, 2].map(|number| (format!("m{number}"), Guest::Cape { number }));
-    let lab = Lab::new(&machines.each_ref().map(|(name, guest)| (name.as_str(), *guest, SnapshotFormat::Plain))).unwrap();
+    let lab =
+        Lab::new(&machines.each_ref().map(|(name, guest)| (name.as_str(), *guest, SnapshotFormat::Plain)))
+            .unwrap();
     let mut yaml = as_linux(&lab).replace("interface: lo", &format!("interface: {}", TestNetwork::BRIDGE));
     for (name, number) in [("m1", 1), ("m2", 2)] {
-        yaml = yaml.replace(&format!("ip: {}", lab.folder(name).ip), &format!("ip: {}", TestNetwork::machine(number)));
+        yaml = yaml.replace(
+            &format!("ip: {}", lab.folder(name).ip),
+            &format!("ip: {}", TestNetwork::machine(number)),
+        );
     }
     lab.write_yaml(&yaml).unwrap();
-    lab.cwd().change_cuckoo_yaml("listen_ip: 127.0.0.1", &format!("listen_ip: {}", TestNetwork::HOST)).unwrap();
+    lab.cwd()
+        .change_cuckoo_yaml("listen_ip: 127.0.0.1", &format!("listen_ip: {}", TestNetwork::HOST))
+        .unwrap();
     run(&python, "tests.on_linux", |command| {
         network.attach(command);
-        command.env("MACHINERY_CWD", lab.cwd().root()).env("CAPE_RESULTSERVER", TestNetwork::HOST.to_string());
+        command
+            .env("MACHINERY_CWD", lab.cwd().root())
+            .env("CAPE_RESULTSERVER", TestNetwork::HOST.to_string());
     });
     lab.assert_clean();
 }

@@ -5,6 +5,7 @@
 
 mod backports;
 mod bench;
+mod cape_env;
 mod debian;
 mod demo;
 mod deny;
@@ -34,6 +35,8 @@ enum Task {
     Demo(demo::Options),
     /// Build the program and its plugins for a release, and install them
     Install(install::Options),
+    /// Make the Python environment of the tests with CAPE; installs the packages they need
+    CapeEnv(cape_env::Options),
     /// Run tasks on a fresh Debian: a minimal root with only a Rust toolchain and a C compiler in it
     Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Install(options) => install::run(&options),
+        Task::CapeEnv(options) => cape_env::run(&options),
         Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),

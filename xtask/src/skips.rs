@@ -58,7 +58,8 @@ fn missing() -> Vec<&'static str> {
     if env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
         missing.push("cuckoo3");
     }
-    if ["CAPE_SOURCE", "CAPE_PYTHON"].iter().any(|name| env::var_os(name).is_none_or(|path| path.is_empty())) {
+    if ["CAPE_SOURCE", "CAPE_PYTHON"].iter().any(|name| env::var_os(name).is_none_or(|path| path.is_empty()))
+    {
         missing.push("cape");
     }
     // A computer that still uses cgroup v1 has them there, and a container may have none.

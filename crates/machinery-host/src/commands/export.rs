@@ -56,12 +56,18 @@ fn hosted_conf(socket: &Path, result_server: Option<&ResultServer>, machines: &[
         return Err(Error::configuration("the host has no machine to export"));
     };
     Error::all(names.iter().filter_map(|name| unusable_name(name)).collect()).map_or(Ok(()), Err)?;
-    let mut conf = String::from("# Made by `cuckoo-machinery export cape`. Make it anew after a change of the machines.\n");
-    section(&mut conf, "hosted", &[
-        ("machines", names.join(",")),
-        ("interface", text(first, "interface").to_owned()),
-        ("socket", socket.display().to_string()),
-    ]);
+    let mut conf = String::from(
+        "# Made by `cuckoo-machinery export cape`. Make it anew after a change of the machines.\n",
+    );
+    section(
+        &mut conf,
+        "hosted",
+        &[
+            ("machines", names.join(",")),
+            ("interface", text(first, "interface").to_owned()),
+            ("socket", socket.display().to_string()),
+        ],
+    );
     for machine in machines {
         warn_of_agent_port(machine);
         let mut keys = vec![("label", text(machine, "name").to_owned())];
@@ -69,7 +75,9 @@ fn hosted_conf(socket: &Path, result_server: Option<&ResultServer>, machines: &[
         keys.push(("arch", cape_architecture(text(machine, "architecture")).to_owned()));
         keys.push(("tags", tags(machine).join(",")));
         keys.extend(["interface", "snapshot"].map(|key| (key, text(machine, key).to_owned())));
-        if let Some(ResultServer { listen_ip, listen_port }) = result_server.filter(|server| is_reachable(server)) {
+        if let Some(ResultServer { listen_ip, listen_port }) =
+            result_server.filter(|server| is_reachable(server))
+        {
             keys.push(("resultserver_ip", listen_ip.clone()));
             keys.push(("resultserver_port", listen_port.to_string()));
         }

@@ -29,15 +29,8 @@ const RELEASE: &str = "bookworm";
 const PACKAGES: &str = "python3-minimal,libpython3-stdlib,python3-pyinotify,strace,sudo,iproute2,kmod";
 
 /// Folders that a guest without a package manager and a reader does not need.
-const UNUSED: [&str; 7] = [
-    "boot",
-    "dev",
-    "usr/share/doc",
-    "usr/share/locale",
-    "usr/share/man",
-    "var/cache/apt",
-    "var/lib/apt",
-];
+const UNUSED: [&str; 7] =
+    ["boot", "dev", "usr/share/doc", "usr/share/locale", "usr/share/man", "var/cache/apt", "var/lib/apt"];
 
 const INIT: &str = include_str!("cape/init.sh");
 

@@ -169,7 +169,9 @@ fn linux_args(
         }
         // A hub without another member discards all packets. It needs a second port to send at all. Unlike
         // user networking, it is not part of a snapshot.
-        (Network::Tap | Network::Bridge(_), None) => ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec(),
+        (Network::Tap | Network::Bridge(_), None) => {
+            ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec()
+        }
         (Network::Tap, Some(_)) => vec![tap(TestNetwork::TAP)],
         (Network::Bridge(number), Some(_)) => vec![tap(&TestNetwork::tap_of(number))],
     };
