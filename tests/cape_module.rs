@@ -11,8 +11,10 @@ use std::process::Command;
 
 use machinery_testkit::artifacts;
 use machinery_testkit::guest::Guest;
+use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::lab::{Lab, TestNetwork};
 use machinery_testkit::requirement;
+use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
 
 /// Returns CAPE's Python, unless this test is skipped.
@@ -50,6 +52,24 @@ fn run_on_double(tests: &str) {
 fn as_linux(lab: &Lab) -> String {
     let yaml = lab.yaml().unwrap().replace("platform: windows", "platform: linux");
     yaml.replace("os_version: 10", "os_version: 12")
+}
+
+#[test]
+fn export_has_each_machine_of_a_running_host() {
+    let cwd = ScratchCwd::double(&[("m", "tags: [office]"), ("n", "")]).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let exported = host::run(&cwd, &["export", "cape"]).unwrap();
+    assert_eq!(exported.code, Some(0), "{exported:?}");
+    let socket = format!("socket = {}\n", cwd.socket().display());
+    for words in
+        ["[hosted]\nmachines = m,n\n", &socket, "[m]\nlabel = m\n", "tags = office,x64\n", "[n]\nlabel = n\n"]
+    {
+        assert!(exported.stdout.contains(words), "{words}: {}", exported.stdout);
+    }
+    drop(host);
+    let failed = host::run(&cwd, &["export", "cape"]).unwrap();
+    assert_eq!((failed.code, failed.stdout.as_str()), (Some(1), ""), "{failed:?}");
+    assert!(failed.stderr.contains("no machinery host answers"), "{}", failed.stderr);
 }
 
 #[test]

@@ -64,7 +64,7 @@ class Hosted(Machinery):
         self._owner = f"cape:{CUCKOO_ROOT}"
         # The task that each machine was last given to.
         self._tasks = {}
-        # The machines under a lock of this process.
+        # The machines whose latest run this process has begun. CAPE stops a stuck run twice.
         self._runs = set()
         # The machines whose row stays locked until the host can reserve them.
         self._withheld = set()
@@ -114,6 +114,7 @@ class Hosted(Machinery):
         @raise CuckooMachineError: if the host does not give the machine to CAPE; it is withheld.
         @raise CuckooOperationalError: if the restore failed, and the machine is still available.
         """
+        self._runs.discard(label)
         try:
             self._unlock(label)
             self._ask("lock", machine=label, task_id=self._owner)
@@ -145,8 +146,6 @@ class Hosted(Machinery):
         except HostError as error:
             self._add_error(label, error)
             raise CuckooOperationalError(f"The outcome of the run on {label} is unknown: {error}") from error
-        finally:
-            self._runs.discard(label)
         for error in errors:
             self._add_error(label, error)
         if errors and before != self.RUNNING:

@@ -40,6 +40,19 @@ class TestQemu(CapeCase):
         for machine in self.host.client.request("list")["machines"]:
             self.assertEqual((machine["state"], machine["disabled"]), ("poweroff", False), machine)
 
+    def test_task_gets_another_machine_when_a_snapshot_is_missing(self):
+        cape = self.start_cape()
+        name = self.names[0]
+        snapshot = self.host.root / "machines" / name / "memory.snapshot"
+        snapshot.rename(snapshot.with_suffix(".away"))
+        task = cape.submit(machine=name)
+        self.assertEqual(cape.finished(task)["status"], "pending")
+        self.assertIn(cape.run_guest(task), self.names[1:])
+        self.assert_completed(cape.finish(task))
+        snapshot.with_suffix(".away").rename(snapshot)
+        self.host.client.request("enable_machine", machine=name)
+        self.assert_runs_on_all(cape)
+
     def test_task_fails_when_qemu_is_killed(self):
         cape = self.start_cape()
         task = cape.submit(machine=self.names[0])
