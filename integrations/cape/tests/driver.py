@@ -27,7 +27,6 @@ from lib.cuckoo.common.exceptions import CuckooCriticalError, CuckooGuestCritica
 from lib.cuckoo.core import analysis_manager  # noqa: E402
 from lib.cuckoo.core.database import Database  # noqa: E402
 from lib.cuckoo.core.guest import GuestManager  # noqa: E402
-from lib.cuckoo.core.machinery_manager import MachineryManager  # noqa: E402
 from lib.cuckoo.core.scheduler import Scheduler  # noqa: E402
 
 
@@ -94,17 +93,18 @@ def report_end(scheduler, manager):
     test.report("finished", task=task.id, machine=manager.machine.label, status=task.status, errors=errors)
 
 
-def report_ready(manager):
-    """Reports that CAPE has initialised its machines."""
-    INITIALISE(manager)
-    test.report("ready", machines=[machine.label for machine in manager.machinery.machines()])
+def report_ready(scheduler, *args):
+    """Reports that CAPE waits for tasks and signals."""
+    Scheduler.do_main_loop_work = WORK
+    test.report("ready")
+    return WORK(scheduler, *args)
 
 
 test = Test(CONTROL)
 if os.environ.get("CAPE_GUESTS") != "own":
     analysis_manager.GuestManager = Guest
 FINISHED, Scheduler.analysis_finished = Scheduler.analysis_finished, report_end
-INITIALISE, MachineryManager.initialize_machinery = MachineryManager.initialize_machinery, report_ready
+WORK, Scheduler.do_main_loop_work = Scheduler.do_main_loop_work, report_ready
 try:
     cape.cuckoo_init(debug=True)
     threading.Thread(target=test.serve, daemon=True).start()

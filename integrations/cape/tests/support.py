@@ -22,7 +22,7 @@ from cuckoo_machinery.connection import Client, ask  # noqa: E402
 from cuckoo_machinery.host import Child, find_program  # noqa: E402
 
 # The timeout of every wait; no test measures speed.
-TIMEOUT = 120
+TIMEOUT = 300
 
 # The folders of CAPE that its main process and its Linux analyser use.
 CAPE_PARTS = ["lib", "modules", "conf", "utils", "dev_utils", "data", "custom", "extra", "analyzer/linux", "cuckoo.py"]
