@@ -35,8 +35,6 @@ enum Task {
     Demo(demo::Options),
     /// Build the program and its plugins for a release, and install them
     Install(install::Options),
-    /// Make the Python environment of the tests with CAPE; installs the packages they need
-    CapeEnv(cape_env::Options),
     /// Run tasks on a fresh Debian: a minimal root with only a Rust toolchain and a C compiler in it
     Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
@@ -47,6 +45,8 @@ enum Task {
     Deny(deny::Options),
     /// Find phrases that the rules for prose forbid in comments, documents, messages and names of tests
     Prose(prose::Options),
+    /// Make the Python environment of the tests with CAPE; installs the packages they need
+    CapeEnv(cape_env::Options),
 }
 
 fn main() -> ExitCode {
@@ -54,12 +54,12 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Install(options) => install::run(&options),
-        Task::CapeEnv(options) => cape_env::run(&options),
         Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::Deny(options) => deny::run(&options),
         Task::Prose(options) => prose::run(&options),
+        Task::CapeEnv(options) => cape_env::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -58,10 +58,6 @@ fn missing() -> Vec<&'static str> {
     if env::var_os("CUCKOO3_PYTHON").is_none_or(|python| python.is_empty()) {
         missing.push("cuckoo3");
     }
-    if ["CAPE_SOURCE", "CAPE_PYTHON"].iter().any(|name| env::var_os(name).is_none_or(|path| path.is_empty()))
-    {
-        missing.push("cape");
-    }
     // A computer that still uses cgroup v1 has them there, and a container may have none.
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.subtree_control").unwrap_or_default();
     if !["memory", "pids"].iter().all(|name| controllers.split_whitespace().any(|found| found == *name)) {
@@ -69,6 +65,10 @@ fn missing() -> Vec<&'static str> {
     }
     if !succeeds(Command::new("systemd-analyze").arg("--version")) {
         missing.push("systemd");
+    }
+    if ["CAPE_SOURCE", "CAPE_PYTHON"].iter().any(|name| env::var_os(name).is_none_or(|path| path.is_empty()))
+    {
+        missing.push("cape");
     }
     missing
 }
