@@ -119,7 +119,7 @@ class Hosted(Machinery):
             self._unlock(label)
             self._ask("lock", machine=label, task_id=self._owner)
             self._runs.add(label)
-            self._ask("restore_start", timeout=None, machine=label)
+            self._act("restore_start", label)
         except HostError as error:
             self._runs.discard(label)
             if self._can_be_reserved(label):
@@ -138,7 +138,7 @@ class Hosted(Machinery):
         try:
             before = self._status(label)
             try:
-                self._ask("stop", timeout=None, machine=label)
+                self._act("stop", label)
             except Refused as error:
                 failure = error
             errors = self._run_errors(label) if is_run else []
@@ -169,7 +169,7 @@ class Hosted(Machinery):
     def screenshot(self, label, path):
         """Writes the guest's screen as a JPEG file."""
         with tempfile.TemporaryFile() as png:
-            self._ask("screenshot", file=png, machine=label)
+            self._act("screenshot", label, png)
             png.seek(0)
             with Image.open(png) as image:
                 image.convert("RGB").save(path, "JPEG")
@@ -178,7 +178,7 @@ class Hosted(Machinery):
         """Writes the guest's memory as an ELF file, which belongs to CAPE's user."""
         with open(path, "wb") as dump:
             try:
-                self._ask("dump_memory", timeout=None, file=dump, machine=label)
+                self._act("dump_memory", label, dump)
             except HostError as error:
                 raise CuckooMachineError(str(error)) from error
 
@@ -195,9 +195,13 @@ class Hosted(Machinery):
 
     # Of this module.
 
-    def _ask(self, action, timeout=ANSWER_TIMEOUT, file=None, **keys):
-        """Sends a request. An action has no timeout here, because the host has one for each."""
-        return self._host.request(action, timeout, file, **keys)
+    def _act(self, action, label, file=None):
+        """Runs an action, as long as the host lets it: the host has a timeout for each."""
+        return self._host.request(action, None, file, machine=label)
+
+    def _ask(self, action, **keys):
+        """Sends a request that is no action. A host that is away has its time to come back."""
+        return self._host.request(action, ANSWER_TIMEOUT + self._host.restart_timeout, **keys)
 
     def _hosted_machines(self):
         return {machine["name"]: machine for machine in self._ask("list")["machines"]}
@@ -227,7 +231,7 @@ class Hosted(Machinery):
         self._unlock(row.label)
         try:
             self._ask("reserve", machine=row.label, task_id=self._owner)
-            self._ask("stop", timeout=None, machine=row.label)
+            self._act("stop", row.label)
         except Refused as error:
             log.warning("Machine %s is withheld from tasks until the host can reserve it: %s", row.label, error)
             self._withheld.add(row.label)
@@ -238,7 +242,12 @@ class Hosted(Machinery):
         if not self._withheld or time.monotonic() < self._next_check:
             return
         self._next_check = time.monotonic() + CHECK_INTERVAL
-        for label in list(self._withheld):
+        try:
+            hosted = Client(self._host.path).request("list")["machines"]
+        except HostError as error:
+            log.debug("Withheld machines are not checked: %s", error)
+            return
+        for label in self._withheld & {machine["name"] for machine in hosted if not machine["disabled"]}:
             if self._can_be_reserved(label):
                 self.db.unlock_machine(self.db.view_machine_by_label(label))
                 self._withheld.discard(label)
@@ -258,7 +267,7 @@ class Hosted(Machinery):
 
     def _end(self, label):
         self._runs.discard(label)
-        self._ask("stop", timeout=None, machine=label)
+        self._act("stop", label)
         self._unlock(label)
 
     def _unlock(self, label):
