@@ -5,6 +5,7 @@
 
 mod backports;
 mod bench;
+mod cape_env;
 mod cuckoo3_env;
 mod debian;
 mod demo;
@@ -47,6 +48,8 @@ enum Task {
     Cuckoo3Env(cuckoo3_env::Options),
     /// Find phrases that the rules for prose forbid in comments, documents, messages and names of tests
     Prose(prose::Options),
+    /// Make the Python environment of the tests with CAPE; installs the packages they need
+    CapeEnv(cape_env::Options),
 }
 
 fn main() -> ExitCode {
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Deny(options) => deny::run(&options),
         Task::Cuckoo3Env(options) => cuckoo3_env::run(&options),
         Task::Prose(options) => prose::run(&options),
+        Task::CapeEnv(options) => cape_env::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

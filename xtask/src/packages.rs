@@ -138,6 +138,38 @@ const ROOT_NEEDS: [Need; 3] = [
     },
 ];
 
+/// The needs of the tests with CAPE.
+const CAPE_NEEDS: [Need; 4] = [
+    Need {
+        what: "python3 -m venv",
+        program: "python3",
+        args: &["-m", "ensurepip", "--version"],
+        packages: &["python3-venv"],
+        why: "makes CAPE's environment",
+    },
+    Need {
+        what: "libmagic",
+        program: "sh",
+        args: &["-c", "ls /usr/lib/*/libmagic.so.1 /usr/lib*/libmagic.so.1 2> /dev/null | grep -q ."],
+        packages: &["libmagic1"],
+        why: "names the types of samples",
+    },
+    Need {
+        what: "PostgreSQL",
+        program: "sh",
+        args: &["-c", "ls /usr/lib/postgresql/*/bin/initdb || command -v initdb"],
+        packages: &["postgresql"],
+        why: "is the database of each test",
+    },
+    Need {
+        what: "debootstrap",
+        program: "debootstrap",
+        args: VERSION,
+        packages: &["debootstrap"],
+        why: "makes the guest of CAPE's analyses",
+    },
+];
+
 impl Need {
     /// Reports whether the need is met. A plain user's path lacks the folder of the system's daemons.
     fn is_met(&self) -> bool {
@@ -165,6 +197,11 @@ pub fn ensure() -> Result<()> {
 /// Installs the missing packages for fresh roots.
 pub fn ensure_for_roots() -> Result<()> {
     install_missing(&ROOT_NEEDS).map(drop)
+}
+
+/// Installs the missing packages for the tests with CAPE.
+pub fn ensure_for_cape() -> Result<()> {
+    install_missing(&CAPE_NEEDS).map(drop)
 }
 
 /// Installs missing packages; returns whether any were missing.

@@ -27,6 +27,11 @@ pub struct Requirement {
 pub const ROOT: Requirement = Requirement { name: "root", needs: "root" };
 /// A user who may make a network, and capture on it.
 pub const NETWORK: Requirement = Requirement { name: "network", needs: "root, for a network of its own" };
+/// A checkout of CAPEv2, and a Python that has its packages.
+pub const CAPE: Requirement = Requirement {
+    name: "cape",
+    needs: "CAPE_SOURCE, a checkout of CAPEv2, and CAPE_PYTHON, made by `cargo xtask cape-env` (see integrations/cape/README.md)",
+};
 /// A user who may mount a file system.
 pub const MOUNT: Requirement = Requirement { name: "mount", needs: "a user who may mount a tmpfs" };
 /// A kernel that limits processes and memory by cgroup v2.

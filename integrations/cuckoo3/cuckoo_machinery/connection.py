@@ -162,10 +162,14 @@ class Subscription:
 
 
 class Client:
-    """A client of the host whose socket is `path`. Any number of threads may use it at once."""
+    """A client of the host whose socket is `path`. Any number of threads may use it at once.
 
-    def __init__(self, path):
+    A host that is away when a request is sent has `restart_timeout` seconds to come back.
+    """
+
+    def __init__(self, path, restart_timeout=0):
         self.path = path
+        self.restart_timeout = restart_timeout
 
     def request(self, action, timeout=ANSWER_TIMEOUT, file=None, **keys):
         """Returns the host's answer to `action`, if it is a success.
@@ -175,7 +179,7 @@ class Client:
         wait as long as the host runs).
         """
         message = {"action": action, **{key: value for key, value in keys.items() if value is not None}}
-        return _succeeded(message, ask(self.path, message, timeout, file))
+        return _succeeded(message, ask(self.path, message, timeout, file, self.restart_timeout))
 
     def subscribe(self):
         """Subscribes to the host's events."""

@@ -122,6 +122,9 @@ pub enum Command {
     /// Import machines from another tool
     #[command(subcommand)]
     Import(Import),
+    /// Print the configuration of another sandbox for the machines of the running host
+    #[command(subcommand)]
+    Export(Export),
     /// Check a built plugin against each requirement of the interface
     Conformance(Box<Conformance>),
     /// Create the crate of a new plugin
@@ -139,6 +142,13 @@ pub enum Command {
         #[arg(long, value_name = "PATH-OR-GIT-URL")]
         interface: Option<String>,
     },
+}
+
+/// The sandboxes whose configuration can be printed.
+#[derive(Subcommand)]
+pub enum Export {
+    /// Print CAPE's hosted.conf
+    Cape,
 }
 
 /// The tools whose machines can be imported.

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::commands::conformance;
 use crate::commands::new_plugin::{self, Template};
-use crate::commands::{check, clean, end_runs, import, shutdown, upgrade};
+use crate::commands::{check, clean, end_runs, export, import, shutdown, upgrade};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
 use crate::load;
@@ -30,7 +30,7 @@ use crate::logging;
 use crate::plugin::open::open;
 use crate::plugin::search::{self, PluginSearch};
 use crate::serve::{self, Served};
-use args::{Cli, Command, Global, Import};
+use args::{Cli, Command, Export, Global, Import};
 use file::NewFile;
 use progress::Progress;
 
@@ -109,6 +109,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             output::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Export(Export::Cape) => export_cape(cwd, global.json),
         Command::List => {
             let answer = send_request(cwd, json!({"action": "list"}))?;
             machines::machines(&answer, global.json);
@@ -217,6 +218,18 @@ fn run_action(cwd: &Cwd, request: &Value, file: Option<&File>, json: bool) -> Re
     }
     progress.done(&answer);
     Ok(exit_code(&answer))
+}
+
+/// Prints CAPE's configuration for the machines of the running host.
+fn export_cape(cwd: &Cwd, json: bool) -> Result<ExitCode> {
+    let answer = send_request(cwd, json!({"action": "list"}))?;
+    if answer["success"] != json!(true) {
+        output::reply(&answer, json);
+        return Ok(exit_code(&answer));
+    }
+    let conf = export::cape(cwd, answer["machines"].as_array().map_or(&[], Vec::as_slice))?;
+    output::exported(&conf, json);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Has the running host replace itself.

@@ -249,6 +249,14 @@ pub fn imported(imported: &Imported, json: bool) {
     }
 }
 
+/// Prints the configuration of another sandbox.
+pub fn exported(conf: &str, json: bool) {
+    match json {
+        true => println!("{}", json!({"success": true, "conf": conf})),
+        false => print!("{conf}"),
+    }
+}
+
 /// Prints the configured plugins and the other plugins in the folders.
 pub fn plugins(listed: &[(String, Result<OpenedPlugin>)], others: &[(String, PathBuf)], json: bool) {
     if json {

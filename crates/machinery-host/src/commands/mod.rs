@@ -1,10 +1,11 @@
-//! The commands that are more than a request: `check`, `clean`, `conformance`, `end-runs`, `import`,
+//! The commands that are more than a request: `check`, `clean`, `conformance`, `end-runs`, `export`, `import`,
 //! `new-plugin`, `shutdown` and `upgrade`.
 
 pub mod check;
 pub mod clean;
 pub mod conformance;
 pub mod end_runs;
+pub mod export;
 pub mod import;
 pub mod new_plugin;
 pub mod shutdown;

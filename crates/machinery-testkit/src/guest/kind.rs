@@ -15,6 +15,11 @@ pub enum Guest {
         /// The amount of RAM that is filled with incompressible noise, in MiB.
         noise_mib: u32,
     },
+    /// The guest of CAPE's analyses: see [`cape`](super::cape). For QEMU only.
+    Cape {
+        /// The number of the machine in its [`TestNetwork`](crate::lab::TestNetwork).
+        number: u8,
+    },
     /// Linux on a [`TestNetwork`](crate::lab::TestNetwork), which sends traffic without end: see
     /// [`linux`](super::linux). For QEMU only.
     TrafficSource,

@@ -19,6 +19,7 @@
 
 mod agent;
 pub mod analysis;
+pub mod cape;
 mod cpio;
 mod kind;
 pub mod linux;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::linux::Image;
-use super::{DISK_PLACEHOLDER, Guest, Qemu, analysis, micro};
+use super::{DISK_PLACEHOLDER, Guest, Qemu, analysis, cape, micro};
 use crate::error::Context;
 use crate::network::TestNetwork;
 use crate::{Result, cache, command};
@@ -37,6 +37,8 @@ pub enum Network {
     User,
     /// The tap of a [`TestNetwork`].
     Tap,
+    /// The tap of the machine with this number in a [`TestNetwork`].
+    Bridge(u8),
 }
 
 impl Recipe {
@@ -46,6 +48,10 @@ impl Recipe {
             Ok(Self::Linux { image: Image::in_cache(cache)?, ram_mib, noise_mib, network })
         };
         match guest {
+            Guest::Cape { number } => {
+                let (image, network) = (cape::image(cache)?, Network::Bridge(number));
+                Ok(Self::Linux { image, ram_mib: cape::RAM_MIB, noise_mib: 0, network })
+            }
             Guest::Micro => Ok(Self::Micro),
             Guest::Vmcloak => Ok(Self::Vmcloak),
             Guest::Linux { ram_mib, noise_mib } => linux(ram_mib, noise_mib, Network::User),
@@ -172,25 +178,33 @@ fn linux_args(
         }
         // A hub without another member discards all packets. It needs a second port to send at all. Unlike
         // user networking, it is not part of a snapshot.
-        (Network::Tap, None) => ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec(),
-        (Network::Tap, Some(_)) => vec![tap()],
+        (Network::Tap | Network::Bridge(_), None) => {
+            ["net0", "none"].map(|id| format!("hubport,id={id},hubid=0")).to_vec()
+        }
+        (Network::Tap, Some(_)) => vec![tap(TestNetwork::TAP)],
+        (Network::Bridge(number), Some(_)) => vec![tap(&TestNetwork::tap_of(number))],
     };
+    let mut card = "virtio-net-pci,netdev=net0,romfile=".to_owned();
     let mut append = format!("console=ttyS0 quiet panic=-1 noise={noise_mib}");
     if network == Network::Tap {
         append += &format!(" net={}/24,{},{}", TestNetwork::GUEST, TestNetwork::HOST, TestNetwork::HOST_MAC);
+    }
+    if let Network::Bridge(number) = network {
+        append += &format!(" net={}/24", TestNetwork::machine(number));
+        card += &format!(",mac=52:54:00:42:01:{number:02x}");
     }
     let mut args = strings(["-m", &ram_mib.to_string(), "-drive", &drive("virtio")]);
     args.extend(strings(["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]));
     args.extend(strings(["-append", &append]));
     // The card starts faster without its boot ROM.
     args.extend(netdevs.iter().flat_map(|netdev| strings(["-netdev", netdev])));
-    args.extend(strings(["-device", "virtio-net-pci,netdev=net0,romfile="]));
+    args.extend(strings(["-device", &card]));
     args
 }
 
 /// Returns a tap without offloads: some QEMUs' `filter-dump` writes the offload header as part of the packet.
-fn tap() -> String {
-    format!("tap,id=net0,ifname={},script=no,downscript=no,vnet_hdr=off", TestNetwork::TAP)
+fn tap(name: &str) -> String {
+    format!("tap,id=net0,ifname={name},script=no,downscript=no,vnet_hdr=off")
 }
 
 fn drive(interface: &str) -> String {

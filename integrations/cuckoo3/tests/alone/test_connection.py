@@ -201,6 +201,14 @@ class WithAHost(unittest.TestCase):
         message = {"action": "restore_start", "machine": "m1"}
         self.assertEqual(ask(self.client.path, message, restart_timeout=TIMEOUT), {"success": True})
 
+    def test_client_waits_for_a_host_that_is_away(self):
+        self.host.end()
+        restart = threading.Timer(0.3, start_other_host, (self, self.cwd))
+        restart.start()
+        self.addCleanup(restart.join)
+        client = Client(self.client.path, restart_timeout=TIMEOUT)
+        self.assertTrue(client.request("list")["success"])
+
     def test_ask_returns_within_its_timeout(self):
         began = time.monotonic()
         with self.assertRaises(Unreachable):

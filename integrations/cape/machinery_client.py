@@ -1,0 +1,1 @@
+../cuckoo3/cuckoo_machinery/connection.py
