@@ -112,7 +112,9 @@ fn metrics_show_machines_and_actions_in_both_formats() {
     assert_eq!(of("waiting_requests", r#"machinery="double""#), 0.0);
     assert!(value(&page, "cuckoo_machinery_disk_free_bytes") > 0.0);
     assert!(page.contains("# UNIT cuckoo_machinery_action_duration_seconds seconds"), "{page}");
-    assert!(page.contains(&format!("cuckoo_machinery_build_info{{version=\"{}\"", env!("CARGO_PKG_VERSION"))));
+    assert!(
+        page.contains(&format!("cuckoo_machinery_build_info{{version=\"{}\"", env!("CARGO_PKG_VERSION")))
+    );
     let (head, plain) = request(address, &["GET /metrics HTTP/1.1"]);
     assert!(head.contains("text/plain; version=0.0.4"), "{head}");
     assert_eq!(check(&["check", "metrics"], &[], &plain), "");
@@ -122,13 +124,14 @@ fn metrics_show_machines_and_actions_in_both_formats() {
 
 #[test]
 fn losses_of_a_tasks_run_are_counted() {
-    let (host, _cwd, address) = served(&[("m", "poweroff_after_ms: 1, poweroff_reason: killed")]);
+    let (host, _cwd, address) = served(&[("m", "faults: {stop: fail}, fault_times: 1")]);
     let errors = |page: &str| value(page, r#"cuckoo_machinery_run_errors_total{machinery="double"}"#);
     assert_eq!(errors(&scrape(address)), 0.0);
     let mut client = host.client().unwrap();
     client.subscribe().unwrap();
     client.ask(json!({"action": "lock", "machine": "m", "task_id": "t"})).unwrap();
     client.act("restore_start", "m").unwrap();
+    client.act("stop", "m").unwrap();
     client.wait_for_event("run_error", "m").unwrap();
     assert_eq!(errors(&scrape(address)), 1.0);
 }
@@ -316,7 +319,8 @@ fn dashboard_rules_and_documents_name_only_exported_metrics() {
         // promtool parses the expression as that of a rule.
         let rule = json!({"groups": [{"name": "g", "rules": [{"record": "r", "expr": expression}]}]});
         let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(&file, rule.to_string().replace("$__rate_interval", "5m").replace("$machinery", "qemu")).unwrap();
+        fs::write(&file, rule.to_string().replace("$__rate_interval", "5m").replace("$machinery", "qemu"))
+            .unwrap();
         check(&["check", "rules"], &[file.path()], "");
     }
     let monitoring = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/monitoring.md");
@@ -326,7 +330,8 @@ fn dashboard_rules_and_documents_name_only_exported_metrics() {
     for name in used.union(&alerts).chain(&documented) {
         assert!(exported.contains(name), "{name} is not exported: {exported:#?}");
     }
-    let families = exported.iter().filter(|name| !["_bucket", "_count", "_sum"].iter().any(|end| name.ends_with(end)));
+    let families =
+        exported.iter().filter(|name| !["_bucket", "_count", "_sum"].iter().any(|end| name.ends_with(end)));
     let missing: Vec<_> = families.filter(|name| !documented.contains(*name)).collect();
     assert!(missing.is_empty(), "docs/monitoring.md lacks {missing:?}");
 }

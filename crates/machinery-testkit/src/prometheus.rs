@@ -20,7 +20,8 @@ pub fn promtool() -> Result<PathBuf> {
 }
 
 fn unpack(into: &Path) -> Result<()> {
-    let download = tempfile::tempdir_in(into).map_err(|error| Error::new(format!("cannot make a folder: {error}")))?;
+    let download =
+        tempfile::tempdir_in(into).map_err(|error| Error::new(format!("cannot make a folder: {error}")))?;
     command::output(Command::new("apt-get").args(["-q", "download", PACKAGE]).current_dir(&download))?;
     let mut found = std::fs::read_dir(&download).ok().into_iter().flatten().flatten();
     let deb = found.next().ok_or_else(|| Error::new("`apt-get download prometheus` left no file"))?;
