@@ -56,8 +56,10 @@ fn pages_have_no_fault_of_mandoc() {
     for page in &pages {
         let output = Command::new("mandoc").args(["-T", "lint", "-W", "warning"]).arg(page).output().unwrap();
         let faults = String::from_utf8(output.stdout).unwrap();
-        // The date of a build would make each build another one.
-        let faults: Vec<&str> = faults.lines().filter(|line| !line.contains("missing date")).collect();
+        // The date of a build would make each build another one. clap_mangen writes breaks around lists of values.
+        let known = ["cannot parse date", "skipping paragraph macro: br"];
+        let faults: Vec<&str> =
+            faults.lines().filter(|line| !known.iter().any(|known| line.contains(known))).collect();
         assert!(faults.is_empty(), "{}: {faults:#?}", page.display());
     }
     let shown = |page: &str| {
@@ -74,7 +76,8 @@ fn completion_of_bash_completes_commands() {
     let share = manual();
     let file: &Path = &share.path().join("bash-completion/completions/cuckoo-machinery");
     let script = "source \"$1\"; COMP_WORDS=(cuckoo-machinery rest); COMP_CWORD=1; \
-                  _cuckoo-machinery cuckoo-machinery rest cuckoo-machinery; echo \"${COMPREPLY[@]}\"";
+                  _cuckoo__machinery cuckoo-machinery rest cuckoo-machinery; echo \"${COMPREPLY[@]}\"; \
+                  complete -p cuckoo-machinery | grep -o '_cuckoo__machinery'";
     let output = Command::new("bash").args(["-c", script, "bash"]).arg(file).output().unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap().trim(), "restore-start");
+    assert_eq!(String::from_utf8(output.stdout).unwrap().trim(), "restore-start\n_cuckoo__machinery");
 }

@@ -7,14 +7,19 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 use clap_complete::{Shell, generate};
+use clap_mangen::Man;
 use machinery::{Error, Result};
 use roff::{Roff, bold, roman};
 
 use super::args::Cli;
 
 const PROGRAM: &str = "cuckoo-machinery";
+/// The source of each page.
+const SOURCE: &str = concat!("cuckoo-machinery ", env!("CARGO_PKG_VERSION"));
+/// No date, so that each build writes the same pages.
+const NO_DATE: &str = " ";
 /// The commented defaults.
 const HOST_YAML: &str = include_str!("../../../../conf/machinery-host.yaml");
 
@@ -35,7 +40,9 @@ pub fn write(share: &Path) -> Result<()> {
     for folder in [&man1, &man5] {
         fs::create_dir_all(folder).map_err(|error| failed(folder, &error))?;
     }
-    clap_mangen::generate_to(Cli::command(), &man1).map_err(|error| failed(&man1, &error))?;
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    write_commands(&command, &man1).map_err(|error| failed(&man1, &error))?;
     let page = man5.join("machinery-host.yaml.5");
     fs::write(&page, host_yaml()).map_err(|error| failed(&page, &error))?;
     for (shell, path) in COMPLETIONS {
@@ -48,11 +55,19 @@ pub fn write(share: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Writes the page of a command, and those of its own commands.
+fn write_commands(command: &Command, folder: &Path) -> io::Result<()> {
+    let name = command.get_display_name().unwrap_or(PROGRAM);
+    let page = Man::new(command.clone()).title(name).date(NO_DATE).source(SOURCE).manual("Commands");
+    page.render(&mut File::create(folder.join(format!("{name}.1")))?)?;
+    let mut commands = command.get_subcommands().filter(|command| !command.is_hide_set());
+    commands.try_for_each(|command| write_commands(command, folder))
+}
+
 /// Returns the page `machinery-host.yaml(5)`.
 fn host_yaml() -> String {
     let mut page = Roff::new();
-    let version = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-    page.control("TH", ["machinery-host.yaml", "5", "", version, "File formats"]);
+    page.control("TH", ["machinery-host.yaml", "5", NO_DATE, SOURCE, "File formats"]);
     page.control("SH", ["NAME"]);
     page.text([roman(
         "machinery-host.yaml - configuration of the machinery host beyond Cuckoo3's own files",

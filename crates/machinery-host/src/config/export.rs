@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_exported_without_a_value() {
+    fn export_is_off_without_a_value() {
         for yaml in ["{}", "listen:\nfile:\n", "listen: ''\nfile: ''\n"] {
             let keys = read(yaml).unwrap();
             assert_eq!((keys.listen, keys.file), (None, None), "{yaml}");

@@ -1,4 +1,4 @@
-//! Whether each hypervisor answers: the host asks for the state of one idle machine of each machinery.
+//! Reports whether each hypervisor answers: the host asks for the state of one idle machine of each machinery.
 //!
 //! A reader of the metrics causes the question, and gets the answer to the one before. So a hypervisor that hangs delays no
 //! reader, and an idle host without readers asks nothing. The answer has no consequence for the machine.
