@@ -65,7 +65,7 @@ fn pages_have_no_fault_of_mandoc() {
     let shown = |page: &str| {
         let page = share.path().join("man").join(page);
         let output = Command::new("mandoc").args(["-T", "ascii"]).arg(page).output().unwrap();
-        String::from_utf8(output.stdout).unwrap().replace(|c: char| c == '\u{8}', "")
+        String::from_utf8(output.stdout).unwrap().replace('\u{8}', "")
     };
     assert!(shown("man5/machinery-host.yaml.5").contains("127.0.0.1:9464"));
     assert!(shown("man1/cuckoo-machinery-stop.1").contains("Power a machine off at once"));
