@@ -139,6 +139,12 @@ fn losses_of_a_tasks_run_are_counted() {
 }
 
 #[test]
+fn hypervisor_is_down_when_it_does_not_answer() {
+    let (_host, _cwd, address) = served(&[("m", "faults: {state: fail}")]);
+    until(|| value(&scrape(address), r#"cuckoo_machinery_hypervisor_up{machinery="double"}"#) == 0.0);
+}
+
+#[test]
 fn endpoint_answers_only_get_of_metrics() {
     let (_host, _cwd, address) = served(&[("m", "")]);
     for (line, status) in [
