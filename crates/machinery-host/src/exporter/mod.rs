@@ -1,4 +1,4 @@
-//! The exporter: the metrics for Prometheus, at an address ([`http`]) and in a file ([`textfile`]). Both are off by
+//! The exporter: the metrics for Prometheus, at an address (`http`) and in a file (`textfile`). Both are off by
 //! default.
 //!
 //! ```text
@@ -6,7 +6,7 @@
 //!                                        └─▶ the host ends: the file is removed
 //! ```
 //!
-//! [`page`] collects the values when somebody reads them, so that metrics cost nothing meanwhile. An exporter that fails
+//! `page` collects the values when somebody reads them, so that metrics cost nothing meanwhile. An exporter that fails
 //! is an error in the log; the host serves on.
 
 mod families;
