@@ -57,7 +57,20 @@ fn install_takes_the_plugins_and_no_fixture_when_a_workspace_was_built() {
         ("share/cuckoo-machinery/conf/machineries/qemu.yaml", 0o644),
         ("share/cuckoo-machinery/conf/machinery-host.yaml", 0o644),
     ];
-    assert_eq!(files(&prefix), expected.map(|(path, mode)| (path.into(), mode)));
+    let is_manual = |path: &Path| path.starts_with("share") && !path.starts_with("share/cuckoo-machinery");
+    let (manual, others): (Vec<_>, Vec<_>) =
+        files(&prefix).into_iter().partition(|(path, _)| is_manual(path));
+    assert_eq!(others, expected.map(|(path, mode)| (path.into(), mode)));
+    for path in [
+        "share/bash-completion/completions/cuckoo-machinery",
+        "share/fish/vendor_completions.d/cuckoo-machinery.fish",
+        "share/man/man1/cuckoo-machinery.1",
+        "share/man/man1/cuckoo-machinery-restore-start.1",
+        "share/man/man5/machinery-host.yaml.5",
+        "share/zsh/site-functions/_cuckoo-machinery",
+    ] {
+        assert!(manual.contains(&(path.into(), 0o644)), "{path}: {manual:?}");
+    }
 }
 
 #[test]

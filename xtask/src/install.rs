@@ -6,10 +6,12 @@
 //! | `bin/` | `cuckoo-machinery` |
 //! | `lib/cuckoo-machinery/` | the plugins, and no other library of the build |
 //! | `share/cuckoo-machinery/conf/` | commented defaults of their configuration files |
+//! | `share/man/`, `share/bash-completion/` and others | manual pages, and completions for shells, which the program writes |
 //!
 //! No file contains the prefix: a packager gives `--prefix "$DESTDIR/usr"`. The program `install` replaces a
 //! file instead of writing into it, so a running host keeps its own files.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -67,7 +69,9 @@ pub fn run(options: &Options) -> Result<()> {
     if sudo {
         eprintln!("Writing to {} needs root: sudo is used, and may ask for your password.", prefix.display());
     }
-    for (mode, source, target) in files(&built, &options.plugins) {
+    let share = tempfile::tempdir().context(|| "making a folder for the manual".to_owned())?;
+    let manual = manual(&built.join("cuckoo-machinery"), share.path())?;
+    for (mode, source, target) in files(&built, &options.plugins).into_iter().chain(manual) {
         let mut install = Command::new(if sudo { "sudo" } else { "install" });
         if sudo {
             install.arg("install");
@@ -90,8 +94,30 @@ fn build(plugins: &[Plugin]) -> Result<PathBuf> {
     Ok(target.join("release"))
 }
 
-/// Returns each file's mode, its path, and its target below the prefix.
-fn files(built: &Path, plugins: &[Plugin]) -> Vec<(&'static str, PathBuf, PathBuf)> {
+/// A file's mode, its path, and its target below the prefix.
+type Installed = (&'static str, PathBuf, PathBuf);
+
+/// Has the program write its manual pages and completions below `share`, and returns these files.
+fn manual(program: &Path, share: &Path) -> Result<Vec<Installed>> {
+    step(Command::new(program).arg("manual").arg(share))?;
+    let mut files = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        let what = || format!("reading {}", share.join(&folder).display());
+        for entry in fs::read_dir(share.join(&folder)).context(what)? {
+            let entry = entry.context(what)?;
+            let path = folder.join(entry.file_name());
+            match entry.file_type().context(what)?.is_dir() {
+                true => folders.push(path),
+                false => files.push(("644", entry.path(), Path::new("share").join(path))),
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Returns the files of the build and of the checkout.
+fn files(built: &Path, plugins: &[Plugin]) -> Vec<Installed> {
     let programs = ["cuckoo-machinery", "cuckoo-machinery-jail"];
     let conf = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../conf"));
     let share = Path::new("share/cuckoo-machinery/conf");

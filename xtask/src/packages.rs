@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 12] = [
+const NEEDS: [Need; 13] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -96,6 +96,13 @@ const NEEDS: [Need; 12] = [
         args: &["-V"],
         packages: &["strace"],
         why: "shows the order of system calls",
+    },
+    Need {
+        what: "mandoc",
+        program: "mandoc",
+        args: &["-T", "lint", "-W", "fatal", "/dev/null"],
+        packages: &["mandoc"],
+        why: "checks the manual pages",
     },
     Need {
         what: "libvirt's development files",

@@ -16,6 +16,7 @@
 //! | [`serve`] | the life of the host: load, serve, shut down |
 //! | [`commands`] | the commands that need no running host |
 //! | [`server`] | the socket and its protocol |
+//! | [`exporter`] | the metrics for Prometheus |
 //! | [`manager`] | the shared state, and a method for each request |
 //! | [`watchdog`] | proves to systemd that the host answers |
 //! | [`reload`] | a new configuration while the host serves |
@@ -46,6 +47,7 @@ pub mod cwd;
 pub mod cwd_lock;
 pub mod events;
 pub mod exit;
+pub mod exporter;
 pub mod fleet;
 mod limits;
 pub mod load;

@@ -41,6 +41,7 @@ use crate::cwd::{Cwd, make_folder, make_state_folder};
 use crate::cwd_lock::lock;
 use crate::events::Events;
 use crate::exit;
+use crate::exporter;
 use crate::fleet::Fleet;
 use crate::fleet::state_file::StateStore;
 use crate::limits;
@@ -115,7 +116,10 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         let manager = Arc::new(manager(cwd, search, config, fleet, state, events, replacement).await?);
         let (end, hangup) = signals.while_serving(hands_over)?;
         work_in_background(&manager, hangup)?;
-        serve(cwd, &peers, manager, loading, inherited, end).await
+        let exporter = tokio::spawn(exporter::run(Arc::clone(&manager)));
+        let ended = serve(cwd, &peers, manager, loading, inherited, end).await;
+        exporter::end(exporter).await;
+        ended
     });
     // A plugin's call that never returns must not delay the end.
     runtime.shutdown_background();

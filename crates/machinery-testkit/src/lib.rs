@@ -12,6 +12,7 @@
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
 //! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
+//! - [`prometheus`]: the checks of metrics and rules.
 //! - [`requirement`]: what a test needs of this computer and its user.
 //! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
@@ -30,6 +31,7 @@ pub mod libvirt;
 mod network;
 mod process;
 pub mod processes;
+pub mod prometheus;
 pub mod random;
 pub mod requirement;
 mod resources;

@@ -1,17 +1,18 @@
 //! The context of all executors: settings, permits, and the record of failures.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use machinery::{Error, ErrorKind, FreeSpaceReserve, Result};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 
 use super::CLOSING;
+use super::message::InFlightGuard;
 use super::metrics::Metrics;
 use crate::capture;
 use crate::capture::space::Captures;
 use crate::client_file::Folders;
-use crate::config::{Config, Heal, Timeouts};
+use crate::config::{Config, Export, Heal, Timeouts};
 use crate::fleet::run_marks::RunMarks;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Machine, Roster};
@@ -21,9 +22,10 @@ const MAX_PREPARATIONS: usize = 2;
 
 /// The settings, permits and records that all executors share.
 pub struct ActionContext {
-    settings: RwLock<ActionSettings>,
+    settings: watch::Sender<ActionSettings>,
     /// One permit for each restore that may run. Waiting restores get them in order of arrival.
     restores: Arc<Semaphore>,
+    waiting_restores: watch::Sender<usize>,
     /// The same for preparations, which therefore never delay a restore.
     preparations: Arc<Semaphore>,
     /// The captures under way.
@@ -52,6 +54,8 @@ pub struct ActionSettings {
     pub heal: Heal,
     /// The longest time that a run may last.
     pub max_run: Option<Duration>,
+    /// The places at which the metrics are exported.
+    pub export: Export,
 }
 
 impl ActionSettings {
@@ -63,6 +67,7 @@ impl ActionSettings {
             reserve: config.free_space_reserve,
             heal: config.heal,
             max_run: config.max_run,
+            export: config.export.clone(),
         }
     }
 
@@ -78,6 +83,8 @@ impl ActionSettings {
             ("capture_jail", both.is_some_and(|(old, new)| old.jail != new.jail)),
             ("heal", self.heal != new.heal),
             ("max_run", self.max_run != new.max_run),
+            ("metrics_listen", self.export.listen != new.export.listen),
+            ("metrics_textfile", self.export.textfile != new.export.textfile),
             (FreeSpaceReserve::KEY, self.reserve != new.reserve),
             ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
         ];
@@ -90,8 +97,9 @@ impl ActionContext {
     pub fn new(config: &Config, folders: Folders, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
         let permits = config.max_parallel_restores.get().min(Semaphore::MAX_PERMITS);
         ActionContext {
-            settings: RwLock::new(ActionSettings::of(config)),
+            settings: watch::Sender::new(ActionSettings::of(config)),
             restores: Arc::new(Semaphore::new(permits)),
+            waiting_restores: watch::Sender::new(0),
             preparations: Arc::new(Semaphore::new(permits.min(MAX_PREPARATIONS))),
             captures: Arc::default(),
             metrics,
@@ -104,7 +112,7 @@ impl ActionContext {
 
     /// Applies these settings to all later actions, and to the present runs and quarantines of these machines.
     pub async fn apply(&self, settings: ActionSettings, roster: &Roster) {
-        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+        self.settings.send_replace(settings);
         self.disable_quarantined(roster).await;
         // Each worker waits anew, for the present end of its machine's run.
         roster.machines().iter().for_each(|machine| machine.notify_idle_work());
@@ -130,7 +138,12 @@ impl ActionContext {
 
     /// Returns a copy of the settings.
     pub fn settings(&self) -> ActionSettings {
-        self.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.settings.borrow().clone()
+    }
+
+    /// Returns the settings, and notices later ones.
+    pub fn watch_settings(&self) -> watch::Receiver<ActionSettings> {
+        self.settings.subscribe()
     }
 
     /// Returns the timeouts of the actions.
@@ -143,7 +156,13 @@ impl ActionContext {
     /// # Errors
     /// The host ends.
     pub async fn restore_permit(&self) -> Result<OwnedSemaphorePermit> {
+        let _waiting = InFlightGuard::new([&self.waiting_restores]);
         Arc::clone(&self.restores).acquire_owned().await.map_err(|_| Error::failed(CLOSING))
+    }
+
+    /// Returns the number of restores that wait for a permit.
+    pub fn waiting_restores(&self) -> usize {
+        *self.waiting_restores.borrow()
     }
 
     /// Waits for a permit to prepare a machine. Returns `None` when the host ends.
@@ -206,6 +225,8 @@ mod tests {
         assert_eq!(differing("timeouts: {stop: 1}"), ["timeouts"]);
         assert_eq!(differing("heal: off"), ["heal"]);
         assert_eq!(differing("max_run: 5"), ["max_run"]);
+        assert_eq!(differing("metrics_listen: 127.0.0.1:9464"), ["metrics_listen"]);
+        assert_eq!(differing("metrics_textfile: /tmp/a.prom"), ["metrics_textfile"]);
         assert_eq!(differing("free_space_reserve: 1 GiB"), [FreeSpaceReserve::KEY]);
     }
 

@@ -24,7 +24,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use machinery::{Error, ErrorKind, Result, State};
+use machinery::{Error, ErrorKind, Readiness, Result, State};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::context::ActionContext;
@@ -89,6 +89,7 @@ impl ActionExecutor {
     async fn execute_now(&mut self, action: &Action) -> ActionResult {
         self.machine.set_busy(true);
         self.machine.clear_steps();
+        let mode = self.restore_mode(action);
         let begun = Instant::now();
         let result = match (self.ensure_allowed(action), action) {
             (Err(failure), _) => Err(failure),
@@ -104,7 +105,13 @@ impl ActionExecutor {
             (Ok(()), Action::Prepare(_)) => self.prepare(action).await,
         };
         self.machine.set_busy(false);
-        self.record(action, begun.elapsed(), result).await
+        self.record(action, begun.elapsed(), mode, result).await
+    }
+
+    /// Returns the mode that the machine is ready for, if the action is a restore.
+    fn restore_mode(&self, action: &Action) -> Option<Readiness> {
+        let restores = matches!(action, Action::RestoreStart | Action::Heal);
+        restores.then(|| self.machine.status().ready.map_or(Readiness::Plain, |ready| ready.mode))
     }
 
     /// Reports whether the next restore may be prepared: the machine is off, in the pool, and not locked. A

@@ -53,7 +53,9 @@ pub struct Request {
     pub action: Action,
     /// Gets the result.
     pub responder: Responder,
-    pub(super) _in_flight: InFlightGuard,
+    /// Held until the action runs.
+    pub(super) waiting: InFlightGuard<1>,
+    pub(super) _in_flight: InFlightGuard<2>,
 }
 
 /// Gets the result of an action, exactly once. A responder that is dropped, because the host ends, responds
@@ -82,12 +84,12 @@ impl Drop for Responder {
     }
 }
 
-/// Counts an action that waits or runs, for its machine and for all machines, until it is dropped.
-pub struct InFlightGuard([watch::Sender<usize>; 2]);
+/// Counts an action that waits or runs, until it is dropped.
+pub struct InFlightGuard<const N: usize>([watch::Sender<usize>; N]);
 
-impl InFlightGuard {
+impl<const N: usize> InFlightGuard<N> {
     /// Increments these counts.
-    pub fn new(counts: [&watch::Sender<usize>; 2]) -> Self {
+    pub fn new(counts: [&watch::Sender<usize>; N]) -> Self {
         for count in counts {
             count.send_modify(|count| *count += 1);
         }
@@ -95,7 +97,7 @@ impl InFlightGuard {
     }
 }
 
-impl Drop for InFlightGuard {
+impl<const N: usize> Drop for InFlightGuard<N> {
     fn drop(&mut self) {
         for count in &self.0 {
             count.send_modify(|count| *count -= 1);
@@ -155,8 +157,8 @@ mod tests {
 
     fn request(action: Action) -> Message {
         let count = watch::Sender::new(0);
-        let _in_flight = InFlightGuard::new([&count, &count]);
-        Message::Request(Request { action, responder: Responder::new(|_| ()), _in_flight })
+        let (waiting, _in_flight) = (InFlightGuard::new([&count]), InFlightGuard::new([&count, &count]));
+        Message::Request(Request { action, responder: Responder::new(|_| ()), waiting, _in_flight })
     }
 
     #[tokio::test(start_paused = true)]

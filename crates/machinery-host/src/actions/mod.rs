@@ -23,7 +23,7 @@
 //! | [`context`] | what all executors share: settings, permits, failures |
 //! | [`capture`] | begins and ends the capture of a machine's traffic |
 //! | [`diagnose`] | asks plugins which machines they cannot use |
-//! | [`metrics`] | counts and durations of actions |
+//! | [`metrics`], [`histogram`] | counts and durations of actions |
 
 pub mod adoption;
 pub mod capture;
@@ -32,6 +32,7 @@ pub mod diagnose;
 pub mod executor;
 pub mod failure;
 pub mod healing;
+pub mod histogram;
 pub mod inspection;
 #[cfg(test)]
 pub mod lab;

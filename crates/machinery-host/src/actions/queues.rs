@@ -22,6 +22,8 @@ struct Queue {
     messages: mpsc::UnboundedSender<Message>,
     /// The number of requests that wait or run.
     in_flight: watch::Sender<usize>,
+    /// The number of those that wait.
+    waiting: watch::Sender<usize>,
 }
 
 /// The queues of all machines, and their workers.
@@ -53,7 +55,8 @@ impl Queues {
             return;
         }
         let (sender, messages) = mpsc::unbounded_channel();
-        let queue = Queue { messages: sender, in_flight: watch::Sender::new(0) };
+        let queue =
+            Queue { messages: sender, in_flight: watch::Sender::new(0), waiting: watch::Sender::new(0) };
         queues.insert(machine.name().to_owned(), queue);
         let (context, closing) = (Arc::clone(&self.context), Arc::clone(&self.closing));
         let worker = Worker::new(Arc::clone(machine), context, messages, closing);
@@ -76,6 +79,7 @@ impl Queues {
                 let _ = queue.messages.send(Message::Request(Request {
                     action,
                     responder,
+                    waiting: InFlightGuard::new([&queue.waiting]),
                     _in_flight: in_flight,
                 }));
             }
@@ -88,6 +92,11 @@ impl Queues {
     /// Reports whether an action of that machine waits or runs.
     pub fn is_busy(&self, machine: &Machine) -> bool {
         self.queues().get(machine.name()).is_some_and(|queue| *queue.in_flight.borrow() > 0)
+    }
+
+    /// Returns the number of requests for that machine that wait.
+    pub fn waiting(&self, machine: &Machine) -> usize {
+        self.queues().get(machine.name()).map_or(0, |queue| *queue.waiting.borrow())
     }
 
     /// Asks the machine's worker to pause, unless an action waits or runs. A preparation is cancelled.

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use machinery::Result;
+use machinery::{Readiness, Result};
 
 use super::executor::ActionExecutor;
 use super::failure::Failure;
-use super::metrics::milliseconds;
+use super::metrics::{Ended, milliseconds};
 use super::{Action, ActionResult};
 
 impl ActionExecutor {
@@ -15,11 +15,12 @@ impl ActionExecutor {
         &self,
         action: &Action,
         took: Duration,
+        mode: Option<Readiness>,
         result: Result<(), Failure>,
     ) -> ActionResult {
         let (machine, name) = (self.machine.name(), action.name());
         let failed = result.as_ref().is_err_and(|failure| !failure.is_harmless());
-        let steps = self.count(name, took, failed);
+        let steps = self.count(name, mode, took, failed);
         let took_ms = milliseconds(took);
         let harmless = result.is_err() && !failed;
         let Err(Failure { reason, disable }) = result else {
@@ -57,9 +58,9 @@ impl ActionExecutor {
     }
 
     /// Counts an action in the metrics, and returns its steps as text.
-    fn count(&self, action: &'static str, took: Duration, failed: bool) -> String {
-        let steps = self.machine.status().steps;
-        self.context.metrics.count(&self.machine.machinery.name, action, took, &steps, failed);
+    fn count(&self, action: &'static str, mode: Option<Readiness>, took: Duration, failed: bool) -> String {
+        let (machinery, steps) = (&self.machine.machinery.name, self.machine.status().steps);
+        self.context.metrics.count(Ended { machinery, action, mode, took, steps: &steps, failed });
         let text = steps.iter().map(|(step, took)| format!("{step} {:.1}", milliseconds(*took)));
         text.collect::<Vec<_>>().join(", ")
     }

@@ -53,7 +53,8 @@ impl Worker {
     pub async fn run(mut self) {
         loop {
             match self.waiting.pop_front() {
-                Some(Message::Request(Request { action, responder, _in_flight })) => {
+                Some(Message::Request(Request { action, responder, waiting, _in_flight })) => {
+                    drop(waiting);
                     let result = match action {
                         _ if self.closing.get().is_some() => Err(CLOSING.to_owned()),
                         Action::Prepare(origin) => self.prepare_when_permitted(origin).await,

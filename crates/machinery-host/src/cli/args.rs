@@ -127,6 +127,8 @@ pub enum Command {
     Export(Export),
     /// Check a built plugin against each requirement of the interface
     Conformance(Box<Conformance>),
+    /// Write the manual pages and the completions for shells below a folder, such as /usr/local/share
+    Manual { folder: PathBuf },
     /// Create the crate of a new plugin
     NewPlugin {
         /// Name in the machineries list: lowercase letters, digits, '-' and '_'

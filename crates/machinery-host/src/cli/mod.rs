@@ -1,12 +1,13 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, and `progress` shows an action under way.
+//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, `manual` writes the manual pages, and `progress` shows an action under way.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
 mod file;
 mod machines;
+mod manual;
 mod output;
 mod progress;
 mod status;
@@ -68,6 +69,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let template = if *process { Template::PROCESS } else { Template::MEMORY };
             let new = new_plugin::new_plugin(&template, name, dir, interface.as_deref())?;
             output::new_plugin(&new, global.json);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Manual { folder } => {
+            manual::write(folder)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(options) if options.list => {

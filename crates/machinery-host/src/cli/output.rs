@@ -122,20 +122,24 @@ pub fn metrics(answer: &Value, json: bool) {
     if json || answer["success"] != json!(true) {
         return reply(answer, json);
     }
-    let heads = ["MACHINERY", "ACTION", "STEP", "COUNT", "FAILED", "MEAN", "LONGEST"];
+    let heads = ["MACHINERY", "ACTION", "MODE", "STEP", "COUNT", "FAILED", "MEAN", "P50", "P99", "LONGEST"];
     let mut rows = vec![heads.map(str::to_owned)];
     for tally in answer["metrics"].as_array().unwrap_or(&Vec::new()) {
         let text = |key: &str| tally[key].as_str().unwrap_or("").to_owned();
         let number = |key: &str| tally[key].as_f64().unwrap_or(0.0);
+        let milliseconds = |time: f64| format!("{time:.1} ms");
         let mean = number("total_ms") / number("count").max(1.0);
         rows.push([
             text("machinery"),
             text("action"),
+            text("mode"),
             text("step"),
             number("count").to_string(),
             number("failed").to_string(),
-            format!("{mean:.1} ms"),
-            format!("{:.1} ms", number("max_ms")),
+            milliseconds(mean),
+            milliseconds(number("p50_ms")),
+            milliseconds(number("p99_ms")),
+            milliseconds(number("max_ms")),
         ]);
     }
     println!("{}", table(&rows));

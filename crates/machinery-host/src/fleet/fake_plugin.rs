@@ -13,7 +13,7 @@ use machinery::{
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::watch;
 
-use super::{Machine, Machinery};
+use super::{Losses, Machine, Machinery};
 use crate::events::{Event, Events};
 use crate::plugin::checksum::FileHash;
 use crate::plugin::search::PluginFile;
@@ -112,6 +112,7 @@ impl FakePlugin {
             },
             diagnosing: Arc::default(),
             adopts: AtomicBool::new(false),
+            losses: Losses::default(),
         })
     }
 

@@ -240,6 +240,7 @@ impl Machine {
         tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
         self.add_error(&error);
         self.run_failed(&error);
+        self.machinery.losses.captures.fetch_add(1, Ordering::Relaxed);
         self.events.send(Event::CaptureFailed { machine: self.name.clone(), reason: error });
     }
 

@@ -1,7 +1,7 @@
 //! A loaded machinery.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use machinery::Capabilities;
 use machinery::host::Instance;
@@ -24,6 +24,17 @@ pub struct Machinery {
     pub diagnosing: Arc<tokio::sync::Mutex<()>>,
     /// See [`adopts`](Machinery::adopts).
     pub adopts: AtomicBool,
+    /// The losses of the machinery's runs.
+    pub losses: Losses,
+}
+
+/// The number of losses since the start of the host.
+#[derive(Debug, Default)]
+pub struct Losses {
+    /// The captures that have failed or have lost packets.
+    pub captures: AtomicU64,
+    /// The errors of tasks' runs.
+    pub run_errors: AtomicU64,
 }
 
 impl Machinery {

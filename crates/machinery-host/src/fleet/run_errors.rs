@@ -4,6 +4,8 @@
 //! the log and an event. The machine keeps it until another task locks the machine, so that a client can read it after
 //! the end of the run. Errors of a run that no task holds concern nobody.
 
+use std::sync::atomic::Ordering;
+
 use super::Machine;
 use super::status::Status;
 use crate::events::Event;
@@ -28,6 +30,7 @@ impl Machine {
             availability.run_errors.remove(1);
         }
         availability.run_errors.push(reason.to_owned());
+        self.machinery.losses.run_errors.fetch_add(1, Ordering::Relaxed);
         self.events.send(Event::RunError { machine, task_id, reason: reason.to_owned() });
         true
     }

@@ -15,10 +15,9 @@ use crate::fleet::{Machine, Roster};
 use crate::origin::Origin;
 
 /// New words and the old ones that clients may still read.
-const OLD_WORDS: [(&str, &str); 6] = [
+const OLD_WORDS: [(&str, &str); 5] = [
     ("deferred", "later"),
     ("restart_required", "notes"),
-    ("max_ms", "longest_ms"),
     ("change_pending", "outdated"),
     ("mode", "how"),
     ("reason", "why"),
@@ -118,10 +117,10 @@ pub fn version(roster: &Roster, origin: &Origin) -> Value {
 
 /// The reply to `metrics`.
 pub fn metrics(metrics: &Metrics, roster: &Roster) -> Value {
-    let entries: Vec<Value> = match metrics.to_json() {
-        Value::Array(entries) => entries.into_iter().map(with_old_words).collect(),
-        _ => Vec::new(),
-    };
+    let mut entries = metrics.to_json();
+    for entry in entries.as_array_mut().into_iter().flatten() {
+        entry["longest_ms"] = entry["max_ms"].clone();
+    }
     let in_quarantine = |machine: &&Arc<Machine>| machine.status().availability.quarantine.is_some();
     let machines = roster.machines().iter().filter(in_quarantine).count();
     let (tries, healed) = metrics.tries_and_healed();

@@ -1,0 +1,75 @@
+//! The exporter: the metrics for Prometheus, at an address (`http`) and in a file (`textfile`). Both are off by
+//! default.
+//!
+//! ```text
+//! settings ─▶ address and file are served ─▶ a reload: the new settings
+//!                                        └─▶ the host ends: the file is removed
+//! ```
+//!
+//! `page` collects the values when somebody reads them, so that metrics cost nothing meanwhile. An exporter that fails
+//! is an error in the log; the host serves on.
+
+mod families;
+mod http;
+mod page;
+mod probe;
+mod textfile;
+
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::config::Export;
+use crate::manager::Manager;
+use page::Page;
+
+/// The time that the exporter has to remove its file when the host ends.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Exports the metrics until the host ends.
+pub async fn run(manager: Arc<Manager>) {
+    let mut settings = manager.queues().context().watch_settings();
+    let mut ended = manager.ended().subscribe();
+    let page = Arc::new(Page::new(Arc::clone(&manager)));
+    loop {
+        let export = settings.borrow_and_update().export.clone();
+        let goes_on = tokio::select! {
+            () = serve(&page, &export) => true,
+            changed = settings.changed() => changed.is_ok(),
+            // The sender lives as long as the manager.
+            _ = ended.wait_for(|ended| *ended) => false,
+        };
+        if let Some(file) = &export.textfile {
+            textfile::remove(file);
+        }
+        if !goes_on {
+            return;
+        }
+    }
+}
+
+/// Waits for the end of the exporter of a host that has ended.
+pub async fn end(exporter: JoinHandle<()>) {
+    // A file on a disk that hangs is left.
+    let _ = timeout(END_TIMEOUT, exporter).await;
+}
+
+/// Exports to these places until it is dropped.
+async fn serve(page: &Arc<Page>, export: &Export) {
+    let http = async {
+        match export.listen {
+            Some(address) => http::serve(address, page).await,
+            None => pending().await,
+        }
+    };
+    let file = async {
+        match &export.textfile {
+            Some(file) => textfile::keep(file, page).await,
+            None => pending().await,
+        }
+    };
+    tokio::join!(http, file);
+}
