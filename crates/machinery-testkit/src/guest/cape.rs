@@ -1,7 +1,7 @@
 //! The guest of CAPE's analyses: a minimal Debian with CAPE's own agent, which `$CAPE_SOURCE` has.
 //!
 //! CAPE's analyser for Linux is a Python program that CAPE sends to the agent. It needs a Python, pyinotify and strace,
-//! which `debootstrap` installs; only root can run it. The kernel is that of the [`linux`](super::linux) guest.
+//! which `debootstrap` installs; only root can run it. The kernel is that of the [`linux`] guest.
 //!
 //! Its network is a [`TestNetwork`](crate::lab::TestNetwork) with
 //! [a bridge](crate::lab::TestNetwork::add_machines): CAPE's result server knows a machine by its address.
