@@ -7,9 +7,11 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use machinery_testkit::client::Client;
 use machinery_testkit::guest::analysis::Agent;
 use machinery_testkit::lab::{Analysis, AnalysisLab, Manager, Report, SAMPLE_NAME};
 use machinery_testkit::requirement;
+use rustix::process::{Signal, kill_process};
 
 /// Returns a lab with that many machines, if Cuckoo3 and the agent are there.
 fn lab(machines: u8, agent: Agent) -> Option<AnalysisLab> {
@@ -72,6 +74,24 @@ fn analyses_lack_nothing_when_many_wait_for_the_same_machines() {
         assert_facts(&lab.wait(&cuckoo, analysis).unwrap(), analysis, token);
     }
     println!("{} analyses took {:?}", tokens.len(), begun.elapsed());
+    cuckoo.end().unwrap();
+    lab.lab().assert_clean();
+}
+
+#[test]
+fn task_fails_with_the_reason_when_its_machine_is_killed_and_the_next_one_is_clean() {
+    let Some(lab) = lab(1, Agent::Own) else { return };
+    let cuckoo = lab.start(Manager::Host).unwrap();
+    let mut subscriber = Client::connect(&lab.lab().cwd().socket()).unwrap();
+    subscriber.subscribe().unwrap();
+    let lost = lab.submit(&["lost"]).unwrap().remove(0);
+    subscriber.wait_for_state("m1", "running").unwrap();
+    kill_process(lab.lab().qemu_of("m1").unwrap(), Signal::KILL).unwrap();
+    let (state, errors) = lab.wait_for_failure(&cuckoo, &lost).unwrap();
+    assert_eq!(state, "fatal_error", "{errors:?}");
+    assert!(errors.iter().any(|error| error.contains("killed by signal 9")), "{errors:?}");
+    let next = lab.submit(&["next"]).unwrap().remove(0);
+    assert_facts(&lab.wait(&cuckoo, &next).unwrap(), &next, "next");
     cuckoo.end().unwrap();
     lab.lab().assert_clean();
 }

@@ -153,6 +153,24 @@ impl AnalysisLab {
 
     /// Waits for the end of an analysis, and returns its report.
     pub fn wait(&self, cuckoo: &Cuckoo, analysis: &Analysis) -> Result<Report> {
+        let state = self.wait_for_end(cuckoo, analysis)?;
+        if state != "finished" {
+            return Err(self.failed(analysis, &state, cuckoo));
+        }
+        let timeline = cuckoo.timeline(&analysis.id);
+        let timeline = timeline.ok_or_else(|| self.failed(analysis, "it is not in Cuckoo3's log", cuckoo))?;
+        Report::read(&self.folder(&analysis.id), timeline)
+            .map_err(|error| self.failed(analysis, &error.to_string(), cuckoo))
+    }
+
+    /// Waits for the end of an analysis whose task fails, and returns the task's state and errors.
+    pub fn wait_for_failure(&self, cuckoo: &Cuckoo, analysis: &Analysis) -> Result<(String, Vec<String>)> {
+        self.wait_for_end(cuckoo, analysis)?;
+        report::failure(&self.folder(&analysis.id))
+    }
+
+    /// Waits for the end of an analysis, and returns its state.
+    fn wait_for_end(&self, cuckoo: &Cuckoo, analysis: &Analysis) -> Result<String> {
         let folder = self.folder(&analysis.id);
         let path = folder.join("analysis.json");
         let watch = ContentWatch::new(&path)?;
@@ -164,14 +182,7 @@ impl AnalysisLab {
             Ok(matches!(state, "finished" | "fatal_error" | "no_selected").then(|| state.to_owned()))
         })?;
         match ended {
-            Wait::Found(state) if state == "finished" => {
-                let timeline = cuckoo.timeline(&analysis.id);
-                let timeline =
-                    timeline.ok_or_else(|| self.failed(analysis, "it is not in Cuckoo3's log", cuckoo))?;
-                Report::read(&folder, timeline)
-                    .map_err(|error| self.failed(analysis, &error.to_string(), cuckoo))
-            }
-            Wait::Found(state) => Err(self.failed(analysis, &state, cuckoo)),
+            Wait::Found(state) => Ok(state),
             Wait::GaveUp(why) => Err(self.failed(analysis, &why, cuckoo)),
         }
     }

@@ -47,19 +47,21 @@ impl Report {
             urls: texts(&network["http"], |exchange| &exchange["request"]["url"]),
             screenshots: files(&task.join("screenshots"))?,
             score: report["score"].as_u64().unwrap_or_default(),
-            errors: [errors(&task, "run_errors.json")?, errors(&task, "processing_errors.json")?].concat(),
+            errors: errors(&task)?,
             timeline,
         })
     }
 }
 
-/// Returns the errors in a file that exists only if there are any.
-fn errors(task: &Path, file: &str) -> Result<Vec<String>> {
-    let path = task.join(file);
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let found = json(&path)?;
+/// Returns the state of the task of an analysis, and its errors.
+pub(super) fn failure(analysis: &Path) -> Result<(String, Vec<String>)> {
+    let task = analysis.join("task_1");
+    Ok((text(&json(&task.join("task.json"))?["state"]), errors(&task)?))
+}
+
+/// Returns the errors of a task. Cuckoo3 moves those of its run and of its processing to `task.json`.
+fn errors(task: &Path) -> Result<Vec<String>> {
+    let found = &json(&task.join("task.json"))?["errors"];
     let of = |kind: &str| found[kind].as_array().into_iter().flatten().map(ToString::to_string).collect();
     Ok([of("errors"), of("fatal")].into_iter().flat_map(|errors: Vec<String>| errors).collect())
 }
