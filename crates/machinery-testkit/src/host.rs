@@ -26,6 +26,8 @@ pub use crate::resources::ProcessResources;
 
 /// The pause between two looks at the log, for whose lines there is no event.
 const LOG_INTERVAL: Duration = Duration::from_millis(50);
+/// The time until an idle host must have become quiet: the longest timer of an ended call lasts about a minute.
+const QUIET_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// Returns the command `cuckoo-machinery` for that CWD, with the built plugins.
 pub fn command(cwd: &ScratchCwd) -> Result<Command> {
@@ -164,12 +166,29 @@ impl RunningHost {
         ProcessResources::of(self.pid())
     }
 
-    /// Returns what each thread of the host has done so far. Equal values mean that none has run meanwhile. Source:
-    /// `/proc/<pid>/schedstat` in the kernel's sched-stats.rst.
+    /// Waits until no thread of the host has run for that time, and returns the number of its threads. A host that polls at
+    /// shorter intervals is never quiet. The ends of earlier work are no polling: the runtime keeps an idle thread for 10 s,
+    /// and may wake once for a timer that was cancelled.
     ///
     /// # Errors
-    /// The host has ended.
-    pub fn activity(&self) -> Result<Vec<(PathBuf, String)>> {
+    /// The host has ended, or it is not quiet.
+    pub fn wait_until_quiet(&self, time: Duration) -> Result<usize> {
+        let begun = Instant::now();
+        let mut activity = self.activity()?;
+        while begun.elapsed() < QUIET_TIMEOUT {
+            // Time itself is the condition here.
+            thread::sleep(time);
+            let before = std::mem::replace(&mut activity, self.activity()?);
+            if activity == before {
+                return Ok(activity.len());
+            }
+        }
+        Err(Error::new(format!("the idle host has run in each period of {time:?}: {activity:?}")))
+    }
+
+    /// Returns what each thread of the host has done so far. Equal values mean that none has run meanwhile. Source:
+    /// `/proc/<pid>/schedstat` in the kernel's sched-stats.rst.
+    fn activity(&self) -> Result<Vec<(PathBuf, String)>> {
         let folder = PathBuf::from(format!("/proc/{}/task", self.pid()));
         let what = || format!("reading {}", folder.display());
         let read =
