@@ -125,6 +125,26 @@ fn metrics_show_machines_and_actions_in_both_formats() {
 }
 
 #[test]
+fn waiting_requests_and_restores_are_counted_while_another_restore_has_the_permit() {
+    let delayed = "delays_ms: {restore_start: 2000}";
+    let cwd =
+        cwd(&[("a", delayed), ("b", delayed)], "metrics_listen: 127.0.0.1:0\nmax_parallel_restores: 1\n");
+    let host = RunningHost::start(&cwd).unwrap();
+    let mut client = host.client().unwrap();
+    for (action, machine) in [("restore_start", "a"), ("restore_start", "b"), ("stop", "a"), ("stop", "a")] {
+        client.send(&json!({"action": action, "machine": machine})).unwrap();
+    }
+    let counts = || {
+        let page = scrape(address(&host));
+        let requests = value(&page, r#"cuckoo_machinery_waiting_requests{machinery="double"}"#);
+        (value(&page, "cuckoo_machinery_waiting_restores"), requests)
+    };
+    until(|| counts() == (1.0, 2.0));
+    (0..4).for_each(|_| assert_eq!(client.next_message().unwrap()["success"], true));
+    assert_eq!(counts(), (0.0, 0.0));
+}
+
+#[test]
 fn losses_of_a_tasks_run_are_counted() {
     let (host, _cwd, address) = served(&[("m", "faults: {stop: fail}, fault_times: 1")]);
     let errors = |page: &str| value(page, r#"cuckoo_machinery_run_errors_total{machinery="double"}"#);

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use machinery::{Error, State};
+use machinery::State;
 
 use super::capture;
 use super::context::ActionContext;
@@ -30,10 +30,8 @@ async fn resume(machine: &Arc<Machine>, context: &ActionContext) {
     if machine.status().state == State::Poweroff {
         return report_lost(machine, context, "its run has ended while it was adopted").await;
     }
-    machine.run_failed(&run_error(
-        machine,
-        "another host has taken the machine over during its run, which went on",
-    ));
+    let error = machine.error("another host has taken the machine over during its run, which went on");
+    machine.run_failed(&error);
     if let Some(settings) = &context.settings().capture {
         capture::resume(machine, settings, &context.folders, &context.captures).await;
     }
@@ -59,15 +57,11 @@ async fn update_state(machine: &Arc<Machine>, context: &ActionContext) {
 }
 
 async fn report_lost(machine: &Machine, context: &ActionContext, reason: &str) {
-    let error = run_error(machine, reason);
+    let error = machine.error(reason);
     tracing::warn!(machine = machine.name(), error, "its run is lost");
     machine.add_error(&error);
     machine.run_failed(&error);
     context.run_ended(machine).await;
-}
-
-fn run_error(machine: &Machine, reason: &str) -> String {
-    Error::failed(reason).machine(machine.name()).to_string()
 }
 
 #[cfg(test)]

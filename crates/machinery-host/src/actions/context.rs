@@ -183,25 +183,26 @@ impl ActionContext {
             machine.run_failed(reason);
         }
         machine.take_out(kind, reason, self.settings().heal);
-        self.save_pool(machine).await;
+        self.save(machine).await;
     }
 
     /// Records that the machine's run is over, and saves its errors.
     pub async fn run_ended(&self, machine: &Machine) {
         self.run_marks.end(machine);
-        if !machine.status().availability.run_errors.is_empty()
-            && let Err(error) = self.state.save().await
-        {
-            let machine = machine.name();
-            tracing::error!(machine, %error, "the errors of its run are kept only until the host ends");
+        if !machine.status().availability.run_errors.is_empty() {
+            self.save(machine).await;
         }
     }
 
-    /// Saves that the machine has left the pool, or is back in it.
-    pub async fn save_pool(&self, machine: &Machine) {
+    /// Saves the machine's place in the pool, and the errors of its run.
+    pub async fn save(&self, machine: &Machine) {
         if let Err(error) = self.state.save().await {
             let machine = machine.name();
-            tracing::error!(machine, %error, "the machine's place in the pool is kept only until the host ends");
+            tracing::error!(
+                machine,
+                %error,
+                "its place in the pool and the errors of its run are kept only until the host ends"
+            );
         }
     }
 }

@@ -273,7 +273,7 @@ impl ActionExecutor {
         if !self.machine.status().own_run {
             return Ok(());
         }
-        self.machine.run_failed(&Error::failed(reason).machine(self.machine.name()).to_string());
+        self.machine.run_failed(&self.machine.error(reason));
         self.stop().await
     }
 

@@ -38,7 +38,7 @@ impl ActionExecutor {
     async fn refuse_foreign_run(&self, state: State) -> Failure {
         self.machine.set_answered(state, self.machine.status().reports);
         self.machine.leave_alone();
-        self.context.save_pool(&self.machine).await;
+        self.context.save(&self.machine).await;
         refused(Error::not_now("the machine runs, and the host has not started it"))
     }
 
@@ -46,7 +46,7 @@ impl ActionExecutor {
     pub(super) async fn record_healed(&self) {
         self.context.metrics.count_try(true);
         if self.machine.try_succeeded().is_some() {
-            self.context.save_pool(&self.machine).await;
+            self.context.save(&self.machine).await;
         }
     }
 
@@ -59,7 +59,7 @@ impl ActionExecutor {
         }
         self.context.metrics.count_try(false);
         self.machine.try_failed(kind, reason, self.context.settings().heal);
-        self.context.save_pool(&self.machine).await;
+        self.context.save(&self.machine).await;
     }
 }
 
@@ -92,7 +92,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn machine_is_back_in_the_pool_when_a_try_has_worked() {
         let lab = lab();
-        lab.context.save_pool(&lab.machine).await;
+        lab.context.save(&lab.machine).await;
         lab.machine.take_out(ErrorKind::PluginPanicked, "panicked", Heal::Auto);
         lab.executor().execute(&Action::Heal).await.unwrap();
         assert_eq!(lab.plugin.take_calls(), ["restore_start", "stop"]);

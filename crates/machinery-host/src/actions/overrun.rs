@@ -2,7 +2,6 @@
 
 use std::future::pending;
 
-use machinery::Error;
 use tokio::time::sleep_until;
 
 use super::executor::ActionExecutor;
@@ -24,7 +23,7 @@ impl ActionExecutor {
         let reason = format!("the run has lasted longer than max_run ({} s)", limit.as_secs_f64());
         let machine = self.machine.name();
         tracing::warn!(machine, reason, "the run is stopped");
-        self.machine.add_error(&Error::failed(&*reason).machine(machine).to_string());
+        self.machine.add_error(&self.machine.error(&reason));
         self.machine.end_run_for(reason.clone());
         Ok(self.stop_own(&reason).await?)
     }

@@ -229,6 +229,11 @@ impl Machine {
         self.lock_status().busy = busy;
     }
 
+    /// Returns the text of an error of this machine.
+    pub fn error(&self, what: &str) -> String {
+        Error::failed(what).machine(self.name()).to_string()
+    }
+
     /// Keeps an error.
     pub fn add_error(&self, error: &str) {
         self.lock_status().add_error(error.to_owned());

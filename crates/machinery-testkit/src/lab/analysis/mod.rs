@@ -62,8 +62,8 @@ pub struct Analysis {
 }
 
 impl AnalysisLab {
-    /// Makes a lab with that many machines, which are restored instantly or from a standby. `python` is the Python of an environment that has Cuckoo3. `None` for a user
-    /// who may not make a network.
+    /// Makes a lab with that many machines, which are restored instantly or from a standby. `python` is the Python of an
+    /// environment that has Cuckoo3. `None` for a user who may not make a network.
     pub fn new(python: &Path, machines: u8, agent: Agent) -> Result<Option<Self>> {
         let Some(lab) = Lab::with_agents(machines, agent)? else { return Ok(None) };
         lab.ahead("instant: auto, standby: on")?;
