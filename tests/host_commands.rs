@@ -63,6 +63,20 @@ fn second_host_is_refused_with_the_process_of_the_first() {
 }
 
 #[test]
+fn clean_is_refused_while_a_machine_is_on() {
+    let cwd = ScratchCwd::double(&[("m", "runs_at_load: true"), ("n", "")]).unwrap();
+    drop(RunningHost::start(&cwd).unwrap());
+    let refused = host::run(&cwd, &["clean"]).unwrap();
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(
+        refused.stderr.contains("machines are on, and the host could not end them: m"),
+        "{}",
+        refused.stderr
+    );
+    assert!(cwd.root().join("operational/generated/machinery-host/lock").exists());
+}
+
+#[test]
 fn clean_removes_the_state_of_a_host_that_has_ended_and_names_other_folders() {
     let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
     let templates = lab.cwd().root().join("templates");

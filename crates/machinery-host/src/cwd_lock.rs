@@ -3,7 +3,7 @@
 //! The lock ends with the process. The file has the number of the process of the host that has, or had, the lock.
 
 use std::fs::{self, File, Permissions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process;
 use std::sync::mpsc::sync_channel;
@@ -26,17 +26,14 @@ const INTERVAL: Duration = Duration::from_millis(20);
 /// Another host serves the CWD, or the command does not end in time.
 pub fn lock(state: &Path, limit: Duration) -> Result<File> {
     let path = state.join("lock");
-    let file = open(&path)?;
     // A command that only checks for a host has the lock for a moment.
-    let attempt = (0..ATTEMPTS).find(|_| {
-        flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() || {
-            thread::sleep(INTERVAL);
-            false
+    for _ in 0..ATTEMPTS {
+        if let Some(locked) = try_lock(&path)? {
+            return signed(locked, &path);
         }
-    });
-    if attempt.is_some() {
-        return signed(file, &path);
+        thread::sleep(INTERVAL);
     }
+    let file = open(&path)?;
     if flock(&file, FlockOperation::NonBlockingLockShared).is_err() {
         return Err(Error::environment(format!(
             "another host already serves this CWD{}: it holds {}",
@@ -48,6 +45,22 @@ pub fn lock(state: &Path, limit: Duration) -> Result<File> {
     tracing::info!("waiting for the end of `cuckoo-machinery end-runs`");
     let locked = wait(file, limit).map_err(|error| error.action(format!("locking {}", path.display())))?;
     signed(locked, &path)
+}
+
+/// Locks the file, unless another process has the lock.
+fn try_lock(path: &Path) -> Result<Option<File>> {
+    let file = open(path)?;
+    let locked = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+    // `clean` may have removed the file meanwhile: the lock of a removed file keeps nobody out.
+    Ok((locked && is_at(&file, path)).then_some(file))
+}
+
+/// Reports whether the file is the one at this path.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    file.metadata()
+        .map(identity)
+        .is_ok_and(|own| path.metadata().map(identity).is_ok_and(|found| found == own))
 }
 
 /// Writes the number of this process into the file, which this process has locked.
@@ -138,6 +151,17 @@ mod tests {
         let expected = format!("another host already serves this CWD as process {}", process::id());
         assert!(refused.contains(&expected), "{refused}");
         assert!(lock_without_host(folder.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn lock_of_a_removed_file_is_no_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let removed = open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(!is_at(&removed, &path));
+        let _host = lock(folder.path(), SOON).unwrap();
+        assert!(!is_at(&removed, &path), "another file is there");
     }
 
     #[test]

@@ -120,6 +120,8 @@ pub enum Event {
         task_id: String,
         /// The reason.
         reason: String,
+        /// True if the run is lost. Otherwise it is incomplete.
+        lost: bool,
     },
     /// The traffic is not captured, or only in part.
     CaptureFailed {

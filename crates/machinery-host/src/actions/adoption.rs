@@ -31,7 +31,7 @@ async fn resume(machine: &Arc<Machine>, context: &ActionContext) {
         return report_lost(machine, context, "its run has ended while it was adopted").await;
     }
     let error = machine.error("another host has taken the machine over during its run, which went on");
-    machine.run_failed(&error);
+    machine.run_incomplete(&error);
     if let Some(settings) = &context.settings().capture {
         capture::resume(machine, settings, &context.folders, &context.captures).await;
     }
@@ -60,7 +60,7 @@ async fn report_lost(machine: &Machine, context: &ActionContext, reason: &str) {
     let error = machine.error(reason);
     tracing::warn!(machine = machine.name(), error, "its run is lost");
     machine.add_error(&error);
-    machine.run_failed(&error);
+    machine.run_lost(&error);
     context.run_ended(machine).await;
 }
 

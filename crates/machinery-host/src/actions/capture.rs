@@ -36,14 +36,15 @@ pub async fn resume(
     folders: &Folders,
     captures: &Arc<Captures>,
 ) {
-    let pcap = machine.task_lock().and_then(|lock| lock.pcap_path);
+    let lock = machine.task_lock();
+    let pcap = lock.as_ref().and_then(|lock| lock.pcap_path.clone());
     let written = pcap.as_ref().and_then(|pcap| std::fs::metadata(pcap).ok()?.modified().ok());
     run(machine, settings, folders, captures, Existing::Kept).await;
-    let Some(pcap) = pcap else { return };
+    let Some((lock, pcap)) = lock.zip(pcap) else { return };
     let gap = written.and_then(|written| written.elapsed().ok()).unwrap_or_default().as_secs_f64();
     let (pcap, what) = (pcap.display(), "no packets of the time between two hosts");
     let error = format!("{pcap} has {what}; the last one before is {gap:.1} seconds old");
-    machine.capture_failed(&Error::failed(error));
+    machine.capture_failed(&lock, &Error::failed(error));
 }
 
 async fn run(
@@ -58,7 +59,7 @@ async fn run(
     match start(machine, settings, folders, captures, &lock, content).await {
         Ok(Some(tcpdump)) => *capture = Some(Capture { lock, tcpdump }),
         Ok(None) => {}
-        Err(error) => machine.capture_failed(&error),
+        Err(error) => machine.capture_failed(&lock, &error),
     }
 }
 
@@ -78,10 +79,9 @@ async fn start(
     let pcap = lock.pcap_path.clone().unwrap_or_else(|| folders.staging.join("passed descriptor"));
     let (target, folders) = (target(machine, settings, pcap)?, folders.clone());
     let opened = within(OPEN_TIMEOUT, "open the file of the capture", move || open(file, &folders, content));
-    let (file, reporter) = (opened.await?, Arc::clone(machine));
-    let tcpdump =
-        Tcpdump::start(settings, target, file, captures, move |error| reporter.capture_failed(error));
-    Ok(Some(tcpdump.await?))
+    let (file, reporter, task) = (opened.await?, Arc::clone(machine), lock.clone());
+    let report = move |error: &Error| reporter.capture_failed(&task, error);
+    Ok(Some(Tcpdump::start(settings, target, file, captures, report).await?))
 }
 
 fn open(file: ClientFile, folders: &Folders, content: Existing) -> Result<CaptureFile> {
@@ -118,10 +118,10 @@ pub async fn end_of_task(machine: &Machine) {
 }
 
 async fn stop(machine: &Machine, capture: Option<Capture>) {
-    if let Some(Capture { tcpdump, .. }) = capture
+    if let Some(Capture { tcpdump, lock }) = capture
         && let Err(error) = tcpdump.stop().await
     {
-        machine.capture_failed(&error);
+        machine.capture_failed(&lock, &error);
     }
 }
 

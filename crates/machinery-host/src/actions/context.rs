@@ -180,7 +180,7 @@ impl ActionContext {
     pub async fn take_out(&self, machine: &Machine, kind: ErrorKind, reason: &str) {
         // A client whose start fails has the reason.
         if machine.status().started_well {
-            machine.run_failed(reason);
+            machine.run_incomplete(reason);
         }
         machine.take_out(kind, reason, self.settings().heal);
         self.save(machine).await;

@@ -234,6 +234,13 @@ impl ActionExecutor {
         Ok(())
     }
 
+    /// Ends the run of a guest that has powered itself off, or died: a later host has nothing to report of it.
+    pub(super) async fn end_run_without_stop(&self) {
+        if self.machine.status().state == State::Poweroff && self.context.run_marks.has_run(&self.machine) {
+            self.context.run_ended(&self.machine).await;
+        }
+    }
+
     /// Ends what the host does for a run.
     async fn run_ended(&self) {
         capture::end(&self.machine).await;
@@ -273,7 +280,7 @@ impl ActionExecutor {
         if !self.machine.status().own_run {
             return Ok(());
         }
-        self.machine.run_failed(&self.machine.error(reason));
+        self.machine.run_lost(&self.machine.error(reason));
         self.stop().await
     }
 

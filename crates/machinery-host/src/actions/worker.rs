@@ -122,6 +122,7 @@ impl Worker {
 
     /// Has a pending change applied, and prepares the next restore unless a message comes first.
     async fn do_idle_work(&mut self) {
+        self.executor.end_run_without_stop().await;
         if self.executor.is_free() && self.executor.machine().has_pending_change() {
             self.context.pending_change.notify_one();
         }

@@ -45,7 +45,7 @@ fn counts(machines: &[Value]) -> [(&'static str, usize); 5] {
         ("on", count(&|machine| machine["state"] != json!("poweroff"))),
         ("locked", count(&|machine| machine["locked"] == json!(true))),
         ("disabled", count(&|machine| machine["disabled"] == json!(true))),
-        ("in quarantine", count(&|machine| !machine["quarantine"].is_null())),
+        ("quarantined", count(&|machine| !machine["quarantine"].is_null())),
     ]
 }
 

@@ -31,19 +31,27 @@ pub struct Cleaned {
 
 #[derive(Default, Deserialize)]
 struct Section {
-    #[serde(default)]
+    // The old names of the plugins `qemu` and `kvm`.
+    #[serde(default, alias = "template_dir", alias = "save_dir")]
     instant_dir: Option<PathBuf>,
 }
 
 /// Removes templates, images, locks and all other state of a host.
 ///
 /// # Errors
-/// A host serves the CWD, runs of an earlier host may remain, or the folder cannot be removed.
+/// A host serves the CWD, a machine is on, runs of an earlier host may remain, or the folder cannot be removed.
 pub fn clean(cwd: &Cwd, search: &PluginSearch) -> Result<Cleaned> {
     let (config, folder) = (Config::read(cwd)?, cwd.state());
-    if !end_runs(cwd, search)? {
-        return Err(Error::environment("a host serves this CWD, and uses its templates")
-            .advice("End it first with `cuckoo-machinery shutdown`"));
+    let on = end_runs(cwd, search)?.ok_or_else(|| {
+        Error::environment("a host serves this CWD, and uses its templates")
+            .advice("End it first with `cuckoo-machinery shutdown`")
+    })?;
+    if !on.is_empty() {
+        let machines = on.join(", ");
+        return Err(Error::environment(format!(
+            "machines are on, and the host could not end them: {machines}"
+        ))
+        .advice("Stop them with their hypervisor's tools, and repeat the command"));
     }
     // Held until the end: no host starts with half of the state.
     let _lock = lock(&folder, config.timeouts.load)?;

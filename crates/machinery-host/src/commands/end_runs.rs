@@ -25,15 +25,16 @@ use crate::plugin::search::PluginSearch;
 use crate::server::listener;
 use crate::service_manager::Loading;
 
-/// Ends the runs that a host has left. Returns false if a host serves the CWD: it has adopted them.
+/// Ends the runs that a host has left, and returns the machines that are on nevertheless. Returns `None` if a host serves
+/// the CWD: it has adopted them.
 ///
 /// # Errors
 /// The configuration cannot be read, a plugin cannot be loaded, or Cuckoo's own manager serves the CWD.
-pub fn end_runs(cwd: &Cwd, search: &PluginSearch) -> Result<bool> {
+pub fn end_runs(cwd: &Cwd, search: &PluginSearch) -> Result<Option<Vec<String>>> {
     let config = Config { adopts: false, ..Config::read(cwd)? };
     make_state_folder(cwd)?;
     make_folder(&cwd.sockets())?;
-    let Some(_lock) = lock_without_host(&cwd.state())? else { return Ok(false) };
+    let Some(_lock) = lock_without_host(&cwd.state())? else { return Ok(None) };
     let _loading = Loading::begin(config.loading_limit())?;
     listener::expect_no_other(&cwd.manager_socket())?;
     Folders::of(cwd).prepare()?;
@@ -42,13 +43,15 @@ pub fn end_runs(cwd: &Cwd, search: &PluginSearch) -> Result<bool> {
     let state = StateStore::open(&cwd.state(), Arc::clone(&fleet))?;
     capture::end_leftovers(&state.captures(), cwd.root());
     let roster = fleet.roster();
+    let on = roster.machines().iter().filter(|machine| machine.status().state != State::Poweroff);
+    let on = on.map(|machine| machine.name().to_owned()).collect();
     for machinery in roster.machineries() {
         warn_of_what_remains(machinery, &roster, config.timeouts.load);
         shutdown_plugin(&machinery.name, Arc::clone(&machinery.instance), config.timeouts.shutdown);
     }
     let is_loaded = |name: &String| roster.machineries().iter().any(|machinery| machinery.name == *name);
     match config.machineries.iter().find(|name| !is_loaded(name)) {
-        None => Ok(true),
+        None => Ok(Some(on)),
         Some(name) => {
             Err(Error::environment(format!("the machinery '{name}' cannot be loaded: its runs may remain"))
                 .advice("Install the library that the log names, and repeat the command"))

@@ -39,6 +39,7 @@ impl Machine {
         status.availability.lock = Some(lock.clone());
         status.availability.locked_since = Some(unix_now());
         status.availability.run_errors.clear();
+        status.availability.run_lost = false;
         self.events.send(Event::Locked { machine: self.name().to_owned(), task_id: lock.task_id.clone() });
         Ok(true)
     }

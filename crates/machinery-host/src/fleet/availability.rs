@@ -80,6 +80,9 @@ pub struct Availability {
     /// The errors of the run of the task that holds the machine, or held it last: see [`run_errors`](super::run_errors).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub run_errors: Vec<String>,
+    /// True if that run is lost. Otherwise its errors make it incomplete.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub run_lost: bool,
     /// The reason why the plugin cannot use the machine at present. A new host determines this anew.
     #[serde(skip)]
     pub unusable: Option<String>,

@@ -120,7 +120,7 @@ impl Machine {
             // Before the event: a subscriber may ask for the errors at once.
             let error = what.detail(reason).machine(self.name()).to_string();
             status.add_error(error.clone());
-            self.keep_run_error(&mut status, &error);
+            self.keep_run_error(&mut status, &error, true);
         }
         if !status.own_run && !matches!(state, State::Poweroff | State::Error | State::Stopping) {
             status.leave_alone(self.name());
@@ -239,12 +239,12 @@ impl Machine {
         self.lock_status().add_error(error.to_owned());
     }
 
-    /// Reports that the machine's traffic is not captured, or only in part, and keeps the error.
-    pub fn capture_failed(&self, error: &Error) {
+    /// Reports that the machine's traffic is not captured for this task, or only in part, and keeps the error.
+    pub fn capture_failed(&self, task: &TaskLock, error: &Error) {
         let error = error.clone().action("capturing the traffic").machine(self.name()).to_string();
         tracing::error!(machine = self.name(), error, "its traffic is not captured as it should be");
         self.add_error(&error);
-        self.run_failed(&error);
+        self.run_of_task_incomplete(task, &error);
         self.machinery.losses.captures.fetch_add(1, Ordering::Relaxed);
         self.events.send(Event::CaptureFailed { machine: self.name.clone(), reason: error });
     }

@@ -169,6 +169,7 @@ fn machine(machine: &Machine) -> Value {
         "quarantine": availability.quarantine.as_ref().map(quarantine),
         "errors": status.errors,
         "run_errors": availability.run_errors,
+        "run_lost": availability.run_lost,
         "ready": with_old_words(json!(status.ready)),
         "change_pending": status.change_pending,
         "warnings": status.warnings,
