@@ -235,6 +235,24 @@ fn reload_moves_the_endpoint_and_the_file() {
     assert!(answer["reason"].as_str().unwrap().contains("machinery-host.yaml:1: metrics_listen"), "{answer}");
 }
 
+#[test]
+fn reload_interrupts_no_reader_when_it_changes_nothing_of_the_metrics() {
+    let (host, cwd, address) = served(&[("m", "")]);
+    let mut stream = connect(address);
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n").unwrap();
+    scrape(address);
+    for limit in [10, 20] {
+        cwd.host_yaml(&format!("metrics_listen: 127.0.0.1:0\ntimeouts: {{stop: {limit}}}\n")).unwrap();
+        let answer = host.client().unwrap().ask(json!({"action": "reload"})).unwrap();
+        assert_eq!(answer["settings"], json!(["timeouts"]), "{answer}");
+        scrape(address);
+    }
+    stream.write_all(b"Host: lab\r\n\r\n").unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).unwrap();
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+}
+
 /// Waits for a change of files or ports, for which there is no event.
 fn until(is_so: impl Fn() -> bool) {
     let begun = Instant::now();

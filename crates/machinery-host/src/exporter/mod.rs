@@ -38,7 +38,8 @@ pub async fn run(manager: Arc<Manager>) {
         let export = settings.borrow_and_update().export.clone();
         let goes_on = tokio::select! {
             () = serve(&page, &export) => true,
-            changed = settings.changed() => changed.is_ok(),
+            // A reload that changes nothing here interrupts no reader.
+            changed = settings.wait_for(|settings| settings.export != export) => changed.is_ok(),
             // The sender lives as long as the manager.
             _ = ended.wait_for(|ended| *ended) => false,
         };
