@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::conformance::Conformance;
+use crate::commands::import::Import;
 use crate::cwd::Cwd;
 use crate::logging;
 use crate::plugin::search::{self, PluginSearch};
@@ -120,8 +121,7 @@ pub enum Command {
     /// List configured and available plugins
     Plugins,
     /// Import machines from another tool
-    #[command(subcommand)]
-    Import(Import),
+    Import(Box<Import>),
     /// Print the configuration of another sandbox for the machines of the running host
     #[command(subcommand)]
     Export(Export),
@@ -151,15 +151,4 @@ pub enum Command {
 pub enum Export {
     /// Print CAPE's hosted.conf
     Cape,
-}
-
-/// The tools whose machines can be imported.
-#[derive(Subcommand)]
-pub enum Import {
-    /// Import machines that VMCloak made into conf/machineries/qemu.yaml
-    Vmcloak {
-        /// Folders of machines, or folders that hold such folders
-        #[arg(required = true)]
-        folders: Vec<PathBuf>,
-    },
 }

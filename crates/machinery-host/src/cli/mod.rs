@@ -31,7 +31,7 @@ use crate::logging;
 use crate::plugin::open::open;
 use crate::plugin::search::{self, PluginSearch};
 use crate::serve::{self, Served};
-use args::{Cli, Command, Export, Global, Import};
+use args::{Cli, Command, Export, Global};
 use file::NewFile;
 use progress::Progress;
 
@@ -108,9 +108,10 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
         }
         Command::Plugins => plugins(cwd, global),
-        Command::Import(Import::Vmcloak { folders }) => {
-            let check = |file| check_qemu(cwd, file, &global.search(cwd));
-            let imported = import::vmcloak(&cwd.machinery_yaml("qemu"), folders, &check)?;
+        Command::Import(arguments) => {
+            let machinery = arguments.machinery();
+            let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
+            let imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
             output::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
@@ -179,12 +180,12 @@ fn run_for_host(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCod
     }
 }
 
-/// Asks the plugin `qemu` to check this content before it is written to `qemu.yaml`.
-fn check_qemu(cwd: &Cwd, qemu_yaml: ConfigFile, search: &PluginSearch) -> Result<Report> {
+/// Asks the plugin of a machinery to check this content before it is written to its configuration file.
+fn check_file(cwd: &Cwd, machinery: &str, file: ConfigFile, search: &PluginSearch) -> Result<Report> {
     let config = crate::config::Config::read(cwd)?;
     let opened =
-        open("qemu", search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
-    check::check_with_plugin(&opened.plugin, load::setup_with(qemu_yaml, "qemu", cwd, &config), &config)
+        open(machinery, search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
+    check::check_with_plugin(&opened.plugin, load::setup_with(file, machinery, cwd, &config), &config)
 }
 
 /// Returns the request of a command that acts on one machine.

@@ -242,14 +242,23 @@ pub fn reply(answer: &Value, json: bool) {
 /// Prints the outcome of an import.
 pub fn imported(imported: &Imported, json: bool) {
     if json {
-        println!("{}", json!({"success": true, "added": imported.added, "skipped": imported.skipped}));
+        let mut answer = json!(imported);
+        answer["success"] = json!(true);
+        println!("{answer}");
         return;
     }
+    let added = if imported.dry_run.is_some() { "would add" } else { "added" };
     for name in &imported.added {
-        println!("added      {name}");
+        println!("{added:9}  {name}");
     }
     for skipped in &imported.skipped {
         println!("skipped    {}: {}", skipped.name, skipped.reason);
+    }
+    for note in &imported.notes {
+        println!("note       {note}");
+    }
+    if let Some(entries) = imported.dry_run.as_ref().filter(|_| !imported.added.is_empty()) {
+        print!("\n{entries}");
     }
 }
 

@@ -1,117 +1,183 @@
-//! `import vmcloak`: adds the machines that VMCloak made to `qemu.yaml`.
+//! `import`: adds the machines of another tool to the configuration file of their machinery.
 //!
 //! The file is the operator's and has comments. So the import inserts one block of text at the end of the
 //! `machines` mapping and leaves all other text as it is. Then it parses the text before and after. Both must
 //! differ by the new machines only; otherwise the file stays unchanged.
 //!
 //! ```text
-//! folders ─▶ read each machineinfo.json ─▶ new, unchanged or in conflict? ─▶ insert ─▶ verify ─▶ check ─▶ replace
-//!            (vmcloak)                      (here)                           (text)   (here)    (plugin) (replace)
+//! source ─▶ machines ─▶ new, unchanged or in conflict? ─▶ insert ─▶ verify ─▶ check ─▶ replace
+//! (vmcloak, libvirt, cape)        (here)                  (text)    (here)   (plugin)  (replace)
 //! ```
 //!
 //! The file is written after all checks have passed. One machine in conflict stops the whole import, so that
-//! no partial import remains.
+//! no partial import remains. So does one that lacks a value; all such values are asked for in one message.
 
+mod candidate;
+mod cape;
+mod entry;
+mod given;
+mod libvirt;
 mod outcome;
 mod replace;
 mod text;
 mod vmcloak;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use machinery::config::{ConfigFile, Configured, Machines, empty_as_none};
+use clap::{Args, Subcommand};
+use machinery::config::{ConfigFile, Configured, Machines};
 use machinery::{Error, Level, Report, Result};
-use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use outcome::collect_all;
+use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of};
+use entry::{Found, Machine};
 pub use outcome::{Imported, Skipped};
-use vmcloak::Machine;
 
-/// The initial text of a new `qemu.yaml`.
-const DEFAULT: &str = include_str!("../../../../../conf/machineries/qemu.yaml");
+/// The initial texts of new configuration files.
+const QEMU_DEFAULT: &str = include_str!("../../../../../conf/machineries/qemu.yaml");
+const KVM_DEFAULT: &str = include_str!("../../../../../conf/machineries/kvm.yaml");
 
-/// The keys whose values no two machines may share.
-const UNIQUE: [&str; 5] = ["ip", "mac_address", "qcow2_path", "snapshot_path", "machineinfo_path"];
+/// The libvirt of a `kvm.yaml` that does not name one.
+const DEFAULT_DSN: &str = "qemu:///system";
 
-/// Asks the plugin `qemu` to check the content of the file before it is written.
+/// Asks the plugin to check the content of the file before it is written.
 pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
 
-/// Adds the machines of VMCloak's folders to `qemu.yaml`.
-///
-/// A folder is a machine's own folder, or holds such folders. A machine with an equal entry in the file is
-/// skipped. The import refuses arguments that the plugin refuses. Without a plugin, the import only warns.
-///
-/// # Errors
-/// A folder has no machines. A `machineinfo.json` is incomplete, or the plugin refuses its arguments. A machine
-/// differs from its entry in the file. Two machines would share an address or a file. The text cannot be edited.
-/// The file stays unchanged then.
-pub fn vmcloak(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
-    import(qemu_yaml, folders, check).map_err(|error| error.action("import"))
+/// The arguments of the command.
+#[derive(Debug, Clone, Args)]
+pub struct Import {
+    #[command(subcommand)]
+    source: Source,
+    /// Print the new entries, and write nothing
+    #[arg(long, global = true)]
+    dry_run: bool,
 }
 
-fn import(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
-    let file = read_or_default(qemu_yaml)?;
-    let known = file.parse::<ExistingMachines>()?.machines;
-    let found = vmcloak::find(folders)?;
-    let machines = collect_all(found.files.iter().map(|path| vmcloak::read(path).and_then(Candidate::new)))?;
+/// The tools whose machines can be imported.
+#[derive(Debug, Clone, Subcommand)]
+enum Source {
+    /// Import machines that VMCloak made into conf/machineries/qemu.yaml
+    Vmcloak(vmcloak::Vmcloak),
+    /// Import domains of libvirt into conf/machineries/kvm.yaml
+    Libvirt(libvirt::Libvirt),
+    /// Import the machines of CAPE's kvm.conf into conf/machineries/kvm.yaml
+    Cape(cape::Cape),
+}
 
-    let mut skipped: Vec<Skipped> = found.unfinished.iter().map(|folder| unfinished(folder)).collect();
-    let new = new_machines(&file, &known, machines, &mut skipped)?;
+impl Import {
+    /// Returns the machinery that gets the machines.
+    pub fn machinery(&self) -> &'static str {
+        match self.source {
+            Source::Vmcloak(_) => "qemu",
+            Source::Libvirt(_) | Source::Cape(_) => "kvm",
+        }
+    }
+
+    fn default_text(&self) -> &'static str {
+        if self.machinery() == "qemu" { QEMU_DEFAULT } else { KVM_DEFAULT }
+    }
+
+    fn find(&self, dsn: &str) -> Result<Found> {
+        match &self.source {
+            Source::Vmcloak(vmcloak) => vmcloak::find(vmcloak),
+            Source::Libvirt(libvirt) => libvirt::find(libvirt, dsn),
+            Source::Cape(cape) => cape::find(cape),
+        }
+    }
+
+    /// Reports whether a problem that the plugin has found refuses the machine. The command `check` reports other
+    /// problems, such as a missing bridge.
+    fn is_refusal(&self, problem: &str, machine: &str) -> bool {
+        match self.machinery() {
+            "qemu" => problem.contains(&format!(": machines.{machine}.machineinfo_path: ")),
+            _ => {
+                problem.starts_with(&format!("machine '{machine}': "))
+                    || problem.contains(&format!(": machines.{machine}.label: "))
+            }
+        }
+    }
+}
+
+/// Adds the machines of another tool to the configuration file.
+///
+/// A machine with an equal entry in the file is skipped. The import refuses machines that the plugin refuses.
+/// Without a plugin, the import only warns.
+///
+/// # Errors
+/// The source cannot be read. A machine lacks a value, or the plugin refuses it. It differs from its entry in
+/// the file. Two machines would share an address, a domain or a file. The text cannot be edited. The file stays
+/// unchanged then.
+pub fn import(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
+    run(import, path, check).map_err(|error| error.action("import"))
+}
+
+fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
+    let existing = read_existing(path)?;
+    let is_new = existing.is_none();
+    let mut file = existing.unwrap_or_else(|| default_file(import, path));
+    let known = file.parse::<ExistingMachines>()?;
+    let dsn = known.dsn.as_deref().unwrap_or(DEFAULT_DSN);
+    let found = import.find(dsn)?;
+    if is_new {
+        set_defaults(&mut file, &found);
+    } else {
+        expect_dsn(&file, dsn, &found)?;
+    }
+
+    let skip = |(name, reason): &(String, String)| Skipped { name: name.clone(), reason: reason.clone() };
+    let mut imported = Imported {
+        skipped: found.left_out.iter().map(skip).collect(),
+        notes: found.notes,
+        ..Imported::default()
+    };
+    let new = new_machines(&file, &known.machines, found.machines, &mut imported.skipped)?;
     if !new.is_empty() {
         let text = text::insert(&file, &new)?;
         verify(&file, &text, &new)?;
-        expect_accepted(check(ConfigFile { path: file.path, text: text.clone() }), &new)?;
-        replace::replace(qemu_yaml, &text)?;
-    }
-    Ok(Imported { added: new.into_iter().map(|machine| machine.name).collect(), skipped })
-}
-
-/// Reads the file, or returns the commented default if the file is missing or empty.
-fn read_or_default(path: &Path) -> Result<ConfigFile> {
-    if path.exists() {
-        let file = ConfigFile::read(path)?;
-        if !file.text.trim().is_empty() {
-            return Ok(file);
+        let checked = check(ConfigFile { path: file.path, text: text.clone() });
+        expect_accepted(import, checked, &new)?;
+        if !import.dry_run {
+            replace::replace(path, &text)?;
         }
     }
-    Ok(ConfigFile { path: path.to_owned(), text: DEFAULT.to_owned() })
+    imported.dry_run = import.dry_run.then(|| text::machines(&new));
+    for machine in new {
+        imported.notes.extend(machine.notes.iter().map(|note| format!("machine '{}': {note}", machine.name)));
+        imported.added.push(machine.name);
+    }
+    Ok(imported)
 }
 
-/// The machines of a `qemu.yaml`, read as the machinery reads them.
-#[derive(Deserialize)]
-struct ExistingMachines {
-    #[serde(default)]
-    machines: Machines<Paths>,
+/// Reads the file; `None` if it is missing or empty.
+fn read_existing(path: &Path) -> Result<Option<ConfigFile>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    ConfigFile::read(path).map(|file| Some(file).filter(|file| !file.text.trim().is_empty()))
 }
 
-#[derive(Deserialize)]
-struct Paths {
-    #[serde(default, deserialize_with = "empty_as_none")]
-    qcow2_path: Option<String>,
-    #[serde(default, deserialize_with = "empty_as_none")]
-    snapshot_path: Option<String>,
-    #[serde(default, deserialize_with = "empty_as_none")]
-    machineinfo_path: Option<String>,
+/// Returns the commented default.
+fn default_file(import: &Import, path: &Path) -> ConfigFile {
+    ConfigFile { path: path.to_owned(), text: import.default_text().to_owned() }
 }
 
-/// A machine to import, and its entry as the machinery will read it.
-struct Candidate {
-    machine: Machine,
-    entry: Configured<Paths>,
-}
-
-impl Candidate {
-    /// Reads the entry as the machinery will, so that the import refuses values that the machinery would
-    /// refuse.
-    fn new(machine: Machine) -> Result<Self> {
-        let file = ConfigFile { path: machine.source.clone(), text: text::single_machine(&machine) };
-        let entries = file.parse::<ExistingMachines>().map_err(|error| machine.refused(&error))?.machines;
-        match entries.into_iter().next() {
-            Some(entry) => Ok(Candidate { machine, entry }),
-            None => Err(machine.error("name", "no entry can be made of this name")),
+/// Sets the keys above the machines of a new file.
+fn set_defaults(file: &mut ConfigFile, found: &Found) {
+    for (key, value) in [("dsn", &found.dsn), ("interface", &found.interface)] {
+        if let Some(value) = value {
+            file.text = text::with_value(&file.text, key, value);
         }
+    }
+}
+
+/// Expects that the machines are of the libvirt that the file names.
+fn expect_dsn(file: &ConfigFile, dsn: &str, found: &Found) -> Result<()> {
+    match &found.dsn {
+        Some(other) if other != dsn => {
+            let reason = format!("the file names the libvirt {dsn}, and the machines are of {other}");
+            Err(file.error(&["dsn"], reason).advice("Correct one of the two: a kvm.yaml has one libvirt"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -119,27 +185,39 @@ impl Candidate {
 /// errors.
 fn new_machines(
     file: &ConfigFile,
-    known: &Machines<Paths>,
-    candidates: Vec<Candidate>,
+    known: &Machines<OwnKeys>,
+    machines: Vec<Machine>,
     skipped: &mut Vec<Skipped>,
 ) -> Result<Vec<Machine>> {
     let mut problems = Vec::new();
     let mut new: Vec<Candidate> = Vec::new();
-    for candidate in candidates {
-        let name = &candidate.machine.name;
-        if let Some(old) = known.iter().find(|old| old.name == *name) {
-            match differing_keys(old, &candidate.entry) {
-                keys if keys.is_empty() => skipped.push(unchanged(name)),
-                keys => problems.push(differs(file, &candidate.machine, &keys)),
+    for mut machine in machines {
+        let old = entry_of(&machine, known.iter());
+        let faults = if old.is_none() { machine.take_faults() } else { Vec::new() };
+        if !faults.is_empty() {
+            problems.extend(faults);
+            continue;
+        }
+        let candidate = match Candidate::new(machine, old) {
+            Ok(candidate) => candidate,
+            Err(error) => {
+                problems.push(error);
+                continue;
+            }
+        };
+        if let Some(old) = old {
+            match candidate.differing_keys(old) {
+                keys if keys.is_empty() => skipped.push(unchanged(file, &candidate.machine, old)),
+                keys => problems.push(differs(file, &candidate.machine, old, &keys)),
             }
             continue;
         }
-        if let Some(twin) = new.iter().find(|other| other.machine.name == *name) {
+        if let Some(twin) = new.iter().find(|other| other.machine.name == candidate.machine.name) {
             problems.push(same_name(&candidate.machine, &twin.machine));
             continue;
         }
         let others = known.iter().chain(new.iter().map(|other| &other.entry));
-        problems.extend(others.filter_map(|other| conflict(&candidate, other)));
+        problems.extend(others.filter_map(|other| candidate.conflict(other)));
         new.push(candidate);
     }
     match Error::all(problems) {
@@ -148,77 +226,27 @@ fn new_machines(
     }
 }
 
-fn unfinished(folder: &Path) -> Skipped {
-    let name = folder.file_name().unwrap_or(folder.as_os_str()).display().to_string();
-    Skipped { name, reason: format!("its folder has no {}", vmcloak::FILE_NAME) }
+fn unchanged(file: &ConfigFile, machine: &Machine, old: &Configured<OwnKeys>) -> Skipped {
+    let name = file.path.file_name().unwrap_or_default().display();
+    let reason = match old.name == machine.name {
+        true => format!("{name} has this machine already, unchanged"),
+        false => format!("{name} has its domain already, as the machine '{}', unchanged", old.name),
+    };
+    Skipped { name: machine.name.clone(), reason }
 }
 
-fn unchanged(name: &str) -> Skipped {
-    Skipped { name: name.to_owned(), reason: "qemu.yaml has this machine already, unchanged".to_owned() }
-}
-
-fn differs(file: &ConfigFile, machine: &Machine, keys: &[&str]) -> Error {
-    file.error(
-        &["machines", &machine.name],
-        format!("the file has this machine already, with another {}", keys.join(", ")),
-    )
-    .machine(&machine.name)
-    .advice(format!(
-        "Remove this entry to import it again from {}, or leave that folder out of the import",
-        machine.source.display()
+fn differs(file: &ConfigFile, machine: &Machine, old: &Configured<OwnKeys>, keys: &[&str]) -> Error {
+    let reason = format!("the file has this machine already, with another {}", keys.join(", "));
+    file.error(&["machines", &old.name], reason).machine(&machine.name).advice(format!(
+        "Remove this entry to import it again from {}, or leave the machine out of the import",
+        machine.origin
     ))
 }
 
 fn same_name(machine: &Machine, twin: &Machine) -> Error {
     machine
-        .error("name", format!("{} has the same name", twin.source.display()))
-        .advice("Import only one of the two, or give one another name in its machineinfo.json")
-}
-
-/// Returns an error if both machines have the same value for one of the [`UNIQUE`] keys.
-fn conflict(candidate: &Candidate, other: &Configured<Paths>) -> Option<Error> {
-    let (ours, theirs) = (values(&candidate.entry), values(other));
-    let mut shared = ours.iter().filter(|value| UNIQUE.contains(&value.0) && !value.1.is_empty());
-    let (key, value) = shared.find(|value| theirs.contains(value))?;
-    let reason = format!("'{value}' is already the {key} of machine '{}'", other.name);
-    Some(
-        candidate
-            .machine
-            .error(vmcloak::vmcloak_key(key), reason)
-            .advice(format!("Give each machine its own {key}, or leave one of the two out")),
-    )
-}
-
-/// Returns the keys in which two entries differ.
-fn differing_keys(old: &Configured<Paths>, new: &Configured<Paths>) -> Vec<&'static str> {
-    let pairs = values(old).into_iter().zip(values(new));
-    pairs.filter(|(old, new)| old != new).map(|(_, (key, _))| key).collect()
-}
-
-/// Returns the keys of an entry in a comparable form. Paths are resolved, and tags are sorted because VMCloak
-/// writes them in random order.
-fn values(machine: &Configured<Paths>) -> [(&'static str, String); 11] {
-    let Configured { name: _, shared, own } = machine;
-    let mut tags = shared.tags.clone();
-    tags.sort();
-    [
-        ("qcow2_path", resolved(own.qcow2_path.as_ref())),
-        ("snapshot_path", resolved(own.snapshot_path.as_ref())),
-        ("machineinfo_path", resolved(own.machineinfo_path.as_ref())),
-        ("ip", shared.ip.clone()),
-        ("platform", shared.platform.clone()),
-        ("os_version", shared.os_version.clone()),
-        ("architecture", shared.architecture.clone()),
-        ("interface", shared.interface.clone().unwrap_or_default()),
-        ("agent_port", shared.agent_port.to_string()),
-        ("mac_address", shared.mac_address.clone().unwrap_or_default()),
-        ("tags", tags.join(", ")),
-    ]
-}
-
-fn resolved(path: Option<&String>) -> String {
-    let Some(path) = path else { return String::new() };
-    fs::canonicalize(path).map_or_else(|_| path.clone(), |real| real.display().to_string())
+        .error("name", format!("{} has the same name", twin.origin))
+        .advice("Import only one of the two, or give one another name")
 }
 
 /// Expects that the new text differs from the old one by these machines only.
@@ -237,21 +265,18 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     }
 }
 
-/// Expects that the plugin accepts the arguments of all new machines. The command `check` reports other
-/// problems, such as a missing bridge.
-fn expect_accepted(checked: Result<Report>, new: &[Machine]) -> Result<()> {
+/// Expects that the plugin accepts all new machines.
+fn expect_accepted(import: &Import, checked: Result<Report>, new: &[Machine]) -> Result<()> {
     let report = match checked {
         Ok(report) => report,
         Err(error) => {
-            tracing::warn!(%error, "the machines' start_args were not checked");
+            tracing::warn!(%error, "the machines were not checked");
             return Ok(());
         }
     };
-    let is_about = |text: &str, machine: &Machine| {
-        text.contains(&format!(": machines.{}.machineinfo_path: ", machine.name))
-    };
     let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
-    let refused = problems.filter(|finding| new.iter().any(|machine| is_about(&finding.text, machine)));
+    let refused =
+        problems.filter(|finding| new.iter().any(|machine| import.is_refusal(&finding.text, &machine.name)));
     Error::all(refused.map(|finding| Error::configuration(&finding.text)).collect()).map_or(Ok(()), Err)
 }
 

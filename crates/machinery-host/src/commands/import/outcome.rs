@@ -6,10 +6,15 @@ use serde::Serialize;
 /// The machines that an import added and skipped.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Imported {
-    /// The names of the machines that were added to the file.
+    /// The names of the machines that were added to the file, or would be added.
     pub added: Vec<String>,
     /// The machines that were not added.
     pub skipped: Vec<Skipped>,
+    /// Facts that the operator has to know.
+    pub notes: Vec<String>,
+    /// The text of the new entries, if nothing was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<String>,
 }
 
 /// A machine that was not added, although it has no fault.

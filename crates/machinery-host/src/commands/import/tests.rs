@@ -7,6 +7,14 @@ use serde_yaml::Value;
 
 use super::*;
 
+const DEFAULT: &str = QEMU_DEFAULT;
+
+/// Imports VMCloak's machines from these folders.
+fn vmcloak(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
+    let source = Source::Vmcloak(vmcloak::Vmcloak { folders: folders.to_vec() });
+    import(&Import { source, dry_run: false }, qemu_yaml, check)
+}
+
 /// A scratch folder with a `qemu.yaml` and machine folders in it.
 struct Scratch(tempfile::TempDir);
 
@@ -247,6 +255,16 @@ fn import_reports_the_line_when_the_machinery_could_not_read_the_file() {
     );
     let scratch = Scratch::new("machines: [a]\n");
     assert!(scratch.fails(&[two_machines(&scratch)]).contains("qemu.yaml:1: machines: "));
+}
+
+#[test]
+fn dry_run_returns_the_entries_and_writes_nothing() {
+    let scratch = Scratch::new("machines:\n");
+    let source = Source::Vmcloak(vmcloak::Vmcloak { folders: vec![two_machines(&scratch)] });
+    let imported = import(&Import { source, dry_run: true }, &scratch.yaml(), &accept).unwrap();
+    assert_eq!((imported.added.len(), scratch.text().as_str()), (2, "machines:\n"));
+    let entries = imported.dry_run.unwrap().replace(scratch.0.path().to_str().unwrap(), "/S");
+    assert_eq!(entries, format!("machines:\n{}", block2()));
 }
 
 #[test]

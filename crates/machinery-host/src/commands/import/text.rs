@@ -1,4 +1,4 @@
-//! Inserts machines into the text of a `qemu.yaml` and leaves all other text as it is.
+//! Inserts machines into the text of a machinery's configuration file and leaves all other text as it is.
 //!
 //! A key in the first column is always a key of the top level. So the `machines` mapping and its end can be
 //! found line by line:
@@ -23,7 +23,7 @@ use machinery::Result;
 use machinery::config::ConfigFile;
 use serde_yaml::Value;
 
-use super::vmcloak::Machine;
+use super::entry::Machine;
 
 const KEY: &str = "machines";
 
@@ -44,9 +44,18 @@ pub fn insert(file: &ConfigFile, machines: &[Machine]) -> Result<String> {
     Ok(format!("{before}{}{block}{}", missing_newline(&before, newline), &text[section.end..]))
 }
 
-/// Returns the text of a file with this machine only.
-pub fn single_machine(machine: &Machine) -> String {
-    format!("{KEY}:\n{}", render(std::slice::from_ref(machine), 2, 2, "\n"))
+/// Returns the text of a file with these machines only.
+pub fn machines(machines: &[Machine]) -> String {
+    format!("{KEY}:\n{}", render(machines, 2, 2, "\n"))
+}
+
+/// Returns the text with another value of a key of the top level, which must be there.
+pub fn with_value(text: &str, key: &str, value: &str) -> String {
+    let is_key = |line: &str| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(':'));
+    let lines = text.split_inclusive('\n');
+    lines
+        .map(|line| if is_key(line) { format!("{key}: {}\n", scalar(value)) } else { line.to_owned() })
+        .collect()
 }
 
 /// Returns the error for a file that the import cannot edit.

@@ -7,14 +7,16 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use clap::Args;
 use machinery::{Error, Place, Result};
 use serde_json::Value as Json;
 use serde_yaml::Value;
 
+use super::entry::{Found, Machine, Origin};
 use super::outcome::collect_all;
 
 /// The name of the file that describes a machine.
-pub const FILE_NAME: &str = "machineinfo.json";
+const FILE_NAME: &str = "machineinfo.json";
 
 /// The keys under `machine` in a `machineinfo.json` that an import needs. The key `mac` is optional.
 const REQUIRED_KEYS: [&str; 11] = [
@@ -40,23 +42,44 @@ const RENAMED_KEYS: [(&str, &str); 5] = [
     ("mac_address", "mac"),
 ];
 
-/// Returns VMCloak's name of a key in `qemu.yaml`.
-pub fn vmcloak_key(key: &str) -> &str {
-    RENAMED_KEYS.iter().find(|renamed| renamed.0 == key).map_or(key, |renamed| renamed.1)
+/// The arguments of the command.
+#[derive(Debug, Clone, Args)]
+pub struct Vmcloak {
+    /// Folders of machines, or folders that hold such folders
+    #[arg(required = true)]
+    pub folders: Vec<PathBuf>,
 }
 
-/// The machines in VMCloak's folders.
+/// Reads the machines in the folders.
+///
+/// # Errors
+/// A folder has no machines. A `machineinfo.json` is incomplete.
+pub fn find(vmcloak: &Vmcloak) -> Result<Found> {
+    let folders = find_folders(&vmcloak.folders)?;
+    let name = |folder: &Path| folder.file_name().unwrap_or(folder.as_os_str()).display().to_string();
+    Ok(Found {
+        machines: collect_all(folders.files.iter().map(|path| read(path)))?,
+        left_out: folders
+            .unfinished
+            .iter()
+            .map(|folder| (name(folder), format!("its folder has no {FILE_NAME}")))
+            .collect(),
+        ..Found::default()
+    })
+}
+
+/// The folders of machines.
 #[derive(Default)]
-pub struct Found {
+struct Folders {
     /// The `machineinfo.json` files.
-    pub files: Vec<PathBuf>,
+    files: Vec<PathBuf>,
     /// The folders without such a file.
-    pub unfinished: Vec<PathBuf>,
+    unfinished: Vec<PathBuf>,
 }
 
 /// Finds the machines in the folders, each once.
-pub fn find(folders: &[PathBuf]) -> Result<Found> {
-    let mut found = Found::default();
+fn find_folders(folders: &[PathBuf]) -> Result<Folders> {
+    let mut found = Folders::default();
     for part in collect_all(folders.iter().map(|folder| find_in(folder)))? {
         found.files.extend(part.files);
         found.unfinished.extend(part.unfinished);
@@ -66,12 +89,12 @@ pub fn find(folders: &[PathBuf]) -> Result<Found> {
     Ok(found)
 }
 
-fn find_in(folder: &Path) -> Result<Found> {
+fn find_in(folder: &Path) -> Result<Folders> {
     let own = folder.join(FILE_NAME);
     if own.is_file() {
-        return Ok(Found { files: vec![own], unfinished: Vec::new() });
+        return Ok(Folders { files: vec![own], unfinished: Vec::new() });
     }
-    let mut found = Found::default();
+    let mut found = Folders::default();
     for inner in folders_in(folder).map_err(|error| Error::io("look into the folder", folder, &error))? {
         let file = inner.join(FILE_NAME);
         if file.is_file() { found.files.push(file) } else { found.unfinished.push(inner) }
@@ -96,51 +119,19 @@ fn folders_in(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(folders)
 }
 
-/// A machine to add to `qemu.yaml`.
-#[derive(Debug)]
-pub struct Machine {
-    /// The machine's name.
-    pub name: String,
-    /// The machine's `machineinfo.json`.
-    pub source: PathBuf,
-    /// The keys of the entry, in the order in which they are written.
-    pub keys: Vec<(&'static str, Value)>,
-}
-
-impl Machine {
-    /// Returns the entry as a parser reads it.
-    pub fn entry(&self) -> Value {
-        Value::Mapping(self.keys.iter().map(|(key, value)| ((*key).into(), value.clone())).collect())
-    }
-
-    /// Returns an error about one of the machine's keys, by VMCloak's name.
-    pub fn error(&self, key: &str, reason: impl Into<String>) -> Error {
-        about(&self.source, key, reason).machine(&self.name)
-    }
-
-    /// Converts an error about the entry into an error about the `machineinfo.json`.
-    pub fn refused(&self, error: &Error) -> Error {
-        let place = error.placed().and_then(|place| place.key.as_deref());
-        let key = place.and_then(|key| key.rsplit('.').next()).unwrap_or("name");
-        let known = self.keys.iter().any(|(own, _)| *own == key);
-        self.error(if known { vmcloak_key(key) } else { "name" }, error.reason())
-    }
-}
-
-fn about(file: &Path, key: &str, reason: impl Into<String>) -> Error {
-    let key = Some(format!("machine.{key}"));
-    Error::configuration(reason).place(Place { file: file.to_owned(), line: None, key })
+/// Returns the place of a machine's description.
+fn place(path: &Path) -> Place {
+    Place { file: path.to_owned(), line: None, key: Some("machine".to_owned()) }
 }
 
 /// Reads a `machineinfo.json` and expects that its files exist.
-pub fn read(path: &Path) -> Result<Machine> {
+fn read(path: &Path) -> Result<Machine> {
     let path = std::path::absolute(path).map_err(|error| Error::io("find", path, &error))?;
     let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
     let info: Json = serde_json::from_str(&text).map_err(|error| not_json(&path, &error))?;
     let Some(Json::Object(keys)) = info.get("machine") else {
-        let place = Place { file: path, line: None, key: Some("machine".to_owned()) };
         return Err(Error::configuration("there is no description of a machine under this key")
-            .place(place)
+            .place(place(&path))
             .advice("Check that VMCloak made this file; if it did, make the machine's snapshot again"));
     };
     Description { path: &path, keys }.machine()
@@ -162,7 +153,9 @@ impl Description<'_> {
     fn machine(&self) -> Result<Machine> {
         self.expect_required_keys()?;
         self.expect_start_args()?;
-        let mut keys = vec![
+        let origin = Origin { place: Some(place(self.path)), renamed: &RENAMED_KEYS };
+        let mut machine = Machine::new(self.text("name")?, origin);
+        machine.keys = vec![
             ("qcow2_path", self.file("disk")?),
             ("snapshot_path", self.file("memory_snapshot")?),
             ("machineinfo_path", self.path_text(self.path)?),
@@ -174,10 +167,10 @@ impl Description<'_> {
             ("agent_port", self.port()?),
         ];
         if self.has("mac") {
-            keys.push(("mac_address", self.text("mac")?.to_lowercase().into()));
+            machine.keys.push(("mac_address", self.text("mac")?.to_lowercase().into()));
         }
-        keys.push(("tags", self.tags()?));
-        Ok(Machine { name: self.text("name")?, source: self.path.to_owned(), keys })
+        machine.keys.push(("tags", self.tags()?));
+        Ok(machine)
     }
 
     fn has(&self, key: &str) -> bool {
@@ -189,14 +182,14 @@ impl Description<'_> {
         if missing.is_empty() {
             return Ok(());
         }
-        let place = Place { file: self.path.to_owned(), line: None, key: Some("machine".to_owned()) };
         Err(Error::configuration(format!("these keys are missing: {}", missing.join(", ")))
-            .place(place)
+            .place(place(self.path))
             .advice("Make the machine's snapshot again with a current VMCloak, or add the keys"))
     }
 
     fn error(&self, key: &str, reason: impl Into<String>) -> Error {
-        about(self.path, key, reason)
+        let place = place(self.path);
+        Error::configuration(reason).place(Place { key: Some(format!("machine.{key}")), ..place })
     }
 
     fn text(&self, key: &str) -> Result<String> {
