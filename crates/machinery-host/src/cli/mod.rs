@@ -111,7 +111,8 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         Command::Import(arguments) => {
             let machinery = arguments.machinery();
             let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
-            let imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
+            let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
+            imported.notes.extend(unlisted(cwd, machinery));
             output::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
@@ -186,6 +187,13 @@ fn check_file(cwd: &Cwd, machinery: &str, file: ConfigFile, search: &PluginSearc
     let opened =
         open(machinery, search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
     check::check_with_plugin(&opened.plugin, load::setup_with(file, machinery, cwd, &config), &config)
+}
+
+/// Returns a note if `cuckoo.yaml` does not list the machinery.
+fn unlisted(cwd: &Cwd, machinery: &str) -> Option<String> {
+    let machineries = crate::config::Config::read(cwd).ok()?.machineries;
+    let note = format!("cuckoo.yaml does not list the machinery {machinery}: add it to machineries");
+    (!search::is_listed(machinery, &machineries)).then_some(note)
 }
 
 /// Returns the request of a command that acts on one machine.

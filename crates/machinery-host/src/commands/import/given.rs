@@ -10,26 +10,27 @@ use super::entry::Machine;
 
 /// The options, one for each key. A value without a name is that of all machines.
 #[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Values that the source lacks")]
 pub struct Given {
-    /// Use this address of the machine's guest; can be repeated
+    /// Address of a guest; can be repeated
     #[arg(long, value_name = "NAME=ADDRESS")]
     ip: Vec<Assignment>,
-    /// Use this operating system, such as windows; can be repeated
+    /// Operating system, such as windows; without NAME= that of all machines
     #[arg(long, value_name = "[NAME=]PLATFORM")]
     platform: Vec<Assignment>,
-    /// Use this version of the operating system, such as 10; can be repeated
+    /// Version of the operating system, such as 10
     #[arg(long, value_name = "[NAME=]VERSION")]
     os_version: Vec<Assignment>,
-    /// Use this snapshot; can be repeated
+    /// Snapshot to restore
     #[arg(long, value_name = "[NAME=]SNAPSHOT")]
     snapshot: Vec<Assignment>,
-    /// Use this network interface; can be repeated
+    /// Network interface
     #[arg(long, value_name = "[NAME=]INTERFACE")]
     interface: Vec<Assignment>,
-    /// Use this port of Cuckoo's agent; can be repeated
+    /// Port of Cuckoo's agent
     #[arg(long, value_name = "[NAME=]PORT")]
     agent_port: Vec<Assignment>,
-    /// Use these tags; can be repeated
+    /// Tags
     #[arg(long, value_name = "[NAME=]TAG,TAG")]
     tags: Vec<Assignment>,
 }

@@ -135,7 +135,7 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
         let text = text::insert(&file, &new)?;
         verify(&file, &text, &new)?;
         let checked = check(ConfigFile { path: file.path, text: text.clone() });
-        expect_accepted(import, checked, &new)?;
+        imported.notes.extend(expect_accepted(import, checked, &new)?);
         if !import.dry_run {
             replace::replace(path, &text)?;
         }
@@ -265,19 +265,26 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     }
 }
 
-/// Expects that the plugin accepts all new machines.
-fn expect_accepted(import: &Import, checked: Result<Report>, new: &[Machine]) -> Result<()> {
+/// Expects that the plugin accepts all new machines. Returns a note about other problems that it has found.
+fn expect_accepted(import: &Import, checked: Result<Report>, new: &[Machine]) -> Result<Option<String>> {
     let report = match checked {
         Ok(report) => report,
         Err(error) => {
             tracing::warn!(%error, "the machines were not checked");
-            return Ok(());
+            return Ok(None);
         }
     };
     let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
-    let refused =
-        problems.filter(|finding| new.iter().any(|machine| import.is_refusal(&finding.text, &machine.name)));
-    Error::all(refused.map(|finding| Error::configuration(&finding.text)).collect()).map_or(Ok(()), Err)
+    let texts = problems.map(|finding| finding.text.as_str());
+    let is_refusal = |text: &&str| new.iter().any(|machine| import.is_refusal(text, &machine.name));
+    let (refused, others): (Vec<&str>, Vec<&str>) = texts.partition(is_refusal);
+    match Error::all(refused.into_iter().map(Error::configuration).collect()) {
+        Some(problems) => Err(problems),
+        None => Ok(others.first().map(|first| {
+            let first = first.lines().next().unwrap_or_default();
+            format!("{} has another problem, as `check` reports: {first}", import.machinery())
+        })),
+    }
 }
 
 #[cfg(test)]

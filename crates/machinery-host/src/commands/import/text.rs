@@ -49,13 +49,13 @@ pub fn machines(machines: &[Machine]) -> String {
     format!("{KEY}:\n{}", render(machines, 2, 2, "\n"))
 }
 
-/// Returns the text with another value of a key of the top level, which must be there.
+/// Returns the text with that value of a key of the top level, which must be there.
 pub fn with_value(text: &str, key: &str, value: &str) -> String {
-    let is_key = |line: &str| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(':'));
-    let lines = text.split_inclusive('\n');
-    lines
-        .map(|line| if is_key(line) { format!("{key}: {}\n", scalar(value)) } else { line.to_owned() })
-        .collect()
+    let changed = |line: &str| {
+        let old = line.strip_prefix(key)?.strip_prefix(':')?.trim();
+        (old != value).then(|| format!("{key}: {}\n", scalar(value)))
+    };
+    text.split_inclusive('\n').map(|line| changed(line).unwrap_or_else(|| line.to_owned())).collect()
 }
 
 /// Returns the error for a file that the import cannot edit.
