@@ -1,4 +1,4 @@
-//! The takeover of a lab of libvirt: its domains are imported by one command, checked, and restored.
+//! The import of a lab of libvirt: one command adds its domains, which are then checked and restored.
 
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
@@ -10,6 +10,7 @@ use machinery_testkit::guest::Guest;
 use machinery_testkit::host::CommandOutput;
 use machinery_testkit::lab::KvmLab;
 use machinery_testkit::libvirt::SNAPSHOT;
+use machinery_testkit::requirement;
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -134,7 +135,7 @@ fn assert_restored(lab: &KvmLab, name: &str) {
 }
 
 #[test]
-fn lab_of_20_domains_is_taken_over_by_one_command() {
+fn lab_of_20_domains_is_imported_by_one_command() {
     let names = names(DOMAINS);
     let lab = unimported(&names);
     define_network(&lab, DOMAINS - 1);
@@ -172,7 +173,7 @@ fn lab_of_20_domains_is_taken_over_by_one_command() {
 }
 
 #[test]
-fn machines_of_cape_are_taken_over_when_libvirt_has_their_domains() {
+fn machines_of_cape_are_imported_when_libvirt_has_their_domains() {
     let lab = unimported(&names(2));
     let before = lab.cwd().yaml("kvm").unwrap();
     let conf = format!(
@@ -207,6 +208,30 @@ fn machines_of_cape_are_taken_over_when_libvirt_has_their_domains() {
     assert_eq!(lab.cwd().yaml("kvm").unwrap(), after);
     assert_sound(&lab, 2);
     assert_restored(&lab, "m01");
+}
+
+/// libvirtd has the leases in a file, also while the network is off.
+#[test]
+fn address_of_a_lease_is_imported_with_a_note() {
+    if !requirement::is_root() {
+        return;
+    }
+    let lab = unimported(&names(1));
+    define_network(&lab, 0);
+    describe(&lab, "lab-m01", Some(1));
+    let folder = lab.cwd().root().join("libvirt/var/lib/libvirt/dnsmasq");
+    let lease = json!([{"ip-address": "10.77.0.150", "mac-address": mac(1), "hostname": "win", "expiry-time": 4_000_000_000_u32}]);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("lo.status"), lease.to_string()).unwrap();
+    let added = imported(&lab, &["libvirt"]);
+    assert_eq!(added["added"], json!(["lab-m01"]));
+    let note = added["notes"][0].as_str().unwrap();
+    assert!(
+        note.starts_with("machine 'lab-m01': its ip 10.77.0.150 is a lease, which may change."),
+        "{note}"
+    );
+    assert!(lab.cwd().yaml("kvm").unwrap().contains("    ip: \"10.77.0.150\"\n"));
+    assert_sound(&lab, 1);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 /// The maximum time of a call; a libvirt on another computer may be slow.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What virsh prints first if it cannot reach libvirt.
+/// The first message of virsh if it cannot reach libvirt.
 const NOT_CONNECTED: &str = "failed to connect to the hypervisor";
 
 /// The end of virsh's message for a domain whose snapshots are all older than its state.
