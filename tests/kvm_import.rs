@@ -7,8 +7,8 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::guest::Guest;
-use machinery_testkit::host::CommandOutput;
-use machinery_testkit::lab::KvmLab;
+use machinery_testkit::host::{self, CommandOutput, RunningHost};
+use machinery_testkit::lab::{KvmLab, TestNetwork};
 use machinery_testkit::libvirt::SNAPSHOT;
 use machinery_testkit::requirement;
 use serde_json::{Value, json};
@@ -223,8 +223,12 @@ fn address_of_a_lease_is_imported_with_a_note() {
     let lease = json!([{"ip-address": "10.77.0.150", "mac-address": mac(1), "hostname": "win", "expiry-time": 4_000_000_000_u32}]);
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("lo.status"), lease.to_string()).unwrap();
+    lab.cwd().list_machineries(&["qemu"]).unwrap();
+    let notes = imported(&lab, &["libvirt", "--dry-run"])["notes"].to_string();
+    assert!(notes.contains("cuckoo.yaml does not list the machinery kvm"), "{notes}");
+    lab.cwd().list_machineries(&["kvm"]).unwrap();
     let added = imported(&lab, &["libvirt"]);
-    assert_eq!(added["added"], json!(["lab-m01"]));
+    assert_eq!((&added["added"], count(&added["notes"])), (&json!(["lab-m01"]), 1));
     let note = added["notes"][0].as_str().unwrap();
     assert!(
         note.starts_with("machine 'lab-m01': its ip 10.77.0.150 is a lease, which may change."),
@@ -232,6 +236,53 @@ fn address_of_a_lease_is_imported_with_a_note() {
     );
     assert!(lab.cwd().yaml("kvm").unwrap().contains("    ip: \"10.77.0.150\"\n"));
     assert_sound(&lab, 1);
+}
+
+/// The card is on a bridge, and part of the snapshot.
+#[test]
+fn domain_on_a_bridge_is_restored_with_its_card_when_it_was_imported() {
+    let Some(network) = requirement::NETWORK.or_skip(TestNetwork::new().unwrap()) else { return };
+    network.add_bridge(TestNetwork::BRIDGE).unwrap();
+    // libvirtd and its QEMU are in the network as well.
+    network.inside(|| import_on_a_bridge(&network)).unwrap();
+}
+
+fn import_on_a_bridge(network: &TestNetwork) {
+    let lab = unimported(&names(1));
+    let (libvirtd, machine) = (lab.libvirtd(), lab.machine("m01"));
+    let label = machine.label.as_str();
+    let card = format!(
+        "<interface type='bridge'><mac address='{}'/><source bridge='{}'/></interface></devices>",
+        mac(1),
+        TestNetwork::BRIDGE
+    );
+    let domain = libvirtd.virsh(&["dumpxml", "--inactive", "--security-info", label]).unwrap();
+    libvirtd.virsh(&["snapshot-delete", label, SNAPSHOT]).unwrap();
+    libvirtd.virsh_with_file(&["define"], &domain.replace("</devices>", &card), &[]).unwrap();
+    libvirtd.virsh(&["start", label]).unwrap();
+    machine.wait_for_count(20, SOON).unwrap();
+    libvirtd.virsh(&["snapshot-create-as", label, SNAPSHOT]).unwrap();
+    libvirtd.virsh(&["destroy", label]).unwrap();
+
+    let mut import = host::command(lab.cwd()).unwrap();
+    import.args(["import", "libvirt", "--platform=linux", "--os-version=1", "--ip"]).arg(&machine.ip);
+    network.attach(&mut import);
+    let ran = host::run_command(import).unwrap();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let text = lab.cwd().yaml("kvm").unwrap();
+    for line in [format!("interface: {}", TestNetwork::BRIDGE), format!("mac_address: \"{}\"", mac(1))] {
+        assert!(text.contains(&format!("\n    {line}\n")), "{line}: {text}");
+    }
+    let host = RunningHost::start_with(lab.cwd(), |command| network.attach(command)).unwrap();
+    let mut client = host.client().unwrap();
+    let mut firsts = Vec::new();
+    for _ in 0..2 {
+        assert_eq!(client.act("restore_start", label).unwrap(), json!({"success": true}), "{}", host.log());
+        firsts.push(machine.first_count(SOON).unwrap());
+        assert!(network.members(TestNetwork::BRIDGE).unwrap().contains("vnet"));
+        assert_eq!(client.act("stop", label).unwrap(), json!({"success": true}), "{}", host.log());
+    }
+    assert!(firsts[0] == firsts[1] && firsts[0] > 20, "{firsts:?}");
 }
 
 #[test]

@@ -200,6 +200,30 @@ fn address_of_the_running_guest_is_noted_as_one_that_may_change() {
 }
 
 #[test]
+fn card_with_a_known_address_is_used_when_there_are_several() {
+    let first = "<devices><interface type='bridge'><mac address='52:54:00:aa:00:07'/><source bridge='br7'/></interface>";
+    let lab = Lab::new(&[complete().replace("<devices>", first)]);
+    lab.import(&[]).unwrap();
+    assert_eq!(lab.text(), format!("{}{COMPLETE_ENTRY}", lab.head()));
+    // Without an address, it is the first one.
+    let unknown = complete().replace("AA:00:01", "AA:00:08").replace("<devices>", first);
+    let lab = Lab::new(&[unknown]);
+    lab.import(&["--ip=win10=10.7.0.9"]).unwrap();
+    assert!(
+        lab.text().contains("    interface: br7\n    mac_address: \"52:54:00:aa:00:07\"\n"),
+        "{}",
+        lab.text()
+    );
+}
+
+#[test]
+fn note_names_the_domain_that_boots_by_uefi() {
+    let firmware = "hvm</type><loader readonly='yes' type='pflash'>/f/code</loader><nvram>/f/vars</nvram>";
+    let lab = Lab::new(&[complete().replace("hvm</type>", firmware)]);
+    assert_eq!(lab.import(&[]).unwrap().notes, ["machine 'win10': its domain boots by UEFI"]);
+}
+
+#[test]
 fn entry_of_the_domain_is_recognized_under_another_name_and_compared() {
     let lab = Lab::new(&[complete()]);
     let entry =
