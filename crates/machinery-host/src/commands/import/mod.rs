@@ -281,8 +281,8 @@ fn expect_accepted(import: &Import, checked: Result<Report>, new: &[Machine]) ->
     match Error::all(refused.into_iter().map(Error::configuration).collect()) {
         Some(problems) => Err(problems),
         None => Ok(others.first().map(|first| {
-            let first = first.lines().next().unwrap_or_default();
-            format!("{} has another problem, as `check` reports: {first}", import.machinery())
+            let first: Vec<&str> = first.lines().map(str::trim).collect();
+            format!("`check` reports another problem of {}: {}", import.machinery(), first.join(" "))
         })),
     }
 }

@@ -275,7 +275,7 @@ fn import_is_refused_when_the_plugin_refuses_a_machine() {
     });
     assert!(refused.unwrap_err().to_string().contains("machine 'win10': it is external"));
     assert_eq!(lab.text(), before);
-    // A problem of another machine does not matter here.
+    // A problem of another machine does not refuse this one.
     let other = lab.import_into(&lab.yaml(), &[], || {
         let mut report = Report::default();
         report.problem(
@@ -283,5 +283,9 @@ fn import_is_refused_when_the_plugin_refuses_a_machine() {
         );
         report
     });
-    assert_eq!(other.unwrap().added, ["win10"]);
+    let other = other.unwrap();
+    assert_eq!(other.added, ["win10"]);
+    let note =
+        "`check` reports another problem of kvm: machine 'other': the disk of machine 'win10' is shared";
+    assert_eq!(other.notes, [note]);
 }
