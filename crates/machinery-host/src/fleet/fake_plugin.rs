@@ -161,6 +161,7 @@ pub fn info(name: &str) -> MachineInfo {
         agent_port: 8000,
         mac_address: None,
         jail: None,
+        console: false,
     }
 }
 
