@@ -87,6 +87,11 @@ impl Cwd {
         self.sockets().join("machinerymanager.sock")
     }
 
+    /// Returns the folder of the sockets of machines' consoles.
+    pub fn console_sockets(&self) -> PathBuf {
+        self.sockets().join("console")
+    }
+
     /// Returns the folder of the host's state.
     pub fn state(&self) -> PathBuf {
         self.root.join("operational/generated/machinery-host")

@@ -14,6 +14,7 @@
 //! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
 //! - [`prometheus`]: the checks of metrics and rules.
 //! - [`requirement`]: what a test needs of this computer and its user.
+//! - [`viewer`]: a viewer of a machine's console.
 //! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
@@ -40,6 +41,7 @@ pub mod separate_build;
 pub mod snapshot;
 pub mod trace;
 mod version;
+pub mod viewer;
 
 pub use error::{Error, Result};
 pub use machinery_conformance as conformance;

@@ -43,7 +43,7 @@ fn open(connect: &Connect, label: &str) -> Result<OwnedFd> {
 
 fn no_server(label: &str) -> Error {
     Error::environment(format!("the domain '{label}' has no VNC server for its console")).advice(
-        "Add <graphics type='vnc' sharePolicy='force-shared'><listen type='none'/></graphics> to its devices (virsh \
+        "Add <graphics type='vnc' sharePolicy='ignore'><listen type='none'/></graphics> to its devices (virsh \
          edit), and take its snapshot again",
     )
 }

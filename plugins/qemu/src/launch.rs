@@ -228,13 +228,14 @@ fn names_sound_backend(args: &[String]) -> bool {
 }
 
 /// Returns the arguments that give a run its console: a VNC server that listens nowhere, unless the machine's own
-/// arguments have a server. Without `share`, a viewer that does not ask to share the screen ends all others.
+/// arguments have a server. By default, a viewer that does not ask to share the screen disconnects all others.
 fn console_args(args: &[String]) -> Vec<String> {
-    let is_server =
-        |name, value: &str| name == "vnc" || (name == "display" && value.split([',', '=']).next() == Some("vnc"));
+    let is_server = |name, value: &str| {
+        name == "vnc" || (name == "display" && value.split([',', '=']).next() == Some("vnc"))
+    };
     match options::walk(args).any(|(_, name, value)| is_server(name, value)) {
         true => Vec::new(),
-        false => ["-vnc", "none,share=force-shared"].map(str::to_owned).to_vec(),
+        false => ["-vnc", "none,share=ignore"].map(str::to_owned).to_vec(),
     }
 }
 
@@ -298,7 +299,7 @@ mod tests {
     fn console_gets_a_server_unless_the_arguments_have_one() {
         let added = |list: &[&str]| console_args(&list.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>());
         for without in [&["-m", "32"][..], &["-display", "none"], &["-name", "-vnc"], &["-nographic"]] {
-            assert_eq!(added(without), ["-vnc", "none,share=force-shared"], "{without:?}");
+            assert_eq!(added(without), ["-vnc", "none,share=ignore"], "{without:?}");
         }
         for with in [["-vnc", "127.0.0.1:1"], ["--vnc", "none"], ["-display", "vnc=:3,share=ignore"]] {
             assert!(added(&with).is_empty(), "{with:?}");

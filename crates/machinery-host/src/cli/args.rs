@@ -98,6 +98,8 @@ pub enum Command {
     },
     /// Write the screen of a running machine to a PNG file
     Screenshot { machine: String, path: PathBuf },
+    /// Show where viewers connect to the screen, keyboard and mouse of a running machine
+    Console { machine: String },
     /// Prepare the next restore of machines ahead of time
     Prepare {
         /// The machines to prepare [default: all]

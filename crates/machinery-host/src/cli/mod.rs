@@ -1,10 +1,11 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, `manual` writes the manual pages, and `progress` shows an action under way.
+//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, `console` where viewers connect, `manual` writes the manual pages, and `progress` shows an action under way.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
+mod console;
 mod file;
 mod machines;
 mod manual;
@@ -123,6 +124,11 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         Command::State { machine } => {
             let answer = send_request(cwd, json!({"action": "state", "machine": machine}))?;
             output::state(&answer, global.json);
+            Ok(exit_code(&answer))
+        }
+        Command::Console { machine } => {
+            let answer = send_request(cwd, json!({"action": "console", "machine": machine}))?;
+            console::console(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::Prepare { machines } => prepare(cwd, machines, global.json),

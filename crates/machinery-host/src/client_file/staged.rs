@@ -283,7 +283,8 @@ mod tests {
         let [storage, staging] = ["storage", "staging"].map(|name| root.path().join(name));
         fs::create_dir_all(storage.join("task")).unwrap();
         fs::create_dir(&staging).unwrap();
-        Scratch { folders: Folders { storage, staging }, root }
+        let consoles = root.path().join("console");
+        Scratch { folders: Folders { storage, staging, consoles }, root }
     }
 
     impl Scratch {

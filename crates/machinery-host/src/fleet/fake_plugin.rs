@@ -1,6 +1,8 @@
 //! A plugin for unit tests, without a library: its machines are names with a state, and a test scripts its answers.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,6 +38,7 @@ struct Script {
     unusable: HashMap<String, String>,
     reloaded: Reloaded,
     able: Option<Capabilities>,
+    viewers: VecDeque<UnixStream>,
 }
 
 impl FakePlugin {
@@ -120,6 +123,11 @@ impl FakePlugin {
     pub fn machine(&self, name: &str, events: &Events) -> Arc<Machine> {
         self.set_state(name, State::Poweroff);
         Arc::new(Machine::new(info(name), self.machinery("fake"), State::Poweroff, events.clone()))
+    }
+
+    /// Returns the machine's end of the first connection to a console that no test has taken.
+    pub fn take_viewer(&self) -> Option<UnixStream> {
+        self.script().viewers.pop_front()
     }
 
     fn script(&self) -> MutexGuard<'_, Script> {
@@ -243,6 +251,14 @@ impl machinery::Machinery for FakePlugin {
             ..Diagnosis::new(name.clone())
         };
         Ok(machines.iter().map(one).collect())
+    }
+
+    fn console(&self, machine: &str, _deadline: Deadline) -> Result<OwnedFd> {
+        self.answer("console", machine, None)?;
+        let failed = |error| Error::io("make", Path::new("a pair of sockets"), &error);
+        let (viewer, server) = UnixStream::pair().map_err(failed)?;
+        self.script().viewers.push_back(server);
+        Ok(viewer.into())
     }
 
     fn shutdown(&self, _deadline: Deadline) -> Result<()> {

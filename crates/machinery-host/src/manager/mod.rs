@@ -12,6 +12,7 @@
 //! | counts and durations | [`Metrics`] |
 //! | subscribers | [`Events`] |
 
+pub mod console;
 pub mod replacement;
 mod unsaved;
 

@@ -52,6 +52,10 @@ impl Dispatcher {
                 self.manager.queues().submit(&machine, action, responder);
             }
             Request::State(machine) => self.state(machine, id).await,
+            Request::Console(machine) => {
+                let path = self.manager.expect_console(&machine);
+                self.outbox.reply(reply::console(path), id).await;
+            }
             Request::EnableMachine(machine) => match self.manager.enable_machine(machine).await {
                 Ok(enabled) => self.reply_when_saved(enabled, id).await,
                 Err(reason) => self.outbox.reply(reply::failure(&reason), id).await,
@@ -85,7 +89,7 @@ impl Dispatcher {
             Request::List => {
                 let roster = self.manager.roster();
                 let slot = self.outbox.large_slot(MACHINE + roster.machines().len() * 1024).await;
-                slot.fill(reply::list(&roster), id.as_ref());
+                slot.fill(reply::list(&roster, self.manager.consoles()), id.as_ref());
             }
             Request::Version => self.version(id).await,
             Request::Metrics => self.metrics(id).await,
@@ -161,7 +165,11 @@ impl Dispatcher {
 
     async fn reply_when_locked(&self, locked: Result<UnsavedLock, Refused>, id: Id) {
         match locked {
-            Ok(lock) => self.outbox.reply_later(id, async { reply::locked(lock.save().await) }).await,
+            Ok(lock) => {
+                let manager = Arc::clone(&self.manager);
+                let locked = async move { reply::locked(lock.save().await, manager.consoles()) };
+                self.outbox.reply_later(id, locked).await;
+            }
             Err(refused) => self.outbox.reply(reply::failure(&refused.to_string()), id).await,
         }
     }
