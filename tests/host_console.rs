@@ -245,7 +245,7 @@ fn is_greeted(user: u32, group: u32, socket: &Path) -> bool {
                   sys.exit(s.recv(12) != b'RFB 003.008\\n')";
     let mut command = Command::new("setpriv");
     command.args([format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".to_owned()]);
-    command.args(["python3", "-c", script]).arg(socket).current_dir("/");
+    command.args(["/usr/bin/python3", "-c", script]).arg(socket).current_dir("/");
     command.status().unwrap().success()
 }
 
