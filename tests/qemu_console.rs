@@ -14,6 +14,7 @@ use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
 use machinery_testkit::viewer::Viewer;
+use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -129,7 +130,8 @@ fn viewer_of(socket: &Path, start: &str) -> Viewer {
         let mut viewer = Viewer::connect(socket).unwrap();
         let screen = viewer.screen().unwrap();
         // QEMU updates its screen a moment after the restore. The firmware has written to the text screen of a PC.
-        let is_text = (screen.width, screen.height) == (720, 400) && screen.rgb.iter().any(|byte| *byte > 100);
+        let is_text =
+            (screen.width, screen.height) == (720, 400) && screen.rgb.iter().any(|byte| *byte > 100);
         if is_text || start == "norestore_start" {
             return viewer;
         }
@@ -177,5 +179,100 @@ fn qemu_listens_nowhere_and_has_no_server_unless_a_console_is_configured() {
     desk.act("restore_start");
     Viewer::connect(&desk.console()).unwrap().screen().unwrap();
     assert_eq!(desk.listening(), before);
+    desk.end();
+}
+
+#[test]
+fn console_changes_no_restore_and_no_screenshot() {
+    let mut pictures = Vec::new();
+    for console in ["false", "true"] {
+        let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Plain)]).unwrap();
+        lab.ahead(&format!("instant: auto, standby: auto, console: {console}")).unwrap();
+        let mut desk = desk_in(lab);
+        desk.act("prepare");
+        assert_eq!(desk.client.machine("m").unwrap()["ready"]["mode"], "standby", "{}", desk.host.log());
+        desk.act("restore_start");
+        if console == "true" {
+            viewer_of(&desk.console(), "restore_start").is_served().unwrap();
+        }
+        let path = desk.lab.cwd().root().join("screen.png");
+        let request = json!({"action": "screenshot", "machine": "m", "path": path});
+        assert_eq!(desk.client.ask(request).unwrap(), good());
+        pictures.push(fs::read(&path).unwrap());
+        desk.act("stop");
+        desk.act("stop");
+        // Without its standby, by the template.
+        desk.act("restore_start");
+        let log = desk.host.wait_for_log(&["done", "restore_start", "load"]).unwrap();
+        assert!(!log.contains("snapshot"), "{log}");
+        if console == "true" {
+            viewer_of(&desk.console(), "restore_start").is_served().unwrap();
+        }
+        desk.act("stop");
+        desk.end();
+    }
+    assert!(pictures[0] == pictures[1], "the screen is another one with a console");
+}
+
+#[test]
+fn viewer_is_disconnected_when_qemu_is_killed() {
+    let mut desk = desk(", console: true");
+    desk.act("restore_start");
+    let mut viewer = viewer_of(&desk.console(), "restore_start");
+    kill_process(desk.lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
+    viewer.wait_for_close().unwrap();
+    desk.client.act("enable_machine", "m").unwrap();
+    desk.act("restore_start");
+    viewer_of(&desk.console(), "restore_start").is_served().unwrap();
+    desk.end();
+}
+
+#[test]
+fn console_of_an_adopted_run_is_that_of_its_start() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Plain)]).unwrap();
+    lab.host_yaml("", ", console: true").unwrap();
+    let mut desk = desk_in(lab);
+    desk.act("restore_start");
+    let mut viewer = viewer_of(&desk.console(), "restore_start");
+    desk.host.kill().unwrap();
+    viewer.wait_for_close().unwrap();
+    let Desk { lab, .. } = desk;
+    let mut desk = desk_in(lab);
+    assert_eq!(desk.client.machine("m").unwrap()["state"], "running");
+    viewer_of(&desk.console(), "restore_start").is_served().unwrap();
+    desk.act("stop");
+    desk.end();
+}
+
+#[test]
+fn console_is_refused_for_an_adopted_run_that_was_started_without_one() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Plain)]).unwrap();
+    let mut desk = desk_in(lab);
+    desk.act("restore_start");
+    desk.host.kill().unwrap();
+    let Desk { lab, .. } = desk;
+    lab.host_yaml("", ", console: true").unwrap();
+    let mut desk = desk_in(lab);
+    assert_eq!(desk.client.machine("m").unwrap()["state"], "running");
+    Viewer::connect(&desk.console()).unwrap().wait_for_close().unwrap();
+    desk.host.wait_for_log(&["a viewer was refused", "started without a console"]).unwrap();
+    desk.act("stop");
+    desk.act("restore_start");
+    viewer_of(&desk.console(), "restore_start").is_served().unwrap();
+    desk.act("stop");
+    desk.end();
+}
+
+#[test]
+fn console_is_the_server_of_the_arguments_when_they_have_one() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Plain)]).unwrap();
+    lab.change_start_args("m", |args| args.extend(["-vnc", "none"].map(str::to_owned))).unwrap();
+    lab.host_yaml("", ", console: true").unwrap();
+    let mut desk = desk_in(lab);
+    desk.act("restore_start");
+    let servers = desk.qemu_command().iter().filter(|arg| *arg == "-vnc").count();
+    assert_eq!(servers, 1);
+    viewer_of(&desk.console(), "restore_start").is_served().unwrap();
+    desk.act("stop");
     desk.end();
 }
