@@ -218,8 +218,14 @@ mod tests {
             let (viewer, theirs) = tokio::io::duplex(64);
             let relayed = tokio::spawn(console.relay(viewer));
             let _kept = match viewer_leaves {
-                true => (None, server),
-                false => (Some(theirs), None),
+                true => {
+                    drop(theirs);
+                    (None, server)
+                }
+                false => {
+                    drop(server);
+                    (Some(theirs), None)
+                }
             };
             relayed.await.unwrap().unwrap();
         }
