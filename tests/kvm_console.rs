@@ -104,6 +104,8 @@ fn viewer_is_disconnected_when_the_qemu_of_a_domain_is_killed() {
 fn domain_without_a_server_is_refused_with_the_remedy() {
     let lab = KvmLab::new(&[("m", Guest::Micro)]).unwrap();
     let (host, mut client) = served(&lab, "instant: off, machines: {m: {console: true}}");
+    let warnings = client.machine("m").unwrap()["warnings"].to_string();
+    assert!(warnings.contains("no VNC server") && warnings.contains("lab-m"), "{warnings}");
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
     Viewer::connect(&console(&mut client)).unwrap().wait_for_close().unwrap();
     let line = host.wait_for_log(&["a viewer was refused"]).unwrap();

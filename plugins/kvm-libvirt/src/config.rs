@@ -353,6 +353,14 @@ mod tests {
     }
 
     #[test]
+    fn console_is_off_unless_the_section_or_the_machine_enables_it() {
+        let console = |section: &str| with_section(section).unwrap().machines[0].info.console;
+        assert!(!console("") && console("    console: true\n"));
+        assert!(!console("    console: true\n    machines: {a: {console: false}}\n"));
+        assert!(console("    machines: {a: {console: true}}\n"));
+    }
+
+    #[test]
     fn problem_in_the_section_is_refused_with_its_line() {
         for (section, words) in [
             ("    standby: perhaps\n", "machinery-host.yaml:3: machineries.kvm.standby: "),

@@ -11,6 +11,7 @@ use virt::connect::Connect;
 use virt_sys as sys;
 
 use crate::connection::Connection;
+use crate::description::Description;
 use crate::domain;
 use crate::dsn::is_local;
 use crate::errors::explain;
@@ -30,7 +31,7 @@ pub fn connect(connection: &Connection, label: &str, deadline: Deadline) -> Resu
 
 fn open(connect: &Connect, label: &str) -> Result<OwnedFd> {
     let domain = domain::running(connect, label)?;
-    let index = domain::described(&domain)?.vnc.ok_or_else(|| no_server(label))?;
+    let index = domain::described(&domain)?.vnc.ok_or_else(|| no_server(&format!("'{label}'")))?;
     let opened = domain.open_graphics_fd(index, sys::VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH);
     let number = opened.map_err(|error| explain("open the console", &error))?;
     let number = i32::try_from(number).map_err(|_| Error::failed("libvirt's console is no descriptor"))?;
@@ -41,9 +42,36 @@ fn open(connect: &Connect, label: &str) -> Result<OwnedFd> {
     Ok(descriptor)
 }
 
-fn no_server(label: &str) -> Error {
-    Error::environment(format!("the domain '{label}' has no VNC server for its console")).advice(
-        "Add <graphics type='vnc' sharePolicy='ignore'><listen type='none'/></graphics> to its devices (virsh \
-         edit), and take its snapshot again",
+/// Returns the warning about a domain without a console: it, or its snapshot, has no VNC server.
+pub fn warning(label: &str, domain: &Description, snapshot: Option<&Description>) -> Option<String> {
+    let lacks = [Some(domain), snapshot].iter().flatten().any(|one| one.vnc.is_none());
+    lacks.then(|| no_server(&format!("'{label}', or its snapshot,")).to_string())
+}
+
+fn no_server(domain: &str) -> Error {
+    Error::environment(format!("the domain {domain} has no VNC server for its console")).advice(
+        "Add <graphics type='vnc' sharePolicy='ignore'><listen type='none'/></graphics> to its devices (virsh edit), \
+         and take its snapshot again",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn domain_has_a_warning_when_it_or_its_snapshot_has_no_server() {
+        let described = |graphics: &str| {
+            Description::read(&format!("<domain><devices>{graphics}</devices></domain>")).unwrap()
+        };
+        let spice = described("<graphics type='spice'/>");
+        let both = described("<graphics type='spice'/><graphics type='vnc'><listen type='none'/></graphics>");
+        assert_eq!((spice.vnc, both.vnc), (None, Some(1)));
+        assert_eq!(warning("win", &both, None), None);
+        assert_eq!(warning("win", &both, Some(&both)), None);
+        for (domain, snapshot) in [(&spice, None), (&both, Some(&spice)), (&spice, Some(&both))] {
+            let warning = warning("win", domain, snapshot).unwrap();
+            assert!(warning.contains("domain 'win'") && warning.contains("type='vnc'"), "{warning}");
+        }
+    }
 }
