@@ -126,11 +126,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             output::state(&answer, global.json);
             Ok(exit_code(&answer))
         }
-        Command::Console { machine } => {
-            let answer = send_request(cwd, json!({"action": "console", "machine": machine}))?;
-            console::console(&answer, global.json);
-            Ok(exit_code(&answer))
-        }
+        Command::Console { machine } => run_console(cwd, machine, global.json),
         Command::Prepare { machines } => prepare(cwd, machines, global.json),
         Command::Metrics => {
             let answer = send_request(cwd, json!({"action": "metrics"}))?;
@@ -242,6 +238,13 @@ fn export_cape(cwd: &Cwd, json: bool) -> Result<ExitCode> {
     let conf = export::cape(cwd, answer["machines"].as_array().map_or(&[], Vec::as_slice))?;
     output::exported(&conf, json);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints where viewers connect to the machine's console.
+fn run_console(cwd: &Cwd, machine: &str, json: bool) -> Result<ExitCode> {
+    let answer = send_request(cwd, json!({"action": "console", "machine": machine}))?;
+    console::console(&answer, json);
+    Ok(exit_code(&answer))
 }
 
 /// Has the running host replace itself.

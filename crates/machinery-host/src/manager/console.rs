@@ -197,7 +197,7 @@ mod tests {
         let server = plugin.take_viewer().unwrap();
         let (viewer, mut theirs) = tokio::io::duplex(64);
         let relayed = tokio::spawn(console.relay(viewer));
-        (&mut theirs).write_all(b"ping").await.unwrap();
+        theirs.write_all(b"ping").await.unwrap();
         let mut server = registered(server).unwrap();
         let mut bytes = [0; 4];
         server.read_exact(&mut bytes).await.unwrap();

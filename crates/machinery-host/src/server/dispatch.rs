@@ -52,10 +52,7 @@ impl Dispatcher {
                 self.manager.queues().submit(&machine, action, responder);
             }
             Request::State(machine) => self.state(machine, id).await,
-            Request::Console(machine) => {
-                let path = self.manager.expect_console(&machine);
-                self.outbox.reply(reply::console(path), id).await;
-            }
+            Request::Console(machine) => self.console(&machine, id).await,
             Request::EnableMachine(machine) => match self.manager.enable_machine(machine).await {
                 Ok(enabled) => self.reply_when_saved(enabled, id).await,
                 Err(reason) => self.outbox.reply(reply::failure(&reason), id).await,
@@ -135,6 +132,10 @@ impl Dispatcher {
         let manager = Arc::clone(&self.manager);
         let state = async move { reply::state(manager.machine_state(&machine).await) };
         self.outbox.reply_later(id, state).await;
+    }
+
+    async fn console(&self, machine: &Machine, id: Id) {
+        self.outbox.reply(reply::console(self.manager.expect_console(machine)), id).await;
     }
 
     async fn reload(&self, id: Id) {
