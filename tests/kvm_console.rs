@@ -4,18 +4,16 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::KvmLab;
 use machinery_testkit::libvirt::SNAPSHOT;
-use machinery_testkit::viewer::Viewer;
+use machinery_testkit::viewer::{self, Viewer};
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(60);
 const GRAPHICS: &str = "<graphics type='vnc' sharePolicy='ignore'><listen type='none'/></graphics>";
 
 fn good() -> Value {
@@ -47,18 +45,9 @@ fn console(client: &mut Client) -> PathBuf {
     answer["path"].as_str().unwrap_or_else(|| panic!("{answer}")).into()
 }
 
-/// Connects a viewer that sees the text screen of a PC, on which the firmware has written.
+/// Connects a viewer that sees the screen of the restored guest.
 fn viewer(client: &mut Client) -> Viewer {
-    let (socket, end) = (console(client), Instant::now() + SOON);
-    loop {
-        let mut viewer = Viewer::connect(&socket).unwrap();
-        let screen = viewer.screen().unwrap();
-        // QEMU updates its screen a moment after the restore.
-        if (screen.width, screen.height) == (720, 400) && screen.rgb.iter().any(|byte| *byte > 100) {
-            return viewer;
-        }
-        assert!(Instant::now() < end, "{} x {}", screen.width, screen.height);
-    }
+    Viewer::of_screen(&console(client), viewer::is_text).unwrap()
 }
 
 #[test]
@@ -81,7 +70,7 @@ fn viewers_see_the_screen_of_a_domain_until_its_run_ends() {
         first.wait_for_close().unwrap();
         second.wait_for_close().unwrap();
         assert_eq!(client.act("norestore_start", "m").unwrap(), good());
-        Viewer::connect(&console(&mut client)).unwrap().screen().unwrap();
+        Viewer::connect(&console(&mut client)).unwrap().greeting().unwrap();
         assert_eq!(client.act("stop", "m").unwrap(), good());
         assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
         lab.assert_clean();
@@ -97,7 +86,7 @@ fn viewer_is_disconnected_when_the_qemu_of_a_domain_is_killed() {
     kill_process(lab.qemu_of("m").unwrap(), Signal::KILL).unwrap();
     viewer.wait_for_close().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap(), good());
-    Viewer::connect(&console(&mut client)).unwrap().screen().unwrap();
+    Viewer::of_screen(&console(&mut client), viewer::is_text).unwrap();
 }
 
 #[test]

@@ -13,8 +13,15 @@ use crate::error::{Context, Error};
 
 pub use machinery_backend::rfb::Screen;
 
+/// Reports whether it is the text screen of a PC, on which the firmware has written.
+pub fn is_text(screen: &Screen) -> bool {
+    (screen.width, screen.height) == (720, 400) && screen.rgb.iter().any(|byte| *byte > 100)
+}
+
 /// The maximum time of an answer, and of the end of a connection.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The maximum time of one screen.
+const SCREEN_TIMEOUT: Duration = Duration::from_secs(3);
 /// The begin of the greeting of an RFB server. Source: RFC 6143, 7.1.1.
 const GREETING: &[u8] = b"RFB 003.";
 /// The numbers of messages. Source: RFC 6143, 7.5.
@@ -46,9 +53,27 @@ impl Viewer {
         }
     }
 
-    /// Negotiates with the RFB server, and reads the whole screen. The first call on a connection.
-    pub fn screen(&mut self) -> Result<Screen> {
-        rfb::read_screen(&self.stream, Deadline::after(PATIENCE)).context(|| self.what("reading the screen"))
+    /// Connects to a console's socket, and reads the whole screen, until `is_expected` accepts it. A server shows the screen
+    /// of a restored guest a moment later, and never sends the whole of a screen whose size changes meanwhile.
+    pub fn of_screen(socket: &Path, is_expected: impl Fn(&Screen) -> bool) -> Result<Self> {
+        let end = Deadline::after(PATIENCE);
+        loop {
+            let viewer = Viewer::connect(socket)?;
+            let read = viewer.stream.set_read_timeout(Some(SCREEN_TIMEOUT));
+            read.context(|| viewer.what("setting the timeout"))?;
+            match rfb::read_screen(&viewer.stream, Deadline::after(SCREEN_TIMEOUT)) {
+                Ok(screen) if is_expected(&screen) => {
+                    let reset = viewer.stream.set_read_timeout(Some(PATIENCE));
+                    reset.context(|| viewer.what("setting the timeout"))?;
+                    return Ok(viewer);
+                }
+                read if end.passed() => {
+                    let seen = read.map(|screen| format!("{} x {}", screen.width, screen.height));
+                    return Err(Error::new(format!("{}: {seen:?}", viewer.what("reading the screen"))));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Presses and releases a key, by its symbol of X. The screen was read before.
