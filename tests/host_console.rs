@@ -99,6 +99,7 @@ fn viewers_have_connections_of_their_own_until_the_run_ends() {
     served.act("restore_start", "other");
     let answer = served.client.act("console", "m").unwrap();
     let socket = served.socket("m");
+    assert!(socket.exists(), "a host that is ready has its sockets");
     assert_eq!(answer, json!({"success": true, "path": socket}));
     assert_eq!(served.client.machine("m").unwrap()["console"], json!(socket));
     let [mut first, mut second, mut stays] = ["m", "m", "other"].map(|machine| served.watch(machine));
@@ -216,6 +217,17 @@ fn console_has_no_socket_when_the_path_is_too_long_for_viewers() {
     assert!(reason.contains("an address holds 107") && reason.contains("shorter path"), "{reason}");
     assert_eq!(served.client.machine(&name).unwrap()["console"], Value::Null);
     served.host.wait_for_log(&["a console has no socket"]).unwrap();
+}
+
+#[test]
+fn host_serves_without_consoles_when_their_sockets_cannot_be_made() {
+    let cwd = ScratchCwd::double(&[("m", CONSOLE)]).unwrap();
+    cwd.write("operational/sockets/console", "a file of somebody else").unwrap();
+    let mut served = served_in(cwd);
+    served.act("restore_start", "m");
+    assert!(served.refusal("m").contains("the host's log may have the reason"));
+    served.host.wait_for_log(&["a console has no socket", "make the folder"]).unwrap();
+    served.act("stop", "m");
 }
 
 #[test]

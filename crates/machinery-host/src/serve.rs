@@ -50,8 +50,9 @@ use crate::manager::Manager;
 use crate::manager::replacement::Replacement;
 use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
+use crate::server::consoles::{self, Consoles};
+use crate::server::listener;
 use crate::server::peers::Peers;
-use crate::server::{consoles, listener};
 use crate::service_manager::{self, Loading};
 use crate::watchdog;
 use end::{NextProgram, drain, execute_again};
@@ -117,7 +118,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         let (end, hangup) = signals.while_serving(hands_over)?;
         work_in_background(&manager, hangup)?;
         let exporter = tokio::spawn(exporter::run(Arc::clone(&manager)));
-        let consoles = tokio::spawn(consoles::run(Arc::clone(&manager), Arc::clone(&peers)));
+        let consoles = tokio::spawn(Consoles::open(&manager, &peers).serve());
         let ended = serve(cwd, &peers, manager, loading, inherited, end).await;
         tokio::join!(exporter::end(exporter), consoles::end(consoles));
         ended

@@ -137,10 +137,14 @@ impl Manager {
     /// Returns the socket of the console of a machine that is on.
     ///
     /// # Errors
-    /// The machine has no console, or is off; the reason is for clients.
+    /// The machine has no console, or is off; the socket could not be made. The reason is for clients.
     pub fn expect_console(&self, machine: &Machine) -> Result<PathBuf, String> {
         let path = console_socket(machine, self.consoles())?;
-        expect_on(machine).map(|()| path)
+        expect_on(machine)?;
+        match path.exists() {
+            true => Ok(path),
+            false => Err(format!("{} does not exist: the host's log may have the reason", path.display())),
+        }
     }
 
     /// Connects a viewer to the machine's console.

@@ -38,23 +38,6 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// The time that the sockets have to be removed when the host ends.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Serves the consoles until the host ends.
-pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>) {
-    let (mut events, mut ended) = (manager.subscribe(), manager.ended().subscribe());
-    remove_folder(manager.consoles());
-    let mut sockets = Sockets { manager: Arc::clone(&manager), peers, open: BTreeMap::new() };
-    loop {
-        sockets.update(&manager.roster());
-        tokio::select! {
-            () = reloaded(&mut events) => {}
-            // The sender lives as long as the manager.
-            _ = ended.wait_for(|ended| *ended) => break,
-        }
-    }
-    drop(sockets);
-    remove_folder(manager.consoles());
-}
-
 /// Waits for the end of the consoles of a host that has ended.
 pub async fn end(consoles: JoinHandle<()>) {
     // A folder on a disk that hangs is left.
@@ -73,14 +56,38 @@ async fn reloaded(events: &mut Receiver<Event>) {
 }
 
 /// The sockets that are open.
-struct Sockets {
+pub struct Consoles {
     manager: Arc<Manager>,
     peers: Arc<Peers>,
+    events: Receiver<Event>,
     /// The task of each socket, by the socket's path. Dropping it ends the connections of its viewers.
     open: BTreeMap<PathBuf, JoinSet<()>>,
 }
 
-impl Sockets {
+impl Consoles {
+    /// Opens the sockets of all machines with a console, and removes those of an earlier host.
+    pub fn open(manager: &Arc<Manager>, peers: &Arc<Peers>) -> Self {
+        remove_folder(manager.consoles());
+        let (manager, peers, events) = (Arc::clone(manager), Arc::clone(peers), manager.subscribe());
+        let mut consoles = Consoles { manager, peers, events, open: BTreeMap::new() };
+        consoles.update(&consoles.manager.roster());
+        consoles
+    }
+
+    /// Serves the consoles until the host ends.
+    pub async fn serve(mut self) {
+        let mut ended = self.manager.ended().subscribe();
+        loop {
+            tokio::select! {
+                () = reloaded(&mut self.events) => self.update(&self.manager.roster()),
+                // The sender lives as long as the manager.
+                _ = ended.wait_for(|ended| *ended) => break,
+            }
+        }
+        self.open.clear();
+        remove_folder(self.manager.consoles());
+    }
+
     /// Opens the sockets of these machines, and removes all others.
     fn update(&mut self, roster: &Roster) {
         let folder = self.manager.consoles();
