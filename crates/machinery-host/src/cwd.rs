@@ -107,6 +107,11 @@ impl Cwd {
         self.state().join("unfinished")
     }
 
+    /// Returns the default path of the wall's token.
+    pub fn wall_token(&self) -> PathBuf {
+        self.state().join("wall.token")
+    }
+
     /// Returns the folder of a machinery's state.
     pub fn machinery_state(&self, machinery: &str) -> PathBuf {
         self.state().join(machinery).join("state")

@@ -68,6 +68,8 @@ pub enum Command {
     Upgrade,
     /// Show the running host: its process, who has started it, its machines, and the disk space of its templates
     Status,
+    /// Show the address of the wall, the web page of the machines, with the token to log in
+    Wall,
     /// End the running host, with all machines that it has started
     Shutdown,
     /// Remove the templates and the state of a host that is not to come back

@@ -12,6 +12,7 @@ mod manual;
 mod output;
 mod progress;
 mod status;
+mod wall;
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -139,7 +140,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(exit_code(&answer))
         }
         Command::Upgrade => run_upgrade(cwd, global),
-        Command::Status | Command::Shutdown | Command::Clean | Command::EndRuns => {
+        Command::Status | Command::Wall | Command::Shutdown | Command::Clean | Command::EndRuns => {
             run_for_host(cwd, command, global)
         }
         Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {
@@ -163,6 +164,11 @@ fn run_for_host(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCod
             let (version, list) = (version?, list?);
             status::status(&version, &list, global.json);
             Ok(exit_code(&list))
+        }
+        Command::Wall => {
+            let version = send_request(cwd, json!({"action": "version"}))?;
+            wall::wall(cwd, &version, global.json)?;
+            Ok(ExitCode::SUCCESS)
         }
         Command::Shutdown => {
             let answer = shutdown::shutdown(cwd)?;

@@ -234,6 +234,11 @@ impl machinery::Machinery for FakePlugin {
         std::fs::write(path, "dump").map_err(|error| Error::io("write", path, &error))
     }
 
+    /// Writes no file.
+    fn screenshot(&self, machine: &str, _path: &Path, _deadline: Deadline) -> Result<()> {
+        self.answer("screenshot", machine, None)
+    }
+
     fn prepare(&self, machine: &str, _deadline: Deadline) -> Result<()> {
         self.answer("prepare", machine, None)
     }

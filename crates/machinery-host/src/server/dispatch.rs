@@ -120,7 +120,8 @@ impl Dispatcher {
     }
 
     async fn version(&self, id: Id) {
-        let version = reply::version(&self.manager.roster(), self.manager.origin());
+        let wall = self.manager.wall_address().borrow().clone();
+        let version = reply::version(&self.manager.roster(), self.manager.origin(), wall.as_deref());
         self.outbox.reply(version, id).await;
     }
 

@@ -84,6 +84,19 @@ pub fn kept(listener: UnixListener, path: &Path) -> Result<std::os::unix::net::U
     listener.into_std().map_err(|error| Error::io("keep the socket", path, &error))
 }
 
+/// Expects that the path is free, or that a socket is there.
+///
+/// # Errors
+/// Another file is there.
+pub fn expect_replaceable(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(Error::environment(format!("{} is no socket", path.display())).advice("Choose another path"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Binds the manager's socket, for those peers alone, and warns if some of them cannot reach it.
 ///
 /// # Errors
@@ -104,7 +117,7 @@ fn bind_manager(path: &Path, peers: &Peers) -> Result<UnixListener> {
 ///
 /// # Errors
 /// The socket cannot be made.
-pub(super) fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
+pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
     let failed = |error: io::Error| Error::io("make the socket", path, &error);
     // A new folder is accessible to this user alone, so nobody can connect before the mode is set.
     let folder = path.parent().unwrap_or(Path::new("/"));
@@ -126,7 +139,7 @@ fn open_to(peers: &Peers, socket: &Path) -> io::Result<()> {
 }
 
 /// Warns of folders that the group which may use the socket cannot pass.
-fn warn_of_closed_folders(path: &Path, peers: &Peers) {
+pub fn warn_of_closed_folders(path: &Path, peers: &Peers) {
     let Some(gid) = peers.gid() else { return };
     for folder in path.ancestors().skip(1) {
         let Ok(meta) = folder.metadata() else { continue };

@@ -28,4 +28,4 @@ mod outbox;
 pub mod peers;
 pub mod protocol;
 mod receive;
-mod reply;
+pub mod reply;

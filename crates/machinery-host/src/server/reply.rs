@@ -108,7 +108,7 @@ pub fn list(roster: &Roster, consoles: &Path) -> Value {
 }
 
 /// The reply to `version`.
-pub fn version(roster: &Roster, origin: &Origin) -> Value {
+pub fn version(roster: &Roster, origin: &Origin, wall: Option<&str>) -> Value {
     let machineries: Map<String, Value> = roster
         .machineries()
         .iter()
@@ -121,6 +121,7 @@ pub fn version(roster: &Roster, origin: &Origin) -> Value {
         "pid": origin.pid,
         "started": origin.started,
         "started_by": origin.started_by,
+        "wall": wall,
         "machineries": machineries,
     })
 }
@@ -148,7 +149,7 @@ fn quarantine(quarantine: &Quarantine) -> Value {
 }
 
 /// A machine: the keys that Cuckoo3's `Machine.from_dict` reads, and our own.
-fn machine(machine: &Machine, consoles: &Path) -> Value {
+pub fn machine(machine: &Machine, consoles: &Path) -> Value {
     let info = machine.info();
     let status = machine.status();
     let availability = &status.availability;
