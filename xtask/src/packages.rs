@@ -25,7 +25,7 @@ struct Need {
 
 const VERSION: &[&str] = &["--version"];
 
-const NEEDS: [Need; 13] = [
+const NEEDS: [Need; 14] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -103,6 +103,13 @@ const NEEDS: [Need; 13] = [
         args: &["-T", "lint", "-W", "fatal", "/dev/null"],
         packages: &["mandoc"],
         why: "checks the manual pages",
+    },
+    Need {
+        what: "Chromium",
+        program: "sh",
+        args: &["-c", "chromium-headless-shell --version || chromium --version || google-chrome --version"],
+        packages: &["chromium-headless-shell"],
+        why: "shows the host's web page",
     },
     Need {
         what: "libvirt's development files",

@@ -70,6 +70,10 @@ fn missing() -> Vec<&'static str> {
     if !succeeds(Command::new("systemd-analyze").arg("--version")) {
         missing.push("systemd");
     }
+    let is_browser = |name: &&str| succeeds(Command::new(name).arg("--version"));
+    if !["chromium-headless-shell", "chromium", "google-chrome"].iter().any(is_browser) {
+        missing.push("browser");
+    }
     if ["CAPE_SOURCE", "CAPE_PYTHON"].iter().any(|name| env::var_os(name).is_none_or(|path| path.is_empty()))
     {
         missing.push("cape");

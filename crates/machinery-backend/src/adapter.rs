@@ -15,6 +15,7 @@
 //! Every refusal of a reload comes before its first change, which is the bar in the picture. The gone are discarded before
 //! the leftovers of the new are ended, because a changed machine is both, with one name and one disk.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -161,6 +162,10 @@ impl<S: Shared> Machinery for Adapter<S> {
             return Err(Error::unsupported("hand_over"));
         }
         self.leave(deadline, |machine| machine.hand_over(deadline))
+    }
+
+    fn console(&self, machine: &str, deadline: Deadline) -> Result<OwnedFd> {
+        self.on(machine, |machine| machine.console(deadline))
     }
 
     fn shutdown(&self, deadline: Deadline) -> Result<()> {

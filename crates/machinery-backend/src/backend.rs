@@ -1,5 +1,6 @@
 //! The part of an author that is about one machine, for the [`Adapter`](crate::Adapter).
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -74,6 +75,14 @@ pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
     /// The machine is on; the preparation fails or is cancelled.
     fn prepare(self: &Arc<Self>, _origin: PrepareOrigin, _deadline: Deadline) -> Result<()> {
         Err(Error::unsupported("prepare"))
+    }
+
+    /// See [`Machinery::console`](machinery::Machinery::console).
+    ///
+    /// # Errors
+    /// The machine is off, or its run has no console.
+    fn console(self: &Arc<Self>, _deadline: Deadline) -> Result<OwnedFd> {
+        Err(Error::unsupported("console"))
     }
 
     /// Returns what makes the machine unusable, and its warnings.

@@ -2,6 +2,7 @@
 
 mod export;
 mod timeouts;
+mod wall;
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -21,6 +22,7 @@ use crate::cwd::Cwd;
 use crate::plugin::checksum::AllowList;
 pub use export::Export;
 pub use timeouts::Timeouts;
+pub use wall::{Listen, Wall, authority};
 
 /// The content of both files.
 #[derive(Debug, Clone)]
@@ -47,6 +49,8 @@ pub struct Config {
     pub capture: Option<capture::Settings>,
     /// The places at which the metrics are exported.
     pub export: Export,
+    /// The web page of the machines.
+    pub wall: Wall,
     /// The file `machinery-host.yaml`, if it exists. Each plugin reads its section.
     pub host_file: Option<ConfigFile>,
 }
@@ -138,6 +142,16 @@ struct HostFile {
     metrics_listen: Option<SocketAddr>,
     #[serde(default, deserialize_with = "export::text_file")]
     metrics_textfile: Option<PathBuf>,
+    #[serde(default, deserialize_with = "wall::listen")]
+    web_listen: Option<Listen>,
+    #[serde(default, deserialize_with = "wall::path")]
+    web_token_file: Option<PathBuf>,
+    #[serde(default, deserialize_with = "wall::path")]
+    web_novnc: Option<PathBuf>,
+    #[serde(default, deserialize_with = "flag")]
+    web_actions: bool,
+    #[serde(default, deserialize_with = "words")]
+    web_origins: Vec<String>,
     #[serde(default)]
     socket_group: Option<String>,
     #[serde(default, deserialize_with = "present")]
@@ -197,6 +211,13 @@ impl Config {
             warn_of_unlisted_sections(file, &host, &machineries);
             plugin_hashes = host.plugin_hashes.map(|list| AllowList::read(file, &list, &mut problems));
         }
+        let wall = Wall {
+            origins: wall::origins(host_file.as_ref(), &host.web_origins, &mut problems),
+            listen: host.web_listen,
+            token_file: host.web_token_file,
+            actions: host.web_actions,
+            novnc: host.web_novnc,
+        };
         match Error::all(problems) {
             None => Ok(Config {
                 machineries,
@@ -209,6 +230,7 @@ impl Config {
                 heal: host.heal,
                 max_run: host.max_run,
                 export: Export { listen: host.metrics_listen, textfile: host.metrics_textfile },
+                wall,
                 capture,
                 host_file,
             }),

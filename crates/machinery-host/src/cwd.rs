@@ -87,6 +87,11 @@ impl Cwd {
         self.sockets().join("machinerymanager.sock")
     }
 
+    /// Returns the folder of the sockets of machines' consoles.
+    pub fn console_sockets(&self) -> PathBuf {
+        self.sockets().join("console")
+    }
+
     /// Returns the folder of the host's state.
     pub fn state(&self) -> PathBuf {
         self.root.join("operational/generated/machinery-host")
@@ -100,6 +105,11 @@ impl Cwd {
     /// Returns the host's folder for unfinished files of clients.
     pub fn staging(&self) -> PathBuf {
         self.state().join("unfinished")
+    }
+
+    /// Returns the default path of the wall's token.
+    pub fn wall_token(&self) -> PathBuf {
+        self.state().join("wall.token")
     }
 
     /// Returns the folder of a machinery's state.

@@ -17,6 +17,7 @@
 //! | [`commands`] | the commands that need no running host |
 //! | [`server`] | the socket and its protocol |
 //! | [`exporter`] | the metrics for Prometheus |
+//! | [`wall`] | the web page of the machines |
 //! | [`manager`] | the shared state, and a method for each request |
 //! | [`watchdog`] | proves to systemd that the host answers |
 //! | [`reload`] | a new configuration while the host serves |
@@ -29,6 +30,7 @@
 //! | [`client_file`] | the files that clients pass or name |
 //! | [`cuckoo`] | the values that Cuckoo3 reads differently from the host |
 //! | [`events`] | the events for subscribers |
+//! | `http` | the HTTP server of the exporter and of the wall |
 //! | [`client`] | the blocking client of the socket |
 //! | [`cwd`], [`cwd_lock`] | the paths in Cuckoo's working directory, and its lock |
 //! | [`exit`] | plugins that call `exit()` |
@@ -49,6 +51,7 @@ pub mod events;
 pub mod exit;
 pub mod exporter;
 pub mod fleet;
+mod http;
 mod limits;
 pub mod load;
 pub mod logging;
@@ -59,4 +62,5 @@ pub mod reload;
 pub mod serve;
 pub mod server;
 pub mod service_manager;
+pub mod wall;
 pub mod watchdog;

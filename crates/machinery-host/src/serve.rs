@@ -50,10 +50,11 @@ use crate::manager::Manager;
 use crate::manager::replacement::Replacement;
 use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
+use crate::server::consoles::{self, Consoles};
 use crate::server::listener;
 use crate::server::peers::Peers;
 use crate::service_manager::{self, Loading};
-use crate::watchdog;
+use crate::{wall, watchdog};
 use end::{NextProgram, drain, execute_again};
 use signals::{Asked, EarlySignals, EndSignals, Hangup, listen};
 
@@ -117,8 +118,10 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         let (end, hangup) = signals.while_serving(hands_over)?;
         work_in_background(&manager, hangup)?;
         let exporter = tokio::spawn(exporter::run(Arc::clone(&manager)));
+        let consoles = tokio::spawn(Consoles::open(&manager, &peers).serve());
+        let wall = tokio::spawn(wall::run(Arc::clone(&manager), Arc::clone(&peers), cwd.clone()));
         let ended = serve(cwd, &peers, manager, loading, inherited, end).await;
-        exporter::end(exporter).await;
+        tokio::join!(exporter::end(exporter), consoles::end(consoles), wall::end(wall));
         ended
     });
     // A plugin's call that never returns must not delay the end.

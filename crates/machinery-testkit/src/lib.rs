@@ -12,12 +12,16 @@
 //! - [`conformance`]: the requirements of a machinery plugin, as checks; a crate of its own, which needs no
 //!   guests.
 //! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
+//! - [`browser`]: a real browser, for the host's web page.
+//! - [`package`]: the files of a Debian package.
 //! - [`prometheus`]: the checks of metrics and rules.
 //! - [`requirement`]: what a test needs of this computer and its user.
+//! - [`viewer`]: a viewer of a machine's console.
 //! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;
+pub mod browser;
 mod cache;
 pub mod capture;
 pub mod client;
@@ -29,6 +33,7 @@ pub mod host;
 pub mod lab;
 pub mod libvirt;
 mod network;
+pub mod package;
 mod process;
 pub mod processes;
 pub mod prometheus;
@@ -40,6 +45,7 @@ pub mod separate_build;
 pub mod snapshot;
 pub mod trace;
 mod version;
+pub mod viewer;
 
 pub use error::{Error, Result};
 pub use machinery_conformance as conformance;

@@ -39,6 +39,9 @@ pub const CONTROLLERS: Requirement =
     Requirement { name: "controllers", needs: "the controllers pids and memory of cgroup v2" };
 /// The program `systemd-analyze`.
 pub const SYSTEMD: Requirement = Requirement { name: "systemd", needs: "systemd-analyze" };
+/// The browser Chromium.
+pub const BROWSER: Requirement =
+    Requirement { name: "browser", needs: "Chromium (Debian's package chromium-headless-shell)" };
 /// A Python that has Cuckoo3.
 pub const CUCKOO3: Requirement = Requirement {
     name: "cuckoo3",

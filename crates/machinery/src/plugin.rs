@@ -1,5 +1,6 @@
 //! The [`Machinery`] trait that a plugin implements, and the types around it.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -197,6 +198,20 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("hand_over"))
     }
 
+    /// Opens a connection to the screen, the keyboard and the mouse of a running machine, and returns it: a stream socket
+    /// on which the hypervisor serves RFB (RFC 6143) without authentication. Since interface 1.1.
+    ///
+    /// The host calls this function only for a machine whose [`MachineInfo::console`] is true, and may do so during an
+    /// action. Each call opens another connection, which shares the screen with the earlier ones. The end of the run
+    /// closes all of them.
+    ///
+    /// # Errors
+    /// The machine is off, or its run has no console.
+    fn console(&self, machine: &str, deadline: Deadline) -> Result<OwnedFd> {
+        let _ = (machine, deadline);
+        Err(Error::unsupported("console"))
+    }
+
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///
@@ -258,6 +273,9 @@ pub struct MachineInfo {
     /// The confinement of the machine's hypervisor, for people; none if the machinery does not confine it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jail: Option<String>,
+    /// True if the machine has a [`console`](Machinery::console), because its operator has enabled it.
+    #[serde(default)]
+    pub console: bool,
 }
 
 impl MachineInfo {
@@ -283,6 +301,7 @@ impl MachineInfo {
             agent_port: config.agent_port,
             mac_address: config.mac_address.clone(),
             jail: None,
+            console: false,
         }
     }
 

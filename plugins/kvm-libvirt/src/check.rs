@@ -17,6 +17,7 @@ use crate::compare;
 use crate::config::{Config, renamed_keys_of};
 use crate::confinement;
 use crate::connection::Connection;
+use crate::console;
 use crate::domain;
 use crate::dsn::{self, is_local};
 use crate::errors::explain;
@@ -107,7 +108,9 @@ fn check_machine(
         Err(error) => report.problem(&error.machine(name)),
     }
     check_definition(name, &domain, report);
-    let warnings = compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
+    let mut warnings =
+        compare::warnings(connect, &domain, info).unwrap_or_else(|error| vec![error.to_string()]);
+    warnings.extend(console_warning(info, &domain, snapshot.as_ref()));
     warnings.iter().for_each(|text| report.warning(format!("machine '{name}': {text}")));
 }
 
@@ -128,7 +131,18 @@ pub fn diagnose(connect: &Connect, info: &MachineInfo) -> Diagnosis {
     for problem in file_problems(connect, &domain, snapshot.as_ref()) {
         diagnosis.keep::<()>(Err(problem));
     }
+    diagnosis.warnings.extend(console_warning(info, &domain, snapshot.as_ref()));
     diagnosis
+}
+
+/// Returns the warning about a machine that cannot have its console.
+fn console_warning(info: &MachineInfo, domain: &Domain, snapshot: Option<&Snapshot>) -> Option<String> {
+    let described = info.console.then(|| domain::described(domain).ok()).flatten()?;
+    console::warning(
+        &info.label,
+        &described,
+        snapshot.and_then(|snapshot| snapshot.description.domain.as_ref()),
+    )
 }
 
 /// Lists the features that a libvirt on another computer does not support.

@@ -60,6 +60,8 @@ struct Section {
     /// True if machines without a standby have a save image.
     #[serde(alias = "save_images", deserialize_with = "null_as_default")]
     instant: InstantMode,
+    /// True if machines have a console.
+    console: bool,
     /// The folder for save images, which libvirtd must be able to access. The default is the plugin's cache.
     #[serde(alias = "save_dir")]
     instant_dir: Option<PathBuf>,
@@ -73,6 +75,7 @@ struct Section {
 #[serde(deny_unknown_fields, default)]
 struct MachineSection {
     standby: Option<Standby>,
+    console: Option<bool>,
 }
 
 fn local() -> String {
@@ -132,6 +135,7 @@ impl Config {
         let keys = |machine: &Configured<OwnKeys>| {
             let (name, OwnKeys { label, snapshot }) = (&machine.name, machine.own.clone());
             let info = MachineInfo::new(name, &machine.shared, label, snapshot, &file.interface);
+            let info = MachineInfo { console: section.has_console(name), ..info };
             let image = Image::of(name, instant, &instant_dir).of_host(dsn::host(&file.dsn));
             Keys { info, standby: section.standby_of(name), image }
         };
@@ -159,6 +163,10 @@ pub fn renamed_keys_of(setup: &Setup) -> Vec<String> {
 impl Section {
     fn standby_of(&self, machine: &str) -> Standby {
         self.machines.get(machine).and_then(|own| own.standby).unwrap_or(self.standby)
+    }
+
+    fn has_console(&self, machine: &str) -> bool {
+        self.machines.get(machine).and_then(|own| own.console).unwrap_or(self.console)
     }
 }
 
@@ -342,6 +350,14 @@ mod tests {
             with_section("    standby_memory_limit: 2 GiB\n").unwrap().standby_memory_limit,
             Some(2 << 30)
         );
+    }
+
+    #[test]
+    fn console_is_off_unless_the_section_or_the_machine_enables_it() {
+        let console = |section: &str| with_section(section).unwrap().machines[0].info.console;
+        assert!(!console("") && console("    console: true\n"));
+        assert!(!console("    console: true\n    machines: {a: {console: false}}\n"));
+        assert!(console("    machines: {a: {console: true}}\n"));
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub struct Description {
     pub firmware: Firmware,
     pub has_tpm: bool,
     pub has_nvdimm: bool,
+    /// The index of the first VNC server among the domain's graphics.
+    pub vnc: Option<u32>,
     /// The arguments that the domain adds to QEMU's command line.
     pub arguments: Vec<String>,
 }
@@ -91,6 +93,8 @@ impl Description {
 
     fn of(domain: Node) -> Description {
         let all = |name| domain.descendants().filter(move |node| node.has_tag_name(name));
+        let is_vnc = |node: Node| node.attribute("type") == Some("vnc");
+        let vnc = all("graphics").filter(|node| is_in(*node, "devices")).position(is_vnc);
         let arguments = domain.descendants().filter(|node| node.tag_name().name() == "arg");
         Description {
             kind: attribute(domain, "type"),
@@ -100,6 +104,7 @@ impl Description {
             firmware: Firmware::of(domain),
             has_tpm: all("tpm").next().is_some(),
             has_nvdimm: all("memory").any(|memory| memory.attribute("model").is_some_and(is_nvdimm)),
+            vnc: vnc.and_then(|index| u32::try_from(index).ok()),
             arguments: arguments.filter_map(|node| node.attribute("value")).map(str::to_owned).collect(),
         }
     }

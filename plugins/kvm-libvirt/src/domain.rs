@@ -1,6 +1,7 @@
 //! A domain of libvirt: its lookup, its state, and the basic actions on it.
 
 use machinery::{Error, Result, State};
+use machinery_backend::refuse;
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
@@ -22,6 +23,18 @@ pub fn domain(connect: &Connect, label: &str) -> Result<Domain> {
         true => no_domain(connect, label),
         false => explain(&format!("look up the domain '{label}'"), &error),
     })
+}
+
+/// Looks the domain of that name up, and expects that it is on.
+///
+/// # Errors
+/// The domain is off; as [`domain`].
+pub fn running(connect: &Connect, label: &str) -> Result<Domain> {
+    let domain = domain(connect, label)?;
+    match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
+        true => Ok(domain),
+        false => Err(refuse::off()),
+    }
 }
 
 fn no_domain(connect: &Connect, label: &str) -> Error {

@@ -17,7 +17,7 @@ use virt::stream::Stream;
 use virt_sys as sys;
 
 use crate::connection::Connection;
-use crate::domain;
+use crate::domain::running;
 use crate::dsn::is_local;
 use crate::errors::{explain, is_off, is_unsupported};
 
@@ -185,14 +185,6 @@ fn no_screenshot(domain: &Domain, error: &virt::error::Error) -> Error {
         }
         Ok((Enum::Known(DomainState::Shutoff), _)) => refuse::off(),
         _ => failed,
-    }
-}
-
-fn running(connect: &Connect, label: &str) -> Result<Domain> {
-    let domain = domain::domain(connect, label)?;
-    match domain.is_active().map_err(|error| explain("report whether the domain runs", &error))? {
-        true => Ok(domain),
-        false => Err(refuse::off()),
     }
 }
 

@@ -25,9 +25,10 @@
 //! | `leftovers` | records of the host's own runs, for the next host |
 //! | `foreign` | foreign work: changes by somebody else, which automatic work never destroys |
 //! | `inspect` | memory dump and screenshot |
+//! | `console` | the console of a running domain |
 //! | `connection`, `dsn` | the connection to libvirt, which survives a restart of libvirtd, and its address |
 //! | `call` | calls with a timeout |
-//! | `events`, `prepare/save`, `errno` | libvirt's event loop, saving to a file, the system's errors: all `unsafe` code |
+//! | `events`, `prepare/save`, `console`, `errno` | libvirt's event loop, saving to a file, the console, the system's errors: all `unsafe` code |
 //! | `states`, `errors` | the meaning of libvirt's states, events and errors |
 //! | `description`, `files` | libvirt's XML as types, and the files that it names |
 //! | `check`, `compare`, `access`, `confinement` | the checks of `cuckoo-machinery check`, among them how libvirt confines QEMU |
@@ -39,6 +40,7 @@ mod compare;
 mod config;
 mod confinement;
 mod connection;
+mod console;
 mod description;
 mod domain;
 mod dsn;

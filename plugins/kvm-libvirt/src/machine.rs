@@ -41,6 +41,7 @@ mod stop;
 
 pub use base::Machine;
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -50,6 +51,7 @@ use machinery_backend::{Backend, Operation, PrepareOrigin, Reloadable, refuse};
 use virt::connect::Connect;
 
 use crate::config::Keys;
+use crate::console;
 use crate::inspect;
 use crate::restore::Start;
 use base::END_EVENT_TIMEOUT;
@@ -108,6 +110,11 @@ impl Backend for Machine {
     fn screenshot(self: &Arc<Self>, path: &Path, deadline: Deadline) -> Result<()> {
         self.ensure_visible()?;
         inspect::screenshot(&self.shared.connection, self.label(), path, deadline)
+    }
+
+    fn console(self: &Arc<Self>, deadline: Deadline) -> Result<OwnedFd> {
+        self.ensure_visible()?;
+        console::connect(&self.shared.connection, self.label(), deadline)
     }
 
     fn prepare(self: &Arc<Self>, origin: PrepareOrigin, deadline: Deadline) -> Result<()> {

@@ -144,6 +144,17 @@ pub mod tests {
     }
 
     #[test]
+    fn console_is_off_unless_the_section_or_the_machine_enables_it() {
+        let has_console = |section: &str| {
+            let section: Section = host_config(section).parse_at(&["machineries", "qemu"]).unwrap().unwrap();
+            section.has_console("m")
+        };
+        assert!(!has_console("standby: off") && has_console("console: true"));
+        assert!(!has_console("{console: true, machines: {m: {console: false}}}"));
+        assert!(has_console("machines: {m: {console: true}, other: {}}"));
+    }
+
+    #[test]
     fn section_reads_each_renamed_key_with_a_warning() {
         for ((old, new), value) in RENAMED.into_iter().zip(["/t", "2 GiB", "3 GiB"]) {
             let read = |key: &str| {

@@ -54,6 +54,8 @@ pub struct Start<'a> {
     pub version: Version,
     /// The machine's own arguments, with the overlays in place of its images.
     pub args: Vec<String>,
+    /// True if the run has a console.
+    pub console: bool,
     pub overlays: Overlays,
     pub socket: &'a Path,
     /// The guest's RAM, if it is a file of the plugin.
@@ -186,6 +188,9 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
     }
     args.extend(plugin_args(start.incoming));
     args.extend(sound_args(start.version, &start.args));
+    if start.console {
+        args.extend(console_args(&start.args));
+    }
     if let Some(memory) = start.memory.take() {
         args.extend(memory.args(start.version));
         memory.allow(&mut start.confinement, start.version);
@@ -220,6 +225,18 @@ fn sound_args(version: Version, args: &[String]) -> Vec<String> {
 
 fn names_sound_backend(args: &[String]) -> bool {
     options::walk(args).any(|(_, name, _)| matches!(name, "audio" | "audiodev"))
+}
+
+/// Returns the arguments that give a run its console: a VNC server that listens nowhere, unless the machine's own
+/// arguments have a server. By default, a viewer that does not ask to share the screen disconnects all others.
+fn console_args(args: &[String]) -> Vec<String> {
+    let is_server = |name, value: &str| {
+        name == "vnc" || (name == "display" && value.split([',', '=']).next() == Some("vnc"))
+    };
+    match options::walk(args).any(|(_, name, value)| is_server(name, value)) {
+        true => Vec::new(),
+        false => ["-vnc", "none,share=ignore"].map(str::to_owned).to_vec(),
+    }
 }
 
 /// Connects to the monitor of a QEMU that an earlier host has started.
@@ -276,5 +293,16 @@ mod tests {
         assert!(sound_args(Version::new(7, 2, 22), &card).is_empty());
         let own = args(&["-audiodev", "pa,id=a", "-device", "hda-duplex,audiodev=a"]);
         assert!(sound_args(Version::new(10, 0, 8), &own).is_empty());
+    }
+
+    #[test]
+    fn console_gets_a_server_unless_the_arguments_have_one() {
+        let added = |list: &[&str]| console_args(&list.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>());
+        for without in [&["-m", "32"][..], &["-display", "none"], &["-name", "-vnc"], &["-nographic"]] {
+            assert_eq!(added(without), ["-vnc", "none,share=ignore"], "{without:?}");
+        }
+        for with in [["-vnc", "127.0.0.1:1"], ["--vnc", "none"], ["-display", "vnc=:3,share=ignore"]] {
+            assert!(added(&with).is_empty(), "{with:?}");
+        }
     }
 }

@@ -16,6 +16,7 @@
 //! | `standby` | a run that is loaded and paused |
 //! | `restore`, `progress`, `refusal` | loads a snapshot or a template; its progress; why QEMU refuses a snapshot |
 //! | `inspect` | memory dump and screenshot |
+//! | `vnc` | the console of a run |
 //! | `jail` | the rights of a machine's QEMU |
 //! | `leftovers` | the leftovers of a host that was killed |
 //! | `orphans` | the runs of machines that are not configured any more |
@@ -58,6 +59,7 @@ mod snapshot;
 mod standby;
 mod states;
 mod version;
+mod vnc;
 
 use machinery_backend::Adapter;
 use shared::Qemu;

@@ -21,6 +21,7 @@ mod state;
 mod stop;
 mod templates;
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ use machinery::{Deadline, Diagnosis, DumpFormat, Result, State};
 use machinery_backend::sync::lock;
 use machinery_backend::{Backend, PrepareOrigin, refuse};
 
-use crate::{inspect, leftovers, memory};
+use crate::{inspect, leftovers, memory, vnc};
 
 pub use base::Machine;
 
@@ -61,6 +62,10 @@ impl Backend for Machine {
 
     fn screenshot(self: &Arc<Self>, path: &Path, deadline: Deadline) -> Result<()> {
         inspect::screenshot(&*self.running()?, path, deadline)
+    }
+
+    fn console(self: &Arc<Self>, deadline: Deadline) -> Result<OwnedFd> {
+        vnc::connect(&*self.running()?, deadline)
     }
 
     fn prepare(self: &Arc<Self>, _: PrepareOrigin, deadline: Deadline) -> Result<()> {

@@ -147,7 +147,7 @@ impl Qmp {
     /// As [`execute`](Qmp::execute).
     pub fn pass(&self, file: BorrowedFd<'_>, by_name: bool, deadline: Deadline) -> Result<String> {
         if by_name {
-            let name = format!("file{}", self.next_id.load(Ordering::Relaxed));
+            let name = format!("file{}", self.next_id.fetch_add(1, Ordering::Relaxed));
             self.execute_with(&qmp::getfd { fdname: name.clone() }, Some(file), deadline)?;
             return Ok(name);
         }

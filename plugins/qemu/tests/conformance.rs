@@ -87,7 +87,7 @@ fn qemu_meets_the_requirements() {
 #[test]
 fn qemu_meets_the_requirements_with_templates() {
     let lab = lab();
-    lab.ahead("instant: auto, standby: off").unwrap();
+    lab.ahead("instant: auto, standby: off, console: true").unwrap();
     prepare_all(&lab);
     assert_meets_requirements(&lab);
 }

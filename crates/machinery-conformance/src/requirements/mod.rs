@@ -2,6 +2,7 @@
 //! failure shows the cause.
 
 mod adoption;
+mod console;
 mod files;
 mod identity;
 mod life;
@@ -53,6 +54,7 @@ table! {
     runs::state_at_any_time "`state` does not wait for a start of the machine.";
     files::dump_memory "The dump is a file that belongs to the caller; the machine still runs.";
     files::screenshot "The screenshot is a PNG that belongs to the caller; the machine still runs.";
+    console::console "A console greets as an RFB server, has several viewers, and closes at the end of the run." since 1.1;
     trouble::failed_start "A failed start returns a reason and has no leftovers; the machine starts again after a repair.";
     trouble::death "The plugin reports a machine that died at once, and the machine can be started again.";
     trouble::live_state "`state` asks the hypervisor: it does not report a paused machine as running." since 1.1;

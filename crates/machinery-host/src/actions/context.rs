@@ -12,7 +12,7 @@ use super::metrics::Metrics;
 use crate::capture;
 use crate::capture::space::Captures;
 use crate::client_file::Folders;
-use crate::config::{Config, Export, Heal, Timeouts};
+use crate::config::{Config, Export, Heal, Timeouts, Wall};
 use crate::fleet::run_marks::RunMarks;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Machine, Roster};
@@ -56,6 +56,8 @@ pub struct ActionSettings {
     pub max_run: Option<Duration>,
     /// The places at which the metrics are exported.
     pub export: Export,
+    /// The web page of the machines.
+    pub wall: Wall,
 }
 
 impl ActionSettings {
@@ -68,6 +70,7 @@ impl ActionSettings {
             heal: config.heal,
             max_run: config.max_run,
             export: config.export.clone(),
+            wall: config.wall.clone(),
         }
     }
 
@@ -85,6 +88,11 @@ impl ActionSettings {
             ("max_run", self.max_run != new.max_run),
             ("metrics_listen", self.export.listen != new.export.listen),
             ("metrics_textfile", self.export.textfile != new.export.textfile),
+            ("web_listen", self.wall.listen != new.wall.listen),
+            ("web_token_file", self.wall.token_file != new.wall.token_file),
+            ("web_actions", self.wall.actions != new.wall.actions),
+            ("web_novnc", self.wall.novnc != new.wall.novnc),
+            ("web_origins", self.wall.origins != new.wall.origins),
             (FreeSpaceReserve::KEY, self.reserve != new.reserve),
             ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
         ];
@@ -228,6 +236,9 @@ mod tests {
         assert_eq!(differing("max_run: 5"), ["max_run"]);
         assert_eq!(differing("metrics_listen: 127.0.0.1:9464"), ["metrics_listen"]);
         assert_eq!(differing("metrics_textfile: /tmp/a.prom"), ["metrics_textfile"]);
+        assert_eq!(differing("web_listen: 127.0.0.1:8899"), ["web_listen"]);
+        assert_eq!(differing("web_actions: true"), ["web_actions"]);
+        assert_eq!(differing("web_origins: [https://wall.lab]"), ["web_origins"]);
         assert_eq!(differing("free_space_reserve: 1 GiB"), [FreeSpaceReserve::KEY]);
     }
 

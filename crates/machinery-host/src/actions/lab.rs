@@ -44,7 +44,8 @@ impl Lab {
         let fleet = Arc::<Fleet>::default();
         fleet.set(Roster::new(vec![Arc::clone(&machine.machinery)], vec![Arc::clone(&machine)]));
         let state = StateStore::open(folder.path(), Arc::clone(&fleet)).unwrap();
-        let folders = Folders { storage: folder.path().into(), staging: folder.path().into() };
+        let path = || folder.path().to_owned();
+        let folders = Folders { storage: path(), staging: path(), consoles: path().join("console") };
         let metrics = Arc::<Metrics>::default();
         let context = Arc::new(ActionContext::new(&config, folders, metrics, Arc::clone(&state)));
         Lab { plugin, machine, context, fleet, state, events, folder }

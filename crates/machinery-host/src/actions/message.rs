@@ -1,11 +1,14 @@
-//! The messages in a worker's queue: requests for actions, and pauses.
+//! The messages in a worker's queue: requests for actions, pauses, and requests for the screen.
 //!
 //! ```text
 //! request ─▶ waits ─▶ runs ─▶ its responder gets the result
 //! pause   ─▶ waits ─▶ reached: the machine is idle ─▶ resumed: the worker goes on
 //!                                                └──▶ retired: the worker ends with its machine
+//! screen  ─▶ waits ─▶ nothing else waits: it is shown
+//!                └──▶ something else waits: refused
 //! ```
 
+use std::fmt;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
@@ -23,6 +26,8 @@ pub enum Message {
     Request(Request),
     /// Pause.
     Pause(Pause),
+    /// Show the screen, unless anything else waits.
+    Screen(ScreenRequest),
 }
 
 impl Message {
@@ -33,6 +38,7 @@ impl Message {
                 matches!(request.action, Action::Stop | Action::StopOwn | Action::NorestoreStart)
             }
             Message::Pause(_) => true,
+            Message::Screen(_) => false,
         }
     }
 
@@ -81,6 +87,55 @@ impl Drop for Responder {
         if let Some(respond) = self.0.take() {
             respond(Err(CLOSING.to_owned()));
         }
+    }
+}
+
+/// The reason why there is no screen now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoScreen {
+    /// The machine does not run.
+    Off,
+    /// An action waits or runs.
+    Busy,
+    /// The machinery shows no screens.
+    Unsupported,
+    /// It failed.
+    Failed(String),
+}
+
+impl fmt::Display for NoScreen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoScreen::Off => f.write_str("the machine does not run"),
+            NoScreen::Busy => f.write_str("the machine is busy with an action"),
+            NoScreen::Unsupported => f.write_str("its machinery shows no screens"),
+            NoScreen::Failed(reason) => f.write_str(reason),
+        }
+    }
+}
+
+/// A screen as a PNG image.
+pub type Screen = Result<Vec<u8>, NoScreen>;
+
+/// A request for the screen. A request that is dropped was refused, because the machine is busy.
+pub struct ScreenRequest(oneshot::Sender<Screen>);
+
+impl ScreenRequest {
+    /// Returns a request, and its response.
+    pub fn new() -> (ScreenRequest, oneshot::Receiver<Screen>) {
+        let (sender, receiver) = oneshot::channel();
+        (ScreenRequest(sender), receiver)
+    }
+
+    /// Reports whether nobody waits for the screen any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// Responds with this screen.
+    pub fn respond(self, screen: Screen) {
+        // The watcher may have left.
+        let _ = self.0.send(screen);
     }
 }
 

@@ -18,6 +18,7 @@
 //! | [`healing`] | tries a machine in quarantine |
 //! | [`overrun`] | stops a run that lasts longer than `max_run` |
 //! | [`overdue`] | notices an action that takes longer than its calls may |
+//! | [`screen`] | the screen of a machine, for somebody who watches it |
 //! | [`inspection`] | a dump or a screenshot, from the plugin to the client |
 //! | [`plugin_calls`] | the calls into the plugin of one machine |
 //! | [`context`] | what all executors share: settings, permits, failures |
@@ -44,6 +45,7 @@ pub mod plugin_calls;
 pub mod preparation;
 pub mod queues;
 pub mod record;
+pub mod screen;
 pub mod worker;
 
 use machinery::{DumpFormat, State};

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use super::context::ActionContext;
 use super::{Action, PrepareOrigin};
+use crate::client_file::PrivateFile;
 use crate::fleet::Machine;
 use crate::plugin::call::{AbandonedCall, CallResult, call};
 
@@ -106,6 +107,18 @@ impl PluginCalls {
             Some((expected, state, reports)) => self.record_state(expected, state, reports),
             None => Ok(()),
         }
+    }
+
+    /// Has the plugin write the screen to the file, which stays as long as the plugin may write to it.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn screen(&mut self, file: Arc<PrivateFile>, limit: Duration) -> Result<()> {
+        let called = self.machine.call(limit, move |machine, deadline| {
+            machine.machinery.instance.screenshot(machine.name(), &file.path(), deadline)
+        });
+        let called = called.await;
+        self.record_result(called, "showing the screen")
     }
 
     /// Records the state that the plugin has answered after an action.

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::context::ActionContext;
-use super::message::{InFlightGuard, Message, Pause, Pausing, Request, Responder};
+use super::message::{InFlightGuard, Message, Pause, Pausing, Request, Responder, Screen, ScreenRequest};
 use super::worker::Worker;
 use super::{Action, CLOSING, Ending, REMOVED};
 use crate::fleet::Machine;
@@ -108,6 +108,15 @@ impl Queues {
         Some(pausing)
     }
 
+    /// Asks the machine's worker for the screen, unless the machine is busy.
+    pub fn submit_screen(&self, machine: &Machine) -> Option<oneshot::Receiver<Screen>> {
+        let queues = self.queues();
+        let idle = queues.get(machine.name()).filter(|queue| *queue.in_flight.borrow() == 0)?;
+        let (request, screen) = ScreenRequest::new();
+        idle.messages.send(Message::Screen(request)).ok()?;
+        Some(screen)
+    }
+
     /// Removes the machine's queue: no later action is accepted.
     pub fn remove(&self, machine: &Machine) {
         self.queues().remove(machine.name());
@@ -155,10 +164,11 @@ mod tests {
     use std::time::Duration;
 
     use super::super::lab::Lab;
+    use super::super::message::NoScreen;
     use super::super::{ActionResult, PrepareOrigin};
     use super::*;
-    use machinery::State;
-    use tokio::sync::oneshot;
+    use crate::fleet::fake_plugin::FakePlugin;
+    use machinery::{Capabilities, State};
     use tokio::time::timeout;
 
     /// Returns the queues of a lab, with a worker of its machine.
@@ -322,6 +332,25 @@ mod tests {
         assert!(!lab.plugin.take_calls().contains(&"prepare".to_owned()));
         drop(permits);
         lab.plugin.called("prepare").await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn screen_is_shown_only_when_no_action_waits_or_runs() {
+        let plugin = FakePlugin::default();
+        plugin.set_capabilities(Capabilities { screenshot: true, ..Capabilities::default() });
+        let lab = Lab::with(plugin, "");
+        lab.start_own_run();
+        let queues = queues(&lab);
+        let shown = queues.submit_screen(&lab.machine).unwrap();
+        assert!(shown.await.unwrap().is_err_and(|why| why != NoScreen::Off), "the plugin writes no file");
+        assert_eq!(lab.plugin.take_calls(), ["screenshot"]);
+        // The stop arrives when the request for the screen waits.
+        let refused = queues.submit_screen(&lab.machine).unwrap();
+        let stopped = submit(&queues, &lab, Action::Stop);
+        assert!(queues.submit_screen(&lab.machine).is_none());
+        stopped.await.unwrap().unwrap();
+        assert!(refused.await.is_err());
+        assert_eq!(lab.plugin.take_calls(), ["stop"]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@
 //! idle ─▶ request: run it ─▶ idle
 //!      ─▶ idle work: have a pending change applied, prepare the next restore ─▶ idle
 //!      ─▶ a try is due, or the run has lasted too long: heal, or stop ─▶ idle
+//!      ─▶ screen: show it, unless anything else waits ─▶ idle
 //!      ─▶ pause: wait ─▶ idle, or retired with the machine
 //!      ─▶ queue closed: power the host's own run off, or leave it to the next host ─▶ ended
 //! ```
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 
 use super::context::ActionContext;
 use super::executor::ActionExecutor;
-use super::message::{Message, Request};
+use super::message::{Message, Request, ScreenRequest};
 use super::preparation::{Cancellation, USELESS};
 use super::{Action, ActionResult, CLOSING, Ending, PrepareOrigin, REMOVED, capture};
 use crate::fleet::Machine;
@@ -68,6 +69,7 @@ impl Worker {
                     }
                     self.executor.machine().notify_idle_work();
                 }
+                Some(Message::Screen(request)) => self.show_screen(request).await,
                 None if self.queue_closed => break,
                 None => self.wait().await,
             }
@@ -77,6 +79,17 @@ impl Worker {
             self.power_off().await;
         }
         capture::end(self.executor.machine()).await;
+    }
+
+    /// Shows the screen, unless anything else waits: actions come first.
+    async fn show_screen(&mut self, request: ScreenRequest) {
+        while let Ok(message) = self.messages.try_recv() {
+            self.waiting.push_back(message);
+        }
+        if self.waiting.is_empty() && self.closing.get().is_none() && !request.is_abandoned() {
+            let screen = self.executor.screen().await;
+            request.respond(screen);
+        }
     }
 
     /// Refuses all requests: the machine has been removed.

@@ -69,6 +69,8 @@ pub enum Command {
     Upgrade,
     /// Show the running host: its process, who has started it, its machines, and the disk space of its templates
     Status,
+    /// Show the address of the wall, the web page of the machines, with the token to log in
+    Wall,
     /// End the running host, with all machines that it has started
     Shutdown,
     /// Remove the templates and the state of a host that is not to come back
@@ -99,6 +101,8 @@ pub enum Command {
     },
     /// Write the screen of a running machine to a PNG file
     Screenshot { machine: String, path: PathBuf },
+    /// Show where viewers connect to the screen, keyboard and mouse of a running machine
+    Console { machine: String },
     /// Prepare the next restore of machines ahead of time
     Prepare {
         /// The machines to prepare [default: all]

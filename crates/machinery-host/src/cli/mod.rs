@@ -1,16 +1,18 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, `manual` writes the manual pages, and `progress` shows an action under way.
+//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, `console` where viewers connect, `manual` writes the manual pages, and `progress` shows an action under way.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
+mod console;
 mod file;
 mod machines;
 mod manual;
 mod output;
 mod progress;
 mod status;
+mod wall;
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -127,6 +129,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             output::state(&answer, global.json);
             Ok(exit_code(&answer))
         }
+        Command::Console { machine } => run_console(cwd, machine, global.json),
         Command::Prepare { machines } => prepare(cwd, machines, global.json),
         Command::Metrics => {
             let answer = send_request(cwd, json!({"action": "metrics"}))?;
@@ -139,7 +142,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(exit_code(&answer))
         }
         Command::Upgrade => run_upgrade(cwd, global),
-        Command::Status | Command::Shutdown | Command::Clean | Command::EndRuns => {
+        Command::Status | Command::Wall | Command::Shutdown | Command::Clean | Command::EndRuns => {
             run_for_host(cwd, command, global)
         }
         Command::DumpMemory { path, .. } | Command::Screenshot { path, .. } => {
@@ -163,6 +166,11 @@ fn run_for_host(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCod
             let (version, list) = (version?, list?);
             status::status(&version, &list, global.json);
             Ok(exit_code(&list))
+        }
+        Command::Wall => {
+            let version = send_request(cwd, json!({"action": "version"}))?;
+            wall::wall(cwd, &version, global.json)?;
+            Ok(ExitCode::SUCCESS)
         }
         Command::Shutdown => {
             let answer = shutdown::shutdown(cwd)?;
@@ -245,6 +253,13 @@ fn export_cape(cwd: &Cwd, json: bool) -> Result<ExitCode> {
     let conf = export::cape(cwd, answer["machines"].as_array().map_or(&[], Vec::as_slice))?;
     output::exported(&conf, json);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints where viewers connect to the machine's console.
+fn run_console(cwd: &Cwd, machine: &str, json: bool) -> Result<ExitCode> {
+    let answer = send_request(cwd, json!({"action": "console", "machine": machine}))?;
+    console::console(&answer, json);
+    Ok(exit_code(&answer))
 }
 
 /// Has the running host replace itself.

@@ -29,6 +29,7 @@ pub fn status(version: &Value, list: &Value, json: bool) {
         ("running for", age(&since, unix_now()).unwrap_or_default()),
         ("started by", text("started_by")),
         ("version", format!("{}, interface {}", text("version"), text("interface"))),
+        ("wall", version["wall"].as_str().unwrap_or("none").to_owned()),
         ("machineries", machineries.join(", ")),
         ("machines", counts.join(", ")),
         ("templates", format!("{} on disk", format_bytes(disk))),

@@ -1,4 +1,4 @@
-//! The folders in the CWD that the files of clients are in.
+//! The folders in the CWD that the files of clients, and sockets for them, are in.
 
 use std::path::PathBuf;
 
@@ -6,19 +6,21 @@ use machinery::{Error, Result};
 
 use crate::cwd::{Cwd, make_folder};
 
-/// The folders that the files of clients may be in.
+/// The folders that the files of clients may be in, and that of sockets for them.
 #[derive(Debug, Clone)]
 pub struct Folders {
     /// The folder below which every user of the socket may name files.
     pub storage: PathBuf,
     /// The host's own folder for unfinished files.
     pub staging: PathBuf,
+    /// The folder of the consoles' sockets.
+    pub consoles: PathBuf,
 }
 
 impl Folders {
     /// Returns the folders of that CWD.
     pub fn of(cwd: &Cwd) -> Self {
-        Folders { storage: cwd.storage(), staging: cwd.staging() }
+        Folders { storage: cwd.storage(), staging: cwd.staging(), consoles: cwd.console_sockets() }
     }
 
     /// Makes the folder for unfinished files, and removes those of a host that was killed.

@@ -20,11 +20,13 @@
 //! | `folders` | the folders in the CWD |
 //! | `passed` | descriptors that clients have passed, and how many a user may have |
 //! | `named` | paths that clients have named |
-//! | `staged` | the private folder, the checks, and the handover |
+//! | `private` | the private folder of a plugin's file, and the checks of its content |
+//! | `staged` | the handover |
 
 mod folders;
 mod named;
 mod passed;
+mod private;
 mod staged;
 
 pub use folders::Folders;
@@ -32,4 +34,5 @@ pub use named::{Existing, NamedFile, Owner};
 #[cfg(test)]
 pub use passed::tests::checked as passed_file;
 pub use passed::{Descriptor, DescriptorBudget, DescriptorPermit, PassedFile};
-pub use staged::{ClientFile, Content, Staged};
+pub use private::{Content, PrivateFile};
+pub use staged::{ClientFile, Staged};

@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,40 +14,21 @@ use std::time::{Duration, Instant};
 
 use machinery::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, open, openat, renameat, renameat_with};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, openat, renameat, renameat_with};
 use rustix::io::{Errno, retry_on_intr};
-use tempfile::TempDir;
 
 use super::folders::Folders;
 use super::named::{NamedFile, Parent, cannot_write, expect_replaceable, remove};
 use super::passed::PassedFile;
-
-/// The name of the file in its private folder.
-const FILE: &str = "file";
-/// The size of a screenshot, in bytes, at most.
-const MAX_PICTURE: u64 = 64 << 20;
-/// The width and the height of a screenshot, in pixels, at most.
-const MAX_SIDE: u32 = 1 << 15;
-/// The size of a memory dump, in bytes, at most. The host does not know a machine's memory; its plugin does, and has
-/// the narrower limit.
-const MAX_DUMP: u64 = 256 << 30;
+use super::private::{Content, PrivateFile};
 
 /// The number of bytes that a pipe takes at once when `poll` reports it as writable. Source: `PIPE_BUF` in pipe(7).
 const PIPE_CHUNK: usize = 4096;
 
-/// The content that a file must have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
-    /// A memory dump.
-    Dump,
-    /// A PNG image.
-    Picture,
-}
-
 /// The private folder for one file of a client. Dropping it removes the file, unless that was handed over.
 #[derive(Debug)]
 pub struct Staged {
-    folder: TempDir,
+    file: PrivateFile,
     target: Target,
 }
 
@@ -87,48 +68,30 @@ impl ClientFile {
                 }
             },
         };
-        let folder = match &target {
+        let file = match &target {
             Target::Beside(path) => {
                 let beside =
                     path.parent().ok_or_else(|| cannot_write(path, &io::ErrorKind::IsADirectory.into()));
-                new_folder(beside?).map_err(|error| cannot_write(path, &error))?
+                PrivateFile::in_folder(beside?).map_err(|error| cannot_write(path, &error))?
             }
-            _ => new_folder(&folders.staging)
-                .map_err(|error| Error::io("make a folder in", &folders.staging, &error))?,
+            _ => PrivateFile::staged(folders)?,
         };
-        Ok(Staged { folder, target })
+        Ok(Staged { file, target })
     }
-}
-
-fn new_folder(parent: &Path) -> io::Result<TempDir> {
-    // Its mode is 0700.
-    tempfile::Builder::new().prefix(".unfinished-").tempdir_in(parent)
 }
 
 impl Staged {
     /// Returns the path that the plugin writes to.
     pub fn path(&self) -> PathBuf {
-        self.folder.path().join(FILE)
+        self.file.path()
     }
 
     /// Expects a complete file of that content. This blocks.
     ///
     /// # Errors
-    /// The plugin has written no file, the file is too large, or it is no PNG image.
+    /// As [`PrivateFile::check`].
     pub fn check(&self, content: Content) -> Result<()> {
-        let file = self.open()?;
-        let length = file.metadata().map_err(|error| self.unreadable(&error))?.len();
-        let max = match content {
-            Content::Dump => MAX_DUMP,
-            Content::Picture => MAX_PICTURE,
-        };
-        if length > max {
-            return Err(Error::failed(format!("the file has {length} bytes, and may have {max}")));
-        }
-        match content {
-            Content::Dump => Ok(()),
-            Content::Picture => expect_png(file),
-        }
+        self.file.check(content)
     }
 
     /// Gives the file to the client. A passed pipe has to be read within `limit`: as long as nobody reads it, the file takes
@@ -139,7 +102,7 @@ impl Staged {
     pub fn hand_over(self, limit: Duration) -> Result<()> {
         match &self.target {
             Target::Passed(file) => {
-                let copied = file.rewound().and_then(|to| copy_into(self.open_io()?, to, limit));
+                let copied = file.rewound().and_then(|to| copy_into(self.file.open_io()?, to, limit));
                 copied.map_err(|error| {
                     Error::environment(format!("cannot write to the passed descriptor: {error}")).advice(
                         "Read a passed pipe until its end, or check the space of the passed file's disk",
@@ -154,7 +117,7 @@ impl Staged {
     fn move_below(&self, parent: &Parent) -> Result<()> {
         let failed = |error: Errno| cannot_write(parent.path(), &error.into());
         let is_new = !parent.has_own_file()?;
-        let file = self.open()?;
+        let file = self.file.open()?;
         let given =
             file.set_permissions(Permissions::from_mode(0o600)).and_then(|()| parent.owner().give(&file));
         given.map_err(|error| cannot_write(parent.path(), &error))?;
@@ -176,7 +139,7 @@ impl Staged {
         let failed = |error: io::Error| cannot_write(parent.path(), &error);
         let mut name = OsString::from(".");
         // The name of the private folder is random.
-        name.push(self.folder.path().file_name().unwrap_or_default());
+        name.push(self.file.folder().file_name().unwrap_or_default());
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let copy = openat(parent.folder(), &name, flags, Mode::from_raw_mode(0o600));
         let mut copy = File::from(copy.map_err(|error| failed(error.into()))?);
@@ -187,20 +150,6 @@ impl Staged {
                 Err(failed(error))
             }
         }
-    }
-
-    fn open(&self) -> Result<File> {
-        self.open_io().map_err(|error| self.unreadable(&error))
-    }
-
-    fn open_io(&self) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = File::from(open(self.path(), flags, Mode::empty())?);
-        if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidData.into()) }
-    }
-
-    fn unreadable(&self, error: &io::Error) -> Error {
-        Error::failed(format!("the plugin has written no file: {error}"))
     }
 }
 
@@ -250,24 +199,14 @@ fn place(
     renameat(folder, from, parent.folder(), parent.name())
 }
 
-/// Expects a PNG image. The decoder reads the signature and the header, and checks that they are valid.
-fn expect_png(file: File) -> Result<()> {
-    let wrong = |why: String| Error::failed(format!("the machine's screenshot is no PNG image: {why}"));
-    let mut decoder = png::Decoder::new(BufReader::new(file));
-    let header = decoder.read_header_info().map_err(|error| wrong(error.to_string()))?;
-    let (width, height) = (header.width, header.height);
-    if width > MAX_SIDE || height > MAX_SIDE {
-        return Err(wrong(format!("it has {width} × {height} pixels")));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::named::{Existing, Owner};
     use super::super::passed::tests::checked;
+    use super::super::private::{MAX_DUMP, MAX_PICTURE};
     use super::*;
     use std::os::unix::fs::{MetadataExt, symlink};
+    use tempfile::TempDir;
 
     const SOON: Duration = Duration::from_secs(60);
     const SOMEBODY: Owner = Owner { uid: 54_321, gid: 54_321 };
@@ -283,7 +222,8 @@ mod tests {
         let [storage, staging] = ["storage", "staging"].map(|name| root.path().join(name));
         fs::create_dir_all(storage.join("task")).unwrap();
         fs::create_dir(&staging).unwrap();
-        Scratch { folders: Folders { storage, staging }, root }
+        let consoles = root.path().join("console");
+        Scratch { folders: Folders { storage, staging, consoles }, root }
     }
 
     impl Scratch {

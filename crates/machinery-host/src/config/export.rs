@@ -45,7 +45,11 @@ pub(super) fn text_file<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Op
     })
 }
 
-fn optional<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Option<T>, String> {
+/// Parses a value, unless it is empty.
+pub(super) fn optional<T>(
+    text: &str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, String> {
     match text.trim() {
         "" | "~" | "null" => Ok(None),
         text => parse(text).map(Some),

@@ -1,36 +1,22 @@
 //! The endpoint `GET /metrics`. It answers one request for each connection, and nothing else.
-//!
-//! A client can neither change anything nor delay the host: connections, their time and the size of a request are limited.
-//! Further connections wait in the kernel.
 
-use std::convert::Infallible;
 use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use axum::Router;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::StatusCode;
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap};
+use tokio::net::TcpListener;
 
 use super::page::{Format, Page};
+use crate::http::{self, Limits};
 
-/// The number of connections that are served at a time.
-const MAX_CONNECTIONS: usize = 16;
-/// The time of a connection, from its begin to the last byte of the reply.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// The size of a request's head.
-const MAX_HEAD: usize = 16 << 10;
-/// The pause after a connection could not be accepted.
-const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+const LIMITS: Limits = Limits { connections: 16, connection_timeout: Some(Duration::from_secs(10)) };
 
 /// Serves the metrics at that address, until it is dropped.
 pub async fn serve(address: SocketAddr, page: &Arc<Page>) {
@@ -46,61 +32,21 @@ pub async fn serve(address: SocketAddr, page: &Arc<Page>) {
         tracing::warn!(%address, "the metrics have the names of machines, and other computers can read them");
     }
     tracing::info!(%address, "metrics are served");
-    accept(&listener, page).await
+    http::serve(listener, &router(page), LIMITS).await
 }
 
-async fn accept(listener: &TcpListener, page: &Arc<Page>) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    // Dropped with this future, so that a reload ends all connections.
-    let mut connections = JoinSet::new();
-    loop {
-        // The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-        while connections.try_join_next().is_some() {}
-        match listener.accept().await {
-            Ok((stream, _)) => drop(connections.spawn(answer(stream, Arc::clone(page), permit))),
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection for the metrics");
-                sleep(ACCEPT_RETRY_INTERVAL).await;
-            }
-        }
-    }
+fn router(page: &Arc<Page>) -> Router {
+    let not_allowed =
+        || async { (StatusCode::METHOD_NOT_ALLOWED, [(ALLOW, "GET")], "only GET is allowed\n") };
+    Router::new()
+        .route("/metrics", get(metrics).fallback(not_allowed))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "the metrics are at /metrics\n") })
+        .with_state(Arc::clone(page))
 }
 
-/// Answers the request of a connection, and closes it.
-async fn answer(stream: TcpStream, page: Arc<Page>, _permit: OwnedSemaphorePermit) {
-    let service = service_fn(|request| {
-        let page = Arc::clone(&page);
-        async move { Ok::<_, Infallible>(response(&request, &page)) }
-    });
-    let mut builder = http1::Builder::new();
-    let served =
-        builder.keep_alive(false).max_buf_size(MAX_HEAD).serve_connection(TokioIo::new(stream), service);
-    match timeout(CONNECTION_TIMEOUT, served).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "a client of the metrics was refused"),
-        Err(_) => tracing::debug!("a client of the metrics was too slow"),
-    }
-}
-
-fn response(request: &Request<Incoming>, page: &Page) -> Response<Full<Bytes>> {
-    let text = |status, text: &'static str| {
-        let mut response = Response::new(Full::from(text));
-        *response.status_mut() = status;
-        response
-    };
-    if request.uri().path() != "/metrics" {
-        return text(StatusCode::NOT_FOUND, "the metrics are at /metrics\n");
-    }
-    if request.method() != Method::GET {
-        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is allowed\n");
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
-        return response;
-    }
-    let format = wanted(request.headers());
-    let mut response = Response::new(Full::from(page.text(format)));
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
-    response
+async fn metrics(State(page): State<Arc<Page>>, headers: HeaderMap) -> Response {
+    let format = wanted(&headers);
+    ([(CONTENT_TYPE, format.content_type())], page.text(format)).into_response()
 }
 
 /// Returns OpenMetrics for a client that accepts it, and the older text format for all others.
@@ -114,6 +60,8 @@ fn wanted(headers: &HeaderMap) -> Format {
 
 #[cfg(test)]
 mod tests {
+    use hyper::header::HeaderValue;
+
     use super::*;
 
     #[test]

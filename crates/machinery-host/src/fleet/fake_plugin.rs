@@ -1,6 +1,8 @@
 //! A plugin for unit tests, without a library: its machines are names with a state, and a test scripts its answers.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,6 +38,7 @@ struct Script {
     unusable: HashMap<String, String>,
     reloaded: Reloaded,
     able: Option<Capabilities>,
+    viewers: VecDeque<UnixStream>,
 }
 
 impl FakePlugin {
@@ -122,6 +125,11 @@ impl FakePlugin {
         Arc::new(Machine::new(info(name), self.machinery("fake"), State::Poweroff, events.clone()))
     }
 
+    /// Returns the machine's end of the first connection to a console that no test has taken.
+    pub fn take_viewer(&self) -> Option<UnixStream> {
+        self.script().viewers.pop_front()
+    }
+
     fn script(&self) -> MutexGuard<'_, Script> {
         self.script.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -161,6 +169,7 @@ pub fn info(name: &str) -> MachineInfo {
         agent_port: 8000,
         mac_address: None,
         jail: None,
+        console: false,
     }
 }
 
@@ -225,6 +234,11 @@ impl machinery::Machinery for FakePlugin {
         std::fs::write(path, "dump").map_err(|error| Error::io("write", path, &error))
     }
 
+    /// Writes no file.
+    fn screenshot(&self, machine: &str, _path: &Path, _deadline: Deadline) -> Result<()> {
+        self.answer("screenshot", machine, None)
+    }
+
     fn prepare(&self, machine: &str, _deadline: Deadline) -> Result<()> {
         self.answer("prepare", machine, None)
     }
@@ -242,6 +256,14 @@ impl machinery::Machinery for FakePlugin {
             ..Diagnosis::new(name.clone())
         };
         Ok(machines.iter().map(one).collect())
+    }
+
+    fn console(&self, machine: &str, _deadline: Deadline) -> Result<OwnedFd> {
+        self.answer("console", machine, None)?;
+        let failed = |error| Error::io("make", Path::new("a pair of sockets"), &error);
+        let (viewer, server) = UnixStream::pair().map_err(failed)?;
+        self.script().viewers.push_back(server);
+        Ok(viewer.into())
     }
 
     fn shutdown(&self, _deadline: Deadline) -> Result<()> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use machinery::{Error, MachineInfo, RestoreReadiness, State};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use super::Machinery;
@@ -18,6 +18,9 @@ use super::availability::TaskLock;
 use super::status::{Status, is_accident};
 use crate::capture::tcpdump::Tcpdump;
 use crate::events::{Event, Events};
+
+/// The number of viewers that a machine's console has at a time, at most.
+pub const MAX_VIEWERS: usize = 8;
 
 /// One machine.
 pub struct Machine {
@@ -33,6 +36,8 @@ pub struct Machine {
     /// Notified when the worker should look after the machine: prepare its next restore, or have a pending
     /// change applied.
     idle_work: Notify,
+    /// One permit for each viewer that the machine's console may have.
+    pub viewers: Arc<Semaphore>,
     pub(super) events: Events,
 }
 
@@ -65,6 +70,7 @@ impl Machine {
             querying_state: AtomicBool::new(false),
             capture: tokio::sync::Mutex::new(None),
             idle_work: Notify::new(),
+            viewers: Arc::new(Semaphore::new(MAX_VIEWERS)),
             events,
         }
     }

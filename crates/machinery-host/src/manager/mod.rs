@@ -12,6 +12,8 @@
 //! | counts and durations | [`Metrics`] |
 //! | subscribers | [`Events`] |
 
+pub mod console;
+mod queries;
 pub mod replacement;
 mod unsaved;
 
@@ -20,7 +22,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use machinery::{Error, Result, State};
+use machinery::Result;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 
 use crate::actions::diagnose::diagnose_one;
@@ -31,11 +33,9 @@ use crate::actions::{Action, ActionResult};
 use crate::events::{Event, Events, ReloadSummary};
 use crate::fleet::availability::{NotHeld, TaskLock};
 use crate::fleet::pool::{AcquireError, MachineQuery};
-use crate::fleet::quarantine::is_plugin_fault;
 use crate::fleet::state_file::StateStore;
 use crate::fleet::{Fleet, Machine, Roster};
 use crate::origin::Origin;
-use crate::plugin::call::CallResult;
 use crate::reload::Reloader;
 
 use replacement::Replacement;
@@ -60,6 +60,7 @@ pub struct Manager {
     origin: Origin,
     /// Notified when a client asks the host to end.
     end_asked: Notify,
+    wall_address: watch::Sender<Option<String>>,
 }
 
 impl Manager {
@@ -87,6 +88,7 @@ impl Manager {
             replacement,
             origin,
             end_asked,
+            wall_address: watch::Sender::new(None),
         }
     }
 
@@ -159,33 +161,9 @@ impl Manager {
         &self.ended
     }
 
-    /// Returns the machine's state. During an action that is the recorded state. Otherwise the plugin is asked,
-    /// by one client at a time.
-    ///
-    /// # Errors
-    /// The plugin failed. A plugin that does not return, or misbehaves, takes the machine out of the pool.
-    pub async fn machine_state(&self, machine: &Arc<Machine>) -> Result<State, String> {
-        let known = machine.status();
-        let query = if known.busy { None } else { machine.start_state_query() };
-        let Some(query) = query else { return Ok(known.state) };
-        let context = self.queues.context();
-        let called = machine.call(context.timeouts().state, move |machine, deadline| {
-            // Held until the plugin returns, however late that is.
-            let _query = query;
-            machine.machinery.instance.state(machine.name(), deadline)
-        });
-        let error = match called.await {
-            CallResult::Returned(Ok(state)) => return Ok(state),
-            CallResult::Returned(Err(error)) => error,
-            CallResult::Abandoned(_) => Error::misbehaved("it did not return from the plugin"),
-        };
-        let kind = error.kind();
-        let reason = error.action("querying the state").machine(machine.name()).to_string();
-        if is_plugin_fault(kind) {
-            machine.add_error(&reason);
-            context.take_out(machine, kind, &reason).await;
-        }
-        Err(reason)
+    /// Returns the address of the wall, if it is served.
+    pub fn wall_address(&self) -> &watch::Sender<Option<String>> {
+        &self.wall_address
     }
 
     /// Reads the configuration again and applies it.

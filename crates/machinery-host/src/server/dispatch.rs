@@ -52,6 +52,7 @@ impl Dispatcher {
                 self.manager.queues().submit(&machine, action, responder);
             }
             Request::State(machine) => self.state(machine, id).await,
+            Request::Console(machine) => self.console(&machine, id).await,
             Request::EnableMachine(machine) => match self.manager.enable_machine(machine).await {
                 Ok(enabled) => self.reply_when_saved(enabled, id).await,
                 Err(reason) => self.outbox.reply(reply::failure(&reason), id).await,
@@ -85,7 +86,7 @@ impl Dispatcher {
             Request::List => {
                 let roster = self.manager.roster();
                 let slot = self.outbox.large_slot(MACHINE + roster.machines().len() * 1024).await;
-                slot.fill(reply::list(&roster), id.as_ref());
+                slot.fill(reply::list(&roster, self.manager.consoles()), id.as_ref());
             }
             Request::Version => self.version(id).await,
             Request::Metrics => self.metrics(id).await,
@@ -119,7 +120,8 @@ impl Dispatcher {
     }
 
     async fn version(&self, id: Id) {
-        let version = reply::version(&self.manager.roster(), self.manager.origin());
+        let wall = self.manager.wall_address().borrow().clone();
+        let version = reply::version(&self.manager.roster(), self.manager.origin(), wall.as_deref());
         self.outbox.reply(version, id).await;
     }
 
@@ -131,6 +133,10 @@ impl Dispatcher {
         let manager = Arc::clone(&self.manager);
         let state = async move { reply::state(manager.machine_state(&machine).await) };
         self.outbox.reply_later(id, state).await;
+    }
+
+    async fn console(&self, machine: &Machine, id: Id) {
+        self.outbox.reply(reply::console(self.manager.expect_console(machine)), id).await;
     }
 
     async fn reload(&self, id: Id) {
@@ -161,7 +167,11 @@ impl Dispatcher {
 
     async fn reply_when_locked(&self, locked: Result<UnsavedLock, Refused>, id: Id) {
         match locked {
-            Ok(lock) => self.outbox.reply_later(id, async { reply::locked(lock.save().await) }).await,
+            Ok(lock) => {
+                let manager = Arc::clone(&self.manager);
+                let locked = async move { reply::locked(lock.save().await, manager.consoles()) };
+                self.outbox.reply_later(id, locked).await;
+            }
             Err(refused) => self.outbox.reply(reply::failure(&refused.to_string()), id).await,
         }
     }

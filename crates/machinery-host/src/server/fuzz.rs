@@ -27,6 +27,7 @@ const WORDS: &[&str] = &[
     "list",
     "dump_memory",
     "screenshot",
+    "console",
     "enable_machine",
     "disable_machine",
     "disable",

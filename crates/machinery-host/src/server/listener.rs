@@ -18,13 +18,12 @@ use super::peers::Peers;
 use super::{connection, reply};
 use crate::client_file::DescriptorBudget;
 use crate::manager::Manager;
+use crate::manager::console::MAX_ADDRESS;
 
 /// The time that a rejected client has to read the reason.
 const REJECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after a connection could not be accepted.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// The number of bytes of a path that a socket address holds. Source: unix(7).
-const MAX_ADDRESS: usize = 107;
 
 /// The reply to a connection too many.
 const TOO_MANY: &[u8] =
@@ -66,10 +65,10 @@ pub fn open(
     path: &Path,
     peers: &Peers,
 ) -> Result<UnixListener> {
-    let Some(inherited) = inherited else { return bind(path, peers) };
+    let Some(inherited) = inherited else { return bind_manager(path, peers) };
     if !fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
         tracing::warn!(socket = %path.display(), "the inherited socket has no name any more: a new one is made");
-        return bind(path, peers);
+        return bind_manager(path, peers);
     }
     let failed = |error: io::Error| Error::io("use the inherited socket", path, &error);
     open_to(peers, path).map_err(failed)?;
@@ -85,18 +84,41 @@ pub fn kept(listener: UnixListener, path: &Path) -> Result<std::os::unix::net::U
     listener.into_std().map_err(|error| Error::io("keep the socket", path, &error))
 }
 
-/// Binds the manager's socket, for those peers alone. The socket listens before its name appears.
+/// Expects that the path is free, or that a socket is there.
+///
+/// # Errors
+/// Another file is there.
+pub fn expect_replaceable(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(Error::environment(format!("{} is no socket", path.display())).advice("Choose another path"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Binds the manager's socket, for those peers alone, and warns if some of them cannot reach it.
 ///
 /// # Errors
 /// The socket cannot be made.
-fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
-    let failed = |error: io::Error| Error::io("make the socket", path, &error);
+fn bind_manager(path: &Path, peers: &Peers) -> Result<UnixListener> {
     if path.as_os_str().len() > MAX_ADDRESS {
         tracing::warn!(
             socket = %path.display(),
             "this path is longer than a socket address can hold: this program finds a way around it, Cuckoo's own client does not"
         );
     }
+    let listener = bind(path, peers)?;
+    warn_of_closed_folders(path, peers);
+    Ok(listener)
+}
+
+/// Binds a socket for those peers alone. It listens before its name appears, and replaces another file of that name.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
+    let failed = |error: io::Error| Error::io("make the socket", path, &error);
     // A new folder is accessible to this user alone, so nobody can connect before the mode is set.
     let folder = path.parent().unwrap_or(Path::new("/"));
     let private = tempfile::Builder::new().prefix(".new-").tempdir_in(folder).map_err(failed)?;
@@ -105,7 +127,6 @@ fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
     open_to(peers, socket.path()).map_err(|error| {
         failed(error).advice("The host's user has to be a member of the group `socket_group`, or root")
     })?;
-    warn_of_closed_folders(path, peers);
     fs::rename(socket.path(), path).map_err(failed)?;
     Ok(listener)
 }
@@ -118,7 +139,7 @@ fn open_to(peers: &Peers, socket: &Path) -> io::Result<()> {
 }
 
 /// Warns of folders that the group which may use the socket cannot pass.
-fn warn_of_closed_folders(path: &Path, peers: &Peers) {
+pub fn warn_of_closed_folders(path: &Path, peers: &Peers) {
     let Some(gid) = peers.gid() else { return };
     for folder in path.ancestors().skip(1) {
         let Ok(meta) = folder.metadata() else { continue };

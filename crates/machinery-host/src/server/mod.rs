@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | `listener` | binds the socket and accepts connections |
 //! | `connection` | one client's connection |
+//! | `consoles` | the sockets of the machines' consoles |
 //! | `dispatch` | from a request to the manager, and back to the reply |
 //! | `outbox` | the lines on their way to the client |
 //! | `protocol`, `reply` | the two directions of the protocol |
@@ -16,6 +17,7 @@
 //! | `limits`, `peers` | how many connections, and whose |
 
 mod connection;
+pub mod consoles;
 mod dispatch;
 mod framing;
 #[cfg(test)]
@@ -26,4 +28,4 @@ mod outbox;
 pub mod peers;
 pub mod protocol;
 mod receive;
-mod reply;
+pub mod reply;

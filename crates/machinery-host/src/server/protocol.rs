@@ -10,6 +10,7 @@ use std::sync::Arc;
 use machinery::{DumpFormat, Error};
 use serde_json::{Map, Value, json};
 
+use super::framing::{MAX_VALUES, count_values};
 use crate::actions::{Action, PrepareOrigin};
 use crate::client_file::{ClientFile, NamedFile, Owner, PassedFile};
 use crate::fleet::Machine;
@@ -23,6 +24,8 @@ pub enum Request {
     Act(Arc<Machine>, Action),
     /// Report the machine's state.
     State(Arc<Machine>),
+    /// Report the socket of the machine's console.
+    Console(Arc<Machine>),
     /// Put the machine back into the pool.
     EnableMachine(Arc<Machine>),
     /// Take the machine out of the pool, for this reason.
@@ -87,24 +90,6 @@ impl Refusal {
     fn closing(reason: impl Into<String>) -> Self {
         Refusal { reason: reason.into(), close: true }
     }
-}
-
-/// The number of values in a line, at most. A value takes many times its text in memory.
-const MAX_VALUES: usize = 10_000;
-
-/// Returns a number that the values of this JSON do not exceed. Separators within texts do not count.
-fn count_values(line: &[u8]) -> usize {
-    let (mut count, mut in_text, mut escaped) = (1, false, false);
-    for byte in line {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_text => escaped = true,
-            b'"' => in_text = !in_text,
-            b',' | b'[' | b'{' if !in_text => count += 1,
-            _ => {}
-        }
-    }
-    count
 }
 
 /// Parses a line into an object.
@@ -190,6 +175,7 @@ pub fn request(
         }
         "prepare" => act(Action::Prepare(PrepareOrigin::Request)),
         "state" => Ok(Request::State(machine)),
+        "console" => Ok(Request::Console(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
         "lock" => Ok(Request::Lock(machine, task_lock(object, sender)?)),
@@ -223,7 +209,10 @@ fn of_the_host(action: &str) -> Option<Request> {
 
 /// Reports whether a disabled manager accepts the action: one that ends something, or only reads.
 fn is_accepted_while_disabled(action: &str) -> bool {
-    matches!(action, "stop" | "state" | "enable_machine" | "disable_machine" | "unlock" | "unreserve")
+    matches!(
+        action,
+        "stop" | "state" | "console" | "enable_machine" | "disable_machine" | "unlock" | "unreserve"
+    )
 }
 
 /// Returns a key's text. A missing key, null and an empty text are equivalent.

@@ -3,6 +3,7 @@
 //! Some words of the protocol have new names since 0.2. Replies and events have both names in this release, so
 //! that older clients go on working: see [`with_old_words`].
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use machinery::{Error, State};
@@ -12,6 +13,7 @@ use crate::actions::metrics::Metrics;
 use crate::events::{Event, ReloadSummary};
 use crate::fleet::quarantine::Quarantine;
 use crate::fleet::{Machine, Roster};
+use crate::manager::console::console_socket;
 use crate::origin::Origin;
 
 /// New words and the old ones that clients may still read.
@@ -71,10 +73,18 @@ pub fn state(state: Result<State, String>) -> Value {
     }
 }
 
+/// The reply to `console`.
+pub fn console(path: Result<PathBuf, String>) -> Value {
+    match path {
+        Ok(path) => json!({"success": true, "path": path}),
+        Err(reason) => failure(&reason),
+    }
+}
+
 /// The reply to `lock` and `acquire`.
-pub fn locked(locked: Result<Arc<Machine>, String>) -> Value {
+pub fn locked(locked: Result<Arc<Machine>, String>, consoles: &Path) -> Value {
     match locked {
-        Ok(locked) => json!({"success": true, "machine": machine(&locked)}),
+        Ok(locked) => json!({"success": true, "machine": machine(&locked, consoles)}),
         Err(reason) => failure(&reason),
     }
 }
@@ -92,13 +102,13 @@ pub fn reloaded(reloaded: Result<ReloadSummary, Error>) -> Value {
 }
 
 /// The reply to `list`.
-pub fn list(roster: &Roster) -> Value {
-    let machines: Vec<Value> = roster.machines().iter().map(|one| machine(one)).collect();
+pub fn list(roster: &Roster, consoles: &Path) -> Value {
+    let machines: Vec<Value> = roster.machines().iter().map(|one| machine(one, consoles)).collect();
     json!({"success": true, "machines": machines})
 }
 
 /// The reply to `version`.
-pub fn version(roster: &Roster, origin: &Origin) -> Value {
+pub fn version(roster: &Roster, origin: &Origin, wall: Option<&str>) -> Value {
     let machineries: Map<String, Value> = roster
         .machineries()
         .iter()
@@ -111,6 +121,7 @@ pub fn version(roster: &Roster, origin: &Origin) -> Value {
         "pid": origin.pid,
         "started": origin.started,
         "started_by": origin.started_by,
+        "wall": wall,
         "machineries": machineries,
     })
 }
@@ -138,7 +149,7 @@ fn quarantine(quarantine: &Quarantine) -> Value {
 }
 
 /// A machine: the keys that Cuckoo3's `Machine.from_dict` reads, and our own.
-fn machine(machine: &Machine) -> Value {
+pub fn machine(machine: &Machine, consoles: &Path) -> Value {
     let info = machine.info();
     let status = machine.status();
     let availability = &status.availability;
@@ -156,6 +167,7 @@ fn machine(machine: &Machine) -> Value {
         "agent_port": info.agent_port,
         "mac_address": info.mac_address,
         "jail": info.jail,
+        "console": console_socket(machine, consoles).ok(),
         "machinery_name": machine.machinery.name,
         "state": status.state,
         "locked": availability.lock.is_some(),

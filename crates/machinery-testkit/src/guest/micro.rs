@@ -1,8 +1,9 @@
 //! The micro guest: a machine in one boot sector.
 //!
 //! It is up in a quarter of a second under TCG with 32 MiB. At each timer tick it counts, and prints the
-//! count on COM1 as eight hex digits and CRLF. A restored machine continues from the snapshot's count, a cold
-//! boot starts at 1. The power button turns it off. Between ticks it sleeps in `hlt`.
+//! count on COM1 as eight hex digits and CRLF, and in the middle of its screen. A restored machine continues
+//! from the snapshot's count, a cold boot starts at 1. The power button turns it off. Between ticks it sleeps
+//! in `hlt`.
 //!
 //! The compiler assembles it from the source below, for [`LOAD_ADDRESS`], where a PC's firmware loads a boot
 //! sector. The power management ports are those that SeaBIOS gives to QEMU's `pc` machines (PM base 0x600):
@@ -58,6 +59,10 @@ machinery_testkit_micro_guest:
     mov ds, ax
     mov ss, ax
     mov sp, {load}
+    # The firmware leaves the screen in text mode, with 80 columns.
+    mov ax, 0xb800
+    mov es, ax
+    cld
 
     mov dx, 0x602
     in ax, dx
@@ -75,6 +80,7 @@ machinery_testkit_micro_guest:
     inc dword ptr [di]
     mov ebx, dword ptr [di]
     mov si, 8
+    mov di, (12 * 80 + 36) * 2
 .Lmicro_digit:
     rol ebx, 4
     mov al, bl
@@ -83,6 +89,8 @@ machinery_testkit_micro_guest:
     cmp al, 10
     sbb al, 0x69
     das
+    mov ah, 0x0f
+    stosw
     call .Lmicro_put
     dec si
     jnz .Lmicro_digit

@@ -1,6 +1,7 @@
 //! The plugin's side of the border: exports a [`Machinery`], and calls it through the vtable.
 
 use std::mem::ManuallyDrop;
+use std::os::fd::IntoRawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -177,6 +178,12 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
 
     fn hand_over(&self, deadline: u64) -> Reply<()> {
         guarded(M::NAME, || self.0.hand_over(deadline_in(deadline)))
+    }
+
+    fn console(&self, machine: RStr<'_>, deadline: u64) -> Reply<i32> {
+        guarded(M::NAME, || {
+            self.0.console(name_of(machine)?, deadline_in(deadline)).map(IntoRawFd::into_raw_fd)
+        })
     }
 }
 

@@ -66,6 +66,11 @@ mod sabi {
             let _ = deadline;
             unsupported("hand_over")
         }
+        /// Since 1.1. Returns the number of a descriptor, which belongs to the caller from then on.
+        fn console(&self, machine: RStr<'_>, deadline: u64) -> Reply<i32> {
+            let _ = (machine, deadline);
+            unsupported("console")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.

@@ -1,6 +1,8 @@
 //! A loaded machinery, and the calls of its methods.
 
 use std::collections::HashSet;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::reply::into_result;
@@ -12,6 +14,9 @@ use crate::{
     Capabilities, Deadline, Diagnosis, DumpFormat, Error, ErrorKind, MachineInfo, Machinery, Reloaded,
     Result, Setup, State,
 };
+
+/// The last of the standard streams' descriptors.
+const STANDARD_ERROR: i32 = 2;
 
 /// A loaded machinery, with the methods of [`Machinery`](crate::Machinery). They return an error and never panic,
 /// whatever the plugin does.
@@ -187,6 +192,27 @@ impl Instance {
     /// As [`adopt`](Instance::adopt).
     pub fn hand_over(&self, deadline: Deadline) -> Result<()> {
         into_result(self.object.hand_over(ms(deadline)))
+    }
+
+    /// See [`Machinery::console`](crate::Machinery::console).
+    ///
+    /// # Errors
+    /// The plugin's, or it returns something else than a socket; a plugin without the method does not support it.
+    pub fn console(&self, machine: &str, deadline: Deadline) -> Result<UnixStream> {
+        let number = into_result(self.object.console(machine.into(), ms(deadline)))?;
+        let refusal = |why: String| {
+            Error::misbehaved(format!("the plugin's console is no connection: {why}")).machine(machine)
+        };
+        // The standard streams are the host's own.
+        if number <= STANDARD_ERROR {
+            return Err(refusal(format!("descriptor {number}")));
+        }
+        // SAFETY: the plugin has opened the descriptor for this call, and has passed its ownership.
+        let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
+        match stream.local_addr() {
+            Ok(_) => Ok(stream),
+            Err(error) => Err(refusal(error.to_string())),
+        }
     }
 
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).

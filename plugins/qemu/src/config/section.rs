@@ -31,6 +31,8 @@ pub struct Section {
     standby: Standby,
     #[serde(alias = "standby_memory", deserialize_with = "parse_bytes")]
     pub standby_memory_limit: Option<u64>,
+    /// True if machines have a console.
+    console: bool,
     pub jail: JailMode,
     /// The users of the machines, where the host is root.
     pub jail_users: UserRange,
@@ -57,6 +59,7 @@ pub enum InstantMode {
 pub struct MachineSection {
     instant: Option<InstantMode>,
     standby: Option<Standby>,
+    console: Option<bool>,
     jail: Option<JailMode>,
     /// Allows a run to write to files or devices that the next run finds changed.
     pub allow_shared_writes: bool,
@@ -77,6 +80,11 @@ impl Section {
         let own = self.machines.get(machine).copied().unwrap_or_default();
         let instant = own.instant.unwrap_or(self.instant) != InstantMode::Off;
         PrepareOptions { instant, standby: own.standby.unwrap_or(self.standby) }
+    }
+
+    /// Reports whether a machine has a console: by its own option, else by that of all machines.
+    pub fn has_console(&self, machine: &str) -> bool {
+        self.machines.get(machine).and_then(|own| own.console).unwrap_or(self.console)
     }
 
     /// Returns the confinement of a machine: its own, else that of all machines.

@@ -155,13 +155,9 @@ impl Validator<'_> {
         // Source: Cuckoo3's `machineries/modules/qemu.py`.
         let disposable = folder.join(format!("{name}_disposable.qcow2"));
         self.usable_in_arguments(&key("qcow2_path"), &disposable);
-        let info = MachineInfo::new(
-            name,
-            &machine.shared,
-            own.qcow2_path.clone(),
-            Some(own.snapshot_path.clone()),
-            interface,
-        );
+        let (label, snapshot) = (own.qcow2_path.clone(), Some(own.snapshot_path.clone()));
+        let info = MachineInfo::new(name, &machine.shared, label, snapshot, interface);
+        let info = MachineInfo { console: section.has_console(name), ..info };
         let machineinfo = PathBuf::from(&own.machineinfo_path);
         let (start_args, args_error) = match StartArgs::read(&machineinfo) {
             Ok(args) => (args, None),

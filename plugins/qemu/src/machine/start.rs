@@ -88,6 +88,7 @@ impl Machine {
             folder: files.folder(),
             version: self.shared.program.version(),
             args: files.start_args.with_overlays(&overlays.paths()),
+            console: files.info.console,
             writes: overlays.paths().into_iter().map(PathBuf::from).chain(files_of(Resource::file)).collect(),
             overlays,
             socket: &self.socket,
