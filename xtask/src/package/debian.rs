@@ -1,0 +1,58 @@
+//! The packages for Debian, which debhelper makes of the tree.
+//!
+//! ```text
+//! <out>/work/debian/           packaging/debian, and a changelog with the version and the date
+//! <out>/work/debian/tmp/usr/   the tree
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{Release, copy, make_folder, remove_earlier, tree, write};
+use crate::run::{CHECKOUT, Context, Result, output, step};
+
+const MAINTAINER: &str = "cuckoo-machinery developers <cuckoo-machinery@users.noreply.github.com>";
+
+/// Makes the packages in `out`, and returns their paths.
+pub fn make(release: &Release, built: &Path, out: &Path) -> Result<Vec<PathBuf>> {
+    let what = || format!("making packages in {}", out.display());
+    let work = out.join("work");
+    if work.exists() {
+        fs::remove_dir_all(&work).context(what)?;
+    }
+    remove_earlier(out, |name| name.ends_with(".deb"))?;
+    let debian = work.join("debian");
+    make_folder(&debian)?;
+    let source = Path::new(CHECKOUT).join("packaging/debian");
+    for entry in fs::read_dir(&source).context(what)? {
+        let path = entry.context(what)?.path();
+        copy(&path, &debian.join(path.file_name().unwrap_or_default()))?;
+    }
+    write(&debian.join("changelog"), &changelog(release)?)?;
+    copy(&Path::new(CHECKOUT).join("CHANGELOG.md"), &work.join("CHANGELOG.md"))?;
+    tree::fill(&debian.join("tmp/usr"), "/usr/", built)?;
+    let mut rules = Command::new("debian/rules");
+    rules.arg("binary").current_dir(&work).env("OUT", out);
+    // Options of this user's own builds, such as DEB_BUILD_OPTIONS, do not belong into packages.
+    rules.env_remove("DEB_BUILD_OPTIONS").env_remove("DH_OPTIONS");
+    step(release.date(&mut rules))?;
+    fs::remove_dir_all(&work).context(what)?;
+    let entries = fs::read_dir(out).context(what)?.flatten().map(|entry| entry.path());
+    let mut made: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|kind| kind == "deb")).collect();
+    made.sort();
+    Ok(made)
+}
+
+/// Returns Debian's changelog of the release.
+fn changelog(release: &Release) -> Result<String> {
+    let Release { version, epoch } = release;
+    let date =
+        output(Command::new("date").args(["-u", "-R", "-d", &format!("@{epoch}")]).env("LC_ALL", "C"))?;
+    Ok(format!(
+        "cuckoo-machinery ({version}-1) unstable; urgency=medium\n\n  * Release of version {version}: see \
+         changelog.gz in this folder.\n\n -- {MAINTAINER}  {}\n",
+        date.trim()
+    ))
+}

@@ -1,0 +1,50 @@
+//! Packages of a higher version, for the test of an upgrade: the same sources, with another number.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::{PLUGINS, Release, debian, make_folder, read, write};
+use crate::install;
+use crate::run::{CHECKOUT, Context, Failure, Result, cargo, output, step};
+
+/// Makes the packages below `out`, of the commit of the checkout. Returns their version and paths.
+pub fn make(out: &Path) -> Result<(String, Vec<PathBuf>)> {
+    let release = Release::of_checkout()?;
+    let version = next(&release.version)
+        .ok_or_else(|| Failure::Message(format!("{} has no next version", release.version)))?;
+    let folder = out.join("newer");
+    let clone = folder.join("source");
+    if clone.exists() {
+        fs::remove_dir_all(&clone).context(|| format!("cannot remove {}", clone.display()))?;
+    }
+    make_folder(&folder)?;
+    output(Command::new("git").args(["clone", "--quiet", CHECKOUT]).arg(&clone))?;
+    let manifest = clone.join("Cargo.toml");
+    let line = |version: &str| format!("\nversion = \"{version}\"\n");
+    write(&manifest, &read(&manifest)?.replacen(&line(&release.version), &line(&version), 1))?;
+    let target = install::target()?.join("newer");
+    let mut build = cargo(install::build_arguments(&PLUGINS));
+    build.arg("--manifest-path").arg(&manifest).arg("--target-dir").arg(&target).current_dir(&clone);
+    step(&mut build)?;
+    let made =
+        debian::make(&Release { version: version.clone(), ..release }, &target.join("release"), &folder)?;
+    Ok((version, made))
+}
+
+/// Returns the version with the next higher number at its end.
+fn next(version: &str) -> Option<String> {
+    let (before, number) = version.rsplit_once('.')?;
+    Some(format!("{before}.{}", number.parse::<u32>().ok()? + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn next_version_has_the_next_number_at_its_end() {
+        assert_eq!(next("0.2.9").as_deref(), Some("0.2.10"));
+        assert_eq!(next("0.2.0-rc"), None);
+    }
+}
