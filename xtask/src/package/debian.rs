@@ -32,6 +32,9 @@ pub fn make(release: &Release, built: &Path, out: &Path) -> Result<Vec<PathBuf>>
     write(&debian.join("changelog"), &changelog(release)?)?;
     copy(&Path::new(CHECKOUT).join("CHANGELOG.md"), &work.join("CHANGELOG.md"))?;
     tree::fill(&debian.join("tmp/usr"), "/usr/", built)?;
+    // Some crates of the registry have files of 1973. debhelper changes only later dates.
+    let touch = ["-exec", "touch", "--no-dereference", &format!("--date=@{}", release.epoch), "{}", "+"];
+    step(Command::new("find").arg(&debian).args(touch))?;
     let mut rules = Command::new("debian/rules");
     rules.arg("binary").current_dir(&work).env("OUT", out);
     // Options of this user's own builds, such as DEB_BUILD_OPTIONS, do not belong into packages.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{Release, copy, remove_earlier};
-use crate::run::{CHECKOUT, Context, Result, step};
+use crate::run::{CHECKOUT, Context, Result, output};
 use crate::tracked;
 
 /// The interface of PEP 517 for a build. Debian's setuptools needs no network.
@@ -27,7 +27,7 @@ pub fn make(release: &Release, out: &Path) -> Result<PathBuf> {
     }
     let mut build = Command::new("/usr/bin/python3");
     build.args(["-c", BUILD]).arg(out).current_dir(scratch.path());
-    step(release.date(&mut build))?;
+    output(release.date(&mut build))?;
     let made = out.join(format!("cuckoo_machinery-{}-py3-none-any.whl", release.version));
     if made.is_file() {
         return Ok(made);
