@@ -39,7 +39,7 @@ expect_counting() {
 
 say "install"
 files > /tmp/before
-apt-get -q install -y --no-install-recommends ./old/cuckoo-machinery_*.deb ./old/cuckoo-machinery-kvm_*.deb ./old/cuckoo-machinery-dev_*.deb
+apt-get -q install -y --no-install-recommends ./old/cuckoo-machinery_*.deb ./old/cuckoo-machinery-dev_*.deb
 [ "$(cuckoo-machinery --version)" = "cuckoo-machinery $old" ] || fail "another version is installed"
 [ "$(systemctl is-enabled cuckoo-machinery.service || true)" = disabled ] || fail "the unit is enabled"
 [ "$(systemctl is-active cuckoo-machinery.service || true)" = inactive ] || fail "the unit is active"
@@ -68,7 +68,12 @@ expect_counting
 guest=$(qemu)
 main=$(main_pid)
 [ -n "$guest" ] || fail "there is no QEMU"
-tr '\0' ' ' < "/proc/$guest/status" | grep -q '^Uid' || true
+
+say "a plugin during the run of process $guest"
+started=$(status started)
+apt-get -q install -y --no-install-recommends ./old/cuckoo-machinery-kvm_*.deb
+[ "$(status started)" != "$started" ] || fail "the host has not been replaced"
+[ "$(main_pid) $(qemu)" = "$main $guest" ] || fail "the host or the guest is another process"
 
 say "upgrade during the run of process $guest"
 apt-get -q install -y --no-install-recommends ./new/cuckoo-machinery_*.deb ./new/cuckoo-machinery-kvm_*.deb ./new/cuckoo-machinery-dev_*.deb
