@@ -14,8 +14,8 @@ use crate::run::{CHECKOUT, Context, Result, output, step};
 
 const MAINTAINER: &str = "cuckoo-machinery developers <cuckoo-machinery@users.noreply.github.com>";
 
-/// Makes the packages in `out`, and returns their paths.
-pub fn make(release: &Release, built: &Path, out: &Path) -> Result<Vec<PathBuf>> {
+/// Makes the packages of the tree in `out`, and returns their paths. The tree is moved.
+pub fn make(release: &Release, tree: &Path, out: &Path) -> Result<Vec<PathBuf>> {
     let what = || format!("making packages in {}", out.display());
     let work = out.join("work");
     if work.exists() {
@@ -31,7 +31,9 @@ pub fn make(release: &Release, built: &Path, out: &Path) -> Result<Vec<PathBuf>>
     }
     write(&debian.join("changelog"), &changelog(release)?)?;
     copy(&Path::new(CHECKOUT).join("CHANGELOG.md"), &work.join("CHANGELOG.md"))?;
-    tree::fill(&debian.join("tmp/usr"), "/usr/", built)?;
+    make_folder(&debian.join("tmp"))?;
+    fs::rename(tree, debian.join("tmp/usr")).context(what)?;
+    tree::write_units(&debian.join("tmp/usr"), "/usr/")?;
     // Some crates of the registry have files of 1973. debhelper changes only later dates.
     let touch = ["-exec", "touch", "--no-dereference", &format!("--date=@{}", release.epoch), "{}", "+"];
     step(Command::new("find").arg(&debian).args(touch))?;

@@ -13,7 +13,7 @@ use std::process::Command;
 use machinery_testkit::guest::{self, Guest, Qemu};
 use machinery_testkit::snapshot::SnapshotFormat;
 
-use super::{Release, copy, newer, read, write};
+use super::{Release, copy, needs, newer, read, write};
 use crate::fresh::Root;
 use crate::packages;
 use crate::run::{CHECKOUT, Result, step, step_as};
@@ -29,6 +29,7 @@ const MACHINES: &str = "/srv/vms";
 
 /// Checks the packages, and installs, upgrades and removes them.
 pub fn run(made: &[PathBuf], out: &Path) -> Result<()> {
+    needs::ensure_for_tests()?;
     lint(made)?;
     packages::ensure()?;
     let release = Release::of_checkout()?;

@@ -15,7 +15,7 @@ mod debian;
 mod interface;
 mod licences;
 mod lifecycle;
-mod needs;
+pub mod needs;
 mod newer;
 mod tarball;
 mod tree;
@@ -66,9 +66,11 @@ pub fn run(options: &Options) -> Result<()> {
         None => install::build(&PLUGINS)?,
     };
     let release = Release::of_checkout()?;
-    let mut made = debian::make(&release, &built, &out)?;
-    made.push(tarball::make(&release, &built, &out)?);
-    made.push(wheel::make(&release, &out)?);
+    let scratch = scratch_in(&out)?;
+    let tree = scratch.path().join("tree");
+    tree::fill(&tree, &built)?;
+    let mut made = vec![wheel::make(&release, &out)?, tarball::make(&release, &tree, &out)?];
+    made.extend(debian::make(&release, &tree, &out)?);
     eprintln!();
     made.iter().for_each(|path| println!("{}", path.display()));
     if options.test { lifecycle::run(&made, &out) } else { Ok(()) }
@@ -84,6 +86,11 @@ impl Release {
     fn date<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command.env("SOURCE_DATE_EPOCH", &self.epoch)
     }
+}
+
+/// Makes a folder on the file system of the packages.
+fn scratch_in(out: &Path) -> Result<tempfile::TempDir> {
+    tempfile::tempdir_in(out).context(|| format!("cannot make a folder in {}", out.display()))
 }
 
 fn make_folder(folder: &Path) -> Result<()> {

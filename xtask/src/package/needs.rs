@@ -1,22 +1,15 @@
-//! The programs that make packages.
+//! The programs that make and check packages.
 
 use crate::packages::{Need, VERSION, install_missing};
 use crate::run::Result;
 
-const NEEDS: [Need; 4] = [
+const NEEDS: [Need; 3] = [
     Need {
         what: "debhelper",
         program: "dh",
         args: &["--list"],
         packages: &["debhelper"],
         why: "makes packages",
-    },
-    Need {
-        what: "lintian",
-        program: "lintian",
-        args: VERSION,
-        packages: &["lintian"],
-        why: "checks packages",
     },
     Need {
         what: "setuptools",
@@ -33,6 +26,20 @@ const NEEDS: [Need; 4] = [
         why: "the kvm machinery is built with",
     },
 ];
+
+/// The checks of packages.
+const TEST_NEEDS: [Need; 1] = [Need {
+    what: "lintian",
+    program: "lintian",
+    args: VERSION,
+    packages: &["lintian"],
+    why: "checks packages",
+}];
+
+/// Installs the missing programs that check packages.
+pub fn ensure_for_tests() -> Result<()> {
+    install_missing(&TEST_NEEDS).map(drop)
+}
 
 /// Installs the missing programs.
 pub fn ensure() -> Result<()> {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{PLUGINS, Release, debian, make_folder, read, write};
+use super::{PLUGINS, Release, debian, make_folder, read, scratch_in, tree, write};
 use crate::install;
 use crate::run::{CHECKOUT, Context, Failure, Result, cargo, output, step};
 
@@ -28,8 +28,10 @@ pub fn make(out: &Path) -> Result<(String, Vec<PathBuf>)> {
     let mut build = cargo(install::build_arguments(&PLUGINS));
     build.arg("--manifest-path").arg(&manifest).arg("--target-dir").arg(&target).current_dir(&clone);
     step(&mut build)?;
-    let made =
-        debian::make(&Release { version: version.clone(), ..release }, &target.join("release"), &folder)?;
+    let scratch = scratch_in(&folder)?;
+    let tree = scratch.path().join("tree");
+    tree::fill(&tree, &target.join("release"))?;
+    let made = debian::make(&Release { version: version.clone(), ..release }, &tree, &folder)?;
     Ok((version, made))
 }
 

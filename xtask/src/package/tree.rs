@@ -13,14 +13,19 @@ const UNITS: [&str; 2] = ["cuckoo-machinery.service", "cuckoo-machinery-cleanup.
 /// The prefix in the files of the checkout.
 const PREFIX: &str = "/usr/local/";
 
-/// Fills an empty folder `tree` for the prefix, such as `/usr/`.
-pub fn fill(tree: &Path, prefix: &str, built: &Path) -> Result<()> {
+/// Writes the units for a prefix, such as `/usr/`.
+pub fn write_units(tree: &Path, prefix: &str) -> Result<()> {
+    UNITS.iter().try_for_each(|unit| {
+        let text = read(&Path::new(CHECKOUT).join("integrations/systemd").join(unit))?;
+        write(&tree.join("lib/systemd/system").join(unit), &text.replace(PREFIX, prefix))
+    })
+}
+
+/// Fills an empty folder `tree` for the prefix `/usr/local/`.
+pub fn fill(tree: &Path, built: &Path) -> Result<()> {
     install::into(tree, built, &PLUGINS, false)?;
+    write_units(tree, PREFIX)?;
     let checkout = Path::new(CHECKOUT);
-    for unit in UNITS {
-        let text = read(&checkout.join("integrations/systemd").join(unit))?;
-        write(&tree.join("lib/systemd/system").join(unit), &text.replace(PREFIX, prefix))?;
-    }
     copy(&checkout.join("packaging/sysusers.conf"), &tree.join("lib/sysusers.d/cuckoo-machinery.conf"))?;
     let share = tree.join("share/cuckoo-machinery");
     for (file, to) in [
