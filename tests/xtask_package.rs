@@ -45,7 +45,7 @@ fn packages_have_their_files_and_dependencies_and_no_fixture() {
     let out = tempfile::tempdir().unwrap();
     let made = package(out.path());
     let version = env!("CARGO_PKG_VERSION");
-    let tarball = format!("cuckoo-machinery-{version}-linux-{}.tar.xz", std::env::consts::ARCH);
+    let tarball = format!("cuckoo-machinery-{version}-linux-{}.tar.gz", std::env::consts::ARCH);
     let wheel = format!("cuckoo_machinery-{version}-py3-none-any.whl");
     let names = ["cuckoo-machinery", &tarball, "cuckoo-machinery-dev", "cuckoo-machinery-kvm", &wheel];
     assert_eq!(made.keys().map(String::as_str).collect::<Vec<_>>(), names);
@@ -89,7 +89,7 @@ fn packages_have_their_files_and_dependencies_and_no_fixture() {
         assert!(dev.contains(&format!(" ./usr/share/cuckoo-machinery/source/{path}\n")), "{path}");
     }
     let listed = output(Command::new("tar").arg("--list").arg("--file").arg(&made[&tarball]));
-    let name = tarball.trim_end_matches(".tar.xz");
+    let name = tarball.trim_end_matches(".tar.gz");
     for path in ["README.txt", "bin/cuckoo-machinery", "lib/cuckoo-machinery/libmachinery_kvm.so"] {
         assert!(listed.contains(&format!("{name}/{path}\n")), "{listed}");
     }

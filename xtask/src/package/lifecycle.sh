@@ -111,7 +111,7 @@ diff /tmp/before /tmp/after || fail "the list of files has changed"
 ! systemctl cat cuckoo-machinery.service 2> /dev/null || fail "the unit is left"
 
 say "the tarball"
-tar -C /tmp -xf old/*.tar.xz
+tar -C /tmp -xf old/*.tar.*
 cd /tmp/cuckoo-machinery-*/
 cp -r --remove-destination bin lib share /usr/local/
 systemctl daemon-reload

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! release build ─▶ tree of a prefix ─┬─▶ cuckoo-machinery_….deb, cuckoo-machinery-kvm_….deb, cuckoo-machinery-dev_….deb
-//!                                    └─▶ cuckoo-machinery-….tar.xz
+//!                                    └─▶ cuckoo-machinery-….tar.gz
 //! integrations/cuckoo3 ────────────────▶ cuckoo_machinery-….whl
 //! ```
 //!

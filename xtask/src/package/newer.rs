@@ -1,12 +1,11 @@
 //! Packages of a higher version, for the test of an upgrade: the same sources, with another number.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{PLUGINS, Release, debian, make_folder, read, scratch_in, tree, write};
 use crate::install;
-use crate::run::{CHECKOUT, Context, Failure, Result, cargo, output, step};
+use crate::run::{CHECKOUT, Failure, Result, cargo, output, step};
 
 /// Makes the packages below `out`, of the commit of the checkout. Returns their version and paths.
 pub fn make(out: &Path) -> Result<(String, Vec<PathBuf>)> {
@@ -15,11 +14,14 @@ pub fn make(out: &Path) -> Result<(String, Vec<PathBuf>)> {
         .ok_or_else(|| Failure::Message(format!("{} has no next version", release.version)))?;
     let folder = out.join("newer");
     let clone = folder.join("source");
-    if clone.exists() {
-        fs::remove_dir_all(&clone).context(|| format!("cannot remove {}", clone.display()))?;
-    }
     make_folder(&folder)?;
-    output(Command::new("git").args(["clone", "--quiet", CHECKOUT]).arg(&clone))?;
+    // A clone of an earlier test keeps the results of its build current.
+    if !clone.exists() {
+        output(Command::new("git").args(["clone", "--quiet", "--no-checkout", CHECKOUT]).arg(&clone))?;
+    }
+    let git = |arguments: &[&str]| output(Command::new("git").arg("-C").arg(&clone).args(arguments));
+    git(&["fetch", "--quiet", "origin", "HEAD"])?;
+    git(&["checkout", "--quiet", "--force", "--detach", "FETCH_HEAD"])?;
     let manifest = clone.join("Cargo.toml");
     let line = |version: &str| format!("\nversion = \"{version}\"\n");
     write(&manifest, &read(&manifest)?.replacen(&line(&release.version), &line(&version), 1))?;

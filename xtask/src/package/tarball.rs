@@ -15,7 +15,7 @@ const LICENCES: [(&str, &str); 3] = [
 
 /// Makes the tarball of the tree in `out`, and returns its path.
 pub fn make(release: &Release, tree: &Path, out: &Path) -> Result<PathBuf> {
-    remove_earlier(out, |name| name.ends_with(".tar.xz"))?;
+    remove_earlier(out, |name| name.ends_with(".tar.gz"))?;
     let scratch = scratch_in(out)?;
     let checkout = Path::new(CHECKOUT);
     let readme = read(&checkout.join("packaging/README.txt"))?;
@@ -24,9 +24,9 @@ pub fn make(release: &Release, tree: &Path, out: &Path) -> Result<PathBuf> {
         copy(&checkout.join(from), &scratch.path().join(to))?;
     }
     let name = format!("cuckoo-machinery-{}-linux-{}", release.version, std::env::consts::ARCH);
-    let made = out.join(format!("{name}.tar.xz"));
+    let made = out.join(format!("{name}.tar.gz"));
     let mut tar = Command::new("tar");
-    tar.arg("--create").arg("--xz").arg("--file").arg(&made);
+    tar.arg("--create").arg("--gzip").arg("--file").arg(&made);
     tar.args([
         "--sort=name",
         "--owner=0",
