@@ -9,7 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Release, copy, make_folder, remove_earlier, tree, write};
+use super::files::{copy, make_folder, remove_earlier, write};
+use super::release::Release;
+use super::tree;
 use crate::run::{CHECKOUT, Context, Result, output, step};
 
 const MAINTAINER: &str = "cuckoo-machinery developers <cuckoo-machinery@users.noreply.github.com>";

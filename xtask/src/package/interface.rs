@@ -16,7 +16,7 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use super::{copy, make_folder, read, write};
+use super::files::{copy, make_folder, read, write};
 use crate::run::{CHECKOUT, Context, Failure, Result, cargo, output, step};
 use crate::tracked;
 

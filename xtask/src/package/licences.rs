@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::PLUGINS;
+use super::release::PLUGINS;
 use crate::run::{Context, Failure, Result, cargo, output};
 
 /// The packages whose programs are installed.

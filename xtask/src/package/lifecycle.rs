@@ -13,7 +13,9 @@ use std::process::Command;
 use machinery_testkit::guest::{self, Guest, Qemu};
 use machinery_testkit::snapshot::SnapshotFormat;
 
-use super::{Release, copy, needs, newer, read, write};
+use super::files::{copy, read, write};
+use super::release::Release;
+use super::{needs, newer};
 use crate::fresh::Root;
 use crate::packages;
 use crate::run::{CHECKOUT, Result, step, step_as};

@@ -12,24 +12,23 @@
 //! same files: each date is that of the commit.
 
 mod debian;
+mod files;
 mod interface;
 mod licences;
 mod lifecycle;
 pub mod needs;
 mod newer;
+mod release;
 mod tarball;
 mod tree;
 mod wheel;
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
-use crate::install::{self, Plugin};
-use crate::run::{CHECKOUT, Context, Result, output, step};
-
-/// The plugins in packages.
-const PLUGINS: [Plugin; 2] = [Plugin::Qemu, Plugin::Kvm];
+use self::files::{make_folder, scratch_in};
+use self::release::{PLUGINS, Release};
+use crate::install;
+use crate::run::{Context, Result};
 
 /// Options of `cargo xtask package`.
 #[derive(clap::Args)]
@@ -43,13 +42,6 @@ pub struct Options {
     /// Check the packages by lintian, and install, upgrade and remove them on a fresh Debian; needs root
     #[arg(long)]
     test: bool,
-}
-
-/// The version and the date of all packages.
-struct Release {
-    version: String,
-    /// The time of the commit, in seconds since 1970.
-    epoch: String,
 }
 
 /// Makes the packages, and tests them if asked to.
@@ -74,58 +66,4 @@ pub fn run(options: &Options) -> Result<()> {
     eprintln!();
     made.iter().for_each(|path| println!("{}", path.display()));
     if options.test { lifecycle::run(&made, &out) } else { Ok(()) }
-}
-
-impl Release {
-    fn of_checkout() -> Result<Release> {
-        let time = output(Command::new("git").args(["-C", CHECKOUT, "log", "-1", "--format=%ct"]))?;
-        Ok(Release { version: env!("CARGO_PKG_VERSION").to_owned(), epoch: time.trim().to_owned() })
-    }
-
-    /// Gives a command the date of the release.
-    fn date<'a>(&self, command: &'a mut Command) -> &'a mut Command {
-        command.env("SOURCE_DATE_EPOCH", &self.epoch)
-    }
-}
-
-/// Makes a folder on the file system of the packages.
-fn scratch_in(out: &Path) -> Result<tempfile::TempDir> {
-    tempfile::tempdir_in(out).context(|| format!("cannot make a folder in {}", out.display()))
-}
-
-fn make_folder(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).context(|| format!("cannot make {}", folder.display()))
-}
-
-/// Copies a file of the checkout or of the build, and makes its folder.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    make_folder(to.parent().unwrap_or(to))?;
-    fs::copy(from, to).map(drop).context(|| format!("cannot copy {} to {}", from.display(), to.display()))
-}
-
-/// Writes a file, and makes its folder.
-fn write(path: &Path, text: &str) -> Result<()> {
-    make_folder(path.parent().unwrap_or(path))?;
-    fs::write(path, text).context(|| format!("cannot write {}", path.display()))
-}
-
-fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path).context(|| format!("cannot read {}", path.display()))
-}
-
-/// Removes the files in `folder` whose names match: those of earlier packages, whose versions may differ.
-fn remove_earlier(folder: &Path, matches: impl Fn(&str) -> bool) -> Result<()> {
-    let what = || format!("cannot tidy {}", folder.display());
-    for entry in fs::read_dir(folder).context(what)? {
-        let entry = entry.context(what)?;
-        if entry.file_name().to_str().is_some_and(&matches) {
-            fs::remove_file(entry.path()).context(what)?;
-        }
-    }
-    Ok(())
-}
-
-/// Makes all files below a folder readable by everybody, and programs executable, whatever the umask and the checkout.
-fn set_modes(folder: &Path) -> Result<()> {
-    step(Command::new("chmod").args(["-R", "u=rwX,go=rX"]).arg(folder))
 }

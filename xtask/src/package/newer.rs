@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{PLUGINS, Release, debian, make_folder, read, scratch_in, tree, write};
+use super::files::{make_folder, read, scratch_in, write};
+use super::release::{PLUGINS, Release};
+use super::{debian, tree};
 use crate::install;
 use crate::run::{CHECKOUT, Failure, Result, cargo, output, step};
 

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Release, copy, read, remove_earlier, scratch_in, write};
+use super::files::{copy, read, remove_earlier, scratch_in, write};
+use super::release::Release;
 use crate::run::{CHECKOUT, Result, step};
 
 /// The licences of the checkout, and their names in the tarball.

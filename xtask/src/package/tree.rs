@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use super::{PLUGINS, copy, interface, licences, read, set_modes, write};
+use super::files::{copy, read, set_modes, write};
+use super::release::PLUGINS;
+use super::{interface, licences};
 use crate::install;
 use crate::run::{CHECKOUT, Result};
 use crate::tracked;

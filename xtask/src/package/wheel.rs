@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Release, copy, remove_earlier};
+use super::files::{copy, remove_earlier};
+use super::release::Release;
 use crate::run::{CHECKOUT, Context, Result, output};
 use crate::tracked;
 
