@@ -14,6 +14,9 @@ ln -sf /dev/null /etc/systemd/system/apt-daily-upgrade.timer
 cat > /run/boot.sh <<'END'
 mount -t tmpfs tmpfs /run
 mount -t proc proc /proc
+# Without the cgroups of this computer below it, which may be of version 1.
+umount -R -l /sys
+mount -t sysfs -o ro sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir "/sys/fs/cgroup/$1"
 echo 0 > "/sys/fs/cgroup/$1/cgroup.procs"
@@ -25,27 +28,27 @@ for device in null zero full random urandom tty; do
 done
 mkdir /mnt/shm /mnt/pts
 mount -t tmpfs tmpfs /mnt/shm
+mount -t devpts -o newinstance,ptmxmode=0666 devpts /mnt/pts
+ln -s pts/ptmx /mnt/ptmx
 ln -s /proc/self/fd /mnt/fd
 mount --move /mnt /dev
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 exec unshare --cgroup sh -c '
     umount /sys/fs/cgroup
-    mount --bind /sys /sys
-    mount -o remount,bind,ro /sys
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
     exec env -i container=fresh PATH=/usr/sbin:/usr/bin:/sbin:/bin \
         /lib/systemd/systemd --system --unit=sysinit.target --log-target=console --show-status=no
 '
 END
-unshare --mount --pid --uts --ipc --fork --kill-child sh -eu /run/boot.sh "$cgroup" > /tmp/systemd.log 2>&1 < /dev/null &
+unshare --mount --pid --uts --ipc --fork --kill-child sh -eu /run/boot.sh "$cgroup" > /run/systemd.log 2>&1 < /dev/null &
 unshare=$!
 
 end() {
     code=$?
     if [ $code -ne 0 ]; then
         echo "==> the log of systemd" >&2
-        tail -n 50 /tmp/systemd.log >&2
+        tail -n 50 /run/systemd.log >&2
     fi
     kill -KILL $unshare 2> /dev/null || true
     wait $unshare 2> /dev/null || true
