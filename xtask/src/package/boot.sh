@@ -2,7 +2,8 @@
 # For mount and process namespaces of their own, such as those of a fresh root.
 set -eu
 here=$(dirname "$0")
-cgroup=package-$$
+# The number of this process is that of another namespace.
+cgroup=package-$(cat /proc/sys/kernel/random/uuid)
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get -q update
@@ -54,7 +55,7 @@ end() {
     wait $unshare 2> /dev/null || true
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
     # The kernel empties the groups of killed processes a moment later.
-    for try in 1 2 3 4 5 6 7 8 9 10; do
+    for try in $(seq 100); do
         find "/sys/fs/cgroup/$cgroup" -depth -type d -exec rmdir {} + 2> /dev/null && break
         sleep 0.2
     done
