@@ -88,6 +88,8 @@ fn packages_have_their_files_and_dependencies_and_no_fixture() {
     for path in ["crates/machinery/Cargo.toml", "plugins/example/src/lib.rs", "vendor/serde/Cargo.toml"] {
         assert!(dev.contains(&format!(" ./usr/share/cuckoo-machinery/source/{path}\n")), "{path}");
     }
+    let import = "import sys; sys.path.insert(0, sys.argv[1]); import cuckoo_machinery.connection";
+    output(Command::new("python3").args(["-c", import]).arg(&made[&wheel]));
     let listed = output(Command::new("tar").arg("--list").arg("--file").arg(&made[&tarball]));
     let name = tarball.trim_end_matches(".tar.gz");
     for path in ["README.txt", "bin/cuckoo-machinery", "lib/cuckoo-machinery/libmachinery_kvm.so"] {

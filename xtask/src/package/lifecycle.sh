@@ -17,7 +17,7 @@ fail() {
 # Prints all files of the system, except those that change by themselves and those of apt.
 files() {
     find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /srv -o -path /root \
-        -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/tmp -o -path /var/lib/systemd/catalog \
+        -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /usr/local -o -path /var/tmp -o -path /var/lib/systemd/catalog \
         -o -path '/var/lib/dpkg/*-old' -o -path '/var/backups/*' -o -path '/etc/*-' \) -prune -o -print | sort
 }
 
@@ -90,14 +90,6 @@ host stop m
 host restore-start m
 expect_counting
 
-say "a plugin of an author, without a network"
-export CARGO_HOME=/tmp/cargo-home
-(cd /tmp && cuckoo-machinery new-plugin mine && cd machinery-mine && PATH=$PATH:/opt/cargo/bin unshare --net cargo test --quiet 2>&1 | tail -n 5)
-rm -rf /tmp/machinery-mine /tmp/cargo-home
-
-say "the wheel"
-/usr/bin/python3 --version 2> /dev/null && PYTHONPATH=$(echo "$PWD"/old/*.whl) python3 -c 'import cuckoo_machinery.connection'
-
 say "removal during a run"
 apt-get -q remove -y cuckoo-machinery cuckoo-machinery-kvm cuckoo-machinery-dev
 [ -z "$(qemu)" ] || fail "the guest has survived the removal"
@@ -124,5 +116,18 @@ expect_counting
 systemctl stop cuckoo-machinery
 [ -z "$(qemu)" ] || fail "the guest has survived the host"
 find bin lib share -type f | (cd /usr/local && xargs -d '\n' rm -f)
-find /usr/local -type f | grep . && fail "files are left"
+[ -z "$(find /usr/local -type f)" ] || fail "files are left: $(find /usr/local -type f)"
+
+say "a plugin of an author, without a network"
+cd /root/packages
+apt-get -q install -y --no-install-recommends ./new/cuckoo-machinery_*.deb ./new/cuckoo-machinery-dev_*.deb
+export CARGO_HOME=/tmp/cargo-home PATH=$PATH:/opt/cargo/bin RUSTUP_HOME=/opt/rustup
+(cd /tmp && cuckoo-machinery new-plugin mine)
+cd /tmp/machinery-mine
+unshare --net cargo test --quiet > /tmp/cargo.log 2>&1 || fail "$(tail -n 50 /tmp/cargo.log)"
+tail -n 3 /tmp/cargo.log
+rm -rf /tmp/machinery-mine /tmp/cargo-home
+apt-get -q purge -y cuckoo-machinery cuckoo-machinery-dev
+files > /tmp/after
+diff /tmp/before /tmp/after || fail "the list of files has changed"
 say "done"
