@@ -96,7 +96,8 @@ apt-get -q remove -y cuckoo-machinery cuckoo-machinery-kvm cuckoo-machinery-dev
 [ ! -e /usr/lib/cuckoo-machinery ] || fail "files are left: $(ls -R /usr/lib/cuckoo-machinery)"
 
 say "purge"
-apt-get -q purge -y cuckoo-machinery cuckoo-machinery-kvm cuckoo-machinery-dev
+# The others have nothing that a removal keeps, so apt does not know them any more.
+apt-get -q purge -y cuckoo-machinery
 files > /tmp/after
 diff /tmp/before /tmp/after || fail "the list of files has changed"
 [ -f /srv/cuckoo/conf/machineries/qemu.yaml ] || fail "the configuration is gone"
