@@ -46,7 +46,7 @@ pub fn fill(folder: &Path) -> Result<()> {
     let checkout = Path::new(CHECKOUT);
     let is_part = |file: &String| {
         let is_of = |member: &&str| file.strip_prefix(*member).is_some_and(|rest| rest.starts_with('/'));
-        let is_member = MEMBERS.iter().any(|member| is_of(&member));
+        let is_member = MEMBERS.iter().any(is_of);
         FILES.contains(&file.as_str()) || is_member && !file.starts_with("crates/machinery-jail/tests/")
     };
     for file in tracked::files(checkout)?.iter().filter(|file| is_part(file)) {
