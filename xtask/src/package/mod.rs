@@ -58,6 +58,7 @@ pub fn run(options: &Options) -> Result<()> {
         None => install::build(&PLUGINS)?,
     };
     let release = Release::of_checkout()?;
+    release.expect_built(&built)?;
     let scratch = scratch_in(&out)?;
     let tree = scratch.path().join("tree");
     tree::fill(&tree, &built)?;
