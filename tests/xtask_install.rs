@@ -49,7 +49,7 @@ fn install_takes_the_plugins_and_no_fixture_when_a_workspace_was_built() {
     install(&prefix, &[]);
     let expected = [
         ("bin/cuckoo-machinery", 0o755),
-        ("bin/cuckoo-machinery-jail", 0o755),
+        ("lib/cuckoo-machinery/cuckoo-machinery-jail", 0o755),
         ("lib/cuckoo-machinery/libmachinery_kvm.so", 0o644),
         ("lib/cuckoo-machinery/libmachinery_qemu.so", 0o644),
         ("share/cuckoo-machinery/conf/cuckoo.yaml", 0o644),

@@ -4,7 +4,7 @@
 //! | in the prefix | what |
 //! | --- | --- |
 //! | `bin/` | `cuckoo-machinery` |
-//! | `lib/cuckoo-machinery/` | the plugins, and no other library of the build |
+//! | `lib/cuckoo-machinery/` | the plugins, and no other library of the build; the helper program of the jail |
 //! | `share/cuckoo-machinery/conf/` | commented defaults of their configuration files |
 //! | `share/man/`, `share/bash-completion/` and others | manual pages, and completions for shells, which the program writes |
 //!
@@ -33,10 +33,14 @@ pub struct Options {
     from: Option<PathBuf>,
 }
 
+/// A plugin that can be installed.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Plugin {
+pub enum Plugin {
+    /// QEMU processes
     Qemu,
+    /// Domains of libvirt
     Kvm,
+    /// Machines in memory
     Example,
 }
 
@@ -49,7 +53,8 @@ impl Plugin {
         }
     }
 
-    fn package(self) -> &'static str {
+    /// Returns the name of its crate.
+    pub fn package(self) -> &'static str {
         match self {
             Plugin::Qemu => "machinery-qemu",
             Plugin::Kvm => "machinery-kvm",
@@ -69,9 +74,14 @@ pub fn run(options: &Options) -> Result<()> {
     if sudo {
         eprintln!("Writing to {} needs root: sudo is used, and may ask for your password.", prefix.display());
     }
+    into(&prefix, &built, &options.plugins, sudo)
+}
+
+/// Installs the results of a build below the prefix.
+pub fn into(prefix: &Path, built: &Path, plugins: &[Plugin], sudo: bool) -> Result<()> {
     let share = tempfile::tempdir().context(|| "making a folder for the manual".to_owned())?;
     let manual = manual(&built.join("cuckoo-machinery"), share.path())?;
-    for (mode, source, target) in files(&built, &options.plugins).into_iter().chain(manual) {
+    for (mode, source, target) in files(built, plugins).into_iter().chain(manual) {
         let mut install = Command::new(if sudo { "sudo" } else { "install" });
         if sudo {
             install.arg("install");
@@ -82,16 +92,26 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// Builds a release; returns the folder with the results.
-fn build(plugins: &[Plugin]) -> Result<PathBuf> {
+pub fn build(plugins: &[Plugin]) -> Result<PathBuf> {
+    step(&mut cargo(build_arguments(plugins)))?;
+    Ok(target()?.join("release"))
+}
+
+/// Returns cargo's arguments to build a release.
+pub fn build_arguments(plugins: &[Plugin]) -> Vec<&'static str> {
     let packages = plugins.iter().flat_map(|plugin| ["-p", plugin.package()]);
-    step(&mut cargo(
-        ["build", "--release", "-p", "machinery-host", "-p", "machinery-jail"].into_iter().chain(packages),
-    ))?;
-    // Cargo has built this program into a folder beside that of the release.
+    ["build", "--release", "-p", "machinery-host", "-p", "machinery-jail"]
+        .into_iter()
+        .chain(packages)
+        .collect()
+}
+
+/// Returns the folder of this build, in which cargo has a folder for each profile.
+pub fn target() -> Result<PathBuf> {
     let own = std::env::current_exe().context(|| "looking for the build's folder".to_owned())?;
     let target =
         own.ancestors().nth(2).ok_or_else(|| format!("{} is in no build's folder", own.display()))?;
-    Ok(target.join("release"))
+    Ok(target.to_owned())
 }
 
 /// A file's mode, its path, and its target below the prefix.
@@ -118,11 +138,12 @@ fn manual(program: &Path, share: &Path) -> Result<Vec<Installed>> {
 
 /// Returns the files of the build and of the checkout.
 fn files(built: &Path, plugins: &[Plugin]) -> Vec<Installed> {
-    let programs = ["cuckoo-machinery", "cuckoo-machinery-jail"];
+    let programs = [("cuckoo-machinery", "bin"), ("cuckoo-machinery-jail", "lib/cuckoo-machinery")];
     let conf = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../conf"));
     let share = Path::new("share/cuckoo-machinery/conf");
-    let mut files: Vec<_> =
-        programs.map(|program| ("755", built.join(program), Path::new("bin").join(program))).into();
+    let mut files: Vec<_> = programs
+        .map(|(program, folder)| ("755", built.join(program), Path::new(folder).join(program)))
+        .into();
     for plugin in plugins {
         let library = format!("libmachinery_{}.so", plugin.name());
         files.push(("644", built.join(&library), Path::new("lib/cuckoo-machinery").join(library)));

@@ -13,6 +13,7 @@ mod deny;
 mod fresh;
 mod install;
 mod leftovers;
+mod package;
 mod packages;
 mod process;
 mod prose;
@@ -36,6 +37,8 @@ enum Task {
     Demo(demo::Options),
     /// Build the program and its plugins for a release, and install them
     Install(install::Options),
+    /// Make packages for Debian, a wheel for Cuckoo3's environment, and a tarball for other distributions
+    Package(package::Options),
     /// Run tasks on a fresh Debian: a minimal root with only a Rust toolchain and a C compiler in it
     Fresh(fresh::Options),
     /// Measure restores beside the hypervisor alone, in one run
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),
         Task::Install(options) => install::run(&options),
+        Task::Package(options) => package::run(&options),
         Task::Fresh(options) => fresh::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Soak(options) => soak::run(&options),

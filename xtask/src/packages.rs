@@ -13,17 +13,21 @@ use crate::debian::KEYRING;
 use crate::run::{Failure, Result, is_root, output, step, succeeds};
 
 /// A need, and its purpose.
-struct Need {
-    what: &'static str,
+pub struct Need {
+    /// The name of the need.
+    pub what: &'static str,
     /// A program that succeeds with these arguments if the need is met.
-    program: &'static str,
-    args: &'static [&'static str],
+    pub program: &'static str,
+    /// The arguments of the program.
+    pub args: &'static [&'static str],
     /// The packages that meet the need.
-    packages: &'static [&'static str],
-    why: &'static str,
+    pub packages: &'static [&'static str],
+    /// The purpose, as a clause.
+    pub why: &'static str,
 }
 
-const VERSION: &[&str] = &["--version"];
+/// The arguments that most programs succeed with.
+pub const VERSION: &[&str] = &["--version"];
 
 const NEEDS: [Need; 14] = [
     Need {
@@ -219,7 +223,7 @@ pub fn ensure_for_cape() -> Result<()> {
 }
 
 /// Installs missing packages; returns whether any were missing.
-fn install_missing(needs: &[Need]) -> Result<bool> {
+pub fn install_missing(needs: &[Need]) -> Result<bool> {
     let missing: Vec<&Need> = needs.iter().filter(|need| !need.is_met()).collect();
     match (missing.is_empty(), runs("apt-get")) {
         (true, _) => Ok(false),

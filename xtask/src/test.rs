@@ -6,10 +6,10 @@
 use crate::backports::Backports;
 use crate::deny;
 use crate::leftovers::RunMarker;
-use crate::packages;
 use crate::prose;
 use crate::run::{Result, cargo, step, succeeds};
 use crate::skips::Skips;
+use crate::{package, packages};
 
 /// Options of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -27,6 +27,7 @@ pub struct Options {
 /// Runs all checks and tests.
 pub fn run(options: &Options) -> Result<()> {
     packages::ensure()?;
+    package::needs::ensure()?;
     let backports = if options.backports { Some(Backports::new()?) } else { None };
     if !selects_tests(&options.args) {
         check_source()?;

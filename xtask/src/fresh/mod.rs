@@ -15,7 +15,7 @@ mod root;
 
 use clap::ValueEnum;
 
-use self::root::Root;
+pub use self::root::Root;
 use crate::run::{Failure, Result, cargo, step, xtask_arguments};
 
 /// The README's commands, without `cargo xtask`.

@@ -100,7 +100,7 @@ impl Root {
 
     /// Returns a command that runs `words` in the clone, with this root. The command and all its processes
     /// end with this process.
-    fn command(&self, words: &[&str]) -> Command {
+    pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", SCRIPT]).arg(&self.folder);
         for (from, to) in &self.binds {
@@ -162,7 +162,7 @@ impl Root {
     }
 
     /// Returns the path in this system of a path in the root.
-    fn inside(&self, path: &str) -> PathBuf {
+    pub fn inside(&self, path: &str) -> PathBuf {
         self.folder.join(path.trim_start_matches('/'))
     }
 }

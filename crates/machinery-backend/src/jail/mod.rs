@@ -103,7 +103,7 @@ impl HostSupport {
 fn helper() -> Result<PathBuf> {
     let helper = machinery_jail::installed().map_err(|error| {
         Error::environment(format!("{error}, which confines QEMU"))
-            .advice("Install it beside the host's program, or set jail: off in machinery-host.yaml")
+            .advice("Install it beside the plugins, or set jail: off in machinery-host.yaml")
     })?;
     expect_trusted(&helper)?;
     Ok(helper)

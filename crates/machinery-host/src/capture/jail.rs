@@ -35,7 +35,7 @@ pub fn command(settings: &Settings) -> Result<Command> {
     }
     let helper = machinery_jail::installed().map_err(|error| {
         Error::environment(format!("{error}, which confines tcpdump"))
-            .advice("Install it beside the host's program, or set capture_jail: off in machinery-host.yaml")
+            .advice("Install it beside the plugins, or set capture_jail: off in machinery-host.yaml")
     })?;
     expect_trusted(&helper)?;
     let read = READ.map(PathBuf::from).into_iter().filter(|path| path.exists());

@@ -144,7 +144,7 @@ pub enum Command {
         #[arg(long)]
         process: bool,
         /// Checkout or git repository of cuckoo-machinery to build against; of a repository, the revision of
-        /// this program is used [default: the repository of this program]
+        /// this program is used [default: the installed interface, or else the repository of this program]
         #[arg(long, value_name = "PATH-OR-GIT-URL")]
         interface: Option<String>,
     },

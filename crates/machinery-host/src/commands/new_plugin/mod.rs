@@ -17,6 +17,18 @@ pub use template::Template;
 const REPOSITORY: &str = env!("CARGO_PKG_REPOSITORY");
 /// The revision that this program was built from, as `tag = "…"` or `rev = "…"`. The build script has found it.
 const REVISION: &str = env!("CUCKOO_MACHINERY_REVISION");
+/// The interface's crates beside an installed program.
+const INSTALLED: &str = "../share/cuckoo-machinery/source";
+/// The configuration of cargo for a checkout that has the crates of the registry.
+const VENDORED: &str = "\
+# Builds without a network, from the crates that are installed with the interface. Remove this file to use crates.io,
+# such as for a crate that is not among them.
+[source.crates-io]
+replace-with = \"installed\"
+
+[source.installed]
+directory = VENDOR
+";
 /// The names of machineries and crates of this repository.
 const RESERVED_NAMES: [&str; 9] =
     ["qemu", "kvm", "example", "example-process", "backend", "conformance", "host", "images", "testkit"];
@@ -32,12 +44,16 @@ pub struct NewPlugin {
 
 /// Creates the crate `machinery-<name>` in `dir`. `interface` is the source of its dependencies: a checkout
 /// of this repository, or the URL of a git repository. Of a repository, the crate gets the revision of this program.
+/// The default is the installed interface, or else the repository.
 ///
 /// # Errors
 /// The name is invalid or reserved, the folder exists, or `interface` is no checkout. The folder is removed again.
 pub fn new_plugin(template: &Template, name: &str, dir: &Path, interface: Option<&str>) -> Result<NewPlugin> {
     check_name(name)?;
-    let interface = Interface::from(interface.unwrap_or(REPOSITORY))?;
+    let interface = match interface {
+        Some(given) => Interface::from(given)?,
+        None => Interface::installed().unwrap_or_else(|| Interface::Git(REPOSITORY.to_owned())),
+    };
     let dir = std::path::absolute(dir).map_err(|error| Error::io("find the folder", dir, &error))?;
     let folder = dir.join(format!("machinery-{name}"));
     create_folder(&folder)?;
@@ -76,16 +92,32 @@ impl Interface {
         if given.contains("://") {
             return Ok(Interface::Git(given.to_owned()));
         }
-        let root = Path::new(given).canonicalize().ok();
-        let root = root.filter(|root| root.join("crates/machinery/Cargo.toml").is_file());
-        // The manifest is text, so the path must be text.
-        let root = root.and_then(|root| root.to_str().map(str::to_owned));
-        root.map(Interface::Checkout).ok_or_else(|| {
+        Interface::checkout(Path::new(given)).ok_or_else(|| {
             Error::configuration(format!("{given} is no checkout of cuckoo-machinery")).advice(
                 "Give the folder that has crates/machinery in it, or the URL of a git repository, such as \
                  https://… or ssh://git@…",
             )
         })
+    }
+
+    /// Returns the interface that is installed with this program, if it is.
+    fn installed() -> Option<Interface> {
+        let program = std::env::current_exe().ok()?;
+        Interface::checkout(&program.parent()?.join(INSTALLED))
+    }
+
+    fn checkout(root: &Path) -> Option<Interface> {
+        let root =
+            root.canonicalize().ok().filter(|root| root.join("crates/machinery/Cargo.toml").is_file())?;
+        // The manifest is text, so the path must be text.
+        root.to_str().map(|root| Interface::Checkout(root.to_owned()))
+    }
+
+    /// Returns cargo's configuration for the crate, if the checkout has the crates of the registry.
+    fn cargo_config(&self) -> Option<String> {
+        let Interface::Checkout(root) = self else { return None };
+        let vendor = Path::new(root).join("vendor");
+        vendor.is_dir().then(|| VENDORED.replace("VENDOR", &quoted(&vendor.to_string_lossy())))
     }
 
     /// Returns the manifest with the source of each crate of the interface.
@@ -125,7 +157,9 @@ fn create_folder(folder: &Path) -> Result<()> {
 
 fn write(template: &Template, name: &str, folder: &Path, interface: &Interface) -> Result<()> {
     let manifest = interface.fill(&template.renamed(template.manifest, name));
-    for (path, text) in template.renamed_files(name).chain([("Cargo.toml".to_owned(), manifest)]) {
+    let config = interface.cargo_config().map(|config| (".cargo/config.toml".to_owned(), config));
+    let others = [("Cargo.toml".to_owned(), manifest)].into_iter().chain(config);
+    for (path, text) in template.renamed_files(name).chain(others) {
         let path = folder.join(path);
         let written = path.parent().map_or(Ok(()), fs::create_dir_all);
         let written = written.and_then(|()| fs::write(&path, text));
@@ -202,6 +236,23 @@ mod tests {
         let expected =
             format!(r#"machinery-conformance = {{ git = "https://forge/example.git", {REVISION} }}"#);
         assert!(other.contains(&expected), "{other}");
+    }
+
+    #[test]
+    fn new_plugin_builds_without_a_network_when_the_interface_has_its_crates() {
+        let dir = tempfile::tempdir().unwrap();
+        let interface = dir.path().join("interface");
+        fs::create_dir_all(interface.join("crates/machinery")).unwrap();
+        fs::write(interface.join("crates/machinery/Cargo.toml"), "").unwrap();
+        let config = |name: &str| {
+            let new = new_plugin(&Template::MEMORY, name, dir.path(), interface.to_str()).unwrap();
+            fs::read_to_string(new.folder.join(".cargo/config.toml")).ok()
+        };
+        assert_eq!(config("online"), None);
+        fs::create_dir(interface.join("vendor")).unwrap();
+        let vendor = interface.canonicalize().unwrap().join("vendor");
+        let config = config("offline").unwrap();
+        assert!(config.contains(&format!("directory = \"{}\"\n", vendor.display())), "{config}");
     }
 
     #[test]
