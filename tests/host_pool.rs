@@ -269,7 +269,7 @@ fn subscribers_receive_lock_and_availability_events() {
     client.act("enable_machine", "m").unwrap();
     for expected in [
         json!({"event": "reserved", "machine": "m", "task_id": "t"}),
-        json!({"event": "locked", "machine": "m", "task_id": "t"}),
+        json!({"event": "locked", "machine": "m", "task_id": "t", "uid": getuid().as_raw()}),
         json!({"event": "unlocked", "machine": "m"}),
         json!({"event": "unreserved", "machine": "m"}),
         json!({"event": "disabled", "machine": "m", "reason": "why"}),

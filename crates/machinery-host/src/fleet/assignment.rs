@@ -39,7 +39,8 @@ impl Machine {
         status.availability.lock = Some(lock.clone());
         status.availability.locked_since = Some(unix_now());
         status.availability.run_errors.clear();
-        self.events.send(Event::Locked { machine: self.name().to_owned(), task_id: lock.task_id.clone() });
+        let (machine, task_id) = (self.name().to_owned(), lock.task_id.clone());
+        self.events.send(Event::Locked { machine, task_id, uid: lock.uid });
         Ok(true)
     }
 

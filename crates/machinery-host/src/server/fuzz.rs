@@ -125,7 +125,7 @@ proptest! {
         if let Err(refusal) = protocol::id(&object) {
             assert_bounded(&refusal);
         }
-        let sender = Sender { owner: None, file: None, storage: Path::new("/cwd/storage") };
+        let sender = Sender { uid: 0, owner: None, file: None, storage: Path::new("/cwd/storage") };
         match protocol::request(&object, enabled, &sender, |_| None) {
             Err(refusal) => assert_bounded(&refusal),
             Ok(Request::Acquire(_, lock)) => {

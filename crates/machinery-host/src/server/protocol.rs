@@ -61,6 +61,8 @@ pub enum Request {
 
 /// The sender of a request.
 pub struct Sender<'a> {
+    /// The number of the client's user.
+    pub uid: u32,
     /// The client's user, unless that is root or the host's user.
     pub owner: Option<Owner>,
     /// The file that the client has passed with the request.
@@ -306,6 +308,7 @@ fn task_id(object: &Map<String, Value>) -> Result<String, Refusal> {
 fn task_lock(object: &Map<String, Value>, sender: &Sender<'_>) -> Result<TaskLock, Refusal> {
     Ok(TaskLock {
         task_id: task_id(object)?,
+        uid: Some(sender.uid),
         pcap_path: match sender.file {
             // The path is only a name then, and is checked again before it is used.
             Some(_) => path(object, "pcap_path")?,
@@ -352,7 +355,7 @@ mod tests {
     use super::*;
 
     fn sender() -> Sender<'static> {
-        Sender { owner: None, file: None, storage: Path::new("/cwd/storage") }
+        Sender { uid: 0, owner: None, file: None, storage: Path::new("/cwd/storage") }
     }
 
     fn refused(line: &str, enabled: bool) -> Refusal {
@@ -411,7 +414,7 @@ mod tests {
 
     #[test]
     fn paths_of_other_users_are_refused_outside_of_storage() {
-        let sender = Sender { owner: Some(Owner { uid: 7, gid: 7 }), ..sender() };
+        let sender = Sender { uid: 7, owner: Some(Owner { uid: 7, gid: 7 }), ..sender() };
         let acquire = |path: &str| {
             let line = json!({"action": "acquire", "task_id": "t", "pcap_path": path}).to_string();
             request(&object(line.as_bytes()).unwrap(), true, &sender, |_| None)
