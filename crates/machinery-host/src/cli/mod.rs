@@ -11,6 +11,7 @@ mod manual;
 mod output;
 mod progress;
 mod status;
+mod top;
 
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -120,6 +121,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             machines::machines(&answer, global.json);
             Ok(exit_code(&answer))
         }
+        Command::Top => run_top(cwd, global.json),
         Command::State { machine } => {
             let answer = send_request(cwd, json!({"action": "state", "machine": machine}))?;
             output::state(&answer, global.json);
@@ -222,6 +224,20 @@ fn run_action(cwd: &Cwd, request: &Value, file: Option<&File>, json: bool) -> Re
         answer = client.request_with(request.clone(), file, |event| progress.on_event(event))?;
     }
     progress.done(&answer);
+    Ok(exit_code(&answer))
+}
+
+/// Shows the machines in the terminal, or prints them once as JSON.
+fn run_top(cwd: &Cwd, json: bool) -> Result<ExitCode> {
+    if !json {
+        return top::run(cwd).map(|()| ExitCode::SUCCESS);
+    }
+    let [mut list, metrics] = ["list", "metrics"].map(|action| send_request(cwd, json!({"action": action})));
+    if let (Ok(list), Ok(metrics)) = (&mut list, metrics) {
+        list["metrics"] = metrics["metrics"].clone();
+    }
+    let answer = list?;
+    output::reply(&answer, true);
     Ok(exit_code(&answer))
 }
 
