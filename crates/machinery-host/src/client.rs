@@ -66,7 +66,7 @@ impl Client {
         request["id"] = id.clone();
         self.requests.send(&request, file)?;
         loop {
-            let message = self.messages.next()?;
+            let message = self.messages.receive()?;
             // A rejected client gets a reply without an id.
             let is_rejection = message.get("id").is_none() && message.get("event").is_none();
             if is_rejection || message.get("id") == Some(&id) {
@@ -78,7 +78,7 @@ impl Client {
 
     /// Waits until the host closes the connection.
     pub fn wait_for_close(&mut self) {
-        while self.messages.next().is_ok() {}
+        while self.messages.receive().is_ok() {}
     }
 }
 
@@ -106,7 +106,7 @@ impl Messages {
     ///
     /// # Errors
     /// The connection was lost, or the message is not JSON.
-    pub fn next(&mut self) -> Result<Value> {
+    pub fn receive(&mut self) -> Result<Value> {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             Ok(0) => Err(lost("it closed the connection")),

@@ -15,7 +15,7 @@ pub struct Now {
 
 impl Now {
     /// Returns the present moment.
-    pub fn now() -> Self {
+    pub fn present() -> Self {
         Now { unix: unix_now(), instant: Instant::now() }
     }
 }

@@ -73,7 +73,7 @@ fn pass_messages(followed: Followed, inputs: &SyncSender<Input>) -> Result<Resul
     let Followed { requests, version, mut messages } = followed;
     let mut sent = inputs.send(Input::Connected(requests, version));
     while sent.is_ok() {
-        sent = inputs.send(Input::Message(messages.next()?));
+        sent = inputs.send(Input::Message(messages.receive()?));
     }
     Ok(sent)
 }

@@ -135,7 +135,7 @@ mod tests {
     fn model() -> Model {
         let mut model = Model::default();
         let machines = json!([{"name": "a", "state": "running"}, {"name": "b", "state": "poweroff"}]);
-        model.receive(&json!({"id": "list", "machines": machines}), Now::now());
+        model.receive(&json!({"id": "list", "machines": machines}), Now::present());
         model
     }
 

@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn lock_has_its_task_its_user_and_its_age() {
         let locked = json!({"event": "locked", "machine": "m", "task_id": "t1", "uid": 1000});
-        let machine = after(&[locked.clone()]);
+        let machine = after(std::slice::from_ref(&locked));
         assert_eq!(
             (task(&machine).as_str(), uid(&machine), locked_since(&machine)),
             ("t1", Some(1000), Some(100))
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn quarantine_counts_down_to_its_next_try_and_ends_when_the_machine_is_healed() {
         let quarantined = json!({"event": "quarantined", "machine": "m", "reason": "killed", "tries": 1, "next_try_in": 30});
-        let machine = after(&[quarantined.clone()]);
+        let machine = after(std::slice::from_ref(&quarantined));
         assert_eq!(state(&machine), "quarantine");
         assert!(remarks(&machine, 110).contains("again in 20 s"), "{}", remarks(&machine, 110));
         let machine = after(&[quarantined, json!({"event": "enabled"}), json!({"event": "healed"})]);

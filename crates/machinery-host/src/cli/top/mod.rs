@@ -79,7 +79,8 @@ impl Top {
     fn run(&mut self, screen: &mut Screen) -> Result<()> {
         let theme = Theme::of_environment();
         loop {
-            let drawn = screen.terminal().draw(|frame| view::draw(frame, &mut self.model, theme, Now::now()));
+            let drawn =
+                screen.terminal().draw(|frame| view::draw(frame, &mut self.model, theme, Now::present()));
             drawn.map_err(|error| Error::environment(format!("cannot draw on the terminal: {error}")))?;
             if !self.take_inputs(Instant::now()) {
                 return Ok(());
@@ -134,7 +135,7 @@ impl Top {
             }
             Input::Message(message) => match self.actions.end(&message) {
                 Some(notice) => self.model.notice = notice,
-                None => self.model.receive(&message, Now::now()),
+                None => self.model.receive(&message, Now::present()),
             },
             Input::Lost(reason) => {
                 self.requests = None;

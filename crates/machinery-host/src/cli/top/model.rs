@@ -248,7 +248,7 @@ mod tests {
 
     /// Returns a model that has its first answers, and their moment.
     fn model() -> (Model, Now) {
-        let (mut model, now) = (Model::default(), Now::now());
+        let (mut model, now) = (Model::default(), Now::present());
         model.connected(json!({"started": 1}));
         assert_eq!(asked(&mut model, now), ["list", "metrics"]);
         model.receive(&list(&["a", "b"]), now);

@@ -249,7 +249,7 @@ mod tests {
     fn model(count: usize) -> (Model, Now) {
         let (mut model, now) = (Model::default(), Now { unix: NOW, instant: Instant::now() });
         let machine = |number: usize| {
-            let is_on = number % 3 == 0;
+            let is_on = number.is_multiple_of(3);
             json!({"name": format!("win10_{number}"), "machinery_name": "qemu", "platform": "windows", "os_version": "10",
                 "architecture": "amd64", "ip": "10.0.0.1", "state": if is_on { "running" } else { "poweroff" },
                 "running_since": is_on.then_some(NOW - 125), "locked": is_on, "locked_by": "20261124-ABCDEF_1",
@@ -371,7 +371,7 @@ mod tests {
                 lines(&mut model, now, size);
             }
         }
-        let (mut empty, now) = (Model::default(), Now::now());
+        let (mut empty, now) = (Model::default(), Now::present());
         lines(&mut empty, now, (80, 24));
     }
 
