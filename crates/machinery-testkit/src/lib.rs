@@ -14,6 +14,7 @@
 //! - [`processes`], [`random`]: the processes of this computer, and reproducible random numbers.
 //! - [`prometheus`]: the checks of metrics and rules.
 //! - [`requirement`]: what a test needs of this computer and its user.
+//! - [`terminal`]: a program in a terminal, its screen and its keys.
 //! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
@@ -38,6 +39,7 @@ mod resources;
 pub mod scratch;
 pub mod separate_build;
 pub mod snapshot;
+pub mod terminal;
 pub mod trace;
 mod version;
 

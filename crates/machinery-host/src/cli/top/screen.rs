@@ -66,3 +66,31 @@ fn restore() {
     let _ = disable_raw_mode();
     let _: io::Result<()> = execute!(stdout(), LeaveAlternateScreen, Show);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use machinery_testkit::terminal::Terminal;
+
+    use super::*;
+
+    /// Set in the program of a test that panics in a terminal.
+    const PANICS: &str = "MACHINERY_TEST_PANICS";
+
+    #[test]
+    fn terminal_is_restored_and_the_process_ends_when_a_thread_panics() {
+        if std::env::var_os(PANICS).is_some() {
+            let _screen = Screen::open().unwrap();
+            std::thread::spawn(|| panic!("as wanted")).join().unwrap_err();
+            unreachable!("the panic has ended the process");
+        }
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let name = "cli::top::screen::tests::terminal_is_restored_and_the_process_ends_when_a_thread_panics";
+        command.args(["--exact", name, "--nocapture"]).env(PANICS, "1");
+        let mut terminal = Terminal::start(command, (24, 80)).unwrap();
+        terminal.wait_for_words("as wanted").unwrap();
+        assert_eq!(terminal.wait().unwrap().code(), Some(1), "{}", terminal.text());
+        assert!(terminal.is_restored().unwrap(), "{}", terminal.text());
+    }
+}

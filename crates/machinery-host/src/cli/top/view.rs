@@ -301,10 +301,13 @@ mod tests {
         assert_eq!(lines[3], "qemu       restore_start   standby  0     1234    2      1.2ms  62ms   1.2s");
         assert_eq!(
             lines[5],
-            "NAME            STATE      RUN    TASK              USER     LOCK   MODE    ERR"
+            "NAME             STATE      RUN    TASK              USER     LOCK   MODE    ERR"
         );
-        assert_eq!(lines[7], "win10_2         disabled                                            standby");
-        assert_eq!(lines[8], "win10_3         running    2m5s   20261124-ABCDEF_1 root     2h5m   standby 1");
+        assert_eq!(lines[7], "win10_2          disabled                                            standby");
+        assert_eq!(
+            lines[8],
+            "win10_3          running    2m5s   20261124-ABCDEF_1 root     2h5m   standby 1"
+        );
         assert_eq!(lines[20], "win10_1 (qemu, windows 10 amd64, 10.0.0.1); latest error: it failed");
         assert!(lines[23].starts_with("q quit  ? help") && lines[23].len() <= 80, "{}", lines[23]);
     }
@@ -326,7 +329,7 @@ mod tests {
         };
         assert!(coloured(&mut model, true) && !coloured(&mut model, false));
         let terminal = drawn(&mut model, now, (80, 24), false);
-        let cell = &terminal.backend().buffer()[(16, 7)];
+        let cell = &terminal.backend().buffer()[(17, 7)];
         assert_eq!((cell.symbol(), cell.modifier), ("d", ratatui::style::Modifier::BOLD));
     }
 
