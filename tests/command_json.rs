@@ -25,7 +25,7 @@ const SPECIAL: [(&str, &[&str], i32); 20] = [
     ("disable-machine", &["m", "why"], 0),
     ("enable-machine", &["m"], 0),
     ("unlock", &["m"], 1),
-    ("import-vmcloak", &["none"], 2),
+    ("import-vmcloak", &["none"], 1),
     ("export-cape", &[], 0),
     ("conformance", &["--list"], 0),
     ("manual", &["share"], 0),
@@ -112,7 +112,10 @@ fn wrong_usage_is_json_too() {
 #[test]
 fn log_of_serve_is_json_when_that_is_asked_for() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
-    let mut host = RunningHost::start_with(&cwd, |command| drop(command.arg("--json"))).unwrap();
+    let mut host = RunningHost::start_with(&cwd, |command| {
+        command.arg("--json");
+    })
+    .unwrap();
     host.terminate().unwrap();
     let log = host.log();
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -6,7 +6,7 @@
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::ScratchCwd;
-use rustix::process::Signal;
+use rustix::process::{Signal, getuid};
 use serde_json::{Value, json};
 
 /// A host of double machines with its CWD; dropped in this order.
