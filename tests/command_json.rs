@@ -77,7 +77,7 @@ fn assert_json(what: &str, ran: &CommandOutput, code: i32) {
 }
 
 #[test]
-fn each_command_prints_json_when_it_is_asked_to() {
+fn commands_print_json_when_it_is_asked_for() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     cwd.change_yaml("double", "interface: lo\n", "interface: lo\ncapabilities: {prepare: true}\n").unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();

@@ -59,33 +59,60 @@ fn problems_of(text: &str) -> Vec<&str> {
     list.map_or_else(|| vec![text], |(_, list)| list.split("\n  - ").collect())
 }
 
-/// Folds texts that differ only by their machine. An entry is at the place of its first text.
+/// A finding of a machine.
+struct Found<'a> {
+    text: &'a str,
+    machine: Option<&'a str>,
+    /// The text without its machine and its line in a file.
+    general: String,
+}
+
+/// Folds texts that differ only by their machine, and by its numbers, paths and names in quotes. An entry is at the place of
+/// its first text.
 fn folded(texts: &[&str]) -> Vec<String> {
-    let mut groups: Vec<(String, Vec<(&str, &str)>)> = Vec::new();
+    let mut groups: Vec<Vec<Found<'_>>> = Vec::new();
     let mut known: HashMap<String, usize> = HashMap::new();
     for text in texts {
         let machine = machine_of(text);
         let general = machine.map_or_else(|| (*text).to_owned(), |machine| generalized(text, machine));
-        let index = *known.entry(general.clone()).or_insert(groups.len());
-        if index == groups.len() {
-            groups.push((general, Vec::new()));
-        }
-        groups[index].1.push((text, machine.unwrap_or("")));
+        let key = if machine.is_some() { shape(&general) } else { general.clone() };
+        let index = *known.entry(key).or_insert(groups.len());
+        groups.resize_with(groups.len().max(index + 1), Vec::new);
+        groups[index].push(Found { text, machine, general });
     }
-    groups.into_iter().map(|(general, of)| entry(&general, &of)).collect()
+    groups.iter().flat_map(|group| entries(group)).collect()
 }
 
-/// Returns the entry for these texts and their machines.
-fn entry(general: &str, of: &[(&str, &str)]) -> String {
-    let mut machines: Vec<&str> = of.iter().map(|(_, machine)| *machine).collect();
+/// Returns the entry of a group, or the texts if these are of one machine.
+fn entries(group: &[Found<'_>]) -> Vec<String> {
+    let mut machines: Vec<&str> = group.iter().filter_map(|found| found.machine).collect();
     machines.dedup();
-    match of {
-        [(text, _), ..] if machines.len() < 2 => (*text).to_owned(),
-        _ => {
-            let general = general.strip_prefix("machine 'MACHINE': ").unwrap_or(general);
-            format!("{} machines: {general}\n{}", machines.len(), ranges(&machines))
-        }
+    if machines.len() < 2 {
+        let mut texts: Vec<String> = group.iter().map(|found| found.text.to_owned()).collect();
+        texts.dedup();
+        return texts;
     }
+    let general = common(group);
+    let general = general.strip_prefix("machine 'MACHINE': ").unwrap_or(&general);
+    vec![format!("{} machines: {general}\n{}", machines.len(), ranges(&machines))]
+}
+
+/// Returns the text without the words that may differ between machines.
+fn shape(general: &str) -> String {
+    let is_own =
+        |word: &str| word.contains(|c: char| c.is_ascii_digit() || c == '/') || word.starts_with('\'');
+    general.split(' ').map(|word| if is_own(word) { "…" } else { word }).collect::<Vec<_>>().join(" ")
+}
+
+/// Returns the words that the texts of a group have in common, and `…` for others.
+fn common(group: &[Found<'_>]) -> String {
+    let all: Vec<Vec<&str>> = group.iter().map(|found| found.general.split(' ').collect()).collect();
+    let word = |(index, word): (usize, &&str)| {
+        let is_common = all.iter().all(|words| words.get(index) == Some(word));
+        let end = word.chars().last().filter(|c| matches!(c, '.' | ',' | ':' | ';')).map(String::from);
+        if is_common { (*word).to_owned() } else { format!("…{}", end.unwrap_or_default()) }
+    };
+    all.first().into_iter().flat_map(|words| words.iter().enumerate()).map(word).collect::<Vec<_>>().join(" ")
 }
 
 /// Returns the machine that a text names: `machine 'NAME'`, or a key below `machines.NAME`.
@@ -185,7 +212,7 @@ ok       21 more findings are in order: -v shows them
     }
 
     #[test]
-    fn each_finding_is_printed_when_more_is_asked_for() {
+    fn findings_are_printed_one_by_one_when_more_is_asked_for() {
         let printed = text(&lab(), true);
         assert_eq!(printed.lines().count(), lab().len() + 2);
         assert!(printed.starts_with("PROBLEM  /cwd/qemu.yaml:3: machines.win10_3.ip"), "{printed}");
@@ -199,6 +226,17 @@ ok       21 more findings are in order: -v shows them
         assert_eq!(text_of(&twice), twice[0]);
         let names = ["machine 'm1': m1 and m10 differ", "machine 'm10': m1 and m10 differ"];
         assert_eq!(text_of(&names), names.join("\n"));
+    }
+
+    #[test]
+    fn words_that_are_of_one_machine_only_are_left_out() {
+        let texts = [
+            "k.yaml:3: machines.a.label: libvirt has no domain 'vm-a'; there is 'x', see 10.9",
+            "k.yaml:7: machines.b.label: libvirt has no domain 'other'; there is 'x', see 10.9",
+            "k.yaml:9: machines.b.label: it is no word",
+        ];
+        let expected = "2 machines: k.yaml: machines.MACHINE.label: libvirt has no domain …; there is 'x', see 10.9\na, b";
+        assert_eq!(folded(&texts), [expected, texts[2]]);
     }
 
     #[test]
