@@ -95,7 +95,7 @@ fn check_of_a_large_lab_has_its_problems_first_and_folds_equal_findings() {
         names.iter().map(|name| (name.as_str(), Guest::Micro, SnapshotFormat::Plain)).collect();
     let lab = Lab::new(&machines).unwrap();
     for name in ["m7", "m8", "m9", "m20"] {
-        lab.cwd().change_yaml("qemu", &format!("{name}/memory"), "none/memory").unwrap();
+        lab.cwd().change_yaml("qemu", &format!("{name}/memory"), &format!("none-{name}/memory")).unwrap();
     }
     let check = lab.run(&["check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");

@@ -122,13 +122,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
                 ExitCode::from(1)
             }
         }),
-        Command::Check => {
-            let spinner = Spinner::start("check", global.json);
-            let report = check::check(cwd, &global.search(cwd), |step| spinner.step(step));
-            drop(spinner);
-            report::report(&report, global.json, global.verbose > 0);
-            Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
-        }
+        Command::Check => Ok(run_check(cwd, global)),
         Command::Plugins => plugins(cwd, global),
         Command::Import(Import::Vmcloak { folders }) => {
             let check = |file| check_qemu(cwd, file, &global.search(cwd));
@@ -175,6 +169,15 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         other => run_action(cwd, &request(other)?, None, global.json),
     }
+}
+
+/// Checks the configuration and the environment.
+fn run_check(cwd: &Cwd, global: &Global) -> ExitCode {
+    let spinner = Spinner::start("check", global.json);
+    let report = check::check(cwd, &global.search(cwd), |step| spinner.step(step));
+    drop(spinner);
+    report::report(&report, global.json, global.verbose > 0);
+    if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS }
 }
 
 /// Runs a command for a running host, or for what an earlier one has left.

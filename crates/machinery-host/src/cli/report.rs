@@ -86,6 +86,7 @@ fn folded(texts: &[&str]) -> Vec<String> {
 /// Returns the entry of a group, or the texts if these are of one machine.
 fn entries(group: &[Found<'_>]) -> Vec<String> {
     let mut machines: Vec<&str> = group.iter().filter_map(|found| found.machine).collect();
+    machines.sort_by(|one, other| numbered(one).cmp(&numbered(other)));
     machines.dedup();
     if machines.len() < 2 {
         let mut texts: Vec<String> = group.iter().map(|found| found.text.to_owned()).collect();
@@ -115,11 +116,15 @@ fn common(group: &[Found<'_>]) -> String {
     all.first().into_iter().flat_map(|words| words.iter().enumerate()).map(word).collect::<Vec<_>>().join(" ")
 }
 
-/// Returns the machine that a text names: `machine 'NAME'`, or a key below `machines.NAME`.
+/// Returns the machine that a text names first: as `machine 'NAME'`, or by a key below `machines.NAME`.
 fn machine_of(text: &str) -> Option<&str> {
-    let quoted = text.split_once("machine '").and_then(|(_, rest)| rest.split_once('\''));
-    let key = || text.split_once(": machines.")?.1.split_once(['.', ':']);
-    quoted.or_else(key).map(|(name, _)| name).filter(|name| !name.is_empty())
+    let quoted = text
+        .split_once("machine '")
+        .and_then(|(before, rest)| Some((before.len(), rest.split_once('\'')?.0)));
+    let key = text.split_once(": machines.");
+    let key = key.and_then(|(before, rest)| Some((before.len(), rest.split_once(['.', ':'])?.0)));
+    let first = quoted.into_iter().chain(key).min();
+    first.map(|(_, name)| name).filter(|name| !name.is_empty())
 }
 
 /// Returns the text without its machine and its line in a file.
@@ -161,13 +166,14 @@ fn ranges(names: &[&str]) -> String {
 
 /// Reports whether the second name has the number after that of the first.
 fn is_next(name: &str, next: &str) -> bool {
-    let parts = |name: &'_ str| {
-        let prefix = name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
-        name[prefix..].parse::<u64>().ok().map(|number| (name[..prefix].to_owned(), number))
-    };
-    parts(name)
-        .zip(parts(next))
-        .is_some_and(|((one, number), (other, after))| one == other && number + 1 == after)
+    let ((one, number), (other, after)) = (numbered(name), numbered(next));
+    one == other && number.is_some_and(|number| number.checked_add(1) == after)
+}
+
+/// Returns the name without the number at its end, and that number.
+fn numbered(name: &str) -> (&str, Option<u64>) {
+    let prefix = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    (prefix, name[prefix.len()..].parse().ok())
 }
 
 #[cfg(test)]
@@ -253,6 +259,8 @@ ok       21 more findings are in order: -v shows them
     #[test]
     fn names_in_a_row_are_a_range() {
         let names = ["a1", "a2", "a3", "b3", "b4", "c", "d9", "d10", "d11"];
+        assert_eq!(machine_of("q.yaml:1: machines.a.ip: that of machine 'b'"), Some("a"));
+        assert_eq!(machine_of("machine 'b': as in q.yaml: machines.a.ip: x"), Some("b"));
         assert_eq!(ranges(&names), "a1 … a3, b3, b4, c, d9 … d11");
     }
 }

@@ -9,7 +9,7 @@
 //! The socket of a host that is replaced listens all the time, so that the new host answers at the first try.
 
 use std::path::Path;
-use std::sync::mpsc::{SendError, SyncSender};
+use std::sync::mpsc::SyncSender;
 use std::thread;
 use std::time::Duration;
 
@@ -52,12 +52,8 @@ pub fn connect(socket: &Path) -> Result<Followed> {
 /// Sends the host's messages, until nobody receives them.
 pub fn follow(socket: &Path, first: Followed, inputs: &SyncSender<Input>) {
     let mut followed = Ok(first);
-    loop {
-        let sent = match followed.and_then(|followed| pass_messages(followed, inputs)) {
-            Ok(sent) => sent,
-            Err(error) => inputs.send(Input::Lost(error.reason().to_owned())),
-        };
-        if sent.is_err() {
+    while let Err(error) = followed.and_then(|followed| pass_messages(followed, inputs)) {
+        if inputs.send(Input::Lost(error.reason().to_owned())).is_err() {
             return;
         }
         thread::sleep(RETRY_INTERVAL);
@@ -69,11 +65,11 @@ pub fn follow(socket: &Path, first: Followed, inputs: &SyncSender<Input>) {
 ///
 /// # Errors
 /// The connection was lost.
-fn pass_messages(followed: Followed, inputs: &SyncSender<Input>) -> Result<Result<(), SendError<Input>>> {
+fn pass_messages(followed: Followed, inputs: &SyncSender<Input>) -> Result<()> {
     let Followed { requests, version, mut messages } = followed;
     let mut sent = inputs.send(Input::Connected(requests, version));
     while sent.is_ok() {
         sent = inputs.send(Input::Message(messages.receive()?));
     }
-    Ok(sent)
+    Ok(())
 }
