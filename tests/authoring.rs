@@ -54,7 +54,7 @@ fn is_driven(plugin: &Path, yaml: &str) {
     let cwd = ScratchCwd::new(&[(NAME, yaml)]).unwrap();
     let file = Path::new("machineries").join(plugin.file_name().unwrap());
     cwd.write(file, fs::read(plugin).unwrap()).unwrap();
-    let check = host::run(&cwd, &["check"]).unwrap();
+    let check = host::run(&cwd, &["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
 
     let mut host = RunningHost::start(&cwd).unwrap();

@@ -47,7 +47,7 @@ fn assert_refused(cwd: &ScratchCwd, words: &[&str]) {
 
 #[track_caller]
 fn assert_accepted(cwd: &ScratchCwd) {
-    let ran = host::run(cwd, &["check"]).unwrap();
+    let ran = host::run(cwd, &["-v", "check"]).unwrap();
     assert_eq!(ran.code, Some(0), "{ran:?}");
 }
 
@@ -172,7 +172,7 @@ fn foreign_program_never_runs_when_the_host_is_root() {
 #[track_caller]
 fn assert_unusable(lab: &Lab, path: &Path) {
     let words = words_of(&path.canonicalize().unwrap());
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -250,7 +250,7 @@ fn state_is_refused_when_another_user_could_replace_it_and_a_sticky_folder_preve
     let generated = cwd.root().join("operational/generated");
     fs::create_dir_all(&generated).unwrap();
     give(&generated, STRANGER);
-    let checked = host::run(&cwd, &["check"]).unwrap();
+    let checked = host::run(&cwd, &["-v", "check"]).unwrap();
     assert!(checked.stdout.contains("other users could replace what the host makes in"), "{checked:?}");
     assert_eq!(host::run(&cwd, &["serve"]).unwrap().code, Some(2));
     assert!(!generated.join("machinery-host").exists(), "it is made and then refused");

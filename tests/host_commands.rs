@@ -10,6 +10,7 @@ use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::lab::Lab;
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
+use machinery_testkit::terminal::Terminal;
 use serde_json::{Value, json};
 
 #[test]
@@ -99,4 +100,47 @@ fn clean_removes_the_state_of_a_host_that_has_ended_and_names_other_folders() {
     // Another host starts with nothing.
     let host = lab.host().unwrap();
     assert_eq!(host.client().unwrap().machine("m").unwrap()["locked"], false);
+}
+
+#[test]
+fn check_of_a_large_lab_has_its_problems_first_and_folds_equal_findings() {
+    let names: Vec<String> = (1..=20).map(|number| format!("m{number}")).collect();
+    let machines: Vec<_> =
+        names.iter().map(|name| (name.as_str(), Guest::Micro, SnapshotFormat::Plain)).collect();
+    let lab = Lab::new(&machines).unwrap();
+    for name in ["m7", "m8", "m9", "m20"] {
+        lab.cwd().change_yaml("qemu", &format!("{name}/memory"), &format!("none-{name}/memory")).unwrap();
+    }
+    let check = lab.run(&["check"]).unwrap();
+    assert_eq!(check.code, Some(2), "{check:?}");
+    let lines: Vec<&str> = check.stdout.lines().collect();
+    assert!(lines.len() < 15, "{}", check.stdout);
+    assert!(
+        lines[0].starts_with("PROBLEM  4 machines: ") && lines[1].trim() == "m7 … m9, m20",
+        "{}",
+        check.stdout
+    );
+    assert!(
+        lines.iter().any(|line| line.starts_with("ok ") && line.ends_with("-v shows them")),
+        "{}",
+        check.stdout
+    );
+    let all = lab.run(&["-v", "check"]).unwrap();
+    assert!(all.stdout.lines().count() > 40, "{}", all.stdout);
+    let json = lab.run(&["--json", "check"]).unwrap();
+    let json: Value = serde_json::from_str(&json.stdout).unwrap();
+    // The last two lines of the text are an empty one and the counts.
+    assert_eq!(json["findings"].as_array().unwrap().len(), all.stdout.lines().count() - 2);
+}
+
+#[test]
+fn slow_command_shows_its_progress_on_a_terminal_and_removes_it() {
+    let cwd = ScratchCwd::double(&[("m", "delays_ms: {state: 3000}")]).unwrap();
+    let _host = RunningHost::start(&cwd).unwrap();
+    let mut command = host::command(&cwd).unwrap();
+    command.args(["state", "m"]);
+    let mut terminal = Terminal::start(command, (24, 80)).unwrap();
+    terminal.wait_until("the progress", |screen| screen.contents().contains("state ")).unwrap();
+    assert_eq!(terminal.wait().unwrap().code(), Some(0));
+    assert_eq!(terminal.text().trim(), "poweroff");
 }

@@ -94,7 +94,7 @@ fn serve_fails_when_a_plugin_calls_exit_during_startup() {
 
 #[test]
 fn check_fails_when_a_plugin_calls_exit() {
-    let ran = host::run(&cwd("faults: {check: exit}", ""), &["check"]).unwrap();
+    let ran = host::run(&cwd("faults: {check: exit}", ""), &["-v", "check"]).unwrap();
     assert_eq!(ran.code, Some(2), "{ran:?}");
     assert!(ran.stderr.contains("a plugin called exit()"), "{ran:?}");
     assert!(ran.stderr.contains("checking 'misbehaving'"), "{ran:?}");

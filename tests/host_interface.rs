@@ -128,7 +128,7 @@ fn commands_show_the_interface_version_of_a_plugin() {
     let plugins: serde_json::Value = serde_json::from_str(&plugins.stdout).unwrap();
     let listed = &plugins["listed"][0];
     assert_eq!((&listed["name"], &listed["interface"]), (&json!("elder"), &json!("1.0")), "{plugins}");
-    let check = host::run(&cwd, &["check"]).unwrap();
+    let check = host::run(&cwd, &["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     assert!(check.stdout.contains("2 machines of the old kind"), "{}", check.stdout);
 }

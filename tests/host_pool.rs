@@ -6,7 +6,7 @@
 use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::scratch::ScratchCwd;
-use rustix::process::Signal;
+use rustix::process::{Signal, getuid};
 use serde_json::{Value, json};
 
 /// A host of double machines with its CWD; dropped in this order.
@@ -269,7 +269,7 @@ fn subscribers_receive_lock_and_availability_events() {
     client.act("enable_machine", "m").unwrap();
     for expected in [
         json!({"event": "reserved", "machine": "m", "task_id": "t"}),
-        json!({"event": "locked", "machine": "m", "task_id": "t"}),
+        json!({"event": "locked", "machine": "m", "task_id": "t", "uid": getuid().as_raw()}),
         json!({"event": "unlocked", "machine": "m"}),
         json!({"event": "unreserved", "machine": "m"}),
         json!({"event": "disabled", "machine": "m", "reason": "why"}),

@@ -219,7 +219,8 @@ fn list_has_all_keys_that_cuckoo_reads() {
         "tags": ["dotnet", "7"], "snapshot": "1000", "architecture": "amd64", "interface": "br1",
         "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "jail": null, "console": null, "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
-        "disabled": false, "disabled_reason": "", "quarantine": null, "locked_since": null, "running_since": null,
+        "disabled": false, "disabled_reason": "", "quarantine": null, "locked_since": null, "locked_uid": null,
+        "running_since": null,
         "errors": [], "run_errors": [], "run_lost": false, "ready": null, "change_pending": false, "outdated": false, "warnings": [],
     });
     assert_eq!(list["machines"][0], full);

@@ -56,7 +56,7 @@ fn listed_plugin(cwd: &ScratchCwd, arguments: &[&str]) -> Value {
 #[track_caller]
 fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
     let serve = run(cwd, &["serve"]);
-    let reported = [&serve, &run(cwd, &["check"]), &run(cwd, &["plugins"])];
+    let reported = [&serve, &run(cwd, &["-v", "check"]), &run(cwd, &["plugins"])];
     for ran in reported {
         assert_eq!(ran.code, Some(2), "{ran:?}");
         for word in words {
@@ -339,7 +339,7 @@ fn plugins_shows_hashes_of_listed_plugins_only() {
     for key in ["name", "version", "interface", "license", "path"] {
         assert!(double[key].is_string(), "{double}");
     }
-    assert!(run(&cwd, &["check"]).stdout.contains(&hash));
+    assert!(run(&cwd, &["-v", "check"]).stdout.contains(&hash));
     let log = start(&cwd, &[]).log();
     let loaded = log.lines().find(|line| line.contains("machinery loaded")).unwrap();
     assert!(loaded.contains(&format!("sha256={hash}")), "{loaded}");

@@ -27,7 +27,7 @@ fn assert_refused(ran: &CommandOutput, words: &[&str]) {
 
 /// Runs `check`; returns its exit code and its output.
 fn checked(lab: &KvmLab) -> (Option<i32>, String) {
-    let ran = lab.run(&["check"]).unwrap();
+    let ran = lab.run(&["-v", "check"]).unwrap();
     println!("{}", ran.stdout);
     (ran.code, ran.stdout)
 }
@@ -229,7 +229,7 @@ fn dsn_is_refused_with_advice_when_libvirt_cannot_be_reached() {
         let cwd = ScratchCwd::new(&[("kvm", &text)]).unwrap();
         let ran = host::run(&cwd, &["serve"]).unwrap();
         assert_refused(&ran, &["cannot connect to libvirt at", dsn]);
-        let checked = host::run(&cwd, &["check"]).unwrap();
+        let checked = host::run(&cwd, &["-v", "check"]).unwrap();
         assert_eq!(checked.code, Some(2));
         println!("{}", checked.stdout);
         assert!(
@@ -243,14 +243,14 @@ fn dsn_is_refused_with_advice_when_libvirt_cannot_be_reached() {
 #[test]
 fn check_prints_versions_domains_and_snapshots() {
     let lab = KvmLab::new(&[MICRO, ("bare", Guest::Micro)]).unwrap();
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     println!("{}", checked.stdout);
     assert_eq!(checked.code, Some(0), "{}", checked.stdout);
     for words in ["kvm: libvirt ", "qemu ", "snapshot 'clean', internal, of the domain when it was running"] {
         assert!(checked.stdout.contains(words), "no {words:?} in {}", checked.stdout);
     }
     lab.libvirtd().virsh(&["snapshot-delete", "lab-bare", "clean"]).unwrap();
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(checked.code, Some(2));
     for words in ["machine 'bare'", "has no current snapshot", "snapshot-create-as"] {
         assert!(checked.stdout.contains(words), "no {words:?} in {}", checked.stdout);
@@ -259,7 +259,7 @@ fn check_prints_versions_domains_and_snapshots() {
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     assert_eq!(client.act("restore_start", "m").unwrap()["success"], true);
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     assert!(checked.stdout.contains("its domain is running now"), "{}", checked.stdout);
     assert_eq!(client.act("state", "m").unwrap()["state"], "running");
     assert_eq!(client.act("stop", "m").unwrap()["success"], true);
@@ -273,7 +273,7 @@ fn check_warns_when_the_user_of_qemu_may_not_use_the_kvm_device() {
     fs::write(&conf, text.replace("\"root\"", "\"+65534\"")).unwrap();
     lab.libvirtd().kill_daemon().unwrap();
     lab.libvirtd().start_daemon().unwrap();
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     println!("{}", checked.stdout);
     if !fs::exists("/dev/kvm").unwrap() {
         assert!(!checked.stdout.contains("libvirt runs QEMU as user"), "{}", checked.stdout);

@@ -63,7 +63,7 @@ fn work_by_hand(lab: &KvmLab) {
 /// Expects that `check` finds no problem, and prints all of these words.
 #[track_caller]
 fn assert_check_prints(lab: &KvmLab, words: &[&str]) {
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(checked.code, Some(0), "{}", checked.stdout);
     for word in words {
         assert!(checked.stdout.contains(word), "no {word:?} in {}", checked.stdout);

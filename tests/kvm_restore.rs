@@ -147,7 +147,7 @@ fn external_snapshot_is_restored_or_refused_with_advice_when_libvirt_is_too_old(
     libvirtd.virsh(&["destroy", &machine.label]).unwrap();
     let host = lab.host().unwrap();
     let mut client = host.client().unwrap();
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     println!("{}{}", checked.stdout, checked.stderr);
     if !reverts_to_external(&lab) {
         let words = ["external snapshot", "9.9", "Upgrade libvirt"];
@@ -237,7 +237,7 @@ fn host_serves_both_machineries() {
     let lab = KvmLab::new(&[MICRO]).unwrap();
     lab.cwd().list_machineries(&["qemu", "kvm"]).unwrap();
     lab.cwd().write_yaml("qemu", &qemus.yaml().unwrap()).unwrap();
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(checked.code, Some(0), "{}{}", checked.stdout, checked.stderr);
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();

@@ -69,7 +69,7 @@ fn standby_is_reported_as_powered_off() {
     assert_eq!(fixture.client.machine("m").unwrap()["state"], "poweroff");
     assert_eq!(received_states(&mut fixture.subscriber), [] as [Value; 0]);
     let path = fixture.lab.cwd().root().join("look");
-    let checked = fixture.lab.run(&["check"]).unwrap();
+    let checked = fixture.lab.run(&["-v", "check"]).unwrap();
     assert!(checked.stdout.contains("machine 'm': it has a standby"), "{}", checked.stdout);
     for action in ["dump_memory", "screenshot"] {
         let reason = fixture.ask_refused(json!({"action": action, "machine": "m", "path": path}));

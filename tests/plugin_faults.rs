@@ -304,7 +304,7 @@ fn check_reports_a_problem_when_a_plugins_check_fails() {
     ] {
         let cwd = cwd(&misbehaving(&format!("faults: {{check: {fault}}}"), &[("m", "")]));
         cwd.host_yaml("timeouts: {load: 2}\n").unwrap();
-        let ran = host::run(&cwd, &["check"]).unwrap();
+        let ran = host::run(&cwd, &["-v", "check"]).unwrap();
         assert_eq!(ran.code, Some(2), "{ran:?}");
         assert_contains(&ran.stdout, &["PROBLEM", "checking 'misbehaving'", words, "1 machines in memory"]);
     }

@@ -17,7 +17,7 @@ use serde_json::json;
 #[track_caller]
 fn assert_refused(cwd: &ScratchCwd, words: &[&str]) -> String {
     let serve = host::run(cwd, &["serve"]).unwrap();
-    let check = host::run(cwd, &["check"]).unwrap();
+    let check = host::run(cwd, &["-v", "check"]).unwrap();
     assert_eq!(serve.code, Some(2), "{serve:?}");
     for word in words {
         assert!(serve.stderr.contains(word), "{word:?} is not in: {}", serve.stderr);
@@ -114,7 +114,7 @@ fn host_serves_other_machineries_when_a_plugin_lacks_a_library() {
 fn check_and_plugins_report_a_plugin_that_lacks_a_library() {
     let cwd = ScratchCwd::new(&[("lacking", ""), ("double", &double(&[("m", "")]))]).unwrap();
     put_lacking(&cwd);
-    let check = host::run(&cwd, &["check"]).unwrap();
+    let check = host::run(&cwd, &["-v", "check"]).unwrap();
     let plugins = host::run(&cwd, &["plugins"]).unwrap();
     assert_eq!((check.code, plugins.code), (Some(2), Some(2)), "{check:?} {plugins:?}");
     for word in LACKING {
@@ -279,7 +279,7 @@ fn serve_fails_when_two_machineries_have_a_machine_of_the_same_name() {
 
 #[test]
 fn check_fails_when_two_machineries_have_a_machine_of_the_same_name() {
-    let check = host::run(&with_a_name_used_twice(), &["check"]).unwrap();
+    let check = host::run(&with_a_name_used_twice(), &["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{}", check.stdout);
     assert!(check.stdout.contains("'m'"), "{}", check.stdout);
 }
@@ -322,7 +322,7 @@ fn unlisted_plugins_are_not_opened() {
         let line = plugins.stdout.lines().find(|line| line.contains(name)).unwrap();
         assert!(line.contains("not opened"), "{line}");
     }
-    assert_eq!(host::run(&cwd, &["check"]).unwrap().code, Some(0));
+    assert_eq!(host::run(&cwd, &["-v", "check"]).unwrap().code, Some(0));
 }
 
 #[test]
@@ -360,7 +360,7 @@ fn check_verifies_tcpdump_and_the_socket_group() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
     let checked = |tcpdump: &str, code: i32| {
         cwd.write("conf/cuckoo.yaml", format!("machineries: [double]\ntcpdump: {tcpdump}\n")).unwrap();
-        let checked = host::run(&cwd, &["check"]).unwrap();
+        let checked = host::run(&cwd, &["-v", "check"]).unwrap();
         assert_eq!(checked.code, Some(code), "{checked:?}");
         checked.stdout
     };

@@ -259,7 +259,7 @@ fn disk_is_not_written_to_when_the_placeholder_is_in_another_argument() {
         assert_eq!(hash(disk), before);
         lab.assert_clean();
     }
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert!(check.stdout.contains("so its qcow2_path is not its disk"), "{check:?}");
 }
 
@@ -300,7 +300,7 @@ fn machine_is_refused_when_its_runs_cannot_be_clean() {
     ] {
         let lab = lab(&["m", "n"]);
         lab.change_start_args("m", |own| own.extend([option, value].map(str::to_owned))).unwrap();
-        let check = lab.run(&["check"]).unwrap();
+        let check = lab.run(&["-v", "check"]).unwrap();
         assert_eq!(check.code, Some(2), "{check:?}");
         let argument = format!("{option} {value}");
         for word in [what, &argument, "allow_shared_writes", "machine 'm'"] {
@@ -326,7 +326,7 @@ fn machine_runs_with_shared_writes_when_its_operator_allows_them() {
     let shared = args(["-fsdev", "local,id=f,path=/tmp,security_model=none"]);
     lab.change_start_args("m", |own| own.extend(shared)).unwrap();
     lab.host_yaml("", ", machines: {m: {allow_shared_writes: true, unsafe_start_args: true}}").unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     assert!(check.stdout.contains("allow_shared_writes"), "{}", check.stdout);
     let (mut host, mut client) = served(&lab);

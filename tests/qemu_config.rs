@@ -28,7 +28,7 @@ fn lab(names: &[&str]) -> Lab {
 /// configuration.
 #[track_caller]
 fn assert_refused(lab: &Lab, words: &[impl AsRef<str>]) {
-    let (check, serve) = (lab.run(&["check"]).unwrap(), lab.run(&["serve"]).unwrap());
+    let (check, serve) = (lab.run(&["-v", "check"]).unwrap(), lab.run(&["serve"]).unwrap());
     for (ran, said) in [(&check, &check.stdout), (&serve, &serve.stderr)] {
         assert_eq!(ran.code, Some(2), "{ran:?}");
         for word in words.iter().map(AsRef::as_ref) {
@@ -41,7 +41,7 @@ fn assert_refused(lab: &Lab, words: &[impl AsRef<str>]) {
 /// them.
 #[track_caller]
 fn assert_unusable(lab: &Lab, problems: &[(&str, &str, impl AsRef<str>)]) {
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
@@ -59,7 +59,7 @@ fn assert_unusable(lab: &Lab, problems: &[(&str, &str, impl AsRef<str>)]) {
 /// Checks that `check` reports no problem, and that a host starts.
 #[track_caller]
 fn assert_fine(lab: &Lab) {
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     let mut host = lab.host().unwrap();
     assert_eq!(host.terminate().unwrap().code(), Some(0), "{}", host.log());
@@ -327,7 +327,7 @@ fn problems_are_reported_at_once_when_there_are_several() {
     lab.change_start_args("n", |args| args.push("-snapshot".to_owned())).unwrap();
     assert_refused(&lab, &["'br-none'", "none/snapshot is not", "is already the ip of machine 'm'"]);
     assert!(
-        lab.run(&["check"]).unwrap().stdout.contains("'-snapshot'"),
+        lab.run(&["-v", "check"]).unwrap().stdout.contains("'-snapshot'"),
         "the problem of one machine is missing"
     );
 }
@@ -336,7 +336,7 @@ fn problems_are_reported_at_once_when_there_are_several() {
 fn machine_starts_when_its_name_has_the_maximum_length() {
     let names = ["n".repeat(100), "ж".repeat(50)];
     let lab = lab(&names.each_ref().map(String::as_str));
-    assert_eq!(lab.run(&["check"]).unwrap().code, Some(0));
+    assert_eq!(lab.run(&["-v", "check"]).unwrap().code, Some(0));
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
     for name in &names {
@@ -386,7 +386,7 @@ fn check_names_each_value_when_cuckoo_reads_it_differently() {
     let lab = lab(&["m"]);
     let keys = "    mac_address: 52:54:00:00:01:01\n    architecture:\n    ip:";
     lab.change_yaml("    ip:", keys).unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     let line = line_of(&lab, "mac_address:");
     for problem in [
@@ -404,7 +404,7 @@ fn check_names_each_value_when_cuckoo_reads_it_differently() {
 fn example_machine_of_cuckoos_default_file_comes_with_the_advice_to_remove_it() {
     let lab = lab(&["m"]);
     lab.change_yaml("  m:\n", "  example1:\n").unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     assert!(check.stdout.contains("cuckoo machine delete qemu example1"), "{check:?}");
     let mut host = lab.host().unwrap();
@@ -424,7 +424,7 @@ fn check_tries_kvm_and_bridges_when_arguments_need_them() {
     }
     let refuses = "case \"$*\" in *'-accel kvm'*) echo no module >&2; exit 1;; esac";
     lab.fake_qemu("7.2.0", &format!("{refuses}\nexec {} \"$@\"", lab.qemu().system.display())).unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     for problem in [
         "KVM cannot be used, which machines 'm', 'n' need: no module",
@@ -441,7 +441,7 @@ fn check_and_list_warn_when_a_file_that_arguments_name_is_missing() {
     let lab = lab(&["m"]);
     lab.change_start_args("m", |args| args.extend(["-cdrom", "tools.iso"].map(str::to_owned))).unwrap();
     let missing = format!("{}, which does not exist", lab.folder("m").dir.join("tools.iso").display());
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     let host = lab.host().unwrap();
     let listed = host.client().unwrap().machine("m").unwrap()["warnings"].to_string();
@@ -449,5 +449,5 @@ fn check_and_list_warn_when_a_file_that_arguments_name_is_missing() {
         assert!(said.contains(&missing) && said.contains("Write an absolute path"), "{said}");
     }
     fs::write(lab.folder("m").dir.join("tools.iso"), "iso").unwrap();
-    assert!(!lab.run(&["check"]).unwrap().stdout.contains("does not exist"));
+    assert!(!lab.run(&["-v", "check"]).unwrap().stdout.contains("does not exist"));
 }

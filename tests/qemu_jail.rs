@@ -309,7 +309,7 @@ fn machine_is_refused_when_the_jail_is_strict_and_its_files_are_closed() {
     let closed = lab.cwd().root().parent().unwrap().to_owned();
     fs::set_permissions(&closed, Permissions::from_mode(0o700)).unwrap();
     lab.set_jail("strict").unwrap();
-    let checked = lab.run(&["check"]).unwrap();
+    let checked = lab.run(&["-v", "check"]).unwrap();
     assert!(checked.stdout.contains("layer B does not hold"), "{}", checked.stdout);
     let (mut host, mut client) = served(&lab);
     let reason = client.act("restore_start", "m").unwrap()["reason"].as_str().unwrap().to_owned();

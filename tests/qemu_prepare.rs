@@ -640,7 +640,7 @@ fn reason_for_no_template_is_reported_by_check_and_list() {
     let args = ["-numa", "node,memdev=r", "-object", "memory-backend-ram,id=r,size=32M"];
     lab.change_start_args("m", |all| all.extend(args.map(str::to_owned))).unwrap();
     lab.ahead(STANDBY).unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert!(check.stdout.contains("is restored plainly") && check.stdout.contains("-numa"), "{check:?}");
     let (mut host, mut client) = served(&lab);
     let readiness = ready(&mut client);
@@ -663,7 +663,7 @@ fn wrong_keys_are_reported_with_their_place() {
         ("machines: {m: {standbye: off}}", "standbye"),
     ] {
         lab.ahead(ahead).unwrap();
-        let check = lab.run(&["check"]).unwrap();
+        let check = lab.run(&["-v", "check"]).unwrap();
         assert_eq!(check.code, Some(2), "{check:?}");
         assert!(
             check.stdout.contains("machinery-host.yaml") && check.stdout.contains(words),
@@ -681,7 +681,7 @@ fn renamed_keys_are_read_and_reported_by_check_and_log() {
         folder.display()
     );
     lab.cwd().host_yaml(&format!("machineries: {{qemu: {{{keys}}}}}\n")).unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     let (mut host, mut client) = served(&lab);
     is_ready(&mut client, "instant");
@@ -703,7 +703,7 @@ fn renamed_keys_are_read_and_reported_by_check_and_log() {
 fn check_reports_a_folder_that_cannot_hold_templates() {
     let lab = Lab::new(&[MICRO]).unwrap();
     lab.ahead(&format!("instant_dir: {}/below", lab.folder("m").disk.display())).unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     assert!(check.stdout.contains("templates cannot be kept in"), "{check:?}");
 }
@@ -765,7 +765,7 @@ fn machine_starts_when_the_standby_of_another_has_its_port() {
 #[test]
 fn check_warns_when_two_machines_claim_the_same_port() {
     let lab = rivals();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     let warnings: Vec<&str> =
         check.stdout.lines().filter(|line| line.contains("cannot run at the same time")).collect();

@@ -70,7 +70,7 @@ fn foreign_folder_runs_nothing_when_it_is_imported_checked_and_served() {
     let import = lab.run(&["import", "vmcloak", &folder]).unwrap();
     assert_eq!((import.code, lab.yaml().unwrap()), (Some(2), empty), "{import:?}");
     lab.write_yaml(&yaml).unwrap();
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     lab.ahead(STANDBY).unwrap();
     let (mut host, mut client) = served(&lab);
@@ -107,7 +107,7 @@ fn unsafe_arguments_run_when_the_operator_accepts_them() {
     // The helper fails, and so does the start.
     assert_eq!(client.act("norestore_start", "m").unwrap()["success"], false);
     assert!(marker.exists());
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert!(check.stdout.contains("its unsafe arguments are accepted"), "{check:?}");
     assert!(host.terminate().unwrap().success());
     lab.assert_clean();
@@ -122,13 +122,13 @@ fn machine_is_refused_when_its_arguments_name_a_file_elsewhere() {
     let secret = secret.display().to_string();
     for args in [["-cdrom", "x.iso"], ["-hdb", &secret], ["-kernel", &secret], ["-bios", &secret]] {
         lab.change_start_args("m", |own| own.extend(args.map(str::to_owned))).unwrap();
-        let check = lab.run(&["check"]).unwrap();
+        let check = lab.run(&["-v", "check"]).unwrap();
         assert_eq!(check.code, Some(2), "{check:?}");
         assert!(check.stdout.contains("outside of the machine's folder"), "{args:?}: {check:?}");
     }
     lab.accept_unsafe_args("m").unwrap();
     lab.change_start_args("m", |own| own.extend(["-hdb", &secret].map(str::to_owned))).unwrap();
-    assert_eq!(lab.run(&["check"]).unwrap().code, Some(0));
+    assert_eq!(lab.run(&["-v", "check"]).unwrap().code, Some(0));
 }
 
 /// Replaces the disk by an image that names another file, as `qemu-img` makes it.
@@ -153,7 +153,7 @@ fn assert_disk_is_refused(lab: &Lab, options: &[&str], words: &[&str]) {
         client.act("enable_machine", "m").unwrap();
     }
     assert!(host.terminate().unwrap().success());
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(2), "{check:?}");
     let (mut host, mut client) = served(lab);
     let reason = client.machine("m").unwrap()["disabled_reason"].to_string();

@@ -62,7 +62,7 @@ fn vmcloak_machine_is_restored_when_it_was_imported_unchanged() {
     let folder = lab.folder("m").dir.display().to_string();
     let imported = lab.run(&["import", "vmcloak", &folder]).unwrap();
     assert_eq!(imported.code, Some(0), "{imported:?}");
-    let check = lab.run(&["check"]).unwrap();
+    let check = lab.run(&["-v", "check"]).unwrap();
     assert_eq!(check.code, Some(0), "{check:?}");
     for (ahead, mode) in
         [("instant: off, standby: off", "plain"), ("standby: off", "instant"), ("standby: auto", "standby")]

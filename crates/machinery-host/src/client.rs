@@ -13,9 +13,15 @@ use serde_json::{Value, json};
 
 /// A connection to a running host.
 pub struct Client {
-    writer: UnixStream,
-    reader: BufReader<UnixStream>,
+    requests: Requests,
+    messages: Messages,
 }
+
+/// The sending half of a connection.
+pub struct Requests(UnixStream);
+
+/// The receiving half of a connection.
+pub struct Messages(BufReader<UnixStream>);
 
 impl Client {
     /// Connects to the host that serves this socket.
@@ -30,7 +36,12 @@ impl Client {
         let address = SocketPath::new(socket).map_err(failed)?;
         let writer = UnixStream::connect(address.address()).map_err(failed)?;
         let reader = BufReader::new(writer.try_clone().map_err(failed)?);
-        Ok(Client { writer, reader })
+        Ok(Client { requests: Requests(writer), messages: Messages(reader) })
+    }
+
+    /// Splits the connection, so that one thread receives while another one sends.
+    pub fn split(self) -> (Requests, Messages) {
+        (self.requests, self.messages)
     }
 
     /// Sends a request and waits for its reply. `on_event` gets the events that arrive before.
@@ -53,9 +64,9 @@ impl Client {
     ) -> Result<Value> {
         let id = json!("request");
         request["id"] = id.clone();
-        self.send(&request, file)?;
+        self.requests.send(&request, file)?;
         loop {
-            let message = self.next()?;
+            let message = self.messages.receive()?;
             // A rejected client gets a reply without an id.
             let is_rejection = message.get("id").is_none() && message.get("event").is_none();
             if is_rejection || message.get("id") == Some(&id) {
@@ -67,10 +78,16 @@ impl Client {
 
     /// Waits until the host closes the connection.
     pub fn wait_for_close(&mut self) {
-        while self.next().is_ok() {}
+        while self.messages.receive().is_ok() {}
     }
+}
 
-    fn send(&mut self, request: &Value, file: Option<&File>) -> Result<()> {
+impl Requests {
+    /// Sends a request, and passes the file with it.
+    ///
+    /// # Errors
+    /// The connection was lost.
+    pub fn send(&mut self, request: &Value, file: Option<&File>) -> Result<()> {
         let line = format!("{request}\n");
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -78,15 +95,20 @@ impl Client {
         if !files.is_empty() {
             ancillary.push(SendAncillaryMessage::ScmRights(&files));
         }
-        let sent =
-            sendmsg(&self.writer, &[IoSlice::new(line.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)
-                .map_err(|error| lost(&error.to_string()))?;
-        self.writer.write_all(&line.as_bytes()[sent..]).map_err(|error| lost(&error.to_string()))
+        let sent = sendmsg(&self.0, &[IoSlice::new(line.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL)
+            .map_err(|error| lost(&error.to_string()))?;
+        self.0.write_all(&line.as_bytes()[sent..]).map_err(|error| lost(&error.to_string()))
     }
+}
 
-    fn next(&mut self) -> Result<Value> {
+impl Messages {
+    /// Waits for the next message, a reply or an event.
+    ///
+    /// # Errors
+    /// The connection was lost, or the message is not JSON.
+    pub fn receive(&mut self) -> Result<Value> {
         let mut line = String::new();
-        match self.reader.read_line(&mut line) {
+        match self.0.read_line(&mut line) {
             Ok(0) => Err(lost("it closed the connection")),
             Ok(_) => serde_json::from_str(&line)
                 .map_err(|error| Error::failed(format!("the host's answer is not JSON: {error}"))),

@@ -84,6 +84,8 @@ pub enum Event {
         machine: String,
         /// The task.
         task_id: String,
+        /// The user of the client.
+        uid: Option<u32>,
     },
     /// The lock has been released.
     Unlocked {

@@ -16,6 +16,7 @@
 //! - [`package`]: the files of a Debian package.
 //! - [`prometheus`]: the checks of metrics and rules.
 //! - [`requirement`]: what a test needs of this computer and its user.
+//! - [`terminal`]: a program in a terminal, its screen and its keys.
 //! - [`viewer`]: a viewer of a machine's console.
 //! - [`trace`]: the system calls of a program.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
@@ -43,6 +44,7 @@ mod resources;
 pub mod scratch;
 pub mod separate_build;
 pub mod snapshot;
+pub mod terminal;
 pub mod trace;
 mod version;
 pub mod viewer;

@@ -81,6 +81,8 @@ pub enum Command {
     Check,
     /// List all machines
     List,
+    /// Show the machines in the terminal, as they change, and act on them
+    Top,
     /// Show a machine's state
     State { machine: String },
     /// Restore a machine to its snapshot and resume it

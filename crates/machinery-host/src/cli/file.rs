@@ -1,23 +1,23 @@
 //! The file of a dump or a screenshot. This program opens it with the rights of its caller and passes the descriptor, so
 //! that the caller may name any file that is its own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 use tempfile::NamedTempFile;
 
 /// A file that appears at its path only when it is complete. Dropping it removes it.
-pub struct NewFile<'a> {
+pub struct NewFile {
     file: NamedTempFile,
-    path: &'a Path,
+    path: PathBuf,
 }
 
-impl<'a> NewFile<'a> {
+impl NewFile {
     /// Creates an unfinished file beside the path, which only its owner can read.
     ///
     /// # Errors
     /// Something other than a file exists at the path; the folder is missing or not writable.
-    pub fn at(path: &'a Path) -> Result<Self> {
+    pub fn at(path: &Path) -> Result<Self> {
         if std::fs::symlink_metadata(path).is_ok_and(|found| !found.is_file()) {
             let reason =
                 format!("cannot write to {}: something exists there that is no file", path.display());
@@ -25,7 +25,15 @@ impl<'a> NewFile<'a> {
         }
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let file = tempfile::Builder::new().prefix(".unfinished-").tempfile_in(folder);
-        Ok(NewFile { file: file.map_err(|error| Error::io("write to", path, &error))?, path })
+        Ok(NewFile {
+            file: file.map_err(|error| Error::io("write to", path, &error))?,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Returns the path at which the file appears.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Returns the file.
@@ -38,8 +46,8 @@ impl<'a> NewFile<'a> {
     /// # Errors
     /// The file cannot be moved.
     pub fn finish(self) -> Result<()> {
-        let moved = self.file.persist(self.path);
-        moved.map(drop).map_err(|failed| Error::io("write to", self.path, &failed.error))
+        let moved = self.file.persist(&self.path);
+        moved.map(drop).map_err(|failed| Error::io("write to", &self.path, &failed.error))
     }
 }
 

@@ -60,7 +60,7 @@ pub fn sum_of_ready(machines: &[Value], key: &str) -> u64 {
 
 /// Returns the remarks about a machine: why it is unavailable, why its restores are slow, and its plugin's
 /// warnings.
-fn note(machine: &Value, now: u64) -> String {
+pub fn note(machine: &Value, now: u64) -> String {
     let keys = [("disabled", "disabled_reason"), ("reserved", "reserved_by"), ("locked", "locked_by")];
     let pending = machine["change_pending"] == json!(true);
     let pending = pending.then(|| "its new configuration applies once it is idle".to_owned());
@@ -96,7 +96,7 @@ pub fn age(since: &Value, now: u64) -> Option<String> {
 }
 
 /// Formats seconds with the two largest units.
-fn duration(seconds: u64) -> String {
+pub fn duration(seconds: u64) -> String {
     match (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60) {
         (0, 0, 0, seconds) => format!("{seconds} s"),
         (0, 0, minutes, seconds) => format!("{minutes} min {seconds} s"),

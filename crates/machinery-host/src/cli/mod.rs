@@ -1,6 +1,8 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, `machines` prints the list of machines, `console` where viewers connect, `manual` writes the manual pages, and `progress` shows an action under way.
+//! `args` defines the arguments, `output` prints the results, `machines` the list of machines, `report` the findings of a
+//! check, `console` and `wall` the way to a screen. `manual` writes the manual pages, `requests` sends requests to the host,
+//! `progress` shows work under way, and `top` shows the machines.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
@@ -11,18 +13,19 @@ mod machines;
 mod manual;
 mod output;
 mod progress;
+mod report;
+mod requests;
 mod status;
+mod top;
 mod wall;
 
-use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use clap::Parser;
 use machinery::config::ConfigFile;
 use machinery::{Error, ErrorKind, Report, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::client::Client;
 use crate::commands::conformance;
 use crate::commands::new_plugin::{self, Template};
 use crate::commands::{check, clean, end_runs, export, import, shutdown, upgrade};
@@ -35,13 +38,15 @@ use crate::plugin::search::{self, PluginSearch};
 use crate::serve::{self, Served};
 use args::{Cli, Command, Export, Global};
 use file::NewFile;
-use progress::Progress;
+use progress::Spinner;
+use requests::{exit_code, prepare, request, run_action, send_request};
 
 /// Runs the command, prints its result, and ends the process.
 pub fn main() -> ! {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
     let verbosity = i16::from(cli.global.verbose) - i16::from(cli.global.quiet);
     let (format, verbosity) = match &cli.command {
+        Command::Serve { .. } if cli.global.json => (logging::Format::Json, verbosity),
         Command::Serve { log_format, .. } => (*log_format, verbosity),
         // A command prints its result, so it logs only warnings and errors.
         _ => (logging::Format::Human, verbosity - 1),
@@ -64,6 +69,15 @@ pub fn main() -> ! {
     exit::end(code.unwrap_or(ExitCode::from(1)))
 }
 
+/// Prints the help, or a wrong usage, and ends the process.
+fn refuse(error: &clap::Error) -> ! {
+    if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
+        output::error(&Error::configuration(error.to_string()), true);
+        exit::end(ExitCode::from(2));
+    }
+    error.exit()
+}
+
 fn run(cli: &Cli) -> Result<ExitCode> {
     let global = &cli.global;
     match &cli.command {
@@ -75,6 +89,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Manual { folder } => {
             manual::write(folder)?;
+            output::manual(folder, global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::Conformance(options) if options.list => {
@@ -85,8 +100,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             if let Some(request) = &options.host_process {
                 return Ok(ExitCode::from(u8::from(!machinery_conformance::run_host_process(request))));
             }
-            let on_check = |check: &_| output::requirement(check, global.json);
-            let report = conformance::run(options, global.allow_insecure_plugins, on_check)?;
+            let spinner = Spinner::start("conformance", global.json);
+            let on_check = |check: &_| spinner.print(|| output::requirement(check, global.json));
+            let report = conformance::run(
+                options,
+                global.allow_insecure_plugins,
+                |requirement| spinner.step(requirement),
+                on_check,
+            )?;
+            drop(spinner);
             output::conformance(&report, global.json);
             Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::from(1) })
         }
@@ -104,40 +126,39 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
                 ExitCode::from(1)
             }
         }),
-        Command::Check => {
-            let report = check::check(cwd, &global.search(cwd));
-            output::report(&report, global.json);
-            Ok(if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS })
-        }
+        Command::Check => Ok(run_check(cwd, global)),
         Command::Plugins => plugins(cwd, global),
         Command::Import(arguments) => {
             let machinery = arguments.machinery();
             let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
+            let spinner = Spinner::start("import", global.json);
             let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
+            drop(spinner);
             imported.notes.extend(unlisted(cwd, machinery));
             output::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::Export(Export::Cape) => export_cape(cwd, global.json),
         Command::List => {
-            let answer = send_request(cwd, json!({"action": "list"}))?;
+            let answer = send_request(cwd, json!({"action": "list"}), global.json)?;
             machines::machines(&answer, global.json);
             Ok(exit_code(&answer))
         }
+        Command::Top => run_top(cwd, global.json),
         Command::State { machine } => {
-            let answer = send_request(cwd, json!({"action": "state", "machine": machine}))?;
+            let answer = send_request(cwd, json!({"action": "state", "machine": machine}), global.json)?;
             output::state(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::Console { machine } => run_console(cwd, machine, global.json),
         Command::Prepare { machines } => prepare(cwd, machines, global.json),
         Command::Metrics => {
-            let answer = send_request(cwd, json!({"action": "metrics"}))?;
+            let answer = send_request(cwd, json!({"action": "metrics"}), global.json)?;
             output::metrics(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::Reload => {
-            let answer = send_request(cwd, json!({"action": "reload"}))?;
+            let answer = send_request(cwd, json!({"action": "reload"}), global.json)?;
             output::reloaded(&answer, global.json);
             Ok(exit_code(&answer))
         }
@@ -157,32 +178,49 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     }
 }
 
+/// Checks the configuration and the environment.
+fn run_check(cwd: &Cwd, global: &Global) -> ExitCode {
+    let spinner = Spinner::start("check", global.json);
+    let report = check::check(cwd, &global.search(cwd), |step| spinner.step(step));
+    drop(spinner);
+    report::report(&report, global.json, global.verbose > 0);
+    if report.has_problems() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+}
+
 /// Runs a command for a running host, or for what an earlier one has left.
 fn run_for_host(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
     match command {
         Command::Status => {
             let [version, list] =
-                ["version", "list"].map(|action| send_request(cwd, json!({"action": action})));
+                ["version", "list"].map(|action| send_request(cwd, json!({"action": action}), global.json));
             let (version, list) = (version?, list?);
             status::status(&version, &list, global.json);
             Ok(exit_code(&list))
         }
         Command::Wall => {
-            let version = send_request(cwd, json!({"action": "version"}))?;
+            let version = send_request(cwd, json!({"action": "version"}), global.json)?;
             wall::wall(cwd, &version, global.json)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Shutdown => {
+            let spinner = Spinner::start("shutdown", global.json);
             let answer = shutdown::shutdown(cwd)?;
+            drop(spinner);
             output::shut_down(&answer, global.json);
             Ok(exit_code(&answer))
         }
         Command::Clean => {
-            output::cleaned(&clean::clean(cwd, &global.search(cwd))?, global.json);
+            let spinner = Spinner::start("clean", global.json);
+            let cleaned = clean::clean(cwd, &global.search(cwd))?;
+            drop(spinner);
+            output::cleaned(&cleaned, global.json);
             Ok(ExitCode::SUCCESS)
         }
         Command::EndRuns => {
-            output::ended_runs(end_runs::end_runs(cwd, &global.search(cwd))?.is_some(), global.json);
+            let spinner = Spinner::start("end-runs", global.json);
+            let ended = end_runs::end_runs(cwd, &global.search(cwd))?.is_some();
+            drop(spinner);
+            output::ended_runs(ended, global.json);
             Ok(ExitCode::SUCCESS)
         }
         _ => Err(Error::failed("this command is not about the host: a bug of the command line")),
@@ -204,48 +242,24 @@ fn unlisted(cwd: &Cwd, machinery: &str) -> Option<String> {
     (!search::is_listed(machinery, &machineries)).then_some(note)
 }
 
-/// Returns the request of a command that acts on one machine.
-fn request(command: &Command) -> Result<Value> {
-    let simple = |action: &str, machine: &str| json!({"action": action, "machine": machine});
-    Ok(match command {
-        Command::RestoreStart { machine } => simple("restore_start", machine),
-        Command::NorestoreStart { machine } => simple("norestore_start", machine),
-        Command::Stop { machine } => simple("stop", machine),
-        Command::AcpiStop { machine } => simple("acpi_stop", machine),
-        Command::EnableMachine { machine } => simple("enable_machine", machine),
-        Command::DisableMachine { machine, reason } => {
-            json!({"action": "disable_machine", "machine": machine, "reason": reason})
-        }
-        Command::Unlock { machine } => simple("unlock", machine),
-        Command::DumpMemory { machine, format, .. } => {
-            json!({"action": "dump_memory", "machine": machine, "fd": true, "format": format})
-        }
-        Command::Screenshot { machine, .. } => {
-            json!({"action": "screenshot", "machine": machine, "fd": true})
-        }
-        _ => return Err(Error::failed("this command does not act on a machine: a bug of the command line")),
-    })
-}
-
-fn send_request(cwd: &Cwd, request: Value) -> Result<Value> {
-    Client::connect(&cwd.manager_socket())?.request(request, |_| ())
-}
-
-/// Runs an action, which may write the file, and shows its progress.
-fn run_action(cwd: &Cwd, request: &Value, file: Option<&File>, json: bool) -> Result<ExitCode> {
-    let mut client = Client::connect(&cwd.manager_socket())?;
-    let mut progress = Progress::new(request, json);
-    let mut answer = client.request(json!({"action": "subscribe"}), |_| ())?;
-    if answer["success"] == json!(true) {
-        answer = client.request_with(request.clone(), file, |event| progress.on_event(event))?;
+/// Shows the machines in the terminal, or prints them once as JSON.
+fn run_top(cwd: &Cwd, json: bool) -> Result<ExitCode> {
+    if !json {
+        return top::run(cwd).map(|()| ExitCode::SUCCESS);
     }
-    progress.done(&answer);
+    let [mut list, metrics] =
+        ["list", "metrics"].map(|action| send_request(cwd, json!({"action": action}), json));
+    if let (Ok(list), Ok(metrics)) = (&mut list, metrics) {
+        list["metrics"] = metrics["metrics"].clone();
+    }
+    let answer = list?;
+    output::reply(&answer, true);
     Ok(exit_code(&answer))
 }
 
 /// Prints CAPE's configuration for the machines of the running host.
 fn export_cape(cwd: &Cwd, json: bool) -> Result<ExitCode> {
-    let answer = send_request(cwd, json!({"action": "list"}))?;
+    let answer = send_request(cwd, json!({"action": "list"}), json)?;
     if answer["success"] != json!(true) {
         output::reply(&answer, json);
         return Ok(exit_code(&answer));
@@ -257,38 +271,18 @@ fn export_cape(cwd: &Cwd, json: bool) -> Result<ExitCode> {
 
 /// Prints where viewers connect to the machine's console.
 fn run_console(cwd: &Cwd, machine: &str, json: bool) -> Result<ExitCode> {
-    let answer = send_request(cwd, json!({"action": "console", "machine": machine}))?;
+    let answer = send_request(cwd, json!({"action": "console", "machine": machine}), json)?;
     console::console(&answer, json);
     Ok(exit_code(&answer))
 }
 
 /// Has the running host replace itself.
 fn run_upgrade(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
+    let spinner = Spinner::start("upgrade", global.json);
     let answer = upgrade::upgrade(&cwd.manager_socket())?;
+    drop(spinner);
     output::upgraded(&answer, global.json);
     Ok(exit_code(&answer))
-}
-
-/// Prepares the machines one by one, so that each shows its progress. A failure does not stop the others.
-fn prepare(cwd: &Cwd, machines: &[String], json: bool) -> Result<ExitCode> {
-    let mut machines = machines.to_vec();
-    if machines.is_empty() {
-        let answer = send_request(cwd, json!({"action": "list"}))?;
-        let all = answer["machines"].as_array().into_iter().flatten();
-        machines = all.filter_map(|machine| machine["name"].as_str().map(str::to_owned)).collect();
-    }
-    let mut worst = ExitCode::SUCCESS;
-    for machine in machines {
-        let code = run_action(cwd, &json!({"action": "prepare", "machine": machine}), None, json)?;
-        if code != ExitCode::SUCCESS {
-            worst = code;
-        }
-    }
-    Ok(worst)
-}
-
-fn exit_code(answer: &Value) -> ExitCode {
-    if answer["success"] == json!(true) { ExitCode::SUCCESS } else { ExitCode::from(1) }
 }
 
 /// Lists the plugins. Only configured plugins are opened, because opening a plugin runs its code.
@@ -299,11 +293,13 @@ fn plugins(cwd: &Cwd, global: &Global) -> Result<ExitCode> {
         let opened = open(name, &search, config.plugin_hashes.as_ref(), config.timeouts.load);
         (name.clone(), opened.map_err(Error::from))
     };
+    let spinner = Spinner::start("plugins", global.json);
     let listed: Vec<_> = config.machineries.iter().map(opened).collect();
     let others: Vec<_> = search::available(&search.folders)
         .into_iter()
         .filter(|(name, _)| !search::is_listed(name, &config.machineries))
         .collect();
+    drop(spinner);
     output::plugins(&listed, &others, global.json);
     let all_open = listed.iter().all(|(_, plugin)| plugin.is_ok());
     Ok(if all_open { ExitCode::SUCCESS } else { ExitCode::from(2) })

@@ -1,9 +1,9 @@
 //! Prints the results of commands, as text or as JSON.
 
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use machinery::{Error, Level, Report, Result, format_bytes};
+use machinery::{Error, Result, format_bytes};
 use machinery_conformance::{Check, CheckFailure, meaning};
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ pub fn error(error: &Error, json: bool) {
 }
 
 /// Escapes the control characters of each line.
-fn plain_lines(text: &str) -> String {
+pub fn plain_lines(text: &str) -> String {
     text.lines().map(on_one_line).collect::<Vec<_>>().join("\n")
 }
 
@@ -42,6 +42,13 @@ pub fn new_plugin(new: &NewPlugin, json: bool) {
          Its README.md describes the next steps.",
         folder = folder.display()
     );
+}
+
+/// Prints the folder of the manual.
+pub fn manual(folder: &Path, json: bool) {
+    if json {
+        println!("{}", json!({"success": true, "folder": folder}));
+    }
 }
 
 /// Prints the requirements of the interface.
@@ -82,26 +89,6 @@ fn as_json(check: &Check) -> Value {
         Err(CheckFailure::Skipped(why)) => ("skip", why.as_str()),
     };
     json!({"name": check.name, "result": result, "why": why, "notes": check.notes})
-}
-
-/// Prints the findings of a check.
-pub fn report(report: &Report, json: bool) {
-    if json {
-        println!("{}", json!({"success": !report.has_problems(), "findings": report.findings()}));
-        return;
-    }
-    let count = |level| report.findings().iter().filter(|finding| finding.level == level).count();
-    for finding in report.findings() {
-        let mark = match finding.level {
-            Level::Good => "ok     ",
-            Level::Warning => "warning",
-            Level::Problem => "PROBLEM",
-        };
-        println!("{mark}  {}", plain_lines(&finding.text).replace('\n', "\n         "));
-    }
-    let counted = |count, what| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
-    let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
-    println!("\n{}, {}", counted(problems, "problem"), counted(warnings, "warning"));
 }
 
 /// Formats rows as columns, each as wide as its widest cell. The last column is not padded.

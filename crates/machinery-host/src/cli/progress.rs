@@ -1,7 +1,8 @@
-//! Shows the progress of an action on the terminal.
+//! Shows the progress of work on the terminal, once it takes more than a second.
 
 use std::io::IsTerminal;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -9,19 +10,54 @@ use serde_json::{Value, json};
 
 use super::output;
 
-/// The time after which an action shows its progress.
+/// The time after which work shows its progress.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
 
-/// An action under way. On a terminal, an action of more than a second shows a spinner, or a bar if the
-/// machinery reports progress.
+/// Work under way. On a terminal, work of more than a second shows a spinner with the time. Dropping it removes it.
+pub struct Spinner {
+    bar: ProgressBar,
+    /// The thread that shows the bar, and the sender that is dropped when the work has ended.
+    shown: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
+}
+
+impl Spinner {
+    /// Starts the spinner of this work. JSON is for programs, so that it has none.
+    pub fn start(what: &str, json: bool) -> Self {
+        let bar = ProgressBar::hidden().with_message(what.to_owned());
+        style(&bar, "{spinner} {msg} {elapsed}");
+        let shown = (!json && std::io::stderr().is_terminal()).then(|| show_later(bar.clone()));
+        Spinner { bar, shown }
+    }
+
+    /// Names the present step of the work.
+    pub fn step(&self, what: &str) {
+        self.bar.set_message(what.to_owned());
+    }
+
+    /// Prints while the spinner is hidden.
+    pub fn print(&self, print: impl FnOnce()) {
+        self.bar.suspend(print);
+    }
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        if let Some((ended, thread)) = self.shown.take() {
+            drop(ended);
+            // A panic there leaves nothing on the terminal.
+            let _ = thread.join();
+        }
+        self.bar.finish_and_clear();
+    }
+}
+
+/// An action under way, whose spinner becomes a bar if the machinery reports progress.
 pub struct Progress {
     what: String,
     machine: Value,
     begun: Instant,
     json: bool,
-    bar: ProgressBar,
-    /// Dropped when the action has ended.
-    ended: Option<mpsc::Sender<()>>,
+    spinner: Spinner,
 }
 
 impl Progress {
@@ -29,10 +65,8 @@ impl Progress {
     pub fn new(request: &Value, json: bool) -> Self {
         let text = |key: &str| request[key].as_str().unwrap_or("").to_owned();
         let what = format!("{} {}", text("action"), text("machine"));
-        let bar = ProgressBar::hidden().with_message(what.clone());
-        style(&bar, "{spinner} {msg} {elapsed}");
-        let ended = (!json && std::io::stderr().is_terminal()).then(|| show_later(bar.clone()));
-        Progress { what, machine: request["machine"].clone(), begun: Instant::now(), json, bar, ended }
+        let spinner = Spinner::start(&what, json);
+        Progress { what, machine: request["machine"].clone(), begun: Instant::now(), json, spinner }
     }
 
     /// Updates the bar if the event is about this action.
@@ -40,18 +74,18 @@ impl Progress {
         if event["event"] != json!("progress") || event["machine"] != self.machine {
             return;
         }
-        if self.bar.length().is_none() {
-            self.bar.set_length(1000);
-            style(&self.bar, "{msg} {bar:40} {percent}% {elapsed}");
+        let bar = &self.spinner.bar;
+        if bar.length().is_none() {
+            bar.set_length(1000);
+            style(bar, "{msg} {bar:40} {percent}% {elapsed}");
         }
         let thousandths = event["fraction"].as_f64().unwrap_or(0.0).clamp(0.0, 1.0) * 1000.0;
-        self.bar.set_position(thousandths as u64);
+        bar.set_position(thousandths as u64);
     }
 
     /// Prints the result of the action.
-    pub fn done(mut self, answer: &Value) {
-        self.ended.take();
-        self.bar.finish_and_clear();
+    pub fn done(self, answer: &Value) {
+        drop(self.spinner);
         if !self.json && answer["success"] == json!(true) {
             println!("{}: done in {:.1?}", self.what, self.begun.elapsed());
         }
@@ -60,15 +94,15 @@ impl Progress {
 }
 
 /// Shows the bar after [`SHOW_AFTER`], unless the returned sender is dropped before.
-fn show_later(bar: ProgressBar) -> mpsc::Sender<()> {
+fn show_later(bar: ProgressBar) -> (mpsc::Sender<()>, JoinHandle<()>) {
     let (ended, end) = mpsc::channel();
-    std::thread::spawn(move || {
+    let thread = thread::spawn(move || {
         if end.recv_timeout(SHOW_AFTER) == Err(RecvTimeoutError::Timeout) {
             bar.set_draw_target(ProgressDrawTarget::stderr());
             bar.enable_steady_tick(Duration::from_millis(100));
         }
     });
-    ended
+    (ended, thread)
 }
 
 fn style(bar: &ProgressBar, template: &str) {

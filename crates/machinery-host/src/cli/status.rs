@@ -39,7 +39,7 @@ pub fn status(version: &Value, list: &Value, json: bool) {
 }
 
 /// Returns the numbers of machines: all, and those in a state that an operator asks for.
-fn counts(machines: &[Value]) -> [(&'static str, usize); 5] {
+pub fn counts(machines: &[Value]) -> [(&'static str, usize); 5] {
     let count = |is: &dyn Fn(&Value) -> bool| machines.iter().filter(|machine| is(machine)).count();
     [
         ("configured", machines.len()),

@@ -26,8 +26,8 @@ use crate::plugin::open::{OpenedPlugin, conflicts, open};
 use crate::plugin::search::PluginSearch;
 use crate::server::peers::Peers;
 
-/// Checks the CWD, its configuration and its plugins.
-pub fn check(cwd: &Cwd, search: &PluginSearch) -> Report {
+/// Checks the CWD, its configuration and its plugins. `on_step` gets the name of each step that may last.
+pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report {
     let mut report = Report::default();
     report.good(format!("the CWD is {}", cwd.root().display()));
     check_sockets(cwd, &mut report);
@@ -41,6 +41,7 @@ pub fn check(cwd: &Cwd, search: &PluginSearch) -> Report {
         check_tcpdump(config.capture.as_ref(), &mut report);
         let mut plugins = Vec::new();
         for name in &config.machineries {
+            on_step(&format!("checking '{name}'"));
             let opened = open(name, search, config.plugin_hashes.as_ref(), config.timeouts.load);
             if let Some(opened) = report.keep(opened.map_err(Error::from)) {
                 check_machinery(&opened, cwd, &config, &mut report);

@@ -137,11 +137,16 @@ impl Outcome {
     }
 }
 
-/// Checks the requirements. `on_check` gets each result at once.
+/// Checks the requirements. `on_begin` gets the name of each one, and `on_check` each result at once.
 ///
 /// # Errors
 /// A file is missing, a requirement is unknown, or other users can change the plugin.
-pub fn run(options: &Conformance, allow_insecure: bool, on_check: impl Fn(&Check)) -> Result<Report> {
+pub fn run(
+    options: &Conformance,
+    allow_insecure: bool,
+    on_begin: impl Fn(&str),
+    on_check: impl Fn(&Check),
+) -> Result<Report> {
     let (Some(file), Some(config)) = (&options.file, &options.config) else {
         return Err(Error::configuration("a plugin and its configuration are needed"));
     };
@@ -159,6 +164,7 @@ pub fn run(options: &Conformance, allow_insecure: bool, on_check: impl Fn(&Check
     let wanted = names().into_iter().filter(|name| options.only.is_empty() || is_among(&options.only, name));
     let mut checks = Vec::new();
     for requirement in wanted {
+        on_begin(requirement);
         let check = if is_among(&options.skip, requirement) {
             skipped(requirement)
         } else {

@@ -40,7 +40,8 @@ impl Machine {
         status.availability.locked_since = Some(unix_now());
         status.availability.run_errors.clear();
         status.availability.run_lost = false;
-        self.events.send(Event::Locked { machine: self.name().to_owned(), task_id: lock.task_id.clone() });
+        let (machine, task_id) = (self.name().to_owned(), lock.task_id.clone());
+        self.events.send(Event::Locked { machine, task_id, uid: lock.uid });
         Ok(true)
     }
 

@@ -18,6 +18,9 @@ use crate::client_file::{ClientFile, NamedFile, Owner, PassedFile};
 pub struct TaskLock {
     /// The task that has the machine.
     pub task_id: String,
+    /// The user of the client that has locked the machine, if the host has recorded it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
     /// The file for the captured traffic. Without it, no traffic is captured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pcap_path: Option<PathBuf>,
@@ -50,12 +53,11 @@ impl TaskLock {
     }
 
     /// Reports whether this lock is `other` again. A lock whose descriptor was lost with an earlier host may get
-    /// another one.
+    /// another one. The users may differ: root may repeat a lock of the host's user.
     pub fn is_repeated_by(&self, other: &TaskLock) -> bool {
-        if self.pcap_passed && self.pcap_file.is_none() {
-            return *self == TaskLock { pcap_file: None, ..other.clone() };
-        }
-        self == other
+        let is_lost = self.pcap_passed && self.pcap_file.is_none();
+        let pcap_file = other.pcap_file.clone().filter(|_| !is_lost);
+        *self == TaskLock { uid: self.uid, pcap_file, ..other.clone() }
     }
 }
 

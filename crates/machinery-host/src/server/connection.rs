@@ -131,7 +131,7 @@ impl Connection {
             Err(refusal) => return self.refuse(refusal, id).await,
         };
         let (enabled, manager) = (self.manager.is_enabled(), &self.manager);
-        let sender = Sender { owner: self.peer.owner, file, storage: manager.storage() };
+        let sender = Sender { peer: self.peer, file, storage: manager.storage() };
         let request = protocol::request(&object, enabled, &sender, |name| manager.find(name));
         drop(object);
         match request {

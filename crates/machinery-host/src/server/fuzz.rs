@@ -10,6 +10,7 @@ use tokio::io::BufReader;
 
 use super::framing::{self, Line};
 use super::limits::ClientBudget;
+use super::peers::Peer;
 use super::protocol::{self, Refusal, Request, Sender};
 
 /// Values with a meaning in the protocol.
@@ -126,7 +127,7 @@ proptest! {
         if let Err(refusal) = protocol::id(&object) {
             assert_bounded(&refusal);
         }
-        let sender = Sender { owner: None, file: None, storage: Path::new("/cwd/storage") };
+        let sender = Sender { peer: Peer { uid: 0, owner: None }, file: None, storage: Path::new("/cwd/storage") };
         match protocol::request(&object, enabled, &sender, |_| None) {
             Err(refusal) => assert_bounded(&refusal),
             Ok(Request::Acquire(_, lock)) => {

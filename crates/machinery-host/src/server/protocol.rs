@@ -11,8 +11,9 @@ use machinery::{DumpFormat, Error};
 use serde_json::{Map, Value, json};
 
 use super::framing::{MAX_VALUES, count_values};
+use super::peers::Peer;
 use crate::actions::{Action, PrepareOrigin};
-use crate::client_file::{ClientFile, NamedFile, Owner, PassedFile};
+use crate::client_file::{ClientFile, NamedFile, PassedFile};
 use crate::fleet::Machine;
 use crate::fleet::availability::TaskLock;
 use crate::fleet::pool::MachineQuery;
@@ -64,8 +65,8 @@ pub enum Request {
 
 /// The sender of a request.
 pub struct Sender<'a> {
-    /// The client's user, unless that is root or the host's user.
-    pub owner: Option<Owner>,
+    /// The client's user.
+    pub peer: Peer,
     /// The file that the client has passed with the request.
     pub file: Option<PassedFile>,
     /// The folder below which every client may name files.
@@ -141,7 +142,8 @@ pub fn request(
     let text = |key: &str| object.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
     let action = text("action");
     if let Some(request) = action.and_then(of_the_host) {
-        let is_refused = matches!(request, Request::Upgrade | Request::Shutdown) && sender.owner.is_some();
+        let is_refused =
+            matches!(request, Request::Upgrade | Request::Shutdown) && sender.peer.owner.is_some();
         let refusal = || Refusal::open("only root and the host's own user may upgrade the host or end it");
         return if is_refused { Err(refusal()) } else { Ok(request) };
     }
@@ -259,7 +261,7 @@ fn allowed_path(
     sender: &Sender<'_>,
 ) -> Result<Option<PathBuf>, Refusal> {
     let path = path(object, key)?;
-    if let (Some(path), Some(owner)) = (&path, sender.owner) {
+    if let (Some(path), Some(owner)) = (&path, sender.peer.owner) {
         owner.expect_below(path, sender.storage).map_err(|error| Refusal::open(error.to_string()))?;
     }
     Ok(path)
@@ -271,7 +273,7 @@ fn client_file(object: &Map<String, Value>, sender: &Sender<'_>) -> Result<Optio
         return Ok(Some(ClientFile::Passed(file.clone())));
     }
     let path = allowed_path(object, "path", sender)?;
-    Ok(path.map(|path| ClientFile::Named(NamedFile { path, owner: sender.owner })))
+    Ok(path.map(|path| ClientFile::Named(NamedFile { path, owner: sender.peer.owner })))
 }
 
 fn missing_path() -> Refusal {
@@ -295,13 +297,14 @@ fn task_id(object: &Map<String, Value>) -> Result<String, Refusal> {
 fn task_lock(object: &Map<String, Value>, sender: &Sender<'_>) -> Result<TaskLock, Refusal> {
     Ok(TaskLock {
         task_id: task_id(object)?,
+        uid: Some(sender.peer.uid),
         pcap_path: match sender.file {
             // The path is only a name then, and is checked again before it is used.
             Some(_) => path(object, "pcap_path")?,
             None => allowed_path(object, "pcap_path", sender)?,
         },
         memory_dump_path: allowed_path(object, "memory_dump_path", sender)?,
-        owner: sender.owner,
+        owner: sender.peer.owner,
         pcap_passed: sender.file.is_some(),
         pcap_file: sender.file.clone(),
     })
@@ -339,9 +342,10 @@ fn format(object: &Map<String, Value>) -> Result<DumpFormat, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client_file::Owner;
 
     fn sender() -> Sender<'static> {
-        Sender { owner: None, file: None, storage: Path::new("/cwd/storage") }
+        Sender { peer: Peer { uid: 0, owner: None }, file: None, storage: Path::new("/cwd/storage") }
     }
 
     fn refused(line: &str, enabled: bool) -> Refusal {
@@ -400,7 +404,7 @@ mod tests {
 
     #[test]
     fn paths_of_other_users_are_refused_outside_of_storage() {
-        let sender = Sender { owner: Some(Owner { uid: 7, gid: 7 }), ..sender() };
+        let sender = Sender { peer: Peer { uid: 7, owner: Some(Owner { uid: 7, gid: 7 }) }, ..sender() };
         let acquire = |path: &str| {
             let line = json!({"action": "acquire", "task_id": "t", "pcap_path": path}).to_string();
             request(&object(line.as_bytes()).unwrap(), true, &sender, |_| None)

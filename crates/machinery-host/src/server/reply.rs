@@ -173,6 +173,7 @@ pub fn machine(machine: &Machine, consoles: &Path) -> Value {
         "locked": availability.lock.is_some(),
         "locked_by": availability.lock.as_ref().map_or("", |lock| &lock.task_id),
         "locked_since": availability.locked_since,
+        "locked_uid": availability.lock.as_ref().and_then(|lock| lock.uid),
         "running_since": status.run_begin.map(|begin| begin.unix),
         "reserved": availability.reserved_by.is_some(),
         "reserved_by": availability.reserved_by.as_deref().unwrap_or(""),
