@@ -29,6 +29,14 @@ pub struct Need {
 /// The arguments that most programs succeed with.
 pub const VERSION: &[&str] = &["--version"];
 
+const LIBVIRT_DEV: Need = Need {
+    what: "libvirt's development files",
+    program: "pkg-config",
+    args: &["--exists", "libvirt"],
+    packages: &["pkg-config", "libvirt-dev"],
+    why: "the kvm machinery and libvirt's Python are built with",
+};
+
 const NEEDS: [Need; 14] = [
     Need {
         what: "qemu-system-x86_64",
@@ -115,13 +123,7 @@ const NEEDS: [Need; 14] = [
         packages: &["chromium-headless-shell"],
         why: "shows the host's web page",
     },
-    Need {
-        what: "libvirt's development files",
-        program: "pkg-config",
-        args: &["--exists", "libvirt"],
-        packages: &["pkg-config", "libvirt-dev"],
-        why: "the kvm machinery is built with",
-    },
+    LIBVIRT_DEV,
     Need {
         what: "python3",
         program: "python3",
@@ -156,8 +158,16 @@ const ROOT_NEEDS: [Need; 3] = [
     },
 ];
 
-/// The needs of the tests with CAPE.
-const CAPE_NEEDS: [Need; 4] = [
+/// The needs of the tests and benchmarks with CAPE.
+const CAPE_NEEDS: [Need; 6] = [
+    LIBVIRT_DEV,
+    Need {
+        what: "Python's development files",
+        program: "python3",
+        args: &["-c", "import os, sysconfig; os.stat(sysconfig.get_path('include') + '/Python.h')"],
+        packages: &["python3-dev"],
+        why: "libvirt's Python is built with",
+    },
     Need {
         what: "python3 -m venv",
         program: "python3",
@@ -217,7 +227,7 @@ pub fn ensure_for_roots() -> Result<()> {
     install_missing(&ROOT_NEEDS).map(drop)
 }
 
-/// Installs the missing packages for the tests with CAPE.
+/// Installs the missing packages for the tests and benchmarks with CAPE.
 pub fn ensure_for_cape() -> Result<()> {
     install_missing(&CAPE_NEEDS).map(drop)
 }

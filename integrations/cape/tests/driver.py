@@ -5,9 +5,16 @@ CAPE's own code runs, from its scheduler to the module. Two methods of its guest
 test, and wait for its command. With `CAPE_GUESTS=own` nothing is replaced. Both sides send a JSON object a line:
 
     test:  {"submit": {…}}                    this: {"event": "submitted", "task": 1}
+                                                    {"event": "machine", "task": 1, "phase": "start"}
+                                                    {"event": "machine", "task": 1, "phase": "runs"}
            {"task": 1, "do": "answer"}              {"event": "guest", "task": 1, "machine": "m1", "phase": "start"}
            {"task": 1, "do": "finish"}              {"event": "guest", "task": 1, "machine": "m1", "phase": "run"}
+                                                    {"event": "machine", "task": 1, "phase": "stop"}
+                                                    {"event": "machine", "task": 1, "phase": "off"}
                                                     {"event": "finished", "task": 1, "status": "completed", …}
+
+Each event has the time of the system's monotonic clock, `at`. A command `{"do": "finish", "after": 12}` takes effect after 12
+seconds.
 """
 
 import json
@@ -16,6 +23,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections import defaultdict
 
 ROOT, CONTROL = sys.argv[1:3]
@@ -27,6 +35,7 @@ from lib.cuckoo.common.exceptions import CuckooCriticalError, CuckooGuestCritica
 from lib.cuckoo.core import analysis_manager  # noqa: E402
 from lib.cuckoo.core.database import Database  # noqa: E402
 from lib.cuckoo.core.guest import GuestManager  # noqa: E402
+from lib.cuckoo.core.machinery_manager import MachineryManager  # noqa: E402
 from lib.cuckoo.core.scheduler import Scheduler  # noqa: E402
 
 
@@ -41,8 +50,9 @@ class Test:
 
     def report(self, event, **keys):
         """Sends an event."""
+        line = json.dumps({"event": event, "at": time.monotonic(), **keys}).encode() + b"\n"
         with self._sending:
-            self._socket.sendall(json.dumps({"event": event, **keys}).encode() + b"\n")
+            self._socket.sendall(line)
 
     def command(self, task):
         """Waits for the test's next command about this task."""
@@ -75,6 +85,7 @@ class Guest(GuestManager):
         while True:
             command = self._ask("run")
             if command["do"] == "finish":
+                time.sleep(command.get("after", 0))
                 return
             if command["do"] == "screenshot":
                 self.analysis_manager.screenshot_machine()
@@ -82,6 +93,21 @@ class Guest(GuestManager):
     def _ask(self, phase):
         test.report("guest", task=self.task_id, machine=self.vmid, phase=phase)
         return test.command(self.task_id)
+
+
+def reported(action, begin, end):
+    """Returns an action on a machine that also reports its begin, and its end unless it fails."""
+
+    def act(manager, machine):
+        thread = threading.current_thread()
+        if not isinstance(thread, analysis_manager.AnalysisManager):
+            # CAPE's main thread stops a stuck machine.
+            return action(manager, machine)
+        test.report("machine", task=thread.task.id, phase=begin)
+        action(manager, machine)
+        test.report("machine", task=thread.task.id, phase=end)
+
+    return act
 
 
 def report_end(scheduler, manager):
@@ -103,6 +129,8 @@ def report_ready(scheduler, *args):
 test = Test(CONTROL)
 if os.environ.get("CAPE_GUESTS") != "own":
     analysis_manager.GuestManager = Guest
+MachineryManager.start_machine = reported(MachineryManager.start_machine, "start", "runs")
+MachineryManager.stop_machine = reported(MachineryManager.stop_machine, "stop", "off")
 FINISHED, Scheduler.analysis_finished = Scheduler.analysis_finished, report_end
 WORK, Scheduler.do_main_loop_work = Scheduler.do_main_loop_work, report_ready
 try:

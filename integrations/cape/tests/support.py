@@ -29,7 +29,7 @@ CAPE_PARTS = ["lib", "modules", "conf", "utils", "dev_utils", "data", "custom", 
 
 CUCKOO_CONF = """\
 [cuckoo]
-machinery = hosted
+machinery = {machinery}
 machinery_screenshots = {screenshots}
 ignore_signals = no
 freespace = 0
@@ -176,10 +176,19 @@ def export(root):
 
 
 class Cape:
-    """A CAPE of its own, with the module in its folder."""
+    """A CAPE of its own, with the module in its folder. `conf` is the configuration of its machinery."""
 
-    def __init__(self, case, conf, database, patience=TIMEOUT, screenshots="off", resultserver=None, timeouts=""):
-        self._case = case
+    def __init__(
+        self,
+        case,
+        conf,
+        database,
+        machinery="hosted",
+        patience=TIMEOUT,
+        screenshots="off",
+        resultserver=None,
+        timeouts="",
+    ):
         self.folder = Path(tempfile.mkdtemp(prefix="machinery-cape."))
         case.addCleanup(shutil.rmtree, self.folder)
         source = Path(os.environ["CAPE_SOURCE"])
@@ -194,10 +203,10 @@ class Cape:
         for file in ("hosted.py", "machinery_client.py"):
             shutil.copy(PACKAGE / file, self.root / "modules" / "machinery")
         (self.folder / "conf").mkdir()
-        values = dict(folder=self.folder, database=database, screenshots=screenshots)
+        values = dict(folder=self.folder, database=database, machinery=machinery, screenshots=screenshots)
         cuckoo_conf = CUCKOO_CONF.format(resultserver=resultserver or address(0), **values)
         confs = {**OTHER_CONFS, "cuckoo": cuckoo_conf + timeouts}
-        confs["hosted"] = conf.replace("[hosted]", f"[hosted]\npatience = {patience}")
+        confs[machinery] = conf.replace("[hosted]", f"[hosted]\npatience = {patience}")
         for name, text in confs.items():
             (self.folder / "conf" / f"{name}.conf").write_text(text)
         self._sample = 0
@@ -267,9 +276,9 @@ class Cape:
         """Waits until the guest of that task is in that phase, and returns the name of its machine."""
         return self.wait_for("guest", task=task, phase=phase)["machine"]
 
-    def do(self, task, what):
+    def do(self, task, what, **keys):
         """Gives the guest of that task a command."""
-        self._send({"task": task, "do": what})
+        self._send({"task": task, "do": what, **keys})
 
     def run_guest(self, task):
         """Has the guest answer, and waits until it runs the sample. Returns the name of its machine."""

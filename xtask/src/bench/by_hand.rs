@@ -37,12 +37,16 @@ pub fn restore(mode: Mode) -> Kind {
             ("floor: standby", "QEMU by hand: cont of a machine that is loaded and paused, until RESUME")
         }
     };
-    Kind { name, what, unit: Unit::Ms }
+    Kind { by: "", name, what, unit: Unit::Ms }
 }
 
 /// The duration of a stop.
-pub const STOP: Kind =
-    Kind { name: "floor: stop", what: "QEMU by hand: quit, until the process has ended", unit: Unit::Ms };
+pub const STOP: Kind = Kind {
+    by: "",
+    name: "floor: stop",
+    what: "QEMU by hand: quit, until the process has ended",
+    unit: Unit::Ms,
+};
 
 /// Earlier QEMUs cannot map a file read-only as RAM, and load devices from descriptors only.
 const OPENS_FILES_SINCE: (u32, u32) = (8, 2);

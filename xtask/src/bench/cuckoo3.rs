@@ -17,12 +17,14 @@ use crate::run::{Context, Failure, Result};
 
 /// The duration of a `restore_start`.
 pub const RESTORE: Kind = Kind {
+    by: "",
     name: "Cuckoo3 restore_start",
     what: "Cuckoo3's own manager: call until return of its own client",
     unit: Unit::Ms,
 };
 /// The duration of a `stop`.
 pub const STOP: Kind = Kind {
+    by: "",
     name: "Cuckoo3 stop",
     what: "Cuckoo3's own manager: call until return of its own client",
     unit: Unit::Ms,

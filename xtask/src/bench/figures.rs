@@ -22,9 +22,11 @@ pub struct Figure {
     pub samples: Vec<f64>,
 }
 
-/// The kind of a measurement, identified by its name.
+/// The kind of a measurement, identified by its whole name, such as `host: restore`.
 #[derive(Clone, Copy)]
 pub struct Kind {
+    /// The measured contestant of several ones, which begins the whole name; empty if there is one.
+    pub by: &'static str,
     /// A short name, for tables.
     pub name: &'static str,
     /// A description.
@@ -59,6 +61,19 @@ pub enum Place {
     Double(usize),
     /// A number of machines that Cuckoo3 uses for analyses.
     Analyses(usize),
+    /// A number of machines with that much RAM each, which CAPE uses for analyses.
+    Cape(usize, u32),
+}
+
+impl Kind {
+    /// Returns the same kind of another contestant.
+    pub const fn by(self, contestant: &'static str) -> Self {
+        Kind { by: contestant, ..self }
+    }
+
+    fn is(self, other: Self) -> bool {
+        (self.by, self.name) == (other.by, other.name)
+    }
 }
 
 impl Figures {
@@ -101,7 +116,7 @@ impl Figures {
 
     /// Returns all samples of one kind, at all places.
     pub fn pooled(&self, kind: Kind) -> Vec<f64> {
-        let of_kind = |figure: &&Figure| figure.kind.name == kind.name;
+        let of_kind = |figure: &&Figure| figure.kind.is(kind);
         self.all.iter().filter(of_kind).flat_map(|figure| figure.samples.iter().copied()).collect()
     }
 
@@ -113,7 +128,7 @@ impl Figures {
 
 impl Figure {
     fn is(&self, place: Place, kind: Kind) -> bool {
-        self.place == place && self.kind.name == kind.name
+        self.place == place && self.kind.is(kind)
     }
 
     /// Returns the distribution of the samples.
@@ -124,14 +139,14 @@ impl Figure {
     fn json(&self) -> Value {
         let (machines, ram_mib) = match self.place {
             Place::Qemu(ram) | Place::Kvm(ram) => (1, Some(ram)),
-            Place::AtOnce(machines, ram) => (machines, Some(ram)),
+            Place::AtOnce(machines, ram) | Place::Cape(machines, ram) => (machines, Some(ram)),
             Place::Double(machines) | Place::Analyses(machines) => (machines, None),
         };
         json!({
             "place": self.place.to_string(),
             "machines": machines,
             "ram_mib": ram_mib,
-            "name": self.kind.name,
+            "name": self.kind.to_string(),
             "what": self.kind.what,
             "unit": self.kind.unit.to_string(),
             "median": self.spread().median,
@@ -170,6 +185,15 @@ impl Spread {
     }
 }
 
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.by {
+            "" => f.pad(self.name),
+            by => f.pad(&format!("{by}: {}", self.name)),
+        }
+    }
+}
+
 impl fmt::Display for Unit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -189,6 +213,9 @@ impl fmt::Display for Place {
             Place::AtOnce(machines, ram) => write!(f, "qemu, {machines} machines of {} at once", size(*ram)),
             Place::Double(machines) => write!(f, "double, {machines} machines"),
             Place::Analyses(machines) => write!(f, "analyses by Cuckoo3, {machines} machines"),
+            Place::Cape(machines, ram) => {
+                write!(f, "analyses by CAPE, {machines} machines of {}", size(*ram))
+            }
         }
     }
 }
@@ -213,7 +240,7 @@ mod tests {
 
     #[test]
     fn samples_are_grouped_by_kind_and_place() {
-        let kind = |name| Kind { name, what: "", unit: Unit::Ms };
+        let kind = |name| Kind { by: "", name, what: "", unit: Unit::Ms };
         let mut figures = Figures::default();
         figures.add(Place::Qemu(256), kind("a"), 1.0);
         figures.add(Place::Qemu(1024), kind("a"), 2.0);
@@ -224,5 +251,9 @@ mod tests {
         assert_eq!(samples(Place::Qemu(1024), "b"), None);
         assert_eq!(figures.places(), [Place::Qemu(256), Place::Qemu(1024)]);
         assert_eq!(figures.pooled(kind("a")), [1.0, 3.0, 2.0]);
+        figures.add(Place::Qemu(256), kind("a").by("host"), 5.0);
+        assert_eq!(figures.pooled(kind("a").by("host")), [5.0]);
+        assert_eq!(figures.pooled(kind("a")), [1.0, 3.0, 2.0]);
+        assert_eq!(format!("{:8}|", kind("a").by("host")), "host: a |");
     }
 }

@@ -44,7 +44,7 @@ impl Mode {
                 ("standby restore_start", "the host with a standby ready: request until answer at its socket")
             }
         };
-        Kind { name, what, unit: Unit::Ms }
+        Kind { by: "", name, what, unit: Unit::Ms }
     }
 
     /// Returns the kind of a `stop` in this mode.
@@ -54,11 +54,11 @@ impl Mode {
             Mode::Instant => "instant stop",
             Mode::Standby => "standby stop",
         };
-        Kind { name, what: "the host: request until answer at its socket", unit: Unit::Ms }
+        Kind { by: "", name, what: "the host: request until answer at its socket", unit: Unit::Ms }
     }
 
     /// Returns the mode's name in `list`.
-    fn word(self) -> &'static str {
+    pub fn word(self) -> &'static str {
         match self {
             Mode::Plain => "plain",
             Mode::Instant => "instant",

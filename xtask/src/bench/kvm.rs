@@ -39,9 +39,7 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
     note(&format!("a domain of {} is made", size(ram)));
     let lab = KvmLab::new(&[("m", guest(ram))])?;
     if figures.about.is_empty() {
-        let version = lab.libvirtd().virsh(&["version", "--daemon"])?;
-        let lines = version.lines().map(str::trim).filter(|line| !line.is_empty());
-        figures.about.push(("hypervisor", lines.collect::<Vec<_>>().join(", ")));
+        figures.about.push(("hypervisor", version(&lab)?));
     }
     let served = Served { cwd: lab.cwd(), machinery: "kvm", memory_mib: ram };
     let place = Place::Kvm(ram);
@@ -56,6 +54,13 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
         Contestant::Virsh => by_virsh(&lab, share, place, figures),
         Contestant::Host(mode) => host::measure(served, mode, share, place, figures),
     })
+}
+
+/// Returns the versions of libvirt and of its QEMU.
+pub fn version(lab: &KvmLab) -> Result<String> {
+    let version = lab.libvirtd().virsh(&["version", "--daemon"])?;
+    let lines = version.lines().map(str::trim).filter(|line| !line.is_empty());
+    Ok(lines.collect::<Vec<_>>().join(", "))
 }
 
 /// Measures with virsh; the first round does not count.

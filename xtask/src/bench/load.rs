@@ -14,6 +14,7 @@ const MACHINES: usize = 1000;
 
 /// The number of actions per second.
 pub const ACTIONS: Kind = Kind {
+    by: "",
     name: "actions",
     what: "the host with machines in memory: restore_start and stop in turn, over one connection, all sent at once",
     unit: Unit::PerSecond,

@@ -11,7 +11,7 @@
 //! | [`cuckoo3`] | Cuckoo3's own manager with its own client, on one of these machines | call … return |
 //! | [`parallel`] | many machines restored at the same moment, and the memory they take | first request … last answer |
 //! | [`load`] | actions on a thousand machines in memory: the host without any hypervisor | first request … last answer |
-//! | [`analysis`] | whole analyses by Cuckoo3, and the agent's first answers | |
+//! | [`analysis`] | analyses by Cuckoo3 and by CAPE, and the agent's first answers | |
 //! | [`kvm`] | the host with libvirt, beside `virsh` | |
 //!
 //! Half of each guest's RAM is noise, which QEMU can neither skip as zeroes nor compress. [`figures`] has the

@@ -30,7 +30,7 @@ pub fn restores(mode: Mode) -> Kind {
         Mode::Standby => "all restored, standby",
     };
     let what = "the host: all restore_starts sent at the same moment, until the last is answered";
-    Kind { name, what, unit: Unit::Ms }
+    Kind { by: "", name, what, unit: Unit::Ms }
 }
 
 /// Returns the kind of a machine's memory.
@@ -41,7 +41,7 @@ pub fn memory(mode: Mode) -> Kind {
         Mode::Standby => "memory of one, standby",
     };
     let what = "PSS of all QEMU processes, a few seconds after that, divided by the number of machines";
-    Kind { name, what, unit: Unit::MiB }
+    Kind { by: "", name, what, unit: Unit::MiB }
 }
 
 /// Measures each mode.

@@ -35,7 +35,7 @@ pub struct Options {
         default_value = "plain,instant,standby"
     )]
     pub modes: Vec<Mode>,
-    /// Measure whole analyses by Cuckoo3 instead, of the environment that $CUCKOO3_PYTHON names; uses 4 machines
+    /// Measure analyses instead: by Cuckoo3 of $CUCKOO3_PYTHON, and by CAPE of $CAPE_SOURCE and $CAPE_PYTHON; uses 4 machines
     #[arg(long)]
     pub analysis: bool,
     /// Number of analyses with each manager

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::figures::{Figure, Figures, Kind, Place, Spread};
 use super::host::Mode;
-use super::{by_hand, cuckoo3};
+use super::{analysis, by_hand, cuckoo3};
 
 /// With fewer samples, the 99th percentile is the maximum.
 const MIN_P99_SAMPLES: usize = 100;
@@ -35,7 +35,7 @@ pub fn table(figures: &Figures) -> String {
         line(&mut text, &format!("\n{place}"));
         line(
             &mut text,
-            &format!("  {:24}{:>12}  {:>23}{:>14}   what is measured", "", "median", "least … most", "p99"),
+            &format!("  {:32}{:>12}  {:>23}{:>14}   what is measured", "", "median", "least … most", "p99"),
         );
         figures.at(place).for_each(|figure| line(&mut text, &row(figure)));
     }
@@ -63,8 +63,8 @@ fn row(figure: &Figure) -> String {
         if figure.samples.len() < MIN_P99_SAMPLES { String::new() } else { with_unit(spread.p99, &unit) };
     let extremes = format!("{} … {}", number(spread.least), with_unit(spread.most, &unit));
     format!(
-        "  {:24}{:>12}  {extremes:>23}{p99:>14}   {} ({}×)",
-        figure.kind.name,
+        "  {:32}{:>12}  {extremes:>23}{p99:>14}   {} ({}×)",
+        figure.kind,
         with_unit(spread.median, &unit),
         figure.kind.what,
         figure.samples.len()
@@ -114,13 +114,14 @@ fn pairs() -> Vec<(Kind, Kind)> {
         pairs.push((cuckoo3::RESTORE, mode.restore()));
         pairs.push((cuckoo3::STOP, mode.stop()));
     }
+    pairs.extend(analysis::pairs());
     pairs
 }
 
 fn at_place(figures: &Figures, place: Place, ratios: &mut Vec<Ratio>) {
     for (kind, other) in pairs() {
         if let (Some(one), Some(two)) = (figures.median(place, kind), figures.median(place, other)) {
-            let what = format!("{place}: {} / {}", kind.name, other.name);
+            let what = format!("{place}: {kind} / {other}");
             ratios.push(Ratio { what, value: one / two, unit: "×" });
         }
     }
@@ -139,7 +140,7 @@ fn growth(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
         && least < most
     {
         let value = (last - first) * 1024.0 / f64::from(most - least);
-        let what = format!("{}: growth from {least} to {most} MiB of RAM", kind.name);
+        let what = format!("{kind}: growth from {least} to {most} MiB of RAM");
         ratios.push(Ratio { what, value, unit: "ms/GiB" });
     }
 }
@@ -148,7 +149,7 @@ fn growth(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
 fn pooled_p99(figures: &Figures, kind: Kind, ratios: &mut Vec<Ratio>) {
     let samples = figures.pooled(kind);
     if !samples.is_empty() {
-        let what = format!("{}: p99 of all {} samples, of all sizes", kind.name, samples.len());
+        let what = format!("{kind}: p99 of all {} samples, of all sizes", samples.len());
         ratios.push(Ratio { what, value: Spread::of(&samples).p99, unit: "ms" });
     }
 }

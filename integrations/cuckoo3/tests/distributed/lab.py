@@ -125,17 +125,6 @@ class Program:
             start_new_session=True,
         )
 
-    def end(self, with_signal=signal.SIGTERM):
-        """Ends the program, and returns its exit code."""
-        self._output.close()
-        self.process.send_signal(with_signal)
-        try:
-            return self.process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            raise AssertionError(f"the process of {self.root} did not end:\n{self.output()}") from None
-
     def output(self):
         """Returns the end of the output of all programs on this CWD."""
         return (self.root / "output").read_text(errors="replace")[-8000:]
