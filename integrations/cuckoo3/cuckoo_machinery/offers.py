@@ -1,7 +1,7 @@
 """The machines that a node offers to Cuckoo3's main process.
 
 Cuckoo3's main process copies the node's machines at its start, and receives only one kind of change: a machine was
-disabled. The node therefore also sends it two messages of this package, on the same way:
+disabled. The node therefore also sends it two messages of this package, in the same stream:
 
     host ─ event ─▶ HostedMachines ─▶ Offers.update ─ message ─▶ main process: apply, remove
                                         │
@@ -14,11 +14,22 @@ disabled. The node therefore also sends it two messages of this package, on the 
 
 The main process has its own locks, which it sets before the node does. It keeps a machine that another program has
 as reserved: Cuckoo3 itself never reserves machines, and does not use reserved ones.
+
+A node can refuse a machine that it has offered. The task then waits again, if it may get a machine later.
 """
+
+import re
+import threading
 
 from cuckoo.common.machines import Machine
 
 OFFERED, REMOVED = KINDS = ("machine_offered", "machine_removed")
+
+# A part of the reason with which a node refuses all its machines for now.
+HOST_IS_AWAY = "The machinery host takes no task now"
+
+# Cuckoo3's reasons of a node that refuses a machine. With its other reasons, it refuses the task.
+_REFUSED = re.compile(r"(Task cannot be started: )?(Machine .+ is not available$|Failed to acquire machine )")
 
 # The main process has its own locks. The others do not decide about a task.
 _OWN = ("locked", "locked_by", "action_lock")
@@ -31,15 +42,27 @@ class Offers:
     def __init__(self, send):
         self._send = send
         self._known = {}
+        # A reset of the node is another thread than the host's events.
+        self._lock = threading.Lock()
+
+    def repeat(self):
+        """Makes the next call send all machines: changes may have been missed."""
+        with self._lock:
+            self._known = dict.fromkeys(self._known)
 
     def update(self, machines, is_own):
         """Sends the changes since the last call. `is_own` reports whether a task is one of the main process."""
+        with self._lock:
+            self._update(machines, is_own)
+
+    def _update(self, machines, is_own):
         offers = {machine.name: _offer(machine, is_own) for machine in machines}
         for machine in machines:
             offer, known = offers[machine.name], self._known.get(machine.name)
             # Cuckoo3's own message reports that a known machine is disabled.
             if offer != known and not (known and offer["disabled"]):
-                self._send({"type": OFFERED, "machine": machine.to_dict()})
+                # The errors decide nothing there, and each message would repeat them.
+                self._send({"type": OFFERED, "machine": {**machine.to_dict(), "errors": []}})
         for name in self._known.keys() - offers.keys():
             self._send({"type": REMOVED, "machine_name": name})
         self._known = offers
@@ -122,3 +145,13 @@ def is_offered(machines, name):
         if machine.name == name:
             return not machine.disabled and not machine.reserved
     return False
+
+
+def is_refusal(reason):
+    """Reports whether a node has refused a machine, and not the task."""
+    return bool(_REFUSED.match(reason))
+
+
+def is_passing(reason):
+    """Reports whether the node may give this machine later: somebody was faster, or the host is away."""
+    return HOST_IS_AWAY in reason or reason.endswith("is not available")
