@@ -37,14 +37,14 @@ class HostedLocalNodeClient(LocalNodeClient):
     def __init__(self, cuckooctx, localnode):
         self._following = Lock()
         super().__init__(cuckooctx, localnode)
-        offers.begin(self.machines)
+        offers.prepare(self.machines)
 
     def follow(self):
         """Makes the list of machines equal to the node's, and the scheduler look at it."""
         mirror = self.node.ctx.machinery_manager.machines
         # An older state of the node must not replace a newer one.
         with self._following:
-            offers.replace(self.machines, mirror.described(), self.assigned_tasks.have_task)
+            offers.replace_machines(self.machines, mirror.described(), self.assigned_tasks.have_task)
         self.ctx.nodes.ready_cb(self)
 
     def add_task(self, startable_task):

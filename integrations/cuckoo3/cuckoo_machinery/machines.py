@@ -17,7 +17,7 @@ from cuckoo.common.machines import MachineListError, MachinesList
 from cuckoo.common.storage import TaskPaths
 
 from .connection import RESTART_TIMEOUT, Client, HostError, Refused, Unreachable
-from .offers import HOST_IS_AWAY, made
+from .offers import HOST_IS_AWAY, make_machine
 
 # The maximum delay between an answer and the mirror, in seconds.
 MIRROR_TIMEOUT = 5
@@ -247,7 +247,7 @@ def _remove_if_empty(path):
 
 
 def _brought_up_to_date(machine, described, lost):
-    new = made(described)
+    new = make_machine(described)
     if not machine:
         return new
     if new.disabled and not machine.disabled:

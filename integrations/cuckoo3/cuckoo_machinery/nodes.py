@@ -37,7 +37,8 @@ from .node_api import TRANSFER_TIMEOUT, EventStream, HostedNodeAPI, MachineRefus
 
 log = CuckooGlobalLogger(__name__)
 
-# The pause between two attempts to reach a node that is away, or to use a machine that it offers and refuses, in seconds.
+# The pause between two attempts to reach a node that is away, or to use a machine that it offers and refuses,
+# in seconds.
 RETRY_INTERVAL = 5
 # Cuckoo3's result retriever sometimes drops one of two requests that come at once.
 FETCH_ATTEMPTS = 3
@@ -84,7 +85,7 @@ class HostedNodeClient(RemoteNodeClient):
         if event.get("type") not in offers.KINDS:
             await self._event_msg(event)
             return
-        offers.follow(self.machines, event, self.assigned_tasks.have_task)
+        offers.apply_message(self.machines, event, self.assigned_tasks.have_task)
         self.ctx.nodes.ready_cb(self)
 
     async def _handle_deferred(self):
@@ -152,7 +153,7 @@ class HostedNodeClient(RemoteNodeClient):
 
     def _read_info(self):
         machines, routes = self._retrieve_machine_list(), self._retrieve_available_routes()
-        offers.begin(machines)
+        offers.prepare(machines)
         return NodeInfo(name=self.name, version="", machines_list=machines, routes=routes)
 
     async def _read_machines_again(self):
@@ -164,7 +165,7 @@ class HostedNodeClient(RemoteNodeClient):
                 described = await self.client.read_machines()
                 # A node that was lost meanwhile may be restored already, with a newer list.
                 if self.ready and losses == self._losses:
-                    offers.replace(self.machines, described, self.assigned_tasks.have_task)
+                    offers.replace_machines(self.machines, described, self.assigned_tasks.have_task)
             finally:
                 self._is_listing = False
                 if self.ready:

@@ -3,7 +3,7 @@
 Cuckoo3's main process copies the node's machines at its start, and receives only one kind of change: a machine was
 disabled. The node therefore also sends it two messages of this package, in the same stream:
 
-    host ─ event ─▶ HostedMachines ─▶ Offers.update ─ message ─▶ main process: apply, remove
+    host ─ event ─▶ HostedMachines ─▶ Offers.update ─ message ─▶ main process: update, remove
                                         │
                                         └ only differences, without the locks of the main process's own tasks
 
@@ -80,7 +80,7 @@ def _holder(machine, is_own):
     return machine.locked_by if machine.locked and not is_own(machine.locked_by) else ""
 
 
-def made(described):
+def make_machine(described):
     """Returns a machine of Cuckoo3 as described by the host or by a node."""
     machine = Machine.from_dict({**described, "interface": described["interface"] or ""})
     # Machine.from_dict ignores it.
@@ -88,9 +88,9 @@ def made(described):
     return machine
 
 
-def apply(machines, described, is_own):
+def update_machine(machines, described, is_own):
     """Adds or changes a machine in the main process's list `machines`."""
-    new = made(described)
+    new = make_machine(described)
     holder = _holder(new, is_own)
     new.clear_lock()
     new.clear_reservation()
@@ -105,38 +105,37 @@ def apply(machines, described, is_own):
         machines.add_machine(new)
 
 
-def remove(machines, name):
+def remove_machine(machines, name):
     """Removes a machine from the main process's list."""
     with machines._machines_lock:
         machines._machines = [machine for machine in machines.machines if machine.name != name]
         machines.set_updated()
 
 
-def follow(machines, message, is_own):
-    """Applies a message of the node to the main process's list, and returns the name of the machine."""
+def apply_message(machines, message, is_own):
+    """Applies a message of the node to the main process's list."""
     if message["type"] == REMOVED:
-        remove(machines, message["machine_name"])
-        return message["machine_name"]
-    apply(machines, message["machine"], is_own)
-    return message["machine"]["name"]
+        remove_machine(machines, message["machine_name"])
+    else:
+        update_machine(machines, message["machine"], is_own)
 
 
-def replace(machines, described, is_own):
+def replace_machines(machines, described, is_own):
     """Makes the main process's list equal to the node's."""
     names = {machine["name"] for machine in described}
     for machine in list(machines.machines):
         if machine.name not in names:
-            remove(machines, machine.name)
+            remove_machine(machines, machine.name)
     for machine in described:
-        apply(machines, machine, is_own)
+        update_machine(machines, machine, is_own)
 
 
-def begin(machines):
+def prepare(machines):
     """Prepares a copy of the node's list for the main process, before it has a task: the locks are other programs'."""
     described = machines.to_dictlist()
     for machine in machines.machines:
         machine.clear_lock()
-    replace(machines, described, is_own=lambda _: False)
+    replace_machines(machines, described, is_own=lambda _: False)
 
 
 def is_offered(machines, name):

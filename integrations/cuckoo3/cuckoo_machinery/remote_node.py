@@ -102,7 +102,7 @@ class HostedAPI(API):
 
     def _unfetched(self):
         """Returns the tasks whose results wait for the main process. It deletes those that it does not need."""
-        return sorted(task_id for task_id in list(self.streamer.unfetched) if TaskPaths.zipped_results(task_id).exists())
+        return sorted(task for task in list(self.streamer.unfetched) if TaskPaths.zipped_results(task).exists())
 
     def _has_tasks(self):
         # Under this lock, Cuckoo3 ends a task and sends its state.

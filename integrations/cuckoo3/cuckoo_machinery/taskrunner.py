@@ -69,7 +69,7 @@ class HostedFlowRunner(_FlowRunner):
             self.errtracker.fatal_error(f"The run was lost before the end of the task: {errors[0]}")
 
     def _holder(self, described):
-        """Returns the other task that has the machine, whose run must not be stopped; an empty string if none has it."""
+        """Returns the other task that has the machine, whose run must not be stopped; an empty string if none has."""
         holder = described.get("locked_by", "")
         return "" if holder == self.task.id else holder
 

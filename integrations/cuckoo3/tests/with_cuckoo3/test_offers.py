@@ -123,7 +123,7 @@ class Lists(unittest.TestCase):
         self.machines.clear_updated()
 
     def follow(self, kind, **keys):
-        offers.follow(self.machines, {"type": kind, **keys}, lambda task_id: task_id == TASK)
+        offers.apply_message(self.machines, {"type": kind, **keys}, lambda task_id: task_id == TASK)
         self.assertTrue(self.machines.updated)
 
     def offer(self, described):

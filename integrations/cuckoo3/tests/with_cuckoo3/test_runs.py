@@ -18,7 +18,7 @@ from cuckoo.node.taskflow import StandardTask
 
 from cuckoo_machinery import taskrunner
 from cuckoo_machinery.connection import Client, Refused
-from cuckoo_machinery.offers import made
+from cuckoo_machinery.offers import make_machine
 from cuckoo_machinery.taskrunner import HostedFlowRunner, HostedTaskRunner, WaitingClient
 from tests.support import machines_yaml, start_other_host
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, add_task, address, change_yaml, make_cuckoo_cwd
@@ -63,7 +63,7 @@ class RunTest(unittest.TestCase):
 
     def run_task(self, payload, machine="m"):
         """Runs a task, and returns its end and its errors."""
-        machine = made(self.client.request("acquire", task_id=TASK, name=machine)["machine"])
+        machine = make_machine(self.client.request("acquire", task_id=TASK, name=machine)["machine"])
         server = SimpleNamespace(socket_path="none")
         runner = HostedFlowRunner(Flow, TASK, TASK.split("_")[0], machine, server)
         runner.analysis.settings.timeout = 0
