@@ -84,9 +84,11 @@ class HostedNodeClient(RemoteNodeClient):
     async def _handle(self, event):
         if event.get("type") not in offers.KINDS:
             await self._event_msg(event)
-            return
-        offers.apply_message(self.machines, event, self.assigned_tasks.have_task)
-        self.ctx.nodes.ready_cb(self)
+        else:
+            offers.apply_message(self.machines, event, self.assigned_tasks.have_task)
+        # A machine that is disabled is a change as well.
+        if event.get("type") != NodeMsgTypes.TASK_STATE:
+            self.ctx.nodes.ready_cb(self)
 
     async def _handle_deferred(self):
         deferred, self._deferred = self._deferred, []
