@@ -25,6 +25,11 @@ class HostedStreamReceiver(LocalStreamReceiver):
         if self.node_client:
             self.node_client.follow()
 
+    def disabled_machine(self, machine_name, reason):
+        """Marks a machine as disabled, as in Cuckoo3, and wakes the scheduler."""
+        super().disabled_machine(machine_name, reason)
+        self.node_client.follow()
+
     def set_client(self, localnodeclient):
         """Sets the client, as in Cuckoo3, which may have missed changes."""
         super().set_client(localnodeclient)
