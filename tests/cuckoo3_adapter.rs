@@ -40,7 +40,9 @@ fn run(python: &str, tests: &str) {
 
 fn run_with(python: &[&str], tests: &str, environment: &[(&str, &Path)]) {
     let package = concat!(env!("CARGO_MANIFEST_DIR"), "/../integrations/cuckoo3");
-    artifacts::plugin("double").unwrap();
+    for plugin in ["double", "example"] {
+        artifacts::plugin(plugin).unwrap();
+    }
     let mut command = Command::new(python[0]);
     command.args(&python[1..]).envs(environment.iter().copied());
     // Python must not write into the sources.

@@ -98,13 +98,18 @@ class Hosted(Machinery):
         """Stops this CAPE's machines, and cancels their reservations."""
         self._host.restart_timeout = 0
         try:
-            for name, machine in self._hosted_machines().items():
+            machines = self._hosted_machines()
+        except HostError as error:
+            log.warning("The machines are still reserved for this CAPE, whose next start uses them: %s", error)
+            return
+        for name, machine in machines.items():
+            try:
                 if machine["locked_by"] == self._owner:
                     self._end(name)
                 if machine["reserved_by"] == self._owner:
                     self._ask("unreserve", machine=name)
-        except HostError as error:
-            log.warning("The machines are still reserved for this CAPE, whose next start uses them: %s", error)
+            except HostError as error:
+                log.warning("Machine %s is still reserved for this CAPE, whose next start uses it: %s", name, error)
 
     # Called by the thread of a task.
 
@@ -136,19 +141,19 @@ class Hosted(Machinery):
         is_run = label in self._runs
         failure = None
         try:
-            before = self._status(label)
             try:
                 self._act("stop", label)
             except Refused as error:
                 failure = error
-            errors = self._run_errors(label) if is_run else []
+            machine = self._hosted_machines().get(label, {}) if is_run else {}
             self._unlock(label)
         except HostError as error:
             self._add_error(label, error)
             raise CuckooOperationalError(f"The outcome of the run on {label} is unknown: {error}") from error
+        errors = machine.get("run_errors", [])
         for error in errors:
             self._add_error(label, error)
-        if errors and before != self.RUNNING:
+        if machine.get("run_lost", False):
             raise CuckooOperationalError(f"Machine {label} was lost during the analysis: {'; '.join(errors)}")
         if failure:
             raise CuckooMachineError(str(failure)) from failure
@@ -274,9 +279,6 @@ class Hosted(Machinery):
         # The answer to an earlier attempt may have been lost with its host.
         with suppress(Refused):
             self._ask("unlock", machine=label, task_id=self._owner)
-
-    def _run_errors(self, label):
-        return self._hosted_machines().get(label, {}).get("run_errors") or []
 
     def _add_error(self, label, error):
         task = self._tasks.get(label)

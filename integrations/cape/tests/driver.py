@@ -116,7 +116,18 @@ def report_end(scheduler, manager):
     with Database().session.begin():
         task = Database().view_task(manager.task.id)
         errors = [error.message for error in Database().view_errors(task.id)]
-    test.report("finished", task=task.id, machine=manager.machine.label, status=task.status, errors=errors)
+    status = "pending" if manager.is_pending else task.status
+    test.report("finished", task=task.id, machine=manager.machine.label, status=status, errors=errors)
+
+
+def launch_analysis(manager):
+    """Runs an analysis. A task that gets another machine is pending, and may be "running" at once."""
+    manager.is_pending = False
+    try:
+        LAUNCH(manager)
+    except analysis_manager.CuckooDeadMachine:
+        manager.is_pending = True
+        raise
 
 
 def report_ready(scheduler, *args):
@@ -133,6 +144,8 @@ MachineryManager.start_machine = reported(MachineryManager.start_machine, "start
 MachineryManager.stop_machine = reported(MachineryManager.stop_machine, "stop", "off")
 FINISHED, Scheduler.analysis_finished = Scheduler.analysis_finished, report_end
 WORK, Scheduler.do_main_loop_work = Scheduler.do_main_loop_work, report_ready
+Manager = analysis_manager.AnalysisManager
+LAUNCH, Manager.launch_analysis = Manager.launch_analysis, launch_analysis
 try:
     cape.cuckoo_init(debug=True)
     threading.Thread(target=test.serve, daemon=True).start()

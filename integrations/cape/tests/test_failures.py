@@ -7,6 +7,8 @@ from tests.support import Cape, export, write_machines
 from tests.test_machines import CapeCase
 
 FAILS_ONCE = {"faults": "{restore_start: fail}", "fault_times": 1}
+# A failed machine could heal before the test looks at it.
+STAYS_DISABLED = "heal: off\n"
 
 
 class TestStart(CapeCase):
@@ -19,13 +21,14 @@ class TestStart(CapeCase):
         self.assert_completed(self.cape.finish(task))
 
     def test_task_gets_another_machine_when_a_start_disables_its_own(self):
-        self.start_host({"m1": FAILS_ONCE, "m2": {}})
+        host = self.start_host({"m1": FAILS_ONCE, "m2": {}}, STAYS_DISABLED)
         cape = self.start_cape()
         task = cape.submit(machine="m1")
         self.assertEqual(cape.finished(task)["status"], "pending")
         self.assertEqual(cape.run_guest(task), "m2")
         self.assert_completed(cape.finish(task))
-        # The host heals the machine, and CAPE uses it without a restart.
+        # CAPE uses the machine without a restart.
+        host.client.request("enable_machine", machine="m1")
         self.assert_runs_on("m1")
 
     def test_task_waits_when_the_only_machine_fails_and_heals(self):
@@ -80,7 +83,7 @@ class TestStart(CapeCase):
         self.assert_runs_on("m1")
 
     def test_machine_is_withheld_when_its_stop_fails(self):
-        host = self.start_host({"m1": {"faults": "{stop: fail}", "fault_times": 1}})
+        host = self.start_host({"m1": {"faults": "{stop: fail}", "fault_times": 1}}, STAYS_DISABLED)
         cape = self.start_cape()
         task = cape.submit()
         cape.run_guest(task)
@@ -89,8 +92,22 @@ class TestStart(CapeCase):
         self.assertTrue(host.machine("m1")["disabled"])
         task = cape.submit()
         self.assertEqual(cape.finished(task)["status"], "pending")
+        host.client.request("enable_machine", machine="m1")
         self.assertEqual(cape.run_guest(task), "m1")
         self.assert_completed(cape.finish(task))
+
+
+    def test_task_completes_with_the_error_when_its_run_is_only_incomplete(self):
+        host = self.start_host({"m1": {"faults": "{screenshot: panic}", "fault_times": 1}})
+        cape = self.start_cape()
+        task = cape.submit()
+        cape.run_guest(task)
+        self.assertFalse(host.ask({"action": "screenshot", "machine": "m1", "path": str(host.root / "screen")})["success"])
+        # The guest is off at the end of the task, which is no loss.
+        host.client.request("stop", machine="m1")
+        end = cape.finish(task)
+        self.assertEqual((end["status"], len(end["errors"])), ("completed", 1), end)
+        self.assertIn("screenshot", end["errors"][0])
 
 
 class TestHost(CapeCase):
@@ -171,6 +188,20 @@ class TestCape(CapeCase):
             task = cape.submit(machine=name)
             self.assertEqual(cape.run_guest(task), name)
             self.assert_completed(cape.finish(task))
+
+    def test_other_machines_are_free_when_the_stop_of_one_fails_at_the_end(self):
+        host = self.start_host({"m1": {"faults": "{stop: fail}"}, "m2": {}}, STAYS_DISABLED)
+        cape = self.start_cape()
+        owner = f"cape:{cape.root}"
+        # As during an analysis, for whose end CAPE would wait.
+        for name in ("m1", "m2"):
+            host.client.request("lock", machine=name, task_id=owner)
+            host.client.request("restore_start", machine=name)
+        self.assertEqual(cape.end(), 0)
+        self.assertEqual(host.machine("m1")["reserved_by"], owner)
+        self.assertIn("Machine m1 is still reserved", cape.log())
+        machine = host.machine("m2")
+        self.assertEqual((machine["state"], machine["locked_by"], machine["reserved_by"]), ("poweroff", "", ""))
 
     def test_cape_does_not_start_when_another_program_has_a_machine(self):
         host = self.start_host({"m1": {}, "m2": {}})

@@ -8,6 +8,7 @@ from tests.test_machines import CapeCase
 MACHINES = 100
 # These starts do not end during the test.
 STUCK = 10
+MORE = "max_parallel_restores: 200\ntimeouts: {restore_start: 3600}\n"
 
 
 class TestParallel(CapeCase):
@@ -15,7 +16,7 @@ class TestParallel(CapeCase):
         names = [f"m{number}" for number in range(MACHINES)]
         stuck = {"faults": "{restore_start: hang}"}
         machines = {name: stuck if number < STUCK else {} for number, name in enumerate(names)}
-        host = self.start_host(machines, "max_parallel_restores: 200\n")
+        host = self.start_host(machines, MORE)
         # Neither may wait for the starts that hang.
         self.addCleanup(host.kill)
         cape = self.start_cape()

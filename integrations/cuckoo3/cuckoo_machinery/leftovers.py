@@ -20,6 +20,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import time
 from multiprocessing.process import BaseProcess
@@ -27,6 +28,8 @@ from pathlib import Path
 
 # The time that workers have to end after SIGTERM, in seconds. The task runner waits 10 seconds for each task.
 END_TIMEOUT = 30
+# The time that the kernel has to end them after SIGKILL, in seconds.
+KILL_TIMEOUT = 30
 # The interval of looking for their end: they are no children of this process, and Python 3.8 has no pidfds.
 POLL_INTERVAL = 0.05
 
@@ -55,6 +58,11 @@ class Record:
         self._path = self._cwd / "operational" / "generated" / f"cuckoo-{role}-processes.jsonl"
         self._file = None
 
+    @property
+    def path(self):
+        """The file of the record."""
+        return self._path
+
     def claim(self):
         """Takes the CWD for this process, and clears what an earlier one has left. Raises InUse."""
         self._lock()
@@ -79,7 +87,7 @@ class Record:
     def _lock(self):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a+")
+            self._file = open(self._path, "a+", encoding="utf-8", errors="replace")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = next(iter(self._recorded()), {})
@@ -113,7 +121,7 @@ class Record:
             if not _wait_for_end(process, deadline):
                 how = "killed: it did not end by SIGTERM"
                 self._signal(process, signal.SIGKILL)
-                _wait_for_end(process, time.monotonic() + END_TIMEOUT)
+                _wait_for_end(process, time.monotonic() + KILL_TIMEOUT)
             self._log.warning(
                 f"Process {process['pid']} ({process.get('name')}), left by an earlier {_WORDS[self._role]}, was {how}"
             )
@@ -134,17 +142,17 @@ class Record:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if not _SOCKETS[self._role].fullmatch(path.name) or not stat.S_ISSOCK(path.lstat().st_mode):
                 continue
-            inode = _listening_inode(path)
-            if inode:
+            listener = _listener(path)
+            if listener:
                 raise InUse(
-                    f"{_owner_of(inode)} still listens on {path}. Stop the Cuckoo3 that it belongs to, or end it, "
+                    f"{listener} still listens on {path}. Stop the Cuckoo3 that it belongs to, or end it, "
                     "if that is gone"
                 )
-            path.unlink()
+            path.unlink(missing_ok=True)
             self._log.warning(f"The socket {path}, left by an earlier {_WORDS[self._role]}, was removed")
 
 
-def record_workers(records):
+def record_workers(records, log):
     """Records each process that this one starts by `multiprocessing`."""
     original = BaseProcess.start
 
@@ -153,7 +161,11 @@ def record_workers(records):
         name = getattr(getattr(process, "_target", None), "__qualname__", process.name)
         original(process)
         for record in records:
-            record.add(process.pid, name)
+            try:
+                record.add(process.pid, name)
+            except OSError as error:
+                # The worker runs already. Only a start after a kill would miss it.
+                log.error(f"Process {process.pid} ({name}) cannot be recorded in {record.path}: {error}")
 
     BaseProcess.start = start
 
@@ -183,6 +195,23 @@ def _wait_for_end(process, deadline):
             return False
         time.sleep(POLL_INTERVAL)
     return True
+
+
+def _listener(path):
+    """Returns a description of the process that listens on a socket; `None` if the socket is dead."""
+    inode = _listening_inode(path)
+    if inode:
+        return _owner_of(inode)
+    # The listener may have another network namespace, or have used another path.
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            client.connect(str(path))
+    except (ConnectionRefusedError, FileNotFoundError):
+        return None
+    except OSError as error:
+        return f"A process that cannot be found ({error})"
+    return "A process that cannot be found"
 
 
 def _listening_inode(path):

@@ -2,15 +2,19 @@
 
     node ─ machine_changed ─▶ HostedStreamReceiver ─▶ HostedLocalNodeClient.follow ─▶ list of machines, scheduler
 
-Another program can lock a machine between the scheduler's choice and the node's lock. The node then refuses the task,
-and Cuckoo3 would fail it. The main process queues the task again, if the node does not offer the machine any more.
+Another program can lock a machine between the scheduler's choice and the node's lock, or the host can be away. The node
+then refuses the machine, and Cuckoo3 would fail the task. The main process queues it again.
 """
 
+import time
 from threading import Lock
 
 from cuckoo.nodeclient import LocalNodeClient, LocalStreamReceiver, NodeActionError, NodeUnavailableError
 
 from . import offers
+
+# The pause before a task that got no machine is queued again, while the node still offers the machine, in seconds.
+RETRY_INTERVAL = 5
 
 
 class HostedStreamReceiver(LocalStreamReceiver):
@@ -20,6 +24,11 @@ class HostedStreamReceiver(LocalStreamReceiver):
         """Follows the node's machines. Before there is a client, its start reads them."""
         if self.node_client:
             self.node_client.follow()
+
+    def disabled_machine(self, machine_name, reason):
+        """Marks a machine as disabled, as in Cuckoo3, and wakes the scheduler."""
+        super().disabled_machine(machine_name, reason)
+        self.node_client.follow()
 
     def set_client(self, localnodeclient):
         """Sets the client, as in Cuckoo3, which may have missed changes."""
@@ -33,23 +42,27 @@ class HostedLocalNodeClient(LocalNodeClient):
     def __init__(self, cuckooctx, localnode):
         self._following = Lock()
         super().__init__(cuckooctx, localnode)
-        offers.begin(self.machines)
+        offers.prepare(self.machines)
 
     def follow(self):
         """Makes the list of machines equal to the node's, and the scheduler look at it."""
         mirror = self.node.ctx.machinery_manager.machines
         # An older state of the node must not replace a newer one.
         with self._following:
-            offers.replace(self.machines, mirror.described(), self.assigned_tasks.have_task)
+            offers.replace_machines(self.machines, mirror.described(), self.assigned_tasks.have_task)
         self.ctx.nodes.ready_cb(self)
 
     def add_task(self, startable_task):
-        """Starts a task as in Cuckoo3. A task whose machine is gone is queued again."""
+        """Starts a task as in Cuckoo3. A task whose machine the node refuses for now is queued again."""
         try:
             super().add_task(startable_task)
         except NodeActionError as error:
+            reason = str(error)
             self.follow()
-            if offers.is_offered(self.machines, startable_task.machine.name):
+            is_offered = offers.is_offered(self.machines, startable_task.machine.name)
+            if not offers.is_refusal(reason) or (is_offered and not offers.is_passing(reason)):
                 raise
+            if is_offered:
+                time.sleep(RETRY_INTERVAL)
             self.assigned_tasks.untrack_assigned(startable_task.task.id)
-            raise NodeUnavailableError(str(error)) from error
+            raise NodeUnavailableError(reason) from error

@@ -16,14 +16,26 @@ import threading
 from cuckoo.common.machines import MachineListError, MachinesList
 from cuckoo.common.storage import TaskPaths
 
-from .connection import HostError, Refused
-from .offers import made
+from .connection import RESTART_TIMEOUT, Client, HostError, Refused, Unreachable
+from .offers import HOST_IS_AWAY, make_machine
 
 # The maximum delay between an answer and the mirror, in seconds.
 MIRROR_TIMEOUT = 5
 
+# The reason for which a node that drains or ends offers no machine.
+CLOSED = "The node is being drained or stopped"
+
+# The latest errors of a machine that are kept, as in the host.
+MAX_ERRORS = 20
+
 # Reasons of the host for a machine that is not available now. Other reasons are failures.
 _NOT_NOW = ("No machine is ", "Machine {name} is unavailable")
+
+# A reason of the host for all machines, until somebody enables it.
+_DISABLED = "manager is disabled"
+
+# Reasons for an unlock that has nothing to do: the lock is gone, or is another task's.
+_NOT_LOCKED_BY_TASK = ("Machine is not locked", "Machine is locked by")
 
 
 class HostedMachines(MachinesList):
@@ -36,6 +48,8 @@ class HostedMachines(MachinesList):
         self._changed = threading.Condition(self._machines_lock)
         # The tasks of this node that have or request a machine.
         self._tasks = set()
+        # The task of each machine that this node has locked. The mirror may show another one after a forced unlock.
+        self._holders = {}
         self._closed = False
 
     # For the node
@@ -45,7 +59,7 @@ class HostedMachines(MachinesList):
         if name:
             self.get_by_name(name)
         if self._closed:
-            raise MachineListError("No machine is given to a task any more: the node is being stopped")
+            raise MachineListError(CLOSED)
         self._tasks.add(task_id)
         try:
             described = self._ask_for_one(task_id, name, platform, os_version, tags)
@@ -58,23 +72,27 @@ class HostedMachines(MachinesList):
                 # The main process looks at the mirror to find out whether the task can have the machine later.
                 self._wait_for_mirror(name, lambda machine: not machine.available)
             return None
+        self._holders[described["name"]] = task_id
         return self._wait_for_mirror(described["name"], lambda machine: machine.locked_by == task_id)
 
     def release(self, machine):
         """Releases a machine as in Cuckoo3. Waits for a host that is being restarted: otherwise the machine
-        would stay locked."""
-        task_id = machine.locked_by
+        would stay locked. A machine that was unlocked by force is released already, whoever has it now."""
+        task_id = self._holders.get(machine.name)
+        if task_id is None:
+            raise MachineListError(f"Cannot unlock machine {machine.name}. It is not locked by a task of this node")
         try:
-            self._host.request_with_retries("unlock", machine=machine.name, task_id=task_id or None)
+            self._host.request_with_retries("unlock", machine=machine.name, task_id=task_id)
         except Refused as error:
-            # The answer to an earlier attempt may have been lost with its host.
-            if "is not locked" not in error.reason or not task_id:
+            # The answer to an earlier attempt may also have been lost with its host.
+            if not any(reason in error.reason for reason in _NOT_LOCKED_BY_TASK):
                 raise MachineListError(error.reason) from error
         except HostError as error:
             raise MachineListError(f"Cannot unlock machine {machine.name}. {error}") from error
+        self._holders.pop(machine.name, None)
+        self._tasks.discard(task_id)
         remove_empty_capture(task_id)
         self._wait_for_mirror(machine.name, lambda machine: machine.locked_by != task_id)
-        self._tasks.discard(task_id)
 
     def mark_disabled(self, machine, reason):
         """Disables a machine as in Cuckoo3."""
@@ -84,12 +102,16 @@ class HostedMachines(MachinesList):
             raise MachineListError(f"Cannot disable machine {machine.name}. {error}") from error
         self._wait_for_mirror(machine.name, lambda machine: machine.disabled)
 
-    # For the main process in this process
+    # For the main process
 
     def described(self):
-        """Returns the description of all machines at one moment."""
+        """Returns the description of all machines at one moment. A node that drains or ends offers none of them."""
         with self._machines_lock:
-            return self.to_dictlist()
+            described = self.to_dictlist()
+        if self._closed:
+            for machine in described:
+                machine.update(disabled=True, disabled_reason=CLOSED)
+        return described
 
     # For the manager
 
@@ -104,6 +126,7 @@ class HostedMachines(MachinesList):
     def forget_tasks(self):
         """Forgets all tasks, which no longer have machines."""
         self._tasks.clear()
+        self._holders.clear()
 
     @property
     def is_closed(self):
@@ -148,14 +171,19 @@ class HostedMachines(MachinesList):
         paths = _paths(task_id)
         try:
             with _CaptureFile(paths.get("pcap_path")) as file:
-                request = self._host.client.request
+                # A host that restarts must not fail the tasks of the queue one after the other.
+                request = Client(self._host.client.path, RESTART_TIMEOUT).request
                 machine = request("acquire", file=file.descriptor, task_id=task_id, **wanted, **paths)["machine"]
                 file.keep()
             return machine
         except Refused as error:
             if error.reason.startswith(tuple(text.format(name=name) for text in _NOT_NOW)):
                 return None
+            if _DISABLED in error.reason:
+                raise MachineListError(f"{HOST_IS_AWAY}. {error.reason}") from error
             raise MachineListError(error.reason) from error
+        except Unreachable as error:
+            raise MachineListError(f"{HOST_IS_AWAY}. {error}") from error
         except HostError as error:
             raise MachineListError(f"No machine for task {task_id}. {error}") from error
 
@@ -219,7 +247,7 @@ def _remove_if_empty(path):
 
 
 def _brought_up_to_date(machine, described, lost):
-    new = made(described)
+    new = make_machine(described)
     if not machine:
         return new
     if new.disabled and not machine.disabled:
@@ -261,7 +289,7 @@ def _unreserved(machine, _):
 
 
 def _run_error(machine, event):
-    machine.add_error(event["reason"])
+    machine.errors = [*machine.errors, event["reason"]][-MAX_ERRORS:]
 
 
 _CHANGES = {

@@ -65,6 +65,8 @@ class HostedManager(Listener):
         self.machines.forget_tasks()
         self._try("enable")
         self._try_to_free_what_is_abandoned()
+        self._offers.repeat()
+        self._offer()
         log.warning("Machinery manager enabled")
 
     def wait_work_done(self):
@@ -103,12 +105,16 @@ class HostedManager(Listener):
         request = self.host.client.request
         request("enable" if self.enabled else "disable")
         self._free_what_is_abandoned()
+        self._offers.repeat()
         self._mirror()
 
     def heard(self, event):
         """Applies an event of a machine, of lost events, or of the configuration."""
         kind = event["event"]
         if kind in ("lagged", "lost", "reloaded"):
+            if kind != "reloaded":
+                # A lock and its end may both be among the lost events.
+                self._offers.repeat()
             self._mirror()
             return
         # A failed capture is one of them.

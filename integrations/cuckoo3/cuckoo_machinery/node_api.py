@@ -1,18 +1,21 @@
 """Requests of Cuckoo3's main process to a remote node, and the node's events.
 
-Cuckoo3 waits without a limit for a node that is cut off: for its events, for its answer to an upload, and for a
-result. Here every request ends, and a node that does not answer is away.
+Cuckoo3 waits without a limit for the events and the results of a node that is cut off, and gives each upload up after 5
+minutes. Here every request ends, has time for much data, and a node that does not answer is away.
 """
 
 import asyncio
 import json
 import os
+from contextlib import suppress
 from urllib.parse import urljoin
 
 import aiohttp
 import requests
 from cuckoo.common.clients import APIBadRequestError, APIError, ClientError, NodeAPIClient
 from cuckoo.common.log import CuckooGlobalLogger
+
+from .offers import is_refusal
 
 log = CuckooGlobalLogger(__name__)
 
@@ -33,6 +36,14 @@ class NodeAway(ClientError):
     """A node that did not answer. It may have acted on the request."""
 
 
+class MachineRefused(APIBadRequestError):
+    """A node that does not give a machine to a task. `reason` is the node's own."""
+
+    def __init__(self, reason):
+        super().__init__(reason)
+        self.reason = reason
+
+
 class HostedNodeAPI(NodeAPIClient):
     """Cuckoo3's client of a node, with timeouts."""
 
@@ -43,17 +54,32 @@ class HostedNodeAPI(NodeAPIClient):
 
     async def expect_answer(self):
         """Raises `NodeAway` if the node does not answer."""
-        loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(None, self.ping)
+            await self._in_thread(self.ping)
         except APIError:
             pass  # an answer
+
+    async def read_machines(self):
+        """Returns the description of the node's machines."""
+        machines = await self._in_thread(self.machine_list)
+        return machines.to_dictlist()
+
+    async def _in_thread(self, request):
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, request)
+        except APIError:
+            raise
         except ClientError as error:
             raise NodeAway(str(error)) from error
 
     async def upload_taskwork(self, zip_path):
-        """Uploads a task as in Cuckoo3."""
-        await self._in_time(super().upload_taskwork(zip_path), TRANSFER_TIMEOUT)
+        """Uploads a task as in Cuckoo3, whose limit of 5 minutes is too short for a large sample."""
+        try:
+            file = open(zip_path, "rb")
+        except OSError as error:
+            raise ClientError(f"The packed task cannot be read: {error}") from error
+        with file:
+            await self._in_time(self._post("uploadwork", TRANSFER_TIMEOUT, data={"file": file}), TRANSFER_TIMEOUT)
 
     async def a_reset(self):
         """Resets the node as in Cuckoo3."""
@@ -65,16 +91,17 @@ class HostedNodeAPI(NodeAPIClient):
 
     async def start_task(self, task_id, machine_name):
         """Starts an uploaded task as in Cuckoo3, whose limit of 5 seconds is too short for a busy node."""
-        await self._in_time(self._start_task(task_id, machine_name), START_TIMEOUT)
-
-    async def _start_task(self, task_id, machine_name):
-        url = urljoin(self.api_url, f"task/{task_id}/start")
-        headers = self.get_headers(encode_token=False)
         body = {"machine_name": machine_name}
-        async with aiohttp.ClientSession() as session, session.post(url, json=body, headers=headers) as answer:
-            if answer.status != 200:
-                kind = APIBadRequestError if answer.status == 400 else APIError
-                raise kind(f"status {answer.status}: {await answer.text()}")
+        await self._in_time(self._post(f"task/{task_id}/start", START_TIMEOUT, json=body), START_TIMEOUT)
+
+    async def _post(self, path, limit, **body):
+        url, headers = urljoin(self.api_url, path), self.get_headers(encode_token=False)
+        # Without an own limit, aiohttp has one of 5 minutes.
+        timeout = aiohttp.ClientTimeout(total=limit, sock_connect=CONNECT_TIMEOUT)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            async with session.post(url, headers=headers, **body) as answer:
+                if answer.status != 200:
+                    raise _failure(answer.status, await answer.text())
 
     async def _in_time(self, request, limit):
         try:
@@ -97,12 +124,27 @@ class HostedNodeAPI(NodeAPIClient):
                 with open(partial, "wb") as file:
                     file.writelines(answer.iter_content(chunk_size))
                 expected = answer.headers.get("Content-Length")
-        except requests.RequestException as error:
+            size = os.path.getsize(partial)
+            if expected is not None and size != int(expected):
+                raise ClientError(f"The result of task {task_id} has {expected} bytes, and {size} have arrived")
+            os.replace(partial, file_path)
+        except OSError as error:
+            # Of the network, or of this disk. Another exception would end the thread of Cuckoo3's result retriever.
             raise ClientError(f"The download of the result of task {task_id} failed: {error}") from error
-        size = os.path.getsize(partial)
-        if expected is not None and size != int(expected):
-            raise ClientError(f"The result of task {task_id} has {expected} bytes, and {size} have arrived")
-        os.replace(partial, file_path)
+        finally:
+            with suppress(OSError):
+                os.remove(partial)
+
+
+def _failure(status, text):
+    """Returns the exception for an answer that is no success."""
+    if status != 400:
+        return APIError(f"status {status}: {text}")
+    try:
+        reason = json.loads(text)["error"]
+    except (ValueError, TypeError, KeyError):
+        return APIBadRequestError(f"status {status}: {text}")
+    return MachineRefused(reason) if is_refusal(reason) else APIBadRequestError(reason)
 
 
 class EventStream:

@@ -15,7 +15,6 @@ A node that was away has its work reset, so that nothing of a task is left that 
 """
 
 import asyncio
-from collections import Counter
 
 from cuckoo.common import config, shutdown
 from cuckoo.common.clients import (
@@ -34,11 +33,12 @@ from cuckoo.node.node import NodeMsgTypes
 from cuckoo.nodeclient import NodeActionError, NodeClientLoop, NodeUnavailableError, RemoteNodeClient
 
 from . import offers
-from .node_api import TRANSFER_TIMEOUT, EventStream, HostedNodeAPI, NodeAway
+from .node_api import TRANSFER_TIMEOUT, EventStream, HostedNodeAPI, MachineRefused, NodeAway
 
 log = CuckooGlobalLogger(__name__)
 
-# The pause between two attempts to reach a node that is away, in seconds.
+# The pause between two attempts to reach a node that is away, or to use a machine that it offers and refuses,
+# in seconds.
 RETRY_INTERVAL = 5
 # Cuckoo3's result retriever sometimes drops one of two requests that come at once.
 FETCH_ATTEMPTS = 3
@@ -50,16 +50,18 @@ class HostedNodeClient(RemoteNodeClient):
 
     def __init__(self, cuckooctx, nodeapi_client, loop_wrapper):
         super().__init__(cuckooctx, nodeapi_client, loop_wrapper)
-        self.events = EventStream(nodeapi_client, self._heard, self._event_read_end)
+        self.events = EventStream(nodeapi_client, self._on_event, self._event_read_end)
         # Not ready until it is restored for the first time.
         self._resetting = True
         self._is_restoring = False
         # The analyses with files on the node that nobody needs.
-        self._left = set()
-        # The changes of machines that came while the list was requested.
-        self._missed = []
-        # The number of changes of each machine.
-        self._changes = Counter()
+        self._obsolete = set()
+        # The changes of machines that came while the list was requested, which may be older than they are.
+        self._deferred = []
+        self._is_listing = False
+        self._list_lock = asyncio.Lock()
+        # The number of times that the node was lost. The failure of an earlier connection says nothing about this one.
+        self._losses = 0
 
     # The node
 
@@ -68,34 +70,48 @@ class HostedNodeClient(RemoteNodeClient):
         if not await self._is_restored():
             await self.loop_wrapper.newtask(self._restore)
 
-    async def _heard(self, event):
-        if not self._resetting:
+    async def _on_event(self, event):
+        is_of_task = event.get("type") == NodeMsgTypes.TASK_STATE
+        if self._resetting:
+            # A node that is not ready has no tasks.
+            if not is_of_task:
+                self._deferred.append(event)
+        elif self._is_listing and not is_of_task:
+            self._deferred.append(event)
+        else:
             await self._handle(event)
-        elif event.get("type") != NodeMsgTypes.TASK_STATE:
-            # A node that is not ready has no tasks. Its list of machines may be older than this change.
-            self._missed.append(event)
 
     async def _handle(self, event):
         if event.get("type") not in offers.KINDS:
             await self._event_msg(event)
-            return
-        self._changes[offers.follow(self.machines, event, self.assigned_tasks.have_task)] += 1
-        self.ctx.nodes.ready_cb(self)
+        else:
+            offers.apply_message(self.machines, event, self.assigned_tasks.have_task)
+        # A machine that is disabled is a change as well.
+        if event.get("type") != NodeMsgTypes.TASK_STATE:
+            self.ctx.nodes.ready_cb(self)
+
+    async def _handle_deferred(self):
+        deferred, self._deferred = self._deferred, []
+        for event in deferred:
+            await self._handle(event)
 
     async def _event_read_end(self):
         self._events_open = False
+        self._losses += 1
         if self.events.stopped:
             return
         self._resetting = True
         requeued = self.assigned_tasks.requeue_all()
-        self._left.update(task.task.analysis_id for task in requeued)
+        self._obsolete.update(task.task.analysis_id for task in requeued)
         log.error("Node is lost. Its tasks wait for another one", node=self.name, tasks=[t.task.id for t in requeued])
         self.ctx.scheduler.inform_change()
         await self.loop_wrapper.newtask(self._restore)
 
-    async def _lose(self, reason):
+    async def _lose(self, reason, losses):
         """Gives the node up, because it may have work that this process does not know. The end of the stream requeues
-        its tasks."""
+        its tasks. A node that was lost since it had been lost `losses` times is another one already."""
+        if losses != self._losses:
+            return
         log.error("Node does not answer as expected", node=self.name, reason=reason)
         await self.events.close()
 
@@ -115,8 +131,8 @@ class HostedNodeClient(RemoteNodeClient):
             if not await self.client.is_new():
                 log.info("Resetting a node", node=self.name)
                 await self.client.a_reset()
-            await self._delete_left_files()
-            self._missed = []
+            await self._delete_obsolete_files()
+            self._deferred = []
             await self.events.open()
             self._events_open = True
             await self.loop_wrapper.newtask(self.events.read, stopper_cb=self.events.stop)
@@ -132,21 +148,36 @@ class HostedNodeClient(RemoteNodeClient):
             self.ctx.nodes.nodeinfos.remove_nodeinfo(self._info)
         self._info = info
         self._resetting = False
-        for event in self._missed:
-            await self._handle(event)
+        await self._handle_deferred()
         log.info("Node is ready", node=self.name, machines=info.machines_list.count())
         self.ctx.nodes.ready_cb(self)
         return True
 
     def _read_info(self):
         machines, routes = self._retrieve_machine_list(), self._retrieve_available_routes()
-        offers.begin(machines)
+        offers.prepare(machines)
         return NodeInfo(name=self.name, version="", machines_list=machines, routes=routes)
 
-    async def _delete_left_files(self):
-        for analysis_id in list(self._left):
+    async def _read_machines_again(self):
+        """Makes the list of machines equal to the node's."""
+        async with self._list_lock:
+            losses = self._losses
+            self._is_listing = True
+            try:
+                described = await self.client.read_machines()
+                # A node that was lost meanwhile may be restored already, with a newer list.
+                if self.ready and losses == self._losses:
+                    offers.replace_machines(self.machines, described, self.assigned_tasks.have_task)
+            finally:
+                self._is_listing = False
+                if self.ready:
+                    await self._handle_deferred()
+                    self.ctx.nodes.ready_cb(self)
+
+    async def _delete_obsolete_files(self):
+        for analysis_id in list(self._obsolete):
             await self._delete_files(analysis_id)
-            self._left.discard(analysis_id)
+            self._obsolete.discard(analysis_id)
             self.assigned_tasks.remove_history(analysis_id)
 
     async def _delete_files(self, analysis_id):
@@ -174,6 +205,7 @@ class HostedNodeClient(RemoteNodeClient):
         self.loop_wrapper.newtask_threadsafe(self._upload_and_start, args=(nodework, startable_task))
 
     async def _upload_and_start(self, nodework, startable_task):
+        losses = self._losses
         try:
             with nodework:
                 # The node may have been lost before the task belonged to it.
@@ -183,10 +215,11 @@ class HostedNodeClient(RemoteNodeClient):
                 await self._start(startable_task)
         except NodeAway as error:
             self._requeue(startable_task)
-            await self._lose(error)
+            await self._lose(error, losses)
         except ClientError as error:
-            self._end(startable_task)
-            startable_task.fail(f"Node {self.name} refuses the task. {error}")
+            # A task that the loss of the node has taken runs elsewhere.
+            if self._end(startable_task):
+                startable_task.fail(f"Node {self.name} refuses the task. {error}")
         finally:
             nodework.delete()
 
@@ -202,18 +235,25 @@ class HostedNodeClient(RemoteNodeClient):
         if not self.ready:
             return self._requeue(startable_task)
         task, machine = startable_task.task, startable_task.machine
-        changes = self._changes[machine.name]
         try:
             await self.client.start_task(task.id, machine.name)
-        except APIBadRequestError as error:
-            # The node drains, or somebody else has taken the machine.
-            log.warning("Node does not give the machine", node=self.name, machine=machine.name, error=error)
-            # The node's next message about the machine may still be on its way.
-            if self._changes[machine.name] == changes:
-                self.machines.mark_disabled(machine, f"Node {self.name} does not give the machine to a task: {error}")
-            self._left.add(task.analysis_id)
-            return self._requeue(startable_task)
-        startable_task.has_started = True
+        except MachineRefused as error:
+            await self._use_another_machine(startable_task, error)
+        else:
+            startable_task.has_started = True
+
+    async def _use_another_machine(self, startable_task, refusal):
+        """Makes the task wait again. The node drains, somebody else has taken the machine, or its host is away."""
+        machine = startable_task.machine
+        log.warning("Node does not give the machine", node=self.name, machine=machine.name, error=refusal)
+        await self._read_machines_again()
+        if self.ready and offers.is_offered(self.machines, machine.name):
+            if not offers.is_passing(refusal.reason):
+                raise refusal
+            # The machine stays locked here, so that no other task tries it at once.
+            await asyncio.sleep(RETRY_INTERVAL)
+        self._obsolete.add(startable_task.task.analysis_id)
+        self._requeue(startable_task)
 
     def _is_assigned(self, startable_task):
         task_id = startable_task.task.id
@@ -245,16 +285,17 @@ class HostedNodeClient(RemoteNodeClient):
     async def _finish(self, task_id, report):
         if not self.assigned_tasks.have_task(task_id):
             return
+        losses = self._losses
         startable_task = self.assigned_tasks.get_assigned(task_id)
         self.assigned_tasks.untrack_assigned(task_id)
         startable_task.release_machine()
         try:
             await self._fetch_result(task_id)
         except NodeAway as error:
-            self._left.add(startable_task.task.analysis_id)
+            self._obsolete.add(startable_task.task.analysis_id)
             startable_task.requeue()
             startable_task.close()
-            return await self._lose(error)
+            return await self._lose(error, losses)
         except ClientError as error:
             startable_task.fail(f"The result on node {self.name} cannot be fetched. {error}")
             return
@@ -292,7 +333,14 @@ def make_remote_node_clients(cuckooctx, node_api_clients):
         cuckooctx.nodes.add_node(node)
 
     async def connect():
-        await asyncio.gather(*(node.connect() for node in nodes))
+        # A reset can take long, so that the first node that is ready suffices. The others follow in the same loop.
+        ended = asyncio.Queue()
+        for node in nodes:
+            await wrapper.newtask(node.connect, done_cb=lambda: ended.put_nowait(None))
+        for _ in nodes:
+            await ended.get()
+            if any(node.ready for node in nodes):
+                return
 
     loop.run_until_complete(connect())
     if not any(node.ready for node in nodes):

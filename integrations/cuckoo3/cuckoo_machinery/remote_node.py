@@ -69,6 +69,10 @@ class HostedAPI(API):
         self._is_draining = False
         signal.signal(signal.SIGUSR1, self._begin_to_drain)
 
+    async def get_machines(self, request):
+        """Sends the node's machines as in Cuckoo3. A node that drains shows them as disabled."""
+        return web.json_response(self.ctx.machinery_manager.machines.described())
+
     async def task_result(self, request):
         """Sends the result of a task, and notes that it is fetched."""
         answer = await super().task_result(request)
@@ -88,13 +92,17 @@ class HostedAPI(API):
         while self._has_tasks():
             time.sleep(POLL_INTERVAL)
         deadline = time.monotonic() + FETCH_TIMEOUT
-        while self.streamer.unfetched and time.monotonic() < deadline:
+        while self._unfetched() and time.monotonic() < deadline:
             time.sleep(POLL_INTERVAL)
-        left = sorted(self.streamer.unfetched)
+        left = self._unfetched()
         if left:
             log.error(f"The main process has not fetched results within {FETCH_TIMEOUT} s", tasks=left)
         log.warning("The node is drained, and ends")
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def _unfetched(self):
+        """Returns the tasks whose results wait for the main process. It deletes those that it does not need."""
+        return sorted(task for task in list(self.streamer.unfetched) if TaskPaths.zipped_results(task).exists())
 
     def _has_tasks(self):
         # Under this lock, Cuckoo3 ends a task and sends its state.

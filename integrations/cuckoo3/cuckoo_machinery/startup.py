@@ -34,4 +34,4 @@ def _clear(roles):
             record.claim()
     except InUse as error:
         raise StartupError(error) from error
-    record_workers(records)
+    record_workers(records, log)

@@ -5,21 +5,17 @@ task runner is a new process, in which the node's replacements have no effect. T
 object, whose class the new process imports from this module. That class replaces the client of Cuckoo3's task
 flows by the waiting one, and the thread that runs a flow by one that asks for errors of the run:
 
-    run a task ─▶ stop the machine ─▶ list: `run_errors` ─▶ run_errors.json of the task ─▶ state, zipped result
+    run a task ─▶ stop the machine ─▶ list: `run_errors`, `run_lost` ─▶ run_errors.json of the task ─▶ state, zipped result
 
 The thread writes that file before it reports the task's end, so the zipped result of a remote node has it, too.
 """
 
 from cuckoo.common import taskflow
 from cuckoo.common.clients import ActionFailedError, MachineryManagerClient, ServerResponseError
-from cuckoo.common.machines import States
 from cuckoo.node import taskrunner
 from cuckoo.node.taskrunner import TaskRunner, _FlowRunner
 
 from .connection import ANSWER_TIMEOUT, RESTART_TIMEOUT, HostError, TimedOut, ask, send
-
-# The states of a machine whose run still lasts.
-_ALIVE = (States.STARTING, States.RUNNING, States.PAUSED, States.SUSPENDED, States.RESTORED)
 
 
 class WaitingClient(MachineryManagerClient):
@@ -50,26 +46,32 @@ class WaitingClient(MachineryManagerClient):
 class HostedFlowRunner(_FlowRunner):
     """Cuckoo3's thread that runs a task, and adds the host's errors of the run to the task's own.
 
-    An error is shown in the task's report. A machine that was lost before its stop fails the task, which then has no
-    report and no score: Cuckoo3 shows the error in its place. The first error is the cause of the others.
+    An error is shown in the task's report. A run that is lost fails the task, which then has no report and no score:
+    Cuckoo3 shows the error in its place. The first error is the cause of the others.
     """
 
     def stop_machine(self):
         """Stops the machine as in Cuckoo3, and collects the errors of its run."""
-        was_alive = self._described().get("state", States.RUNNING) in _ALIVE
-        super().stop_machine()
+        if not self._holder(self._described()):
+            super().stop_machine()
         # The stop ends the capture, whose losses are known only then.
         described = self._described()
-        errors = list(described.get("run_errors", ()))
-        if described.get("locked_by", self.task.id) not in ("", self.task.id):
-            # Its errors are those of another run.
-            errors = [f"machine '{self.machine.name}': task {described['locked_by']} has locked it during the run"]
-            was_alive = False
+        errors, is_lost = list(described.get("run_errors", ())), described.get("run_lost", False)
+        holder = self._holder(described)
+        if holder:
+            # The errors are those of another run.
+            errors = [f"machine '{self.machine.name}': task {holder} has locked it during the run"]
+            is_lost = True
         for error in errors:
             self.taskflow.log.error("The run is incomplete", machine=self.machine.name, error=error)
             self.errtracker.add_error(f"The run is incomplete: {error}")
-        if errors and not was_alive and not self.errtracker.has_fatal():
+        if errors and is_lost and not self.errtracker.has_fatal():
             self.errtracker.fatal_error(f"The run was lost before the end of the task: {errors[0]}")
+
+    def _holder(self, described):
+        """Returns the other task that has the machine, whose run must not be stopped; an empty string if none has."""
+        holder = described.get("locked_by", "")
+        return "" if holder == self.task.id else holder
 
     def _described(self):
         """Returns the host's description of the machine; an empty one if there is none."""
@@ -92,8 +94,8 @@ class HostedTaskRunner(TaskRunner):
         taskrunner._FlowRunner = HostedFlowRunner
         super().start()
 
-    def stop(self):
-        """Ends the task runner. The tasks that run are cut short and have no result, so that they run again."""
+    def stop_all_taskflows(self):
+        """Cuts the tasks short, at a reset or the end of the node. They have no result, so that they run again."""
         for flow in self.active_flows:
             flow.task_success = flow.task_failed = flow.taskflow.log.close
-        super().stop()
+        super().stop_all_taskflows()

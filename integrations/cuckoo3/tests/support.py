@@ -57,7 +57,8 @@ def start_other_host(case, root):
     """Starts a host of that CWD that is not the adapter's; it ends with the test, if not earlier."""
     host = Child(find_program(), root)
     case.addCleanup(host.end)
-    case.assertTrue(host.is_ready(TIMEOUT), host.failure)
+    if not host.is_ready(TIMEOUT):
+        case.fail(host.failure())
     return host
 
 

@@ -1,5 +1,6 @@
 """Processes and sockets of a killed node are cleared, and nothing else."""
 
+import errno
 import json
 import os
 import signal
@@ -85,7 +86,8 @@ class Workers(LeftoversTest):
 
     def test_worker_is_killed_when_it_ignores_sigterm(self):
         pid = self.killed_node(STUBBORN)
-        with mock.patch.object(leftovers, "END_TIMEOUT", 1):
+        # The end by SIGKILL has a time of its own.
+        with mock.patch.object(leftovers, "END_TIMEOUT", 0.1):
             self.record().claim()
         self.assertIsNone(start_time(pid))
         self.assertIn("was killed", self.said())
@@ -111,26 +113,42 @@ class Workers(LeftoversTest):
         self.record().claim()
         self.assertIsNone(start_time(pid))
 
+    def test_record_is_read_when_a_line_is_torn_within_a_character(self):
+        pid = self.killed_node()
+        with open(self.cwd / "operational/generated/cuckoo-node-processes.jsonl", "ab") as record:
+            record.write('{"pid": 1, "name": "é'.encode()[:-1])
+        self.record().claim()
+        self.assertIsNone(start_time(pid))
+
     def test_worker_is_spared_when_another_role_starts(self):
         pid = self.killed_node()
         self.record(MAIN).claim()
         self.assertIsNotNone(start_time(pid))
 
-    def test_workers_are_recorded_when_multiprocessing_starts_them(self):
-        record = self.record()
-        record.claim()
+    def start_worker(self, record):
         patched = mock.patch.object(BaseProcess, "start", BaseProcess.start)
         patched.start()
         self.addCleanup(patched.stop)
-        leftovers.record_workers([record])
-        reader, writer = os.pipe()
-        self.addCleanup(os.close, reader)
-        worker = get_context("fork").Process(target=os.read, args=(reader, 1))
+        leftovers.record_workers([record], self.log)
+        worker = get_context("fork").Process(target=signal.pause)
         worker.start()
+        self.addCleanup(worker.join, TIMEOUT)
+        self.addCleanup(worker.terminate)
+        return worker
+
+    def test_workers_are_recorded_when_multiprocessing_starts_them(self):
+        record = self.record()
+        record.claim()
+        worker = self.start_worker(record)
         self.assertEqual([line["pid"] for line in record._recorded()], [os.getpid(), worker.pid])
-        os.close(writer)
-        worker.terminate()
-        worker.join(TIMEOUT)
+
+    def test_worker_runs_when_it_cannot_be_recorded(self):
+        record = self.record()
+        record.claim()
+        with mock.patch.object(record, "add", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            worker = self.start_worker(record)
+        self.assertTrue(worker.is_alive())
+        self.assertIn(f"Process {worker.pid} (pause) cannot be recorded", self.log.error.call_args.args[0])
 
     def test_start_time_is_none_when_the_process_has_ended(self):
         process = subprocess.Popen(["true"])
@@ -178,6 +196,20 @@ class Sockets(LeftoversTest):
         server.setblocking(False)
         with self.assertRaises(BlockingIOError, msg="the listener got a connection"):
             server.accept()
+
+    def test_claim_fails_when_a_listener_has_used_another_path(self):
+        here = os.getcwd()
+        self.addCleanup(os.chdir, here)
+        os.chdir(self.sockets)
+        server = socket.socket(socket.AF_UNIX)
+        self.addCleanup(server.close)
+        # The kernel lists this path, which means nothing in another folder.
+        server.bind("taskrunner.sock")
+        server.listen(1)
+        os.chdir(here)
+        with self.assertRaisesRegex(InUse, "A process that cannot be found still listens on .*taskrunner.sock"):
+            self.record().claim()
+        self.assertIn("taskrunner.sock", os.listdir(self.sockets))
 
 
 if __name__ == "__main__":

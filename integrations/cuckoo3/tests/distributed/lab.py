@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from cuckoo.common import startup, storage
 
+from cuckoo_machinery.connection import Client
 from tests.support import TIMEOUT
 from tests.with_cuckoo3.support import AGENT_PORT, PACKAGE, change_yaml
 from tests.with_cuckoo3.test_main import make_databases
@@ -135,6 +136,7 @@ class Node:
 
     def __init__(self, lab, name, machinery):
         self.name = name
+        self._case = lab.case
         self.network = NodeNetwork(name, len(lab.nodes) + 1, MACHINES, their_addresses=machinery == "double")
         self.root = make_cwd(lab.folder, name, [machinery])
         change_yaml(self.root / "conf" / "distributed.yaml", self._set_key)
@@ -163,11 +165,14 @@ class Node:
 
     def _start_agent(self, address):
         environment = {**os.environ, "MACHINE": address, "TMPDIR": str(self.root.parent)}
-        return self.network.run(
+        agent = self.network.run(
             [sys.executable, str(AGENT), "--again", address, str(AGENT_PORT)],
             env=environment,
             stdin=subprocess.DEVNULL,
         )
+        self._case.addCleanup(agent.wait)
+        self._case.addCleanup(agent.kill)
+        return agent
 
     def use_qemu(self, cwd):
         """Takes the analysis guests of another CWD."""
@@ -182,6 +187,12 @@ class Node:
         self.program = Program(
             self.root, "cuckoonode", "-h", self.network.address, "-p", str(API_PORT), run=self.network.run
         )
+        self._case.addCleanup(self.program.end)
+
+    @property
+    def client(self):
+        """A client of the node's host."""
+        return Client(self.root / "operational" / "sockets" / "machinerymanager.sock")
 
     def answers(self):
         """Reports whether the node's API answers."""
@@ -208,7 +219,8 @@ class Lab:
     def __init__(self, case):
         self.case = case
         self.folder = Path(tempfile.mkdtemp(prefix="machinery-lab."))
-        case.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        # After the end of all programs.
+        case.addCleanup(shutil.rmtree, self.folder)
         self.root = make_cwd(self.folder, "main", [])
         for folder in ("monitor", "signatures/cuckoo/pattern/network"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -230,6 +242,7 @@ class Lab:
     def start_main(self):
         """Starts the main process."""
         self.main = Program(self.root, "cuckoo", "--distributed")
+        self.case.addCleanup(self.main.end)
         # The scheduler writes it.
         wait_until(storage.Paths.nodeinfos_dump().exists, "the main process has started")
 

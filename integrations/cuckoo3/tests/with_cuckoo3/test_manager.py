@@ -19,9 +19,11 @@ from cuckoo.common.machines import (
 from cuckoo.common.startup import StartupError
 from cuckoo.common.storage import Paths, TaskPaths
 
+from cuckoo_machinery import machines as machines_module
 from cuckoo_machinery import manager as module
 from cuckoo_machinery.configuration import accept_all_machineries
 from cuckoo_machinery.connection import Unreachable, Refused
+from cuckoo_machinery.machines import MAX_ERRORS
 from cuckoo_machinery.manager import HostedManager, start_machinerymanager
 from tests.support import EventRecorder, start_other_host, write_machines
 from tests.with_cuckoo3.support import change_yaml, make_cuckoo_cwd, process_behind
@@ -139,6 +141,44 @@ class Machines(ManagerTest):
         machines.release(win)
         self.assertIs(machines.acquire_available(OTHER_TASK, "win"), win)
 
+    def test_machine_of_another_program_is_left_alone_when_the_lock_was_forced(self):
+        manager = self.start()
+        win = manager.machines.acquire_available(TASK, "win")
+        self.request("unlock", machine="win")
+        self.request("acquire", name="win", task_id="somebody")
+        manager.recorder.wait_for("locked", task_id="somebody")
+        manager.machines.release(win)
+        self.assertEqual((win.locked_by, manager.machines.has_tasks()), ("somebody", False))
+
+    def test_machine_is_released_once_when_the_lock_was_forced(self):
+        manager = self.start()
+        win = manager.machines.acquire_available(TASK, "win")
+        self.request("unlock", machine="win")
+        manager.recorder.wait_for("unlocked")
+        manager.machines.release(win)
+        self.assertFalse(manager.machines.has_tasks())
+        with self.assertRaisesRegex(MachineListError, "not locked"):
+            manager.machines.release(win)
+
+    def test_acquire_waits_when_the_host_restarts(self):
+        manager = self.start()
+        self.kill_host(manager)
+        self.assertEqual(manager.machines.acquire_available(TASK, "win").locked_by, TASK)
+
+    def test_machines_are_disabled_for_the_main_process_when_the_node_ends(self):
+        manager = self.start()
+        manager.stop()
+        self.assertEqual({machine["disabled"] for machine in manager.machines.described()}, {True})
+        self.assertTrue(manager.machines.get_by_name("win").available)
+
+    def test_latest_errors_are_kept_when_there_are_too_many(self):
+        manager = self.start()
+        for number in range(MAX_ERRORS + 3):
+            manager.machines.heard({"event": "run_error", "machine": "win", "task_id": TASK, "reason": str(number)})
+        errors = manager.machines.get_by_name("win").errors
+        self.assertEqual((len(errors), errors[-1]), (MAX_ERRORS, str(MAX_ERRORS + 2)))
+
+    @mock.patch.object(machines_module, "RESTART_TIMEOUT", 0)
     def test_machine_list_error_is_raised_when_the_host_refuses(self):
         manager = self.start()
         machines = manager.machines
@@ -150,7 +190,7 @@ class Machines(ManagerTest):
         manager.enable()
         machines.acquire_available(TASK, "win")
         manager.stop()
-        with self.assertRaisesRegex(MachineListError, "being stopped"):
+        with self.assertRaisesRegex(MachineListError, "drained or stopped"):
             machines.acquire_available(OTHER_TASK, "lin_1")
         manager.detach()
         manager.machines._closed = False
@@ -307,6 +347,24 @@ class Manager(ManagerTest):
         self.assertEqual(self.names(manager.machines.machines), ["new", "lin_1"])
         self.assertIs(manager.machines.get_by_name("lin_1"), lin)
         self.assertEqual(lin.ip, "10.9.9.9")
+
+    def test_all_machines_are_offered_again_when_changes_may_have_been_missed(self):
+        manager = self.start()
+
+        def after(change):
+            self.changes.clear()
+            change()
+            return sorted(message["machine"]["name"] for message in self.changes)
+
+        def restart():
+            self.kill_host(manager)
+            manager.recorder.wait_for("attached")
+
+        everything = sorted(MACHINES)
+        self.assertEqual(after(lambda: manager.heard({"event": "lagged", "count": 3})), everything)
+        self.assertEqual(after(manager.enable), everything)
+        self.assertEqual(after(restart), everything)
+        self.assertEqual(after(lambda: manager.heard({"event": "reloaded"})), [])
 
     def test_reset_raises_nothing_when_the_host_is_unreachable(self):
         manager = self.start()

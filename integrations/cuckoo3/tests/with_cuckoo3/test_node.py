@@ -8,8 +8,12 @@ import unittest
 import zipfile
 from unittest import mock
 
+from cuckoo.common.storage import TaskPaths
+from cuckoo.node.node import NodeTaskStates
+
 from cuckoo_machinery import host as module
 from cuckoo_machinery.host import Host
+from cuckoo_machinery.remote_node import HostedAPI, HostedStateSSE
 from tests.support import TIMEOUT, EventRecorder, start_other_host, wait_until_gone
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, address, make_cuckoo_cwd, process_behind
 
@@ -117,6 +121,33 @@ class TaskTest(NodeTest):
         events.wait_for(type="task_state", task_id=TASKS[1], state="task_failed")
         self.assertFalse(node.machines()["good"]["locked"])
         self.assert_nothing_is_abandoned(node, process_behind(client.path))
+
+
+class Draining(unittest.TestCase):
+    def test_node_waits_only_for_results_that_exist(self):
+        make_cuckoo_cwd(self, {"m": {}})
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1))
+        streamer = HostedStateSSE(mock.Mock())
+        api = HostedAPI(mock.Mock(), streamer)
+        with mock.patch.object(streamer, "_add_stream_data"):
+            for task in TASKS[:2]:
+                streamer.task_state(task, NodeTaskStates.TASK_DONE)
+        path = TaskPaths.zipped_results(TASKS[0])
+        path.parent.mkdir(parents=True)
+        path.touch()
+        self.assertEqual(api._unfetched(), [TASKS[0]])
+
+    def test_machines_are_disabled_for_the_main_process_when_the_node_drains(self):
+        cwd = make_cuckoo_cwd(self, {"m": {"ip": address(1)}})
+        node = Node(self, cwd)
+        node.wait_until_it_answers()
+        main_process = node.events()
+        # The node waits for this task's end, which needs the agent.
+        self.assertEqual(node.start_task(TASKS[0], "m")[0], 200)
+        self.assertFalse(node.machines()["m"]["disabled"])
+        node.process.send_signal(signal.SIGUSR1)
+        main_process.wait_for(type="machine_disabled", machine_name="m")
+        self.assertTrue(node.machines()["m"]["disabled"])
 
 
 class Lifecycle(NodeTest):

@@ -10,14 +10,15 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest import mock
 
-from cuckoo.common.clients import APIBadRequestError, ClientError
+from cuckoo.common.clients import APIBadRequestError, APIError, ClientError
 from cuckoo.common.machines import Machine, MachinesList
 from cuckoo.common.route import Routes
 from cuckoo.nodeclient import NodeClientLoop
 
 from cuckoo_machinery import node_api, nodes, scheduling
-from cuckoo_machinery.node_api import EventStream, HostedNodeAPI, NodeAway
-from cuckoo_machinery.nodes import HostedNodeClient
+from cuckoo_machinery.node_api import EventStream, HostedNodeAPI, MachineRefused, NodeAway
+from cuckoo_machinery.nodes import HostedNodeClient, make_remote_node_clients
+from cuckoo_machinery.offers import HOST_IS_AWAY
 from cuckoo_machinery.scheduling import MAX_RUNS, Changes, HostedStartableTask
 from tests.support import TIMEOUT
 
@@ -35,6 +36,10 @@ class FakeStream:
         self._on_end = on_end
         self._ended = None
         self.stopped = False
+
+    @property
+    def has_ended(self):
+        return self._ended.is_set()
 
     async def open(self):
         self._ended = asyncio.Event()
@@ -61,6 +66,7 @@ def fake_api():
     api.is_new.return_value = True
     api.machine_list = mock.Mock(return_value=machines)
     api.available_routes = mock.Mock(return_value=Routes([]))
+    api.read_machines.side_effect = machines.copy().to_dictlist
     return api
 
 
@@ -69,14 +75,15 @@ class NodeTest(unittest.TestCase):
         self.api = fake_api()
         self.ctx = SimpleNamespace(scheduler=mock.Mock(), state_controller=mock.Mock(), nodes=mock.Mock())
         for name, value in {"RETRY_INTERVAL": 0, "FETCH_INTERVAL": 0}.items():
-            patched = mock.patch.object(nodes, name, value)
-            patched.start()
-            self.addCleanup(patched.stop)
+            self.patch(nodes, name, value)
         patched = mock.patch.dict(scheduling._lost_runs, clear=True)
         patched.start()
         self.addCleanup(patched.stop)
         self.fetch = mock.AsyncMock()
-        patched = mock.patch.object(nodes.ResultRetrieverClient, "retrieve_result", self.fetch)
+        self.patch(nodes.ResultRetrieverClient, "retrieve_result", self.fetch)
+
+    def patch(self, place, name, value):
+        patched = mock.patch.object(place, name, value)
         patched.start()
         self.addCleanup(patched.stop)
 
@@ -87,6 +94,7 @@ class NodeTest(unittest.TestCase):
             loop = asyncio.get_running_loop()
             node = HostedNodeClient(self.ctx, self.api, NodeClientLoop(loop))
             node.events = FakeStream(node._event_read_end)
+            self.node = node
             await node.connect()
             self.assertTrue(node.ready)
             await asyncio.wait_for(act(node), TIMEOUT)
@@ -151,6 +159,48 @@ class Losing(NodeTest):
 
         self.run_with_node(act)
 
+    def lose_and_restore_before(self, error):
+        """Returns a request during which the node is lost and restored, and which fails afterwards."""
+
+        async def request(*_):
+            await self.node.events.close()
+            await self.wait_for_restore(self.node)
+            raise error
+
+        return request
+
+    def test_task_does_not_fail_when_its_lost_node_has_taken_it(self):
+        self.api.upload_taskwork.side_effect = self.lose_and_restore_before(APIError("status 500"))
+
+        async def act(node):
+            task = self.assign(node)
+            await self.start(node, task)
+            self.assert_waits_again(task)
+
+        self.run_with_node(act)
+
+    def test_new_connection_stays_when_a_request_of_an_earlier_one_fails(self):
+        self.api.upload_taskwork.side_effect = self.lose_and_restore_before(NodeAway("no answer"))
+
+        async def act(node):
+            await self.start(node, self.assign(node))
+            self.assertFalse(node.events.has_ended)
+            self.assertTrue(node.ready)
+
+        self.run_with_node(act)
+
+    def test_new_connection_stays_when_an_earlier_result_cannot_be_fetched(self):
+        self.fetch.side_effect = ClientError("connection refused")
+        self.api.expect_answer.side_effect = self.lose_and_restore_before(NodeAway("no answer"))
+
+        async def act(node):
+            task = self.assign(node)
+            await node._task_done(TASK)
+            self.assert_waits_again(task)
+            self.assertFalse(node.events.has_ended)
+
+        self.run_with_node(act)
+
     def test_task_fails_when_it_has_lost_its_node_too_often(self):
         async def act(node):
             for _ in range(MAX_RUNS):
@@ -176,17 +226,70 @@ class Losing(NodeTest):
 
 
 class Refusing(NodeTest):
-    def test_task_waits_again_when_the_node_does_not_give_the_machine(self):
-        self.api.start_task.side_effect = APIBadRequestError("not available")
+    def offered(self, **keys):
+        """Returns the description of the node's machines."""
+        return [{**machine().to_dict(), **keys}]
+
+    def test_task_waits_again_when_somebody_else_has_the_machine(self):
+        self.api.start_task.side_effect = MachineRefused("Machine m is not available")
+        self.api.read_machines.side_effect = [self.offered(locked=True, locked_by="somebody")]
 
         async def act(node):
             task = self.assign(node)
             await self.start(node, task)
             self.assert_waits_again(task)
             self.assertTrue(node.ready)
-            self.assertIn("not available", task.machine.disable_reason)
+            self.assertEqual(node.machines.available_count, 0)
+            # The end of the other lock makes it available again.
+            await node._on_event({"type": "machine_offered", "machine": self.offered()[0]})
+            self.assertEqual(node.machines.available_count, 1)
 
         self.run_with_node(act)
+
+    def test_machine_stays_available_when_the_node_offers_it_again(self):
+        self.api.start_task.side_effect = MachineRefused(f"Failed to acquire machine m. {HOST_IS_AWAY}")
+
+        async def act(node):
+            for _ in range(MAX_RUNS + 1):
+                await self.start(node, self.assign(node))
+                self.assertEqual(node.machines.available_count, 1)
+            self.ctx.state_controller.task_failed.assert_not_called()
+            self.assertEqual(self.ctx.scheduler.requeue_task.call_count, MAX_RUNS + 1)
+
+        self.run_with_node(act)
+
+    def test_change_during_the_list_is_applied_after_it(self):
+        self.api.start_task.side_effect = MachineRefused("Machine m is not available")
+
+        async def act(node):
+            async def read():
+                await node._on_event({"type": "machine_offered", "machine": self.offered()[0]})
+                return self.offered(locked=True, locked_by="somebody")
+
+            self.api.read_machines.side_effect = read
+            await self.start(node, self.assign(node))
+            self.assertEqual(node.machines.available_count, 1)
+
+        self.run_with_node(act)
+
+    def assert_only_the_task_fails_after(self, refusal):
+        self.api.start_task.side_effect = refusal
+
+        async def act(node):
+            task = self.assign(node)
+            with mock.patch.object(task.errtracker, "to_file"), mock.patch("cuckoo.scheduler.TaskPaths"):
+                await self.start(node, task)
+            self.ctx.scheduler.requeue_task.assert_not_called()
+            self.ctx.state_controller.task_failed.assert_called_once()
+            self.assertEqual(node.machines.available_count, 1)
+
+        self.run_with_node(act)
+
+    def test_only_the_task_fails_when_the_node_refuses_it(self):
+        self.assert_only_the_task_fails_after(APIBadRequestError("Task cannot be started: Invalid task json"))
+
+    def test_only_the_task_fails_when_the_machine_is_refused_for_good(self):
+        self.assert_only_the_task_fails_after(MachineRefused("Failed to acquire machine m. The path is not allowed"))
 
     def test_upload_is_repeated_when_the_node_has_files_of_the_task(self):
         self.api.upload_taskwork.side_effect = [APIBadRequestError("exists"), None]
@@ -241,10 +344,29 @@ class Finishing(NodeTest):
         self.run_with_node(act)
 
 
+class Starting(NodeTest):
+    def test_main_process_starts_when_the_first_node_is_ready(self):
+        slow = fake_api()
+        slow.name = "slow"
+        slow.is_new.return_value = False
+        reset = slow.a_reset.side_effect = mock.AsyncMock(side_effect=asyncio.Event().wait)
+        self.patch(nodes, "EventStream", lambda _api, _on_event, on_end: FakeStream(on_end))
+        self.patch(nodes.shutdown, "register_shutdown", mock.Mock())
+        (first, second), wrapper = make_remote_node_clients(self.ctx, [slow, self.api])
+        try:
+            self.assertFalse(first.ready)
+            self.assertTrue(second.ready)
+            reset.assert_awaited_once()
+        finally:
+            wrapper.stop()
+            wrapper.start()
+
+
 @contextmanager
 def server(answer):
     """Runs an HTTP server whose requests `answer` handles; yields its address."""
-    handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *_: None})
+    methods = {"do_GET": answer, "do_POST": answer, "log_message": lambda *_: None}
+    handler = type("Handler", (http.server.BaseHTTPRequestHandler,), methods)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
         thread = threading.Thread(target=listener.serve_forever)
         thread.start()
@@ -279,7 +401,8 @@ class Requests(unittest.TestCase):
             on_end.assert_awaited_once()
             ended.set()
 
-        with server(answer) as url, mock.patch.object(node_api, "SILENCE_TIMEOUT", 0.2):
+        # The limit also holds for the first event, which a busy computer sends late.
+        with server(answer) as url, mock.patch.object(node_api, "SILENCE_TIMEOUT", 5):
             asyncio.run(read(url))
         self.assertEqual(received, [{"type": "x"}])
 
@@ -295,6 +418,55 @@ class Requests(unittest.TestCase):
             with self.assertRaises(ClientError):
                 HostedNodeAPI(url, "key", "node").download_result(TASK, path)
             self.assertFalse(path.exists())
+
+
+    def test_download_fails_when_the_disk_is_full(self):
+        def answer(handler):
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.write(b"x" * 100_000)
+
+        with server(answer) as url, TemporaryDirectory() as folder:
+            path = Path(folder, "result.zip")
+            Path(f"{path}.partial").symlink_to("/dev/full")
+            with self.assertRaisesRegex(ClientError, "No space left"):
+                HostedNodeAPI(url, "key", "node").download_result(TASK, path)
+            self.assertEqual(list(Path(folder).iterdir()), [])
+
+    def test_upload_may_take_longer_than_other_requests(self):
+        may_answer = threading.Event()
+        self.addCleanup(may_answer.set)
+
+        def answer(handler):
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+            may_answer.wait(TIMEOUT)
+            handler.send_response(200)
+            handler.end_headers()
+
+        async def upload(url, path):
+            uploading = asyncio.ensure_future(HostedNodeAPI(url, "key", "node").upload_taskwork(path))
+            # The default limit passes meanwhile.
+            await asyncio.wait([uploading], timeout=0.5)
+            may_answer.set()
+            await asyncio.wait_for(uploading, TIMEOUT)
+
+        default = node_api.aiohttp.ClientTimeout(total=0.1)
+        with mock.patch("aiohttp.client.DEFAULT_TIMEOUT", default), server(answer) as url:
+            with TemporaryDirectory() as folder:
+                path = Path(folder, "work.zip")
+                path.write_bytes(b"zip")
+                asyncio.run(upload(url, path))
+
+    def test_refusal_of_a_machine_is_recognized(self):
+        def answer(handler):
+            handler.rfile.read(int(handler.headers["Content-Length"]))
+            handler.send_response(400)
+            handler.end_headers()
+            handler.wfile.write(b'{"error": "Task cannot be started: Machine m is not available"}')
+
+        with server(answer) as url, self.assertRaises(MachineRefused) as caught:
+            asyncio.run(HostedNodeAPI(url, "key", "node").start_task(TASK, "m"))
+        self.assertEqual(caught.exception.reason, "Task cannot be started: Machine m is not available")
 
 
 class Scheduling(unittest.TestCase):

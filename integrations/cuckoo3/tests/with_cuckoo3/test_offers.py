@@ -5,6 +5,7 @@ import threading
 import time
 import unittest
 from types import SimpleNamespace
+from unittest import mock
 
 from cuckoo.common.machines import Machine, MachinesList
 from cuckoo.common.route import Routes
@@ -12,7 +13,7 @@ from cuckoo.common.storage import TaskPaths
 from cuckoo.node.node import Node as CuckooNode
 from cuckoo.node.node import NodeError
 
-from cuckoo_machinery import offers
+from cuckoo_machinery import machines, offers
 from cuckoo_machinery.connection import Client
 from cuckoo_machinery.manager import HostedManager
 from tests.support import TIMEOUT, write_machines
@@ -22,6 +23,7 @@ try:
     from cuckoo.nodeclient import NodeActionError, NodeClientLoop, NodeUnavailableError
     from cuckoo.scheduler import NodesTracker
 
+    from cuckoo_machinery import localnode, nodes
     from cuckoo_machinery.localnode import HostedLocalNodeClient, HostedStreamReceiver
     from cuckoo_machinery.node_api import HostedNodeAPI
     from cuckoo_machinery.nodes import HostedNodeClient
@@ -76,11 +78,39 @@ class Messages(unittest.TestCase):
         self.machines[0].disabled = False
         self.assertEqual(self.update(), [("machine_offered", "m")])
 
+    def test_all_machines_are_sent_again_when_changes_may_have_been_missed(self):
+        self.offers.repeat()
+        del self.machines[1]
+        self.assertEqual(self.update(), [("machine_offered", "m"), ("machine_removed", "n")])
+        self.assertEqual(self.update(), [])
+
+    def test_message_has_no_errors(self):
+        self.machines[0].errors = ["an error"]
+        self.machines[0].reserve("somebody")
+        self.offers.update(self.machines, lambda _: False)
+        self.assertEqual([message["machine"]["errors"] for message in self.sent], [[]])
+
     def test_message_is_sent_when_a_reload_adds_changes_or_removes(self):
         self.machines[:] = [machine("n", tags={"b", "a"}), machine("o", disabled=True)]
         self.assertEqual(sorted(self.update()), [("machine_offered", "o"), ("machine_removed", "m")])
         self.machines[0] = machine("n", tags={"a"})
         self.assertEqual(self.update(), [("machine_offered", "n")])
+
+
+class Refusals(unittest.TestCase):
+    """The reasons of a node that refuses a machine or a task."""
+
+    def test_refusal_of_a_machine_differs_from_that_of_a_task(self):
+        for reason, is_refusal, is_passing in (
+            ("Task cannot be started: Machine m is not available", True, True),
+            ("Machine m is not available", True, True),
+            (f"Failed to acquire machine m. {offers.HOST_IS_AWAY}. No machinery host answers", True, True),
+            ("Task cannot be started: Failed to acquire machine m. 'Machine with name m does not exist'", True, False),
+            ("Task cannot be started: Invalid or non-existing task json for task id x. Failed", False, False),
+            ("Task cannot be started: Task x is already tracked", False, False),
+        ):
+            with self.subTest(reason):
+                self.assertEqual((offers.is_refusal(reason), offers.is_passing(reason)), (is_refusal, is_passing))
 
 
 class Lists(unittest.TestCase):
@@ -93,7 +123,7 @@ class Lists(unittest.TestCase):
         self.machines.clear_updated()
 
     def follow(self, kind, **keys):
-        offers.follow(self.machines, {"type": kind, **keys}, lambda task_id: task_id == TASK)
+        offers.apply_message(self.machines, {"type": kind, **keys}, lambda task_id: task_id == TASK)
         self.assertTrue(self.machines.updated)
 
     def offer(self, described):
@@ -240,6 +270,20 @@ class Local(ClientTest):
         self.request("unlock", machine="m")
         self.wait_for("m", "n")
 
+    @mock.patch.object(localnode, "RETRY_INTERVAL", 0)
+    @mock.patch.object(machines, "RESTART_TIMEOUT", 0)
+    def test_task_waits_again_when_the_host_takes_none(self):
+        self.start_client()
+        add_task(self.cwd, TASK, folder="analyses")
+        for change in (lambda: self.request("disable"), self.manager.detach):
+            change()
+            startable = self.startable("m")
+            with self.assertRaises(NodeUnavailableError):
+                self.node.add_task(startable)
+            self.assertFalse(self.node.assigned_tasks.have_task(TASK))
+            startable.close()
+        self.wait_for("m", "n")
+
     def test_task_fails_when_the_node_cannot_start_it(self):
         self.start_client()
         add_task(self.cwd, TASK, folder="analyses")
@@ -271,8 +315,38 @@ class Remote(ClientTest):
         self.wait_for("n")
         self.request("unlock", machine="m")
 
+    def start_task(self, startable):
+        """Starts a task whose files are on the node."""
+        with mock.patch.object(self.node.client, "upload_taskwork", mock.AsyncMock()):
+            started = self.node._upload_and_start(mock.MagicMock(), startable)
+            asyncio.run_coroutine_threadsafe(started, self.node.loop_wrapper.loop).result(TIMEOUT)
+
     def test_main_process_follows_a_remote_node(self):
         self.follow_changes()
+
+    @mock.patch.object(nodes, "RETRY_INTERVAL", 0)
+    def test_machine_is_used_again_when_the_manager_was_disabled(self):
+        self.wait_for("m", "n")
+        add_task(self.cwd, TASK)
+        self.request("disable")
+        startable = self.startable("m")
+        self.node.assigned_tasks.track_assigned(startable)
+        self.start_task(startable)
+        self.assertEqual(self.requeued, [TASK])
+        self.request("enable")
+        self.wait_for("m", "n")
+
+    def test_only_the_task_fails_when_the_node_cannot_start_it(self):
+        self.wait_for("m", "n")
+        add_task(self.cwd, TASK)
+        (self.cwd / "storage/nodework/20260101/ABCDEF/task_1/task.json").write_text("{}")
+        startable = self.startable("m")
+        startable.fail = mock.Mock(side_effect=lambda _: startable.close())
+        self.node.assigned_tasks.track_assigned(startable)
+        self.start_task(startable)
+        self.assertIn("task json", startable.fail.call_args.args[0])
+        self.assertEqual(self.requeued, [])
+        self.wait_for("m", "n")
 
     def test_task_waits_again_when_another_program_was_faster(self):
         self.wait_for("m", "n")
@@ -280,7 +354,7 @@ class Remote(ClientTest):
         startable = self.startable("m")
         self.node.assigned_tasks.track_assigned(startable)
         self.request("acquire", name="m", task_id="somebody")
-        asyncio.run_coroutine_threadsafe(self.node._start(startable), self.node.loop_wrapper.loop).result(TIMEOUT)
+        self.start_task(startable)
         self.assertEqual(self.requeued, [TASK])
         self.assertFalse(self.node.assigned_tasks.have_task(TASK))
         self.wait_for("n")

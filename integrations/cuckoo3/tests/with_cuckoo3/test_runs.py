@@ -18,10 +18,10 @@ from cuckoo.node.taskflow import StandardTask
 
 from cuckoo_machinery import taskrunner
 from cuckoo_machinery.connection import Client, Refused
-from cuckoo_machinery.offers import made
+from cuckoo_machinery.offers import make_machine
 from cuckoo_machinery.taskrunner import HostedFlowRunner, HostedTaskRunner, WaitingClient
-from tests.support import start_other_host
-from tests.with_cuckoo3.support import AGENT_PORT, Agent, add_task, address, make_cuckoo_cwd
+from tests.support import machines_yaml, start_other_host
+from tests.with_cuckoo3.support import AGENT_PORT, Agent, add_task, address, change_yaml, make_cuckoo_cwd
 
 TASK, OTHER_TASK = "20260101-ABCDEF_1", "20260101-ABCDEG_1"
 
@@ -40,11 +40,14 @@ class RunTest(unittest.TestCase):
         self.cwd = make_cuckoo_cwd(
             self,
             {
-                "m": {"ip": address(1), "agent_port": AGENT_PORT},
+                "m": {"ip": address(1), "agent_port": AGENT_PORT, "faults": "{screenshot: panic}"},
                 "short": {"ip": address(2), "agent_port": AGENT_PORT, "poweroff_after_ms": 100},
-                "strange": {"ip": address(3), "agent_port": AGENT_PORT, "faults": "{screenshot: panic}"},
             },
         )
+        # A guest of this machinery powers itself off as one of QEMU does.
+        guest = {"ip": address(3), "agent_port": AGENT_PORT, "poweroff_after_ms": 100, "snapshot": 1}
+        (self.cwd / "conf" / "machineries" / "example.yaml").write_text(machines_yaml({"guest": guest}))
+        change_yaml(self.cwd / "conf" / "cuckoo.yaml", lambda values: values.update(machineries=["double", "example"]))
         add_task(self.cwd, TASK, folder="analyses")
         self.host = start_other_host(self, self.cwd)
         self.client = Client(self.cwd / "operational/sockets/machinerymanager.sock")
@@ -60,7 +63,7 @@ class RunTest(unittest.TestCase):
 
     def run_task(self, payload, machine="m"):
         """Runs a task, and returns its end and its errors."""
-        machine = made(self.client.request("acquire", task_id=TASK, name=machine)["machine"])
+        machine = make_machine(self.client.request("acquire", task_id=TASK, name=machine)["machine"])
         server = SimpleNamespace(socket_path="none")
         runner = HostedFlowRunner(Flow, TASK, TASK.split("_")[0], machine, server)
         runner.analysis.settings.timeout = 0
@@ -83,7 +86,13 @@ class Runs(RunTest):
         self.assertEqual(self.run_task(lambda: None), ("done", None))
 
     def test_task_has_no_errors_when_its_guest_powers_itself_off(self):
-        self.assertEqual(self.run_task(lambda: self.client.request("acpi_stop", machine="m")), ("done", None))
+        events = self.client.subscribe()
+        self.addCleanup(events.close)
+
+        def wait_for_end():
+            next(e for e in events if e["event"] == "state" and (e["machine"], e["state"]) == ("guest", "poweroff"))
+
+        self.assertEqual(self.run_task(wait_for_end, "guest"), ("done", None))
 
     def test_task_fails_with_the_reason_when_its_machine_is_lost(self):
         events = self.client.subscribe()
@@ -113,19 +122,32 @@ class Runs(RunTest):
 
         def disable():
             with self.assertRaises(Refused):
-                self.client.request("screenshot", machine="strange", path=path)
-            self.assertEqual(self.client.request("state", machine="strange")["state"], "running")
+                self.client.request("screenshot", machine="m", path=path)
+            self.assertEqual(self.client.request("state", machine="m")["state"], "running")
 
-        end, errors = self.run_task(disable, "strange")
+        end, errors = self.run_task(disable)
         self.assertEqual((end, errors["fatal"]), ("done", []))
         self.assertIn("screenshot", errors["errors"][0])
+
+    def test_task_is_done_with_the_error_when_its_incomplete_run_has_ended(self):
+        def disable_and_stop():
+            with self.assertRaises(Refused):
+                path = str(self.cwd / "storage" / "picture.png")
+                self.client.request("screenshot", machine="m", path=path)
+            self.client.request("stop", machine="m")
+
+        end, errors = self.run_task(disable_and_stop)
+        self.assertEqual((end, errors["fatal"]), ("done", []))
 
     def test_task_fails_when_another_task_has_its_machine(self):
         def take_it():
             self.client.request("unlock", machine="m")
             self.client.request("acquire", name="m", task_id=OTHER_TASK)
+            self.client.request("restore_start", machine="m")
 
         end, errors = self.run_task(take_it)
+        # The run is that task's.
+        self.assertEqual(self.client.request("state", machine="m")["state"], "running")
         self.assertEqual(end, "failed")
         self.assertIn(f"task {OTHER_TASK} has locked it", errors["fatal"][0]["error"])
 
@@ -137,6 +159,16 @@ class Runs(RunTest):
 
 
 class Process(unittest.TestCase):
+    def test_tasks_have_no_result_when_a_reset_cuts_them_short(self):
+        runner = HostedTaskRunner("sock", None)
+        flow = mock.Mock(spec=HostedFlowRunner, task=mock.Mock(), taskflow=mock.Mock())
+        runner.active_flows.append(flow)
+        runner.socks_readers = {"sock": mock.Mock()}
+        runner.handle_message("sock", {"action": "stopall"})
+        flow.stop.assert_called_once_with()
+        for end in (flow.task_success, flow.task_failed):
+            self.assertIs(end, flow.taskflow.log.close)
+
     def test_task_runner_process_uses_the_flow_runner(self):
         self.addCleanup(setattr, cuckoo_taskrunner, "_FlowRunner", cuckoo_taskrunner._FlowRunner)
         with mock.patch.object(cuckoo_taskrunner.TaskRunner, "start"):
