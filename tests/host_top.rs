@@ -83,7 +83,7 @@ fn machines_change_on_the_screen_when_they_change() {
     assert_eq!(client.act("restore_start", "m4").unwrap()["success"], false);
     let row = wait_for_row(&mut top, "m4", &["quarantine", "1"]);
     assert!(!row.contains("running"), "{row}");
-    top.wait_for_words("100 machines, 1 on, 1 locked, 1 disabled, 1 in quarantine").unwrap();
+    top.wait_for_words("100 machines, 1 on, 1 locked, 1 disabled, 1 quarantined").unwrap();
 }
 
 #[test]
