@@ -167,7 +167,7 @@ pub fn machine(machine: &Machine, consoles: &Path) -> Value {
         "agent_port": info.agent_port,
         "mac_address": info.mac_address,
         "jail": info.jail,
-        "console": console_socket(machine, consoles).ok(),
+        "console": info.console.then(|| console_socket(machine, consoles).ok()).flatten(),
         "machinery_name": machine.machinery.name,
         "state": status.state,
         "locked": availability.lock.is_some(),
