@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// The arguments and the expected exit code of a command that needs arguments, or that a running host refuses. All
 /// others run without arguments, and succeed. A command that ends the host is last.
-const SPECIAL: [(&str, &[&str], i32); 20] = [
+const SPECIAL: [(&str, &[&str], i32); 24] = [
     ("serve", &[], 2),
     ("clean", &[], 1),
     ("state", &["m"], 0),
@@ -26,6 +26,10 @@ const SPECIAL: [(&str, &[&str], i32); 20] = [
     ("enable-machine", &["m"], 0),
     ("unlock", &["m"], 1),
     ("import-vmcloak", &["none"], 1),
+    ("import-libvirt", &["--dsn", "none:///"], 1),
+    ("import-cape", &["none"], 1),
+    ("console", &["m"], 1),
+    ("wall", &[], 1),
     ("export-cape", &[], 0),
     ("conformance", &["--list"], 0),
     ("manual", &["share"], 0),

@@ -86,7 +86,7 @@ impl Dispatcher {
             Request::List => {
                 let roster = self.manager.roster();
                 let slot = self.outbox.large_slot(MACHINE + roster.machines().len() * 1024).await;
-                slot.fill(reply::list(&roster, self.manager.consoles()), id.as_ref());
+                slot.send(reply::list_line(&roster, self.manager.consoles(), id.as_ref()));
             }
             Request::Version => self.version(id).await,
             Request::Metrics => self.metrics(id).await,

@@ -107,7 +107,8 @@ impl ReplySlot {
         self.send(reply::line(reply, id));
     }
 
-    fn send(mut self, line: Vec<u8>) {
+    /// Sends a line.
+    pub fn send(mut self, line: Vec<u8>) {
         self.share.resize(line.len());
         // The client may have left.
         let _ = self.lines.send(OutboundLine { line, _share: self.share });

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use machinery::{Error, State};
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::actions::metrics::Metrics;
@@ -101,10 +102,30 @@ pub fn reloaded(reloaded: Result<ReloadSummary, Error>) -> Value {
     }
 }
 
-/// The reply to `list`.
-pub fn list(roster: &Roster, consoles: &Path) -> Value {
-    let machines: Vec<Value> = roster.machines().iter().map(|one| machine(one, consoles)).collect();
-    json!({"success": true, "machines": machines})
+/// The reply to `list`. Its machines become text one after the other: the values of a large fleet are many times longer.
+#[derive(Serialize)]
+struct List<'a> {
+    success: bool,
+    #[serde(serialize_with = "write_machines")]
+    machines: (&'a Roster, &'a Path),
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a Value>,
+}
+
+fn write_machines<S: Serializer>(
+    (roster, consoles): &(&Roster, &Path),
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(roster.machines().iter().map(|one| machine(one, consoles)))
+}
+
+/// Returns the line of the reply to `list`, with the request's `id` if it had one.
+pub fn list_line(roster: &Roster, consoles: &Path, id: Option<&Value>) -> Vec<u8> {
+    let list = List { success: true, machines: (roster, consoles), id };
+    // Values of JSON are always written.
+    let mut line = serde_json::to_vec(&list).unwrap_or_default();
+    line.push(b'\n');
+    line
 }
 
 /// The reply to `version`.
