@@ -1,7 +1,7 @@
 //! The replies and events of the protocol, as JSON.
 //!
 //! Some words of the protocol have new names since 0.2. Replies and events have both names in this release, so
-//! that older clients go on working: see [`with_old_words`].
+//! that older clients go on working: see `with_old_words`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
