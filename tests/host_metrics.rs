@@ -264,11 +264,16 @@ fn until(is_so: impl Fn() -> bool) {
 
 #[test]
 fn host_serves_when_the_address_is_taken() {
-    let (_first, _cwd, address) = served(&[("m", "")]);
+    let (first, _cwd, address) = served(&[("m", "")]);
     let second = cwd(&[("m", "")], &format!("metrics_listen: {address}\n"));
     let host = RunningHost::start(&second).unwrap();
     host.wait_for_log(&["the metrics are not served"]).unwrap();
     assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap()["success"], true);
+    scrape(address);
+    // The program that has the port ends, and a reload is another try.
+    drop(first);
+    host.client().unwrap().ask(json!({"action": "reload"})).unwrap();
+    host.wait_for_log(&["metrics are served"]).unwrap();
     scrape(address);
 }
 

@@ -12,18 +12,24 @@ use axum::routing::get;
 use hyper::StatusCode;
 use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap};
 use tokio::net::TcpListener;
+use tokio::sync::watch::Receiver;
 
 use super::page::{Format, Page};
+use crate::actions::context::ActionSettings;
 use crate::http::{self, Limits};
 
 const LIMITS: Limits = Limits { connections: 16, connection_timeout: Some(Duration::from_secs(10)) };
 
-/// Serves the metrics at that address, until it is dropped.
-pub async fn serve(address: SocketAddr, page: &Arc<Page>) {
-    let listener = match TcpListener::bind(address).await {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%address, %error, "the metrics are not served: correct `metrics_listen`, or end the program that uses the port, and reload");
+/// Serves the metrics at that address, until it is dropped. Each reload is another try where they are not served.
+pub async fn serve(address: SocketAddr, page: &Arc<Page>, mut reloads: Receiver<ActionSettings>) {
+    let listener = loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => break listener,
+            Err(error) => {
+                tracing::error!(%address, %error, "the metrics are not served: correct `metrics_listen`, or end the program that uses the port, and reload")
+            }
+        }
+        if reloads.changed().await.is_err() {
             return pending().await;
         }
     };

@@ -19,9 +19,11 @@ use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch::Receiver;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::actions::context::ActionSettings;
 use crate::config::Export;
 use crate::manager::Manager;
 use page::Page;
@@ -36,8 +38,9 @@ pub async fn run(manager: Arc<Manager>) {
     let page = Arc::new(Page::new(Arc::clone(&manager)));
     loop {
         let export = settings.borrow_and_update().export.clone();
+        let reloads = settings.clone();
         let goes_on = tokio::select! {
-            () = serve(&page, &export) => true,
+            () = serve(&page, &export, reloads) => true,
             // A reload that changes nothing here interrupts no reader.
             changed = settings.wait_for(|settings| settings.export != export) => changed.is_ok(),
             // The sender lives as long as the manager.
@@ -59,10 +62,10 @@ pub async fn end(exporter: JoinHandle<()>) {
 }
 
 /// Exports to these places until it is dropped.
-async fn serve(page: &Arc<Page>, export: &Export) {
+async fn serve(page: &Arc<Page>, export: &Export, reloads: Receiver<ActionSettings>) {
     let http = async {
         match export.listen {
-            Some(address) => http::serve(address, page).await,
+            Some(address) => http::serve(address, page, reloads).await,
             None => pending().await,
         }
     };
