@@ -4,7 +4,9 @@ import os
 import queue
 import select
 import shutil
+import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -51,6 +53,18 @@ def make_cwd(case, machines=None):
 def write_machines(root, machines, more=""):
     """Writes double.yaml."""
     (root / "conf" / "machineries" / "double.yaml").write_text(machines_yaml(machines, more))
+
+
+def end_program(process, output):
+    """Ends a program by SIGTERM, and kills its process group after a timeout. Returns its exit code."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise AssertionError(f"{process.args} did not end:\n{output()}") from None
 
 
 def start_other_host(case, root):

@@ -16,7 +16,7 @@ import yaml
 from cuckoo.common import startup, storage
 
 from cuckoo_machinery.connection import Client
-from tests.support import TIMEOUT
+from tests.support import TIMEOUT, end_program
 from tests.with_cuckoo3.support import AGENT_PORT, PACKAGE, change_yaml
 from tests.with_cuckoo3.test_main import make_databases
 
@@ -125,6 +125,11 @@ class Program:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+    def end(self):
+        """Ends the program, and returns its exit code."""
+        self._output.close()
+        return end_program(self.process, self.output)
 
     def output(self):
         """Returns the end of the output of all programs on this CWD."""

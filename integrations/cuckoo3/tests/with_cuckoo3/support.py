@@ -4,7 +4,6 @@ import json
 import os
 import queue
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -21,7 +20,7 @@ import yaml
 from cuckoo.common import startup, storage
 from cuckoo.common.strictcontainer import Analysis, Settings, SubmittedURL, TargetURL, Task
 
-from tests.support import TIMEOUT, write_machines
+from tests.support import TIMEOUT, end_program, write_machines
 
 PACKAGE = Path(__file__).resolve().parents[2]
 PORT = 8090
@@ -128,15 +127,8 @@ class Node:
         case.addCleanup(self.end)
 
     def end(self):
-        """Ends the node by SIGTERM; kills its process group after a timeout."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            raise AssertionError(f"the node did not end:\n{self.output()}") from None
+        """Ends the node, and returns its exit code."""
+        return end_program(self.process, self.output)
 
     def output(self):
         """Returns the node's output."""
