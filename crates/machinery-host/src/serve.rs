@@ -28,6 +28,7 @@ use std::time::Duration;
 use machinery::{Error, Result};
 use tokio::signal::unix::{Signal, SignalKind};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::actions::adoption::{leave_foreign_runs_alone, resume_runs};
 use crate::actions::context::ActionContext;
@@ -50,7 +51,7 @@ use crate::manager::Manager;
 use crate::manager::replacement::Replacement;
 use crate::plugin::search::PluginSearch;
 use crate::reload::Reloader;
-use crate::server::consoles::{self, Consoles};
+use crate::server::consoles::Consoles;
 use crate::server::listener;
 use crate::server::peers::Peers;
 use crate::service_manager::{self, Loading};
@@ -61,6 +62,8 @@ use signals::{Asked, EarlySignals, EndSignals, Hangup, listen};
 /// The maximum number of calls into plugins at a time. In effect there is no limit: a thread starts only for a call,
 /// and a machine has three calls at most, its action, a query of its state, and the cancellation of a preparation.
 const MAX_CALLS: usize = 1 << 16;
+/// The time in which the exporter, the consoles and the wall remove their files and sockets when the host ends.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The end of a host that has served.
 #[derive(Debug)]
@@ -121,7 +124,8 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         let consoles = tokio::spawn(Consoles::open(&manager, &peers).serve());
         let wall = tokio::spawn(wall::run(Arc::clone(&manager), Arc::clone(&peers), cwd.clone()));
         let ended = serve(cwd, &peers, manager, loading, inherited, end).await;
-        tokio::join!(exporter::end(exporter), consoles::end(consoles), wall::end(wall));
+        // A file or a socket on a disk that hangs is left.
+        let _ = timeout(REMOVAL_TIMEOUT, async { tokio::join!(exporter, consoles, wall) }).await;
         ended
     });
     // A plugin's call that never returns must not delay the end.

@@ -17,19 +17,13 @@ mod textfile;
 
 use std::future::pending;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::watch::Receiver;
-use tokio::task::JoinHandle;
-use tokio::time::timeout;
 
 use crate::actions::context::ActionSettings;
 use crate::config::Export;
 use crate::manager::Manager;
 use page::Page;
-
-/// The time that the exporter has to remove its file when the host ends.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Exports the metrics until the host ends.
 pub async fn run(manager: Arc<Manager>) {
@@ -53,12 +47,6 @@ pub async fn run(manager: Arc<Manager>) {
             return;
         }
     }
-}
-
-/// Waits for the end of the exporter of a host that has ended.
-pub async fn end(exporter: JoinHandle<()>) {
-    // A file on a disk that hangs is left.
-    let _ = timeout(END_TIMEOUT, exporter).await;
 }
 
 /// Exports to these places until it is dropped.

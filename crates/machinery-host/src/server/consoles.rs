@@ -22,8 +22,8 @@ use machinery::{Error, Result};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{sleep, timeout};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use super::listener;
 use super::peers::Peers;
@@ -35,14 +35,6 @@ use crate::manager::console::console_socket;
 
 /// The pause after a connection could not be accepted.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// The time that the sockets have to be removed when the host ends.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Waits for the end of the consoles of a host that has ended.
-pub async fn end(consoles: JoinHandle<()>) {
-    // A folder on a disk that hangs is left.
-    let _ = timeout(END_TIMEOUT, consoles).await;
-}
 
 /// Waits for a reload.
 async fn reloaded(events: &mut Receiver<Event>) {

@@ -36,14 +36,12 @@ pub use token::login_url;
 use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use machinery::{Error, Result};
 use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, block_in_place};
-use tokio::time::timeout;
+use tokio::task::block_in_place;
 
 use crate::actions::context::ActionSettings;
 use crate::config::{Listen, Wall};
@@ -59,8 +57,6 @@ use shared::Shared;
 use token::Token;
 
 const LIMITS: Limits = Limits { connections: 128, connection_timeout: None };
-/// The time that the wall has to remove its socket when the host ends.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The folder of Debian's package `novnc`.
 const NOVNC: &str = "/usr/share/novnc";
@@ -118,12 +114,6 @@ async fn reloaded(
 
 fn cookie_of(token: &Result<Option<Token>>) -> Option<String> {
     Some(token.as_ref().ok()?.as_ref()?.cookie().to_owned())
-}
-
-/// Waits for the end of the wall of a host that has ended.
-pub async fn end(wall: JoinHandle<()>) {
-    // A socket on a disk that hangs is left.
-    let _ = timeout(END_TIMEOUT, wall).await;
 }
 
 /// Returns the path of the token.
