@@ -530,6 +530,9 @@ fn helper_of_qemu_cleans_up_when_its_qemu_is_ended() {
     };
     let mut host = lab.host().unwrap();
     let mut client = host.client().unwrap();
+    // The host makes the next standby by itself only for a machine that no task has.
+    let lock_of_task = json!({"action": "lock", "machine": "m", "task_id": "t"});
+    assert_eq!(client.ask(lock_of_task).unwrap()["success"], true);
     for action in ["stop", "restore_start", "stop"] {
         assert_eq!(client.act("prepare", "m").unwrap(), good());
         assert!(lock.exists() && pidfile.exists(), "there is no standby");
