@@ -3,7 +3,14 @@
 use crate::packages::{Need, VERSION, install_missing};
 use crate::run::Result;
 
-const NEEDS: [Need; 3] = [
+const NEEDS: [Need; 4] = [
+    Need {
+        what: "git",
+        program: "git",
+        args: VERSION,
+        packages: &["git"],
+        why: "knows the files and the date of a release",
+    },
     Need {
         what: "debhelper",
         program: "dh",
