@@ -28,8 +28,8 @@ use std::path::PathBuf;
 
 use self::files::{make_folder, scratch_in};
 use self::release::{PLUGINS, Release};
-use crate::{fresh, install};
 use crate::run::{Context, Result};
+use crate::{fresh, install};
 
 /// Options of `cargo xtask package`.
 #[derive(clap::Args)]

@@ -28,7 +28,8 @@ pub fn show_when_asked(folder: &Path, picture: PathBuf) -> Result<()> {
     output(Command::new("mkfifo").args([&asked, &seen]))?;
     // A script that ends before it asks leaves the thread to the end of this process.
     thread::spawn(move || {
-        let shown = read(&asked).and_then(|address| show(address.trim(), &picture, |state| write(&seen, state)));
+        let shown =
+            read(&asked).and_then(|address| show(address.trim(), &picture, |state| write(&seen, state)));
         if let Err(failure) = shown {
             let _ = write(&seen, &failure.to_string());
         }
