@@ -43,7 +43,6 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use crate::actions::context::ActionSettings;
 use crate::config::{Listen, Wall};
 use crate::cwd::Cwd;
 use crate::http::{self, Limits};
@@ -63,10 +62,10 @@ const NOVNC: &str = "/usr/share/novnc";
 
 /// Serves the wall until the host ends.
 pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
-    let mut settings = manager.queues().context().watch_settings();
+    let mut reloads = manager.queues().context().reloads();
     let mut ended = manager.ended().subscribe();
     loop {
-        let wall = settings.borrow_and_update().wall.clone();
+        let wall = reloads.settings().wall;
         let file = token_file(&wall, &cwd);
         let token = match &wall.listen {
             Some(Listen::Address(_)) => block_in_place(|| Token::open(&file)).map(Some),
@@ -82,7 +81,7 @@ pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
         };
         let goes_on = tokio::select! {
             () = serve(&manager, &peers, &wall, token) => true,
-            goes_on = reloaded(&mut settings, |settings| !is_same(&settings.wall)) => goes_on,
+            () = reloads.next(|settings| !is_same(&settings.wall)) => true,
             // The sender lives as long as the manager.
             _ = ended.wait_for(|ended| *ended) => false,
         };
@@ -92,22 +91,6 @@ pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
         }
         if !goes_on {
             return;
-        }
-    }
-}
-
-/// Waits for a reload after which the condition holds. Returns false if there are no more reloads.
-async fn reloaded(
-    settings: &mut watch::Receiver<ActionSettings>,
-    is_it: impl Fn(&ActionSettings) -> bool,
-) -> bool {
-    loop {
-        if settings.changed().await.is_err() {
-            return false;
-        }
-        let new = settings.borrow_and_update().clone();
-        if is_it(&new) {
-            return true;
         }
     }
 }
