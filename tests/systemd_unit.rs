@@ -73,6 +73,7 @@ fn cleanup_is_confined_as_the_host_and_starts_when_no_host_follows() {
         "TimeoutStopSec",
         "TasksMax",
         "OOMPolicy",
+        "OOMScoreAdjust",
         "Delegate",
     ];
     let of_the_cleanup = ["Type", "ExecCondition", "ExecStart"];

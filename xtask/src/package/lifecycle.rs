@@ -18,8 +18,8 @@ use super::files::{copy, read, write};
 use super::release::Release;
 use super::{needs, newer, wall};
 use crate::fresh::{self, Root};
-use crate::packages;
 use crate::run::{CHECKOUT, Result, step, step_as};
+use crate::system_packages;
 
 /// The folder of the packages and the scripts in the root.
 const PACKAGES: &str = "/root/packages";
@@ -31,7 +31,7 @@ const MACHINES: &str = "/srv/vms";
 pub fn run(made: &[PathBuf], out: &Path, debian: fresh::Release) -> Result<()> {
     needs::ensure_for_tests()?;
     lint(made)?;
-    packages::ensure()?;
+    system_packages::ensure()?;
     let release = Release::of_checkout()?;
     let (version, newer) = newer::make(out)?;
     let root = Root::new(debian.name())?;

@@ -52,6 +52,7 @@ pub fn main() -> ! {
         _ => (logging::Format::Human, verbosity - 1),
     };
     logging::start(format, verbosity);
+    output::be_quiet_on_closed_pipes();
     exit::start_guard();
     // Printing to a closed pipe panics. The panic must not look like a plugin's exit.
     let code = catch_unwind(AssertUnwindSafe(|| match run(&cli) {
