@@ -12,6 +12,7 @@
 //!
 //! | file | content |
 //! | --- | --- |
+//! | `check` | the checks that need no running host |
 //! | `token` | the secret of those who may look, and their cookie |
 //! | `guard` | the rules for each request |
 //! | `routes` | the requests |
@@ -22,6 +23,7 @@
 //! | `view` | a machine as the page reads it |
 //! | `page/` | the page itself |
 
+mod check;
 mod console;
 mod feed;
 mod guard;
@@ -31,6 +33,7 @@ mod shared;
 mod token;
 mod view;
 
+pub use check::check;
 pub use token::login_url;
 
 use std::future::pending;
