@@ -73,7 +73,8 @@ pub fn main() -> ! {
 /// Prints the help, or a wrong usage, and ends the process.
 fn refuse(error: &clap::Error) -> ! {
     if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
-        output::error(&Error::configuration(error.to_string()), true);
+        let text = error.to_string();
+        output::error(&Error::configuration(text.strip_prefix("error: ").unwrap_or(&text)), true);
         exit::end(ExitCode::from(2));
     }
     error.exit()

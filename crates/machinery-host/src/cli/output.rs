@@ -207,7 +207,8 @@ pub fn reloaded(answer: &Value, json: bool) {
     let kinds =
         [("added", ""), ("changed", ""), ("removed", ""), ("deferred", " (in use: applies once it is idle)")];
     for key in texts("settings") {
-        println!("changed   {key}: the next actions use it");
+        let is_at_once = key.starts_with("web_") || key.starts_with("metrics_");
+        println!("changed   {key}: {}", if is_at_once { "applied" } else { "the next actions use it" });
     }
     let mut nothing = texts("settings").is_empty();
     for (kind, when) in kinds {
