@@ -1,5 +1,5 @@
-//! What the host has and the programs that it starts do not: a raised limit of open files, and the protection of its unit
-//! when memory runs out.
+//! What the host has and the programs that it starts do not: a raised limit of open files, and the `OOMScoreAdjust=` of its
+//! unit.
 
 use std::ffi::CStr;
 use std::fs;
@@ -12,10 +12,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// The limit that the host was started with; set once the host has raised its own limit.
 static ORIGINAL: OnceLock<Rlimit> = OnceLock::new();
 
-/// Set if the kernel prefers other processes to the host when memory runs out.
-static PROTECTED: OnceLock<()> = OnceLock::new();
+/// Set if the host has an adjustment of its own.
+static ADJUSTED: OnceLock<()> = OnceLock::new();
 
-/// A process's own adjustment of that choice. Source: proc(5).
+/// The adjustment of the kernel's choice when memory runs out. Source: proc(5).
 const OOM_SCORE_ADJ: &CStr = c"/proc/self/oom_score_adj";
 
 /// Raises the host's limit.
@@ -29,8 +29,8 @@ pub fn raise_file_limit() {
         return;
     }
     let adjustment = fs::read_to_string(OOM_SCORE_ADJ.to_string_lossy().as_ref());
-    if adjustment.is_ok_and(|adjustment| adjustment.starts_with('-')) {
-        let _ = PROTECTED.set(());
+    if adjustment.is_ok_and(|adjustment| adjustment.trim() != "0") {
+        let _ = ADJUSTED.set(());
     }
     // SAFETY: `restore_all` is a function of this program, which exists for as long as the process. The function
     // runs in a forked child, so it may only do what is async-signal-safe. It reads values that never
@@ -52,10 +52,10 @@ pub fn restore_file_limit() {
 
 extern "C" fn restore_all() {
     restore();
-    if PROTECTED.get().is_some()
+    if ADJUSTED.get().is_some()
         && let Ok(file) = open(OOM_SCORE_ADJ, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
     {
-        // A guest is the process to end.
+        // A guest has no part in the host's. Where the kernel refuses, it keeps it.
         let _ = write(&file, b"0");
     }
 }

@@ -5,8 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use machinery::{Error, Report, Result};
 
-use super::token::Token;
-use super::token_file;
+use super::token::{Token, token_file};
 use crate::config::{Config, Listen};
 use crate::cwd::Cwd;
 use crate::server::listener::expect_replaceable;

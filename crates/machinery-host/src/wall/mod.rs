@@ -34,10 +34,10 @@ mod token;
 mod view;
 
 pub use check::check;
-pub use token::login_url;
+pub use token::{login_url, token_file};
 
 use std::future::pending;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -100,11 +100,6 @@ pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
 
 fn cookie_of(token: &Result<Option<Token>>) -> Option<String> {
     Some(token.as_ref().ok()?.as_ref()?.cookie().to_owned())
-}
-
-/// Returns the path of the token.
-pub fn token_file(wall: &Wall, cwd: &Cwd) -> PathBuf {
-    wall.token_file.clone().unwrap_or_else(|| cwd.wall_token())
 }
 
 /// Serves the wall as configured until it is dropped.
