@@ -1,5 +1,4 @@
-//! What the host has and the programs that it starts do not: a raised limit of open files, and the `OOMScoreAdjust=` of its
-//! unit.
+//! The host's own limit of open files and `OOMScoreAdjust=`. The programs that it starts have neither.
 
 use std::ffi::CStr;
 use std::fs;
