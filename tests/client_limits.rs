@@ -4,18 +4,16 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::thread;
-use std::time::{Duration, Instant};
 
 use machinery_testkit::client::{self, Client};
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::random::Rng;
 use machinery_testkit::scratch::ScratchCwd;
+use machinery_testkit::wait::wait_until;
 use serde_json::{Value, json};
 
 /// The maximum length of a line.
 const LONGEST: usize = 1024 * 1024;
-
-const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn success() -> Value {
     json!({"success": true})
@@ -45,14 +43,6 @@ impl Served {
 fn assert_served(client: &mut Client, machine: &str) {
     for action in ["restore_start", "state", "stop"] {
         assert_eq!(client.act(action, machine).unwrap()["success"], true, "{action}");
-    }
-}
-
-/// Repeats a question until it is true, where no event shows that.
-fn soon(mut is_so: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < TIMEOUT, "not within {TIMEOUT:?}");
     }
 }
 
@@ -142,7 +132,7 @@ fn crowd(served: &Served, normal: &mut Client, empty: usize) {
     assert_eq!(normal.ask(json!({"action": "shutdown_all"})).unwrap(), success());
     drop((unread, halves, long, polite));
     // No event shows when the host has noticed.
-    soon(|| {
+    wait_until("files are open", || {
         assert_served(normal, "m4");
         served.host.resources().unwrap().files <= empty + 8
     });
@@ -158,7 +148,7 @@ fn wait_idle_is_cancelled_when_its_client_disconnects() {
         client.send(&json!({"action": "wait_idle"})).unwrap();
     }
     // No event shows when the host has noticed; the machine is busy all the time.
-    soon(|| {
+    wait_until("files are open", || {
         assert_eq!(normal.act("state", "m0").unwrap()["state"], "starting");
         served.host.resources().unwrap().files <= before.files + 8
     });
@@ -233,7 +223,7 @@ fn lock_is_kept_when_its_client_disconnects() {
     drop(client);
     let mut other = served.clients(1).remove(0);
     // No event shows when the host has read the request.
-    soon(|| other.machine("m0").unwrap()["locked"] == true);
+    wait_until("the machine is not locked", || other.machine("m0").unwrap()["locked"] == true);
     let answer = other.ask(json!({"action": "lock", "machine": "m0", "task_id": "other"})).unwrap();
     assert!(answer["reason"].as_str().unwrap().contains("locked by: t"), "{answer}");
 }

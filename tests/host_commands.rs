@@ -3,8 +3,10 @@
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
 
-use std::process;
+use std::io;
+use std::process::{self, Command};
 
+use machinery_testkit::artifacts;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::lab::Lab;
@@ -28,6 +30,20 @@ fn status_has_the_process_its_starter_and_its_machines() {
     let status = host::run(&cwd, &["--json", "status"]).unwrap().stdout;
     let status: Value = serde_json::from_str(&status).unwrap();
     assert_eq!((&status["pid"], &status["machines"]["on"]), (&json!(host.pid()), &json!(1)));
+}
+
+#[test]
+fn print_ends_quietly_when_its_reader_has_closed_the_pipe() {
+    let folder = artifacts::folder().unwrap();
+    for (program, arguments) in
+        [("cuckoo-machinery", ["conformance", "--list"]), ("xtask", ["prose", "--counts"])]
+    {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(folder.join(program));
+        let ran = command.args(arguments).stdout(writer).output().unwrap();
+        assert!(!ran.status.success() && ran.stderr.is_empty(), "{program}: {ran:?}");
+    }
 }
 
 #[test]

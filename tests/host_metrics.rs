@@ -9,12 +9,12 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::prometheus::promtool;
 use machinery_testkit::scratch::ScratchCwd;
+use machinery_testkit::wait::wait_until;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -141,7 +141,7 @@ fn waiting_requests_and_restores_are_counted_while_another_restore_has_the_permi
         let requests = value(&page, r#"cuckoo_machinery_waiting_requests{machinery="double"}"#);
         (value(&page, "cuckoo_machinery_waiting_restores"), requests)
     };
-    until(|| counts() == (1.0, 2.0));
+    wait_until("the counts are others", || counts() == (1.0, 2.0));
     (0..4).for_each(|_| assert_eq!(client.next_message().unwrap()["success"], true));
     assert_eq!(counts(), (0.0, 0.0));
 }
@@ -163,7 +163,8 @@ fn losses_of_a_tasks_run_are_counted() {
 #[test]
 fn hypervisor_is_down_when_it_does_not_answer() {
     let (_host, _cwd, address) = served(&[("m", "faults: {state: fail}")]);
-    until(|| value(&scrape(address), r#"cuckoo_machinery_hypervisor_up{machinery="double"}"#) == 0.0);
+    let up = r#"cuckoo_machinery_hypervisor_up{machinery="double"}"#;
+    wait_until("the hypervisor is up", || value(&scrape(address), up) == 0.0);
 }
 
 #[test]
@@ -225,10 +226,13 @@ fn reload_moves_the_endpoint_and_the_file() {
     let mut client = host.client().unwrap();
     let answer = client.ask(json!({"action": "reload"})).unwrap();
     assert_eq!(answer["settings"], json!(["metrics_listen", "metrics_textfile"]), "{answer}");
-    until(|| file.exists() && TcpStream::connect(first).is_err());
+    wait_until("the file is missing, or the port is open", || {
+        file.exists() && TcpStream::connect(first).is_err()
+    });
     cwd.host_yaml("metrics_listen: 127.0.0.1:0\n").unwrap();
     client.ask(json!({"action": "reload"})).unwrap();
-    until(|| !file.exists() && host.log().matches("metrics are served").count() == 2);
+    let served = || host.log().matches("metrics are served").count();
+    wait_until("the file remains, or no port is open", || !file.exists() && served() == 2);
     scrape(address(&host));
     cwd.host_yaml("metrics_listen: here\n").unwrap();
     let answer = client.ask(json!({"action": "reload"})).unwrap();
@@ -253,15 +257,6 @@ fn reload_interrupts_no_reader_when_it_changes_nothing_of_the_metrics() {
     assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
 }
 
-/// Waits for a change of files or ports, for which there is no event.
-fn until(is_so: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < READ_TIMEOUT, "it has not happened");
-        thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn host_serves_when_the_address_is_taken() {
     let (first, _cwd, address) = served(&[("m", "")]);
@@ -283,10 +278,11 @@ fn file_is_what_promtool_accepts_and_ends_with_the_host() {
     let file = folder.path().join("cuckoo.prom");
     let cwd = cwd(&[("m", "")], &format!("metrics_textfile: {}\n", file.display()));
     let mut host = RunningHost::start(&cwd).unwrap();
-    until(|| file.exists());
+    wait_until("there is no file", || file.exists());
     assert_eq!(check(&["check", "metrics"], &[], &fs::read_to_string(&file).unwrap()), "");
     host.client().unwrap().act("restore_start", "m").unwrap();
-    until(|| fs::read_to_string(&file).unwrap().contains(r#"action="restore_start""#));
+    let restored = || fs::read_to_string(&file).unwrap().contains(r#"action="restore_start""#);
+    wait_until("the file has no restore", restored);
     host.signal(Signal::TERM).unwrap();
     assert!(host.wait().unwrap().success());
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);

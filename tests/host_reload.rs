@@ -294,6 +294,9 @@ fn reload_names_changed_settings_when_no_machine_has_changed() {
     cwd.host_yaml("timeouts: {stop: 7}\n").unwrap();
     let ran = host::run(&cwd, &["reload"]).unwrap();
     assert!(ran.stdout.contains("nothing has changed"), "{ran:?}");
+    cwd.host_yaml("timeouts: {stop: 7}\nweb_listen: 127.0.0.1:0\n").unwrap();
+    let ran = host::run(&cwd, &["reload"]).unwrap();
+    assert_eq!(ran.stdout, "changed   web_listen: applied\n", "{ran:?}");
 }
 
 #[test]

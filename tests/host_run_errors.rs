@@ -3,15 +3,13 @@
 // Clippy's own exemption for tests leaves out their helpers.
 #![allow(clippy::unwrap_used)]
 
-use std::thread;
-use std::time::{Duration, Instant};
-
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::snapshot::SnapshotFormat;
+use machinery_testkit::wait::wait_until;
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -144,11 +142,7 @@ fn run_has_no_error_after_the_hosts_next_start_when_its_guest_had_powered_itself
     subscriber.wait_for_state("m", "poweroff").unwrap();
     // The host notices the end of the run on disk as well, for which there is no event.
     let mark = cwd.root().join("operational/generated/machinery-host/machines.runs/m");
-    let begun = Instant::now();
-    while mark.exists() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "the mark of the run is left");
-        thread::sleep(Duration::from_millis(10));
-    }
+    wait_until("the mark of the run is left", || !mark.exists());
     host.kill().unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let machine = host.client().unwrap().machine("m").unwrap();

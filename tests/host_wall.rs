@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use machinery_testkit::client::raise_file_limit;
 use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::scratch::ScratchCwd;
+use machinery_testkit::wait::wait_until;
 use serde_json::{Value, json};
 
 /// The limit of a read. A connection that the host should close must not hang the test.
@@ -67,6 +68,13 @@ fn address(host: &RunningHost) -> SocketAddr {
 }
 
 impl Wall {
+    /// Waits until the host has served the wall that many times.
+    #[track_caller]
+    fn wait_until_served(&self, times: usize) {
+        let served = || self.host.log().matches("the wall is served").count();
+        wait_until("the wall is not served again", || served() == times);
+    }
+
     fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(READ_TIMEOUT)).unwrap();
@@ -527,11 +535,11 @@ fn reload_moves_the_wall_and_ends_all_pages_of_an_old_token() {
     fs::write(&file, "a-token-of-the-operators-own-12345\n").unwrap();
     let mut client = wall.host.client().unwrap();
     client.ask(json!({"action": "reload"})).unwrap();
-    until(|| wall.host.log().matches("the wall is served").count() == 2);
+    wall.wait_until_served(2);
     wall.cwd.host_yaml("web_listen: 127.0.0.1:0\nweb_actions: true\n").unwrap();
     let answer = client.ask(json!({"action": "reload"})).unwrap();
     assert_eq!(answer["settings"], json!(["web_actions"]), "{answer}");
-    until(|| wall.host.log().matches("the wall is served").count() == 3);
+    wall.wait_until_served(3);
     // The stream ends in the middle, or after a last event.
     let _ = events.0.read_to_end(&mut Vec::new());
     wall.address = address(&wall.host);
@@ -541,20 +549,11 @@ fn reload_moves_the_wall_and_ends_all_pages_of_an_old_token() {
     assert_eq!(wall.ask("POST /machines/m/stop").status(), "200");
     wall.cwd.host_yaml("").unwrap();
     client.ask(json!({"action": "reload"})).unwrap();
-    until(|| TcpStream::connect(wall.address).is_err());
+    wait_until("the port is open", || TcpStream::connect(wall.address).is_err());
     for (keys, key) in [("web_listen: here\n", "web_listen"), ("web_origins: [wall.lab]\n", "web_origins")] {
         wall.cwd.host_yaml(keys).unwrap();
         let answer = client.ask(json!({"action": "reload"})).unwrap();
         assert!(answer["reason"].as_str().unwrap().contains(key), "{answer}");
-    }
-}
-
-/// Waits for a change of files or ports, for which there is no event.
-fn until(is_so: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < READ_TIMEOUT, "it has not happened");
-        thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -587,7 +586,7 @@ fn socket_needs_no_token_and_ends_with_the_host() {
     let mut host = RunningHost::start(&cwd).unwrap();
     host.wait_for_log(&["the wall is not served", "is no socket"]).unwrap();
     host.client().unwrap().ask(json!({"action": "reload"})).unwrap();
-    until(|| host.log().matches("the wall is not served").count() == 2);
+    wait_until("it is not tried again", || host.log().matches("the wall is not served").count() == 2);
     assert_eq!(fs::read_to_string(&path).unwrap(), "somebody's file");
     fs::remove_file(&path).unwrap();
     host.client().unwrap().ask(json!({"action": "reload"})).unwrap();

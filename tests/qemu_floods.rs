@@ -5,16 +5,16 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::Guest;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::Lab;
 use machinery_testkit::snapshot::SnapshotFormat;
+use machinery_testkit::wait::wait_until;
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(120);
 /// The memory by which the host may grow, in KiB.
 const GROWTH: usize = 50 * 1024;
 
@@ -73,12 +73,7 @@ impl Flood {
     fn whole(&self) {
         let started = self.host.client().unwrap().act("norestore_start", "m").unwrap();
         assert_eq!(started, json!({"success": true}));
-        let begun = Instant::now();
-        // Nothing reports the end of a flood.
-        while !self.done.exists() {
-            assert!(begun.elapsed() < SOON, "the flood does not end");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        wait_until("the flood does not end", || self.done.exists());
     }
 
     /// Starts and ends the other machine, so that the memory of a first run does not count.

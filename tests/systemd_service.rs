@@ -249,9 +249,14 @@ fn handover() -> String {
 
 #[test]
 fn guest_outlives_a_crash_and_ends_when_the_service_stops() {
-    let Some(systemd) = Systemd::boot("") else { return };
+    // A value that systemd may set without CAP_SYS_RESOURCE, which a container lacks.
+    let Some(systemd) = Systemd::boot("OOMScoreAdjust=300") else { return };
     let qemu = systemd.run();
     systemd.expect_limits(qemu);
+    // The adjustment is the host's alone.
+    let host = systemd.command(&["cat", &format!("/proc/{}/oom_score_adj", systemd.property("MainPID"))]);
+    assert_eq!(host.stdout, b"300\n", "{host:?}");
+    assert_eq!(fs::read_to_string(format!("/proc/{}/oom_score_adj", qemu.as_raw_nonzero())).unwrap(), "0\n");
     for _ in 0..2 {
         let before = systemd.property("MainPID");
         systemd.kill();

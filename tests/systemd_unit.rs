@@ -73,6 +73,7 @@ fn cleanup_is_confined_as_the_host_and_starts_when_no_host_follows() {
         "TimeoutStopSec",
         "TasksMax",
         "OOMPolicy",
+        "OOMScoreAdjust",
         "Delegate",
     ];
     let of_the_cleanup = ["Type", "ExecCondition", "ExecStart"];
@@ -85,10 +86,12 @@ fn cleanup_is_confined_as_the_host_and_starts_when_no_host_follows() {
 }
 
 #[test]
-fn unit_has_a_watchdog_that_restarts_the_host() {
+fn unit_has_a_watchdog_that_restarts_the_host_and_spares_it_when_memory_runs_out() {
     let lines: Vec<&str> = UNIT.lines().collect();
     // `on-failure` includes the watchdog. Source: systemd.service(5).
-    for setting in ["Type=notify", "NotifyAccess=main", "WatchdogSec=60", "Restart=on-failure"] {
+    for setting in
+        ["Type=notify", "NotifyAccess=main", "WatchdogSec=60", "Restart=on-failure", "OOMScoreAdjust=-500"]
+    {
         assert!(lines.contains(&setting), "{setting}");
     }
 }

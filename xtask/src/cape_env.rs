@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::packages;
 use crate::run::{CHECKOUT, Context, Result, step};
+use crate::system_packages;
 
 /// The list of packages, within the checkout.
 const REQUIREMENTS: &str = "integrations/cape/tests/requirements.txt";
@@ -23,7 +23,7 @@ pub struct Options {
 
 /// Makes the environment, or completes it.
 pub fn run(options: &Options) -> Result<()> {
-    packages::ensure_for_cape()?;
+    system_packages::ensure_for_cape()?;
     let folder = std::path::absolute(&options.dir).context(|| "the folder of the environment".to_owned())?;
     let python = folder.join("bin/python");
     step(Command::new(&options.python).args(["-m", "venv"]).arg(&folder))?;

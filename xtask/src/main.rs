@@ -1,6 +1,6 @@
 //! `cargo xtask`: the tasks of developers and CI.
 //!
-//! Each task works on a bare computer: it installs system packages ([`packages`]), builds, and then does its
+//! Each task works on a bare computer: it installs system packages ([`system_packages`]), builds, and then does its
 //! work. It shows every command that it runs, and exits with the code of the one that failed.
 
 mod backports;
@@ -14,12 +14,12 @@ mod fresh;
 mod install;
 mod leftovers;
 mod package;
-mod packages;
 mod process;
 mod prose;
 mod run;
 mod skips;
 mod soak;
+mod system_packages;
 mod test;
 mod tracked;
 
@@ -56,6 +56,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    run::be_quiet_on_closed_pipes();
     let result = match Task::parse() {
         Task::Test(options) => test::run(&options),
         Task::Demo(options) => demo::run(&options),

@@ -6,6 +6,7 @@
 use std::env;
 use std::fmt::{self, Display};
 use std::os::unix::process::ExitStatusExt;
+use std::panic;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus};
 
@@ -80,6 +81,17 @@ pub fn cargo<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
 /// Returns cargo's arguments for a task of this program.
 pub fn xtask_arguments<'a>(task: &[&'a str]) -> Vec<&'a str> {
     [&["xtask"], task].concat()
+}
+
+/// Keeps the panic of a print quiet whose reader has closed the pipe, such as `head`: it has read enough.
+pub fn be_quiet_on_closed_pipes() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        if !message.starts_with("failed printing to stdout: Broken pipe") {
+            report(panic);
+        }
+    }));
 }
 
 /// Reports progress on standard error, beside results on standard output.

@@ -9,7 +9,7 @@ use crate::leftovers::RunMarker;
 use crate::prose;
 use crate::run::{Result, cargo, step, succeeds};
 use crate::skips::Skips;
-use crate::{package, packages};
+use crate::{package, system_packages};
 
 /// Options of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -26,7 +26,7 @@ pub struct Options {
 
 /// Runs all checks and tests.
 pub fn run(options: &Options) -> Result<()> {
-    packages::ensure()?;
+    system_packages::ensure()?;
     package::needs::ensure()?;
     let backports = if options.backports { Some(Backports::new()?) } else { None };
     if !selects_tests(&options.args) {

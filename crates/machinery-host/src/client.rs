@@ -30,6 +30,11 @@ impl Client {
     /// No host answers.
     pub fn connect(socket: &Path) -> Result<Self> {
         let failed = |error: std::io::Error| {
+            if error.kind() == std::io::ErrorKind::PermissionDenied {
+                return Error::environment(format!("this user may not use {}", socket.display())).advice(
+                    "Run as root or as the host's user, or join the group that `socket_group` names in machinery-host.yaml",
+                );
+            }
             Error::environment(format!("no machinery host answers on {}: {error}", socket.display()))
                 .advice("Start one with `cuckoo-machinery serve`, or give the right CWD with --cwd")
         };

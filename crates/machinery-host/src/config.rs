@@ -1,6 +1,7 @@
 //! The configuration of the host: a few keys of Cuckoo's `cuckoo.yaml`, and `machinery-host.yaml`.
 
 mod export;
+mod place;
 mod timeouts;
 mod wall;
 

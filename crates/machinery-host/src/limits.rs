@@ -1,11 +1,21 @@
-//! The limit of open files: raised for the host, and unchanged for every program that the host starts.
+//! The host's own limit of open files and `OOMScoreAdjust=`. The programs that it starts have neither.
 
+use std::ffi::CStr;
+use std::fs;
 use std::sync::OnceLock;
 
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::write;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The limit that the host was started with; set once the host has raised its own limit.
 static ORIGINAL: OnceLock<Rlimit> = OnceLock::new();
+
+/// Set if the host has an adjustment of its own.
+static ADJUSTED: OnceLock<()> = OnceLock::new();
+
+/// The adjustment of the kernel's choice when memory runs out. Source: proc(5).
+const OOM_SCORE_ADJ: &CStr = c"/proc/self/oom_score_adj";
 
 /// Raises the host's limit.
 ///
@@ -17,10 +27,14 @@ pub fn raise_file_limit() {
     if ORIGINAL.set(original).is_err() {
         return;
     }
-    // SAFETY: `restore` is a function of this program, which exists for as long as the process. The function
-    // runs in a forked child, so it may only do what is async-signal-safe. It reads a value that never
-    // changes again, and makes one system call.
-    if unsafe { libc::pthread_atfork(None, None, Some(restore)) } != 0 {
+    let adjustment = fs::read_to_string(OOM_SCORE_ADJ.to_string_lossy().as_ref());
+    if adjustment.is_ok_and(|adjustment| adjustment.trim() != "0") {
+        let _ = ADJUSTED.set(());
+    }
+    // SAFETY: `restore_all` is a function of this program, which exists for as long as the process. The function
+    // runs in a forked child, so it may only do what is async-signal-safe. It reads values that never
+    // change again, and makes system calls.
+    if unsafe { libc::pthread_atfork(None, None, Some(restore_all)) } != 0 {
         tracing::warn!("the limit of open files stays as it is: out of memory");
         return;
     }
@@ -35,7 +49,17 @@ pub fn restore_file_limit() {
     restore();
 }
 
-extern "C" fn restore() {
+extern "C" fn restore_all() {
+    restore();
+    if ADJUSTED.get().is_some()
+        && let Ok(file) = open(OOM_SCORE_ADJ, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+    {
+        // A guest has no part in the host's. Where the kernel refuses, it keeps it.
+        let _ = write(&file, b"0");
+    }
+}
+
+fn restore() {
     if let Some(original) = ORIGINAL.get() {
         // The child is about to execute another program, so it cannot report an error.
         let _ = setrlimit(Resource::Nofile, *original);

@@ -19,6 +19,7 @@
 //! - [`terminal`]: a program in a terminal, its screen and its keys.
 //! - [`viewer`]: a viewer of a machine's console.
 //! - [`trace`]: the system calls of a program.
+//! - [`wait`]: waits for what no event reports.
 //! - [`artifacts`], [`separate_build`]: the results of this build, and builds outside of the workspace.
 
 pub mod artifacts;
@@ -48,6 +49,7 @@ pub mod terminal;
 pub mod trace;
 mod version;
 pub mod viewer;
+pub mod wait;
 
 pub use error::{Error, Result};
 pub use machinery_conformance as conformance;

@@ -16,10 +16,10 @@ machinery host at run time. It changes no file of Cuckoo3, and affects no progra
 | `machines`      | Cuckoo3's list of machines, as a mirror of the host's      | yes           |
 | `manager`       | the node's machinery manager, on the host                  | yes           |
 | `offers`        | the machines that a node offers to the main process        | yes           |
-| `localnode`     | a main process that follows its own node                   | yes           |
-| `remote_node`   | a node of a main process elsewhere, and its drain          | yes           |
-| `node_api`      | requests of a main process to remote nodes, with timeouts  | yes           |
-| `nodes`         | a main process that loses no task of a lost node           | yes           |
+| `local_client`  | a main process that follows its own node                   | yes           |
+| `node_service`  | a node of a main process elsewhere, and its drain          | yes           |
+| `node_requests` | requests of a main process to remote nodes, with timeouts  | yes           |
+| `remote_client` | a main process that loses no task of a lost node           | yes           |
 | `scheduling`    | its scheduler                                              | yes           |
 | `taskrunner`    | a task runner that waits for answers, and reads run errors | yes           |
 | `startup`       | the start of Cuckoo3, after leftovers are cleared          | yes           |

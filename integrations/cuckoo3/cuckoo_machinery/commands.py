@@ -12,12 +12,12 @@ They run Cuckoo3's `cuckoonode` and `cuckoo` with the same arguments, after repl
 | `cuckoo.startup.start_processing_handler`       | uses `workers.HostedWorkReceiver`              |
 | `cuckoo.startup.start_cuckoo`                   | `startup.clearing_first`                       |
 | `cuckoo.startup.start_cuckoo_controller`        | `startup.clearing_first`                       |
-| `cuckoo.nodeclient.LocalStreamReceiver`         | `localnode.HostedStreamReceiver`               |
-| `cuckoo.nodeclient.LocalNodeClient`             | `localnode.HostedLocalNodeClient`              |
-| `cuckoo.node.webapi.API`, `StateSSE`            | `remote_node.HostedAPI`, `HostedStateSSE`      |
-| `cuckoo.node.control.TaskResultZipper`          | `remote_node.HostedResultZipper`               |
-| `cuckoo.startup.make_node_api_clients`          | `nodes.make_node_api_clients`                  |
-| `cuckoo.startup.make_remote_node_clients`       | `nodes.make_remote_node_clients`               |
+| `cuckoo.nodeclient.LocalStreamReceiver`         | `local_client.HostedStreamReceiver`            |
+| `cuckoo.nodeclient.LocalNodeClient`             | `local_client.HostedLocalNodeClient`           |
+| `cuckoo.node.webapi.API`, `StateSSE`            | `node_service.HostedAPI`, `HostedStateSSE`     |
+| `cuckoo.node.control.TaskResultZipper`          | `node_service.HostedResultZipper`              |
+| `cuckoo.startup.make_node_api_clients`          | `remote_client.make_node_api_clients`          |
+| `cuckoo.startup.make_remote_node_clients`       | `remote_client.make_remote_node_clients`       |
 | `cuckoo.scheduler.StartableTask`, `Scheduler`   | `scheduling.HostedStartableTask` and so on     |
 | `cuckoo.taskqueue.TaskQuery.count_unscheduled`  | `scheduling.count_unscheduled`                 |
 
@@ -116,24 +116,24 @@ def _use_hosted_workers():
 def _use_hosted_node():
     from cuckoo.node import control, webapi
 
-    from . import remote_node
+    from . import node_service
 
-    webapi.API, webapi.StateSSE = remote_node.HostedAPI, remote_node.HostedStateSSE
-    control.TaskResultZipper = remote_node.HostedResultZipper
+    webapi.API, webapi.StateSSE = node_service.HostedAPI, node_service.HostedStateSSE
+    control.TaskResultZipper = node_service.HostedResultZipper
 
 
 def _use_hosted_nodes():
     from cuckoo import nodeclient, scheduler, startup, taskqueue
 
-    from . import localnode, nodes, scheduling
+    from . import local_client, remote_client, scheduling
     from .startup import clearing_first
 
     startup.start_cuckoo = clearing_first(startup.start_cuckoo, NODE, MAIN)
     startup.start_cuckoo_controller = clearing_first(startup.start_cuckoo_controller, MAIN)
-    nodeclient.LocalStreamReceiver = localnode.HostedStreamReceiver
-    nodeclient.LocalNodeClient = localnode.HostedLocalNodeClient
-    startup.make_node_api_clients = nodes.make_node_api_clients
-    startup.make_remote_node_clients = nodes.make_remote_node_clients
+    nodeclient.LocalStreamReceiver = local_client.HostedStreamReceiver
+    nodeclient.LocalNodeClient = local_client.HostedLocalNodeClient
+    startup.make_node_api_clients = remote_client.make_node_api_clients
+    startup.make_remote_node_clients = remote_client.make_remote_node_clients
     scheduler.StartableTask = scheduling.HostedStartableTask
     scheduler.Scheduler = scheduling.HostedScheduler
     taskqueue.TaskQuery.count_unscheduled = scheduling.count_unscheduled

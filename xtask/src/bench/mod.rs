@@ -45,13 +45,13 @@ use self::plan::{Machinery, Plan};
 
 pub use self::plan::Options;
 
-use crate::packages;
 use crate::run::{Context, Result, cargo, step};
+use crate::system_packages;
 
 /// Measures, and shows the figures.
 pub fn run(options: &Options) -> Result<()> {
     if cfg!(debug_assertions) {
-        packages::ensure()?;
+        system_packages::ensure()?;
         return go_on_optimised();
     }
     // A path that cannot be written is reported before the measurements.

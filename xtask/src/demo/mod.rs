@@ -22,8 +22,8 @@ use self::machine::{MACHINE, Machine, Machinery};
 use self::print::{note, say};
 use self::times::{Times, timed};
 use crate::leftovers::RunMarker;
-use crate::packages;
 use crate::run::{Context, Result, cargo, step};
+use crate::system_packages;
 
 const ROUNDS: usize = 3;
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -41,7 +41,7 @@ pub struct Options {
 
 /// Shows the machinery host at work.
 pub fn run(options: &Options) -> Result<()> {
-    packages::ensure()?;
+    system_packages::ensure()?;
     step(&mut cargo(["build", "--workspace"]))?;
     if options.analysis {
         return analysis::show();

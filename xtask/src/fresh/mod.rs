@@ -37,7 +37,7 @@ pub struct Options {
 
 /// A release of Debian.
 #[derive(Clone, Copy, ValueEnum)]
-enum Release {
+pub enum Release {
     /// Debian 12
     Bookworm,
     /// Debian 13
@@ -45,7 +45,8 @@ enum Release {
 }
 
 impl Release {
-    fn name(self) -> &'static str {
+    /// Returns the name that Debian's archive has for it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Bookworm => "bookworm",
             Self::Trixie => "trixie",

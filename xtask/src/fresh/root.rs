@@ -10,9 +10,9 @@ use rustix::process::Signal;
 
 use crate::debian::{self, Archive, KEYRING};
 use crate::deny;
-use crate::packages;
 use crate::process::signal_at_our_end;
 use crate::run::{Context, Failure, Result, cache, is_root, output, step, step_as, xtask_arguments};
+use crate::system_packages;
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/fresh/enter.sh");
 const CHECKOUT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
@@ -78,7 +78,7 @@ impl Root {
         if !is_root() {
             return Err("only root can; run this with sudo, or as root".to_owned().into());
         }
-        packages::ensure_for_roots()?;
+        system_packages::ensure_for_roots()?;
         let place = cache("fresh")?.join(release);
         make_folder(&place)?;
         let lock = lock(&place)?;

@@ -7,8 +7,8 @@ cgroup=package-$(cat /proc/sys/kernel/random/uuid)
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get -q update
-# A Debian that runs services has systemd. The machinery's own dependencies come here, so that they are no leftovers later.
-apt-get -q install -y --no-install-recommends systemd qemu-system-x86 qemu-utils tcpdump libvirt0
+# A Debian that runs services has systemd. The plugin's own dependency comes here, so that it is no leftover later.
+apt-get -q install -y --no-install-recommends systemd libvirt0
 ln -sf /dev/null /etc/systemd/system/apt-daily.timer
 ln -sf /dev/null /etc/systemd/system/apt-daily-upgrade.timer
 

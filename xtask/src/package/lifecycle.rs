@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! fresh root ─▶ systemd (boot.sh) ─▶ lifecycle.sh: install ─▶ restore ─▶ upgrade ─▶ remove ─▶ purge ─▶ nothing is left
+//!                                        └─▶ the wall, in a browser (wall.rs)
 //! ```
 //!
 //! The machine is the testkit's micro guest, as VMCloak would deliver it.
@@ -15,13 +16,10 @@ use machinery_testkit::snapshot::SnapshotFormat;
 
 use super::files::{copy, read, write};
 use super::release::Release;
-use super::{needs, newer};
-use crate::fresh::Root;
-use crate::packages;
+use super::{needs, newer, wall};
+use crate::fresh::{self, Root};
 use crate::run::{CHECKOUT, Result, step, step_as};
-
-/// The release of Debian that the packages are for.
-const DEBIAN: &str = "bookworm";
+use crate::system_packages;
 
 /// The folder of the packages and the scripts in the root.
 const PACKAGES: &str = "/root/packages";
@@ -29,14 +27,14 @@ const PACKAGES: &str = "/root/packages";
 /// The folder of the machines in the root.
 const MACHINES: &str = "/srv/vms";
 
-/// Checks the packages, and installs, upgrades and removes them.
-pub fn run(made: &[PathBuf], out: &Path) -> Result<()> {
+/// Checks the packages, and installs, upgrades and removes them on that release of Debian.
+pub fn run(made: &[PathBuf], out: &Path, debian: fresh::Release) -> Result<()> {
     needs::ensure_for_tests()?;
     lint(made)?;
-    packages::ensure()?;
+    system_packages::ensure()?;
     let release = Release::of_checkout()?;
     let (version, newer) = newer::make(out)?;
-    let root = Root::new(DEBIAN)?;
+    let root = Root::new(debian.name())?;
     for (folder, files) in [("old", made), ("new", newer.as_slice())] {
         let folder = root.inside(PACKAGES).join(folder);
         files.iter().try_for_each(|file| copy(file, &folder.join(file.file_name().unwrap_or_default())))?;
@@ -46,8 +44,9 @@ pub fn run(made: &[PathBuf], out: &Path) -> Result<()> {
         copy(&source, &root.inside(PACKAGES).join(script))?;
     }
     make_machine(&root)?;
+    wall::show_when_asked(&root.inside(PACKAGES), out.join(format!("wall-{}.png", debian.name())))?;
     let script = format!("{PACKAGES}/boot.sh");
-    let name = format!("lifecycle.sh {} {version}    (on a fresh Debian {DEBIAN})", release.version);
+    let name = format!("lifecycle.sh {} {version}    (on a fresh Debian {})", release.version, debian.name());
     step_as(&name, &mut root.command(&["sh", &script, &release.version, &version]))?;
     eprintln!("\nThe packages were installed, upgraded with a guest, and removed; nothing was left.");
     Ok(())

@@ -27,6 +27,12 @@ host() { cuckoo-machinery --cwd /srv/cuckoo "$@"; }
 status() { host --json status | tr -d ' \n' | sed -n "s/.*\"$1\":\"\{0,1\}\([^\",}]*\).*/\1/p"; }
 counted() { wc -c < /srv/vms/m/serial.log; }
 
+# Waits until the browser outside of this Debian has seen that state of the machine on the wall.
+expect_seen() {
+    seen=$(cat seen)
+    [ "$seen" = "$1" ] || fail "the wall in a browser: $seen"
+}
+
 # Waits until the guest has counted on. Its output is a file, so there is no event to wait for.
 expect_counting() {
     before=$(counted)
@@ -36,6 +42,14 @@ expect_counting() {
     done
     fail "the guest does not count"
 }
+
+say "install with the recommended packages"
+apt-get -q install -y ./old/cuckoo-machinery_*.deb
+for program in cuckoo-machinery qemu-system-x86_64 qemu-img tcpdump; do
+    command -v "$program" || fail "there is no $program"
+done
+# The other packages stay, so that they are no leftovers later.
+apt-get -q purge -y cuckoo-machinery
 
 say "install"
 files > /tmp/before
@@ -56,11 +70,23 @@ cp -r /usr/share/cuckoo-machinery/conf /srv/cuckoo/
 # This Debian has no bridge.
 sed -i 's/^interface: br0/interface: lo/' /srv/cuckoo/conf/machineries/qemu.yaml
 sed -i 's/listen_ip: .*/listen_ip: 127.0.0.1/' /srv/cuckoo/conf/cuckoo.yaml
+echo 'web_listen: 127.0.0.1:0' >> /srv/cuckoo/conf/machinery-host.yaml
 host import vmcloak /srv/vms
 host check
 host plugins
 host plugins | grep -q /usr/lib/cuckoo-machinery/libmachinery_qemu.so || fail "the plugin is not that of the package"
 systemctl enable --now cuckoo-machinery
+
+say "the wall"
+host wall > asked
+expect_seen off
+host restore-start m
+expect_seen running
+host stop m
+expect_seen off
+[ "$(stat --format='%a %U' /srv/cuckoo/operational/generated/machinery-host/wall.token)" = "600 root" ] || fail "others can read the token"
+
+say "a run"
 host restore-start m
 host list
 [ "$(status version)" = "$old" ] || fail "another version serves"

@@ -21,14 +21,15 @@ mod newer;
 mod release;
 mod tarball;
 mod tree;
+mod wall;
 mod wheel;
 
 use std::path::PathBuf;
 
 use self::files::{make_folder, scratch_in};
 use self::release::{PLUGINS, Release};
-use crate::install;
 use crate::run::{Context, Result};
+use crate::{fresh, install};
 
 /// Options of `cargo xtask package`.
 #[derive(clap::Args)]
@@ -42,6 +43,9 @@ pub struct Options {
     /// Check the packages by lintian, and install, upgrade and remove them on a fresh Debian; needs root
     #[arg(long)]
     test: bool,
+    /// The release of Debian to test on
+    #[arg(long, value_enum, default_value = "bookworm", requires = "test")]
+    debian: fresh::Release,
 }
 
 /// Makes the packages, and tests them if asked to.
@@ -66,5 +70,5 @@ pub fn run(options: &Options) -> Result<()> {
     made.extend(debian::make(&release, &tree, &out)?);
     eprintln!();
     made.iter().for_each(|path| println!("{}", path.display()));
-    if options.test { lifecycle::run(&made, &out) } else { Ok(()) }
+    if options.test { lifecycle::run(&made, &out, options.debian) } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
 //! The programs that make and check packages.
 
-use crate::packages::{Need, VERSION, install_missing};
 use crate::run::Result;
+use crate::system_packages::{Need, VERSION, install_missing};
 
 const NEEDS: [Need; 4] = [
     Need {

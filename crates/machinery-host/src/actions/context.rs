@@ -1,5 +1,6 @@
 //! The context of all executors: settings, permits, and the record of failures.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -100,6 +101,29 @@ impl ActionSettings {
     }
 }
 
+/// The settings as reloads change them.
+#[derive(Clone)]
+pub struct Reloads(watch::Receiver<ActionSettings>);
+
+impl Reloads {
+    /// Returns a copy of the settings. A later wait is for later ones.
+    pub fn settings(&mut self) -> ActionSettings {
+        self.0.borrow_and_update().clone()
+    }
+
+    /// Waits for a reload after which the condition holds.
+    pub async fn next(&mut self, is_it: impl Fn(&ActionSettings) -> bool) {
+        loop {
+            if self.0.changed().await.is_err() {
+                return pending().await;
+            }
+            if is_it(&self.settings()) {
+                return;
+            }
+        }
+    }
+}
+
 impl ActionContext {
     /// Returns a context for a host with this configuration.
     pub fn new(config: &Config, folders: Folders, metrics: Arc<Metrics>, state: Arc<StateStore>) -> Self {
@@ -149,9 +173,9 @@ impl ActionContext {
         self.settings.borrow().clone()
     }
 
-    /// Returns the settings, and notices later ones.
-    pub fn watch_settings(&self) -> watch::Receiver<ActionSettings> {
-        self.settings.subscribe()
+    /// Returns the settings as reloads change them.
+    pub fn reloads(&self) -> Reloads {
+        Reloads(self.settings.subscribe())
     }
 
     /// Returns the timeouts of the actions.

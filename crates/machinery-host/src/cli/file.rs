@@ -26,7 +26,8 @@ impl NewFile {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let file = tempfile::Builder::new().prefix(".unfinished-").tempfile_in(folder);
         Ok(NewFile {
-            file: file.map_err(|error| Error::io("write to", path, &error))?,
+            // The error itself names the unfinished file.
+            file: file.map_err(|error| Error::io("write to", path, &error.kind().into()))?,
             path: path.to_owned(),
         })
     }

@@ -52,6 +52,7 @@ pub fn main() -> ! {
         _ => (logging::Format::Human, verbosity - 1),
     };
     logging::start(format, verbosity);
+    output::be_quiet_on_closed_pipes();
     exit::start_guard();
     // Printing to a closed pipe panics. The panic must not look like a plugin's exit.
     let code = catch_unwind(AssertUnwindSafe(|| match run(&cli) {
@@ -72,7 +73,8 @@ pub fn main() -> ! {
 /// Prints the help, or a wrong usage, and ends the process.
 fn refuse(error: &clap::Error) -> ! {
     if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
-        output::error(&Error::configuration(error.to_string()), true);
+        let text = error.to_string();
+        output::error(&Error::configuration(text.strip_prefix("error: ").unwrap_or(&text)), true);
         exit::end(ExitCode::from(2));
     }
     error.exit()

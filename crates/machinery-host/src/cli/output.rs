@@ -1,6 +1,7 @@
 //! Prints the results of commands, as text or as JSON.
 
 use std::borrow::Cow;
+use std::panic;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result, format_bytes};
@@ -12,6 +13,17 @@ use crate::commands::import::Imported;
 use crate::commands::new_plugin::NewPlugin;
 use crate::logging::on_one_line;
 use crate::plugin::open::OpenedPlugin;
+
+/// Keeps the panic of a print quiet whose reader has closed the pipe, such as `head`: it has read enough.
+pub fn be_quiet_on_closed_pipes() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        if !message.starts_with("failed printing to stdout: Broken pipe") {
+            report(panic);
+        }
+    }));
+}
 
 /// Prints an error.
 pub fn error(error: &Error, json: bool) {
@@ -195,7 +207,8 @@ pub fn reloaded(answer: &Value, json: bool) {
     let kinds =
         [("added", ""), ("changed", ""), ("removed", ""), ("deferred", " (in use: applies once it is idle)")];
     for key in texts("settings") {
-        println!("changed   {key}: the next actions use it");
+        let is_at_once = key.starts_with("web_") || key.starts_with("metrics_");
+        println!("changed   {key}: {}", if is_at_once { "applied" } else { "the next actions use it" });
     }
     let mut nothing = texts("settings").is_empty();
     for (kind, when) in kinds {

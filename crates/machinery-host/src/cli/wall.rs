@@ -13,9 +13,13 @@ use crate::wall::{login_url, token_file};
 /// The host serves no wall, or this user may not read the token.
 pub fn wall(cwd: &Cwd, version: &Value, json: bool) -> Result<()> {
     let Some(address) = version["wall"].as_str() else {
-        return Err(Error::environment("the host serves no wall").advice(
-            "Set `web_listen` in machinery-host.yaml and reload; the log has the reason if that failed",
-        ));
+        let error = Error::environment("the host serves no wall");
+        return Err(match Config::read(cwd)?.wall.listen {
+            None => error.advice("Set `web_listen` in machinery-host.yaml, and reload"),
+            Some(listen) => error.advice(format!(
+                "Reload if `web_listen` is new; otherwise the host's log has the reason why it does not serve {listen}"
+            )),
+        });
     };
     let url = match address.starts_with("http:") {
         true => login_url(&reachable(address), &token_file(&Config::read(cwd)?.wall, cwd))?,

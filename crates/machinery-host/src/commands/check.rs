@@ -25,6 +25,7 @@ use crate::plugin::call::call_blocking;
 use crate::plugin::open::{OpenedPlugin, conflicts, open};
 use crate::plugin::search::PluginSearch;
 use crate::server::peers::Peers;
+use crate::wall;
 
 /// Checks the CWD, its configuration and its plugins. `on_step` gets the name of each step that may last.
 pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report {
@@ -39,6 +40,7 @@ pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report
         report.good(format!("cuckoo.yaml lists {}", config.machineries.join(", ")));
         report.keep(Peers::new(config.socket_group.as_deref()));
         check_tcpdump(config.capture.as_ref(), &mut report);
+        wall::check(&config, cwd, &mut report);
         let mut plugins = Vec::new();
         for name in &config.machineries {
             on_step(&format!("checking '{name}'"));

@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use machinery::config::{ConfigFile, checked};
+use machinery::config::ConfigFile;
 use machinery::{Error, Result};
 use serde::Deserializer;
 
-use super::export::optional;
+use super::place::{in_existing_folder, place};
 
 /// The values of the keys `web_…`. By default, no wall is served.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -45,33 +45,21 @@ impl fmt::Display for Listen {
 
 /// Reads `web_listen`.
 pub(super) fn listen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Listen>, D::Error> {
-    checked(deserializer, |text| {
-        optional(text, |text| match text.parse() {
-            Ok(address) => Ok(Listen::Address(address)),
-            Err(_) if text.starts_with('/') => existing_folder(text).map(Listen::Socket),
-            Err(_) => Err(format!(
-                "'{text}' is neither an IP address with a port, such as 127.0.0.1:8899, nor the absolute path of a socket"
-            )),
-        })
+    place(deserializer, |text| match text.parse() {
+        Ok(address) => Ok(Listen::Address(address)),
+        Err(_) if text.starts_with('/') => in_existing_folder(text).map(Listen::Socket),
+        Err(_) => Err(format!(
+            "'{text}' is neither an IP address with a port, such as 127.0.0.1:8899, nor the absolute path of a socket"
+        )),
     })
 }
 
 /// Reads `web_token_file` and `web_novnc`.
 pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-    checked(deserializer, |text| {
-        optional(text, |text| match text.starts_with('/') {
-            true => existing_folder(text),
-            false => Err(format!("'{text}' is not an absolute path")),
-        })
+    place(deserializer, |text| match text.starts_with('/') {
+        true => in_existing_folder(text),
+        false => Err(format!("'{text}' is not an absolute path")),
     })
-}
-
-fn existing_folder(text: &str) -> Result<PathBuf, String> {
-    let path = Path::new(text);
-    match path.parent() {
-        Some(folder) if folder.is_dir() && path.file_name().is_some() => Ok(path.to_owned()),
-        _ => Err(format!("the folder of '{text}' does not exist: create it, or correct the path")),
-    }
 }
 
 /// Returns the values of `web_origins`, in lowercase.
@@ -99,40 +87,28 @@ pub fn authority(origin: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use serde_yaml::Deserializer;
+
     use super::*;
-
-    #[derive(Debug, Default, serde::Deserialize)]
-    #[serde(default)]
-    struct Keys {
-        #[serde(deserialize_with = "listen")]
-        listen: Option<Listen>,
-        #[serde(deserialize_with = "path")]
-        file: Option<PathBuf>,
-    }
-
-    fn read(yaml: &str) -> Result<Keys, String> {
-        serde_yaml::from_str(yaml).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn wall_is_off_without_a_value() {
-        for yaml in ["{}", "listen:\nfile:\n", "listen: ''\nfile: ~\n"] {
-            let keys = read(yaml).unwrap();
-            assert_eq!((keys.listen, keys.file), (None, None), "{yaml}");
-        }
-    }
 
     #[test]
     fn listen_is_an_address_or_the_path_of_a_socket() {
-        let listen = |yaml: &str| read(&format!("listen: {yaml}")).map(|keys| keys.listen.unwrap());
-        assert_eq!(listen("127.0.0.1:8899").unwrap().to_string(), "http://127.0.0.1:8899");
-        assert_eq!(listen("'[::1]:8899'").unwrap().to_string(), "http://[::1]:8899");
-        assert_eq!(listen("/tmp/wall.sock").unwrap(), Listen::Socket("/tmp/wall.sock".into()));
+        let read = |yaml: &str| {
+            listen(Deserializer::from_str(yaml)).map(Option::unwrap).map_err(|error| error.to_string())
+        };
+        assert_eq!(read("127.0.0.1:8899").unwrap().to_string(), "http://127.0.0.1:8899");
+        assert_eq!(read("'[::1]:8899'").unwrap().to_string(), "http://[::1]:8899");
+        assert_eq!(read("/tmp/wall.sock").unwrap(), Listen::Socket("/tmp/wall.sock".into()));
         for bad in ["8899", "localhost:8899", "wall.sock"] {
-            assert!(listen(bad).unwrap_err().contains("127.0.0.1:8899"), "{bad}");
+            assert!(read(bad).unwrap_err().contains("127.0.0.1:8899"), "{bad}");
         }
-        assert!(listen("/none/wall.sock").unwrap_err().contains("does not exist"));
-        assert!(read("file: token").unwrap_err().contains("absolute"));
+        assert!(read("/none/wall.sock").unwrap_err().contains("does not exist"));
+    }
+
+    #[test]
+    fn path_is_absolute() {
+        let error = path(Deserializer::from_str("token")).unwrap_err();
+        assert!(error.to_string().contains("absolute"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The endpoint `GET /metrics`. It answers one request for each connection, and nothing else.
 
-use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,16 +11,15 @@ use axum::routing::get;
 use hyper::StatusCode;
 use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap};
 use tokio::net::TcpListener;
-use tokio::sync::watch::Receiver;
 
 use super::page::{Format, Page};
-use crate::actions::context::ActionSettings;
+use crate::actions::context::Reloads;
 use crate::http::{self, Limits};
 
 const LIMITS: Limits = Limits { connections: 16, connection_timeout: Some(Duration::from_secs(10)) };
 
 /// Serves the metrics at that address, until it is dropped. Each reload is another try where they are not served.
-pub async fn serve(address: SocketAddr, page: &Arc<Page>, mut reloads: Receiver<ActionSettings>) {
+pub async fn serve(address: SocketAddr, page: &Arc<Page>, mut reloads: Reloads) {
     let listener = loop {
         match TcpListener::bind(address).await {
             Ok(listener) => break listener,
@@ -29,9 +27,7 @@ pub async fn serve(address: SocketAddr, page: &Arc<Page>, mut reloads: Receiver<
                 tracing::error!(%address, %error, "the metrics are not served: correct `metrics_listen`, or end the program that uses the port, and reload")
             }
         }
-        if reloads.changed().await.is_err() {
-            return pending().await;
-        }
+        reloads.next(|_| true).await;
     };
     let address = listener.local_addr().unwrap_or(address);
     if !address.ip().is_loopback() {

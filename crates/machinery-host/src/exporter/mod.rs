@@ -18,25 +18,22 @@ mod textfile;
 use std::future::pending;
 use std::sync::Arc;
 
-use tokio::sync::watch::Receiver;
-
-use crate::actions::context::ActionSettings;
+use crate::actions::context::Reloads;
 use crate::config::Export;
 use crate::manager::Manager;
 use page::Page;
 
 /// Exports the metrics until the host ends.
 pub async fn run(manager: Arc<Manager>) {
-    let mut settings = manager.queues().context().watch_settings();
+    let mut reloads = manager.queues().context().reloads();
     let mut ended = manager.ended().subscribe();
     let page = Arc::new(Page::new(Arc::clone(&manager)));
     loop {
-        let export = settings.borrow_and_update().export.clone();
-        let reloads = settings.clone();
+        let export = reloads.settings().export;
         let goes_on = tokio::select! {
-            () = serve(&page, &export, reloads) => true,
+            () = serve(&page, &export, reloads.clone()) => true,
             // A reload that changes nothing here interrupts no reader.
-            changed = settings.wait_for(|settings| settings.export != export) => changed.is_ok(),
+            () = reloads.next(|settings| settings.export != export) => true,
             // The sender lives as long as the manager.
             _ = ended.wait_for(|ended| *ended) => false,
         };
@@ -50,7 +47,7 @@ pub async fn run(manager: Arc<Manager>) {
 }
 
 /// Exports to these places until it is dropped.
-async fn serve(page: &Arc<Page>, export: &Export, reloads: Receiver<ActionSettings>) {
+async fn serve(page: &Arc<Page>, export: &Export, reloads: Reloads) {
     let http = async {
         match export.listen {
             Some(address) => http::serve(address, page, reloads).await,

@@ -41,7 +41,9 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
     let mut new = tempfile::Builder::new()
         .prefix(".cuckoo-machinery-")
         .permissions(Permissions::from_mode(0o644))
-        .tempfile_in(folder)?;
+        .tempfile_in(folder)
+        // The error itself names the unfinished file.
+        .map_err(|error| io::Error::from(error.kind()))?;
     // The umask may have removed the right of others.
     new.as_file().set_permissions(Permissions::from_mode(0o644))?;
     new.write_all(text.as_bytes())?;

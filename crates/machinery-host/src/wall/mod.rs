@@ -12,6 +12,7 @@
 //!
 //! | file | content |
 //! | --- | --- |
+//! | `check` | the checks that need no running host |
 //! | `token` | the secret of those who may look, and their cookie |
 //! | `guard` | the rules for each request |
 //! | `routes` | the requests |
@@ -22,6 +23,7 @@
 //! | `view` | a machine as the page reads it |
 //! | `page/` | the page itself |
 
+mod check;
 mod console;
 mod feed;
 mod guard;
@@ -31,10 +33,11 @@ mod shared;
 mod token;
 mod view;
 
-pub use token::login_url;
+pub use check::check;
+pub use token::{login_url, token_file};
 
 use std::future::pending;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -43,7 +46,6 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 
-use crate::actions::context::ActionSettings;
 use crate::config::{Listen, Wall};
 use crate::cwd::Cwd;
 use crate::http::{self, Limits};
@@ -63,10 +65,10 @@ const NOVNC: &str = "/usr/share/novnc";
 
 /// Serves the wall until the host ends.
 pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
-    let mut settings = manager.queues().context().watch_settings();
+    let mut reloads = manager.queues().context().reloads();
     let mut ended = manager.ended().subscribe();
     loop {
-        let wall = settings.borrow_and_update().wall.clone();
+        let wall = reloads.settings().wall;
         let file = token_file(&wall, &cwd);
         let token = match &wall.listen {
             Some(Listen::Address(_)) => block_in_place(|| Token::open(&file)).map(Some),
@@ -82,7 +84,7 @@ pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
         };
         let goes_on = tokio::select! {
             () = serve(&manager, &peers, &wall, token) => true,
-            goes_on = reloaded(&mut settings, |settings| !is_same(&settings.wall)) => goes_on,
+            () = reloads.next(|settings| !is_same(&settings.wall)) => true,
             // The sender lives as long as the manager.
             _ = ended.wait_for(|ended| *ended) => false,
         };
@@ -96,29 +98,8 @@ pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
     }
 }
 
-/// Waits for a reload after which the condition holds. Returns false if there are no more reloads.
-async fn reloaded(
-    settings: &mut watch::Receiver<ActionSettings>,
-    is_it: impl Fn(&ActionSettings) -> bool,
-) -> bool {
-    loop {
-        if settings.changed().await.is_err() {
-            return false;
-        }
-        let new = settings.borrow_and_update().clone();
-        if is_it(&new) {
-            return true;
-        }
-    }
-}
-
 fn cookie_of(token: &Result<Option<Token>>) -> Option<String> {
     Some(token.as_ref().ok()?.as_ref()?.cookie().to_owned())
-}
-
-/// Returns the path of the token.
-pub fn token_file(wall: &Wall, cwd: &Cwd) -> PathBuf {
-    wall.token_file.clone().unwrap_or_else(|| cwd.wall_token())
 }
 
 /// Serves the wall as configured until it is dropped.

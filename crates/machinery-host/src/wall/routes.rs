@@ -44,6 +44,13 @@ use crate::server::reply;
 /// A file of the page: its path, its type, and its content.
 type PageFile = (&'static str, &'static str, &'static str);
 
+/// Returns a page with the head that all have.
+macro_rules! page {
+    ($file:literal) => {
+        concat!(include_str!("page/head.html"), include_str!($file))
+    };
+}
+
 const HTML: &str = "text/html; charset=utf-8";
 const FILES: [PageFile; 8] = [
     ("/wall.css", "text/css; charset=utf-8", include_str!("page/wall.css")),
@@ -51,12 +58,12 @@ const FILES: [PageFile; 8] = [
     ("/wall.js", "text/javascript; charset=utf-8", include_str!("page/wall.js")),
     ("/tiles.js", "text/javascript; charset=utf-8", include_str!("page/tiles.js")),
     ("/machine.js", "text/javascript; charset=utf-8", include_str!("page/machine.js")),
-    ("/console", HTML, include_str!("page/console.html")),
+    ("/console", HTML, page!("page/console.html")),
     ("/console.js", "text/javascript; charset=utf-8", include_str!("page/console.js")),
     ("/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
 ];
-const WALL: &str = include_str!("page/wall.html");
-const LOGIN: &str = include_str!("page/login.html");
+const WALL: &str = page!("page/wall.html");
+const LOGIN: &str = page!("page/login.html");
 
 /// The rules for the page in a browser: its own files only, and no other page around it.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; \

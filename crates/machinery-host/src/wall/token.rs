@@ -6,11 +6,14 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use sha2::{Digest, Sha256};
+
+use crate::config::Wall;
+use crate::cwd::Cwd;
 
 /// The number of random bytes of a token.
 const LENGTH: usize = 32;
@@ -18,6 +21,11 @@ const LENGTH: usize = 32;
 const MIN_LENGTH: usize = 32;
 /// The number of characters that a token has, at most.
 const MAX_LENGTH: usize = 256;
+
+/// Returns the path of the token.
+pub fn token_file(wall: &Wall, cwd: &Cwd) -> PathBuf {
+    wall.token_file.clone().unwrap_or_else(|| cwd.wall_token())
+}
 
 /// The secret of those who may look.
 pub struct Token {

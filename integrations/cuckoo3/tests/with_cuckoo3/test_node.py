@@ -13,7 +13,7 @@ from cuckoo.node.node import NodeTaskStates
 
 from cuckoo_machinery import host as module
 from cuckoo_machinery.host import Host
-from cuckoo_machinery.remote_node import HostedAPI, HostedStateSSE
+from cuckoo_machinery.node_service import HostedAPI, HostedStateSSE
 from tests.support import TIMEOUT, EventRecorder, start_other_host, wait_until_gone
 from tests.with_cuckoo3.support import AGENT_PORT, Agent, Node, address, make_cuckoo_cwd, process_behind
 

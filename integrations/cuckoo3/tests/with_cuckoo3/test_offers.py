@@ -23,10 +23,10 @@ try:
     from cuckoo.nodeclient import NodeActionError, NodeClientLoop, NodeUnavailableError
     from cuckoo.scheduler import NodesTracker
 
-    from cuckoo_machinery import localnode, nodes
-    from cuckoo_machinery.localnode import HostedLocalNodeClient, HostedStreamReceiver
-    from cuckoo_machinery.node_api import HostedNodeAPI
-    from cuckoo_machinery.nodes import HostedNodeClient
+    from cuckoo_machinery import local_client, remote_client
+    from cuckoo_machinery.local_client import HostedLocalNodeClient, HostedStreamReceiver
+    from cuckoo_machinery.node_requests import HostedNodeAPI
+    from cuckoo_machinery.remote_client import HostedNodeClient
 except ImportError as error:
     raise unittest.SkipTest(f"Cuckoo3's package core cannot be loaded: {error}") from None
 
@@ -270,7 +270,7 @@ class Local(ClientTest):
         self.request("unlock", machine="m")
         self.wait_for("m", "n")
 
-    @mock.patch.object(localnode, "RETRY_INTERVAL", 0)
+    @mock.patch.object(local_client, "RETRY_INTERVAL", 0)
     @mock.patch.object(machines, "RESTART_TIMEOUT", 0)
     def test_task_waits_again_when_the_host_takes_none(self):
         self.start_client()
@@ -324,7 +324,7 @@ class Remote(ClientTest):
     def test_main_process_follows_a_remote_node(self):
         self.follow_changes()
 
-    @mock.patch.object(nodes, "RETRY_INTERVAL", 0)
+    @mock.patch.object(remote_client, "RETRY_INTERVAL", 0)
     def test_machine_is_used_again_when_the_manager_was_disabled(self):
         self.wait_for("m", "n")
         add_task(self.cwd, TASK)

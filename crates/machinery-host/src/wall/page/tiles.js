@@ -262,7 +262,7 @@ export class Tiles {
     const all = [...this.machines.values()];
     const count = (is) => all.filter(is).length;
     const counts = [
-      [`${all.length} machines`, all.length !== shown ? ` (${shown} shown)` : ""],
+      [`${all.length} ${all.length === 1 ? "machine" : "machines"}`, all.length !== shown ? ` (${shown} shown)` : ""],
       [`${count((machine) => machine.state === "running")} running`],
       [`${count((machine) => machine.task)} with a task`],
       [`${count(problemOf)} with problems`],

@@ -15,9 +15,9 @@ from cuckoo.common.machines import Machine, MachinesList
 from cuckoo.common.route import Routes
 from cuckoo.nodeclient import NodeClientLoop
 
-from cuckoo_machinery import node_api, nodes, scheduling
-from cuckoo_machinery.node_api import EventStream, HostedNodeAPI, MachineRefused, NodeAway
-from cuckoo_machinery.nodes import HostedNodeClient, make_remote_node_clients
+from cuckoo_machinery import node_requests, remote_client, scheduling
+from cuckoo_machinery.node_requests import EventStream, HostedNodeAPI, MachineRefused, NodeAway
+from cuckoo_machinery.remote_client import HostedNodeClient, make_remote_node_clients
 from cuckoo_machinery.offers import HOST_IS_AWAY
 from cuckoo_machinery.scheduling import MAX_RUNS, Changes, HostedStartableTask
 from tests.support import TIMEOUT
@@ -75,12 +75,12 @@ class NodeTest(unittest.TestCase):
         self.api = fake_api()
         self.ctx = SimpleNamespace(scheduler=mock.Mock(), state_controller=mock.Mock(), nodes=mock.Mock())
         for name, value in {"RETRY_INTERVAL": 0, "FETCH_INTERVAL": 0}.items():
-            self.patch(nodes, name, value)
+            self.patch(remote_client, name, value)
         patched = mock.patch.dict(scheduling._lost_runs, clear=True)
         patched.start()
         self.addCleanup(patched.stop)
         self.fetch = mock.AsyncMock()
-        self.patch(nodes.ResultRetrieverClient, "retrieve_result", self.fetch)
+        self.patch(remote_client.ResultRetrieverClient, "retrieve_result", self.fetch)
 
     def patch(self, place, name, value):
         patched = mock.patch.object(place, name, value)
@@ -100,7 +100,7 @@ class NodeTest(unittest.TestCase):
             await asyncio.wait_for(act(node), TIMEOUT)
             await node.events.stop()
 
-        with mock.patch.object(nodes, "UnixSocketPaths"):
+        with mock.patch.object(remote_client, "UnixSocketPaths"):
             asyncio.run(run())
 
     def assign(self, node):
@@ -350,8 +350,8 @@ class Starting(NodeTest):
         slow.name = "slow"
         slow.is_new.return_value = False
         reset = slow.a_reset.side_effect = mock.AsyncMock(side_effect=asyncio.Event().wait)
-        self.patch(nodes, "EventStream", lambda _api, _on_event, on_end: FakeStream(on_end))
-        self.patch(nodes.shutdown, "register_shutdown", mock.Mock())
+        self.patch(remote_client, "EventStream", lambda _api, _on_event, on_end: FakeStream(on_end))
+        self.patch(remote_client.shutdown, "register_shutdown", mock.Mock())
         (first, second), wrapper = make_remote_node_clients(self.ctx, [slow, self.api])
         try:
             self.assertFalse(first.ready)
@@ -402,7 +402,7 @@ class Requests(unittest.TestCase):
             ended.set()
 
         # The limit also holds for the first event, which a busy computer sends late.
-        with server(answer) as url, mock.patch.object(node_api, "SILENCE_TIMEOUT", 5):
+        with server(answer) as url, mock.patch.object(node_requests, "SILENCE_TIMEOUT", 5):
             asyncio.run(read(url))
         self.assertEqual(received, [{"type": "x"}])
 
@@ -450,7 +450,7 @@ class Requests(unittest.TestCase):
             may_answer.set()
             await asyncio.wait_for(uploading, TIMEOUT)
 
-        default = node_api.aiohttp.ClientTimeout(total=0.1)
+        default = node_requests.aiohttp.ClientTimeout(total=0.1)
         with mock.patch("aiohttp.client.DEFAULT_TIMEOUT", default), server(answer) as url:
             with TemporaryDirectory() as folder:
                 path = Path(folder, "work.zip")

@@ -33,7 +33,7 @@ from cuckoo.node.node import NodeMsgTypes
 from cuckoo.nodeclient import NodeActionError, NodeClientLoop, NodeUnavailableError, RemoteNodeClient
 
 from . import offers
-from .node_api import TRANSFER_TIMEOUT, EventStream, HostedNodeAPI, MachineRefused, NodeAway
+from .node_requests import TRANSFER_TIMEOUT, EventStream, HostedNodeAPI, MachineRefused, NodeAway
 
 log = CuckooGlobalLogger(__name__)
 
