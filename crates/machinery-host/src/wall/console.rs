@@ -5,7 +5,7 @@
 //!                       └─▶ the page leaves or is silent, the run ends, or the wall ends: closed
 //! ```
 
-use std::path::Path as FilePath;
+use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
 
 use axum::Extension;
@@ -23,9 +23,12 @@ use tokio::task::block_in_place;
 use tokio::time::{interval, timeout};
 
 use super::shared::{Failed, Wall, expect_actions, find};
+use crate::config;
 use crate::http::Connection;
 use crate::manager::console::Console;
 
+/// The folder of Debian's package `novnc`.
+const NOVNC: &str = "/usr/share/novnc";
 /// The size of a page's message. Pasted text is the largest.
 const MAX_MESSAGE: usize = 1 << 20;
 /// The number of bytes that the host keeps between the page and the machine.
@@ -104,6 +107,11 @@ async fn pass_on(socket: &mut WebSocket, mut stream: DuplexStream) {
 /// Sends a message, and reports whether the page has taken it in time.
 async fn send(socket: &mut WebSocket, message: Message) -> bool {
     matches!(timeout(PING_INTERVAL, socket.send(message)).await, Ok(Ok(())))
+}
+
+/// Returns the folder of noVNC.
+pub fn novnc_folder(wall: &config::Wall) -> PathBuf {
+    wall.novnc.clone().unwrap_or_else(|| NOVNC.into())
 }
 
 /// Returns a module of noVNC.
