@@ -54,6 +54,8 @@ pub struct Machine {
     pub faults: Vec<Error>,
     /// Facts about the machine that the operator has to know.
     pub notes: Vec<String>,
+    /// True if the ip is that of a lease or of the running guest, which may have another one later.
+    pub has_changing_ip: bool,
 }
 
 /// The place where a tool describes a machine.
@@ -91,7 +93,8 @@ impl fmt::Display for Origin {
 
 impl Machine {
     pub fn new(name: impl Into<String>, origin: Origin) -> Self {
-        Machine { name: name.into(), origin, keys: Vec::new(), faults: Vec::new(), notes: Vec::new() }
+        let (keys, faults, notes) = (Vec::new(), Vec::new(), Vec::new());
+        Machine { name: name.into(), origin, keys, faults, notes, has_changing_ip: false }
     }
 
     /// Returns the entry as a parser reads it.

@@ -123,6 +123,7 @@ impl Reader<'_> {
         if let Some(Address { ip, note }) = addresses.into_iter().nth(known).flatten() {
             machine.set("ip", Some(ip));
             if self.given.value("ip", &domain.name).is_none() {
+                machine.has_changing_ip = note.is_some();
                 machine.notes.extend(note);
             }
         }
@@ -169,8 +170,9 @@ impl Reader<'_> {
     fn snapshot(&self, label: &str, notes: &mut Vec<String>) -> Result<String> {
         let names = self.virsh.names(&["snapshot-list", "--name", "--domain", label])?;
         let take = format!(
-            "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as {label} \
-             clean`"
+            "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as --domain {} \
+             --name clean`",
+            shell_word(label)
         );
         let given = self.given.value("snapshot", label);
         let current = || self.virsh.current_snapshot(label);
@@ -221,6 +223,11 @@ impl Reader<'_> {
     fn describe(&self, label: &str, name: &str) -> Result<Snapshot> {
         Snapshot::read(&self.virsh.read(&["snapshot-dumpxml", "--domain", label, "--snapshotname", name])?)
     }
+}
+
+/// Returns the text as one word of the shell.
+fn shell_word(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// An address of a guest.
