@@ -20,7 +20,7 @@ use machinery::trust::expect_trusted;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
-use tokio::time::{interval, timeout};
+use tokio::time::{Instant, interval_at, timeout};
 
 use super::shared::{Failed, Wall, expect_actions, find};
 use crate::config;
@@ -76,7 +76,7 @@ async fn view(mut socket: WebSocket, console: Console, mut lives: watch::Receive
 /// Passes bytes between the page's messages and a stream, as long as the page answers.
 async fn pass_on(socket: &mut WebSocket, mut stream: DuplexStream) {
     let mut chunk = vec![0; BUFFER];
-    let mut pings = interval(PING_INTERVAL);
+    let mut pings = interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
     let mut is_alive = true;
     loop {
         let passed = tokio::select! {
@@ -154,7 +154,6 @@ mod tests {
     use hyper::server::conn::http1;
     use hyper_util::rt::TokioIo;
     use hyper_util::service::TowerToHyperService;
-    use tokio::time::Instant;
 
     use super::*;
 
@@ -191,12 +190,12 @@ mod tests {
             assert_eq!(ping, PING);
             page.write_all(&PONG).await.unwrap();
         }
-        assert_eq!(begun.elapsed(), 4 * PING_INTERVAL);
+        assert_eq!(begun.elapsed(), 5 * PING_INTERVAL);
         page.write_all(&[0x82, 0x81, 0, 0, 0, 0, b'k']).await.unwrap();
         assert_eq!(machine.read_u8().await.unwrap(), b'k');
         // The key is a sign of life, and the next ping is not answered.
         assert_eq!(machine.read(&mut [0]).await.unwrap(), 0, "the place is free");
-        assert_eq!(begun.elapsed(), 6 * PING_INTERVAL);
+        assert_eq!(begun.elapsed(), 7 * PING_INTERVAL);
     }
 
     #[test]

@@ -40,7 +40,7 @@ struct Slot(AsyncMutex<Option<Question>>);
 /// The latest question to a machine.
 struct Question {
     asked: Instant,
-    /// The answer. A page that leaves before it takes the question with it, but not its time.
+    /// The answer; none when the page has left before it.
     answer: Option<Taken>,
 }
 
