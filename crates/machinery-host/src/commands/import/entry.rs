@@ -8,6 +8,8 @@ use std::fmt;
 use machinery::{Error, Place};
 use serde_yaml::Value;
 
+use crate::commands::shell_word;
+
 /// The keys that every entry needs, each with a word for its value.
 pub const NEEDED: [(&str, &str); 3] =
     [("ip", "ADDRESS"), ("platform", "PLATFORM"), ("os_version", "VERSION")];
@@ -133,8 +135,9 @@ impl Machine {
         if !lacking.is_empty() {
             let keys: Vec<&str> = lacking.iter().map(|(key, _)| *key).collect();
             let name = &self.name;
-            let option =
-                |(key, value): &(&str, &str)| format!("--{} '{name}={value}'", key.replace('_', "-"));
+            let option = |(key, value): &(&str, &str)| {
+                format!("--{} {}", key.replace('_', "-"), shell_word(&format!("{name}={value}")))
+            };
             let options: Vec<String> = lacking.iter().map(option).collect();
             let reason = format!("{} does not have its {}", self.origin, keys.join(", "));
             faults.push(Error::configuration(reason).advice(format!("Add {}", options.join(" "))));

@@ -21,6 +21,7 @@ use machinery::{Error, Result};
 use super::entry::{Found, Machine, Origin};
 use super::given::Given;
 use super::outcome::collect_all;
+use crate::commands::shell_word;
 use virsh::Virsh;
 use xml::{Card, Domain, Network, Snapshot, address_in};
 
@@ -191,7 +192,8 @@ impl Reader<'_> {
                 Some(current) => current,
                 None => {
                     let reason = format!("its domain has no current snapshot: it has {}", names.join(", "));
-                    return Err(Error::configuration(reason).advice(format!("Add --snapshot '{label}=NAME'")));
+                    return Err(Error::configuration(reason)
+                        .advice(format!("Add --snapshot {}", shell_word(&format!("{label}=NAME")))));
                 }
             },
         };
@@ -214,8 +216,14 @@ impl Reader<'_> {
             }
         }
         let advice = match &usable[..] {
-            [] => format!("{take}; or add --snapshot '{label}={chosen}' to use it nevertheless"),
-            some => format!("Add --snapshot '{label}=NAME'; these have memory: {}", some.join(", ")),
+            [] => {
+                let option = shell_word(&format!("{label}={chosen}"));
+                format!("{take}; or add --snapshot {option} to use it nevertheless")
+            }
+            some => {
+                let option = shell_word(&format!("{label}=NAME"));
+                format!("Add --snapshot {option}; these have memory: {}", some.join(", "))
+            }
         };
         Err(Error::configuration(reason).advice(advice))
     }
@@ -223,11 +231,6 @@ impl Reader<'_> {
     fn describe(&self, label: &str, name: &str) -> Result<Snapshot> {
         Snapshot::read(&self.virsh.read(&["snapshot-dumpxml", "--domain", label, "--snapshotname", name])?)
     }
-}
-
-/// Returns the text as one word of the shell.
-fn shell_word(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// An address of a guest.
