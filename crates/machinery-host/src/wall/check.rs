@@ -123,7 +123,10 @@ mod tests {
             ("web_listen: 127.0.0.1:0\nweb_token_file: %/open", "other users could read"),
             ("web_actions: true", "no effect without `web_listen`"),
             ("web_listen: %/none/new.sock", "new.sock' (web_listen) does not exist"),
-            ("web_listen: 127.0.0.1:0\nweb_token_file: %/none/token", "token' (web_token_file) does not exist"),
+            (
+                "web_listen: 127.0.0.1:0\nweb_token_file: %/none/token",
+                "token' (web_token_file) does not exist",
+            ),
             ("web_listen: 127.0.0.1:0\nweb_novnc: %/none", "none (web_novnc) does not exist"),
             ("web_listen: %/new.sock\nweb_socket_group: no-such-group", "names as `web_socket_group`"),
         ] {
