@@ -24,7 +24,8 @@ const PASSWORD: &str = "Authorization: Basic b3A6b3A=";
 
 /// Returns the documented block of that language.
 fn documented(language: &str, has: &str) -> String {
-    let blocks = WALL.split(&format!("```{language}\n")).skip(1);
+    let begin = format!("```{language}\n");
+    let blocks = WALL.split(&begin).skip(1);
     let mut blocks = blocks.filter_map(|block| block.split("```").next());
     blocks.find(|block| block.contains(has)).unwrap().to_owned()
 }
