@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -276,4 +276,44 @@ fn console_is_for_the_users_of_the_hosts_socket() {
     fs::set_permissions(folder(&served.cwd), Permissions::from_mode(0o755)).unwrap();
     assert!(!is_greeted(STRANGER, STRANGER, &socket));
     served.host.wait_for_log(&["a viewer was refused", "user 54321"]).unwrap();
+}
+
+#[test]
+fn root_changes_no_folder_of_others_when_a_link_replaces_that_of_the_sockets() {
+    if !is_root() {
+        return;
+    }
+    let cwd = ScratchCwd::double(&[("m", CONSOLE)]).unwrap();
+    cwd.write("operational/sockets/.keep", "").unwrap();
+    let sockets = cwd.root().join("operational/sockets");
+    chown(&sockets, Some(STRANGER), Some(STRANGER)).unwrap();
+    cwd.host_yaml(&format!("socket_group: {}\n", GROUP.0)).unwrap();
+    let mut served = served_in(cwd);
+    wait_until("there is no socket", || served.socket("m").exists());
+    let victim = served.cwd.root().join("victim");
+    fs::create_dir(&victim).unwrap();
+    fs::set_permissions(&victim, Permissions::from_mode(0o700)).unwrap();
+    let before = (fs::metadata(&victim).unwrap().mode(), fs::metadata(&victim).unwrap().gid());
+    // The owner of the parent may rename the folder of root.
+    fs::rename(sockets.join("console"), sockets.join("old")).unwrap();
+    let replace: [fn(&Path, &Path); 2] = [
+        |victim, folder| symlink(victim, folder).unwrap(),
+        |_, folder| {
+            fs::remove_file(folder).unwrap();
+            fs::create_dir(folder).unwrap();
+            chown(folder, Some(STRANGER), Some(STRANGER)).unwrap();
+        },
+    ];
+    for (number, replace) in replace.iter().enumerate() {
+        replace(&victim, &sockets.join("console"));
+        let added = format!("added_{number}");
+        served.cwd.write_yaml("double", &scratch::double(&[("m", CONSOLE), (&added, CONSOLE)])).unwrap();
+        assert_eq!(served.client.ask(json!({"action": "reload"})).unwrap()["success"], json!(true));
+        served.host.wait_for_log(&["a console has no socket", &added]).unwrap();
+    }
+    let after = fs::metadata(&victim).unwrap();
+    assert_eq!((after.mode(), after.gid()), before);
+    assert_eq!(fs::read_dir(&victim).unwrap().count(), 0);
+    let other = fs::metadata(sockets.join("console")).unwrap();
+    assert_eq!((other.uid(), other.gid()), (STRANGER, STRANGER));
 }

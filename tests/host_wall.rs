@@ -6,13 +6,14 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use machinery_testkit::client::raise_file_limit;
 use machinery_testkit::host::{self, RunningHost};
+use machinery_testkit::requirement::is_root;
 use machinery_testkit::scratch::ScratchCwd;
 use machinery_testkit::wait::wait_until;
 use serde_json::{Value, json};
@@ -608,6 +609,65 @@ fn socket_needs_no_token_and_ends_with_the_host() {
     assert_eq!(printed.trim(), format!("unix:{}", path.display()));
     assert!(host.terminate().unwrap().success());
     assert!(!path.exists());
+}
+
+#[test]
+fn host_serves_without_the_wall_until_the_folder_of_its_socket_exists() {
+    let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+    let folder = cwd.root().join("run");
+    let socket = folder.join("wall.sock");
+    cwd.host_yaml(&format!("web_listen: {}\nweb_novnc: /none/novnc\n", socket.display())).unwrap();
+    let checked = host::run(&cwd, &["-v", "check"]).unwrap();
+    for words in ["so the wall is not served: create it", "/none/novnc (web_novnc) does not exist"] {
+        assert!(checked.stdout.contains(words), "{words}: {checked:?}");
+    }
+    assert!(!checked.stdout.contains("PROBLEM"), "{checked:?}");
+    let host = RunningHost::start(&cwd).unwrap();
+    host.wait_for_log(&["the wall is not served", "cannot open the folder"]).unwrap();
+    assert_eq!(host.client().unwrap().act("restore_start", "m").unwrap()["success"], true);
+    fs::create_dir(&folder).unwrap();
+    host.client().unwrap().ask(json!({"action": "reload"})).unwrap();
+    host.wait_for_log(&["the wall is served"]).unwrap();
+    assert!(socket.metadata().unwrap().file_type().is_socket());
+}
+
+#[test]
+fn socket_is_open_to_the_group_of_the_wall_and_not_to_that_of_the_host() {
+    if !is_root() {
+        return;
+    }
+    // Groups of each Debian.
+    let of_wall = ("web_socket_group: nogroup\n", 0o660, 65_534);
+    for (keys, mode, gid) in [("", 0o600, rustix::process::getegid().as_raw()), of_wall] {
+        let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
+        let path = cwd.root().join("wall.sock");
+        cwd.host_yaml(&format!("socket_group: daemon\nweb_listen: {}\n{keys}", path.display())).unwrap();
+        let host = RunningHost::start(&cwd).unwrap();
+        host.wait_for_log(&["the wall is served"]).unwrap();
+        let found = path.metadata().unwrap();
+        assert_eq!((found.mode() & 0o777, found.gid()), (mode, gid), "{keys}");
+    }
+}
+
+#[test]
+fn strangers_who_keep_their_connections_exclude_nobody() {
+    let wall = wall(&[("m", "")], "");
+    let mut known = wall.events();
+    known.next();
+    let strangers: Vec<TcpStream> = (0..200)
+        .map(|_| {
+            let mut stream = wall.connect();
+            write!(stream, "GET /icon.svg HTTP/1.1\r\nHost: {}\r\n\r\n", wall.address).unwrap();
+            stream
+        })
+        .collect();
+    let begun = Instant::now();
+    wall.cookie();
+    // A stranger is closed after 10 seconds without a request.
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    wall.host.client().unwrap().act("restore_start", "m").unwrap();
+    known.tile("m", |tile| tile["state"] == "running");
+    drop(strangers);
 }
 
 /// Asks for the console of `m`, and returns the connection and the status.

@@ -75,6 +75,8 @@ fn cleanup_is_confined_as_the_host_and_starts_when_no_host_follows() {
         "OOMPolicy",
         "OOMScoreAdjust",
         "Delegate",
+        "RuntimeDirectory",
+        "RuntimeDirectoryPreserve",
     ];
     let of_the_cleanup = ["Type", "ExecCondition", "ExecStart"];
     assert_eq!(settings(UNIT, &of_a_host), settings(CLEANUP, &of_the_cleanup));
@@ -104,4 +106,13 @@ fn unit_delegates_its_control_group_and_leaves_it_writable() {
     {
         assert!(!lines.iter().any(|line| line.starts_with(breaks_the_jail)), "{breaks_the_jail}");
     }
+}
+
+#[test]
+fn host_alone_makes_the_folder_of_the_documented_wall_and_keeps_it() {
+    let has = |unit: &str, setting: &str| unit.lines().any(|line| line == setting);
+    let folder = "RuntimeDirectory=cuckoo-machinery";
+    assert!(has(UNIT, folder) && has(UNIT, "RuntimeDirectoryPreserve=yes"));
+    assert!(!has(CLEANUP, folder), "its end would remove the folder of a host that serves");
+    assert!(include_str!("../docs/wall.md").contains("web_listen: /run/cuckoo-machinery/wall.sock"));
 }

@@ -74,6 +74,9 @@ fn missing() -> Vec<&'static str> {
     if !["chromium-headless-shell", "chromium", "google-chrome"].iter().any(is_browser) {
         missing.push("browser");
     }
+    if !Path::new("/usr/sbin/nginx").exists() {
+        missing.push("nginx");
+    }
     if ["CAPE_SOURCE", "CAPE_PYTHON"].iter().any(|name| env::var_os(name).is_none_or(|path| path.is_empty()))
     {
         missing.push("cape");

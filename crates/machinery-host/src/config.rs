@@ -149,6 +149,8 @@ struct HostFile {
     web_token_file: Option<PathBuf>,
     #[serde(default, deserialize_with = "wall::path")]
     web_novnc: Option<PathBuf>,
+    #[serde(default, deserialize_with = "empty_as_none")]
+    web_socket_group: Option<String>,
     #[serde(default, deserialize_with = "flag")]
     web_actions: bool,
     #[serde(default, deserialize_with = "words")]
@@ -218,6 +220,7 @@ impl Config {
             token_file: host.web_token_file,
             actions: host.web_actions,
             novnc: host.web_novnc,
+            socket_group: host.web_socket_group,
         };
         match Error::all(problems) {
             None => Ok(Config {

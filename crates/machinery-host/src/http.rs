@@ -3,22 +3,30 @@
 //! ```text
 //! accept ─▶ permit ─▶ head, in time ─▶ router ─▶ reply ─▶ next head, or the end
 //!             │            └─▶ too slow or too large: closed
-//!             └─▶ none is free: the connection waits in the kernel
+//!             └─▶ none is free: the oldest stranger is closed, or the connection waits
 //! ```
+//!
+//! A connection is a stranger until its router [keeps](Connection::keep) it. So strangers never exclude anybody for longer
+//! than it takes to connect. A server whose connections have a time closes nobody earlier.
 //!
 //! A client can neither change anything by its pace nor delay the host. Dropping the server ends all connections, so a
 //! reload does.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::Request;
 use axum::serve::Listener;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_io_timeout::TimeoutStream;
 
@@ -39,32 +47,89 @@ pub struct Limits {
     pub connection_timeout: Option<Duration>,
 }
 
+/// A connection, which each of its requests has as an extension. It counts as long as a value of it exists.
+#[derive(Debug, Clone)]
+pub struct Connection(Arc<Known>);
+
+#[derive(Debug)]
+struct Known {
+    is_kept: AtomicBool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    /// Keeps the connection while others come: its client is no stranger.
+    pub fn keep(&self) {
+        self.0.is_kept.store(true, Ordering::Relaxed);
+    }
+
+    fn is_kept(&self) -> bool {
+        self.0.is_kept.load(Ordering::Relaxed)
+    }
+}
+
+/// The connections that may be strangers, the oldest first.
+#[derive(Default)]
+struct Strangers(VecDeque<(Weak<Known>, AbortHandle)>);
+
+impl Strangers {
+    fn close_oldest(&mut self) {
+        self.forget_others();
+        if let Some((_, stranger)) = self.0.pop_front() {
+            stranger.abort();
+        }
+    }
+
+    fn add(&mut self, connection: Weak<Known>, task: AbortHandle) {
+        self.forget_others();
+        self.0.push_back((connection, task));
+    }
+
+    /// Forgets the connections that are kept, or have ended.
+    fn forget_others(&mut self) {
+        self.0.retain(|(known, _)| known.upgrade().is_some_and(|known| !Connection(known).is_kept()));
+    }
+}
+
 /// Serves these routes until it is dropped.
 pub async fn serve<L: Listener>(mut listener: L, router: &Router, limits: Limits) {
     let permits = Arc::new(Semaphore::new(limits.connections));
-    let mut connections = JoinSet::new();
+    let (mut connections, mut strangers) = (JoinSet::new(), Strangers::default());
     loop {
+        let (io, _) = listener.accept().await;
+        while connections.try_join_next().is_some() {}
+        if permits.available_permits() == 0 {
+            strangers.close_oldest();
+        }
         // The semaphore is never closed.
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-        while connections.try_join_next().is_some() {}
-        let (io, _) = listener.accept().await;
-        connections.spawn(answer(io, router.clone(), limits, permit));
+        let known = Arc::new(Known { is_kept: AtomicBool::new(false), _permit: permit });
+        let weak = Arc::downgrade(&known);
+        let task = connections.spawn(answer(io, router.clone(), limits, Connection(known)));
+        if limits.connection_timeout.is_none() {
+            strangers.add(weak, task);
+        }
     }
 }
 
 /// Answers the requests of a connection, and closes it.
-async fn answer<I>(io: I, router: Router, limits: Limits, _permit: OwnedSemaphorePermit)
+async fn answer<I>(io: I, router: Router, limits: Limits, connection: Connection)
 where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + 'static,
 {
     let mut io = Box::pin(TimeoutStream::new(io));
     io.as_mut().set_write_timeout_pinned(Some(WRITE_TIMEOUT));
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(connection.clone());
+        router.call(request)
+    });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .keep_alive(limits.connection_timeout.is_none())
-        .serve_connection(TokioIo::new(io), TowerToHyperService::new(router))
+        .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
     let served = match limits.connection_timeout {
         Some(limit) => timeout(limit, served).await,
@@ -79,6 +144,7 @@ where
 
 #[cfg(test)]
 mod tests {
+    use axum::Extension;
     use axum::body::Body;
     use axum::routing::get;
     use futures_util::stream::repeat_with;
@@ -110,7 +176,14 @@ mod tests {
     fn server(limits: Limits) -> (impl Fn() -> DuplexStream, tokio::task::JoinHandle<()>) {
         let endless =
             || async { Body::from_stream(repeat_with(|| Ok::<_, std::io::Error>(vec![0_u8; 1000]))) };
-        let router = Router::new().route("/", get(|| async { "short" })).route("/endless", get(endless));
+        let keep = |Extension(connection): Extension<Connection>| async move {
+            connection.keep();
+            "kept"
+        };
+        let router = Router::new()
+            .route("/", get(|| async { "short" }))
+            .route("/keep", get(keep))
+            .route("/endless", get(endless));
         let (sender, receiver) = mpsc::unbounded_channel();
         let server = tokio::spawn(async move { serve(InMemory(receiver), &router, limits).await });
         let connect = move || {
@@ -146,10 +219,27 @@ mod tests {
     async fn connection_is_closed_when_its_client_does_not_read() {
         let (connect, _server) = server(ONE);
         let mut deaf = connect();
-        deaf.write_all(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        deaf.write_all(b"GET /keep HTTP/1.1\r\nHost: x\r\n\r\nGET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+            .await
+            .unwrap();
         // The second client waits for the permit of the first.
         let reply = exchange(&mut connect(), "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
         assert!(reply.ends_with("short"), "{reply}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stranger_is_closed_when_another_client_connects_and_a_known_one_is_kept() {
+        let (connect, _server) = server(ONE);
+        let [mut stranger, mut known] = [connect(), connect()];
+        let begun = tokio::time::Instant::now();
+        let mut reply = [0; 512];
+        known.write_all(b"GET /keep HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let length = known.read(&mut reply).await.unwrap();
+        assert!(String::from_utf8_lossy(&reply[..length]).contains("kept"));
+        assert_eq!((stranger.read(&mut reply).await.unwrap(), begun.elapsed()), (0, Duration::ZERO));
+        let mut next = connect();
+        let reply = exchange(&mut next, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+        assert!(reply.ends_with("short") && begun.elapsed() >= HEAD_TIMEOUT, "{reply} {:?}", begun.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

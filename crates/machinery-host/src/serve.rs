@@ -122,7 +122,7 @@ pub fn run(cwd: &Cwd, search: &PluginSearch, hands_over: bool) -> Result<Served>
         work_in_background(&manager, hangup)?;
         let exporter = tokio::spawn(exporter::run(Arc::clone(&manager)));
         let consoles = tokio::spawn(Consoles::open(&manager, &peers).serve());
-        let wall = tokio::spawn(wall::run(Arc::clone(&manager), Arc::clone(&peers), cwd.clone()));
+        let wall = tokio::spawn(wall::run(Arc::clone(&manager), cwd.clone()));
         let ended = serve(cwd, &peers, manager, loading, inherited, end).await;
         // A file or a socket on a disk that hangs is left.
         let _ = timeout(REMOVAL_TIMEOUT, async { tokio::join!(exporter, consoles, wall) }).await;

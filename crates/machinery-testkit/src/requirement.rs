@@ -42,6 +42,8 @@ pub const SYSTEMD: Requirement = Requirement { name: "systemd", needs: "systemd-
 /// The browser Chromium.
 pub const BROWSER: Requirement =
     Requirement { name: "browser", needs: "Chromium (Debian's package chromium-headless-shell)" };
+/// The web server nginx. No package of the tests brings it, because it would serve at once.
+pub const NGINX: Requirement = Requirement { name: "nginx", needs: "nginx (Debian's package nginx-light)" };
 /// A Python that has Cuckoo3.
 pub const CUCKOO3: Requirement = Requirement {
     name: "cuckoo3",

@@ -93,6 +93,7 @@ impl ActionSettings {
             ("web_token_file", self.wall.token_file != new.wall.token_file),
             ("web_actions", self.wall.actions != new.wall.actions),
             ("web_novnc", self.wall.novnc != new.wall.novnc),
+            ("web_socket_group", self.wall.socket_group != new.wall.socket_group),
             ("web_origins", self.wall.origins != new.wall.origins),
             (FreeSpaceReserve::KEY, self.reserve != new.reserve),
             ("resultserver", both.is_some_and(|(old, new)| old.result_server != new.result_server)),
@@ -262,6 +263,7 @@ mod tests {
         assert_eq!(differing("metrics_textfile: /tmp/a.prom"), ["metrics_textfile"]);
         assert_eq!(differing("web_listen: 127.0.0.1:8899"), ["web_listen"]);
         assert_eq!(differing("web_actions: true"), ["web_actions"]);
+        assert_eq!(differing("web_socket_group: x"), ["web_socket_group"]);
         assert_eq!(differing("web_origins: [https://wall.lab]"), ["web_origins"]);
         assert_eq!(differing("free_space_reserve: 1 GiB"), [FreeSpaceReserve::KEY]);
     }

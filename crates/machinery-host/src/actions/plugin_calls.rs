@@ -109,12 +109,14 @@ impl PluginCalls {
         }
     }
 
-    /// Has the plugin write the screen to the file, which stays as long as the plugin may write to it.
+    /// Has the plugin write the screen to the file, which stays as long as the plugin may write to it. `limit` is the
+    /// deadline of the plugin. A call that does not return is abandoned after the time of a screenshot.
     ///
     /// # Errors
     /// The plugin's error, or the call was abandoned.
     pub async fn screen(&mut self, file: Arc<PrivateFile>, limit: Duration) -> Result<()> {
-        let called = self.machine.call(limit, move |machine, deadline| {
+        let called = self.machine.call(self.context.timeouts().screenshot, move |machine, deadline| {
+            let deadline = Deadline::after(limit.min(deadline.remaining()));
             machine.machinery.instance.screenshot(machine.name(), &file.path(), deadline)
         });
         let called = called.await;

@@ -14,7 +14,8 @@ use super::inspection::within;
 use super::message::{NoScreen, Screen};
 use crate::client_file::PrivateFile;
 
-/// The time in which a machine must show its screen. An action that arrives meanwhile waits.
+/// The time in which a machine must show its screen. An action that arrives meanwhile waits. A plugin that returns later
+/// keeps the machine in the pool as long as it returns within the time of a screenshot, as for an action.
 const SCREEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl ActionExecutor {
@@ -55,6 +56,7 @@ impl ActionExecutor {
 #[cfg(test)]
 mod tests {
     use machinery::{Capabilities, Error};
+    use tokio::time::timeout;
 
     use super::super::lab::Lab;
     use super::*;
@@ -90,5 +92,28 @@ mod tests {
         assert!(matches!(lab.executor().screen().await, Err(NoScreen::Failed(_))));
         assert!(lab.machine.status().errors[0].contains("index"));
         assert!(lab.disabled_reason().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_screen_leaves_the_machine_in_the_pool_until_the_time_of_a_screenshot() {
+        let lab = lab(true);
+        lab.start_foreign_run();
+        let release = lab.plugin.block("screenshot");
+        let mut executor = lab.executor();
+        let mut screen = std::pin::pin!(executor.screen());
+        // The call blocks a thread, so the paused clock moves only here.
+        let early = tokio::select! {
+            shown = &mut screen => Some(shown),
+            () = lab.plugin.called("screenshot") => None,
+        };
+        assert_eq!(early, None);
+        tokio::time::advance(Duration::from_secs(29)).await;
+        assert!(timeout(Duration::ZERO, &mut screen).await.is_err());
+        assert_eq!((lab.machine.status().state, lab.disabled_reason()), (State::Running, None));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        assert!(matches!(screen.await, Err(NoScreen::Failed(why)) if why.contains("did not return")));
+        assert_eq!(lab.machine.status().state, State::Error);
+        assert!(lab.quarantine().is_some() || lab.disabled_reason().is_some());
+        drop(release);
     }
 }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::output::reply;
+use crate::commands::shell_word;
 
 /// Prints the socket of a console, and the commands of viewers that can connect to it.
 pub fn console(answer: &Value, json: bool) {
@@ -14,7 +15,7 @@ pub fn console(answer: &Value, json: bool) {
 
 /// Returns the commands of viewers that take the path of a Unix socket, one a line.
 fn commands(path: &str) -> String {
-    let path = format!("'{}'", path.replace('\'', r"'\''"));
+    let path = shell_word(path);
     ["xtigervncviewer", "gvncviewer"].map(|viewer| format!("  {viewer} {path}")).join("\n")
 }
 

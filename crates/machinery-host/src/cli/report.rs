@@ -3,7 +3,7 @@
 //! A large lab often has one finding for each machine. Findings that differ only by their machine are one entry, which has the
 //! number and the names of the machines. `-v` prints each finding.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 
 use machinery::{Finding, Level, Report};
@@ -94,8 +94,11 @@ fn entries(group: &[Found<'_>]) -> Vec<String> {
         return texts;
     }
     let general = common(group);
+    let hint = if general.contains('…') { " (-v shows each)" } else { "" };
     let general = general.strip_prefix("machine 'MACHINE': ").unwrap_or(&general);
-    vec![format!("{} machines: {general}\n{}", machines.len(), ranges(&machines))]
+    let (findings, count) = (BTreeSet::from_iter(group.iter().map(|found| found.text)).len(), machines.len());
+    let number = if findings > count { format!("{findings} findings of {count}") } else { count.to_string() };
+    vec![format!("{number} machines: {general}\n{}{hint}", ranges(&machines))]
 }
 
 /// Returns the text without the words that may differ between machines.
@@ -241,8 +244,21 @@ ok       21 more findings are in order: -v shows them
             "k.yaml:7: machines.b.label: libvirt has no domain 'other'; there is 'x', see 10.9",
             "k.yaml:9: machines.b.label: it is no word",
         ];
-        let expected = "2 machines: k.yaml: machines.MACHINE.label: libvirt has no domain …; there is 'x', see 10.9\na, b";
+        let expected = "2 machines: k.yaml: machines.MACHINE.label: libvirt has no domain …; there is 'x', see 10.9\na, b (-v shows each)";
         assert_eq!(folded(&texts), [expected, texts[2]]);
+    }
+
+    #[test]
+    fn entry_has_the_number_of_findings_when_a_machine_has_several() {
+        let texts = [
+            "q.yaml:3: machines.a.qcow2_path: /d/a.qcow2 is missing",
+            "q.yaml:4: machines.a.qcow2_path: /d/tools.iso is missing",
+            "q.yaml:4: machines.a.qcow2_path: /d/tools.iso is missing",
+            "q.yaml:9: machines.b.qcow2_path: /d/b.qcow2 is missing",
+        ];
+        let expected = "3 findings of 2 machines: q.yaml: machines.MACHINE.qcow2_path: … is missing\n\
+                        a, b (-v shows each)";
+        assert_eq!(folded(&texts), [expected]);
     }
 
     #[test]

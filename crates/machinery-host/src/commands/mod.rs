@@ -10,3 +10,8 @@ pub mod import;
 pub mod new_plugin;
 pub mod shutdown;
 pub mod upgrade;
+
+/// Returns the text as one word of the shell, for a command that a message shows.
+pub fn shell_word(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}

@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use machinery::config::ConfigFile;
 use machinery::{Error, Result};
 use serde::Deserializer;
 
-use super::place::{in_existing_folder, place};
+use super::place::place;
 
 /// The values of the keys `web_…`. By default, no wall is served.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub struct Wall {
     pub origins: Vec<String>,
     /// The folder of noVNC.
     pub novnc: Option<PathBuf>,
+    /// The group that may connect to a Unix socket: that of the proxy.
+    pub socket_group: Option<String>,
 }
 
 /// The place at which the wall is served.
@@ -47,7 +49,7 @@ impl fmt::Display for Listen {
 pub(super) fn listen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Listen>, D::Error> {
     place(deserializer, |text| match text.parse() {
         Ok(address) => Ok(Listen::Address(address)),
-        Err(_) if text.starts_with('/') => in_existing_folder(text).map(Listen::Socket),
+        Err(_) if text.starts_with('/') => absolute(text).map(Listen::Socket),
         Err(_) => Err(format!(
             "'{text}' is neither an IP address with a port, such as 127.0.0.1:8899, nor the absolute path of a socket"
         )),
@@ -56,10 +58,15 @@ pub(super) fn listen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Optio
 
 /// Reads `web_token_file` and `web_novnc`.
 pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-    place(deserializer, |text| match text.starts_with('/') {
-        true => in_existing_folder(text),
-        false => Err(format!("'{text}' is not an absolute path")),
-    })
+    place(deserializer, absolute)
+}
+
+/// Returns an absolute path. Its folder may be made later, such as by systemd: a wall that fails does not end the host.
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    match Path::new(text) {
+        path if path.is_absolute() && path.file_name().is_some() => Ok(path.to_owned()),
+        _ => Err(format!("'{text}' is not the absolute path of a file")),
+    }
 }
 
 /// Returns the values of `web_origins`, in lowercase.
@@ -102,7 +109,8 @@ mod tests {
         for bad in ["8899", "localhost:8899", "wall.sock"] {
             assert!(read(bad).unwrap_err().contains("127.0.0.1:8899"), "{bad}");
         }
-        assert!(read("/none/wall.sock").unwrap_err().contains("does not exist"));
+        assert_eq!(read("/none/wall.sock").unwrap(), Listen::Socket("/none/wall.sock".into()));
+        assert!(read("/none/..").unwrap_err().contains("absolute path"));
     }
 
     #[test]

@@ -13,6 +13,8 @@
 //! | subscribers | [`Events`] |
 
 pub mod console;
+#[cfg(test)]
+pub mod lab;
 mod queries;
 pub mod replacement;
 mod unsaved;

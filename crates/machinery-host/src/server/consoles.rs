@@ -10,24 +10,21 @@
 //! connects earlier is disconnected. The same users may connect as to the manager's socket.
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
+use std::ffi::OsString;
 use std::future::pending;
-use std::io;
-use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Error, Result};
+use machinery::Result;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::listener;
 use super::peers::Peers;
-use crate::cwd::make_folder;
+use super::socket_folder::SocketFolder;
 use crate::events::Event;
 use crate::fleet::{Machine, Roster};
 use crate::manager::Manager;
@@ -52,8 +49,15 @@ pub struct Consoles {
     manager: Arc<Manager>,
     peers: Arc<Peers>,
     events: Receiver<Event>,
-    /// The task of each socket, by the socket's path. Dropping it ends the connections of its viewers.
-    open: BTreeMap<PathBuf, JoinSet<()>>,
+    /// The sockets, by their names.
+    open: BTreeMap<OsString, Socket>,
+}
+
+/// The socket of a machine.
+struct Socket {
+    machine: Arc<Machine>,
+    /// Dropping it ends the connections of the viewers.
+    _task: JoinSet<()>,
 }
 
 impl Consoles {
@@ -82,55 +86,54 @@ impl Consoles {
 
     /// Opens the sockets of these machines, and removes all others.
     fn update(&mut self, roster: &Roster) {
-        let folder = self.manager.consoles();
-        let mut wanted: BTreeMap<PathBuf, &Arc<Machine>> = BTreeMap::new();
+        let mut wanted: BTreeMap<OsString, &Arc<Machine>> = BTreeMap::new();
         for machine in roster.machines().iter().filter(|machine| machine.info().console) {
-            match console_socket(machine, folder) {
-                Ok(path) => drop(wanted.insert(path, machine)),
+            match console_socket(machine, self.manager.consoles()) {
+                Ok(path) => wanted.extend(path.file_name().map(|name| (name.to_owned(), machine))),
                 Err(reason) => tracing::error!(machine = machine.name(), reason, "a console has no socket"),
             }
         }
-        self.open.retain(|path, _| {
-            let stays = wanted.contains_key(path);
-            if !stays {
-                listener::remove(path);
+        if wanted.is_empty() && self.open.is_empty() {
+            return;
+        }
+        let folder = own_folder(self.manager.consoles(), &self.peers);
+        self.open.retain(|name, socket| {
+            // A new machine can have the name of one that is gone.
+            let stays = wanted.get(name).is_some_and(|machine| Arc::ptr_eq(machine, &socket.machine));
+            if let (false, Ok(folder)) = (stays, &folder) {
+                folder.remove(name);
             }
             stays
         });
-        wanted.retain(|path, _| !self.open.contains_key(path));
-        for (path, machine) in wanted {
-            let listener =
-                make_folder_for(folder, &self.peers).and_then(|()| listener::bind(&path, &self.peers));
-            match listener {
-                Ok(listener) => {
-                    let (manager, peers) = (Arc::clone(&self.manager), Arc::clone(&self.peers));
-                    let mut task = JoinSet::new();
-                    task.spawn(accept(listener, Arc::clone(machine), manager, peers));
-                    self.open.insert(path, task);
-                }
+        wanted.retain(|name, _| !self.open.contains_key(name));
+        for (name, machine) in wanted {
+            let bound =
+                folder.as_ref().map_err(Clone::clone).and_then(|folder| folder.bind(&name, &self.peers));
+            match bound {
+                Ok(listener) => drop(self.open.insert(name, self.socket(listener, machine))),
                 Err(error) => tracing::error!(machine = machine.name(), %error, "a console has no socket"),
             }
         }
     }
+
+    fn socket(&self, listener: UnixListener, machine: &Arc<Machine>) -> Socket {
+        let (manager, peers) = (Arc::clone(&self.manager), Arc::clone(&self.peers));
+        let mut task = JoinSet::new();
+        task.spawn(accept(listener, Arc::clone(machine), manager, peers));
+        Socket { machine: Arc::clone(machine), _task: task }
+    }
 }
 
-/// Makes the folder of the sockets, which those peers alone can pass.
-fn make_folder_for(folder: &Path, peers: &Peers) -> Result<()> {
-    make_folder(folder)?;
-    if peers.gid().is_some() {
-        let opened = chown(folder, None, peers.gid())
-            .and_then(|()| fs::set_permissions(folder, Permissions::from_mode(0o710)));
-        opened.map_err(|error| Error::io("open to the group the folder", folder, &error))?;
-    }
-    Ok(())
+/// Opens the folder of the sockets.
+fn own_folder(path: &Path, peers: &Peers) -> Result<SocketFolder> {
+    let (sockets, name) = SocketFolder::of(path)?;
+    sockets.own_folder(name, peers)
 }
 
 /// Removes the folder of the sockets. A missing one is no error.
-fn remove_folder(folder: &Path) {
-    if let Err(error) = fs::remove_dir_all(folder)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %folder.display(), %error, "cannot remove the folder of the consoles");
+fn remove_folder(path: &Path) {
+    if let Ok((sockets, name)) = SocketFolder::of(path) {
+        sockets.remove_folder(name);
     }
 }
 
@@ -166,5 +169,37 @@ async fn view(viewer: UnixStream, machine: Arc<Machine>, manager: Arc<Manager>, 
             tracing::info!(machine, uid, error = ?relayed.err(), "console closed");
         }
         Err(reason) => tracing::warn!(machine, reason, "a viewer was refused"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use machinery::{MachineInfo, State};
+
+    use super::*;
+    use crate::events::Events;
+    use crate::fleet::fake_plugin::{FakePlugin, info};
+    use crate::manager::lab::manager;
+
+    #[tokio::test]
+    async fn socket_stays_with_its_machine_and_serves_a_new_one_of_the_same_name() {
+        let (_folder, _fleet, manager) = manager();
+        std::fs::create_dir_all(manager.consoles().parent().unwrap()).unwrap();
+        let mut consoles = Consoles::open(&manager, &Arc::new(Peers::new(None).unwrap()));
+        let plugin = FakePlugin::default();
+        let roster = |machinery: &str| {
+            let (machinery, info) = (plugin.machinery(machinery), MachineInfo { console: true, ..info("m") });
+            let machine = Machine::new(info, Arc::clone(&machinery), State::Poweroff, Events::default());
+            Roster::new(vec![machinery], vec![Arc::new(machine)])
+        };
+        let (first, second) = (roster("first"), roster("second"));
+        let file = || rustix::fs::stat(manager.consoles().join("m.sock")).unwrap().st_ino;
+        consoles.update(&first);
+        let of_first = file();
+        consoles.update(&first);
+        assert_eq!(file(), of_first, "its viewers stay connected");
+        consoles.update(&second);
+        let [socket] = consoles.open.values().collect::<Vec<_>>().try_into().ok().unwrap();
+        assert!(Arc::ptr_eq(&socket.machine, second.find("m").unwrap()));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use super::limits::{ConnectionCounter, ConnectionPermit};
 use super::peers::Peers;
+use super::socket_folder::SocketFolder;
 use super::{connection, reply};
 use crate::client_file::DescriptorBudget;
 use crate::manager::Manager;
@@ -71,7 +72,8 @@ pub fn open(
         return bind_manager(path, peers);
     }
     let failed = |error: io::Error| Error::io("use the inherited socket", path, &error);
-    open_to(peers, path).map_err(failed)?;
+    let (folder, name) = SocketFolder::of(path)?;
+    folder.open_socket_to(name, peers).map_err(failed)?;
     inherited.set_nonblocking(true).map_err(failed)?;
     UnixListener::from_std(inherited).map_err(failed)
 }
@@ -113,29 +115,13 @@ fn bind_manager(path: &Path, peers: &Peers) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Binds a socket for those peers alone. It listens before its name appears, and replaces another file of that name.
+/// Binds a socket for those peers alone, as [`SocketFolder::bind`] does.
 ///
 /// # Errors
 /// The socket cannot be made.
 pub fn bind(path: &Path, peers: &Peers) -> Result<UnixListener> {
-    let failed = |error: io::Error| Error::io("make the socket", path, &error);
-    // A new folder is accessible to this user alone, so nobody can connect before the mode is set.
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let private = tempfile::Builder::new().prefix(".new-").tempdir_in(folder).map_err(failed)?;
-    let socket = SocketPath::new(&private.path().join("sock")).map_err(failed)?;
-    let listener = UnixListener::bind(socket.address()).map_err(failed)?;
-    open_to(peers, socket.path()).map_err(|error| {
-        failed(error).advice("The host's user has to be a member of the group `socket_group`, or root")
-    })?;
-    fs::rename(socket.path(), path).map_err(failed)?;
-    Ok(listener)
-}
-
-/// Gives those peers alone the right to connect.
-fn open_to(peers: &Peers, socket: &Path) -> io::Result<()> {
-    let mode = if peers.gid().is_some() { 0o660 } else { 0o600 };
-    chown(socket, None, peers.gid())?;
-    fs::set_permissions(socket, fs::Permissions::from_mode(mode))
+    let (folder, name) = SocketFolder::of(path)?;
+    folder.bind(name, peers)
 }
 
 /// Warns of folders that the group which may use the socket cannot pass.
@@ -145,17 +131,16 @@ pub fn warn_of_closed_folders(path: &Path, peers: &Peers) {
         let Ok(meta) = folder.metadata() else { continue };
         let open = if meta.gid() == gid { 0o010 } else { 0o001 };
         if meta.mode() & open == 0 {
-            tracing::warn!(folder = %folder.display(), gid, "the group `socket_group` cannot pass this folder on its way to the socket: chgrp it and chmod g+x");
+            tracing::warn!(folder = %folder.display(), gid, "the group of the socket cannot pass this folder on its way to it: chgrp it and chmod g+x");
         }
     }
 }
 
 /// Removes a socket. A missing one is no error.
 pub fn remove(path: &Path) {
-    if let Err(error) = fs::remove_file(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), %error, "cannot remove the socket");
+    match SocketFolder::of(path) {
+        Ok((folder, name)) => folder.remove(name),
+        Err(error) => tracing::warn!(path = %path.display(), %error, "cannot remove the socket"),
     }
 }
 

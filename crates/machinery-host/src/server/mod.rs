@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | `listener` | binds the socket and accepts connections |
 //! | `connection` | one client's connection |
+//! | `socket_folder` | makes sockets and their folder where another user can rename them |
 //! | `consoles` | the sockets of the machines' consoles |
 //! | `dispatch` | from a request to the manager, and back to the reply |
 //! | `outbox` | the lines on their way to the client |
@@ -29,3 +30,4 @@ pub mod peers;
 pub mod protocol;
 mod receive;
 pub mod reply;
+mod socket_folder;

@@ -34,7 +34,15 @@ impl Peers {
     /// # Errors
     /// No group has that name.
     pub fn new(group: Option<&str>) -> Result<Self> {
-        let group = group.map(find).transpose()?;
+        Peers::of("socket_group", group)
+    }
+
+    /// Returns the host's user, root, and the members of the group that this key names.
+    ///
+    /// # Errors
+    /// No group has that name.
+    pub fn of(key: &str, group: Option<&str>) -> Result<Self> {
+        let group = group.map(|name| find(key, name)).transpose()?;
         Ok(Peers { own: Uid::effective(), group })
     }
 
@@ -64,12 +72,12 @@ impl Peers {
     }
 }
 
-fn find(name: &str) -> Result<Group> {
+fn find(key: &str, name: &str) -> Result<Group> {
     let found = Group::from_name(name)
         .map_err(|error| Error::environment(format!("cannot look up the group '{name}': {error}")))?;
     found.ok_or_else(|| {
         Error::configuration(format!(
-            "there is no group '{name}', which machinery-host.yaml names as `socket_group`"
+            "there is no group '{name}', which machinery-host.yaml names as `{key}`"
         ))
         .advice("Create it with `groupadd`, or correct the name")
     })

@@ -2,13 +2,17 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 
+use machinery::trust::expect_trusted;
 use machinery::{Error, Report, Result};
 
+use super::console::novnc_folder;
 use super::token::{Token, token_file};
-use crate::config::{Config, Listen};
+use crate::config::{Config, Listen, Wall};
 use crate::cwd::Cwd;
 use crate::server::listener::expect_replaceable;
+use crate::server::peers::Peers;
 
 /// Checks the addresses, the socket and the token. A port may be in use by the host that serves.
 pub fn check(config: &Config, cwd: &Cwd, report: &mut Report) {
@@ -33,6 +37,39 @@ pub fn check(config: &Config, cwd: &Cwd, report: &mut Report) {
                 report.keep(Token::read(&file));
             }
         }
+    }
+    if let Some(listen) = &wall.listen {
+        check_later(wall, listen, report);
+    }
+}
+
+/// Checks what may be there later than the host: a host serves without a wall that fails.
+fn check_later(wall: &Wall, listen: &Listen, report: &mut Report) {
+    let mut places: Vec<(&str, &Path)> =
+        wall.token_file.iter().map(|file| ("web_token_file", file.as_path())).collect();
+    if let Listen::Socket(path) = listen {
+        places.push(("web_listen", path));
+        if let Err(error) = Peers::of("web_socket_group", wall.socket_group.as_deref()) {
+            report.warning(format!("the wall is not served: {error}"));
+        }
+    }
+    for (key, path) in places {
+        if path.parent().is_some_and(|folder| !folder.is_dir()) {
+            report.warning(format!(
+                "the folder of '{}' ({key}) does not exist, so the wall is not served: create it, or correct the path. The \
+                 unit for systemd makes /run/cuckoo-machinery when it starts",
+                path.display()
+            ));
+        }
+    }
+    let folder = novnc_folder(wall);
+    if let Err(error) = expect_trusted(&folder) {
+        report.warning(format!("the wall has no consoles: {error}"));
+    } else if wall.novnc.is_some() && !folder.is_dir() {
+        report.warning(format!(
+            "the wall has no consoles: the folder {} (web_novnc) does not exist",
+            folder.display()
+        ));
     }
 }
 
@@ -85,6 +122,13 @@ mod tests {
             ("web_listen: %/open", "is no socket"),
             ("web_listen: 127.0.0.1:0\nweb_token_file: %/open", "other users could read"),
             ("web_actions: true", "no effect without `web_listen`"),
+            ("web_listen: %/none/new.sock", "new.sock' (web_listen) does not exist"),
+            (
+                "web_listen: 127.0.0.1:0\nweb_token_file: %/none/token",
+                "token' (web_token_file) does not exist",
+            ),
+            ("web_listen: 127.0.0.1:0\nweb_novnc: %/none", "none (web_novnc) does not exist"),
+            ("web_listen: %/new.sock\nweb_socket_group: no-such-group", "names as `web_socket_group`"),
         ] {
             assert!(findings(keys).contains(reason), "{keys}: {}", findings(keys));
         }

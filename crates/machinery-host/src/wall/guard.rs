@@ -97,7 +97,9 @@ impl Guard {
         let Some(origin) = headers.get(ORIGIN) else { return Ok(None) };
         let host = text(headers, HOST).unwrap_or_default();
         let origin = origin.to_str().map_err(|_| WRONG_ORIGIN)?;
-        let is_own = origin.strip_prefix("http://").is_some_and(|name| name.eq_ignore_ascii_case(host))
+        // A name has the origins of `web_origins` alone: others could send pages without encryption under it.
+        let plain = origin.strip_prefix("http://").filter(|name| is_address(&name.to_lowercase()));
+        let is_own = plain.is_some_and(|name| name.eq_ignore_ascii_case(host))
             || self.origins.iter().any(|own| own.eq_ignore_ascii_case(origin));
         if is_own { Ok(Some(origin)) } else { Err(WRONG_ORIGIN) }
     }
@@ -220,6 +222,19 @@ mod tests {
         assert_eq!(guard.expect_allowed(&Method::POST, &without), Err(NO_ORIGIN));
         assert_eq!(guard.expect_allowed(&Method::GET, &without), Ok(()));
         assert_eq!(guard.cookie(&without), Err(NO_TOKEN));
+    }
+
+    #[test]
+    fn name_has_no_origin_without_encryption_unless_it_is_listed() {
+        let (guard, _folder) = guard(true);
+        let from = |host: &str, origin: &str| {
+            guard.expect_allowed(&Method::POST, &headers(&[("host", host), ("origin", origin)]))
+        };
+        assert_eq!(from("wall.lab", "http://wall.lab"), Err(WRONG_ORIGIN));
+        assert_eq!(from("wall.lab", "https://wall.lab"), Ok(()));
+        for host in ["127.0.0.1:1", "LOCALHOST:1", "[::1]:1"] {
+            assert_eq!(from(host, &format!("http://{host}")), Ok(()), "{host}");
+        }
     }
 
     #[test]

@@ -60,11 +60,8 @@ use token::Token;
 
 const LIMITS: Limits = Limits { connections: 128, connection_timeout: None };
 
-/// The folder of Debian's package `novnc`.
-const NOVNC: &str = "/usr/share/novnc";
-
 /// Serves the wall until the host ends.
-pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
+pub async fn run(manager: Arc<Manager>, cwd: Cwd) {
     let mut reloads = manager.queues().context().reloads();
     let mut ended = manager.ended().subscribe();
     loop {
@@ -83,7 +80,7 @@ pub async fn run(manager: Arc<Manager>, peers: Arc<Peers>, cwd: Cwd) {
             *new == wall && is_served && is_same_token
         };
         let goes_on = tokio::select! {
-            () = serve(&manager, &peers, &wall, token) => true,
+            () = serve(&manager, &wall, token) => true,
             () = reloads.next(|settings| !is_same(&settings.wall)) => true,
             // The sender lives as long as the manager.
             _ = ended.wait_for(|ended| *ended) => false,
@@ -103,10 +100,10 @@ fn cookie_of(token: &Result<Option<Token>>) -> Option<String> {
 }
 
 /// Serves the wall as configured until it is dropped.
-async fn serve(manager: &Arc<Manager>, peers: &Peers, wall: &Wall, token: Result<Option<Token>>) {
+async fn serve(manager: &Arc<Manager>, wall: &Wall, token: Result<Option<Token>>) {
     let Some(listen) = &wall.listen else { return pending().await };
     let served = match token {
-        Ok(token) => try_serve(manager, peers, wall, listen, token).await,
+        Ok(token) => try_serve(manager, wall, listen, token).await,
         Err(error) => Err(error),
     };
     if let Err(error) = served {
@@ -115,13 +112,7 @@ async fn serve(manager: &Arc<Manager>, peers: &Peers, wall: &Wall, token: Result
     pending().await
 }
 
-async fn try_serve(
-    manager: &Arc<Manager>,
-    peers: &Peers,
-    wall: &Wall,
-    listen: &Listen,
-    token: Option<Token>,
-) -> Result<()> {
+async fn try_serve(manager: &Arc<Manager>, wall: &Wall, listen: &Listen, token: Option<Token>) -> Result<()> {
     let (routes, feed, _life) = routes(manager, wall, token);
     match listen {
         Listen::Address(address) => {
@@ -138,8 +129,11 @@ async fn try_serve(
         }
         Listen::Socket(path) => {
             expect_no_other(path).await?;
-            let listener = block_in_place(|| listener::bind(path, peers))?;
-            listener::warn_of_closed_folders(path, peers);
+            let listener = block_in_place(|| {
+                let peers = Peers::of("web_socket_group", wall.socket_group.as_deref())?;
+                listener::warn_of_closed_folders(path, &peers);
+                listener::bind(path, &peers)
+            })?;
             announce(manager, listen);
             tokio::join!(http::serve(listener, &routes, LIMITS), feed.follow());
         }
@@ -170,7 +164,7 @@ fn routes(
         screens: Screens::default(),
         guard: Guard::new(token, wall.origins.clone()),
         actions: wall.actions,
-        novnc: wall.novnc.clone().unwrap_or_else(|| NOVNC.into()),
+        novnc: console::novnc_folder(wall),
         lives,
     };
     (routes::routes(Arc::new(shared)), feed, life)

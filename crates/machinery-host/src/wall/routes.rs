@@ -39,6 +39,7 @@ use super::shared::{Failed, Shared, Wall, answer, expect_actions, find};
 use crate::actions::message::{NoScreen, Responder};
 use crate::actions::{Action, ActionResult};
 use crate::fleet::Machine;
+use crate::http::Connection;
 use crate::server::reply;
 
 /// A file of the page: its path, its type, and its content.
@@ -106,10 +107,17 @@ pub fn routes(shared: Arc<Shared>) -> Router {
     all.layer(from_fn_with_state(Arc::clone(&shared), expect_host)).with_state(shared)
 }
 
-/// Refuses a request for another host, and adds the rules for browsers to each reply.
+/// Refuses a request for another host, keeps the connection of a client with a proof, and adds the rules for browsers to each reply.
 async fn expect_host(State(wall): Wall, request: Request, next: Next) -> Response {
     let mut response = match wall.guard.expect_host(request.headers()) {
-        Ok(()) => next.run(request).await,
+        Ok(()) => {
+            if wall.guard.expect_allowed(&Method::GET, request.headers()).is_ok()
+                && let Some(connection) = request.extensions().get::<Connection>()
+            {
+                connection.keep();
+            }
+            next.run(request).await
+        }
         Err(refusal) => refused(refusal),
     };
     let headers = HEADERS.map(|(name, value)| (name, HeaderValue::from_static(value)));

@@ -50,7 +50,9 @@ impl Candidate {
     /// # Errors
     /// The machinery would refuse a value, or the name.
     pub fn new(machine: Machine, known: Option<&Configured<OwnKeys>>) -> Result<Self> {
-        let mut complete = Machine::new(&machine.name, machine.origin.clone());
+        // The name of a domain may be none of a machine, while its entry has one.
+        let name = known.map_or(&machine.name, |known| &known.name);
+        let mut complete = Machine::new(name, machine.origin.clone());
         complete.keys.clone_from(&machine.keys);
         for (key, value) in known.map(values).into_iter().flatten() {
             if NEEDED.iter().any(|needed| needed.0 == key) && !machine.has(key) {
@@ -76,11 +78,12 @@ impl Candidate {
         Some(self.machine.error(key, reason).advice(advice))
     }
 
-    /// Returns the keys that both entries have, with different values.
+    /// Returns the keys that both entries have, with different values. An address that may change is no difference.
     pub fn differing_keys(&self, old: &Configured<OwnKeys>) -> Vec<&'static str> {
         let pairs = values(old).into_iter().zip(values(&self.entry));
         let differ = pairs.filter(|(old, new)| old.1 != new.1 && !old.1.is_empty() && !new.1.is_empty());
-        differ.map(|(_, (key, _))| key).filter(|key| self.machine.has(key)).collect()
+        let keys = differ.map(|(_, (key, _))| key).filter(|key| self.machine.has(key));
+        keys.filter(|key| *key != "ip" || !self.machine.has_changing_ip).collect()
     }
 }
 

@@ -8,6 +8,8 @@ use std::fmt;
 use machinery::{Error, Place};
 use serde_yaml::Value;
 
+use crate::commands::shell_word;
+
 /// The keys that every entry needs, each with a word for its value.
 pub const NEEDED: [(&str, &str); 3] =
     [("ip", "ADDRESS"), ("platform", "PLATFORM"), ("os_version", "VERSION")];
@@ -54,6 +56,8 @@ pub struct Machine {
     pub faults: Vec<Error>,
     /// Facts about the machine that the operator has to know.
     pub notes: Vec<String>,
+    /// True if the ip is that of a lease or of the running guest, which may have another one later.
+    pub has_changing_ip: bool,
 }
 
 /// The place where a tool describes a machine.
@@ -91,7 +95,8 @@ impl fmt::Display for Origin {
 
 impl Machine {
     pub fn new(name: impl Into<String>, origin: Origin) -> Self {
-        Machine { name: name.into(), origin, keys: Vec::new(), faults: Vec::new(), notes: Vec::new() }
+        let (keys, faults, notes) = (Vec::new(), Vec::new(), Vec::new());
+        Machine { name: name.into(), origin, keys, faults, notes, has_changing_ip: false }
     }
 
     /// Returns the entry as a parser reads it.
@@ -130,8 +135,9 @@ impl Machine {
         if !lacking.is_empty() {
             let keys: Vec<&str> = lacking.iter().map(|(key, _)| *key).collect();
             let name = &self.name;
-            let option =
-                |(key, value): &(&str, &str)| format!("--{} '{name}={value}'", key.replace('_', "-"));
+            let option = |(key, value): &(&str, &str)| {
+                format!("--{} {}", key.replace('_', "-"), shell_word(&format!("{name}={value}")))
+            };
             let options: Vec<String> = lacking.iter().map(option).collect();
             let reason = format!("{} does not have its {}", self.origin, keys.join(", "));
             faults.push(Error::configuration(reason).advice(format!("Add {}", options.join(" "))));

@@ -25,7 +25,7 @@ mod vmcloak;
 use std::path::Path;
 
 use clap::{Args, Subcommand};
-use machinery::config::{ConfigFile, Configured, Machines};
+use machinery::config::{ConfigFile, Configured, Machines, is_machine_name};
 use machinery::{Error, Level, Report, Result};
 use serde_yaml::{Mapping, Value};
 
@@ -181,8 +181,8 @@ fn expect_dsn(file: &ConfigFile, dsn: &str, found: &Found) -> Result<()> {
     }
 }
 
-/// Returns the machines that are new, and adds equal entries of the file to `skipped`. All other machines are
-/// errors.
+/// Returns the machines that are new. Adds equal entries of the file to `skipped`, and domains whose name no entry can have.
+/// All other machines are errors.
 fn new_machines(
     file: &ConfigFile,
     known: &Machines<OwnKeys>,
@@ -193,6 +193,11 @@ fn new_machines(
     let mut new: Vec<Candidate> = Vec::new();
     for mut machine in machines {
         let old = entry_of(&machine, known.iter());
+        if old.is_none() && machine.has("label") && !is_machine_name(&machine.name) {
+            let reason = "its name cannot be that of a machine: write its entry by hand, with its `label`";
+            skipped.push(Skipped { name: machine.name, reason: reason.to_owned() });
+            continue;
+        }
         let faults = if old.is_none() { machine.take_faults() } else { Vec::new() };
         if !faults.is_empty() {
             problems.extend(faults);
@@ -207,7 +212,7 @@ fn new_machines(
         };
         if let Some(old) = old {
             match candidate.differing_keys(old) {
-                keys if keys.is_empty() => skipped.push(unchanged(file, &candidate.machine, old)),
+                keys if keys.is_empty() => skipped.push(unchanged(file, &candidate, old)),
                 keys => problems.push(differs(file, &candidate.machine, old, &keys)),
             }
             continue;
@@ -226,12 +231,16 @@ fn new_machines(
     }
 }
 
-fn unchanged(file: &ConfigFile, machine: &Machine, old: &Configured<OwnKeys>) -> Skipped {
-    let name = file.path.file_name().unwrap_or_default().display();
-    let reason = match old.name == machine.name {
+fn unchanged(file: &ConfigFile, candidate: &Candidate, old: &Configured<OwnKeys>) -> Skipped {
+    let (name, machine) = (file.path.file_name().unwrap_or_default().display(), &candidate.machine);
+    let mut reason = match old.name == machine.name {
         true => format!("{name} has this machine already, unchanged"),
         false => format!("{name} has its domain already, as the machine '{}', unchanged", old.name),
     };
+    let ip = &candidate.entry.shared.ip;
+    if *ip != old.shared.ip {
+        reason += &format!(". Its guest has the address {ip} now: reserve one in libvirt's network");
+    }
     Skipped { name: machine.name.clone(), reason }
 }
 

@@ -26,7 +26,10 @@ async function connect() {
   try {
     RFB = (await import("/novnc/core/rfb.js")).default;
   } catch {
-    return say("noVNC is not installed on the host: install Debian's package novnc, or set web_novnc to its folder.");
+    return say(
+      "noVNC is not installed on the host: install Debian's package novnc, or set web_novnc to its folder. " +
+        "If it is there, the host's log has the reason.",
+    );
   }
   say("Connecting …");
   const url = `${location.protocol.replace("http", "ws")}//${location.host}/machines/${encodeURIComponent(name)}/console`;

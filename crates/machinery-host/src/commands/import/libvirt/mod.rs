@@ -21,6 +21,7 @@ use machinery::{Error, Result};
 use super::entry::{Found, Machine, Origin};
 use super::given::Given;
 use super::outcome::collect_all;
+use crate::commands::shell_word;
 use virsh::Virsh;
 use xml::{Card, Domain, Network, Snapshot, address_in};
 
@@ -123,6 +124,7 @@ impl Reader<'_> {
         if let Some(Address { ip, note }) = addresses.into_iter().nth(known).flatten() {
             machine.set("ip", Some(ip));
             if self.given.value("ip", &domain.name).is_none() {
+                machine.has_changing_ip = note.is_some();
                 machine.notes.extend(note);
             }
         }
@@ -169,8 +171,9 @@ impl Reader<'_> {
     fn snapshot(&self, label: &str, notes: &mut Vec<String>) -> Result<String> {
         let names = self.virsh.names(&["snapshot-list", "--name", "--domain", label])?;
         let take = format!(
-            "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as {label} \
-             clean`"
+            "Start the domain, wait until Cuckoo's agent runs in it, and take one with `virsh snapshot-create-as --domain {} \
+             --name clean`",
+            shell_word(label)
         );
         let given = self.given.value("snapshot", label);
         let current = || self.virsh.current_snapshot(label);
@@ -189,7 +192,8 @@ impl Reader<'_> {
                 Some(current) => current,
                 None => {
                     let reason = format!("its domain has no current snapshot: it has {}", names.join(", "));
-                    return Err(Error::configuration(reason).advice(format!("Add --snapshot '{label}=NAME'")));
+                    return Err(Error::configuration(reason)
+                        .advice(format!("Add --snapshot {}", shell_word(&format!("{label}=NAME")))));
                 }
             },
         };
@@ -212,8 +216,14 @@ impl Reader<'_> {
             }
         }
         let advice = match &usable[..] {
-            [] => format!("{take}; or add --snapshot '{label}={chosen}' to use it nevertheless"),
-            some => format!("Add --snapshot '{label}=NAME'; these have memory: {}", some.join(", ")),
+            [] => {
+                let option = shell_word(&format!("{label}={chosen}"));
+                format!("{take}; or add --snapshot {option} to use it nevertheless")
+            }
+            some => {
+                let option = shell_word(&format!("{label}=NAME"));
+                format!("Add --snapshot {option}; these have memory: {}", some.join(", "))
+            }
         };
         Err(Error::configuration(reason).advice(advice))
     }

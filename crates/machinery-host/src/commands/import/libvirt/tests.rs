@@ -289,3 +289,53 @@ fn import_is_refused_when_the_plugin_refuses_a_machine() {
         "`check` reports another problem of kvm: machine 'other': the disk of machine 'win10' is shared";
     assert_eq!(other.notes, [note]);
 }
+
+#[test]
+fn domain_whose_name_no_machine_can_have_is_skipped_or_has_an_entry_by_hand() {
+    let old = domain("win (old)", 2, WINDOWS_10, &[("clean", "running", true)]);
+    let lab = Lab::new(&[complete(), old]);
+    let imported = lab.import(&[]).unwrap();
+    assert_eq!(imported.added, ["win10"]);
+    let [skipped] = &imported.skipped[..] else { panic!("{imported:?}") };
+    assert!(skipped.name == "win (old)" && skipped.reason.contains("by hand"), "{skipped:?}");
+    let entry =
+        "  win_old:\n    label: win (old)\n    ip: 10.7.0.2\n    platform: windows\n    os_version: 10\n";
+    fs::write(lab.yaml(), lab.text() + entry).unwrap();
+    let reasons: Vec<String> =
+        lab.import(&[]).unwrap().skipped.into_iter().map(|skipped| skipped.reason).collect();
+    let is_old = |reason: &String| reason.contains("as the machine 'win_old', unchanged");
+    assert!(reasons.len() == 2 && reasons.iter().any(is_old), "{reasons:?}");
+}
+
+#[test]
+fn address_that_may_change_is_no_difference_to_the_entry() {
+    let snapshots = [("clean", "running", true)];
+    let lab = Lab::new(&[described("win10", 2, WINDOWS_10, &snapshots, "")]);
+    lab.import(&[]).unwrap();
+    let text = lab.text();
+    let address = text.lines().find_map(|line| line.strip_prefix("    ip: ")).unwrap();
+    fs::write(lab.yaml(), text.replace(address, "10.7.0.250")).unwrap();
+    let imported = lab.import(&[]).unwrap();
+    let [skipped] = &imported.skipped[..] else { panic!("{imported:?}") };
+    let words = format!("unchanged. Its guest has the address {}", address.trim_matches('"'));
+    assert!(skipped.reason.contains(&words), "{skipped:?}");
+    // An address that the operator gives is compared.
+    assert!(lab.fails(&["--ip=10.7.0.3"]).contains("another ip"));
+}
+
+#[test]
+fn advice_has_the_domain_as_one_word_of_the_shell() {
+    let name = "win 10";
+    let lab = Lab::new(&[domain(name, 1, WINDOWS_10, &[])]);
+    let error = lab.fails(&["--ip=10.7.0.4", name]);
+    let command = error.split('`').nth(1).unwrap();
+    let printed = std::process::Command::new("sh")
+        .args(["-c", &command.replacen("virsh", "printf '%s\\n'", 1)])
+        .output()
+        .unwrap();
+    let words = String::from_utf8(printed.stdout).unwrap();
+    assert_eq!(
+        words.lines().collect::<Vec<_>>(),
+        ["snapshot-create-as", "--domain", name, "--name", "clean"]
+    );
+}

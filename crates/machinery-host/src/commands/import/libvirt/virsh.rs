@@ -74,10 +74,16 @@ impl<'a> Virsh<'a> {
         }
     }
 
-    fn output(&self, options: &[&str], arguments: &[&str]) -> Result<String> {
+    fn command(&self, options: &[&str], arguments: &[&str]) -> Command {
         let mut command = Command::from(machinery::command(self.program));
         command.args(["--quiet", "--connect", self.dsn]).args(options).args(arguments);
-        command.env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).kill_on_drop(true);
+        // Its messages are in English. Some versions of glibc let LANGUAGE overrule C.UTF-8.
+        command.env("LC_ALL", "C.UTF-8").env_remove("LANGUAGE").stdin(Stdio::null()).kill_on_drop(true);
+        command
+    }
+
+    fn output(&self, options: &[&str], arguments: &[&str]) -> Result<String> {
+        let mut command = self.command(options, arguments);
         let ended = self.runtime.block_on(async { timeout(self.timeout, command.output()).await });
         let Ok(ended) = ended else {
             let seconds = self.timeout.as_secs();
@@ -169,5 +175,16 @@ mod tests {
         }
         let other = error_of("echo 'error: it is odd' >&2; exit 1", TIMEOUT);
         assert_eq!(other, "`virsh list --name` failed: it is odd");
+    }
+
+    #[test]
+    fn messages_of_virsh_are_in_english() {
+        let virsh = Virsh::new("test:///default").unwrap();
+        let command = virsh.command(&[], &["list"]);
+        let variable = |name: &str| {
+            let mut set = command.as_std().get_envs();
+            set.find(|set| set.0 == name).map(|set| set.1.map(|value| value.to_string_lossy().into_owned()))
+        };
+        assert_eq!((variable("LC_ALL"), variable("LANGUAGE")), (Some(Some("C.UTF-8".into())), Some(None)));
     }
 }
