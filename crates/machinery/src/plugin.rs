@@ -212,6 +212,20 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("console"))
     }
 
+    /// Makes the network of the machine's next run, unless it has one. The machine's
+    /// [`interface`](MachineInfo::interface) exists from then on until the end of that run, so that the host's capture
+    /// holds the run's first packet. Since interface 1.1.
+    ///
+    /// The host calls this function before each start of a machine whose [`MachineInfo::own_network`] is true, and for
+    /// no other. A [`stop`](Machinery::stop) removes a network that no run has taken.
+    ///
+    /// # Errors
+    /// The network cannot be made; nothing of it remains then.
+    fn open_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        let _ = (machine, deadline);
+        Err(Error::unsupported("open_network"))
+    }
+
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///
@@ -276,6 +290,13 @@ pub struct MachineInfo {
     /// True if the machine has a [`console`](Machinery::console), because its operator has enabled it.
     #[serde(default)]
     pub console: bool,
+    /// True if each run has a network of its own. The interface exists only from
+    /// [`open_network`](Machinery::open_network) until the end of the run.
+    #[serde(default)]
+    pub own_network: bool,
+    /// The machine whose snapshot this clone starts from; none for a machine that is no clone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<String>,
 }
 
 impl MachineInfo {
@@ -302,6 +323,8 @@ impl MachineInfo {
             mac_address: config.mac_address.clone(),
             jail: None,
             console: false,
+            own_network: false,
+            clone_of: None,
         }
     }
 

@@ -201,13 +201,18 @@ impl ActionExecutor {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Failure> {
         let context = Arc::clone(&self.context);
-        if let Some(settings) = context.settings().capture {
+        // A capture needs the interface, and holds the first packet only if it begins before the run.
+        let opened = self.calls.open_network(self.calls.limit_of(action)).await;
+        if let Some(settings) = context.settings().capture.filter(|_| opened.is_ok()) {
             capture::begin(&self.machine, &settings, &context.folders, &context.captures).await;
         }
         context.run_marks.begin(&self.machine);
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
-        let started = self.calls.run(action).await;
+        let started = match opened {
+            Ok(()) => self.calls.run(action).await,
+            Err(error) => Err(error),
+        };
         // The plugin may have reported the end of an earlier run meanwhile.
         self.machine.set_own_run();
         // Releases the permit first: the cleanup of a failed start must not delay other restores.

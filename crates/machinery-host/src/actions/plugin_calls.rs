@@ -109,6 +109,21 @@ impl PluginCalls {
         }
     }
 
+    /// Has the plugin make the network of the next run, if each run of the machine has one of its own.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn open_network(&mut self, limit: Duration) -> Result<()> {
+        if !self.machine.info().own_network {
+            return Ok(());
+        }
+        let called = self.machine.call(limit, |machine, deadline| {
+            machine.machinery.instance.open_network(machine.name(), deadline)
+        });
+        let called = called.await;
+        self.record_result(called, "opening the network")
+    }
+
     /// Has the plugin write the screen to the file, which stays as long as the plugin may write to it.
     ///
     /// # Errors

@@ -170,6 +170,8 @@ pub fn info(name: &str) -> MachineInfo {
         mac_address: None,
         jail: None,
         console: false,
+        own_network: false,
+        clone_of: None,
     }
 }
 

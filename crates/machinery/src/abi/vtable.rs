@@ -71,6 +71,11 @@ mod sabi {
             let _ = (machine, deadline);
             unsupported("console")
         }
+        /// Since 1.1.
+        fn open_network(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+            let _ = (machine, deadline);
+            unsupported("open_network")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.
