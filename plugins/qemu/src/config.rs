@@ -5,28 +5,32 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `keys`, `section` | the keys of the two files |
+//! | `keys`, `section`, `clones` | the keys of the two files |
+//! | `wanted` | the machines that the two files together describe |
 //! | `machine_files` | one machine, as the rest of the plugin sees it |
 //! | `validator` | the checks |
 
+mod clones;
 mod keys;
 mod machine_files;
 mod section;
 mod validator;
+mod wanted;
 
 pub use machine_files::MachineFiles;
 pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, renamed_keys};
+use machinery::config::{ConfigFile, renamed_keys};
 use machinery::{Error, FreeSpaceReserve, Result, Setup};
 use machinery_backend::jail::JailMode;
 
 use crate::version::Version;
-use keys::{Binaries, OwnKeys, QemuFile};
+use keys::{Binaries, QemuFile};
 use section::{RENAMED, Section};
-use validator::Validator;
+use validator::{Origin, Validator};
+use wanted::{Files, Wanted};
 
 /// The whole configuration, checked.
 pub struct Config {
@@ -69,7 +73,12 @@ impl Config {
         let qemu: QemuFile = file.parse().map_err(&mut add).ok()?;
         let mut validator = Validator { file, problems };
         validator.section(setup.host_config.as_ref(), &section, &qemu.machines);
-        validator.interface(&["interface"], &qemu.interface);
+        let files = Files { own: file, host: setup.host_config.as_ref(), section: &section };
+        let wanted = validator.wanted(&files, &qemu.machines);
+        // Runs that have a network of their own do without it.
+        if wanted.is_empty() || wanted.iter().any(|machine| machine.guest.is_none()) {
+            validator.interface(&["interface"], &qemu.interface);
+        }
         // A program that is not trusted must not run, so `check` ends with such a configuration.
         let is_trusted = validator.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
         let version = validator.version(&qemu.binaries.qemu_system_x86_64);
@@ -77,11 +86,17 @@ impl Config {
         if let Some(folder) = folder {
             validator.overlay_folder(&["disposable_copy_dir"], folder);
         }
-        validator.duplicates(&qemu.machines);
-        let machine =
-            |machine: &Configured<OwnKeys>| validator.machine(machine, &qemu.interface, folder, &section);
-        let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
+        validator.duplicates(&files, &wanted, &qemu.machines);
+        let origin = Origin {
+            interface: &qemu.interface,
+            overlays: folder,
+            section: &section,
+            state: &setup.state_dir,
+        };
+        let machine = |wanted: &Wanted| validator.machine(wanted, &origin);
+        let machines: Vec<MachineFiles> = wanted.iter().filter_map(machine).collect();
         validator.overlays(&qemu.machines, &machines);
+        validator.problems.dedup();
         is_trusted.then_some(())?;
         Some(Config {
             binaries: qemu.binaries,
@@ -133,8 +148,10 @@ pub mod tests {
         let qemu: QemuFile = file.parse().unwrap();
         let mut problems = Vec::new();
         let mut validator = Validator { file: &file, problems: &mut problems };
-        let machine = qemu.machines.iter().next().unwrap();
-        let files = validator.machine(machine, "lo", None, &Section::default());
+        let section = Section::default();
+        let wanted = validator.wanted(&Files { own: &file, host: None, section: &section }, &qemu.machines);
+        let origin = Origin { interface: "lo", overlays: None, section: &section, state: folder };
+        let files = validator.machine(&wanted[0], &origin);
         assert_eq!(problems, []);
         files.unwrap()
     }

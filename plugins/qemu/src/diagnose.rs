@@ -93,7 +93,7 @@ mod tests {
         assert_eq!(found(&files), Vec::<String>::new());
         fs::remove_file(&files.disk).unwrap();
         fs::remove_file(&files.snapshot).unwrap();
-        files.args_error = StartArgs::read(&folder.path().join("none")).err();
+        files.args_error = StartArgs::read(&folder.path().join("none"), "m").err();
         files.own_interface = Some("br-none".to_owned());
         let problems = found(&files);
         for (problem, expected) in problems.iter().zip([

@@ -1,5 +1,6 @@
 //! One machine of the configuration: its keys, its files, and its arguments.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, MachineInfo, Result};
@@ -35,6 +36,30 @@ pub struct MachineFiles {
     /// The users of the machines, where the host is root.
     pub jail_users: UserRange,
     pub unsafe_start_args: bool,
+    /// The network of each run, if it has one of its own.
+    pub isolation: Option<Isolation>,
+    /// True if another machine has one of the same files.
+    pub is_shared: bool,
+    /// The name of the template. Machines with the same files have the same template.
+    pub template: String,
+    /// True for the first machine of its template, which reports the template's space.
+    pub is_first_of_template: bool,
+}
+
+/// The addresses of a machine whose runs have a network of their own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Isolation {
+    /// The machine's own address.
+    pub address: Ipv4Addr,
+    /// The address inside the snapshot.
+    pub guest: Ipv4Addr,
+}
+
+impl Isolation {
+    /// Returns the addresses; none if the machine's own is not one of IPv4.
+    pub fn new(address: &str, guest: Ipv4Addr) -> Option<Isolation> {
+        Some(Isolation { address: address.parse().ok()?, guest })
+    }
 }
 
 impl MachineKeys for MachineFiles {
@@ -50,8 +75,17 @@ impl MachineKeys for MachineFiles {
             ("qcow2_path", self.disposable.to_str()),
             ("snapshot_path", self.snapshot.to_str()),
             ("ip", Some(&info.ip)),
-            ("mac_address", info.mac_address.as_deref()),
+            ("mac_address", info.mac_address.as_deref().filter(|_| self.isolation.is_none())),
         ]
+    }
+
+    fn may_share(&self, other: &Self, key: &str, value: &str) -> bool {
+        let are_isolated = self.isolation.is_some() && other.isolation.is_some();
+        let is_file = match key {
+            "qcow2_path" => self.disk == other.disk && self.disk.to_str() == Some(value),
+            _ => key == "snapshot_path",
+        };
+        are_isolated && is_file
     }
 }
 
@@ -104,7 +138,7 @@ impl MachineFiles {
     /// Returns the arguments that are not in the list of safe ones.
     fn refused_args(&self) -> Vec<Refusal> {
         let (opened, area) = (self.start_args.opened(), self.area());
-        let mut refused = refusals(self.start_args.unchanged(), &area);
+        let mut refused = refusals(self.start_args.named(), &area);
         let files = opened.images.iter().map(|image| &image.source).chain(&opened.sources);
         let readable = files.filter(|file| !area.may_read(&file.path) && is_read_as_it_is(file));
         refused.extend(readable.map(|file| Refusal::of_file(&file.path)));
@@ -180,7 +214,7 @@ impl MachineFiles {
 
     /// Reports whether the arguments in machineinfo.json have changed since they were read.
     pub fn has_other_args(&self) -> bool {
-        StartArgs::read(&self.machineinfo).is_ok_and(|args| args != self.start_args)
+        StartArgs::read(&self.machineinfo, &self.info.name).is_ok_and(|args| args != self.start_args)
     }
 }
 
