@@ -9,14 +9,13 @@ use machinery::trust::expect_trusted;
 use machinery::{Deadline, Error, Report, Result, Setup};
 use machinery_backend::QemuImg;
 use machinery_backend::files::free_space;
-use machinery_backend::jail::Jail;
 use rustix::fs::{Access, access};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
 use crate::diagnose::{faults, file_warnings};
 use crate::images::PLACEHOLDER;
-use crate::jail::{groups, policy_of};
+use crate::jail::{groups, jail_of, policy_of};
 use crate::needs;
 use crate::prepare::unavailable_reason;
 use crate::resources::Resource;
@@ -94,7 +93,7 @@ fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, rep
 fn jails(config: &Config, report: &mut Report) {
     let mut confined = Vec::new();
     for machine in config.machines.iter().filter(|machine| machine.args_error.is_none()) {
-        let jail = Jail::new(machine.jail, &machine.disk, machine.jail_users);
+        let jail = jail_of(machine);
         let policy = policy_of(machine, &config.binaries.qemu_system_x86_64, machine.overlays());
         let name = machine.info.name.as_str();
         match jail.confine(policy) {
@@ -155,7 +154,7 @@ fn rivals(machines: &[MachineFiles], report: &mut Report) {
     let mut claimed: HashMap<String, Vec<(&str, Resource)>> = HashMap::new();
     for machine in machines {
         let name = machine.info.name.as_str();
-        for resource in Resource::of(machine) {
+        for resource in Resource::contested(machine) {
             let others = claimed.entry(resource.key()).or_default();
             if let Some((other, theirs)) = others.iter().find(|(_, theirs)| theirs.clashes(&resource)) {
                 report.warning(format!(

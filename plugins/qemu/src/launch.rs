@@ -86,6 +86,8 @@ pub enum Sharing {
     Written,
     /// Writes stay private to the process: the file is mapped copy-on-write.
     Mapped,
+    /// As `Mapped`. The file is in memory, and nobody can change it.
+    Sealed,
 }
 
 /// The path under which QEMU opens its RAM. Error messages of QEMU have it, too.
@@ -96,7 +98,7 @@ impl Memory {
         let sharing = match self.sharing {
             Sharing::Written => "share=on",
             Sharing::Mapped if version.maps_readonly_files() => "share=off,readonly=on,rom=off",
-            Sharing::Mapped => "share=off",
+            Sharing::Mapped | Sharing::Sealed => "share=off",
         };
         let (block, size) = (&self.block, self.size);
         let object = format!("memory-backend-file,id={block},mem-path={RAM_PATH},size={size},{sharing}");

@@ -120,6 +120,6 @@ fn log_jails(machines: &[Arc<Machine>]) {
 
 fn apply_template_settings(qemu: &Qemu, config: &Config, machines: &[Arc<Machine>]) {
     let instant = machines.iter().filter(|machine| machine.is_instant());
-    let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
+    let names: Vec<&str> = instant.map(|machine| machine.template_name()).collect();
     qemu.apply_template_settings(&names, config.instant_space_limit);
 }

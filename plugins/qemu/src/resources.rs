@@ -67,6 +67,18 @@ impl Resource {
         found.resources
     }
 
+    /// Returns the resources that other machines may claim. The ports and taps of an isolated machine are in the network of
+    /// its run.
+    pub fn contested(files: &MachineFiles) -> Vec<Resource> {
+        let mut resources = Resource::of(files);
+        if files.isolation.is_some() {
+            resources.retain(|resource| {
+                !matches!(resource.kind, ResourceKind::Port { .. } | ResourceKind::Tap(_))
+            });
+        }
+        resources
+    }
+
     /// Returns a key that two resources share if they may clash: a cheap way to find such pairs.
     pub fn key(&self) -> String {
         match &self.kind {

@@ -45,7 +45,7 @@ use serde::Deserialize;
 pub use cgroup::Cgroup;
 pub use layers::Layers;
 pub use machinery_jail::{Limits, Network, Policy, User};
-pub use users::UserRange;
+pub use users::{UserRange, key_among};
 
 /// The reason why a program of the host has neither a user nor a cgroup.
 const NOT_A_MACHINE: &str = "the program runs for the host";
@@ -130,6 +130,22 @@ impl Jail {
             None => users.user_of(key).map_err(|error| format!("it has no user of its own: {error}")),
         };
         Jail { mode, host, user, cgroup: Cgroup::of(key) }
+    }
+
+    /// Adds the machine's user to the group of that key, which several machines have in common: the path of a file that
+    /// belongs to them.
+    #[must_use]
+    pub fn with_group_of(mut self, key: &Path, users: UserRange) -> Jail {
+        self.user = self.user.and_then(|user| match users.user_of(key) {
+            Ok(group) => Ok(User { groups: vec![group.gid], ..user }),
+            Err(error) => Err(format!("its files have no group of their own: {error}")),
+        });
+        self
+    }
+
+    /// Returns the group that the machine has in common with others.
+    pub fn shared_group(&self) -> Option<u32> {
+        self.user.as_ref().ok()?.groups.first().copied()
     }
 
     /// Creates the jail of a program that runs for a moment and is the host's own: it keeps the host's user. A strict jail
@@ -218,7 +234,7 @@ impl Jail {
     fn user_for(&self, policy: &Policy) -> std::result::Result<User, String> {
         let mut user = self.user.clone()?;
         let group = |device: &PathBuf| std::fs::metadata(device).ok().map(|found| found.gid());
-        user.groups = policy.devices.iter().filter_map(group).filter(|group| *group != 0).collect();
+        user.groups.extend(policy.devices.iter().filter_map(group).filter(|group| *group != 0));
         user.groups.dedup();
         for path in &policy.read {
             reach::expect_readable(path, &user)?;

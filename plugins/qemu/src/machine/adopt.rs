@@ -163,7 +163,7 @@ impl Machine {
         }
         let identity = self.identity()?;
         if let Some(template) = self.template(&identity) {
-            self.readiness.set_instant(template.disk);
+            self.set_instant(template.disk);
         }
         let share = self.shared.budget.take(memory).map_err(Error::environment)?;
         run.set_standby(self.readiness.without_standby(), share, record);
@@ -211,6 +211,7 @@ mod tests {
     use crate::config::MachineFiles;
     use crate::config::tests::machine_in;
     use crate::peers::Peers;
+    use crate::prepare::SharedTemplates;
     use crate::run::fake_qemu::{answer, soon};
     use crate::shared::Qemu;
     use crate::version::{Program, Version};
@@ -306,6 +307,7 @@ mod tests {
             instant_dir: folder.join("templates"),
             state_dir: folder.to_owned(),
             templates: OnceLock::new(),
+            shared_templates: SharedTemplates::default(),
             peers: Peers::default(),
             budget: Budget::new(Some(MEMORY)),
             space: DiskSpace::new(FreeSpaceReserve::default()),

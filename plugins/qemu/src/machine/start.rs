@@ -75,7 +75,7 @@ impl Machine {
         files.chain()?;
         let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
         let (img, name) = (&self.shared.qemu_img, self.name());
-        let mut overlays = self.overlay_templates.overlays(img, &images, first_overlay, limit)?;
+        let mut overlays = self.shared_template.overlays.overlays(img, &images, first_overlay, limit)?;
         overlays.set_keep(files.keep_disk);
         steps.done("overlay");
         let resources = Resource::of(files);

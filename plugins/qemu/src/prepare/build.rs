@@ -9,7 +9,6 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +20,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::identity::Identity;
 use super::opener::Opener;
+use super::sealed_ram::no_memory;
 use super::sparse_copy::sparse_copy;
 use super::store::Templates;
 use super::unfinished::Unfinished;
@@ -110,7 +110,7 @@ pub fn build(
     let snapshot = build.snapshot()?;
     let needed = max_size(&snapshot, &identity, size);
     let _reservation = templates.space().reserve(needed).map_err(BuildError::NoSpace)?;
-    memory_shortage(size).map_or(Ok(()), |why| Err(BuildError::NoSpace(why)))?;
+    memory_shortage("building its template", size).map_or(Ok(()), |why| Err(BuildError::NoSpace(why)))?;
     let ram = file_in_memory()?;
     let file = ram.try_clone().map_err(|error| no_memory(&error))?;
     let memory = Memory { file, size, block: block.clone(), sharing: Sharing::Written };
@@ -118,7 +118,7 @@ pub fn build(
     let saved = run.save_devices(&unfinished.devices(), deadline);
     run.end(deadline)?;
     saved?;
-    sparse_copy(&ram, &unfinished.ram(), &|| {
+    sparse_copy(&ram, &unfinished.create_ram()?, &|| {
         deadline.check("the template's RAM to be copied")?;
         build.ensure_wanted()
     })?;
@@ -129,14 +129,14 @@ pub fn build(
     Ok(())
 }
 
-/// Describes a lack of memory to load a guest of that size; `None` if there is enough. Source:
-/// `MemAvailable` in proc_meminfo(5), in KiB.
-fn memory_shortage(needed: u64) -> Option<String> {
+/// Describes a lack of memory for work that needs that much, in bytes; `None` if there is enough. Source: `MemAvailable` in
+/// proc_meminfo(5), in KiB.
+pub fn memory_shortage(what: &str, needed: u64) -> Option<String> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let available = bytes_of(&text, "MemAvailable:")?;
     (needed.saturating_add(MIN_FREE_MEMORY) > available).then(|| {
         format!(
-            "building its template takes {} of memory, and only {} are available",
+            "{what} takes {} of memory, and only {} are available",
             format_bytes(needed),
             format_bytes(available)
         )
@@ -173,10 +173,6 @@ fn ram_of(run: &Run, deadline: Deadline) -> Result<(String, u64)> {
 fn file_in_memory() -> Result<File> {
     let made = memfd_create("template", MemfdFlags::CLOEXEC);
     Ok(made.map_err(|error| no_memory(&error.into()))?.into())
-}
-
-fn no_memory(error: &io::Error) -> Error {
-    Error::environment(format!("cannot make a file in memory: {error}"))
 }
 
 /// Returns the maximum size of the template, in bytes. Zeros take no space, and a plain snapshot has none.
