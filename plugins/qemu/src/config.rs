@@ -17,7 +17,7 @@ mod section;
 mod validator;
 mod wanted;
 
-pub use machine_files::MachineFiles;
+pub use machine_files::{Isolation, MachineFiles};
 pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};
@@ -150,7 +150,8 @@ pub mod tests {
         let mut validator = Validator { file: &file, problems: &mut problems };
         let section = Section::default();
         let wanted = validator.wanted(&Files { own: &file, host: None, section: &section }, &qemu.machines);
-        let origin = Origin { interface: "lo", overlays: None, section: &section, state: folder };
+        let (interface, state) = ("lo", folder);
+        let origin = Origin { interface, overlays: None, section: &section, state, result_server: None };
         let files = validator.machine(&wanted[0], &origin);
         assert_eq!(problems, []);
         files.unwrap()

@@ -96,6 +96,11 @@ impl StartArgs {
         &self.unchanged
     }
 
+    /// Returns the arguments with the placeholder in the place of the machine's name, for a QEMU that runs in `folder`.
+    pub fn without_name(&self, folder: &Path) -> StartArgs {
+        StartArgs::named_in(self.unchanged.clone(), folder, NAME)
+    }
+
     /// Returns the arguments with the machine's name, and with the placeholder of the disk.
     pub fn named(&self) -> &[String] {
         &self.args

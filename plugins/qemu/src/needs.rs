@@ -97,6 +97,10 @@ fn of(machine: &MachineFiles) -> Vec<Need> {
 
 fn of_network(options: &Options, machine: &MachineFiles) -> Vec<Need> {
     let kind = options.get("type").unwrap_or_default();
+    if machine.isolation.is_some() {
+        // The taps are made for each run.
+        return vec![Need::Device("/dev/net/tun")];
+    }
     let helper = options.get("helper");
     if kind == "bridge" || kind == "tap" && helper.is_some() {
         let keys = ["br", "helper"].map(|key| options.get(key).map(|value| (key, value)));

@@ -6,12 +6,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use machinery::{Capabilities, Deadline, Error, Host, Report, Result, Setup};
 use machinery_backend::{MachineSet, ReloadPlan, Shared, expect_unchanged};
 
 use crate::check;
 use crate::config::{Config, MachineFiles};
+use crate::isolation::remove_table;
 use crate::jail::groups;
 use crate::machine::Machine;
 use crate::orphans::end_orphans;
@@ -102,6 +104,12 @@ impl Shared for Qemu {
         self.space.set_reserve(config.free_space_reserve);
         apply_template_settings(self, config, machines);
         log_jails(machines);
+    }
+
+    fn close(&self, _: Deadline) {
+        if self.has_cells.load(Ordering::SeqCst) {
+            remove_table(&self.state_dir);
+        }
     }
 }
 

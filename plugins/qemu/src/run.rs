@@ -46,6 +46,7 @@ use record::{Record, RecordFile};
 
 pub use parts::{Parts, Purpose};
 
+use crate::isolation::RunCell;
 use crate::launch::{QEMU, Start, connect};
 use crate::qmp::{Event, Qmp};
 use crate::states::{ReportLimit, reason_of_shutdown, state_of_event};
@@ -112,12 +113,14 @@ impl Run {
             writes: start.writes,
             sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
             cgroup: start.confinement.cgroup().cloned(),
+            cell: start.cell.map(RunCell::Made),
             record,
         };
         if let Some(process) = process.identity() {
             let overlays = parts.overlays.paths().into_iter().map(PathBuf::from).collect();
             let (writes, sockets) = (parts.writes.clone(), parts.sockets.clone());
-            parts.record.begin(&Record::new(process, parts.version, overlays, writes, sockets));
+            let record = Record::new(process, parts.version, overlays, writes, sockets);
+            parts.record.begin(&Record { interface: start.interface.map(str::to_owned), ..record });
         }
         Run::watched(process, stream, parts, purpose, host)
     }
@@ -147,7 +150,7 @@ impl Run {
         purpose: Purpose,
         host: &Host,
     ) -> Result<Arc<Run>> {
-        let Parts { machine, version, overlays, writes, sockets, cgroup, record } = parts;
+        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, record } = parts;
         let run = Arc::new(Run {
             machine,
             host: host.clone(),
@@ -174,6 +177,7 @@ impl Run {
             .spawn(move || {
                 let end = watched.watch(process);
                 cgroup.iter().for_each(Cgroup::end);
+                cell.into_iter().for_each(|cell| cell.close(&watched.machine));
                 watched.clean_up(end, overlays, &sockets);
             })
             .map_err(|error| {

@@ -1,6 +1,7 @@
 //! Everything that the machines of one host have in common.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use machinery::{Host, Result};
@@ -22,6 +23,8 @@ pub struct Qemu {
     pub templates: OnceLock<Templates>,
     /// The parts of templates that are only in memory.
     pub shared_templates: SharedTemplates,
+    /// True once a machine of this host was isolated.
+    pub has_cells: AtomicBool,
     pub peers: Peers,
     pub budget: Arc<Budget>,
     /// The free space of the file systems that runs write to.
@@ -42,6 +45,7 @@ impl Qemu {
             state_dir: state_dir.to_owned(),
             templates: OnceLock::new(),
             shared_templates: SharedTemplates::default(),
+            has_cells: AtomicBool::new(false),
             peers: Peers::default(),
             budget: Budget::new(config.standby_memory_limit),
             space: DiskSpace::new(config.free_space_reserve),

@@ -1,6 +1,6 @@
 //! One machine of the configuration: its keys, its files, and its arguments.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, MachineInfo, Result};
@@ -46,20 +46,17 @@ pub struct MachineFiles {
     pub is_first_of_template: bool,
 }
 
-/// The addresses of a machine whose runs have a network of their own.
+/// The network of a machine whose runs have one of their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Isolation {
     /// The machine's own address.
     pub address: Ipv4Addr,
     /// The address inside the snapshot.
     pub guest: Ipv4Addr,
-}
-
-impl Isolation {
-    /// Returns the addresses; none if the machine's own is not one of IPv4.
-    pub fn new(address: &str, guest: Ipv4Addr) -> Option<Isolation> {
-        Some(Isolation { address: address.parse().ok()?, guest })
-    }
+    /// The name of the interface on the host during a run.
+    pub interface: String,
+    /// The result server, which the guest may reach.
+    pub result_server: Option<SocketAddrV4>,
 }
 
 impl MachineKeys for MachineFiles {

@@ -1,11 +1,13 @@
 //! Checks the configuration, and collects all problems with their file, line and key.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, Machines, expect_interface};
 use machinery::trust::expect_trusted;
 use machinery::{Error, MachineInfo, Result};
+use machinery_backend::cell;
 use rustix::fs::{Access, access};
 
 use super::keys::OwnKeys;
@@ -29,6 +31,21 @@ pub struct Origin<'a> {
     pub section: &'a Section,
     /// The plugin's own folder, which no other host has.
     pub state: &'a Path,
+    pub result_server: Option<SocketAddr>,
+}
+
+impl Origin<'_> {
+    /// Returns the network of an isolated machine.
+    fn isolation(&self, wanted: &Wanted) -> Option<Isolation> {
+        let (guest, machine) = (wanted.guest?, &wanted.machine);
+        let address = machine.shared.ip.parse().ok()?;
+        let interface = cell::interface_name(self.state, &machine.name);
+        let result_server = match self.result_server {
+            Some(SocketAddr::V4(server)) => Some(server),
+            _ => None,
+        };
+        Some(Isolation { address, guest, interface, result_server })
+    }
 }
 
 impl Validator<'_> {
@@ -139,7 +156,7 @@ impl Validator<'_> {
         // Source: Cuckoo3's `machineries/modules/qemu.py`.
         let disposable = folder.join(format!("{name}_disposable.qcow2"));
         self.usable_in_arguments(&key("qcow2_path"), &disposable);
-        let isolation = wanted.guest.and_then(|guest| Isolation::new(&machine.shared.ip, guest));
+        let isolation = origin.isolation(wanted);
         let machineinfo = PathBuf::from(&own.machineinfo_path);
         let (start_args, args_error) = match StartArgs::read(&machineinfo, name) {
             Ok(args) => (args, None),
@@ -147,7 +164,7 @@ impl Validator<'_> {
         };
         let options = section.machines.get(entry);
         (self.problems.len() == before).then_some(MachineFiles {
-            info: info_of(wanted, &disposable, origin),
+            info: info_of(wanted, &disposable, isolation.as_ref(), origin),
             disk: own.qcow2_path.clone().into(),
             snapshot: own.snapshot_path.clone().into(),
             disposable,
@@ -187,12 +204,23 @@ impl Validator<'_> {
 
 /// Returns the machine's description. The label of a machine that shares its disk is the path of its overlay, because a
 /// label is unique.
-fn info_of(wanted: &Wanted, disposable: &Path, origin: &Origin<'_>) -> MachineInfo {
+fn info_of(
+    wanted: &Wanted,
+    disposable: &Path,
+    isolation: Option<&Isolation>,
+    origin: &Origin<'_>,
+) -> MachineInfo {
     let (machine, own) = (&wanted.machine, &wanted.machine.own);
     let label = if wanted.is_shared { disposable.display().to_string() } else { own.qcow2_path.clone() };
     let snapshot = Some(own.snapshot_path.clone());
     let info = MachineInfo::new(&machine.name, &machine.shared, label, snapshot, origin.interface);
-    MachineInfo { console: origin.section.has_console(wanted.entry()), ..info }
+    MachineInfo {
+        console: origin.section.has_console(wanted.entry()),
+        own_network: isolation.is_some(),
+        interface: isolation.map(|isolation| isolation.interface.clone()).or(info.interface),
+        clone_of: wanted.clone_of.clone(),
+        ..info
+    }
 }
 
 /// Checks that only trusted users, and this one, can create overlays in the folder.

@@ -22,8 +22,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::base::Machine;
-use super::state::{MachineOperation, finish};
+use super::state::{MachineOperation, MachineState, finish};
 use crate::console::kind_of;
+use crate::isolation::RunCell;
 use crate::launch::{QEMU, reconnect};
 use crate::run::record::{Progress, Record};
 use crate::run::start_error::Stage;
@@ -92,6 +93,7 @@ impl Machine {
             writes: record.writes.clone(),
             sockets: record.sockets.clone(),
             cgroup: self.jail.adopted_cgroup(&self.policy()),
+            cell: record.interface.clone().map(RunCell::Adopted),
             record: self.record.clone(),
         };
         let run = Run::adopt(process, stream, parts, &self.shared.host)?;
@@ -183,8 +185,9 @@ impl Machine {
     /// The preparation does not end in time.
     pub(super) fn leave(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        let (_leaving, standby) =
-            self.work.begin(Operation::Discarding, deadline, |state| Ok(state.standby.take()))?;
+        let take = |state: &mut MachineState| Ok((state.standby.take(), state.cell.take()));
+        let (_leaving, (standby, cell)) = self.work.begin(Operation::Discarding, deadline, take)?;
+        drop(cell);
         standby.into_iter().for_each(|standby| standby.leave());
         Ok(())
     }
@@ -308,6 +311,7 @@ mod tests {
             state_dir: folder.to_owned(),
             templates: OnceLock::new(),
             shared_templates: SharedTemplates::default(),
+            has_cells: AtomicBool::new(false),
             peers: Peers::default(),
             budget: Budget::new(Some(MEMORY)),
             space: DiskSpace::new(FreeSpaceReserve::default()),

@@ -2,6 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use machinery::{Deadline, Result, machine_socket};
@@ -81,6 +82,7 @@ impl Machine {
     /// Creates the machine, whose socket and records are in these folders.
     pub fn new(files: MachineFiles, sockets: &Path, state: &Path, shared: Arc<Qemu>) -> Arc<Self> {
         let name = &files.info.name;
+        shared.has_cells.fetch_or(files.isolation.is_some(), Ordering::SeqCst);
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
             record: RecordFile::of(name, state),

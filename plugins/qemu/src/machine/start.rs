@@ -15,6 +15,7 @@ use rustix::fs::OFlags;
 
 use super::base::Machine;
 use super::state::{MachineOperation, end_when_cancelled};
+use crate::isolation::{expect_isolated, expect_own_files};
 use crate::jail::policy_of;
 use crate::launch::{Memory, Start};
 use crate::resources::Resource;
@@ -71,6 +72,8 @@ impl Machine {
         self.expect_no_leftovers()?;
         files.expect_safe_args()?;
         files.expect_clean_runs()?;
+        expect_own_files(files)?;
+        expect_isolated(files)?;
         // Before any program opens an image.
         files.chain()?;
         let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
@@ -80,6 +83,8 @@ impl Machine {
         steps.done("overlay");
         let resources = Resource::of(files);
         let confinement = self.confine(&overlays, &resources)?;
+        let cell = self.take_cell(operation, deadline)?;
+        steps.done("network");
         let files_of =
             |path: fn(&Resource) -> Option<&Path>| resources.iter().filter_map(path).map(Path::to_owned);
         let start = Start {
@@ -96,6 +101,8 @@ impl Machine {
             incoming: !matches!(load, Load::Nothing),
             sockets: files_of(Resource::socket).collect(),
             confinement,
+            cell,
+            interface: files.isolation.as_ref().map(|isolation| isolation.interface.as_str()),
         };
         let (record, limit) = (self.record.clone(), deadline.within(LAUNCH_TIMEOUT));
         let begun = Run::begin(start, record, purpose, steps, &self.shared.host, limit);

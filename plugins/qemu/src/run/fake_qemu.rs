@@ -52,6 +52,7 @@ impl FakeQemu {
             writes: Vec::new(),
             sockets: Vec::new(),
             cgroup: None,
+            cell: None,
             record,
         };
         let (stream, monitor) = UnixStream::pair().unwrap();

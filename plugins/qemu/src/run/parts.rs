@@ -7,6 +7,7 @@ use machinery_backend::jail::Cgroup;
 use machinery_backend::{Overlays, Share};
 
 use super::record::RecordFile;
+use crate::isolation::RunCell;
 use crate::version::Version;
 
 /// The parts of a run, beside its process.
@@ -19,6 +20,8 @@ pub struct Parts {
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
     pub cgroup: Option<Cgroup>,
+    /// The network of an isolated run.
+    pub cell: Option<RunCell>,
     pub record: RecordFile,
 }
 
