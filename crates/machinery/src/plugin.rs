@@ -328,12 +328,13 @@ impl MachineInfo {
         }
     }
 
-    /// Returns the values that must be unique among the machines of a machinery, as (key, value).
+    /// Returns the values that must be unique among the machines of a machinery, as (key, value). A machine in a network of
+    /// its own may have the MAC address of another.
     pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         vec![
             ("label", Some(&self.label)),
             ("ip", Some(&self.ip)),
-            ("mac_address", self.mac_address.as_deref()),
+            ("mac_address", self.mac_address.as_deref().filter(|_| !self.own_network)),
         ]
     }
 }

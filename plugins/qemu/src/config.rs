@@ -17,7 +17,9 @@ mod section;
 mod validator;
 mod wanted;
 
-pub use machine_files::{Isolation, MachineFiles};
+#[cfg(test)]
+pub use machine_files::Isolation;
+pub use machine_files::MachineFiles;
 pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};
@@ -92,6 +94,7 @@ impl Config {
             overlays: folder,
             section: &section,
             state: &setup.state_dir,
+            result_server: setup.result_server,
         };
         let machine = |wanted: &Wanted| validator.machine(wanted, &origin);
         let machines: Vec<MachineFiles> = wanted.iter().filter_map(machine).collect();

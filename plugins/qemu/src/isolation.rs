@@ -50,9 +50,9 @@ impl RunCell {
 pub fn remove_table(folder: &Path) {
     let interface = cell::interface_name(folder, "");
     let (prefix, _) = interface.split_once('-').unwrap_or_default();
-    let entries = Path::new(INTERFACES).read_dir().into_iter().flatten().flatten();
+    let mut entries = Path::new(INTERFACES).read_dir().into_iter().flatten().flatten();
     let is_cell = |entry: DirEntry| entry.file_name().to_string_lossy().starts_with(prefix);
-    if cell::missing().is_some() || entries.map(is_cell).any(|is_cell| is_cell) {
+    if cell::missing().is_some() || entries.any(is_cell) {
         return;
     }
     if let Err(error) = cell::remove_table(folder) {

@@ -120,7 +120,7 @@ impl Run {
             let overlays = parts.overlays.paths().into_iter().map(PathBuf::from).collect();
             let (writes, sockets) = (parts.writes.clone(), parts.sockets.clone());
             let record = Record::new(process, parts.version, overlays, writes, sockets);
-            parts.record.begin(&Record { interface: start.interface.map(str::to_owned), ..record });
+            parts.record.begin(&record.with_interface(start.interface));
         }
         Run::watched(process, stream, parts, purpose, host)
     }

@@ -84,15 +84,17 @@ impl CloneAddresses {
     }
 }
 
+/// The names and the addresses of machines.
+pub type Named = Vec<(String, String)>;
+
+/// A key that does not fit to the others, the reason, and the advice.
+pub type Misfit = (&'static str, String, &'static str);
+
 /// Returns the names and the addresses of the clones of the machine `base`.
 ///
 /// # Errors
-/// The keys do not fit together: the key, the reason, and the advice.
-pub fn clones_of(
-    base: &str,
-    clones: &Clones,
-    addresses: Option<&CloneAddresses>,
-) -> Result<Vec<(String, String)>, (&'static str, String, &'static str)> {
+/// The keys do not fit together.
+pub fn clones_of(base: &str, clones: &Clones, addresses: Option<&CloneAddresses>) -> Result<Named, Misfit> {
     let count = match (clones, addresses) {
         (Clones::Listed(listed), None) => {
             return Ok(listed.iter().map(|clone| (clone.name.clone(), clone.ip.to_string())).collect());

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use machinery::Error;
 use machinery::config::{ConfigFile, Configured, Machines, is_machine_name};
 
-use super::clones::clones_of;
+use super::clones::{Named, clones_of};
 use super::keys::OwnKeys;
 use super::section::{NetworkMode, Section};
 use super::validator::Validator;
@@ -26,9 +26,6 @@ pub struct Wanted {
     /// True for the first machine of its template.
     pub is_first: bool,
 }
-
-/// The names and the addresses of machines.
-type Named = Vec<(String, String)>;
 
 impl Wanted {
     /// Returns the name in `qemu.yaml`, which is also that of the options.
@@ -198,3 +195,6 @@ impl Validator<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

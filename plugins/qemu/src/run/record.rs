@@ -160,6 +160,11 @@ impl Record {
         let (interface, standby) = (None, Value::Null);
         Record { format: FORMAT, process, version, overlays, writes, sockets, interface, standby }
     }
+
+    /// Adds the interface of an isolated run.
+    pub fn with_interface(self, interface: Option<&str>) -> Record {
+        Record { interface: interface.map(str::to_owned), ..self }
+    }
 }
 
 fn read(path: &Path) -> Option<Record> {
