@@ -30,11 +30,11 @@ pub mod taps;
 mod users;
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use command_fds::{CommandFdExt, FdMapping};
 use machinery::trust::expect_trusted;
@@ -90,6 +90,8 @@ pub struct Confinement {
     /// The limits of the cgroup, also of a process that has not the limits of a user.
     limits: Limits,
     cgroup: Option<Cgroup>,
+    /// The network namespace that the process enters.
+    network: Option<Arc<OwnedFd>>,
 }
 
 impl HostSupport {
@@ -211,6 +213,7 @@ impl Jail {
                     layers: Layers::none(&why),
                     limits,
                     cgroup: None,
+                    network: None,
                 };
             }
         };
@@ -227,7 +230,8 @@ impl Jail {
             b: user.err(),
             c: self.cgroup.as_ref().err().cloned(),
         };
-        Confinement { helper: Some(helper), policy, layers, limits, cgroup: self.cgroup.clone().ok() }
+        let cgroup = self.cgroup.clone().ok();
+        Confinement { helper: Some(helper), policy, layers, limits, cgroup, network: None }
     }
 
     /// Returns the machine's user with the groups of its devices, or the reason why the machine cannot have one.
@@ -283,6 +287,24 @@ impl Confinement {
         self.policy.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Makes the process enter that network namespace, in place of one of its own: see [`Cell`](crate::cell::Cell).
+    ///
+    /// # Errors
+    /// The process is not confined, or there are too many open files.
+    pub fn enter_network(&mut self, namespace: BorrowedFd<'_>) -> Result<()> {
+        if self.helper.is_none() {
+            let reason = format!("an isolated network needs the jail, which is {}", self.layers);
+            return Err(Error::environment(reason)
+                .advice("Remove jail: off or network: isolated of the machine in machinery-host.yaml"));
+        }
+        let namespace = namespace.try_clone_to_owned();
+        let namespace =
+            namespace.map_err(|error| Error::environment(format!("cannot keep a namespace: {error}")))?;
+        self.network = Some(Arc::new(namespace));
+        self.policy.own_network = false;
+        Ok(())
+    }
+
     /// Allows the process to open the file of a descriptor that it inherits once more, by `/proc/self/fd`.
     pub fn allow_reopening(&mut self, number: i32, for_writing: bool) {
         let path = PathBuf::from(format!("/proc/self/fd/{number}"));
@@ -293,7 +315,8 @@ impl Confinement {
     ///
     /// # Errors
     /// The policy cannot be passed on, or two descriptors have the same number.
-    pub fn command(&self, program: &Path, descriptors: Vec<(OwnedFd, i32)>) -> Result<Command> {
+    pub fn command(&self, program: &Path, mut descriptors: Vec<(OwnedFd, i32)>) -> Result<Command> {
+        let failed = |error: String| Error::failed(format!("cannot pass the descriptors on: {error}"));
         let mut command = match &self.helper {
             None => {
                 let mut command = machinery::command(program);
@@ -307,6 +330,13 @@ impl Confinement {
                     policy.cgroup = None;
                 }
                 policy.descriptors.extend(descriptors.iter().map(|(_, number)| *number));
+                if let Some(namespace) = &self.network {
+                    let highest = descriptors.iter().map(|(_, number)| *number).max();
+                    let number = highest.unwrap_or(2) + 1;
+                    policy.network_namespace = Some(number);
+                    let namespace = namespace.try_clone().map_err(|error| failed(error.to_string()))?;
+                    descriptors.push((namespace, number));
+                }
                 let policy = serde_json::to_string(&policy);
                 let policy =
                     policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
@@ -317,9 +347,7 @@ impl Confinement {
         };
         let mappings = descriptors.into_iter();
         let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
-        command
-            .fd_mappings(mappings)
-            .map_err(|error| Error::failed(format!("cannot pass the descriptors on: {error}")))?;
+        command.fd_mappings(mappings).map_err(|error| failed(error.to_string()))?;
         Ok(command)
     }
 }
