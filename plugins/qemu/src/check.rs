@@ -1,6 +1,6 @@
 //! The command `check`: the configuration, and beyond it disks, space, and KVM.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -47,8 +47,12 @@ pub fn check(setup: &Setup, report: &mut Report) {
             "qemu: no machine is configured. Add some, for example with `cuckoo-machinery import vmcloak`",
         );
     }
+    let mut checked = HashSet::new();
     for machine in &config.machines {
-        check_machine(machine, &config, &setup.config, report);
+        // Clones have the same files.
+        if checked.insert(machine.entry()) {
+            check_machine(machine, &config, &setup.config, report);
+        }
     }
     jails(&config, report);
     rivals(&config.machines, report);
@@ -62,7 +66,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
 }
 
 fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &mut Report) {
-    let name = &machine.info.name;
+    let name = machine.entry();
     let faults = faults(machine);
     for (key, error) in &faults {
         report.problem(&file.error(&["machines", name, key], error.to_string()));
@@ -87,6 +91,12 @@ fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, rep
         report.warning(format!("machine '{name}': {warning}"));
     }
     report_restore_mode(machine, config, report);
+    let clones = config.machines.iter().filter(|other| other.info.clone_of.as_deref() == Some(name)).count();
+    if machine.isolation.is_some() && faults.is_empty() {
+        let clones =
+            if clones == 0 { String::new() } else { format!(", and {clones} clones share its files") };
+        report.good(format!("machine '{name}': each run has a network of its own{clones}"));
+    }
 }
 
 /// Reports the layers of the jail that hold, once for all machines with the same ones.
@@ -115,7 +125,7 @@ fn jails(config: &Config, report: &mut Report) {
 
 /// Reports machines whose runs find changes of earlier runs.
 fn clean_runs(machine: &MachineFiles, report: &mut Report) {
-    let (name, opened) = (&machine.info.name, machine.start_args.opened());
+    let (name, opened) = (machine.entry(), machine.start_args.opened());
     if let Some(warning) = machine.unsafe_args_warning() {
         report.warning(format!("machine '{name}': {warning}"));
     }
@@ -135,7 +145,7 @@ fn clean_runs(machine: &MachineFiles, report: &mut Report) {
 }
 
 fn report_restore_mode(machine: &MachineFiles, config: &Config, report: &mut Report) {
-    let name = &machine.info.name;
+    let name = machine.entry();
     if !machine.prepare.instant {
         report
             .good(format!("machine '{name}': is restored plainly, because instant restores are off for it"));

@@ -12,7 +12,7 @@ use std::fs::DirEntry;
 use std::path::Path;
 
 use machinery::{Error, Result};
-use machinery_backend::cell::{self, Cell, CellSpec};
+use machinery_backend::cell::{self, CellSpec};
 use machinery_backend::jail::JailMode;
 
 use crate::config::MachineFiles;
@@ -23,28 +23,6 @@ use crate::resources::Resource;
 
 /// The folder of the kernel with the host's interfaces.
 const INTERFACES: &str = "/sys/class/net";
-
-/// The cell of a run, which is closed with the run.
-#[derive(Debug)]
-pub enum RunCell {
-    /// This host has made it.
-    Made(Cell),
-    /// An earlier host has made the cell with that interface.
-    Adopted(String),
-}
-
-impl RunCell {
-    /// Closes the cell after the end of its run.
-    pub fn close(self, machine: &str) {
-        let closed = match self {
-            RunCell::Made(cell) => cell.close(),
-            RunCell::Adopted(interface) => cell::remove(&interface),
-        };
-        if let Err(error) = closed {
-            tracing::warn!(machine, %error, "the network of a run remains");
-        }
-    }
-}
 
 /// Removes the host's rules for the cells of that folder, unless a run that is left to the next host needs them.
 pub fn remove_table(folder: &Path) {

@@ -15,12 +15,14 @@
 //!
 //! | module | content |
 //! | --- | --- |
+//! | `cell` | the network of an isolated run |
 //! | `end` | the ways to end a run |
 //! | `parts` | the parts and the purpose of a run |
 //! | `record` | what the next host has to know, to adopt the run |
 //! | `resume` | the guest begins to run |
 //! | `start_error` | a start that failed, and at which stage |
 
+mod cell;
 pub mod end;
 #[cfg(test)]
 pub mod fake_qemu;
@@ -44,9 +46,9 @@ use serde_json::Value;
 
 use record::{Record, RecordFile};
 
+pub use cell::RunCell;
 pub use parts::{Parts, Purpose};
 
-use crate::isolation::RunCell;
 use crate::launch::{QEMU, Start, connect};
 use crate::qmp::{Event, Qmp};
 use crate::states::{ReportLimit, reason_of_shutdown, state_of_event};

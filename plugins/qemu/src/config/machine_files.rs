@@ -87,6 +87,11 @@ impl MachineKeys for MachineFiles {
 }
 
 impl MachineFiles {
+    /// Returns the machine's name in the configuration: that of the base, if the machine is a clone.
+    pub fn entry(&self) -> &str {
+        self.info.clone_of.as_deref().unwrap_or(&self.info.name)
+    }
+
     /// Returns the images that each run has an overlay of: the disk, and the images in the arguments.
     pub fn images(&self) -> Vec<ImageFile> {
         let disk = ImageFile { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
@@ -127,7 +132,7 @@ impl MachineFiles {
             .advice(format!(
                 "Remove it, make it read-only (readonly=on), or use an image file, of which each run gets an overlay. \
                  To accept it, set machineries.qemu.machines.{}.allow_shared_writes: true in machinery-host.yaml",
-                self.info.name
+                self.entry()
             ))),
         }
     }
@@ -162,7 +167,7 @@ impl MachineFiles {
             format!(
                 "Remove them. If you trust whoever made this machine, set \
              machineries.qemu.machines.{}.unsafe_start_args: true in machinery-host.yaml",
-                self.info.name
+                self.entry()
             ),
         ))
     }

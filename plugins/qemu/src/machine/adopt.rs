@@ -24,11 +24,10 @@ use serde_json::Value;
 use super::base::Machine;
 use super::state::{MachineOperation, MachineState, finish};
 use crate::console::kind_of;
-use crate::isolation::RunCell;
 use crate::launch::{QEMU, reconnect};
 use crate::run::record::{Progress, Record};
 use crate::run::start_error::Stage;
-use crate::run::{Parts, Run};
+use crate::run::{Parts, Run, RunCell};
 use crate::standby::{Standby, StandbyRecord};
 use crate::states::state_of_status;
 

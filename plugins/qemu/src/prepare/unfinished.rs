@@ -89,6 +89,7 @@ impl Unfinished {
         fs::write(&path, serde_json::to_vec(&record)?)?;
         File::open(&path)?.sync_all()?;
         fs::rename(&self.folder, &self.published_as)?;
+        tracing::info!(path = %self.published_as.display(), "a template was built");
         match self.published_as.parent() {
             Some(dir) => File::open(dir)?.sync_all(),
             None => Ok(()),

@@ -6,8 +6,8 @@ use machinery::RestoreReadiness;
 use machinery_backend::jail::Cgroup;
 use machinery_backend::{Overlays, Share};
 
+use super::cell::RunCell;
 use super::record::RecordFile;
-use crate::isolation::RunCell;
 use crate::version::Version;
 
 /// The parts of a run, beside its process.
