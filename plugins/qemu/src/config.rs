@@ -17,9 +17,7 @@ mod section;
 mod validator;
 mod wanted;
 
-#[cfg(test)]
-pub use machine_files::Isolation;
-pub use machine_files::MachineFiles;
+pub use machine_files::{Isolation, MachineFiles};
 pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};

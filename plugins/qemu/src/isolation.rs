@@ -15,7 +15,7 @@ use machinery::{Error, Result};
 use machinery_backend::cell::{self, CellSpec};
 use machinery_backend::jail::JailMode;
 
-use crate::config::MachineFiles;
+use crate::config::{Isolation, MachineFiles};
 use crate::machineinfo::NAME;
 use crate::options::Options;
 use crate::passed::BRIDGE;
@@ -36,6 +36,12 @@ pub fn remove_table(folder: &Path) {
     if let Err(error) = cell::remove_table(folder) {
         tracing::warn!(%error, "the rules for isolated networks remain");
     }
+}
+
+/// Reports whether the interface of the machine's cell exists, if it has one. Somebody may have removed it.
+pub fn has_interface(files: &MachineFiles) -> bool {
+    let exists = |isolation: &Isolation| Path::new(INTERFACES).join(&isolation.interface).exists();
+    files.isolation.as_ref().is_none_or(exists)
 }
 
 /// Returns the description of the machine's cell; none if its network is the operator's.
@@ -119,7 +125,6 @@ fn networks(files: &MachineFiles) -> impl Iterator<Item = (String, Options)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Isolation;
     use crate::config::tests::machine_in;
     use crate::machineinfo::StartArgs;
 

@@ -83,6 +83,8 @@ pub struct Run {
     /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
     record: RecordFile,
+    /// The network of an isolated run.
+    cell: Mutex<Option<RunCell>>,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,
     /// True if the guest has ever run.
@@ -166,6 +168,7 @@ impl Run {
             condemned: Mutex::new(None),
             writes,
             record,
+            cell: Mutex::new(cell),
             reports: Mutex::default(),
             has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
@@ -179,7 +182,7 @@ impl Run {
             .spawn(move || {
                 let end = watched.watch(process);
                 cgroup.iter().for_each(Cgroup::end);
-                cell.into_iter().for_each(|cell| cell.close(&watched.machine));
+                watched.close_cell();
                 watched.clean_up(end, overlays, &sockets);
             })
             .map_err(|error| {

@@ -6,7 +6,7 @@ use machinery_backend::{Operation, refuse};
 
 use super::base::Machine;
 use super::state::{MachineOperation, finish};
-use crate::isolation::{expect_isolated, spec_of};
+use crate::isolation::{expect_isolated, has_interface, spec_of};
 use crate::run::start_error::StartError;
 
 impl Machine {
@@ -22,7 +22,7 @@ impl Machine {
         let (opening, (standby, has_cell)) = begun?;
         if let Some(standby) = standby {
             match self.identity().map(|identity| standby.stale_reason(&identity)) {
-                Ok(None) => {
+                Ok(None) if has_interface(self.files()) => {
                     opening.lock().standby = Some(standby);
                     return Ok(());
                 }

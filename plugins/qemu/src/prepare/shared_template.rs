@@ -118,13 +118,57 @@ impl Drop for Turn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use machinery::ErrorKind;
+    use crate::restore::Devices;
+    use machinery::{Error, ErrorKind};
+    use std::fs;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
     use std::sync::mpsc;
     use std::thread;
     use std::time::Duration;
 
     fn soon() -> Deadline {
         Deadline::after(Duration::from_secs(60))
+    }
+
+    /// Creates a template whose RAM has that text.
+    fn template(folder: &Path, ram: &str) -> Template {
+        let path = folder.join(ram);
+        fs::write(&path, ram).unwrap();
+        let open = || File::open(&path).unwrap();
+        let (size, block) = (ram.len() as u64, "pc.ram".to_owned());
+        Template {
+            memory: Memory { file: open(), size, block, sharing: Sharing::Mapped },
+            devices: Devices { path: path.clone(), file: open() },
+            ram: FileId::of(&path).unwrap(),
+            disk: size,
+        }
+    }
+
+    #[test]
+    fn copy_in_memory_is_made_once_until_the_template_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = SharedTemplates::default().of("a");
+        let copy = |ram: &str| {
+            let copy = shared.in_memory(template(folder.path(), ram), &|| Ok(())).unwrap().memory;
+            assert_eq!(copy.sharing, Sharing::Sealed);
+            let content = fs::read_to_string(format!("/proc/self/fd/{}", copy.file.as_raw_fd())).unwrap();
+            (content, copy.file.metadata().unwrap().ino())
+        };
+        let same = template(folder.path(), "one");
+        let [one, again] = [(); 2].map(|()| {
+            let found = Template { ram: same.ram.clone(), ..template(folder.path(), "one") };
+            shared.in_memory(found, &|| Ok(())).unwrap().memory.file.metadata().unwrap().ino()
+        });
+        assert_eq!(one, again);
+        let (content, other) = copy("two");
+        assert_eq!(content, "two");
+        assert_ne!(other, one);
+        shared.forget_memory();
+        assert!(lock(&shared.ram).is_none());
+        let cancelled = shared.in_memory(same, &|| Err(Error::failed("cancelled")));
+        assert!(cancelled.err().unwrap().to_string().contains("cancelled"));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! The network of an isolated run, which is closed with the run.
 
 use machinery_backend::cell::{self, Cell};
+use machinery_backend::sync::lock;
+
+use super::Run;
 
 /// The cell of a run, which is closed with the run.
 #[derive(Debug)]
@@ -11,15 +14,29 @@ pub enum RunCell {
     Adopted(String),
 }
 
-impl RunCell {
-    /// Closes the cell after the end of its run.
-    pub fn close(self, machine: &str) {
-        let closed = match self {
-            RunCell::Made(cell) => cell.close(),
-            RunCell::Adopted(interface) => cell::remove(&interface),
+impl Run {
+    /// Takes the network for the machine's next run, whose start has to end this one first. None if an earlier host has made
+    /// it.
+    pub fn release_cell(&self) -> Option<Cell> {
+        let mut cell = lock(&self.cell);
+        match cell.take() {
+            Some(RunCell::Made(made)) => Some(made),
+            other => {
+                *cell = other;
+                None
+            }
+        }
+    }
+
+    /// Closes the network after the end of the process.
+    pub(super) fn close_cell(&self) {
+        let closed = match lock(&self.cell).take() {
+            Some(RunCell::Made(cell)) => cell.close(),
+            Some(RunCell::Adopted(interface)) => cell::remove(&interface),
+            None => Ok(()),
         };
         if let Err(error) = closed {
-            tracing::warn!(machine, %error, "the network of a run remains");
+            tracing::warn!(machine = self.machine, %error, "the network of a run remains");
         }
     }
 }
