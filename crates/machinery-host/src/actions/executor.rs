@@ -357,8 +357,8 @@ mod tests {
     use crate::client_file::{ClientFile, NamedFile};
     use crate::config::Heal;
     use crate::fleet::availability::TaskLock;
-    use crate::fleet::fake_plugin::FakePlugin;
-    use machinery::{Capabilities, DumpFormat};
+    use crate::fleet::fake_plugin::{FakePlugin, info};
+    use machinery::{Capabilities, DumpFormat, MachineInfo};
 
     const PREPARE: Action = Action::Prepare(PrepareOrigin::Request);
 
@@ -416,6 +416,19 @@ mod tests {
         let status = lab.machine.status();
         assert_eq!((status.state, status.errors), (State::Poweroff, vec![reason]));
         assert!(lab.saved().contains("QEMU was killed"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn network_of_a_run_is_opened_before_the_start_and_without_it_nothing_starts() {
+        let lab = Lab::new("");
+        lab.machine.set_info(MachineInfo { own_network: true, ..info("m") });
+        lab.executor().execute(&Action::RestoreStart).await.unwrap();
+        lab.executor().execute(&Action::Stop).await.unwrap();
+        assert_eq!(lab.plugin.take_calls(), ["open_network", "restore_start", "stop"]);
+        lab.plugin.fail("open_network", failed());
+        let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
+        assert_eq!(lab.plugin.take_calls(), ["open_network", "stop"]);
+        assert_eq!(lab.quarantine().unwrap().reason, reason);
     }
 
     #[tokio::test(start_paused = true)]

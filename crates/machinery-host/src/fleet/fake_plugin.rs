@@ -268,6 +268,10 @@ impl machinery::Machinery for FakePlugin {
         Ok(viewer.into())
     }
 
+    fn open_network(&self, machine: &str, _deadline: Deadline) -> Result<()> {
+        self.answer("open_network", machine, None)
+    }
+
     fn shutdown(&self, _deadline: Deadline) -> Result<()> {
         Ok(())
     }
