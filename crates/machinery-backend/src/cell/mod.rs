@@ -106,6 +106,7 @@ impl Cell {
     pub fn open(spec: &CellSpec, deadline: Deadline) -> Result<Cell> {
         expect_supported()?;
         let prefix = prefix_of(&spec.interface)?;
+        expect_bridge_name(&spec.bridge)?;
         let host = Links::open()?;
         host.remove(&spec.interface)?;
         if let Some(owner) = host.owner_of(spec.address)? {
@@ -209,6 +210,17 @@ fn prefix_of(interface: &str) -> Result<&str> {
         Some((folder, _)) => Ok(&interface[..rules::INTERFACES.len() + folder.len()]),
         None => Err(Error::failed(format!("'{interface}' is no name of a cell's interface"))),
     }
+}
+
+/// Expects a name that the kernel, the rules and the paths of parameters take as it is.
+fn expect_bridge_name(name: &str) -> Result<()> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let is_reserved = [UPLINK, "lo", "all", "default", ".", ".."].contains(&name);
+    if (1..=15).contains(&name.len()) && name.bytes().all(is_plain) && !is_reserved {
+        return Ok(());
+    }
+    Err(Error::configuration(format!("the bridge of an isolated network cannot have the name '{name}'"))
+        .advice("Use at most 15 letters, digits, '-', '_' and '.'"))
 }
 
 /// Makes the namespace with its bridge and its rules, and returns it.
