@@ -4,14 +4,18 @@
 
 mod network;
 
-use std::net::SocketAddrV4;
+use std::io::{self, Write};
+use std::net::{SocketAddrV4, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
 use machinery::{Deadline, ErrorKind};
 use machinery_backend::cell::{Cell, CellSpec, remove, remove_table};
 
-use network::{GUEST, Guest, Host, OTHER, OUTSIDE, SERVER, Server, run, spec};
+use machinery_testkit::guest::linux::COUNTED_PORT;
+use machinery_testkit::lab::TestNetwork;
+
+use network::{GUEST, Guest, Host, Linux, OTHER, OUTSIDE, SERVER, Server, run, spec};
 
 const FIRST: [u8; 4] = [10, 7, 0, 1];
 const SECOND: [u8; 4] = [10, 7, 0, 2];
@@ -89,6 +93,29 @@ fn guest_reaches_nothing_of_the_host_but_the_result_server() {
     guest.network.inside(|| run("ip address add 10.66.0.77/24 dev tap0")).unwrap();
     guest.network.inside(|| run("ip route replace default via 10.66.0.254 src 10.66.0.77")).unwrap();
     assert!(guest.never_reaches(outside.address) && guest.never_reaches(server.address));
+}
+
+#[test]
+fn restored_linux_reaches_the_result_server_and_its_agent_answers() {
+    let Some(host) = Host::new() else { return };
+    // The guest was saved beside a host of this address, whose hardware address it has as a static entry.
+    let at_save = TestNetwork::HOST;
+    host.inside(|| run(&format!("ip address add {at_save}/32 dev lan0")));
+    let server = Server::at(&host.network, at_save, 2042);
+    let syslog = host.inside(|| UdpSocket::bind((at_save, COUNTED_PORT)).unwrap());
+    let spec = CellSpec { guest: TestNetwork::GUEST, ..spec("a", FIRST, &server) };
+    let cell = host.open(&spec).unwrap();
+    let _linux = Linux::restore(&cell);
+    assert_eq!(server.client(), spec.address);
+    let answer = host.inside(|| {
+        let mut agent = TcpStream::connect((spec.address, 8000)).unwrap();
+        agent.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+        io::read_to_string(agent).unwrap()
+    });
+    assert!(answer.contains("Test guest agent"), "{answer}");
+    // The guest has sent to it all the time.
+    syslog.set_nonblocking(true).unwrap();
+    assert_eq!(syslog.recv(&mut [0; 64]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
 }
 
 #[test]

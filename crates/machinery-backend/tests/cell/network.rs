@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
@@ -13,9 +13,14 @@ use std::time::Duration;
 use machinery::{Deadline, Result};
 use machinery_backend::cell::{Cell, CellSpec, interface_name};
 use machinery_backend::jail::taps;
+use machinery_testkit::guest::{self, Qemu, Vm};
 use machinery_testkit::lab::TestNetwork;
 use machinery_testkit::requirement::NETWORK;
+use machinery_testkit::snapshot::SnapshotFormat;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use tempfile::TempDir;
 
 /// The addresses of the host. The result server has the first.
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
@@ -116,7 +121,11 @@ pub struct Server {
 
 impl Server {
     pub fn new(network: &TestNetwork, address: Ipv4Addr) -> Server {
-        let listener = network.inside(|| TcpListener::bind((address, 0))).unwrap().unwrap();
+        Server::at(network, address, 0)
+    }
+
+    pub fn at(network: &TestNetwork, address: Ipv4Addr, port: u16) -> Server {
+        let listener = network.inside(|| TcpListener::bind((address, port))).unwrap().unwrap();
         let SocketAddr::V4(address) = listener.local_addr().unwrap() else { unreachable!("IPv4") };
         Server { address, listener }
     }
@@ -137,7 +146,6 @@ fn own_namespace() -> OwnedFd {
 }
 
 fn path_of(descriptor: &OwnedFd) -> String {
-    use std::os::fd::AsRawFd;
     format!("/proc/{}/fd/{}", std::process::id(), descriptor.as_raw_fd())
 }
 
@@ -187,6 +195,34 @@ impl Drop for Guest {
         drop(self.stop.take());
         let ended = self.pump.take().map(JoinHandle::join);
         assert!(thread::panicking() || ended.is_some_and(|ended| ended.is_ok()));
+    }
+}
+
+/// A real Linux in a cell, restored by QEMU from its snapshot.
+pub struct Linux {
+    _vm: Vm,
+    _folder: TempDir,
+}
+
+impl Linux {
+    /// Restores it in the cell's namespace. This thread stays there, because QEMU ends with the thread that started it.
+    pub fn restore(cell: &Cell) -> Linux {
+        let (qemu, folder) = (Qemu::find().unwrap(), tempfile::tempdir().unwrap());
+        let master = guest::master(&qemu, guest::Guest::TrafficSource).unwrap();
+        let address = TestNetwork::GUEST.to_string();
+        let mut machine =
+            master.machine(&folder.path().join("m"), "m", &address, SnapshotFormat::Lz4).unwrap();
+        let tap = cell.tap(None, false).unwrap();
+        fcntl_setfd(&tap, FdFlags::empty()).unwrap();
+        let netdev =
+            machine.start_args.iter_mut().find(|argument| argument.starts_with("tap,id=net0")).unwrap();
+        *netdev = format!("tap,id=net0,fd={}", tap.as_raw_fd());
+        let overlay = folder.path().join("overlay");
+        qemu.overlay(&machine.disk, &overlay).unwrap();
+        move_into_link_name_space(cell.namespace(), Some(LinkNameSpaceType::Network)).unwrap();
+        let mut vm = machine.restore(&qemu, &overlay).unwrap();
+        vm.cont().unwrap();
+        Linux { _vm: vm, _folder: folder }
     }
 }
 
