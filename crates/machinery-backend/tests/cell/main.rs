@@ -10,12 +10,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::{Deadline, ErrorKind};
-use machinery_backend::cell::{Cell, CellSpec, remove, remove_table};
+use machinery_backend::cell::{Cell, CellSpec, missing, remove, remove_table};
 
 use machinery_testkit::guest::linux::COUNTED_PORT;
 use machinery_testkit::lab::TestNetwork;
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities, unshare_unsafe,
+};
 
-use network::{GUEST, Guest, Host, Linux, OTHER, OUTSIDE, SERVER, Server, run, spec};
+use network::{GUEST, Guest, Host, Linux, OTHER, OUTSIDE, SERVER, Server, deadline, inside, run, spec};
 
 const FIRST: [u8; 4] = [10, 7, 0, 1];
 const SECOND: [u8; 4] = [10, 7, 0, 2];
@@ -157,6 +160,52 @@ fn nothing_is_left_when_a_cell_is_closed_or_cannot_be_opened() {
     }
     host.inside(|| remove_table(Path::new("/cwd"))).unwrap();
     host.inside(|| remove_table(Path::new("/cwd"))).unwrap();
+    assert_eq!(host.state(), before);
+}
+
+#[test]
+fn cell_has_no_ipv6() {
+    let Some(host) = Host::new() else { return };
+    let server = host.listen(SERVER);
+    let spec = spec("a", FIRST, &server);
+    let cell = host.open(&spec).unwrap();
+    let addresses = "ip -6 -o address show";
+    assert_eq!(host.inside(|| run(&format!("{addresses} dev {}", spec.interface))), "");
+    assert_eq!(inside(&cell, || run(addresses)), "");
+    // The same command shows addresses where there are some.
+    assert!(host.inside(|| run(addresses)).contains("lan0"));
+}
+
+#[test]
+fn cell_is_refused_with_advice_when_a_capability_is_missing() {
+    let Some(host) = Host::new() else { return };
+    let spec = spec("a", FIRST, &host.listen(SERVER));
+    let before = host.state();
+    let refused = host.inside(|| {
+        let all = capabilities(None).unwrap();
+        assert_eq!(missing(), None);
+        set_capabilities(None, CapabilitySets { effective: all.effective - CapabilitySet::NET_ADMIN, ..all })
+            .unwrap();
+        assert!(missing().unwrap().contains("CAP_NET_ADMIN"));
+        Cell::open(&spec, deadline()).unwrap_err()
+    });
+    assert!(refused.to_string().contains("Run the host as root"), "{refused}");
+    assert_eq!(host.state(), before);
+}
+
+#[test]
+fn cell_is_refused_with_advice_when_nft_is_missing() {
+    let Some(host) = Host::new() else { return };
+    let spec = spec("a", FIRST, &host.listen(SERVER));
+    let before = host.state();
+    let refused = host.inside(|| {
+        // SAFETY: unsharing the table of files would be dangerous; it stays shared.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        run("mount --make-rprivate /; mount --bind /dev/null $(readlink -f $(command -v nft))");
+        assert!(missing().unwrap().contains("the program nft"));
+        Cell::open(&spec, deadline()).unwrap_err()
+    });
+    assert!(refused.to_string().contains("Install nftables"), "{refused}");
     assert_eq!(host.state(), before);
 }
 

@@ -102,6 +102,12 @@ impl Host {
     }
 }
 
+/// Runs a task in a cell.
+pub fn inside<T: Send>(cell: &Cell, task: impl FnOnce() -> T + Send) -> T {
+    let enter = || move_into_link_name_space(cell.namespace(), Some(LinkNameSpaceType::Network));
+    thread::scope(|scope| scope.spawn(|| enter().map(|()| task())).join()).unwrap().unwrap()
+}
+
 /// Describes the cell of a machine.
 pub fn spec(machine: &str, address: [u8; 4], server: &Server) -> CellSpec {
     CellSpec {
