@@ -87,7 +87,8 @@ fn confine(policy: &Policy, program: &Path) -> Result<(), JailError> {
     }
 }
 
-/// Enters the namespace of that descriptor, which is closed when the program is executed.
+/// Enters the namespace of that descriptor, which is closed when the program is executed. A network of its own would
+/// replace it.
 fn enter_network(policy: &Policy, namespace: i32) -> nix::Result<()> {
     if policy.own_network || policy.descriptors.contains(&namespace) {
         return Err(nix::Error::EINVAL);

@@ -106,6 +106,7 @@ impl Cell {
     pub fn open(spec: &CellSpec, deadline: Deadline) -> Result<Cell> {
         expect_supported()?;
         let prefix = prefix_of(&spec.interface)?;
+        expect_bridge_name(&spec.bridge)?;
         let host = Links::open()?;
         host.remove(&spec.interface)?;
         if let Some(owner) = host.owner_of(spec.address)? {
@@ -113,7 +114,7 @@ impl Cell {
                 .advice("Give the machine an address that nothing on this host uses"));
         }
         let addresses = host.addresses()?;
-        rules::apply(&rules::of_host(prefix, spec.result_server), deadline)?;
+        rules::apply_on_host(&rules::of_host(prefix, spec.result_server), deadline)?;
         let namespace = in_a_thread(|| inside(spec, &addresses, deadline))?;
         let cell = Cell { interface: spec.interface.clone(), bridge: spec.bridge.clone(), namespace };
         deadline.check("the network of a run")?;
@@ -186,7 +187,7 @@ pub fn remove(interface: &str) -> Result<()> {
 /// # Errors
 /// There is no program `nft`, or it refuses.
 pub fn remove_table(folder: &Path) -> Result<()> {
-    rules::apply(&rules::removal(&prefix(folder)), Deadline::after(REMOVAL_TIMEOUT))
+    rules::apply_on_host(&rules::removal(&prefix(folder)), Deadline::after(REMOVAL_TIMEOUT))
 }
 
 /// Returns the name of a machine's interface on the host, which no other machine and no other folder has: 15 bytes, such
@@ -209,6 +210,17 @@ fn prefix_of(interface: &str) -> Result<&str> {
         Some((folder, _)) => Ok(&interface[..rules::INTERFACES.len() + folder.len()]),
         None => Err(Error::failed(format!("'{interface}' is no name of a cell's interface"))),
     }
+}
+
+/// Expects a name that the kernel, the rules and the paths of parameters take as it is.
+fn expect_bridge_name(name: &str) -> Result<()> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let is_reserved = [UPLINK, "lo", "all", "default", ".", ".."].contains(&name);
+    if (1..=15).contains(&name.len()) && name.bytes().all(is_plain) && !is_reserved {
+        return Ok(());
+    }
+    Err(Error::configuration(format!("the bridge of an isolated network cannot have the name '{name}'"))
+        .advice("Use at most 15 letters, digits, '-', '_' and '.'"))
 }
 
 /// Makes the namespace with its bridge and its rules, and returns it.
@@ -280,4 +292,26 @@ fn in_a_thread<T: Send>(task: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 
 fn failed(action: &str, error: &io::Error) -> Error {
     Error::environment(format!("cannot {action}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_name_differs_by_folder_and_machine_and_never_changes() {
+        let name = |folder, machine| interface_name(Path::new(folder), machine);
+        assert_eq!(name("/cwd", "win10_1"), "cmf31c-aad78395");
+        assert_ne!(name("/cwd", "win10_1"), name("/cwd", "win10_2"));
+        assert_eq!(prefix_of(&name("/cwd", "win10_1")), prefix_of(&name("/cwd", "win10_2")));
+        assert_ne!(prefix_of(&name("/cwd", "a")).unwrap(), prefix_of(&name("/other", "a")).unwrap());
+    }
+
+    #[test]
+    fn interface_of_others_is_never_removed() {
+        for other in ["eth0", "cm0", "cm12-34", "cm1234-5678901x", "cm1234-56789012 "] {
+            let refused = remove(other).unwrap_err().to_string();
+            assert!(refused.contains("is no name of a cell's interface"), "{refused}");
+        }
+    }
 }

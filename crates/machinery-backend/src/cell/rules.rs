@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::process::Stdio;
+use std::sync::Mutex;
 
 use machinery::{Deadline, Error, Result};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -12,6 +13,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::links::Mac;
 use super::{CellSpec, UPLINK, support};
 use crate::process::output_for;
+use crate::sync::lock;
 
 /// Networks that no guest reaches: this network, loopback, link-local with the metadata of clouds, multicast, broadcast.
 /// Source: the IANA IPv4 Special-Purpose Address Registry.
@@ -118,6 +120,16 @@ table {table} {{
 
 /// The beginning of the names of all cells' interfaces.
 pub const INTERFACES: &str = "cm";
+
+/// Applies rules of the host. Transactions at the same time would fail and be tried anew, all of them.
+///
+/// # Errors
+/// See [`apply`].
+pub fn apply_on_host(rules: &str, deadline: Deadline) -> Result<()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = lock(&ONE_AT_A_TIME);
+    apply(rules, deadline)
+}
 
 /// Returns the rules that remove the host's table, if it exists.
 pub fn removal(prefix: &str) -> String {

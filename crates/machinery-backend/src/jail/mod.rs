@@ -355,6 +355,7 @@ impl Confinement {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     /// Returns the jail of a machine on a computer that offers this.
     fn jail(mode: JailMode, landlock: bool, root: bool) -> Jail {
@@ -396,6 +397,23 @@ mod tests {
             assert!(jail.confine(Policy::default()).unwrap_err().to_string().contains("no program helper"));
             assert_eq!(jail.layers(Policy::default()).names(), "off");
         }
+    }
+
+    #[test]
+    fn process_enters_a_network_in_place_of_its_own_and_only_in_the_jail() {
+        let null = File::open("/dev/null").unwrap();
+        let policy = Policy { own_network: true, ..Policy::default() };
+        let mut confinement = jail(JailMode::Auto, true, true).confine(policy.clone()).unwrap();
+        confinement.enter_network(null.as_fd()).unwrap();
+        let descriptors = vec![(null.try_clone().unwrap().into(), 7)];
+        let command = confinement.command(Path::new("/usr/bin/qemu"), descriptors).unwrap();
+        let passed = command.get_args().next().unwrap().to_str().unwrap();
+        let passed: Policy = serde_json::from_str(passed).unwrap();
+        assert_eq!((passed.network_namespace, passed.own_network), (Some(8), false));
+        assert_eq!(passed.descriptors, [7]);
+        let mut confinement = jail(JailMode::Off, true, true).confine(policy).unwrap();
+        let refused = confinement.enter_network(null.as_fd()).unwrap_err().to_string();
+        assert!(refused.contains("jail: off"), "{refused}");
     }
 
     #[test]
