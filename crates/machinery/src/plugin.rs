@@ -213,8 +213,8 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     }
 
     /// Makes the network of the machine's next run, unless it has one. The machine's
-    /// [`interface`](MachineInfo::interface) exists from then on until the end of that run, so that the host's capture
-    /// holds the run's first packet. Since interface 1.1.
+    /// [`interface`](MachineInfo::interface) exists from then on until [`close_network`](Machinery::close_network), so that
+    /// the host's capture holds the run's first packet and its last. Since interface 1.1.
     ///
     /// The host calls this function before each start of a machine whose [`MachineInfo::own_network`] is true, and for
     /// no other. A [`stop`](Machinery::stop) removes a network that no run has taken.
@@ -224,6 +224,17 @@ pub trait Machinery: Sized + Send + Sync + 'static {
     fn open_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
         let _ = (machine, deadline);
         Err(Error::unsupported("open_network"))
+    }
+
+    /// Removes the network of the machine's last run, which has ended. Without a run it does nothing. Since interface 1.1.
+    ///
+    /// The host calls this function after its capture has ended, for machines whose [`MachineInfo::own_network`] is true.
+    ///
+    /// # Errors
+    /// The network remains.
+    fn close_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        let _ = (machine, deadline);
+        Err(Error::unsupported("close_network"))
     }
 
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
@@ -291,7 +302,7 @@ pub struct MachineInfo {
     #[serde(default)]
     pub console: bool,
     /// True if each run has a network of its own. The interface exists only from
-    /// [`open_network`](Machinery::open_network) until the end of the run.
+    /// [`open_network`](Machinery::open_network) until [`close_network`](Machinery::close_network).
     #[serde(default)]
     pub own_network: bool,
     /// The machine whose snapshot this clone starts from; none for a machine that is no clone.

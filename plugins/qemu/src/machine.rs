@@ -78,6 +78,11 @@ impl Backend for Machine {
         self.open_cell(deadline)
     }
 
+    fn close_network(self: &Arc<Self>, _: Deadline) -> Result<()> {
+        self.past_cell.close(self.name());
+        Ok(())
+    }
+
     fn diagnose(&self) -> Diagnosis {
         self.diagnose_files()
     }

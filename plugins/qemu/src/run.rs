@@ -46,7 +46,7 @@ use serde_json::Value;
 
 use record::{Record, RecordFile};
 
-pub use cell::RunCell;
+pub use cell::{PastCell, RunCell};
 pub use parts::{Parts, Purpose};
 
 use crate::launch::{QEMU, Start, connect};
@@ -104,6 +104,7 @@ impl Run {
     pub fn begin(
         mut start: Start<'_>,
         record: RecordFile,
+        past_cell: PastCell,
         purpose: Purpose,
         steps: &mut Steps,
         host: &Host,
@@ -118,6 +119,7 @@ impl Run {
             sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
             cgroup: start.confinement.cgroup().cloned(),
             cell: start.cell.map(RunCell::Made),
+            past_cell,
             record,
         };
         if let Some(process) = process.identity() {
@@ -154,7 +156,7 @@ impl Run {
         purpose: Purpose,
         host: &Host,
     ) -> Result<Arc<Run>> {
-        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, record } = parts;
+        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, past_cell, record } = parts;
         let run = Arc::new(Run {
             machine,
             host: host.clone(),
@@ -182,7 +184,7 @@ impl Run {
             .spawn(move || {
                 let end = watched.watch(process);
                 cgroup.iter().for_each(Cgroup::end);
-                watched.close_cell();
+                watched.end_cell(&past_cell);
                 watched.clean_up(end, overlays, &sockets);
             })
             .map_err(|error| {

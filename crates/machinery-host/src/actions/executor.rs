@@ -247,8 +247,9 @@ impl ActionExecutor {
     }
 
     /// Ends what the host does for a run.
-    async fn run_ended(&self) {
+    async fn run_ended(&mut self) {
         capture::end(&self.machine).await;
+        self.calls.close_network().await;
         self.context.run_ended(&self.machine).await;
     }
 
@@ -419,15 +420,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn network_of_a_run_is_opened_before_the_start_and_without_it_nothing_starts() {
+    async fn network_of_a_run_lasts_from_before_its_start_to_its_end_and_without_it_nothing_starts() {
         let lab = Lab::new("");
         lab.machine.set_info(MachineInfo { own_network: true, ..info("m") });
         lab.executor().execute(&Action::RestoreStart).await.unwrap();
         lab.executor().execute(&Action::Stop).await.unwrap();
-        assert_eq!(lab.plugin.take_calls(), ["open_network", "restore_start", "stop"]);
+        assert_eq!(lab.plugin.take_calls(), ["open_network", "restore_start", "stop", "close_network"]);
         lab.plugin.fail("open_network", failed());
         let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
-        assert_eq!(lab.plugin.take_calls(), ["open_network", "stop"]);
+        assert_eq!(lab.plugin.take_calls(), ["open_network", "stop", "close_network"]);
         assert_eq!(lab.quarantine().unwrap().reason, reason);
     }
 

@@ -124,6 +124,21 @@ impl PluginCalls {
         self.record_result(called, "opening the network")
     }
 
+    /// Has the plugin remove the network of a run that has ended. A network that remains is only logged.
+    pub async fn close_network(&mut self) {
+        if !self.machine.info().own_network || self.is_abandoned() {
+            return;
+        }
+        let limit = self.limit_of(&Action::Stop);
+        let called = self.machine.call(limit, |machine, deadline| {
+            machine.machinery.instance.close_network(machine.name(), deadline)
+        });
+        let called = called.await;
+        if let Err(error) = self.record_result(called, "closing the network") {
+            tracing::warn!(machine = self.machine.name(), %error, "the network of a run remains");
+        }
+    }
+
     /// Has the plugin write the screen to the file, which stays as long as the plugin may write to it.
     ///
     /// # Errors

@@ -272,6 +272,10 @@ impl machinery::Machinery for FakePlugin {
         self.answer("open_network", machine, None)
     }
 
+    fn close_network(&self, machine: &str, _deadline: Deadline) -> Result<()> {
+        self.answer("close_network", machine, None)
+    }
+
     fn shutdown(&self, _deadline: Deadline) -> Result<()> {
         Ok(())
     }

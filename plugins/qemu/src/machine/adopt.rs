@@ -92,7 +92,11 @@ impl Machine {
             writes: record.writes.clone(),
             sockets: record.sockets.clone(),
             cgroup: self.jail.adopted_cgroup(&self.policy()),
-            cell: record.interface.clone().map(RunCell::Adopted),
+            cell: record
+                .interface
+                .as_deref()
+                .map(|interface| RunCell::adopt(interface, process.handle().pid())),
+            past_cell: self.past_cell.clone(),
             record: self.record.clone(),
         };
         let run = Run::adopt(process, stream, parts, &self.shared.host)?;
@@ -187,6 +191,7 @@ impl Machine {
         let take = |state: &mut MachineState| Ok((state.standby.take(), state.cell.take()));
         let (_leaving, (standby, cell)) = self.work.begin(Operation::Discarding, deadline, take)?;
         drop(cell);
+        self.past_cell.close(self.name());
         standby.into_iter().for_each(|standby| standby.leave());
         Ok(())
     }

@@ -54,11 +54,13 @@ impl Machine {
     fn new_cell(&self, deadline: Deadline) -> Result<Option<Cell>> {
         let files = self.files();
         expect_isolated(files)?;
+        self.past_cell.close(self.name());
         spec_of(files).map(|spec| Cell::open(&spec, deadline)).transpose()
     }
 
     /// Removes the network that a run of an earlier host has left, whose interface was recorded.
     pub(super) fn clear_cell(&self, recorded: Option<String>) -> Result<()> {
+        self.past_cell.close(self.name());
         let configured = self.files().isolation.as_ref().map(|isolation| isolation.interface.clone());
         recorded.or(configured).as_deref().map_or(Ok(()), cell::remove)
     }

@@ -105,7 +105,8 @@ impl Machine {
             interface: files.isolation.as_ref().map(|isolation| isolation.interface.as_str()),
         };
         let (record, limit) = (self.record.clone(), deadline.within(LAUNCH_TIMEOUT));
-        let begun = Run::begin(start, record, purpose, steps, &self.shared.host, limit);
+        let (past_cell, host) = (self.past_cell.clone(), &self.shared.host);
+        let begun = Run::begin(start, record, past_cell, purpose, steps, host, limit);
         let run = begun.map_err(|error| self.advise_reload(error))?;
         end_when_cancelled(operation, &run);
         let loaded = run.load(load, deadline).map_err(|error| self.advise_reload(error));

@@ -1,17 +1,58 @@
-//! The network of an isolated run, which is closed with the run.
+//! The network of an isolated run.
+//!
+//! ```text
+//! run: its cell ─▶ QEMU has ended ─▶ past cell ─▶ the host has ended its capture: closed
+//!       └── a preparation has ended, or a standby: closed
+//! ```
+//!
+//! tcpdump would lose the last packets if the interface went away before it has read them.
 
+use std::fs::File;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use machinery::Result;
 use machinery_backend::cell::{self, Cell};
 use machinery_backend::sync::lock;
 
-use super::Run;
+use super::{Purpose, Run};
 
-/// The cell of a run, which is closed with the run.
+/// The cell of a run.
 #[derive(Debug)]
 pub enum RunCell {
     /// This host has made it.
     Made(Cell),
-    /// An earlier host has made the cell with that interface.
-    Adopted(String),
+    /// An earlier host has made it. The namespace lives as long as its file.
+    Adopted { interface: String, _namespace: Option<File> },
+}
+
+/// The place for the cell of a machine's last run.
+#[derive(Debug, Clone, Default)]
+pub struct PastCell(Arc<Mutex<Option<RunCell>>>);
+
+impl RunCell {
+    /// Adopts the cell with that interface, in which the process lives.
+    pub fn adopt(interface: &str, process: u32) -> RunCell {
+        let namespace = File::open(format!("/proc/{process}/ns/net"));
+        RunCell::Adopted { interface: interface.to_owned(), _namespace: namespace.ok() }
+    }
+
+    fn close(self) -> Result<()> {
+        match self {
+            RunCell::Made(cell) => cell.close(),
+            RunCell::Adopted { interface, .. } => cell::remove(&interface),
+        }
+    }
+}
+
+impl PastCell {
+    /// Closes the cell, if there is one.
+    pub fn close(&self, machine: &str) {
+        let past = lock(&self.0).take();
+        if let Some(Err(error)) = past.map(RunCell::close) {
+            tracing::warn!(machine, %error, "the network of a run remains");
+        }
+    }
 }
 
 impl Run {
@@ -28,15 +69,12 @@ impl Run {
         }
     }
 
-    /// Closes the network after the end of the process.
-    pub(super) fn close_cell(&self) {
-        let closed = match lock(&self.cell).take() {
-            Some(RunCell::Made(cell)) => cell.close(),
-            Some(RunCell::Adopted(interface)) => cell::remove(&interface),
-            None => Ok(()),
-        };
-        if let Err(error) = closed {
-            tracing::warn!(machine = self.machine, %error, "the network of a run remains");
+    /// Keeps the network of a guest that has run, and closes every other one.
+    pub(super) fn end_cell(&self, past: &PastCell) {
+        let Some(cell) = lock(&self.cell).take() else { return };
+        *lock(&past.0) = Some(cell);
+        if !(matches!(*self.purpose(), Purpose::Run) && self.has_run.load(Ordering::SeqCst)) {
+            past.close(&self.machine);
         }
     }
 }

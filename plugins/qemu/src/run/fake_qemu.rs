@@ -53,6 +53,7 @@ impl FakeQemu {
             sockets: Vec::new(),
             cgroup: None,
             cell: None,
+            past_cell: super::PastCell::default(),
             record,
         };
         let (stream, monitor) = UnixStream::pair().unwrap();

@@ -6,7 +6,7 @@ use machinery::RestoreReadiness;
 use machinery_backend::jail::Cgroup;
 use machinery_backend::{Overlays, Share};
 
-use super::cell::RunCell;
+use super::cell::{PastCell, RunCell};
 use super::record::RecordFile;
 use crate::version::Version;
 
@@ -22,6 +22,8 @@ pub struct Parts {
     pub cgroup: Option<Cgroup>,
     /// The network of an isolated run.
     pub cell: Option<RunCell>,
+    /// The place of that network after the run.
+    pub past_cell: PastCell,
     pub record: RecordFile,
 }
 
