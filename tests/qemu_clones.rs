@@ -208,7 +208,9 @@ fn clones_are_added_and_removed_while_one_runs() {
     assert_eq!(names(&mut client), ["base-1"]);
     assert_eq!(qemu(&lab, "base-1"), running);
     assert_eq!(ask_agent(&lab, "10.77.0.11").0, 200);
+    client.subscribe().unwrap();
     does(&mut client, "stop", "base-1");
+    while client.next_message().unwrap()["changed"] != json!(["base-1"]) {}
     does(&mut client, "restore_start", "base-1");
     assert_eq!(ask_agent(&lab, "10.77.0.31").0, 200);
     let answer = reload(&mut client, "clones: 2, clone_ips: 10.77.0.31-31");

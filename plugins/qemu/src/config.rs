@@ -6,13 +6,14 @@
 //! | module | content |
 //! | --- | --- |
 //! | `keys`, `section`, `clones` | the keys of the two files |
-//! | `wanted` | the machines that the two files together describe |
+//! | `machines`, `wanted` | the machines that the two files together describe |
 //! | `machine_files` | one machine, as the rest of the plugin sees it |
 //! | `validator` | the checks |
 
 mod clones;
 mod keys;
 mod machine_files;
+mod machines;
 mod section;
 mod validator;
 mod wanted;

@@ -34,6 +34,7 @@
 //! | `build`, `sparse_copy`, `unfinished` | building a template |
 //! | `shared_template` | the turn to build a template, and everything else that its machines share |
 //! | `sealed_ram` | the RAM in memory, for an older QEMU and several machines |
+//! | `memory` | the memory that templates need for a while |
 //! | `build_failures` | the failures after which a template is not built again |
 //! | `identity` | everything that a template depends on |
 //! | `unavailable_reason` | machines that cannot have a template |
@@ -42,6 +43,7 @@ mod build;
 mod build_failures;
 mod identity;
 mod layout;
+mod memory;
 mod opener;
 mod sealed_ram;
 mod shared_template;

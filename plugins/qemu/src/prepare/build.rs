@@ -8,19 +8,18 @@
 //!   ─▶ save the devices ─▶ end QEMU ─▶ copy without zeros ─▶ identity unchanged? ─▶ publish
 //! ```
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result, format_bytes};
-use machinery_backend::process::bytes_of;
+use machinery::{Deadline, Error, Result};
 use qapi::qmp;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::identity::Identity;
+use super::memory::{memory_shortage, no_memory};
 use super::opener::Opener;
-use super::sealed_ram::no_memory;
 use super::sparse_copy::sparse_copy;
 use super::store::Templates;
 use super::unfinished::Unfinished;
@@ -69,9 +68,6 @@ pub trait Build {
 
 /// The maximum time for a QEMU that only reports its RAM block.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
-/// The memory of this computer, in bytes, that a build leaves to running guests.
-const MIN_FREE_MEMORY: u64 = 512 << 20;
-
 /// The reason why a template was not built.
 pub enum BuildError {
     /// There is not enough space on the disk or in memory now.
@@ -127,20 +123,6 @@ pub fn build(
     }
     unfinished.publish(identity, &block, build.opener())?;
     Ok(())
-}
-
-/// Describes a lack of memory for work that needs that much, in bytes; `None` if there is enough. Source: `MemAvailable` in
-/// proc_meminfo(5), in KiB.
-pub fn memory_shortage(what: &str, needed: u64) -> Option<String> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let available = bytes_of(&text, "MemAvailable:")?;
-    (needed.saturating_add(MIN_FREE_MEMORY) > available).then(|| {
-        format!(
-            "{what} takes {} of memory, and only {} are available",
-            format_bytes(needed),
-            format_bytes(available)
-        )
-    })
 }
 
 /// Starts a QEMU only to return its name for the machine's RAM, and the RAM's size in bytes.

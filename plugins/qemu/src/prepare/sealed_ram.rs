@@ -5,12 +5,11 @@
 //! Sources: memfd_create(2), `F_ADD_SEALS` in fcntl(2).
 
 use std::fs::File;
-use std::io;
 
 use machinery::{Error, Result};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
-use super::build::memory_shortage;
+use super::memory::{memory_shortage, no_memory};
 use super::sparse_copy::sparse_copy;
 
 /// Copies a file of which `size` bytes are no zeros into memory, and seals the copy. Calls `ensure_wanted` now and then.
@@ -30,16 +29,12 @@ pub fn seal_copy(from: &File, size: u64, ensure_wanted: &dyn Fn() -> Result<()>)
     Ok(copy)
 }
 
-pub fn no_memory(error: &io::Error) -> Error {
-    Error::environment(format!("cannot make a file in memory: {error}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rustix::io::Errno;
     use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-    use std::io::Write;
+    use std::io::{self, Write};
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 

@@ -15,6 +15,7 @@ use machinery_backend::{Cancellation, OverlayTemplates};
 use machinery_images::FileId;
 
 use super::build_failures::BuildFailures;
+use super::memory::no_memory;
 use super::sealed_ram::seal_copy;
 use super::store::Template;
 use crate::launch::{Memory, Sharing};
@@ -97,7 +98,7 @@ impl SharedTemplate {
             *ram = Some(SealedRam { of: template.ram.clone(), file });
         }
         let Some(SealedRam { file, .. }) = &*ram else { return Ok(template) };
-        let file = file.try_clone().map_err(|error| super::sealed_ram::no_memory(&error))?;
+        let file = file.try_clone().map_err(|error| no_memory(&error))?;
         let memory = Memory { file, sharing: Sharing::Sealed, ..template.memory };
         Ok(Template { memory, ..template })
     }

@@ -1,5 +1,7 @@
 use super::*;
 use crate::config::keys::QemuFile;
+use crate::config::section::Section;
+use machinery::config::ConfigFile;
 
 /// The machines `a` and `b`, with files of their own.
 const YAML: &str = "\
