@@ -17,6 +17,7 @@
 //!
 //! | module | content |
 //! | --- | --- |
+//! | `host_support` | the support for jails on this computer |
 //! | `users` | the user of each machine |
 //! | `reach` | whether a user can reach a file |
 //! | `layers` | which layers hold, and why not the others |
@@ -24,6 +25,7 @@
 //! | [`taps`] | taps that the host opens in the hypervisor's place |
 
 mod cgroup;
+mod host_support;
 mod layers;
 mod reach;
 pub mod taps;
@@ -34,15 +36,14 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use command_fds::{CommandFdExt, FdMapping};
-use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
-use machinery_jail::Support;
 use serde::Deserialize;
 
 pub use cgroup::Cgroup;
+use host_support::{HostSupport, found_in_path};
 pub use layers::Layers;
 pub use machinery_jail::{Limits, Network, Policy, User};
 pub use users::{UserRange, key_among};
@@ -74,13 +75,6 @@ pub struct Jail {
     cgroup: std::result::Result<Cgroup, String>,
 }
 
-/// The support for jails on this computer.
-#[derive(Debug, Clone)]
-struct HostSupport {
-    kernel: Support,
-    helper: Result<PathBuf>,
-}
-
 /// A jail with what the machine needs: the layers that hold, and the policy of the helper.
 #[derive(Debug, Clone)]
 pub struct Confinement {
@@ -92,33 +86,6 @@ pub struct Confinement {
     cgroup: Option<Cgroup>,
     /// The network namespace that the process enters.
     network: Option<Arc<OwnedFd>>,
-}
-
-impl HostSupport {
-    fn find() -> &'static HostSupport {
-        static FOUND: OnceLock<HostSupport> = OnceLock::new();
-        FOUND.get_or_init(|| HostSupport { kernel: Support::of_this_host(), helper: helper() })
-    }
-}
-
-/// Returns the helper program, which nobody but root and the host's user may have changed.
-fn helper() -> Result<PathBuf> {
-    let helper = machinery_jail::installed().map_err(|error| {
-        Error::environment(format!("{error}, which confines QEMU"))
-            .advice("Install it beside the plugins, or set jail: off in machinery-host.yaml")
-    })?;
-    expect_trusted(&helper)?;
-    Ok(helper)
-}
-
-/// Returns the path of a program that may be given by its name, as the shell finds it. The jail has another `PATH`.
-fn found_in_path(program: &Path) -> PathBuf {
-    if program.components().count() > 1 {
-        return program.to_owned();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut places = std::env::split_paths(&path).map(|folder| folder.join(program));
-    places.find(|place| place.is_file()).unwrap_or_else(|| program.to_owned())
 }
 
 impl Jail {
@@ -355,6 +322,7 @@ impl Confinement {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use machinery_jail::Support;
     use std::os::fd::AsFd;
 
     /// Returns the jail of a machine on a computer that offers this.

@@ -209,10 +209,7 @@ impl ActionExecutor {
         context.run_marks.begin(&self.machine);
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
-        let started = match opened {
-            Ok(()) => self.calls.run(action).await,
-            Err(error) => Err(error),
-        };
+        let started = if opened.is_ok() { self.calls.run(action).await } else { opened };
         // The plugin may have reported the end of an earlier run meanwhile.
         self.machine.set_own_run();
         // Releases the permit first: the cleanup of a failed start must not delay other restores.

@@ -8,14 +8,11 @@
 //! tcpdump would lose the last packets if the interface went away before it has read them.
 
 use std::fs::File;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use machinery::Result;
 use machinery_backend::cell::{self, Cell};
 use machinery_backend::sync::lock;
-
-use super::{Purpose, Run};
 
 /// The cell of a run.
 #[derive(Debug)]
@@ -37,6 +34,14 @@ impl RunCell {
         RunCell::Adopted { interface: interface.to_owned(), _namespace: namespace.ok() }
     }
 
+    /// Returns the cell for the machine's next run; an error has it back if an earlier host has made it.
+    pub fn into_made(self) -> std::result::Result<Cell, RunCell> {
+        match self {
+            RunCell::Made(cell) => Ok(cell),
+            RunCell::Adopted { .. } => Err(self),
+        }
+    }
+
     fn close(self) -> Result<()> {
         match self {
             RunCell::Made(cell) => cell.close(),
@@ -46,35 +51,16 @@ impl RunCell {
 }
 
 impl PastCell {
+    /// Keeps the cell of a run that has ended.
+    pub fn keep(&self, cell: RunCell) {
+        *lock(&self.0) = Some(cell);
+    }
+
     /// Closes the cell, if there is one.
     pub fn close(&self, machine: &str) {
         let past = lock(&self.0).take();
         if let Some(Err(error)) = past.map(RunCell::close) {
             tracing::warn!(machine, %error, "the network of a run remains");
-        }
-    }
-}
-
-impl Run {
-    /// Takes the network for the machine's next run, whose start has to end this one first. None if an earlier host has made
-    /// it.
-    pub fn release_cell(&self) -> Option<Cell> {
-        let mut cell = lock(&self.cell);
-        match cell.take() {
-            Some(RunCell::Made(made)) => Some(made),
-            other => {
-                *cell = other;
-                None
-            }
-        }
-    }
-
-    /// Keeps the network of a guest that has run, and closes every other one.
-    pub(super) fn end_cell(&self, past: &PastCell) {
-        let Some(cell) = lock(&self.cell).take() else { return };
-        *lock(&past.0) = Some(cell);
-        if !(matches!(*self.purpose(), Purpose::Run) && self.has_run.load(Ordering::SeqCst)) {
-            past.close(&self.machine);
         }
     }
 }
