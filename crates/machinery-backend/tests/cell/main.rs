@@ -140,7 +140,7 @@ fn rules_of_the_host_hold_alone_and_are_mended_by_the_next_cell() {
 }
 
 #[test]
-fn nothing_is_left_when_a_cell_is_closed_or_cannot_be_opened() {
+fn cell_leaves_nothing_when_it_is_closed_or_cannot_be_opened() {
     let Some(host) = Host::new() else { return };
     let server = host.listen(SERVER);
     let before = host.state();
