@@ -12,8 +12,8 @@
 //! carry `M`: a capture there is in the machine's own address.
 //!
 //! **Life.** The namespace has no name. A thread of its own makes it, so no other thread of the host changes its network.
-//! It lives as long as a descriptor or a process has it. A host that is killed leaves nothing once its hypervisor has
-//! ended, and a hypervisor that a later host adopts keeps its network. [`Cell::open`] removes what an earlier run has left
+//! It lives as long as a descriptor or a process has it. A host that is killed leaves no interface once its hypervisor
+//! has ended, and a hypervisor that a later host adopts keeps its network. [`Cell::open`] removes what an earlier run has left
 //! under the same name of the interface. An error leaves nothing.
 //!
 //! **Addresses.** The links need no range of addresses: each side has the other as a permanent neighbour. The bridge
