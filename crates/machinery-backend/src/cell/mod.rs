@@ -12,8 +12,8 @@
 //! carry `M`: a capture there is in the machine's own address.
 //!
 //! **Life.** The namespace has no name. A thread of its own makes it, so no other thread of the host changes its network.
-//! It lives as long as a descriptor or a process has it. A host that is killed leaves nothing once its hypervisor has
-//! ended, and a hypervisor that a later host adopts keeps its network. [`Cell::open`] removes what an earlier run has left
+//! It lives as long as a descriptor or a process has it. A host that is killed leaves no interface once its hypervisor
+//! has ended, and a hypervisor that a later host adopts keeps its network. [`Cell::open`] removes what an earlier run has left
 //! under the same name of the interface. An error leaves nothing.
 //!
 //! **Addresses.** The links need no range of addresses: each side has the other as a permanent neighbour. The bridge
@@ -38,16 +38,17 @@
 //! | --- | --- |
 //! | `links` | interfaces, routes and neighbours by netlink |
 //! | `rules` | the rules of nftables |
+//! | `spec` | [`CellSpec`], [`interface_name`]: the description of a cell, and its names |
 //! | `support` | [`missing`], [`expect_supported`]: the needs of cells |
 
 mod links;
 mod rules;
+mod spec;
 mod support;
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::thread;
@@ -56,13 +57,12 @@ use std::time::Duration;
 use machinery::{Deadline, Error, Result};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
-use crate::hash::fnv1a;
 use crate::jail::taps;
 use links::{Links, Mac, Route};
+pub use spec::{CellSpec, interface_name};
+use spec::{UPLINK, expect_bridge_name, prefix, prefix_of};
 pub use support::{expect_supported, missing};
 
-/// The interface inside the cell that leads to the host. No bridge or tap of a hypervisor's arguments has that name.
-const UPLINK: &str = "uplink";
 /// The host's address for the cell, which only the cell's own route uses. Source: RFC 3927.
 const ROUTER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The hardware addresses of the host's interface, of the uplink, and of the bridge: locally administered ones, the same
@@ -73,21 +73,6 @@ const BRIDGE_MAC: Mac = [0x02, b'c', b'm', 0, 0, 3];
 
 /// The time for the removal of a folder's table.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// The description of a cell.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CellSpec {
-    /// The name of the interface on the host: see [`interface_name`].
-    pub interface: String,
-    /// The machine's own address, which the host and Cuckoo use.
-    pub address: Ipv4Addr,
-    /// The address inside the snapshot. It may be the machine's own.
-    pub guest: Ipv4Addr,
-    /// The name of the bridge inside.
-    pub bridge: String,
-    /// The result server, which the guest reaches also if it is this host.
-    pub result_server: Option<SocketAddrV4>,
-}
 
 /// The network of one run.
 #[derive(Debug)]
@@ -190,39 +175,6 @@ pub fn remove_table(folder: &Path) -> Result<()> {
     rules::apply_on_host(&rules::removal(&prefix(folder)), Deadline::after(REMOVAL_TIMEOUT))
 }
 
-/// Returns the name of a machine's interface on the host, which no other machine and no other folder has: 15 bytes, such
-/// as `cm1f3a-09bc44d2`.
-pub fn interface_name(folder: &Path, machine: &str) -> String {
-    let hash = fnv1a([folder.as_os_str(), OsStr::new("\n"), OsStr::new(machine)]);
-    format!("{}-{:08x}", prefix(folder), hash & 0xffff_ffff)
-}
-
-fn prefix(folder: &Path) -> String {
-    format!("{}{:04x}", rules::INTERFACES, fnv1a([folder.as_os_str()]) & 0xffff)
-}
-
-/// Returns the part of an interface's name that the machines of a folder share.
-fn prefix_of(interface: &str) -> Result<&str> {
-    let is_hex =
-        |text: &str, length| text.len() == length && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let parts = interface.strip_prefix(rules::INTERFACES).and_then(|rest| rest.split_once('-'));
-    match parts.filter(|(folder, machine)| is_hex(folder, 4) && is_hex(machine, 8)) {
-        Some((folder, _)) => Ok(&interface[..rules::INTERFACES.len() + folder.len()]),
-        None => Err(Error::failed(format!("'{interface}' is no name of a cell's interface"))),
-    }
-}
-
-/// Expects a name that the kernel, the rules and the paths of parameters take as it is.
-fn expect_bridge_name(name: &str) -> Result<()> {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    let is_reserved = [UPLINK, "lo", "all", "default", ".", ".."].contains(&name);
-    if (1..=15).contains(&name.len()) && name.bytes().all(is_plain) && !is_reserved {
-        return Ok(());
-    }
-    Err(Error::configuration(format!("the bridge of an isolated network cannot have the name '{name}'"))
-        .advice("Use at most 15 letters, digits, '-', '_' and '.'"))
-}
-
 /// Makes the namespace with its bridge and its rules, and returns it.
 fn inside(spec: &CellSpec, host: &[Ipv4Addr], deadline: Deadline) -> Result<OwnedFd> {
     // SAFETY: unsharing the table of files would be dangerous; it stays shared.
@@ -292,26 +244,4 @@ fn in_a_thread<T: Send>(task: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 
 fn failed(action: &str, error: &io::Error) -> Error {
     Error::environment(format!("cannot {action}: {error}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interface_name_differs_by_folder_and_machine_and_never_changes() {
-        let name = |folder, machine| interface_name(Path::new(folder), machine);
-        assert_eq!(name("/cwd", "win10_1"), "cmf31c-aad78395");
-        assert_ne!(name("/cwd", "win10_1"), name("/cwd", "win10_2"));
-        assert_eq!(prefix_of(&name("/cwd", "win10_1")), prefix_of(&name("/cwd", "win10_2")));
-        assert_ne!(prefix_of(&name("/cwd", "a")).unwrap(), prefix_of(&name("/other", "a")).unwrap());
-    }
-
-    #[test]
-    fn interface_of_others_is_never_removed() {
-        for other in ["eth0", "cm0", "cm12-34", "cm1234-5678901x", "cm1234-56789012 "] {
-            let refused = remove(other).unwrap_err().to_string();
-            assert!(refused.contains("is no name of a cell's interface"), "{refused}");
-        }
-    }
 }

@@ -11,7 +11,8 @@ use machinery::{Deadline, Error, Result};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::links::Mac;
-use super::{CellSpec, UPLINK, support};
+use super::spec::{CellSpec, INTERFACES, UPLINK};
+use super::support;
 use crate::process::output_for;
 use crate::sync::lock;
 
@@ -117,9 +118,6 @@ table {table} {{
 "#
     )
 }
-
-/// The beginning of the names of all cells' interfaces.
-pub const INTERFACES: &str = "cm";
 
 /// Applies rules of the host. Transactions at the same time would fail and be tried anew, all of them.
 ///

@@ -122,7 +122,7 @@ fn restored_linux_reaches_the_result_server_and_its_agent_answers() {
 }
 
 #[test]
-fn rules_of_the_host_hold_alone_and_are_mended_by_the_next_cell() {
+fn rules_of_cell_and_host_hold_alone_and_the_next_cell_mends_those_of_the_host() {
     let Some(host) = Host::new() else { return };
     let server = host.listen(SERVER);
     let cell = host.open(&spec("a", FIRST, &server)).unwrap();
@@ -133,6 +133,11 @@ fn rules_of_the_host_hold_alone_and_are_mended_by_the_next_cell() {
     assert!(guest.never_reaches(late.address));
     host.inside(|| run("nft flush ruleset"));
     assert!(guest.reaches(late.address));
+    let closed = host.listen(SERVER);
+    assert!(
+        host.reaches(closed.address) && guest.never_reaches(closed.address),
+        "the rules inside hold alone"
+    );
     let second = host.open(&spec("b", SECOND, &server)).unwrap();
     assert!(guest.never_reaches(late.address));
     assert!(guest.reaches(server.address));
@@ -140,7 +145,7 @@ fn rules_of_the_host_hold_alone_and_are_mended_by_the_next_cell() {
 }
 
 #[test]
-fn nothing_is_left_when_a_cell_is_closed_or_cannot_be_opened() {
+fn cell_leaves_nothing_when_it_is_closed_or_cannot_be_opened() {
     let Some(host) = Host::new() else { return };
     let server = host.listen(SERVER);
     let before = host.state();
