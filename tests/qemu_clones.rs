@@ -11,6 +11,7 @@ use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -97,6 +98,15 @@ fn cells(lab: &Lab) -> Vec<String> {
     let listed = lab.network().inside(|| fs::read_to_string("/proc/thread-self/net/dev").unwrap()).unwrap();
     let names = listed.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
     names.filter(|name| name.starts_with("cm")).collect()
+}
+
+/// Returns the kernel's number of an interface in the lab's network.
+fn number_of(lab: &Lab, interface: &str) -> String {
+    let mut ip = Command::new("ip");
+    ip.args(["-o", "link", "show", "dev", interface]);
+    let shown = lab.network().inside(|| ip.output().unwrap()).unwrap();
+    assert!(shown.status.success(), "{shown:?}");
+    String::from_utf8(shown.stdout).unwrap().split(':').next().unwrap().to_owned()
 }
 
 /// Returns the agent's answer at that address.
@@ -247,6 +257,29 @@ fn next_host_adopts_a_clone_and_clears_the_network_of_one_that_has_ended() {
     assert_eq!(cells(&lab), [client.machine("base-1").unwrap()["interface"].as_str().unwrap()]);
     does(&mut client, "stop", "base-1");
     assert_eq!(cells(&lab), [""; 0]);
+    ends_well(&lab, &mut host);
+}
+
+#[test]
+fn next_host_adopts_the_standby_of_a_clone_with_its_network() {
+    let Some(lab) = lab(STANDBY, "clones: 2, clone_ips: 10.77.0.11-12") else { return };
+    let (mut host, mut client) = served(&lab);
+    does(&mut client, "prepare", "base-1");
+    let standby = qemu(&lab, "base-1");
+    host.kill().unwrap();
+    let (mut host, mut client) = served(&lab);
+    assert_eq!(client.machine("base-1").unwrap()["ready"]["mode"], "standby");
+    does(&mut client, "restore_start", "base-1");
+    assert_eq!(qemu(&lab, "base-1"), standby);
+    assert_eq!(ask_agent(&lab, "10.77.0.11").0, 200);
+    does(&mut client, "stop", "base-1");
+    // A cold start ends the standby, and continues in its network.
+    does(&mut client, "prepare", "base-2");
+    let interface = client.machine("base-2").unwrap()["interface"].as_str().unwrap().to_owned();
+    let cell = number_of(&lab, &interface);
+    does(&mut client, "norestore_start", "base-2");
+    assert_eq!(number_of(&lab, &interface), cell);
+    does(&mut client, "stop", "base-2");
     ends_well(&lab, &mut host);
 }
 
