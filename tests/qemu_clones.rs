@@ -274,12 +274,12 @@ fn next_host_adopts_the_standby_of_a_clone_with_its_network() {
     assert_eq!(ask_agent(&lab, "10.77.0.11").0, 200);
     does(&mut client, "stop", "base-1");
     // A cold start ends the standby, and continues in its network.
-    does(&mut client, "prepare", "base-2");
-    let interface = client.machine("base-2").unwrap()["interface"].as_str().unwrap().to_owned();
+    does(&mut client, "prepare", "base-1");
+    let interface = client.machine("base-1").unwrap()["interface"].as_str().unwrap().to_owned();
     let cell = number_of(&lab, &interface);
-    does(&mut client, "norestore_start", "base-2");
+    does(&mut client, "norestore_start", "base-1");
     assert_eq!(number_of(&lab, &interface), cell);
-    does(&mut client, "stop", "base-2");
+    does(&mut client, "stop", "base-1");
     ends_well(&lab, &mut host);
 }
 
