@@ -5,7 +5,7 @@
 mod network;
 
 use std::io::{self, Write};
-use std::net::{SocketAddrV4, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
@@ -92,10 +92,31 @@ fn guest_reaches_nothing_of_the_host_but_the_result_server() {
     let outside = Server::new(&host.outside, OUTSIDE);
     assert!(guest.reaches(outside.address), "the operator's routing decides about others");
     assert_eq!(outside.client(), spec("a", FIRST, &server).address);
-    // Another source address than the machine's own.
-    guest.network.inside(|| run("ip address add 10.66.0.77/24 dev tap0")).unwrap();
-    guest.network.inside(|| run("ip route replace default via 10.66.0.254 src 10.66.0.77")).unwrap();
-    assert!(guest.never_reaches(outside.address) && guest.never_reaches(server.address));
+}
+
+#[test]
+fn packets_with_a_source_of_their_own_never_leave_the_cell() {
+    let Some(host) = Host::new() else { return };
+    let spec = spec("a", FIRST, &host.listen(SERVER));
+    let cell = host.open(&spec).unwrap();
+    // The host would drop them as well.
+    let filters = ["all", &spec.interface].map(|name| format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
+    host.inside(|| run(&format!("echo 0 | tee {}", filters.join(" "))));
+    let outside = host.outside.inside(|| UdpSocket::bind((OUTSIDE, 0)).unwrap()).unwrap();
+    let guest = Guest::new(&cell);
+    let send = |source: Ipv4Addr, text: &str| {
+        let socket = UdpSocket::bind((source, 0)).unwrap();
+        socket.send_to(text.as_bytes(), outside.local_addr().unwrap()).unwrap();
+    };
+    let send_both = || {
+        run("ip address add 10.66.0.77/24 dev tap0");
+        send([10, 66, 0, 77].into(), "spoofed");
+        send(GUEST, "own");
+    };
+    guest.network.inside(send_both).unwrap();
+    let mut text = [0; 16];
+    let (length, sender) = outside.recv_from(&mut text).unwrap();
+    assert_eq!((&text[..length], sender.ip()), (&b"own"[..], spec.address.into()));
 }
 
 #[test]
