@@ -122,6 +122,8 @@ fn renamed(host_config: &ConfigFile) -> Vec<String> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::jail::jail_of;
+    use machinery_backend::MachineKeys;
     use std::fs;
 
     /// Creates a machine whose files are in that folder: `disk.qcow2`, `snapshot`, `machineinfo.json`.
@@ -158,6 +160,41 @@ pub mod tests {
         assert_eq!(problems, []);
         files.unwrap()
     }
+
+    /// Creates an isolated machine, whose files are in that folder and shared.
+    pub fn isolated_machine_in(folder: &Path, name: &str) -> MachineFiles {
+        let files = machine_in(folder);
+        let (address, guest) = ("10.0.0.1".parse().unwrap(), "192.168.30.11".parse().unwrap());
+        let interface = "cm0000-00000000".to_owned();
+        MachineFiles {
+            isolation: Some(Isolation { address, guest, interface, result_server: None }),
+            is_shared: true,
+            disposable: folder.join(format!("{name}_disposable.qcow2")),
+            ..files
+        }
+    }
+
+    #[test]
+    fn isolated_machines_may_share_their_files_and_not_their_addresses_or_overlays() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| isolated_machine_in(folder.path(), name));
+        let (disk, snapshot) = (a.disk.to_str().unwrap(), a.snapshot.to_str().unwrap());
+        assert!(a.may_share(&b, "qcow2_path", disk) && a.may_share(&b, "snapshot_path", snapshot));
+        assert!(!a.may_share(&b, "qcow2_path", a.disposable.to_str().unwrap()));
+        assert!(!a.may_share(&b, "ip", &a.info.ip));
+        let operator = MachineFiles { isolation: None, ..b };
+        assert!(!a.may_share(&operator, "qcow2_path", disk) && !operator.may_share(&a, "qcow2_path", disk));
+    }
+
+    #[test]
+    fn machines_that_share_a_disk_differ_in_their_users_and_have_a_group_in_common() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| jail_of(&isolated_machine_in(folder.path(), name)));
+        assert_eq!(a.shared_group(), b.shared_group());
+        // Only root gives machines users.
+        assert!(a.user().is_none() || a.user().map(|user| user.uid) != b.user().map(|user| user.uid));
+    }
+
     fn host_config(section: &str) -> ConfigFile {
         let text = format!("machineries:\n  qemu:\n    {section}\n");
         ConfigFile { path: "/c/machinery-host.yaml".into(), text }

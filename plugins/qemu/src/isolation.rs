@@ -125,19 +125,14 @@ fn networks(files: &MachineFiles) -> impl Iterator<Item = (String, Options)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::machine_in;
+    use crate::config::tests::isolated_machine_in;
     use crate::machineinfo::StartArgs;
 
     fn machine(args: &[&str]) -> MachineFiles {
         let folder = tempfile::tempdir().unwrap();
-        let (address, guest) = ("10.0.0.1".parse().unwrap(), "192.168.30.11".parse().unwrap());
-        let isolation =
-            Isolation { address, guest, interface: "cm0000-00000000".to_owned(), result_server: None };
         MachineFiles {
             start_args: StartArgs::in_folder(args.iter().map(|&arg| arg.to_owned()), folder.path()),
-            isolation: Some(isolation),
-            is_shared: true,
-            ..machine_in(folder.path())
+            ..isolated_machine_in(folder.path(), "m")
         }
     }
 

@@ -322,6 +322,17 @@ mod tests {
     }
 
     #[test]
+    fn name_of_the_machine_replaces_its_placeholder_for_qemu_and_not_for_the_template() {
+        let args = of(json!(["-hda", PLACEHOLDER, "-serial", "file:%MACHINE%.log", "-hdb", "%MACHINE%.img"]));
+        let args = args.unwrap();
+        let with = args.with_overlays(&["/d/0".to_owned(), "/d/1".to_owned()]);
+        assert_eq!(with, ["-hda", "/d/0", "-serial", "file:m.log", "-hdb", "/d/1"]);
+        assert_eq!(args.opened().images[0].source.path, Path::new("/m.img"));
+        assert_eq!(args.unchanged()[3], "file:%MACHINE%.log");
+        assert_eq!(args.without_name(Path::new("/")).named(), args.unchanged());
+    }
+
+    #[test]
     fn kvm_is_recognized_in_each_spelling() {
         let wants = |args: Value| of(args).unwrap().wants_kvm();
         assert!(wants(json!(["-enable-kvm", PLACEHOLDER])));

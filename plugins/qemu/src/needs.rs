@@ -186,7 +186,7 @@ fn try_with_qemu(qemu: &Path, args: &[&str]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::machine_in;
+    use crate::config::tests::{isolated_machine_in, machine_in};
     use crate::machineinfo::StartArgs;
     use std::os::unix::net::UnixListener;
 
@@ -216,6 +216,16 @@ mod tests {
         ] {
             assert_eq!(needs(args), expected, "{args:?}");
         }
+    }
+
+    #[test]
+    fn taps_of_an_isolated_machine_need_only_their_device() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = ["-netdev", "bridge,id=n,br=none", "-netdev", "tap,id=o"].map(str::to_owned);
+        let start_args = StartArgs::from_args(args);
+        let machine = MachineFiles { start_args, ..isolated_machine_in(folder.path(), "m") };
+        let needs: Vec<String> = of(&machine).iter().map(ToString::to_string).collect();
+        assert_eq!(needs, ["/dev/net/tun", "/dev/net/tun"]);
     }
 
     #[test]
