@@ -168,6 +168,14 @@ impl<S: Shared> Machinery for Adapter<S> {
         self.on(machine, |machine| machine.console(deadline))
     }
 
+    fn open_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.open_network(deadline))
+    }
+
+    fn close_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.close_network(deadline))
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         self.machines.all().iter().for_each(|machine| machine.begin_end());
         self.leave(deadline, |machine| machine.end(deadline))

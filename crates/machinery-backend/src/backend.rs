@@ -85,6 +85,22 @@ pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
         Err(Error::unsupported("console"))
     }
 
+    /// See [`Machinery::open_network`](machinery::Machinery::open_network).
+    ///
+    /// # Errors
+    /// The network cannot be made.
+    fn open_network(self: &Arc<Self>, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("open_network"))
+    }
+
+    /// See [`Machinery::close_network`](machinery::Machinery::close_network).
+    ///
+    /// # Errors
+    /// The network remains.
+    fn close_network(self: &Arc<Self>, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("close_network"))
+    }
+
     /// Returns what makes the machine unusable, and its warnings.
     fn diagnose(&self) -> Diagnosis {
         Diagnosis::new(self.name())

@@ -19,6 +19,7 @@
 //! | `overlay`, `qemu_img` | [`OverlayTemplates`], [`QemuImg`]: disposable disks |
 //! | [`files`] | files that are replaced atomically, locks, free space |
 //! | [`jail`] | the confinement of a hypervisor's process |
+//! | [`cell`] | the isolated network of one run |
 //! | `output` | [`Output`]: the file of a dump or a screenshot, which appears only when it is complete |
 //! | `intake` | [`Intake`]: a pipe through which a hypervisor writes such a file |
 //! | `memory_file` | [`MemoryFile`]: a file in memory that a hypervisor writes, such as a screenshot |
@@ -35,9 +36,11 @@
 mod adapter;
 mod backend;
 mod budget;
+pub mod cell;
 pub mod concurrent;
 pub mod elf;
 pub mod files;
+mod hash;
 mod intake;
 pub mod jail;
 mod machine_set;

@@ -26,6 +26,11 @@ pub trait MachineKeys: PartialEq {
     fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
         self.info().unique()
     }
+
+    /// Reports whether this machine and another one may have the same value under a key of [`unique`](MachineKeys::unique).
+    fn may_share(&self, _other: &Self, _key: &str, _value: &str) -> bool {
+        false
+    }
 }
 
 /// A machine in a [`MachineSet`].
@@ -189,7 +194,10 @@ impl<M: Reloadable> ReloadPlan<M> {
 /// Returns an error if the new machine has a unique value of the kept one.
 fn duplicate<M: Reloadable>(file: &ConfigFile, new: &Arc<M>, old: &Arc<M>) -> Option<Error> {
     let taken = old.keys().unique();
-    let is_taken = |value: &(_, Option<_>)| value.1.is_some() && taken.contains(value);
+    let is_taken = |value: &(&'static str, Option<&str>)| {
+        let may_share = |text: &str| new.keys().may_share(old.keys(), value.0, text);
+        taken.contains(value) && value.1.is_some_and(|text| !may_share(text))
+    };
     let (key, value) = new.keys().unique().into_iter().find(is_taken)?;
     let (value, old) = (value.unwrap_or_default(), old.name());
     let reason = format!("'{value}' is in use as the {key} of machine '{old}'");

@@ -112,6 +112,7 @@ pub fn setup_in(folder: &Path, config: ConfigFile, host_config: Option<ConfigFil
         state_dir: create("state")?,
         cache_dir: create("cache")?,
         adopts: false,
+        result_server: None,
     })
 }
 

@@ -46,6 +46,8 @@ pub struct Config {
     pub heal: Heal,
     /// The longest time that a run may last.
     pub max_run: Option<Duration>,
+    /// The address to which guests send their results.
+    pub result_server: Option<SocketAddr>,
     /// The settings of captures, or `None` if traffic is not captured.
     pub capture: Option<capture::Settings>,
     /// The places at which the metrics are exported.
@@ -112,6 +114,13 @@ struct ResultServerKeys {
     listen_ip: Option<String>,
     #[serde(deserialize_with = "port")]
     listen_port: Option<u16>,
+}
+
+impl ResultServerKeys {
+    /// Returns the address, unless the file has a name in its place, or none.
+    fn address(&self) -> Option<SocketAddr> {
+        Some(SocketAddr::new(self.listen_ip.as_ref()?.parse().ok()?, self.listen_port?))
+    }
 }
 
 /// Cuckoo3's default for `tcpdump.path`.
@@ -201,6 +210,7 @@ impl Config {
         };
         let host =
             host_file.as_ref().and_then(|file| parse::<HostFile>(file, &mut problems)).unwrap_or_default();
+        let result_server = cuckoo.as_ref().and_then(|cuckoo| cuckoo.resultserver.address());
         let (machineries, capture) = match cuckoo {
             Some(cuckoo) => {
                 check_names(&cuckoo_file, &cuckoo.machineries, &mut problems);
@@ -235,6 +245,7 @@ impl Config {
                 max_run: host.max_run,
                 export: Export { listen: host.metrics_listen, textfile: host.metrics_textfile },
                 wall,
+                result_server,
                 capture,
                 host_file,
             }),

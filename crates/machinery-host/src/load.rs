@@ -77,6 +77,7 @@ pub fn setup_with(file: ConfigFile, name: &str, cwd: &Cwd, config: &Config) -> S
         state_dir: cwd.machinery_state(name),
         cache_dir: cwd.machinery_cache(name),
         adopts: false,
+        result_server: config.result_server,
     }
 }
 

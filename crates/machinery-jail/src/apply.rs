@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
@@ -65,6 +65,9 @@ fn confine(policy: &Policy, program: &Path) -> Result<(), JailError> {
     }
     keep_descriptors(&policy.descriptors).map_err(failed("close the descriptors"))?;
     set_limits(policy).map_err(failed("set the limits"))?;
+    if let Some(namespace) = policy.network_namespace {
+        enter_network(policy, namespace).map_err(failed("enter the network namespace"))?;
+    }
     if has(CapabilitySet::SYS_ADMIN) {
         let network = if policy.own_network { CloneFlags::CLONE_NEWNET } else { CloneFlags::empty() };
         let ipc = if policy.network == Network::Any { CloneFlags::empty() } else { CloneFlags::CLONE_NEWIPC };
@@ -82,6 +85,16 @@ fn confine(policy: &Policy, program: &Path) -> Result<(), JailError> {
         Err(_) if !Support::of_this_host().seccomp => Ok(()),
         installed => installed.map_err(failed("restrict the system calls")),
     }
+}
+
+/// Enters the namespace of that descriptor, which is closed when the program is executed. A network of its own would
+/// replace it.
+fn enter_network(policy: &Policy, namespace: i32) -> nix::Result<()> {
+    if policy.own_network || policy.descriptors.contains(&namespace) {
+        return Err(nix::Error::EINVAL);
+    }
+    // SAFETY: the borrow ends with this statement. A number that is not open makes the call fail.
+    setns(unsafe { BorrowedFd::borrow_raw(namespace) }, CloneFlags::CLONE_NEWNET)
 }
 
 /// Has all descriptors but 0, 1, 2 and these closed when the program is executed.

@@ -32,6 +32,9 @@ pub struct Policy {
     pub user: Option<User>,
     /// Layer B: true if the process gets a network namespace of its own, which is empty.
     pub own_network: bool,
+    /// Layer B: the descriptor of the network namespace that the process enters, instead of one of its own. The process
+    /// does not keep it.
+    pub network_namespace: Option<i32>,
     /// Layer C: the cgroup that the process joins, as the path of its folder.
     pub cgroup: Option<PathBuf>,
 }

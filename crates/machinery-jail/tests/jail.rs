@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use machinery_jail::{Network, PROGRAM, Policy, User};
+use machinery_testkit::lab::TestNetwork;
+use machinery_testkit::requirement::NETWORK;
 use tempfile::TempDir;
 
 /// The end of each attempt: `ok`, or the number of the error.
@@ -257,6 +259,25 @@ fn process_has_a_user_and_a_network_of_its_own_when_the_host_is_root() {
 }
 
 #[test]
+fn process_enters_the_network_of_its_run_and_keeps_no_descriptor_of_it() {
+    let Some(network) = NETWORK.or_skip(TestNetwork::new().unwrap()) else { return };
+    let namespace = network.inside(|| std::fs::File::open("/proc/thread-self/ns/net")).unwrap().unwrap();
+    rustix::io::fcntl_setfd(&namespace, rustix::io::FdFlags::empty()).unwrap();
+    let listener = network.inside(|| TcpListener::bind("127.0.0.1:0")).unwrap().unwrap();
+    let tcp = format!("tcp={}", listener.local_addr().unwrap());
+    let descriptor = format!("descriptor={}", namespace.as_raw_fd());
+    let attempts = [tcp.clone(), descriptor.clone()];
+    assert_eq!(probe(&attempts)[&tcp], libc::ECONNREFUSED.to_string());
+    let policy = Policy {
+        network: Network::Internet,
+        network_namespace: Some(namespace.as_raw_fd()),
+        ..Policy::default()
+    };
+    let inside = jailed(&policy, &attempts);
+    assert_eq!((inside[&tcp].as_str(), &inside[&descriptor]), ("ok", &libc::EBADF.to_string()));
+}
+
+#[test]
 fn error_names_the_step_when_the_policy_cannot_be_applied() {
     let failure = |policy: &str| {
         let output = Command::new(program(PROGRAM)).args([policy, "/bin/true"]).output().unwrap();
@@ -267,4 +288,8 @@ fn error_names_the_step_when_the_policy_cannot_be_applied() {
     assert!(missing.contains("cannot restrict the files") && missing.contains("/none/disk"), "{missing}");
     assert!(failure(r#"{"reed": []}"#).contains("the policy is wrong: unknown field `reed`"));
     assert!(failure(r#"{"cgroup": "/none"}"#).contains("cannot join the cgroup"));
+    let no_namespace = failure(r#"{"network_namespace": 0}"#);
+    assert!(no_namespace.contains("cannot enter the network namespace: EINVAL"), "{no_namespace}");
+    let two = failure(r#"{"network_namespace": 9, "own_network": true}"#);
+    assert!(two.contains("cannot enter the network namespace: EINVAL"), "{two}");
 }

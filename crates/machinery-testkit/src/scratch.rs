@@ -173,6 +173,7 @@ impl ScratchCwd {
             state_dir: folder("state")?,
             cache_dir: folder("cache")?,
             adopts: false,
+            result_server: None,
         })
     }
 

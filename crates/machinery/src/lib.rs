@@ -53,7 +53,7 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `plugin` | the [`Machinery`] trait, its [`Setup`] and its [`MachineInfo`] |
+//! | `plugin`, `machine_info` | the [`Machinery`] trait, its [`Setup`] and its [`MachineInfo`] |
 //! | `deadline` | the deadline of a call: [`Deadline`] |
 //! | `ready` | a machine's readiness for its next restore: [`RestoreReadiness`] |
 //! | `reserve` | the disk space that stays free: [`FreeSpaceReserve`] |
@@ -79,6 +79,7 @@ mod deadline;
 mod diagnosis;
 mod error;
 pub mod host;
+mod machine_info;
 mod plugin;
 mod ready;
 mod reload;
@@ -95,7 +96,8 @@ pub use command::command;
 pub use deadline::Deadline;
 pub use diagnosis::Diagnosis;
 pub use error::{Error, ErrorKind, Place, Result};
-pub use plugin::{Capabilities, Conflict, DumpFormat, MachineInfo, Machinery};
+pub use machine_info::MachineInfo;
+pub use plugin::{Capabilities, Conflict, DumpFormat, Machinery};
 pub use ready::{Readiness, RestoreReadiness, format_bytes, parse_bytes};
 pub use reload::Reloaded;
 pub use report::{Finding, Level, Report};

@@ -5,8 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::MachineConfig;
-use crate::{Deadline, Diagnosis, Error, Host, Reloaded, Report, Result, Setup, State};
+use crate::{Deadline, Diagnosis, Error, Host, MachineInfo, Reloaded, Report, Result, Setup, State};
 
 /// A virtualisation backend.
 ///
@@ -212,6 +211,31 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("console"))
     }
 
+    /// Makes the network of the machine's next run, unless it has one. The machine's
+    /// [`interface`](MachineInfo::interface) exists from then on until [`close_network`](Machinery::close_network), so that
+    /// the host's capture holds the run's first packet and its last. Since interface 1.1.
+    ///
+    /// The host calls this function before each start of a machine whose [`MachineInfo::own_network`] is true, and for
+    /// no other. A [`stop`](Machinery::stop) removes a network that no run has taken.
+    ///
+    /// # Errors
+    /// The network cannot be made; nothing of it remains then.
+    fn open_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        let _ = (machine, deadline);
+        Err(Error::unsupported("open_network"))
+    }
+
+    /// Removes the network of the machine's last run, which has ended. Without a run it does nothing. Since interface 1.1.
+    ///
+    /// The host calls this function after its capture has ended, for machines whose [`MachineInfo::own_network`] is true.
+    ///
+    /// # Errors
+    /// The network remains.
+    fn close_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        let _ = (machine, deadline);
+        Err(Error::unsupported("close_network"))
+    }
+
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///
@@ -243,76 +267,6 @@ pub struct Capabilities {
     pub screenshot: bool,
     /// [`Machinery::prepare`]
     pub prepare: bool,
-}
-
-/// A machine, as the sandbox sees it. The names of the fields are those of Cuckoo3's `Machine`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MachineInfo {
-    /// Unique over all machineries.
-    pub name: String,
-    /// The hypervisor's name for the machine.
-    pub label: String,
-    /// The guest's address.
-    pub ip: String,
-    /// The operating system's family, lowercase.
-    pub platform: String,
-    /// The operating system's version.
-    pub os_version: String,
-    /// The software that is installed in the guest.
-    pub tags: Vec<String>,
-    /// The snapshot that every analysis starts from.
-    pub snapshot: Option<String>,
-    /// Lowercase, `amd64` unless configured.
-    pub architecture: String,
-    /// The network interface on which the machine's traffic can be captured.
-    pub interface: Option<String>,
-    /// The TCP port of Cuckoo's agent in the guest.
-    pub agent_port: u16,
-    /// Lowercase, with colons.
-    pub mac_address: Option<String>,
-    /// The confinement of the machine's hypervisor, for people; none if the machinery does not confine it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub jail: Option<String>,
-    /// True if the machine has a [`console`](Machinery::console), because its operator has enabled it.
-    #[serde(default)]
-    pub console: bool,
-}
-
-impl MachineInfo {
-    /// Creates the info from the shared keys of a machine, and the values that only its machinery knows.
-    /// `interface` is the machinery's, for machines without their own.
-    pub fn new(
-        name: &str,
-        config: &MachineConfig,
-        label: String,
-        snapshot: Option<String>,
-        interface: &str,
-    ) -> Self {
-        MachineInfo {
-            name: name.to_owned(),
-            label,
-            ip: config.ip.clone(),
-            platform: config.platform.clone(),
-            os_version: config.os_version.clone(),
-            tags: config.tags.clone(),
-            snapshot,
-            architecture: config.architecture.clone(),
-            interface: Some(config.interface.clone().unwrap_or_else(|| interface.to_owned())),
-            agent_port: config.agent_port,
-            mac_address: config.mac_address.clone(),
-            jail: None,
-            console: false,
-        }
-    }
-
-    /// Returns the values that must be unique among the machines of a machinery, as (key, value).
-    pub fn unique(&self) -> Vec<(&'static str, Option<&str>)> {
-        vec![
-            ("label", Some(&self.label)),
-            ("ip", Some(&self.ip)),
-            ("mac_address", self.mac_address.as_deref()),
-        ]
-    }
 }
 
 /// The format of a memory dump.

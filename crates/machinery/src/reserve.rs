@@ -46,6 +46,7 @@ mod tests {
             state_dir: "/".into(),
             cache_dir: "/".into(),
             adopts: false,
+            result_server: None,
         };
         FreeSpaceReserve::read(&setup).map(|reserve| reserve.on(10 << 30))
     }

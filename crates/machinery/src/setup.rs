@@ -1,5 +1,6 @@
 //! The input of a plugin from its host, at its load.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,10 @@ pub struct Setup {
     /// True if the host calls [`adopt`](crate::Machinery::adopt) for each machine after the load.
     #[serde(default)]
     pub adopts: bool,
+    /// The address and the port of Cuckoo's result server, to which guests send their results; none if `cuckoo.yaml` has
+    /// none.
+    #[serde(default)]
+    pub result_server: Option<SocketAddr>,
 }
 
 impl Setup {

@@ -239,6 +239,7 @@ mod tests {
             state_dir: "/none".into(),
             cache_dir: "/none".into(),
             adopts: false,
+            result_server: None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! The command `check`: the configuration, and beyond it disks, space, and KVM.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,14 +9,13 @@ use machinery::trust::expect_trusted;
 use machinery::{Deadline, Error, Report, Result, Setup};
 use machinery_backend::QemuImg;
 use machinery_backend::files::free_space;
-use machinery_backend::jail::Jail;
 use rustix::fs::{Access, access};
 use serde_json::Value;
 
 use crate::config::{Config, MachineFiles};
 use crate::diagnose::{faults, file_warnings};
 use crate::images::PLACEHOLDER;
-use crate::jail::{groups, policy_of};
+use crate::jail::{groups, jail_of, policy_of};
 use crate::needs;
 use crate::prepare::unavailable_reason;
 use crate::resources::Resource;
@@ -48,8 +47,12 @@ pub fn check(setup: &Setup, report: &mut Report) {
             "qemu: no machine is configured. Add some, for example with `cuckoo-machinery import vmcloak`",
         );
     }
+    let mut checked = HashSet::new();
     for machine in &config.machines {
-        check_machine(machine, &config, &setup.config, report);
+        // Clones have the same files.
+        if checked.insert(machine.entry()) {
+            check_machine(machine, &config, &setup.config, report);
+        }
     }
     jails(&config, report);
     rivals(&config.machines, report);
@@ -63,7 +66,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
 }
 
 fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, report: &mut Report) {
-    let name = &machine.info.name;
+    let name = machine.entry();
     let faults = faults(machine);
     for (key, error) in &faults {
         report.problem(&file.error(&["machines", name, key], error.to_string()));
@@ -88,13 +91,19 @@ fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, rep
         report.warning(format!("machine '{name}': {warning}"));
     }
     report_restore_mode(machine, config, report);
+    let clones = config.machines.iter().filter(|other| other.info.clone_of.as_deref() == Some(name)).count();
+    if machine.isolation.is_some() && faults.is_empty() {
+        let clones =
+            if clones == 0 { String::new() } else { format!(", and {clones} clones share its files") };
+        report.good(format!("machine '{name}': each run has a network of its own{clones}"));
+    }
 }
 
 /// Reports the layers of the jail that hold, once for all machines with the same ones.
 fn jails(config: &Config, report: &mut Report) {
     let mut confined = Vec::new();
     for machine in config.machines.iter().filter(|machine| machine.args_error.is_none()) {
-        let jail = Jail::new(machine.jail, &machine.disk, machine.jail_users);
+        let jail = jail_of(machine);
         let policy = policy_of(machine, &config.binaries.qemu_system_x86_64, machine.overlays());
         let name = machine.info.name.as_str();
         match jail.confine(policy) {
@@ -116,7 +125,7 @@ fn jails(config: &Config, report: &mut Report) {
 
 /// Reports machines whose runs find changes of earlier runs.
 fn clean_runs(machine: &MachineFiles, report: &mut Report) {
-    let (name, opened) = (&machine.info.name, machine.start_args.opened());
+    let (name, opened) = (machine.entry(), machine.start_args.opened());
     if let Some(warning) = machine.unsafe_args_warning() {
         report.warning(format!("machine '{name}': {warning}"));
     }
@@ -136,7 +145,7 @@ fn clean_runs(machine: &MachineFiles, report: &mut Report) {
 }
 
 fn report_restore_mode(machine: &MachineFiles, config: &Config, report: &mut Report) {
-    let name = &machine.info.name;
+    let name = machine.entry();
     if !machine.prepare.instant {
         report
             .good(format!("machine '{name}': is restored plainly, because instant restores are off for it"));
@@ -155,7 +164,7 @@ fn rivals(machines: &[MachineFiles], report: &mut Report) {
     let mut claimed: HashMap<String, Vec<(&str, Resource)>> = HashMap::new();
     for machine in machines {
         let name = machine.info.name.as_str();
-        for resource in Resource::of(machine) {
+        for resource in Resource::contested(machine) {
             let others = claimed.entry(resource.key()).or_default();
             if let Some((other, theirs)) = others.iter().find(|(_, theirs)| theirs.clashes(&resource)) {
                 report.warning(format!(

@@ -5,28 +5,33 @@
 //!
 //! | module | content |
 //! | --- | --- |
-//! | `keys`, `section` | the keys of the two files |
+//! | `keys`, `section`, `clones` | the keys of the two files |
+//! | `machines`, `wanted` | the machines that the two files together describe |
 //! | `machine_files` | one machine, as the rest of the plugin sees it |
 //! | `validator` | the checks |
 
+mod clones;
 mod keys;
 mod machine_files;
+mod machines;
 mod section;
 mod validator;
+mod wanted;
 
-pub use machine_files::MachineFiles;
+pub use machine_files::{Isolation, MachineFiles};
 pub use validator::expect_overlay_folder;
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, renamed_keys};
+use machinery::config::{ConfigFile, renamed_keys};
 use machinery::{Error, FreeSpaceReserve, Result, Setup};
 use machinery_backend::jail::JailMode;
 
 use crate::version::Version;
-use keys::{Binaries, OwnKeys, QemuFile};
+use keys::{Binaries, QemuFile};
 use section::{RENAMED, Section};
-use validator::Validator;
+use validator::{Origin, Validator};
+use wanted::{Files, Wanted};
 
 /// The whole configuration, checked.
 pub struct Config {
@@ -69,7 +74,12 @@ impl Config {
         let qemu: QemuFile = file.parse().map_err(&mut add).ok()?;
         let mut validator = Validator { file, problems };
         validator.section(setup.host_config.as_ref(), &section, &qemu.machines);
-        validator.interface(&["interface"], &qemu.interface);
+        let files = Files { own: file, host: setup.host_config.as_ref(), section: &section };
+        let wanted = validator.wanted(&files, &qemu.machines);
+        // Runs that have a network of their own do without it.
+        if wanted.is_empty() || wanted.iter().any(|machine| machine.guest.is_none()) {
+            validator.interface(&["interface"], &qemu.interface);
+        }
         // A program that is not trusted must not run, so `check` ends with such a configuration.
         let is_trusted = validator.program(&["binaries", "qemu_img"], &qemu.binaries.qemu_img);
         let version = validator.version(&qemu.binaries.qemu_system_x86_64);
@@ -77,11 +87,18 @@ impl Config {
         if let Some(folder) = folder {
             validator.overlay_folder(&["disposable_copy_dir"], folder);
         }
-        validator.duplicates(&qemu.machines);
-        let machine =
-            |machine: &Configured<OwnKeys>| validator.machine(machine, &qemu.interface, folder, &section);
-        let machines: Vec<MachineFiles> = qemu.machines.iter().filter_map(machine).collect();
+        validator.duplicates(&files, &wanted, &qemu.machines);
+        let origin = Origin {
+            interface: &qemu.interface,
+            overlays: folder,
+            section: &section,
+            state: &setup.state_dir,
+            result_server: setup.result_server,
+        };
+        let machine = |wanted: &Wanted| validator.machine(wanted, &origin);
+        let machines: Vec<MachineFiles> = wanted.iter().filter_map(machine).collect();
         validator.overlays(&qemu.machines, &machines);
+        validator.problems.dedup();
         is_trusted.then_some(())?;
         Some(Config {
             binaries: qemu.binaries,
@@ -105,6 +122,8 @@ fn renamed(host_config: &ConfigFile) -> Vec<String> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use crate::jail::jail_of;
+    use machinery_backend::MachineKeys;
     use std::fs;
 
     /// Creates a machine whose files are in that folder: `disk.qcow2`, `snapshot`, `machineinfo.json`.
@@ -133,11 +152,49 @@ pub mod tests {
         let qemu: QemuFile = file.parse().unwrap();
         let mut problems = Vec::new();
         let mut validator = Validator { file: &file, problems: &mut problems };
-        let machine = qemu.machines.iter().next().unwrap();
-        let files = validator.machine(machine, "lo", None, &Section::default());
+        let section = Section::default();
+        let wanted = validator.wanted(&Files { own: &file, host: None, section: &section }, &qemu.machines);
+        let (interface, state) = ("lo", folder);
+        let origin = Origin { interface, overlays: None, section: &section, state, result_server: None };
+        let files = validator.machine(&wanted[0], &origin);
         assert_eq!(problems, []);
         files.unwrap()
     }
+
+    /// Creates an isolated machine, whose files are in that folder and shared.
+    pub fn isolated_machine_in(folder: &Path, name: &str) -> MachineFiles {
+        let files = machine_in(folder);
+        let (address, guest) = ("10.0.0.1".parse().unwrap(), "192.168.30.11".parse().unwrap());
+        let interface = "cm0000-00000000".to_owned();
+        MachineFiles {
+            isolation: Some(Isolation { address, guest, interface, result_server: None }),
+            is_shared: true,
+            disposable: folder.join(format!("{name}_disposable.qcow2")),
+            ..files
+        }
+    }
+
+    #[test]
+    fn isolated_machines_may_share_their_files_and_not_their_addresses_or_overlays() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| isolated_machine_in(folder.path(), name));
+        let (disk, snapshot) = (a.disk.to_str().unwrap(), a.snapshot.to_str().unwrap());
+        assert!(a.may_share(&b, "qcow2_path", disk) && a.may_share(&b, "snapshot_path", snapshot));
+        assert!(!a.may_share(&b, "qcow2_path", a.disposable.to_str().unwrap()));
+        assert!(!a.may_share(&b, "ip", &a.info.ip));
+        let operator = MachineFiles { isolation: None, ..b };
+        assert!(!a.may_share(&operator, "qcow2_path", disk) && !operator.may_share(&a, "qcow2_path", disk));
+    }
+
+    #[test]
+    fn machines_that_share_a_disk_differ_in_their_users_and_have_a_group_in_common() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| jail_of(&isolated_machine_in(folder.path(), name)));
+        assert_eq!(a.shared_group(), b.shared_group());
+        // Only root gives machines users.
+        assert!(a.user().is_none() || a.user().map(|user| user.uid) != b.user().map(|user| user.uid));
+    }
+
     fn host_config(section: &str) -> ConfigFile {
         let text = format!("machineries:\n  qemu:\n    {section}\n");
         ConfigFile { path: "/c/machinery-host.yaml".into(), text }

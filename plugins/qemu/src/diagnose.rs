@@ -11,6 +11,7 @@ use machinery_backend::ImageFile;
 use machinery_images::Header;
 
 use crate::config::{MachineFiles, expect_overlay_folder};
+use crate::isolation::{expect_isolated, expect_own_files};
 use crate::snapshot::Snapshot;
 
 /// Returns the faults that make the machine unusable, each with the key of `qemu.yaml` that the fault is
@@ -28,6 +29,8 @@ pub fn faults(files: &MachineFiles) -> Vec<(&'static str, Error)> {
         ("machineinfo_path", files.args_error.clone().map_or(Ok(()), Err)),
         ("machineinfo_path", files.expect_safe_args()),
         ("machineinfo_path", files.expect_clean_runs()),
+        ("machineinfo_path", expect_own_files(files)),
+        ("interface", expect_isolated(files)),
         ("qcow2_path", find_overlay_folder(files)),
     ];
     let images = other_images.map(|image| find_chain(files, image));
@@ -93,7 +96,7 @@ mod tests {
         assert_eq!(found(&files), Vec::<String>::new());
         fs::remove_file(&files.disk).unwrap();
         fs::remove_file(&files.snapshot).unwrap();
-        files.args_error = StartArgs::read(&folder.path().join("none")).err();
+        files.args_error = StartArgs::read(&folder.path().join("none"), "m").err();
         files.own_interface = Some("br-none".to_owned());
         let problems = found(&files);
         for (problem, expected) in problems.iter().zip([

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use machinery_backend::jail::{Layers, Limits, Network, Policy};
+use machinery_backend::jail::{Jail, Layers, Limits, Network, Policy, key_among};
 use machinery_images::Header;
 
 use crate::config::MachineFiles;
@@ -36,6 +36,17 @@ const DATA_FOLDERS: [&str; 4] = ["share/qemu", "share/seabios", "lib", "lib64"];
 /// The number of machines of a group that a text names.
 const SHOWN: usize = 3;
 
+/// Returns the machine's jail. The disk is the key of the machine's user, because it belongs to one machine of the whole
+/// computer. Machines that share their disk differ by their overlay, and have the disk's group in common, by which they
+/// read their template.
+pub fn jail_of(files: &MachineFiles) -> Jail {
+    if !files.is_shared {
+        return Jail::new(files.jail, &files.disk, files.jail_users);
+    }
+    let key = key_among(&files.disk, &files.disposable);
+    Jail::new(files.jail, &key, files.jail_users).with_group_of(&files.disk, files.jail_users)
+}
+
 /// Returns what the machine's QEMU may do, apart from what it gets as descriptors.
 pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -> Policy {
     let resources = Resource::of(files);
@@ -52,7 +63,7 @@ pub fn policy_of(files: &MachineFiles, program: &Path, overlays: Vec<PathBuf>) -
         devices: devices_of(files, &resources),
         network,
         listen,
-        own_network: !needs_host_network,
+        own_network: !needs_host_network && files.isolation.is_none(),
         limits: Limits {
             file_size: max_file_size(files),
             memory: of_guest(&files.start_args)

@@ -19,6 +19,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use machinery::{Deadline, Error, ErrorKind, Result, SocketPath};
+use machinery_backend::cell::Cell;
 use machinery_backend::jail::Confinement;
 use machinery_backend::process::{End, Handle, Process};
 use machinery_backend::{Overlays, Steps, files};
@@ -63,6 +64,10 @@ pub struct Start<'a> {
     /// True if memory will be loaded before the guest runs.
     pub incoming: bool,
     pub confinement: Confinement,
+    /// The network of an isolated run.
+    pub cell: Option<Cell>,
+    /// The interface of that network on the host.
+    pub interface: Option<&'a str>,
     /// The files that the run writes.
     pub writes: Vec<PathBuf>,
     /// The sockets that the plugin makes in QEMU's place.
@@ -86,6 +91,8 @@ pub enum Sharing {
     Written,
     /// Writes stay private to the process: the file is mapped copy-on-write.
     Mapped,
+    /// As `Mapped`. The file is in memory, and nobody can change it.
+    Sealed,
 }
 
 /// The path under which QEMU opens its RAM. Error messages of QEMU have it, too.
@@ -96,7 +103,7 @@ impl Memory {
         let sharing = match self.sharing {
             Sharing::Written => "share=on",
             Sharing::Mapped if version.maps_readonly_files() => "share=off,readonly=on,rom=off",
-            Sharing::Mapped => "share=off",
+            Sharing::Mapped | Sharing::Sealed => "share=off",
         };
         let (block, size) = (&self.block, self.size);
         let object = format!("memory-backend-file,id={block},mem-path={RAM_PATH},size={size},{sharing}");
@@ -175,7 +182,7 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
     let mut descriptors: Vec<(OwnedFd, i32)> = vec![(listener.into(), MONITOR)];
     let mut args = start.args.clone();
     if start.confinement.is_confined() {
-        let passed = pass(args, FIRST_PASSED, start.folder, deadline)?;
+        let passed = pass(args, FIRST_PASSED, start.folder, start.cell.as_ref(), deadline)?;
         let Passed { args: with_numbers, descriptors: opened } = passed;
         args = with_numbers;
         args.extend(SANDBOX.map(str::to_owned));
@@ -195,6 +202,9 @@ fn command(start: &mut Start<'_>, listener: UnixListener, deadline: Deadline) ->
         args.extend(memory.args(start.version));
         memory.allow(&mut start.confinement, start.version);
         descriptors.push((memory.file.into(), RAM));
+    }
+    if let Some(cell) = &start.cell {
+        start.confinement.enter_network(cell.namespace())?;
     }
     let mut command = start.confinement.command(start.program, descriptors)?;
     command.args(args).current_dir(start.folder);

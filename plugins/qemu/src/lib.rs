@@ -17,6 +17,7 @@
 //! | `restore`, `progress`, `refusal` | loads a snapshot or a template; its progress; why QEMU refuses a snapshot |
 //! | `inspect` | memory dump and screenshot |
 //! | `vnc` | the console of a run |
+//! | `isolation` | the network of a run that is isolated |
 //! | `jail` | the rights of a machine's QEMU |
 //! | `leftovers` | the leftovers of a host that was killed |
 //! | `orphans` | the runs of machines that are not configured any more |
@@ -35,6 +36,7 @@ mod console;
 mod diagnose;
 mod images;
 mod inspect;
+mod isolation;
 mod jail;
 mod launch;
 mod leftovers;

@@ -7,12 +7,14 @@
 //! | `restore` | restore_start and norestore_start, the fastest way first |
 //! | `prepare`, `templates` | the template and the standby, ahead of the next restore |
 //! | `stop` | stop, power button, discarding a standby |
+//! | `network` | the network of the next run, before its start |
 //! | `adopt` | a run or a standby of an earlier host, and leaving them to the next one |
 //! | `start` | a QEMU with a paused guest, for all of these |
 
 mod adopt;
 mod base;
 mod diagnose;
+mod network;
 mod prepare;
 mod query;
 mod restore;
@@ -72,6 +74,15 @@ impl Backend for Machine {
         self.prepare_restore(deadline)
     }
 
+    fn open_network(self: &Arc<Self>, deadline: Deadline) -> Result<()> {
+        self.open_cell(deadline)
+    }
+
+    fn close_network(self: &Arc<Self>, _: Deadline) -> Result<()> {
+        self.past_cell.close(self.name());
+        Ok(())
+    }
+
     fn diagnose(&self) -> Diagnosis {
         self.diagnose_files()
     }
@@ -84,11 +95,14 @@ impl Backend for Machine {
         let files = self.files();
         let program = self.shared.program.path();
         self.jail.end_leftovers();
+        let record = self.record.read().map(|(_, record)| record);
+        let interface = record.as_ref().and_then(|record| record.interface.clone());
         let owner = leftovers::Owner {
             user: self.jail.user().map(|user| user.uid),
-            recorded: self.record.read().map(|(_, record)| record.process),
+            recorded: record.map(|record| record.process),
         };
-        let cleared = leftovers::clear(&self.socket, &owner, &files.overlays(), program, files.keep_disk);
+        let cleared = leftovers::clear(&self.socket, &owner, &files.overlays(), program, files.keep_disk)
+            .and_then(|()| self.clear_cell(interface));
         if cleared.is_ok() {
             self.record.remove();
         }

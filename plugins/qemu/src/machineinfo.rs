@@ -25,20 +25,26 @@ const REFUSED: [(&str, &str); 8] = [
     ("daemonize", "a QEMU in the background cannot be watched"),
 ];
 
+/// The place of the machine's name in its arguments.
+pub const NAME: &str = "%MACHINE%";
+
 /// A machine's arguments, checked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StartArgs {
+    /// The arguments as they are in the file.
+    unchanged: Vec<String>,
+    /// The arguments with the machine's name.
     args: Vec<String>,
     opened: Opened,
 }
 
 impl StartArgs {
-    /// Reads and checks the file.
+    /// Reads and checks the file of the machine of that name.
     ///
     /// # Errors
     /// The file cannot be read, is no JSON, has no `machine.start_args`, or has arguments that are refused. Other users
     /// could change it.
-    pub fn read(path: &Path) -> Result<StartArgs> {
+    pub fn read(path: &Path, machine: &str) -> Result<StartArgs> {
         expect_trusted(path)?;
         let text =
             std::fs::read_to_string(path).map_err(|error| Error::io("read the machineinfo", path, &error))?;
@@ -47,11 +53,11 @@ impl StartArgs {
             wrong(format!("not JSON: {error}")).advice("Let VMCloak write it again, or correct that line")
         })?;
         let folder = path.parent().unwrap_or(Path::new("/"));
-        StartArgs::of(&info, folder).map_err(|(reason, advice)| wrong(reason).advice(advice))
+        StartArgs::of(&info, folder, machine).map_err(|(reason, advice)| wrong(reason).advice(advice))
     }
 
     /// Reads the arguments in `info`, for a QEMU that runs in `folder`.
-    fn of(info: &Value, folder: &Path) -> Result<StartArgs, (String, String)> {
+    fn of(info: &Value, folder: &Path, machine: &str) -> Result<StartArgs, (String, String)> {
         let example = "It has to look like {\"machine\": {\"start_args\": [\"-m\", \"2048\", …]}}";
         let args = info
             .get("machine")
@@ -62,7 +68,13 @@ impl StartArgs {
         })?;
         let args = args.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
         check(&args, folder)?;
-        Ok(StartArgs { opened: Opened::by(&args, folder), args })
+        Ok(StartArgs::named_in(args, folder, machine))
+    }
+
+    /// Puts the machine's name into its place.
+    fn named_in(unchanged: Vec<String>, folder: &Path, machine: &str) -> StartArgs {
+        let args: Vec<String> = unchanged.iter().map(|arg| arg.replace(NAME, machine)).collect();
+        StartArgs { opened: Opened::by(&args, folder), args, unchanged }
     }
 
     /// Returns the arguments with overlays in place of the images: first the disk's overlay, then the others
@@ -79,8 +91,18 @@ impl StartArgs {
         &self.opened
     }
 
-    /// Returns the arguments as they are in the file, with the placeholder.
+    /// Returns the arguments as they are in the file, with the placeholders. They are the same for all clones.
     pub fn unchanged(&self) -> &[String] {
+        &self.unchanged
+    }
+
+    /// Returns the arguments with the placeholder in the place of the machine's name, for a QEMU that runs in `folder`.
+    pub fn without_name(&self, folder: &Path) -> StartArgs {
+        StartArgs::named_in(self.unchanged.clone(), folder, NAME)
+    }
+
+    /// Returns the arguments with the machine's name, and with the placeholder of the disk.
+    pub fn named(&self) -> &[String] {
         &self.args
     }
 
@@ -98,8 +120,7 @@ impl StartArgs {
     /// Creates unchecked arguments of a QEMU that runs in that folder, for tests.
     #[cfg(test)]
     pub fn in_folder(args: impl IntoIterator<Item = String>, folder: &Path) -> StartArgs {
-        let args: Vec<String> = args.into_iter().collect();
-        StartArgs { opened: Opened::by(&args, folder), args }
+        StartArgs::named_in(args.into_iter().collect(), folder, "m")
     }
 
     /// Reports whether the arguments let the guest run under KVM.
@@ -217,7 +238,7 @@ mod tests {
     use serde_json::json;
 
     fn of(args: Value) -> Result<StartArgs, (String, String)> {
-        StartArgs::of(&json!({"machine": {"start_args": args}}), Path::new("/"))
+        StartArgs::of(&json!({"machine": {"start_args": args}}), Path::new("/"), "m")
     }
 
     fn with(arg: &str) -> Result<StartArgs, (String, String)> {
@@ -286,7 +307,7 @@ mod tests {
             assert!(reason.contains(expected), "{args}: {reason}");
         }
         assert!(
-            StartArgs::of(&json!({"machin": {}}), Path::new("/"))
+            StartArgs::of(&json!({"machin": {}}), Path::new("/"), "m")
                 .unwrap_err()
                 .0
                 .contains("machine.start_args")
@@ -298,6 +319,17 @@ mod tests {
         let args = of(json!(["-m", 512, "-drive", format!("file={PLACEHOLDER},format=qcow2")])).unwrap();
         let args = args.with_overlays(&["/d/x.qcow2".to_owned()]);
         assert_eq!(args, ["-m", "512", "-drive", "file=/d/x.qcow2,format=qcow2"]);
+    }
+
+    #[test]
+    fn name_of_the_machine_replaces_its_placeholder_for_qemu_and_not_for_the_template() {
+        let args = of(json!(["-hda", PLACEHOLDER, "-serial", "file:%MACHINE%.log", "-hdb", "%MACHINE%.img"]));
+        let args = args.unwrap();
+        let with = args.with_overlays(&["/d/0".to_owned(), "/d/1".to_owned()]);
+        assert_eq!(with, ["-hda", "/d/0", "-serial", "file:m.log", "-hdb", "/d/1"]);
+        assert_eq!(args.opened().images[0].source.path, Path::new("/m.img"));
+        assert_eq!(args.unchanged()[3], "file:%MACHINE%.log");
+        assert_eq!(args.without_name(Path::new("/")).named(), args.unchanged());
     }
 
     #[test]
@@ -314,7 +346,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("machineinfo.json");
         std::fs::write(&path, "{\"machine\":\n oops").unwrap();
-        let text = StartArgs::read(&path).unwrap_err().to_string();
+        let text = StartArgs::read(&path, "m").unwrap_err().to_string();
         assert!(text.contains("machineinfo.json") && text.contains("line 2"), "{text}");
     }
 }

@@ -97,6 +97,10 @@ fn of(machine: &MachineFiles) -> Vec<Need> {
 
 fn of_network(options: &Options, machine: &MachineFiles) -> Vec<Need> {
     let kind = options.get("type").unwrap_or_default();
+    if machine.isolation.is_some() {
+        // The taps are made for each run.
+        return vec![Need::Device("/dev/net/tun")];
+    }
     let helper = options.get("helper");
     if kind == "bridge" || kind == "tap" && helper.is_some() {
         let keys = ["br", "helper"].map(|key| options.get(key).map(|value| (key, value)));
@@ -182,7 +186,7 @@ fn try_with_qemu(qemu: &Path, args: &[&str]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::machine_in;
+    use crate::config::tests::{isolated_machine_in, machine_in};
     use crate::machineinfo::StartArgs;
     use std::os::unix::net::UnixListener;
 
@@ -212,6 +216,16 @@ mod tests {
         ] {
             assert_eq!(needs(args), expected, "{args:?}");
         }
+    }
+
+    #[test]
+    fn taps_of_an_isolated_machine_need_only_their_device() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = ["-netdev", "bridge,id=n,br=none", "-netdev", "tap,id=o"].map(str::to_owned);
+        let start_args = StartArgs::from_args(args);
+        let machine = MachineFiles { start_args, ..isolated_machine_in(folder.path(), "m") };
+        let needs: Vec<String> = of(&machine).iter().map(ToString::to_string).collect();
+        assert_eq!(needs, ["/dev/net/tun", "/dev/net/tun"]);
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use machinery::Result;
-use machinery_backend::files;
 use machinery_backend::process::Process;
+use machinery_backend::{cell, files};
 
 use crate::console::kind_of;
 use crate::launch::QEMU;
@@ -39,6 +39,7 @@ fn end(file: &RecordFile, record: &Record) -> Result<()> {
     }
     record.overlays.iter().rev().try_for_each(|overlay| files::remove(overlay))?;
     record.sockets.iter().try_for_each(|socket| files::remove_socket(socket))?;
+    record.interface.as_deref().map_or(Ok(()), cell::remove)?;
     file.remove();
     Ok(())
 }

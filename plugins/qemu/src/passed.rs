@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::find_interface;
 use machinery::{Deadline, Error, Result, SocketPath};
+use machinery_backend::cell::Cell;
 use machinery_backend::jail::taps;
 
 use crate::options::Options;
@@ -25,7 +26,7 @@ use crate::options::Options;
 const HELPERS: [&str; 2] = ["/usr/lib/qemu/qemu-bridge-helper", "/usr/libexec/qemu-bridge-helper"];
 
 /// The bridge that QEMU takes by default. Source: `DEFAULT_BRIDGE_INTERFACE` in QEMU's net/net.h.
-const BRIDGE: &str = "br0";
+pub const BRIDGE: &str = "br0";
 
 /// Keys of a tap that have no meaning for one that is passed as a descriptor. QEMU refuses them beside `fd`.
 const OPENING: [&str; 8] = ["ifname", "script", "downscript", "helper", "br", "vnet_hdr", "queues", "fd"];
@@ -44,12 +45,18 @@ pub fn socket_of(options: &Options) -> Option<&str> {
     options.get("path").filter(|path| is_server && !path.is_empty() && !options.has("fd"))
 }
 
-/// Opens the taps and makes the sockets that the arguments name, for a QEMU that runs in `folder`. The descriptors get the
-/// numbers from `first` on.
+/// Opens the taps and makes the sockets that the arguments name, for a QEMU that runs in `folder`. The taps of an isolated
+/// run are in its cell. The descriptors get the numbers from `first` on.
 ///
 /// # Errors
 /// A tap cannot be opened, or a socket cannot be made.
-pub fn pass(args: Vec<String>, first: i32, folder: &Path, deadline: Deadline) -> Result<Passed> {
+pub fn pass(
+    args: Vec<String>,
+    first: i32,
+    folder: &Path,
+    cell: Option<&Cell>,
+    deadline: Deadline,
+) -> Result<Passed> {
     let mut passed = Passed { args, descriptors: Vec::new() };
     let values: Vec<(usize, String)> =
         crate::options::walk(&passed.args).map(|(index, name, _)| (index, name.to_owned())).collect();
@@ -58,7 +65,7 @@ pub fn pass(args: Vec<String>, first: i32, folder: &Path, deadline: Deadline) ->
         let opened = match name.as_str() {
             "netdev" | "nic" | "net" => {
                 let mut options = Options::parse(value, "type");
-                open(&options, deadline)?.map(|tap| {
+                open(&options, cell, deadline)?.map(|tap| {
                     OPENING.iter().for_each(|key| options.remove(key));
                     options.set("type", "tap");
                     (tap, options)
@@ -97,11 +104,15 @@ pub fn sockets<'a>(options: impl Iterator<Item = (&'a str, &'a str)>, folder: &P
 }
 
 /// Opens the tap of a network backend, if it has one that is not open.
-fn open(options: &Options, deadline: Deadline) -> Result<Option<OwnedFd>> {
+fn open(options: &Options, cell: Option<&Cell>, deadline: Deadline) -> Result<Option<OwnedFd>> {
     let helper = options.get("helper");
     // QEMU's default.
     let has_header = options.switch("vnet_hdr") != Some(false);
-    match options.get("type") {
+    let kind = options.get("type");
+    if let Some(cell) = cell.filter(|_| matches!(kind, Some("bridge" | "tap"))) {
+        return cell.tap(options.get("ifname"), has_header).map(Some);
+    }
+    match kind {
         Some("bridge") => of_bridge(options, deadline).map(Some),
         Some("tap") if options.has("fd") || options.has("fds") => Ok(None),
         Some("tap") if helper.is_some() => of_bridge(options, deadline).map(Some),

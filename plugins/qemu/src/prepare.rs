@@ -5,10 +5,10 @@
 //! are less than a megabyte. QEMU's migration capability `x-ignore-shared` writes and reads this form.
 //!
 //! ```text
-//! <instant_dir>/<machine>.template/ram           as large as the guest's RAM, sparse where that is zero
+//! <instant_dir>/<name>.template/ram              as large as the guest's RAM, sparse where that is zero
 //!                                  devices       a migration stream without RAM
 //!                                  record.json   the template's identity, and the identities of its files
-//! <instant_dir>/<machine>.unfinished/            a template that is being built; renamed when complete
+//! <instant_dir>/<name>.unfinished/               a template that is being built; renamed when complete
 //! <instant_dir>/templates.lock                   locked by the host that owns the templates
 //!
 //! (none) ── build ──▶ unfinished ── fsync, rename ──▶ complete ──▶ used by each restore
@@ -20,6 +20,9 @@
 //! Each template belongs to one [`Identity`], which is checked before each use. A template that does not
 //! match is never used. Without a template a machine is restored plainly.
 //!
+//! Machines with the same files have one template, of the name of the first such machine in `qemu.yaml`. One of them builds
+//! it, and the others wait.
+//!
 //! The operator may have chosen a folder that holds other files. The plugin therefore removes only files of
 //! these names in folders of these names.
 //!
@@ -29,6 +32,9 @@
 //! | `store` | all templates of a host: find, remove, keep |
 //! | `space` | the disk space of the templates: limit and reservations |
 //! | `build`, `sparse_copy`, `unfinished` | building a template |
+//! | `shared_template` | the turn to build a template, and everything else that its machines share |
+//! | `sealed_ram` | the RAM in memory, for an older QEMU and several machines |
+//! | `memory` | the memory that templates need for a while |
 //! | `build_failures` | the failures after which a template is not built again |
 //! | `identity` | everything that a template depends on |
 //! | `unavailable_reason` | machines that cannot have a template |
@@ -37,7 +43,10 @@ mod build;
 mod build_failures;
 mod identity;
 mod layout;
+mod memory;
 mod opener;
+mod sealed_ram;
+mod shared_template;
 mod space;
 mod sparse_copy;
 mod store;
@@ -45,10 +54,10 @@ mod unavailable_reason;
 mod unfinished;
 
 pub use build::{Build, BuildError, build};
-pub use build_failures::BuildFailures;
 pub use identity::Identity;
 #[cfg(test)]
 pub use identity::tests::identity as identity_of_a_test;
 pub use opener::Opener;
+pub use shared_template::{SharedTemplate, SharedTemplates};
 pub use store::{Template, Templates};
 pub use unavailable_reason::unavailable_reason;

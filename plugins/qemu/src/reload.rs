@@ -6,12 +6,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use machinery::{Capabilities, Deadline, Error, Host, Report, Result, Setup};
 use machinery_backend::{MachineSet, ReloadPlan, Shared, expect_unchanged};
 
 use crate::check;
 use crate::config::{Config, MachineFiles};
+use crate::isolation::remove_table;
 use crate::jail::groups;
 use crate::machine::Machine;
 use crate::orphans::end_orphans;
@@ -103,6 +105,12 @@ impl Shared for Qemu {
         apply_template_settings(self, config, machines);
         log_jails(machines);
     }
+
+    fn close(&self, _: Deadline) {
+        if self.has_cells.load(Ordering::SeqCst) {
+            remove_table(&self.state_dir);
+        }
+    }
 }
 
 /// Logs the layers of the jail that hold, once for all machines with the same ones.
@@ -120,6 +128,6 @@ fn log_jails(machines: &[Arc<Machine>]) {
 
 fn apply_template_settings(qemu: &Qemu, config: &Config, machines: &[Arc<Machine>]) {
     let instant = machines.iter().filter(|machine| machine.is_instant());
-    let names: Vec<&str> = instant.map(|machine| machine.name()).collect();
+    let names: Vec<&str> = instant.map(|machine| machine.template_name()).collect();
     qemu.apply_template_settings(&names, config.instant_space_limit);
 }

@@ -67,6 +67,18 @@ impl Resource {
         found.resources
     }
 
+    /// Returns the resources that other machines may claim. The ports and taps of an isolated machine are in the network of
+    /// its run.
+    pub fn contested(files: &MachineFiles) -> Vec<Resource> {
+        let mut resources = Resource::of(files);
+        if files.isolation.is_some() {
+            resources.retain(|resource| {
+                !matches!(resource.kind, ResourceKind::Port { .. } | ResourceKind::Tap(_))
+            });
+        }
+        resources
+    }
+
     /// Returns a key that two resources share if they may clash: a cheap way to find such pairs.
     pub fn key(&self) -> String {
         match &self.kind {
@@ -312,7 +324,7 @@ impl ResourceFinder<'_> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::config::tests::machine_in;
+    use crate::config::tests::{isolated_machine_in, machine_in};
     use crate::machineinfo::StartArgs;
 
     /// Returns the claims of these arguments.
@@ -358,6 +370,20 @@ pub mod tests {
         ] {
             assert_eq!(keys(args), expected, "{args:?}");
         }
+    }
+
+    #[test]
+    fn ports_and_taps_of_an_isolated_machine_are_contested_by_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = ["-vnc", ":1", "-netdev", "tap,id=n,ifname=tap0", "-serial", "file:/d/serial.log"];
+        let start_args = StartArgs::from_args(args.map(str::to_owned));
+        let isolated =
+            MachineFiles { start_args: start_args.clone(), ..isolated_machine_in(folder.path(), "m") };
+        let contested =
+            |files: &MachineFiles| Resource::contested(files).iter().map(Resource::key).collect::<Vec<_>>();
+        assert_eq!(contested(&isolated), ["/d/serial.log"]);
+        let operator = MachineFiles { isolation: None, ..isolated };
+        assert_eq!(contested(&operator), ["TCP 5901", "tap tap0", "/d/serial.log"]);
     }
 
     #[test]

@@ -15,12 +15,14 @@
 //!
 //! | module | content |
 //! | --- | --- |
+//! | `cell` | the network of an isolated run |
 //! | `end` | the ways to end a run |
 //! | `parts` | the parts and the purpose of a run |
 //! | `record` | what the next host has to know, to adopt the run |
 //! | `resume` | the guest begins to run |
 //! | `start_error` | a start that failed, and at which stage |
 
+mod cell;
 pub mod end;
 #[cfg(test)]
 pub mod fake_qemu;
@@ -44,6 +46,7 @@ use serde_json::Value;
 
 use record::{Record, RecordFile};
 
+pub use cell::{PastCell, RunCell};
 pub use parts::{Parts, Purpose};
 
 use crate::launch::{QEMU, Start, connect};
@@ -80,6 +83,8 @@ pub struct Run {
     /// The files that QEMU writes: overlays, and logs that the arguments name.
     writes: Vec<PathBuf>,
     record: RecordFile,
+    /// The network of an isolated run.
+    cell: Mutex<Option<RunCell>>,
     /// The states that QEMU may report.
     reports: Mutex<ReportLimit>,
     /// True if the guest has ever run.
@@ -99,6 +104,7 @@ impl Run {
     pub fn begin(
         mut start: Start<'_>,
         record: RecordFile,
+        past_cell: PastCell,
         purpose: Purpose,
         steps: &mut Steps,
         host: &Host,
@@ -112,12 +118,15 @@ impl Run {
             writes: start.writes,
             sockets: start.sockets.into_iter().chain([start.socket.to_owned()]).collect(),
             cgroup: start.confinement.cgroup().cloned(),
+            cell: start.cell.map(RunCell::Made),
+            past_cell,
             record,
         };
         if let Some(process) = process.identity() {
             let overlays = parts.overlays.paths().into_iter().map(PathBuf::from).collect();
             let (writes, sockets) = (parts.writes.clone(), parts.sockets.clone());
-            parts.record.begin(&Record::new(process, parts.version, overlays, writes, sockets));
+            let record = Record::new(process, parts.version, overlays, writes, sockets);
+            parts.record.begin(&record.with_interface(start.interface));
         }
         Run::watched(process, stream, parts, purpose, host)
     }
@@ -147,7 +156,7 @@ impl Run {
         purpose: Purpose,
         host: &Host,
     ) -> Result<Arc<Run>> {
-        let Parts { machine, version, overlays, writes, sockets, cgroup, record } = parts;
+        let Parts { machine, version, overlays, writes, sockets, cgroup, cell, past_cell, record } = parts;
         let run = Arc::new(Run {
             machine,
             host: host.clone(),
@@ -161,6 +170,7 @@ impl Run {
             condemned: Mutex::new(None),
             writes,
             record,
+            cell: Mutex::new(cell),
             reports: Mutex::default(),
             has_run: AtomicBool::new(false),
             started: AtomicBool::new(false),
@@ -174,6 +184,7 @@ impl Run {
             .spawn(move || {
                 let end = watched.watch(process);
                 cgroup.iter().for_each(Cgroup::end);
+                watched.end_cell(&past_cell);
                 watched.clean_up(end, overlays, &sockets);
             })
             .map_err(|error| {

@@ -1,6 +1,7 @@
 //! Everything that the machines of one host have in common.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use machinery::{Host, Result};
@@ -8,7 +9,7 @@ use machinery_backend::{Budget, DiskSpace, QemuImg};
 
 use crate::config::Config;
 use crate::peers::Peers;
-use crate::prepare::Templates;
+use crate::prepare::{SharedTemplates, Templates};
 use crate::version::Program;
 
 /// Everything that the machines of one host have in common.
@@ -20,6 +21,10 @@ pub struct Qemu {
     pub state_dir: PathBuf,
     /// The templates. The folder is opened only if a machine wants a template or has had one.
     pub templates: OnceLock<Templates>,
+    /// The parts of templates that are only in memory.
+    pub shared_templates: SharedTemplates,
+    /// True once a machine of this host was isolated.
+    pub has_cells: AtomicBool,
     pub peers: Peers,
     pub budget: Arc<Budget>,
     /// The free space of the file systems that runs write to.
@@ -39,6 +44,8 @@ impl Qemu {
             instant_dir: config.instant_dir.clone(),
             state_dir: state_dir.to_owned(),
             templates: OnceLock::new(),
+            shared_templates: SharedTemplates::default(),
+            has_cells: AtomicBool::new(false),
             peers: Peers::default(),
             budget: Budget::new(config.standby_memory_limit),
             space: DiskSpace::new(config.free_space_reserve),
@@ -63,10 +70,10 @@ impl Qemu {
         Ok(())
     }
 
-    /// Removes the templates of all machines but these, and sets the limit of their disk space, in bytes.
-    pub fn apply_template_settings(&self, machines: &[&str], limit: Option<u64>) {
+    /// Removes all templates but those of these names, and sets the limit of their disk space, in bytes.
+    pub fn apply_template_settings(&self, names: &[&str], limit: Option<u64>) {
         let Some(templates) = self.templates.get() else { return };
         templates.space().set_limit(limit);
-        templates.keep_only(machines);
+        templates.keep_only(names);
     }
 }

@@ -33,7 +33,7 @@ const LIBVIRT_DEV: Need = Need {
 };
 
 /// The needs of the tests and of the demo.
-pub const NEEDS: [Need; 14] = [
+pub const NEEDS: [Need; 15] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -69,6 +69,13 @@ pub const NEEDS: [Need; 14] = [
         args: &["-Version"],
         packages: &["iproute2"],
         why: "makes a test's own network",
+    },
+    Need {
+        what: "nft",
+        program: "nft",
+        args: VERSION,
+        packages: &["nftables"],
+        why: "filters the isolated network of a run",
     },
     Need {
         what: "tcpdump",

@@ -20,6 +20,8 @@ use machinery_jail::Limits;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 
+use crate::hash::fnv1a;
+
 /// The content of a limit that is not set. Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
 const NO_LIMIT: &str = "max";
 
@@ -35,7 +37,7 @@ impl Cgroup {
     pub(super) fn of(key: &Path) -> std::result::Result<Cgroup, String> {
         static DELEGATED: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
         let delegated = DELEGATED.get_or_init(delegated).clone()?;
-        Ok(Cgroup(delegated.join(format!("machine-{:016x}", hash(key)))))
+        Ok(Cgroup(delegated.join(format!("machine-{:016x}", fnv1a([key.as_os_str()])))))
     }
 
     /// Returns the path of the cgroup's folder.
@@ -104,12 +106,6 @@ impl Cgroup {
         }
         fs::remove_dir(&self.0)
     }
-}
-
-/// Computes FNV-1a with 64 bits: the same in every build, because a later host ends the runs of an earlier one.
-fn hash(key: &Path) -> u64 {
-    let mix = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    key.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, mix)
 }
 
 /// Reads whether the cgroup has processes. After that, `poll` reports the next change.

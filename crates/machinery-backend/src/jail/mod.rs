@@ -17,6 +17,7 @@
 //!
 //! | module | content |
 //! | --- | --- |
+//! | `host_support` | the support for jails on this computer |
 //! | `users` | the user of each machine |
 //! | `reach` | whether a user can reach a file |
 //! | `layers` | which layers hold, and why not the others |
@@ -24,28 +25,28 @@
 //! | [`taps`] | taps that the host opens in the hypervisor's place |
 
 mod cgroup;
+mod host_support;
 mod layers;
 mod reach;
 pub mod taps;
 mod users;
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::Arc;
 
 use command_fds::{CommandFdExt, FdMapping};
-use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
-use machinery_jail::Support;
 use serde::Deserialize;
 
 pub use cgroup::Cgroup;
+use host_support::{HostSupport, found_in_path};
 pub use layers::Layers;
 pub use machinery_jail::{Limits, Network, Policy, User};
-pub use users::UserRange;
+pub use users::{UserRange, key_among};
 
 /// The reason why a program of the host has neither a user nor a cgroup.
 const NOT_A_MACHINE: &str = "the program runs for the host";
@@ -74,13 +75,6 @@ pub struct Jail {
     cgroup: std::result::Result<Cgroup, String>,
 }
 
-/// The support for jails on this computer.
-#[derive(Debug, Clone)]
-struct HostSupport {
-    kernel: Support,
-    helper: Result<PathBuf>,
-}
-
 /// A jail with what the machine needs: the layers that hold, and the policy of the helper.
 #[derive(Debug, Clone)]
 pub struct Confinement {
@@ -90,33 +84,8 @@ pub struct Confinement {
     /// The limits of the cgroup, also of a process that has not the limits of a user.
     limits: Limits,
     cgroup: Option<Cgroup>,
-}
-
-impl HostSupport {
-    fn find() -> &'static HostSupport {
-        static FOUND: OnceLock<HostSupport> = OnceLock::new();
-        FOUND.get_or_init(|| HostSupport { kernel: Support::of_this_host(), helper: helper() })
-    }
-}
-
-/// Returns the helper program, which nobody but root and the host's user may have changed.
-fn helper() -> Result<PathBuf> {
-    let helper = machinery_jail::installed().map_err(|error| {
-        Error::environment(format!("{error}, which confines QEMU"))
-            .advice("Install it beside the plugins, or set jail: off in machinery-host.yaml")
-    })?;
-    expect_trusted(&helper)?;
-    Ok(helper)
-}
-
-/// Returns the path of a program that may be given by its name, as the shell finds it. The jail has another `PATH`.
-fn found_in_path(program: &Path) -> PathBuf {
-    if program.components().count() > 1 {
-        return program.to_owned();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut places = std::env::split_paths(&path).map(|folder| folder.join(program));
-    places.find(|place| place.is_file()).unwrap_or_else(|| program.to_owned())
+    /// The network namespace that the process enters.
+    network: Option<Arc<OwnedFd>>,
 }
 
 impl Jail {
@@ -130,6 +99,22 @@ impl Jail {
             None => users.user_of(key).map_err(|error| format!("it has no user of its own: {error}")),
         };
         Jail { mode, host, user, cgroup: Cgroup::of(key) }
+    }
+
+    /// Adds the machine's user to the group of that key, which several machines have in common: the path of a file that
+    /// belongs to them.
+    #[must_use]
+    pub fn with_group_of(mut self, key: &Path, users: UserRange) -> Jail {
+        self.user = self.user.and_then(|user| match users.user_of(key) {
+            Ok(group) => Ok(User { groups: vec![group.gid], ..user }),
+            Err(error) => Err(format!("its files have no group of their own: {error}")),
+        });
+        self
+    }
+
+    /// Returns the group that the machine has in common with others.
+    pub fn shared_group(&self) -> Option<u32> {
+        self.user.as_ref().ok()?.groups.first().copied()
     }
 
     /// Creates the jail of a program that runs for a moment and is the host's own: it keeps the host's user. A strict jail
@@ -195,6 +180,7 @@ impl Jail {
                     layers: Layers::none(&why),
                     limits,
                     cgroup: None,
+                    network: None,
                 };
             }
         };
@@ -211,14 +197,15 @@ impl Jail {
             b: user.err(),
             c: self.cgroup.as_ref().err().cloned(),
         };
-        Confinement { helper: Some(helper), policy, layers, limits, cgroup: self.cgroup.clone().ok() }
+        let cgroup = self.cgroup.clone().ok();
+        Confinement { helper: Some(helper), policy, layers, limits, cgroup, network: None }
     }
 
     /// Returns the machine's user with the groups of its devices, or the reason why the machine cannot have one.
     fn user_for(&self, policy: &Policy) -> std::result::Result<User, String> {
         let mut user = self.user.clone()?;
         let group = |device: &PathBuf| std::fs::metadata(device).ok().map(|found| found.gid());
-        user.groups = policy.devices.iter().filter_map(group).filter(|group| *group != 0).collect();
+        user.groups.extend(policy.devices.iter().filter_map(group).filter(|group| *group != 0));
         user.groups.dedup();
         for path in &policy.read {
             reach::expect_readable(path, &user)?;
@@ -267,6 +254,24 @@ impl Confinement {
         self.policy.environment.push((name.to_owned(), value.to_owned()));
     }
 
+    /// Makes the process enter that network namespace, in place of one of its own: see [`Cell`](crate::cell::Cell).
+    ///
+    /// # Errors
+    /// The process is not confined, or there are too many open files.
+    pub fn enter_network(&mut self, namespace: BorrowedFd<'_>) -> Result<()> {
+        if self.helper.is_none() {
+            let reason = format!("an isolated network needs the jail, which is {}", self.layers);
+            return Err(Error::environment(reason)
+                .advice("Remove jail: off or network: isolated of the machine in machinery-host.yaml"));
+        }
+        let namespace = namespace.try_clone_to_owned();
+        let namespace =
+            namespace.map_err(|error| Error::environment(format!("cannot keep a namespace: {error}")))?;
+        self.network = Some(Arc::new(namespace));
+        self.policy.own_network = false;
+        Ok(())
+    }
+
     /// Allows the process to open the file of a descriptor that it inherits once more, by `/proc/self/fd`.
     pub fn allow_reopening(&mut self, number: i32, for_writing: bool) {
         let path = PathBuf::from(format!("/proc/self/fd/{number}"));
@@ -277,7 +282,8 @@ impl Confinement {
     ///
     /// # Errors
     /// The policy cannot be passed on, or two descriptors have the same number.
-    pub fn command(&self, program: &Path, descriptors: Vec<(OwnedFd, i32)>) -> Result<Command> {
+    pub fn command(&self, program: &Path, mut descriptors: Vec<(OwnedFd, i32)>) -> Result<Command> {
+        let failed = |error: String| Error::failed(format!("cannot pass the descriptors on: {error}"));
         let mut command = match &self.helper {
             None => {
                 let mut command = machinery::command(program);
@@ -291,6 +297,13 @@ impl Confinement {
                     policy.cgroup = None;
                 }
                 policy.descriptors.extend(descriptors.iter().map(|(_, number)| *number));
+                if let Some(namespace) = &self.network {
+                    let highest = descriptors.iter().map(|(_, number)| *number).max();
+                    let number = highest.unwrap_or(2) + 1;
+                    policy.network_namespace = Some(number);
+                    let namespace = namespace.try_clone().map_err(|error| failed(error.to_string()))?;
+                    descriptors.push((namespace, number));
+                }
                 let policy = serde_json::to_string(&policy);
                 let policy =
                     policy.map_err(|error| Error::failed(format!("cannot write a policy: {error}")))?;
@@ -301,9 +314,7 @@ impl Confinement {
         };
         let mappings = descriptors.into_iter();
         let mappings = mappings.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
-        command
-            .fd_mappings(mappings)
-            .map_err(|error| Error::failed(format!("cannot pass the descriptors on: {error}")))?;
+        command.fd_mappings(mappings).map_err(|error| failed(error.to_string()))?;
         Ok(command)
     }
 }
@@ -311,6 +322,8 @@ impl Confinement {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use machinery_jail::Support;
+    use std::os::fd::AsFd;
 
     /// Returns the jail of a machine on a computer that offers this.
     fn jail(mode: JailMode, landlock: bool, root: bool) -> Jail {
@@ -352,6 +365,23 @@ mod tests {
             assert!(jail.confine(Policy::default()).unwrap_err().to_string().contains("no program helper"));
             assert_eq!(jail.layers(Policy::default()).names(), "off");
         }
+    }
+
+    #[test]
+    fn process_enters_a_network_in_place_of_its_own_and_only_in_the_jail() {
+        let null = File::open("/dev/null").unwrap();
+        let policy = Policy { own_network: true, ..Policy::default() };
+        let mut confinement = jail(JailMode::Auto, true, true).confine(policy.clone()).unwrap();
+        confinement.enter_network(null.as_fd()).unwrap();
+        let descriptors = vec![(null.try_clone().unwrap().into(), 7)];
+        let command = confinement.command(Path::new("/usr/bin/qemu"), descriptors).unwrap();
+        let passed = command.get_args().next().unwrap().to_str().unwrap();
+        let passed: Policy = serde_json::from_str(passed).unwrap();
+        assert_eq!((passed.network_namespace, passed.own_network), (Some(8), false));
+        assert_eq!(passed.descriptors, [7]);
+        let mut confinement = jail(JailMode::Off, true, true).confine(policy).unwrap();
+        let refused = confinement.enter_network(null.as_fd()).unwrap_err().to_string();
+        assert!(refused.contains("jail: off"), "{refused}");
     }
 
     #[test]

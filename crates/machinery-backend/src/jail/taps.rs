@@ -33,6 +33,11 @@ struct Request {
 /// # Errors
 /// The tap cannot be opened, for example because another process has it.
 pub fn open(name: &str, has_header: bool) -> Result<OwnedFd> {
+    open_named(name, has_header).map(|(tap, _)| tap)
+}
+
+/// Opens the tap like [`open`], and returns its name too: the kernel replaces `%d` in the name by a free number.
+pub(crate) fn open_named(name: &str, has_header: bool) -> Result<(OwnedFd, String)> {
     let failed = |error: &io::Error| {
         Error::environment(format!("cannot open the tap {name}: {error}"))
             .advice("Create it (ip tuntap add), and check that no other machine uses it")
@@ -53,7 +58,8 @@ pub fn open(name: &str, has_header: bool) -> Result<OwnedFd> {
         return Err(failed(&io::Error::last_os_error()));
     }
     rustix::io::ioctl_fionbio(&tun, true).map_err(|error| failed(&error.into()))?;
-    Ok(tun.into())
+    let name = request.name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok((tun.into(), String::from_utf8_lossy(name).into_owned()))
 }
 
 /// Has QEMU's bridge helper make a tap in the bridge, and returns the tap. Source: QEMU's qemu-bridge-helper.c.

@@ -1,12 +1,15 @@
 //! The user of each machine: a number that belongs to nobody else.
 //!
 //! All hosts of a computer take their users from a folder with a file for each number that is given away. The file has the
-//! machine's key, which is the path of its disk. The folder is empty after a boot.
+//! machine's key, which is the path of its disk. Machines that share a disk have a second path in their keys. The folder
+//! is empty after a boot.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use machinery::config::checked;
 use machinery_jail::User;
@@ -15,6 +18,12 @@ use serde::{Deserialize, Deserializer};
 
 /// The folder of the users that are given away. Only root writes there.
 const GIVEN: &str = "/run/cuckoo-machinery-users";
+
+/// Returns the key of one of several machines that have the file in common. A path has no NUL.
+pub fn key_among(file: &Path, own: &Path) -> PathBuf {
+    let bytes = [file, own].map(|path| path.as_os_str().as_bytes()).join(&0);
+    PathBuf::from(OsString::from_vec(bytes))
+}
 
 /// The numbers of the users that machines get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +102,8 @@ fn claim(file: &Path, key: &Path) -> io::Result<bool> {
         return Ok(true);
     }
     let owner = String::from_utf8_lossy(&owner).into_owned();
-    if !owner.is_empty() && Path::new(&owner).exists() {
+    let disk = owner.split('\0').next().unwrap_or_default();
+    if !disk.is_empty() && Path::new(disk).exists() {
         return Ok(false);
     }
     file.set_len(0)?;
@@ -142,6 +152,21 @@ mod tests {
         assert!(of(&disks[3]).unwrap_err().to_string().contains("given away"));
         fs::remove_file(&disks[1]).unwrap();
         assert_eq!(of(&disks[3]).unwrap(), first[1]);
+    }
+
+    #[test]
+    fn machines_that_share_a_disk_have_users_of_their_own_until_it_is_gone() {
+        let (folder, range) = (tempfile::tempdir().unwrap(), UserRange { first: 100_000, count: 2 });
+        let (disk, given) = (folder.path().join("disk"), folder.path().join("given"));
+        fs::write(&disk, "").unwrap();
+        let of =
+            |overlay: &str| range.user_in(&given, &key_among(&disk, Path::new(overlay))).map(|user| user.uid);
+        let (a, b) = (of("/a").unwrap(), of("/b").unwrap());
+        assert_ne!(a, b);
+        assert_eq!((of("/a").unwrap(), of("/b").unwrap()), (a, b));
+        assert!(of("/c").is_err());
+        fs::remove_file(&disk).unwrap();
+        assert!(of("/c").is_ok());
     }
 
     #[test]

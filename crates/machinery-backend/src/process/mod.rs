@@ -35,3 +35,4 @@ pub use handle::{Handle, bytes_of};
 pub use identity::ProcessIdentity;
 pub use leftovers::{RunningProcess, leftovers};
 pub use output::output;
+pub(crate) use output::output_for;

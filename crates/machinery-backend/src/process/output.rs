@@ -23,10 +23,15 @@ const MAX_OUTPUT: usize = 8 << 20;
 ///
 /// # Errors
 /// The program cannot be run, does not end in time, or prints too much.
-pub fn output(mut command: Command, deadline: Deadline) -> Result<Output> {
+pub fn output(command: Command, deadline: Deadline) -> Result<Output> {
+    output_for(command, Stdio::null(), deadline)
+}
+
+/// Runs the program like [`output`], with that standard input.
+pub(crate) fn output_for(mut command: Command, input: Stdio, deadline: Deadline) -> Result<Output> {
     let program = PathBuf::from(command.get_program());
     let failed = |error: io::Error| Error::io("run", &program, &error);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let child = command.spawn().map_err(failed)?;
     let leader = Pid::from_child(&child);
     let (sender, output) = mpsc::channel();

@@ -33,7 +33,9 @@ pub fn machines(session: &Session) -> Result {
     is_unique("name", infos.iter().map(|info| info.name.as_str()))?;
     is_unique("ip", infos.iter().map(|info| info.ip.as_str()))?;
     is_unique("label", infos.iter().map(|info| info.label.as_str()))?;
-    is_unique("mac_address", infos.iter().filter_map(|info| info.mac_address.as_deref()))?;
+    // A machine in a network of its own may have the MAC address of another.
+    let others = infos.iter().filter(|info| !info.own_network);
+    is_unique("mac_address", others.filter_map(|info| info.mac_address.as_deref()))?;
     let expected: Vec<&str> = session.machines().collect();
     let names = infos.iter().map(|info| info.name.as_str());
     let found: Vec<&str> = names.filter(|name| expected.contains(name)).collect();

@@ -201,13 +201,15 @@ impl ActionExecutor {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Failure> {
         let context = Arc::clone(&self.context);
-        if let Some(settings) = context.settings().capture {
+        // A capture needs the interface, and holds the first packet only if it begins before the run.
+        let opened = self.calls.open_network(self.calls.limit_of(action)).await;
+        if let Some(settings) = context.settings().capture.filter(|_| opened.is_ok()) {
             capture::begin(&self.machine, &settings, &context.folders, &context.captures).await;
         }
         context.run_marks.begin(&self.machine);
         self.machine.set_state(State::Starting);
         self.machine.set_own_run();
-        let started = self.calls.run(action).await;
+        let started = if opened.is_ok() { self.calls.run(action).await } else { opened };
         // The plugin may have reported the end of an earlier run meanwhile.
         self.machine.set_own_run();
         // Releases the permit first: the cleanup of a failed start must not delay other restores.
@@ -242,8 +244,9 @@ impl ActionExecutor {
     }
 
     /// Ends what the host does for a run.
-    async fn run_ended(&self) {
+    async fn run_ended(&mut self) {
         capture::end(&self.machine).await;
+        self.calls.close_network().await;
         self.context.run_ended(&self.machine).await;
     }
 
@@ -352,8 +355,8 @@ mod tests {
     use crate::client_file::{ClientFile, NamedFile};
     use crate::config::Heal;
     use crate::fleet::availability::TaskLock;
-    use crate::fleet::fake_plugin::FakePlugin;
-    use machinery::{Capabilities, DumpFormat};
+    use crate::fleet::fake_plugin::{FakePlugin, info};
+    use machinery::{Capabilities, DumpFormat, MachineInfo};
 
     const PREPARE: Action = Action::Prepare(PrepareOrigin::Request);
 
@@ -411,6 +414,19 @@ mod tests {
         let status = lab.machine.status();
         assert_eq!((status.state, status.errors), (State::Poweroff, vec![reason]));
         assert!(lab.saved().contains("QEMU was killed"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn network_of_a_run_lasts_from_before_its_start_to_its_end_and_without_it_nothing_starts() {
+        let lab = Lab::new("");
+        lab.machine.set_info(MachineInfo { own_network: true, ..info("m") });
+        lab.executor().execute(&Action::RestoreStart).await.unwrap();
+        lab.executor().execute(&Action::Stop).await.unwrap();
+        assert_eq!(lab.plugin.take_calls(), ["open_network", "restore_start", "stop", "close_network"]);
+        lab.plugin.fail("open_network", failed());
+        let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
+        assert_eq!(lab.plugin.take_calls(), ["open_network", "stop", "close_network"]);
+        assert_eq!(lab.quarantine().unwrap().reason, reason);
     }
 
     #[tokio::test(start_paused = true)]

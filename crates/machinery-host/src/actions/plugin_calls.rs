@@ -109,6 +109,36 @@ impl PluginCalls {
         }
     }
 
+    /// Has the plugin make the network of the next run, if each run of the machine has one of its own.
+    ///
+    /// # Errors
+    /// The plugin's error, or the call was abandoned.
+    pub async fn open_network(&mut self, limit: Duration) -> Result<()> {
+        if !self.machine.info().own_network {
+            return Ok(());
+        }
+        let called = self.machine.call(limit, |machine, deadline| {
+            machine.machinery.instance.open_network(machine.name(), deadline)
+        });
+        let called = called.await;
+        self.record_result(called, "opening the network")
+    }
+
+    /// Has the plugin remove the network of a run that has ended. A network that remains is only logged.
+    pub async fn close_network(&mut self) {
+        if !self.machine.info().own_network || self.is_abandoned() {
+            return;
+        }
+        let limit = self.limit_of(&Action::Stop);
+        let called = self.machine.call(limit, |machine, deadline| {
+            machine.machinery.instance.close_network(machine.name(), deadline)
+        });
+        let called = called.await;
+        if let Err(error) = self.record_result(called, "closing the network") {
+            tracing::warn!(machine = self.machine.name(), %error, "the network of a run remains");
+        }
+    }
+
     /// Has the plugin write the screen to the file, which stays as long as the plugin may write to it. `limit` is the
     /// deadline of the plugin. A call that does not return is abandoned after the time of a screenshot.
     ///

@@ -170,6 +170,8 @@ pub fn info(name: &str) -> MachineInfo {
         mac_address: None,
         jail: None,
         console: false,
+        own_network: false,
+        clone_of: None,
     }
 }
 
@@ -264,6 +266,14 @@ impl machinery::Machinery for FakePlugin {
         let (viewer, server) = UnixStream::pair().map_err(failed)?;
         self.script().viewers.push_back(server);
         Ok(viewer.into())
+    }
+
+    fn open_network(&self, machine: &str, _deadline: Deadline) -> Result<()> {
+        self.answer("open_network", machine, None)
+    }
+
+    fn close_network(&self, machine: &str, _deadline: Deadline) -> Result<()> {
+        self.answer("close_network", machine, None)
     }
 
     fn shutdown(&self, _deadline: Deadline) -> Result<()> {

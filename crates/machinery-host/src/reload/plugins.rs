@@ -181,6 +181,7 @@ mod tests {
             state_dir: folder(),
             cache_dir: folder(),
             adopts: false,
+            result_server: None,
         }
     }
 

@@ -276,6 +276,12 @@ impl Lab {
         leftovers::qemu_on(&self.disposable(name), |command| !command.contains("qemu-img"))
     }
 
+    /// Returns the running QEMU of a clone of that machine.
+    pub fn qemu_of_clone(&self, base: &str, clone: &str) -> Result<Pid> {
+        let disposable = self.folder(base).dir.join(format!("{clone}_disposable.qcow2"));
+        leftovers::qemu_on(&disposable, |command| !command.contains("qemu-img"))
+    }
+
     /// Returns the leftovers of runs: processes (without the host), overlays, monitors' sockets, unfinished
     /// files.
     pub fn leftovers(&self) -> Result<Vec<String>> {

@@ -185,6 +185,14 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
             self.0.console(name_of(machine)?, deadline_in(deadline)).map(IntoRawFd::into_raw_fd)
         })
     }
+
+    fn open_network(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(M::NAME, || self.0.open_network(name_of(machine)?, deadline_in(deadline)))
+    }
+
+    fn close_network(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(M::NAME, || self.0.close_network(name_of(machine)?, deadline_in(deadline)))
+    }
 }
 
 fn name_of(machine: RStr<'_>) -> Result<&str> {

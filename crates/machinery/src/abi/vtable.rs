@@ -71,6 +71,16 @@ mod sabi {
             let _ = (machine, deadline);
             unsupported("console")
         }
+        /// Since 1.1.
+        fn open_network(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+            let _ = (machine, deadline);
+            unsupported("open_network")
+        }
+        /// Since 1.1.
+        fn close_network(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
+            let _ = (machine, deadline);
+            unsupported("close_network")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.

@@ -215,6 +215,22 @@ impl Instance {
         }
     }
 
+    /// See [`Machinery::open_network`](crate::Machinery::open_network).
+    ///
+    /// # Errors
+    /// The plugin's; a plugin without the method does not support it.
+    pub fn open_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        into_result(self.object.open_network(machine.into(), ms(deadline)))
+    }
+
+    /// See [`Machinery::close_network`](crate::Machinery::close_network).
+    ///
+    /// # Errors
+    /// The plugin's; a plugin without the method does not support it.
+    pub fn close_network(&self, machine: &str, deadline: Deadline) -> Result<()> {
+        into_result(self.object.close_network(machine.into(), ms(deadline)))
+    }
+
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
     ///
     /// # Errors

@@ -107,6 +107,7 @@ fn machine(name: &str, folder: &TempDir, host: &Arc<RecordingHost>) -> Arc<Machi
         state_dir: folder.path().to_owned(),
         cache_dir: folder.path().to_owned(),
         adopts: true,
+        result_server: None,
     };
     let mut config = Config::read(&setup).unwrap();
     let keys = config.machines.pop().unwrap();

@@ -1,5 +1,6 @@
 //! One machine of the configuration: its keys, its files, and its arguments.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, MachineInfo, Result};
@@ -35,6 +36,27 @@ pub struct MachineFiles {
     /// The users of the machines, where the host is root.
     pub jail_users: UserRange,
     pub unsafe_start_args: bool,
+    /// The network of each run, if it has one of its own.
+    pub isolation: Option<Isolation>,
+    /// True if another machine has one of the same files.
+    pub is_shared: bool,
+    /// The name of the template. Machines with the same files have the same template.
+    pub template: String,
+    /// True for the first machine of its template, which reports the template's space.
+    pub is_first_of_template: bool,
+}
+
+/// The network of a machine whose runs have one of their own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Isolation {
+    /// The machine's own address.
+    pub address: Ipv4Addr,
+    /// The address inside the snapshot.
+    pub guest: Ipv4Addr,
+    /// The name of the interface on the host during a run.
+    pub interface: String,
+    /// The result server, which the guest may reach.
+    pub result_server: Option<SocketAddrV4>,
 }
 
 impl MachineKeys for MachineFiles {
@@ -50,12 +72,26 @@ impl MachineKeys for MachineFiles {
             ("qcow2_path", self.disposable.to_str()),
             ("snapshot_path", self.snapshot.to_str()),
             ("ip", Some(&info.ip)),
-            ("mac_address", info.mac_address.as_deref()),
+            ("mac_address", info.mac_address.as_deref().filter(|_| self.isolation.is_none())),
         ]
+    }
+
+    fn may_share(&self, other: &Self, key: &str, value: &str) -> bool {
+        let are_isolated = self.isolation.is_some() && other.isolation.is_some();
+        let is_file = match key {
+            "qcow2_path" => self.disk == other.disk && self.disk.to_str() == Some(value),
+            _ => key == "snapshot_path",
+        };
+        are_isolated && is_file
     }
 }
 
 impl MachineFiles {
+    /// Returns the machine's name in the configuration: that of the base, if the machine is a clone.
+    pub fn entry(&self) -> &str {
+        self.info.clone_of.as_deref().unwrap_or(&self.info.name)
+    }
+
     /// Returns the images that each run has an overlay of: the disk, and the images in the arguments.
     pub fn images(&self) -> Vec<ImageFile> {
         let disk = ImageFile { path: self.disk.clone(), format: Some("qcow2".to_owned()) };
@@ -96,7 +132,7 @@ impl MachineFiles {
             .advice(format!(
                 "Remove it, make it read-only (readonly=on), or use an image file, of which each run gets an overlay. \
                  To accept it, set machineries.qemu.machines.{}.allow_shared_writes: true in machinery-host.yaml",
-                self.info.name
+                self.entry()
             ))),
         }
     }
@@ -104,7 +140,7 @@ impl MachineFiles {
     /// Returns the arguments that are not in the list of safe ones.
     fn refused_args(&self) -> Vec<Refusal> {
         let (opened, area) = (self.start_args.opened(), self.area());
-        let mut refused = refusals(self.start_args.unchanged(), &area);
+        let mut refused = refusals(self.start_args.named(), &area);
         let files = opened.images.iter().map(|image| &image.source).chain(&opened.sources);
         let readable = files.filter(|file| !area.may_read(&file.path) && is_read_as_it_is(file));
         refused.extend(readable.map(|file| Refusal::of_file(&file.path)));
@@ -131,7 +167,7 @@ impl MachineFiles {
             format!(
                 "Remove them. If you trust whoever made this machine, set \
              machineries.qemu.machines.{}.unsafe_start_args: true in machinery-host.yaml",
-                self.info.name
+                self.entry()
             ),
         ))
     }
@@ -180,7 +216,7 @@ impl MachineFiles {
 
     /// Reports whether the arguments in machineinfo.json have changed since they were read.
     pub fn has_other_args(&self) -> bool {
-        StartArgs::read(&self.machineinfo).is_ok_and(|args| args != self.start_args)
+        StartArgs::read(&self.machineinfo, &self.info.name).is_ok_and(|args| args != self.start_args)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The section `machineries: {qemu: …}` of `machinery-host.yaml`, as types.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use machinery::config::null_as_default;
@@ -8,6 +9,8 @@ use machinery::parse_bytes;
 use machinery_backend::Standby;
 use machinery_backend::jail::{JailMode, UserRange};
 use serde::Deserialize;
+
+use super::clones::{CloneAddresses, Clones};
 
 /// Keys that were renamed, with their new names. The old names are accepted for one release.
 pub const RENAMED: [(&str, &str); 3] = [
@@ -36,6 +39,7 @@ pub struct Section {
     pub jail: JailMode,
     /// The users of the machines, where the host is root.
     pub jail_users: UserRange,
+    network: NetworkMode,
     /// Other values for single machines.
     #[serde(deserialize_with = "null_as_default")]
     pub machines: BTreeMap<String, MachineSection>,
@@ -54,7 +58,19 @@ pub enum InstantMode {
     Off,
 }
 
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
+/// The network of a machine's runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkMode {
+    /// The bridge or tap that the operator has made.
+    #[default]
+    Operator,
+    /// A cell: each run has a network of its own.
+    Isolated,
+}
+
+/// The options of one machine of `qemu.yaml`, and of its clones.
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MachineSection {
     instant: Option<InstantMode>,
@@ -65,6 +81,13 @@ pub struct MachineSection {
     pub allow_shared_writes: bool,
     /// Accepts arguments that are not in the list of safe ones.
     pub unsafe_start_args: bool,
+    pub network: Option<NetworkMode>,
+    /// The machines that replace this one.
+    pub clones: Option<Clones>,
+    /// The addresses of the clones, if `clones` is a number.
+    pub clone_ips: Option<CloneAddresses>,
+    /// The address inside the snapshot, if it differs from the machine's `ip`.
+    pub guest_ip: Option<Ipv4Addr>,
 }
 
 /// The preparations of a machine's restores.
@@ -77,9 +100,16 @@ pub struct PrepareOptions {
 impl Section {
     /// Returns the options of a machine: its own, else those of all machines.
     pub fn prepare_options(&self, machine: &str) -> PrepareOptions {
-        let own = self.machines.get(machine).copied().unwrap_or_default();
-        let instant = own.instant.unwrap_or(self.instant) != InstantMode::Off;
-        PrepareOptions { instant, standby: own.standby.unwrap_or(self.standby) }
+        let own = self.machines.get(machine);
+        let instant = own.and_then(|own| own.instant).unwrap_or(self.instant) != InstantMode::Off;
+        PrepareOptions { instant, standby: own.and_then(|own| own.standby).unwrap_or(self.standby) }
+    }
+
+    /// Reports whether each run of a machine has a network of its own. Clones need one.
+    pub fn is_isolated(&self, machine: &str) -> bool {
+        let own = self.machines.get(machine);
+        let has_clones = own.is_some_and(|own| own.clones.is_some());
+        has_clones || own.and_then(|own| own.network).unwrap_or(self.network) == NetworkMode::Isolated
     }
 
     /// Reports whether a machine has a console: by its own option, else by that of all machines.

@@ -1,16 +1,19 @@
 //! Checks the configuration, and collects all problems with their file, line and key.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use machinery::config::{ConfigFile, Configured, Machines, expect_interface};
+use machinery::config::{ConfigFile, Machines, expect_interface};
 use machinery::trust::expect_trusted;
 use machinery::{Error, MachineInfo, Result};
+use machinery_backend::cell;
 use rustix::fs::{Access, access};
 
 use super::keys::OwnKeys;
-use super::machine_files::MachineFiles;
+use super::machine_files::{Isolation, MachineFiles};
 use super::section::Section;
+use super::wanted::Wanted;
 use crate::machineinfo::StartArgs;
 use crate::version::Version;
 
@@ -20,8 +23,33 @@ pub struct Validator<'a> {
     pub problems: &'a mut Vec<Error>,
 }
 
+/// The values that all machines have in common.
+pub struct Origin<'a> {
+    pub interface: &'a str,
+    /// The folder of the overlays, if there is one for all machines.
+    pub overlays: Option<&'a Path>,
+    pub section: &'a Section,
+    /// The plugin's own folder, which no other host has.
+    pub state: &'a Path,
+    pub result_server: Option<SocketAddr>,
+}
+
+impl Origin<'_> {
+    /// Returns the network of an isolated machine.
+    fn isolation(&self, wanted: &Wanted) -> Option<Isolation> {
+        let (guest, machine) = (wanted.guest?, &wanted.machine);
+        let address = machine.shared.ip.parse().ok()?;
+        let interface = cell::interface_name(self.state, &machine.name);
+        let result_server = match self.result_server {
+            Some(SocketAddr::V4(server)) => Some(server),
+            _ => None,
+        };
+        Some(Isolation { address, guest, interface, result_server })
+    }
+}
+
 impl Validator<'_> {
-    fn problem(&mut self, key: &[&str], reason: String, advice: &str) {
+    pub fn problem(&mut self, key: &[&str], reason: String, advice: &str) {
         self.problems.push(self.file.error(key, reason).advice(advice));
     }
 
@@ -84,27 +112,6 @@ impl Validator<'_> {
         }
     }
 
-    /// Refuses an address or a file that several machines have.
-    pub fn duplicates(&mut self, machines: &Machines<OwnKeys>) {
-        let doubles = machines.duplicates(self.file, |machine| {
-            vec![("ip", Some(&machine.shared.ip)), ("mac_address", machine.shared.mac_address.as_deref())]
-        });
-        self.problems.extend(doubles);
-        let mut seen: HashMap<&str, (&str, &str)> = HashMap::new();
-        for machine in machines.iter() {
-            for (key, path) in machine.own.paths() {
-                if let Some((other, other_key)) = seen.insert(path, (&machine.name, key)) {
-                    let reason = format!("{path} is already the {other_key} of machine '{other}'");
-                    self.problem(
-                        &["machines", &machine.name, key],
-                        reason,
-                        "Give each machine files of its own",
-                    );
-                }
-            }
-        }
-    }
-
     /// Refuses a configured file at an overlay's path: overlays are replaced and deleted.
     pub fn overlays(&mut self, configured: &Machines<OwnKeys>, machines: &[MachineFiles]) {
         let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -129,55 +136,52 @@ impl Validator<'_> {
     }
 
     /// Checks one machine, and reads its arguments.
-    pub fn machine(
-        &mut self,
-        machine: &Configured<OwnKeys>,
-        interface: &str,
-        disposables: Option<&Path>,
-        section: &Section,
-    ) -> Option<MachineFiles> {
+    pub fn machine(&mut self, wanted: &Wanted, origin: &Origin<'_>) -> Option<MachineFiles> {
         let before = self.problems.len();
-        let name = machine.name.as_str();
-        let own = &machine.own;
+        let (machine, section, entry) = (&wanted.machine, origin.section, wanted.entry());
+        let (name, own) = (machine.name.as_str(), &machine.own);
         let architecture = machine.shared.architecture.as_str();
         if !["amd64", "x86"].contains(&architecture) {
             let reason = format!("the architecture '{architecture}' is not supported");
-            self.problem(&["machines", name, "architecture"], reason, "Use amd64 or x86");
+            self.problem(&["machines", entry, "architecture"], reason, "Use amd64 or x86");
         }
-        let key = |key: &'static str| ["machines", name, key];
+        let key = |key: &'static str| ["machines", entry, key];
         for (name, path) in own.paths() {
             if !Path::new(path).is_absolute() {
                 let reason = format!("{path} is not an absolute path");
                 self.problem(&key(name), reason, "Write an absolute path: the host has no folder of its own");
             }
         }
-        let folder = disposables.or(Path::new(&own.qcow2_path).parent()).unwrap_or(Path::new("/"));
+        let folder = origin.overlays.or(Path::new(&own.qcow2_path).parent()).unwrap_or(Path::new("/"));
         // Source: Cuckoo3's `machineries/modules/qemu.py`.
         let disposable = folder.join(format!("{name}_disposable.qcow2"));
         self.usable_in_arguments(&key("qcow2_path"), &disposable);
-        let (label, snapshot) = (own.qcow2_path.clone(), Some(own.snapshot_path.clone()));
-        let info = MachineInfo::new(name, &machine.shared, label, snapshot, interface);
-        let info = MachineInfo { console: section.has_console(name), ..info };
+        let isolation = origin.isolation(wanted);
         let machineinfo = PathBuf::from(&own.machineinfo_path);
-        let (start_args, args_error) = match StartArgs::read(&machineinfo) {
+        let (start_args, args_error) = match StartArgs::read(&machineinfo, name) {
             Ok(args) => (args, None),
             Err(error) => (StartArgs::default(), Some(error)),
         };
+        let options = section.machines.get(entry);
         (self.problems.len() == before).then_some(MachineFiles {
-            info,
+            info: info_of(wanted, &disposable, isolation.as_ref(), origin),
             disk: own.qcow2_path.clone().into(),
             snapshot: own.snapshot_path.clone().into(),
             disposable,
             start_args,
             args_error,
             machineinfo,
-            own_interface: machine.shared.interface.clone(),
+            own_interface: machine.shared.interface.clone().filter(|_| isolation.is_none()),
             keep_disk: section.keep_disposable_disks,
-            prepare: section.prepare_options(name),
-            allow_shared_writes: section.machines.get(name).is_some_and(|own| own.allow_shared_writes),
-            jail: section.jail_of(name),
+            prepare: section.prepare_options(entry),
+            allow_shared_writes: options.is_some_and(|own| own.allow_shared_writes),
+            jail: section.jail_of(entry),
             jail_users: section.jail_users,
-            unsafe_start_args: section.machines.get(name).is_some_and(|own| own.unsafe_start_args),
+            unsafe_start_args: options.is_some_and(|own| own.unsafe_start_args),
+            isolation,
+            is_shared: wanted.is_shared,
+            template: wanted.template.clone(),
+            is_first_of_template: wanted.is_first,
         })
     }
 
@@ -195,6 +199,27 @@ impl Validator<'_> {
                 "Use an absolute path without comma, quote and backslash, or set such a disposable_copy_dir",
             );
         }
+    }
+}
+
+/// Returns the machine's description. The label of a machine that shares its disk is the path of its overlay, because a
+/// label is unique.
+fn info_of(
+    wanted: &Wanted,
+    disposable: &Path,
+    isolation: Option<&Isolation>,
+    origin: &Origin<'_>,
+) -> MachineInfo {
+    let (machine, own) = (&wanted.machine, &wanted.machine.own);
+    let label = if wanted.is_shared { disposable.display().to_string() } else { own.qcow2_path.clone() };
+    let snapshot = Some(own.snapshot_path.clone());
+    let info = MachineInfo::new(&machine.name, &machine.shared, label, snapshot, origin.interface);
+    MachineInfo {
+        console: origin.section.has_console(wanted.entry()),
+        own_network: isolation.is_some(),
+        interface: isolation.map(|isolation| isolation.interface.clone()).or(info.interface),
+        clone_of: wanted.clone_of.clone(),
+        ..info
     }
 }
 

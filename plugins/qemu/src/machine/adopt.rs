@@ -22,12 +22,12 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::base::Machine;
-use super::state::{MachineOperation, finish};
+use super::state::{MachineOperation, MachineState, finish};
 use crate::console::kind_of;
 use crate::launch::{QEMU, reconnect};
 use crate::run::record::{Progress, Record};
 use crate::run::start_error::Stage;
-use crate::run::{Parts, Run};
+use crate::run::{Parts, Run, RunCell};
 use crate::standby::{Standby, StandbyRecord};
 use crate::states::state_of_status;
 
@@ -92,6 +92,11 @@ impl Machine {
             writes: record.writes.clone(),
             sockets: record.sockets.clone(),
             cgroup: self.jail.adopted_cgroup(&self.policy()),
+            cell: record
+                .interface
+                .as_deref()
+                .map(|interface| RunCell::adopt(interface, process.handle().pid())),
+            past_cell: self.past_cell.clone(),
             record: self.record.clone(),
         };
         let run = Run::adopt(process, stream, parts, &self.shared.host)?;
@@ -163,7 +168,7 @@ impl Machine {
         }
         let identity = self.identity()?;
         if let Some(template) = self.template(&identity) {
-            self.readiness.set_instant(template.disk);
+            self.set_instant(template.disk);
         }
         let share = self.shared.budget.take(memory).map_err(Error::environment)?;
         run.set_standby(self.readiness.without_standby(), share, record);
@@ -183,8 +188,10 @@ impl Machine {
     /// The preparation does not end in time.
     pub(super) fn leave(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        let (_leaving, standby) =
-            self.work.begin(Operation::Discarding, deadline, |state| Ok(state.standby.take()))?;
+        let take = |state: &mut MachineState| Ok((state.standby.take(), state.cell.take()));
+        let (_leaving, (standby, cell)) = self.work.begin(Operation::Discarding, deadline, take)?;
+        drop(cell);
+        self.past_cell.close(self.name());
         standby.into_iter().for_each(|standby| standby.leave());
         Ok(())
     }
@@ -211,6 +218,7 @@ mod tests {
     use crate::config::MachineFiles;
     use crate::config::tests::machine_in;
     use crate::peers::Peers;
+    use crate::prepare::SharedTemplates;
     use crate::run::fake_qemu::{answer, soon};
     use crate::shared::Qemu;
     use crate::version::{Program, Version};
@@ -306,6 +314,8 @@ mod tests {
             instant_dir: folder.join("templates"),
             state_dir: folder.to_owned(),
             templates: OnceLock::new(),
+            shared_templates: SharedTemplates::default(),
+            has_cells: AtomicBool::new(false),
             peers: Peers::default(),
             budget: Budget::new(Some(MEMORY)),
             space: DiskSpace::new(FreeSpaceReserve::default()),

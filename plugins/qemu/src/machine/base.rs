@@ -2,20 +2,22 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use machinery::{Deadline, Result, machine_socket};
 use machinery_backend::Backend;
 use machinery_backend::jail::{Jail, Layers, Policy};
 use machinery_backend::sync::lock;
-use machinery_backend::{OverlayTemplates, ReadinessReport, Reloadable, Work};
+use machinery_backend::{ReadinessReport, Reloadable, Work};
 
 use super::state::MachineState;
 use crate::config::MachineFiles;
-use crate::jail::policy_of;
+use crate::jail::{jail_of, policy_of};
 use crate::peers::Peer;
-use crate::prepare::{BuildFailures, Identity};
+use crate::prepare::{Identity, SharedTemplate};
 use crate::resources::Resource;
+use crate::run::PastCell;
 use crate::run::record::RecordFile;
 use crate::shared::Qemu;
 
@@ -33,10 +35,11 @@ pub struct Machine {
     pub(super) jail: Jail,
     pub(super) shared: Arc<Qemu>,
     pub(super) work: Arc<Work<MachineState>>,
-    /// The empty overlays that a run's overlays are copied from.
-    pub(super) overlay_templates: OverlayTemplates,
     pub(super) readiness: ReadinessReport,
-    pub(super) build_failures: BuildFailures,
+    /// The network of the last run, until the host has ended its capture.
+    pub(super) past_cell: PastCell,
+    /// Everything that machines with the same template share.
+    pub(super) shared_template: Arc<SharedTemplate>,
 }
 
 impl Reloadable for Machine {
@@ -57,7 +60,7 @@ impl Peer for Machine {
         if files.args_error.is_some() {
             return &[];
         }
-        self.resources.get_or_init(|| Resource::of(files))
+        self.resources.get_or_init(|| Resource::contested(files))
     }
 
     fn is_prepared(&self) -> bool {
@@ -82,20 +85,20 @@ impl Machine {
     /// Creates the machine, whose socket and records are in these folders.
     pub fn new(files: MachineFiles, sockets: &Path, state: &Path, shared: Arc<Qemu>) -> Arc<Self> {
         let name = &files.info.name;
+        shared.has_cells.fetch_or(files.isolation.is_some(), Ordering::SeqCst);
         let machine = Arc::new(Machine {
             socket: machine_socket(sockets, "qemu", name),
             record: RecordFile::of(name, state),
+            past_cell: PastCell::default(),
             readiness: ReadinessReport::new(&shared.host, name),
-            // The disk belongs to this machine alone, on the whole computer.
-            jail: Jail::new(files.jail, &files.disk, files.jail_users),
+            jail: jail_of(&files),
+            shared_template: shared.shared_templates.of(&files.template),
             configured: files,
             corrected: OnceLock::new(),
             resources: OnceLock::new(),
             leftovers: Mutex::new(None),
             shared,
             work: Work::new(MachineState::default()),
-            overlay_templates: OverlayTemplates::default(),
-            build_failures: BuildFailures::default(),
         });
         let peer: Arc<dyn Peer> = Arc::clone(&machine) as Arc<dyn Peer>;
         machine.shared.peers.add(&peer);
@@ -109,6 +112,11 @@ impl Machine {
     /// Reports whether the machine is configured to have a template.
     pub fn is_instant(&self) -> bool {
         self.files().prepare.instant
+    }
+
+    /// Returns the name of the machine's template.
+    pub fn template_name(&self) -> &str {
+        &self.configured.template
     }
 
     pub(super) fn files(&self) -> &MachineFiles {

@@ -14,7 +14,7 @@ impl Machine {
     pub(super) fn diagnose_files(&self) -> Diagnosis {
         let mut diagnosis = Diagnosis::new(self.name());
         let files = self.files();
-        let now = match StartArgs::read(&files.machineinfo) {
+        let now = match StartArgs::read(&files.machineinfo, self.name()) {
             Err(error) => MachineFiles { args_error: Some(error), ..files.clone() },
             Ok(start_args) if files.args_error.is_some() => {
                 let corrected = MachineFiles { start_args, args_error: None, ..files.clone() };

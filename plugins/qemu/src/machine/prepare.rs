@@ -132,8 +132,8 @@ impl Preparation<'_> {
         let limit = if mapped { self.deadline.within(INSTANT_TIMEOUT) } else { self.deadline };
         let started = self.start(&machine.files().disposable, memory, load, limit);
         let run = started.inspect_err(|failed| {
-            if mapped && !self.operation.cancellation().is_cancelled() {
-                machine.on_template_failed(&identity, failed);
+            if let Some(ram) = ram.as_ref().filter(|_| !self.operation.cancellation().is_cancelled()) {
+                machine.on_template_failed(&identity, ram, failed);
             }
         })?;
         if let Some(bytes) = run.process().memory() {

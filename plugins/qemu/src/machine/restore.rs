@@ -38,7 +38,12 @@ impl Machine {
     pub(super) fn start_cold(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
         self.start_with(deadline, |starting, standby| {
-            standby.map_or(Ok(()), |standby| standby.end(deadline))?;
+            if let Some(standby) = standby {
+                // The capture has begun on its interface.
+                let cell = standby.release_cell();
+                starting.lock().cell = cell;
+                standby.end(deadline)?;
+            }
             self.start_running(starting, None, Load::Nothing, deadline)
         })
     }
@@ -79,21 +84,22 @@ impl Machine {
         if let Some(standby) = standby {
             match self.resume_standby(standby, &identity, deadline.within(RESUME_TIMEOUT)) {
                 Ok(run) => {
-                    self.build_failures.clear();
+                    self.shared_template.failures.clear();
                     return Ok(run);
                 }
                 Err(why) => self.fall_back("the standby is not used", why, deadline)?,
             }
         }
-        if let Some(template) = self.template(&identity) {
+        if let Some(template) = self.usable_template(&identity) {
+            let ram = template.ram.clone();
             let (memory, devices) = (Some(template.memory), Load::Devices(template.devices));
             match self.start_running(starting, memory, devices, deadline.within(INSTANT_TIMEOUT)) {
                 Ok(run) => {
-                    self.build_failures.clear();
+                    self.shared_template.failures.clear();
                     return Ok(run);
                 }
                 Err(why) => {
-                    self.on_template_failed(&identity, &why);
+                    self.on_template_failed(&identity, &ram, &why);
                     self.fall_back("the template is not used", why, deadline)?;
                 }
             }

@@ -15,6 +15,7 @@ use rustix::fs::OFlags;
 
 use super::base::Machine;
 use super::state::{MachineOperation, end_when_cancelled};
+use crate::isolation::{expect_isolated, expect_own_files};
 use crate::jail::policy_of;
 use crate::launch::{Memory, Start};
 use crate::resources::Resource;
@@ -71,15 +72,19 @@ impl Machine {
         self.expect_no_leftovers()?;
         files.expect_safe_args()?;
         files.expect_clean_runs()?;
+        expect_own_files(files)?;
+        expect_isolated(files)?;
         // Before any program opens an image.
         files.chain()?;
         let (images, limit) = (files.images(), deadline.within(LAUNCH_TIMEOUT));
         let (img, name) = (&self.shared.qemu_img, self.name());
-        let mut overlays = self.overlay_templates.overlays(img, &images, first_overlay, limit)?;
+        let mut overlays = self.shared_template.overlays.overlays(img, &images, first_overlay, limit)?;
         overlays.set_keep(files.keep_disk);
         steps.done("overlay");
         let resources = Resource::of(files);
         let confinement = self.confine(&overlays, &resources)?;
+        let cell = self.take_cell(operation, deadline)?;
+        steps.done("network");
         let files_of =
             |path: fn(&Resource) -> Option<&Path>| resources.iter().filter_map(path).map(Path::to_owned);
         let start = Start {
@@ -96,9 +101,12 @@ impl Machine {
             incoming: !matches!(load, Load::Nothing),
             sockets: files_of(Resource::socket).collect(),
             confinement,
+            cell,
+            interface: files.isolation.as_ref().map(|isolation| isolation.interface.as_str()),
         };
         let (record, limit) = (self.record.clone(), deadline.within(LAUNCH_TIMEOUT));
-        let begun = Run::begin(start, record, purpose, steps, &self.shared.host, limit);
+        let (past_cell, host) = (self.past_cell.clone(), &self.shared.host);
+        let begun = Run::begin(start, record, past_cell, purpose, steps, host, limit);
         let run = begun.map_err(|error| self.advise_reload(error))?;
         end_when_cancelled(operation, &run);
         let loaded = run.load(load, deadline).map_err(|error| self.advise_reload(error));

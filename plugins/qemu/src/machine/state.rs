@@ -14,6 +14,7 @@
 use std::sync::{Arc, Weak};
 
 use machinery::Result;
+use machinery_backend::cell::Cell;
 use machinery_backend::{UnderWay, refuse};
 
 use crate::run::Run;
@@ -28,6 +29,8 @@ pub struct MachineState {
     /// The run of the operation under way, once it exists.
     pub begun: Weak<Run>,
     pub standby: Option<Box<Standby>>,
+    /// The network of the next run, if it was opened and no run has it yet.
+    pub cell: Option<Cell>,
 }
 
 impl MachineState {

@@ -19,9 +19,11 @@ impl Machine {
     /// The machine is off already, or starts; the process does not end.
     pub(super) fn pull_the_plug(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        let (mut stopping, (run, standby)) = self
-            .work
-            .begin(Operation::Discarding, deadline, |state| Ok((state.running(), state.standby.take())))?;
+        let (mut stopping, (run, standby, cell)) =
+            self.work.begin(Operation::Discarding, deadline, |state| {
+                Ok((state.running(), state.standby.take(), state.cell.take()))
+            })?;
+        drop(cell);
         let Some(run) = run else {
             self.end_standby(&stopping, standby, deadline)?;
             return Err(refuse::off_already());
@@ -52,8 +54,12 @@ impl Machine {
     /// The preparation or QEMU does not end in time.
     pub(super) fn discard(&self, deadline: Deadline) -> Result<()> {
         self.cancel_preparation(deadline);
-        match self.work.begin(Operation::Discarding, deadline, |state| Ok(state.standby.take())) {
-            Ok((discarding, standby)) => self.end_standby(&discarding, standby, deadline),
+        let take = |state: &mut MachineState| Ok((state.standby.take(), state.cell.take()));
+        match self.work.begin(Operation::Discarding, deadline, take) {
+            Ok((discarding, (standby, cell))) => {
+                drop(cell);
+                self.end_standby(&discarding, standby, deadline)
+            }
             // A start or a stop has taken the standby.
             Err(error) if error.kind() == ErrorKind::UnexpectedState => Ok(()),
             Err(error) => Err(error),

@@ -6,7 +6,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use machinery::{Deadline, Result};
+use machinery::{Deadline, ErrorKind, Result};
+use machinery_images::FileId;
 
 use super::base::Machine;
 use super::prepare::Preparation;
@@ -50,43 +51,75 @@ impl Machine {
 
     /// Returns the machine's template, if it has one that matches. A stale one is dropped.
     pub(super) fn template(&self, identity: &Identity) -> Option<Template> {
-        let found = self.templates()?.find(self.name(), identity);
-        match found.and_then(|found| found.map(|template| template.for_opener(self.opener())).transpose()) {
-            Ok(template) => template,
-            Err(why) => {
-                tracing::info!(machine = self.name(), why, "dropping a stale template");
-                self.drop_template(&why);
-                None
-            }
+        let found = self.templates()?.find(self.template_name(), identity, self.opener());
+        found.unwrap_or_else(|why| {
+            tracing::info!(machine = self.name(), why, "a stale template was dropped");
+            self.on_template_dropped(&why);
+            None
+        })
+    }
+
+    /// Returns the machine's template for a restore, if it has one that can be mapped.
+    pub(super) fn usable_template(&self, identity: &Identity) -> Option<Template> {
+        let found = self.template(identity).map(|template| self.mappable(template, &|| Ok(())))?;
+        found
+            .inspect_err(
+                |error| tracing::warn!(machine = self.name(), %error, "the template cannot be mapped"),
+            )
+            .ok()
+    }
+
+    /// Returns the template in the form that QEMU maps. A QEMU that opens the RAM for writing could change that of other
+    /// machines.
+    fn mappable(&self, template: Template, ensure_wanted: &dyn Fn() -> Result<()>) -> Result<Template> {
+        match self.files().is_shared && self.opens_for_writing() {
+            true => self.shared_template.in_memory(template, ensure_wanted),
+            false => Ok(template),
         }
     }
 
     /// Drops a template that cannot be loaded. A start that failed for another reason, such as a port in use,
     /// keeps the template.
-    pub(super) fn on_template_failed(&self, identity: &Identity, failed: &StartError) {
-        if failed.still_running.is_none() && Machine::is_template_at_fault(failed) {
+    pub(super) fn on_template_failed(&self, identity: &Identity, ram: &FileId, failed: &StartError) {
+        if failed.still_running.is_none() && self.is_template_at_fault(failed) {
             let why = format!("its template could not be loaded: {}", failed.error.reason());
-            self.build_failures.add(identity, &why);
-            self.drop_template(&why);
+            self.shared_template.failures.add(identity, &why);
+            if let Some(templates) = self.templates() {
+                templates.remove_failed(self.template_name(), ram);
+            }
+            self.on_template_dropped(&why);
         }
     }
 
     /// Reports whether loading failed, or QEMU's error is about the template's RAM file.
-    fn is_template_at_fault(failed: &StartError) -> bool {
-        failed.at == Stage::Load || failed.error.reason().contains(RAM_PATH)
+    /// The template of several machines is kept when a busy computer is late.
+    fn is_template_at_fault(&self, failed: &StartError) -> bool {
+        let is_late = self.files().is_shared && failed.error.kind() == ErrorKind::Timeout;
+        failed.at == Stage::Load && !is_late || failed.error.reason().contains(RAM_PATH)
+    }
+
+    /// Reports whether QEMU opens its RAM for writing, although it maps the file privately.
+    fn opens_for_writing(&self) -> bool {
+        !self.shared.program.version().maps_readonly_files()
     }
 
     fn opener(&self) -> Opener {
-        let group = self.jail.user().map(|user| user.gid);
-        Opener { group, writes: !self.shared.program.version().maps_readonly_files() }
+        match (self.files().is_shared, self.opens_for_writing()) {
+            // QEMU gets a copy in memory.
+            (true, true) => Opener::default(),
+            (true, false) => Opener { group: self.jail.shared_group(), writes: false },
+            (false, writes) => Opener { group: self.jail.user().map(|user| user.gid), writes },
+        }
     }
 
-    fn drop_template(&self, why: &str) {
+    /// Notes that the machine has a template of that size on disk. The first machine of a template has all of its space.
+    pub(super) fn set_instant(&self, disk: u64) {
+        self.readiness.set_instant(if self.files().is_first_of_template { disk } else { 0 });
+    }
+
+    fn on_template_dropped(&self, why: &str) {
+        self.shared_template.forget_memory();
         self.readiness.set_plain(why);
-        let dropped = self.templates().map_or(Ok(()), |all| all.remove(self.name()));
-        if let Err(error) = dropped {
-            tracing::warn!(machine = self.name(), %error, "cannot remove a template");
-        }
         self.readiness.report();
     }
 
@@ -113,11 +146,11 @@ impl Preparation<'_> {
     pub(super) fn find_or_build_template(&self, identity: &Identity) -> Result<Option<Template>, StartError> {
         let template = match self.machine.template_unavailable_reason() {
             Some(why) => Err(MissingTemplate::from(why)),
-            None => self.build_if_missing(identity),
+            None => self.build_if_missing(identity).and_then(|template| self.mappable(template)),
         };
         match template {
             Ok(template) => {
-                self.machine.readiness.set_instant(template.disk);
+                self.machine.set_instant(template.disk);
                 Ok(Some(template))
             }
             Err(MissingTemplate { why, failed }) => {
@@ -129,14 +162,20 @@ impl Preparation<'_> {
 
     fn build_if_missing(&self, identity: &Identity) -> Result<Template, MissingTemplate> {
         let machine = self.machine;
-        if let Some(template) = machine.template(identity) {
+        if let Some(template) = self.find(identity)? {
             return Ok(template);
         }
-        if let Some(why) = machine.build_failures.reason_not_to_build(identity) {
-            return Err(why.into());
-        }
         let templates = machine.templates().ok_or_else(|| DISABLED.to_owned())?;
-        match build(templates, machine.name(), self, self.deadline) {
+        let turn = machine.shared_template.turn(self.operation.cancellation(), self.deadline);
+        let _turn = turn.map_err(|error| MissingTemplate {
+            why: error.reason().to_string(),
+            failed: Some(error.into()),
+        })?;
+        // Another machine may have built it meanwhile.
+        if let Some(template) = self.find(identity)? {
+            return Ok(template);
+        }
+        match build(templates, machine.template_name(), self, self.deadline) {
             Ok(()) => {
                 let built = machine.template(identity);
                 built.ok_or_else(|| "its template was changed as soon as it was built".to_owned().into())
@@ -144,6 +183,23 @@ impl Preparation<'_> {
             Err(BuildError::NoSpace(why)) => Err(why.into()),
             Err(BuildError::Failed(failed)) => Err(self.on_build_failed(identity, templates, failed)),
         }
+    }
+
+    /// Returns the template; none if it has to be built.
+    fn find(&self, identity: &Identity) -> Result<Option<Template>, MissingTemplate> {
+        if let Some(template) = self.machine.template(identity) {
+            return Ok(Some(template));
+        }
+        let reason = self.machine.shared_template.failures.reason_not_to_build(identity);
+        reason.map_or(Ok(None), |why| Err(why.into()))
+    }
+
+    fn mappable(&self, template: Template) -> Result<Template, MissingTemplate> {
+        let mappable = self.machine.mappable(template, &|| self.ensure_wanted());
+        mappable.map_err(|error| {
+            let failed = self.operation.cancellation().is_cancelled().then(|| error.clone().into());
+            MissingTemplate { why: format!("its template cannot be mapped: {}", error.reason()), failed }
+        })
     }
 
     fn on_build_failed(
@@ -156,7 +212,7 @@ impl Preparation<'_> {
         let error = templates.space().full_reason().map_or(error.clone(), |full| error.detail(&full));
         let why = format!("its template could not be built: {}", error.reason());
         if !self.operation.cancellation().is_cancelled() && at != Stage::Process {
-            self.machine.build_failures.add(identity, &why);
+            self.machine.shared_template.failures.add(identity, &why);
         }
         let error = error.action("building its template");
         MissingTemplate { why, failed: Some(StartError { error, at, still_running }) }

@@ -8,18 +8,17 @@
 //!   ─▶ save the devices ─▶ end QEMU ─▶ copy without zeros ─▶ identity unchanged? ─▶ publish
 //! ```
 
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use machinery::{Deadline, Error, Result, format_bytes};
-use machinery_backend::process::bytes_of;
+use machinery::{Deadline, Error, Result};
 use qapi::qmp;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::identity::Identity;
+use super::memory::{memory_shortage, no_memory};
 use super::opener::Opener;
 use super::sparse_copy::sparse_copy;
 use super::store::Templates;
@@ -69,9 +68,6 @@ pub trait Build {
 
 /// The maximum time for a QEMU that only reports its RAM block.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(60);
-/// The memory of this computer, in bytes, that a build leaves to running guests.
-const MIN_FREE_MEMORY: u64 = 512 << 20;
-
 /// The reason why a template was not built.
 pub enum BuildError {
     /// There is not enough space on the disk or in memory now.
@@ -110,7 +106,7 @@ pub fn build(
     let snapshot = build.snapshot()?;
     let needed = max_size(&snapshot, &identity, size);
     let _reservation = templates.space().reserve(needed).map_err(BuildError::NoSpace)?;
-    memory_shortage(size).map_or(Ok(()), |why| Err(BuildError::NoSpace(why)))?;
+    memory_shortage("building its template", size).map_or(Ok(()), |why| Err(BuildError::NoSpace(why)))?;
     let ram = file_in_memory()?;
     let file = ram.try_clone().map_err(|error| no_memory(&error))?;
     let memory = Memory { file, size, block: block.clone(), sharing: Sharing::Written };
@@ -118,7 +114,7 @@ pub fn build(
     let saved = run.save_devices(&unfinished.devices(), deadline);
     run.end(deadline)?;
     saved?;
-    sparse_copy(&ram, &unfinished.ram(), &|| {
+    sparse_copy(&ram, &unfinished.create_ram()?, &|| {
         deadline.check("the template's RAM to be copied")?;
         build.ensure_wanted()
     })?;
@@ -127,20 +123,6 @@ pub fn build(
     }
     unfinished.publish(identity, &block, build.opener())?;
     Ok(())
-}
-
-/// Describes a lack of memory to load a guest of that size; `None` if there is enough. Source:
-/// `MemAvailable` in proc_meminfo(5), in KiB.
-fn memory_shortage(needed: u64) -> Option<String> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let available = bytes_of(&text, "MemAvailable:")?;
-    (needed.saturating_add(MIN_FREE_MEMORY) > available).then(|| {
-        format!(
-            "building its template takes {} of memory, and only {} are available",
-            format_bytes(needed),
-            format_bytes(available)
-        )
-    })
 }
 
 /// Starts a QEMU only to return its name for the machine's RAM, and the RAM's size in bytes.
@@ -173,10 +155,6 @@ fn ram_of(run: &Run, deadline: Deadline) -> Result<(String, u64)> {
 fn file_in_memory() -> Result<File> {
     let made = memfd_create("template", MemfdFlags::CLOEXEC);
     Ok(made.map_err(|error| no_memory(&error.into()))?.into())
-}
-
-fn no_memory(error: &io::Error) -> Error {
-    Error::environment(format!("cannot make a file in memory: {error}"))
 }
 
 /// Returns the maximum size of the template, in bytes. Zeros take no space, and a plain snapshot has none.

@@ -1,9 +1,8 @@
-//! Copies a file without its zeros: QEMU's RAM in memory becomes the template's RAM file on disk.
+//! Copies a file without its zeros: QEMU's RAM in memory becomes the template's RAM file on disk, and back.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 
 use machinery::{Error, Result};
 use rustix::fs::{SeekFrom, seek};
@@ -15,13 +14,12 @@ const CHUNK: usize = 1 << 20;
 const PAGE: usize = 4096;
 const ZERO: [u8; PAGE] = [0; PAGE];
 
-/// Copies the file to the new file `path`, with holes in place of zeros. Calls `ensure_wanted` now and then.
+/// Copies the file to the empty file `to`, with holes in place of zeros. Calls `ensure_wanted` now and then.
 ///
 /// # Errors
 /// A file cannot be read or written; `ensure_wanted` fails.
-pub fn sparse_copy(from: &File, path: &Path, ensure_wanted: &dyn Fn() -> Result<()>) -> Result<()> {
-    let failed = |error: io::Error| Error::io("write the template's", path, &error);
-    let to = File::create_new(path).map_err(failed)?;
+pub fn sparse_copy(from: &File, to: &File, ensure_wanted: &dyn Fn() -> Result<()>) -> Result<()> {
+    let failed = |error: io::Error| Error::environment(format!("cannot copy the template's RAM: {error}"));
     let size = from.metadata().map_err(failed)?.len();
     to.set_len(size).map_err(failed)?;
     let mut chunk = vec![0; CHUNK];
@@ -31,7 +29,7 @@ pub fn sparse_copy(from: &File, path: &Path, ensure_wanted: &dyn Fn() -> Result<
         at = next - next % PAGE as u64;
         let length = (size - at).min(CHUNK as u64) as usize;
         from.read_exact_at(&mut chunk[..length], at).map_err(failed)?;
-        copy_chunk(&chunk[..length], &to, at).map_err(failed)?;
+        copy_chunk(&chunk[..length], to, at).map_err(failed)?;
         at += length as u64;
     }
     Ok(())
@@ -84,13 +82,13 @@ mod tests {
             memory.write_all_at(&noise, at as u64).unwrap();
         }
         memory.write_all_at(&vec![0; CHUNK], 9 * CHUNK as u64).unwrap();
-        sparse_copy(&memory, &path, &|| Ok(())).unwrap();
+        sparse_copy(&memory, &File::create_new(&path).unwrap(), &|| Ok(())).unwrap();
         let (mut original, copy) = (vec![0; 64 << 20], fs::read(&path).unwrap());
         memory.read_exact_at(&mut original, 0).unwrap();
         assert!(original == copy, "the copy differs");
         assert!(fs::metadata(&path).unwrap().blocks() * 512 <= 16 * PAGE as u64);
-        fs::remove_file(&path).unwrap();
-        let cancelled = sparse_copy(&memory, &path, &|| Err(Error::failed("cancelled")));
+        let cancelled =
+            sparse_copy(&memory, &File::create(&path).unwrap(), &|| Err(Error::failed("cancelled")));
         assert!(cancelled.unwrap_err().to_string().contains("cancelled"));
     }
 }

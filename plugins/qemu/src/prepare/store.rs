@@ -5,10 +5,12 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use machinery_backend::files::HostLock;
+use machinery_backend::sync::lock;
 use machinery_images::FileId;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +27,8 @@ use crate::restore::Devices;
 pub struct Templates {
     dir: PathBuf,
     space: TemplateSpace,
+    /// Locked while a template is removed because it is stale or has failed.
+    dropping: Mutex<()>,
     _lock: HostLock,
 }
 
@@ -82,14 +86,19 @@ impl Templates {
                 .advice("Give each host an instant_dir of its own")
         })?;
         dir.read_dir().map_err(failed)?;
-        let templates = Templates { dir: dir.to_owned(), space: TemplateSpace::new(dir), _lock: lock };
+        let templates = Templates {
+            dir: dir.to_owned(),
+            space: TemplateSpace::new(dir),
+            dropping: Mutex::default(),
+            _lock: lock,
+        };
         templates.remove_all(|name| name.ends_with(UNFINISHED));
         Ok(templates)
     }
 
-    /// Removes the templates of all machines but these.
-    pub fn keep_only(&self, machines: &[&str]) {
-        let is_other = |machine: &str| !machines.contains(&machine);
+    /// Removes all templates but those of these names.
+    pub fn keep_only(&self, names: &[&str]) {
+        let is_other = |name: &str| !names.contains(&name);
         self.remove_all(|name| name.strip_suffix(COMPLETE).is_some_and(is_other));
     }
 
@@ -112,22 +121,49 @@ impl Templates {
         !self.dir.to_string_lossy().contains([',', '"', '\\'])
     }
 
-    /// Returns the folder of the machine's template.
-    pub(super) fn folder(&self, machine: &str) -> PathBuf {
-        self.dir.join(format!("{machine}{COMPLETE}"))
+    /// Returns the folder of the template of that name.
+    pub(super) fn folder(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}{COMPLETE}"))
     }
 
-    /// Returns the folder in which the machine's template is built.
-    pub(super) fn unfinished_folder(&self, machine: &str) -> PathBuf {
-        self.dir.join(format!("{machine}{UNFINISHED}"))
+    /// Returns the folder in which the template of that name is built.
+    pub(super) fn unfinished_folder(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}{UNFINISHED}"))
     }
 
-    /// Returns the machine's template, if it has one that belongs to this identity.
+    /// Returns the template of that name, if there is one. One that is stale, or that QEMU cannot open, is removed.
     ///
     /// # Errors
-    /// The machine has a template that cannot be used any more; the text has the reason.
-    pub fn find(&self, machine: &str, identity: &Identity) -> Result<Option<Template>, String> {
-        let folder = self.folder(machine);
+    /// The template was removed; the text has the reason.
+    pub fn find(&self, name: &str, identity: &Identity, opener: Opener) -> Result<Option<Template>, String> {
+        let look = || self.look(name, identity)?.map(|found| found.for_opener(opener)).transpose();
+        look().or_else(|_| {
+            // Another machine may have removed it, or may have built a new one by now.
+            let _dropping = lock(&self.dropping);
+            look().inspect_err(|_| self.remove_or_warn(name))
+        })
+    }
+
+    /// Removes the template with that RAM file, which has failed. A newer one of the same name stays.
+    pub fn remove_failed(&self, name: &str, ram: &FileId) {
+        let _dropping = lock(&self.dropping);
+        if FileId::of(&self.folder(name).join(RAM)).is_ok_and(|now| now == *ram) {
+            self.remove_or_warn(name);
+        }
+    }
+
+    fn remove_or_warn(&self, name: &str) {
+        if let Err(error) = self.remove(name) {
+            tracing::warn!(template = name, %error, "cannot remove a template");
+        }
+    }
+
+    /// Returns the template of that name, if it belongs to this identity.
+    ///
+    /// # Errors
+    /// There is a template that cannot be used any more; the text has the reason.
+    pub(super) fn look(&self, name: &str, identity: &Identity) -> Result<Option<Template>, String> {
+        let folder = self.folder(name);
         // The files of an earlier time may belong to others, although nobody can add files now. The machine's own user may
         // have the right to write the RAM, because an older QEMU opens it so; the record has the time of its last change.
         for name in [RECORD, DEVICES] {
@@ -161,11 +197,11 @@ impl Templates {
         Ok(Some(Template { memory, devices: Devices { path, file }, ram: record.ram, disk }))
     }
 
-    /// Removes the machine's template, if there is one.
+    /// Removes the template of that name, if there is one.
     ///
     /// # Errors
     /// The template stays.
-    pub fn remove(&self, machine: &str) -> Result<()> {
-        remove(&self.folder(machine))
+    pub fn remove(&self, name: &str) -> Result<()> {
+        remove(&self.folder(name))
     }
 }

@@ -32,8 +32,17 @@ impl Unfinished {
         Ok(Unfinished { folder, published_as: templates.folder(machine) })
     }
 
-    pub fn ram(&self) -> PathBuf {
+    fn ram(&self) -> PathBuf {
         self.folder.join(RAM)
+    }
+
+    /// Creates the RAM file, which is empty.
+    ///
+    /// # Errors
+    /// The file cannot be created.
+    pub fn create_ram(&self) -> Result<File> {
+        let path = self.ram();
+        File::create_new(&path).map_err(|error| Error::io("create the template's", &path, &error))
     }
 
     pub fn disk(&self) -> PathBuf {
@@ -80,6 +89,7 @@ impl Unfinished {
         fs::write(&path, serde_json::to_vec(&record)?)?;
         File::open(&path)?.sync_all()?;
         fs::rename(&self.folder, &self.published_as)?;
+        tracing::info!(path = %self.published_as.display(), "a template was built");
         match self.published_as.parent() {
             Some(dir) => File::open(dir)?.sync_all(),
             None => Ok(()),
@@ -130,12 +140,12 @@ mod tests {
     #[test]
     fn template_is_found_as_it_was_published_until_it_is_removed() {
         let Made { templates, identity, folder: _folder } = made();
-        let template = templates.find("m", &identity).unwrap().unwrap();
+        let template = templates.look("m", &identity).unwrap().unwrap();
         assert_eq!((template.memory.size, template.memory.block.as_str()), (1 << 20, "pc.ram"));
         assert!(template.disk < 1 << 20, "the RAM file is not sparse");
-        assert!(templates.find("n", &identity).unwrap().is_none());
+        assert!(templates.look("n", &identity).unwrap().is_none());
         templates.remove("m").unwrap();
-        assert!(templates.find("m", &identity).unwrap().is_none());
+        assert!(templates.look("m", &identity).unwrap().is_none());
         templates.remove("m").unwrap();
     }
 
@@ -172,7 +182,7 @@ mod tests {
             let Made { templates, identity, folder } = made();
             harm(&templates.folder("m"));
             let identity = identity::tests::identity_again(folder.path(), &identity);
-            let why = templates.find("m", &identity).err().unwrap();
+            let why = templates.look("m", &identity).err().unwrap();
             assert!(why.contains(expected), "{why}");
         }
     }
@@ -185,7 +195,7 @@ mod tests {
         let mut record: Record = serde_json::from_slice(&fs::read(folder.join(RECORD)).unwrap()).unwrap();
         record.devices = FileId::of(&folder.join(DEVICES)).unwrap();
         fs::write(folder.join(RECORD), serde_json::to_vec(&record).unwrap()).unwrap();
-        assert!(templates.find("m", &identity).err().unwrap().contains("device"));
+        assert!(templates.look("m", &identity).err().unwrap().contains("device"));
     }
 
     #[test]
@@ -204,10 +214,10 @@ mod tests {
         drop(templates);
         let templates = Templates::open(&dir).unwrap();
         templates.keep_only(&["m"]);
-        assert!(templates.find("m", &identity).unwrap().is_some());
+        assert!(templates.look("m", &identity).unwrap().is_some());
         assert!(!dir.join("m.unfinished").exists());
         templates.keep_only(&["else"]);
-        assert!(templates.find("m", &identity).unwrap().is_none());
+        assert!(templates.look("m", &identity).unwrap().is_none());
         for name in ["of-the-operator", "m", "other.template", "x.unfinished"] {
             assert_eq!(fs::read_to_string(dir.join(name).join("win10.qcow2")).unwrap(), "precious", "{name}");
         }

@@ -52,6 +52,8 @@ impl FakeQemu {
             writes: Vec::new(),
             sockets: Vec::new(),
             cgroup: None,
+            cell: None,
+            past_cell: super::PastCell::default(),
             record,
         };
         let (stream, monitor) = UnixStream::pair().unwrap();

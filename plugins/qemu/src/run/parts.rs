@@ -6,6 +6,7 @@ use machinery::RestoreReadiness;
 use machinery_backend::jail::Cgroup;
 use machinery_backend::{Overlays, Share};
 
+use super::cell::{PastCell, RunCell};
 use super::record::RecordFile;
 use crate::version::Version;
 
@@ -19,6 +20,10 @@ pub struct Parts {
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
     pub cgroup: Option<Cgroup>,
+    /// The network of an isolated run.
+    pub cell: Option<RunCell>,
+    /// The place of that network after the run.
+    pub past_cell: PastCell,
     pub record: RecordFile,
 }
 

@@ -36,6 +36,9 @@ pub struct Record {
     pub writes: Vec<PathBuf>,
     /// The sockets that are removed with the run.
     pub sockets: Vec<PathBuf>,
+    /// The interface of an isolated run on the host.
+    #[serde(default)]
+    pub interface: Option<String>,
     /// The origin of a standby; null of every other run.
     pub standby: Value,
 }
@@ -154,7 +157,13 @@ impl Record {
         writes: Vec<PathBuf>,
         sockets: Vec<PathBuf>,
     ) -> Record {
-        Record { format: FORMAT, process, version, overlays, writes, sockets, standby: Value::Null }
+        let (interface, standby) = (None, Value::Null);
+        Record { format: FORMAT, process, version, overlays, writes, sockets, interface, standby }
+    }
+
+    /// Adds the interface of an isolated run.
+    pub fn with_interface(self, interface: Option<&str>) -> Record {
+        Record { interface: interface.map(str::to_owned), ..self }
     }
 }
 

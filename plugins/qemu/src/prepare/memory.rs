@@ -1,0 +1,29 @@
+//! The memory of this computer that templates need for a while.
+
+use std::fs;
+use std::io;
+
+use machinery::{Error, format_bytes};
+use machinery_backend::process::bytes_of;
+
+/// The memory of this computer, in bytes, that a build leaves to running guests.
+const MIN_FREE_MEMORY: u64 = 512 << 20;
+
+/// Describes a lack of memory for work that needs that much, in bytes; `None` if there is enough. Source: `MemAvailable` in
+/// proc_meminfo(5), in KiB.
+pub fn memory_shortage(what: &str, needed: u64) -> Option<String> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let available = bytes_of(&text, "MemAvailable:")?;
+    (needed.saturating_add(MIN_FREE_MEMORY) > available).then(|| {
+        format!(
+            "{what} takes {} of memory, and only {} are available",
+            format_bytes(needed),
+            format_bytes(available)
+        )
+    })
+}
+
+/// Returns the error of a file in memory.
+pub fn no_memory(error: &io::Error) -> Error {
+    Error::environment(format!("cannot make a file in memory: {error}"))
+}
