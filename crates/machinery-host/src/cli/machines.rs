@@ -1,5 +1,7 @@
 //! Prints the list of machines, as a table or as JSON.
 
+use std::collections::HashMap;
+
 use machinery::{Error, format_bytes};
 use serde_json::{Value, json};
 
@@ -79,7 +81,7 @@ fn shared(machine: &Value) -> [String; 4] {
 /// Returns the memory and the disk space that prepared restores use, if they use any.
 fn prepared_usage(machines: &[Value]) -> Option<String> {
     let standbys = machines.iter().filter(|machine| machine["ready"]["mode"] == json!("standby")).count();
-    let (memory, disk) = (sum_of_ready(machines, "memory"), sum_of_ready(machines, "disk"));
+    let (memory, disk) = (standby_memory(machines), template_disk(machines));
     (memory > 0 || disk > 0).then(|| {
         format!(
             "standbys: {standbys}, using {} of memory; templates: {} on disk",
@@ -89,9 +91,20 @@ fn prepared_usage(machines: &[Value]) -> Option<String> {
     })
 }
 
-/// Returns the sum of a key of the machines' readiness.
-pub fn sum_of_ready(machines: &[Value], key: &str) -> u64 {
-    machines.iter().filter_map(|machine| machine["ready"][key].as_u64()).sum()
+/// Returns the memory of all standbys.
+pub fn standby_memory(machines: &[Value]) -> u64 {
+    machines.iter().filter_map(|machine| machine["ready"]["memory"].as_u64()).sum()
+}
+
+/// Returns the disk space of all templates. A machine and its clones have one.
+pub fn template_disk(machines: &[Value]) -> u64 {
+    let mut templates = HashMap::<&str, u64>::new();
+    for machine in machines {
+        let name = machine["clone_of"].as_str().or(machine["name"].as_str()).unwrap_or("");
+        let known = templates.entry(name).or_default();
+        *known = machine["ready"]["disk"].as_u64().unwrap_or(0).max(*known);
+    }
+    templates.values().sum()
 }
 
 /// Returns the remarks about a machine: why it is unavailable, why its restores are slow, and its plugin's
@@ -173,6 +186,14 @@ mod tests {
         assert_eq!(listed(&["x", "w-1"]), ["w-1", "x"]);
         let unknown = named(json!({"success": true, "machines": machines}), &["y".to_owned()]);
         assert_eq!(unknown, json!({"success": false, "reason": "Machine with name y does not exist"}));
+    }
+
+    #[test]
+    fn template_of_a_machine_and_its_clones_counts_once() {
+        let machine = |name: &str, of: Option<&str>| json!({"name": name, "clone_of": of, "ready": {"mode": "standby", "memory": 7, "disk": 100}});
+        let machines =
+            [machine("w", None), machine("w-1", Some("w")), machine("w-2", Some("w")), machine("x", None)];
+        assert_eq!((standby_memory(&machines), template_disk(&machines)), (28, 200));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::rates::Figures;
 use super::table::Order;
 use super::theme::Theme;
 use crate::cli::clones::{self, Row};
-use crate::cli::machines::{duration, sum_of_ready};
+use crate::cli::machines::{duration, standby_memory, template_disk};
 use crate::cli::status::counts;
 use crate::logging::on_one_line;
 
@@ -101,7 +101,8 @@ fn summary(model: &Model) -> Line<'static> {
     let [(_, all), others @ ..] = counts(&model.machines);
     let others = others.iter().filter(|(_, count)| *count > 0);
     let others: String = others.map(|(what, count)| format!(", {count} {what}")).collect();
-    let [memory, disk] = ["memory", "disk"].map(|key| format_bytes(sum_of_ready(&model.machines, key)));
+    let sizes = [standby_memory(&model.machines), template_disk(&model.machines)];
+    let [memory, disk] = sizes.map(format_bytes);
     Line::raw(format!("{all} machines{others}; standbys {memory}, templates {disk}"))
 }
 
