@@ -152,7 +152,7 @@ fn clones_are_one_group_that_unfolds() {
     client.act("disable_machine", "win10-5").unwrap();
     browser.wait_until(&format!("{heading} === 'win10 ×20 17 ready, 2 running, 1 disabled'")).unwrap();
     browser.forget_events();
-    let fold = "document.querySelector('button.fold')";
+    let fold = "document.querySelector('section.clones button.fold')";
     assert_eq!(browser.evaluate(&format!("{fold}.ariaExpanded")).unwrap(), "false");
     browser.evaluate(&format!("{fold}.click()")).unwrap();
     assert_eq!(browser.evaluate(shown).unwrap(), 21);
