@@ -17,6 +17,7 @@ use machinery_testkit::guest::{MachineFolder, Qemu, Vm};
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
+use super::answers;
 use super::figures::{Figures, Kind, Place, Unit};
 use super::host::Mode;
 use super::turns::timed;
@@ -75,7 +76,7 @@ impl<'a> ByHand<'a> {
         Ok(by_hand)
     }
 
-    /// Measures restores and stops; the first round does not count.
+    /// Measures restores, the agent's answers, and stops; the first round does not count.
     pub fn measure(&self, mode: Mode, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
         for round in 0..=rounds {
             let (vm, restored) = match mode {
@@ -83,9 +84,11 @@ impl<'a> ByHand<'a> {
                 Mode::Instant => self.instant()?,
                 Mode::Standby => self.standby()?,
             };
+            let answered = answers::after(restored, &self.machine.probe)?;
             let ((), stopped) = timed(|| Ok(vm.quit()?))?;
             if round > 0 {
                 figures.add(place, restore(mode), restored);
+                figures.add(place, answers::by_hand(mode), answered);
                 figures.add(place, STOP, stopped);
             }
         }

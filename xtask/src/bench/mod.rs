@@ -9,6 +9,7 @@
 //! | [`host`] | the host: `restore_start` and `stop` over its socket, in each of its [modes](host::Mode) | request … answer |
 //! | [`qemu`] | both of them, and Cuckoo3, on one machine for each size of RAM | |
 //! | [`cuckoo3`] | Cuckoo3's own manager with its own client, on one of these machines | call … return |
+//! | [`answers`] | the agent in the guest, after each of these restores | first step, request or call … the agent's answer |
 //! | [`parallel`] | many machines restored at the same moment, and the memory they take | first request … last answer |
 //! | [`load`] | actions on a thousand machines in memory: the host without any hypervisor | first request … last answer |
 //! | [`analysis`] | analyses by Cuckoo3 and by CAPE, and the agent's first answers | |
@@ -20,6 +21,7 @@
 //! The task builds optimised programs, and replaces itself by the optimised task beside them.
 
 mod analysis;
+mod answers;
 mod by_hand;
 mod chart;
 mod cuckoo3;
