@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn each_clone_is_counted_once_and_those_in_trouble_are_named() {
+    fn clone_is_counted_once_and_named_when_it_is_in_trouble() {
         let clones = [
             clone(1, json!({"ready": {"mode": "standby"}})),
             clone(2, json!({"ready": {"mode": "standby"}, "warnings": ["old"]})),
