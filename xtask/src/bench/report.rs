@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::figures::{Figure, Figures, Kind, Place, Spread};
 use super::host::Mode;
-use super::{analysis, answers, by_hand, cuckoo3};
+use super::{analysis, answers, by_hand, clones, cuckoo3};
 
 /// With fewer samples, the 99th percentile is the maximum.
 const MIN_P99_SAMPLES: usize = 100;
@@ -117,6 +117,7 @@ fn pairs() -> Vec<(Kind, Kind)> {
         pairs.push((answers::CUCKOO3, answers::host(mode)));
     }
     pairs.extend(analysis::pairs());
+    pairs.extend(clones::pairs());
     pairs
 }
 
