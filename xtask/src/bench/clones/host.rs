@@ -17,16 +17,26 @@ use crate::bench::parallel::{IDLE_AFTER, memory_of_all};
 use crate::bench::turns::{ms, timed};
 use crate::run::Result;
 
-/// Has that many clones stand by once.
-pub fn prepare(machines: &Machines, count: usize) -> Result<()> {
-    let clones = machines.clones(count)?;
+/// Has these machines stand by once, so that their templates are there.
+fn make_templates(machines: &Machines, all: &[Machine]) -> Result<()> {
     let mut host = machines.lab().host()?;
-    stand_by(&mut host.client()?, &clones)?;
+    stand_by(&mut host.client()?, all)?;
     end(&mut host)
 }
 
-/// Measures a host of these machines.
-pub fn measure(machines: &Machines, all: &[Machine], by: &'static str, figures: &mut Figures) -> Result<()> {
+/// Measures hosts of these machines, whose templates are made before.
+pub fn measure(
+    machines: &Machines,
+    all: &[Machine],
+    by: &'static str,
+    rounds: usize,
+    figures: &mut Figures,
+) -> Result<()> {
+    make_templates(machines, all)?;
+    (0..rounds).try_for_each(|_| one_round(machines, all, by, figures))
+}
+
+fn one_round(machines: &Machines, all: &[Machine], by: &'static str, figures: &mut Figures) -> Result<()> {
     let (lab, place) = (machines.lab(), place(all.len()));
     let begun = Instant::now();
     let mut host = lab.host()?;

@@ -110,31 +110,27 @@ pub fn measure(plan: &Plan, most: usize, figures: &mut Figures) -> Result<()> {
     let machines = Machines::new(separate)?;
     figures.about.push(("hypervisor", Qemu::find()?.version()?));
     let hand_made = HandMade::new(&machines)?;
-    // The template is made once, and not for each clone.
-    host::prepare(&machines, 1)?;
     let contestants = steps.iter().flat_map(|step| [Contestant::Host(*step), Contestant::ByHand(*step)]);
     let contestants = contestants.chain([Contestant::Separate(separate)]).collect();
     turns::take(
         contestants,
         |_| plan.rounds.div_ceil(ROUNDS_EACH),
         |contestant, share| {
-            for _ in 0..share {
-                match contestant {
-                    Contestant::Host(count) => {
-                        note(&format!("{count} clones with the host"));
-                        host::measure(&machines, &machines.clones(count)?, HOST, figures)?;
-                    }
-                    Contestant::ByHand(count) => {
-                        note(&format!("{count} clones by hand"));
-                        hand_made.measure(count, figures)?;
-                    }
-                    Contestant::Separate(count) => {
-                        note(&format!("{count} separate machines with the host"));
-                        host::measure(&machines, &machines.copies(count)?, SEPARATE, figures)?;
-                    }
+            let (what, count) = match contestant {
+                Contestant::Host(count) => ("clones with the host", count),
+                Contestant::ByHand(count) => ("clones by hand", count),
+                Contestant::Separate(count) => ("separate machines with the host", count),
+            };
+            note(&format!("{count} {what}"));
+            match contestant {
+                Contestant::Host(_) => {
+                    host::measure(&machines, &machines.clones(count)?, HOST, share, figures)
+                }
+                Contestant::ByHand(_) => (0..share).try_for_each(|_| hand_made.measure(count, figures)),
+                Contestant::Separate(_) => {
+                    host::measure(&machines, &machines.copies(count)?, SEPARATE, share, figures)
                 }
             }
-            Ok(())
         },
     )
 }
