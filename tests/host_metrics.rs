@@ -125,6 +125,28 @@ fn metrics_show_machines_and_actions_in_both_formats() {
 }
 
 #[test]
+fn clones_of_a_machine_have_one_sample() {
+    let (host, _cwd, address) = served(&[("w-1", "clone_of: w"), ("w-2", "clone_of: w"), ("m", "")]);
+    let mut client = host.client().unwrap();
+    for machine in ["w-1", "w-2", "m"] {
+        assert_eq!(client.act("prepare", machine).unwrap()["success"], true);
+    }
+    client.ask(json!({"action": "lock", "machine": "w-1", "task_id": "t"})).unwrap();
+    client.act("restore_start", "w-1").unwrap();
+    client.act("disable_machine", "w-2").unwrap();
+    let page = scrape(address);
+    let of = |name: &str, more: &str| {
+        let labels = format!(r#"machinery="double",clone_of="w"{more}"#);
+        value(&page, &format!("cuckoo_machinery_{name}{{{labels}}}"))
+    };
+    assert_eq!([of("clones", r#",state="running""#), of("clones", r#",state="poweroff""#)], [1.0, 1.0]);
+    assert_eq!(of("ready_clones", r#",mode="standby""#), 1.0);
+    let flags = ["disabled", "quarantined", "locked", "reserved"];
+    assert_eq!(flags.map(|flag| of(&format!("clones_{flag}"), "")), [1.0, 0.0, 1.0, 0.0]);
+    assert!(page.contains(r#"machine="m""#) && !page.contains(r#"machine="w-"#), "{page}");
+}
+
+#[test]
 fn waiting_requests_and_restores_are_counted_while_another_restore_has_the_permit() {
     let delayed = "delays_ms: {restore_start: 2000}";
     // Not prepared: a standby of the double is restored without a delay.

@@ -131,6 +131,40 @@ fn machines_are_filtered_and_grouped() {
     assert_sound(&mut browser);
 }
 
+#[test]
+fn clones_are_one_group_that_unfolds() {
+    let Some(mut browser) = browser() else { return };
+    let names: Vec<String> = (1..=20).map(|number| format!("win10-{number}")).collect();
+    let mut machines: Vec<_> = names.iter().map(|name| (name.as_str(), "clone_of: win10")).collect();
+    machines.push(("other", ""));
+    let cwd = ScratchCwd::double(&machines).unwrap();
+    cwd.host_yaml(KEYS).unwrap();
+    let host = RunningHost::start(&cwd).unwrap();
+    open(&mut browser, &host, &cwd);
+    let shown = "[...document.querySelectorAll('a.tile')].filter((tile) => tile.checkVisibility()).length";
+    assert_eq!(browser.evaluate(shown).unwrap(), 1, "the machine that is no clone");
+    let heading = "document.querySelector('section.clones h2').innerText.replace(/\\s+/g, ' ')";
+    assert_eq!(browser.evaluate(heading).unwrap(), "win10 ×20 20 ready");
+    let mut client = host.client().unwrap();
+    for machine in ["win10-3", "win10-4"] {
+        client.act("restore_start", machine).unwrap();
+    }
+    client.act("disable_machine", "win10-5").unwrap();
+    browser.wait_until(&format!("{heading} === 'win10 ×20 17 ready, 2 running, 1 disabled'")).unwrap();
+    browser.forget_events();
+    let fold = "document.querySelector('section.clones button.fold')";
+    assert_eq!(browser.evaluate(&format!("{fold}.ariaExpanded")).unwrap(), "false");
+    browser.evaluate(&format!("{fold}.click()")).unwrap();
+    assert_eq!(browser.evaluate(shown).unwrap(), 21);
+    browser.wait_until(&format!("{}.querySelector('img').naturalWidth > 0", tile("win10-3"))).unwrap();
+    browser.evaluate(&format!("{fold}.click()")).unwrap();
+    assert_eq!(browser.evaluate(shown).unwrap(), 1);
+    let search = "{ const e = document.getElementById('text'); e.value = 'win10-1'; e.dispatchEvent(new Event('input')); }";
+    browser.evaluate(search).unwrap();
+    assert_eq!(browser.evaluate(shown).unwrap(), 11, "a search unfolds");
+    assert_sound(&mut browser);
+}
+
 /// Returns the machines whose screens the page has asked for.
 fn asked(browser: &Browser) -> BTreeSet<String> {
     let urls = browser.events("Network.requestWillBeSent").into_iter();

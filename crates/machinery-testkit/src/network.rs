@@ -6,9 +6,9 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io;
+use std::io::{self, Seek, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -50,6 +50,42 @@ impl TestNetwork {
         Ok(Some(TestNetwork { namespace: Arc::new(namespace) }))
     }
 
+    /// Makes a network that has the loopback interface only.
+    pub fn empty() -> Result<Self> {
+        let namespace = in_a_thread(make_empty)??;
+        Ok(TestNetwork { namespace: Arc::new(namespace) })
+    }
+
+    /// Moves the calling thread into the network, with each process that it starts from then on.
+    pub fn enter(&self) -> Result<()> {
+        move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))
+            .context(|| "entering a network".to_owned())
+    }
+
+    /// Returns the path of the namespace, for a program such as `ip`.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd())
+    }
+
+    /// Runs the lines of a script of `ip`.
+    pub fn ip_batch(&self, script: &str) -> Result<()> {
+        self.inside(|| run_script(Command::new("ip").args(["-batch", "-"]), script))?
+    }
+
+    /// Runs a script of `nft`.
+    pub fn nft(&self, script: &str) -> Result<()> {
+        self.inside(|| run_script(Command::new("nft").args(["-f", "-"]), script))?
+    }
+
+    /// Has the network route packets of others, and answer on the bridge for every address that it routes.
+    pub fn route_for_others(&self, bridge: &str) -> Result<()> {
+        let what = || "routing in a network".to_owned();
+        self.inside(|| {
+            fs::write("/proc/sys/net/ipv4/ip_forward", "1").context(what)?;
+            fs::write(format!("/proc/sys/net/ipv4/conf/{bridge}/proxy_arp"), "1").context(what)
+        })?
+    }
+
     /// Makes the command run in the network: it sees the network's interfaces only.
     pub fn attach(&self, command: &mut Command) {
         let namespace = Arc::clone(&self.namespace);
@@ -65,8 +101,7 @@ impl TestNetwork {
     /// Runs a task in the network. A socket that it opens belongs to the network from then on.
     pub fn inside<T: Send>(&self, task: impl FnOnce() -> T + Send) -> Result<T> {
         in_a_thread(|| {
-            move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))
-                .context(|| "entering a network".to_owned())?;
+            self.enter()?;
             Ok(task())
         })?
     }
@@ -136,16 +171,30 @@ fn in_a_thread<T: Send>(task: impl FnOnce() -> T + Send) -> Result<T> {
         .map_err(|_| Error::new("a thread in another network panicked"))
 }
 
-fn make() -> Result<OwnedFd> {
+/// Makes a namespace in the calling thread.
+fn make_empty() -> Result<OwnedFd> {
     let what = || "making a network for a test".to_owned();
     // SAFETY: unsharing the table of files would be dangerous; it stays shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context(what)?;
     ip(&["link", "set", "lo", "up"])?;
+    File::open("/proc/thread-self/ns/net").map(OwnedFd::from).context(what)
+}
+
+fn make() -> Result<OwnedFd> {
+    let namespace = make_empty()?;
     ip(&["tuntap", "add", "dev", TestNetwork::TAP, "mode", "tap"])?;
     ip(&["link", "set", "dev", TestNetwork::TAP, "address", TestNetwork::HOST_MAC])?;
     ip(&["address", "add", &format!("{}/24", TestNetwork::HOST), "dev", TestNetwork::TAP])?;
     ip(&["link", "set", "dev", TestNetwork::TAP, "up"])?;
-    File::open("/proc/thread-self/ns/net").map(OwnedFd::from).context(what)
+    Ok(namespace)
+}
+
+/// Runs a program that reads a script from its standard input.
+fn run_script(command: &mut Command, script: &str) -> Result<()> {
+    let what = || "running a script".to_owned();
+    let mut file = tempfile::tempfile().context(what)?;
+    file.write_all(script.as_bytes()).and_then(|()| file.rewind()).context(what)?;
+    command::output(command.stdin(file)).map(drop)
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {

@@ -17,6 +17,7 @@ use machinery_testkit::guest::{MachineFolder, Qemu, Vm};
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
+use super::answers;
 use super::figures::{Figures, Kind, Place, Unit};
 use super::host::Mode;
 use super::turns::timed;
@@ -65,9 +66,13 @@ pub struct ByHand<'a> {
 impl<'a> ByHand<'a> {
     /// Makes the template of `machine`.
     pub fn new(qemu: &'a Qemu, machine: &'a MachineFolder) -> Result<Self> {
-        let folder = machine.dir.join("floor");
-        fs::create_dir_all(&folder).context(|| format!("cannot make {}", folder.display()))?;
-        let template = Template::of(qemu, machine, &folder)?;
+        Self::new_in(&machine.dir.join("floor"), qemu, machine)
+    }
+
+    /// Makes the template of `machine` in this folder.
+    pub fn new_in(folder: &Path, qemu: &'a Qemu, machine: &'a MachineFolder) -> Result<Self> {
+        fs::create_dir_all(folder).context(|| format!("cannot make {}", folder.display()))?;
+        let template = Template::of(qemu, machine, folder)?;
         let (blank, overlay) = (folder.join("blank.qcow2"), folder.join("overlay.qcow2"));
         qemu.overlay(&machine.disk, &blank)?;
         let by_hand = ByHand { qemu, machine, template, blank, overlay };
@@ -75,7 +80,7 @@ impl<'a> ByHand<'a> {
         Ok(by_hand)
     }
 
-    /// Measures restores and stops; the first round does not count.
+    /// Measures restores, the agent's answers, and stops; the first round does not count.
     pub fn measure(&self, mode: Mode, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
         for round in 0..=rounds {
             let (vm, restored) = match mode {
@@ -83,9 +88,11 @@ impl<'a> ByHand<'a> {
                 Mode::Instant => self.instant()?,
                 Mode::Standby => self.standby()?,
             };
+            let answered = answers::after(restored, &self.machine.probe)?;
             let ((), stopped) = timed(|| Ok(vm.quit()?))?;
             if round > 0 {
                 figures.add(place, restore(mode), restored);
+                figures.add(place, answers::by_hand(mode), answered);
                 figures.add(place, STOP, stopped);
             }
         }
@@ -119,25 +126,30 @@ impl<'a> ByHand<'a> {
 
     /// Returns the machine, loaded from its template and paused.
     fn paused(&self) -> Result<Vm> {
-        let mut vm =
-            self.start(if self.template.by_name { "share=off,readonly=on,rom=off" } else { "share=off" })?;
+        self.paused_on(&self.overlay)
+    }
+
+    /// Returns the machine, loaded from its template and paused, with an overlay at this path.
+    pub fn paused_on(&self, overlay: &Path) -> Result<Vm> {
+        let how = if self.template.by_name { "share=off,readonly=on,rom=off" } else { "share=off" };
+        let mut vm = self.start(how, overlay)?;
         vm.load_devices(&self.template.devices, self.template.by_name)?;
         Ok(vm)
     }
 
     fn make_template(&self) -> Result<()> {
-        let mut vm = self.start("share=on")?;
+        let mut vm = self.start("share=on", &self.overlay)?;
         vm.load(&self.machine.snapshot)?;
         vm.save_devices(&self.template.devices)?;
         Ok(vm.quit()?)
     }
 
     /// Starts QEMU with the template's file as its RAM, on an overlay of its own.
-    fn start(&self, how: &str) -> Result<Vm> {
-        copy(&self.blank, &self.overlay).context(|| format!("cannot copy {}", self.blank.display()))?;
+    fn start(&self, how: &str, overlay: &Path) -> Result<Vm> {
+        copy(&self.blank, overlay).context(|| format!("cannot copy {}", self.blank.display()))?;
         let args = self.template.args(how);
         let args = args.each_ref().map(String::as_str);
-        Ok(Vm::start_for_incoming(self.qemu, &self.machine.start_args, &self.overlay, &args)?)
+        Ok(Vm::start_for_incoming(self.qemu, &self.machine.start_args, overlay, &args)?)
     }
 }
 

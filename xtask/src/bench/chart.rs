@@ -109,11 +109,12 @@ impl Scale {
     }
 }
 
-fn rect(x: f64, y: f64, width: f64, height: f64, colour: &str) -> String {
+/// Returns a filled rectangle.
+pub fn rect(x: f64, y: f64, width: f64, height: f64, colour: &str) -> String {
     format!("<rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"{height}\" fill=\"{colour}\"/>\n")
 }
 
 /// Returns a text element. The text must not contain characters of XML's own.
-fn text(x: f64, y: f64, anchor: &str, size: u8, text: &dyn Display) -> String {
+pub fn text(x: f64, y: f64, anchor: &str, size: u8, text: &dyn Display) -> String {
     format!("<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{text}</text>\n")
 }

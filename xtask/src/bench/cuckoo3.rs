@@ -12,6 +12,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use machinery_testkit::lab::Lab;
 
+use super::answers;
 use super::figures::{Figures, Kind, Place, Unit};
 use crate::run::{Context, Failure, Result};
 
@@ -76,9 +77,11 @@ impl<'a> Cuckoo3<'a> {
     pub fn measure(mut self, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
         for round in 0..=rounds {
             let restored = self.act("restore_start")?;
+            let answered = answers::after(restored, &self.lab.folder("m").probe)?;
             let stopped = self.act("stop")?;
             if round > 0 {
                 figures.add(place, RESTORE, restored);
+                figures.add(place, answers::CUCKOO3, answered);
                 figures.add(place, STOP, stopped);
             }
         }

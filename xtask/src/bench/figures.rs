@@ -57,6 +57,8 @@ pub enum Place {
     Kvm(u32),
     /// A number of QEMU processes with that much RAM each.
     AtOnce(usize, u32),
+    /// A number of machines with that much RAM each, of one snapshot or of copies of it.
+    Clones(usize, u32),
     /// A number of machines of the double machinery.
     Double(usize),
     /// A number of machines that Cuckoo3 uses for analyses.
@@ -139,7 +141,9 @@ impl Figure {
     fn json(&self) -> Value {
         let (machines, ram_mib) = match self.place {
             Place::Qemu(ram) | Place::Kvm(ram) => (1, Some(ram)),
-            Place::AtOnce(machines, ram) | Place::Cape(machines, ram) => (machines, Some(ram)),
+            Place::AtOnce(machines, ram) | Place::Clones(machines, ram) | Place::Cape(machines, ram) => {
+                (machines, Some(ram))
+            }
             Place::Double(machines) | Place::Analyses(machines) => (machines, None),
         };
         json!({
@@ -211,6 +215,9 @@ impl fmt::Display for Place {
             Place::Qemu(ram) => write!(f, "qemu, {}", size(*ram)),
             Place::Kvm(ram) => write!(f, "kvm, {}", size(*ram)),
             Place::AtOnce(machines, ram) => write!(f, "qemu, {machines} machines of {} at once", size(*ram)),
+            Place::Clones(machines, ram) => {
+                write!(f, "qemu, {machines} clones of a machine of {}", size(*ram))
+            }
             Place::Double(machines) => write!(f, "double, {machines} machines"),
             Place::Analyses(machines) => write!(f, "analyses by Cuckoo3, {machines} machines"),
             Place::Cape(machines, ram) => {

@@ -6,11 +6,13 @@
 
 use clap::ValueEnum;
 use machinery_testkit::client::Client;
+use machinery_testkit::guest::GuestProbe;
 use machinery_testkit::host::RunningHost;
 use machinery_testkit::lab::TestNetwork;
 use machinery_testkit::scratch::ScratchCwd;
 use serde_json::Value;
 
+use super::answers;
 use super::figures::{Figures, Kind, Place, Unit};
 use super::turns::timed;
 use crate::run::Result;
@@ -167,10 +169,11 @@ impl Session {
     }
 }
 
-/// Measures restores and stops of the machine `m`; the first round does not count.
+/// Measures restores of the machine `m`, its agent's answers, and stops; the first round does not count.
 pub fn measure(
     served: Served<'_>,
     mode: Mode,
+    guest: &GuestProbe,
     rounds: usize,
     place: Place,
     figures: &mut Figures,
@@ -179,9 +182,11 @@ pub fn measure(
     for round in 0..=rounds {
         session.prepare("m")?;
         let restored = session.act("restore_start", "m")?;
+        let answered = answers::after(restored, guest)?;
         let stopped = session.act("stop", "m")?;
         if round > 0 {
             figures.add(place, mode.restore(), restored);
+            figures.add(place, answers::host(mode), answered);
             figures.add(place, mode.stop(), stopped);
         }
     }

@@ -7,7 +7,7 @@ use super::figures::{Figures, Kind, Place, size};
 use super::host::{self, Mode, Served};
 use super::plan::{Plan, guest};
 use super::turns::timed;
-use super::{by_hand, turns};
+use super::{answers, by_hand, turns};
 use crate::run::{Result, note};
 
 /// The duration of a stop by hand.
@@ -52,7 +52,7 @@ fn one_size(plan: &Plan, ram: u32, figures: &mut Figures) -> Result<()> {
     let contestants = [Contestant::Virsh].into_iter().chain(modes.map(Contestant::Host)).collect();
     turns::take(contestants, rounds, |contestant, share| match contestant {
         Contestant::Virsh => by_virsh(&lab, share, place, figures),
-        Contestant::Host(mode) => host::measure(served, mode, share, place, figures),
+        Contestant::Host(mode) => host::measure(served, mode, &lab.machine("m").probe, share, place, figures),
     })
 }
 
@@ -65,19 +65,24 @@ pub fn version(lab: &KvmLab) -> Result<String> {
 
 /// Measures with virsh; the first round does not count.
 fn by_virsh(lab: &KvmLab, rounds: usize, place: Place, figures: &mut Figures) -> Result<()> {
+    let guest = &lab.machine("m").probe;
     let label = lab.machine("m").label.as_str();
     let virsh =
         |command: &[&str]| timed(|| Ok(lab.libvirtd().virsh(command).map(drop)?)).map(|(_, took)| took);
     for round in 0..=rounds {
         let reverted = virsh(&["snapshot-revert", label, SNAPSHOT, "--running"])?;
+        let plain = answers::after(reverted, guest)?;
         let destroyed = virsh(&["destroy", label])?;
         virsh(&["snapshot-revert", label, SNAPSHOT, "--paused"])?;
         let resumed = virsh(&["resume", label])?;
+        let standby = answers::after(resumed, guest)?;
         virsh(&["destroy", label])?;
         if round > 0 {
             figures.add(place, revert(), reverted);
             figures.add(place, resume(), resumed);
             figures.add(place, DESTROY, destroyed);
+            figures.add(place, answers::by_hand(Mode::Plain), plain);
+            figures.add(place, answers::by_hand(Mode::Standby), standby);
         }
     }
     Ok(())

@@ -9,21 +9,27 @@
 //! | [`host`] | the host: `restore_start` and `stop` over its socket, in each of its [modes](host::Mode) | request … answer |
 //! | [`qemu`] | both of them, and Cuckoo3, on one machine for each size of RAM | |
 //! | [`cuckoo3`] | Cuckoo3's own manager with its own client, on one of these machines | call … return |
+//! | [`answers`] | the agent in the guest, after each of these restores | first step, request or call … the agent's answer |
 //! | [`parallel`] | many machines restored at the same moment, and the memory they take | first request … last answer |
 //! | [`load`] | actions on a thousand machines in memory: the host without any hypervisor | first request … last answer |
+//! | [`clones`] | clones of one snapshot, beside QEMU by hand and beside separate machines | first step or request … last answer |
 //! | [`analysis`] | analyses by Cuckoo3 and by CAPE, and the agent's first answers | |
 //! | [`kvm`] | the host with libvirt, beside `virsh` | |
 //!
 //! Half of each guest's RAM is noise, which QEMU can neither skip as zeroes nor compress. [`figures`] has the
-//! measured samples; [`report`] shows them as a table and as JSON, [`chart`] as a picture.
+//! measured samples; [`report`] shows them as a table and as JSON, [`chart`] and [`growth`]
+//! as pictures.
 //!
 //! The task builds optimised programs, and replaces itself by the optimised task beside them.
 
 mod analysis;
+mod answers;
 mod by_hand;
 mod chart;
+mod clones;
 mod cuckoo3;
 mod figures;
+mod growth;
 mod host;
 mod kvm;
 mod load;
@@ -61,6 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
     let plan = Plan::of(options);
     let mut figures = Figures::default();
     match options.machinery {
+        Machinery::Qemu if let Some(most) = options.clones => clones::measure(&plan, most, &mut figures)?,
         Machinery::Qemu if options.analysis => analysis::measure(&plan, &mut figures)?,
         Machinery::Qemu => {
             qemu::measure(&plan, &mut figures)?;
@@ -74,7 +81,8 @@ pub fn run(options: &Options) -> Result<()> {
         write(path, &report::json(&figures))?;
     }
     if let Some(path) = &options.svg {
-        write(path, &chart::svg(&figures))?;
+        let chart = if options.clones.is_some() { growth::svg } else { chart::svg };
+        write(path, &chart(&figures))?;
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ use crate::run::{Context, Result, note};
 const ROUNDS_EACH: usize = 3;
 
 /// The time until a restored guest is idle.
-const IDLE_AFTER: Duration = Duration::from_secs(3);
+pub const IDLE_AFTER: Duration = Duration::from_secs(3);
 
 /// Returns the kind of the time until all machines are restored.
 pub fn restores(mode: Mode) -> Kind {
@@ -101,8 +101,13 @@ fn all(session: &mut Session, action: &str, lab: &Lab) -> Result<f64> {
 
 /// Returns the memory of each machine, in MiB.
 fn memory_of_each(lab: &Lab) -> Result<f64> {
-    let mut kib = 0.0;
     let machines = lab.names().count();
+    Ok(memory_of_all(lab, machines)? / machines as f64)
+}
+
+/// Returns the memory of that many machines, in MiB.
+pub fn memory_of_all(lab: &Lab, machines: usize) -> Result<f64> {
+    let mut kib = 0.0;
     let processes = processes(&lab.qemu().system, lab.cwd().root())?;
     if processes.len() != machines {
         return Err(format!("{} QEMU processes run for {machines} machines", processes.len()).into());
@@ -110,7 +115,7 @@ fn memory_of_each(lab: &Lab) -> Result<f64> {
     for process in processes {
         kib += proportional_kib(&process)?;
     }
-    Ok(kib / 1024.0 / machines as f64)
+    Ok(kib / 1024.0)
 }
 
 /// Returns the folders in `/proc` of that program's processes with `folder` on their command line.

@@ -38,6 +38,16 @@ pub struct Options {
     /// Measure analyses instead: by Cuckoo3 of $CUCKOO3_PYTHON, and by CAPE of $CAPE_SOURCE and $CAPE_PYTHON; uses 4 machines
     #[arg(long)]
     pub analysis: bool,
+    /// Measure clones of one snapshot instead, from 1 to that number, as root
+    #[arg(
+        long,
+        value_name = "N",
+        num_args = 0..=1,
+        default_missing_value = "100",
+        value_parser = at_least_one,
+        conflicts_with = "analysis"
+    )]
+    pub clones: Option<usize>,
     /// Number of analyses with each manager
     #[arg(long, default_value_t = 20, value_parser = at_least_one, requires = "analysis")]
     pub analyses: usize,

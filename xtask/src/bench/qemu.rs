@@ -56,7 +56,9 @@ fn one_size(plan: &Plan, ram: u32, python: Option<&str>, figures: &mut Figures) 
     };
     turns::take(contestants(plan, python.is_some()), rounds, |contestant, share| match (contestant, python) {
         (Contestant::ByHand(mode), _) => by_hand.measure(mode, share, place, figures),
-        (Contestant::Host(mode), _) => host::measure(served, mode, share, place, figures),
+        (Contestant::Host(mode), _) => {
+            host::measure(served, mode, &lab.folder("m").probe, share, place, figures)
+        }
         (Contestant::Cuckoo3, Some(python)) => Cuckoo3::start(python, &lab)?.measure(share, place, figures),
         (Contestant::Cuckoo3, None) => Ok(()),
     })

@@ -79,8 +79,14 @@ pub enum Command {
     EndRuns,
     /// Check configuration and environment, and report all problems
     Check,
-    /// List all machines
-    List,
+    /// List all machines; the clones of one machine are one row
+    List {
+        /// The machines to list; the name of a machine with clones lists these too [default: all]
+        machines: Vec<String>,
+        /// Show each clone in a row of its own
+        #[arg(long)]
+        all: bool,
+    },
     /// Show the machines in the terminal, as they change, and act on them
     Top,
     /// Show a machine's state

@@ -1,12 +1,13 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, `machines` the list of machines, `report` the findings of a
-//! check, `console` and `wall` the way to a screen. `manual` writes the manual pages, `requests` sends requests to the host,
+//! `args` defines the arguments, `output` prints the results, `machines` the list of machines, whose `clones` are folded,
+//! `report` the findings of a check, `console` and `wall` the way to a screen. `manual` writes the manual pages, `requests` sends requests to the host,
 //! `progress` shows work under way, and `top` shows the machines.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
+mod clones;
 mod console;
 mod file;
 mod machines;
@@ -141,9 +142,9 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Export(Export::Cape) => export_cape(cwd, global.json),
-        Command::List => {
-            let answer = send_request(cwd, json!({"action": "list"}), global.json)?;
-            machines::machines(&answer, global.json);
+        Command::List { machines: names, all } => {
+            let answer = machines::named(send_request(cwd, json!({"action": "list"}), global.json)?, names);
+            machines::machines(&answer, *all || !names.is_empty(), global.json);
             Ok(exit_code(&answer))
         }
         Command::Top => run_top(cwd, global.json),

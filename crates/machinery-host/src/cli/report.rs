@@ -152,7 +152,7 @@ fn generalized(text: &str, machine: &str) -> String {
 }
 
 /// Returns the names, with those that are numbered in a row as a range.
-fn ranges(names: &[&str]) -> String {
+pub fn ranges(names: &[&str]) -> String {
     let mut runs: Vec<RangeInclusive<usize>> = Vec::new();
     for index in 0..names.len() {
         match runs.last_mut() {
@@ -174,7 +174,7 @@ fn is_next(name: &str, next: &str) -> bool {
 }
 
 /// Returns the name without the number at its end, and that number.
-fn numbered(name: &str) -> (&str, Option<u64>) {
+pub fn numbered(name: &str) -> (&str, Option<u64>) {
     let prefix = name.trim_end_matches(|c: char| c.is_ascii_digit());
     (prefix, name[prefix.len()..].parse().ok())
 }

@@ -3,14 +3,14 @@
 use machinery::format_bytes;
 use serde_json::{Value, json};
 
-use super::machines::{age, sum_of_ready};
+use super::machines::{age, standby_memory, template_disk};
 use super::output::{reply, table};
 use crate::fleet::quarantine::unix_now;
 
 /// Prints the status, from the host's answers to `version` and `list`.
 pub fn status(version: &Value, list: &Value, json: bool) {
     let Some(machines) = list["machines"].as_array() else { return reply(list, json) };
-    let (disk, memory) = (sum_of_ready(machines, "disk"), sum_of_ready(machines, "memory"));
+    let (disk, memory) = (template_disk(machines), standby_memory(machines));
     let counts = counts(machines);
     if json {
         let mut status = version.clone();

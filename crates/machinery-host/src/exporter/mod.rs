@@ -6,11 +6,12 @@
 //!                                        └─▶ the host ends: the file is removed
 //! ```
 //!
-//! `page` collects the values when somebody reads them, so that metrics cost nothing meanwhile. An exporter that fails
-//! is an error in the log; the host serves on.
+//! `page` collects the values when somebody reads them, so that metrics cost nothing meanwhile; `machines` has those
+//! of machines. An exporter that fails is an error in the log; the host serves on.
 
 mod families;
 mod http;
+mod machines;
 mod page;
 mod probe;
 mod textfile;

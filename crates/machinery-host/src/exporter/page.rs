@@ -6,20 +6,17 @@ use std::fmt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use machinery::{Readiness, State};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, prometheus_text, text};
 use prometheus_client::registry::Registry;
 use tokio::sync::broadcast;
 
 use super::families::{Families, Labels, Unit};
+use super::machines;
 use super::probe::Probe;
 use crate::events::Event;
-use crate::fleet::status::Status;
-use crate::fleet::{Machine, Machinery};
+use crate::fleet::Machinery;
 use crate::manager::Manager;
-
-const ALL_MODES: [Readiness; 3] = [Readiness::Plain, Readiness::Instant, Readiness::Standby];
 
 /// The format of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +115,7 @@ impl Collector for Collected {
         let mut families = Families(encoder);
         self.host(&mut families)?;
         self.machineries(&mut families)?;
-        self.machines(&mut families)?;
+        machines::gauges(&mut families, &self.manager)?;
         super::families::actions(&mut families, &self.manager.metrics().entries())
     }
 }
@@ -201,73 +198,4 @@ impl Collected {
             errors,
         )
     }
-
-    fn machines(&self, families: &mut Families) -> fmt::Result {
-        let roster = self.manager.roster();
-        let machines: Vec<(&Arc<Machine>, Status)> =
-            roster.machines().iter().map(|machine| (machine, machine.status())).collect();
-        // The sum over the machines of each machinery, also of one without machines.
-        let sums = |label: Option<(&'static str, String)>, value: &dyn Fn(&Machine, &Status) -> u64| {
-            let of = |machinery: &Arc<Machinery>| {
-                let own = machines.iter().filter(|(machine, _)| Arc::ptr_eq(&machine.machinery, machinery));
-                let sum: u64 = own.map(|(machine, status)| value(machine, status)).sum();
-                let labels = [("machinery", machinery.name.clone())].into_iter().chain(label.clone());
-                (labels.collect::<Labels>(), sum as f64)
-            };
-            roster.machineries().iter().map(of).collect::<Vec<_>>()
-        };
-        let in_state = |state: State| {
-            sums(Some(("state", state.to_string())), &move |_, status| u64::from(status.state == state))
-        };
-        families.gauge(
-            "machines",
-            "Machines in each state.",
-            Unit::None,
-            State::ALL.into_iter().flat_map(in_state),
-        )?;
-        let ready = |mode: Readiness| {
-            let is_ready = move |status: &Status| status.ready.as_ref().map(|ready| ready.mode) == Some(mode);
-            sums(Some(("mode", mode.to_string())), &move |_, status| u64::from(is_ready(status)))
-        };
-        families.gauge(
-            "ready_machines",
-            "Machines by the mode of their next restore.",
-            Unit::None,
-            ALL_MODES.into_iter().flat_map(ready),
-        )?;
-        let waiting = sums(None, &|machine, _| self.manager.queues().waiting(machine) as u64);
-        families.gauge("waiting_requests", "Requests that wait for their machine.", Unit::None, waiting)?;
-        let memory = sums(None, &|_, status| status.ready.as_ref().map_or(0, |ready| ready.memory));
-        families.gauge("standby_memory", "Memory of all standbys.", Unit::Bytes, memory)?;
-        let disk = sums(None, &|_, status| status.ready.as_ref().map_or(0, |ready| ready.disk));
-        families.gauge("template_disk", "Disk space of all templates and save images.", Unit::Bytes, disk)?;
-        for (name, help, is) in MACHINE_FLAGS {
-            let flags = machines.iter().map(|(machine, status)| {
-                let labels = vec![
-                    ("machinery", machine.machinery.name.clone()),
-                    ("machine", machine.name().to_owned()),
-                ];
-                (labels, f64::from(u8::from(is(status))))
-            });
-            families.gauge(name, help, Unit::None, flags)?;
-        }
-        Ok(())
-    }
 }
-
-/// A name, its help, and whether it holds for a machine.
-type MachineFlag = (&'static str, &'static str, fn(&Status) -> bool);
-
-const MACHINE_FLAGS: [MachineFlag; 4] = [
-    ("machine_disabled", "1 if the machine is disabled, until somebody corrects or enables it.", |status| {
-        let availability = &status.availability;
-        availability.disabled_reason().is_some() && availability.quarantine.is_none()
-    }),
-    ("machine_quarantined", "1 if the machine is in quarantine.", |status| {
-        status.availability.quarantine.is_some()
-    }),
-    ("machine_locked", "1 if a task has locked the machine.", |status| status.availability.lock.is_some()),
-    ("machine_reserved", "1 if the machine is reserved for a task.", |status| {
-        status.availability.reserved_by.is_some()
-    }),
-];

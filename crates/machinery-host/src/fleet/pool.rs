@@ -3,9 +3,14 @@
 //! The rules are those of Cuckoo3's machine list (`MachinesList.find_available` in `common/machines.py`). A
 //! name excludes all other criteria. Otherwise the first available machine with the platform, the version
 //! and all tags is chosen, in the order of the configuration. A version counts only together with a
-//! platform. Two rules are ours: `architecture` is a criterion, and a task gets a machine that it has, or
-//! that is reserved for it, before any other.
+//! platform. Three rules are ours:
+//!
+//! - `architecture` is a criterion.
+//! - A task gets a machine that it has, or that is reserved for it, before any other.
+//! - A machine that stands by comes before one with a template, and that before all others. Among equals, the
+//!   order stays that of the configuration.
 
+use std::cmp::Reverse;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
@@ -103,7 +108,11 @@ impl Fleet {
         let roster = self.roster();
         let mut matching: Vec<_> = roster.matching(query).collect();
         // Stable: among equals, the order is that of the configuration.
-        matching.sort_by_key(|machine| machine.status().availability.affinity(lock));
+        matching.sort_by_cached_key(|machine| {
+            let status = machine.status();
+            let mode = status.ready.map(|ready| ready.mode).unwrap_or_default();
+            (status.availability.affinity(lock), Reverse(mode))
+        });
         let mut last = None;
         for machine in matching {
             match roster.allocate(machine, lock) {
@@ -158,6 +167,8 @@ impl Roster {
 
 #[cfg(test)]
 mod tests {
+    use machinery::{Readiness, RestoreReadiness};
+
     use super::*;
     use crate::client_file::PassedFile;
     use crate::client_file::passed_file;
@@ -280,5 +291,26 @@ mod tests {
         assert!(matches!(unavailable, Some(AcquireError::Unavailable(_))), "{unavailable:?}");
         let linux = MachineQuery { platform: "linux".into(), ..MachineQuery::default() };
         assert_eq!(fleet.acquire(&linux, &lock("4", None, None)).err(), Some(AcquireError::NoMatch));
+    }
+
+    #[test]
+    fn machine_that_stands_by_is_acquired_before_one_with_a_template_and_that_before_others() {
+        let (_plugin, fleet) = fleet(&["a", "b", "c", "d", "e"]);
+        for (name, mode) in [
+            ("b", Readiness::Instant),
+            ("c", Readiness::Standby),
+            ("d", Readiness::Plain),
+            ("e", Readiness::Standby),
+        ] {
+            let ready = RestoreReadiness { mode, ..RestoreReadiness::default() };
+            fleet.find(name).unwrap().set_ready(&ready);
+        }
+        fleet.reserve(&fleet.find("d").unwrap(), "1").unwrap();
+        let acquired: Vec<String> = ["1", "2", "3", "4", "5"]
+            .map(|task| {
+                fleet.acquire(&MachineQuery::default(), &lock(task, None, None)).unwrap().0.name().to_owned()
+            })
+            .into();
+        assert_eq!(acquired, ["d", "c", "e", "b", "a"]);
     }
 }

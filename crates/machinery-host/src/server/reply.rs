@@ -188,6 +188,7 @@ pub fn machine(machine: &Machine, consoles: &Path) -> Value {
         "agent_port": info.agent_port,
         "mac_address": info.mac_address,
         "jail": info.jail,
+        "clone_of": info.clone_of,
         "console": info.console.then(|| console_socket(machine, consoles).ok()).flatten(),
         "machinery_name": machine.machinery.name,
         "state": status.state,

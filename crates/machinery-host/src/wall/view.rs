@@ -11,6 +11,7 @@ pub fn tile(machine: &Machine) -> Value {
     let quarantine = availability.quarantine.as_ref();
     json!({
         "name": info.name,
+        "clone_of": info.clone_of,
         "machinery": machine.machinery.name,
         "platform": info.platform,
         "os_version": info.os_version,

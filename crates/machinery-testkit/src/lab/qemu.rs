@@ -304,7 +304,8 @@ impl Lab {
         assert_eq!(self.leftovers(), Ok(Vec::new()), "leftovers of a run");
     }
 
-    fn fresh_yaml(&self) -> String {
+    /// Returns the text of `qemu.yaml` with all machines, as the lab has made it.
+    pub fn fresh_yaml(&self) -> String {
         let mut text = format!(
             "interface: {}\ndisposable_copy_dir:\nbinaries:\n  qemu_img: {}\n  qemu_system_x86_64: {}\nmachines:\n",
             if self.network.is_some() { TestNetwork::TAP } else { "lo" },

@@ -6,13 +6,14 @@ use super::model::{Action, Dialogue, Model};
 use super::table::Move;
 
 /// The keys and their effects, for the page of the keys.
-pub const KEYS: [(&str, &str); 12] = [
+pub const KEYS: [(&str, &str); 13] = [
     ("Up Down k j", "select a machine"),
     ("PgUp PgDn Home End", "move by a page, or to an end"),
     ("/", "show only machines that have all words you type"),
     ("Esc", "remove the filter"),
     ("o", "order by the next column"),
     ("r", "reverse the order"),
+    ("f", "fold or unfold the clones of a machine"),
     ("s", "stop the machine, after a confirmation"),
     ("d", "disable the machine, after a confirmation"),
     ("e", "enable the machine"),
@@ -64,6 +65,7 @@ fn in_table(model: &mut Model, key: KeyCode) -> Option<Effect> {
         KeyCode::Esc => set_filter(model, String::new()),
         KeyCode::Char('o') => model.table.order = model.table.order.next(),
         KeyCode::Char('r') => model.table.reversed = !model.table.reversed,
+        KeyCode::Char('f') => model.table.fold(&model.machines),
         KeyCode::Char('s') => confirm(model, Action::Stop),
         KeyCode::Char('d') => confirm(model, Action::Disable),
         KeyCode::Char('e') => return act(model, Action::Enable),
@@ -121,7 +123,10 @@ fn confirm(model: &mut Model, action: Action) {
     }
 }
 
-fn act(model: &Model, action: Action) -> Option<Effect> {
+fn act(model: &mut Model, action: Action) -> Option<Effect> {
+    if model.table.selected_row().is_some_and(|row| row.clone_of.is_some()) {
+        model.notice = format!("{}: these are several machines, f shows each", action.verb());
+    }
     model.table.selected().map(|machine| Effect::Act(action, machine.to_owned()))
 }
 
@@ -174,6 +179,16 @@ mod tests {
         let mut empty = Model::default();
         assert_eq!(press(&mut empty, &letters("epsd")), None);
         assert_eq!(empty.dialogue, Dialogue::Table, "there is no machine to confirm");
+    }
+
+    #[test]
+    fn clones_take_an_action_only_when_they_are_unfolded() {
+        let mut model = Model::default();
+        let machines = json!([{"name": "w-1", "clone_of": "w"}, {"name": "w-2", "clone_of": "w"}]);
+        model.receive(&json!({"id": "list", "machines": machines}), Now::present());
+        assert_eq!(press(&mut model, &letters("sdep")), None);
+        assert_eq!((&model.dialogue, model.notice.is_empty()), (&Dialogue::Table, false));
+        assert_eq!(press(&mut model, &letters("fje")), Some(Effect::Act(Action::Enable, "w-2".into())));
     }
 
     #[test]

@@ -219,9 +219,10 @@ impl Model {
         machine::uid(machine).and_then(|uid| self.users.get(&uid)).map_or("", String::as_str)
     }
 
-    /// Returns the selected machine.
+    /// Returns the selected machine, unless a row of clones is selected.
     pub fn selected(&self) -> Option<&Value> {
-        self.machines.get(self.table.selected_index()?)
+        let row = self.table.selected_row().filter(|row| row.clone_of.is_none())?;
+        self.machines.get(*row.members.first()?)
     }
 }
 

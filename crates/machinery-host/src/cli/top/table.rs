@@ -1,11 +1,13 @@
-//! The table of machines: its order, its filter, and the selected machine.
+//! The table of machines: its order, its filter, its folded clones, and the selected row.
 
 use std::cmp::Ordering;
+use std::collections::HashSet;
 use std::ops::Range;
 
 use serde_json::Value;
 
 use super::machine;
+use crate::cli::clones::{self, Row};
 
 /// The column by which the machines are ordered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -74,6 +76,22 @@ pub enum Move {
     Last,
 }
 
+/// The content of a row, which the selection follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Content {
+    /// The machine of this name.
+    Machine(String),
+    /// The clones of the machine of this name.
+    Clones(String),
+}
+
+impl Content {
+    fn of(row: &Row, machines: &[Value]) -> Option<Self> {
+        let name = |index: &usize| Content::Machine(machine::text(&machines[*index], "name").to_owned());
+        row.clone_of.clone().map(Content::Clones).or_else(|| row.members.first().map(name))
+    }
+}
+
 /// The table of machines.
 #[derive(Debug, Default)]
 pub struct Table {
@@ -83,32 +101,49 @@ pub struct Table {
     pub reversed: bool,
     /// The words that a machine must have to be shown.
     pub filter: String,
-    selected: Option<String>,
-    /// The position of the selected machine, for the case that it is no longer shown.
+    /// The machines whose clones have a row each.
+    unfolded: HashSet<String>,
+    selected: Option<Content>,
+    /// The position of the selected row, for the case that it is no longer shown.
     position: usize,
-    /// The indices of the machines that are shown.
-    rows: Vec<usize>,
+    /// The rows that are shown.
+    rows: Vec<Row>,
     first: usize,
     height: usize,
 }
 
 impl Table {
-    /// Chooses and orders the rows. The selection stays at its machine, or else at its position.
+    /// Chooses, orders and folds the rows. A filter unfolds all clones. The selection stays at its machine, or else at its
+    /// position.
     pub fn refresh(&mut self, machines: &[Value]) {
         let words: Vec<String> = self.filter.split_whitespace().map(str::to_lowercase).collect();
-        self.rows = (0..machines.len()).filter(|index| matches(&machines[*index], &words)).collect();
+        let mut shown: Vec<usize> =
+            (0..machines.len()).filter(|index| matches(&machines[*index], &words)).collect();
         let order = self.order;
-        self.rows.sort_by(|one, other| order.compare(&machines[*one], &machines[*other]));
+        shown.sort_by(|one, other| order.compare(&machines[*one], &machines[*other]));
         if self.reversed {
-            self.rows.reverse();
+            shown.reverse();
         }
-        let name = self.selected.as_deref();
-        let kept = name
-            .and_then(|name| self.rows.iter().position(|row| machine::text(&machines[*row], "name") == name));
+        self.rows = clones::rows(&shown, machines, |of| words.is_empty() && !self.unfolded.contains(of));
+        let selected = self.selected.as_ref();
+        let kept = selected.and_then(|selected| {
+            self.rows.iter().position(|row| Content::of(row, machines).as_ref() == Some(selected))
+        });
         self.position = kept.unwrap_or(self.position).min(self.rows.len().saturating_sub(1));
-        let selected =
-            self.rows.get(self.position).map(|row| machine::text(&machines[*row], "name").to_owned());
-        self.selected = selected;
+        self.selected = self.rows.get(self.position).and_then(|row| Content::of(row, machines));
+    }
+
+    /// Folds or unfolds the clones that are selected, or that the selected machine belongs to.
+    pub fn fold(&mut self, machines: &[Value]) {
+        let Some(row) = self.selected_row() else { return };
+        let of_machine = || machines[*row.members.first()?]["clone_of"].as_str().map(str::to_owned);
+        let Some(of) = row.clone_of.clone().or_else(of_machine) else { return };
+        if !self.unfolded.remove(&of) {
+            self.unfolded.insert(of);
+        } else {
+            self.selected = Some(Content::Clones(of));
+        }
+        self.refresh(machines);
     }
 
     /// Moves the selection.
@@ -127,21 +162,24 @@ impl Table {
 
     /// Returns the name of the selected machine.
     pub fn selected(&self) -> Option<&str> {
-        self.selected.as_deref()
+        match &self.selected {
+            Some(Content::Machine(name)) => Some(name),
+            Some(Content::Clones(_)) | None => None,
+        }
     }
 
-    /// Returns the index of the selected machine.
-    pub fn selected_index(&self) -> Option<usize> {
-        self.rows.get(self.position).copied()
+    /// Returns the selected row.
+    pub fn selected_row(&self) -> Option<&Row> {
+        self.rows.get(self.position)
     }
 
     /// Returns the number of machines that pass the filter.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.rows.iter().map(|row| row.members.len()).sum()
     }
 
     /// Returns the rows that fit into that height, and the position of the selected one among them.
-    pub fn window(&mut self, height: usize) -> (&[usize], usize) {
+    pub fn window(&mut self, height: usize) -> (&[Row], usize) {
         self.height = height;
         // The window moves only as far as the selection needs.
         let lowest = (self.position + 1).saturating_sub(height);
@@ -187,7 +225,13 @@ mod tests {
     }
 
     fn names(table: &Table, machines: &[Value]) -> String {
-        table.rows.iter().map(|row| machine::text(&machines[*row], "name")).collect()
+        table.rows.iter().map(|row| machine::text(&machines[row.members[0]], "name")).collect()
+    }
+
+    /// Returns the indices of the machines in the window, and the position of the selected one.
+    fn window(table: &mut Table, height: usize) -> (Vec<usize>, usize) {
+        let (rows, selected) = table.window(height);
+        (rows.iter().map(|row| row.members[0]).collect(), selected)
     }
 
     #[test]
@@ -214,7 +258,7 @@ mod tests {
             table.refresh(&machines);
             assert_eq!(names(&table, &machines), expected, "{filter}");
         }
-        assert_eq!((table.selected(), table.selected_index()), (Some("b"), Some(2)));
+        assert_eq!((table.selected(), table.position), (Some("b"), 0));
     }
 
     #[test]
@@ -225,7 +269,7 @@ mod tests {
         assert_eq!(table.selected(), Some("a"));
         table.order = Order::Errors;
         table.refresh(&machines);
-        assert_eq!((table.selected(), table.selected_index()), (Some("a"), Some(1)));
+        assert_eq!((table.selected(), table.position), (Some("a"), 0));
         machines.remove(1);
         table.refresh(&machines);
         assert_eq!(table.selected(), Some("b"));
@@ -237,23 +281,54 @@ mod tests {
     }
 
     #[test]
+    fn clones_are_one_row_until_they_are_unfolded_or_filtered() {
+        let one = |name: &str, of: Option<&str>, state: &str| json!({"name": name, "clone_of": of, "state": state, "disabled": false, "quarantine": null});
+        let w = Some("w");
+        let machines = [
+            one("w-1", w, "poweroff"),
+            one("a", None, "poweroff"),
+            one("w-2", w, "running"),
+            one("b", None, "error"),
+        ];
+        let mut table = Table::default();
+        table.refresh(&machines);
+        assert_eq!((table.rows.len(), table.len(), table.selected()), (3, 4, None));
+        table.fold(&machines);
+        assert_eq!((names(&table, &machines).as_str(), table.selected()), ("w-1aw-2b", Some("w-1")));
+        table.select(Move::By(2), &machines);
+        table.fold(&machines);
+        assert_eq!((table.rows.len(), table.selected(), table.position), (3, None, 0));
+        // The row of clones is ordered as the first of them.
+        table.order = Order::State;
+        table.refresh(&machines);
+        assert_eq!((names(&table, &machines).as_str(), table.position), ("bw-2a", 1));
+        table.filter = "w-".into();
+        table.refresh(&machines);
+        assert_eq!(names(&table, &machines), "w-2w-1");
+        table.filter = "zzz".into();
+        table.refresh(&machines);
+        table.fold(&machines);
+        assert_eq!(table.rows, []);
+    }
+
+    #[test]
     fn window_has_the_selected_machine() {
         let machines: Vec<Value> = (0..100).map(|number| json!({"name": number.to_string()})).collect();
         let mut table = Table::default();
         table.refresh(&machines);
-        assert_eq!(table.window(10), (&(0..10).collect::<Vec<_>>()[..], 0));
+        assert_eq!(window(&mut table, 10), ((0..10).collect(), 0));
         table.select(Move::Page(1), &machines);
-        assert_eq!(table.window(10), (&(1..11).collect::<Vec<_>>()[..], 9));
+        assert_eq!(window(&mut table, 10), ((1..11).collect(), 9));
         table.select(Move::By(-1), &machines);
         assert_eq!(table.window(10).1, 8);
         table.select(Move::Last, &machines);
-        assert_eq!(table.window(10), (&(90..100).collect::<Vec<_>>()[..], 9));
+        assert_eq!(window(&mut table, 10), ((90..100).collect(), 9));
         table.select(Move::First, &machines);
         assert_eq!(table.window(200).0.len(), 100);
         table.select(Move::Last, &machines);
         assert_eq!(table.window(0).0.len(), 0);
         table.filter = "none".into();
         table.refresh(&machines);
-        assert_eq!(table.window(5), (&[][..], 0));
+        assert_eq!(window(&mut table, 5), (vec![], 0));
     }
 }

@@ -14,7 +14,7 @@ use machinery::format_bytes;
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::text::{Line, Span, Text};
-use ratatui::widgets::{Block, Clear, Paragraph, Row, Table, Wrap};
+use ratatui::widgets::{self, Block, Clear, Paragraph, Table, Wrap};
 use serde_json::Value;
 
 use super::clock::Now;
@@ -24,7 +24,8 @@ use super::model::{Action, Dialogue, Link, Model};
 use super::rates::Figures;
 use super::table::Order;
 use super::theme::Theme;
-use crate::cli::machines::{duration, sum_of_ready};
+use crate::cli::clones::{self, Row};
+use crate::cli::machines::{duration, standby_memory, template_disk};
 use crate::cli::status::counts;
 use crate::logging::on_one_line;
 
@@ -70,7 +71,7 @@ pub fn draw(frame: &mut Frame<'_>, model: &mut Model, theme: Theme, now: Now) {
     draw_machines(frame, areas[3], model, theme, now);
     frame.render_widget(remarks(model, now), areas[4]);
     frame.render_widget(Line::raw(notice(model)), areas[5]);
-    let keys = "q quit  ? help  / filter  o order  s stop  d disable  e enable  p screenshot";
+    let keys = "q quit  ? help  / filter  o order  f fold  s stop  d disable  e enable  p screen";
     frame.render_widget(Line::raw(keys).style(theme.selected()), areas[6]);
     match &model.dialogue {
         Dialogue::Help => draw_window(frame, theme, " Keys ", help()),
@@ -100,12 +101,13 @@ fn summary(model: &Model) -> Line<'static> {
     let [(_, all), others @ ..] = counts(&model.machines);
     let others = others.iter().filter(|(_, count)| *count > 0);
     let others: String = others.map(|(what, count)| format!(", {count} {what}")).collect();
-    let [memory, disk] = ["memory", "disk"].map(|key| format_bytes(sum_of_ready(&model.machines, key)));
+    let sizes = [standby_memory(&model.machines), template_disk(&model.machines)];
+    let [memory, disk] = sizes.map(format_bytes);
     Line::raw(format!("{all} machines{others}; standbys {memory}, templates {disk}"))
 }
 
 fn draw_actions(frame: &mut Frame<'_>, area: Rect, model: &Model, theme: Theme, now: Now) {
-    let heads = Row::new(ACTION_COLUMNS.map(|(head, _)| head)).style(theme.head(false));
+    let heads = widgets::Row::new(ACTION_COLUMNS.map(|(head, _)| head)).style(theme.head(false));
     let row = |(figures, recent): (&Figures, u64)| {
         let Figures { key: [machinery, action, mode], count, failed, times } = figures;
         let texts = [machinery, action, mode].map(|text| on_one_line(text).into_owned());
@@ -113,7 +115,7 @@ fn draw_actions(frame: &mut Frame<'_>, area: Rect, model: &Model, theme: Theme, 
         let cells = texts.into_iter().chain(counts).chain(times.map(milliseconds));
         let style = if *failed > 0 { theme.trouble() } else { Default::default() };
         let style = |column: usize| if column == 5 { style } else { Default::default() };
-        Row::new(
+        widgets::Row::new(
             cells.enumerate().map(|(column, cell)| Text::styled(cell, style(column))).collect::<Vec<_>>(),
         )
     };
@@ -147,13 +149,38 @@ fn draw_machines(frame: &mut Frame<'_>, area: Rect, model: &mut Model, theme: Th
     }
     let (window, selected) = model.table.window(usize::from(area.height.saturating_sub(1)));
     let window = window.to_vec();
-    let row = |(position, index): (usize, &usize)| {
-        let machine = &model.machines[*index];
-        let row = Row::new(cells(model, machine, theme, has_remarks, now));
-        if position == selected { row.style(theme.selected()) } else { row }
+    let shown = |(position, row): (usize, &Row)| {
+        let cells = match &row.clone_of {
+            Some(of) => vec![Span::raw(on_one_line(&clones::title(of, &members(model, row))).into_owned())],
+            None => cells(model, &model.machines[row.members[0]], theme, has_remarks, now),
+        };
+        let line = widgets::Row::new(cells);
+        if position == selected { line.style(theme.selected()) } else { line }
     };
-    let rows = window.iter().enumerate().map(row);
-    frame.render_widget(Table::new(rows, widths).header(Row::new(heads)), area);
+    let rows = window.iter().enumerate().map(shown);
+    frame.render_widget(Table::new(rows, widths).header(widgets::Row::new(heads)), area);
+    let name = COLUMNS[0].1 + if has_remarks { 0 } else { spare };
+    for (y, row) in (area.y + 1..).zip(&window) {
+        if row.clone_of.is_some() {
+            let rest = Rect { x: area.x + name + 1, y, width: area.width, height: 1 };
+            frame.render_widget(clones_line(&members(model, row), theme), rest.intersection(area));
+        }
+    }
+}
+
+/// Returns the machines of a row.
+fn members<'a>(model: &'a Model, row: &Row) -> Vec<&'a Value> {
+    row.members.iter().filter_map(|index| model.machines.get(*index)).collect()
+}
+
+/// Returns the text of a row of clones, which follows its name.
+fn clones_line(members: &[&Value], theme: Theme) -> Line<'static> {
+    let remarks = Some(clones::remarks(members)).filter(|remarks| !remarks.is_empty());
+    let texts = [Some(clones::states(members)), Some(clones::modes(members)), remarks];
+    let text = texts.into_iter().flatten().collect::<Vec<_>>().join("; ");
+    let is_out = members.iter().any(|member| member["disabled"] == true);
+    let style = if is_out { theme.state("disabled") } else { Default::default() };
+    Line::styled(on_one_line(&text).into_owned(), style)
 }
 
 fn cells(model: &Model, machine: &Value, theme: Theme, has_remarks: bool, now: Now) -> Vec<Span<'static>> {
@@ -178,6 +205,14 @@ fn cells(model: &Model, machine: &Value, theme: Theme, has_remarks: bool, now: N
 
 /// Returns the remarks about the selected machine.
 fn remarks(model: &Model, now: Now) -> Paragraph<'static> {
+    let folded = model.table.selected_row().and_then(|row| Some((row.clone_of.as_ref()?, row)));
+    if let Some((of, row)) = folded {
+        let members = members(model, row);
+        let remarks = Some(clones::remarks(&members)).filter(|remarks| !remarks.is_empty());
+        let about = format!("{}: clones of one snapshot, f shows each", clones::title(of, &members));
+        let text = [Some(about), remarks].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        return Paragraph::new(on_one_line(&text).into_owned()).wrap(Wrap { trim: true });
+    }
     let Some(selected) = model.selected() else { return Paragraph::new("no machine is shown") };
     let text = |key: &str| machine::text(selected, key);
     let platform = [text("platform"), text("os_version"), text("architecture")].join(" ");
@@ -310,6 +345,25 @@ mod tests {
         );
         assert_eq!(lines[20], "win10_1 (qemu, windows 10 amd64, 10.0.0.1); latest error: it failed");
         assert!(lines[23].starts_with("q quit  ? help") && lines[23].len() <= 80, "{}", lines[23]);
+    }
+
+    #[test]
+    fn clones_are_one_line_with_their_states_and_names_in_trouble() {
+        let (mut model, now) = model(9);
+        for machine in &mut model.machines[..8] {
+            machine["clone_of"] = json!("win10");
+        }
+        let folded = lines(&mut model, now, (80, 24));
+        let expected = "win10 ×8         5 ready, 2 running, 1 disabled; 8 standby; disabled: win10_2; 2";
+        assert_eq!(folded[6], expected);
+        assert!(folded[7].starts_with("win10_9"), "{}", folded[7]);
+        assert_eq!(folded[20], "win10 ×8: clones of one snapshot, f shows each; disabled: win10_2; 2 locked");
+        model.table.fold(&model.machines);
+        assert!(lines(&mut model, now, (80, 24))[6].starts_with("win10_1 "));
+        for size in [(1, 1), (16, 9), (17, 12)] {
+            model.table.fold(&model.machines);
+            lines(&mut model, now, size);
+        }
     }
 
     #[test]

@@ -17,6 +17,24 @@ export function problemOf(machine) {
   return machine.run_errors ? "run error" : "";
 }
 
+/** The words for a clone, in the order of their counts. */
+const WORDS = ["ready", "reserved", "locked", ...STATES.slice(0, 6), "error", "disabled", "quarantined"];
+
+/** The word for a clone: why it is out of the pool, or its state, or why no other task can have it. */
+function wordOf({ quarantine, disabled, state, task, reserved_by }) {
+  if (quarantine) return "quarantined";
+  if (disabled) return "disabled";
+  if (state !== "poweroff") return state;
+  return task ? "locked" : reserved_by ? "reserved" : "ready";
+}
+
+/** The numbers of clones by their word, such as `18 ready, 2 running`. */
+function statesOf(machines) {
+  const words = machines.map(wordOf);
+  const count = (word) => words.filter((one) => one === word).length;
+  return WORDS.filter(count).map((word) => `${count(word)} ${word}`).join(", ");
+}
+
 /** A duration in seconds as text. */
 export function duration(seconds) {
   const [d, h, m, s] = [seconds / 86400, (seconds / 3600) % 24, (seconds / 60) % 60, seconds % 60].map(Math.floor);
@@ -154,6 +172,8 @@ export class Tiles {
     this.settings = settings;
     this.tiles = new Map();
     this.inView = new Set();
+    /** The groups of clones that show their tiles. */
+    this.unfolded = new Set();
     this.asked = 0;
     this.observer = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) {
@@ -217,21 +237,26 @@ export class Tiles {
     return $("text").value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
   }
 
-  /** Puts each tile into its group, and hides those that do not match. */
+  /** Puts each tile into its group, and hides those that do not match, or whose clones are folded. A search unfolds all. */
   arrange() {
     const key = $("group").value;
+    const isSearch = ["text", "state", "machinery"].some((id) => $(id).value);
     const groups = new Map();
     let shown = 0;
     for (const tile of [...this.tiles.values()].sort((a, b) => byName(a.name, b.name))) {
-      const matches = this.matches(tile.machine);
-      tile.item.hidden = !matches;
-      shown += matches;
-      const group = key ? tile.machine[key] : "";
-      if (!groups.has(group)) groups.set(group, []);
-      groups.get(group).push(tile.item);
+      const name = key ? (tile.machine[key] ?? "") : "";
+      if (!groups.has(name)) groups.set(name, { name, tiles: [], areClones: key === "clone_of" && name !== "" });
+      groups.get(name).tiles.push(tile);
+    }
+    for (const group of groups.values()) {
+      const matching = group.tiles.filter((tile) => this.matches(tile.machine));
+      shown += matching.length;
+      group.isHidden = matching.length === 0;
+      group.isFolded = group.areClones && !isSearch && !this.unfolded.has(group.name);
+      for (const tile of group.tiles) tile.item.hidden = group.isFolded || !matching.includes(tile);
     }
     $("none").hidden = shown > 0;
-    this.placeGroups([...groups].sort(([a], [b]) => orderOf(a) - orderOf(b) || byName(a, b)));
+    this.placeGroups([...groups.values()].sort((a, b) => orderOf(a.name) - orderOf(b.name) || byName(a.name, b.name)));
     this.showCounts(shown);
   }
 
@@ -239,23 +264,47 @@ export class Tiles {
   placeGroups(groups) {
     const main = $("tiles");
     const sections = new Map([...main.children].map((section) => [section.dataset.group, section]));
-    groups.forEach(([name, items], index) => {
-      let section = sections.get(name);
-      sections.delete(name);
-      if (!section) {
-        section = element("section", {}, element("h2", { textContent: name }), element("ul", { className: "grid" }));
-        section.dataset.group = name;
-      }
+    groups.forEach((group, index) => {
+      const section = sections.get(group.name) ?? this.sectionOf(group.name);
+      sections.delete(group.name);
       if (main.children[index] !== section) main.insertBefore(section, main.children[index] ?? null);
-      const [heading, list] = section.children;
-      heading.hidden = !name;
-      section.hidden = items.every((item) => item.hidden);
+      section.hidden = group.isHidden;
+      this.showHeading(section, group);
+      const list = section.lastChild;
+      const items = group.tiles.map((tile) => tile.item);
       items.forEach((item, place) => {
         if (list.children[place] !== item) list.insertBefore(item, list.children[place] ?? null);
       });
       while (list.children.length > items.length) list.lastChild.remove();
     });
     for (const section of sections.values()) section.remove();
+  }
+
+  sectionOf(name) {
+    const fold = element("button", { type: "button", className: "fold" });
+    fold.addEventListener("click", () => {
+      if (!this.unfolded.delete(name)) this.unfolded.add(name);
+      this.arrange();
+    });
+    const heading = element("h2", {}, fold, element("span"), element("span", { className: "clone-states" }));
+    const section = element("section", {}, heading, element("ul", { className: "grid" }));
+    section.dataset.group = name;
+    return section;
+  }
+
+  /** Shows the name of a group. Clones have a button that unfolds them, their number, and their states. */
+  showHeading(section, { name, tiles, areClones, isFolded }) {
+    const [fold, title, states] = section.firstChild.children;
+    const machines = tiles.map((tile) => tile.machine);
+    section.firstChild.hidden = !name;
+    section.classList.toggle("clones", areClones);
+    section.lastChild.hidden = isFolded;
+    fold.hidden = !areClones;
+    fold.textContent = areClones ? `${name} ×${tiles.length}` : "";
+    fold.setAttribute("aria-expanded", String(!isFolded));
+    title.textContent = areClones ? "" : name;
+    states.textContent = areClones ? statesOf(machines) : "";
+    states.classList.toggle("problem", areClones && machines.some(problemOf));
   }
 
   showCounts(shown) {

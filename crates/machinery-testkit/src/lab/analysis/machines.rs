@@ -12,7 +12,7 @@ use crate::snapshot::SnapshotFormat;
 impl Lab {
     /// Makes a lab with [machines of a sandbox](Guest::Analysis), `m1` and so on, in a network of their own. `None` for a
     /// user who may not make one.
-    pub(super) fn with_agents(count: u8, agent: Agent) -> Result<Option<Self>> {
+    pub fn with_agents(count: u8, agent: Agent) -> Result<Option<Self>> {
         let Some(network) = TestNetwork::new()? else { return Ok(None) };
         network.add_machines(count)?;
         let names: Vec<_> = (1..=count).map(|number| format!("m{number}")).collect();
