@@ -212,6 +212,18 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("console"))
     }
 
+    /// Saves a running machine, and ends its run: writes the guest's memory and devices to the new file `memory`, and its
+    /// disk to the new file `disk`. A machine with these two as its snapshot and its disk continues where this one has
+    /// ended. `disk` may depend on the machine's present disk, and has to be in the folder of the run's overlays. The
+    /// plugin reports [`Host::progress`]. Since interface 1.1.
+    ///
+    /// # Errors
+    /// The machine is off, or cannot be saved. The run has ended then, too, and neither file exists.
+    fn save(&self, machine: &str, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        let _ = (machine, memory, disk, deadline);
+        Err(Error::unsupported("save"))
+    }
+
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///

@@ -7,6 +7,7 @@
 //! | `restore` | restore_start and norestore_start, the fastest way first |
 //! | `prepare`, `templates` | the template and the standby, ahead of the next restore |
 //! | `stop` | stop, power button, discarding a standby |
+//! | `save` | a new snapshot and disk of a run |
 //! | `adopt` | a run or a standby of an earlier host, and leaving them to the next one |
 //! | `start` | a QEMU with a paused guest, for all of these |
 
@@ -16,6 +17,7 @@ mod diagnose;
 mod prepare;
 mod query;
 mod restore;
+mod save;
 mod start;
 mod state;
 mod stop;
@@ -66,6 +68,10 @@ impl Backend for Machine {
 
     fn console(self: &Arc<Self>, deadline: Deadline) -> Result<OwnedFd> {
         vnc::connect(&*self.running()?, deadline)
+    }
+
+    fn save(self: &Arc<Self>, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        self.save_run(memory, disk, deadline)
     }
 
     fn prepare(self: &Arc<Self>, _: PrepareOrigin, deadline: Deadline) -> Result<()> {

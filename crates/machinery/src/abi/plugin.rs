@@ -185,6 +185,12 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
             self.0.console(name_of(machine)?, deadline_in(deadline)).map(IntoRawFd::into_raw_fd)
         })
     }
+
+    fn save(&self, machine: RStr<'_>, memory: RStr<'_>, disk: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(M::NAME, || {
+            self.0.save(name_of(machine)?, path_of(memory)?, path_of(disk)?, deadline_in(deadline))
+        })
+    }
 }
 
 fn name_of(machine: RStr<'_>) -> Result<&str> {
