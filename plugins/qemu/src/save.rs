@@ -43,7 +43,8 @@ pub fn save_memory(run: &Run, path: &Path, limit: u64, deadline: Deadline) -> Re
     drop(for_qemu);
     let copying = intake.copy_to(packed, limit)?;
     let events = run.qmp().listen();
-    let migrate = qmp::migrate { uri: Some(format!("fd:{name}")), channels: None, detach: None, resume: None };
+    let migrate =
+        qmp::migrate { uri: Some(format!("fd:{name}")), channels: None, detach: None, resume: None };
     run.execute(&migrate, deadline)?;
     let report = || run.host().progress(run.machine(), fraction(run, deadline));
     let saved = wait_with_progress(&events, deadline, "the memory to be saved", report, migration_end)?;

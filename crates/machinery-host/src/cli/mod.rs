@@ -1,6 +1,6 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
-//! `args` defines the arguments, `output` prints the results, `machines` the list of machines, `report` the findings of a
+//! `args` defines the arguments, `output` prints the results, `machines` the list of machines, `machine` those that were made, `report` the findings of a
 //! check, `console` and `wall` the way to a screen. `manual` writes the manual pages, `requests` sends requests to the host,
 //! `progress` shows work under way, and `top` shows the machines.
 //!
@@ -9,6 +9,7 @@
 mod args;
 mod console;
 mod file;
+mod machine;
 mod machines;
 mod manual;
 mod output;
@@ -138,6 +139,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
             output::imported(&imported, global.json);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Machine(command) => machine::run(cwd, command, global),
         Command::Export(Export::Cape) => export_cape(cwd, global.json),
         Command::List => {
             let answer = send_request(cwd, json!({"action": "list"}), global.json)?;

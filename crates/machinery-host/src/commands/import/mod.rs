@@ -65,6 +65,12 @@ enum Source {
 }
 
 impl Import {
+    /// Returns the import of the machine in this folder, which has a description as VMCloak writes it.
+    pub fn of_folder(folder: &Path) -> Import {
+        let folders = vec![folder.to_owned()];
+        Import { source: Source::Vmcloak(vmcloak::Vmcloak { folders }), dry_run: false }
+    }
+
     /// Returns the machinery that gets the machines.
     pub fn machinery(&self) -> &'static str {
         match self.source {

@@ -1,0 +1,73 @@
+//! Runs the commands that make machines, and prints their results.
+
+use std::sync::Mutex;
+
+use machinery::{Error, Readiness, Result};
+use serde_json::json;
+
+use super::args::Global;
+use super::output::plain_lines;
+use super::progress::Spinner;
+use super::{check_file, unlisted};
+use crate::commands::machine::{self, Context, MACHINERY, Machine, Made, Outcome};
+use crate::config::Config;
+use crate::cwd::Cwd;
+use crate::exit::ExitCode;
+use crate::plugin::open::open;
+
+/// Runs the command, and prints its result.
+///
+/// # Errors
+/// The command's.
+pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
+    let (config, search) = (Config::read(cwd)?, global.search(cwd));
+    let opened =
+        open(MACHINERY, &search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
+    let check = |file| check_file(cwd, MACHINERY, file, &search);
+    let (spinner, shown) = (Spinner::start("machine", global.json), Mutex::new(String::new()));
+    let step = |step: &str| {
+        spinner.step(step);
+        // The log has each step once, without its progress.
+        let step = step.split([':', ';']).next().unwrap_or_default();
+        let mut shown = shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if *shown != step {
+            tracing::info!("{step}");
+            step.clone_into(&mut shown);
+        }
+    };
+    let context = Context {
+        cwd,
+        config: &config,
+        plugin: &opened.plugin,
+        check: &check,
+        step: &step,
+        globals: global.arguments(cwd),
+    };
+    let outcome = machine::run(&context, command);
+    drop(spinner);
+    match outcome? {
+        Outcome::Made(done, mut made) => {
+            made.notes.extend(unlisted(cwd, MACHINERY));
+            print_made(done, &made, global.json);
+        }
+        Outcome::Cleared(names) if global.json => {
+            println!("{}", json!({"success": true, "cleared": names}));
+        }
+        Outcome::Cleared(names) => names.iter().for_each(|name| println!("{name}: cleared")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints a machine that was made.
+fn print_made(done: &str, made: &Made, json: bool) {
+    if json {
+        let mut value = json!(made);
+        value["success"] = json!(true);
+        return println!("{value}");
+    }
+    let Made { machine, folder, ready, notes } = made;
+    println!("{machine}: {done} in {}", folder.display());
+    let reason = if ready.mode == Readiness::Plain { format!(" ({})", ready.reason) } else { String::new() };
+    println!("  restored once; its restores are {}{}", ready.mode, plain_lines(&reason));
+    notes.iter().for_each(|note| println!("  note: {}", plain_lines(note)));
+}

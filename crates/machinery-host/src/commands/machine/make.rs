@@ -1,0 +1,221 @@
+//! Makes a machine in its folder, from a disk that is only read.
+//!
+//! ```text
+//! description ─▶ cold boot in the plugin's own jail ─▶ the guest is ready ─▶ saved: memory and overlay
+//!    ─▶ template ─▶ restored once ─▶ the agent answers again
+//! ```
+//!
+//! The overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. The template only
+//! proves that restores are instant: a host builds its own.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use machinery::config::ConfigFile;
+use machinery::{Error, RestoreReadiness, Result};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::info::{DISK, INFO, Info, MEMORY};
+use super::options::Ready;
+use super::session::{Session, with_session};
+use super::unfinished::Unfinished;
+use super::{Context, MACHINERY, ready};
+
+/// The time to write the memory of a guest.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// The time in which the agent of a restored guest has to answer.
+const RESTORED_TIMEOUT: u64 = 180;
+/// The mode of a file in the machine's folder, which the machine's own user reads.
+const FILE_MODE: u32 = 0o644;
+
+/// The machine to make.
+pub struct Plan<'a> {
+    pub info: Info,
+    /// The disk that the guest boots from.
+    pub base: PathBuf,
+    /// The files that belong into the machine's folder, with their names there.
+    pub files: Vec<(PathBuf, String)>,
+    pub ready: &'a Ready,
+}
+
+/// The programs of the machinery.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+struct Binaries {
+    qemu_img: PathBuf,
+    qemu_system_x86_64: PathBuf,
+}
+
+impl Default for Binaries {
+    fn default() -> Self {
+        Binaries {
+            qemu_img: "/usr/bin/qemu-img".into(),
+            qemu_system_x86_64: "/usr/bin/qemu-system-x86_64".into(),
+        }
+    }
+}
+
+/// Makes the machine, and returns its readiness.
+///
+/// # Errors
+/// A step fails. The folder then has an unfinished machine.
+pub fn make(context: &Context<'_>, plan: &Plan<'_>, unfinished: &mut Unfinished) -> Result<RestoreReadiness> {
+    let folder = unfinished.machine_folder().to_owned();
+    for (file, name) in &plan.files {
+        let to = folder.join(name);
+        let copied =
+            fs::copy(file, &to).and_then(|_| fs::set_permissions(&to, fs::Permissions::from_mode(FILE_MODE)));
+        copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
+    }
+    plan.info.write(&folder)?;
+    let setup = unfinished.setup(
+        scratch_config(context, &plan.info, &folder, &plan.base)?,
+        host_config(context, &plan.info)?,
+    )?;
+    let scratch = unfinished.scratch().to_owned();
+    with_session(context, &setup, plan.name(), |session| boot(context, plan, session, &folder, &scratch))?;
+    prove(context, &plan.info, plan.ready, unfinished)
+}
+
+impl Plan<'_> {
+    fn name(&self) -> &str {
+        &self.info.machine.name
+    }
+}
+
+fn boot(
+    context: &Context<'_>,
+    plan: &Plan<'_>,
+    session: &Session,
+    folder: &Path,
+    scratch: &Path,
+) -> Result<()> {
+    (context.step)("booting");
+    let limit = context.config.timeouts.norestore_start;
+    session
+        .call("booting", limit, |instance, machine, deadline| instance.norestore_start(machine, deadline))?;
+    ready::wait(session, plan.ready, agent_of(&plan.info)?, scratch, context.step)?;
+    let (memory, disk) = (folder.join(MEMORY), folder.join(DISK));
+    context.during("saving the memory", session, || {
+        session.call("saving the guest", SAVE_TIMEOUT, move |instance, machine, deadline| {
+            instance.save(machine, &memory, &disk, deadline)
+        })
+    })
+}
+
+/// Restores a machine whose files are complete once, and returns its readiness.
+///
+/// # Errors
+/// The machine cannot be restored, or its agent does not answer although it has to.
+pub fn prove(
+    context: &Context<'_>,
+    info: &Info,
+    ready: &Ready,
+    unfinished: &mut Unfinished,
+) -> Result<RestoreReadiness> {
+    let folder = unfinished.machine_folder().to_owned();
+    let config = scratch_config(context, info, &folder, &folder.join(DISK))?;
+    let setup = unfinished.setup(config, host_config(context, info)?)?;
+    let scratch = unfinished.scratch().to_owned();
+    let limits = context.config.timeouts;
+    with_session(context, &setup, &info.machine.name, |session| {
+        context.during("building the template", session, || {
+            session.call("preparing the restore", limits.prepare, |instance, machine, deadline| {
+                instance.prepare(machine, deadline)
+            })
+        })?;
+        let readiness = session.readiness();
+        (context.step)("restoring");
+        session.call("restoring", limits.restore_start, |instance, machine, deadline| {
+            instance.restore_start(machine, deadline)
+        })?;
+        if ready.ready_after.is_none() && !ready.ready_key {
+            let again = Ready { timeout: RESTORED_TIMEOUT, screenshot: None, ..ready.clone() };
+            ready::wait(session, &again, agent_of(info)?, &scratch, context.step)?;
+        }
+        session
+            .call("stopping", limits.stop, |instance, machine, deadline| instance.stop(machine, deadline))?;
+        Ok(readiness)
+    })
+}
+
+fn agent_of(info: &Info) -> Result<SocketAddr> {
+    let ip: IpAddr = info.machine.ip.parse().map_err(|_| {
+        Error::configuration(format!("'{}' is no IP address", info.machine.ip)).machine(&info.machine.name)
+    })?;
+    Ok(SocketAddr::new(ip, info.machine.agent_port))
+}
+
+/// Returns the version of the hypervisor.
+///
+/// # Errors
+/// The plugin cannot be loaded.
+pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
+    let mut config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
+    config.text = without_machines(&config.text);
+    let setup = unfinished.setup(config, host_config(context, info)?)?;
+    let limit = context.config.timeouts.load;
+    with_session(context, &setup, &info.machine.name, |session| {
+        session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
+    })
+}
+
+fn without_machines(text: &str) -> String {
+    let mut config: Value = serde_json::from_str(text).unwrap_or_default();
+    config["machines"] = json!({});
+    config.to_string()
+}
+
+/// Returns the machinery's configuration with this machine alone. JSON is YAML.
+fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path) -> Result<ConfigFile> {
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    let binaries: Binaries = match path.exists() {
+        true => ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default(),
+        false => Binaries::default(),
+    };
+    let machine = &info.machine;
+    let text = json!({
+        "interface": machine.bridge,
+        "disposable_copy_dir": folder,
+        "binaries": {"qemu_img": binaries.qemu_img, "qemu_system_x86_64": binaries.qemu_system_x86_64},
+        "machines": {&machine.name: {
+            "qcow2_path": disk,
+            "snapshot_path": folder.join(MEMORY),
+            "machineinfo_path": folder.join(INFO),
+            "ip": machine.ip,
+            "platform": machine.os_name,
+            "os_version": machine.os_version,
+            "architecture": machine.architecture,
+            "agent_port": machine.agent_port,
+        }},
+    });
+    Ok(ConfigFile { path, text: text.to_string() })
+}
+
+/// The keys of the machinery's section of `machinery-host.yaml` that hold while a machine is made.
+const KEPT: [&str; 2] = ["jail", "jail_users"];
+
+/// Returns the host's configuration as far as it is about the confinement of this machine, and about free space.
+fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
+    let (name, mut own, mut machines, mut host) = (&info.machine.name, json!({}), json!({}), json!({}));
+    if let Some(file) = &context.config.host_file {
+        let all: Value = file.parse()?;
+        let section = &all["machineries"][MACHINERY];
+        KEPT.iter().filter(|key| !section[**key].is_null()).for_each(|key| own[*key] = section[*key].clone());
+        if !section["machines"][name].is_null() {
+            machines[name] = section["machines"][name].clone();
+        }
+        host["free_space_reserve"] = all["free_space_reserve"].clone();
+    }
+    own["standby"] = json!("off");
+    own["machines"] = machines;
+    host["machineries"] = json!({MACHINERY: own});
+    if host["free_space_reserve"].is_null() {
+        host.as_object_mut().map(|host| host.remove("free_space_reserve"));
+    }
+    Ok(ConfigFile { path: context.cwd.host_yaml(), text: host.to_string() })
+}

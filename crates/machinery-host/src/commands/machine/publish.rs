@@ -1,0 +1,104 @@
+//! Adds a finished machine to the configuration, and has a running host load it.
+
+use std::path::{Path, PathBuf};
+
+use machinery::config::ConfigFile;
+use machinery::{Error, RestoreReadiness, Result};
+use serde::Serialize;
+use serde_json::{Value, json};
+use serde_yaml::Mapping;
+
+use super::{Context, MACHINERY};
+use crate::client::Client;
+use crate::commands::import::{Import, import};
+use crate::config::Config;
+use crate::cwd::Cwd;
+
+/// A machine that was made, or changed.
+#[derive(Debug, Serialize)]
+pub struct Made {
+    pub machine: String,
+    pub folder: PathBuf,
+    /// The readiness of a restore, without a standby.
+    pub ready: RestoreReadiness,
+    /// Facts that the operator has to know.
+    pub notes: Vec<String>,
+}
+
+/// Expects that no machine has this name, and none of the machinery this address.
+///
+/// # Errors
+/// One has it.
+pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: Option<&str>) -> Result<()> {
+    for machinery in config.machineries.iter().map(String::as_str).chain([MACHINERY]) {
+        // A file that cannot be read is reported by whatever needs it.
+        let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(machinery)) else { continue };
+        let Some(machines) = file.parse_at::<Mapping>(&["machines"])? else { continue };
+        for (other, keys) in &machines {
+            let other = other.as_str().unwrap_or_default();
+            if other == name {
+                return Err(file
+                    .error(&["machines", name], "a machine of this name exists")
+                    .advice("Give another name"));
+            }
+            if machinery == MACHINERY
+                && ip.is_some()
+                && keys.get("ip").and_then(serde_yaml::Value::as_str) == ip
+            {
+                let reason = format!("the address is that of the machine '{other}'");
+                return Err(file.error(&["machines", other, "ip"], reason).advice("Give another --ip"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds the machine in that folder to the configuration, and has a running host load it.
+///
+/// # Errors
+/// The configuration cannot be changed, or refuses the machine.
+pub fn publish(context: &Context<'_>, name: &str, folder: &Path, ready: RestoreReadiness) -> Result<Made> {
+    (context.step)("adding the machine to the configuration");
+    let added = import(&Import::of_folder(folder), &context.cwd.machinery_yaml(MACHINERY), context.check)?;
+    let mut notes = added.notes;
+    notes.extend(reload(context.cwd));
+    Ok(Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes })
+}
+
+/// Has a running host reload its configuration. Returns a note if it does not.
+pub fn reload(cwd: &Cwd) -> Option<String> {
+    let answer = ask(cwd, json!({"action": "reload"}))?;
+    let why = match answer {
+        Ok(answer) if answer["success"] == json!(true) => return None,
+        Ok(answer) => answer["reason"].as_str().unwrap_or_default().to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Some(format!("the running host has not reloaded its configuration: {why}"))
+}
+
+/// Sends a request to the host; `None` if no host runs.
+pub fn ask(cwd: &Cwd, request: Value) -> Option<Result<Value>> {
+    let mut client = Client::connect(&cwd.manager_socket()).ok()?;
+    Some(client.request(request, |_| ()))
+}
+
+/// Expects that a running host does not use the machine.
+///
+/// # Errors
+/// The machine is on, or locked by a task.
+pub fn expect_unused(cwd: &Cwd, name: &str) -> Result<()> {
+    let Some(list) = ask(cwd, json!({"action": "list"})) else { return Ok(()) };
+    let list = list?;
+    let machine =
+        list["machines"].as_array().into_iter().flatten().find(|machine| machine["name"] == json!(name));
+    match machine {
+        Some(machine) if machine["locked"] == json!(true) || machine["state"] != json!("poweroff") => {
+            let state = machine["state"].as_str().unwrap_or_default();
+            let lock = if machine["locked"] == json!(true) { " and locked by a task" } else { "" };
+            Err(Error::unexpected_state(format!("the running host uses the machine: it is {state}{lock}"))
+                .machine(name)
+                .advice("Stop it, or wait until its task has ended"))
+        }
+        _ => Ok(()),
+    }
+}
