@@ -2,14 +2,15 @@
 
 use std::sync::Mutex;
 
-use machinery::{Error, Readiness, Result};
+use machinery::{Error, Readiness, Result, format_bytes};
+use serde::Serialize;
 use serde_json::json;
 
 use super::args::Global;
 use super::output::plain_lines;
 use super::progress::Spinner;
 use super::{check_file, unlisted};
-use crate::commands::machine::{self, Context, MACHINERY, Machine, Made, Outcome};
+use crate::commands::machine::{self, Context, Exported, MACHINERY, Machine, Made, Outcome, Removed};
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::exit::ExitCode;
@@ -20,6 +21,7 @@ use crate::plugin::open::open;
 /// # Errors
 /// The command's.
 pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
+    command.confirm(cwd)?;
     let (config, search) = (Config::read(cwd)?, global.search(cwd));
     let opened =
         open(MACHINERY, &search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
@@ -50,6 +52,8 @@ pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
             made.notes.extend(unlisted(cwd, MACHINERY));
             print_made(done, &made, global.json);
         }
+        Outcome::Removed(removed) => print_removed(&removed, global.json),
+        Outcome::Exported(exported) => print_exported(&exported, global.json),
         Outcome::Cleared(names) if global.json => {
             println!("{}", json!({"success": true, "cleared": names}));
         }
@@ -61,13 +65,33 @@ pub fn run(cwd: &Cwd, command: &Machine, global: &Global) -> Result<ExitCode> {
 /// Prints a machine that was made.
 fn print_made(done: &str, made: &Made, json: bool) {
     if json {
-        let mut value = json!(made);
-        value["success"] = json!(true);
-        return println!("{value}");
+        return print_json(made);
     }
     let Made { machine, folder, ready, notes } = made;
     println!("{machine}: {done} in {}", folder.display());
     let reason = if ready.mode == Readiness::Plain { format!(" ({})", ready.reason) } else { String::new() };
     println!("  restored once; its restores are {}{}", ready.mode, plain_lines(&reason));
     notes.iter().for_each(|note| println!("  note: {}", plain_lines(note)));
+}
+
+fn print_removed(removed: &Removed, json: bool) {
+    if json {
+        return print_json(removed);
+    }
+    println!("{}: removed", removed.machine);
+    removed.removed.iter().for_each(|path| println!("  {}", path.display()));
+}
+
+fn print_exported(exported: &Exported, json: bool) {
+    if json {
+        return print_json(exported);
+    }
+    let Exported { machine, file, bytes } = exported;
+    println!("{machine}: exported to {} ({})", file.display(), format_bytes(*bytes));
+}
+
+fn print_json(result: &impl Serialize) {
+    let mut value = json!(result);
+    value["success"] = json!(true);
+    println!("{value}");
 }

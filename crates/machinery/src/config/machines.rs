@@ -143,7 +143,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for MachinesVisitor<T> {
 const MAX_NAME: usize = 100;
 
 /// Reports whether a machine can have that name. It becomes part of file and socket names, so it must not be a path.
-pub(crate) fn is_machine_name(name: &str) -> bool {
+pub fn is_machine_name(name: &str) -> bool {
     let plain = |c: char| c.is_alphanumeric() || "-_.@+ ".contains(c);
     !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('.') && name.chars().all(plain)
 }

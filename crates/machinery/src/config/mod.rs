@@ -13,7 +13,7 @@ mod values;
 
 pub use file::ConfigFile;
 pub use interface::{expect_interface, find_interface};
-pub(crate) use machines::is_machine_name;
+pub use machines::is_machine_name;
 pub use machines::{Configured, MachineConfig, Machines};
 pub use renamed::renamed_keys;
 pub use values::{checked, empty_as_none, flag, lowercase, null_as_default, port, text, words};

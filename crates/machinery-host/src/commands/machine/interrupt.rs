@@ -26,7 +26,7 @@ pub fn clear_when_interrupted(name: &str, globals: Vec<OsString>) -> Result<()> 
         pipe::register(signal, sender.try_clone().map_err(failed)?).map_err(failed)?;
     }
     let mut clear = Command::new("/proc/self/exe");
-    clear.args(globals).args(["machine", "clear", "--interrupted", name]);
+    clear.args(globals).args(["machine", "clear", "--interrupted", "--", name]);
     let wait = move || {
         if receiver.read_exact(&mut [0]).is_ok() {
             // Returns only if the program cannot be executed.

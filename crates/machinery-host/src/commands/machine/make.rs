@@ -45,8 +45,8 @@ pub struct Plan<'a> {
 /// The programs of the machinery.
 #[derive(Debug, Deserialize)]
 #[serde(default)]
-struct Binaries {
-    qemu_img: PathBuf,
+pub struct Binaries {
+    pub qemu_img: PathBuf,
     qemu_system_x86_64: PathBuf,
 }
 
@@ -164,6 +164,18 @@ pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) 
     })
 }
 
+/// Returns the programs that the configuration names.
+///
+/// # Errors
+/// The configuration cannot be read.
+pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    if !path.exists() {
+        return Ok(Binaries::default());
+    }
+    Ok(ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
+}
+
 fn without_machines(text: &str) -> String {
     let mut config: Value = serde_json::from_str(text).unwrap_or_default();
     config["machines"] = json!({});
@@ -172,11 +184,7 @@ fn without_machines(text: &str) -> String {
 
 /// Returns the machinery's configuration with this machine alone. JSON is YAML.
 fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path) -> Result<ConfigFile> {
-    let path = context.cwd.machinery_yaml(MACHINERY);
-    let binaries: Binaries = match path.exists() {
-        true => ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default(),
-        false => Binaries::default(),
-    };
+    let (path, binaries) = (context.cwd.machinery_yaml(MACHINERY), binaries(context)?);
     let machine = &info.machine;
     let text = json!({
         "interface": machine.bridge,

@@ -8,21 +8,28 @@
 //! | --- | --- |
 //! | `options` | the arguments |
 //! | `create`, `arguments` | a machine of an installed disk; QEMU's arguments |
+//! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
+//! | `export`, `import_archive`, `archive` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
 //! | `session` | the plugin with one machine |
 //! | `info` | the description of a machine in its folder |
 //! | `publish` | the entry in the configuration, and the running host |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
 
+mod archive;
 mod arguments;
 mod create;
+mod export;
+mod import_archive;
 mod info;
 mod interrupt;
 mod make;
 mod options;
 mod publish;
 mod ready;
+mod remove;
 mod session;
+mod snapshot;
 mod unfinished;
 
 use std::ffi::OsString;
@@ -38,9 +45,15 @@ use machinery::{Error, Result};
 use crate::commands::import::Check;
 use crate::config::Config;
 use crate::cwd::Cwd;
+use export::Export;
+pub use export::Exported;
+use import_archive::ImportArchive;
 use options::Create;
 pub use publish::Made;
+use remove::Remove;
+pub use remove::Removed;
 use session::Session;
+use snapshot::Snapshot;
 use unfinished::{Unfinished, clear_abandoned};
 
 /// The machinery of the machines.
@@ -53,6 +66,14 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 pub enum Machine {
     /// Make a machine of an installed disk: boot it, save it once its agent answers, and add it to qemu.yaml
     Create(Box<Create>),
+    /// Take the snapshot of a machine anew, from a cold boot of the disk that it was made of
+    Snapshot(Snapshot),
+    /// Remove a machine from qemu.yaml, and its files
+    Remove(Remove),
+    /// Write a machine into a single file, for another host
+    Export(Export),
+    /// Add the machine of an exported file
+    Import(ImportArchive),
     /// Remove what an interrupted command has left of unfinished machines
     Clear {
         /// The machine [default: all]
@@ -81,8 +102,22 @@ pub struct Context<'a> {
 pub enum Outcome {
     /// A machine was made or changed. The text says which.
     Made(&'static str, Made),
+    /// A machine was removed.
+    Removed(Removed),
+    /// A machine was exported.
+    Exported(Exported),
     /// The unfinished machines that were cleared.
     Cleared(Vec<String>),
+}
+
+impl Machine {
+    /// Asks the operator, if the command removes something.
+    ///
+    /// # Errors
+    /// The operator refuses, or cannot be asked.
+    pub fn confirm(&self, cwd: &Cwd) -> Result<()> {
+        if let Machine::Remove(remove) = self { remove.confirm(cwd) } else { Ok(()) }
+    }
 }
 
 /// Runs the command.
@@ -93,9 +128,7 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
     if let Machine::Clear { name, interrupted } = command {
         let cleared = clear_abandoned(context, name.as_deref())?;
         return match interrupted {
-            true => {
-                Err(Error::interrupted("the command was interrupted, and nothing of the machine remains"))
-            }
+            true => Err(Error::interrupted("the command was interrupted; unfinished machines are removed")),
             false => Ok(Outcome::Cleared(cleared)),
         };
     }
@@ -106,6 +139,15 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
         Machine::Create(arguments) => {
             interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
             create::create(context, arguments).map(|made| Outcome::Made("created", made))
+        }
+        Machine::Snapshot(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            snapshot::snapshot(context, arguments).map(|made| Outcome::Made("taken anew", made))
+        }
+        Machine::Remove(arguments) => remove::remove(context, arguments).map(Outcome::Removed),
+        Machine::Export(arguments) => export::export(context, arguments).map(Outcome::Exported),
+        Machine::Import(arguments) => {
+            import_archive::import(context, arguments).map(|made| Outcome::Made("imported", made))
         }
         Machine::Clear { .. } => Ok(Outcome::Cleared(Vec::new())),
     }

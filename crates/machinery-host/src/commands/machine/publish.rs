@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use machinery::config::ConfigFile;
+use machinery::config::{ConfigFile, is_machine_name};
 use machinery::{Error, RestoreReadiness, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -25,11 +25,16 @@ pub struct Made {
     pub notes: Vec<String>,
 }
 
-/// Expects that no machine has this name, and none of the machinery this address.
+/// Expects that the name is valid, that no machine has it, and that none of the machinery has this address or network
+/// card.
 ///
 /// # Errors
 /// One has it.
-pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: Option<&str>) -> Result<()> {
+pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+    if !is_machine_name(name) {
+        return Err(Error::configuration(format!("{name:?} is no name of a machine"))
+            .advice("Use letters, digits, '_', '-' and '.'"));
+    }
     for machinery in config.machineries.iter().map(String::as_str).chain([MACHINERY]) {
         // A file that cannot be read is reported by whatever needs it.
         let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(machinery)) else { continue };
@@ -41,12 +46,17 @@ pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: Option<&str>) -> 
                     .error(&["machines", name], "a machine of this name exists")
                     .advice("Give another name"));
             }
-            if machinery == MACHINERY
-                && ip.is_some()
-                && keys.get("ip").and_then(serde_yaml::Value::as_str) == ip
+            let values = [("ip", Some(ip)), ("mac_address", mac)];
+            for (key, value) in
+                values.into_iter().filter(|(_, value)| machinery == MACHINERY && value.is_some())
             {
-                let reason = format!("the address is that of the machine '{other}'");
-                return Err(file.error(&["machines", other, "ip"], reason).advice("Give another --ip"));
+                if keys.get(key).and_then(serde_yaml::Value::as_str) == value {
+                    let reason = format!("the machine '{other}' has this {key}, too");
+                    return Err(file
+                        .error(&["machines", other, key], reason)
+                        .machine(name)
+                        .advice("Give another one"));
+                }
             }
         }
     }

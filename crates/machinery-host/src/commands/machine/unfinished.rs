@@ -49,8 +49,33 @@ impl Unfinished {
     /// Makes the record and the machine's folder, which must not exist.
     ///
     /// # Errors
-    /// Another command makes a machine of this name, the folder exists, or cannot be made.
+    /// Another command is at work on a machine of this name, the folder exists, or cannot be made.
     pub fn begin(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
+        let unfinished = Unfinished::record(cwd, name, folder)?;
+        if let Err(error) = unfinished.make_folder() {
+            // The folder of somebody else remains.
+            let _ = fs::remove_dir_all(&unfinished.folder);
+            return Err(error.machine(name));
+        }
+        Ok(unfinished)
+    }
+
+    /// Makes the record of a machine that is to be removed with its folder, once the configuration does not have it.
+    ///
+    /// # Errors
+    /// Another command is at work on the machine, or a file cannot be written.
+    pub fn begin_removal(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
+        let removal = Unfinished::record(cwd, name, folder)?;
+        match File::create(folder.join(MARK)) {
+            Ok(_) => Ok(removal),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&removal.folder);
+                Err(Error::io("write to", folder, &error).machine(name))
+            }
+        }
+    }
+
+    fn record(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
         make_state_folder(cwd)?;
         let records = cwd.unfinished_machines();
         make_reachable_folder(&records)?;
@@ -68,13 +93,7 @@ impl Unfinished {
                 .advice("Wait for its end")
         })?;
         drop(new.keep());
-        let unfinished = Unfinished { folder: own, record, _lock: lock };
-        if let Err(error) = unfinished.make_folder() {
-            // The folder of somebody else remains.
-            let _ = fs::remove_dir_all(&unfinished.folder);
-            return Err(error.machine(name));
-        }
-        Ok(unfinished)
+        Ok(Unfinished { folder: own, record, _lock: lock })
     }
 
     fn make_folder(&self) -> Result<()> {

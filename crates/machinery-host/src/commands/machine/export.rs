@@ -1,0 +1,93 @@
+//! `machine export`: writes a machine into a single file.
+//!
+//! The disk in the file is whole: it has the content of all disks on which it depends.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use clap::Args;
+use machinery::{Error, Result};
+use serde::Serialize;
+
+use super::info::{DISK, INFO, Info, MEMORY, files_of};
+use super::make::binaries;
+use super::snapshot::other_files;
+use super::{Context, archive};
+
+/// The machine to export.
+#[derive(Debug, Clone, Args)]
+pub struct Export {
+    /// Name of the machine, which `machine create` has made
+    pub name: String,
+    /// File to write, which must not exist
+    pub file: PathBuf,
+}
+
+/// A machine that was exported.
+#[derive(Debug, Serialize)]
+pub struct Exported {
+    pub machine: String,
+    pub file: PathBuf,
+    /// The size of the file.
+    pub bytes: u64,
+}
+
+/// Exports the machine.
+///
+/// # Errors
+/// Another tool has made the machine, a file cannot be read, or the file cannot be written. Then there is no file.
+pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
+    let files = files_of(context.cwd, &export.name)?;
+    let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/"));
+    let info = Info::read(folder).map_err(|error| error.machine(&export.name))?;
+    let failed = |error: io::Error| Error::io("write", &export.file, &error);
+    let target = std::path::absolute(&export.file).map_err(failed)?;
+    if target.exists() {
+        return Err(
+            failed(io::ErrorKind::AlreadyExists.into()).advice("Name another file, or remove this one")
+        );
+    }
+    // Beside the file, because the disk may be larger than other file systems.
+    let scratch = tempfile::Builder::new()
+        .prefix(".export-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(target.parent().unwrap_or(Path::new("/")))
+        .map_err(failed)?;
+    (context.step)("flattening the disk");
+    let disk = scratch.path().join(DISK);
+    flatten(&binaries(context)?.qemu_img, &folder.join(DISK), &disk)?;
+    let whole = Info { machine: super::info::Description { base: None, ..info.machine }, ..info };
+    whole.write(scratch.path())?;
+    let own = [(scratch.path().join(INFO), INFO), (disk, DISK), (folder.join(MEMORY), MEMORY)];
+    let mut files: Vec<(PathBuf, String)> =
+        own.into_iter().map(|(path, name)| (path, name.to_owned())).collect();
+    files.extend(other_files(folder)?);
+    if let Some((path, _)) = files.iter().find(|(_, name)| !archive::is_plain(name)) {
+        return Err(Error::configuration(format!("{} has a name that no archive can have", path.display()))
+            .machine(&export.name)
+            .advice("Give the file a name of letters, digits, '.', '_', '+' and '-'"));
+    }
+    let file = tempfile::NamedTempFile::new_in(scratch.path()).map_err(failed)?;
+    archive::write(file.as_file(), &files, context.step)?;
+    let bytes = file.as_file().metadata().map_err(failed)?.len();
+    file.persist_noclobber(&target).map_err(|error| failed(error.error))?;
+    fs::File::open(target.parent().unwrap_or(Path::new("/")))
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)?;
+    Ok(Exported { machine: export.name.clone(), file: target, bytes })
+}
+
+/// Writes the content of a disk and of all disks on which it depends into a new disk.
+fn flatten(qemu_img: &Path, from: &Path, to: &Path) -> Result<()> {
+    let mut convert = Command::new(qemu_img);
+    convert.args(["convert", "-q", "-f", "qcow2", "-O", "qcow2"]).args([from, to]).stdin(Stdio::null());
+    let ran = convert.output().map_err(|error| Error::io("run", qemu_img, &error))?;
+    if ran.status.success() {
+        return Ok(());
+    }
+    let why = String::from_utf8_lossy(&ran.stderr).trim().to_owned();
+    Err(Error::failed(format!("{} cannot flatten {}: {why}", qemu_img.display(), from.display())))
+}
