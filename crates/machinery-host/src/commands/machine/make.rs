@@ -17,7 +17,7 @@ use std::time::Duration;
 use machinery::config::ConfigFile;
 use machinery::{Error, RestoreReadiness, Result};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
@@ -156,8 +156,10 @@ fn agent_of(info: &Info) -> Result<SocketAddr> {
 /// The plugin cannot be loaded.
 pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
     let mut config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
-    config.text = without_machines(&config.text);
-    let setup = unfinished.setup(config, host_config(context, info)?)?;
+    config.text = without(&config.text, &["machines"]);
+    let mut host = host_config(context, info)?;
+    host.text = without(&host.text, &["machineries", MACHINERY, "machines"]);
+    let setup = unfinished.setup(config, host)?;
     let limit = context.config.timeouts.load;
     with_session(context, &setup, &info.machine.name, |session| {
         session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
@@ -176,9 +178,11 @@ pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
     Ok(ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
 }
 
-fn without_machines(text: &str) -> String {
+/// Returns the configuration with an empty mapping at this key.
+fn without(text: &str, key: &[&str]) -> String {
     let mut config: Value = serde_json::from_str(text).unwrap_or_default();
-    config["machines"] = json!({});
+    let at = key.iter().fold(&mut config, |value, key| &mut value[*key]);
+    *at = json!({});
     config.to_string()
 }
 
@@ -204,26 +208,26 @@ fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path
     Ok(ConfigFile { path, text: text.to_string() })
 }
 
-/// The keys of the machinery's section of `machinery-host.yaml` that hold while a machine is made.
-const KEPT: [&str; 2] = ["jail", "jail_users"];
+/// The keys of the machinery's section of `machinery-host.yaml` that hold while a machine is made, and those of the
+/// machine.
+const KEPT: [&str; 5] = ["jail", "jail_users", "instant", "instant_space_limit", "template_space"];
+const KEPT_OF_MACHINE: [&str; 4] = ["jail", "instant", "allow_shared_writes", "unsafe_start_args"];
 
-/// Returns the host's configuration as far as it is about the confinement of this machine, and about free space.
+/// Returns the host's configuration as far as it is about the confinement of this machine, and about space.
 fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
-    let (name, mut own, mut machines, mut host) = (&info.machine.name, json!({}), json!({}), json!({}));
-    if let Some(file) = &context.config.host_file {
-        let all: Value = file.parse()?;
-        let section = &all["machineries"][MACHINERY];
-        KEPT.iter().filter(|key| !section[**key].is_null()).for_each(|key| own[*key] = section[*key].clone());
-        if !section["machines"][name].is_null() {
-            machines[name] = section["machines"][name].clone();
-        }
-        host["free_space_reserve"] = all["free_space_reserve"].clone();
-    }
-    own["standby"] = json!("off");
-    own["machines"] = machines;
-    host["machineries"] = json!({MACHINERY: own});
-    if host["free_space_reserve"].is_null() {
-        host.as_object_mut().map(|host| host.remove("free_space_reserve"));
-    }
-    Ok(ConfigFile { path: context.cwd.host_yaml(), text: host.to_string() })
+    let name = &info.machine.name;
+    let all: Value = context.config.host_file.as_ref().map_or(Ok(Value::Null), ConfigFile::parse)?;
+    let section = &all["machineries"][MACHINERY];
+    let mut own = kept(section, &KEPT);
+    own.insert("standby".to_owned(), json!("off"));
+    own.insert("machines".to_owned(), json!({name: kept(&section["machines"][name], &KEPT_OF_MACHINE)}));
+    let mut host = kept(&all, &["free_space_reserve"]);
+    host.insert("machineries".to_owned(), json!({MACHINERY: own}));
+    Ok(ConfigFile { path: context.cwd.host_yaml(), text: Value::Object(host).to_string() })
+}
+
+/// Returns these keys of a mapping, as far as it has them.
+fn kept(mapping: &Value, keys: &[&str]) -> Map<String, Value> {
+    let has_value = |key: &&&str| !mapping[**key].is_null();
+    keys.iter().filter(has_value).map(|key| ((*key).to_owned(), mapping[*key].clone())).collect()
 }

@@ -33,6 +33,7 @@ mod snapshot;
 mod unfinished;
 
 use std::ffi::OsString;
+use std::fs;
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -40,11 +41,13 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use machinery::host::Plugin;
-use machinery::{Error, Result};
+use machinery::{Error, Report, Result};
 
 use crate::commands::import::Check;
 use crate::config::Config;
 use crate::cwd::Cwd;
+use crate::plugin::open::open;
+use crate::plugin::search::PluginSearch;
 use export::Export;
 pub use export::Exported;
 use import_archive::ImportArchive;
@@ -118,6 +121,22 @@ impl Machine {
     pub fn confirm(&self, cwd: &Cwd) -> Result<()> {
         if let Machine::Remove(remove) = self { remove.confirm(cwd) } else { Ok(()) }
     }
+}
+
+/// Clears what interrupted commands have left, before the state of a host is removed.
+///
+/// # Errors
+/// The plugin cannot be opened, or a process or a file remains.
+pub fn clear_all(cwd: &Cwd, config: &Config, search: &PluginSearch) -> Result<()> {
+    let has_any =
+        || fs::read_dir(cwd.unfinished_machines()).is_ok_and(|mut entries| entries.next().is_some());
+    if !has_any() {
+        return Ok(());
+    }
+    let opened = open(MACHINERY, search, config.plugin_hashes.as_ref(), config.timeouts.load)?;
+    let (check, step) = (|_| Ok(Report::default()), |_: &str| ());
+    let (plugin, globals) = (&opened.plugin, Vec::new());
+    clear_abandoned(&Context { cwd, config, plugin, check: &check, step: &step, globals }, None).map(drop)
 }
 
 /// Runs the command.
