@@ -81,7 +81,7 @@ fn own(disk: &Path) -> Result<()> {
         file.set_permissions(Permissions::from_mode(DISK_MODE))?;
         file.sync_all()
     };
-    taken().map_err(|error| Error::io("take over the disk", disk, &error))
+    taken().map_err(|error| Error::io("take the disk", disk, &error))
 }
 
 #[cfg(test)]

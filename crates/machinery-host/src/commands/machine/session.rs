@@ -85,7 +85,7 @@ impl Session {
     }
 }
 
-/// What the plugin has reported of the machine.
+/// The plugin's reports about the machine.
 #[derive(Default)]
 struct Known {
     readiness: RestoreReadiness,

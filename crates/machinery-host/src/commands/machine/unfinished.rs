@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The plugin gets folders of its own, so that a running host and its machines are not affected. A command that fails
-//! clears its record. After a command that was killed, the next one does: it has the plugin end what is left in these
+//! clears its record. After a command that was killed, the next one does: it has the plugin end the leftovers in these
 //! folders, and removes the machine's folder.
 
 use std::fs::{self, File};
