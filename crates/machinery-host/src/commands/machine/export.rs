@@ -2,9 +2,8 @@
 //!
 //! The disk in the file is whole: it has the content of all disks on which it depends.
 
-use std::fs::{self, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -12,9 +11,10 @@ use clap::Args;
 use machinery::{Error, Result};
 use serde::Serialize;
 
-use super::info::{DISK, INFO, Info, MEMORY, files_of};
+use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
 use super::make::binaries;
 use super::snapshot::other_files;
+use super::unfinished::Unfinished;
 use super::{Context, archive};
 
 /// The machine to export.
@@ -50,34 +50,44 @@ pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
             failed(io::ErrorKind::AlreadyExists.into()).advice("Name another file, or remove this one")
         );
     }
+    let beside = target.parent().unwrap_or(Path::new("/"));
+    if !beside.is_dir() {
+        return Err(failed(io::ErrorKind::NotFound.into()).advice("Make the file's folder first"));
+    }
     // Beside the file, because the disk may be larger than other file systems.
-    let scratch = tempfile::Builder::new()
-        .prefix(".export-")
-        .permissions(Permissions::from_mode(0o700))
-        .tempdir_in(target.parent().unwrap_or(Path::new("/")))
-        .map_err(failed)?;
+    let unfinished =
+        Unfinished::begin(context.cwd, &export.name, &beside.join(format!(".{}.export", export.name)))?;
+    let written = write(context, folder, info, unfinished.machine_folder(), &target);
+    match (written, unfinished.clear(context)) {
+        (Ok(bytes), Ok(())) => Ok(Exported { machine: export.name.clone(), file: target, bytes }),
+        (Err(error), _) | (Ok(_), Err(error)) => Err(error.machine(&export.name)),
+    }
+}
+
+/// Writes the archive of the machine in that folder, and returns its size.
+fn write(context: &Context<'_>, folder: &Path, info: Info, scratch: &Path, target: &Path) -> Result<u64> {
+    let failed = |error: io::Error| Error::io("write", target, &error);
     (context.step)("flattening the disk");
-    let disk = scratch.path().join(DISK);
+    let disk = scratch.join(DISK);
     flatten(&binaries(context)?.qemu_img, &folder.join(DISK), &disk)?;
-    let whole = Info { machine: super::info::Description { base: None, ..info.machine }, ..info };
-    whole.write(scratch.path())?;
-    let own = [(scratch.path().join(INFO), INFO), (disk, DISK), (folder.join(MEMORY), MEMORY)];
+    let whole = Info { machine: Description { base: None, ..info.machine }, ..info };
+    whole.write(scratch)?;
+    let own = [(scratch.join(INFO), INFO), (disk, DISK), (folder.join(MEMORY), MEMORY)];
     let mut files: Vec<(PathBuf, String)> =
         own.into_iter().map(|(path, name)| (path, name.to_owned())).collect();
     files.extend(other_files(folder)?);
     if let Some((path, _)) = files.iter().find(|(_, name)| !archive::is_plain(name)) {
         return Err(Error::configuration(format!("{} has a name that no archive can have", path.display()))
-            .machine(&export.name)
             .advice("Give the file a name of letters, digits, '.', '_', '+' and '-'"));
     }
-    let file = tempfile::NamedTempFile::new_in(scratch.path()).map_err(failed)?;
+    let file = tempfile::NamedTempFile::new_in(scratch).map_err(failed)?;
     archive::write(file.as_file(), &files, context.step)?;
     let bytes = file.as_file().metadata().map_err(failed)?.len();
-    file.persist_noclobber(&target).map_err(|error| failed(error.error))?;
-    fs::File::open(target.parent().unwrap_or(Path::new("/")))
+    file.persist_noclobber(target).map_err(|error| failed(error.error))?;
+    File::open(target.parent().unwrap_or(Path::new("/")))
         .and_then(|folder| folder.sync_all())
         .map_err(failed)?;
-    Ok(Exported { machine: export.name.clone(), file: target, bytes })
+    Ok(bytes)
 }
 
 /// Writes the content of a disk and of all disks on which it depends into a new disk.

@@ -164,7 +164,10 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
             snapshot::snapshot(context, arguments).map(|made| Outcome::Made("taken anew", made))
         }
         Machine::Remove(arguments) => remove::remove(context, arguments).map(Outcome::Removed),
-        Machine::Export(arguments) => export::export(context, arguments).map(Outcome::Exported),
+        Machine::Export(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            export::export(context, arguments).map(Outcome::Exported)
+        }
         Machine::Import(arguments) => {
             import_archive::import(context, arguments).map(|made| Outcome::Made("imported", made))
         }
@@ -200,7 +203,7 @@ fn finish_or_clear<T>(
     made: Result<T>,
 ) -> Result<T> {
     match made {
-        Ok(made) => unfinished.finish(folder).map(|()| made),
+        Ok(made) => unfinished.finish(context.cwd, folder).map(|()| made),
         Err(error) => match unfinished.clear(context) {
             Ok(()) => Err(error),
             Err(remains) => Err(error.detail(&format!("and something remains of it: {remains}"))),

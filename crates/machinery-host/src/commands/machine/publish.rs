@@ -112,3 +112,30 @@ pub fn expect_unused(cwd: &Cwd, name: &str) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+/// Reports whether a running host gives the machine to tasks.
+pub fn is_enabled(cwd: &Cwd, name: &str) -> bool {
+    let Some(Ok(list)) = ask(cwd, json!({"action": "list"})) else { return false };
+    let machines = list["machines"].as_array().into_iter().flatten();
+    machines.into_iter().any(|machine| machine["name"] == json!(name) && machine["disabled"] == json!(false))
+}
+
+/// Has a running host give the machine to no task, and end its standby: it has the machine's tap and address.
+///
+/// # Errors
+/// The host cannot be asked.
+pub fn disable(cwd: &Cwd, name: &str) -> Result<()> {
+    let reason = "its snapshot is taken anew";
+    ask(cwd, json!({"action": "disable_machine", "machine": name, "reason": reason})).transpose()?;
+    expect_unused(cwd, name)?;
+    ask(cwd, json!({"action": "stop", "machine": name})).transpose().map(drop)
+}
+
+/// Has a running host give the machine to tasks again, and prepare its next restore. Nobody waits for the preparation.
+pub fn enable(cwd: &Cwd, name: &str) {
+    if let Some(Err(error)) = ask(cwd, json!({"action": "enable_machine", "machine": name})) {
+        tracing::warn!(machine = name, %error, "the machine is still disabled: enable it with `enable-machine`");
+    }
+    let prepare = json!({"action": "prepare", "machine": name});
+    let _ = Client::connect(&cwd.manager_socket()).and_then(|client| client.split().0.send(&prepare, None));
+}

@@ -132,14 +132,14 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
         })
     });
     if let Err(error) = given_up {
-        mark.map_or(Ok(()), |mark| mark.finish(folder.as_deref().unwrap_or(Path::new("/"))))?;
+        mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
         return Err(error.machine(name));
     }
     match &folder {
         Some(folder) => remove_folder(folder)?,
         None => remove_files(&paths)?,
     }
-    mark.map_or(Ok(()), |mark| mark.finish(folder.as_deref().unwrap_or(Path::new("/"))))?;
+    mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
     Ok(Removed { machine: name.clone(), removed: paths })
 }
 

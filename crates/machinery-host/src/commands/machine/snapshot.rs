@@ -10,15 +10,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use machinery::{Error, RestoreReadiness, Result};
+use machinery::{Error, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
-use serde_json::json;
 
 use super::create::lock_base;
 use super::info::{DISK, INFO, Info, MEMORY, files_of};
 use super::make::{Plan, make};
 use super::options::Ready;
-use super::publish::{Made, ask, expect_unused, reload};
+use super::publish::{Made, expect_unused, reload};
 use super::unfinished::{MARK, Unfinished};
 use super::{Context, finish_or_clear};
 
@@ -48,20 +47,16 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     expect_unused(cwd, name)?;
     let _base = lock_base(context, &base)?;
     let mut unfinished = Unfinished::begin(cwd, name, &folder.with_file_name(format!(".{name}.new")))?;
-    let held = hold(context, name);
-    let made = held.and_then(|_held| {
+    let made = (|| {
+        unfinished.hold(cwd)?;
         let plan = Plan { info, base, files: other_files(&folder)?, ready: &snapshot.ready };
-        let readiness = make(context, &plan, &mut unfinished)?;
+        let ready = make(context, &plan, &mut unfinished)?;
         expect_unused(cwd, name)?;
         exchange(&folder, unfinished.machine_folder())?;
-        Ok(made(context, name, &folder, readiness))
-    });
+        let notes = reload(cwd).into_iter().collect();
+        Ok(Made { machine: name.clone(), folder: folder.clone(), ready, notes })
+    })();
     finish_or_clear(context, unfinished, &folder, made)
-}
-
-fn made(context: &Context<'_>, name: &str, folder: &Path, ready: RestoreReadiness) -> Made {
-    let notes = reload(context.cwd).into_iter().collect();
-    Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes }
 }
 
 /// Returns the further files in the machine's folder, such as its firmware's variables.
@@ -80,36 +75,4 @@ fn exchange(folder: &Path, new: &Path) -> Result<()> {
     renameat_with(CWD, new, CWD, folder, RenameFlags::EXCHANGE)
         .map_err(|error| Error::io("replace the machine in", folder, &error.into()))?;
     super::unfinished::remove_folder(new)
-}
-
-/// A machine that a running host gives to no task meanwhile.
-struct Held<'a>(&'a Context<'a>, Option<&'a str>);
-
-/// Has a running host give the machine to nobody, unless it does not do so anyway.
-fn hold<'a>(context: &'a Context<'a>, name: &'a str) -> Result<Held<'a>> {
-    let reason = "its snapshot is taken anew";
-    let disable = json!({"action": "disable_machine", "machine": name, "reason": reason});
-    let is_enabled = || {
-        let list = ask(context.cwd, json!({"action": "list"}))?.ok()?;
-        let machine =
-            list["machines"].as_array()?.iter().find(|machine| machine["name"] == json!(name))?.clone();
-        (machine["disabled"] == json!(false)).then_some(())
-    };
-    if is_enabled().is_none() {
-        return Ok(Held(context, None));
-    }
-    ask(context.cwd, disable).transpose()?;
-    let held = Held(context, Some(name));
-    // A standby has the machine's tap, and its address.
-    ask(context.cwd, json!({"action": "stop", "machine": name})).transpose()?;
-    expect_unused(context.cwd, name)?;
-    Ok(held)
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        if let Some(name) = self.1 {
-            let _ = ask(self.0.cwd, json!({"action": "enable_machine", "machine": name}));
-        }
-    }
 }

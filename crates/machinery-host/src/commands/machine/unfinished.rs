@@ -21,7 +21,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::session::with_session;
-use super::{Context, info};
+use super::{Context, info, publish};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
 const LOCK: &str = "lock";
@@ -43,6 +43,9 @@ struct Record {
     folder: PathBuf,
     /// The setup of the plugin, once it has one.
     setup: Option<Setup>,
+    /// True if a running host is to give the machine to tasks again.
+    #[serde(default)]
+    is_disabled: bool,
 }
 
 impl Unfinished {
@@ -83,7 +86,8 @@ impl Unfinished {
         let new = tempfile::Builder::new().prefix(".new-").tempdir_in(&records).map_err(failed)?;
         let lock =
             try_lock(new.path()).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::WouldBlock.into()))?;
-        let record = Record { name: name.to_owned(), folder: folder.to_owned(), setup: None };
+        let record =
+            Record { name: name.to_owned(), folder: folder.to_owned(), setup: None, is_disabled: false };
         record.write(new.path())?;
         let own = records.join(name);
         // A name of which a record exists is refused.
@@ -145,12 +149,27 @@ impl Unfinished {
         Ok(setup)
     }
 
+    /// Has a running host give the machine to no task until the record ends.
+    ///
+    /// # Errors
+    /// The host uses the machine, or the record cannot be written.
+    pub fn hold(&mut self, cwd: &Cwd) -> Result<()> {
+        let name = &self.record.name;
+        if publish::is_enabled(cwd, name) {
+            self.record.is_disabled = true;
+            self.record.write(&self.folder)?;
+            publish::disable(cwd, name)?;
+        }
+        publish::expect_unused(cwd, name)
+    }
+
     /// Ends the record of a finished machine, whose folder is at `folder` now.
     ///
     /// # Errors
     /// A file cannot be removed.
-    pub fn finish(self, folder: &Path) -> Result<()> {
+    pub fn finish(self, cwd: &Cwd, folder: &Path) -> Result<()> {
         remove_mark(folder)?;
+        self.record.release(cwd);
         remove_folder(&self.folder)
     }
 
@@ -164,6 +183,13 @@ impl Unfinished {
 }
 
 impl Record {
+    /// Has a running host give the machine to tasks again.
+    fn release(&self, cwd: &Cwd) {
+        if self.is_disabled {
+            publish::enable(cwd, &self.name);
+        }
+    }
+
     fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(RECORD);
         let written = serde_json::to_vec(self).map_err(io::Error::other).and_then(|text| {
@@ -219,6 +245,7 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
             Ok(()) => {}
         }
     }
+    record.release(context.cwd);
     let own = &record.folder;
     if info::is_configured(context.cwd, own) {
         remove_mark(own)?;
