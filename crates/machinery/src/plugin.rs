@@ -212,13 +212,11 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("console"))
     }
 
-    /// Saves a running machine, and ends its run: writes the guest's memory and devices to the new file `memory`, and its
-    /// disk to the new file `disk`. A machine with these two as its snapshot and its disk continues where this one has
-    /// ended. `disk` may depend on the machine's present disk, and has to be in the folder of the run's overlays. The
-    /// plugin reports [`Host::progress`]. Since interface 1.1.
+    /// Saves a running machine, and ends its run: writes the new files `memory` and, in the folder of the overlays, `disk`.
+    /// With both as snapshot and disk, a machine continues. `disk` may depend on the present disk. Since interface 1.1.
     ///
     /// # Errors
-    /// The machine is off, or cannot be saved. The run has ended then, too, and neither file exists.
+    /// The machine is off, or cannot be saved. Its run has ended, and neither file exists.
     fn save(&self, machine: &str, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
         let _ = (machine, memory, disk, deadline);
         Err(Error::unsupported("save"))

@@ -7,9 +7,9 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::args::Global;
+use super::configured::{check_file, unlisted};
 use super::output::plain_lines;
 use super::progress::Spinner;
-use super::{check_file, unlisted};
 use crate::commands::machine::{self, Context, Exported, MACHINERY, Machine, Made, Outcome, Removed};
 use crate::config::Config;
 use crate::cwd::Cwd;

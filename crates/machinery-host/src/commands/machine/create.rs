@@ -9,12 +9,12 @@ use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 
 use super::arguments::{FIRMWARE_VARIABLES, accel, arguments, files, random_mac};
+use super::context::Context;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{Plan, make, version};
 use super::options::Create;
 use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
-use super::{Context, finish_or_clear};
 
 /// The interface of a machine with user networking.
 const LOOPBACK: &str = "lo";
@@ -42,7 +42,7 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
         let readiness = make(context, &plan, &mut unfinished)?;
         publish(context, &create.name, &folder, readiness)
     })();
-    finish_or_clear(context, unfinished, &folder, made)
+    unfinished.conclude(context, &folder, made)
 }
 
 /// Returns the folder of a machine, in the given folder or in that of the CWD.

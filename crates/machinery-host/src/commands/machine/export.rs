@@ -11,11 +11,12 @@ use clap::Args;
 use machinery::{Error, Result};
 use serde::Serialize;
 
+use super::archive;
+use super::context::Context;
 use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
 use super::make::binaries;
 use super::snapshot::other_files;
 use super::unfinished::Unfinished;
-use super::{Context, archive};
 
 /// The machine to export.
 #[derive(Debug, Clone, Args)]

@@ -14,12 +14,14 @@ use machinery::config::find_interface;
 use machinery::{Error, Result};
 
 use super::arguments::forward;
+use super::context::Context;
 use super::create::folder_of;
 use super::info::{DISK, INFO, Info};
+use super::make::prove;
 use super::options::Ready;
 use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
-use super::{Context, archive, finish_or_clear, interrupt, make::prove};
+use super::{archive, interrupt};
 
 /// The machine to import.
 #[derive(Debug, Clone, Args)]
@@ -72,7 +74,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
         let readiness = prove(context, &info, &ready, &mut unfinished)?;
         publish(context, &name, &folder, readiness)
     })();
-    finish_or_clear(context, unfinished, &folder, made)
+    unfinished.conclude(context, &folder, made)
 }
 
 impl ImportArchive {

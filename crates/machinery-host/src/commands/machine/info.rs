@@ -10,7 +10,7 @@ use machinery::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
 
-use super::MACHINERY;
+use super::context::MACHINERY;
 use crate::cwd::Cwd;
 
 /// The name of the file.

@@ -12,6 +12,8 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
@@ -19,12 +21,15 @@ use machinery::{Error, RestoreReadiness, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::context::{Context, MACHINERY};
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
+use super::ready;
 use super::session::{Session, with_session};
 use super::unfinished::Unfinished;
-use super::{Context, MACHINERY, ready};
 
+/// The interval at which the progress of an action is shown.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 /// The time to write the memory of a guest.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// The time in which the agent of a restored guest has to answer.
@@ -100,7 +105,7 @@ fn boot(
         .call("booting", limit, |instance, machine, deadline| instance.norestore_start(machine, deadline))?;
     ready::wait(session, plan.ready, agent_of(&plan.info)?, scratch, context.step)?;
     let (memory, disk) = (folder.join(MEMORY), folder.join(DISK));
-    context.during("saving the memory", session, || {
+    during(context, "saving the memory", session, || {
         session.call("saving the guest", SAVE_TIMEOUT, move |instance, machine, deadline| {
             instance.save(machine, &memory, &disk, deadline)
         })
@@ -123,7 +128,7 @@ pub fn prove(
     let scratch = unfinished.scratch().to_owned();
     let limits = context.config.timeouts;
     with_session(context, &setup, &info.machine.name, |session| {
-        context.during("building the template", session, || {
+        during(context, "building the template", session, || {
             session.call("preparing the restore", limits.prepare, |instance, machine, deadline| {
                 instance.prepare(machine, deadline)
             })
@@ -148,6 +153,24 @@ fn agent_of(info: &Info) -> Result<SocketAddr> {
         Error::configuration(format!("'{}' is no IP address", info.machine.ip)).machine(&info.machine.name)
     })?;
     Ok(SocketAddr::new(ip, info.machine.agent_port))
+}
+
+/// Does the work, and shows the progress that the plugin reports meanwhile.
+fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl FnOnce() -> T) -> T {
+    let step = context.step;
+    step(what);
+    let (done, ended) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while ended.recv_timeout(PROGRESS_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                let progress = session.progress();
+                progress.iter().for_each(|progress| step(&format!("{what}: {progress}")));
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
 }
 
 /// Returns the version of the hypervisor.

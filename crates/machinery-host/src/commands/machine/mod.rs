@@ -12,12 +12,14 @@
 //! | `export`, `import_archive`, `archive` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
 //! | `session` | the plugin with one machine |
+//! | `context` | everything that the commands share |
 //! | `info` | the description of a machine in its folder |
 //! | `publish` | the entry in the configuration, and the running host |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
 
 mod archive;
 mod arguments;
+mod context;
 mod create;
 mod export;
 mod import_archive;
@@ -32,22 +34,16 @@ mod session;
 mod snapshot;
 mod unfinished;
 
-use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
-use std::time::Duration;
 
 use clap::Subcommand;
-use machinery::host::Plugin;
 use machinery::{Error, Report, Result};
 
-use crate::commands::import::Check;
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::plugin::open::open;
 use crate::plugin::search::PluginSearch;
+pub use context::{Context, MACHINERY};
 use export::Export;
 pub use export::Exported;
 use import_archive::ImportArchive;
@@ -55,14 +51,8 @@ use options::Create;
 pub use publish::Made;
 use remove::Remove;
 pub use remove::Removed;
-use session::Session;
 use snapshot::Snapshot;
-use unfinished::{Unfinished, clear_abandoned};
-
-/// The machinery of the machines.
-pub const MACHINERY: &str = "qemu";
-/// The interval at which the progress of an action is shown.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+use unfinished::clear_abandoned;
 
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]
@@ -85,19 +75,6 @@ pub enum Machine {
         #[arg(long, hide = true)]
         interrupted: bool,
     },
-}
-
-/// Everything that the commands share.
-pub struct Context<'a> {
-    pub cwd: &'a Cwd,
-    pub config: &'a Config,
-    pub plugin: &'a Plugin,
-    /// Asks the plugin to check a configuration.
-    pub check: Check<'a>,
-    /// Shows the present step.
-    pub step: &'a (dyn Fn(&str) + Sync),
-    /// The arguments of this process that select CWD and plugins.
-    pub globals: Vec<OsString>,
 }
 
 /// The result of a command.
@@ -172,41 +149,5 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
             import_archive::import(context, arguments).map(|made| Outcome::Made("imported", made))
         }
         Machine::Clear { .. } => Ok(Outcome::Cleared(Vec::new())),
-    }
-}
-
-impl Context<'_> {
-    /// Does the work, and shows the progress that the plugin reports meanwhile.
-    fn during<T>(&self, what: &str, session: &Session, work: impl FnOnce() -> T) -> T {
-        let step = self.step;
-        step(what);
-        let (done, ended) = channel::<()>();
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                while ended.recv_timeout(PROGRESS_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                    let progress = session.progress();
-                    progress.iter().for_each(|progress| step(&format!("{what}: {progress}")));
-                }
-            });
-            let result = work();
-            drop(done);
-            result
-        })
-    }
-}
-
-/// Ends the record of a machine that was made, whose folder is at `folder`, or clears one that was not.
-fn finish_or_clear<T>(
-    context: &Context<'_>,
-    unfinished: Unfinished,
-    folder: &Path,
-    made: Result<T>,
-) -> Result<T> {
-    match made {
-        Ok(made) => unfinished.finish(context.cwd, folder).map(|()| made),
-        Err(error) => match unfinished.clear(context) {
-            Ok(()) => Err(error),
-            Err(remains) => Err(error.detail(&format!("and something remains of it: {remains}"))),
-        },
     }
 }

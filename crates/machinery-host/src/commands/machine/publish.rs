@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use serde_yaml::Mapping;
 
-use super::{Context, MACHINERY};
+use super::context::{Context, MACHINERY};
 use crate::client::Client;
 use crate::commands::import::{Import, import};
 use crate::config::Config;

@@ -15,10 +15,10 @@ use machinery::{Error, Result, format_bytes};
 use serde::Serialize;
 use serde_json::json;
 
+use super::context::{Context, MACHINERY};
 use super::info::{Info, files_of, others_in};
 use super::publish::{ask, expect_unused};
 use super::unfinished::{Unfinished, remove_folder};
-use super::{Context, MACHINERY};
 use crate::commands::import;
 use crate::cwd::Cwd;
 

@@ -8,7 +8,7 @@ use machinery::{
     Deadline, Error, HostServices, LogLevel, LogRecord, RestoreReadiness, Result, Setup, State, format_bytes,
 };
 
-use super::Context;
+use super::context::Context;
 use crate::load::shutdown_plugin;
 use crate::logging;
 use crate::plugin::call::{GRACE, call_blocking};

@@ -13,13 +13,13 @@ use clap::Args;
 use machinery::{Error, Result};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use super::context::Context;
 use super::create::lock_base;
 use super::info::{DISK, INFO, Info, MEMORY, files_of};
 use super::make::{Plan, make};
 use super::options::Ready;
 use super::publish::{Made, expect_unused, reload};
 use super::unfinished::{MARK, Unfinished};
-use super::{Context, finish_or_clear};
 
 /// The machine whose snapshot is taken.
 #[derive(Debug, Clone, Args)]
@@ -56,7 +56,7 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
         let notes = reload(cwd).into_iter().collect();
         Ok(Made { machine: name.clone(), folder: folder.clone(), ready, notes })
     })();
-    finish_or_clear(context, unfinished, &folder, made)
+    unfinished.conclude(context, &folder, made)
 }
 
 /// Returns the further files in the machine's folder, such as its firmware's variables.

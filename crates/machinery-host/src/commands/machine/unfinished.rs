@@ -20,8 +20,9 @@ use machinery::{Error, Result, Setup};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use super::context::Context;
 use super::session::with_session;
-use super::{Context, info, publish};
+use super::{info, publish};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
 const LOCK: &str = "lock";
@@ -179,6 +180,20 @@ impl Unfinished {
     /// A process or a file remains.
     pub fn clear(self, context: &Context<'_>) -> Result<()> {
         clear(&self.folder, &self.record, context)
+    }
+
+    /// Ends the record of a machine that was made, whose folder is at `folder`, or clears one that was not.
+    ///
+    /// # Errors
+    /// The machine was not made; something remains.
+    pub fn conclude<T>(self, context: &Context<'_>, folder: &Path, made: Result<T>) -> Result<T> {
+        match made {
+            Ok(made) => self.finish(context.cwd, folder).map(|()| made),
+            Err(error) => match self.clear(context) {
+                Ok(()) => Err(error),
+                Err(remains) => Err(error.detail(&format!("and something remains of it: {remains}"))),
+            },
+        }
     }
 }
 

@@ -37,7 +37,9 @@ fn listed(name: &str, content: &[u8]) -> Listed {
 fn packed(files: Vec<Listed>, entries: &[(&str, EntryType, &[u8])]) -> Packed {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.machine");
-    let mut builder = Builder::new(zstd::Encoder::new(File::create(&path).unwrap(), 1).unwrap());
+    let mut encoder = zstd::Encoder::new(File::create(&path).unwrap(), 1).unwrap();
+    encoder.include_checksum(true).unwrap();
+    let mut builder = Builder::new(encoder);
     let manifest = serde_json::to_vec(&Manifest { format: FORMAT, files }).unwrap();
     let all = [(MANIFEST, EntryType::Regular, &manifest[..])];
     for (name, kind, content) in all.iter().chain(entries) {
