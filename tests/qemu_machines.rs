@@ -126,6 +126,7 @@ fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
 
     let (mut host, mut client) = served(&lab);
     let listed = client.machine("lin").unwrap();
+    assert!(listed["warnings"].as_array().is_none_or(Vec::is_empty), "{listed}");
     let expected = json!(["linux", "12", lab.folder("seed").ip, ["apache", "perl"], 8000]);
     assert_eq!(
         json!(["platform", "os_version", "ip", "tags", "agent_port"].map(|key| &listed[key])),

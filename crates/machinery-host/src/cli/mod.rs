@@ -28,6 +28,7 @@ use machinery::{Error, ErrorKind, Result};
 use serde_json::json;
 
 use crate::commands::conformance;
+use crate::commands::import::Import;
 use crate::commands::new_plugin::{self, Template};
 use crate::commands::{check, clean, end_runs, export, import, shutdown, upgrade};
 use crate::cwd::Cwd;
@@ -129,16 +130,7 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }),
         Command::Check => Ok(run_check(cwd, global)),
         Command::Plugins => plugins(cwd, global),
-        Command::Import(arguments) => {
-            let machinery = arguments.machinery();
-            let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
-            let spinner = Spinner::start("import", global.json);
-            let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
-            drop(spinner);
-            imported.notes.extend(unlisted(cwd, machinery));
-            output::imported(&imported, global.json);
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Import(arguments) => run_import(cwd, arguments, global),
         Command::Machine(command) => machine::run(cwd, command, global),
         Command::Export(Export::Cape) => export_cape(cwd, global.json),
         Command::List => {
@@ -178,6 +170,18 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         other => run_action(cwd, &request(other)?, None, global.json),
     }
+}
+
+/// Imports machines of another tool.
+fn run_import(cwd: &Cwd, arguments: &Import, global: &Global) -> Result<ExitCode> {
+    let machinery = arguments.machinery();
+    let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
+    let spinner = Spinner::start("import", global.json);
+    let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
+    drop(spinner);
+    imported.notes.extend(unlisted(cwd, machinery));
+    output::imported(&imported, global.json);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Checks the configuration and the environment.

@@ -15,6 +15,7 @@ use super::make::{Plan, make, version};
 use super::options::Create;
 use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
+use crate::cwd::make_reachable_folder;
 
 /// The interface of a machine with user networking.
 const LOOPBACK: &str = "lo";
@@ -39,19 +40,20 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
         let version = version(context, &info, &mut unfinished)?;
         info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
         let plan = Plan { info, base, files, ready: &create.ready };
-        let readiness = make(context, &plan, &mut unfinished)?;
+        let readiness = make(context, &plan, &mut unfinished, &folder)?;
         publish(context, &create.name, &folder, readiness)
     })();
     unfinished.conclude(context, &folder, made)
 }
 
-/// Returns the folder of a machine, in the given folder or in that of the CWD.
+/// Returns the real path of a machine's folder, in the given folder or in that of the CWD, which is made.
 ///
 /// # Errors
-/// The present folder is unknown.
+/// The folder around it cannot be made.
 pub fn folder_of(context: &Context<'_>, parent: Option<&Path>, name: &str) -> Result<PathBuf> {
     let parent = parent.map_or_else(|| context.cwd.machines(), Path::to_owned);
-    let parent = std::path::absolute(&parent).map_err(|error| Error::io("find", &parent, &error))?;
+    make_reachable_folder(&parent)?;
+    let parent = fs::canonicalize(&parent).map_err(|error| Error::io("find", &parent, &error))?;
     Ok(parent.join(name))
 }
 

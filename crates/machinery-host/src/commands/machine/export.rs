@@ -14,8 +14,7 @@ use serde::Serialize;
 use super::archive;
 use super::context::Context;
 use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
-use super::make::binaries;
-use super::snapshot::other_files;
+use super::make::{binaries, other_files};
 use super::unfinished::Unfinished;
 
 /// The machine to export.

@@ -71,7 +71,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
             timeout: 0,
             screenshot: None,
         };
-        let readiness = prove(context, &info, &ready, &mut unfinished)?;
+        let readiness = prove(context, &info, &ready, &mut unfinished, &folder)?;
         publish(context, &name, &folder, readiness)
     })();
     unfinished.conclude(context, &folder, made)

@@ -60,12 +60,38 @@ impl Info {
     pub fn read(folder: &Path) -> Result<Info> {
         let path = folder.join(INFO);
         let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
-        Info::parse(&text).map_err(|why| {
+        let info = Info::parse(&text).map(|info| info.relative_to(folder));
+        info.map_err(|why| {
             Error::configuration(format!(
                 "{}: `machine create` has not made this machine: {why}",
                 path.display()
             ))
         })
+    }
+
+    /// Returns the description with relative paths of the files in the machine's folder, in which QEMU runs.
+    fn relative_to(mut self, folder: &Path) -> Info {
+        let prefix = format!("{}/", folder.display());
+        self.machine.start_args.iter_mut().for_each(|arg| *arg = arg.replace(&prefix, ""));
+        self
+    }
+
+    /// Returns the description with absolute paths of these files, which are in the machine's folder.
+    pub fn placed_in(mut self, folder: &Path, names: &[String]) -> Info {
+        for arg in &mut self.machine.start_args {
+            for name in names {
+                let path = folder.join(name).display().to_string();
+                let (value, last) = (format!("={name},"), format!("={name}"));
+                if arg == name {
+                    arg.clone_from(&path);
+                } else if let Some(before) = arg.strip_suffix(&last) {
+                    *arg = format!("{before}={path}");
+                } else {
+                    *arg = arg.replace(&value, &format!("={path},"));
+                }
+            }
+        }
+        self
     }
 
     /// Reads the text of a description. The error is the reason why it is none.
@@ -139,4 +165,40 @@ pub fn files_of(cwd: &Cwd, name: &str) -> Result<Vec<PathBuf>> {
 
 fn real(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_the_folder_are_absolute_in_the_file_and_relative_for_a_copy() {
+        let args = [
+            "-kernel",
+            "vmlinuz",
+            "-drive",
+            "if=pflash,file=vars.fd,unit=1",
+            "-drive",
+            "x,file=vars.fd",
+            "-serial",
+            "file:log",
+        ];
+        let text = serde_json::json!({"made_by": "cuckoo-machinery", "machine": {
+            "name": "m", "ip": "10.0.0.1", "agent_port": 8000, "os_name": "linux", "os_version": "12", "architecture": "amd64",
+            "bridge": "lo", "mac": "", "disk": DISK, "memory_snapshot": MEMORY, "tags": [], "start_args": args,
+        }});
+        let info = Info::parse(&text.to_string()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let names = ["vmlinuz", "vars.fd"].map(str::to_owned);
+        info.placed_in(folder.path(), &names).write(folder.path()).unwrap();
+        let written = fs::read_to_string(folder.path().join(INFO)).unwrap();
+        let placed = Info::parse(&written).unwrap().machine.start_args;
+        let at = folder.path().display();
+        assert_eq!(placed[1], format!("{at}/vmlinuz"));
+        assert_eq!(
+            placed[3..6],
+            [format!("if=pflash,file={at}/vars.fd,unit=1"), "-drive".into(), format!("x,file={at}/vars.fd")]
+        );
+        assert_eq!(Info::read(folder.path()).unwrap().machine.start_args, args);
+    }
 }

@@ -64,11 +64,16 @@ impl Default for Binaries {
     }
 }
 
-/// Makes the machine, and returns its readiness.
+/// Makes the machine, and returns its readiness. Its folder will be at `place`.
 ///
 /// # Errors
 /// A step fails. The folder then has an unfinished machine.
-pub fn make(context: &Context<'_>, plan: &Plan<'_>, unfinished: &mut Unfinished) -> Result<RestoreReadiness> {
+pub fn make(
+    context: &Context<'_>,
+    plan: &Plan<'_>,
+    unfinished: &mut Unfinished,
+    place: &Path,
+) -> Result<RestoreReadiness> {
     let folder = unfinished.machine_folder().to_owned();
     for (file, name) in &plan.files {
         let to = folder.join(name);
@@ -83,7 +88,7 @@ pub fn make(context: &Context<'_>, plan: &Plan<'_>, unfinished: &mut Unfinished)
     )?;
     let scratch = unfinished.scratch().to_owned();
     with_session(context, &setup, plan.name(), |session| boot(context, plan, session, &folder, &scratch))?;
-    prove(context, &plan.info, plan.ready, unfinished)
+    prove(context, &plan.info, plan.ready, unfinished, place)
 }
 
 impl Plan<'_> {
@@ -112,7 +117,7 @@ fn boot(
     })
 }
 
-/// Restores a machine whose files are complete once, and returns its readiness.
+/// Restores a machine whose files are complete once, and returns its readiness. Its folder will be at `place`.
 ///
 /// # Errors
 /// The machine cannot be restored, or its agent does not answer although it has to.
@@ -121,13 +126,14 @@ pub fn prove(
     info: &Info,
     ready: &Ready,
     unfinished: &mut Unfinished,
+    place: &Path,
 ) -> Result<RestoreReadiness> {
     let folder = unfinished.machine_folder().to_owned();
     let config = scratch_config(context, info, &folder, &folder.join(DISK))?;
     let setup = unfinished.setup(config, host_config(context, info)?)?;
     let scratch = unfinished.scratch().to_owned();
     let limits = context.config.timeouts;
-    with_session(context, &setup, &info.machine.name, |session| {
+    let readiness = with_session(context, &setup, &info.machine.name, |session| {
         during(context, "building the template", session, || {
             session.call("preparing the restore", limits.prepare, |instance, machine, deadline| {
                 instance.prepare(machine, deadline)
@@ -145,7 +151,23 @@ pub fn prove(
         session
             .call("stopping", limits.stop, |instance, machine, deadline| instance.stop(machine, deadline))?;
         Ok(readiness)
-    })
+    })?;
+    let names: Vec<String> = other_files(&folder)?.into_iter().map(|(_, name)| name).collect();
+    info.clone().placed_in(place, &names).write(&folder)?;
+    Ok(readiness)
+}
+
+/// Returns the further files in a machine's folder, such as its firmware's variables.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn other_files(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let entries = fs::read_dir(folder).map_err(|error| Error::io("look into", folder, &error))?;
+    let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+    let named = files.filter_map(|entry| Some((entry.path(), entry.file_name().into_string().ok()?)));
+    let is_own = |name: &str| [DISK, MEMORY, INFO].contains(&name) || name.starts_with('.');
+    let is_of_run = |name: &str| name.contains("_disposable") || name.ends_with(".log");
+    Ok(named.filter(|(_, name)| !is_own(name) && !is_of_run(name)).collect())
 }
 
 fn agent_of(info: &Info) -> Result<SocketAddr> {

@@ -7,7 +7,7 @@
 //! The exchange is atomic: at each moment, the machine has the old disk and snapshot, or the new ones.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use machinery::{Error, Result};
@@ -15,8 +15,8 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::context::Context;
 use super::create::lock_base;
-use super::info::{DISK, INFO, Info, MEMORY, files_of};
-use super::make::{Plan, make};
+use super::info::{Info, files_of};
+use super::make::{Plan, make, other_files};
 use super::options::Ready;
 use super::publish::{Made, expect_unused, reload};
 use super::unfinished::{MARK, Unfinished};
@@ -50,22 +50,13 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let made = (|| {
         unfinished.hold(cwd)?;
         let plan = Plan { info, base, files: other_files(&folder)?, ready: &snapshot.ready };
-        let ready = make(context, &plan, &mut unfinished)?;
+        let ready = make(context, &plan, &mut unfinished, &folder)?;
         expect_unused(cwd, name)?;
         exchange(&folder, unfinished.machine_folder())?;
         let notes = reload(cwd).into_iter().collect();
         Ok(Made { machine: name.clone(), folder: folder.clone(), ready, notes })
     })();
     unfinished.conclude(context, &folder, made)
-}
-
-/// Returns the further files in the machine's folder, such as its firmware's variables.
-pub fn other_files(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
-    let entries = fs::read_dir(folder).map_err(|error| Error::io("look into", folder, &error))?;
-    let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
-    let named = files.filter_map(|entry| Some((entry.path(), entry.file_name().into_string().ok()?)));
-    let is_own = |name: &str| [DISK, MEMORY, INFO, MARK].contains(&name) || name.contains("_disposable");
-    Ok(named.filter(|(_, name)| !is_own(name) && !name.ends_with(".log")).collect())
 }
 
 /// Exchanges both folders. The mark of an unfinished machine goes with the old one.

@@ -107,12 +107,15 @@ fn archive_is_verified_and_extracted_as_it_was_written() {
 fn archive_is_refused_when_any_byte_is_changed_or_missing() {
     let whole = machine_with("more", EntryType::Regular, "more");
     let bytes = fs::read(&whole.path).unwrap();
+    let unpacked = zstd::decode_all(&bytes[..]).unwrap();
     verify(&whole.path, &|_| ()).unwrap();
     for at in (0..bytes.len()).step_by(7) {
         let mut changed = bytes.clone();
         changed[at] ^= 0x20;
         fs::write(&whole.path, &changed).unwrap();
-        assert!(verify(&whole.path, &|_| ()).is_err(), "byte {at} of {}", bytes.len());
+        // Within a run of zeros, another offset can stand for the same bytes.
+        let is_same = zstd::decode_all(&changed[..]).is_ok_and(|content| content == unpacked);
+        assert!(is_same || verify(&whole.path, &|_| ()).is_err(), "byte {at} of {}", bytes.len());
         fs::write(&whole.path, &bytes[..at]).unwrap();
         assert!(verify(&whole.path, &|_| ()).is_err(), "cut at {at}");
     }
