@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// The arguments and the expected exit code of a command that needs arguments, or that a running host refuses. All
 /// others run without arguments, and succeed. A command that ends the host is last.
-const SPECIAL: [(&str, &[&str], i32); 24] = [
+const SPECIAL: [(&str, &[&str], i32); 29] = [
     ("serve", &[], 2),
     ("clean", &[], 1),
     ("state", &["m"], 0),
@@ -31,6 +31,11 @@ const SPECIAL: [(&str, &[&str], i32); 24] = [
     ("console", &["m"], 1),
     ("wall", &[], 1),
     ("export-cape", &[], 0),
+    ("machine-create", &["m"], 2),
+    ("machine-snapshot", &["m"], 2),
+    ("machine-remove", &["m", "--yes"], 2),
+    ("machine-export", &["m", "m.machine"], 2),
+    ("machine-import", &["none"], 1),
     ("conformance", &["--list"], 0),
     ("manual", &["share"], 0),
     ("new-plugin", &["xen"], 0),
@@ -49,7 +54,7 @@ fn commands(cwd: &ScratchCwd) -> BTreeSet<String> {
     let mut names: BTreeSet<String> = names
         .filter_map(|page| page.strip_suffix(".1")?.strip_prefix("cuckoo-machinery-").map(str::to_owned))
         .collect();
-    for parent in ["import", "export"] {
+    for parent in ["import", "export", "machine"] {
         assert!(names.remove(parent), "{names:?}");
     }
     names
@@ -59,7 +64,7 @@ fn commands(cwd: &ScratchCwd) -> BTreeSet<String> {
 fn run(cwd: &ScratchCwd, command: &str, arguments: &[&str]) -> CommandOutput {
     let mut program = host::command(cwd).unwrap();
     let words = match command.split_once('-') {
-        Some((parent @ ("import" | "export"), own)) => vec![parent, own],
+        Some((parent @ ("import" | "export" | "machine"), own)) => vec![parent, own],
         _ => vec![command],
     };
     program.current_dir(cwd.root()).arg("--json").args(words).args(arguments);

@@ -176,6 +176,10 @@ impl<S: Shared> Machinery for Adapter<S> {
         self.on(machine, |machine| machine.close_network(deadline))
     }
 
+    fn save(&self, machine: &str, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        self.on(machine, |machine| machine.save(memory, disk, deadline))
+    }
+
     fn shutdown(&self, deadline: Deadline) -> Result<()> {
         self.machines.all().iter().for_each(|machine| machine.begin_end());
         self.leave(deadline, |machine| machine.end(deadline))

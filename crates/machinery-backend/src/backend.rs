@@ -101,6 +101,14 @@ pub trait Backend: Reloadable + Sized + Send + Sync + 'static {
         Err(Error::unsupported("close_network"))
     }
 
+    /// See [`Machinery::save`](machinery::Machinery::save).
+    ///
+    /// # Errors
+    /// The machine is off, or cannot be saved.
+    fn save(self: &Arc<Self>, _memory: &Path, _disk: &Path, _deadline: Deadline) -> Result<()> {
+        Err(Error::unsupported("save"))
+    }
+
     /// Returns what makes the machine unusable, and its warnings.
     fn diagnose(&self) -> Diagnosis {
         Diagnosis::new(self.name())

@@ -107,6 +107,16 @@ impl Cwd {
         self.state().join("unfinished")
     }
 
+    /// Returns the folder in which machines are made, unless their operator names another one.
+    pub fn machines(&self) -> PathBuf {
+        self.root.join("machines")
+    }
+
+    /// Returns the folder of the records of unfinished machines.
+    pub fn unfinished_machines(&self) -> PathBuf {
+        self.state().join("machines")
+    }
+
     /// Returns the default path of the wall's token.
     pub fn wall_token(&self) -> PathBuf {
         self.state().join("wall.token")

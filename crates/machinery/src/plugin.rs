@@ -236,6 +236,16 @@ pub trait Machinery: Sized + Send + Sync + 'static {
         Err(Error::unsupported("close_network"))
     }
 
+    /// Saves a running machine, and ends its run: writes the new files `memory` and, in the folder of the overlays, `disk`.
+    /// With both as snapshot and disk, a machine continues. `disk` may depend on the present disk. Since interface 1.1.
+    ///
+    /// # Errors
+    /// The machine is off, or cannot be saved. Its run has ended, and neither file exists.
+    fn save(&self, machine: &str, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        let _ = (machine, memory, disk, deadline);
+        Err(Error::unsupported("save"))
+    }
+
     /// Ends the remainder of the plugin's runs, and its standbys, before the host ends. The host has already
     /// stopped the runs that it has started. A machine that somebody else has started keeps running.
     ///

@@ -15,6 +15,7 @@
 //! | `prepare` | templates: snapshots in the form that makes a restore instant |
 //! | `standby` | a run that is loaded and paused |
 //! | `restore`, `progress`, `refusal` | loads a snapshot or a template; its progress; why QEMU refuses a snapshot |
+//! | `save` | writes a snapshot |
 //! | `inspect` | memory dump and screenshot |
 //! | `vnc` | the console of a run |
 //! | `isolation` | the network of a run that is isolated |
@@ -56,6 +57,7 @@ mod reload;
 mod resources;
 mod restore;
 mod run;
+mod save;
 mod shared;
 mod snapshot;
 mod standby;

@@ -8,6 +8,7 @@
 //! | `prepare`, `templates` | the template and the standby, ahead of the next restore |
 //! | `stop` | stop, power button, discarding a standby |
 //! | `network` | the network of the next run, before its start |
+//! | `save` | a new snapshot and disk of a run |
 //! | `adopt` | a run or a standby of an earlier host, and leaving them to the next one |
 //! | `start` | a QEMU with a paused guest, for all of these |
 
@@ -18,6 +19,7 @@ mod network;
 mod prepare;
 mod query;
 mod restore;
+mod save;
 mod start;
 mod state;
 mod stop;
@@ -68,6 +70,10 @@ impl Backend for Machine {
 
     fn console(self: &Arc<Self>, deadline: Deadline) -> Result<OwnedFd> {
         vnc::connect(&*self.running()?, deadline)
+    }
+
+    fn save(self: &Arc<Self>, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        self.save_run(memory, disk, deadline)
     }
 
     fn prepare(self: &Arc<Self>, _: PrepareOrigin, deadline: Deadline) -> Result<()> {

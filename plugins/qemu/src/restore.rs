@@ -162,7 +162,7 @@ fn file_set() -> qmp::add_fd {
     qmp::add_fd { fdset_id: Some(FILE_SET), opaque: None }
 }
 
-fn capabilities(on: &[MigrationCapability]) -> qmp::migrate_set_capabilities {
+pub fn capabilities(on: &[MigrationCapability]) -> qmp::migrate_set_capabilities {
     let status = |capability: &MigrationCapability| qmp::MigrationCapabilityStatus {
         capability: *capability,
         state: true,
@@ -175,7 +175,7 @@ fn incoming(uri: String) -> qmp::migrate_incoming {
 }
 
 /// Returns the outcome of a migration, if the event is its end: success, or the reason of the failure.
-fn migration_end(event: &Event) -> Option<Result<(), String>> {
+pub fn migration_end(event: &Event) -> Option<Result<(), String>> {
     if event.name != "MIGRATION" {
         return None;
     }

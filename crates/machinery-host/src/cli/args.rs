@@ -1,11 +1,13 @@
 //! The arguments of the command line. The docs of each item are its help text.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::conformance::Conformance;
 use crate::commands::import::Import;
+use crate::commands::machine::Machine;
 use crate::cwd::Cwd;
 use crate::logging;
 use crate::plugin::search::{self, PluginSearch};
@@ -44,6 +46,17 @@ pub struct Global {
 }
 
 impl Global {
+    /// Returns the arguments with which another execution of this program has the same CWD and plugins.
+    pub fn arguments(&self, cwd: &Cwd) -> Vec<OsString> {
+        let mut arguments = vec![OsString::from("--cwd"), cwd.root().into()];
+        for folder in &self.plugin_dirs {
+            arguments.extend(["--plugin-dir".into(), folder.into()]);
+        }
+        let flags = [(self.allow_insecure_plugins, "--allow-insecure-plugins"), (self.json, "--json")];
+        arguments.extend(flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag.into()));
+        arguments
+    }
+
     /// Returns the search for plugins in this CWD.
     pub fn search(&self, cwd: &Cwd) -> PluginSearch {
         PluginSearch {
@@ -134,6 +147,9 @@ pub enum Command {
     Plugins,
     /// Import machines from another tool
     Import(Box<Import>),
+    /// Make machines, remove them, and carry them to another host
+    #[command(subcommand)]
+    Machine(Machine),
     /// Print the configuration of another sandbox for the machines of the running host
     #[command(subcommand)]
     Export(Export),

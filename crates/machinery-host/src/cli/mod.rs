@@ -1,15 +1,18 @@
 //! The command line: runs the command or sends the request behind each subcommand.
 //!
 //! `args` defines the arguments, `output` prints the results, `machines` the list of machines, whose `clones` are folded,
-//! `report` the findings of a check, `console` and `wall` the way to a screen. `manual` writes the manual pages, `requests` sends requests to the host,
+//! `machine` those that were made, `report` the findings of a check, `configured` checks a configuration that a command
+//! changes, `console` and `wall` the way to a screen. `manual` writes the manual pages, `requests` sends requests to the host,
 //! `progress` shows work under way, and `top` shows the machines.
 //!
 //! Exit codes: 0 success, 1 the action failed, 2 wrong usage or configuration.
 
 mod args;
 mod clones;
+mod configured;
 mod console;
 mod file;
+mod machine;
 mod machines;
 mod manual;
 mod output;
@@ -23,21 +26,21 @@ mod wall;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use clap::Parser;
-use machinery::config::ConfigFile;
-use machinery::{Error, ErrorKind, Report, Result};
+use machinery::{Error, ErrorKind, Result};
 use serde_json::json;
 
 use crate::commands::conformance;
+use crate::commands::import::Import;
 use crate::commands::new_plugin::{self, Template};
 use crate::commands::{check, clean, end_runs, export, import, shutdown, upgrade};
 use crate::cwd::Cwd;
 use crate::exit::{self, ExitCode};
-use crate::load;
 use crate::logging;
 use crate::plugin::open::open;
-use crate::plugin::search::{self, PluginSearch};
+use crate::plugin::search;
 use crate::serve::{self, Served};
 use args::{Cli, Command, Export, Global};
+use configured::{check_file, unlisted};
 use file::NewFile;
 use progress::Spinner;
 use requests::{exit_code, prepare, request, run_action, send_request};
@@ -131,16 +134,8 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }),
         Command::Check => Ok(run_check(cwd, global)),
         Command::Plugins => plugins(cwd, global),
-        Command::Import(arguments) => {
-            let machinery = arguments.machinery();
-            let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
-            let spinner = Spinner::start("import", global.json);
-            let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
-            drop(spinner);
-            imported.notes.extend(unlisted(cwd, machinery));
-            output::imported(&imported, global.json);
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Import(arguments) => run_import(cwd, arguments, global),
+        Command::Machine(command) => machine::run(cwd, command, global),
         Command::Export(Export::Cape) => export_cape(cwd, global.json),
         Command::List { machines: names, all } => {
             let answer = machines::named(send_request(cwd, json!({"action": "list"}), global.json)?, names);
@@ -179,6 +174,18 @@ fn run_in(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCode> {
         }
         other => run_action(cwd, &request(other)?, None, global.json),
     }
+}
+
+/// Imports machines of another tool.
+fn run_import(cwd: &Cwd, arguments: &Import, global: &Global) -> Result<ExitCode> {
+    let machinery = arguments.machinery();
+    let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
+    let spinner = Spinner::start("import", global.json);
+    let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
+    drop(spinner);
+    imported.notes.extend(unlisted(cwd, machinery));
+    output::imported(&imported, global.json);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Checks the configuration and the environment.
@@ -228,21 +235,6 @@ fn run_for_host(cwd: &Cwd, command: &Command, global: &Global) -> Result<ExitCod
         }
         _ => Err(Error::failed("this command is not about the host: a bug of the command line")),
     }
-}
-
-/// Asks the plugin of a machinery to check this content before it is written to its configuration file.
-fn check_file(cwd: &Cwd, machinery: &str, file: ConfigFile, search: &PluginSearch) -> Result<Report> {
-    let config = crate::config::Config::read(cwd)?;
-    let opened =
-        open(machinery, search, config.plugin_hashes.as_ref(), config.timeouts.load).map_err(Error::from)?;
-    check::check_with_plugin(&opened.plugin, load::setup_with(file, machinery, cwd, &config), &config)
-}
-
-/// Returns a note if `cuckoo.yaml` does not list the machinery.
-fn unlisted(cwd: &Cwd, machinery: &str) -> Option<String> {
-    let machineries = crate::config::Config::read(cwd).ok()?.machineries;
-    let note = format!("cuckoo.yaml does not list the machinery {machinery}: add it to machineries");
-    (!search::is_listed(machinery, &machineries)).then_some(note)
 }
 
 /// Shows the machines in the terminal, or prints them once as JSON.

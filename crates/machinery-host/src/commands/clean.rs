@@ -14,6 +14,7 @@ use machinery::{Error, Result};
 use serde::Deserialize;
 
 use super::end_runs::end_runs;
+use super::machine;
 use crate::config::Config;
 use crate::cwd::Cwd;
 use crate::cwd_lock::lock;
@@ -53,6 +54,7 @@ pub fn clean(cwd: &Cwd, search: &PluginSearch) -> Result<Cleaned> {
         ))
         .advice("Stop them with their hypervisor's tools, and repeat the command"));
     }
+    machine::clear_all(cwd, &config, search)?;
     // Held until the end: no host starts with half of the state.
     let _lock = lock(&folder, config.timeouts.load)?;
     let freed = disk_usage(&folder);

@@ -1,5 +1,5 @@
 //! The commands that are more than a request: `check`, `clean`, `conformance`, `end-runs`, `export`, `import`,
-//! `new-plugin`, `shutdown` and `upgrade`.
+//! `machine`, `new-plugin`, `shutdown` and `upgrade`.
 
 pub mod check;
 pub mod clean;
@@ -7,6 +7,7 @@ pub mod conformance;
 pub mod end_runs;
 pub mod export;
 pub mod import;
+pub mod machine;
 pub mod new_plugin;
 pub mod shutdown;
 pub mod upgrade;

@@ -193,6 +193,12 @@ impl<M: Machinery> MachineryAbi for Exported<M> {
     fn close_network(&self, machine: RStr<'_>, deadline: u64) -> Reply<()> {
         guarded(M::NAME, || self.0.close_network(name_of(machine)?, deadline_in(deadline)))
     }
+
+    fn save(&self, machine: RStr<'_>, memory: RStr<'_>, disk: RStr<'_>, deadline: u64) -> Reply<()> {
+        guarded(M::NAME, || {
+            self.0.save(name_of(machine)?, path_of(memory)?, path_of(disk)?, deadline_in(deadline))
+        })
+    }
 }
 
 fn name_of(machine: RStr<'_>) -> Result<&str> {

@@ -81,6 +81,11 @@ mod sabi {
             let _ = (machine, deadline);
             unsupported("close_network")
         }
+        /// Since 1.1.
+        fn save(&self, machine: RStr<'_>, memory: RStr<'_>, disk: RStr<'_>, deadline: u64) -> Reply<()> {
+            let _ = (machine, memory, disk, deadline);
+            unsupported("save")
+        }
     }
 
     /// [`HostServices`](crate::HostServices) at the border. Log record and readiness are JSON.

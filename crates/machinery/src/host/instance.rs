@@ -231,6 +231,15 @@ impl Instance {
         into_result(self.object.close_network(machine.into(), ms(deadline)))
     }
 
+    /// See [`Machinery::save`](crate::Machinery::save).
+    ///
+    /// # Errors
+    /// The plugin's, or a path is not UTF-8; a plugin without the method does not support it.
+    pub fn save(&self, machine: &str, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        let (memory, disk) = (path_text(memory)?.into(), path_text(disk)?.into());
+        into_result(self.object.save(machine.into(), memory, disk, ms(deadline)))
+    }
+
     /// See [`Machinery::shutdown`](crate::Machinery::shutdown).
     ///
     /// # Errors

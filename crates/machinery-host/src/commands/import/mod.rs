@@ -65,6 +65,12 @@ enum Source {
 }
 
 impl Import {
+    /// Returns the import of the machine in this folder, which has a description as VMCloak writes it.
+    pub fn of_folder(folder: &Path) -> Import {
+        let folders = vec![folder.to_owned()];
+        Import { source: Source::Vmcloak(vmcloak::Vmcloak { folders }), dry_run: false }
+    }
+
     /// Returns the machinery that gets the machines.
     pub fn machinery(&self) -> &'static str {
         match self.source {
@@ -146,6 +152,30 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
         imported.added.push(machine.name);
     }
     Ok(imported)
+}
+
+/// Removes the entry of a machine from the configuration file, and returns the text that the file had.
+///
+/// # Errors
+/// The file cannot be read, edited or written. It stays unchanged then.
+pub fn remove(path: &Path, name: &str) -> Result<String> {
+    let file = ConfigFile::read(path)?;
+    let text = text::remove(&file, name)?;
+    let mut expected: Mapping = file.parse()?;
+    if let Some(Value::Mapping(machines)) = expected.get_mut("machines") {
+        machines.remove(name);
+    }
+    expect_content(&file, &text, expected)?;
+    replace::replace(path, &text)?;
+    Ok(file.text)
+}
+
+/// Writes the text that the file had before.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn restore(path: &Path, text: &str) -> Result<()> {
+    replace::replace(path, text)
 }
 
 /// Reads the file; `None` if it is missing or empty.
@@ -268,10 +298,26 @@ fn verify(file: &ConfigFile, text: &str, machines: &[Machine]) -> Result<()> {
     if let Value::Mapping(section) = section {
         section.extend(machines.iter().map(|machine| (machine.name.clone().into(), machine.entry())));
     }
+    expect_content(file, text, expected)
+}
+
+/// Expects that the new text has this content. No machines may be an empty value.
+fn expect_content(file: &ConfigFile, text: &str, mut expected: Mapping) -> Result<()> {
+    let with_machines = |content: &mut Mapping| {
+        let machines = content.entry("machines".into()).or_insert(Value::Null);
+        if machines.is_null() {
+            *machines = Mapping::new().into();
+        }
+    };
+    with_machines(&mut expected);
     match serde_yaml::from_str::<Mapping>(text) {
-        Ok(got) if got == expected => Ok(()),
-        _ => Err(text::not_editable(file, "text cannot be added safely to a file of this form")),
+        Ok(mut got) => {
+            with_machines(&mut got);
+            (got == expected).then_some(())
+        }
+        Err(_) => None,
     }
+    .ok_or_else(|| text::not_editable(file, "text cannot be changed safely in a file of this form"))
 }
 
 /// Expects that the plugin accepts all new machines. Returns a note about other problems that it has found.

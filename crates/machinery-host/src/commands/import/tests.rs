@@ -452,3 +452,24 @@ fn default_file_and_its_example_are_valid() {
     let machines: Vec<_> = known.machines.into_iter().collect();
     assert_eq!((machines[0].name.as_str(), machines[0].shared.os_version.as_str()), ("win10_1", "10"));
 }
+
+#[test]
+fn entry_is_removed_with_its_comments_and_all_other_text_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qemu.yaml");
+    let others = (
+        "# top\nmachines:\n  # the first\n  a: {ip: 10.0.0.1}\n",
+        "  # of c\n  'c':\n    ip: x\n\n# end\nz: 1\n",
+    );
+    let text = format!("{}  \"b\":\n    # its address\n    ip: y\n\n{}", others.0, others.1);
+    std::fs::write(&path, &text).unwrap();
+    assert_eq!(remove(&path, "b").unwrap(), text);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}{}", others.0, others.1));
+    remove(&path, "c").unwrap();
+    remove(&path, "a").unwrap();
+    let left = std::fs::read_to_string(&path).unwrap();
+    assert!(left.contains("# top\nmachines:\n  # the first\n") && left.ends_with("# end\nz: 1\n"), "{left}");
+    assert!(remove(&path, "a").is_err());
+    std::fs::write(&path, "machines: {a: {ip: x}}\n").unwrap();
+    assert!(remove(&path, "a").is_err(), "the block is on one line");
+}

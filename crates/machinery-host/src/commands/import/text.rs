@@ -183,3 +183,25 @@ fn scalar(text: &str) -> String {
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
+
+/// Returns the file's text without the entry of a machine. Comments that are indented further than its name are a part of
+/// the entry.
+pub fn remove(file: &ConfigFile, name: &str) -> Result<String> {
+    let text = &file.text;
+    let missing = || not_editable(file, "the machine is not written as an indented block");
+    let section = Section::find(text).ok_or_else(missing)?;
+    let body = section.value.end..section.end;
+    let mut inside = lines(&text[body.clone()]).skip(1).map(|(at, line)| (body.start + at, line));
+    let is_entry = |line: &str| indent_of(line) == section.indent && names(line, name);
+    let (start, _) = inside.find(|(_, line)| is_entry(line)).ok_or_else(missing)?;
+    let is_next = |line: &str| !line.trim().is_empty() && indent_of(line) <= section.indent;
+    let end = inside.find(|(_, line)| is_next(line)).map_or(section.end, |(at, _)| at);
+    Ok(format!("{}{}", &text[..start], &text[end..]))
+}
+
+/// Reports whether the line has this key.
+fn names(line: &str, key: &str) -> bool {
+    let quoted = [key.to_owned(), format!("\"{key}\""), format!("'{key}'")];
+    let rest = quoted.iter().find_map(|key| line.trim_start().strip_prefix(key.as_str()));
+    rest.is_some_and(|rest| rest.trim_start().starts_with(':'))
+}

@@ -1,0 +1,107 @@
+//! `machine create`: makes a machine of an installed disk, and adds it to the configuration.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use machinery::config::find_interface;
+use machinery::{Error, Result};
+use rustix::fs::{FlockOperation, flock};
+
+use super::arguments::{FIRMWARE_VARIABLES, accel, arguments, files, random_mac};
+use super::context::Context;
+use super::info::{DISK, Description, INFO, Info, MEMORY};
+use super::make::{Plan, make, version};
+use super::options::Create;
+use super::publish::{Made, expect_free, publish};
+use super::unfinished::Unfinished;
+use crate::cwd::make_reachable_folder;
+
+/// The interface of a machine with user networking.
+const LOOPBACK: &str = "lo";
+/// The beginning of a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
+const QCOW2: &[u8] = b"QFI\xfb";
+
+/// Makes the machine.
+///
+/// # Errors
+/// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
+pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
+    expect_free(context.cwd, context.config, &create.name, &create.ip.to_string(), None)?;
+    let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
+    find_interface(interface).map_err(|error| error.machine(&create.name))?;
+    let base = base_disk(&create.disk)?;
+    let _base = lock_base(context, &base)?;
+    let files = files(create, &[DISK, MEMORY, INFO, FIRMWARE_VARIABLES])?;
+    let folder = folder_of(context, create.folder.as_deref(), &create.name)?;
+    let mut unfinished = Unfinished::begin(context.cwd, &create.name, &folder)?;
+    let made = (|| {
+        let mut info = describe(create, interface, &base)?;
+        let version = version(context, &info, &mut unfinished)?;
+        info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
+        let plan = Plan { info, base, files, ready: &create.ready };
+        let readiness = make(context, &plan, &mut unfinished, &folder)?;
+        publish(context, &create.name, &folder, readiness)
+    })();
+    unfinished.conclude(context, &folder, made)
+}
+
+/// Returns the real path of a machine's folder, in the given folder or in that of the CWD, which is made.
+///
+/// # Errors
+/// The folder around it cannot be made.
+pub fn folder_of(context: &Context<'_>, parent: Option<&Path>, name: &str) -> Result<PathBuf> {
+    let parent = parent.map_or_else(|| context.cwd.machines(), Path::to_owned);
+    make_reachable_folder(&parent)?;
+    let parent = fs::canonicalize(&parent).map_err(|error| Error::io("find", &parent, &error))?;
+    Ok(parent.join(name))
+}
+
+fn describe(create: &Create, interface: &str, base: &Path) -> Result<Info> {
+    Ok(Info::new(Description {
+        name: create.name.clone(),
+        ip: create.ip.to_string(),
+        agent_port: create.agent_port,
+        os_name: create.platform.as_str().to_owned(),
+        os_version: create.os_version.clone(),
+        architecture: "amd64".to_owned(),
+        bridge: interface.to_owned(),
+        mac: random_mac()?,
+        disk: DISK.to_owned(),
+        memory_snapshot: MEMORY.to_owned(),
+        tags: create.tags.clone(),
+        start_args: Vec::new(),
+        base: Some(base.to_owned()),
+    }))
+}
+
+/// Returns the real path of the installed disk.
+fn base_disk(disk: &Path) -> Result<PathBuf> {
+    let failed = |error| Error::io("open the disk", disk, &error);
+    let real = fs::canonicalize(disk).map_err(failed)?;
+    let mut magic = [0; QCOW2.len()];
+    let read = File::open(&real).and_then(|mut file| file.read_exact(&mut magic));
+    match read {
+        Ok(()) if magic == QCOW2 => Ok(real),
+        Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(failed(error)),
+        _ => Err(Error::configuration(format!("{} is no disk in the format qcow2", disk.display()))
+            .advice("Convert it: qemu-img convert -O qcow2 OLD NEW")),
+    }
+}
+
+/// Locks the disk: its path is the key of the jail in which the guest boots.
+///
+/// # Errors
+/// A machine has the disk, or another command boots it.
+pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
+    if let Some(other) = super::info::machine_with_disk(context.cwd, base) {
+        return Err(Error::configuration(format!("{} is the disk of the machine '{other}'", base.display()))
+            .advice("Make an overlay or a copy of the disk, and name it"));
+    }
+    let file = File::open(base).map_err(|error| Error::io("open the disk", base, &error))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(_) => Err(Error::environment(format!("another command boots the disk {}", base.display()))
+            .advice("Wait for its end")),
+    }
+}

@@ -1,0 +1,103 @@
+//! `machine export`: writes a machine into a single file.
+//!
+//! The disk in the file is whole: it has the content of all disks on which it depends.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use clap::Args;
+use machinery::{Error, Result};
+use serde::Serialize;
+
+use super::archive;
+use super::context::Context;
+use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
+use super::make::{binaries, other_files};
+use super::unfinished::Unfinished;
+
+/// The machine to export.
+#[derive(Debug, Clone, Args)]
+pub struct Export {
+    /// Name of the machine, which `machine create` has made
+    pub name: String,
+    /// File to write, which must not exist
+    pub file: PathBuf,
+}
+
+/// A machine that was exported.
+#[derive(Debug, Serialize)]
+pub struct Exported {
+    pub machine: String,
+    pub file: PathBuf,
+    /// The size of the file.
+    pub bytes: u64,
+}
+
+/// Exports the machine.
+///
+/// # Errors
+/// Another tool has made the machine, a file cannot be read, or the file cannot be written. Then there is no file.
+pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
+    let files = files_of(context.cwd, &export.name)?;
+    let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/"));
+    let info = Info::read(folder).map_err(|error| error.machine(&export.name))?;
+    let failed = |error: io::Error| Error::io("write", &export.file, &error);
+    let target = std::path::absolute(&export.file).map_err(failed)?;
+    if target.exists() {
+        return Err(
+            failed(io::ErrorKind::AlreadyExists.into()).advice("Name another file, or remove this one")
+        );
+    }
+    let beside = target.parent().unwrap_or(Path::new("/"));
+    if !beside.is_dir() {
+        return Err(failed(io::ErrorKind::NotFound.into()).advice("Make the file's folder first"));
+    }
+    // Beside the file, because the disk may be larger than other file systems.
+    let unfinished =
+        Unfinished::begin(context.cwd, &export.name, &beside.join(format!(".{}.export", export.name)))?;
+    let written = write(context, folder, info, unfinished.machine_folder(), &target);
+    match (written, unfinished.clear(context)) {
+        (Ok(bytes), Ok(())) => Ok(Exported { machine: export.name.clone(), file: target, bytes }),
+        (Err(error), _) | (Ok(_), Err(error)) => Err(error.machine(&export.name)),
+    }
+}
+
+/// Writes the archive of the machine in that folder, and returns its size.
+fn write(context: &Context<'_>, folder: &Path, info: Info, scratch: &Path, target: &Path) -> Result<u64> {
+    let failed = |error: io::Error| Error::io("write", target, &error);
+    (context.step)("flattening the disk");
+    let disk = scratch.join(DISK);
+    flatten(&binaries(context)?.qemu_img, &folder.join(DISK), &disk)?;
+    let whole = Info { machine: Description { base: None, ..info.machine }, ..info };
+    whole.write(scratch)?;
+    let own = [(scratch.join(INFO), INFO), (disk, DISK), (folder.join(MEMORY), MEMORY)];
+    let mut files: Vec<(PathBuf, String)> =
+        own.into_iter().map(|(path, name)| (path, name.to_owned())).collect();
+    files.extend(other_files(folder)?);
+    if let Some((path, _)) = files.iter().find(|(_, name)| !archive::is_plain(name)) {
+        return Err(Error::configuration(format!("{} has a name that no archive can have", path.display()))
+            .advice("Give the file a name of letters, digits, '.', '_', '+' and '-'"));
+    }
+    let file = tempfile::NamedTempFile::new_in(scratch).map_err(failed)?;
+    archive::write(file.as_file(), &files, context.step)?;
+    let bytes = file.as_file().metadata().map_err(failed)?.len();
+    file.persist_noclobber(target).map_err(|error| failed(error.error))?;
+    File::open(target.parent().unwrap_or(Path::new("/")))
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)?;
+    Ok(bytes)
+}
+
+/// Writes the content of a disk and of all disks on which it depends into a new disk.
+fn flatten(qemu_img: &Path, from: &Path, to: &Path) -> Result<()> {
+    let mut convert = Command::new(qemu_img);
+    convert.args(["convert", "-q", "-f", "qcow2", "-O", "qcow2"]).args([from, to]).stdin(Stdio::null());
+    let ran = convert.output().map_err(|error| Error::io("run", qemu_img, &error))?;
+    if ran.status.success() {
+        return Ok(());
+    }
+    let why = String::from_utf8_lossy(&ran.stderr).trim().to_owned();
+    Err(Error::failed(format!("{} cannot flatten {}: {why}", qemu_img.display(), from.display())))
+}

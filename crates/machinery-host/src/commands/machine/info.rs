@@ -1,0 +1,204 @@
+//! The description of a machine: `machineinfo.json` in its folder, in VMCloak's format and with two further keys.
+//!
+//! The plugin reads QEMU's arguments from it, and `import vmcloak` the entry of the machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use machinery::config::ConfigFile;
+use machinery::{Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_yaml::{Mapping, Value};
+
+use super::context::MACHINERY;
+use crate::cwd::Cwd;
+
+/// The name of the file.
+pub const INFO: &str = "machineinfo.json";
+/// The names of a machine's disk and snapshot.
+pub const DISK: &str = "disk.qcow2";
+pub const MEMORY: &str = "memory.zst";
+
+/// The content of the file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Info {
+    pub machine: Description,
+    /// This program and its version. Other tools write no such key.
+    pub made_by: String,
+}
+
+/// The machine. The names of the keys are VMCloak's.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Description {
+    pub name: String,
+    pub ip: String,
+    pub agent_port: u16,
+    pub os_name: String,
+    pub os_version: String,
+    pub architecture: String,
+    /// The interface on which the machine's traffic is captured.
+    pub bridge: String,
+    pub mac: String,
+    pub disk: String,
+    pub memory_snapshot: String,
+    pub tags: Vec<String>,
+    pub start_args: Vec<String>,
+    /// The disk from which the machine was made. A machine of an archive has none: its disk is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+}
+
+impl Info {
+    pub fn new(machine: Description) -> Info {
+        Info { machine, made_by: format!("cuckoo-machinery {}", env!("CARGO_PKG_VERSION")) }
+    }
+
+    /// Reads the description of a machine that this program has made.
+    ///
+    /// # Errors
+    /// The file cannot be read, or another tool has made the machine.
+    pub fn read(folder: &Path) -> Result<Info> {
+        let path = folder.join(INFO);
+        let text = fs::read_to_string(&path).map_err(|error| Error::io("read", &path, &error))?;
+        let info = Info::parse(&text).map(|info| info.relative_to(folder));
+        info.map_err(|why| {
+            Error::configuration(format!(
+                "{}: `machine create` has not made this machine: {why}",
+                path.display()
+            ))
+        })
+    }
+
+    /// Returns the description with relative paths of the files in the machine's folder, in which QEMU runs.
+    fn relative_to(mut self, folder: &Path) -> Info {
+        let prefix = format!("{}/", folder.display());
+        self.machine.start_args.iter_mut().for_each(|arg| *arg = arg.replace(&prefix, ""));
+        self
+    }
+
+    /// Returns the description with absolute paths of these files, which are in the machine's folder.
+    pub fn placed_in(mut self, folder: &Path, names: &[String]) -> Info {
+        for arg in &mut self.machine.start_args {
+            for name in names {
+                let path = folder.join(name).display().to_string();
+                let (value, last) = (format!("={name},"), format!("={name}"));
+                if arg == name {
+                    arg.clone_from(&path);
+                } else if let Some(before) = arg.strip_suffix(&last) {
+                    *arg = format!("{before}={path}");
+                } else {
+                    *arg = arg.replace(&value, &format!("={path},"));
+                }
+            }
+        }
+        self
+    }
+
+    /// Reads the text of a description. The error is the reason why it is none.
+    ///
+    /// # Errors
+    /// A key is missing, or has a wrong value.
+    pub fn parse(text: &str) -> Result<Info, String> {
+        serde_json::from_str(text).map_err(|error| error.to_string())
+    }
+
+    /// Writes the description into the folder.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(INFO);
+        let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
+        fs::write(&path, text).map_err(|error| Error::io("write", &path, &error))
+    }
+}
+
+/// The keys of an entry in `qemu.yaml` with the paths of its files.
+const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
+
+/// Returns the machines of the configuration, each with the paths of its files.
+fn configured_files(cwd: &Cwd) -> Vec<(String, Vec<PathBuf>)> {
+    let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(MACHINERY)) else { return Vec::new() };
+    let Ok(Some(machines)) = file.parse_at::<Mapping>(&["machines"]) else { return Vec::new() };
+    let files = |keys: &Value| {
+        PATHS.iter().filter_map(|key| Some(real(Path::new(keys.get(*key)?.as_str()?)))).collect()
+    };
+    machines.iter().map(|(name, keys)| (name.as_str().unwrap_or_default().to_owned(), files(keys))).collect()
+}
+
+/// Reports whether the configuration has a machine with a file in this folder.
+pub fn is_configured(cwd: &Cwd, folder: &Path) -> bool {
+    let folder = real(folder);
+    configured_files(cwd).iter().any(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
+}
+
+/// Returns the machines of the configuration, besides this one, with a file in this folder.
+pub fn others_in(cwd: &Cwd, folder: &Path, name: &str) -> Vec<String> {
+    let folder = real(folder);
+    let others = configured_files(cwd).into_iter().filter(|(other, _)| other != name);
+    others
+        .filter(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
+        .map(|(other, _)| other)
+        .collect()
+}
+
+/// Returns the machine of the configuration with this disk.
+pub fn machine_with_disk(cwd: &Cwd, disk: &Path) -> Option<String> {
+    configured_files(cwd)
+        .into_iter()
+        .find(|(_, files)| files.first().is_some_and(|own| own == disk))
+        .map(|(name, _)| name)
+}
+
+/// Returns the files of a machine: disk, snapshot and description.
+///
+/// # Errors
+/// The configuration has no such machine.
+pub fn files_of(cwd: &Cwd, name: &str) -> Result<Vec<PathBuf>> {
+    let found =
+        configured_files(cwd).into_iter().find(|(other, files)| other == name && files.len() == PATHS.len());
+    found.map(|(_, files)| files).ok_or_else(|| {
+        Error::configuration(format!("{} has no such machine", cwd.machinery_yaml(MACHINERY).display()))
+            .machine(name)
+    })
+}
+
+fn real(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_the_folder_are_absolute_in_the_file_and_relative_for_a_copy() {
+        let args = [
+            "-kernel",
+            "vmlinuz",
+            "-drive",
+            "if=pflash,file=vars.fd,unit=1",
+            "-drive",
+            "x,file=vars.fd",
+            "-serial",
+            "file:log",
+        ];
+        let text = serde_json::json!({"made_by": "cuckoo-machinery", "machine": {
+            "name": "m", "ip": "10.0.0.1", "agent_port": 8000, "os_name": "linux", "os_version": "12", "architecture": "amd64",
+            "bridge": "lo", "mac": "", "disk": DISK, "memory_snapshot": MEMORY, "tags": [], "start_args": args,
+        }});
+        let info = Info::parse(&text.to_string()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let names = ["vmlinuz", "vars.fd"].map(str::to_owned);
+        info.placed_in(folder.path(), &names).write(folder.path()).unwrap();
+        let written = fs::read_to_string(folder.path().join(INFO)).unwrap();
+        let placed = Info::parse(&written).unwrap().machine.start_args;
+        let at = folder.path().display();
+        assert_eq!(placed[1], format!("{at}/vmlinuz"));
+        assert_eq!(
+            placed[3..6],
+            [format!("if=pflash,file={at}/vars.fd,unit=1"), "-drive".into(), format!("x,file={at}/vars.fd")]
+        );
+        assert_eq!(Info::read(folder.path()).unwrap().machine.start_args, args);
+    }
+}

@@ -1,0 +1,278 @@
+//! Makes a machine in its folder, from a disk that is only read.
+//!
+//! ```text
+//! description ─▶ cold boot in the plugin's own jail ─▶ the guest is ready ─▶ saved: memory and overlay
+//!    ─▶ template ─▶ restored once ─▶ the agent answers again
+//! ```
+//!
+//! The overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. The template only
+//! proves that restores are instant: a host builds its own.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use machinery::config::ConfigFile;
+use machinery::{Error, RestoreReadiness, Result};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::context::{Context, MACHINERY};
+use super::info::{DISK, INFO, Info, MEMORY};
+use super::options::Ready;
+use super::ready;
+use super::session::{Session, with_session};
+use super::unfinished::Unfinished;
+
+/// The interval at which the progress of an action is shown.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
+/// The time to write the memory of a guest.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// The time in which the agent of a restored guest has to answer.
+const RESTORED_TIMEOUT: u64 = 180;
+/// The mode of a file in the machine's folder, which the machine's own user reads.
+const FILE_MODE: u32 = 0o644;
+
+/// The machine to make.
+pub struct Plan<'a> {
+    pub info: Info,
+    /// The disk that the guest boots from.
+    pub base: PathBuf,
+    /// The files that belong into the machine's folder, with their names there.
+    pub files: Vec<(PathBuf, String)>,
+    pub ready: &'a Ready,
+}
+
+/// The programs of the machinery.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+pub struct Binaries {
+    pub qemu_img: PathBuf,
+    qemu_system_x86_64: PathBuf,
+}
+
+impl Default for Binaries {
+    fn default() -> Self {
+        Binaries {
+            qemu_img: "/usr/bin/qemu-img".into(),
+            qemu_system_x86_64: "/usr/bin/qemu-system-x86_64".into(),
+        }
+    }
+}
+
+/// Makes the machine, and returns its readiness. Its folder will be at `place`.
+///
+/// # Errors
+/// A step fails. The folder then has an unfinished machine.
+pub fn make(
+    context: &Context<'_>,
+    plan: &Plan<'_>,
+    unfinished: &mut Unfinished,
+    place: &Path,
+) -> Result<RestoreReadiness> {
+    let folder = unfinished.machine_folder().to_owned();
+    for (file, name) in &plan.files {
+        let to = folder.join(name);
+        let copied =
+            fs::copy(file, &to).and_then(|_| fs::set_permissions(&to, fs::Permissions::from_mode(FILE_MODE)));
+        copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
+    }
+    plan.info.write(&folder)?;
+    let setup = unfinished.setup(
+        scratch_config(context, &plan.info, &folder, &plan.base)?,
+        host_config(context, &plan.info)?,
+    )?;
+    let scratch = unfinished.scratch().to_owned();
+    with_session(context, &setup, plan.name(), |session| boot(context, plan, session, &folder, &scratch))?;
+    prove(context, &plan.info, plan.ready, unfinished, place)
+}
+
+impl Plan<'_> {
+    fn name(&self) -> &str {
+        &self.info.machine.name
+    }
+}
+
+fn boot(
+    context: &Context<'_>,
+    plan: &Plan<'_>,
+    session: &Session,
+    folder: &Path,
+    scratch: &Path,
+) -> Result<()> {
+    (context.step)("booting");
+    let limit = context.config.timeouts.norestore_start;
+    session
+        .call("booting", limit, |instance, machine, deadline| instance.norestore_start(machine, deadline))?;
+    ready::wait(session, plan.ready, agent_of(&plan.info)?, scratch, context.step)?;
+    let (memory, disk) = (folder.join(MEMORY), folder.join(DISK));
+    during(context, "saving the memory", session, || {
+        session.call("saving the guest", SAVE_TIMEOUT, move |instance, machine, deadline| {
+            instance.save(machine, &memory, &disk, deadline)
+        })
+    })
+}
+
+/// Restores a machine whose files are complete once, and returns its readiness. Its folder will be at `place`.
+///
+/// # Errors
+/// The machine cannot be restored, or its agent does not answer although it has to.
+pub fn prove(
+    context: &Context<'_>,
+    info: &Info,
+    ready: &Ready,
+    unfinished: &mut Unfinished,
+    place: &Path,
+) -> Result<RestoreReadiness> {
+    let folder = unfinished.machine_folder().to_owned();
+    let config = scratch_config(context, info, &folder, &folder.join(DISK))?;
+    let setup = unfinished.setup(config, host_config(context, info)?)?;
+    let scratch = unfinished.scratch().to_owned();
+    let limits = context.config.timeouts;
+    let readiness = with_session(context, &setup, &info.machine.name, |session| {
+        during(context, "building the template", session, || {
+            session.call("preparing the restore", limits.prepare, |instance, machine, deadline| {
+                instance.prepare(machine, deadline)
+            })
+        })?;
+        let readiness = session.readiness();
+        (context.step)("restoring");
+        session.call("restoring", limits.restore_start, |instance, machine, deadline| {
+            instance.restore_start(machine, deadline)
+        })?;
+        if ready.ready_after.is_none() && !ready.ready_key {
+            let again = Ready { timeout: RESTORED_TIMEOUT, screenshot: None, ..ready.clone() };
+            ready::wait(session, &again, agent_of(info)?, &scratch, context.step)?;
+        }
+        session
+            .call("stopping", limits.stop, |instance, machine, deadline| instance.stop(machine, deadline))?;
+        Ok(readiness)
+    })?;
+    let names: Vec<String> = other_files(&folder)?.into_iter().map(|(_, name)| name).collect();
+    info.clone().placed_in(place, &names).write(&folder)?;
+    Ok(readiness)
+}
+
+/// Returns the further files in a machine's folder, such as its firmware's variables.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn other_files(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let entries = fs::read_dir(folder).map_err(|error| Error::io("look into", folder, &error))?;
+    let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+    let named = files.filter_map(|entry| Some((entry.path(), entry.file_name().into_string().ok()?)));
+    let is_own = |name: &str| [DISK, MEMORY, INFO].contains(&name) || name.starts_with('.');
+    let is_of_run = |name: &str| name.contains("_disposable") || name.ends_with(".log");
+    Ok(named.filter(|(_, name)| !is_own(name) && !is_of_run(name)).collect())
+}
+
+fn agent_of(info: &Info) -> Result<SocketAddr> {
+    let ip: IpAddr = info.machine.ip.parse().map_err(|_| {
+        Error::configuration(format!("'{}' is no IP address", info.machine.ip)).machine(&info.machine.name)
+    })?;
+    Ok(SocketAddr::new(ip, info.machine.agent_port))
+}
+
+/// Does the work, and shows the progress that the plugin reports meanwhile.
+fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl FnOnce() -> T) -> T {
+    let step = context.step;
+    step(what);
+    let (done, ended) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while ended.recv_timeout(PROGRESS_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                let progress = session.progress();
+                progress.iter().for_each(|progress| step(&format!("{what}: {progress}")));
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}
+
+/// Returns the version of the hypervisor.
+///
+/// # Errors
+/// The plugin cannot be loaded.
+pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
+    let mut config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
+    config.text = without(&config.text, &["machines"]);
+    let mut host = host_config(context, info)?;
+    host.text = without(&host.text, &["machineries", MACHINERY, "machines"]);
+    let setup = unfinished.setup(config, host)?;
+    let limit = context.config.timeouts.load;
+    with_session(context, &setup, &info.machine.name, |session| {
+        session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
+    })
+}
+
+/// Returns the programs that the configuration names.
+///
+/// # Errors
+/// The configuration cannot be read.
+pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    if !path.exists() {
+        return Ok(Binaries::default());
+    }
+    Ok(ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
+}
+
+/// Returns the configuration with an empty mapping at this key.
+fn without(text: &str, key: &[&str]) -> String {
+    let mut config: Value = serde_json::from_str(text).unwrap_or_default();
+    let at = key.iter().fold(&mut config, |value, key| &mut value[*key]);
+    *at = json!({});
+    config.to_string()
+}
+
+/// Returns the machinery's configuration with this machine alone. JSON is YAML.
+fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path) -> Result<ConfigFile> {
+    let (path, binaries) = (context.cwd.machinery_yaml(MACHINERY), binaries(context)?);
+    let machine = &info.machine;
+    let text = json!({
+        "interface": machine.bridge,
+        "disposable_copy_dir": folder,
+        "binaries": {"qemu_img": binaries.qemu_img, "qemu_system_x86_64": binaries.qemu_system_x86_64},
+        "machines": {&machine.name: {
+            "qcow2_path": disk,
+            "snapshot_path": folder.join(MEMORY),
+            "machineinfo_path": folder.join(INFO),
+            "ip": machine.ip,
+            "platform": machine.os_name,
+            "os_version": machine.os_version,
+            "architecture": machine.architecture,
+            "agent_port": machine.agent_port,
+        }},
+    });
+    Ok(ConfigFile { path, text: text.to_string() })
+}
+
+/// The keys of the machinery's section of `machinery-host.yaml` that hold while a machine is made, and those of the
+/// machine.
+const KEPT: [&str; 5] = ["jail", "jail_users", "instant", "instant_space_limit", "template_space"];
+const KEPT_OF_MACHINE: [&str; 4] = ["jail", "instant", "allow_shared_writes", "unsafe_start_args"];
+
+/// Returns the host's configuration as far as it is about the confinement of this machine, and about space.
+fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
+    let name = &info.machine.name;
+    let all: Value = context.config.host_file.as_ref().map_or(Ok(Value::Null), ConfigFile::parse)?;
+    let section = &all["machineries"][MACHINERY];
+    let mut own = kept(section, &KEPT);
+    own.insert("standby".to_owned(), json!("off"));
+    own.insert("machines".to_owned(), json!({name: kept(&section["machines"][name], &KEPT_OF_MACHINE)}));
+    let mut host = kept(&all, &["free_space_reserve"]);
+    host.insert("machineries".to_owned(), json!({MACHINERY: own}));
+    Ok(ConfigFile { path: context.cwd.host_yaml(), text: Value::Object(host).to_string() })
+}
+
+/// Returns these keys of a mapping, as far as it has them.
+fn kept(mapping: &Value, keys: &[&str]) -> Map<String, Value> {
+    let has_value = |key: &&&str| !mapping[**key].is_null();
+    keys.iter().filter(has_value).map(|key| ((*key).to_owned(), mapping[*key].clone())).collect()
+}

@@ -1,0 +1,153 @@
+//! `machine`: makes machines of the machinery `qemu`, takes their snapshots anew, removes them, and carries them to
+//! another host.
+//!
+//! The command loads the plugin in its own process, for the machine alone. The plugin boots and saves the guest in the
+//! jail in which it runs later. A machine is added to the configuration once it was restored.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | `options` | the arguments |
+//! | `create`, `arguments` | a machine of an installed disk; QEMU's arguments |
+//! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
+//! | `export`, `import_archive`, `archive` | a machine in one file |
+//! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
+//! | `session` | the plugin with one machine |
+//! | `context` | everything that the commands share |
+//! | `info` | the description of a machine in its folder |
+//! | `publish` | the entry in the configuration, and the running host |
+//! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
+
+mod archive;
+mod arguments;
+mod context;
+mod create;
+mod export;
+mod import_archive;
+mod info;
+mod interrupt;
+mod make;
+mod options;
+mod publish;
+mod ready;
+mod remove;
+mod session;
+mod snapshot;
+mod unfinished;
+
+use std::fs;
+
+use clap::Subcommand;
+use machinery::{Error, Report, Result};
+
+use crate::config::Config;
+use crate::cwd::Cwd;
+use crate::plugin::open::open;
+use crate::plugin::search::PluginSearch;
+pub use context::{Context, MACHINERY};
+use export::Export;
+pub use export::Exported;
+use import_archive::ImportArchive;
+use options::Create;
+pub use publish::Made;
+use remove::Remove;
+pub use remove::Removed;
+use snapshot::Snapshot;
+use unfinished::clear_abandoned;
+
+/// The commands.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Machine {
+    /// Make a machine of an installed disk: boot it, save it once its agent answers, and add it to qemu.yaml
+    Create(Box<Create>),
+    /// Take the snapshot of a machine anew, from a cold boot of the disk that it was made of
+    Snapshot(Snapshot),
+    /// Remove a machine from qemu.yaml, and its files
+    Remove(Remove),
+    /// Write a machine into a single file, for another host
+    Export(Export),
+    /// Add the machine of an exported file
+    Import(ImportArchive),
+    /// Remove what an interrupted command has left of unfinished machines
+    Clear {
+        /// The machine [default: all]
+        name: Option<String>,
+        /// Fail, because a command was interrupted
+        #[arg(long, hide = true)]
+        interrupted: bool,
+    },
+}
+
+/// The result of a command.
+#[derive(Debug)]
+pub enum Outcome {
+    /// A machine was made or changed. The text says which.
+    Made(&'static str, Made),
+    /// A machine was removed.
+    Removed(Removed),
+    /// A machine was exported.
+    Exported(Exported),
+    /// The unfinished machines that were cleared.
+    Cleared(Vec<String>),
+}
+
+impl Machine {
+    /// Asks the operator, if the command removes something.
+    ///
+    /// # Errors
+    /// The operator refuses, or cannot be asked.
+    pub fn confirm(&self, cwd: &Cwd) -> Result<()> {
+        if let Machine::Remove(remove) = self { remove.confirm(cwd) } else { Ok(()) }
+    }
+}
+
+/// Clears what interrupted commands have left, before the state of a host is removed.
+///
+/// # Errors
+/// The plugin cannot be opened, or a process or a file remains.
+pub fn clear_all(cwd: &Cwd, config: &Config, search: &PluginSearch) -> Result<()> {
+    let has_any =
+        || fs::read_dir(cwd.unfinished_machines()).is_ok_and(|mut entries| entries.next().is_some());
+    if !has_any() {
+        return Ok(());
+    }
+    let opened = open(MACHINERY, search, config.plugin_hashes.as_ref(), config.timeouts.load)?;
+    let (check, step) = (|_| Ok(Report::default()), |_: &str| ());
+    let (plugin, globals) = (&opened.plugin, Vec::new());
+    clear_abandoned(&Context { cwd, config, plugin, check: &check, step: &step, globals }, None).map(drop)
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// See each command. Nothing of an unfinished machine remains.
+pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
+    if let Machine::Clear { name, interrupted } = command {
+        let cleared = clear_abandoned(context, name.as_deref())?;
+        return match interrupted {
+            true => Err(Error::interrupted("the command was interrupted; unfinished machines are removed")),
+            false => Ok(Outcome::Cleared(cleared)),
+        };
+    }
+    for name in clear_abandoned(context, None)? {
+        tracing::warn!(machine = name, "removed what an interrupted command has left");
+    }
+    match command {
+        Machine::Create(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            create::create(context, arguments).map(|made| Outcome::Made("created", made))
+        }
+        Machine::Snapshot(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            snapshot::snapshot(context, arguments).map(|made| Outcome::Made("taken anew", made))
+        }
+        Machine::Remove(arguments) => remove::remove(context, arguments).map(Outcome::Removed),
+        Machine::Export(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            export::export(context, arguments).map(Outcome::Exported)
+        }
+        Machine::Import(arguments) => {
+            import_archive::import(context, arguments).map(|made| Outcome::Made("imported", made))
+        }
+        Machine::Clear { .. } => Ok(Outcome::Cleared(Vec::new())),
+    }
+}

@@ -1,0 +1,138 @@
+//! The arguments of the commands. The docs of each item are its help text.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+/// The machine to make.
+#[derive(Debug, Clone, Args)]
+pub struct Create {
+    /// Name of the machine, unique over all machineries
+    pub name: String,
+    /// Installed disk (qcow2), which stays as it is: the machine's own disk is an overlay of it
+    #[arg(long, value_name = "FILE")]
+    pub disk: PathBuf,
+    /// Address of the guest, which has to be set in the guest or by its DHCP server
+    #[arg(long, value_name = "ADDRESS")]
+    pub ip: IpAddr,
+    #[command(flatten)]
+    pub network: Network,
+    /// Operating system of the guest, for its devices
+    #[arg(long, value_enum, default_value = "windows")]
+    pub platform: Platform,
+    /// Version of the operating system
+    #[arg(long, value_name = "VERSION", default_value = "10")]
+    pub os_version: String,
+    /// Port of Cuckoo's agent in the guest
+    #[arg(long, value_name = "PORT", default_value = "8000", value_parser = clap::value_parser!(u16).range(1..))]
+    pub agent_port: u16,
+    /// Tags, such as software in the guest
+    #[arg(long, value_name = "TAG,TAG", value_delimiter = ',')]
+    pub tags: Vec<String>,
+    /// Memory of the guest: a whole number of M or G
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = mebibytes)]
+    pub ram: u64,
+    /// Processors of the guest
+    #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub cpus: u16,
+    /// Boot by UEFI (OVMF) instead of BIOS
+    #[arg(long)]
+    pub uefi: bool,
+    /// Leave out the sound card of a Windows guest
+    #[arg(long)]
+    pub no_sound: bool,
+    /// Run the guest by KVM, or by emulation [default: KVM where /dev/kvm can be opened]
+    #[arg(long, value_enum)]
+    pub accel: Option<Accel>,
+    /// File with further arguments of QEMU: an option and its value in each line
+    #[arg(long, value_name = "FILE")]
+    pub args: Option<PathBuf>,
+    /// Copy a file into the machine's folder, so that the arguments can name it; can be repeated
+    #[arg(long = "file", value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Folder in which the machine's folder is made [default: machines in the CWD]
+    #[arg(long, value_name = "DIR")]
+    pub folder: Option<PathBuf>,
+    #[command(flatten)]
+    pub ready: Ready,
+}
+
+/// The network of a machine.
+#[derive(Debug, Clone, Args)]
+#[group(required = true, multiple = false)]
+pub struct Network {
+    /// Bridge of the guest's network card, which must exist
+    #[arg(long, value_name = "BRIDGE")]
+    pub bridge: Option<String>,
+    /// Connect the guest to nothing but the agent's port, at a loopback address of this host
+    #[arg(long)]
+    pub user: bool,
+}
+
+/// The moment at which the guest is saved. By default, that is when the agent answers.
+#[derive(Debug, Clone, Args)]
+pub struct Ready {
+    /// Save the guest this many seconds after its boot, instead of when the agent answers
+    #[arg(long, value_name = "SECONDS", conflicts_with = "ready_key")]
+    pub ready_after: Option<u64>,
+    /// Save the guest when Enter is pressed, instead of when the agent answers
+    #[arg(long)]
+    pub ready_key: bool,
+    /// Give up if the guest is not ready after this many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "1800")]
+    pub timeout: u64,
+    /// Write the guest's screen to this file (PNG) whenever it changes
+    #[arg(long, value_name = "FILE")]
+    pub screenshot: Option<PathBuf>,
+}
+
+/// The operating systems with arguments of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Platform {
+    /// Devices for which Windows has drivers
+    Windows,
+    /// Paravirtual devices (virtio)
+    Linux,
+}
+
+impl Platform {
+    /// Returns Cuckoo's name of the platform.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Platform::Windows => "windows",
+            Platform::Linux => "linux",
+        }
+    }
+}
+
+/// The ways to run a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// By the processor
+    Kvm,
+    /// By emulation
+    Tcg,
+}
+
+fn mebibytes(text: &str) -> Result<u64, String> {
+    let units = [("M", 1), ("G", 1024)];
+    let text = text.trim_end_matches("iB");
+    let size = units
+        .iter()
+        .find_map(|(unit, size)| text.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*size));
+    size.filter(|size| *size > 0).ok_or_else(|| "write a whole number of M or G, such as 4G".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_a_whole_number_with_a_unit() {
+        assert_eq!([mebibytes("4G"), mebibytes("512M"), mebibytes("2GiB")], [Ok(4096), Ok(512), Ok(2048)]);
+        for wrong in ["4", "0G", "-1G", "1.5G", "G", "4T", "99999999999999999999G"] {
+            assert!(mebibytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}

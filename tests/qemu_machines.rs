@@ -1,0 +1,324 @@
+//! `machine`: machines are made of a disk, restored by a host, saved anew, carried to another CWD, and removed.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use machinery_testkit::artifacts;
+use machinery_testkit::client::Client;
+use machinery_testkit::guest::{Guest, GuestProbe, Marks};
+use machinery_testkit::host::{self, CommandOutput, RunningHost};
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// Creates a lab whose machines are in no configuration. Their disks, addresses and boot files are for new machines.
+fn lab(seeds: &[&str], guest: Guest) -> Lab {
+    let seeds: Vec<_> = seeds.iter().map(|name| (*name, guest, SnapshotFormat::Lz4)).collect();
+    let lab = Lab::new(&seeds).unwrap();
+    let yaml = lab.yaml().unwrap();
+    let (top, _) = yaml.split_once("machines:\n").unwrap();
+    lab.write_yaml(&format!("# the operator's\n{top}machines:\n  # all of them\n")).unwrap();
+    lab.ahead("standby: off").unwrap();
+    lab
+}
+
+/// Returns the arguments of `machine create` for a machine with the disk and the address of a seed.
+fn creation(lab: &Lab, name: &str, seed: &str) -> Vec<String> {
+    let seed = lab.folder(seed);
+    let args = lab.cwd().root().join(format!("{name}.args"));
+    let mut text = "-serial file:serial.log\n".to_owned();
+    let mut words =
+        vec!["machine", "create", name, "--ip", &seed.ip, "--user", "--accel", "tcg", "--cpus", "1"];
+    let disk = seed.disk.display().to_string();
+    words.extend(["--disk", &disk]);
+    let boot = |option: &str| {
+        let at = seed.start_args.iter().position(|arg| arg == option)?;
+        Some(seed.start_args[at + 1].clone())
+    };
+    let (kernel, initrd) = (boot("-kernel"), boot("-initrd"));
+    if let Some((kernel, initrd)) = kernel.as_ref().zip(initrd.as_ref()) {
+        let name = |path: &str| Path::new(path).file_name().unwrap().to_str().unwrap().to_owned();
+        text += &format!(
+            "-kernel {}\n-initrd {}\n-append console=ttyS0 quiet panic=-1\n",
+            name(kernel),
+            name(initrd)
+        );
+        words.extend(["--platform", "linux", "--os-version", "12", "--ram", "256M", "--tags", "apache,perl"]);
+        words.extend(["--file", kernel, "--file", initrd]);
+    } else {
+        words.extend(["--ram", "32M", "--ready-after", "1"]);
+    }
+    fs::write(&args, text).unwrap();
+    let args = args.display().to_string();
+    words.extend(["--args", &args]);
+    words.into_iter().map(str::to_owned).collect()
+}
+
+fn run(lab: &Lab, words: &[String]) -> CommandOutput {
+    lab.run(&words.iter().map(String::as_str).collect::<Vec<_>>()).unwrap()
+}
+
+#[track_caller]
+fn succeeds(ran: &CommandOutput) -> &CommandOutput {
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ran
+}
+
+fn folder_of(lab: &Lab, name: &str) -> PathBuf {
+    lab.cwd().root().join("machines").join(name)
+}
+
+fn probe(lab: &Lab, name: &str, ip: &str) -> GuestProbe {
+    GuestProbe { name: name.to_owned(), ip: ip.to_owned(), serial: folder_of(lab, name).join("serial.log") }
+}
+
+fn served(lab: &Lab) -> (RunningHost, Client) {
+    let host = lab.host().unwrap();
+    let client = host.client().unwrap();
+    (host, client)
+}
+
+#[track_caller]
+fn does(client: &mut Client, action: &str, machine: &str) {
+    assert_eq!(client.act(action, machine).unwrap(), json!({"success": true}), "{action} of {machine}");
+}
+
+/// Restores the Linux machine twice, and expects the snapshot's marks in RAM and on the disk each time.
+#[track_caller]
+fn restores_clean(client: &mut Client, probe: &GuestProbe) {
+    let of_snapshot = Marks { ram: "snapshot".to_owned(), disk: "snapshot".to_owned() };
+    for _ in 0..2 {
+        does(client, "restore_start", &probe.name);
+        assert_eq!(probe.marks(SOON).unwrap(), of_snapshot);
+        assert_ne!(probe.mark("run", "run", SOON).unwrap(), of_snapshot);
+        does(client, "stop", &probe.name);
+    }
+}
+
+/// Expects that no record of an unfinished machine remains.
+#[track_caller]
+fn assert_finished(lab: &Lab) {
+    let records = lab.cwd().root().join("operational/generated/machinery-host/machines");
+    assert_eq!(fs::read_dir(&records).map_or(0, Iterator::count), 0);
+    lab.assert_clean();
+}
+
+#[test]
+fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
+    let lab = lab(&["seed", "other"], Guest::Linux { ram_mib: 256, noise_mib: 0 });
+    let ran = run(&lab, &creation(&lab, "lin", "seed"));
+    let stdout = &succeeds(&ran).stdout;
+    assert!(stdout.contains("lin: created in") && stdout.contains("its restores are instant"), "{ran:?}");
+    assert_finished(&lab);
+    let yaml = lab.yaml().unwrap();
+    assert!(
+        yaml.starts_with("# the operator's\n") && yaml.contains("machines:\n  # all of them\n  lin:\n"),
+        "{yaml}"
+    );
+    succeeds(&lab.run(&["check"]).unwrap());
+
+    let (mut host, mut client) = served(&lab);
+    let listed = client.machine("lin").unwrap();
+    assert!(listed["warnings"].as_array().is_none_or(Vec::is_empty), "{listed}");
+    let expected = json!(["linux", "12", lab.folder("seed").ip, ["apache", "perl"], 8000]);
+    assert_eq!(
+        json!(["platform", "os_version", "ip", "tags", "agent_port"].map(|key| &listed[key])),
+        expected
+    );
+    restores_clean(&mut client, &probe(&lab, "lin", &lab.folder("seed").ip));
+    assert!(host.terminate().unwrap().success());
+
+    let file = lab.cwd().root().join("lin.machine");
+    succeeds(&lab.run(&["machine", "export", "lin", file.to_str().unwrap()]).unwrap());
+    let second = self::lab(&["seed"], Guest::Linux { ram_mib: 256, noise_mib: 0 });
+    let ip = second.folder("seed").ip.clone();
+    let import = ["machine", "import", file.to_str().unwrap(), "--name", "moved", "--ip", &ip];
+    // The disk of the archive depends on no other.
+    fs::remove_dir_all(folder_of(&lab, "lin")).unwrap();
+    succeeds(&second.run(&import).unwrap());
+    assert_finished(&second);
+    let (mut host, mut client) = served(&second);
+    restores_clean(&mut client, &probe(&second, "moved", &ip));
+    assert!(host.terminate().unwrap().success());
+    let again = second.run(&["machine", "snapshot", "moved"]).unwrap();
+    assert!(again.code == Some(2) && again.stderr.contains("from an archive"), "{again:?}");
+}
+
+#[test]
+fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
+    let lab = lab(&["seed"], Guest::Micro);
+    let (mut host, mut client) = served(&lab);
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let probe = probe(&lab, "m", &lab.folder("seed").ip);
+    does(&mut client, "restore_start", "m");
+    let first = probe.first_count(SOON).unwrap();
+    assert!(first > 1, "the guest continues, and does not boot: {first}");
+    // A machine that is on is neither saved nor removed.
+    for words in [&["snapshot", "m"][..], &["remove", "m", "--yes"]] {
+        let refused = lab.run(&[&["machine"], words].concat()).unwrap();
+        assert!(
+            refused.code == Some(1) && refused.stderr.contains("the running host uses the machine"),
+            "{refused:?}"
+        );
+    }
+    does(&mut client, "stop", "m");
+
+    let identity = |name: &str| fs::metadata(folder_of(&lab, "m").join(name)).unwrap().ino();
+    let before = ["disk.qcow2", "memory.zst"].map(identity);
+    succeeds(&lab.run(&["machine", "snapshot", "m", "--ready-after", "2"]).unwrap());
+    let after = ["disk.qcow2", "memory.zst"].map(identity);
+    assert!(before[0] != after[0] && before[1] != after[1], "{before:?} {after:?}");
+    assert_eq!(client.machine("m").unwrap()["disabled"], json!(false));
+    does(&mut client, "restore_start", "m");
+    assert!(probe.first_count(SOON).unwrap() > first, "it was saved later");
+    does(&mut client, "stop", "m");
+
+    let names =
+        || fs::read_dir(lab.cwd().root().join("machines")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(names().count(), 2, "{:?}", names().collect::<Vec<_>>());
+    let unasked = lab.run(&["machine", "remove", "m"]).unwrap();
+    assert!(unasked.code == Some(2) && unasked.stderr.contains("--yes"), "{unasked:?}");
+    let removed = lab.run(&["--json", "machine", "remove", "m", "--yes"]).unwrap();
+    let answer: Value = serde_json::from_str(&succeeds(&removed).stdout).unwrap();
+    assert_eq!(answer["removed"], json!([folder_of(&lab, "m")]));
+    assert!(!folder_of(&lab, "m").exists() && client.machine("m").is_err());
+    assert!(lab.yaml().unwrap().ends_with("machines:\n  # all of them\n"), "{}", lab.yaml().unwrap());
+    assert!(host.terminate().unwrap().success());
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_of_a_disk_meets_the_requirements_of_the_interface() {
+    let lab = lab(&["seed"], Guest::Micro);
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let conf = lab.cwd().root().join("conf");
+    let mut conformance = host::command(lab.cwd()).unwrap();
+    conformance.arg("conformance").arg(artifacts::plugin("qemu").unwrap());
+    conformance.arg("--config").arg(conf.join("machineries/qemu.yaml"));
+    conformance.arg("--host-config").arg(conf.join("machinery-host.yaml"));
+    // It may take longer than a command of the testkit.
+    let ran = conformance.output().unwrap();
+    let stdout = String::from_utf8(ran.stdout).unwrap();
+    assert!(ran.status.success() && stdout.contains(" passed, 0 failed"), "{stdout}");
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_of_another_tool_is_removed_only_with_its_files() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
+    let refused = lab.run(&["machine", "remove", "m", "--yes"]).unwrap();
+    assert!(refused.code == Some(2) && refused.stderr.contains("--files"), "{refused:?}");
+    for words in [&["snapshot", "m"][..], &["export", "m", "m.machine"]] {
+        let refused = lab.run(&[&["machine"], words].concat()).unwrap();
+        assert!(
+            refused.code == Some(2) && refused.stderr.contains("has not made this machine"),
+            "{refused:?}"
+        );
+    }
+    let note = lab.folder("m").dir.join("note");
+    fs::write(&note, "the operator's").unwrap();
+    succeeds(&lab.run(&["machine", "remove", "m", "--yes", "--files"]).unwrap());
+    assert!(note.exists() && !lab.folder("m").disk.exists() && !lab.yaml().unwrap().contains("qcow2_path"));
+}
+
+#[test]
+fn wrong_input_is_refused_with_its_reason_and_nothing_is_made() {
+    let lab = lab(&["seed"], Guest::Micro);
+    let disk = lab.folder("seed").disk.display().to_string();
+    let raw = lab.cwd().root().join("raw.img");
+    fs::write(&raw, [0; 4096]).unwrap();
+    let (raw, ip) = (raw.display().to_string(), lab.folder("seed").ip.clone());
+    let unsafe_args = lab.cwd().root().join("unsafe.args");
+    fs::write(&unsafe_args, "-drive file=/etc/shadow,format=raw\n").unwrap();
+    let unsafe_args = unsafe_args.display().to_string();
+    let base = ["machine", "create", "m", "--accel", "tcg", "--ready-after", "1"];
+    for (more, code, expected) in [
+        (&["--disk", &disk, "--ip", &ip][..], 2, "--bridge <BRIDGE>|--user"),
+        (&["--disk", &disk, "--ip", "10.0.0.1", "--user"], 2, "not a loopback address"),
+        (&["--disk", &disk, "--ip", "none", "--user"], 2, "--ip"),
+        (&["--disk", "/none/such", "--ip", &ip, "--user"], 1, "/none/such"),
+        (&["--disk", &raw, "--ip", &ip, "--user"], 2, "no disk in the format qcow2"),
+        (&["--disk", &disk, "--ip", &ip, "--bridge", "nobr"], 1, "'nobr' does not exist"),
+        (&["--disk", &disk, "--ip", &ip, "--user", "--ram", "4"], 2, "whole number of M or G"),
+        (&["--disk", &disk, "--ip", &ip, "--user", "--args", "/none/args"], 1, "/none/args"),
+        (&["--disk", &disk, "--ip", &ip, "--user", "--args", &unsafe_args], 2, "unsafe arguments"),
+        (&["--disk", &disk, "--ip", &ip, "--user", "--file", "/none/file"], 2, "/none/file"),
+    ] {
+        let ran = lab.run(&[&base[..], more].concat()).unwrap();
+        assert!(ran.code == Some(code) && ran.stderr.contains(expected), "{more:?}: {ran:?}");
+        assert!(!folder_of(&lab, "m").exists(), "{more:?}");
+        assert_finished(&lab);
+    }
+    // Names and folders that others have.
+    for name in ["../m", "", ".m"] {
+        let ran = lab.run(&["machine", "create", name, "--disk", &disk, "--ip", &ip, "--user"]).unwrap();
+        assert!(ran.code == Some(2) && ran.stderr.contains("no name of a machine"), "{ran:?}");
+    }
+    fs::create_dir(folder_of(&lab, "m")).unwrap();
+    fs::write(folder_of(&lab, "m").join("mine"), "").unwrap();
+    let ran = run(&lab, &creation(&lab, "m", "seed"));
+    assert!(ran.code == Some(1) && ran.stderr.contains("--folder"), "{ran:?}");
+    assert!(folder_of(&lab, "m").join("mine").exists());
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_is_refused_when_another_one_has_its_name_address_or_disk() {
+    let lab = lab(&["seed", "other"], Guest::Micro);
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let before = lab.yaml().unwrap();
+    for (name, seed, expected) in
+        [("m", "other", "a machine of this name exists"), ("n", "seed", "the machine 'm' has this ip, too")]
+    {
+        let ran = run(&lab, &creation(&lab, name, seed));
+        assert!(ran.code == Some(2) && ran.stderr.contains(expected), "{ran:?}");
+    }
+    let mut words = creation(&lab, "n", "other");
+    let at = words.iter().position(|word| word == "--disk").unwrap();
+    words[at + 1] = folder_of(&lab, "m").join("disk.qcow2").display().to_string();
+    let ran = run(&lab, &words);
+    assert!(ran.code == Some(2) && ran.stderr.contains("is the disk of the machine 'm'"), "{ran:?}");
+    assert_eq!(lab.yaml().unwrap(), before);
+    assert_finished(&lab);
+}
+
+#[test]
+fn archive_is_refused_when_it_is_damaged_and_nothing_is_made() {
+    let lab = lab(&["seed", "other"], Guest::Micro);
+    succeeds(&run(&lab, &creation(&lab, "m", "seed")));
+    let file = lab.cwd().root().join("m.machine");
+    let path = file.to_str().unwrap();
+    succeeds(&lab.run(&["machine", "export", "m", path]).unwrap());
+    let twice = lab.run(&["machine", "export", "m", path]).unwrap();
+    assert!(twice.code == Some(1) && twice.stderr.contains("exists"), "{twice:?}");
+    let (before, ip) = (lab.yaml().unwrap(), lab.folder("other").ip.clone());
+    let import = ["machine", "import", path, "--name", "n", "--no-agent", "--ip", &ip];
+    // On the same CWD, two guests would have the same network card.
+    let same = lab.run(&import).unwrap();
+    assert!(same.code == Some(2) && same.stderr.contains("has this mac_address, too"), "{same:?}");
+    let whole = fs::read(&file).unwrap();
+    let mut changed = whole.clone();
+    changed[whole.len() / 2] ^= 1;
+    for content in [&whole[..whole.len() / 2], &whole[..whole.len() - 1], &changed, b"", b"text"] {
+        fs::write(&file, content).unwrap();
+        let ran = lab.run(&import).unwrap();
+        assert!(ran.code == Some(2) && ran.stderr.contains("is no exported machine"), "{ran:?}");
+    }
+    assert!(!folder_of(&lab, "n").exists());
+    assert_eq!(lab.yaml().unwrap(), before);
+    fs::write(&file, &whole).unwrap();
+    succeeds(&lab.run(&["machine", "remove", "m", "--yes"]).unwrap());
+    succeeds(&lab.run(&import).unwrap());
+    let (mut host, mut client) = served(&lab);
+    does(&mut client, "restore_start", "n");
+    assert!(probe(&lab, "n", &ip).first_count(SOON).unwrap() > 1);
+    assert!(host.terminate().unwrap().success());
+    assert_finished(&lab);
+}

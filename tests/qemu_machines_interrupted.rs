@@ -1,0 +1,174 @@
+//! `machine create` that does not reach its end: by a signal, a kill, the end of QEMU, or a guest that is never ready.
+//! Nothing of the machine remains.
+
+// Clippy's own exemption for tests leaves out their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use machinery_testkit::guest::Guest;
+use machinery_testkit::host;
+use machinery_testkit::lab::Lab;
+use machinery_testkit::snapshot::SnapshotFormat;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The steps of a creation, as its log names them.
+const STEPS: [&str; 5] =
+    ["booting", "waiting for", "saving the memory", "building the template", "restoring"];
+
+/// Creates a lab with a machine in no configuration, whose disk and address are for the new one.
+fn lab() -> Lab {
+    let lab = Lab::new(&[("seed", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
+    let yaml = lab.yaml().unwrap();
+    let (top, _) = yaml.split_once("machines:\n").unwrap();
+    lab.write_yaml(&format!("{top}machines: {{}}\n")).unwrap();
+    lab.ahead("standby: off").unwrap();
+    lab
+}
+
+/// Returns the command that makes the machine `m`.
+fn creation(lab: &Lab, more: &[&str]) -> Command {
+    creation_of(lab, &lab.folder("seed").disk, more)
+}
+
+/// Returns the command that makes the machine `m` of that disk.
+fn creation_of(lab: &Lab, disk: &Path, more: &[&str]) -> Command {
+    let seed = lab.folder("seed");
+    let mut command = host::command(lab.cwd()).unwrap();
+    command
+        .args(["-v", "machine", "create", "m", "--ip", &seed.ip, "--user", "--accel", "tcg", "--cpus", "1"]);
+    command.args(["--ram", "32M", "--disk"]).arg(disk).args(more);
+    command
+}
+
+/// A creation under way.
+struct Creating {
+    process: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl Creating {
+    fn start(lab: &Lab, more: &[&str]) -> Creating {
+        let mut command = creation(lab, more);
+        let mut process =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = BufReader::new(process.stderr.take().unwrap());
+        Creating { process, log }
+    }
+
+    /// Waits until the log has the step.
+    fn wait_for(&mut self, step: &str) {
+        let mut line = String::new();
+        while !line.contains(step) {
+            line.clear();
+            assert_ne!(self.log.read_line(&mut line).unwrap(), 0, "it ended before '{step}'");
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process), signal).unwrap();
+    }
+
+    /// Waits for the end, and returns the exit code and the rest of the log.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        while self.log.read_line(&mut rest).unwrap() > 0 {}
+        let status = self.process.wait().unwrap();
+        assert!(status.code().is_some() || status.signal() == Some(9), "{status:?}");
+        (status.code(), rest)
+    }
+}
+
+/// Expects that nothing of the machine exists.
+#[track_caller]
+fn assert_nothing_remains(lab: &Lab, what: &str) {
+    let folder = lab.cwd().root().join("machines");
+    let machines: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(machines, ["seed"], "{what}");
+    let records = lab.cwd().root().join("operational/generated/machinery-host/machines");
+    assert_eq!(fs::read_dir(&records).map_or(0, Iterator::count), 0, "{what}");
+    assert!(lab.yaml().unwrap().ends_with("machines: {}\n"), "{what}: {}", lab.yaml().unwrap());
+    lab.assert_clean();
+}
+
+#[test]
+fn interrupted_creation_leaves_nothing_after_a_signal_at_any_step() {
+    let lab = lab();
+    for (step, signal) in STEPS.into_iter().zip([Signal::INT, Signal::TERM, Signal::HUP].into_iter().cycle())
+    {
+        let mut creating = Creating::start(&lab, &["--ready-after", "1"]);
+        creating.wait_for(step);
+        creating.signal(signal);
+        let (code, log) = creating.end();
+        assert!(code == Some(1) && log.contains("the command was interrupted"), "{step}: {code:?} {log}");
+        assert_nothing_remains(&lab, step);
+    }
+}
+
+#[test]
+fn next_command_removes_what_a_killed_one_has_left() {
+    let lab = lab();
+    for (number, step) in STEPS.into_iter().enumerate() {
+        let mut creating = Creating::start(&lab, &["--ready-after", "1"]);
+        creating.wait_for(step);
+        // The command at work is left alone.
+        let clear = lab.run(&["machine", "clear"]).unwrap();
+        assert!(clear.code == Some(0) && clear.stdout.is_empty(), "{clear:?}");
+        creating.signal(Signal::KILL);
+        assert_eq!(creating.end().0, None);
+        let clear: &[&str] = if number % 2 == 0 { &["machine", "clear"] } else { &["clean"] };
+        let cleared = lab.run(clear).unwrap();
+        assert_eq!(cleared.code, Some(0), "{step}: {cleared:?}");
+        assert!(number % 2 != 0 || cleared.stdout.contains("m: cleared"), "{step}: {cleared:?}");
+        assert_nothing_remains(&lab, step);
+    }
+}
+
+#[test]
+fn failed_creation_leaves_nothing_when_qemu_ends_or_the_guest_is_never_ready() {
+    let lab = lab();
+    let mut creating = Creating::start(&lab, &["--ready-after", "600"]);
+    creating.wait_for("waiting for");
+    let overlay = lab.cwd().root().join("machines/m/m_disposable.qcow2").display().to_string();
+    let processes = machinery_testkit::processes::list().unwrap();
+    let (qemu, _) = processes.iter().find(|(_, command)| command.contains(&overlay)).unwrap();
+    kill_process(*qemu, Signal::KILL).unwrap();
+    let (code, log) = creating.end();
+    assert!(
+        code == Some(1) && log.contains("the guest has ended") && log.contains("signal 9"),
+        "{code:?} {log}"
+    );
+    assert_nothing_remains(&lab, "QEMU was killed");
+
+    let screen = lab.cwd().root().join("screen.png");
+    let creating = Creating::start(&lab, &["--timeout", "3", "--screenshot", screen.to_str().unwrap()]);
+    let (code, log) = creating.end();
+    assert!(code == Some(1) && log.contains("has not answered within 3 s; screen 720x400"), "{code:?} {log}");
+    assert!(fs::read(&screen).unwrap().starts_with(b"\x89PNG"));
+    assert_nothing_remains(&lab, "no agent");
+
+    lab.cwd().change_host_yaml("free_space_reserve: 0", "free_space_reserve: 1000 TiB").unwrap();
+    let (code, log) = Creating::start(&lab, &["--ready-after", "1"]).end();
+    assert!(code == Some(1) && log.contains("free"), "{code:?} {log}");
+    assert_nothing_remains(&lab, "no space");
+}
+
+#[test]
+fn machine_of_one_name_or_disk_is_made_by_one_command_at_a_time() {
+    let lab = lab();
+    let mut creating = Creating::start(&lab, &["--ready-after", "600"]);
+    creating.wait_for("waiting for");
+    let second = host::run_command(creation(&lab, &["--ready-after", "1"])).unwrap();
+    assert!(second.code == Some(1) && second.stderr.contains("another command boots the disk"), "{second:?}");
+    let copy = lab.cwd().root().join("copy.qcow2");
+    fs::copy(&lab.folder("seed").disk, &copy).unwrap();
+    let second = host::run_command(creation_of(&lab, &copy, &["--ready-after", "1"])).unwrap();
+    assert!(second.code == Some(1) && second.stderr.contains("another command is at work"), "{second:?}");
+    creating.signal(Signal::INT);
+    assert_eq!(creating.end().0, Some(1));
+    assert_nothing_remains(&lab, "interrupted");
+}
