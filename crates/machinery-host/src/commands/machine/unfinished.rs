@@ -144,6 +144,7 @@ impl Unfinished {
             state_dir: folder("state")?,
             cache_dir: folder("cache")?,
             adopts: false,
+            result_server: None,
         };
         self.record.setup = Some(setup.clone());
         self.record.write(&self.folder)?;
