@@ -132,7 +132,7 @@ fn check_of_a_large_lab_has_its_problems_first_and_folds_equal_findings() {
     let lines: Vec<&str> = check.stdout.lines().collect();
     assert!(lines.len() < 15, "{}", check.stdout);
     assert!(
-        lines[0].starts_with("PROBLEM  4 machines: ") && lines[1].trim() == "m7 … m9, m20",
+        lines[0].starts_with("PROBLEM  4 machines: ") && lines[1].trim() == "m7 … m9, m20 (-v shows each)",
         "{}",
         check.stdout
     );
