@@ -427,7 +427,9 @@ mod tests {
         assert_eq!(lab.plugin.take_calls(), calls);
         lab.plugin.fail("open_network", failed());
         let reason = lab.executor().execute(&Action::RestoreStart).await.unwrap_err();
-        assert_eq!(lab.plugin.take_calls(), ["close_network", "open_network", "stop", "close_network"]);
+        // The cleanup of a failed start is a stop, too.
+        let calls = ["close_network", "open_network", "stop", "close_network", "close_network"];
+        assert_eq!(lab.plugin.take_calls(), calls);
         assert_eq!(lab.quarantine().unwrap().reason, reason);
     }
 
