@@ -268,9 +268,12 @@ fn next_host_adopts_the_standby_of_a_clone_with_its_network() {
     let standby = qemu(&lab, "base-1");
     host.kill().unwrap();
     let (mut host, mut client) = served(&lab);
-    assert_eq!(client.machine("base-1").unwrap()["ready"]["mode"], "standby");
+    client.subscribe().unwrap();
+    while client.machine("base-1").unwrap()["ready"]["mode"] != "standby" {
+        client.wait_for_event("ready", "base-1").unwrap();
+    }
     does(&mut client, "restore_start", "base-1");
-    assert_eq!(qemu(&lab, "base-1"), standby);
+    assert_eq!(qemu(&lab, "base-1"), standby, "{}", host.log());
     assert_eq!(ask_agent(&lab, "10.77.0.11").0, 200);
     does(&mut client, "stop", "base-1");
     // A cold start ends the standby, and continues in its network.
