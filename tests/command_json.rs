@@ -112,7 +112,7 @@ fn commands_print_json_when_it_is_asked_for() {
 #[test]
 fn wrong_usage_is_json_too() {
     let cwd = ScratchCwd::double(&[("m", "")]).unwrap();
-    for arguments in [&["--json", "none"][..], &["stop", "--json"], &["--json", "list", "m"]] {
+    for arguments in [&["--json", "none"][..], &["stop", "--json"], &["--json", "status", "m"]] {
         assert_json(&format!("{arguments:?}"), &host::run(&cwd, arguments).unwrap(), 2);
     }
     let help = host::run(&cwd, &["--json", "--help"]).unwrap();

@@ -217,7 +217,7 @@ fn list_has_all_keys_that_cuckoo_reads() {
     let full = json!({
         "name": "full", "label": "full-label", "ip": "10.0.0.1", "platform": "linux", "os_version": "12",
         "tags": ["dotnet", "7"], "snapshot": "1000", "architecture": "amd64", "interface": "br1",
-        "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "jail": null, "console": null, "machinery_name": "double",
+        "agent_port": 8000, "mac_address": "aa:bb:cc:dd:ee:ff", "jail": null, "clone_of": null, "console": null, "machinery_name": "double",
         "state": "poweroff", "locked": false, "locked_by": "", "reserved": false, "reserved_by": "",
         "disabled": false, "disabled_reason": "", "quarantine": null, "locked_since": null, "locked_uid": null,
         "running_since": null,
