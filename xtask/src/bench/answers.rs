@@ -7,34 +7,13 @@ use std::time::Duration;
 use machinery_testkit::guest::GuestProbe;
 
 use super::figures::{Kind, Unit};
-use super::host::Mode;
 use super::turns::timed;
 use crate::run::Result;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The time with Cuckoo3's own manager.
-pub const CUCKOO3: Kind = kind("Cuckoo3, agent answers");
-
-/// Returns the time with the host.
-pub const fn host(mode: Mode) -> Kind {
-    kind(match mode {
-        Mode::Plain => "plain, agent answers",
-        Mode::Instant => "instant, agent answers",
-        Mode::Standby => "standby, agent answers",
-    })
-}
-
-/// Returns the time with the hypervisor alone.
-pub const fn by_hand(mode: Mode) -> Kind {
-    kind(match mode {
-        Mode::Plain => "floor: plain, agent answers",
-        Mode::Instant => "floor: instant, agent answers",
-        Mode::Standby => "floor: standby, agent answers",
-    })
-}
-
-const fn kind(name: &'static str) -> Kind {
+/// Returns the kind of such a time.
+pub const fn kind(name: &'static str) -> Kind {
     let what = "the begin of that restore, until the agent in the guest has answered its first GET";
     Kind { by: "", name, what, unit: Unit::Ms }
 }

@@ -41,6 +41,15 @@ pub fn restore(mode: Mode) -> Kind {
     Kind { by: "", name, what, unit: Unit::Ms }
 }
 
+/// Returns the kind of the time until the agent answers after such a restore.
+pub const fn answer(mode: Mode) -> Kind {
+    answers::kind(match mode {
+        Mode::Plain => "floor: plain, agent answers",
+        Mode::Instant => "floor: instant, agent answers",
+        Mode::Standby => "floor: standby, agent answers",
+    })
+}
+
 /// The duration of a stop.
 pub const STOP: Kind = Kind {
     by: "",
@@ -92,7 +101,7 @@ impl<'a> ByHand<'a> {
             let ((), stopped) = timed(|| Ok(vm.quit()?))?;
             if round > 0 {
                 figures.add(place, restore(mode), restored);
-                figures.add(place, answers::by_hand(mode), answered);
+                figures.add(place, answer(mode), answered);
                 figures.add(place, STOP, stopped);
             }
         }

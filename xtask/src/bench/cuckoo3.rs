@@ -31,6 +31,9 @@ pub const STOP: Kind = Kind {
     unit: Unit::Ms,
 };
 
+/// The time until the agent answers after a restore.
+pub const ANSWER: Kind = answers::kind("Cuckoo3, agent answers");
+
 const SCRIPT: &str = include_str!("cuckoo3.py");
 
 /// Returns the Python with Cuckoo3, if `$CUCKOO3_PYTHON` names one.
@@ -81,7 +84,7 @@ impl<'a> Cuckoo3<'a> {
             let stopped = self.act("stop")?;
             if round > 0 {
                 figures.add(place, RESTORE, restored);
-                figures.add(place, answers::CUCKOO3, answered);
+                figures.add(place, ANSWER, answered);
                 figures.add(place, STOP, stopped);
             }
         }

@@ -59,6 +59,15 @@ impl Mode {
         Kind { by: "", name, what: "the host: request until answer at its socket", unit: Unit::Ms }
     }
 
+    /// Returns the kind of the time until the agent answers after a restore in this mode.
+    pub const fn answer(self) -> Kind {
+        answers::kind(match self {
+            Mode::Plain => "plain, agent answers",
+            Mode::Instant => "instant, agent answers",
+            Mode::Standby => "standby, agent answers",
+        })
+    }
+
     /// Returns the mode's name in `list`.
     pub fn word(self) -> &'static str {
         match self {
@@ -186,7 +195,7 @@ pub fn measure(
         let stopped = session.act("stop", "m")?;
         if round > 0 {
             figures.add(place, mode.restore(), restored);
-            figures.add(place, answers::host(mode), answered);
+            figures.add(place, mode.answer(), answered);
             figures.add(place, mode.stop(), stopped);
         }
     }

@@ -81,8 +81,8 @@ fn by_virsh(lab: &KvmLab, rounds: usize, place: Place, figures: &mut Figures) ->
             figures.add(place, revert(), reverted);
             figures.add(place, resume(), resumed);
             figures.add(place, DESTROY, destroyed);
-            figures.add(place, answers::by_hand(Mode::Plain), plain);
-            figures.add(place, answers::by_hand(Mode::Standby), standby);
+            figures.add(place, by_hand::answer(Mode::Plain), plain);
+            figures.add(place, by_hand::answer(Mode::Standby), standby);
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::figures::{Figure, Figures, Kind, Place, Spread};
 use super::host::Mode;
-use super::{analysis, answers, by_hand, clones, cuckoo3};
+use super::{analysis, by_hand, clones, cuckoo3};
 
 /// With fewer samples, the 99th percentile is the maximum.
 const MIN_P99_SAMPLES: usize = 100;
@@ -109,12 +109,12 @@ fn pairs() -> Vec<(Kind, Kind)> {
     let mut pairs: Vec<(Kind, Kind)> = Vec::new();
     pairs.extend(modes.map(|mode| (mode.restore(), by_hand::restore(mode))));
     pairs.extend(modes.map(|mode| (mode.stop(), by_hand::STOP)));
-    pairs.extend(modes.map(|mode| (answers::host(mode), answers::by_hand(mode))));
+    pairs.extend(modes.map(|mode| (mode.answer(), by_hand::answer(mode))));
     for mode in [Mode::Instant, Mode::Standby] {
         pairs.push((Mode::Plain.restore(), mode.restore()));
         pairs.push((cuckoo3::RESTORE, mode.restore()));
         pairs.push((cuckoo3::STOP, mode.stop()));
-        pairs.push((answers::CUCKOO3, answers::host(mode)));
+        pairs.push((cuckoo3::ANSWER, mode.answer()));
     }
     pairs.extend(analysis::pairs());
     pairs.extend(clones::pairs());

@@ -13,8 +13,9 @@ use machinery_testkit::guest::Vm;
 use machinery_testkit::lab::TestNetwork;
 use tempfile::TempDir;
 
+use super::agents;
+use super::kinds::{ALL_MEMORY, ANSWERED, BY_HAND, IDLE_MEMORY, MEMORY, RESUMED, STAND_BY, STOPPED, place};
 use super::machines::{BASE, INSIDE, Machines};
-use super::{ALL_MEMORY, ANSWERED, BY_HAND, IDLE_MEMORY, MEMORY, RESUMED, STAND_BY, STOPPED, agents, place};
 use crate::bench::by_hand::ByHand;
 use crate::bench::figures::Figures;
 use crate::bench::parallel::{IDLE_AFTER, memory_of_all};

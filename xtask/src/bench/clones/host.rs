@@ -9,8 +9,9 @@ use machinery_testkit::client::Client;
 use machinery_testkit::host::RunningHost;
 use serde_json::{Value, json};
 
+use super::agents;
+use super::kinds::{ALL_MEMORY, ANSWERED, DISK, IDLE_MEMORY, MEMORY, RESUMED, STAND_BY, STOPPED, place};
 use super::machines::{Machine, Machines};
-use super::{ALL_MEMORY, ANSWERED, DISK, IDLE_MEMORY, MEMORY, RESUMED, STAND_BY, STOPPED, agents, place};
 use crate::bench::figures::Figures;
 use crate::bench::host::succeeded;
 use crate::bench::parallel::{IDLE_AFTER, memory_of_all};
