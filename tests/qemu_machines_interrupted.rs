@@ -45,7 +45,7 @@ fn creation_of(lab: &Lab, disk: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// A creation under way.
+/// A creation, or another command, under way.
 struct Creating {
     process: Child,
     log: BufReader<ChildStderr>,
@@ -53,7 +53,10 @@ struct Creating {
 
 impl Creating {
     fn start(lab: &Lab, more: &[&str]) -> Creating {
-        let mut command = creation(lab, more);
+        Creating::run(creation(lab, more))
+    }
+
+    fn run(mut command: Command) -> Creating {
         let mut process =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = BufReader::new(process.stderr.take().unwrap());
@@ -171,4 +174,54 @@ fn machine_of_one_name_or_disk_is_made_by_one_command_at_a_time() {
     creating.signal(Signal::INT);
     assert_eq!(creating.end().0, Some(1));
     assert_nothing_remains(&lab, "interrupted");
+}
+
+#[test]
+fn interrupted_command_leaves_its_machine_as_it_was() {
+    let lab = lab();
+    let made = host::run_command(creation(&lab, &["--ready-after", "1"])).unwrap();
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let folder = lab.cwd().root().join("machines");
+    let names = || {
+        let mut names: Vec<_> =
+            fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let content = || {
+        ["disk.qcow2", "memory.zst", "machineinfo.json"]
+            .map(|name| fs::read(folder.join("m").join(name)).unwrap())
+    };
+    let (before, yaml) = (content(), lab.yaml().unwrap());
+    let host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    let snapshot = || {
+        let mut command = host::command(lab.cwd()).unwrap();
+        command.args(["-v", "machine", "snapshot", "m", "--ready-after", "1"]);
+        Creating::run(command)
+    };
+    for (step, signal) in STEPS.into_iter().zip([Signal::TERM, Signal::KILL].into_iter().cycle()) {
+        let mut taking = snapshot();
+        taking.wait_for(step);
+        assert_eq!(client.machine("m").unwrap()["disabled"], true, "{step}");
+        taking.signal(signal);
+        taking.end();
+        let cleared = lab.run(&["machine", "clear"]).unwrap();
+        assert_eq!(cleared.code, Some(0), "{cleared:?}");
+        assert_eq!((names(), lab.yaml().unwrap()), (vec!["m".into(), "seed".into()], yaml.clone()), "{step}");
+        assert!(content() == before, "{step}");
+        assert_eq!(client.machine("m").unwrap()["disabled"], false, "{step}");
+    }
+    drop(client);
+    drop(host);
+    let mut command = host::command(lab.cwd()).unwrap();
+    command.args(["-v", "machine", "export", "m"]).arg(folder.join("m.machine"));
+    let mut exporting = Creating::run(command);
+    exporting.wait_for("flattening");
+    exporting.signal(Signal::TERM);
+    // A fast export has ended already.
+    let is_done = exporting.end().0 == Some(0);
+    let expected = if is_done { &["m", "m.machine", "seed"][..] } else { &["m", "seed"] };
+    assert_eq!(names(), expected);
+    lab.assert_clean();
 }

@@ -1,9 +1,12 @@
 //! Adds a finished machine to the configuration, and has a running host load it.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, is_machine_name};
 use machinery::{Error, RestoreReadiness, Result};
+use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde_json::{Value, json};
 use serde_yaml::Mapping;
@@ -69,10 +72,23 @@ pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option
 /// The configuration cannot be changed, or refuses the machine.
 pub fn publish(context: &Context<'_>, name: &str, folder: &Path, ready: RestoreReadiness) -> Result<Made> {
     (context.step)("adding the machine to the configuration");
+    let _lock = lock_configuration(context.cwd)?;
     let added = import(&Import::of_folder(folder), &context.cwd.machinery_yaml(MACHINERY), context.check)?;
     let mut notes = added.notes;
     notes.extend(reload(context.cwd));
     Ok(Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes })
+}
+
+/// Waits until no other command changes the configuration. The lock ends with the file.
+///
+/// # Errors
+/// The folder of the host's state cannot be locked.
+pub fn lock_configuration(cwd: &Cwd) -> Result<File> {
+    let folder = cwd.state();
+    let failed = |error: io::Error| Error::io("lock", &folder, &error);
+    let file = File::open(&folder).map_err(failed)?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
+    Ok(file)
 }
 
 /// Has a running host reload its configuration. Returns a note if it does not.

@@ -17,10 +17,10 @@ use serde_json::json;
 
 use super::context::{Context, MACHINERY};
 use super::info::{Info, files_of, others_in};
-use super::publish::{ask, expect_unused};
+use super::publish::{ask, expect_unused, lock_configuration};
 use super::unfinished::{Unfinished, remove_folder};
 use crate::commands::import;
-use crate::cwd::Cwd;
+use crate::cwd::{Cwd, make_state_folder};
 
 /// The machine to remove.
 #[derive(Debug, Clone, Args)]
@@ -123,6 +123,8 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     expect_unused(cwd, name)?;
     let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
     let mark = folder.as_ref().map(|folder| Unfinished::begin_removal(cwd, name, folder)).transpose()?;
+    make_state_folder(cwd)?;
+    let lock = lock_configuration(cwd)?;
     let yaml = cwd.machinery_yaml(MACHINERY);
     let given_up = import::remove(&yaml, name).and_then(|before| {
         give_up(cwd, name).or_else(|error| {
@@ -131,6 +133,7 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
             Err(error)
         })
     });
+    drop(lock);
     if let Err(error) = given_up {
         mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
         return Err(error.machine(name));

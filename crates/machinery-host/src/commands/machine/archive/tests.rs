@@ -113,7 +113,7 @@ fn archive_is_refused_when_any_byte_is_changed_or_missing() {
         let mut changed = bytes.clone();
         changed[at] ^= 0x20;
         fs::write(&whole.path, &changed).unwrap();
-        // Within a run of zeros, another offset can stand for the same bytes.
+        // Within a run of zeros, another offset gives the same bytes.
         let is_same = zstd::decode_all(&changed[..]).is_ok_and(|content| content == unpacked);
         assert!(is_same || verify(&whole.path, &|_| ()).is_err(), "byte {at} of {}", bytes.len());
         fs::write(&whole.path, &bytes[..at]).unwrap();
