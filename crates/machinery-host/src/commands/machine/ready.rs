@@ -111,7 +111,9 @@ pub fn answers(address: SocketAddr) -> bool {
         let mut stream = TcpStream::connect_timeout(&address, AGENT_TIMEOUT)?;
         stream.set_read_timeout(Some(AGENT_TIMEOUT))?;
         stream.set_write_timeout(Some(AGENT_TIMEOUT))?;
-        write!(stream, "GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        // In one piece: a simple agent may read only once.
+        let request = format!("GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes())?;
         let mut status = [0; "HTTP/1.1 200".len()];
         stream.read_exact(&mut status)?;
         Ok(status.starts_with(b"HTTP/1.") && status.ends_with(b" 200"))

@@ -14,6 +14,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
@@ -27,6 +28,9 @@ use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
 const LOCK: &str = "lock";
 const RECORD: &str = "record.json";
+/// The beginning of the name of a record that is being made, and the time in which it gets its own name.
+const NEW: &str = ".new-";
+const MAX_BEGIN: Duration = Duration::from_secs(60);
 /// The file in the folder of an unfinished machine.
 pub const MARK: &str = ".unfinished";
 
@@ -84,7 +88,7 @@ impl Unfinished {
         let records = cwd.unfinished_machines();
         make_reachable_folder(&records)?;
         let failed = |error: io::Error| Error::io("make a folder in", &records, &error);
-        let new = tempfile::Builder::new().prefix(".new-").tempdir_in(&records).map_err(failed)?;
+        let new = tempfile::Builder::new().prefix(NEW).tempdir_in(&records).map_err(failed)?;
         let lock =
             try_lock(new.path()).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::WouldBlock.into()))?;
         let record =
@@ -224,7 +228,7 @@ impl Record {
 pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<String>> {
     let entries = fs::read_dir(context.cwd.unfinished_machines()).into_iter().flatten().flatten();
     let mut cleared = Vec::new();
-    for folder in entries.map(|entry| entry.path()) {
+    for folder in entries.map(|entry| entry.path()).filter(|folder| !is_being_made(folder)) {
         let Ok(Some(_lock)) = try_lock(&folder) else { continue };
         let text = fs::read(folder.join(RECORD)).unwrap_or_default();
         // A command that was killed at its beginning has written no record, and made nothing else.
@@ -238,6 +242,13 @@ pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<
         }
     }
     Ok(cleared)
+}
+
+/// Reports whether a command may be about to lock the record, which has no name yet.
+fn is_being_made(folder: &Path) -> bool {
+    let is_new = folder.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(NEW.as_bytes()));
+    let age = folder.metadata().and_then(|found| found.modified()).ok().and_then(|made| made.elapsed().ok());
+    is_new && age.is_none_or(|age| age < MAX_BEGIN)
 }
 
 /// Locks the record in that folder, unless its command is at work.
