@@ -82,7 +82,11 @@ fn about(figures: &Figures) -> Vec<(&'static str, String)> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut about = figures.about.clone();
-    about.push(("guests", "emulated (TCG), half of their RAM filled with noise".to_owned()));
+    // Each number of clones has the same guest, whose RAM is as its system has left it.
+    let is_of_clones = figures.places().iter().any(|place| matches!(place, Place::Clones(..)));
+    let guests =
+        if is_of_clones { "emulated (TCG)" } else { "emulated (TCG), half of their RAM filled with noise" };
+    about.push(("guests", guests.to_owned()));
     about.push(("processor", format!("{cores} × {}", first_with("/proc/cpuinfo", "model name"))));
     about.push(("memory", first_with("/proc/meminfo", "MemTotal")));
     about.push(("kernel", kernel.trim().to_owned()));
