@@ -18,7 +18,7 @@ use super::files::{copy, read, write};
 use super::release::Release;
 use super::{needs, newer, wall};
 use crate::fresh::{self, Root};
-use crate::run::{CHECKOUT, Failure, Result, output, step, step_as};
+use crate::run::{CHECKOUT, Result, step, step_as};
 use crate::system_packages;
 
 /// The folder of the packages and the scripts in the root.
@@ -68,14 +68,5 @@ fn make_machine(root: &Root) -> Result<()> {
         guest::master(&qemu, Guest::Micro)?.machine(&folder, "m", "127.0.0.1", SnapshotFormat::Lz4)?;
     let there = format!("{MACHINES}/m");
     let info = read(&machine.machineinfo)?.replace(&machine.dir.to_string_lossy().into_owned(), &there);
-    // A later Debian has a later QEMU, whose `pc` is another machine type.
-    write(&machine.machineinfo, &info.replace("\"pc\"", &format!("\"{}\"", machine_type()?)))
-}
-
-/// Returns the machine type that this computer's QEMU calls `pc`.
-fn machine_type() -> Result<String> {
-    let types = output(Command::new("qemu-system-x86_64").args(["-machine", "help"]))?;
-    let line = types.lines().find(|line| line.starts_with("pc "));
-    let alias = line.and_then(|line| line.split_once("(alias of ")?.1.split(')').next());
-    alias.map(str::to_owned).ok_or_else(|| Failure::Message("QEMU has no machine type `pc`".to_owned()))
+    write(&machine.machineinfo, &info)
 }
