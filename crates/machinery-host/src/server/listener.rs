@@ -115,7 +115,7 @@ fn bind_manager(path: &Path, peers: &Peers) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Binds a socket for those peers alone, as [`SocketFolder::bind`] does.
+/// Binds a socket for those peers alone, as `SocketFolder::bind` does.
 ///
 /// # Errors
 /// The socket cannot be made.
