@@ -131,7 +131,7 @@ fn run_error_is_there_when_an_action_takes_the_machine_out_of_the_pool() {
 }
 
 #[test]
-fn run_has_no_error_after_the_hosts_next_start_when_its_guest_had_powered_itself_off() {
+fn run_is_not_lost_after_the_hosts_next_start_when_its_guest_had_powered_itself_off() {
     let cwd = ScratchCwd::double(&[("m", "poweroff_after_ms: 1")]).unwrap();
     let mut host = RunningHost::start(&cwd).unwrap();
     let mut subscriber = host.client().unwrap();
@@ -146,5 +146,5 @@ fn run_has_no_error_after_the_hosts_next_start_when_its_guest_had_powered_itself
     host.kill().unwrap();
     let host = RunningHost::start(&cwd).unwrap();
     let machine = host.client().unwrap().machine("m").unwrap();
-    assert_eq!((&machine["locked_by"], &machine["run_errors"]), (&json!("t"), &json!([])));
+    assert_eq!((&machine["locked_by"], &machine["run_lost"]), (&json!("t"), &json!(false)));
 }

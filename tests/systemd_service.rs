@@ -257,6 +257,10 @@ fn guest_outlives_a_crash_and_ends_when_the_service_stops() {
     let host = systemd.command(&["cat", &format!("/proc/{}/oom_score_adj", systemd.property("MainPID"))]);
     assert_eq!(host.stdout, b"300\n", "{host:?}");
     assert_eq!(fs::read_to_string(format!("/proc/{}/oom_score_adj", qemu.as_raw_nonzero())).unwrap(), "0\n");
+    // An isolated network has parameters, which the host sets.
+    let mounts = systemd.command(&["cat", &format!("/proc/{}/mountinfo", systemd.property("MainPID"))]);
+    let mounts = String::from_utf8(mounts.stdout).unwrap();
+    assert!(mounts.lines().any(|mount| mount.contains(" /proc/sys/net rw,")), "{mounts}");
     for _ in 0..2 {
         let before = systemd.property("MainPID");
         systemd.kill();

@@ -21,7 +21,7 @@
 //! address of another gateway reaches the bridge too, because the bridge takes frames for every hardware address.
 //!
 //! **Rules.** The table inside is made before the interface. The host has one table for the cells of a folder, which each
-//! [`Cell::open`] writes anew in one step; so the next run mends it after somebody has flushed it. It stays until
+//! [`Cell::open`] writes anew in one step; so the next start mends it after somebody has flushed it. It stays until
 //! [`remove_table`], which the plugin calls when the host ends.
 //!
 //! | from | to | verdict |
@@ -99,7 +99,7 @@ impl Cell {
                 .advice("Give the machine an address that nothing on this host uses"));
         }
         let addresses = host.addresses()?;
-        rules::apply_on_host(&rules::of_host(prefix, spec.result_server), deadline)?;
+        rules::write_on_host(prefix, spec.result_server, deadline)?;
         let namespace = in_a_thread(|| inside(spec, &addresses, deadline))?;
         let cell = Cell { interface: spec.interface.clone(), bridge: spec.bridge.clone(), namespace };
         deadline.check("the network of a run")?;
@@ -158,6 +158,15 @@ impl Drop for Cell {
     }
 }
 
+/// Renews the host's rules for a run whose cell is older, because somebody may have flushed them meanwhile. Runs that begin
+/// within a second have them renewed once.
+///
+/// # Errors
+/// There is no program `nft`, or it refuses.
+pub fn renew_rules(spec: &CellSpec, deadline: Deadline) -> Result<()> {
+    rules::renew_on_host(prefix_of(&spec.interface)?, spec.result_server, deadline)
+}
+
 /// Removes the interface of an earlier run, if it exists.
 ///
 /// # Errors
@@ -172,7 +181,7 @@ pub fn remove(interface: &str) -> Result<()> {
 /// # Errors
 /// There is no program `nft`, or it refuses.
 pub fn remove_table(folder: &Path) -> Result<()> {
-    rules::apply_on_host(&rules::removal(&prefix(folder)), Deadline::after(REMOVAL_TIMEOUT))
+    rules::remove_from_host(&prefix(folder), Deadline::after(REMOVAL_TIMEOUT))
 }
 
 /// Makes the namespace with its bridge and its rules, and returns it.

@@ -1,11 +1,12 @@
 //! The rules of nftables: those of a cell, and those of the host about all cells of a folder. Source: nft(8).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::process::Stdio;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use machinery::{Deadline, Error, Result};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -16,9 +17,14 @@ use super::support;
 use crate::process::output_for;
 use crate::sync::lock;
 
-/// Networks that no guest reaches: this network, loopback, link-local with the metadata of clouds, multicast, broadcast.
-/// Source: the IANA IPv4 Special-Purpose Address Registry.
-const NEVER: &str = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3 }";
+/// Networks that no guest reaches: this network, loopback, link-local with the metadata of most clouds, multicast,
+/// broadcast; and the metadata of Alibaba, Azure and Oracle, which is elsewhere. Sources: the IANA IPv4 Special-Purpose
+/// Address Registry; the clouds' documentation of their instance metadata.
+const NEVER: &str = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3, 100.100.100.200, 168.63.129.16, \
+                     192.0.0.192 }";
+
+/// The age at which the rules of the host are written anew for a run that begins without a new cell.
+const MAX_AGE: Duration = Duration::from_secs(1);
 
 /// Returns the rules inside a cell. `host` is the list of the host's addresses. Frames for a hardware address that the
 /// guest knows from its snapshot are given to the bridge.
@@ -46,6 +52,7 @@ table ip cell {{
   }}
   chain forward {{
     type filter hook forward priority filter; policy drop
+    ct state invalid drop
     ct state established,related accept
     iifname "{UPLINK}" oifname "{bridge}" ip daddr {guest} ct original ip daddr {address} accept
     iifname "{bridge}" oifname "{UPLINK}" ip saddr {guest} goto leaving
@@ -81,7 +88,7 @@ fn accepted(server: SocketAddrV4) -> String {
 
 /// Returns the rules of the host about the cells of a folder. They replace those of the same table in one step, and
 /// keep the result servers that are known. `prefix` begins the names of the cells' interfaces.
-pub fn of_host(prefix: &str, server: Option<SocketAddrV4>) -> String {
+fn of_host(prefix: &str, server: Option<SocketAddrV4>) -> String {
     let table = table(prefix);
     let server = server.map_or(String::new(), |server| {
         format!("add element {table} servers {{ {} . {} }}", server.ip(), server.port())
@@ -119,20 +126,40 @@ table {table} {{
     )
 }
 
-/// Applies rules of the host. Transactions at the same time would fail and be tried anew, all of them.
+/// The times at which this process has written the tables of the host. One thread at a time writes: transactions at the
+/// same time would fail and be tried anew, all of them.
+static WRITTEN: Mutex<BTreeMap<String, Instant>> = Mutex::new(BTreeMap::new());
+
+/// Writes the rules of the host for the cells whose interfaces have that prefix.
 ///
 /// # Errors
 /// See [`apply`].
-pub fn apply_on_host(rules: &str, deadline: Deadline) -> Result<()> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _turn = lock(&ONE_AT_A_TIME);
-    apply(rules, deadline)
+pub fn write_on_host(prefix: &str, server: Option<SocketAddrV4>, deadline: Deadline) -> Result<()> {
+    let mut written = lock(&WRITTEN);
+    apply(&of_host(prefix, server), deadline)?;
+    written.insert(prefix.to_owned(), Instant::now());
+    Ok(())
 }
 
-/// Returns the rules that remove the host's table, if it exists.
-pub fn removal(prefix: &str) -> String {
+/// Writes the rules of the host anew, unless this process has just written them.
+///
+/// # Errors
+/// See [`apply`].
+pub fn renew_on_host(prefix: &str, server: Option<SocketAddrV4>, deadline: Deadline) -> Result<()> {
+    let is_recent = lock(&WRITTEN).get(prefix).is_some_and(|time| time.elapsed() < MAX_AGE);
+    if is_recent { Ok(()) } else { write_on_host(prefix, server, deadline) }
+}
+
+/// Removes the host's table, if it exists.
+///
+/// # Errors
+/// See [`apply`].
+pub fn remove_from_host(prefix: &str, deadline: Deadline) -> Result<()> {
+    let mut written = lock(&WRITTEN);
     let table = table(prefix);
-    format!("add table {table}\ndelete table {table}\n")
+    apply(&format!("add table {table}\ndelete table {table}\n"), deadline)?;
+    written.remove(prefix);
+    Ok(())
 }
 
 fn table(prefix: &str) -> String {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
+use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::thread::{CapabilitySet, capabilities};
 
 /// The folders of the system's daemons, which the path of a plain user lacks.
@@ -16,7 +17,7 @@ pub fn missing() -> Option<String> {
 /// Expects that this host can make cells.
 ///
 /// # Errors
-/// The host lacks a capability, the program `nft`, or `/dev/net/tun`.
+/// The host lacks a capability, the program `nft`, `/dev/net/tun`, or writable parameters of the network.
 pub fn expect_supported() -> Result<()> {
     let needed = CapabilitySet::NET_ADMIN | CapabilitySet::SYS_ADMIN;
     if !capabilities(None).is_ok_and(|sets| sets.effective.contains(needed)) {
@@ -29,7 +30,21 @@ pub fn expect_supported() -> Result<()> {
         return Err(Error::environment("an isolated network needs the device /dev/net/tun")
             .advice("Load the kernel's module tun, or give the device to the container"));
     }
+    expect_parameters()?;
     nft().map(drop)
+}
+
+/// Expects that the parameters of the network can be set. A container or a unit of systemd may have them read-only.
+fn expect_parameters() -> Result<()> {
+    let folder = Path::new("/proc/sys/net");
+    let is_read_only = statvfs(folder).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::RDONLY));
+    if !is_read_only {
+        return Ok(());
+    }
+    Err(Error::environment(
+        "an isolated network needs the parameters in /proc/sys/net, which are read-only here",
+    )
+    .advice("Give the service ReadWritePaths=/proc/sys/net, or the container a writable /proc/sys/net"))
 }
 
 /// Returns the program that sets rules.

@@ -7,13 +7,14 @@ mod network;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use machinery::{Deadline, ErrorKind};
-use machinery_backend::cell::{Cell, CellSpec, missing, remove, remove_table};
+use machinery_backend::cell::{Cell, CellSpec, missing, remove, remove_table, renew_rules};
 
 use machinery_testkit::guest::linux::COUNTED_PORT;
 use machinery_testkit::lab::TestNetwork;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, recv, sendto, socket};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities, unshare_unsafe,
 };
@@ -120,6 +121,30 @@ fn packets_with_a_source_of_their_own_never_leave_the_cell() {
 }
 
 #[test]
+fn packets_of_no_connection_never_leave_the_cell() {
+    let Some(host) = Host::new() else { return };
+    let spec = spec("a", FIRST, &host.listen(SERVER));
+    let cell = host.open(&spec).unwrap();
+    // The host would drop them as well.
+    let filters = ["all", &spec.interface].map(|name| format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"));
+    host.inside(|| run(&format!("echo 0 | tee {}", filters.join(" "))));
+    let raw = || socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::TCP)).unwrap();
+    let outside = host.outside.inside(raw).unwrap();
+    let guest = Guest::new(&cell);
+    let send_both = || {
+        // A segment with a wrong checksum, which is not translated, and then the first one of a connection.
+        let segment = [0, 7, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x04, 0, 0, 0, 1, 0, 0];
+        sendto(raw(), &segment, SendFlags::empty(), &SocketAddrV4::new(OUTSIDE, 0)).unwrap();
+        drop(TcpStream::connect_timeout(&(OUTSIDE, 7).into(), Duration::from_secs(10)));
+    };
+    guest.network.inside(send_both).unwrap();
+    let mut packet = [0; 64];
+    recv(&outside, &mut packet[..], RecvFlags::empty()).unwrap();
+    // The source in the header of IPv4.
+    assert_eq!(packet[12..16], spec.address.octets());
+}
+
+#[test]
 fn restored_linux_reaches_the_result_server_and_its_agent_answers() {
     let Some(host) = Host::new() else { return };
     // The guest was saved beside a host of this address, whose hardware address it has as a static entry.
@@ -163,6 +188,13 @@ fn rules_of_cell_and_host_hold_alone_and_the_next_cell_mends_those_of_the_host()
     assert!(guest.never_reaches(late.address));
     assert!(guest.reaches(server.address));
     drop(second);
+    // A run whose cell is older has them written anew, at most once a second.
+    host.inside(|| run("nft flush ruleset"));
+    let begun = Instant::now();
+    while guest.reaches(late.address) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the rules of the host are not renewed");
+        host.inside(|| renew_rules(&spec("a", FIRST, &server), deadline())).unwrap();
+    }
 }
 
 #[test]

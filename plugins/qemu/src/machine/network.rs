@@ -24,7 +24,8 @@ impl Machine {
             match self.identity().map(|identity| standby.stale_reason(&identity)) {
                 Ok(None) if has_interface(self.files()) => {
                     opening.lock().standby = Some(standby);
-                    return Ok(());
+                    let spec = spec_of(self.files());
+                    return spec.map_or(Ok(()), |spec| cell::renew_rules(&spec, deadline));
                 }
                 _ => finish(&opening, standby.end(deadline).map(|()| None))?,
             }
