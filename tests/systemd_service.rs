@@ -185,8 +185,9 @@ impl Systemd {
     /// Waits for the host that follows the one with that process id, and expects that it has adopted that QEMU.
     #[track_caller]
     fn expect_adopted(&self, qemu: Pid, before: &str) {
+        // In this order: the state may be that of the host before.
         self.wait_for("the next host", |systemd| {
-            systemd.property("ActiveState") == "active" && systemd.property("MainPID") != before
+            systemd.property("MainPID") != before && systemd.property("ActiveState") == "active"
         });
         let mut client = Client::connect(&self.lab.cwd().socket()).unwrap();
         let machine = client.machine("m").unwrap();

@@ -38,8 +38,12 @@ const FILES: [&str; 5] =
 /// The systems that the interface is for.
 const PLATFORMS: [&str; 2] = ["x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"];
 
-/// A dependency for tests that are not part of the interface.
+/// A dependency for tests that are not part of the interface, and the members and folders that have such tests.
 const TESTKIT: &str = "machinery-testkit.workspace = true\n";
+const TESTED: [(&str, &str); 2] = [
+    ("crates/machinery-backend", "crates/machinery-backend/tests/cell/"),
+    ("crates/machinery-jail", "crates/machinery-jail/tests/"),
+];
 
 /// Fills the folder.
 pub fn fill(folder: &Path) -> Result<()> {
@@ -47,13 +51,16 @@ pub fn fill(folder: &Path) -> Result<()> {
     let is_part = |file: &String| {
         let is_of = |member: &&str| file.strip_prefix(*member).is_some_and(|rest| rest.starts_with('/'));
         let is_member = MEMBERS.iter().any(is_of);
-        FILES.contains(&file.as_str()) || is_member && !file.starts_with("crates/machinery-jail/tests/")
+        let is_test = TESTED.iter().any(|(_, tests)| file.starts_with(tests));
+        FILES.contains(&file.as_str()) || is_member && !is_test
     };
     for file in tracked::files(checkout)?.iter().filter(|file| is_part(file)) {
         copy(&checkout.join(file), &folder.join(file))?;
     }
-    let manifest = folder.join("crates/machinery-jail/Cargo.toml");
-    write(&manifest, &read(&manifest)?.replace(TESTKIT, ""))?;
+    for (member, _) in TESTED {
+        let manifest = folder.join(member).join("Cargo.toml");
+        write(&manifest, &read(&manifest)?.replace(TESTKIT, ""))?;
+    }
     write(&folder.join("Cargo.toml"), &workspace(&read(&checkout.join("Cargo.toml"))?)?)?;
     let mut vendor = cargo(["vendor", "--quiet", "--manifest-path"]);
     vendor.arg(folder.join("Cargo.toml")).arg(folder.join("vendor")).stdout(Stdio::null());

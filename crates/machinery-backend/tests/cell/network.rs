@@ -64,7 +64,7 @@ impl Host {
             .inside(|| {
                 run(&format!("ip link add lan0 type veth peer name lan0 netns {}", path_of(&far)));
                 run("ip address add 10.9.0.1/24 dev lan0; ip address add 10.9.0.2/24 dev lan0");
-                run("ip link set lan0 up; sysctl -qw net.ipv4.ip_forward=1");
+                run("ip link set lan0 up; echo 1 > /proc/sys/net/ipv4/ip_forward");
                 // The metadata of a cloud.
                 run("ip route add 169.254.169.254 dev lan0");
             })
