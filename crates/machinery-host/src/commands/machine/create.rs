@@ -94,7 +94,7 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
 /// # Errors
 /// A machine has the disk, or another command boots it.
 pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
-    if let Some(other) = super::info::machine_with_disk(context.cwd, base) {
+    if let Some(other) = super::info::machine_with_disk(context.cwd, base)? {
         return Err(Error::configuration(format!("{} is the disk of the machine '{other}'", base.display()))
             .advice("Make an overlay or a copy of the disk, and name it"));
     }

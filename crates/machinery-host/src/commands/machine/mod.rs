@@ -140,7 +140,10 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
             interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
             snapshot::snapshot(context, arguments).map(|made| Outcome::Made("taken anew", made))
         }
-        Machine::Remove(arguments) => remove::remove(context, arguments).map(Outcome::Removed),
+        Machine::Remove(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            remove::remove(context, arguments).map(Outcome::Removed)
+        }
         Machine::Export(arguments) => {
             interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
             export::export(context, arguments).map(Outcome::Exported)

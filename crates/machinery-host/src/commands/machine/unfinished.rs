@@ -274,7 +274,7 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
     }
     record.release(context.cwd);
     let own = &record.folder;
-    if info::is_configured(context.cwd, own) {
+    if info::is_configured(context.cwd, own)? {
         remove_mark(own)?;
     } else if own.join(MARK).exists() {
         remove_folder(own)?;
