@@ -20,7 +20,7 @@ use crate::cwd::make_reachable_folder;
 /// The interface of a machine with user networking.
 const LOOPBACK: &str = "lo";
 /// The beginning of a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
-const QCOW2: &[u8] = b"QFI\xfb";
+pub const QCOW2: &[u8] = b"QFI\xfb";
 
 /// Makes the machine.
 ///

@@ -15,9 +15,9 @@ use machinery::{Error, Result};
 
 use super::arguments::forward;
 use super::context::Context;
-use super::create::folder_of;
-use super::info::{DISK, INFO, Info};
-use super::make::prove;
+use super::create::{QCOW2, folder_of};
+use super::info::{DISK, INFO, Info, MEMORY};
+use super::make::{other_files, prove};
 use super::options::Ready;
 use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
@@ -61,7 +61,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
     let mut unfinished = Unfinished::begin(context.cwd, &name, &folder)?;
     let made = (|| {
         archive::extract(&import.file, &folder, context.step)?;
-        expect_whole(&folder.join(DISK))?;
+        expect_whole_disks(&folder)?;
         std::fs::remove_file(folder.join(INFO))
             .map_err(|error| Error::io("replace", &folder.join(INFO), &error))?;
         info.write(&folder)?;
@@ -81,6 +81,8 @@ impl ImportArchive {
     /// Returns the description with the values of this host.
     fn adapted(&self, mut info: Info) -> Result<Info> {
         let machine = &mut info.machine;
+        // The files of the archive that are verified and restored.
+        (machine.disk, machine.memory_snapshot) = (DISK.to_owned(), MEMORY.to_owned());
         machine.base = None;
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
@@ -107,6 +109,17 @@ impl ImportArchive {
     }
 }
 
+/// Expects that the disk, and each other file in the format qcow2, depends on no other file.
+fn expect_whole_disks(folder: &Path) -> Result<()> {
+    let is_disk = |path: &PathBuf| {
+        let mut magic = [0; QCOW2.len()];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        read.is_ok() && magic == QCOW2
+    };
+    let others = other_files(folder)?.into_iter().map(|(path, _)| path).filter(is_disk);
+    others.chain([folder.join(DISK)]).try_for_each(|disk| expect_whole(&disk))
+}
+
 /// Expects that a disk depends on no other file. Source: QEMU's docs/interop/qcow2.txt.
 fn expect_whole(disk: &Path) -> Result<()> {
     /// The bit of an external data file among the incompatible features.
@@ -119,7 +132,9 @@ fn expect_whole(disk: &Path) -> Result<()> {
     if is_qcow2_3 && number(8) == 0 && number(72) & DATA_FILE == 0 {
         return Ok(());
     }
-    Err(Error::configuration("the disk in the archive is no qcow2, or depends on another file")
+    let name = disk.file_name().unwrap_or_default().display();
+    Err(Error::configuration(format!("{name} in the archive is no whole disk in the format qcow2"))
+        .detail("it may depend on another file")
         .advice("Export the machine again"))
 }
 
@@ -127,6 +142,34 @@ fn expect_whole(disk: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use std::fs;
+
+    fn import(words: &[&str]) -> ImportArchive {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            import: ImportArchive,
+        }
+        let given = ["import", "m.machine"].iter().chain(words);
+        <Command as clap::Parser>::try_parse_from(given).unwrap().import
+    }
+
+    /// Returns the description in an archive with this bridge and these arguments.
+    fn described(bridge: &str, args: &[&str]) -> Info {
+        let text = serde_json::json!({"made_by": "cuckoo-machinery", "machine": {
+            "name": "m", "ip": "127.0.0.9", "agent_port": 8000, "os_name": "linux", "os_version": "12",
+            "architecture": "amd64", "bridge": bridge, "mac": "", "disk": "../other/disk.qcow2",
+            "memory_snapshot": "/other/memory.zst", "tags": [], "start_args": args, "base": "/other/base.qcow2",
+        }});
+        Info::parse(&text.to_string()).unwrap()
+    }
+
+    #[test]
+    fn files_of_a_description_are_those_of_its_archive() {
+        let machine =
+            import(&[]).adapted(described("br1", &["-netdev", "bridge,id=net0,br=br1"])).unwrap().machine;
+        assert_eq!((machine.disk.as_str(), machine.memory_snapshot.as_str()), (DISK, MEMORY));
+        assert_eq!(machine.base, None);
+    }
 
     #[test]
     fn disk_is_refused_when_it_depends_on_another_file() {
@@ -145,5 +188,14 @@ mod tests {
             assert!(!is_whole(&other), "{at}");
         }
         assert!(!is_whole(&whole[..40]));
+        // So is any other disk in the archive, and no other file.
+        fs::write(folder.path().join(DISK), &whole).unwrap();
+        fs::write(folder.path().join("more"), "").unwrap();
+        fs::write(&disk, &whole).unwrap();
+        expect_whole_disks(folder.path()).unwrap();
+        whole[15] = 1;
+        fs::write(&disk, &whole).unwrap();
+        let error = expect_whole_disks(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("disk in the archive"), "{error}");
     }
 }
