@@ -14,7 +14,7 @@ use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{Plan, make, version};
 use super::options::Create;
 use super::publish::{Made, expect_free, publish};
-use super::unfinished::Unfinished;
+use super::unfinished::{Unfinished, expect_kept};
 use crate::cwd::make_reachable_folder;
 
 /// The interface of a machine with user networking.
@@ -49,9 +49,10 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
 /// Returns the real path of a machine's folder, in the given folder or in that of the CWD, which is made.
 ///
 /// # Errors
-/// The folder around it cannot be made.
+/// The folder around it cannot be made, or other users can change it.
 pub fn folder_of(context: &Context<'_>, parent: Option<&Path>, name: &str) -> Result<PathBuf> {
     let parent = parent.map_or_else(|| context.cwd.machines(), Path::to_owned);
+    expect_kept(&parent).map_err(|error| error.machine(name))?;
     make_reachable_folder(&parent)?;
     let parent = fs::canonicalize(&parent).map_err(|error| Error::io("find", &parent, &error))?;
     Ok(parent.join(name))

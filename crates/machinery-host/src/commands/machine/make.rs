@@ -8,7 +8,8 @@
 //! The overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. The template only
 //! proves that restores are instant: a host builds its own.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -77,8 +78,11 @@ pub fn make(
     let folder = unfinished.machine_folder().to_owned();
     for (file, name) in &plan.files {
         let to = folder.join(name);
-        let copied =
-            fs::copy(file, &to).and_then(|_| fs::set_permissions(&to, fs::Permissions::from_mode(FILE_MODE)));
+        let copied = File::open(file).and_then(|mut from| {
+            let mut new = File::create_new(&to)?;
+            io::copy(&mut from, &mut new)?;
+            new.set_permissions(fs::Permissions::from_mode(FILE_MODE))
+        });
         copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
     }
     plan.info.write(&folder)?;
@@ -214,13 +218,13 @@ pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) 
 /// Returns the programs that the configuration names.
 ///
 /// # Errors
-/// The configuration cannot be read.
+/// The configuration cannot be read, or other users can change it.
 pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
     let path = context.cwd.machinery_yaml(MACHINERY);
     if !path.exists() {
         return Ok(Binaries::default());
     }
-    Ok(ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
+    Ok(ConfigFile::read_trusted(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
 }
 
 /// Returns the configuration with an empty mapping at this key.

@@ -6,7 +6,6 @@
 //!
 //! The exchange is atomic: at each moment, the machine has the old disk and snapshot, or the new ones.
 
-use std::fs;
 use std::path::Path;
 
 use clap::Args;
@@ -19,7 +18,7 @@ use super::info::{Info, files_of};
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
 use super::publish::{Made, expect_unused, reload};
-use super::unfinished::{MARK, Unfinished};
+use super::unfinished::{Unfinished, set_mark};
 
 /// The machine whose snapshot is taken.
 #[derive(Debug, Clone, Args)]
@@ -61,8 +60,7 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
 
 /// Exchanges both folders. The mark of an unfinished machine goes with the old one.
 fn exchange(folder: &Path, new: &Path) -> Result<()> {
-    let mark = folder.join(MARK);
-    fs::write(&mark, "").map_err(|error| Error::io("write", &mark, &error))?;
+    set_mark(folder)?;
     renameat_with(CWD, new, CWD, folder, RenameFlags::EXCHANGE)
         .map_err(|error| Error::io("replace the machine in", folder, &error.into()))?;
     super::unfinished::remove_folder(new)

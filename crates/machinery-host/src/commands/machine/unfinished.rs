@@ -13,12 +13,14 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result, Setup};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use serde::{Deserialize, Serialize};
 
 use super::context::Context;
@@ -57,8 +59,10 @@ impl Unfinished {
     /// Makes the record and the machine's folder, which must not exist.
     ///
     /// # Errors
-    /// Another command is at work on a machine of this name, the folder exists, or cannot be made.
+    /// Another command is at work on a machine of this name, the folder exists, or cannot be made. Other users could
+    /// replace it.
     pub fn begin(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
+        expect_kept(folder.parent().unwrap_or(folder)).map_err(|error| error.machine(name))?;
         let unfinished = Unfinished::record(cwd, name, folder)?;
         if let Err(error) = unfinished.make_folder() {
             // The folder of somebody else remains.
@@ -74,11 +78,11 @@ impl Unfinished {
     /// Another command is at work on the machine, or a file cannot be written.
     pub fn begin_removal(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
         let removal = Unfinished::record(cwd, name, folder)?;
-        match File::create(folder.join(MARK)) {
-            Ok(_) => Ok(removal),
+        match set_mark(folder) {
+            Ok(()) => Ok(removal),
             Err(error) => {
                 let _ = fs::remove_dir_all(&removal.folder);
-                Err(Error::io("write to", folder, &error).machine(name))
+                Err(error.machine(name))
             }
         }
     }
@@ -285,6 +289,37 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
     remove_folder(folder)
 }
 
+/// Marks the folder as that of a machine that is to be removed.
+///
+/// # Errors
+/// The mark cannot be written.
+pub fn set_mark(folder: &Path) -> Result<()> {
+    let path = folder.join(MARK);
+    // A link of another user is not followed.
+    let flags = OFlags::NOFOLLOW.bits() as i32;
+    let made = File::options().write(true).create(true).truncate(false).custom_flags(flags).open(&path);
+    made.map(drop).map_err(|error| Error::io("write", &path, &error))
+}
+
+/// Expects that no other user can replace a new folder in this one, which may not exist yet. In root's sticky folder, such
+/// as /tmp, only the owner of a folder can.
+///
+/// # Errors
+/// Another user could replace it.
+pub fn expect_kept(folder: &Path) -> Result<()> {
+    const STICKY: u32 = 0o1000;
+    let failed = |error: io::Error| Error::io("look at", folder, &error);
+    let whole = std::path::absolute(folder).map_err(failed)?;
+    let existing = whole.ancestors().find(|folder| folder.exists()).unwrap_or(&whole);
+    let existing = fs::canonicalize(existing).map_err(failed)?;
+    let found = existing.metadata().map_err(failed)?;
+    let is_shared = found.mode() & STICKY != 0 && found.uid() == 0;
+    let checked = existing.parent().filter(|_| is_shared).unwrap_or(&existing);
+    expect_trusted(checked).map(drop).map_err(|error| {
+        error.advice("Name a folder that only this user can change, or correct the owners and modes")
+    })
+}
+
 fn remove_mark(folder: &Path) -> Result<()> {
     gone(fs::remove_file(folder.join(MARK)))
         .map_err(|error| Error::io("finish the machine in", folder, &error))
@@ -302,5 +337,51 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn cwd(root: &Path) -> Cwd {
+        fs::write(root.join(".cuckoocwd"), "").unwrap();
+        Cwd::find(Some(root)).unwrap()
+    }
+
+    #[test]
+    fn folder_is_refused_where_other_users_could_replace_it() {
+        let root = tempfile::tempdir().unwrap();
+        let (cwd, shared) = (cwd(root.path()), root.path().join("shared"));
+        fs::create_dir(&shared).unwrap();
+        fs::set_permissions(&shared, Permissions::from_mode(0o777)).unwrap();
+        for parent in [shared.clone(), shared.join("new")] {
+            let refused = Unfinished::begin(&cwd, "m", &parent.join("m")).map(drop).unwrap_err().to_string();
+            assert!(refused.contains("other users could") && refused.contains("Name a folder"), "{refused}");
+        }
+        assert!(!cwd.state().exists() && fs::read_dir(&shared).unwrap().count() == 0);
+        // A link leads to it, too.
+        symlink(&shared, root.path().join("link")).unwrap();
+        assert!(expect_kept(&root.path().join("link")).is_err());
+        fs::set_permissions(&shared, Permissions::from_mode(0o755)).unwrap();
+        Unfinished::begin(&cwd, "m", &shared.join("m")).unwrap();
+        assert!(shared.join("m").join(MARK).exists());
+        // Nobody else can replace a folder in a sticky one.
+        let missing = format!("{}-missing/new", root.path().file_name().unwrap().display());
+        expect_kept(&Path::new("/tmp").join(missing)).unwrap();
+    }
+
+    #[test]
+    fn mark_is_not_written_through_a_link() {
+        let root = tempfile::tempdir().unwrap();
+        let other = root.path().join("other");
+        symlink(&other, root.path().join(MARK)).unwrap();
+        assert!(set_mark(root.path()).is_err() && !other.exists());
+        fs::remove_file(root.path().join(MARK)).unwrap();
+        set_mark(root.path()).unwrap();
+        set_mark(root.path()).unwrap();
+        assert!(root.path().join(MARK).exists());
     }
 }
