@@ -24,6 +24,9 @@ use super::options::{Accel, Create, Platform};
 /// The placeholder for the path of the disk's overlay.
 const DISK: &str = "%DISPOSABLE_DISK_PATH%";
 
+/// The interface of a machine with user networking.
+pub const LOOPBACK: &str = "lo";
+
 /// The name of the firmware's variables in the machine's folder.
 pub const FIRMWARE_VARIABLES: &str = "efivars.fd";
 

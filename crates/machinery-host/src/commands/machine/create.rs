@@ -8,17 +8,16 @@ use machinery::config::find_interface;
 use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 
-use super::arguments::{FIRMWARE_VARIABLES, accel, arguments, files, random_mac};
+use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
 use super::context::Context;
+use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{Plan, make, version};
 use super::options::Create;
 use super::publish::{Made, expect_free, publish};
-use super::unfinished::{Unfinished, expect_kept};
+use super::unfinished::Unfinished;
 use crate::cwd::make_reachable_folder;
 
-/// The interface of a machine with user networking.
-const LOOPBACK: &str = "lo";
 /// The beginning of a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
 pub const QCOW2: &[u8] = b"QFI\xfb";
 

@@ -26,7 +26,7 @@ use super::context::{Context, MACHINERY};
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
 use super::ready;
-use super::session::{Session, with_session};
+use super::session::{Session, with_session, without_machines};
 use super::unfinished::Unfinished;
 
 /// The interval at which the progress of an action is shown.
@@ -204,11 +204,8 @@ fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl Fn
 /// # Errors
 /// The plugin cannot be loaded.
 pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
-    let mut config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
-    config.text = without(&config.text, &["machines"]);
-    let mut host = host_config(context, info)?;
-    host.text = without(&host.text, &["machineries", MACHINERY, "machines"]);
-    let setup = unfinished.setup(config, host)?;
+    let config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
+    let setup = without_machines(&unfinished.setup(config, host_config(context, info)?)?);
     let limit = context.config.timeouts.load;
     with_session(context, &setup, &info.machine.name, |session| {
         session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
@@ -225,14 +222,6 @@ pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
         return Ok(Binaries::default());
     }
     Ok(ConfigFile::read_trusted(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
-}
-
-/// Returns the configuration with an empty mapping at this key.
-fn without(text: &str, key: &[&str]) -> String {
-    let mut config: Value = serde_json::from_str(text).unwrap_or_default();
-    let at = key.iter().fold(&mut config, |value, key| &mut value[*key]);
-    *at = json!({});
-    config.to_string()
 }
 
 /// Returns the machinery's configuration with this machine alone. JSON is YAML.

@@ -16,12 +16,14 @@
 //! | `info` | the description of a machine in its folder |
 //! | `publish` | the entry in the configuration, and the running host |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
+//! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
 mod archive;
 mod arguments;
 mod context;
 mod create;
 mod export;
+mod folder;
 mod import_archive;
 mod info;
 mod interrupt;
@@ -53,6 +55,7 @@ use remove::Remove;
 pub use remove::Removed;
 use snapshot::Snapshot;
 use unfinished::clear_abandoned;
+pub use unfinished::expect_no_command;
 
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]
@@ -128,8 +131,12 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
             false => Ok(Outcome::Cleared(cleared)),
         };
     }
-    for name in clear_abandoned(context, None)? {
-        tracing::warn!(machine = name, "removed what an interrupted command has left");
+    match clear_abandoned(context, None) {
+        Ok(names) => names.iter().for_each(|machine| {
+            tracing::warn!(machine, "removed what an interrupted command has left");
+        }),
+        // A command for the same machine is refused later.
+        Err(error) => tracing::warn!(%error, "something of an interrupted command remains"),
     }
     match command {
         Machine::Create(arguments) => {

@@ -14,11 +14,12 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::context::Context;
 use super::create::lock_base;
+use super::folder::set_mark;
 use super::info::{Info, files_of};
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
 use super::publish::{Made, expect_unused, reload};
-use super::unfinished::{Unfinished, set_mark};
+use super::unfinished::Unfinished;
 
 /// The machine whose snapshot is taken.
 #[derive(Debug, Clone, Args)]
