@@ -250,6 +250,7 @@ fn wrong_input_is_refused_with_its_reason_and_nothing_is_made() {
         (&["--disk", &disk, "--ip", &ip, "--user", "--args", "/none/args"], 1, "/none/args"),
         (&["--disk", &disk, "--ip", &ip, "--user", "--args", &unsafe_args], 2, "unsafe arguments"),
         (&["--disk", &disk, "--ip", &ip, "--user", "--file", "/none/file"], 2, "/none/file"),
+        (&["--disk", &disk, "--ip", &ip, "--user", "--timeout", "1"], 2, "does not end before --timeout 1"),
     ] {
         let ran = lab.run(&[&base[..], more].concat()).unwrap();
         assert!(ran.code == Some(code) && ran.stderr.contains(expected), "{more:?}: {ran:?}");

@@ -26,6 +26,7 @@ pub const QCOW2: &[u8] = b"QFI\xfb";
 /// # Errors
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
+    create.ready.expect_in_time()?;
     expect_free(context.cwd, context.config, &create.name, &create.ip.to_string(), None)?;
     let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
     find_interface(interface).map_err(|error| error.machine(&create.name))?;

@@ -11,12 +11,12 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use machinery::config::find_interface;
-use machinery::{Error, Result};
+use machinery::{Error, ErrorKind, Result};
 
-use super::arguments::forward;
+use super::arguments::{LOOPBACK, bridge_netdev, user_netdev};
 use super::context::Context;
 use super::create::{QCOW2, folder_of};
-use super::info::{DISK, INFO, Info, MEMORY};
+use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{other_files, prove};
 use super::options::Ready;
 use super::publish::{Made, expect_free, publish};
@@ -31,7 +31,7 @@ pub struct ImportArchive {
     /// Another name for the machine
     #[arg(long)]
     pub name: Option<String>,
-    /// Another address of the machine: the guest keeps the one that it has inside
+    /// Another address of the machine, with user networking or --no-agent: the guest keeps the one that it has inside
     #[arg(long, value_name = "ADDRESS")]
     pub ip: Option<IpAddr>,
     /// Another bridge
@@ -71,10 +71,18 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
             timeout: 0,
             screenshot: None,
         };
-        let readiness = prove(context, &info, &ready, &mut unfinished, &folder)?;
+        let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
         publish(context, &name, &folder, readiness)
     })();
     unfinished.conclude(context, &folder, made)
+}
+
+/// Adds the advice for a guest whose agent does not answer.
+fn advise(error: Error) -> Error {
+    if error.kind() != ErrorKind::Timeout {
+        return error;
+    }
+    error.advice("Check that the bridge leads to the guest, or give --no-agent to import it without a look at its agent")
 }
 
 impl ImportArchive {
@@ -87,26 +95,55 @@ impl ImportArchive {
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
         }
-        let port = machine.agent_port;
-        if let Some(ip) = self.ip.map(|ip| ip.to_string()) {
-            let (old, new) =
-                (format!("hostfwd=tcp:{}:{port}-", machine.ip), format!("hostfwd=tcp:{ip}:{port}-"));
-            if let Some(netdev) = machine.start_args.iter_mut().find(|arg| arg.contains(&old)) {
-                // Only this host may reach the agent by it.
-                self.ip.map(|ip| forward(ip, port)).transpose()?;
-                *netdev = netdev.replace(&old, &new);
-            }
-            machine.ip = ip;
-        }
-        if let Some(bridge) = &self.bridge {
-            let (old, new) = (format!("br={}", machine.bridge), format!("br={bridge}"));
-            for arg in machine.start_args.iter_mut().filter(|arg| arg.starts_with("bridge,")) {
-                *arg = arg.replace(&old, &new);
-            }
-            machine.bridge.clone_from(bridge);
-        }
+        let name = machine.name.clone();
+        self.adapt_network(machine).map_err(|error| error.machine(name))?;
         Ok(info)
     }
+
+    /// Replaces the address and the bridge. The network has to be one that `machine create` makes: an archive does not
+    /// choose another one.
+    fn adapt_network(&self, machine: &mut Description) -> Result<()> {
+        let old: IpAddr = machine.ip.parse().map_err(|_| unknown_network("its address is none"))?;
+        let (ip, port) = (self.ip.unwrap_or(old), machine.agent_port);
+        let netdev = only_netdev(&mut machine.start_args)?;
+        if user_netdev(old, port).is_ok_and(|user| user == *netdev) {
+            if self.bridge.is_some() {
+                let reason = "the machine has user networking, and no network card on a bridge";
+                return Err(Error::configuration(reason).advice("Leave out --bridge"));
+            }
+            *netdev = user_netdev(ip, port)?;
+            LOOPBACK.clone_into(&mut machine.bridge);
+        } else if bridge_netdev(&machine.bridge).is_ok_and(|bridge| bridge == *netdev) {
+            if ip != old && !self.no_agent {
+                let reason =
+                    format!("the guest keeps its address {old} on a bridge, and does not answer at {ip}");
+                return Err(Error::configuration(reason)
+                    .advice("Leave out --ip, or give --no-agent if this host translates the address"));
+            }
+            machine.bridge = self.bridge.clone().unwrap_or_else(|| machine.bridge.clone());
+            *netdev = bridge_netdev(&machine.bridge)?;
+        } else {
+            return Err(unknown_network(&format!("'-netdev {netdev}' is none of `machine create`")));
+        }
+        machine.ip = ip.to_string();
+        Ok(())
+    }
+}
+
+/// Returns the value of the only argument that connects the guest to a network.
+fn only_netdev(args: &mut [String]) -> Result<&mut String> {
+    let option = |arg: &String| arg.strip_prefix('-').map(|arg| arg.trim_start_matches('-').to_owned());
+    let is_network = |arg: &String| option(arg).is_some_and(|arg| ["netdev", "nic", "net"].contains(&&*arg));
+    let at: Vec<usize> = (0..args.len()).filter(|at| is_network(&args[*at])).collect();
+    match at[..] {
+        [at] if args[at] == "-netdev" && at + 1 < args.len() => Ok(&mut args[at + 1]),
+        _ => Err(unknown_network("it needs exactly one -netdev")),
+    }
+}
+
+fn unknown_network(why: &str) -> Error {
+    Error::configuration(format!("the network of the machine in the archive is refused: {why}"))
+        .advice("Export a machine with the network that `machine create` has made")
 }
 
 /// Expects that the disk, and each other file in the format qcow2, depends on no other file.
@@ -169,6 +206,51 @@ mod tests {
             import(&[]).adapted(described("br1", &["-netdev", "bridge,id=net0,br=br1"])).unwrap().machine;
         assert_eq!((machine.disk.as_str(), machine.memory_snapshot.as_str()), (DISK, MEMORY));
         assert_eq!(machine.base, None);
+    }
+
+    #[test]
+    fn network_of_an_archive_is_adapted_or_refused() {
+        let user = "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.9:8000-:8000";
+        let bridge = "bridge,id=net0,br=br1";
+        let adapted = |words: &[&str], args: &[&str]| {
+            let machine = import(words).adapted(described("br1", args)).ok()?.machine;
+            Some((machine.start_args[1].clone(), machine.bridge, machine.ip))
+        };
+        let network = |netdev: &str, interface: &str, ip: &str| {
+            Some((netdev.to_owned(), interface.to_owned(), ip.to_owned()))
+        };
+        let (on_user, on_bridge) = (["-netdev", user], ["-netdev", bridge]);
+        assert_eq!(adapted(&[], &on_user), network(user, "lo", "127.0.0.9"));
+        let other = user.replace("127.0.0.9", "127.0.0.8");
+        assert_eq!(adapted(&["--ip", "127.0.0.8"], &on_user), network(&other, "lo", "127.0.0.8"));
+        assert_eq!(adapted(&[], &on_bridge), network(bridge, "br1", "127.0.0.9"));
+        let moved = network("bridge,id=net0,br=br10", "br10", "127.0.0.9");
+        assert_eq!(adapted(&["--bridge", "br10"], &on_bridge), moved);
+        let unchecked = ["--ip", "10.0.0.2", "--no-agent"];
+        assert_eq!(adapted(&unchecked, &on_bridge), network(bridge, "br1", "10.0.0.2"));
+        // The guest of a bridge keeps its address, and user networking is of this host alone.
+        for (words, args) in [
+            (["--ip", "10.0.0.2"], on_bridge),
+            (["--ip", "10.0.0.2"], on_user),
+            (["--bridge", "br2"], on_user),
+        ] {
+            assert_eq!(adapted(&words, &args), None, "{words:?}");
+        }
+        for args in [
+            &["-netdev", "user,id=net0"][..],
+            &["-netdev", &user.replace("restrict=on", "restrict=off")],
+            &["-netdev", &format!("{user},hostfwd=tcp::22-:22")],
+            &["-netdev", &user.replace("127.0.0.9", "0.0.0.0")],
+            &["-netdev", "bridge,id=net0,br=br10"],
+            &["-netdev", bridge, "-netdev", "user,id=net1"],
+            &["-netdev", bridge, "--nic", "user"],
+            &["-netdev", bridge, "-net", "user"],
+            &["-nic", "user"],
+            &["-netdev"],
+            &["-m"],
+        ] {
+            assert_eq!(adapted(&[], args), None, "{args:?}");
+        }
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub struct Snapshot {
 /// A host uses the machine, the guest is not ready in time, or a step fails. The machine then is as it was.
 pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let (cwd, name) = (context.cwd, &snapshot.name);
+    snapshot.ready.expect_in_time()?;
     let files = files_of(cwd, name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/")).to_owned();
     let info = Info::read(&folder).map_err(|error| error.machine(name))?;
