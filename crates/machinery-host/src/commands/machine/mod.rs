@@ -50,7 +50,7 @@ use export::Export;
 pub use export::Exported;
 use import_archive::ImportArchive;
 use options::Create;
-pub use publish::Made;
+pub use publish::{Made, lock_configuration};
 use remove::Remove;
 pub use remove::Removed;
 use snapshot::Snapshot;
