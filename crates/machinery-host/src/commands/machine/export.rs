@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -14,6 +15,7 @@ use serde::Serialize;
 
 use super::archive;
 use super::context::Context;
+use super::folder::expect_space;
 use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
 use super::make::{binaries, other_files};
 use super::unfinished::Unfinished;
@@ -54,6 +56,9 @@ pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
     let beside = std::fs::canonicalize(target.parent().unwrap_or(Path::new("/")))
         .map_err(|error| failed(error).advice("Make the file's folder first"))?;
     let target = beside.join(target.file_name().unwrap_or_default());
+    let disks = [Some(folder.join(DISK)), info.machine.base.clone()];
+    let used = |disk: PathBuf| disk.metadata().map_or(0, |found| found.blocks() * 512);
+    expect_space(context.config, &beside, disks.into_iter().flatten().map(used).sum())?;
     // Beside the file, because the disk may be larger than other file systems.
     let unfinished =
         Unfinished::begin(context.cwd, &export.name, &beside.join(format!(".{}.export", export.name)))?;

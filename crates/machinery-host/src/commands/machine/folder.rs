@@ -1,4 +1,5 @@
-//! The folder of a machine: its mark while it is unfinished, and who can replace it.
+//! The folder of a machine: its mark while it is unfinished, the users who can replace it, its space, and the loss of
+//! power.
 
 use std::fs::{self, File};
 use std::io;
@@ -6,8 +7,10 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use machinery::trust::expect_trusted;
-use machinery::{Error, Result};
-use rustix::fs::OFlags;
+use machinery::{Error, Result, format_bytes};
+use rustix::fs::{OFlags, statvfs};
+
+use crate::config::Config;
 
 /// The file in the folder of an unfinished machine.
 pub const MARK: &str = ".unfinished";
@@ -22,6 +25,56 @@ pub fn set_mark(folder: &Path) -> Result<()> {
     let flags = OFlags::NOFOLLOW.bits() as i32;
     let made = File::options().write(true).create(true).truncate(false).custom_flags(flags).open(&path);
     made.map(drop).map_err(|error| Error::io("write", &path, &error))
+}
+
+/// Has the folder, the files in it and its name survive a loss of power.
+///
+/// # Errors
+/// A file cannot be written.
+pub fn sync(folder: &Path) -> Result<()> {
+    let synced = || -> io::Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                File::open(entry.path())?.sync_all()?;
+            }
+        }
+        File::open(folder)?.sync_all()
+    };
+    synced().map_err(|error| Error::io("write", folder, &error))?;
+    sync_name(folder)
+}
+
+/// Has the name of a folder survive a loss of power.
+///
+/// # Errors
+/// The folder around it cannot be written.
+pub fn sync_name(folder: &Path) -> Result<()> {
+    let around = folder.parent().unwrap_or(folder);
+    File::open(around)
+        .and_then(|around| around.sync_all())
+        .map_err(|error| Error::io("write", around, &error))
+}
+
+/// Expects that the file system of a folder has space for that many bytes, besides the reserve.
+///
+/// # Errors
+/// It has not.
+pub fn expect_space(config: &Config, folder: &Path, bytes: u64) -> Result<()> {
+    let system = statvfs(folder).map_err(|error| Error::io("look at", folder, &error.into()))?;
+    let in_bytes = |blocks: u64| blocks.saturating_mul(system.f_frsize);
+    let (free, reserve) =
+        (in_bytes(system.f_bavail), config.free_space_reserve.on(in_bytes(system.f_blocks)));
+    if free.saturating_sub(reserve) >= bytes {
+        return Ok(());
+    }
+    let [bytes, free, reserve] = [bytes, free, reserve].map(format_bytes);
+    let place = folder.display();
+    Err(Error::environment(format!(
+        "{bytes} do not fit on the file system of {place}: {free} are free, and {reserve} have to stay free \
+         (free_space_reserve)"
+    ))
+    .advice("Free some space there, or name another folder"))
 }
 
 /// Expects that no other user can replace a new folder in this one, which may not exist yet. In root's sticky folder, such

@@ -16,7 +16,8 @@ use machinery::{Error, ErrorKind, Result};
 use super::arguments::{LOOPBACK, bridge_netdev, user_netdev};
 use super::context::Context;
 use super::create::{QCOW2, folder_of};
-use super::info::{DISK, Description, INFO, Info, MEMORY};
+use super::folder::expect_space;
+use super::info::{DISK, Description, Info, MEMORY};
 use super::make::{other_files, prove};
 use super::options::Ready;
 use super::publish::{Made, expect_free, publish};
@@ -51,19 +52,20 @@ pub struct ImportArchive {
 /// The file is damaged or is no exported machine, a value is wrong, or the machine cannot be restored. Nothing of the
 /// machine remains then.
 pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
-    let info = import.adapted(archive::verify(&import.file, context.step)?)?;
+    let (info, bytes) = archive::verify(&import.file, context.step)?;
+    let info = import.adapted(info)?;
     let machine = &info.machine;
     let name = machine.name.clone();
     expect_free(context.cwd, context.config, &name, &machine.ip, Some(&machine.mac))?;
     find_interface(&machine.bridge).map_err(|error| error.machine(&name).advice("Give another --bridge"))?;
     let folder = folder_of(context, import.folder.as_deref(), &name)?;
+    expect_space(context.config, folder.parent().unwrap_or(&folder), bytes)
+        .map_err(|error| error.machine(&name))?;
     interrupt::clear_when_interrupted(&name, context.globals.clone())?;
     let mut unfinished = Unfinished::begin(context.cwd, &name, &folder)?;
     let made = (|| {
         archive::extract(&import.file, &folder, context.step)?;
         expect_whole_disks(&folder)?;
-        std::fs::remove_file(folder.join(INFO))
-            .map_err(|error| Error::io("replace", &folder.join(INFO), &error))?;
         info.write(&folder)?;
         let ready = Ready {
             ready_after: import.no_agent.then_some(0),

@@ -3,7 +3,8 @@
 //! The plugin reads QEMU's arguments from it, and `import vmcloak` the entry of the machine.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use machinery::config::ConfigFile;
@@ -19,6 +20,8 @@ pub const INFO: &str = "machineinfo.json";
 /// The names of a machine's disk and snapshot.
 pub const DISK: &str = "disk.qcow2";
 pub const MEMORY: &str = "memory.zst";
+/// The mode of the file, which the machine's own user reads.
+const MODE: u32 = 0o644;
 
 /// The content of the file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -103,14 +106,21 @@ impl Info {
         serde_json::from_str(text).map_err(|error| error.to_string())
     }
 
-    /// Writes the description into the folder.
+    /// Writes the description into the folder, as a whole.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(INFO);
         let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
-        fs::write(&path, text).map_err(|error| Error::io("write", &path, &error))
+        let mode = fs::Permissions::from_mode(MODE);
+        let new = tempfile::Builder::new().permissions(mode).tempfile_in(folder);
+        let written = new.and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.as_file().sync_all()?;
+            file.persist(&path).map_err(|failed| failed.error)
+        });
+        written.map(drop).map_err(|error| Error::io("write", &path, &error))
     }
 }
 

@@ -23,6 +23,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::context::{Context, MACHINERY};
+use super::folder::sync;
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
 use super::ready;
@@ -158,6 +159,8 @@ pub fn prove(
     })?;
     let names: Vec<String> = other_files(&folder)?.into_iter().map(|(_, name)| name).collect();
     info.clone().placed_in(place, &names).write(&folder)?;
+    // Before the configuration names the folder, or an older machine is replaced by it.
+    sync(&folder)?;
     Ok(readiness)
 }
 

@@ -14,7 +14,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::context::Context;
 use super::create::lock_base;
-use super::folder::set_mark;
+use super::folder::{set_mark, sync_name};
 use super::info::{Info, files_of};
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
@@ -65,5 +65,6 @@ fn exchange(folder: &Path, new: &Path) -> Result<()> {
     set_mark(folder)?;
     renameat_with(CWD, new, CWD, folder, RenameFlags::EXCHANGE)
         .map_err(|error| Error::io("replace the machine in", folder, &error.into()))?;
+    sync_name(folder)?;
     super::unfinished::remove_folder(new)
 }

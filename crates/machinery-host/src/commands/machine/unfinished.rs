@@ -219,6 +219,7 @@ impl Record {
         let written = serde_json::to_vec(self).map_err(io::Error::other).and_then(|text| {
             let mut file = tempfile::NamedTempFile::new_in(folder)?;
             io::Write::write_all(&mut file, &text)?;
+            file.as_file().sync_all()?;
             file.persist(&path).map_err(|failed| failed.error)
         });
         written.map(drop).map_err(|error| Error::io("write", &path, &error))
