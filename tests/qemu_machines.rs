@@ -250,6 +250,7 @@ fn wrong_input_is_refused_with_its_reason_and_nothing_is_made() {
         (&["--disk", &disk, "--ip", &ip, "--user", "--args", "/none/args"], 1, "/none/args"),
         (&["--disk", &disk, "--ip", &ip, "--user", "--args", &unsafe_args], 2, "unsafe arguments"),
         (&["--disk", &disk, "--ip", &ip, "--user", "--file", "/none/file"], 2, "/none/file"),
+        (&["--disk", &disk, "--ip", &ip, "--user", "--timeout", "1"], 2, "does not end before --timeout 1"),
     ] {
         let ran = lab.run(&[&base[..], more].concat()).unwrap();
         assert!(ran.code == Some(code) && ran.stderr.contains(expected), "{more:?}: {ran:?}");
@@ -315,6 +316,12 @@ fn archive_is_refused_when_it_is_damaged_and_nothing_is_made() {
     assert_eq!(lab.yaml().unwrap(), before);
     fs::write(&file, &whole).unwrap();
     succeeds(&lab.run(&["machine", "remove", "m", "--yes"]).unwrap());
+    let (none, all) = ("free_space_reserve: 0", "free_space_reserve: 1000 TiB");
+    lab.cwd().change_host_yaml(none, all).unwrap();
+    let full = lab.run(&import).unwrap();
+    assert!(full.code == Some(1) && full.stderr.contains("have to stay free"), "{full:?}");
+    assert!(!folder_of(&lab, "n").exists());
+    lab.cwd().change_host_yaml(all, none).unwrap();
     succeeds(&lab.run(&import).unwrap());
     let (mut host, mut client) = served(&lab);
     does(&mut client, "restore_start", "n");

@@ -171,9 +171,24 @@ fn machine_of_one_name_or_disk_is_made_by_one_command_at_a_time() {
     fs::copy(&lab.folder("seed").disk, &copy).unwrap();
     let second = host::run_command(creation_of(&lab, &copy, &["--ready-after", "1"])).unwrap();
     assert!(second.code == Some(1) && second.stderr.contains("another command is at work"), "{second:?}");
+    let clean = lab.run(&["clean"]).unwrap();
+    assert!(clean.code == Some(1) && clean.stderr.contains("is at work on this machine"), "{clean:?}");
     creating.signal(Signal::INT);
     assert_eq!(creating.end().0, Some(1));
     assert_nothing_remains(&lab, "interrupted");
+}
+
+#[test]
+fn leftovers_are_ended_when_the_folder_of_their_machine_is_gone() {
+    let lab = lab();
+    let mut creating = Creating::start(&lab, &["--ready-after", "600"]);
+    creating.wait_for("waiting for");
+    creating.signal(Signal::KILL);
+    assert_eq!(creating.end().0, None);
+    fs::remove_dir_all(lab.cwd().root().join("machines/m")).unwrap();
+    let cleared = lab.run(&["machine", "clear"]).unwrap();
+    assert!(cleared.code == Some(0) && cleared.stdout.contains("m: cleared"), "{cleared:?}");
+    assert_nothing_remains(&lab, "no folder");
 }
 
 #[test]

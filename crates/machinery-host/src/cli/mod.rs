@@ -181,6 +181,8 @@ fn run_import(cwd: &Cwd, arguments: &Import, global: &Global) -> Result<ExitCode
     let machinery = arguments.machinery();
     let check = |file| check_file(cwd, machinery, file, &global.search(cwd));
     let spinner = Spinner::start("import", global.json);
+    // Without a state, or with that of another user, there is only the comparison before the file is replaced.
+    let _lock = crate::commands::machine::lock_configuration(cwd).ok();
     let mut imported = import::import(arguments, &cwd.machinery_yaml(machinery), &check)?;
     drop(spinner);
     imported.notes.extend(unlisted(cwd, machinery));

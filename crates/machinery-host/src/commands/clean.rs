@@ -57,6 +57,7 @@ pub fn clean(cwd: &Cwd, search: &PluginSearch) -> Result<Cleaned> {
     machine::clear_all(cwd, &config, search)?;
     // Held until the end: no host starts with half of the state.
     let _lock = lock(&folder, config.timeouts.load)?;
+    machine::expect_no_command(cwd)?;
     let freed = disk_usage(&folder);
     fs::remove_dir_all(&folder).map_err(|error| Error::io("remove", &folder, &error))?;
     let remaining = config.machineries.iter().filter_map(|machinery| instant_dir(&config, machinery));

@@ -31,8 +31,10 @@ impl Machine {
     /// Saves the run, and ends it.
     ///
     /// # Errors
-    /// The machine is off, or cannot be saved. The run has ended then, too.
+    /// A file exists: the run continues. The machine is off, or cannot be saved: the run has ended then, too.
     pub(super) fn save_run(&self, memory: &Path, disk: &Path, deadline: Deadline) -> Result<()> {
+        // A failure removes both files.
+        [memory, disk].into_iter().try_for_each(expect_new)?;
         let (saving, run) = self
             .work
             .begin(Operation::Stopping, deadline, |state| state.running().ok_or_else(refuse::off))?;
@@ -73,6 +75,16 @@ fn expect_one_disk(args: &StartArgs) -> Result<()> {
         .advice("Make the second disk read-only (readonly=on), or remove it from the start_args"))
 }
 
+/// Expects that nothing exists at the path.
+fn expect_new(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("look at", path, &error)),
+        Ok(_) => Err(Error::environment(format!("cannot save to {}: it exists", path.display()))
+            .advice("Name a path at which nothing exists")),
+    }
+}
+
 /// Makes the file the host's own, which only the host may change.
 fn own(disk: &Path) -> Result<()> {
     let taken = || -> io::Result<()> {
@@ -87,6 +99,16 @@ fn own(disk: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn path_of_a_new_file_is_refused_when_something_exists_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("disk"), folder.path().join("link"));
+        expect_new(&path).unwrap();
+        std::os::unix::fs::symlink("/none/such", &link).unwrap();
+        fs::write(&path, "of another machine").unwrap();
+        assert!(expect_new(&path).is_err() && expect_new(&link).is_err());
+    }
 
     #[test]
     fn second_disk_is_refused_and_firmware_is_not() {

@@ -120,6 +120,7 @@ pub fn import(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported
 fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
     let existing = read_existing(path)?;
     let is_new = existing.is_none();
+    let before = existing.as_ref().map_or_else(String::new, |file| file.text.clone());
     let mut file = existing.unwrap_or_else(|| default_file(import, path));
     let known = file.parse::<ExistingMachines>()?;
     let dsn = known.dsn.as_deref().unwrap_or(DEFAULT_DSN);
@@ -143,7 +144,7 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
         let checked = check(ConfigFile { path: file.path, text: text.clone() });
         imported.notes.extend(expect_accepted(import, checked, &new)?);
         if !import.dry_run {
-            replace::replace(path, &text)?;
+            replace::replace(path, &before, &text)?;
         }
     }
     imported.dry_run = import.dry_run.then(|| text::machines(&new));
@@ -154,11 +155,11 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
     Ok(imported)
 }
 
-/// Removes the entry of a machine from the configuration file, and returns the text that the file had.
+/// Removes the entry of a machine from the configuration file, and returns the text before and after.
 ///
 /// # Errors
 /// The file cannot be read, edited or written. It stays unchanged then.
-pub fn remove(path: &Path, name: &str) -> Result<String> {
+pub fn remove(path: &Path, name: &str) -> Result<(String, String)> {
     let file = ConfigFile::read(path)?;
     let text = text::remove(&file, name)?;
     let mut expected: Mapping = file.parse()?;
@@ -166,16 +167,16 @@ pub fn remove(path: &Path, name: &str) -> Result<String> {
         machines.remove(name);
     }
     expect_content(&file, &text, expected)?;
-    replace::replace(path, &text)?;
-    Ok(file.text)
+    replace::replace(path, &file.text, &text)?;
+    Ok((file.text, text))
 }
 
-/// Writes the text that the file had before.
+/// Writes the text that the file had before a removal.
 ///
 /// # Errors
-/// The file cannot be written.
-pub fn restore(path: &Path, text: &str) -> Result<()> {
-    replace::replace(path, text)
+/// The file was changed since then, or cannot be written.
+pub fn restore(path: &Path, (before, after): &(String, String)) -> Result<()> {
+    replace::replace(path, after, before)
 }
 
 /// Reads the file; `None` if it is missing or empty.

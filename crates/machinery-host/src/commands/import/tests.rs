@@ -463,7 +463,7 @@ fn entry_is_removed_with_its_comments_and_all_other_text_stays() {
     );
     let text = format!("{}  \"b\":\n    # its address\n    ip: y\n\n{}", others.0, others.1);
     std::fs::write(&path, &text).unwrap();
-    assert_eq!(remove(&path, "b").unwrap(), text);
+    assert_eq!(remove(&path, "b").unwrap().0, text);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}{}", others.0, others.1));
     remove(&path, "c").unwrap();
     remove(&path, "a").unwrap();

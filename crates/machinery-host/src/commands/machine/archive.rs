@@ -85,17 +85,19 @@ fn header(name: &str, size: u64) -> io::Result<Header> {
     Ok(header)
 }
 
-/// Reads the whole archive without writing anything, and returns the description of its machine.
+/// Reads the whole archive without writing anything, and returns the description of its machine, and the size of all files.
 ///
 /// # Errors
 /// The archive is damaged, or is not as an export writes it.
-pub fn verify(path: &Path, step: &dyn Fn(&str)) -> Result<Info> {
-    let mut description = Vec::new();
+pub fn verify(path: &Path, step: &dyn Fn(&str)) -> Result<(Info, u64)> {
+    let (mut description, mut bytes) = (Vec::new(), 0);
     read(path, step, |name, entry| {
-        if name == INFO { copy(entry, &mut description) } else { copy(entry, &mut io::sink()) }
+        let read = if name == INFO { copy(entry, &mut description) } else { copy(entry, &mut io::sink()) };
+        read.inspect(|(size, _)| bytes += size)
     })?;
     let text = String::from_utf8_lossy(&description);
-    Info::parse(&text).map_err(|why| refused(path, &format!("its {INFO} is wrong: {why}")))
+    let info = Info::parse(&text).map_err(|why| refused(path, &format!("its {INFO} is wrong: {why}")))?;
+    Ok((info, bytes))
 }
 
 /// Writes the files of the archive into the folder, and verifies them once more.
@@ -125,7 +127,8 @@ fn read(
     let file = File::open(path).map_err(|error| Error::io("open", path, &error))?;
     let decoder = zstd::Decoder::with_buffer(BufReader::with_capacity(CHUNK, file)).map_err(damaged)?;
     let mut archive = tar::Archive::new(decoder);
-    let mut entries = archive.entries().map_err(damaged)?;
+    // Raw, because the long names and further headers of an archive would be read into memory.
+    let mut entries = archive.entries().map_err(damaged)?.raw(true);
     let mut next = || entries.next().transpose().map_err(damaged);
     let Some(mut first) = next()? else { return Err(refused(path, "it is empty")) };
     expect_plain(&first, MANIFEST).map_err(|why| refused(path, &why))?;

@@ -24,6 +24,9 @@ use super::options::{Accel, Create, Platform};
 /// The placeholder for the path of the disk's overlay.
 const DISK: &str = "%DISPOSABLE_DISK_PATH%";
 
+/// The interface of a machine with user networking.
+pub const LOOPBACK: &str = "lo";
+
 /// The name of the firmware's variables in the machine's folder.
 pub const FIRMWARE_VARIABLES: &str = "efivars.fd";
 
@@ -124,20 +127,36 @@ fn accelerator(accel: Accel) -> &'static str {
 }
 
 fn netdev(create: &Create) -> Result<String> {
-    let Some(bridge) = &create.network.bridge else {
-        return Ok(format!("user,id=net0,restrict=on,hostfwd={}", forward(create.ip, create.agent_port)?));
-    };
+    match &create.network.bridge {
+        Some(bridge) => bridge_netdev(bridge),
+        None => user_netdev(create.ip, create.agent_port),
+    }
+}
+
+/// Returns the network of a machine on this bridge.
+///
+/// # Errors
+/// The name cannot be that of a bridge.
+pub fn bridge_netdev(bridge: &str) -> Result<String> {
     if bridge.contains(',') {
         return Err(Error::configuration(format!("'{bridge}' is no name of a bridge")));
     }
     Ok(format!("bridge,id=net0,br={bridge}"))
 }
 
+/// Returns the network of a machine that is connected to nothing but its agent's port.
+///
+/// # Errors
+/// As [`forward`].
+pub fn user_netdev(ip: IpAddr, port: u16) -> Result<String> {
+    Ok(format!("user,id=net0,restrict=on,hostfwd={}", forward(ip, port)?))
+}
+
 /// Returns the forwarding of the agent's port, for user networking.
 ///
 /// # Errors
 /// The address is not one that only this host can reach.
-pub fn forward(ip: IpAddr, port: u16) -> Result<String> {
+fn forward(ip: IpAddr, port: u16) -> Result<String> {
     match ip {
         IpAddr::V4(ip) if ip.is_loopback() => Ok(format!("tcp:{ip}:{port}-:{port}")),
         _ => Err(Error::configuration(format!(

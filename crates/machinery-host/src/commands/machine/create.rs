@@ -8,8 +8,9 @@ use machinery::config::find_interface;
 use machinery::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 
-use super::arguments::{FIRMWARE_VARIABLES, accel, arguments, files, random_mac};
+use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
 use super::context::Context;
+use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{Plan, make, version};
 use super::options::Create;
@@ -17,16 +18,15 @@ use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
 use crate::cwd::make_reachable_folder;
 
-/// The interface of a machine with user networking.
-const LOOPBACK: &str = "lo";
 /// The beginning of a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
-const QCOW2: &[u8] = b"QFI\xfb";
+pub const QCOW2: &[u8] = b"QFI\xfb";
 
 /// Makes the machine.
 ///
 /// # Errors
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
+    create.ready.expect_in_time()?;
     expect_free(context.cwd, context.config, &create.name, &create.ip.to_string(), None)?;
     let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
     find_interface(interface).map_err(|error| error.machine(&create.name))?;
@@ -49,9 +49,10 @@ pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
 /// Returns the real path of a machine's folder, in the given folder or in that of the CWD, which is made.
 ///
 /// # Errors
-/// The folder around it cannot be made.
+/// The folder around it cannot be made, or other users can change it.
 pub fn folder_of(context: &Context<'_>, parent: Option<&Path>, name: &str) -> Result<PathBuf> {
     let parent = parent.map_or_else(|| context.cwd.machines(), Path::to_owned);
+    expect_kept(&parent).map_err(|error| error.machine(name))?;
     make_reachable_folder(&parent)?;
     let parent = fs::canonicalize(&parent).map_err(|error| Error::io("find", &parent, &error))?;
     Ok(parent.join(name))
@@ -94,7 +95,7 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
 /// # Errors
 /// A machine has the disk, or another command boots it.
 pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
-    if let Some(other) = super::info::machine_with_disk(context.cwd, base) {
+    if let Some(other) = super::info::machine_with_disk(context.cwd, base)? {
         return Err(Error::configuration(format!("{} is the disk of the machine '{other}'", base.display()))
             .advice("Make an overlay or a copy of the disk, and name it"));
     }

@@ -4,15 +4,18 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use clap::Args;
+use machinery::trust::expect_trusted;
 use machinery::{Error, Result};
 use serde::Serialize;
 
 use super::archive;
 use super::context::Context;
+use super::folder::expect_space;
 use super::info::{DISK, Description, INFO, Info, MEMORY, files_of};
 use super::make::{binaries, other_files};
 use super::unfinished::Unfinished;
@@ -50,10 +53,12 @@ pub fn export(context: &Context<'_>, export: &Export) -> Result<Exported> {
             failed(io::ErrorKind::AlreadyExists.into()).advice("Name another file, or remove this one")
         );
     }
-    let beside = target.parent().unwrap_or(Path::new("/"));
-    if !beside.is_dir() {
-        return Err(failed(io::ErrorKind::NotFound.into()).advice("Make the file's folder first"));
-    }
+    let beside = std::fs::canonicalize(target.parent().unwrap_or(Path::new("/")))
+        .map_err(|error| failed(error).advice("Make the file's folder first"))?;
+    let target = beside.join(target.file_name().unwrap_or_default());
+    let disks = [Some(folder.join(DISK)), info.machine.base.clone()];
+    let used = |disk: PathBuf| disk.metadata().map_or(0, |found| found.blocks() * 512);
+    expect_space(context.config, &beside, disks.into_iter().flatten().map(used).sum())?;
     // Beside the file, because the disk may be larger than other file systems.
     let unfinished =
         Unfinished::begin(context.cwd, &export.name, &beside.join(format!(".{}.export", export.name)))?;
@@ -92,7 +97,8 @@ fn write(context: &Context<'_>, folder: &Path, info: Info, scratch: &Path, targe
 
 /// Writes the content of a disk and of all disks on which it depends into a new disk.
 fn flatten(qemu_img: &Path, from: &Path, to: &Path) -> Result<()> {
-    let mut convert = Command::new(qemu_img);
+    let program = expect_trusted(qemu_img)?;
+    let mut convert = Command::new(program);
     convert.args(["convert", "-q", "-f", "qcow2", "-O", "qcow2"]).args([from, to]).stdin(Stdio::null());
     let ran = convert.output().map_err(|error| Error::io("run", qemu_img, &error))?;
     if ran.status.success() {
@@ -100,4 +106,25 @@ fn flatten(qemu_img: &Path, from: &Path, to: &Path) -> Result<()> {
     }
     let why = String::from_utf8_lossy(&ran.stderr).trim().to_owned();
     Err(Error::failed(format!("{} cannot flatten {}: {why}", qemu_img.display(), from.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn program_is_not_run_when_other_users_can_change_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("qemu-img"), "#!/bin/sh\n: > \"${0%/*}/ran\"\n").unwrap();
+        let flatten = |mode: u32| {
+            fs::set_permissions(path("qemu-img"), Permissions::from_mode(mode)).unwrap();
+            super::flatten(&path("qemu-img"), &path("from"), &path("to"))
+        };
+        let refused = flatten(0o777).unwrap_err().to_string();
+        assert!(refused.contains("other users could modify it") && !path("ran").exists(), "{refused}");
+        flatten(0o755).unwrap();
+        assert!(path("ran").exists());
+    }
 }

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use machinery::config::find_interface;
-use machinery::{Error, Result};
+use machinery::{Error, ErrorKind, Result};
 
-use super::arguments::forward;
+use super::arguments::{LOOPBACK, bridge_netdev, user_netdev};
 use super::context::Context;
-use super::create::folder_of;
-use super::info::{DISK, INFO, Info};
-use super::make::prove;
+use super::create::{QCOW2, folder_of};
+use super::folder::expect_space;
+use super::info::{DISK, Description, Info, MEMORY};
+use super::make::{other_files, prove};
 use super::options::Ready;
 use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
@@ -31,7 +32,7 @@ pub struct ImportArchive {
     /// Another name for the machine
     #[arg(long)]
     pub name: Option<String>,
-    /// Another address of the machine: the guest keeps the one that it has inside
+    /// Another address of the machine, with user networking or --no-agent: the guest keeps the one that it has inside
     #[arg(long, value_name = "ADDRESS")]
     pub ip: Option<IpAddr>,
     /// Another bridge
@@ -51,19 +52,20 @@ pub struct ImportArchive {
 /// The file is damaged or is no exported machine, a value is wrong, or the machine cannot be restored. Nothing of the
 /// machine remains then.
 pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
-    let info = import.adapted(archive::verify(&import.file, context.step)?)?;
+    let (info, bytes) = archive::verify(&import.file, context.step)?;
+    let info = import.adapted(info)?;
     let machine = &info.machine;
     let name = machine.name.clone();
     expect_free(context.cwd, context.config, &name, &machine.ip, Some(&machine.mac))?;
     find_interface(&machine.bridge).map_err(|error| error.machine(&name).advice("Give another --bridge"))?;
     let folder = folder_of(context, import.folder.as_deref(), &name)?;
+    expect_space(context.config, folder.parent().unwrap_or(&folder), bytes)
+        .map_err(|error| error.machine(&name))?;
     interrupt::clear_when_interrupted(&name, context.globals.clone())?;
     let mut unfinished = Unfinished::begin(context.cwd, &name, &folder)?;
     let made = (|| {
         archive::extract(&import.file, &folder, context.step)?;
-        expect_whole(&folder.join(DISK))?;
-        std::fs::remove_file(folder.join(INFO))
-            .map_err(|error| Error::io("replace", &folder.join(INFO), &error))?;
+        expect_whole_disks(&folder)?;
         info.write(&folder)?;
         let ready = Ready {
             ready_after: import.no_agent.then_some(0),
@@ -71,40 +73,90 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
             timeout: 0,
             screenshot: None,
         };
-        let readiness = prove(context, &info, &ready, &mut unfinished, &folder)?;
+        let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
         publish(context, &name, &folder, readiness)
     })();
     unfinished.conclude(context, &folder, made)
+}
+
+/// Adds the advice for a guest whose agent does not answer.
+fn advise(error: Error) -> Error {
+    if error.kind() != ErrorKind::Timeout {
+        return error;
+    }
+    error.advice("Check that the bridge leads to the guest, or give --no-agent to import it without a look at its agent")
 }
 
 impl ImportArchive {
     /// Returns the description with the values of this host.
     fn adapted(&self, mut info: Info) -> Result<Info> {
         let machine = &mut info.machine;
+        // The files of the archive that are verified and restored.
+        (machine.disk, machine.memory_snapshot) = (DISK.to_owned(), MEMORY.to_owned());
         machine.base = None;
         if let Some(name) = &self.name {
             machine.name.clone_from(name);
         }
-        let port = machine.agent_port;
-        if let Some(ip) = self.ip.map(|ip| ip.to_string()) {
-            let (old, new) =
-                (format!("hostfwd=tcp:{}:{port}-", machine.ip), format!("hostfwd=tcp:{ip}:{port}-"));
-            if let Some(netdev) = machine.start_args.iter_mut().find(|arg| arg.contains(&old)) {
-                // Only this host may reach the agent by it.
-                self.ip.map(|ip| forward(ip, port)).transpose()?;
-                *netdev = netdev.replace(&old, &new);
-            }
-            machine.ip = ip;
-        }
-        if let Some(bridge) = &self.bridge {
-            let (old, new) = (format!("br={}", machine.bridge), format!("br={bridge}"));
-            for arg in machine.start_args.iter_mut().filter(|arg| arg.starts_with("bridge,")) {
-                *arg = arg.replace(&old, &new);
-            }
-            machine.bridge.clone_from(bridge);
-        }
+        let name = machine.name.clone();
+        self.adapt_network(machine).map_err(|error| error.machine(name))?;
         Ok(info)
     }
+
+    /// Replaces the address and the bridge. The network has to be one that `machine create` makes: an archive does not
+    /// choose another one.
+    fn adapt_network(&self, machine: &mut Description) -> Result<()> {
+        let old: IpAddr = machine.ip.parse().map_err(|_| unknown_network("its address is none"))?;
+        let (ip, port) = (self.ip.unwrap_or(old), machine.agent_port);
+        let netdev = only_netdev(&mut machine.start_args)?;
+        if user_netdev(old, port).is_ok_and(|user| user == *netdev) {
+            if self.bridge.is_some() {
+                let reason = "the machine has user networking, and no network card on a bridge";
+                return Err(Error::configuration(reason).advice("Leave out --bridge"));
+            }
+            *netdev = user_netdev(ip, port)?;
+            LOOPBACK.clone_into(&mut machine.bridge);
+        } else if bridge_netdev(&machine.bridge).is_ok_and(|bridge| bridge == *netdev) {
+            if ip != old && !self.no_agent {
+                let reason =
+                    format!("the guest keeps its address {old} on a bridge, and does not answer at {ip}");
+                return Err(Error::configuration(reason)
+                    .advice("Leave out --ip, or give --no-agent if this host translates the address"));
+            }
+            machine.bridge = self.bridge.clone().unwrap_or_else(|| machine.bridge.clone());
+            *netdev = bridge_netdev(&machine.bridge)?;
+        } else {
+            return Err(unknown_network(&format!("'-netdev {netdev}' is none of `machine create`")));
+        }
+        machine.ip = ip.to_string();
+        Ok(())
+    }
+}
+
+/// Returns the value of the only argument that connects the guest to a network.
+fn only_netdev(args: &mut [String]) -> Result<&mut String> {
+    let option = |arg: &String| arg.strip_prefix('-').map(|arg| arg.trim_start_matches('-').to_owned());
+    let is_network = |arg: &String| option(arg).is_some_and(|arg| ["netdev", "nic", "net"].contains(&&*arg));
+    let at: Vec<usize> = (0..args.len()).filter(|at| is_network(&args[*at])).collect();
+    match at[..] {
+        [at] if args[at] == "-netdev" && at + 1 < args.len() => Ok(&mut args[at + 1]),
+        _ => Err(unknown_network("it needs exactly one -netdev")),
+    }
+}
+
+fn unknown_network(why: &str) -> Error {
+    Error::configuration(format!("the network of the machine in the archive is refused: {why}"))
+        .advice("Export a machine with the network that `machine create` has made")
+}
+
+/// Expects that the disk, and each other file in the format qcow2, depends on no other file.
+fn expect_whole_disks(folder: &Path) -> Result<()> {
+    let is_disk = |path: &PathBuf| {
+        let mut magic = [0; QCOW2.len()];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        read.is_ok() && magic == QCOW2
+    };
+    let others = other_files(folder)?.into_iter().map(|(path, _)| path).filter(is_disk);
+    others.chain([folder.join(DISK)]).try_for_each(|disk| expect_whole(&disk))
 }
 
 /// Expects that a disk depends on no other file. Source: QEMU's docs/interop/qcow2.txt.
@@ -119,7 +171,9 @@ fn expect_whole(disk: &Path) -> Result<()> {
     if is_qcow2_3 && number(8) == 0 && number(72) & DATA_FILE == 0 {
         return Ok(());
     }
-    Err(Error::configuration("the disk in the archive is no qcow2, or depends on another file")
+    let name = disk.file_name().unwrap_or_default().display();
+    Err(Error::configuration(format!("{name} in the archive is no whole disk in the format qcow2"))
+        .detail("it may depend on another file")
         .advice("Export the machine again"))
 }
 
@@ -127,6 +181,79 @@ fn expect_whole(disk: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use std::fs;
+
+    fn import(words: &[&str]) -> ImportArchive {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            import: ImportArchive,
+        }
+        let given = ["import", "m.machine"].iter().chain(words);
+        <Command as clap::Parser>::try_parse_from(given).unwrap().import
+    }
+
+    /// Returns the description in an archive with this bridge and these arguments.
+    fn described(bridge: &str, args: &[&str]) -> Info {
+        let text = serde_json::json!({"made_by": "cuckoo-machinery", "machine": {
+            "name": "m", "ip": "127.0.0.9", "agent_port": 8000, "os_name": "linux", "os_version": "12",
+            "architecture": "amd64", "bridge": bridge, "mac": "", "disk": "../other/disk.qcow2",
+            "memory_snapshot": "/other/memory.zst", "tags": [], "start_args": args, "base": "/other/base.qcow2",
+        }});
+        Info::parse(&text.to_string()).unwrap()
+    }
+
+    #[test]
+    fn files_of_a_description_are_those_of_its_archive() {
+        let machine =
+            import(&[]).adapted(described("br1", &["-netdev", "bridge,id=net0,br=br1"])).unwrap().machine;
+        assert_eq!((machine.disk.as_str(), machine.memory_snapshot.as_str()), (DISK, MEMORY));
+        assert_eq!(machine.base, None);
+    }
+
+    #[test]
+    fn network_of_an_archive_is_adapted_or_refused() {
+        let user = "user,id=net0,restrict=on,hostfwd=tcp:127.0.0.9:8000-:8000";
+        let bridge = "bridge,id=net0,br=br1";
+        let adapted = |words: &[&str], args: &[&str]| {
+            let machine = import(words).adapted(described("br1", args)).ok()?.machine;
+            Some((machine.start_args[1].clone(), machine.bridge, machine.ip))
+        };
+        let network = |netdev: &str, interface: &str, ip: &str| {
+            Some((netdev.to_owned(), interface.to_owned(), ip.to_owned()))
+        };
+        let (on_user, on_bridge) = (["-netdev", user], ["-netdev", bridge]);
+        assert_eq!(adapted(&[], &on_user), network(user, "lo", "127.0.0.9"));
+        let other = user.replace("127.0.0.9", "127.0.0.8");
+        assert_eq!(adapted(&["--ip", "127.0.0.8"], &on_user), network(&other, "lo", "127.0.0.8"));
+        assert_eq!(adapted(&[], &on_bridge), network(bridge, "br1", "127.0.0.9"));
+        let moved = network("bridge,id=net0,br=br10", "br10", "127.0.0.9");
+        assert_eq!(adapted(&["--bridge", "br10"], &on_bridge), moved);
+        let unchecked = ["--ip", "10.0.0.2", "--no-agent"];
+        assert_eq!(adapted(&unchecked, &on_bridge), network(bridge, "br1", "10.0.0.2"));
+        // The guest of a bridge keeps its address, and user networking is of this host alone.
+        for (words, args) in [
+            (["--ip", "10.0.0.2"], on_bridge),
+            (["--ip", "10.0.0.2"], on_user),
+            (["--bridge", "br2"], on_user),
+        ] {
+            assert_eq!(adapted(&words, &args), None, "{words:?}");
+        }
+        for args in [
+            &["-netdev", "user,id=net0"][..],
+            &["-netdev", &user.replace("restrict=on", "restrict=off")],
+            &["-netdev", &format!("{user},hostfwd=tcp::22-:22")],
+            &["-netdev", &user.replace("127.0.0.9", "0.0.0.0")],
+            &["-netdev", "bridge,id=net0,br=br10"],
+            &["-netdev", bridge, "-netdev", "user,id=net1"],
+            &["-netdev", bridge, "--nic", "user"],
+            &["-netdev", bridge, "-net", "user"],
+            &["-nic", "user"],
+            &["-netdev"],
+            &["-m"],
+        ] {
+            assert_eq!(adapted(&[], args), None, "{args:?}");
+        }
+    }
 
     #[test]
     fn disk_is_refused_when_it_depends_on_another_file() {
@@ -145,5 +272,14 @@ mod tests {
             assert!(!is_whole(&other), "{at}");
         }
         assert!(!is_whole(&whole[..40]));
+        // So is any other disk in the archive, and no other file.
+        fs::write(folder.path().join(DISK), &whole).unwrap();
+        fs::write(folder.path().join("more"), "").unwrap();
+        fs::write(&disk, &whole).unwrap();
+        expect_whole_disks(folder.path()).unwrap();
+        whole[15] = 1;
+        fs::write(&disk, &whole).unwrap();
+        let error = expect_whole_disks(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("disk in the archive"), "{error}");
     }
 }

@@ -3,6 +3,8 @@
 //! The plugin reads QEMU's arguments from it, and `import vmcloak` the entry of the machine.
 
 use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use machinery::config::ConfigFile;
@@ -18,6 +20,8 @@ pub const INFO: &str = "machineinfo.json";
 /// The names of a machine's disk and snapshot.
 pub const DISK: &str = "disk.qcow2";
 pub const MEMORY: &str = "memory.zst";
+/// The mode of the file, which the machine's own user reads.
+const MODE: u32 = 0o644;
 
 /// The content of the file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -102,52 +106,75 @@ impl Info {
         serde_json::from_str(text).map_err(|error| error.to_string())
     }
 
-    /// Writes the description into the folder.
+    /// Writes the description into the folder, as a whole.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(INFO);
         let text = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
-        fs::write(&path, text).map_err(|error| Error::io("write", &path, &error))
+        let mode = fs::Permissions::from_mode(MODE);
+        let new = tempfile::Builder::new().permissions(mode).tempfile_in(folder);
+        let written = new.and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.as_file().sync_all()?;
+            file.persist(&path).map_err(|failed| failed.error)
+        });
+        written.map(drop).map_err(|error| Error::io("write", &path, &error))
     }
 }
 
 /// The keys of an entry in `qemu.yaml` with the paths of its files.
 const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
 
-/// Returns the machines of the configuration, each with the paths of its files.
-fn configured_files(cwd: &Cwd) -> Vec<(String, Vec<PathBuf>)> {
-    let Ok(file) = ConfigFile::read(&cwd.machinery_yaml(MACHINERY)) else { return Vec::new() };
-    let Ok(Some(machines)) = file.parse_at::<Mapping>(&["machines"]) else { return Vec::new() };
+/// Returns the machines of the configuration, each with the paths of its files. A CWD without the file has none.
+///
+/// # Errors
+/// The file cannot be read or parsed: it may have any machine. Other users can change it.
+fn configured_files(cwd: &Cwd) -> Result<Vec<(String, Vec<PathBuf>)>> {
+    let path = cwd.machinery_yaml(MACHINERY);
+    if path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(Vec::new());
+    }
+    let file = ConfigFile::read_trusted(&path)?;
+    let machines = file.parse_at::<Mapping>(&["machines"])?.unwrap_or_default();
     let files = |keys: &Value| {
         PATHS.iter().filter_map(|key| Some(real(Path::new(keys.get(*key)?.as_str()?)))).collect()
     };
-    machines.iter().map(|(name, keys)| (name.as_str().unwrap_or_default().to_owned(), files(keys))).collect()
+    let name = |name: &Value| name.as_str().unwrap_or_default().to_owned();
+    Ok(machines.iter().map(|(key, keys)| (name(key), files(keys))).collect())
 }
 
 /// Reports whether the configuration has a machine with a file in this folder.
-pub fn is_configured(cwd: &Cwd, folder: &Path) -> bool {
+///
+/// # Errors
+/// The configuration cannot be read.
+pub fn is_configured(cwd: &Cwd, folder: &Path) -> Result<bool> {
     let folder = real(folder);
-    configured_files(cwd).iter().any(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
+    Ok(configured_files(cwd)?.iter().any(|(_, files)| files.iter().any(|file| file.starts_with(&folder))))
 }
 
 /// Returns the machines of the configuration, besides this one, with a file in this folder.
-pub fn others_in(cwd: &Cwd, folder: &Path, name: &str) -> Vec<String> {
+///
+/// # Errors
+/// The configuration cannot be read.
+pub fn others_in(cwd: &Cwd, folder: &Path, name: &str) -> Result<Vec<String>> {
     let folder = real(folder);
-    let others = configured_files(cwd).into_iter().filter(|(other, _)| other != name);
-    others
+    let others = configured_files(cwd)?.into_iter().filter(|(other, _)| other != name);
+    Ok(others
         .filter(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
         .map(|(other, _)| other)
-        .collect()
+        .collect())
 }
 
 /// Returns the machine of the configuration with this disk.
-pub fn machine_with_disk(cwd: &Cwd, disk: &Path) -> Option<String> {
-    configured_files(cwd)
-        .into_iter()
-        .find(|(_, files)| files.first().is_some_and(|own| own == disk))
-        .map(|(name, _)| name)
+///
+/// # Errors
+/// The configuration cannot be read.
+pub fn machine_with_disk(cwd: &Cwd, disk: &Path) -> Result<Option<String>> {
+    let mut machines = configured_files(cwd)?.into_iter();
+    let found = machines.find(|(_, files)| files.first().is_some_and(|own| own == disk));
+    Ok(found.map(|(name, _)| name))
 }
 
 /// Returns the files of a machine: disk, snapshot and description.
@@ -156,7 +183,7 @@ pub fn machine_with_disk(cwd: &Cwd, disk: &Path) -> Option<String> {
 /// The configuration has no such machine.
 pub fn files_of(cwd: &Cwd, name: &str) -> Result<Vec<PathBuf>> {
     let found =
-        configured_files(cwd).into_iter().find(|(other, files)| other == name && files.len() == PATHS.len());
+        configured_files(cwd)?.into_iter().find(|(other, files)| other == name && files.len() == PATHS.len());
     found.map(|(_, files)| files).ok_or_else(|| {
         Error::configuration(format!("{} has no such machine", cwd.machinery_yaml(MACHINERY).display()))
             .machine(name)
@@ -170,6 +197,23 @@ fn real(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machine_of_a_folder_is_unknown_when_the_configuration_cannot_be_parsed() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join(".cuckoocwd"), "").unwrap();
+        let cwd = Cwd::find(Some(root.path())).unwrap();
+        let folder = root.path().join("machines/m");
+        assert!(!is_configured(&cwd, &folder).unwrap(), "no file has no machines");
+        let yaml = cwd.machinery_yaml(MACHINERY);
+        fs::create_dir_all(yaml.parent().unwrap()).unwrap();
+        let entry = format!("machines:\n  m:\n    qcow2_path: {}/disk.qcow2\n", folder.display());
+        fs::write(&yaml, &entry).unwrap();
+        assert!(is_configured(&cwd, &folder).unwrap());
+        fs::write(&yaml, entry + "  bad:\n indent: 1\n").unwrap();
+        assert!(is_configured(&cwd, &folder).is_err() && others_in(&cwd, &folder, "n").is_err());
+        assert!(machine_with_disk(&cwd, &folder.join(DISK)).is_err());
+    }
 
     #[test]
     fn files_of_the_folder_are_absolute_in_the_file_and_relative_for_a_copy() {

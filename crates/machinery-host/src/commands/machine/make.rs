@@ -8,7 +8,8 @@
 //! The overlay of the boot becomes the machine's disk, because the snapshot's guest has written to it. The template only
 //! proves that restores are instant: a host builds its own.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -22,10 +23,11 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::context::{Context, MACHINERY};
+use super::folder::sync;
 use super::info::{DISK, INFO, Info, MEMORY};
 use super::options::Ready;
 use super::ready;
-use super::session::{Session, with_session};
+use super::session::{Session, with_session, without_machines};
 use super::unfinished::Unfinished;
 
 /// The interval at which the progress of an action is shown.
@@ -77,8 +79,11 @@ pub fn make(
     let folder = unfinished.machine_folder().to_owned();
     for (file, name) in &plan.files {
         let to = folder.join(name);
-        let copied =
-            fs::copy(file, &to).and_then(|_| fs::set_permissions(&to, fs::Permissions::from_mode(FILE_MODE)));
+        let copied = File::open(file).and_then(|mut from| {
+            let mut new = File::create_new(&to)?;
+            io::copy(&mut from, &mut new)?;
+            new.set_permissions(fs::Permissions::from_mode(FILE_MODE))
+        });
         copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
     }
     plan.info.write(&folder)?;
@@ -154,6 +159,8 @@ pub fn prove(
     })?;
     let names: Vec<String> = other_files(&folder)?.into_iter().map(|(_, name)| name).collect();
     info.clone().placed_in(place, &names).write(&folder)?;
+    // Before the configuration names the folder, or an older machine is replaced by it.
+    sync(&folder)?;
     Ok(readiness)
 }
 
@@ -200,11 +207,8 @@ fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl Fn
 /// # Errors
 /// The plugin cannot be loaded.
 pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
-    let mut config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
-    config.text = without(&config.text, &["machines"]);
-    let mut host = host_config(context, info)?;
-    host.text = without(&host.text, &["machineries", MACHINERY, "machines"]);
-    let setup = unfinished.setup(config, host)?;
+    let config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
+    let setup = without_machines(&unfinished.setup(config, host_config(context, info)?)?);
     let limit = context.config.timeouts.load;
     with_session(context, &setup, &info.machine.name, |session| {
         session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
@@ -214,21 +218,13 @@ pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) 
 /// Returns the programs that the configuration names.
 ///
 /// # Errors
-/// The configuration cannot be read.
+/// The configuration cannot be read, or other users can change it.
 pub fn binaries(context: &Context<'_>) -> Result<Binaries> {
     let path = context.cwd.machinery_yaml(MACHINERY);
     if !path.exists() {
         return Ok(Binaries::default());
     }
-    Ok(ConfigFile::read(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
-}
-
-/// Returns the configuration with an empty mapping at this key.
-fn without(text: &str, key: &[&str]) -> String {
-    let mut config: Value = serde_json::from_str(text).unwrap_or_default();
-    let at = key.iter().fold(&mut config, |value, key| &mut value[*key]);
-    *at = json!({});
-    config.to_string()
+    Ok(ConfigFile::read_trusted(&path)?.parse_at(&["binaries"])?.unwrap_or_default())
 }
 
 /// Returns the machinery's configuration with this machine alone. JSON is YAML.

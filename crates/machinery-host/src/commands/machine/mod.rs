@@ -16,12 +16,14 @@
 //! | `info` | the description of a machine in its folder |
 //! | `publish` | the entry in the configuration, and the running host |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
+//! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
 mod archive;
 mod arguments;
 mod context;
 mod create;
 mod export;
+mod folder;
 mod import_archive;
 mod info;
 mod interrupt;
@@ -48,11 +50,12 @@ use export::Export;
 pub use export::Exported;
 use import_archive::ImportArchive;
 use options::Create;
-pub use publish::Made;
+pub use publish::{Made, lock_configuration};
 use remove::Remove;
 pub use remove::Removed;
 use snapshot::Snapshot;
 use unfinished::clear_abandoned;
+pub use unfinished::expect_no_command;
 
 /// The commands.
 #[derive(Debug, Clone, Subcommand)]
@@ -128,8 +131,12 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
             false => Ok(Outcome::Cleared(cleared)),
         };
     }
-    for name in clear_abandoned(context, None)? {
-        tracing::warn!(machine = name, "removed what an interrupted command has left");
+    match clear_abandoned(context, None) {
+        Ok(names) => names.iter().for_each(|machine| {
+            tracing::warn!(machine, "removed what an interrupted command has left");
+        }),
+        // A command for the same machine is refused later.
+        Err(error) => tracing::warn!(%error, "something of an interrupted command remains"),
     }
     match command {
         Machine::Create(arguments) => {
@@ -140,7 +147,10 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
             interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
             snapshot::snapshot(context, arguments).map(|made| Outcome::Made("taken anew", made))
         }
-        Machine::Remove(arguments) => remove::remove(context, arguments).map(Outcome::Removed),
+        Machine::Remove(arguments) => {
+            interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
+            remove::remove(context, arguments).map(Outcome::Removed)
+        }
         Machine::Export(arguments) => {
             interrupt::clear_when_interrupted(&arguments.name, context.globals.clone())?;
             export::export(context, arguments).map(Outcome::Exported)

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use machinery::{Error, Result};
 
 /// The machine to make.
 #[derive(Debug, Clone, Args)]
@@ -87,6 +88,23 @@ pub struct Ready {
     pub screenshot: Option<PathBuf>,
 }
 
+impl Ready {
+    /// Expects that the guest can be ready before the command gives up.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn expect_in_time(&self) -> Result<()> {
+        match self.ready_after {
+            Some(seconds) if seconds >= self.timeout => Err(Error::configuration(format!(
+                "--ready-after {seconds} does not end before --timeout {}",
+                self.timeout
+            ))
+            .advice("Give a longer --timeout")),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The operating systems with arguments of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Platform {
@@ -127,6 +145,15 @@ fn mebibytes(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guest_is_refused_when_it_is_ready_only_after_the_timeout() {
+        let ready = |ready_after, timeout| Ready { ready_after, ready_key: false, timeout, screenshot: None };
+        assert!(ready(Some(10), 11).expect_in_time().is_ok() && ready(None, 0).expect_in_time().is_ok());
+        assert!(
+            ready(Some(11), 11).expect_in_time().is_err() && ready(Some(12), 11).expect_in_time().is_err()
+        );
+    }
 
     #[test]
     fn memory_is_a_whole_number_with_a_unit() {

@@ -79,7 +79,7 @@ impl Remove {
     fn paths(&self, cwd: &Cwd) -> Result<Vec<PathBuf>> {
         let files = files_of(cwd, &self.name)?;
         if let Some(folder) = own_folder(&files) {
-            let others = others_in(cwd, folder, &self.name);
+            let others = others_in(cwd, folder, &self.name)?;
             if !others.is_empty() {
                 let reason =
                     format!("other machines have files in {}: {}", folder.display(), others.join(", "));

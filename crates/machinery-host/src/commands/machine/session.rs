@@ -3,12 +3,15 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use machinery::config::ConfigFile;
 use machinery::host::Instance;
 use machinery::{
     Deadline, Error, HostServices, LogLevel, LogRecord, RestoreReadiness, Result, Setup, State, format_bytes,
 };
+use serde_json::{Value, json};
 
-use super::context::Context;
+use super::arguments::LOOPBACK;
+use super::context::{Context, MACHINERY};
 use crate::load::shutdown_plugin;
 use crate::logging;
 use crate::plugin::call::{GRACE, call_blocking};
@@ -40,6 +43,20 @@ pub fn with_session<T>(
     let done = work(&session);
     shutdown_plugin(context.plugin.name(), session.instance, limits.shutdown);
     done
+}
+
+/// Returns the setup without machines, and without the folder and the interface of the one that it had.
+pub fn without_machines(setup: &Setup) -> Setup {
+    let mut setup = setup.clone();
+    let config: Value = serde_json::from_str(&setup.config.text).unwrap_or_default();
+    let without = json!({"interface": LOOPBACK, "binaries": config["binaries"], "machines": {}});
+    setup.config.text = without.to_string();
+    setup.host_config = setup.host_config.map(|host| {
+        let mut all: Value = serde_json::from_str(&host.text).unwrap_or_default();
+        all["machineries"][MACHINERY]["machines"] = json!({});
+        ConfigFile { text: all.to_string(), ..host }
+    });
+    setup
 }
 
 impl Session {

@@ -6,7 +6,6 @@
 //!
 //! The exchange is atomic: at each moment, the machine has the old disk and snapshot, or the new ones.
 
-use std::fs;
 use std::path::Path;
 
 use clap::Args;
@@ -15,11 +14,12 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::context::Context;
 use super::create::lock_base;
+use super::folder::{set_mark, sync_name};
 use super::info::{Info, files_of};
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
 use super::publish::{Made, expect_unused, reload};
-use super::unfinished::{MARK, Unfinished};
+use super::unfinished::Unfinished;
 
 /// The machine whose snapshot is taken.
 #[derive(Debug, Clone, Args)]
@@ -36,6 +36,7 @@ pub struct Snapshot {
 /// A host uses the machine, the guest is not ready in time, or a step fails. The machine then is as it was.
 pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let (cwd, name) = (context.cwd, &snapshot.name);
+    snapshot.ready.expect_in_time()?;
     let files = files_of(cwd, name)?;
     let folder = files[files.len() - 1].parent().unwrap_or(Path::new("/")).to_owned();
     let info = Info::read(&folder).map_err(|error| error.machine(name))?;
@@ -61,9 +62,9 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
 
 /// Exchanges both folders. The mark of an unfinished machine goes with the old one.
 fn exchange(folder: &Path, new: &Path) -> Result<()> {
-    let mark = folder.join(MARK);
-    fs::write(&mark, "").map_err(|error| Error::io("write", &mark, &error))?;
+    set_mark(folder)?;
     renameat_with(CWD, new, CWD, folder, RenameFlags::EXCHANGE)
         .map_err(|error| Error::io("replace the machine in", folder, &error.into()))?;
+    sync_name(folder)?;
     super::unfinished::remove_folder(new)
 }

@@ -22,7 +22,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::context::Context;
-use super::session::with_session;
+use super::folder::{MARK, expect_kept, set_mark};
+use super::session::{with_session, without_machines};
 use super::{info, publish};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
@@ -31,8 +32,6 @@ const RECORD: &str = "record.json";
 /// The beginning of the name of a record that is being made, and the time in which it gets its own name.
 const NEW: &str = ".new-";
 const MAX_BEGIN: Duration = Duration::from_secs(60);
-/// The file in the folder of an unfinished machine.
-pub const MARK: &str = ".unfinished";
 
 /// The record of an unfinished machine.
 pub struct Unfinished {
@@ -57,8 +56,10 @@ impl Unfinished {
     /// Makes the record and the machine's folder, which must not exist.
     ///
     /// # Errors
-    /// Another command is at work on a machine of this name, the folder exists, or cannot be made.
+    /// Another command is at work on a machine of this name, the folder exists, or cannot be made. Other users could
+    /// replace it.
     pub fn begin(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
+        expect_kept(folder.parent().unwrap_or(folder)).map_err(|error| error.machine(name))?;
         let unfinished = Unfinished::record(cwd, name, folder)?;
         if let Err(error) = unfinished.make_folder() {
             // The folder of somebody else remains.
@@ -74,11 +75,11 @@ impl Unfinished {
     /// Another command is at work on the machine, or a file cannot be written.
     pub fn begin_removal(cwd: &Cwd, name: &str, folder: &Path) -> Result<Unfinished> {
         let removal = Unfinished::record(cwd, name, folder)?;
-        match File::create(folder.join(MARK)) {
-            Ok(_) => Ok(removal),
+        match set_mark(folder) {
+            Ok(()) => Ok(removal),
             Err(error) => {
                 let _ = fs::remove_dir_all(&removal.folder);
-                Err(Error::io("write to", folder, &error).machine(name))
+                Err(error.machine(name))
             }
         }
     }
@@ -96,10 +97,13 @@ impl Unfinished {
         record.write(new.path())?;
         let own = records.join(name);
         // A name of which a record exists is refused.
-        fs::rename(new.path(), &own).map_err(|_| {
-            Error::environment("another command is at work on this machine")
+        fs::rename(new.path(), &own).map_err(|_| match try_lock(&own) {
+            Ok(Some(_)) => Error::environment("an earlier command has left something of this machine")
                 .machine(name)
-                .advice("Wait for its end")
+                .advice("Run `cuckoo-machinery machine clear`"),
+            _ => Error::environment("another command is at work on this machine")
+                .machine(name)
+                .advice("Wait for its end"),
         })?;
         drop(new.keep());
         Ok(Unfinished { folder: own, record, _lock: lock })
@@ -215,6 +219,7 @@ impl Record {
         let written = serde_json::to_vec(self).map_err(io::Error::other).and_then(|text| {
             let mut file = tempfile::NamedTempFile::new_in(folder)?;
             io::Write::write_all(&mut file, &text)?;
+            file.as_file().sync_all()?;
             file.persist(&path).map_err(|failed| failed.error)
         });
         written.map(drop).map_err(|error| Error::io("write", &path, &error))
@@ -224,24 +229,46 @@ impl Record {
 /// Clears what commands that were killed have left: all of it, or that of one machine. Returns the names.
 ///
 /// # Errors
-/// A process or a file remains.
+/// A process or a file remains. Everything else is cleared.
 pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<String>> {
-    let entries = fs::read_dir(context.cwd.unfinished_machines()).into_iter().flatten().flatten();
     let mut cleared = Vec::new();
-    for folder in entries.map(|entry| entry.path()).filter(|folder| !is_being_made(folder)) {
+    let mut remains = Vec::new();
+    for folder in records(context.cwd) {
         let Ok(Some(_lock)) = try_lock(&folder) else { continue };
         let text = fs::read(folder.join(RECORD)).unwrap_or_default();
         // A command that was killed at its beginning has written no record, and made nothing else.
         let Ok(record) = serde_json::from_slice::<Record>(&text) else {
-            remove_folder(&folder)?;
+            remains.extend(remove_folder(&folder).err());
             continue;
         };
         if only.is_none_or(|only| only == record.name) {
-            clear(&folder, &record, context)?;
-            cleared.push(record.name);
+            match clear(&folder, &record, context) {
+                Ok(()) => cleared.push(record.name),
+                Err(error) => remains.push(error.machine(&record.name)),
+            }
         }
     }
-    Ok(cleared)
+    Error::all(remains).map_or(Ok(cleared), Err)
+}
+
+/// Expects that no command is at work.
+///
+/// # Errors
+/// One is.
+pub fn expect_no_command(cwd: &Cwd) -> Result<()> {
+    let is_at_work = |folder: &PathBuf| !matches!(try_lock(folder), Ok(Some(_)));
+    match records(cwd).find(is_at_work) {
+        None => Ok(()),
+        Some(folder) => Err(Error::environment("a `machine` command is at work on this machine")
+            .machine(folder.file_name().unwrap_or_default().display().to_string())
+            .advice("Wait for its end")),
+    }
+}
+
+/// Returns the folders of all records that have their name.
+fn records(cwd: &Cwd) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(cwd.unfinished_machines()).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|folder| !is_being_made(folder))
 }
 
 /// Reports whether a command may be about to lock the record, which has no name yet.
@@ -261,20 +288,16 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
     if let Some(setup) = &record.setup {
         // A template is of no use any more.
         remove_folder(&setup.cache_dir)?;
-        // The load ends the leftovers.
-        let ended = with_session(context, setup, &record.name, |_| Ok(()));
-        let has_left = || fs::read_dir(&setup.state_dir).is_ok_and(|mut entries| entries.next().is_some());
-        match ended {
-            Err(error) if has_left() => {
-                return Err(error.action("ending what an unfinished machine has left").machine(&record.name));
-            }
-            Err(error) => tracing::debug!(machine = record.name, %error, "the plugin does not load"),
-            Ok(()) => {}
-        }
+        end_runs(setup, record, context).map_err(|error| {
+            error.action("ending what an unfinished machine has left").machine(&record.name).advice(format!(
+                "Correct this, and run `cuckoo-machinery machine clear`. Or end the machine's processes, and remove {}",
+                folder.display()
+            ))
+        })?;
     }
     record.release(context.cwd);
     let own = &record.folder;
-    if info::is_configured(context.cwd, own) {
+    if info::is_configured(context.cwd, own)? {
         remove_mark(own)?;
     } else if own.join(MARK).exists() {
         remove_folder(own)?;
@@ -283,6 +306,19 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
         let _ = fs::remove_dir(own);
     }
     remove_folder(folder)
+}
+
+/// Ends the runs that the commands have left. The plugin does so when it is loaded, also without the machine: its files or
+/// its bridge may not exist any more.
+fn end_runs(setup: &Setup, record: &Record, context: &Context<'_>) -> Result<()> {
+    let has_left = || fs::read_dir(&setup.state_dir).is_ok_and(|mut entries| entries.next().is_some());
+    let load = |setup: &Setup| with_session(context, setup, &record.name, |_| Ok(()));
+    let Err(error) = load(setup) else { return Ok(()) };
+    if has_left() {
+        tracing::debug!(machine = record.name, %error, "the plugin does not load with the machine");
+        load(&without_machines(setup))?;
+    }
+    if has_left() { Err(error) } else { Ok(()) }
 }
 
 fn remove_mark(folder: &Path) -> Result<()> {
@@ -302,5 +338,49 @@ fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn cwd(root: &Path) -> Cwd {
+        fs::write(root.join(".cuckoocwd"), "").unwrap();
+        Cwd::find(Some(root)).unwrap()
+    }
+
+    #[test]
+    fn folder_is_refused_where_other_users_could_replace_it() {
+        let root = tempfile::tempdir().unwrap();
+        let (cwd, shared) = (cwd(root.path()), root.path().join("shared"));
+        fs::create_dir(&shared).unwrap();
+        fs::set_permissions(&shared, Permissions::from_mode(0o777)).unwrap();
+        for parent in [shared.clone(), shared.join("new")] {
+            let refused = Unfinished::begin(&cwd, "m", &parent.join("m")).map(drop).unwrap_err().to_string();
+            assert!(refused.contains("other users could") && refused.contains("Name a folder"), "{refused}");
+        }
+        assert!(!cwd.state().exists() && fs::read_dir(&shared).unwrap().count() == 0);
+        fs::set_permissions(&shared, Permissions::from_mode(0o755)).unwrap();
+        Unfinished::begin(&cwd, "m", &shared.join("m")).unwrap();
+        assert!(shared.join("m").join(MARK).exists());
+    }
+
+    #[test]
+    fn command_is_at_work_until_its_record_is_not_locked() {
+        let root = tempfile::tempdir().unwrap();
+        let cwd = cwd(root.path());
+        expect_no_command(&cwd).unwrap();
+        let begin = || Unfinished::begin(&cwd, "m", &root.path().join("m"));
+        let refusal = || begin().map(drop).unwrap_err().to_string();
+        let unfinished = begin().unwrap();
+        let refused = expect_no_command(&cwd).unwrap_err().to_string();
+        assert!(refused.contains("at work") && refused.contains("'m'"), "{refused}");
+        assert!(refusal().contains("another command is at work"), "{}", refusal());
+        drop(unfinished);
+        expect_no_command(&cwd).unwrap();
+        assert!(refusal().contains("machine clear"), "{}", refusal());
     }
 }

@@ -92,7 +92,9 @@ fn archive_is_verified_and_extracted_as_it_was_written() {
     let files: Vec<_> = contents.iter().map(file).collect();
     let path = folder.path().join("archive");
     write(&File::create(&path).unwrap(), &files, &|_| ()).unwrap();
-    assert_eq!(verify(&path, &|_| ()).unwrap().machine.name, "m");
+    let size = contents.iter().map(|(_, content)| content.len() as u64).sum::<u64>();
+    assert_eq!(verify(&path, &|_| ()).unwrap().1, size);
+    assert_eq!(verify(&path, &|_| ()).unwrap().0.machine.name, "m");
     let into = folder.path().join("into");
     fs::create_dir(&into).unwrap();
     extract(&path, &into, &|_| ()).unwrap();
@@ -137,8 +139,9 @@ fn archive_is_refused_when_a_name_leads_out_of_the_folder() {
 
 #[test]
 fn archive_is_refused_when_an_entry_is_no_plain_file() {
-    for kind in [EntryType::Symlink, EntryType::Link, EntryType::Directory, EntryType::Fifo, EntryType::Char]
-    {
+    use EntryType::{Char, Directory, Fifo, GNULongLink, GNULongName, Link, Symlink, XGlobalHeader, XHeader};
+    let of_headers = [GNULongName, GNULongLink, XHeader, XGlobalHeader];
+    for kind in [Symlink, Link, Directory, Fifo, Char].into_iter().chain(of_headers) {
         let text = refusal(&machine_with("more", kind, "more"));
         assert!(text.contains("in the place of the file more"), "{kind:?}: {text}");
     }
