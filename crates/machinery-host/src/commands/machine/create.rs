@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::arguments::{FIRMWARE_VARIABLES, accel, arguments, files, random_mac};
 use super::context::Context;
+use super::dependents::{QCOW2, expect_no_disk_of_machine};
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{Plan, make, version};
 use super::options::Create;
@@ -19,8 +20,6 @@ use crate::cwd::make_reachable_folder;
 
 /// The interface of a machine with user networking.
 const LOOPBACK: &str = "lo";
-/// The beginning of a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
-const QCOW2: &[u8] = b"QFI\xfb";
 
 /// Makes the machine.
 ///
@@ -82,7 +81,7 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
     let mut magic = [0; QCOW2.len()];
     let read = File::open(&real).and_then(|mut file| file.read_exact(&mut magic));
     match read {
-        Ok(()) if magic == QCOW2 => Ok(real),
+        Ok(()) if magic == *QCOW2 => Ok(real),
         Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(failed(error)),
         _ => Err(Error::configuration(format!("{} is no disk in the format qcow2", disk.display()))
             .advice("Convert it: qemu-img convert -O qcow2 OLD NEW")),
@@ -92,12 +91,9 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
 /// Locks the disk: its path is the key of the jail in which the guest boots.
 ///
 /// # Errors
-/// A machine has the disk, or another command boots it.
+/// A machine has the disk or one below it, or another command boots it.
 pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
-    if let Some(other) = super::info::machine_with_disk(context.cwd, base) {
-        return Err(Error::configuration(format!("{} is the disk of the machine '{other}'", base.display()))
-            .advice("Make an overlay or a copy of the disk, and name it"));
-    }
+    expect_no_disk_of_machine(context.cwd, base)?;
     let file = File::open(base).map_err(|error| Error::io("open the disk", base, &error))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),

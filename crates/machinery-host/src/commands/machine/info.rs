@@ -114,7 +114,7 @@ impl Info {
 }
 
 /// The keys of an entry in `qemu.yaml` with the paths of its files.
-const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
+pub const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
 
 /// Returns the machines of the configuration, each with the paths of its files.
 fn configured_files(cwd: &Cwd) -> Vec<(String, Vec<PathBuf>)> {
@@ -130,24 +130,6 @@ fn configured_files(cwd: &Cwd) -> Vec<(String, Vec<PathBuf>)> {
 pub fn is_configured(cwd: &Cwd, folder: &Path) -> bool {
     let folder = real(folder);
     configured_files(cwd).iter().any(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
-}
-
-/// Returns the machines of the configuration, besides this one, with a file in this folder.
-pub fn others_in(cwd: &Cwd, folder: &Path, name: &str) -> Vec<String> {
-    let folder = real(folder);
-    let others = configured_files(cwd).into_iter().filter(|(other, _)| other != name);
-    others
-        .filter(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
-        .map(|(other, _)| other)
-        .collect()
-}
-
-/// Returns the machine of the configuration with this disk.
-pub fn machine_with_disk(cwd: &Cwd, disk: &Path) -> Option<String> {
-    configured_files(cwd)
-        .into_iter()
-        .find(|(_, files)| files.first().is_some_and(|own| own == disk))
-        .map(|(name, _)| name)
 }
 
 /// Returns the files of a machine: disk, snapshot and description.

@@ -14,14 +14,17 @@
 //! | `session` | the plugin with one machine |
 //! | `context` | everything that the commands share |
 //! | `info` | the description of a machine in its folder |
-//! | `publish` | the entry in the configuration, and the running host |
+//! | `publish`, `host` | the entry in the configuration; the running host |
+//! | `dependents` | the machines that need the files of another one |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
 
 mod archive;
 mod arguments;
 mod context;
 mod create;
+mod dependents;
 mod export;
+mod host;
 mod import_archive;
 mod info;
 mod interrupt;

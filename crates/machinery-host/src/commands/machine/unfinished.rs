@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::context::Context;
 use super::session::with_session;
-use super::{info, publish};
+use super::{host, info};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
 const LOCK: &str = "lock";
@@ -48,9 +48,9 @@ struct Record {
     folder: PathBuf,
     /// The setup of the plugin, once it has one.
     setup: Option<Setup>,
-    /// True if a running host is to give the machine to tasks again.
+    /// The machines that a running host is to give to tasks again.
     #[serde(default)]
-    is_disabled: bool,
+    disabled: Vec<String>,
 }
 
 impl Unfinished {
@@ -92,7 +92,7 @@ impl Unfinished {
         let lock =
             try_lock(new.path()).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::WouldBlock.into()))?;
         let record =
-            Record { name: name.to_owned(), folder: folder.to_owned(), setup: None, is_disabled: false };
+            Record { name: name.to_owned(), folder: folder.to_owned(), setup: None, disabled: Vec::new() };
         record.write(new.path())?;
         let own = records.join(name);
         // A name of which a record exists is refused.
@@ -155,18 +155,19 @@ impl Unfinished {
         Ok(setup)
     }
 
-    /// Has a running host give the machine to no task until the record ends.
+    /// Has a running host give the machines of these entries to no task until the record ends.
     ///
     /// # Errors
-    /// The host uses the machine, or the record cannot be written.
-    pub fn hold(&mut self, cwd: &Cwd) -> Result<()> {
-        let name = &self.record.name;
-        if publish::is_enabled(cwd, name) {
-            self.record.is_disabled = true;
-            self.record.write(&self.folder)?;
-            publish::disable(cwd, name)?;
-        }
-        publish::expect_unused(cwd, name)
+    /// The host uses a machine, or the record cannot be written.
+    pub fn hold(&mut self, cwd: &Cwd, entries: &[String]) -> Result<()> {
+        let machines = host::machines_of(cwd, entries)?;
+        host::expect_unused(&machines)?;
+        let in_use = machines.iter().filter(|machine| host::is_in_use(machine));
+        self.record.disabled = in_use.map(|machine| host::name(machine).to_owned()).collect();
+        self.record.write(&self.folder)?;
+        self.record.disabled.iter().try_for_each(|name| host::disable(cwd, name))?;
+        host::expect_unused(&host::machines_of(cwd, entries)?)?;
+        machines.iter().try_for_each(|machine| host::stop(cwd, host::name(machine)))
     }
 
     /// Ends the record of a finished machine, whose folder is at `folder` now.
@@ -203,11 +204,9 @@ impl Unfinished {
 }
 
 impl Record {
-    /// Has a running host give the machine to tasks again.
+    /// Has a running host give the machines to tasks again.
     fn release(&self, cwd: &Cwd) {
-        if self.is_disabled {
-            publish::enable(cwd, &self.name);
-        }
+        self.disabled.iter().for_each(|name| host::enable(cwd, name));
     }
 
     fn write(&self, folder: &Path) -> Result<()> {
