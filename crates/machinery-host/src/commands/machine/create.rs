@@ -26,7 +26,7 @@ const LOOPBACK: &str = "lo";
 /// # Errors
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
-    expect_free(context.cwd, context.config, &create.name, &create.ip.to_string(), None)?;
+    expect_free(context, &create.name, &create.ip.to_string(), None)?;
     let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
     find_interface(interface).map_err(|error| error.machine(&create.name))?;
     let base = base_disk(&create.disk)?;

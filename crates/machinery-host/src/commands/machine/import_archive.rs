@@ -54,7 +54,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
     let info = import.adapted(archive::verify(&import.file, context.step)?)?;
     let machine = &info.machine;
     let name = machine.name.clone();
-    expect_free(context.cwd, context.config, &name, &machine.ip, Some(&machine.mac))?;
+    expect_free(context, &name, &machine.ip, Some(&machine.mac))?;
     find_interface(&machine.bridge).map_err(|error| error.machine(&name).advice("Give another --bridge"))?;
     let folder = folder_of(context, import.folder.as_deref(), &name)?;
     interrupt::clear_when_interrupted(&name, context.globals.clone())?;

@@ -5,15 +5,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, is_machine_name};
-use machinery::{Error, RestoreReadiness, Result};
+use machinery::{Error, Level, RestoreReadiness, Result};
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
+use serde_json::json;
 use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
 use super::host::reload;
-use crate::commands::import::{Import, import};
-use crate::config::Config;
+use crate::commands::import::{Import, import, without_lines};
 use crate::cwd::Cwd;
 
 /// A machine that was made, or changed.
@@ -27,12 +27,12 @@ pub struct Made {
     pub notes: Vec<String>,
 }
 
-/// Expects that the name is valid, that no machine has it, and that none of the machinery has this address or network
-/// card.
+/// Expects that the name is valid, and that no machine has the name, the address or the network card.
 ///
 /// # Errors
 /// One has it.
-pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+    let (cwd, config) = (context.cwd, context.config);
     if !is_machine_name(name) {
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
             .advice("Use letters, digits, '_', '-' and '.'"));
@@ -49,9 +49,7 @@ pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option
                     .advice("Give another name"));
             }
             let values = [("ip", Some(ip)), ("mac_address", mac)];
-            for (key, value) in
-                values.into_iter().filter(|(_, value)| machinery == MACHINERY && value.is_some())
-            {
+            for (key, value) in values.into_iter().filter(|(_, value)| value.is_some()) {
                 if keys.get(key).and_then(serde_yaml::Value::as_str) == value {
                     let reason = format!("the machine '{other}' has this {key}, too");
                     return Err(file
@@ -62,7 +60,39 @@ pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option
             }
         }
     }
-    Ok(())
+    expect_free_of_clones(context, name, ip, mac)
+}
+
+/// The keys whose values no two machines have.
+const UNIQUE: [&str; 3] = ["name", "ip", "mac_address"];
+
+/// Asks the plugin, which knows all clones, whether one has the name, the address or the network card.
+fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut config: Mapping = ConfigFile::read(&path)?.parse()?;
+    let machines = config.entry("machines".into()).or_insert(serde_yaml::Value::Null);
+    if machines.is_null() {
+        *machines = Mapping::new().into();
+    }
+    let none = |file: &str| format!("/none/{name}/{file}");
+    let entry = json!({
+        "qcow2_path": none("disk"), "snapshot_path": none("memory"), "machineinfo_path": none("info"),
+        "ip": ip, "mac_address": mac, "platform": "windows", "os_version": "10", "architecture": "amd64",
+    });
+    if let (Some(machines), Ok(entry)) = (machines.as_mapping_mut(), serde_yaml::to_value(entry)) {
+        machines.insert(name.into(), entry);
+    }
+    let text = serde_yaml::to_string(&config).unwrap_or_default();
+    let report = (context.check)(ConfigFile { path, text })?;
+    let is_taken = |text: &str| UNIQUE.iter().any(|key| text.contains(&format!(": machines.{name}.{key}: ")));
+    let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
+    match problems.map(|finding| without_lines(&finding.text)).find(|text| is_taken(text)) {
+        None => Ok(()),
+        Some(problem) => Err(Error::configuration(problem)),
+    }
 }
 
 /// Adds the machine in that folder to the configuration, and has a running host load it.
