@@ -105,6 +105,7 @@ fn boot(
     scratch: &Path,
 ) -> Result<()> {
     (context.step)("booting");
+    ready::expect_no_answer(plan.ready, agent_of(&plan.info)?)?;
     let limit = context.config.timeouts.norestore_start;
     session.open_network(limit)?;
     session
@@ -142,6 +143,7 @@ pub fn prove(
             })
         })?;
         let readiness = session.readiness();
+        ready::expect_no_answer(ready, agent_of(info)?)?;
         (context.step)("restoring");
         session.open_network(limits.restore_start)?;
         session.call("restoring", limits.restore_start, |instance, machine, deadline| {
