@@ -127,12 +127,12 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
     if let Machine::Clear { name, interrupted } = command {
         let cleared = clear_abandoned(context, name.as_deref())?;
         return match interrupted {
-            true => Err(Error::interrupted("the command was interrupted; unfinished machines are removed")),
-            false => Ok(Outcome::Cleared(cleared)),
+            true => Err(interrupted_after(cleared.iter().any(|cleared| cleared.is_configured))),
+            false => Ok(Outcome::Cleared(cleared.into_iter().map(|cleared| cleared.name).collect())),
         };
     }
-    for name in clear_abandoned(context, None)? {
-        tracing::warn!(machine = name, "removed what an interrupted command has left");
+    for cleared in clear_abandoned(context, None)? {
+        tracing::warn!(machine = cleared.name, "removed what an interrupted command has left");
     }
     match command {
         Machine::Create(arguments) => {
@@ -153,4 +153,12 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
         }
         Machine::Clear { .. } => Ok(Outcome::Cleared(Vec::new())),
     }
+}
+
+/// Returns the error of a command that was interrupted. A machine that is in the configuration already stays.
+fn interrupted_after(is_configured: bool) -> Error {
+    Error::interrupted(match is_configured {
+        true => "the command was interrupted in its last step; the machine is in qemu.yaml, and stays",
+        false => "the command was interrupted; unfinished machines are removed",
+    })
 }

@@ -53,6 +53,13 @@ struct Record {
     disabled: Vec<String>,
 }
 
+/// A record that was cleared.
+pub struct Cleared {
+    pub name: String,
+    /// True if the configuration has the machine, which stays then.
+    pub is_configured: bool,
+}
+
 impl Unfinished {
     /// Makes the record and the machine's folder, which must not exist.
     ///
@@ -185,7 +192,7 @@ impl Unfinished {
     /// # Errors
     /// A process or a file remains.
     pub fn clear(self, context: &Context<'_>) -> Result<()> {
-        clear(&self.folder, &self.record, context)
+        clear(&self.folder, &self.record, context).map(drop)
     }
 
     /// Ends the record of a machine that was made, whose folder is at `folder`, or clears one that was not.
@@ -220,11 +227,11 @@ impl Record {
     }
 }
 
-/// Clears what commands that were killed have left: all of it, or that of one machine. Returns the names.
+/// Clears what commands that were killed have left: all of it, or that of one machine.
 ///
 /// # Errors
 /// A process or a file remains.
-pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<String>> {
+pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<Cleared>> {
     let entries = fs::read_dir(context.cwd.unfinished_machines()).into_iter().flatten().flatten();
     let mut cleared = Vec::new();
     for folder in entries.map(|entry| entry.path()).filter(|folder| !is_being_made(folder)) {
@@ -236,8 +243,8 @@ pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<
             continue;
         };
         if only.is_none_or(|only| only == record.name) {
-            clear(&folder, &record, context)?;
-            cleared.push(record.name);
+            let is_configured = clear(&folder, &record, context)?;
+            cleared.push(Cleared { name: record.name, is_configured });
         }
     }
     Ok(cleared)
@@ -256,7 +263,8 @@ fn try_lock(folder: &Path) -> io::Result<Option<File>> {
     Ok(flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
 }
 
-fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
+/// Clears a record. Reports whether its machine is in the configuration, and stays.
+fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> {
     if let Some(setup) = &record.setup {
         // A template is of no use any more.
         remove_folder(&setup.cache_dir)?;
@@ -273,7 +281,8 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
     }
     record.release(context.cwd);
     let own = &record.folder;
-    if info::is_configured(context.cwd, own) {
+    let is_configured = info::is_configured(context.cwd, own);
+    if is_configured {
         remove_mark(own)?;
     } else if own.join(MARK).exists() {
         remove_folder(own)?;
@@ -281,7 +290,7 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
         // A folder without the mark is empty, or somebody else's.
         let _ = fs::remove_dir(own);
     }
-    remove_folder(folder)
+    remove_folder(folder).map(|()| is_configured)
 }
 
 fn remove_mark(folder: &Path) -> Result<()> {
