@@ -137,7 +137,8 @@ fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
     assert!(host.terminate().unwrap().success());
 
     let file = lab.cwd().root().join("lin.machine");
-    succeeds(&lab.run(&["machine", "export", "lin", file.to_str().unwrap()]).unwrap());
+    let exported = lab.run(&["machine", "export", "lin", file.to_str().unwrap()]).unwrap();
+    assert!(succeeds(&exported).stderr.contains("serial.log"), "{exported:?}");
     let second = self::lab(&["seed"], Guest::Linux { ram_mib: 256, noise_mib: 0 });
     let ip = second.folder("seed").ip.clone();
     let import = ["machine", "import", file.to_str().unwrap(), "--name", "moved", "--ip", &ip];
@@ -173,7 +174,9 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
 
     let identity = |name: &str| fs::metadata(folder_of(&lab, "m").join(name)).unwrap().ino();
     let before = ["disk.qcow2", "memory.zst"].map(identity);
+    fs::write(folder_of(&lab, "m").join("notes.log"), "the operator's").unwrap();
     succeeds(&lab.run(&["machine", "snapshot", "m", "--ready-after", "2"]).unwrap());
+    assert_eq!(fs::read_to_string(folder_of(&lab, "m").join("notes.log")).unwrap(), "the operator's");
     let after = ["disk.qcow2", "memory.zst"].map(identity);
     assert!(before[0] != after[0] && before[1] != after[1], "{before:?} {after:?}");
     assert_eq!(client.machine("m").unwrap()["disabled"], json!(false));

@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(names("a", &[folder.path().join("a")]), ["b"]);
         assert_eq!(names("x", &[folder.path().join("a/disk.qcow2")]), ["a", "b"]);
         assert!(names("c", &[folder.path().join("c")]).is_empty());
-        assert!(expect_no_dependents(&cwd, "b", &[overlay.clone()]).is_ok());
+        assert!(expect_no_dependents(&cwd, "b", std::slice::from_ref(&overlay)).is_ok());
         let refused = expect_no_disk_of_machine(&cwd, &overlay).unwrap_err().to_string();
         assert!(refused.contains("is the disk of the machine 'a'") && refused.contains("copy"), "{refused}");
         assert!(expect_no_disk_of_machine(&cwd, &disk(&folder.path().join("free"), "")).is_ok());
