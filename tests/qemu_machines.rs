@@ -12,7 +12,8 @@ use machinery_testkit::artifacts;
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::{Guest, GuestProbe, Marks};
 use machinery_testkit::host::{self, CommandOutput, RunningHost};
-use machinery_testkit::lab::Lab;
+use machinery_testkit::lab::{Lab, TestNetwork};
+use machinery_testkit::requirement;
 use machinery_testkit::snapshot::SnapshotFormat;
 use serde_json::{Value, json};
 
@@ -136,7 +137,8 @@ fn machine_of_a_disk_is_restored_and_moves_to_another_cwd() {
     assert!(host.terminate().unwrap().success());
 
     let file = lab.cwd().root().join("lin.machine");
-    succeeds(&lab.run(&["machine", "export", "lin", file.to_str().unwrap()]).unwrap());
+    let exported = lab.run(&["machine", "export", "lin", file.to_str().unwrap()]).unwrap();
+    assert!(succeeds(&exported).stderr.contains("serial.log"), "{exported:?}");
     let second = self::lab(&["seed"], Guest::Linux { ram_mib: 256, noise_mib: 0 });
     let ip = second.folder("seed").ip.clone();
     let import = ["machine", "import", file.to_str().unwrap(), "--name", "moved", "--ip", &ip];
@@ -172,7 +174,9 @@ fn running_host_gets_the_machine_its_new_snapshot_and_its_removal() {
 
     let identity = |name: &str| fs::metadata(folder_of(&lab, "m").join(name)).unwrap().ino();
     let before = ["disk.qcow2", "memory.zst"].map(identity);
+    fs::write(folder_of(&lab, "m").join("notes.log"), "the operator's").unwrap();
     succeeds(&lab.run(&["machine", "snapshot", "m", "--ready-after", "2"]).unwrap());
+    assert_eq!(fs::read_to_string(folder_of(&lab, "m").join("notes.log")).unwrap(), "the operator's");
     let after = ["disk.qcow2", "memory.zst"].map(identity);
     assert!(before[0] != after[0] && before[1] != after[1], "{before:?} {after:?}");
     assert_eq!(client.machine("m").unwrap()["disabled"], json!(false));
@@ -286,7 +290,101 @@ fn machine_is_refused_when_another_one_has_its_name_address_or_disk() {
     words[at + 1] = folder_of(&lab, "m").join("disk.qcow2").display().to_string();
     let ran = run(&lab, &words);
     assert!(ran.code == Some(2) && ran.stderr.contains("is the disk of the machine 'm'"), "{ran:?}");
+    // Neither an overlay of a machine's disk, nor an address at which another program answers.
+    let overlay = lab.cwd().root().join("overlay.qcow2").display().to_string();
+    let backing = words[at + 1].clone();
+    let mut make = std::process::Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &backing, &overlay]);
+    assert!(make.status().unwrap().success());
+    words[at + 1] = overlay;
+    let ran = run(&lab, &words);
+    assert!(ran.code == Some(2) && ran.stderr.contains("is the disk of the machine 'm'"), "{ran:?}");
+    let mut words = creation(&lab, "n", "other");
+    let ready = words.iter().position(|word| word == "--ready-after").unwrap();
+    words.drain(ready..ready + 2);
+    let _other = std::net::TcpListener::bind((lab.folder("other").ip.as_str(), 8000)).unwrap();
+    let ran = run(&lab, &words);
+    assert!(ran.code == Some(1) && ran.stderr.contains("answers at"), "{ran:?}");
     assert_eq!(lab.yaml().unwrap(), before);
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_is_refused_when_a_clone_has_its_name_or_address() {
+    let lab =
+        Lab::new(&[("w", Guest::Micro, SnapshotFormat::Lz4), ("seed", Guest::Micro, SnapshotFormat::Lz4)])
+            .unwrap();
+    let (before, ip) = (lab.yaml().unwrap(), lab.folder("seed").ip.clone());
+    lab.ahead("standby: off, machines: {w: {clones: [{name: c, ip: 127.77.7.7}]}}").unwrap();
+    let mut words = creation(&lab, "n", "seed");
+    let at = words.iter().position(|word| *word == ip).unwrap();
+    for (name, ip, expected) in
+        [("c", "127.77.7.8", "'c' is already the name"), ("n", "127.77.7.7", "the ip of")]
+    {
+        words[2] = name.to_owned();
+        words[at] = ip.to_owned();
+        let ran = run(&lab, &words);
+        assert!(ran.code == Some(2) && ran.stderr.contains(expected), "{ran:?}");
+    }
+    // A section without an entry would be refused by each host.
+    let ran = lab.run(&["machine", "remove", "w", "--yes", "--files"]).unwrap();
+    assert!(ran.code == Some(2) && ran.stderr.contains("machinery-host.yaml"), "{ran:?}");
+    assert_eq!(lab.yaml().unwrap(), before);
+    assert_finished(&lab);
+}
+
+#[test]
+fn machine_stays_when_its_command_is_interrupted_after_its_entry_was_added() {
+    let lab = Lab::new(&[("m", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
+    let folder = &lab.folder("m").dir;
+    let record = lab.cwd().root().join("operational/generated/machinery-host/machines/m");
+    fs::create_dir_all(&record).unwrap();
+    fs::write(folder.join(".unfinished"), "").unwrap();
+    let text = json!({"name": "m", "folder": folder, "setup": null, "disabled": []}).to_string();
+    fs::write(record.join("record.json"), text).unwrap();
+    let ran = lab.run(&["machine", "clear", "--interrupted", "m"]).unwrap();
+    assert!(ran.code == Some(1) && ran.stderr.contains("is in qemu.yaml, and stays"), "{ran:?}");
+    assert!(lab.folder("m").disk.exists() && !folder.join(".unfinished").exists());
+    let ran = lab.run(&["machine", "clear", "--interrupted", "m"]).unwrap();
+    assert!(ran.code == Some(1) && ran.stderr.contains("unfinished machines are removed"), "{ran:?}");
+    assert_finished(&lab);
+}
+
+#[test]
+fn isolated_machine_is_made_and_saved_anew_in_its_cell() {
+    let made = Lab::with_network("seed", SnapshotFormat::Lz4).unwrap();
+    let Some(lab) = requirement::NETWORK.or_skip(made) else { return };
+    let yaml = lab.yaml().unwrap();
+    lab.write_yaml(&format!("{}machines:\n", yaml.split_once("machines:\n").unwrap().0)).unwrap();
+    lab.ahead("standby: off, network: isolated").unwrap();
+    let mut words = creation(&lab, "m", "seed");
+    let user = words.iter().position(|word| word == "--user").unwrap();
+    words.splice(user..=user, ["--bridge", TestNetwork::BRIDGE].map(str::to_owned));
+    // The address of the guest is an argument of its kernel.
+    let (args, of_seed) = (lab.cwd().root().join("m.args"), &lab.folder("seed").start_args);
+    let append = &of_seed[of_seed.iter().position(|arg| arg == "-append").unwrap() + 1];
+    let text = fs::read_to_string(&args).unwrap().replace("console=ttyS0 quiet panic=-1", append);
+    let text = text.replace("file:serial.log", "file:%MACHINE%.log");
+    fs::write(&args, text).unwrap();
+    lab.network().add_bridge(TestNetwork::BRIDGE).unwrap();
+    // Only by its cell can the host ask the agent of the guest.
+    let inside = |words: &[&str]| {
+        let mut command = host::command(lab.cwd()).unwrap();
+        lab.network().attach(command.args(words));
+        host::run_command(command).unwrap()
+    };
+    succeeds(&inside(&words.iter().map(String::as_str).collect::<Vec<_>>()));
+    lab.ahead("standby: off, machines: {m: {clones: [{name: c, ip: 10.77.0.11}]}}").unwrap();
+    let mut host = lab.host().unwrap();
+    let mut client = host.client().unwrap();
+    does(&mut client, "restore_start", "c");
+    let refused = inside(&["machine", "snapshot", "m"]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("'c'"), "{refused:?}");
+    does(&mut client, "stop", "c");
+    succeeds(&inside(&["machine", "snapshot", "m"]));
+    let clone = client.machine("c").unwrap();
+    assert!(clone["disabled"] == false && clone["change_pending"] == false, "{clone}");
+    assert!(host.terminate().unwrap().success());
     assert_finished(&lab);
 }
 

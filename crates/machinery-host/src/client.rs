@@ -1,7 +1,7 @@
 //! The blocking client of the host's socket, for the command line. Each command has a connection of its own.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -29,19 +29,21 @@ impl Client {
     /// # Errors
     /// No host answers.
     pub fn connect(socket: &Path) -> Result<Self> {
-        let failed = |error: std::io::Error| {
-            if error.kind() == std::io::ErrorKind::PermissionDenied {
-                return Error::environment(format!("this user may not use {}", socket.display())).advice(
-                    "Run as root or as the host's user, or join the group that `socket_group` names in machinery-host.yaml",
-                );
+        open(socket).map_err(|error| no_answer(socket, &error))
+    }
+
+    /// Connects to the host that serves this socket. Returns `None` if nobody listens on it.
+    ///
+    /// # Errors
+    /// The socket cannot be used, so that a host may serve it.
+    pub fn find(socket: &Path) -> Result<Option<Self>> {
+        match open(socket) {
+            Ok(client) => Ok(Some(client)),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                Ok(None)
             }
-            Error::environment(format!("no machinery host answers on {}: {error}", socket.display()))
-                .advice("Start one with `cuckoo-machinery serve`, or give the right CWD with --cwd")
-        };
-        let address = SocketPath::new(socket).map_err(failed)?;
-        let writer = UnixStream::connect(address.address()).map_err(failed)?;
-        let reader = BufReader::new(writer.try_clone().map_err(failed)?);
-        Ok(Client { requests: Requests(writer), messages: Messages(reader) })
+            Err(error) => Err(no_answer(socket, &error)),
+        }
     }
 
     /// Splits the connection, so that one thread receives while another one sends.
@@ -120,6 +122,22 @@ impl Messages {
             Err(error) => Err(lost(&error.to_string())),
         }
     }
+}
+
+fn open(socket: &Path) -> io::Result<Client> {
+    let writer = UnixStream::connect(SocketPath::new(socket)?.address())?;
+    let reader = BufReader::new(writer.try_clone()?);
+    Ok(Client { requests: Requests(writer), messages: Messages(reader) })
+}
+
+fn no_answer(socket: &Path, error: &io::Error) -> Error {
+    if error.kind() == ErrorKind::PermissionDenied {
+        return Error::environment(format!("this user may not use {}", socket.display())).advice(
+            "Run as root or as the host's user, or join the group that `socket_group` names in machinery-host.yaml",
+        );
+    }
+    Error::environment(format!("no machinery host answers on {}: {error}", socket.display()))
+        .advice("Start one with `cuckoo-machinery serve`, or give the right CWD with --cwd")
 }
 
 fn lost(why: &str) -> Error {

@@ -75,7 +75,8 @@ pub fn modes(clones: &[&Value]) -> String {
     counted(&MODES, clones, |clone| clone["ready"]["mode"].as_str().unwrap_or("plain"))
 }
 
-/// Returns the remarks about clones: the names of those out of the pool, and the numbers of others with a remark.
+/// Returns the remarks about clones: the number of those with errors, the names of those out of the pool, and the numbers of
+/// others with a remark.
 pub fn remarks(clones: &[&Value]) -> String {
     let named = |what: &str| {
         let mut names: Vec<&str> =
@@ -91,6 +92,7 @@ pub fn remarks(clones: &[&Value]) -> String {
         (count > 0).then(|| format!("{count} {what}"))
     };
     let remarks = [
+        number("with errors", &has("errors")),
         named("quarantined"),
         named("disabled"),
         number("locked", &is("locked")),
@@ -166,7 +168,7 @@ mod tests {
             clone(10, json!({"disabled": true, "quarantine": {"tries": 1}})),
             clone(7, json!({"disabled": true, "state": "error"})),
             clone(8, json!({"disabled": true})),
-            clone(9, json!({"disabled": true})),
+            clone(9, json!({"disabled": true, "errors": ["killed"]})),
         ];
         let clones: Vec<&Value> = clones.iter().collect();
         assert_eq!(title("w", &clones), "w ×9");
@@ -174,7 +176,7 @@ mod tests {
         assert_eq!(modes(&clones), "2 standby, 1 instant, 6 plain");
         assert_eq!(
             remarks(&clones),
-            "quarantined: w-10; disabled: w-7 … w-9; 2 locked; 1 reserved; 1 with warnings"
+            "1 with errors; quarantined: w-10; disabled: w-7 … w-9; 2 locked; 1 reserved; 1 with warnings"
         );
         assert_eq!(remarks(&clones[..1]), "");
     }

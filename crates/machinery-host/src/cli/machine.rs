@@ -80,6 +80,7 @@ fn print_removed(removed: &Removed, json: bool) {
     }
     println!("{}: removed", removed.machine);
     removed.removed.iter().for_each(|path| println!("  {}", path.display()));
+    removed.notes.iter().for_each(|note| println!("  note: {}", plain_lines(note)));
 }
 
 fn print_exported(exported: &Exported, json: bool) {

@@ -354,10 +354,13 @@ mod tests {
             machine["clone_of"] = json!("win10");
         }
         let folded = lines(&mut model, now, (80, 24));
-        let expected = "win10 ×8         5 ready, 2 running, 1 disabled; 8 standby; disabled: win10_2; 2";
+        let expected = "win10 ×8         5 ready, 2 running, 1 disabled; 8 standby; 4 with errors; disabl";
         assert_eq!(folded[6], expected);
         assert!(folded[7].starts_with("win10_9"), "{}", folded[7]);
-        assert_eq!(folded[20], "win10 ×8: clones of one snapshot, f shows each; disabled: win10_2; 2 locked");
+        let remarks = [folded[20].as_str(), folded[21].as_str()].join(" ");
+        let expected =
+            "win10 ×8: clones of one snapshot, f shows each; 4 with errors; disabled: win10_2; 2 locked";
+        assert_eq!(remarks, expected);
         model.table.fold(&model.machines);
         assert!(lines(&mut model, now, (80, 24))[6].starts_with("win10_1 "));
         for size in [(1, 1), (16, 9), (17, 12)] {

@@ -12,6 +12,7 @@
 //! The file is written after all checks have passed. One machine in conflict stops the whole import, so that
 //! no partial import remains. So does one that lacks a value; all such values are asked for in one message.
 
+mod accept;
 mod candidate;
 mod cape;
 mod entry;
@@ -26,9 +27,11 @@ use std::path::Path;
 
 use clap::{Args, Subcommand};
 use machinery::config::{ConfigFile, Configured, Machines, is_machine_name};
-use machinery::{Error, Level, Report, Result};
+use machinery::{Error, Report, Result};
 use serde_yaml::{Mapping, Value};
 
+pub use accept::without_lines;
+use accept::{expect_accepted, problems_before};
 use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of};
 use entry::{Found, Machine};
 pub use outcome::{Imported, Skipped};
@@ -51,6 +54,9 @@ pub struct Import {
     /// Print the new entries, and write nothing
     #[arg(long, global = true)]
     dry_run: bool,
+    /// Refuse each problem that the configuration has only with the new machines.
+    #[arg(skip)]
+    is_strict: bool,
 }
 
 /// The tools whose machines can be imported.
@@ -65,10 +71,11 @@ enum Source {
 }
 
 impl Import {
-    /// Returns the import of the machine in this folder, which has a description as VMCloak writes it.
+    /// Returns the import of the machine in this folder, which has a description as VMCloak writes it. The plugin has to
+    /// accept the machine.
     pub fn of_folder(folder: &Path) -> Import {
         let folders = vec![folder.to_owned()];
-        Import { source: Source::Vmcloak(vmcloak::Vmcloak { folders }), dry_run: false }
+        Import { source: Source::Vmcloak(vmcloak::Vmcloak { folders }), dry_run: false, is_strict: true }
     }
 
     /// Returns the machinery that gets the machines.
@@ -141,8 +148,9 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
     if !new.is_empty() {
         let text = text::insert(&file, &new)?;
         verify(&file, &text, &new)?;
+        let known = problems_before(import, &file, check)?;
         let checked = check(ConfigFile { path: file.path, text: text.clone() });
-        imported.notes.extend(expect_accepted(import, checked, &new)?);
+        imported.notes.extend(expect_accepted(import, checked, &new, known.as_deref())?);
         if !import.dry_run {
             replace::replace(path, &before, &text)?;
         }
@@ -319,28 +327,6 @@ fn expect_content(file: &ConfigFile, text: &str, mut expected: Mapping) -> Resul
         Err(_) => None,
     }
     .ok_or_else(|| text::not_editable(file, "text cannot be changed safely in a file of this form"))
-}
-
-/// Expects that the plugin accepts all new machines. Returns a note about other problems that it has found.
-fn expect_accepted(import: &Import, checked: Result<Report>, new: &[Machine]) -> Result<Option<String>> {
-    let report = match checked {
-        Ok(report) => report,
-        Err(error) => {
-            tracing::warn!(%error, "the machines were not checked");
-            return Ok(None);
-        }
-    };
-    let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
-    let texts = problems.map(|finding| finding.text.as_str());
-    let is_refusal = |text: &&str| new.iter().any(|machine| import.is_refusal(text, &machine.name));
-    let (refused, others): (Vec<&str>, Vec<&str>) = texts.partition(is_refusal);
-    match Error::all(refused.into_iter().map(Error::configuration).collect()) {
-        Some(problems) => Err(problems),
-        None => Ok(others.first().map(|first| {
-            let first: Vec<&str> = first.lines().map(str::trim).collect();
-            format!("`check` reports another problem of {}: {}", import.machinery(), first.join(" "))
-        })),
-    }
 }
 
 #[cfg(test)]

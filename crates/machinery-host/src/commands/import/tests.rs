@@ -12,7 +12,7 @@ const DEFAULT: &str = QEMU_DEFAULT;
 /// Imports VMCloak's machines from these folders.
 fn vmcloak(qemu_yaml: &Path, folders: &[PathBuf], check: Check<'_>) -> Result<Imported> {
     let source = Source::Vmcloak(vmcloak::Vmcloak { folders: folders.to_vec() });
-    import(&Import { source, dry_run: false }, qemu_yaml, check)
+    import(&Import { source, dry_run: false, is_strict: false }, qemu_yaml, check)
 }
 
 /// A scratch folder with a `qemu.yaml` and machine folders in it.
@@ -84,6 +84,34 @@ impl Scratch {
 /// A check that finds no problem.
 fn accept(_: ConfigFile) -> Result<Report> {
     Ok(Report::default())
+}
+
+#[test]
+fn machine_of_a_folder_is_refused_when_only_its_entry_causes_the_problem() {
+    let scratch = Scratch::new("machines:\ninterface: none\n");
+    let folder = two_machines(&scratch).join("win10");
+    let import_folder = |check: Check<'_>| import(&Import::of_folder(&folder), &scratch.yaml(), check);
+    let before = scratch.text();
+    // The entry shifts the line of the problem that the file has already.
+    let find = |key: &'static [&'static str]| {
+        move |file: ConfigFile| {
+            let mut report = Report::default();
+            report.problem(&file.error(&["interface"], "there is no such bridge"));
+            if file.text.contains("win10:") {
+                key.iter().take(1).for_each(|_| report.problem(&file.error(key, "another machine has it")));
+            }
+            Ok(report)
+        }
+    };
+    for key in [&["machines", "win10", "ip"][..], &["machines", "win10", "name"], &["machines", "other", "x"]]
+    {
+        let error = import_folder(&find(key)).unwrap_err().to_string();
+        assert!(error.contains("another machine has it") && !error.contains("bridge"), "{error}");
+        assert_eq!(scratch.text(), before);
+    }
+    assert!(import_folder(&|_| Err(Error::environment("there is no plugin"))).is_err());
+    let imported = import_folder(&find(&[])).unwrap();
+    assert!(imported.added == ["win10"] && imported.notes[0].contains("bridge"), "{imported:?}");
 }
 
 #[test]
@@ -261,7 +289,8 @@ fn import_reports_the_line_when_the_machinery_could_not_read_the_file() {
 fn dry_run_returns_the_entries_and_writes_nothing() {
     let scratch = Scratch::new("machines:\n");
     let source = Source::Vmcloak(vmcloak::Vmcloak { folders: vec![two_machines(&scratch)] });
-    let imported = import(&Import { source, dry_run: true }, &scratch.yaml(), &accept).unwrap();
+    let imported =
+        import(&Import { source, dry_run: true, is_strict: false }, &scratch.yaml(), &accept).unwrap();
     assert_eq!((imported.added.len(), scratch.text().as_str()), (2, "machines:\n"));
     let entries = imported.dry_run.unwrap().replace(scratch.0.path().to_str().unwrap(), "/S");
     assert_eq!(entries, format!("machines:\n{}", block2()));

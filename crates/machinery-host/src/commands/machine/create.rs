@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::arguments::{FIRMWARE_VARIABLES, LOOPBACK, accel, arguments, files, random_mac};
 use super::context::Context;
+use super::dependents::{QCOW2, expect_no_disk_of_machine};
 use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
 use super::make::{Plan, make, version};
@@ -18,16 +19,13 @@ use super::publish::{Made, expect_free, publish};
 use super::unfinished::Unfinished;
 use crate::cwd::make_reachable_folder;
 
-/// The beginning of a qcow2 file. Source: QEMU's docs/interop/qcow2.txt.
-pub const QCOW2: &[u8] = b"QFI\xfb";
-
 /// Makes the machine.
 ///
 /// # Errors
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
     create.ready.expect_in_time()?;
-    expect_free(context.cwd, context.config, &create.name, &create.ip.to_string(), None)?;
+    expect_free(context, &create.name, &create.ip.to_string(), None)?;
     let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
     find_interface(interface).map_err(|error| error.machine(&create.name))?;
     let base = base_disk(&create.disk)?;
@@ -83,7 +81,7 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
     let mut magic = [0; QCOW2.len()];
     let read = File::open(&real).and_then(|mut file| file.read_exact(&mut magic));
     match read {
-        Ok(()) if magic == QCOW2 => Ok(real),
+        Ok(()) if magic == *QCOW2 => Ok(real),
         Err(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => Err(failed(error)),
         _ => Err(Error::configuration(format!("{} is no disk in the format qcow2", disk.display()))
             .advice("Convert it: qemu-img convert -O qcow2 OLD NEW")),
@@ -93,12 +91,9 @@ fn base_disk(disk: &Path) -> Result<PathBuf> {
 /// Locks the disk: its path is the key of the jail in which the guest boots.
 ///
 /// # Errors
-/// A machine has the disk, or another command boots it.
+/// A machine has the disk or one below it, or another command boots it.
 pub fn lock_base(context: &Context<'_>, base: &Path) -> Result<File> {
-    if let Some(other) = super::info::machine_with_disk(context.cwd, base)? {
-        return Err(Error::configuration(format!("{} is the disk of the machine '{other}'", base.display()))
-            .advice("Make an overlay or a copy of the disk, and name it"));
-    }
+    expect_no_disk_of_machine(context.cwd, base)?;
     let file = File::open(base).map_err(|error| Error::io("open the disk", base, &error))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),

@@ -2,7 +2,7 @@
 //!
 //! The disk in the file is whole: it has the content of all disks on which it depends.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -81,6 +81,7 @@ fn write(context: &Context<'_>, folder: &Path, info: Info, scratch: &Path, targe
     let mut files: Vec<(PathBuf, String)> =
         own.into_iter().map(|(path, name)| (path, name.to_owned())).collect();
     files.extend(other_files(folder)?);
+    warn_of_others(folder, &files);
     if let Some((path, _)) = files.iter().find(|(_, name)| !archive::is_plain(name)) {
         return Err(Error::configuration(format!("{} has a name that no archive can have", path.display()))
             .advice("Give the file a name of letters, digits, '.', '_', '+' and '-'"));
@@ -93,6 +94,14 @@ fn write(context: &Context<'_>, folder: &Path, info: Info, scratch: &Path, targe
         .and_then(|folder| folder.sync_all())
         .map_err(failed)?;
     Ok(bytes)
+}
+
+/// Logs what the archive leaves out.
+fn warn_of_others(folder: &Path, files: &[(PathBuf, String)]) {
+    let names = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    for name in names.filter(|name| files.iter().all(|(_, own)| name.as_os_str() != own.as_str())) {
+        tracing::warn!(name = %name.display(), "is not part of the machine: the archive leaves it out");
+    }
 }
 
 /// Writes the content of a disk and of all disks on which it depends into a new disk.

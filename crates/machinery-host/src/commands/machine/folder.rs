@@ -27,6 +27,30 @@ pub fn set_mark(folder: &Path) -> Result<()> {
     made.map(drop).map_err(|error| Error::io("write", &path, &error))
 }
 
+/// Removes the mark of a machine that is finished.
+///
+/// # Errors
+/// The mark stays.
+pub fn remove_mark(folder: &Path) -> Result<()> {
+    gone(fs::remove_file(folder.join(MARK)))
+        .map_err(|error| Error::io("finish the machine in", folder, &error))
+}
+
+/// Removes a folder with everything in it, if it exists.
+///
+/// # Errors
+/// A file cannot be removed.
+pub fn remove_folder(folder: &Path) -> Result<()> {
+    gone(fs::remove_dir_all(folder)).map_err(|error| Error::io("remove", folder, &error))
+}
+
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// Has the folder, the files in it and its name survive a loss of power.
 ///
 /// # Errors

@@ -15,7 +15,8 @@ use machinery::{Error, ErrorKind, Result};
 
 use super::arguments::{LOOPBACK, bridge_netdev, user_netdev};
 use super::context::Context;
-use super::create::{QCOW2, folder_of};
+use super::create::folder_of;
+use super::dependents::QCOW2;
 use super::folder::expect_space;
 use super::info::{DISK, Description, Info, MEMORY};
 use super::make::{other_files, prove};
@@ -56,7 +57,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
     let info = import.adapted(info)?;
     let machine = &info.machine;
     let name = machine.name.clone();
-    expect_free(context.cwd, context.config, &name, &machine.ip, Some(&machine.mac))?;
+    expect_free(context, &name, &machine.ip, Some(&machine.mac))?;
     find_interface(&machine.bridge).map_err(|error| error.machine(&name).advice("Give another --bridge"))?;
     let folder = folder_of(context, import.folder.as_deref(), &name)?;
     expect_space(context.config, folder.parent().unwrap_or(&folder), bytes)
@@ -153,7 +154,7 @@ fn expect_whole_disks(folder: &Path) -> Result<()> {
     let is_disk = |path: &PathBuf| {
         let mut magic = [0; QCOW2.len()];
         let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-        read.is_ok() && magic == QCOW2
+        read.is_ok() && magic == *QCOW2
     };
     let others = other_files(folder)?.into_iter().map(|(path, _)| path).filter(is_disk);
     others.chain([folder.join(DISK)]).try_for_each(|disk| expect_whole(&disk))

@@ -125,7 +125,7 @@ impl Info {
 }
 
 /// The keys of an entry in `qemu.yaml` with the paths of its files.
-const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
+pub const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
 
 /// Returns the machines of the configuration, each with the paths of its files. A CWD without the file has none.
 ///
@@ -152,29 +152,6 @@ fn configured_files(cwd: &Cwd) -> Result<Vec<(String, Vec<PathBuf>)>> {
 pub fn is_configured(cwd: &Cwd, folder: &Path) -> Result<bool> {
     let folder = real(folder);
     Ok(configured_files(cwd)?.iter().any(|(_, files)| files.iter().any(|file| file.starts_with(&folder))))
-}
-
-/// Returns the machines of the configuration, besides this one, with a file in this folder.
-///
-/// # Errors
-/// The configuration cannot be read.
-pub fn others_in(cwd: &Cwd, folder: &Path, name: &str) -> Result<Vec<String>> {
-    let folder = real(folder);
-    let others = configured_files(cwd)?.into_iter().filter(|(other, _)| other != name);
-    Ok(others
-        .filter(|(_, files)| files.iter().any(|file| file.starts_with(&folder)))
-        .map(|(other, _)| other)
-        .collect())
-}
-
-/// Returns the machine of the configuration with this disk.
-///
-/// # Errors
-/// The configuration cannot be read.
-pub fn machine_with_disk(cwd: &Cwd, disk: &Path) -> Result<Option<String>> {
-    let mut machines = configured_files(cwd)?.into_iter();
-    let found = machines.find(|(_, files)| files.first().is_some_and(|own| own == disk));
-    Ok(found.map(|(name, _)| name))
 }
 
 /// Returns the files of a machine: disk, snapshot and description.
@@ -211,8 +188,7 @@ mod tests {
         fs::write(&yaml, &entry).unwrap();
         assert!(is_configured(&cwd, &folder).unwrap());
         fs::write(&yaml, entry + "  bad:\n indent: 1\n").unwrap();
-        assert!(is_configured(&cwd, &folder).is_err() && others_in(&cwd, &folder, "n").is_err());
-        assert!(machine_with_disk(&cwd, &folder.join(DISK)).is_err());
+        assert!(is_configured(&cwd, &folder).is_err());
     }
 
     #[test]

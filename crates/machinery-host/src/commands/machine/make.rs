@@ -110,7 +110,9 @@ fn boot(
     scratch: &Path,
 ) -> Result<()> {
     (context.step)("booting");
+    ready::expect_no_answer(plan.ready, agent_of(&plan.info)?)?;
     let limit = context.config.timeouts.norestore_start;
+    session.open_network(limit)?;
     session
         .call("booting", limit, |instance, machine, deadline| instance.norestore_start(machine, deadline))?;
     ready::wait(session, plan.ready, agent_of(&plan.info)?, scratch, context.step)?;
@@ -119,7 +121,8 @@ fn boot(
         session.call("saving the guest", SAVE_TIMEOUT, move |instance, machine, deadline| {
             instance.save(machine, &memory, &disk, deadline)
         })
-    })
+    })?;
+    session.close_network(context.config.timeouts.stop)
 }
 
 /// Restores a machine whose files are complete once, and returns its readiness. Its folder will be at `place`.
@@ -145,7 +148,9 @@ pub fn prove(
             })
         })?;
         let readiness = session.readiness();
+        ready::expect_no_answer(ready, agent_of(info)?)?;
         (context.step)("restoring");
+        session.open_network(limits.restore_start)?;
         session.call("restoring", limits.restore_start, |instance, machine, deadline| {
             instance.restore_start(machine, deadline)
         })?;
@@ -155,6 +160,7 @@ pub fn prove(
         }
         session
             .call("stopping", limits.stop, |instance, machine, deadline| instance.stop(machine, deadline))?;
+        session.close_network(limits.stop)?;
         Ok(readiness)
     })?;
     let names: Vec<String> = other_files(&folder)?.into_iter().map(|(_, name)| name).collect();
@@ -251,17 +257,24 @@ fn scratch_config(context: &Context<'_>, info: &Info, folder: &Path, disk: &Path
 
 /// The keys of the machinery's section of `machinery-host.yaml` that hold while a machine is made, and those of the
 /// machine.
-const KEPT: [&str; 5] = ["jail", "jail_users", "instant", "instant_space_limit", "template_space"];
-const KEPT_OF_MACHINE: [&str; 4] = ["jail", "instant", "allow_shared_writes", "unsafe_start_args"];
+const KEPT: [&str; 6] = ["jail", "jail_users", "instant", "instant_space_limit", "template_space", "network"];
+const KEPT_OF_MACHINE: [&str; 6] =
+    ["jail", "instant", "allow_shared_writes", "unsafe_start_args", "network", "guest_ip"];
 
-/// Returns the host's configuration as far as it is about the confinement of this machine, and about space.
+/// Returns the host's configuration as far as it is about the confinement and the network of this machine, and about
+/// space.
 fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
     let name = &info.machine.name;
     let all: Value = context.config.host_file.as_ref().map_or(Ok(Value::Null), ConfigFile::parse)?;
     let section = &all["machineries"][MACHINERY];
     let mut own = kept(section, &KEPT);
     own.insert("standby".to_owned(), json!("off"));
-    own.insert("machines".to_owned(), json!({name: kept(&section["machines"][name], &KEPT_OF_MACHINE)}));
+    let mut machine = kept(&section["machines"][name], &KEPT_OF_MACHINE);
+    if !section["machines"][name]["clones"].is_null() {
+        // Clones are isolated, and so is the guest of their snapshot.
+        machine.insert("network".to_owned(), json!("isolated"));
+    }
+    own.insert("machines".to_owned(), json!({name: machine}));
     let mut host = kept(&all, &["free_space_reserve"]);
     host.insert("machineries".to_owned(), json!({MACHINERY: own}));
     Ok(ConfigFile { path: context.cwd.host_yaml(), text: Value::Object(host).to_string() })

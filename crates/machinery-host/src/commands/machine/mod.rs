@@ -14,7 +14,8 @@
 //! | `session` | the plugin with one machine |
 //! | `context` | everything that the commands share |
 //! | `info` | the description of a machine in its folder |
-//! | `publish` | the entry in the configuration, and the running host |
+//! | `publish`, `host` | the entry in the configuration; the running host |
+//! | `dependents` | the machines that need the files of another one |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
 //! | `folder` | the mark in a machine's folder, and the users who can replace it |
 
@@ -22,8 +23,10 @@ mod archive;
 mod arguments;
 mod context;
 mod create;
+mod dependents;
 mod export;
 mod folder;
+mod host;
 mod import_archive;
 mod info;
 mod interrupt;
@@ -127,13 +130,13 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
     if let Machine::Clear { name, interrupted } = command {
         let cleared = clear_abandoned(context, name.as_deref())?;
         return match interrupted {
-            true => Err(Error::interrupted("the command was interrupted; unfinished machines are removed")),
-            false => Ok(Outcome::Cleared(cleared)),
+            true => Err(interrupted_after(cleared.iter().any(|cleared| cleared.is_configured))),
+            false => Ok(Outcome::Cleared(cleared.into_iter().map(|cleared| cleared.name).collect())),
         };
     }
     match clear_abandoned(context, None) {
-        Ok(names) => names.iter().for_each(|machine| {
-            tracing::warn!(machine, "removed what an interrupted command has left");
+        Ok(cleared) => cleared.iter().for_each(|cleared| {
+            tracing::warn!(machine = cleared.name, "removed what an interrupted command has left");
         }),
         // A command for the same machine is refused later.
         Err(error) => tracing::warn!(%error, "something of an interrupted command remains"),
@@ -160,4 +163,12 @@ pub fn run(context: &Context<'_>, command: &Machine) -> Result<Outcome> {
         }
         Machine::Clear { .. } => Ok(Outcome::Cleared(Vec::new())),
     }
+}
+
+/// Returns the error of a command that was interrupted. A machine that is in the configuration already stays.
+fn interrupted_after(is_configured: bool) -> Error {
+    Error::interrupted(match is_configured {
+        true => "the command was interrupted in its last step; the machine is in qemu.yaml, and stays",
+        false => "the command was interrupted; unfinished machines are removed",
+    })
 }

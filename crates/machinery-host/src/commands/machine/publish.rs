@@ -5,16 +5,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, is_machine_name};
-use machinery::{Error, RestoreReadiness, Result};
+use machinery::{Error, Level, RestoreReadiness, Result};
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
-use crate::client::Client;
-use crate::commands::import::{Import, import};
-use crate::config::Config;
+use super::host::reload;
+use crate::commands::import::{Import, import, without_lines};
 use crate::cwd::Cwd;
 
 /// A machine that was made, or changed.
@@ -28,12 +27,12 @@ pub struct Made {
     pub notes: Vec<String>,
 }
 
-/// Expects that the name is valid, that no machine has it, and that none of the machinery has this address or network
-/// card.
+/// Expects that the name is valid, and that no machine has the name, the address or the network card.
 ///
 /// # Errors
 /// One has it.
-pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+    let (cwd, config) = (context.cwd, context.config);
     if !is_machine_name(name) {
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
             .advice("Use letters, digits, '_', '-' and '.'"));
@@ -50,9 +49,7 @@ pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option
                     .advice("Give another name"));
             }
             let values = [("ip", Some(ip)), ("mac_address", mac)];
-            for (key, value) in
-                values.into_iter().filter(|(_, value)| machinery == MACHINERY && value.is_some())
-            {
+            for (key, value) in values.into_iter().filter(|(_, value)| value.is_some()) {
                 if keys.get(key).and_then(serde_yaml::Value::as_str) == value {
                     let reason = format!("the machine '{other}' has this {key}, too");
                     return Err(file
@@ -63,7 +60,39 @@ pub fn expect_free(cwd: &Cwd, config: &Config, name: &str, ip: &str, mac: Option
             }
         }
     }
-    Ok(())
+    expect_free_of_clones(context, name, ip, mac)
+}
+
+/// The keys whose values no two machines have.
+const UNIQUE: [&str; 3] = ["name", "ip", "mac_address"];
+
+/// Asks the plugin, which knows all clones, whether one has the name, the address or the network card.
+fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut config: Mapping = ConfigFile::read(&path)?.parse()?;
+    let machines = config.entry("machines".into()).or_insert(serde_yaml::Value::Null);
+    if machines.is_null() {
+        *machines = Mapping::new().into();
+    }
+    let none = |file: &str| format!("/none/{name}/{file}");
+    let entry = json!({
+        "qcow2_path": none("disk"), "snapshot_path": none("memory"), "machineinfo_path": none("info"),
+        "ip": ip, "mac_address": mac, "platform": "windows", "os_version": "10", "architecture": "amd64",
+    });
+    if let (Some(machines), Ok(entry)) = (machines.as_mapping_mut(), serde_yaml::to_value(entry)) {
+        machines.insert(name.into(), entry);
+    }
+    let text = serde_yaml::to_string(&config).unwrap_or_default();
+    let report = (context.check)(ConfigFile { path, text })?;
+    let is_taken = |text: &str| UNIQUE.iter().any(|key| text.contains(&format!(": machines.{name}.{key}: ")));
+    let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
+    match problems.map(|finding| without_lines(&finding.text)).find(|text| is_taken(text)) {
+        None => Ok(()),
+        Some(problem) => Err(Error::configuration(problem)),
+    }
 }
 
 /// Adds the machine in that folder to the configuration, and has a running host load it.
@@ -89,69 +118,4 @@ pub fn lock_configuration(cwd: &Cwd) -> Result<File> {
     let file = File::open(&folder).map_err(failed)?;
     flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
     Ok(file)
-}
-
-/// Has a running host reload its configuration. Returns a note if it does not.
-pub fn reload(cwd: &Cwd) -> Option<String> {
-    let answer = ask(cwd, json!({"action": "reload"}))?;
-    let why = match answer {
-        Ok(answer) if answer["success"] == json!(true) => return None,
-        Ok(answer) => answer["reason"].as_str().unwrap_or_default().to_owned(),
-        Err(error) => error.to_string(),
-    };
-    Some(format!("the running host has not reloaded its configuration: {why}"))
-}
-
-/// Sends a request to the host; `None` if no host runs.
-pub fn ask(cwd: &Cwd, request: Value) -> Option<Result<Value>> {
-    let mut client = Client::connect(&cwd.manager_socket()).ok()?;
-    Some(client.request(request, |_| ()))
-}
-
-/// Expects that a running host does not use the machine.
-///
-/// # Errors
-/// The machine is on, or locked by a task.
-pub fn expect_unused(cwd: &Cwd, name: &str) -> Result<()> {
-    let Some(list) = ask(cwd, json!({"action": "list"})) else { return Ok(()) };
-    let list = list?;
-    let machine =
-        list["machines"].as_array().into_iter().flatten().find(|machine| machine["name"] == json!(name));
-    match machine {
-        Some(machine) if machine["locked"] == json!(true) || machine["state"] != json!("poweroff") => {
-            let state = machine["state"].as_str().unwrap_or_default();
-            let lock = if machine["locked"] == json!(true) { " and locked by a task" } else { "" };
-            Err(Error::unexpected_state(format!("the running host uses the machine: it is {state}{lock}"))
-                .machine(name)
-                .advice("Stop it, or wait until its task has ended"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Reports whether a running host gives the machine to tasks.
-pub fn is_enabled(cwd: &Cwd, name: &str) -> bool {
-    let Some(Ok(list)) = ask(cwd, json!({"action": "list"})) else { return false };
-    let machines = list["machines"].as_array().into_iter().flatten();
-    machines.into_iter().any(|machine| machine["name"] == json!(name) && machine["disabled"] == json!(false))
-}
-
-/// Has a running host give the machine to no task, and end its standby: it has the machine's tap and address.
-///
-/// # Errors
-/// The host cannot be asked.
-pub fn disable(cwd: &Cwd, name: &str) -> Result<()> {
-    let reason = "its snapshot is taken anew";
-    ask(cwd, json!({"action": "disable_machine", "machine": name, "reason": reason})).transpose()?;
-    expect_unused(cwd, name)?;
-    ask(cwd, json!({"action": "stop", "machine": name})).transpose().map(drop)
-}
-
-/// Has a running host give the machine to tasks again, and prepare its next restore. Nobody waits for the preparation.
-pub fn enable(cwd: &Cwd, name: &str) {
-    if let Some(Err(error)) = ask(cwd, json!({"action": "enable_machine", "machine": name})) {
-        tracing::warn!(machine = name, %error, "the machine is still disabled: enable it with `enable-machine`");
-    }
-    let prepare = json!({"action": "prepare", "machine": name});
-    let _ = Client::connect(&cwd.manager_socket()).and_then(|client| client.split().0.send(&prepare, None));
 }

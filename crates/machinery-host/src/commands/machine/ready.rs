@@ -121,6 +121,23 @@ pub fn answers(address: SocketAddr) -> bool {
     asked().unwrap_or(false)
 }
 
+/// Expects that nobody answers at the agent's address before the guest runs, if the agent's answer is waited for.
+///
+/// # Errors
+/// Another machine or program has the address: its answer would be taken for that of the guest.
+pub fn expect_no_answer(ready: &Ready, agent: SocketAddr) -> Result<()> {
+    if ready.ready_after.is_some() || ready.ready_key {
+        return Ok(());
+    }
+    match TcpStream::connect_timeout(&agent, AGENT_TIMEOUT) {
+        Err(_) => Ok(()),
+        Ok(_) => {
+            Err(Error::environment(format!("somebody answers at {agent} already, before the guest runs"))
+                .advice("Give another --ip, or end the machine or the program that has this address"))
+        }
+    }
+}
+
 /// The screen of a guest.
 struct Screen {
     picture: PathBuf,
@@ -231,6 +248,20 @@ mod tests {
         }
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         assert!(!answers(closed));
+    }
+
+    #[test]
+    fn address_is_refused_when_somebody_answers_before_the_guest_runs() {
+        let agent = Ready { ready_after: None, ready_key: false, timeout: 1, screenshot: None };
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let refused = expect_no_answer(&agent, address).unwrap_err().to_string();
+        assert!(refused.contains(&address.to_string()) && refused.contains("--ip"), "{refused}");
+        // The answer is of no use to these.
+        expect_no_answer(&Ready { ready_after: Some(1), ..agent.clone() }, address).unwrap();
+        expect_no_answer(&Ready { ready_key: true, ..agent.clone() }, address).unwrap();
+        drop(listener);
+        expect_no_answer(&agent, address).unwrap();
     }
 
     #[test]

@@ -13,12 +13,16 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use machinery::{Error, Result, format_bytes};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
+use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
-use super::info::{Info, files_of, others_in};
-use super::publish::{ask, expect_unused, lock_configuration};
-use super::unfinished::{Unfinished, remove_folder};
+use super::dependents::{entries, expect_no_dependents};
+use super::folder::remove_folder;
+use super::host;
+use super::info::{Info, files_of};
+use super::publish::lock_configuration;
+use super::unfinished::Unfinished;
 use crate::commands::import;
 use crate::cwd::{Cwd, make_state_folder};
 
@@ -41,6 +45,8 @@ pub struct Removed {
     pub machine: String,
     /// The files, or the folder with all of them.
     pub removed: Vec<PathBuf>,
+    /// Facts that the operator has to know.
+    pub notes: Vec<String>,
 }
 
 impl Remove {
@@ -79,18 +85,14 @@ impl Remove {
     fn paths(&self, cwd: &Cwd) -> Result<Vec<PathBuf>> {
         let files = files_of(cwd, &self.name)?;
         if let Some(folder) = own_folder(&files) {
-            let others = others_in(cwd, folder, &self.name)?;
-            if !others.is_empty() {
-                let reason =
-                    format!("other machines have files in {}: {}", folder.display(), others.join(", "));
-                return Err(Error::configuration(reason)
-                    .machine(&self.name)
-                    .advice("Remove these machines first"));
-            }
+            expect_no_dependents(cwd, &self.name, &[folder.to_owned()])?;
             return Ok(vec![folder.to_owned()]);
         }
         if self.files {
-            return Ok(files);
+            expect_no_dependents(cwd, &self.name, &files)?;
+            // Links, and not their targets.
+            let entry = entries(cwd)?.into_iter().find(|entry| entry.name == self.name);
+            return Ok(entry.map(|entry| entry.paths).unwrap_or_default());
         }
         Err(Error::configuration("`machine create` has not made this machine")
             .machine(&self.name)
@@ -116,20 +118,23 @@ fn size_of(path: &Path) -> u64 {
 /// Removes the machine.
 ///
 /// # Errors
-/// A host uses the machine, or a file cannot be removed.
+/// A host uses the machine, another machine needs its files, or the configuration cannot be changed.
 pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     let (cwd, name) = (context.cwd, &remove.name);
+    expect_no_section(context, name)?;
     let paths = remove.paths(cwd)?;
-    expect_unused(cwd, name)?;
+    make_state_folder(cwd)?;
+    let _absent = host::keep_out(cwd)?;
+    let machines = host::machines_of(cwd, std::slice::from_ref(name))?;
+    host::expect_unused(&machines)?;
     let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
     let mark = folder.as_ref().map(|folder| Unfinished::begin_removal(cwd, name, folder)).transpose()?;
-    make_state_folder(cwd)?;
     let lock = lock_configuration(cwd)?;
     let yaml = cwd.machinery_yaml(MACHINERY);
     let given_up = import::remove(&yaml, name).and_then(|before| {
-        give_up(cwd, name).or_else(|error| {
+        give_up(cwd, &machines).or_else(|error| {
             import::restore(&yaml, &before)?;
-            let _ = ask(cwd, json!({"action": "reload"}));
+            let _ = host::ask(cwd, json!({"action": "reload"}));
             Err(error)
         })
     });
@@ -138,35 +143,84 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
         mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
         return Err(error.machine(name));
     }
-    match &folder {
-        Some(folder) => remove_folder(folder)?,
-        None => remove_files(&paths)?,
-    }
-    mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
-    Ok(Removed { machine: name.clone(), removed: paths })
+    // The machine is removed by now: files that remain are no failure.
+    let removed = match &folder {
+        Some(folder) => remove_folder(folder),
+        None => remove_files(&paths),
+    };
+    let finished = mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))));
+    let notes = [removed, finished].into_iter().filter_map(|done| done.err().map(|error| error.to_string()));
+    Ok(Removed { machine: name.clone(), removed: paths, notes: notes.collect() })
 }
 
-/// Has a running host give the machine up.
-fn give_up(cwd: &Cwd, name: &str) -> Result<()> {
-    let Some(answer) = ask(cwd, json!({"action": "reload"})) else { return Ok(()) };
-    let answer = answer?;
-    if answer["success"] != json!(true) {
-        let why = answer["reason"].as_str().unwrap_or_default();
-        return Err(Error::failed(format!("the running host has not reloaded its configuration: {why}")));
+/// Expects that `machinery-host.yaml` has no section for the machine, which a host refuses without an entry.
+fn expect_no_section(context: &Context<'_>, name: &str) -> Result<()> {
+    let key = ["machineries", MACHINERY, "machines", name];
+    let Some(file) = &context.config.host_file else { return Ok(()) };
+    let machines = file.parse_at::<Mapping>(&key[..3])?.unwrap_or_default();
+    if machines.contains_key(name) {
+        return Err(file
+            .error(&key, "this section is about the machine, and a host refuses it once the machine is gone")
+            .machine(name)
+            .advice("Remove the section, and repeat the command"));
     }
-    let is_deferred = answer["deferred"].as_array().is_some_and(|machines| machines.contains(&json!(name)));
-    if is_deferred {
-        Err(Error::unexpected_state("the running host uses the machine").advice("Stop it first"))
-    } else {
-        Ok(())
+    Ok(())
+}
+
+/// Has a running host give up these machines.
+fn give_up(cwd: &Cwd, machines: &[Value]) -> Result<()> {
+    let failed = |why| Error::failed(format!("the running host has not reloaded its configuration: {why}"));
+    let Some(answer) = host::act(cwd, json!({"action": "reload"})).map_err(failed)? else { return Ok(()) };
+    let is_deferred = |machine: &&Value| {
+        answer["deferred"].as_array().is_some_and(|deferred| deferred.contains(&machine["name"]))
+    };
+    match machines.iter().find(is_deferred) {
+        None => Ok(()),
+        Some(machine) => Err(Error::unexpected_state(format!(
+            "the running host uses the machine '{}'",
+            host::name(machine)
+        ))
+        .advice("Stop it first")),
     }
 }
 
 fn remove_files(files: &[PathBuf]) -> Result<()> {
     for file in files {
-        fs::remove_file(file).map_err(|error| Error::io("remove", file, &error))?;
+        match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", file, &error));
+            }
+            _ => {}
+        }
     }
     // A folder with other files remains.
     files.iter().filter_map(|file| file.parent()).for_each(|folder| drop(fs::remove_dir(folder)));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::machine::host::tests::{cwd, host};
+
+    #[test]
+    fn removal_is_refused_when_the_host_defers_that_of_a_clone() {
+        let folder = tempfile::tempdir().unwrap();
+        let cwd = cwd(folder.path());
+        let machines = [json!({"name": "w-1", "clone_of": "w"}), json!({"name": "w-2", "clone_of": "w"})];
+        let reloaded = |deferred: Value| json!({"success": true, "deferred": deferred});
+        host(&cwd, vec![reloaded(json!(["w-2"])), reloaded(json!(["other"]))]);
+        assert!(give_up(&cwd, &machines).unwrap_err().to_string().contains("'w-2'"));
+        give_up(&cwd, &machines).unwrap();
+    }
+
+    #[test]
+    fn link_of_a_machine_is_removed_and_its_target_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, link) = (folder.path().join("target"), folder.path().join("link"));
+        fs::write(&target, "").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        remove_files(&[link.clone(), folder.path().join("none")]).unwrap();
+        assert!(target.exists() && link.symlink_metadata().is_err());
+    }
 }

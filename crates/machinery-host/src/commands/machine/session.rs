@@ -76,6 +76,37 @@ impl Session {
         called.map_err(|error| error.action(action).machine(&self.machine))
     }
 
+    /// Has the plugin make the network of the next run, if the machine is isolated.
+    ///
+    /// # Errors
+    /// The plugin's, or it does not return in time.
+    pub fn open_network(&self, limit: Duration) -> Result<()> {
+        if !self.is_isolated()? {
+            return Ok(());
+        }
+        self.call("opening the network", limit, |instance, machine, deadline| {
+            instance.open_network(machine, deadline)
+        })
+    }
+
+    /// Has the plugin remove the network of the last run, if the machine is isolated.
+    ///
+    /// # Errors
+    /// The plugin's, or it does not return in time.
+    pub fn close_network(&self, limit: Duration) -> Result<()> {
+        if !self.is_isolated()? {
+            return Ok(());
+        }
+        self.call("closing the network", limit, |instance, machine, deadline| {
+            instance.close_network(machine, deadline)
+        })
+    }
+
+    fn is_isolated(&self) -> Result<bool> {
+        let machines = self.instance.machines()?;
+        Ok(machines.iter().any(|machine| machine.name == self.machine && machine.own_network))
+    }
+
     /// Returns the machine's readiness, as the plugin has reported it last.
     pub fn readiness(&self) -> RestoreReadiness {
         self.events.lock().readiness.clone()

@@ -4,9 +4,12 @@
 //! boot, save and restore in a folder beside the machine's ─▶ exchange both folders ─▶ remove the old one
 //! ```
 //!
-//! The exchange is atomic: at each moment, the machine has the old disk and snapshot, or the new ones.
+//! The exchange is atomic: at each moment, the machine has the old disk and snapshot, or the new ones. All other files in
+//! the folder stay.
 
-use std::path::Path;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use machinery::{Error, Result};
@@ -14,11 +17,13 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::context::Context;
 use super::create::lock_base;
-use super::folder::{set_mark, sync_name};
+use super::dependents::{dependents_of, refuse};
+use super::folder::{remove_folder, set_mark, sync, sync_name};
+use super::host;
 use super::info::{Info, files_of};
 use super::make::{Plan, make, other_files};
 use super::options::Ready;
-use super::publish::{Made, expect_unused, reload};
+use super::publish::Made;
 use super::unfinished::Unfinished;
 
 /// The machine whose snapshot is taken.
@@ -33,7 +38,8 @@ pub struct Snapshot {
 /// Takes the snapshot.
 ///
 /// # Errors
-/// A host uses the machine, the guest is not ready in time, or a step fails. The machine then is as it was.
+/// A host uses the machine, another machine needs its present files, the guest is not ready in time, or a step fails.
+/// The machine then is as it was.
 pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
     let (cwd, name) = (context.cwd, &snapshot.name);
     snapshot.ready.expect_in_time()?;
@@ -45,19 +51,73 @@ pub fn snapshot(context: &Context<'_>, snapshot: &Snapshot) -> Result<Made> {
             .machine(name)
             .advice("Take the snapshot on the host that has made it, and export it again"));
     };
-    expect_unused(cwd, name)?;
+    expect_no_folders(&folder).map_err(|error| error.machine(name))?;
+    let entries = entries_of(context, name, &files, &folder)?;
+    host::expect_unused(&host::machines_of(cwd, &entries)?)?;
     let _base = lock_base(context, &base)?;
     let mut unfinished = Unfinished::begin(cwd, name, &folder.with_file_name(format!(".{name}.new")))?;
     let made = (|| {
-        unfinished.hold(cwd)?;
+        unfinished.hold(cwd, &entries)?;
         let plan = Plan { info, base, files: other_files(&folder)?, ready: &snapshot.ready };
         let ready = make(context, &plan, &mut unfinished, &folder)?;
-        expect_unused(cwd, name)?;
-        exchange(&folder, unfinished.machine_folder())?;
-        let notes = reload(cwd).into_iter().collect();
+        let notes = publish(context, &entries, &folder, unfinished.machine_folder())?;
         Ok(Made { machine: name.clone(), folder: folder.clone(), ready, notes })
     })();
     unfinished.conclude(context, &folder, made)
+}
+
+/// Returns the entries that get the snapshot: the machine's, and others with the same files.
+///
+/// # Errors
+/// A machine needs the present files, and would not get the new ones all at once.
+fn entries_of(context: &Context<'_>, name: &str, files: &[PathBuf], folder: &Path) -> Result<Vec<String>> {
+    let dependents = dependents_of(context.cwd, name, &[folder.to_owned()])?;
+    let (same, others): (Vec<_>, Vec<_>) = dependents.into_iter().partition(|entry| entry.files() == files);
+    refuse(name, others.iter())?;
+    Ok([name.to_owned()].into_iter().chain(same.into_iter().map(|entry| entry.name)).collect())
+}
+
+/// Expects that the machine's folder has no folder, which cannot be in two places at once.
+fn expect_no_folders(folder: &Path) -> Result<()> {
+    match contents(folder)?.into_iter().find(|(path, _)| path.symlink_metadata().is_ok_and(|it| it.is_dir()))
+    {
+        None => Ok(()),
+        Some((inner, _)) => {
+            Err(Error::configuration(format!("the command has not made the folder {}", inner.display()))
+                .advice("Move it to another place"))
+        }
+    }
+}
+
+/// Returns the paths of all that is in a folder, and their names.
+fn contents(folder: &Path) -> Result<Vec<(PathBuf, OsString)>> {
+    let failed = |error| Error::io("look into", folder, &error);
+    let entries = fs::read_dir(folder).map_err(failed)?.collect::<std::io::Result<Vec<_>>>();
+    Ok(entries.map_err(failed)?.iter().map(|entry| (entry.path(), entry.file_name())).collect())
+}
+
+/// Gives the new disk and snapshot to the machine and to a running host. Returns what the operator has to know.
+fn publish(context: &Context<'_>, entries: &[String], folder: &Path, new: &Path) -> Result<Vec<String>> {
+    let _absent = host::keep_out(context.cwd)?;
+    host::expect_unused(&host::machines_of(context.cwd, entries)?)?;
+    carry_over(folder, new)?;
+    sync(new)?;
+    exchange(folder, new)?;
+    let mut notes: Vec<String> = host::reload(context.cwd).into_iter().collect();
+    // The machine is finished by now: an old file that remains is no failure.
+    notes.extend(remove_folder(new).err().map(|error| error.to_string()));
+    Ok(notes)
+}
+
+/// Links the operator's files into the new folder, so that they are in both until the old one is removed.
+fn carry_over(folder: &Path, new: &Path) -> Result<()> {
+    for (path, name) in contents(folder)? {
+        let to = new.join(name);
+        if to.symlink_metadata().is_err() {
+            fs::hard_link(&path, &to).map_err(|error| Error::io("keep", &path, &error))?;
+        }
+    }
+    Ok(())
 }
 
 /// Exchanges both folders. The mark of an unfinished machine goes with the old one.
@@ -65,6 +125,38 @@ fn exchange(folder: &Path, new: &Path) -> Result<()> {
     set_mark(folder)?;
     renameat_with(CWD, new, CWD, folder, RenameFlags::EXCHANGE)
         .map_err(|error| Error::io("replace the machine in", folder, &error.into()))?;
-    sync_name(folder)?;
-    super::unfinished::remove_folder(new)
+    sync_name(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::machine::folder::MARK;
+    use crate::commands::machine::info::DISK;
+
+    #[test]
+    fn exchange_keeps_the_operators_files_and_replaces_those_of_the_machine() {
+        let root = tempfile::tempdir().unwrap();
+        let (folder, new) = (root.path().join("m"), root.path().join(".m.new"));
+        for (at, content) in [(&folder, "old"), (&new, "new")] {
+            fs::create_dir(at).unwrap();
+            fs::write(at.join(DISK), content).unwrap();
+        }
+        fs::write(new.join(MARK), "").unwrap();
+        for name in ["notes.log", ".hidden", "m_disposable.txt"] {
+            fs::write(folder.join(name), "the operator's").unwrap();
+        }
+        std::os::unix::fs::symlink("/none", folder.join("link")).unwrap();
+        expect_no_folders(&folder).unwrap();
+        carry_over(&folder, &new).unwrap();
+        exchange(&folder, &new).unwrap();
+        remove_folder(&new).unwrap();
+        assert_eq!(fs::read_to_string(folder.join(DISK)).unwrap(), "new");
+        for name in ["notes.log", ".hidden", "m_disposable.txt"] {
+            assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), "the operator's");
+        }
+        assert_eq!(fs::read_link(folder.join("link")).unwrap(), Path::new("/none"));
+        fs::create_dir(folder.join("inner")).unwrap();
+        assert!(expect_no_folders(&folder).unwrap_err().to_string().contains("inner"));
+    }
 }

@@ -22,9 +22,9 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::context::Context;
-use super::folder::{MARK, expect_kept, set_mark};
+use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
 use super::session::{with_session, without_machines};
-use super::{info, publish};
+use super::{host, info};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
 
 const LOCK: &str = "lock";
@@ -47,9 +47,16 @@ struct Record {
     folder: PathBuf,
     /// The setup of the plugin, once it has one.
     setup: Option<Setup>,
-    /// True if a running host is to give the machine to tasks again.
+    /// The machines that a running host is to give to tasks again.
     #[serde(default)]
-    is_disabled: bool,
+    disabled: Vec<String>,
+}
+
+/// A record that was cleared.
+pub struct Cleared {
+    pub name: String,
+    /// True if the configuration has the machine, which stays then.
+    pub is_configured: bool,
 }
 
 impl Unfinished {
@@ -93,7 +100,7 @@ impl Unfinished {
         let lock =
             try_lock(new.path()).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::WouldBlock.into()))?;
         let record =
-            Record { name: name.to_owned(), folder: folder.to_owned(), setup: None, is_disabled: false };
+            Record { name: name.to_owned(), folder: folder.to_owned(), setup: None, disabled: Vec::new() };
         record.write(new.path())?;
         let own = records.join(name);
         // A name of which a record exists is refused.
@@ -159,18 +166,19 @@ impl Unfinished {
         Ok(setup)
     }
 
-    /// Has a running host give the machine to no task until the record ends.
+    /// Has a running host give the machines of these entries to no task until the record ends.
     ///
     /// # Errors
-    /// The host uses the machine, or the record cannot be written.
-    pub fn hold(&mut self, cwd: &Cwd) -> Result<()> {
-        let name = &self.record.name;
-        if publish::is_enabled(cwd, name) {
-            self.record.is_disabled = true;
-            self.record.write(&self.folder)?;
-            publish::disable(cwd, name)?;
-        }
-        publish::expect_unused(cwd, name)
+    /// The host uses a machine, or the record cannot be written.
+    pub fn hold(&mut self, cwd: &Cwd, entries: &[String]) -> Result<()> {
+        let machines = host::machines_of(cwd, entries)?;
+        host::expect_unused(&machines)?;
+        let in_use = machines.iter().filter(|machine| host::is_in_use(machine));
+        self.record.disabled = in_use.map(|machine| host::name(machine).to_owned()).collect();
+        self.record.write(&self.folder)?;
+        self.record.disabled.iter().try_for_each(|name| host::disable(cwd, name))?;
+        host::expect_unused(&host::machines_of(cwd, entries)?)?;
+        machines.iter().try_for_each(|machine| host::stop(cwd, host::name(machine)))
     }
 
     /// Ends the record of a finished machine, whose folder is at `folder` now.
@@ -188,7 +196,7 @@ impl Unfinished {
     /// # Errors
     /// A process or a file remains.
     pub fn clear(self, context: &Context<'_>) -> Result<()> {
-        clear(&self.folder, &self.record, context)
+        clear(&self.folder, &self.record, context).map(drop)
     }
 
     /// Ends the record of a machine that was made, whose folder is at `folder`, or clears one that was not.
@@ -207,11 +215,9 @@ impl Unfinished {
 }
 
 impl Record {
-    /// Has a running host give the machine to tasks again.
+    /// Has a running host give the machines to tasks again.
     fn release(&self, cwd: &Cwd) {
-        if self.is_disabled {
-            publish::enable(cwd, &self.name);
-        }
+        self.disabled.iter().for_each(|name| host::enable(cwd, name));
     }
 
     fn write(&self, folder: &Path) -> Result<()> {
@@ -226,11 +232,11 @@ impl Record {
     }
 }
 
-/// Clears what commands that were killed have left: all of it, or that of one machine. Returns the names.
+/// Clears what commands that were killed have left: all of it, or that of one machine.
 ///
 /// # Errors
 /// A process or a file remains. Everything else is cleared.
-pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<String>> {
+pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<Cleared>> {
     let mut cleared = Vec::new();
     let mut remains = Vec::new();
     for folder in records(context.cwd) {
@@ -243,7 +249,7 @@ pub fn clear_abandoned(context: &Context<'_>, only: Option<&str>) -> Result<Vec<
         };
         if only.is_none_or(|only| only == record.name) {
             match clear(&folder, &record, context) {
-                Ok(()) => cleared.push(record.name),
+                Ok(is_configured) => cleared.push(Cleared { name: record.name, is_configured }),
                 Err(error) => remains.push(error.machine(&record.name)),
             }
         }
@@ -284,7 +290,8 @@ fn try_lock(folder: &Path) -> io::Result<Option<File>> {
     Ok(flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok().then_some(file))
 }
 
-fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
+/// Clears a record. Reports whether its machine is in the configuration, and stays.
+fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> {
     if let Some(setup) = &record.setup {
         // A template is of no use any more.
         remove_folder(&setup.cache_dir)?;
@@ -297,7 +304,8 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
     }
     record.release(context.cwd);
     let own = &record.folder;
-    if info::is_configured(context.cwd, own)? {
+    let is_configured = info::is_configured(context.cwd, own)?;
+    if is_configured {
         remove_mark(own)?;
     } else if own.join(MARK).exists() {
         remove_folder(own)?;
@@ -305,7 +313,7 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<()> {
         // A folder without the mark is empty, or somebody else's.
         let _ = fs::remove_dir(own);
     }
-    remove_folder(folder)
+    remove_folder(folder).map(|()| is_configured)
 }
 
 /// Ends the runs that the commands have left. The plugin does so when it is loaded, also without the machine: its files or
@@ -319,26 +327,6 @@ fn end_runs(setup: &Setup, record: &Record, context: &Context<'_>) -> Result<()>
         load(&without_machines(setup))?;
     }
     if has_left() { Err(error) } else { Ok(()) }
-}
-
-fn remove_mark(folder: &Path) -> Result<()> {
-    gone(fs::remove_file(folder.join(MARK)))
-        .map_err(|error| Error::io("finish the machine in", folder, &error))
-}
-
-/// Removes a folder with everything in it, if it exists.
-///
-/// # Errors
-/// A file cannot be removed.
-pub fn remove_folder(folder: &Path) -> Result<()> {
-    gone(fs::remove_dir_all(folder)).map_err(|error| Error::io("remove", folder, &error))
-}
-
-fn gone(removed: io::Result<()>) -> io::Result<()> {
-    match removed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
-    }
 }
 
 #[cfg(test)]
