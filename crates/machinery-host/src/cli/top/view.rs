@@ -354,7 +354,7 @@ mod tests {
             machine["clone_of"] = json!("win10");
         }
         let folded = lines(&mut model, now, (80, 24));
-        let expected = "win10 ×8         5 ready, 2 running, 1 disabled; 8 standby; 4 with errors; disabl";
+        let expected = "win10 ×8         5 ready, 2 running, 1 disabled; 8 standby; 4 with errors; disab";
         assert_eq!(folded[6], expected);
         assert!(folded[7].starts_with("win10_9"), "{}", folded[7]);
         let remarks = [folded[20].as_str(), folded[21].as_str()].join(" ");
