@@ -3,14 +3,16 @@
 use machinery::config::ConfigFile;
 use machinery::{Error, Level, Report, Result};
 
-use super::entry::Machine;
-use super::{Check, Import};
+/// Asks the plugin to check the content of the file before it is written.
+pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
 
-/// Returns the problems of the file without the new machines, if the import refuses all others.
-pub fn problems_before(import: &Import, file: &ConfigFile, check: Check<'_>) -> Result<Option<Vec<String>>> {
-    let before = || check(ConfigFile { path: file.path.clone(), text: file.text.clone() });
-    let report = import.is_strict.then(before).transpose()?;
-    Ok(report.map(|report| problems(&report).map(without_lines).collect()))
+/// Returns the problems that the plugin finds in the file, without their lines.
+///
+/// # Errors
+/// The plugin fails.
+pub fn problems_of(file: &ConfigFile, check: Check<'_>) -> Result<Vec<String>> {
+    let report = check(ConfigFile { path: file.path.clone(), text: file.text.clone() })?;
+    Ok(problems(&report).map(without_lines).collect())
 }
 
 fn problems(report: &Report) -> impl Iterator<Item = &str> {
@@ -24,32 +26,29 @@ pub fn without_lines(problem: &str) -> String {
     problem.split(':').filter(|part| !is_line(part)).collect::<Vec<_>>().join(":")
 }
 
-/// Expects that the plugin accepts all new machines, and finds no problem beside those that are `known`. Returns a note
-/// about other problems that it has found.
+/// Expects that the plugin finds no problem that refuses the new machines. With the problems that are `known`, each other
+/// one does. Returns another problem that the plugin has found.
+///
+/// # Errors
+/// The plugin refuses the machines, or has to accept them and fails.
 pub fn expect_accepted(
-    import: &Import,
     checked: Result<Report>,
-    new: &[Machine],
+    is_refusal: impl Fn(&str) -> bool,
     known: Option<&[String]>,
 ) -> Result<Option<String>> {
     let report = match checked {
         Ok(report) => report,
-        Err(error) if import.is_strict => return Err(error),
+        Err(error) if known.is_some() => return Err(error),
         Err(error) => {
             tracing::warn!(%error, "the machines were not checked");
             return Ok(None);
         }
     };
-    let is_refusal = |text: &&str| {
-        let is_new = known.is_some_and(|known| !known.contains(&without_lines(text)));
-        is_new || new.iter().any(|machine| import.is_refusal(text, &machine.name))
-    };
-    let (refused, others): (Vec<&str>, Vec<&str>) = problems(&report).partition(is_refusal);
+    let is_new = |text: &str| known.is_some_and(|known| !known.contains(&without_lines(text)));
+    let (refused, others): (Vec<&str>, Vec<&str>) =
+        problems(&report).partition(|text| is_new(text) || is_refusal(text));
     match Error::all(refused.into_iter().map(Error::configuration).collect()) {
         Some(problems) => Err(problems),
-        None => Ok(others.first().map(|first| {
-            let first: Vec<&str> = first.lines().map(str::trim).collect();
-            format!("`check` reports another problem of {}: {}", import.machinery(), first.join(" "))
-        })),
+        None => Ok(others.first().map(|first| first.lines().map(str::trim).collect::<Vec<_>>().join(" "))),
     }
 }

@@ -27,11 +27,11 @@ use std::path::Path;
 
 use clap::{Args, Subcommand};
 use machinery::config::{ConfigFile, Configured, Machines, is_machine_name};
-use machinery::{Error, Report, Result};
+use machinery::{Error, Result};
 use serde_yaml::{Mapping, Value};
 
-pub use accept::without_lines;
-use accept::{expect_accepted, problems_before};
+pub use accept::{Check, without_lines};
+use accept::{expect_accepted, problems_of};
 use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of};
 use entry::{Found, Machine};
 pub use outcome::{Imported, Skipped};
@@ -42,9 +42,6 @@ const KVM_DEFAULT: &str = include_str!("../../../../../conf/machineries/kvm.yaml
 
 /// The libvirt of a `kvm.yaml` that does not name one.
 const DEFAULT_DSN: &str = "qemu:///system";
-
-/// Asks the plugin to check the content of the file before it is written.
-pub type Check<'a> = &'a dyn Fn(ConfigFile) -> Result<Report>;
 
 /// The arguments of the command.
 #[derive(Debug, Clone, Args)]
@@ -148,9 +145,12 @@ fn run(import: &Import, path: &Path, check: Check<'_>) -> Result<Imported> {
     if !new.is_empty() {
         let text = text::insert(&file, &new)?;
         verify(&file, &text, &new)?;
-        let known = problems_before(import, &file, check)?;
+        let known = import.is_strict.then(|| problems_of(&file, check)).transpose()?;
         let checked = check(ConfigFile { path: file.path, text: text.clone() });
-        imported.notes.extend(expect_accepted(import, checked, &new, known.as_deref())?);
+        let is_refusal = |text: &str| new.iter().any(|machine| import.is_refusal(text, &machine.name));
+        let other = expect_accepted(checked, is_refusal, known.as_deref())?;
+        let note = |other| format!("`check` reports another problem of {}: {other}", import.machinery());
+        imported.notes.extend(other.map(note));
         if !import.dry_run {
             replace::replace(path, &before, &text)?;
         }

@@ -2,6 +2,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use machinery::Report;
 use serde_json::json;
 use serde_yaml::Value;
 
