@@ -3,19 +3,16 @@
 //! A machine needs its disk, its snapshot and its description. It needs all disks below its disk, too, and those of the
 //! disk from which it was made.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use machinery::config::ConfigFile;
 use machinery::{Error, Result};
 use serde_json::Value as Json;
-use serde_yaml::Mapping;
 
-use super::context::MACHINERY;
-use super::info::{Info, PATHS};
+use super::info::{Entry, Info, entries, real};
 use crate::cwd::Cwd;
 
 /// The beginning of a qcow2 file, and the maximum length of the name of the disk below it. Source: QEMU's
@@ -25,47 +22,16 @@ const MAX_NAME: usize = 1023;
 /// The maximum number of disks that depend on each other.
 const MAX_DEPTH: usize = 100;
 
-/// A machine of the configuration.
-pub struct Entry {
-    pub name: String,
-    /// The paths of disk, snapshot and description, as configured.
-    pub paths: Vec<PathBuf>,
-}
-
-impl Entry {
-    /// Returns the real paths of disk, snapshot and description.
-    pub fn files(&self) -> Vec<PathBuf> {
-        self.paths.iter().map(|path| real(path)).collect()
+/// Returns the real paths of all files that the machine needs.
+fn needs(entry: &Entry) -> Result<Vec<PathBuf>> {
+    let mut needs = entry.files();
+    if let Some(disk) = entry.paths.first() {
+        needs.extend(chain(disk)?);
     }
-
-    /// Returns the real paths of all files that the machine needs.
-    fn needs(&self) -> Result<Vec<PathBuf>> {
-        let mut needs = self.files();
-        if let Some(disk) = self.paths.first() {
-            needs.extend(chain(disk)?);
-        }
-        let folder = self.paths.last().and_then(|path| path.parent());
-        let base = folder.and_then(|folder| Info::read(folder).ok()?.machine.base);
-        needs.extend(base.map_or_else(|| Ok(Vec::new()), |base| chain(&base))?);
-        Ok(needs)
-    }
-}
-
-/// Returns the machines of the configuration.
-///
-/// # Errors
-/// The configuration cannot be read.
-pub fn entries(cwd: &Cwd) -> Result<Vec<Entry>> {
-    let path = cwd.machinery_yaml(MACHINERY);
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let machines = ConfigFile::read_trusted(&path)?.parse_at::<Mapping>(&["machines"])?.unwrap_or_default();
-    let entry = |(name, keys): (&serde_yaml::Value, &serde_yaml::Value)| Entry {
-        name: name.as_str().unwrap_or_default().to_owned(),
-        paths: PATHS.iter().filter_map(|key| Some(keys.get(*key)?.as_str()?.into())).collect(),
-    };
-    Ok(machines.iter().map(entry).collect())
+    let folder = entry.paths.last().and_then(|path| path.parent());
+    let base = folder.and_then(|folder| Info::read(folder).ok()?.machine.base);
+    needs.extend(base.map_or_else(|| Ok(Vec::new()), |base| chain(&base))?);
+    Ok(needs)
 }
 
 /// Returns the machines, besides this one, that need one of these files, or a file in one of these folders.
@@ -76,7 +42,7 @@ pub fn dependents_of(cwd: &Cwd, name: &str, files: &[PathBuf]) -> Result<Vec<Ent
     let files: Vec<PathBuf> = files.iter().map(|file| real(file)).collect();
     let mut found = Vec::new();
     for entry in entries(cwd)?.into_iter().filter(|entry| entry.name != name) {
-        if entry.needs()?.iter().any(|need| files.iter().any(|file| need.starts_with(file))) {
+        if needs(&entry)?.iter().any(|need| files.iter().any(|file| need.starts_with(file))) {
             found.push(entry);
         }
     }
@@ -179,13 +145,11 @@ fn filename_in(node: &Json) -> Option<&str> {
     own.or_else(|| filename_in(node.get("file")?))
 }
 
-fn real(path: &Path) -> PathBuf {
-    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::machine::context::MACHINERY;
+    use std::fs;
 
     /// Writes a qcow2 with this name of the disk below it.
     fn disk(path: &Path, below: &str) -> PathBuf {

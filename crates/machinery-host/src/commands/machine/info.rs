@@ -125,24 +125,37 @@ impl Info {
 }
 
 /// The keys of an entry in `qemu.yaml` with the paths of its files.
-pub const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
+const PATHS: [&str; 3] = ["qcow2_path", "snapshot_path", "machineinfo_path"];
 
-/// Returns the machines of the configuration, each with the paths of its files. A CWD without the file has none.
+/// A machine of the configuration.
+pub struct Entry {
+    pub name: String,
+    /// The paths of disk, snapshot and description, as configured.
+    pub paths: Vec<PathBuf>,
+}
+
+impl Entry {
+    /// Returns the real paths of disk, snapshot and description.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.paths.iter().map(|path| real(path)).collect()
+    }
+}
+
+/// Returns the machines of the configuration. A CWD without the file has none.
 ///
 /// # Errors
 /// The file cannot be read or parsed: it may have any machine. Other users can change it.
-fn configured_files(cwd: &Cwd) -> Result<Vec<(String, Vec<PathBuf>)>> {
+pub fn entries(cwd: &Cwd) -> Result<Vec<Entry>> {
     let path = cwd.machinery_yaml(MACHINERY);
     if path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
         return Ok(Vec::new());
     }
-    let file = ConfigFile::read_trusted(&path)?;
-    let machines = file.parse_at::<Mapping>(&["machines"])?.unwrap_or_default();
-    let files = |keys: &Value| {
-        PATHS.iter().filter_map(|key| Some(real(Path::new(keys.get(*key)?.as_str()?)))).collect()
+    let machines = ConfigFile::read_trusted(&path)?.parse_at::<Mapping>(&["machines"])?.unwrap_or_default();
+    let entry = |(name, keys): (&Value, &Value)| Entry {
+        name: name.as_str().unwrap_or_default().to_owned(),
+        paths: PATHS.iter().filter_map(|key| Some(keys.get(*key)?.as_str()?.into())).collect(),
     };
-    let name = |name: &Value| name.as_str().unwrap_or_default().to_owned();
-    Ok(machines.iter().map(|(key, keys)| (name(key), files(keys))).collect())
+    Ok(machines.iter().map(entry).collect())
 }
 
 /// Reports whether the configuration has a machine with a file in this folder.
@@ -151,7 +164,7 @@ fn configured_files(cwd: &Cwd) -> Result<Vec<(String, Vec<PathBuf>)>> {
 /// The configuration cannot be read.
 pub fn is_configured(cwd: &Cwd, folder: &Path) -> Result<bool> {
     let folder = real(folder);
-    Ok(configured_files(cwd)?.iter().any(|(_, files)| files.iter().any(|file| file.starts_with(&folder))))
+    Ok(entries(cwd)?.iter().any(|entry| entry.files().iter().any(|file| file.starts_with(&folder))))
 }
 
 /// Returns the files of a machine: disk, snapshot and description.
@@ -159,15 +172,16 @@ pub fn is_configured(cwd: &Cwd, folder: &Path) -> Result<bool> {
 /// # Errors
 /// The configuration has no such machine.
 pub fn files_of(cwd: &Cwd, name: &str) -> Result<Vec<PathBuf>> {
-    let found =
-        configured_files(cwd)?.into_iter().find(|(other, files)| other == name && files.len() == PATHS.len());
-    found.map(|(_, files)| files).ok_or_else(|| {
+    let is_it = |entry: &Entry| entry.name == name && entry.paths.len() == PATHS.len();
+    let found = entries(cwd)?.into_iter().find(is_it);
+    found.map(|entry| entry.files()).ok_or_else(|| {
         Error::configuration(format!("{} has no such machine", cwd.machinery_yaml(MACHINERY).display()))
             .machine(name)
     })
 }
 
-fn real(path: &Path) -> PathBuf {
+/// Returns the path without links, if it exists.
+pub fn real(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 

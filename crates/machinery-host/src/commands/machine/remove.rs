@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
-use super::dependents::{entries, expect_no_dependents};
+use super::dependents::expect_no_dependents;
 use super::folder::remove_folder;
 use super::host;
-use super::info::{Info, files_of};
+use super::info::{Info, entries, files_of};
 use super::publish::lock_configuration;
 use super::unfinished::Unfinished;
 use crate::commands::import;
