@@ -80,10 +80,16 @@ impl ActionExecutor {
     }
 
     /// Returns the time in which all calls of the action into the plugin end: a start queries the state, stops an
-    /// earlier run, and stops the machine when it fails.
+    /// earlier run, and stops the machine when it fails. The start of an isolated machine opens its network, and closes it
+    /// after each stop and each end of a run.
     fn total_limit_of(&self, action: &Action) -> Duration {
         let timeouts = self.context.timeouts();
-        self.calls.limit_of(action) + timeouts.state + 2 * timeouts.stop + 4 * GRACE
+        let limit = self.calls.limit_of(action);
+        let network = match self.machine.info().own_network {
+            true => limit + 4 * timeouts.stop + 5 * GRACE,
+            false => Duration::ZERO,
+        };
+        limit + timeouts.state + 2 * timeouts.stop + 4 * GRACE + network
     }
 
     async fn execute_now(&mut self, action: &Action) -> ActionResult {
@@ -731,6 +737,9 @@ mod tests {
             lab.executor().total_limit_of(&Action::RestoreStart),
             Duration::from_secs(112) + 4 * GRACE
         );
+        lab.machine.set_info(MachineInfo { own_network: true, ..info("m") });
+        let with_network = lab.executor().total_limit_of(&Action::RestoreStart);
+        assert_eq!(with_network, Duration::from_secs(112 + 104) + 9 * GRACE);
     }
 
     #[tokio::test(start_paused = true)]
