@@ -120,6 +120,10 @@ impl Links {
     /// # Errors
     /// The kernel refuses it.
     pub fn remove(&self, name: &str) -> Result<()> {
+        // The removal of an interface that does not exist needs the same capability.
+        if name_to_index(&self.0, name) == Err(Errno::NODEV) {
+            return Ok(());
+        }
         let mut link = LinkMessage::default();
         link.attributes.push(LinkAttribute::IfName(name.to_owned()));
         match self.ask(Request::DelLink(link), 0) {
@@ -187,19 +191,20 @@ impl Links {
         self.change(Request::NewRoute(message), &format!("add a route to {to} through {interface}"))
     }
 
-    /// Returns the IPv4 addresses of the namespace.
+    /// Returns the IPv4 addresses of the namespace, each with the length of its network's prefix.
     ///
     /// # Errors
     /// The kernel does not list them.
-    pub fn addresses(&self) -> Result<Vec<Ipv4Addr>> {
+    pub fn addresses(&self) -> Result<Vec<(Ipv4Addr, u8)>> {
         let mut all = AddressMessage::default();
         all.header.family = AddressFamily::Inet;
         let answers = self.ask(Request::GetAddress(all), NLM_F_DUMP);
         let answers = answers.map_err(|error| failed("list the addresses of this host", &error))?;
         let local = |answer| match answer {
             Request::NewAddress(address) => {
+                let length = address.header.prefix_len;
                 address.attributes.into_iter().find_map(|attribute| match attribute {
-                    AddressAttribute::Local(IpAddr::V4(local)) => Some(local),
+                    AddressAttribute::Local(IpAddr::V4(local)) => Some((local, length)),
                     _ => None,
                 })
             }

@@ -98,7 +98,7 @@ impl Cell {
             return Err(Error::environment(format!("the address {} is taken: {owner}", spec.address))
                 .advice("Give the machine an address that nothing on this host uses"));
         }
-        let addresses = host.addresses()?;
+        let addresses: Vec<Ipv4Addr> = host.addresses()?.into_iter().map(|(address, _)| address).collect();
         rules::write_on_host(prefix, spec.result_server, deadline)?;
         let namespace = in_a_thread(|| inside(spec, &addresses, deadline))?;
         let cell = Cell { interface: spec.interface.clone(), bridge: spec.bridge.clone(), namespace };
@@ -165,6 +165,14 @@ impl Drop for Cell {
 /// There is no program `nft`, or it refuses.
 pub fn renew_rules(spec: &CellSpec, deadline: Deadline) -> Result<()> {
     rules::renew_on_host(prefix_of(&spec.interface)?, spec.result_server, deadline)
+}
+
+/// Returns the IPv4 addresses of this host, each with the length of its network's prefix.
+///
+/// # Errors
+/// The kernel does not list them.
+pub fn host_addresses() -> Result<Vec<(Ipv4Addr, u8)>> {
+    Links::open()?.addresses()
 }
 
 /// Removes the interface of an earlier run, if it exists.
