@@ -8,6 +8,7 @@ use machinery::config::ConfigFile;
 use machinery::trust::expect_trusted;
 use machinery::{Deadline, Error, Report, Result, Setup};
 use machinery_backend::QemuImg;
+use machinery_backend::cell::host_addresses;
 use machinery_backend::files::free_space;
 use rustix::fs::{Access, access};
 use serde_json::Value;
@@ -15,6 +16,7 @@ use serde_json::Value;
 use crate::config::{Config, MachineFiles};
 use crate::diagnose::{faults, file_warnings};
 use crate::images::PLACEHOLDER;
+use crate::isolation::expect_free_address;
 use crate::jail::{groups, jail_of, policy_of};
 use crate::needs;
 use crate::prepare::unavailable_reason;
@@ -54,6 +56,7 @@ pub fn check(setup: &Setup, report: &mut Report) {
             check_machine(machine, &config, &setup.config, report);
         }
     }
+    addresses(&config.machines, report);
     jails(&config, report);
     rivals(&config.machines, report);
     // QEMU tries the needs of a machine with the machine's own arguments.
@@ -96,6 +99,20 @@ fn check_machine(machine: &MachineFiles, config: &Config, file: &ConfigFile, rep
         let clones =
             if clones == 0 { String::new() } else { format!(", and {clones} clones share its files") };
         report.good(format!("machine '{name}': each run has a network of its own{clones}"));
+    }
+}
+
+/// Reports isolated machines with an address that this host uses itself.
+fn addresses(machines: &[MachineFiles], report: &mut Report) {
+    let isolated = machines.iter().filter_map(|machine| Some((machine, machine.isolation.as_ref()?)));
+    let mut isolated = isolated.peekable();
+    if isolated.peek().is_none() {
+        return;
+    }
+    let Some(host) = report.keep(host_addresses()) else { return };
+    for (machine, isolation) in isolated {
+        let free = expect_free_address(isolation.address, &host);
+        report.keep(free.map_err(|error| error.machine(&machine.info.name)));
     }
 }
 

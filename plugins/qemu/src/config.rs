@@ -8,8 +8,10 @@
 //! | `keys`, `section`, `clones` | the keys of the two files |
 //! | `machines`, `wanted` | the machines that the two files together describe |
 //! | `machine_files` | one machine, as the rest of the plugin sees it |
-//! | `validator` | the checks |
+//! | `addresses` | the checks of isolated machines' addresses |
+//! | `validator` | all other checks |
 
+mod addresses;
 mod clones;
 mod keys;
 mod machine_files;
@@ -46,7 +48,7 @@ pub struct Config {
     pub jail: JailMode,
     pub free_space_reserve: FreeSpaceReserve,
     pub machines: Vec<MachineFiles>,
-    /// Warnings about keys that were renamed.
+    /// Warnings about keys that were renamed, and about addresses.
     pub warnings: Vec<String>,
 }
 
@@ -88,6 +90,7 @@ impl Config {
             validator.overlay_folder(&["disposable_copy_dir"], folder);
         }
         validator.duplicates(&files, &wanted, &qemu.machines);
+        validator.addresses(&files, &wanted, setup.result_server);
         let origin = Origin {
             interface: &qemu.interface,
             overlays: folder,
@@ -99,6 +102,8 @@ impl Config {
         let machines: Vec<MachineFiles> = wanted.iter().filter_map(machine).collect();
         validator.overlays(&qemu.machines, &machines);
         validator.problems.dedup();
+        let mut warnings = setup.host_config.as_ref().map_or_else(Vec::new, renamed);
+        warnings.extend(addresses::warnings(&files, &wanted, setup.result_server));
         is_trusted.then_some(())?;
         Some(Config {
             binaries: qemu.binaries,
@@ -109,7 +114,7 @@ impl Config {
             standby_memory_limit: section.standby_memory_limit,
             free_space_reserve,
             machines,
-            warnings: setup.host_config.as_ref().map_or_else(Vec::new, renamed),
+            warnings,
         })
     }
 }

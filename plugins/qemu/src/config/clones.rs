@@ -60,6 +60,22 @@ impl CloneAddresses {
         }
     }
 
+    /// Returns the addresses beyond the first ones, as a text; `None` if there are none.
+    pub fn beyond(&self, count: usize) -> Option<String> {
+        match self {
+            _ if self.count() <= count => None,
+            CloneAddresses::Range { first, last } => {
+                let unused = first.to_bits().saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+                let unused = Ipv4Addr::from_bits(unused);
+                Some(if unused == *last { last.to_string() } else { format!("{unused}-{last}") })
+            }
+            CloneAddresses::Listed(listed) => {
+                let unused: Vec<String> = listed.iter().skip(count).map(Ipv4Addr::to_string).collect();
+                Some(unused.join(", "))
+            }
+        }
+    }
+
     fn of_range(text: &str) -> Result<CloneAddresses, String> {
         let wrong = || {
             format!(

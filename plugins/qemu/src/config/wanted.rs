@@ -40,6 +40,11 @@ impl Wanted {
             format!("'{value}' is already the {key} of machine {other}"),
             format!("Give each machine its own {key}"),
         );
+        self.error(files, key, reason).advice(advice)
+    }
+
+    /// Returns an error about a value, at the place that the machine has it from.
+    pub fn error(&self, files: &Files<'_>, key: &str, reason: String) -> Error {
         match &self.clone_of {
             Some(base) => {
                 let has_range = files.section.machines.get(base).is_some_and(|own| own.clone_ips.is_some());
@@ -47,7 +52,6 @@ impl Wanted {
             }
             None => files.own.error(&["machines", &self.machine.name, key], reason),
         }
-        .advice(advice)
     }
 }
 

@@ -1,7 +1,9 @@
 use super::*;
+use crate::config::addresses;
 use crate::config::keys::QemuFile;
 use crate::config::section::Section;
 use machinery::config::ConfigFile;
+use std::net::{IpAddr, SocketAddr};
 
 /// The machines `a` and `b`, with files of their own.
 const YAML: &str = "\
@@ -12,9 +14,13 @@ machines:
   b: {qcow2_path: /b/d, snapshot_path: /b/s, machineinfo_path: /b/m, ip: 10.0.0.2, platform: l, os_version: 1}
 ";
 
+/// The result server.
+const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 3, 1)), 2042);
+
 /// The machines of a configuration, as `name=address`, and its problems.
 struct Read {
     wanted: Vec<Wanted>,
+    warnings: Vec<String>,
     problems: Vec<String>,
 }
 
@@ -27,7 +33,10 @@ impl Read {
         let file = ConfigFile { path: "/c/qemu.yaml".into(), text: yaml.to_owned() };
         let section: Section = match host.parse_at(&["machineries", "qemu"]) {
             Ok(section) => section.unwrap_or_default(),
-            Err(error) => return Read { wanted: Vec::new(), problems: vec![error.to_string()] },
+            Err(error) => {
+                let problems = vec![error.to_string()];
+                return Read { wanted: Vec::new(), warnings: Vec::new(), problems };
+            }
         };
         let qemu: QemuFile = file.parse().unwrap();
         let mut problems = Vec::new();
@@ -35,7 +44,9 @@ impl Read {
         let files = Files { own: &file, host: Some(&host), section: &section };
         let wanted = validator.wanted(&files, &qemu.machines);
         validator.duplicates(&files, &wanted, &qemu.machines);
-        Read { wanted, problems: problems.iter().map(ToString::to_string).collect() }
+        validator.addresses(&files, &wanted, Some(SERVER));
+        let warnings = addresses::warnings(&files, &wanted, Some(SERVER));
+        Read { wanted, warnings, problems: problems.iter().map(ToString::to_string).collect() }
     }
 
     fn machines(&self) -> Vec<String> {
@@ -88,7 +99,7 @@ fn clones_replace_their_machine() {
 
 #[test]
 fn clones_share_the_files_and_the_address_inside_of_their_machine() {
-    let Read { wanted, problems } = Read::of(YAML, "      a: {clones: 2, clone_ips: 10.0.1.1-9}");
+    let Read { wanted, problems, .. } = Read::of(YAML, "      a: {clones: 2, clone_ips: 10.0.1.1-9}");
     assert_eq!(problems, [""; 0]);
     let [one, two, b] = &wanted[..] else { panic!("three machines") };
     for clone in [one, two] {
@@ -195,7 +206,7 @@ fn files_may_be_the_same_when_both_machines_are_isolated() {
     let yaml = YAML.replace("/b/", "/a/");
     let isolated =
         "      a: {network: isolated, guest_ip: 10.0.0.9}\n      b: {network: isolated, guest_ip: 10.0.0.9}";
-    let Read { wanted, problems } = Read::of(&yaml, isolated);
+    let Read { wanted, problems, .. } = Read::of(&yaml, isolated);
     assert_eq!(problems, [""; 0]);
     let [a, b] = &wanted[..] else { panic!("two machines") };
     assert_eq!((a.template.as_str(), b.template.as_str()), ("a", "a"));
@@ -212,7 +223,7 @@ fn files_may_be_the_same_when_both_machines_are_isolated() {
 #[test]
 fn template_is_common_only_when_all_files_are() {
     let yaml = YAML.replace("/b/d", "/a/d");
-    let Read { wanted, problems } =
+    let Read { wanted, problems, .. } =
         Read::of(&yaml, "      a: {network: isolated}\n      b: {network: isolated}");
     assert_eq!(problems, [""; 0]);
     assert_eq!((wanted[0].template.as_str(), wanted[1].template.as_str()), ("a", "b"));
@@ -228,4 +239,63 @@ fn mac_address_may_be_the_same_when_a_machine_is_isolated() {
     let yaml = YAML.replace("ip: 10", "mac_address: '52:54:00:00:00:01', ip: 10");
     assert!(one_problem(&yaml, "      a: {}").contains("is already the mac_address of machine 'a'"));
     assert_eq!(Read::of(&yaml, "      a: {network: isolated}").problems, [""; 0]);
+}
+
+#[test]
+fn addresses_that_no_machine_can_have_are_refused_outside_and_inside() {
+    let place = "/c/machinery-host.yaml:4: machineries.qemu.machines.a.clone_ips: ";
+    for (ip, kind) in [
+        ("127.0.0.1", "a loopback address"),
+        ("0.0.0.0", "no address of a host"),
+        ("169.254.169.254", "a link-local address"),
+        ("239.1.2.3", "multicast"),
+        ("255.255.255.255", "broadcast"),
+        ("10.0.3.1", "the address of the result server"),
+    ] {
+        let text = problem(&format!("clones: 1, clone_ips: [{ip}]"));
+        assert!(text.starts_with(place) && text.contains(&format!("'{ip}' of machine 'a-1'")), "{text}");
+        assert!(text.contains(kind), "{text}");
+        let text = problem(&format!("network: isolated, guest_ip: {ip}"));
+        assert!(text.contains("machines.a.guest_ip: ") && text.contains(kind), "{text}");
+        let yaml = YAML.replace("ip: 10.0.0.1", &format!("ip: {ip}"));
+        let text = one_problem(&yaml, "      a: {network: isolated}");
+        assert!(text.starts_with("/c/qemu.yaml:4: machines.a.ip: ") && text.contains(kind), "{text}");
+        // The operator's network may have any address.
+        assert_eq!(Read::of(&yaml, "      a: {console: true}").problems, [""; 0]);
+    }
+}
+
+#[test]
+fn addresses_without_a_clone_cause_a_warning_that_names_them() {
+    let warning = |ips: &str| Read::of(YAML, &format!("      a: {{clones: 2, clone_ips: {ips}}}")).warnings;
+    assert_eq!(warning("10.0.1.1-2"), [""; 0]);
+    for (ips, unused) in [
+        ("10.0.1.1-3", "10.0.1.3"),
+        ("10.0.1.1-9", "10.0.1.3-10.0.1.9"),
+        ("[10.0.1.1, 10.0.1.2, 10.0.1.8, 10.0.1.7]", "10.0.1.8, 10.0.1.7"),
+    ] {
+        let [text] = &warning(ips)[..] else { panic!("one warning") };
+        assert!(text.starts_with("/c/machinery-host.yaml:4: "), "{text}");
+        assert!(text.contains(&format!("no clone uses {unused}: there are 2 clones")), "{text}");
+    }
+}
+
+#[test]
+fn result_server_that_isolated_machines_cannot_reach_causes_a_warning() {
+    let (own, host) = (ConfigFile { path: "/c/q".into(), text: YAML.to_owned() }, None);
+    let section = Section::default();
+    let wanted = Read::of(YAML, "      a: {network: isolated}").wanted;
+    let files = Files { own: &own, host, section: &section };
+    let warned = |server: Option<&str>| {
+        addresses::warnings(&files, &wanted, server.map(|server| server.parse().unwrap()))
+    };
+    for server in
+        [None, Some("0.0.0.0:2042"), Some("127.0.0.1:2042"), Some("[::]:2042"), Some("[fd00::1]:2042")]
+    {
+        let [text] = &warned(server)[..] else { panic!("one warning of {server:?}") };
+        assert!(text.contains("cannot send their results"), "{text}");
+    }
+    assert_eq!(warned(Some("10.0.3.1:2042")), [""; 0]);
+    let operator = Read::of(YAML, "      a: {network: operator}").wanted;
+    assert_eq!(addresses::warnings(&files, &operator, None), [""; 0]);
 }
