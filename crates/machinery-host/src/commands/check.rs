@@ -2,6 +2,8 @@
 //!
 //! The command changes nothing and needs no running host.
 
+mod addresses;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -14,6 +16,8 @@ use machinery::{Error, Report, Result, Setup};
 use rustix::fs::{Access, access, getxattr};
 use rustix::process::geteuid;
 use serde_yaml::{Mapping, Value};
+
+use addresses::check_addresses;
 
 use crate::capture;
 use crate::config::Config;
@@ -54,6 +58,7 @@ pub fn check(cwd: &Cwd, search: &PluginSearch, on_step: impl Fn(&str)) -> Report
             report.problem(&conflict);
         }
         check_names(cwd, &config, &mut report);
+        check_addresses(cwd, &config, &mut report);
     }
     report
 }

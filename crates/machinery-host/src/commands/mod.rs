@@ -1,6 +1,7 @@
 //! The commands that are more than a request: `check`, `clean`, `conformance`, `end-runs`, `export`, `import`,
 //! `machine`, `new-plugin`, `shutdown` and `upgrade`.
 
+mod address_range;
 pub mod check;
 pub mod clean;
 pub mod conformance;
