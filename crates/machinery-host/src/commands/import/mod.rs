@@ -20,6 +20,7 @@ mod given;
 mod libvirt;
 mod outcome;
 mod replace;
+mod section;
 mod text;
 mod vmcloak;
 
@@ -35,9 +36,10 @@ use accept::{expect_accepted, problems_of};
 use candidate::{Candidate, ExistingMachines, OwnKeys, entry_of};
 use entry::{Found, Machine};
 pub use outcome::{Imported, Skipped};
+pub use section::Section;
 
 /// The initial texts of new configuration files.
-const QEMU_DEFAULT: &str = include_str!("../../../../../conf/machineries/qemu.yaml");
+pub const QEMU_DEFAULT: &str = include_str!("../../../../../conf/machineries/qemu.yaml");
 const KVM_DEFAULT: &str = include_str!("../../../../../conf/machineries/kvm.yaml");
 
 /// The libvirt of a `kvm.yaml` that does not name one.

@@ -94,7 +94,7 @@ impl Section {
 }
 
 /// Returns the lines with their line ends, and the start of each line.
-fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+pub fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.split_inclusive('\n').scan(0, |at, line| {
         let start = *at;
         *at += line.len();
@@ -114,11 +114,11 @@ fn key_width(line: &str) -> Option<usize> {
 }
 
 /// Returns the text of a value without its comment.
-fn without_comment(value: &str) -> &str {
+pub fn without_comment(value: &str) -> &str {
     value.find(" #").map_or(value, |at| &value[..at]).trim_end()
 }
 
-fn is_empty_value(value: &str) -> bool {
+pub fn is_empty_value(value: &str) -> bool {
     matches!(value.replace(' ', "").as_str(), "" | "{}" | "~" | "null" | "Null" | "NULL")
 }
 
@@ -127,7 +127,7 @@ fn is_top_level(line: &str) -> bool {
 }
 
 /// Returns the indentation of a line, which is 0 for an empty line.
-fn indent_of(line: &str) -> usize {
+pub fn indent_of(line: &str) -> usize {
     if line.trim().is_empty() { 0 } else { line.len() - line.trim_start().len() }
 }
 
@@ -140,7 +140,7 @@ fn first_indent(text: &str) -> Option<usize> {
 }
 
 /// Returns the line end to add to `text`, or nothing if it ends with one.
-fn missing_newline<'a>(text: &str, newline: &'a str) -> &'a str {
+pub fn missing_newline<'a>(text: &str, newline: &'a str) -> &'a str {
     if text.is_empty() || text.ends_with('\n') { "" } else { newline }
 }
 
@@ -155,7 +155,7 @@ fn render(machines: &[Machine], indent: usize, step: usize, newline: &str) -> St
     lines.concat()
 }
 
-fn value_text(key: &str, value: &Value) -> String {
+pub fn value_text(key: &str, value: &Value) -> String {
     match value {
         // Most versions look like numbers. All are quoted, so that all look alike.
         Value::String(text) if key == "os_version" => quoted(text),
@@ -200,7 +200,7 @@ pub fn remove(file: &ConfigFile, name: &str) -> Result<String> {
 }
 
 /// Reports whether the line has this key.
-fn names(line: &str, key: &str) -> bool {
+pub fn names(line: &str, key: &str) -> bool {
     let quoted = [key.to_owned(), format!("\"{key}\""), format!("'{key}'")];
     let rest = quoted.iter().find_map(|key| line.trim_start().strip_prefix(key.as_str()));
     rest.is_some_and(|rest| rest.trim_start().starts_with(':'))

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::{Error, Result};
 
+use super::isolation::BRIDGE;
 use super::options::{Accel, Create, Platform};
 
 /// The placeholder for the path of the disk's overlay.
@@ -127,9 +128,10 @@ fn accelerator(accel: Accel) -> &'static str {
 }
 
 fn netdev(create: &Create) -> Result<String> {
-    match &create.network.bridge {
-        Some(bridge) => bridge_netdev(bridge),
-        None => user_netdev(create.ip, create.agent_port),
+    match (&create.network.bridge, create.ip.filter(|_| create.network.user)) {
+        (Some(bridge), _) => bridge_netdev(bridge),
+        (None, Some(ip)) => user_netdev(ip, create.agent_port),
+        (None, None) => bridge_netdev(BRIDGE),
     }
 }
 
@@ -243,6 +245,9 @@ mod tests {
             devices.contains("e1000,") && devices.contains("hda-duplex") && devices.contains("vmgenid,"),
             "{devices}"
         );
+        let isolated = create(&["--ip", "10.0.0.9", "--isolated", "--platform", "linux"]);
+        let args = arguments(&isolated, "QEMU 7.2.22", "52:54:00:00:00:01", Accel::Kvm).unwrap();
+        assert_eq!(value(&args, "-netdev"), ["bridge,id=net0,br=br0"]);
         let linux = create(&["--ip", "127.0.3.4", "--user", "--platform", "linux", "--os-version", "12"]);
         let args = arguments(&linux, "QEMU 10.0.8", "52:54:00:00:00:01", Accel::Tcg).unwrap();
         assert_eq!(value(&args, "-netdev"), ["user,id=net0,restrict=on,hostfwd=tcp:127.0.3.4:8000-:8000"]);

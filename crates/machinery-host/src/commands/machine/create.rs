@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use machinery::config::find_interface;
@@ -13,6 +14,7 @@ use super::context::Context;
 use super::dependents::{QCOW2, expect_no_disk_of_machine};
 use super::folder::expect_kept;
 use super::info::{DISK, Description, INFO, Info, MEMORY};
+use super::isolation::{BRIDGE, Isolation};
 use super::make::{Plan, make, version};
 use super::options::Create;
 use super::publish::{Made, expect_free, publish};
@@ -25,21 +27,33 @@ use crate::cwd::make_reachable_folder;
 /// A value is wrong, the guest is not ready in time, or a step fails. Nothing of the machine remains then.
 pub fn create(context: &Context<'_>, create: &Create) -> Result<Made> {
     create.ready.expect_in_time()?;
-    expect_free(context, &create.name, &create.ip.to_string(), None)?;
-    let interface = create.network.bridge.as_deref().unwrap_or(LOOPBACK);
-    find_interface(interface).map_err(|error| error.machine(&create.name))?;
+    let isolation = Isolation::of(create)?;
+    let section = isolation.as_ref().map(Isolation::section);
+    let (ip, interface) = match (&isolation, create.ip) {
+        (Some(isolation), _) => (isolation.address.into(), BRIDGE),
+        (None, Some(ip)) => (ip, create.network.bridge.as_deref().unwrap_or(LOOPBACK)),
+        (None, None) => {
+            return Err(Error::configuration("the machine has no address").advice("Give --ip ADDRESS"));
+        }
+    };
+    let addresses = isolation.as_ref().map_or_else(|| vec![ip.to_string()], Isolation::addresses);
+    expect_free(context, &create.name, &addresses, None, section.as_ref())?;
+    if isolation.is_none() {
+        find_interface(interface).map_err(|error| error.machine(&create.name))?;
+    }
     let base = base_disk(&create.disk)?;
     let _base = lock_base(context, &base)?;
     let files = files(create, &[DISK, MEMORY, INFO, FIRMWARE_VARIABLES])?;
     let folder = folder_of(context, create.folder.as_deref(), &create.name)?;
     let mut unfinished = Unfinished::begin(context.cwd, &create.name, &folder)?;
     let made = (|| {
-        let mut info = describe(create, interface, &base)?;
+        let mut info = describe(create, ip, interface, &base)?;
+        info.machine.guest_ip = isolation.map(|isolation| isolation.guest);
         let version = version(context, &info, &mut unfinished)?;
         info.machine.start_args = arguments(create, &version, &info.machine.mac, accel(create.accel))?;
         let plan = Plan { info, base, files, ready: &create.ready };
         let readiness = make(context, &plan, &mut unfinished, &folder)?;
-        publish(context, &create.name, &folder, readiness)
+        publish(context, &create.name, &folder, readiness, section.map(|section| (&mut unfinished, section)))
     })();
     unfinished.conclude(context, &folder, made)
 }
@@ -56,10 +70,10 @@ pub fn folder_of(context: &Context<'_>, parent: Option<&Path>, name: &str) -> Re
     Ok(parent.join(name))
 }
 
-fn describe(create: &Create, interface: &str, base: &Path) -> Result<Info> {
+fn describe(create: &Create, ip: IpAddr, interface: &str, base: &Path) -> Result<Info> {
     Ok(Info::new(Description {
         name: create.name.clone(),
-        ip: create.ip.to_string(),
+        ip: ip.to_string(),
         agent_port: create.agent_port,
         os_name: create.platform.as_str().to_owned(),
         os_version: create.os_version.clone(),
@@ -71,6 +85,7 @@ fn describe(create: &Create, interface: &str, base: &Path) -> Result<Info> {
         tags: create.tags.clone(),
         start_args: Vec::new(),
         base: Some(base.to_owned()),
+        guest_ip: None,
     }))
 }
 

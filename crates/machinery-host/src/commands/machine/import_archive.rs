@@ -57,7 +57,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
     let info = import.adapted(info)?;
     let machine = &info.machine;
     let name = machine.name.clone();
-    expect_free(context, &name, &machine.ip, Some(&machine.mac))?;
+    expect_free(context, &name, std::slice::from_ref(&machine.ip), Some(&machine.mac), None)?;
     find_interface(&machine.bridge).map_err(|error| error.machine(&name).advice("Give another --bridge"))?;
     let folder = folder_of(context, import.folder.as_deref(), &name)?;
     expect_space(context.config, folder.parent().unwrap_or(&folder), bytes)
@@ -75,7 +75,7 @@ pub fn import(context: &Context<'_>, import: &ImportArchive) -> Result<Made> {
             screenshot: None,
         };
         let readiness = prove(context, &info, &ready, &mut unfinished, &folder).map_err(advise)?;
-        publish(context, &name, &folder, readiness)
+        publish(context, &name, &folder, readiness, None)
     })();
     unfinished.conclude(context, &folder, made)
 }
@@ -106,6 +106,10 @@ impl ImportArchive {
     /// Replaces the address and the bridge. The network has to be one that `machine create` makes: an archive does not
     /// choose another one.
     fn adapt_network(&self, machine: &mut Description) -> Result<()> {
+        // An isolated machine is imported as one on a bridge, with the address that the guest has.
+        if let Some(guest) = machine.guest_ip.take() {
+            machine.ip = guest.to_string();
+        }
         let old: IpAddr = machine.ip.parse().map_err(|_| unknown_network("its address is none"))?;
         let (ip, port) = (self.ip.unwrap_or(old), machine.agent_port);
         let netdev = only_netdev(&mut machine.start_args)?;

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -50,6 +51,9 @@ pub struct Description {
     /// The disk from which the machine was made. A machine of an archive has none: its disk is whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<PathBuf>,
+    /// The address inside the guest of an isolated machine, whose section of `machinery-host.yaml` this program has written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_ip: Option<Ipv4Addr>,
 }
 
 impl Info {

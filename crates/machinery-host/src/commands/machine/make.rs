@@ -90,6 +90,7 @@ pub fn make(
     let setup = unfinished.setup(
         scratch_config(context, &plan.info, &folder, &plan.base)?,
         host_config(context, &plan.info)?,
+        context.config.result_server,
     )?;
     let scratch = unfinished.scratch().to_owned();
     with_session(context, &setup, plan.name(), |session| boot(context, plan, session, &folder, &scratch))?;
@@ -138,7 +139,7 @@ pub fn prove(
 ) -> Result<RestoreReadiness> {
     let folder = unfinished.machine_folder().to_owned();
     let config = scratch_config(context, info, &folder, &folder.join(DISK))?;
-    let setup = unfinished.setup(config, host_config(context, info)?)?;
+    let setup = unfinished.setup(config, host_config(context, info)?, context.config.result_server)?;
     let scratch = unfinished.scratch().to_owned();
     let limits = context.config.timeouts;
     let readiness = with_session(context, &setup, &info.machine.name, |session| {
@@ -214,7 +215,11 @@ fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl Fn
 /// The plugin cannot be loaded.
 pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
     let config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
-    let setup = without_machines(&unfinished.setup(config, host_config(context, info)?)?);
+    let setup = without_machines(&unfinished.setup(
+        config,
+        host_config(context, info)?,
+        context.config.result_server,
+    )?);
     let limit = context.config.timeouts.load;
     with_session(context, &setup, &info.machine.name, |session| {
         session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
@@ -273,6 +278,10 @@ fn host_config(context: &Context<'_>, info: &Info) -> Result<ConfigFile> {
     if !section["machines"][name]["clones"].is_null() {
         // Clones are isolated, and so is the guest of their snapshot.
         machine.insert("network".to_owned(), json!("isolated"));
+    }
+    if let Some(guest) = info.machine.guest_ip.filter(|_| section["machines"][name].is_null()) {
+        machine.insert("network".to_owned(), json!("isolated"));
+        machine.insert("guest_ip".to_owned(), json!(guest));
     }
     own.insert("machines".to_owned(), json!({name: machine}));
     let mut host = kept(&all, &["free_space_reserve"]);

@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | `options` | the arguments |
 //! | `create`, `arguments` | a machine of an installed disk; QEMU's arguments |
+//! | `isolation` | the addresses of an isolated machine, and its section of `machinery-host.yaml` |
 //! | `snapshot`, `remove` | the snapshot anew; a machine and its files are removed |
 //! | `export`, `import_archive`, `archive` | a machine in one file |
 //! | `make`, `ready` | boot, save and restore; the moment at which a guest is saved |
@@ -30,6 +31,7 @@ mod host;
 mod import_archive;
 mod info;
 mod interrupt;
+mod isolation;
 mod make;
 mod options;
 mod publish;

@@ -1,10 +1,12 @@
 //! The arguments of the commands. The docs of each item are its help text.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use machinery::{Error, Result};
+
+use crate::commands::address_range::AddressRange;
 
 /// The machine to make.
 #[derive(Debug, Clone, Args)]
@@ -14,9 +16,9 @@ pub struct Create {
     /// Installed disk (qcow2), which stays as it is: the machine's own disk is an overlay of it
     #[arg(long, value_name = "FILE")]
     pub disk: PathBuf,
-    /// Address of the guest, which has to be set in the guest or by its DHCP server
-    #[arg(long, value_name = "ADDRESS")]
-    pub ip: IpAddr,
+    /// Address of the machine. It has to be set in the guest or by its DHCP server, unless --guest-ip is
+    #[arg(long, value_name = "ADDRESS", required_unless_present = "guest_ip")]
+    pub ip: Option<IpAddr>,
     #[command(flatten)]
     pub network: Network,
     /// Operating system of the guest, for its devices
@@ -61,14 +63,26 @@ pub struct Create {
 
 /// The network of a machine.
 #[derive(Debug, Clone, Args)]
-#[group(required = true, multiple = false)]
+#[group(required = true, multiple = true)]
 pub struct Network {
     /// Bridge of the guest's network card, which must exist
-    #[arg(long, value_name = "BRIDGE")]
+    #[arg(long, value_name = "BRIDGE", conflicts_with_all = ["user", "isolated", "clones", "guest_ip"])]
     pub bridge: Option<String>,
     /// Connect the guest to nothing but the agent's port, at a loopback address of this host
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["isolated", "clones", "guest_ip"])]
     pub user: bool,
+    /// Give each run a network of its own, and add that to machinery-host.yaml
+    #[arg(long)]
+    pub isolated: bool,
+    /// Make this number of clones of the machine, each with a network and an address of its own
+    #[arg(long, value_name = "N", requires = "clone_ips", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub clones: Option<u16>,
+    /// Addresses of the clones, such as 192.168.30.110-129
+    #[arg(long, value_name = "RANGE", requires = "clones")]
+    pub clone_ips: Option<AddressRange>,
+    /// Address that is set in the guest of an isolated machine or of clones [default: --ip]
+    #[arg(long, value_name = "ADDRESS")]
+    pub guest_ip: Option<Ipv4Addr>,
 }
 
 /// The moment at which the guest is saved. By default, that is when the agent answers.

@@ -13,8 +13,11 @@ use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
 use super::host::reload;
-use crate::commands::import::{Import, import, without_lines};
+use super::unfinished::Unfinished;
+use crate::commands::check::check_with_plugin;
+use crate::commands::import::{Import, QEMU_DEFAULT, Section, import, without_lines};
 use crate::cwd::Cwd;
+use crate::load::setup_with;
 
 /// A machine that was made, or changed.
 #[derive(Debug, Serialize)]
@@ -27,11 +30,18 @@ pub struct Made {
     pub notes: Vec<String>,
 }
 
-/// Expects that the name is valid, and that no machine has the name, the address or the network card.
+/// Expects that the name is valid, and that no machine has the name, an address or the network card. `section` is the
+/// machine's section of `machinery-host.yaml` that will be written.
 ///
 /// # Errors
-/// One has it.
-pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
+/// A machine has one of them, or the section cannot be added.
+pub fn expect_free(
+    context: &Context<'_>,
+    name: &str,
+    addresses: &[String],
+    mac: Option<&str>,
+    section: Option<&Mapping>,
+) -> Result<()> {
     let (cwd, config) = (context.cwd, context.config);
     if !is_machine_name(name) {
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
@@ -48,31 +58,45 @@ pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str
                     .error(&["machines", name], "a machine of this name exists")
                     .advice("Give another name"));
             }
-            let values = [("ip", Some(ip)), ("mac_address", mac)];
-            for (key, value) in values.into_iter().filter(|(_, value)| value.is_some()) {
-                if keys.get(key).and_then(serde_yaml::Value::as_str) == value {
-                    let reason = format!("the machine '{other}' has this {key}, too");
-                    return Err(file
-                        .error(&["machines", other, key], reason)
-                        .machine(name)
-                        .advice("Give another one"));
-                }
+            let of_other = |key: &str| keys.get(key).and_then(serde_yaml::Value::as_str);
+            let has_ip = addresses.iter().any(|ip| of_other("ip") == Some(ip));
+            let has_mac = mac.is_some() && of_other("mac_address") == mac;
+            if let Some(key) = [("ip", has_ip), ("mac_address", has_mac)].iter().find(|(_, has)| *has) {
+                let reason = format!("the machine '{other}' has this {}, too", key.0);
+                let place = file.error(&["machines", other, key.0], reason);
+                return Err(place.machine(name).advice("Give another one"));
             }
         }
     }
-    expect_free_of_clones(context, name, ip, mac)
+    let ip = addresses.first().map(String::as_str).unwrap_or_default();
+    expect_accepted(context, name, ip, mac, section)
 }
 
 /// The keys whose values no two machines have.
 const UNIQUE: [&str; 3] = ["name", "ip", "mac_address"];
 
-/// Asks the plugin, which knows all clones, whether one has the name, the address or the network card.
-fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
-    let path = context.cwd.machinery_yaml(MACHINERY);
-    if !path.exists() {
-        return Ok(());
+/// Asks the plugin, which knows all clones, whether one has the name, the address or the network card, and whether the
+/// section is right.
+fn expect_accepted(
+    context: &Context<'_>,
+    name: &str,
+    ip: &str,
+    mac: Option<&str>,
+    section: Option<&Mapping>,
+) -> Result<()> {
+    let mut host = context.config.clone();
+    if let Some(section) = section {
+        let file = ConfigFile { path: context.cwd.host_yaml(), text: String::new() };
+        let file = host.host_file.take().unwrap_or(file);
+        let text = section_of(name).added_to(&file, section)?;
+        host.host_file = Some(ConfigFile { text, ..file });
     }
-    let mut config: Mapping = ConfigFile::read(&path)?.parse()?;
+    let path = context.cwd.machinery_yaml(MACHINERY);
+    let mut config: Mapping = match path.exists() {
+        true => ConfigFile::read(&path)?.parse()?,
+        false if section.is_none() => return Ok(()),
+        false => serde_yaml::from_str(QEMU_DEFAULT).unwrap_or_default(),
+    };
     let machines = config.entry("machines".into()).or_insert(serde_yaml::Value::Null);
     if machines.is_null() {
         *machines = Mapping::new().into();
@@ -86,8 +110,12 @@ fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Optio
         machines.insert(name.into(), entry);
     }
     let text = serde_yaml::to_string(&config).unwrap_or_default();
-    let report = (context.check)(ConfigFile { path, text })?;
-    let is_taken = |text: &str| UNIQUE.iter().any(|key| text.contains(&format!(": machines.{name}.{key}: ")));
+    let setup = setup_with(ConfigFile { path, text }, MACHINERY, context.cwd, &host);
+    let report = check_with_plugin(context.plugin, setup, &host)?;
+    let is_taken = |text: &str| {
+        UNIQUE.iter().any(|key| text.contains(&format!(": machines.{name}.{key}: ")))
+            || text.contains(&format!(": machineries.{MACHINERY}.machines.{name}."))
+    };
     let problems = report.findings().iter().filter(|finding| finding.level == Level::Problem);
     match problems.map(|finding| without_lines(&finding.text)).find(|text| is_taken(text)) {
         None => Ok(()),
@@ -95,13 +123,30 @@ fn expect_free_of_clones(context: &Context<'_>, name: &str, ip: &str, mac: Optio
     }
 }
 
-/// Adds the machine in that folder to the configuration, and has a running host load it.
+/// Returns the machine's section of `machinery-host.yaml`.
+pub fn section_of(name: &str) -> Section<'_> {
+    Section { machinery: MACHINERY, machine: name }
+}
+
+/// Adds the machine in that folder to the configuration, and has a running host load it. Its section of
+/// `machinery-host.yaml` comes first: without the machine, a host refuses it. The record of the unfinished machine has it
+/// removed if the machine is not added.
 ///
 /// # Errors
 /// The configuration cannot be changed, or refuses the machine.
-pub fn publish(context: &Context<'_>, name: &str, folder: &Path, ready: RestoreReadiness) -> Result<Made> {
+pub fn publish(
+    context: &Context<'_>,
+    name: &str,
+    folder: &Path,
+    ready: RestoreReadiness,
+    section: Option<(&mut Unfinished, Mapping)>,
+) -> Result<Made> {
     (context.step)("adding the machine to the configuration");
     let _lock = lock_configuration(context.cwd)?;
+    if let Some((unfinished, keys)) = section {
+        unfinished.record_section(&keys)?;
+        section_of(name).add(&context.cwd.host_yaml(), &keys)?;
+    }
     let added = import(&Import::of_folder(folder), &context.cwd.machinery_yaml(MACHINERY), context.check)?;
     let mut notes = added.notes;
     notes.extend(reload(context.cwd));

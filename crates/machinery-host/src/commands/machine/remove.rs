@@ -21,7 +21,7 @@ use super::dependents::expect_no_dependents;
 use super::folder::remove_folder;
 use super::host;
 use super::info::{Info, entries, files_of};
-use super::publish::lock_configuration;
+use super::publish::{lock_configuration, section_of};
 use super::unfinished::Unfinished;
 use crate::commands::import;
 use crate::cwd::{Cwd, make_state_folder};
@@ -121,23 +121,22 @@ fn size_of(path: &Path) -> u64 {
 /// A host uses the machine, another machine needs its files, or the configuration cannot be changed.
 pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     let (cwd, name) = (context.cwd, &remove.name);
-    expect_no_section(context, name)?;
     let paths = remove.paths(cwd)?;
+    let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
+    let section = own_section(cwd, name, folder.as_deref())?;
+    if section.is_none() {
+        expect_no_section(context, name)?;
+    }
     make_state_folder(cwd)?;
     let _absent = host::keep_out(cwd)?;
     let machines = host::machines_of(cwd, std::slice::from_ref(name))?;
     host::expect_unused(&machines)?;
-    let folder = own_folder(&files_of(cwd, name)?).map(Path::to_owned);
-    let mark = folder.as_ref().map(|folder| Unfinished::begin_removal(cwd, name, folder)).transpose()?;
+    let mut mark = folder.as_ref().map(|folder| Unfinished::begin_removal(cwd, name, folder)).transpose()?;
+    if let Some((mark, keys)) = mark.as_mut().zip(section.as_ref()) {
+        mark.record_section(keys)?;
+    }
     let lock = lock_configuration(cwd)?;
-    let yaml = cwd.machinery_yaml(MACHINERY);
-    let given_up = import::remove(&yaml, name).and_then(|before| {
-        give_up(cwd, &machines).or_else(|error| {
-            import::restore(&yaml, &before)?;
-            let _ = host::ask(cwd, json!({"action": "reload"}));
-            Err(error)
-        })
-    });
+    let given_up = remove_from_configuration(cwd, name, section.is_some(), &machines);
     drop(lock);
     if let Err(error) = given_up {
         mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))))?;
@@ -151,6 +150,35 @@ pub fn remove(context: &Context<'_>, remove: &Remove) -> Result<Removed> {
     let finished = mark.map_or(Ok(()), |mark| mark.finish(cwd, folder.as_deref().unwrap_or(Path::new("/"))));
     let notes = [removed, finished].into_iter().filter_map(|done| done.err().map(|error| error.to_string()));
     Ok(Removed { machine: name.clone(), removed: paths, notes: notes.collect() })
+}
+
+/// Removes the machine's entry and its section, and has a running host give up these machines.
+///
+/// # Errors
+/// A file cannot be changed, or the host uses a machine. The configuration is as it was then.
+fn remove_from_configuration(cwd: &Cwd, name: &str, has_section: bool, machines: &[Value]) -> Result<()> {
+    let (yaml, host_yaml) = (cwd.machinery_yaml(MACHINERY), cwd.host_yaml());
+    let entry = import::remove(&yaml, name)?;
+    let section = has_section.then(|| section_of(name).remove(&host_yaml)).transpose();
+    let (given_up, section) = match section {
+        Ok(section) => (give_up(cwd, machines), section),
+        Err(error) => (Err(error), None),
+    };
+    given_up.or_else(|error| {
+        section.map_or(Ok(()), |section| import::restore(&host_yaml, &section))?;
+        import::restore(&yaml, &entry)?;
+        let _ = host::ask(cwd, json!({"action": "reload"}));
+        Err(error)
+    })
+}
+
+/// Returns the section of a machine for which `machine create` has written one.
+fn own_section(cwd: &Cwd, name: &str, folder: Option<&Path>) -> Result<Option<Mapping>> {
+    let is_written = |folder: &Path| Info::read(folder).is_ok_and(|info| info.machine.guest_ip.is_some());
+    match folder.is_some_and(is_written) {
+        true => section_of(name).content(&cwd.host_yaml()),
+        false => Ok(None),
+    }
 }
 
 /// Expects that `machinery-host.yaml` has no section for the machine, which a host refuses without an entry.

@@ -13,6 +13,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -20,9 +21,11 @@ use machinery::config::ConfigFile;
 use machinery::{Error, Result, Setup};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use serde_yaml::Mapping;
 
 use super::context::Context;
 use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
+use super::publish::{lock_configuration, section_of};
 use super::session::{with_session, without_machines};
 use super::{host, info};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
@@ -50,6 +53,9 @@ struct Record {
     /// The machines that a running host is to give to tasks again.
     #[serde(default)]
     disabled: Vec<String>,
+    /// The section of `machinery-host.yaml` that is removed if the configuration does not have the machine.
+    #[serde(default)]
+    section: Option<Mapping>,
 }
 
 /// A record that was cleared.
@@ -99,8 +105,13 @@ impl Unfinished {
         let new = tempfile::Builder::new().prefix(NEW).tempdir_in(&records).map_err(failed)?;
         let lock =
             try_lock(new.path()).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::WouldBlock.into()))?;
-        let record =
-            Record { name: name.to_owned(), folder: folder.to_owned(), setup: None, disabled: Vec::new() };
+        let record = Record {
+            name: name.to_owned(),
+            folder: folder.to_owned(),
+            setup: None,
+            disabled: Vec::new(),
+            section: None,
+        };
         record.write(new.path())?;
         let own = records.join(name);
         // A name of which a record exists is refused.
@@ -147,7 +158,12 @@ impl Unfinished {
     ///
     /// # Errors
     /// The folders or the record cannot be written.
-    pub fn setup(&mut self, config: ConfigFile, host_config: ConfigFile) -> Result<Setup> {
+    pub fn setup(
+        &mut self,
+        config: ConfigFile,
+        host_config: ConfigFile,
+        result_server: Option<SocketAddr>,
+    ) -> Result<Setup> {
         let folder = |name: &str| {
             let folder = self.folder.join(name);
             make_reachable_folder(&folder).map(|()| folder)
@@ -159,7 +175,7 @@ impl Unfinished {
             state_dir: folder("state")?,
             cache_dir: folder("cache")?,
             adopts: false,
-            result_server: None,
+            result_server,
         };
         self.record.setup = Some(setup.clone());
         self.record.write(&self.folder)?;
@@ -179,6 +195,15 @@ impl Unfinished {
         self.record.disabled.iter().try_for_each(|name| host::disable(cwd, name))?;
         host::expect_unused(&host::machines_of(cwd, entries)?)?;
         machines.iter().try_for_each(|machine| host::stop(cwd, host::name(machine)))
+    }
+
+    /// Records the machine's section of `machinery-host.yaml`, which does not stay without the machine.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    pub fn record_section(&mut self, keys: &Mapping) -> Result<()> {
+        self.record.section = Some(keys.clone());
+        self.record.write(&self.folder)
     }
 
     /// Ends the record of a finished machine, whose folder is at `folder` now.
@@ -307,13 +332,26 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> 
     let is_configured = info::is_configured(context.cwd, own)?;
     if is_configured {
         remove_mark(own)?;
-    } else if own.join(MARK).exists() {
-        remove_folder(own)?;
     } else {
-        // A folder without the mark is empty, or somebody else's.
-        let _ = fs::remove_dir(own);
+        remove_section(context.cwd, record)?;
+        match own.join(MARK).exists() {
+            true => remove_folder(own)?,
+            // A folder without the mark is empty, or somebody else's.
+            false => drop(fs::remove_dir(own)),
+        }
     }
     remove_folder(folder).map(|()| is_configured)
+}
+
+/// Removes the section of a machine that the configuration does not have, unless somebody has changed the section.
+fn remove_section(cwd: &Cwd, record: &Record) -> Result<()> {
+    let Some(keys) = &record.section else { return Ok(()) };
+    let _lock = lock_configuration(cwd)?;
+    let (section, path) = (section_of(&record.name), cwd.host_yaml());
+    if section.content(&path)?.as_ref() == Some(keys) {
+        section.remove(&path)?;
+    }
+    Ok(())
 }
 
 /// Ends the runs that the commands have left. The plugin does so when it is loaded, also without the machine: its files or

@@ -17,6 +17,7 @@ fn description() -> Vec<u8> {
         memory_snapshot: text(MEMORY),
         tags: Vec::new(),
         start_args: vec![text("-m")],
+        guest_ip: None,
         base: None,
     };
     serde_json::to_vec(&Info::new(machine)).unwrap()
