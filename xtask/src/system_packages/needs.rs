@@ -32,8 +32,17 @@ const LIBVIRT_DEV: Need = Need {
     why: "the kvm machinery and libvirt's Python are built with",
 };
 
+/// The need of all lists.
+const DEBOOTSTRAP: Need = Need {
+    what: "debootstrap",
+    program: "debootstrap",
+    args: VERSION,
+    packages: &["debootstrap"],
+    why: "makes a minimal Debian",
+};
+
 /// The needs of the tests and of the demo.
-pub const NEEDS: [Need; 15] = [
+pub const NEEDS: [Need; 17] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -134,17 +143,19 @@ pub const NEEDS: [Need; 15] = [
         packages: &["python3"],
         why: "runs the tests of the adapter for Cuckoo3",
     },
+    DEBOOTSTRAP,
+    Need {
+        what: "mkfs.ext4",
+        program: "mkfs.ext4",
+        args: &["-V"],
+        packages: &["e2fsprogs"],
+        why: "makes the disk of an installed guest",
+    },
 ];
 
 /// The needs of a fresh root.
 pub const ROOT_NEEDS: [Need; 3] = [
-    Need {
-        what: "debootstrap",
-        program: "debootstrap",
-        args: VERSION,
-        packages: &["debootstrap"],
-        why: "makes a minimal Debian",
-    },
+    DEBOOTSTRAP,
     Need {
         what: "the keys of Debian's archives",
         program: "test",
@@ -192,13 +203,7 @@ pub const CAPE_NEEDS: [Need; 6] = [
         packages: &["postgresql"],
         why: "is the database of each test",
     },
-    Need {
-        what: "debootstrap",
-        program: "debootstrap",
-        args: VERSION,
-        packages: &["debootstrap"],
-        why: "makes the guest of CAPE's analyses",
-    },
+    DEBOOTSTRAP,
 ];
 
 impl Need {

@@ -21,6 +21,7 @@ mod agent;
 pub mod analysis;
 pub mod cape;
 mod cpio;
+pub mod debian;
 mod kind;
 pub mod linux;
 mod machine;

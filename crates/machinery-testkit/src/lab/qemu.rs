@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use machinery_jail::Support;
@@ -101,6 +102,18 @@ impl Lab {
         Ok(Some(lab))
     }
 
+    /// Makes a lab with these machines, whose commands and hosts run in a network of their own. Traffic is captured. `None`
+    /// for a user who may not do that.
+    pub fn in_network(machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Option<Self>> {
+        let Some(network) = TestNetwork::new()? else { return Ok(None) };
+        let address = || loopback_address().to_string();
+        let lab = Self::make(Path::new("cwd"), machines, address, Some(network))?;
+        lab.cwd.capture_with(&capture::tcpdump()?)?;
+        let address = format!("listen_ip: {}", TestNetwork::HOST);
+        lab.cwd.change_cuckoo_yaml("listen_ip: 127.0.0.1", &address)?;
+        Ok(Some(lab))
+    }
+
     /// Makes a lab. `address` returns the address of each machine in turn.
     pub(super) fn make(
         path: &Path,
@@ -183,6 +196,15 @@ impl Lab {
                 network.attach(command);
             }
         })
+    }
+
+    /// Returns the command `cuckoo-machinery`, in the network of the lab if it has one.
+    pub fn command(&self) -> Result<Command> {
+        let mut command = host::command(&self.cwd)?;
+        if let Some(network) = &self.network {
+            network.attach(&mut command);
+        }
+        Ok(command)
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.
