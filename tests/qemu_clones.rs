@@ -289,7 +289,7 @@ fn next_host_adopts_the_standby_of_a_clone_with_its_network() {
 #[test]
 fn clone_is_unusable_when_its_arguments_have_no_tap() {
     let lab = Lab::new(&[("base", Guest::Micro, SnapshotFormat::Lz4)]).unwrap();
-    configure(&lab, INSTANT, "clones: 2, clone_ips: 10.77.0.11-12");
+    configure(&lab, INSTANT, "clones: 2, clone_ips: 10.77.0.11-12, guest_ip: 10.66.0.2");
     let (mut host, mut client) = served(&lab);
     let why = client.machine("base-2").unwrap()["disabled_reason"].to_string();
     assert!(why.contains("its network is isolated, and its start_args have no tap"), "{why}");

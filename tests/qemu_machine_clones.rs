@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use machinery_testkit::capture::{self, Packet};
 use machinery_testkit::client::Client;
 use machinery_testkit::guest::debian::{ADDRESS, APPEND, Debian, WEB_PORT};
 use machinery_testkit::guest::{AGENT_PORT, Guest};
-use machinery_testkit::host::RunningHost;
+use machinery_testkit::host::{self, RunningHost};
 use machinery_testkit::lab::Lab;
 use machinery_testkit::requirement;
 use machinery_testkit::snapshot::SnapshotFormat;
@@ -38,7 +38,7 @@ machineries:
 
 /// Creates a lab with a disk and without a machine; none if this user may not make its network.
 fn lab(seeds: &[(&str, Guest, SnapshotFormat)]) -> Option<Lab> {
-    let lab = requirement::NETWORK.or_skip(Lab::in_network(seeds).unwrap())?;
+    let lab = requirement::NETWORK.or_skip(Lab::in_network(seeds, None).unwrap())?;
     let yaml = lab.yaml().unwrap();
     let (top, _) = yaml.split_once("machines:\n").unwrap();
     lab.write_yaml(&format!("{top}machines: {{}}\n")).unwrap();
@@ -59,8 +59,15 @@ fn creation(lab: &Lab, more: &[&str]) -> Vec<String> {
     words.map(|word| (*word).to_owned()).collect()
 }
 
+/// Returns the command `cuckoo-machinery` in the network of the lab.
+fn command(lab: &Lab) -> Command {
+    let mut command = host::command(lab.cwd()).unwrap();
+    lab.network().attach(&mut command);
+    command
+}
+
 fn run(lab: &Lab, words: &[String]) -> Output {
-    lab.command().unwrap().args(words).output().unwrap()
+    command(lab).args(words).output().unwrap()
 }
 
 fn run_words(lab: &Lab, words: &[&str]) -> Output {
@@ -129,7 +136,7 @@ fn debian_becomes_ten_clones_with_captures_of_their_own_by_two_commands() {
 
     let begun = Instant::now();
     let (disk, [kernel, initrd]) = (debian.disk(), debian.boot_files());
-    let mut create = lab.command().unwrap();
+    let mut create = command(&lab);
     create.args(["-v", "machine", "create", "deb", "--platform", "linux", "--os-version", "12"]);
     create.args(["--ram", "320M", "--cpus", "1", "--accel", "tcg", "--guest-ip", ADDRESS]);
     create.args(["--clones", "10", "--clone-ips", "10.77.0.11-20", "--timeout", "400"]);
@@ -280,11 +287,11 @@ fn interrupted_creation_leaves_both_entries_or_neither() {
         ("adding the machine", Signal::KILL),
         ("adding the machine", Signal::KILL),
     ] {
-        let mut command = lab.command().unwrap();
-        command
+        let mut creating = command(&lab);
+        creating
             .arg("-v")
             .args(creation(&lab, &["--clones", "2", "--clone-ips", "10.77.0.6-7", "--ip", "10.9.9.9"]));
-        let mut process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut process = creating.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(process.stderr.take().unwrap());
         let mut line = String::new();
         while !line.contains(step) {

@@ -22,7 +22,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use machinery::{Error, ErrorKind, Readiness, Result, State};
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -33,7 +33,6 @@ use super::overdue::ActionClock;
 use super::plugin_calls::PluginCalls;
 use super::{Action, ActionResult, capture, inspection};
 use crate::fleet::Machine;
-use crate::plugin::call::GRACE;
 
 /// The error of a run that the host stops together with all others.
 const STOPPED_BY_HOST: &str = "the host has stopped the machine during its run, with all others";
@@ -65,7 +64,7 @@ impl ActionExecutor {
 
     /// Runs an action to its end, and records its result. An action that takes too long is logged once.
     pub async fn execute(&mut self, action: &Action) -> ActionResult {
-        let (machine, limit) = (Arc::clone(&self.machine), self.total_limit_of(action));
+        let (machine, limit) = (Arc::clone(&self.machine), self.calls.total_limit_of(action));
         let (begun, overdue) = (Instant::now(), self.clock.start(limit));
         let mut work = pin!(self.execute_now(action));
         tokio::select! {
@@ -77,19 +76,6 @@ impl ActionExecutor {
             }
         }
         work.await
-    }
-
-    /// Returns the time in which all calls of the action into the plugin end: a start queries the state, stops an
-    /// earlier run, and stops the machine when it fails. The start of an isolated machine opens its network, and closes it
-    /// after each stop and each end of a run.
-    fn total_limit_of(&self, action: &Action) -> Duration {
-        let timeouts = self.context.timeouts();
-        let limit = self.calls.limit_of(action);
-        let network = match self.machine.info().own_network {
-            true => limit + 4 * timeouts.stop + 5 * GRACE,
-            false => Duration::ZERO,
-        };
-        limit + timeouts.state + 2 * timeouts.stop + 4 * GRACE + network
     }
 
     async fn execute_now(&mut self, action: &Action) -> ActionResult {
@@ -362,7 +348,9 @@ mod tests {
     use crate::config::Heal;
     use crate::fleet::availability::TaskLock;
     use crate::fleet::fake_plugin::{FakePlugin, info};
+    use crate::plugin::call::GRACE;
     use machinery::{Capabilities, DumpFormat, MachineInfo};
+    use std::time::Duration;
 
     const PREPARE: Action = Action::Prepare(PrepareOrigin::Request);
 
@@ -734,11 +722,11 @@ mod tests {
     fn action_is_stuck_when_it_lasts_longer_than_all_of_its_calls() {
         let lab = Lab::new("timeouts: {restore_start: 100, state: 10, stop: 1}");
         assert_eq!(
-            lab.executor().total_limit_of(&Action::RestoreStart),
+            lab.executor().calls.total_limit_of(&Action::RestoreStart),
             Duration::from_secs(112) + 4 * GRACE
         );
         lab.machine.set_info(MachineInfo { own_network: true, ..info("m") });
-        let with_network = lab.executor().total_limit_of(&Action::RestoreStart);
+        let with_network = lab.executor().calls.total_limit_of(&Action::RestoreStart);
         assert_eq!(with_network, Duration::from_secs(112 + 104) + 9 * GRACE);
     }
 

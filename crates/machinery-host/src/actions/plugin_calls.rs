@@ -16,7 +16,7 @@ use super::context::ActionContext;
 use super::{Action, PrepareOrigin};
 use crate::client_file::PrivateFile;
 use crate::fleet::Machine;
-use crate::plugin::call::{AbandonedCall, CallResult, call};
+use crate::plugin::call::{AbandonedCall, CallResult, GRACE, call};
 
 /// The time that a plugin has, at least, to report the state after an action.
 const MIN_STATE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -199,6 +199,19 @@ impl PluginCalls {
             Action::Screenshot { .. } => timeouts.screenshot,
             Action::Prepare(_) => timeouts.prepare,
         }
+    }
+
+    /// Returns the time in which all calls of the action into the plugin end: a start queries the state, stops an
+    /// earlier run, and stops the machine when it fails. The start of an isolated machine opens its network, and closes it
+    /// after each stop and each end of a run.
+    pub fn total_limit_of(&self, action: &Action) -> Duration {
+        let timeouts = self.context.timeouts();
+        let limit = self.limit_of(action);
+        let network = match self.machine.info().own_network {
+            true => limit + 4 * timeouts.stop + 5 * GRACE,
+            false => Duration::ZERO,
+        };
+        limit + timeouts.state + 2 * timeouts.stop + 4 * GRACE + network
     }
 
     /// Returns the result of a call; keeps an abandoned call, after which the state is unknown.

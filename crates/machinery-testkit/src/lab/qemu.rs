@@ -11,8 +11,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use machinery_jail::Support;
@@ -91,22 +91,20 @@ impl Lab {
     /// Makes a lab whose hosts and [machine](Guest::TrafficSource) run in a network of their own. Traffic is
     /// captured; QEMU [dumps](Lab::dumped) it, too, for comparison. `None` for a user who may not do that.
     pub fn with_network(name: &str, format: SnapshotFormat) -> Result<Option<Self>> {
-        let Some(network) = TestNetwork::new()? else { return Ok(None) };
         let machines = [(name, Guest::TrafficSource, format)];
-        let lab = Self::make(Path::new("cwd"), &machines, || TestNetwork::GUEST.to_string(), Some(network))?;
-        lab.cwd.capture_with(&capture::tcpdump()?)?;
-        let address = format!("listen_ip: {}", TestNetwork::HOST);
-        lab.cwd.change_cuckoo_yaml("listen_ip: 127.0.0.1", &address)?;
+        let Some(lab) = Self::in_network(&machines, Some(TestNetwork::GUEST))? else { return Ok(None) };
         let dump = format!("filter-dump,id=dump0,netdev=net0,file={}", lab.dumped(name).display());
         lab.change_start_args(name, |args| args.extend(["-object".to_owned(), dump]))?;
         Ok(Some(lab))
     }
 
-    /// Makes a lab with these machines, whose commands and hosts run in a network of their own. Traffic is captured. `None`
-    /// for a user who may not do that.
-    pub fn in_network(machines: &[(&str, Guest, SnapshotFormat)]) -> Result<Option<Self>> {
+    /// Makes a lab whose hosts run in a network of their own. Traffic is captured. `None` for a user who may not do that.
+    pub fn in_network(
+        machines: &[(&str, Guest, SnapshotFormat)],
+        address: Option<Ipv4Addr>,
+    ) -> Result<Option<Self>> {
         let Some(network) = TestNetwork::new()? else { return Ok(None) };
-        let address = || loopback_address().to_string();
+        let address = || address.unwrap_or_else(loopback_address).to_string();
         let lab = Self::make(Path::new("cwd"), machines, address, Some(network))?;
         lab.cwd.capture_with(&capture::tcpdump()?)?;
         let address = format!("listen_ip: {}", TestNetwork::HOST);
@@ -196,15 +194,6 @@ impl Lab {
                 network.attach(command);
             }
         })
-    }
-
-    /// Returns the command `cuckoo-machinery`, in the network of the lab if it has one.
-    pub fn command(&self) -> Result<Command> {
-        let mut command = host::command(&self.cwd)?;
-        if let Some(network) = &self.network {
-            network.attach(&mut command);
-        }
-        Ok(command)
     }
 
     /// Runs `cuckoo-machinery` with these arguments to its end.

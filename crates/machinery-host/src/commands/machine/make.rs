@@ -18,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 use machinery::config::ConfigFile;
-use machinery::{Error, RestoreReadiness, Result};
+use machinery::{Error, RestoreReadiness, Result, Setup};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -87,11 +87,7 @@ pub fn make(
         copied.map_err(|error| Error::io("copy to the machine's folder", file, &error))?;
     }
     plan.info.write(&folder)?;
-    let setup = unfinished.setup(
-        scratch_config(context, &plan.info, &folder, &plan.base)?,
-        host_config(context, &plan.info)?,
-        context.config.result_server,
-    )?;
+    let setup = setup(context, unfinished, &plan.info, &plan.base)?;
     let scratch = unfinished.scratch().to_owned();
     with_session(context, &setup, plan.name(), |session| boot(context, plan, session, &folder, &scratch))?;
     prove(context, &plan.info, plan.ready, unfinished, place)
@@ -138,8 +134,7 @@ pub fn prove(
     place: &Path,
 ) -> Result<RestoreReadiness> {
     let folder = unfinished.machine_folder().to_owned();
-    let config = scratch_config(context, info, &folder, &folder.join(DISK))?;
-    let setup = unfinished.setup(config, host_config(context, info)?, context.config.result_server)?;
+    let setup = setup(context, unfinished, info, &folder.join(DISK))?;
     let scratch = unfinished.scratch().to_owned();
     let limits = context.config.timeouts;
     let readiness = with_session(context, &setup, &info.machine.name, |session| {
@@ -214,16 +209,18 @@ fn during<T>(context: &Context<'_>, what: &str, session: &Session, work: impl Fn
 /// # Errors
 /// The plugin cannot be loaded.
 pub fn version(context: &Context<'_>, info: &Info, unfinished: &mut Unfinished) -> Result<String> {
-    let config = scratch_config(context, info, unfinished.machine_folder(), Path::new("/none"))?;
-    let setup = without_machines(&unfinished.setup(
-        config,
-        host_config(context, info)?,
-        context.config.result_server,
-    )?);
+    let setup = without_machines(&setup(context, unfinished, info, Path::new("/none"))?);
     let limit = context.config.timeouts.load;
     with_session(context, &setup, &info.machine.name, |session| {
         session.call("asking for the version", limit, |instance, _, deadline| instance.version(deadline))
     })
+}
+
+/// Returns the plugin's setup with this machine alone, which has that disk.
+fn setup(context: &Context<'_>, unfinished: &mut Unfinished, info: &Info, disk: &Path) -> Result<Setup> {
+    let config = scratch_config(context, info, unfinished.machine_folder(), disk)?;
+    let setup = unfinished.setup(config, host_config(context, info)?)?;
+    Ok(Setup { result_server: context.config.result_server, ..setup })
 }
 
 /// Returns the programs that the configuration names.

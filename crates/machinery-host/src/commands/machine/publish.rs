@@ -153,6 +153,19 @@ pub fn publish(
     Ok(Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes })
 }
 
+/// Removes the section of a machine that the configuration does not have, unless somebody has changed the section.
+///
+/// # Errors
+/// The section cannot be removed.
+pub fn withdraw(cwd: &Cwd, name: &str, keys: &Mapping) -> Result<()> {
+    let _lock = lock_configuration(cwd)?;
+    let (section, path) = (section_of(name), cwd.host_yaml());
+    if section.content(&path)?.as_ref() == Some(keys) {
+        section.remove(&path)?;
+    }
+    Ok(())
+}
+
 /// Waits until no other command changes the configuration. The lock ends with the file.
 ///
 /// # Errors

@@ -13,7 +13,6 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,7 +24,7 @@ use serde_yaml::Mapping;
 
 use super::context::Context;
 use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
-use super::publish::{lock_configuration, section_of};
+use super::publish::withdraw;
 use super::session::{with_session, without_machines};
 use super::{host, info};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
@@ -43,7 +42,7 @@ pub struct Unfinished {
     _lock: File,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Record {
     name: String,
     /// The folder of the machine that is made.
@@ -105,13 +104,7 @@ impl Unfinished {
         let new = tempfile::Builder::new().prefix(NEW).tempdir_in(&records).map_err(failed)?;
         let lock =
             try_lock(new.path()).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::WouldBlock.into()))?;
-        let record = Record {
-            name: name.to_owned(),
-            folder: folder.to_owned(),
-            setup: None,
-            disabled: Vec::new(),
-            section: None,
-        };
+        let record = Record { name: name.to_owned(), folder: folder.to_owned(), ..Record::default() };
         record.write(new.path())?;
         let own = records.join(name);
         // A name of which a record exists is refused.
@@ -158,12 +151,7 @@ impl Unfinished {
     ///
     /// # Errors
     /// The folders or the record cannot be written.
-    pub fn setup(
-        &mut self,
-        config: ConfigFile,
-        host_config: ConfigFile,
-        result_server: Option<SocketAddr>,
-    ) -> Result<Setup> {
+    pub fn setup(&mut self, config: ConfigFile, host_config: ConfigFile) -> Result<Setup> {
         let folder = |name: &str| {
             let folder = self.folder.join(name);
             make_reachable_folder(&folder).map(|()| folder)
@@ -175,7 +163,7 @@ impl Unfinished {
             state_dir: folder("state")?,
             cache_dir: folder("cache")?,
             adopts: false,
-            result_server,
+            result_server: None,
         };
         self.record.setup = Some(setup.clone());
         self.record.write(&self.folder)?;
@@ -333,7 +321,7 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> 
     if is_configured {
         remove_mark(own)?;
     } else {
-        remove_section(context.cwd, record)?;
+        record.section.iter().try_for_each(|keys| withdraw(context.cwd, &record.name, keys))?;
         match own.join(MARK).exists() {
             true => remove_folder(own)?,
             // A folder without the mark is empty, or somebody else's.
@@ -341,17 +329,6 @@ fn clear(folder: &Path, record: &Record, context: &Context<'_>) -> Result<bool> 
         }
     }
     remove_folder(folder).map(|()| is_configured)
-}
-
-/// Removes the section of a machine that the configuration does not have, unless somebody has changed the section.
-fn remove_section(cwd: &Cwd, record: &Record) -> Result<()> {
-    let Some(keys) = &record.section else { return Ok(()) };
-    let _lock = lock_configuration(cwd)?;
-    let (section, path) = (section_of(&record.name), cwd.host_yaml());
-    if section.content(&path)?.as_ref() == Some(keys) {
-        section.remove(&path)?;
-    }
-    Ok(())
 }
 
 /// Ends the runs that the commands have left. The plugin does so when it is loaded, also without the machine: its files or
