@@ -16,6 +16,7 @@
 //! | `context` | everything that the commands share |
 //! | `info` | the description of a machine in its folder |
 //! | `publish`, `host` | the entry in the configuration; the running host |
+//! | `section` | the section in `machinery-host.yaml`; the lock of the configuration |
 //! | `dependents` | the machines that need the files of another one |
 //! | `unfinished`, `interrupt` | the record of an unfinished machine; signals |
 //! | `folder` | the mark in a machine's folder, and the users who can replace it |
@@ -37,6 +38,7 @@ mod options;
 mod publish;
 mod ready;
 mod remove;
+mod section;
 mod session;
 mod snapshot;
 mod unfinished;
@@ -55,9 +57,10 @@ use export::Export;
 pub use export::Exported;
 use import_archive::ImportArchive;
 use options::Create;
-pub use publish::{Made, lock_configuration};
+pub use publish::Made;
 use remove::Remove;
 pub use remove::Removed;
+pub use section::lock_configuration;
 use snapshot::Snapshot;
 use unfinished::clear_abandoned;
 pub use unfinished::expect_no_command;

@@ -1,22 +1,19 @@
 //! Adds a finished machine to the configuration, and has a running host load it.
 
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, is_machine_name};
 use machinery::{Error, Level, RestoreReadiness, Result};
-use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde_json::json;
 use serde_yaml::Mapping;
 
 use super::context::{Context, MACHINERY};
 use super::host::reload;
+use super::section::{lock_configuration, section_of};
 use super::unfinished::Unfinished;
 use crate::commands::check::check_with_plugin;
-use crate::commands::import::{Import, QEMU_DEFAULT, Section, import, without_lines};
-use crate::cwd::Cwd;
+use crate::commands::import::{Import, QEMU_DEFAULT, import, without_lines};
 use crate::load::setup_with;
 
 /// A machine that was made, or changed.
@@ -123,11 +120,6 @@ fn expect_accepted(
     }
 }
 
-/// Returns the machine's section of `machinery-host.yaml`.
-pub fn section_of(name: &str) -> Section<'_> {
-    Section { machinery: MACHINERY, machine: name }
-}
-
 /// Adds the machine in that folder to the configuration, and has a running host load it. Its section of
 /// `machinery-host.yaml` comes first: without the machine, a host refuses it. The record of the unfinished machine has it
 /// removed if the machine is not added.
@@ -151,29 +143,4 @@ pub fn publish(
     let mut notes = added.notes;
     notes.extend(reload(context.cwd));
     Ok(Made { machine: name.to_owned(), folder: folder.to_owned(), ready, notes })
-}
-
-/// Removes the section of a machine that the configuration does not have, unless somebody has changed the section.
-///
-/// # Errors
-/// The section cannot be removed.
-pub fn withdraw(cwd: &Cwd, name: &str, keys: &Mapping) -> Result<()> {
-    let _lock = lock_configuration(cwd)?;
-    let (section, path) = (section_of(name), cwd.host_yaml());
-    if section.content(&path)?.as_ref() == Some(keys) {
-        section.remove(&path)?;
-    }
-    Ok(())
-}
-
-/// Waits until no other command changes the configuration. The lock ends with the file.
-///
-/// # Errors
-/// The folder of the host's state cannot be locked.
-pub fn lock_configuration(cwd: &Cwd) -> Result<File> {
-    let folder = cwd.state();
-    let failed = |error: io::Error| Error::io("lock", &folder, &error);
-    let file = File::open(&folder).map_err(failed)?;
-    flock(&file, FlockOperation::LockExclusive).map_err(|error| failed(error.into()))?;
-    Ok(file)
 }

@@ -21,7 +21,7 @@ use super::dependents::expect_no_dependents;
 use super::folder::remove_folder;
 use super::host;
 use super::info::{Info, entries, files_of};
-use super::publish::{lock_configuration, section_of};
+use super::section::{lock_configuration, section_of};
 use super::unfinished::Unfinished;
 use crate::commands::import;
 use crate::cwd::{Cwd, make_state_folder};

@@ -24,7 +24,7 @@ use serde_yaml::Mapping;
 
 use super::context::Context;
 use super::folder::{MARK, expect_kept, remove_folder, remove_mark, set_mark};
-use super::publish::withdraw;
+use super::section::withdraw;
 use super::session::{with_session, without_machines};
 use super::{host, info};
 use crate::cwd::{Cwd, make_reachable_folder, make_state_folder};
