@@ -294,9 +294,13 @@ fn clone_is_unusable_when_its_arguments_have_no_tap() {
     let why = client.machine("base-2").unwrap()["disabled_reason"].to_string();
     assert!(why.contains("its network is isolated, and its start_args have no tap"), "{why}");
     assert!(why.contains("Put %MACHINE% into the name"), "{why}");
+    // The lab's result server has a loopback address, which no guest reaches.
+    let unreachable = "isolated machines cannot send their results";
+    assert!(host.log().contains(unreachable), "{}", host.log());
     ends_well_without_network(&lab, &mut host);
     let checked = lab.run(&["check"]).unwrap();
     assert_eq!(checked.stdout.matches("its start_args have no tap").count(), 1, "{}", checked.stdout);
+    assert_eq!(checked.stdout.matches(unreachable).count(), 1, "{}", checked.stdout);
 }
 
 fn ends_well_without_network(lab: &Lab, host: &mut RunningHost) {

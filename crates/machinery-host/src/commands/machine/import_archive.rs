@@ -261,6 +261,15 @@ mod tests {
     }
 
     #[test]
+    fn isolated_machine_of_an_archive_is_on_a_bridge_with_the_address_inside() {
+        let mut info = described("br0", &["-netdev", "bridge,id=net0,br=br0"]);
+        info.machine.guest_ip = "192.168.30.11".parse().ok();
+        let machine = import(&["--bridge", "br7"]).adapted(info).unwrap().machine;
+        assert_eq!((machine.ip.as_str(), machine.bridge.as_str()), ("192.168.30.11", "br7"));
+        assert_eq!(machine.guest_ip, None);
+    }
+
+    #[test]
     fn disk_is_refused_when_it_depends_on_another_file() {
         let folder = tempfile::tempdir().unwrap();
         let disk = folder.path().join("disk");
