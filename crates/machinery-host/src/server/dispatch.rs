@@ -61,6 +61,14 @@ impl Dispatcher {
                 let disabled = self.manager.disable_machine(machine, &reason);
                 self.reply_when_saved(disabled, id).await;
             }
+            Request::HoldMachine(machine, reason) => {
+                self.manager.hold_machine(&machine, &reason);
+                self.outbox.reply(reply::success(), id).await;
+            }
+            Request::ReleaseMachine(machine) => {
+                self.manager.release_machine(&machine);
+                self.outbox.reply(reply::success(), id).await;
+            }
             Request::Lock(machine, lock) => {
                 let locked = self.manager.lock(machine, lock).await;
                 self.reply_when_locked(locked, id).await;

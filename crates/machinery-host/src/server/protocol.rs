@@ -31,6 +31,10 @@ pub enum Request {
     EnableMachine(Arc<Machine>),
     /// Take the machine out of the pool, for this reason.
     DisableMachine(Arc<Machine>, String),
+    /// Take the machine out of the pool until it is released, for this reason.
+    HoldMachine(Arc<Machine>, String),
+    /// Release a machine that is held.
+    ReleaseMachine(Arc<Machine>),
     /// Lock the machine for a task.
     Lock(Arc<Machine>, TaskLock),
     /// Release the machine's lock; with a task, only that task's.
@@ -180,6 +184,8 @@ pub fn request(
         "console" => Ok(Request::Console(machine)),
         "enable_machine" => Ok(Request::EnableMachine(machine)),
         "disable_machine" => Ok(Request::DisableMachine(machine, reason(object)?)),
+        "hold_machine" => Ok(Request::HoldMachine(machine, reason(object)?)),
+        "release_machine" => Ok(Request::ReleaseMachine(machine)),
         "lock" => Ok(Request::Lock(machine, task_lock(object, sender)?)),
         "unlock" => Ok(Request::Unlock(machine, optional_task_id(object)?)),
         "reserve" => Ok(Request::Reserve(machine, task_id(object)?)),
@@ -213,7 +219,15 @@ fn of_the_host(action: &str) -> Option<Request> {
 fn is_accepted_while_disabled(action: &str) -> bool {
     matches!(
         action,
-        "stop" | "state" | "console" | "enable_machine" | "disable_machine" | "unlock" | "unreserve"
+        "stop"
+            | "state"
+            | "console"
+            | "enable_machine"
+            | "disable_machine"
+            | "hold_machine"
+            | "release_machine"
+            | "unlock"
+            | "unreserve"
     )
 }
 
