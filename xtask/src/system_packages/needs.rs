@@ -33,7 +33,7 @@ const LIBVIRT_DEV: Need = Need {
 };
 
 /// The needs of the tests and of the demo.
-pub const NEEDS: [Need; 15] = [
+pub const NEEDS: [Need; 16] = [
     Need {
         what: "qemu-system-x86_64",
         program: "qemu-system-x86_64",
@@ -47,6 +47,13 @@ pub const NEEDS: [Need; 15] = [
         args: VERSION,
         packages: &["qemu-utils"],
         why: "makes their disks",
+    },
+    Need {
+        what: "OVMF",
+        program: "ls",
+        args: &["/usr/share/OVMF/OVMF_CODE_4M.fd"],
+        packages: &["ovmf"],
+        why: "boots a machine by UEFI",
     },
     Need {
         what: "libvirtd",
