@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use machinery::config::{ConfigFile, is_machine_name};
 use machinery::{Error, Level, RestoreReadiness, Result};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Access, FlockOperation, access, flock};
 use serde::Serialize;
 use serde_json::json;
 use serde_yaml::Mapping;
@@ -27,12 +27,14 @@ pub struct Made {
     pub notes: Vec<String>,
 }
 
-/// Expects that the name is valid, and that no machine has the name, the address or the network card.
+/// Expects that the name is valid, that no machine has the name, the address or the network card, and that this user can add
+/// an entry.
 ///
 /// # Errors
-/// One has it.
+/// One has it, or the user cannot.
 pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str>) -> Result<()> {
     let (cwd, config) = (context.cwd, context.config);
+    expect_writable(&cwd.machinery_yaml(MACHINERY))?;
     if !is_machine_name(name) {
         return Err(Error::configuration(format!("{name:?} is no name of a machine"))
             .advice("Use letters, digits, '_', '-' and '.'"));
@@ -61,6 +63,15 @@ pub fn expect_free(context: &Context<'_>, name: &str, ip: &str, mac: Option<&str
         }
     }
     expect_free_of_clones(context, name, ip, mac)
+}
+
+/// Expects that this user can replace the configuration file, before a guest has booted for nothing.
+fn expect_writable(yaml: &Path) -> Result<()> {
+    let existing = yaml.ancestors().skip(1).find(|folder| folder.exists()).unwrap_or(yaml);
+    access(existing, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+        let failed = Error::io("add a machine to", yaml, &error.into());
+        failed.advice(format!("Run the command as a user who may write to {}", existing.display()))
+    })
 }
 
 /// The keys whose values no two machines have.
